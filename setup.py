@@ -1,8 +1,9 @@
-"""The native kernels, compiled at install. Everything else about the package stands in pyproject.toml.
+"""The native kernels, compiled at install. Everything else about the package stands in
+pyproject.toml.
 
-They are plain C without Python's or torch's headers, loaded by veneer/kernels/native.py. Without a compiler the
-package still installs and the plain torch paths run. Nothing in them depends on a version of Python (abi3): one
-wheel for each system and processor serves 3.11 and all that follow.
+They are plain C without Python's or torch's headers, loaded by veneer/kernels/native.py. Without a
+compiler the package still installs and the plain torch paths run. Nothing in them depends on a
+version of Python (abi3): one wheel for each system and processor serves 3.11 and all that follow.
 """
 
 import os
@@ -16,7 +17,8 @@ NATIVE = Path("src/veneer/kernels/native")
 
 
 class BuildAtOnce(build_ext):
-    """As many files at a time as there are processors, up to 8: setuptools compiles one after another."""
+    """As many files at a time as there are processors, up to 8: setuptools compiles one after
+    another."""
 
     def build_extensions(self):
         one_by_one = self.compiler.compile
@@ -24,7 +26,9 @@ class BuildAtOnce(build_ext):
         def compiled(sources, **how):
             largest_first = sorted(sources, key=lambda source: -Path(source).stat().st_size)
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-                made = {source: pool.submit(one_by_one, [source], **how) for source in largest_first}
+                made = {
+                    source: pool.submit(one_by_one, [source], **how) for source in largest_first
+                }
                 return [file for source in sources for file in made[source].result()]
 
         self.compiler.compile = compiled

@@ -1,12 +1,15 @@
-"""Products of a few rows with dense weights: torch's, and the kernel's that reads each weight once, in turns.
+"""Products of a few rows with dense weights: torch's, and the kernel's that reads each weight once,
+in turns.
 
-    OMP_NUM_THREADS=2 python benchmarks/few_rows.py                       the 211 products of smollm2-135m
+    OMP_NUM_THREADS=2 python benchmarks/few_rows.py
+        the 211 products of smollm2-135m
     OMP_NUM_THREADS=2 python benchmarks/few_rows.py --dtype float32 --rows 1,16 --out few_rows.json
 
-Random weights, each its own memory, so that a pass over all of them reads from memory and not from a cache.
-Milliseconds of a whole pass (least and median of --turns), and of each shape; GB/s of weights read; beside them the
-same pass with --adapters updates of rank --rank, one a row, as the kernel adds them and as batched products do.
-Prints JSON; --out writes it as one of the `measurements` of docs/results.
+Random weights, each its own memory, so that a pass over all of them reads from memory and not from
+a cache. Milliseconds of a whole pass (least and median of --turns), and of each shape; GB/s of
+weights read; beside them the same pass with --adapters updates of rank --rank, one a row, as the
+kernel adds them and as batched products do. Prints JSON; --out writes it as one of the
+`measurements` of docs/results.
 """
 
 import argparse
@@ -86,10 +89,15 @@ def adapted(
     x = {width: torch.randn(count, width).to(dtype) for width in {w.shape[1] for w in weights}}
     stacked, updates = [], []
     for w in weights:
-        A, B = torch.randn(count, rank, w.shape[1]).to(dtype), torch.randn(count, w.shape[0], rank).to(dtype)
+        A, B = (
+            torch.randn(count, rank, w.shape[1]).to(dtype),
+            torch.randn(count, w.shape[0], rank).to(dtype),
+        )
         stacked.append((A, B))
         laid = few_rows.laid_out([*zip(A, B, strict=True)], dtype)
-        updates.append(few_rows.Updates([(slice(n, n + 1), factors, 0.5) for n, factors in enumerate(laid)]))
+        updates.append(
+            few_rows.Updates([(slice(n, n + 1), factors, 0.5) for n, factors in enumerate(laid)])
+        )
 
     def batched() -> None:
         for w, (A, B) in zip(weights, stacked, strict=True):
@@ -110,7 +118,9 @@ def adapted(
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
 
@@ -119,11 +129,16 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        "unknown",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="1,4,16,64")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--adapters", type=int, default=16)
@@ -140,7 +155,11 @@ def main() -> None:
     }
     everything = [w for each in by_shape.values() for w in each]
     read = sum(w.nbytes for w in everything)
-    values: dict[str, object] = {"dtype": asked.dtype, "threads": torch.get_num_threads(), "level": native.level()}
+    values: dict[str, object] = {
+        "dtype": asked.dtype,
+        "threads": torch.get_num_threads(),
+        "level": native.level(),
+    }
     for rows in map(int, asked.rows.split(",")):
         found: dict[str, object] = {"all": told(timed(passes(everything, rows, dtype)), read)}
         for name, weights in by_shape.items():
@@ -149,14 +168,22 @@ def main() -> None:
     linears = [w for name, each in by_shape.items() for w in each if "head" not in name]
     ways, factors = adapted(linears, asked.adapters, asked.rank, dtype)
     times = timed(ways)
-    values[f"{asked.adapters} adapters of rank {asked.rank}, one a row, all layers but the head"] = {
+    values[
+        f"{asked.adapters} adapters of rank {asked.rank}, one a row, all layers but the head"
+    ] = {
         **told(times, factors + sum(w.nbytes for w in linears)),
         "MB of factors": round(factors / 1e6, 1),
         "share of base alone": round(min(times["base alone"]) / min(times["kernel"]), 3),
     }
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python"
+        f" {platform.python_version()}"
+    )
     measurement = {
-        "what": "products of a few rows with the weights of smollm2-135m: torch's and the kernel's, in turns",
+        "what": (
+            "products of a few rows with the weights of smollm2-135m: torch's and the kernel's, in"
+            " turns"
+        ),
         "machine": f"{os.cpu_count()} cores of {processor()}; {versions}",
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),

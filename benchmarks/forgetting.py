@@ -1,15 +1,19 @@
-"""What training makes a model forget, what replay saves of it, and what a second stage keeps of the first.
+"""What training makes a model forget, what replay saves of it, and what a second stage keeps of the
+first.
 
-    python benchmarks/forgetting.py --data DATA --out forgetting      (an hour and a half on two cores; restartable)
-    python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 --replies 12   (a trial)
+    python benchmarks/forgetting.py --data DATA --out forgetting    (90 minutes; restartable)
+    python benchmarks/forgetting.py --data DATA --out forgetting --steps 4 --train 64 --test 8 \\
+        --replies 12    (a trial)
 
-replay   each of four data sets (results.py), LoRA, once as it is and once with a share of rows that the base drew
-         before (`veneer data replay`), so that they teach nothing new; both see as many rows of the task. Its own
-         measure on held-out rows, and forgetting: nats per token of general text that no run saw, after - before.
-stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and without: both
-         measures after each stage.
+replay   each of four data sets (results.py), LoRA, once as it is and once with a share of rows that
+         the base drew before (`veneer data replay`), so that they teach nothing new; both see as
+         many rows of the task. Its own measure on held-out rows, and forgetting: nats per token of
+         general text that no run saw, after - before.
+stages   text to JSON first, then ViGGO from that adapter, with a share of the first set's rows and
+         without: both measures after each stage.
 
-Quality alone: nothing here is timed, so the machine may be busy. Writes OUT/forgetting.json as results come.
+Quality alone: nothing here is timed, so the machine may be busy. Writes OUT/forgetting.json as
+results come.
 """
 
 import argparse
@@ -26,7 +30,12 @@ from veneer.decoding.replay import draw_replay
 from veneer.train.config import RunConfig
 from veneer.train.screen import QuietScreen
 
-PRIMARY = {"e2e_json": "field_f1", "viggo_text": "bleu", "banking77": "accuracy", "wikisql": "exact_match"}
+PRIMARY = {
+    "e2e_json": "field_f1",
+    "viggo_text": "bleu",
+    "banking77": "accuracy",
+    "wikisql": "exact_match",
+}
 STAGES = ("e2e_json", "viggo_text")
 
 
@@ -34,11 +43,21 @@ def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float
     """The task's measure and loss on its test rows, and the loss on general text."""
     labels = []
     if task == "banking77":
-        named = json.loads((args.data / "banking77" / "categories.json").read_text(encoding="utf-8"))
+        named = json.loads(
+            (args.data / "banking77" / "categories.json").read_text(encoding="utf-8")
+        )
         labels = [intent(name) for name in named]
     name, limit = PRIMARY[task], TASKS[task][2]
     test = args.out / "rows" / task / "test.jsonl"
-    found = api.evaluate(base, test, metrics=[name], labels=labels, max_new_tokens=limit, batch=16, general="built-in")
+    found = api.evaluate(
+        base,
+        test,
+        metrics=[name],
+        labels=labels,
+        max_new_tokens=limit,
+        batch=16,
+        general="built-in",
+    )
     general = found["general"]
     told = {name: found[name], "loss": found["loss"], "general_loss": general["loss"]}
     if "forgetting" in general:
@@ -46,8 +65,11 @@ def measured(base: Base, task: str, args: argparse.Namespace) -> dict[str, float
     return told
 
 
-def trained(name: str, data: Any, args: argparse.Namespace, start: Path | None = None, *, share: float = 0.0) -> Path:
-    """The folder of a finished run. share: of its rows, beside the task's: it takes as many steps more."""
+def trained(
+    name: str, data: Any, args: argparse.Namespace, start: Path | None = None, *, share: float = 0.0
+) -> Path:
+    """The folder of a finished run. share: of its rows, beside the task's: it takes as many steps
+    more."""
     out = args.out / "runs" / name
     if not (out / "summary.json").is_file():
         settings: dict[str, Any] = {"base": args.base, "data": data, "out": str(out), "batch": 8}
@@ -56,14 +78,18 @@ def trained(name: str, data: Any, args: argparse.Namespace, start: Path | None =
         more |= {"from_adapter": [str(start)]} if start else {}
         begun = (out / "run.yaml").is_file()
         config = (
-            api.resume_config(out) if begun else RunConfig.of({**settings, **more, "method": "lora", "seed": args.seed})
+            api.resume_config(out)
+            if begun
+            else RunConfig.of({**settings, **more, "method": "lora", "seed": args.seed})
         )
         api.train_run(config, resume=begun, screen=QuietScreen())
     return out
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, default=Path("forgetting"))
     p.add_argument("--base", default="smollm2-135m")
@@ -103,14 +129,23 @@ def main() -> None:
 
     for task in args.tasks:
         keep("base", task, None)
-        keep("alone", task, trained(f"{task}-alone", {"train": str(rows[task]), "validation_share": 0.0}, args))
+        keep(
+            "alone",
+            task,
+            trained(f"{task}-alone", {"train": str(rows[task]), "validation_share": 0.0}, args),
+        )
         for share in args.shares:
             mixed: list[dict[str, Any]] = [{"path": str(rows[task])}]
-            mixed += [{"path": str(each), "share": share / len(replay), "name": each.stem} for each in replay]
+            mixed += [
+                {"path": str(each), "share": share / len(replay), "name": each.stem}
+                for each in replay
+            ]
             keep(
                 f"replay {share}",
                 task,
-                trained(f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args, share=share),
+                trained(
+                    f"{task}-{share}", {"train": mixed, "validation_share": 0.0}, args, share=share
+                ),
             )
     if set(STAGES) <= set(args.tasks):
         first, second = STAGES
@@ -120,7 +155,13 @@ def main() -> None:
             data: list[dict[str, Any]] = [{"path": str(rows[second])}]
             if share:
                 data.append({"path": str(rows[first]), "share": share, "name": "replay"})
-            run = trained(f"stages-{share}", {"train": data, "validation_share": 0.0}, args, start, share=share)
+            run = trained(
+                f"stages-{share}",
+                {"train": data, "validation_share": 0.0},
+                args,
+                start,
+                share=share,
+            )
             for task in STAGES:
                 keep(f"stage two, {share} of stage one's rows", task, run)
 

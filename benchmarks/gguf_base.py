@@ -1,11 +1,14 @@
-"""LoRA and decoding over the blocks of a .gguf file (quantize: gguf) against the same file dequantised to bf16.
+"""LoRA and decoding over the blocks of a .gguf file (quantize: gguf) against the same file
+dequantised to bf16.
 
-    python benchmarks/gguf_base.py --rows e2e_json.jsonl                     # the named default, a Q4_1 file
+    python benchmarks/gguf_base.py --rows e2e_json.jsonl
+        # the named default, a Q4_1 file
     python benchmarks/gguf_base.py --rows ROWS.jsonl --base model.Q4_K_M.gguf --steps 8 --rounds 3
 
-Each figure comes from a process of its own, the two kinds alternating, their order swapped every round. Printed:
-bytes of the weights, memory of the loaded process that belongs to it alone (the mapped file is not in it),
-examples/s of LoRA on all linear layers, decode tokens/s, and whether losses and adapter are the same.
+Each figure comes from a process of its own, the two kinds alternating, their order swapped every
+round. Printed: bytes of the weights, memory of the loaded process that belongs to it alone (the
+mapped file is not in it), examples/s of LoRA on all linear layers, decode tokens/s, and whether
+losses and adapter are the same.
 """
 
 import argparse
@@ -38,12 +41,16 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from veneer.train.screen import QuietScreen
 
     quantize: Any = KINDS[kind]
-    api.load(args.base, quantize=quantize)  # converts the file on the first call, and warms the page cache
+    api.load(
+        args.base, quantize=quantize
+    )  # converts the file on the first call, and warms the page cache
     before = own_memory_bytes()
     base = api.load(args.base, quantize=quantize)
     memory = own_memory_bytes() - before
     weights = sum(p.nbytes for p in {id(p): p for p in base.model.parameters()}.values())
-    ids = [base.tokenizer("The history of the bicycle begins", add_special_tokens=False)["input_ids"]]
+    ids = [
+        base.tokenizer("The history of the bicycle begins", add_special_tokens=False)["input_ids"]
+    ]
     with quiet():
         generate(base, ids, max_new_tokens=4)
         start = time.perf_counter()
@@ -65,7 +72,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
             order="file",
         )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
-        losses = [r["loss"] for r in read_records(f"{scratch}/run/metrics.jsonl") if r["kind"] == "step"]
+        losses = [
+            r["loss"] for r in read_records(f"{scratch}/run/metrics.jsonl") if r["kind"] == "step"
+        ]
     return {
         "weights_bytes": weights,
         "memory_bytes": memory,
@@ -78,7 +87,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--base", default="smollm2-135m", help="a .gguf file, or the named default")
     p.add_argument("--rows", required=True)
     p.add_argument("--steps", type=int, default=8)
@@ -112,8 +123,14 @@ def main() -> None:
     everything = [line for lines in found.values() for line in lines]
     same = all(line["losses"] == everything[0]["losses"] for line in everything)
     adapters = {line["adapter"] for line in everything}
-    print(f"losses {'equal to the bit' if same else 'differ'}; adapters: {len(adapters)} different file(s)")
-    print("first and last loss:", *(f"{line['losses'][0]:.4f} {line['losses'][-1]:.4f};" for line in everything))
+    print(
+        f"losses {'equal to the bit' if same else 'differ'}; adapters: {len(adapters)} different"
+        " file(s)"
+    )
+    print(
+        "first and last loss:",
+        *(f"{line['losses'][0]:.4f} {line['losses'][-1]:.4f};" for line in everything),
+    )
 
 
 if __name__ == "__main__":

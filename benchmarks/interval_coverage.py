@@ -1,10 +1,12 @@
-"""How often the intervals of evaluate/intervals.py hold the truth, by kind of figure and number of rows.
+"""How often the intervals of evaluate/intervals.py hold the truth, by kind of figure and number of
+rows.
 
     python benchmarks/interval_coverage.py                  (two minutes on one core)
     python benchmarks/interval_coverage.py --draws 20000    (for the second digit)
 
-Shares of right rows are computed exactly. Everything else is drawn: `--draws` sets of rows from a known distribution,
-and for each whether its interval holds the true figure. One standard error of 2,000 draws is 0.5 points.
+Shares of right rows are computed exactly. Everything else is drawn: `--draws` sets of rows from a
+known distribution, and for each whether its interval holds the true figure. One standard error of
+2,000 draws is 0.5 points.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def _table(values: Counts, weights: Counts | None = None) -> Counts:
 
 
 def paired_shares(ours: float, theirs: float, correlation: float = 0.5) -> Case:
-    """Rows that are easy or hard for both: right where a normal value lies below each side's threshold."""
+    """Rows that are easy or hard for both: right where a normal value lies below each side's
+    threshold."""
     limits = np.array([NormalDist().inv_cdf(share) for share in (ours, theirs)])
 
     def draw(random: Random, rows: int) -> tuple[Counts, Counts]:
@@ -97,7 +100,11 @@ def seeded_shares(share: float, seeds: int, spread: float) -> Case:
     limit = NormalDist().inv_cdf(share) * math.sqrt(2 + spread**2)
 
     def draw(random: Random, rows: int) -> tuple[Counts, None]:
-        hard = random.normal(size=rows) + random.normal(size=(seeds, rows)) + spread * random.normal(size=(seeds, 1))
+        hard = (
+            random.normal(size=rows)
+            + random.normal(size=(seeds, rows))
+            + spread * random.normal(size=(seeds, 1))
+        )
         return _table((hard < limit).astype(float)), None
 
     return Case(f"share {share:g}, {seeds} seeds", draw, share)
@@ -109,7 +116,12 @@ def graded(perfect: float) -> Case:
     def draw(random: Random, rows: int) -> tuple[Counts, None]:
         return _table(np.where(random.random(rows) < perfect, 1.0, random.random(rows))), None
 
-    return Case(f"mean of rows in 0 to 1, {perfect:.0%} perfect", draw, perfect + (1 - perfect) / 2, share=True)
+    return Case(
+        f"mean of rows in 0 to 1, {perfect:.0%} perfect",
+        draw,
+        perfect + (1 - perfect) / 2,
+        share=True,
+    )
 
 
 def _tokens(random: Random, rows: int) -> Counts:
@@ -117,7 +129,9 @@ def _tokens(random: Random, rows: int) -> Counts:
 
 
 def _one(name: str, draw: Callable[[Random, int], Counts], truth: float) -> Case:
-    return Case(name, lambda random, rows: (_table(draw(random, rows), _tokens(random, rows)), None), truth)
+    return Case(
+        name, lambda random, rows: (_table(draw(random, rows), _tokens(random, rows)), None), truth
+    )
 
 
 def _change(name: str, draw: Callable[[Random, int], tuple[Counts, Counts]], truth: float) -> Case:
@@ -144,12 +158,24 @@ LOSSES = {
         _change("change of the loss, rows normal", _normal_change, -1.0),
     ),
     "skewed": (
-        _one("loss, rows gamma(2): skewness 1.4", lambda random, rows: random.gamma(2.0, 1.0, rows), 2.0),
-        _one("loss, rows exponential: skewness 2", lambda random, rows: random.exponential(1.0, rows), 1.0),
+        _one(
+            "loss, rows gamma(2): skewness 1.4",
+            lambda random, rows: random.gamma(2.0, 1.0, rows),
+            2.0,
+        ),
+        _one(
+            "loss, rows exponential: skewness 2",
+            lambda random, rows: random.exponential(1.0, rows),
+            1.0,
+        ),
         _change("change of the loss, rows gamma(2)", _skewed_change, -1.0),
     ),
     "very skewed": (
-        _one("loss, rows lognormal: skewness 6.2", lambda random, rows: random.lognormal(0, 1, rows), math.exp(0.5)),
+        _one(
+            "loss, rows lognormal: skewness 6.2",
+            lambda random, rows: random.lognormal(0, 1, rows),
+            math.exp(0.5),
+        ),
         _one(
             "loss, one row in ten 40 times the others",
             lambda random, rows: random.exponential(np.where(random.random(rows) < 0.1, 2.0, 0.05)),
@@ -160,7 +186,8 @@ LOSSES = {
 
 
 def _uneven(random: Random, rows: int) -> tuple[Counts, None]:
-    """Losses gamma(4, 0.5) of rows whose numbers of tokens are lognormal: a few rows hold most of the tokens."""
+    """Losses gamma(4, 0.5) of rows whose numbers of tokens are lognormal: a few rows hold most of
+    the tokens."""
     tokens = np.ceil(random.lognormal(3, 1, rows))
     return _table(random.gamma(4.0, 0.5, rows), tokens), None
 
@@ -169,7 +196,9 @@ LOSSES["uneven"] = (Case("loss, tokens of a row lognormal", _uneven, 2.0),)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--draws", type=int, default=2000)
     draws = parser.parse_args().draws
     print("| figure | " + " | ".join(f"{rows} rows" for rows in ROWS) + " |")

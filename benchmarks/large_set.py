@@ -1,14 +1,19 @@
-"""A large set of short rows: memory and time of putting its tokens into files, and of a run that finds them there.
+"""A large set of short rows: memory and time of putting its tokens into files, and of a run that
+finds them there.
 
-    python benchmarks/large_set.py build 20000 FOLDER      rows through the template; then once more, found
-    python benchmarks/large_set.py write 300000 FOLDER     as many examples with drawn tokens, without a template
-    python benchmarks/large_set.py make 10000000 FOLDER    the same files, column by column: not measured
-    python benchmarks/large_set.py read FOLDER             from opening them to the first batch, and 2,000 batches on
+    python benchmarks/large_set.py build 20000 FOLDER
+        rows through the template; then once more, found
+    python benchmarks/large_set.py write 300000 FOLDER
+        as many examples with drawn tokens, without a template
+    python benchmarks/large_set.py make 10000000 FOLDER
+        the same files, column by column: not measured
+    python benchmarks/large_set.py read FOLDER
+        from opening them to the first batch, and 2,000 batches on
 
-With --out FILE.json what was measured is added to a list there. Seconds are those of the processor (of this process;
-those of the chat template's stand beside them), so that other work on the machine does not count; `seconds` are on the
-clock. Resident bytes that are
-the process's own (anonymous) are told apart from mapped files, which the system takes back where it needs room.
+With --out FILE.json what was measured is added to a list there. Seconds are those of the processor
+(of this process; those of the chat template's stand beside them), so that other work on the machine
+does not count; `seconds` are on the clock. Resident bytes that are the process's own (anonymous)
+are told apart from mapped files, which the system takes back where it needs room.
 """
 
 import argparse
@@ -29,14 +34,30 @@ from veneer.data.longest import largest_micro_batches
 from veneer.data.on_disk import COLUMNS, INDEX, ExampleWriter, StoredExamples
 from veneer.data.tally import Tally
 
-WORDS = ("order", "refund", "ticket", "printer", "invoice", "delay", "parcel", "account", "seat", "train", "window")
+WORDS = (
+    "order",
+    "refund",
+    "ticket",
+    "printer",
+    "invoice",
+    "delay",
+    "parcel",
+    "account",
+    "seat",
+    "train",
+    "window",
+)
 BATCHES = 2000
 
 
 def resident() -> dict[str, int]:
     """Bytes of this process."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "Rss"))}
+    found = {
+        line.split(":")[0]: int(line.split()[1]) * 1024
+        for line in lines
+        if line.startswith(("VmHWM", "Rss"))
+    }
     return {"anonymous": found["RssAnon"], "mapped": found["RssFile"], "peak": found["VmHWM"]}
 
 
@@ -57,7 +78,9 @@ def build(count: int, folder: Path, base: str) -> Iterator[dict[str, Any]]:
     for way in ("build", "found"):
         before, start, begun = resident(), time.process_time(), time.perf_counter()
         beside = resource.getrusage(resource.RUSAGE_CHILDREN)
-        data = training_data(fields, length=2048, capacity=configured_capacity(config), tokenizer=tokenizer)
+        data = training_data(
+            fields, length=2048, capacity=configured_capacity(config), tokenizer=tokenizer
+        )
         own, seconds = time.process_time() - start, time.perf_counter() - begun
         rendering._worker().close()  # its seconds are told when it has ended
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -87,12 +110,18 @@ def write(count: int, folder: Path) -> dict[str, Any]:
         for at in range(number):
             ids, trained = tokens[at, : sizes[at]].copy(), np.zeros(sizes[at], dtype=np.bool_)
             trained[-10:] = True
-            row = Row(RowRef("rows.jsonl", first + at + 1), [{"role": "user", "content": str(first + at)}] * 2)
+            row = Row(
+                RowRef("rows.jsonl", first + at + 1),
+                [{"role": "user", "content": str(first + at)}] * 2,
+            )
             example = Example(ids, trained, row.ref, row_key(row))
             tally.add(row, [example])
             writer.add([example])
     writer.close()
-    counted = {"repeated": int(tally.repeated().sum()), "tokens": int(np.array(tally.lengths).sum())}
+    counted = {
+        "repeated": int(tally.repeated().sum()),
+        "tokens": int(np.array(tally.lengths).sum()),
+    }
     return {
         "way": "write",
         "examples": count,
@@ -134,7 +163,9 @@ def read(folder: Path) -> dict[str, Any]:
     rows = Rows.of(examples)
     plan = plan_epoch(rows.lengths, batch=8, seed=0, epoch=0, order="bucketed")
     plans = [(plan, len(plan))]
-    largest = largest_micro_batches(examples, rows, plans, micro_batch=8, packed=True, share_prompt=True)
+    largest = largest_micro_batches(
+        examples, rows, plans, micro_batch=8, packed=True, share_prompt=True
+    )
     for chosen in (largest[0], rows.examples(plan[0])):
         some = [examples[i] for i in chosen]
         make_batch(some, packed=True, share_prompt=True, device=torch.device("cpu"))
@@ -155,7 +186,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("way", choices=("build", "write", "make", "read"))
     parser.add_argument("what", nargs="+")
     parser.add_argument("--base", default="smollm2-135m")

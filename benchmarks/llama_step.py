@@ -1,10 +1,11 @@
-"""A decoding step of llama.cpp over a .gguf file, in a process without torch: decoding_step.py starts it and asks.
+"""A decoding step of llama.cpp over a .gguf file, in a process without torch: decoding_step.py
+starts it and asks.
 
     python benchmarks/llama_step.py FILE.gguf --rows 16 --threads 2
 
-Every line of its input is one run (all prompts read, then one token a row and step, the likeliest); a line of JSON
-answers it. Its own process, since llama.cpp sets a thread's tiles (AMX) up once and other code of the same threads may
-use them too. Its Python binding is the extra llamacpp.
+Every line of its input is one run (all prompts read, then one token a row and step, the likeliest);
+a line of JSON answers it. Its own process, since llama.cpp sets a thread's tiles (AMX) up once and
+other code of the same threads may use them too. Its Python binding is the extra llamacpp.
 """
 
 import argparse
@@ -28,7 +29,9 @@ class LlamaCpp:
 
     def __init__(self, file: str, rows: int, threads: int, read: int, new: int) -> None:
         self.rows, self.read, self.new = rows, read, new
-        self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
+        self.model = llama_cpp.llama_model_load_from_file(
+            file.encode(), llama_cpp.llama_model_default_params()
+        )
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = rows * (read + new + 64)
         settings.n_batch = settings.n_ubatch = rows * read
@@ -63,11 +66,16 @@ class LlamaCpp:
             parts = self.best(parts, place)
             steps.append(time.perf_counter() - began)
         whole = time.perf_counter() - start
-        return {"ms a step": 1e3 * statistics.median(steps), "tokens/s": self.rows * self.new / whole}
+        return {
+            "ms a step": 1e3 * statistics.median(steps),
+            "tokens/s": self.rows * self.new / whole,
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", metavar="FILE.gguf")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

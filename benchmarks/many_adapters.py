@@ -1,13 +1,15 @@
-"""One base and a library of up to a thousand adapters, asked for by a power law: what is answered, how soon, in what
-memory.
+"""One base and a library of up to a thousand adapters, asked for by a power law: what is answered,
+how soon, in what memory.
 
-    python benchmarks/many_adapters.py                                smollm2-135m; 1, 16, 128 and 1,000 adapters
+    python benchmarks/many_adapters.py
+        smollm2-135m; 1, 16, 128 and 1,000 adapters
     python benchmarks/many_adapters.py --numbers 1,16 --requests 64
 
-Prints `measurements`, as docs/results/*.json hold them. LoRA of rank 8 on q and v; prompts of 64 tokens, 32 new ones;
-16 requests are in flight, a new one comes as one ends; the adapter of rank k is asked for 1/k as often as the first.
---uneven: 8 to 56 new tokens, so that answers end one by one and each step may have other rows of other adapters.
-Cold: nothing is in memory at first. Warm: the same requests once more. `first token`: from the request's coming.
+Prints `measurements`, as docs/results/*.json hold them. LoRA of rank 8 on q and v; prompts of 64
+tokens, 32 new ones; 16 requests are in flight, a new one comes as one ends; the adapter of rank k
+is asked for 1/k as often as the first. --uneven: 8 to 56 new tokens, so that answers end one by one
+and each step may have other rows of other adapters. Cold: nothing is in memory at first. Warm: the
+same requests once more. `first token`: from the request's coming.
 """
 
 import argparse
@@ -62,7 +64,8 @@ def asked_for(number: int, requests: int) -> list[int]:
 
 
 def in_flight(engine: Engine, requests: list[Request], flight: int) -> tuple[float, list[float]]:
-    """Seconds of all, and how long each waited for its first token, in the order in which these came."""
+    """Seconds of all, and how long each waited for its first token, in the order in which these
+    came."""
     waiting, came, first = list(reversed(requests)), {}, {}
     flying: list[Answer] = []
     start = time.perf_counter()
@@ -98,7 +101,11 @@ def requests_for(identities: list[Any], uneven: bool = False) -> list[Request]:
     prompts = torch.randint(100, 40000, (len(identities), PROMPT), generator=draw).tolist()
     lengths = random.Random(3)
     return [
-        Request(prompt=tuple(prompt), max_new_tokens=lengths.randint(*UNEVEN) if uneven else NEW, adapter=identity)
+        Request(
+            prompt=tuple(prompt),
+            max_new_tokens=lengths.randint(*UNEVEN) if uneven else NEW,
+            adapter=identity,
+        )
         for prompt, identity in zip(prompts, identities, strict=True)
     ]
 
@@ -115,16 +122,22 @@ def main() -> None:
     _ = base.paths
     room = 2 * FLIGHT * (PROMPT + NEW + 16) * bytes_per_token(base)
     new = "{} to {}".format(*UNEVEN) if asked.uneven else f"{NEW}"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         numbers = [int(each) for each in asked.numbers.split(",")]
         library = make_library(Path(folder), base, max(numbers))
         bare = Engine(base, budget_bytes=room, adapters=Fixed({}))
         answered(bare, requests_for([()] * FLIGHT))
-        found["the base alone, no library"] = answered(bare, requests_for([()] * asked.requests, asked.uneven))
+        found["the base alone, no library"] = answered(
+            bare, requests_for([()] * asked.requests, asked.uneven)
+        )
         for number in numbers:
-            residents = Residents(base, library, budget_bytes=asked.budget_mb * 2**20, base_names=["base"])
+            residents = Residents(
+                base, library, budget_bytes=asked.budget_mb * 2**20, base_names=["base"]
+            )
             engine = Engine(base, budget_bytes=room, adapters=residents)
             names = asked_for(number, asked.requests)
             identities = [residents.resolve(f"a{each}") for each in names]
@@ -147,13 +160,22 @@ def main() -> None:
             {
                 "measurements": [
                     {
-                        "what": f"answers of adapters by a power law: {asked.base}, LoRA of rank {RANK} on q and v, "
-                        f"{FLIGHT} requests in flight, {PROMPT} tokens read and {new} new ones, "
-                        f"{asked.budget_mb} MB for adapters",
-                        "machine": f"{platform.processor() or platform.machine()}; torch {torch.__version__}",
+                        "what": (
+                            f"answers of adapters by a power law: {asked.base}, LoRA of rank {RANK}"
+                            f" on q and v, {FLIGHT} requests in flight, {PROMPT} tokens read and"
+                            f" {new} new ones, {asked.budget_mb} MB for adapters"
+                        ),
+                        "machine": (
+                            f"{platform.processor() or platform.machine()}; torch"
+                            f" {torch.__version__}"
+                        ),
                         "commit": commit.stdout.strip(),
                         "command": shlex.join(["python", *sys.argv]),
-                        "values": {"threads": torch.get_num_threads(), "dtype": str(base.dtype), **found},
+                        "values": {
+                            "threads": torch.get_num_threads(),
+                            "dtype": str(base.dtype),
+                            **found,
+                        },
                     }
                 ]
             },

@@ -1,13 +1,15 @@
-"""What is left of a trained adapter after merging, by the type that is stored: logits and survival; JSON lines.
+"""What is left of a trained adapter after merging, by the type that is stored: logits and survival;
+JSON lines.
 
     fp32, bf16, bf16 rounded at random, fp16     into the dense base
     nf4 dequantised, nf4 original                the two honest merges over a 4-bit base
-    nf4 requantised                              NF4 of (what NF4 decodes to + update): what Veneer never does
+    nf4 requantised
+        NF4 of (what NF4 decodes to + update): what Veneer never does
     peft fp32, peft bf16                         PEFT's merge_and_unload, where PEFT is installed
 
-mean_difference and max_difference compare logits with those of the adapter on the base it is merged into;
-mean_effect is how far the adapter moves them: a merge that loses the adapter differs by as much. Both sides run in
-float32.
+mean_difference and max_difference compare logits with those of the adapter on the base it is merged
+into; mean_effect is how far the adapter moves them: a merge that loses the adapter differs by as
+much. Both sides run in float32.
 
     python benchmarks/merge_table.py --base smollm2-135m --adapter runs/tickets [--rows FILE.jsonl]
 """
@@ -63,7 +65,9 @@ def row(tool: str, kind: str, left: Survival, check: LogitCheck, seconds: float)
 
 def loaded(base: str, adapter: Path, *, quantize: Any = None) -> FrozenBase:
     found = load_base(base, device="cpu", quantize=quantize)
-    load_adapter(found, adapter, name="a", force_base=True)  # one adapter over bases in several formats
+    load_adapter(
+        found, adapter, name="a", force_base=True
+    )  # one adapter over bases in several formats
     return found
 
 
@@ -71,13 +75,19 @@ def rows_of(base: FrozenBase, file: Path | None) -> list[list[int]]:
     if file is None:
         return text_rows(base.tokenizer)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:8]]
-    return limited([list(base.tokenizer.apply_chat_template(line["messages"])["input_ids"]) for line in lines])
+    return limited(
+        [list(base.tokenizer.apply_chat_template(line["messages"])["input_ids"]) for line in lines]
+    )
 
 
-def into_folder(base: FrozenBase, rows: list[list[int]], kind: str, **choice: Any) -> dict[str, Any]:
+def into_folder(
+    base: FrozenBase, rows: list[list[int]], kind: str, **choice: Any
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
-        report = merge_into_folder(base, [("a", 1.0)], Path(place) / "m", rows=rows, least_survival=0.0, **choice)
+        report = merge_into_folder(
+            base, [("a", 1.0)], Path(place) / "m", rows=rows, least_survival=0.0, **choice
+        )
         assert report.logits is not None
         return row("veneer", kind, report.total, report.logits, time.perf_counter() - start)
 
@@ -100,7 +110,11 @@ def requantised(base: FrozenBase, rows: list[list[int]]) -> dict[str, Any]:
         module.hold("weight", nf4.quantize(target))
         left.append(survival(own, target, module.dense_weight(torch.float32)))
     return row(
-        "veneer (not offered)", "nf4 requantised", total(left), compare(base, asked), time.perf_counter() - start
+        "veneer (not offered)",
+        "nf4 requantised",
+        total(left),
+        compare(base, asked),
+        time.perf_counter() - start,
     )
 
 
@@ -138,10 +152,22 @@ def table(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
         report = merge_into_folder(
-            base, [("a", 1.0)], Path(place) / "m", dtype="fp32", rows=rows, as_trained=as_trained, least_survival=0.0
+            base,
+            [("a", 1.0)],
+            Path(place) / "m",
+            dtype="fp32",
+            rows=rows,
+            as_trained=as_trained,
+            least_survival=0.0,
         )
         assert report.as_trained is not None
-        yield row("veneer", "nf4 original, fp32", report.total, report.as_trained, time.perf_counter() - start)
+        yield row(
+            "veneer",
+            "nf4 original, fp32",
+            report.total,
+            report.as_trained,
+            time.perf_counter() - start,
+        )
     yield requantised(loaded(args.base, adapter, quantize="nf4"), rows)
     for kind in ("fp32", "bf16") if importlib.util.find_spec("peft") else ():
         gc.collect()
@@ -149,10 +175,16 @@ def table(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", required=True)
-    parser.add_argument("--adapter", required=True, help="a really trained one: an adapter folder or a run")
-    parser.add_argument("--rows", type=Path, help="chat rows (.jsonl) to compare logits on; default: built-in texts")
+    parser.add_argument(
+        "--adapter", required=True, help="a really trained one: an adapter folder or a run"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="chat rows (.jsonl) to compare logits on; default: built-in texts"
+    )
     for line in table(parser.parse_args()):
         print(json.dumps(line), flush=True)
 

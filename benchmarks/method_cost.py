@@ -2,10 +2,11 @@
 
     python benchmarks/method_cost.py --base smollm2-135m --rows train.jsonl --out cost.json
 
-Each method trains in a process of its own, the methods in turn and all of them --repeats times, so that what else the
-machine does falls on all alike. Every run has the same rows in the same order, so a step is the same work each
-time: the fastest of its repeats counts, and the mean over steps is told. The first step of a run is left out.
-Memory is the peak above what the process held before the base was loaded. The rank is the same where a method has one.
+Each method trains in a process of its own, the methods in turn and all of them --repeats times, so
+that what else the machine does falls on all alike. Every run has the same rows in the same order,
+so a step is the same work each time: the fastest of its repeats counts, and the mean over steps is
+told. The first step of a run is left out. Memory is the peak above what the process held before the
+base was loaded. The rank is the same where a method has one.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
             checkpointing=args.checkpointing,
         )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
-        steps = [r for r in read_records(Path(scratch) / "run" / "metrics.jsonl") if r["kind"] == "step"][1:]
+        steps = [
+            r for r in read_records(Path(scratch) / "run" / "metrics.jsonl") if r["kind"] == "step"
+        ][1:]
     return {
         "seconds": [step["seconds"] for step in steps],
         "memory_bytes": summary["peak_memory_bytes"] - summary["idle_memory_bytes"],
@@ -84,7 +87,9 @@ def main() -> None:
     if args.one is not None:
         print(json.dumps(one(args)))
         return
-    chosen = [m for m in args.methods if args.quantize is None or isinstance(methods(1)[m], AdapterConfig)]
+    chosen = [
+        m for m in args.methods if args.quantize is None or isinstance(methods(1)[m], AdapterConfig)
+    ]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for _ in range(args.repeats):
         for name in chosen:
@@ -99,15 +104,21 @@ def main() -> None:
         rows[name] = {"step_seconds": statistics.mean(map(min, zip(*steps, strict=True)))}
         rows[name] |= {"slowest_run_seconds": max(statistics.mean(run) for run in steps)}
         rows[name] |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    settings = {k: v for k, v in vars(args).items() if k not in ("one", "out")} | {"rows": Path(args.rows).name}
+    settings = {k: v for k, v in vars(args).items() if k not in ("one", "out")} | {
+        "rows": Path(args.rows).name
+    }
     args.out.write_text(json.dumps({"settings": settings, "methods": rows}, indent=2) + "\n")
     unit = rows.get("lora", next(iter(rows.values())))
-    print("| method | trained | file, MB | s/step | × LoRA | memory, MB | × LoRA |\n|---|---|---|---|---|---|---|")
+    print(
+        "| method | trained | file, MB | s/step | × LoRA | memory, MB | × LoRA"
+        " |\n|---|---|---|---|---|---|---|"
+    )
     for name, row in rows.items():
         seconds, memory = row["step_seconds"], row["memory_bytes"]
         print(
-            f"| {name} | {row['trainable_parameters']:,.0f} | {row['file_bytes'] / 1e6:.2f} | {seconds:.3f} "
-            f"| {seconds / unit['step_seconds']:.2f} | {memory / 1e6:,.0f} | {memory / unit['memory_bytes']:.2f} |"
+            f"| {name} | {row['trainable_parameters']:,.0f} | {row['file_bytes'] / 1e6:.2f} |"
+            f" {seconds:.3f} | {seconds / unit['step_seconds']:.2f} | {memory / 1e6:,.0f} |"
+            f" {memory / unit['memory_bytes']:.2f} |"
         )
 
 

@@ -1,10 +1,12 @@
-"""What a forward costs whose rows have adapters of their own, beside one adapter on all rows, and beside none.
+"""What a forward costs whose rows have adapters of their own, beside one adapter on all rows, and
+beside none.
 
     python benchmarks/mixed_forward.py                       smollm2-135m, 16 adapters of rank 16
     python benchmarks/mixed_forward.py --adapters 4 --turns 5
 
-Prints JSON, milliseconds (median and spread of --turns alternating turns): an answer's step of 16 rows, one token each;
-reading 512 tokens, 16 rows of 32; and the training step (forward and backward) over the same.
+Prints JSON, milliseconds (median and spread of --turns alternating turns): an answer's step of 16
+rows, one token each; reading 512 tokens, 16 rows of 32; and the training step (forward and
+backward) over the same.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""Planned against measured peak memory: 40 runs of random bases and the real one, each in a process of its own.
+"""Planned against measured peak memory: 40 runs of random bases and the real one, each in a process
+of its own.
 
     python benchmarks/plan_accuracy.py                    the 40 of the documentation
     python benchmarks/plan_accuracy.py --only qwen        those whose name holds this word
-    python benchmarks/plan_accuracy.py --dtype float32    all in this type, where bf16 products would take for ever
+    python benchmarks/plan_accuracy.py --dtype float32
+        all in this type, where bf16 products would take for ever
     python benchmarks/plan_accuracy.py --keep found.json  also write every case's figures
 
-Every run is `veneer.train` for two steps; summary.json holds what was planned before the first step and what was
-measured. Memory does not depend on the machine's load. Prints one line a run, then median and worst error.
+Every run is `veneer.train` for two steps; summary.json holds what was planned before the first step
+and what was measured. Memory does not depend on the machine's load. Prints one line a run, then
+median and worst error.
 """
 
 import argparse
@@ -55,7 +58,14 @@ BASES = {
         "tie_word_embeddings": True,
         "sliding_window": 256,
     },
-    "gpt2": {"model_type": "gpt2", "n_layer": 12, "n_embd": 512, "n_head": 8, "vocab_size": 32000, "n_positions": 1024},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_layer": 12,
+        "n_embd": 512,
+        "n_head": 8,
+        "vocab_size": 32000,
+        "n_positions": 1024,
+    },
     "moe": {
         "model_type": "qwen3_moe",
         "num_hidden_layers": 8,
@@ -119,7 +129,8 @@ def cases(dtype: str | None) -> list[str]:
 
 
 def one(folder: Path, case: str) -> dict[str, int]:
-    """Runs in a process of its own: makes the base if it is random, trains, returns the summary's figures."""
+    """Runs in a process of its own: makes the base if it is random, trains, returns the summary's
+    figures."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -139,8 +150,12 @@ def one(folder: Path, case: str) -> dict[str, int]:
             tiny_tokenizer().save_pretrained(source)
             return {}  # the next process measures: this one has held the model
     rows = folder / f"rows-{base}-{length}.jsonl"
-    words = ("abcdefghij klmnop " * int(length))[: (int(length) - 4) * (1 if fields is not None else 2)]
-    rows.write_text("\n".join(json.dumps({"text": f"{n:03d}{words}"}) for n in range(4 * int(batch))))
+    words = ("abcdefghij klmnop " * int(length))[
+        : (int(length) - 4) * (1 if fields is not None else 2)
+    ]
+    rows.write_text(
+        "\n".join(json.dumps({"text": f"{n:03d}{words}"}) for n in range(4 * int(batch)))
+    )
     with tempfile.TemporaryDirectory() as out:
         summary = veneer.train(
             source,
@@ -155,15 +170,21 @@ def one(folder: Path, case: str) -> dict[str, int]:
             dtype=dtype,
             quiet=True,
         )
-        lines = [json.loads(line) for line in Path(f"{out}/run/metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in Path(f"{out}/run/metrics.jsonl").read_text().splitlines()
+        ]
     steps = [line for line in lines if line["kind"] == "step"]
-    return {key: summary[key] for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")} | {
-        "computed_tokens": steps[-1]["computed_tokens"]
-    }
+    return {
+        key: summary[key]
+        for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")
+    } | {"computed_tokens": steps[-1]["computed_tokens"]}
 
 
-def measure_all(command: Sequence[str], cases: Mapping[str, str], scratch: Path | None, keep: Path | None) -> None:
-    """Measures each case in a process of its own and prints planned memory, measured memory and the error.
+def measure_all(
+    command: Sequence[str], cases: Mapping[str, str], scratch: Path | None, keep: Path | None
+) -> None:
+    """Measures each case in a process of its own and prints planned memory, measured memory and the
+    error.
 
     command   words after `python`; the scratch folder and the case's value follow them
     cases     name on the screen -> value for the command
@@ -179,11 +200,17 @@ def measure_all(command: Sequence[str], cases: Mapping[str, str], scratch: Path 
             for _ in range(2):  # the first call for a random base only makes it
                 words = [sys.executable, *command, str(folder), value]
                 done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
-                result = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
+                result = (
+                    json.loads(done.stdout.strip().splitlines()[-1])
+                    if done.returncode == 0
+                    else None
+                )
                 if result != {}:
                     break
             if not result or not result["planned_memory_bytes"]:
-                print(f"{name:<{width}} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+                print(
+                    f"{name:<{width}} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True
+                )
                 continue
             kept[name] = result
             planned, measured = result["planned_memory_bytes"], result["peak_memory_bytes"]
@@ -194,11 +221,16 @@ def measure_all(command: Sequence[str], cases: Mapping[str, str], scratch: Path 
                 keep.write_text(json.dumps(kept, indent=1))
     if errors:
         sizes = sorted(map(abs, errors))
-        print(f"{len(errors)} runs: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+        print(
+            f"{len(errors)} runs: median error {statistics.median(sizes):.1%}, worst"
+            f" {sizes[-1]:.1%}"
+        )
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--only", default="", metavar="WORD")
     p.add_argument("--dtype", choices=["float32", "bfloat16"])
     p.add_argument("--keep", type=Path, metavar="FILE")

@@ -1,12 +1,14 @@
-"""Planned against measured peak memory on twenty mixtures of rows that share prompts and rows that share none.
+"""Planned against measured peak memory on twenty mixtures of rows that share prompts and rows that
+share none.
 
     python -m benchmarks.plan_mixtures                    all twenty
     python -m benchmarks.plan_mixtures --only qwen        those whose name holds this word
     python -m benchmarks.plan_mixtures --keep found.json  also write every case's figures
 
-Each run is `veneer.train` for two epochs in a process of its own, so the peak is that of the batch that takes the most,
-whichever it is. The first mixture is four rows behind a system turn of 1,100 tokens and four of 750; the others are
-drawn. Memory does not depend on the machine's load. Prints one line a run, then median and worst error.
+Each run is `veneer.train` for two epochs in a process of its own, so the peak is that of the batch
+that takes the most, whichever it is. The first mixture is four rows behind a system turn of 1,100
+tokens and four of 750; the others are drawn. Memory does not depend on the machine's load. Prints
+one line a run, then median and worst error.
 """
 
 import argparse
@@ -25,7 +27,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Mixture:
-    """parts: (rows, tokens of the system turn that they share or 0, tokens of each row's own text)."""
+    """parts: (rows, tokens of the system turn that they share or 0, tokens of each row's own
+    text)."""
 
     base: str
     batch: int
@@ -58,12 +61,16 @@ def mixtures() -> list[Mixture]:
 
 
 def rows_of(mixture: Mixture, seed: int) -> list[dict[str, Any]]:
-    """Rows in random order. A random base has a token for each letter, SmolLM2 about one for each short word."""
+    """Rows in random order. A random base has a token for each letter, SmolLM2 about one for each
+    short word."""
     draw = random.Random(seed)
 
     def text(tokens: int) -> str:
         if BASES[mixture.base] is None:
-            return " ".join(draw.choice(["the", "cat", "sat", "on", "a", "red", "mat", "and"]) for _ in range(tokens))
+            return " ".join(
+                draw.choice(["the", "cat", "sat", "on", "a", "red", "mat", "and"])
+                for _ in range(tokens)
+            )
         return "".join(draw.choice(LETTERS) for _ in range(tokens))
 
     rows = []
@@ -72,13 +79,16 @@ def rows_of(mixture: Mixture, seed: int) -> list[dict[str, Any]]:
         for _ in range(count):
             answer = draw.randint(5, max(own // 4, 6))
             asked = {"role": "user", "content": text(max(own - answer + draw.randint(-9, 9), 5))}
-            rows.append({"messages": [*system, asked, {"role": "assistant", "content": text(answer)}]})
+            rows.append(
+                {"messages": [*system, asked, {"role": "assistant", "content": text(answer)}]}
+            )
     draw.shuffle(rows)
     return rows
 
 
 def measure(folder: Path, number: int) -> dict[str, Any]:
-    """Runs in a process of its own: makes the base if it is random, trains, returns the summary's figures."""
+    """Runs in a process of its own: makes the base if it is random, trains, returns the summary's
+    figures."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +101,9 @@ def measure(folder: Path, number: int) -> dict[str, Any]:
     if fields is not None:
         source = str(folder / mixture.base)
         if not Path(source).exists():
-            model = AutoModelForCausalLM.from_config(config_from({**fields, "dtype": "bfloat16"}), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(
+                config_from({**fields, "dtype": "bfloat16"}), dtype=torch.bfloat16
+            )
             model.save_pretrained(source)
             tiny_tokenizer().save_pretrained(source)
             return {}  # the next process measures: this one has held the model
@@ -108,11 +120,16 @@ def measure(folder: Path, number: int) -> dict[str, Any]:
             dtype="bfloat16",
             quiet=True,
         )
-    return {key: summary[key] for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")}
+    return {
+        key: summary[key]
+        for key in ("planned_memory_bytes", "peak_memory_bytes", "idle_memory_bytes")
+    }
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--only", default="", metavar="WORD")
     p.add_argument("--keep", type=Path, metavar="FILE")
     p.add_argument("--scratch", type=Path, help="keep the random bases here, for the next time")
@@ -121,7 +138,9 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(Path(args.measure[0]), int(args.measure[1]))))
         return
-    chosen = {one.name: str(number) for number, one in enumerate(mixtures()) if args.only in one.name}
+    chosen = {
+        one.name: str(number) for number, one in enumerate(mixtures()) if args.only in one.name
+    }
     measure_all(["-m", "benchmarks.plan_mixtures", "--measure"], chosen, args.scratch, args.keep)
 
 

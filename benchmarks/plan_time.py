@@ -2,8 +2,9 @@
 
     python benchmarks/plan_time.py --base smollm2-135m
 
-Rates are measured first (plan/machine.py), the step predicted from them and its dry run, then five real steps timed.
-Prints predicted and measured tokens a second; the median of measured over predicted speed is machine.py's STEP_SHARE.
+Rates are measured first (plan/machine.py), the step predicted from them and its dry run, then five
+real steps timed. Prints predicted and measured tokens a second; the median of measured over
+predicted speed is machine.py's STEP_SHARE.
 """
 
 import argparse
@@ -33,7 +34,9 @@ RUNS = (
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--base", default="smollm2-135m")
     p.add_argument("--only", type=int, default=len(RUNS))
     p.add_argument("--steps", type=int, default=5)
@@ -42,11 +45,14 @@ def main() -> None:
     ratios = []
     for name, batch, length, kept in RUNS[: args.only]:
         method, _ = method_named(name)
-        choice = Choice(method=method, batch=batch, length=length, checkpointing=kept, share_prompt=False)
+        choice = Choice(
+            method=method, batch=batch, length=length, checkpointing=kept, share_prompt=False
+        )
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.jsonl"
             texts = (
-                json.dumps({"text": f"{n % 10}" + " river" * (2 * length)}) for n in range(batch * (args.steps + 1))
+                json.dumps({"text": f"{n % 10}" + " river" * (2 * length)})
+                for n in range(batch * (args.steps + 1))
             )
             rows.write_text("\n".join(texts))
             data = {"train": str(rows), "long_rows": "cut", "validation_share": 0.0}
@@ -58,7 +64,12 @@ def main() -> None:
                 "steps": args.steps + 1,
             }
             summary = veneer.train(
-                args.base, data, out=Path(folder) / "run", share_prompt=False, quiet=True, **settings
+                args.base,
+                data,
+                out=Path(folder) / "run",
+                share_prompt=False,
+                quiet=True,
+                **settings,
             )
         planner = Planner(found)
         machine = this_machine(planner.step_run(choice).work, planner.dtype(choice))
@@ -67,11 +78,13 @@ def main() -> None:
         ratios.append(measured / predicted)
         label = f"{name} {batch} x {length}{' checkpointing' if kept else ''}"
         print(
-            f"{label:<32} predicted {predicted:8.0f}  measured {measured:8.0f} tokens/s  {ratios[-1] - 1:+.0%}",
+            f"{label:<32} predicted {predicted:8.0f}  measured {measured:8.0f} tokens/s "
+            f" {ratios[-1] - 1:+.0%}",
             flush=True,
         )
     print(
-        f"median measured / predicted {statistics.median(ratios):.2f}; worst {max(abs(r - 1) for r in ratios):.0%} off"
+        f"median measured / predicted {statistics.median(ratios):.2f}; worst"
+        f" {max(abs(r - 1) for r in ratios):.0%} off"
     )
 
 

@@ -1,11 +1,15 @@
-"""One run on two processes of this machine, over gloo: what each holds beside what was planned; a step's time by part.
+"""One run on two processes of this machine, over gloo: what each holds beside what was planned; a
+step's time by part.
 
     python -m benchmarks.processes memory
-    python -m benchmarks.processes memory --base random --scratch FOLDER     a Llama of 230 M weights, kept in FOLDER
-    python -m benchmarks.processes time --rows ROWS.jsonl      1 and 2 processes of one thread each, in turn
+    python -m benchmarks.processes memory --base random --scratch FOLDER
+        a Llama of 230 M weights, kept in FOLDER
+    python -m benchmarks.processes time --rows ROWS.jsonl
+        1 and 2 processes of one thread each, in turn
 
-With --out FILE.json what was measured is added to a list there. Memory does not depend on other work on the machine;
-for times it has to be quiet. --only takes one way of a round, --steps and --batch are those of a run.
+With --out FILE.json what was measured is added to a list there. Memory does not depend on other
+work on the machine; for times it has to be quiet. --only takes one way of a round, --steps and
+--batch are those of a run.
 """
 
 import argparse
@@ -43,12 +47,22 @@ TIMES: dict[str, dict[str, Any]] = {
 }
 
 
-def together(config: dict[str, Any], processes: int, module: str = "processes") -> list[dict[str, Any]]:
+def together(
+    config: dict[str, Any], processes: int, module: str = "processes"
+) -> list[dict[str, Any]]:
     """What each process of this run says at its end, by the --one of a module of this folder."""
     with ExitStack() as stack:
         port, meeting = stack.enter_context(listening())
-        common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {
+            **environment_for(os.environ),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        }
+        common |= {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", f"benchmarks.{module}", "--one", json.dumps(config)],
@@ -76,8 +90,16 @@ def one(config: dict[str, Any]) -> dict[str, Any]:
     from veneer.train.screen import QuietScreen
 
     leads = os.environ["RANK"] == "0"
-    summary = api.train_run(RunConfig.model_validate(config) if leads else None, resume=False, screen=QuietScreen())
-    names = ("planned_memory_bytes", "peak_memory_bytes", "last_loss", "seconds", "tokens_per_second")
+    summary = api.train_run(
+        RunConfig.model_validate(config) if leads else None, resume=False, screen=QuietScreen()
+    )
+    names = (
+        "planned_memory_bytes",
+        "peak_memory_bytes",
+        "last_loss",
+        "seconds",
+        "tokens_per_second",
+    )
     return {name: summary[name] for name in (*names, "seconds_by_part", "steps")}
 
 
@@ -99,14 +121,29 @@ def memory(base: str, folder: Path, only: str) -> list[dict[str, Any]]:
         if only not in name:
             continue
         with tempfile.TemporaryDirectory() as out:
-            fields = {"base": source, "data": {"train": str(rows), "validation_share": 0.0, "long_rows": "cut"}}
-            fields |= {"out": f"{out}/run", "batch": 4, "length": length, "steps": 1, "dtype": "float32", **own}
+            fields = {
+                "base": source,
+                "data": {"train": str(rows), "validation_share": 0.0, "long_rows": "cut"},
+            }
+            fields |= {
+                "out": f"{out}/run",
+                "batch": 4,
+                "length": length,
+                "steps": 1,
+                "dtype": "float32",
+                **own,
+            }
             said = together(fields, PROCESSES)
-        planned, measured = said[0]["planned_memory_bytes"], [each["peak_memory_bytes"] for each in said]
+        planned, measured = (
+            said[0]["planned_memory_bytes"],
+            [each["peak_memory_bytes"] for each in said],
+        )
         found.append({"base": base, "run": name, "planned": planned, "measured": measured})
         errors = ", ".join(f"{planned / each - 1:+.1%}" for each in measured)
         print(
-            f"{base:<14}{name:<32}{planned / 1e6:6.0f}  {[round(m / 1e6) for m in measured]} MB  {errors}", flush=True
+            f"{base:<14}{name:<32}{planned / 1e6:6.0f}  {[round(m / 1e6) for m in measured]} MB "
+            f" {errors}",
+            flush=True,
         )
     return found
 
@@ -118,9 +155,22 @@ def time(base: str, rows: str, only: str, *, steps: int, batch: int) -> list[dic
         if only not in (name, ""):
             continue
         with tempfile.TemporaryDirectory() as out:
-            fields = {"base": base, "data": {"train": rows, "validation_share": 0.0}, "out": f"{out}/run"}
-            fields |= {"batch": batch, "micro_batch": batch // 2, "steps": steps, "order": "file", "dtype": "float32"}
-            own, processes = {key: value for key, value in own.items() if key != "processes"}, own["processes"]
+            fields = {
+                "base": base,
+                "data": {"train": rows, "validation_share": 0.0},
+                "out": f"{out}/run",
+            }
+            fields |= {
+                "batch": batch,
+                "micro_batch": batch // 2,
+                "steps": steps,
+                "order": "file",
+                "dtype": "float32",
+            }
+            own, processes = (
+                {key: value for key, value in own.items() if key != "processes"},
+                own["processes"],
+            )
             said = together({**fields, "show_answers": False, **own}, processes)[0]
         timed = said["steps"] - 1
         parts = {part: each / timed for part, each in (said["seconds_by_part"] or {}).items()}
@@ -138,7 +188,9 @@ def time(base: str, rows: str, only: str, *, steps: int, batch: int) -> list[dic
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", nargs="?", choices=["memory", "time"])
     p.add_argument("--base", default="smollm2-135m", help="or random")
     p.add_argument("--only", default="", metavar="WORD", help="runs whose name holds it")
@@ -158,7 +210,13 @@ def main() -> None:
         if args.what == "memory":
             found = memory(args.base, folder, args.only)
         else:
-            found = time(args.base, str(Path(args.rows).resolve()), args.only, steps=args.steps, batch=args.batch)
+            found = time(
+                args.base,
+                str(Path(args.rows).resolve()),
+                args.only,
+                steps=args.steps,
+                batch=args.batch,
+            )
     if args.out:
         before = json.loads(args.out.read_text()) if args.out.exists() else []
         args.out.write_text(json.dumps([*before, *found], indent=1))

@@ -1,9 +1,12 @@
-"""QLoRA beside our own bf16 LoRA, full fine-tuning and TRL with bitsandbytes: speed, memory, decoding.
+"""QLoRA beside our own bf16 LoRA, full fine-tuning and TRL with bitsandbytes: speed, memory,
+decoding.
 
-    python benchmarks/qlora_speed.py --base FOLDER --rows e2e_json.jsonl [--peer-python PY --peer-scripts DIR]
+    python benchmarks/qlora_speed.py --base FOLDER --rows e2e_json.jsonl [--peer-python PY \\
+        --peer-scripts DIR]
 
-Alternating rounds, medians. Two bases: FOLDER, and a random Llama of hidden 2048 with its tokenizer. The default
-batch is about 1,000 tokens a step on short rows. Decoding: greedy tokens a second of one prompt, bf16 against 4 bits.
+Alternating rounds, medians. Two bases: FOLDER, and a random Llama of hidden 2048 with its
+tokenizer. The default batch is about 1,000 tokens a step on short rows. Decoding: greedy tokens a
+second of one prompt, bf16 against 4 bits.
 """
 
 import argparse
@@ -35,7 +38,16 @@ def run(command: list[str]) -> dict[str, float]:
 
 
 def train(args: argparse.Namespace, base: str, *, peer: bool) -> None:
-    common = ["--base", base, "--rows", str(args.rows), "--batch", str(args.batch), "--steps", str(args.steps)]
+    common = [
+        "--base",
+        base,
+        "--rows",
+        str(args.rows),
+        "--batch",
+        str(args.batch),
+        "--steps",
+        str(args.steps),
+    ]
     own = [sys.executable, str(HERE / "train_veneer.py"), *common]
     commands = {
         "qlora": [*own, "--quantize", "nf4"],
@@ -57,14 +69,17 @@ def train(args: argparse.Namespace, base: str, *, peer: bool) -> None:
         names = list(commands) if number % 2 == 0 else list(reversed(commands))
         for name in names:
             found[name].append(run(commands[name]))
-    middle = {n: statistics.median(l["examples_per_s"] for l in lines) for n, lines in found.items()}
+    middle = {
+        n: statistics.median(l["examples_per_s"] for l in lines) for n, lines in found.items()
+    }
     for name, lines in found.items():
         speeds = [line["examples_per_s"] for line in lines]
         peak = statistics.median(line["peak_rss_mib"] for line in lines)
         tokens = lines[0]["real_tokens"] / args.steps
         print(
-            f"  {name:<10} examples/s {middle[name]:.2f} ({min(speeds):.2f}-{max(speeds):.2f})   peak {peak:.0f} MiB   "
-            f"{tokens:.0f} tokens a step   loss {lines[0]['first_loss']} to {lines[0]['last_loss']}"
+            f"  {name:<10} examples/s {middle[name]:.2f} ({min(speeds):.2f}-{max(speeds):.2f})  "
+            f" peak {peak:.0f} MiB   {tokens:.0f} tokens a step   loss {lines[0]['first_loss']} to"
+            f" {lines[0]['last_loss']}"
         )
     for name in middle:
         if name != "qlora":
@@ -97,7 +112,9 @@ def weights_and_decoding(base: str, tokens: int) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--base", required=True, help="a bf16 model folder")
     p.add_argument("--rows", type=Path, required=True)
     p.add_argument("--peer-python")
@@ -124,7 +141,10 @@ def main() -> None:
             heads=args.hidden // 64,
             kv_heads=max(1, args.hidden // 256),
         )
-        print(f"random Llama, hidden {args.hidden}, {args.layers} layers, {count / 1e9:.2f} B parameters:")
+        print(
+            f"random Llama, hidden {args.hidden}, {args.layers} layers, {count / 1e9:.2f} B"
+            " parameters:"
+        )
         train(args, str(scratch / "wide"), peer=True)
         weights_and_decoding(str(scratch / "wide"), args.tokens)
     finally:

@@ -1,11 +1,13 @@
-"""The 4-bit kernels beside bitsandbytes' on the same shapes, alternating: quantise, decode, one-row product.
+"""The 4-bit kernels beside bitsandbytes' on the same shapes, alternating: quantise, decode, one-row
+product.
 
     python benchmarks/quant_kernels.py --peer-python PY --peer-scripts DIR [--double-quant]
 
-DIR holds dequant_bnb.py, which prints one JSON line an operation; PY is a Python with bitsandbytes. bitsandbytes is
-given its best: its decode is its faster one of fresh and reused, its product that of its repacked evaluation layer,
-the same weight every time, as ours. `cold` is the product over copies of the weight that no cache holds, as when a
-whole model decodes; its share is of the bandwidth at which one torch sum reads memory.
+DIR holds dequant_bnb.py, which prints one JSON line an operation; PY is a Python with bitsandbytes.
+bitsandbytes is given its best: its decode is its faster one of fresh and reused, its product that
+of its repacked evaluation layer, the same weight every time, as ours. `cold` is the product over
+copies of the weight that no cache holds, as when a whole model decodes; its share is of the
+bandwidth at which one torch sum reads memory.
 """
 
 import argparse
@@ -69,8 +71,12 @@ def operations(out: int, width: int, *, double: bool) -> Iterator[tuple[str, Cal
 def peer_times(args: argparse.Namespace, shape: str) -> dict[str, float]:
     """Milliseconds of bitsandbytes."""
     command = [args.peer_python, "dequant_bnb.py", "--shapes", shape, "--m", "1", "--repeats", "3"]
-    command += ["--threads", str(torch.get_num_threads())] + (["--double-quant"] if args.double_quant else [])
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=args.peer_scripts)
+    command += ["--threads", str(torch.get_num_threads())] + (
+        ["--double-quant"] if args.double_quant else []
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=args.peer_scripts
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     found: dict[str, float] = {}
@@ -82,7 +88,9 @@ def peer_times(args: argparse.Namespace, shape: str) -> dict[str, float]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--shapes", default="576x1536,2048x2048,4096x4096,4096x11008", help="out x in")
     p.add_argument("--peer-python")
     p.add_argument("--peer-scripts", type=Path)
@@ -91,7 +99,10 @@ def main() -> None:
     p.add_argument("--out", type=Path, help="JSONL of every median")
     args = p.parse_args()
     bandwidth = read_bandwidth()
-    print(f"threads {torch.get_num_threads()}, instructions {native.level()}, memory read {bandwidth / 1e9:.1f} GB/s")
+    print(
+        f"threads {torch.get_num_threads()}, instructions {native.level()}, memory read"
+        f" {bandwidth / 1e9:.1f} GB/s"
+    )
     for shape in args.shapes.split(","):
         out, width = map(int, shape.split("x"))
         ours: dict[str, list[float]] = {}
@@ -105,23 +116,40 @@ def main() -> None:
                     theirs.setdefault(name, []).append(ms)
         mine = {name: statistics.median(ms) for name, ms in ours.items()}
         peer = {name: statistics.median(ms) for name, ms in theirs.items()}
-        held = nf4.quantize(torch.randn(64, width).bfloat16(), double=args.double_quant).bytes * out / 64
+        held = (
+            nf4.quantize(torch.randn(64, width).bfloat16(), double=args.double_quant).bytes
+            * out
+            / 64
+        )
         share = held / (mine["product, cold"] / 1e3) / bandwidth
         print(f"{shape}: ms (median of {args.rounds})")
         for name, ms in mine.items():
             print(f"  {name:<16}{ms:9.3f}   {out * width / ms / 1e6:7.2f} G weights/s")
-        print(f"  cold product: {held / mine['product, cold'] / 1e6:.1f} GB/s, {share:.2f} of the memory bandwidth")
+        print(
+            f"  cold product: {held / mine['product, cold'] / 1e6:.1f} GB/s, {share:.2f} of the"
+            " memory bandwidth"
+        )
         if peer:
             fresh = min(peer[name] for name in ("dequantize", "dequantize, reused") if name in peer)
             print(f"  bitsandbytes    {peer}")
             print(
-                f"  quantize x{peer['quantize'] / mine['quantize']:.1f}   decode x{fresh / mine['decode, reused']:.2f}"
-                f" (its best; fresh x{peer['dequantize'] / mine['decode, reused']:.2f})"
+                f"  quantize x{peer['quantize'] / mine['quantize']:.1f}   decode"
+                f" x{fresh / mine['decode, reused']:.2f} (its best; fresh"
+                f" x{peer['dequantize'] / mine['decode, reused']:.2f})"
             )
             if "linear4bit_eval" in peer:
-                print(f"  product x{peer['linear4bit_eval'] / mine['product, 1 row']:.2f} of its repacked layer")
+                print(
+                    f"  product x{peer['linear4bit_eval'] / mine['product, 1 row']:.2f} of its"
+                    " repacked layer"
+                )
         if args.out:
-            line = {"shape": shape, "ms": mine, "bitsandbytes_ms": peer, "bandwidth": bandwidth, "share": share}
+            line = {
+                "shape": shape,
+                "ms": mine,
+                "bitsandbytes_ms": peer,
+                "bandwidth": bandwidth,
+                "share": share,
+            }
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

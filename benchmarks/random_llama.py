@@ -1,4 +1,5 @@
-"""A Llama-shaped folder of random bf16 weights, written shard by shard: never more than one layer in memory."""
+"""A Llama-shaped folder of random bf16 weights, written shard by shard: never more than one layer
+in memory."""
 
 import json
 import shutil
@@ -8,13 +9,26 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def write_random_llama(
-    folder: Path, *, tokenizer_of: Path, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int
+    folder: Path,
+    *,
+    tokenizer_of: Path,
+    hidden: int,
+    feed_forward: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
 ) -> int:
-    """Returns the number of weights. The tokenizer, and so the vocabulary, is that of another folder."""
+    """Returns the number of weights. The tokenizer, and so the vocabulary, is that of another
+    folder."""
     folder.mkdir(parents=True)
     vocabulary = AutoConfig.from_pretrained(tokenizer_of).vocab_size
     config = LlamaConfig(

@@ -1,19 +1,21 @@
-"""The full comparison on four public data sets: `veneer compare` on each, and docs/results.md from its figures.
+"""The full comparison on four public data sets: `veneer compare` on each, and docs/results.md from
+its figures.
 
-    python benchmarks/results.py --data DATA --out results                        (hours; nice -n 19, restartable)
-    python benchmarks/results.py --data DATA --out results --steps 4 --seeds 1 --train 16 --test 8      (a trial)
+    python benchmarks/results.py --data DATA --out results    (hours; restartable)
+    python benchmarks/results.py --data DATA --out results --steps 4 --seeds 1 --train 16 --test 8
+        (a trial)
 
-DATA holds e2e/, viggo/, banking77/ and wikisql_mlx/ as their authors publish them:
-    e2e_json     E2E cleaned: a sentence about a restaurant -> its details as JSON              field F1
-    viggo_text   ViGGO: a meaning representation -> a sentence; several references               BLEU
-    banking77    a bank customer's question -> one of 77 intents, chosen by likelihood           accuracy
-    wikisql      a table's columns and a question -> SQL                                         exact match
+DATA holds e2e/, viggo/, banking77/ and wikisql_mlx/ as their authors publish them: e2e_json     E2E
+    cleaned: a sentence about a restaurant -> its details as JSON              field F1 viggo_text
+    ViGGO: a meaning representation -> a sentence; several references               BLEU banking77
+    a bank customer's question -> one of 77 intents, chosen by likelihood           accuracy wikisql
+    a table's columns and a question -> SQL                                         exact match
 
-Finished runs are found again, also after Ctrl-C. Quality may be computed on a busy machine; what a step costs is
-timed by method_cost.py on the same rows and wants a quiet one (--only quality, --only cost). docs/results.md is written
-from the JSON of whatever is finished and what OUT/about.md says of machine and commit. --only write runs nothing:
-`--data . --out docs/results --only write` writes the page anew. Rows are drawn with one seed, never two times, and no
-prompt stands on two sides.
+Finished runs are found again, also after Ctrl-C. Quality may be computed on a busy machine; what a
+step costs is timed by method_cost.py on the same rows and wants a quiet one (--only quality, --only
+cost). docs/results.md is written from the JSON of whatever is finished and what OUT/about.md says
+of machine and commit. --only write runs nothing: `--data . --out docs/results --only write` writes
+the page anew. Rows are drawn with one seed, never two times, and no prompt stands on two sides.
 """
 
 import argparse
@@ -69,7 +71,9 @@ def viggo_text(data: Path) -> tuple[list[Row], list[Row]]:
     together: dict[str, list[str]] = {}
     for row in rows("test.csv"):
         together.setdefault(row["prompt"], []).append(row["completion"])
-    tested = [{**pair(prompt, refs[0]), "references": refs[1:]} for prompt, refs in together.items()]
+    tested = [
+        {**pair(prompt, refs[0]), "references": refs[1:]} for prompt, refs in together.items()
+    ]
     return rows("train.csv"), tested
 
 
@@ -126,7 +130,11 @@ def write_rows(task: str, args: argparse.Namespace, folder: Path) -> list[Path]:
     tested = tested[: args.test]
     taken = {row["prompt"] for row in tested}
     unique = list({row["prompt"]: row for row in train if row["prompt"] not in taken}.values())
-    sides = {"validation": unique[: args.validation], "train": unique[args.validation :][: args.train], "test": tested}
+    sides = {
+        "validation": unique[: args.validation],
+        "train": unique[args.validation :][: args.train],
+        "test": tested,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sides.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -171,7 +179,9 @@ def run(task: str, args: argparse.Namespace) -> None:
     ]
     if task == "banking77":
         labels = out / "rows" / "labels.txt"
-        named = json.loads((args.data / "banking77" / "categories.json").read_text(encoding="utf-8"))
+        named = json.loads(
+            (args.data / "banking77" / "categories.json").read_text(encoding="utf-8")
+        )
         labels.write_text("\n".join(intent(name) for name in named) + "\n", encoding="utf-8")
         command += ["--labels", str(labels)]
     start = time.monotonic()
@@ -181,7 +191,14 @@ def run(task: str, args: argparse.Namespace) -> None:
     print(f"== {task}: {(time.monotonic() - start) / 60:.0f} min", flush=True)
 
 
-COSTS = {"lora": "lora", "full": "full", "qlora": "qlora", "dora": "dora", "prefix": "prefix", "bottleneck": "parallel"}
+COSTS = {
+    "lora": "lora",
+    "full": "full",
+    "qlora": "qlora",
+    "dora": "dora",
+    "prefix": "prefix",
+    "bottleneck": "parallel",
+}
 """Candidate -> its name in method_cost.py."""
 
 
@@ -213,7 +230,10 @@ def cost(task: str, args: argparse.Namespace) -> None:
 
 
 def ranged(value: dict[str, Any], unit: str) -> str:
-    return f"{quantity(value['value'], unit)} ({' to '.join(quantity(x, unit) for x in value['interval'])})"
+    return (
+        f"{quantity(value['value'], unit)}"
+        f" ({' to '.join(quantity(x, unit) for x in value['interval'])})"
+    )
 
 
 def rows(head: list[str], *lines: list[str]) -> list[str]:
@@ -223,7 +243,12 @@ def rows(head: list[str], *lines: list[str]) -> list[str]:
 
 def quality(figures: dict[str, Any]) -> list[str]:
     units = figures["units"]
-    lines = [["base, untrained", *(quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items())]]
+    lines = [
+        [
+            "base, untrained",
+            *(quantity(figures["untuned"][name]["value"], unit) for name, unit in units.items()),
+        ]
+    ]
     for m in figures["methods"]:
         told = [m["failure"] if n == 0 else "" for n in range(len(units))]
         if not m["failure"]:
@@ -249,7 +274,15 @@ def prices(figures: dict[str, Any], costs: dict[str, Any]) -> list[str]:
                 f"{m['learning_rate']:g}",
             ]
         )
-    head = ["method", "trained", "file, MB", "peak memory, GB", "ms a step", "forgetting, nats", "rate"]
+    head = [
+        "method",
+        "trained",
+        "file, MB",
+        "peak memory, GB",
+        "ms a step",
+        "forgetting, nats",
+        "rate",
+    ]
     return rows(head, *lines)
 
 
@@ -258,7 +291,8 @@ def searches(figures: dict[str, Any]) -> list[str]:
     lines = ["Held-out loss, nats per token, by learning rate (seed 0; the lowest was taken):", ""]
     for m in figures["methods"]:
         tried = [
-            f"{each['learning_rate']:g}: {'diverged' if each['loss'] is None else format(each['loss'], '.3f')}"
+            f"{each['learning_rate']:g}:"
+            f" {'diverged' if each['loss'] is None else format(each['loss'], '.3f')}"
             for each in m["search"]
         ]
         lines.append(f"- {m['name']}: {', '.join(tried)}")
@@ -310,8 +344,10 @@ def write(args: argparse.Namespace) -> None:
     parts = [
         "# Methods compared",
         "",
-        "Written by `python benchmarks/results.py`; every figure comes from the `comparison.json` of a `veneer "
-        "compare`.",
+        (
+            "Written by `python benchmarks/results.py`; every figure comes from the"
+            " `comparison.json` of a `veneer compare`."
+        ),
         "",
         *([about.read_text(encoding="utf-8").strip(), ""] if about.is_file() else []),
         "## LoRA beside full fine-tuning",
@@ -320,18 +356,32 @@ def write(args: argparse.Namespace) -> None:
     ]
     for task, (figures, costs) in found.items():
         # Its time rests on how busy the machine was; the steps are timed beside it.
-        untimed = [{key: value for key, value in m.items() if key != "seconds"} for m in figures["methods"]]
+        untimed = [
+            {key: value for key, value in m.items() if key != "seconds"} for m in figures["methods"]
+        ]
         said = [f"- {sentence}" for sentence in conclude({**figures, "methods": untimed})]
         steps, seeds, tested = figures["budget"]["steps"], figures["seeds"], figures["test_rows"]
         intro = f"{figures['base']}, {steps:,} steps, {seeds} seeds, {tested:,} test rows."
-        parts += ["", f"## {task}", "", intro, "", *quality(figures), "", *prices(figures, costs), ""]
+        parts += [
+            "",
+            f"## {task}",
+            "",
+            intro,
+            "",
+            *quality(figures),
+            "",
+            *prices(figures, costs),
+            "",
+        ]
         parts += [*searches(figures), "", "What follows:", "", "\n\n".join(said)]
     args.doc.write_text("\n".join(parts) + "\n", encoding="utf-8")
     print(args.doc)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--out", type=Path, default=Path("results"))
     p.add_argument("--doc", type=Path, default=ROOT / "docs" / "results.md")
@@ -346,7 +396,9 @@ def main() -> None:
     p.add_argument("--train", type=int, default=1600, help="rows to train on")
     p.add_argument("--validation", type=int, default=64, help="rows to choose learning rates by")
     p.add_argument("--test", type=int, default=200, help="rows to judge by")
-    p.add_argument("--only", choices=["quality", "cost", "write"], help="one part; default: all of them")
+    p.add_argument(
+        "--only", choices=["quality", "cost", "write"], help="one part; default: all of them"
+    )
     args = p.parse_args()
     for task in [] if args.only == "write" else args.tasks:
         if args.only != "cost":

@@ -1,10 +1,10 @@
-"""How far the loss in bf16 is from float32's, batch by batch: Veneer's step and transformers' own attention and
-modules.
+"""How far the loss in bf16 is from float32's, batch by batch: Veneer's step and transformers' own
+attention and modules.
 
     python benchmarks/rounding.py --base BASE --rows FILE [FILE ...]
 
-No adapter, no step: the loss of every batch of 8 rows over the same weights. The mean says whether a path is biased,
-the deviation of single batches what one first loss can say of it.
+No adapter, no step: the loss of every batch of 8 rows over the same weights. The mean says whether
+a path is biased, the deviation of single batches what one first loss can say of it.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from veneer.train.config import DataConfig
 
 @torch.no_grad()
 def losses(base: FrozenBase, examples: list[Example], batch: int, *, own: bool) -> list[float]:
-    """Mean nats per trained token of every batch, in file order. own: transformers' padded forward in our place."""
+    """Mean nats per trained token of every batch, in file order. own: transformers' padded forward
+    in our place."""
     paths = dataclasses.replace(base.paths, packed=False) if own else base.paths
     rows = [list(range(i, min(i + batch, len(examples)))) for i in range(0, len(examples), batch)]
     if own:
@@ -35,11 +36,16 @@ def losses(base: FrozenBase, examples: list[Example], batch: int, *, own: bool) 
     with fused(base.model, {} if own else replacements(base.model)):
         parts = parts_of(base.model, paths, examples, rows)
         made = (batch_of(base.model, paths, examples, part, share_prompt=not own) for part in parts)
-        return [batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item() for one in made]
+        return [
+            batch_loss(base.model, paths, Routing(), one, total=float(one.trained_tokens)).item()
+            for one in made
+        ]
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--base", required=True)
     p.add_argument("--rows", nargs="+", required=True)
     p.add_argument("--batch", type=int, default=8)
@@ -54,16 +60,23 @@ def main() -> None:
             base = load_base(args.base, dtype=dtype)
             settings = DataConfig(train=file, validation_share=0.0)
             data = load_data(
-                settings, length=8192, capacity=capacity_of(base), tokenizer=base.tokenizer, today=date.today()
+                settings,
+                length=8192,
+                capacity=capacity_of(base),
+                tokenizer=base.tokenizer,
+                today=date.today(),
             )
             found[name] = losses(base, list(data.train), args.batch, own=own)
         exact = found.pop("float32")
-        print(f"{file}: {len(exact)} batches of {args.batch}, float32 loss {statistics.mean(exact):.4f}")
+        print(
+            f"{file}: {len(exact)} batches of {args.batch}, float32 loss"
+            f" {statistics.mean(exact):.4f}"
+        )
         for name, values in found.items():
             off = [v / e - 1 for v, e in zip(values, exact, strict=True)]
             print(
-                f"  {name:13} mean {statistics.mean(off):+.2%}   one batch: deviation {statistics.stdev(off):.2%}, "
-                f"largest {max(off, key=abs):+.2%}"
+                f"  {name:13} mean {statistics.mean(off):+.2%}   one batch: deviation"
+                f" {statistics.stdev(off):.2%}, largest {max(off, key=abs):+.2%}"
             )
 
 

@@ -1,4 +1,5 @@
-"""What `make bench` runs: Veneer's own figures on this machine, without peers. Minutes, not seconds.
+"""What `make bench` runs: Veneer's own figures on this machine, without peers. Minutes, not
+seconds.
 
 With peers: benchmarks/train_speed.py. Quality: benchmarks/quality.py. Results: docs/benchmarks.md.
 """

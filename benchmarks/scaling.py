@@ -1,4 +1,5 @@
-"""How the cost of a LoRA step grows: with the length of the rows, and with the number of adapted modules.
+"""How the cost of a LoRA step grows: with the length of the rows, and with the number of adapted
+modules.
 
     python benchmarks/scaling.py --base smollm2-135m
 
@@ -15,7 +16,13 @@ from pathlib import Path
 from veneer.bases.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
-TARGETS = ("q_proj", "q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
+TARGETS = (
+    "q_proj",
+    "q_proj,v_proj",
+    "q_proj,k_proj,v_proj,o_proj",
+    "gate_proj,up_proj,down_proj",
+    "all-linear",
+)
 
 
 def write_rows(path: Path, base: str, length: int, count: int) -> None:
@@ -30,7 +37,15 @@ def write_rows(path: Path, base: str, length: int, count: int) -> None:
 
 
 def measure(base: str, rows: Path, *extra: str) -> dict[str, float]:
-    command = [sys.executable, str(HERE / "train_veneer.py"), "--base", base, "--rows", str(rows), *extra]
+    command = [
+        sys.executable,
+        str(HERE / "train_veneer.py"),
+        "--base",
+        base,
+        "--rows",
+        str(rows),
+        *extra,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
@@ -39,7 +54,9 @@ def measure(base: str, rows: Path, *extra: str) -> dict[str, float]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--base", required=True)
     p.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 2048, 4096])
     p.add_argument("--steps", type=int, default=3)
@@ -50,15 +67,34 @@ def main() -> None:
         for length in args.lengths:
             batch = max(1, 2048 // length)
             write_rows(rows, args.base, length, batch * (args.steps + 1))
-            extra = ["--steps", str(args.steps), "--batch", str(batch), "--train-on", "all", "--no-sharing"]
+            extra = [
+                "--steps",
+                str(args.steps),
+                "--batch",
+                str(batch),
+                "--train-on",
+                "all",
+                "--no-sharing",
+            ]
             found = measure(args.base, rows, *extra)
             above = found["peak_rss_mib"] - found["idle_rss_mib"]
-            print(f"{length:>12}  {batch:>11}  {found['tokens_per_s']:>8.0f}  {above:>14.0f}", flush=True)
+            print(
+                f"{length:>12}  {batch:>11}  {found['tokens_per_s']:>8.0f}  {above:>14.0f}",
+                flush=True,
+            )
         write_rows(rows, args.base, 256, 8 * (args.steps + 1))
         print("adapted modules: tokens/s, share of all-linear's step time")
         times = {}
         for targets in TARGETS:
-            extra = ["--steps", str(args.steps), "--train-on", "all", "--no-sharing", "--targets", targets]
+            extra = [
+                "--steps",
+                str(args.steps),
+                "--train-on",
+                "all",
+                "--no-sharing",
+                "--targets",
+                targets,
+            ]
             found = measure(args.base, rows, *extra)
             times[targets] = found["seconds"]
             print(f"{targets}: {found['tokens_per_s']:.0f} tokens/s", flush=True)

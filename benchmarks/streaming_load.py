@@ -1,8 +1,10 @@
-"""What it takes to load a model as NF4: peak memory against the memory it ends with. A random Llama of about 3 B.
+"""What it takes to load a model as NF4: peak memory against the memory it ends with. A random Llama
+of about 3 B.
 
     python benchmarks/streaming_load.py --tokenizer-of BASE_FOLDER [--scratch DIR] [--layers N]
 
-The folder is written shard by shard (6 GB at 3 B parameters) and removed afterwards; the load runs in its own process.
+The folder is written shard by shard (6 GB at 3 B parameters) and removed afterwards; the load runs
+in its own process.
 """
 
 import argparse
@@ -26,14 +28,17 @@ before = kib('VmRSS')
 open('/proc/self/clear_refs', 'w').write('5')
 start = time.perf_counter()
 base = load_base(sys.argv[1], quantize=sys.argv[2] if sys.argv[2] != 'dense' else None)
-print(json.dumps({'seconds': time.perf_counter() - start, 'before': before, 'peak': kib('VmHWM'), 'after': kib('VmRSS'),
+print(json.dumps({'seconds': time.perf_counter() - start, 'before': before,
+                  'peak': kib('VmHWM'), 'after': kib('VmRSS'),
     'weights': sum(g.bytes for g in weight_table(base.model)),
     'table': [[g.what, g.held, g.values, g.bytes] for g in weight_table(base.model)]}))
 """
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--tokenizer-of", type=Path, required=True, help="a model folder")
     p.add_argument("--scratch", type=Path)
     p.add_argument("--layers", type=int, default=28)
@@ -54,7 +59,8 @@ def main() -> None:
             kv_heads=max(1, args.hidden // 128 // 3),
         )
         print(
-            f"{count / 1e9:.2f} B parameters, {2 * count / 1e9:.2f} GB, written in {time.perf_counter() - start:.0f} s"
+            f"{count / 1e9:.2f} B parameters, {2 * count / 1e9:.2f} GB, written in"
+            f" {time.perf_counter() - start:.0f} s"
         )
         for held in args.formats:
             command = [sys.executable, "-c", LOAD, str(scratch / "model"), held]
@@ -64,9 +70,9 @@ def main() -> None:
             found = json.loads(done.stdout)
             peak, final = found["peak"] - found["before"], found["after"] - found["before"]
             print(
-                f"{held}: {found['seconds']:.0f} s; weights {found['weights'] / 1e9:.2f} GB; process above its "
-                f"imports: "
-                f"peak {peak / 1e9:.2f} GB, afterwards {final / 1e9:.2f} GB"
+                f"{held}: {found['seconds']:.0f} s; weights {found['weights'] / 1e9:.2f} GB;"
+                f" process above its imports: peak {peak / 1e9:.2f} GB, afterwards"
+                f" {final / 1e9:.2f} GB"
             )
             for what, kind, values, size in found["table"]:
                 print(

@@ -1,11 +1,14 @@
-"""Switching between loaded adapters, beside PEFT's set_adapter; first use from disk; loads and unloads.
+"""Switching between loaded adapters, beside PEFT's set_adapter; first use from disk; loads and
+unloads.
 
-    python benchmarks/swap.py                                smollm2-135m, as the documentation reports it
+    python benchmarks/swap.py
+        smollm2-135m, as the documentation reports it
     python benchmarks/swap.py --base FOLDER --most 4         anything smaller
 
-Prints JSON: switch (microseconds, median) by number of loaded adapters, Veneer's and PEFT's on one model in alternating
-turns; switch by depth of the model; first_use (milliseconds, minimum and median, file in the page cache); memory of
-the process before and after --cycles loads and unloads; ls of --names adapters.
+Prints JSON: switch (microseconds, median) by number of loaded adapters, Veneer's and PEFT's on one
+model in alternating turns; switch by depth of the model; first_use (milliseconds, minimum and
+median, file in the page cache); memory of the process before and after --cycles loads and unloads;
+ls of --names adapters.
 """
 
 import argparse
@@ -51,7 +54,9 @@ def make_library(folder: Path, base: Base, rank: int) -> Library:
         made = base.attach(LoRA(rank=rank), name="made", seed=number)
         for parameter in made.parameters().values():
             parameter.data.normal_(std=0.01)
-        write_adapter(folder / f"{number}", made, manifest_for(base, method="lora"), model=base.model)
+        write_adapter(
+            folder / f"{number}", made, manifest_for(base, method="lora"), model=base.model
+        )
         base.detach("made")
         library.add(folder / f"{number}", name=f"a{number}")
     return library
@@ -64,7 +69,12 @@ def by_number(base: Base, library: Library, most: int) -> list[dict[str, float]]
         for number in range(len(base.attachments), count):
             library.point(f"n{number}", entry.version.object, entry.version.facts)
             base.use(f"n{number}")
-        rows.append({"loaded": count, "veneer_us": median_us(lambda turn, n=count: base.use(f"n{turn % n}"), 400)})
+        rows.append(
+            {
+                "loaded": count,
+                "veneer_us": median_us(lambda turn, n=count: base.use(f"n{turn % n}"), 400),
+            }
+        )
         count *= 2
     base.use(None)
     return rows
@@ -85,7 +95,12 @@ def peft_by_number(source: str, folder: Path, most: int) -> list[dict[str, float
         loaded = count
         turns = 20 if count <= 16 else 6
         rows.append(
-            {"loaded": count, "peft_us": median_us(lambda turn, n=count: model.set_adapter(f"n{turn % n}"), turns)}
+            {
+                "loaded": count,
+                "peft_us": median_us(
+                    lambda turn, n=count: model.set_adapter(f"n{turn % n}"), turns
+                ),
+            }
         )
         count *= 2
     return rows
@@ -109,12 +124,18 @@ def by_depth(depths: list[int]) -> list[dict[str, float]]:
         base = Base(model=model, tokenizer=tokenizer, source="x", name_or_path="x")  # type: ignore[arg-type]
         for name in ("a", "b"):
             base.attach(LoRA(rank=2), name=name)
-        rows.append({"layers": depth, "veneer_us": median_us(lambda turn, base=base: base.use("ab"[turn % 2]), 400)})
+        rows.append(
+            {
+                "layers": depth,
+                "veneer_us": median_us(lambda turn, base=base: base.use("ab"[turn % 2]), 400),
+            }
+        )
     return rows
 
 
 def first_use(source: str, library: Library, turns: int) -> dict[str, float]:
-    """A fresh base each time, whose modules carry no wrappers yet; and one that has other adapters already."""
+    """A fresh base each time, whose modules carry no wrappers yet; and one that has other adapters
+    already."""
     base = veneer.load(source, library=library)
     _ = base.paths
     size = library.get("a0").version.facts.bytes
@@ -159,26 +180,48 @@ def listing(library: Library, folder: Path, names: int) -> dict[str, float]:
     for number in range(names):
         (many.names / f"adapter-{number:06d}.json").write_text(record)
     time.sleep(3)  # records younger than two seconds are read again
-    command = [sys.executable, "-m", "veneer.cli.main", "adapters", "ls", "--library", str(many.folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "veneer.cli.main",
+        "adapters",
+        "ls",
+        "--library",
+        str(many.folder),
+    ]
     times = []
     for _ in range(6):
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         times.append(time.perf_counter() - start)
-    return {"names": names, "first_seconds": round(times[0], 3), "seconds": round(statistics.median(times[1:]), 3)}
+    return {
+        "names": names,
+        "first_seconds": round(times[0], 3),
+        "seconds": round(statistics.median(times[1:]), 3),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--rank", type=int, default=8, help="8 on all linear layers of smollm2-135m is a file of 10 MB")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=8,
+        help="8 on all linear layers of smollm2-135m is a file of 10 MB",
+    )
     parser.add_argument("--most", type=int, default=256, help="adapters loaded at once")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 8, 32, 128])
     parser.add_argument("--turns", type=int, default=15, help="of first use")
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--names", type=int, default=10_000)
     parser.add_argument(
-        "--peft-most", type=int, default=64, help="the same in PEFT, which takes minutes for more; 0: not at all"
+        "--peft-most",
+        type=int,
+        default=64,
+        help="the same in PEFT, which takes minutes for more; 0: not at all",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

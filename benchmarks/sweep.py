@@ -1,11 +1,13 @@
 """Which learning rate each method wants: held-out loss over a small grid, on real rows.
 
-    python benchmarks/sweep.py --base smollm2-135m --rows e2e_json=train.jsonl:test.jsonl viggo_text=... --out
+    python benchmarks/sweep.py --base smollm2-135m --rows e2e_json=train.jsonl:test.jsonl \\
+        viggo_text=... --out
     sweep.json
 
-The grid of a method is its default rate times --factors, 1/4 to 4. Every run has the same rows, steps, batch and seed.
-Runs that --out already holds are not repeated, so it goes on where it was stopped; a run that diverges counts as
-infinite. The table shows the best rate of each method and what the default gives up against it, in nats per token.
+The grid of a method is its default rate times --factors, 1/4 to 4. Every run has the same rows,
+steps, batch and seed. Runs that --out already holds are not repeated, so it goes on where it was
+stopped; a run that diverges counts as infinite. The table shows the best rate of each method and
+what the default gives up against it, in nats per token.
 """
 
 import argparse
@@ -79,7 +81,9 @@ def main() -> None:
     hidden = hidden_size(blueprint(args.base).config)
     defaults = {name: METHODS[name].default_learning_rate(hidden) for name in args.methods}
     budget = {"base": args.base, "steps": args.steps, "batch": args.batch, "seed": args.seed}
-    stored = json.loads(args.out.read_text()) if args.out.exists() else {"budget": budget, "losses": {}}
+    stored = (
+        json.loads(args.out.read_text()) if args.out.exists() else {"budget": budget, "losses": {}}
+    )
     if stored["budget"] != budget:
         raise SystemExit(f"{args.out} holds runs of another budget: {stored['budget']}")
     losses: dict[str, float | None] = stored["losses"]
@@ -94,18 +98,32 @@ def main() -> None:
                     losses[key] = loss if math.isfinite(loss) else None
                     args.out.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
                     print(f"{key}: {loss:.4f}", flush=True)
-    print("| rows | method | best rate | its loss | default rate | its loss |\n|---|---|---|---|---|---|")
+    print(
+        "| rows | method | best rate | its loss | default rate | its loss"
+        " |\n|---|---|---|---|---|---|"
+    )
     for task in (entry.partition("=")[0] for entry in args.rows):
         for name in args.methods:
             default = defaults[name]
-            rates = {factor: losses[f"{task} {name} {default * factor:g}"] for factor in args.factors}
+            rates = {
+                factor: losses[f"{task} {name} {default * factor:g}"] for factor in args.factors
+            }
             finite = {factor: loss for factor, loss in rates.items() if loss is not None}
             if not finite:
                 print(f"| {task} | {name} | none | diverged at every rate | {default:g} | |")
                 continue
             best = min(finite, key=lambda factor: finite[factor])
-            own = "not run" if 1.0 not in rates else "diverged" if rates[1.0] is None else f"{rates[1.0]:.4f}"
-            print(f"| {task} | {name} | {default * best:g} | {finite[best]:.4f} | {default:g} | {own} |")
+            own = (
+                "not run"
+                if 1.0 not in rates
+                else "diverged"
+                if rates[1.0] is None
+                else f"{rates[1.0]:.4f}"
+            )
+            print(
+                f"| {task} | {name} | {default * best:g} | {finite[best]:.4f} | {default:g} |"
+                f" {own} |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Veneer beside its peers on the same rows, base, batch and threads: alternating rounds, medians, ratios.
+"""Veneer beside its peers on the same rows, base, batch and threads: alternating rounds, medians,
+ratios.
 
-    python benchmarks/train_speed.py --base BASE --rows e2e.jsonl viggo.jsonl --peer-python PY --peer-scripts DIR
+    python benchmarks/train_speed.py --base BASE --rows e2e.jsonl viggo.jsonl --peer-python PY \\
+        --peer-scripts DIR
 
 Another processor's instructions: both tools under VENEER_MAX_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 ATEN_CPU_CAPABILITY=avx2, with --dtype float32.
 
-DIR holds `train_trl.py` (TRL's SFTTrainer with peft), which prints one JSON line with the same keys as
-train_veneer.py; PY is the Python of an environment with the peers. The tools round in places of their own, so the
-first loss of both is held against that of the same batch over the same weights in float32. Fails if one is further
-off than rounding explains: then the tools do not train on the same thing, and speed means nothing.
+DIR holds `train_trl.py` (TRL's SFTTrainer with peft), which prints one JSON line with the same keys
+as train_veneer.py; PY is the Python of an environment with the peers. The tools round in places of
+their own, so the first loss of both is held against that of the same batch over the same weights in
+float32. Fails if one is further off than rounding explains: then the tools do not train on the same
+thing, and speed means nothing.
 """
 
 import argparse
@@ -20,11 +23,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SAME_LOSS = 0.012
-"""Relative. The bf16 loss of a single batch of 8 deviates from float32's by 0.3% to 0.4% whichever tool computes it
-(rounding.py, which also shows that the mean over many batches does not): this is three of those deviations."""
+"""Relative. The bf16 loss of a single batch of 8 deviates from float32's by 0.3% to 0.4% whichever
+tool computes it (rounding.py, which also shows that the mean over many batches does not): this is
+three of those deviations."""
 
 SAME_LOSS_4BIT = 0.02
-"""Relative, of a peer against float32 over the same weights: bitsandbytes' CPU product was found 0.9% off."""
+"""Relative, of a peer against float32 over the same weights: bitsandbytes' CPU product was found
+0.9% off."""
 
 PEERS_DTYPE = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -42,7 +47,9 @@ def spread(lines: list[dict[str, float]], key: str) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def check_same_training(mine: dict[str, float], peer: dict[str, float], exact: float, peers_most: float) -> None:
+def check_same_training(
+    mine: dict[str, float], peer: dict[str, float], exact: float, peers_most: float
+) -> None:
     """exact: the first loss in float32; peers_most: how far the peer may be off."""
     off = {"veneer": mine["first_loss"] / exact - 1, "trl": peer["first_loss"] / exact - 1}
     print(f"first loss in float32 {exact}; " + ", ".join(f"{n} {d:+.2%}" for n, d in off.items()))
@@ -52,12 +59,16 @@ def check_same_training(mine: dict[str, float], peer: dict[str, float], exact: f
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--base", required=True)
     p.add_argument("--rows", nargs="+", required=True)
     p.add_argument("--peer-python", required=True)
     p.add_argument("--peer-scripts", type=Path, required=True)
-    p.add_argument("--qlora", action="store_true", help="both over 4 bits: NF4, double quantisation")
+    p.add_argument(
+        "--qlora", action="store_true", help="both over 4 bits: NF4, double quantisation"
+    )
     p.add_argument("--dtype", choices=PEERS_DTYPE, default="bfloat16", help="of the base in both")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--steps", type=int, default=15)
@@ -66,7 +77,13 @@ def main() -> None:
     common = ["--base", args.base, "--batch", "8", "--steps", str(args.steps)]
     for rows in args.rows:
         ours = [sys.executable, str(HERE / "train_veneer.py"), *common, "--rows", rows]
-        theirs = [args.peer_python, str(args.peer_scripts / "train_trl.py"), *common, "--rows", rows]
+        theirs = [
+            args.peer_python,
+            str(args.peer_scripts / "train_trl.py"),
+            *common,
+            "--rows",
+            rows,
+        ]
         ours, theirs = [*ours, "--dtype", args.dtype], [*theirs, "--dtype", PEERS_DTYPE[args.dtype]]
         if args.qlora:
             ours, theirs = [*ours, "--quantize", "nf4"], [*theirs, "--method", "qlora"]
@@ -86,11 +103,13 @@ def main() -> None:
             l["examples_per_s"] for l in peer
         )
         idle = statistics.median(l["idle_rss_mib"] for l in mine)
-        memory = [statistics.median(l["peak_rss_mib"] for l in lines) - idle for lines in (mine, peer)]
+        memory = [
+            statistics.median(l["peak_rss_mib"] for l in lines) - idle for lines in (mine, peer)
+        ]
         print(f"{Path(rows).stem}: {args.rounds} rounds of {args.steps} steps")
         print(
-            f"  examples/s   veneer {spread(mine, 'examples_per_s')}   trl {spread(peer, 'examples_per_s')}   "
-            f"ratio {ratio:.2f}"
+            f"  examples/s   veneer {spread(mine, 'examples_per_s')}   trl"
+            f" {spread(peer, 'examples_per_s')}   ratio {ratio:.2f}"
         )
         print(
             f"  MiB above an idle process   veneer {memory[0]:.0f}   trl {memory[1]:.0f}   share "

@@ -1,7 +1,9 @@
-"""Train with Veneer as the peers' scripts train: the same rows in file order, constant rate; print one JSON line.
+"""Train with Veneer as the peers' scripts train: the same rows in file order, constant rate; print
+one JSON line.
 
-The keys are those of the peers' lines, so that `benchmarks/train_speed.py` can set them side by side. The first
-step is a warm-up: not timed, not counted. Loading, tokenising and the longest-batch check are not timed.
+The keys are those of the peers' lines, so that `benchmarks/train_speed.py` can set them side by
+side. The first step is a warm-up: not timed, not counted. Loading, tokenising and the longest-batch
+check are not timed.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from veneer.train.screen import QuietScreen
 
 
 def matrix_rate(rows: int, width: int, out: int, dtype: torch.dtype) -> float:
-    """GFLOP/s of x (rows, width) times W (out, width), the best of 20: the roof of this step on this machine."""
+    """GFLOP/s of x (rows, width) times W (out, width), the best of 20: the roof of this step on
+    this machine."""
     x, w = torch.randn(rows, width).to(dtype), torch.randn(out, width).to(dtype)
     best = float("inf")
     for _ in range(20):
@@ -34,8 +37,8 @@ def matrix_rate(rows: int, width: int, out: int, dtype: torch.dtype) -> float:
 
 
 def step_flops(base: Base, rank: int | None, computed: int, trained: int) -> float:
-    """Of forward and backward: 4 per linear weight and row with a frozen base (6 if it trains), 6 per factor's,
-    head."""
+    """Of forward and backward: 4 per linear weight and row with a frozen base (6 if it trains), 6
+    per factor's, head."""
     model = base.model
     head = model.get_output_embeddings()
     linears = [f for m in model.modules() if m is not head and (f := frozen_linear(m)) is not None]
@@ -56,7 +59,12 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=15)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--lr", type=float, default=2e-4)
-    p.add_argument("--seed", type=int, default=0, help="of the adapter's first values; the rows stay in file order")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the adapter's first values; the rows stay in file order",
+    )
     p.add_argument("--targets", default="all-linear", help="all-linear, or names joined by commas")
     p.add_argument("--order", default="file", choices=["file", "bucketed"])
     p.add_argument("--train-on", default="last", choices=["last", "all", "assistant"])
@@ -65,7 +73,11 @@ def main() -> None:
     p.add_argument("--checkpointing", action="store_true")
     args = p.parse_args()
     targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    method = Full() if args.method == "full" else LoRA(rank=args.rank, alpha=2.0 * args.rank, targets=targets)
+    method = (
+        Full()
+        if args.method == "full"
+        else LoRA(rank=args.rank, alpha=2.0 * args.rank, targets=targets)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
             base=args.base,
@@ -95,7 +107,9 @@ def main() -> None:
     real, supervised = sum(r["tokens"] for r in timed), sum(r["trained_tokens"] for r in timed)
     base = api.load(args.base, quantize=args.quantize, dtype=args.dtype)
     config_ = base.config.get_text_config()
-    rate = matrix_rate(max(1, computed // len(timed)), config_.hidden_size, config_.intermediate_size, base.dtype)
+    rate = matrix_rate(
+        max(1, computed // len(timed)), config_.hidden_size, config_.intermediate_size, base.dtype
+    )
     flops = step_flops(base, None if args.method == "full" else args.rank, computed, supervised)
     line = {
         "tool": "veneer",

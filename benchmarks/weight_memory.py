@@ -1,10 +1,12 @@
-"""Memory of the weights alone, from 0.1 to 65 B parameters, in bf16 and in NF4 with double quantisation. Computed.
+"""Memory of the weights alone, from 0.1 to 65 B parameters, in bf16 and in NF4 with double
+quantisation. Computed.
 
     python benchmarks/weight_memory.py
 
-Each model is built without storage from its published shape and packed as `veneer plan` packs it. GB are 10^9 bytes.
-LLaMA 7B has the shape of Llama-2 7B; those of 33B and 65B are written here. Paper: Dettmers et al. 2023,
-arXiv:2305.14314: what its authors give for the model in 4 bits; cited from memory.
+Each model is built without storage from its published shape and packed as `veneer plan` packs it.
+GB are 10^9 bytes. LLaMA 7B has the shape of Llama-2 7B; those of 33B and 65B are written here.
+Paper: Dettmers et al. 2023, arXiv:2305.14314: what its authors give for the model in 4 bits; cited
+from memory.
 """
 
 import torch
@@ -43,9 +45,9 @@ SAVED_BY_DOUBLE_BITS = 32 / 64 - (8 / 64 + 32 / (64 * 256))
 
 def main() -> None:
     print(
-        "| model | parameters, B | of them packed | bf16, GB | NF4, the packed layers alone, GB | NF4 with "
-        "dense embeddings and head, GB | of bf16 |"
-        " double quantisation saves, GB | the paper's, GB |"
+        "| model | parameters, B | of them packed | bf16, GB | NF4, the packed layers alone, GB |"
+        " NF4 with dense embeddings and head, GB | of bf16 | double quantisation saves, GB | the"
+        " paper's, GB |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, shape in MODELS.items():
@@ -53,13 +55,15 @@ def main() -> None:
         dense = sum(p.nbytes for p in model.parameters())
         saved, _ = packing(model)
         head = model.get_output_embeddings()
-        values = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        values = sum(
+            m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head
+        )
         packed = 2 * values - saved
         double = values * SAVED_BY_DOUBLE_BITS / 8
         print(
-            f"| {name} | {dense / 2e9:.2f} | {2 * values / dense:.0%} | {dense / 1e9:.2f} | {packed / 1e9:.2f} | "
-            f"{(dense - saved) / 1e9:.2f} | {(dense - saved) / dense:.2f} | {double / 1e9:.2f} | "
-            f"{PAPER_GB.get(name, '')} |"
+            f"| {name} | {dense / 2e9:.2f} | {2 * values / dense:.0%} | {dense / 1e9:.2f} |"
+            f" {packed / 1e9:.2f} | {(dense - saved) / 1e9:.2f} | {(dense - saved) / dense:.2f} |"
+            f" {double / 1e9:.2f} | {PAPER_GB.get(name, '')} |"
         )
         assert packed / values < 0.52, (name, packed / values)
 

@@ -15,7 +15,8 @@ class Fields(Extension):
 
 
 def listed(docstring: str) -> str:
-    """Lines that begin with names and two spaces, each with the deeper lines below it, as items of a list."""
+    """Lines that begin with names and two spaces, each with the deeper lines below it, as items of
+    a list."""
     lines: list[str] = []
     within = False
     for line in docstring.splitlines():

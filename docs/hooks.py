@@ -1,4 +1,5 @@
-"""What mkdocs.yml cannot say: pages written from the code, links out of the folder, and nothing from other places."""
+"""What mkdocs.yml cannot say: pages written from the code, links out of the folder, and nothing
+from other places."""
 
 import argparse
 import re
@@ -9,7 +10,8 @@ OTHERS = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?(?
 
 
 def on_config(config: Any) -> Any:
-    """Headings are named as GitHub names them, so that links between pages lead somewhere on both."""
+    """Headings are named as GitHub names them, so that links between pages lead somewhere on
+    both."""
     from pymdownx.slugs import slugify
 
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
@@ -27,7 +29,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Nothing on a page may be fetched from anybody else."""
     if found := OTHERS.search(output):
-        raise ValueError(f"{page.file.src_uri} would fetch from elsewhere: {output[found.start() : found.end() + 60]}")
+        raise ValueError(
+            f"{page.file.src_uri} would fetch from elsewhere:"
+            f" {output[found.start() : found.end() + 60]}"
+        )
     return output
 
 
@@ -41,7 +46,9 @@ def commands() -> str:
         parser = Parser(prog=f"veneer {name}", allow_abbrev=False)
         module.add_arguments(parser)
         parts.append(f"## veneer {name}\n\n{summary[0].upper()}{summary[1:]}.\n")
-        if examples := re.findall(r"^  (veneer .*(?:\\\n.*)*)$", module.__doc__ or "", re.MULTILINE):
+        if examples := re.findall(
+            r"^  (veneer .*(?:\\\n.*)*)$", module.__doc__ or "", re.MULTILINE
+        ):
             parts.append("```\n" + "\n".join(examples) + "\n```\n")
         parts.append(_flags(parser, 3))
     return "\n".join(parts)
@@ -79,12 +86,17 @@ def _said(action: argparse.Action) -> str:
 def _cell(text: str) -> str:
     """As one cell of a table; what stands in backticks stays as it is."""
     parts = " ".join(text.split()).replace("|", "\\|").split("`")
-    plain = [each.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_") for each in parts[::2]]
-    return "`".join(each for pair in zip(plain, [*parts[1::2], ""], strict=True) for each in pair).removesuffix("`")
+    plain = [
+        each.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_") for each in parts[::2]
+    ]
+    return "`".join(
+        each for pair in zip(plain, [*parts[1::2], ""], strict=True) for each in pair
+    ).removesuffix("`")
 
 
 def settings() -> str:
-    """Every setting of a run file with its default, its bounds' type and its sentence; those of methods by method."""
+    """Every setting of a run file with its default, its bounds' type and its sentence; those of
+    methods by method."""
     from veneer.adapters.config import METHODS
     from veneer.data.config import DataConfig
     from veneer.files.settings import described
@@ -95,7 +107,11 @@ def settings() -> str:
         rows = []
         for name in names:
             field = model.model_fields[name]
-            default = "needed" if field.is_required() else f"`{_default(field.get_default(call_default_factory=True))}`"
+            default = (
+                "needed"
+                if field.is_required()
+                else f"`{_default(field.get_default(call_default_factory=True))}`"
+            )
             rows.append(f"| `{before}{name}` | {default} | {_cell(described(model, (name,)))} |")
         return "\n".join([*head, *rows, ""])
 
@@ -112,4 +128,6 @@ def settings() -> str:
 def _default(value: Any) -> str:
     if hasattr(value, "name"):
         return str(value.name)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

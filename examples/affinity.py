@@ -4,10 +4,10 @@
     veneer serve --base B --library L --port 8002 &
     python examples/affinity.py --port 8000 http://127.0.0.1:8001 http://127.0.0.1:8002
 
-It reads /metrics of each server every second. Of the servers that have the adapter the least busy one answers; an
-adapter that none has goes where a hash of both names says, so that every router says the same; a server whose queue is
-full, or that does not answer, is passed over. It asks for no key and adds none: put it where only you reach it.
-It needs `pip install 'veneer[serve]' httpx`.
+It reads /metrics of each server every second. Of the servers that have the adapter the least busy
+one answers; an adapter that none has goes where a hash of both names says, so that every router
+says the same; a server whose queue is full, or that does not answer, is passed over. It asks for no
+key and adds none: put it where only you reach it. It needs `pip install 'veneer[serve]' httpx`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from starlette.types import Receive, Scope, Send
 
 EVERY_SECONDS = 1.0
 FULL = 1.0
-"""Requests that wait for each one that runs: beyond that an adapter may as well be loaded elsewhere."""
+"""Requests that wait for each one that runs: beyond that an adapter may as well be loaded
+elsewhere."""
 KEPT = ("content-type", "authorization", "x-api-key", "accept", "x-request-id")
 METRIC = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -56,7 +57,9 @@ class Replica:
             elif name == "vllm:num_requests_waiting":
                 self.waiting = float(found["value"])
             elif name == "vllm:lora_requests_info":
-                named = ",".join(labels.get(f"{state}_lora_adapters", "") for state in ("running", "waiting"))
+                named = ",".join(
+                    labels.get(f"{state}_lora_adapters", "") for state in ("running", "waiting")
+                )
                 self.adapters.update(filter(None, named.split(",")))
             elif name == "veneer:adapter_in_memory_bytes":
                 self.adapters.add(labels["adapter"])
@@ -78,11 +81,15 @@ def ordered(replicas: Sequence[Replica], model: str) -> list[Replica]:
 
 def application(urls: Sequence[str], *, every: float = EVERY_SECONDS) -> Starlette:
     replicas = [Replica(url.rstrip("/")) for url in urls]
-    client = httpx.AsyncClient(timeout=httpx.Timeout(600, connect=2), limits=httpx.Limits(max_connections=1000))
+    client = httpx.AsyncClient(
+        timeout=httpx.Timeout(600, connect=2), limits=httpx.Limits(max_connections=1000)
+    )
 
     async def look(replica: Replica) -> None:
         try:
-            replica.read((await client.get(f"{replica.url}/metrics", timeout=2)).raise_for_status().text)
+            replica.read(
+                (await client.get(f"{replica.url}/metrics", timeout=2)).raise_for_status().text
+            )
         except httpx.HTTPError:
             replica.there = False
 
@@ -108,7 +115,9 @@ def application(urls: Sequence[str], *, every: float = EVERY_SECONDS) -> Starlet
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         best = ordered(replicas, model)
         for replica in best:
-            asked = client.build_request(request.method, replica.url + path, headers=headers, content=body)
+            asked = client.build_request(
+                request.method, replica.url + path, headers=headers, content=body
+            )
             try:
                 answer = await client.send(asked, stream=True)
             except httpx.TransportError:
@@ -117,10 +126,17 @@ def application(urls: Sequence[str], *, every: float = EVERY_SECONDS) -> Starlet
             if answer.status_code not in (429, 503) or replica is best[-1]:
                 return Passed(answer, replica)
             await answer.aclose()
-        error = {"message": "No server answers.", "type": "server_error", "param": None, "code": None}
+        error = {
+            "message": "No server answers.",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
         return JSONResponse({"error": error}, 503)
 
-    return Starlette(routes=[Route("/{path:path}", forward, methods=["GET", "POST"])], lifespan=lifespan)
+    return Starlette(
+        routes=[Route("/{path:path}", forward, methods=["GET", "POST"])], lifespan=lifespan
+    )
 
 
 class Passed(StreamingResponse):
@@ -129,7 +145,9 @@ class Passed(StreamingResponse):
     def __init__(self, answer: httpx.Response, replica: Replica) -> None:
         named = ("content-type", "retry-after", "x-request-id", "x-should-retry")
         headers = {name: answer.headers[name] for name in named if name in answer.headers}
-        super().__init__(answer.aiter_raw(), answer.status_code, {"x-replica": replica.url, **headers})
+        super().__init__(
+            answer.aiter_raw(), answer.status_code, {"x-replica": replica.url, **headers}
+        )
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +158,9 @@ class Passed(StreamingResponse):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("servers", nargs="+", metavar="URL")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()

@@ -1,16 +1,17 @@
-"""An accelerator that is only pretended: values are computed on the CPU, and every tensor says that it lies elsewhere.
+"""An accelerator that is only pretended: values are computed on the CPU, and every tensor says that
+it lies elsewhere.
 
-    with Accelerator("cuda") as there:
-        model.to(there.device)      # or load_base(..., device="cuda")
-        ...                         # the project's own code, unchanged; all of it sees .device == cuda:0
+    with Accelerator("cuda") as there: model.to(there.device)      # or load_base(...,
+        device="cuda") ...                         # the project's own code, unchanged; all of it
+        sees .device == cuda:0
 
-Which place a tensor belongs to is noted on its storage, so views and in-place operations need no care. Two modes see
-everything: one the calls from Python (`.device`, `.to`, factories), one the operations below autograd, backward
-included.
-    Mixed          an operation got tensors of two places where a real device refuses it, a generator of another place,
-                   or memory's address (compiled CPU kernels)
-    reads          places in the code where the host waits for a value: .item(), bool(), .cpu(), nonzero, masks as
-                   indices
+Which place a tensor belongs to is noted on its storage, so views and in-place operations need no
+    care. Two modes see
+everything: one the calls from Python (`.device`, `.to`, factories), one the operations below
+    autograd, backward
+included. Mixed          an operation got tensors of two places where a real device refuses it, a
+    generator of another place, or memory's address (compiled CPU kernels) reads          places in
+    the code where the host waits for a value: .item(), bool(), .cpu(), nonzero, masks as indices
     uploads        places in the code where it waits for a copy from host memory
 Not seen: streams, the order of work, kernels of the device itself, an address asked of a storage.
 """
@@ -56,7 +57,8 @@ FACTS = {
     "get_rng_state": lambda _=None: torch.random.get_rng_state(),
     "set_rng_state": lambda *_: None,
 }
-"""What is asked of CUDA itself: by transformers while it loads a model and multiplies experts, by torch's fork_rng."""
+"""What is asked of CUDA itself: by transformers while it loads a model and multiplies experts, by
+torch's fork_rng."""
 _T: Any = Tensor
 
 
@@ -66,7 +68,8 @@ class Mixed(AssertionError):
 
 @dataclass
 class Waits:
-    """Where the host waited, one entry a wait: the innermost line of the project, or of transformers."""
+    """Where the host waited, one entry a wait: the innermost line of the project, or of
+    transformers."""
 
     reads: list[str] = field(default_factory=list)
     uploads: list[str] = field(default_factory=list)
@@ -77,7 +80,8 @@ class Waits:
 
 
 class Accelerator:
-    """name: with its index. lacks: types of numbers that it does not have (mps: float64). current: CUDA's device."""
+    """name: with its index. lacks: types of numbers that it does not have (mps: float64). current:
+    CUDA's device."""
 
     def __init__(self, name: str = "cuda:0", *, lacks: tuple[torch.dtype, ...] = ()) -> None:
         self.device, self.lacks, self.current = torch.device(name), lacks, 0
@@ -86,13 +90,18 @@ class Accelerator:
 
     def __enter__(self) -> Accelerator:
         if self.device.type == "cuda":
-            exchange = {"_exchange_device": self._exchange, "_maybe_exchange_device": self._exchange}
+            exchange = {
+                "_exchange_device": self._exchange,
+                "_maybe_exchange_device": self._exchange,
+            }
             self._modes.enter_context(
                 patch.multiple(torch.cuda, current_device=lambda: self.current, **exchange, **FACTS)
             )
         calls, push = _Calls(self), torch._C._autograd._push_saved_tensors_default_hooks
 
-        def seen(hook: Any) -> Any:  # what is saved is handed out in the middle of a call, where no mode is on
+        def seen(
+            hook: Any,
+        ) -> Any:  # what is saved is handed out in the middle of a call, where no mode is on
             def call(tensor: Any) -> Any:
                 with nullcontext() if calls in _get_current_function_mode_stack() else calls:
                     return hook(tensor)
@@ -100,7 +109,9 @@ class Accelerator:
             return call
 
         name = "_push_saved_tensors_default_hooks"
-        hooks = patch.object(torch._C._autograd, name, lambda pack, unpack: push(seen(pack), seen(unpack)))
+        hooks = patch.object(
+            torch._C._autograd, name, lambda pack, unpack: push(seen(pack), seen(unpack))
+        )
         for mode in (hooks, _Operations(self), calls):
             self._modes.enter_context(mode)
         return self
@@ -158,7 +169,8 @@ def _line() -> str:
 
 
 class _Calls(TorchFunctionMode):
-    """What Python says of places: answered for the pretended device, which torch itself never hears of."""
+    """What Python says of places: answered for the pretended device, which torch itself never hears
+    of."""
 
     def __init__(self, there: Accelerator) -> None:
         self.there = there
@@ -207,7 +219,10 @@ class _Calls(TorchFunctionMode):
             if func in FROM_HOST and not (isinstance(args[0], Tensor) and there.holds(args[0])):
                 there.upload(func.__name__)
             if kwargs.get("generator") is not None:
-                raise Mixed(f"{func.__name__} on {there.device} draws from a generator of the CPU at {_line()}")
+                raise Mixed(
+                    f"{func.__name__} on {there.device} draws from a generator of the CPU at"
+                    f" {_line()}"
+                )
             return there.take(out)
         if there.holds(out):  # zeros_like(x, device="cpu") is no wait
             del _storage(out).elsewhere
@@ -237,7 +252,9 @@ class _Calls(TorchFunctionMode):
         if place is None or to == away:
             return Tensor.to(tensor, CPU, **kwargs)
         kwargs["copy"] = True
-        assert not (tensor.requires_grad and torch.is_grad_enabled()), "no gradient crosses places here"
+        assert not (tensor.requires_grad and torch.is_grad_enabled()), (
+            "no gradient crosses places here"
+        )
         out = Tensor.to(tensor, CPU, **kwargs)
         if not kwargs.get("non_blocking"):
             (there.upload if to else there.read)("to")
@@ -261,7 +278,9 @@ class _Operations(TorchDispatchMode):
         if held:
             self._check(func, packet, args, kwargs, given, held)
         if packet is aten.histc and not given[0].is_floating_point():
-            out = func(args[0].float(), *args[1:], **kwargs).to(given[0].dtype)  # a CPU counts floats alone
+            out = func(args[0].float(), *args[1:], **kwargs).to(
+                given[0].dtype
+            )  # a CPU counts floats alone
         elif func is aten.mm.dtype:  # which a CPU lacks
             out = args[0].to(args[2]) @ args[1].to(args[2])
         else:
@@ -271,7 +290,11 @@ class _Operations(TorchDispatchMode):
         if held:
             own = {_storage(tensor)._cdata for tensor in given}
             for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor) and not leaf.is_meta and _storage(leaf)._cdata not in own:
+                if (
+                    isinstance(leaf, Tensor)
+                    and not leaf.is_meta
+                    and _storage(leaf)._cdata not in own
+                ):
                     there.take(leaf)
         return out
 
@@ -286,7 +309,9 @@ class _Operations(TorchDispatchMode):
         if packet in INDEXING:
             indices = [i for i in args[1] if i is not None]
             if not there.holds(args[0]):
-                raise Mixed(f"{func}: indices on {there.device} into a tensor of the CPU at {_line()}")
+                raise Mixed(
+                    f"{func}: indices on {there.device} into a tensor of the CPU at {_line()}"
+                )
             if any(not there.holds(i) for i in indices):
                 there.upload(packet)
             if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
@@ -300,9 +325,13 @@ class _Operations(TorchDispatchMode):
         ):
             host = [t for t in host if t.dim()]  # numbers: torch takes them from anywhere
         if host:
-            shapes = [f"{tuple(t.shape)} {'there' if there.holds(t) else 'on the CPU'}" for t in given]
+            shapes = [
+                f"{tuple(t.shape)} {'there' if there.holds(t) else 'on the CPU'}" for t in given
+            ]
             raise Mixed(f"{func} mixes places: {', '.join(shapes)} at {_line()}")
         if kwargs.get("generator") is not None:
             raise Mixed(f"{func} on {there.device} draws from a generator of the CPU at {_line()}")
-        if packet in READS or (packet is aten.repeat_interleave and kwargs.get("output_size") is None):
+        if packet in READS or (
+            packet is aten.repeat_interleave and kwargs.get("output_size") is None
+        ):
             there.read(packet)

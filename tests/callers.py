@@ -2,7 +2,8 @@
 
     {"test": "tests/test_rank.py::test_...", "seconds": 0.1, "calls": ["kernels/rank.py:down", ...]}
 
-A function is named as its code object is: file and qualified name. What a process of its own calls is not seen.
+A function is named as its code object is: file and qualified name. What a process of its own calls
+is not seen.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import pytest
 
 
 class Calls:
-    """A plugin of pytest. Fixtures may serve the tests behind the one that made them: what they call counts for
-    those too."""
+    """A plugin of pytest. Fixtures may serve the tests behind the one that made them: what they
+    call counts for those too."""
 
     def __init__(self, out: Path, source: Path) -> None:
         self.out, self.source = out, str(source) + "/"
@@ -34,7 +35,9 @@ class Calls:
     def _taken(self) -> set[str]:
         codes, self.seen = list(self.seen.values()), {}
         inside = [code for code in codes if code.co_filename.startswith(self.source)]
-        return {f"{code.co_filename.removeprefix(self.source)}:{code.co_qualname}" for code in inside}
+        return {
+            f"{code.co_filename.removeprefix(self.source)}:{code.co_qualname}" for code in inside
+        }
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
@@ -72,8 +75,11 @@ class Callers:
             for function in line["calls"]:
                 self.tests.setdefault(function, []).append(line["test"])
 
-    def of(self, function: str, files: Sequence[str], seconds: float) -> tuple[list[str], list[str]]:
-        """The tests that call it, in the files and elsewhere: the shortest first, as many as take that long."""
+    def of(
+        self, function: str, files: Sequence[str], seconds: float
+    ) -> tuple[list[str], list[str]]:
+        """The tests that call it, in the files and elsewhere: the shortest first, as many as take
+        that long."""
         near: list[str] = []
         far: list[str] = []
         left = [seconds, seconds]

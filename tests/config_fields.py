@@ -1,11 +1,14 @@
-"""Every field of a config that changes what transformers computes changes it here alike, or is refused by name.
+"""Every field of a config that changes what transformers computes changes it here alike, or is
+refused by name.
 
-    python -m tests.config_fields llama gemma2     prints what does not hold of these families; all without names
+    python -m tests.config_fields llama gemma2
+        prints what does not hold of these families; all without names
 
-Each family's small random model is written with one field of config.json changed, over the same weights. Where
-transformers' own logits change, `veneer.load` of that folder has to give these logits, the losses of packed rows with a
-fresh LoRA, and the greedy answers, by the paths that it takes in training and serving; a `VeneerError` is as good. And
-the base has to be another one for adapters (bases/config_fields.py).
+Each family's small random model is written with one field of config.json changed, over the same
+weights. Where transformers' own logits change, `veneer.load` of that folder has to give these
+logits, the losses of packed rows with a fresh LoRA, and the greedy answers, by the paths that it
+takes in training and serving; a `VeneerError` is as good. And the base has to be another one for
+adapters (bases/config_fields.py).
 """
 
 from __future__ import annotations
@@ -44,9 +47,22 @@ from veneer.models.switches import forget_lengths
 IDS, LONGEST = 90, 44
 SAME, ALIKE = 1e-6, 1e-4
 """Logits relative to the largest: what counts as changed, and what rounding explains."""
-NOT_CHANGED = ("model_type", "architectures", "transformers_version", "vocab_size", "dtype", "torch_dtype")
+NOT_CHANGED = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "vocab_size",
+    "dtype",
+    "torch_dtype",
+)
 """They name the class and its code, and are held against the weights."""
-WORDS = {"silu": "gelu", "gelu": "silu", "gelu_pytorch_tanh": "silu", "relu": "gelu", "default": "linear"}
+WORDS = {
+    "silu": "gelu",
+    "gelu": "silu",
+    "gelu_pytorch_tanh": "silu",
+    "relu": "gelu",
+    "default": "linear",
+}
 WORDS |= {"sigmoid": "softmax", "softmax": "sigmoid", "full_attention": "sliding_attention"}
 WORDS |= {"sliding_attention": "full_attention", "gelu_new": "relu", "relu2": "gelu"}
 MISSING = {"softcap": 2.0, "window": 5, "clip": 0.5, "limit": 0.5, "scalar": 7.0}
@@ -69,7 +85,9 @@ def _small_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     backend.add_special_tokens(list(roles.values()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -91,7 +109,9 @@ def changed_values(name: str, value: Any) -> list[Any]:
     return []
 
 
-def changes(fields: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+def changes(
+    fields: dict[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what was changed, config.json with one field changed)."""
     for name, value in fields.items():
         if name in NOT_CHANGED or name.startswith("_"):
@@ -132,8 +152,8 @@ def read_by_transformers(folder: Path, kind: Any) -> Any:
 
 @dataclass
 class Swept:
-    """computed, refused: fields that change transformers' logits, and are computed or refused here. faults: one line
-    for each field and fault."""
+    """computed, refused: fields that change transformers' logits, and are computed or refused here.
+    faults: one line for each field and fault."""
 
     computed: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -157,7 +177,10 @@ def _sweep(name: str, folder: Path, only: tuple[str, ...]) -> Swept:
     plain = read_by_transformers(folder, kind)
     if plain is None:
         return found
-    before, identity = logits_of(plain, ids), veneer.load(str(folder), dtype="float32").fingerprint()
+    before, identity = (
+        logits_of(plain, ids),
+        veneer.load(str(folder), dtype="float32").fingerprint(),
+    )
     done: set[str] = set()
     for what, other in changes(fields):
         called = what.partition(":")[0]
@@ -180,7 +203,9 @@ def _sweep(name: str, folder: Path, only: tuple[str, ...]) -> Swept:
             found.refused.append(called)
             continue
         found.computed.append(called)
-        found.faults += [f"{name}: {what}: {fault}" for fault in _faults(base, twin, after, ids, identity)]
+        found.faults += [
+            f"{name}: {what}: {fault}" for fault in _faults(base, twin, after, ids, identity)
+        ]
     return found
 
 
@@ -198,13 +223,16 @@ def _faults(base: Any, twin: Any, after: Tensor, ids: list[int], identity: Any) 
         stops = set(stop_token_ids(base.tokenizer, base.model.generation_config))
         with base.routing.none():
             answers = generate(base, prompts, max_new_tokens=6)
-        wrong = [n for n, prompt in enumerate(prompts) if answers[n] != _greedy(twin, prompt, stops)]
+        wrong = [
+            n for n, prompt in enumerate(prompts) if answers[n] != _greedy(twin, prompt, stops)
+        ]
         if wrong:
             yield f"{len(wrong)} of {len(prompts)} answers differ"
 
 
 def _losses(base: Any, twin: Any) -> tuple[float, float]:
-    """Of transformers one row after the other, and here of rows that share a prompt, packed and fused if that holds."""
+    """Of transformers one row after the other, and here of rows that share a prompt, packed and
+    fused if that holds."""
     examples = make_examples(4, vocab=IDS, prompt=5, longest=LONGEST)
     total = float(sum(example.trained.sum() for example in examples))
     expected = 0.0
@@ -217,8 +245,13 @@ def _losses(base: Any, twin: Any) -> tuple[float, float]:
     base.routing.active = (("a", 1.0),)
     with fused(base.model, replacements(base.model)), torch.no_grad():
         parts = parts_of(base.model, base.paths, examples, [list(range(len(examples)))])
-        batches = [batch_of(base.model, base.paths, examples, part, share_prompt=True) for part in parts]
-        found = sum(batch_loss(base.model, base.paths, base.routing, batch, total=total).item() for batch in batches)
+        batches = [
+            batch_of(base.model, base.paths, examples, part, share_prompt=True) for part in parts
+        ]
+        found = sum(
+            batch_loss(base.model, base.paths, base.routing, batch, total=total).item()
+            for batch in batches
+        )
     del made
     base.routing.active = ()
     return expected / total, found
@@ -240,7 +273,9 @@ def main(asked: list[str]) -> None:
             try:
                 found = sweep(name, Path(folder))
             except Exception as fault:
-                found = Swept(faults=[f"{name}: not swept: {type(fault).__name__}: {str(fault)[:150]}"])
+                found = Swept(
+                    faults=[f"{name}: not swept: {type(fault).__name__}: {str(fault)[:150]}"]
+                )
         counted = f"{name}: {len(found.computed)} fields computed, {len(found.refused)} refused"
         print("\n".join([counted, *found.faults]), flush=True)
 

@@ -1,7 +1,7 @@
 """What holds for all tests.
 
-Where a shell put them behind itself, it told them to ignore Ctrl-C and hang-ups, and Veneer keeps to that. What takes
-minutes begins first.
+Where a shell put them behind itself, it told them to ignore Ctrl-C and hang-ups, and Veneer keeps
+to that. What takes minutes begins first.
 """
 
 import signal

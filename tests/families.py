@@ -1,27 +1,31 @@
-"""Every causal LM of transformers that can be built small, held against transformers and PEFT: the table of families.
+"""Every causal LM of transformers that can be built small, held against transformers and PEFT: the
+table of families.
 
     python -m tests.families              all of them; writes docs/families.md (half an hour)
     python -m tests.families mamba jamba  these rows of the page anew
-    python -m tests.families --left       those that the page lists as not compared yet: goes on after an interruption
+    python -m tests.families --left       those that the page lists as not compared yet: goes on
+                                          after an interruption
 
-Each small random model is saved as a folder and goes the way of a user from there: `veneer.load` and the command line
-on one side, transformers and PEFT on the same folder on the other. Two adapters of Veneer's, a and b, have values as if
-they were trained.
-    path       what models/proof.py found: how rows are computed, and why not packed
-    loaded     the loaded base: every attribute and all logits as transformers has them
-    loss       of a step over rows that share prompts and rows that do not, on both sides of every window and rotary
-               switch: ours, and the sum of PEFT's rows one by one
-    gradient   of every trained value: ours, and torch's through the model's own forward, one row at a time
-    several    losses and gradients of one step in which a, b and no adapter act on rows of their own
-    run        three steps of `veneer train --from a`: losses and the logits of the file, against AdamW on a in PEFT
-    goes on    the first loss of a run from run + 0.5 b, against PEFT's merges of the files in transformers' weights
-    to PEFT    our file in PEFT: the same logits
-    from PEFT  PEFT's own file here, as its training could have left it: the same logits
-    answers    greedy, prompts of four lengths at once, and transformers' own loop in PEFT, one at a time;
-               `veneer generate` with the file of the run
-    merged     the folder of `veneer merge` in transformers: the logits of the run's file in PEFT
-    .gguf      the file of `veneer export --merged`: its values in `gguf`, its logits here, llama.cpp's answers
-What is not so for a reason that is not ours is declared in tests/families_declared.py; anything else is a fault.
+Each small random model is saved as a folder and goes the way of a user from there: `veneer.load`
+    and the command line
+on one side, transformers and PEFT on the same folder on the other. Two adapters of Veneer's, a and
+    b, have values as if
+they were trained. path       what models/proof.py found: how rows are computed, and why not packed
+    loaded     the loaded base: every attribute and all logits as transformers has them loss
+    of a step over rows that share prompts and rows that do not, on both sides of every window and
+    rotary switch: ours, and the sum of PEFT's rows one by one gradient   of every trained value:
+    ours, and torch's through the model's own forward, one row at a time several    losses and
+    gradients of one step in which a, b and no adapter act on rows of their own run        three
+    steps of `veneer train --from a`: losses and the logits of the file, against AdamW on a in PEFT
+    goes on    the first loss of a run from run + 0.5 b, against PEFT's merges of the files in
+    transformers' weights to PEFT    our file in PEFT: the same logits from PEFT  PEFT's own file
+    here, as its training could have left it: the same logits answers    greedy, prompts of four
+    lengths at once, and transformers' own loop in PEFT, one at a time; `veneer generate` with the
+    file of the run merged     the folder of `veneer merge` in transformers: the logits of the run's
+    file in PEFT .gguf      the file of `veneer export --merged`: its values in `gguf`, its logits
+    here, llama.cpp's answers
+What is not so for a reason that is not ours is declared in tests/families_declared.py; anything
+    else is a fault.
 """
 
 from __future__ import annotations
@@ -59,7 +63,9 @@ def measure(name: str) -> Result:
             result.built = f"not built: {type(fault).__name__}: {words(str(fault))}"
             return result
         lines = [line for line in paths.lines if not line.startswith("logits only")]
-        result.path = re.sub(r" by [\d.]+e[+-]\d+", "", "; ".join(lines)).replace("|", "/")  # not the last digit
+        result.path = re.sub(r" by [\d.]+e[+-]\d+", "", "; ".join(lines)).replace(
+            "|", "/"
+        )  # not the last digit
         with quiet():
             _fill(result, trial)
     return result
@@ -89,7 +95,9 @@ def _fill(result: Result, trial: Trial) -> None:
         twin, _ = _in_peft(trial, trial.final)
         reference = trial.beside(trial.final).model if twin is None else twin
     if isinstance(cells["answers"], float):
-        cells["answers"] = _tried(lambda: max(cells["answers"], commands.generated(trial, reference)))
+        cells["answers"] = _tried(
+            lambda: max(cells["answers"], commands.generated(trial, reference))
+        )
     cells["merged"] = _tried(lambda: commands.merged(trial, reference))
     cells[".gguf"] = _tried(lambda: commands.in_gguf(trial))
 
@@ -127,7 +135,9 @@ def main(asked: list[str]) -> None:
         result = measure(name)
         rows[name] = result.row
         cells = result.cells.items()
-        numbers = {cell: f"{value:.1e}" if isinstance(value, float) else value for cell, value in cells}
+        numbers = {
+            cell: f"{value:.1e}" if isinstance(value, float) else value for cell, value in cells
+        }
         seconds = time.perf_counter() - start
         print(f"{name}  {seconds:.1f} s  {result.built or result.path}\n    {numbers}", flush=True)
         for fault in result.wrong:

@@ -1,5 +1,6 @@
-"""The comparisons of the table of families (tests/families.py) that go the way of a user: `veneer train`, `generate`,
-`merge` and `export` on a base in a folder, and what PEFT, transformers and gguf make of the files."""
+"""The comparisons of the table of families (tests/families.py) that go the way of a user: `veneer
+train`, `generate`, `merge` and `export` on a base in a folder, and what PEFT, transformers and gguf
+make of the files."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ CONVERSATIONS = (
     ("another thing", "yes, and no: nothing else"),
     ("x", "y z"),
 )
-"""(what is asked, what is answered): rows that share a prompt beside rows that do not, around window and switch."""
+"""(what is asked, what is answered): rows that share a prompt beside rows that do not, around
+window and switch."""
 
 
 class CommandFailed(Exception):
@@ -66,16 +68,19 @@ def command(*arguments: object) -> str:
         raise RefusedError(f"veneer {arguments[0]}", [faults.strip().split("\n")[0]])
     if code:
         lines = [line for line in talk.getvalue().splitlines() if line.strip()]
-        raise CommandFailed(f"veneer {arguments[0]} ended with {code}: " + " / ".join(lines[-3:])[:300])
+        raise CommandFailed(
+            f"veneer {arguments[0]} ended with {code}: " + " / ".join(lines[-3:])[:300]
+        )
     return said.getvalue()
 
 
 def run(trial: Trial) -> float:
-    """Three steps of `veneer train --from a`: every loss, and what the last file computes, against torch's AdamW on a
-    in PEFT, or through the model's own forward where PEFT does not read the file.
+    """Three steps of `veneer train --from a`: every loss, and what the last file computes, against
+    torch's AdamW on a in PEFT, or through the model's own forward where PEFT does not read the
+    file.
 
-    Raises NotInPeft if they differ and transformers' logits of a text depend on the tokens after it: the rows of our
-    batch are padded, those of the reference are not.
+    Raises NotInPeft if they differ and transformers' logits of a text depend on the tokens after
+    it: the rows of our batch are padded, those of the reference are not.
     """
     reference, trained = _trainable(trial)
     expected = _trained_by_torch(reference, trained, _rows(trial))
@@ -84,15 +89,22 @@ def run(trial: Trial) -> float:
     result = trial.beside("run/adapter")
     with torch.no_grad():
         texts = [example.ids for example in trial.examples[:2]]
-        worst = max(worst, *(apart(logits_alone(result.model, ids), logits_alone(reference, ids)) for ids in texts))
+        worst = max(
+            worst,
+            *(
+                apart(logits_alone(result.model, ids), logits_alone(reference, ids))
+                for ids in texts
+            ),
+        )
     if worst > TRAINED and depends_on_later_tokens(reference, _rows(trial)):
         raise NotInPeft("its logits of a text depend on the tokens after the text")
     return worst
 
 
 def goes_on(trial: Trial) -> float:
-    """The first loss of a run from the sum run + 0.5 b, against transformers' model with PEFT's own merges of the files
-    in its weights; where PEFT does not read them, against the sum beside the model's own forward."""
+    """The first loss of a run from the sum run + 0.5 b, against transformers' model with PEFT's own
+    merges of the files in its weights; where PEFT does not read them, against the sum beside the
+    model's own forward."""
     parents = [("run", 1.0), ("b", WEIGHT)]
     try:
         summed = _with_updates(trial, parents)
@@ -104,7 +116,15 @@ def goes_on(trial: Trial) -> float:
 
 def generated(trial: Trial, twin: Any) -> float:
     """`veneer generate` against transformers' loop with the file in PEFT: 1 if the texts differ."""
-    said = command("generate", "--adapter", trial.place / trial.final, "--max-new-tokens", 10, "--json", QUESTION)
+    said = command(
+        "generate",
+        "--adapter",
+        trial.place / trial.final,
+        "--max-new-tokens",
+        10,
+        "--json",
+        QUESTION,
+    )
     tokenizer = trial.base.tokenizer
     stops = trial.base.model.generation_config.eos_token_id
     prompt = ChatTemplate(tokenizer).encode_prompt([{"role": "user", "content": QUESTION}])
@@ -122,15 +142,18 @@ def generated(trial: Trial, twin: Any) -> float:
 
 def merged(trial: Trial, twin: Any) -> float:
     """The folder of `veneer merge` as transformers loads it: the logits of the file in PEFT."""
-    command("merge", "--adapter", trial.place / trial.final, "--out", trial.place / "merged", "--json")
+    command(
+        "merge", "--adapter", trial.place / trial.final, "--out", trial.place / "merged", "--json"
+    )
     plain = trial.theirs("merged")
     with torch.no_grad():
         return max(logits_apart(plain, twin, example.ids) for example in trial.examples[:2])
 
 
 def in_gguf(trial: Trial) -> float | None:
-    """The f16 file of `veneer export --merged` against the folder of `veneer merge`, its matrices rounded to f16: the
-    values as `gguf` reads them, the logits as `veneer.load` does, llama.cpp's answers where that is installed.
+    """The f16 file of `veneer export --merged` against the folder of `veneer merge`, its matrices
+    rounded to f16: the values as `gguf` reads them, the logits as `veneer.load` does, llama.cpp's
+    answers where that is installed.
 
     None: no such file is written of this family.
     """
@@ -140,14 +163,21 @@ def in_gguf(trial: Trial) -> float | None:
         return None
     path = trial.place / "model.gguf"
     command("export", trial.place / trial.final, "--to", "llamacpp", "--merged", "--out", path)
-    stored = {tensor.name: np.float32(np.sort(tensor.data, axis=None)) for tensor in gguf.GGUFReader(path).tensors}
+    stored = {
+        tensor.name: np.float32(np.sort(tensor.data, axis=None))
+        for tensor in gguf.GGUFReader(path).tensors
+    }
     model = trial.theirs("merged")
     for name, weight in model.named_parameters():
         weight.data = weight.data.half().float() if weight.dim() > 1 else weight.data
-        expected = np.sort(weight.detach().numpy(), axis=None)  # rows of q and k stand in another order
+        expected = np.sort(
+            weight.detach().numpy(), axis=None
+        )  # rows of q and k stand in another order
         found = stored.get(names.of(name) or "")
         shifts = (0, 1)  # of Gemma's norms
-        if found is None or not any(np.allclose(found - shift, expected, rtol=0, atol=1e-6) for shift in shifts):
+        if found is None or not any(
+            np.allclose(found - shift, expected, rtol=0, atol=1e-6) for shift in shifts
+        ):
             raise ValueError(f"{name} is not in the file, or with other values")
     again = api.load(path, dtype="float32")
     _compare_llama_cpp(again, path)
@@ -156,7 +186,8 @@ def in_gguf(trial: Trial) -> float | None:
 
 
 def _compare_llama_cpp(base: Any, path: Path) -> None:
-    """Raises ValueError if llama.cpp's greedy answers differ; does nothing where it is not installed."""
+    """Raises ValueError if llama.cpp's greedy answers differ; does nothing where it is not
+    installed."""
     if find_spec("llama_cpp") is None:
         return
     from tests.test_llama_cpp import answers, ours
@@ -167,7 +198,8 @@ def _compare_llama_cpp(base: Any, path: Path) -> None:
 
 
 def _train(trial: Trial, out: str, parents: list[tuple[str, float]], *, steps: int) -> list[float]:
-    """The losses that `veneer train` writes down, step by step, from one adapter or a sum of several."""
+    """The losses that `veneer train` writes down, step by step, from one adapter or a sum of
+    several."""
     starts = [{"adapter": str(trial.place / name), "weight": weight} for name, weight in parents]
     settings = {"schedule": "constant", "warmup": 0, "clip": "null", "data.validation_share": 0}
     flags = [flag for name, value in settings.items() for flag in ("--set", f"{name}={value}")]
@@ -180,9 +212,12 @@ def _train(trial: Trial, out: str, parents: list[tuple[str, float]], *, steps: i
 
 
 def _rows(trial: Trial) -> Sequence[Example]:
-    """The conversations as a run reads them: which of their tokens train is not what is compared here."""
+    """The conversations as a run reads them: which of their tokens train is not what is compared
+    here."""
     settings = {"train": str(_written_rows(trial)), "validation_share": 0.0}
-    config = RunConfig.model_validate({"base": str(trial.folder), "data": settings, "out": "unused"})
+    config = RunConfig.model_validate(
+        {"base": str(trial.folder), "data": settings, "out": "unused"}
+    )
     return api.run_rows(config).train
 
 
@@ -210,7 +245,9 @@ def _trainable(trial: Trial) -> tuple[Any, list[nn.Parameter]]:
         return other.model, trained
 
 
-def _trained_by_torch(model: Any, trained: list[nn.Parameter], rows: Sequence[Example]) -> list[float]:
+def _trained_by_torch(
+    model: Any, trained: list[nn.Parameter], rows: Sequence[Example]
+) -> list[float]:
     """Losses of STEPS steps of AdamW over all rows; `trained` move."""
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     losses = []

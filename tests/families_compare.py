@@ -1,5 +1,6 @@
-"""The comparisons of the table of families (tests/families.py) that look into a forward: losses, gradients, logits,
-answers of a base that `veneer.load` read from a folder, beside transformers and PEFT on the same folder."""
+"""The comparisons of the table of families (tests/families.py) that look into a forward: losses,
+gradients, logits, answers of a base that `veneer.load` read from a folder, beside transformers and
+PEFT on the same folder."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ ADAPTERS = {"a": LoRA(rank=3, alpha=5), "b": LoRA(rank=2, alpha=3, rslora=True)}
 PROMPT_LENGTHS = (27, 4, 19, 38)
 NEW_TOKENS = 10
 FORWARD_ERROR = 2.0**-19
-"""Relative, of what a small model in float32 gives when its sums are in another order: 1e-6 to 5e-6 is measured."""
+"""Relative, of what a small model in float32 gives when its sums are in another order: 1e-6 to 5e-6
+is measured."""
 
 
 class NotInPeft(Exception):
@@ -51,7 +53,8 @@ class NotInPeft(Exception):
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value; infinite where it is not a number."""
+    """Largest difference, relative to the largest expected value; infinite where it is not a
+    number."""
     if found.shape != expected.shape:
         return float("inf")
     value = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
@@ -59,7 +62,8 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 def logits_apart(ours: Any, theirs: Any, ids: np.ndarray) -> float:
-    """0 where they differ by what rounding explains: a model that repeats its layers many times amplifies it."""
+    """0 where they differ by what rounding explains: a model that repeats its layers many times
+    amplifies it."""
     expected = logits_alone(theirs, ids)
     difference = apart(logits_alone(ours, ids), expected)
     return explained(difference, LOGITS, theirs, lambda: apart(logits_alone(theirs, ids), expected))
@@ -68,8 +72,8 @@ def logits_apart(ours: Any, theirs: Any, ids: np.ndarray) -> float:
 def explained(difference: float, limit: float, theirs: Any, moved: Callable[[], float]) -> float:
     """The difference, or 0 where it is beyond the limit and rounding explains it.
 
-    moved: how far the reference itself moves; asked while its embeddings move by the error of a float32 forward. A
-    router near a tie then chooses other experts.
+    moved: how far the reference itself moves; asked while its embeddings move by the error of a
+    float32 forward. A router near a tie then chooses other experts.
     """
     if difference <= limit:
         return difference
@@ -95,11 +99,15 @@ def logits_alone(model: Any, ids: np.ndarray) -> Tensor:
 def depends_on_later_tokens(model: Any, examples: Sequence[Example]) -> bool:
     """Whether the logits of any of these texts change if tokens follow the text."""
     longer = ((example.ids, np.append(example.ids, example.ids[:5])) for example in examples)
-    return any(apart(logits_alone(model, more)[: len(ids)], logits_alone(model, ids)) > LOGITS for ids, more in longer)
+    return any(
+        apart(logits_alone(model, more)[: len(ids)], logits_alone(model, ids)) > LOGITS
+        for ids, more in longer
+    )
 
 
 def nats(model: Any, examples: Sequence[Example]) -> Tensor:
-    """Cross-entropy of the trained tokens of every row alone, summed. Tokens that no loss depends on are left out."""
+    """Cross-entropy of the trained tokens of every row alone, summed. Tokens that no loss depends
+    on are left out."""
     total = torch.zeros(())
     for example in examples:
         rows = np.flatnonzero(example.trained)
@@ -119,7 +127,8 @@ def scale_of(parameter: Tensor) -> float:
 
 @dataclass
 class Trial:
-    """A family in a folder: our base loaded from it, and the files of two adapters with random values.
+    """A family in a folder: our base loaded from it, and the files of two adapters with random
+    values.
 
     place       everything of it lies here;  base   as `veneer.load` gives it
     final       the adapter that is merged and exported: a, or the run's once there is one
@@ -142,8 +151,12 @@ class Trial:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """Four rows that share a prompt, two that share another, and one alone; around window and switch."""
-        groups = [make_examples(n, vocab=IDS, prompt=5, longest=44, seed=s) for s, n in enumerate((4, 2, 1))]
+        """Four rows that share a prompt, two that share another, and one alone; around window and
+        switch."""
+        groups = [
+            make_examples(n, vocab=IDS, prompt=5, longest=44, seed=s)
+            for s, n in enumerate((4, 2, 1))
+        ]
         return [example for group in groups for example in group]
 
     def theirs(self, folder: str = "base") -> Any:
@@ -153,7 +166,8 @@ class Trial:
             return auto_class(config).from_pretrained(self.place / folder).eval()
 
     def attach(self) -> None:
-        """Puts both adapters on the base, with values as if they were trained, and writes their files."""
+        """Puts both adapters on the base, with values as if they were trained, and writes their
+        files."""
         for number, (name, config) in enumerate(ADAPTERS.items()):
             made = self._begun(name, config)
             for parameter in made.parameters().values():
@@ -177,18 +191,24 @@ class Trial:
         return self._beside[adapter]
 
     def in_peft(self, adapter: str, *, trains: bool = False) -> Any:
-        """The adapter's file in PEFT on transformers' model. NotInPeft: it refuses the file, or misses tensors of its
-        own files too."""
+        """The adapter's file in PEFT on transformers' model. NotInPeft: it refuses the file, or
+        misses tensors of its own files too."""
         import peft
 
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 folder = self.place / adapter
-                loaded = peft.PeftModel.from_pretrained(self.theirs(), folder, is_trainable=trains).eval()
+                loaded = peft.PeftModel.from_pretrained(
+                    self.theirs(), folder, is_trainable=trains
+                ).eval()
         except Exception as fault:
             raise NotInPeft(f"{type(fault).__name__}: {fault}") from fault
-        lost = [str(w.message) for w in caught if "missing" in str(w.message) or "nexpected" in str(w.message)]
+        lost = [
+            str(w.message)
+            for w in caught
+            if "missing" in str(w.message) or "nexpected" in str(w.message)
+        ]
         if lost and self._own_file_is_read():
             raise ValueError(lost[0])
         if lost:
@@ -199,21 +219,29 @@ class Trial:
         """Whether PEFT finds all tensors of a file that it wrote itself."""
         import peft
 
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            warnings.catch_warnings(record=True) as caught,
+        ):
             warnings.simplefilter("always")
             self.fresh_in_peft().save_pretrained(folder)
             peft.PeftModel.from_pretrained(self.theirs(), folder)
         return not any("missing" in str(w.message) for w in caught)
 
     def fresh_in_peft(self) -> Any:
-        """PEFT's own all-linear adapter; of Mamba's models, where PEFT refuses that, on all it takes."""
+        """PEFT's own all-linear adapter; of Mamba's models, where PEFT refuses that, on all it
+        takes."""
         import peft
 
         model = self.theirs()
         targets: str | list[str] = "all-linear"
         if refused := refused_by_peft(model):
             head = model.get_output_embeddings()
-            linear = [p for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+            linear = [
+                p
+                for p, m in model.named_modules()
+                if isinstance(m, torch.nn.Linear) and m is not head
+            ]
             targets = sorted({path.rpartition(".")[2] for path in linear if path not in refused})
         config = peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", target_modules=targets)
         return peft.get_peft_model(model, config).eval()
@@ -230,7 +258,8 @@ def loaded(trial: Trial) -> float:
 
 
 def loss(trial: Trial, reference: Any) -> float:
-    """One training step over all rows, adapter a; the gradients stay with the adapter for `gradient`."""
+    """One training step over all rows, adapter a; the gradients stay with the adapter for
+    `gradient`."""
     base, examples = trial.base, trial.examples
     total, found = trained_tokens(examples), torch.zeros(())
     for parameter in base.attachments["a"].parameters().values():
@@ -257,12 +286,15 @@ def losses_apart(found: float, reference: Any, examples: Sequence[Example], limi
 
 
 def gradient(trial: Trial) -> float:
-    """Of adapter a after `loss`, against torch's through the model's own forward, one row at a time."""
+    """Of adapter a after `loss`, against torch's through the model's own forward, one row at a
+    time."""
     expected = own_gradient(trial, "a", trial.examples, trained_tokens(trial.examples))
     return gradients_apart(trial.base.attachments["a"], expected)
 
 
-def own_gradient(trial: Trial, adapter: str, examples: Sequence[Example], total: float) -> Attachment:
+def own_gradient(
+    trial: Trial, adapter: str, examples: Sequence[Example], total: float
+) -> Attachment:
     other = trial.beside(adapter)
     made = other.attachments["x"]
     for parameter in made.parameters().values():
@@ -282,7 +314,8 @@ def gradients_apart(ours: Attachment, expected: Attachment) -> float:
 
 
 def several(trial: Trial) -> float:
-    """One step in which a acts on some rows, b on others and none on the last; losses and all gradients."""
+    """One step in which a acts on some rows, b on others and none on the last; losses and all
+    gradients."""
     base, total = trial.base, trained_tokens(trial.examples)
     rows = {"a": trial.examples[:4], "b": trial.examples[4:6], None: trial.examples[6:]}
     examples = [(name, example) for name, own in rows.items() for example in own]
@@ -306,7 +339,10 @@ def several(trial: Trial) -> float:
         other = trial.beside(name)
         with torch.no_grad():
             expected += nats(other.model, rows[name]).item() / total
-        worst = max(worst, gradients_apart(base.attachments[name], own_gradient(trial, name, rows[name], total)))
+        worst = max(
+            worst,
+            gradients_apart(base.attachments[name], own_gradient(trial, name, rows[name], total)),
+        )
     with torch.no_grad():
         expected += nats(trial.theirs(), rows[None]).item() / total
     return max(worst, 10 * abs(found - expected) / expected)  # losses agree ten times as closely
@@ -315,7 +351,9 @@ def several(trial: Trial) -> float:
 def to_peft(trial: Trial, twin: Any) -> float:
     trial.base.use("a")
     with torch.no_grad():
-        return max(logits_apart(trial.base.model, twin, example.ids) for example in trial.examples[:2])
+        return max(
+            logits_apart(trial.base.model, twin, example.ids) for example in trial.examples[:2]
+        )
 
 
 def from_peft(trial: Trial) -> float:
@@ -348,9 +386,11 @@ def _move(model: Any, ids: np.ndarray) -> None:
 
 
 def answers(trial: Trial, twin: Any) -> float:
-    """The share of greedy answers that differ, four prompts at once against transformers' loop one at a time.
+    """The share of greedy answers that differ, four prompts at once against transformers' loop one
+    at a time.
 
-    Raises NotInPeft if the answers are those of whole texts, and transformers' loop with a cache gives others.
+    Raises NotInPeft if the answers are those of whole texts, and transformers' loop with a cache
+    gives others.
     """
     prompts = [[(7 * i + j * j) % IDS for j in range(n)] for i, n in enumerate(PROMPT_LENGTHS)]
     trial.base.use("a")
@@ -365,16 +405,22 @@ def answers(trial: Trial, twin: Any) -> float:
             trouble = f"stops ({type(fault).__name__})"
             expected.append(None)
     different = [i for i, answer in enumerate(found) if answer != expected[i]]
-    if different and all(found[i] == greedy_by_rereading(twin, prompts[i], stops) for i in different):
+    if different and all(
+        found[i] == greedy_by_rereading(twin, prompts[i], stops) for i in different
+    ):
         raise NotInPeft(f"as without a cache; with one transformers' own loop {trouble}")
     return len(different) / len(prompts)
 
 
 def greedy_by_transformers(model: Any, prompt: list[int], stops: list[int]) -> list[int]:
-    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=0)
+    settings = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=0
+    )
     ids = torch.tensor([prompt])
     forget_lengths(model)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+    )
     return _before_stop(out[0, len(prompt) :].tolist(), stops)
 
 

@@ -1,4 +1,5 @@
-"""Small random models of every causal LM that transformers names, in memory and as folders that `veneer.load` reads."""
+"""Small random models of every causal LM that transformers names, in memory and as folders that
+`veneer.load` reads."""
 
 from __future__ import annotations
 
@@ -55,7 +56,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 4, "num_hidden_layers": 12},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -73,15 +80,22 @@ FIELDS: dict[str, dict[str, Any]] = {
     },  # of one, the only weight is always 1: its router has no gradient
     "cohere_compass_text": {
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("full_attention", "sliding_attention")
         }
     },
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
 }
 """What a default config lacks to be a decoder, or to be built at all."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16}),
-    "qwen2_moe, window": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16}),
+    "qwen2, window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16},
+    ),
+    "qwen2_moe, window": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 16},
+    ),
     "phimoe, window": ("phimoe", {"sliding_window": 64}),
     "doge, window": ("doge", {"sliding_window": 64}),
     "olmoe, window": ("olmoe", {"sliding_window": 64}),
@@ -100,14 +114,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_5, images": ("qwen3_5", {"architectures": ["Qwen3_5ForConditionalGeneration"]}),
-    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
-    "qwen3, windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 14}),
-    "gemma3n_text, sparse last": ("gemma3n_text", {"activation_sparsity_pattern": [0.0] * 25 + [0.95] * 10}),
-    "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "qwen3, windows": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 14},
+    ),
+    "gemma3n_text, sparse last": (
+        "gemma3n_text",
+        {"activation_sparsity_pattern": [0.0] * 25 + [0.95] * 10},
+    ),
+    "llama, yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+    ),
 }
 """Settings that change the path, or let layers of one model differ, beside the defaults."""
 WITH_IMAGES = ("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Checkpoints of texts and images that have no class for their text alone; it is trained with the tower left out."""
+"""Checkpoints of texts and images that have no class for their text alone; it is trained with the
+tower left out."""
 SAMPLE = ("qwen2", "qwen2_moe, window", "phi3, longrope", "mamba", "lfm2")
 """Held in CI; the rest by `make soak`."""
 
@@ -132,12 +159,15 @@ _SMALL: dict[str, tuple[type[PreTrainedModel], PreTrainedConfig]] = {}
 
 
 def family_model(name: str) -> PreTrainedModel:
-    """Small and random, the same at every call; raises what transformers raises where it cannot be built."""
+    """Small and random, the same at every call; raises what transformers raises where it cannot be
+    built."""
     with quiet():
         if name not in _SMALL:
             config = family_config(name)
             kind = model_class(config)
-            if kind.config_class is not type(config):  # the text's part of a model that sees or hears
+            if kind.config_class is not type(
+                config
+            ):  # the text's part of a model that sees or hears
                 config = config.get_text_config()
             small = small_copy(kind, config, window=WINDOW, switch=SWITCH).config
             _fit_together(small)
@@ -157,7 +187,8 @@ def family_base(name: str) -> FrozenBase:
 
 
 def save_family(name: str, folder: Path) -> Path:
-    """Writes the model of `name` and a tokenizer of fewer tokens than it has rows, as transformers does."""
+    """Writes the model of `name` and a tokenizer of fewer tokens than it has rows, as transformers
+    does."""
     with quiet():
         model = family_model(name)
         model.save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""What torch's flash kernels compute, exactly and one sequence at a time: put in their place where there is no CUDA."""
+"""What torch's flash kernels compute, exactly and one sequence at a time: put in their place where
+there is no CUDA."""
 
 from itertools import pairwise
 
@@ -47,7 +48,10 @@ def sequences(spans):
 def masked(q, k, spans, scale):
     """(H, rows, keys), the last row beside the last key."""
     scores = torch.einsum("ihd,jhd->hij", q, repeated(k, q)) * scale
-    rows, keys = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0], torch.arange(k.shape[0])[None]
+    rows, keys = (
+        torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0],
+        torch.arange(k.shape[0])[None],
+    )
     hidden = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
     if spans.causal:
         hidden |= keys > rows

@@ -1,5 +1,5 @@
-"""What torch's flex attention computes, exactly, with a gradient on a CPU, which its own has not; it asks every pair of
-rows, and checks the lists of blocks by them."""
+"""What torch's flex attention computes, exactly, with a gradient on a CPU, which its own has not;
+it asks every pair of rows, and checks the lists of blocks by them."""
 
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, create_mask
@@ -17,7 +17,8 @@ def exact(q, k, v, *, score_mod, block_mask, scale, enable_gqa, return_aux):
 
 
 def checked(visible, block_mask):
-    """Whatever is seen lies in a listed block, and of a block that is listed as whole all is seen."""
+    """Whatever is seen lies in a listed block, and of a block that is listed as whole all is
+    seen."""
     size, listed = block_mask.BLOCK_SIZE[0], torch.zeros_like(visible)
     for counts, numbers, whole in (
         (block_mask.kv_num_blocks, block_mask.kv_indices, False),
@@ -25,7 +26,10 @@ def checked(visible, block_mask):
     ):
         for row, count in enumerate(counts[0, 0].tolist()):
             for column in numbers[0, 0, row, :count].tolist():
-                place = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
+                place = (
+                    slice(row * size, (row + 1) * size),
+                    slice(column * size, (column + 1) * size),
+                )
                 assert not listed[place].any(), "a block is listed twice"
                 assert not whole or visible[place].all()
                 listed[place] = True

@@ -1,9 +1,15 @@
-"""A tiny Gemma 3 of texts, as its checkpoints are: five layers with a window and one without, a tokenizer of pieces."""
+"""A tiny Gemma 3 of texts, as its checkpoints are: five layers with a window and one without, a
+tokenizer of pieces."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GemmaTokenizer, PreTrainedModel
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaTokenizer,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import generate_merges
 
 from tests.tiny import CHATML, tiny_model
@@ -11,7 +17,24 @@ from veneer.bases.quiet_transformers import quiet
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>")
 SPACE = "\u2581"
-WORDS = ("th", "the", "he", "in", "ing", "an", "and", "er", "on", "at", "ou", "or", "is", "it", "to", "of")
+WORDS = (
+    "th",
+    "the",
+    "he",
+    "in",
+    "ing",
+    "an",
+    "and",
+    "er",
+    "on",
+    "at",
+    "ou",
+    "or",
+    "is",
+    "it",
+    "to",
+    "of",
+)
 PIECES = (
     *WORDS,
     *(SPACE + word for word in WORDS),
@@ -37,7 +60,15 @@ TEXTS = (
 
 def gemma_tokenizer(pieces: tuple[str, ...] = PIECES, **options: Any) -> GemmaTokenizer:
     letters = [SPACE, *map(chr, range(33, 127)), "\n", "\t", "ö", "\u00df", "ï"]
-    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *ADDED, SPACE * 2, SPACE * 3, *letters, *pieces]
+    tokens = [
+        *SPECIAL,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *ADDED,
+        SPACE * 2,
+        SPACE * 3,
+        *letters,
+        *pieces,
+    ]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = generate_merges(vocabulary, {token: -number for token, number in vocabulary.items()})
     made = GemmaTokenizer(vocab=vocabulary, merges=merges, **options)
@@ -62,7 +93,9 @@ def save_gemma(folder: Path, *, images: bool = False, **overrides: Any) -> Path:
     model = tiny_model("gemma3", **{**sizes, **fields, **overrides})
     for name, weight in model.named_parameters():
         if "post_" in name:
-            weight.data.add_(6.0)  # else each token is followed by itself, whatever the blocks compute
+            weight.data.add_(
+                6.0
+            )  # else each token is followed by itself, whatever the blocks compute
     with quiet():
         (with_a_tower(model) if images else model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -71,7 +104,12 @@ def save_gemma(folder: Path, *, images: bool = False, **overrides: Any) -> Path:
 
 def with_a_tower(text: PreTrainedModel) -> PreTrainedModel:
     """The same language model within the class of texts and images."""
-    eyes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    eyes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = Gemma3Config(
         text_config=text.config.to_dict(),
         vision_config={**eyes, "image_size": 28, "patch_size": 14},

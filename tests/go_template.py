@@ -1,5 +1,5 @@
-"""What of Go's text/template and of Ollama's reader of Modelfiles our exports use, written from their documentation:
-actions are cut out of the text first, then run. Anything else raises."""
+"""What of Go's text/template and of Ollama's reader of Modelfiles our exports use, written from
+their documentation: actions are cut out of the text first, then run. Anything else raises."""
 
 import re
 from typing import Any
@@ -137,7 +137,8 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
 
 
 def collated(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
-    """As Ollama gives them to a template: behind the model's own system turn, those of one role joined."""
+    """As Ollama gives them to a template: behind the model's own system turn, those of one role
+    joined."""
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     found: list[dict[str, str]] = []

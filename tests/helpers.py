@@ -1,4 +1,5 @@
-"""What several tests make: rows (random ids with a shared start, the answer's tokens trained), adapters, failures."""
+"""What several tests make: rows (random ids with a shared start, the answer's tokens trained),
+adapters, failures."""
 
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_examples(count, *, vocab=272, prompt=5, longest=24, seed=0):
-    """`count` examples of ragged length that begin with the same `prompt` tokens; the first is the longest."""
+    """`count` examples of ragged length that begin with the same `prompt` tokens; the first is the
+    longest."""
     generator = np.random.default_rng(seed)
     start = generator.integers(0, vocab, prompt)
     examples = []
@@ -47,13 +49,16 @@ def fill(parameters, *, seed=0, scale=0.3):
 
 
 def run_where_it_may_only_be_read(folder, code):
-    """Runs Python code in a space of its own, where even root may only read `folder`; skips where there is none."""
+    """Runs Python code in a space of its own, where even root may only read `folder`; skips where
+    there is none."""
     mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}" || exit 77'
     mount += f'; mkdir "{folder}/x" 2>/dev/null && exit 77; exec "$@"'
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     line = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", f"import sys\n{code}"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+        done = subprocess.run(
+            line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
     except FileNotFoundError:
         pytest.skip("there is no unshare here")
     if done.returncode == 77 or done.stderr.startswith("unshare:"):
@@ -62,7 +67,8 @@ def run_where_it_may_only_be_read(folder, code):
 
 
 class FailAt:
-    """Lets k - 1 calls through, then fails at the k-th (failure None: kills the process), and counts them all.
+    """Lets k - 1 calls through, then fails at the k-th (failure None: kills the process), and
+    counts them all.
 
     calls: (module or class, name of the function) of what is counted.
     """
@@ -87,7 +93,9 @@ class FailAt:
 def filled_lora(base, **settings):
     """A LoRA called "a" beside the base, not acting yet, its values random."""
     head = base.model.get_output_embeddings()
-    made = attach(base.model, LoRA(rank=3, alpha=5, **settings), name="a", routing=base.routing, head=head)
+    made = attach(
+        base.model, LoRA(rank=3, alpha=5, **settings), name="a", routing=base.routing, head=head
+    )
     fill(made.parameters().values())
     return made
 
@@ -100,15 +108,17 @@ def merge_in_memory(model, applied):
 
 
 CLEAN = multiprocessing.get_context("forkserver")
-"""Forks of a process that has imported everything and computed nothing: a fork of this one, whose OpenMP threads have
-worked, would wait for threads that it does not have, or crash."""
+"""Forks of a process that has imported everything and computed nothing: a fork of this one, whose
+OpenMP threads have worked, would wait for threads that it does not have, or crash."""
 CLEAN.set_forkserver_preload(["tests.helpers", "veneer.api", "veneer.cli.main"])
 
 
 def start_veneer(arguments, *, stdout, stderr):
-    """`veneer ...` in a process of its own, which costs no imports; stdout and stderr: descriptors. The process."""
+    """`veneer ...` in a process of its own, which costs no imports; stdout and stderr: descriptors.
+    The process."""
     process = CLEAN.Process(
-        target=_be_veneer, args=([str(each) for each in arguments], _Descriptor(stdout), _Descriptor(stderr))
+        target=_be_veneer,
+        args=([str(each) for each in arguments], _Descriptor(stdout), _Descriptor(stderr)),
     )
     process.start()
     return process
@@ -133,7 +143,9 @@ def _be_veneer(arguments, stdout, stderr):
     try:
         os.setpgid(0, 0)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)

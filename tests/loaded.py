@@ -1,7 +1,8 @@
 """How a base that Veneer loads differs from the model that transformers loads from the same folder.
 
-Modelling code asks for attributes by name, sometimes only whether they exist. So everything is compared: the classes of
-all modules, their attributes, the configs with their private fields, values, types and strides of all tensors.
+Modelling code asks for attributes by name, sometimes only whether they exist. So everything is
+compared: the classes of all modules, their attributes, the configs with their private fields,
+values, types and strides of all tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from veneer.linear import FewRowsLinear
 ALLOWED: Mapping[str, str] = {
     r"requires_grad of .*": "a base is frozen",
     r".*\.recurrent_states": "the state that a layer keeps of the last text it read",
-    r"generation_config\.eos_token_id": "tokens that end a turn of the chat template end an answer too",
+    r"generation_config\.eos_token_id": (
+        "tokens that end a turn of the chat template end an answer too"
+    ),
 }
 """Regular expression of a difference -> why a loaded base has it."""
 
@@ -34,7 +37,11 @@ def differences(ours: PreTrainedModel, theirs: PreTrainedModel) -> list[str]:
 
     Both have computed something before: RWKV divides weights in its first forward.
     """
-    return [text for place, text in _all(ours, theirs) if not any(re.fullmatch(p, place) for p in ALLOWED)]
+    return [
+        text
+        for place, text in _all(ours, theirs)
+        if not any(re.fullmatch(p, place) for p in ALLOWED)
+    ]
 
 
 def _all(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, str]]:
@@ -55,9 +62,13 @@ def _of_module(ours: nn.Module, theirs: nn.Module, path: str) -> Iterator[tuple[
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside tensors and modules; hooks, whose keys count up within a process, as a list."""
+    """What a module holds beside tensors and modules; hooks, whose keys count up within a process,
+    as a list."""
     found = {name: value for name, value in vars(module).items() if name not in _HELD_APART}
-    return {name: list(value.values()) if _HOOKS.fullmatch(name) and value else value for name, value in found.items()}
+    return {
+        name: list(value.values()) if _HOOKS.fullmatch(name) and value else value
+        for name, value in found.items()
+    }
 
 
 def _of_tensors(
@@ -115,5 +126,17 @@ def _opened(value: Any) -> Any:
         return {"function": value.func, "arguments": value.args, **value.keywords}
     if isinstance(value, Tensor):
         return value.tolist()
-    known = (str, bytes, int, float, set, frozenset, type, torch.dtype, torch.device, re.Pattern, type(None))
+    known = (
+        str,
+        bytes,
+        int,
+        float,
+        set,
+        frozenset,
+        type,
+        torch.dtype,
+        torch.device,
+        re.Pattern,
+        type(None),
+    )
     return value if isinstance(value, known) else type(value).__qualname__

@@ -1,5 +1,5 @@
-"""A valid call of every function of kernels/block_calls.py, product_calls.py and sum_calls.py; native_cases.py has the
-others."""
+"""A valid call of every function of kernels/block_calls.py, product_calls.py and sum_calls.py;
+native_cases.py has the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from veneer.kernels import block_calls, native, product_calls, sum_calls
 BF16 = torch.bfloat16
 
 
-def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+def block_cases(
+    rng: random.Random, filled: Callable[..., Tensor]
+) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
     """filled: a tensor of random values between margins, of a type and a shape."""
     rows, width, size = rng.randint(1, 110), 16 * rng.randint(1, 9), 32 * rng.randint(1, 2)
     dtype = rng.choice([torch.float32, BF16])
@@ -30,8 +32,18 @@ def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple
         masks = tuple((keys, 3, 5 + number, 0.25) for number, _ in enumerate(ranks) if dropped)
         return block_calls.Side(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
 
-    weight, scale, heads = filled(BF16, width), filled(torch.float32, rows), [rng.randint(1, 3) for _ in range(3)]
-    norm = {"weight": weight, "out": wide(), "scale": scale, "epsilon": 1e-5, "behind": side(of_A=True, most=3)}
+    weight, scale, heads = (
+        filled(BF16, width),
+        filled(torch.float32, rows),
+        [rng.randint(1, 3) for _ in range(3)],
+    )
+    norm = {
+        "weight": weight,
+        "out": wide(),
+        "scale": scale,
+        "epsilon": 1e-5,
+        "behind": side(of_A=True, most=3),
+    }
     before, beside = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
     of_gate, of_up = side(of_A=False), side(of_A=False)
     outs, along = rng.randint(1, 140), bool(rng.randint(0, 1))
@@ -67,7 +79,10 @@ def block_cases(rng: random.Random, filled: Callable[..., Tensor]) -> list[tuple
         ),
         (sum_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
         *([(product_calls.product, whole)] if native.has_bf16() else []),
-        (block_calls.norm_forward, {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])}),
+        (
+            block_calls.norm_forward,
+            {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])},
+        ),
         (
             block_calls.norm_backward,
             {

@@ -1,8 +1,8 @@
 """A valid call of every function of kernels/*calls.py, and ways to make it wrong.
 
-`fuzz_calls` spoils one argument or two of a random valid call: it must be refused before C sees it, or compute within
-its tensors. The second is watched by words around every tensor that C writes, and by the sanitizers of
-test_sanitized.py, which run the same calls.
+`fuzz_calls` spoils one argument or two of a random valid call: it must be refused before C sees it,
+or compute within its tensors. The second is watched by words around every tensor that C writes, and
+by the sanitizers of test_sanitized.py, which run the same calls.
 """
 
 from __future__ import annotations
@@ -15,15 +15,45 @@ import torch
 from torch import Tensor
 
 from tests.native_block_cases import block_cases
-from veneer.kernels import calls, dense_calls, draw_calls, native, packed_calls, paged_calls, step_calls
+from veneer.kernels import (
+    calls,
+    dense_calls,
+    draw_calls,
+    native,
+    packed_calls,
+    paged_calls,
+    step_calls,
+)
 from veneer.kernels.arguments import CallError
 from veneer.kernels.gguf import FORMATS
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 BF16 = torch.bfloat16
 MARGIN = 32
-REFUSED = (CallError, ValueError, IndexError, TypeError)  # a shape of another rank does not even unpack
-NUMBERS = (-1, 0, 1, 3, 7, 33, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 2**64 + 64, -(2**64), True, 1.0, None)
+REFUSED = (
+    CallError,
+    ValueError,
+    IndexError,
+    TypeError,
+)  # a shape of another rank does not even unpack
+NUMBERS = (
+    -1,
+    0,
+    1,
+    3,
+    7,
+    33,
+    2**31,
+    2**32,
+    2**63 - 1,
+    2**63,
+    2**64,
+    2**64 + 64,
+    -(2**64),
+    True,
+    1.0,
+    None,
+)
 TYPES = (torch.float32, BF16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
@@ -76,11 +106,19 @@ def _rank(rng: random.Random) -> list[Call]:
         {"turned": rng.random() < 0.5, "add": rng.random() < 0.5},
         ([16] * (rank // 16) if rank < 64 else [rank]),
     )
-    outs = tuple(filled(torch.float32, *((width, own) if ways["turned"] else (own, width))) for own in ranks)
+    outs = tuple(
+        filled(torch.float32, *((width, own) if ways["turned"] else (own, width))) for own in ranks
+    )
     shared = {"bias": bias, "magnitude": magnitude, "norm": norm, "scale": 0.5}
     return [
-        (calls.rank_down, {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5, "mask": mask}),
-        (calls.rank_up, {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5, "mask": mask}),
+        (
+            calls.rank_down,
+            {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5, "mask": mask},
+        ),
+        (
+            calls.rank_up,
+            {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5, "mask": mask},
+        ),
         (calls.rank_gradient, {"u": d, "x": x, "outs": outs, "scale": 2.0, "mask": mask, **ways}),
         (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
         (
@@ -97,7 +135,12 @@ def _rank(rng: random.Random) -> list[Call]:
         ),
         (
             calls.dora_magnitudes,
-            {"partial": partial, "magnitude": magnitude, "norm": norm, "grad": filled(torch.float32, width)},
+            {
+                "partial": partial,
+                "magnitude": magnitude,
+                "norm": norm,
+                "grad": filled(torch.float32, width),
+            },
         ),
         (
             calls.dora_norms,
@@ -116,17 +159,33 @@ def _rank(rng: random.Random) -> list[Call]:
 def _rows(rng: random.Random) -> list[Call]:
     rows, width, vocabulary = rng.randint(1, 40), rng.randint(1, 70), rng.randint(16, 90)
     dtype = rng.choice([torch.float32, BF16])
-    x, out, scale = filled(dtype, rows, width), filled(dtype, rows, width), filled(torch.float32, rows)
+    x, out, scale = (
+        filled(dtype, rows, width),
+        filled(dtype, rows, width),
+        filled(torch.float32, rows),
+    )
     weight = filled(dtype, width)
     gates = [filled(dtype, rows, 16) for _ in range(5)]
     return [
-        (calls.rms_norm_forward, {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5}),
+        (
+            calls.rms_norm_forward,
+            {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5},
+        ),
         (
             calls.rms_norm_backward,
-            {"x": x, "weight": weight, "grad": filled(dtype, rows, width), "out": out, "scale": scale},
+            {
+                "x": x,
+                "weight": weight,
+                "grad": filled(dtype, rows, width),
+                "out": out,
+                "scale": scale,
+            },
         ),
         (calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
-        (calls.silu_gate_backward, dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True))),
+        (
+            calls.silu_gate_backward,
+            dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True)),
+        ),
         (
             calls.rotary,
             {
@@ -196,7 +255,11 @@ def _attention(rng: random.Random) -> list[Call]:
 
 
 def _packed(rng: random.Random) -> list[Call]:
-    outs, width, rows = rng.randint(1, 9), rng.choice([64, 192, rng.randint(1, 300)]), rng.randint(1, 8)
+    outs, width, rows = (
+        rng.randint(1, 9),
+        rng.choice([64, 192, rng.randint(1, 300)]),
+        rng.randint(1, 8),
+    )
     count, block, nested_block = (
         outs * width + rng.randint(0, 80),
         rng.choice([32, 64, 256]),
@@ -209,10 +272,25 @@ def _packed(rng: random.Random) -> list[Call]:
     )
     packed, table = filled(torch.uint8, (count + 1) // 2), filled(torch.float32, 16)
     nested = rng.choice(
-        [None, (filled(torch.float32, 256), filled(torch.float32, -(-blocks // nested_block)), nested_block, 0.1)]
+        [
+            None,
+            (
+                filled(torch.float32, 256),
+                filled(torch.float32, -(-blocks // nested_block)),
+                nested_block,
+                0.1,
+            ),
+        ]
     )
     scales = filled(torch.float32 if nested is None else torch.uint8, blocks)
-    weight = {"packed": packed, "scales": scales, "table": table, "count": count, "block": block, "nested": nested}
+    weight = {
+        "packed": packed,
+        "scales": scales,
+        "table": table,
+        "count": count,
+        "block": block,
+        "nested": nested,
+    }
     layout = rng.choice(list(FORMATS.values()))
     columns = layout.size * rng.randint(1, 3)
     gguf = {
@@ -222,13 +300,19 @@ def _packed(rng: random.Random) -> list[Call]:
     }
 
     def dequantize(out: Tensor, start: int, level: int, **given: Any) -> None:
-        packed_calls.nf4_dequantize(packed_calls.nf4_weights(**given), out, start=start, level=level)
+        packed_calls.nf4_dequantize(
+            packed_calls.nf4_weights(**given), out, start=start, level=level
+        )
 
     def product(x: Tensor, y: Tensor, start: int, level: int, **given: Any) -> None:
         packed_calls.nf4_product(packed_calls.nf4_weights(**given), x, y, start=start, level=level)
 
-    def nf4_rows(x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, **given: Any) -> None:
-        packed_calls.nf4_rows(packed_calls.nf4_weights(**given), x, y, bias, start=start, level=level)
+    def nf4_rows(
+        x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, **given: Any
+    ) -> None:
+        packed_calls.nf4_rows(
+            packed_calls.nf4_weights(**given), x, y, bias, start=start, level=level
+        )
 
     some, few = rng.randint(0, count), rng.choice([torch.float32, BF16])
     return [
@@ -258,7 +342,12 @@ def _packed(rng: random.Random) -> list[Call]:
         (packed_calls.gguf_dequantise, {**gguf, "out": filled(dtype, outs, columns)}),
         (
             packed_calls.gguf_rows,
-            {**gguf, "x": filled(few, rows, columns), "y": filled(few, rows, outs), "bias": filled(few, outs)},
+            {
+                **gguf,
+                "x": filled(few, rows, columns),
+                "y": filled(few, rows, outs),
+                "bias": filled(few, outs),
+            },
         ),
         (
             nf4_rows,
@@ -290,12 +379,19 @@ def _dense(rng: random.Random) -> list[Call]:
         updates.append((first, stop, filled(dtype, rank, width), filled(dtype, len(weight), rank)))
 
     def updated(
-        x: Any, parts: tuple[Any, ...], updates: tuple[tuple[Any, Any, Tensor, Tensor], ...], level: Any
+        x: Any,
+        parts: tuple[Any, ...],
+        updates: tuple[tuple[Any, Any, Tensor, Tensor], ...],
+        level: Any,
     ) -> None:
         laid = dense_calls.laid_out([(A, B) for _, _, A, B in updates], x.dtype)
         places = zip(updates, laid, strict=True)
-        checked = dense_calls.Updates([(slice(first, stop), own, 0.5) for (first, stop, _, _), own in places])
-        given = [(weight, bias, None if n else checked, y) for n, (weight, bias, y) in enumerate(parts)]
+        checked = dense_calls.Updates(
+            [(slice(first, stop), own, 0.5) for (first, stop, _, _), own in places]
+        )
+        given = [
+            (weight, bias, None if n else checked, y) for n, (weight, bias, y) in enumerate(parts)
+        ]
         dense_calls.few_rows_updated(x, given, level)
 
     some = {"x": x, "updates": tuple(updates), "level": level}
@@ -314,10 +410,16 @@ def _paged(rng: random.Random) -> list[Call]:
     heads, size, wide = kv_heads * rng.randint(1, 4), 2 * rng.randint(1, 20), rng.randint(1, 40)
     columns, begin, rows = [], 0, 0
     for _ in range(count):
-        start, many, front = rng.randint(0, 300), rng.choice([1, 1, rng.randint(2, 40)]), rng.choice([0, 0, 5, 32])
+        start, many, front = (
+            rng.randint(0, 300),
+            rng.choice([1, 1, rng.randint(2, 40)]),
+            rng.choice([0, 0, 5, 32]),
+        )
         front_blocks = -(-front // paged_calls.SLOTS)
         columns.append([begin, front_blocks, front, start, start + many])
-        begin += front_blocks - (-(start + many) // paged_calls.SLOTS) - rng.choice([0, 0, front_blocks])
+        begin += (
+            front_blocks - (-(start + many) // paged_calls.SLOTS) - rng.choice([0, 0, front_blocks])
+        )
         begin, rows = max(begin, 0), rows + many
     longest = max(b + f - (-stop // paged_calls.SLOTS) for b, f, _, _, stop in columns)
     blocks, pair, some = rng.randint(1, 60), 2 if dtype is BF16 else 1, rows + rng.randint(0, 3)
@@ -357,11 +459,24 @@ def _step(rng: random.Random) -> list[Call]:
     return [
         (
             step_calls.step_norm,
-            {"x": x, **added, "weight": filled(dtype, width), "out": out, "epsilon": 1e-5, "level": level},
+            {
+                "x": x,
+                **added,
+                "weight": filled(dtype, width),
+                "out": out,
+                "epsilon": 1e-5,
+                "level": level,
+            },
         ),
         (
             step_calls.step_rotate,
-            {"q": q, "k": k, "cos": filled(dtype, rows, size), "sin": filled(dtype, rows, size), "level": level},
+            {
+                "q": q,
+                "k": k,
+                "cos": filled(dtype, rows, size),
+                "sin": filled(dtype, rows, size),
+                "level": level,
+            },
         ),
         (step_calls.step_gate, {"gate": x, "up": delta, "out": out, "level": level}),
         (
@@ -396,7 +511,15 @@ def valid_calls(seed: int) -> list[Call]:
     """One of each, of random sizes; those that this processor computes."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    of_pairs, *others = _rank(rng), _rows(rng), _attention(rng), _packed(rng), _dense(rng), _paged(rng), _step(rng)
+    of_pairs, *others = (
+        _rank(rng),
+        _rows(rng),
+        _attention(rng),
+        _packed(rng),
+        _dense(rng),
+        _paged(rng),
+        _step(rng),
+    )
     others.append(_draw(rng))
     *normed, dropout = others[0]
     of_pairs += [*normed, *others[1], *block_cases(rng, filled)]
@@ -405,14 +528,19 @@ def valid_calls(seed: int) -> list[Call]:
 
 
 def spoiled(value: Any, rng: random.Random) -> Any:
-    """Something else in an argument's place; where it is a fresh tensor its margins are gone, or keep their place."""
+    """Something else in an argument's place; where it is a fresh tensor its margins are gone, or
+    keep their place."""
     if isinstance(value, tuple):
         at = rng.randrange(max(1, len(value)))
         return tuple(spoiled(each, rng) if i == at else each for i, each in enumerate(value))
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return rng.choice(NUMBERS) if isinstance(value, int) else rng.choice([value, float("nan"), 1e30])
+        return (
+            rng.choice(NUMBERS)
+            if isinstance(value, int)
+            else rng.choice([value, float("nan"), 1e30])
+        )
     axis = rng.randrange(value.dim())
     size = value.shape[axis]
     ways: list[Callable[[], Tensor]] = [
@@ -426,11 +554,16 @@ def spoiled(value: Any, rng: random.Random) -> Any:
         lambda: value.repeat_interleave(2, -1)[..., ::2],
         lambda: value.flip(axis)[..., : max(1, value.shape[-1] - 1)],
         lambda: value.to("meta"),
-        lambda: torch.cat([value.flatten()[:1], value.flatten()])[1:].view(value.shape),  # another address
+        lambda: torch.cat([value.flatten()[:1], value.flatten()])[1:].view(
+            value.shape
+        ),  # another address
         lambda: value.new_empty(0).expand(0),
     ]
     if not value.is_floating_point():
-        ways += [lambda: value - 2**20, lambda: value + rng.choice([1, 2**40]) * torch.ones_like(value)]
+        ways += [
+            lambda: value - 2**20,
+            lambda: value + rng.choice([1, 2**40]) * torch.ones_like(value),
+        ]
     return rng.choice(ways)()
 
 

@@ -8,7 +8,10 @@ from veneer.models.load import load_base
 
 def packed_and_dense(folder, *, dtype="auto", quantize="nf4"):
     """(the base held packed, a dense model whose weights are the packed ones decoded)."""
-    base, dense = (load_base(str(folder), dtype=dtype, quantize=quantize), load_base(str(folder), dtype=dtype).model)
+    base, dense = (
+        load_base(str(folder), dtype=dtype, quantize=quantize),
+        load_base(str(folder), dtype=dtype).model,
+    )
     for path, module in base.model.named_modules():
         twin = dense.get_submodule(path) if path else dense
         with torch.no_grad():
@@ -19,7 +22,9 @@ def packed_and_dense(folder, *, dtype="auto", quantize="nf4"):
                 for name, shape in module.packed_shapes().items():
                     for number in range(shape[0]):
                         matrix = module.expert(name, number).dense_weight(base.dtype)
-                        twin.get_parameter(name)[number] = matrix.T if module.is_transposed else matrix
+                        twin.get_parameter(name)[number] = (
+                            matrix.T if module.is_transposed else matrix
+                        )
     return base, dense
 
 

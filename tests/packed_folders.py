@@ -1,7 +1,8 @@
-"""Folders whose weights other programs packed: tiny models, rounded and laid out as those programs do it, number by
-number and on their own: nothing here is the product's code.
+"""Folders whose weights other programs packed: tiny models, rounded and laid out as those programs
+do it, number by number and on their own: nothing here is the product's code.
 
-Each function rewrites a folder that save_tiny wrote, and returns the dense weights that it now stands for.
+Each function rewrites a folder that save_tiny wrote, and returns the dense weights that it now
+stands for.
 """
 
 import json
@@ -22,7 +23,11 @@ def _rewritten(folder, settings, pack, names=LINEAR):
         tensors, dense[name] = pack(name, weights.pop(name))
         weights |= tensors
     assert dense
-    save_file({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t.contiguous() for n, t in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
     return dense
@@ -38,13 +43,21 @@ def write_fp8(folder, block=(20, 24), names=LINEAR):
         decoded = torch.empty(O, I)
         for r in range(rows):
             for c in range(columns):
-                part = slice(r * block[0], (r + 1) * block[0]), slice(c * block[1], (c + 1) * block[1])
+                part = (
+                    slice(r * block[0], (r + 1) * block[0]),
+                    slice(c * block[1], (c + 1) * block[1]),
+                )
                 scale[r, c] = weight[part].float().abs().max() / 448
                 values[part] = (weight[part].float() / scale[r, c]).to(torch.float8_e4m3fn)
                 decoded[part] = values[part].float() * scale[r, c]
         return {name: values, f"{name}_scale_inv": scale}, decoded
 
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": list(block)}
+    settings = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": list(block),
+    }
     return _rewritten(folder, settings, pack, names)
 
 
@@ -52,25 +65,47 @@ def write_compressed(folder, strategy="channel"):
     """As compressed-tensors' float-quantized: a scale for each row, or for each weight."""
 
     def pack(name, weight):
-        most = weight.float().abs().amax(1, keepdim=True) if strategy == "channel" else weight.float().abs().max()[None]
+        most = (
+            weight.float().abs().amax(1, keepdim=True)
+            if strategy == "channel"
+            else weight.float().abs().max()[None]
+        )
         scale = (most / 448).to(torch.bfloat16)
         values = (weight.float() / scale.float()).to(torch.float8_e4m3fn)
-        found = {name: values, f"{name}_scale": scale, f"{name.removesuffix('weight')}input_scale": torch.ones(1)}
+        found = {
+            name: values,
+            f"{name}_scale": scale,
+            f"{name.removesuffix('weight')}input_scale": torch.ones(1),
+        }
         return found, values.float() * scale.float()
 
-    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+    weights = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": strategy,
+        "symmetric": True,
+        "dynamic": False,
+    }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
-    settings = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups,
+    }
     return _rewritten(folder, settings, pack)
 
 
 def _int4(weight, group, symmetric, order=None):
-    """(codes, scales float16, zeros, group of each column, decoded): columns in `order` are cut into groups."""
+    """(codes, scales float16, zeros, group of each column, decoded): columns in `order` are cut
+    into groups."""
     O, I = weight.shape
     order = torch.arange(I) if order is None else order
     groups = torch.empty(I, dtype=torch.int64)
     groups[order] = torch.arange(I) // group
-    scales, zeros = torch.empty(O, -(-I // group), dtype=torch.float16), torch.zeros(O, -(-I // group))
+    scales, zeros = (
+        torch.empty(O, -(-I // group), dtype=torch.float16),
+        torch.zeros(O, -(-I // group)),
+    )
     for g in range(scales.shape[1]):
         part = weight[:, groups == g].float()
         if symmetric:
@@ -97,7 +132,11 @@ def write_gptq(folder, group=16, symmetric=False, act_order=False, layout="gptq"
     def pack(name, weight):
         turned = re.search("c_", name) is not None
         weight = weight.T if turned else weight
-        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(3)) if act_order else None
+        order = (
+            torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(3))
+            if act_order
+            else None
+        )
         codes, scales, zeros, groups, decoded = _int4(weight, group, symmetric, order)
         path = name.removesuffix(".weight")
         stored = zeros.T - 1 if layout == "gptq" else zeros.T
@@ -108,20 +147,41 @@ def write_gptq(folder, group=16, symmetric=False, act_order=False, layout="gptq"
             f"{path}.g_idx": groups.to(torch.int32),
         }, decoded.T if turned else decoded
 
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": act_order, "sym": symmetric}
-    return _rewritten(folder, settings | {"checkpoint_format": layout, "lm_head": False}, pack, re.compile(names))
+    settings = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group,
+        "desc_act": act_order,
+        "sym": symmetric,
+    }
+    return _rewritten(
+        folder, settings | {"checkpoint_format": layout, "lm_head": False}, pack, re.compile(names)
+    )
 
 
 def write_awq(folder, group=16):
-    """As AutoAWQ's gemm: rows 0, 2, 4, 6, 1, 3, 5, 7 of eight in a word, columns one after the other."""
+    """As AutoAWQ's gemm: rows 0, 2, 4, 6, 1, 3, 5, 7 of eight in a word, columns one after the
+    other."""
 
     def pack(name, weight):
         codes, scales, zeros, _, decoded = _int4(weight, group, False)
         path, order = name.removesuffix(".weight"), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-        qweight, qzeros = (_words(each.T.unflatten(-1, (-1, 8))[..., order].flatten(1)) for each in (codes, zeros))
-        return {f"{path}.qweight": qweight, f"{path}.qzeros": qzeros, f"{path}.scales": scales.T}, decoded
+        qweight, qzeros = (
+            _words(each.T.unflatten(-1, (-1, 8))[..., order].flatten(1)) for each in (codes, zeros)
+        )
+        return {
+            f"{path}.qweight": qweight,
+            f"{path}.qzeros": qzeros,
+            f"{path}.scales": scales.T,
+        }, decoded
 
-    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    settings = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "version": "gemm",
+    }
     return _rewritten(folder, settings, pack)
 
 
@@ -139,7 +199,10 @@ def write_mxfp4(folder):
         found = {f"{name}_blocks": pairs, f"{name}_scales": (exponents + 127).to(torch.uint8)}
         return found, decoded.flatten(-2).transpose(1, 2)
 
-    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    settings = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+    }
     return _rewritten(folder, settings, pack, re.compile(r".*experts\.(gate_up|down)_proj"))
 
 

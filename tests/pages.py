@@ -1,4 +1,5 @@
-"""The blocks of a page: commands, screens (commands behind `$ ` with what they said), files, and what is output."""
+"""The blocks of a page: commands, screens (commands behind `$ ` with what they said), files, and
+what is output."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ OUTPUT = "text"
 
 @dataclass(frozen=True)
 class Block:
-    """kind: what stands behind the fence, "" for commands and screens; file: what a reader is told to save it as."""
+    """kind: what stands behind the fence, "" for commands and screens; file: what a reader is told
+    to save it as."""
 
     kind: str
     file: str | None
@@ -28,7 +30,11 @@ class Block:
         """What is typed: all of a block of commands, of a screen the lines behind `$ `."""
         if self.kind:
             return ""
-        lines = self.text.replace("\\\n", " ").splitlines() if self.is_screen else self.text.splitlines()
+        lines = (
+            self.text.replace("\\\n", " ").splitlines()
+            if self.is_screen
+            else self.text.splitlines()
+        )
         typed = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
         return "\n".join(typed if self.is_screen else lines) + "\n"
 
@@ -36,7 +42,9 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The lines that call veneer, each as its words without that one."""
         lines = [line.strip() for line in self.script.replace("\\\n", " ").splitlines()]
-        return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("veneer ")]
+        return [
+            shlex.split(line, comments=True)[1:] for line in lines if line.startswith("veneer ")
+        ]
 
 
 def blocks(text: str) -> Iterator[Block]:

@@ -1,4 +1,5 @@
-"""Pretended keys and values: a place holds what they depend on, (salt, adapter, all tokens up to it)."""
+"""Pretended keys and values: a place holds what they depend on, (salt, adapter, all tokens up to
+it)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -39,6 +40,7 @@ class PretendedMemory:
         waiting = {block for front in unwritten for block in front.blocks}
         at = ((table.front[place // self.size], place) for place in range(table.front_places))
         return all(
-            block in waiting or self.places[block, place % self.size] == ("front", table.chain.adapter, place)
+            block in waiting
+            or self.places[block, place % self.size] == ("front", table.chain.adapter, place)
             for block, place in at
         )

@@ -1,8 +1,10 @@
-"""What a CUDA graph does, on a pretended device: a run's operations are noted once and made again on the same memory.
+"""What a CUDA graph does, on a pretended device: a run's operations are noted once and made again
+on the same memory.
 
-Nothing of the run's own code is called then: what it found out on the host stays as it was found, and what is read is
-what lies at the address now. Memory that the run did not make itself is not held: where it is gone, a replay fails, as
-the address of a graph would dangle. Where the host waits, a capture is refused.
+Nothing of the run's own code is called then: what it found out on the host stays as it was found,
+and what is read is what lies at the address now. Memory that the run did not make itself is not
+held: where it is gone, a replay fails, as the address of a graph would dangle. Where the host
+waits, a capture is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ class Foreign:
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = StorageWeakRef(_storage(tensor))
-        self.dtype, self.view = tensor.dtype, (tensor.storage_offset(), tensor.shape, tensor.stride())
+        self.dtype, self.view = (
+            tensor.dtype,
+            (tensor.storage_offset(), tensor.shape, tensor.stride()),
+        )
 
     def tensor(self) -> Tensor:
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
@@ -42,7 +47,9 @@ class _Noting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        noted = tree_map(lambda each: self._noted(each) if isinstance(each, Tensor) else each, (args, kwargs))
+        noted = tree_map(
+            lambda each: self._noted(each) if isinstance(each, Tensor) else each, (args, kwargs)
+        )
         out = func(*args, **kwargs)
         there = {_storage(each)._cdata for each in given}
         made: list[Tensor | None] = []
@@ -78,7 +85,9 @@ class Tape:
             self.replayed += 1
             with torch.no_grad(), _disable_current_modes():
                 for func, noted, made in noting.calls:
-                    args, kwargs = tree_map(lambda each: each.tensor() if isinstance(each, Foreign) else each, noted)
+                    args, kwargs = tree_map(
+                        lambda each: each.tensor() if isinstance(each, Foreign) else each, noted
+                    )
                     for before, again in zip(made, tree_leaves(func(*args, **kwargs)), strict=True):
                         if before is not None:
                             before.copy_(again)

@@ -1,9 +1,10 @@
-"""On a device that is no CPU: every operation finds its tensors in one place, and the host waits a fixed number of
-times.
+"""On a device that is no CPU: every operation finds its tensors in one place, and the host waits a
+fixed number of times.
 
-The device is pretended (tests/accelerator.py), the code is not: load, prove, attach, train, evaluate, decode, offload,
-merge and store run as they are, on every method, weight format and family of the tests. How often the host waits is
-stated here in full; a change that makes it wait more often fails, and one that makes it wait less changes the number.
+The device is pretended (tests/accelerator.py), the code is not: load, prove, attach, train,
+evaluate, decode, offload, merge and store run as they are, on every method, weight format and
+family of the tests. How often the host waits is stated here in full; a change that makes it wait
+more often fails, and one that makes it wait less changes the number.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -51,7 +52,9 @@ CPU = SimpleNamespace(device=torch.device("cpu"), holds=lambda tensor: True)
 
 @pytest.fixture(autouse=True)
 def _whatever_this_machine_has(monkeypatch):
-    monkeypatch.setattr(launch, "module", lambda name: None)  # it would launch on the pretended device
+    monkeypatch.setattr(
+        launch, "module", lambda name: None
+    )  # it would launch on the pretended device
     monkeypatch.setattr(attention, "declined", lambda *_: "pretended")
     monkeypatch.setattr(offload, "WORTH_BYTES", 512)
 
@@ -77,7 +80,9 @@ def base_on(there, family, dtype=torch.float32):
     if key not in _bases:
         quantize = family.partition(" ")[2] or None
         name = str(dtype).removeprefix("torch.")
-        base = load_base(str(written(family)), device=str(there.device), dtype=name, quantize=quantize)
+        base = load_base(
+            str(written(family)), device=str(there.device), dtype=name, quantize=quantize
+        )
         assert base.paths and base.device == there.device
         assert all(there.holds(t) for t in [*base.model.parameters(), *base.model.buffers()])
         _bases[key] = base
@@ -114,7 +119,13 @@ def a_loop(base, parameters, factors=None, **settings):
         out=Path("nowhere"),
         sample=None,
     )
-    return Loop(job, SimpleNamespace(write=lambda record: None), QuietScreen(), origin=None, resume_from=None)
+    return Loop(
+        job,
+        SimpleNamespace(write=lambda record: None),
+        QuietScreen(),
+        origin=None,
+        resume_from=None,
+    )
 
 
 def step_waits(there, loop):
@@ -132,8 +143,8 @@ def choices(attachment):
 
 
 def expected_step(there, attachment, family):
-    """(reads, uploads). A step reads once, its losses and its gradient's norm; to CUDA nothing that it brings is waited
-    for, elsewhere its ids and its layout are."""
+    """(reads, uploads). A step reads once, its losses and its gradient's norm; to CUDA nothing that
+    it brings is waited for, elsewhere its ids and its layout are."""
     config, reads, uploads = attachment.config, 1, 0 if there.device.type == "cuda" else 2
     if config.through_attention and uploads:
         uploads += 1  # the same documents behind the prefix
@@ -147,7 +158,9 @@ def trains_evaluates_and_decodes(there, base, config, family):
         loop = a_loop(base, attachment.parameters(), attachment.learning_rate_factors())
         waits, expected = step_waits(there, loop), expected_step(there, attachment, family)
         assert waits.counts[0] == expected[0], waits
-        assert waits.counts[1] == expected[1] or (family in PADDED and waits.counts[1] < expected[1]), waits
+        assert waits.counts[1] == expected[1] or (
+            family in PADDED and waits.counts[1] < expected[1]
+        ), waits
         evaluates_and_decodes(there, base, attachment, family)
 
 
@@ -167,7 +180,10 @@ def evaluates_and_decodes(there, base, attachment, family):
         return
     generate(base, PROMPTS, max_new_tokens=1)  # proven, and caught up with
     asked = (0, 3) if there.device.type == "cuda" else (7, 11)
-    for drawn, expected in (({}, (1, asked[0])), ({"temperature": 0.7, "top_p": 0.9}, (1, asked[1]))):
+    for drawn, expected in (
+        ({}, (1, asked[0])),
+        ({"temperature": 0.7, "top_p": 0.9}, (1, asked[1])),
+    ):
         found = []
         for tokens in (2, 3):
             with there.counting() as waits, pytest.MonkeyPatch.context() as patch:
@@ -190,7 +206,9 @@ CELLS = [
 def test_every_method_over_every_format_trains_evaluates_and_decodes_there(method, base):
     with on("cuda") as there:
         family, dtype = BASES[base]
-        trains_evaluates_and_decodes(there, base_on(there, family, dtype), METHODS[method].config, family)
+        trains_evaluates_and_decodes(
+            there, base_on(there, family, dtype), METHODS[method].config, family
+        )
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "bloom", "falcon", "opt", *MIXTURES])
@@ -205,7 +223,9 @@ def test_every_family_trains_evaluates_and_decodes_there(family):
 def test_where_there_is_no_float64_all_of_it_runs_too(method, base):
     with on("mps") as there:
         family, dtype = BASES[base]
-        trains_evaluates_and_decodes(there, base_on(there, family, dtype), METHODS[method].config, family)
+        trains_evaluates_and_decodes(
+            there, base_on(there, family, dtype), METHODS[method].config, family
+        )
 
 
 @contextmanager
@@ -236,7 +256,8 @@ def test_sums_that_are_exact_wait_once_too():
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [*((m, "llama") for m in ("lora", "dora", "parallel", "prefix")), ("lora", "mixtral")]
+    ("method", "family"),
+    [*((m, "llama") for m in ("lora", "dora", "parallel", "prefix")), ("lora", "mixtral")],
 )
 def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family):
     config = METHODS[method].config
@@ -249,8 +270,13 @@ def test_checkpointing_and_offload_wait_no_more_and_change_no_bit(method, family
             for way in ("plain", "checkpointed", "offloaded"):
                 for parameter in parameters:
                     parameter.requires_grad_(True).grad = None
-                with checkpointed(base.model, base.routing, on=way == "checkpointed"), there.counting() as waits:
-                    batch = make_batch(EXAMPLES, packed=True, share_prompt=True, device=there.device)
+                with (
+                    checkpointed(base.model, base.routing, on=way == "checkpointed"),
+                    there.counting() as waits,
+                ):
+                    batch = make_batch(
+                        EXAMPLES, packed=True, share_prompt=True, device=there.device
+                    )
                     with offloaded(hooks if way == "offloaded" else None):
                         loss = batch_loss(base.model, base.paths, base.routing, batch, total=9.0)
                     loss.backward()
@@ -275,7 +301,9 @@ def test_what_was_offloaded_comes_back_in_the_strides_it_had():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", ["lora, embedding", "dora"])
-def test_a_merge_stays_there_until_it_is_written_and_gives_the_bits_of_a_merge_on_the_cpu(method, device, tmp_path):
+def test_a_merge_stays_there_until_it_is_written_and_gives_the_bits_of_a_merge_on_the_cpu(
+    method, device, tmp_path
+):
     config = METHODS[method].config
     written_files = {}
     for place in ("cpu", device):
@@ -285,7 +313,9 @@ def test_a_merge_stays_there_until_it_is_written_and_gives_the_bits_of_a_merge_o
             attached(there, base, config),
         ):
             merge_in_memory(base.model, [(base.attachments["a"], 1.0)]).restore()
-            merge_into_folder(base, [("a", 0.5)], tmp_path / place, dtype="bf16", stochastic=True, seed=3)
+            merge_into_folder(
+                base, [("a", 0.5)], tmp_path / place, dtype="bf16", stochastic=True, seed=3
+            )
         written_files[place] = load_file(tmp_path / place / "model.safetensors")
     for name, tensor in written_files["cpu"].items():
         assert torch.equal(written_files[device][name], tensor), name
@@ -294,7 +324,10 @@ def test_a_merge_stays_there_until_it_is_written_and_gives_the_bits_of_a_merge_o
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("start", ["eva", "loftq"])
 def test_starts_that_look_at_rows_and_at_files_are_made_there(start, device):
-    with on(device) as there, attached(there, base_on(there, "llama nf4"), LoRA(rank=3, init=start)) as made:
+    with (
+        on(device) as there,
+        attached(there, base_on(there, "llama nf4"), LoRA(rank=3, init=start)) as made,
+    ):
         assert made.config.init == start
 
 
@@ -303,7 +336,9 @@ def test_an_adapter_is_written_from_there_and_read_back(method, tmp_path):
     with on("cuda") as there:
         base = base_on(there, "llama")
         with attached(there, base, METHODS[method].config) as attachment:
-            write_adapter(tmp_path / "a", attachment, manifest_for(base, method="x"), model=base.model)
+            write_adapter(
+                tmp_path / "a", attachment, manifest_for(base, method="x"), model=base.model
+            )
             values = [p.detach().clone() for p in attachment.parameters().values()]
         loaded = load_adapter(base, tmp_path / "a", name="a")
         assert all(there.holds(p) for p in loaded.parameters().values())
@@ -317,7 +352,11 @@ def test_an_adapter_is_extracted_there_without_float64(tmp_path):
         with attached(there, base, LoRA(rank=3, alpha=5.0)):
             merge_into_folder(base, [("a", 1.0)], tmp_path / "tuned")
         made = extract_adapter(
-            str(written("llama")), str(tmp_path / "tuned"), out=tmp_path / "a", rank=3, device="mps:0"
+            str(written("llama")),
+            str(tmp_path / "tuned"),
+            out=tmp_path / "a",
+            rank=3,
+            device="mps:0",
         )
         assert made.error < 1e-4
 
@@ -374,7 +413,11 @@ WAITS = {
     "a mask as an index": (1, 0, lambda x: x + 0 * len(x[x > 0])),
     "masked_select": (1, 0, lambda x: x + 0 * len(x.masked_select(x > 0))),
     "equal": (1, 0, lambda x: x * (1 if torch.equal(x, x) else 2)),
-    "a copy into a tensor of the CPU": (1, 0, lambda x: (torch.empty(x.shape).copy_(x.detach()), x)[1]),
+    "a copy into a tensor of the CPU": (
+        1,
+        0,
+        lambda x: (torch.empty(x.shape).copy_(x.detach()), x)[1],
+    ),
     "a list as an index": (0, 1, lambda x: x + 0 * x.detach()[0, [0, 1]].sum()),
     "a tensor of numbers": (0, 1, lambda x: x * torch.tensor([1.0], device=x.device)),
 }
@@ -407,7 +450,9 @@ def test_what_torch_takes_from_anywhere_is_let_through():
                 assert there.holds(number)
             x[1] = 5.0
             assert there.holds(x[0].clone()) and there.holds(torch.zeros_like(x))
-            assert there.holds(x.new_zeros(2)) and not there.holds(torch.zeros_like(x, device="cpu"))
+            assert there.holds(x.new_zeros(2)) and not there.holds(
+                torch.zeros_like(x, device="cpu")
+            )
         assert waits.counts == (0, 0), waits
         assert (x.device, x.is_cuda, x.is_cpu, x.get_device()) == (there.device, True, False, 0)
 

@@ -24,14 +24,19 @@ def logits(model):
 
 def put(model, routing, name="a", seed=0, **settings):
     config = LoRA(**{"rank": 3, "alpha": 5.0, **settings})
-    return attach(model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed)
+    return attach(
+        model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(family, dtype):
     model = tiny_model(family, dtype)
-    names, state = list(dict(model.named_parameters())), {k: v.clone() for k, v in model.state_dict().items()}
+    names, state = (
+        list(dict(model.named_parameters())),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
     before, routing = logits(model), Routing()
     attachment = put(model, routing)
     assert torch.equal(logits(model), before)
@@ -39,7 +44,9 @@ def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(family
     fresh = logits(model)
     if family not in ("mixtral", "qwen3_moe"):
         assert torch.equal(fresh, before)
-    elif dtype == torch.float32:  # expert by expert instead of grouped: the same sums in another order
+    elif (
+        dtype == torch.float32
+    ):  # expert by expert instead of grouped: the same sums in another order
         torch.testing.assert_close(fresh, before, rtol=1e-4, atol=1e-4)
     fill(attachment.parameters().values())
     assert not torch.allclose(logits(model), before, rtol=1e-2)
@@ -63,7 +70,10 @@ def test_all_linear_reaches_every_linear_layer_but_the_head(family):
 def test_two_adapters_on_one_base_act_alone_and_together():
     model, routing = tiny_model("llama"), Routing()
     base = logits(model)
-    first, second = (put(model, routing, "a", seed=1), put(model, routing, "b", seed=2, rank=2, targets=["q_proj"]))
+    first, second = (
+        put(model, routing, "a", seed=1),
+        put(model, routing, "b", seed=2, rank=2, targets=["q_proj"]),
+    )
     fill(first.parameters().values(), seed=1, scale=0.1)
     fill(second.parameters().values(), seed=2, scale=0.1)
     routing.active = (("a", 1.0),)
@@ -83,9 +93,13 @@ def test_two_adapters_on_one_base_act_alone_and_together():
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_adapted_experts_are_the_experts_with_the_update_added_to_their_weights(family, monkeypatch):
+def test_adapted_experts_are_the_experts_with_the_update_added_to_their_weights(
+    family, monkeypatch
+):
     model, routing = tiny_model(family), Routing()
-    attachment = put(model, routing, targets=["gate_up_proj", "down_proj"], rank_pattern={"down_proj": 2})
+    attachment = put(
+        model, routing, targets=["gate_up_proj", "down_proj"], rank_pattern={"down_proj": 2}
+    )
     fill(attachment.parameters().values())
     routing.active = (("a", 1.0),)
     by_expert = logits(model)
@@ -98,12 +112,18 @@ def test_adapted_experts_are_the_experts_with_the_update_added_to_their_weights(
     torch.testing.assert_close(logits(model), by_expert, rtol=1e-4, atol=1e-4)
 
 
-def test_the_update_is_alpha_over_the_rank_times_the_product_of_the_factors_whatever_the_kind_of_layer():
+def test_the_update_is_alpha_over_the_rank_times_the_product_of_the_factors_in_any_layer():
     for rslora, scaling in ((False, 5 / 3), (True, 5 / 3**0.5)):
         model = tiny_model("mixtral")
-        attachment = put(model, Routing(), rslora=rslora, targets=["q_proj", "gate_up_proj", "embed_tokens"])
+        attachment = put(
+            model, Routing(), rslora=rslora, targets=["q_proj", "gate_up_proj", "embed_tokens"]
+        )
         fill(attachment.parameters().values())
-        assert {layer.kind for layer in attachment.layers.values()} == {"linear", "experts", "embedding"}
+        assert {layer.kind for layer in attachment.layers.values()} == {
+            "linear",
+            "experts",
+            "embedding",
+        }
         for layer in attachment.layers.values():
             product = layer.B.detach() @ layer.A.detach()
             expected = scaling * (product.mT if layer.kind == "embedding" else product)
@@ -149,7 +169,10 @@ def test_detaching_what_trained_modules_in_full_gives_every_place_back_to_the_ba
     put(model, routing, "a", targets=["q_proj"], train_modules=["norm", "lm_head"])
     put(model, routing, "b", targets=["v_proj"], train_modules=["norm"])
     detach(model, "a", routing=routing)
-    assert {type(m) for m in model.modules()} - set(before.values()) == {AdaptedLinear, SwappedModule}
+    assert {type(m) for m in model.modules()} - set(before.values()) == {
+        AdaptedLinear,
+        SwappedModule,
+    }
     detach(model, "b", routing=routing)
     assert {path: type(module) for path, module in model.named_modules()} == before
 
@@ -173,32 +196,58 @@ def test_ranks_alphas_layers_and_excludes_are_those_asked_for():
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",
     }
-    assert layers["model.layers.0.self_attn.q_proj"].rank == 7  # the first pattern that matches wins
+    assert (
+        layers["model.layers.0.self_attn.q_proj"].rank == 7
+    )  # the first pattern that matches wins
     assert layers["model.layers.0.self_attn.v_proj"].scaling == pytest.approx(9 / 3**0.5)
     assert layers["model.layers.1.self_attn.v_proj"].scaling == pytest.approx(5 / 3**0.5)
     only = put(tiny_model("llama"), Routing(), targets=r".*\.(k_proj|o_proj)", layers=[1])
-    assert set(only.layers) == {"model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.o_proj"}
+    assert set(only.layers) == {
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.o_proj",
+    }
 
 
 EXISTING = "the model has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-HOLDS = "train_modules: model.layers.{}.self_attn holds other modules; name those (a head, a norm, an embedding)"
+HOLDS = (
+    "train_modules: model.layers.{}.self_attn holds other modules; name those (a head, a norm, an"
+    " embedding)"
+)
 NAMED_WRONGLY = [
-    ({"targets": ["q_prj", "v_proj"]}, ["targets 'q_prj' matches no module; nearest: q_proj, v_proj, o_proj"]),
+    (
+        {"targets": ["q_prj", "v_proj"]},
+        ["targets 'q_prj' matches no module; nearest: q_proj, v_proj, o_proj"],
+    ),
     (
         {"targets": "q_proj"},
         [
-            "targets 'q_proj' is a regular expression and matches no whole path; for instance '.*lm_head' would; "
-            "nearest: q_proj, v_proj, o_proj"
+            "targets 'q_proj' is a regular expression and matches no whole path; for instance"
+            " '.*lm_head' would; nearest: q_proj, v_proj, o_proj"
         ],
     ),
-    ({"exclude": ["o_projj"]}, ["exclude 'o_projj' matches no module; nearest: o_proj, v_proj, q_proj"]),
+    (
+        {"exclude": ["o_projj"]},
+        ["exclude 'o_projj' matches no module; nearest: o_proj, v_proj, q_proj"],
+    ),
     ({"layers": [0, 9, 7]}, ["layers [7, 9] do not exist; the model has layers 0-1"]),
-    ({"rank_pattern": {"self_attn": 4}}, [f"rank_pattern 'self_attn' matches no targeted module; {EXISTING}"]),
+    (
+        {"rank_pattern": {"self_attn": 4}},
+        [f"rank_pattern 'self_attn' matches no targeted module; {EXISTING}"],
+    ),
     ({"alpha_pattern": {"x": 1.0}}, [f"alpha_pattern 'x' matches no targeted module; {EXISTING}"]),
-    ({"train_modules": ["lm_haed"]}, ["train_modules 'lm_haed' matches no module; nearest: lm_head"]),
+    (
+        {"train_modules": ["lm_haed"]},
+        ["train_modules 'lm_haed' matches no module; nearest: lm_head"],
+    ),
     ({"train_modules": ["self_attn"]}, [HOLDS.format(0), HOLDS.format(1)]),
-    ({"targets": ["q_proj"], "exclude": ["q_proj"]}, ["after exclude and layers nothing is left to adapt"]),
-    ({"targets": ["q_proj"], "train_modules": ["q_proj"]}, ["after exclude and layers nothing is left to adapt"]),
+    (
+        {"targets": ["q_proj"], "exclude": ["q_proj"]},
+        ["after exclude and layers nothing is left to adapt"],
+    ),
+    (
+        {"targets": ["q_proj"], "train_modules": ["q_proj"]},
+        ["after exclude and layers nothing is left to adapt"],
+    ),
 ]
 
 
@@ -211,7 +260,13 @@ def test_settings_that_match_nothing_are_an_error_that_lists_what_exists(setting
 
 def test_all_faults_are_told_at_once_and_a_taken_name_is_refused():
     with pytest.raises(ConfigError) as caught:
-        put(tiny_model("llama"), Routing(), targets=["nope"], exclude=["neither"], train_modules=["nor"])
+        put(
+            tiny_model("llama"),
+            Routing(),
+            targets=["nope"],
+            exclude=["neither"],
+            train_modules=["nor"],
+        )
     assert len(caught.value.faults) == 3
     model, routing = tiny_model("mixtral"), Routing()
     put(model, routing, targets=["gate_up_proj"])
@@ -233,9 +288,16 @@ def test_an_adapter_may_have_any_name(name):
 
 def test_nothing_of_the_base_gets_a_gradient_and_every_trained_tensor_does():
     model, routing = tiny_model("llama"), Routing()
-    attachment = put(model, routing, targets=["q_proj", "embed_tokens", "gate_proj"], train_modules=["lm_head", "norm"])
+    attachment = put(
+        model,
+        routing,
+        targets=["q_proj", "embed_tokens", "gate_proj"],
+        train_modules=["lm_head", "norm"],
+    )
     fill(attachment.parameters().values())
     routing.active = (("a", 1.0),)
     model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.parameters().values())
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.parameters().values()
+    )
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())

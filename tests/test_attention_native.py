@@ -10,7 +10,9 @@ from veneer.kernels.attention import packed_attention, packed_attention_referenc
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import Rules
 
-needs_kernel = pytest.mark.skipif(not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs")
+needs_kernel = pytest.mark.skipif(
+    not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+)
 compiled = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 BF16_ATOL = 2**-6  # two units of a bf16 value at 1, relative to the largest value
 KINDS = [
@@ -32,7 +34,9 @@ KINDS = [
 )
 @pytest.mark.parametrize(("dtype", "bound"), KINDS)
 @pytest.mark.parametrize("window", [None, 1, 17, 64])
-def test_the_compiled_attention_is_its_reference(prompt, lengths, heads, size, window, dtype, bound, monkeypatch):
+def test_the_compiled_attention_is_its_reference(
+    prompt, lengths, heads, size, window, dtype, bound, monkeypatch
+):
     monkeypatch.setattr(attention_native, "HELD_BYTES", 1)  # one document at a time
     check(prompt, lengths, heads, size, window, dtype, bound)
 
@@ -41,7 +45,9 @@ def check(prompt, lengths, heads, size, window, dtype, bound):
     torch.manual_seed(0)
     layout = Group(prompt, lengths, CPU)
     N = layout.rows + 3
-    q, k, v = (torch.randn(N, h, size).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(N, h, size).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1])
+    )
     assert attention_native.usable(q, k, v, Rules(0.3))
     fast = packed_attention(q, k, v, layout, Rules(0.3, window))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -62,15 +68,23 @@ def check(prompt, lengths, heads, size, window, dtype, bound):
     ],
     ids=str,
 )
-def test_long_documents_and_other_head_sizes_are_their_reference(prompt, lengths, heads, size, window):
+def test_long_documents_and_other_head_sizes_are_their_reference(
+    prompt, lengths, heads, size, window
+):
     torch.manual_seed(0)
     layout = Group(prompt, lengths, CPU)
-    q, k, v = (torch.randn(layout.rows, h, size).bfloat16().requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        torch.randn(layout.rows, h, size).bfloat16().requires_grad_()
+        for h in (heads[0], heads[1], heads[1])
+    )
     fast = packed_attention(q, k, v, layout, Rules(size**-0.5, window))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     slow = packed_attention_reference(*wide, layout, Rules(size**-0.5, window))
     grad = torch.randn(fast.shape).bfloat16()
-    grads = torch.autograd.grad(fast, (q, k, v), grad), torch.autograd.grad(slow, wide, grad.double())
+    grads = (
+        torch.autograd.grad(fast, (q, k, v), grad),
+        torch.autograd.grad(slow, wide, grad.double()),
+    )
     for ours, theirs in [(fast, slow), *zip(*grads, strict=True)]:
         assert (ours.double() - theirs).abs().max() < BF16_ATOL * theirs.abs().max()
 
@@ -78,7 +92,8 @@ def test_long_documents_and_other_head_sizes_are_their_reference(prompt, lengths
 @needs_kernel
 @pytest.mark.parametrize("far", [8.0, 40.0, -40.0, 3000.0])
 def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_reference_does(far):
-    """A row's shares are powers of a difference to a score near by: to one of 3,000 more no float32 could hold it."""
+    """A row's shares are powers of a difference to a score near by: to one of 3,000 more no float32
+    could hold it."""
     torch.manual_seed(0)
     layout = Group(0, (200, 40), CPU)
     q, k, v = (torch.randn(layout.rows, 1, 32) for _ in range(3))
@@ -92,7 +107,8 @@ def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_refer
     expected_of_q, *expected = gradients(slow, *wide)
     for found, exact in zip((fast, *ours), (slow, *expected), strict=True):
         assert (found.double() - exact).abs().max() < BF16_ATOL * exact.abs().max()
-    # What a row's shares are given on average is summed over its output, which is rounded: as far as k is large.
+    # What a row's shares are given on average is summed over its output, which is rounded: as far
+    # as k is large.
     assert (of_q.double() - expected_of_q).abs().max() < 2 * BF16_ATOL * k.abs().max()
 
 
@@ -119,9 +135,14 @@ def test_float32_is_its_reference_on_every_processor(window, limit, monkeypatch)
 
 @needs_kernel
 def test_what_the_kernel_does_not_compute_never_reaches_it():
-    """It reads as many values behind a pointer as q's shape says: another k or v would be read past its end."""
+    """It reads as many values behind a pointer as q's shape says: another k or v would be read past
+    its end."""
     N, options = 9, {"dtype": torch.bfloat16}
-    q, k, v = (torch.randn(N, 4, 32, **options), torch.randn(N, 2, 32, **options), torch.randn(N, 2, 32, **options))
+    q, k, v = (
+        torch.randn(N, 4, 32, **options),
+        torch.randn(N, 2, 32, **options),
+        torch.randn(N, 2, 32, **options),
+    )
     assert attention_native.usable(q, k, v, Rules(0.3))
     assert attention_native.usable(q, k, v, Rules(0.3, 1))
     for others in [
@@ -151,7 +172,9 @@ def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
     torch.manual_seed(0)
     layout = Group(prompt, (9, 4), CPU)
     N = layout.rows + 3
-    q, k, v = (torch.randn(N, h, d, dtype=dtype).requires_grad_() for h, d in ((4, 32), (2, 32), (2, size)))
+    q, k, v = (
+        torch.randn(N, h, d, dtype=dtype).requires_grad_() for h, d in ((4, 32), (2, 32), (2, size))
+    )
     fast = packed_attention(q, k, v, layout, Rules(0.3))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     slow = packed_attention_reference(*wide, layout, Rules(0.3))
@@ -178,7 +201,9 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
 
     found = [packed_attention(*x, layout, Rules(0.3)) for x in (plain, [moved(x) for x in plain])]
     assert torch.equal(*found)
-    tracked = [[x.requires_grad_() for x in each] for each in (plain, [moved(x).detach() for x in plain])]
+    tracked = [
+        [x.requires_grad_() for x in each] for each in (plain, [moved(x).detach() for x in plain])
+    ]
     outs = [packed_attention(*each, layout, Rules(0.3)) for each in tracked]
     grad = torch.randn(outs[0].shape).bfloat16()
     pairs = zip(
@@ -235,7 +260,9 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
         ((500,), 4, 2),
     ],
 )
-def test_few_long_documents_are_split_so_that_eight_tasks_have_64_rows_or_more(lengths, kv_heads, splits):
+def test_few_long_documents_are_split_so_that_eight_tasks_have_64_rows_or_more(
+    lengths, kv_heads, splits
+):
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     rows = torch.zeros(sum(lengths), kv_heads, 16)
     part = attention_native.Part(rows, rows, rows, None, None, starts, max(lengths), Rules(1.0))
@@ -243,8 +270,12 @@ def test_few_long_documents_are_split_so_that_eight_tasks_have_64_rows_or_more(l
 
 
 @needs_kernel
-@pytest.mark.parametrize(("held", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])])
-def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_allows(held, sizes, monkeypatch):
+@pytest.mark.parametrize(
+    ("held", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])]
+)
+def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_allows(
+    held, sizes, monkeypatch
+):
     layout, (heads, size) = Group(6, (3,) * 5, CPU), (2, 16)
     monkeypatch.setattr(attention_native, "HELD_BYTES", held * 2 * 4 * heads * 6 * size)
     own, seen = attention_native.calls.attention_backward, []
@@ -261,5 +292,11 @@ def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_a
 
 def test_what_lies_in_pairs_is_not_copied():
     x = torch.zeros(5, 2, 32).bfloat16()
-    for lying in (x, x[1:], x[:, 1:], torch.zeros(5, 2, 40).bfloat16()[..., 2:34], torch.zeros(5, 2, 35)[..., 1:33]):
+    for lying in (
+        x,
+        x[1:],
+        x[:, 1:],
+        torch.zeros(5, 2, 40).bfloat16()[..., 2:34],
+        torch.zeros(5, 2, 35)[..., 1:33],
+    ):
         assert attention_native.aligned(lying) is lying

@@ -1,5 +1,5 @@
-"""What a model's settings announce is held against its tensors; settings of the wrong kind are told as what they
-are."""
+"""What a model's settings announce is held against its tensors; settings of the wrong kind are told
+as what they are."""
 
 from __future__ import annotations
 
@@ -44,18 +44,29 @@ def edit_json(folder: Path, name: str, **changes: Any) -> Path:
         ({"hidden_size": -32}, "hidden_size: -32 is not"),
         ({"vocab_size": -1}, "vocab_size: -1 is not"),
         ({"max_position_embeddings": float("nan")}, "max_position_embeddings: nan is not"),
-        ({"text_config": {"num_hidden_layers": 10**12}}, "text_config.num_hidden_layers: 1000000000000 is not"),
+        (
+            {"text_config": {"num_hidden_layers": 10**12}},
+            "text_config.num_hidden_layers: 1000000000000 is not",
+        ),
         ({"intermediate_size": 2**30}, "the largest  model.layers.0.mlp."),
         ({"vocab_size": 2**31 - 1}, "embed_tokens"),
         ({"architectures": 5}, "architectures: 5 is no list of names"),
         ({"architectures": [1]}, "architectures: [1] is no list of names"),
-        ({"rope_parameters": {**ROPE, "rope_theta": 0}}, "inv_freq holds values that are not finite"),
-        ({"rope_parameters": {**ROPE, "rope_theta": -1.0}}, "inv_freq holds values that are not finite"),
+        (
+            {"rope_parameters": {**ROPE, "rope_theta": 0}},
+            "inv_freq holds values that are not finite",
+        ),
+        (
+            {"rope_parameters": {**ROPE, "rope_theta": -1.0}},
+            "inv_freq holds values that are not finite",
+        ),
         ({"rms_norm_eps": -1e9}, "816 of 816 logits"),
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_a_config_that_its_weights_cannot_have_is_refused(changes: Any, says: str, tmp_path: Path) -> None:
+def test_a_config_that_its_weights_cannot_have_is_refused(
+    changes: Any, says: str, tmp_path: Path
+) -> None:
     text = refusal(CorruptFileError, edit_config(save_tiny(tmp_path, "llama"), **changes))
     assert says in text
     assert len(text) < 2000
@@ -83,7 +94,11 @@ def test_no_family_is_held_to_what_it_does_not_say(family: str) -> None:
 
 
 def test_a_chunk_of_no_size_and_a_layer_counted_from_the_end_are_no_faults() -> None:
-    towers = {"audio_config.chunk_size": -1, "vision_config.feature_layer": -2, "sliding_window_size": -1}
+    towers = {
+        "audio_config.chunk_size": -1,
+        "vision_config.feature_layer": -2,
+        "sliding_window_size": -1,
+    }
     assert announced_faults(towers.items(), {"weight": (3, 4)}) == []
     assert len(announced_faults([("chunk_size", -2), ("hidden_size", -1)], None)) == 2
 
@@ -101,9 +116,12 @@ def test_tables_that_no_file_holds_are_bounded_as_well() -> None:
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf")):
         folder = edit_weights(
-            save_tiny(tmp_path, "llama"), model__layers__1__mlp__up_proj__weight=torch.full((48, 32), value)
+            save_tiny(tmp_path, "llama"),
+            model__layers__1__mlp__up_proj__weight=torch.full((48, 32), value),
         )
-        assert "up_proj.weight holds values that are not finite" in refusal(CorruptFileError, folder)
+        assert "up_proj.weight holds values that are not finite" in refusal(
+            CorruptFileError, folder
+        )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +138,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_settings_of_generation_of_the_wrong_kind_are_refused(changes: Any, says: str, tmp_path: Path) -> None:
+def test_settings_of_generation_of_the_wrong_kind_are_refused(
+    changes: Any, says: str, tmp_path: Path
+) -> None:
     folder = save_tiny(tmp_path, "llama")
     assert says in refusal(CorruptFileError, edit_json(folder, "generation_config.json", **changes))
 
@@ -137,7 +157,9 @@ def test_settings_of_generation_of_the_wrong_kind_are_refused(changes: Any, says
     ],
     ids=str,
 )
-def test_settings_of_a_tokenizer_of_the_wrong_kind_are_refused(changes: Any, says: str, tmp_path: Path) -> None:
+def test_settings_of_a_tokenizer_of_the_wrong_kind_are_refused(
+    changes: Any, says: str, tmp_path: Path
+) -> None:
     folder = save_tiny(tmp_path, "llama")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(VeneerError) as raised:
@@ -151,5 +173,7 @@ def test_a_gguf_header_that_its_tensors_cannot_have_is_refused(layers: int, tmp_
     model = tiny("llama")
     model.config.num_hidden_layers = layers
     path = write_gguf(tmp_path / "m.gguf", model, "llama")
-    with pytest.raises(CorruptFileError, match=f"llama.block_count: {layers} is not a number from 1 to 20"):
+    with pytest.raises(
+        CorruptFileError, match=f"llama.block_count: {layers} is not a number from 1 to 20"
+    ):
         read_header(path)

@@ -19,7 +19,14 @@ from torch import nn
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from veneer.bases.config_fields import NOT_COMPUTED, READ_ANYWAY, computing_fields
-from veneer.bases.fingerprint import _PROBES, SAMPLES_PER_TENSOR, Fingerprint, _sample, fingerprint, tokenizer_hash
+from veneer.bases.fingerprint import (
+    _PROBES,
+    SAMPLES_PER_TENSOR,
+    Fingerprint,
+    _sample,
+    fingerprint,
+    tokenizer_hash,
+)
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule
@@ -27,7 +34,9 @@ from veneer.models.load import load_base
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_weights_have_one_fingerprint_in_memory_and_from_disk(family: str, tmp_path: Path) -> None:
+def test_the_same_weights_have_one_fingerprint_in_memory_and_from_disk(
+    family: str, tmp_path: Path
+) -> None:
     in_memory = fingerprint(tiny_model(family))
     assert load_base(str(save_tiny(tmp_path, family))).fingerprint() == in_memory
     assert fingerprint(tiny_model(family)).digest == in_memory.digest
@@ -53,7 +62,9 @@ def test_a_renamed_or_reshaped_model_differs_in_what_it_says() -> None:
     assert any("names and shapes" in line for line in base.differences(deeper))
     assert any("number of parameters: 24,224 against" in line for line in base.differences(deeper))
     assert not any("values" in line for line in base.differences(deeper))
-    assert any("LlamaForCausalLM against Qwen2ForCausalLM" in line for line in base.differences(other))
+    assert any(
+        "LlamaForCausalLM against Qwen2ForCausalLM" in line for line in base.differences(other)
+    )
     assert base.differences(fingerprint(tiny_model("llama"))) == []
 
 
@@ -65,7 +76,10 @@ def test_other_values_in_the_same_shapes_are_named_as_values() -> None:
 
 
 def test_another_dtype_is_another_fingerprint_and_said_to_be_the_dtype() -> None:
-    single, half = fingerprint(tiny_model("llama")), fingerprint(tiny_model("llama", torch.bfloat16))
+    single, half = (
+        fingerprint(tiny_model("llama")),
+        fingerprint(tiny_model("llama", torch.bfloat16)),
+    )
     assert single.digest != half.digest
     lines = single.differences(half)
     assert "dtype of the weights: float32 against bfloat16" in lines
@@ -137,14 +151,23 @@ def test_the_digest_covers_every_field_and_so_do_the_differences(version: str) -
         assert other.digest != one.digest, name
         assert (other.weights_digest != one.weights_digest) == (name != "config"), name
         samples_beside_all_bytes = version == "this" and name == "weights_hash"
-        assert bool(one.differences(other)) != samples_beside_all_bytes and one.differences(one) == [], name
+        assert (
+            bool(one.differences(other)) != samples_beside_all_bytes and one.differences(one) == []
+        ), name
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rms_norm_eps", 1e-3), ("hidden_act", "gelu"), ("num_attention_heads", 2), ("rope_parameters.rope_theta", 500)],
+    [
+        ("rms_norm_eps", 1e-3),
+        ("hidden_act", "gelu"),
+        ("num_attention_heads", 2),
+        ("rope_parameters.rope_theta", 500),
+    ],
 )
-def test_a_field_of_the_config_that_decides_what_is_computed_is_another_base(field: str, value: Any) -> None:
+def test_a_field_of_the_config_that_decides_what_is_computed_is_another_base(
+    field: str, value: Any
+) -> None:
     one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
     *above, name = field.split(".")
     if above:
@@ -160,7 +183,12 @@ def test_a_field_of_the_config_that_decides_what_is_computed_is_another_base(fie
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("use_cache", False), ("attention_dropout", 0.5), ("pad_token_id", 1), ("transformers_version", "4.40")],
+    [
+        ("use_cache", False),
+        ("attention_dropout", 0.5),
+        ("pad_token_id", 1),
+        ("transformers_version", "4.40"),
+    ],
 )
 def test_a_field_that_computes_nothing_is_no_other_base(name: str, value: Any) -> None:
     one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
@@ -188,7 +216,9 @@ def test_a_key_that_no_code_reads_is_no_other_base(name: str, value: Any, tmp_pa
 def test_a_key_that_code_reads_and_the_class_does_not_declare_is_another_base() -> None:
     one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
     model.config.sliding_window = 8
-    assert fingerprint(model).differences(one) == ["config.json sliding_window: 8 against not there"]
+    assert fingerprint(model).differences(one) == [
+        "config.json sliding_window: 8 against not there"
+    ]
     model.config.sliding_window = None
     assert fingerprint(model).differences(one) == []
 
@@ -197,32 +227,71 @@ def test_every_name_that_shared_code_of_transformers_reads_of_a_config_is_known(
     folder = Path(transformers.__file__).parent
     sources = [*folder.glob("*.py"), *(folder / "integrations").glob("*.py")]
     pattern = re.compile(r"""(?:getattr|hasattr)\((?:\w+\.)*\w*config, "(\w+)\"""")
-    read = {name for source in sources for name in pattern.findall(source.read_text(encoding="utf-8"))}
+    read = {
+        name for source in sources for name in pattern.findall(source.read_text(encoding="utf-8"))
+    }
     assert len(read) > 40
-    assert {name for name in read - READ_ANYWAY - NOT_COMPUTED - READ_ELSEWHERE if not name.startswith("_")} == set()
+    assert {
+        name
+        for name in read - READ_ANYWAY - NOT_COMPUTED - READ_ELSEWHERE
+        if not name.startswith("_")
+    } == set()
 
 
 READ_ELSEWHERE = {
-    *("pad_token_id", "gradient_checkpointing", "compile_config", "distributed_config", "inference_mode", "peft_type"),
-    *("fusion_config", "transformers_weights", "weight_mapping", "weight_block_size"),  # how weights are read
-    *("backbone_config", "hidden_sizes", "out_features", "stage_names", "vision_config"),  # of images
-    *("token_classification_bias", "chain_hidden_post_norm", "logits_mup_width_multiplier", "unpadded_vocab_size"),
-    *("mtp_hidden_states_first", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config", "num_mtp_layers"),
+    *(
+        "pad_token_id",
+        "gradient_checkpointing",
+        "compile_config",
+        "distributed_config",
+        "inference_mode",
+        "peft_type",
+    ),
+    *(
+        "fusion_config",
+        "transformers_weights",
+        "weight_mapping",
+        "weight_block_size",
+    ),  # how weights are read
+    *(
+        "backbone_config",
+        "hidden_sizes",
+        "out_features",
+        "stage_names",
+        "vision_config",
+    ),  # of images
+    *(
+        "token_classification_bias",
+        "chain_hidden_post_norm",
+        "logits_mup_width_multiplier",
+        "unpadded_vocab_size",
+    ),
+    *(
+        "mtp_hidden_states_first",
+        "mtp_layer_types",
+        "mtp_mlp_layer_types",
+        "mtp_per_layer_config",
+        "num_mtp_layers",
+    ),
     "first_k_dense_replace",
 }
-"""Names that shared code reads for other things than a model's logits: other heads, and tokens drafted ahead."""
+"""Names that shared code reads for other things than a model's logits: other heads, and tokens
+drafted ahead."""
 
 
 def without(one: Fingerprint, *names: str) -> Fingerprint:
     """A fingerprint by a version of transformers whose class does not declare these fields."""
     config: Any = one.config
-    kept = {kind: {name: part[name] for name in part.keys() - {*names}} for kind, part in config.items()}
+    kept = {
+        kind: {name: part[name] for name in part.keys() - {*names}} for kind, part in config.items()
+    }
     return replace(one, config=kept)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral", "phi"])
 def test_a_field_that_one_version_of_transformers_lacks_has_its_default(family: str) -> None:
-    """Whichever of the two versions wrote the fingerprint, and whatever the defaults of the other one are."""
+    """Whichever of the two versions wrote the fingerprint, and whatever the defaults of the other
+    one are."""
     one = fingerprint(tiny_model(family))
     config: Any = one.config
     dropped = without(one, *config["default"])
@@ -250,7 +319,9 @@ def test_a_default_that_was_changed_is_a_difference_in_both_directions() -> None
 
 
 @pytest.mark.parametrize(("share", "same"), [(1.0, True), (0.5, False)])
-def test_a_share_of_the_rotation_is_all_where_rotary_settings_lack_it(share: float, same: bool) -> None:
+def test_a_share_of_the_rotation_is_all_where_rotary_settings_lack_it(
+    share: float, same: bool
+) -> None:
     one, model = fingerprint(tiny_model("llama")), tiny_model("llama")
     model.config.rope_parameters |= {"partial_rotary_factor": share, "type": "default"}
     other = fingerprint(model)
@@ -270,7 +341,9 @@ def test_what_an_earlier_version_wrote_is_compared_by_what_it_wrote() -> None:
     assert set(own.to_dict()) - set(own.earlier.to_dict()) == {"values_hash", "config"}
     assert own.earlier.differences(own) == own.differences(own.earlier) == []
     for one, another in ((own.earlier, other), (own, other.earlier)):
-        assert [line.split(":")[0] for line in one.differences(another)] == ["values of the weights"]
+        assert [line.split(":")[0] for line in one.differences(another)] == [
+            "values of the weights"
+        ]
     stored = own.to_dict()
     del stored["config"]
     with pytest.raises(CorruptFileError, match="config is missing"):
@@ -292,7 +365,9 @@ def test_every_field_says_what_the_model_is() -> None:
     model = tiny_model("llama_untied", torch.bfloat16)
     weights = dict(sorted(model.state_dict().items()))
     shapes = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in weights.items())
-    values = b"".join(f"{name} bfloat16\n".encode() + _sample(tensor) for name, tensor in weights.items())
+    values = b"".join(
+        f"{name} bfloat16\n".encode() + _sample(tensor) for name, tensor in weights.items()
+    )
     all_bytes = "".join(f"{name} bfloat16 {sha256(tensor)}\n" for name, tensor in weights.items())
     assert fingerprint(model) == Fingerprint(
         architecture="LlamaForCausalLM",
@@ -308,11 +383,14 @@ def test_every_field_says_what_the_model_is() -> None:
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())).hexdigest()
+    return hashlib.sha256(
+        bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).tolist())
+    ).hexdigest()
 
 
 class Half(PackedModule):
-    """A packed weight with what belongs to a format: scales, an empty place, a table that two share, a number."""
+    """A packed weight with what belongs to a format: scales, an empty place, a table that two
+    share, a number."""
 
     packed_format = "nf4"
 
@@ -331,7 +409,9 @@ class Half(PackedModule):
         return {"offset": torch.tensor([7.0])}
 
 
-def test_of_a_packed_weight_the_dense_shape_counts_and_every_value_that_belongs_to_its_format() -> None:
+def test_of_a_packed_weight_the_dense_shape_counts_and_every_value_that_belongs_to_its_format() -> (
+    None
+):
     model = tiny_model("llama_untied")
     model.model.layers = nn.ModuleList([Half()])
     half, dense = model.model.layers[0], dict(model.named_parameters())
@@ -349,16 +429,22 @@ def test_of_a_packed_weight_the_dense_shape_counts_and_every_value_that_belongs_
         every_byte += f"{place}{name} {sha256(parts[name])}\n".encode()
     found = fingerprint(model)
     assert (found.dtype, found.quantize) == ("float32+nf4", "nf4")
-    assert found.num_parameters == 3 * 4 + sum(t.numel() for n, t in dense.items() if n not in packed)
+    assert found.num_parameters == 3 * 4 + sum(
+        t.numel() for n, t in dense.items() if n not in packed
+    )
     assert found.shapes_hash == hashlib.sha256(shapes).hexdigest()
     assert found.weights_hash == hashlib.sha256(values).hexdigest()
     assert found.values_hash == hashlib.sha256(every_byte).hexdigest()
 
 
 def test_the_sampled_places_are_those_that_adapters_on_disk_were_made_with() -> None:
-    """hashlib.sha256(_sample(torch.arange(20_000, dtype=torch.int32))), when the first adapters were written."""
+    """hashlib.sha256(_sample(torch.arange(20_000, dtype=torch.int32))), when the first adapters
+    were written."""
     places = _sample(torch.arange(20_000, dtype=torch.int32))
-    assert hashlib.sha256(places).hexdigest() == "704ef91ca35ee337c1f0d53021208db005fbb1419a259e748fcd61e8d95709f5"
+    assert (
+        hashlib.sha256(places).hexdigest()
+        == "704ef91ca35ee337c1f0d53021208db005fbb1419a259e748fcd61e8d95709f5"
+    )
     assert _sample(torch.arange(4096, dtype=torch.int16)) == bytes(np.arange(4096, dtype="<i2"))
 
 

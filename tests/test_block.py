@@ -1,4 +1,5 @@
-"""A decoder layer with LoRA as one node: the bits of the layer's own parts, and which layers and forwards it takes."""
+"""A decoder layer with LoRA as one node: the bits of the layer's own parts, and which layers and
+forwards it takes."""
 
 import pytest
 import torch
@@ -17,24 +18,38 @@ from veneer.models.fused import fused, replacements
 from veneer.models.fused_layer import FusedLayer
 from veneer.models.step import batch_loss, prepare
 
-pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="this processor multiplies no bf16 pairs")
-SIZES = {"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2}
+pytestmark = pytest.mark.skipif(
+    not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+)
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 224,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 class Trained:
     """A tiny model in bf16 with an adapter on all linear layers, and one batch."""
 
     def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, **settings):
-        self.model, self.routing = tiny_model(family, torch.bfloat16, **SIZES, head_dim=32), Routing()
+        self.model, self.routing = (
+            tiny_model(family, torch.bfloat16, **SIZES, head_dim=32),
+            Routing(),
+        )
         self.paths = prepare(self.model)
         settings = {"targets": "all-linear", "rank": rank, "alpha": 5.0, **settings}
         head = self.model.get_output_embeddings()
-        attachment = attach(self.model, method(**settings), name="a", routing=self.routing, head=head)
+        attachment = attach(
+            self.model, method(**settings), name="a", routing=self.routing, head=head
+        )
         fill(attachment.parameters().values(), scale=0.1)
         self.parameters = list(attachment.parameters().values())
         self.routing.active = (("a", 1.0),)
         examples = make_examples(9, prompt=prompt)
-        self.batch = make_batch(examples, packed=True, share_prompt=True, device=torch.device("cpu"))
+        self.batch = make_batch(
+            examples, packed=True, share_prompt=True, device=torch.device("cpu")
+        )
 
     def drawing(self):
         """Within it dropout draws."""
@@ -42,7 +57,9 @@ class Trained:
         return self.routing.held(self.routing.acting.drawing(TokenKeys(keys, 3)))
 
     def measured(self):
-        loss = batch_loss(self.model, self.paths, self.routing, self.batch, total=float(self.batch.trained_tokens))
+        loss = batch_loss(
+            self.model, self.paths, self.routing, self.batch, total=float(self.batch.trained_tokens)
+        )
         return [loss, *torch.autograd.grad(loss, self.parameters)]
 
     def layers(self):
@@ -116,7 +133,9 @@ def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(taken, mo
     assert taken == [True] * 4
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     rows = trained.batch.ids.shape[1]
-    assert found[0][1] - found[1][1] == 2 * 2 * rows * (2 * SIZES["hidden_size"] + SIZES["intermediate_size"])
+    assert found[0][1] - found[1][1] == 2 * 2 * rows * (
+        2 * SIZES["hidden_size"] + SIZES["intermediate_size"]
+    )
 
 
 def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
@@ -143,7 +162,9 @@ def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
     ],
     ids=str,
 )
-def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_waits(settings, heard, taken):
+def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_waits(
+    settings, heard, taken
+):
     trained, told = Trained(**settings), []
     found = replacements(trained.model)
     with trained.drawing(), fused(trained.model, found):
@@ -154,7 +175,9 @@ def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_wai
             trained.parameters[3].register_post_accumulate_grad_hook(told.append)
         total = float(trained.batch.trained_tokens)
         with block.added_where_they_lie():
-            batch_loss(trained.model, trained.paths, trained.routing, trained.batch, total=total).backward()
+            batch_loss(
+                trained.model, trained.paths, trained.routing, trained.batch, total=total
+            ).backward()
     assert len(told) == heard and all(taken)
     for each, gradient in zip(trained.parameters, expected, strict=True):
         assert torch.equal(each.grad, 1 + gradient)
@@ -165,7 +188,9 @@ def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
 
     def loss():
         with torch.no_grad(), fused(trained.model, replacements(trained.model)):
-            return batch_loss(trained.model, trained.paths, trained.routing, trained.batch, total=1.0)
+            return batch_loss(
+                trained.model, trained.paths, trained.routing, trained.batch, total=1.0
+            )
 
     ours = loss()
     assert taken == [True, True]
@@ -174,15 +199,20 @@ def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj"], ["down_proj", "k_proj"], ["gate_proj"]], ids=str)
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["o_proj"], ["down_proj", "k_proj"], ["gate_proj"]], ids=str
+)
 def test_it_does_so_where_some_linear_layers_are_adapted(targets, dropout, taken, monkeypatch):
-    """Layers of one input of which none is adapted are nodes of their own in the parts: the same but for the order in
-    which gradients of that input are added up."""
+    """Layers of one input of which none is adapted are nodes of their own in the parts: the same
+    but for the order in which gradients of that input are added up."""
     trained = Trained(targets=targets, dropout=dropout)
     ours, plain = both(trained, monkeypatch)
     assert taken == [True, True]
     assert torch.equal(ours[0], plain[0])
-    assert all((a - b).abs().max() <= 2**-6 * b.abs().max() for a, b in zip(ours[1:], plain[1:], strict=True))
+    assert all(
+        (a - b).abs().max() <= 2**-6 * b.abs().max()
+        for a, b in zip(ours[1:], plain[1:], strict=True)
+    )
 
 
 def test_layers_without_any_adapter_stay():
@@ -191,7 +221,9 @@ def test_layers_without_any_adapter_stay():
     assert layer.base is trained.model.model.layers[1]
 
 
-@pytest.mark.parametrize("settings", [{"method": DoRA}, {"train_modules": ["input_layernorm"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"method": DoRA}, {"train_modules": ["input_layernorm"]}], ids=str
+)
 def test_what_the_node_does_not_compute_goes_through_the_layer(settings, taken, monkeypatch):
     ours, plain = both(Trained(**settings), monkeypatch)
     assert not any(taken)
@@ -210,7 +242,8 @@ def test_trained_norms_of_another_adapter_are_not_taken_for_frozen_ones(taken):
 
 
 def test_rows_of_several_groups_go_through_the_layer_itself(taken, monkeypatch):
-    """The node reads the layout of one group: that of the first would attend over the others' rows."""
+    """The node reads the layout of one group: that of the first would attend over the others'
+    rows."""
     trained = Trained()
     batch = trained.batch
     examples = [make_examples(4, prompt=prompt) for prompt in (5, 9)]
@@ -262,7 +295,13 @@ def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
 def test_layers_of_other_parts_stay(family):
     model = tiny_model(family, torch.bfloat16)
     prepare(model)
-    attach(model, LoRA(rank=16, targets="all-linear"), name="a", routing=Routing(), head=model.get_output_embeddings())
+    attach(
+        model,
+        LoRA(rank=16, targets="all-linear"),
+        name="a",
+        routing=Routing(),
+        head=model.get_output_embeddings(),
+    )
     assert not any(isinstance(made, FusedLayer) for made in replacements(model).values())
 
 

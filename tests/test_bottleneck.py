@@ -15,12 +15,21 @@ from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
-REFUSED = {"opt": "OPTDecoderLayer has no feed-forward block", "bloom": "BloomMLP adds the residual itself"}
+REFUSED = {
+    "opt": "OPTDecoderLayer has no feed-forward block",
+    "bloom": "BloomMLP adds the residual itself",
+}
 
 
 def put(model, name="a", routing=None, **settings):
     routing = routing or Routing()
-    attachment = attach(model, Bottleneck(**settings), name=name, routing=routing, head=model.get_output_embeddings())
+    attachment = attach(
+        model,
+        Bottleneck(**settings),
+        name=name,
+        routing=routing,
+        head=model.get_output_embeddings(),
+    )
     generator = torch.Generator().manual_seed(3)
     for parameter in attachment.parameters().values():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -55,7 +64,12 @@ def test_blocks_are_found_in_every_family_or_refused_by_name(family):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
     ("placement", "activation", "scaling"),
-    [("houlsby", "relu", 1.0), ("pfeiffer", "gelu", 1.0), ("parallel", "tanh", 4.0), ("parallel", "swish", 4.0)],
+    [
+        ("houlsby", "relu", 1.0),
+        ("pfeiffer", "gelu", 1.0),
+        ("parallel", "tanh", 4.0),
+        ("parallel", "swish", 4.0),
+    ],
 )
 def test_a_block_gives_the_formula(placement, activation, scaling, norm):
     model = tiny_model("llama_untied")
@@ -81,7 +95,9 @@ def test_a_block_gives_the_formula(placement, activation, scaling, norm):
     if norm:
         z = F.layer_norm(z, (32,), part["norm_weight"], part["norm_bias"])
     act = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "swish": F.silu}[activation]
-    expected = y + scaling * (act(z @ part["down"].T + part["down_bias"]) @ part["up"].T + part["up_bias"])
+    expected = y + scaling * (
+        act(z @ part["down"].T + part["down_bias"]) @ part["up"].T + part["up_bias"]
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -131,7 +147,9 @@ def test_beside_lora_and_another_bottleneck_updates_add_up_on_the_blocks_own_out
 def stored(tmp_path, **settings):
     base = tiny_base("llama_untied")
     attachment, _ = put(base.model, size=5, **settings)
-    write_adapter(tmp_path / "a", attachment, manifest_for(base, method="bottleneck"), model=base.model)
+    write_adapter(
+        tmp_path / "a", attachment, manifest_for(base, method="bottleneck"), model=base.model
+    )
     return tmp_path / "a"
 
 

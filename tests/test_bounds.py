@@ -1,4 +1,5 @@
-"""Every number that a person gives has its bounds in one place, and nothing beyond them gets through."""
+"""Every number that a person gives has its bounds in one place, and nothing beyond them gets
+through."""
 
 import argparse
 import math
@@ -13,7 +14,17 @@ from pydantic import BaseModel
 from tests.tiny import tiny_base
 from veneer.adapters.config import METHODS, LoRA, Prefix
 from veneer.base import Base
-from veneer.bounds import COUNT, ENERGY, PART, SEED, SHARE, TEMPERATURE, WEIGHT, Number, check_numbers
+from veneer.bounds import (
+    COUNT,
+    ENERGY,
+    PART,
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    WEIGHT,
+    Number,
+    check_numbers,
+)
 from veneer.cli.config_file import FLAGS, PARTS, read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
 from veneer.errors import LONGEST_LINE, ConfigError
@@ -26,7 +37,21 @@ from veneer.plan.planner import Choice
 from veneer.train.config import DataConfig, RunConfig
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
-NEVER = ["nan", ".nan", "inf", ".inf", "-.inf", "true", str(2**63), "1e308", "-1e308", "9" * 400, "", "x", "[1]"]
+NEVER = [
+    "nan",
+    ".nan",
+    "inf",
+    ".inf",
+    "-.inf",
+    "true",
+    str(2**63),
+    "1e308",
+    "-1e308",
+    "9" * 400,
+    "",
+    "x",
+    "[1]",
+]
 """No number of ours may be any of these, as YAML or as a flag."""
 EDGES = ["0", "-1", "-0.0", "1e-400", "0.5", "1e30"]
 """Some numbers may be some of these: then they lie within the bounds."""
@@ -49,10 +74,16 @@ def plain_numbers(annotation: object) -> bool:
 def hints(model: type[BaseModel]) -> dict[str, Any]:
     from typing import get_type_hints
 
-    return {k: v for k, v in get_type_hints(model, include_extras=True).items() if k in model.model_fields}
+    return {
+        k: v
+        for k, v in get_type_hints(model, include_extras=True).items()
+        if k in model.model_fields
+    }
 
 
-def walked(parser: argparse.ArgumentParser, words: list[str]) -> list[tuple[list[str], argparse.Action]]:
+def walked(
+    parser: argparse.ArgumentParser, words: list[str]
+) -> list[tuple[list[str], argparse.Action]]:
     """(words of the command, flag) of every flag, also of a command's own commands."""
     found = []
     for action in parser._actions:
@@ -71,7 +102,10 @@ def flags_of(command: str) -> list[tuple[list[str], argparse.Action]]:
 
 
 NUMBER_FLAGS = [
-    (words, action) for name in COMMANDS for words, action in flags_of(name) if isinstance(action.type, Number)
+    (words, action)
+    for name in COMMANDS
+    for words, action in flags_of(name)
+    if isinstance(action.type, Number)
 ]
 NUMBER_SETTINGS = sorted(
     {
@@ -87,8 +121,16 @@ NUMBER_SETTINGS = sorted(
 @pytest.mark.parametrize(
     ("number", "inside", "outside"),
     [
-        (COUNT, [1, 10**9, np.int64(3)], [0, -1, 10**9 + 1, 1.0, 1.5, True, np.True_, "1", None, math.inf]),
-        (SHARE, [0, 0.0, -0.0, 0.999, np.float32(0.5)], [1, 1.0, -1e-9, math.nan, math.inf, False, "0.5", 1j]),
+        (
+            COUNT,
+            [1, 10**9, np.int64(3)],
+            [0, -1, 10**9 + 1, 1.0, 1.5, True, np.True_, "1", None, math.inf],
+        ),
+        (
+            SHARE,
+            [0, 0.0, -0.0, 0.999, np.float32(0.5)],
+            [1, 1.0, -1e-9, math.nan, math.inf, False, "0.5", 1j],
+        ),
         (PART, [1, 1e-12], [0, 1.0001, math.nan, -math.inf]),
         (ENERGY, [0.5], [0, 1]),
         (WEIGHT, [-1.0, 0, 1e6], [1e6 + 1, -math.inf, math.nan, 10**400]),
@@ -102,7 +144,16 @@ def test_a_number_holds_what_lies_between_its_ends_and_no_truth_value(number, in
 
 def test_lists_of_plain_ints_are_held_at_one_go():
     assert COUNT.holds_ints([3, 1, 10**9]) and TEMPERATURE.holds_ints([2, 0])
-    for others in ([], [1, True], [1, 2.0], [1, "2"], [1, None], [0, 1], [1, 10**9 + 1], [np.int64(3)]):
+    for others in (
+        [],
+        [1, True],
+        [1, 2.0],
+        [1, "2"],
+        [1, None],
+        [0, 1],
+        [1, 10**9 + 1],
+        [np.int64(3)],
+    ):
         assert not COUNT.holds_ints(others), others
 
 
@@ -121,22 +172,30 @@ def test_bounds_are_said_in_words(number, said):
 
 def test_all_numbers_of_a_call_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        check_numbers(seed=(SEED, -1), steps=(COUNT, True), share=(SHARE, 0.5), left_out=(COUNT, None))
+        check_numbers(
+            seed=(SEED, -1), steps=(COUNT, True), share=(SHARE, 0.5), left_out=(COUNT, None)
+        )
     assert caught.value.faults == [
         "seed is -1: should be a whole number from 0 to 4,294,967,295",
         "steps is True: should be a whole number from 1 to 1,000,000,000",
     ]
 
 
-@pytest.mark.parametrize("model", [RunConfig, DataConfig, *METHODS.values(), PeftLoRA, PeftPrefix, BottleneckFields])
+@pytest.mark.parametrize(
+    "model", [RunConfig, DataConfig, *METHODS.values(), PeftLoRA, PeftPrefix, BottleneckFields]
+)
 def test_no_settings_and_no_file_hold_a_number_without_bounds(model):
     free = {"layers_to_transform"}  # only asked whether it holds a layer's number
-    assert [name for name, kind in hints(model).items() if plain_numbers(kind) and name not in free] == []
+    assert [
+        name for name, kind in hints(model).items() if plain_numbers(kind) and name not in free
+    ] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_flag_is_a_number_without_bounds(command):
-    assert [action.option_strings for _, action in flags_of(command) if action.type in (int, float)] == []
+    assert [
+        action.option_strings for _, action in flags_of(command) if action.type in (int, float)
+    ] == []
 
 
 @pytest.mark.parametrize("path", NUMBER_SETTINGS)
@@ -159,7 +218,13 @@ def test_a_run_file_takes_no_number_that_cannot_be_meant(path, text):
 @pytest.mark.parametrize("text", EDGES)
 def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
     method = next(name for name in METHODS if tuple(path.split(".")) in setting_paths(name))
-    given = f"{{q_proj: {text}}}" if "pattern" in path else f"[{text}]" if path == "method.layers" else text
+    given = (
+        f"{{q_proj: {text}}}"
+        if "pattern" in path
+        else f"[{text}]"
+        if path == "method.layers"
+        else text
+    )
     try:
         config = read_run_config(None, NEEDED | {"method": method}, [f"{path}={given}"])
     except ConfigError as fault:
@@ -168,22 +233,43 @@ def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
     value: Any = config
     for name in path.split("."):
         value = getattr(value, name)
-    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    values = (
+        list(value.values())
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else [value]
+    )
     model = {**PARTS, "method": METHODS[method]}.get(path.split(".")[0], RunConfig)
     (number,) = numbers_of(hints(model)[path.split(".")[-1]])
     assert all(number.holds(each) for each in values)
 
 
-@pytest.mark.parametrize("flag", [name for name, path in FLAGS.items() if ".".join(path) in NUMBER_SETTINGS])
+@pytest.mark.parametrize(
+    "flag", [name for name, path in FLAGS.items() if ".".join(path) in NUMBER_SETTINGS]
+)
 def test_train_takes_the_same_numbers_as_flags(flag, capsys):
     for text in ["nan", "inf", "-1", str(2**63), "True", "1e308"]:
-        code = main(["train", "--base", "b", "--data", "d", "--out", "o", f"--{flag.replace('_', '-')}={text}"])
+        code = main(
+            [
+                "train",
+                "--base",
+                "b",
+                "--data",
+                "d",
+                "--out",
+                "o",
+                f"--{flag.replace('_', '-')}={text}",
+            ]
+        )
         assert code == 2
         assert "should be a" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "action"), NUMBER_FLAGS, ids=[f"{' '.join(w)} {a.option_strings[0]}" for w, a in NUMBER_FLAGS]
+    ("words", "action"),
+    NUMBER_FLAGS,
+    ids=[f"{' '.join(w)} {a.option_strings[0]}" for w, a in NUMBER_FLAGS],
 )
 def test_a_flag_takes_no_number_that_cannot_be_meant(words, action, capsys):
     for text in [*NEVER, "-99999999999"]:
@@ -194,7 +280,17 @@ def test_a_flag_takes_no_number_that_cannot_be_meant(words, action, capsys):
 
 @pytest.mark.parametrize("text", ["nan", "0", "-1", "inf", "1/0", "1,x", "1e308/1e-308", ""])
 def test_rates_are_numbers(text, tmp_path, capsys):
-    words = ["compare", "--base", "b", "--data", "d", "--methods", "lora,full", "--out", str(tmp_path / "o")]
+    words = [
+        "compare",
+        "--base",
+        "b",
+        "--data",
+        "d",
+        "--methods",
+        "lora,full",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert main([*words, f"--rates={text}"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -213,7 +309,14 @@ def test_a_step_beyond_every_machine_is_not_planned(capsys):
 
 def test_python_arguments_have_the_same_bounds():
     made = tiny_base()
-    base = Base(model=made.model, tokenizer=made.tokenizer, source="t", name_or_path="t", revision=None, quantize=None)
+    base = Base(
+        model=made.model,
+        tokenizer=made.tokenizer,
+        source="t",
+        name_or_path="t",
+        revision=None,
+        quantize=None,
+    )
     base.attach(LoRA(rank=2), name="a", seed=2**32 - 1)
     choice = Choice(method=LoRA(), batch=0)
     for call in (
@@ -231,10 +334,19 @@ def test_python_arguments_have_the_same_bounds():
     assert list(base.attachments) == ["a"] and base.routing.active == ()
 
 
-@pytest.mark.parametrize("config", [LoRA(rank=2, init="pissa"), LoRA(rank=2, init="olora"), Prefix(tokens=2)])
+@pytest.mark.parametrize(
+    "config", [LoRA(rank=2, init="pissa"), LoRA(rank=2, init="olora"), Prefix(tokens=2)]
+)
 def test_the_largest_seed_starts_every_method(config):
     made = tiny_base()
-    base = Base(model=made.model, tokenizer=made.tokenizer, source="t", name_or_path="t", revision=None, quantize=None)
+    base = Base(
+        model=made.model,
+        tokenizer=made.tokenizer,
+        source="t",
+        name_or_path="t",
+        revision=None,
+        quantize=None,
+    )
     base.attach(config, name="a", seed=int(SEED.most))
     base.use("a")
     assert base.generate("hi", max_new_tokens=2, temperature=1.0, seed=int(SEED.most)) is not None

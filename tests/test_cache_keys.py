@@ -1,4 +1,5 @@
-"""Each test changes the inputs of one kind of remembered result, one at a time; docs/caches.md names the test."""
+"""Each test changes the inputs of one kind of remembered result, one at a time; docs/caches.md
+names the test."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def surroundings() -> str | None:
     return memory.surroundings()
 
 
-def test_the_machine_and_python_are_part_of_every_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_and_python_are_part_of_every_key(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = surroundings()
     assert first is not None and surroundings() == first
     information = memory.processor()
@@ -143,7 +146,12 @@ def test_rates_depend_on_shapes_type_device_and_threads(
 
     monkeypatch.setattr(machine, "_measured", measure)
 
-    def measures(flops: int = 1000, columns: int = 32, dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
+    def measures(
+        flops: int = 1000,
+        columns: int = 32,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> bool:
         work, before = Work(), len(measured)
         work.products[(16, 32, columns)] = flops
         machine.this_machine(work, dtype, device)
@@ -180,7 +188,9 @@ class Store:
         return self.info_of_file
 
 
-def test_a_download_is_known_by_address_tag_time_and_size(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_is_known_by_address_tag_time_and_size(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched: list[str] = []
 
     def fetch(store: Store, file: str, name: str, target: Path) -> None:
@@ -197,7 +207,9 @@ def test_a_download_is_known_by_address_tag_time_and_size(cache: Path, monkeypat
 
     assert fetches() and not fetches()
     assert fetches(name="s3://b/rows.jsonl")
-    assert fetches(etag="2") and fetches(size=11) and fetches(LastModified="2015-10-21T07:28:01+00:00")
+    assert (
+        fetches(etag="2") and fetches(size=11) and fetches(LastModified="2015-10-21T07:28:01+00:00")
+    )
     assert not fetches()
 
 
@@ -207,7 +219,13 @@ def _tokens_name(file: Path, **changed: Any) -> str:
     preamble = changed.get("preamble", Preamble())
     today = changed.pop("today", date(2024, 1, 1))
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
-    settings = {"length": 64, "capacity": Capacity(128, 272), "preamble": preamble, "held_out_by": BY_COUNT, **changed}
+    settings = {
+        "length": 64,
+        "capacity": Capacity(128, 272),
+        "preamble": preamble,
+        "held_out_by": BY_COUNT,
+        **changed,
+    }
     settings["sets"] = ResolvedSets()
     return large._name(DataConfig.of(fields), template, **settings)
 
@@ -229,16 +247,26 @@ def test_stored_tokens_depend_on_rows_settings_tokenizer_template_and_day(
         *(_tokens_name(file, tokenizer=tokenizer) for tokenizer in (special, added, worded)),
         *(_tokens_name(file, tokenizer=dated, today=date(2024, 1, day)) for day in (1, 2)),
         _tokens_name(file, length=63),
-        *(_tokens_name(file, capacity=capacity) for capacity in (Capacity(127, 272), Capacity(128, 271))),
+        *(
+            _tokens_name(file, capacity=capacity)
+            for capacity in (Capacity(127, 272), Capacity(128, 271))
+        ),
         _tokens_name(file, held_out_by=BY_THRESHOLD),
         _tokens_name(file, preamble=Preamble(system="Be brief.")),
-        _tokens_name(file, tokenizer=worded, preamble=Preamble(variables={"enable_thinking": True})),
-        *(_tokens_name(file, data=data) for data in ({"train_on": "all"}, {"validation_share": 0.3})),
+        _tokens_name(
+            file, tokenizer=worded, preamble=Preamble(variables={"enable_thinking": True})
+        ),
+        *(
+            _tokens_name(file, data=data)
+            for data in ({"train_on": "all"}, {"validation_share": 0.3})
+        ),
         _tokens_name(file, data={"validation": str(file)}),
     ]
     for package in ("veneer", "transformers", "tokenizers"):
         with monkeypatch.context() as patch:
-            patch.setattr(large, "version", lambda name, package=package: "99" if name == package else "1")
+            patch.setattr(
+                large, "version", lambda name, package=package: "99" if name == package else "1"
+            )
             names.append(_tokens_name(file))
     file.write_text('{"prompt": "a", "completion": "c"}\n')
     names.append(_tokens_name(file))
@@ -253,9 +281,16 @@ def test_a_converted_folder_is_named_by_the_hash_of_its_file() -> None:
 def test_the_config_of_a_branch_is_asked_for_again_and_that_of_a_commit_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached, current = save_tiny(tmp_path / "cached"), save_tiny(tmp_path / "current", num_hidden_layers=3)
-    monkeypatch.setattr(from_config, "try_to_load_from_cache", lambda *_, **__: str(cached / "config.json"))
-    monkeypatch.setattr(from_config, "hf_hub_download", lambda *_, **__: str(current / "config.json"))
+    cached, current = (
+        save_tiny(tmp_path / "cached"),
+        save_tiny(tmp_path / "current", num_hidden_layers=3),
+    )
+    monkeypatch.setattr(
+        from_config, "try_to_load_from_cache", lambda *_, **__: str(cached / "config.json")
+    )
+    monkeypatch.setattr(
+        from_config, "hf_hub_download", lambda *_, **__: str(current / "config.json")
+    )
     monkeypatch.setattr(from_config.constants, "HF_HUB_OFFLINE", False)
 
     def layers(source: str) -> int:
@@ -283,7 +318,9 @@ def comparison(tmp_path: Path) -> Comparison:
     base, rows = save_tiny(tmp_path / "base"), tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     candidates = [
-        Candidate(name, RunConfig.of({"base": str(base), "data": str(rows), "method": name, "out": "o"}))
+        Candidate(
+            name, RunConfig.of({"base": str(base), "data": str(rows), "method": name, "out": "o"})
+        )
         for name in ("lora", "full")
     ]
     places = (rows, rows, rows, tmp_path / "out")
@@ -299,7 +336,11 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
     def key(changed: RunConfig = config, around: dict[str, str] = here) -> str:
         return Worker(comparison, 32, around, lambda text: None, [])._key(changed)
 
-    keys = [key(), key(config.model_copy(update={"steps": 7})), key(config.model_copy(update={"seed": 7}))]
+    keys = [
+        key(),
+        key(config.model_copy(update={"steps": 7})),
+        key(config.model_copy(update={"seed": 7})),
+    ]
     keys += [key(around={**here, name: "another"}) for name in here]
     comparison.train.write_text('{"prompt": "a", "completion": "c"}\n')
     keys.append(key())
@@ -309,7 +350,9 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
         made = filled_lora(base)
         fill(made.parameters().values(), scale=scale)
         write_adapter(parent, made, manifest_for(base, method="lora"), model=base.model)
-        keys.append(key(config.model_copy(update={"from_adapter": [StartFrom(adapter=str(parent))]})))
+        keys.append(
+            key(config.model_copy(update={"from_adapter": [StartFrom(adapter=str(parent))]}))
+        )
         shutil.rmtree(parent)
     assert len(set(keys)) == len(keys)
 
@@ -321,7 +364,8 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
 
 
 def test_an_evaluation_is_not_used_beside_other_predictions(comparison: Comparison) -> None:
-    """The intervals of a comparison are computed from the predictions: they belong to the figures."""
+    """The intervals of a comparison are computed from the predictions: they belong to the
+    figures."""
     file, here = comparison.out / "base" / "predictions.jsonl", {"torch": "1"}
 
     def evaluates(around: dict[str, str] = here, changed: Comparison = comparison) -> bool:
@@ -359,7 +403,9 @@ def test_answers_of_the_demo_depend_on_base_tokenizer_template_versions_files_an
     assert demo._context(base, rows) == contexts[0]
     for package in ("veneer", "torch", "transformers"):
         with monkeypatch.context() as patch:
-            patch.setattr(demo, "version", lambda name, package=package: "99" if name == package else "1")
+            patch.setattr(
+                demo, "version", lambda name, package=package: "99" if name == package else "1"
+            )
             contexts.append(demo._context(base, rows))
     with monkeypatch.context() as patch:
         patch.setattr(demo, "own_files_hash", lambda: "other files")

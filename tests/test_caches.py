@@ -1,4 +1,5 @@
-"""A remembered result is keyed by all that it depends on: docs/caches.md names every cache and what changes it."""
+"""A remembered result is keyed by all that it depends on: docs/caches.md names every cache and what
+changes it."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ FILES_NAMED = {"tests/test_caches.py"}
 
 def test_the_page_names_every_cache_and_no_other() -> None:
     named = set(re.findall(r"`([\w./]+)`", PAGE.read_text(encoding="utf-8")))
-    assert caches() - named == set(), "name them in docs/caches.md: what they depend on, and what their key holds"
+    assert caches() - named == set(), (
+        "name them in docs/caches.md: what they depend on, and what their key holds"
+    )
     stale = {name for name in named if name.startswith("found/") or "._" in name} - caches()
     assert stale == set(), "these are no caches any more"
 
@@ -69,9 +72,15 @@ def test_every_row_of_the_page_names_tests_that_exist() -> None:
         if function not in _functions(root / file) and name not in FILES_NAMED:
             missing.append(name)
     assert missing == []
-    keyed = text.partition("## On disk")[2].replace(text.partition("## In memory, once a process")[2], "")
+    keyed = text.partition("## On disk")[2].replace(
+        text.partition("## In memory, once a process")[2], ""
+    )
     held = text.partition("## Held by an object")[2]
-    rows = [line for line in (keyed + held).splitlines() if re.match(r"\| [^-|]", line) and "depends on" not in line]
+    rows = [
+        line
+        for line in (keyed + held).splitlines()
+        if re.match(r"\| [^-|]", line) and "depends on" not in line
+    ]
     assert len(rows) > 30 and [row for row in rows if "`tests/" not in row] == []
 
 
@@ -108,7 +117,8 @@ def test_a_structure_is_another_one_by_its_class_and_by_every_field() -> None:
 
 @pytest.mark.parametrize("made", ["code_book", "nested_map", "_powers", "_places"])
 def test_constants_are_the_same_whatever_is_around_the_first_call(made: str) -> None:
-    """A plan computes on the meta device; what it made first would have stayed there for all that came later."""
+    """A plan computes on the meta device; what it made first would have stayed there for all that
+    came later."""
     cached: Any = {
         "code_book": lambda: nf4.code_book("nf4").thresholds,
         "nested_map": nf4.nested_map,
@@ -196,7 +206,10 @@ def test_flex_attention_is_tried_for_every_argument_apart(monkeypatch: pytest.Mo
     first: tuple[Any, ...] = (CPU, torch.float32, (4, 2, 16), 2.0, False, attention)
     changes = {1: torch.bfloat16, 2: (4, 4, 16), 3: 3.0, 4: True, 5: machine}
     flex._fault.cache_clear()
-    for arguments in (first, *((*first[:i], value, *first[i + 1 :]) for i, value in changes.items())):
+    for arguments in (
+        first,
+        *((*first[:i], value, *first[i + 1 :]) for i, value in changes.items()),
+    ):
         before = len(tried)
         flex._fault(*arguments)
         once = len(tried)
@@ -217,7 +230,11 @@ def test_a_layout_holds_what_was_made_for_each_window_and_device() -> None:
         rules = attention.Rules(0.1, window=window, softcap=2.0)
         moved = [each.to(device) for each in (q, k, v)]
         flex.flex_packed_attention(*moved, group, rules, attend)
-    assert set(group.derived) == {("flex", None, CPU), ("flex", 4, CPU), ("flex", 4, torch.device("meta"))}
+    assert set(group.derived) == {
+        ("flex", None, CPU),
+        ("flex", 4, CPU),
+        ("flex", 4, torch.device("meta")),
+    }
 
 
 def test_the_hash_of_a_template_follows_its_text() -> None:
@@ -241,7 +258,9 @@ def test_contents_and_angles_are_those_of_the_folders(tmp_path: Path) -> None:
         head = base.model.get_output_embeddings()
         made = attach(base.model, LoRA(rank=2), name="x", routing=base.routing, head=head)
         fill(made.parameters().values(), seed=seed, scale=0.3)
-        write_adapter(tmp_path / str(seed), made, manifest_for(base, method="lora"), model=base.model)
+        write_adapter(
+            tmp_path / str(seed), made, manifest_for(base, method="lora"), model=base.model
+        )
         library.add(str(tmp_path / str(seed)), name="same")
     one, two = (library.path(f"same@{version}") for version in (1, 2))
     assert one != two and details._contents(one) == details._contents(one) != details._contents(two)

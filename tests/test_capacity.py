@@ -21,7 +21,10 @@ ROPE = {
     "linear": ({"rope_type": "linear", "factor": 2.0}, 2048),
     "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, 4096),
     "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
-    "yarn beyond its own limit": ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}, 1024),
+    "yarn beyond its own limit": (
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
+        1024,
+    ),
     "llama3": (
         {
             "rope_type": "llama3",
@@ -43,7 +46,9 @@ def test_scaled_rotary_positions_reach_as_far_as_they_say(rope, positions):
 
 def test_positions_are_those_of_the_family():
     limits = {"gpt2": 1024, "opt": 1024, "gemma3": 1024, "bloom": None, "falcon": 2048}
-    assert {family: configured_capacity(tiny_model(family).config).positions for family in limits} == limits
+    assert {
+        family: configured_capacity(tiny_model(family).config).positions for family in limits
+    } == limits
     assert configured_capacity(tiny_model("falcon", alibi=True).config).positions is None
 
 
@@ -65,7 +70,12 @@ def test_a_prefix_takes_positions_while_it_acts():
 
 
 def row(question: str, answer: str = "yes") -> dict:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +127,18 @@ def test_every_command_that_reads_rows_refuses_what_the_model_cannot_take(folder
         assert main.main(command) == code, command
         said = capsys.readouterr()
         assert "D217" in said.out + said.err and "64 positions" in said.out + said.err
-    assert main.main(["evaluate", "--data", str(folder / "short.jsonl"), *base, "--general", "--json"]) == 0
-    answered = ["evaluate", "--data", str(folder / "short.jsonl"), *base, "--metrics", "exact_match"]
+    assert (
+        main.main(["evaluate", "--data", str(folder / "short.jsonl"), *base, "--general", "--json"])
+        == 0
+    )
+    answered = [
+        "evaluate",
+        "--data",
+        str(folder / "short.jsonl"),
+        *base,
+        "--metrics",
+        "exact_match",
+    ]
     assert main.main([*answered, "--max-new-tokens", "500", "--json"]) == 0
     assert main.main(["generate", *base, "--max-new-tokens", "500", "hello"]) == 0
     assert main.main(["generate", *base, "x" * 100]) == 2
@@ -136,15 +156,23 @@ def test_a_prompt_with_a_token_that_only_the_tokenizer_knows_is_refused(tmp_path
     assert main.main(["generate", "--base", str(folder), "hello"]) == 2
     assert "token 259" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text(json.dumps(row("a")) + "\n")
-    assert main.main(["evaluate", "--base", str(folder), "--data", str(tmp_path / "rows.jsonl")]) == 2
+    assert (
+        main.main(["evaluate", "--base", str(folder), "--data", str(tmp_path / "rows.jsonl")]) == 2
+    )
     assert "D218" in capsys.readouterr().err
 
 
 def test_held_out_rows_must_find_room_behind_a_prefix_too(folder, tmp_path):
-    data = {"train": str(folder / "short.jsonl"), "validation": str(folder / "long.jsonl"), "long_rows": "cut"}
+    data = {
+        "train": str(folder / "short.jsonl"),
+        "validation": str(folder / "long.jsonl"),
+        "long_rows": "cut",
+    }
     method = Prefix(tokens=30, start="random")
     with pytest.raises(DataError, match=r"D217 .*the model's 34 positions"):
-        veneer.train(str(folder / "llama"), {**data, "train_on": "all"}, out=tmp_path / "a", method=method)
+        veneer.train(
+            str(folder / "llama"), {**data, "train_on": "all"}, out=tmp_path / "a", method=method
+        )
 
 
 def test_a_prompt_that_is_no_utf_8_is_refused_where_it_is_asked(folder, monkeypatch, capsys):
@@ -153,7 +181,9 @@ def test_a_prompt_that_is_no_utf_8_is_refused_where_it_is_asked(folder, monkeypa
     assert "not UTF-8" in capsys.readouterr().err
     assert main.main(["generate", *base, "--system", "caf\udce9", "x"]) == 2
     for command, code in (("generate", 2), ("chat", 0)):  # a conversation goes on without it
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+        monkeypatch.setattr(
+            "sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+        )
         capsys.readouterr()
         assert main.main([command, *base]) == code
         assert "not UTF-8" in capsys.readouterr().err

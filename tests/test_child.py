@@ -1,4 +1,5 @@
-"""Processes that Veneer starts import nothing that lies in the current folder, and do not outlive it."""
+"""Processes that Veneer starts import nothing that lies in the current folder, and do not outlive
+it."""
 
 from __future__ import annotations
 
@@ -29,10 +30,13 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each comma
 
 @pytest.fixture
 def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder holds modules of well-known names, each of which leaves a mark when it is imported."""
+    """The current folder holds modules of well-known names, each of which leaves a mark when it is
+    imported."""
     mark = tmp_path / "imported"
     for name in ("json", "yaml", "torch", "pip", "jinja2", "argparse", "sitecustomize", "veneer"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        )
     monkeypatch.chdir(tmp_path)
     return mark
 
@@ -40,7 +44,10 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("forked", [False, pytest.param(True, marks=LINUX)])
 def test_the_commands_of_a_comparison_do_not(trapped: Path, forked: bool) -> None:
     with closing(ForkServer(os.environ)) if forked else nullcontext() as server:
-        for arguments, code in ((["--version"], 0), (["data", "check", "nothing.jsonl", "--base", "nowhere"], 2)):
+        for arguments, code in (
+            (["--version"], 0),
+            (["data", "check", "nothing.jsonl", "--base", "nowhere"], 2),
+        ):
             if server is None:
                 done = command_of(arguments, lambda: None, os.environ)
             else:
@@ -55,7 +62,9 @@ def test_the_renderer_of_templates_does_not(trapped: Path, monkeypatch: pytest.M
     try:
         template = Template("{{ messages[0]['content'] }}", {}, date(2026, 1, 1))
         assert (
-            Conversation(template, [{"role": "user", "content": "hi"}], None).text(1, add_generation_prompt=False)
+            Conversation(template, [{"role": "user", "content": "hi"}], None).text(
+                1, add_generation_prompt=False
+            )
             == "hi"
         )
     finally:
@@ -63,7 +72,9 @@ def test_the_renderer_of_templates_does_not(trapped: Path, monkeypatch: pytest.M
     assert not trapped.exists()
 
 
-def test_pip_is_not_the_one_that_lies_there(trapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_is_not_the_one_that_lies_there(
+    trapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SourceError, match="package index"):
         fetch_wheel(REQUIREMENT, tmp_path / "wheels")
@@ -76,7 +87,11 @@ def test_an_empty_entry_of_the_path_is_left_out(path: str | None, trapped: Path)
     environment = child.environment_for(variables | ({} if path is None else {"PYTHONPATH": path}))
     code = "import sys, veneer; print(veneer.__file__)"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert Path(done.stdout.strip()) == Path(veneer.__file__)
     assert not trapped.exists()
@@ -95,7 +110,8 @@ def test_no_other_place_starts_a_python() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child goes on alone")
 def test_a_child_is_asked_to_end_when_its_parent_is_killed(tmp_path: Path) -> None:
-    """The child answers SIGTERM, so that it may save; its parent gets SIGKILL, and can tell nobody."""
+    """The child answers SIGTERM, so that it may save; its parent gets SIGKILL, and can tell
+    nobody."""
     said = tmp_path / "said"
     child = (
         "import pathlib, signal, sys, time\n"

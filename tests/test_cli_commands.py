@@ -1,7 +1,8 @@
-"""Each command against a stand-in for veneer.api: what it asks for, what it prints where, what it refuses.
+"""Each command against a stand-in for veneer.api: what it asks for, what it prints where, what it
+refuses.
 
-The stand-in has the functions of the real one; a test at the end holds that the real ones take the same
-arguments.
+The stand-in has the functions of the real one; a test at the end holds that the real ones take the
+same arguments.
 """
 
 import inspect
@@ -58,7 +59,16 @@ class StandInBase:
     def use(self, name):
         self.used.append(name)
 
-    def generate(self, prompt, *, max_new_tokens=256, temperature=0.0, system=None, variables=None, on_text=None):
+    def generate(
+        self,
+        prompt,
+        *,
+        max_new_tokens=256,
+        temperature=0.0,
+        system=None,
+        variables=None,
+        on_text=None,
+    ):
         self.asked.append((prompt, max_new_tokens, temperature))
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         if "too long" in text:
@@ -178,7 +188,12 @@ def test_generate_tells_who_types_that_it_waits(api, capsys, stdin):
 
 
 def test_generate_prints_the_answer_to_an_argument(api, capsys):
-    assert main.main(["generate", "--base", "b", "hello", "--max-new-tokens", "5", "--temperature", "0.5"]) == 0
+    assert (
+        main.main(
+            ["generate", "--base", "b", "hello", "--max-new-tokens", "5", "--temperature", "0.5"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith("HELLO")
     assert api.base.asked == [("hello", 5, 0.5)]
 
@@ -187,7 +202,10 @@ def test_generate_reads_stdin_and_takes_a_system_message(api, capsys, stdin):
     stdin("from a pipe")
     assert main.main(["generate", "--base", "b", "--system", "be brief"]) == 0
     [(messages, _, _)] = api.base.asked
-    assert messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "from a pipe"}]
+    assert messages == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "from a pipe"},
+    ]
 
 
 def test_generate_json_has_prompt_and_answer(api, capsys):
@@ -198,7 +216,12 @@ def test_generate_json_has_prompt_and_answer(api, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--temperature", "nan"], ["--temperature", "101"], ["--temperature", "-1"], ["--max-new-tokens", "0"]],
+    [
+        ["--temperature", "nan"],
+        ["--temperature", "101"],
+        ["--temperature", "-1"],
+        ["--max-new-tokens", "0"],
+    ],
 )
 def test_generate_refuses_numbers_out_of_range(api, capsys, arguments):
     assert main.main(["generate", "--base", "b", "hello", *arguments]) == 2
@@ -232,8 +255,15 @@ def test_a_terminal_never_gets_an_answers_control_characters(api, capsys, monkey
 def test_chat_streams_answers_and_remembers_the_conversation(api, capsys, stdin):
     stdin("one\ntwo\n/system be brief\nthree\n/reset\nfour\n/exit\nnever\n")
     assert main.main(["chat", "--base", "b"]) == 0
-    conversations = [[m["content"].split("\x1b")[0] for m in asked] for asked, _, _ in api.base.asked]
-    assert conversations == [["one"], ["one", "ONE", "two"], ["be brief", "three"], ["be brief", "four"]]
+    conversations = [
+        [m["content"].split("\x1b")[0] for m in asked] for asked, _, _ in api.base.asked
+    ]
+    assert conversations == [
+        ["one"],
+        ["one", "ONE", "two"],
+        ["be brief", "three"],
+        ["be brief", "four"],
+    ]
     out = capsys.readouterr().out
     assert [line.split("·")[0] for line in out.splitlines()] == ["ONE", "TWO", "THREE", "FOUR"]
     assert "\x1b" not in out
@@ -269,12 +299,16 @@ def test_chat_goes_on_after_an_error_without_the_question(api, capsys, stdin):
 
 
 @pytest.mark.parametrize("typed", ["/what", "/help"])
-def test_chat_lists_its_commands_when_asked_and_when_one_is_unknown(api, capsys, stdin, typed, monkeypatch):
+def test_chat_lists_its_commands_when_asked_and_when_one_is_unknown(
+    api, capsys, stdin, typed, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "120")
     stdin(f"{typed}\n")
     main.main(["chat", "--base", "b"])
     err = capsys.readouterr().err
-    assert chat.HELP in err and all(each in err for each in ("/use NAME", "/system TEXT", "/reset", "/help", "/exit"))
+    assert chat.HELP in err and all(
+        each in err for each in ("/use NAME", "/system TEXT", "/reset", "/help", "/exit")
+    )
     assert not api.base.asked
 
 
@@ -296,8 +330,14 @@ def test_use_lets_another_adapter_answer_and_the_base_again(api, capsys, stdin, 
     adapter = adapter_at(tmp_path / "a")
     stdin(f"one\n/use {adapter}\ntwo\n/use nowhere\n/use {adapter}\n/use\nthree\n")
     assert main.main(["chat", "--base", "b"]) == 0
-    assert [[m["content"] for m in asked] for asked, _, _ in api.base.asked] == [["one"], ["two"], ["three"]]
-    assert api.base.used == [str(adapter), str(adapter), None] and api.base.loaded == [(str(adapter), False)]
+    assert [[m["content"] for m in asked] for asked, _, _ in api.base.asked] == [
+        ["one"],
+        ["two"],
+        ["three"],
+    ]
+    assert api.base.used == [str(adapter), str(adapter), None] and api.base.loaded == [
+        (str(adapter), False)
+    ]
     err = capsys.readouterr().err
     assert "there is no adapter 'nowhere'" in err and "no adapter, new conversation" in err
 
@@ -328,12 +368,17 @@ def test_answers_are_broken_between_words_however_they_come(width):
     whole = WordWrap(width)
     said = "".join(map(whole.push, text)) + whole.end()
     pieces = WordWrap(width)
-    assert pieces.push(text[:9]) + pieces.push(text[9:30]) + pieces.push(text[30:]) + pieces.end() == said
+    assert (
+        pieces.push(text[:9]) + pieces.push(text[9:30]) + pieces.push(text[30:]) + pieces.end()
+        == said
+    )
     assert said.split() == text.split() and said.replace("\n", "") == text.replace("\n", "")
     if width is None or width == 80:
         assert said == text
     else:
-        assert all(len(line.rstrip()) <= width or " " not in line.strip() for line in said.splitlines())
+        assert all(
+            len(line.rstrip()) <= width or " " not in line.strip() for line in said.splitlines()
+        )
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_came(api, capsys, stdin, monkeypatch):
@@ -384,7 +429,9 @@ def test_a_run_folder_stands_for_its_adapter_and_its_base_as_the_run_named_it(ap
         ("bfloat16+gguf", ["--force-base"], None),
     ],
 )
-def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(api, tmp_path, dtype, flags, expected):
+def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(
+    api, tmp_path, dtype, flags, expected
+):
     adapter = adapter_at(tmp_path / "a")
     (adapter / "veneer.json").write_text(json.dumps({"base": {"fingerprint": {"dtype": dtype}}}))
     assert main.main(["generate", "--adapter", str(adapter), "hello", *flags]) == 0
@@ -393,7 +440,9 @@ def test_the_base_is_held_as_the_adapter_was_trained_unless_told_otherwise(api, 
 
 def test_merge_takes_the_format_from_the_first_adapter_too(api, tmp_path, capsys):
     adapter = adapter_at(tmp_path / "a")
-    (adapter / "veneer.json").write_text(json.dumps({"base": {"fingerprint": {"dtype": "bfloat16+nf4"}}}))
+    (adapter / "veneer.json").write_text(
+        json.dumps({"base": {"fingerprint": {"dtype": "bfloat16+nf4"}}})
+    )
     for flags, expected in ([], "nf4"), (["--quantize", "gguf"], "gguf"), (["--force-base"], None):
         assert main.main(["merge", "--adapter", str(adapter), "--out", "o", "--json", *flags]) == 0
         assert api.calls[-1][2]["quantize"] == expected
@@ -465,7 +514,12 @@ def checked(*problems: Problem, refused: bool = False):
 
 def test_data_check_marks_what_is_trained_and_counts_it(api, capsys):
     api.checked = checked()
-    assert main.main(["data", "check", "d.jsonl", "--base", "b", "--long-rows", "cut", "--length", "64"]) == 0
+    assert (
+        main.main(
+            ["data", "check", "d.jsonl", "--base", "b", "--long-rows", "cut", "--length", "64"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "ask:«answer.»" in out
     assert "user                   8           0  0%" in out
@@ -503,7 +557,14 @@ def test_data_that_a_run_would_refuse_exits_4_with_every_problem(api, capsys):
 
 
 def test_data_check_breaks_its_lines_between_words_on_a_terminal_alone(api, capsys, monkeypatch):
-    problem = Problem("D225", "d.jsonl", "holds what looks like an e-mail address", (5,), "Take it out.", fatal=False)
+    problem = Problem(
+        "D225",
+        "d.jsonl",
+        "holds what looks like an e-mail address",
+        (5,),
+        "Take it out.",
+        fatal=False,
+    )
     api.checked = checked(problem)
     monkeypatch.setenv("COLUMNS", "40")
     main.main(["data", "check", "d.jsonl", "--base", "b"])
@@ -520,7 +581,11 @@ def test_data_check_json_is_the_report(api, capsys):
     api.checked = checked()
     assert main.main(["data", "check", "d.jsonl", "--base", "b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["trained_tokens"], found["stop_token_trained"], found["refused"]) == (14, "yes", False)
+    assert (found["trained_tokens"], found["stop_token_trained"], found["refused"]) == (
+        14,
+        "yes",
+        False,
+    )
 
 
 def test_data_check_shows_the_row_asked_for_or_says_that_it_is_not_there(api, capsys):
@@ -534,9 +599,23 @@ def test_data_check_shows_the_row_asked_for_or_says_that_it_is_not_there(api, ca
 
 
 def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
-    api.evaluated = {"rows": 9, "loss": 1.25, "tokens": 1200, "intervals": {"field_f1": [0.4, 0.6]}, "field_f1": 0.5}
+    api.evaluated = {
+        "rows": 9,
+        "loss": 1.25,
+        "tokens": 1200,
+        "intervals": {"field_f1": [0.4, 0.6]},
+        "field_f1": 0.5,
+    }
     api.evaluated |= {"units": {"field_f1": "share"}}
-    arguments = ["evaluate", "--base", "b", "--data", "v.jsonl", "--metrics", "field_f1, exact_match"]
+    arguments = [
+        "evaluate",
+        "--base",
+        "b",
+        "--data",
+        "v.jsonl",
+        "--metrics",
+        "field_f1, exact_match",
+    ]
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     assert "1.25  nats a token" in out
@@ -548,8 +627,16 @@ def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
 
 def test_evaluate_says_where_a_difference_has_no_interval(api, capsys):
     api.evaluated = {"rows": 1, "loss": 1.25, "tokens": 12, "intervals": {}, "units": {}}
-    api.evaluated |= {"against": {"file": "one.jsonl", "loss": {"difference": -0.5, "interval": None}}}
-    general = {"loss": 3.0, "documents": 1, "before": 2.5, "forgetting": 0.5, "forgetting_interval": None}
+    api.evaluated |= {
+        "against": {"file": "one.jsonl", "loss": {"difference": -0.5, "interval": None}}
+    }
+    general = {
+        "loss": 3.0,
+        "documents": 1,
+        "before": 2.5,
+        "forgetting": 0.5,
+        "forgetting_interval": None,
+    }
     assert main.main(["evaluate", "--base", "b", "--data", "v.jsonl"]) == 0
     assert "-0.500 (no interval)" in capsys.readouterr().out
     api.evaluated |= {"general": general}
@@ -559,9 +646,21 @@ def test_evaluate_says_where_a_difference_has_no_interval(api, capsys):
 
 def test_what_evaluate_says_beside_a_figure_stays_within_eighty_columns(api, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    interval, difference = [0.001234, 0.005678], {"difference": -0.00321, "interval": [-0.00456, -0.00123]}
-    api.evaluated = {"rows": 9, "loss": 0.003456, "tokens": 1200, "rougeL": 0.5, "predictions_differ": 3}
-    api.evaluated |= {"intervals": {"loss": interval, "rougeL": [0.4, 0.6]}, "units": {"rougeL": "share"}}
+    interval, difference = (
+        [0.001234, 0.005678],
+        {"difference": -0.00321, "interval": [-0.00456, -0.00123]},
+    )
+    api.evaluated = {
+        "rows": 9,
+        "loss": 0.003456,
+        "tokens": 1200,
+        "rougeL": 0.5,
+        "predictions_differ": 3,
+    }
+    api.evaluated |= {
+        "intervals": {"loss": interval, "rougeL": [0.4, 0.6]},
+        "units": {"rougeL": "share"},
+    }
     api.evaluated |= {"against": {"file": "other.jsonl", "loss": difference, "rougeL": difference}}
     general = {"loss": 3.4567, "documents": 1234, "before": 3.4321, "forgetting": 0.0246}
     api.evaluated |= {"general": {**general, "forgetting_interval": [0.01234, 0.04567]}}
@@ -585,7 +684,9 @@ WRITES = {
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(api, tmp_path, capsys, name):
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    api, tmp_path, capsys, name
+):
     (tmp_path / "file").touch()
     assert main.main([*WRITES[name], str(tmp_path / "file" / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err and api.calls == []
@@ -593,10 +694,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(api
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_that_another_process_is_in_is_refused_before_anything_is_loaded(api, tmp_path, capsys, resume):
+def test_a_run_that_another_process_is_in_is_refused_before_anything_is_loaded(
+    api, tmp_path, capsys, resume
+):
     out = tmp_path / "run"
     with held(out):
-        (out / "run.yaml").write_text(yaml.safe_dump({"base": "b", "data": "d.jsonl"}) if resume else "")
+        (out / "run.yaml").write_text(
+            yaml.safe_dump({"base": "b", "data": "d.jsonl"}) if resume else ""
+        )
         if not resume:
             (out / "run.yaml").unlink()
         arguments = ["--resume", str(out)] if resume else [*RUN[:-1], str(out)]
@@ -609,7 +714,14 @@ def test_evaluate_json_always_has_loss_and_tokens(api, capsys):
     api.evaluated = {"rows": 9, "loss": 1.25, "tokens": 1200}
     main.main(["evaluate", "--base", "b", "--data", "v.jsonl", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found == {"base": "b", "adapter": None, "data": "v.jsonl", "rows": 9, "loss": 1.25, "tokens": 1200}
+    assert found == {
+        "base": "b",
+        "adapter": None,
+        "data": "v.jsonl",
+        "rows": 9,
+        "loss": 1.25,
+        "tokens": 1200,
+    }
 
 
 # doctor and demo
@@ -631,7 +743,9 @@ def test_doctor_names_the_caches_and_the_library(capsys, monkeypatch, tmp_path):
     assert main.main(["doctor", "--json"]) == 0
     disk = json.loads(capsys.readouterr().out)["disk"]
     assert disk["our cache"] == str(tmp_path / "cache")
-    assert disk["library"] == str(Library().folder) and disk["adapters in it"] == len(Library().all_names())
+    assert disk["library"] == str(Library().folder) and disk["adapters in it"] == len(
+        Library().all_names()
+    )
 
 
 def test_doctor_prints_the_same_for_people(capsys):
@@ -643,7 +757,9 @@ def test_doctor_prints_the_same_for_people(capsys):
 
 def test_demo_hands_its_folder_and_steps_on(monkeypatch, tmp_path):
     ran = []
-    demo = SimpleNamespace(run_demo=lambda out, *, again, steps: ran.append((str(out), again, steps)))
+    demo = SimpleNamespace(
+        run_demo=lambda out, *, again, steps: ran.append((str(out), again, steps))
+    )
     monkeypatch.setitem(sys.modules, "veneer.demo", demo)
     assert main.main(["demo", "--out", str(tmp_path), "--again"]) == 0
     assert main.main(["demo", "--steps", "2"]) == 0
@@ -663,8 +779,19 @@ def test_the_real_api_takes_what_the_commands_give():
     takes(real.load, "b", dtype="auto", device="auto")
     data = {"length": 1, "format": "auto", "train_on": "all"}
     takes(real.check_data, "d", base="b", long_rows="cut", validation=None, **data)
-    takes(real.evaluate, "base", "d", metrics=[], max_new_tokens=1, batch=1, predictions=None, **data)
-    takes(real.evaluate, "base", "d", labels=[], length_normalised=True, general=None, against=None, progress=None)
+    takes(
+        real.evaluate, "base", "d", metrics=[], max_new_tokens=1, batch=1, predictions=None, **data
+    )
+    takes(
+        real.evaluate,
+        "base",
+        "d",
+        labels=[],
+        length_normalised=True,
+        general=None,
+        against=None,
+        progress=None,
+    )
     takes(real.Base.load_adapter, "self", "folder", name="adapter", force_base=False)
     takes(real.Base.use, "self", "adapter")
     takes(real.Base.generate, "self", "hello", max_new_tokens=1, temperature=0.0, on_text=None)

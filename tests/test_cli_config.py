@@ -1,4 +1,5 @@
-"""A run's settings from a file, flags and --set: what reaches RunConfig, and what is refused how."""
+"""A run's settings from a file, flags and --set: what reaches RunConfig, and what is refused
+how."""
 
 import argparse
 import re
@@ -91,7 +92,9 @@ def faults_of(tmp_path, text: str, flags=(), sets=()) -> list[str]:
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_run_config(file, dict(flags), sets)
-    return [fault.replace(str(file), "run.yaml") for fault in caught.value.faults or [str(caught.value)]]
+    return [
+        fault.replace(str(file), "run.yaml") for fault in caught.value.faults or [str(caught.value)]
+    ]
 
 
 def at(config: BaseModel, path: str) -> object:
@@ -121,7 +124,9 @@ def test_every_setting_changes_under_set(path):
 def test_every_flag_reaches_its_setting(flag):
     path = ".".join(FLAGS[flag])
     value = OTHER_VALUES[path]
-    config = read_run_config(None, NEEDED | {flag: value if isinstance(value, bool) else WRITTEN.get(path, str(value))})
+    config = read_run_config(
+        None, NEEDED | {flag: value if isinstance(value, bool) else WRITTEN.get(path, str(value))}
+    )
     assert at(config, path) == value
 
 
@@ -169,7 +174,11 @@ def test_the_from_flag_takes_a_list_as_its_help_says(tmp_path):
     ):
         with pytest.raises(ConfigError) as caught:
             read_run_config(None, {**NEEDED, "from": wrong})
-        assert len(caught.value.faults) == 1 and said in caught.value.faults[0] and "--from" in caught.value.faults[0]
+        assert (
+            len(caught.value.faults) == 1
+            and said in caught.value.faults[0]
+            and "--from" in caught.value.faults[0]
+        )
     assert [first_parent(text) for text in ("[tickets", "[]", "{weight: 2}", "[[a]]")] == [None] * 4
 
 
@@ -185,7 +194,9 @@ def test_a_method_flag_takes_the_method_with_its_settings_as_its_help_says(tmp_p
     for file in (None, tmp_path / "run.yaml"):
         flags = {**NEEDED, "method": "{name: lora, rank: 8, targets: [q_proj]}", "alpha": "5"}
         assert read_run_config(file, flags).method == LoRA(rank=8, targets=["q_proj"], alpha=5)
-    assert read_run_config(None, {**NEEDED, "method": "{name: bottleneck, size: 3}"}).method == Bottleneck(size=3)
+    assert read_run_config(
+        None, {**NEEDED, "method": "{name: bottleneck, size: 3}"}
+    ).method == Bottleneck(size=3)
     qlora = read_run_config(None, {**NEEDED, "method": "{name: qlora, rank: 3}"})
     assert (qlora.method, qlora.quantize) == (LoRA(rank=3), "nf4")
     for wrong, said in (
@@ -197,7 +208,11 @@ def test_a_method_flag_takes_the_method_with_its_settings_as_its_help_says(tmp_p
     ):
         with pytest.raises(ConfigError) as caught:
             read_run_config(None, {**NEEDED, "method": wrong})
-        assert len(caught.value.faults) == 1 and said in caught.value.faults[0] and "--method" in caught.value.faults[0]
+        assert (
+            len(caught.value.faults) == 1
+            and said in caught.value.faults[0]
+            and "--method" in caught.value.faults[0]
+        )
 
 
 def test_a_setting_of_another_method_is_refused():
@@ -216,14 +231,26 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
     ("text", "fault"),
     [
         ("bsae: x", "run.yaml:1 unknown key 'bsae': did you mean 'base'?"),
-        ("method: {name: lora, lora_rank: 3}", "run.yaml:1 unknown key 'lora_rank' in method: did you mean 'rank'?"),
+        (
+            "method: {name: lora, lora_rank: 3}",
+            "run.yaml:1 unknown key 'lora_rank' in method: did you mean 'rank'?",
+        ),
         ("rank: 3", "run.yaml:1 unknown key 'rank': did you mean 'method.rank'?"),
         ("lr: 3", "run.yaml:1 unknown key 'lr': did you mean 'learning_rate'?"),
-        ("data: {train: a, long_row: cut}", "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?"),
+        (
+            "data: {train: a, long_row: cut}",
+            "run.yaml:1 unknown key 'long_row' in data: did you mean 'long_rows'?",
+        ),
         ("1: 2", "run.yaml:1 1 is"),
-        ("seed: 1\nbatch: -1", "run.yaml:2 batch is -1: should be a whole number from 1 to 1,048,576"),
+        (
+            "seed: 1\nbatch: -1",
+            "run.yaml:2 batch is -1: should be a whole number from 1 to 1,048,576",
+        ),
         ("seed: 1\nseed: 2", "run.yaml:2 'seed' stands there twice, first in line 1"),
-        ("method: lroa", "method is 'lroa', not one of lora, dora, bottleneck, prefix, full: did you mean lora?"),
+        (
+            "method: lroa",
+            "method is 'lroa', not one of lora, dora, bottleneck, prefix, full: did you mean lora?",
+        ),
         ("method: {rank: 3}", "'method.name' is missing"),
         ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
         ("method: {name: lora, targets: 5}", "method.targets is 5: should be text or a list"),
@@ -233,7 +260,10 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("data: {train: [{pth: a}]}", "data.train.0: unknown key 'pth'"),
         ("data: {train: a, validation: {}}", "'data.validation.path' is missing"),
         ("data: {train: a, validation: {pth: b}}", "unknown key 'pth' in data.validation"),
-        ("data: {train: a, validation: {path: [b]}}", "data.validation.path is ['b']: should be text"),
+        (
+            "data: {train: a, validation: {path: [b]}}",
+            "data.validation.path is ['b']: should be text",
+        ),
     ],
 )
 def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
@@ -241,7 +271,9 @@ def test_a_fault_names_its_place_and_what_was_meant(text, fault, tmp_path):
 
 
 def test_all_faults_of_file_flags_and_set_come_at_once(tmp_path):
-    text = "bsae: b\ndata: {valdation: v}\nsteps: 3\nepochs: 2\nmethod: {name: lora, lora_rank: 2}\n"
+    text = (
+        "bsae: b\ndata: {valdation: v}\nsteps: 3\nepochs: 2\nmethod: {name: lora, lora_rank: 2}\n"
+    )
     faults = faults_of(tmp_path, text, {"batch": "many"}, ["data.format=xml", "nonsense"])
     for expected in (
         "'base' is missing",
@@ -268,9 +300,9 @@ def test_a_run_file_may_name_its_folder_below_home(tmp_path):
 def test_missing_settings_are_explained_by_their_own_docstring():
     with pytest.raises(ConfigError) as caught:
         read_run_config(None, {})
-    assert [f"C311 command line {name!r} is missing: {field_help((name,))}" for name in NEEDED] == sorted(
-        caught.value.faults
-    )
+    assert [
+        f"C311 command line {name!r} is missing: {field_help((name,))}" for name in NEEDED
+    ] == sorted(caught.value.faults)
 
 
 @pytest.mark.parametrize(
@@ -311,9 +343,14 @@ def test_names_from_other_tools_lead_to_settings_that_exist():
 def test_a_flag_of_another_tool_is_refused_with_one_that_the_command_has(name, capsys):
     said = {}
     for command in ("train", "generate", "merge"):
-        assert main([command, f"--{name.replace('_', '-')}", "7", "--nothing-of-the-kind", "1"]) == 2
+        assert (
+            main([command, f"--{name.replace('_', '-')}", "7", "--nothing-of-the-kind", "1"]) == 2
+        )
         said[command] = capsys.readouterr().err
-        assert "--nothing-of-the-kind" in said[command] and f"See veneer {command} --help" in said[command]
+        assert (
+            "--nothing-of-the-kind" in said[command]
+            and f"See veneer {command} --help" in said[command]
+        )
         meant = re.search(rf"--{name.replace('_', '-')}: did you mean (--[^ ?]+)", said[command])
         assert meant is None or meant[1] in flags_of(command)
     if name in KNOWN_ELSEWHERE:
@@ -332,7 +369,10 @@ def flags_of(command: str) -> set[str]:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("train --learning_rate 1e-3", "unknown flag --learning_rate: did you mean --learning-rate?"),
+        (
+            "train --learning_rate 1e-3",
+            "unknown flag --learning_rate: did you mean --learning-rate?",
+        ),
         ("train --lora-r=8", "--lora-r: did you mean --rank?"),
         ("train --dropout=0.1", "--dropout: did you mean --set method.dropout=0.1?"),
         ("compare --lr", "--lr: did you mean --set learning_rate=...?"),
@@ -351,7 +391,8 @@ def test_an_unknown_flag_names_the_one_that_was_meant(typed, said, capsys):
 
 
 @pytest.mark.parametrize(
-    ("typed", "flag"), [("generate --base b -- --lr", "--lr"), ("merge --adapter a --weights -1 -0.5 --out o", "-1")]
+    ("typed", "flag"),
+    [("generate --base b -- --lr", "--lr"), ("merge --adapter a --weights -1 -0.5 --out o", "-1")],
 )
 def test_what_only_looks_like_a_flag_is_none(typed, flag, capsys):
     parser = Parser()
@@ -364,7 +405,10 @@ def test_what_only_looks_like_a_flag_is_none(typed, flag, capsys):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LoRA(r=16, dropout=3), ["LoRA", "'r': did you mean 'rank'?", "C310 dropout is 3: should be a number"]),
+        (
+            lambda: LoRA(r=16, dropout=3),
+            ["LoRA", "'r': did you mean 'rank'?", "C310 dropout is 3: should be a number"],
+        ),
         (lambda: LoRA(16), ["LoRA takes its settings by name", "LoRA(rank=...)"]),
         (lambda: Full(rank=3), ["Full", "unknown key 'rank': there is name"]),
         (
@@ -380,7 +424,10 @@ def test_what_only_looks_like_a_flag_is_none(typed, flag, capsys):
             lambda: RunConfig(data={"train": 3, "val": 1}),
             ["'base' is missing: Hub id", "data.train is 3", "'val' in data"],
         ),
-        (lambda: RunConfig(**NEEDED, method={"name": "lroa"}), ["method is 'lroa', not one of lora, dora"]),
+        (
+            lambda: RunConfig(**NEEDED, method={"name": "lroa"}),
+            ["method is 'lroa', not one of lora, dora"],
+        ),
     ],
 )
 def test_settings_given_in_python_are_refused_in_our_words_all_at_once(make, said):
@@ -390,8 +437,31 @@ def test_settings_given_in_python_are_refused_in_our_words_all_at_once(make, sai
     assert "pydantic" not in str(caught.value)
 
 
-WRONG = [None, 3, -1, 0.5, float("nan"), 10**30, True, "text", "", [], [1], ["x"], [[]], [None], {}, {1: 2}]
-WRONG += [{"path": "x.jsonl"}, [{"path": "x.jsonl"}], {"name": "x"}, {"a": {"b": 1}}, {"train": "x.jsonl"}]
+WRONG = [
+    None,
+    3,
+    -1,
+    0.5,
+    float("nan"),
+    10**30,
+    True,
+    "text",
+    "",
+    [],
+    [1],
+    ["x"],
+    [[]],
+    [None],
+    {},
+    {1: 2},
+]
+WRONG += [
+    {"path": "x.jsonl"},
+    [{"path": "x.jsonl"}],
+    {"name": "x"},
+    {"a": {"b": 1}},
+    {"train": "x.jsonl"},
+]
 """A value of every kind, and settings in the forms that other settings have."""
 IN_LISTS = [("data", "train", "weight"), ("from_adapter", "adapter"), ("from_adapter", "weight")]
 EVERY_PATH = sorted({path for method in METHODS for path in setting_paths(method)} | set(IN_LISTS))
@@ -410,7 +480,9 @@ def with_value(path, value):
     return run
 
 
-@pytest.mark.parametrize("path", [*((name,) for name in RunConfig.model_fields), *EVERY_PATH], ids=".".join)
+@pytest.mark.parametrize(
+    "path", [*((name,) for name in RunConfig.model_fields), *EVERY_PATH], ids=".".join
+)
 def test_a_setting_of_the_wrong_kind_is_refused_by_its_name(path, tmp_path):
     file = tmp_path / "run.yaml"
     for value in WRONG:
@@ -421,12 +493,18 @@ def test_a_setting_of_the_wrong_kind_is_refused_by_its_name(path, tmp_path):
                 make()
             except ConfigError as refused:
                 assert refused.faults and all(re.search(r"\w", fault) for fault in refused.faults)
-                assert any(name in str(refused) for name in path) and not PYDANTIC.search(str(refused)), str(refused)
+                assert any(name in str(refused) for name in path) and not PYDANTIC.search(
+                    str(refused)
+                ), str(refused)
 
 
 def test_an_adapter_in_the_form_of_a_set_is_told_what_there_is(tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**NEEDED, "from_adapter": {"path": "runs/one"}}))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**NEEDED, "from_adapter": {"path": "runs/one"}})
+    )
     with pytest.raises(ConfigError) as refused:
         read_run_config(tmp_path / "run.yaml", {})
-    assert "unknown key 'path' in from_adapter: there is adapter, content, weight" in str(refused.value)
+    assert "unknown key 'path' in from_adapter: there is adapter, content, weight" in str(
+        refused.value
+    )
     assert "'from_adapter.adapter' is missing: Name in the library" in str(refused.value)

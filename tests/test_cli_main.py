@@ -51,12 +51,20 @@ def test_prose_of_a_help_page_is_no_wider_than_the_terminal(command, capsys, mon
     monkeypatch.setenv("COLUMNS", "80")
     assert main.main([command, "--help"] if command else ["--help"]) == 0
     wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
-    to_be_copied = ("  veneer ", "  curl ", "    -d ", " " * 20)  # commands; choices of a flag, which have no spaces
+    to_be_copied = (
+        "  veneer ",
+        "  curl ",
+        "    -d ",
+        " " * 20,
+    )  # commands; choices of a flag, which have no spaces
     assert not [line for line in wide if not line.startswith(to_be_copied)]
 
 
 def test_a_page_is_written_anew_for_a_narrower_terminal_but_for_its_commands():
-    page = "One line that is long,\nand another.\n\n  word  what it means\n  veneer train --out  somewhere"
+    page = (
+        "One line that is long,\nand another.\n\n  word  what it means\n  veneer train --out "
+        " somewhere"
+    )
     assert reflowed(page, 80) == page
     told = "One line that\nis long, and\nanother.\n\n  word  what\n        it\n        means"
     assert reflowed(page, 14) == f"{told}\n  veneer train --out  somewhere"
@@ -73,30 +81,66 @@ def test_what_is_fetched_once_is_said_as_it_begins(capsys, monkeypatch):
 
 
 EARLY = {
-    "a base of no such name": ("evaluate --base ./nowhere --data {0}/rows.jsonl", "there is no base './nowhere'"),
-    "an adapter of no such name": ("chat --adapter nowhere --library {0}", "there is no adapter 'nowhere'"),
-    "rows that are not there": ("data check {0}/row.jsonl --base {0}", "did you mean {0}/rows.jsonl?"),
-    "rows of a run": ("train --base {0} --data {0}/x.jsonl --validation {0}/y.jsonl --out {0}/new", "no such files"),
-    "a base of a run": ("train --base smolm2-135m --data {0}/rows.jsonl --out {0}/new", "did you mean  smollm2-135m"),
-    "a metric misspelt": ("evaluate --base {0} --data {0}/rows.jsonl --metrics exact_mach", "exact_match?"),
+    "a base of no such name": (
+        "evaluate --base ./nowhere --data {0}/rows.jsonl",
+        "there is no base './nowhere'",
+    ),
+    "an adapter of no such name": (
+        "chat --adapter nowhere --library {0}",
+        "there is no adapter 'nowhere'",
+    ),
+    "rows that are not there": (
+        "data check {0}/row.jsonl --base {0}",
+        "did you mean {0}/rows.jsonl?",
+    ),
+    "rows of a run": (
+        "train --base {0} --data {0}/x.jsonl --validation {0}/y.jsonl --out {0}/new",
+        "no such files",
+    ),
+    "a base of a run": (
+        "train --base smolm2-135m --data {0}/rows.jsonl --out {0}/new",
+        "did you mean  smollm2-135m",
+    ),
+    "a metric misspelt": (
+        "evaluate --base {0} --data {0}/rows.jsonl --metrics exact_mach",
+        "exact_match?",
+    ),
     "predictions that are not there": (
         "evaluate --base {0} --data {0}/rows.jsonl --against {0}/p.jsonl",
         "p.jsonl is not there",
     ),
-    "a run's folder that is taken": ("train --base {0} --data {0}/rows.jsonl --out {0}/run", "--resume"),
+    "a run's folder that is taken": (
+        "train --base {0} --data {0}/rows.jsonl --out {0}/run",
+        "--resume",
+    ),
     "a finished run": ("train --resume {0}/done", "is finished"),
-    "a place that is taken": ("merge --base {0} --adapter {0}/a --out {0}/run", "exists and is not overwritten"),
-    "another place": ("export {0}/a --base {0} --to peft --out {0}/run", "exists and is not overwritten"),
-    "a base to compare on": ("compare --base nowhere --data {0}/rows.jsonl --methods lora,full --out {0}/c", "no base"),
+    "a place that is taken": (
+        "merge --base {0} --adapter {0}/a --out {0}/run",
+        "exists and is not overwritten",
+    ),
+    "another place": (
+        "export {0}/a --base {0} --to peft --out {0}/run",
+        "exists and is not overwritten",
+    ),
+    "a base to compare on": (
+        "compare --base nowhere --data {0}/rows.jsonl --methods lora,full --out {0}/c",
+        "no base",
+    ),
     "test rows": (
-        "compare --base {0} --data {0}/rows.jsonl --test {0}/x.jsonl --methods lora,full --out {0}/c",
+        (
+            "compare --base {0} --data {0}/rows.jsonl --test {0}/x.jsonl --methods lora,full --out"
+            " {0}/c"
+        ),
         "x.jsonl",
     ),
     "a base to plan": ("plan --base lama-3.1-8b", "there is no base"),
     "rows to plan with": ("plan --base llama-3.1-8b --data {0}/x.jsonl", "no such file"),
     "a base to serve": ("serve --base ./nowhere", "there is no base"),
     "a library to serve": ("serve --base {0} --library {0}/nowhere", "is no library"),
-    "a program's other name": ("export {0}/a --to gguf --out x", "--to gguf: did you mean llamacpp?"),
+    "a program's other name": (
+        "export {0}/a --to gguf --out x",
+        "--to gguf: did you mean llamacpp?",
+    ),
     "a folder of weights": ("quantize --base {0} --out {0}/run", "exists and is not overwritten"),
 }
 """Mistakes that are told before torch is loaded, which takes seconds."""
@@ -107,7 +151,9 @@ def test_a_mistake_is_told_before_torch_is_loaded(case, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for run in ("run", "done"):
         (tmp_path / run).mkdir()
-        (tmp_path / run / "run.yaml").write_text(f"base: {tmp_path}\ndata: {tmp_path}/rows.jsonl\nout: x\n")
+        (tmp_path / run / "run.yaml").write_text(
+            f"base: {tmp_path}\ndata: {tmp_path}/rows.jsonl\nout: x\n"
+        )
     (tmp_path / "done" / "summary.json").write_text("{}")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
@@ -124,8 +170,16 @@ assert {said!r} in err.getvalue(), err.getvalue()
 
 
 def test_every_command_that_prints_a_result_prints_it_as_json_too():
-    without = {name for name, words in known_words().items() if not words.actions and "--json" not in words.flags}
-    assert without == {"serve", "chat", "completion"}  # they go on until they are ended; a script is its own format
+    without = {
+        name
+        for name, words in known_words().items()
+        if not words.actions and "--json" not in words.flags
+    }
+    assert without == {
+        "serve",
+        "chat",
+        "completion",
+    }  # they go on until they are ended; a script is its own format
 
 
 def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
@@ -133,16 +187,25 @@ def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
 
     def offered(*typed):
         words = " ".join(f"'{word}'" for word in ("veneer", *typed))
-        script = f"source {tmp_path}/c; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _veneer; echo ${{COMPREPLY[@]}}"
-        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+        script = (
+            f"source {tmp_path}/c; COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _veneer; echo"
+            " ${COMPREPLY[@]}"
+        )
+        return subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, check=True
+        ).stdout.split()
 
     assert offered("ex") == ["explain", "extract", "export"]
     assert offered("adapters", "p") == ["push", "pull"]
     assert offered("export", "x", "--to", "o") == ["ollama"]
     assert offered("adapters", "push", "--fig") == ["--figures"]
     assert offered("train", "") == []  # a file
-    assert offered("train", "--method", "d") == ["dora"] and offered("train", "--method", "q") == ["qlora"]
-    assert offered("train", "--dtype", "b") == ["bfloat16"] and offered("train", "--quantize", "f") == ["fp4", "fp8"]
+    assert offered("train", "--method", "d") == ["dora"] and offered("train", "--method", "q") == [
+        "qlora"
+    ]
+    assert offered("train", "--dtype", "b") == ["bfloat16"] and offered(
+        "train", "--quantize", "f"
+    ) == ["fp4", "fp8"]
     assert "-a export -d" in fish(known_words())
 
 
@@ -258,12 +321,19 @@ def test_out_of_memory_in_any_command_exits_3_without_a_traceback(fault, monkeyp
     [
         (
             NotImplementedError(
-                "The operator 'aten::_linalg_eigh' is not currently implemented for the MPS device. If you want this op"
-                " to be considered for addition, comment on the tracker.\nAs a temporary fix, set a variable."
+                "The operator 'aten::_linalg_eigh' is not currently implemented for the MPS device."
+                " If you want this op to be considered for addition, comment on the tracker.\nAs a"
+                " temporary fix, set a variable."
             ),
             "aten::_linalg_eigh",
         ),
-        (TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it"), "float64"),
+        (
+            TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't"
+                " support it"
+            ),
+            "float64",
+        ),
     ],
     ids=["operation", "type"],
 )
@@ -285,7 +355,9 @@ def test_a_bug_shows_its_traceback_and_how_to_report_it(monkeypatch, capsys):
 
 
 def test_all_faults_and_the_next_step_are_shown(monkeypatch, capsys):
-    fail_with(InputError("2 rows are broken", ["a.jsonl:3", "a.jsonl:9"], "Mend them."), monkeypatch)
+    fail_with(
+        InputError("2 rows are broken", ["a.jsonl:3", "a.jsonl:9"], "Mend them."), monkeypatch
+    )
     main.main(["doctor"])
     assert capsys.readouterr().err == "2 rows are broken:\n  a.jsonl:3\n  a.jsonl:9\nMend them.\n"
 
@@ -314,7 +386,8 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_base_is_looked_for_in_nested_files_of_strangers(tmp_path, capsys):
-    """YAML recurses: what names the base of an adapter is read as JSON, and a run's settings within limits."""
+    """YAML recurses: what names the base of an adapter is read as JSON, and a run's settings within
+    limits."""
     adapter = tmp_path / "run" / "adapter"
     adapter.mkdir(parents=True)
     deep = '{"a":' * 600 + "1" + "}" * 600
@@ -346,7 +419,8 @@ def test_commands_import_what_computes_without_the_collector():
 
 
 def test_a_process_ends_as_python_ends_one_but_for_what_it_holds(tmp_path):
-    """Threads are waited for, what was registered is called, what was written arrives, and the code is kept."""
+    """Threads are waited for, what was registered is called, what was written arrives, and the code
+    is kept."""
     code = f"""
 import atexit, sys, threading, time, weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -380,5 +454,7 @@ leave(5)
 @pytest.mark.parametrize("name", ["veneer", "veneer.cli.main"])
 def test_either_way_to_start_it_keeps_the_exit_code(name):
     for argument, code in (("--version", 0), ("nothing", 2)):
-        done = subprocess.run([sys.executable, "-m", name, argument], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", name, argument], capture_output=True, text=True, check=False
+        )
         assert done.returncode == code, done.stderr

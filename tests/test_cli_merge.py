@@ -1,4 +1,5 @@
-"""merge, combine, extract, export and lint as typed: what they print, what they write, how they end."""
+"""merge, combine, extract, export and lint as typed: what they print, what they write, how they
+end."""
 
 import json
 import re
@@ -24,7 +25,9 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     folder = save_tiny(tmp_path / "base", "llama_untied")
     base = load_base(str(folder))
-    for number, (name, fields) in enumerate({"a": {}, "b": {"rslora": True, "rank_pattern": {"v_proj": 2}}}.items()):
+    for number, (name, fields) in enumerate(
+        {"a": {}, "b": {"rslora": True, "rank_pattern": {"v_proj": 2}}}.items()
+    ):
         adapter = attach(
             base.model,
             LoRA(rank=4, alpha=7, **fields),
@@ -48,7 +51,10 @@ def test_merge_prints_what_is_left_and_how_the_logits_compare(made, capsys):
 
 
 def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
-    assert main(["merge", "--adapter", "a", "b", "--weights", "1", "-0.5", "--out", "m", "--json"]) == 0
+    assert (
+        main(["merge", "--adapter", "a", "b", "--weights", "1", "-0.5", "--out", "m", "--json"])
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert report["layers"].keys() == {"0", "1"}
     assert report["survival"]["survival"] == pytest.approx(1, abs=1e-4)
@@ -58,12 +64,24 @@ def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["merge", "--adapter", "a", "b", "--weights", "1", "--out", "m"], "2 adapters and 1 weights"),
+        (
+            ["merge", "--adapter", "a", "b", "--weights", "1", "--out", "m"],
+            "2 adapters and 1 weights",
+        ),
         (["merge", "--adapter", "a", "--into", "original", "--out", "m"], "is not quantised"),
         (["combine", "a", "b", "--rank", "3", "--out", "c"], "keeps the exact sum"),
-        (["extract", "--base", "base", "--model", "base", "--out", "e"], "either a rank or an energy share"),
-        (["export", "a", "--to", "vllm", "--merged", "--out", "v"], "--merged: a merged folder is made by"),
-        (["export", "a", "--to", "llamacpp", "--type", "q8_0", "--out", "v.gguf"], "adapters are f32 or f16"),
+        (
+            ["extract", "--base", "base", "--model", "base", "--out", "e"],
+            "either a rank or an energy share",
+        ),
+        (
+            ["export", "a", "--to", "vllm", "--merged", "--out", "v"],
+            "--merged: a merged folder is made by",
+        ),
+        (
+            ["export", "a", "--to", "llamacpp", "--type", "q8_0", "--out", "v.gguf"],
+            "adapters are f32 or f16",
+        ),
         (["export", "a", "--to", "llamacpp", "--out", "v"], "v.gguf"),
     ],
 )
@@ -100,10 +118,14 @@ def test_lint_ends_with_4_where_something_would_go_wrong(made, capsys):
     assert main(["lint", "v", "--for", "vllm"]) == 0
     capsys.readouterr()
     assert main(["lint", "b", "--for", "llamacpp", "--json"]) == 4
-    assert {finding["silent"] for finding in json.loads(capsys.readouterr().out)["findings"]} == {True}
+    assert {finding["silent"] for finding in json.loads(capsys.readouterr().out)["findings"]} == {
+        True
+    }
 
 
-@pytest.mark.parametrize("typed", [["--out", "x.gguf"], ["--merged", "--type", "q8_0", "--out", "x.gguf"]])
+@pytest.mark.parametrize(
+    "typed", [["--out", "x.gguf"], ["--merged", "--type", "q8_0", "--out", "x.gguf"]]
+)
 def test_export_writes_a_gguf_file_and_says_so(typed, made, capsys):
     assert main(["export", "a", "--to", "llamacpp", *typed]) == 0
     assert "x.gguf: " in capsys.readouterr().out
@@ -125,7 +147,16 @@ def test_a_held_out_row_stands_in_the_card_only_where_it_is_asked_for(made):
     shutil.copytree(made / "a", made / "run" / "adapter")
     sample = {"prompt": "what a customer asked", "expected": "e", "before": "b", "answer": "a"}
     with Records(made / "run" / "metrics.jsonl") as records:
-        records.write({"kind": "evaluation", "step": 1, "loss": 2.0, "best": True, "seconds": 2.0, "sample": sample})
+        records.write(
+            {
+                "kind": "evaluation",
+                "step": 1,
+                "loss": 2.0,
+                "best": True,
+                "seconds": 2.0,
+                "sample": sample,
+            }
+        )
     for typed, shown in ([], False), (["--sample"], True):
         out = f"out{len(typed)}"
         assert main(["export", "run", "--to", "peft", "--out", out, *typed]) == 0
@@ -133,20 +164,36 @@ def test_a_held_out_row_stands_in_the_card_only_where_it_is_asked_for(made):
 
 
 def test_a_rounded_file_says_what_its_error_is_beside_the_base_rounded_alike(made, capsys):
-    assert main(["export", "a", "--to", "llamacpp", "--merged", "--type", "q8_0", "--out", "m.gguf"]) == 0
+    assert (
+        main(["export", "a", "--to", "llamacpp", "--merged", "--type", "q8_0", "--out", "m.gguf"])
+        == 0
+    )
     said = " ".join(capsys.readouterr().out.split())
     pattern = r"an error of (\S+)% of the weights.* in q8_0, without the update, has one of (\S+)%"
     found = re.search(pattern, said)
     assert found is not None
     error, base = found.groups()
-    # Blocks of 32 values of one size, whose largest is 127 steps: half a step at most, evenly spread.
+    # Blocks of 32 values of one size, whose largest is 127 steps: half a step at most, evenly
+    # spread.
     assert 0.2 < float(error) < 0.8 and float(base) == pytest.approx(float(error), rel=0.2)
     assert "veneer evaluate --base FILE.gguf" in said
 
 
 def test_a_type_that_llama_cpp_makes_is_made_by_its_program_or_refused(made, capsys, monkeypatch):
-    """Beside it stands a program of that name that keeps the file as it is: what is left is read out of its result."""
-    typed = ["export", "a", "--to", "llamacpp", "--merged", "--type", "q4_k_m", "--out", "m.gguf", "--json"]
+    """Beside it stands a program of that name that keeps the file as it is: what is left is read
+    out of its result."""
+    typed = [
+        "export",
+        "a",
+        "--to",
+        "llamacpp",
+        "--merged",
+        "--type",
+        "q4_k_m",
+        "--out",
+        "m.gguf",
+        "--json",
+    ]
     monkeypatch.setenv("PATH", str(made))
     assert main(typed) == 2 and "llama-quantize" in capsys.readouterr().err
     tool = made / "llama-quantize"

@@ -1,5 +1,5 @@
-"""The table of combinations (adapters/combinations.py) holds for every way: each pair of contents gives
-base + sum of weight * change, or is refused by the same error."""
+"""The table of combinations (adapters/combinations.py) holds for every way: each pair of contents
+gives base + sum of weight * change, or is refused by the same error."""
 
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
@@ -47,7 +47,9 @@ from veneer.models.load import load_base
 
 MADE = {
     UPDATE: LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj", "lm_head"]),
-    MODULES: LoRA(rank=2, targets=["v_proj"], train_modules=["norm", "input_layernorm", "o_proj", "lm_head"]),
+    MODULES: LoRA(
+        rank=2, targets=["v_proj"], train_modules=["norm", "input_layernorm", "o_proj", "lm_head"]
+    ),
     BIASES: LoRA(rank=2, targets=["k_proj"], bias="all"),
     OFFSETS: LoRA(rank=3, alpha=5.0, targets=["q_proj"], lora_bias=True),
     MAGNITUDES: DoRA(rank=2, alpha=5.0, targets=["o_proj", "embed_tokens"]),
@@ -85,7 +87,8 @@ def said(cell: Cell) -> str:
 
 @dataclass
 class World:
-    """base: with every adapter attached. plain: the same base, for references. folders: of the adapters, by name."""
+    """base: with every adapter attached. plain: the same base, for references. folders: of the
+    adapters, by name."""
 
     folder: Path
     base: veneer.Base
@@ -102,13 +105,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     source = str(save_tiny(folder / "base", "qwen2", tie_word_embeddings=False))
     base, plain, library = veneer.load(source), veneer.load(source), Library(folder / "library")
     for number in range(2):
-        order = CONTENTS if number else tuple(reversed(CONTENTS))  # wrappers stand around each other either way
+        order = (
+            CONTENTS if number else tuple(reversed(CONTENTS))
+        )  # wrappers stand around each other either way
         for place, content in enumerate(order):
             name, config = name_of(content, number), MADE[content]
             texts = [f"<{number}>"] if content is TOKENS else []
             made = base.attach(config, name=name, seed=number, new_tokens=texts)
             move(made, seed=10 * number + place)
-            write_adapter(folder / name, made, manifest_for(base, method=config.name), model=base.model)
+            write_adapter(
+                folder / name, made, manifest_for(base, method=config.name), model=base.model
+            )
             library.add(folder / name, name=name)
     served = veneer.load(source)
     return World(folder, base, plain, Residents(served, library, budget_bytes=2**24))
@@ -121,7 +128,8 @@ def logits(base: FrozenBase) -> torch.Tensor:
 
 
 def expected(world: World, cell: Cell) -> torch.Tensor:
-    """Dense weights with the weighted sum of changes; contents that do not merge act beside them, alone."""
+    """Dense weights with the weighted sum of changes; contents that do not merge act beside them,
+    alone."""
     plain, base = world.plain, world.base
     stored = stored_tensors(plain.model)
     before = {name: each.read().clone() for name, each in stored.items()}
@@ -150,7 +158,11 @@ def expected(world: World, cell: Cell) -> torch.Tensor:
 
 def _by_hooks(plain: veneer.Base, beside: list[tuple[str, float]]) -> torch.Tensor:
     """Bottlenecks added by hooks to what each block gives; the others act."""
-    blocks = {name: weight for name, weight in beside if plain.attachments[name].contents == (BOTTLENECKS,)}
+    blocks = {
+        name: weight
+        for name, weight in beside
+        if plain.attachments[name].contents == (BOTTLENECKS,)
+    }
     plain.routing.active = tuple((name, weight) for name, weight in beside if name not in blocks)
     layers: dict[str, list[tuple[Any, float]]] = {}
     for name, weight in blocks.items():
@@ -160,7 +172,9 @@ def _by_hooks(plain: veneer.Base, beside: list[tuple[str, float]]) -> torch.Tens
     def hook_of(added: list[tuple[Any, float]]) -> Any:
         def hook(module: Any, args: Any, out: Any) -> Any:
             own = out[0] if isinstance(out, tuple) else out
-            y = own + sum(layer.scaling * weight * layer.update(own, None) for layer, weight in added)
+            y = own + sum(
+                layer.scaling * weight * layer.update(own, None) for layer, weight in added
+            )
             return (y, *out[1:]) if isinstance(out, tuple) else y
 
         return hook
@@ -195,16 +209,22 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
     names, weights = [name_of(c, n) for c, n, _ in cell], [weight for *_, weight in cell]
     contents = [content for content, *_ in cell]
     identity = tuple(zip(names, weights, strict=True))
-    served = tuple(pair for name, weight in identity for pair in world.residents.resolve(name, weight))
+    served = tuple(
+        pair for name, weight in identity for pair in world.residents.resolve(name, weight)
+    )
     refused = [
         headline(lambda: base.use(names, weights)),
         headline(lambda: Part(None, tuple((base.attachments[name], w) for name, w in identity))),
-        headline(lambda: Fixed({identity: tuple((base.attachments[name], w) for name, w in identity)})),
+        headline(
+            lambda: Fixed({identity: tuple((base.attachments[name], w) for name, w in identity)})
+        ),
         headline(lambda: world.residents.front_places(served)),
     ]
     base.use(None)
     alone = [content for content in contents if not content.adds_up]
-    allowed = all(contents.count(c) == 1 for c in alone) and all(w == 1 for c, _, w in cell if not c.adds_up)
+    allowed = all(contents.count(c) == 1 for c in alone) and all(
+        w == 1 for c, _, w in cell if not c.adds_up
+    )
     if not allowed:
         assert refused == [f"one adapter with {alone[0].name} may act, and with weight 1"] * 4
         if alone[0].merges:
@@ -222,7 +242,12 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
         assert close(both[1:], reference) and close(both[:1, :, :272], logits(base))
     engine = Engine(base, budget_bytes=2**20, adapters=Fixed({identity: acting}))
     (answer,) = engine.add(
-        Request(prompt=tuple(IDS[0].tolist()), max_new_tokens=1, adapter=identity, sampling=Sampling(logprobs=5))
+        Request(
+            prompt=tuple(IDS[0].tolist()),
+            max_new_tokens=1,
+            adapter=identity,
+            sampling=Sampling(logprobs=5),
+        )
     )
     engine.run()
     chances = reference[0, -1].log_softmax(-1)
@@ -251,7 +276,9 @@ def _check_merging(world: World, cell: Cell, reference: torch.Tensor) -> None:
 def _check_combining(world: World, cell: Cell, reference: torch.Tensor, out: Path) -> None:
     adapters = [(world.path(content, number), weight) for content, number, weight in cell]
     recipe = Recipe("cat" if len(cell) > 1 else "linear")
-    if not all(held.combines for content, *_ in cell for held in (content, *MADE[content].contents)):
+    if not all(
+        held.combines for content, *_ in cell for held in (content, *MADE[content].contents)
+    ):
         with pytest.raises(RefusedError, match="cannot be combined into one adapter"):
             combine_adapters(adapters, recipe, base=world.plain.source, out=out / "combined")
         return
@@ -290,12 +317,19 @@ def test_acting_together_is_merging_together_in_other_families(family: str) -> N
     names = [str(number) for number in range(3)]
     for seed, config in enumerate(FAMILIES[family]):
         head = base.model.get_output_embeddings()
-        move(attach(base.model, config, name=names[seed], routing=base.routing, head=head, seed=seed), seed=seed)
+        move(
+            attach(
+                base.model, config, name=names[seed], routing=base.routing, head=head, seed=seed
+            ),
+            seed=seed,
+        )
     for weights in ((0.5, -0.7, 0.3), (1.0, 1.0, 1.0)):
         base.routing.active = tuple(zip(names, weights, strict=True))
         acting = logits(base)
         base.routing.active = ()
-        merged = merge_in_memory(base.model, [(base.attachments[n], w) for n, w in zip(names, weights, strict=True)])
+        merged = merge_in_memory(
+            base.model, [(base.attachments[n], w) for n, w in zip(names, weights, strict=True)]
+        )
         assert close(acting, logits(base))
         merged.restore()
 
@@ -315,7 +349,9 @@ class InFull:
 IN_FULL = {
     "a head": InFull("qwen2", "lm_head", {"tie_word_embeddings": False}, other=("lm_head",)),
     "a tied head": InFull("llama", "lm_head", {"tie_word_embeddings": True}),
-    "an embedding": InFull("qwen2", "embed_tokens", {"tie_word_embeddings": False}, other=("embed_tokens",)),
+    "an embedding": InFull(
+        "qwen2", "embed_tokens", {"tie_word_embeddings": False}, other=("embed_tokens",)
+    ),
     "a scaled and tied embedding": InFull("gemma3", "embed_tokens"),
     "a projection with a bias": InFull("qwen2", "q_proj", targets=("down_proj",)),
     "a transposed projection": InFull("gpt2", "c_fc", targets=("c_attn",)),
@@ -333,7 +369,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = call(*args, **(kwargs or {}))
-        memory = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        memory = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         self.count += sum(
             t.shape in self.shapes and t.untyped_storage().data_ptr() not in memory
             for t in tree_leaves(result)
@@ -342,27 +382,41 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def in_full(case: InFull, weights: tuple[float, ...]) -> tuple[FrozenBase, dict[str, torch.nn.Parameter]]:
-    """Returns the base with adapters that train the module in full, and at weights[2:] one with an update there, all
-    of which act; and the tables, projections and stacks of the first adapter."""
+def in_full(
+    case: InFull, weights: tuple[float, ...]
+) -> tuple[FrozenBase, dict[str, torch.nn.Parameter]]:
+    """Returns the base with adapters that train the module in full, and at weights[2:] one with an
+    update there, all of which act; and the tables, projections and stacks of the first adapter."""
     base = tiny_base(case.family, **case.fields)
     whole = LoRA(rank=2, targets=list(case.targets), train_modules=[case.module])
     configs = [whole, whole, LoRA(rank=2, targets=list(case.other or case.targets))][: len(weights)]
     for seed, config in enumerate(configs):
         head = base.model.get_output_embeddings()
-        move(attach(base.model, config, name=str(seed), routing=base.routing, head=head, seed=seed), seed=seed)
+        move(
+            attach(base.model, config, name=str(seed), routing=base.routing, head=head, seed=seed),
+            seed=seed,
+        )
     base.routing.active = tuple((str(number), weight) for number, weight in enumerate(weights))
-    return base, {name: value for name, value in base.attachments["0"].values.items() if value.numel() > 1000}
+    return base, {
+        name: value for name, value in base.attachments["0"].values.items() if value.numel() > 1000
+    }
 
 
 @pytest.mark.parametrize("weights", [(0.5,), (0.5, -0.7), (1.0, 1.0, 0.3)])
 @pytest.mark.parametrize("case", IN_FULL.values(), ids=IN_FULL)
-def test_a_weighted_module_is_the_dense_sum_without_a_second_matrix(case: InFull, weights: tuple[float, ...]) -> None:
+def test_a_weighted_module_is_the_dense_sum_without_a_second_matrix(
+    case: InFull, weights: tuple[float, ...]
+) -> None:
     base, values = in_full(case, weights)
-    with Allocations({shape for value in values.values() for shape in (value.shape, value.mT.shape)}) as allocations:
+    with Allocations(
+        {shape for value in values.values() for shape in (value.shape, value.mT.shape)}
+    ) as allocations:
         acting = logits(base)
     assert values and allocations.count == 0
-    with torch.no_grad(), base.routing.held(Acting((Part(8, ()), Part(8, base.routing.acting.whole or ())))):
+    with (
+        torch.no_grad(),
+        base.routing.held(Acting((Part(8, ()), Part(8, base.routing.acting.whole or ())))),
+    ):
         both = base.model(torch.cat([IDS, IDS]), use_cache=False).logits
     assert close(both[1:], acting)
     merged = [(base.attachments[name], weight) for name, weight in base.routing.active]

@@ -1,4 +1,5 @@
-"""Combining: what comes out is the weighted sum of the updates, whatever ranks, alphas and modules went in."""
+"""Combining: what comes out is the weighted sum of the updates, whatever ranks, alphas and modules
+went in."""
 
 import json
 import warnings
@@ -23,7 +24,8 @@ from veneer.models.load import load_base
 
 EXACT = 1e-6  # float32 storage of factors computed in float64
 
-# The faults of others that these rows are about: rank != alpha, rsLoRA, patterns, modules that one lacks.
+# The faults of others that these rows are about: rank != alpha, rsLoRA, patterns, modules that one
+# lacks.
 SETTINGS = {
     "a": {"rank": 4, "alpha": 7, "targets": ["q_proj", "v_proj", "down_proj"]},
     "rslora": {"rank": 6, "alpha": 5, "rslora": True, "targets": ["v_proj", "up_proj"]},
@@ -35,7 +37,12 @@ SETTINGS = {
         "alpha_pattern": {"q_proj": 2.5},
     },
     "embedding": {"rank": 4, "alpha": 7, "targets": ["embed_tokens", "v_proj"]},
-    "experts": {"rank": 2, "alpha": 3, "rslora": True, "targets": ["gate_up_proj", "down_proj", "q_proj"]},
+    "experts": {
+        "rank": 2,
+        "alpha": 3,
+        "rslora": True,
+        "targets": ["gate_up_proj", "down_proj", "q_proj"],
+    },
 }
 
 
@@ -58,7 +65,8 @@ def changes(adapter, folder):
     """Place -> dense update as the loaded adapter has it, float64."""
     base = load_base(str(folder))
     return {
-        path: (delta_weight(layer)).double() for path, layer in load_adapter(base, adapter, name="x").layers.items()
+        path: (delta_weight(layer)).double()
+        for path, layer in load_adapter(base, adapter, name="x").layers.items()
     }
 
 
@@ -86,22 +94,37 @@ GROUPS = [
 
 @pytest.mark.parametrize("how", ["cat", "linear", "svd"])
 @pytest.mark.parametrize(("family", "names", "weights"), GROUPS)
-def test_cat_linear_and_svd_of_full_rank_are_the_weighted_sum(how, family, names, weights, bases, tmp_path):
-    adapters = [make(tmp_path / f"{n}{name}", bases[family], SETTINGS[name], seed=n) for n, name in enumerate(names)]
+def test_cat_linear_and_svd_of_full_rank_are_the_weighted_sum(
+    how, family, names, weights, bases, tmp_path
+):
+    adapters = [
+        make(tmp_path / f"{n}{name}", bases[family], SETTINGS[name], seed=n)
+        for n, name in enumerate(names)
+    ]
     recipe = Recipe(how, rank=64 if how == "svd" else None)
     report = combine_adapters(
-        list(zip(adapters, weights, strict=True)), recipe, base=str(bases[family]), out=tmp_path / "out"
+        list(zip(adapters, weights, strict=True)),
+        recipe,
+        base=str(bases[family]),
+        out=tmp_path / "out",
     )
-    assert_equal_updates(changes(tmp_path / "out", bases[family]), weighted_sum(adapters, weights, bases[family]))
+    assert_equal_updates(
+        changes(tmp_path / "out", bases[family]), weighted_sum(adapters, weights, bases[family])
+    )
     assert report.error <= EXACT
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["use_rslora"] is False  # PEFT copies it with alpha = rank: too large by the root of the rank
+    assert (
+        config["use_rslora"] is False
+    )  # PEFT copies it with alpha = rank: too large by the root of the rank
 
 
 @pytest.mark.parametrize("how", ["cat", "svd"])
 def test_peft_loads_the_result_and_adds_the_same(how, bases, tmp_path):
     peft = pytest.importorskip("peft")
-    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k) for k, n in enumerate(["a", "patterns"])]
+    adapters = [
+        make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k)
+        for k, n in enumerate(["a", "patterns"])
+    ]
     combine_adapters(
         [(adapters[0], 0.7), (adapters[1], -1.3)],
         Recipe(how, rank=7 if how == "svd" else None),
@@ -110,7 +133,9 @@ def test_peft_loads_the_result_and_adds_the_same(how, bases, tmp_path):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(load_base(str(bases["llama_untied"])).model, tmp_path / "out")
+        theirs = peft.PeftModel.from_pretrained(
+            load_base(str(bases["llama_untied"])).model, tmp_path / "out"
+        )
     found = {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").double()
         for name, module in theirs.named_modules()
@@ -122,23 +147,34 @@ def test_peft_loads_the_result_and_adds_the_same(how, bases, tmp_path):
 def test_an_adapter_less_itself_is_nothing(bases, tmp_path):
     adapter = make(tmp_path / "a", bases["llama_untied"], SETTINGS["a"], seed=1)
     report = combine_adapters(
-        [(adapter, 1.0), (adapter, -1.0)], Recipe("linear"), base=str(bases["llama_untied"]), out=tmp_path / "out"
+        [(adapter, 1.0), (adapter, -1.0)],
+        Recipe("linear"),
+        base=str(bases["llama_untied"]),
+        out=tmp_path / "out",
     )
-    assert all(change.abs().max() < 1e-6 for change in changes(tmp_path / "out", bases["llama_untied"]).values())
+    assert all(
+        change.abs().max() < 1e-6
+        for change in changes(tmp_path / "out", bases["llama_untied"]).values()
+    )
     assert set(report.ranks.values()) <= {1, 2, 3, 4}
 
 
 def test_linear_leaves_out_what_is_redundant(bases, tmp_path):
     adapter = make(tmp_path / "a", bases["llama_untied"], SETTINGS["a"], seed=1)
     report = combine_adapters(
-        [(adapter, 1.0), (adapter, 0.5)], Recipe("linear"), base=str(bases["llama_untied"]), out=tmp_path / "out"
+        [(adapter, 1.0), (adapter, 0.5)],
+        Recipe("linear"),
+        base=str(bases["llama_untied"]),
+        out=tmp_path / "out",
     )
     assert set(report.ranks.values()) == {4}
     assert report.error < 1e-6
 
 
 def test_svd_is_the_best_at_its_rank_and_says_its_error(bases, tmp_path):
-    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")]
+    adapters = [
+        make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")
+    ]
     report = combine_adapters(
         [(adapters[0], 1.0), (adapters[1], 1.0)],
         Recipe("svd", rank=3),
@@ -157,7 +193,11 @@ def test_svd_is_the_best_at_its_rank_and_says_its_error(bases, tmp_path):
 def pruned_sum(how, adapters, weights, folder, density):
     """The definitions, entry by entry."""
     parts = [
-        {path: change.T if "embed" in path else change for path, change in changes(a, folder).items()} for a in adapters
+        {
+            path: change.T if "embed" in path else change
+            for path, change in changes(a, folder).items()
+        }
+        for a in adapters
     ]
     found = {}
     for path in dict.fromkeys(p for part in parts for p in part):
@@ -181,7 +221,9 @@ def pruned_sum(how, adapters, weights, folder, density):
 @pytest.mark.parametrize("how", ["magnitude", "ties"])
 def test_pruning_follows_its_definition(how, bases, tmp_path):
     names = ["a", "patterns"]
-    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k) for k, n in enumerate(names)]
+    adapters = [
+        make(tmp_path / n, bases["llama_untied"], SETTINGS[n], seed=k) for k, n in enumerate(names)
+    ]
     report = combine_adapters(
         [(adapters[0], 1.0), (adapters[1], -0.5)],
         Recipe(how, rank=64, density=0.3),
@@ -194,7 +236,12 @@ def test_pruning_follows_its_definition(how, bases, tmp_path):
 
 
 def test_dare_is_right_on_average_and_repeatable(bases, tmp_path):
-    adapter = make(tmp_path / "a", bases["llama_untied"], {"rank": 4, "alpha": 7, "targets": ["down_proj"]}, seed=1)
+    adapter = make(
+        tmp_path / "a",
+        bases["llama_untied"],
+        {"rank": 4, "alpha": 7, "targets": ["down_proj"]},
+        seed=1,
+    )
 
     def combined(seed):
         out = tmp_path / f"out{seed}{len(list(tmp_path.iterdir()))}"
@@ -214,7 +261,9 @@ def test_dare_is_right_on_average_and_repeatable(bases, tmp_path):
 
 
 def test_the_result_names_its_parents_and_its_recipe(bases, tmp_path):
-    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")]
+    adapters = [
+        make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")
+    ]
     combine_adapters(
         [(adapters[0], 1.0), (adapters[1], -0.5)],
         Recipe("svd", rank=4),
@@ -229,38 +278,72 @@ def test_the_result_names_its_parents_and_its_recipe(bases, tmp_path):
 
 
 def test_the_same_combination_is_the_same_to_the_byte(bases, tmp_path):
-    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")]
+    adapters = [
+        make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")
+    ]
     for out in ("one", "two"):
         combine_adapters(
-            [(a, 1.0) for a in adapters], Recipe("ties"), base=str(bases["llama_untied"]), out=tmp_path / out
+            [(a, 1.0) for a in adapters],
+            Recipe("ties"),
+            base=str(bases["llama_untied"]),
+            out=tmp_path / out,
         )
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files
+    )
 
 
-def test_one_that_an_earlier_version_wrote_does_not_stand_between_two_of_different_bases(bases, tmp_path):
+def test_one_that_an_earlier_version_wrote_does_not_stand_between_two_of_different_bases(
+    bases, tmp_path
+):
     other = save_tiny(tmp_path / "other", "llama_untied")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.01}))
     adapters = [
         make(tmp_path / name, base, SETTINGS["a"], seed=1)
-        for name, base in (("old", bases["llama_untied"]), ("x", bases["llama_untied"]), ("y", other))
+        for name, base in (
+            ("old", bases["llama_untied"]),
+            ("x", bases["llama_untied"]),
+            ("y", other),
+        )
     ]
     file = adapters[0] / "veneer.json"
     manifest = json.loads(file.read_text())
-    manifest["base"]["fingerprint"] = Fingerprint.from_dict(manifest["base"]["fingerprint"]).earlier.to_dict()
+    manifest["base"]["fingerprint"] = Fingerprint.from_dict(
+        manifest["base"]["fingerprint"]
+    ).earlier.to_dict()
     file.write_text(json.dumps(manifest))
-    combine_adapters([(each, 1.0) for each in adapters[:2]], Recipe("ties"), base=str(other), out=tmp_path / "both")
+    combine_adapters(
+        [(each, 1.0) for each in adapters[:2]],
+        Recipe("ties"),
+        base=str(other),
+        out=tmp_path / "both",
+    )
     assert read_adapter(tmp_path / "both").manifest.base.fingerprint["values_hash"]
-    with pytest.raises(AdapterMismatchError, match=r"x and \S+y: config.json rms_norm_eps: 1e-06 against 0.01"):
-        combine_adapters([(each, 1.0) for each in adapters], Recipe("ties"), base=str(other), out=tmp_path / "out")
+    with pytest.raises(
+        AdapterMismatchError, match=r"x and \S+y: config.json rms_norm_eps: 1e-06 against 0.01"
+    ):
+        combine_adapters(
+            [(each, 1.0) for each in adapters],
+            Recipe("ties"),
+            base=str(other),
+            out=tmp_path / "out",
+        )
 
 
 def test_adapters_of_different_bases_are_refused(bases, tmp_path):
     one = make(tmp_path / "x", bases["llama_untied"], SETTINGS["a"], seed=1)
-    other = make(tmp_path / "y", save_tiny(tmp_path / "other", "llama_untied", seed=5), SETTINGS["a"], seed=2)
+    other = make(
+        tmp_path / "y", save_tiny(tmp_path / "other", "llama_untied", seed=5), SETTINGS["a"], seed=2
+    )
     with pytest.raises(AdapterMismatchError, match="values of the weights"):
-        combine_adapters([(one, 1), (other, 1)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o")
+        combine_adapters(
+            [(one, 1), (other, 1)],
+            Recipe("cat"),
+            base=str(bases["llama_untied"]),
+            out=tmp_path / "o",
+        )
     assert not (tmp_path / "o").exists()
 
 
@@ -274,7 +357,9 @@ def test_adapters_that_were_trained_to_read_text_differently_are_refused(field, 
         file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     for pair in (adapters[1:], adapters[:0:-1], adapters):
         with pytest.raises(AdapterMismatchError, match=r"a{12}") as told:
-            combine_adapters([(each, 1.0) for each in pair], Recipe("cat"), base=str(base), out=tmp_path / "out")
+            combine_adapters(
+                [(each, 1.0) for each in pair], Recipe("cat"), base=str(base), out=tmp_path / "out"
+            )
         assert "b" * 12 in str(told.value)
     for name in "xy":
         pair = [(tmp_path / "none", 1.0), (tmp_path / name, 1.0)]
@@ -286,17 +371,31 @@ def test_adapters_that_were_trained_to_read_text_differently_are_refused(field, 
 def test_trained_biases_are_refused(tmp_path):
     folder = save_tiny(tmp_path / "base", "phi")
     adapters = [
-        make(tmp_path / n, folder, {"rank": 2, "alpha": 3, "targets": ["q_proj"], "bias": "all"}, seed=k)
+        make(
+            tmp_path / n,
+            folder,
+            {"rank": 2, "alpha": 3, "targets": ["q_proj"], "bias": "all"},
+            seed=k,
+        )
         for k, n in enumerate("xy")
     ]
     with pytest.raises(RefusedError, match=r"trained biases\n.*veneer merge"):
-        combine_adapters([(a, 1.0) for a in adapters], Recipe("cat"), base=str(folder), out=tmp_path / "o")
+        combine_adapters(
+            [(a, 1.0) for a in adapters], Recipe("cat"), base=str(folder), out=tmp_path / "o"
+        )
 
 
 def test_a_trained_module_of_one_adapter_is_kept(bases, tmp_path):
-    one = make(tmp_path / "x", bases["llama_untied"], {**SETTINGS["a"], "train_modules": ["lm_head"]}, seed=1)
+    one = make(
+        tmp_path / "x",
+        bases["llama_untied"],
+        {**SETTINGS["a"], "train_modules": ["lm_head"]},
+        seed=1,
+    )
     two = make(tmp_path / "y", bases["llama_untied"], SETTINGS["patterns"], seed=2)
-    combine_adapters([(one, 1.0), (two, 0.5)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o")
+    combine_adapters(
+        [(one, 1.0), (two, 0.5)], Recipe("cat"), base=str(bases["llama_untied"]), out=tmp_path / "o"
+    )
     base = load_base(str(bases["llama_untied"]))
     kept = load_adapter(base, tmp_path / "o", name="o").values["lm_head.weight"]
     assert torch.equal(kept, load_adapter(base, one, name="x").values["lm_head.weight"])
@@ -320,7 +419,13 @@ def test_settings_that_nothing_would_read_are_refused(fields, said, tmp_path):
 # the arithmetic
 
 
-@given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 99),
+)
 @settings(max_examples=40, deadline=None)
 def test_cutting_factors_and_cutting_their_product_agree_with_svd(r, o, i, rank, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -346,21 +451,27 @@ def test_energy_chooses_the_lowest_rank_that_keeps_it():
 
 
 def test_largest_entries_are_of_each_matrix():
-    stack = torch.stack([torch.arange(1.0, 7.0).view(2, 3), 100 * torch.arange(1.0, 7.0).view(2, 3)])
+    stack = torch.stack(
+        [torch.arange(1.0, 7.0).view(2, 3), 100 * torch.arange(1.0, 7.0).view(2, 3)]
+    )
     kept = largest_entries(stack, 0.5)
     assert torch.equal((kept != 0).sum((1, 2)), torch.tensor([3, 3]))
     assert torch.equal(kept[0], torch.tensor([[0.0, 0.0, 0.0], [4.0, 5.0, 6.0]]))
 
 
 def test_weights_of_the_base_are_not_read(bases, tmp_path):
-    adapters = [make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")]
+    adapters = [
+        make(tmp_path / n, bases["llama_untied"], SETTINGS["a"], seed=k) for k, n in enumerate("xy")
+    ]
     folder = tmp_path / "config-only"
     folder.mkdir()
     (folder / "config.json").write_bytes((bases["llama_untied"] / "config.json").read_bytes())
     weights = (bases["llama_untied"] / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(weights[:8], "little")  # the shapes are read
     (folder / "model.safetensors").write_bytes(weights[:header] + b"\xff" * (len(weights) - header))
-    report = combine_adapters([(a, 1.0) for a in adapters], Recipe("cat"), base=str(folder), out=tmp_path / "o")
+    report = combine_adapters(
+        [(a, 1.0) for a in adapters], Recipe("cat"), base=str(folder), out=tmp_path / "o"
+    )
     assert len(report.ranks) == 6
     assert tiny_base("llama_untied").model.config.num_hidden_layers == 2
 

@@ -1,4 +1,5 @@
-"""A comparison: real runs on a tiny base, found again; what it says in words; what cannot be run."""
+"""A comparison: real runs on a tiny base, found again; what it says in words; what cannot be
+run."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ from veneer.train.records import read_records
 
 def write_rows(file: Path, count: int, start: int = 0) -> Path:
     lines = [
-        json.dumps({"prompt": f"number {n}", "completion": f"it is {n} <b>", "references": ["seven"]})
+        json.dumps(
+            {"prompt": f"number {n}", "completion": f"it is {n} <b>", "references": ["seven"]}
+        )
         for n in range(start, start + count)
     ]
     file.write_text("\n".join(lines) + "\n")
@@ -48,7 +51,9 @@ def write_rows(file: Path, count: int, start: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def compared(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """(folder, arguments, figures) of one comparison."""
     folder = tmp_path_factory.mktemp("compare")
     base = save_tiny(folder / "base")
@@ -87,12 +92,17 @@ def test_the_figures_hold_what_every_method_costs_and_gives(compared: Any) -> No
         assert all((folder / "out" / run / "summary.json").is_file() for run in method["runs"])
         assert not any(Path(run).is_absolute() for run in method["runs"])
         records = read_records(folder / "out" / method["runs"][0] / "metrics.jsonl")
-        assert not any(r["sample"] for r in records if r["kind"] == "evaluation")  # answers cost, and nobody reads them
+        assert not any(
+            r["sample"] for r in records if r["kind"] == "evaluation"
+        )  # answers cost, and nobody reads them
         for cost in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes", "seconds"):
             assert method[cost] > 0
     full, lora = figures["methods"]
     assert full["trainable_parameters"] == full["total_parameters"] > lora["trainable_parameters"]
-    assert figures["methods"][0 if figures["best"] == "full" else 1]["to_best"]["loss"]["difference"] == 0
+    assert (
+        figures["methods"][0 if figures["best"] == "full" else 1]["to_best"]["loss"]["difference"]
+        == 0
+    )
     assert figures["full"] == "full" and full["to_full"]["loss"]["difference"] == 0
     ours, theirs = (m["quality"]["loss"]["value"] for m in (lora, full))
     assert lora["to_full"]["loss"]["difference"] == pytest.approx(ours - theirs)
@@ -108,17 +118,23 @@ def test_the_page_shows_every_method_and_loads_nothing(compared: Any) -> None:
 
 def test_what_is_finished_is_found_again_and_only_what_is_new_runs(compared: Any) -> None:
     folder, arguments, figures = compared
-    before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")}
+    before = {
+        path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")
+    }
     again = veneer.compare(["full", "lora"], **arguments)
     assert again["new_runs"] == 0
-    assert {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("summary.json")
+    } == before
     assert again["methods"] == figures["methods"]
     lora = next(m for m in figures["methods"] if m["name"] == "lora")
     (folder / "out" / lora["runs"][0] / "summary.json").unlink()  # as if it had been stopped
     assert veneer.compare(["full", "lora"], **arguments)["new_runs"] == 1
 
 
-def test_a_method_whose_values_on_the_test_rows_are_not_finite_has_diverged(compared: Any, tmp_path: Path) -> None:
+def test_a_method_whose_values_on_the_test_rows_are_not_finite_has_diverged(
+    compared: Any, tmp_path: Path
+) -> None:
     folder, arguments, figures = compared
     lora = next(m for m in figures["methods"] if m["name"] == "lora")
     out = tmp_path / "out"
@@ -132,13 +148,18 @@ def test_a_method_whose_values_on_the_test_rows_are_not_finite_has_diverged(comp
         full, failed = again["methods"]
         assert failed["failure"] == "diverged" and not failed["quality"]
         assert again["new_runs"] == 0 and again["best"] == "full" and full["quality"]
-        assert any("lora is not in the comparison: diverged" in line for line in again["conclusion"])
-    assert "is not finite" in json.loads((adapter.parent / "evaluation.json").read_text())["message"]
+        assert any(
+            "lora is not in the comparison: diverged" in line for line in again["conclusion"]
+        )
+    assert (
+        "is not finite" in json.loads((adapter.parent / "evaluation.json").read_text())["message"]
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of this kind is Linux's")
 def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: Any) -> None:
-    """Exit code 3 is memory, which is a result, and the disk, which is none. Checkpoints are above the limit here."""
+    """Exit code 3 is memory, which is a result, and the disk, which is none. Checkpoints are above
+    the limit here."""
     import resource
 
     folder, arguments, _ = compared
@@ -153,7 +174,9 @@ def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: An
     assert not list((folder / "out").rglob("failure.json"))
 
 
-def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(compared: Any, tmp_path: Path) -> None:
+def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(
+    compared: Any, tmp_path: Path
+) -> None:
     _, arguments, _ = compared
     base, test = save_tiny(tmp_path / "base"), Path(arguments["test"])
     candidates = [
@@ -177,7 +200,9 @@ def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(compared: 
     assert worker()._key(candidates[0].config) == key
 
 
-def test_what_figures_depend_on_is_told_apart(compared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_figures_depend_on_is_told_apart(
+    compared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, arguments, _ = compared
     here = circumstances.circumstances(arguments["base"])
     assert here == circumstances.circumstances(arguments["base"])
@@ -185,7 +210,9 @@ def test_what_figures_depend_on_is_told_apart(compared: Any, monkeypatch: pytest
     assert circumstances.circumstances(arguments["base"]) != here
 
 
-def test_a_second_comparison_in_one_folder_and_a_run_that_outlived_its_own_are_refused(compared: Any) -> None:
+def test_a_second_comparison_in_one_folder_and_a_run_that_outlived_its_own_are_refused(
+    compared: Any,
+) -> None:
     folder, arguments, figures = compared
     run = folder / "out" / figures["methods"][1]["runs"][0]
     summary = (run / "summary.json").read_text()
@@ -244,7 +271,9 @@ def test_a_method_that_is_unknown_is_told_before_anything_runs(tmp_path: Path) -
         ({"general": "not there.txt"}, "cannot be read"),
     ],
 )
-def test_what_makes_no_sense_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+def test_what_makes_no_sense_is_refused(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl", 4))
     arguments = {
         "candidates": ["lora", "full"],
@@ -268,13 +297,20 @@ def test_rows_without_files_of_their_own_are_divided_by_their_prompts(tmp_path: 
     assert len(sides[0]) > 100 and all(15 <= len(side) <= 50 for side in sides[1:])
     assert read_rows(files[2])[0].references == ("seven",)
     with pytest.raises(DataError, match="too small"):
-        prepare_rows(str(write_rows(tmp_path / "few.jsonl", 2)), None, None, "auto", tmp_path / "out")
+        prepare_rows(
+            str(write_rows(tmp_path / "few.jsonl", 2)), None, None, "auto", tmp_path / "out"
+        )
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "say {}", "output": "it is {}", "prompt": "x", "completion": "y"},
     "prompt_completion": {"prompt": "say {}", "completion": "it is {}", "system": "Be brief."},
-    "chat": {"messages": [{"role": "user", "content": "say {}"}, {"role": "assistant", "content": "it is {}"}]},
+    "chat": {
+        "messages": [
+            {"role": "user", "content": "say {}"},
+            {"role": "assistant", "content": "it is {}"},
+        ]
+    },
     "text": {"text": "number {}"},
 }
 
@@ -284,18 +320,32 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_rows_that_are_split_off_are_read_again_as_what_they_were(
     tmp_path: Path, layout: Any, given: tuple[str, ...]
 ) -> None:
-    """Written as chat under a format that says alpaca, they could not be read; nor as chat without a chat template."""
+    """Written as chat under a format that says alpaca, they could not be read; nor as chat without
+    a chat template."""
     lines = [json.dumps(LAYOUTS[layout]).replace("{}", str(n)) for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    named = {name: str(tmp_path / "rows.jsonl") if name in given else None for name in ("validation", "test")}
+    named = {
+        name: str(tmp_path / "rows.jsonl") if name in given else None
+        for name in ("validation", "test")
+    }
     files = prepare_rows(str(tmp_path / "rows.jsonl"), format=layout, out=tmp_path / "out", **named)
-    candidate = Candidate("lora", RunConfig(base="b", data={"train": "x", "format": layout}, out="o")).over(files)  # type: ignore[arg-type]
+    candidate = Candidate(
+        "lora", RunConfig(base="b", data={"train": "x", "format": layout}, out="o")
+    ).over(files)  # type: ignore[arg-type]
     data = candidate.config.data
-    assert (data.train, data.validation, data.format) == (str(files.train), str(files.validation), "auto")
-    expected = {json.dumps(row.messages or row.text) for row in read_rows(tmp_path / "rows.jsonl", layout)}
+    assert (data.train, data.validation, data.format) == (
+        str(files.train),
+        str(files.validation),
+        "auto",
+    )
+    expected = {
+        json.dumps(row.messages or row.text) for row in read_rows(tmp_path / "rows.jsonl", layout)
+    }
     found = [read_rows(file, data.format) for file in (files.train, files.validation, files.test)]
     assert {json.dumps(row.messages or row.text) for side in found for row in side} == expected
-    assert {row.format for side in found for row in side} == {"chat" if layout == "alpaca" else layout}
+    assert {row.format for side in found for row in side} == {
+        "chat" if layout == "alpaca" else layout
+    }
 
 
 def test_what_a_prompt_says_is_not_learnt_after_it_was_split_off_either(tmp_path: Path) -> None:
@@ -323,7 +373,12 @@ def test_a_run_without_a_held_out_loss_is_told(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "q" * 200, "completion": "a"}) + "\n")
-    config = {"base": str(base), "data": {"train": str(rows), "long_rows": "drop"}, "length": 100, "out": "o"}
+    config = {
+        "base": str(base),
+        "data": {"train": str(rows), "long_rows": "drop"},
+        "length": 100,
+        "out": "o",
+    }
     with pytest.raises(DataError, match=r"lora, lr .* no held-out loss"):
         veneer.compare(
             [("lora", RunConfig(**config)), ("full", RunConfig(**config, method="full"))],  # type: ignore[arg-type]
@@ -349,7 +404,9 @@ class Losses:
         self.hidden_size = 576
         self.comparison = type("C", (), {"factors": (1 / 3, 1.0, 3.0), "extend": extend})()
 
-    def train(self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool) -> Asking[Any]:
+    def train(
+        self, candidate: Any, *, rate: float, seed: int, steps: int, with_result: bool
+    ) -> Asking[Any]:
         self.asked.append(rate)
         config = candidate.config.model_copy(update={"learning_rate": rate})
         yield from ()
@@ -372,14 +429,17 @@ def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
     assert best is not None and tried[best][0] == 2.7e-3
     assert worker.asked == [1e-4, 3e-4, 9e-4, 2.7e-3] and 2.7e-3 not in worker.dropped
     assert worker.said == [
-        "lora did best at the highest learning rate that was tried, 0.0009: one more run tries a rate beyond it "
-        "(--extend 0: none)"
+        "lora did best at the highest learning rate that was tried, 0.0009: one more run tries a"
+        " rate beyond it (--extend 0: none)"
     ]
     assert worker.pace.said("x") == "run 1 of 4 · x"  # it was 3
 
 
 def test_a_search_whose_best_rate_lies_inside_or_may_not_go_on_says_nothing() -> None:
-    for losses, extend in ({1e-4: 3.0, 3e-4: 1.0, 9e-4: 2.0}, 1), ({1e-4: 1.0, 3e-4: 2.0, 9e-4: 3.0}, 0):
+    for losses, extend in (
+        ({1e-4: 3.0, 3e-4: 1.0, 9e-4: 2.0}, 1),
+        ({1e-4: 1.0, 3e-4: 2.0, 9e-4: 3.0}, 0),
+    ):
         worker = Losses(dict(losses), extend=extend)
         assert searched(worker, CANDIDATE)[1] is not None and not worker.said
 
@@ -426,7 +486,10 @@ def asked(*names: str) -> Asking[str]:
 def test_what_is_asked_together_is_answered_in_order_and_the_first_is_finished_first() -> None:
     place = Pretended()
     first = together([asked("a", "b"), asked(), asked("c")])
-    assert answer(together([first, asked("d", "e")]), place, lambda text: None) == [["ab", "", "c"], "de"]
+    assert answer(together([first, asked("d", "e")]), place, lambda text: None) == [
+        ["ab", "", "c"],
+        "de",
+    ]
     assert place.ran == ["a", "b", "c", "d", "e"]
 
 
@@ -457,7 +520,12 @@ def method(name: str, value: float, to_best: tuple[float, float], **fields: Any)
 
 def test_on_the_screen_80_columns_hold_every_figure_and_a_failure_is_named() -> None:
     slow = method(
-        "bottleneck", 0.744, (-0.1, 0.1), seconds=4000.0, trainable_parameters=134_515_008, adapter_bytes=272_590_000
+        "bottleneck",
+        0.744,
+        (-0.1, 0.1),
+        seconds=4000.0,
+        trainable_parameters=134_515_008,
+        adapter_bytes=272_590_000,
     )
     failed = method("qlora", 0.1, (-0.1, 0.1), failure="diverged")
     console = Console(width=80, file=io.StringIO())
@@ -499,12 +567,16 @@ def test_the_words_follow_the_figures() -> None:
     assert "prefix is behind by 30.0% (20.0% to 40.0%)" in text
     assert "If one merged model is wanted, take lora" in text and "prefix cannot be merged" in text
     assert (
-        "If memory is short, the file must be small or training must be quick, take lora: 1.00 GB at its peak" in text
+        "If memory is short, the file must be small or training must be quick, take lora: 1.00 GB"
+        " at its peak" in text
     )
     assert "At the price of quality there would be prefix (100 kB on disk)." in text
     small = {**PREFIX, "peak_memory_bytes": 5 * 10**8}
     text = " ".join(conclude(figures_of(FULL, LORA, small, best="full")))
-    assert "At the price of quality there would be prefix (500 MB at its peak, 100 kB on disk)." in text
+    assert (
+        "At the price of quality there would be prefix (500 MB at its peak, 100 kB on disk)."
+        in text
+    )
     worse = copy.deepcopy(LORA)
     worse["to_best"]["exact_match"]["interval"] = [-0.3, -0.1]
     changed = " ".join(conclude(figures_of(FULL, worse, PREFIX, best="full")))
@@ -523,9 +595,14 @@ def test_where_rows_determine_no_interval_no_method_is_called_better() -> None:
     figures["conclusion"] = conclude(figures)
     text = " ".join(figures["conclusion"])
     assert "80.0% (no interval)" in text
-    why = "these rows do not determine an interval (there is one row, or the difference is the same in every row)"
+    why = (
+        "these rows do not determine an interval (there is one row, or the difference is the same"
+        " in every row)"
+    )
     assert f"lora and prefix cannot be told apart from it: {why}." in text
-    assert "80.0% (no interval)" in make_page(figures) and "+0.100 (no interval)" in make_page(figures)
+    assert "80.0% (no interval)" in make_page(figures) and "+0.100 (no interval)" in make_page(
+        figures
+    )
 
 
 def test_the_words_hold_every_method_against_full_fine_tuning_where_it_is_not_the_best() -> None:
@@ -533,8 +610,8 @@ def test_the_words_hold_every_method_against_full_fine_tuning_where_it_is_not_th
     worse = {**PREFIX, "to_full": {"exact_match": {"difference": -0.3, "interval": [-0.4, -0.2]}}}
     figures = {**figures_of(FULL, better, worse, best="lora"), "full": "full"}
     said = (
-        "Against full, with the 95% interval of the difference: lora +1.2% (-2.0% to +5.0%), prefix -30.0% "
-        "(-40.0% to -20.0%)."
+        "Against full, with the 95% interval of the difference: lora +1.2% (-2.0% to +5.0%), prefix"
+        " -30.0% (-40.0% to -20.0%)."
     )
     assert said in conclude(figures)
     assert not any("Against full" in s for s in conclude({**figures, "best": "full"}))
@@ -561,7 +638,10 @@ def test_the_words_tell_what_cannot_be_merged_failed_or_rests_on_one_seed() -> N
     failed = {**method("full", 0.0, (0, 0)), "failure": "diverged", "quality": {}}
     figures = {**figures_of(best, behind, failed, best="prefix"), "seeds": 1}
     text = " ".join(conclude(figures))
-    assert "none of the best will do: prefix cannot be merged. Take lora and accept the difference" in text
+    assert (
+        "none of the best will do: prefix cannot be merged. Take lora and accept the difference"
+        in text
+    )
     assert "full is not in the comparison: diverged" in text and "With one seed" in text
     assert "lora" in make_page(figures) and "diverged" in make_page(figures)
     assert "nothing to choose from" in " ".join(conclude(figures_of(failed, best="")))
@@ -577,7 +657,9 @@ def test_the_words_say_when_nothing_was_forgotten_and_when_a_measure_does_not_pa
 def test_rows_where_methods_disagree_are_shown_with_everything_escaped() -> None:
     answers = {"full": {"text": "<b>bold</b>", "value": 1.0}, "lora": {"text": "", "value": 0.0}}
     figures = figures_of(FULL, LORA, best="full")
-    figures["disagreements"] = [{"row": "r:1", "prompt": "<script>", "expected": "x & y", "answers": answers}]
+    figures["disagreements"] = [
+        {"row": "r:1", "prompt": "<script>", "expected": "x & y", "answers": answers}
+    ]
     page = make_page(figures)
     assert "Where they disagree" in page and "&lt;b&gt;bold" in page and "x &amp; y" in page
     assert "<script" not in page and "<b>bold" not in page and "<i>empty</i>" in page

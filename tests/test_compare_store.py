@@ -36,11 +36,17 @@ from veneer.train.records import read_records
 
 @pytest.fixture(params=["folder", "file", "memory"])
 def store(request: Any, tmp_path: Path) -> Store:
-    addresses = {"folder": str(tmp_path / "s"), "file": f"file://{tmp_path}/s", "memory": f"memory://{tmp_path.name}/s"}
+    addresses = {
+        "folder": str(tmp_path / "s"),
+        "file": f"file://{tmp_path}/s",
+        "memory": f"memory://{tmp_path.name}/s",
+    }
     return Store(addresses[request.param])
 
 
-def test_a_folder_comes_back_as_it_was_put_and_nothing_else_stays_in_it(store: Store, tmp_path: Path) -> None:
+def test_a_folder_comes_back_as_it_was_put_and_nothing_else_stays_in_it(
+    store: Store, tmp_path: Path
+) -> None:
     folder, there = tmp_path / "a", tmp_path / "b"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "x.json").write_text("1")
@@ -50,7 +56,10 @@ def test_a_folder_comes_back_as_it_was_put_and_nothing_else_stays_in_it(store: S
     assert store.listed("run") is None
     store.put_folder(folder, "run")
     store.get_folder("run", there)
-    assert files_of(there) == files_of(folder) and sorted(files_of(there)) == ["adapter/x.json", "same.txt"]
+    assert files_of(there) == files_of(folder) and sorted(files_of(there)) == [
+        "adapter/x.json",
+        "same.txt",
+    ]
     shutil.rmtree(folder / "adapter")
     (folder / "new.txt").write_text("3")
     store.put_folder(folder, "run")
@@ -82,13 +91,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Asked, Path]:
     folder = tmp_path_factory.mktemp("trial")
     base, rows = save_tiny(folder / "base"), write_rows(folder / "rows.jsonl", 8)
     config = RunConfig.of(
-        {"base": str(base), "data": {"train": str(rows), "validation": str(rows)}, "out": str(folder / "here")}
+        {
+            "base": str(base),
+            "data": {"train": str(rows), "validation": str(rows)},
+            "out": str(folder / "here"),
+        }
         | {"steps": 60, "save_every": 2, "evaluate_every": 30, "show_answers": False, "keep": 1}
     )
     (folder / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     assert main(["train", str(folder / "run.yaml"), "--quiet"]) == 0
     store = Store(str(folder / "store"))
-    file, run_file = ({"input": store.put_file(path), "name": path.name} for path in (rows, folder / "run.yaml"))
+    file, run_file = (
+        {"input": store.put_file(path), "name": path.name} for path in (rows, folder / "run.yaml")
+    )
     within = {"folder": "."}
     return (
         folder,
@@ -96,7 +111,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Asked, Path]:
             store=store.address,
             name="lora-1",
             key="k",
-            begin=["train", run_file, "--data", file, "--validation", file, "--out", within, "--json", "--quiet"],
+            begin=[
+                "train",
+                run_file,
+                "--data",
+                file,
+                "--validation",
+                file,
+                "--out",
+                within,
+                "--json",
+                "--quiet",
+            ],
             resume=["train", "--resume", within, "--json", "--quiet"],
             config=config.model_dump(mode="json"),
             rows={"train": file, "validation": file},
@@ -132,9 +158,11 @@ def until(found: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the trial's process in /proc")
-def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(world: Any, tmp_path: Path) -> None:
-    """Killed as a node is lost, with the process of the run. That stands still from its first checkpoint on: it would
-    end before the node has gathered anything."""
+def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(
+    world: Any, tmp_path: Path
+) -> None:
+    """Killed as a node is lost, with the process of the run. That stands still from its first
+    checkpoint on: it would end before the node has gathered anything."""
     _, asked, here = world
     store, work = Store(asked.store), tmp_path / "of the node"
     work.mkdir()
@@ -145,7 +173,10 @@ def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(world: 
     (run,) = children_of(node.pid)
     os.kill(run, signal.SIGSTOP)
     try:
-        until(lambda: any(path.startswith("checkpoints/") for path in store.listed(asked.name) or {}), node)
+        until(
+            lambda: any(path.startswith("checkpoints/") for path in store.listed(asked.name) or {}),
+            node,
+        )
     finally:
         node.kill()
         node.wait()
@@ -158,9 +189,9 @@ def test_a_trial_that_is_killed_goes_on_elsewhere_from_what_was_gathered(world: 
     store.get_folder(asked.name, tmp_path / "out")
     adapter = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "out" / adapter).read_bytes() == (here / adapter).read_bytes()
-    assert [r["step"] for r in read_records(tmp_path / "out" / "metrics.jsonl") if r["kind"] == "step"] == [
-        *range(1, 61)
-    ]
+    assert [
+        r["step"] for r in read_records(tmp_path / "out" / "metrics.jsonl") if r["kind"] == "step"
+    ] == [*range(1, 61)]
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert store.text(done_name(asked.name, asked.key)) is not None
 
@@ -169,7 +200,10 @@ def saved(run: Path, step: int, best: int | None) -> None:
     """A run that has come so far, as its loop writes it."""
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "step", "step": step}) + "\n")
-    state = {"origin": vars(Origin("", None, None, None, None)), "progress": vars(Progress(step=step, best_step=best))}
+    state = {
+        "origin": vars(Origin("", None, None, None, None)),
+        "progress": vars(Progress(step=step, best_step=best)),
+    }
     save_checkpoint(run / "checkpoints", step, {"values": torch.zeros(2)}, state)
     prune(run / "checkpoints", keep=1, best=best)
 
@@ -179,8 +213,14 @@ def saved(run: Path, step: int, best: int | None) -> None:
 def test_a_run_that_saves_while_it_is_copied_leaves_what_goes_on_or_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, best: int | None
 ) -> None:
-    """It saves a second time, and removes the first checkpoint, when a file of that name has been copied."""
-    run, copy, right, steps = tmp_path / "run", tmp_path / "copy", shutil.copystat, iter(range(2, 9))
+    """It saves a second time, and removes the first checkpoint, when a file of that name has been
+    copied."""
+    run, copy, right, steps = (
+        tmp_path / "run",
+        tmp_path / "copy",
+        shutil.copystat,
+        iter(range(2, 9)),
+    )
     run.mkdir()
     saved(run, 1, best)
 
@@ -197,24 +237,44 @@ def test_a_run_that_saves_while_it_is_copied_leaves_what_goes_on_or_nothing(
         progress = load_state(checkpoint_path(copy / "checkpoints", step)).progress
         assert progress.best_step in (None, *numbers(copy / "checkpoints"))
         assert not any(verify_manifest(path) for path in (copy / "checkpoints").iterdir())
-        assert [r["step"] for r in read_records(copy / "metrics.jsonl")][:step] == [*range(1, step + 1)]
+        assert [r["step"] for r in read_records(copy / "metrics.jsonl")][:step] == [
+            *range(1, step + 1)
+        ]
     assert copy_as_it_goes_on(run, tmp_path / "again") is not None
 
 
-def test_a_node_of_another_kind_is_refused_with_both_sides(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_of_another_kind_is_refused_with_both_sides(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, asked, _ = world
     ray_trial._surroundings.cache_clear()
-    monkeypatch.setattr(ray_trial, "_surroundings", lambda *_: {"circumstances": {**asked.circumstances, "gpu": "X"}})
+    monkeypatch.setattr(
+        ray_trial,
+        "_surroundings",
+        lambda *_: {"circumstances": {**asked.circumstances, "gpu": "X"}},
+    )
     found = asked_for(asked)
     assert "another kind of machine" in found["refused"][0] and "here 'X'" in found["refused"][1][0]
 
 
 def words_of_a_comparison(place: Path) -> list[str]:
     base, rows = save_tiny(place / "base"), write_rows(place / "rows.jsonl", 4, 0)
-    return ["compare", "--base", str(base), "--data", str(rows), "--methods", "lora,full", "--out", str(place / "o")]
+    return [
+        "compare",
+        "--base",
+        str(base),
+        "--data",
+        str(rows),
+        "--methods",
+        "lora,full",
+        "--out",
+        str(place / "o"),
+    ]
 
 
-def test_flags_that_only_a_cluster_has_a_use_for_are_refused_elsewhere(capsys: Any, tmp_path: Path) -> None:
+def test_flags_that_only_a_cluster_has_a_use_for_are_refused_elsewhere(
+    capsys: Any, tmp_path: Path
+) -> None:
     words = words_of_a_comparison(tmp_path)
     assert main([*words, "--cpus", "2", "--store", "s"]) == 2
     assert "--store, --cpus: only for runs on Ray" in capsys.readouterr().err
@@ -222,7 +282,9 @@ def test_flags_that_only_a_cluster_has_a_use_for_are_refused_elsewhere(capsys: A
     assert "--replicas: only for replicas on Ray" in capsys.readouterr().err
 
 
-def test_without_ray_the_error_names_the_extra(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_names_the_extra(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     words = words_of_a_comparison(tmp_path)
     assert main([*words, "--on", "ray"]) == 2

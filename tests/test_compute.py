@@ -1,5 +1,5 @@
-"""The type that a base is held in: measured, said, kept; and float32 is the same base as the bf16 that it was
-widened from."""
+"""The type that a base is held in: measured, said, kept; and float32 is the same base as the bf16
+that it was widened from."""
 
 import json
 import os
@@ -41,13 +41,18 @@ CPU = torch.device("cpu")
 LORA = LoRA(rank=2)
 HELD = [None, "nf4", "fp4"]
 
-AS_AN_OLDER_PROCESSOR = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", native.MAX_ISA: "avx2"}
+AS_AN_OLDER_PROCESSOR = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    native.MAX_ISA: "avx2",
+}
 COMMANDS = """
 import json, sys
 from veneer.cli.main import main
 base, data, out = sys.argv[1:]
 for command in (
-    ["train", "--base", base, "--data", data, "--out", out, "--set", "steps=2", "--set", "show_answers=false"],
+    ["train", "--base", base, "--data", data, "--out", out,
+     "--set", "steps=2", "--set", "show_answers=false"],
     ["generate", "--adapter", out, "--max-new-tokens", "2", "hello"],
     ["evaluate", "--adapter", out, "--data", data],
     ["plan", "--base", base, "--length", "64", "--json"],
@@ -81,7 +86,10 @@ def test_without_bf16_products_float32_is_chosen_said_planned_and_kept(tmp_path)
         env={**os.environ, **AS_AN_OLDER_PROCESSOR},
     )
     trained, _, _, planned, doctor, _ = done.stdout.split("=====\n")
-    assert "dtype float32, twice the bytes of the stored bfloat16: in bfloat16 a product takes about" in trained
+    assert (
+        "dtype float32, twice the bytes of the stored bfloat16: in bfloat16 a product takes about"
+        in trained
+    )
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["dtype"] == "float32"
     assert done.stderr.count("dtype float32") == 2  # generate and evaluate
     plan = json.loads(planned)
@@ -122,7 +130,9 @@ def test_a_measurement_leaves_the_number_of_threads_alone():
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_widened_to_float32_it_is_the_same_base(family, quantize, stored, tmp_path):
     folder = str(save_tiny(tmp_path, family, stored))
-    wide, narrow = (load_base(folder, dtype=dtype, quantize=quantize) for dtype in ("float32", "stored"))
+    wide, narrow = (
+        load_base(folder, dtype=dtype, quantize=quantize) for dtype in ("float32", "stored")
+    )
     assert wide.fingerprint() == narrow.fingerprint()
     assert (wide.dtype, narrow.dtype) == (torch.float32, stored)
     assert wide.config.dtype == torch.float32
@@ -132,7 +142,9 @@ def test_widened_to_float32_it_is_the_same_base(family, quantize, stored, tmp_pa
     assert wide.model(IDS).logits.dtype == torch.float32
     if quantize is None:
         with quiet():
-            expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+            expected = (
+                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+            )
         assert torch.equal(wide.model(IDS).logits, expected)
 
 
@@ -146,7 +158,9 @@ def test_a_type_that_rounds_is_another_base(tmp_path):
 @pytest.mark.parametrize("quantize", [None, "gguf"])
 def test_a_gguf_file_is_computed_in_the_type_that_is_chosen(quantize, slow, tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    file = str(write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=GGMLQuantizationType.Q8_0))
+    file = str(
+        write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=GGMLQuantizationType.Q8_0)
+    )
     wide, narrow = (load_base(file, dtype=dtype, quantize=quantize) for dtype in ("auto", "stored"))
     assert wide.model(IDS).logits.dtype == torch.float32
     assert wide.fingerprint() == narrow.fingerprint()
@@ -168,7 +182,9 @@ def test_an_adapter_goes_from_either_type_to_the_other(method, slow, tmp_path, m
     recipe = json.loads((tmp_path / "wide" / "adapter" / "veneer.json").read_text())["recipe"]
     assert recipe["dtype"] == "float32"
     with pytest.raises(AdapterMismatchError):
-        api.load(str(tmp_path / "base"), dtype="float16").load_adapter(tmp_path / "wide" / "adapter")
+        api.load(str(tmp_path / "base"), dtype="float16").load_adapter(
+            tmp_path / "wide" / "adapter"
+        )
 
 
 @pytest.mark.parametrize("quantize", HELD)
@@ -179,7 +195,9 @@ def test_an_adapter_of_a_version_that_read_the_base_as_float32_finds_it_there(qu
     mine = wide.attach(LORA, name="mine")
     write_adapter(kept, mine, manifest_for(wide, method="lora"), model=wide.model)
     manifest = json.loads((kept / "veneer.json").read_text())
-    manifest["base"]["fingerprint"] = earlier_fingerprint(as_read_in_float32(folder, quantize)).to_dict()
+    manifest["base"]["fingerprint"] = earlier_fingerprint(
+        as_read_in_float32(folder, quantize)
+    ).to_dict()
     (kept / "veneer.json").write_text(json.dumps(manifest))
     api.load(str(folder), dtype="float32", quantize=quantize).load_adapter(kept, name="mine")
     with pytest.raises(AdapterMismatchError, match="float32"):
@@ -226,7 +244,9 @@ def test_the_plan_counts_the_bytes_of_the_type_that_is_chosen(slow):
         dtype: planner.estimate(Choice(LORA, length=64, dtype=dtype)).parts[WEIGHTS]
         for dtype in ("auto", "float32", "bfloat16")
     }
-    assert sizes["auto"] == sizes["float32"] > 1.99 * sizes["bfloat16"]  # frequencies are float32 in both
+    assert (
+        sizes["auto"] == sizes["float32"] > 1.99 * sizes["bfloat16"]
+    )  # frequencies are float32 in both
     assert Planner(blueprint, idle_bytes=0, device="cuda").dtype(Choice(LORA)) == torch.bfloat16
 
 
@@ -234,15 +254,25 @@ def test_a_comparison_names_one_type_for_all_its_processes(slow, tmp_path):
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     candidate = Candidate("lora", settings(tmp_path, "out"))
     found = surroundings(str(tmp_path / "base"), [candidate.config])
-    assert found.dtypes == ["float32"] and with_dtype(candidate, found.dtypes[0]).config.dtype == "float32"
-    assert compute_of(str(tmp_path / "base"), dtype="bfloat16", device="cpu", quantize=None).name == "bfloat16"
+    assert (
+        found.dtypes == ["float32"]
+        and with_dtype(candidate, found.dtypes[0]).config.dtype == "float32"
+    )
+    assert (
+        compute_of(str(tmp_path / "base"), dtype="bfloat16", device="cpu", quantize=None).name
+        == "bfloat16"
+    )
 
 
-def test_what_is_written_in_4_bits_keeps_the_stored_type_of_what_stays_dense(slow, tmp_path, capsys):
+def test_what_is_written_in_4_bits_keeps_the_stored_type_of_what_stays_dense(
+    slow, tmp_path, capsys
+):
     folder = str(save_tiny(tmp_path / "base", "llama", torch.bfloat16))
     with pytest.raises(ConfigError, match="dtype stored"):
         api.write_quantized(api.load(folder, quantize="nf4"), tmp_path / "no")
-    written = api.write_quantized(api.load(folder, dtype="stored", quantize="nf4"), tmp_path / "packed")
+    written = api.write_quantized(
+        api.load(folder, dtype="stored", quantize="nf4"), tmp_path / "packed"
+    )
     assert load_base(str(written.path), dtype="stored").fingerprint().dtype == "bfloat16+nf4"
     wide = load_base(str(written.path))
     assert wide.dtype == torch.float32 and wide.fingerprint().dtype == "bfloat16+nf4"

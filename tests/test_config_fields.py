@@ -1,4 +1,5 @@
-"""A sample of the fields of configs that change what is computed; tests/soak/test_config_fields.py changes them all."""
+"""A sample of the fields of configs that change what is computed; tests/soak/test_config_fields.py
+changes them all."""
 
 import pytest
 
@@ -42,7 +43,9 @@ def test_a_field_that_is_ignored_is_a_fault(tmp_path, monkeypatch):
 
     monkeypatch.setattr(veneer, "load", as_before)
     faults = sweep("llama", tmp_path, ("rms_norm_eps",)).faults
-    assert any("logits differ" in fault for fault in faults) and any("in training" in fault for fault in faults)
+    assert any("logits differ" in fault for fault in faults) and any(
+        "in training" in fault for fault in faults
+    )
 
 
 @pytest.mark.parametrize("value", [True, 3, 0.5, "silu", "default", [1.0, 2.0], [3, 4]])

@@ -1,4 +1,5 @@
-"""What reading the rows shows: near-duplicates, contradictions, personal data, languages; what it must not claim."""
+"""What reading the rows shows: near-duplicates, contradictions, personal data, languages; what it
+must not claim."""
 
 from __future__ import annotations
 
@@ -10,21 +11,37 @@ from veneer.data.closer import language_of, look_closer
 from veneer.data.examples import Problem, Row, RowRef, grouped
 from veneer.data.near import likeness, nearest, shingles
 
-LONG = "please tell me when the parcel that i ordered on monday from your shop in the old town will be here"
+LONG = (
+    "please tell me when the parcel that i ordered on monday from your shop in the old town will be"
+    " here"
+)
 
 
-def row(line: int, question: str, answer: str = "Tomorrow, in the afternoon, if nothing stands in its way.") -> Row:
+def row(
+    line: int,
+    question: str,
+    answer: str = "Tomorrow, in the afternoon, if nothing stands in its way.",
+) -> Row:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Row(RowRef("rows.jsonl", line), messages)
 
 
 def told(train: list[Row], held_out: list[Row] = []) -> dict[str, Problem]:  # noqa: B006
-    return {problem.code: problem for problem in grouped(look_closer("rows.jsonl", train, held_out))}
+    return {
+        problem.code: problem for problem in grouped(look_closer("rows.jsonl", train, held_out))
+    }
 
 
 def test_a_prompt_that_is_nearly_one_that_is_trained_on_is_told_with_both_rows() -> None:
-    train = [row(1, "where is the next shop that has it, and until when is it open on a sunday"), row(2, LONG)]
-    near, same, other = LONG.replace("please", "Please,") + " today?", LONG, "how do i send it back to you, and when"
+    train = [
+        row(1, "where is the next shop that has it, and until when is it open on a sunday"),
+        row(2, LONG),
+    ]
+    near, same, other = (
+        LONG.replace("please", "Please,") + " today?",
+        LONG,
+        "how do i send it back to you, and when",
+    )
     found = told(train, [row(3, near), row(4, same), row(5, other)])["D223"]
     assert (found.lines, found.fatal) == ((3,), False)
     assert "rows.jsonl:3 is " in found.detail and "like rows.jsonl:2" in found.detail
@@ -55,7 +72,12 @@ def test_short_prompts_are_never_called_alike() -> None:
 
 
 def test_short_answers_to_the_same_prompt_that_differ_contradict_each_other() -> None:
-    train = [row(1, "is it red?", "yes"), row(2, "is it red?", "no"), row(3, "is it red?", "Yes"), row(4, "q", "yes")]
+    train = [
+        row(1, "is it red?", "yes"),
+        row(2, "is it red?", "no"),
+        row(3, "is it red?", "Yes"),
+        row(4, "q", "yes"),
+    ]
     assert told(train)["D224"].lines == (1, 2)
     texts = [
         row(1, "describe it", "a red one that is on the table"),
@@ -82,19 +104,31 @@ def test_what_looks_like_personal_data_is_told(text: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["1234 5678 9012 3456", "3.14159265358979", "a@b", "version 1.2.3.4", "ISBN 978-3-16-148410-0", "2026-11-26"],
+    [
+        "1234 5678 9012 3456",
+        "3.14159265358979",
+        "a@b",
+        "version 1.2.3.4",
+        "ISBN 978-3-16-148410-0",
+        "2026-11-26",
+    ],
 )
 def test_numbers_and_marks_that_are_nobodys_are_not(text: str) -> None:
     assert "D225" not in told([row(1, text)])
 
 
 def test_rows_in_another_language_than_the_others_are_told() -> None:
-    english = [row(n, f"where is the parcel that was sent to the shop with the number {n}") for n in range(1, 9)]
+    english = [
+        row(n, f"where is the parcel that was sent to the shop with the number {n}")
+        for n in range(1, 9)
+    ]
     asked = "wo ist das Paket, das ich nicht bekommen habe, und ist es auf dem Weg"
     german = row(9, asked, "Es ist auf dem Weg und nicht weg.")
     found = told([*english, german])["D226"]
     assert found.lines == (9,) and found.message == "in German, while most are in English"
     half = told([*english[:3], *[row(10 + n, asked) for n in range(3)]])
     assert "D226" in half
-    assert language_of("Где мой заказ?") == "Russian" and language_of("注文はどこですか") == "Japanese"
+    assert (
+        language_of("Где мой заказ?") == "Russian" and language_of("注文はどこですか") == "Japanese"
+    )
     assert language_of("inform(name[Quake], genres[shooter])") is None

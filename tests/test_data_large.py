@@ -1,4 +1,5 @@
-"""Tokens in files: the same examples, batches and adapters as in memory, built once, found by what they are made of."""
+"""Tokens in files: the same examples, batches and adapters as in memory, built once, found by what
+they are made of."""
 
 from __future__ import annotations
 
@@ -44,9 +45,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(place / "base", "llama")
     rows = [{"prompt": f"number {n} " * (1 + n % 5), "completion": f"it is {n}"} for n in range(40)]
     (place / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))
-    turns = [{"role": r, "content": f"{r} says {n}"} for n in range(2) for r in ("user", "assistant")]
+    turns = [
+        {"role": r, "content": f"{r} says {n}"} for n in range(2) for r in ("user", "assistant")
+    ]
     chats = [
-        {"messages": [{"role": "system", "content": "be"}, *turns, {"role": "user", "content": f"x{n}"}, turns[1]]}
+        {
+            "messages": [
+                {"role": "system", "content": "be"},
+                *turns,
+                {"role": "user", "content": f"x{n}"},
+                turns[1],
+            ]
+        }
         for n in range(9)
     ]
     (place / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
@@ -63,7 +73,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
 
 
-def read(world: Path, tokenizer: Any, say: Any = lambda line: None, **fields: Any) -> tuple[DataSet, DataSet]:
+def read(
+    world: Path, tokenizer: Any, say: Any = lambda line: None, **fields: Any
+) -> tuple[DataSet, DataSet]:
     data = DataConfig.of({"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields})
     asked: dict[str, Any] = {"length": 200, "capacity": Capacity(1024, 272), "tokenizer": tokenizer}
     files = data.model_copy(update={"tokens": "files"})
@@ -71,12 +83,19 @@ def read(world: Path, tokenizer: Any, say: Any = lambda line: None, **fields: An
 
 
 def plain(examples: Any) -> list[Any]:
-    return [(e.ids.tolist(), e.trained.tolist(), e.ids.dtype, e.ref, e.key, e.row) for e in examples]
+    return [
+        (e.ids.tolist(), e.trained.tolist(), e.ids.dtype, e.ref, e.key, e.row) for e in examples
+    ]
 
 
 SETS = {
     "one": {},
-    "mixed": {"train": [{"path": "a.jsonl", "weight": 0.5}, {"path": "b.jsonl", "share": 0.3, "name": "chats"}]},
+    "mixed": {
+        "train": [
+            {"path": "a.jsonl", "weight": 0.5},
+            {"path": "b.jsonl", "share": 0.3, "name": "chats"},
+        ]
+    },
     "with its own held-out rows": {"train": "b.jsonl", "validation": "a.jsonl", "train_on": "last"},
     "cut": {"long_rows": "cut"},
 }
@@ -90,7 +109,9 @@ def test_a_set_in_files_is_the_one_in_memory(
     said: list[str] = []
     memory, files = read(world, tokenizer, said.append, **fields)
     assert isinstance(files.train, StoredExamples)
-    assert plain(files.train) == plain(memory.train) and plain(files.validation) == plain(memory.validation)
+    assert plain(files.train) == plain(memory.train) and plain(files.validation) == plain(
+        memory.validation
+    )
     for name in ("report", "fingerprint", "preamble", "mixture", "sets", "held"):
         assert getattr(files, name) == getattr(memory, name), name
     assert files.validation_rows == memory.validation_rows
@@ -99,7 +120,9 @@ def test_a_set_in_files_is_the_one_in_memory(
     assert by_length(files.train[3:20], 4) == by_length(memory.train[3:20], 4)
     assert files.in_files is not None and "tokens in files" in files.in_files
     again = training_data(
-        DataConfig.of({"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields, "tokens": "files"}),
+        DataConfig.of(
+            {"train": str(world / "a.jsonl"), "validation_share": 0.2, **fields, "tokens": "files"}
+        ),
         length=200,
         capacity=Capacity(1024, 272),
         tokenizer=tokenizer,
@@ -109,14 +132,24 @@ def test_a_set_in_files_is_the_one_in_memory(
     assert [line.split(" ")[0] for line in said] == ["tokens", "built", "tokens"]
 
 
-def test_what_decides_the_tokens_decides_which_files_are_found(world: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_what_decides_the_tokens_decides_which_files_are_found(
+    world: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text((world / "a.jsonl").read_text())
     said: list[str] = []
-    asked: dict[str, Any] = {"length": 200, "capacity": Capacity(1024, 272), "tokenizer": tokenizer, "say": said.append}
+    asked: dict[str, Any] = {
+        "length": 200,
+        "capacity": Capacity(1024, 272),
+        "tokenizer": tokenizer,
+        "say": said.append,
+    }
     data = DataConfig.of({"train": str(rows), "validation_share": 0.2, "tokens": "files"})
     training_data(data, **asked)
-    for changed in (data.model_copy(update={"train_on": "all"}), data.model_copy(update={"validation_share": 0.3})):
+    for changed in (
+        data.model_copy(update={"train_on": "all"}),
+        data.model_copy(update={"validation_share": 0.3}),
+    ):
         training_data(changed, **asked)
     training_data(data, **{**asked, "length": 199})
     rows.write_text(rows.read_text().replace("number 3 ", "number 4 "))
@@ -138,7 +171,11 @@ def test_a_changed_bit_in_any_kept_file_makes_it_build_again(world: Path, tokeni
     said: list[str] = []
     memory, files = read(world, tokenizer, said.append)
     (folder,) = {Path(line.rpartition(" ")[2]) for line in said if "into files once" in line}
-    every = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    every = sorted(
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.stat().st_size
+    )
     assert len(every) > 15
     for name in every:
         content = bytearray((folder / name).read_bytes())
@@ -147,7 +184,9 @@ def test_a_changed_bit_in_any_kept_file_makes_it_build_again(world: Path, tokeni
         said.clear()
         _, files = read(world, tokenizer, said.append)
         assert any("into files once" in line for line in said), name
-        assert files.fingerprint == memory.fingerprint and plain(files.train) == plain(memory.train), name
+        assert files.fingerprint == memory.fingerprint and plain(files.train) == plain(
+            memory.train
+        ), name
     for text in ("{}", "[]", "", '{"report": {}}'):
         (folder / "set.json").write_text(text)
         write_manifest(folder)
@@ -159,7 +198,8 @@ def test_a_changed_bit_in_any_kept_file_makes_it_build_again(world: Path, tokeni
 def test_a_set_is_checked_and_opened_while_another_process_holds_its_lock(
     world: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of several processes checks the files: one after another they would wait for the sum of their times."""
+    """Each of several processes checks the files: one after another they would wait for the sum of
+    their times."""
     monkeypatch.setattr(large, "_WAIT_SECONDS", 1.0)
     said: list[str] = []
     read(world, tokenizer, said.append)
@@ -194,7 +234,9 @@ def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
 ) -> None:
     assert main(["data", "gc"]) == 0 and "tokens of 0 sets" in capsys.readouterr().out
     said: list[str] = []
-    old, _ = [read(world, tokenizer, said.append, validation_share=share)[1] for share in (0.2, 0.3)]
+    old, _ = [
+        read(world, tokenizer, said.append, validation_share=share)[1] for share in (0.2, 0.3)
+    ]
     first, second = [Path(line.rpartition(" ")[2]) for line in said if "into files once" in line]
     month_ago = time.time() - 31 * 24 * 3600
     for folder in (first, second):
@@ -204,7 +246,12 @@ def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
     told = json.loads(capsys.readouterr().out)
     size = sum(file.stat().st_size for file in first.rglob("*") if file.is_file())
     (one,) = told["sets"]
-    assert (one["folder"], one["bytes"], told["bytes"], told["removed"]) == (str(first), size, size, False)
+    assert (one["folder"], one["bytes"], told["bytes"], told["removed"]) == (
+        str(first),
+        size,
+        size,
+        False,
+    )
     assert one["files"] == [str(world / "a.jsonl")] and 30.9 < one["days"] < 31.1
     assert main(["data", "gc", "--days", "32", "--yes"]) == 0 and first.is_dir()
     with locked(lock_of(first)):  # another process builds it
@@ -212,14 +259,18 @@ def test_tokens_that_no_run_asks_for_are_shown_and_go_when_told(
     before = plain(old.train[:5])
     assert main(["data", "gc", "--yes"]) == 0
     assert not first.exists() and second.is_dir() and not lock_of(first).exists()
-    assert sorted(each.name for each in first.parent.iterdir()) == sorted([second.name, lock_of(second).name])
+    assert sorted(each.name for each in first.parent.iterdir()) == sorted(
+        [second.name, lock_of(second).name]
+    )
     assert plain(old.train[:5]) == before  # whoever has opened them reads on
     assert main(["data", "gc", "--days", "0", "--yes"]) == 0 and not second.exists()
     read(world, tokenizer, said.append)
     assert "into files once" in said[-2]
 
 
-def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(world: Path, tokenizer: Any) -> None:
+def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(
+    world: Path, tokenizer: Any
+) -> None:
     with pytest.raises(DataError) as in_memory:
         load_data(
             DataConfig.of({"train": str(world / "a.jsonl")}),
@@ -239,7 +290,14 @@ def test_rows_that_cannot_be_trained_on_are_refused_as_in_memory(world: Path, to
 
 def run_of(world: Path, out: Path, tokens: str, **fields: Any) -> RunConfig:
     data = {"train": str(world / "a.jsonl"), "validation_share": 0.2, "tokens": tokens}
-    own = {"base": str(world / "base"), "data": data, "out": str(out), "steps": 4, "batch": 4, "evaluate_every": 2}
+    own = {
+        "base": str(world / "base"),
+        "data": data,
+        "out": str(out),
+        "steps": 4,
+        "batch": 4,
+        "evaluate_every": 2,
+    }
     return RunConfig.of({**own, **fields})
 
 
@@ -247,15 +305,23 @@ def test_a_run_learns_the_same_bits_and_resumes_from_either(world: Path, tmp_pat
     for tokens in ("memory", "files"):
         run_training(run_of(world, tmp_path / tokens, tokens), resume=False, screen=QuietScreen())
     with ended_before_step(2):
-        run_training(run_of(world, tmp_path / "parts", "memory"), resume=False, screen=QuietScreen())
+        run_training(
+            run_of(world, tmp_path / "parts", "memory"), resume=False, screen=QuietScreen()
+        )
     file = tmp_path / "parts" / "run.yaml"
     file.write_text(file.read_text().replace("tokens: memory", "tokens: files"))
     assert main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
-    found = [read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("memory", "files", "parts")]
+    found = [
+        read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        for n in ("memory", "files", "parts")
+    ]
     for other in found[1:]:
         assert all((found[0][name] == other[name]).all() for name in found[0])
     losses = [
-        [json.loads(line).get("loss") for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line).get("loss")
+            for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()
+        ]
         for n in ("memory", "files")
     ]
     assert losses[0] == losses[1]
@@ -277,7 +343,9 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_the_rows_that_it_held_
     assert states and main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
     run_training(run_of(world, tmp_path / "now", "memory"), resume=False, screen=QuietScreen())
     started = [
-        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["validation_rows"]
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])[
+            "validation_rows"
+        ]
         for name in ("run", "now")
     ]
     assert started[0] != started[1] == 8
@@ -307,7 +375,8 @@ def test_under_exact_sums_a_run_goes_on_with_as_many_rows_at_once_as_it_began_wi
     assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
     run_training(run("now"), resume=False, screen=QuietScreen())
     whole, resumed, now = (
-        read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run", "now")
+        read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "run", "now")
     )
     assert all((whole[name] == resumed[name]).all() for name in whole)
     assert any((whole[name] != now[name]).any() for name in whole)
@@ -317,7 +386,10 @@ def test_under_exact_sums_a_run_goes_on_with_as_many_rows_at_once_as_it_began_wi
 def test_a_run_that_an_earlier_version_began_goes_on_with_rows_that_are_now_refused(
     world: Path, tmp_path: Path, tokens: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"prompt": f"is {n} odd", "completion": f"it is {n}", "label": n % 2 == 0} for n in range(12)]
+    rows = [
+        {"prompt": f"is {n} odd", "completion": f"it is {n}", "label": n % 2 == 0}
+        for n in range(12)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = run_of(world, tmp_path / "run", tokens).model_copy(
         update={"data": DataConfig.of({"train": str(tmp_path / "a.jsonl"), "tokens": tokens})}
@@ -325,22 +397,29 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_rows_that_are_now_refu
     with monkeypatch.context() as earlier, ended_before_step(2):
         earlier.setattr(Labels, "problems", lambda self: iter(()))
         run_training(config, resume=False, screen=QuietScreen())
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # as the earlier version's are under another name
+    shutil.rmtree(
+        tmp_path / "cache", ignore_errors=True
+    )  # as the earlier version's are under another name
     assert main(["train", "--resume", str(tmp_path / "run"), "--quiet"]) == 0
     with pytest.raises(DataError, match="D116"):
-        run_training(config.model_copy(update={"out": str(tmp_path / "new")}), resume=False, screen=QuietScreen())
+        run_training(
+            config.model_copy(update={"out": str(tmp_path / "new")}),
+            resume=False,
+            screen=QuietScreen(),
+        )
 
 
 def test_a_run_that_took_equal_neighbours_for_one_row_is_refused_and_one_without_goes_on(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows that became several examples, by a template that keeps the reasoning of the last answer alone."""
+    """Rows that became several examples, by a template that keeps the reasoning of the last answer
+    alone."""
     base = shutil.copytree(world / "base", tmp_path / "base")
     tokenizer = load_base(str(base)).tokenizer
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content if loop.last or m.role == 'user' else "
-        "'<|im_start|>' + m.role + m.content.split('</think>')[-1] }}{{ '<|im_end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content if loop.last or m.role =="
+        " 'user' else '<|im_start|>' + m.role + m.content.split('</think>')[-1] }}{{ '<|im_end|>'"
+        " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     )
     tokenizer.save_pretrained(base)
     answers = ("<think>hm</think>b", "<think>oh</think>d")
@@ -357,8 +436,15 @@ def test_a_run_that_took_equal_neighbours_for_one_row_is_refused_and_one_without
     for name, wanted in (("equal", [rows[0], *rows]), ("apart", rows)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in wanted))
-        fields = {"base": str(base), "data": {"train": str(file), "validation_share": 0}, "steps": 4, "batch": 2}
-        config = RunConfig.of({**fields, "out": str(tmp_path / name), "evaluate_every": 1, "method": {"name": "lora"}})
+        fields = {
+            "base": str(base),
+            "data": {"train": str(file), "validation_share": 0},
+            "steps": 4,
+            "batch": 2,
+        }
+        config = RunConfig.of(
+            {**fields, "out": str(tmp_path / name), "evaluate_every": 1, "method": {"name": "lora"}}
+        )
         with ended_before_step(3):
             run_training(config, resume=False, screen=QuietScreen())
         for path in (tmp_path / name / "checkpoints").rglob("state.json"):
@@ -366,14 +452,31 @@ def test_a_run_that_took_equal_neighbours_for_one_row_is_refused_and_one_without
             assert state["origin"].pop("rows_by") == "number"
             path.write_text(json.dumps(state))
             write_manifest(path.parent)
-        assert main(["train", "--resume", str(tmp_path / name), "--quiet"]) == (2 if name == "equal" else 0)
+        assert main(["train", "--resume", str(tmp_path / name), "--quiet"]) == (
+            2 if name == "equal" else 0
+        )
     said = capsys.readouterr().err
-    assert "took equal neighbouring rows for one" in said and "equal.jsonl:2 repeats the row before it" in said
+    assert (
+        "took equal neighbouring rows for one" in said
+        and "equal.jsonl:2 repeats the row before it" in said
+    )
 
 
 def test_equal_neighbours_are_found_in_memory_and_in_files(tmp_path: Path) -> None:
     ids, trained = np.arange(4, dtype=np.int32), np.arange(4) > 1
-    numbers = [(None, 5), (None, 5), (0, 7), (0, 8), (1, 7), (1, 8), (2, 9), (None, 9), (3, 7), (3, 8), (4, 7)]
+    numbers = [
+        (None, 5),
+        (None, 5),
+        (0, 7),
+        (0, 8),
+        (1, 7),
+        (1, 8),
+        (2, 9),
+        (None, 9),
+        (3, 7),
+        (3, 8),
+        (4, 7),
+    ]
     examples = [Example(ids, trained, RowRef("r", 1), key, row=row) for row, key in numbers]
     writer = ExampleWriter(tmp_path)
     writer.add(examples)
@@ -389,7 +492,9 @@ def test_the_plan_of_an_epoch_is_its_list_and_its_micro_batches_are_spans_of_it(
         plan = plan_epoch(lengths, **asked)
         listed = [*plan]
         assert [plan[i] for i in range(len(plan))] == listed and plan[-1] == listed[-1]
-        parts = [rows[start : start + 3] for rows in listed[:40] for start in range(0, len(rows), 3)]
+        parts = [
+            rows[start : start + 3] for rows in listed[:40] for start in range(0, len(rows), 3)
+        ]
         assert [plan.rows[start:stop].tolist() for start, stop in plan.spans(3, 40)] == parts
         assert sorted(row for rows in listed for row in rows) == list(range(1003))
 
@@ -402,14 +507,20 @@ def test_examples_come_back_from_files_as_they_were_written(tmp_path: Path) -> N
         trained = generator.random(size) < 0.3
         trained[-1] = True
         ids = generator.integers(0, 2**31 - 1, size).astype(np.int32)
-        made.append(Example(ids, trained, RowRef(f"f{n % 3}", n), n * 2**40, row=n // 2 if n > 4000 else None))
+        made.append(
+            Example(
+                ids, trained, RowRef(f"f{n % 3}", n), n * 2**40, row=n // 2 if n > 4000 else None
+            )
+        )
     writer = ExampleWriter(tmp_path)
     for start in range(0, len(made), 7):
         writer.add(made[start : start + 7])
     writer.close()
     found = StoredExamples(tmp_path)
     assert plain(found) == plain(made) and len(found) == len(made)
-    assert plain(found[-3:]) == plain(made[-3:]) and found.lengths.tolist() == [len(e.ids) for e in made]
+    assert plain(found[-3:]) == plain(made[-3:]) and found.lengths.tolist() == [
+        len(e.ids) for e in made
+    ]
     assert plain([found[-1]]) == plain([made[-1]])
     ours, theirs = Rows.of(found), Rows.of(made)
     assert [*ours.starts] == [*theirs.starts] and [*ours.lengths] == [*theirs.lengths]

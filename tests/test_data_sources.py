@@ -1,4 +1,5 @@
-"""Files to rows: every broken row is found and named by its line; what is read is what stands there."""
+"""Files to rows: every broken row is found and named by its line; what is read is what stands
+there."""
 
 from __future__ import annotations
 
@@ -19,12 +20,20 @@ from veneer.errors import DataError
 
 
 def chat(question: str = "Why?", answer: str = "So.") -> dict[str, object]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 GOOD = json.dumps(chat()).encode()
 BROKEN = {
-    "CP1252 text": (json.dumps(chat()).replace("Why", "caf\\u00e9").encode().replace(b"\\u00e9", b"\xe9"), "D102"),
+    "CP1252 text": (
+        json.dumps(chat()).replace("Why", "caf\\u00e9").encode().replace(b"\\u00e9", b"\xe9"),
+        "D102",
+    ),
     "a NUL byte": (GOOD.replace(b"W", b"\0"), "D102"),
     "half a surrogate pair": (GOOD.replace(b"Why", b"\\ud83d"), "D102"),
     "a cut line": (GOOD[:-10], "D103"),
@@ -32,11 +41,20 @@ BROKEN = {
     "NaN": (b'{"score": NaN, ' + GOOD[1:], "D103"),
     "a number of 5,000 digits": (b'{"n": ' + b"9" * 5000 + b", " + GOOD[1:], "D103"),
     "deep nesting": (b"[" * 100_000, "D103"),
-    "keys nested 600 deep": (b'{"score": ' + b'{"a":' * 600 + b"1" + b"}" * 600 + b", " + GOOD[1:], "D103"),
+    "keys nested 600 deep": (
+        b'{"score": ' + b'{"a":' * 600 + b"1" + b"}" * 600 + b", " + GOOD[1:],
+        "D103",
+    ),
     "a number beyond all": (b'{"score": 1e999, ' + GOOD[1:], "D103"),
-    "half a surrogate pair beside the text": (GOOD.replace(b'"role"', b'"na\\udc00me": 1, "role"', 1), "D102"),
+    "half a surrogate pair beside the text": (
+        GOOD.replace(b'"role"', b'"na\\udc00me": 1, "role"', 1),
+        "D102",
+    ),
     "a key twice": (b'{"messages": [], ' + GOOD[1:], "D104"),
-    "an inner key twice": (GOOD.replace(b'"role": "user"', b'"role": "user", "role": "system"'), "D104"),
+    "an inner key twice": (
+        GOOD.replace(b'"role": "user"', b'"role": "user", "role": "system"'),
+        "D104",
+    ),
     "a list": (b"[1, 2]", "D105"),
     "a string": (b'"hello"', "D105"),
     "unknown columns": (b'{"question": "a", "answer": "b"}', "D107"),
@@ -73,7 +91,9 @@ def test_every_broken_line_is_reported_with_its_number(
 ) -> None:
     lines = [GOOD if kind is None else BROKEN[kind][0] for kind in kinds]
     rows, problems = scan_rows(write(tmp_path_factory.mktemp("rows") / "rows.jsonl", *lines))
-    assert found(problems) == {n: BROKEN[kind][1] for n, kind in enumerate(kinds, 1) if kind is not None}
+    assert found(problems) == {
+        n: BROKEN[kind][1] for n, kind in enumerate(kinds, 1) if kind is not None
+    }
     assert [row.ref.line for row in rows] == [n for n, kind in enumerate(kinds, 1) if kind is None]
 
 
@@ -105,7 +125,9 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.jsonl")
 
 
-def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
     huge = json.dumps(chat(answer="x" * 5000)).encode()
     rows, problems = scan_rows(write(tmp_path / "rows.jsonl", GOOD, huge, huge, GOOD))
@@ -113,7 +135,9 @@ def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(tmp_path: Path, mo
     assert [row.ref.line for row in rows] == [1, 4]
 
 
-@pytest.mark.parametrize("layout", ["[%s, %s]", '{"version": {"n": 1}, "data": [%s, %s]}', " [\n%s\n,%s]\n"])
+@pytest.mark.parametrize(
+    "layout", ["[%s, %s]", '{"version": {"n": 1}, "data": [%s, %s]}', " [\n%s\n,%s]\n"]
+)
 def test_a_json_file_is_a_list_or_holds_one_under_data(tmp_path: Path, layout: str) -> None:
     (tmp_path / "rows.json").write_text(layout % (json.dumps(chat("A")), json.dumps(chat("B"))))
     rows = read_rows(tmp_path / "rows.json")
@@ -141,10 +165,22 @@ def test_what_is_wrong_with_a_json_file_is_said(tmp_path: Path, text: str, messa
 
 
 def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
-    lines = [b"prompt,completion", b'"two', b'lines",yes', b"only one", b"a,\xe9", b"a,b,c", b"", b"last,row"]
+    lines = [
+        b"prompt,completion",
+        b'"two',
+        b'lines",yes',
+        b"only one",
+        b"a,\xe9",
+        b"a,b,c",
+        b"",
+        b"last,row",
+    ]
     rows, problems = scan_rows(write(tmp_path / "rows.csv", *lines))
     assert found(problems) == {4: "D105", 5: "D102", 6: "D105"}
-    assert [(row.ref.line, row.messages[0]["content"]) for row in rows] == [(2, "two\nlines"), (8, "last")]
+    assert [(row.ref.line, row.messages[0]["content"]) for row in rows] == [
+        (2, "two\nlines"),
+        (8, "last"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +190,10 @@ def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
         ("prompt\tcompletion\na\tb\n", "parted by tabs"),
         ("prompt,prompt\na,b\n", "'prompt' twice"),
         ('prompt,completion\n"a,b\n', "rows.csv:2  is not CSV"),
-        ("text,category\nLost card,card_lost\n", "rename column 'text' to 'prompt' and 'category' to 'completion'"),
+        (
+            "text,category\nLost card,card_lost\n",
+            "rename column 'text' to 'prompt' and 'category' to 'completion'",
+        ),
         ("mr,ref\na,b\n", "rename column 'mr' to 'prompt' and 'ref' to 'completion'"),
         ("prompt,answer\na,b\n", "rename column 'answer' to 'completion'"),
         ("a,b,c\n1,2,3\n", "Name the column with the question 'prompt'"),
@@ -194,7 +233,9 @@ def test_times_that_python_does_not_know_hide_no_parquet_rows(tmp_path: Path) ->
         "took": pyarrow.array([3], pyarrow.duration("ns")),
         "none": pyarrow.array([None], pyarrow.timestamp("ns")),
     }
-    parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"], **times}), tmp_path / "rows.parquet")
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "completion": ["b"], **times}), tmp_path / "rows.parquet"
+    )
     (row,) = read_rows(tmp_path / "rows.parquet")
     assert [message["content"] for message in row.messages] == ["a", "b"]
 
@@ -217,7 +258,9 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.parquet")
 
 
-def test_without_pyarrow_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'veneer\[parquet\]'"):
@@ -248,9 +291,13 @@ def test_a_file_of_several_layouts_is_refused_with_lines_of_each(tmp_path: Path)
     assert "rows.jsonl:2, 4-5 (3 rows)  3 rows are text" in str(error.value)
 
 
-def test_a_key_that_stands_there_a_hundred_thousand_times_costs_no_more_than_others(tmp_path: Path) -> None:
+def test_a_key_that_stands_there_a_hundred_thousand_times_costs_no_more_than_others(
+    tmp_path: Path,
+) -> None:
     twice = b"{" + b", ".join(b'"k%d": 1' % (number // 2) for number in range(100_000)) + b"}"
-    _, problems = scan_rows(write(tmp_path / "rows.jsonl", twice))  # compared one by one, it takes minutes
+    _, problems = scan_rows(
+        write(tmp_path / "rows.jsonl", twice)
+    )  # compared one by one, it takes minutes
     assert found(problems) == {1: "D104"} and len(problems[0].message) < 200
 
 
@@ -270,13 +317,19 @@ def test_a_list_in_a_file_of_lines_is_told_where_it_belongs(tmp_path: Path) -> N
 def _labelled(suffix: str, labels: Sequence[Any]) -> bytes:
     """Rows of prompt, completion and these labels, as a file of this kind."""
     if suffix == ".csv":
-        return b"prompt,completion,label\n" + b"".join(f"a {n},b,{v}\n".encode() for n, v in enumerate(labels))
-    rows = [{"prompt": f"a {n}", "completion": "b", "label": label} for n, label in enumerate(labels)]
+        return b"prompt,completion,label\n" + b"".join(
+            f"a {n},b,{v}\n".encode() for n, v in enumerate(labels)
+        )
+    rows = [
+        {"prompt": f"a {n}", "completion": "b", "label": label} for n, label in enumerate(labels)
+    ]
     return b"\n".join(json.dumps(row).encode() for row in rows)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_rows_that_booleans_mark_as_good_and_bad_answers_are_refused(tmp_path: Path, suffix: str) -> None:
+def test_rows_that_booleans_mark_as_good_and_bad_answers_are_refused(
+    tmp_path: Path, suffix: str
+) -> None:
     file = write(tmp_path / f"rows{suffix}", _labelled(suffix, [True, False, True, False]))
     rows, problems = scan_rows(file)
     at = (3, 5) if suffix == ".csv" else (2, 4)
@@ -286,16 +339,22 @@ def test_rows_that_booleans_mark_as_good_and_bad_answers_are_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-@pytest.mark.parametrize("labels", [[False, False], [True, True], [0, 1], ["spam", "ham"], [True, False, "unknown"]])
+@pytest.mark.parametrize(
+    "labels", [[False, False], [True, True], [0, 1], ["spam", "ham"], [True, False, "unknown"]]
+)
 def test_other_labels_are_metadata(tmp_path: Path, suffix: str, labels: list[Any]) -> None:
     file = write(tmp_path / f"rows{suffix}", _labelled(suffix, labels))
     assert len(read_rows(file)) == len(labels)
 
 
-def test_a_label_marks_answers_over_all_files_of_a_set_and_in_one_layout_alone(tmp_path: Path) -> None:
+def test_a_label_marks_answers_over_all_files_of_a_set_and_in_one_layout_alone(
+    tmp_path: Path,
+) -> None:
     for name, label in (("bad", False), ("good", True)):
         write(tmp_path / f"{name}.jsonl", _labelled(".jsonl", [label, label]))
     _, problems = scan_rows(tmp_path)
-    assert [(Path(p.file).name, p.code, p.lines) for p in problems] == [("bad.jsonl", "D116", (1, 2))]
+    assert [(Path(p.file).name, p.code, p.lines) for p in problems] == [
+        ("bad.jsonl", "D116", (1, 2))
+    ]
     chats = [json.dumps({**json.loads(GOOD), "label": label}).encode() for label in (True, False)]
     assert len(read_rows(write(tmp_path / "chats.jsonl", *chats))) == 2

@@ -27,10 +27,15 @@ def reference(model, prompts, stops, new=NEW):
     answers = []
     for prompt in prompts:
         settings = GenerationConfig(
-            max_new_tokens=new, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=258
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=258,
         )
         out = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=settings
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            generation_config=settings,
         )
         ids = out[0, len(prompt) :].tolist()
         answers.append(next((ids[:at] for at, token in enumerate(ids) if token in stops), ids))
@@ -51,7 +56,10 @@ def test_answers_are_those_of_transformers(family, prompts):
     base = tiny_base(family)
     model = base.model
     free = reference(model, prompts, {EOS})
-    stops = {EOS, *(answer[5] for answer in free[1:4:2] if len(answer) > 5)}  # rows stop at different steps
+    stops = {
+        EOS,
+        *(answer[5] for answer in free[1:4:2] if len(answer) > 5),
+    }  # rows stop at different steps
     expected = reference(model, prompts, stops)
     assert ours(base, prompts, stops) == expected
     assert len({len(answer) for answer in expected}) > 1
@@ -79,7 +87,9 @@ def test_answers_do_not_depend_on_how_many_rows_go_together(monkeypatch, rows):
 
 
 @pytest.mark.parametrize(("name", "few"), [("READ_TOKENS", 64), ("KEYS_TOKENS", 96)])
-def test_long_prompts_are_read_in_parts_and_few_blocks_let_few_answers_go_together(monkeypatch, name, few):
+def test_long_prompts_are_read_in_parts_and_few_blocks_let_few_answers_go_together(
+    monkeypatch, name, few
+):
     base = tiny_base("qwen3")
     expected = reference(base.model, SHARED, {EOS}, 5)
     monkeypatch.setattr(answers, name, few)
@@ -96,18 +106,24 @@ def test_an_answer_may_be_longer_than_all_that_is_held_of_several(monkeypatch):
 def test_one_long_prompt_does_not_keep_short_ones_apart(monkeypatch):
     base, steps, right = tiny_base("llama"), [], PagedForward.rows
     assert decodes_packed(base)
-    monkeypatch.setattr(PagedForward, "rows", lambda self, plan: steps.append(plan) or right(self, plan))
+    monkeypatch.setattr(
+        PagedForward, "rows", lambda self, plan: steps.append(plan) or right(self, plan)
+    )
     ours(base, [[5] * 400, *PROMPTS], new=4)
     assert len(steps) <= 5
 
 
 def test_a_step_gives_the_logits_of_the_whole_text():
-    """Read in chunks beside others that go on, the second and the third from what the first has read."""
+    """Read in chunks beside others that go on, the second and the third from what the first has
+    read."""
     model = tiny_model("gemma2", torch.float64)
     prove_decoding(model)
     whole = [model(input_ids=torch.tensor([p]), use_cache=False).logits[0] for p in SHARED]
     found = continued(
-        model, [p[:-2] for p in SHARED], [p[-2:] for p in SHARED], Limits(rows=3, step_tokens=13, chunk_tokens=9)
+        model,
+        [p[:-2] for p in SHARED],
+        [p[-2:] for p in SHARED],
+        Limits(rows=3, step_tokens=13, chunk_tokens=9),
     )
     close = {"rtol": 1e-4, "atol": 1e-5}  # rotary angles and norms are float32 in the model itself
     for own, of in zip(found, whole, strict=True):
@@ -127,7 +143,9 @@ def test_rows_that_stopped_are_not_computed(monkeypatch):
     free = reference(base.model, PROMPTS, {EOS})
     stop = next(token for token in free[1] if sum(token in answer for answer in free) >= 3)
     assert decodes_packed(base)
-    monkeypatch.setattr(PagedForward, "rows", lambda self, plan: computed.append(plan) or right(self, plan))
+    monkeypatch.setattr(
+        PagedForward, "rows", lambda self, plan: computed.append(plan) or right(self, plan)
+    )
     found = ours(base, PROMPTS * 4, {stop})
     read = sum(map(len, PROMPTS * 4))
     most = sum(min(len(answer), NEW - 1) for answer in found)
@@ -154,7 +172,9 @@ def test_sampling_is_reproducible_and_a_row_does_not_depend_on_its_neighbours():
 def test_sampling_follows_the_models_probabilities():
     base = tiny_base("llama", initializer_range=0.05)
     prompt = PROMPTS[3]
-    drawn = [ids[0] for ids in generate(base, [prompt] * 4000, max_new_tokens=1, temperature=0.7) if ids]
+    drawn = [
+        ids[0] for ids in generate(base, [prompt] * 4000, max_new_tokens=1, temperature=0.7) if ids
+    ]
     logits = base.model(input_ids=torch.tensor([prompt])).logits[0, -1]
     expected = torch.softmax(logits / 0.7, dim=-1)
     top = expected.topk(5)
@@ -173,7 +193,9 @@ def test_where_nothing_is_left_to_draw_from_the_likeliest_token_is_drawn(family)
     base = tiny_base(family)
     greedy = generate(base, PROMPTS, max_new_tokens=4)
     for edge in ({"top_p": 0.0}, {"top_p": 1e-30}, {"temperature": 1e-38}, {"temperature": 5e-324}):
-        assert generate(base, PROMPTS, max_new_tokens=4, **{"temperature": 1.0, **edge}) == greedy, edge
+        assert (
+            generate(base, PROMPTS, max_new_tokens=4, **{"temperature": 1.0, **edge}) == greedy
+        ), edge
     generate(base, PROMPTS[:1], max_new_tokens=4, temperature=100.0, top_p=1.0, seed=2**32 - 1)
 
 
@@ -203,7 +225,9 @@ def test_tokens_stream_without_the_stop_token_and_prompts_are_counted_as_they_fi
     base = tiny_base("llama")
     seen: list[int] = []
     done: list[int] = []
-    (answer,) = generate(base, [PROMPTS[2]], max_new_tokens=7, on_token=seen.append, on_done=done.append)
+    (answer,) = generate(
+        base, [PROMPTS[2]], max_new_tokens=7, on_token=seen.append, on_done=done.append
+    )
     assert seen == answer and done == [1]
     base.model.generation_config.eos_token_id = answer[3]
     seen.clear()
@@ -262,12 +286,18 @@ def test_answers_behind_a_trained_prefix_are_those_of_transformers(family, layer
     plain = generate(base, prompts, max_new_tokens=NEW)
     config = Prefix(tokens=5, start="random", layers=layers)
     attachment = attach(
-        base.model, config, name="p", routing=base.routing, head=base.model.get_output_embeddings(), seed=0
+        base.model,
+        config,
+        name="p",
+        routing=base.routing,
+        head=base.model.get_output_embeddings(),
+        seed=0,
     )
     fill(attachment.parameters().values())
     base.routing.active = (("p", 1.0),)
     found = generate(base, prompts, max_new_tokens=NEW)
     assert base.decodes_packed
     assert found == reference(base.model, prompts, {EOS})
-    # In long prompts five faint keys may change no token: windows leave them behind, others outweigh them.
+    # In long prompts five faint keys may change no token: windows leave them behind, others
+    # outweigh them.
     assert found != plain or prompts is SHARED

@@ -1,4 +1,5 @@
-"""Requests for many adapters in one batch, by a model that is pretended: what other servers got wrong."""
+"""Requests for many adapters in one batch, by a model that is pretended: what other servers got
+wrong."""
 
 import pytest
 
@@ -73,7 +74,8 @@ def test_an_adapter_that_breaks_after_it_ran_fails_what_has_gone_back():
 
 
 def test_two_adapters_of_one_name_share_no_cache():
-    """A name is a pointer: identity is the content. So a new version finds nothing of the old one."""
+    """A name is a pointer: identity is the content. So a new version finds nothing of the old
+    one."""
     toy = Toy()
     old, new = (("1" * 64, 1.0),), (("2" * 64, 1.0),)
     first = toy.add(range(12), 3, old)
@@ -174,7 +176,9 @@ def test_popular_adapters_do_not_starve_one_that_waits_for_a_place(starving):
     assert all(toy.right(each) for each in toy.ended)
 
 
-@pytest.mark.parametrize(("starving", "leaving"), [(B, "z"), ((*B, *C), "yz")], ids=["one", "two at once"])
+@pytest.mark.parametrize(
+    ("starving", "leaving"), [(B, "z"), ((*B, *C), "yz")], ids=["one", "two at once"]
+)
 def test_only_those_adapters_make_room_that_are_done_soonest(starving, leaving):
     toy = Toy(rows=8, max_adapters=3, max_overtaken=0, max_waiting=1000, blocks=400)
     names = {"x": 40, "y": 14, "z": 7}
@@ -218,4 +222,6 @@ def test_a_thousand_requests_leave_nothing_behind():
     for content in "abc":
         toy.blocks.forget(content * 8)
     held = vars(toy.scheduler)
-    assert not any(held[name] for name in ("_waiting", "_running", "_others", "_cancelled", "_plan"))
+    assert not any(
+        held[name] for name in ("_waiting", "_running", "_others", "_cancelled", "_plan")
+    )

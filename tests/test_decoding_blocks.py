@@ -19,7 +19,9 @@ TWO: Identity = (("2" * 64, 1.0),)
 
 
 def manager(blocks: int = 8, base: str = "base") -> BlockManager:
-    return BlockManager(base=base, budget_bytes=blocks * SIZE * 10, bytes_per_token=10, tokens_per_block=SIZE)
+    return BlockManager(
+        base=base, budget_bytes=blocks * SIZE * 10, bytes_per_token=10, tokens_per_block=SIZE
+    )
 
 
 @dataclass(eq=False)
@@ -70,7 +72,9 @@ class Memory:
             assert self.places.read(text.table, place, copied) == text.contents(place)
         assert self.places.front_holds(text.table, self.blocks.fronts)
 
-    def run(self, tokens: list[int], adapter: Identity = (), *, salt: str = "", front: int = 0) -> Text:
+    def run(
+        self, tokens: list[int], adapter: Identity = (), *, salt: str = "", front: int = 0
+    ) -> Text:
         text = Text(list(tokens), adapter, salt, front=front)
         assert self.open(text)
         self.compute(text)
@@ -126,7 +130,9 @@ def test_another_base_another_salt_and_another_size_of_blocks_have_other_names()
         manager().chain(ONE),
         manager(base="other").chain(ONE),
         manager().chain(ONE, salt="tenant"),
-        BlockManager(base="base", budget_bytes=10**4, bytes_per_token=1, tokens_per_block=2).chain(ONE),
+        BlockManager(base="base", budget_bytes=10**4, bytes_per_token=1, tokens_per_block=2).chain(
+            ONE
+        ),
         manager().chain(()),
         manager(base="b").chain((("ase", 1.0),)),
     ]
@@ -135,12 +141,14 @@ def test_another_base_another_salt_and_another_size_of_blocks_have_other_names()
     assert len({name for chain in chains for name in chain.names[:1]}) == len(chains)
 
 
-def test_a_block_without_references_stays_until_its_room_is_needed_and_the_end_of_a_text_goes_first():
+def test_a_block_without_references_stays_until_its_room_is_needed_last_of_a_text_first():
     memory = Memory(manager(4))
     memory.blocks.close(memory.run(TOKENS).table)  # 2 full blocks stay, the partial one is free
     assert memory.blocks.available == 4
     assert memory.blocks.held_bytes == 0
-    other = memory.run([1, 2, 3, 4, 5, 6, 7, 8, 9])  # takes the 2 free ones, then the end of the old text
+    other = memory.run(
+        [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    )  # takes the 2 free ones, then the end of the old text
     assert memory.blocks.findable == 3
     memory.blocks.close(other.table)
     assert memory.cached(TOKENS) == 4
@@ -290,7 +298,10 @@ def test_a_budget_without_room_for_a_block_says_both_numbers():
 
 
 def test_neither_torch_nor_transformers_is_loaded():
-    code = "import sys, veneer.decoding.scheduler; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, veneer.decoding.scheduler; sys.exit(bool({'torch', 'transformers'} &"
+        " set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -298,7 +309,8 @@ FRONT = {(): 0, ONE: 0, TWO: 6, (*ONE, *TWO): 3}
 
 
 class Books(RuleBasedStateMachine):
-    """Any calls in any order: the books agree, and every table reads what its sequence has written."""
+    """Any calls in any order: the books agree, and every table reads what its sequence has
+    written."""
 
     @initialize(blocks=st.integers(1, 14))
     def begin(self, blocks: int) -> None:
@@ -338,12 +350,20 @@ class Books(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         text = self.some(data)
         if text.table.blocks[text.computed // SIZE : text.computed // SIZE + 1] and any(
-            copy.target == text.table.blocks[text.computed // SIZE] for copy in self.memory.blocks.copies
+            copy.target == text.table.blocks[text.computed // SIZE]
+            for copy in self.memory.blocks.copies
         ):
             return  # what waits for its own copy is not forked: it has computed nothing yet
         table = self.memory.blocks.fork(text.table, text.computed)
         if table is not None:
-            fork = Text(text.tokens[: text.computed], text.adapter, text.salt, table, text.computed, text.front)
+            fork = Text(
+                text.tokens[: text.computed],
+                text.adapter,
+                text.salt,
+                table,
+                text.computed,
+                text.front,
+            )
             self.texts.append(fork)
 
     @precondition(lambda self: self.texts)

@@ -1,4 +1,5 @@
-"""What a step of the engine computes: its rows, what they are filled up to, the bytes of a token."""
+"""What a step of the engine computes: its rows, what they are filled up to, the bytes of a
+token."""
 
 import torch
 
@@ -9,7 +10,9 @@ from veneer.decoding.forward import PagedForward
 from veneer.decoding.scheduler import Limits
 
 
-def test_rows_that_are_read_are_filled_up_to_one_of_few_shapes_and_single_tokens_are_not(monkeypatch):
+def test_rows_that_are_read_are_filled_up_to_one_of_few_shapes_and_single_tokens_are_not(
+    monkeypatch,
+):
     steps, right = [], PagedForward.rows
 
     def noted(self, plan):

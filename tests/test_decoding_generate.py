@@ -6,7 +6,11 @@ from tests.tiny import FAMILIES, tiny_base
 from veneer.decoding.generate import generate
 from veneer.models.step import prepare
 
-PROMPTS = [[5, 9, 30, 7], [61, 2, 8, 44, 10, 11, 12, 90, 5, 4, 3, 61, 2, 8, 44, 10, 11, 12, 90, 5, 4], [1, 2]]
+PROMPTS = [
+    [5, 9, 30, 7],
+    [61, 2, 8, 44, 10, 11, 12, 90, 5, 4, 3, 61, 2, 8, 44, 10, 11, 12, 90, 5, 4],
+    [1, 2],
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

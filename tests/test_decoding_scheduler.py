@@ -53,9 +53,20 @@ def test_a_caller_says_that_a_token_is_the_last():
 
 def test_a_request_says_everything_that_is_wrong_with_it():
     with pytest.raises(ConfigError) as caught:
-        Request(prompt=(), max_new_tokens=0, adapter=(("x", math.nan), ("x", 1.0)), stops=frozenset([-1]))
+        Request(
+            prompt=(),
+            max_new_tokens=0,
+            adapter=(("x", math.nan), ("x", 1.0)),
+            stops=frozenset([-1]),
+        )
     said = str(caught.value)
-    for fault in ("max_new_tokens is 0", "prompt is empty", "weight 1 is nan", "stops has '-1'", "acts twice"):
+    for fault in (
+        "max_new_tokens is 0",
+        "prompt is empty",
+        "weight 1 is nan",
+        "stops has '-1'",
+        "acts twice",
+    ):
         assert fault in said
     with pytest.raises(ConfigError, match="min_new_tokens 5 is above max_new_tokens 4"):
         Request(prompt=(1,), max_new_tokens=4, min_new_tokens=5)
@@ -149,7 +160,9 @@ def test_the_same_calls_give_the_same_plans():
         plans = []
         while not toy.scheduler.idle:
             plan = toy.step()
-            plans.append([(s.sequence.number, s.start, s.stop, tuple(s.sequence.new)) for s in plan.spans])
+            plans.append(
+                [(s.sequence.number, s.start, s.stop, tuple(s.sequence.new)) for s in plan.spans]
+            )
         return plans
 
     assert run() == run()
@@ -179,7 +192,9 @@ def test_choices_without_rows_wait_and_find_the_prompt():
     toy.step()
     assert [s.state for s in choices] == [State.RUNNING] * 2 + [State.PREEMPTED] * 2
     toy.finish_all()
-    assert toy.computed == 10 + 2 * 4 + 2 * (2 + 4), "the last two tokens of the prompt are read again"
+    assert toy.computed == 10 + 2 * 4 + 2 * (2 + 4), (
+        "the last two tokens of the prompt are read again"
+    )
     assert all(toy.right(s) for s in choices)
 
 
@@ -213,7 +228,9 @@ def test_a_first_choice_that_ends_at_once_leaves_its_prompt_to_the_others():
 
 def test_a_prompt_that_can_never_fit_is_refused_at_once_with_both_numbers():
     toy = Toy(blocks=4)
-    with pytest.raises(DoesNotFitError, match=r"10 tokens and 8 new ones need room for 17; .* room for 16"):
+    with pytest.raises(
+        DoesNotFitError, match=r"10 tokens and 8 new ones need room for 17; .* room for 16"
+    ):
         toy.add(range(10), 8)
     toy.add(range(10), 7)
     toy.finish_all()

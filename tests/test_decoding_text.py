@@ -1,4 +1,5 @@
-"""Text said piece by piece is the text of the whole answer, cut before its first stop string, in linear time."""
+"""Text said piece by piece is the text of the whole answer, cut before its first stop string, in
+linear time."""
 
 import random
 
@@ -12,14 +13,32 @@ from veneer.decoding.text import MANY, TextStream, stop_check, text_of
 
 
 def sentencepiece():
-    """Llama 2's kind: a mark for each space, the first one of a text taken away, bytes where a character is unknown."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeh", "▁a", "▁he", "▁▁", "é", "日"]
+    """Llama 2's kind: a mark for each space, the first one of a text taken away, bytes where a
+    character is unknown."""
+    pieces = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdeh",
+        "▁a",
+        "▁he",
+        "▁▁",
+        "é",
+        "日",
+    ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    marks = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    marks = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(marks)
     backend.add_special_tokens(["</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=False
+    )
 
 
 TOKENIZERS = {"bytes": tiny_tokenizer(), "pieces": sentencepiece()}
@@ -43,7 +62,9 @@ def ids_of(name, text):
         return tokenizer(text)["input_ids"]
     known = {piece: i for piece, i in tokenizer.get_vocab().items() if len(piece) == 1}
     marked = text.replace(" ", "▁")
-    return [i for c in marked for i in ([known[c]] if c in known else [1 + byte for byte in c.encode()])]
+    return [
+        i for c in marked for i in ([known[c]] if c in known else [1 + byte for byte in c.encode()])
+    ]
 
 
 def said(stream, ids):
@@ -74,9 +95,18 @@ def test_the_pieces_of_any_bytes_are_their_text():
 def test_several_tokens_at_once_say_what_they_say_one_by_one(name):
     tokenizer, draw = TOKENIZERS[name], random.Random(6)
     for text in TEXTS * 5:
-        ids = [i for token in ids_of(name, text) for i in (token, *[tokenizer.eos_token_id] * draw.randrange(2))]
+        ids = [
+            i
+            for token in ids_of(name, text)
+            for i in (token, *[tokenizer.eos_token_id] * draw.randrange(2))
+        ]
         for stops in ([], ["he"], ["  b", "界!"]):
-            one_by_one, stream, pieces, place = TextStream(tokenizer, stops), TextStream(tokenizer, stops), [], 0
+            one_by_one, stream, pieces, place = (
+                TextStream(tokenizer, stops),
+                TextStream(tokenizer, stops),
+                [],
+                0,
+            )
             while place < len(ids):
                 many = draw.choice([0, 1, 2, 5, 40])
                 pieces.append(stream.push_all(ids[place : place + many]))
@@ -108,7 +138,9 @@ def test_nothing_of_a_stop_string_is_said_and_everything_before_it_is(name):
     tokenizer, draw = TOKENIZERS[name], random.Random(5)
     for _ in range(300):
         text = "".join(draw.choices("ab é", k=draw.randint(1, 30)))
-        stops = ["".join(draw.choices("ab é", k=draw.randint(1, 5))) for _ in range(draw.randint(0, 3))]
+        stops = [
+            "".join(draw.choices("ab é", k=draw.randint(1, 5))) for _ in range(draw.randint(0, 3))
+        ]
         ids = ids_of(name, text)
         text = text_of(tokenizer, ids)
         stream, sofar = TextStream(tokenizer, stops), ""
@@ -137,7 +169,12 @@ def test_a_token_costs_the_same_however_long_the_answer_is(name):
     tokenizer = TOKENIZERS[name]
     alone = ids_of(name, "é")[0] if name == "bytes" else 1 + 0xC3
     behind = ids_of(name, "é")[1] if name == "bytes" else 1 + 0xA9
-    for ids in (ids_of(name, "abc ") * 300, [alone] * 1200, [behind] * 1200, [tokenizer.eos_token_id] * 1200):
+    for ids in (
+        ids_of(name, "abc ") * 300,
+        [alone] * 1200,
+        [behind] * 1200,
+        [tokenizer.eos_token_id] * 1200,
+    ):
         counted = Counted(tokenizer)
         assert "".join(said(TextStream(counted, ["zz"]), ids)) == text_of(tokenizer, ids)
         assert counted.ids <= 3 * MANY * len(ids), counted.ids / len(ids)
@@ -149,5 +186,7 @@ def test_an_answer_said_piece_by_piece_is_the_answer(temperature):
     base = Base(model=plain.model, tokenizer=plain.tokenizer, source="tiny", name_or_path="tiny")
     pieces: list[str] = []
     answer = base.generate("é", max_new_tokens=60, temperature=temperature, on_text=pieces.append)
-    assert "".join(pieces) == answer == base.generate("é", max_new_tokens=60, temperature=temperature)
+    assert (
+        "".join(pieces) == answer == base.generate("é", max_new_tokens=60, temperature=temperature)
+    )
     assert answer and all(pieces)

@@ -1,4 +1,5 @@
-"""Requests that come, go, fail and wait in any order, by a model that is pretended (tests/toy_engine.py)."""
+"""Requests that come, go, fail and wait in any order, by a model that is pretended
+(tests/toy_engine.py)."""
 
 import math
 
@@ -15,7 +16,8 @@ A, B, C = (adapter(name) for name in "abc")
 
 
 class Traffic(RuleBasedStateMachine):
-    """Whatever comes when: each sequence ends exactly once, and its tokens are those that it gets alone."""
+    """Whatever comes when: each sequence ends exactly once, and its tokens are those that it gets
+    alone."""
 
     @initialize(
         blocks=st.integers(3, 20),
@@ -63,7 +65,10 @@ class Traffic(RuleBasedStateMachine):
             assert fault.waiting + request.choices > 12 >= fault.waiting
         except DoesNotFitError:
             needed = math.ceil(request.most_places / SIZE)
-            assert needed > self.toy.blocks.num_blocks or len(request.adapter) > self.toy.scheduler.limits.max_adapters
+            assert (
+                needed > self.toy.blocks.num_blocks
+                or len(request.adapter) > self.toy.scheduler.limits.max_adapters
+            )
         else:
             assert [s.choice for s in made] == list(range(request.choices))
             self.all += made
@@ -73,9 +78,14 @@ class Traffic(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.toy.scheduler.cancel(data.draw(st.sampled_from(self.all)))
 
-    @rule(own=st.sampled_from([A, B, C]), state=st.sampled_from(["ready", "ready", "on its way", "broken"]))
+    @rule(
+        own=st.sampled_from([A, B, C]),
+        state=st.sampled_from(["ready", "ready", "on its way", "broken"]),
+    )
     def adapters_come_and_go(self, own, state) -> None:
-        self.toy.adapters[own] = {"ready": self.front[own], "on its way": None, "broken": BROKEN}[state]
+        self.toy.adapters[own] = {"ready": self.front[own], "on its way": None, "broken": BROKEN}[
+            state
+        ]
         self.toy.adapters[(*A, *C)] = self.toy.adapters.get(A, 0)
 
     @rule(own=st.sampled_from([A, B, C]))
@@ -101,7 +111,9 @@ class Traffic(RuleBasedStateMachine):
         if drawing and what in ("break", "last"):
             s = data.draw(st.sampled_from(drawing))
             instead = {
-                s.number: BROKEN if what == "break" else Chosen(alone(s.request, s.choice)[len(s.new)], ends=True)
+                s.number: BROKEN
+                if what == "break"
+                else Chosen(alone(s.request, s.choice)[len(s.new)], ends=True)
             }
         self.stopped = {*getattr(self, "stopped", ()), *(instead if what == "last" else ())}
         toy.finish(plan, instead)
@@ -118,7 +130,9 @@ class Traffic(RuleBasedStateMachine):
         for own in toy.adapters:
             toy.adapters[own] = self.front.get(own, 0)
         toy.finish_all(3000)
-        assert sorted(s.number for s in toy.ended) == [s.number for s in self.all], "each ends exactly once"
+        assert sorted(s.number for s in toy.ended) == [s.number for s in self.all], (
+            "each ends exactly once"
+        )
         for s in self.all:
             assert s.state is State.FINISHED and s.table is None
             stopped = s.number in getattr(self, "stopped", ()) and s.reason is Reason.STOP

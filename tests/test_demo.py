@@ -55,7 +55,9 @@ Demo = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def finished(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+def finished(
+    base: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, Any]]:
     """Where every test finds a demo that has run, a copy of it as it was then, and its figures."""
     place = tmp_path_factory.mktemp("demo")
     figures = demo.run_demo(place / "demo", base=base, epochs=1)
@@ -103,14 +105,18 @@ def test_it_leaves_rows_a_run_and_both_sides_answers(out: Path, first: dict[str,
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    untuned, tuned = (json.loads((out / f"{name}.json").read_text())["answers"] for name in ("untuned", "tuned"))
+    untuned, tuned = (
+        json.loads((out / f"{name}.json").read_text())["answers"] for name in ("untuned", "tuned")
+    )
     assert len(untuned) == len(tuned) == HELD_OUT
     assert untuned != tuned  # the adapter acted
     assert first["untuned"].keys() == first["tuned"].keys()
     assert first["summary"]["steps"] == 2  # 12 rows in batches of 8
 
 
-def test_a_short_one_trains_so_many_steps_and_holds_out_what_it_answers(run: Demo, out: Path) -> None:
+def test_a_short_one_trains_so_many_steps_and_holds_out_what_it_answers(
+    run: Demo, out: Path
+) -> None:
     assert run(steps=1)["summary"]["steps"] == 1
     assert len((out / "held_out.jsonl").read_text().splitlines()) == demo.TRIED
 
@@ -129,7 +135,9 @@ def test_again_and_other_settings_train_anew(run: Demo, trainings: list[str]) ->
     assert trainings == ["new"] * 2
 
 
-def test_a_run_that_was_stopped_continues(run: Demo, first: dict[str, Any], trainings: list[str], out: Path) -> None:
+def test_a_run_that_was_stopped_continues(
+    run: Demo, first: dict[str, Any], trainings: list[str], out: Path
+) -> None:
     folder = out / "run"
     (folder / "summary.json").unlink()  # as if it had been stopped after its last checkpoint
     shutil.rmtree(folder / "adapter")
@@ -146,7 +154,9 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_anew(
     assert trainings == ["new"]
 
 
-def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(run: Demo, out: Path) -> None:
+def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stays(
+    run: Demo, out: Path
+) -> None:
     folder = out / "run"
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints")
@@ -200,7 +210,10 @@ def test_the_next_commands_run_as_they_are_printed(
 ) -> None:
     run()
     text = capsys.readouterr().out
-    commands = [shlex.split(line) for line in re.findall(r"^  (\S*veneer (?:.|\n(?!  \S*veneer))*)", text, re.M)]
+    commands = [
+        shlex.split(line)
+        for line in re.findall(r"^  (\S*veneer (?:.|\n(?!  \S*veneer))*)", text, re.M)
+    ]
     assert [command[1] for command in commands] == ["generate", "chat", "evaluate"]
     for _, *arguments in commands:
         monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
@@ -208,7 +221,9 @@ def test_the_next_commands_run_as_they_are_printed(
         assert capsys.readouterr().out or arguments[0] == "chat"
 
 
-def test_next_names_the_program_as_it_can_be_called_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_names_the_program_as_it_can_be_called_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bin_folder = tmp_path / "with space" / "bin"
     bin_folder.mkdir(parents=True)
     for name in ("python", "veneer"):

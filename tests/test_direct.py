@@ -1,4 +1,5 @@
-"""A step through a model's parts gives what the model gives, whatever acts there; what does not agree says why."""
+"""A step through a model's parts gives what the model gives, whatever acts there; what does not
+agree says why."""
 
 import gc
 import weakref
@@ -57,7 +58,10 @@ def test_a_layer_with_a_limit_that_the_trial_does_not_reach_is_called_whole():
 
 def differ(base, found):
     with torch.no_grad():
-        return apart(read_and_continued(found.logits, PROMPTS), read_and_continued(own_forward(base.model), PROMPTS))
+        return apart(
+            read_and_continued(found.logits, PROMPTS),
+            read_and_continued(own_forward(base.model), PROMPTS),
+        )
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
@@ -76,7 +80,8 @@ def test_experts_are_called_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"), [("olmo2", "usual parts"), ("gemma2", "usual parts: post_feed"), ("gpt2", "has no")]
+    ("family", "reason"),
+    [("olmo2", "usual parts"), ("gemma2", "usual parts: post_feed"), ("gpt2", "has no")],
 )
 def test_what_is_built_otherwise_says_why(family, reason):
     assert reason in direct(based(family).model)
@@ -86,7 +91,9 @@ def test_what_agrees_in_its_names_alone_is_found_out():
     """Granite's multipliers, which no name of a part tells."""
     sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    model = AutoModelForCausalLM.from_config(GraniteConfig(**sizes, **heads, residual_multiplier=0.3)).eval()
+    model = AutoModelForCausalLM.from_config(
+        GraniteConfig(**sizes, **heads, residual_multiplier=0.3)
+    ).eval()
     assert prove_packing(model) is None
     assert "differs" in direct(model)
 
@@ -107,7 +114,10 @@ def test_what_an_adapter_does_is_done_by_parts_too(name, monkeypatch):
     base = based("llama_untied")
     found = by_parts(base)
     head = base.model.get_output_embeddings()
-    move(attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1), seed=1)
+    move(
+        attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1),
+        seed=1,
+    )
     applied = base.routing.applied(((name, 1.0),))
     with base.routing.held(Acting.everywhere(applied)):
         assert found.fits == ("prefix" not in name)
@@ -126,13 +136,22 @@ def test_rows_of_several_adapters_go_by_parts_too():
     found = by_parts(base)
     for n, targets in enumerate((["q_proj", "down_proj"], ["o_proj", "gate_proj", "k_proj"])):
         move(
-            attach(base.model, LoRA(rank=3, targets=targets), name=f"a{n}", routing=base.routing, head=None, seed=n),
+            attach(
+                base.model,
+                LoRA(rank=3, targets=targets),
+                name=f"a{n}",
+                routing=base.routing,
+                head=None,
+                seed=n,
+            ),
             seed=n,
         )
     given = [(1, base.routing.applied(((f"a{n}", 1.0),))) for n in range(2)]
     prompts = [[5, 8, 1], [6, 2, 2], [7, 9, 4]]  # one row each in every step
     with base.routing.held(in_turn([(1, ()), *given])), torch.no_grad():
-        ours, theirs = (read_and_continued(run, prompts) for run in (found.logits, own_forward(base.model)))
+        ours, theirs = (
+            read_and_continued(run, prompts) for run in (found.logits, own_forward(base.model))
+        )
     assert apart(ours, theirs) < BOUND[torch.float32]
 
 
@@ -162,12 +181,16 @@ def test_a_layer_is_a_handful_of_calls(monkeypatch):
 @pytest.mark.parametrize("width", [2, 30, 64, 70, 576])
 def test_the_calls_between_products_are_their_references(dtype, width):
     torch.manual_seed(0)
-    h, delta, weight = (torch.randn(*shape).to(dtype) for shape in ((5, width), (5, width), (width,)))
+    h, delta, weight = (
+        torch.randn(*shape).to(dtype) for shape in ((5, width), (5, width), (width,))
+    )
     assert decoder_step.usable(h)
     for added in (None, delta):
         ours = decoder_step.add_norm(h, added, weight, 1e-5)
         theirs = decoder_step.add_norm_reference(h, added, weight, 1e-5)
-        assert torch.equal(ours[0], theirs[0]) and apart(ours[1].double(), theirs[1].double()) < 2**-7
+        assert (
+            torch.equal(ours[0], theirs[0]) and apart(ours[1].double(), theirs[1].double()) < 2**-7
+        )
     angles = torch.randn(5, width)
     turned = [(torch.randn(5, heads * width).to(dtype), heads) for heads in (3, 1)]
     copies = [x.clone() for x, _ in turned]

@@ -1,4 +1,5 @@
-"""What pages tell people and agents to type is a command, with flags that there are; benchmarks call what is there."""
+"""What pages tell people and agents to type is a command, with flags that there are; benchmarks
+call what is there."""
 
 import ast
 import json
@@ -22,14 +23,29 @@ from veneer.train.config import RunConfig
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", *sorted(ROOT.glob("docs/**/*.md")))]
 PAGES = [page for page in PAGES if page.name != "about.md"]  # the head of another
-WITH_COMMANDS = [page for page in PAGES if page.name != "errors.md"]  # whose blocks are what is said
-PROGRAMS = {"veneer", "pip", "python", "make", "git", "curl", "torchrun", "docker", "mkdocs", "for", ".ci/run"}
+WITH_COMMANDS = [
+    page for page in PAGES if page.name != "errors.md"
+]  # whose blocks are what is said
+PROGRAMS = {
+    "veneer",
+    "pip",
+    "python",
+    "make",
+    "git",
+    "curl",
+    "torchrun",
+    "docker",
+    "mkdocs",
+    "for",
+    ".ci/run",
+}
 PROGRAMS |= {"VENEER_SOAK_KILLS=50", ".venv/bin/python"}
 ELSEWHERE = {"several_machines.md": "tests/soak/test_recipes.py runs its blocks"}
 
 
 def commands(text: str) -> list[list[str]]:
-    """The lines of a page's blocks that call veneer, with what goes on behind a backslash, each as its words."""
+    """The lines of a page's blocks that call veneer, with what goes on behind a backslash, each as
+    its words."""
     return [words for block in blocks(text) for words in block.commands]
 
 
@@ -50,8 +66,9 @@ def test_every_command_of_a_page_is_one(page, capsys):
 
 
 def test_a_command_with_a_flag_that_is_none_would_be_found(capsys):
-    (first, second) = commands(
-        "```\n$ veneer plan --base b \\\n  --nothing\n```\n\n```\n# veneer no\nveneer doctor # yes\n```\n"
+    first, second = commands(
+        "```\n$ veneer plan --base b \\\n  --nothing\n```\n\n```\n# veneer no\nveneer doctor #"
+        " yes\n```\n"
     )
     assert first == ["plan", "--base", "b", "--nothing"] and second == ["doctor"]
     parsed(second)
@@ -60,7 +77,8 @@ def test_a_command_with_a_flag_that_is_none_would_be_found(capsys):
 
 
 def faults(text: str) -> list[str]:
-    """Of a page's blocks what is neither output nor able to run: in a shell, in Python, as rows or as a run."""
+    """Of a page's blocks what is neither output nor able to run: in a shell, in Python, as rows or
+    as a run."""
     found = []
     for block in blocks(text):
         if block.kind == "python":
@@ -70,7 +88,9 @@ def faults(text: str) -> list[str]:
         elif block.kind in ("json", "jsonl"):
             _ = [json.loads(row) for row in block.text.splitlines()]
         elif block.kind == "":
-            done = subprocess.run(["bash", "-n"], input=block.script, capture_output=True, text=True)
+            done = subprocess.run(
+                ["bash", "-n"], input=block.script, capture_output=True, text=True
+            )
             found += [done.stderr] if done.returncode else []
             begins = [line for line in block.script.splitlines() if re.match(r"[^\s#}\"'-]", line)]
             found += [line for line in begins if line.split()[0] not in PROGRAMS]
@@ -80,7 +100,8 @@ def faults(text: str) -> list[str]:
 
 
 def settings_faults(text: str) -> list[str]:
-    """Of a run's settings; what else is written as YAML belongs to another program and begins as a list."""
+    """Of a run's settings; what else is written as YAML belongs to another program and begins as a
+    list."""
     said = yaml.safe_load(text)
     if isinstance(said, dict):
         said.setdefault("data", "d.jsonl")
@@ -108,24 +129,36 @@ def test_every_block_of_a_page_can_run_or_is_marked_as_output(page):
 )
 def test_a_block_that_cannot_run_would_be_found(block):
     assert faults(f"```{block}\n```\n")
-    assert not faults("```text\nanything\n```\n\n```\n$ veneer doctor\nversions\n```\n```yaml\nbatch: 4\n```\n")
+    assert not faults(
+        "```text\nanything\n```\n\n```\n$ veneer doctor\nversions\n```\n```yaml\nbatch: 4\n```\n"
+    )
 
 
 def missing_names(source: str) -> list[str]:
-    """What a file takes of ours by a name that is not there, where it imports it from or asks a module for it."""
+    """What a file takes of ours by a name that is not there, where it imports it from or asks a
+    module for it."""
     missing = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("veneer", "tests"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in (
+            "veneer",
+            "tests",
+        ):
             there = import_module(node.module or "")
             missing += [each.name for each in node.names if not _is_there(there, each.name)]
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("api", "veneer"):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ("api", "veneer")
+        ):
             there = import_module("veneer.api" if node.value.id == "api" else "veneer")
             missing += [] if _is_there(there, node.attr) else [node.attr]
     return missing
 
 
 def _is_there(module: ModuleType, name: str) -> bool:
-    return hasattr(module, name) or (hasattr(module, "__path__") and find_spec(f"{module.__name__}.{name}") is not None)
+    return hasattr(module, name) or (
+        hasattr(module, "__path__") and find_spec(f"{module.__name__}.{name}") is not None
+    )
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda file: file.stem)
@@ -134,7 +167,10 @@ def test_what_benchmarks_call_is_there(file):
 
 
 def test_a_name_that_is_not_there_would_be_found():
-    assert missing_names("from veneer.api import no\nfrom veneer import base, api\napi.none") == ["no", "none"]
+    assert missing_names("from veneer.api import no\nfrom veneer import base, api\napi.none") == [
+        "no",
+        "none",
+    ]
 
 
 def test_agents_are_told_every_page():
@@ -154,12 +190,16 @@ def test_the_site_has_every_command_flag_and_setting():
     hooks = written_by_the_site()
     told, settings = hooks.commands(), hooks.settings()
     for name in COMMANDS:
-        section = re.search(rf"^## veneer {name}$(.*?)(?=^## |\Z)", told, re.MULTILINE | re.DOTALL)[1]
+        section = re.search(rf"^## veneer {name}$(.*?)(?=^## |\Z)", told, re.MULTILINE | re.DOTALL)[
+            1
+        ]
         parser = Parser(prog=f"veneer {name}", allow_abbrev=False)
         import_module(f"veneer.cli.{name}").add_arguments(parser)
         flags = [flag for flag in parser._option_string_actions if flag not in ("-h", "--help")]
         assert [flag for flag in flags if flag not in section] == [], name
-    paths = [".".join(path) for path in setting_paths() if path != ("method", "name")]  # its values are headings
+    paths = [
+        ".".join(path) for path in setting_paths() if path != ("method", "name")
+    ]  # its values are headings
     assert len(paths) > 40 and [path for path in paths if f"| `{path}` |" not in settings] == []
 
 
@@ -174,9 +214,13 @@ def test_a_page_that_would_fetch_from_elsewhere_is_refused():
 
 def test_every_extra_says_what_it_adds():
     (extras,) = re.findall(
-        r"^\[project.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+        r"^\[project.optional-dependencies\]\n(.*?)^\[",
+        (ROOT / "pyproject.toml").read_text(),
+        re.MULTILINE | re.DOTALL,
     )
-    assert len(re.findall(r"^\w+ = ", extras, re.MULTILINE)) == len(re.findall(r"^# .*\n\w+ = ", extras, re.MULTILINE))
+    assert len(re.findall(r"^\w+ = ", extras, re.MULTILINE)) == len(
+        re.findall(r"^# .*\n\w+ = ", extras, re.MULTILINE)
+    )
 
 
 def test_every_exit_code_is_told():

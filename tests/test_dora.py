@@ -48,16 +48,25 @@ def test_its_gradients_are_those_of_the_formula_with_the_norm_held_still(bias, s
     inputs = [t.requires_grad_(True) for t in tensors if t is not None and t is not norm]
 
     def function(x, A, B, magnitude, own=None):
-        return dora_linear(x, A, B, magnitude, norm, own, base, scaling=SCALING, dropout=dropout(share))
+        return dora_linear(
+            x, A, B, magnitude, norm, own, base, scaling=SCALING, dropout=dropout(share)
+        )
 
     assert torch.autograd.gradcheck(function, inputs)
     ours = function(*inputs)
     theirs = dora_linear_reference(
-        *inputs[:4], norm, inputs[4] if bias else None, base, scaling=SCALING, dropout=dropout(share)
+        *inputs[:4],
+        norm,
+        inputs[4] if bias else None,
+        base,
+        scaling=SCALING,
+        dropout=dropout(share),
     )
     torch.testing.assert_close(ours, theirs)
     g = torch.randn(ours.shape, dtype=ours.dtype)
-    for one, other in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(theirs, inputs, g), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, g), torch.autograd.grad(theirs, inputs, g), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -88,10 +97,14 @@ def test_a_magnitude_of_zero_still_gets_its_gradient():
     magnitude[1] = 0
     magnitude.requires_grad_(True)
     inputs = (x, A, B, magnitude, norm, None, base)
-    (ours,) = torch.autograd.grad(dora_linear(*inputs, scaling=SCALING).square().mul(0.5).sum(), magnitude)
+    (ours,) = torch.autograd.grad(
+        dora_linear(*inputs, scaling=SCALING).square().mul(0.5).sum(), magnitude
+    )
     assert ours[1] == 0  # y is 0 there: half its square has no slope
     (ours,) = torch.autograd.grad(dora_linear(*inputs, scaling=SCALING).sum(), magnitude)
-    (theirs,) = torch.autograd.grad(dora_linear_reference(*inputs, scaling=SCALING).sum(), magnitude)
+    (theirs,) = torch.autograd.grad(
+        dora_linear_reference(*inputs, scaling=SCALING).sum(), magnitude
+    )
     assert ours[1].abs() > 0
     torch.testing.assert_close(ours, theirs)
 
@@ -114,9 +127,13 @@ def test_it_saves_x_once_its_own_output_and_what_is_small():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = dora_linear(x, *(t.requires_grad_(t is not tensors[4]) for t in tensors[1:]), base, scaling=1.0)
+        y = dora_linear(
+            x, *(t.requires_grad_(t is not tensors[4]) for t in tensors[1:]), base, scaling=1.0
+        )
     activations = sum(
-        nbytes for pointer, nbytes in kept.items() if pointer not in {t.untyped_storage().data_ptr() for t in (x, y)}
+        nbytes
+        for pointer, nbytes in kept.items()
+        if pointer not in {t.untyped_storage().data_ptr() for t in (x, y)}
     )
     assert x.untyped_storage().data_ptr() in kept and y.untyped_storage().data_ptr() in kept
     assert activations <= 400 * R * 2 + 4 * (R * I + O * R + 4 * O)
@@ -124,7 +141,9 @@ def test_it_saves_x_once_its_own_output_and_what_is_small():
 
 def test_the_norm_is_kept_while_nothing_moves_and_forgotten_when_something_does():
     model, routing = tiny_model("llama"), Routing()
-    attachment = attach(model, DoRA(rank=2, targets=["q_proj"]), name="a", routing=routing, head=model.lm_head)
+    attachment = attach(
+        model, DoRA(rank=2, targets=["q_proj"]), name="a", routing=routing, head=model.lm_head
+    )
     path, layer = next(iter(attachment.layers.items()))
     frozen = frozen_linear(model.get_submodule(path).base)
     with torch.no_grad():
@@ -150,7 +169,8 @@ def test_fused_experts_are_refused_by_name():
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale):
-    """magnitude * (T + scaling * (B A)^T) / its column norms, (V, D); of a scaled embedding, that times its scale."""
+    """magnitude * (T + scaling * (B A)^T) / its column norms, (V, D); of a scaled embedding, that
+    times its scale."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape):
@@ -175,7 +195,9 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
     torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(layer.folded(table)[ids] * scale, expected.detach(), **close)
     g = draw(*found.shape)
-    for one, other in zip(torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True
+    ):
         torch.testing.assert_close(one, other, **close)
 
 
@@ -183,11 +205,12 @@ def test_an_embedding_is_that_of_the_table_whose_columns_have_their_length(scale
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [15, 48, 130])
 def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
-    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows and of columns that are full and not)
-    and one they leave."""
+    """Sizes that the compiled kernels take (rank 16 and 48, blocks of rows and of columns that are
+    full and not) and one they leave."""
     torch.manual_seed(4)
     base, exact = (
-        DenseLinear(nn.Linear(96, 176, dtype=t).requires_grad_(False)) for t in (torch.bfloat16, torch.float64)
+        DenseLinear(nn.Linear(96, 176, dtype=t).requires_grad_(False))
+        for t in (torch.bfloat16, torch.float64)
     )
     exact.module.weight.data = base.module.weight.double()
     x, own = torch.randn(rows, 96).bfloat16(), torch.randn(176).bfloat16() if bias else None
@@ -197,17 +220,26 @@ def test_a_bf16_layer_is_near_its_reference(rows, bias, size):
     norm = row_norms(A, B, squares, base, scaling=0.3)
     wide = [t.bfloat16().double() for t in (A, B)]
     dense = exact.module.weight + 0.3 * wide[1] @ wide[0]
-    torch.testing.assert_close(norm.double(), torch.linalg.vector_norm(dense, dim=1), rtol=3e-3, atol=1e-6)
+    torch.testing.assert_close(
+        norm.double(), torch.linalg.vector_norm(dense, dim=1), rtol=3e-3, atol=1e-6
+    )
     assert norm[7] == 0
     inputs = [t.requires_grad_() for t in (x, A, B, magnitude)]
     theirs = [
-        t.detach().double().requires_grad_() for t in (x, A.detach().bfloat16(), B.detach().bfloat16(), magnitude)
+        t.detach().double().requires_grad_()
+        for t in (x, A.detach().bfloat16(), B.detach().bfloat16(), magnitude)
     ]
     grad = torch.randn(rows, 176).bfloat16()
     ours = dora_linear(*inputs, norm, own, base, scaling=0.3)
-    plain = dora_linear_reference(*theirs, norm.double(), None if own is None else own.double(), exact, scaling=0.3)
+    plain = dora_linear_reference(
+        *theirs, norm.double(), None if own is None else own.double(), exact, scaling=0.3
+    )
     near = [(ours, plain)]
-    near += zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, theirs, grad.double()), strict=True)
+    near += zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(plain, theirs, grad.double()),
+        strict=True,
+    )
     for a, b in near:
         assert (a.double() - b).abs().max() <= 2**-6 * b.abs().max()
     wiped = torch.zeros(rows) if own is None else own[5].float().expand(rows)
@@ -237,6 +269,9 @@ def test_a_fresh_bf16_layer_changes_no_bit():
     torch.manual_seed(6)
     module = nn.Linear(96, 144).bfloat16().requires_grad_(False)
     base = DenseLinear(module)
-    layer = DoRALayer(LoRALayer("linear", torch.randn(16, 96), torch.zeros(144, 16), alpha=2.0, rslora=False), base)
+    layer = DoRALayer(
+        LoRALayer("linear", torch.randn(16, 96), torch.zeros(144, 16), alpha=2.0, rslora=False),
+        base,
+    )
     x = torch.randn(50, 96).bfloat16()
     assert torch.equal(DoRALayer.product(x, module.bias, base, [(layer, 1.0, None)]), module(x))

@@ -1,7 +1,8 @@
-"""What is drawn follows from seeds and names as it did when the runs and adapters that lie on disks were made.
+"""What is drawn follows from seeds and names as it did when the runs and adapters that lie on disks
+were made.
 
-A resumed run, a repeated merge: each gives the same bits only if no release draws
-otherwise. `python -m tests.test_drawn` prints the table (first printed with numpy 2.4 and torch 2.13).
+A resumed run, a repeated merge: each gives the same bits only if no release draws otherwise.
+`python -m tests.test_drawn` prints the table (first printed with numpy 2.4 and torch 2.13).
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ ROWS = torch.from_numpy(prefix_keys(np.array([5, 0, 150_000], dtype=np.int32)))
 
 
 def lora(among: int, expert: int) -> Any:
-    layer = LoRALayer("linear", torch.ones(2, 16), torch.ones(4, 2), alpha=1.0, rslora=False, dropout=0.5, key=7)
-    dropout = layer.active_dropout(torch.ones(3, 16), TokenKeys(ROWS, 4099, 3, among), expert=expert)
+    layer = LoRALayer(
+        "linear", torch.ones(2, 16), torch.ones(4, 2), alpha=1.0, rslora=False, dropout=0.5, key=7
+    )
+    dropout = layer.active_dropout(
+        torch.ones(3, 16), TokenKeys(ROWS, 4099, 3, among), expert=expert
+    )
     assert dropout is not None
     return dropout.apply(torch.ones(3, 16)) != 0
 
@@ -49,7 +54,10 @@ def dare(place: str, seed: int | None) -> Any:
 
 
 def examples(*lengths: int) -> list[Example]:
-    return [Example(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1, RowRef("rows", n), n) for n in lengths]
+    return [
+        Example(np.arange(n, dtype=np.int32), np.arange(n) % 3 == 1, RowRef("rows", n), n)
+        for n in lengths
+    ]
 
 
 LENGTHS = [(n * 7) % 31 + 1 for n in range(70)]

@@ -1,4 +1,5 @@
-"""Intervals against published values, and how often they hold the truth (more in benchmarks/interval_coverage.py)."""
+"""Intervals against published values, and how often they hold the truth (more in
+benchmarks/interval_coverage.py)."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def coverage() -> Any:
         (81, 263, 0.2527367, 0.3676219),
     ],
 )
-def test_a_share_of_rows_has_the_exact_interval(right: int, rows: int, low: float, high: float) -> None:
+def test_a_share_of_rows_has_the_exact_interval(
+    right: int, rows: int, low: float, high: float
+) -> None:
     found = interval(shares(*[1.0] * right, *[0.0] * (rows - right)), ratio)
     assert found == pytest.approx([low, high], abs=1e-7)
 
@@ -55,7 +58,13 @@ def test_a_share_of_a_million_rows_has_the_width_of_theory() -> None:
 
 
 def test_students_quantiles_are_those_of_tables() -> None:
-    for degrees, quantile in ((1, 12.7062), (4, 2.77645), (9, 2.26216), (199, 1.97196), (1e7, 1.95996)):
+    for degrees, quantile in (
+        (1, 12.7062),
+        (4, 2.77645),
+        (9, 2.26216),
+        (199, 1.97196),
+        (1e7, 1.95996),
+    ):
         assert _t_quantile(0.975, degrees) == pytest.approx(quantile, rel=1e-5)
     assert _t_quantile(0.995, 9) == pytest.approx(3.24984, rel=1e-5)
     assert _beta_cdf(0.0, 2, 3) == 0 and _beta_cdf(1.0, 2, 3) == 1
@@ -81,9 +90,13 @@ def test_hall_transformation_maps_the_ends_back_to_students_quantiles() -> None:
     values = np.random.default_rng(0).exponential(size=30)
     error = values.std(ddof=1) / math.sqrt(30)
     skew = ((values - values.mean()) ** 3).mean() / (30**2 * error**3)
-    for end, quantile in zip(known(interval(shares(*values), ratio)), (2.04523, -2.04523), strict=True):
+    for end, quantile in zip(
+        known(interval(shares(*values), ratio)), (2.04523, -2.04523), strict=True
+    ):
         x = (values.mean() - end) / error
-        assert x + skew * x**2 / 3 + skew**2 * x**3 / 27 + skew / 6 == pytest.approx(quantile, rel=1e-5)
+        assert x + skew * x**2 / 3 + skew**2 * x**3 / 27 + skew / 6 == pytest.approx(
+            quantile, rel=1e-5
+        )
 
 
 def test_a_ratio_depends_on_rows_with_all_their_counts() -> None:
@@ -107,19 +120,27 @@ def test_a_share_always_has_a_width_and_stays_within_its_scale() -> None:
             assert 0 <= low <= value <= high <= 1 and high - low > 2 / (rows + 3)
             ends = known(paired_difference(fields, fields, field_f1, share=True)[1])
             assert ends[0] == -ends[1] and 1 / (rows + 2) < ends[1] <= 1
-            same = known(paired_difference(shares(*[value] * rows), shares(*[value] * rows), ratio)[1])
+            same = known(
+                paired_difference(shares(*[value] * rows), shares(*[value] * rows), ratio)[1]
+            )
             assert same == pytest.approx(ends)
 
 
 def test_figures_without_bounds_have_no_interval_where_rows_do_not_determine_one() -> None:
-    for table in (shares(0.3), shares(0.25, 0.25, 0.25), shares(1.5, math.inf), shares(1.5, math.nan)):
+    for table in (
+        shares(0.3),
+        shares(0.25, 0.25, 0.25),
+        shares(1.5, math.inf),
+        shares(1.5, math.nan),
+    ):
         assert interval(table, ratio) is None
     assert paired_difference(shares(2.0), shares(3.0), ratio) == (-1.0, None)
     assert paired_difference(shares(2.0, 5.0), shares(3.0, 6.0), ratio) == (-1.0, None)
 
 
-def test_a_difference_that_is_the_same_in_all_rows_has_no_interval_since_another_row_may_differ() -> None:
-    """Such as points of rows that are mostly alike: 10 rows are often all alike, and [d, d] would miss the truth."""
+def test_a_difference_that_is_the_same_in_all_rows_has_no_interval() -> None:
+    """Such as points of rows that are mostly alike: 10 rows are often all alike, and [d, d] would
+    miss the truth."""
     random, alike = np.random.default_rng(6), 0
     for _ in range(100):
         theirs = random.normal(50, 10, 10)
@@ -133,7 +154,9 @@ def test_a_difference_that_is_the_same_in_all_rows_has_no_interval_since_another
 
 def test_a_loss_is_not_below_zero_but_a_difference_may_be() -> None:
     ours, theirs = shares(0.01, 0.02, 3.0), shares(0.02, 0.01, 0.5)
-    assert known(interval(ours, ratio))[0] == 0 and known(interval(ours - [1.0, 0.0], ratio))[0] < -1
+    assert (
+        known(interval(ours, ratio))[0] == 0 and known(interval(ours - [1.0, 0.0], ratio))[0] < -1
+    )
     assert known(paired_difference(ours, theirs, ratio)[1])[0] < 0
 
 
@@ -143,7 +166,11 @@ def test_no_rows_are_an_error() -> None:
 
 
 def test_a_higher_level_gives_a_wider_interval() -> None:
-    for values in (shares(*np.random.default_rng(0).normal(size=200)), shares(1, 0, 1, 1), shares(0.5, 0.2, 0.9)):
+    for values in (
+        shares(*np.random.default_rng(0).normal(size=200)),
+        shares(1, 0, 1, 1),
+        shares(0.5, 0.2, 0.9),
+    ):
         narrow, wide = (known(interval(values, ratio, level=level)) for level in (0.5, 0.99))
         assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
@@ -155,7 +182,9 @@ def test_a_difference_on_the_same_rows_is_much_narrower_than_two_intervals() -> 
     difference, ends = paired_difference(shares(*ours), shares(*theirs), ratio)
     low, high = known(ends)
     assert difference == pytest.approx((ours - theirs).mean()) and low < difference < high
-    assert high - low == pytest.approx(2 * 1.96796 * (ours - theirs).std(ddof=1) / math.sqrt(300), rel=0.01)
+    assert high - low == pytest.approx(
+        2 * 1.96796 * (ours - theirs).std(ddof=1) / math.sqrt(300), rel=0.01
+    )
     own = known(interval(shares(*ours), ratio))
     assert own[1] - own[0] > 20 * (high - low)
 
@@ -178,7 +207,9 @@ def test_one_seed_is_the_rows_alone_and_more_seeds_add_their_spread() -> None:
     moved = np.stack([rows + np.array([shift, 0.0]) for shift in (-0.3, -0.1, 0.1, 0.3)])
     low, high = known(interval(moved, ratio))
     of_rows, of_seeds = 1 / 100, 0.05 * 4 / 3 / 4
-    assert high - low == pytest.approx(2 * _t_quantile(0.975, 5) * math.sqrt(of_rows + of_seeds), rel=0.15)
+    assert high - low == pytest.approx(
+        2 * _t_quantile(0.975, 5) * math.sqrt(of_rows + of_seeds), rel=0.15
+    )
 
 
 def test_seeds_that_move_both_sides_alike_leave_the_difference_alone() -> None:
@@ -199,7 +230,9 @@ def test_shares_hold_the_truth_in_95_of_100_at_any_number_of_rows(coverage: Any)
 @pytest.mark.parametrize("rows", [5, 10, 20, 50, 200])
 def test_differences_of_shares_hold_the_truth(coverage: Any, rows: int) -> None:
     for pair in coverage.PAIRS:
-        assert coverage.drawn(coverage.paired_shares(*pair), rows, 150, seed=rows).share >= 0.92  # 0.95 less 1.7 sd
+        assert (
+            coverage.drawn(coverage.paired_shares(*pair), rows, 150, seed=rows).share >= 0.92
+        )  # 0.95 less 1.7 sd
 
 
 @pytest.mark.parametrize("kind", ["normal", "skewed"])

@@ -14,14 +14,24 @@ from hypothesis import strategies as st
 
 from veneer.errors import ConfigError
 from veneer.evaluate.exact import exact_match
-from veneer.evaluate.json_fields import FieldCounts, field_counts, field_f1, field_line, json_validity
+from veneer.evaluate.json_fields import (
+    FieldCounts,
+    field_counts,
+    field_f1,
+    field_line,
+    json_validity,
+)
 from veneer.evaluate.metric import Metric, ratio
 from veneer.evaluate.registry import METRICS, find_metrics
 from veneer.evaluate.rouge import common_subsequence
 from veneer.evaluate.user_function import function_from_file
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
@@ -38,7 +48,9 @@ JSON = st.recursive(
         ("a", "a a", False),
     ],
 )
-def test_exact_match_ignores_how_much_white_space_there_is(expected: str, answer: str, equal: bool) -> None:
+def test_exact_match_ignores_how_much_white_space_there_is(
+    expected: str, answer: str, equal: bool
+) -> None:
     assert exact_match(answer, [expected]) is equal
 
 
@@ -86,7 +98,9 @@ def test_json_is_valid_only_as_one_whole_document(text: str, valid: bool) -> Non
         ('{"a": 1}', '{"a": 1', (0, 1, 0)),
     ],
 )
-def test_fields_are_paths_with_their_values(expected: str, answer: str, counts: tuple[int, int, int]) -> None:
+def test_fields_are_paths_with_their_values(
+    expected: str, answer: str, counts: tuple[int, int, int]
+) -> None:
     assert field_counts(expected, answer) == FieldCounts(*counts)
 
 
@@ -123,7 +137,9 @@ def test_field_f1_of_a_document_with_itself_is_one(document: object) -> None:
 
 
 @given(JSON, JSON)
-def test_field_counts_are_symmetric_and_never_match_more_than_there_is(a: object, b: object) -> None:
+def test_field_counts_are_symmetric_and_never_match_more_than_there_is(
+    a: object, b: object
+) -> None:
     there = field_counts(json.dumps(a), json.dumps(b))
     back = field_counts(json.dumps(b), json.dumps(a))
     assert there == FieldCounts(back.matched, back.answered, back.expected)
@@ -157,7 +173,9 @@ def test_a_pattern_that_cannot_be_used_is_refused(pattern: str) -> None:
 
 def test_a_users_function_from_a_file_is_averaged(tmp_path: Path) -> None:
     file = tmp_path / "score.py"
-    file.write_text("def closeness(answer, references):\n    return len(answer) / len(references[0])\n")
+    file.write_text(
+        "def closeness(answer, references):\n    return len(answer) / len(references[0])\n"
+    )
     (metric,) = find_metrics([function_from_file(f"{file}:closeness")])
     assert metric.name == "closeness"
     assert figure(metric, ["ab", "abcd"], [["abcd"], ["abcd"]]) == 0.75
@@ -199,7 +217,10 @@ ANSWERS = [
     "It's rated 5 out of 5; kids are welcome — naïve café.",
 ]
 REFERENCES = [
-    ["A coffee shop in the city centre area called Blue Spice.", "Blue Spice is a coffee shop in city centre."],
+    [
+        "A coffee shop in the city centre area called Blue Spice.",
+        "Blue Spice is a coffee shop in city centre.",
+    ],
     ["Near the river there is a cheap place that is not family-friendly.", "It is a cheap place."],
     ["Alimentum is in the city centre.", "Alimentum."],
     ["Nothing was said.", "Silence"],
@@ -208,11 +229,15 @@ REFERENCES = [
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
-@pytest.mark.parametrize("rows", [slice(None), slice(0, 2), slice(3, 4)], ids=["all", "two", "an empty answer"])
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(0, 2), slice(3, 4)], ids=["all", "two", "an empty answer"]
+)
 def test_bleu_and_chrf_are_sacrebleus_corpus_scores(name: str, rows: slice) -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     columns = [list(column) for column in zip(*REFERENCES[rows], strict=True)]
-    theirs = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name](ANSWERS[rows], columns).score
+    theirs = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name](
+        ANSWERS[rows], columns
+    ).score
     assert figure(METRICS[name], ANSWERS[rows], REFERENCES[rows]) == pytest.approx(theirs, abs=1e-9)
 
 
@@ -222,8 +247,13 @@ def test_rouge_is_that_of_rouge_score(name: str) -> None:
     for answer, references in zip(ANSWERS, REFERENCES, strict=True):
         for reference in references:
             theirs = scorer.score(reference, answer)[name].fmeasure
-            assert figure(METRICS[name], [answer], [[reference]]) == pytest.approx(theirs, abs=1e-12)
-    best = [max(scorer.score(r, a)[name].fmeasure for r in rs) for a, rs in zip(ANSWERS, REFERENCES, strict=True)]
+            assert figure(METRICS[name], [answer], [[reference]]) == pytest.approx(
+                theirs, abs=1e-12
+            )
+    best = [
+        max(scorer.score(r, a)[name].fmeasure for r in rs)
+        for a, rs in zip(ANSWERS, REFERENCES, strict=True)
+    ]
     assert figure(METRICS[name], ANSWERS, REFERENCES) == pytest.approx(sum(best) / len(best))
 
 
@@ -234,7 +264,8 @@ def test_the_common_subsequence_is_the_longest_there_is(a: list[str], b: list[st
         return all(word in rest for word in part)
 
     longest = max(
-        (len(part) for n in range(len(a) + 1) for part in combinations(a, n) if is_within(part, b)), default=0
+        (len(part) for n in range(len(a) + 1) for part in combinations(a, n) if is_within(part, b)),
+        default=0,
     )
     assert common_subsequence(a, b) == longest
 

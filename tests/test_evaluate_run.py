@@ -1,4 +1,5 @@
-"""Answers and evaluation, on a tiny random base. Where an answer must be right, it is the base's own."""
+"""Answers and evaluation, on a tiny random base. Where an answer must be right, it is the base's
+own."""
 
 from __future__ import annotations
 
@@ -54,21 +55,27 @@ def own_answers(base: FrozenBase, of: Sequence[Row]) -> list[str]:
     template = ChatTemplate(base.tokenizer)
     texts = []
     for one in of:
-        (ids,) = generate(base, [template.encode_prompt(one.messages[:-1])], max_new_tokens=NEW_TOKENS)
+        (ids,) = generate(
+            base, [template.encode_prompt(one.messages[:-1])], max_new_tokens=NEW_TOKENS
+        )
         texts.append(base.tokenizer.decode(ids, skip_special_tokens=True).strip())
     return texts
 
 
 def example(trained: int, line: int) -> Example:
     mask = np.array([False] + [True] * trained)
-    return Example(np.arange(trained + 1, dtype=np.int32), mask, RowRef("rows.jsonl", line), key=trained)
+    return Example(
+        np.arange(trained + 1, dtype=np.int32), mask, RowRef("rows.jsonl", line), key=trained
+    )
 
 
 def half_a_nat(examples: Sequence[Example]) -> Counts:
     return np.array([[0.5 * e.trained.sum(), e.trained.sum()] for e in examples], dtype=np.float64)
 
 
-def run(base: FrozenBase, of: Sequence[Row], metrics: Sequence[str], **options: Any) -> dict[str, Any]:
+def run(
+    base: FrozenBase, of: Sequence[Row], metrics: Sequence[str], **options: Any
+) -> dict[str, Any]:
     examples = [example(2 + 4 * i, i + 1) for i in range(len(of))]
     nats = options.pop("nats", half_a_nat)
     choices = Choices(metrics=find_metrics(metrics), max_new_tokens=NEW_TOKENS, **options)
@@ -91,7 +98,9 @@ def test_answers_come_in_the_rows_order(base: FrozenBase) -> None:
     assert len({a.answer for a in answers}) > 3  # or the order could not be seen
 
 
-def test_expected_answers_are_the_last_turns_without_white_space_around_them(base: FrozenBase) -> None:
+def test_expected_answers_are_the_last_turns_without_white_space_around_them(
+    base: FrozenBase,
+) -> None:
     asked = rows([" one \n", "two"])
     answers = evaluate_answers(base, asked, max_new_tokens=1)
     assert [a.expected for a in answers] == ["one", "two"]
@@ -99,8 +108,13 @@ def test_expected_answers_are_the_last_turns_without_white_space_around_them(bas
 
 def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: FrozenBase) -> None:
     call = {"type": "function", "function": {"name": "book", "arguments": {"nights": 3}}}
-    messages = [{"role": "user", "content": "Three nights"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    (answer,) = evaluate_answers(base, [Row(RowRef("rows.jsonl", 1), messages, None, None)], max_new_tokens=1)
+    messages = [
+        {"role": "user", "content": "Three nights"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    (answer,) = evaluate_answers(
+        base, [Row(RowRef("rows.jsonl", 1), messages, None, None)], max_new_tokens=1
+    )
     assert answer.expected.startswith("<tool_call>") and answer.expected.endswith("</tool_call>")
     assert '"nights": 3' in answer.expected
     assert "im_end" not in answer.expected
@@ -108,7 +122,8 @@ def test_an_expected_tool_call_is_spelt_as_the_template_spells_it(base: FrozenBa
 
 def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: FrozenBase) -> None:
     unanswered = [
-        Row(RowRef("rows.jsonl", line), [{"role": "user", "content": "?"}], None, None) for line in range(2, 20)
+        Row(RowRef("rows.jsonl", line), [{"role": "user", "content": "?"}], None, None)
+        for line in range(2, 20)
     ]
     text = Row(RowRef("rows.jsonl", 20), [], None, "plain text")
     with pytest.raises(DataError) as caught:
@@ -119,7 +134,9 @@ def test_rows_without_an_answer_to_compare_with_are_refused_by_name(base: Frozen
 
 def test_progress_counts_rows_up_to_all_of_them(base: FrozenBase) -> None:
     seen: list[tuple[int, int]] = []
-    evaluate_answers(base, rows(["x"] * 5), max_new_tokens=1, progress=lambda *counts: seen.append(counts))
+    evaluate_answers(
+        base, rows(["x"] * 5), max_new_tokens=1, progress=lambda *counts: seen.append(counts)
+    )
     assert seen == [(n, 5) for n in range(1, 6)]
 
 
@@ -162,8 +179,12 @@ def test_the_result_is_the_same_every_time_and_goes_into_json(base: FrozenBase) 
     [(torch.bfloat16, 1e-6), (torch.float16, 1e-6), (torch.float32, 1e-6), (torch.float64, 1e-14)],
     ids=str,
 )
-def test_the_nats_of_given_logits_are_at_least_as_precise_as_float32(dtype: torch.dtype, near: float) -> None:
-    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+def test_the_nats_of_given_logits_are_at_least_as_precise_as_float32(
+    dtype: torch.dtype, near: float
+) -> None:
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        dtype
+    )
     targets = torch.arange(7)
     expected = -torch.log_softmax(logits.double(), dim=1)[targets, targets]
     torch.testing.assert_close(_nats(logits, targets), expected, rtol=near, atol=near)
@@ -191,7 +212,9 @@ def nothing_computed(_: Sequence[Example]) -> Counts:
     raise AssertionError("something was computed first")
 
 
-def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_is_computed(base: FrozenBase) -> None:
+def test_field_f1_refuses_rows_whose_expected_answer_is_no_json_before_anything_is_computed(
+    base: FrozenBase,
+) -> None:
     asked = rows(['{"a": 1}', "plain", '{"a": 2}', "{'a': 3}"])
     with pytest.raises(DataError) as caught:
         run(base, asked, ["field_f1"], nats=nothing_computed)
@@ -220,7 +243,9 @@ def test_nats_of_each_example_are_those_of_the_model_alone(family: str, batch: i
     examples = make_examples(7)
     found = example_nats(base.model, prepare(base.model), examples, batch=batch)
     for one, (nats, tokens) in zip(examples, found, strict=True):
-        logits = base.model(input_ids=torch.tensor(one.ids[None].astype(np.int64))).logits[0].double()
+        logits = (
+            base.model(input_ids=torch.tensor(one.ids[None].astype(np.int64))).logits[0].double()
+        )
         chances = torch.log_softmax(logits, dim=-1)
         expected = -sum(chances[t - 1, one.ids[t]].item() for t in np.flatnonzero(one.trained))
         assert nats == pytest.approx(expected, rel=1e-4) and tokens == one.trained.sum()
@@ -252,20 +277,26 @@ def test_the_label_chosen_is_that_of_a_slow_reference(family: str, per_token: bo
     asked = rows(["card"] * 8)
     expected = [slow_choice(base, one, LABELS, per_token=per_token) for one in asked]
     nats = own_nats(base)
-    assert likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=per_token) == expected
+    assert (
+        likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=per_token)
+        == expected
+    )
 
 
 def test_length_normalisation_can_change_the_choice(base: FrozenBase) -> None:
     asked = rows(["card"] * 8)
     nats = own_nats(base)
     plain, normal = (
-        likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=n) for n in (False, True)
+        likeliest_labels(base.tokenizer, asked, LABELS, nats=nats, length_normalised=n)
+        for n in (False, True)
     )
     assert plain != normal
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_losses_that_are_not_finite_choose_no_label_and_are_refused_by_row(base: FrozenBase, value: float) -> None:
+def test_losses_that_are_not_finite_choose_no_label_and_are_refused_by_row(
+    base: FrozenBase, value: float
+) -> None:
     asked = rows(["card"] * 3)
 
     def broken(examples: Sequence[Example]) -> Counts:
@@ -279,7 +310,9 @@ def test_losses_that_are_not_finite_choose_no_label_and_are_refused_by_row(base:
     ):
         with pytest.raises(DivergedError, match="not finite") as caught:
             ask()
-        assert caught.value.faults == ["rows.jsonl:2"] and "float32" in (caught.value.next_step or "")
+        assert caught.value.faults == ["rows.jsonl:2"] and "float32" in (
+            caught.value.next_step or ""
+        )
 
 
 def test_accuracy_is_the_share_of_rows_whose_label_is_right(base: FrozenBase) -> None:
@@ -318,7 +351,10 @@ def test_labels_come_from_a_file_a_list_or_the_rows(tmp_path: Path) -> None:
     assert read_labels("x, y") == ["x", "y"]
     assert labels_of([["b"], ["a"], ["b"]]) == ["a", "b"]
     assert labels_of([["b"], ["a"], ["c"]] * 2) == ["a", "b", "c"]
-    for free in ([["b"], ["a"], ["c"]], [["b"], ["a" * 61]] * 9):  # the likeliest of these says little
+    for free in (
+        [["b"], ["a"], ["c"]],
+        [["b"], ["a" * 61]] * 9,
+    ):  # the likeliest of these says little
         with pytest.raises(ConfigError, match="--labels A,B,C"):
             labels_of(free)
     for bad in ([["a"]], [[str(i)] for i in range(500)]):
@@ -326,12 +362,19 @@ def test_labels_come_from_a_file_a_list_or_the_rows(tmp_path: Path) -> None:
             labels_of(bad)
 
 
-def test_labels_may_be_longer_than_a_files_name_and_a_file_of_them_may_be_anything(tmp_path: Path) -> None:
+def test_labels_may_be_longer_than_a_files_name_and_a_file_of_them_may_be_anything(
+    tmp_path: Path,
+) -> None:
     many = [f"label {number}" for number in range(2000)]
     assert read_labels(",".join(many)) == many
     with pytest.raises(ConfigError, match="1 labels"):
         read_labels("\0")
-    for name, content in {"cp1252": b"caf\xe9\nb\n", "empty": b"", "one": b"a\na\n", "NUL": b"\0"}.items():
+    for name, content in {
+        "cp1252": b"caf\xe9\nb\n",
+        "empty": b"",
+        "one": b"a\na\n",
+        "NUL": b"\0",
+    }.items():
         file = tmp_path / name
         file.write_bytes(content)
         with pytest.raises(ConfigError):
@@ -360,13 +403,21 @@ def test_two_evaluations_are_compared_row_by_row(base: FrozenBase, tmp_path: Pat
     found = run(base, asked, ["exact_match"], against=reordered)["against"]
     assert found["exact_match"]["other"] == 0.5 and found["exact_match"]["difference"] == -0.5
     low, high = found["exact_match"]["interval"]
-    assert -1 <= low < -0.5 < 0 < high  # three of six rows do not show that one is worse: a sign test gives 0.25
+    assert (
+        -1 <= low < -0.5 < 0 < high
+    )  # three of six rows do not show that one is worse: a sign test gives 0.25
     tokens = [line["tokens"] for line in lines]
     assert found["loss"]["difference"] == pytest.approx(-sum(tokens[:3]) / sum(tokens))
 
 
 def test_predictions_hold_any_answer(tmp_path: Path) -> None:
-    line = {"row": "x", "key": "k", "references": ["\x85 \u2028\u2029 \x0b\x0c\x1c\x00"], "nats": 1.0, "tokens": 2}
+    line = {
+        "row": "x",
+        "key": "k",
+        "references": ["\x85 \u2028\u2029 \x0b\x0c\x1c\x00"],
+        "nats": 1.0,
+        "tokens": 2,
+    }
     write_predictions(tmp_path / "a.jsonl", [line, {**line, "answer": "\r\n\u2028"}])
     assert read_predictions(tmp_path / "a.jsonl") == [line, {**line, "answer": "\r\n\u2028"}]
 
@@ -380,11 +431,18 @@ def test_predictions_of_other_rows_are_refused_by_name(base: FrozenBase, tmp_pat
         run(base, rows(["a"] * 3), ["exact_match"], against=tmp_path / "a.jsonl")
 
 
-def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers_are_exact(tmp_path: Path) -> None:
-    file, good = tmp_path / "a.jsonl", {"row": "x", "key": "k", "references": [], "nats": 1.0, "tokens": 2}
+def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers_are_exact(
+    tmp_path: Path,
+) -> None:
+    file, good = (
+        tmp_path / "a.jsonl",
+        {"row": "x", "key": "k", "references": [], "nats": 1.0, "tokens": 2},
+    )
 
     def read(*changes: dict[str, Any] | str) -> list[Any]:
-        lines = [each if isinstance(each, str) else json.dumps({**good, **each}) for each in changes]
+        lines = [
+            each if isinstance(each, str) else json.dumps({**good, **each}) for each in changes
+        ]
         file.write_text("\n".join(lines) + "\n")
         return read_predictions(file)
 
@@ -393,7 +451,9 @@ def test_every_line_that_is_no_prediction_is_named_and_the_bounds_of_its_numbers
     for beyond in ({"tokens": -1}, {"tokens": 2**53}, {"nats": 2**53}, {"nats": -(2**53)}):
         with pytest.raises(DataError) as caught:
             read({}, "{", beyond)
-        assert caught.value.faults[0].startswith("line 2 ") and caught.value.faults[1:] == ["line 3"]
+        assert caught.value.faults[0].startswith("line 2 ") and caught.value.faults[1:] == [
+            "line 3"
+        ]
     with pytest.raises(DataError) as caught:
         read(*[{"row": 1}] * 11)
     assert caught.value.faults == [f"line {number}" for number in range(1, 11)]
@@ -407,14 +467,20 @@ def test_rows_that_do_not_match_are_named_up_to_ten(tmp_path: Path) -> None:
     for ours, theirs, faults in (
         (lines(1, 2), lines(2, 3), ["rows:1 is not in b", "rows:3 is only in b"]),
         (lines(1, *range(2, 11)), lines(), [f"rows:{n} is not in b" for n in range(1, 11)]),
-        (lines(), lines(*range(12)), [*(f"rows:{n} is only in b" for n in range(10)), "and 2 more"]),
+        (
+            lines(),
+            lines(*range(12)),
+            [*(f"rows:{n} is only in b" for n in range(10)), "and 2 more"],
+        ),
     ):
         with pytest.raises(DataError) as caught:
             matched(ours, theirs, "b")
         assert caught.value.faults == faults
 
 
-def test_a_file_that_holds_no_predictions_is_refused_first(base: FrozenBase, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_predictions_is_refused_first(
+    base: FrozenBase, tmp_path: Path
+) -> None:
     good = {"row": "x", "key": "k", "references": ["a"], "nats": 1.0, "tokens": 2}
     wrong = [
         {"references": [1]},
@@ -425,7 +491,13 @@ def test_a_file_that_holds_no_predictions_is_refused_first(base: FrozenBase, tmp
         {"tokens": 1.5},
     ]
     lines = [json.dumps({**good, **each}) for each in wrong]
-    lines += ['{"row": "x"}', "[" * 600 + "]" * 600, json.dumps({**good, "nats": float("nan")}), "\0", "7"]
+    lines += [
+        '{"row": "x"}',
+        "[" * 600 + "]" * 600,
+        json.dumps({**good, "nats": float("nan")}),
+        "\0",
+        "7",
+    ]
     for content in [*(line.encode() for line in lines), b"", b"\xff"]:
         (tmp_path / "a.jsonl").write_bytes(content + b"\n")
         with pytest.raises(DataError, match=r"no predictions|cannot be read"):
@@ -441,7 +513,9 @@ def test_the_text_that_ships_is_varied_and_whole(base: FrozenBase) -> None:
     examples, owners = general_examples(documents, base.tokenizer, None)
     assert sorted(set(owners)) == list(range(len(documents)))
     assert max(len(e.ids) for e in examples) <= WINDOW
-    lost = sum(len(e.ids) for e in examples) - sum(len(base.tokenizer(d)["input_ids"]) for d in documents)
+    lost = sum(len(e.ids) for e in examples) - sum(
+        len(base.tokenizer(d)["input_ids"]) for d in documents
+    )
     assert lost >= -len(documents)  # a last window of one token predicts nothing
 
 
@@ -460,7 +534,9 @@ def test_forgetting_is_the_loss_after_minus_before_on_the_users_own_text(tmp_pat
     assert base.routing.active == (("a", 1.0),)
 
 
-def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(base: FrozenBase, tmp_path: Path) -> None:
+def test_general_text_of_which_nothing_can_be_predicted_is_refused_first(
+    base: FrozenBase, tmp_path: Path
+) -> None:
     (tmp_path / "general.txt").write_text("a\n---\nb")
     with pytest.raises(DataError, match="nothing to predict"):
         run(base, rows(["a"]), [], general=str(tmp_path / "general.txt"), nats=nothing_computed)

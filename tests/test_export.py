@@ -1,4 +1,5 @@
-"""Exports: what another program computes from the file is what was trained; what it would not, is told before."""
+"""Exports: what another program computes from the file is what was trained; what it would not, is
+told before."""
 
 import argparse
 import json
@@ -53,7 +54,9 @@ def test_vllm_gets_one_rank_and_one_scale_and_the_same_updates(name, untied, tmp
     config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == {} and not config["use_rslora"]
     assert config["r"] == config["lora_alpha"] == 8 and report.notes == []
-    assert {t.shape[0] for n, t in read_adapter(tmp_path / "v").tensors.items() if "lora_A" in n} == {8}
+    assert {
+        t.shape[0] for n, t in read_adapter(tmp_path / "v").tensors.items() if "lora_A" in n
+    } == {8}
     assert_equal_updates(changes(tmp_path / "v", untied), changes(adapter, untied))
     assert lint_adapter(tmp_path / "v", "vllm", base=untied) == []
 
@@ -66,7 +69,9 @@ def test_vllm_is_told_a_rank_above_its_default(untied, tmp_path):
 
 
 def test_what_vllm_would_ignore_is_refused_by_name(untied, tmp_path):
-    adapter = make(tmp_path / "a", untied, {"rank": 2, "alpha": 3, "train_modules": ["lm_head"]}, seed=1)
+    adapter = make(
+        tmp_path / "a", untied, {"rank": 2, "alpha": 3, "train_modules": ["lm_head"]}, seed=1
+    )
     with pytest.raises(RefusedError, match=r"lm_head\.weight: a value trained in full"):
         export_adapter(adapter, to="vllm", base=untied, out=tmp_path / "v")
     assert not (tmp_path / "v").exists()
@@ -103,7 +108,11 @@ def gguf_updates(path, model, heads):
         change = alpha / b.shape[-1] * b @ a
         own = {"attn_q": heads[0], "attn_k": heads[1]}.get(target.split(".")[-2])
         if own:
-            change = change.view(own, change.shape[0] // own // 2, 2, -1).transpose(1, 2).reshape(change.shape)
+            change = (
+                change.view(own, change.shape[0] // own // 2, 2, -1)
+                .transpose(1, 2)
+                .reshape(change.shape)
+            )
         found[path_] = change.T if target == "token_embd.weight" else change
     assert not tensors
     return found
@@ -119,9 +128,14 @@ def test_a_gguf_adapter_is_the_same_update_in_llama_cpp_s_terms(name, untied, tm
 
 def test_qwen_s_rows_stay_in_their_order(folders, tmp_path):
     base = str(folders["qwen3"])
-    adapter = make(tmp_path / "a", base, {"rank": 2, "alpha": 3, "targets": ["q_proj", "k_proj"]}, seed=1)
+    adapter = make(
+        tmp_path / "a", base, {"rank": 2, "alpha": 3, "targets": ["q_proj", "k_proj"]}, seed=1
+    )
     export_adapter(adapter, to="llamacpp", base=base, out=tmp_path / "a.gguf")
-    assert_equal_updates(gguf_updates(tmp_path / "a.gguf", load_base(base).model, (None, None)), changes(adapter, base))
+    assert_equal_updates(
+        gguf_updates(tmp_path / "a.gguf", load_base(base).model, (None, None)),
+        changes(adapter, base),
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +188,9 @@ def test_a_merged_gguf_model_comes_back_as_base_and_adapter(family, folders, tmp
     report = export_merged_gguf([(adapter, 1.0)], base=base, out=tmp_path / "m.gguf")
     again = load_base(str(tmp_path / "m.gguf"))
     assert report.total.share == pytest.approx(1.0, abs=0.01)
-    assert (logits(again.model) - expected).abs().max() < 0.02 * expected.abs().max()  # f16 weights and arithmetic
+    assert (
+        logits(again.model) - expected
+    ).abs().max() < 0.02 * expected.abs().max()  # f16 weights and arithmetic
     text = "naïve  Größe 123\n<|im_start|>user"
     assert again.tokenizer(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
     assert again.tokenizer.chat_template == loaded.tokenizer.chat_template
@@ -184,7 +200,9 @@ def test_an_adapted_tied_embedding_gets_a_head_of_its_own(folders, tmp_path):
     base = str(folders["llama"])
     adapter, _, _ = merged_pair(base, tmp_path, targets=["embed_tokens", "q_proj"])
     export_merged_gguf([(adapter, 1.0)], base=base, out=tmp_path / "m.gguf")
-    assert {"output.weight", "token_embd.weight"} <= {t.name for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert {"output.weight", "token_embd.weight"} <= {
+        t.name for t in GGUFReader(tmp_path / "m.gguf").tensors
+    }
 
 
 def test_q8_0_holds_what_it_can_and_says_what_it_cannot(untied, tmp_path):
@@ -198,7 +216,9 @@ def test_q8_0_holds_what_it_can_and_says_what_it_cannot(untied, tmp_path):
     own, changed = load_base(untied), read_adapter(adapter)
     layer = load_adapter(own, changed, name="x").layers["model.layers.0.mlp.up_proj"]
     wanted = layer.folded(own.model.model.layers[0].mlp.up_proj.base.weight)
-    (stored,) = [t for t in GGUFReader(tmp_path / "m.gguf").tensors if t.name == "blk.0.ffn_up.weight"]
+    (stored,) = [
+        t for t in GGUFReader(tmp_path / "m.gguf").tensors if t.name == "blk.0.ffn_up.weight"
+    ]
     gap = torch.from_numpy(dequantize(stored.data, stored.tensor_type)) - wanted
     assert gap.abs().max() <= wanted.abs().max() / 127
 
@@ -220,7 +240,9 @@ def test_metadata_of_a_gguf_base_is_copied(untied, tmp_path, monkeypatch):
     marked.write_tensors_to_file()
     marked.close()
     adapter, _, _ = merged_pair(str(tmp_path / "marked.gguf"), tmp_path)
-    export_merged_gguf([(adapter, 1.0)], base=str(tmp_path / "marked.gguf"), out=tmp_path / "m.gguf")
+    export_merged_gguf(
+        [(adapter, 1.0)], base=str(tmp_path / "marked.gguf"), out=tmp_path / "m.gguf"
+    )
     copied = GGUFReader(tmp_path / "m.gguf").fields
     assert copied["general.author"].contents() == "who made the base"
     for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "llama.block_count"):
@@ -235,14 +257,19 @@ def test_what_the_file_would_lose_is_refused(untied, tmp_path):
     made = attach(loaded.model, LoRA(rank=2, alpha=3), name="x", routing=loaded.routing, head=None)
     fill(made.parameters().values(), scale=0.2)
     with pytest.raises(RefusedError, match="of the update is left in q8_0"):
-        module.write_gguf_model(loaded, [("x", 1.0)], tmp_path / "m.gguf", type="q8_0", least_survival=1.0)
+        module.write_gguf_model(
+            loaded, [("x", 1.0)], tmp_path / "m.gguf", type="q8_0", least_survival=1.0
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gguf_export_is_a_file_of_that_name(untied, tmp_path):
     with pytest.raises(ConfigError, match=r"\.gguf"):
         export_adapter(
-            make(tmp_path / "a", untied, SETTINGS["a"], seed=1), to="llamacpp", base=untied, out=tmp_path / "x"
+            make(tmp_path / "a", untied, SETTINGS["a"], seed=1),
+            to="llamacpp",
+            base=untied,
+            out=tmp_path / "x",
         )
 
 
@@ -251,7 +278,10 @@ def test_ways_of_cutting_text_are_known_by_what_they_do_or_refused():
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     assert word_rule(stored) == "gpt-2"
     digits = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.backend_tokenizer.pre_tokenizer = digits
     assert word_rule(json.loads(tokenizer.backend_tokenizer.to_str())) == "smollm"
@@ -313,7 +343,9 @@ def make_of(method, place, base):
         ("lora_bias", ["peft"], "no product of two factors"),
     ],
 )
-def test_lint_tells_who_reads_a_method_that_is_more_than_two_factors(method, reads, says, untied, tmp_path):
+def test_lint_tells_who_reads_a_method_that_is_more_than_two_factors(
+    method, reads, says, untied, tmp_path
+):
     adapter = make_of(METHODS[method], tmp_path / "a", untied)
     found = {
         consumer: lint_adapter(adapter, consumer, base=untied)

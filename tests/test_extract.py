@@ -51,7 +51,10 @@ def test_an_update_that_was_merged_comes_out_again(family, how, tmp_path):
 def test_a_lower_rank_says_how_much_it_loses(tmp_path):
     base, model, made = tuned(tmp_path, "llama_untied", SETTINGS["llama_untied"])
     report = extract_adapter(base, model, out=tmp_path / "out", rank=1)
-    lost = sum(torch.linalg.svdvals(delta_weight(layer))[1:].square().sum() for layer in made.layers.values())
+    lost = sum(
+        torch.linalg.svdvals(delta_weight(layer))[1:].square().sum()
+        for layer in made.layers.values()
+    )
     whole = sum(delta_weight(layer).square().sum() for layer in made.layers.values())
     assert report.error == pytest.approx(float((lost / whole).sqrt()), rel=1e-3)
     assert report.parts["q_proj"].ranks == (1, 1) and report.parts["q_proj"].modules == 2
@@ -84,7 +87,9 @@ def test_norms_embeddings_and_biases_are_told_and_kept_if_asked_for(family, tmp_
     load_adapter(again, tmp_path / "kept", name="k")
     again.routing.active = (("k", 1.0),)
     assert (logits(again.model) - logits(model)).abs().max() < 1e-3 * logits(model).abs().max()
-    assert kept.logits.mean_difference < 1e-3 * kept.logits.mean_effect < told.logits.mean_difference
+    assert (
+        kept.logits.mean_difference < 1e-3 * kept.logits.mean_effect < told.logits.mean_difference
+    )
 
 
 def test_the_manifest_says_where_it_came_from(tmp_path):
@@ -100,12 +105,17 @@ def test_another_shape_is_no_fine_tuned_version(tmp_path):
         save_tiny(tmp_path / "a", "llama_untied"),
         save_tiny(tmp_path / "b", "llama_untied", intermediate_size=40),
     )
-    with pytest.raises(AdapterMismatchError, match=r"up_proj\.weight: \(48, 32\) in the base, \(40, 32\)"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"up_proj\.weight: \(48, 32\) in the base, \(40, 32\)"
+    ):
         extract_adapter(str(base), str(other), out=tmp_path / "out", rank=2)
 
 
 def test_a_model_without_a_linear_difference_has_no_adapter(tmp_path):
-    base, other = save_tiny(tmp_path / "a", "llama_untied"), save_tiny(tmp_path / "b", "llama_untied")
+    base, other = (
+        save_tiny(tmp_path / "a", "llama_untied"),
+        save_tiny(tmp_path / "b", "llama_untied"),
+    )
     file = other / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     tensors["model.norm.weight"] += 1

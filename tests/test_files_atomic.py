@@ -1,4 +1,5 @@
-"""Folders appear whole or not at all: every call that can fail is made to fail, one after the other."""
+"""Folders appear whole or not at all: every call that can fail is made to fail, one after the
+other."""
 
 import errno
 import json
@@ -48,7 +49,8 @@ def test_a_folder_is_whole_after_success(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 @pytest.mark.parametrize(
-    ("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
+    ("umask", "folders", "files"),
+    [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)],
 )
 def test_what_is_published_has_the_rights_that_the_umask_gives(tmp_path, umask, folders, files):
     """Also what a library wrote through a temporary file of its own, which is the owner's alone."""
@@ -104,7 +106,9 @@ def test_what_appears_while_writing_is_not_overwritten_either(tmp_path):
 
 @pytest.mark.parametrize("old", [None, "old"])
 @pytest.mark.parametrize(
-    "failure", [OSError(errno.EIO, "I/O error"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=repr
+    "failure",
+    [OSError(errno.EIO, "I/O error"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()],
+    ids=repr,
 )
 def test_whichever_call_fails_the_place_holds_the_old_or_the_new_never_half(tmp_path, old, failure):
     for k in range(1, 100):
@@ -128,7 +132,9 @@ def test_whichever_call_fails_the_place_holds_the_old_or_the_new_never_half(tmp_
         if raised is None:  # "make the parent folder unless it is there": it was there
             assert content(path) == "new"
         elif not isinstance(failure, KeyboardInterrupt):
-            assert isinstance(raised, DoesNotFitError if failure.errno == errno.ENOSPC else InputError)
+            assert isinstance(
+                raised, DoesNotFitError if failure.errno == errno.ENOSPC else InputError
+            )
         write_folder(path, "next", replace=True)  # and whatever was left does not stand in the way
         assert content(path) == "next" and hidden(parent) == []
     pytest.fail("the writer never got through")
@@ -211,7 +217,9 @@ def test_a_disk_that_fills_up_inside_the_tensor_library_is_told_as_such(tmp_path
     from safetensors import SafetensorError
 
     with pytest.raises(DoesNotFitError, match="disk is full"), atomic_folder(tmp_path / "x"):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
     with pytest.raises(SafetensorError), atomic_folder(tmp_path / "x"):
         raise SafetensorError("something else")
 
@@ -264,7 +272,10 @@ def test_every_change_to_a_written_folder_is_found(tmp_path):
         (lambda f: (f / atomic.MANIFEST).unlink(), "not written to its end"),
         (lambda f: (f / atomic.MANIFEST).write_text('{"files": {'), "not valid JSON"),
         (lambda f: (f / atomic.MANIFEST).write_text("{}"), "lists no files"),
-        (lambda f: edit_manifest(f, lambda m: m["files"].update({"../../x": {}})), "../../x is missing"),
+        (
+            lambda f: edit_manifest(f, lambda m: m["files"].update({"../../x": {}})),
+            "../../x is missing",
+        ),
         (lambda f: edit_manifest(f, lambda m: m["files"].update({"a.txt": 3})), "no size and hash"),
     ]:
         assert any(expected in fault for fault in faults_after(change)), expected

@@ -49,11 +49,15 @@ def test_what_the_library_wrote_is_read_to_the_bit(read):
     expected = load(SMALL)
     found = read(SMALL)
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[k], expected[k]) and found[k].dtype == expected[k].dtype for k in found)
+    assert all(
+        torch.equal(found[k], expected[k]) and found[k].dtype == expected[k].dtype for k in found
+    )
 
 
 def test_a_file_without_metadata_is_read(read):
-    assert torch.equal(read(file_of({"a": entry()}, struct.pack("<f", 2.5)))["a"], torch.tensor([2.5]))
+    assert torch.equal(
+        read(file_of({"a": entry()}, struct.pack("<f", 2.5)))["a"], torch.tensor([2.5])
+    )
 
 
 def test_a_file_cut_at_any_byte_is_refused(read):
@@ -71,7 +75,11 @@ def test_a_file_with_bytes_added_at_its_end_is_refused(read):
     ("header", "data", "error", "words"),
     [
         (
-            b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}",
+            b'{"a":'
+            + json.dumps(entry()).encode()
+            + b',"a":'
+            + json.dumps(entry()).encode()
+            + b"}",
             b"0123",
             CorruptFileError,
             "twice",
@@ -126,7 +134,9 @@ def test_a_header_longer_than_the_limit_is_refused_unread(read):
 def test_what_lies_exactly_at_a_limit_is_read(read, monkeypatch):
     one = file_of({"a" * 500: entry(shape=[1] * 8)}, struct.pack("<f", 2.5))
     assert read(one)["a" * 500].shape == (1,) * 8
-    three = file_of({name: entry(begin=4 * n, end=4 * n + 4) for n, name in enumerate("abc")}, bytes(12))
+    three = file_of(
+        {name: entry(begin=4 * n, end=4 * n + 4) for n, name in enumerate("abc")}, bytes(12)
+    )
     (header_bytes,) = struct.unpack("<Q", three[:8])
     for name, limit in (("MAX_TENSORS", 3), ("MAX_HEADER_BYTES", header_bytes)):
         monkeypatch.setattr(strict_tensors, name, limit)
@@ -139,7 +149,11 @@ def test_what_lies_exactly_at_a_limit_is_read(read, monkeypatch):
 
 def test_values_at_offsets_that_are_no_multiple_of_their_size_are_read(read):
     halves = struct.pack("<e", 1.5), struct.pack("<f", 2.5), struct.pack("<d", 3.5)
-    header = {"a": entry("F16", end=2), "b": entry(begin=2, end=6), "c": entry("F64", begin=6, end=14)}
+    header = {
+        "a": entry("F16", end=2),
+        "b": entry(begin=2, end=6),
+        "c": entry("F64", begin=6, end=14),
+    }
     assert [float(t) for t in read(file_of(header, b"".join(halves))).values()] == [1.5, 2.5, 3.5]
 
 
@@ -183,7 +197,8 @@ def test_a_missing_file_is_an_error_of_the_input(tmp_path):
 
 
 def test_mutated_files_are_accepted_only_if_the_library_accepts_them(read):
-    """Ours may be stricter than the library, never laxer, and fails in no other way than by refusing."""
+    """Ours may be stricter than the library, never laxer, and fails in no other way than by
+    refusing."""
     chance = random.Random(0)
     accepted = 0
     for _ in range(1500):
@@ -242,7 +257,11 @@ def parse(tmp_path):
         ("[1]", CorruptFileError, "a JSON list"),
         ("", CorruptFileError, "not valid JSON"),
         ('{"a": 1} x', CorruptFileError, "not valid JSON"),
-        ('{"a": ' * (MAX_JSON_DEPTH + 1) + "1" + "}" * (MAX_JSON_DEPTH + 1), UnsafeFileError, "deeper"),
+        (
+            '{"a": ' * (MAX_JSON_DEPTH + 1) + "1" + "}" * (MAX_JSON_DEPTH + 1),
+            UnsafeFileError,
+            "deeper",
+        ),
         ('{"a": ' + "[" * 1_000_000, UnsafeFileError, "deeper"),
         ('{"a": "' + "x" * 5_000_000 + '"}', UnsafeFileError, "more than"),
     ],
@@ -258,7 +277,8 @@ def test_json_within_the_limits_is_read(parse):
 
 
 def test_a_models_config_may_hold_infinity_and_a_key_twice_but_no_depth(tmp_path):
-    """time_step_limit of Mamba 2's published configs is (0, Infinity); transformers takes the later of two."""
+    """time_step_limit of Mamba 2's published configs is (0, Infinity); transformers takes the later
+    of two."""
     path = tmp_path / "config.json"
     path.write_text('{"time_step_limit": [0.0, Infinity], "use_cache": false, "use_cache": true}')
     assert read_model_json(path) == {"time_step_limit": [0.0, float("inf")], "use_cache": True}

@@ -1,4 +1,5 @@
-"""The evaluation before step 1 is taken from an earlier run only where all that it is computed from is the same."""
+"""The evaluation before step 1 is taken from an earlier run only where all that it is computed from
+is the same."""
 
 from __future__ import annotations
 
@@ -25,13 +26,16 @@ ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(24)
 
 @pytest.fixture
 def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The steps that were evaluated rather than remembered, while this process remembers as a command does."""
+    """The steps that were evaluated rather than remembered, while this process remembers as a
+    command does."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(memory, "_begun", True)
     memory.surroundings.cache_clear()
     steps: list[int] = []
     real = loop.Loop._evaluated
-    monkeypatch.setattr(loop.Loop, "_evaluated", lambda self: steps.append(self.progress.step) or real(self))
+    monkeypatch.setattr(
+        loop.Loop, "_evaluated", lambda self: steps.append(self.progress.step) or real(self)
+    )
     yield steps
     memory.surroundings.cache_clear()
 
@@ -48,8 +52,13 @@ def rows_in(folder: Path, rows: list[dict[str, str]], name: str = "rows.jsonl") 
 
 def run(base: Path, out: Path, *, data: Any = None, **settings: Any) -> list[dict[str, Any]]:
     """Its evaluations, without the seconds that they took."""
-    train = data or {"train": rows_in(out.parent, ROWS), "validation": rows_in(out.parent, ROWS[:5], "held.jsonl")}
-    veneer.train(str(base), train, out=out, **{"steps": 2, "batch": 4, "learning_rate": 0.01, **settings})
+    train = data or {
+        "train": rows_in(out.parent, ROWS),
+        "validation": rows_in(out.parent, ROWS[:5], "held.jsonl"),
+    }
+    veneer.train(
+        str(base), train, out=out, **{"steps": 2, "batch": 4, "learning_rate": 0.01, **settings}
+    )
     found = [each for each in read_records(out / "metrics.jsonl") if each["kind"] == "evaluation"]
     return [{name: value for name, value in each.items() if name != "seconds"} for each in found]
 
@@ -63,8 +72,14 @@ def test_another_rate_begins_with_what_the_first_run_found(
     computed.clear()
     again = run(base, tmp_path / "again")
     assert computed == [1, 2] and again == first
-    assert "that of an earlier run" in capsys.readouterr().out.partition("step 1/2")[0].rpartition("longest batch")[2]
-    weights = [read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "again")]
+    assert (
+        "that of an earlier run"
+        in capsys.readouterr().out.partition("step 1/2")[0].rpartition("longest batch")[2]
+    )
+    weights = [
+        read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("first", "again")
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     computed.clear()
     other = run(base, tmp_path / "other", learning_rate=0.02, steps=1)
@@ -85,7 +100,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_setting_is_evaluated_anew(base: Path, tmp_path: Path, computed: list[int], name: str) -> None:
+def test_another_setting_is_evaluated_anew(
+    base: Path, tmp_path: Path, computed: list[int], name: str
+) -> None:
     run(base, tmp_path / "first", steps=1)
     computed.clear()
     remembered = run(base, tmp_path / "other", steps=1, **OTHERS[name])
@@ -108,9 +125,15 @@ def test_other_weights_rows_or_threads_are_evaluated_anew(
     train = rows_in(tmp_path, ROWS)
     held = {"train": train, "validation": rows_in(tmp_path, ROWS[1:6], "a.jsonl")}
     assert anew("rows", data=held) and not anew("rows again", data=held)
-    asked = {"train": train, "validation": rows_in(tmp_path, [ROWS[1], ROWS[0], *ROWS[2:5]], "b.jsonl")}
+    asked = {
+        "train": train,
+        "validation": rows_in(tmp_path, [ROWS[1], ROWS[0], *ROWS[2:5]], "b.jsonl"),
+    }
     assert anew("order", data=asked)
-    sets = [{"path": rows_in(tmp_path, some, name)} for some, name in ((ROWS[:2], "c.jsonl"), (ROWS[2:5], "d.jsonl"))]
+    sets = [
+        {"path": rows_in(tmp_path, some, name)}
+        for some, name in ((ROWS[:2], "c.jsonl"), (ROWS[2:5], "d.jsonl"))
+    ]
     assert not anew("sets", data={"train": train, "validation": sets})  # the same rows as at first
     model = veneer.load(str(base)).model
     with torch.no_grad():
@@ -140,7 +163,9 @@ def test_packed_bases_and_classes_of_others_are_never_remembered(
     assert computed == [0, 1, 0, 1]
 
 
-def test_no_evaluation_reads_what_the_key_leaves_out(base: Path, tmp_path: Path, computed: list[int]) -> None:
+def test_no_evaluation_reads_what_the_key_leaves_out(
+    base: Path, tmp_path: Path, computed: list[int]
+) -> None:
     fields = {*first_evaluation._TRAINING, *first_evaluation._READ_ALREADY}
     assert fields <= RunConfig.model_fields.keys()
     memory._begun = False
@@ -160,7 +185,9 @@ def test_no_evaluation_reads_what_the_key_leaves_out(base: Path, tmp_path: Path,
         "patience": 1,
         "log": [],
     }
-    assert {*others, "out", "optimizer"} == {*first_evaluation._TRAINING}  # it steps, and nothing else
+    assert {*others, "out", "optimizer"} == {
+        *first_evaluation._TRAINING
+    }  # it steps, and nothing else
     for name, value in others.items():
         settings = {name: value} if name != "epochs" else {name: value, "steps": None}
         assert run(base, tmp_path / name, **settings)[0] == first, name

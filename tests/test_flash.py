@@ -1,5 +1,5 @@
-"""Packed attention by flash kernels (kernels/flash.py) against one row at a time: an exact function stands in their
-place. Nothing here has run on a GPU."""
+"""Packed attention by flash kernels (kernels/flash.py) against one row at a time: an exact function
+stands in their place. Nothing here has run on a GPU."""
 
 import pytest
 import torch
@@ -28,13 +28,20 @@ def case(prompt, lengths, *, sinks, filler=3, dtype=torch.float64):
     draw = torch.Generator().manual_seed(1)
     rows = prompt + sum(lengths) + filler
     sizes = ((rows, H, D), (rows, K, D), (rows, K, D), (H,))
-    tensors = [torch.randn(size, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
-    return [*tensors[:3], tensors[3] if sinks else None], torch.randn(sizes[0], generator=draw).to(dtype)
+    tensors = [
+        torch.randn(size, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+        for size in sizes
+    ]
+    return [*tensors[:3], tensors[3] if sinks else None], torch.randn(sizes[0], generator=draw).to(
+        dtype
+    )
 
 
 def reference(q, k, v, sinks, layout, scale, window):
     nothing = k.new_zeros(0, K, D)
-    return prefixed_attention_reference(q, k, v, nothing, nothing, layout, Rules(scale, window, None, sinks))
+    return prefixed_attention_reference(
+        q, k, v, nothing, nothing, layout, Rules(scale, window, None, sinks)
+    )
 
 
 def gradients(out, weights, tensors):
@@ -51,7 +58,9 @@ def test_output_and_gradients_are_those_of_one_row_at_a_time(layout, window, sin
     found = flash_attention(*qkv, group, Rules(0.3, window, None, sink), Exact())
     expected = reference(*tensors, group, 0.3, window)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(gradients(found, weights, tensors), gradients(expected, weights, tensors), strict=True):
+    for ours, theirs in zip(
+        gradients(found, weights, tensors), gradients(expected, weights, tensors), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     assert not found[group.rows :].any(), "filler gets nothing"
 
@@ -70,20 +79,31 @@ def test_what_is_kept_grows_with_the_rows_and_not_with_their_square(window):
         start = len(kept)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             flash_attention(
-                *tensors[:3], Group(32, (length, length), CPU), Rules(0.3, window, None, tensors[3]), Exact()
+                *tensors[:3],
+                Group(32, (length, length), CPU),
+                Rules(0.3, window, None, tensors[3]),
+                Exact(),
             )
         rows = 32 + 2 * length
-        assert sum(kept[start:]) <= rows * (2 * H * D + 2 * K * D + H) + 10  # q, out; k, v; a float a row and head
+        assert (
+            sum(kept[start:]) <= rows * (2 * H * D + 2 * K * D + H) + 10
+        )  # q, out; k, v; a float a row and head
 
 
 @pytest.mark.parametrize("filler", [0, 3])
 def test_the_output_is_kept_once_by_attention_and_what_comes_behind(filler):
     tensors, _ = case(6, (5, 1, 9), sinks=True, filler=filler)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
-        out = flash_attention(*tensors[:3], Group(6, (5, 1, 9), CPU), Rules(0.3, None, None, tensors[3]), Exact())
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: kept.append(each) or each, lambda each: each
+    ):
+        out = flash_attention(
+            *tensors[:3], Group(6, (5, 1, 9), CPU), Rules(0.3, None, None, tensors[3]), Exact()
+        )
     own = out.untyped_storage().data_ptr()
-    assert [each.untyped_storage().data_ptr() == own for each in kept if each.shape[1:] == (H, D)] == [False, True]
+    assert [
+        each.untyped_storage().data_ptr() == own for each in kept if each.shape[1:] == (H, D)
+    ] == [False, True]
 
 
 class Noting(Exact):
@@ -107,13 +127,17 @@ def test_a_prompt_is_read_once_for_all_documents_and_of_a_window_only_what_it_re
     layout = (6, (5, 1, 9))
     assert asked(layout, None) == [(21, 21, True, None), (15, 6, False, None)]
     assert asked(layout, 15) == asked(layout, None), "a window that hides nothing"
-    assert asked(layout, 4) == [(21, 6 + 3 * 3 + 15, True, 3)], "the prompt's last three before each document"
+    assert asked(layout, 4) == [(21, 6 + 3 * 3 + 15, True, 3)], (
+        "the prompt's last three before each document"
+    )
     assert asked(layout, 1) == [(21, 21, True, 0)]
 
 
 def test_every_layer_takes_the_same_spans(monkeypatch):
     made, real = [], Spans.of
-    monkeypatch.setattr(Spans, "of", lambda *given, **named: made.append(1) or real(*given, **named))
+    monkeypatch.setattr(
+        Spans, "of", lambda *given, **named: made.append(1) or real(*given, **named)
+    )
     group, (tensors, _) = Group(2, (3, 4), CPU), case(2, (3, 4), sinks=False)
     for _ in range(3):
         flash_attention(*tensors[:3], group, Rules(0.3), Exact())
@@ -163,9 +187,13 @@ def test_packed_attention_takes_them_where_they_are_not_declined(monkeypatch):
     plain = attention.packed_attention(q, k, v, group, Rules(0.3))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(attention, "declined", lambda *given: None)
-    monkeypatch.setattr(attention, "flash_attention", lambda *given: flash_attention(*given, Exact()))
+    monkeypatch.setattr(
+        attention, "flash_attention", lambda *given: flash_attention(*given, Exact())
+    )
     assert attention.packed_attention.__globals__["flash_attention"] is not flash.flash_attention
-    torch.testing.assert_close(attention.packed_attention(q, k, v, group, Rules(0.3)), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        attention.packed_attention(q, k, v, group, Rules(0.3)), plain, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_torch_has_the_operators_with_the_arguments_that_are_given():
@@ -181,12 +209,16 @@ def test_torch_has_the_operators_with_the_arguments_that_are_given():
         assert [each.shape for each in found] == [q.shape, k.shape, k.shape]
 
 
-@pytest.mark.parametrize(("heads", "size", "tiles"), [((4, 2), 64, 64), ((4, 4), 80, 96), ((4, 1), 136, 192)])
+@pytest.mark.parametrize(
+    ("heads", "size", "tiles"), [((4, 2), 64, 64), ((4, 4), 80, 96), ((4, 1), 136, 192)]
+)
 def test_a_plan_counts_what_their_backward_holds_besides(heads, size, tiles):
     meta, (H, K), rows, sequences = torch.device("meta"), heads, 300, 5
     ends = torch.empty(sequences + 1, dtype=torch.int32, device=meta)
     q, k = (torch.empty(rows, each, size, dtype=torch.bfloat16, device=meta) for each in heads)
-    out, entropy, state = flash.ATEN.forward(q, k, k, spans := Spans(ends, ends, 90, 90, True, None), 0.3)
+    out, entropy, state = flash.ATEN.forward(
+        q, k, k, spans := Spans(ends, ends, 90, 90, True, None), 0.3
+    )
     with Tracker() as tracker, tracker.phase("backward", label="theirs") as phase:
         found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
     apart = rows + 128 * sequences

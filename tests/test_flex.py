@@ -1,5 +1,5 @@
-"""Packed attention with a soft cap by flex attention (kernels/flex.py) against one row at a time: an exact function
-stands in its place. Nothing here has run on a GPU."""
+"""Packed attention with a soft cap by flex attention (kernels/flex.py) against one row at a time:
+an exact function stands in its place. Nothing here has run on a GPU."""
 
 import logging
 import warnings
@@ -14,7 +14,11 @@ from veneer.kernels.layout import Group
 from veneer.kernels.prefix import prefixed_attention_reference
 from veneer.kernels.rules import Rules
 
-LONG = {"many blocks": (150, (300, 1, 129, 40)), "without a prompt": (0, (260, 128, 5)), "a long one": (0, (400,))}
+LONG = {
+    "many blocks": (150, (300, 1, 129, 40)),
+    "without a prompt": (0, (260, 128, 5)),
+    "a long one": (0, (400,)),
+}
 
 
 @pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
@@ -34,7 +38,9 @@ def test_output_and_gradients_are_those_of_one_row_at_a_time(layout, window, sin
     nothing = qkv[1].new_zeros(0, K, qkv[1].shape[2])
     expected = prefixed_attention_reference(*qkv, nothing, nothing, group, rules)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(gradients(found, weights, tensors), gradients(expected, weights, tensors), strict=True):
+    for ours, theirs in zip(
+        gradients(found, weights, tensors), gradients(expected, weights, tensors), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     assert not found[group.rows :].any(), "filler gets nothing"
 
@@ -46,7 +52,9 @@ def test_torchs_own_takes_what_it_is_given_and_answers_the_same():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it holds all scores where it is not compiled
         found = flex.flex_packed_attention(q, k, v, group, rules, flex.torch_flex_attention)
-    torch.testing.assert_close(found, flex.flex_packed_attention(q, k, v, group, rules, exact), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, flex.flex_packed_attention(q, k, v, group, rules, exact), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_blocks_that_nobody_sees_are_not_listed():
@@ -60,14 +68,21 @@ def test_blocks_that_nobody_sees_are_not_listed():
 def test_it_is_asked_for_soft_caps_alone_and_a_plan_counts_what_it_keeps(monkeypatch):
     monkeypatch.setattr(launch, "module", lambda name: name)
     group = Group(0, (64,), CPU)
-    q, k, v = (torch.empty(64, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (H, K, K))
+    q, k, v = (
+        torch.empty(64, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (H, K, K)
+    )
     plain = attention.plain_attention
     with native.planning("cuda"):
         assert flex.declined(q, k, v, group, Rules(0.1), plain) == "no soft cap on scores"
-        assert flex.declined(q.float(), k, v, group, Rules(0.1, softcap=2.0), plain) == "numbers of torch.float32"
+        assert (
+            flex.declined(q.float(), k, v, group, Rules(0.1, softcap=2.0), plain)
+            == "numbers of torch.float32"
+        )
         assert flex.declined(q, k, v, group, Rules(0.1, softcap=2.0), plain) is None
         asked = []
-        monkeypatch.setattr(attention, "flash_attention", lambda *given: asked.append(given[-1]) or given[0])
+        monkeypatch.setattr(
+            attention, "flash_attention", lambda *given: asked.append(given[-1]) or given[0]
+        )
         attention.packed_attention(q, k, v, group, Rules(0.1, softcap=2.0))
         assert asked == [Rules(0.1)]
         monkeypatch.setattr(launch, "module", lambda name: None)
@@ -94,7 +109,9 @@ def test_it_is_tried_before_it_is_used_and_what_is_wrong_is_said(way, said, monk
     q, k, v = (torch.zeros(9, heads, 16, dtype=torch.bfloat16) for heads in (H, K, K))
     with caplog.at_level(logging.WARNING, "veneer.kernels"):
         for _ in range(2):
-            found = flex.declined(q, k, v, Group(0, (9,), CPU), Rules(0.1, softcap=2.0), attention.plain_attention)
+            found = flex.declined(
+                q, k, v, Group(0, (9,), CPU), Rules(0.1, softcap=2.0), attention.plain_attention
+            )
     flex._fault.cache_clear()
     assert (found is None) == (said is None) and len(caplog.records) == (said is not None)
     assert said is None or (said in found and said in caplog.text)

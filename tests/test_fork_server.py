@@ -1,4 +1,5 @@
-"""Commands in forked processes: the bits, the memory, the exit codes and the ends of processes of their own."""
+"""Commands in forked processes: the bits, the memory, the exit codes and the ends of processes of
+their own."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from veneer.compare.local import ForkServer, Here, command_of
 from veneer.train.config import RunConfig
 from veneer.train.records import read_records
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each command starts anew")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere each command starts anew"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +47,22 @@ def train(place: Path, out: Path, steps: int, *more: str) -> list[str]:
     return ["train", *given, "--steps", str(steps), "--json", "--quiet", *more]
 
 
-def test_a_run_learns_the_same_bits_and_needs_the_same_memory(place: Path, server: ForkServer, tmp_path: Path) -> None:
+def test_a_run_learns_the_same_bits_and_needs_the_same_memory(
+    place: Path, server: ForkServer, tmp_path: Path
+) -> None:
     found: dict[str, Any] = {}
-    for name, run in (("alone", lambda asked: command_of(asked, lambda: None, os.environ)), ("forked", None)):
+    for name, run in (
+        ("alone", lambda asked: command_of(asked, lambda: None, os.environ)),
+        ("forked", None),
+    ):
         asked = train(place, tmp_path / name, 3, "--set", "method.dropout=0.1")
         done = server.command_of(asked, lambda: None) if run is None else run(asked)
         assert done.code == 0, done.talk
-        steps = [each["loss"] for each in read_records(tmp_path / name / "metrics.jsonl") if each["kind"] == "step"]
+        steps = [
+            each["loss"]
+            for each in read_records(tmp_path / name / "metrics.jsonl")
+            if each["kind"] == "step"
+        ]
         found[name] = json.loads(done.out), steps
     alone, forked = found["alone"][0], found["forked"][0]
     assert found["forked"][1] == found["alone"][1] and len(found["alone"][1]) == 3
@@ -64,11 +76,15 @@ def test_each_command_has_its_own_code_stdout_and_talk(server: ForkServer) -> No
     done = server.command_of(["--version"], lambda: None)
     assert (done.code, done.out.split()[0], done.talk) == (0, "veneer", "")
     done = server.command_of(["data", "check", "nothing.jsonl", "--base", "nowhere"], lambda: None)
-    assert (done.code, done.out) == (2, "") and "nowhere" in done.talk and "Traceback" not in done.talk
+    assert (
+        (done.code, done.out) == (2, "") and "nowhere" in done.talk and "Traceback" not in done.talk
+    )
     assert done.command == ("veneer", "data", "check", "nothing.jsonl", "--base", "nowhere")
 
 
-def test_an_interrupt_is_passed_on_and_the_run_saves_first(place: Path, server: ForkServer, tmp_path: Path) -> None:
+def test_an_interrupt_is_passed_on_and_the_run_saves_first(
+    place: Path, server: ForkServer, tmp_path: Path
+) -> None:
     def once_it_steps() -> None:
         if (tmp_path / "run" / "metrics.jsonl").is_file() and steps_of(tmp_path / "run"):
             raise KeyboardInterrupt
@@ -79,7 +95,9 @@ def test_an_interrupt_is_passed_on_and_the_run_saves_first(place: Path, server: 
     assert server.command_of(["--version"], lambda: None).code == 0, "it serves on"
 
 
-def test_a_run_ends_with_its_server_and_the_next_one_gets_another(place: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_its_server_and_the_next_one_gets_another(
+    place: Path, tmp_path: Path
+) -> None:
     here, killed = Here(), list[int]()
 
     def job(name: str, steps: int) -> Job:
@@ -106,12 +124,19 @@ def test_a_run_ends_with_its_server_and_the_next_one_gets_another(place: Path, t
         here.stop()
 
 
-def test_a_server_that_does_not_start_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "module_command", lambda name: [sys.executable, "-c", "raise Exception(7)"])
+def test_a_server_that_does_not_start_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        local, "module_command", lambda name: [sys.executable, "-c", "raise Exception(7)"]
+    )
     server = ForkServer(os.environ)
     outcome = server.command_of(["--version"], lambda: None)
     server.close()
-    assert outcome == Outcome(1, "", outcome.talk, ("veneer", "--version")) and "Exception: 7" in outcome.talk
+    assert (
+        outcome == Outcome(1, "", outcome.talk, ("veneer", "--version"))
+        and "Exception: 7" in outcome.talk
+    )
 
 
 def steps_of(run: Path) -> list[int]:

@@ -1,4 +1,5 @@
-"""An adapter folder is written whole, read strictly, and goes only onto the base it was made for."""
+"""An adapter folder is written whole, read strictly, and goes only onto the base it was made
+for."""
 
 import errno
 import hashlib
@@ -40,7 +41,13 @@ from veneer.files.partial import sweep
 from veneer.formats import adapter as store
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
 from veneer.formats.fit import grouped
-from veneer.formats.manifest import MANIFEST_NAME, BaseIdentity, Manifest, content_hash_of, read_manifest
+from veneer.formats.manifest import (
+    MANIFEST_NAME,
+    BaseIdentity,
+    Manifest,
+    content_hash_of,
+    read_manifest,
+)
 from veneer.formats.peft_config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
 from veneer.models.frozen_base import FrozenBase
 
@@ -49,7 +56,9 @@ SETTINGS = {"rank": 4, "alpha": 7, "rank_pattern": {"v_proj": 2}, "train_modules
 IDS = torch.tensor([[5, 200, 17, 99, 3]])
 
 
-def adapted(family: str = "llama_untied", *, name: str = "x", **fields) -> tuple[FrozenBase, Attachment]:
+def adapted(
+    family: str = "llama_untied", *, name: str = "x", **fields
+) -> tuple[FrozenBase, Attachment]:
     base = tiny_base(family)
     base.fingerprint()
     settings = LoRA(**{**SETTINGS, **fields})
@@ -57,7 +66,9 @@ def adapted(family: str = "llama_untied", *, name: str = "x", **fields) -> tuple
     attachment = attach(base.model, settings, name=name, routing=base.routing, head=head)
     generator = torch.Generator().manual_seed(1)
     for parameter in attachment.parameters().values():
-        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        parameter.data.add_(
+            0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        )
     return base, attachment
 
 
@@ -104,12 +115,23 @@ def edit_tensors(folder: Path, edit) -> None:
 
 def test_the_folder_holds_three_files_and_says_what_it_is(tmp_path):
     base, attachment = adapted()
-    result = write(tmp_path / "a", base, attachment, metrics={"loss": 1.5}, recipe={"steps": 3}, parents=[("p", 1.0)])
+    result = write(
+        tmp_path / "a",
+        base,
+        attachment,
+        metrics={"loss": 1.5},
+        recipe={"steps": 3},
+        parents=[("p", 1.0)],
+    )
     assert {p.name for p in (tmp_path / "a").iterdir()} == {CONFIG_NAME, WEIGHTS, MANIFEST_NAME}
     assert result.bytes == (tmp_path / "a" / WEIGHTS).stat().st_size
     manifest = read_manifest(tmp_path / "a" / MANIFEST_NAME)
     assert manifest.base.fingerprint == base.fingerprint().to_dict()
-    assert manifest.metrics == {"loss": 1.5} and manifest.recipe == {"steps": 3} and manifest.parent == "p"
+    assert (
+        manifest.metrics == {"loss": 1.5}
+        and manifest.recipe == {"steps": 3}
+        and manifest.parent == "p"
+    )
     assert manifest.scaling["model.layers.0.self_attn.v_proj"] == 7 / 2
     assert manifest.scaling["model.layers.0.self_attn.q_proj"] == 7 / 4
 
@@ -136,12 +158,16 @@ def test_the_bytes_do_not_depend_on_the_process(written, tmp_path):
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "b")], env=environment, cwd=root, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "b")], env=environment, cwd=root, check=True
+    )
     for name in (CONFIG_NAME, WEIGHTS, MANIFEST_NAME):
         assert (tmp_path / "b" / name).read_bytes() == (written / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "q_proj", "a.b.c", "default", "ünïcode ☃", "../x", ""])
+@pytest.mark.parametrize(
+    "name", ["lora", "lora_A", "weight", "q_proj", "a.b.c", "default", "ünïcode ☃", "../x", ""]
+)
 def test_no_name_of_an_adapter_enters_its_files(written, tmp_path, name):
     write(tmp_path / "a", *adapted(name=name))
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (written / WEIGHTS).read_bytes()
@@ -164,7 +190,9 @@ def test_an_existing_folder_is_kept_unless_replaced_on_purpose(copy, tmp_path):
     with pytest.raises(ConfigError, match="exists"):
         write(copy, base, attachment)
     assert read_adapter(copy).config.rank == 4
-    write_adapter(copy, attachment, manifest_for(base, method="lora"), model=base.model, replace=True)
+    write_adapter(
+        copy, attachment, manifest_for(base, method="lora"), model=base.model, replace=True
+    )
     assert read_adapter(copy).config.rank == 3
 
 
@@ -172,7 +200,9 @@ def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, monkey
     base, attachment = adapted()
 
     def full(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(DoesNotFitError, match=r"[\d,]+ bytes are needed, [\d,]+ are free"):
@@ -181,7 +211,9 @@ def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, monkey
 
 
 @pytest.mark.parametrize("damage", ["flip", "drop", "append"])
-def test_what_the_disk_changes_while_writing_is_found_before_it_is_visible(tmp_path, monkeypatch, damage):
+def test_what_the_disk_changes_while_writing_is_found_before_it_is_visible(
+    tmp_path, monkeypatch, damage
+):
     def save_and_damage(tensors, path, metadata):
         tensors = dict(tensors)
         if damage == "drop":
@@ -203,8 +235,14 @@ def test_what_the_disk_changes_while_writing_is_found_before_it_is_visible(tmp_p
 
 def test_reading_needs_no_base(written):
     stored = read_adapter(written)
-    assert stored.base_verified and stored.notes == [] and stored.name_or_path == "tiny-llama_untied"
-    assert stored.config.rank == 4 and stored.config.alpha == 7 and stored.config.train_modules == ["model.norm"]
+    assert (
+        stored.base_verified and stored.notes == [] and stored.name_or_path == "tiny-llama_untied"
+    )
+    assert (
+        stored.config.rank == 4
+        and stored.config.alpha == 7
+        and stored.config.train_modules == ["model.norm"]
+    )
     assert len(stored.tensors) == 2 * 14 + 1
 
 
@@ -222,11 +260,23 @@ def test_a_folder_changed_after_writing_is_refused_until_the_manifest_is_removed
         (lambda f: shutil.rmtree(f), SourceError, "not a folder"),
         (lambda f: (f / CONFIG_NAME).unlink(), SourceError, f"no {CONFIG_NAME}"),
         (lambda f: (f / WEIGHTS).unlink(), SourceError, f"no {WEIGHTS}"),
-        (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), UnsafeFileError, "save_pretrained"),
+        (
+            lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+            UnsafeFileError,
+            "save_pretrained",
+        ),
         (lambda f: (f / WEIGHTS).rename(f / "adapter.pt"), UnsafeFileError, "adapter.pt"),
         (lambda f: (f / MANIFEST_NAME).write_text("{"), CorruptFileError, "not valid JSON"),
-        (lambda f: (f / MANIFEST_NAME).write_text('{"format_version": 2}'), CorruptFileError, "newer one"),
-        (lambda f: (f / MANIFEST_NAME).write_text('{"format_version": 1, "x": 1}'), CorruptFileError, "x: "),
+        (
+            lambda f: (f / MANIFEST_NAME).write_text('{"format_version": 2}'),
+            CorruptFileError,
+            "newer one",
+        ),
+        (
+            lambda f: (f / MANIFEST_NAME).write_text('{"format_version": 1, "x": 1}'),
+            CorruptFileError,
+            "x: ",
+        ),
     ],
 )
 def test_a_folder_that_is_no_adapter_is_told_with_the_way_out(copy, prepare, error, words):
@@ -265,7 +315,9 @@ def test_two_names_of_one_tensor_are_refused(copy):
 
 
 def test_a_file_without_the_prefix_is_read(copy):
-    edit_tensors(copy, lambda t: t.update({n.removeprefix("base_model.model."): t.pop(n) for n in list(t)}))
+    edit_tensors(
+        copy, lambda t: t.update({n.removeprefix("base_model.model."): t.pop(n) for n in list(t)})
+    )
     load_adapter(tiny_base("llama_untied"), copy, name="x")
 
 
@@ -291,7 +343,9 @@ def test_a_config_that_json_cannot_say_has_no_content_hash():
 
 def test_the_content_hash_is_what_the_format_document_says(written):
     tensors = hashlib.sha256((written / WEIGHTS).read_bytes()).hexdigest()
-    settings = json.dumps(json.loads((written / CONFIG_NAME).read_text()), sort_keys=True, separators=(",", ":"))
+    settings = json.dumps(
+        json.loads((written / CONFIG_NAME).read_text()), sort_keys=True, separators=(",", ":")
+    )
     expected = hashlib.sha256(f"{tensors}\n{settings}".encode()).hexdigest()
     assert read_manifest(written / MANIFEST_NAME).content_hash == expected
 
@@ -382,18 +436,26 @@ def test_every_tensor_that_does_not_fit_is_told_at_once_and_grouped(copy):
         "model.layers.1.mlp.down_proj.lora_A.weight adapter (3, 48) model (4, 48) 1 tensor",
         "model.layers.0-1.mlp.up_proj.lora_B.weight adapter missing model (48, 4) 2 tensors",
         "model.layers.0-1.self_attn.q_proj.lora_A.weight adapter (4, 40) model (4, 32) 2 tensors",
-        "model.layers.0-1.self_attn.x_proj.lora_A.weight adapter (4, 32) model no such tensor 2 tensors",
+        (
+            "model.layers.0-1.self_attn.x_proj.lora_A.weight adapter (4, 32) model no such tensor 2"
+            " tensors"
+        ),
         "model.norm.weight adapter missing model (32,) 1 tensor",
     ]
     assert "'support-bot' does not fit tiny-llama_untied, 8 of 28 tensors" in caught.value.headline
-    assert base.attachments == {} and not any("base" in name.split(".") for name, _ in base.model.named_modules())
+    assert base.attachments == {} and not any(
+        "base" in name.split(".") for name, _ in base.model.named_modules()
+    )
 
 
 def test_an_adapter_of_another_base_is_told_with_that_base_first_and_in_few_lines(copy):
     with pytest.raises(AdapterMismatchError) as caught:
         load_adapter(tiny_base("llama_untied", hidden_size=64), copy, name="support-bot")
     made_for = read_adapter(copy).name_or_path
-    assert "'support-bot' does not fit" in caught.value.headline and f"made for {made_for}" in caught.value.headline
+    assert (
+        "'support-bot' does not fit" in caught.value.headline
+        and f"made for {made_for}" in caught.value.headline
+    )
     assert len(caught.value.faults) <= 13 and caught.value.faults[-1].startswith("and ")
     assert caught.value.next_step == f"Load it on {made_for}."
 
@@ -409,7 +471,9 @@ def test_tensors_that_differ_in_the_layer_alone_are_one_line_in_columns():
 
 
 def test_transposed_factors_are_misshapen_not_silently_wrong(copy):
-    edit_tensors(copy, lambda t: t.update({n: v.T.contiguous() for n, v in t.items() if v.dim() == 2}))
+    edit_tensors(
+        copy, lambda t: t.update({n: v.T.contiguous() for n, v in t.items() if v.dim() == 2})
+    )
     with pytest.raises(AdapterMismatchError, match="28 of 29 tensors"):
         load_adapter(tiny_base("llama_untied"), copy, name="x")
 
@@ -443,21 +507,27 @@ def test_a_frozen_table_in_the_file_must_be_the_base_s(tmp_path):
     edit_tensors(tmp_path / "a", lambda t: t.update({name: table}))
     load_adapter(tiny_base("llama_untied"), tmp_path / "a", name="x")
     edit_tensors(tmp_path / "a", lambda t: t.update({name: table + 1}))
-    with pytest.raises(AdapterMismatchError, match=r"embed_tokens\.base_layer\.weight .* own values differ"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"embed_tokens\.base_layer\.weight .* own values differ"
+    ):
         load_adapter(tiny_base("llama_untied"), tmp_path / "a", name="x")
 
 
 def test_an_adapter_for_more_layers_is_refused(tmp_path):
     write(tmp_path / "a", *adapted())
     (tmp_path / "a" / MANIFEST_NAME).unlink()
-    with pytest.raises(AdapterMismatchError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight .*no such tensor"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"layers\.1\.self_attn\.q_proj\.lora_A\.weight .*no such tensor"
+    ):
         load_adapter(tiny_base("llama_untied", num_hidden_layers=1), tmp_path / "a", name="x")
 
 
 def test_scaling_that_disagrees_with_the_training_s_is_refused(copy):
     stored = read_adapter(copy)
     assert stored.manifest is not None
-    wrong = stored.manifest.model_copy(update={"scaling": dict.fromkeys(stored.manifest.scaling, 1.0)})
+    wrong = stored.manifest.model_copy(
+        update={"scaling": dict.fromkeys(stored.manifest.scaling, 1.0)}
+    )
     (copy / MANIFEST_NAME).write_text(wrong.to_json())
     base = tiny_base("llama_untied")
     with pytest.raises(CorruptFileError, match="scaling does not agree"):
@@ -523,11 +593,15 @@ LISTS = st.none() | st.lists(NAMES, max_size=4) | NAMES
 PLAUSIBLE = st.fixed_dictionaries(
     {},
     optional={
-        "target_modules": LISTS | st.sampled_from(["all-linear", "ALL-LINEAR", r".*\.[01]\..*_proj"]),
+        "target_modules": (
+            LISTS | st.sampled_from(["all-linear", "ALL-LINEAR", r".*\.[01]\..*_proj"])
+        ),
         "target_parameters": st.none() | st.lists(NAMES | st.just("q_proj.weight"), max_size=3),
         "exclude_modules": LISTS,
         "modules_to_save": st.none() | st.lists(NAMES, max_size=2),
-        "layers_to_transform": st.none() | st.integers(-1, 3) | st.lists(st.integers(-1, 3), max_size=2),
+        "layers_to_transform": (
+            st.none() | st.integers(-1, 3) | st.lists(st.integers(-1, 3), max_size=2)
+        ),
         "layers_pattern": LISTS,
         "bias": st.sampled_from(["none", "all", "lora_only"]),
         "rank_pattern": st.dictionaries(NAMES, st.integers(1, 5), max_size=2),
@@ -539,10 +613,14 @@ PLAUSIBLE = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(fields=PLAUSIBLE, keep=st.just(set(range(29))) | st.sets(st.integers(0, 28), min_size=27))
-def test_whatever_the_settings_say_all_tensors_are_used_or_nothing_is_attached(plain_copy, fields, keep):
+def test_whatever_the_settings_say_all_tensors_are_used_or_nothing_is_attached(
+    plain_copy, fields, keep
+):
     """The settings and the tensors of a file are changed independently of each other."""
     tensors = dict(sorted(plain_copy[1].items()))
-    chosen = {name: tensor for number, (name, tensor) in enumerate(tensors.items()) if number in keep}
+    chosen = {
+        name: tensor for number, (name, tensor) in enumerate(tensors.items()) if number in keep
+    }
     save_file(chosen, plain_copy[0] / WEIGHTS)
     (plain_copy[0] / CONFIG_NAME).write_text(json.dumps(plain_copy[2] | fields))
     base = tiny_base("llama_untied")
@@ -557,8 +635,14 @@ def test_whatever_the_settings_say_all_tensors_are_used_or_nothing_is_attached(p
 
 @pytest.fixture(scope="module")
 def plain_copy(written, tmp_path_factory):
-    """A PEFT folder without veneer.json, its tensors and settings, and how many modules the bare base has."""
+    """A PEFT folder without veneer.json, its tensors and settings, and how many modules the bare
+    base has."""
     folder = Path(shutil.copytree(written, tmp_path_factory.mktemp("plain") / "a"))
     (folder / MANIFEST_NAME).unlink()
     modules = len(list(tiny_base("llama_untied").model.named_modules()))
-    return folder, load_file(folder / WEIGHTS), json.loads((folder / CONFIG_NAME).read_text()), modules
+    return (
+        folder,
+        load_file(folder / WEIGHTS),
+        json.loads((folder / CONFIG_NAME).read_text()),
+        modules,
+    )

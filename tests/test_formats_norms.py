@@ -17,7 +17,11 @@ CASES = {
     "conv1d": ("gpt2", {"rank_pattern": {}, "train_modules": [], "targets": ["c_attn", "c_proj"]}),
     "experts": (
         "mixtral",
-        {"rank_pattern": {}, "train_modules": [], "targets": ["experts.down_proj", "q_proj", "mlp.gate"]},
+        {
+            "rank_pattern": {},
+            "train_modules": [],
+            "targets": ["experts.down_proj", "q_proj", "mlp.gate"],
+        },
     ),
 }
 
@@ -51,7 +55,10 @@ def test_norms_and_angles_are_those_of_the_dense_updates(tmp_path: Path, case):
     norms = sorted(update.norm() for update in first.values())
     assert norms == pytest.approx(sorted(float(each.norm()) for each in whole.values()), rel=1e-5)
     dot = sum(float((whole[path] * whole_other[path]).sum()) for path in whole)
-    sizes = [math.sqrt(sum(float(each.norm()) ** 2 for each in all_.values())) for all_ in (whole, whole_other)]
+    sizes = [
+        math.sqrt(sum(float(each.norm()) ** 2 for each in all_.values()))
+        for all_ in (whole, whole_other)
+    ]
     found = angle(first, second)
     assert found.total == pytest.approx(dot / (sizes[0] * sizes[1]), abs=1e-5)
     assert 0 < abs(found.total) < 0.999 and found.in_both == len(whole)
@@ -80,12 +87,21 @@ def test_norms_of_the_base_are_those_of_its_weights():
 
 def update(scaling: float, *, width: int = 2, experts: int = 1) -> Update:
     return Update(
-        torch.ones(experts, 1, width, dtype=torch.float64), torch.ones(experts, 2, 1, dtype=torch.float64), scaling
+        torch.ones(experts, 1, width, dtype=torch.float64),
+        torch.ones(experts, 2, 1, dtype=torch.float64),
+        scaling,
     )
 
 
 def test_angles_are_by_layer_in_the_order_of_the_layers_and_what_lies_outside_comes_last():
-    paths = ["lm_head", "model.layers.10.q", "model.layers.0.q", "a.layers.1.q", "model.embed", "model.layers.2.q"]
+    paths = [
+        "lm_head",
+        "model.layers.10.q",
+        "model.layers.0.q",
+        "a.layers.1.q",
+        "model.embed",
+        "model.layers.2.q",
+    ]
     one = {path: update(1.0) for path in paths}
     other = {path: update(-1.0 if ".2." in path else 2.0) for path in paths}
     found = angle(one, other).by_layer

@@ -1,4 +1,5 @@
-"""PEFT's layout without PEFT: names, shapes, sizes to the byte, and which names say which modules."""
+"""PEFT's layout without PEFT: names, shapes, sizes to the byte, and which names say which
+modules."""
 
 import math
 
@@ -40,7 +41,11 @@ def llama_3b(rank: int, names: dict[str, tuple[int, int]]) -> dict[str, torch.Te
 
 def test_the_size_is_that_of_published_files_to_the_byte():
     attention = {"self_attn.q_proj": (3072, 3072), "self_attn.v_proj": (3072, 1024)}
-    feed_forward = {"mlp.gate_proj": (3072, 8192), "mlp.up_proj": (3072, 8192), "mlp.down_proj": (8192, 3072)}
+    feed_forward = {
+        "mlp.gate_proj": (3072, 8192),
+        "mlp.up_proj": (3072, 8192),
+        "mlp.down_proj": (8192, 3072),
+    }
     assert tensor_file_bytes(llama_3b(32, attention)) == 36_715_216
     assert tensor_file_bytes(llama_3b(10, feed_forward)) == 37_868_984
 
@@ -59,7 +64,10 @@ def test_the_size_is_that_of_the_library_for_mixed_types():
 
 def test_expert_factors_are_expert_major_rows_and_rank_major_columns():
     E, R, I, O = 3, 2, 5, 4
-    A, B = torch.arange(E * R * I).view(E, R, I).float(), torch.arange(E * O * R).view(E, O, R).float()
+    A, B = (
+        torch.arange(E * R * I).view(E, R, I).float(),
+        torch.arange(E * O * R).view(E, O, R).float(),
+    )
     flat_A, flat_B = to_file(LoRALayer("experts", A, B, alpha=7, rslora=False))
     for e in range(E):
         assert torch.equal(flat_A[e * R : (e + 1) * R], A[e])
@@ -89,14 +97,22 @@ def test_expert_factors_are_expert_major_rows_and_rank_major_columns():
     ],
 )
 def test_names_are_told_by_their_last_segments(name, bare, repaired):
-    if name == "base_model.model.lora_A.lora_A.weight":  # a module called like a factor: its own factor follows
+    if (
+        name == "base_model.model.lora_A.lora_A.weight"
+    ):  # a module called like a factor: its own factor follows
         assert bare_name(name)[0].endswith("lora_A.weight")
     else:
         assert bare_name(name) == (bare, repaired)
 
 
 def test_the_adapted_modules_are_told_by_the_names():
-    names = ["a.lora_A.weight", "a.lora_B.weight", "b.lora_embedding_A", "lora.lora_A.weight", "lm_head.weight"]
+    names = [
+        "a.lora_A.weight",
+        "a.lora_B.weight",
+        "b.lora_embedding_A",
+        "lora.lora_A.weight",
+        "lm_head.weight",
+    ]
     assert adapted_modules(names) == ["a", "b", "lora"]
 
 
@@ -125,7 +141,10 @@ def test_endings_are_used_only_where_they_mean_exactly_the_same_modules(paths, n
         ("layers.0", set()),
         ("1.*_proj", {"1.self_attn.q_proj", "1.self_attn.v_proj"}),
         (r"1\.self_attn\.(q_proj|v_proj)", {"1.self_attn.q_proj", "1.self_attn.v_proj"}),
-        ("v_proj|0.self_attn.q_proj", {"0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.v_proj"}),
+        (
+            "v_proj|0.self_attn.q_proj",
+            {"0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.v_proj"},
+        ),
         ("model.layers.0.self_attn.q_proj", {"0.self_attn.q_proj"}),
         ("^model.layers.0.self_attn.q_proj", {"0.self_attn.q_proj"}),
         ("base_model.model.model.layers.0.self_attn.q_proj", set()),
@@ -133,17 +152,27 @@ def test_endings_are_used_only_where_they_mean_exactly_the_same_modules(paths, n
 )
 def test_patterns_match_as_in_peft(pattern, hits):
     modules = plain_modules(tiny_model("llama"))
-    config = PeftLoRA(r=4, target_modules=["q_proj", "v_proj"], rank_pattern={pattern: 2}, use_rslora=True)
+    config = PeftLoRA(
+        r=4, target_modules=["q_proj", "v_proj"], rank_pattern={pattern: 2}, use_rslora=True
+    )
     slots = matched_slots(config, modules, head=None)
     strong = strengths(config, slots)
-    assert {path.removeprefix("model.layers.") for path, strength in strong.items() if strength.rank == 2} == hits
+    assert {
+        path.removeprefix("model.layers.")
+        for path, strength in strong.items()
+        if strength.rank == 2
+    } == hits
 
 
 def test_the_first_pattern_in_the_file_s_order_wins():
     modules = plain_modules(tiny_model("llama"))
     wide, narrow = {"q_proj": 2}, {"layers.0.self_attn.q_proj": 3}
     for patterns, on_layer_0 in ((wide | narrow, 2), (narrow | wide, 3)):
-        config = PeftLoRA(target_modules=["q_proj"], rank_pattern=patterns, alpha_pattern=dict.fromkeys(patterns, 5.0))
+        config = PeftLoRA(
+            target_modules=["q_proj"],
+            rank_pattern=patterns,
+            alpha_pattern=dict.fromkeys(patterns, 5.0),
+        )
         strong = strengths(config, matched_slots(config, modules, head=None))
         assert strong["model.layers.0.self_attn.q_proj"].rank == on_layer_0
         assert strong["model.layers.1.self_attn.q_proj"].rank == 2
@@ -153,7 +182,10 @@ def test_the_first_pattern_in_the_file_s_order_wins():
 SETTINGS = {
     "everything": ("llama", {}),
     "a part": ("llama", {"targets": ["q_proj", "layers.1.mlp.up_proj"]}),
-    "patterns": ("llama_untied", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.*": 3}}),
+    "patterns": (
+        "llama_untied",
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.*": 3}},
+    ),
     "embedding and biases": ("phi", {"targets": ["embed_tokens", "fc1"], "bias": "all"}),
     "head in full": ("llama_untied", {"targets": ["q_proj"], "train_modules": ["lm_head"]}),
     "experts": ("qwen3_moe", {"mlp_only_layers": [0]}),
@@ -162,7 +194,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("family", "fields"), SETTINGS.values(), ids=SETTINGS)
-def test_the_written_settings_name_exactly_what_is_attached_and_the_size_is_known_before(family, fields):
+def test_the_written_settings_name_exactly_what_is_attached_and_the_size_is_known_before(
+    family, fields
+):
     layers = {key: fields[key] for key in ("mlp_only_layers",) if key in fields}
     model = tiny_model(family, **layers)
     settings = LoRA(rank=4, alpha=7, **{k: v for k, v in fields.items() if k not in layers})
@@ -186,8 +220,12 @@ def test_names_do_not_depend_on_other_adapters_of_the_base():
         model = tiny_model("mixtral")
         head, routing = model.get_output_embeddings(), Routing()
         for number in range(others):
-            attach(model, LoRA(rank=2, bias="all"), name=f"other {number}", routing=routing, head=head)
+            attach(
+                model, LoRA(rank=2, bias="all"), name=f"other {number}", routing=routing, head=head
+            )
         attachment = attach(model, LoRA(rank=4), name="x", routing=routing, head=head)
-        return sorted(file_tensors(attachment, model)), peft_config(attachment, model, name_or_path=None, revision=None)
+        return sorted(file_tensors(attachment, model)), peft_config(
+            attachment, model, name_or_path=None, revision=None
+        )
 
     assert written(0) == written(2)

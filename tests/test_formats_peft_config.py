@@ -1,4 +1,5 @@
-"""adapter_config.json: what changes the arithmetic is refused by name, what PEFT leaves out has its defaults."""
+"""adapter_config.json: what changes the arithmetic is refused by name, what PEFT leaves out has its
+defaults."""
 
 import json
 from pathlib import Path
@@ -149,9 +150,15 @@ def test_a_field_of_a_wrong_kind_is_named(read, fields, named):
     assert any(fault.startswith(named) for fault in caught.value.faults)
 
 
-@pytest.mark.parametrize("pattern", ["((", "[", "x" * 5000, "a{1,4000}", r"(a)\1", "(?<=a)b", "(?!a)b|c"])
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
-def test_an_expression_that_is_none_or_cannot_be_matched_in_linear_time_is_not_run(read, field, pattern):
+@pytest.mark.parametrize(
+    "pattern", ["((", "[", "x" * 5000, "a{1,4000}", r"(a)\1", "(?<=a)b", "(?!a)b|c"]
+)
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"]
+)
+def test_an_expression_that_is_none_or_cannot_be_matched_in_linear_time_is_not_run(
+    read, field, pattern
+):
     value: object = {pattern: 4} if field == "rank_pattern" else pattern
     with pytest.raises(UnsafeFileError, match="regular expressions"):
         read({**MINIMAL, field: value})
@@ -186,7 +193,9 @@ def test_a_missing_file_is_an_error_of_the_input(tmp_path):
 
 def test_what_is_written_is_read_back_and_does_not_depend_on_order_of_creation(read):
     one = PeftLoRA(r=4, lora_alpha=7.5, rank_pattern={"^a": 1, "^b": 2}, target_modules=["q_proj"])
-    other = PeftLoRA(target_modules=["q_proj"], rank_pattern={"^b": 2, "^a": 1}, lora_alpha=7.5, r=4)
+    other = PeftLoRA(
+        target_modules=["q_proj"], rank_pattern={"^b": 2, "^a": 1}, lora_alpha=7.5, r=4
+    )
     text = config_text(config_json(one))
     assert text == config_text(config_json(other))
     found = read(text)[0]
@@ -198,13 +207,26 @@ def test_what_is_written_is_read_back_and_does_not_depend_on_order_of_creation(r
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
     max_leaves=8,
 )
-FIELDS = sorted({*PeftLoRA.model_fields, "use_dora", "init_lora_weights", "task_type", "peft_type", "peft_version"})
+FIELDS = sorted(
+    {
+        *PeftLoRA.model_fields,
+        "use_dora",
+        "init_lora_weights",
+        "task_type",
+        "peft_type",
+        "peft_version",
+    }
+)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), JSON, max_size=6))
 def test_whatever_stands_in_the_file_the_answer_is_settings_or_a_typed_error(read, fields):
     try:

@@ -10,7 +10,13 @@ from tests.helpers import fill
 from tests.tiny import tiny_base
 from veneer.adapters.config import Prefix
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, RefusedError
-from veneer.formats.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import (
+    adapter_file_bytes,
+    load_adapter,
+    manifest_for,
+    read_adapter,
+    write_adapter,
+)
 from veneer.models.initial_values import begin
 from veneer.models.step import prepare
 
@@ -19,10 +25,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def prefixed(family="qwen3", seed=0, **settings):
-    """A tiny base with a prefix of random values acting, and the attachment. head_dim is not hidden / heads."""
+    """A tiny base with a prefix of random values acting, and the attachment. head_dim is not hidden
+    / heads."""
     base = tiny_base(family)
     prepare(base.model)
-    attachment = begin(base, Prefix(**{"tokens": 5, "start": "random", **settings}), name="a").attachment
+    attachment = begin(
+        base, Prefix(**{"tokens": 5, "start": "random", **settings}), name="a"
+    ).attachment
     fill(attachment.parameters().values(), seed=seed, scale=1.0)
     base.routing.active = (("a", 1.0),)
     return base, attachment
@@ -34,7 +43,9 @@ def logits(base):
 
 
 def written(tmp_path, base, attachment):
-    return write_adapter(tmp_path / "adapter", attachment, manifest_for(base, method="prefix"), model=base.model)
+    return write_adapter(
+        tmp_path / "adapter", attachment, manifest_for(base, method="prefix"), model=base.model
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"layers": [1]}, {"projection": 7}], ids=str)
@@ -54,8 +65,12 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, settings):
     assert torch.equal(logits(base), before)
     stored = read_adapter(made.path)
     assert stored.config == Prefix(tokens=5, layers=settings.get("layers", []))
-    again = write_adapter(tmp_path / "again", base.attachments["b"], stored.manifest, model=base.model)
-    assert all((made.path / n).read_bytes() == (again.path / n).read_bytes() for n in (CONFIG, WEIGHTS))
+    again = write_adapter(
+        tmp_path / "again", base.attachments["b"], stored.manifest, model=base.model
+    )
+    assert all(
+        (made.path / n).read_bytes() == (again.path / n).read_bytes() for n in (CONFIG, WEIGHTS)
+    )
 
 
 def test_the_file_has_the_size_that_arithmetic_says():
@@ -77,7 +92,11 @@ def test_the_file_has_the_size_that_arithmetic_says():
         ({"layers": [0, 1]}, CorruptFileError, "PREFIX_TUNING"),
         ({"num_attention_heads": 4}, AdapterMismatchError, "key/value heads   adapter 4   model 2"),
         ({"num_layers": 4, "token_dim": 12}, AdapterMismatchError, "layers   adapter 4   model 2"),
-        ({"peft_type": "VENEER_PREFIX", "layers": [0, 3]}, AdapterMismatchError, "the model has layers 0-1"),
+        (
+            {"peft_type": "VENEER_PREFIX", "layers": [0, 3]},
+            AdapterMismatchError,
+            "the model has layers 0-1",
+        ),
         ({"peft_type": "VENEER_PREFIX", "layers": [1, 0]}, CorruptFileError, "not rising"),
     ],
     ids=str,

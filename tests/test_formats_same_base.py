@@ -1,4 +1,5 @@
-"""An adapter says what base it was trained on and how that base read text; another one is refused, both sides shown."""
+"""An adapter says what base it was trained on and how that base read text; another one is refused,
+both sides shown."""
 
 import json
 
@@ -91,15 +92,21 @@ EDITS = {
 
 @pytest.mark.parametrize("fields", EDITS.values(), ids=EDITS)
 def test_an_edited_config_over_the_same_weights_is_another_base(fields, tmp_path):
-    """Adapters of an earlier version, which knew nothing of the config, are compared as it compared them."""
+    """Adapters of an earlier version, which knew nothing of the config, are compared as it compared
+    them."""
     save_tiny(tmp_path / "base")
     base = load_base(str(tmp_path / "base"))
     attachment = begin(base, LoRA(rank=3), name="a").attachment
-    own = write_adapter(tmp_path / "own", attachment, manifest_for(base, method="lora"), model=base.model).path
+    own = write_adapter(
+        tmp_path / "own", attachment, manifest_for(base, method="lora"), model=base.model
+    ).path
     other = load_base(str(edited(tmp_path / "base", **fields)))
     with pytest.raises(AdapterMismatchError, match="another base") as caught:
         load_adapter(other, own, name="b")
-    changed = [fault.split(":")[0].removeprefix("config.json ").split(".")[0] for fault in caught.value.faults]
+    changed = [
+        fault.split(":")[0].removeprefix("config.json ").split(".")[0]
+        for fault in caught.value.faults
+    ]
     assert changed == list(fields)
     load_adapter(other, as_written_earlier(own), name="b")
 
@@ -107,7 +114,9 @@ def test_an_edited_config_over_the_same_weights_is_another_base(fields, tmp_path
 def as_written_earlier(folder):
     path = folder / "veneer.json"
     manifest = json.loads(path.read_text())
-    manifest["base"]["fingerprint"] = Fingerprint.from_dict(manifest["base"]["fingerprint"]).earlier.to_dict()
+    manifest["base"]["fingerprint"] = Fingerprint.from_dict(
+        manifest["base"]["fingerprint"]
+    ).earlier.to_dict()
     path.write_text(json.dumps(manifest))
     return folder
 
@@ -123,7 +132,9 @@ def test_one_changed_value_is_another_base(folder):
 def test_what_an_adapter_does_not_record_is_not_compared(tmp_path):
     base = tiny_base()
     attachment = begin(base, LoRA(rank=3), name="a").attachment
-    path = write_adapter(tmp_path / "a", attachment, manifest_for(base, method="lora"), model=base.model).path
+    path = write_adapter(
+        tmp_path / "a", attachment, manifest_for(base, method="lora"), model=base.model
+    ).path
     other = tiny_base()
     another_template(other)
     load_adapter(other, path, name="b")

@@ -1,4 +1,5 @@
-"""One-pass norms, gates and entropies against their plain meaning, and models that compute with them."""
+"""One-pass norms, gates and entropies against their plain meaning, and models that compute with
+them."""
 
 import copy
 import functools
@@ -38,7 +39,11 @@ def near_with_gradients(ours, theirs, inputs, wide, grad):
     """Values and gradients of inputs are those of `wide`, their float64 twins."""
     tolerance = {torch.bfloat16: BF16, torch.float32: 1e-5, torch.float64: 1e-12}[ours.dtype]
     near(ours, theirs, tolerance)
-    pairs = zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, wide, grad.double()), strict=True)
+    pairs = zip(
+        torch.autograd.grad(ours, inputs, grad),
+        torch.autograd.grad(theirs, wide, grad.double()),
+        strict=True,
+    )
     for a, b in pairs:
         near(a, b, tolerance * 2)
 
@@ -85,11 +90,18 @@ def test_the_gate_of_gelu_has_the_bits_of_plain_torch_each_way(dtype):
 @pytest.mark.parametrize("size", [6, 32, 128])
 def test_the_rotation_is_its_reference_to_the_bit(dtype, size):
     torch.manual_seed(3)
-    q, k = torch.randn(21, 3, size).to(dtype).requires_grad_(), torch.randn(21, 1, size).to(dtype).requires_grad_()
+    q, k = (
+        torch.randn(21, 3, size).to(dtype).requires_grad_(),
+        torch.randn(21, 1, size).to(dtype).requires_grad_(),
+    )
     cos, sin = (torch.randn(21, size).to(dtype) for _ in range(2))
     grads = [torch.randn(21, heads, size).to(dtype) for heads in (3, 1)]
     ours, theirs = kernels.rotary(q, k, cos, sin), kernels.rotary_reference(q, k, cos, sin)
-    pairs = zip(torch.autograd.grad(ours, (q, k), grads), torch.autograd.grad(theirs, (q, k), grads), strict=True)
+    pairs = zip(
+        torch.autograd.grad(ours, (q, k), grads),
+        torch.autograd.grad(theirs, (q, k), grads),
+        strict=True,
+    )
     for a, b in [*zip(ours, theirs, strict=True), *pairs]:
         assert torch.equal(a, b)
 
@@ -205,7 +217,9 @@ def test_a_gate_with_a_limit_far_from_what_its_small_weights_give_stays(monkeypa
         layer.mlp.up_proj.weight.mul_(0.01)
 
     def limited(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x).clamp(-10.0, 10.0))
+        return self.down_proj(
+            self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x).clamp(-10.0, 10.0)
+        )
 
     assert any(isinstance(made, FusedGate) for made in replacements(model).values())
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", limited)
@@ -223,24 +237,36 @@ def test_layers_whose_activations_alone_differ_are_tried_one_by_one():
     assert gates == ["model.layers.0.mlp"]
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh"])
+@pytest.mark.parametrize(
+    "activation", ["silu", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh"]
+)
 def test_layers_of_equal_activations_are_tried_once(activation):
-    """gelu_pytorch_tanh holds a function with a bound argument, gelu_python a method: another object in every layer."""
+    """gelu_pytorch_tanh holds a function with a bound argument, gelu_python a method: another
+    object in every layer."""
     blocks = [layer.mlp for layer in tiny_model("llama", hidden_act=activation).model.layers]
     assert _signature(blocks[0]) == _signature(blocks[1])
 
 
 def test_layers_whose_activations_have_other_bound_arguments_are_tried_one_by_one():
-    blocks = [layer.mlp for layer in tiny_model("llama", hidden_act="gelu_pytorch_tanh").model.layers]
+    blocks = [
+        layer.mlp for layer in tiny_model("llama", hidden_act="gelu_pytorch_tanh").model.layers
+    ]
     blocks[1].act_fn.act = functools.partial(torch.nn.functional.gelu, approximate="none")
     assert _signature(blocks[0]) != _signature(blocks[1])
 
 
 @pytest.mark.parametrize(("clip", "blocks"), [(None, 2), (8.0, 0), (1000.0, 0)])
 def test_an_attention_block_that_clips_what_it_projects_stays(clip, blocks):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     ids = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(OlmoConfig(**sizes, **ids, clip_qkv=clip), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        OlmoConfig(**sizes, **ids, clip_qkv=clip), dtype=torch.float32
+    ).eval()
     prepare(model.requires_grad_(False))
     assert sum(isinstance(made, FusedAttention) for made in replacements(model).values()) == blocks
 
@@ -249,7 +275,13 @@ def test_an_attention_block_that_clips_what_it_projects_stays(clip, blocks):
 def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(family):
     model, routing = tiny_model(family), Routing()
     paths = prepare(model)
-    attachment = attach(model, LoRA(rank=3, alpha=5.0), name="a", routing=routing, head=model.get_output_embeddings())
+    attachment = attach(
+        model,
+        LoRA(rank=3, alpha=5.0),
+        name="a",
+        routing=routing,
+        head=model.get_output_embeddings(),
+    )
     fill(attachment.parameters().values(), scale=0.1)
     routing.active = (("a", 1.0),)
     batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=torch.device("cpu"))
@@ -287,7 +319,8 @@ NORMS = ["norm", "input_layernorm", "post_attention_layernorm"]
 )
 @pytest.mark.parametrize("method", [LoRA, DoRA])
 def test_modules_trained_in_full_are_computed_with_their_trained_values(family, trained, method):
-    """Fused, plain, and on a base that holds these values itself: the same losses, and the same gradients of them."""
+    """Fused, plain, and on a base that holds these values itself: the same losses, and the same
+    gradients of them."""
     model, routing = tiny_model(family), Routing()
     paths, head = prepare(model), model.get_output_embeddings()
     linear = {"gpt2": "c_attn"}.get(family, "q_proj")
@@ -295,7 +328,9 @@ def test_modules_trained_in_full_are_computed_with_their_trained_values(family, 
     attachment = attach(model, settings, name="a", routing=routing, head=head)
     fill(attachment.parameters().values(), scale=0.2)
     routing.active = (("a", 1.0),)
-    batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=paths.packed, device=torch.device("cpu"))
+    batch = make_batch(
+        make_examples(4), packed=paths.packed, share_prompt=paths.packed, device=torch.device("cpu")
+    )
     parameters = attachment.parameters()
 
     def measured(*given):
@@ -318,10 +353,13 @@ def test_modules_trained_in_full_are_computed_with_their_trained_values(family, 
 
 
 def test_the_weight_of_a_fused_norm_is_the_one_that_acts_on_all_rows():
-    """Trained or the base's own; where rows differ there is none, and the module computes them itself."""
+    """Trained or the base's own; where rows differ there is none, and the module computes them
+    itself."""
     model, routing = tiny_model("llama"), Routing()
     settings = LoRA(rank=2, targets=["q_proj"], train_modules=["norm"])
-    attachment = attach(model, settings, name="a", routing=routing, head=model.get_output_embeddings())
+    attachment = attach(
+        model, settings, name="a", routing=routing, head=model.get_output_embeddings()
+    )
     (norm,) = (made for path, made in replacements(model).items() if path == "model.norm")
     acting = ((attachment, 1.0),)
     with routing.held(Acting.everywhere(acting)):
@@ -334,7 +372,8 @@ def test_the_weight_of_a_fused_norm_is_the_one_that_acts_on_all_rows():
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4"])
 def test_packed_projections_are_fused_as_dense_ones_are(quantize, tmp_path):
-    """Or a run over packed weights would round otherwise than one over the same weights unpacked."""
+    """Or a run over packed weights would round otherwise than one over the same weights
+    unpacked."""
     base = load_base(str(save_tiny(tmp_path / "base", "llama", torch.bfloat16)), quantize=quantize)
     gates = [made for made in replacements(base.model).values() if isinstance(made, FusedGate)]
     assert len(gates) == 2
@@ -356,7 +395,11 @@ def test_layers_whose_norms_differ_in_the_epsilon_keep_their_own(device):
     for layer, epsilon in zip(model.model.layers, (1e-6, 1e-2, 0.5), strict=True):
         layer.input_layernorm.variance_epsilon = epsilon
     found = replacements(model.to(device))
-    assert [found[f"model.layers.{n}.input_layernorm"].epsilon for n in range(3)] == [1e-6, 1e-2, 0.5]
+    assert [found[f"model.layers.{n}.input_layernorm"].epsilon for n in range(3)] == [
+        1e-6,
+        1e-2,
+        0.5,
+    ]
 
 
 def test_a_model_whose_last_layers_alone_are_sparse_has_its_own_logits():

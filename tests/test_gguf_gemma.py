@@ -1,4 +1,5 @@
-"""Gemma 3 as a .gguf file: read back by transformers' own code, and cut as llama.cpp's rule for pieces cuts.
+"""Gemma 3 as a .gguf file: read back by transformers' own code, and cut as llama.cpp's rule for
+pieces cuts.
 
 tests/test_llama_cpp.py asks llama.cpp itself, where it is installed.
 """
@@ -57,8 +58,9 @@ def test_a_merged_gemma_3_comes_back_as_base_and_adapter(images, tmp_path, monke
 
 
 def cut_by_scores(text: str, tokens: list[str], scores: list[float]) -> list[int]:
-    """llm_tokenizer_spm: of all neighbours that make a piece, those of the highest score, the leftmost of several, are
-    joined; what is no piece then is written in bytes. Control and user's tokens are not looked for in the text here."""
+    """llm_tokenizer_spm: of all neighbours that make a piece, those of the highest score, the
+    leftmost of several, are joined; what is no piece then is written in bytes. Control and user's
+    tokens are not looked for in the text here."""
     ids = {token: number for number, token in enumerate(tokens)}
     parts = list(text.replace(" ", SPACE))
     while True:
@@ -68,20 +70,29 @@ def cut_by_scores(text: str, tokens: list[str], scores: list[float]) -> list[int
             break
         at = min(pairs)[1]
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return [n for part in parts for n in ([ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()])]
+    return [
+        n
+        for part in parts
+        for n in ([ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()])
+    ]
 
 
 def test_scores_join_the_pieces_that_merges_join(tmp_path):
     source = save_gemma(tmp_path / "base")
     export_merged_gguf([], base=str(source), out=tmp_path / "m.gguf")
     fields = GGUFReader(tmp_path / "m.gguf").fields
-    tokens, scores, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
+    tokens, scores, kinds = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type")
+    )
     tokenizer = load_base(str(source)).tokenizer
     assert fields["tokenizer.ggml.model"].contents() == "llama"
     assert fields["tokenizer.ggml.add_space_prefix"].contents() is False
     kind_of = dict(zip(tokens, kinds, strict=True))
     assert kind_of["<bos>"] == kind_of["<|im_end|>"] == TokenType.CONTROL
-    assert kind_of["<0x0A>"] == TokenType.BYTE and kind_of[SPACE * 2] == kind_of["the"] == TokenType.NORMAL
+    assert (
+        kind_of["<0x0A>"] == TokenType.BYTE
+        and kind_of[SPACE * 2] == kind_of["the"] == TokenType.NORMAL
+    )
     assert kind_of["\n\n"] == kind_of["<table>"] == TokenType.USER_DEFINED
     assert kinds[-9:] == [TokenType.UNUSED] * 9 and len(tokens) == len(set(tokens))
     for text in (*TEXTS[:2], TEXTS[3], "naïve Größe 漢字 🙂", "inging anding theing  th th ath"):
@@ -113,19 +124,31 @@ def test_pairs_of_a_piece_in_several_places_are_refused():
     two = [number for number, pair in enumerate(merges) if "".join(pair) == "aaa"]
     assert "aaa" in PIECES and len(two) == 2
     merges.insert(0, merges.pop(two[1]))
-    assert sentencepiece_faults(stored) == ["pairs that make 'aaa' stand in several places of its list of merges"]
+    assert sentencepiece_faults(stored) == [
+        "pairs that make 'aaa' stand in several places of its list of merges"
+    ]
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"query_pre_attn_scalar": 128}, "query_pre_attn_scalar is 128, where llama.cpp computes with 256"),
-        ({"layer_types": ["full_attention"] * 7}, "layer_types is ['full_attention', 'full_attention'"),
+        (
+            {"query_pre_attn_scalar": 128},
+            "query_pre_attn_scalar is 128, where llama.cpp computes with 256",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 7},
+            "layer_types is ['full_attention', 'full_attention'",
+        ),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ({"hidden_activation": "silu"}, "hidden_activation is silu"),
         ({"attention_bias": True}, "attention_bias is True"),
         (
-            {"rope_parameters": {name: {"rope_type": "default", "rope_theta": 5e4} for name in LAYERS}},
+            {
+                "rope_parameters": {
+                    name: {"rope_type": "default", "rope_theta": 5e4} for name in LAYERS
+                }
+            },
             "'sliding_attention': {'rope_type': 'default', 'rope_theta': 50000.0",
         ),
     ],
@@ -146,7 +169,13 @@ def test_a_scaled_rotation_is_written(tmp_path):
     source = save_gemma(tmp_path / "base", rope_parameters=rope)
     export_merged_gguf([], base=str(source), out=tmp_path / "m.gguf")
     fields = GGUFReader(tmp_path / "m.gguf").fields
-    said = {name: fields[f"gemma3.{name}"].contents() for name in ("rope.scaling.type", "rope.scaling.factor")}
+    said = {
+        name: fields[f"gemma3.{name}"].contents()
+        for name in ("rope.scaling.type", "rope.scaling.factor")
+    }
     assert said == {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
     assert fields["gemma3.rope.freq_base"].contents() == 1e6
-    assert fields["gemma3.attention.sliding_window"].contents() == load_base(str(source)).config.sliding_window
+    assert (
+        fields["gemma3.attention.sliding_window"].contents()
+        == load_base(str(source)).config.sliding_window
+    )

@@ -1,4 +1,5 @@
-"""Every field of a base's config that changes its answers changes the .gguf header, or is refused by name."""
+"""Every field of a base's config that changes its answers changes the .gguf header, or is refused
+by name."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from tests.tiny_gguf import LLAMA3, tiny, with_merges, write_gguf
 from veneer.bases.gguf import dense_model, read_header
 from veneer.errors import RefusedError
 from veneer.merge.export_run import export_merged_gguf
-from veneer.merge.gguf_hyperparameters import IN_TENSORS, NOT_COMPUTED, READ_ANYWAY, rope_factors, write_hyperparameters
+from veneer.merge.gguf_hyperparameters import (
+    IN_TENSORS,
+    NOT_COMPUTED,
+    READ_ANYWAY,
+    rope_factors,
+    write_hyperparameters,
+)
 from veneer.merge.gguf_names import names_of
 
 IDS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -29,7 +36,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
-    "gemma3": ("gemma3", {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]}),
+    "gemma3": (
+        "gemma3",
+        {"num_hidden_layers": 6, "layer_types": [*["sliding_attention"] * 5, "full_attention"]},
+    ),
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OTHERS: dict[str, list[Any]] = {
@@ -62,7 +72,9 @@ NAMED_AS = {"head_dim": ("attention.key_length", "query_pre_attn_scalar")}
 """A field whose change makes another one wrong, which is then the one that is named."""
 
 
-def header(config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], list[bytes]]:
+def header(
+    config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], list[bytes]]:
     """Every key and the rotary factors that are written."""
     writer = gguf.GGUFWriter("never opened", names_of(config).architecture)
     write_hyperparameters(writer, config, names_of(config), shapes)
@@ -79,7 +91,9 @@ def rebuilt(config: PreTrainedConfig, model: PreTrainedModel) -> PreTrainedModel
     """A model of this config with the other's weights as far as their shapes are the same."""
     again: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = {
-        name: value for name, value in model.state_dict().items() if value.shape == again.state_dict()[name].shape
+        name: value
+        for name, value in model.state_dict().items()
+        if value.shape == again.state_dict()[name].shape
     }
     torch.manual_seed(0)
     for value in again.parameters():
@@ -118,14 +132,19 @@ def test_every_field_that_changes_answers_changes_the_header_or_is_refused(famil
                 answers = changed(IDS).logits
             except Exception:  # transformers itself cannot compute such a model
                 continue
-            if answers.shape == logits.shape and torch.allclose(answers, logits, rtol=1e-4, atol=1e-5):
+            if answers.shape == logits.shape and torch.allclose(
+                answers, logits, rtol=1e-4, atol=1e-5
+            ):
                 continue
             tried += 1
             try:
                 written = header(config, shapes_of(changed))
             except RefusedError as refused:
                 names = (field, *NAMED_AS.get(field, ()))
-                assert any(name in fault for fault in refused.faults for name in names), (field, refused)
+                assert any(name in fault for fault in refused.faults for name in names), (
+                    field,
+                    refused,
+                )
                 continue
             assert written != plain or shapes_of(changed) != shapes_of(model), (field, other)
     assert tried >= 10
@@ -138,7 +157,14 @@ def test_no_answer_depends_on_the_fields_that_are_not_compared(family: str) -> N
     logits = model(IDS).logits
     for field in NOT_COMPUTED:
         value = getattr(model.config, field, None)
-        if field in ("dtype", "return_dict", "transformers_version", "architectures", "id2label", "label2id"):
+        if field in (
+            "dtype",
+            "return_dict",
+            "transformers_version",
+            "architectures",
+            "id2label",
+            "label2id",
+        ):
             continue  # a form of the output, or a text
         for other in others(field, value, nested=False):
             changed = rebuilt(type(model.config)(**{**model.config.to_dict(), field: other}), model)
@@ -150,7 +176,10 @@ def test_what_transformers_reads_of_a_config_is_compared(family: str) -> None:
     """Names in the source of its model that the config's class does not declare."""
     model = tiny_model(FAMILIES[family][0])
     declared = {field.name for field in dataclasses.fields(model.config)}  # type: ignore[arg-type]
-    sources = [inspect.getsource(importlib.import_module(type(model).__module__)), inspect.getsource(masking_utils)]
+    sources = [
+        inspect.getsource(importlib.import_module(type(model).__module__)),
+        inspect.getsource(masking_utils),
+    ]
     named = {
         name
         for source in sources
@@ -158,7 +187,10 @@ def test_what_transformers_reads_of_a_config_is_compared(family: str) -> None:
         for name in re.findall(pattern, source)
     }
     images = {"image_token_id", "mm_tokens_per_image", "text_config", "vision_config"}
-    assert named - declared - {*READ_ANYWAY, *IN_TENSORS, "_attn_implementation", "get_text_config"} <= images
+    assert (
+        named - declared - {*READ_ANYWAY, *IN_TENSORS, "_attn_implementation", "get_text_config"}
+        <= images
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +199,11 @@ def test_what_transformers_reads_of_a_config_is_compared(family: str) -> None:
         ("llama", {"hidden_act": "relu"}, "hidden_act is relu, where llama.cpp computes with silu"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is gelu, where llama.cpp computes with silu"),
         ("mistral", {}, "sliding_window is 8, where llama.cpp computes with None"),
-        ("qwen3", {"attention_bias": True}, "attention_bias is True, where llama.cpp computes with False"),
+        (
+            "qwen3",
+            {"attention_bias": True},
+            "attention_bias is True, where llama.cpp computes with False",
+        ),
         ("qwen2", {"head_dim": 16}, "qwen2.attention.key_length  16: 8 is expected"),
     ],
 )
@@ -190,7 +226,9 @@ def test_a_base_that_llama_cpp_computes_otherwise_is_refused_by_name(
         ("qwen3", {"rms_norm_eps": 3e-4}),
     ],
 )
-def test_what_is_written_answers_as_the_base(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_written_answers_as_the_base(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     source = with_merges(save_tiny(tmp_path / "base", family, **settings))
     export_merged_gguf([], base=str(source), out=tmp_path / "m.gguf")
     again = dense_model(read_header(tmp_path / "m.gguf")).float()
@@ -200,7 +238,9 @@ def test_what_is_written_answers_as_the_base(family: str, settings: dict[str, An
     ).abs().max() < 0.02 * expected.abs().max()  # weights in f16
 
 
-def test_a_llama_3_out_of_a_gguf_file_keeps_its_rotary_factors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_llama_3_out_of_a_gguf_file_keeps_its_rotary_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     model = tiny("llama", rope_parameters=LLAMA3, head_dim=64, max_position_embeddings=16384)
     source = write_gguf(tmp_path / "base.gguf", model, "llama")
@@ -216,6 +256,8 @@ def test_a_value_that_f16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 2] = 2e5
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RefusedError, match=r"blk\.1\.ffn_up\.weight has a value of 1.997e\+05, which F16"):
+    with pytest.raises(
+        RefusedError, match=r"blk\.1\.ffn_up\.weight has a value of 1.997e\+05, which F16"
+    ):
         export_merged_gguf([], base=str(source), out=tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()

@@ -1,4 +1,5 @@
-"""benchmarks/gpu: refused where there is no GPU; all of it tried at tiny sizes, so that it runs where there is one."""
+"""benchmarks/gpu: refused where there is no GPU; all of it tried at tiny sizes, so that it runs
+where there is one."""
 
 import importlib
 import json
@@ -47,7 +48,9 @@ def test_every_item_runs_and_its_result_is_written(tried):
     assert results["7.5"]["values"]["float32"] == {"repeated": True, "resumed": True}
     gathered = json.loads((out / "gpu.json").read_text())["measurements"]
     assert len(gathered) == 35
-    assert all(each[key] for each in gathered for key in ("what", "machine", "commit", "command", "values"))
+    assert all(
+        each[key] for each in gathered for key in ("what", "machine", "commit", "command", "values")
+    )
 
 
 def test_it_goes_on_where_it_was_cut_off(tried):
@@ -58,8 +61,12 @@ def test_it_goes_on_where_it_was_cut_off(tried):
     (out / "1.3.json").write_text(json.dumps({**failed, "error": "ended after 60 s"}))
     done = run("--trial", "--out", out.parent)
     assert done.returncode == 0
-    again = [line.partition(":")[0] for line in done.stdout.splitlines() if "there already" not in line]
-    assert again[:3] == ["1.1 versions", "1.2 product roof", "1.3 copy bandwidth"] and len(again) == 4
+    again = [
+        line.partition(":")[0] for line in done.stdout.splitlines() if "there already" not in line
+    ]
+    assert (
+        again[:3] == ["1.1 versions", "1.2 product roof", "1.3 copy bandwidth"] and len(again) == 4
+    )
     old = json.loads((out / "1.1.json").read_text())
     (out / "1.1.json").write_text(json.dumps({**old, "here": {**old["here"], "commit": "another"}}))
     done = run("--trial", "--out", out.parent, "--only", "1.1")
@@ -80,9 +87,17 @@ def test_an_item_by_itself_writes_its_value_as_one_line():
 def test_its_items_find_all_tensors_on_a_device_that_is_no_cpu(monkeypatch):
     """A pretended one (tests/accelerator.py), where an answer's steps are replayed from a tape."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
-    items, tiny = importlib.import_module("parts").items, importlib.import_module("place").place(trial=True)
+    items, tiny = (
+        importlib.import_module("parts").items,
+        importlib.import_module("place").place(trial=True),
+    )
     monkeypatch.setattr(launch, "module", lambda name: None)
-    for name in ("synchronize", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+    for name in (
+        "synchronize",
+        "memory_allocated",
+        "max_memory_allocated",
+        "reset_peak_memory_stats",
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
     with Accelerator("cuda:0") as there:
         tape, at = Tape(there), replace(tiny, device=there.device)

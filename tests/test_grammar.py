@@ -1,4 +1,5 @@
-"""An answer that has a shape is of that shape, unless it is cut; a shape that cannot be followed is refused before."""
+"""An answer that has a shape is of that shape, unless it is cut; a shape that cannot be followed is
+refused before."""
 
 import json
 import random
@@ -45,7 +46,8 @@ def text_of(tokenizer, tokens):
 
 
 def sampled(grammar, draw, most, stop):
-    """An answer of the shape, every token that may follow as likely as any other. None: it was cut."""
+    """An answer of the shape, every token that may follow as likely as any other. None: it was
+    cut."""
     follower, new = grammar(), []
     while len(new) < most:
         allowed = np.flatnonzero(follower.allowed(new))
@@ -60,7 +62,9 @@ def sampled(grammar, draw, most, stop):
 def schema(draw: random.Random, depth: int = 2) -> dict:
     """A random one, of what people write."""
     kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern", "format"]
-    kind = draw.choice([*kinds, *(["object", "object", "array", "anyOf", "ref", "allOf"] if depth else [])])
+    kind = draw.choice(
+        [*kinds, *(["object", "object", "array", "anyOf", "ref", "allOf"] if depth else [])]
+    )
     if kind == "string":
         return {"type": "string", "maxLength": draw.randint(1, 6)}
     if kind == "integer":
@@ -71,24 +75,42 @@ def schema(draw: random.Random, depth: int = 2) -> dict:
     if kind in ("boolean", "null"):
         return {"type": kind}
     if kind == "enum":
-        return {"enum": draw.sample(["a", "é\n", 3, 2.5, None, True, {"x": 1}, [1, 2]], draw.randint(1, 4))}
+        return {
+            "enum": draw.sample(
+                ["a", "é\n", 3, 2.5, None, True, {"x": 1}, [1, 2]], draw.randint(1, 4)
+            )
+        }
     if kind == "const":
         return {"const": draw.choice(["one", 1, [], {"k": "v"}])}
     if kind == "pattern":
-        return {"type": "string", "pattern": draw.choice([r"^\d{3}-[a-z]+$", "^(ja|nein)$", r"^[A-F0-9]{2,4}$"])}
+        return {
+            "type": "string",
+            "pattern": draw.choice([r"^\d{3}-[a-z]+$", "^(ja|nein)$", r"^[A-F0-9]{2,4}$"]),
+        }
     if kind == "format":
         return {"type": "string", "format": draw.choice(["date", "ipv4", "uuid"])}
     if kind == "array":
         least = draw.randint(0, 2)
-        return {"type": "array", "items": schema(draw, depth - 1), "minItems": least, "maxItems": least + 1}
+        return {
+            "type": "array",
+            "items": schema(draw, depth - 1),
+            "minItems": least,
+            "maxItems": least + 1,
+        }
     if kind == "anyOf":
         return {"anyOf": [schema(draw, depth - 1) for _ in range(draw.randint(1, 3))]}
     if kind == "ref":
         return {"type": "object", "properties": {"r": {"$ref": "#/$defs/d"}}, "required": ["r"]}
     if kind == "allOf":
-        return {"allOf": [{"type": "object", "properties": {"p": schema(draw, 0)}}, {"required": ["p"]}]}
+        return {
+            "allOf": [{"type": "object", "properties": {"p": schema(draw, 0)}}, {"required": ["p"]}]
+        }
     names = draw.sample(["name", "ü", 'a"b', "x y", "z"], draw.randint(0, 3))
-    made = {"type": "object", "properties": {n: schema(draw, depth - 1) for n in names}, "required": names[:1]}
+    made = {
+        "type": "object",
+        "properties": {n: schema(draw, depth - 1) for n in names},
+        "required": names[:1],
+    }
     return {**made, "additionalProperties": False} if draw.random() < 0.8 else made
 
 
@@ -129,7 +151,13 @@ def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(b
         "regex": grammars.regex("[a-c]{2,4}[0-9]"),
         "lark": grammars.grammar('start: "a" b "c"\nb: /[xy]{1,3}/'),
         "calls": grammars.calls(
-            {"f": {"properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}},
+            {
+                "f": {
+                    "properties": {"n": {"enum": [1, 2]}},
+                    "required": ["n"],
+                    "additionalProperties": False,
+                }
+            },
             ObjectCalls("<t>", "</t>"),
         ),
         "none": None,
@@ -153,15 +181,26 @@ def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(b
         shape = shapes[name]
         if shape is not None and answer.reason is Reason.STOP:
             assert not shape.faults(text_of(base.tokenizer, answer.new)), name
-        assert answer.reason in ((Reason.STOP, Reason.LENGTH) if name in ("schema", "none") else (Reason.STOP,)), name
+        assert answer.reason in (
+            (Reason.STOP, Reason.LENGTH) if name in ("schema", "none") else (Reason.STOP,)
+        ), name
     alone = Engine(base, budget_bytes=2**22, adapters=Fixed({}))
     asks = next(a for a, name in asked.items() if name == "regex").request
-    assert [a.new for a in alone.add(asks) if alone.run() or True] == [a.new for a, n in asked.items() if n == "regex"]
+    assert [a.new for a in alone.add(asks) if alone.run() or True] == [
+        a.new for a, n in asked.items() if n == "regex"
+    ]
 
 
-def test_an_answer_ends_with_its_last_token_where_nothing_may_follow_and_else_with_a_stop_token(base, grammars):
+def test_an_answer_ends_with_its_last_token_where_nothing_may_follow_and_else_with_a_stop_token(
+    base, grammars
+):
     whole = grammars.schema(
-        {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+        {
+            "type": "object",
+            "properties": {"a": {"const": 1}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
     )()
     text = ids(base, '{"a":1}')
     assert not whole.ended(text[:-1]) and whole.ended(text)
@@ -176,7 +215,9 @@ def test_special_tokens_and_ids_without_a_text_are_never_allowed_inside(base, gr
     string = grammars.schema({"type": "string"})()
     inside = ids(base, '"a')
     allowed = string.allowed(inside)
-    assert len(allowed) == base.config.vocab_size and allowed.dtype == np.bool_ and allowed.sum() > 90
+    assert (
+        len(allowed) == base.config.vocab_size and allowed.dtype == np.bool_ and allowed.sum() > 90
+    )
     assert not allowed[256:].any()
     assert torch.as_tensor(allowed).dtype == torch.bool
 
@@ -202,7 +243,11 @@ def test_an_answer_may_go_back_and_on_otherwise(base, grammars):
 def test_each_answer_has_a_way_of_its_own(base, grammars):
     grammar = grammars.choice(["ab", "cd"])
     one, other = grammar(), grammar()
-    assert one.ended(ids(base, "ab")) and not other.ended(ids(base, "c")) and other.ended(ids(base, "cd"))
+    assert (
+        one.ended(ids(base, "ab"))
+        and not other.ended(ids(base, "c"))
+        and other.ended(ids(base, "cd"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +268,10 @@ def test_each_answer_has_a_way_of_its_own(base, grammars):
         (lambda g: g.schema({"type": "string", "pattern": "(?=a)b"}), "patterns"),
         (lambda g: g.schema({"type": "string", "pattern": "(a{1000}){1000}"}), "repetition"),
         (lambda g: g.schema({"description": "x" * 70_000}), "characters"),
-        (lambda g: g.schema({"type": "object", "properties": {f"p{n}": {} for n in range(600)}}), "cannot be followed"),
+        (
+            lambda g: g.schema({"type": "object", "properties": {f"p{n}": {} for n in range(600)}}),
+            "cannot be followed",
+        ),
         (lambda g: g.schema(json.loads('{"items":' * 90 + "{}" + "}" * 90)), "deeper"),
         (lambda g: g.schema('{"items":' * 90 + "{}" + "}" * 90), "deeper"),
         (lambda g: g.schema({"x-guidance": {"lenient": True}, "uniqueItems": True}), "uniqueItems"),
@@ -246,7 +294,11 @@ def test_each_answer_has_a_way_of_its_own(base, grammars):
 def test_a_shape_that_cannot_be_followed_is_an_error_that_says_why(grammars, ask, said):
     with pytest.raises(ConfigError) as caught:
         ask(grammars)
-    assert said in str(caught.value) and "<state>" not in str(caught.value) and len(str(caught.value)) < 1500
+    assert (
+        said in str(caught.value)
+        and "<state>" not in str(caught.value)
+        and len(str(caught.value)) < 1500
+    )
 
 
 def test_what_lies_at_a_limit_is_followed_and_what_lies_beyond_is_not(grammars):
@@ -292,7 +344,9 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
     }
     for text, said in wrong.items():
         assert not one.makes(text) and said in "".join(one.faults(text)), text
-    two = grammars.calls(tools, ObjectCalls("<tool_call>", "</tool_call>", name="tool", arguments="input"), most=2)
+    two = grammars.calls(
+        tools, ObjectCalls("<tool_call>", "</tool_call>", name="tool", arguments="input"), most=2
+    )
     right = right.replace("name", "tool").replace("arguments", "input")
     assert two.makes(right) and two.makes(right + "\n" + right) and not two.makes(right * 3)
     assert not two.faults(right + "\n" + right)
@@ -305,11 +359,26 @@ def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(
     ("schema", "right", "wrong"),
     [
         ({"oneOf": [{"type": "integer"}, {"minimum": 3}]}, "2", "5"),
-        ({"patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False}, '{"ab": 1}', '{"b": 1}'),
+        (
+            {"patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False},
+            '{"ab": 1}',
+            '{"b": 1}',
+        ),
         ({"patternProperties": {"^a": {"type": "integer"}}}, '{"b": "x"}', '{"ab": "x"}'),
-        ({"properties": {"a": {}}, "additionalProperties": {"type": "null"}}, '{"a": 1, "b": null}', '{"b": 1}'),
+        (
+            {"properties": {"a": {}}, "additionalProperties": {"type": "null"}},
+            '{"a": 1, "b": null}',
+            '{"b": 1}',
+        ),
         ({"pattern": r"^\d+$"}, '"12"', '"1x"'),
-        ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "array", "items": {"$ref": "#/$defs/x"}}}}, "[[], [[]]]", "[1]"),
+        (
+            {
+                "$ref": "#/$defs/x",
+                "$defs": {"x": {"type": "array", "items": {"$ref": "#/$defs/x"}}},
+            },
+            "[[], [[]]]",
+            "[1]",
+        ),
         ({"const": {"pattern": "("}}, '{"pattern": "("}', "1"),
         (True, "1", "{"),
     ],
@@ -323,12 +392,22 @@ def test_the_last_word_is_the_whole_schemas(schema, right, wrong):
     ("schema", "made", "wrong"),
     [
         ({"items": {"enum": list(range(20_000))}}, lambda n: [19_999] * n, [20_000]),
-        ({"items": {"enum": [{"a": [k]} for k in range(9_000)]}}, lambda n: [{"a": [8_999]}] * n, [{"a": [True]}]),
+        (
+            {"items": {"enum": [{"a": [k]} for k in range(9_000)]}},
+            lambda n: [{"a": [8_999]}] * n,
+            [{"a": [True]}],
+        ),
         ({"uniqueItems": True}, lambda n: [{"a": k} for k in range(n)], [{"a": 1}, {"a": 1.0}]),
-        ({"uniqueItems": True}, lambda n: [[k] if k % 2 else {"a": k} for k in range(n)], [[[0]], [[0]]]),
+        (
+            {"uniqueItems": True},
+            lambda n: [[k] if k % 2 else {"a": k} for k in range(n)],
+            [[[0]], [[0]]],
+        ),
     ],
 )
-def test_a_value_is_looked_up_among_many_and_not_compared_with_each(schema, made, wrong, monkeypatch):
+def test_a_value_is_looked_up_among_many_and_not_compared_with_each(
+    schema, made, wrong, monkeypatch
+):
     compared = []
     monkeypatch.setattr("jsonschema._keywords.equal", lambda *of: compared.append(of))
     check = JsonCheck(schema)
@@ -338,9 +417,15 @@ def test_a_value_is_looked_up_among_many_and_not_compared_with_each(schema, made
 
 def test_values_are_equal_as_json_says():
     check = JsonCheck({"enum": [1, "1", True, None, [0], {"a": 1.5}]})
-    assert not any(check.value_faults(value) for value in (1, 1.0, "1", True, None, [0], [0.0], {"a": 1.5}))
-    assert all(check.value_faults(value) for value in (0, False, "", [False], {"a": 1}, {}, [], "true"))
-    assert not JsonCheck({"uniqueItems": True}).value_faults([1, True, "1", None, [1], [True], 0, False])
+    assert not any(
+        check.value_faults(value) for value in (1, 1.0, "1", True, None, [0], [0.0], {"a": 1.5})
+    )
+    assert all(
+        check.value_faults(value) for value in (0, False, "", [False], {"a": 1}, {}, [], "true")
+    )
+    assert not JsonCheck({"uniqueItems": True}).value_faults(
+        [1, True, "1", None, [1], [True], 0, False]
+    )
 
 
 def test_the_search_for_patterns_in_names_is_bounded():
@@ -353,15 +438,48 @@ def test_the_search_for_patterns_in_names_is_bounded():
 def test_a_check_fails_on_no_keyword_of_any_type_in_any_draft():
     from jsonschema import validators
 
-    drafts = ["", "http://json-schema.org/draft-03/schema#", "http://json-schema.org/draft-04/schema#"]
-    keywords = {"$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$vocabulary", "$defs", "definitions"}
-    odd = [5, None, "a", "http://[", "#/%", [], [1], {"": 1}, {"a": 5}, -1, 1e300, 10**400, True, "(", {"$ref": 5}]
+    drafts = [
+        "",
+        "http://json-schema.org/draft-03/schema#",
+        "http://json-schema.org/draft-04/schema#",
+    ]
+    keywords = {
+        "$schema",
+        "$id",
+        "id",
+        "$anchor",
+        "$dynamicAnchor",
+        "$vocabulary",
+        "$defs",
+        "definitions",
+    }
+    odd = [
+        5,
+        None,
+        "a",
+        "http://[",
+        "#/%",
+        [],
+        [1],
+        {"": 1},
+        {"a": 5},
+        -1,
+        1e300,
+        10**400,
+        True,
+        "(",
+        {"$ref": 5},
+    ]
     for draft in drafts:
         kind = validators.validator_for({"$schema": draft}, default=validators.Draft202012Validator)
         for keyword in sorted(keywords | set(kind.VALIDATORS)):
             for value in odd:
                 try:
-                    check = JsonCheck({"$schema": draft, keyword: value, "$ref": "x"} if draft else {keyword: value})
+                    check = JsonCheck(
+                        {"$schema": draft, keyword: value, "$ref": "x"}
+                        if draft
+                        else {keyword: value}
+                    )
                 except ConfigError:
                     continue
                 for text in ('{"a": 1}', "[1, 1]"):
@@ -388,16 +506,37 @@ def test_without_the_extra_the_error_says_what_to_install(base, monkeypatch):
 
 def test_values_without_quotes_end_at_their_mark(grammars):
     style = ElementCalls(
-        "<tool_call>", "</tool_call>", name_ends="\n", key_opens="<k>", key_ends="</k><v>", value_ends="</v>\n"
+        "<tool_call>",
+        "</tool_call>",
+        name_ends="\n",
+        key_opens="<k>",
+        key_ends="</k><v>",
+        value_ends="</v>\n",
     )
     fields = {"said": {"type": "string"}, "n": {"type": "integer"}, "one": {"enum": ["a", "b", 3]}}
-    made = grammars.calls({"f": {"properties": fields, "required": ["said"], "additionalProperties": False}}, style)
+    made = grammars.calls(
+        {"f": {"properties": fields, "required": ["said"], "additionalProperties": False}}, style
+    )
 
     def call(**values):
-        return "<tool_call>f\n" + "".join(f"<k>{k}</k><v>{v}</v>\n" for k, v in values.items()) + "</tool_call>"
+        return (
+            "<tool_call>f\n"
+            + "".join(f"<k>{k}</k><v>{v}</v>\n" for k, v in values.items())
+            + "</tool_call>"
+        )
 
-    for values in ({"said": 'two\nlines, "<v>" & </'}, {"said": "", "n": 12}, {"said": "x", "n": -1, "one": "b"}):
+    for values in (
+        {"said": 'two\nlines, "<v>" & </'},
+        {"said": "", "n": 12},
+        {"said": "x", "n": -1, "one": "b"},
+    ):
         assert made.makes(call(**values)) and made.faults(call(**values)) == []
-    for values in ({}, {"n": 12}, {"said": "x", "n": "x"}, {"said": "x", "one": "c"}, {"said": "x", "other": 1}):
+    for values in (
+        {},
+        {"n": 12},
+        {"said": "x", "n": "x"},
+        {"said": "x", "one": "c"},
+        {"said": "x", "other": 1},
+    ):
         assert not made.makes(call(**values))
     assert made.faults(call(said="x", n="x"))

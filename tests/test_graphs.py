@@ -1,7 +1,9 @@
-"""Steps of answers that are captured once and replayed say what steps say that are launched call by call.
+"""Steps of answers that are captured once and replayed say what steps say that are launched call by
+call.
 
-The device is pretended, and a graph is a tape (tests/tape.py): it repeats what was noted, on the memory that it was
-noted on, so whatever a step finds out on the host, or reads where it lay before, is told of here.
+The device is pretended, and a graph is a tape (tests/tape.py): it repeats what was noted, on the
+memory that it was noted on, so whatever a step finds out on the host, or reads where it lay before,
+is told of here.
 """
 
 import logging
@@ -44,7 +46,9 @@ ASKED = [
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
-    monkeypatch.setattr(launch, "module", lambda name: None)  # it would launch on the pretended device
+    monkeypatch.setattr(
+        launch, "module", lambda name: None
+    )  # it would launch on the pretended device
     monkeypatch.setattr(attention, "declined", lambda *_: "pretended")
 
 
@@ -56,7 +60,10 @@ def there(request):
         applied = {}
         for number, (name, config) in enumerate(CONFIGS.items()):
             head = base.model.get_output_embeddings()
-            move(attach(base.model, config, name=name, routing=base.routing, head=head, seed=number), seed=number)
+            move(
+                attach(base.model, config, name=name, routing=base.routing, head=head, seed=number),
+                seed=number,
+            )
         for identity in (LORA, BOTH, PREFIX):
             applied[identity] = base.routing.applied(identity)
         yield pretended, base, applied
@@ -77,12 +84,18 @@ def engine_of(monkeypatch, base, applied, recorder, **limits):
 def said(engine, asked):
     """Each answer's tokens and their chances."""
     made = [
-        engine.add(Request(prompt=tuple(prompt), max_new_tokens=new, adapter=who, sampling=Sampling(logprobs=1)))[0]
+        engine.add(
+            Request(
+                prompt=tuple(prompt), max_new_tokens=new, adapter=who, sampling=Sampling(logprobs=1)
+            )
+        )[0]
         for who, prompt, new in asked
     ]
     engine.run()
     assert all(answer.error is None for answer in made)
-    return [answer.new for answer in made], [each.logprob for answer in made for each in answer.logprobs]
+    return [answer.new for answer in made], [
+        each.logprob for answer in made for each in answer.logprobs
+    ]
 
 
 def test_answers_are_those_that_are_launched_call_by_call(there, monkeypatch):
@@ -109,7 +122,9 @@ def test_what_cannot_be_captured_is_launched_and_said_once(there, monkeypatch, c
     tape, norm = Tape(pretended), type(base.model.model.norm)
     expected = said(engine_of(monkeypatch, base, applied, None), ASKED[:2])
     forward_of = norm.forward
-    monkeypatch.setattr(norm, "forward", lambda self, x: forward_of(self, x * (1 if x.sum().item() else 2)))
+    monkeypatch.setattr(
+        norm, "forward", lambda self, x: forward_of(self, x * (1 if x.sum().item() else 2))
+    )
     engine = engine_of(monkeypatch, base, applied, tape)
     with caplog.at_level(logging.WARNING, "veneer.decoding"):
         assert said(engine, ASKED[:2])[0] == expected[0]
@@ -148,7 +163,9 @@ def test_graphs_of_adapters_that_nobody_uses_go_with_the_last_answer(there, monk
     assert len(engine.lanes.exact.forward.graphs.kept) == 1
 
 
-@pytest.mark.parametrize("rules", [Rules(0.3), Rules(0.3, window=21), Rules(0.3, softcap=2.0, sinks=torch.ones(4))])
+@pytest.mark.parametrize(
+    "rules", [Rules(0.3), Rules(0.3, window=21), Rules(0.3, softcap=2.0, sinks=torch.ones(4))]
+)
 def test_single_tokens_over_tables_see_what_spans_see(rules):
     draw = torch.Generator().manual_seed(0)
     lengths, slots = [1, 16, 17, 40], 16
@@ -160,10 +177,17 @@ def test_single_tokens_over_tables_see_what_spans_see(rules):
         own = [list(range(5 * n, 5 * n + 3)) for n in range(4)]
         draw.manual_seed(1)
         for blocks, length in zip(own, lengths, strict=True):
-            places = torch.tensor([blocks[i // slots] * slots + i % slots for i in range(length - 1)], dtype=torch.long)
+            places = torch.tensor(
+                [blocks[i // slots] * slots + i % slots for i in range(length - 1)],
+                dtype=torch.long,
+            )
             before = torch.randn(2, length - 1, 2, 8, generator=draw, dtype=torch.float64)
             stored.write(places, *before)
-        tables = Tables(torch.tensor([[*blocks, 7, 99999] for blocks in own]), torch.tensor(lengths))
-        spans = Spans([SpanRows(n - 1, n, blocks) for n, blocks in zip(lengths, own, strict=True)], slots)
+        tables = Tables(
+            torch.tensor([[*blocks, 7, 99999] for blocks in own]), torch.tensor(lengths)
+        )
+        spans = Spans(
+            [SpanRows(n - 1, n, blocks) for n, blocks in zip(lengths, own, strict=True)], slots
+        )
         found.append(way(q, k, v, stored, tables if way is paged_rows_reference else spans, rules))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -13,7 +13,9 @@ METHODS = {
     "lora": LoRA(rank=3, alpha=5.0),
     "pissa": LoRA(rank=3, alpha=5.0, init="pissa"),
     "modules": LoRA(rank=3, alpha=5.0, train_modules=["norm"], bias="all"),
-    "embeddings": LoRA(rank=3, alpha=5.0, targets=["embed_tokens", "q_proj"], train_modules=["lm_head"]),
+    "embeddings": LoRA(
+        rank=3, alpha=5.0, targets=["embed_tokens", "q_proj"], train_modules=["lm_head"]
+    ),
     "dora": DoRA(rank=3, alpha=5.0),
     "prefix": Prefix(tokens=4, start="random"),
     "bottleneck": Bottleneck(size=6),
@@ -37,7 +39,9 @@ def test_a_folder_fits_its_own_base_and_no_wider_one(method, tmp_path):
 def test_copies_of_the_bases_values_as_peft_saves_them_are_compared(tmp_path):
     peft = pytest.importorskip("peft")
     base = made_base()
-    settings = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"], bias="all")
+    settings = peft.LoraConfig(
+        r=3, target_modules=["embed_tokens", "q_proj"], modules_to_save=["norm"], bias="all"
+    )
     peft.get_peft_model(tiny_model("llama_untied"), settings).save_pretrained(
         tmp_path / "a", save_embedding_layers=True
     )

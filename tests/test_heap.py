@@ -1,4 +1,5 @@
-"""What a step frees stays the process's while a run trains, and is the system's again afterwards."""
+"""What a step frees stays the process's while a run trains, and is the system's again
+afterwards."""
 
 import json
 import os
@@ -28,7 +29,8 @@ def resident():
 
 def marked():
     parts = open("/proc/self/smaps").read().split("VmFlags:")
-    return any("[heap]" in part and " hg" in flags.splitlines()[0] for part, flags in zip(parts, parts[1:]))
+    pairs = zip(parts, parts[1:])
+    return any("[heap]" in part and " hg" in flags.splitlines()[0] for part, flags in pairs)
 
 def step():
     held = [torch.ones(2**18) for _ in range(64)]
@@ -44,14 +46,21 @@ def faults():
 outside, _ = faults()
 with steady_heap(256 * 2**20):
     inside, most = faults()
-    found = {"outside": outside, "inside": inside, "marked": marked(), "most": most, "kept": resident()}
+    found = {"outside": outside, "inside": inside, "marked": marked(), "most": most}
+    found["kept"] = resident()
 print(json.dumps({**found, "after": resident()}))
 """
 
 
 def measured(**given):
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**own, **given})
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**own, **given}
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -68,7 +77,12 @@ def test_a_step_takes_no_page_anew_and_the_pages_go_back_at_the_end():
 
 @glibc
 @pytest.mark.parametrize(
-    "own", [{"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=str
+    "own",
+    [
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"},
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+    ],
+    ids=str,
 )
 def test_limits_that_someone_set_stay(own):
     found = measured(**own)

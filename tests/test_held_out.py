@@ -1,4 +1,5 @@
-"""A result says how sure it is: what is kept of an evaluation gives the intervals that all its rows would give."""
+"""A result says how sure it is: what is kept of an evaluation gives the intervals that all its rows
+would give."""
 
 import json
 from pathlib import Path
@@ -29,7 +30,10 @@ def examples_of(rows: int) -> list[Example]:
         if number % 3:
             found.append(one)
         else:
-            found += [Example(one.ids, one.trained, one.ref, one.key + part, row=number) for part in range(2)]
+            found += [
+                Example(one.ids, one.trained, one.ref, one.key + part, row=number)
+                for part in range(2)
+            ]
     return found
 
 
@@ -78,7 +82,9 @@ def test_what_is_kept_is_bounded_and_the_interval_of_many_rows_stays(sets: int) 
     count = 2 * MOST_CELLS + 500
     one = make_examples(1)[0]
     examples, nats = [one] * count, nats_of(count, 5, 4.0)
-    named = [SetSize(str(number), size, size, 0) for number, size in enumerate((2000, 498, 2))][:sets]
+    named = [SetSize(str(number), size, size, 0) for number, size in enumerate((2000, 498, 2))][
+        :sets
+    ]
     cells = Cells.over(examples, named)
     sums = cells.sums(nats)
     assert len(sums) <= MOST_CELLS and sum(sums) == pytest.approx(sum(nats))
@@ -103,24 +109,39 @@ def test_a_run_keeps_the_loss_before_and_after_with_intervals_and_every_reader_s
     found = read_manifest(run.adapter / "veneer.json").held_out
     assert found is not None and found.before is not None and found.change is not None
     assert run["held_out"] == found.model_dump(mode="json")
-    evaluations = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = {each["step"]: each for each in evaluations if each["kind"] == "evaluation"}
     assert found.before.value == pytest.approx(losses[0]["loss"])
-    assert found.loss.value == pytest.approx(losses[run["best_step"]]["loss"]) == pytest.approx(run["validation_loss"])
+    assert (
+        found.loss.value
+        == pytest.approx(losses[run["best_step"]]["loss"])
+        == pytest.approx(run["validation_loss"])
+    )
     assert found.before.low < found.before.value < found.before.high
     assert found.change.high < 0 and found.rows == 9
-    assert {name: one.loss.value for name, one in found.sets.items()} == pytest.approx(losses[run["best_step"]]["sets"])
+    assert {name: one.loss.value for name, one in found.sets.items()} == pytest.approx(
+        losses[run["best_step"]]["sets"]
+    )
 
     interval_said = f"{found.loss.low:#.3g} to {found.loss.high:#.3g}"
     change_said = f"{found.change.low:#.3g} to {found.change.high:#.3g}"
     assert interval_said in str(run)
     page = (tmp_path / "run" / "report.html").read_text()
     assert interval_said in page and change_said in page
-    assert main.main(["export", str(tmp_path / "run"), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
+    assert (
+        main.main(
+            ["export", str(tmp_path / "run"), "--to", "peft", "--out", str(tmp_path / "peft")]
+        )
+        == 0
+    )
     card = (tmp_path / "peft" / "README.md").read_text()
     assert f"held-out loss after | `{found.loss.value:#.3g}` | `{interval_said}`" in card
     assert (
-        f"`{change_said}`" in card and "`held-out loss of b after`" not in card and "held-out loss of b after" in card
+        f"`{change_said}`" in card
+        and "`held-out loss of b after`" not in card
+        and "held-out loss of b after" in card
     )
     library = ["--library", str(tmp_path / "library")]
     assert main.main(["adapters", "add", str(tmp_path / "run"), "--name", "x", *library]) == 0

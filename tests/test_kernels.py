@@ -15,7 +15,13 @@ from veneer.kernels.dora import dora_linear
 from veneer.kernels.dropout import Dropout, drop_out, drop_out_reference, keep_mask
 from veneer.kernels.layout import Group, round_up
 from veneer.kernels.lora import lora_linear, lora_linear_reference
-from veneer.kernels.loss import Head, frozen_head_loss, head_loss_reference, head_nats, trained_head_loss
+from veneer.kernels.loss import (
+    Head,
+    frozen_head_loss,
+    head_loss_reference,
+    head_nats,
+    trained_head_loss,
+)
 from veneer.kernels.native import level
 from veneer.kernels.prefix import prefixed_attention, prefixed_attention_reference
 from veneer.kernels.rules import Rules
@@ -39,7 +45,9 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
     torch.manual_seed(0)
     layout = Group(prompt, lengths, CPU)
     N, H, K, D = layout.rows + 3, 6, 2, 5  # three rows of filler
-    q, k, v = (torch.randn(N, heads, D, dtype=torch.float64, requires_grad=True) for heads in (H, K, K))
+    q, k, v = (
+        torch.randn(N, heads, D, dtype=torch.float64, requires_grad=True) for heads in (H, K, K)
+    )
     sinks = torch.randn(H, dtype=torch.float64, requires_grad=True)
     options = {"scale": 0.7}
     if extra in ("window", "all"):
@@ -58,7 +66,8 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
 
 
 def live_bytes(rows, **options):
-    """(most during packed attention, what stays after it) for one document, 8 query heads a key head."""
+    """(most during packed attention, what stays after it) for one document, 8 query heads a key
+    head."""
     q, k = (torch.empty(rows, heads, 16, device="meta") for heads in (16, 2))
     tracker, layout = Tracker(), Group(0, (rows,), torch.device("meta"))
     with torch.no_grad(), tracker:
@@ -71,7 +80,10 @@ def live_bytes(rows, **options):
 
 @pytest.mark.parametrize("options", [{}, {"window": 300}, {"softcap": 5.0}], ids=str)
 def test_what_attention_holds_grows_with_a_row_and_not_with_its_square(options):
-    (short_peak, short_kept), (peak, kept) = live_bytes(2048, **options), live_bytes(8192, **options)
+    (short_peak, short_kept), (peak, kept) = (
+        live_bytes(2048, **options),
+        live_bytes(8192, **options),
+    )
     assert kept == 4 * short_kept  # the result
     assert peak < 5 * short_peak
 
@@ -164,7 +176,9 @@ def test_lora_linear_is_its_reference_and_its_gradients_are_right(kind, share, t
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     A = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     B = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(5, dtype=torch.float64, requires_grad=True) if trained_bias else base.own_bias()
+    bias = (
+        torch.randn(5, dtype=torch.float64, requires_grad=True) if trained_bias else base.own_bias()
+    )
     dropout = Dropout(keys_of(6), 17, share) if share else None
     inputs = [x, A, B, *([bias] if trained_bias else [])]
     fast = lora_linear(x, A, B, bias, base, scaling=1.75, dropout=dropout)
@@ -173,7 +187,9 @@ def test_lora_linear_is_its_reference_and_its_gradients_are_right(kind, share, t
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     if share == 0 and not trained_bias:
-        assert torch.autograd.gradcheck(lambda *t: lora_linear(*t, None, base, scaling=1.75), (x, A, B))
+        assert torch.autograd.gradcheck(
+            lambda *t: lora_linear(*t, None, base, scaling=1.75), (x, A, B)
+        )
 
 
 class Viewed(DenseLinear):
@@ -186,12 +202,19 @@ class Viewed(DenseLinear):
 @pytest.mark.parametrize("kind", ["dense", "conv1d", "viewed"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_model_may_write_into_what_an_adapted_layer_gave_it(kind, bias):
-    """RoCBert adds its positions into the output of a projection; torch forbids that where it is a view."""
+    """RoCBert adds its positions into the output of a projection; torch forbids that where it is a
+    view."""
     module = (Conv1D(5, 7) if kind == "conv1d" else nn.Linear(7, 5)).double().requires_grad_(False)
     base = Viewed(module) if kind == "viewed" else frozen_linear(module)
-    x, A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 7), (4, 7), (5, 4)))
+    x, A, B = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True)
+        for s in ((2, 3, 7), (4, 7), (5, 4))
+    )
     own = base.own_bias() if bias else None
-    for function in (lambda: lora_linear(x, A, B, own, base, scaling=2.0), lambda: frozen_product(x, own, base)):
+    for function in (
+        lambda: lora_linear(x, A, B, own, base, scaling=2.0),
+        lambda: frozen_product(x, own, base),
+    ):
         (expected,) = gradients((function() + 1.0).square(), x)
         y = function()
         y += 1.0
@@ -219,20 +242,31 @@ def test_lora_keeps_x_itself_and_nothing_of_the_size_of_the_weight():
 PRODUCTS = {
     "frozen": lambda x, A, B, bias, base: frozen_product(x, bias, base),
     "lora": lambda x, A, B, bias, base: lora_linear(x, A, B, bias, base, scaling=2.0),
-    "dora": lambda x, A, B, bias, base: dora_linear(x, A, B, torch.ones(5), torch.ones(5), bias, base, scaling=2.0),
+    "dora": lambda x, A, B, bias, base: dora_linear(
+        x, A, B, torch.ones(5), torch.ones(5), bias, base, scaling=2.0
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "bias"])
-def test_the_weight_is_multiplied_in_backward_only_where_x_wants_a_gradient(kind, wanted, monkeypatch):
+def test_the_weight_is_multiplied_in_backward_only_where_x_wants_a_gradient(
+    kind, wanted, monkeypatch
+):
     """Right behind frozen embeddings nothing does, and no weight is decoded there."""
     if kind == "frozen" and wanted in ("A", "B"):
         pytest.skip("it has none")
     base, asked = frozen_linear(nn.Linear(7, 5).requires_grad_(False)), []
     own = DenseLinear.input_gradient
-    monkeypatch.setattr(DenseLinear, "input_gradient", lambda self, *g: asked.append(self) or own(self, *g))
-    inputs = {"x": torch.randn(3, 7), "A": torch.randn(4, 7), "B": torch.randn(5, 4), "bias": torch.randn(5)}
+    monkeypatch.setattr(
+        DenseLinear, "input_gradient", lambda self, *g: asked.append(self) or own(self, *g)
+    )
+    inputs = {
+        "x": torch.randn(3, 7),
+        "A": torch.randn(4, 7),
+        "B": torch.randn(5, 4),
+        "bias": torch.randn(5),
+    }
     inputs[wanted].requires_grad_()
     out = PRODUCTS[kind](*inputs.values(), base)
     out.backward(torch.ones_like(out))
@@ -250,10 +284,15 @@ def test_the_chunked_loss_is_its_reference(softcap, scale, with_bias, rows):
     head = Head(torch.randn(41, 6, dtype=torch.float64), bias, scale, softcap)
     h = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 41, (rows,))
-    losses = [loss(h, targets, head, 37.0) for loss in (frozen_head_loss, head_loss_reference, trained_head_loss)]
+    losses = [
+        loss(h, targets, head, 37.0)
+        for loss in (frozen_head_loss, head_loss_reference, trained_head_loss)
+    ]
     for one, other in itertools.pairwise(losses):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(head_nats(h, targets, head).sum() / 37, losses[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        head_nats(h, targets, head).sum() / 37, losses[0], rtol=1e-10, atol=1e-12
+    )
     grads = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
     for one, other in itertools.pairwise(grads):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -283,7 +322,9 @@ def test_a_dropout_mask_follows_its_row_key_wherever_it_lies():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-@pytest.mark.parametrize("size", [(1, 1), (7, 33), (65, 64), (200, 130), (1000, 576)])  # the last: by two threads
+@pytest.mark.parametrize(
+    "size", [(1, 1), (7, 33), (65, 64), (200, 130), (1000, 576)]
+)  # the last: by two threads
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(level() < 0, reason="the kernels are not compiled here")
 def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
@@ -291,7 +332,9 @@ def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
     bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
     x = (torch.randn(size) * torch.logspace(-30, 30, size[1])).to(dtype)
     rows = keys_of(size[0])
-    layered = (123 << 32) + 77 * 0x9E3779B1  # as a layer gives it: module above, step below, past 32 bits
+    layered = (
+        123 << 32
+    ) + 77 * 0x9E3779B1  # as a layer gives it: module above, step below, past 32 bits
     for key in (0, layered):
         found = drop_out(x, rows, key=key, dropout=share)
         expected = drop_out_reference(x, rows, key=key, dropout=share)
@@ -330,7 +373,9 @@ def test_every_gradient_has_the_type_of_what_it_belongs_to(kind):
     base = frozen_linear(nn.Linear(7, 5, dtype=torch.bfloat16).requires_grad_(False))
     shapes = {"x": (3, 7), "A": (4, 7), "B": (5, 4), "bias": (5,)}
     types = {"x": torch.bfloat16, "A": torch.float32, "B": torch.float64, "bias": torch.bfloat16}
-    inputs = {name: torch.randn(shapes[name], dtype=types[name], requires_grad=True) for name in shapes}
+    inputs = {
+        name: torch.randn(shapes[name], dtype=types[name], requires_grad=True) for name in shapes
+    }
     out = PRODUCTS[kind](*inputs.values(), base)
     out.backward(torch.ones_like(out))
     for name, tensor in inputs.items():

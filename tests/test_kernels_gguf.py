@@ -11,14 +11,22 @@ from veneer.kernels import few_rows, native, packed_calls
 from veneer.kernels import gguf as kernels
 
 KINDS = list(kernels.FORMATS)
-LEVELS = [5, 4, 3, 2, 0]  # tiles, bf16 pairs, AVX-512, AVX2, plain: a processor takes the best it has up to this
+LEVELS = [
+    5,
+    4,
+    3,
+    2,
+    0,
+]  # tiles, bf16 pairs, AVX-512, AVX2, plain: a processor takes the best it has up to this
 TYPES = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 FP32_SUM = 2e-6  # float32 sums of 512 terms in another order
 
 needs_kernel = pytest.mark.skipif(native.library() is None, reason="not compiled")
 
 
-def random_blocks(kind: kernels.Kind, rows: int, blocks_per_row: int, seed: int = 0) -> torch.Tensor:
+def random_blocks(
+    kind: kernels.Kind, rows: int, blocks_per_row: int, seed: int = 0
+) -> torch.Tensor:
     return tiny_gguf.random_blocks(kind, rows, blocks_per_row * kernels.FORMATS[kind].size, seed)
 
 
@@ -33,7 +41,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def test_sizes_and_numbers_are_those_of_the_format():
     for kind, layout in kernels.FORMATS.items():
         theirs = gguf.GGMLQuantizationType[kind]
-        assert (layout.number, layout.size, layout.bytes) == (theirs.value, *gguf.GGML_QUANT_SIZES[theirs])
+        assert (layout.number, layout.size, layout.bytes) == (
+            theirs.value,
+            *gguf.GGML_QUANT_SIZES[theirs],
+        )
         assert packed_calls.BLOCKS[layout.number] == (layout.size, layout.bytes)
 
 
@@ -76,7 +87,9 @@ def test_scales_may_be_any_finite_fp16_and_cancel_one_another(kind, level, dtype
         nearly = (-each[::2, scale].view(torch.float16)).nextafter(torch.tensor(0.0).half())
         each[::2, offset] = nearly.view(torch.uint8)
     expected = kernels.dequantise_reference(blocks, kind).to(dtype)
-    out = kernels.dequantise(blocks, kind, torch.full(expected.shape, float("nan"), dtype=dtype), most=level)
+    out = kernels.dequantise(
+        blocks, kind, torch.full(expected.shape, float("nan"), dtype=dtype), most=level
+    )
     assert torch.equal(bits(out), bits(expected))
 
 
@@ -102,7 +115,9 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
         weight = kernels.dequantise(blocks, kind, torch.empty(exact_weight.shape, dtype=dtype))
         bias = torch.randn(37, generator=torch.Generator().manual_seed(0)).to(dtype)
         for rows in (1, 2, 3, 4, 5, 9, 64, 150):
-            x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
+            x = torch.randn(
+                rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)
+            ).to(dtype)
             y = kernels.product(x, blocks, kind, bias, most=level)
             assert torch.equal(y, few_rows.product(x, weight, bias, level=level))
             if dtype == torch.float32:
@@ -111,18 +126,23 @@ def test_a_product_is_that_of_the_dequantised_weight(kind, level):
                 assert ((y - exact).abs() <= FP32_SUM * scale).all()
 
 
-needs_codes = pytest.mark.skipif(not kernels.multiplies_codes(torch.bfloat16), reason="a processor without bf16 pairs")
+needs_codes = pytest.mark.skipif(
+    not kernels.multiplies_codes(torch.bfloat16), reason="a processor without bf16 pairs"
+)
 
 
 @needs_codes
 @pytest.mark.parametrize("level", [5, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_codes_weights_are_not_rounded_and_rows_do_not_meet(kind, level):
-    """What is left of float32 is a ten-millionth of the terms' sums, the result's own rounding apart."""
+    """What is left of float32 is a ten-millionth of the terms' sums, the result's own rounding
+    apart."""
     product = partial(kernels.product, most=level)
     size = kernels.FORMATS[kind].size
     for outs, width in ((1, 1), (15, 2), (16, 3), (17, 5), (33, 18), (64, 6), (37, 48)):
-        width = min(width, 18) if size > 32 else width  # some steps more than stay in the first cache
+        width = (
+            min(width, 18) if size > 32 else width
+        )  # some steps more than stay in the first cache
         blocks = random_blocks(kind, outs, width, seed=outs)
         exact = kernels.dequantise_reference(blocks, kind).double()
         x = torch.randn(65, width * size, generator=torch.Generator().manual_seed(outs)).bfloat16()
@@ -161,7 +181,9 @@ def test_threads_change_no_bit(kind, dtype):
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append((kernels.dequantise(blocks, kind, out).clone(), kernels.product(x, blocks, kind)))
+            found.append(
+                (kernels.dequantise(blocks, kind, out).clone(), kernels.product(x, blocks, kind))
+            )
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0][0], found[1][0])

@@ -22,7 +22,13 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.files.atomic import MANIFEST
-from veneer.formats.adapter import WEIGHTS_NAME, load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import (
+    WEIGHTS_NAME,
+    load_adapter,
+    manifest_for,
+    read_adapter,
+    write_adapter,
+)
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.index import INDEX
 from veneer.library.library import Library
@@ -35,7 +41,11 @@ def sources(tmp_path_factory) -> Path:
     """Three adapters: a, b (another rank), and p (a without veneer.json, as PEFT writes it)."""
     folder = tmp_path_factory.mktemp("sources")
     write(folder / "a", *adapted(), metrics={"validation_loss": 1.5}, data_fingerprint="d" * 64)
-    write(folder / "b", *adapted(rank=3), parents=[(read_manifest(folder / "a" / MANIFEST_NAME).content_hash, 1.0)])
+    write(
+        folder / "b",
+        *adapted(rank=3),
+        parents=[(read_manifest(folder / "a" / MANIFEST_NAME).content_hash, 1.0)],
+    )
     shutil.copytree(folder / "a", folder / "p")
     (folder / "p" / MANIFEST_NAME).unlink()
     return folder
@@ -68,7 +78,12 @@ def test_a_stored_adapter_is_the_one_that_was_added_and_peft_finds_its_files(lib
     folder = library.whole("tickets@1")
     for name in ("adapter_config.json", WEIGHTS_NAME, MANIFEST_NAME):
         assert (folder / name).read_bytes() == (sources / "a" / name).read_bytes()
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", WEIGHTS_NAME, MANIFEST_NAME, MANIFEST}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        WEIGHTS_NAME,
+        MANIFEST_NAME,
+        MANIFEST,
+    }
 
 
 def test_a_run_folder_is_taken_for_its_adapter(library, sources, tmp_path):
@@ -198,13 +213,19 @@ def test_a_reference_reads_back_or_is_refused(text):
 # what comes in
 
 
-def test_an_adapter_that_only_names_its_base_is_marked_and_a_stated_base_is_checked(library, sources):
+def test_an_adapter_that_only_names_its_base_is_marked_and_a_stated_base_is_checked(
+    library, sources
+):
     plain = library.add(sources / "p", name="p")
-    assert plain.version.facts.base_proof == "unverified" and plain.version.facts.base_digest is None
+    assert (
+        plain.version.facts.base_proof == "unverified" and plain.version.facts.base_digest is None
+    )
     base = tiny_base("llama_untied")
     stated = library.add(sources / "p", name="p", base=base)
     assert stated.version.version == 2 and stated.version.facts.base_proof == "stated"
-    assert base.attachments == {} and not any("Adapted" in type(m).__name__ for m in base.model.modules())
+    assert base.attachments == {} and not any(
+        "Adapted" in type(m).__name__ for m in base.model.modules()
+    )
     load_adapter(base, library.path("p"), name="x")
     other = tiny_base("llama_untied", seed=1)
     load_adapter(other, library.path("p@1"), name="x")  # nothing in it speaks against this base
@@ -237,11 +258,31 @@ def _tensor_file(folder: Path, *names: str) -> None:
 
 
 FOREIGN = {
-    "kohya": (lambda f: _tensor_file(f, "lora_unet_down_0_attn.lora_down.weight"), RefusedError, "kohya"),
-    "diffusers": (lambda f: _tensor_file(f, "unet.down.0.to_q.lora_A.weight"), RefusedError, "diffusers"),
-    "pickle": (lambda f: (f.mkdir(), (f / "adapter_model.bin").write_bytes(b"x")), UnsafeFileError, "save_pretrained"),
-    "gguf": (lambda f: (f.mkdir(), (f / "lora.gguf").write_bytes(b"GGUF")), RefusedError, "llama.cpp"),
-    "mlx": (lambda f: (f.mkdir(), (f / "adapters.safetensors").write_bytes(b"x")), RefusedError, "MLX"),
+    "kohya": (
+        lambda f: _tensor_file(f, "lora_unet_down_0_attn.lora_down.weight"),
+        RefusedError,
+        "kohya",
+    ),
+    "diffusers": (
+        lambda f: _tensor_file(f, "unet.down.0.to_q.lora_A.weight"),
+        RefusedError,
+        "diffusers",
+    ),
+    "pickle": (
+        lambda f: (f.mkdir(), (f / "adapter_model.bin").write_bytes(b"x")),
+        UnsafeFileError,
+        "save_pretrained",
+    ),
+    "gguf": (
+        lambda f: (f.mkdir(), (f / "lora.gguf").write_bytes(b"GGUF")),
+        RefusedError,
+        "llama.cpp",
+    ),
+    "mlx": (
+        lambda f: (f.mkdir(), (f / "adapters.safetensors").write_bytes(b"x")),
+        RefusedError,
+        "MLX",
+    ),
     "nothing": (lambda f: f.mkdir(), SourceError, "no adapter at"),
     "not there": (lambda f: None, SourceError, "no adapter at"),
     "text": (lambda f: f.write_text("hello"), SourceError, "is no adapter"),
@@ -258,7 +299,9 @@ def test_what_other_programs_wrote_is_refused_by_its_name(library, tmp_path, kin
 
 
 @pytest.mark.parametrize("peft_type", ["LOHA", "XLORA", "OFT"])
-def test_a_method_that_veneer_does_not_compute_is_refused_by_name(library, sources, tmp_path, peft_type):
+def test_a_method_that_veneer_does_not_compute_is_refused_by_name(
+    library, sources, tmp_path, peft_type
+):
     shutil.copytree(sources / "p", tmp_path / "p")
     edit_config(tmp_path / "p", peft_type=peft_type)
     with pytest.raises(RefusedError, match=peft_type):
@@ -339,7 +382,9 @@ def test_a_broken_object_is_replaced_when_the_same_adapter_is_added_again(librar
 # the index
 
 
-def test_the_index_may_vanish_break_or_lie_and_the_listing_is_the_same(library, sources, monkeypatch):
+def test_the_index_may_vanish_break_or_lie_and_the_listing_is_the_same(
+    library, sources, monkeypatch
+):
     from veneer.library import index
 
     monkeypatch.setattr(index, "_SETTLED_NS", -(10**18))
@@ -383,7 +428,9 @@ def test_a_folder_that_is_no_library_is_not_taken_for_one(tmp_path, sources):
         Library(tmp_path / "mistyped").get("x")
 
 
-def test_the_users_own_library_lies_where_the_system_says_and_may_be_empty(tmp_path, monkeypatch, sources):
+def test_the_users_own_library_lies_where_the_system_says_and_may_be_empty(
+    tmp_path, monkeypatch, sources
+):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert Library().entries() == []
     Library().add(sources / "a", name="x")
@@ -437,7 +484,9 @@ def test_every_action_prints_json_alone_on_stdout(library, sources, capsys):
     assert printed("gc", "--yes")["removed"] is True
 
 
-def test_screens_hold_in_80_columns_and_name_what_is_unverified(library, sources, capsys, monkeypatch):
+def test_screens_hold_in_80_columns_and_name_what_is_unverified(
+    library, sources, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "80")
     assert adapters(library, "add", str(sources / "p"), "--name", "foreign") == 0
     assert "base: unverified" in capsys.readouterr().out
@@ -456,12 +505,17 @@ def test_what_is_wider_than_the_screen_stands_below_each_other_setting_by_settin
     library, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "80")
-    for name, train in (("a", "/somewhere/rows.jsonl"), ("b", [{"path": "/somewhere/rows.jsonl", "weight": 0.5}])):
+    for name, train in (
+        ("a", "/somewhere/rows.jsonl"),
+        ("b", [{"path": "/somewhere/rows.jsonl", "weight": 0.5}]),
+    ):
         recipe = {"data": {"train": train, "format": "auto"}, "out": f"/some/{'deep/' * 12}{name}"}
         write(tmp_path / name, *adapted(), recipe=recipe)
     assert adapters(library, "diff", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     screen = capsys.readouterr().out
-    assert max(map(len, screen.splitlines())) <= 80 or str(tmp_path) in max(screen.splitlines(), key=len)
+    assert max(map(len, screen.splitlines())) <= 80 or str(tmp_path) in max(
+        screen.splitlines(), key=len
+    )
     assert "recipe data.train.1.weight\n  A  –\n  B  0.500\n" in screen
     assert "recipe data.train\n  A  /somewhere/rows.jsonl\n  B  –\n" in screen
     assert "format" not in screen
@@ -512,14 +566,19 @@ def test_errors_are_ours_whatever_stands_in_a_record(library, sources):
 def test_verify_holds_the_base_as_each_adapter_was_trained_over_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "base", "llama", hidden_size=64, intermediate_size=96, head_dim=16)
-    for name, settings in {"dense": {}, "packed": {"quantize": "nf4", "keep_dense": ["v_proj"]}}.items():
+    for name, settings in {
+        "dense": {},
+        "packed": {"quantize": "nf4", "keep_dense": ["v_proj"]},
+    }.items():
         base = load_base("base", **settings)
         made = filled_lora(base)
         manifest = manifest_for(base, method="lora", recipe=settings or None)
         write_adapter(name, made, manifest, model=base.model)
         Library("lib").add(name, name=name)
     assert main(["adapters", "verify", "--base", "base", "--library", "lib"]) == 0
-    save_tiny(tmp_path / "other", "llama", seed=5, hidden_size=64, intermediate_size=96, head_dim=16)
+    save_tiny(
+        tmp_path / "other", "llama", seed=5, hidden_size=64, intermediate_size=96, head_dim=16
+    )
     assert main(["adapters", "verify", "dense", "--base", "other", "--library", "lib"]) == 4
     said = capsys.readouterr().out
     assert "dense@1: wrong" in said and "another base" in said and "on trial" not in said

@@ -1,4 +1,5 @@
-"""Many processes at once, and a failure or a kill at every call that writes: nothing is lost, nothing half visible.
+"""Many processes at once, and a failure or a kill at every call that writes: nothing is lost,
+nothing half visible.
 
 VENEER_MANY_PROCESSES=200 sets how many processes add at once; default 50.
 """
@@ -59,9 +60,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), None], ids=str)
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), None], ids=str
+)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_that_fails_or_dies_at_any_call_has_happened_or_not(sources, tmp_path, change, failure):  # noqa: F811
+def test_a_change_that_fails_at_any_call_has_happened_or_not(sources, tmp_path, change, failure):  # noqa: F811
     template = filled(tmp_path / "template", sources)
     if change == "collect":
         template.remove("y")
@@ -89,7 +92,9 @@ def test_a_change_that_fails_or_dies_at_any_call_has_happened_or_not(sources, tm
             except VeneerError:
                 done = False
         found = state(library)
-        assert found in (before, after) or (change == "collect" and set(after) <= set(found) <= set(before)), k
+        assert found in (before, after) or (
+            change == "collect" and set(after) <= set(found) <= set(before)
+        ), k
         if done:
             assert found == after
             break
@@ -113,7 +118,13 @@ def test_many_processes_adding_at_once_lose_nothing(sources, tmp_path):  # noqa:
     barrier = FORK.Barrier(MANY)
     processes = [
         FORK.Process(
-            target=_add, args=(tmp_path / "l", sources / "ab"[n % 2], "shared" if n % 5 else f"own-{n}", barrier)
+            target=_add,
+            args=(
+                tmp_path / "l",
+                sources / "ab"[n % 2],
+                "shared" if n % 5 else f"own-{n}",
+                barrier,
+            ),
         )
         for n in range(MANY)
     ]
@@ -123,7 +134,10 @@ def test_many_processes_adding_at_once_lose_nothing(sources, tmp_path):  # noqa:
         process.join()
     assert [process.exitcode for process in processes] == [0] * MANY
     library = Library(tmp_path / "l")
-    assert {e.name for e in library.entries()} == {"shared", *(f"own-{n}" for n in range(0, MANY, 5))}
+    assert {e.name for e in library.entries()} == {
+        "shared",
+        *(f"own-{n}" for n in range(0, MANY, 5)),
+    }
     versions = [e.version for e in library.entries(every_version=True, name="shared")]
     assert [v.version for v in versions] == list(range(1, len(versions) + 1))
     assert all(one.object != two.object for one, two in pairwise(versions))
@@ -151,7 +165,9 @@ def test_renames_and_tags_that_race_lose_no_version(sources, tmp_path):  # noqa:
     library.add(sources / "p", name="n1")
     objects = sorted(entry[2] for entry in state(library))
     barrier = FORK.Barrier(6)
-    processes = [FORK.Process(target=_rename_and_tag, args=(library.folder, n, barrier)) for n in range(6)]
+    processes = [
+        FORK.Process(target=_rename_and_tag, args=(library.folder, n, barrier)) for n in range(6)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -171,7 +187,8 @@ def test_collecting_while_others_add_removes_nothing_that_is_named(sources, tmp_
     collector = FORK.Process(target=_collect, args=(library.folder, stop))
     collector.start()
     adders = [
-        FORK.Process(target=_add, args=(library.folder, sources / "ab"[n % 2], f"n{n}", barrier)) for n in range(6)
+        FORK.Process(target=_add, args=(library.folder, sources / "ab"[n % 2], f"n{n}", barrier))
+        for n in range(6)
     ]
     for process in adders:
         process.start()

@@ -1,5 +1,5 @@
-"""A library for several people: rights as the umask gives them, on a medium that may only be read, and with a
-collector that gets its turn while others keep adding."""
+"""A library for several people: rights as the umask gives them, on a medium that may only be read,
+and with a collector that gets its turn while others keep adding."""
 
 import errno
 import multiprocessing
@@ -24,7 +24,9 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-@pytest.mark.parametrize(("umask", "folders", "files"), [(0o002, 0o775, 0o664), (0o077, 0o700, 0o600)])
+@pytest.mark.parametrize(
+    ("umask", "folders", "files"), [(0o002, 0o775, 0o664), (0o077, 0o700, 0o600)]
+)
 def test_everything_in_a_library_has_the_rights_that_the_umask_gives(
     sources,  # noqa: F811
     tmp_path,
@@ -39,7 +41,10 @@ def test_everything_in_a_library_has_the_rights_that_the_umask_gives(
     try:
         library = Library(tmp_path / "l")
         library.add(private, name="x")
-        for place in (["push", "x", str(tmp_path / "m")], ["pull", str(tmp_path / "m"), "x", "--name", "y"]):
+        for place in (
+            ["push", "x", str(tmp_path / "m")],
+            ["pull", str(tmp_path / "m"), "x", "--name", "y"],
+        ):
             assert main(["adapters", *place, "--library", str(library.folder)]) == 0
         library.entries()
     finally:
@@ -76,7 +81,9 @@ def test_a_gguf_model_that_finds_no_room_is_told_as_such(world, tmp_path, capsys
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_umask_gives(world, tmp_path):
+def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_umask_gives(
+    world, tmp_path
+):
     before = os.umask(0o027)
     try:
         for line in (
@@ -88,17 +95,26 @@ def test_runs_checkpoints_reports_adapters_and_models_have_the_rights_that_the_u
             assert main(line.format(w=world, o=tmp_path / "o").split()) == 0
     finally:
         os.umask(before)
-    ours = [*(path for path in world.iterdir() if path.name != "base"), tmp_path / "o"]  # transformers wrote it
+    ours = [
+        *(path for path in world.iterdir() if path.name != "base"),
+        tmp_path / "o",
+    ]  # transformers wrote it
     found = [path for place in ours for path in (place, *place.rglob("*"))]
-    assert {"report.html", "state.safetensors", "metrics.jsonl", "whole.gguf"} <= {path.name for path in found}
-    wrong = [path for path in found if path.stat().st_mode & 0o777 != (0o750 if path.is_dir() else 0o640)]
+    assert {"report.html", "state.safetensors", "metrics.jsonl", "whole.gguf"} <= {
+        path.name for path in found
+    }
+    wrong = [
+        path for path in found if path.stat().st_mode & 0o777 != (0o750 if path.is_dir() else 0o640)
+    ]
     assert not wrong
 
 
 def test_every_command_that_reads_works_on_a_library_that_may_only_be_read(world, tmp_path):
     (world / "library" / INDEX).unlink(missing_ok=True)  # so that every listing wants to write it
     (tmp_path / "o").mkdir()
-    lines = [line.format(w=world, o=tmp_path / "o").split() for line in (READING | FROM_LIBRARY).values()]
+    lines = [
+        line.format(w=world, o=tmp_path / "o").split() for line in (READING | FROM_LIBRARY).values()
+    ]
     code = f"""
 import shutil
 from veneer.cli.main import main
@@ -162,7 +178,8 @@ def test_what_a_dead_writer_left_anywhere_in_a_library_goes_with_the_next_comman
 
 
 def test_a_collection_gets_its_turn_while_others_keep_adding(sources, tmp_path):  # noqa: F811
-    """At every moment somebody is adding; without turns the collector would find the lock taken for ever."""
+    """At every moment somebody is adding; without turns the collector would find the lock taken for
+    ever."""
     library = Library(tmp_path / "l")
     library.add(sources / "a", name="x")
     library.add(sources / "b", name="x")

@@ -1,4 +1,5 @@
-"""llama.cpp itself: exported adapters and models give the same greedy answers, files that we read the same logits.
+"""llama.cpp itself: exported adapters and models give the same greedy answers, files that we read
+the same logits.
 
 Skipped where llama-cpp-python is not installed (pip install "veneer[llamacpp]").
 """
@@ -26,7 +27,8 @@ llama_cpp = pytest.importorskip("llama_cpp")
 PROMPTS = [[5, 80, 99, 7], [200, 31, 31, 80, 12, 77, 140], list(range(100, 130))]
 TOKENS = 8
 F32 = 0
-"""ggml's number of the type. llama.cpp's default is a cache of keys and values in f16, on which close choices turn."""
+"""ggml's number of the type. llama.cpp's default is a cache of keys and values in f16, on which
+close choices turn."""
 SETTINGS = {
     "alpha and rank": {"rank": 4, "alpha": 14},
     "rsLoRA and patterns": {"rank": 4, "alpha": 7, "rslora": True, "rank_pattern": {"v_proj": 2}},
@@ -34,7 +36,8 @@ SETTINGS = {
 
 
 def answers(model, adapter=None, prompts=PROMPTS):
-    """Greedy tokens of llama.cpp for every prompt; it does not stop at the tokens that end an answer."""
+    """Greedy tokens of llama.cpp for every prompt; it does not stop at the tokens that end an
+    answer."""
     found = llama_cpp.Llama(
         str(model),
         n_ctx=128,
@@ -83,7 +86,9 @@ def test_adapter_and_merged_model_answer_as_ours(family, settings, tmp_path):
     base = load_base(source)
     head = base.model.get_output_embeddings()
     made = attach(base.model, LoRA(**settings), name="x", routing=base.routing, head=head)
-    fill(made.parameters().values(), scale=1.0 if family == "gemma3" else 0.3)  # norms stand behind its blocks
+    fill(
+        made.parameters().values(), scale=1.0 if family == "gemma3" else 0.3
+    )  # norms stand behind its blocks
     write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
     plain = ours(base)
     base.routing.active = (("x", 1.0),)
@@ -117,12 +122,20 @@ CHANGES = {
 }
 """Hyperparameters that change no shape."""
 ALWAYS = {"phi3": {"phi3.attention.sliding_window": 0}}
-"""llama.cpp computes Phi 3 without its window, since its converter has not always written it right."""
+"""llama.cpp computes Phi 3 without its window, since its converter has not always written it
+right."""
 
 
 def their_logits(path):
     model = llama_cpp.Llama(
-        str(path), n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True, type_k=F32, type_v=F32
+        str(path),
+        n_ctx=64,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+        logits_all=True,
+        type_k=F32,
+        type_v=F32,
     )
     model.eval(list(range(40, 70)))
     return torch.from_numpy(np.array(model.scores[:30]))
@@ -147,7 +160,9 @@ def test_a_header_means_to_us_what_it_means_to_llama_cpp(case, tmp_path):
         path = tmp_path / f"{number}.gguf"
         extra = {f"{architecture}.{key}": value, **always}
         if architecture == "nemotron" and "epsilon" in key:
-            extra = dict.fromkeys((f"nemotron.attention.layer_norm{rms}_epsilon" for rms in ("", "_rms")), value)
+            extra = dict.fromkeys(
+                (f"nemotron.attention.layer_norm{rms}_epsilon" for rms in ("", "_rms")), value
+            )
         write_gguf(path, model, architecture, extra=extra)
         try:
             ours = our_logits(path)

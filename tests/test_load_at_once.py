@@ -1,4 +1,5 @@
-"""Bases that several threads load at once, and adapters put on beside: each as alone, and the process as it was."""
+"""Bases that several threads load at once, and adapters put on beside: each as alone, and the
+process as it was."""
 
 import threading
 import warnings
@@ -37,7 +38,9 @@ def test_threads_that_load_at_once_get_the_bases_that_each_gets_alone(folders: l
     for number, each in enumerate(found):
         assert torch.equal(each, alone[number % len(folders)])
     assert torch.get_default_dtype() == torch.float32
-    for folder, before in zip(folders, alone, strict=True):  # what was left behind broke every later one
+    for folder, before in zip(
+        folders, alone, strict=True
+    ):  # what was left behind broke every later one
         assert torch.equal(logits(folder), before)
 
 
@@ -58,7 +61,9 @@ def test_who_is_quiet_is_so_alone() -> None:
     assert (logging.is_progress_bar_enabled(), warnings.filters) == (bars, filters)
 
 
-def test_an_adapter_that_is_made_while_another_thread_loads_is_the_same(folders: list[Path]) -> None:
+def test_an_adapter_that_is_made_while_another_thread_loads_is_the_same(
+    folders: list[Path],
+) -> None:
     base = veneer.load(folders[0])
 
     def values(adapter: Attachment) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""A base that `veneer.load` reads from a folder is the model that transformers reads from it, in every attribute.
+"""A base that `veneer.load` reads from a folder is the model that transformers reads from it, in
+every attribute.
 
-Folders come in two kinds: weights that transformers maps, and weights that are read tensor by tensor (experts stored
-one by one, packed weights).
+Folders come in two kinds: weights that transformers maps, and weights that are read tensor by
+tensor (experts stored one by one, packed weights).
 """
 
 import re
@@ -43,7 +44,9 @@ def of_transformers(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", [*DENSE, *MIXTURES, *WITH_STATE])
-def test_a_loaded_base_has_the_attributes_that_transformers_gives_it(family: str, tmp_path: Path) -> None:
+def test_a_loaded_base_has_the_attributes_that_transformers_gives_it(
+    family: str, tmp_path: Path
+) -> None:
     folder = saved(family, tmp_path)
     ours, theirs = api.load(folder).model, of_transformers(folder)
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
@@ -62,18 +65,26 @@ def test_a_packed_base_differs_by_its_packed_modules_alone(quantize: Any, tmp_pa
     assert outside == []
 
 
-def test_weights_read_past_their_modules_are_the_same_in_a_folder_and_in_memory(tmp_path: Path) -> None:
-    """Jamba's mixers multiply by `dt_proj.weight` themselves: an adapter beside that module would not act."""
+def test_weights_read_past_their_modules_are_the_same_in_a_folder_and_in_memory(
+    tmp_path: Path,
+) -> None:
+    """Jamba's mixers multiply by `dt_proj.weight` themselves: an adapter beside that module would
+    not act."""
     loaded, made = api.load(saved("jamba", tmp_path)), mixer_base("jamba")
     assert loaded.read_past == made.read_past != frozenset()
     adapted = loaded.attach(LoRA(rank=2), name="a").layers
     head = made.model.get_output_embeddings()
-    assert adapted.keys() == attach(made.model, LoRA(rank=2), name="a", routing=made.routing, head=head).layers.keys()
+    assert (
+        adapted.keys()
+        == attach(made.model, LoRA(rank=2), name="a", routing=made.routing, head=head).layers.keys()
+    )
     assert not any(path.endswith("dt_proj") for path in adapted)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "jamba"])
-def test_a_base_read_tensor_by_tensor_is_saved_under_the_names_of_its_checkpoint(family: str, tmp_path: Path) -> None:
+def test_a_base_read_tensor_by_tensor_is_saved_under_the_names_of_its_checkpoint(
+    family: str, tmp_path: Path
+) -> None:
     folder = saved(family, tmp_path / "base")
     api.load(folder).model.save_pretrained(tmp_path / "again")
     again, before = (load_file(path / "model.safetensors") for path in (tmp_path / "again", folder))

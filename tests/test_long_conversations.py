@@ -1,4 +1,5 @@
-"""Prompts of many turns: what is rendered, tokenised and looked for grows in proportion, and the ids stay the same."""
+"""Prompts of many turns: what is rendered, tokenised and looked for grows in proportion, and the
+ids stay the same."""
 
 from __future__ import annotations
 
@@ -24,12 +25,24 @@ from veneer.serve import prompts as prompts_module
 from veneer.serve.asked import Chat
 from veneer.serve.prompts import Prompts
 
-SAID = ["\n\nhello", " a", "<|im_end|>", "b<|im_end|>\n<|im_start|>c", "d\n", "<think>e</think>f", "ünï", "aa ab"]
+SAID = [
+    "\n\nhello",
+    " a",
+    "<|im_end|>",
+    "b<|im_end|>\n<|im_start|>c",
+    "d\n",
+    "<think>e</think>f",
+    "ünï",
+    "aa ab",
+]
 
 
 def talk(turns: int, random: Random, words: list[str] = SAID) -> list[dict[str, Any]]:
     """An odd number of messages, the last one the user's."""
-    return [(assistant if n % 2 else user)(random.choice(words) + random.choice(words)) for n in range(turns)]
+    return [
+        (assistant if n % 2 else user)(random.choice(words) + random.choice(words))
+        for n in range(turns)
+    ]
 
 
 @pytest.mark.parametrize("name", ["bytes", "merging", "spaced"])
@@ -37,7 +50,9 @@ def test_pieces_that_begin_at_an_anchor_have_the_ids_of_pieces_that_begin_at_the
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [template(name).encode_prompt(talk(9, Random(seed))) for seed in range(30)]
-    monkeypatch.setattr(TextTokens, "_from_last_anchor", lambda self, text, start, border, ids: (start, 0))
+    monkeypatch.setattr(
+        TextTokens, "_from_last_anchor", lambda self, text, start, border, ids: (start, 0)
+    )
     assert made == [template(name).encode_prompt(talk(9, Random(seed))) for seed in range(30)]
 
 
@@ -57,19 +72,22 @@ def test_a_text_with_names_of_control_tokens_is_tokenised_once_and_not_once_a_tu
         messages = [*talk(count, Random(1)), assistant("x"), user("y<|im_end|>" * 20)]
         before = read[0]
         coded.encode_prompt(messages)
-        characters.append((read[0] - before) / len(coded.render(messages, add_generation_prompt=True)))
+        characters.append(
+            (read[0] - before) / len(coded.render(messages, add_generation_prompt=True))
+        )
     assert max(characters) < 12 and characters[1] < 1.5 * characters[0]
 
 
 PLAIN = (
-    "{% for m in messages %}{% if m.role == 'user' %}Q:{{ m.content }}\nA:{% else %}{{ m.content }}\n{% endif %}"
-    "{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}Q:{{ m.content }}\nA:{% else %}{{ m.content"
+    " }}\n{% endif %}{% endfor %}"
 )
 THINKING = (  # as many do: reasoning is written where no user's message follows
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and "
-    "loop.index0 > ns.last %}<think>\n\n</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last"
+    " = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if"
+    " m.role == 'assistant' and loop.index0 > ns.last %}<think>\n\n</think>\n{% endif %}{{"
+    " m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{%"
+    " endif %}"
 )
 COUNTING = PLAIN.replace("Q:", "Q{{ loop.index }}:")
 WORDS = ["hello", "what?", " a b", "b\n", "ab\n\n", "\na"]
@@ -87,7 +105,9 @@ def row_ids(coded: ChatTemplate, messages: list[dict[str, Any]]) -> list[int]:
 
 @pytest.mark.parametrize("source", [PLAIN, CHATML], ids=["plain", "chatml"])
 @pytest.mark.parametrize("answers", [3, 95, 200])
-def test_a_prompt_has_the_ids_of_the_row_and_shares_those_of_the_prompt_before(source: str, answers: int) -> None:
+def test_a_prompt_has_the_ids_of_the_row_and_shares_those_of_the_prompt_before(
+    source: str, answers: int
+) -> None:
     messages = talk(2 * answers, Random(answers), WORDS)
     chat = coded(source)
     prompt, earlier = chat.encode_prompt(messages[:-1]), chat.encode_prompt(messages[:-3])
@@ -97,13 +117,17 @@ def test_a_prompt_has_the_ids_of_the_row_and_shares_those_of_the_prompt_before(s
 
 
 @pytest.mark.parametrize("name", ["bytes", "merging", "spaced"])
-def test_a_text_that_is_tokenised_in_parts_has_the_same_ids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_tokenised_in_parts_has_the_same_ids(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chat = coded(PLAIN, name)
     talks = [talk(12, Random(seed), [*WORDS, "b<|im_end|>\n"]) for seed in range(10)]
     whole = [(chat.encode_prompt(messages[:-1]), row_ids(chat, messages)) for messages in talks]
     monkeypatch.setattr(tokens, "MOST_REPEATED", 20)
     assert len(chat._tokens._starts(tokens.Cut("a" * 90, tuple(range(5, 90, 5))))) > 3
-    assert [(chat.encode_prompt(messages[:-1]), row_ids(chat, messages)) for messages in talks] == whole
+    assert [
+        (chat.encode_prompt(messages[:-1]), row_ids(chat, messages)) for messages in talks
+    ] == whole
 
 
 @pytest.mark.parametrize("source", [PLAIN, CHATML, THINKING, "{{ bos_token }}" + PLAIN])
@@ -121,7 +145,9 @@ def test_windows_find_the_borders_that_the_exact_search_finds(
     exact = long_turns.prompt_borders(conversation, text)
     monkeypatch.setattr(long_turns, "MOST_RENDERED", 2500)
     searched = []
-    monkeypatch.setattr(long_turns, "_turns_in", lambda *given, own=_turns_in: searched.append(1) or own(*given))
+    monkeypatch.setattr(
+        long_turns, "_turns_in", lambda *given, own=_turns_in: searched.append(1) or own(*given)
+    )
     assert long_turns.prompt_borders(conversation, text) == exact
     assert searched and bool(exact) == (source is not THINKING or kind == "calls")
 
@@ -130,12 +156,17 @@ def test_a_long_conversation_whose_windows_do_not_hold_is_refused_by_name() -> N
     chat = coded(COUNTING)
     messages = talk(2 * 95, Random(1), WORDS)
     assert row_ids(chat, messages)[: len(prompt := chat.encode_prompt(messages[:-1]))] == prompt
-    with pytest.raises(DataError, match=r"with 300 answers is too long.*the chat template writes a message otherwise"):
+    with pytest.raises(
+        DataError,
+        match=r"with 300 answers is too long.*the chat template writes a message otherwise",
+    ):
         chat.encode_prompt(talk(601, Random(1), WORDS))
 
 
 @pytest.mark.parametrize("source", [PLAIN, CHATML], ids=["plain", "chatml"])
-def test_the_work_for_1200_answers_is_in_proportion_to_their_text(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_for_1200_answers_is_in_proportion_to_their_text(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rendered, read = [0], [0]
     own_request, own_ids = Conversation.request, TextTokens.ids
 
@@ -174,7 +205,13 @@ def test_a_row_of_1200_answers_begins_with_its_prompt(monkeypatch: pytest.Monkey
         assert whole == chat.render(messages)
 
         def text(  # 2,400 renderings of up to 2,400 messages take a minute
-            self: Conversation, count: int, *, add_generation_prompt: bool, whole=whole, ends=ends, opens=opens
+            self: Conversation,
+            count: int,
+            *,
+            add_generation_prompt: bool,
+            whole=whole,
+            ends=ends,
+            opens=opens,
         ) -> str:
             return whole[: ends[count]] + opens * add_generation_prompt
 
@@ -183,7 +220,9 @@ def test_a_row_of_1200_answers_begins_with_its_prompt(monkeypatch: pytest.Monkey
             assert row_ids(chat, messages)[: len(prompt)] == prompt
 
 
-def test_a_rendered_prompt_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rendered_prompt_that_cannot_fit_is_not_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     coded = template("bytes")
     monkeypatch.setattr(TextTokens, "encode", None)
     with pytest.raises(DoesNotFitError, match="300"):
@@ -209,7 +248,9 @@ def test_parts_that_stand_in_a_text_in_their_order_are_found_in_one_pass() -> No
     assert _left_out(["part 9;", "part 3;", "x", "part 5;"], text, most=5) == ["x"]
 
 
-def test_a_server_that_runs_over_midnight_writes_the_new_day(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_runs_over_midnight_writes_the_new_day(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     day = [date(2026, 1, 31)]
 
     class Clock(date):

@@ -41,7 +41,15 @@ ADAPTERS = {
 
 
 def make_job(
-    out, *, method="lora", family="llama", dtype=torch.float32, steps=9, dropout=0.0, validation=3, **settings
+    out,
+    *,
+    method="lora",
+    family="llama",
+    dtype=torch.float32,
+    steps=9,
+    dropout=0.0,
+    validation=3,
+    **settings,
 ):
     model = tiny_model(family, dtype)
     paths, routing = prepare(model), Routing()
@@ -53,7 +61,14 @@ def make_job(
         attachment = attach(model, adapter, name="a", routing=routing, head=head)
         routing.active = (("a", 1.0),)
         flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
-    fields = {"base": "tiny", "data": "rows.jsonl", "out": str(out), "batch": 4, "micro_batch": 2, "evaluate_every": 3}
+    fields = {
+        "base": "tiny",
+        "data": "rows.jsonl",
+        "out": str(out),
+        "batch": 4,
+        "micro_batch": 2,
+        "evaluate_every": 3,
+    }
     config = RunConfig(**{**fields, **settings})
     examples = make_examples(13)
     return Job(
@@ -128,7 +143,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(case, tmp_path, 
     for name, tensor in whole.optimizer.state().items():
         assert torch.equal(tensor, resumed.optimizer.state()[name]), name
     timing = ("timed_seconds", "total_seconds", "timed_examples", "timed_tokens")
-    ours, theirs = ({k: v for k, v in vars(r.progress).items() if k not in timing} for r in (resumed, whole))
+    ours, theirs = (
+        {k: v for k, v in vars(r.progress).items() if k not in timing} for r in (resumed, whole)
+    )
     assert ours == theirs
     losses = [
         [(r["kind"], r["step"], r["loss"]) for r in read_records(tmp_path / name / "metrics.jsonl")]
@@ -143,7 +160,9 @@ def test_training_learns_and_the_first_loss_is_the_untrained_bases(tmp_path):
     assert made.progress.last_loss < 0.8 * made.progress.first_loss
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_names_the_rows(
+    tmp_path, monkeypatch
+):
     job = make_job(tmp_path, validation=0)
     own = loop.batch_loss
 
@@ -174,7 +193,9 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
     assert torch.equal(before, job.flat.values.data)
 
 
-@pytest.mark.parametrize("losses", [[math.nan, 2.0, 1.0], [3.0, math.inf, 2.0], [1.0, math.nan, math.nan]], ids=str)
+@pytest.mark.parametrize(
+    "losses", [[math.nan, 2.0, 1.0], [3.0, math.inf, 2.0], [1.0, math.nan, math.nan]], ids=str
+)
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, monkeypatch):
     queue = iter([5.0, *losses])
     monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(queue))
@@ -196,14 +217,17 @@ def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, mon
 def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "veneer.models.step.make_batch", lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k)
+        "veneer.models.step.make_batch",
+        lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k),
     )
     monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: 1_234_000_000)
     said = []
     monkeypatch.setattr(QuietScreen, "message", lambda self, text: said.append(text))
     made, _ = run(make_job(tmp_path / "a", steps=1, micro_batch=4))
     plan = made._plan(0)
-    assert f"longest batch ok: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB" in said
+    assert (
+        f"longest batch ok: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB" in said
+    )
     costs = [int(made._rows.lengths[rows].sum()) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
     monkeypatch.setattr(Loop, "_longest_batch", lambda self: None)
@@ -212,16 +236,20 @@ def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
 
 
 def test_the_longest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_path, monkeypatch):
-    """Rows that share a long prompt are fewer computed rows than shorter ones that share nothing."""
+    """Rows that share a long prompt are fewer computed rows than shorter ones that share
+    nothing."""
     sharing = make_examples(4, prompt=60, longest=72)
     apart = make_examples(5, seed=3, prompt=0, longest=48)
     seen = []
     monkeypatch.setattr(
-        "veneer.models.step.make_batch", lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k)
+        "veneer.models.step.make_batch",
+        lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k),
     )
     for order, micro_batch in (("file", None), ("shuffled", 3)):
         seen.clear()
-        job = make_job(tmp_path / order, steps=8, order=order, micro_batch=micro_batch, validation=0)
+        job = make_job(
+            tmp_path / order, steps=8, order=order, micro_batch=micro_batch, validation=0
+        )
         job.train = [*sharing, *apart]
         run(job)
         (first, *steps) = [packed_rows(rows, share_prompt=True) for rows in seen if len(rows) > 0]
@@ -239,13 +267,17 @@ def test_out_of_memory_says_which_batch_and_what_to_do(tmp_path, monkeypatch):
     assert caught.value.exit_code == 3
 
 
-NO_MEMORY = "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"
+)
 
 
 def test_the_moments_are_there_before_the_longest_batch_is_said_to_fit(tmp_path, monkeypatch):
     kept = []
     own = Loop._longest_batch
-    monkeypatch.setattr(Loop, "_longest_batch", lambda self: kept.append(self.optimizer.state()) or own(self))
+    monkeypatch.setattr(
+        Loop, "_longest_batch", lambda self: kept.append(self.optimizer.state()) or own(self)
+    )
     made, _ = run(make_job(tmp_path, steps=1))
     (before,) = kept
     after = made.optimizer.state()
@@ -282,13 +314,17 @@ def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpo
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
     asked = []
     own = loop.by_length
-    monkeypatch.setattr(loop, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch))
+    monkeypatch.setattr(
+        loop, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch)
+    )
     run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
     run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
     assert set(asked) == {2, 4}
 
 
-def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(tmp_path, monkeypatch):
+def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(
+    tmp_path, monkeypatch
+):
     own = checkpoint.save_checkpoint
 
     def older(folder, step, tensors, state):
@@ -304,7 +340,9 @@ def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(
         assert found is None
     else:
         assert (
-            found is not None and found.before is None and found.loss.value == pytest.approx(resumed.progress.best_loss)
+            found is not None
+            and found.before is None
+            and found.loss.value == pytest.approx(resumed.progress.best_loss)
         )
 
 
@@ -400,7 +438,9 @@ def test_a_write_that_fails_at_any_moment_leaves_the_last_checkpoint_intact(tmp_
             monkeypatch.setattr(atomic.os, name, own)
             path, faults = newest_valid(tmp_path)
             assert not faults
-            assert torch.equal(load_checkpoint(path)[0]["values"], tensors(int(path.name))["values"])
+            assert torch.equal(
+                load_checkpoint(path)[0]["values"], tensors(int(path.name))["values"]
+            )
             if count[0] < k:
                 break
 
@@ -419,7 +459,9 @@ def test_flat_parameters_round_small_steps_into_the_master_and_not_away():
 
 def test_the_flat_step_is_torchs_adamw_on_the_separate_tensors():
     torch.manual_seed(0)
-    ours = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in (("a", (3, 5)), ("b", (7,)))}
+    ours = {
+        name: torch.nn.Parameter(torch.randn(shape)) for name, shape in (("a", (3, 5)), ("b", (7,)))
+    }
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours.values()]
     flat = FlatParameters(ours)
     optimizer = AdamW(flat, weight_decay=0.1)
@@ -440,7 +482,9 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
     def made():
         generator = torch.Generator().manual_seed(0)
         shapes = {"l.A": (3, 5), "l.B": (7, 3), "m.A": (3, 4), "m.B": (2, 3)}
-        return {k: torch.nn.Parameter(torch.randn(v, generator=generator)) for k, v in shapes.items()}
+        return {
+            k: torch.nn.Parameter(torch.randn(v, generator=generator)) for k, v in shapes.items()
+        }
 
     def step(parameters, number, optimizer, **how):
         sum((p * (number + 1)).pow(3).sum() for p in parameters.values()).backward()
@@ -452,7 +496,9 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
     assert [factor for factor, _ in flat.groups] == [1.0, 16.0]
     optimizer = AdamW(flat, weight_decay=0.1)
     parts = [[p for n, p in theirs.items() if n.endswith(end)] for end in "AB"]
-    other = torch.optim.AdamW([{"params": parts[0], "lr": 0.01}, {"params": parts[1], "lr": 0.16}], weight_decay=0.1)
+    other = torch.optim.AdamW(
+        [{"params": parts[0], "lr": 0.01}, {"params": parts[1], "lr": 0.16}], weight_decay=0.1
+    )
     for number in range(4):
         if number == 2:  # as a resumed run: another buffer, the state of the first
             state = {name: value.clone() for name, value in optimizer.state().items()}
@@ -472,16 +518,22 @@ def test_parts_of_another_rate_are_stepped_at_it_and_a_checkpoint_continues_them
     [("constant", [1, 2, 3, 3, 3]), ("linear", [1, 2, 3, 2, 1]), ("cosine", [1, 2, 3, 2.25, 0.75])],
 )
 def test_the_rate_rises_in_equal_steps_and_falls_as_its_schedule_says(schedule, rates):
-    found = [learning_rate_at(s, steps=5, peak=3.0, warmup=0.4, schedule=schedule) for s in range(5)]
+    found = [
+        learning_rate_at(s, steps=5, peak=3.0, warmup=0.4, schedule=schedule) for s in range(5)
+    ]
     assert found == pytest.approx(rates)
     assert learning_rate_at(0, steps=5, peak=3.0, warmup=0.0, schedule=schedule) == 3.0
-    all_rising = [learning_rate_at(s, steps=2, peak=3.0, warmup=1.0, schedule=schedule) for s in range(2)]
+    all_rising = [
+        learning_rate_at(s, steps=2, peak=3.0, warmup=1.0, schedule=schedule) for s in range(2)
+    ]
     assert all_rising == pytest.approx([1, 2])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_rises_and_then_falls_to_nothing_or_stays(schedule):
-    rates = [learning_rate_at(s, steps=100, peak=2.0, warmup=0.1, schedule=schedule) for s in range(100)]
+    rates = [
+        learning_rate_at(s, steps=100, peak=2.0, warmup=0.1, schedule=schedule) for s in range(100)
+    ]
     assert all(a < b for a, b in itertools.pairwise(rates[:11])) and rates[10] == 2.0
     if schedule == "constant":
         assert set(rates[10:]) == {2.0}

@@ -1,4 +1,5 @@
-"""Dropout's masks: a token's by the text up to it, however rows are laid; and where several adapters act."""
+"""Dropout's masks: a token's by the text up to it, however rows are laid; and where several
+adapters act."""
 
 import numpy as np
 import pytest
@@ -38,19 +39,31 @@ def take_over(made, first, model):
 
 
 def given(family, methods, groups, *, alike=False):
-    """The loss as a function of rows and adapters; each group's rows; each group's adapters, (number, weight) each."""
-    model, routing = tiny_model(family, torch.float32 if family == "qwen3_moe" else torch.float64), Routing()
+    """The loss as a function of rows and adapters; each group's rows; each group's adapters,
+    (number, weight) each."""
+    model, routing = (
+        tiny_model(family, torch.float32 if family == "qwen3_moe" else torch.float64),
+        Routing(),
+    )
     paths = prepare(model)
     for number, name in enumerate(methods):
         made = attach(
-            model, METHODS[name], name=f"a{number}", routing=routing, head=model.get_output_embeddings(), seed=9
+            model,
+            METHODS[name],
+            name=f"a{number}",
+            routing=routing,
+            head=model.get_output_embeddings(),
+            seed=9,
         )
         move(made, seed=1 if alike else number, scale=0.3)
         if alike:
             take_over(made, routing.attached["a0"], model)
     examples = make_examples(2 * len(groups))
     rows = [examples[2 * n : 2 * n + 2] for n in range(len(groups))]
-    adapters = [routing.applied(tuple((f"a{number}", weight) for number, weight in group)) for group in groups]
+    adapters = [
+        routing.applied(tuple((f"a{number}", weight) for number, weight in group))
+        for group in groups
+    ]
 
     def loss(rows, adapters, *, drops=True):
         batch = make_groups(rows, packed=True, share_prompt=False, device=torch.device("cpu"))
@@ -78,9 +91,12 @@ def test_weighted_adapters_draw_the_same_masks_in_a_mix_as_alone(family, methods
     assert loss(rows, adapters, drops=False) != pytest.approx(alone, rel=1e-3)
 
 
-@pytest.mark.parametrize("methods", [["lora", "lora"], ["lora", "dora"], ["dora", "dora"], ["bottleneck"] * 2], ids=str)
+@pytest.mark.parametrize(
+    "methods", [["lora", "lora"], ["lora", "dora"], ["dora", "dora"], ["bottleneck"] * 2], ids=str
+)
 def test_adapters_that_act_together_draw_masks_of_their_own(methods):
-    """Two of the same values, one taken from the other: with the same masks nothing would be left."""
+    """Two of the same values, one taken from the other: with the same masks nothing would be
+    left."""
     loss, rows, (both, base) = given("llama", methods, [[(0, 1.0), (1, -1.0)], []], alike=True)
     nothing = loss(rows[:1], [base])
     assert loss(rows[:1], [both], drops=False) == pytest.approx(nothing, rel=FLOAT32)
@@ -107,7 +123,9 @@ def test_texts_that_begin_alike_have_the_same_keys_as_far_as_they_do_and_none_be
     assert text[3] != text[4] and not (prefix_keys(swapped)[3:] == keys[3:]).any()
 
 
-@pytest.mark.parametrize("text", [[0] * 4000, [1, 2] * 2000, [*range(4000)]], ids=["one token", "two", "rising"])
+@pytest.mark.parametrize(
+    "text", [[0] * 4000, [1, 2] * 2000, [*range(4000)]], ids=["one token", "two", "rising"]
+)
 def test_the_tokens_of_a_text_have_keys_of_their_own(text):
     keys = prefix_keys(np.array(text, dtype=np.int32))
     assert len(set(keys.tolist())) == len(text)
@@ -119,7 +137,9 @@ def drawing(method, family="llama", examples=None):
     """Loss and gradients as a function of how the rows are laid."""
     model, routing = tiny_model(family), Routing()
     paths = prepare(model)
-    made = attach(model, method, name="a", routing=routing, head=model.get_output_embeddings(), seed=9)
+    made = attach(
+        model, method, name="a", routing=routing, head=model.get_output_embeddings(), seed=9
+    )
     move(made, seed=1, scale=0.3)
     routing.active = (("a", 1.0),)
     examples = make_examples(6, prompt=11, longest=30) if examples is None else examples
@@ -142,7 +162,10 @@ def drawing(method, family="llama", examples=None):
 
 
 LAID = {
-    **{name: ("qwen3_moe" if name == "experts" else "llama", method) for name, method in METHODS.items()},
+    **{
+        name: ("qwen3_moe" if name == "experts" else "llama", method)
+        for name, method in METHODS.items()
+    },
     "head": ("llama", LoRA(rank=3, alpha=5.0, dropout=0.5, targets=["lm_head", "o_proj"])),
     "a window": ("gemma3", METHODS["lora"]),
 }
@@ -186,7 +209,10 @@ def test_the_same_row_draws_the_same_in_a_step_and_another_with_another_step_see
         assert run(parts=((0,),), **other)[0] != pytest.approx(once[0], rel=1e-4)
     keys = torch.from_numpy(prefix_keys(one.ids))
     masks = [
-        TokenKeys(keys, step, seed, number).mask(module, 0.5, expert=expert).apply(torch.ones(len(keys), 64)) != 0
+        TokenKeys(keys, step, seed, number)
+        .mask(module, 0.5, expert=expert)
+        .apply(torch.ones(len(keys), 64))
+        != 0
         for step, seed, number, module, expert in (
             (3, 0, 0, 7, 0),
             (4, 0, 0, 7, 0),
@@ -204,7 +230,9 @@ def test_the_same_row_draws_the_same_in_a_step_and_another_with_another_step_see
 
 def test_a_run_draws_by_its_seed_and_whatever_is_computed_at_once(tmp_path):
     def losses(name, **settings):
-        job = make_job(tmp_path / name, dropout=0.5, validation=0, steps=3, order="file", **settings)
+        job = make_job(
+            tmp_path / name, dropout=0.5, validation=0, steps=3, order="file", **settings
+        )
         progress = train(job)[0].progress
         return progress.first_loss, progress.last_loss
 

@@ -1,4 +1,5 @@
-"""Merging: the written folder answers as the adapter on its base did, for every option an adapter can have."""
+"""Merging: the written folder answers as the adapter on its base did, for every option an adapter
+can have."""
 
 import json
 from contextlib import nullcontext
@@ -27,7 +28,9 @@ from veneer.merge.rounding import Survival, by_layer, stochastic, survival
 from veneer.merge.verify import in_float32
 from veneer.models.load import load_base
 
-RELATIVE = 2e-5  # float32: W + D multiplied once against W and D multiplied apart, through two layers
+RELATIVE = (
+    2e-5  # float32: W + D multiplied once against W and D multiplied apart, through two layers
+)
 NAME = "lora.weight"
 
 
@@ -39,14 +42,21 @@ def plain_load(folder, dtype="auto"):
 def adapted(family="llama", dtype=torch.float32, *, scale=0.2, settings=None, **overrides):
     base = tiny_base(family, dtype, **overrides)
     made = LoRA(**{"rank": 4, "alpha": 7, **(settings or {})})
-    attachment = attach(base.model, made, name=NAME, routing=base.routing, head=base.model.get_output_embeddings())
+    attachment = attach(
+        base.model, made, name=NAME, routing=base.routing, head=base.model.get_output_embeddings()
+    )
     fill(attachment.parameters().values(), scale=scale)
     return base
 
 
 def written_adapter(folder, base, place):
     """The tiny adapter as files, and its base as a folder beside it."""
-    write_adapter(place, base.attachments[NAME], manifest_for(load_base(str(folder)), method="lora"), model=base.model)
+    write_adapter(
+        place,
+        base.attachments[NAME],
+        manifest_for(load_base(str(folder)), method="lora"),
+        model=base.model,
+    )
     return place
 
 
@@ -58,7 +68,10 @@ def test_the_folder_answers_as_the_adapter_did(row, tmp_path):
     found = logits(plain_load(tmp_path / "merged"))
     assert (expected - plain).abs().max() > 0.1 * plain.abs().max(), "the adapter must matter"
     assert (found - expected).abs().max() <= RELATIVE * expected.abs().max()
-    assert report.logits is not None and report.logits.max_difference <= RELATIVE * expected.abs().max()
+    assert (
+        report.logits is not None
+        and report.logits.max_difference <= RELATIVE * expected.abs().max()
+    )
     assert report.total.share == pytest.approx(1.0, abs=1e-5)
     assert report.total.relative_size > 0.01
 
@@ -79,11 +92,15 @@ def test_merging_in_memory_and_back_leaves_every_bit_and_every_object(row):
 
 
 @pytest.mark.parametrize("method", [LoRA, DoRA])
-def test_the_change_of_an_embedding_comes_on_top_of_one_that_another_adapter_trained_in_full(method, tmp_path):
+def test_the_change_of_an_embedding_comes_on_top_of_one_that_another_adapter_trained_in_full(
+    method, tmp_path
+):
     import veneer
 
     base = veneer.load(str(save_tiny(tmp_path / "base", "llama_untied")))
-    trained = base.attach(LoRA(rank=2, targets=["q_proj"], train_modules=["embed_tokens"]), name="a")
+    trained = base.attach(
+        LoRA(rank=2, targets=["q_proj"], train_modules=["embed_tokens"]), name="a"
+    )
     changed = base.attach(method(rank=3, alpha=5, targets=["embed_tokens"]), name="b")
     for attachment in (trained, changed):
         for seed, parameter in enumerate(attachment.parameters().values()):
@@ -133,7 +150,9 @@ def test_what_is_refused_changes_nothing_of_what_acts(tmp_path, monkeypatch):
         method = Bottleneck(size=4) if name == "c" else LoRA(rank=4, alpha=7)
         fill(base.attach(method, name=name).parameters().values(), scale=0.2)
     stored = tmp_path / "b"
-    write_adapter(stored, base.attachments["b"], manifest_for(base, method="lora"), model=base.model)
+    write_adapter(
+        stored, base.attachments["b"], manifest_for(base, method="lora"), model=base.model
+    )
     with torch.no_grad():
         next(iter(base.attachments["b"].layers.values())).B.fill_(3e38)
     base.use(["a", "c"], [1.0, 0.5])
@@ -171,7 +190,9 @@ def test_what_is_refused_changes_nothing_of_what_acts(tmp_path, monkeypatch):
     assert not base._pool._loaded["a"].pinned and torch.equal(logits(base.model), expected)
 
 
-def test_an_adapter_that_is_detached_within_a_block_does_not_act_again_under_its_name_behind_it(tmp_path):
+def test_an_adapter_that_is_detached_within_a_block_does_not_act_again_under_its_name_behind_it(
+    tmp_path,
+):
     import veneer
 
     base = veneer.load(str(save_tiny(tmp_path / "base", "llama")))
@@ -204,7 +225,8 @@ def test_a_merge_that_is_interrupted_leaves_the_base():
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])
 def test_a_tied_embedding_is_untied_when_only_one_side_changed(targets, tmp_path):
-    """PEFT's merge changes the head with the embedding: another model than the one that was trained."""
+    """PEFT's merge changes the head with the embedding: another model than the one that was
+    trained."""
     base = adapted("llama", settings={"targets": [*targets, "v_proj"]})
     expected = answers(base, NAME)
     report = merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m")
@@ -212,7 +234,9 @@ def test_a_tied_embedding_is_untied_when_only_one_side_changed(targets, tmp_path
     assert json.loads((tmp_path / "m" / "config.json").read_text())["tie_word_embeddings"] is False
     stored = load_file(tmp_path / "m" / "model.safetensors")
     assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
-    assert (logits(plain_load(tmp_path / "m")) - expected).abs().max() <= RELATIVE * expected.abs().max()
+    assert (
+        logits(plain_load(tmp_path / "m")) - expected
+    ).abs().max() <= RELATIVE * expected.abs().max()
 
 
 def test_a_tied_model_stays_tied_where_neither_side_changed(tmp_path):
@@ -233,15 +257,17 @@ def test_untouched_weights_are_the_base_s_to_the_bit(tmp_path):
 
 def test_the_folder_has_tokenizer_template_and_generation_config(tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base", "llama")))
-    attachment = attach(base.model, LoRA(rank=2, alpha=3), name=NAME, routing=base.routing, head=None)
+    attachment = attach(
+        base.model, LoRA(rank=2, alpha=3), name=NAME, routing=base.routing, head=None
+    )
     fill(attachment.parameters().values(), scale=0.2)
     stops = base.model.generation_config.eos_token_id
     merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     turns = [{"role": "user", "content": "naïve  café"}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == base.tokenizer.apply_chat_template(
+    assert tokenizer.apply_chat_template(
         turns, tokenize=False
-    )
+    ) == base.tokenizer.apply_chat_template(turns, tokenize=False)
     assert plain_load(tmp_path / "m").generation_config.eos_token_id == stops
     again = load_base(str(tmp_path / "m"))
     assert again.fingerprint().architecture == base.fingerprint().architecture
@@ -270,7 +296,14 @@ def test_experts_are_written_one_by_one_as_transformers_stores_them(tmp_path):
 
 
 def test_weights_are_written_a_layer_at_a_time_and_what_is_in_no_layer_alone():
-    names = ["embed", "a.layers.1.q", "b.layers.1.q", "a.layers.10.q", "a.layers.1.mlp.3.up", "norm"]
+    names = [
+        "embed",
+        "a.layers.1.q",
+        "b.layers.1.q",
+        "a.layers.10.q",
+        "a.layers.1.mlp.3.up",
+        "norm",
+    ]
     plan = SimpleNamespace(stored=dict.fromkeys(names))
     assert list(_Plan._layers(plan)) == [
         ["embed"],
@@ -295,7 +328,9 @@ def test_several_adapters_add_up_with_their_weights(tmp_path):
     base.routing.active = ((NAME, 0.5), ("b", -0.75))
     expected = logits(base.model)
     merge_into_folder(base, [(NAME, 0.5), ("b", -0.75)], tmp_path / "m")
-    assert (logits(plain_load(tmp_path / "m")) - expected).abs().max() <= RELATIVE * expected.abs().max()
+    assert (
+        logits(plain_load(tmp_path / "m")) - expected
+    ).abs().max() <= RELATIVE * expected.abs().max()
 
 
 def test_the_changes_of_values_trained_in_full_add_up_with_their_weights(tmp_path):
@@ -305,7 +340,9 @@ def test_the_changes_of_values_trained_in_full_add_up_with_their_weights(tmp_pat
     second = attach(base.model, LoRA(rank=2, **settings), name="b", routing=base.routing, head=head)
     fill(second.parameters().values(), seed=9, scale=0.2)
     plain = base.model.get_parameter("lm_head.base.weight").clone()
-    values = [adapter.values["lm_head.weight"].clone() for adapter in (base.attachments[NAME], second)]
+    values = [
+        adapter.values["lm_head.weight"].clone() for adapter in (base.attachments[NAME], second)
+    ]
     base.routing.active = ((NAME, 0.5), ("b", -0.75))
     expected = logits(base.model)
     merge_into_folder(base, [(NAME, 0.5), ("b", -0.75)], tmp_path / "m")
@@ -325,7 +362,8 @@ def test_the_type_asked_for_is_the_type_stored(dtype, tmp_path):
 
 
 def test_an_update_that_rounding_would_lose_is_refused_and_nothing_is_left(tmp_path):
-    """bf16 keeps 8 bits: on weights that lie on its grid, an update far below a step rounds away."""
+    """bf16 keeps 8 bits: on weights that lie on its grid, an update far below a step rounds
+    away."""
     base = adapted("llama", torch.bfloat16, scale=0.003)
     with pytest.raises(
         RefusedError, match=r"of the update is left after rounding to bf16[\s\S]*--dtype fp16"
@@ -338,13 +376,22 @@ def test_an_update_that_rounding_would_lose_is_refused_and_nothing_is_left(tmp_p
 @pytest.mark.parametrize(
     ("dtype", "stochastic", "advice"),
     [
-        ("bf16", False, "Take --dtype fp16 or --dtype fp32 or --stochastic (right on average, noisier); or keep"),
+        (
+            "bf16",
+            False,
+            (
+                "Take --dtype fp16 or --dtype fp32 or --stochastic (right on average, noisier); or"
+                " keep"
+            ),
+        ),
         ("bf16", True, "Take --dtype fp16 or --dtype fp32; or keep"),
         ("fp16", False, "Take --dtype fp32 or --stochastic (right on average, noisier); or keep"),
         ("fp32", False, "Take --dtype fp16; or keep"),
     ],
 )
-def test_a_refusal_for_what_is_lost_names_the_worst_layers_and_the_other_ways(dtype, stochastic, advice):
+def test_a_refusal_for_what_is_lost_names_the_worst_layers_and_the_other_ways(
+    dtype, stochastic, advice
+):
     kept = {f"model.layers.{n}.q.weight": Survival(0.1 * n, 1.0, 0.0, 4.0) for n in range(4)}
     kept["lm_head.weight"] = Survival(0.15, 1.0, 0.0, 4.0)
     with pytest.raises(RefusedError) as caught:
@@ -355,7 +402,9 @@ def test_a_refusal_for_what_is_lost_names_the_worst_layers_and_the_other_ways(dt
     assert str(caught.value.next_step).startswith(advice)
 
 
-@pytest.mark.parametrize(("along", "refused"), [(0.5, False), (0.49, True), (1.5, False), (1.51, True)])
+@pytest.mark.parametrize(
+    ("along", "refused"), [(0.5, False), (0.49, True), (1.5, False), (1.51, True)]
+)
 def test_an_update_may_become_as_much_too_large_as_too_small(along, refused):
     with pytest.raises(RefusedError) if refused else nullcontext():
         _refuse_lost({"a": Survival(along, 1.0, 0.0, 1.0)}, "bf16", False, 0.5)
@@ -381,7 +430,9 @@ def test_a_merge_that_loses_the_adapter_is_refused_by_its_logits(tmp_path, monke
     import veneer.merge.folder as module
 
     def forgetful(model, applied):
-        return {name: new for name, new in wanted_weights(model, applied).items() if "layers.1" in name}
+        return {
+            name: new for name, new in wanted_weights(model, applied).items() if "layers.1" in name
+        }
 
     monkeypatch.setattr(module, "wanted_weights", forgetful)
     with pytest.raises(RefusedError, match="does not answer as the adapter on its base"):
@@ -427,7 +478,9 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path):
         ({"quantize": "nf4", "into": "dequantised", "original": "x"}, "only with --into original"),
     ],
 )
-def test_what_is_merged_into_must_be_said_over_a_quantised_base_and_only_there(asked, said, tmp_path):
+def test_what_is_merged_into_must_be_said_over_a_quantised_base_and_only_there(
+    asked, said, tmp_path
+):
     with pytest.raises(ConfigError, match=said):
         merge_adapters("base", [(tmp_path, 1.0)], out=tmp_path / "out", **asked)
 
@@ -450,7 +503,10 @@ def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_exact(dtype):
 
 def test_survival_is_the_projection_of_what_was_obtained():
     generator = torch.Generator().manual_seed(0)
-    own, update = torch.randn(40, 30, generator=generator), 0.1 * torch.randn(40, 30, generator=generator)
+    own, update = (
+        torch.randn(40, 30, generator=generator),
+        0.1 * torch.randn(40, 30, generator=generator),
+    )
     assert survival(own, own + update, own + update).share == pytest.approx(1.0)
     assert survival(own, own + update, own).share == pytest.approx(0.0, abs=1e-6)
     assert survival(own, own + update, own).error == pytest.approx(1.0, abs=1e-6)
@@ -464,7 +520,9 @@ def test_of_a_change_of_nothing_nothing_is_lost_and_sums_are_over_a_layer():
     assert (nothing.share, nothing.error, nothing.relative_size) == (1.0, 0.0, 0.0)
     part = Survival(1.0, 4.0, 36.0, 64.0)
     assert (part.share, part.error, part.relative_size) == (0.25, 3.0, 0.25)
-    layers = by_layer({"layers.3.a": part, "layers.3.b": part, "layers.10.a": part, "head": nothing})
+    layers = by_layer(
+        {"layers.3.a": part, "layers.3.b": part, "layers.10.a": part, "head": nothing}
+    )
     assert layers == {"3": Survival(2.0, 8.0, 72.0, 128.0), "10": part, "head": nothing}
 
 
@@ -483,8 +541,12 @@ def test_a_bf16_model_widened_module_by_module_answers_as_its_float32_copy(famil
 
 
 def test_widening_reaches_adapted_modules_and_their_trained_values():
-    base = adapted("phi", torch.bfloat16, settings={"bias": "lora_only", "train_modules": ["lm_head"]})
-    wide = adapted("phi", torch.bfloat16, settings={"bias": "lora_only", "train_modules": ["lm_head"]})
+    base = adapted(
+        "phi", torch.bfloat16, settings={"bias": "lora_only", "train_modules": ["lm_head"]}
+    )
+    wide = adapted(
+        "phi", torch.bfloat16, settings={"bias": "lora_only", "train_modules": ["lm_head"]}
+    )
     wide.model.float()
     for value in wide.attachments[NAME].values.values():
         value.data = value.data.float()

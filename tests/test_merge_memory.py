@@ -24,14 +24,19 @@ LAYER_BYTES = 4 * (
 
 
 class NewBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations have made since it was entered and that still live; peak: the most."""
+    """Bytes of the tensors that operations have made since it was entered and that still live;
+    peak: the most."""
 
     def __init__(self):
         super().__init__()
         self.live, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {
+            t.untyped_storage()._cdata
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
@@ -44,8 +49,11 @@ class NewBytes(TorchDispatchMode):
 
 
 def peaks(folder, layers, quantize, merge):
-    """(torch's, numpy's and Python's) largest number of bytes at once, beyond what the loaded base takes."""
-    source = with_merges(save_tiny(folder / f"{layers}", "llama", num_hidden_layers=layers, **SIZES))
+    """(torch's, numpy's and Python's) largest number of bytes at once, beyond what the loaded base
+    takes."""
+    source = with_merges(
+        save_tiny(folder / f"{layers}", "llama", num_hidden_layers=layers, **SIZES)
+    )
     base = load_base(str(source), quantize=quantize)
     head = base.model.get_output_embeddings()
     made = attach(base.model, LoRA(rank=4, alpha=7), name="x", routing=base.routing, head=head)

@@ -1,5 +1,5 @@
-"""Merging beyond LoRA: DoRA becomes plain weights wherever LoRA does; what its file cannot give is refused with the way
-there; methods that are no change of weights are refused everywhere."""
+"""Merging beyond LoRA: DoRA becomes plain weights wherever LoRA does; what its file cannot give is
+refused with the way there; methods that are no change of weights are refused everywhere."""
 
 import pytest
 import torch
@@ -60,7 +60,9 @@ def test_dora_merged_into_a_folder_answers_as_beside_its_base(family, quantize, 
 
 def test_dora_and_lora_merged_together_add_up_with_their_weights(folder, tmp_path):
     first, _ = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
-    second, _ = made(folder, LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]), tmp_path / "b", seed=2)
+    second, _ = made(
+        folder, LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]), tmp_path / "b", seed=2
+    )
     base = load_base(str(folder))
     for name, place, weight in (("a", first, 0.5), ("b", second, -2.0)):
         load_adapter(base, place, name=name)
@@ -75,7 +77,9 @@ def test_what_dora_refuses_names_the_way_and_the_way_works(folder, tmp_path):
     """Its update is no product of two factors; merged and extracted at full rank it is one."""
     adapter, expected = made(folder, DoRA(rank=3, alpha=5.0), tmp_path / "a")
     with pytest.raises(RefusedError, match=r"DoRA magnitudes\n.*veneer extract"):
-        combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c")
+        combine_adapters(
+            [(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "c"
+        )
     refused = [
         lambda: export_adapter(adapter, to="llamacpp", base=str(folder), out=tmp_path / "c.gguf"),
         lambda: export_adapter(adapter, to="vllm", base=str(folder), out=tmp_path / "c"),
@@ -100,7 +104,9 @@ def test_what_is_no_change_of_weights_is_refused_with_what_to_do_instead(config,
         lambda: merge_adapters(str(folder), [(adapter, 1.0)], out=tmp_path / "m"),
         lambda: export_merged_gguf([(adapter, 1.0)], base=str(folder), out=tmp_path / "m.gguf"),
         lambda: export_adapter(adapter, to="vllm", base=str(folder), out=tmp_path / "m"),
-        lambda: combine_adapters([(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "m"),
+        lambda: combine_adapters(
+            [(adapter, 1.0), (adapter, 1.0)], Recipe("cat"), base=str(folder), out=tmp_path / "m"
+        ),
     ]
     for attempt in attempts:
         with pytest.raises(RefusedError) as caught:

@@ -1,4 +1,5 @@
-"""Merging what was trained over a 4-bit base: into the weights that were trained over, or into the original ones."""
+"""Merging what was trained over a 4-bit base: into the weights that were trained over, or into the
+original ones."""
 
 import json
 
@@ -30,7 +31,9 @@ def trained_over_nf4(tmp_path, family, **settings):
     folder = save_tiny(tmp_path / "base", family, **(SIZES if family in ("llama", "qwen2") else {}))
     base = load_base(str(folder), quantize="nf4")
     head = base.model.get_output_embeddings()
-    made = attach(base.model, LoRA(rank=4, alpha=7, **settings), name="x", routing=base.routing, head=head)
+    made = attach(
+        base.model, LoRA(rank=4, alpha=7, **settings), name="x", routing=base.routing, head=head
+    )
     fill(made.parameters().values(), scale=0.1)
     write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
     plain = logits(base.model)
@@ -41,7 +44,9 @@ def trained_over_nf4(tmp_path, family, **settings):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "gpt2"])
 def test_into_the_dequantised_weights_is_the_model_that_was_trained(family, tmp_path):
     base, adapter, plain, expected, _ = trained_over_nf4(tmp_path, family)
-    report = merge_adapters(base, [(adapter, 1.0)], out=tmp_path / "m", quantize="nf4", into="dequantised")
+    report = merge_adapters(
+        base, [(adapter, 1.0)], out=tmp_path / "m", quantize="nf4", into="dequantised"
+    )
     found = logits(load_base(str(tmp_path / "m")).model)
     assert (expected - plain).abs().max() > 0.1 * plain.abs().max()
     assert (found - expected).abs().max() <= RELATIVE * expected.abs().max()
@@ -52,7 +57,9 @@ def test_into_the_dequantised_weights_is_the_model_that_was_trained(family, tmp_
 
 def test_into_the_original_weights_tells_what_the_quantisation_was_worth(tmp_path):
     base, adapter, _, expected, made = trained_over_nf4(tmp_path, "llama", targets=["v_proj"])
-    report = merge_adapters(base, [(adapter, 1.0)], out=tmp_path / "m", quantize="nf4", into="original")
+    report = merge_adapters(
+        base, [(adapter, 1.0)], out=tmp_path / "m", quantize="nf4", into="original"
+    )
     stored, own = (load_file(tmp_path / folder / "model.safetensors") for folder in ("m", "base"))
     name = "model.layers.0.self_attn.v_proj.weight"
     wanted = made.layers["model.layers.0.self_attn.v_proj"].folded(own[name])
@@ -60,7 +67,9 @@ def test_into_the_original_weights_tells_what_the_quantisation_was_worth(tmp_pat
     assert all(torch.equal(stored[n], own[n]) for n in own if "v_proj" not in n)
     assert report.logits.max_difference <= RELATIVE * expected.abs().max()
     gap = (logits(load_base(str(tmp_path / "m")).model) - expected).abs()
-    assert gap.max() > 1e-3 and report.as_trained.mean_difference > 100 * report.logits.mean_difference
+    assert (
+        gap.max() > 1e-3 and report.as_trained.mean_difference > 100 * report.logits.mean_difference
+    )
 
 
 def test_the_choice_is_the_user_s(tmp_path):
@@ -68,7 +77,9 @@ def test_the_choice_is_the_user_s(tmp_path):
     with pytest.raises(ConfigError, match="--into original or --into dequantised"):
         merge_adapters(base, [(adapter, 1.0)], out=tmp_path / "m", quantize="nf4")
     with pytest.raises(ConfigError, match="--into original or --into dequantised"):
-        export_merged_gguf([(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=Weights("nf4"))
+        export_merged_gguf(
+            [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=Weights("nf4")
+        )
 
 
 def test_bf16_of_dequantised_weights_takes_the_type_of_what_is_dense(tmp_path):
@@ -77,8 +88,12 @@ def test_bf16_of_dequantised_weights_takes_the_type_of_what_is_dense(tmp_path):
     made = attach(base.model, LoRA(rank=4, alpha=7), name="x", routing=base.routing, head=None)
     fill(made.parameters().values(), scale=0.1)
     write_adapter(tmp_path / "a", made, manifest_for(base, method="lora"), model=base.model)
-    merge_adapters(str(folder), [(tmp_path / "a", 1.0)], out=tmp_path / "m", quantize="nf4", into="dequantised")
-    assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
+    merge_adapters(
+        str(folder), [(tmp_path / "a", 1.0)], out=tmp_path / "m", quantize="nf4", into="dequantised"
+    )
+    assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_packed_weights_are_not_merged_into_in_memory(tmp_path):
@@ -94,13 +109,16 @@ def test_packed_weights_are_not_merged_into_in_memory(tmp_path):
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 def test_a_gguf_model_of_either_kind(into, tmp_path):
     base, adapter, *_ = trained_over_nf4(tmp_path, "llama")
-    report = export_merged_gguf([(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=Weights("nf4", into=into))
+    report = export_merged_gguf(
+        [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=Weights("nf4", into=into)
+    )
     assert report.total.share == pytest.approx(1.0, abs=0.01) and report.bytes > 10_000
 
 
 @pytest.mark.parametrize("how", ["folder", "gguf"])
 def test_what_stayed_dense_in_training_is_dense_when_it_is_merged(how, tmp_path, monkeypatch):
-    """With v_proj quantised too, its weight would be another one, and the adapter's base another base."""
+    """With v_proj quantised too, its weight would be another one, and the adapter's base another
+    base."""
     monkeypatch.chdir(tmp_path)
     with_merges(save_tiny(tmp_path / "base", "llama", **SIZES))
     base = load_base("base", quantize="nf4", keep_dense=["v_proj"])
@@ -113,7 +131,17 @@ def test_what_stayed_dense_in_training_is_dense_when_it_is_merged(how, tmp_path,
     if how == "folder":
         typed = ["merge", "--adapter", "a", "--into", "dequantised", "--out", "m"]
     else:
-        typed = ["export", "a", "--to", "llamacpp", "--merged", "--into", "dequantised", "--out", "m.gguf"]
+        typed = [
+            "export",
+            "a",
+            "--to",
+            "llamacpp",
+            "--merged",
+            "--into",
+            "dequantised",
+            "--out",
+            "m.gguf",
+        ]
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     assert main([*typed, "--base", "base"]) == 0
     found = logits(load_base("m" if how == "folder" else "m.gguf", dtype="float32").model)
@@ -126,7 +154,8 @@ def test_what_stayed_dense_in_training_is_dense_when_it_is_merged(how, tmp_path,
 
 @pytest.fixture
 def over_blocks(tmp_path, monkeypatch):
-    """A model in a folder, the same in blocks of 4 bits, an adapter trained over the blocks, and what it answers."""
+    """A model in a folder, the same in blocks of 4 bits, an adapter trained over the blocks, and
+    what it answers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     model = tiny("llama", seed=3)
@@ -144,7 +173,9 @@ def over_blocks(tmp_path, monkeypatch):
     return made, logits(base.model)
 
 
-def test_the_dequantised_blocks_with_the_update_are_the_model_that_was_trained(over_blocks, tmp_path):
+def test_the_dequantised_blocks_with_the_update_are_the_model_that_was_trained(
+    over_blocks, tmp_path
+):
     _, expected = over_blocks
     typed = ["merge", "--base", "base.gguf", "--adapter", "a", "--out", "m", "--dtype", "fp32"]
     assert main(typed) == 2 and not (tmp_path / "m").exists()
@@ -160,24 +191,58 @@ def test_the_original_of_the_blocks_is_named_and_gets_the_update(over_blocks, tm
     assert "--original" in capsys.readouterr().err
     assert main([*typed, "--original", "original", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    stored, own = (load_file(tmp_path / folder / "model.safetensors") for folder in ("m", "original"))
+    stored, own = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("m", "original")
+    )
     for path, layer in made.layers.items():
-        assert torch.allclose(stored[f"{path}.weight"], layer.folded(own[f"{path}.weight"]), atol=1e-6)
+        assert torch.allclose(
+            stored[f"{path}.weight"], layer.folded(own[f"{path}.weight"]), atol=1e-6
+        )
     assert report["as_trained"]["mean_difference"] > 100 * report["logits"]["mean_difference"]
 
 
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 def test_a_gguf_model_of_blocks_and_update_in_either_way(into, over_blocks):
     _, expected = over_blocks
-    typed = ["export", "a", "--base", "base.gguf", "--to", "llamacpp", "--merged", "--out", "m.gguf", "--into", into]
+    typed = [
+        "export",
+        "a",
+        "--base",
+        "base.gguf",
+        "--to",
+        "llamacpp",
+        "--merged",
+        "--out",
+        "m.gguf",
+        "--into",
+        into,
+    ]
     assert main([*typed, *(["--original", "original"] if into == "original" else [])]) == 0
     gap = (logits(load_base("m.gguf", dtype="float32").model) - expected).abs().max()
     # f16 in the file; the original weights differ by what 4 bits lost
-    assert gap <= 0.01 * expected.abs().max() if into == "dequantised" else gap > 0.01 * expected.abs().max()
+    assert (
+        gap <= 0.01 * expected.abs().max()
+        if into == "dequantised"
+        else gap > 0.01 * expected.abs().max()
+    )
 
 
-def test_an_adapter_of_another_base_is_no_more_merged_into_the_original_weights(over_blocks, tmp_path, capsys):
-    write_gguf(tmp_path / "other.gguf", tiny("llama", seed=4), "llama", kind=GGMLQuantizationType.Q4_1)
-    typed = ["export", "a", "--base", "other.gguf", "--to", "llamacpp", "--merged", "--out", "m.gguf"]
+def test_an_adapter_of_another_base_is_no_more_merged_into_the_original_weights(
+    over_blocks, tmp_path, capsys
+):
+    write_gguf(
+        tmp_path / "other.gguf", tiny("llama", seed=4), "llama", kind=GGMLQuantizationType.Q4_1
+    )
+    typed = [
+        "export",
+        "a",
+        "--base",
+        "other.gguf",
+        "--to",
+        "llamacpp",
+        "--merged",
+        "--out",
+        "m.gguf",
+    ]
     assert main([*typed, "--into", "original", "--original", "original"]) == 4
     assert "another base" in capsys.readouterr().err

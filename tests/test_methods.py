@@ -1,7 +1,9 @@
-"""One contract for every method, over every kind of base: a new method or weight format adds a row, not a file.
+"""One contract for every method, over every kind of base: a new method or weight format adds a row,
+not a file.
 
-What differs stands in the row: whether a fresh adapter is the base, whether it folds into dense weights, which base
-it is tried on. alpha differs from rank, layers are not square, a Conv1D and biases are among them.
+What differs stands in the row: whether a fresh adapter is the base, whether it folds into dense
+weights, which base it is tried on. alpha differs from rank, layers are not square, a Conv1D and
+biases are among them.
 """
 
 from dataclasses import dataclass
@@ -24,7 +26,13 @@ from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
-from veneer.formats.adapter import adapter_file_bytes, load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import (
+    adapter_file_bytes,
+    load_adapter,
+    manifest_for,
+    read_adapter,
+    write_adapter,
+)
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
@@ -48,19 +56,31 @@ class Row:
 WITH_EMBEDDING = r".*\.(\w+_proj|c_attn|c_fc|embed_tokens|wte)"
 METHODS = {
     "lora": Row(config=LoRA(rank=3, alpha=5.0)),
-    "rslora": Row(config=LoRA(rank=5, alpha=3.0, rslora=True, rank_pattern={"down_proj|c_proj": 2})),
+    "rslora": Row(
+        config=LoRA(rank=5, alpha=3.0, rslora=True, rank_pattern={"down_proj|c_proj": 2})
+    ),
     "lora+": Row(config=LoRA(rank=3, alpha=5.0, lr_ratio=16.0)),
     "pissa": Row(config=LoRA(rank=3, alpha=5.0, init="pissa")),
-    "fast pissa, rslora": Row(config=LoRA(rank=3, alpha=5.0, init="pissa", rslora=True, svd_iterations=2)),
+    "fast pissa, rslora": Row(
+        config=LoRA(rank=3, alpha=5.0, init="pissa", rslora=True, svd_iterations=2)
+    ),
     "olora": Row(config=LoRA(rank=3, alpha=5.0, init="olora", rank_pattern={"o_proj|c_proj": 2})),
     "lora, embedding": Row(config=LoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
     "dora": Row(config=DoRA(rank=3, alpha=5.0)),
     "dora, embedding": Row(config=DoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
-    "houlsby": Row(config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False),
-    "pfeiffer": Row(config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False),
+    "houlsby": Row(
+        config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False
+    ),
+    "pfeiffer": Row(
+        config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False
+    ),
     "parallel": Row(config=Bottleneck(size=7, activation="swish"), folds=False),
-    "prefix": Row(config=Prefix(tokens=5, start="random"), starts_as_base=False, folds=False, drops_out=False),
-    "prefix, mlp": Row(config=Prefix(tokens=5, projection=7), starts_as_base=False, folds=False, drops_out=False),
+    "prefix": Row(
+        config=Prefix(tokens=5, start="random"), starts_as_base=False, folds=False, drops_out=False
+    ),
+    "prefix, mlp": Row(
+        config=Prefix(tokens=5, projection=7), starts_as_base=False, folds=False, drops_out=False
+    ),
 }
 BASES = {
     "llama float32": ("llama", torch.float32),
@@ -88,7 +108,8 @@ def written(family):
 
 
 def base_of(family, dtype):
-    """The base of a row of the table: dense, or held packed as its last word says; its fast paths proven."""
+    """The base of a row of the table: dense, or held packed as its last word says; its fast paths
+    proven."""
     if " " not in family:
         base = tiny_base(family, dtype)
     else:
@@ -102,7 +123,9 @@ def put(model, config, *, name="a", seed=0, filled=False):
     routing = Routing()
     if config.through_attention:
         prepare(model)
-    attachment = attach(model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed)
+    attachment = attach(
+        model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed
+    )
     if filled:
         move(attachment)
     routing.active = ((name, 1.0),)
@@ -113,7 +136,9 @@ def move(attachment, *, seed=1, scale=0.15):
     """Every trained value away from its start, so that nothing hides behind a zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in attachment.parameters().values():
-        parameter.data.add_((scale * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
+        parameter.data.add_(
+            (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.device)
+        )
 
 
 def untie(model):
@@ -129,9 +154,14 @@ def logits(model):
 
 @every_method
 @every_base
-def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(row, family, dtype):
+def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(
+    row, family, dtype
+):
     model = base_of(family, dtype).model
-    names, state = list(dict(model.named_parameters())), {k: v.clone() for k, v in model.state_dict().items()}
+    names, state = (
+        list(dict(model.named_parameters())),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
     before = logits(model)
     attachment, routing = put(model, row.config)
     assert row.config.starts_as_base == row.starts_as_base
@@ -148,8 +178,11 @@ def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restor
 
 @every_method
 @every_base
-def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row(row, family, dtype):
-    """In bf16 the two round in other places: there the whole gradient agrees to 0.15 of its length."""
+def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row(
+    row, family, dtype
+):
+    """In bf16 the two round in other places: there the whole gradient agrees to 0.15 of its
+    length."""
     model = base_of(family, dtype).model
     paths = prepare(model)
     attachment, routing = put(model, row.config, filled=True)
@@ -161,7 +194,9 @@ def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_r
             assert_same(ours, (loss, gradients))
             continue
         assert ours[0] == pytest.approx(loss, rel=0.02)
-        own, found = (torch.cat([g.float().flatten() for g in each]) for each in (gradients, ours[1]))
+        own, found = (
+            torch.cat([g.float().flatten() for g in each]) for each in (gradients, ours[1])
+        )
         assert (found - own).norm() <= 0.15 * own.norm()
 
 
@@ -172,7 +207,9 @@ def test_only_the_adapters_parameters_train_and_all_of_them_do(row, family, dtyp
     paths = prepare(model)
     attachment, routing = put(model, row.config, filled=True)
     loss_and_gradients(model, paths, routing, attachment, make_examples(4))
-    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in attachment.parameters().values())
+    assert all(
+        p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in attachment.parameters().values()
+    )
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
 
 

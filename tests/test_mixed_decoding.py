@@ -1,4 +1,5 @@
-"""Prompts of several adapters read in one forward and continued together give what each gives alone."""
+"""Prompts of several adapters read in one forward and continued together give what each gives
+alone."""
 
 import random
 
@@ -51,12 +52,18 @@ def chances(base, applied, asked, limits):
     engine = Engine(base, budget_bytes=2**23, adapters=Fixed(applied), limits=limits)
     told = Sampling(logprobs=20)
     made = [
-        engine.add(Request(prompt=tuple(p), max_new_tokens=9, adapter=who, sampling=told, constraints=Given))[0]
+        engine.add(
+            Request(
+                prompt=tuple(p), max_new_tokens=9, adapter=who, sampling=told, constraints=Given
+            )
+        )[0]
         for who, p in asked
     ]
     engine.run()
     assert all(answer.new == GIVEN for answer in made)
-    return [[{each.token: each.logprob, **dict(each.alternatives)} for each in a.logprobs] for a in made]
+    return [
+        [{each.token: each.logprob, **dict(each.alternatives)} for each in a.logprobs] for a in made
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama_untied", "gemma3", "qwen3_moe"])
@@ -67,11 +74,18 @@ def test_prompts_of_several_adapters_are_continued_together_as_each_alone(family
         if name == "dora" and family == "qwen3_moe":
             config = config.model_copy(update={"targets": ["q_proj", "o_proj"]})
         made = attach(
-            base.model, config, name=name, routing=base.routing, head=base.model.get_output_embeddings(), seed=number
+            base.model,
+            config,
+            name=name,
+            routing=base.routing,
+            head=base.model.get_output_embeddings(),
+            seed=number,
         )
         move(made, seed=number)
     names = {name: () if name is None else ((name, 1.0),) for name in PROMPTS}
-    applied = {names[name]: base.routing.applied(names[name]) for name in PROMPTS if name is not None}
+    applied = {
+        names[name]: base.routing.applied(names[name]) for name in PROMPTS if name is not None
+    }
     asked = [(names[name], prompt) for name, prompts in PROMPTS.items() for prompt in prompts]
     together = chances(base, applied, asked, Limits())
     chunks = chances(base, applied, asked, Limits(rows=5, step_tokens=11, chunk_tokens=4))
@@ -87,7 +101,9 @@ def test_prompts_of_several_adapters_are_continued_together_as_each_alone(family
 def test_a_mix_keeps_what_it_prepared_until_its_plan_is_told_to_forget():
     base = tiny_base("llama")
     for number, name in enumerate("ab"):
-        made = attach(base.model, LoRA(rank=3), name=name, routing=base.routing, head=None, seed=number)
+        made = attach(
+            base.model, LoRA(rank=3), name=name, routing=base.routing, head=None, seed=number
+        )
         move(made, seed=number)
     mixed = in_turn([(3, base.routing.applied(((name, 1.0),))) for name in "ab"])
     ids = torch.tensor([[5, 9, 30], [5, 9, 30]])
@@ -108,11 +124,19 @@ def test_a_mix_keeps_what_it_prepared_until_its_plan_is_told_to_forget():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alone(dtype, seed):
-    """Drawn ones too, with every chance that they tell: prompts read together, in chunks, found again or read twice."""
+    """Drawn ones too, with every chance that they tell: prompts read together, in chunks, found
+    again or read twice."""
     base = tiny_base("llama_untied", dtype, max_position_embeddings=512)
     _ = base.paths
     for number, name in enumerate("abc"):
-        made = attach(base.model, LoRA(rank=3 + number), name=name, routing=base.routing, head=None, seed=number)
+        made = attach(
+            base.model,
+            LoRA(rank=3 + number),
+            name=name,
+            routing=base.routing,
+            head=None,
+            seed=number,
+        )
         move(made, seed=number)
     names = [(), (("a", 1.0),), (("b", 0.7),), (("c", 1.0),), (("a", 0.5), ("b", 1.0))]
     applied = {each: base.routing.applied(each) for each in names if each}
@@ -123,9 +147,17 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
         prompt = shared[: draw.choice([0, 17, 80])] + [
             draw.randrange(4, 200) for _ in range(draw.choice([1, 9, 40, 90]))
         ]
-        how = Sampling(temperature=draw.choice([0.0, 0.8, 1.5]), top_p=draw.choice([1.0, 0.9]), logprobs=3)
+        how = Sampling(
+            temperature=draw.choice([0.0, 0.8, 1.5]), top_p=draw.choice([1.0, 0.9]), logprobs=3
+        )
         asked.append(
-            Request(prompt=tuple(prompt), max_new_tokens=24, adapter=names[number % 5], sampling=how, seed=number)
+            Request(
+                prompt=tuple(prompt),
+                max_new_tokens=24,
+                adapter=names[number % 5],
+                sampling=how,
+                seed=number,
+            )
         )
 
     def answers(requests, limits, places=8192):
@@ -139,7 +171,10 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
     alone = [answers([each], Limits())[0] for each in asked]
     assert answers(asked, Limits()) == alone
     assert answers(asked, Limits(rows=5, step_tokens=100, chunk_tokens=33)) == alone
-    assert answers(asked[::-1], Limits(rows=7, step_tokens=64, chunk_tokens=64), places=560) == alone[::-1]
+    assert (
+        answers(asked[::-1], Limits(rows=7, step_tokens=64, chunk_tokens=64), places=560)
+        == alone[::-1]
+    )
 
 
 BESIDE = {
@@ -151,7 +186,8 @@ BESIDE = {
     "head": LoRA(rank=3, alpha=5.0, targets=["q_proj"], train_modules=["lm_head"]),
     "offsets": LoRA(rank=3, alpha=5.0, targets=["q_proj"], lora_bias=True),
 }
-"""What the model's parts or one call for all rows cannot compute; by name, each in one mix at least."""
+"""What the model's parts or one call for all rows cannot compute; by name, each in one mix at
+least."""
 
 
 @pytest.mark.skipif(native.level() < 2, reason="a processor whose registers were not measured")
@@ -159,11 +195,25 @@ BESIDE = {
 def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_method(dtype):
     base = tiny_base("llama_untied", dtype, max_position_embeddings=512)
     _ = base.paths
-    head, settings = base.model.get_output_embeddings(), {"a": LoRA(rank=3), "b": LoRA(rank=2, targets=["lm_head"])}
+    head, settings = (
+        base.model.get_output_embeddings(),
+        {"a": LoRA(rank=3), "b": LoRA(rank=2, targets=["lm_head"])},
+    )
     for number, (name, config) in enumerate({**settings, **BESIDE}.items()):
-        move(attach(base.model, config, name=name, routing=base.routing, head=head, seed=number), seed=number)
+        move(
+            attach(base.model, config, name=name, routing=base.routing, head=head, seed=number),
+            seed=number,
+        )
     tokens = Brought(("<x>",), (272,))
-    made = attach(base.model, LoRA(rank=2), name="tokens", routing=base.routing, head=head, tokens=tokens, seed=20)
+    made = attach(
+        base.model,
+        LoRA(rank=2),
+        name="tokens",
+        routing=base.routing,
+        head=head,
+        tokens=tokens,
+        seed=20,
+    )
     move(made, seed=20)
     exact = [(), (("a", 1.0),), (("b", 0.7), ("a", 0.5))]
     others = [((name, 1.0),) for name in (*BESIDE, "tokens")]
@@ -173,10 +223,14 @@ def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_met
     def request(identity, number):
         prompt = tuple(draw.randrange(4, 200) for _ in range(draw.choice([1, 9, 40, 90])))
         how = Sampling(temperature=draw.choice([0.0, 0.0, 1.0]), logprobs=3)
-        return Request(prompt=prompt, max_new_tokens=12, adapter=identity, sampling=how, seed=number)
+        return Request(
+            prompt=prompt, max_new_tokens=12, adapter=identity, sampling=how, seed=number
+        )
 
     def answers(requests, limits):
-        engine = Engine(base, budget_bytes=8192 * bytes_per_token(base), adapters=Fixed(applied), limits=limits)
+        engine = Engine(
+            base, budget_bytes=8192 * bytes_per_token(base), adapters=Fixed(applied), limits=limits
+        )
         assert engine.way.not_by_parts is None
         made = [engine.add(each)[0] for each in requests]
         engine.run()

@@ -1,4 +1,5 @@
-"""The updates of a mix, listed for all layers at once, are those that each layer lists for itself."""
+"""The updates of a mix, listed for all layers at once, are those that each layer lists for
+itself."""
 
 import ctypes
 import gc
@@ -17,7 +18,9 @@ from veneer.kernels.arguments import CallError
 from veneer.kernels.dense_calls import Updates, laid_out
 from veneer.kernels.mixes import WORDS, Mix, Table
 
-pytestmark = pytest.mark.skipif(native.level() < 2, reason="no products of few rows are compiled here")
+pytestmark = pytest.mark.skipif(
+    native.level() < 2, reason="no products of few rows are compiled here"
+)
 
 SIZES = {"q": (24, 40), "v": (24, 16), "down": (40, 24)}
 
@@ -25,7 +28,10 @@ SIZES = {"q": (24, 40), "v": (24, 16), "down": (40, 24)}
 def table(keys, rank, dtype=torch.float32, seed=0):
     draw = torch.Generator().manual_seed(seed)
     pairs = [
-        (torch.randn(rank, SIZES[key][0], generator=draw), torch.randn(SIZES[key][1], rank, generator=draw))
+        (
+            torch.randn(rank, SIZES[key][0], generator=draw),
+            torch.randn(SIZES[key][1], rank, generator=draw),
+        )
         for key in keys
     ]
     scalings = [0.3 + seed + number for number in range(len(keys))]
@@ -55,7 +61,10 @@ MIXES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MIXES)
 def test_lists_are_those_that_each_layer_makes_for_itself(name, dtype):
-    made = [(slice(a, b), *table(keys, 2 + n, dtype, n), weight) for n, (a, b, keys, weight) in enumerate(MIXES[name])]
+    made = [
+        (slice(a, b), *table(keys, 2 + n, dtype, n), weight)
+        for n, (a, b, keys, weight) in enumerate(MIXES[name])
+    ]
     mix = Mix([(rows, own, weight) for rows, own, _, weight in made], dtype)
     for key in SIZES:
         given = [
@@ -72,9 +81,18 @@ def test_lists_are_those_that_each_layer_makes_for_itself(name, dtype):
         theirs, ours = (words(each.address, len(each)) for each in (expected, found))
         assert [each[:5] + each[6:] for each in ours] == [each[:5] + each[6:] for each in theirs]
         assert [a[5] <= b[5] for a, b in zip(theirs, ours, strict=True)]
-        assert (found.room, found.width, found.outs, found.dtype) == (expected.room, *SIZES[key], dtype)
-        x, weight = torch.randn(9, SIZES[key][0]).to(dtype), torch.randn(*reversed(SIZES[key])).to(dtype)
-        by_each, by_mix = (few_rows.updated(x, [(weight, None, each)])[0] for each in (expected, found))
+        assert (found.room, found.width, found.outs, found.dtype) == (
+            expected.room,
+            *SIZES[key],
+            dtype,
+        )
+        x, weight = (
+            torch.randn(9, SIZES[key][0]).to(dtype),
+            torch.randn(*reversed(SIZES[key])).to(dtype),
+        )
+        by_each, by_mix = (
+            few_rows.updated(x, [(weight, None, each)])[0] for each in (expected, found)
+        )
         assert torch.equal(by_each, by_mix)
 
 
@@ -102,7 +120,14 @@ def test_what_c_could_not_read_is_refused():
     x = torch.randn(3, 24)
     with pytest.raises(CallError):  # rows that x does not have
         few_rows.updated(
-            x, [(torch.randn(40, 24), None, Mix([(slice(0, 4), own, 1.0)], torch.float32).at("q", x.dtype))]
+            x,
+            [
+                (
+                    torch.randn(40, 24),
+                    None,
+                    Mix([(slice(0, 4), own, 1.0)], torch.float32).at("q", x.dtype),
+                )
+            ],
         )
 
 
@@ -121,10 +146,15 @@ def test_whoever_has_a_list_holds_what_it_points_at():
 def test_factors_are_laid_out_within_the_bytes_that_are_given_or_not_at_all():
     model, routing = tiny_model("llama"), Routing()
     settings = LoRA(rank=4, targets=["q_proj"])
-    attachment = attach(model, settings, name="a", routing=routing, head=model.get_output_embeddings())
+    attachment = attach(
+        model, settings, name="a", routing=routing, head=model.get_output_embeddings()
+    )
     needed = lay_out(attachment, torch.float32, torch.device("cpu"), 10**9)
     assert needed >= sum(each.nbytes for each in attachment.parameters().values())
     attachment.laid_out = None
-    assert lay_out(attachment, torch.float32, torch.device("cpu"), needed - 1) == 0 and attachment.laid_out is None
+    assert (
+        lay_out(attachment, torch.float32, torch.device("cpu"), needed - 1) == 0
+        and attachment.laid_out is None
+    )
     assert lay_out(attachment, torch.float32, torch.device("cpu"), needed) == needed
     assert attachment.laid_out is not None

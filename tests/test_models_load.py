@@ -1,4 +1,5 @@
-"""From a folder to a Base: exact weights, nothing trained, no code run, and every damage refused by name."""
+"""From a folder to a Base: exact weights, nothing trained, no code run, and every damage refused by
+name."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from transformers import AutoModelForCausalLM, T5Config, xLSTMConfig
 from transformers.utils import logging
 
 from tests.tiny import FAMILIES, save_tiny, tiny_base, tiny_model, tiny_tokenizer
-from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    DoesNotFitError,
+    SourceError,
+    UnsafeFileError,
+    VeneerError,
+)
 from veneer.models import load
 from veneer.models.load import load_base
 
@@ -63,7 +71,9 @@ def test_every_family_loads_frozen_and_gives_the_outputs_it_was_saved_with(
 
 
 def test_weights_keep_their_dtype_whatever_the_config_says(tmp_path: Path) -> None:
-    folder = edit_config(save_tiny(tmp_path, "llama", torch.bfloat16), dtype="float32", torch_dtype="float32")
+    folder = edit_config(
+        save_tiny(tmp_path, "llama", torch.bfloat16), dtype="float32", torch_dtype="float32"
+    )
     assert load_base(str(folder), dtype="stored").dtype == torch.bfloat16
     assert load_base(str(folder), dtype="float32").dtype == torch.float32
     assert load_base(str(folder), dtype="float16").dtype == torch.float16
@@ -84,7 +94,12 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
     edit_config(folder, auto_map=dict.fromkeys(names, "evil.Evil"))
     tokenizer_config = folder / "tokenizer_config.json"
     tokenizer_config.write_text(
-        json.dumps({**json.loads(tokenizer_config.read_text()), "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}})
+        json.dumps(
+            {
+                **json.loads(tokenizer_config.read_text()),
+                "auto_map": {"AutoTokenizer": [None, "evil.Evil"]},
+            }
+        )
     )
     try:
         base = load_base(str(folder))
@@ -115,14 +130,21 @@ def test_a_config_cannot_name_attention_or_files_to_fetch(tmp_path: Path) -> Non
         edit_config(folder, **{field: value})
         assert field in refusal(UnsafeFileError, folder)
     (folder / "config.json").write_text(original)
-    assert load_base(str(edit_config(folder, _attn_implementation="eager"))).config._attn_implementation == "sdpa"
+    assert (
+        load_base(
+            str(edit_config(folder, _attn_implementation="eager"))
+        ).config._attn_implementation
+        == "sdpa"
+    )
 
 
 def test_what_is_no_causal_language_model_is_refused_by_its_name(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "a", "llama")
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(folder)
     assert "encoder-decoder: T5ForConditionalGeneration" in refusal(SourceError, folder)
-    folder = edit_config(save_tiny(tmp_path / "b", "llama"), architectures=["LlamaForSequenceClassification"])
+    folder = edit_config(
+        save_tiny(tmp_path / "b", "llama"), architectures=["LlamaForSequenceClassification"]
+    )
     assert "LlamaForSequenceClassification" in refusal(SourceError, folder)
     edit_config(folder, model_type="vit", architectures=["ViTModel"])
     assert "ViTModel" in refusal(SourceError, folder)
@@ -133,7 +155,9 @@ def test_what_is_no_causal_language_model_is_refused_by_its_name(tmp_path: Path)
 
 
 def test_quantised_weights_are_refused_by_the_name_of_their_method(tmp_path: Path) -> None:
-    folder = edit_config(save_tiny(tmp_path, "llama"), quantization_config={"quant_method": "hqq", "bits": 4})
+    folder = edit_config(
+        save_tiny(tmp_path, "llama"), quantization_config={"quant_method": "hqq", "bits": 4}
+    )
     assert "hqq" in refusal(SourceError, folder)
 
 
@@ -156,13 +180,18 @@ def test_missing_misshapen_and_left_over_weights_are_listed_all_at_once(tmp_path
     text = refusal(CorruptFileError, folder)
     assert "missing    lm_head.weight" in text
     assert "missing    model.norm.weight" in text
-    assert "misshapen  model.layers.0.mlp.up_proj.weight: (3, 5) in the file, (48, 32) in the model" in text
+    assert (
+        "misshapen  model.layers.0.mlp.up_proj.weight: (3, 5) in the file, (48, 32) in the model"
+        in text
+    )
     assert "left over  model.layers.2.mlp.up_proj.weight" in text
 
 
 def test_buffers_of_older_checkpoints_do_no_harm(tmp_path: Path) -> None:
     folder = edit_weights(
-        save_tiny(tmp_path, "gpt2"), transformer__h__0__attn__masked_bias=torch.tensor(-1e4), vision__w=torch.ones(2)
+        save_tiny(tmp_path, "gpt2"),
+        transformer__h__0__attn__masked_bias=torch.tensor(-1e4),
+        vision__w=torch.ones(2),
     )
     assert torch.equal(load_base(str(folder)).model(IDS).logits, tiny_model("gpt2")(IDS).logits)
 
@@ -180,13 +209,22 @@ def test_a_folder_without_a_tokenizer_or_with_a_foreign_one_is_refused(tmp_path:
     assert "no tokenizer" in refusal(SourceError, folder)
     (folder / "tokenizer.json").write_text("{}")
     refusal(CorruptFileError, folder)
-    folder = save_tiny(tmp_path / "b", "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    folder = save_tiny(
+        tmp_path / "b", "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=3
+    )
     assert "256 tokens, the model has embeddings for 100" in refusal(CorruptFileError, folder)
 
 
 def test_a_config_that_is_not_json_or_nonsense_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama")
-    for content in ("", "[]", "{", "[" * 100_000, "\x00\xff", '{"model_type": "llama", "hidden_size": "wide"}'):
+    for content in (
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        "\x00\xff",
+        '{"model_type": "llama", "hidden_size": "wide"}',
+    ):
         (folder / "config.json").write_text(content)
         with pytest.raises(VeneerError) as raised:
             load_base(str(folder))
@@ -218,11 +256,16 @@ def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr() == ("", "")
 
 
-def test_running_out_of_memory_is_exit_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save_tiny(tmp_path, "llama")
 
     def full(*_: object) -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+            " bytes"
+        )
 
     monkeypatch.setattr(load, "build_dense", full)
     with pytest.raises(DoesNotFitError, match="GiB") as raised:
@@ -230,7 +273,9 @@ def test_running_out_of_memory_is_exit_code_3(tmp_path: Path, monkeypatch: pytes
     assert raised.value.exit_code == 3
 
 
-def test_the_token_that_ends_a_turn_stops_an_answer_though_the_model_names_another(tmp_path: Path) -> None:
+def test_the_token_that_ends_a_turn_stops_an_answer_though_the_model_names_another(
+    tmp_path: Path,
+) -> None:
     folder = save_tiny(tmp_path, "llama")
     tokenizer = tiny_tokenizer()
     turn, document = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -247,7 +292,9 @@ def xlstm(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def test_a_model_whose_cache_is_broken_loads_as_its_forward_without_one_works(tmp_path: Path) -> None:
+def test_a_model_whose_cache_is_broken_loads_as_its_forward_without_one_works(
+    tmp_path: Path,
+) -> None:
     base = load_base(str(xlstm(tmp_path)))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with pytest.raises(ValueError, match="wrong shape"):
@@ -257,7 +304,9 @@ def test_a_model_whose_cache_is_broken_loads_as_its_forward_without_one_works(tm
 
 
 def test_a_model_whose_forward_fails_is_not_called_damaged(tmp_path: Path) -> None:
-    text = refusal(SourceError, xlstm(tmp_path, mode="train"))  # which takes whole chunks of 64 tokens alone
+    text = refusal(
+        SourceError, xlstm(tmp_path, mode="train")
+    )  # which takes whole chunks of 64 tokens alone
     assert "xLSTMForCausalLM fails on a text of three tokens" in text
     assert "3 is not divisible by chunk size 64" in text and "Download" not in text
 
@@ -281,7 +330,9 @@ def test_experts_stored_one_by_one_are_read_as_transformers_reads_them_and_held_
     loaded = load_base(str(folder), dtype=dtype)
     maps = Path("/proc/self/maps")
     if maps.exists():
-        assert str(folder) not in maps.read_text()  # mapped pages would hold the experts beside their stack
+        assert (
+            str(folder) not in maps.read_text()
+        )  # mapped pages would hold the experts beside their stack
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=loaded.dtype)
     ours = loaded.model.state_dict()
     assert ours.keys() == theirs.state_dict().keys()
@@ -291,5 +342,9 @@ def test_experts_stored_one_by_one_are_read_as_transformers_reads_them_and_held_
     assert loaded.model.generation_config.max_length == 77
     loaded.model.save_pretrained(tmp_path / "again")
     theirs.save_pretrained(tmp_path / "theirs")
-    again, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "theirs"))
-    assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
+    again, wanted = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("again", "theirs")
+    )
+    assert again.keys() == wanted.keys() and all(
+        torch.equal(again[name], wanted[name]) for name in wanted
+    )

@@ -1,4 +1,5 @@
-"""The mutation check itself: every edit it can make is one that parses, and every test it would run exists."""
+"""The mutation check itself: every edit it can make is one that parses, and every test it would run
+exists."""
 
 import ast
 import json
@@ -37,7 +38,9 @@ def test_the_draw_is_that_of_its_seed_and_takes_every_file_in_turn():
 
 def test_the_shortest_tests_that_call_a_function_come_first_up_to_a_time_near_and_elsewhere():
     times = {"a.py::x": 2.0, "a.py::y": 1.0, "a.py::z": 9.0, "b.py::x": 1.0, "c.py::x": 2.0}
-    callers = Callers([json.dumps({"test": t, "seconds": s, "calls": ["f"]}) for t, s in times.items()])
+    callers = Callers(
+        [json.dumps({"test": t, "seconds": s, "calls": ["f"]}) for t, s in times.items()]
+    )
     assert callers.of("f", ["a.py"], 3.0) == (["a.py::y", "a.py::x"], ["b.py::x", "c.py::x"])
     assert callers.of("f", ["a.py"], 2.5) == (["a.py::y"], ["b.py::x"])
     assert callers.of("g", ["a.py"], 3.0) == ([], [])
@@ -45,7 +48,8 @@ def test_the_shortest_tests_that_call_a_function_come_first_up_to_a_time_near_an
 
 def test_what_a_test_and_its_fixtures_call_is_noted_by_qualified_name(tmp_path):
     (tmp_path / "inside.py").write_text(
-        "class A:\n    def f(self):\n        return [self.g() for _ in 'x']\n    def g(self):\n        pass\n"
+        "class A:\n    def f(self):\n        return [self.g() for _ in 'x']\n    def g(self):\n    "
+        "    pass\n"
     )
     (tmp_path / "test_it.py").write_text(
         "import pytest, inside\n"
@@ -54,11 +58,18 @@ def test_what_a_test_and_its_fixtures_call_is_noted_by_qualified_name(tmp_path):
         "def test_two(a):\n    a.f()\n"
     )
     code = (
-        "import sys, pathlib, pytest; from tests.callers import Calls; here = pathlib.Path(sys.argv[1]); "
-        "pytest.main(['-q', '-p', 'no:cacheprovider', 'test_it.py'], plugins=[Calls(here / 'out', here)])"
+        "import sys, pathlib, pytest; from tests.callers import Calls; here ="
+        " pathlib.Path(sys.argv[1]); pytest.main(['-q', '-p', 'no:cacheprovider', 'test_it.py'],"
+        " plugins=[Calls(here / 'out', here)])"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, env=env, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=tmp_path,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     callers = Callers((tmp_path / "out").read_text().splitlines())
     assert callers.tests["inside.py:A.g"] == ["test_it.py::test_one", "test_it.py::test_two"]
     assert callers.tests["inside.py:A.f"] == ["test_it.py::test_two"]

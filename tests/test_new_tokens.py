@@ -1,4 +1,5 @@
-"""Tokens that an adapter brings: their rows alone train, the base and the rows of others see none of it."""
+"""Tokens that an adapter brings: their rows alone train, the base and the rows of others see none
+of it."""
 
 from __future__ import annotations
 
@@ -94,7 +95,9 @@ def logits(base: Any, ids: list[int]) -> torch.Tensor:
 def moved(adapter: Any, seed: int = 0, scale: float = 0.1) -> Any:
     with torch.no_grad():
         for parameter in adapter.parameters().values():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * scale)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * scale
+            )
     return adapter
 
 
@@ -128,13 +131,17 @@ def test_no_steps_change_no_logit_of_old_ids_and_the_rows_start_as_their_pieces_
 
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("texts", [FEW, MANY], ids=["padded", "behind"])
-def test_an_adapter_comes_back_as_it_was_written(plain: Any, tmp_path: Path, config: Any, texts: list[str]) -> None:
+def test_an_adapter_comes_back_as_it_was_written(
+    plain: Any, tmp_path: Path, config: Any, texts: list[str]
+) -> None:
     base = plain
     adapter = moved(base.attach(config, name="a", new_tokens=texts))
     base.use("a")
     asked = [*OLD, len(base.tokenizer) + len(texts) - 1]
     before = logits(base, asked)
-    written = write_adapter(tmp_path / "a", adapter, manifest_for(base, method=config.name), model=base.model)
+    written = write_adapter(
+        tmp_path / "a", adapter, manifest_for(base, method=config.name), model=base.model
+    )
     base.detach("a")
     again = read_adapter(written.path)
     assert again.manifest is not None and again.manifest.new_tokens == texts
@@ -142,7 +149,9 @@ def test_an_adapter_comes_back_as_it_was_written(plain: Any, tmp_path: Path, con
     base.use("b")
     assert torch.equal(logits(base, asked), before)
     assert base.acting_tokenizer.decode(asked[-1:]) == texts[-1]
-    assert base.acting_tokenizer(f"a{texts[0]}b", add_special_tokens=False)["input_ids"][1] == len(base.tokenizer)
+    assert base.acting_tokenizer(f"a{texts[0]}b", add_special_tokens=False)["input_ids"][1] == len(
+        base.tokenizer
+    )
 
 
 def test_alone_is_as_in_the_mix(base: Any) -> None:
@@ -173,9 +182,14 @@ def test_answers_in_the_mix_are_those_alone(plain: Any, temperature: float) -> N
     def answers(asked: list[Any]) -> list[Any]:
         engine = Engine(base, budget_bytes=2**20, adapters=Fixed(acting))
         sampling = Sampling(temperature=temperature)
-        prompt = {identity: (5, 6, 275) if identity == (("one", 1.0),) else (5, 6, 7) for identity in asked}
+        prompt = {
+            identity: (5, 6, 275) if identity == (("one", 1.0),) else (5, 6, 7)
+            for identity in asked
+        }
         made = [
-            engine.add(Request(prompt=prompt[i], max_new_tokens=12, adapter=i, sampling=sampling, seed=3))[0]
+            engine.add(
+                Request(prompt=prompt[i], max_new_tokens=12, adapter=i, sampling=sampling, seed=3)
+            )[0]
             for i in asked
         ]
         engine.run()
@@ -188,7 +202,10 @@ def test_answers_in_the_mix_are_those_alone(plain: Any, temperature: float) -> N
 
 
 def test_a_server_reads_and_says_the_tokens_of_an_adapter_alone(plain: Any) -> None:
-    prompts, texts = Prompts(plain.tokenizer, positions=100, ids=VOCAB_SIZE), TokenTexts(plain.tokenizer)
+    prompts, texts = (
+        Prompts(plain.tokenizer, positions=100, ids=VOCAB_SIZE),
+        TokenTexts(plain.tokenizer),
+    )
     own = prompts.encode(Plain(text="a<order>"), Preamble(tokens=("<order>",)))
     assert own == [*plain.tokenizer("a")["input_ids"], len(plain.tokenizer)]
     assert len(prompts.encode(Plain(text="a<order>"))) == 8
@@ -246,31 +263,49 @@ def test_a_text_that_is_a_token_already_is_refused(plain: Any) -> None:
 
 
 def run_of(world: Path, out: Path, **fields: Any) -> RunConfig:
-    own = {"base": str(world / "base"), "data": str(world / "rows.jsonl"), "out": str(out), "steps": 4, "batch": 4}
-    return RunConfig.of({**own, "new_tokens": FEW, "learning_rate": 1e-2, "evaluate_every": 2, **fields})
+    own = {
+        "base": str(world / "base"),
+        "data": str(world / "rows.jsonl"),
+        "out": str(out),
+        "steps": 4,
+        "batch": 4,
+    }
+    return RunConfig.of(
+        {**own, "new_tokens": FEW, "learning_rate": 1e-2, "evaluate_every": 2, **fields}
+    )
 
 
 @pytest.mark.parametrize(
-    ("method", "quantize"), [("lora", None), ("lora on both tables", "nf4"), ("prefix", None), ("dora", "nf4")]
+    ("method", "quantize"),
+    [("lora", None), ("lora on both tables", "nf4"), ("prefix", None), ("dora", "nf4")],
 )
 def test_a_run_trains_the_rows_and_an_answer_may_say_them(
     world: Path, tmp_path: Path, method: str, quantize: str | None
 ) -> None:
     config = METHODS[method]
-    fields = {"method": config.model_dump(exclude_defaults=True) | {"name": config.name}, "quantize": quantize}
-    summary = run_training(run_of(world, tmp_path / "run", **fields), resume=False, screen=QuietScreen())
+    fields = {
+        "method": config.model_dump(exclude_defaults=True) | {"name": config.name},
+        "quantize": quantize,
+    }
+    summary = run_training(
+        run_of(world, tmp_path / "run", **fields), resume=False, screen=QuietScreen()
+    )
     assert summary["last_loss"] < summary["first_loss"]
     stored = read_adapter(tmp_path / "run" / "adapter")
     base = veneer.load(str(world / "base"), quantize=quantize)
     fresh = base.attach(LoRA(rank=1), name="fresh", new_tokens=FEW).tokens.places
-    rows = {n.split(".token_adapter")[0]: t for n, t in stored.tensors.items() if ".token_adapter." in n}
+    rows = {
+        n.split(".token_adapter")[0]: t for n, t in stored.tensors.items() if ".token_adapter." in n
+    }
     assert rows.keys() == fresh.keys()
     assert all(not torch.equal(rows[path], fresh[path].rows) for path in rows)
     base.detach("fresh")
     base.load_adapter(tmp_path / "run" / "adapter", name="a")
     base.use("a")
     assert isinstance(base.generate("<order>number 3", max_new_tokens=4), str)
-    found = veneer.api.evaluate(base, str(world / "rows.jsonl"), metrics=["exact_match"], max_new_tokens=4)
+    found = veneer.api.evaluate(
+        base, str(world / "rows.jsonl"), metrics=["exact_match"], max_new_tokens=4
+    )
     assert found["loss"] > 0
 
 
@@ -281,7 +316,10 @@ def test_a_resumed_run_learns_the_same_bits(world: Path, tmp_path: Path) -> None
     with ended_before_step(2):
         run_training(run_of(world, tmp_path / "parts"), resume=False, screen=QuietScreen())
     assert main.main(["train", "--resume", str(tmp_path / "parts"), "--quiet"]) == 0
-    whole, parts = (read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "parts"))
+    whole, parts = (
+        read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        for n in ("whole", "parts")
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -297,7 +335,9 @@ def test_an_adapter_goes_on_with_its_tokens_and_more(world: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("texts", "config"), [(FEW, METHODS["lora"]), (MANY, METHODS["lora on both tables"])], ids=["padded", "behind"]
+    ("texts", "config"),
+    [(FEW, METHODS["lora"]), (MANY, METHODS["lora on both tables"])],
+    ids=["padded", "behind"],
 )
 def test_a_merged_folder_has_the_tokens_and_answers_alike(
     base: Any, tmp_path: Path, texts: list[str], config: Any
@@ -327,7 +367,9 @@ def test_what_cannot_take_rows_says_so(plain: Any, world: Path, tmp_path: Path) 
     with pytest.raises(RefusedError, match="cannot be combined into one adapter"):
         veneer.api.combine(pair, Recipe("cat"), base=str(world / "base"), out=tmp_path / "c")
     for asked in (pair, [(tmp_path / "a", 0.5)]):
-        with pytest.raises(ConfigError, match="one adapter with new tokens may act, and with weight 1"):
+        with pytest.raises(
+            ConfigError, match="one adapter with new tokens may act, and with weight 1"
+        ):
             merge_adapters(str(world / "base"), asked, out=tmp_path / "m")
     text = (tmp_path / "a" / "veneer.json").read_text()
     (tmp_path / "a" / "veneer.json").unlink()
@@ -374,13 +416,20 @@ def test_tokens_that_peft_trained_are_read(tmp_path: Path, family: str) -> None:
     save_tiny(tmp_path / "base", family)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     settings = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=["q_proj"], trainable_token_indices=[9, 3, 5], task_type="CAUSAL_LM"
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj"],
+        trainable_token_indices=[9, 3, 5],
+        task_type="CAUSAL_LM",
     )
     tuned = peft.get_peft_model(model, settings).eval()
     with torch.no_grad():
         for number, (name, parameter) in enumerate(tuned.named_parameters()):
             if "lora_" in name or "tokens_delta" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.2)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                    * 0.2
+                )
     tuned.save_pretrained(tmp_path / "a")
     base = veneer.load(str(tmp_path / "base"))
     base.load_adapter(tmp_path / "a", name="a")
@@ -397,5 +446,14 @@ def test_a_model_without_a_plain_table_is_refused() -> None:
 
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="takes no new tokens"):
-        attach(model, LoRA(rank=1), name="a", routing=Routing(), head=None, tokens=Brought(("<a>",), (259,)))
-    assert not any(type(module).__module__.startswith("veneer.adapters") for module in model.modules())
+        attach(
+            model,
+            LoRA(rank=1),
+            name="a",
+            routing=Routing(),
+            head=None,
+            tokens=Brought(("<a>",), (259,)),
+        )
+    assert not any(
+        type(module).__module__.startswith("veneer.adapters") for module in model.modules()
+    )

@@ -1,4 +1,5 @@
-"""What a notebook may hand to the Python API by mistake is told in words, and what it means well is taken."""
+"""What a notebook may hand to the Python API by mistake is told in words, and what it means well is
+taken."""
 
 import copy
 import pickle
@@ -42,7 +43,9 @@ def test_a_training_takes_the_base_by_a_path(folder: Path, tmp_path: Path) -> No
     assert "exact_match" in veneer.evaluate(run.base, rows, metrics="exact_match", max_new_tokens=2)
 
 
-def test_a_runs_folder_may_lie_below_home(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runs_folder_may_lie_below_home(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"prompt": f"say {n}", "completion": str(n)} for n in range(4)]
     monkeypatch.setenv("HOME", str(tmp_path))
     run = veneer.train(folder, rows, out="~/run", steps=1, length=64, quiet=True)
@@ -77,7 +80,8 @@ def test_an_adapter_in_place_of_its_name_is_told_the_name(base: Base) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [None, 5, b"hi", {"role": "user", "content": "hi"}, [1, 2], ["hi", None], ["hi", []], [*HI, 0]]
+    "prompt",
+    [None, 5, b"hi", {"role": "user", "content": "hi"}, [1, 2], ["hi", None], ["hi", []], [*HI, 0]],
 )
 def test_what_is_no_prompt_is_not_answered(base: Base, prompt: Any) -> None:
     with pytest.raises(ConfigError, match=r"no text or conversation|no conversation"):
@@ -85,12 +89,20 @@ def test_what_is_no_prompt_is_not_answered(base: Base, prompt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [{"content": "hi"}, {"role": "user"}, {"role": "user", "content": 3}, {"role": "robot", "content": "a"}]
+    "message",
+    [
+        {"content": "hi"},
+        {"role": "user"},
+        {"role": "user", "content": 3},
+        {"role": "robot", "content": "a"},
+    ],
 )
 def test_messages_are_read_as_those_of_rows(base: Base, message: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no conversation"):
         base.generate([message], max_new_tokens=1)
-    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+    ]
     assert base.generate(parts, max_new_tokens=3) == base.generate(HI, max_new_tokens=3)
 
 
@@ -98,13 +110,24 @@ def test_prompts_may_come_out_of_a_generator(base: Base) -> None:
     def prompts() -> Iterator[str]:
         yield from ("hi", "ho")
 
-    assert base.generate(prompts(), max_new_tokens=3) == base.generate(["hi", "ho"], max_new_tokens=3)  # type: ignore[call-overload]
+    assert base.generate(prompts(), max_new_tokens=3) == base.generate(
+        ["hi", "ho"], max_new_tokens=3
+    )  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"seed": None}, {"temperature": None}, {"max_new_tokens": None}, {"system": 3}, {"variables": ["a"]}]
+    "wrong",
+    [
+        {"seed": None},
+        {"temperature": None},
+        {"max_new_tokens": None},
+        {"system": 3},
+        {"variables": ["a"]},
+    ],
 )
-def test_settings_of_an_answer_of_another_kind_are_refused(base: Base, wrong: dict[str, Any]) -> None:
+def test_settings_of_an_answer_of_another_kind_are_refused(
+    base: Base, wrong: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         base.generate("hi", **{"max_new_tokens": 1, **wrong})
 
@@ -117,7 +140,10 @@ def test_a_base_is_not_copied(base: Base, way: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), Path("x"), b"x"])
 def test_a_column_that_is_no_json_is_named(folder: Path, tmp_path: Path, value: Any) -> None:
-    rows = [{"prompt": "a", "completion": "b", "score": 1.0}, {"prompt": "a", "completion": "b", "score": value}]
+    rows = [
+        {"prompt": "a", "completion": "b", "score": 1.0},
+        {"prompt": "a", "completion": "b", "score": value},
+    ]
     with pytest.raises(DataError, match="row 2 is no JSON in column 'score'"):
         veneer.train(folder, rows, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

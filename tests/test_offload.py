@@ -1,6 +1,7 @@
 """Saved activations that leave the device come back to the bit, are copied once, and weights stay.
 
-On a CPU the hooks are told that "cpu" is the device to leave: the copies are then as real as they are on a GPU.
+On a CPU the hooks are told that "cpu" is the device to leave: the copies are then as real as they
+are on a GPU.
 """
 
 import gc
@@ -34,11 +35,19 @@ def small_tensors_count(monkeypatch):
 def gradients(dtype, *, moved, lanes=None, most=2**29):
     model = tiny_model("llama", dtype)
     paths, routing = prepare(model), Routing()
-    attachment = attach(model, LoRA(rank=2, alpha=6.0), name="a", routing=routing, head=model.get_output_embeddings())
+    attachment = attach(
+        model,
+        LoRA(rank=2, alpha=6.0),
+        name="a",
+        routing=routing,
+        head=model.get_output_embeddings(),
+    )
     for layer in attachment.layers.values():
         layer.B.data.normal_(generator=torch.Generator().manual_seed(1))
     routing.active = (("a", 1.0),)
-    batch = make_batch(make_examples(6), packed=paths.packed, share_prompt=True, device=torch.device("cpu"))
+    batch = make_batch(
+        make_examples(6), packed=paths.packed, share_prompt=True, device=torch.device("cpu")
+    )
     weights = [*model.parameters(), *model.buffers()]
     hooks = Offload(weights, moves="cpu", lanes=lanes, under_way_bytes=most) if moved else None
     with offloaded(hooks):
@@ -57,7 +66,10 @@ def test_loss_and_gradients_are_the_same_to_the_bit(dtype):
 def watched(hooks):
     """saved_tensors_hooks, and what each pack returned."""
     packed = []
-    return saved_tensors_hooks(lambda t: packed.append(hooks.pack(t)) or packed[-1], hooks.unpack), packed
+    return (
+        saved_tensors_hooks(lambda t: packed.append(hooks.pack(t)) or packed[-1], hooks.unpack),
+        packed,
+    )
 
 
 def test_what_several_operations_save_is_copied_once_and_weights_never():
@@ -66,11 +78,17 @@ def test_what_several_operations_save_is_copied_once_and_weights_never():
     hidden = x * 1.5
     context, packed = watched(Offload([weight], moves="cpu"))
     with context:
-        y = (hidden @ weight).sum() + (hidden @ weight.detach().clone()).sum() + (hidden * hidden).sum()
+        y = (
+            (hidden @ weight).sum()
+            + (hidden @ weight.detach().clone()).sum()
+            + (hidden * hidden).sum()
+        )
     away = [saved for saved in packed if not isinstance(saved, torch.Tensor)]
     assert len({id(saved) for saved in away if saved.host.shape == hidden.shape}) == 1
     assert any(
-        saved is weight or saved.data_ptr() == weight.data_ptr() for saved in packed if isinstance(saved, torch.Tensor)
+        saved is weight or saved.data_ptr() == weight.data_ptr()
+        for saved in packed
+        if isinstance(saved, torch.Tensor)
     )
     y.backward()
     expected = 1.5 * ((weight.detach() * 2).sum(1) + 2 * hidden.detach())
@@ -124,14 +142,17 @@ def test_tensors_leave_from_a_size_on_and_those_of_another_device_stay():
 def test_memory_of_the_host_is_pinned_where_a_gpu_copies_into_it(own, to, pinned, monkeypatch):
     given = {}
     monkeypatch.setattr(torch, "empty_strided", lambda *shape, **more: given.update(more))
-    tensor = SimpleNamespace(shape=(2,), stride=lambda: (1,), dtype=torch.float32, device=torch.device(own))
+    tensor = SimpleNamespace(
+        shape=(2,), stride=lambda: (1,), dtype=torch.float32, device=torch.device(own)
+    )
     offload._empty_like(tensor, torch.device(to))
     assert (given["device"].type, given["pin_memory"]) == (to, pinned)
 
 
 class Late:
-    """Lanes whose copies run when somebody waits for them, no sooner: until then there is nothing to read, and memory
-    that nobody holds any more is another's. said: in order, copies by the number that they left with."""
+    """Lanes whose copies run when somebody waits for them, no sooner: until then there is nothing
+    to read, and memory that nobody holds any more is another's. said: in order, copies by the
+    number that they left with."""
 
     def __init__(self):
         self.said, self.hosts, self.begun = [], [], []
@@ -154,7 +175,9 @@ class Late:
                 if after is not None:
                     after()
                 ends = [each() if isinstance(each, weakref.ref) else each for each in (to, of)]
-                assert all(each is not None for each in ends), "memory was let go before its copy was over"
+                assert all(each is not None for each in ends), (
+                    "memory was let go before its copy was over"
+                )
                 ends[0].copy_(ends[1])
 
         run.over = False
@@ -182,10 +205,12 @@ def test_copies_that_run_as_late_as_they_may_change_no_bit(dtype, under_way):
     assert torch.equal(loss, expected)
     assert all(torch.equal(moved[name], stayed[name]) for name in stayed)
     assert any(way == "out" for way, _ in lanes.said)
-    assert any(way == "back" for way, _ in lanes.said) == (under_way < 2**29), "what is still there is not fetched"
+    assert any(way == "back" for way, _ in lanes.said) == (under_way < 2**29), (
+        "what is still there is not fetched"
+    )
 
 
-def test_no_more_is_held_for_copies_than_is_said_and_what_comes_next_is_under_way_before_it_is_asked_for():
+def test_copies_hold_no_more_than_is_said_and_are_under_way_before_they_are_asked_for():
     size, lanes = 64 * 64 * 4, Late()
     hooks = Offload([], moves="cpu", lanes=lanes, under_way_bytes=3 * size)
     hooks.begin()
@@ -222,7 +247,9 @@ def test_what_a_backward_left_behind_is_let_go_when_its_copies_are_over():
     lanes.finish()
 
 
-def test_on_cuda_a_copy_begins_after_what_was_asked_for_before_and_after_the_copy_that_it_needs(monkeypatch):
+def test_on_cuda_a_copy_begins_after_what_was_asked_for_before_and_after_the_copy_that_it_needs(
+    monkeypatch,
+):
     said = []
 
     class Stream:

@@ -1,4 +1,5 @@
-"""A Modelfile gives Ollama the ids that we give the model: its template is read back by tests/go_template.py."""
+"""A Modelfile gives Ollama the ids that we give the model: its template is read back by
+tests/go_template.py."""
 
 import random
 import re
@@ -13,32 +14,40 @@ from veneer.errors import RefusedError
 from veneer.merge.ollama import modelfile
 
 HEADERS = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content | trim %}{% set messages ="
-    " messages[1:] %}{% else %}{% set s = '' %}{% endif %}{{ '<|im_start|>system\n\nToday: 26 Jul 2024\n\n' + s +"
-    " '<|im_end|>' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + (m.content | trim) + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content | trim %}{%"
+    " set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{{"
+    " '<|im_start|>system\n\nToday: 26 Jul 2024\n\n' + s + '<|im_end|>' }}{% for m in messages %}{{"
+    " '<|im_start|>' + m.role + '\n\n' + (m.content | trim) + '<|im_end|>' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 BRACKETS = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ ' [INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}{{ raise_exception('no system') }}"
-    "{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ ' [INST] ' + m.content + '"
+    " [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}{{"
+    " raise_exception('no system') }}{% endif %}{% endfor %}"
 )
-THINKING = CHATML.replace("assistant\\n' }}{%- endif", "assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif")
-ODD = "{% for m in messages %}{{ '{{\"\"\"\u200b\\\\' + m.role + '{' + m.content + '}}' }}{% endfor %}{{ '{' }}"
+THINKING = CHATML.replace(
+    "assistant\\n' }}{%- endif", "assistant\\n<think>\\n\\n</think>\\n\\n' }}{%- endif"
+)
+ODD = (
+    "{% for m in messages %}{{ '{{\"\"\"\u200b\\\\' + m.role + '{' + m.content + '}}' }}{% endfor"
+    " %}{{ '{' }}"
+)
 DEFAULT = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-    "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nBe"
+    " kind.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>'"
+    " + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 FOLDED = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}{% for m in messages %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('they take turns') }}{% endif %}"
-    "{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' + (first if loop.first else '') }}"
-    "{{ m.content | trim + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}"
-    "{% endif %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content +"
+    " '\n\n' %}{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}{% for m"
+    " in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('they"
+    " take turns') }}{% endif %}{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role)"
+    " + '\n' + (first if loop.first else '') }}{{ m.content | trim + '<|im_end|>\n' }}{% endfor"
+    " %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
 )
-MARKED = FOLDED.replace("messages[0].content + '\n\n'", "'<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n'")
+MARKED = FOLDED.replace(
+    "messages[0].content + '\n\n'", "'<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n'"
+)
 TEMPLATES = {
     "folded": FOLDED,
     "folded, marked": MARKED,
@@ -64,7 +73,11 @@ def conversations(number: int, *, system: bool) -> list[list[dict[str, str]]]:
     draw = random.Random(3)
     found = []
     for _ in range(number):
-        turns = [{"role": "system", "content": draw.choice(TEXTS)}] if system and draw.random() < 0.5 else []
+        turns = (
+            [{"role": "system", "content": draw.choice(TEXTS)}]
+            if system and draw.random() < 0.5
+            else []
+        )
         for at in range(2 * draw.randrange(4) + 1):
             text = " ".join(draw.choice(TEXTS) for _ in range(draw.randrange(1, 4)))
             turns.append({"role": "assistant" if at % 2 else "user", "content": text})
@@ -79,9 +92,16 @@ def made(source, preamble=NONE, begins=False):
         from tokenizers.processors import TemplateProcessing
 
         begin = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            f"{begin[0]} $A", special_tokens=[begin]
+        )
     text, notes = modelfile(
-        tokenizer, preamble, model="m.gguf", stops=[tokenizer.eos_token_id], positions=512, made_of="a\nFROM /etc/b"
+        tokenizer,
+        preamble,
+        model="m.gguf",
+        stops=[tokenizer.eos_token_id],
+        positions=512,
+        made_of="a\nFROM /etc/b",
     )
     return tokenizer, read_modelfile(text), notes
 
@@ -93,10 +113,16 @@ def test_ollama_s_ids_are_ours_over_fifty_conversations(name):
     tokenizer, said, _ = made(TEMPLATES[name], Preamble(system), begins=begins)
     template = ChatTemplate(tokenizer)
     facts = dict(said)
-    assert facts["FROM"] == "./m.gguf" and facts["stop"] == tokenizer.eos_token and facts["num_ctx"] == "512"
+    assert (
+        facts["FROM"] == "./m.gguf"
+        and facts["stop"] == tokenizer.eos_token
+        and facts["num_ctx"] == "512"
+    )
     for messages in conversations(50, system=name != "brackets"):
         text = render(facts["TEMPLATE"], {"Messages": collated(messages, facts.get("SYSTEM"))})
-        assert tokenizer(text)["input_ids"] == template.encode_prompt(Preamble(system).opening(messages)), messages
+        assert tokenizer(text)["input_ids"] == template.encode_prompt(
+            Preamble(system).opening(messages)
+        ), messages
 
 
 def test_what_the_language_cannot_say_is_told():
@@ -110,9 +136,16 @@ def test_what_the_language_cannot_say_is_told():
     [
         (None, Preamble(), "no chat template"),
         (CHATML + "{{ strftime_now('%d') }}", Preamble(), "today's date"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", Preamble(), "not written as it stands"),
         (
-            "{% for m in messages %}{{ m.role + m.content + messages | length | string }}{% endfor %}",
+            "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+            Preamble(),
+            "not written as it stands",
+        ),
+        (
+            (
+                "{% for m in messages %}{{ m.role + m.content + messages | length | string }}{%"
+                " endfor %}"
+            ),
             Preamble(),
             "no seq",
         ),
@@ -141,4 +174,7 @@ def test_what_ends_answers_is_said_as_text():
     tokenizer.chat_template = CHATML
     stops = [tokenizer.eos_token_id, *tokenizer(" ")["input_ids"], len(tokenizer) + 5]
     text, _ = modelfile(tokenizer, NONE, model="m.gguf", stops=stops, positions=512, made_of="a")
-    assert [value for name, value in read_modelfile(text) if name == "stop"] == [tokenizer.eos_token, " "]
+    assert [value for name, value in read_modelfile(text) if name == "stop"] == [
+        tokenizer.eos_token,
+        " ",
+    ]

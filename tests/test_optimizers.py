@@ -1,4 +1,5 @@
-"""8-bit AdamW: the library's own steps over the flat buffer, and a resumed run is the one that never stopped."""
+"""8-bit AdamW: the library's own steps over the flat buffer, and a resumed run is the one that
+never stopped."""
 
 import importlib.util
 import sys
@@ -17,19 +18,31 @@ from veneer.train.optimizers import AdamW8bit, make_optimizer
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
-SIZES = [(96, 64), (10, 7)]  # 8 bits from 4,096 values on; the library keeps smaller ones in float32
+SIZES = [
+    (96, 64),
+    (10, 7),
+]  # 8 bits from 4,096 values on; the library keeps smaller ones in float32
 
 
 def flat_of(size, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return FlatParameters({name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name in ("a", "b")})
+    return FlatParameters(
+        {
+            name: nn.Parameter(torch.randn(size, generator=generator).to(dtype))
+            for name in ("a", "b")
+        }
+    )
 
 
 def steps(optimizer, first, last, clip=1e9):
     for number in range(first, last):
         generator = torch.Generator().manual_seed(number)
-        optimizer.flat.gradient.copy_(torch.randn(optimizer.flat.gradient.shape, generator=generator))
-        optimizer.step(learning_rate=0.01 / (number + 1), clip=clip, norm=optimizer.flat.gradient.norm().item())
+        optimizer.flat.gradient.copy_(
+            torch.randn(optimizer.flat.gradient.shape, generator=generator)
+        )
+        optimizer.step(
+            learning_rate=0.01 / (number + 1), clip=clip, norm=optimizer.flat.gradient.norm().item()
+        )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -53,7 +66,9 @@ def test_a_gradient_longer_than_clip_is_cut_to_clip_and_a_shorter_one_is_left(ki
 @needs_library
 @pytest.mark.parametrize("parts", [2**30, 4096])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_resumed_from_a_checkpoint_it_is_the_run_that_never_stopped(size, parts, tmp_path, monkeypatch):
+def test_resumed_from_a_checkpoint_it_is_the_run_that_never_stopped(
+    size, parts, tmp_path, monkeypatch
+):
     monkeypatch.setattr(optimizers, "_PART", parts)
     whole, stopped = (AdamW8bit(flat_of(size), weight_decay=0.1) for _ in range(2))
     steps(whole, 0, 7)
@@ -70,17 +85,25 @@ def test_resumed_from_a_checkpoint_it_is_the_run_that_never_stopped(size, parts,
 
 @needs_library
 def test_its_steps_are_those_of_adamw_as_far_as_8_bits_go():
-    eight, full = AdamW8bit(flat_of((96, 64)), weight_decay=0.1), AdamW(flat_of((96, 64)), weight_decay=0.1)
+    eight, full = (
+        AdamW8bit(flat_of((96, 64)), weight_decay=0.1),
+        AdamW(flat_of((96, 64)), weight_decay=0.1),
+    )
     before = full.flat.values.data.clone()
     for optimizer in (eight, full):
         steps(optimizer, 0, 10, clip=50.0)
     moved = (full.flat.values.data - before).norm()
     assert (eight.flat.values.data - full.flat.values.data).norm() < 0.05 * moved
     state = eight.state()
-    moments = sum(t.nbytes for name, t in state.items() if name.partition(".")[0] not in ("values", "step"))
+    moments = sum(
+        t.nbytes for name, t in state.items() if name.partition(".")[0] not in ("values", "step")
+    )
     assert moments == MOMENT_BYTES["adamw8bit"] * state["values"].numel()
     kept = full.state()
-    assert kept["exp_avg"].nbytes + kept["exp_avg_sq"].nbytes == MOMENT_BYTES["adamw"] * kept["values"].numel()
+    assert (
+        kept["exp_avg"].nbytes + kept["exp_avg_sq"].nbytes
+        == MOMENT_BYTES["adamw"] * kept["values"].numel()
+    )
 
 
 @needs_library

@@ -1,4 +1,5 @@
-"""The compiled kernels for processors that are not here: all of them compile, and link to a library."""
+"""The compiled kernels for processors that are not here: all of them compile, and link to a
+library."""
 
 import subprocess
 import sys
@@ -11,12 +12,33 @@ NATIVE = Path(__file__).parents[1] / "src" / "veneer" / "kernels" / "native"
 TARGETS = ["aarch64-linux-gnu", "aarch64-macos"]
 
 
-@pytest.mark.skipif(find_spec("ziglang") is None, reason="ziglang is not installed: a C compiler for every processor")
+@pytest.mark.skipif(
+    find_spec("ziglang") is None,
+    reason="ziglang is not installed: a C compiler for every processor",
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_kernels_compile_and_link_for(target, tmp_path):
-    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-O1", "-fPIC", "-ffp-contract=off"]
+    compiler = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "cc",
+        "-target",
+        target,
+        "-O1",
+        "-fPIC",
+        "-ffp-contract=off",
+    ]
     sources = sorted(map(str, NATIVE.glob("*.c")))
-    command = [*compiler, "-shared", "-Wno-unknown-pragmas", *sources, "-o", str(tmp_path / "native.so"), "-lm"]
+    command = [
+        *compiler,
+        "-shared",
+        "-Wno-unknown-pragmas",
+        *sources,
+        "-o",
+        str(tmp_path / "native.so"),
+        "-lm",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert b"veneer_nf4_dequantize" in (tmp_path / "native.so").read_bytes()

@@ -1,4 +1,5 @@
-"""Weights on pages of this process: the same values, in no file, at no time twice, and only where there is room."""
+"""Weights on pages of this process: the same values, in no file, at no time twice, and only where
+there is room."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_weights_keep_their_values_and_leave_the_file_for_whole_lines(tmp_path: 
     assert in_files(module) == [False] * 3
     assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
     assert all(each.data_ptr() % own_pages.LINE == 0 for each in module.parameters())
-    assert all(torch.equal(tensor, module.get_parameter(name)) for name, tensor in load_file(file).items())
+    assert all(
+        torch.equal(tensor, module.get_parameter(name)) for name, tensor in load_file(file).items()
+    )
     assert str(file) not in Path("/proc/self/maps").read_text()
     assert take_own_pages(module) == 0  # they are in no file any more
 
@@ -88,7 +91,8 @@ import torch
 from tests.test_own_pages import Mapped
 from veneer.bases.own_pages import take_own_pages
 def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) // 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
 module = Mapped(Path(sys.argv[1]))
 before = status("VmRSS")
 assert sum(float(each.sum()) for each in module.parameters()) != 0.5
@@ -110,7 +114,11 @@ def test_a_process_never_holds_both_copies(tmp_path: Path) -> None:
     file = written(tmp_path, 16, 12)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(
-        [sys.executable, "-c", WATCHED, str(file)], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", WATCHED, str(file)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     moved, read, most = map(int, run.stdout.split())
     assert moved == 192

@@ -1,5 +1,5 @@
-"""Served over folders that other programs packed: what an engine's step gives beside others is what each answer is
-alone, and what the server says is what the base says itself."""
+"""Served over folders that other programs packed: what an engine's step gives beside others is what
+each answer is alone, and what the server says is what the base says itself."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -51,35 +51,62 @@ def test_an_engine_s_answers_are_those_alone_and_those_of_generate(name, tmp_pat
     base = base_of(tmp_path, name)
     _ = base.paths
     fused = base.model.config.model_type in ("gpt_oss", "mixtral")
-    second = LoRA(rank=2, alpha=5.0) if fused else DoRA(rank=2, alpha=5.0)  # which experts' matrices refuse
+    second = (
+        LoRA(rank=2, alpha=5.0) if fused else DoRA(rank=2, alpha=5.0)
+    )  # which experts' matrices refuse
     for number, (own, config) in enumerate(
         {"a": LoRA(rank=3, alpha=5.0), "b": second, "c": Bottleneck(size=5)}.items()
     ):
         head = base.model.get_output_embeddings()
-        move(attach(base.model, config, name=own, routing=base.routing, head=head, seed=number), seed=number)
+        move(
+            attach(base.model, config, name=own, routing=base.routing, head=head, seed=number),
+            seed=number,
+        )
     names = [(), (("a", 1.0),), (("b", 0.7),), (("c", 1.0),)]
     applied = {each: base.routing.applied(each) for each in names if each}
     asked = [(who, prompt) for prompt in PROMPTS for who in names]
 
     def answers(some, limits=None):
         engine = Engine(
-            base, budget_bytes=4096 * bytes_per_token(base), adapters=Fixed(applied), limits=limits or Limits()
+            base,
+            budget_bytes=4096 * bytes_per_token(base),
+            adapters=Fixed(applied),
+            limits=limits or Limits(),
         )
         how = Sampling(logprobs=5)
-        made = [engine.add(Request(prompt=tuple(p), max_new_tokens=5, adapter=w, sampling=how))[0] for w, p in some]
+        made = [
+            engine.add(Request(prompt=tuple(p), max_new_tokens=5, adapter=w, sampling=how))[0]
+            for w, p in some
+        ]
         engine.run()
         return [(each.new, [step.logprob for step in each.logprobs]) for each in made]
 
-    together, chunks = answers(asked), answers(asked, Limits(rows=5, step_tokens=40, chunk_tokens=7))
+    together, chunks = (
+        answers(asked),
+        answers(asked, Limits(rows=5, step_tokens=40, chunk_tokens=7)),
+    )
     alone = [answers([one])[0] for one in asked]
     for mixed in (together, chunks):
         assert [new for new, _ in mixed] == [new for new, _ in alone]
         for (_, chances), (_, own) in zip(mixed, alone, strict=True):
             assert chances == pytest.approx(own, abs=1e-4)
-    assert len({tuple(new) for (_, prompt), (new, _) in zip(asked, alone, strict=True) if prompt == PROMPTS[1]}) > 1
+    assert (
+        len(
+            {
+                tuple(new)
+                for (_, prompt), (new, _) in zip(asked, alone, strict=True)
+                if prompt == PROMPTS[1]
+            }
+        )
+        > 1
+    )
     for active in names:
         base.routing.active = active
-        own = [_until_stop(base, new) for (who, _), (new, _) in zip(asked, alone, strict=True) if who == active]
+        own = [
+            _until_stop(base, new)
+            for (who, _), (new, _) in zip(asked, alone, strict=True)
+            if who == active
+        ]
         assert generate(base, PROMPTS, max_new_tokens=5) == own
 
 
@@ -94,7 +121,9 @@ def test_a_server_over_it_answers_for_base_and_adapter_what_they_say_themselves(
     base_of(tmp_path, name)
     base = api.load(str(folder), dtype="float32", device="cpu")
     library = Library(tmp_path / "adapters")
-    add_adapter(library, tmp_path / "made", "mine", 3, api.load(str(folder), dtype="float32", device="cpu"))
+    add_adapter(
+        library, tmp_path / "made", "mine", 3, api.load(str(folder), dtype="float32", device="cpu")
+    )
     base.load_adapter(tmp_path / "made", name="mine")
     asked = ["what is 3", "say a longer thing: b c d e f"]
     with base.using(None):
@@ -112,7 +141,9 @@ def test_a_server_over_it_answers_for_base_and_adapter_what_they_say_themselves(
                 "max_tokens": 6,
                 "temperature": 0,
             }
-            return server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+            return server.post("/v1/chat/completions", body).json()["choices"][0]["message"][
+                "content"
+            ]
 
         for _ in range(2):
             jobs = {(m, p): many.submit(said, m, p) for m in expected for p in asked}

@@ -1,4 +1,5 @@
-"""The compiled attention over blocks of keys and values is its plain reference, and each row is computed as alone."""
+"""The compiled attention over blocks of keys and values is its plain reference, and each row is
+computed as alone."""
 
 import random
 
@@ -7,16 +8,26 @@ import torch
 
 from veneer.kernels import paged_calls
 from veneer.kernels.arguments import available
-from veneer.kernels.paged_attention import Blocks, SpanRows, Spans, paged_attention, paged_attention_reference, usable
+from veneer.kernels.paged_attention import (
+    Blocks,
+    SpanRows,
+    Spans,
+    paged_attention,
+    paged_attention_reference,
+    usable,
+)
 from veneer.kernels.rules import Rules
 
 S = paged_calls.SLOTS
 BLOCKS = 320
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-"""Largest difference relative to the largest value: of bf16 one rounding of what comes out and one of each share."""
+"""Largest difference relative to the largest value: of bf16 one rounding of what comes out and one
+of each share."""
 LEVELS = [4, 3, 2, 0]
 
-needs_kernel = pytest.mark.skipif(not available("veneer_paged_attention"), reason="no compiled kernels here")
+needs_kernel = pytest.mark.skipif(
+    not available("veneer_paged_attention"), reason="no compiled kernels here"
+)
 
 MIXED = [  # (start, stop, places of the front)
     (0, 1, 0),
@@ -31,7 +42,8 @@ MIXED = [  # (start, stop, places of the front)
 
 
 def laid(spans, seed, *, alike=0):
-    """Spans with blocks at random places; the first `alike` blocks of those without a front are common."""
+    """Spans with blocks at random places; the first `alike` blocks of those without a front are
+    common."""
     free = list(range(BLOCKS))
     random.Random(seed).shuffle(free)
     fronts: dict[int, list[int]] = {}
@@ -49,7 +61,10 @@ def laid(spans, seed, *, alike=0):
 
 def stored(dtype, heads, size, wide, seed):
     torch.manual_seed(seed)
-    key, value = torch.randn(BLOCKS * S, heads, size).to(dtype), torch.randn(BLOCKS * S, heads, wide).to(dtype)
+    key, value = (
+        torch.randn(BLOCKS * S, heads, size).to(dtype),
+        torch.randn(BLOCKS * S, heads, wide).to(dtype),
+    )
     made = Blocks.empty(BLOCKS, S, key, value)
     made.write(torch.arange(BLOCKS * S), key, value)
     return made
@@ -71,15 +86,21 @@ def inputs(dtype, spans, heads, sizes, filler=2):
 
 
 def both(dtype, spans, heads, sizes, rules, seed=0):
-    """(found, expected): by the kernel; by the reference in float64. Both have written the same into their blocks."""
+    """(found, expected): by the kernel; by the reference in float64. Both have written the same
+    into their blocks."""
     blocks = stored(dtype, heads[1], *sizes, seed)
     q, k, v = inputs(dtype, spans, heads, sizes)
     assert usable(q, k, v, blocks)
     wide = wide_copy(blocks)
     found = paged_attention(q, k, v, blocks, Spans(spans, S), rules)
-    expected = paged_attention_reference(*(x.double() for x in (q, k, v)), wide, Spans(spans, S), rules)
+    expected = paged_attention_reference(
+        *(x.double() for x in (q, k, v)), wide, Spans(spans, S), rules
+    )
     places = torch.cat(Spans(spans, S).plain.seen)
-    assert all(torch.equal(a.double(), b) for a, b in zip(blocks.read(places), wide.read(places), strict=True))
+    assert all(
+        torch.equal(a.double(), b)
+        for a, b in zip(blocks.read(places), wide.read(places), strict=True)
+    )
     return found, expected
 
 
@@ -89,8 +110,12 @@ def near(found, expected, dtype):
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (9, 3), (10, 2), (7, 1), (16, 2), (40, 1)], ids=str)
-@pytest.mark.parametrize("sizes", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (6, 10)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (3, 3), (9, 3), (10, 2), (7, 1), (16, 2), (40, 1)], ids=str
+)
+@pytest.mark.parametrize(
+    "sizes", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (6, 10)], ids=str
+)
 def test_the_compiled_attention_is_its_reference(dtype, heads, sizes):
     rules = Rules(scale=sizes[0] ** -0.5)
     found, expected = both(dtype, laid(MIXED, 1, alike=8), heads, sizes, rules)
@@ -114,13 +139,20 @@ def test_windows_caps_and_sinks_are_the_references(dtype, window, sinks, softcap
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_set_of_instructions_gives_it(dtype, level):
-    spans, rules = laid(MIXED, 3, alike=8), Rules(scale=0.3, window=120, softcap=3.0, sinks=torch.zeros(9))
+    spans, rules = (
+        laid(MIXED, 3, alike=8),
+        Rules(scale=0.3, window=120, softcap=3.0, sinks=torch.zeros(9)),
+    )
     blocks = stored(dtype, 3, 32, 20, 0)
     q, k, v = inputs(dtype, spans, (9, 3), (32, 20), filler=0)
     wide, out = wide_copy(blocks), torch.empty(len(q), 9, 20, dtype=dtype)
-    expected = paged_attention_reference(*(x.double() for x in (q, k, v)), wide, Spans(spans, S), rules)
+    expected = paged_attention_reference(
+        *(x.double() for x in (q, k, v)), wide, Spans(spans, S), rules
+    )
     given = {"scale": 0.3, "window": 120, "softcap": 3.0, "sinks": rules.sinks}
-    paged_calls.paged_attention(Spans(spans, S).checked, q, k, v, blocks.keys, blocks.values, out, **given, level=level)
+    paged_calls.paged_attention(
+        Spans(spans, S).checked, q, k, v, blocks.keys, blocks.values, out, **given, level=level
+    )
     assert near(out, expected, dtype)
 
 
@@ -129,7 +161,11 @@ def test_every_set_of_instructions_gives_it(dtype, level):
 @pytest.mark.parametrize("alike", [0, 8, 19])
 def test_a_row_has_the_bits_that_it_has_alone(dtype, alike):
     """However many rows share a task, and whether a long one is split among threads."""
-    spans = laid([*MIXED, *[(310 + 3 * n, 311 + 3 * n, 0) for n in range(8)]][-12:] if alike else MIXED, 4, alike=alike)
+    spans = laid(
+        [*MIXED, *[(310 + 3 * n, 311 + 3 * n, 0) for n in range(8)]][-12:] if alike else MIXED,
+        4,
+        alike=alike,
+    )
     rules, heads, sizes = Rules(scale=0.2), (6, 2), (32, 32)
     q, k, v = inputs(dtype, spans, heads, sizes, filler=0)
     together = paged_attention(q, k, v, stored(dtype, 2, *sizes, 0), Spans(spans, S), rules)
@@ -138,24 +174,38 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype, alike):
         rows = slice(at, at := at + span.stop - span.start)
         for own in (1, 2):
             torch.set_num_threads(own)
-            alone = paged_attention(q[rows], k[rows], v[rows], stored(dtype, 2, *sizes, 0), Spans([span], S), rules)
+            alone = paged_attention(
+                q[rows], k[rows], v[rows], stored(dtype, 2, *sizes, 0), Spans([span], S), rules
+            )
             assert torch.equal(alone, together[rows])
         torch.set_num_threads(1)
-    at = next(i for i, span in enumerate(spans) if span.stop - span.start > 20) if not alike else None
+    at = (
+        next(i for i, span in enumerate(spans) if span.stop - span.start > 20)
+        if not alike
+        else None
+    )
     if at is not None:  # a chunk of a prompt, and the same in two steps
         span, first = spans[at], sum(s.stop - s.start for s in spans[:at])
         blocks, found = stored(dtype, 2, *sizes, 0), []
         for start, stop in ((span.start, span.start + 9), (span.start + 9, span.stop)):
             rows = slice(first + start - span.start, first + stop - span.start)
             part = span._replace(start=start, stop=stop)
-            found.append(paged_attention(q[rows], k[rows], v[rows], blocks, Spans([part], S), rules))
+            found.append(
+                paged_attention(q[rows], k[rows], v[rows], blocks, Spans([part], S), rules)
+            )
         assert torch.equal(torch.cat(found), together[first : first + span.stop - span.start])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("way", [paged_attention, paged_attention_reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "way", [paged_attention, paged_attention_reference], ids=["kernel", "reference"]
+)
 def test_what_another_text_left_in_a_block_is_never_seen(dtype, way):
-    spans = [SpanRows(start, start + 1, [start % 7, 9]) for start in (16, 17, 22)] + [SpanRows(0, 3, [30])]
+    spans = [SpanRows(start, start + 1, [start % 7, 9]) for start in (16, 17, 22)] + [
+        SpanRows(0, 3, [30])
+    ]
     blocks = stored(dtype, 2, 16, 16, 0)
     for span in spans:
         for block in span.blocks:
@@ -174,7 +224,8 @@ def test_a_prefix_and_a_copied_block_are_seen_as_they_were_written():
     blocks.copy(4, 50)
     q, k, v = (torch.randn(1, h, 16).bfloat16() for h in (4, 2, 2))
     first, second = (
-        paged_attention(q, k, v, blocks, Spans([SpanRows(12, 13, [b], [7], 5)], S), rules) for b in (4, 50)
+        paged_attention(q, k, v, blocks, Spans([SpanRows(12, 13, [b], [7], 5)], S), rules)
+        for b in (4, 50)
     )
     assert torch.equal(first, second)
 
@@ -229,6 +280,8 @@ def test_blocks_and_rows_that_are_not_there_are_refused():
     given = {"scale": 1.0, "window": None, "softcap": None, "sinks": None}
     for span in (SpanRows(0, 1, [3]), SpanRows(0, 2, [1])):
         with pytest.raises(paged_calls.CallError):
-            paged_calls.paged_attention(Spans([span], S).checked, q, q, q, blocks.keys, blocks.values, out, **given)
+            paged_calls.paged_attention(
+                Spans([span], S).checked, q, q, q, blocks.keys, blocks.values, out, **given
+            )
     with pytest.raises(paged_calls.CallError):
         _ = Spans([SpanRows(0, 1, [-1])], S).checked

@@ -31,7 +31,8 @@ def begun(place: Path):
     process = FORK.Process(target=_write_and_wait, args=(place,))
     process.start()
     while (
-        not (new := {path.name for path in place.iterdir()} - before) or not (place / next(iter(new)) / "half").exists()
+        not (new := {path.name for path in place.iterdir()} - before)
+        or not (place / next(iter(new)) / "half").exists()
     ):
         time.sleep(0.01)
     return process, next(iter(new))
@@ -88,7 +89,11 @@ def test_our_own_failed_removal_is_made_good_and_our_own_work_is_not_touched(tmp
     "change",
     [
         lambda parts: [parts[0], "0" * 8, *parts[2:]],  # another machine, or another container
-        lambda parts: [*parts[:3], "0", parts[4]],  # a system that does not say when a process began
+        lambda parts: [
+            *parts[:3],
+            "0",
+            parts[4],
+        ],  # a system that does not say when a process began
         lambda parts: parts[:3],  # no name of ours
     ],
 )
@@ -102,7 +107,9 @@ def test_what_cannot_be_judged_here_stays(tmp_path, writer, change):
     assert strange.exists()
 
 
-def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_another_one(tmp_path, writer, monkeypatch):
+def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_another_one(
+    tmp_path, writer, monkeypatch
+):
     _, left = writer
     other = tmp_path / "id"
     other.write_text("another machine, or another start of the one that the containers run on")
@@ -114,7 +121,9 @@ def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_anoth
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_rights_or_synced_folders_is_written_to(tmp_path, monkeypatch, number):
+def test_a_file_system_without_rights_or_synced_folders_is_written_to(
+    tmp_path, monkeypatch, number
+):
     own = os.fsync
 
     def fsync(descriptor):

@@ -1,4 +1,5 @@
-"""Patterns that come with a file: what Python's engine says of them, and an answer to every one of them."""
+"""Patterns that come with a file: what Python's engine says of them, and an answer to every one of
+them."""
 
 import re
 
@@ -50,14 +51,26 @@ SOURCES = [
     r".*\.(?P<name>q|v)_proj",
     r"model\.layers\.(?:0|1\d)\..*?\.(?:q|up)_proj",
 ]
-ENDLESS = [".?" * 40 + "!", "(a+)+!", "(a|a)*!", "(.*)*!", "(?:a|b|ab)*c", "(x+x+)+y", "(?!(a+)+!).*"]
+ENDLESS = [
+    ".?" * 40 + "!",
+    "(a+)+!",
+    "(a|a)*!",
+    "(.*)*!",
+    "(?:a|b|ab)*c",
+    "(x+x+)+y",
+    "(?!(a+)+!).*",
+]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_pattern_means_what_python_s_engine_says_of_whole_paths_and_of_their_ends(source):
     found = pattern(source)
-    assert [found.full(path) for path in PATHS] == [re.fullmatch(source, path) is not None for path in PATHS]
-    if source.startswith(("(?i)", "(?!")):  # within brackets Python takes no flags, and a lookahead elsewhere
+    assert [found.full(path) for path in PATHS] == [
+        re.fullmatch(source, path) is not None for path in PATHS
+    ]
+    if source.startswith(
+        ("(?i)", "(?!")
+    ):  # within brackets Python takes no flags, and a lookahead elsewhere
         return
     ends = [re.match(rf"(.*\.)?({source})$", path) is not None for path in PATHS]
     assert [found.ends(path) for path in PATHS] == ends
@@ -103,7 +116,9 @@ def test_a_lookahead_that_says_not_from_where_is_refused_in_rank_and_alpha_patte
 
 @given(
     st.dictionaries(
-        st.sampled_from([*SOURCES[:13], *map(re.escape, PATHS), *(f"^{re.escape(p)}" for p in PATHS)]),
+        st.sampled_from(
+            [*SOURCES[:13], *map(re.escape, PATHS), *(f"^{re.escape(p)}" for p in PATHS)]
+        ),
         st.integers(1, 99),
     )
 )
@@ -124,12 +139,19 @@ def test_a_stranger_s_endless_patterns_hold_up_no_command(tmp_path, capsys):
 
 def test_flags_within_a_pattern_have_a_meaning_or_are_an_error_and_never_a_traceback():
     model = tiny_model("llama")
-    for targets, count in (("(?i).*Q_PROJ", 2), (".*(?i)Q_PROJ", 2), ("(?i)q_proj", 0), (["(?i)q_proj"], 0)):
+    for targets, count in (
+        ("(?i).*Q_PROJ", 2),
+        (".*(?i)Q_PROJ", 2),
+        ("(?i)q_proj", 0),
+        (["(?i)q_proj"], 0),
+    ):
         settings = LoRA(targets=targets, alpha_pattern={"(?i)Q_proj": 3.0})
         routing = Routing()
         if count:
             made = attach(model, settings, name="a", routing=routing, head=None)
-            assert len(made.layers) == count and {layer.alpha for layer in made.layers.values()} == {3.0}
+            assert len(made.layers) == count and {
+                layer.alpha for layer in made.layers.values()
+            } == {3.0}
             detach(model, "a", routing=routing)
         else:
             with pytest.raises(ConfigError, match="nearest: q_proj"):

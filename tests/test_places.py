@@ -1,4 +1,5 @@
-"""Which places of a model are adapted: its linear layers and its experts, where a layer beside them would act."""
+"""Which places of a model are adapted: its linear layers and its experts, where a layer beside them
+would act."""
 
 import threading
 from types import SimpleNamespace
@@ -43,7 +44,13 @@ _COMMON = {
     "tie_word_embeddings": False,
     "initializer_range": 0.2,
 }
-_SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_SSM = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MIXERS = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -59,7 +66,9 @@ MIXERS = {
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 24,
     },
-    "granitemoehybrid": dict(layer_types=["mamba", "attention"], shared_intermediate_size=24, **_SSM, **_MOE),
+    "granitemoehybrid": dict(
+        layer_types=["mamba", "attention"], shared_intermediate_size=24, **_SSM, **_MOE
+    ),
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16},
     "jamba": {
@@ -107,15 +116,19 @@ MIXERS = {
         "moe_layers": [0, 1],
     },
 }
-"""Families that mix tokens by convolutions, recurrences or gates of three axes, or whose experts are built
-otherwise."""
+"""Families that mix tokens by convolutions, recurrences or gates of three axes, or whose experts
+are built otherwise."""
 
 
 def mixer(family, device="cpu", **fields):
     config = AutoConfig.for_model(family, **{**_COMMON, **MIXERS[family], **fields})
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        return (
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 def mixer_base(family):
@@ -162,7 +175,9 @@ def test_an_adapter_of_a_mixer_is_written_and_read_to_the_bit(family, tmp_path):
     fresh = mixer_base(family)
     loaded = load_adapter(fresh, tmp_path / "a", name="b")
     base.routing.active, fresh.routing.active = (("a", 1.0),), (("b", 1.0),)
-    assert loaded.layers.keys() == made.layers.keys() and torch.equal(logits(fresh.model), logits(base.model))
+    assert loaded.layers.keys() == made.layers.keys() and torch.equal(
+        logits(fresh.model), logits(base.model)
+    )
 
 
 @pytest.mark.parametrize("family", ["jamba", "mamba"])
@@ -248,27 +263,40 @@ def test_quantising_leaves_dense_what_the_model_multiplies_by_itself(tmp_path):
     mixer("mamba").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model = load_base(str(tmp_path), quantize="nf4", device="cpu").model
-    kinds = {path.rpartition(".")[2]: type(module).__name__ for path, module in model.named_modules()}
+    kinds = {
+        path.rpartition(".")[2]: type(module).__name__ for path, module in model.named_modules()
+    }
     assert (kinds["in_proj"], kinds["dt_proj"]) == ("HeldLinear", "Linear")
     assert logits(model).isfinite().all()
 
 
 def test_what_a_model_takes_itself_is_known_without_its_values_too():
     for family in ("jamba", "mamba", "lfm2"):
-        assert weights_read_past(mixer(family, "meta")) == weights_read_past(mixer(family)) != frozenset()
+        assert (
+            weights_read_past(mixer(family, "meta"))
+            == weights_read_past(mixer(family))
+            != frozenset()
+        )
     few, more = mixer("mamba", "meta"), mixer("mamba", "meta", num_hidden_layers=5)
     assert weights_read_past(more, like=few) == weights_read_past(more) > weights_read_past(few)
-    assert weights_read_past(tiny_model("llama")) == weights_read_past(tiny_model("mixtral")) == frozenset()
+    assert (
+        weights_read_past(tiny_model("llama"))
+        == weights_read_past(tiny_model("mixtral"))
+        == frozenset()
+    )
 
 
-def test_a_weight_that_the_model_rescales_before_its_first_answer_is_read_by_its_module_all_the_same():
+def test_a_weight_that_the_model_rescales_before_its_first_answer_is_read_by_its_module():
     model = mixer("rwkv")
     for _ in ("before the first answer", "after it"):
         assert weights_read_past(model) == frozenset()
 
 
-def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_zero_update_is_not(tmp_path):
-    """PEFT's all-linear puts factors beside dt_proj that no gradient reaches: B is zero in every such file."""
+def test_an_adapter_file_that_updates_such_a_weight_is_refused_and_one_with_a_zero_update_is_not(
+    tmp_path,
+):
+    """PEFT's all-linear puts factors beside dt_proj that no gradient reaches: B is zero in every
+    such file."""
     base = mixer_base("mamba")
     made = attach(
         base.model,
@@ -334,10 +362,14 @@ def test_all_linear_leaves_out_the_modules_where_peft_refuses_lora(family, tmp_p
     peft = pytest.importorskip("peft")
     base = mixer_base(family)
     begun = begin(base, LoRA(rank=2), name="a")
-    assert not any(path.endswith("out_proj") for path in begun.attachment.layers) and begun.lines == []
+    assert (
+        not any(path.endswith("out_proj") for path in begun.attachment.layers) and begun.lines == []
+    )
     fill(begun.attachment.parameters().values())
     base.routing.active = (("a", 1.0),)
-    write_adapter(tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    write_adapter(
+        tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model
+    )
     theirs = peft.PeftModel.from_pretrained(mixer(family), tmp_path / "a")
     torch.testing.assert_close(logits(base.model), theirs(IDS).logits, rtol=1e-4, atol=1e-5)
 
@@ -348,23 +380,37 @@ def test_who_names_a_module_where_peft_refuses_lora_gets_it_and_is_told(tmp_path
     begun = begin(base, LoRA(rank=2, targets=["in_proj", "out_proj"]), name="a")
     assert len(begun.attachment.layers) == 4
     assert begun.lines[0].startswith("PEFT refuses LoRA on out_proj of this model (2 modules)")
-    write_adapter(tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    write_adapter(
+        tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model
+    )
     with pytest.raises(ValueError, match="incompatible with Mamba"):
         peft.PeftModel.from_pretrained(mixer("mamba"), tmp_path / "a")
-    assert load_adapter(mixer_base("mamba"), tmp_path / "a", name="a").layers.keys() == begun.attachment.layers.keys()
+    assert (
+        load_adapter(mixer_base("mamba"), tmp_path / "a", name="a").layers.keys()
+        == begun.attachment.layers.keys()
+    )
     for consumer in ("peft", "transformers"):
         [finding] = lint(read_adapter(tmp_path / "a"), base.model, consumer)
         assert "out_proj, 2 modules" in finding.what and not finding.silent
 
 
-def test_a_run_from_an_adapter_that_peft_refuses_says_so_and_the_export_to_peft_is_refused(tmp_path):
+def test_a_run_from_an_adapter_that_peft_refuses_says_so_and_the_export_to_peft_is_refused(
+    tmp_path,
+):
     base, folder = mixer_base("mamba"), tmp_path / "base"
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
     for name, targets in (("refused", ["in_proj", "out_proj"]), ("read", ["in_proj"])):
         begun = begin(base, LoRA(rank=2, targets=targets), name=name)
-        write_adapter(tmp_path / name, begun.attachment, manifest_for(base, method="lora"), model=base.model)
-    settings = {"base": str(folder), "data": "rows.jsonl", "out": "run", "from_adapter": str(tmp_path / "refused")}
+        write_adapter(
+            tmp_path / name, begun.attachment, manifest_for(base, method="lora"), model=base.model
+        )
+    settings = {
+        "base": str(folder),
+        "data": "rows.jsonl",
+        "out": "run",
+        "from_adapter": str(tmp_path / "refused"),
+    }
     _, begun = begin_adapter(load_base(str(folder)), RunConfig.of(settings), [], resumes=False)
     assert [line[:12] for line in begun.lines] == ["goes on from", "PEFT refuses"]
     with pytest.raises(RefusedError, match=r"LoRA on out_proj, 2 modules[\s\S]*veneer merge"):
@@ -376,7 +422,9 @@ def test_a_run_from_an_adapter_that_peft_refuses_says_so_and_the_export_to_peft_
 def test_out_proj_is_exported_to_peft_where_peft_reads_it(tmp_path):
     base = load_base(str(save_tiny(tmp_path / "base", "opt")))
     begun = begin(base, LoRA(rank=2, targets=["out_proj"]), name="a")
-    write_adapter(tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model)
+    write_adapter(
+        tmp_path / "a", begun.attachment, manifest_for(base, method="lora"), model=base.model
+    )
     export_adapter(tmp_path / "a", to="peft", base=str(tmp_path / "base"), out=tmp_path / "out")
     with pytest.raises(AdapterMismatchError, match="does not fit the base"):
         other = str(save_tiny(tmp_path / "other", "llama"))

@@ -1,4 +1,5 @@
-"""What fits, what makes it fit, which method: answers from dry runs, and the plan of a run beside what it measured."""
+"""What fits, what makes it fit, which method: answers from dry runs, and the plan of a run beside
+what it measured."""
 
 import argparse
 import copy
@@ -54,7 +55,9 @@ TINY = Choice(method=LoRA(rank=3, alpha=4.0), batch=8, length=64)
 
 @pytest.fixture(scope="module")
 def planner():
-    return Planner(Blueprint("tiny", tiny_model("llama_untied").config, torch.float32), idle_bytes=0)
+    return Planner(
+        Blueprint("tiny", tiny_model("llama_untied").config, torch.float32), idle_bytes=0
+    )
 
 
 def needs(planner, choice):
@@ -71,7 +74,9 @@ def test_memory_rises_with_rows_and_length_and_falls_with_checkpointing(planner)
     kept = Choice(**{**vars(TINY), "checkpointing": True})
     assert needs(planner, less) < needs(planner, TINY)
     assert needs(planner, shorter) < needs(planner, TINY)
-    config = copy.deepcopy(planner.blueprint.config)  # of two layers one is computed anew at a time: half
+    config = copy.deepcopy(
+        planner.blueprint.config
+    )  # of two layers one is computed anew at a time: half
     config.num_hidden_layers, config.layer_types = 8, None
     deep = Planner(Blueprint("deep", config, torch.float32), idle_bytes=0)
     assert needs(deep, kept) < needs(deep, TINY)
@@ -105,7 +110,9 @@ def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planne
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
     """A dry run is what a plan's time goes into: a second and less each."""
     ran = []
-    monkeypatch.setattr(counting, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known))
+    monkeypatch.setattr(
+        counting, "dry_run", lambda step, known=None: ran.append(step) or dry_run(step, known)
+    )
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1, dtype="bfloat16")
     assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
@@ -113,7 +120,10 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     row = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30)
     assert len(ran) == 2  # and with everything changed
     assert row.nearest is not None and 24 * 2**30 < row.nearest.needed_bytes < row.needed_bytes
-    assert [change.setting for change in row.nearest.changes][:2] == ["checkpointing=true", "quantize=nf4"]
+    assert [change.setting for change in row.nearest.changes][:2] == [
+        "checkpointing=true",
+        "quantize=nf4",
+    ]
     assert "whatever is changed: " in verdict(row) and "the base in 4 bits" in verdict(row)
     unasked = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30, search=False)
     assert verdict(unasked) == "does not fit"
@@ -164,14 +174,22 @@ def test_cuda_needs_more_than_its_allocator_counts_and_a_process_nothing(planner
     run = planner.estimate(TINY).run
     cuda = estimate(run, device="cuda", idle_bytes=10**9)
     live = max(phase.peak_bytes for phase in run.phases)
-    assert cuda.peak_bytes == sum(cuda.parts.values()) == live + CUDA_WORKSPACES_BYTES < cuda.needed_bytes
+    assert (
+        cuda.peak_bytes
+        == sum(cuda.parts.values())
+        == live + CUDA_WORKSPACES_BYTES
+        < cuda.needed_bytes
+    )
     cpu = estimate(run, device="cpu", idle_bytes=10**9)
     assert sum(cpu.parts.values()) == cpu.peak_bytes == cpu.needed_bytes
 
 
 def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_median(planner):
     lengths = [10, 12, 14, 60]
-    rows = [Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i) for i, n in enumerate(lengths)]
+    rows = [
+        Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i)
+        for i, n in enumerate(lengths)
+    ]
     own = Planner(planner.blueprint, idle_bytes=0, rows=rows)
     choice = Choice(method=TINY.method, batch=1, length=64)
     assert [[len(r.ids) for r in part] for part in own.largest(choice)] == [[60]]
@@ -193,12 +211,15 @@ def test_with_dropout_too_the_prompt_of_the_rows_is_counted_once(planner):
 
 
 def test_every_size_of_a_batch_compiles_its_products_again(planner):
-    """On a CPU in bfloat16; the sizes are those of the steps that are taken, rounded as the batches are."""
+    """On a CPU in bfloat16; the sizes are those of the steps that are taken, rounded as the batches
+    are."""
     rows = [
         Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i)
         for i, n in enumerate([10, 30, 40, 70, 90, 200])
     ]
-    whole = Planner(Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows)
+    whole = Planner(
+        Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows
+    )
     choice = Choice(method=TINY.method, batch=1, length=256, dtype="bfloat16")
     sizes = whole.epoch(choice).sizes
     assert sizes == {round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)} and len(sizes) == 4
@@ -209,10 +230,15 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     assert (
         whole.estimate(choice).peak_bytes
         == estimate(
-            run, device="cpu", idle_bytes=0, kernel_bytes=compiled_kernels(run, 4) * KERNEL_BYTES[torch.bfloat16]
+            run,
+            device="cpu",
+            idle_bytes=0,
+            kernel_bytes=compiled_kernels(run, 4) * KERNEL_BYTES[torch.bfloat16],
         ).peak_bytes
     )
-    looked_at = replace(whole, held_out=[rows[5], rows[0], rows[2]])  # 2 rows and 1 row: the sizes 64 and 224
+    looked_at = replace(
+        whole, held_out=[rows[5], rows[0], rows[2]]
+    )  # 2 rows and 1 row: the sizes 64 and 224
     assert 0 < run.forward_shapes < compiled_kernels(run, 1)
     two = replace(choice, batch=2)
     without = whole.estimate(two).peak_bytes
@@ -220,11 +246,16 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
     assert evaluated_sizes(looked_at.held_out, 2) == {64, 224}
     new = len({64, 224} - whole.epoch(two).sizes)
     assert looked_at.estimate(two).peak_bytes == without + (new + SAMPLE_SIZES) * forward
-    assert estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes == estimate(run, device="cuda").peak_bytes
+    assert (
+        estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes
+        == estimate(run, device="cuda").peak_bytes
+    )
 
 
 def test_of_a_mixture_the_numbers_of_rows_that_experts_get_count():
-    mixture = Planner(Blueprint("tiny", tiny_model("qwen3_moe").config, torch.bfloat16), idle_bytes=0)
+    mixture = Planner(
+        Blueprint("tiny", tiny_model("qwen3_moe").config, torch.bfloat16), idle_bytes=0
+    )
     low_rank = mixture.step_run(with_batch(TINY, 8))
     beside = [s for s in low_rank.work.products if s[0] == low_rank.expert_rows]
     assert low_rank.experts > 1 and len(beside) >= 4
@@ -294,7 +325,8 @@ def test_default_rates_fall_with_the_width_and_for_starts_that_are_as_large_as_t
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 * 2**30), ("24 gb", 24 * 10**9), ("1.5G", 1_500_000_000), ("512MiB", 2**29)]
+    ("text", "size"),
+    [("24GiB", 24 * 2**30), ("24 gb", 24 * 10**9), ("1.5G", 1_500_000_000), ("512MiB", 2**29)],
 )
 def test_sizes_are_read_as_people_write_them(text, size):
     assert command.parse_size(text) == size
@@ -309,7 +341,10 @@ def test_what_is_no_size_is_refused(text):
 def test_the_page_shows_the_plan_and_nothing_foreign_becomes_a_tag(planner):
     hostile = "<script>alert(1)</script>"
     own = Planner(Blueprint(hostile, planner.blueprint.config, torch.float32), idle_bytes=0)
-    rows = [plan_row(own, choice, named_gpu("H100"), memory_bytes=200_000) for choice in all_methods(TINY)[:2]]
+    rows = [
+        plan_row(own, choice, named_gpu("H100"), memory_bytes=200_000)
+        for choice in all_methods(TINY)[:2]
+    ]
     seen = Tags(plan_page(hostile, rows, memory_bytes=200_000, notes=["a note"]))
     assert "script" not in seen.tags
     assert hostile in "".join(seen.words) and "a note" in "".join(seen.words)
@@ -317,7 +352,18 @@ def test_the_page_shows_the_plan_and_nothing_foreign_becomes_a_tag(planner):
 
 def test_the_command_answers_in_json_and_exits_3_where_it_does_not_fit(tmp_path, capsys):
     folder = save_tiny(tmp_path / "base")
-    line = ["plan", "--base", str(folder), "--batch", "2", "--length", "64", "--gpu", "H100", "--json"]
+    line = [
+        "plan",
+        "--base",
+        str(folder),
+        "--batch",
+        "2",
+        "--length",
+        "64",
+        "--gpu",
+        "H100",
+        "--json",
+    ]
     assert main(line) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plans"][0]["method"] == "lora" and found["plans"][0]["fits"]
@@ -337,7 +383,10 @@ def test_a_rank_of_a_method_without_one_is_refused(name):
 
 
 def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):
-    found = {kind.__name__: _lower_rank(planner, replace(TINY, method=kind())) for kind in METHODS.values()}
+    found = {
+        kind.__name__: _lower_rank(planner, replace(TINY, method=kind()))
+        for kind in METHODS.values()
+    }
     assert [name for name, change in found.items() if change] == ["LoRA", "DoRA"]
     assert found["DoRA"].choice.method == DoRA(rank=4, alpha=8.0)
 
@@ -345,7 +394,9 @@ def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):
 def test_a_terminal_sees_which_of_several_plans_is_made(tmp_path, capsys, monkeypatch):
     told = []
     asked = Question(
-        [str(save_tiny(tmp_path / "base", "llama"))], Choice(method=LoRA(), batch=1, length=16), compare=True
+        [str(save_tiny(tmp_path / "base", "llama"))],
+        Choice(method=LoRA(), batch=1, length=16),
+        compare=True,
     )
     found = answer(asked, lambda done, total: told.append((done, total)))
     total = len(found.rows) + len(found.faults)
@@ -370,7 +421,19 @@ def test_a_plan_is_of_no_longer_rows_than_the_model_has_positions_for(tmp_path, 
 def test_the_run_file_that_it_writes_is_one(tmp_path, capsys):
     folder = save_tiny(tmp_path / "base")
     target = tmp_path / "run.yaml"
-    line = ["plan", "--base", str(folder), "--length", "64", "--gpu", "H100", "--kind", "style", "--write", str(target)]
+    line = [
+        "plan",
+        "--base",
+        str(folder),
+        "--length",
+        "64",
+        "--gpu",
+        "H100",
+        "--kind",
+        "style",
+        "--write",
+        str(target),
+    ]
     assert main(line) == 0
     settings = yaml.safe_load(target.read_text())
     config = RunConfig.model_validate(settings)
@@ -412,20 +475,32 @@ def test_the_arguments_are_all_read():
 
 
 def random_rows(seed, count):
-    """Rows of three sets: behind a long prompt that they share, behind a short one, and each by itself. Some became two
-    examples."""
+    """Rows of three sets: behind a long prompt that they share, behind a short one, and each by
+    itself. Some became two examples."""
     generator = np.random.Generator(np.random.Philox(key=[seed, 7]))
-    prompts = [generator.integers(0, 250, size) for size in (int(generator.integers(60, 150)), 12, 0)]
+    prompts = [
+        generator.integers(0, 250, size) for size in (int(generator.integers(60, 150)), 12, 0)
+    ]
     made = []
     for number in range(count):
         prompt = prompts[int(generator.integers(3))]
-        ids = np.concatenate([prompt, generator.integers(0, 250, int(generator.integers(8, 120)))]).astype(np.int32)
+        ids = np.concatenate(
+            [prompt, generator.integers(0, 250, int(generator.integers(8, 120)))]
+        ).astype(np.int32)
         trained = np.arange(len(ids)) >= len(ids) - int(generator.integers(1, 8))
         several = number % 5 == 0
         for part in range(1 + several):
             end = len(ids) - 3 * (1 - part) if several else len(ids)
-            own = Example(ids[:end], trained[:end], RowRef("r", number), number, row=number if several else None)
-            made.append(own if own.trained.any() else replace(own, trained=np.arange(end) >= end - 1))
+            own = Example(
+                ids[:end],
+                trained[:end],
+                RowRef("r", number),
+                number,
+                row=number if several else None,
+            )
+            made.append(
+                own if own.trained.any() else replace(own, trained=np.arange(end) >= end - 1)
+            )
     return made
 
 
@@ -434,16 +509,28 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
     held = Blueprint("tiny", tiny_model(family).config, torch.float32)
     for seed in range(4):
         order = ("bucketed", "shuffled", "file", "bucketed")[seed]
-        choice = replace(TINY, batch=4, micro_batch=(None, 3)[seed % 2], length=512, share_prompt=seed != 3)
-        own = Planner(held, idle_bytes=0, rows=random_rows(seed, 14), seed=seed, order=order, epochs=2)
+        choice = replace(
+            TINY, batch=4, micro_batch=(None, 3)[seed % 2], length=512, share_prompt=seed != 3
+        )
+        own = Planner(
+            held, idle_bytes=0, rows=random_rows(seed, 14), seed=seed, order=order, epochs=2
+        )
         chosen = own.estimate(choice).peak_bytes
         assert len(own._runs) <= 2
         rows = Rows.of(own.rows)
         plans = plans_of_run(rows, batch=4, seed=seed, order=order, mixture=None, steps=8)
-        parts = [plan.rows[a:b].tolist() for plan, taken in plans for a, b in plan.spans(choice.rows_at_once, taken)]
+        parts = [
+            plan.rows[a:b].tolist()
+            for plan, taken in plans
+            for a, b in plan.spans(choice.rows_at_once, taken)
+        ]
         every = {tuple(part) for part in parts}
         peaks = [
-            estimate(own._run(choice, [own.rows[i] for i in rows.examples(part)]), device="cpu", idle_bytes=0)
+            estimate(
+                own._run(choice, [own.rows[i] for i in rows.examples(part)]),
+                device="cpu",
+                idle_bytes=0,
+            )
             for part in every
         ]
         most = max(found.peak_bytes for found in peaks)
@@ -452,7 +539,9 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
 
 
 def test_a_search_for_what_fits_dry_runs_one_micro_batch_of_each_choice_that_does_not(planner):
-    own = Planner(planner.blueprint, idle_bytes=0, rows=random_rows(1, 40), seed=1, order="shuffled", epochs=2)
+    own = Planner(
+        planner.blueprint, idle_bytes=0, rows=random_rows(1, 40), seed=1, order="shuffled", epochs=2
+    )
     choice = replace(TINY, batch=4, length=512)
     assert len(own.largest(choice)) > 2
     assert not fits(own, choice, 1000) and len(own._runs) == 1
@@ -465,8 +554,12 @@ def test_the_search_for_the_largest_micro_batch_compares_few_of_many_one_by_one(
     monkeypatch.setattr(longest, "_exceeds", lambda *given: calls.append(1) or compare(*given))
     lengths = np.random.Generator(np.random.Philox(key=[4, 4])).integers(20, 300, 4000).tolist()
     ids, trained = np.zeros(300, dtype=np.int32), np.arange(300) >= 10
-    rows = [Example(ids[:size], trained[:size], RowRef("r", i), i) for i, size in enumerate(lengths)]
+    rows = [
+        Example(ids[:size], trained[:size], RowRef("r", i), i) for i, size in enumerate(lengths)
+    ]
     own = Planner(Blueprint("none", None, torch.float32), rows=rows, epochs=3)
-    found = own._find_largest(Choice(method=TINY.method, batch=8, micro_batch=1, length=300), packed=True)
+    found = own._find_largest(
+        Choice(method=TINY.method, batch=8, micro_batch=1, length=300), packed=True
+    )
     assert [len(row.ids) for row in found[0]] == [max(lengths)]
     assert len(calls) < 100

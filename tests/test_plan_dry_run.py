@@ -1,4 +1,5 @@
-"""The dry run: the same bytes as the real step, at any depth; counts and file sizes of published adapters."""
+"""The dry run: the same bytes as the real step, at any depth; counts and file sizes of published
+adapters."""
 
 import copy
 
@@ -35,7 +36,8 @@ def step_of(model, method, rows, **others):
     return Step(model.config, model.dtype, method, rows, **others)
 
 
-# Published adapters and models: trained values, values in all, bytes of the file (None: not published).
+# Published adapters and models: trained values, values in all, bytes of the file (None: not
+# published).
 ROWS = {
     "Llama-3.2-3B, LoRA 32 on q, v": (
         "llama-3.2-3b",
@@ -60,7 +62,9 @@ def planned(base, method, **changes):
     found = blueprint(base)
     for name, value in changes.items():
         setattr(found.config, name, value)
-    return dry_run(Step(found.config, found.dtype, method, synthetic_rows(1, 64), checkpointing=True))
+    return dry_run(
+        Step(found.config, found.dtype, method, synthetic_rows(1, 64), checkpointing=True)
+    )
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -83,7 +87,13 @@ BY_METHOD = {
         37_181_760,
     ),
     "prefix of 200": ("llama-3.2-3b", Prefix(tokens=200), 11_468_800, 3_224_218_624, 45_875_328),
-    "Pfeiffer 48 on GPT-2": ("gpt2", Bottleneck(placement="pfeiffer", size=48), 894_528, None, None),
+    "Pfeiffer 48 on GPT-2": (
+        "gpt2",
+        Bottleneck(placement="pfeiffer", size=48),
+        894_528,
+        None,
+        None,
+    ),
 }
 
 
@@ -101,7 +111,9 @@ def test_dora_costs_few_products_more_than_lora_with_and_without_compiled_kernel
     config.num_hidden_layers = 6
     for on_cpu in (True, False):
         lora, dora = (
-            dry_run(Step(config, torch.bfloat16, method, synthetic_rows(4, 64), on_cpu=on_cpu)).work.flops
+            dry_run(
+                Step(config, torch.bfloat16, method, synthetic_rows(4, 64), on_cpu=on_cpu)
+            ).work.flops
             for method in (LoRA(), DoRA())
         )
         assert lora <= dora <= 1.05 * lora
@@ -128,7 +140,9 @@ def test_counts_of_gemma_2_without_its_classification_head():
         ("llama", lora(2, dropout=0.1), True),
     ],
 )
-def test_the_step_without_storage_holds_what_the_real_step_holds(family, method, checkpointing, monkeypatch):
+def test_the_step_without_storage_holds_what_the_real_step_holds(
+    family, method, checkpointing, monkeypatch
+):
     monkeypatch.setenv(native.OFF, "1")
     native._library.cache_clear()
     rows = make_examples(3, longest=40)
@@ -178,9 +192,17 @@ def test_products_of_kernels_of_ours_are_none_of_a_library():
     found = blueprint("smollm2-135m")
     found.config.num_hidden_layers = 2
     rows = synthetic_rows(1, 128)
-    own, others = (dry_run(Step(found.config, dtype, lora(16), rows)).work for dtype in (torch.bfloat16, torch.float32))
+    own, others = (
+        dry_run(Step(found.config, dtype, lora(16), rows)).work
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert not own.of_libraries and own.own
-    assert {shape[1:] for shape in others.of_libraries} > {(49152, 576), (576, 1536), (1536, 576), (576, 576)}
+    assert {shape[1:] for shape in others.of_libraries} > {
+        (49152, 576),
+        (576, 1536),
+        (1536, 576),
+        (576, 576),
+    }
     frozen = {shape: flops for shape, flops in others.products.items() if shape in own.own}
     assert frozen == {shape: own.products[shape] for shape in own.own}
 
@@ -197,7 +219,14 @@ def test_turns_of_the_loss_that_are_alike_are_counted_by_one_of_them(count, monk
 def test_what_the_base_alone_says_serves_every_method():
     config = tiny_model("qwen3_moe").config
     bares = {}
-    for method in (lora(3), DoRA(rank=2, alpha=2.0, targets=["q_proj"]), Prefix(), Full(), Bottleneck(), lora(3)):
+    for method in (
+        lora(3),
+        DoRA(rank=2, alpha=2.0, targets=["q_proj"]),
+        Prefix(),
+        Full(),
+        Bottleneck(),
+        lora(3),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             step = Step(config, dtype, method, ())
             assert module.whole(step, bares) == module.whole(step), method
@@ -206,7 +235,12 @@ def test_what_the_base_alone_says_serves_every_method():
 
 @pytest.mark.parametrize(
     ("family", "method", "checkpointing"),
-    [("llama", lora(3), False), ("llama", Full(), True), ("gemma2", lora(3), True), ("qwen3_moe", lora(3), False)],
+    [
+        ("llama", lora(3), False),
+        ("llama", Full(), True),
+        ("gemma2", lora(3), True),
+        ("qwen3_moe", lora(3), False),
+    ],
 )
 def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, checkpointing):
     depth = 13
@@ -216,7 +250,9 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
             setattr(config, name, depth)
     if hasattr(config, "layer_types") and config.layer_types:
         config.layer_types = [config.layer_types[i % 2] for i in range(depth)]
-    step = Step(config, torch.bfloat16, method, make_examples(2, longest=40), checkpointing=checkpointing)
+    step = Step(
+        config, torch.bfloat16, method, make_examples(2, longest=40), checkpointing=checkpointing
+    )
     experts = module._num_experts(config)
     model = build(config, torch.bfloat16)
     with torch.device("meta"):
@@ -225,19 +261,30 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
     whole = module._run(step, build(config, torch.bfloat16), experts)
     assert grown is not None
     for one, other in zip(grown.phases, whole.phases, strict=True):
-        assert (one.name, one.peak_bytes, one.end_bytes) == (other.name, other.peak_bytes, other.end_bytes)
+        assert (one.name, one.peak_bytes, one.end_bytes) == (
+            other.name,
+            other.peak_bytes,
+            other.end_bytes,
+        )
         assert {k: v for k, v in one.parts.items() if v} == other.parts
     assert grown.work == whole.work
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-@pytest.mark.parametrize("method", [Full(), Prefix(tokens=3), lora(3, ["q_proj"])], ids=["full", "prefix", "lora"])
+@pytest.mark.parametrize(
+    "method", [Full(), Prefix(tokens=3), lora(3, ["q_proj"])], ids=["full", "prefix", "lora"]
+)
 def test_experts_that_are_not_adapted_are_planned_in_float32_as_in_bf16(family, method):
     rows = make_examples(2)
-    runs = [dry_run(step_of(tiny_model(family, dtype), method, rows)) for dtype in (torch.float32, torch.bfloat16)]
+    runs = [
+        dry_run(step_of(tiny_model(family, dtype), method, rows))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     shapes = [{shape for shape in run.work.products if any(shape)} for run in runs]
     assert shapes[0] >= shapes[1]
-    assert all(3 in shape for shape in shapes[0] - shapes[1])  # products with the rank, compiled for bf16
+    assert all(
+        3 in shape for shape in shapes[0] - shapes[1]
+    )  # products with the rank, compiled for bf16
 
 
 @pytest.mark.parametrize("method", [lora(3), Full()], ids=["lora", "full"])
@@ -249,7 +296,9 @@ def test_what_stays_is_what_the_flat_buffer_and_the_optimizer_hold(method, dtype
     if isinstance(method, Full):
         parameters = dict(model.named_parameters())
     else:
-        attachment = attach(model, method, name="a", routing=routing, head=model.get_output_embeddings())
+        attachment = attach(
+            model, method, name="a", routing=routing, head=model.get_output_embeddings()
+        )
         parameters = attachment.parameters()
     flat = FlatParameters(parameters)
     optimizer = AdamW(flat, weight_decay=0.0)
@@ -267,7 +316,9 @@ def test_what_stays_is_what_the_flat_buffer_and_the_optimizer_hold(method, dtype
 def test_a_layer_that_differs_from_the_others_is_run_whole(monkeypatch):
     config = tiny_model("llama", num_hidden_layers=12).config
     step = Step(config, torch.float32, lora(3, layers=[11]), make_examples(2))
-    monkeypatch.setattr(module, "_extrapolated", lambda *_: pytest.fail("layer 11 is not like the others"))
+    monkeypatch.setattr(
+        module, "_extrapolated", lambda *_: pytest.fail("layer 11 is not like the others")
+    )
     assert dry_run(step).modules_adapted == 7
 
 

@@ -1,4 +1,5 @@
-"""The plan of a run on several processes, of new tokens and of mixed sets: against what is held, sent and trained."""
+"""The plan of a run on several processes, of new tokens and of mixed sets: against what is held,
+sent and trained."""
 
 from __future__ import annotations
 
@@ -38,7 +39,15 @@ from veneer.plan.fit import ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.plan.probe import planned
-from veneer.plan.spread import HOP_SECONDS, Sent, StepTime, longest_share, parse_link, sent, step_time
+from veneer.plan.spread import (
+    HOP_SECONDS,
+    Sent,
+    StepTime,
+    longest_share,
+    parse_link,
+    sent,
+    step_time,
+)
 from veneer.plan.weights import base_bytes
 from veneer.shards import Shards
 from veneer.train.config import RunConfig
@@ -58,7 +67,8 @@ def planner() -> Planner:
 
 
 def sharded(model: Any, size: int) -> tuple[Shards, list[int]]:
-    """The layers of `model` on one of so many processes, the others of which hold nothing; bytes of every gathering."""
+    """The layers of `model` on one of so many processes, the others of which hold nothing; bytes of
+    every gathering."""
     gathered: list[int] = []
 
     def gather(whole: torch.Tensor, own: torch.Tensor) -> None:
@@ -79,7 +89,9 @@ def test_the_part_of_a_layer_that_is_planned_is_the_one_that_is_held(size: int) 
     assert sum(planned) == shards.own_bytes > 0
 
 
-def test_the_part_of_a_packed_layer_is_planned_within_the_tables_that_stay_whole(tmp_path: Path) -> None:
+def test_the_part_of_a_packed_layer_is_planned_within_the_tables_that_stay_whole(
+    tmp_path: Path,
+) -> None:
     folder = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=512)
     planned = replace(base_bytes(tiny_model("llama", hidden_size=128, intermediate_size=512)))
     base = load_base(str(folder), dtype="float32", quantize="nf4")
@@ -113,7 +125,10 @@ def test_each_process_takes_its_share_of_the_rows_where_nothing_is_said(planner:
     assert [replace(TINY, processes=n).rows_at_once for n in (1, 2, 3, 8, 9)] == [8, 4, 3, 1, 1]
     exact = replace(TINY, batch=20, reduce="exact")  # whose bits must not depend on it
     assert {replace(exact, processes=n).rows_at_once for n in (1, 2, 3, 8, 9)} == {3}
-    assert planner.estimate(FOUR).peak_bytes == planner.estimate(replace(TINY, micro_batch=2)).peak_bytes
+    assert (
+        planner.estimate(FOUR).peak_bytes
+        == planner.estimate(replace(TINY, micro_batch=2)).peak_bytes
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -124,7 +139,9 @@ def test_the_gatherings_that_are_planned_are_those_of_a_step(checkpointing: bool
     _, gathered = sharded(model, 1)
     attach(model, TINY.method, name="a", routing=routing, head=model.get_output_embeddings())
     routing.active = (("a", 1.0),)
-    batch = make_batch(make_examples(2), packed=paths.packed, share_prompt=True, device=torch.device("cpu"))
+    batch = make_batch(
+        make_examples(2), packed=paths.packed, share_prompt=True, device=torch.device("cpu")
+    )
     counts = []
     with checkpointed(model, routing, on=checkpointing):
         for _ in range(3):
@@ -139,12 +156,19 @@ def test_the_gatherings_that_are_planned_are_those_of_a_step(checkpointing: bool
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=4), st.integers(1, 6))
-def test_the_longest_share_is_that_of_the_runs_own_plan(costs: list[list[int]], processes: int) -> None:
+@given(
+    st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=4),
+    st.integers(1, 6),
+)
+def test_the_longest_share_is_that_of_the_runs_own_plan(
+    costs: list[list[int]], processes: int
+) -> None:
     total = sum(map(sum, costs))
     owners = [dealt(step, processes) for step in costs]
     longest = sum(
-        max(sum(c for c, o in zip(step, own, strict=True) if o == rank) for rank in range(processes))
+        max(
+            sum(c for c, o in zip(step, own, strict=True) if o == rank) for rank in range(processes)
+        )
         for step, own in zip(costs, owners, strict=True)
     )
     share = longest_share(costs, processes, together=False)
@@ -164,10 +188,14 @@ def test_a_slower_link_costs_what_is_sent_over_it(planner: Planner) -> None:
         moved = (sends.gradient + sends.layers) * (1e-6 - 1e-9)
         assert other.seconds - one.seconds == pytest.approx(moved)
         assert one.efficiency > other.efficiency
-    assert planner.step_time(FOUR, fast).gather == 0 < planner.step_time(sharded_choice, fast).gather
+    assert (
+        planner.step_time(FOUR, fast).gather == 0 < planner.step_time(sharded_choice, fast).gather
+    )
     hops = planner.step_time(FOUR, fast).reduce - planner.sent(FOUR).gradient / 1e9
     assert hops == pytest.approx(6 * 7 * HOP_SECONDS)
-    assert planner.step_time(TINY, fast) == StepTime(planner.seconds_per_step(TINY, named_gpu("H100")))
+    assert planner.step_time(TINY, fast) == StepTime(
+        planner.seconds_per_step(TINY, named_gpu("H100"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +214,8 @@ def test_links_are_read_as_people_write_them(text: str, speed: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "10G", "Gb/s", "-1Gb/s", "0Gb/s", "7kb/s", "9" * 40 + "TB/s", "nanGb/s", "10 gb/s"]
+    "text",
+    ["", "10", "10G", "Gb/s", "-1Gb/s", "0Gb/s", "7kb/s", "9" * 40 + "TB/s", "nanGb/s", "10 gb/s"],
 )
 def test_what_is_no_link_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="no speed of a link"):
@@ -222,15 +251,28 @@ def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
 def place(tmp_path: Path) -> Path:
     """A folder with a base, two sets and a run file."""
     for name, count in (("many", 12), ("few", 3)):
-        rows = [{"prompt": f"say {n} " + "a " * (n % 7), "completion": "b " * (1 + n % 5)} for n in range(count)]
+        rows = [
+            {"prompt": f"say {n} " + "a " * (n % 7), "completion": "b " * (1 + n % 5)}
+            for n in range(count)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = [str(tmp_path / "many.jsonl"), {"path": str(tmp_path / "few.jsonl"), "weight": 3.0}]
-    write_run(tmp_path, base=str(save_tiny(tmp_path / "base")), data={"train": sets, "validation_share": 0.0})
+    write_run(
+        tmp_path,
+        base=str(save_tiny(tmp_path / "base")),
+        data={"train": sets, "validation_share": 0.0},
+    )
     return tmp_path
 
 
 def write_run(place: Path, **others: Any) -> None:
-    fields = {"batch": 4, "length": 64, "method": {"name": "lora", "rank": 2}, "share_prompt": False, "epochs": 1}
+    fields = {
+        "batch": 4,
+        "length": 64,
+        "method": {"name": "lora", "rank": 2},
+        "share_prompt": False,
+        "epochs": 1,
+    }
     fields |= {"dtype": "float32", "show_answers": False, "out": str(place / "run"), **others}
     (place / "run.yaml").write_text(yaml.safe_dump(fields))
 
@@ -242,19 +284,33 @@ def read_run(place: Path) -> RunConfig:
 def test_a_mixtures_rows_are_planned_as_the_run_takes_them(place: Path) -> None:
     config = read_run(place)
     data = api.run_rows(config)
-    own = Planner(blueprint(config.base), idle_bytes=0, rows=data.train, mixture=data.mixture, seed=config.seed)
+    own = Planner(
+        blueprint(config.base),
+        idle_bytes=0,
+        rows=data.train,
+        mixture=data.mixture,
+        seed=config.seed,
+    )
     choice = choice_of(config)
     api.train_run(config, resume=False, screen=QuietScreen())
-    steps = [record for record in read_records(place / "run" / "metrics.jsonl") if record["kind"] == "step"]
+    steps = [
+        record
+        for record in read_records(place / "run" / "metrics.jsonl")
+        if record["kind"] == "step"
+    ]
     assert own.steps_per_epoch(choice) == len(steps) == 6  # 12 + 3 * 3 rows by 4
-    assert [round_up(sum(step)) for step in own.epoch(choice).costs] == [r["computed_tokens"] for r in steps]
+    assert [round_up(sum(step)) for step in own.epoch(choice).costs] == [
+        r["computed_tokens"] for r in steps
+    ]
 
 
 def test_of_rows_that_are_cut_the_mixture_keeps_those_that_train() -> None:
     made = Mixture((4, 3), (4.0, 6.0)).among(np.array([0, 2, 3, 5]))
     assert (made.sizes, made.draws) == ((3, 1), (3.0, 2.0))
     rows = [
-        replace(e, ids=np.tile(e.ids, 3), trained=np.r_[e.trained & False, e.trained & False, e.trained])
+        replace(
+            e, ids=np.tile(e.ids, 3), trained=np.r_[e.trained & False, e.trained & False, e.trained]
+        )
         for e in make_examples(3)
     ]
     rows = [*make_examples(4), *rows]
@@ -271,20 +327,34 @@ def test_of_rows_that_are_cut_the_mixture_keeps_those_that_train() -> None:
 @pytest.mark.parametrize("family", ["llama", "llama_untied"])
 def test_new_tokens_are_counted_as_the_run_trains_them(place: Path, family: str) -> None:
     save_tiny(place / "other", family)
-    write_run(place, base=str(place / "other"), data=str(place / "many.jsonl"), new_tokens=["<one>", "<two>"])
+    write_run(
+        place,
+        base=str(place / "other"),
+        data=str(place / "many.jsonl"),
+        new_tokens=["<one>", "<two>"],
+    )
     config = read_run(place)
-    found = Planner(blueprint(config.base), idle_bytes=0, rows=api.run_rows(config).train).step_run(choice_of(config))
+    found = Planner(blueprint(config.base), idle_bytes=0, rows=api.run_rows(config).train).step_run(
+        choice_of(config)
+    )
     api.train_run(config, resume=False, screen=QuietScreen())
     start = read_records(place / "run" / "metrics.jsonl")[0]
     assert found.trainable_parameters == start["trainable_parameters"]
     assert found.file_bytes == start["adapter_bytes"]
 
 
-def test_a_run_file_is_planned_for_several_processes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_file_is_planned_for_several_processes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = ["plan", str(place / "run.yaml"), "--processes", "2", "--link", "1Gb/s", "--gpu", "H100"]
     assert main([*line, "--json", "--set", "shard=true", "--set", "reduce=exact"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
-    assert (plan["processes"], plan["shard"], plan["reduce"], plan["steps"]) == (2, True, "exact", 6)
+    assert (plan["processes"], plan["shard"], plan["reduce"], plan["steps"]) == (
+        2,
+        True,
+        "exact",
+        6,
+    )
     assert plan["link_bytes_per_second"] == 1.25e8
     assert plan["sent_bytes_per_step"]["gradient"] == 16 * plan["trainable_parameters"]
     assert plan["sent_bytes_per_step"]["layers"] > 0
@@ -298,13 +368,21 @@ def test_it_is_read_on_a_terminal_of_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for more in ([], ["--link", "10Gb/s"], ["--set", "shard=true", "--link", "10Gb/s"]):
-        assert main(["plan", str(place / "run.yaml"), "--processes", "4", "--gpu", "H100", *more]) == 0
+        assert (
+            main(["plan", str(place / "run.yaml"), "--processes", "4", "--gpu", "H100", *more]) == 0
+        )
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= 80
-        assert "4 processes" in shown and "computed" in shown and ("efficiency" in shown) == ("--link" in more)
+        assert (
+            "4 processes" in shown
+            and "computed" in shown
+            and ("efficiency" in shown) == ("--link" in more)
+        )
 
 
-@pytest.mark.parametrize("flags", [["--batch", "4"], ["--shard"], ["--write", "x.yaml"], ["--base", "smollm2-135m"]])
+@pytest.mark.parametrize(
+    "flags", [["--batch", "4"], ["--shard"], ["--write", "x.yaml"], ["--base", "smollm2-135m"]]
+)
 def test_what_a_run_file_says_is_not_said_again(
     place: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,13 +407,22 @@ def test_the_plan_that_a_run_makes_says_what_each_process_sends(place: Path) -> 
     assert made.gradient > 0 < made.layers
     assert "of gradient" in _each(made) and "of layers" in _each(made)
     alone = planned(
-        config, found.config, torch.float32, data, largest=[data.train[:2]], idle_bytes=0, device="cpu", processes=1
+        config,
+        found.config,
+        torch.float32,
+        data,
+        largest=[data.train[:2]],
+        idle_bytes=0,
+        device="cpu",
+        processes=1,
     )
     assert (alone.gradient, alone.layers) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_full_fine_tuning_in_shards_holds_a_part_of_what_an_optimizer_keeps(planner: Planner, dtype: Any) -> None:
+def test_full_fine_tuning_in_shards_holds_a_part_of_what_an_optimizer_keeps(
+    planner: Planner, dtype: Any
+) -> None:
     whole = replace(FOUR, method=Full(), dtype=dtype)
     parts = replace(whole, shard=True)
     one, other = (planner.estimate(choice).run for choice in (whole, parts))

@@ -1,4 +1,5 @@
-"""An adapter is asked as it was taught: with the system turn of its rows, and what their template was told."""
+"""An adapter is asked as it was taught: with the system turn of its rows, and what their template
+was told."""
 
 import json
 
@@ -23,11 +24,14 @@ QUIET = {"enable_thinking": False}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base whose template has a switch, and a run over rows that all begin with one system turn."""
+    """A base whose template has a switch, and a run over rows that all begin with one system
+    turn."""
     folder = tmp_path_factory.mktemp("world")
     tiny_model("llama").save_pretrained(folder / "base")
     reasoning_tokenizer().save_pretrained(folder / "base")
-    rows = [{"system": SYSTEM, "prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
+    rows = [
+        {"system": SYSTEM, "prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bare = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(4)]
     (folder / "bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
@@ -57,7 +61,9 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def test_the_run_keeps_in_its_adapter_what_all_rows_began_with_and_what_their_template_was_told(world):
+def test_the_run_keeps_in_its_adapter_what_all_rows_began_with_and_what_their_template_was_told(
+    world,
+):
     manifest = read_json(world / "run" / "adapter" / "veneer.json")
     assert (manifest["system"], manifest["template_variables"]) == (SYSTEM, QUIET)
 
@@ -98,13 +104,18 @@ def test_what_the_generation_prompt_supplies_is_never_trained_on():
         ids, trained = template.encode_row(row, train_on="assistant")
         before = template.encode_prompt(row.messages[:1])
         assert template.tokenizer.decode(before).endswith(prompt_ends)
-        assert (ids[: len(before)], trained) == (before, [n >= len(before) for n in range(len(ids))])
+        assert (ids[: len(before)], trained) == (
+            before,
+            [n >= len(before) for n in range(len(ids))],
+        )
 
 
 def test_an_answer_is_asked_for_as_it_was_taught_unless_somebody_says_otherwise(world, monkeypatch):
     base = loaded(world)
     asked = []
-    monkeypatch.setattr("veneer.base.generate", lambda base, ids, **_: [asked.append(ids[0]) or [65]])
+    monkeypatch.setattr(
+        "veneer.base.generate", lambda base, ids, **_: [asked.append(ids[0]) or [65]]
+    )
     system = {"role": "system", "content": SYSTEM}
     other = {"role": "system", "content": "other"}
     told = base.tokenizer
@@ -113,8 +124,14 @@ def test_an_answer_is_asked_for_as_it_was_taught_unless_somebody_says_otherwise(
         ({"prompt": [other, user("hi")]}, prompted(told, other, user("hi"), **QUIET)),
         ({"prompt": "hi", "system": ""}, prompted(told, user("hi"), **QUIET)),
         ({"prompt": "hi", "system": "other"}, prompted(told, other, user("hi"), **QUIET)),
-        ({"prompt": "hi", "variables": {"enable_thinking": True}}, prompted(told, system, user("hi"))),
-        ({"prompt": "hi", "variables": {"enable_thinking": None}}, prompted(told, system, user("hi"))),
+        (
+            {"prompt": "hi", "variables": {"enable_thinking": True}},
+            prompted(told, system, user("hi")),
+        ),
+        (
+            {"prompt": "hi", "variables": {"enable_thinking": None}},
+            prompted(told, system, user("hi")),
+        ),
     ):
         base.generate(**given)
         assert asked.pop() == expected
@@ -126,7 +143,10 @@ def test_an_answer_is_asked_for_as_it_was_taught_unless_somebody_says_otherwise(
 def test_an_evaluation_asks_rows_without_a_system_turn_as_the_adapter_was_taught(world):
     base = loaded(world)
     bare, dressed = str(world / "bare.jsonl"), world / "dressed.jsonl"
-    rows = [json.loads(line) | {"system": SYSTEM} for line in (world / "bare.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"system": SYSTEM}
+        for line in (world / "bare.jsonl").read_text().splitlines()
+    ]
     dressed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     as_taught = veneer.evaluate(base, bare)["loss"]
     assert as_taught == veneer.evaluate(base, str(dressed))["loss"]
@@ -137,7 +157,9 @@ def test_an_evaluation_asks_rows_without_a_system_turn_as_the_adapter_was_taught
 def test_an_evaluation_with_a_system_turn_compares_with_one_without(world, tmp_path):
     bare = str(world / "bare.jsonl")
     veneer.evaluate(veneer.load(str(world / "base")), bare, predictions=tmp_path / "before.jsonl")
-    assert veneer.evaluate(loaded(world), bare, against=tmp_path / "before.jsonl")["against"]["loss"]
+    assert veneer.evaluate(loaded(world), bare, against=tmp_path / "before.jsonl")["against"][
+        "loss"
+    ]
 
 
 def test_the_command_says_how_it_asks_and_how_to_turn_it_off(world, capsys):
@@ -154,7 +176,10 @@ def test_the_command_says_how_it_asks_and_how_to_turn_it_off(world, capsys):
 def test_a_variable_that_the_template_does_not_read_is_refused(world):
     with pytest.raises(DataError, match="reads no variable enable_thinkin"):
         ChatTemplate(reasoning_tokenizer(), variables={"enable_thinkin": False})
-    assert main.main(["generate", "--adapter", str(world / "run"), "--variable", "thinking=1", "hi"]) == 2
+    assert (
+        main.main(["generate", "--adapter", str(world / "run"), "--variable", "thinking=1", "hi"])
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +197,9 @@ def test_a_variable_that_the_template_does_not_read_is_refused(world):
 def test_what_no_template_can_be_told_is_refused(variables, fault):
     assert fault in "; ".join(variable_faults(variables))
     with pytest.raises(ConfigError):
-        veneer.RunConfig.of({"base": "b", "data": "d", "out": "o", "template": {"variables": variables}})
+        veneer.RunConfig.of(
+            {"base": "b", "data": "d", "out": "o", "template": {"variables": variables}}
+        )
 
 
 def test_names_of_control_tokens_in_a_variable_are_text():
@@ -189,7 +216,9 @@ def test_adapters_that_act_together_share_what_they_have_alike():
     assert shared([one]) == one
 
 
-def test_a_server_asks_each_adapter_as_it_was_taught_and_takes_variables_with_a_request(world, tmp_path):
+def test_a_server_asks_each_adapter_as_it_was_taught_and_takes_variables_with_a_request(
+    world, tmp_path
+):
     library = Library(tmp_path / "library")
     library.add(world / "run" / "adapter", name="numbers")
     base = veneer.load(str(world / "base"))

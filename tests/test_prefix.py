@@ -1,4 +1,5 @@
-"""A prefix against transformers' own forward with a cache that holds it, in every way that Veneer runs a model."""
+"""A prefix against transformers' own forward with a cache that holds it, in every way that Veneer
+runs a model."""
 
 import pytest
 import torch
@@ -25,12 +26,15 @@ CPU = torch.device("cpu")
 UNREACHED = ("bloom", "falcon")
 """Families whose attention is their own: no prefix reaches it."""
 REACHED = tuple(family for family in FAMILIES if family not in UNREACHED)
-IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12], [3, 9, 1, 7, 5, 6, 2, 8, 4, 100, 110, 120]])
+IDS = torch.tensor(
+    [[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12], [3, 9, 1, 7, 5, 6, 2, 8, 4, 100, 110, 120]]
+)
 FP32 = 1e-5
 
 
 def put(model, routing, name="a", **settings):
-    """A prefix of five tokens with random values, acting; the model's packed attention is switched on."""
+    """A prefix of five tokens with random values, acting; the model's packed attention is switched
+    on."""
     prepare(model)
     config = Prefix(**{"tokens": 5, "start": "random", **settings})
     head = model.get_output_embeddings()
@@ -51,7 +55,8 @@ def logits(model, ids=IDS, **inputs):
 
 
 def own_logits(model, layer, ids=IDS):
-    """transformers' forward with a cache that holds the prefix: what PEFT runs. The model carries no wrapper."""
+    """transformers' forward with a cache that holds the prefix: what PEFT runs. The model carries
+    no wrapper."""
     cache = DynamicCache(config=model.config)
     for number, pair in layer.keys().items():
         key, value = (t.detach().transpose(0, 1).expand(ids.shape[0], -1, -1, -1) for t in pair)
@@ -93,7 +98,9 @@ def test_the_step_gives_the_loss_and_gradients_of_rows_one_by_one(family):
     examples = make_examples(4)
     own = own_loss_and_gradients(model, attachment, examples)
     for share in (True, False):
-        assert_same(loss_and_gradients(model, paths, routing, attachment, examples, share=share), own)
+        assert_same(
+            loss_and_gradients(model, paths, routing, attachment, examples, share=share), own
+        )
 
 
 def own_loss_and_gradients(model, attachment, examples):
@@ -120,7 +127,9 @@ def test_checkpointing_changes_no_bit(family, projection):
 
     (kept, gradients), (again, same) = run(False), run(True)
     assert torch.equal(kept, again)
-    assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(gradients, same, strict=True))
+    assert all(
+        torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(gradients, same, strict=True)
+    )
 
 
 def test_padded_rows_give_what_packed_rows_give():
@@ -146,7 +155,9 @@ def test_a_prefix_of_some_layers_leaves_the_others_alone(layers):
     detach(model, "a", routing=routing)
     whole = layer_of(put(model, routing))
     assert not torch.allclose(logits(model), some, rtol=1e-2)
-    with torch.no_grad():  # a value of zero behind a key that no query likes gives what no prefix gives
+    with (
+        torch.no_grad()
+    ):  # a value of zero behind a key that no query likes gives what no prefix gives
         slices = whole.start.view(whole.tokens, 4, -1)
         slices[:, 2 * layers[0] : 2 * layers[0] + 2] = layer.start.view(layer.tokens, 2, -1)
     other = 1 - layers[0]
@@ -157,7 +168,9 @@ def test_a_prefix_of_some_layers_leaves_the_others_alone(layers):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "opt"])
 def test_greedy_answers_of_a_padded_batch_are_those_of_whole_forwards(family):
-    base = tiny_base(family, tie_word_embeddings=False)  # tied, they repeat the last token whatever comes before
+    base = tiny_base(
+        family, tie_word_embeddings=False
+    )  # tied, they repeat the last token whatever comes before
     prepare(base.model)
     attachment = begin(base, Prefix(tokens=6, start="random"), name="a").attachment
     fill(attachment.parameters().values(), scale=1.0)
@@ -175,8 +188,12 @@ def test_greedy_answers_of_a_padded_batch_are_those_of_whole_forwards(family):
 
 @pytest.mark.parametrize("quantize", ["nf4", None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_over_a_quantised_base_it_trains_as_over_the_same_weights_in_the_open(quantize, dtype, tmp_path):
-    base = load_base(str(save_tiny(tmp_path / "base", hidden_size=64)), dtype=dtype, quantize=quantize)
+def test_over_a_quantised_base_it_trains_as_over_the_same_weights_in_the_open(
+    quantize, dtype, tmp_path
+):
+    base = load_base(
+        str(save_tiny(tmp_path / "base", hidden_size=64)), dtype=dtype, quantize=quantize
+    )
     attachment = begin(base, Prefix(prompt="Count."), name="a").attachment
     base.routing.active = (("a", 1.0),)
     examples = make_examples(4)
@@ -191,7 +208,13 @@ def test_over_a_quantised_base_it_trains_as_over_the_same_weights_in_the_open(qu
 
 def test_a_prefix_and_lora_act_together():
     model, routing = tiny_model("llama"), Routing()
-    lora = attach(model, LoRA(rank=3, alpha=5.0), name="l", routing=routing, head=model.get_output_embeddings())
+    lora = attach(
+        model,
+        LoRA(rank=3, alpha=5.0),
+        name="l",
+        routing=routing,
+        head=model.get_output_embeddings(),
+    )
     fill(lora.parameters().values())
     prefix = put(model, routing, name="p")
     only_prefix = logits(model)
@@ -202,7 +225,9 @@ def test_a_prefix_and_lora_act_together():
     routing.active = (("l", 1.0),)
     cached = own_logits(model, layer_of(prefix))
     torch.testing.assert_close(both, cached, rtol=1e-4, atol=1e-4)
-    after = attach(model, LoRA(rank=2), name="m", routing=routing, head=model.get_output_embeddings())
+    after = attach(
+        model, LoRA(rank=2), name="m", routing=routing, head=model.get_output_embeddings()
+    )
     assert list(after.layers) == list(lora.layers)
 
 
@@ -211,7 +236,9 @@ def test_two_prefixes_or_half_of_one_are_refused():
     put(model, routing, name="a")
     put(model, routing, name="b")
     for active in ((("a", 1.0), ("b", 1.0)), (("a", 0.5),)):
-        with pytest.raises(ConfigError, match="one adapter with a trained prefix may act, and with weight 1"):
+        with pytest.raises(
+            ConfigError, match="one adapter with a trained prefix may act, and with weight 1"
+        ):
             routing.active = active
 
 

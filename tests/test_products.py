@@ -1,4 +1,5 @@
-"""Products of many rows: on tiles few_rows.py's bits, near plain torch, and the layers that take them."""
+"""Products of many rows: on tiles few_rows.py's bits, near plain torch, and the layers that take
+them."""
 
 from contextlib import nullcontext
 
@@ -14,7 +15,14 @@ from veneer.kernels.loss import Beside, Head
 from veneer.linear import DenseLinear, FewRowsLinear, frozen_linear
 
 pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
-SHAPES = [(70, 576, 192), (65, 2048, 34), (96, 70, 1000), (131, 578, 130), (640, 64, 1024), (333, 1000, 77)]
+SHAPES = [
+    (70, 576, 192),
+    (65, 2048, 34),
+    (96, 70, 1000),
+    (131, 578, 130),
+    (640, 64, 1024),
+    (333, 1000, 77),
+]
 WIDE = [(70, 3080, 66), (100, 4096, 40), (65, 1538, 47)]
 """Sums in several goes, rows that share lines of the cache, and rows whose last steps are none."""
 BF16 = 2**-8
@@ -36,7 +44,9 @@ def ways():
 
 
 @pytest.mark.parametrize(("rows", "width", "outs"), [*SHAPES, *WIDE])
-def test_a_rows_bits_are_its_own_whatever_the_threads_and_on_tiles_those_among_few(rows, width, outs):
+def test_a_rows_bits_are_its_own_whatever_the_threads_and_on_tiles_those_among_few(
+    rows, width, outs
+):
     x, weight, bias = drawn(rows, width), drawn(outs, width), drawn(outs)
     for way in ways():
         with way:
@@ -55,13 +65,16 @@ def check_rows(x, weight, bias):
                 assert not native.has_amx() or torch.equal(ours, few_rows.product(x, weight, own))
                 near(ours, few_rows.product_reference(x, weight, own))
             for start, stop in ((3, None), (0, 1), (len(x) - 17, len(x) - 2)):
-                assert torch.equal(products.product(x[start:stop], weight, None), found[0][start:stop])
+                assert torch.equal(
+                    products.product(x[start:stop], weight, None), found[0][start:stop]
+                )
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "outs"), [*(s for s in SHAPES if s[2] % 2 == 0), (70, 66, 3080), (300, 40, 4096)]
+    ("rows", "width", "outs"),
+    [*(s for s in SHAPES if s[2] % 2 == 0), (70, 66, 3080), (300, 40, 4096)],
 )
 def test_the_gradient_of_the_input_is_torchs_alone_and_added(rows, width, outs):
     for way in ways():
@@ -80,9 +93,16 @@ def check_gradient(grad, weight, so_far):
 
 def test_sums_of_whole_numbers_are_exact():
     torch.manual_seed(0)
-    x, weight = torch.randint(-3, 4, (100, 600)).bfloat16(), torch.randint(-3, 4, (110, 600)).bfloat16()
-    assert torch.equal(products.product(x, weight, None), few_rows.product_reference(x, weight, None))
-    assert torch.equal(products.times(x, weight.T.contiguous(), None), few_rows.product_reference(x, weight, None))
+    x, weight = (
+        torch.randint(-3, 4, (100, 600)).bfloat16(),
+        torch.randint(-3, 4, (110, 600)).bfloat16(),
+    )
+    assert torch.equal(
+        products.product(x, weight, None), few_rows.product_reference(x, weight, None)
+    )
+    assert torch.equal(
+        products.times(x, weight.T.contiguous(), None), few_rows.product_reference(x, weight, None)
+    )
 
 
 def test_which_products_are_taken():
@@ -107,7 +127,9 @@ def test_a_layer_takes_them_and_one_that_an_adapter_stands_beside_gives_the_same
     made, x, grad = FewRowsLinear.of(module), drawn(2, 60, 576).requires_grad_(), drawn(2, 60, 192)
     y = made(x)
     assert torch.equal(y, products.product(x.detach(), module.weight, module.bias))
-    assert torch.equal(y, made(x.detach())) and torch.equal(y, frozen_linear(made).product(x.detach(), module.bias))
+    assert torch.equal(y, made(x.detach())) and torch.equal(
+        y, frozen_linear(made).product(x.detach(), module.bias)
+    )
     (found,) = torch.autograd.grad(y, x, grad)
     assert torch.equal(found.view(-1, 576), DenseLinear(module).input_gradient(grad.view(-1, 192)))
     near(y.detach(), F.linear(x.detach(), module.weight, module.bias))
@@ -122,7 +144,9 @@ def test_a_weight_that_trains_takes_torchs_product():
     assert made.weight.grad is not None
 
 
-@pytest.mark.parametrize("beside", [None, [3, 5], [1024]], ids=["alone", "in their places", "behind"])
+@pytest.mark.parametrize(
+    "beside", [None, [3, 5], [1024]], ids=["alone", "in their places", "behind"]
+)
 def test_a_heads_loss_is_near_torchs_whatever_its_chunks(beside, monkeypatch):
     """300 rows: one and a part of a chunk of 256, and three of 128, the last of 44."""
     columns = 1024 if beside is None else max(1024, max(beside) + 1)
@@ -140,7 +164,9 @@ def test_a_heads_loss_is_near_torchs_whatever_its_chunks(beside, monkeypatch):
     for ours, own in found:
         assert abs(ours - theirs) < 1e-3 * theirs
         assert (own - grad).abs().max() <= 2**-6 * grad.abs().max()
-    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6) and torch.equal(found[0][1], found[1][1])
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6) and torch.equal(
+        found[0][1], found[1][1]
+    )
 
 
 def test_chunks_of_the_head_hold_no_more_bytes_than_those_of_float32():

@@ -1,11 +1,16 @@
-"""What is proven on a small copy of a model's structure: windows and switches longer than any quick look at the
-model."""
+"""What is proven on a small copy of a model's structure: windows and switches longer than any quick
+look at the model."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
 
 from tests.helpers import make_examples
 from tests.tiny import tiny_base, tiny_model
@@ -42,7 +47,12 @@ SMALL = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
 MASKED = {
     "qwen2_moe": {
         **EXPERTS,
@@ -65,7 +75,12 @@ MASKED = {
 """Windows and chunks that the mask alone knows, and one that no mask of transformers obeys."""
 FACTORS = {"short_factor": [1.0, 1.3, 2.0, 4.0], "long_factor": [2.0, 3.0, 5.0, 9.0]}
 ROTARY = {
-    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **FACTORS},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        **FACTORS,
+    },
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
 }
 
@@ -90,7 +105,8 @@ def based(model):
 
 
 def fresh(model):
-    """As if it had read no text yet: a model of dynamic RoPE keeps the frequencies of its longest."""
+    """As if it had read no text yet: a model of dynamic RoPE keeps the frequencies of its
+    longest."""
     for module in model.modules():
         if hasattr(module, "original_inv_freq"):
             module.max_seq_len_cached = module.original_max_seq_len
@@ -98,7 +114,8 @@ def fresh(model):
 
 
 def alone(model, examples):
-    """Nats of each row alone, by the model's own forward; read anew each time, as a fresh process would."""
+    """Nats of each row alone, by the model's own forward; read anew each time, as a fresh process
+    would."""
     nats = []
     for e in examples:
         ids, rows = torch.from_numpy(e.ids.astype(np.int64))[None], np.flatnonzero(e.trained)
@@ -113,12 +130,16 @@ def reread(model, prompt, new):
     ids = list(prompt)
     while len(ids) < len(prompt) + new and ids[-1] != 257:
         fresh(model)
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ids.append(
+            int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        )
     return [token for token in ids[len(prompt) :] if token != 257]
 
 
 def answered(model, prompt, new):
-    settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=257, pad_token_id=258)
+    settings = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=257, pad_token_id=258
+    )
     fresh(model)
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
@@ -144,7 +165,11 @@ def test_a_selection_of_keys_is_not_taken_for_attention_to_all():
     fields = {"num_hidden_layers": 2, "index_topk": 512, "mlp_layer_types": ["dense", "dense"]}
     config = CONFIG_MAPPING["glm_moe_dsa"](**fields, indexer_types=["full", "full"])
     found = proven(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
-    assert "differs" in found.packed and (found.causal, found.padded, found.head) == (None, None, None)
+    assert "differs" in found.packed and (found.causal, found.padded, found.head) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_a_structure_is_proven_once_whatever_the_type_and_the_path(monkeypatch):
@@ -165,9 +190,13 @@ def test_a_window_that_the_interface_hands_on_stays_packed_whatever_its_length(f
 
 
 def test_dynamic_frequencies_are_those_of_the_tokens_that_are_read():
-    """transformers' loss reads the row's last token as well, which predicts nothing, and scales by one token more."""
+    """transformers' loss reads the row's last token as well, which predicts nothing, and scales by
+    one token more."""
     model, (example, *_) = rotary("dynamic"), make_examples(1, longest=70)
-    rows, ids = np.flatnonzero(example.trained), torch.from_numpy(example.ids.astype(np.int64))[None]
+    rows, ids = (
+        np.flatnonzero(example.trained),
+        torch.from_numpy(example.ids.astype(np.int64))[None],
+    )
     assert (len(example.ids), rows[-1]) == (70, 69)
     expected = alone(model, [example])[0]
     fresh(model)
@@ -186,7 +215,9 @@ def test_a_row_gets_the_frequencies_of_its_own_length_whatever_stands_beside_it(
     paths, routing = prepare(model), Routing()
     assert paths.packed and kind in paths.lines[0].lower().replace("dynamic rope", "dynamic")
     for batch in (1, 3, 8):
-        assert example_nats(model, paths, examples, batch=batch)[:, 0] == pytest.approx(expected, rel=FP32)
+        assert example_nats(model, paths, examples, batch=batch)[:, 0] == pytest.approx(
+            expected, rel=FP32
+        )
         nats, _ = evaluation_loss(model, paths, routing, examples, batch=batch)
         assert nats == pytest.approx(sum(expected), rel=FP32)
     parts = parts_of(model, paths, examples, [[3, 0, 5], [1, 2]])
@@ -200,7 +231,9 @@ def test_an_answer_that_crosses_the_switch_is_the_one_given_alone(kind):
     base = based(rotary(kind))
     expected = [answered(base.model, prompt, 8) for prompt in PROMPTS]
     assert generate(base, PROMPTS, max_new_tokens=8) == expected
-    assert [generate(base, [prompt], max_new_tokens=8)[0] for prompt in reversed(PROMPTS)] == expected[::-1]
+    assert [
+        generate(base, [prompt], max_new_tokens=8)[0] for prompt in reversed(PROMPTS)
+    ] == expected[::-1]
 
 
 @pytest.mark.parametrize("kind", ROTARY)
@@ -239,12 +272,19 @@ def test_the_decoder_is_a_part_of_the_model_and_gives_hidden_states(kind):
 
         model = MllamaForCausalLM(config).eval()
     assert decoder(model) is not None and decoder(model) is not model
-    assert decoder(model)(input_ids=torch.tensor([[1, 2]]), use_cache=False).last_hidden_state.shape[-1] == 32
+    assert (
+        decoder(model)(input_ids=torch.tensor([[1, 2]]), use_cache=False).last_hidden_state.shape[
+            -1
+        ]
+        == 32
+    )
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "bert"])
 def test_a_model_that_sees_what_it_is_to_predict_is_refused(kind):
-    model = tiny_model("gemma3", use_bidirectional_attention=True) if kind == "gemma3" else made("bert")
+    model = (
+        tiny_model("gemma3", use_bidirectional_attention=True) if kind == "gemma3" else made("bert")
+    )
     with pytest.raises(SourceError, match="before it alone"):
         prepare(model)
     with pytest.raises(SourceError, match="before it alone"):
@@ -260,8 +300,13 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
     monkeypatch.setattr(decoding_proof, "_KNOWN", {})
     model, examples = tiny_model("qwen2"), make_examples(3)
     paths = prepare(model)
-    assert paths.lines[0].startswith("rows one by one: no small copy") and "whole logits" in paths.lines[1]
-    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(alone(model, examples), rel=FP32)
+    assert (
+        paths.lines[0].startswith("rows one by one: no small copy")
+        and "whole logits" in paths.lines[1]
+    )
+    assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(
+        alone(model, examples), rel=FP32
+    )
     assert len(generate(based(model), PROMPTS, max_new_tokens=3)) == len(PROMPTS)
 
 
@@ -279,7 +324,9 @@ def test_the_copy_holds_every_kind_of_module_in_little(kind):
         whole = AutoModelForCausalLM.from_config(config)
     copy = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
     assert {type(m) for m in whole.modules()} == {type(m) for m in copy.modules()}
-    assert sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
+    assert (
+        sum(p.numel() for p in copy.parameters()) < sum(p.numel() for p in whole.parameters()) / 20
+    )
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "dots3_note_text"])
@@ -308,22 +355,32 @@ def test_a_model_whose_layers_have_heads_of_different_sizes_answers_as_its_own_l
     )
     heads = model.config.num_key_value_heads
     assert bytes_per_token(based(model)) == 2 * 4 * heads * (8 + 16)
-    assert generate(based(model), PROMPTS, max_new_tokens=6) == [answered(model, prompt, 6) for prompt in PROMPTS]
+    assert generate(based(model), PROMPTS, max_new_tokens=6) == [
+        answered(model, prompt, 6) for prompt in PROMPTS
+    ]
 
 
 LIMITS = {
     "olmo": [{"clip_qkv": 1000.0}],
-    "dbrx": [{"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": limit}} for limit in (1000, 1000.0)],
+    "dbrx": [
+        {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": limit}}
+        for limit in (1000, 1000.0)
+    ],
     "mpt": [{"attn_config": {"clip_qkv": 1000.0}}],
     "gpt_oss": [{"swiglu_limit": 1000.0}],
 }
 """Some stand in a part of the config, some are whole numbers there, as in dbrx's own."""
 
 
-@pytest.mark.parametrize(("kind", "fields"), [(kind, one) for kind, some in LIMITS.items() for one in some])
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(kind, one) for kind, some in LIMITS.items() for one in some]
+)
 def test_limits_of_the_copy_cut_off_what_its_layers_give(kind, fields):
     config = CONFIG_MAPPING[kind](**fields)
-    copy, ids = small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config), torch.arange(20)[None]
+    copy, ids = (
+        small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config),
+        torch.arange(20)[None],
+    )
     with torch.no_grad():
         cut = copy(ids).logits
         for module in [copy.config, *copy.modules()]:
@@ -342,13 +399,18 @@ def test_windows_of_the_copy_act_within_a_short_text(kind):
             small_copy(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, window=window)(ids).logits
             for window in (structure.WINDOW, 64)
         )
-    assert torch.allclose(short[:, : structure.WINDOW - 1], long[:, : structure.WINDOW - 1], atol=1e-4)
+    assert torch.allclose(
+        short[:, : structure.WINDOW - 1], long[:, : structure.WINDOW - 1], atol=1e-4
+    )
     assert not torch.allclose(short[:, 20:], long[:, 20:], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["blenderbot", "roberta"])
-def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_read_for_every_token(kind):
-    """Blenderbot's decoder has more layers than its cache; generate() tells RoBERTa positions that begin at 0."""
+def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_read_for_every_token(
+    kind,
+):
+    """Blenderbot's decoder has more layers than its cache; generate() tells RoBERTa positions that
+    begin at 0."""
     fields = {
         "blenderbot": {
             "encoder_layers": 1,
@@ -365,6 +427,12 @@ def test_where_transformers_loop_does_not_give_what_whole_texts_give_they_are_re
     seen = []
     answers = generate(based(model), PROMPTS, max_new_tokens=5)
     assert answers == [reread(model, prompt, 5) for prompt in PROMPTS]
-    assert generate(based(model), PROMPTS[:1], max_new_tokens=5, on_token=seen.append) == answers[:1] and seen
-    drawn = [generate(based(model), PROMPTS[:2], max_new_tokens=5, temperature=2.0, seed=3) for _ in range(2)]
+    assert (
+        generate(based(model), PROMPTS[:1], max_new_tokens=5, on_token=seen.append) == answers[:1]
+        and seen
+    )
+    drawn = [
+        generate(based(model), PROMPTS[:2], max_new_tokens=5, temperature=2.0, seed=3)
+        for _ in range(2)
+    ]
     assert drawn[0] == drawn[1] != answers[:2]

@@ -1,5 +1,5 @@
-"""4-bit folders in bitsandbytes' layout: written and read back to the byte, decided per tensor, refused when
-damaged."""
+"""4-bit folders in bitsandbytes' layout: written and read back to the byte, decided per tensor,
+refused when damaged."""
 
 import json
 
@@ -26,7 +26,10 @@ STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
 
 def saved(tmp_path, family="llama", quantize="nf4", **settings):
     base = load_base(
-        str(save_tiny(tmp_path / "dense", family, torch.bfloat16)), dtype="stored", quantize=quantize, **settings
+        str(save_tiny(tmp_path / "dense", family, torch.bfloat16)),
+        dtype="stored",
+        quantize=quantize,
+        **settings,
     )
     return base, write_packed(base, tmp_path / "packed").path
 
@@ -48,8 +51,12 @@ def test_a_written_folder_is_the_same_base_and_writes_the_same_bytes(family, qua
     with torch.no_grad():
         logits = again.model(IDS).logits
         assert torch.equal(logits, base.model(IDS).logits)
-    write_packed(again, tmp_path / "again")  # after it has computed: bitsandbytes changes its scales then
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    write_packed(
+        again, tmp_path / "again"
+    )  # after it has computed: bitsandbytes changes its scales then
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
     assert load_base(str(folder), quantize=quantize).fingerprint() == base.fingerprint()
 
 
@@ -73,18 +80,24 @@ def test_the_state_is_what_bitsandbytes_writes(tmp_path):
     _, folder = saved(tmp_path)
     state = bytes(load_file(folder / "model.safetensors")[STATE].numpy()).decode()
     assert state.startswith(
-        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [48, 32], "nested_blocksize": 256, '
-        '"nested_dtype": "float32", "nested_offset": 0.'
+        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [48, 32],'
+        ' "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.'
     )
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["quant_method"] == "bitsandbytes"
     assert settings["llm_int8_skip_modules"] == ["lm_head"]
 
 
-def test_what_a_folder_holds_dense_stays_dense_and_packed_bytes_may_be_stored_as_another_type(tmp_path):
+def test_what_a_folder_holds_dense_stays_dense_and_packed_bytes_may_be_stored_as_another_type(
+    tmp_path,
+):
     base, folder = saved(tmp_path, keep_dense=["self_attn", "layers.1.mlp.up_proj"])
-    kept = {"model.layers.1.mlp.up_proj"} | {f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"}
-    linears = {p for p, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    kept = {"model.layers.1.mlp.up_proj"} | {
+        f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"
+    }
+    linears = {p for p, m in base.model.named_modules() if isinstance(m, torch.nn.Linear)} - {
+        "lm_head"
+    }
     assert linears == kept
 
     def as_bf16(weights):
@@ -126,7 +139,11 @@ def test_parts_that_do_not_belong_together_are_refused(part, value, says, tmp_pa
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("nested_blocksize", 2**64, "nested block size 18446744073709551616"),  # 0 to C, which then divides by it
+        (
+            "nested_blocksize",
+            2**64,
+            "nested block size 18446744073709551616",
+        ),  # 0 to C, which then divides by it
         ("nested_blocksize", 2**63, "nested block size"),
         ("nested_blocksize", 2**32, "nested block size"),
         ("nested_blocksize", 0, "nested block size 0"),
@@ -169,7 +186,10 @@ def test_a_state_whose_numbers_are_not_those_of_a_weight_is_refused(field, value
 
 def test_a_state_nested_too_deep_is_refused(tmp_path):
     _, folder = saved(tmp_path)
-    edit(folder, lambda w: w.update({STATE: torch.frombuffer(bytearray(b"[" * 60_000), dtype=torch.uint8)}))
+    edit(
+        folder,
+        lambda w: w.update({STATE: torch.frombuffer(bytearray(b"[" * 60_000), dtype=torch.uint8)}),
+    )
     with pytest.raises(CorruptFileError, match="nested too deep"):
         load_base(str(folder))
 
@@ -184,7 +204,10 @@ def test_parts_of_a_type_that_is_not_read_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"quant_method": "hqq"}, "hqq"), ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bits")],
+    [
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bits"),
+    ],
     ids=str,
 )
 def test_other_quantised_folders_are_named_and_refused(settings, says, tmp_path):
@@ -236,7 +259,9 @@ def test_an_adapter_says_which_quantize_its_base_was_held_in(tmp_path):
 
 
 def test_the_table_of_weights_adds_up_and_tells_what_is_not_packed(tmp_path):
-    base = load_base(str(save_tiny(tmp_path, "mixtral", torch.bfloat16)), dtype="stored", quantize="nf4")
+    base = load_base(
+        str(save_tiny(tmp_path, "mixtral", torch.bfloat16)), dtype="stored", quantize="nf4"
+    )
     table = {(g.what, g.held): g for g in weight_table(base.model)}
     assert sum(g.values for g in table.values()) == base.fingerprint().num_parameters
     layers = [m for m in packed_modules(base.model).values() if isinstance(m, HeldLinear)]

@@ -1,4 +1,5 @@
-"""From a folder to a 4-bit base, tensor by tensor: what is packed, what stays, what it takes, what is refused."""
+"""From a folder to a 4-bit base, tensor by tensor: what is packed, what stays, what it takes, what
+is refused."""
 
 import json
 import subprocess
@@ -21,7 +22,9 @@ IDS = torch.tensor([[5, 80, 99, 7, 250, 31, 31, 80, 12, 0, 77, 140]])
 
 def edit(folder, **changes):
     weights = load_file(folder / "model.safetensors")
-    weights |= {name.replace("__", "."): value for name, value in changes.items() if value is not None}
+    weights |= {
+        name.replace("__", "."): value for name, value in changes.items() if value is not None
+    }
     for name in [name.replace("__", ".") for name, value in changes.items() if value is None]:
         del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -66,7 +69,8 @@ def test_fused_experts_are_packed_and_routers_are_not(family, tmp_path):
 
 def test_a_4_bit_weight_takes_half_a_byte(tmp_path):
     base = load_base(
-        str(save_tiny(tmp_path, "llama", torch.bfloat16, hidden_size=256, intermediate_size=512)), quantize="nf4"
+        str(save_tiny(tmp_path, "llama", torch.bfloat16, hidden_size=256, intermediate_size=512)),
+        quantize="nf4",
     )
     modules = packed_modules(base.model).values()
     held = sum(m.packed().bytes for m in modules)
@@ -77,7 +81,11 @@ def test_a_4_bit_weight_takes_half_a_byte(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_moving_to_another_type_leaves_the_packed_weights_to_the_bit(family, tmp_path):
     model = load_base(str(save_tiny(tmp_path, family)), quantize="nf4").model
-    packed = {n: b.clone() for n, b in model.state_dict().items() if "absmax" in n or b.dtype == torch.uint8}
+    packed = {
+        n: b.clone()
+        for n, b in model.state_dict().items()
+        if "absmax" in n or b.dtype == torch.uint8
+    }
     before = {p: m.dtype for p, m in packed_modules(model).items()}
     model.to(torch.bfloat16)
     assert all(m.dtype == torch.bfloat16 != before[p] for p, m in packed_modules(model).items())
@@ -89,7 +97,9 @@ def test_moving_to_another_type_leaves_the_packed_weights_to_the_bit(family, tmp
 
 def test_the_same_folder_gives_the_same_fingerprint_and_says_what_it_is_held_as(tmp_path):
     folder = str(save_tiny(tmp_path, "llama", torch.bfloat16))
-    dense, nf4, again, fp4 = (load_base(folder, quantize=q).fingerprint() for q in (None, "nf4", "nf4", "fp4"))
+    dense, nf4, again, fp4 = (
+        load_base(folder, quantize=q).fingerprint() for q in (None, "nf4", "nf4", "fp4")
+    )
     assert nf4 == again
     assert nf4.dtype == "bfloat16+nf4"
     assert (nf4.num_parameters, nf4.shapes_hash) == (dense.num_parameters, dense.shapes_hash)
@@ -101,7 +111,9 @@ def test_scales_belong_to_the_fingerprint(tmp_path):
     folder = save_tiny(tmp_path, "llama")
     before = load_base(str(folder), quantize="nf4").fingerprint()
     name = "model.layers.0.mlp.up_proj.weight"
-    edit(folder, **{name: load_file(folder / "model.safetensors")[name] * 2})  # the same codes, doubled scales
+    edit(
+        folder, **{name: load_file(folder / "model.safetensors")[name] * 2}
+    )  # the same codes, doubled scales
     assert load_base(str(folder), quantize="nf4").fingerprint().weights_hash != before.weights_hash
 
 
@@ -120,7 +132,10 @@ def test_what_is_wrong_with_the_weights_is_told_all_at_once(tmp_path):
         load_base(str(folder), quantize="nf4")
     text = str(caught.value)
     assert "not finite model.layers.0.mlp.up_proj.weight: the first: nan at [3, 5]" in text
-    assert "misshapen  model.layers.1.mlp.up_proj.weight: (3, 5) in the file, (48, 32) in the model" in text
+    assert (
+        "misshapen  model.layers.1.mlp.up_proj.weight: (3, 5) in the file, (48, 32) in the model"
+        in text
+    )
     assert "missing    model.layers.1.mlp.down_proj.weight" in text
     assert "missing    model.layers.0.input_layernorm.weight" in text
 
@@ -134,8 +149,16 @@ def test_the_generation_settings_of_the_folder_are_read(tmp_path):
 
 
 def test_memory_stays_at_the_4_bit_model_and_one_tensor(tmp_path):
-    """A model of 10 layers: 4-bit weights are 1/4 of the bf16 ones, and no more than some tensors come on top."""
-    folder = save_tiny(tmp_path, "llama", torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=10)
+    """A model of 10 layers: 4-bit weights are 1/4 of the bf16 ones, and no more than some tensors
+    come on top."""
+    folder = save_tiny(
+        tmp_path,
+        "llama",
+        torch.bfloat16,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=10,
+    )
     code = (
         "import sys\n"
         "from veneer.models.load import load_base\n"
@@ -149,7 +172,10 @@ def test_memory_stays_at_the_4_bit_model_and_one_tensor(tmp_path):
     )
     small = save_tiny(tmp_path / "small", "llama", torch.bfloat16)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(small)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(folder), str(small)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     dense = (folder / "model.safetensors").stat().st_size
     assert dense > 70e6

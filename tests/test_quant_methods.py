@@ -1,5 +1,5 @@
-"""Every method over every weight format: nothing changes before training, only the adapter learns, and it learns what
-it would learn over the decoded weights."""
+"""Every method over every weight format: nothing changes before training, only the adapter learns,
+and it learns what it would learn over the decoded weights."""
 
 import hashlib
 
@@ -47,8 +47,12 @@ def digest(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("quantize", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("fp4", "float32")])
-def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(family, quantize, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("fp4", "float32")]
+)
+def test_a_fresh_adapter_changes_no_bit_and_detaching_restores_everything(
+    family, quantize, dtype, tmp_path
+):
     base = load_base(str(save_tiny(tmp_path, family)), dtype=dtype, quantize=quantize)
     model, routing = base.model, Routing()
     before, state, modules = logits(model), digest(model), packed_modules(model)
@@ -72,7 +76,10 @@ def step(model, routing, config, examples, *, packed, checkpoint=False):
         parameter.requires_grad_(True)
     batch = make_batch(examples, packed=packed, share_prompt=True, device=torch.device("cpu"))
     paths = prepare_without(model, routing)
-    with checkpointed(model, routing, on=checkpoint), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
+    with (
+        checkpointed(model, routing, on=checkpoint),
+        routing.drawing(TokenKeys(batch.dropout_rows, 3)),
+    ):
         loss = batch_loss(model, paths, routing, batch, total=10.0)
         loss.backward()
     return loss.item(), {name: p.grad for name, p in made.parameters().items()}
@@ -89,12 +96,16 @@ def prepare_without(model, routing):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "checkpointed"])
-def test_losses_and_gradients_are_those_over_the_decoded_weights(family, method, checkpoint, tmp_path):
+def test_losses_and_gradients_are_those_over_the_decoded_weights(
+    family, method, checkpoint, tmp_path
+):
     base, dense = packed_and_dense(save_tiny(tmp_path, family))
     examples = make_examples(4)
     frozen = digest(base.model)
     routing = Routing()
-    ours, gradients = step(base.model, routing, METHODS[method], examples, packed=True, checkpoint=checkpoint)
+    ours, gradients = step(
+        base.model, routing, METHODS[method], examples, packed=True, checkpoint=checkpoint
+    )
     theirs, expected = step(dense, Routing(), METHODS[method], examples, packed=True)
     assert ours == pytest.approx(theirs, rel=1e-4)
     for name, gradient in gradients.items():
@@ -117,7 +128,8 @@ def test_transformers_own_code_trains_through_a_packed_base_without_an_adapter(f
 
 
 def test_evaluation_in_between_changes_no_gradient(tmp_path):
-    """Train, evaluate, train: bitsandbytes repacks its weight in evaluation and then gives no gradient."""
+    """Train, evaluate, train: bitsandbytes repacks its weight in evaluation and then gives no
+    gradient."""
     model = load_base(str(save_tiny(tmp_path, "llama")), quantize="nf4").model
     found = []
     for _ in range(2):
@@ -129,7 +141,13 @@ def test_evaluation_in_between_changes_no_gradient(tmp_path):
 
 
 def test_a_step_over_packed_weights_keeps_neither_inputs_nor_decoded_weights(tmp_path):
-    layer = next(iter(packed_modules(load_base(str(save_tiny(tmp_path, "llama")), quantize="nf4").model).values()))
+    layer = next(
+        iter(
+            packed_modules(
+                load_base(str(save_tiny(tmp_path, "llama")), quantize="nf4").model
+            ).values()
+        )
+    )
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(20, layer.in_features, requires_grad=True)).sum().backward()

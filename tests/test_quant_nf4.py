@@ -1,4 +1,5 @@
-"""4 bits: every compiled path gives the bits of the plain reference, on any shape; what cannot be held is refused."""
+"""4 bits: every compiled path gives the bits of the plain reference, on any shape; what cannot be
+held is refused."""
 
 import hashlib
 import json
@@ -15,7 +16,8 @@ from veneer.kernels import nf4_reference as reference
 from veneer.quant import nf4
 
 LEVELS = (4, 3, 2, 0)
-"""AVX-512 with bf16 products, AVX-512, AVX2, plain C; one that this processor lacks runs as the next below."""
+"""AVX-512 with bf16 products, AVX-512, AVX2, plain C; one that this processor lacks runs as the
+next below."""
 SIZES = (1, 2, 63, 64, 65, 96, 127, 128, 4097, 64 * 300 + 17)
 GOLDEN = json.loads((Path(__file__).parent / "parity" / "golden_nf4.json").read_text())["cases"]
 
@@ -35,8 +37,15 @@ def flat(n, dtype=torch.float32, seed=0):
 def test_the_code_books_are_those_of_the_files():
     book = nf4.code_book("nf4")
     assert book.values[[0, 7, 15]].tolist() == [-1.0, 0.0, 1.0]
-    assert [f"{x:.16g}" for x in book.thresholds[:2].tolist()] == ["-0.8480963706970215", "-0.6106328964233398"]
-    assert hashlib.sha256(nf4.nested_map().numpy().tobytes()).hexdigest().startswith("e732639a65f497b4ad684bb1")
+    assert [f"{x:.16g}" for x in book.thresholds[:2].tolist()] == [
+        "-0.8480963706970215",
+        "-0.6106328964233398",
+    ]
+    assert (
+        hashlib.sha256(nf4.nested_map().numpy().tobytes())
+        .hexdigest()
+        .startswith("e732639a65f497b4ad684bb1")
+    )
     fp4 = nf4.code_book("fp4")
     assert torch.equal(fp4.values[8:], -fp4.values[:8])
     assert fp4.values[3] == 1
@@ -60,7 +69,9 @@ def test_quantising_gives_the_same_bits_on_every_level(dtype, book, block):
     for n in SIZES:
         packed, absmax = reference.quantize(flat(n, dtype), chosen.thresholds, chosen.codes, block)
         for level in LEVELS:
-            ours = kernels.quantize(flat(n, dtype), chosen.thresholds, chosen.codes, block, level=level)
+            ours = kernels.quantize(
+                flat(n, dtype), chosen.thresholds, chosen.codes, block, level=level
+            )
             assert torch.equal(ours[0], packed), (n, level)
             assert torch.equal(ours[1], absmax), (n, level)
 
@@ -83,7 +94,13 @@ def test_decoding_gives_the_same_bits_on_every_level_from_any_element_on(dtype, 
         w = nf4.quantize(flat(n, seed=1), double=double, block=block)
         for start, count in ((0, n), (n // 3, n // 2), (min(1, n - 1), n - 1), (n - 1, 1)):
             expected = reference.dequantize(
-                w.packed, w.blocks.float_scales(), w.table, block, start=start, count=count, dtype=dtype
+                w.packed,
+                w.blocks.float_scales(),
+                w.table,
+                block,
+                start=start,
+                count=count,
+                dtype=dtype,
             )
             for level in LEVELS:
                 out = torch.full((count,), 7.0, dtype=dtype)
@@ -110,9 +127,13 @@ def test_a_target_with_gaps_is_filled_and_nothing_beside_it():
 
 @needs_native
 @every_dtype
-@pytest.mark.parametrize("shape", [(5, 64), (7, 192), (9, 96), (11, 50), (3, 4304), (16, 576), (2, 33)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 64), (7, 192), (9, 96), (11, 50), (3, 4304), (16, 576), (2, 33)], ids=str
+)
 def test_the_fused_product_is_the_product_with_the_decoded_weights(dtype, shape):
-    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]  # of y, its largest value
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[
+        dtype
+    ]  # of y, its largest value
     for double, block in ((False, 64), (True, 64), (True, 32), (True, 256)):
         w = nf4.quantize(flat(shape[0] * shape[1], seed=2).view(shape), double=double, block=block)
         dense = nf4.dequantize(w, dtype).double()
@@ -121,14 +142,19 @@ def test_the_fused_product_is_the_product_with_the_decoded_weights(dtype, shape)
             for level in (5, *LEVELS):
                 y = kernels.product(w.blocks, x, shape[0], level=level).double()
                 expected = x.double() @ dense.T
-                assert (y - expected).abs().max() <= rounding * expected.abs().max(), (block, rows, level)
+                assert (y - expected).abs().max() <= rounding * expected.abs().max(), (
+                    block,
+                    rows,
+                    level,
+                )
 
 
 @needs_native
 @every_dtype
 @pytest.mark.parametrize("shape", [(37, 576), (9, 1536), (3, 11008), (300, 64), (5, 192)], ids=str)
 def test_the_fused_product_reads_every_weight_to_the_bit(dtype, shape):
-    """With one 1 in x a product is a column of W: scales, tables and the order of nibbles leave no room for error."""
+    """With one 1 in x a product is a column of W: scales, tables and the order of nibbles leave no
+    room for error."""
     for double, block in ((False, 64), (True, 64), (True, 128)):
         w = nf4.quantize(flat(shape[0] * shape[1], seed=5).view(shape), double=double, block=block)
         if double:  # outer scales that differ, so that the wrong one shows
@@ -155,7 +181,9 @@ def test_a_product_with_some_rows_of_a_stack_is_that_of_the_whole():
 def test_double_quantisation_chooses_the_nearest_of_256_values_and_costs_an_eighth_of_a_bit():
     scales = flat(1000, seed=3).abs() + 0.05
     w = nf4.quantize(flat(64 * 1000, seed=4).view(1000, 64) * 50 * scales.unsqueeze(1))
-    plain = nf4.quantize(flat(64 * 1000, seed=4).view(1000, 64) * 50 * scales.unsqueeze(1), double=False)
+    plain = nf4.quantize(
+        flat(64 * 1000, seed=4).view(1000, 64) * 50 * scales.unsqueeze(1), double=False
+    )
     nested = w.nested
     residual = plain.absmax - plain.absmax.mean()
     outer = nested.scales.repeat_interleave(256)[:1000]

@@ -1,5 +1,5 @@
-"""Whole runs over a 4-bit base: resumed to the bit, the packed weights untouched, the adapter usable by its
-commands."""
+"""Whole runs over a 4-bit base: resumed to the bit, the packed weights untouched, the adapter
+usable by its commands."""
 
 import json
 
@@ -24,7 +24,12 @@ class Stop(Exception):
 
 def rows(path, count=24):
     lines = [
-        {"messages": [{"role": "user", "content": f"what is {n}"}, {"role": "assistant", "content": f"it is {n * 7}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {n}"},
+                {"role": "assistant", "content": f"it is {n * 7}"},
+            ]
+        }
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -55,11 +60,23 @@ def run(config, *, resume=False):
     [
         ("llama", {}),
         ("llama", {"quantize": "fp4", "checkpointing": True, "keep_dense": ["down_proj"]}),
-        ("mixtral", {"method": {"name": "qlora", "rank": 2, "dropout": 0.2, "targets": ["q_proj", "o_proj"]}}),
+        (
+            "mixtral",
+            {
+                "method": {
+                    "name": "qlora",
+                    "rank": 2,
+                    "dropout": 0.2,
+                    "targets": ["q_proj", "o_proj"],
+                }
+            },
+        ),
     ],
     ids=str,
 )
-def test_a_resumed_run_over_4_bits_is_the_run_that_never_stopped(family, others, tmp_path, monkeypatch):
+def test_a_resumed_run_over_4_bits_is_the_run_that_never_stopped(
+    family, others, tmp_path, monkeypatch
+):
     save_tiny(tmp_path / "base", family, torch.bfloat16)
     seen = []
 
@@ -95,7 +112,10 @@ def test_what_a_qlora_run_makes_is_used_by_the_commands_that_follow(tmp_path, ca
     assert manifest["recipe"]["quantize"] == "nf4"
     assert manifest["recipe"]["method"]["name"] == "lora"
     held_out = rows(tmp_path / "held.jsonl", 3)
-    assert main.main(["evaluate", "--adapter", str(tmp_path / "run"), "--data", held_out, "--json"]) == 0
+    assert (
+        main.main(["evaluate", "--adapter", str(tmp_path / "run"), "--data", held_out, "--json"])
+        == 0
+    )
     loss = json.loads(capsys.readouterr().out)["loss"]
     base = api.load(str(tmp_path / "base"), quantize="nf4", keep_dense=["k_proj"])
     base.use(base.load_adapter(tmp_path / "run" / "adapter"))
@@ -105,10 +125,17 @@ def test_what_a_qlora_run_makes_is_used_by_the_commands_that_follow(tmp_path, ca
 def test_the_quantize_command_writes_a_base_and_says_what_it_did_not_pack(tmp_path, capsys):
     save_tiny(tmp_path / "base", "llama_untied", torch.bfloat16)
     out = str(tmp_path / "packed")
-    assert main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out, "--keep-dense", "v_proj"]) == 0
+    assert (
+        main.main(
+            ["quantize", "--base", str(tmp_path / "base"), "--out", out, "--keep-dense", "v_proj"]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "linear layers     nf4" in said
     assert "linear layers     bfloat16" in said
     assert "output head       bfloat16" in said
-    assert main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out]) == 2  # nothing is overwritten
+    assert (
+        main.main(["quantize", "--base", str(tmp_path / "base"), "--out", out]) == 2
+    )  # nothing is overwritten
     assert load_base(out).quantize == "nf4"

@@ -1,4 +1,5 @@
-"""What a run file may say about weight formats: qlora is a short form, and full fine-tuning takes none."""
+"""What a run file may say about weight formats: qlora is a short form, and full fine-tuning takes
+none."""
 
 import pytest
 

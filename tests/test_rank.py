@@ -17,8 +17,12 @@ def near(ours, theirs):
     assert (ours.double() - theirs).abs().max() <= BF16 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 16, 31, 96, 130, 600])  # the last: more pairs of rows than one pass takes
-@pytest.mark.parametrize(("width", "size"), [(16, 16), (80, 16), (144, 48), (64, 8), (70, 16), (48, 256)])
+@pytest.mark.parametrize(
+    "rows", [1, 16, 31, 96, 130, 600]
+)  # the last: more pairs of rows than one pass takes
+@pytest.mark.parametrize(
+    ("width", "size"), [(16, 16), (80, 16), (144, 48), (64, 8), (70, 16), (48, 256)]
+)
 def test_each_product_is_torchs(rows, width, size):
     torch.manual_seed(0)
     x, d = torch.randn(rows, width).bfloat16(), torch.randn(rows, size).bfloat16()
@@ -46,7 +50,9 @@ def test_each_product_is_torchs(rows, width, size):
         (16, 16, 15, False),
     ],
 )
-def test_a_kernel_takes_ranks_and_widths_that_fill_registers_and_sixteen_rows(size, width, rows, taken):
+def test_a_kernel_takes_ranks_and_widths_that_fill_registers_and_sixteen_rows(
+    size, width, rows, taken
+):
     assert rank.is_compiled(size, width, torch.zeros(rows, width).bfloat16()) == taken
     assert not rank.is_compiled(size, width, torch.zeros(rows, width))
 
@@ -65,7 +71,11 @@ def test_factors_are_rounded_as_torch_rounds_them_whichever_way_round_they_lie(r
     torch.manual_seed(1)
     x, y = torch.randn(rows, 80).bfloat16(), torch.randn(rows, 112).bfloat16()
     A, B = torch.randn(32, 80), torch.randn(112, 32)
-    for one_A, one_B in ((A, B), (A.T.contiguous().T, B.T.contiguous().T), (A[:, :80], torch.randn(112, 40)[:, :32])):
+    for one_A, one_B in (
+        (A, B),
+        (A.T.contiguous().T, B.T.contiguous().T),
+        (A[:, :80], torch.randn(112, 40)[:, :32]),
+    ):
         ours, theirs = y.clone(), y.clone()
         down = rank.down(x, one_A, 0.5)
         assert torch.equal(down, rank.down(x, one_A.bfloat16(), 0.5))
@@ -92,15 +102,22 @@ def test_the_narrow_side_may_be_columns_of_a_wider_matrix(size):
 
 @pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "width", "sizes"), [(16, 80, [16]), (61, 208, [16, 48, 16]), (130, 64, [96, 32])])
+@pytest.mark.parametrize(
+    ("rows", "width", "sizes"), [(16, 80, [16]), (61, 208, [16, 48, 16]), (130, 64, [96, 32])]
+)
 def test_gradients_are_put_where_they_are_wanted_to_the_same_bits(rows, width, sizes, dropout):
     torch.manual_seed(3)
     x, u = torch.randn(rows, width).bfloat16(), torch.randn(rows, sum(sizes)).bfloat16()
-    dropouts = [Dropout(torch.arange(rows) * 7919, n << 32, dropout) if dropout else None for n, _ in enumerate(sizes)]
+    dropouts = [
+        Dropout(torch.arange(rows) * 7919, n << 32, dropout) if dropout else None
+        for n, _ in enumerate(sizes)
+    ]
     plain = rank.gradients(u, x, sizes, dropouts)
     ways = [(turned, add) for turned in (False, True) for add in (False, True)]
     for turned, add in ways:
-        before = [torch.randn(width, size) if turned else torch.randn(size, width) for size in sizes]
+        before = [
+            torch.randn(width, size) if turned else torch.randn(size, width) for size in sizes
+        ]
         outs = [each.clone() for each in before]
         rank.put_gradients(outs, u, x, dropouts, turned=turned, add=add)
         for out, old, each in zip(outs, before, plain, strict=True):
@@ -110,10 +127,12 @@ def test_gradients_are_put_where_they_are_wanted_to_the_same_bits(rows, width, s
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
-    ("dtype", "sizes"), [(torch.bfloat16, (16, 32)), (torch.float64, (3, 5)), (torch.bfloat16, (16, 256))]
+    ("dtype", "sizes"),
+    [(torch.bfloat16, (16, 32)), (torch.float64, (3, 5)), (torch.bfloat16, (16, 256))],
 )
 def test_layers_that_share_their_input_are_what_each_is_alone(dtype, sizes, dropout):
-    """Values and the factors' gradients to the bit; the gradient of x is summed up in another order."""
+    """Values and the factors' gradients to the bit; the gradient of x is summed up in another
+    order."""
     torch.manual_seed(4)
     outs, rows = (64, 48), torch.arange(26) * 7919
     x = torch.randn(2, 13, 96).to(dtype).requires_grad_()
@@ -121,15 +140,24 @@ def test_layers_that_share_their_input_are_what_each_is_alone(dtype, sizes, drop
     for number, (out, size) in enumerate(zip(outs, sizes, strict=True)):
         base = DenseLinear(nn.Linear(96, out).to(dtype).requires_grad_(False))
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
-        factors = [torch.randn(*shape, dtype=wide, requires_grad=True) for shape in ((size, 96), (out, size))]
+        factors = [
+            torch.randn(*shape, dtype=wide, requires_grad=True)
+            for shape in ((size, 96), (out, size))
+        ]
         bias = torch.randn(out).to(dtype).requires_grad_()
         mask = Dropout(rows, number << 32, dropout) if dropout else None
         layers.append(Adapted(*factors, bias, base, 0.3 + number, mask))
         given += [*factors, bias]
     grads = [torch.randn(2, 13, out).to(dtype) for out in outs]
     together = lora_linears(x, layers)
-    apart = [lora_linear(x, e.A, e.B, e.bias, e.base, scaling=e.scaling, dropout=e.dropout) for e in layers]
-    ours, theirs = torch.autograd.grad(together, given, grads), torch.autograd.grad(apart, given, grads)
+    apart = [
+        lora_linear(x, e.A, e.B, e.bias, e.base, scaling=e.scaling, dropout=e.dropout)
+        for e in layers
+    ]
+    ours, theirs = (
+        torch.autograd.grad(together, given, grads),
+        torch.autograd.grad(apart, given, grads),
+    )
     exact = dtype == torch.bfloat16
     near(ours[0], theirs[0].double())
     for a, b in zip((*together, *ours[1:]), (*apart, *theirs[1:]), strict=True):
@@ -138,7 +166,11 @@ def test_layers_that_share_their_input_are_what_each_is_alone(dtype, sizes, drop
 
 
 def test_the_bits_do_not_depend_on_the_threads():
-    x, A, d = (torch.randn(200, 320).bfloat16(), torch.randn(16, 320).bfloat16(), torch.randn(200, 16).bfloat16())
+    x, A, d = (
+        torch.randn(200, 320).bfloat16(),
+        torch.randn(16, 320).bfloat16(),
+        torch.randn(200, 16).bfloat16(),
+    )
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -177,13 +209,16 @@ def test_a_bf16_layer_is_near_its_reference(size):
 @pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
 @pytest.mark.parametrize(("size", "whole"), [(8, 16), (1, 16), (24, 32)])
 def test_a_rank_that_fills_no_register_is_computed_as_one_that_does(size, whole):
-    """The bits of the layer whose factors go on with zeros, and no product of torch's with so narrow a side."""
+    """The bits of the layer whose factors go on with zeros, and no product of torch's with so
+    narrow a side."""
     torch.manual_seed(5)
     base = DenseLinear(nn.Linear(96, 64).bfloat16().requires_grad_(False))
     x, grad = torch.randn(30, 96).bfloat16().requires_grad_(), torch.randn(30, 64).bfloat16()
     A, B = torch.randn(whole, 96), torch.randn(64, whole)
     A[size:], B[:, size:] = 0, 0
-    small, large = ([A[:n].clone().requires_grad_(), B[:, :n].clone().requires_grad_()] for n in (size, whole))
+    small, large = (
+        [A[:n].clone().requires_grad_(), B[:, :n].clone().requires_grad_()] for n in (size, whole)
+    )
     found = []
     for factors in (small, large):
         y = lora_linear(x, *factors, None, base, scaling=0.3)
@@ -206,7 +241,10 @@ def test_dropout_within_a_product_is_that_of_the_wide_side(rows, width, size):
         torch.randn(rows, width).bfloat16(),
         torch.randn(rows, size).bfloat16(),
     )
-    A, dropout = torch.randn(size, width).bfloat16(), Dropout(torch.arange(rows) * 7919, 5 << 32 | 3, 0.3)
+    A, dropout = (
+        torch.randn(size, width).bfloat16(),
+        Dropout(torch.arange(rows) * 7919, 5 << 32 | 3, 0.3),
+    )
     left = dropout.apply_reference(x.double())
     assert 0.1 < (left == 0).double().mean() < 0.5
     near(rank.down(x, A, 0.5, dropout=dropout), 0.5 * left @ A.double().T)
@@ -219,4 +257,7 @@ def test_dropout_within_a_product_is_that_of_the_wide_side(rows, width, size):
 @pytest.mark.skipif(not has_bf16(), reason="no bf16 arithmetic")
 def test_gradients_are_summed_in_float32_whether_rows_are_even_or_odd():
     for rows in (32, 33):
-        assert rank.gradient(torch.ones(rows, 16).bfloat16(), torch.ones(rows, 64).bfloat16()).dtype is torch.float32
+        assert (
+            rank.gradient(torch.ones(rows, 16).bfloat16(), torch.ones(rows, 64).bfloat16()).dtype
+            is torch.float32
+        )

@@ -1,4 +1,5 @@
-"""Answers that reason: each is learnt behind exactly what the model will see in front of it, and nothing else is."""
+"""Answers that reason: each is learnt behind exactly what the model will see in front of it, and
+nothing else is."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def write(path: Any, *conversations: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def loaded(path: str, source: str = DROPS_EARLIER, *, examine: bool = False, **variables: Any) -> DataSet:
+def loaded(
+    path: str, source: str = DROPS_EARLIER, *, examine: bool = False, **variables: Any
+) -> DataSet:
     return (examine_data if examine else load_data)(
         DataConfig(train=path, validation_share=0.0),
         length=2048,
@@ -65,12 +68,15 @@ def test_the_examples_of_a_row_stay_together_and_a_batch_counts_rows(tmp_path: A
     assert [rows.examples([n]) for n in range(3)] == [[0, 1, 2], [3], [4, 5]]
     assert (data.report.rows, data.report.examples) == (3, 6)
     plan = [*plan_epoch(rows.lengths, batch=2, seed=0, epoch=0, order="shuffled")]
-    assert sorted(i for batch in plan for i in batch) == [0, 1, 2] and [len(batch) for batch in plan] == [2, 1]
+    assert sorted(i for batch in plan for i in batch) == [0, 1, 2] and [
+        len(batch) for batch in plan
+    ] == [2, 1]
     assert len({example.key for example in data.train}) == 6
 
 
 def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
-    """Six conversations of several answers, each twice, then eight rows of one: 20 rows, in memory and in files."""
+    """Six conversations of several answers, each twice, then eight rows of one: 20 rows, in memory
+    and in files."""
     texts = [conversation(2 + n % 2, reasons=True, tools=False, system=True) for n in range(6)]
     for n, row in enumerate(texts):
         row[1]["content"] += f" {n}"
@@ -79,7 +85,11 @@ def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
     other = write(tmp_path / "other.jsonl", *texts[:2])
     sets: list[dict[str, Any]] = [{"path": path, "weight": 0.5}, {"path": other, "weight": 2.0}]
     data = DataConfig.of({"train": sets, "validation_share": 0.0})
-    asked: dict[str, Any] = {"length": 2048, "capacity": Capacity(), "tokenizer": reasoning_tokenizer(DROPS_EARLIER)}
+    asked: dict[str, Any] = {
+        "length": 2048,
+        "capacity": Capacity(),
+        "tokenizer": reasoning_tokenizer(DROPS_EARLIER),
+    }
     memory = load_data(data, **asked)
     files = training_data(data.model_copy(update={"tokens": "files"}), **asked)
     for found in (memory, files):
@@ -103,8 +113,12 @@ def test_what_the_examples_of_a_row_begin_with_is_computed_once(tmp_path: Any) -
     assert batch.computed_tokens == packed_rows(data.train, share_prompt=True)
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2), Prefix(tokens=3, start="random")], ids=["lora", "prefix"])
-def test_groups_of_rows_give_the_loss_and_the_gradient_of_each_example_alone(tmp_path: Any, method: Any) -> None:
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), Prefix(tokens=3, start="random")], ids=["lora", "prefix"]
+)
+def test_groups_of_rows_give_the_loss_and_the_gradient_of_each_example_alone(
+    tmp_path: Any, method: Any
+) -> None:
     from veneer.adapters.attach import attach
 
     data = several(tmp_path)
@@ -122,9 +136,15 @@ def test_groups_of_rows_give_the_loss_and_the_gradient_of_each_example_alone(tmp
         for group in groups:
             batch = make_batch(group, packed=True, share_prompt=True, device=torch.device("cpu"))
             batch_loss(model, paths, routing, batch, total=10.0).backward()
-        return [parameter.grad.clone() for parameter in made.parameters().values() if parameter.grad is not None]
+        return [
+            parameter.grad.clone()
+            for parameter in made.parameters().values()
+            if parameter.grad is not None
+        ]
 
-    for together, alone in zip(gradient([data.train]), gradient([[e] for e in data.train]), strict=True):
+    for together, alone in zip(
+        gradient([data.train]), gradient([[e] for e in data.train]), strict=True
+    ):
         assert torch.allclose(together, alone, rtol=1e-5, atol=1e-7)
     nats = example_nats(model, paths, data.train, batch=3)
     assert nats[:, 1].tolist() == [e.trained.sum() for e in data.train]
@@ -137,32 +157,49 @@ def test_a_run_over_rows_of_several_examples_learns_and_says_so(tmp_path: Any) -
     for n, row in enumerate(rows):
         row[1]["content"] += f" {n}"
     data = write(tmp_path / "rows.jsonl", *rows)
-    run = veneer.train(str(tmp_path / "base"), data, out=tmp_path / "run", steps=3, batch=4, micro_batch=2)
+    run = veneer.train(
+        str(tmp_path / "base"), data, out=tmp_path / "run", steps=3, batch=4, micro_batch=2
+    )
     assert run["last_loss"] < run["first_loss"]
-    assert veneer.evaluate(veneer.load(str(tmp_path / "base")), data)["rows"] == sum(1 + n % 3 for n in range(8))
+    assert veneer.evaluate(veneer.load(str(tmp_path / "base")), data)["rows"] == sum(
+        1 + n % 3 for n in range(8)
+    )
 
 
 def codes(data: DataSet) -> dict[str, Problem]:
     return {problem.code: problem for problem in data.report.problems}
 
 
-def test_the_check_counts_answers_that_reason_and_says_what_a_mixture_teaches(tmp_path: Any) -> None:
+def test_the_check_counts_answers_that_reason_and_says_what_a_mixture_teaches(
+    tmp_path: Any,
+) -> None:
     both = [conversation(1, reasons=n < 3, tools=False, system=False) for n in range(4)]
     for n, each in enumerate(both):
         each[0]["content"] += f" {n}"
-    inline = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\ny"}]
+    inline = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\ny"},
+    ]
     data = loaded(write(tmp_path / "rows.jsonl", *both, inline))
     assert data.report.reasons == {"reasons": 4, "empty": 1}
-    assert "4 of 5 answers (80%) begin with reasoning, the others with an empty block" in codes(data)["D220"].message
+    assert (
+        "4 of 5 answers (80%) begin with reasoning, the others with an empty block"
+        in codes(data)["D220"].message
+    )
     none = loaded(write(tmp_path / "rows.jsonl", both[3]))
     assert none.report.reasons == {"empty": 1} and "D221" in codes(none)
     supplied = loaded(write(tmp_path / "rows.jsonl", both[3]), enable_thinking=False)
     assert supplied.report.reasons == {"none": 1} and not {"D220", "D221"} & set(codes(supplied))
 
 
-def test_reasoning_that_the_template_leaves_out_is_refused_and_one_that_the_prompt_forbids(tmp_path: Any) -> None:
+def test_reasoning_that_the_template_leaves_out_is_refused_and_one_that_the_prompt_forbids(
+    tmp_path: Any,
+) -> None:
     rows = write(tmp_path / "rows.jsonl", conversation(1, reasons=True, tools=False, system=False))
-    plain = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}"
+    plain = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if"
+        " add_generation_prompt %}"
+    )
     plain += "assistant:{% endif %}"
     with pytest.raises(DataError, match=r"D219 .*left out by the chat template"):
         loaded(rows, plain)
@@ -176,10 +213,19 @@ def test_rows_of_several_examples_are_named(tmp_path: Any) -> None:
     assert (found.lines, found.fatal) == ((1, 3), False)
 
 
-def test_an_answer_is_learnt_behind_the_reasoning_that_the_prompt_opens_and_the_template_forgets(tmp_path: Any) -> None:
-    """As DeepSeek-R1's does: what the model writes stands in no rendering of the whole conversation."""
-    inline = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\ny"}]
-    apart = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "y", "reasoning_content": "hm"}]
+def test_an_answer_is_learnt_behind_the_reasoning_that_the_prompt_opens_and_the_template_forgets(
+    tmp_path: Any,
+) -> None:
+    """As DeepSeek-R1's does: what the model writes stands in no rendering of the whole
+    conversation."""
+    inline = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\ny"},
+    ]
+    apart = [
+        {"role": "user", "content": "z"},
+        {"role": "assistant", "content": "y", "reasoning_content": "hm"},
+    ]
     two = [*inline, {"role": "user", "content": "again"}, apart[1]]
     data = loaded(write(tmp_path / "rows.jsonl", inline, apart, two), FORGETS)
     tokenizer = reasoning_tokenizer(FORGETS)
@@ -196,7 +242,9 @@ def test_an_answer_is_learnt_behind_the_reasoning_that_the_prompt_opens_and_the_
     assert learnt == "hm\n</think>\n\ny<|im_end|>\n" and data.report.reasons == {"reasons": 4}
 
 
-def test_an_answer_that_does_not_reason_where_the_prompt_opens_it_is_refused_with_what_to_do(tmp_path: Any) -> None:
+def test_an_answer_that_does_not_reason_where_the_prompt_opens_it_is_refused_with_what_to_do(
+    tmp_path: Any,
+) -> None:
     rows = write(tmp_path / "rows.jsonl", conversation(1, reasons=False, tools=False, system=False))
     with pytest.raises(DataError, match="does not reason, and the prompt opens it"):
         loaded(rows, FORGETS)

@@ -28,7 +28,9 @@ from veneer.kernels.recorded import Room, recording
 
 PROMPTS = [(5, 9, 31), tuple(range(40, 71)), (7,)]
 
-pytestmark = pytest.mark.skipif(native.level() < 2, reason="no products of few rows are compiled here")
+pytestmark = pytest.mark.skipif(
+    native.level() < 2, reason="no products of few rows are compiled here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,22 +46,31 @@ def based(dtype=torch.float32, **overrides):
 
 def with_method(base, name):
     head = base.model.get_output_embeddings()
-    move(attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1), seed=1)
+    move(
+        attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1),
+        seed=1,
+    )
     return ((name, 1.0),)
 
 
 def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
-    """All logits of the engine's steps, and what the base has recorded by then. between: called after ten; joins: a
-    request comes then too."""
+    """All logits of the engine's steps, and what the base has recorded by then. between: called
+    after ten; joins: a request comes then too."""
     found, right = [], PagedForward.logits
 
     def noted(*given):
         found.append(right(*given).clone())
         return found[-1]
 
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed({i: base.routing.applied(i) for i in identities if i}))
+    engine = Engine(
+        base,
+        budget_bytes=2**22,
+        adapters=Fixed({i: base.routing.applied(i) for i in identities if i}),
+    )
     for number, prompt in enumerate(PROMPTS):
-        engine.add(Request(prompt=prompt, max_new_tokens=new, adapter=identities[number % len(identities)]))
+        engine.add(
+            Request(prompt=prompt, max_new_tokens=new, adapter=identities[number % len(identities)])
+        )
     with monkeypatch.context() as patch:
         patch.setattr(PagedForward, "logits", noted)
         count = 0
@@ -96,7 +107,9 @@ def test_recorded_steps_give_the_same_bits(dtype, name, monkeypatch):
         never(patch)
         expected, _ = steps_of(base, [own, (), own], monkeypatch)
     assert same(found, expected)
-    assert len(kept) == 1  # of the base's rows, which have a forward of their own beside those of other methods
+    assert (
+        len(kept) == 1
+    )  # of the base's rows, which have a forward of their own beside those of other methods
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,7 +121,9 @@ def test_adapted_layers_of_one_input_are_one_call_and_give_what_each_gives(dtype
         patch.setattr(AdaptedLinear, "in_step", lambda *_: None)
         expected, each = steps_of(other, [own, (), own], monkeypatch)
     assert same(found, expected)
-    together, alone = (len(steps[0]._noted.structs("veneer_few_rows_updated")) for steps in (kept, each))
+    together, alone = (
+        len(steps[0]._noted.structs("veneer_few_rows_updated")) for steps in (kept, each)
+    )
     assert 0 < together < alone
 
 
@@ -128,8 +143,8 @@ def whole_steps(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_answers_steps_are_one_call_from_ids_to_logits_to_the_bit(dtype, tied, monkeypatch):
-    """Over blocks that are taken one by one, beyond the room that tables were given, and places beyond the tables of
-    angles that were made first."""
+    """Over blocks that are taken one by one, beyond the room that tables were given, and places
+    beyond the tables of angles that were made first."""
     monkeypatch.setattr(ends, "FIRST_PLACES", 32)
     base = based(dtype, tie_word_embeddings=tied)
     rows = whole_steps(monkeypatch)
@@ -159,7 +174,9 @@ def test_what_is_exchanged_around_the_layers_is_seen(how, monkeypatch):
         inner = base.model.model
         if how == "embedding":
             changed = torch.nn.Embedding(*inner.embed_tokens.weight.shape)
-            changed.weight = torch.nn.Parameter(inner.embed_tokens.weight * 1.5, requires_grad=False)
+            changed.weight = torch.nn.Parameter(
+                inner.embed_tokens.weight * 1.5, requires_grad=False
+            )
             inner.embed_tokens = changed
         elif how == "head":
             head = base.model.get_output_embeddings()
@@ -188,11 +205,15 @@ def test_who_begins_to_listen_is_heard(monkeypatch):
     monkeypatch.setattr(recorded, "UNSEEN", 1)
     base, heard = based(), []
     module = base.model.model.layers[1].mlp.up_proj
-    steps_of(base, [()], monkeypatch, lambda: module.register_forward_hook(lambda *_: heard.append(1)))
+    steps_of(
+        base, [()], monkeypatch, lambda: module.register_forward_hook(lambda *_: heard.append(1))
+    )
     assert len(heard) == 40 - 10
 
 
-@pytest.mark.parametrize("how", ["another parameter", "other memory", "another module", "another adapter"])
+@pytest.mark.parametrize(
+    "how", ["another parameter", "other memory", "another module", "another adapter"]
+)
 def test_what_is_exchanged_is_seen(how, monkeypatch):
     monkeypatch.setattr(recorded, "UNSEEN", 1)
 
@@ -219,7 +240,9 @@ def test_what_is_exchanged_is_seen(how, monkeypatch):
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_what_is_exchanged_under_answers_is_seen_after_some_steps_or_when_another_joins(joins, monkeypatch):
+def test_what_is_exchanged_under_answers_is_seen_after_some_steps_or_when_another_joins(
+    joins, monkeypatch
+):
     def exchange(base):
         norm = base.model.model.norm
         norm.weight = torch.nn.Parameter(norm.weight * 1.5, requires_grad=False)
@@ -227,7 +250,11 @@ def test_what_is_exchanged_under_answers_is_seen_after_some_steps_or_when_anothe
     one, other = based(), based()
     kept, _ = steps_of(one, [()], monkeypatch, joins=joins)
     found, _ = steps_of(other, [()], monkeypatch, lambda: exchange(other), joins=joins)
-    first = next(n for n, (some, others) in enumerate(zip(found, kept, strict=True)) if not torch.equal(some, others))
+    first = next(
+        n
+        for n, (some, others) in enumerate(zip(found, kept, strict=True))
+        if not torch.equal(some, others)
+    )
     assert first == 10 if joins else 10 < first < 10 + recorded.UNSEEN
 
 
@@ -275,7 +302,10 @@ def with_many(dtype=torch.float32):
     base = based(dtype)
     for number, (name, config) in enumerate(MIXED.items()):
         head = base.model.get_output_embeddings()
-        move(attach(base.model, config, name=name, routing=base.routing, head=head, seed=number), seed=number)
+        move(
+            attach(base.model, config, name=name, routing=base.routing, head=head, seed=number),
+            seed=number,
+        )
     return base, [
         (),
         *(((name, 1.0),) for name in MIXED),
@@ -285,11 +315,16 @@ def with_many(dtype=torch.float32):
 
 
 def engine_of(base, identities):
-    return Engine(base, budget_bytes=2**22, adapters=Fixed({i: base.routing.applied(i) for i in identities if i}))
+    return Engine(
+        base,
+        budget_bytes=2**22,
+        adapters=Fixed({i: base.routing.applied(i) for i in identities if i}),
+    )
 
 
 def traffic(engine, identities, monkeypatch, count=24, flight=6):
-    """All logits of requests that come and go, each for other adapters; other engines' are left out."""
+    """All logits of requests that come and go, each for other adapters; other engines' are left
+    out."""
     draw, found, right = random.Random(5), [], PagedForward.logits
     own = (engine.lanes.exact.forward, engine.lanes.others.forward)
 
@@ -310,7 +345,9 @@ def traffic(engine, identities, monkeypatch, count=24, flight=6):
     with monkeypatch.context() as patch:
         patch.setattr(PagedForward, "logits", noted)
         while waiting or not engine.scheduler.idle:
-            while waiting and len(engine.scheduler.running) + len(engine.scheduler.waiting) < flight:
+            while (
+                waiting and len(engine.scheduler.running) + len(engine.scheduler.waiting) < flight
+            ):
                 engine.add(waiting.pop())
             engine.step(0.0)
     return found
@@ -320,7 +357,9 @@ def traffic(engine, identities, monkeypatch, count=24, flight=6):
 def test_one_recording_serves_prompts_and_answers_of_all_mixes_to_the_bit(dtype, monkeypatch):
     base, identities = with_many(dtype)
     steps, right = [], _Recorded._laid_out
-    monkeypatch.setattr(_Recorded, "_laid_out", lambda own, *given: steps.append(1) or right(own, *given))
+    monkeypatch.setattr(
+        _Recorded, "_laid_out", lambda own, *given: steps.append(1) or right(own, *given)
+    )
     found = traffic(engine_of(base, identities), identities, monkeypatch)
     (only,) = recorded_of(base)
     assert len(steps) >= len(found) - 4 and only.most >= 64
@@ -344,7 +383,10 @@ def test_two_engines_of_a_base_take_turns_and_one_that_is_gone_leaves_nothing(mo
         patch.setattr(Engine, "step", both)
         found = traffic(one, identities, monkeypatch)
     assert same(found, expected)
-    pages, layer = weakref.ref(one.lanes.exact.forward.keys), weakref.ref(one.lanes.exact.forward.keys.layers[0].keys)
+    pages, layer = (
+        weakref.ref(one.lanes.exact.forward.keys),
+        weakref.ref(one.lanes.exact.forward.keys.layers[0].keys),
+    )
     del one
     gc.collect()
     assert pages() is None and layer() is None
@@ -373,7 +415,8 @@ def test_who_finds_a_recording_taken_computes_in_python(monkeypatch):
 
 
 def spoiled(engine, base):
-    """All factors that are laid out and that no running answer uses hold nothing sensible from here on."""
+    """All factors that are laid out and that no running answer uses hold nothing sensible from here
+    on."""
     used = {a for s in engine.scheduler.running for a, _ in base.routing.applied(s.request.adapter)}
     for adapter, (table, _) in list(SEEN.items()):
         if adapter not in used:
@@ -387,7 +430,8 @@ SEEN: dict = {}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_factors_of_adapters_that_went_are_never_read_again(dtype, monkeypatch):
-    """As if their memory were somebody else's at once: adapters that are evicted, or come back as another version."""
+    """As if their memory were somebody else's at once: adapters that are evicted, or come back as
+    another version."""
     base, identities = with_many(dtype)
     with monkeypatch.context() as patch:
         never(patch)
@@ -419,7 +463,10 @@ def test_another_version_under_the_same_name_is_the_one_that_answers(monkeypatch
     own = identities[1:2]
     before = traffic(engine_of(base, own), own, monkeypatch, count=3)
     base.routing.leave("wide")
-    move(attach(base.model, MIXED["wide"], name="wide", routing=base.routing, head=None, seed=77), seed=77)
+    move(
+        attach(base.model, MIXED["wide"], name="wide", routing=base.routing, head=None, seed=77),
+        seed=77,
+    )
     engine = engine_of(base, own)
     after = traffic(engine, own, monkeypatch, count=3)
     with monkeypatch.context() as patch:
@@ -453,7 +500,9 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
     x = room.empty(torch.float32, 3, 40)
     x.normal_(generator=draw)
     with recording(room) as noted:
-        y = few_rows.product(few_rows.product(few_rows.product(x, weight, None), weight, None), weight, None)
+        y = few_rows.product(
+            few_rows.product(few_rows.product(x, weight, None), weight, None), weight, None
+        )
     assert noted.spoiled is None and noted.of_any_rows
     assert len(room._pieces) == 3  # x's, and two that the products took in turn
     for rows in (8, 1, 5):
@@ -462,7 +511,9 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
         own.normal_(generator=draw)
         noted.again()
         once = few_rows.product(own, weight, None)
-        assert torch.equal(found, few_rows.product(few_rows.product(once, weight, None), weight, None))
+        assert torch.equal(
+            found, few_rows.product(few_rows.product(once, weight, None), weight, None)
+        )
     for rows in (0, 9):
         with pytest.raises(CallError):
             noted.with_rows(rows)
@@ -470,7 +521,8 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads(dtype):
-    """More of them than processors too: one is late, and the others do not go on before its share is done."""
+    """More of them than processors too: one is late, and the others do not go on before its share
+    is done."""
     draw, width = torch.Generator().manual_seed(0), 512
     weights = [torch.randn(width, width, generator=draw).to(dtype) / 16 for _ in range(12)]
     room, before = Room(2, 2), torch.get_num_threads()
@@ -500,11 +552,18 @@ def test_what_does_not_grow_with_the_rows_spoils_a_recording_that_is_to_have_oth
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_over_blocks_that_are_made_together_give_what_each_gives(dtype):
-    """q, k and v of one input, v of another kind, with updates between them, and what is made of their outputs."""
+    """q, k and v of one input, v of another kind, with updates between them, and what is made of
+    their outputs."""
     draw, room, width = torch.Generator().manual_seed(0), Room(3, 8), 256
     kinds = {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_K", "up": "Q4_K", "down": "Q4_K"}
-    blocks = {name: random_blocks(kind, width, width, seed=i) for i, (name, kind) in enumerate(kinds.items())}
-    pairs = [(torch.randn(4, width, generator=draw), torch.randn(width, 4, generator=draw)) for _ in range(3)]
+    blocks = {
+        name: random_blocks(kind, width, width, seed=i)
+        for i, (name, kind) in enumerate(kinds.items())
+    }
+    pairs = [
+        (torch.randn(4, width, generator=draw), torch.randn(width, 4, generator=draw))
+        for _ in range(3)
+    ]
     factors, bias = few_rows.laid_out(pairs, dtype), torch.ones(width, dtype=dtype)
 
     def made(x):

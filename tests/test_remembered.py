@@ -1,4 +1,5 @@
-"""What an earlier process found is taken only where everything that it depends on is the same (files/remembered.py)."""
+"""What an earlier process found is taken only where everything that it depends on is the same
+(files/remembered.py)."""
 
 import json
 import os
@@ -122,12 +123,18 @@ def test_the_oldest_go_where_there_are_many(cache, monkeypatch):
     monkeypatch.setattr(memory, "MOST_ENTRIES", 3)
     for number in range(5):
         memory.remembered("things", {"of": number}, Found, Maker(Found(number)))
-        os.utime(max(entries(cache), key=lambda path: path.stat().st_mtime_ns), (number + 1, number + 1))
-    kept_counts = {json.loads(json.loads(path.read_text())["value"])["count"] for path in entries(cache)}
+        os.utime(
+            max(entries(cache), key=lambda path: path.stat().st_mtime_ns), (number + 1, number + 1)
+        )
+    kept_counts = {
+        json.loads(json.loads(path.read_text())["value"])["count"] for path in entries(cache)
+    }
     assert kept_counts == {2, 3, 4}
 
 
-@pytest.mark.parametrize("name", ["VENEER_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "VENEER_NO_NATIVE"])
+@pytest.mark.parametrize(
+    "name", ["VENEER_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "VENEER_NO_NATIVE"]
+)
 def test_variables_that_change_what_is_computed_are_part_of_every_key(cache, monkeypatch, name):
     before = memory.surroundings()
     monkeypatch.setenv(name, "2")
@@ -147,7 +154,13 @@ def test_a_byte_of_our_own_files_is_part_of_every_key(cache, monkeypatch):
     (own / "files").mkdir(parents=True)
     monkeypatch.setattr(memory, "__file__", str(own / "files" / "remembered.py"))
     found = set()
-    for name, text in [("a.py", "1"), ("a.py", "2"), ("b.py", ""), ("_native.abi3.so", "x"), ("_native.abi3.so", "y")]:
+    for name, text in [
+        ("a.py", "1"),
+        ("a.py", "2"),
+        ("b.py", ""),
+        ("_native.abi3.so", "x"),
+        ("_native.abi3.so", "y"),
+    ]:
         (own / name).write_text(text)
         memory.surroundings.cache_clear()
         found.add(memory.surroundings())
@@ -181,7 +194,12 @@ def test_nothing_is_remembered_beside_a_library_that_somebody_works_on(cache, mo
 
 
 def small(**changes):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+    }
     return LlamaConfig(**{**sizes, "vocab_size": 128, "num_key_value_heads": 2, **changes})
 
 
@@ -246,7 +264,9 @@ def test_a_named_size_is_the_config_that_its_fields_make(cache):
     """And its dry runs are those of a folder that says the same."""
     named = named_size("llama-3.2-1b")
     facts = [kept.kept_facts(found) for found in (named, named, replace(named, given=named.config))]
-    assert facts[0] == facts[1] == facts[2] and facts[0].layers == 16 and facts[0].positions == 131072
+    assert (
+        facts[0] == facts[1] == facts[2] and facts[0].layers == 16 and facts[0].positions == 131072
+    )
     assert len(entries(cache)) == 1
     other = named_size("llama-3.2-3b")
     assert kept.kept_facts(other).identity != facts[0].identity
@@ -258,7 +278,11 @@ def test_a_folder_of_its_name_is_no_named_size(cache, monkeypatch):
     monkeypatch.chdir(cache)
     assert named_size("gpt2") is not None
     (cache / "gpt2").mkdir()
-    assert named_size("gpt2") is None and named_size("smollm2-135m") is None and named_size("nobody-7b") is None
+    assert (
+        named_size("gpt2") is None
+        and named_size("smollm2-135m") is None
+        and named_size("nobody-7b") is None
+    )
 
 
 PLAN = ["plan", "--base", "llama-3.2-1b", "--length", "64", "--json"]
@@ -269,9 +293,17 @@ def test_a_plan_that_is_remembered_imports_no_transformers(cache):
 
     def planned(*more):
         asked = ["veneer", *PLAN, *more]
-        code = f"import sys\nfrom veneer.cli.main import main\nsys.argv = {asked}\nassert main() in (0, 3)\n"
-        code += "print(*sorted({'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)), file=sys.stderr)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        code = (
+            f"import sys\nfrom veneer.cli.main import main\nsys.argv = {asked}\nassert main() in"
+            " (0, 3)\n"
+        )
+        code += (
+            "print(*sorted({'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)),"
+            " file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["plans"], done.stderr.splitlines()[-1].split()
 
@@ -279,7 +311,9 @@ def test_a_plan_that_is_remembered_imports_no_transformers(cache):
     assert "transformers" in loaded
     again, loaded = planned()
     assert not loaded
-    assert [row["needed_memory_bytes"] for row in again] == [row["needed_memory_bytes"] for row in first]
+    assert [row["needed_memory_bytes"] for row in again] == [
+        row["needed_memory_bytes"] for row in first
+    ]
     other, loaded = planned("--steps", "7", "--price", "2")
     assert not loaded and other[0]["steps"] == 7
 
@@ -318,7 +352,9 @@ def test_rates_are_measured_again_after_an_upgrade(cache, monkeypatch, changed):
     monkeypatch.setattr(memory, "__file__", str(own / "files" / "remembered.py"))
     for build in ("1", "1", "2"):
         if changed == "torch":
-            monkeypatch.setattr(memory, "distribution", lambda name, build=build: Installed(build, "files"))
+            monkeypatch.setattr(
+                memory, "distribution", lambda name, build=build: Installed(build, "files")
+            )
         else:
             (own / "_native.abi3.so").write_text(build)
         memory.surroundings.cache_clear()

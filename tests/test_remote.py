@@ -12,7 +12,14 @@ import pytest
 
 from tests.test_library import sources  # noqa: F401  # a fixture
 from veneer.cli.main import main
-from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, SourceError, UnsafeFileError, VeneerError
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    DoesNotFitError,
+    SourceError,
+    UnsafeFileError,
+    VeneerError,
+)
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import WEIGHTS_NAME
 from veneer.library.library import Library
@@ -60,7 +67,9 @@ def test_a_version_goes_and_comes_back_to_the_byte(library, address, tmp_path):
     assert not list((back.folder / "incoming").glob("[!.]*"))
 
 
-def test_the_same_bytes_are_not_sent_again_and_an_unknown_name_lists_what_is_there(library, address):
+def test_the_same_bytes_are_not_sent_again_and_an_unknown_name_lists_what_is_there(
+    library, address
+):
     assert not push(library, "x@1", address).skipped
     assert push(library, "x@1", address).skipped
     assert [v.version for v in remote_at(address).record("x").versions] == [1]
@@ -71,7 +80,8 @@ def test_the_same_bytes_are_not_sent_again_and_an_unknown_name_lists_what_is_the
 
 
 def cut_after(monkeypatch, remote_class, pieces: int):
-    """The connection breaks after so many bytes of the tensor file; returns the offsets that were asked for."""
+    """The connection breaks after so many bytes of the tensor file; returns the offsets that were
+    asked for."""
     real, offsets = remote_class.read, []
 
     def read(self, path, offset):
@@ -155,7 +165,10 @@ def test_a_record_that_lies_is_not_believed(library, tmp_path):
     record = json.loads(path.read_text())
     record["versions"][-1]["facts"] |= {"base_proof": "fingerprint", "base": "something else"}
     path.write_text(json.dumps(record))
-    assert pull(Library(tmp_path / "back"), str(library.folder), "x").version.facts.base == "tiny-llama_untied"
+    assert (
+        pull(Library(tmp_path / "back"), str(library.folder), "x").version.facts.base
+        == "tiny-llama_untied"
+    )
 
 
 def test_a_push_that_breaks_shows_nothing_and_goes_on(library, monkeypatch):
@@ -221,7 +234,8 @@ def test_a_library_that_a_web_server_shows_can_be_pulled_from(library, tmp_path,
 
 
 class Hub:
-    """As much of the hub's interface as one repository needs: its listing, its files, one commit."""
+    """As much of the hub's interface as one repository needs: its listing, its files, one
+    commit."""
 
     def __init__(self) -> None:
         self.commits: list[dict[str, bytes]] = [{}]
@@ -236,7 +250,9 @@ class Hub:
         class Handler(_Quiet):
             protocol_version = "HTTP/1.1"
 
-            def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+            def _answer(
+                self, status: int, body: bytes = b"", headers: dict[str, str] | None = None
+            ) -> None:
                 self.send_response(status)
                 for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
                     self.send_header(key, value)
@@ -255,7 +271,9 @@ class Hub:
                         {
                             "id": "org/repo",
                             "sha": hub.sha,
-                            "siblings": [{"rfilename": n, "size": len(c)} for n, c in files.items()],
+                            "siblings": [
+                                {"rfilename": n, "size": len(c)} for n, c in files.items()
+                            ],
                         }
                     )
                 if path.startswith(f"/org/repo/resolve/{hub.sha}/"):
@@ -272,14 +290,23 @@ class Hub:
                 path = self.path.partition("?")[0]
                 if path == "/api/repos/create":
                     return self._json(
-                        {"url": f"http://{self.headers['Host']}/org/repo", "name": "org/repo", "id": "org/repo"}
+                        {
+                            "url": f"http://{self.headers['Host']}/org/repo",
+                            "name": "org/repo",
+                            "id": "org/repo",
+                        }
                     )
                 if path == "/api/validate-yaml":
                     return self._json({"errors": [], "warnings": []})
                 if "/preupload/" in path:
                     asked = json.loads(body)["files"]
                     return self._json(
-                        {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                        {
+                            "files": [
+                                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for f in asked
+                            ]
+                        }
                     )
                 if "/commit/" in path:
                     lines = [json.loads(line) for line in body.splitlines()]
@@ -290,7 +317,10 @@ class Hub:
                     }
                     hub.commits.append(hub.commits[-1] | files)
                     return self._json(
-                        {"commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{hub.sha}", "commitOid": hub.sha}
+                        {
+                            "commitUrl": f"http://{self.headers['Host']}/org/repo/commit/{hub.sha}",
+                            "commitOid": hub.sha,
+                        }
                     )
                 return self._answer(404)
 
@@ -306,7 +336,11 @@ def hub(serve, monkeypatch, tmp_path):
     address = serve(found.handler())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(hf_api.api, "endpoint", address)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -314,7 +348,9 @@ def hub(serve, monkeypatch, tmp_path):
 
 
 def test_the_hub_takes_an_adapter_in_one_commit_and_gives_it_back(library, hub, tmp_path):
-    moved = push(library, "x@1", "hf://org/repo", lambda entry, folder: f"card of {entry.reference}")
+    moved = push(
+        library, "x@1", "hf://org/repo", lambda entry, folder: f"card of {entry.reference}"
+    )
     assert len(hub.commits) == 2 and hub.commits[-1]["README.md"] == b"card of x@1"
     assert moved.reference == f"org/repo@{hub.sha}"
     back = Library(tmp_path / "back")
@@ -356,12 +392,16 @@ def test_the_commands_say_where_it_went(library, tmp_path, capsys):
     folder = ["--library", str(library.folder)]
     assert main(["adapters", "push", "x@1", str(tmp_path / "t"), *folder]) == 0
     assert "x@1" in capsys.readouterr().out
-    assert main(["adapters", "pull", str(tmp_path / "t"), "x", "--name", "y", "--json", *folder]) == 0
+    assert (
+        main(["adapters", "pull", str(tmp_path / "t"), "x", "--name", "y", "--json", *folder]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["reference"] == "y@1"
     assert main(["adapters", "pull", str(tmp_path / "t"), *folder]) == 2
 
 
-def test_a_disk_that_is_full_while_the_hub_gives_is_told_as_such(hub, library, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_while_the_hub_gives_is_told_as_such(
+    hub, library, tmp_path, monkeypatch
+):
     push(library, "x", "hf://org/repo")
 
     def full(*_, **__):

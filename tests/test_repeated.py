@@ -1,4 +1,5 @@
-"""Calls of one layer made again for others: the same bits, and what may not be made again is not."""
+"""Calls of one layer made again for others: the same bits, and what may not be made again is
+not."""
 
 import pytest
 import torch
@@ -21,11 +22,17 @@ from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import synthetic_rows
 
 pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
-SIZES = {"hidden_size": 512, "intermediate_size": 480, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 480,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 class Trained:
-    """A model of four layers in bf16 whose products are large enough for kernels of our own, and rows."""
+    """A model of four layers in bf16 whose products are large enough for kernels of our own, and
+    rows."""
 
     def __init__(self, family="llama", prompt=40, sizes=SIZES, **settings):
         self.model = tiny_model(family, torch.bfloat16, **sizes, head_dim=64, num_hidden_layers=4)
@@ -40,11 +47,18 @@ class Trained:
         self.examples = make_examples(9, prompt=prompt, longest=prompt + 30)
 
     def measured(self):
-        batch = make_batch(self.examples, packed=True, share_prompt=True, device=torch.device("cpu"))
+        batch = make_batch(
+            self.examples, packed=True, share_prompt=True, device=torch.device("cpu")
+        )
         keys = TokenKeys(torch.arange(batch.ids.numel()) * 7919 % 2**32, 3)
-        found, drawing = replacements(self.model), self.routing.held(self.routing.acting.drawing(keys))
+        found, drawing = (
+            replacements(self.model),
+            self.routing.held(self.routing.acting.drawing(keys)),
+        )
         with drawing, fused(self.model, found):
-            loss = batch_loss(self.model, self.paths, self.routing, batch, total=float(batch.trained_tokens))
+            loss = batch_loss(
+                self.model, self.paths, self.routing, batch, total=float(batch.trained_tokens)
+            )
             return [loss, *torch.autograd.grad(loss, self.parameters)]
 
 
@@ -106,7 +120,9 @@ def test_so_they_have_where_less_is_kept_and_with_one_thread(again, monkeypatch)
 
 
 @pytest.mark.parametrize("together", [repeated.TOGETHER, 2**14, 1])
-def test_checkpointed_layers_keep_the_same_tensors_when_they_are_computed_again(together, again, monkeypatch):
+def test_checkpointed_layers_keep_the_same_tensors_when_they_are_computed_again(
+    together, again, monkeypatch
+):
     """The first layer's calls are made by Python in forward, and made again in backward."""
     monkeypatch.setattr(repeated, "TOGETHER", together)
     trained = Trained()
@@ -119,7 +135,11 @@ def test_checkpointed_layers_keep_the_same_tensors_when_they_are_computed_again(
 
 
 SECOND = r".*\.1\..*q_proj"
-WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"] * 2}
+WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +206,11 @@ def test_what_a_group_keeps_lies_in_few_pieces(monkeypatch):
     own, other = (torch.randn(2, 3, 1, 1, 48, 16) for _ in range(2))
 
     def made(own):
-        kept, nothing, odd = added_twice(own), torch.empty(0, 3, dtype=torch.int64), torch.empty(3)[:0]
+        kept, nothing, odd = (
+            added_twice(own),
+            torch.empty(0, 3, dtype=torch.int64),
+            torch.empty(3)[:0],
+        )
         return [[added_twice(own)], [kept, nothing, added_twice(own)[1], odd, kept[0]]]
 
     for most, pieces in ((repeated.TOGETHER, 1), (1, 2)):
@@ -198,7 +222,11 @@ def test_what_a_group_keeps_lies_in_few_pieces(monkeypatch):
             for a, b in zip(found.tensors(number, group), expected, strict=True):
                 assert torch.equal(a, b) and (a.dtype, a.stride()) == (b.dtype, b.stride())
             starts = [a.data_ptr() for a in found.tensors(number, group)]
-            real = [at for at, b in zip(found.addresses(number, group), expected, strict=True) if b.numel()]
+            real = [
+                at
+                for at, b in zip(found.addresses(number, group), expected, strict=True)
+                if b.numel()
+            ]
             assert real == [at for at, b in zip(starts, expected, strict=True) if b.numel()]
 
 
@@ -212,12 +240,22 @@ def test_calls_over_memory_that_nobody_named_are_not_made_again():
 def test_a_call_that_fails_is_said():
     x = torch.zeros(2, 3)
     _, found = repeated.noted([], lambda: [[torch.empty(3)]])
-    found._given = ((repeated._Call * 1)(repeated._Call(99, 0, 8, 0, 0)), 1, b"12345678", found._given[3])
+    found._given = (
+        (repeated._Call * 1)(repeated._Call(99, 0, 8, 0, 0)),
+        1,
+        b"12345678",
+        found._given[3],
+    )
     with pytest.raises(CallError):
         found.again([x.data_ptr()])
 
 
-@pytest.mark.parametrize(("method", "layers"), [(LoRA(rank=16), 30), (DoRA(rank=16), 0), (Full(), 0)])
+@pytest.mark.parametrize(
+    ("method", "layers"), [(LoRA(rank=16), 30), (DoRA(rank=16), 0), (Full(), 0)]
+)
 def test_a_plan_knows_the_layers_whose_calls_are_made_so(method, layers):
     base = blueprint("smollm2-135m")
-    assert dry_run(Step(base.config, torch.bfloat16, method, synthetic_rows(2, 64))).work.at_once == layers
+    assert (
+        dry_run(Step(base.config, torch.bfloat16, method, synthetic_rows(2, 64))).work.at_once
+        == layers
+    )

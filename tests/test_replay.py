@@ -1,4 +1,5 @@
-"""Rows that a base draws by itself: what they are, that a seed says which, and that they are written whole or not."""
+"""Rows that a base draws by itself: what they are, that a seed says which, and that they are
+written whole or not."""
 
 from __future__ import annotations
 
@@ -45,22 +46,34 @@ def base(folder: Path) -> veneer.Base:
 
 
 def written(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in folder.iterdir()}
+    return {
+        file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+        for file in folder.iterdir()
+    }
 
 
 def questions_of(rows: list[dict[str, Any]]) -> list[str]:
     return [row["messages"][-2]["content"] for row in rows]
 
 
-def test_half_are_answers_to_questions_that_the_base_wrote_and_half_are_texts(base: veneer.Base) -> None:
+def test_half_are_answers_to_questions_that_the_base_wrote_and_half_are_texts(
+    base: veneer.Base,
+) -> None:
     found = draw_replay(base, 41, max_new_tokens=24)
     answers, texts = found["answers"], found["texts"]
     assert (len(answers), len(texts)) == (20, 21)
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in answers)
     asked = questions_of(answers)
-    assert len(set(asked)) == 20 and all(question.isalpha() and len(question) < 24 for question in asked)
-    said = [(row["messages"][-1]["content"], row) for row in answers] + [(row["text"], row) for row in texts]
-    assert all(text.isalpha() and (len(text) == 24) == (row.get("unfinished", False) is True) for text, row in said)
+    assert len(set(asked)) == 20 and all(
+        question.isalpha() and len(question) < 24 for question in asked
+    )
+    said = [(row["messages"][-1]["content"], row) for row in answers] + [
+        (row["text"], row) for row in texts
+    ]
+    assert all(
+        text.isalpha() and (len(text) == 24) == (row.get("unfinished", False) is True)
+        for text, row in said
+    )
     assert 0 < sum("unfinished" in row for _, row in said) < 41
 
 
@@ -82,18 +95,26 @@ def test_an_adapter_at_work_does_not_speak(base: veneer.Base) -> None:
 
 def test_given_questions_are_each_asked_before_one_is_asked_again(base: veneer.Base) -> None:
     given = ["why", "how", "when"]
-    variants = [draw_replay(base, 10, questions=given, system="Be brief.", max_new_tokens=8, seed=n) for n in (0, 1)]
+    variants = [
+        draw_replay(base, 10, questions=given, system="Be brief.", max_new_tokens=8, seed=n)
+        for n in (0, 1)
+    ]
     for found in variants:
         asked = questions_of(found["answers"])
         assert set(asked[:3]) == set(given) and asked[3:] == asked[:2]
-        assert all(row["messages"][0] == {"role": "system", "content": "Be brief."} for row in found["answers"])
+        assert all(
+            row["messages"][0] == {"role": "system", "content": "Be brief."}
+            for row in found["answers"]
+        )
         again = [row["messages"][-1]["content"] for row in found["answers"]]
         assert again[3:] != again[:2]
     assert variants[0] != variants[1]
 
 
 def test_the_system_turn_stands_in_front_of_what_the_base_asks_itself(base: veneer.Base) -> None:
-    with_it, without = (draw_replay(base, 8, system=text, max_new_tokens=24) for text in ("Be brief.", None))
+    with_it, without = (
+        draw_replay(base, 8, system=text, max_new_tokens=24) for text in ("Be brief.", None)
+    )
     assert questions_of(with_it["answers"]) != questions_of(without["answers"])
     assert with_it["texts"] == without["texts"]
 
@@ -113,12 +134,16 @@ def test_a_base_without_a_template_draws_texts_alone(base: veneer.Base) -> None:
 def test_a_base_that_writes_no_questions_is_told(base: veneer.Base) -> None:
     with torch.no_grad():
         base.model.lm_head.bias[base.tokenizer.eos_token_id] = -100.0
-    with pytest.raises(ConfigError, match="of 2 questions that were asked for, this base drew 0") as fault:
+    with pytest.raises(
+        ConfigError, match="of 2 questions that were asked for, this base drew 0"
+    ) as fault:
         draw_replay(base, 4, max_new_tokens=8)
     assert "Give questions of your own" in str(fault.value)
     assert len(draw_replay(base, 4, questions=["why"], max_new_tokens=8)["answers"]) == 2
     template = ChatTemplate(base.tokenizer)
-    base.tokenizer.chat_template = template.source.replace("message['content'] }}", "message['content'] | upper }}")
+    base.tokenizer.chat_template = template.source.replace(
+        "message['content'] }}", "message['content'] | upper }}"
+    )
     with pytest.raises(ConfigError, match="shows their place"):
         draw_replay(base, 4, max_new_tokens=8)
 
@@ -159,7 +184,9 @@ def test_reasoning_is_kept_where_its_template_writes_it_as_it_was_drawn(
 
 def test_an_answer_behind_an_empty_block_is_what_was_drawn(base: veneer.Base) -> None:
     base.tokenizer.chat_template = DROPS_EARLIER
-    found = draw_replay(base, 6, questions=["why"], variables={"enable_thinking": False}, max_new_tokens=8)
+    found = draw_replay(
+        base, 6, questions=["why"], variables={"enable_thinking": False}, max_new_tokens=8
+    )
     assert all(row["messages"][-1]["content"].isalpha() for row in found["answers"])
 
 
@@ -167,7 +194,10 @@ def test_an_answer_behind_an_empty_block_is_what_was_drawn(base: veneer.Base) ->
 
 
 def test_the_command_writes_files_that_a_run_takes_as_it_says(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["data", "replay", "--base", str(folder), "--rows", "12", "--max-new-tokens", "24"]
@@ -180,7 +210,9 @@ def test_the_command_writes_files_that_a_run_takes_as_it_says(
         assert not problems and f"{name}.jsonl: 6 rows, {cut} cut after 24 tokens" in said
     (tmp_path / "ROWS.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
     settings = yaml.safe_load(said[said.index("  data:") :])
-    shares = [one.share for one in RunConfig.of({**settings, "base": "b", "out": "o"}).data.train_sets]
+    shares = [
+        one.share for one in RunConfig.of({**settings, "base": "b", "out": "o"}).data.train_sets
+    ]
     assert shares == [None, 0.1, 0.1]
     veneer.train(str(folder), settings["data"]["train"], out="run", steps=2, batch=4)
     assert read_json(Path("run") / "summary.json")["steps"] == 2
@@ -205,7 +237,10 @@ def test_the_command_writes_files_that_a_run_takes_as_it_says(
         ("--out o --questions latin.txt", "Give a UTF-8 text file"),
         ("--out o --variable nothing=1", "reads no variable nothing"),
         ("--out o --variable nothing", "write --variable NAME=VALUE"),
-        ("--out o --max-new-tokens 100000 --rows 2 --questions long.txt", "no answer fits behind it"),
+        (
+            "--out o --max-new-tokens 100000 --rows 2 --questions long.txt",
+            "no answer fits behind it",
+        ),
         ("--out rows.jsonl/o", "rows.jsonl"),
     ],
 )
@@ -230,14 +265,21 @@ def test_what_is_wrong_is_told_and_nothing_is_written(
 
 
 def test_stopped_half_way_nothing_stands_there(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stops(what: str, done: int, total: int) -> None:
         if what == "texts":
             raise KeyboardInterrupt
 
     real = draw_replay
-    monkeypatch.setattr(replay, "draw_replay", lambda base, rows, **how: real(base, rows, **{**how, "progress": stops}))
+    monkeypatch.setattr(
+        replay,
+        "draw_replay",
+        lambda base, rows, **how: real(base, rows, **{**how, "progress": stops}),
+    )
     command = ["data", "replay", "--base", str(folder), "--rows", "4", "--max-new-tokens", "24"]
     assert main.main([*command, "--out", str(tmp_path / "out")]) == 130
     assert not (tmp_path / "out").exists()
@@ -266,4 +308,7 @@ def test_sets_with_odd_names_are_said_as_yaml_reads_them() -> None:
 def test_the_embedded_default_asks_itself_and_answers() -> None:
     base = veneer.load("smollm2-135m")
     found = draw_replay(base, 4, max_new_tokens=48)
-    assert all(" " in question for question in questions_of(found["answers"])) and len(found["texts"]) == 2
+    assert (
+        all(" " in question for question in questions_of(found["answers"]))
+        and len(found["texts"]) == 2
+    )

@@ -19,11 +19,22 @@ HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=ale
 STEPS = 40
 
 
-def run_folder(tmp_path, *, steps: int = STEPS, text: str = "plain", summary: str | None = None, **settings: object):
+def run_folder(
+    tmp_path,
+    *,
+    steps: int = STEPS,
+    text: str = "plain",
+    summary: str | None = None,
+    **settings: object,
+):
     folder = tmp_path / "run"
     folder.mkdir()
-    config = RunConfig.model_validate({"base": text, "data": text, "out": str(folder), "batch": 3, **settings})
-    (folder / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    config = RunConfig.model_validate(
+        {"base": text, "data": text, "out": str(folder), "batch": 3, **settings}
+    )
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    )
     with Records(folder / "metrics.jsonl") as records:
         records.write(
             {
@@ -57,10 +68,22 @@ def run_folder(tmp_path, *, steps: int = STEPS, text: str = "plain", summary: st
                     }
                 )
             if step % 20 == 0:
-                sample = {"prompt": text, "expected": text, "answer": f"{text} {step}", "before": f"{text} before"}
+                sample = {
+                    "prompt": text,
+                    "expected": text,
+                    "answer": f"{text} {step}",
+                    "before": f"{text} before",
+                }
                 loss = 2 - step / 40
                 records.write(
-                    {"kind": "evaluation", "step": step, "loss": loss, "best": True, "seconds": 2.0, "sample": sample}
+                    {
+                        "kind": "evaluation",
+                        "step": step,
+                        "loss": loss,
+                        "best": True,
+                        "seconds": 2.0,
+                        "sample": sample,
+                    }
                 )
         records.write({"kind": "end", "reason": "done"})
     if summary is not None:
@@ -94,7 +117,9 @@ def test_nothing_from_users_or_models_becomes_a_tag(tmp_path):
     folder = run_folder(tmp_path, text=HOSTILE, summary='{"versions": {"<b>x</b>": "<script>"}}')
     seen = Tags(page_of(folder))
     assert not {"script", "img", "b "} & set(seen.tags)
-    assert not [name for name, _ in seen.attributes if name.startswith("on") or name in ("src", "href")]
+    assert not [
+        name for name, _ in seen.attributes if name.startswith("on") or name in ("src", "href")
+    ]
     text = "".join(seen.words)
     assert HOSTILE in text  # shown, as text
     assert f"{HOSTILE} before" in text
@@ -112,7 +137,10 @@ def test_the_page_says_what_the_time_of_several_processes_went_into(tmp_path):
 
 
 def test_the_page_says_what_the_run_was(tmp_path):
-    summary = '{"peak_memory_bytes": 1310000000, "planned_memory_bytes": 1280000000, "tokens_per_second": 1602.4}'
+    summary = (
+        '{"peak_memory_bytes": 1310000000, "planned_memory_bytes": 1280000000, "tokens_per_second":'
+        " 1602.4}"
+    )
     text = " ".join("".join(Tags(page_of(run_folder(tmp_path, summary=summary))).words).split())
     for fact in (
         "plain on plain · 40 of 40 steps",
@@ -194,7 +222,11 @@ def test_broken_records_are_refused(tmp_path):
         ("run.yaml", "- a"),
         ("run.yaml", "a: " + "[" * 600 + "]" * 600),
         ("run.yaml", "a: " + "[" * 6000),
-        ("run.yaml", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))),
+        (
+            "run.yaml",
+            "a0: &a0 [x]\n"
+            + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
+        ),
         ("run.yaml", "a: &a [*a]"),
         ("run.yaml", "a: 2024-13-45"),
         ("run.yaml", "\x00"),
@@ -217,7 +249,11 @@ def test_the_same_run_gives_the_same_page_and_leaves_no_other_file(tmp_path):
     folder = run_folder(tmp_path)
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
-    assert sorted(each.name for each in folder.iterdir()) == ["metrics.jsonl", "report.html", "run.yaml"]
+    assert sorted(each.name for each in folder.iterdir()) == [
+        "metrics.jsonl",
+        "report.html",
+        "run.yaml",
+    ]
 
 
 def test_a_long_run_makes_a_small_page(tmp_path):
@@ -225,7 +261,9 @@ def test_a_long_run_makes_a_small_page(tmp_path):
 
 
 def test_a_chart_draws_each_point_where_it_belongs():
-    chart = line_chart([Series("a", [(0, 1.0), (10, 0.0)], "a")], title="t", x_label="x", y_label="y")
+    chart = line_chart(
+        [Series("a", [(0, 1.0), (10, 0.0)], "a")], title="t", x_label="x", y_label="y"
+    )
     first, last = re.search(r'polyline class="line a" points="([^"]*)"', chart)[1].split()
     assert float(first.split(",")[0]) < float(last.split(",")[0])
     assert float(first.split(",")[1]) < float(last.split(",")[1])  # y grows downwards
@@ -262,7 +300,12 @@ def test_smoothing_keeps_constants_and_does_not_lag():
 
 @pytest.mark.parametrize(
     ("low", "high", "wanted"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 300, [0, 100, 200, 300]), (2.1, 2.9, [2.2, 2.4, 2.6, 2.8]), (5, 5, [5])],
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 300, [0, 100, 200, 300]),
+        (2.1, 2.9, [2.2, 2.4, 2.6, 2.8]),
+        (5, 5, [5]),
+    ],
 )
 def test_ticks_are_round_numbers_within_the_range(low, high, wanted):
     assert ticks(low, high, 4) == pytest.approx(wanted)
@@ -291,7 +334,9 @@ def test_a_model_card_is_the_hub_s_and_holds_strangers_in_code(tmp_path):
         "intervals": {"exact_match": [0.1, 0.4]},
     }
     sample = {"prompt": hostile, "expected": hostile, "before": hostile, "answer": hostile}
-    text = model_card(manifest, name=hostile, commands=["veneer chat"], figures=figures, sample=sample)
+    text = model_card(
+        manifest, name=hostile, commands=["veneer chat"], figures=figures, sample=sample
+    )
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head) == {
         "library_name": "peft",
@@ -304,7 +349,9 @@ def test_a_model_card_is_the_hub_s_and_holds_strangers_in_code(tmp_path):
     assert page.count("<h2>") == 6 and "method.rank" in page
 
 
-@pytest.mark.parametrize("figures", [None, {"rows": 4, "loss": 0.5, "intervals": {"loss": [0.4, 0.6]}}])
+@pytest.mark.parametrize(
+    "figures", [None, {"rows": 4, "loss": 0.5, "intervals": {"loss": [0.4, 0.6]}}]
+)
 def test_a_card_says_what_training_measured_with_intervals(figures):
     measured = {
         "rows": 9,
@@ -315,7 +362,11 @@ def test_a_card_says_what_training_measured_with_intervals(figures):
     found = HeldOut(tokens=1234, change=change, sets={"x|<b>": SetHeldOut(**measured)}, **measured)
     identity = BaseIdentity(name="b", fingerprint={"weights_hash": "w"})
     manifest = Manifest(
-        veneer_version="1", method="lora", base=identity, held_out=found, metrics={"validation_loss": 0.5}
+        veneer_version="1",
+        method="lora",
+        base=identity,
+        held_out=found,
+        metrics={"validation_loss": 0.5},
     )
     text = model_card(manifest, name="a", commands=["x"], figures=figures)
     for line in (
@@ -325,7 +376,9 @@ def test_a_card_says_what_training_measured_with_intervals(figures):
         "`held-out loss of x\\|<b> after` | `0.500` | `0.250 to 0.750`",
     ):
         assert line in text
-    assert "over 9 rows, 1,234 tokens" in text and ("`0.400 to 0.600`" in text) == (figures is not None)
+    assert "over 9 rows, 1,234 tokens" in text and ("`0.400 to 0.600`" in text) == (
+        figures is not None
+    )
     assert text.count("## Figures") == 1 and "no interval" not in text
     older = manifest.model_copy(update={"held_out": None})
     assert "Held-out loss 0.500 nats a token, as training measured it; no interval" in model_card(
@@ -342,7 +395,9 @@ def test_the_licence_of_a_stranger_s_file_is_read_within_what_the_file_holds(tmp
 
 def test_the_card_names_the_licence_of_a_named_default():
     manifest = Manifest(
-        veneer_version="1", method="lora", base=BaseIdentity(name="smollm2-135m", fingerprint={"weights_hash": "w"})
+        veneer_version="1",
+        method="lora",
+        base=BaseIdentity(name="smollm2-135m", fingerprint={"weights_hash": "w"}),
     )
     text = model_card(manifest, name="a", commands=["x"], licence=licence_of("smollm2-135m"))
     assert "\nlicense: apache-2.0\n" in text and text.endswith("The base's: `apache-2.0`.\n")
@@ -383,6 +438,8 @@ def test_a_base_that_is_no_folder_names_no_licence(base):
     ],
 )
 def test_figures_that_are_none_are_refused(figures):
-    manifest = Manifest(veneer_version="1", method="lora", base=BaseIdentity(name="a", fingerprint={}))
+    manifest = Manifest(
+        veneer_version="1", method="lora", base=BaseIdentity(name="a", fingerprint={})
+    )
     with pytest.raises(CorruptFileError, match="not figures that veneer evaluate"):
         model_card(manifest, name="a", commands=[], figures=figures)

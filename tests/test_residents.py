@@ -1,4 +1,5 @@
-"""A server's adapters come from disk and go again while others are answered: nobody waits, nothing is left behind."""
+"""A server's adapters come from disk and go again while others are answered: nobody waits, nothing
+is left behind."""
 
 import gc
 import random
@@ -26,7 +27,13 @@ from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine
 from veneer.decoding.scheduler import Limits
 from veneer.decoding.sequence import Reason, Request
-from veneer.errors import AdapterMismatchError, BudgetFullError, ConfigError, CorruptFileError, UnknownNameError
+from veneer.errors import (
+    AdapterMismatchError,
+    BudgetFullError,
+    ConfigError,
+    CorruptFileError,
+    UnknownNameError,
+)
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.kernels import few_rows, native
@@ -47,7 +54,16 @@ ALIKE = ("a", "b", "c", "d", "e", "f")
 PROMPT = tuple((7 * n) % 250 for n in range(21))
 
 
-def publish(library: Library, folder: Path, name: str, config, seed: int, family="llama_untied", base=None, **tags):
+def publish(
+    library: Library,
+    folder: Path,
+    name: str,
+    config,
+    seed: int,
+    family="llama_untied",
+    base=None,
+    **tags,
+):
     base = base or tiny_base(family)
     _ = base.paths
     head = base.model.get_output_embeddings()
@@ -67,7 +83,9 @@ def made(tmp_path_factory) -> Path:
         publish(library, folder, name, config, number, tags=["best"])
     for number, name in enumerate(ALIKE):
         publish(library, folder, name, LoRA(rank=4, alpha=7), 20 + number)
-    publish(library, folder, "stranger", LoRA(rank=2, alpha=3, targets=["q_proj"]), 1, family="qwen3")
+    publish(
+        library, folder, "stranger", LoRA(rank=2, alpha=3, targets=["q_proj"]), 1, family="qwen3"
+    )
     return folder
 
 
@@ -80,7 +98,14 @@ def library(made, tmp_path) -> Library:
 class Served:
     """A server without HTTP. room: adapters like "a" that fit into memory."""
 
-    def __init__(self, library: Library, *, room: float = 100, limits: LoadLimits | None = None, **engine: int):
+    def __init__(
+        self,
+        library: Library,
+        *,
+        room: float = 100,
+        limits: LoadLimits | None = None,
+        **engine: int,
+    ):
         self.now = 0.0
         self.base = tiny_base("llama_untied")
         size = library.get("a").version.facts.parameters * 4
@@ -92,7 +117,9 @@ class Served:
             limits=limits,
             clock=lambda: self.now,
         )
-        self.engine = Engine(self.base, budget_bytes=2**22, adapters=self.residents, limits=Limits(**engine))
+        self.engine = Engine(
+            self.base, budget_bytes=2**22, adapters=self.residents, limits=Limits(**engine)
+        )
         self.came = threading.Event()
         self.residents.on_change(self.came.set)
 
@@ -140,7 +167,11 @@ def right(made):
         if name not in known:
             base = tiny_base("llama_untied")
             _ = base.paths
-            own = () if name == "tiny" else ((load_adapter(base, library.path(name), name=name), 1.0),)
+            own = (
+                ()
+                if name == "tiny"
+                else ((load_adapter(base, library.path(name), name=name), 1.0),)
+            )
             known[name] = alone(base, own, list(PROMPT))
         return known[name][:new]
 
@@ -172,7 +203,12 @@ def test_a_name_means_a_content_whichever_way_it_is_said(library):
     residents = Served(library).residents
     (own,) = residents.resolve("lora")
     assert own == (library.get("lora").version.object, 1.0)
-    assert residents.resolve("lora@1") == residents.resolve("lora@best") == residents.resolve("tiny:lora") == (own,)
+    assert (
+        residents.resolve("lora@1")
+        == residents.resolve("lora@best")
+        == residents.resolve("tiny:lora")
+        == (own,)
+    )
     assert residents.resolve("tiny") == () and residents.resolve("lora", 0.5) == ((own[0], 0.5),)
 
 
@@ -242,13 +278,25 @@ def test_every_method_is_read_when_it_is_asked_for_and_answers_as_alone(library,
 
 def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_file(tmp_path):
     library = Library(tmp_path / "library")
-    publish(library, tmp_path, "lora", METHODS["lora"], 0, base=tiny_base("llama_untied", torch.bfloat16))
-    base, other = tiny_base("llama_untied", torch.bfloat16), tiny_base("llama_untied", torch.bfloat16)
+    publish(
+        library,
+        tmp_path,
+        "lora",
+        METHODS["lora"],
+        0,
+        base=tiny_base("llama_untied", torch.bfloat16),
+    )
+    base, other = (
+        tiny_base("llama_untied", torch.bfloat16),
+        tiny_base("llama_untied", torch.bfloat16),
+    )
     for each in (base, other):
         _ = each.paths
     residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
     engine = Engine(base, budget_bytes=2**22, adapters=residents)
-    (held,) = engine.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora")))
+    (held,) = engine.add(
+        Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora"))
+    )
     while not engine.scheduler.idle:
         engine.step(0.0)
     own = ((load_adapter(other, library.path("lora"), name="lora"), 1.0),)
@@ -257,7 +305,10 @@ def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_f
     (expected,) = read.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=identity))
     read.run()
     (shown,) = residents.shown()
-    assert held.answer == expected.answer and shown.bytes == 2 * library.get("lora").version.facts.parameters
+    assert (
+        held.answer == expected.answer
+        and shown.bytes == 2 * library.get("lora").version.facts.parameters
+    )
 
 
 @pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
@@ -272,7 +323,9 @@ def test_factors_are_laid_out_once_as_long_as_it_is_here_and_counted(tmp_path, m
     engine = Engine(base, budget_bytes=2**22, adapters=residents)
     said = []
     for _ in range(2):  # nobody uses it between these
-        (answer,) = engine.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora")))
+        (answer,) = engine.add(
+            Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora"))
+        )
         while not engine.scheduler.idle:
             engine.step(0.0)
         said.append(answer.answer)
@@ -283,7 +336,9 @@ def test_factors_are_laid_out_once_as_long_as_it_is_here_and_counted(tmp_path, m
 
 
 @pytest.mark.parametrize("room", [1, 2.5])
-def test_with_room_for_few_all_are_answered_each_as_alone_and_the_budget_holds(library, right, room):
+def test_with_room_for_few_all_are_answered_each_as_alone_and_the_budget_holds(
+    library, right, room
+):
     served = Served(library, room=room)
     order = [*ALIKE, "tiny", *ALIKE[::-1], "a", "tiny", "a"]
     asked = {served.add(name): name for name in order}
@@ -356,7 +411,11 @@ def test_a_disk_that_hangs_holds_up_its_own_requests_alone(library, reads, right
         ended += served.step()
     assert behind.answer == right("b") and served.tiers() == {"a@1": "loading", "b@1": "ready"}
     served.now = 40.0
-    assert served.step() == [stuck] and stuck.reason is Reason.ERROR and "longer than 30 s" in str(stuck.error)
+    assert (
+        served.step() == [stuck]
+        and stuck.reason is Reason.ERROR
+        and "longer than 30 s" in str(stuck.error)
+    )
     served.now = 100.0
     with pytest.raises(Exception, match="longer than 30 s"):
         served.add("a")  # its thread hangs still: no second one
@@ -367,7 +426,9 @@ def test_a_disk_that_hangs_holds_up_its_own_requests_alone(library, reads, right
     assert served.run() == [again] and again.answer == right("a")
 
 
-def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(library, reads, right):
+def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(
+    library, reads, right
+):
     served = Served(library, limits=LoadLimits(retry_seconds=30))
     file = library.path("a") / "adapter_model.safetensors"
     whole = file.read_bytes()
@@ -382,7 +443,9 @@ def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(li
         with pytest.raises(CorruptFileError):
             served.add("a")
     assert reads[library.path("a").name] == 1
-    assert [each.error for each in served.residents.shown() if each.tier is Tier.FAILED] == [bad.error]
+    assert [each.error for each in served.residents.shown() if each.tier is Tier.FAILED] == [
+        bad.error
+    ]
     file.write_bytes(whole)
     served.now = 31.0
     again = served.add("a")
@@ -414,7 +477,9 @@ def test_a_record_that_lies_about_the_size_is_refused_and_the_budget_holds(libra
     record.write_text(text.replace(f'"parameters": {parameters}', '"parameters": 3'))
     bad = served.add("a")
     served.run()
-    assert isinstance(bad.error, CorruptFileError) and "larger than the library says" in str(bad.error)
+    assert isinstance(bad.error, CorruptFileError) and "larger than the library says" in str(
+        bad.error
+    )
     assert served.residents.used_bytes() == 0 and not served.base.attachments
 
 
@@ -469,7 +534,10 @@ def test_a_pin_goes_along_with_its_name(library, tmp_path):
     for name in ("a", "b", "c", "d"):
         served.add(name)
         served.run()
-    assert {each.reference: each.pinned for each in served.residents.shown()} == {"a@2": True, "d@1": False}
+    assert {each.reference: each.pinned for each in served.residents.shown()} == {
+        "a@2": True,
+        "d@1": False,
+    }
     with pytest.raises(UnknownNameError):
         served.residents.unpin("nobody")
 
@@ -568,7 +636,9 @@ def test_what_is_unloaded_while_it_answers_ends_first(library, right):
 
 def test_loading_by_hand_waits_and_says_why_it_does_not_come(library, reads):
     served = Served(library, room=1)
-    assert served.residents.load("a") == served.residents.resolve("a") and served.tiers() == {"a@1": "ready"}
+    assert served.residents.load("a") == served.residents.resolve("a") and served.tiers() == {
+        "a@1": "ready"
+    }
     assert served.residents.load("b") and served.tiers() == {"b@1": "ready"}
     served.add("b", new=5)
     served.step()
@@ -690,7 +760,12 @@ def test_any_traffic_ends_each_request_once_and_within_the_budget(library, right
     """Requests, cancellations, loads, unloads and pins in any order, room for few."""
     for seed in rounds("tiers", ci=4):
         draw = random.Random(seed)
-        served = Served(library, room=draw.choice([2, 3]), limits=LoadLimits(max_overtaken=2), rows=draw.choice([1, 3]))
+        served = Served(
+            library,
+            room=draw.choice([2, 3]),
+            limits=LoadLimits(max_overtaken=2),
+            rows=draw.choice([1, 3]),
+        )
         names, asked, ended = [*ALIKE, "low", "prefix", "tiny"], {}, []
         for _ in range(40):
             what, name = draw.random(), draw.choice(names)

@@ -1,5 +1,5 @@
-"""Where a compiled function computes the same bits as torch, only the time shows which was taken: so the calls are
-counted."""
+"""Where a compiled function computes the same bits as torch, only the time shows which was taken:
+so the calls are counted."""
 
 from __future__ import annotations
 
@@ -43,11 +43,19 @@ def blocks() -> torch.Tensor:
     [
         ("veneer_dropout", lambda: drop_out(one(3, 8), torch.arange(3), key=1, dropout=0.5)),
         ("veneer_step_norm", lambda: decoder_step.add_norm(one(2, 8), one(2, 8), one(8), 1e-5)),
-        ("veneer_step_rotate", lambda: decoder_step.rotate(one(2, 8), one(2, 8), one(2, 8), one(2, 8))),
+        (
+            "veneer_step_rotate",
+            lambda: decoder_step.rotate(one(2, 8), one(2, 8), one(2, 8), one(2, 8)),
+        ),
         ("veneer_step_gate", lambda: decoder_step.gate(one(2, 8), one(2, 8))),
         ("veneer_nf4_quantize", lambda: quantize(one(640))),
-        ("veneer_gguf_dequantise", lambda: gguf.dequantise(blocks(), KIND, torch.empty(2, LAYOUT.size))),
-        pytest.param("veneer_few_rows", lambda: few_rows.linear(one(3, 256), one(256, 256), None), marks=wide),
+        (
+            "veneer_gguf_dequantise",
+            lambda: gguf.dequantise(blocks(), KIND, torch.empty(2, LAYOUT.size)),
+        ),
+        pytest.param(
+            "veneer_few_rows", lambda: few_rows.linear(one(3, 256), one(256, 256), None), marks=wide
+        ),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
@@ -57,12 +65,17 @@ def test_what_is_compiled_is_called(name: str, function: Callable[[], Any]) -> N
 
 def test_packed_weights_are_decoded_by_what_is_compiled() -> None:
     weight = quantize(one(640))
-    assert called(lambda: nf4.dequantize(weight.blocks, torch.empty(640))) == ["veneer_nf4_dequantize"]
+    assert called(lambda: nf4.dequantize(weight.blocks, torch.empty(640))) == [
+        "veneer_nf4_dequantize"
+    ]
 
 
 @pytest.mark.skipif(not available("veneer_entropy"), reason="the compiled loss takes AVX-512")
 def test_the_loss_of_bf16_logits_is_what_is_compiled() -> None:
-    h, head = one(3, 8, dtype=torch.bfloat16).requires_grad_(), Head(one(16, 8, dtype=torch.bfloat16))
+    h, head = (
+        one(3, 8, dtype=torch.bfloat16).requires_grad_(),
+        Head(one(16, 8, dtype=torch.bfloat16)),
+    )
     assert called(lambda: frozen_head_loss(h, torch.arange(3), head, 3.0)) == ["veneer_entropy"]
 
 

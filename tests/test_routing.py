@@ -1,4 +1,5 @@
-"""What acts, as one object: what a block or a forward holds, for whom, and until when. No model is needed to say it."""
+"""What acts, as one object: what a block or a forward holds, for whom, and until when. No model is
+needed to say it."""
 
 import copy
 import threading
@@ -96,7 +97,11 @@ def test_dropout_draws_within_the_block_alone_and_for_this_thread():
     routing = with_three(A)
     assert routing.acting.keys is None
     with routing.drawing(TokenKeys(torch.arange(3), 7)):
-        assert routing.acting.keys is not None and routing.acting.keys.step == 7 and routing.active == A
+        assert (
+            routing.acting.keys is not None
+            and routing.acting.keys.step == 7
+            and routing.active == A
+        )
         assert elsewhere(lambda: routing.acting.keys) is None
     assert routing.acting.keys is None
 
@@ -170,7 +175,9 @@ def test_a_forward_during_which_the_last_adapter_leaves_holds_nothing_afterwards
 
 
 def parts_of(acting, rows):
-    return [(s.rows.start, s.rows.stop, [a.name for a, _ in s.adapters]) for s in acting.segments(rows)]
+    return [
+        (s.rows.start, s.rows.stop, [a.name for a, _ in s.adapters]) for s in acting.segments(rows)
+    ]
 
 
 def test_parts_follow_one_another_and_neighbours_of_the_same_adapters_are_one():

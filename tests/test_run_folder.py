@@ -1,4 +1,5 @@
-"""A run's folder: what another process, a damaged file, another base or a dead reader can and cannot do to it."""
+"""A run's folder: what another process, a damaged file, another base or a dead reader can and
+cannot do to it."""
 
 import contextlib
 import errno
@@ -20,7 +21,14 @@ from tests.tiny import save_tiny, tiny_tokenizer
 from veneer.bases.fingerprint import Fingerprint
 from veneer.cli import main
 from veneer.data.split import BY_THRESHOLD
-from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, InputError, Interrupted, SourceError
+from veneer.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    CorruptFileError,
+    InputError,
+    Interrupted,
+    SourceError,
+)
 from veneer.files import atomic
 from veneer.files.atomic import write_manifest
 from veneer.files.lock import BusyError
@@ -61,7 +69,10 @@ def world(tmp_path_factory):
 
 
 def config(world, out, **settings):
-    fields = {"base": str(world / "base"), "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2}}
+    fields = {
+        "base": str(world / "base"),
+        "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2},
+    }
     fields |= {"method": {"name": "lora", "rank": 2}, "steps": 6, "batch": 3, "evaluate_every": 2}
     return RunConfig.model_validate({**fields, "out": str(out), **settings})
 
@@ -109,15 +120,21 @@ def damage(file: Path) -> None:
 # where a run begins
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_again_by_resume(world, tmp_path, monkeypatch):
+def test_a_run_that_died_before_its_first_checkpoint_begins_again_by_resume(
+    world, tmp_path, monkeypatch
+):
     train(world, tmp_path / "whole")
     train_and_die(world, tmp_path / "died", at=None, monkeypatch=monkeypatch)
     with pytest.raises(ConfigError, match="--resume"):
         train(world, tmp_path / "died")
     resume(tmp_path / "died")
-    ours, theirs = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("died", "whole"))
+    ours, theirs = (
+        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("died", "whole")
+    )
     assert ours.read_bytes() == theirs.read_bytes()
-    assert [r["kind"] for r in read_records(tmp_path / "died" / "metrics.jsonl")].count("start") == 1
+    assert [r["kind"] for r in read_records(tmp_path / "died" / "metrics.jsonl")].count(
+        "start"
+    ) == 1
 
 
 def test_what_a_process_left_before_it_wrote_anything_whole_does_not_forbid_a_run(world, tmp_path):
@@ -143,7 +160,9 @@ def test_remains_of_a_process_that_died_go_when_the_run_is_resumed(world, tmp_pa
     assert not [name for name in names(tmp_path) if "partial" in name]
 
 
-def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_result(world, tmp_path, monkeypatch):
+def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_result(
+    world, tmp_path, monkeypatch
+):
     losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 0.5, 0.4])
     monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
     train_and_die(world, tmp_path, at=6, monkeypatch=monkeypatch, steps=20, patience=2)
@@ -166,13 +185,16 @@ def test_another_base_in_the_same_place_is_refused_with_both_sides(world, tmp_pa
 
 @pytest.mark.parametrize("began", ["now", "earlier"])
 def test_an_edited_config_beside_the_same_weights_is_refused(began, world, tmp_path, monkeypatch):
-    """A run that an earlier version began kept samples of the weights alone: the config is not compared."""
+    """A run that an earlier version began kept samples of the weights alone: the config is not
+    compared."""
     base = save_tiny(tmp_path / "base")
     train_and_die(world, tmp_path / "out", at=2, monkeypatch=monkeypatch, base=str(base))
     path = base / "config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.01'))
     if began == "now":
-        with pytest.raises(AdapterMismatchError, match=r"config.json rms_norm_eps: 1e-06 against 0.01"):
+        with pytest.raises(
+            AdapterMismatchError, match=r"config.json rms_norm_eps: 1e-06 against 0.01"
+        ):
             resume(tmp_path / "out")
     else:
         checkpoint = tmp_path / "out" / "checkpoints" / "000002"
@@ -199,7 +221,9 @@ def test_another_tokenizer_or_template_is_refused(what, world, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("steps", 9), ("learning_rate", 0.5), ("method", {"name": "lora", "rank": 4})], ids=str
+    ("setting", "value"),
+    [("steps", 9), ("learning_rate", 0.5), ("method", {"name": "lora", "rank": 4})],
+    ids=str,
 )
 def test_settings_that_were_changed_in_run_yaml_are_refused_with_both_sides(
     setting, value, world, tmp_path, monkeypatch
@@ -210,8 +234,13 @@ def test_settings_that_were_changed_in_run_yaml_are_refused_with_both_sides(
     file.write_text(yaml.safe_dump({**stored, setting: value}))
     with pytest.raises(ConfigError, match="not what the run started with") as caught:
         resume(tmp_path)
-    assert any(fault.startswith(setting) and "then" in fault and "now" in fault for fault in caught.value.faults)
-    file.write_text(yaml.safe_dump({**stored, "keep": 5, "checkpointing": True}))  # changes nothing that is learnt
+    assert any(
+        fault.startswith(setting) and "then" in fault and "now" in fault
+        for fault in caught.value.faults
+    )
+    file.write_text(
+        yaml.safe_dump({**stored, "keep": 5, "checkpointing": True})
+    )  # changes nothing that is learnt
     assert resume(tmp_path)["steps"] == 6
 
 
@@ -225,25 +254,32 @@ def test_a_state_of_another_version_is_refused_by_name(world, tmp_path, monkeypa
         resume(tmp_path)
 
 
-def test_a_run_that_began_with_other_masks_of_dropout_is_refused_and_one_without_goes_on(world, tmp_path, monkeypatch):
+def test_a_run_that_began_with_other_masks_of_dropout_is_refused_and_one_without_goes_on(
+    world, tmp_path, monkeypatch
+):
     def of_an_earlier_version(out, **settings):
         train_and_die(world, out, at=2, monkeypatch=monkeypatch, **settings)
         path = out / "checkpoints" / "000002"
         tensors, state = checkpoint.load_checkpoint(path)
         assert state["origin"].pop("masks") == "prefix"
-        save_checkpoint(out / "checkpoints", 2, {name: each.clone() for name, each in tensors.items()}, state)
+        save_checkpoint(
+            out / "checkpoints", 2, {name: each.clone() for name, each in tensors.items()}, state
+        )
 
     of_an_earlier_version(tmp_path / "drops", method={"name": "lora", "rank": 2, "dropout": 0.1})
     with pytest.raises(ConfigError, match="with other masks of dropout") as caught:
         resume(tmp_path / "drops")
-    assert "masks then by row, now by prefix" in str(caught.value) and "the version that began it" in str(caught.value)
+    assert "masks then by row, now by prefix" in str(
+        caught.value
+    ) and "the version that began it" in str(caught.value)
     assert numbers(tmp_path / "drops" / "checkpoints") == [2] and caught.value.exit_code == 2
     of_an_earlier_version(tmp_path / "plain", method={"name": "lora", "rank": 2})
     assert resume(tmp_path / "plain")["steps"] == 6
 
 
 def as_the_first_layout_had_it(out, step):
-    """The checkpoint as versions wrote it that kept the progress, the day and the rows alone; and their run.yaml."""
+    """The checkpoint as versions wrote it that kept the progress, the day and the rows alone; and
+    their run.yaml."""
     folder = out / "checkpoints"
     tensors, state = checkpoint.load_checkpoint(folder / f"{step:06d}")
     origin, progress = state["origin"], state["progress"]
@@ -257,7 +293,9 @@ def as_the_first_layout_had_it(out, step):
     (out / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))
 
 
-def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(world, tmp_path, monkeypatch):
+def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train(world, tmp_path / "whole")
     train_and_die(world, tmp_path / "died", at=2, monkeypatch=monkeypatch)
@@ -265,7 +303,9 @@ def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_comp
     hearing = Hearing()
     resume(tmp_path / "died", hearing)
     assert any("is not compared" in each for each in hearing.said)
-    ours, theirs = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("died", "whole"))
+    ours, theirs = (
+        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("died", "whole")
+    )
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -287,7 +327,8 @@ def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("a: [", SourceError), ("- 1", SourceError), ("steps: 0\nbatsh: 3", ConfigError)]
+    ("text", "error"),
+    [("a: [", SourceError), ("- 1", SourceError), ("steps: 0\nbatsh: 3", ConfigError)],
 )
 def test_a_run_file_that_describes_no_run_is_an_error_from_python_too(text, error, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
@@ -295,10 +336,14 @@ def test_a_run_file_that_describes_no_run_is_an_error_from_python_too(text, erro
         resume_config(tmp_path)
 
 
-def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_and_later(world, tmp_path, monkeypatch):
+def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_and_later(
+    world, tmp_path, monkeypatch
+):
     train_and_die(world, tmp_path, at=None, monkeypatch=monkeypatch)
     stored = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**stored, "dtype": "auto"}))  # as it was once written
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({**stored, "dtype": "auto"})
+    )  # as it was once written
     own = Loop._save
 
     def save(self):
@@ -311,7 +356,9 @@ def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_a
     assert resume(tmp_path)["steps"] == 6
 
 
-def test_a_setting_that_the_starting_version_did_not_know_had_its_default(world, tmp_path, monkeypatch):
+def test_a_setting_that_the_starting_version_did_not_know_had_its_default(
+    world, tmp_path, monkeypatch
+):
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     path = tmp_path / "checkpoints" / "000002"
     tensors, state = checkpoint.load_checkpoint(path)
@@ -320,7 +367,9 @@ def test_a_setting_that_the_starting_version_did_not_know_had_its_default(world,
     assert resume(tmp_path)["steps"] == 6
 
 
-def test_a_setting_that_only_the_starting_version_knows_is_refused_by_name(world, tmp_path, monkeypatch):
+def test_a_setting_that_only_the_starting_version_knows_is_refused_by_name(
+    world, tmp_path, monkeypatch
+):
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     tensors, state = checkpoint.load_checkpoint(tmp_path / "checkpoints" / "000002")
     state["origin"]["settings"]["momentum"] = 0.9
@@ -329,7 +378,9 @@ def test_a_setting_that_only_the_starting_version_knows_is_refused_by_name(world
         resume(tmp_path)
 
 
-def test_records_that_are_gone_are_an_error_and_an_empty_file_is_the_way_on(world, tmp_path, monkeypatch):
+def test_records_that_are_gone_are_an_error_and_an_empty_file_is_the_way_on(
+    world, tmp_path, monkeypatch
+):
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(CorruptFileError, match="touch"):
@@ -396,7 +447,9 @@ for line in (["train", "--resume", {str(tmp_path)!r}], ["report", {str(tmp_path)
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows locks every file system alike")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_as_one_and_not_as_another_process(number, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_told_as_one_and_not_as_another_process(
+    number, tmp_path, monkeypatch
+):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -461,7 +514,9 @@ def test_a_checkpoint_on_a_bad_sector_is_skipped_and_told(tmp_path, monkeypatch)
 
     monkeypatch.setattr(atomic, "file_hash", bad)
     path, faults = newest_valid(tmp_path)
-    assert path.name == "000001" and faults == ["000002: state.safetensors cannot be read: Input/output error"]
+    assert path.name == "000001" and faults == [
+        "000002: state.safetensors cannot be read: Input/output error"
+    ]
 
 
 def test_a_removal_that_was_left_half_way_is_ended_by_the_next_one(tmp_path):
@@ -506,7 +561,10 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_p
     made = config(world, tmp_path, steps=10, keep=3)
     summary = run_training(made, resume=False, screen=screen)
     assert (summary["best_step"], summary["validation_loss"]) == (6, 2.0)
-    assert summary["damaged_best"]["step"] == 2 and "state.safetensors" in summary["damaged_best"]["faults"][0]
+    assert (
+        summary["damaged_best"]["step"] == 2
+        and "state.safetensors" in summary["damaged_best"]["faults"][0]
+    )
     assert any("000002" in text and "damaged" in text for text in screen.said)
     assert any("step 6" in text for text in screen.said)
     values = checkpoint.load_values(tmp_path / "checkpoints" / "000006")
@@ -522,7 +580,9 @@ def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_
 
     def save(self):
         own(self)
-        shutil.rmtree(self.job.out / "checkpoints" / "000002", ignore_errors=True)  # there was no room left
+        shutil.rmtree(
+            self.job.out / "checkpoints" / "000002", ignore_errors=True
+        )  # there was no room left
 
     monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
     monkeypatch.setattr(Loop, "_save", save)
@@ -547,20 +607,38 @@ def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "settings", [["clip=.inf"], ["data.train=a\udcff.jsonl"], ['data.train="a\\0"'], ["out=a\udcff"]], ids=ascii
+    "settings",
+    [["clip=.inf"], ["data.train=a\udcff.jsonl"], ['data.train="a\\0"'], ["out=a\udcff"]],
+    ids=ascii,
 )
-def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(settings, world, tmp_path, capsys):
+def test_what_could_not_be_written_at_the_end_is_refused_before_the_first_step(
+    settings, world, tmp_path, capsys
+):
     arguments = [f"--set={each}" for each in settings]
-    given = ["--base", str(world / "base"), "--data", str(world / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    given = [
+        "--base",
+        str(world / "base"),
+        "--data",
+        str(world / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main.main(["train", *given, *arguments]) == 2
     err = capsys.readouterr().err
     assert settings[0].partition("=")[0] in err and "Traceback" not in err
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", [["evaluate", "--max-new-tokens", "2"], ["data", "check"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [["evaluate", "--max-new-tokens", "2"], ["data", "check"]], ids=" ".join
+)
 def test_a_file_whose_name_is_no_utf_8_is_refused_by_every_command(command, world, capsys):
-    line = [*command, "--base", str(world / "base"), "rows\udced" if "check" in command else "--data=rows\udced"]
+    line = [
+        *command,
+        "--base",
+        str(world / "base"),
+        "rows\udced" if "check" in command else "--data=rows\udced",
+    ]
     assert main.main(line) == 2
     err = capsys.readouterr().err
     assert "not UTF-8" in err and "Traceback" not in err
@@ -568,7 +646,14 @@ def test_a_file_whose_name_is_no_utf_8_is_refused_by_every_command(command, worl
 
 def test_settings_that_are_wrong_are_all_told_in_python_too(world, tmp_path):
     with pytest.raises(ConfigError) as told:
-        veneer.train(str(world / "base"), "rows.jsonl", out=tmp_path / "out", steps=0, nonsense=1, batch="many")
+        veneer.train(
+            str(world / "base"),
+            "rows.jsonl",
+            out=tmp_path / "out",
+            steps=0,
+            nonsense=1,
+            batch="many",
+        )
     said = ["C310 steps is 0", "C310 batch is 'many'", "C312 unknown key 'nonsense'"]
     assert [fault.split(":")[0] for fault in told.value.faults] == said
 

@@ -1,4 +1,5 @@
-"""What was found of a model itself is taken for the same bytes, class and config alone (models/same_values.py)."""
+"""What was found of a model itself is taken for the same bytes, class and config alone
+(models/same_values.py)."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ ASKED = {
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """What was asked of a model rather than remembered, while this process remembers as a command does."""
+    """What was asked of a model rather than remembered, while this process remembers as a command
+    does."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(memory, "_begun", True)
     memory.surroundings.cache_clear()
@@ -61,7 +63,9 @@ def used(folder: Path, **how: Any) -> tuple[Any, ...]:
     return *found, base.way.not_by_parts, base.config._attn_implementation, way
 
 
-def test_a_second_process_takes_what_the_first_found_of_the_same_bytes(folder: Path, asked: set[str]) -> None:
+def test_a_second_process_takes_what_the_first_found_of_the_same_bytes(
+    folder: Path, asked: set[str]
+) -> None:
     first = used(folder)
     assert asked == set(ASKED.values()) and first[4] == NAME and first[3] is None
     asked.clear()
@@ -69,7 +73,9 @@ def test_a_second_process_takes_what_the_first_found_of_the_same_bytes(folder: P
     assert not asked
 
 
-def test_a_base_that_only_answers_is_put_onto_the_same_attention(folder: Path, asked: set[str]) -> None:
+def test_a_base_that_only_answers_is_put_onto_the_same_attention(
+    folder: Path, asked: set[str]
+) -> None:
     for _ in range(2):
         base = veneer.load(str(folder), dtype="bfloat16")
         assert decodes_packed(base) and base.config._attn_implementation == NAME
@@ -86,9 +92,13 @@ def changed(folder: Path, to: Path, edit: Any) -> Path:
     return to
 
 
-def test_one_bit_of_one_weight_is_another_base(folder: Path, tmp_path: Path, asked: set[str]) -> None:
+def test_one_bit_of_one_weight_is_another_base(
+    folder: Path, tmp_path: Path, asked: set[str]
+) -> None:
     used(folder)
-    for number, name in enumerate(("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight")):
+    for number, name in enumerate(
+        ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight")
+    ):
         asked.clear()
 
         def flip(tensors: dict[str, torch.Tensor], name: str = name) -> None:
@@ -119,7 +129,9 @@ def test_another_config_type_format_class_or_number_of_threads_is_asked_anew(
     other = changed(folder, tmp_path / "theta", lambda tensors: None)
     text = (other / "config.json").read_text()
     assert '"rms_norm_eps": 1e-06' in text
-    (other / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
+    (other / "config.json").write_text(
+        text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06')
+    )
     for how in ({"folder": other}, {"dtype": "float32"}, {"quantize": "nf4"}):
         asked.clear()
         used(**{"folder": folder, **how})
@@ -191,4 +203,7 @@ def test_a_base_in_shards_is_not_hashed(folder: Path, asked: set[str]) -> None:
     """Its values are not all here."""
     assert same_values.noted(load.load_base(str(folder), dtype="bfloat16").model) is not None
     shards = Shards(0, 1, lambda whole, own: whole.copy_(own))
-    assert same_values.noted(load.load_base(str(folder), dtype="bfloat16", shards=shards).model) is None
+    assert (
+        same_values.noted(load.load_base(str(folder), dtype="bfloat16", shards=shards).model)
+        is None
+    )

@@ -35,7 +35,9 @@ needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiled
 
 
 def asked(sampling=None, *, seed=0, choice=0, **fields):
-    request = Request(prompt=(1, 2, 2), max_new_tokens=99, sampling=sampling or Sampling(), seed=seed, **fields)
+    request = Request(
+        prompt=(1, 2, 2), max_new_tokens=99, sampling=sampling or Sampling(), seed=seed, **fields
+    )
     return Drawing(request, choice)
 
 
@@ -48,12 +50,15 @@ def edited(logits_V, drawing, new):
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("ids", [V, 700, 3000])
 def test_many_rows_are_drawn_as_the_reference_draws_each(cut, ids):
-    """700 and 3,000 ids are more than the candidates; nearly flat rows have more of them left than that."""
+    """700 and 3,000 ids are more than the candidates; nearly flat rows have more of them left than
+    that."""
     samplings = [Sampling(temperature=t, **cut) for t in (0.2, 1.0, 5.0, 100.0)] * 10
     logits = logits_of(len(samplings), ids)
     numbers = [uniform(7, 0, row) for row in range(len(samplings))]
     found = sampled(logits, samplings, numbers, cut=bool(cut)).tolist()
-    expected = [draw_reference(row, s, u) for row, s, u in zip(logits, samplings, numbers, strict=True)]
+    expected = [
+        draw_reference(row, s, u) for row, s, u in zip(logits, samplings, numbers, strict=True)
+    ]
     assert found == expected
 
 
@@ -80,25 +85,31 @@ def test_the_compiled_draw_is_the_reference_with_any_instructions(dtype, cut, id
 
 @needs_kernels
 def test_every_number_has_the_ids_that_the_reference_gives_it():
-    """Numbers from end to end, so that each boundary between two ids is passed; the last takes none that was cut."""
+    """Numbers from end to end, so that each boundary between two ids is passed; the last takes none
+    that was cut."""
     (logits,) = logits_of(1, 600)
     numbers = [n / 4000 for n in range(4001)]
     for cut in CUTS:
         sampling = Sampling(temperature=0.9, **cut)
-        hows = [(u, 0.9, float(sampling.top_k or 600), sampling.top_p, sampling.min_p) for u in numbers]
+        hows = [
+            (u, 0.9, float(sampling.top_k or 600), sampling.top_p, sampling.min_p) for u in numbers
+        ]
         found = draw_calls.draw(logits.expand(len(hows), -1), hows)
         assert found == [draw_reference(logits, sampling, u) for u in numbers]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_what_is_drawn_follows_the_distribution_that_is_meant(cut):
-    """Chi square of 20,000 draws over the ids that may come, 5 deviations wide; none of the others comes."""
+    """Chi square of 20,000 draws over the ids that may come, 5 deviations wide; none of the others
+    comes."""
     count, sampling = 20_000, Sampling(temperature=1.3, **cut)
     (logits,) = logits_of(1, 12)
     rows = draw(logits.expand(count, -1), [(asked(sampling, seed=n), []) for n in range(count)])
     chances = torch.softmax(logits.double() / 1.3, -1)
     order = chances.argsort(descending=True)
-    kept = [i for i in order.tolist() if chances[i] >= cut.get("min_p", 0) * chances.max()][: cut.get("top_k") or 12]
+    kept = [i for i in order.tolist() if chances[i] >= cut.get("min_p", 0) * chances.max()][
+        : cut.get("top_k") or 12
+    ]
     total, before = float(chances[kept].sum()), 0.0
     left = []
     for i in kept:
@@ -113,13 +124,24 @@ def test_what_is_drawn_follows_the_distribution_that_is_meant(cut):
 
 def test_a_row_draws_the_same_whatever_is_beside_it_and_another_choice_or_place_draws_otherwise():
     logits = logits_of(6, 3000)
-    settings = [{}, {"top_p": 0.9}, {"top_k": 700}, {"min_p": 0.01}, {"top_k": 5}, {"presence_penalty": 1.0}]
-    rows = [(asked(Sampling(temperature=2.0, **each), seed=3), [4] * n) for n, each in enumerate(settings)]
+    settings = [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 700},
+        {"min_p": 0.01},
+        {"top_k": 5},
+        {"presence_penalty": 1.0},
+    ]
+    rows = [
+        (asked(Sampling(temperature=2.0, **each), seed=3), [4] * n)
+        for n, each in enumerate(settings)
+    ]
     together = draw(logits, rows)
     assert together == [draw(logits[n : n + 1], rows[n : n + 1])[0] for n in range(6)]
     assert together[::-1] == draw(logits.flip(0), rows[::-1])
     numbers = {
-        uniform(*each) for each in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (11, 1, 1), (1, 11, 1)]
+        uniform(*each)
+        for each in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (11, 1, 1), (1, 11, 1)]
     }
     assert len(numbers) == 7 and all(0 <= u < 1 for u in numbers)
     assert seed_of(2**32 - 1, 2) == (2**32 - 1 + 2 * 0x9E3779B1) % 2**32
@@ -128,7 +150,12 @@ def test_a_row_draws_the_same_whatever_is_beside_it_and_another_choice_or_place_
 
 def test_the_likeliest_token_is_taken_where_nothing_is_left_to_chance():
     logits = logits_of(5)
-    settings = [{}, {"temperature": 1e-9}, {"temperature": 1.0, "top_p": 0}, {"temperature": 1.0, "top_k": 1}]
+    settings = [
+        {},
+        {"temperature": 1e-9},
+        {"temperature": 1.0, "top_p": 0},
+        {"temperature": 1.0, "top_k": 1},
+    ]
     settings.append({"temperature": 1.0, "top_p": 1e-30})
     rows = [(asked(Sampling(**each)), []) for each in settings]
     assert draw(logits, rows) == logits.argmax(-1).tolist()
@@ -146,10 +173,18 @@ def test_penalties_count_what_has_been_there():
     logits = torch.tensor([1.0, -1.0, 2.0, 0.5, -2.0] + [0.0] * (V - 5))
     new = [2, 3, 3, 4]
     repeated = edited(logits, asked(Sampling(repetition_penalty=2.0)), new)
-    assert repeated[:5].tolist() == [1.0, -2.0, 1.0, 0.25, -4.0]  # 1 and 2 are in the prompt, 0 is nowhere
+    assert repeated[:5].tolist() == [
+        1.0,
+        -2.0,
+        1.0,
+        0.25,
+        -4.0,
+    ]  # 1 and 2 are in the prompt, 0 is nowhere
     taken = edited(logits, asked(Sampling(presence_penalty=0.5, frequency_penalty=0.25)), new)
     assert (logits - taken)[:6].tolist() == [0, 0, 0.75, 1.0, 0.75, 0]
-    drawing = asked(Sampling(frequency_penalty=1.0))  # counted as the answer grows, from wherever it is asked first
+    drawing = asked(
+        Sampling(frequency_penalty=1.0)
+    )  # counted as the answer grows, from wherever it is asked first
     for length in (0, 1, 3, 4):
         grown = edited(logits, drawing, new[:length])
     assert torch.equal(grown, edited(logits, asked(Sampling(frequency_penalty=1.0)), new))
@@ -167,7 +202,11 @@ def test_biases_constraints_and_stop_tokens_that_come_too_early():
     biased = asked(Sampling(logit_bias=((7, 3.0), (9, -100.0), (10**6, 5.0))))
     assert edited(logits, biased, [])[[6, 7, 9]].tolist() == [0, 3, -100]
     early = asked(stops=frozenset([5, 300]), min_new_tokens=2)
-    assert [edited(logits, early, [0] * n)[5].item() for n in (0, 1, 2)] == [-math.inf, -math.inf, 0]
+    assert [edited(logits, early, [0] * n)[5].item() for n in (0, 1, 2)] == [
+        -math.inf,
+        -math.inf,
+        0,
+    ]
     assert early.edits([]) and not early.edits([0, 0])
     constrained = asked(constraints=Even)
     allowed = edited(logits, constrained, [1]).isfinite().nonzero()[:, 0].tolist()
@@ -192,9 +231,12 @@ def test_chances_are_those_of_the_model_before_anything_is_done_to_them():
     told, plain, own = draw(logits, rows)
     best = logs[0].topk(3)
     assert told.token == 7 and told.chance.logprob == pytest.approx(logs[0, 7].item())
-    assert told.chance.alternatives == tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    assert told.chance.alternatives == tuple(
+        zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
     assert plain == logits[1].argmax() and own == Chosen(
-        int(logits[2].argmax()), chance=TokenChance(int(logits[2].argmax()), pytest.approx(logs[2].max().item()))
+        int(logits[2].argmax()),
+        chance=TokenChance(int(logits[2].argmax()), pytest.approx(logs[2].max().item())),
     )
 
 
@@ -210,7 +252,10 @@ def test_numbers_that_are_none_and_masks_that_allow_nothing_end_their_own_row_al
     logits = logits_of(5)
     logits[0, 3], logits[1, 3], logits[2] = math.nan, math.inf, -math.inf
     sampling = Sampling(temperature=temperature, logprobs=2)
-    rows = [(asked(sampling), [])] * 3 + [(asked(sampling, constraints=Nothing), []), (asked(sampling), [])]
+    rows = [(asked(sampling), [])] * 3 + [
+        (asked(sampling, constraints=Nothing), []),
+        (asked(sampling), []),
+    ]
     *broken, forbidden, right = draw(logits, rows)
     assert all(isinstance(each, DivergedError) for each in broken)
     assert isinstance(forbidden, ConfigError) and right == draw(logits[4:], rows[4:])[0]
@@ -241,5 +286,11 @@ def test_the_greedy_draw_of_many_rows_is_one_search_for_the_largest(monkeypatch)
 
 def test_numbers_that_mean_nothing_are_refused_together():
     with pytest.raises(ConfigError) as caught:
-        Sampling(temperature=math.nan, top_k=-1, top_p=2, logprobs=21, logit_bias=((-1, 0.0), (2, math.inf), (2, 1.0)))
+        Sampling(
+            temperature=math.nan,
+            top_k=-1,
+            top_p=2,
+            logprobs=21,
+            logit_bias=((-1, 0.0), (2, math.inf), (2, 1.0)),
+        )
     assert len(caught.value.faults) == 7

@@ -1,7 +1,9 @@
-"""The kernels' tests once more, over a library that is built with the address and undefined-behaviour sanitizers.
+"""The kernels' tests once more, over a library that is built with the address and
+undefined-behaviour sanitizers.
 
-A read or write of one value too many, a shift too far or a misaligned word ends the process that the tests run in.
-Tiles (AMX) are plain C there (tiles_in_c.h): their code runs on any processor with products of bf16 pairs, and is seen.
+A read or write of one value too many, a shift too far or a misaligned word ends the process that
+the tests run in. Tiles (AMX) are plain C there (tiles_in_c.h): their code runs on any processor
+with products of bf16 pairs, and is seen.
 """
 
 import os
@@ -18,17 +20,33 @@ from veneer.kernels import native
 SOURCES = Path(native.__file__).parent / "native"
 TESTS = Path(__file__).parent
 FLAGS = (
-    *("-std=gnu11", "-O1", "-g1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC"),
+    *(
+        "-std=gnu11",
+        "-O1",
+        "-g1",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-fPIC",
+    ),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-    "--param=asan-use-after-return=0",  # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
+    # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
+    "--param=asan-use-after-return=0",
     *("-include", str(TESTS / "tiles_in_c.h")),
 )
 AS_FUNCTIONS = ("few_rows.c", "gguf_tiles.c", "gguf_vectors.c", "paged_attention.c")
-"""Their loops are inlined once for each number of rows and each type, on which gcc spends two minutes. Called instead,
-they read and write the same; what hands vectors over must have been compiled for them."""
+"""Their loops are inlined once for each number of rows and each type, on which gcc spends two
+minutes. Called instead, they read and write the same; what hands vectors over must have been
+compiled for them."""
 CALLED = ("-Dalways_inline=", "-Werror=psabi")
 RUN = (
-    *("test_native_calls.py", "test_native.py", "test_rank.py", "test_tiles.py", "test_attention_native.py"),
+    *(
+        "test_native_calls.py",
+        "test_native.py",
+        "test_rank.py",
+        "test_tiles.py",
+        "test_attention_native.py",
+    ),
     *("test_kernels_gguf.py", "test_quant_nf4.py", "test_few_rows.py", "test_products.py"),
     *("test_paged_attention.py", "test_recorded.py", "test_sampling.py"),
     "test_direct.py::test_a_step_by_parts_gives_what_the_model_gives",
@@ -40,7 +58,10 @@ RUN = (
         "test_dora.py::test_a_bf16_layer_is_near_its_reference",
         "test_dora.py::test_the_bits_do_not_depend_on_the_threads",
     ),
-    *("test_fused.py::test_the_norm_is_its_reference", "test_fused.py::test_the_gate_is_its_reference"),
+    *(
+        "test_fused.py::test_the_norm_is_its_reference",
+        "test_fused.py::test_the_gate_is_its_reference",
+    ),
     "test_fused.py::test_the_entropy_of_bf16_logits_is_its_reference",
 )
 LEFT_OUT = (
@@ -48,11 +69,15 @@ LEFT_OUT = (
     "test_block.py::test_one_node_gives_the_bits_of_its_parts[mistral",
     "test_recorded.py::test_what_is_exchanged",  # seen in Python: the same calls are made
     "test_recorded.py::test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads[torch.bfloat16]",
-    "test_sampling.py::test_every_number_has_the_ids_that_the_reference_gives_it",  # thousands of the same draws
+    # thousands of the same draws
+    "test_sampling.py::test_every_number_has_the_ids_that_the_reference_gives_it",
     "test_sampling.py::test_what_is_drawn_follows_the_distribution_that_is_meant",
 )
 """Of RUN, by how their names begin: many or large cases of calls that others make."""
-OF_PAIRS = ("test_rank.py", "test_attention_native.py::test_the_compiled_attention_is_its_reference")
+OF_PAIRS = (
+    "test_rank.py",
+    "test_attention_native.py::test_the_compiled_attention_is_its_reference",
+)
 """What takes tiles wherever there are some, and no test takes without: once more so."""
 
 
@@ -61,7 +86,9 @@ def sanitizer() -> str:
     compiler = shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("no gcc here, whose sanitizers this uses")
-    done = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
     if not Path(done.stdout.strip()).is_file():
         pytest.skip("gcc without its address sanitizer")
     return str(Path(done.stdout.strip()).resolve())
@@ -90,7 +117,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **os.environ,
         native.BUILT_ELSEWHERE: str(built),
         "LD_PRELOAD": preload,
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # what Python keeps to its end is no leak of ours
+        "ASAN_OPTIONS": (
+            "detect_leaks=0:allocator_may_return_null=1"
+        ),  # what Python keeps to its end is no leak of ours
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
         "PYTHONMALLOC": "malloc",
@@ -99,10 +128,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_sanitizers_see_a_read_past_the_end(environment):
     code = (
-        "import ctypes, torch; from veneer.kernels import native; x = torch.zeros(64, dtype=torch.uint8);"
-        "y = torch.zeros(512); native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
+        "import ctypes, torch; from veneer.kernels import native; x = torch.zeros(64,"
+        " dtype=torch.uint8);y = torch.zeros(512); native.library().veneer_gguf_dequantise(8,"
+        " x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "ERROR: AddressSanitizer" in done.stderr and "READ of size" in done.stderr
 
@@ -111,7 +143,9 @@ def passes(tests: tuple[str, ...], environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
     command += [str(TESTS / name) for name in tests]
     command += [f"--deselect=tests/{name}" for name in LEFT_OUT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=TESTS.parent
+    )
     said = done.stdout[-3000:] + done.stderr[-3000:]
     assert done.returncode == 0, said
     assert "runtime error" not in said and " passed" in said

@@ -8,7 +8,13 @@ from torch import nn
 
 from veneer.kernels import few_rows
 from veneer.kernels.dropout import Dropout
-from veneer.kernels.segments import LONG, Plan, Update, linear_with_updates, linear_with_updates_reference
+from veneer.kernels.segments import (
+    LONG,
+    Plan,
+    Update,
+    linear_with_updates,
+    linear_with_updates_reference,
+)
 from veneer.linear import DenseLinear
 
 I, O = 24, 40
@@ -26,14 +32,18 @@ class Pair:
 def pair(rank, seed):
     generator = torch.Generator().manual_seed(seed)
     return Pair(
-        nn.Parameter(torch.randn(rank, I, generator=generator)), nn.Parameter(torch.randn(O, rank, generator=generator))
+        nn.Parameter(torch.randn(rank, I, generator=generator)),
+        nn.Parameter(torch.randn(O, rank, generator=generator)),
     )
 
 
 def update(start, stop, *, rank=4, scaling=1.7, share=0.0, seed=0):
     keys = torch.arange(start, stop) * 977
     return Update(
-        slice(start, stop), pair(rank, 7 * start + seed), scaling, Dropout(keys, 3 + seed, share) if share else None
+        slice(start, stop),
+        pair(rank, 7 * start + seed),
+        scaling,
+        Dropout(keys, 3 + seed, share) if share else None,
     )
 
 
@@ -43,9 +53,23 @@ MIXES = {
     "single rows": [update(n, n + 1, rank=2 + n % 3) for n in range(12)],
     "like lengths": [update(5 * n, 5 * n + 5) for n in range(6)],
     "a gap as long as what is filled up": [update(0, 10), update(15, 20)],
-    "unlike lengths and ranks": [update(0, 7, rank=3), update(9, 14, rank=5), update(20, 26, rank=9), update(26, 27)],
-    "long ones among short ones": [update(0, LONG), update(LONG, LONG + 3), update(LONG + 3, LONG + 6)],
-    "several on the same rows": [update(0, 6), update(0, 6, seed=1), update(6, 12), update(6, 12, rank=2, seed=1)],
+    "unlike lengths and ranks": [
+        update(0, 7, rank=3),
+        update(9, 14, rank=5),
+        update(20, 26, rank=9),
+        update(26, 27),
+    ],
+    "long ones among short ones": [
+        update(0, LONG),
+        update(LONG, LONG + 3),
+        update(LONG + 3, LONG + 6),
+    ],
+    "several on the same rows": [
+        update(0, 6),
+        update(0, 6, seed=1),
+        update(6, 12),
+        update(6, 12, rank=2, seed=1),
+    ],
     "overlapping": [update(0, 8), update(4, 12), update(6, 7, seed=2)],
     "dropout": [update(0, 6, share=0.5), update(6, 13), update(13, 20, share=0.3, seed=1)],
     "out of order": [update(8, 12), update(0, 4), update(4, 8)],
@@ -53,7 +77,11 @@ MIXES = {
 
 
 def computed(way, x, bias, base, updates):
-    leaves = [x, *([] if bias is None else [bias]), *(p for u in updates for p in u.layer.factors())]
+    leaves = [
+        x,
+        *([] if bias is None else [bias]),
+        *(p for u in updates for p in u.layer.factors()),
+    ]
     for leaf in leaves:
         leaf.grad = None
     y = way(x, bias, base, updates)

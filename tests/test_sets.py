@@ -1,4 +1,5 @@
-"""Several sets of rows: where they lie, what their columns are called, and how much of each an epoch takes."""
+"""Several sets of rows: where they lie, what their columns are called, and how much of each an
+epoch takes."""
 
 from __future__ import annotations
 
@@ -66,8 +67,13 @@ def prompts(path: str, **more: Any) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 3)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
-def test_no_row_comes_again_before_all_others_of_its_set_came(sets: list[tuple[int, float]], seed: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 3)), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+def test_no_row_comes_again_before_all_others_of_its_set_came(
+    sets: list[tuple[int, float]], seed: int
+) -> None:
     made = Mixture(tuple(size for size, _ in sets), tuple(size * weight for size, weight in sets))
     seen: Counter[int] = Counter()
     for epoch in range(4):
@@ -92,14 +98,19 @@ def test_shares_are_of_rows_or_of_tokens_and_the_rest_is_seen_once() -> None:
     assert mixed([10, 30], [1, 1], [1, 1], [None, None], by="rows").is_plain
 
 
-@pytest.mark.parametrize(("share", "by"), [(0.9999, "rows"), (1 - 1e-16, "rows"), (0.99999, "tokens")])
+@pytest.mark.parametrize(
+    ("share", "by"), [(0.9999, "rows"), (1 - 1e-16, "rows"), (0.99999, "tokens")]
+)
 def test_a_share_that_would_repeat_a_small_set_for_ever_is_refused_with_the_number(
     tmp_path: Path, share: float, by: str
 ) -> None:
     """Of one row beside five: 0.999999 of an epoch is five million of it."""
     for name, count in (("many", 5), ("one", 1)):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(records(count)))
-    sets = [str(tmp_path / "many.jsonl"), {"path": str(tmp_path / "one.jsonl"), "share": share, "name": "replay"}]
+    sets = [
+        str(tmp_path / "many.jsonl"),
+        {"path": str(tmp_path / "one.jsonl"), "share": share, "name": "replay"},
+    ]
     with pytest.raises(ConfigError, match=r"each of the 1 rows of replay [\d,]+ times"):
         loaded(sets, shares_of=by)
     sets[1]["share"] = 0.99  # type: ignore[index]
@@ -163,14 +174,20 @@ def test_a_run_over_sets_says_what_it_mixes_tells_their_losses_apart_and_resumes
     config = veneer.RunConfig.model_validate({**fields, "out": str(tmp_path / "a")})
     run_training(config, resume=False, screen=Told())
     assert any("an epoch takes" in line and "replay" in line and "(25%)" in line for line in said)
-    found = [record for record in read_records(tmp_path / "a" / "metrics.jsonl") if record["kind"] == "evaluation"]
+    found = [
+        record
+        for record in read_records(tmp_path / "a" / "metrics.jsonl")
+        if record["kind"] == "evaluation"
+    ]
     assert all(set(record["sets"]) == {str(tmp_path / "own.jsonl"), "replay"} for record in found)
 
     other = veneer.RunConfig.model_validate({**fields, "out": str(tmp_path / "b")})
     with ended_before_step(4):
         run_training(other, resume=False, screen=QuietScreen())
     run_training(resume_config(tmp_path / "b"), resume=True, screen=QuietScreen())
-    first, second = (read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab")
+    first, second = (
+        read_tensors(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab"
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -188,7 +205,10 @@ def test_other_shares_are_other_rows_to_a_run_that_goes_on(tmp_path: Path) -> No
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(records(10, name)))
     paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    found = {loaded([paths[0], {"path": paths[1], **how}]).fingerprint for how in ({}, {"weight": 0.5}, {"share": 0.1})}
+    found = {
+        loaded([paths[0], {"path": paths[1], **how}]).fingerprint
+        for how in ({}, {"weight": 0.5}, {"share": 0.1})
+    }
     assert len(found) == 3
 
 
@@ -225,7 +245,9 @@ def test_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         with pytest.raises(DataError, match="D100") as caught:
             loaded(str(tmp_path / name), validation_share=0.1)
-        assert "not a regular file" in str(caught.value) and "Write the rows into a file" in str(caught.value)
+        assert "not a regular file" in str(caught.value) and "Write the rows into a file" in str(
+            caught.value
+        )
 
 
 def as_parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -349,7 +371,9 @@ STATES = {
         {"Last-Modified": "Wed, 21 Oct 2015 07:28:01 GMT"},
     ),
     "nothing": ({}, {}),
-    "a time that is too young": ({"Last-Modified": formatdate(time.time() + 3600, usegmt=True)},) * 2,
+    "a time that is too young": (
+        ({"Last-Modified": formatdate(time.time() + 3600, usegmt=True)},) * 2
+    ),
 }
 
 
@@ -406,7 +430,9 @@ def test_columns_are_read_under_the_names_that_a_person_gives(tmp_path: Path) ->
     (tmp_path / "rows.csv").write_text("question,answer,id\nx,y,1\n")
     assert prompts(str(tmp_path / "rows.csv"), columns=QA) == ["x"]
     _, problems = scan_rows(tmp_path / "rows.csv", columns={**QA, "qestion": "prompt"})
-    assert [problem.message for problem in problems] == ["the map names 'qestion', which no row has"]
+    assert [problem.message for problem in problems] == [
+        "the map names 'qestion', which no row has"
+    ]
     _, problems = scan_rows(tmp_path / "rows.csv", columns={**QA, "id": "prompt"})
     assert problems[0].code == "D107" and "two columns are called 'prompt'" in problems[0].message
 
@@ -422,14 +448,28 @@ def test_a_column_that_is_mapped_to_nothing_is_left_out_in_messages_too(tmp_path
 
 def test_the_command_maps_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path / "base")
-    (tmp_path / "rows.csv").write_text("question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30)))
+    (tmp_path / "rows.csv").write_text(
+        "question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30))
+    )
     which = [str(tmp_path / "rows.csv"), "--base", str(tmp_path / "base")]
     mapped = ["--map", "question=prompt", "--map", "answer=completion"]
     assert main.main(["data", "check", *which, *mapped]) == 0
     assert main.main(["data", "check", *which]) == 4
     assert main.main(["data", "check", *which, "--map", "question"]) == 2
     out = str(tmp_path / "run")
-    train = ["train", "--base", which[2], "--data", which[0], *mapped, "--out", out, "--steps", "1", "--quiet"]
+    train = [
+        "train",
+        "--base",
+        which[2],
+        "--data",
+        which[0],
+        *mapped,
+        "--out",
+        out,
+        "--steps",
+        "1",
+        "--quiet",
+    ]
     assert main.main(train) == 0
     assert main.main(["evaluate", "--base", which[2], "--data", which[0], *mapped, "--json"]) == 0
     capsys.readouterr()
@@ -449,18 +489,41 @@ def test_a_plan_of_rows_that_cannot_be_read_is_refused_as_training_on_them(
         said = capsys.readouterr()
         assert "D107" in said.err and str(file) in said.err and "GB" not in said.out
         run = tmp_path / "run.yaml"
-        run.write_text(yaml.safe_dump({"base": base, "data": str(file), "out": str(tmp_path / "run")}))
+        run.write_text(
+            yaml.safe_dump({"base": base, "data": str(file), "out": str(tmp_path / "run")})
+        )
         assert main.main(["plan", str(run)]) == 2
         assert main.main(["train", str(run), "--fit", "1TB"]) == 2
     capsys.readouterr()
     written = tmp_path / "written.yaml"
-    assert main.main(["plan", "--base", base, "--data", str(odd), *mapped, "--write", str(written), "--json"]) == 0
+    assert (
+        main.main(
+            ["plan", "--base", base, "--data", str(odd), *mapped, "--write", str(written), "--json"]
+        )
+        == 0
+    )
     assert "plans" in capsys.readouterr().out
     assert yaml.safe_load(written.read_text())["data"] == {
         "train": str(odd),
         "map": {"question": "prompt", "answer": "completion"},
     }
-    assert main.main(["plan", "--base", base, "--data", str(odd), *mapped, "--probe", "--batch", "2", "--json"]) == 0
+    assert (
+        main.main(
+            [
+                "plan",
+                "--base",
+                base,
+                "--data",
+                str(odd),
+                *mapped,
+                "--probe",
+                "--batch",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["planned_memory_bytes"] > 0
     assert main.main(["plan", str(written), *mapped]) == 2  # a run file says it
     assert "--map" in capsys.readouterr().err
@@ -468,11 +531,14 @@ def test_a_plan_of_rows_that_cannot_be_read_is_refused_as_training_on_them(
     capsys.readouterr()
 
 
-def test_messages_about_rows_say_what_is_wrong_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_about_rows_say_what_is_wrong_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = str(save_tiny(tmp_path / "base"))
     broken, half, odd = (tmp_path / name for name in ("broken.jsonl", "half.jsonl", "odd.csv"))
     broken.write_bytes(
-        b'{"prompt": "x", "completion": "a\x01b"}\n{"prompt": "x\n{"prompt": "x", "completion": "\\q"}\n'
+        b'{"prompt": "x", "completion": "a\x01b"}\n{"prompt": "x\n{"prompt": "x", "completion":'
+        b' "\\q"}\n'
     )
     _, problems = scan_rows(broken)
     assert [problem.message for problem in problems] == [
@@ -483,11 +549,17 @@ def test_messages_about_rows_say_what_is_wrong_once(tmp_path: Path, capsys: pyte
     half.write_bytes(lines([*records(9), {"prompt": "alone"}, {"prompt": "x", "completion": None}]))
     _, (problem,) = scan_rows(half)
     assert problem.lines == (10, 11)
-    assert problem.message.startswith("columns prompt: format prompt_completion needs completion too")
+    assert problem.message.startswith(
+        "columns prompt: format prompt_completion needs completion too"
+    )
     odd.write_text("question,answer\nx,y\n")
     assert main.main(["data", "check", str(odd), "--base", base]) == 4
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith(f"{odd}: no row can be read") and "1 problem D107" in said and "0 rows" not in said
+    assert (
+        said.startswith(f"{odd}: no row can be read")
+        and "1 problem D107" in said
+        and "0 rows" not in said
+    )
     assert main.main(["evaluate", "--base", base, "--data", str(odd)]) == 2
     assert f"{odd} cannot be evaluated" in capsys.readouterr().err
 
@@ -496,7 +568,9 @@ def test_a_comparison_maps_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     odd = tmp_path / "odd.csv"
     odd.write_text("question,answer\n" + "".join(f"x {n},y {n}\n" for n in range(30)))
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr("veneer.api.compare", lambda configs, **_: seen.append(configs[0][1].data.map) or {})
+    monkeypatch.setattr(
+        "veneer.api.compare", lambda configs, **_: seen.append(configs[0][1].data.map) or {}
+    )
     monkeypatch.setattr("veneer.cli.compare._table", lambda figures: "")
     base = str(save_tiny(tmp_path / "base"))
     asked = [
@@ -518,27 +592,61 @@ def test_a_comparison_maps_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # what is done with them by hand
 
 
-def test_rows_of_any_layout_are_converted_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_any_layout_are_converted_and_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.csv").write_text("question,answer\nx,y\nv,w\n")
     shared = [{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]}]
-    for number, record in enumerate(({"text": "t", "unfinished": True}, {**shared[0], "unfinished": True})):
+    for number, record in enumerate(
+        ({"text": "t", "unfinished": True}, {**shared[0], "unfinished": True})
+    ):
         (tmp_path / f"cut{number}.jsonl").write_bytes(lines([record]))
         out = tmp_path / f"still{number}.jsonl"
-        assert main.main(["data", "convert", str(tmp_path / f"cut{number}.jsonl"), "--out", str(out)]) == 0
+        assert (
+            main.main(["data", "convert", str(tmp_path / f"cut{number}.jsonl"), "--out", str(out)])
+            == 0
+        )
         (row,), _ = scan_rows(out)
         assert row.unfinished
     (tmp_path / "b.jsonl").write_bytes(lines(shared))
     mapped = ["--map", "question=prompt", "--map", "answer=completion"]
     for out in ("rows.jsonl", "rows.jsonl.gz"):
-        command = ["data", "convert", str(tmp_path / "a.csv"), "--out", str(tmp_path / out), *mapped]
+        command = [
+            "data",
+            "convert",
+            str(tmp_path / "a.csv"),
+            "--out",
+            str(tmp_path / out),
+            *mapped,
+        ]
         assert main.main(command) == 0
         rows, problems = scan_rows(tmp_path / out)
-        assert [[m["content"] for m in row.messages] for row in rows] == [["x", "y"], ["v", "w"]] and not problems
-    assert main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]) == 0
+        assert [[m["content"] for m in row.messages] for row in rows] == [
+            ["x", "y"],
+            ["v", "w"],
+        ] and not problems
+    assert (
+        main.main(
+            ["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]
+        )
+        == 0
+    )
     (row,), _ = scan_rows(tmp_path / "c.jsonl")
-    assert row.format == "chat" and row.messages[1] == {"role": "assistant", "content": "g"} and not row.unfinished
-    assert main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]) == 2
-    assert main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.txt")]) == 2
+    assert (
+        row.format == "chat"
+        and row.messages[1] == {"role": "assistant", "content": "g"}
+        and not row.unfinished
+    )
+    assert (
+        main.main(
+            ["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.jsonl")]
+        )
+        == 2
+    )
+    assert (
+        main.main(["data", "convert", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "c.txt")])
+        == 2
+    )
     capsys.readouterr()
 
 
@@ -546,18 +654,34 @@ def test_rows_that_cannot_be_read_keep_a_file_from_being_written_unless_they_are
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(lines([*records(3), {"prompt": "x", "completion": ""}]))
-    command = ["data", "convert", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    command = [
+        "data",
+        "convert",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+    ]
     assert main.main(command) == 2 and not (tmp_path / "out.jsonl").exists()
     assert main.main([*command, "--leave-out"]) == 0
     assert "left out: D101" in capsys.readouterr().out
     assert len(prompts(str(tmp_path / "out.jsonl"))) == 3
 
 
-def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(tmp_path: Path) -> None:
+def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "rows.jsonl").write_bytes(lines(records(200) + records(200)))
     shares = ["--validation", "0.1", "--test", "0.2"]
-    assert main.main(["data", "split", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "s"), *shares]) == 0
-    sides = [set(prompts(str(tmp_path / "s" / f"{name}.jsonl"))) for name in ("train", "validation", "test")]
+    assert (
+        main.main(
+            ["data", "split", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "s"), *shares]
+        )
+        == 0
+    )
+    sides = [
+        set(prompts(str(tmp_path / "s" / f"{name}.jsonl")))
+        for name in ("train", "validation", "test")
+    ]
     assert [len(side) for side in sides] == [140, 20, 40] and len(set.union(*sides)) == 200
     held = [row.messages[0]["content"] for row in held_out_of(str(tmp_path / "rows.jsonl"), 0.1)]
     assert sides[1] == set(held)
@@ -574,7 +698,16 @@ def test_a_sample_is_drawn_by_content_and_seed_in_the_order_of_the_rows(tmp_path
     drawn = {}
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):
         out = str(tmp_path / f"{name}.jsonl")
-        command = ["data", "sample", str(tmp_path / "rows.jsonl"), "20", "--out", out, "--seed", str(seed)]
+        command = [
+            "data",
+            "sample",
+            str(tmp_path / "rows.jsonl"),
+            "20",
+            "--out",
+            out,
+            "--seed",
+            str(seed),
+        ]
         assert main.main(command) == 0
         drawn[name] = prompts(out)
     assert drawn["a"] == drawn["b"] != drawn["c"]

@@ -1,5 +1,5 @@
-"""Factors that start from the weight, from what 4 bits lost of it, or from the rows: what they start at, and that the
-base stays as it is."""
+"""Factors that start from the weight, from what 4 bits lost of it, or from the rows: what they
+start at, and that the base stays as it is."""
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from tests.helpers import make_examples
 from tests.tiny import save_tiny, tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.initial_factors import leading_directions, loftq_start, olora_start, pissa_start, randomised_svd
+from veneer.adapters.initial_factors import (
+    leading_directions,
+    loftq_start,
+    olora_start,
+    pissa_start,
+    randomised_svd,
+)
 from veneer.adapters.lora import delta_weight
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
@@ -41,7 +47,9 @@ def test_each_start_is_what_its_name_says(shape, rank):
     weight, generator = random(*shape), torch.Generator().manual_seed(1)
     A, B = pissa_start(weight, rank=rank, scaling=0.7, iterations=None, generator=generator)
     torch.testing.assert_close(0.7 * B @ A, best(weight, rank), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close((A * A).sum(1), (B * B).sum(0), rtol=1e-4, atol=1e-4)  # shared evenly
+    torch.testing.assert_close(
+        (A * A).sum(1), (B * B).sum(0), rtol=1e-4, atol=1e-4
+    )  # shared evenly
     A, B = pissa_start(weight, rank=rank, scaling=0.7, iterations=12, generator=generator)
     lost, least = (torch.linalg.matrix_norm(weight - m) for m in (0.7 * B @ A, best(weight, rank)))
     assert lost <= 1.01 * least
@@ -55,14 +63,22 @@ def test_each_start_is_what_its_name_says(shape, rank):
 
 def test_a_randomised_svd_of_a_low_rank_matrix_is_its_svd():
     weight = random(30, 4) @ random(4, 50, seed=1)
-    U, S, Vh = randomised_svd(weight, rank=4, iterations=0, generator=torch.Generator().manual_seed(2))
+    U, S, Vh = randomised_svd(
+        weight, rank=4, iterations=0, generator=torch.Generator().manual_seed(2)
+    )
     torch.testing.assert_close(U * S @ Vh, weight, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(S, torch.linalg.svdvals(weight)[:4], rtol=1e-4, atol=1e-4)
 
 
 def test_the_trained_factors_start_there_and_the_update_at_nothing():
     model = tiny_model("llama")
-    attachment = attach(model, LoRA(rank=3, alpha=5.0, init="pissa"), name="a", routing=Routing(), head=model.lm_head)
+    attachment = attach(
+        model,
+        LoRA(rank=3, alpha=5.0, init="pissa"),
+        name="a",
+        routing=Routing(),
+        head=model.lm_head,
+    )
     for path, layer in attachment.layers.items():
         weight = frozen_linear(plain_modules(model)[path]).dense_weight(torch.float32)
         A, B = layer.parts().values()
@@ -75,14 +91,26 @@ def test_a_rank_that_a_weight_does_not_have_is_refused_and_nothing_is_attached()
     model = tiny_model("llama")
     before = list(model.named_modules())
     with pytest.raises(ConfigError, match="a start of rank 16 for a layer of rank 20"):
-        attach(model, LoRA(rank=20, init="olora", targets=["v_proj"]), name="a", routing=Routing(), head=None)
+        attach(
+            model,
+            LoRA(rank=20, init="olora", targets=["v_proj"]),
+            name="a",
+            routing=Routing(),
+            head=None,
+        )
     assert list(model.named_modules()) == before
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "eva"])
 def test_embeddings_and_experts_are_refused_by_name(init):
     with pytest.raises(ConfigError, match=f"init {init} takes linear layers"):
-        attach(tiny_model("mixtral"), LoRA(init=init), name="a", routing=Routing(), head=tiny_model("mixtral").lm_head)
+        attach(
+            tiny_model("mixtral"),
+            LoRA(init=init),
+            name="a",
+            routing=Routing(),
+            head=tiny_model("mixtral").lm_head,
+        )
 
 
 def test_eva_starts_where_the_inputs_are_largest_and_changes_no_bit():

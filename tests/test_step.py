@@ -1,4 +1,5 @@
-"""The step against the model's own forward, one row at a time: losses and gradients, for every family."""
+"""The step against the model's own forward, one row at a time: losses and gradients, for every
+family."""
 
 import threading
 from dataclasses import replace
@@ -28,11 +29,19 @@ from veneer.linear import DenseLinear
 from veneer.models import likelihood
 from veneer.models import step as step_module
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import batch_loss, batch_of, evaluation_loss, part_nats, prepare, whole_logits
+from veneer.models.step import (
+    batch_loss,
+    batch_of,
+    evaluation_loss,
+    part_nats,
+    prepare,
+    whole_logits,
+)
 
 CPU = torch.device("cpu")
 UNPACKED = {"bloom": "interface", "falcon": "interface"}
-"""Families whose attention does not go through transformers' interface: padded, and the reason says so."""
+"""Families whose attention does not go through transformers' interface: padded, and the reason says
+so."""
 FP32 = 1e-5
 """Relative: float32 sums in another order."""
 
@@ -42,7 +51,9 @@ def adapted(family, **settings):
     model = tiny_model(family)
     paths, routing = prepare(model), Routing()
     config = LoRA(**{"rank": 3, "alpha": 5.0, **settings})
-    attachment = attach(model, config, name="a", routing=routing, head=model.get_output_embeddings())
+    attachment = attach(
+        model, config, name="a", routing=routing, head=model.get_output_embeddings()
+    )
     fill(attachment.parameters().values())
     routing.active = (("a", 1.0),)
     return model, paths, routing, attachment
@@ -55,7 +66,9 @@ def loss_and_gradients(model, paths, routing, attachment, examples, *, share=Tru
     total, loss = float(sum(e.trained.sum() for e in examples)), 0.0
     size = len(examples) // parts
     for start in range(0, len(examples), size):
-        batch = make_batch(examples[start : start + size], packed=paths.packed, share_prompt=share, device=CPU)
+        batch = make_batch(
+            examples[start : start + size], packed=paths.packed, share_prompt=share, device=CPU
+        )
         part = batch_loss(model, paths, routing, batch, total=total)
         part.backward()
         loss += part.item()
@@ -63,7 +76,8 @@ def loss_and_gradients(model, paths, routing, attachment, examples, *, share=Tru
 
 
 def own_loss_and_gradients(model, attachment, examples):
-    """The plain reference: every row alone through the model's own forward and head, under torch's autograd."""
+    """The plain reference: every row alone through the model's own forward and head, under torch's
+    autograd."""
     parameters = list(attachment.parameters().values())
     for parameter in parameters:
         parameter.requires_grad_(True).grad = None
@@ -71,7 +85,9 @@ def own_loss_and_gradients(model, attachment, examples):
     nats = 0.0
     for example in examples:
         ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[
+            0
+        ]
         rows = np.flatnonzero(example.trained)
         nats = nats + F.cross_entropy(logits[rows - 1], ids[0, rows], reduction="sum")
     (nats / total).backward()
@@ -95,7 +111,9 @@ def test_the_step_gives_the_models_own_loss_and_gradients(family):
     examples = make_examples(4)
     reference = own_loss_and_gradients(model, attachment, examples)
     for share in (True, False):
-        assert_same(loss_and_gradients(model, paths, routing, attachment, examples, share=share), reference)
+        assert_same(
+            loss_and_gradients(model, paths, routing, attachment, examples, share=share), reference
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2", "bloom"])
@@ -104,10 +122,14 @@ def test_accumulation_is_token_exact_on_ragged_rows(family):
     examples = make_examples(8)
     whole = loss_and_gradients(model, paths, routing, attachment, examples)
     for parts in (2, 8):
-        assert_same(loss_and_gradients(model, paths, routing, attachment, examples, parts=parts), whole)
+        assert_same(
+            loss_and_gradients(model, paths, routing, attachment, examples, parts=parts), whole
+        )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "qwen3_moe", "bloom", "stablelm"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma3", "opt", "qwen3_moe", "bloom", "stablelm"]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_checkpointing_changes_no_bit(family, dropout):
     model, paths, routing, attachment = adapted(family, dropout=dropout)
@@ -183,12 +205,17 @@ def test_adapters_that_train_together_keep_their_dropout(case):
     method = DoRA if case == "dora" else LoRA
     for number, name in enumerate("ab"):
         config = method(rank=3, alpha=5.0, dropout=0.5, **settings)
-        fill(attach(model, config, name=name, routing=routing, head=head).parameters().values(), seed=number)
+        fill(
+            attach(model, config, name=name, routing=routing, head=head).parameters().values(),
+            seed=number,
+        )
     routing.active = (("a", 1.0), ("b", -0.5))
     batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=CPU)
     plain = batch_loss(model, paths, routing, batch, total=1.0).item()
     with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
-        assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(plain, rel=1e-3)
+        assert batch_loss(model, paths, routing, batch, total=1.0).item() != pytest.approx(
+            plain, rel=1e-3
+        )
 
 
 def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_their_own():
@@ -196,7 +223,14 @@ def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_the
     base, x, rows = DenseLinear(nn.Linear(6, 5)), torch.randn(7, 6), torch.arange(7) * 977
     acting = [
         (
-            LoRALayer("linear", torch.randn(2, 6), torch.randn(5, 2), alpha=3.0, rslora=False, dropout=share),
+            LoRALayer(
+                "linear",
+                torch.randn(2, 6),
+                torch.randn(5, 2),
+                alpha=3.0,
+                rslora=False,
+                dropout=share,
+            ),
             weight,
             keys,
         )
@@ -225,7 +259,9 @@ def test_lora_layers_that_act_together_each_see_the_inputs_through_a_mask_of_the
 
 
 def test_dropout_over_a_module_that_sees_other_rows_than_the_batch_is_an_error():
-    layer = LoRALayer("linear", torch.zeros(2, 4), torch.zeros(3, 2), alpha=1.0, rslora=False, dropout=0.5)
+    layer = LoRALayer(
+        "linear", torch.zeros(2, 4), torch.zeros(3, 2), alpha=1.0, rslora=False, dropout=0.5
+    )
     with pytest.raises(ConfigError, match="gets 3 rows, the batch has 5"):
         layer.active_dropout(torch.zeros(3, 4), TokenKeys(torch.arange(5), 0))
 
@@ -250,7 +286,9 @@ def test_evaluation_is_weighted_by_token_and_does_not_depend_on_the_batch(family
     examples = make_examples(7)
     nats, tokens = evaluation_loss(model, paths, routing, examples, batch=7)
     assert tokens == sum(e.trained.sum() for e in examples)
-    assert evaluation_loss(model, paths, routing, examples, batch=2)[0] == pytest.approx(nats, rel=FP32)
+    assert evaluation_loss(model, paths, routing, examples, batch=2)[0] == pytest.approx(
+        nats, rel=FP32
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "falcon"])
@@ -259,13 +297,17 @@ def test_the_nats_of_each_example_are_those_that_it_has_alone(family, head):
     model, paths, routing, _ = adapted(family, **({"targets": ["lm_head"]} if head else {}))
     examples, parts = make_examples(7), [[0, 3, 2], [1], [6, 4, 5]]
     found = part_nats(model, paths, routing, examples, parts)
-    assert list(map(len, found)) == [3, 1, 3] and part_nats(model, paths, routing, examples, []) == []
+    assert (
+        list(map(len, found)) == [3, 1, 3] and part_nats(model, paths, routing, examples, []) == []
+    )
     for part, nats in zip(parts, found, strict=True):
         alone = [evaluation_loss(model, paths, routing, [examples[i]], batch=1)[0] for i in part]
         assert nats == pytest.approx(alone, rel=FP32)
         batch = batch_of(model, paths, examples, part, share_prompt=True)
         with torch.no_grad():
-            assert sum(nats) == pytest.approx(batch_loss(model, paths, routing, batch, total=1.0).item(), rel=FP32)
+            assert sum(nats) == pytest.approx(
+                batch_loss(model, paths, routing, batch, total=1.0).item(), rel=FP32
+            )
 
 
 def test_the_shared_prompt_ends_before_the_row_that_predicts_the_first_trained_token():
@@ -325,7 +367,10 @@ def test_an_adapted_head_trains_through_the_chunked_loss():
 
 def test_the_screen_says_which_road_rows_and_logits_take():
     paths = prepare(tiny_model("llama"))
-    assert paths.lines == ["packed rows, attention per document", "logits only where a token is trained, in chunks"]
+    assert paths.lines == [
+        "packed rows, attention per document",
+        "logits only where a token is trained, in chunks",
+    ]
     padded = replace(paths, packed=False, packed_reason="P", head_reason="H")
     assert padded.lines == ["padded rows: P", "whole logits: H"]
     alone = replace(padded, padded_reason="Q")
@@ -340,7 +385,9 @@ def test_no_cache_is_filled_where_nobody_reads_one(monkeypatch):
     model = tiny_model("llama")
     paths = prepare(model)
     batch = make_batch(make_examples(3), packed=paths.packed, share_prompt=True, device=CPU)
-    monkeypatch.setattr(modeling_llama, "DynamicCache", lambda *a, **k: pytest.fail("a cache was made"))
+    monkeypatch.setattr(
+        modeling_llama, "DynamicCache", lambda *a, **k: pytest.fail("a cache was made")
+    )
     whole_logits(model, batch)
     continued(model, [[1, 2, 3], [1, 2, 4]], [[5], [6]], Limits())
     record_keys(model.model, torch.arange(5))
@@ -351,14 +398,18 @@ def test_a_text_is_continued_alone_as_the_model_reads_it():
     prepare(model)
     (found,) = continued(model, [text[:20]], [text[20:]], Limits())
     with torch.no_grad():
-        torch.testing.assert_close(found, model(torch.tensor([text])).logits[0, 19:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found, model(torch.tensor([text])).logits[0, 19:], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_evaluation_computes_a_prompt_that_rows_share_once(monkeypatch):
     model, asked = tiny_model("llama"), []
     for module in (step_module, likelihood):
         monkeypatch.setattr(
-            module, "make_batch", lambda rows, **more: asked.append(make_batch(rows, **more)) or asked[-1]
+            module,
+            "make_batch",
+            lambda rows, **more: asked.append(make_batch(rows, **more)) or asked[-1],
         )
     paths, examples = prepare(model), make_examples(4)
     asked.clear()

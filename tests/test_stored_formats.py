@@ -1,4 +1,5 @@
-"""Folders that other programs quantised: read as they are, decoded as their own programs do it, trained over."""
+"""Folders that other programs quantised: read as they are, decoded as their own programs do it,
+trained over."""
 
 import json
 
@@ -9,7 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from tests import test_methods as methods
 from tests.packed import packed_modules
-from tests.packed_folders import WRITERS, write_awq, write_compressed, write_fp8, write_gptq, write_mxfp4
+from tests.packed_folders import (
+    WRITERS,
+    write_awq,
+    write_compressed,
+    write_fp8,
+    write_gptq,
+    write_mxfp4,
+)
 from tests.test_quant_runs import rows
 from tests.tiny import save_tiny
 from veneer import api
@@ -36,7 +44,10 @@ PLAIN = {
     "fp8, weight": ("llama", lambda folder: write_compressed(folder, "tensor")),
     "gptq": ("llama", write_gptq),
     "gptq, Conv1D": ("gpt2", write_gptq),
-    "gptq, symmetric": ("qwen2", lambda folder: write_gptq(folder, symmetric=True, layout="gptq_v2")),
+    "gptq, symmetric": (
+        "qwen2",
+        lambda folder: write_gptq(folder, symmetric=True, layout="gptq_v2"),
+    ),
     "gptq, order": ("llama", lambda folder: write_gptq(folder, act_order=True)),
     "gptq, last group short": ("llama", lambda folder: write_gptq(folder, group=20)),
     "gptq, whole rows": ("llama", lambda folder: write_gptq(folder, group=48)),
@@ -66,7 +77,9 @@ def configure(folder, **settings):
 
 
 @every_layout
-def test_weights_are_decoded_to_what_was_written_and_the_model_computes_with_them(family, write, tmp_path):
+def test_weights_are_decoded_to_what_was_written_and_the_model_computes_with_them(
+    family, write, tmp_path
+):
     folder, dense = folder_of(tmp_path, family, write)
     base, twin = packed_and_dense_of(folder, tmp_path, family, dense)
     with torch.no_grad():
@@ -81,22 +94,29 @@ def test_weights_are_decoded_to_what_was_written_and_the_model_computes_with_the
 
 
 def packed_and_dense_of(folder, tmp_path, family, dense):
-    """(the base in float32, the same family's model with `dense` in the places of the packed weights)."""
+    """(the base in float32, the same family's model with `dense` in the places of the packed
+    weights)."""
     twin = save_tiny(tmp_path / "dense", family, torch.bfloat16)
     weights = {name: each.float() for name, each in load_file(twin / "model.safetensors").items()}
     save_file(
-        {n: t.contiguous() for n, t in (weights | dense).items()}, twin / "model.safetensors", metadata={"format": "pt"}
+        {n: t.contiguous() for n, t in (weights | dense).items()},
+        twin / "model.safetensors",
+        metadata={"format": "pt"},
     )
     base = load_base(str(folder), dtype="float32", device="cpu")
     assert packed_modules(base.model)
     return base, load_base(str(twin), dtype="float32", device="cpu").model
 
 
-@pytest.mark.parametrize(("family", "write"), [("llama", lambda f: write_fp8(f, (8, 16))), ("gpt_oss", write_mxfp4)])
+@pytest.mark.parametrize(
+    ("family", "write"), [("llama", lambda f: write_fp8(f, (8, 16))), ("gpt_oss", write_mxfp4)]
+)
 def test_the_bits_are_those_that_transformers_decodes_to(family, write, tmp_path):
     folder, _ = folder_of(tmp_path, family, write)
     with quiet():
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map="cpu"
+        )
     base = load_base(str(folder), dtype="stored", device="cpu")
     for path, module in packed_modules(base.model).items():
         own = theirs.get_submodule(path)
@@ -111,9 +131,13 @@ def test_the_bits_are_those_that_transformers_decodes_to(family, write, tmp_path
 
 def test_a_weight_that_no_module_of_ours_takes_is_held_dense_as_it_decodes(tmp_path):
     """The head, and what a model takes past its modules."""
-    folder, dense = folder_of(tmp_path, "llama_untied", lambda f: write_gptq(f, names=r"(.*_proj|lm_head)\.weight"))
+    folder, dense = folder_of(
+        tmp_path, "llama_untied", lambda f: write_gptq(f, names=r"(.*_proj|lm_head)\.weight")
+    )
     base = load_base(str(folder), dtype="float32", device="cpu")
-    torch.testing.assert_close(base.model.lm_head.weight, dense["lm_head.weight"].bfloat16().float())
+    torch.testing.assert_close(
+        base.model.lm_head.weight, dense["lm_head.weight"].bfloat16().float()
+    )
     held = {g.what: g.held for g in weight_table(base.model)}
     assert (held["output head"], held["linear layers"]) == ("float32", "gptq")
 
@@ -129,7 +153,9 @@ def test_a_weight_that_no_module_of_ours_takes_is_held_dense_as_it_decodes(tmp_p
     ids=["fp8", "gptq", "awq", "mxfp4"],
 )
 def test_what_is_packed_takes_no_more_memory_than_in_the_files(family, write, bits, tmp_path):
-    folder, _ = folder_of(tmp_path, family, write, hidden_size=256, intermediate_size=512, head_dim=64)
+    folder, _ = folder_of(
+        tmp_path, family, write, hidden_size=256, intermediate_size=512, head_dim=64
+    )
     base = load_base(str(folder), dtype="float32", device="cpu")
     packed = {g.what: g for g in weight_table(base.model) if g.held == base.quantize}
     (group,) = packed.values()
@@ -143,11 +169,15 @@ def test_moving_to_another_type_leaves_packed_values_to_the_bit(name, tmp_path):
     model = load_base(str(folder), dtype="float32", device="cpu").model
     modules = packed_modules(model)
     held = {
-        n: t.clone() for p, m in modules.items() for n, t in m.state_dict(prefix=f"{p}.").items() if "bias" not in n
+        n: t.clone()
+        for p, m in modules.items()
+        for n, t in m.state_dict(prefix=f"{p}.").items()
+        if "bias" not in n
     }
     model.to(torch.bfloat16)
     assert all(
-        torch.equal(model.state_dict()[n], t) and model.state_dict()[n].dtype == t.dtype for n, t in held.items()
+        torch.equal(model.state_dict()[n], t) and model.state_dict()[n].dtype == t.dtype
+        for n, t in held.items()
     )
     assert all(m.dtype == torch.bfloat16 for m in modules.values())
     assert model(IDS).logits.dtype == torch.bfloat16
@@ -155,14 +185,21 @@ def test_moving_to_another_type_leaves_packed_values_to_the_bit(name, tmp_path):
 
 def test_the_same_folder_is_the_same_base_and_another_scale_another_one(tmp_path):
     folder, _ = folder_of(tmp_path, "llama", write_awq)
-    base, again = (load_base(str(folder), quantize=quantize, device="cpu") for quantize in (None, "awq"))
+    base, again = (
+        load_base(str(folder), quantize=quantize, device="cpu") for quantize in (None, "awq")
+    )
     assert base.fingerprint() == again.fingerprint()
     assert base.fingerprint().dtype == "awq+bfloat16"
     assert base.fingerprint().quantize == "awq"
-    dense = load_base(str(save_tiny(tmp_path / "dense", "llama", torch.bfloat16)), device="cpu").fingerprint()
+    dense = load_base(
+        str(save_tiny(tmp_path / "dense", "llama", torch.bfloat16)), device="cpu"
+    ).fingerprint()
     assert dense.shapes_hash == base.fingerprint().shapes_hash
     edit(folder, lambda w: w["model.layers.0.mlp.up_proj.scales"][0].mul_(2))
-    assert load_base(str(folder), device="cpu").fingerprint().weights_hash != base.fingerprint().weights_hash
+    assert (
+        load_base(str(folder), device="cpu").fingerprint().weights_hash
+        != base.fingerprint().weights_hash
+    )
 
 
 def test_a_format_that_the_folder_does_not_hold_is_refused(tmp_path):
@@ -173,7 +210,9 @@ def test_a_format_that_the_folder_does_not_hold_is_refused(tmp_path):
     dense = save_tiny(tmp_path / "dense", "llama")
     with pytest.raises(ConfigError, match="does not hold its weights as gptq"):
         load_base(str(dense), quantize="gptq")
-    config = json.loads((dense / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    config = json.loads((dense / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq"}
+    }
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(CorruptFileError, match="says that the weights are stored as gptq"):
         load_base(str(dense))
@@ -186,11 +225,19 @@ def test_an_adapter_trained_over_it_answers_is_measured_and_merged(tmp_path, mon
     started = ["--data", data, "--out", "run", "--steps", "2", "--batch", "4"]
     assert main(["train", "--base", str(folder), *started]) == 0
     adapter = tmp_path / "run" / "adapter"
-    assert json.loads((adapter / "veneer.json").read_text())["base"]["fingerprint"]["dtype"] == "bfloat16+mxfp4"
+    assert (
+        json.loads((adapter / "veneer.json").read_text())["base"]["fingerprint"]["dtype"]
+        == "bfloat16+mxfp4"
+    )
     for typed in (["generate", "what is 3", "--max-new-tokens", "3"], ["evaluate", "--data", data]):
         assert main([*typed, "--base", str(folder), "--adapter", str(adapter)]) == 0
     more = ["--from", "run", "--set", 'new_tokens=["<call>"]', "--out", "more"]
-    assert main(["train", "--base", str(folder), "--data", data, "--steps", "1", "--batch", "4", *more]) == 0
+    assert (
+        main(
+            ["train", "--base", str(folder), "--data", data, "--steps", "1", "--batch", "4", *more]
+        )
+        == 0
+    )
     says = json.loads((tmp_path / "more" / "adapter" / "veneer.json").read_text())
     assert "<call>" in str(says["new_tokens"]) and says["parent"]
     merging = ["merge", "--base", str(folder), "--adapter", str(adapter)]
@@ -214,7 +261,9 @@ def test_it_is_planned_by_the_bytes_that_it_is_held_in(name, tmp_path):
     base = load_base(str(folder), device="cpu")
     found = blueprint(str(folder))
     held, told = packed_sizes(base.model), found.packed
-    joined = name == "fp8, experts"  # gate and up by the model alone, where no block of scales goes over both
+    joined = (
+        name == "fp8, experts"
+    )  # gate and up by the model alone, where no block of scales goes over both
     assert joined or [(each.name, each.shape) for each in sorted(told, key=lambda e: e.name)] == [
         (each.name, each.shape) for each in sorted(held, key=lambda e: e.name)
     ]
@@ -237,16 +286,31 @@ def test_what_a_run_over_it_refuses_is_not_planned(tmp_path, monkeypatch, capsys
     folder, _ = folder_of(tmp_path, "llama", write_gptq)
     monkeypatch.chdir(tmp_path)
     for method, says in (
-        (["--method", "full"], "method full trains every weight, and weights held as gptq cannot train"),
+        (
+            ["--method", "full"],
+            "method full trains every weight, and weights held as gptq cannot train",
+        ),
         (["--method", "qlora"], "holds its weights as gptq, not as nf4"),
     ):
         assert main(["plan", "--base", str(folder), *method]) != 0
         assert says in capsys.readouterr().err
-        typed = ["train", "--base", str(folder), "--data", rows(tmp_path / "rows.jsonl"), "--out", "run", *method]
+        typed = [
+            "train",
+            "--base",
+            str(folder),
+            "--data",
+            rows(tmp_path / "rows.jsonl"),
+            "--out",
+            "run",
+            *method,
+        ]
         assert main(typed) != 0
         assert says in capsys.readouterr().err
     planner = Planner(blueprint(str(folder)))
-    assert [c.label for c in all_methods(Choice(method=LoRA())) if not planner.takes(c)] == ["qlora", "full"]
+    assert [c.label for c in all_methods(Choice(method=LoRA())) if not planner.takes(c)] == [
+        "qlora",
+        "full",
+    ]
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(ConfigError) as caught:
@@ -308,7 +372,9 @@ def int4(seed, *, groups=False, width=8, scale=torch.float16):
 
 @pytest.mark.parametrize("make", [torch.stack, torch.cat], ids=["experts", "gate and up"])
 @pytest.mark.parametrize(
-    ("other", "said"), [({"groups": True}, "order of columns"), ({"width": 4}, "width"), ({}, None)], ids=str
+    ("other", "said"),
+    [({"groups": True}, "order of columns"), ({"width": 4}, "width"), ({}, None)],
+    ids=str,
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_weights_that_are_held_as_one_are_all_looked_at_not_the_first(make, other, said, first):

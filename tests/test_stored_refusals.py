@@ -1,4 +1,5 @@
-"""Folders that other programs quantised, damaged or in a way that is not read: refused by name, with both sides."""
+"""Folders that other programs quantised, damaged or in a way that is not read: refused by name,
+with both sides."""
 
 import json
 
@@ -26,10 +27,26 @@ UNREAD = {
     "block": (write_fp8, {"weight_block_size": [0, 128]}, "blocks of [0, 128]"),
     "blocks": (write_fp8, {"weight_block_size": [128, 128, 1]}, "blocks of [128, 128, 1]"),
     "compressed, int4": (write_compressed, {"format": "pack-quantized"}, "format 'pack-quantized'"),
-    "compressed, groups": (write_compressed, {"config_groups": {"a": {"weights": {"num_bits": 4}}}}, "config_groups.a"),
-    "compressed, no groups": (write_compressed, {"config_groups": 7}, "config_groups is no mapping"),
-    "compressed, many": (write_compressed, {"config_groups": {str(n): {} for n in range(101)}}, "at most 100 groups"),
-    "compressed, turned": (write_compressed, {"transform_config": {"r1": 1}}, "transform_config is set"),
+    "compressed, groups": (
+        write_compressed,
+        {"config_groups": {"a": {"weights": {"num_bits": 4}}}},
+        "config_groups.a",
+    ),
+    "compressed, no groups": (
+        write_compressed,
+        {"config_groups": 7},
+        "config_groups is no mapping",
+    ),
+    "compressed, many": (
+        write_compressed,
+        {"config_groups": {str(n): {} for n in range(101)}},
+        "at most 100 groups",
+    ),
+    "compressed, turned": (
+        write_compressed,
+        {"transform_config": {"r1": 1}},
+        "transform_config is set",
+    ),
     "another": (write_fp8, {"quant_method": "hqq"}, "hqq"),
 }
 
@@ -53,28 +70,96 @@ def _nan(weights):
 
 DAMAGED = {
     "gptq, no zeros": (write_gptq, lambda w: w.pop(f"{UP}.qzeros"), f"{UP}: qzeros is missing"),
-    "gptq, fewer groups": (write_gptq, lambda w: _cut(w, f"{UP}.scales"), "scales is F16 of shape (1, 48); F16"),
+    "gptq, fewer groups": (
+        write_gptq,
+        lambda w: _cut(w, f"{UP}.scales"),
+        "scales is F16 of shape (1, 48); F16",
+    ),
     "gptq, words": (write_gptq, lambda w: _as(w, f"{UP}.qweight", torch.int64), "qweight is I64"),
-    "gptq, order": (write_gptq, lambda w: _set(w, f"{UP}.g_idx", 2), "g_idx names groups from 0 to 2, there are 2"),
-    "gptq, order below": (write_gptq, lambda w: _set(w, f"{UP}.g_idx", -1), "groups from -1 to 1, there are 2"),
-    "gptq, scale": (write_gptq, lambda w: _set(w, f"{UP}.scales", float("inf")), "a scale is not finite"),
-    "gptq, another shape": (write_gptq, lambda w: _half(w, UP), "(24, 32) in the file, (48, 32) in the model"),
+    "gptq, order": (
+        write_gptq,
+        lambda w: _set(w, f"{UP}.g_idx", 2),
+        "g_idx names groups from 0 to 2, there are 2",
+    ),
+    "gptq, order below": (
+        write_gptq,
+        lambda w: _set(w, f"{UP}.g_idx", -1),
+        "groups from -1 to 1, there are 2",
+    ),
+    "gptq, scale": (
+        write_gptq,
+        lambda w: _set(w, f"{UP}.scales", float("inf")),
+        "a scale is not finite",
+    ),
+    "gptq, another shape": (
+        write_gptq,
+        lambda w: _half(w, UP),
+        "(24, 32) in the file, (48, 32) in the model",
+    ),
     "gptq, gone": (write_gptq, lambda w: _gone(w, UP), f"missing    {UP}.weight"),
-    "awq, zeros": (write_awq, lambda w: _cut(w, f"{UP}.qzeros"), "qzeros is I32 of shape (1, 6); I32 of shape (2, 6)"),
+    "awq, zeros": (
+        write_awq,
+        lambda w: _cut(w, f"{UP}.qzeros"),
+        "qzeros is I32 of shape (1, 6); I32 of shape (2, 6)",
+    ),
     "fp8, no scale": (write_fp8, lambda w: w.pop(f"{UP}.weight_scale_inv"), "has no scales"),
-    "fp8, fewer blocks": (write_fp8, lambda w: _cut(w, f"{UP}.weight_scale_inv"), "of shape (1, 2), for a weight"),
-    "fp8, scale": (write_fp8, lambda w: _set(w, f"{UP}.weight_scale_inv", float("nan")), "a scale is not finite"),
+    "fp8, fewer blocks": (
+        write_fp8,
+        lambda w: _cut(w, f"{UP}.weight_scale_inv"),
+        "of shape (1, 2), for a weight",
+    ),
+    "fp8, scale": (
+        write_fp8,
+        lambda w: _set(w, f"{UP}.weight_scale_inv", float("nan")),
+        "a scale is not finite",
+    ),
     "fp8, value": (write_fp8, _nan, "the value at [7, 5] is no number"),
-    "fp8, of nothing": (write_fp8, lambda w: _cut(w, f"{UP}.weight", 0), "F8_E4M3 of shape (0, 32)"),
-    "fp8, a large scale": (write_fp8, lambda w: _set(w, f"{UP}.weight_scale_inv", 1e36), "largest value infinite"),
-    "fp8, one dense": (write_fp8, lambda w: _as(w, f"{UP}.weight", torch.bfloat16), "weight_scale_inv beside it"),
-    "gptq, of nothing": (write_gptq, lambda w: _cut(w, f"{UP}.qweight", 0), "qweight of shape (0, 48)"),
+    "fp8, of nothing": (
+        write_fp8,
+        lambda w: _cut(w, f"{UP}.weight", 0),
+        "F8_E4M3 of shape (0, 32)",
+    ),
+    "fp8, a large scale": (
+        write_fp8,
+        lambda w: _set(w, f"{UP}.weight_scale_inv", 1e36),
+        "largest value infinite",
+    ),
+    "fp8, one dense": (
+        write_fp8,
+        lambda w: _as(w, f"{UP}.weight", torch.bfloat16),
+        "weight_scale_inv beside it",
+    ),
+    "gptq, of nothing": (
+        write_gptq,
+        lambda w: _cut(w, f"{UP}.qweight", 0),
+        "qweight of shape (0, 48)",
+    ),
     "gptq, large scales": (write_gptq, lambda w: _float(w, f"{UP}.scales", 1e38), "value infinite"),
-    "gptq, dense too": (write_gptq, lambda w: w.update({f"{UP}.weight": torch.ones(48, 32)}), "both packed and dense"),
-    "mxfp4, of nothing": (write_mxfp4, lambda w: _none(w, EXPERTS), f"{EXPERTS}_blocks is U8 of shape (0, 32, 2, 16)"),
-    "mxfp4, no scales": (write_mxfp4, lambda w: w.pop(f"{EXPERTS}_scales"), f"{EXPERTS}_scales is missing"),
-    "mxfp4, fewer": (write_mxfp4, lambda w: _cut(w, f"{EXPERTS}_scales"), "_scales U8 of shape (1, 32, 2)"),
-    "mxfp4, exponent": (write_mxfp4, lambda w: _set(w, f"{EXPERTS}_scales", 255), "an exponent of 255, at most 252"),
+    "gptq, dense too": (
+        write_gptq,
+        lambda w: w.update({f"{UP}.weight": torch.ones(48, 32)}),
+        "both packed and dense",
+    ),
+    "mxfp4, of nothing": (
+        write_mxfp4,
+        lambda w: _none(w, EXPERTS),
+        f"{EXPERTS}_blocks is U8 of shape (0, 32, 2, 16)",
+    ),
+    "mxfp4, no scales": (
+        write_mxfp4,
+        lambda w: w.pop(f"{EXPERTS}_scales"),
+        f"{EXPERTS}_scales is missing",
+    ),
+    "mxfp4, fewer": (
+        write_mxfp4,
+        lambda w: _cut(w, f"{EXPERTS}_scales"),
+        "_scales U8 of shape (1, 32, 2)",
+    ),
+    "mxfp4, exponent": (
+        write_mxfp4,
+        lambda w: _set(w, f"{EXPERTS}_scales", 255),
+        "an exponent of 255, at most 252",
+    ),
 }
 
 
@@ -140,10 +225,15 @@ def test_blocks_larger_than_a_weight_are_of_its_size(tmp_path):
 def test_scales_that_fit_two_sizes_of_blocks_are_refused(tmp_path):
     folder, _ = folder_of(tmp_path, "llama", write_compressed)
     group = {"num_bits": 8, "type": "float"}
-    sizes = {name: {"weights": group | {"block_structure": [rows, 16]}} for name, rows in (("a", 17), ("b", 20))}
+    sizes = {
+        name: {"weights": group | {"block_structure": [rows, 16]}}
+        for name, rows in (("a", 17), ("b", 20))
+    }
     configure(folder, config_groups=sizes)
     edit(folder, lambda w: w.update({f"{UP}.weight_scale": torch.ones(3, 2)}))
-    with pytest.raises(CorruptFileError, match=r"blocks of \[\(17, 16\), \(20, 16\)\], of which 2 fit"):
+    with pytest.raises(
+        CorruptFileError, match=r"blocks of \[\(17, 16\), \(20, 16\)\], of which 2 fit"
+    ):
         load_base(str(folder))
 
 
@@ -159,8 +249,14 @@ def test_packed_weights_that_no_setting_speaks_of_are_refused(dtype, tmp_path):
 
 def test_experts_of_different_orders_are_refused_by_name(tmp_path):
     folder, _ = folder_of(tmp_path, "qwen3_moe", lambda f: write_gptq(f, act_order=True))
-    edit(folder, lambda w: w["model.layers.0.mlp.experts.0.up_proj.g_idx"].copy_(torch.arange(32) // 16))
-    with pytest.raises(CorruptFileError, match=r"experts\.gate_up_proj: of weights that the model holds as one, some"):
+    edit(
+        folder,
+        lambda w: w["model.layers.0.mlp.experts.0.up_proj.g_idx"].copy_(torch.arange(32) // 16),
+    )
+    with pytest.raises(
+        CorruptFileError,
+        match=r"experts\.gate_up_proj: of weights that the model holds as one, some",
+    ):
         load_base(str(folder))
 
 

@@ -1,4 +1,5 @@
-"""Switching is a pointer change that any thread may make; loading keeps to its budget; the base stays what it was."""
+"""Switching is a pointer change that any thread may make; loading keeps to its budget; the base
+stays what it was."""
 
 import gc
 import threading
@@ -22,7 +23,13 @@ NAMES = ("alpha", "beta", "gamma")
 
 def make_base(library: Library | None = None) -> Base:
     plain = tiny_base()
-    return Base(model=plain.model, tokenizer=plain.tokenizer, source="tiny", name_or_path="tiny", library=library)
+    return Base(
+        model=plain.model,
+        tokenizer=plain.tokenizer,
+        source="tiny",
+        name_or_path="tiny",
+        library=library,
+    )
 
 
 def fill(attachment, seed: int) -> None:
@@ -115,7 +122,9 @@ def test_after_the_last_adapter_every_weight_module_and_output_is_as_loaded(libr
     for name in NAMES:
         base.detach(name)
     assert {name: id(module) for name, module in base.model.named_modules()} == modules
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in base.model.named_parameters())
+    assert all(
+        torch.equal(parameter, weights[name]) for name, parameter in base.model.named_parameters()
+    )
     assert (len(base.model._forward_pre_hooks), len(base.model._forward_hooks)) == hooks
     assert torch.equal(logits(base), before)
 
@@ -213,7 +222,9 @@ def test_a_forward_sees_one_state_whole_while_others_switch(library):
 
     def switch() -> None:
         number = 0
-        while not stop.wait(0.0002):  # several times within each forward, but not all the time Python has
+        while not stop.wait(
+            0.0002
+        ):  # several times within each forward, but not all the time Python has
             base.use((None, *NAMES)[number % 4])
             number += 1
 
@@ -319,7 +330,9 @@ def test_a_forward_lets_go_of_what_it_held(library):
 def test_switching_touches_no_module(library, monkeypatch):
     base = make_base(library)
     base.use(list(NAMES))
-    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda *_: pytest.fail("walked the model"))
+    monkeypatch.setattr(
+        torch.nn.Module, "named_modules", lambda *_: pytest.fail("walked the model")
+    )
     monkeypatch.setattr(torch.nn.Module, "modules", lambda *_: pytest.fail("walked the model"))
     for name in (*NAMES, None):
         base.use(name)
@@ -338,7 +351,9 @@ def test_a_plain_folder_still_loads_beside_the_library(library, tmp_path):
 
 
 def test_one_compiled_forward_serves_every_adapter_of_the_same_shapes(library):
-    from torch._dynamo.testing import CompileCounter  # runs the graph as it is: no C++ compiler is needed
+    from torch._dynamo.testing import (
+        CompileCounter,
+    )  # runs the graph as it is: no C++ compiler is needed
 
     base = make_base(library)
 

@@ -1,4 +1,5 @@
-"""Whatever the system refuses is an error with the place, its words and the next step, never a bug of ours."""
+"""Whatever the system refuses is an error with the place, its words and the next step, never a bug
+of ours."""
 
 import errno
 import os
@@ -50,11 +51,15 @@ NUMBERS = {
         lambda number: OSError(number, os.strerror(number)),
         lambda number: OSError(number, os.strerror(number), "/x/.partial-1/a"),
         lambda number: SafetensorError(IN_RUST.format(os.strerror(number), number)),
-        lambda number: Exception(f"{os.strerror(number)} (os error {number})"),  # how tokenizers say it
+        lambda number: Exception(
+            f"{os.strerror(number)} (os error {number})"
+        ),  # how tokenizers say it
     ],
 )
 @pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
-def test_each_error_of_the_system_is_told_with_the_place_and_the_next_step(tmp_path, number, raised):
+def test_each_error_of_the_system_is_told_with_the_place_and_the_next_step(
+    tmp_path, number, raised
+):
     kind, says, step = NUMBERS[number]
     with pytest.raises(kind) as told, atomic_folder(tmp_path / "x"):
         raise raised(number)
@@ -110,21 +115,30 @@ def test_the_command_line_tells_what_no_place_has_told(monkeypatch, capsys, faul
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_while_records_are_written_is_told_as_such(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(DoesNotFitError, match=r"metrics\.jsonl"), Records(tmp_path / "metrics.jsonl") as records:
+    with (
+        pytest.raises(DoesNotFitError, match=r"metrics\.jsonl"),
+        Records(tmp_path / "metrics.jsonl") as records,
+    ):
         records.write({"kind": "step", "step": 1})
 
 
 @pytest.mark.parametrize("write", [atomic_file, atomic_folder])
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_name_that_no_file_can_bear_is_told_before_anything_is_written(tmp_path, write, replace):
-    with pytest.raises(InputError, match="too long") as told, write(tmp_path / ("x" * 300), replace=replace):
+    with (
+        pytest.raises(InputError, match="too long") as told,
+        write(tmp_path / ("x" * 300), replace=replace),
+    ):
         pytest.fail("must not be reached")
     assert "shorter" in told.value.next_step
 
 
 def test_where_a_file_stands_there_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be written"), atomic_folder(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        atomic_folder(tmp_path / "file" / "x"),
+    ):
         pytest.fail("must not be reached")
 
 
@@ -148,5 +162,8 @@ def test_a_limit_on_the_size_of_files_is_told_also_of_what_safetensors_writes(tm
         "    sys.exit(0 if 'no file that large' in str(fault) else 3)\n"
         "sys.exit(4)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=False).returncode
+        == 0
+    )
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
-"""Templates of strangers: what would hang, fill the memory or the disk is stopped in seconds, and the rest goes on."""
+"""Templates of strangers: what would hang, fill the memory or the disk is stopped in seconds, and
+the rest goes on."""
 
 import resource
 import subprocess
@@ -20,22 +21,29 @@ from veneer.errors import DataError
 if not sys.platform.startswith("linux"):
     pytest.skip("the limits are those of Linux", allow_module_level=True)
 
-MESSAGES = [{"role": "user", "content": 'ask é \U0001f469 \n"quoted"'}, {"role": "assistant", "content": "answer"}]
+MESSAGES = [
+    {"role": "user", "content": 'ask é \U0001f469 \n"quoted"'},
+    {"role": "assistant", "content": "answer"},
+]
 PLAIN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt "
     "%}[assistant]{% endif %}"
 )
 
 ENDLESS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor "
-    "%}{% endfor %}{% endfor %}",
+    "nested loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor "
+        "%}{% endfor %}{% endfor %}"
+    ),
     "one power of a variable": "{% set n = messages | length * 0 + 9 %}{{ (n ** (n ** n)) % 7 }}",
     "when it is compiled": "{{ 9 ** (9 ** 9) }}",
 }
 TOO_LARGE = {
     "a long text": "{% set x = 'a' * (10 ** 9 * (messages | length)) %}{{ x }}{{ x }}",
-    "doubled text": "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor "
-    "%}{{ n.x }}",
+    "doubled text": (
+        "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor "
+        "%}{{ n.x }}"
+    ),
     "a wide field": "{{ '%2000000000d' % (messages | length) }}",
     "a wide line": "{{ messages[0].content | center(2000000000) }}",
     "a deep indent": "{{ messages | tojson(indent=2000000000) }}",
@@ -83,8 +91,13 @@ def test_what_does_not_end_is_stopped_once_and_never_tried_again(what, one_worke
     assert rendered(PLAIN).endswith("[assistant]answer[assistant]")  # another template is served
 
 
-def test_a_template_that_one_conversation_stopped_is_tried_again_for_those_who_ask_for_it(one_worker):
-    source = "{% for m in messages if m.content == 'slow' %}{{ 9 ** (9 ** (9 + messages | length)) }}{% endfor %}done"
+def test_a_template_that_one_conversation_stopped_is_tried_again_for_those_who_ask_for_it(
+    one_worker,
+):
+    source = (
+        "{% for m in messages if m.content == 'slow' %}{{ 9 ** (9 ** (9 + messages | length)) }}{%"
+        " endfor %}done"
+    )
     with pytest.raises(TemplateFault, match="stopped"):
         rendered(source, [{"role": "user", "content": "slow"}])
     with pytest.raises(TemplateFault, match="stopped"):
@@ -104,7 +117,9 @@ def test_the_process_is_stopped_after_two_seconds_of_its_own_time(one_worker):
 
 @pytest.mark.parametrize("what", TOO_LARGE)
 def test_what_is_too_large_is_refused(what, one_worker):
-    with pytest.raises(TemplateFault, match=r"stopped|memory|more than|MemoryError|too large|OverflowError"):
+    with pytest.raises(
+        TemplateFault, match=r"stopped|memory|more than|MemoryError|too large|OverflowError"
+    ):
         rendered(TOO_LARGE[what])
     assert rendered(PLAIN).endswith("[assistant]")
 
@@ -124,32 +139,53 @@ def test_what_reaches_out_is_refused_and_the_process_lives_on(what, one_worker):
 
 
 def test_a_conversation_renders_as_it_does_in_this_process():
-    messages = [*MESSAGES, {"role": "user", "content": "\udbff\udc41 x \udbff"}, {"role": "assistant", "content": ""}]
+    messages = [
+        *MESSAGES,
+        {"role": "user", "content": "\udbff\udc41 x \udbff"},
+        {"role": "assistant", "content": ""},
+    ]
     render = compile_template(PLAIN, {"bos_token": "<s>"}, date(2026, 1, 31))
-    conversation = Conversation(Template(PLAIN, {"bos_token": "<s>"}, date(2026, 1, 31)), messages, None)
+    conversation = Conversation(
+        Template(PLAIN, {"bos_token": "<s>"}, date(2026, 1, 31)), messages, None
+    )
     cuts = beginnings(messages)
     render_all([(conversation, cuts)])
     assert set(conversation.known) == set(cuts) == {(4, False), (1, True), (2, False), (3, True)}
     for count, prompt in [*cuts, (4, True)]:
-        assert conversation.text(count, add_generation_prompt=prompt) == render(messages[:count], None, prompt, {})
+        assert conversation.text(count, add_generation_prompt=prompt) == render(
+            messages[:count], None, prompt, {}
+        )
 
 
 def test_what_comes_back_is_bounded_by_what_was_asked_and_held_once(one_worker, monkeypatch):
-    """A thousand rows are held at once: each beginning of a long conversation would be a copy of it."""
-    turn = [{"role": "user", "content": "ask " * 5000}, {"role": "assistant", "content": "say " * 5000}]
+    """A thousand rows are held at once: each beginning of a long conversation would be a copy of
+    it."""
+    turn = [
+        {"role": "user", "content": "ask " * 5000},
+        {"role": "assistant", "content": "say " * 5000},
+    ]
     messages = turn * 10
     lines = []
     own = one_worker._line
-    monkeypatch.setattr(one_worker, "_line", lambda process: lines.append(own(process)) or lines[-1])
+    monkeypatch.setattr(
+        one_worker, "_line", lambda process: lines.append(own(process)) or lines[-1]
+    )
     conversation = Conversation(Template(PLAIN, {}, date.today()), messages, None)
     render_all([(conversation, beginnings(messages))])
     asked = sum(len(m["content"]) for m in messages)
     assert [len(line) < 1.1 * asked for line in lines] == [True]
-    held = {id(text): len(text) for known in conversation.known.values() for text in (known.first, known.rest)}
+    held = {
+        id(text): len(text)
+        for known in conversation.known.values()
+        for text in (known.first, known.rest)
+    }
     assert sum(held.values()) < 1.1 * asked
     for count, prompt in conversation.known:
         expected = "".join(f"[{m['role']}]{m['content']}" for m in messages[:count])
-        assert conversation.text(count, add_generation_prompt=prompt) == expected + "[assistant]" * prompt
+        assert (
+            conversation.text(count, add_generation_prompt=prompt)
+            == expected + "[assistant]" * prompt
+        )
 
 
 def test_texts_that_differ_from_the_first_character_on_count_together(one_worker):
@@ -160,21 +196,31 @@ def test_texts_that_differ_from_the_first_character_on_count_together(one_worker
     render_all([(conversation, beginnings(messages))])
     kept = [known for known in conversation.known.values() if not isinstance(known, TemplateFault)]
     assert 1 < len(kept) < 10
-    refused = [str(known) for known in conversation.known.values() if isinstance(known, TemplateFault)]
+    refused = [
+        str(known) for known in conversation.known.values() if isinstance(known, TemplateFault)
+    ]
     assert refused and all("characters of this conversation" in each for each in refused)
 
 
 def test_many_conversations_are_under_way_at_once_and_a_hostile_one_costs_only_its_own(one_worker):
-    good, bad = (Template(PLAIN, {}, date.today()), Template(ENDLESS["one power of a variable"], {}, date.today()))
+    good, bad = (
+        Template(PLAIN, {}, date.today()),
+        Template(ENDLESS["one power of a variable"], {}, date.today()),
+    )
     long = [{"role": "user", "content": "word " * 20_000}]
-    wanted = [(Conversation(bad if n in (3, 5) else good, long, None), [(1, True), (1, False)]) for n in range(9)]
+    wanted = [
+        (Conversation(bad if n in (3, 5) else good, long, None), [(1, True), (1, False)])
+        for n in range(9)
+    ]
     render_all(wanted)
     for number, (conversation, _) in enumerate(wanted):
         if number in (3, 5):
             with pytest.raises(TemplateFault, match="stopped"):
                 conversation.text(1, add_generation_prompt=True)
         else:
-            assert conversation.text(1, add_generation_prompt=False) == f"[user]{long[0]['content']}"
+            assert (
+                conversation.text(1, add_generation_prompt=False) == f"[user]{long[0]['content']}"
+            )
 
 
 def test_rows_of_a_hostile_template_are_problems_not_a_hang(one_worker):
@@ -243,5 +289,8 @@ def test_who_is_interrupted_leaves_no_answer_to_the_next_one(one_worker, monkeyp
     monkeypatch.setattr(one_worker, "_line", interrupting)
     with pytest.raises(KeyboardInterrupt):
         rendered(PLAIN, [{"role": "user", "content": "what was interrupted"}])
-    assert rendered(PLAIN, [{"role": "user", "content": "what comes next"}]) == "[user]what comes next[assistant]"
+    assert (
+        rendered(PLAIN, [{"role": "user", "content": "what comes next"}])
+        == "[user]what comes next[assistant]"
+    )
     assert rendered(PLAIN, [{"role": "user", "content": "and then"}]) == "[user]and then[assistant]"

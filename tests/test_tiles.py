@@ -1,6 +1,8 @@
-"""bf16 products on AMX tiles against those of vectors, which run on more processors and have tests of their own.
+"""bf16 products on AMX tiles against those of vectors, which run on more processors and have tests
+of their own.
 
-Sums of small whole numbers are exact in float32 whatever their order: on these both give the same bits.
+Sums of small whole numbers are exact in float32 whatever their order: on these both give the same
+bits.
 """
 
 import os
@@ -71,7 +73,9 @@ def test_products_of_few_rows_of_whole_numbers_are_the_same_on_tiles(rows, width
     for outs in (1, 15, 16, 17, 31, 32, 33, 47, 100):
         x, weight, bias = whole(rows, width), whole(outs, width), whole(outs)
         ours, plain = (few_rows.product(x, weight, bias, level=level) for level in (5, 4))
-        assert torch.equal(ours, plain) and torch.equal(ours, few_rows.product_reference(x, weight, bias)), outs
+        assert torch.equal(ours, plain) and torch.equal(
+            ours, few_rows.product_reference(x, weight, bias)
+        ), outs
 
 
 @pytest.mark.parametrize("rows", [16, 33, 97])
@@ -90,7 +94,11 @@ def test_dora_of_whole_numbers_is_the_same_on_tiles(rows):
 
 def test_a_row_is_the_same_whichever_rows_stand_beside_it():
     torch.manual_seed(0)
-    x, A, B = torch.randn(200, 144).bfloat16(), torch.randn(48, 144).bfloat16(), torch.randn(80, 48).bfloat16()
+    x, A, B = (
+        torch.randn(200, 144).bfloat16(),
+        torch.randn(48, 144).bfloat16(),
+        torch.randn(80, 48).bfloat16(),
+    )
     whole_down, whole_up = rank.down(x, A), torch.zeros(200, 80).bfloat16()
     rank.add_up(whole_up, whole_down, B)
     for start, stop in [(0, 16), (7, 40), (50, 113), (3, 200)]:
@@ -105,7 +113,9 @@ def test_a_row_is_the_same_whichever_rows_stand_beside_it():
 def test_attention_on_tiles_is_that_of_vectors(size, window, lengths):
     torch.manual_seed(0)
     layout = Group(21, lengths, torch.device("cpu"))
-    q, k, v = (torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for heads in (6, 2, 2))
+    q, k, v = (
+        torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for heads in (6, 2, 2)
+    )
     grad = torch.randn(layout.rows, 6, size).bfloat16()
 
     def attended():
@@ -113,7 +123,9 @@ def test_attention_on_tiles_is_that_of_vectors(size, window, lengths):
         return out, *torch.autograd.grad(out, (q, k, v), grad)
 
     for ours, plain in zip(*both(attended), strict=True):
-        near = 2**-7 * plain.float().abs().max().clamp_min(2**-5)  # a key alone has no gradient but what is rounded
+        near = 2**-7 * plain.float().abs().max().clamp_min(
+            2**-5
+        )  # a key alone has no gradient but what is rounded
         assert (ours.float() - plain.float()).abs().max() <= near
 
 

@@ -1,4 +1,5 @@
-"""metrics.jsonl: appended line by line, cut back on resume, read strictly; memory readers that measure."""
+"""metrics.jsonl: appended line by line, cut back on resume, read strictly; memory readers that
+measure."""
 
 import json
 import sys
@@ -9,7 +10,13 @@ import pytest
 
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.train import loggers
-from veneer.train.records import Records, peak_memory_bytes, process_memory_bytes, read_records, reset_peak_memory
+from veneer.train.records import (
+    Records,
+    peak_memory_bytes,
+    process_memory_bytes,
+    read_records,
+    reset_peak_memory,
+)
 
 
 def write(path, steps: int, **options: object) -> None:
@@ -37,7 +44,11 @@ def test_a_resumed_run_keeps_the_records_up_to_its_step_and_appends(tmp_path):
 def test_a_resumed_run_forgets_how_it_ended_and_keeps_how_it_started(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with Records(path) as records:
-        for record in ({"kind": "start"}, {"kind": "step", "step": 1}, {"kind": "end", "reason": "interrupted"}):
+        for record in (
+            {"kind": "start"},
+            {"kind": "step", "step": 1},
+            {"kind": "end", "reason": "interrupted"},
+        ):
             records.write(record)
     Records(path, resumed_step=1).close()
     assert [r["kind"] for r in read_records(path)] == ["start", "step"]
@@ -64,12 +75,16 @@ def test_every_broken_line_is_named(tmp_path):
     path.write_text('{"kind": "start"}\nnonsense\n[1]\n{"step": 1}\n{"kind": "end"}\n')
     with pytest.raises(CorruptFileError) as caught:
         read_records(path)
-    assert [fault.split()[0] for fault in caught.value.faults] == [f"{path}:{line}" for line in (2, 3, 4)]
+    assert [fault.split()[0] for fault in caught.value.faults] == [
+        f"{path}:{line}" for line in (2, 3, 4)
+    ]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     with Records(tmp_path / "m.jsonl") as records:
-        records.write({"kind": "step", "step": 1, "loss": float("nan"), "parts": [float("inf"), 1.0]})
+        records.write(
+            {"kind": "step", "step": 1, "loss": float("nan"), "parts": [float("inf"), 1.0]}
+        )
     text = (tmp_path / "m.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {
         "kind": "step",
@@ -97,7 +112,15 @@ def test_loggers_get_numbers_and_no_text():
     logger = loggers.Logger(lambda values, step: sent.append((values, step)), lambda: None)
     logger({"kind": "start", "base": "b", "steps": 3})
     logger({"kind": "step", "step": 2, "loss": 0.5, "seconds": 1})
-    logger({"kind": "evaluation", "step": 2, "loss": None, "best": True, "sample": {"prompt": "secret"}})
+    logger(
+        {
+            "kind": "evaluation",
+            "step": 2,
+            "loss": None,
+            "best": True,
+            "sample": {"prompt": "secret"},
+        }
+    )
     assert sent == [({"train/loss": 0.5, "train/seconds": 1.0}, 2)]
 
 
@@ -131,7 +154,11 @@ def test_no_logger_is_imported_unless_named(tmp_path):
 
 
 def test_settings_are_flattened_for_loggers():
-    assert loggers.flat({"a": 1, "method": {"rank": 8, "x": {"y": 2}}}) == {"a": 1, "method.rank": 8, "method.x.y": 2}
+    assert loggers.flat({"a": 1, "method": {"rank": 8, "x": {"y": 2}}}) == {
+        "a": 1,
+        "method.rank": 8,
+        "method.x.y": 2,
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")
@@ -148,7 +175,9 @@ def test_the_peak_sees_memory_that_was_freed_and_can_be_reset():
 @pytest.mark.parametrize("step", ["{}", "true", "1.5", '"1"', "null"])
 def test_a_step_that_is_no_whole_number_is_told_with_its_line(tmp_path, step):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "start"}\n{"kind": "step", "step": ' + step + '}\n{"kind": "evaluation"}\n')
+    path.write_text(
+        '{"kind": "start"}\n{"kind": "step", "step": ' + step + '}\n{"kind": "evaluation"}\n'
+    )
     with pytest.raises(CorruptFileError, match="cannot be read") as told:
         Records(path, resumed_step=1)
     assert [fault.split(" has")[0] for fault in told.value.faults] == [f"{path}:2", f"{path}:3"]

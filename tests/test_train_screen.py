@@ -1,11 +1,19 @@
-"""What a run shows: the facts before step 1, figures that are true, nothing that a terminal would obey."""
+"""What a run shows: the facts before step 1, figures that are true, nothing that a terminal would
+obey."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from veneer.train.screen import LiveScreen, PlainScreen, Progress, end_lines, make_screen, start_lines
+from veneer.train.screen import (
+    LiveScreen,
+    PlainScreen,
+    Progress,
+    end_lines,
+    make_screen,
+    start_lines,
+)
 from veneer.wording import clock, cut, folded, millions, number, percent, shown, size
 
 INFO = {
@@ -32,21 +40,44 @@ SUMMARY = {
     "adapter_bytes": 19_590_000,
     "adapter_sha256": "9f3c" * 16,
 }
-SAMPLE = {"prompt": "what is 2+2?", "expected": '{"sum": 4}', "answer": '{"sum": 5}', "before": None}
+SAMPLE = {
+    "prompt": "what is 2+2?",
+    "expected": '{"sum": 4}',
+    "answer": '{"sum": 5}',
+    "before": None,
+}
 
 
 def step(number: int, **changes: object) -> dict[str, object]:
     loss = 2.0 / number
-    return {"kind": "step", "step": number, "loss": loss, "tokens": 900, "seconds": 0.5, "memory_bytes": 13e8} | changes
+    return {
+        "kind": "step",
+        "step": number,
+        "loss": loss,
+        "tokens": 900,
+        "seconds": 0.5,
+        "memory_bytes": 13e8,
+    } | changes
 
 
-def evaluation(number: int, loss: float | None, sample: dict[str, object] | None = None) -> dict[str, object]:
-    return {"kind": "evaluation", "step": number, "loss": loss, "best": True, "seconds": 1.0, "sample": sample}
+def evaluation(
+    number: int, loss: float | None, sample: dict[str, object] | None = None
+) -> dict[str, object]:
+    return {
+        "kind": "evaluation",
+        "step": number,
+        "loss": loss,
+        "best": True,
+        "seconds": 1.0,
+        "sample": sample,
+    }
 
 
 def shown_by(kind: type[LiveScreen] | type[PlainScreen], width: int = 80) -> str:
     out = io.StringIO()
-    screen = kind(Console(file=out, width=width, force_terminal=kind is LiveScreen, highlight=False))
+    screen = kind(
+        Console(file=out, width=width, force_terminal=kind is LiveScreen, highlight=False)
+    )
     screen.start(INFO)
     screen.evaluation(evaluation(0, 2.4, SAMPLE))
     for each in range(1, 41):
@@ -74,7 +105,12 @@ def test_before_step_1_it_says_what_is_trained_and_how(kind):
 
 
 def test_full_fine_tuning_says_that_every_weight_trains():
-    info = INFO | {"method": "full", "modules_adapted": None, "modules_total": None, "adapter_bytes": None}
+    info = INFO | {
+        "method": "full",
+        "modules_adapted": None,
+        "modules_total": None,
+        "adapter_bytes": None,
+    }
     facts = start_lines(info | {"trainable_parameters": 139_400_000})[1]
     assert facts == "  every weight trains · 139 M trainable (100%) · 2.23 GB in memory"
     facts = start_lines(info | {"trainable_parameters": 139_400_000, "optimizer": "adamw8bit"})[1]
@@ -91,15 +127,21 @@ def test_the_end_says_where_the_result_is():
 def test_the_end_says_what_the_held_out_loss_was_and_how_sure_it_is():
     held_out = {"loss": {"low": 0.25, "high": 0.5}, "before": {"value": 2.0}}
     assert (
-        "held-out loss 2.00 → 0.310 (95% interval 0.250 to 0.500) · " in end_lines({**SUMMARY, "held_out": held_out})[0]
+        "held-out loss 2.00 → 0.310 (95% interval 0.250 to 0.500) · "
+        in end_lines({**SUMMARY, "held_out": held_out})[0]
     )
     without = {**held_out, "before": None}  # a run that an earlier version began
-    assert "held-out loss 0.310 (95% interval 0.250 to 0.500) · " in end_lines({**SUMMARY, "held_out": without})[0]
+    assert (
+        "held-out loss 0.310 (95% interval 0.250 to 0.500) · "
+        in end_lines({**SUMMARY, "held_out": without})[0]
+    )
 
 
 def test_the_end_of_a_run_of_several_processes_says_what_its_time_went_into():
     parts = {"compute": 8.5, "wait": 0.5, "reduce": 1.0}
-    assert "  a step's time: compute 85% · wait 5.0% · reduce 10%" in end_lines({**SUMMARY, "seconds_by_part": parts})
+    assert "  a step's time: compute 85% · wait 5.0% · reduce 10%" in end_lines(
+        {**SUMMARY, "seconds_by_part": parts}
+    )
 
 
 @pytest.mark.parametrize("kind", [PlainScreen, LiveScreen])
@@ -133,7 +175,9 @@ def test_an_answer_cannot_write_markup_or_escape_sequences(kind):
     out = io.StringIO()
     screen = kind(Console(file=out, width=100))
     screen.start(INFO)
-    screen.evaluation(evaluation(1, None, SAMPLE | {"answer": "[red]x[/red] \x1b]0;owned\x07 \u202e"}))
+    screen.evaluation(
+        evaluation(1, None, SAMPLE | {"answer": "[red]x[/red] \x1b]0;owned\x07 \u202e"})
+    )
     screen.close()
     assert "[red]x[/red] ·]0;owned· ·" in out.getvalue()
 

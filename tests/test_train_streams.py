@@ -1,4 +1,5 @@
-"""A reader that has left, a disk without room, a stream that was closed: what becomes of a command's output."""
+"""A reader that has left, a disk without room, a stream that was closed: what becomes of a
+command's output."""
 
 import json
 import os
@@ -11,7 +12,9 @@ import pytest
 from tests.helpers import veneer
 from tests.tiny import save_tiny
 
-pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+pytestmark = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="Linux has a disk that is always full"
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +43,14 @@ def test_a_dead_reader_and_a_full_disk_under_the_log_do_not_end_a_run(stream, wo
     from_world = ["--base", world / "base", "--data", world / "rows.jsonl"]
     with stream() as out:
         code = veneer(
-            ["train", *from_world, "--out", tmp_path / "run", "--steps", 4], stdout=out.fileno(), stderr=out.fileno()
+            ["train", *from_world, "--out", tmp_path / "run", "--steps", 4],
+            stdout=out.fileno(),
+            stderr=out.fileno(),
         )
     assert code == 0
-    assert (tmp_path / "run" / "summary.json").is_file() and (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "summary.json").is_file() and (
+        tmp_path / "run" / "report.html"
+    ).is_file()
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=str)
@@ -62,7 +69,9 @@ def test_a_result_that_nobody_reads_or_that_finds_no_room_has_an_exit_code(
     assert "Traceback" not in said and ("No space left" in said) == (code == 3)
 
 
-@pytest.mark.parametrize(("to", "code"), [("| true", 141), ("> /dev/full", 3), (">&-", 0), (">&- 2>&-", 0)])
+@pytest.mark.parametrize(
+    ("to", "code"), [("| true", 141), ("> /dev/full", 3), (">&-", 0), (">&- 2>&-", 0)]
+)
 def test_the_interpreter_has_nothing_to_add_as_it_ends(to, code):
     command = f"sleep 0.2; {sys.executable} -m veneer.cli.main --help {to}"
     shell = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]

@@ -37,14 +37,23 @@ def run(base, tmp_path_factory):
 def test_rows_stand_in_the_runs_folder_where_a_resumed_run_finds_them(run):
     config = resume_config(run.folder)
     held_out = config.data.validation
-    assert [json.loads(line) for line in (run.folder / "rows.jsonl").read_text().splitlines()] == ROWS
-    assert (config.data.train, held_out) == (str(run.folder / "rows.jsonl"), str(run.folder / "validation_rows.jsonl"))
+    assert [
+        json.loads(line) for line in (run.folder / "rows.jsonl").read_text().splitlines()
+    ] == ROWS
+    assert (config.data.train, held_out) == (
+        str(run.folder / "rows.jsonl"),
+        str(run.folder / "validation_rows.jsonl"),
+    )
 
 
 def test_a_run_is_what_its_summary_holds_and_says_where_its_results_are(run):
     assert dict(run) == read_json(run.folder / "summary.json")
     assert run["steps"] == 2 and len(run) == len(dict(run))
-    assert (run.adapter, run.model, run.report) == (run.folder / "adapter", None, run.folder / "report.html")
+    assert (run.adapter, run.model, run.report) == (
+        run.folder / "adapter",
+        None,
+        run.folder / "report.html",
+    )
     assert run.report.is_file()
     for place in (run.adapter, run.report):
         assert str(place) in str(run)
@@ -64,17 +73,32 @@ class Clock:
 def test_a_notebook_shows_a_run_as_it_goes_and_what_came_of_it(base, tmp_path, monkeypatch, run):
     drawn = []
     shell = SimpleNamespace(kernel=object())
-    display = SimpleNamespace(HTML=lambda text: text, display=lambda *_, **__: SimpleNamespace(update=drawn.append))
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=display))
+    display = SimpleNamespace(
+        HTML=lambda text: text, display=lambda *_, **__: SimpleNamespace(update=drawn.append)
+    )
+    monkeypatch.setitem(
+        sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell, display=display)
+    )
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    assert isinstance(screen_here(quiet=False), NotebookScreen) and isinstance(screen_here(quiet=True), QuietScreen)
+    assert isinstance(screen_here(quiet=False), NotebookScreen) and isinstance(
+        screen_here(quiet=True), QuietScreen
+    )
     screen = NotebookScreen(drawn.append, Clock())
     for record in read_records(run.folder / "metrics.jsonl"):
-        told = {"start": screen.start, "step": screen.step, "evaluation": screen.evaluation, "end": None}[
-            record["kind"]
-        ]
+        told = {
+            "start": screen.start,
+            "step": screen.step,
+            "evaluation": screen.evaluation,
+            "end": None,
+        }[record["kind"]]
         if told is not None:
-            told({**record, "paths": ["<b>"], "sample": {"prompt": "<i>", "expected": "e", "answer": "<script>"}})
+            told(
+                {
+                    **record,
+                    "paths": ["<b>"],
+                    "sample": {"prompt": "<i>", "expected": "e", "answer": "<script>"},
+                }
+            )
     screen.end(run)
     assert "step 2 of 2" in drawn[-1] and "<polyline" in drawn[-1] and "adapter" in drawn[-1]
     assert "&lt;script&gt;" in drawn[-1] and "<script" not in drawn[-1] and "<b>" not in drawn[-1]
@@ -92,15 +116,24 @@ def test_bases_adapters_libraries_and_figures_are_tables_in_a_notebook(run, tmp_
         (figures, "loss"),
     ):
         html = shown._repr_html_()
-        assert escape(said) in html and "<run>" not in html and "<b>" not in html and "<library>" not in html
+        assert (
+            escape(said) in html
+            and "<run>" not in html
+            and "<b>" not in html
+            and "<library>" not in html
+        )
     assert json.loads(json.dumps(figures)) == figures
 
 
 def test_the_notebook_of_the_tutorials_runs(base, tmp_path, monkeypatch):
     """Its cells one after another, without a kernel, over a tiny base."""
-    page = json.loads((Path(__file__).parents[1] / "docs" / "tutorials" / "notebook.ipynb").read_text())
+    page = json.loads(
+        (Path(__file__).parents[1] / "docs" / "tutorials" / "notebook.ipynb").read_text()
+    )
     cells = ["".join(cell["source"]) for cell in page["cells"] if cell["cell_type"] == "code"]
-    assert len(cells) >= 5 and all(not cell["outputs"] for cell in page["cells"] if cell["cell_type"] == "code")
+    assert len(cells) >= 5 and all(
+        not cell["outputs"] for cell in page["cells"] if cell["cell_type"] == "code"
+    )
     monkeypatch.chdir(tmp_path)
     names = {}
     for cell in cells:
@@ -121,19 +154,37 @@ def test_a_run_is_evaluated_on_the_base_it_made_its_adapter_for(run, base, tmp_p
 def test_a_run_file_names_files_so_that_they_are_found_from_any_folder(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    veneer.train(os.path.relpath(base), "rows.jsonl", out="run", steps=1, batch=2, show_answers=False, quiet=True)
+    veneer.train(
+        os.path.relpath(base),
+        "rows.jsonl",
+        out="run",
+        steps=1,
+        batch=2,
+        show_answers=False,
+        quiet=True,
+    )
     config = resume_config(tmp_path / "run")
-    assert (os.path.normpath(config.base), config.data.train) == (base, str(tmp_path / "rows.jsonl"))
-    mixed = {"train": ["rows.jsonl", {"path": "more/*.jsonl", "name": "more"}], "validation": "org/name"}
+    assert (os.path.normpath(config.base), config.data.train) == (
+        base,
+        str(tmp_path / "rows.jsonl"),
+    )
+    mixed = {
+        "train": ["rows.jsonl", {"path": "more/*.jsonl", "name": "more"}],
+        "validation": "org/name",
+    }
     found = settled(veneer.RunConfig(base="smollm2-135m", out="o", data=mixed))
     assert [(each.path, each.name) for each in found.data.train_sets] == [
         (str(tmp_path / "rows.jsonl"), "rows.jsonl"),
         (str(tmp_path / "more/*.jsonl"), "more"),
     ]
-    assert (found.base, found.data.validation) == ("smollm2-135m", "org/name") and settled(found) == found
+    assert (found.base, found.data.validation) == ("smollm2-135m", "org/name") and settled(
+        found
+    ) == found
 
 
-def test_progress_is_told_line_by_line_where_it_cannot_be_drawn_and_not_at_all_when_quiet(base, tmp_path, capsys):
+def test_progress_is_told_line_by_line_where_it_cannot_be_drawn_and_not_at_all_when_quiet(
+    base, tmp_path, capsys
+):
     settings = {"steps": 1, "batch": 2, "show_answers": False}
     veneer.train(base, ROWS, out=tmp_path / "a", **settings)
     said = capsys.readouterr().out
@@ -158,7 +209,9 @@ def test_rows_that_are_none_are_refused_and_leave_no_folder(rows, said, base, tm
         assert not (tmp_path / "run").exists()
     with pytest.raises(DataError) as caught:
         veneer.evaluate(veneer.load(base), rows)
-    assert "veneer-" not in str(caught.value), "rows that were given are not called by a file that is gone"
+    assert "veneer-" not in str(caught.value), (
+        "rows that were given are not called by a file that is gone"
+    )
 
 
 def test_files_of_rows_that_somebody_has_are_never_overwritten(base, tmp_path):
@@ -173,7 +226,10 @@ def test_load_adapter_takes_what_the_command_line_takes(run, base, tmp_path):
     for _ in range(2):
         library.add(run.folder, name="tickets", tags=["best"])
     loaded = veneer.load(base, library=library)
-    names = [loaded.load_adapter(named) for named in ("tickets", "tickets@1", "tickets@best", run.folder, run.adapter)]
+    names = [
+        loaded.load_adapter(named)
+        for named in ("tickets", "tickets@1", "tickets@best", run.folder, run.adapter)
+    ]
     assert names == ["tickets", "tickets@1", "tickets@best", "a <run>", "adapter"]
     values = [list(loaded.attachments[name].parameters().values()) for name in names]
     assert all((a == b).all() for others in values for a, b in zip(values[0], others, strict=True))
@@ -204,7 +260,9 @@ def test_an_answer_that_ends_by_itself_was_not_cut(base, monkeypatch):
 
 def test_an_evaluation_counts_the_answers_that_were_cut(base, tmp_path):
     file = tmp_path / "p.jsonl"
-    found = veneer.evaluate(veneer.load(base), ROWS[:3], metrics=["exact_match"], max_new_tokens=1, predictions=file)
+    found = veneer.evaluate(
+        veneer.load(base), ROWS[:3], metrics=["exact_match"], max_new_tokens=1, predictions=file
+    )
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert found["cut_answers"] == sum(line["cut"] for line in lines) == 3
     assert [line["row"] for line in lines] == ["rows:1", "rows:2", "rows:3"]

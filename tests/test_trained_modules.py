@@ -1,4 +1,5 @@
-"""Modules trained in full beside the update, norms above all: a whole run, resumed, loaded, and read by PEFT."""
+"""Modules trained in full beside the update, norms above all: a whole run, resumed, loaded, and
+read by PEFT."""
 
 import json
 
@@ -20,7 +21,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama_untied", torch.bfloat16), ("mixtral", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama_untied", torch.bfloat16), ("mixtral", torch.float32)], ids=str
+)
 def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_the_run_did(
     family, dtype, tmp_path, monkeypatch
 ):
@@ -53,14 +56,23 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
     with pytest.raises(Stop):
         api.train_run(config("stopped"), resume=False, screen=QuietScreen())
     monkeypatch.setattr(Loop, "_save", own)
-    resumed = api.train_run(api.resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen())
+    resumed = api.train_run(
+        api.resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen()
+    )
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
     stored = read_adapter(tmp_path / "whole" / "adapter")
     loaded = api.load(str(base))
-    names = {"model.norm", "model.layers.0.input_layernorm", "model.layers.1.input_layernorm", "lm_head"}
+    names = {
+        "model.norm",
+        "model.layers.0.input_layernorm",
+        "model.layers.1.input_layernorm",
+        "lm_head",
+    }
     assert set(stored.config.train_modules) == names
     moved = [
-        n for n in names if not torch.equal(stored.tensors[f"{n}.weight"], loaded.model.get_parameter(f"{n}.weight"))
+        n
+        for n in names
+        if not torch.equal(stored.tensors[f"{n}.weight"], loaded.model.get_parameter(f"{n}.weight"))
     ]
     assert set(moved) == names
     loaded.use(loaded.load_adapter(tmp_path / "whole" / "adapter"))
@@ -68,6 +80,8 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
         ours = loaded.model(input_ids=IDS).logits
     if dtype == torch.float32:
         peft = pytest.importorskip("peft")
-        theirs = peft.PeftModel.from_pretrained(api.load(str(base)).model, str(tmp_path / "whole" / "adapter"))
+        theirs = peft.PeftModel.from_pretrained(
+            api.load(str(base)).model, str(tmp_path / "whole" / "adapter")
+        )
         with torch.no_grad():
             torch.testing.assert_close(ours, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
-"""What is computed on CUDA in Triton, by the functions that everybody calls: on a GPU where there is one, else on a
-pretended one, in Triton's interpreter, and launched on the device that holds the tensors."""
+"""What is computed on CUDA in Triton, by the functions that everybody calls: on a GPU where there
+is one, else on a pretended one, in Triton's interpreter, and launched on the device that holds the
+tensors."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +28,8 @@ WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 
 
 class There:
-    """to: a copy of a tensor there; launches: the devices that kernels of `name` were launched on."""
+    """to: a copy of a tensor there; launches: the devices that kernels of `name` were launched
+    on."""
 
     def __init__(self, device, launches):
         self.device, self.launches = device, launches
@@ -56,7 +58,10 @@ def there(monkeypatch):
             monkeypatch.setattr(
                 interpreter.GridExecutor,
                 "__call__",
-                lambda *args, **kwargs: (devices.append(torch.cuda.current_device()), run(*args, **kwargs))[1],
+                lambda *args, **kwargs: (
+                    devices.append(torch.cuda.current_device()),
+                    run(*args, **kwargs),
+                )[1],
             )
         yield There(torch.device(DEVICE if pretended is None else "cuda:1"), launches)
         assert launches, "nothing was launched"
@@ -103,9 +108,13 @@ def test_the_gates_are_their_references(ours, theirs, dtype, there):
 @pytest.mark.parametrize("shape", [(5, 300), (2, 3, 64), (1, 7)], ids=str)
 def test_the_norm_is_its_reference(dtype, shape, there):
     x, weight, grad = (each.to(dtype) for each in draws(1, shape, shape[-1:], shape))
-    out, found = gradients(lambda *given: fused.rms_norm(*given, 1e-5), there.to(x, weight + 1), there.to(grad))
+    out, found = gradients(
+        lambda *given: fused.rms_norm(*given, 1e-5), there.to(x, weight + 1), there.to(grad)
+    )
     wide = [x.double(), (weight + 1).double()]
-    exact, expected = gradients(lambda *given: fused.rms_norm_reference(*given, 1e-5), wide, grad.double())
+    exact, expected = gradients(
+        lambda *given: fused.rms_norm_reference(*given, 1e-5), wide, grad.double()
+    )
     for one, other in zip((out, *found), (exact, *expected), strict=True):
         near(one, other, 2 * TYPES[dtype])
     assert there.launches == ["norm", "norm"]
@@ -116,7 +125,9 @@ def test_the_norm_is_its_reference(dtype, shape, there):
 def test_the_rotation_is_its_reference_to_the_bit(dtype, size, there):
     q, k, cos, sin, g, h = (
         each.to(dtype)
-        for each in draws(3, (21, 3, size), (21, 1, size), *[(21, size)] * 2, (21, 3, size), (21, 1, size))
+        for each in draws(
+            3, (21, 3, size), (21, 1, size), *[(21, size)] * 2, (21, 3, size), (21, 1, size)
+        )
     )
     given = [each.requires_grad_() for each in there.to(q, k)]
     ours = fused.rotary(*given, *there.to(cos, sin))
@@ -140,9 +151,13 @@ def test_the_loss_and_its_gradient_are_the_references(dtype, vocabulary, softcap
         return loss.Head(weight, None, 1.5, softcap)
 
     there_targets, there_head = there.to(targets), head(there.to(weight))
-    ours, (d_h,) = gradients(lambda h: loss.frozen_head_loss(h, there_targets, there_head, 11.0), [there.to(h)], None)
+    ours, (d_h,) = gradients(
+        lambda h: loss.frozen_head_loss(h, there_targets, there_head, 11.0), [there.to(h)], None
+    )
     nats = loss.head_nats(there.to(h), there_targets, there_head)
-    theirs, (e_h,) = gradients(lambda h: loss.head_loss_reference(h, targets, head(weight), 11.0), [h], None)
+    theirs, (e_h,) = gradients(
+        lambda h: loss.head_loss_reference(h, targets, head(weight), 11.0), [h], None
+    )
     each = F.cross_entropy(head(weight).logits(h).float(), targets, reduction="none")
     near(ours, theirs.double(), 1e-5)
     near(nats, each.double(), 1e-5)
@@ -151,8 +166,12 @@ def test_the_loss_and_its_gradient_are_the_references(dtype, vocabulary, softcap
 
 
 def test_logits_without_a_largest_and_targets_outside_of_them_make_a_loss_that_stops_the_run(there):
-    z = torch.tensor([[0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]).bfloat16()
-    losses = launch.triton("entropy", there.to(z)).entropy(*there.to(z, torch.tensor([0, 0, 3, -1])), False)
+    z = torch.tensor(
+        [[0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    ).bfloat16()
+    losses = launch.triton("entropy", there.to(z)).entropy(
+        *there.to(z, torch.tensor([0, 0, 3, -1])), False
+    )
     assert losses.cpu().isnan().all()
     x = torch.full((2, 16), float("nan")).bfloat16()
     assert fused.rms_norm(*there.to(x, torch.ones(16).bfloat16()), 1e-5).cpu().isnan().all()
@@ -163,7 +182,9 @@ def test_logits_without_a_largest_and_targets_outside_of_them_make_a_loss_that_s
 @pytest.mark.parametrize("key", [0, (0xFFFFFFFF << 32) | 0x80000001, 2**62 + 12345], ids=hex)
 def test_dropout_has_the_masks_and_bits_of_the_cpu(dtype, share, key, there):
     (x,) = (each.to(dtype) for each in draws(4, (9, 1300)))
-    rows = torch.randint(-(2**63), 2**63 - 1, (9,), generator=torch.Generator().manual_seed(key % 1000))
+    rows = torch.randint(
+        -(2**63), 2**63 - 1, (9,), generator=torch.Generator().manual_seed(key % 1000)
+    )
     found = dropout.drop_out(*there.to(x, rows), key=key, dropout=share)
     expected = dropout.drop_out_reference(x, rows, key=key, dropout=share)
     assert torch.equal(found.cpu(), expected) and (expected == 0).any()
@@ -175,7 +196,9 @@ def test_gguf_blocks_are_decoded_to_the_bits_of_the_reference(kind, dtype, there
     for rows, per_row in ((1, 1), (7, 5)):
         blocks = random_blocks(kind, rows, per_row * gguf.FORMATS[kind].size, rows)
         expected = gguf.dequantise_reference(blocks, kind).to(dtype)
-        out = gguf.dequantise(there.to(blocks), kind, there.to(torch.full(expected.shape, 7.0, dtype=dtype)))
+        out = gguf.dequantise(
+            there.to(blocks), kind, there.to(torch.full(expected.shape, 7.0, dtype=dtype))
+        )
         assert torch.equal(out.cpu().view(WORDS[dtype]), expected.view(WORDS[dtype]))
 
 
@@ -194,14 +217,24 @@ MIXES = [
 def test_rows_with_adapters_of_their_own_are_those_of_the_plain_loop(mix, dtype, there):
     x, weight = (each.to(dtype) for each in draws(6, (test_segments.LONG + 10, 24), (40, 24)))
     updates = test_segments.MIXES[mix]
-    pairs = [test_segments.Pair(*(each.detach().to(dtype) for each in u.layer.factors())) for u in updates]
+    pairs = [
+        test_segments.Pair(*(each.detach().to(dtype) for each in u.layer.factors()))
+        for u in updates
+    ]
 
     def ran(way, to, *, trains):
         base = DenseLinear(torch.nn.Linear(24, 40, bias=False, device="meta"))
         base.module.weight = torch.nn.Parameter(to(weight), requires_grad=False)
-        own = [test_segments.Pair(*(to(each).requires_grad_(trains) for each in (p.A, p.B))) for p in pairs]
-        dropped = [u.dropout and replace(u.dropout, rows=to_place(to, u.dropout.rows)) for u in updates]
-        acting = [replace(u, layer=o, dropout=d) for u, o, d in zip(updates, own, dropped, strict=True)]
+        own = [
+            test_segments.Pair(*(to(each).requires_grad_(trains) for each in (p.A, p.B)))
+            for p in pairs
+        ]
+        dropped = [
+            u.dropout and replace(u.dropout, rows=to_place(to, u.dropout.rows)) for u in updates
+        ]
+        acting = [
+            replace(u, layer=o, dropout=d) for u, o, d in zip(updates, own, dropped, strict=True)
+        ]
         leaves = [to(x).requires_grad_(trains), *(f for o in own for f in (o.A, o.B))]
         with torch.set_grad_enabled(trains):
             y = way(leaves[0], None, base, acting)
@@ -234,21 +267,31 @@ def test_weights_of_four_bits_are_decoded_and_multiplied_where_they_lie(double, 
     dense = nf4.dequantize(packed)
     moved = packed.holding({name: there.to(tensor) for name, tensor in packed.tensors.items()})
     assert torch.equal(nf4.dequantize(moved).cpu(), dense)
-    near(nf4_kernels.product(moved.blocks, there.to(x), 48), x.double() @ dense.double().T, TYPES[torch.bfloat16])
+    near(
+        nf4_kernels.product(moved.blocks, there.to(x), 48),
+        x.double() @ dense.double().T,
+        TYPES[torch.bfloat16],
+    )
     assert there.launches == ["nf4", "nf4"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["plain", "window", "soft cap and sinks", "heads of unlike sizes", "many parts"])
+@pytest.mark.parametrize(
+    "case", ["plain", "window", "soft cap and sinks", "heads of unlike sizes", "many parts"]
+)
 def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there):
     lengths, slots = [1, 16, 17, 40, 600 if case == "many parts" else 100], 16
     K, G, D, E = 2, 3, 24, 40 if case == "heads of unlike sizes" else 24
-    rules = Rules(0.3, window=21 if case == "window" else None, softcap=2.0 if "cap" in case else None)
+    rules = Rules(
+        0.3, window=21 if case == "window" else None, softcap=2.0 if "cap" in case else None
+    )
     sinks = torch.linspace(-1, 2, K * G).to(dtype) if "sinks" in case else None
     q, k, v = (each.to(dtype) for each in draws(8, (5, K * G, D), (5, K, D), (5, K, E)))
     count = 40
     blocks = torch.stack([(torch.arange(count) * 5 + n).clamp_max(199) for n in range(5)])
-    keys, values = (each.to(dtype) for each in draws(9, (200, K, D, slots, 1), (200, K, slots, E, 1)))
+    keys, values = (
+        each.to(dtype) for each in draws(9, (200, K, D, slots, 1), (200, K, slots, E, 1))
+    )
     at = torch.tensor(lengths)
 
     def ran(way, to):
@@ -265,7 +308,9 @@ def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there
     ours, mine = ran(paged_rows, there.to)
     theirs, yours = ran(paged_rows_reference, lambda each: each.double())
     near(ours, theirs, 4 * TYPES[dtype])
-    assert torch.equal(mine.keys.cpu().double(), yours.keys) and torch.equal(mine.values.cpu().double(), yours.values)
+    assert torch.equal(mine.keys.cpu().double(), yours.keys) and torch.equal(
+        mine.values.cpu().double(), yours.values
+    )
     assert there.launches == ["paged"]
 
 
@@ -273,7 +318,10 @@ def test_a_gpu_where_triton_does_not_launch_takes_plain_torch(there):
     x, packed = there.to(torch.ones(2, 64)), nf4.quantize(torch.ones(64, 64)).blocks
     with pytest.MonkeyPatch.context() as context:
         context.setattr(launch, "launches_on", lambda device: device.type == "meta")
-        assert launch.triton("gate", x) is None and launch.module_on("gate", torch.device("meta")) is not None
+        assert (
+            launch.triton("gate", x) is None
+            and launch.module_on("gate", torch.device("meta")) is not None
+        )
         assert grouped.Grouped.of((0,), (slice(0, 2),), torch.float32, x.device) is None
         assert not nf4_kernels.has_product(packed, x)
     assert nf4_kernels.has_product(packed, x)
@@ -291,7 +339,10 @@ def test_what_fails_to_launch_or_computes_something_else_is_told():
         raise RuntimeError("Failed to find C compiler. Please specify via CC.\nmore")
 
     assert launch.fault_of(plain, here) is None
-    assert launch.fault_of(no_compiler, here) == "RuntimeError: Failed to find C compiler. Please specify via CC."
+    assert (
+        launch.fault_of(no_compiler, here)
+        == "RuntimeError: Failed to find C compiler. Please specify via CC."
+    )
     assert launch.fault_of(lambda *given: plain(*given) * 1.001, here) == "it differs by 8.6e-03"
     assert launch.fault_of(lambda *given: plain(*given) * float("nan"), here) == "it differs by nan"
 
@@ -311,4 +362,8 @@ def test_what_the_kernels_do_not_take_goes_the_plain_way(there):
     turned = there.to(wide[0].float()).T
     assert launch.triton("gate", turned) is None and launch.triton("gate", wide[0].float()) is None
     assert not there.launches
-    near(fused.silu_gate(turned, turned), fused.silu_gate_reference(*[wide[0].float().double().T] * 2), 1e-6)
+    near(
+        fused.silu_gate(turned, turned),
+        fused.silu_gate_reference(*[wide[0].float().double().T] * 2),
+        1e-6,
+    )

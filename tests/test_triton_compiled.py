@@ -1,5 +1,5 @@
-"""Every kernel in Triton becomes machine code of GPUs that are not here: what its interpreter lets pass, a compiler
-refuses."""
+"""Every kernel in Triton becomes machine code of GPUs that are not here: what its interpreter lets
+pass, a compiler refuses."""
 
 import os
 import subprocess
@@ -16,11 +16,14 @@ MOST_SHARED = {75: 64 * 1024}
 MOST_ELSEWHERE = 99 * 1024
 """On the smallest of the others, those for consumers (86, 89, 120)."""
 MOST_SPILLED = 16
-"""Bytes of a thread without a register, from Ampere on and Triton 3.7: each is stored and loaded again."""
+"""Bytes of a thread without a register, from Ampere on and Triton 3.7: each is stored and loaded
+again."""
 KERNELS = sorted(path.stem for path in (ROOT / "src" / "veneer" / "kernels").glob("triton_*.py"))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)"
+)
 @pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
 def test_every_kernel_is_compiled_for(capability, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -30,10 +33,14 @@ def test_every_kernel_is_compiled_for(capability, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert max(int(line.split()[-2]) for line in lines) <= MOST_SHARED.get(capability, MOST_ELSEWHERE)
+    assert max(int(line.split()[-2]) for line in lines) <= MOST_SHARED.get(
+        capability, MOST_ELSEWHERE
+    )
     if capability >= 80 and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7):
         assert not [line for line in lines if int(line.split()[-4]) > MOST_SPILLED]
     decoded = [line for line in lines if "triton_nf4._dequantize" in line]
-    assert decoded and all("loads 4, stores 16" in line for line in decoded), decoded  # eight nibbles a lane
+    assert decoded and all("loads 4, stores 16" in line for line in decoded), (
+        decoded
+    )  # eight nibbles a lane
     made = {line.split(".")[2] for line in lines}
     assert made == set(KERNELS) - {"triton_numbers"}

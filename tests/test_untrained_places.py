@@ -1,5 +1,5 @@
-"""Places that no gradient reaches, and models that cannot be trained at all: found by running a small copy, told
-by name."""
+"""Places that no gradient reaches, and models that cannot be trained at all: found by running a
+small copy, told by name."""
 
 import pytest
 import torch
@@ -55,7 +55,12 @@ FIELDS = {
         "feed_forward_size": 48,
         "local_attn_chunk_length": 8,
     },
-    "jetmoe": {"num_key_value_heads": 4, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "jetmoe": {
+        "num_key_value_heads": 4,
+        "kv_channels": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -71,7 +76,8 @@ def base(family):
 
 
 class Indexed(nn.Module):
-    """Adds what it picks by `index`, whose numbers have no gradient; writes into what `mixed` gave it."""
+    """Adds what it picks by `index`, whose numbers have no gradient; writes into what `mixed` gave
+    it."""
 
     def __init__(self):
         super().__init__()
@@ -117,14 +123,18 @@ def test_all_linear_leaves_an_index_out_and_where_it_is_named_it_is_refused():
 def test_an_adapter_file_that_updates_an_index_is_loaded_as_it_acts(tmp_path):
     """Another library may have trained it for something else than the next token."""
     writer = base("deepseek_v32")
-    made = attach(writer.model, LoRA(rank=2, targets=["wq_b"]), name="a", routing=writer.routing, head=None)
+    made = attach(
+        writer.model, LoRA(rank=2, targets=["wq_b"]), name="a", routing=writer.routing, head=None
+    )
     write_adapter(tmp_path / "a", made, manifest_for(writer, method="lora"), model=writer.model)
     assert len(load_adapter(base("deepseek_v32"), tmp_path / "a", name="a").layers) == 2
 
 
 def test_a_model_whose_backward_pass_stops_is_refused_before_anything_is_attached():
     fresh = base("reformer")
-    with pytest.raises(RefusedError, match="ReformerModelWithLMHead cannot be trained here") as caught:
+    with pytest.raises(
+        RefusedError, match="ReformerModelWithLMHead cannot be trained here"
+    ) as caught:
         begin(fresh, LoRA(rank=2), name="a")
     assert "backward pass stops" in caught.value.faults[0] and not fresh.attachments
 

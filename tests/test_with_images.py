@@ -1,5 +1,6 @@
-"""The text side of checkpoints of texts and images: the language model alone is adapted, the tower is named and stays
-as it is to the bit, and files have the names that PEFT has on the class that the checkpoint names."""
+"""The text side of checkpoints of texts and images: the language model alone is adapted, the tower
+is named and stays as it is to the bit, and files have the names that PEFT has on the class that the
+checkpoint names."""
 
 import json
 import re
@@ -57,11 +58,23 @@ EYES = {
     "image_size": 28,
     "patch_size": 14,
 }
-QWEN = {"depth": 3, "num_heads": 2, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 14}
+QWEN = {
+    "depth": 3,
+    "num_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 CONFIGS = {
     "gemma3": ("Gemma3ForConditionalGeneration", {}, EYES, {"mm_tokens_per_image": 1}),
-    "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}, {**EYES, "model_type": "pixtral"}, {}),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {"model_type": "mistral"},
+        {**EYES, "model_type": "pixtral"},
+        {},
+    ),
     "qwen2_5_vl": (
         "Qwen2_5_VLForConditionalGeneration",
         {"rope_parameters": SECTIONS},
@@ -99,7 +112,11 @@ every_family = pytest.mark.parametrize("family", LEFT_OUT)
 def real_class(family):
     name, text, eyes, own = CONFIGS[family]
     config = CONFIG_MAPPING[family](
-        architectures=[name], text_config={**TEXT, **text}, vision_config=eyes, tie_word_embeddings=False, **own
+        architectures=[name],
+        text_config={**TEXT, **text},
+        vision_config=eyes,
+        tie_word_embeddings=False,
+        **own,
     )
     kind = getattr(transformers, name)
     with torch.random.fork_rng(devices=[]):
@@ -136,7 +153,9 @@ def test_the_language_model_alone_is_adapted_and_the_tower_is_named(family, fold
     assert type(base.model).__name__ == CONFIGS[family][0]
     assert base.paths.left_out == LEFT_OUT[family]
     assert f"left out, as no text reaches it: {', '.join(LEFT_OUT[family])}" in base.paths.lines
-    inside = [p for p, m in base.model.named_modules() if isinstance(m, nn.Linear) and of_text(base, [p])]
+    inside = [
+        p for p, m in base.model.named_modules() if isinstance(m, nn.Linear) and of_text(base, [p])
+    ]
     for name, settings in {
         "all": LoRA(rank=2),
         "layers": LoRA(rank=2, layers=[1]),
@@ -155,13 +174,19 @@ def test_the_language_model_alone_is_adapted_and_the_tower_is_named(family, fold
         begin(base, LoRA(targets=[f"{LEFT_OUT[family][0]}.*"][0]), name="a")
     assert "no gradient" in str(caught.value.faults)
     layers = decoder_layers(base.model)
-    assert layers is not None and len(layers) == 3 and not any("ision" in type(layer).__name__ for layer in layers)
+    assert (
+        layers is not None
+        and len(layers) == 3
+        and not any("ision" in type(layer).__name__ for layer in layers)
+    )
     flat = every_weight(base, ALONE)
     assert of_text(base, flat.parameters) and len(flat.parameters) > 20
 
 
 @every_family
-def test_files_go_both_ways_between_here_and_peft_on_the_checkpoints_class(family, folder, tmp_path):
+def test_files_go_both_ways_between_here_and_peft_on_the_checkpoints_class(
+    family, folder, tmp_path
+):
     peft = pytest.importorskip("peft")
     base = load_base(str(folder(family)), dtype="float32")
     made = begin(base, LoRA(rank=2), name="a").attachment
@@ -175,7 +200,9 @@ def test_files_go_both_ways_between_here_and_peft_on_the_checkpoints_class(famil
     found = peft.get_peft_model_state_dict(theirs)
     assert found.keys() == names.keys()
     with torch.no_grad():
-        torch.testing.assert_close(base.model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            base.model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4
+        )
     settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     other = peft.get_peft_model(real_class(family), settings).eval()
     fill([p for n, p in other.named_parameters() if "lora_" in n], seed=3)
@@ -184,7 +211,9 @@ def test_files_go_both_ways_between_here_and_peft_on_the_checkpoints_class(famil
     load_adapter(base, tmp_path / "theirs", name="b")
     base.routing.active = (("b", 1.0),)
     with torch.no_grad():
-        torch.testing.assert_close(base.model(input_ids=IDS).logits, other(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            base.model(input_ids=IDS).logits, other(input_ids=IDS).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 @every_family
@@ -193,15 +222,23 @@ def test_a_merge_writes_the_whole_checkpoint_the_tower_to_the_bit(family, folder
     made = begin(base, LoRA(rank=2), name="a").attachment
     fill(made.parameters().values())
     merge_into_folder(base, [("a", 1.0)], tmp_path / "merged")
-    before, after = (load_file(path / "model.safetensors") for path in (folder(family), tmp_path / "merged"))
+    before, after = (
+        load_file(path / "model.safetensors") for path in (folder(family), tmp_path / "merged")
+    )
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert len(changed) >= 3 * 4 and not any("vis" in name or "projector" in name for name in changed)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == [CONFIGS[family][0]]
+    assert len(changed) >= 3 * 4 and not any(
+        "vis" in name or "projector" in name for name in changed
+    )
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == [
+        CONFIGS[family][0]
+    ]
     assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"size": 28}'
 
 
-def test_llama_4s_own_class_still_stops_on_text_and_its_language_model_is_read_without_the_tower(folder):
+def test_llama_4s_own_class_still_stops_on_text_and_its_language_model_is_read_without_the_tower(
+    folder,
+):
     with pytest.raises(AttributeError, match="image_outputs"):
         real_class("llama4")(input_ids=IDS)
     base = load_base(str(folder("llama4")), dtype="stored")
@@ -216,9 +253,15 @@ def test_llama_4s_own_class_still_stops_on_text_and_its_language_model_is_read_w
 def test_llama_4s_language_model_alone_is_adapted_and_its_tower_is_named_and_not_read(folder):
     base = load_base(str(folder("llama4")))
     assert base.not_read == base.paths.not_read == ("multi_modal_projector", "vision_model")
-    assert "not read, as no text reaches it: multi_modal_projector, vision_model" in base.paths.lines
+    assert (
+        "not read, as no text reaches it: multi_modal_projector, vision_model" in base.paths.lines
+    )
     linear = [path for path, module in base.model.named_modules() if type(module) is nn.Linear]
-    for settings in (LoRA(rank=2), LoRA(rank=2, layers=[1]), LoRA(rank=2, targets=["q_proj", "o_proj"])):
+    for settings in (
+        LoRA(rank=2),
+        LoRA(rank=2, layers=[1]),
+        LoRA(rank=2, targets=["q_proj", "o_proj"]),
+    ):
         made = begin(base, settings, name="a").attachment
         if settings.layers:
             assert made.layers and all(".layers.1." in path for path in made.layers)
@@ -234,9 +277,7 @@ def test_llama_4s_language_model_alone_is_adapted_and_its_tower_is_named_and_not
     assert not load_base(str(folder("gemma3"))).not_read
 
 
-def test_llama_4s_adapter_goes_to_peft_by_the_class_that_auto_model_takes_and_is_not_exported_for_vllm(
-    folder, tmp_path
-):
+def test_llama_4s_adapter_goes_to_peft_by_the_auto_models_class_and_not_to_vllm(folder, tmp_path):
     peft = pytest.importorskip("peft")
     source = str(folder("llama4"))
     base = load_base(source, dtype="float32")
@@ -252,14 +293,18 @@ def test_llama_4s_adapter_goes_to_peft_by_the_class_that_auto_model_takes_and_is
     found = peft.get_peft_model_state_dict(theirs)
     assert found.keys() == load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
     with torch.no_grad():
-        torch.testing.assert_close(base.model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            base.model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4
+        )
     with pytest.raises(RefusedError, match="vLLM") as caught:
         export_adapter(tmp_path / "a", to="vllm", base=source, out=tmp_path / "v")
     assert any("Llama4ForConditionalGeneration" in fault for fault in caught.value.faults)
     base.routing.active = ()
     merge_into_folder(base, [("a", 1.0)], tmp_path / "merged")
     stored = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert stored["architectures"] == ["Llama4ForCausalLM"] and stored["model_type"] == "llama4_text"
+    assert (
+        stored["architectures"] == ["Llama4ForCausalLM"] and stored["model_type"] == "llama4_text"
+    )
     again = load_base(str(tmp_path / "merged"), dtype="float32")
     assert again.not_read == ()
     with torch.no_grad():
@@ -271,14 +316,22 @@ def test_llama_4s_adapter_goes_to_peft_by_the_class_that_auto_model_takes_and_is
 def test_it_answers_and_is_planned_as_any_base(folder):
     base = api.load(str(folder("gemma3")))
     with torch.no_grad(), quiet():
-        expected = base.model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        expected = base.model.generate(
+            input_ids=IDS, max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
     assert generate(base, IDS.tolist(), max_new_tokens=4) == expected[:, IDS.shape[1] :].tolist()
-    lora, full = (whole(Step(base.config, torch.float32, method, ())) for method in (LoRA(rank=2), Full()))
+    lora, full = (
+        whole(Step(base.config, torch.float32, method, ())) for method in (LoRA(rank=2), Full())
+    )
     made = begin(base, LoRA(rank=2), name="a").attachment
     assert lora.trainable_parameters == sum(each.numel() for each in made.parameters().values())
     assert lora.modules_adapted == len(made.layers)
     base.detach("a")
-    beside = sum(each.numel() for path in LEFT_OUT["gemma3"] for each in base.model.get_submodule(path).parameters())
+    beside = sum(
+        each.numel()
+        for path in LEFT_OUT["gemma3"]
+        for each in base.model.get_submodule(path).parameters()
+    )
     assert beside and lora.total_parameters == sum(each.numel() for each in base.model.parameters())
     assert full.trainable_parameters == full.total_parameters - beside
 
@@ -305,19 +358,36 @@ def test_packed_text_is_read_by_the_settings_beside_it(folder, tmp_path):
 
 
 def test_an_adapter_of_the_texts_own_class_goes_on_the_checkpoints_class_by_its_names(tmp_path):
-    """As those from before Qwen3.5's whole class was taken; whether it is that base is for its user to say."""
+    """As those from before Qwen3.5's whole class was taken; whether it is that base is for its user
+    to say."""
     text, whole = family_base("qwen3_5"), family_base("qwen3_5, images")
     settings = LoRA(
-        rank=3, alpha=5.0, targets=["q_proj", "down_proj", "lm_head"], rank_pattern={"model.layers.0.mlp.down_proj": 2}
+        rank=3,
+        alpha=5.0,
+        targets=["q_proj", "down_proj", "lm_head"],
+        rank_pattern={"model.layers.0.mlp.down_proj": 2},
     )
-    made = attach(text.model, settings, name="a", routing=text.routing, head=text.model.get_output_embeddings(), seed=1)
+    made = attach(
+        text.model,
+        settings,
+        name="a",
+        routing=text.routing,
+        head=text.model.get_output_embeddings(),
+        seed=1,
+    )
     fill(made.parameters().values(), seed=1)
     write_adapter(tmp_path / "a", made, manifest_for(text, method="lora"), model=text.model)
     with pytest.raises(AdapterMismatchError, match="architecture: Qwen3_5ForCausalLM against"):
         load_adapter(whole, tmp_path / "a", name="a")
     loaded = load_adapter(whole, tmp_path / "a", name="a", force_base=True)
-    within = {path.replace("model.layers", "model.language_model.layers"): layer for path, layer in made.layers.items()}
-    assert loaded.layers.keys() == within.keys() and {layer.rank for layer in within.values()} == {2, 3}
+    within = {
+        path.replace("model.layers", "model.language_model.layers"): layer
+        for path, layer in made.layers.items()
+    }
+    assert loaded.layers.keys() == within.keys() and {layer.rank for layer in within.values()} == {
+        2,
+        3,
+    }
     for path, layer in loaded.layers.items():
         assert layer.scaling == within[path].scaling
         stored = within[path].stored()

@@ -26,7 +26,9 @@ def test_the_line_counts_up_and_then_down():
     assert line.text() == "  writing 0/40 · 0:03"
     clock.seconds = 13
     line.tell("writing", 10, 40)
-    assert line.text() == "  writing 10/40 · 0:30 left"  # 10 s for 10 of them, whatever loading took
+    assert (
+        line.text() == "  writing 10/40 · 0:30 left"
+    )  # 10 s for 10 of them, whatever loading took
 
 
 def test_a_terminal_sees_it_after_a_moment_and_nobody_else_does(monkeypatch):

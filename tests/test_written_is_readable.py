@@ -1,4 +1,5 @@
-"""What we write is what our own strict readers take, whatever a model, a row or a user says: or it is refused first."""
+"""What we write is what our own strict readers take, whatever a model, a row or a user says: or it
+is refused first."""
 
 import tempfile
 from pathlib import Path
@@ -23,10 +24,23 @@ from veneer.train.records import Records, read_records
 
 FEW = settings(max_examples=60, deadline=None)
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
-    ["\0", "\ud800", "\udcff", "a\r\n\x85\u2028b", "\ufeff", "\x1b[0m", "null", "1e999", "[" * 40, "x" * 50_000]
+    [
+        "\0",
+        "\ud800",
+        "\udcff",
+        "a\r\n\x85\u2028b",
+        "\ufeff",
+        "\x1b[0m",
+        "null",
+        "1e999",
+        "[" * 40,
+        "x" * 50_000,
+    ]
 )
 SCALAR = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | TEXT
-JSON = st.recursive(SCALAR, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT, v, max_size=3), max_leaves=8)
+JSON = st.recursive(
+    SCALAR, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT, v, max_size=3), max_leaves=8
+)
 RECORD = st.dictionaries(TEXT, JSON, max_size=5)
 
 
@@ -64,12 +78,25 @@ def test_a_checkpoints_state(text, number, losses, recipe):
 
 
 @FEW
-@given(TEXT, TEXT, st.lists(TEXT, max_size=2), st.dictionaries(TEXT, st.integers(1, 9), max_size=2), st.floats())
+@given(
+    TEXT,
+    TEXT,
+    st.lists(TEXT, max_size=2),
+    st.dictionaries(TEXT, st.integers(1, 9), max_size=2),
+    st.floats(),
+)
 def test_a_run_file_and_the_manifest_that_holds_it(data, out, targets, ranks, clip):
     fields = {"base": "b", "data": {"train": data}, "out": "o", "clip": clip}
     try:
         config = RunConfig.model_validate(
-            {**fields, "method": {"name": "lora", "targets": targets or "all-linear", "rank_pattern": ranks}}
+            {
+                **fields,
+                "method": {
+                    "name": "lora",
+                    "targets": targets or "all-linear",
+                    "rank_pattern": ranks,
+                },
+            }
         )
     except ValidationError:
         return
@@ -92,10 +119,18 @@ def test_a_run_file_and_the_manifest_that_holds_it(data, out, targets, ranks, cl
 
 
 @FEW
-@given(TEXT, st.lists(TEXT, max_size=2), st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False)))
+@given(
+    TEXT,
+    st.lists(TEXT, max_size=2),
+    st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False)),
+)
 def test_a_librarys_records_or_they_are_refused(note, tags, metrics):
-    facts = Facts(method="lora", bytes=1, tensors=1, parameters=1, content_hash="0" * 64, metrics=metrics)
-    version = Version(version=1, object="0" * 64, added="2026-01-31T12:00:00Z", tags=tags, note=note, facts=facts)
+    facts = Facts(
+        method="lora", bytes=1, tensors=1, parameters=1, content_hash="0" * 64, metrics=metrics
+    )
+    version = Version(
+        version=1, object="0" * 64, added="2026-01-31T12:00:00Z", tags=tags, note=note, facts=facts
+    )
     record = Record(next_version=2, versions=[version])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.json"

@@ -1,8 +1,10 @@
-/* AMX tiles in plain C, included before each kernel's source (test_sanitized.py): code for tiles then runs where a processor
-   has none, and the sanitizers see what it loads and stores. Shapes that the processor would refuse end the process.
+/* AMX tiles in plain C, included before each kernel's source (test_sanitized.py): code for tiles
+   then runs where a processor has none, and the sanitizers see what it loads and stores. Shapes
+   that the processor would refuse end the process.
 
-   TDPBF16PS as Intel's manual gives it (volume 2): even and odd values of a row each summed in order, then both, then all
-   that was there before; without denormals. It needs AVX-512 for speed alone. */
+   TDPBF16PS as Intel's manual gives it (volume 2): even and odd values of a row each summed in
+   order, then both, then all that was there before; without denormals. It needs AVX-512 for speed
+   alone. */
 #ifndef TILES_IN_C_H
 #define TILES_IN_C_H
 #if defined(__x86_64__) && defined(__linux__)
@@ -34,19 +36,23 @@ static NOINLINE void tile_loadconfig_in_c(const void *given) {
     for (int t = 0; t < 8; t++) {
         memcpy(in_c.bytes + t, bytes + 16 + 2 * t, 2);
         in_c.rows[t] = bytes[48 + t];
-        tile_must(in_c.rows[t] <= 16 && in_c.bytes[t] <= 64 && (in_c.rows[t] == 0) == (in_c.bytes[t] == 0), "a shape");
+        tile_must(in_c.rows[t] <= 16 && in_c.bytes[t] <= 64 &&
+                      (in_c.rows[t] == 0) == (in_c.bytes[t] == 0),
+                  "a shape");
     }
 }
 
 static NOINLINE void tile_loadd_in_c(int t, const void *from, int64_t stride) {
     tile_must(in_c.rows[t] > 0, "loaded without a shape");
     memset(in_c.words[t], 0, sizeof in_c.words[t]);
-    for (int r = 0; r < in_c.rows[t]; r++) memcpy(in_c.words[t][r], (const char *)from + r * stride, in_c.bytes[t]);
+    for (int r = 0; r < in_c.rows[t]; r++)
+        memcpy(in_c.words[t][r], (const char *)from + r * stride, in_c.bytes[t]);
 }
 
 static NOINLINE void tile_stored_in_c(int t, void *to, int64_t stride) {
     tile_must(in_c.rows[t] > 0, "stored without a shape");
-    for (int r = 0; r < in_c.rows[t]; r++) memcpy((char *)to + r * stride, in_c.words[t][r], in_c.bytes[t]);
+    for (int r = 0; r < in_c.rows[t]; r++)
+        memcpy((char *)to + r * stride, in_c.words[t][r], in_c.bytes[t]);
 }
 
 static NOINLINE void tile_zero_in_c(int t) {
@@ -54,20 +60,28 @@ static NOINLINE void tile_zero_in_c(int t) {
     memset(in_c.words[t], 0, sizeof in_c.words[t]);
 }
 
-__attribute__((target("avx512f"), noinline, unused)) static void tile_dpbf16ps_in_c(int c, int a, int b) {
-    tile_must(in_c.rows[c] == in_c.rows[a] && in_c.bytes[c] == in_c.bytes[b] && in_c.bytes[a] == 4 * in_c.rows[b], "shapes of a product");
-    tile_must(c != a && c != b && a != b && in_c.rows[c] > 0 && in_c.rows[b] > 0, "tiles of a product");
+__attribute__((target("avx512f"), noinline, unused)) static void tile_dpbf16ps_in_c(int c, int a,
+                                                                                    int b) {
+    tile_must(in_c.rows[c] == in_c.rows[a] && in_c.bytes[c] == in_c.bytes[b] &&
+                  in_c.bytes[a] == 4 * in_c.rows[b],
+              "shapes of a product");
+    tile_must(c != a && c != b && a != b && in_c.rows[c] > 0 && in_c.rows[b] > 0,
+              "tiles of a product");
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040); /* denormals are zeros, and become zeros */
     const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
     for (int m = 0; m < in_c.rows[c]; m++) {
         __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
         for (int k = 0; k < in_c.rows[b]; k++) {
-            const __m512i x = _mm512_set1_epi32((int)in_c.words[a][m][k]), w = _mm512_loadu_si512(in_c.words[b][k]);
-            even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), even);
-            odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high)), _mm512_castsi512_ps(_mm512_and_si512(w, high)), odd);
+            const __m512i x = _mm512_set1_epi32((int)in_c.words[a][m][k]),
+                          w = _mm512_loadu_si512(in_c.words[b][k]);
+            even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+                                   _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), even);
+            odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high)),
+                                  _mm512_castsi512_ps(_mm512_and_si512(w, high)), odd);
         }
-        _mm512_storeu_ps(in_c.words[c][m], _mm512_add_ps(_mm512_loadu_ps(in_c.words[c][m]), _mm512_add_ps(even, odd)));
+        _mm512_storeu_ps(in_c.words[c][m], _mm512_add_ps(_mm512_loadu_ps(in_c.words[c][m]),
+                                                         _mm512_add_ps(even, odd)));
     }
     _mm_setcsr(before);
 }

@@ -1,8 +1,8 @@
 """Tiny random models, a byte tokenizer and a base built from them: no network, milliseconds each.
 
-Weights are drawn wide, and norms and biases are moved off their trivial starting values, so that the
-outputs differ strongly between tokens and a wrong mask, scale or position shows. Layers are non-square,
-query heads outnumber key/value heads (4 to 2) where the family allows it.
+Weights are drawn wide, and norms and biases are moved off their trivial starting values, so that
+the outputs differ strongly between tokens and a wrong mask, scale or position shows. Layers are
+non-square, query heads outnumber key/value heads (4 to 2) where the family allows it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ from transformers import (
 if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
 
-VOCAB_SIZE = 272  # 256 bytes, 3 special tokens, and a few rows that no token uses, as real models have
+VOCAB_SIZE = (
+    272  # 256 bytes, 3 special tokens, and a few rows that no token uses, as real models have
+)
 SLIDING_WINDOW = 8
 MAX_POSITIONS = 1024
 
@@ -101,13 +103,23 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     ),
     "gpt2": (
         GPT2Config,
-        {**_COMMON, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": MAX_POSITIONS},
+        {
+            **_COMMON,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_inner": 48,
+            "n_positions": MAX_POSITIONS,
+        },
     ),
     "phi": (PhiConfig, _MODERN),
     "phi3": (Phi3Config, _MODERN),
     "gpt_neox": (
         GPTNeoXConfig,
-        {**{k: v for k, v in _MODERN.items() if k != "num_key_value_heads"}, "intermediate_size": 80},
+        {
+            **{k: v for k, v in _MODERN.items() if k != "num_key_value_heads"},
+            "intermediate_size": 80,
+        },
     ),
     "opt": (
         OPTConfig,
@@ -138,7 +150,13 @@ _CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
     "olmo2": (Olmo2Config, _MODERN),
     "falcon": (
         FalconConfig,
-        {**_COMMON, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 48},
+        {
+            **_COMMON,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 48,
+        },
     ),
 }
 FAMILIES = tuple(_CONFIGS)
@@ -191,23 +209,23 @@ _CONFIGS |= {  # by name alone, not in every test of all families
 }
 
 CHATML = (
-    "{%- if tools %}{{ '<|im_start|>system\\nTools:\\n' }}"
-    "{%- for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{%- endfor %}{{ '<|im_end|>\\n' }}{%- endif %}"
-    "{%- for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] %}{{ message['content'] }}{%- endif %}"
-    "{%- for call in message['tool_calls'] or [] %}"
-    "{{ '<tool_call>' }}{{ (call.function or call) | tojson }}{{ '</tool_call>' }}{%- endfor %}"
-    "{{ '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{%- if tools %}{{ '<|im_start|>system\\nTools:\\n' }}{%- for tool in tools %}{{ tool | tojson"
+    " }}{{ '\\n' }}{%- endfor %}{{ '<|im_end|>\\n' }}{%- endif %}{%- for message in messages %}{{"
+    " '<|im_start|>' + message['role'] + '\\n' }}{%- if message['content'] %}{{ message['content']"
+    " }}{%- endif %}{%- for call in message['tool_calls'] or [] %}{{ '<tool_call>' }}{{"
+    " (call.function or call) | tojson }}{{ '</tool_call>' }}{%- endfor %}{{ '<|im_end|>\\n' }}{%-"
+    " endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random causal LM of `family`, in eval mode, nothing trainable; `overrides` are config fields.
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
+    """A random causal LM of `family`, in eval mode, nothing trainable; `overrides` are config
+    fields.
 
-    The same seed gives the same weights, whatever torch's global random state is; another dtype gives
-    the same weights rounded. Rotary frequencies stay float32, as from_pretrained keeps them.
+    The same seed gives the same weights, whatever torch's global random state is; another dtype
+    gives the same weights rounded. Rotary frequencies stay float32, as from_pretrained keeps them.
     """
     config_class, fields = _CONFIGS[family]
     config = config_class(**{**fields, **overrides})
@@ -223,10 +241,13 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: a token i < 256 is one byte (not byte i); 256 <|im_start|>, 257 <|im_end|> (the
-    end of a turn, and eos), 258 <|endoftext|> (padding). The chat template is ChatML."""
+    """Byte-level BPE without merges: a token i < 256 is one byte (not byte i); 256 <|im_start|>,
+    257 <|im_end|> (the end of a turn, and eos), 258 <|endoftext|> (padding). The chat template is
+    ChatML."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
@@ -242,9 +263,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> FrozenBase:
+def tiny_base(
+    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> FrozenBase:
     """A Base over tiny_model and tiny_tokenizer, as load_base would return it."""
-    from veneer.models.frozen_base import FrozenBase  # here, so that tests of lower layers load no more than they test
+    from veneer.models.frozen_base import (
+        FrozenBase,
+    )  # here, so that tests of lower layers load no more than they test
 
     return FrozenBase(
         model=tiny_model(family, dtype, seed, **overrides),
@@ -256,7 +281,11 @@ def tiny_base(family: str = "llama", dtype: torch.dtype = torch.float32, seed: i
 
 
 def save_tiny(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides: Any,
 ) -> Path:
     """Write tiny_model and tiny_tokenizer as a folder that load_base reads; returns the folder."""
     from veneer.bases.quiet_transformers import quiet

@@ -1,6 +1,8 @@
-"""A scheduler with a pretended model: the next token is a function of the adapter and all tokens so far.
+"""A scheduler with a pretended model: the next token is a function of the adapter and all tokens so
+far.
 
-Keys and values lie where the block manager says (pretended_memory.py), and every draw looks at all of them.
+Keys and values lie where the block manager says (pretended_memory.py), and every draw looks at all
+of them.
 """
 
 from collections import Counter
@@ -38,8 +40,8 @@ def alone(request: Request, choice: int = 0) -> list[int]:
 
 
 class Toy:
-    """adapters: prefix places of each that is ready, None for one that is on its way, an error for a broken
-    one; those that are not named are ready and have no prefix."""
+    """adapters: prefix places of each that is ready, None for one that is on its way, an error for
+    a broken one; those that are not named are ready and have no prefix."""
 
     def __init__(self, *, blocks: int = 64, tokens_per_block: int = SIZE, **limits: int) -> None:
         self.blocks = BlockManager(
@@ -49,7 +51,9 @@ class Toy:
             tokens_per_block=tokens_per_block,
         )
         self.adapters: dict[Identity, int | Exception | None] = {}
-        self.scheduler = Scheduler(self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self)
+        self.scheduler = Scheduler(
+            self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self
+        )
         self.memory = PretendedMemory(tokens_per_block)
         self.ended: list[Sequence] = []
         self.asked: Counter[Identity] = Counter()
@@ -86,11 +90,18 @@ class Toy:
     def applied(self, adapter: Identity) -> tuple:
         raise AssertionError("the scheduler does not ask what an adapter is on the base")
 
-    def add(self, prompt: list[int] | range, new: int = 4, own: Identity = (), **asked: object) -> Sequence:
+    def add(
+        self, prompt: list[int] | range, new: int = 4, own: Identity = (), **asked: object
+    ) -> Sequence:
         request = Request(prompt=tuple(prompt), max_new_tokens=new, adapter=own, **asked)
         return self.scheduler.add(request)[0]
 
-    def step(self, *, meanwhile: Callable[[], object] = lambda: None, instead: dict[int, Drawn] | None = None) -> Plan:
+    def step(
+        self,
+        *,
+        meanwhile: Callable[[], object] = lambda: None,
+        instead: dict[int, Drawn] | None = None,
+    ) -> Plan:
         """A whole step. meanwhile: called during it. instead: of what the model says, by number."""
         plan = self.plan()
         meanwhile()
@@ -105,7 +116,9 @@ class Toy:
 
     def finish(self, plan: Plan, instead: dict[int, Drawn]) -> None:
         self.memory.prepare(plan.fronts, plan.copies)
-        for span in plan.spans:  # as in a layer of a model: all keys and values are written, then read
+        for (
+            span
+        ) in plan.spans:  # as in a layer of a model: all keys and values are written, then read
             s = span.sequence
             for place in range(span.start, span.stop):
                 self.memory.write(s.table, place, self.expected(s, place))
@@ -128,8 +141,15 @@ class Toy:
         """What holds for every plan."""
         limits, running = self.scheduler.limits, self.scheduler.running
         self.blocks.check()
-        assert sum(rows for _, rows in plan.parts) <= min(limits.step_tokens, most_tokens or limits.step_tokens)
-        assert len({span.sequence for span in plan.spans}) == len(plan.spans) <= len(running) <= limits.rows
+        assert sum(rows for _, rows in plan.parts) <= min(
+            limits.step_tokens, most_tokens or limits.step_tokens
+        )
+        assert (
+            len({span.sequence for span in plan.spans})
+            == len(plan.spans)
+            <= len(running)
+            <= limits.rows
+        )
         assert len({own for s in running for own, _ in s.request.adapter}) <= limits.max_adapters
         assert +self.held == Counter(s.request.adapter for s in running if s.request.adapter)
         in_order = [span.sequence.request.adapter for span in plan.spans]
@@ -139,7 +159,13 @@ class Toy:
         for span in plan.spans:
             s = span.sequence
             assert s.state is State.RUNNING and not s.cancelled
-            assert span.start == s.computed < span.stop <= s.length <= len(s.table.blocks) * self.memory.size
+            assert (
+                span.start
+                == s.computed
+                < span.stop
+                <= s.length
+                <= len(s.table.blocks) * self.memory.size
+            )
             assert (s in span.draws) == (span.stop == s.length)
             assert span.stop - span.start <= max(limits.chunk_tokens, 1)
             assert span.tokens == s.between(0, s.length)[span.start : span.stop]
@@ -155,7 +181,8 @@ class Toy:
         assert self.blocks.fronts == self.blocks.copies == ()
 
     def right(self, s: Sequence) -> bool:
-        """Whether its tokens are those that it gets alone, all of them or, if it was ended, the first."""
+        """Whether its tokens are those that it gets alone, all of them or, if it was ended, the
+        first."""
         whole = alone(s.request, s.choice)
         complete = s.reason in (Reason.STOP, Reason.LENGTH)
         return s.new == (whole if complete else whole[: len(s.new)])

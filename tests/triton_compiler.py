@@ -1,9 +1,11 @@
-"""Triton's kernels made into machine code of a GPU that is not here: python tests/triton_compiler.py CAPABILITY.
+"""Triton's kernels made into machine code of a GPU that is not here: python
+tests/triton_compiler.py CAPABILITY.
 
-Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel is compiled, by the
-same arguments, for that GPU, as a launch would: addresses and numbers that 16 divides are known to be such.
-Prints one line a kernel: name, options, bytes of machine code, the most bytes that a thread loads and
-stores at once, bytes of each thread that found no register, bytes of memory that a block of threads shares.
+Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel
+is compiled, by the same arguments, for that GPU, as a launch would: addresses and numbers that 16
+divides are known to be such. Prints one line a kernel: name, options, bytes of machine code, the
+most bytes that a thread loads and stores at once, bytes of each thread that found no register,
+bytes of memory that a block of threads shares.
 """
 
 import re
@@ -75,7 +77,9 @@ def compiled_for(capability: int) -> Any:
         given = dict(zip(self.arg_names, args, strict=False)) | named
         assert given.keys() == set(self.arg_names), (given.keys(), self.arg_names)
         fixed = {param.name for param in self.params if param.is_constexpr}
-        signature = {name: "constexpr" if name in fixed else type_of(given[name]) for name in self.arg_names}
+        signature = {
+            name: "constexpr" if name in fixed else type_of(given[name]) for name in self.arg_names
+        }
         constants = {name: given[name] for name in fixed}
         shared = {
             (at,): [["tt.divisibility", 16]]
@@ -86,12 +90,17 @@ def compiled_for(capability: int) -> Any:
         if key in seen:
             return
         seen.add(key)
-        made = triton.compile(ASTSource(self, signature, constants, shared), target=target, options=options)
+        made = triton.compile(
+            ASTSource(self, signature, constants, shared), target=target, options=options
+        )
         types = " ".join(each for each in signature.values() if each != "constexpr")
         name, code = f"{self.fn.__module__}.{self.fn.__name__}", len(made.asm["cubin"])
         loads, stores = (widest(made.asm["ptx"], way) for way in ("ld", "st"))
         beside = f"{spilled(made.asm['cubin'])} spilled, {made.metadata.shared} shared"
-        print(f"{name}({types}) {options}: {code} bytes of code, loads {loads}, stores {stores}, {beside}")
+        print(
+            f"{name}({types}) {options}: {code} bytes of code, loads {loads}, stores {stores},"
+            f" {beside}"
+        )
 
     return run
 
@@ -116,15 +125,25 @@ def everything() -> None:
         for layout in gguf.FORMATS.values():
             blocks = torch.empty(4, layout.bytes, dtype=torch.uint8)
             launch.module("gguf").decode(
-                blocks, torch.empty(4, layout.size, dtype=dtype), layout.number, layout.size, layout.bytes
+                blocks,
+                torch.empty(4, layout.size, dtype=dtype),
+                layout.number,
+                layout.size,
+                layout.bytes,
             )
         tables = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
         for rank in (8, 64, 256):
-            narrow = launch.module("grouped").down(x, torch.empty(2, rank, 64, dtype=dtype), tables[0])
-            launch.module("grouped").add_up(x, narrow, torch.empty(2, 64, rank, dtype=dtype), tables[0])
+            narrow = launch.module("grouped").down(
+                x, torch.empty(2, rank, 64, dtype=dtype), tables[0]
+            )
+            launch.module("grouped").add_up(
+                x, narrow, torch.empty(2, 64, rank, dtype=dtype), tables[0]
+            )
             launch.module("grouped").gradient(narrow, x, tables[1])
         for size in (64, 128, 256):
-            keys, values = (torch.empty(4, 2, *of, 1, dtype=dtype) for of in ((size, 16), (16, size)))
+            keys, values = (
+                torch.empty(4, 2, *of, 1, dtype=dtype) for of in ((size, 16), (16, size))
+            )
             rows = [torch.empty(3, heads, size, dtype=dtype) for heads in (8, 2, 2)]
             read = torch.zeros(3, 16, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
             for rules in (Rules(0.1), Rules(0.1, softcap=3.0, sinks=x[0, :8])):

@@ -1,8 +1,10 @@
-"""Everything that a GPU can show, in 25 minutes: `make gpu`, or python benchmarks/gpu [--trial] [--out DIR].
+"""Everything that a GPU can show, in 25 minutes: `make gpu`, or python benchmarks/gpu [--trial]
+[--out DIR].
 
-Each item is run in a process of its own and its result written when it comes, so this may be cut off anywhere: the next
-call goes on with what is not there yet, and with what failed. Results of another commit or GPU are measured anew.
-gpu.json in the same folder holds all of them, as docs/results/ has them.
+Each item is run in a process of its own and its result written when it comes, so this may be cut
+off anywhere: the next call goes on with what is not there yet, and with what failed. Results of
+another commit or GPU are measured anew. gpu.json in the same folder holds all of them, as
+docs/results/ has them.
 
     --trial     tiny sizes on the CPU: whether the script runs, no figures
     --minutes   after which nothing new begins (25)
@@ -27,13 +29,17 @@ from place import Place, place
 from veneer.files.atomic import atomic_file
 
 HERE = Path(__file__).parent
-NO_CUDA = """no CUDA device is here, or this torch was built without it (torch {torch}, CUDA {cuda}).
-On a machine with an NVIDIA GPU install torch for CUDA, then run it again. Whether the script itself runs:
+NO_CUDA = """no CUDA device is here, or this torch was built without it
+(torch {torch}, CUDA {cuda}).
+On a machine with an NVIDIA GPU install torch for CUDA, then run it again.
+Whether the script itself runs:
     {command} --trial"""
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--trial", action="store_true")
     p.add_argument("--out", type=Path, default=Path("build/gpu"))
     p.add_argument("--minutes", type=float, default=25)
@@ -41,7 +47,11 @@ def main() -> int:
     p.add_argument("--item", help=argparse.SUPPRESS)  # one of them, in this process
     args = p.parse_args()
     if not args.trial and not torch.cuda.is_available():
-        told = {"torch": torch.__version__, "cuda": torch.version.cuda, "command": f"{sys.executable} {HERE}"}
+        told = {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "command": f"{sys.executable} {HERE}",
+        }
         print(NO_CUDA.format(**told), file=sys.stderr)
         return 2
     at = place(trial=args.trial)
@@ -75,7 +85,8 @@ def main() -> int:
         print(f"{item.name}: {found.get('error') or json.dumps(found['values'])[:400]}", flush=True)
         gather(out, here, all_items)
     print(
-        f"{out / 'gpu.json'} holds them all" + (f"; {failed} failed, and are tried again next time" if failed else "")
+        f"{out / 'gpu.json'} holds them all"
+        + (f"; {failed} failed, and are tried again next time" if failed else "")
     )
     return 1 if failed else 0
 
@@ -142,7 +153,10 @@ def commit() -> str:
 
 def machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{gpu}; {platform.machine()}; torch {torch.__version__}; Python {platform.python_version()}"
+    return (
+        f"{gpu}; {platform.machine()}; torch {torch.__version__}; Python"
+        f" {platform.python_version()}"
+    )
 
 
 if __name__ == "__main__":

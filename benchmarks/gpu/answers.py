@@ -1,4 +1,5 @@
-"""Answers of a random model by the project's own engine: a step as a graph, and launched call by call."""
+"""Answers of a random model by the project's own engine: a step as a graph, and launched call by
+call."""
 
 from __future__ import annotations
 
@@ -26,37 +27,57 @@ class Answers:
     """adapters: LoRAs, in turn, beside the base."""
 
     def __init__(self, model: PreTrainedModel, *, adapters: int = 0) -> None:
-        known = fingerprint(random_model(TINY, torch.float32, torch.device("cpu")))  # its own takes minutes to hash
+        known = fingerprint(
+            random_model(TINY, torch.float32, torch.device("cpu"))
+        )  # its own takes minutes to hash
         nothing: Any = None
         self.base = FrozenBase(model, nothing, "random", "random", identity=known)
         assert self.base.paths.packed, self.base.paths
         head = model.get_output_embeddings()
         for number in range(adapters):
-            made = attach(model, METHOD, name=str(number), routing=self.base.routing, head=head, seed=number)
+            made = attach(
+                model, METHOD, name=str(number), routing=self.base.routing, head=head, seed=number
+            )
             for value in made.parameters().values():
                 value.data.normal_(0, 0.01)
         names = [((str(number), 1.0),) for number in range(adapters)]
         self.applied: dict[Any, Any] = {name: self.base.routing.applied(name) for name in names}
 
-    def compared(self, *, rows: int, prompt: int, steps: int, wait: Callable[[], None]) -> dict[str, Any]:
+    def compared(
+        self, *, rows: int, prompt: int, steps: int, wait: Callable[[], None]
+    ) -> dict[str, Any]:
         """Of steps that give each of `rows` answers a token, behind prompts of so many tokens."""
         graphs = self._timed(rows, prompt, steps, wait)
         with patch.object(forward, "recorder_here", lambda: None):
             launched = self._timed(rows, prompt, steps, wait)
         pairs = [a == b for a, b in zip(graphs.pop("tokens"), launched.pop("tokens"), strict=True)]
-        return {"graphs": graphs, "launched": launched, "answers_alike": sum(pairs), "answers": rows}
+        return {
+            "graphs": graphs,
+            "launched": launched,
+            "answers_alike": sum(pairs),
+            "answers": rows,
+        }
 
-    def _timed(self, rows: int, prompt: int, steps: int, wait: Callable[[], None]) -> dict[str, Any]:
+    def _timed(
+        self, rows: int, prompt: int, steps: int, wait: Callable[[], None]
+    ) -> dict[str, Any]:
         room = rows * (prompt + steps + 64) + 64
         limits = Limits(rows=rows, step_tokens=2048, chunk_tokens=512)
         adapters = Fixed(self.applied)
-        engine = Engine(self.base, budget_bytes=room * bytes_per_token(self.base), adapters=adapters, limits=limits)
+        engine = Engine(
+            self.base,
+            budget_bytes=room * bytes_per_token(self.base),
+            adapters=adapters,
+            limits=limits,
+        )
         vocabulary, names = self.base.model.config.vocab_size, [(), *self.applied]
         draw = torch.Generator().manual_seed(0)
         answers: list[Sequence] = []
         for number in range(rows):
             ids = torch.randint(2, vocabulary, (prompt,), generator=draw).tolist()
-            asked = Request(prompt=tuple(ids), max_new_tokens=steps + 32, adapter=names[number % len(names)])
+            asked = Request(
+                prompt=tuple(ids), max_new_tokens=steps + 32, adapter=names[number % len(names)]
+            )
             answers += engine.add(asked)
         while not all(answer.new for answer in answers):
             engine.step(0.0)

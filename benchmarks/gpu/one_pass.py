@@ -1,4 +1,5 @@
-"""Each kernel in Triton beside what it stands for in plain torch: time, bytes a second, and how far the two lie apart.
+"""Each kernel in Triton beside what it stands for in plain torch: time, bytes a second, and how far
+the two lie apart.
 
 On the CPU, which has kernels of its own, a trial shows only that all of it runs.
 """
@@ -18,7 +19,8 @@ from torch import Tensor
 from veneer.kernels import dropout, fused, gguf, launch, loss, segments
 
 APART = 2**-6
-"""Largest difference to float32, relative to the largest value: two roundings to bf16 of a value near 1."""
+"""Largest difference to float32, relative to the largest value: two roundings to bf16 of a value
+near 1."""
 
 
 @contextmanager
@@ -30,8 +32,8 @@ def plain() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """call: what is timed. inputs: tensors of it, which get gradients where `grad` is given, by that of the output.
-    moved_bytes: read and written by one pass of each way. exact: to the bit."""
+    """call: what is timed. inputs: tensors of it, which get gradients where `grad` is given, by
+    that of the output. moved_bytes: read and written by one pass of each way. exact: to the bit."""
 
     call: Callable[..., Any]
     inputs: list[Tensor]
@@ -52,7 +54,8 @@ class Case:
 
 
 def compared(case: Case, seconds: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
-    """Raises AssertionError where they lie further apart than two roundings, or than any, as the case has it."""
+    """Raises AssertionError where they lie further apart than two roundings, or than any, as the
+    case has it."""
     found = {"milliseconds": 1000 * seconds(case.run), "apart": 0.0}
     ours = case.run()
     with plain():
@@ -60,7 +63,9 @@ def compared(case: Case, seconds: Callable[[Callable[[], object]], float]) -> di
         theirs = case.run() if case.exact else case.wide().run()
     for one, other in zip(ours, theirs, strict=True):
         scale = other.float().abs().max().clamp_min(1e-6)
-        found["apart"] = max(found["apart"], float((one.float() - other.float()).abs().max() / scale))
+        found["apart"] = max(
+            found["apart"], float((one.float() - other.float()).abs().max() / scale)
+        )
     found["gigabytes_per_second"] = case.moved_bytes / found["milliseconds"] / 1e6
     assert found["apart"] <= (0 if case.exact else APART), found
     return found
@@ -69,15 +74,24 @@ def compared(case: Case, seconds: Callable[[Callable[[], object]], float]) -> di
 def by_compiler(
     case: Case, call: Callable[..., Any], seconds: Callable[[Callable[[], object]], float]
 ) -> dict[str, Any]:
-    """The plain meaning of a kernel as torch.compile makes it; on the CPU of a trial only traced."""
+    """The plain meaning of a kernel as torch.compile makes it; on the CPU of a trial only
+    traced."""
     backend = "inductor" if case.inputs[0].is_cuda else "eager"
     made = Case(torch.compile(call, backend=backend), case.inputs, case.grad, case.moved_bytes)
-    return {"milliseconds": 1000 * seconds(case.run), "milliseconds_compiled": 1000 * seconds(made.run)}
+    return {
+        "milliseconds": 1000 * seconds(case.run),
+        "milliseconds_compiled": 1000 * seconds(made.run),
+    }
 
 
 def norm_case(rows: int, width: int, draw: Callable[..., Tensor]) -> Case:
     x = draw(rows, width)
-    return Case(lambda x, w: fused.rms_norm(x, w, 1e-5), [x, draw(width) + 1], draw(rows, width), 5 * x.nbytes)
+    return Case(
+        lambda x, w: fused.rms_norm(x, w, 1e-5),
+        [x, draw(width) + 1],
+        draw(rows, width),
+        5 * x.nbytes,
+    )
 
 
 def gate_case(rows: int, width: int, draw: Callable[..., Tensor], *, gelu: bool) -> Case:
@@ -98,7 +112,9 @@ def dropout_case(rows: int, width: int, draw: Callable[..., Tensor]) -> Case:
     """Exact on a CPU; torch on CUDA multiplies by the inverse of what is kept."""
     x = draw(rows, width)
     keys = torch.arange(rows, device=x.device) * 2**33 + 12345
-    return Case(lambda x: dropout.drop_out(x, keys, key=2**40 + 7, dropout=0.1), [x], None, 2 * x.nbytes)
+    return Case(
+        lambda x: dropout.drop_out(x, keys, key=2**40 + 7, dropout=0.1), [x], None, 2 * x.nbytes
+    )
 
 
 def entropy_case(rows: int, vocabulary: int, draw: Callable[..., Tensor]) -> Case:
@@ -114,12 +130,20 @@ def entropy_case(rows: int, vocabulary: int, draw: Callable[..., Tensor]) -> Cas
 
 def gguf_case(kind: gguf.Kind, rows: int, width: int, device: torch.device) -> Case:
     layout = gguf.FORMATS[kind]
-    blocks = torch.randint(0, 256, (rows, width // layout.size, layout.bytes), dtype=torch.uint8, device=device)
+    blocks = torch.randint(
+        0, 256, (rows, width // layout.size, layout.bytes), dtype=torch.uint8, device=device
+    )
     for at in layout.scales:  # scales that are numbers
         blocks[..., at : at + 2] = torch.tensor([0x66, 0x2E], dtype=torch.uint8, device=device)
     packed = blocks.view(rows, -1)
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=device)
-    return Case(lambda b: gguf.dequantise(b, kind, out).clone(), [packed], None, packed.nbytes + 3 * out.nbytes, True)
+    return Case(
+        lambda b: gguf.dequantise(b, kind, out).clone(),
+        [packed],
+        None,
+        packed.nbytes + 3 * out.nbytes,
+        True,
+    )
 
 
 class Factors:
@@ -151,13 +175,18 @@ def updates_case(lengths: list[int], width: int, draw: Callable[..., Tensor]) ->
     base: Any = Nothing(width)
     x, ends = draw(sum(lengths), width), list(accumulate(lengths, initial=0))
     pairs = [[0.1 * draw(16, width), 0.1 * draw(width, 16)] for _ in lengths]
-    plans = {True: segments.Plan(), False: segments.Plan()}  # a plan keeps what it found to compute with
+    plans = {
+        True: segments.Plan(),
+        False: segments.Plan(),
+    }  # a plan keeps what it found to compute with
 
     def updated(x: Tensor, *factors: Tensor) -> Tensor:
         own = [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
         spans = zip(own, pairwise(ends), strict=True)
         updates = [segments.Update(slice(first, last), each, 2.0) for each, (first, last) in spans]
-        return segments.linear_with_updates(x, None, base, updates, plans[launch.module("grouped") is None])
+        return segments.linear_with_updates(
+            x, None, base, updates, plans[launch.module("grouped") is None]
+        )
 
     factors = [factor for pair in pairs for factor in pair]
     moved = 4 * x.nbytes + 2 * sum(each.nbytes for each in factors)

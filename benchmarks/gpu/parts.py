@@ -1,7 +1,8 @@
 """What is run on a GPU, in this order: what is cheap and what everything else rests on first.
 
-Each item gives a JSON value. It is run in a process of its own (__main__.py), so a fault, a hang or memory that is gone
-ends one item. Sizes are those of an 8 B model on a GPU of 80 GB, or tiny ones on the CPU (place.py).
+Each item gives a JSON value. It is run in a process of its own (__main__.py), so a fault, a hang or
+memory that is gone ends one item. Sizes are those of an 8 B model on a GPU of 80 GB, or tiny ones
+on the CPU (place.py).
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def product_roof(at: Place) -> dict[str, Any]:
     for width in (shape.hidden, shape.hidden // shape.heads * shape.kv_heads, shape.feed_forward):
         w = torch.randn(width, shape.hidden, device=at.device).bfloat16()
         seconds = at.seconds(lambda w=w: torch.nn.functional.linear(x, w))
-        found[f"{rows} x {shape.hidden} x {width}"] = 2 * rows * shape.hidden * width / seconds / 1e12
+        found[f"{rows} x {shape.hidden} x {width}"] = (
+            2 * rows * shape.hidden * width / seconds / 1e12
+        )
     return {"teraflops": found, "named_teraflops": at.peak and at.peak / 1e12}
 
 
@@ -65,13 +68,18 @@ def copy_bandwidth(at: Place) -> dict[str, Any]:
     found = {"on the device": 2 * count / at.seconds(lambda: b.copy_(a)) / 1e9}
     if at.device.type == "cuda":
         host = torch.empty(count, dtype=torch.uint8, pin_memory=True)
-        found["from pinned memory"] = count / at.seconds(lambda: a.copy_(host, non_blocking=True)) / 1e9
-        found["to pinned memory"] = count / at.seconds(lambda: host.copy_(a, non_blocking=True)) / 1e9
+        found["from pinned memory"] = (
+            count / at.seconds(lambda: a.copy_(host, non_blocking=True)) / 1e9
+        )
+        found["to pinned memory"] = (
+            count / at.seconds(lambda: host.copy_(a, non_blocking=True)) / 1e9
+        )
     return found
 
 
 def decoded_bits(at: Place) -> dict[str, Any]:
-    """Values of NF4 that are decoded to other bits there than by plain torch on the CPU. Raises where there are any."""
+    """Values of NF4 that are decoded to other bits there than by plain torch on the CPU. Raises
+    where there are any."""
     found, shape = {}, (96, 160)
     for double in (False, True):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -98,7 +106,9 @@ def same_as_the_cpu(at: Place) -> dict[str, Any]:
     found: dict[str, Any] = {}
     ends = []
     for device in (torch.device("cpu"), at.device):
-        training = Training(random_model(TINY, torch.float32, torch.device("cpu")).to(device), rows=4, length=40)
+        training = Training(
+            random_model(TINY, torch.float32, torch.device("cpu")).to(device), rows=4, length=40
+        )
         found[device.type] = [training.step() for _ in range(3)]
         ends.append(training.values())
     worst = float((ends[0] - ends[1]).abs().max() / ends[0].abs().max())
@@ -107,7 +117,8 @@ def same_as_the_cpu(at: Place) -> dict[str, Any]:
 
 
 def resume_bits(at: Place) -> dict[str, Any]:
-    """A run of four steps, the same again, and one that goes on from its second step: bits of the adapter."""
+    """A run of four steps, the same again, and one that goes on from its second step: bits of the
+    adapter."""
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         base, rows = Path(scratch) / "base", Path(scratch) / "rows.jsonl"
@@ -130,7 +141,9 @@ def resume_bits(at: Place) -> dict[str, Any]:
                 show_answers=False,
             )
             for out in outs[:2]:
-                api.train_run(config.model_copy(update={"out": str(out)}), resume=False, screen=QuietScreen())
+                api.train_run(
+                    config.model_copy(update={"out": str(out)}), resume=False, screen=QuietScreen()
+                )
             shutil.copytree(outs[0], outs[2])
             for name in ("checkpoints/000004", "adapter"):
                 shutil.rmtree(outs[2] / name)
@@ -147,15 +160,21 @@ def digest(file: Path) -> str:
 
 
 def attention_of(
-    at: Place, prompt: int, lengths: tuple[int, ...], window: int | None = None, softcap: float | None = None
+    at: Place,
+    prompt: int,
+    lengths: tuple[int, ...],
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> dict[str, Any]:
-    """Packed attention forward and backward: flash kernels, or flex attention, beside the plain path, and all against
-    float32."""
+    """Packed attention forward and backward: flash kernels, or flex attention, beside the plain
+    path, and all against float32."""
     group = Group(prompt, lengths, at.device)
     rules = Rules(at.model.head**-0.5, window, softcap)
     dtype = torch.bfloat16 if at.device.type == "cuda" else torch.float32
     q, k, v, grad = attention_case(at.model, group.rows, dtype, at.device)
-    exact = run_attention(attention.plain_attention, [t.float() for t in (q, k, v, grad)], group, rules)
+    exact = run_attention(
+        attention.plain_attention, [t.float() for t in (q, k, v, grad)], group, rules
+    )
     paths = {"plain": attention.plain_attention}
     declined = flash.declined(q, k, v, group, rules)
     if declined is None:
@@ -168,11 +187,15 @@ def attention_of(
     for name, path in paths.items():
         ours = run_attention(path, [q, k, v, grad], group, rules)
         apart = [
-            float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in zip(ours, exact, strict=True)
+            float((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-6))
+            for a, b in zip(ours, exact, strict=True)
         ]
         found[name] = {
-            "milliseconds": 1000 * at.seconds(lambda path=path: run_attention(path, [q, k, v, grad], group, rules)),
-            "peak_bytes": at.peak_bytes(lambda path=path: run_attention(path, [q, k, v, grad], group, rules)),
+            "milliseconds": 1000
+            * at.seconds(lambda path=path: run_attention(path, [q, k, v, grad], group, rules)),
+            "peak_bytes": at.peak_bytes(
+                lambda path=path: run_attention(path, [q, k, v, grad], group, rules)
+            ),
             "apart_from_float32": dict(zip(("out", "dq", "dk", "dv"), apart, strict=True)),
         }
         assert max(apart) < 0.05, found
@@ -184,7 +207,9 @@ def largest_apart(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.float() - exact).abs().max() / exact.abs().max().clamp_min(1e-6))
 
 
-def run_attention(path: Any, tensors: list[torch.Tensor], group: Group, rules: Rules) -> list[torch.Tensor]:
+def run_attention(
+    path: Any, tensors: list[torch.Tensor], group: Group, rules: Rules
+) -> list[torch.Tensor]:
     *inputs, grad = tensors
     leaves = [each.detach().requires_grad_() for each in inputs]
     out = path(*leaves, group, rules)
@@ -194,7 +219,10 @@ def run_attention(path: Any, tensors: list[torch.Tensor], group: Group, rules: R
 def decode_rate(at: Place) -> dict[str, Any]:
     """GB/s of packed bytes read and dense ones written, by shape."""
     found = {}
-    for out, width in ((at.model.hidden, at.model.hidden), (at.model.feed_forward, at.model.hidden)):
+    for out, width in (
+        (at.model.hidden, at.model.hidden),
+        (at.model.feed_forward, at.model.hidden),
+    ):
         weight = moved(nf4.quantize(torch.randn(out, width).bfloat16()), at.device)
         dense = torch.empty(out, width, dtype=torch.bfloat16, device=at.device)
         blocks = weight.blocks
@@ -231,7 +259,9 @@ def gguf_kernels(at: Place) -> dict[str, Any]:
     """Blocks of every format to bf16: bits, and time beside plain torch."""
     found = {}
     for kind in gguf.FORMATS:
-        case = one_pass.gguf_case(kind, at.model.hidden, 256 * max(1, at.model.hidden // 256), at.device)
+        case = one_pass.gguf_case(
+            kind, at.model.hidden, 256 * max(1, at.model.hidden // 256), at.device
+        )
         found[kind] = one_pass.compared(case, at.seconds)
     return found
 
@@ -239,7 +269,10 @@ def gguf_kernels(at: Place) -> dict[str, Any]:
 def updates_kernels(at: Place) -> dict[str, Any]:
     """Rows with adapters of their own: an answer's single rows, and segments of unlike lengths."""
     lengths = {"64 single rows": [1] * 64, "16 segments": [3 + number for number in range(16)]}
-    cases = {name: one_pass.updates_case(each, at.model.hidden, drawn(at)) for name, each in lengths.items()}
+    cases = {
+        name: one_pass.updates_case(each, at.model.hidden, drawn(at))
+        for name, each in lengths.items()
+    }
     return {name: one_pass.compared(case, at.seconds) for name, case in cases.items()}
 
 
@@ -249,13 +282,20 @@ def compiled_by_torch(at: Place) -> dict[str, Any]:
     norm = one_pass.norm_case(rows, shape.hidden, draw)
     gate = one_pass.gate_case(rows, shape.feed_forward, draw, gelu=False)
     return {
-        "norm": one_pass.by_compiler(norm, lambda x, w: fused.rms_norm_reference(x, w, 1e-5), at.seconds),
+        "norm": one_pass.by_compiler(
+            norm, lambda x, w: fused.rms_norm_reference(x, w, 1e-5), at.seconds
+        ),
         "silu gate": one_pass.by_compiler(gate, fused.silu_gate_reference, at.seconds),
     }
 
 
 def training_step(
-    at: Place, *, quantize: bool = False, length: int | None = None, plain: bool = False, chunk: int | None = None
+    at: Place,
+    *,
+    quantize: bool = False,
+    length: int | None = None,
+    plain: bool = False,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
     """Tokens a second of whole steps, LoRA r 16: the loop's own."""
     long = length is not None
@@ -284,14 +324,19 @@ def traced_step(at: Place) -> dict[str, Any]:
     """Where one step's time goes: milliseconds by operation, the first 40."""
     from torch.profiler import ProfilerActivity, profile
 
-    training = Training(random_model(at.model, torch.bfloat16, at.device), rows=at.rows, length=at.length)
+    training = Training(
+        random_model(at.model, torch.bfloat16, at.device), rows=at.rows, length=at.length
+    )
     training.step()
     cuda = at.device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=kinds) as seen:
         training.step()
         at.wait()
-    own = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000) for e in seen.key_averages()]
+    own = [
+        (e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000)
+        for e in seen.key_averages()
+    ]
     return {"milliseconds": dict(sorted(own, key=lambda each: -each[1])[:40])}
 
 
@@ -314,7 +359,9 @@ def waits_of_a_step(at: Place) -> dict[str, Any]:
     return {"waits": sum("synchroniz" in str(each.message) for each in told)}
 
 
-def answers_of(at: Place, *, rows: int, adapters: int = 0, quantize: bool = False) -> dict[str, Any]:
+def answers_of(
+    at: Place, *, rows: int, adapters: int = 0, quantize: bool = False
+) -> dict[str, Any]:
     """Tokens a second of answers, each step a graph, and launched call by call."""
     model = random_model(at.model, torch.bfloat16, at.device, quantize=quantize)
     asked = Answers(model, adapters=adapters)
@@ -323,10 +370,13 @@ def answers_of(at: Place, *, rows: int, adapters: int = 0, quantize: bool = Fals
 
 
 def graph_bits(at: Place) -> dict[str, Any]:
-    """A tiny model's answers as graphs and call by call. Raises where a step is refused, or answers differ much."""
+    """A tiny model's answers as graphs and call by call. Raises where a step is refused, or answers
+    differ much."""
     found = {}
     for name, adapters, quantize in (("base", 0, False), ("adapters", 2, False), ("nf4", 1, True)):
-        asked = Answers(random_model(TINY, torch.float32, at.device, quantize=quantize), adapters=adapters)
+        asked = Answers(
+            random_model(TINY, torch.float32, at.device, quantize=quantize), adapters=adapters
+        )
         with torch.no_grad():
             found[name] = asked.compared(rows=6, prompt=20, steps=12, wait=at.wait)
         assert not found[name]["graphs"]["refused"], found
@@ -337,7 +387,8 @@ def graph_bits(at: Place) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Item:
-    """most_seconds: after which it is ended. needs: a package without which it is passed over, said as such."""
+    """most_seconds: after which it is ended. needs: a package without which it is passed over, said
+    as such."""
 
     name: str
     run: Callable[[Place], dict[str, Any]]
@@ -351,7 +402,8 @@ class Item:
 
 
 def items(at: Place) -> list[Item]:
-    """In the order in which they are run: what a rented hour is paid for comes before what explains it."""
+    """In the order in which they are run: what a rented hour is paid for comes before what explains
+    it."""
     long, short = at.rows * at.length, at.length // 8
     documents = (short,) * (64 if at.device.type == "cuda" else 3)
     rows = (at.length,) * at.rows
@@ -366,20 +418,44 @@ def items(at: Place) -> list[Item]:
         Item("3.1 lora step", training_step, 180),
         Item("3.2 qlora step", lambda at: training_step(at, quantize=True), 180),
         Item("3.3 peft step", peft_step, 180, "peft"),
-        Item("3.4 peft step over bitsandbytes", lambda at: peft_step(at, quantize=True), 180, "bitsandbytes"),
+        Item(
+            "3.4 peft step over bitsandbytes",
+            lambda at: peft_step(at, quantize=True),
+            180,
+            "bitsandbytes",
+        ),
         Item("3.5 unsloth step", unsloth_step, 180, "unsloth"),
-        Item("3.6 unsloth step in four bits", lambda at: unsloth_step(at, quantize=True), 180, "unsloth"),
+        Item(
+            "3.6 unsloth step in four bits",
+            lambda at: unsloth_step(at, quantize=True),
+            180,
+            "unsloth",
+        ),
         Item("4.1 answers, one", lambda at: answers_of(at, rows=1)),
         Item("4.2 answers, 32", lambda at: answers_of(at, rows=32)),
-        Item("4.3 answers, 32 of the base and 7 adapters", lambda at: answers_of(at, rows=32, adapters=7)),
+        Item(
+            "4.3 answers, 32 of the base and 7 adapters",
+            lambda at: answers_of(at, rows=32, adapters=7),
+        ),
         Item("4.4 answers, one in four bits", lambda at: answers_of(at, rows=1, quantize=True)),
         Item("5.1 attention, one document", lambda at: attention_of(at, 0, (long,))),
         Item("5.2 attention, rows of the step", lambda at: attention_of(at, 0, rows)),
-        Item("5.3 attention, many behind a prompt", lambda at: attention_of(at, at.length // 2, documents)),
+        Item(
+            "5.3 attention, many behind a prompt",
+            lambda at: attention_of(at, at.length // 2, documents),
+        ),
         Item("5.4 attention, a window", lambda at: attention_of(at, 0, rows, at.length // 4)),
-        Item("5.5 attention, a window and a prompt", lambda at: attention_of(at, short, documents, short // 2 + 1)),
-        Item("5.6 attention, a soft cap", lambda at: attention_of(at, short, documents, None, 50.0)),
-        Item("5.7 attention, a soft cap and a window", lambda at: attention_of(at, 0, rows, at.length // 4, 50.0)),
+        Item(
+            "5.5 attention, a window and a prompt",
+            lambda at: attention_of(at, short, documents, short // 2 + 1),
+        ),
+        Item(
+            "5.6 attention, a soft cap", lambda at: attention_of(at, short, documents, None, 50.0)
+        ),
+        Item(
+            "5.7 attention, a soft cap and a window",
+            lambda at: attention_of(at, 0, rows, at.length // 4, 50.0),
+        ),
         Item("6.1 decode rate", decode_rate),
         Item("6.2 norm, gates, rotation, dropout", one_pass_kernels),
         Item("6.3 loss from logits", entropy_kernel),
@@ -388,7 +464,13 @@ def items(at: Place) -> list[Item]:
         Item("6.6 torch.compile beside the kernels", compiled_by_torch),
         Item("7.1 lora step, traced", traced_step, 180),
         Item("7.2 lora step, plain attention", lambda at: training_step(at, plain=True), 180),
-        Item("7.3 lora step, loss in chunks of 4,096", lambda at: training_step(at, chunk=4096), 180),
-        Item("7.4 qlora step, one long row", lambda at: training_step(at, quantize=True, length=at.long), 180),
+        Item(
+            "7.3 lora step, loss in chunks of 4,096", lambda at: training_step(at, chunk=4096), 180
+        ),
+        Item(
+            "7.4 qlora step, one long row",
+            lambda at: training_step(at, quantize=True, length=at.long),
+            180,
+        ),
         Item("7.5 bits repeated and resumed", resume_bits),
     ]

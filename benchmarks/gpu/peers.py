@@ -1,4 +1,5 @@
-"""Steps of others over the same rows: PEFT, over transformers' model or bitsandbytes' layers, and Unsloth."""
+"""Steps of others over the same rows: PEFT, over transformers' model or bitsandbytes' layers, and
+Unsloth."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from steps import random_model, write_tokenizer
 
 
 def peft_step(at: Place, *, quantize: bool = False) -> dict[str, Any]:
-    """The same rows and rank by PEFT over transformers' model: as packed as rows can be, all being equally long.
-    quantize: its linear layers held by bitsandbytes."""
+    """The same rows and rank by PEFT over transformers' model: as packed as rows can be, all being
+    equally long. quantize: its linear layers held by bitsandbytes."""
     import peft
 
     model = random_model(at.model, torch.bfloat16, at.device).requires_grad_(False)
@@ -32,10 +33,18 @@ def by_bitsandbytes(model: torch.nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and path != "lm_head":
             held = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, False, torch.bfloat16, True, "nf4", device="meta"
+                module.in_features,
+                module.out_features,
+                False,
+                torch.bfloat16,
+                True,
+                "nf4",
+                device="meta",
             )
             weight = module.weight.detach().cpu()
-            held.weight = bitsandbytes.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True)
+            held.weight = bitsandbytes.nn.Params4bit(
+                weight, False, quant_type="nf4", compress_statistics=True
+            )
             model.set_submodule(path, held.to(module.weight.device))
 
 
@@ -73,6 +82,11 @@ def unsloth_step(at: Place, *, quantize: bool = False) -> dict[str, Any]:
         )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     tuned = unsloth.FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=32, lora_dropout=0, target_modules=targets, use_gradient_checkpointing=False
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        target_modules=targets,
+        use_gradient_checkpointing=False,
     )
     return {**stepped(at, tuned), "versions": {"unsloth": version("unsloth")}}

@@ -13,7 +13,8 @@ from steps import TINY, Shape
 
 @dataclass(frozen=True)
 class Place:
-    """device, and the sizes that fit it. peak: dense bf16 FLOP a second that its maker names; None: unknown."""
+    """device, and the sizes that fit it. peak: dense bf16 FLOP a second that its maker names; None:
+    unknown."""
 
     device: torch.device
     model: Shape
@@ -50,7 +51,14 @@ class Place:
 
 
 EIGHT_BILLION = Shape(128_256, 4096, 14_336, 32, 32, 8)
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "5090": 210e12}
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "5090": 210e12,
+}
 
 
 def place(*, trial: bool) -> Place:

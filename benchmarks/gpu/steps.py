@@ -72,7 +72,9 @@ class Shape:
 TINY = Shape(256, 64, 96, 2, 4, 2)
 
 
-def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, *, quantize: bool = False) -> PreTrainedModel:
+def random_model(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, quantize: bool = False
+) -> PreTrainedModel:
     """Frozen, in eval mode. quantize: its linear layers but the head in NF4."""
     torch.manual_seed(0)
     with device:
@@ -100,12 +102,19 @@ def attention_case(
 class Training:
     """LoRA over `model`: the loop of a run, its rows all of one length and alike in nothing."""
 
-    def __init__(self, model: PreTrainedModel, *, rows: int, length: int, checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, rows: int, length: int, checkpointing: bool = False
+    ) -> None:
         self.config, self.dtype, self.quantized = model.config, model.dtype, _packed(model)
         self.paths = prepare(model)
         routing = Routing()
         attachment = attach(
-            model, METHOD, name="a", routing=routing, head=model.get_output_embeddings(), idle=self.paths.idle
+            model,
+            METHOD,
+            name="a",
+            routing=routing,
+            head=model.get_output_embeddings(),
+            idle=self.paths.idle,
         )
         routing.active = (("a", 1.0),)
         self.rows = _rows(rows, length, model.config.vocab_size)
@@ -145,7 +154,10 @@ class Training:
 
     def step(self) -> float:
         """Its loss."""
-        with fused(self.model, self.one_pass), checkpointed(self.model, self.routing, on=self.checkpointing):
+        with (
+            fused(self.model, self.one_pass),
+            checkpointed(self.model, self.routing, on=self.checkpointing),
+        ):
             self.loop._step(timed=False)
         return float(self.records[-1]["loss"])
 
@@ -153,11 +165,13 @@ class Training:
         return self.flat.values.detach().cpu().double()
 
     def flops_per_step(self) -> float:
-        """Of products and attention, forward and backward: 4 per frozen weight and row, 6 per trained one; what is
-        computed anew is not counted."""
+        """Of products and attention, forward and backward: 4 per frozen weight and row, 6 per
+        trained one; what is computed anew is not counted."""
         head = self.model.get_output_embeddings()
         rows = sum(len(row.ids) for row in self.rows)
-        linear = [f for m in self.model.modules() if m is not head and (f := frozen_linear(m)) is not None]
+        linear = [
+            f for m in self.model.modules() if m is not head and (f := frozen_linear(m)) is not None
+        ]
         weights = sum(f.in_features * f.out_features for f in linear)
         config = self.config
         width = config.num_attention_heads * config.head_dim
@@ -200,6 +214,11 @@ def write_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters[: TINY.vocabulary])}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = Tokenizer(
+        models.BPE({letter: n for n, letter in enumerate(letters[: TINY.vocabulary])}, [])
+    )
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[0]).save_pretrained(folder)

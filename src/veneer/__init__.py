@@ -61,7 +61,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'veneer' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'veneer' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
@@ -71,7 +73,8 @@ class _Surface(ModuleType):
     """Keeps `veneer.train` the function, whatever was imported before.
 
     Importing the package veneer/train binds it here under the same name, as Python does with every
-    package inside another; the function must win. `from veneer.train.loop import ...` is not touched.
+    package inside another; the function must win. `from veneer.train.loop import ...` is not
+    touched.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,5 @@
-"""What notebooks and the command line call. Everything here composes the rooms below; nothing computes.
+"""What notebooks and the command line call. Everything here composes the rooms below; nothing
+computes.
 
 base    = veneer.load("smollm2-135m")
 adapter = base.attach(veneer.LoRA(rank=16), name="tickets")
@@ -75,20 +76,23 @@ def load(
     keep_dense: Sequence[str] = (),
     library: Library | str | Path | None = None,
 ) -> Base:
-    """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named default.
+    """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named
+    default.
 
-    dtype auto keeps the type the weights are stored in, or takes float32 on a CPU whose products in that type are slow
-    (base.compute says which and why); stored keeps it always. device auto takes a GPU if there is one.
-    quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); keep_dense names
-    modules that stay as they are stored.
-    library is where Base.use finds adapters that are not loaded yet.
+    dtype auto keeps the type the weights are stored in, or takes float32 on a CPU whose products in
+    that type are slow (base.compute says which and why); stored keeps it always. device auto takes
+    a GPU if there is one. quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of
+    a .gguf file (gguf); keep_dense names modules that stay as they are stored. library is where
+    Base.use finds adapters that are not loaded yet.
     """
     if not isinstance(source, str | Path):
         raise ConfigError(f"a base is named by text or a path, and this is {source!r}")
     if not (library is None or isinstance(library, Library | str | Path)):
         raise ConfigError(f"library is {library!r}, and takes a folder or a Library")
     kept = [keep_dense] if isinstance(keep_dense, str) else keep_dense
-    loaded = load_base(str(source), dtype=dtype, device=device, quantize=quantize, keep_dense=kept, own_pages=True)
+    loaded = load_base(
+        str(source), dtype=dtype, device=device, quantize=quantize, keep_dense=kept, own_pages=True
+    )
     return Base(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -104,10 +108,12 @@ def load(
 
 
 def write_quantized(base: Base, out: str | Path) -> WrittenBase:
-    """A base held as nf4 or fp4 as a folder that transformers with bitsandbytes loads. ConfigError for another base."""
+    """A base held as nf4 or fp4 as a folder that transformers with bitsandbytes loads. ConfigError
+    for another base."""
     if base.compute.widens and base.compute.times is not None:
         raise ConfigError(
-            f"{base.source} was widened to float32 for speed: what stays dense would be written in twice the bytes",
+            f"{base.source} was widened to float32 for speed: what stays dense would be written in"
+            " twice the bytes",
             next_step="Load it with dtype stored to write it.",
         )
     return write_packed(base, out)
@@ -124,15 +130,22 @@ def train_run(
 
     rows: files of rows that are written into its folder first, by name.
 
-    With torchrun's variables in the environment this is one process of several (train/world.py): all compute what the
-    leader, rank 0, was given, and None is enough for the others.
+    With torchrun's variables in the environment this is one process of several (train/world.py):
+    all compute what the leader, rank 0, was given, and None is enough for the others.
     """
     with joined() as world:
-        settings, given = world.shared(None if config is None else [config.model_dump(mode="json"), given_of(config)])
+        settings, given = world.shared(
+            None if config is None else [config.model_dump(mode="json"), given_of(config)]
+        )
         asked = with_given(RunConfig.model_validate(settings), given) if config is None else config
         if asked.model_dump(mode="json") != settings:
-            raise ConfigError("the processes of this run were given different settings", next_step="Give all the same.")
-        summary = run_training(asked, resume=resume, screen=screen, plan=planned, world=world, rows=rows)
+            raise ConfigError(
+                "the processes of this run were given different settings",
+                next_step="Give all the same.",
+            )
+        summary = run_training(
+            asked, resume=resume, screen=screen, plan=planned, world=world, rows=rows
+        )
         if world.leads:
             write_report(Path(asked.out))
             screen.end(summary)
@@ -140,7 +153,8 @@ def train_run(
 
 
 def given_of(config: RunConfig) -> list[str]:
-    """The method's settings that somebody gave, which an adapter that goes on takes in place of its own."""
+    """The method's settings that somebody gave, which an adapter that goes on takes in place of its
+    own."""
     return sorted(config.method.model_fields_set)
 
 
@@ -151,13 +165,16 @@ def with_given(config: RunConfig, given: Sequence[str]) -> RunConfig:
 
 
 def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]:
-    """The run, changed by the shortest list of changes that makes it fit, and what was changed, in words.
+    """The run, changed by the shortest list of changes that makes it fit, and what was changed, in
+    words.
 
     Raises DoesNotFitError where no change helps.
     """
     if config.from_adapter:
         step = "Leave --fit out, and change micro_batch, length or checkpointing yourself."
-        raise ConfigError("a run that goes on from an adapter is not changed so that it fits", next_step=step)
+        raise ConfigError(
+            "a run that goes on from an adapter is not changed so that it fits", next_step=step
+        )
     return fitted(config, run_rows(config), memory_bytes, world_of(os.environ).size)
 
 
@@ -192,7 +209,8 @@ def check_data(
     variables: Mapping[str, Any] | None = None,
     columns: Mapping[str, str | None] | None = None,
 ) -> tuple[DataSet, Any]:
-    """What would be trained on and held out, with its report, and the tokenizer to show it with. Loads no weights."""
+    """What would be trained on and held out, with its report, and the tokenizer to show it with.
+    Loads no weights."""
     tokenizer, config = load_tokenizer(base)
     fields = DataConfig.of(
         {
@@ -211,7 +229,9 @@ def check_data(
         tokenizer=tokenizer,
         preamble=Preamble(variables=variables or {}),
     )
-    found.report.problems.extend(grouped(look_closer(data, found.train_rows, found.validation_rows)))
+    found.report.problems.extend(
+        grouped(look_closer(data, found.train_rows, found.validation_rows))
+    )
     return found, tokenizer
 
 
@@ -237,15 +257,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
 
-    data is what a set is called, or the rows themselves, each a dict. They are asked as what acts was trained
-    (base.preamble), unless system or variables say otherwise, as for generate.
-    What else can be asked, and what comes back: evaluate/evaluation.py. A metric is a name, `regex:PATTERN`, or a
-    function (answer, references) -> number.
+    data is what a set is called, or the rows themselves, each a dict. They are asked as what acts
+    was trained (base.preamble), unless system or variables say otherwise, as for generate. What
+    else can be asked, and what comes back: evaluate/evaluation.py. A metric is a name,
+    `regex:PATTERN`, or a function (answer, references) -> number.
     """
-    check_numbers(length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch))
+    check_numbers(
+        length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch)
+    )
     if not isinstance(base, FrozenBase):
         step = "veneer.evaluate(veneer.load(…), rows), or run.evaluate(rows)."
-        raise ConfigError(f"evaluate takes a loaded base, and this is a {type(base).__name__}", next_step=step)
+        raise ConfigError(
+            f"evaluate takes a loaded base, and this is a {type(base).__name__}", next_step=step
+        )
     with base.routing.held():  # a switch by another thread is for what comes after it
         preamble = base.preamble.asked(system, variables)
         choices = Choices(
@@ -261,10 +285,21 @@ def evaluate(
         capacity, tokenizer = capacity_of(base), base.acting_tokenizer
         with as_set(data) as named:
             fields = DataConfig.of(
-                {"train": named, "validation_share": 0.0, "format": format, "train_on": train_on, "map": columns or {}}
+                {
+                    "train": named,
+                    "validation_share": 0.0,
+                    "format": format,
+                    "train_on": train_on,
+                    "map": columns or {},
+                }
             )
             loaded = load_data(
-                fields, length=length, capacity=capacity, tokenizer=tokenizer, preamble=preamble, purpose="evaluated"
+                fields,
+                length=length,
+                capacity=capacity,
+                tokenizer=tokenizer,
+                preamble=preamble,
+                purpose="evaluated",
             )
         rows, examples = list(loaded.train_rows), list(loaded.train)
         if is_rows(data):
@@ -276,7 +311,9 @@ def evaluate(
             refuse_beyond("this cannot be computed", examples, capacity, tokenizer)
             return example_nats(base.model, paths, examples, batch=batch)
 
-        return Evaluation(evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress))
+        return Evaluation(
+            evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
+        )
 
 
 def merge(
@@ -295,13 +332,20 @@ def merge(
     check_logits: bool = True,
     force_base: bool = False,
 ) -> MergeReport:
-    """Merge adapter folders, each with its weight, into their base and write it as a folder; see merge/folder.py."""
+    """Merge adapter folders, each with its weight, into their base and write it as a folder; see
+    merge/folder.py."""
     rows = None
     if data is not None:
         fields = DataConfig.of({"train": data, "validation_share": 0.0})
         tokenizer, config = load_tokenizer(base)
         capacity = configured_capacity(config)
-        loaded = load_data(fields, length=2048, capacity=capacity, tokenizer=tokenizer, purpose="used for the check")
+        loaded = load_data(
+            fields,
+            length=2048,
+            capacity=capacity,
+            tokenizer=tokenizer,
+            purpose="used for the check",
+        )
         rows = [example.ids.tolist() for example in loaded.train]
     return merge_adapters(
         base,
@@ -338,7 +382,9 @@ def extract(
     check_logits: bool = True,
 ) -> ExtractReport:
     """Make an adapter folder out of a fully fine-tuned model and its base; see merge/extract.py."""
-    return extract_adapter(base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits)
+    return extract_adapter(
+        base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits
+    )
 
 
 def compare(
@@ -361,15 +407,23 @@ def compare(
     say: Callable[[str], None] | None = None,
     place: Place | None = None,
 ) -> dict[str, Any]:
-    """Methods side by side: the content of comparison.json (docs/format.md); compare/plan.py says what is chosen.
+    """Methods side by side: the content of comparison.json (docs/format.md); compare/plan.py says
+    what is chosen.
 
     candidates   names of methods, over `base` and `data`; or (name, settings) each
     place        where runs are computed: processes of this machine, or OnRay (compare/ray_place.py)
     """
     chosen = [
-        Candidate(each, RunConfig.of({"base": base or "", "data": data or "", "method": each, "out": str(out)}))
-        if isinstance(each, str)
-        else Candidate(*each)
+        (
+            Candidate(
+                each,
+                RunConfig.of(
+                    {"base": base or "", "data": data or "", "method": each, "out": str(out)}
+                ),
+            )
+            if isinstance(each, str)
+            else Candidate(*each)
+        )
         for each in candidates
     ]
     if not chosen:
@@ -378,7 +432,10 @@ def compare(
     with held(Path(out)):  # one comparison at a time: two would take each other's rows and runs
         train, held_out = first.data.train, validation or first.data.validation
         if not isinstance(train, str) or not (held_out is None or isinstance(held_out, str)):
-            raise ConfigError("methods are compared on one set of rows, and several are given", next_step="Name one.")
+            raise ConfigError(
+                "methods are compared on one set of rows, and several are given",
+                next_step="Name one.",
+            )
         rows = prepare_rows(train, held_out, test, first.data.format, Path(out), first.data.map)
         comparison = Comparison(
             [each.over(rows) for each in chosen],

@@ -1,8 +1,10 @@
-"""The Base that people hold: a FrozenBase with what the rooms above it add: adapters made, named, loaded, merged, used.
+"""The Base that people hold: a FrozenBase with what the rooms above it add: adapters made, named,
+loaded, merged, used.
 
-There is one Base. FrozenBase (models/frozen_base.py) is the part of it that those rooms themselves take: the model, and
-what sits on it. So taking an adapter away (`detach`) stands there and making one (`attach`) here: that begins with what
-the base computes, and tells the pool. Everything here composes; nothing computes.
+There is one Base. FrozenBase (models/frozen_base.py) is the part of it that those rooms themselves
+take: the model, and what sits on it. So taking an adapter away (`detach`) stands there and making
+one (`attach`) here: that begins with what the base computes, and tells the pool. Everything here
+composes; nothing computes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,7 +61,9 @@ class Base(FrozenBase):
     _pool: Pool = field(init=False, repr=False)
     _merged: Merged | None = field(default=None, init=False, repr=False)
 
-    def __reduce__(self) -> Any:  # of copy, deepcopy and pickle, and so of what hands a base to another process
+    def __reduce__(
+        self,
+    ) -> Any:  # of copy, deepcopy and pickle, and so of what hands a base to another process
         raise ConfigError(
             "a base is neither copied nor pickled: its adapters and locks are this object's own",
             next_step="Load it again where another one is needed: veneer.load(base.source).",
@@ -70,8 +74,12 @@ class Base(FrozenBase):
         self._pool = Pool(self, lambda: self.library, self._unmerged)
 
     def _repr_html_(self) -> str:
-        held = str(self.dtype).removeprefix("torch.") + (f", {self.quantize}" if self.quantize else "")
-        acting = ", ".join(adapter.name for adapter in self.routing.acting.adapters) or "the base alone"
+        held = str(self.dtype).removeprefix("torch.") + (
+            f", {self.quantize}" if self.quantize else ""
+        )
+        acting = (
+            ", ".join(adapter.name for adapter in self.routing.acting.adapters) or "the base alone"
+        )
         facts = [
             ("parameters", millions(self.model.num_parameters())),
             ("held as", f"{held} on {self.device}"),
@@ -82,16 +90,19 @@ class Base(FrozenBase):
 
     @property
     def adapter_budget_bytes(self) -> int | None:
-        """Bytes of all loaded adapters together; beyond them those from the library go that were not used for
-        longest, unless they act, are pinned or were changed. None: no bound."""
+        """Bytes of all loaded adapters together; beyond them those from the library go that were
+        not used for longest, unless they act, are pinned or were changed. None: no bound."""
         return self._pool.budget_bytes
 
     @adapter_budget_bytes.setter
     def adapter_budget_bytes(self, limit: int | None) -> None:
         self._pool.budget_bytes = limit
 
-    def attach(self, config: AdapterConfig, *, name: str, seed: int = 0, new_tokens: Sequence[str] = ()) -> Attachment:
-        """A fresh adapter; it acts once `use(name)` is called. new_tokens: texts that become tokens of its own.
+    def attach(
+        self, config: AdapterConfig, *, name: str, seed: int = 0, new_tokens: Sequence[str] = ()
+    ) -> Attachment:
+        """A fresh adapter; it acts once `use(name)` is called. new_tokens: texts that become tokens
+        of its own.
 
         ConfigError: its settings match nothing; one of the texts is a token already.
         """
@@ -101,13 +112,20 @@ class Base(FrozenBase):
         _ = self.paths
         with self.routing.none():
             tokens = bring(self.tokenizer, new_tokens, rows=capacity_of(self).tokens)
-        return self._pool.adopt(lambda: begin(self, config, name=name, seed=seed, tokens=tokens).attachment)
+        return self._pool.adopt(
+            lambda: begin(self, config, name=name, seed=seed, tokens=tokens).attachment
+        )
 
-    def load_adapter(self, named: str | Path, *, name: str | None = None, force_base: bool = False) -> str:
-        """Read an adapter (ours or PEFT's) and put it beside the base; returns its name. It does not act yet.
+    def load_adapter(
+        self, named: str | Path, *, name: str | None = None, force_base: bool = False
+    ) -> str:
+        """Read an adapter (ours or PEFT's) and put it beside the base; returns its name. It does
+        not act yet.
 
-        named   as --adapter takes it: an adapter's folder, a run's, or a name in the library (NAME, NAME@2)
-        AdapterMismatchError: it was made for another base (force_base overrides a fingerprint, never a shape).
+        named   as --adapter takes it: an adapter's folder, a run's, or a name in the library (NAME,
+                NAME@2)
+        AdapterMismatchError: it was made for another base (force_base overrides a fingerprint,
+            never a shape).
         SourceError: there is no such adapter.
         """
         if not isinstance(named, str | Path):
@@ -125,21 +143,27 @@ class Base(FrozenBase):
         return chosen
 
     def use(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> None:
-        """Let one adapter act, several with weights, or none: the base alone, bit for bit. A pointer change.
+        """Let one adapter act, several with weights, or none: the base alone, bit for bit. A
+        pointer change.
 
-        A name that is not loaded is read from the library (also `name@2`, `name@tag`), and stays the version that it
-        was then. Forwards in progress end with what they began with. ConfigError: unknown, with the nearest name.
+        A name that is not loaded is read from the library (also `name@2`, `name@tag`), and stays
+        the version that it was then. Forwards in progress end with what they began with.
+        ConfigError: unknown, with the nearest name.
         """
         self._pool.activate(self._active(name, weights))
 
     @contextmanager
-    def using(self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None) -> Iterator[None]:
-        """`use` within a block and for this thread alone; afterwards what acted before acts again."""
+    def using(
+        self, name: str | Sequence[str] | None, weights: Sequence[float] | None = None
+    ) -> Iterator[None]:
+        """`use` within a block and for this thread alone; afterwards what acted before acts
+        again."""
         with self._pool.holding(self._active(name, weights)):
             yield
 
     def pin(self, *names: str) -> None:
-        """Keep these loaded whatever the budget, loading them from the library where they are not."""
+        """Keep these loaded whatever the budget, loading them from the library where they are
+        not."""
         self._pool.ready(names)
         self._pool.pin(names, pinned=True)
 
@@ -147,7 +171,13 @@ class Base(FrozenBase):
         self._pool.pin(names, pinned=False)
 
     def _active(self, name: str | Sequence[str] | None, weights: Sequence[float] | None) -> Active:
-        names = [] if name is None else [name] if not isinstance(name, Iterable) or isinstance(name, str) else [*name]
+        names = (
+            []
+            if name is None
+            else [name]
+            if not isinstance(name, Iterable) or isinstance(name, str)
+            else [*name]
+        )
         for each in names:
             if not isinstance(each, str):
                 raise _no_name(each)
@@ -155,29 +185,37 @@ class Base(FrozenBase):
             self._unmerged()
         if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
             raise ConfigError(
-                f"weights is {weights!r}, and takes one for each adapter", next_step="For instance [0.5]."
+                f"weights is {weights!r}, and takes one for each adapter",
+                next_step="For instance [0.5].",
             )
         weights = None if weights is None else [*weights]
         check_weights(weights or ())
         if weights is not None and len(weights) != len(names):
-            raise ConfigError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each")
+            raise ConfigError(
+                f"{len(names)} adapters and {len(weights)} weights: give one weight for each"
+            )
         return tuple(zip(names, weights or [1.0] * len(names), strict=True))
 
     def _unmerged(self) -> None:
-        """ConfigError while an adapter is merged: what is put beside the base then would take its weights for the
-        base's."""
+        """ConfigError while an adapter is merged: what is put beside the base then would take its
+        weights for the base's."""
         if self._merged is not None:
-            raise ConfigError("an adapter is merged into the base's weights", next_step="Call unmerge() first.")
+            raise ConfigError(
+                "an adapter is merged into the base's weights", next_step="Call unmerge() first."
+            )
 
     def merge(self, name: str | Sequence[str], weights: Sequence[float] | None = None) -> None:
-        """Fold adapters into the weights, for inference without their cost; the originals are kept for unmerge().
+        """Fold adapters into the weights, for inference without their cost; the originals are kept
+        for unmerge().
 
-        Until then no adapter acts beside the base. RefusedError over quantised weights, ConfigError while the base
-        is in use: everything is as it was then, and what acted acts.
+        Until then no adapter acts beside the base. RefusedError over quantised weights, ConfigError
+        while the base is in use: everything is as it was then, and what acted acts.
         """
         wanted = self._active(name, weights)
         if not wanted:
-            raise ConfigError("no adapter is named that could be merged", next_step="For instance merge('name').")
+            raise ConfigError(
+                "no adapter is named that could be merged", next_step="For instance merge('name')."
+            )
         self._pool.ready(n for n, _ in wanted)
         self._idle("merge")
         merged = merged_weights(self.model, [(self.attachments[n], weight) for n, weight in wanted])
@@ -196,7 +234,8 @@ class Base(FrozenBase):
             )
 
     def unmerge(self) -> None:
-        """Put the base's own weights back: the same tensors, so every bit. Nothing happens where none is merged."""
+        """Put the base's own weights back: the same tensors, so every bit. Nothing happens where
+        none is merged."""
         if self._merged is not None:
             with self.routing.lock:
                 self._idle("unmerge")
@@ -242,22 +281,35 @@ class Base(FrozenBase):
         variables: Mapping[str, Any] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer | list[Answer]:
-        """The answer to a user's sentence or to chat messages; of a list of them the answers, computed together.
+        """The answer to a user's sentence or to chat messages; of a list of them the answers,
+        computed together.
 
-        on_text gets the text of a single one as it grows, piece by piece.
-        It is asked as what acts was trained: with the system turn of all its rows, unless the messages have one, and
-        what their template was told. system and variables say otherwise; "" is no system turn, None no variable.
+        on_text gets the text of a single one as it grows, piece by piece. It is asked as what acts
+        was trained: with the system turn of all its rows, unless the messages have one, and what
+        their template was told. system and variables say otherwise; "" is no system turn, None no
+        variable.
         """
         _check_asked(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
         if system is not None and not isinstance(system, str):
-            raise ConfigError(f"system is {_kind(system)}, not text", next_step='Give a text; "" is no system turn.')
+            raise ConfigError(
+                f"system is {_kind(system)}, not text",
+                next_step='Give a text; "" is no system turn.',
+            )
         if variables is not None and not isinstance(variables, Mapping):
-            raise ConfigError(f"variables is {_kind(variables)}, not a dict", next_step="Give them as {name: value}.")
+            raise ConfigError(
+                f"variables is {_kind(variables)}, not a dict",
+                next_step="Give them as {name: value}.",
+            )
         asked_for: Any = prompt if isinstance(prompt, str) else _listed(prompt)
-        several = not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in asked_for)
+        several = not isinstance(prompt, str) and not any(
+            isinstance(each, Mapping) for each in asked_for
+        )
         prompts: Sequence[Any] = asked_for if several else [asked_for]
         if several and on_text is not None:
-            raise ConfigError("on_text is given, and several prompts", next_step="Ask one at a time to read along.")
+            raise ConfigError(
+                "on_text is given, and several prompts",
+                next_step="Ask one at a time to read along.",
+            )
 
         def say(text: str) -> None:
             if on_text is not None and text:
@@ -293,7 +345,9 @@ class Base(FrozenBase):
             if not isinstance(prompt, str):
                 raise ConfigError("this base has no chat template: give the prompt as a string")
             if preamble:
-                raise ConfigError("this base has no chat template: it takes neither a system turn nor variables")
+                raise ConfigError(
+                    "this base has no chat template: it takes neither a system turn nor variables"
+                )
             return list(self.acting_tokenizer(prompt)["input_ids"])
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -309,7 +363,9 @@ def _conversation(prompt: Any) -> list[dict[str, Any]]:
     try:
         return to_conversation([dict(message) for message in messages], None)[0]
     except RowFault as fault:
-        raise ConfigError("the messages are no conversation", [fault.message], fault.next_step) from None
+        raise ConfigError(
+            "the messages are no conversation", [fault.message], fault.next_step
+        ) from None
 
 
 def _listed(prompt: Any) -> list[Any]:
@@ -319,13 +375,18 @@ def _listed(prompt: Any) -> list[Any]:
 
 
 def _no_prompt(found: object) -> ConfigError:
-    step = "Give a text, or a list of messages: [{'role': 'user', 'content': '…'}]; several as a list of such."
+    step = (
+        "Give a text, or a list of messages: [{'role': 'user', 'content': '…'}]; several as a list"
+        " of such."
+    )
     return ConfigError(f"a prompt is {_kind(found)}, and no text or conversation", next_step=step)
 
 
 def _check_asked(**numbers: object) -> None:
     if missing := [name for name, value in numbers.items() if value is None]:
-        raise ConfigError(f"{', '.join(missing)} is None, not a number", next_step="Leave it out for the default.")
+        raise ConfigError(
+            f"{', '.join(missing)} is None, not a number", next_step="Leave it out for the default."
+        )
 
 
 def _check_name(name: object) -> None:
@@ -334,11 +395,19 @@ def _check_name(name: object) -> None:
 
 
 def _no_name(name: object) -> ConfigError:
-    step = f"Give its name: {name.name!r}." if isinstance(name, Attachment) else "For instance 'tickets'."
+    step = (
+        f"Give its name: {name.name!r}."
+        if isinstance(name, Attachment)
+        else "For instance 'tickets'."
+    )
     return ConfigError(f"an adapter is named by text, and this is {_kind(name)}", next_step=step)
 
 
 def _kind(value: object) -> str:
     if value is None or value == "":
         return "None" if value is None else "empty"
-    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+    return (
+        f"the class {value.__name__}"
+        if isinstance(value, type)
+        else f"of type {type(value).__name__}"
+    )

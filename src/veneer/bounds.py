@@ -1,11 +1,14 @@
-"""The bounds of every number that a person gives: run files, flags and Python arguments all read them here.
+"""The bounds of every number that a person gives: run files, flags and Python arguments all read
+them here.
 
-    field: Annotated[int, RANK] = 16              in a pydantic model: a number outside is one fault, in words
+    field: Annotated[int, RANK] = 16
+        in a pydantic model: a number outside is one fault, in words
     parser.add_argument("--rank", type=RANK)      on the command line
     check_numbers(rank=(RANK, rank), seed=(SEED, seed))   in a function
 
-Nothing is infinite, nothing is not a number, and True is no 1. The ends are generous: they refuse what cannot be meant
-(a slip of the keyboard, an overflow), not what is unusual. Loads neither torch nor pydantic.
+Nothing is infinite, nothing is not a number, and True is no 1. The ends are generous: they refuse
+what cannot be meant (a slip of the keyboard, an overflow), not what is unusual. Loads neither torch
+nor pydantic.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Number:
-    """A whole number or a real one between two ends, which belong to it unless `above` or `below` leaves one out."""
+    """A whole number or a real one between two ends, which belong to it unless `above` or `below`
+    leaves one out."""
 
     kind: type[int] | type[float]
     least: float
@@ -54,8 +58,11 @@ class Number:
         return low and (number < self.most if self.below else number <= self.most)
 
     def holds_ints(self, values: Sequence[Any]) -> bool:
-        """Whether these are plain ints within the bounds, one at least. Of others `holds` says it, one by one."""
-        return set(map(type, values)) == {int} and self.holds(min(values)) and self.holds(max(values))
+        """Whether these are plain ints within the bounds, one at least. Of others `holds` says it,
+        one by one."""
+        return (
+            set(map(type, values)) == {int} and self.holds(min(values)) and self.holds(max(values))
+        )
 
     def __call__(self, text: str) -> Any:
         """An argparse type."""
@@ -67,7 +74,9 @@ class Number:
             raise ArgumentTypeError(f"{text[:40]!r} is not {self.said}")
         return value
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         from pydantic_core import PydanticCustomError, ValidationError, core_schema
 
         def validate(value: Any, inner: core_schema.ValidatorFunctionWrapHandler) -> Any:
@@ -83,14 +92,17 @@ class Number:
 
 
 def check_numbers(**numbers: tuple[Number, object]) -> None:
-    """name=(its bounds, the value that was given); None was not given. Raises ConfigError with every fault."""
+    """name=(its bounds, the value that was given); None was not given. Raises ConfigError with
+    every fault."""
     if found := number_faults(**numbers):
         raise ConfigError("a number is out of bounds", found)
 
 
 def check_weights(weights: Sequence[object]) -> None:
     """One for each of several adapters. Raises ConfigError with every one that is out of bounds."""
-    check_numbers(**{f"weight {number}": (WEIGHT, weight) for number, weight in enumerate(weights, 1)})
+    check_numbers(
+        **{f"weight {number}": (WEIGHT, weight) for number, weight in enumerate(weights, 1)}
+    )
 
 
 def number_faults(**numbers: tuple[Number, object]) -> list[str]:

@@ -1,6 +1,8 @@
-"""Processes of our own: they import what this process imports, and nothing that lies in the current folder.
+"""Processes of our own: they import what this process imports, and nothing that lies in the current
+folder.
 
-`python -m` puts the current folder first on its path, and a folder of data or of somebody's model may hold a json.py.
+`python -m` puts the current folder first on its path, and a folder of data or of somebody's model
+may hold a json.py.
 """
 
 import ctypes
@@ -13,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 INSTALLED = ("site-packages", "dist-packages")
-"""Folders that every Python looks into by itself; before its own library they would shadow parts of it."""
+"""Folders that every Python looks into by itself; before its own library they would shadow parts of
+it."""
 
 
 _PR_SET_PDEATHSIG = 1
@@ -21,14 +24,15 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent() -> None:
-    """In a child, before its program begins: it gets SIGTERM when the thread that started it is gone, killed or not.
-    Linux; elsewhere it goes on alone."""
+    """In a child, before its program begins: it gets SIGTERM when the thread that started it is
+    gone, killed or not. Linux; elsewhere it goes on alone."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def typed_command(program: str = "veneer") -> str:
-    """How a person in this folder calls a program of this installation: its name where that finds it, else its path."""
+    """How a person in this folder calls a program of this installation: its name where that finds
+    it, else its path."""
     beside = Path(sys.executable).with_name(program)
     found = shutil.which(program)
     if not beside.exists() or (found and Path(found).resolve() == beside.resolve()):
@@ -43,7 +47,8 @@ def module_command(name: str) -> list[str]:
 
 
 def environment_for(variables: Mapping[str, str]) -> dict[str, str]:
-    """`variables`, with a PYTHONPATH on which this very Veneer is found. An empty entry would be the current folder."""
+    """`variables`, with a PYTHONPATH on which this very Veneer is found. An empty entry would be
+    the current folder."""
     home = Path(__file__).resolve().parents[1]
     entries = [entry for entry in variables.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if home.name not in INSTALLED:

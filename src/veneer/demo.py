@@ -1,12 +1,15 @@
-"""`veneer demo`: teach a 135M-parameter model to answer with function calls, and show what it learnt.
+"""`veneer demo`: teach a 135M-parameter model to answer with function calls, and show what it
+learnt.
 
-    OUT/train.jsonl, held_out.jsonl     300 rows to train on; the rest, whose functions are all other ones
-    OUT/run/                            the run, as `veneer train` leaves it; OUT/run/adapter is the adapter
+    OUT/train.jsonl, held_out.jsonl     300 rows to train on; the rest, whose functions are all
+                                        other ones
+    OUT/run/                            the run, as `veneer train` leaves it; OUT/run/adapter is the
+                                        adapter
     OUT/untuned.json, tuned.json        the held-out rows' answers, without and with the adapter
     OUT/demo.json                       what `run` was made from
 
-What was computed is kept under a hash of all that it depends on, so running it again takes seconds, a
-stopped run continues, and any change of data, base or settings computes anew.
+What was computed is kept under a hash of all that it depends on, so running it again takes seconds,
+a stopped run continues, and any change of data, base or settings computes anew.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ from veneer.wording import cut, shown, size
 BASE = "smollm2-135m"
 EPOCHS = 4
 SHOWN = 5
-TRIED = 2  # rows of a step, and held out, where only so many steps are asked for: does all of it work here?
+# rows of a step, and held out, where only so many steps are asked for: does all of it work here?
+TRIED = 2
 MAX_NEW_TOKENS = 112  # the longest accepted call of the data set takes 97
 CHARACTERS = 240  # of an answer that is shown: an untuned one can ramble on
 
@@ -69,7 +73,12 @@ class _Rows:
 
 
 def run_demo(
-    out: Path, *, again: bool = False, steps: int | None = None, base: str = BASE, epochs: float = EPOCHS
+    out: Path,
+    *,
+    again: bool = False,
+    steps: int | None = None,
+    base: str = BASE,
+    epochs: float = EPOCHS,
 ) -> dict[str, Any]:
     """The whole demo; returns its figures: {"untuned": {...}, "tuned": {...}, "summary": {...}}.
 
@@ -77,12 +86,18 @@ def run_demo(
     again   train anew although a finished run is there
     steps   train so many steps of TRIED rows instead of `epochs`, and answer as many questions
     base    what is trained: a hub id, a folder, a .gguf file or a named default
-    Raises SourceError, with what to do, where a download fails; BusyError while another demo runs there.
+    Raises SourceError, with what to do, where a download fails; BusyError while another demo runs
+        there.
     """
     with held(out):
         if steps is None:
             return _demo(out, again=again, base=base, schedule={"epochs": epochs, "batch": 8})
-        return _demo(out, again=again, base=base, schedule={"steps": steps, "batch": TRIED, "show_answers": False})
+        return _demo(
+            out,
+            again=again,
+            base=base,
+            schedule={"steps": steps, "batch": TRIED, "show_answers": False},
+        )
 
 
 def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +114,9 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
     untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)
     _print_answers(console, held_out.calls, {"untuned": untuned})
 
-    summary = _trained(out, base, loaded.compute.name, schedule, context, held_out, console, again=again)
+    summary = _trained(
+        out, base, loaded.compute.name, schedule, context, held_out, console, again=again
+    )
     adapter = Path(summary["adapter"])
     loaded.use(loaded.load_adapter(adapter, name="demo"))
     context.append(summary["adapter_sha256"])
@@ -125,7 +142,8 @@ def _context(loaded: Base, held_out: _Rows) -> list[str]:
     ]
 
 
-# --- data ----------------------------------------------------------------------------------------------
+# --- data
+# ----------------------------------------------------------------------------------------------
 
 
 def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _Rows:
@@ -135,13 +153,16 @@ def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _Rows:
     out.mkdir(parents=True, exist_ok=True)
     train_file, held_out_file = out / "train.jsonl", out / "held_out.jsonl"
     for path, side in ((train_file, trained), (held_out_file, held_out)):
-        lines = [json.dumps({"messages": bfcl.to_messages(call)}, ensure_ascii=False) for call in side]
+        lines = [
+            json.dumps({"messages": bfcl.to_messages(call)}, ensure_ascii=False) for call in side
+        ]
         with atomic_file(path, replace=True) as partial:
             partial.write_text("\n".join(lines) + "\n", "utf-8")
     _say(
         console,
-        f"Data: {len(calls)} questions of the Berkeley Function Calling Leaderboard ({bfcl.REQUIREMENT}), "
-        f"{len(trained)} to train on; the {len(held_out)} held out call other functions.",
+        f"Data: {len(calls)} questions of the Berkeley Function Calling Leaderboard"
+        f" ({bfcl.REQUIREMENT}), {len(trained)} to train on; the {len(held_out)} held out call"
+        " other functions.",
     )
     rows = [
         Row(ref=RowRef(str(held_out_file), number), messages=list(bfcl.to_messages(call)))
@@ -154,11 +175,15 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-# --- answers -------------------------------------------------------------------------------------------
+# --- answers
+# -------------------------------------------------------------------------------------------
 
 
-def _answers(base: Base, held_out: _Rows, path: Path, context: Sequence[str], name: str, console: Console) -> list[str]:
-    """The base's answers to all held-out rows; read from `path` if they were made in the same context."""
+def _answers(
+    base: Base, held_out: _Rows, path: Path, context: Sequence[str], name: str, console: Console
+) -> list[str]:
+    """The base's answers to all held-out rows; read from `path` if they were made in the same
+    context."""
     key = _digest(*context, str(MAX_NEW_TOKENS))
     kept = _read_json(path)
     if kept.get("key") == key:
@@ -169,12 +194,19 @@ def _answers(base: Base, held_out: _Rows, path: Path, context: Sequence[str], na
             base,
             held_out.rows,
             max_new_tokens=MAX_NEW_TOKENS,
-            progress=lambda done, total: status.update(f"answered {done} of {total} questions, {name}"),
+            progress=lambda done, total: status.update(
+                f"answered {done} of {total} questions, {name}"
+            ),
         )
-    _say(console, f"Answered {total} held-out questions, {name}, in {time.monotonic() - start:.0f} s.")
+    _say(
+        console,
+        f"Answered {total} held-out questions, {name}, in {time.monotonic() - start:.0f} s.",
+    )
     texts = [answer.answer for answer in answers]
     with atomic_file(path, replace=True) as partial:
-        partial.write_text(json.dumps({"key": key, "answers": texts}, ensure_ascii=False, indent=1), "utf-8")
+        partial.write_text(
+            json.dumps({"key": key, "answers": texts}, ensure_ascii=False, indent=1), "utf-8"
+        )
     return texts
 
 
@@ -187,7 +219,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# --- training ------------------------------------------------------------------------------------------
+# --- training
+# ------------------------------------------------------------------------------------------
 
 
 def _trained(
@@ -217,11 +250,17 @@ def _trained(
     key = _digest(*context, config.model_dump_json())
     ours = _read_json(note).get("run")
     if run.exists() and ours is None:
-        raise ConfigError(f"{run} was not made by the demo", [], "Take another folder: veneer demo --out DIR")
+        raise ConfigError(
+            f"{run} was not made by the demo", [], "Take another folder: veneer demo --out DIR"
+        )
     if run.exists() and ours == key and not again:
         if (run / "summary.json").is_file():
             summary = api.read_summary(run)
-            _say(console, f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains anew.")
+            _say(
+                console,
+                f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains"
+                " anew.",
+            )
             return summary
         if any((run / "checkpoints").glob("[0-9]*")):
             return _run(api.resume_config(run), resume=True)
@@ -239,7 +278,8 @@ def _run(config: RunConfig, *, resume: bool) -> dict[str, Any]:
         screen.close()
 
 
-# --- what is shown -------------------------------------------------------------------------------------
+# --- what is shown
+# -------------------------------------------------------------------------------------
 
 
 def _say(console: Console, text: str) -> None:
@@ -247,19 +287,23 @@ def _say(console: Console, text: str) -> None:
 
 
 def shown_rows(total: int) -> range:
-    """SHOWN rows at even distances: neither picked by hand nor all from the file's first subject."""
+    """SHOWN rows at even distances: neither picked by hand nor all from the file's first
+    subject."""
     return range(0, total, max(1, total // SHOWN))[:SHOWN]
 
 
 def _print_answers(console: Console, calls: Sequence[Call], answers: dict[str, list[str]]) -> None:
-    """The same few held-out questions each time, with the answers side by side and what each got right."""
+    """The same few held-out questions each time, with the answers side by side and what each got
+    right."""
     table = Table(box=None, padding=(0, 2, 1, 0), show_edge=False, header_style="dim")
     table.add_column("question", ratio=2, overflow="fold")
     for name in answers:
         table.add_column(f"{name} answer", ratio=3, overflow="fold")
     for index in shown_rows(len(calls)):
         call = calls[index]
-        question = Text(call.question + "\n").append(cut(bfcl.signature(call), CHARACTERS), style="dim")
+        question = Text(call.question + "\n").append(
+            cut(bfcl.signature(call), CHARACTERS), style="dim"
+        )
         cells = [_judged(call, texts[index]) for texts in answers.values()]
         table.add_row(question, *cells)
     console.print()
@@ -279,7 +323,10 @@ def _judged(call: Call, answer: str) -> Text:
 
 def _shares(calls: Sequence[Call], answers: Sequence[str]) -> dict[str, float]:
     scores = [bfcl.score(call, answer) for call, answer in zip(calls, answers, strict=True)]
-    return {name: sum(getattr(score, name) for score in scores) / len(scores) for name in Score.__dataclass_fields__}
+    return {
+        name: sum(getattr(score, name) for score in scores) / len(scores)
+        for name in Score.__dataclass_fields__
+    }
 
 
 def _print_shares(console: Console, shares: dict[str, dict[str, float]], total: int) -> None:

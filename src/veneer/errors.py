@@ -38,7 +38,11 @@ class VeneerError(Exception):
     exit_code = 1
 
     def __init__(self, headline: str, faults: Sequence[str] = (), next_step: str = "") -> None:
-        self.headline, self.faults, self.next_step = (_cut(headline), [_cut(each) for each in faults], next_step)
+        self.headline, self.faults, self.next_step = (
+            _cut(headline),
+            [_cut(each) for each in faults],
+            next_step,
+        )
         lines = [self.headline + (":" if self.faults else "")]
         lines += [f"  {fault}" for fault in self.faults]
         lines += [next_step] if next_step else []
@@ -82,7 +86,9 @@ class QueueFullError(RefusedError):
 
     def __init__(self, waiting: int, most: int) -> None:
         self.waiting, self.most = waiting, most
-        super().__init__(f"{waiting:,} requests wait, {most:,} may", next_step="Ask again in a moment.")
+        super().__init__(
+            f"{waiting:,} requests wait, {most:,} may", next_step="Ask again in a moment."
+        )
 
 
 class AdapterMismatchError(RefusedError): ...
@@ -106,30 +112,40 @@ class Interrupted(VeneerError):
     exit_code = 130
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+)
 
 
 def is_out_of_memory(fault: Exception) -> bool:
-    """torch has a class of its own for this on some devices only; elsewhere, and in safetensors, the text says so."""
+    """torch has a class of its own for this on some devices only; elsewhere, and in safetensors,
+    the text says so."""
     text = str(fault).lower()
     return isinstance(fault, MemoryError) or any(said in text for said in _OUT_OF_MEMORY)
 
 
 def missing_on_device(fault: Exception) -> RefusedError | None:
-    """What to raise instead where torch has no operation or no type on Apple's MPS, by its name; None: not that."""
+    """What to raise instead where torch has no operation or no type on Apple's MPS, by its name;
+    None: not that."""
     said = str(fault).strip()
     if not isinstance(fault, NotImplementedError | TypeError | RuntimeError) or "MPS" not in said:
         return None
     return RefusedError(
         "torch cannot compute this on Apple's MPS",
         [said.splitlines()[0].partition(". ")[0]],
-        "Take --device cpu; or set PYTORCH_ENABLE_MPS_FALLBACK=1, and the CPU computes what MPS lacks, slowly.",
+        "Take --device cpu; or set PYTORCH_ENABLE_MPS_FALLBACK=1, and the CPU computes what MPS"
+        " lacks, slowly.",
     )
 
 
 @contextmanager
 def told_as(place: object, name: str) -> Iterator[None]:
-    """Errors of the block call a place by a name: who is told of them elsewhere is not told where it is."""
+    """Errors of the block call a place by a name: who is told of them elsewhere is not told where
+    it is."""
 
     def said(line: str) -> str:
         return line.replace(str(place), name)
@@ -137,7 +153,9 @@ def told_as(place: object, name: str) -> Iterator[None]:
     try:
         yield
     except VeneerError as fault:
-        VeneerError.__init__(fault, said(fault.headline), [*map(said, fault.faults)], said(fault.next_step))
+        VeneerError.__init__(
+            fault, said(fault.headline), [*map(said, fault.faults)], said(fault.next_step)
+        )
         raise
 
 

@@ -1,7 +1,9 @@
-"""The modules that are linear layers, and the frozen view of each (kernels/frozen.py says what one is).
+"""The modules that are linear layers, and the frozen view of each (kernels/frozen.py says what one
+is).
 
-A format that transformers does not know stands in the model as a `PackedLinear` (or `PackedExperts`), which is its own
-frozen view. Shapes: M rows (batch times tokens), I in_features, O out_features.
+A format that transformers does not know stands in the model as a `PackedLinear` (or
+`PackedExperts`), which is its own frozen view. Shapes: M rows (batch times tokens), I in_features,
+O out_features.
 """
 
 import functools
@@ -22,8 +24,9 @@ from veneer.kernels.frozen import writable as writable
 
 
 class FewRowsLinear(nn.Linear):
-    """An nn.Linear that hands products of a few rows to the kernel for them (kernels/few_rows.py): a row's bits are
-    the same alone and among others, with a gradient and without. A weight that trains takes torch's product."""
+    """An nn.Linear that hands products of a few rows to the kernel for them (kernels/few_rows.py):
+    a row's bits are the same alone and among others, with a gradient and without. A weight that
+    trains takes torch's product."""
 
     @classmethod
     def of(cls, module: nn.Linear) -> Self:
@@ -44,8 +47,8 @@ class FewRowsLinear(nn.Linear):
 
 
 class TransposedLinear:
-    """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero but for a single
-    one."""
+    """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero
+    but for a single one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -84,7 +87,8 @@ class TransposedLinear:
 
 
 class SliceLinear:
-    """One expert of a fused stack: W is a matrix of a 3-D parameter, (O, I) or, transposed, (I, O)."""
+    """One expert of a fused stack: W is a matrix of a 3-D parameter, (O, I) or, transposed, (I,
+    O)."""
 
     def __init__(self, matrix: Tensor, *, transposed: bool) -> None:
         self.matrix, self.transposed = matrix, transposed
@@ -117,7 +121,8 @@ class SliceLinear:
 class PackedModule(nn.Module):
     """A module whose big weights are held in a format of their own; nothing of them ever trains.
 
-    They are registered under the names that the dense module gave them, so that names and orders stay.
+    They are registered under the names that the dense module gave them, so that names and orders
+    stay.
     """
 
     packed_format: str
@@ -128,7 +133,8 @@ class PackedModule(nn.Module):
         raise NotImplementedError
 
     def packed_numbers(self) -> dict[str, Tensor]:
-        """What decides the weights' values beside parameters and buffers, by name; part of a base's fingerprint."""
+        """What decides the weights' values beside parameters and buffers, by name; part of a base's
+        fingerprint."""
         return {}
 
 
@@ -138,7 +144,8 @@ class PackedLinear(PackedModule):
     in_features: int
     out_features: int
     replaces_transposed = False
-    """It stands where a Conv1D stood, so the dense model's file has W as (I, O); what is held here is (O, I)."""
+    """It stands where a Conv1D stood, so the dense model's file has W as (I, O); what is held here
+    is (O, I)."""
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +172,8 @@ class PackedLinear(PackedModule):
 
 
 class PackedExperts(PackedModule):
-    """A stack of experts, each a FrozenLinear. packed_shapes: (E, O, I), or (E, I, O) where `is_transposed`.
+    """A stack of experts, each a FrozenLinear. packed_shapes: (E, O, I), or (E, I, O) where
+    `is_transposed`.
 
     gate_up_proj_bias and down_proj_bias, where the experts have them, are plain parameters (E, O).
     """
@@ -178,7 +186,8 @@ class PackedExperts(PackedModule):
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Values of a model's weights, tied ones once; packed weights count what they stand for, not their bytes."""
+    """Values of a model's weights, tied ones once; packed weights count what they stand for, not
+    their bytes."""
     packed = {
         id(module.get_parameter(name)): torch.Size(shape).numel()
         for module in model.modules()
@@ -194,21 +203,23 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """nn.Linear, or a class made of it that still computes x W^T + bias: Llama 4's router is one and routes."""
+    """nn.Linear, or a class made of it that still computes x W^T + bias: Llama 4's router is one
+    and routes."""
     kind: Any = type(module)
     return isinstance(module, nn.Linear) and bool(_is_product(kind))
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
-    """nn.Embedding, or a class made of it that still looks rows up, and at most scales them by its `embed_scale`."""
+    """nn.Embedding, or a class made of it that still looks rows up, and at most scales them by its
+    `embed_scale`."""
     kind: Any = type(module)
     return isinstance(module, nn.Embedding) and bool(_is_lookup(kind))
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(O, I) of the `weight` of a module that is no linear layer and has a matrix of its own all the same: a
-    router, which multiplies by it and then chooses, by what modules below it may hold. None: it is another kind of
-    module."""
+    """(O, I) of the `weight` of a module that is no linear layer and has a matrix of its own all
+    the same: a router, which multiplies by it and then chooses, by what modules below it may hold.
+    None: it is another kind of module."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None

@@ -1,13 +1,16 @@
-"""Modules whose tensors lie in shards on several processes, and are whole only where they are needed.
+"""Modules whose tensors lie in shards on several processes, and are whole only where they are
+needed.
 
-A process keeps an equal run of the bytes of each such module (a decoder layer): weights, packed or dense, and their
-scales. All gather them, together, when the module is called, when its backward begins and where `make_whole` asks. The
-one that was whole before is let go then: at most one is. What looks at a weight outside of a forward asks first.
+A process keeps an equal run of the bytes of each such module (a decoder layer): weights, packed or
+dense, and their scales. All gather them, together, when the module is called, when its backward
+begins and where `make_whole` asks. The one that was whole before is let go then: at most one is.
+What looks at a weight outside of a forward asks first.
 
-Its tensors stay the same objects, with their shapes and types. What autograd keeps of them are views of the module's
-one memory, which is emptied and filled again (as FSDP's, Zhao et al. 2023, arXiv:2304.11277): no layer is ever read in
-another one's place. What is not whole reads as nan, or as zeros where a type has none.
-Not known here: processes. How the runs of all are gathered is the caller's.
+Its tensors stay the same objects, with their shapes and types. What autograd keeps of them are
+views of the module's one memory, which is emptied and filled again (as FSDP's, Zhao et al. 2023,
+arXiv:2304.11277): no layer is ever read in another one's place. What is not whole reads as nan, or
+as zeros where a type has none. Not known here: processes. How the runs of all are gathered is the
+caller's.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +37,8 @@ class Shards:
         self.rank, self.size, self.gather = rank, size, gather
         self.whole: Sharded | None = None
         self.begins: Callable[[Sharded], None] | None = None
-        """Told of each module whose backward begins, by all processes together: where they train (train/parts.py)."""
+        """Told of each module whose backward begins, by all processes together: where they train
+        (train/parts.py)."""
         self._held: dict[nn.Module, Sharded] = {}
 
     def __len__(self) -> int:
@@ -53,8 +57,11 @@ class Shards:
         return self.size * self.own_bytes
 
     def take(self, module: nn.Module) -> None:
-        """Keep this process's run of the module's bytes alone from now on. RefusedError: another holds some of them."""
-        self._held[module] = Sharded(self, module, [each for each in _tensors(module) if _bytes(each) > LEAST])
+        """Keep this process's run of the module's bytes alone from now on. RefusedError: another
+        holds some of them."""
+        self._held[module] = Sharded(
+            self, module, [each for each in _tensors(module) if _bytes(each) > LEAST]
+        )
 
     def changed(self, change: Callable[[nn.Module], object]) -> None:
         """Let `change` give the modules other tensors, one whole module after the other."""
@@ -70,7 +77,8 @@ class Shards:
             self.whole.let_go()
 
     def give_back(self, *, keep: bool) -> None:
-        """The modules are in no shards any more: whole on the processes that keep them, empty on the others."""
+        """The modules are in no shards any more: whole on the processes that keep them, empty on
+        the others."""
         for held in self.held:
             held.gather()
             held.give_back(empty=not keep)
@@ -78,7 +86,8 @@ class Shards:
 
 
 class Sharded:
-    """One module. memory: of all its bytes, empty while it is not whole; own: this process's run of them.
+    """One module. memory: of all its bytes, empty while it is not whole; own: this process's run of
+    them.
 
     starts: where each tensor's bytes begin.
     """
@@ -107,7 +116,10 @@ class Sharded:
         self.absent = [_nothing(each) for each in tensors]
         for each in tensors:
             each._veneer_shard = self  # type: ignore[attr-defined]
-        self.hooks = [module.register_forward_pre_hook(self._called), module.register_forward_hook(self._left)]
+        self.hooks = [
+            module.register_forward_pre_hook(self._called),
+            module.register_forward_hook(self._left),
+        ]
         self.let_go()
 
     @torch.no_grad()
@@ -159,7 +171,8 @@ class Sharded:
 
 
 def make_whole(of: nn.Module | Tensor) -> None:
-    """Where these values lie in a shard: they are there, until others are asked for. All processes ask together."""
+    """Where these values lie in a shard: they are there, until others are asked for. All processes
+    ask together."""
     for each in (of,) if isinstance(of, Tensor) else _tensors(of):
         if (held := _mark(each)) is not None:
             held.gather()

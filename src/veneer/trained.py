@@ -1,4 +1,5 @@
-"""`veneer.train`, and what it gives back: a run's figures, which print well and lead on to adapter and report."""
+"""`veneer.train`, and what it gives back: a run's figures, which print well and lead on to adapter
+and report."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,18 +30,24 @@ def train(
     quiet: bool = False,
     **settings: Any,
 ) -> "TrainedRun":
-    """Train; progress is shown on a terminal and in a notebook as it goes, elsewhere line by line, and not at all with
-    quiet.
+    """Train; progress is shown on a terminal and in a notebook as it goes, elsewhere line by line,
+    and not at all with quiet.
 
-    data      what `data` may be in a run file, or the rows themselves, each a dict; so may data["train"] and
-              data["validation"]. They are written into the run's folder.
+    data      what `data` may be in a run file, or the rows themselves, each a dict; so may
+              data["train"] and data["validation"]. They are written into the run's folder.
     settings  the run file's other fields
     """
     if not isinstance(out, str | Path):
-        raise ConfigError(f"out is {out!r}, not a folder's name", next_step="For instance out='runs/tickets'.")
+        raise ConfigError(
+            f"out is {out!r}, not a folder's name", next_step="For instance out='runs/tickets'."
+        )
     folder = expanded(out)
     named, rows = _in_files(data, folder)
-    given = {"base": str(base) if isinstance(base, Path) else base, "data": named, "out": str(folder)}
+    given = {
+        "base": str(base) if isinstance(base, Path) else base,
+        "data": named,
+        "out": str(folder),
+    }
     config = RunConfig.of({**given, "method": method or LoRA(), **settings})
     screen = screen_here(quiet=quiet or os.environ.get("RANK", "0") != "0")
     screen.message(f"loading {config.base}")
@@ -52,13 +59,16 @@ def train(
 
 
 def _in_files(data: Any, out: Path) -> tuple[Any, dict[str, Iterable[Record]]]:
-    """`data` with the files that its rows will stand in; name of each in the run's folder -> its rows."""
+    """`data` with the files that its rows will stand in; name of each in the run's folder -> its
+    rows."""
     if is_rows(data):
         data = {"train": data}
     if not isinstance(data, Mapping):
         return data, {}
     sets = {"train": "rows.jsonl", "validation": "validation_rows.jsonl"}
-    rows = {file: data[name] for name, file in sets.items() if is_rows(data.get(name), beside_sets=True)}
+    rows = {
+        file: data[name] for name, file in sets.items() if is_rows(data.get(name), beside_sets=True)
+    }
     named = {name: str(out / file) for name, file in sets.items() if file in rows}
     return {**data, **named}, rows
 
@@ -113,7 +123,9 @@ class TrainedRun(Mapping[str, Any]):
         max_new_tokens: int = 256,
     ) -> dict[str, Any]:
         """As veneer.evaluate, of `base`."""
-        return api.evaluate(self.base, data, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens)
+        return api.evaluate(
+            self.base, data, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens
+        )
 
     def _facts(self) -> list[tuple[str, str]]:
         figures, made = end_lines(self)[:2]
@@ -127,7 +139,8 @@ class TrainedRun(Mapping[str, Any]):
     def _title(self) -> str:
         took = clock(self["total_seconds"])
         return (
-            f"{shown(self.folder)} · {shown(self['base'])} · {shown(self['method'])} · {self['steps']:,} steps · {took}"
+            f"{shown(self.folder)} · {shown(self['base'])} · {shown(self['method'])} ·"
+            f" {self['steps']:,} steps · {took}"
         )
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """What other tools call our settings and flags, and which of ours somebody meant.
 
-Loads nothing: the command line asks before it has loaded anything, settings in Python and in run files ask too.
+Loads nothing: the command line asks before it has loaded anything, settings in Python and in run
+files ask too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,8 +11,8 @@ from types import MappingProxyType
 KeyPath = tuple[str, ...]
 """("method", "rank")"""
 
-# Closer to what was meant than the nearest spelling is. The names are those of Axolotl, LLaMA-Factory, TRL, Unsloth,
-# torchtune, mlx-lm and PEFT that their examples use.
+# Closer to what was meant than the nearest spelling is. The names are those of Axolotl,
+# LLaMA-Factory, TRL, Unsloth, torchtune, mlx-lm and PEFT that their examples use.
 KNOWN_ELSEWHERE = {
     "activation_checkpointing": "checkpointing",
     "activation_offloading": "offload",
@@ -172,7 +173,8 @@ _NOT_NEEDED = {
         "attn_implementation flash_attention flash_attn sdp_attention xformers_attention"
     ),
     "rows are always packed, without padding": (
-        "eval_sample_packing packed packing pad_to_max_length pad_to_sequence_len padding_free sample_packing"
+        "eval_sample_packing packed packing pad_to_max_length pad_to_sequence_len padding_free"
+        " sample_packing"
     ),
     "layers are fused wherever the result stays the same": (
         "compile liger_fused_linear_cross_entropy liger_glu_activation liger_layer_norm "
@@ -185,15 +187,17 @@ _NOT_NEEDED = {
     "`evaluate_every` counts steps; by default a run has five evaluations": (
         "eval_strategy evals_per_epoch evaluation_strategy"
     ),
-    "`save_every` counts steps; by default every evaluation saves a checkpoint": ("save_strategy saves_per_epoch"),
+    "`save_every` counts steps; by default every evaluation saves a checkpoint": (
+        "save_strategy saves_per_epoch"
+    ),
     "every step is recorded in metrics.jsonl": "log_every_n_steps logging_steps steps_per_report",
     "`log: [wandb]` sends the records, and variables such as WANDB_PROJECT say where to": (
-        "project_name run_name wandb_entity wandb_log_model wandb_name wandb_project wandb_run_id wandb_watch"
+        "project_name run_name wandb_entity wandb_log_model wandb_name wandb_project wandb_run_id"
+        " wandb_watch"
     ),
     "code that comes with a model is never run": "trust_remote_code",
-    "`quantize: gguf` holds 8 bits from a .gguf file in Q8_0, `fp8` from an FP8 folder; `nf4` makes 4 of any base": (
-        "load_in_8bit"
-    ),
+    "`quantize: gguf` holds 8 bits from a .gguf file in Q8_0, `fp8` from an FP8 folder; "
+    "`nf4` makes 4 of any base": ("load_in_8bit"),
     "a stopped run goes on with `veneer train --resume FOLDER`": (
         "auto_resume_from_checkpoints resume resume_from_checkpoint"
     ),
@@ -207,8 +211,10 @@ _NOT_NEEDED = {
         "dataloader_num_workers dataset_num_proc dataset_prepared_path overwrite_cache "
         "preprocessing_num_workers remove_unused_columns tokenized_path"
     ),
-    "only supervised training is offered: rows with an answer to learn": ("rl rl_beta pref_beta pref_loss stage"),
-    "the command says it: `veneer train`, `veneer evaluate`": ("do_eval do_predict do_train"),
+    "only supervised training is offered: rows with an answer to learn": (
+        "rl rl_beta pref_beta pref_loss stage"
+    ),
+    "the command says it: `veneer train`, `veneer evaluate`": "do_eval do_predict do_train",
     "report.html shows the curves of every run": "plot_loss",
     "`veneer data sample` takes some of the rows": "max_samples max_train_samples",
     "every unknown key is refused": "strict",
@@ -322,8 +328,11 @@ LIKE = 0.65
 """Of difflib's ratio: below it a spelling is not alike enough for a hint."""
 
 
-def nearest_word(asked: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str | None:
-    """The known word that an unknown one probably means: another tool's word for it, or one spelt like it."""
+def nearest_word(
+    asked: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
+    """The known word that an unknown one probably means: another tool's word for it, or one spelt
+    like it."""
     words = list(known)
     if (ours := elsewhere.get(asked.lower())) in words:
         return ours
@@ -331,15 +340,22 @@ def nearest_word(asked: str, known: Iterable[str], elsewhere: Mapping[str, str] 
 
 
 def nearest(asked: KeyPath, ours: Iterable[KeyPath], value: object = None) -> KeyPath | None:
-    """The name of ours that an unknown one probably means: another tool's name for it, one spelt like it in the same
-    place, one of that name elsewhere, or else one that resembles it. value: what the unknown name was given."""
+    """The name of ours that an unknown one probably means: another tool's name for it, one spelt
+    like it in the same place, one of that name elsewhere, or else one that resembles it. value:
+    what the unknown name was given."""
     paths = list(ours)
     *around, key = asked
-    if KNOWN_ELSEWHERE.get(key) == "from_adapter" and isinstance(value, str) and value in METHODS_ELSEWHERE:
+    if (
+        KNOWN_ELSEWHERE.get(key) == "from_adapter"
+        and isinstance(value, str)
+        and value in METHODS_ELSEWHERE
+    ):
         key = "method" if ("method",) in paths else "name"
     for table in (KNOWN_ELSEWHERE, FLAGS_ELSEWHERE):
         known = tuple(table[key].split(".")) if key in table else ()
-        for path in [path for path in paths if path == known] + [path for path in paths if path[-1:] == known[-1:]]:
+        for path in [path for path in paths if path == known] + [
+            path for path in paths if path[-1:] == known[-1:]
+        ]:
             return path
     here = {path[-1]: path for path in paths if list(path[:-1]) == around}
     for name in get_close_matches(key, here, n=1, cutoff=0.8):

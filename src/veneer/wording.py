@@ -11,11 +11,14 @@ from textwrap import TextWrapper, wrap
 
 
 def shown(text: object) -> str:
-    """Text as a terminal may show it: control characters (escape sequences, direction marks) as ·."""
+    """Text as a terminal may show it: control characters (escape sequences, direction marks) as
+    ·."""
     text = str(text)
     if text.isprintable():  # the common case, and thousands of cells of a table
         return text
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in text)
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in text
+    )
 
 
 def cut(text: str, characters: int) -> str:
@@ -33,7 +36,8 @@ def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = 
     titles = "".join(f"<th {left}>{escape(shown(cell))}</th>" for cell in head)
     lines = [
         "".join(
-            f"<{'th' if at == 0 else 'td'} {left}>{escape(shown(cell))}</{'th' if at == 0 else 'td'}>"
+            f"<{'th' if at == 0 else 'td'}"
+            f" {left}>{escape(shown(cell))}</{'th' if at == 0 else 'td'}>"
             for at, cell in enumerate(row)
         )
         for row in rows
@@ -43,7 +47,8 @@ def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = 
 
 
 def folded(line: str, width: int) -> str:
-    """A line of facts, `a · b · c`, broken between facts where it is too wide; its indent is kept."""
+    """A line of facts, `a · b · c`, broken between facts where it is too wide; its indent is
+    kept."""
     indent = " " * (len(line) - len(line.lstrip()))
     lines = [""]
     for fact in line.strip().split(" · "):
@@ -54,14 +59,18 @@ def folded(line: str, width: int) -> str:
 
 
 def wrapped(line: str, width: int) -> str:
-    """A line broken between words where it is too wide; what follows stands four further in; a wider word stays."""
+    """A line broken between words where it is too wide; what follows stands four further in; a
+    wider word stays."""
     indent = " " * (len(line) - len(line.lstrip()))
-    breaks = TextWrapper(width, indent, indent + "    ", break_long_words=False, break_on_hyphens=False)
+    breaks = TextWrapper(
+        width, indent, indent + "    ", break_long_words=False, break_on_hyphens=False
+    )
     return "\n".join(breaks.wrap(line.strip()))
 
 
 def reflowed(text: str, width: int) -> str:
-    """A written page for a narrower one: paragraphs are filled, `  word  what it means` keeps its column.
+    """A written page for a narrower one: paragraphs are filled, `  word  what it means` keeps its
+                                                                    column.
 
     What fits stays as it is. Indented lines that are neither (commands, to be copied) stay too.
     """
@@ -72,7 +81,10 @@ def reflowed(text: str, width: int) -> str:
     for indented, group in groupby(lines, lambda line: line[:1].isspace() if line else None):
         block = list(group)
         if indented is False:
-            found += wrap(" ".join(block), width, break_long_words=False, break_on_hyphens=False) or block
+            found += (
+                wrap(" ".join(block), width, break_long_words=False, break_on_hyphens=False)
+                or block
+            )
         elif indented:
             found += [part for line in block for part in _entry(line, width)]
         else:
@@ -91,7 +103,8 @@ def _entry(line: str, width: int) -> list[str]:
 
 
 class WordWrap:
-    """Text that comes in pieces, broken between words so that no line is wider than `width`; None: as it comes.
+    """Text that comes in pieces, broken between words so that no line is wider than `width`; None:
+    as it comes.
 
     A word is held back until it is whole. One that is wider than a line is left to the terminal.
     """
@@ -146,11 +159,14 @@ def percent(part: float, whole: float) -> str:
 
 def shares(parts: Mapping[str, float]) -> str:
     """compute 87% · wait 13%"""
-    return " · ".join(f"{name} {percent(part, sum(parts.values()))}" for name, part in parts.items())
+    return " · ".join(
+        f"{name} {percent(part, sum(parts.values()))}" for name, part in parts.items()
+    )
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in decimal units, as disks and file managers count, to three digits: 19.6 MB, 1.31 GB."""
+    """Bytes in decimal units, as disks and file managers count, to three digits: 19.6 MB, 1.31
+    GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 999.5 or unit == "GB":
             break

@@ -16,7 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def weights(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The same on every machine and in every version: integer arithmetic, then exactly rounded operations."""
+    """The same on every machine and in every version: integer arithmetic, then exactly rounded
+    operations."""
     n = shape[0] * shape[1]
     uniform = (torch.arange(n, dtype=torch.int64) * 2654435761 + 12345) % 2**32
     centred = uniform.double() / 2**31 - 1
@@ -49,7 +50,9 @@ def main() -> None:
     golden = {}
     for case in cases():
         book, shape, dtype, block = case
-        packed, state = quantize_4bit(weights(shape, DTYPES[dtype]), blocksize=block, quant_type=book)
+        packed, state = quantize_4bit(
+            weights(shape, DTYPES[dtype]), blocksize=block, quant_type=book
+        )
         golden[name(case)] = {"packed": digest(packed), "absmax": digest(state.absmax)}
     versions = {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
     print(json.dumps({"versions": versions, "cases": golden}, indent=1))

@@ -1,4 +1,5 @@
-"""The same weights as bitsandbytes, where it is right; and right where it is not. Skipped where it is not installed."""
+"""The same weights as bitsandbytes, where it is right; and right where it is not. Skipped where it
+is not installed."""
 
 import warnings
 
@@ -80,7 +81,8 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"), [("llama", WIDE), ("qwen2", WIDE), ("gpt2", {"n_embd": 64, "n_inner": 128})]
+    ("family", "sizes"),
+    [("llama", WIDE), ("qwen2", WIDE), ("gpt2", {"n_embd": 64, "n_inner": 128})],
 )
 def test_transformers_with_bitsandbytes_loads_what_is_written_here(family, sizes, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -96,7 +98,9 @@ def test_transformers_with_bitsandbytes_loads_what_is_written_here(family, sizes
         weight = found[path].weight
         state = weight.quant_state
         assert torch.equal(weight.data.view(torch.uint8).view(-1), module.packed().packed)
-        assert torch.equal(functional.dequantize_4bit(weight.data, state), module.dense_weight(torch.float32))
+        assert torch.equal(
+            functional.dequantize_4bit(weight.data, state), module.dense_weight(torch.float32)
+        )
     with torch.no_grad():
         ours, logits = dense(IDS).logits, theirs(IDS).logits
     assert (ours - logits.float()).norm() < 0.05 * ours.norm()  # its products round to bf16
@@ -108,7 +112,9 @@ def test_a_folder_that_transformers_quantised_is_read_to_the_bit(double, book, t
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = save_tiny(tmp_path / "dense", "llama", torch.bfloat16, **WIDE)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=book, bnb_4bit_use_double_quant=double)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=book, bnb_4bit_use_double_quant=double
+    )
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.bfloat16
     )

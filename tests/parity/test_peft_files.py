@@ -1,7 +1,9 @@
-"""PEFT loads what Veneer writes and answers the same; Veneer loads what PEFT writes and answers the same.
+"""PEFT loads what Veneer writes and answers the same; Veneer loads what PEFT writes and answers the
+same.
 
-One row per option, each at alpha != rank on non-square layers, every trained value random: an update that
-is dropped, misplaced, transposed or misscaled moves the logits by far more than the tolerance.
+One row per option, each at alpha != rank on non-square layers, every trained value random: an
+update that is dropped, misplaced, transposed or misscaled moves the logits by far more than the
+tolerance.
 """
 
 import warnings
@@ -43,11 +45,17 @@ SHARED_EXPERTS = {"mlp_only_layers": [0]}
 GQA = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS = {
     "all-linear": Row(ours={}, theirs={"target_modules": "all-linear"}),
-    "rslora": Row(ours={"rslora": True}, theirs={"use_rslora": True, "target_modules": "all-linear"}),
-    "list": Row(ours={"targets": ["q_proj", "down_proj"]}, theirs={"target_modules": ["q_proj", "down_proj"]}),
+    "rslora": Row(
+        ours={"rslora": True}, theirs={"use_rslora": True, "target_modules": "all-linear"}
+    ),
+    "list": Row(
+        ours={"targets": ["q_proj", "down_proj"]},
+        theirs={"target_modules": ["q_proj", "down_proj"]},
+    ),
     "regex": Row(ours={"targets": r".*\.1\..*_proj"}, theirs={"target_modules": r".*\.1\..*_proj"}),
     "one module": Row(
-        ours={"targets": ["model.layers.1.mlp.up_proj"]}, theirs={"target_modules": ["model.layers.1.mlp.up_proj"]}
+        ours={"targets": ["model.layers.1.mlp.up_proj"]},
+        theirs={"target_modules": ["model.layers.1.mlp.up_proj"]},
     ),
     "layers": Row(
         ours={"targets": ["v_proj", "o_proj"], "layers": [1]},
@@ -59,10 +67,14 @@ ROWS = {
     ),
     "exclude": Row(
         ours={"exclude": ["down_proj", "layers.0.self_attn.q_proj"]},
-        theirs={"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"]},
+        theirs={
+            "target_modules": "all-linear",
+            "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"],
+        },
     ),
     "exclude by regex": Row(
-        ours={"exclude": [r".*\.0\..*"]}, theirs={"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}
+        ours={"exclude": [r".*\.0\..*"]},
+        theirs={"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
     ),
     "patterns": Row(
         ours={
@@ -95,7 +107,12 @@ ROWS = {
     "lora_bias beside trained biases": Row(
         family="gpt2",
         ours={"targets": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only"},
-        theirs={"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "bias": "lora_only", "fan_in_fan_out": True},
+        theirs={
+            "target_modules": ["c_attn", "c_proj"],
+            "lora_bias": True,
+            "bias": "lora_only",
+            "fan_in_fan_out": True,
+        },
     ),
     "trained head": Row(
         ours={"targets": ["q_proj"], "train_modules": ["lm_head"]},
@@ -115,21 +132,26 @@ ROWS = {
         theirs={"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ),
     "embedding": Row(
-        ours={"targets": ["embed_tokens", "v_proj"]}, theirs={"target_modules": ["embed_tokens", "v_proj"]}
+        ours={"targets": ["embed_tokens", "v_proj"]},
+        theirs={"target_modules": ["embed_tokens", "v_proj"]},
     ),
     "scaled embedding": Row(
         family="gemma2",
         ours={"targets": ["embed_tokens", "v_proj"]},
         theirs={"target_modules": ["embed_tokens", "v_proj"]},
     ),
-    "head": Row(ours={"targets": ["lm_head", "v_proj"]}, theirs={"target_modules": ["lm_head", "v_proj"]}),
+    "head": Row(
+        ours={"targets": ["lm_head", "v_proj"]}, theirs={"target_modules": ["lm_head", "v_proj"]}
+    ),
     "tied embedding": Row(
         family="llama",
         ours={"targets": ["embed_tokens", "v_proj"]},
         theirs={"target_modules": ["embed_tokens", "v_proj"]},
     ),
     "tied head": Row(
-        family="llama", ours={"targets": ["lm_head", "v_proj"]}, theirs={"target_modules": ["lm_head", "v_proj"]}
+        family="llama",
+        ours={"targets": ["lm_head", "v_proj"]},
+        theirs={"target_modules": ["lm_head", "v_proj"]},
     ),
     "tied, all-linear": Row(family="llama", ours={}, theirs={"target_modules": "all-linear"}),
     "dora": Row(method=DoRA, ours={}, theirs={"target_modules": "all-linear", "use_dora": True}),
@@ -149,7 +171,12 @@ ROWS = {
         ours={"targets": ["q_proj", "fc2"], "bias": "lora_only"},
         theirs={"target_modules": ["q_proj", "fc2"], "bias": "lora_only", "use_dora": True},
     ),
-    "dora, conv1d": Row(method=DoRA, family="gpt2", ours={}, theirs={"target_modules": "all-linear", "use_dora": True}),
+    "dora, conv1d": Row(
+        method=DoRA,
+        family="gpt2",
+        ours={},
+        theirs={"target_modules": "all-linear", "use_dora": True},
+    ),
     "dora, head": Row(
         method=DoRA,
         ours={"targets": ["lm_head", "v_proj"]},
@@ -224,7 +251,11 @@ ROWS = {
     ),
     "router alone": Row(
         family="qwen3_moe",
-        ours={"targets": ["gate"], "rank_pattern": {"layers.0.mlp.gate": 2}, "alpha_pattern": {"layers.0.mlp.gate": 5}},
+        ours={
+            "targets": ["gate"],
+            "rank_pattern": {"layers.0.mlp.gate": 2},
+            "alpha_pattern": {"layers.0.mlp.gate": 5},
+        },
         theirs={
             "target_parameters": ["gate.weight"],
             "target_modules": [],
@@ -274,7 +305,9 @@ def theirs(row: Row) -> Any:
     settings = {"r": 4, "lora_alpha": 7, "task_type": "CAUSAL_LM", **row.theirs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(tiny_model(row.family, **row.model), peft.LoraConfig(**settings))
+        model = peft.get_peft_model(
+            tiny_model(row.family, **row.model), peft.LoraConfig(**settings)
+        )
     randomise({name: p for name, p in model.named_parameters() if p.requires_grad})
     return model.eval()
 
@@ -324,7 +357,9 @@ def test_peft_uses_every_tensor_of_ours(row, tmp_path):
     stored = read_adapter(tmp_path / "a").tensors
     missing = {name for name in stored if f"base_model.model.{name}" not in again}
     assert not missing
-    assert all(torch.equal(again[f"base_model.model.{name}"], tensor) for name, tensor in stored.items())
+    assert all(
+        torch.equal(again[f"base_model.model.{name}"], tensor) for name, tensor in stored.items()
+    )
 
 
 @every_row
@@ -342,7 +377,9 @@ def test_ours_loads_what_peft_wrote_and_answers_the_same(row, tmp_path):
     assert_same_update(answers(base, "x"), expected, plain)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.same], ids=[n for n, r in ROWS.items() if r.same])
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS.values() if row.same], ids=[n for n, r in ROWS.items() if r.same]
+)
 def test_what_came_from_peft_and_is_written_again_is_peft_s_tensors(row, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -350,20 +387,37 @@ def test_what_came_from_peft_and_is_written_again_is_peft_s_tensors(row, tmp_pat
     base = tiny_base(row.family, **row.model)
     base.fingerprint()
     attachment = load_adapter(base, tmp_path / "theirs", name="x")
-    write_adapter(tmp_path / "ours", attachment, manifest_for(base, method="lora"), model=base.model)
-    before, after = read_adapter(tmp_path / "theirs").tensors, read_adapter(tmp_path / "ours").tensors
-    # what PEFT writes besides: frozen tables of adapted embeddings and heads, copies around trained modules
+    write_adapter(
+        tmp_path / "ours", attachment, manifest_for(base, method="lora"), model=base.model
+    )
+    before, after = (
+        read_adapter(tmp_path / "theirs").tensors,
+        read_adapter(tmp_path / "ours").tensors,
+    )
+    # what PEFT writes besides: frozen tables of adapted embeddings and heads, copies around trained
+    # modules
     extra = {name for name in before if name not in after}
-    assert all(name.split(".")[-2] in ("base_layer", "original_module", "modules_to_save") for name in extra)
+    assert all(
+        name.split(".")[-2] in ("base_layer", "original_module", "modules_to_save")
+        for name in extra
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     _, fresh = ours(row)
-    assert attachment.layers.keys() == fresh.layers.keys() and attachment.values.keys() == fresh.values.keys()
+    assert (
+        attachment.layers.keys() == fresh.layers.keys()
+        and attachment.values.keys() == fresh.values.keys()
+    )
 
 
 def test_a_pattern_order_that_peft_loses_is_read_as_the_file_has_it(tmp_path):
-    """PEFT saves patterns sorted: the live adapter had 5 on layer 0, the file says 9, and so does PEFT's reload."""
+    """PEFT saves patterns sorted: the live adapter had 5 on layer 0, the file says 9, and so does
+    PEFT's reload."""
     row = Row(
-        ours={}, theirs={"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 5, "layers.0.self_attn.q_proj": 9}}
+        ours={},
+        theirs={
+            "target_modules": ["q_proj"],
+            "alpha_pattern": {"q_proj": 5, "layers.0.self_attn.q_proj": 9},
+        },
     )
     theirs(row).save_pretrained(tmp_path / "a")
     base = tiny_base(row.family)
@@ -396,17 +450,25 @@ def test_ours_reads_in_peft_as_the_settings_peft_would_hold(tmp_path):
 def test_bf16_values_keep_their_type_and_factors_are_float32(tmp_path):
     base = tiny_base("phi", torch.bfloat16)
     base.fingerprint()
-    settings = LoRA(rank=4, alpha=7, targets=["q_proj"], train_modules=["lm_head"], bias="lora_only")
+    settings = LoRA(
+        rank=4, alpha=7, targets=["q_proj"], train_modules=["lm_head"], bias="lora_only"
+    )
     head = base.model.get_output_embeddings()
     attachment = attach(base.model, settings, name="x", routing=base.routing, head=head)
     randomise(attachment.parameters())
     write_adapter(tmp_path / "a", attachment, manifest_for(base, method="lora"), model=base.model)
     model = load_in_peft(tiny_model("phi", torch.bfloat16), tmp_path / "a")
     again = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    stored = {f"base_model.model.{name}": tensor for name, tensor in read_adapter(tmp_path / "a").tensors.items()}
+    stored = {
+        f"base_model.model.{name}": tensor
+        for name, tensor in read_adapter(tmp_path / "a").tensors.items()
+    }
     assert {str(tensor.dtype) for tensor in stored.values()} == {"torch.float32", "torch.bfloat16"}
     assert again.keys() == stored.keys()
-    assert all(torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype for name in stored)
+    assert all(
+        torch.equal(again[name], stored[name]) and again[name].dtype == stored[name].dtype
+        for name in stored
+    )
 
 
 @pytest.mark.parametrize(
@@ -415,8 +477,8 @@ def test_bf16_values_keep_their_type_and_factors_are_float32(tmp_path):
     [("pissa", "llama_untied"), ("pissa", "gpt2"), ("olora", "llama_untied")],
 )
 def test_a_start_from_the_weight_is_peft_s_and_loads_there_as_plain_lora(init, family, tmp_path):
-    """PEFT changes the base, we keep it: after the same change of A and B both answer the same, and so does our
-    file."""
+    """PEFT changes the base, we keep it: after the same change of A and B both answer the same, and
+    so does our file."""
     settings = LoRA(rank=4, alpha=7, init=init)
     base = tiny_base(family)
     head = base.model.get_output_embeddings()
@@ -426,7 +488,11 @@ def test_a_start_from_the_weight_is_peft_s_and_loads_there_as_plain_lora(init, f
         model = peft.get_peft_model(
             tiny_model(family),
             peft.LoraConfig(
-                r=4, lora_alpha=7, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=init
+                r=4,
+                lora_alpha=7,
+                task_type="CAUSAL_LM",
+                target_modules="all-linear",
+                init_lora_weights=init,
             ),
         ).eval()
     named = dict(model.named_parameters())
@@ -448,7 +514,11 @@ def test_a_start_from_the_weight_is_peft_s_and_loads_there_as_plain_lora(init, f
 
 
 OLD_EXPERTS = {
-    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), {"target_modules": ["v_proj", "w1", "w2", "w3"]}),
+    "mixtral": (
+        "block_sparse_moe",
+        ("w1", "w3", "w2"),
+        {"target_modules": ["v_proj", "w1", "w2", "w3"]},
+    ),
     "mixtral, down alone": ("block_sparse_moe", ("w2",), {"target_modules": ["v_proj", "w2"]}),
     "qwen3_moe": (
         "mlp",

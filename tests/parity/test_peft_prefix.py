@@ -1,4 +1,5 @@
-"""PEFT's prefix tuning loads what Veneer writes and answers the same; Veneer loads what PEFT writes."""
+"""PEFT's prefix tuning loads what Veneer writes and answers the same; Veneer loads what PEFT
+writes."""
 
 import warnings
 
@@ -17,7 +18,8 @@ from veneer.models.step import prepare  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 RELATIVE = 1e-5
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "gpt2")
-"""Grouped heads, head sizes that are not hidden / heads, sliding windows, soft caps, learned positions."""
+"""Grouped heads, head sizes that are not hidden / heads, sliding windows, soft caps, learned
+positions."""
 
 
 def assert_same(ours, theirs):
@@ -39,7 +41,8 @@ def test_we_answer_the_same_with_their_files(tmp_path, family, projection):
     torch.manual_seed(3)
     options = {"prefix_projection": True, "encoder_hidden_size": 7} if projection else {}
     theirs = peft.get_peft_model(
-        tiny_model(family), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **options)
+        tiny_model(family),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **options),
     ).eval()
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -64,7 +67,8 @@ def test_the_same_prefix_is_the_same_file_to_the_byte(tmp_path):
 
 
 def test_greedy_answers_are_those_of_peft(tmp_path):
-    """Against PEFT's forward: its generate gives other tokens than its own forward (0.21.2 on transformers 5.24)."""
+    """Against PEFT's forward: its generate gives other tokens than its own forward (0.21.2 on
+    transformers 5.24)."""
     base, attachment = prefixed("llama_untied")
     path = written(tmp_path, base, attachment).path
     theirs = peft.PeftModel.from_pretrained(tiny_model("llama_untied"), path).eval()
@@ -73,6 +77,8 @@ def test_greedy_answers_are_those_of_peft(tmp_path):
     assert len(ours) == 10
     for token in ours:
         with torch.no_grad():
-            following = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()
+            following = (
+                theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].argmax()
+            )
         assert following == token
         ids = torch.cat([ids, following.view(1, 1)], dim=1)

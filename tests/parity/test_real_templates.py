@@ -1,5 +1,6 @@
-"""Chat templates of published models, where the package that brings them along is installed (trl; nothing of it runs):
-ids and masks equal a brute-force rendering, with reasoning and without, over several turns, with tools."""
+"""Chat templates of published models, where the package that brings them along is installed (trl;
+nothing of it runs): ids and masks equal a brute-force rendering, with reasoning and without, over
+several turns, with tools."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from tests.reasoning import check_by_brute_force
 
 _PACKAGE = find_spec("trl")
-FOLDER = Path(str(_PACKAGE.origin)).parent / "chat_templates" if _PACKAGE is not None else Path("none")
+FOLDER = (
+    Path(str(_PACKAGE.origin)).parent / "chat_templates" if _PACKAGE is not None else Path("none")
+)
 FILES = [path for path in sorted(FOLDER.glob("*.jinja")) if not path.stem.endswith("_training")]
 
 

@@ -10,7 +10,13 @@ from veneer.train.dealing import dealt
 from veneer.train.reduce import Exact, Plain
 from veneer.train.world import ALONE, World, world_of
 
-SET = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+SET = {
+    "WORLD_SIZE": "4",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "29500",
+}
 
 
 def norm_of(reduce):
@@ -30,7 +36,9 @@ def summed(parts):
 
 def test_exact_sums_are_the_true_ones_rounded_once_in_any_order():
     draw = torch.Generator().manual_seed(0)
-    parts = torch.randn(9, 500, generator=draw) * 2.0 ** torch.randint(-24, 18, (9, 500), generator=draw)
+    parts = torch.randn(9, 500, generator=draw) * 2.0 ** torch.randint(
+        -24, 18, (9, 500), generator=draw
+    )
     found = summed(parts)
     true = torch.tensor([math.fsum(column) for column in parts.T.tolist()], dtype=torch.float64)
     assert found.equal(true.float())
@@ -47,7 +55,9 @@ def test_exact_sums_are_not_finite_where_a_part_is_not():
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e8])
 def test_the_exact_norm_is_the_true_one_in_any_order(scale):
     draw = torch.Generator().manual_seed(0)
-    gradient = torch.randn(3_000_000, generator=draw) * 2.0 ** torch.randint(-40, 1, (3_000_000,), generator=draw)
+    gradient = torch.randn(3_000_000, generator=draw) * 2.0 ** torch.randint(
+        -40, 1, (3_000_000,), generator=draw
+    )
     gradient *= scale
     true = math.sqrt(math.fsum(value * value for value in gradient.tolist()))
     found = norm_of(Exact(gradient, ALONE, apart=False))
@@ -63,16 +73,26 @@ def test_the_plain_norm_of_many_values_is_the_true_one_but_for_rounding():
     gradient = torch.randn(3_000_300, generator=draw) * 1e-3
     true = gradient.double().norm().item()
     assert norm_of(Plain(gradient, ALONE, apart=False)) == pytest.approx(true, rel=1e-6)
-    assert norm_of(Plain(gradient[:3], ALONE, apart=False)) == pytest.approx(gradient[:3].double().norm().item())
+    assert norm_of(Plain(gradient[:3], ALONE, apart=False)) == pytest.approx(
+        gradient[:3].double().norm().item()
+    )
     gradient[-1] = math.nan
     assert math.isnan(norm_of(Plain(gradient, ALONE, apart=False)))
 
 
 def test_micro_batches_go_to_whoever_has_least_and_the_same_plan_is_made_everywhere():
-    assert dealt([5, 1, 4, 3, 3], 2) == [0, 0, 1, 1, 0] or dealt([5, 1, 4, 3, 3], 2) == [0, 1, 1, 1, 0]
+    assert dealt([5, 1, 4, 3, 3], 2) == [0, 0, 1, 1, 0] or dealt([5, 1, 4, 3, 3], 2) == [
+        0,
+        1,
+        1,
+        1,
+        0,
+    ]
     costs = [7, 7, 7, 2, 9, 1, 30]
     owners = dealt(costs, 3)
-    shares = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
+    shares = [
+        sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)
+    ]
     assert max(shares) == 30 and sum(shares) == sum(costs)
     assert dealt(costs, 1) == [0] * 7
     assert sorted(dealt([3, 3], 5)) == [0, 1]

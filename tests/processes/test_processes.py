@@ -1,4 +1,5 @@
-"""One run on several processes: what it learns does not depend on how many, and what one meets, all do."""
+"""One run on several processes: what it learns does not depend on how many, and what one meets, all
+do."""
 
 from __future__ import annotations
 
@@ -33,11 +34,23 @@ RUNS = {
     "prefix": {"method": {"name": "prefix", "tokens": 3}},
     "bottleneck": {"method": {"name": "bottleneck", "size": 4}, "checkpointing": True},
     "full": {"method": {"name": "full"}, "learning_rate": 1e-3, "dtype": "bfloat16"},
-    "lora plus": {"method": {"name": "lora", "rank": 2, "lr_ratio": 4.0}, "order": "shuffled", "weight_decay": 0.1},
+    "lora plus": {
+        "method": {"name": "lora", "rank": 2, "lr_ratio": 4.0},
+        "order": "shuffled",
+        "weight_decay": 0.1,
+    },
 }
-UNSET = {"no micro_batch": {"method": {"name": "lora", "rank": 2, "dropout": 0.2}, "micro_batch": None, "batch": 12}}
+UNSET = {
+    "no micro_batch": {
+        "method": {"name": "lora", "rank": 2, "dropout": 0.2},
+        "micro_batch": None,
+        "batch": 12,
+    }
+}
 HERE = {name: RUNS[name] for name in [*RUNS][: len(rounds("processes", ci=3))]} | UNSET
-STANDING = pytest.mark.skipif(not rounds("standing", ci=0), reason="waits for who never comes: make soak")
+STANDING = pytest.mark.skipif(
+    not rounds("standing", ci=0), reason="waits for who never comes: make soak"
+)
 MANY = pytest.mark.skipif(not rounds("processes", ci=0), reason="starts many processes: make soak")
 PLAIN = {f"plain {name}": {**RUNS[name], "reduce": "plain"} for name in ("lora", "full")}
 
@@ -60,20 +73,37 @@ def world(tmp_path_factory):
 
 
 def settings(world, out, **others):
-    fields = {"base": str(world / "base"), "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2}}
-    fields |= {"steps": 4, "batch": 7, "micro_batch": 2, "evaluate_every": 2, "show_answers": False, "dtype": "float32"}
+    fields = {
+        "base": str(world / "base"),
+        "data": {"train": str(world / "rows.jsonl"), "validation_share": 0.2},
+    }
+    fields |= {
+        "steps": 4,
+        "batch": 7,
+        "micro_batch": 2,
+        "evaluate_every": 2,
+        "show_answers": False,
+        "dtype": "float32",
+    }
     return {**fields, "learning_rate": 0.01, "reduce": "exact", "out": str(out), **others}
 
 
 @contextmanager
 def started(jobs, processes, wait=WAIT):
-    """The processes that compute these jobs one after another; none of them is left when the block ends."""
+    """The processes that compute these jobs one after another; none of them is left when the block
+    ends."""
     common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1", "VENEER_WAIT_SECONDS": wait}
     common["PYTHONPATH"] = os.pathsep.join([str(ROOT), common.get("PYTHONPATH", "")])
     common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     with ExitStack() as stack:
         meetings = [stack.enter_context(listening()) for _ in jobs]
-        command = [sys.executable, "-m", "tests.processes.worker", json.dumps(jobs), json.dumps(meetings)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.processes.worker",
+            json.dumps(jobs),
+            json.dumps(meetings),
+        ]
         found = [
             subprocess.Popen(
                 command,
@@ -108,19 +138,27 @@ def told(jobs, processes):
 
 def values(out):
     folder = next(path for path in (out / "adapter", out / "model") if path.is_dir())
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def losses(out):
     records = read_records(out / "metrics.jsonl")
-    return [(r["kind"], r["step"], r["loss"]) for r in records if r["kind"] in ("step", "evaluation")]
+    return [
+        (r["kind"], r["step"], r["loss"]) for r in records if r["kind"] in ("step", "evaluation")
+    ]
 
 
 @pytest.fixture(scope="module")
 def alone(world):
     """Every run computed by one process."""
     out = world / "alone"
-    jobs = [{"config": settings(world, out / name, **own)} for name, own in {**HERE, **PLAIN}.items()]
+    jobs = [
+        {"config": settings(world, out / name, **own)} for name, own in {**HERE, **PLAIN}.items()
+    ]
     assert told(jobs, 1) == [["done"] * len(jobs)]
     return out
 
@@ -140,8 +178,12 @@ def folders(world):
 
 @pytest.fixture(scope="module")
 def said(world, folders):
-    """Every run computed by two processes: what each said of it, by name. They start once for all."""
-    jobs = {name: {"config": settings(world, world / "two" / name, **own)} for name, own in {**HERE, **PLAIN}.items()}
+    """Every run computed by two processes: what each said of it, by name. They start once for
+    all."""
+    jobs = {
+        name: {"config": settings(world, world / "two" / name, **own)}
+        for name, own in {**HERE, **PLAIN}.items()
+    }
     for name, out in (("rows", "run"), ("missing", "missing"), ("others", "others"), ("rows", ".")):
         run = settings(world, out, **RUNS["prefix"])
         run["data"] = {**run["data"], "train": f"{name}.jsonl"}
@@ -165,11 +207,15 @@ def test_exact_sums_give_the_same_bits_on_two_processes(alone, two, name):
     one, other = values(alone / name), values(two / name)
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
     assert losses(alone / name) == losses(two / name)
-    kept = [json.loads((out / name / "summary.json").read_text())["held_out"] for out in (alone, two)]
+    kept = [
+        json.loads((out / name / "summary.json").read_text())["held_out"] for out in (alone, two)
+    ]
     assert kept[0] == kept[1] and kept[0]["rows"] > 1 and kept[0]["before"] and kept[0]["change"]
 
 
-def test_where_no_micro_batch_is_set_three_processes_and_a_resume_give_the_same_bits(world, alone, said):
+def test_where_no_micro_batch_is_set_three_processes_and_a_resume_give_the_same_bits(
+    world, alone, said
+):
     assert all(told_of.startswith("130 stopped at step 2 of 4") for told_of in said["stopped"])
     ((name, unset),), three = UNSET.items(), world / "three"
     jobs = [{"config": settings(world, three, **unset)}]
@@ -208,7 +254,9 @@ def test_a_run_goes_on_with_another_number_of_processes(world, alone):
     stop = {"rank": 1, "does": "signal"}
     first = told([{"config": run, "at": {"step": 1, **stop}}], 2)
     assert all(said[0].startswith("130 stopped at step 1 of 4") for said in first)
-    second = told([{"config": run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1)
+    second = told(
+        [{"config": run, "resume": True, "at": {"step": 3, "rank": 0, "does": "signal"}}], 1
+    )
     assert second[0][0].startswith("130 stopped at step 3 of 4")
     assert told([{"config": run, "resume": True}], 4) == [["done"]] * 4
     one, other = values(alone / "lora"), values(out)
@@ -216,7 +264,9 @@ def test_a_run_goes_on_with_another_number_of_processes(world, alone):
     assert losses(alone / "lora") == losses(out)
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(world, alone, said):
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
+    world, alone, said
+):
     left, dead = said["died"]
     assert dead == 9
     assert left.startswith("6 another process of this run is gone")
@@ -234,11 +284,17 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
             "its connection was closed, as when a process ends",
         ),
         (
-            "[/pytorch/x/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to complete",
+            (
+                "[/pytorch/x/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to"
+                " complete"
+            ),
             "it did not answer in time",
         ),
         (
-            "The client socket has failed to connect to [host]:1 (errno: 111 - Connection refused).",
+            (
+                "The client socket has failed to connect to [host]:1 (errno: 111 - Connection"
+                " refused)."
+            ),
             "it cannot be reached",
         ),
         ("[/x/y.cc:3] something new", "something new"),
@@ -251,7 +307,9 @@ def test_a_message_of_the_backend_is_told_in_a_sentence(said, means):
 @STANDING
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("own", [{}, {"shard": True}], ids=["whole", "shards"])
-def test_a_process_that_stands_still_ends_the_others_in_time_and_the_run_goes_on(world, alone, rank, own, tmp_path):
+def test_a_process_that_stands_still_ends_the_others_in_time_and_the_run_goes_on(
+    world, alone, rank, own, tmp_path
+):
     run = settings(world, tmp_path / "run", **RUNS["lora"], **own)
     job = {"config": run, "at": {"step": 3, "rank": rank, "does": "stop"}}
     with started([job], 2, wait="20") as found:
@@ -289,7 +347,9 @@ def test_what_one_process_meets_ends_all_and_is_told_by_all(said):
     assert second.startswith("2 ") and "missing.jsonl" in second
     assert first.startswith("6 the run ends before its first step") and "process 1" in first
     found = said["others"]
-    assert all(each.startswith("2 the processes of this run do not have the same") for each in found)
+    assert all(
+        each.startswith("2 the processes of this run do not have the same") for each in found
+    )
     assert all("rows: process 0 has" in each for each in found)
     first, second = said["."]
     assert first.startswith("2 ") and "not empty" in first
@@ -302,34 +362,63 @@ def test_the_command_starts_its_processes_and_torchrun_starts_the_same_run(world
     common = {**environment_for(os.environ), "OMP_NUM_THREADS": "1"}
     file.write_text(json.dumps(run))
     own = [sys.executable, "-m", "veneer", "train", str(file), "--quiet"]
-    done = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(
+        [*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=LIMIT
+    )
     assert done.returncode == 0, done.stderr
     file.write_text(json.dumps({**run, "out": str(tmp_path / "torchrun")}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, *own[1:]], env=common, capture_output=True, text=True, timeout=LIMIT)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    done = subprocess.run(
+        [*torchrun, *own[1:]], env=common, capture_output=True, text=True, timeout=LIMIT
+    )
     assert done.returncode == 0, done.stderr
     one = values(alone / "lora")
     for out in ("started", "torchrun"):
         other = values(tmp_path / out)
         assert all(one[key].equal(other[key]) for key in one)
-    again = subprocess.run([*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=LIMIT)
+    again = subprocess.run(
+        [*own, "--processes", "2"], env=common, capture_output=True, text=True, timeout=LIMIT
+    )
     assert again.returncode == 2 and "not empty" in again.stderr
 
 
 @pytest.mark.parametrize(
     ("rank", "does", "wait", "code"),
-    [("0", "os._exit(7)", LIMIT, 7), pytest.param("1", "os.kill(os.getpid(), 19)", 5, 6, marks=STANDING)],
+    [
+        ("0", "os._exit(7)", LIMIT, 7),
+        pytest.param("1", "os.kill(os.getpid(), 19)", 5, 6, marks=STANDING),
+    ],
 )
-def test_where_a_process_is_gone_before_all_have_met_the_others_end(rank, does, wait, code, tmp_path):
-    """Process 0, which the others wait for: whatever they would wait. One that stands still: when they have waited."""
+def test_where_a_process_is_gone_before_all_have_met_the_others_end(
+    rank, does, wait, code, tmp_path
+):
+    """Process 0, which the others wait for: whatever they would wait. One that stands still: when
+    they have waited."""
     hook = f"import os\nif os.environ.get('RANK') == '{rank}':\n    {does}\n"
     (tmp_path / "sitecustomize.py").write_text(hook)
     run = {"base": "smollm2", "data": {"train": "rows.jsonl"}, "out": str(tmp_path / "run")}
     (tmp_path / "run.yaml").write_text(json.dumps(run))
     common = {**os.environ, "PYTHONPATH": str(tmp_path), "VENEER_WAIT_SECONDS": str(wait)}
     begun = time.monotonic()
-    command = [sys.executable, "-m", "veneer", "train", str(tmp_path / "run.yaml"), "--processes", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "veneer",
+        "train",
+        str(tmp_path / "run.yaml"),
+        "--processes",
+        "3",
+    ]
     environment = environment_for(common)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, cwd=tmp_path)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=LIMIT, cwd=tmp_path
+    )
     assert done.returncode == code
     assert time.monotonic() - begun < GRACE_SECONDS + (10 if code == 7 else wait + 60)

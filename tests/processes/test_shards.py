@@ -24,10 +24,19 @@ __all__ = ["world"]
 SHARDED = {
     "lora": {**RUNS["lora"], "show_answers": True},
     "dora nf4": RUNS["dora nf4"],
-    "full": {"show_answers": True, "method": {"name": "full"}, "learning_rate": 1e-3, "weight_decay": 0.1, "clip": 0.5},
+    "full": {
+        "show_answers": True,
+        "method": {"name": "full"},
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "clip": 0.5,
+    },
     "prefix": RUNS["prefix"],
     "bottleneck": {**RUNS["bottleneck"], "show_answers": True},
-    "olora": {"method": {"name": "lora", "rank": 2, "init": "olora", "train_modules": ["norm"]}, "micro_batch": 3},
+    "olora": {
+        "method": {"name": "lora", "rank": 2, "init": "olora", "train_modules": ["norm"]},
+        "micro_batch": 3,
+    },
     "full bfloat16": {**RUNS["full"], "checkpointing": True, "show_answers": True},
     "lora gptq": {"method": {"name": "lora", "rank": 2}, "base": "gptq"},
 }
@@ -42,14 +51,20 @@ HERE["plain full"] = {**SHARDED["full"], "reduce": "plain"}
 
 @pytest.fixture(scope="module")
 def said(world):
-    """The same runs by one process that holds the whole base and by two that hold a half of its layers each; one by two
-    that hold all of them; and those in which the second of two fails: what each of two said, by name."""
+    """The same runs by one process that holds the whole base and by two that hold a half of its
+    layers each; one by two that hold all of them; and those in which the second of two fails: what
+    each of two said, by name."""
     write_gptq(save_tiny(world / "gptq"))
     for own in HERE.values():
         own.update({"base": str(world / own["base"])} if "base" in own else {})
-    jobs = [{"config": settings(world, world / "whole" / name, **own)} for name, own in HERE.items()]
+    jobs = [
+        {"config": settings(world, world / "whole" / name, **own)} for name, own in HERE.items()
+    ]
     assert told(jobs, 1) == [["done"] * len(jobs)]
-    jobs = {name: {"config": settings(world, world / "shards" / name, **own, shard=True)} for name, own in HERE.items()}
+    jobs = {
+        name: {"config": settings(world, world / "shards" / name, **own, shard=True)}
+        for name, own in HERE.items()
+    }
     jobs["together"] = {"config": settings(world, world / "together", **SHARDED["lora"])}
     for name in FAILING:
         run = settings(world, world / "failed" / name, **SHARDED[name], shard=True)
@@ -74,7 +89,9 @@ def test_a_base_in_shards_gives_the_bits_of_a_whole_one(runs, name):
 def test_a_base_in_shards_answers_and_is_evaluated_as_a_whole_one(runs, name):
     one, other = evaluations(runs / "whole" / name), evaluations(runs / "shards" / name)
     assert one == other and len(one) == 3
-    assert len({each["sample"]["answer"] for each in one}) > 1, "training changed no answer: nothing is compared"
+    assert len({each["sample"]["answer"] for each in one}) > 1, (
+        "training changed no answer: nothing is compared"
+    )
 
 
 def evaluations(out):
@@ -89,7 +106,9 @@ def test_full_fine_tuning_in_parts_keeps_the_checkpoints_of_a_whole_one(runs):
     names = sorted(path.name for path in whole.iterdir())
     assert names and names == sorted(path.name for path in parts.iterdir())
     for name in names:
-        assert (whole / name / "state.safetensors").read_bytes() == (parts / name / "state.safetensors").read_bytes()
+        assert (whole / name / "state.safetensors").read_bytes() == (
+            parts / name / "state.safetensors"
+        ).read_bytes()
 
 
 @WHOLE
@@ -145,14 +164,21 @@ def test_what_one_process_meets_while_the_others_gather_ends_all_at_once(said, n
 
 def test_a_step_says_what_its_time_went_into(runs):
     parts_of_all = ["compute", "wait", "reduce"]
-    for out, parts in ((runs / "together", parts_of_all), (runs / "shards" / "lora", [*parts_of_all, "gather"])):
-        steps = [record for record in read_records(out / "metrics.jsonl") if record["kind"] == "step"]
+    for out, parts in (
+        (runs / "together", parts_of_all),
+        (runs / "shards" / "lora", [*parts_of_all, "gather"]),
+    ):
+        steps = [
+            record for record in read_records(out / "metrics.jsonl") if record["kind"] == "step"
+        ]
         for record in steps:
             assert list(record["parts"]) == parts and min(record["parts"].values()) > 0
         summary = json.loads((out / "summary.json").read_text())
         timed = {part: sum(record["parts"][part] for record in steps[1:]) for part in parts}
         assert summary["seconds_by_part"] == pytest.approx(timed)
-        assert sum(timed.values()) == pytest.approx(summary["seconds"], rel=0.5)  # the mean of all, and the leader's
+        assert sum(timed.values()) == pytest.approx(
+            summary["seconds"], rel=0.5
+        )  # the mean of all, and the leader's
 
 
 def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():
@@ -164,7 +190,9 @@ def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():
 
 
 def in_two_types():
-    layer = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64, dtype=torch.bfloat16)).requires_grad_(False)
+    layer = nn.Sequential(
+        nn.Linear(64, 48), nn.Linear(48, 64, dtype=torch.bfloat16)
+    ).requires_grad_(False)
     shards = Shards(0, 1, lambda whole, own: whole.copy_(own))
     shards.take(layer)
     return shards
@@ -194,9 +222,13 @@ def test_a_gradient_finds_the_weights_of_its_own_layer():
     """Autograd keeps them for backward, after another layer was whole."""
     shards, first, weight = layer_in_shards()
     second = nn.Linear(64, 64).requires_grad_(False)
-    plain = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64), nn.Linear(64, 64)).requires_grad_(False)
+    plain = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64), nn.Linear(64, 64)).requires_grad_(
+        False
+    )
     make_whole(first)
-    plain.load_state_dict({**first.state_dict(), **{f"2.{name}": each for name, each in second.state_dict().items()}})
+    plain.load_state_dict(
+        {**first.state_dict(), **{f"2.{name}": each for name, each in second.state_dict().items()}}
+    )
     shards.take(second)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     gradients = []

@@ -1,9 +1,12 @@
-"""One process of several: runs each of the given settings one after another, in a process group of its own each.
+"""One process of several: runs each of the given settings one after another, in a process group of
+its own each.
 
-    python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": {...}}, ...]' MEETINGS
+    python -m tests.processes.worker '[{"config": {...}, "resume": false, "folders": [...], "at": \\
+        {...}}, ...]' MEETINGS
 
-MEETINGS: port and descriptor of each job's socket. folders: where each process works. at: {"step", "rank", "does":
-"signal" | "die" | "stop" | "fail"}, when that step is done; stop: stand still; fail: before the gradient of the next.
+MEETINGS: port and descriptor of each job's socket. folders: where each process works. at: {"step",
+"rank", "does": "signal" | "die" | "stop" | "fail"}, when that step is done; stop: stand still;
+fail: before the gradient of the next.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Chromium without a screen, driven through a pipe by its own protocol: no driver and no further package.
+"""Chromium without a screen, driven through a pipe by its own protocol: no driver and no further
+package.
 
 with browser() as chromium:
     tab = chromium.open("http://127.0.0.1:8000/")
@@ -22,7 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -35,7 +38,8 @@ SECONDS = 60.0
 
 
 class Tab:
-    """session: of the protocol. said: what the page logged and what was refused to it. asked: every address."""
+    """session: of the protocol. said: what the page logged and what was refused to it. asked: every
+    address."""
 
     def __init__(self, chromium: Chromium, session: str) -> None:
         self._chromium, self._session = chromium, session
@@ -47,7 +51,9 @@ class Tab:
 
     def run(self, code: str) -> Any:
         """What an expression is; a promise is waited for. AssertionError: it throws."""
-        found = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        found = self.call(
+            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, (code, found["exceptionDetails"])
         return found["result"].get("value")
 
@@ -58,7 +64,9 @@ class Tab:
             if found := self.run(code):
                 return found
             time.sleep(0.03)
-        raise AssertionError(f"not within {seconds:g} s: {code}\n{self.run('document.body.innerText')}\n{self.said}")
+        raise AssertionError(
+            f"not within {seconds:g} s: {code}\n{self.run('document.body.innerText')}\n{self.said}"
+        )
 
     def text(self, selector: str) -> str:
         return str(self.until(f"document.querySelector({selector!r})?.innerText ?? null"))
@@ -71,7 +79,14 @@ class Tab:
             "return r.width ? [r.x + r.width / 2, r.y + r.height / 2] : null })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+            self.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=place[0],
+                y=place[1],
+                button="left",
+                clickCount=1,
+            )
 
     def press(self, key: str, **more: Any) -> None:
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
@@ -79,12 +94,21 @@ class Tab:
         for kind in ("keyDown", "keyUp"):
             said = {"text": text} if text and kind == "keyDown" else {}
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **said, **more
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                **said,
+                **more,
             )
 
     def type(self, selector: str, text: str) -> None:
         """Instead of what stands there; a newline is the Enter key."""
-        self.run(f"(() => {{ const e = document.querySelector({selector!r}); e.focus(); e.select(); }})()")
+        self.run(
+            f"(() => {{ const e = document.querySelector({selector!r}); e.focus(); e.select();"
+            " })()"
+        )
         for part in text.split("\n")[:1]:
             self.call("Input.insertText", text=part)
         for part in text.split("\n")[1:]:
@@ -97,13 +121,21 @@ class Tab:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
 
     def screen(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=phone,
+        )
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         look = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[look])
 
     def picture(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        file.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        )
 
 
 class Chromium:
@@ -117,9 +149,14 @@ class Chromium:
         context = self.call("Target.createBrowserContext")["browserContextId"]
         if downloads is not None:
             self.call(
-                "Browser.setDownloadBehavior", behavior="allow", browserContextId=context, downloadPath=str(downloads)
+                "Browser.setDownloadBehavior",
+                behavior="allow",
+                browserContextId=context,
+                downloadPath=str(downloads),
             )
-        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)[
+            "targetId"
+        ]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = self._tabs[session] = Tab(self, session)
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -161,7 +198,9 @@ class Chromium:
             tab.asked.append(about["request"]["url"])
         elif event["method"] == "Runtime.exceptionThrown":
             tab.said.append(str(about["exceptionDetails"])[:2000])
-        elif event["method"] == "Log.entryAdded" and about["entry"]["source"] != "network":  # answers that are 4xx
+        elif (
+            event["method"] == "Log.entryAdded" and about["entry"]["source"] != "network"
+        ):  # answers that are 4xx
             tab.said.append(str(about["entry"].get("text")))
 
 
@@ -177,7 +216,11 @@ def browser() -> Iterator[Chromium]:
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
         process = subprocess.Popen(command, preexec_fn=inherit, close_fds=False, **quiet)
         os.close(to_read), os.close(from_write)
         try:

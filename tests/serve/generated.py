@@ -1,4 +1,5 @@
-"""Bodies from the tables of fields, by a seed: such as an endpoint takes, and such with something wrong in them."""
+"""Bodies from the tables of fields, by a seed: such as an endpoint takes, and such with something
+wrong in them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,20 @@ from random import Random
 from typing import Any
 
 from veneer.serve import chat, completions, messages, responses, tokens
-from veneer.serve.fields import AnyObject, Either, Field, Flag, Listed, Mapped, Num, Only, Refused, Table, Tagged, Text
+from veneer.serve.fields import (
+    AnyObject,
+    Either,
+    Field,
+    Flag,
+    Listed,
+    Mapped,
+    Num,
+    Only,
+    Refused,
+    Table,
+    Tagged,
+    Text,
+)
 
 TABLES: dict[str, tuple[Field, ...]] = {
     "/v1/chat/completions": chat.FIELDS,
@@ -18,8 +32,38 @@ TABLES: dict[str, tuple[Field, ...]] = {
     "/tokenize": tokens.TOKENIZE,
     "/detokenize": tokens.DETOKENIZE,
 }
-WORDS = ["a", "What is it?", "ünï", "\U0001f469‍\U0001f680", "<|im_end|>", "{", '"', "\n", "x" * 300, "0", " "]
-WRONG = [None, True, 0, -1, 10**30, 1e308, "", "text", [], {}, [[]], {"a": 1}, [None], "\ud800", 0.5, "\x00", -(2**63)]
+WORDS = [
+    "a",
+    "What is it?",
+    "ünï",
+    "\U0001f469‍\U0001f680",
+    "<|im_end|>",
+    "{",
+    '"',
+    "\n",
+    "x" * 300,
+    "0",
+    " ",
+]
+WRONG = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    1e308,
+    "",
+    "text",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [None],
+    "\ud800",
+    0.5,
+    "\x00",
+    -(2**63),
+]
 
 
 def value(random: Random, kind: Any, depth: int = 0) -> Any:
@@ -37,9 +81,15 @@ def value(random: Random, kind: Any, depth: int = 0) -> Any:
     if isinstance(kind, Only):
         return random.choice(kind.values)
     if isinstance(kind, Listed):
-        return [value(random, kind.of, depth + 1) for _ in range(max(kind.least, random.randint(0, min(kind.most, 3))))]
+        return [
+            value(random, kind.of, depth + 1)
+            for _ in range(max(kind.least, random.randint(0, min(kind.most, 3))))
+        ]
     if isinstance(kind, Mapped):
-        return {str(random.randint(0, 255)): value(random, kind.of, depth + 1) for _ in range(random.randint(0, 2))}
+        return {
+            str(random.randint(0, 255)): value(random, kind.of, depth + 1)
+            for _ in range(random.randint(0, 2))
+        }
     if isinstance(kind, Table):
         return fields(random, kind.fields, depth + 1)
     if isinstance(kind, Tagged):
@@ -48,7 +98,9 @@ def value(random: Random, kind: Any, depth: int = 0) -> Any:
     if isinstance(kind, Either):
         return value(random, random.choice(kind.kinds), depth)
     assert isinstance(kind, AnyObject), kind
-    return random.choice([{}, {"type": "object"}, {"type": "object", "properties": {"a": {"type": "integer"}}}])
+    return random.choice(
+        [{}, {"type": "object"}, {"type": "object", "properties": {"a": {"type": "integer"}}}]
+    )
 
 
 def fields(random: Random, table: tuple[Field, ...], depth: int = 0) -> dict[str, Any]:
@@ -69,7 +121,9 @@ def body(random: Random, path: str, models: list[str]) -> dict[str, Any]:
         if name in {field.name for field in TABLES[path]}:
             made.pop(name, None)
     if any(field.name in ("max_tokens", "max_output_tokens") for field in TABLES[path]):
-        made["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = random.randint(1, 6)
+        made["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = random.randint(
+            1, 6
+        )
     if "n" in made:
         made["n"] = random.randint(1, 3)
     return made
@@ -81,7 +135,13 @@ def places(inner: Any) -> list[tuple[Any, Any]]:
     waiting = [inner]
     while waiting:
         each = waiting.pop()
-        keys = list(each) if isinstance(each, dict) else range(len(each)) if isinstance(each, list) else []
+        keys = (
+            list(each)
+            if isinstance(each, dict)
+            else range(len(each))
+            if isinstance(each, list)
+            else []
+        )
         found += [(each, key) for key in keys]
         waiting += [each[key] for key in keys]
     return found
@@ -98,13 +158,17 @@ def mutated(random: Random, made: dict[str, Any]) -> bytes:
         if choice < 0.5:
             container[key] = random.choice(WRONG)
         elif choice < 0.65 and isinstance(container, dict):
-            container[random.choice(["unknown", "guided", "__class__", "n ", "\x00", "model"])] = random.choice(WRONG)
+            container[random.choice(["unknown", "guided", "__class__", "n ", "\x00", "model"])] = (
+                random.choice(WRONG)
+            )
         elif choice < 0.8:
             del container[key]
     text = bytearray(json.dumps(made, allow_nan=True).encode("utf-8", "surrogatepass"))
     if random.random() < 0.2 and text:
         at = random.randrange(len(text))
-        text[at : at + random.randint(0, 3)] = bytes(random.randrange(256) for _ in range(random.randint(0, 3)))
+        text[at : at + random.randint(0, 3)] = bytes(
+            random.randrange(256) for _ in range(random.randint(0, 3))
+        )
     if random.random() < 0.03:
         text = bytearray(b"[" * 100_000)
     return bytes(text)

@@ -50,10 +50,14 @@ def made_base(family: str = "llama_untied", **overrides: Any) -> Base:
     )
 
 
-def add_adapter(library: Library, folder: Path, name: str, seed: int, base: Base | None = None) -> None:
+def add_adapter(
+    library: Library, folder: Path, name: str, seed: int, base: Base | None = None
+) -> None:
     """One that changes every answer, as the next version of a name."""
     base = base or made_base()
-    made = base.attach(LoRA(rank=3, alpha=5.0, targets=["q_proj", "v_proj", "down_proj"]), name="a", seed=seed)
+    made = base.attach(
+        LoRA(rank=3, alpha=5.0, targets=["q_proj", "v_proj", "down_proj"]), name="a", seed=seed
+    )
     fill(made.parameters().values(), seed=seed)
     write_adapter(folder, made, manifest_for(base, method="lora"), model=base.model)
     library.add(folder, name=name)
@@ -71,11 +75,14 @@ class Running:
 
     def ask_engine(self, function: Any) -> Any:
         """What a function finds between two steps."""
-        return asyncio.run_coroutine_threadsafe(self.service.loop.ask(function), self.service.loop.events).result(30)
+        return asyncio.run_coroutine_threadsafe(
+            self.service.loop.ask(function), self.service.loop.events
+        ).result(30)
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
-        """Each step takes 10 ms more meanwhile, as a larger base's do: 900 tokens are on their way for 9 s."""
+        """Each step takes 10 ms more meanwhile, as a larger base's do: 900 tokens are on their way
+        for 9 s."""
 
         def slow(engine: Engine) -> None:
             step = engine.step
@@ -93,7 +100,9 @@ class Running:
             self.ask_engine(lambda engine: engine.__dict__.pop("step"))
 
     def openai(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **settings})
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **settings}
+        )
 
     def http(self, **settings: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **settings)

@@ -22,7 +22,13 @@ OTHERS = {
 
 
 def kind_of(field: Field) -> str:
-    return "refused" if isinstance(field.kind, Refused) else "without effect" if field.no_effect else "honoured"
+    return (
+        "refused"
+        if isinstance(field.kind, Refused)
+        else "without effect"
+        if field.no_effect
+        else "honoured"
+    )
 
 
 def values_of(field: Field) -> str:
@@ -38,7 +44,11 @@ def why_of(field: Field) -> str:
 
 def made() -> dict[str, str]:
     """Each table by the name of its place in the page."""
-    rows: dict[str, dict[tuple[str, ...], str]] = {"honoured": {}, "without effect": {}, "refused": {}}
+    rows: dict[str, dict[tuple[str, ...], str]] = {
+        "honoured": {},
+        "without effect": {},
+        "refused": {},
+    }
     for letter, fields in LETTERS.items():
         for field in fields:
             kind = kind_of(field)
@@ -54,7 +64,8 @@ def made() -> dict[str, str]:
         "refused": ("field", "instead", "where"),
     }
     tables = {
-        name: _table(heads[name], [(*key, where) for key, where in found.items()]) for name, found in rows.items()
+        name: _table(heads[name], [(*key, where) for key, where in found.items()])
+        for name, found in rows.items()
     }
     small = [
         (f"`{path}`", f"`{field.name}`", values_of(field), field.meaning)
@@ -72,7 +83,9 @@ def made() -> dict[str, str]:
 
 def _amount(limit: Limit) -> str:
     if limit.unit == "bytes":
-        return f"{limit.most / 2**20:g} MiB" if limit.most >= 2**20 else f"{limit.most / 2**10:g} KiB"
+        return (
+            f"{limit.most / 2**20:g} MiB" if limit.most >= 2**20 else f"{limit.most / 2**10:g} KiB"
+        )
     return f"{limit.most:,.0f} {limit.unit}".strip()
 
 

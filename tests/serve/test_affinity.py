@@ -43,7 +43,9 @@ def library(tmp_path_factory):
 
 @contextmanager
 def routed(affinity, urls):
-    server = uvicorn.Server(uvicorn.Config(affinity.application(urls, every=0.05), log_config=None, lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(affinity.application(urls, every=0.05), log_config=None, lifespan="on")
+    )
     listener = listening("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()
@@ -67,7 +69,11 @@ def ask(url, model, **more):
 
 
 def test_each_adapter_lives_in_one_place_and_is_asked_there(affinity, library):
-    with running(library) as first, running(library) as second, routed(affinity, [first.url, second.url]) as url:
+    with (
+        running(library) as first,
+        running(library) as second,
+        routed(affinity, [first.url, second.url]) as url,
+    ):
         places = {}
         for _ in range(3):
             for name in NAMES:
@@ -77,17 +83,25 @@ def test_each_adapter_lives_in_one_place_and_is_asked_there(affinity, library):
                     places.setdefault(name, set()).add(found.headers["x-replica"])
             time.sleep(0.1)
         assert all(len(each) == 1 for each in places.values()), places
-        assert in_memory(first) | in_memory(second) == set(NAMES) and not in_memory(first) & in_memory(second)
+        assert in_memory(first) | in_memory(second) == set(NAMES) and not in_memory(
+            first
+        ) & in_memory(second)
         assert ask(url, BASE).status_code == 200 and ask(url, "nobody").status_code == 404
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert [card.id for card in client.models.list()] == [BASE, *sorted(NAMES)]
-        stream = client.chat.completions.create(model="two", messages=HELLO, max_tokens=9, stream=True)
-        whole = client.chat.completions.create(model="two", messages=HELLO, max_tokens=9, temperature=0)
+        stream = client.chat.completions.create(
+            model="two", messages=HELLO, max_tokens=9, stream=True
+        )
+        whole = client.chat.completions.create(
+            model="two", messages=HELLO, max_tokens=9, temperature=0
+        )
         assert [c.choices[0].finish_reason for c in stream][-1] in ("length", "stop")
         assert whole.usage.completion_tokens > 0
 
 
-def test_an_adapter_that_was_loaded_by_hand_is_found_where_nobody_asks_for_it(affinity, library, monkeypatch):
+def test_an_adapter_that_was_loaded_by_hand_is_found_where_nobody_asks_for_it(
+    affinity, library, monkeypatch
+):
     read, known = affinity.Replica.read, []
 
     def remembered(replica, metrics):
@@ -95,17 +109,30 @@ def test_an_adapter_that_was_loaded_by_hand_is_found_where_nobody_asks_for_it(af
         known.append((replica.url, replica.adapters))
 
     monkeypatch.setattr(affinity.Replica, "read", remembered)
-    with running(library) as first, running(library) as second, routed(affinity, [first.url, second.url]) as url:
+    with (
+        running(library) as first,
+        running(library) as second,
+        routed(affinity, [first.url, second.url]) as url,
+    ):
         for name in NAMES:
-            second.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": name}).raise_for_status()
-        assert f'veneer:adapter_in_memory_bytes{{adapter="{NAMES[0]}"}}' in second.http().get("/metrics").text
+            second.post(
+                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": name}
+            ).raise_for_status()
+        assert (
+            f'veneer:adapter_in_memory_bytes{{adapter="{NAMES[0]}"}}'
+            in second.http().get("/metrics").text
+        )
         while (second.url, set(NAMES)) not in known:
             time.sleep(0.01)
         assert {ask(url, name).headers["x-replica"] for name in NAMES} == {second.url}
 
 
 def test_where_one_server_goes_the_other_answers(affinity, library):
-    with running(library) as first, running(library) as second, routed(affinity, [first.url, second.url]) as url:
+    with (
+        running(library) as first,
+        running(library) as second,
+        routed(affinity, [first.url, second.url]) as url,
+    ):
         for name in NAMES:
             assert ask(url, name).status_code == 200
         second.server.should_exit = True
@@ -128,8 +155,10 @@ def replica(affinity, url, metrics):
 
 def test_a_full_server_is_passed_over_and_the_base_goes_where_least_is_done(affinity):
     metrics = (
-        'vllm:num_requests_running{{model_name="tiny"}} {0}\nvllm:num_requests_waiting{{model_name="tiny"}} {1}\n'
-        'vllm:lora_requests_info{{max_lora="4",running_lora_adapters="{2}",waiting_lora_adapters=""}} 1\n'
+        'vllm:num_requests_running{{model_name="tiny"}} {0}\n'
+        'vllm:num_requests_waiting{{model_name="tiny"}} {1}\n'
+        'vllm:lora_requests_info{{max_lora="4",running_lora_adapters="{2}",'
+        'waiting_lora_adapters=""}} 1\n'
     )
     busy = replica(affinity, "http://a", metrics.format(8, 3, "tickets"))
     idle = replica(affinity, "http://b", metrics.format(1, 0, ""))

@@ -1,4 +1,5 @@
-"""Answers with calls of tools, as each protocol writes them, whole and in pieces; the clients' own types read them."""
+"""Answers with calls of tools, as each protocol writes them, whole and in pieces; the clients' own
+types read them."""
 
 import json
 from dataclasses import replace
@@ -13,7 +14,9 @@ from veneer.serve.asked import Asked, Chat
 from veneer.serve.refusals import Refusal
 
 ECHO = responses.asked({"model": "m", "input": "x"}).echo
-ASKED = Asked(model="m", prompts=(Chat([]),), parses_calls=True, stream=True, stream_usage=True, echo=ECHO)
+ASKED = Asked(
+    model="m", prompts=(Chat([]),), parses_calls=True, stream=True, stream_usage=True, echo=ECHO
+)
 CALLS = (Call("weather", '{"city":"Bern"}'), Call("time", "{}"))
 PIECES = [
     Piece(0, "Let me "),
@@ -53,7 +56,9 @@ def test_chat_has_calls_beside_its_text():
     deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
     assert "".join(each.delta.content or "" for each in deltas) == "Let me see." and done
     made = [call for each in deltas for call in each.delta.tool_calls or ()]
-    assert [(c.index, c.id, c.function.name) for c in made] == [(n, c.id, c.name) for n, c in enumerate(CALLS)]
+    assert [(c.index, c.id, c.function.name) for c in made] == [
+        (n, c.id, c.name) for n, c in enumerate(CALLS)
+    ]
     assert [each.finish_reason for each in deltas if each.finish_reason] == ["tool_calls"]
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 16 and not chunks[-1].choices
 
@@ -61,7 +66,9 @@ def test_chat_has_calls_beside_its_text():
 @pytest.mark.parametrize("protocol", [chat, completions])
 def test_counts_are_streamed_to_those_who_asked_for_them_alone(protocol):
     with_counts, _ = events(protocol)
-    assert [each["usage"] is None for each in with_counts] == [True] * (len(with_counts) - 1) + [False]
+    assert [each["usage"] is None for each in with_counts] == [True] * (len(with_counts) - 1) + [
+        False
+    ]
     assert with_counts[-1]["choices"] == [] and with_counts[-1]["usage"]["completion_tokens"] == 9
     without, done = events(protocol, asked=replace(ASKED, stream_usage=False))
     assert done and all("usage" not in each and each["choices"] for each in without)
@@ -90,7 +97,11 @@ def test_messages_have_a_block_for_each_call():
     starts = [each["index"] for each in data if each["type"] == "content_block_start"]
     stops = [each["index"] for each in data if each["type"] == "content_block_stop"]
     assert starts == stops == [0, 1, 2]
-    inputs = [e["delta"]["partial_json"] for e in data if e.get("delta", {}).get("type") == "input_json_delta"]
+    inputs = [
+        e["delta"]["partial_json"]
+        for e in data
+        if e.get("delta", {}).get("type") == "input_json_delta"
+    ]
     assert list(map(json.loads, inputs)) == [{"city": "Bern"}, {}]
     assert data[-2]["delta"]["stop_reason"] == "tool_use"
 
@@ -105,7 +116,9 @@ def test_an_event_is_one_line_whatever_a_client_takes_for_the_end_of_one():
     assert json.loads(event({"x": text}).removeprefix("data: ")) == {"x": text}
 
 
-@pytest.mark.parametrize("protocol", [chat, responses, messages], ids=lambda each: each.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "protocol", [chat, responses, messages], ids=lambda each: each.__name__.rpartition(".")[2]
+)
 def test_a_failure_on_the_way_is_an_event(protocol):
     data, _ = events(protocol, Refusal(503, "out of memory", code="out_of_memory"))
     last = data[-1]

@@ -33,14 +33,22 @@ def server(library):
 
 def said(words, **environment):
     kept = {"PATH": os.environ["PATH"], "HOME": environment.get("HOME", "/")}
-    found = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**kept, **environment})
+    found = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env={**kept, **environment}
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout
 
 
 def expected(server, **more):
-    body = {"model": "tickets", "messages": [{"role": "user", "content": "Where is my parcel?"}], "temperature": 0}
-    return server.post("/v1/chat/completions", {**body, "max_tokens": 12, **more}).json()["choices"][0]["message"]
+    body = {
+        "model": "tickets",
+        "messages": [{"role": "user", "content": "Where is my parcel?"}],
+        "temperature": 0,
+    }
+    return server.post("/v1/chat/completions", {**body, "max_tokens": 12, **more}).json()[
+        "choices"
+    ][0]["message"]
 
 
 @pytest.mark.skipif(LLM is None, reason="the llm command is not on the path: pip install llm")
@@ -50,7 +58,10 @@ def test_the_llm_command_asks_as_the_page_says(library, tmp_path, key):
     with running(library, keys=Keys([Key("use", hashed(key), "one")]) if key else None) as server:
         place = {"LLM_USER_PATH": str(tmp_path), "HOME": str(tmp_path)}
         if key:
-            assert "`api_key_name: veneer`" in PAGE.read_text() and "`llm keys set veneer`" in PAGE.read_text()
+            assert (
+                "`api_key_name: veneer`" in PAGE.read_text()
+                and "`llm keys set veneer`" in PAGE.read_text()
+            )
             yaml += "  api_key_name: veneer\n"
             said([LLM, "keys", "set", "veneer", "--value", key], **place)
         (tmp_path / "extra-openai-models.yaml").write_text(yaml.replace(PORT, server.url))
@@ -67,7 +78,17 @@ def test_curl_asks_as_the_page_says(server):
     calls = re.findall(r"^(curl http.*?'\n)", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert len(calls) == 2
     for call in calls:
-        address, header, body = re.match(r"curl (\S+) -H '(.*?)' -d '(.*)'\n", call, re.DOTALL).groups()
-        words = [CURL, "-sS", address.replace(PORT, server.url), "-H", header, "-d", body.replace("smollm2-135m", BASE)]
+        address, header, body = re.match(
+            r"curl (\S+) -H '(.*?)' -d '(.*)'\n", call, re.DOTALL
+        ).groups()
+        words = [
+            CURL,
+            "-sS",
+            address.replace(PORT, server.url),
+            "-H",
+            header,
+            "-d",
+            body.replace("smollm2-135m", BASE),
+        ]
         found = json.loads(said(words))
         assert found["object"] in ("chat.completion", "text_completion"), found

@@ -1,4 +1,5 @@
-"""Clients that send nothing, send slowly, do not read, or are too many: they are let go, and others are answered."""
+"""Clients that send nothing, send slowly, do not read, or are too many: they are let go, and others
+are answered."""
 
 import json
 import socket
@@ -38,7 +39,8 @@ def connected(server):
 
 
 def closed_after(sent, client, seconds=10.0):
-    """Seconds until the server closes a connection on which these bytes are sent again and again, and what it said."""
+    """Seconds until the server closes a connection on which these bytes are sent again and again,
+    and what it said."""
     began, said = time.monotonic(), b""
     client.settimeout(0.1)
     while time.monotonic() - began < seconds:
@@ -68,7 +70,9 @@ def test_a_connection_without_a_whole_header_is_closed(server, short, sent):
         assert 0.2 < closed_after(sent, client)[0] < 5
 
 
-def test_a_connection_may_be_idle_between_two_requests_longer_than_a_header_takes(server, short, monkeypatch):
+def test_a_connection_may_be_idle_between_two_requests_longer_than_a_header_takes(
+    server, short, monkeypatch
+):
     monkeypatch.setattr(limits, "KEEP_ALIVE_SECONDS", 60.0)
     with connected(server) as client:
         for _ in range(2):
@@ -81,13 +85,17 @@ def test_a_connection_may_be_idle_between_two_requests_longer_than_a_header_take
 
 def test_a_body_that_comes_byte_by_byte_is_not_waited_for_though_nobody_reads_it(server, short):
     with connected(server) as client:  # refused for its type, before the body
-        client.sendall(HEADER.replace(b"application/json", b"text/plain") + b"content-length: 1000\r\n\r\n")
+        client.sendall(
+            HEADER.replace(b"application/json", b"text/plain") + b"content-length: 1000\r\n\r\n"
+        )
         seconds, said = closed_after(b" ", client)
     assert said.startswith(b"HTTP/1.1 415") and seconds < 5
 
 
 def test_an_answer_may_take_longer_than_a_header(server, short):
-    body = json.dumps({"model": BASE, "prompt": [5], "max_tokens": 120, "ignore_eos": True}).encode()
+    body = json.dumps(
+        {"model": BASE, "prompt": [5], "max_tokens": 120, "ignore_eos": True}
+    ).encode()
     with server.unhurried(), connected(server) as client:
         client.sendall(HEADER + b"content-length: %d\r\n\r\n%b" % (len(body), body))
         began = time.monotonic()
@@ -113,7 +121,9 @@ def test_where_too_many_are_open_the_one_that_is_idle_longest_goes(server, monke
 
 def test_where_all_are_being_answered_one_more_is_told_to_come_again(server, monkeypatch):
     state = server.server.server_state
-    body = json.dumps({"model": BASE, "prompt": [5], "max_tokens": 900, "ignore_eos": True}).encode()
+    body = json.dumps(
+        {"model": BASE, "prompt": [5], "max_tokens": 900, "ignore_eos": True}
+    ).encode()
     with server.unhurried(), connected(server) as first:
         first.sendall(HEADER + b"content-length: %d\r\n\r\n%b" % (len(body), body))
         while not server.service.loop.open_answers:
@@ -129,7 +139,9 @@ def test_a_client_that_does_not_read_is_let_go(monkeypatch):
     clocks = []
 
     def call_later(seconds, function):
-        clocks.append((seconds, function, SimpleNamespace(cancel=lambda: cancelled.append(seconds))))
+        clocks.append(
+            (seconds, function, SimpleNamespace(cancel=lambda: cancelled.append(seconds)))
+        )
         return clocks[-1][2]
 
     aborted, cancelled = [], []
@@ -162,7 +174,10 @@ def test_a_server_raises_the_soft_limit_of_open_files_towards_the_hard_one():
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
         raise_open_files()
         raised, same = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert same == hard and raised in (hard, 2 * limits.MOST_CONNECTIONS + connection_module.RESERVED_FILES)
+        assert same == hard and raised in (
+            hard,
+            2 * limits.MOST_CONNECTIONS + connection_module.RESERVED_FILES,
+        )
         if raised != hard:
             assert room_for_connections()[0] == limits.MOST_CONNECTIONS
         raise_open_files()

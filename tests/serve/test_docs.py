@@ -12,7 +12,9 @@ from veneer.serve.app import PATHS
 
 
 def test_the_tables_are_those_of_the_code():
-    assert filled(PAGE.read_text()) == PAGE.read_text(), "python -m tests.serve.tables writes them anew"
+    assert filled(PAGE.read_text()) == PAGE.read_text(), (
+        "python -m tests.serve.tables writes them anew"
+    )
 
 
 def test_every_path_is_named():
@@ -30,7 +32,9 @@ def server(tmp_path_factory):
 
 
 def test_the_bodies_of_its_curl_calls_are_answered(server):
-    calls = re.findall(r"curl http://[^/]+(/\S+) .*?-d '(.*?)'\n", PAGE.read_text(), flags=re.DOTALL)
+    calls = re.findall(
+        r"curl http://[^/]+(/\S+) .*?-d '(.*?)'\n", PAGE.read_text(), flags=re.DOTALL
+    )
     assert len(calls) >= 2
     for path, body in calls:
         found = server.post(path, json.loads(body.replace("smollm2-135m", BASE)))

@@ -1,4 +1,5 @@
-"""Bodies against their tables: every field is honoured or refused by name, and all faults are told at once."""
+"""Bodies against their tables: every field is honoured or refused by name, and all faults are told
+at once."""
 
 import json
 from random import Random
@@ -36,7 +37,11 @@ ASK = {
     "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "m", "prompt": "hi"},
     "/v1/responses": {"model": "m", "input": "hi"},
-    "/v1/messages": {"model": "m", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/messages": {
+        "model": "m",
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": "hi"}],
+    },
 }
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
@@ -56,10 +61,26 @@ def refused(path, changes):
         (Text(3, 1), ["a", "abc"], ["", "abcd", 1, "\ud800", ["a"]]),
         (Only((False, "auto", 0)), [False, "auto", 0], [True, 0.0, "Auto", 1]),
         (Listed(Flag(), 2, 1), [[True], [True, False]], [[], [1], [True] * 3, {}]),
-        (Listed(Num(TOKEN), 3), [[], [0, 5], [1, 2.0]], [[5, -1], [True, 1], [1, 2**31], [1, "1"], [1, [1]], [1] * 4]),
-        (Mapped(Text(2), Flag(), 1), [{}, {"a": True}], [{"abc": True}, {"a": 1}, {"a": True, "b": True}, []]),
-        (Table((Field("a", Flag(), "", required=True),)), [{"a": True}], [{}, {"a": None}, {"a": True, "b": 1}, 3]),
-        (Tagged("type", {"x": (Field("a", Flag(), ""),)}), [{"type": "x"}], [{}, {"type": "y"}, {"type": []}, "x"]),
+        (
+            Listed(Num(TOKEN), 3),
+            [[], [0, 5], [1, 2.0]],
+            [[5, -1], [True, 1], [1, 2**31], [1, "1"], [1, [1]], [1] * 4],
+        ),
+        (
+            Mapped(Text(2), Flag(), 1),
+            [{}, {"a": True}],
+            [{"abc": True}, {"a": 1}, {"a": True, "b": True}, []],
+        ),
+        (
+            Table((Field("a", Flag(), "", required=True),)),
+            [{"a": True}],
+            [{}, {"a": None}, {"a": True, "b": 1}, 3],
+        ),
+        (
+            Tagged("type", {"x": (Field("a", Flag(), ""),)}),
+            [{"type": "x"}],
+            [{}, {"type": "y"}, {"type": []}, "x"],
+        ),
         (Either((Flag(), Text(1))), [True, "a"], ["ab", 1]),
         (Refused("no"), [], [1, {}, "a"]),
     ],
@@ -69,7 +90,9 @@ def test_a_kind_takes_what_it_says_and_nothing_else(kind, good, bad):
     assert [list(kind.faults(value, "x")) for value in good] == [[]] * len(good)
     for value in bad:
         faults = list(kind.faults(value, "x"))
-        assert faults and all(fault.param.startswith("x") and str(fault).isprintable() for fault in faults), value
+        assert faults and all(
+            fault.param.startswith("x") and str(fault).isprintable() for fault in faults
+        ), value
     assert kind.said
 
 
@@ -113,7 +136,10 @@ def test_a_bias_is_of_a_tokens_number():
         ("/v1/completions", {"logit_bias": {str(n): "x" for n in range(1024)}}),
         ("/v1/chat/completions", {"messages": [{"role": "pirate"}] * 4096}),
         ("/v1/chat/completions", {"chat_template_kwargs": {f"-{n}": 1 for n in range(10**5)}}),
-        ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_image"}] * 1024}] * 4096}),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image"}] * 1024}] * 4096},
+        ),
         ("/v1/messages", {"messages": [{"role": "user", "content": [{}] * 1024}] * 4096}),
     ],
 )
@@ -128,11 +154,15 @@ def test_faults_beyond_a_bound_are_neither_told_nor_searched_for(path, wrong, mo
     monkeypatch.setattr(fields, "Fault", Counted)
     looked_up = []
     near = fields.difflib.get_close_matches
-    monkeypatch.setattr(fields.difflib, "get_close_matches", lambda *a, **k: looked_up.append(a) or near(*a, **k))
+    monkeypatch.setattr(
+        fields.difflib, "get_close_matches", lambda *a, **k: looked_up.append(a) or near(*a, **k)
+    )
     fault = refused(path, wrong)
     assert len(fault.message) < 5000 and fault.message.count(";") <= MOST_FAULTS
     one = "chat_template_kwargs" in wrong  # whose number alone is wrong
-    assert fault.message.endswith("; and more") != one and fault.message.count(";") == (0 if one else MOST_FAULTS)
+    assert fault.message.endswith("; and more") != one and fault.message.count(";") == (
+        0 if one else MOST_FAULTS
+    )
     assert len(made) <= 10 * MOST_FAULTS and len(looked_up) <= MOST_FAULTS + 1
 
 
@@ -153,7 +183,9 @@ def test_what_is_made_from_a_table_passes_it_and_null_is_a_field_that_was_not_gi
         assert set(read_fields(TABLES[path], made)) <= set(made)
         optional = {field.name: None for field in TABLES[path] if not field.required}
         required = {name: made[name] for name in made if name not in optional}
-        assert read_fields(TABLES[path], {**optional, **required}) == read_fields(TABLES[path], required)
+        assert read_fields(TABLES[path], {**optional, **required}) == read_fields(
+            TABLES[path], required
+        )
 
 
 @pytest.mark.parametrize("path", MODULES)
@@ -172,20 +204,38 @@ def test_a_body_is_asked_or_refused_and_nothing_else_happens(path):
 
 
 @pytest.mark.parametrize("path", MODULES)
-@pytest.mark.parametrize("field", ["guided_jsn", "chat_template", "prompt_logprobs", "best_of_n", "lora_request"])
+@pytest.mark.parametrize(
+    "field", ["guided_jsn", "chat_template", "prompt_logprobs", "best_of_n", "lora_request"]
+)
 def test_what_is_not_honoured_is_refused_by_its_name(path, field):
     assert refused(path, {field: {}}).param == field
 
 
 def test_settings_of_all_protocols_come_out_the_same():
-    same = {"temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.1, "seed": -1, "min_tokens": 2}
+    same = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 3,
+        "min_p": 0.1,
+        "seed": -1,
+        "min_tokens": 2,
+    }
     for path, module in MODULES.items():
         asked = module.asked({**ASK[path], **same})
         drawn = asked.sampling
-        found = (drawn.temperature, drawn.top_p, drawn.top_k, drawn.min_p, asked.seed, asked.min_new_tokens)
+        found = (
+            drawn.temperature,
+            drawn.top_p,
+            drawn.top_k,
+            drawn.min_p,
+            asked.seed,
+            asked.min_new_tokens,
+        )
         assert found == (0.5, 0.25, 3, 0.1, 2**32 - 1, 2), path
         assert module.asked({**ASK[path], "top_k": -1}).sampling.top_k == 0
-        weighted = module.asked({**ASK[path], "adapters": [{"name": "a"}, {"name": "b", "weight": -0.5}]})
+        weighted = module.asked(
+            {**ASK[path], "adapters": [{"name": "a"}, {"name": "b", "weight": -0.5}]}
+        )
         assert weighted.adapters == (("a", 1.0), ("b", -0.5))
 
 
@@ -196,9 +246,15 @@ def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
     assert refused(path, {"max_tokens": 1, "max_completion_tokens": 2}).param == "max_tokens"
     assert refused(path, {"top_logprobs": 2}).param == "top_logprobs"
     assert refused(path, {"stream_options": {"include_usage": True}}).param == "stream_options"
-    completed = completions.asked({"model": "m", "prompt": [[1, 2], [3]], "logprobs": 2, "stop": ["a", "b"], "n": 2})
+    completed = completions.asked(
+        {"model": "m", "prompt": [[1, 2], [3]], "logprobs": 2, "stop": ["a", "b"], "n": 2}
+    )
     assert [prompt.ids for prompt in completed.prompts] == [(1, 2), (3,)]
-    assert (completed.stops, completed.sampling.logprobs, completed.max_new_tokens) == (("a", "b"), 2, 16)
+    assert (completed.stops, completed.sampling.logprobs, completed.max_new_tokens) == (
+        ("a", "b"),
+        2,
+        16,
+    )
     assert refused("/v1/completions", {"best_of": 3}).param == "best_of"
     said = messages.asked({**ASK["/v1/messages"], "stop_sequences": ["END"]})
     assert (said.stops, said.max_new_tokens) == (("END",), 4)
@@ -208,15 +264,28 @@ def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
 def test_one_conversation_with_tools_is_the_same_in_three_protocols():
     arguments = {"city": "Bern"}
     function = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
-    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": json.dumps(arguments)}}
+    call = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": json.dumps(arguments)},
+    }
     spoken = chat.asked(
         {
             "model": "m",
             "tools": [{"type": "function", "function": function}],
             "messages": [
                 {"role": "developer", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "Rain"}, {"type": "text", "text": "?"}]},
-                {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": []},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "Rain"}, {"type": "text", "text": "?"}],
+                },
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [call],
+                    "refusal": None,
+                    "annotations": [],
+                },
                 {"role": "tool", "tool_call_id": "c1", "content": "yes"},
             ],
         }
@@ -228,7 +297,12 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
             "tools": [{"type": "function", **function}],
             "input": [
                 {"role": "user", "content": [{"type": "input_text", "text": "Rain?"}]},
-                {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": json.dumps(arguments)},
+                {
+                    "type": "function_call",
+                    "call_id": "c1",
+                    "name": "weather",
+                    "arguments": json.dumps(arguments),
+                },
                 {"type": "function_call_output", "call_id": "c1", "output": "yes"},
             ],
         }
@@ -237,15 +311,22 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
         {
             "model": "m",
             "max_tokens": 3,
-            "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+            "system": [
+                {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}
+            ],
             "tools": [{"name": "weather", "description": "d", "input_schema": {"type": "object"}}],
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "Rain?"}]},
                 {
                     "role": "assistant",
-                    "content": [{"type": "tool_use", "id": "c1", "name": "weather", "input": arguments}],
+                    "content": [
+                        {"type": "tool_use", "id": "c1", "name": "weather", "input": arguments}
+                    ],
                 },
-                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "yes"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "yes"}],
+                },
             ],
         }
     )
@@ -273,9 +354,15 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
             "tool_choice.function.name",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, "messages[0].tool_call_id"),
+        (
+            {"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]},
+            "messages[0].tool_call_id",
+        ),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"parallel_tool_calls": False}, "parallel_tool_calls"),
@@ -290,7 +377,12 @@ def test_shapes_of_answers_are_read_from_each_dialect():
     schema = {"type": "object"}
     for changes, kind, spec in [
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": schema},
+                }
+            },
             "schema",
             schema,
         ),
@@ -306,7 +398,10 @@ def test_shapes_of_answers_are_read_from_each_dialect():
     form = {"type": "json_schema", "name": "x", "schema": schema}
     shape = responses.asked({**ASK["/v1/responses"], "text": {"format": form}}).shape
     assert (shape.kind, shape.spec) == ("schema", schema)
-    for none in ({"response_format": {"type": "text"}}, {"structured_outputs": {"json_object": False}}):
+    for none in (
+        {"response_format": {"type": "text"}},
+        {"structured_outputs": {"json_object": False}},
+    ):
         assert chat.asked({**ASK["/v1/chat/completions"], **none}).shape is None
 
 

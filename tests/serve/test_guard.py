@@ -19,7 +19,9 @@ KEYS = Keys([Key("use", hashed(USE), "one"), Key("admin", hashed(ADMIN), "two")]
 
 async def whoami(scope, receive, send):
     caller = scope["state"].get("caller")
-    await PlainTextResponse(f"{caller.name}:{caller.scope}" if caller else "open")(scope, receive, send)
+    await PlainTextResponse(f"{caller.name}:{caller.scope}" if caller else "open")(
+        scope, receive, send
+    )
 
 
 def ask(guard, path="/v1/models", url="http://127.0.0.1:8000", method="GET", **headers):
@@ -27,7 +29,9 @@ def ask(guard, path="/v1/models", url="http://127.0.0.1:8000", method="GET", **h
         transport = httpx.ASGITransport(guard)
         async with httpx.AsyncClient(transport=transport, base_url=url) as client:
             return await client.request(
-                method, path, headers={name.replace("_", "-"): value for name, value in headers.items()}
+                method,
+                path,
+                headers={name.replace("_", "-"): value for name, value in headers.items()},
             )
 
     return asyncio.run(once())
@@ -90,12 +94,17 @@ def test_a_page_of_an_origin_that_is_allowed_reads_answers_and_errors(path):
     for headers, status in (({"x-api-key": USE}, 200), ({}, 401)):
         found = ask(app, path, origin=PAGE, **headers)
         assert found.status_code == status
-        assert found.headers["access-control-allow-origin"] == PAGE and found.headers["vary"] == "Origin"
+        assert (
+            found.headers["access-control-allow-origin"] == PAGE
+            and found.headers["vary"] == "Origin"
+        )
         assert "x-request-id" in found.headers["access-control-expose-headers"]
 
 
 def test_a_browser_asks_without_a_key_whether_a_page_may_send_a_request():
-    app = for_browsers(Guard(whoami, keys=KEYS, origins=["https://PAGE.example"]), ["https://PAGE.example"])
+    app = for_browsers(
+        Guard(whoami, keys=KEYS, origins=["https://PAGE.example"]), ["https://PAGE.example"]
+    )
     wanted = "authorization, content-type, x-stainless-lang, anthropic-version"
     private = {"access-control-request-private-network": "true"}
     found = preflight(app, PAGE, **{"access-control-request-headers": wanted, **private})
@@ -109,15 +118,33 @@ def test_a_browser_asks_without_a_key_whether_a_page_may_send_a_request():
 def test_pages_of_other_origins_are_not_answered_and_cannot_read_why():
     allowing = for_browsers(Guard(whoami, keys=KEYS, origins=[PAGE]), [PAGE])
     for app in (allowing, for_browsers(Guard(whoami, keys=KEYS), [])):
-        for found in (preflight(app, "http://evil.example"), ask(app, origin="http://evil.example")):
+        for found in (
+            preflight(app, "http://evil.example"),
+            ask(app, origin="http://evil.example"),
+        ):
             assert found.status_code in (400, 403)
             assert "access-control-allow-origin" not in found.headers
 
 
 def test_a_site_that_no_browser_would_name_is_refused_at_the_start():
     check_origins([PAGE, "http://localhost:3000", "http://[::1]:80", "HTTP://Page.example"])
-    wrong = ["*", "page.example", f"{PAGE}/", f"{PAGE}/app", "https://", "https://a@b", "https://a:x", "null"]
-    wrong += ["https://*", "https://*.page.example", "https://a b.example", "https://a\\b", "https://bücher.example"]
+    wrong = [
+        "*",
+        "page.example",
+        f"{PAGE}/",
+        f"{PAGE}/app",
+        "https://",
+        "https://a@b",
+        "https://a:x",
+        "null",
+    ]
+    wrong += [
+        "https://*",
+        "https://*.page.example",
+        "https://a b.example",
+        "https://a\\b",
+        "https://bücher.example",
+    ]
     with pytest.raises(ConfigError, match="names a site") as caught:
         check_origins(wrong)
     assert len(caught.value.faults) == len(wrong)
@@ -136,7 +163,9 @@ def test_a_site_that_no_browser_would_name_is_refused_at_the_start():
 )
 def test_an_origin_is_compared_as_browsers_send_it(allowed, sent):
     check_origins([allowed])
-    found = ask(for_browsers(Guard(whoami, keys=Keys([]), origins=[allowed]), [allowed]), origin=sent)
+    found = ask(
+        for_browsers(Guard(whoami, keys=Keys([]), origins=[allowed]), [allowed]), origin=sent
+    )
     assert found.status_code == 200 and found.headers["access-control-allow-origin"] == sent
 
 
@@ -199,7 +228,9 @@ def test_the_log_has_a_line_for_each_request_without_keys_and_queries(caplog):
     counted = []
     guard = Guard(whoami, keys=KEYS, counted=lambda *told: counted.append(told))
     with caplog.at_level(logging.INFO, "veneer.serve"):
-        ask(guard, "/v1/models/%1B[31m?secret=1", authorization=f"Bearer {USE}", x_request_id="id-1")
+        ask(
+            guard, "/v1/models/%1B[31m?secret=1", authorization=f"Bearer {USE}", x_request_id="id-1"
+        )
     (line,) = caplog.messages
     assert line.startswith("GET /v1/models/") and line.endswith("id-1")
     assert USE not in line and "secret" not in line and "\x1b" not in line
@@ -209,12 +240,19 @@ def test_the_log_has_a_line_for_each_request_without_keys_and_queries(caplog):
 def test_keys_come_from_a_file_of_hashes_and_from_the_environment(tmp_path):
     file = tmp_path / "keys"
     key = new_key(file, "admin")
-    assert key not in file.read_text() and hashlib.sha256(key.encode()).hexdigest() in file.read_text()
+    assert (
+        key not in file.read_text() and hashlib.sha256(key.encode()).hexdigest() in file.read_text()
+    )
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     second = new_key(file, "use")
     file.write_text(file.read_text() + "\n# a comment\n")
     keys = read_keys(file, {"VENEER_API_KEY": USE, "VENEER_ADMIN_KEY": ADMIN})
-    assert [keys.caller(each).scope for each in (key, second, USE, ADMIN)] == ["admin", "use", "use", "admin"]
+    assert [keys.caller(each).scope for each in (key, second, USE, ADMIN)] == [
+        "admin",
+        "use",
+        "use",
+        "admin",
+    ]
     assert keys.caller("other") is None and keys.caller("") is None and keys.caller(None) is None
     assert not read_keys(None, {})
 

@@ -80,7 +80,9 @@ def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end
             ticket = loop.submit(Request(prompt=(5, 6, 7), max_new_tokens=30), inbox)
             told = []
             while not told or not told[-1].ended:
-                assert sum(len(each.tokens) for each in told) <= ticket.new  # what usage counts is never behind
+                assert (
+                    sum(len(each.tokens) for each in told) <= ticket.new
+                )  # what usage counts is never behind
                 told += await inbox.taken()
             assert ticket.new == 30
             return [each.tokens for each in told]
@@ -129,13 +131,16 @@ def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
 
 @pytest.mark.parametrize("accepted", range(4))
 def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running(accepted):
-    """Whoever waits for the acceptance of prompts is cancelled at one of them: those behind it must not run on."""
+    """Whoever waits for the acceptance of prompts is cancelled at one of them: those behind it must
+    not run on."""
     engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
     requests = [Request(prompt=(5, 6, number), max_new_tokens=300) for number in range(4)]
 
     async def left() -> int:
         loop = EngineLoop(engine)
-        answering = Answering(loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer()))
+        answering = Answering(
+            loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer())
+        )
         client = asyncio.create_task(answering.__aenter__())
         await asyncio.sleep(0)
         for ticket in answering._tickets[:accepted]:
@@ -158,12 +163,16 @@ def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running
 
 
 def test_a_refused_request_whose_client_has_gone_leaves_no_traceback(caplog):
-    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}), limits=Limits(max_waiting=3))
+    engine = Engine(
+        made_base(), budget_bytes=2**20, adapters=Fixed({}), limits=Limits(max_waiting=3)
+    )
     requests = [Request(prompt=(5, 6, number), max_new_tokens=3, choices=3) for number in range(3)]
 
     async def refused() -> None:
         loop = EngineLoop(engine)
-        answering = Answering(loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer()))
+        answering = Answering(
+            loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer())
+        )
         client = asyncio.create_task(answering.__aenter__())
         await asyncio.sleep(0)
         answering._tickets[0].accepted.set_exception(QueueFullError(3, 3))

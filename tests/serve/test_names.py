@@ -51,7 +51,8 @@ class Remove:
 
 @dataclass(frozen=True)
 class Row:
-    """status: of the refusal that the operation ends with. means: name -> its version in the library; None: 404."""
+    """status: of the refusal that the operation ends with. means: name -> its version in the
+    library; None: 404."""
 
     before: tuple = ()
     operation: Load | Unload = None
@@ -71,52 +72,93 @@ TABLE = {
     "load another under its name": Row((), Load("bar", "poems"), 409, SERVED),
     "load another under its name, in place": Row((), Load("bar", "poems", True), 409, SERVED),
     "load one of its versions under its name": Row((), Load("bar", "bar@1"), 409, SERVED),
-    "unload it": Row((), Unload("bar"), means={"bar": None, "bar@1": None, "tiny:bar": None}, listed=("poems",)),
-    "unload it by the base's name too": Row((), Unload("tiny:bar"), means={"bar": None}, listed=("poems",)),
+    "unload it": Row(
+        (), Unload("bar"), means={"bar": None, "bar@1": None, "tiny:bar": None}, listed=("poems",)
+    ),
+    "unload it by the base's name too": Row(
+        (), Unload("tiny:bar"), means={"bar": None}, listed=("poems",)
+    ),
     "unload one of its versions": Row((), Unload("bar@1"), 400, SERVED),
     "unload a version that is not there": Row((), Unload("bar@7"), 400, SERVED),
     "unload it beside its alias": Row(
-        (ALIAS,), Unload("bar"), means={"bar": None, "bar@1": None, "mine": "bar@1"}, listed=("mine", "poems")
+        (ALIAS,),
+        Unload("bar"),
+        means={"bar": None, "bar@1": None, "mine": "bar@1"},
+        listed=("mine", "poems"),
     ),
     # an unloaded one
     "load it again": Row((Unload("bar"),), Load("bar", "bar"), means=SERVED),
     "unload it again": Row((Unload("bar"),), Unload("bar"), 404, {"bar": None}, ("poems",)),
     "load it under another name": Row(
-        (Unload("bar"),), ALIAS, means={"mine": "bar@1", "bar": None, "bar@1": None}, listed=("mine", "poems")
+        (Unload("bar"),),
+        ALIAS,
+        means={"mine": "bar@1", "bar": None, "bar@1": None},
+        listed=("mine", "poems"),
     ),
     # an alias
-    "load a new alias": Row((), ALIAS, means={**SERVED, "mine": "bar@1"}, listed=("bar", "mine", "poems")),
-    "load an alias again": Row((ALIAS,), ALIAS, means={"mine": "bar@1"}, listed=("bar", "mine", "poems")),
-    "load another as the alias": Row((ALIAS,), Load("mine", "poems"), 409, {"mine": "bar@1"}, ("bar", "mine", "poems")),
+    "load a new alias": Row(
+        (), ALIAS, means={**SERVED, "mine": "bar@1"}, listed=("bar", "mine", "poems")
+    ),
+    "load an alias again": Row(
+        (ALIAS,), ALIAS, means={"mine": "bar@1"}, listed=("bar", "mine", "poems")
+    ),
+    "load another as the alias": Row(
+        (ALIAS,), Load("mine", "poems"), 409, {"mine": "bar@1"}, ("bar", "mine", "poems")
+    ),
     "load another as the alias, in place": Row(
-        (ALIAS,), Load("mine", "poems", True), means={"mine": "poems@1"}, listed=("bar", "mine", "poems")
+        (ALIAS,),
+        Load("mine", "poems", True),
+        means={"mine": "poems@1"},
+        listed=("bar", "mine", "poems"),
     ),
     "unload an alias": Row((ALIAS,), Unload("mine"), means={**SERVED, "mine": None}),
     "unload an alias by the base's name too": Row(
         (ALIAS,), Unload("tiny:mine"), means={**SERVED, "mine": None, "tiny:mine": None}
     ),
     "unload one of two aliases": Row(
-        (ALIAS, Load("yours", "bar@1")), Unload("mine"), means={"yours": "bar@1"}, listed=("bar", "poems", "yours")
+        (ALIAS, Load("yours", "bar@1")),
+        Unload("mine"),
+        means={"yours": "bar@1"},
+        listed=("bar", "poems", "yours"),
     ),
-    "unload an alias of nothing": Row((ALIAS, Remove("bar")), Unload("mine"), means={"mine": None}, listed=("poems",)),
-    "load an alias of an alias": Row((ALIAS,), Load("yours", "mine"), 404, listed=("bar", "mine", "poems")),
+    "unload an alias of nothing": Row(
+        (ALIAS, Remove("bar")), Unload("mine"), means={"mine": None}, listed=("poems",)
+    ),
+    "load an alias of an alias": Row(
+        (ALIAS,), Load("yours", "mine"), 404, listed=("bar", "mine", "poems")
+    ),
     # an alias, and an adapter that was published under the same name afterwards
     "ask for the name of both": Row(
-        SHADOWED[:1], Publish("new"), means={"new": "bar@1", "new@1": "new@1"}, listed=("bar", "new", "poems")
+        SHADOWED[:1],
+        Publish("new"),
+        means={"new": "bar@1", "new@1": "new@1"},
+        listed=("bar", "new", "poems"),
     ),
-    "load the published one": Row(SHADOWED, Load("new", "new"), 409, {"new": "bar@1"}, ("bar", "new", "poems")),
+    "load the published one": Row(
+        SHADOWED, Load("new", "new"), 409, {"new": "bar@1"}, ("bar", "new", "poems")
+    ),
     "load the published one, in place": Row(
         SHADOWED, Load("new", "new", True), means={"new": "new@1"}, listed=("bar", "new", "poems")
     ),
-    "unload the alias before it": Row(SHADOWED, Unload("new"), means={"new": "new@1"}, listed=("bar", "new", "poems")),
-    "unload both": Row((*SHADOWED, Unload("new")), Unload("new"), means={"new": None, "new@1": None}),
+    "unload the alias before it": Row(
+        SHADOWED, Unload("new"), means={"new": "new@1"}, listed=("bar", "new", "poems")
+    ),
+    "unload both": Row(
+        (*SHADOWED, Unload("new")), Unload("new"), means={"new": None, "new@1": None}
+    ),
     # the base, and nothing
     "unload the base": Row((), Unload("tiny"), 400, SERVED),
     "load an adapter as the base": Row((), Load("tiny", "bar"), 400, SERVED),
     "load an adapter as the base's adapter": Row((), Load("tiny:tiny", "bar"), 400, SERVED),
-    "unload an adapter called like the base": Row((Publish("tiny"),), Unload("tiny:tiny"), means={"tiny:tiny": None}),
+    "unload an adapter called like the base": Row(
+        (Publish("tiny"),), Unload("tiny:tiny"), means={"tiny:tiny": None}
+    ),
     "unload the base beside such an adapter": Row(
-        (Publish("tiny"),), Unload("tiny"), 400, {"tiny:tiny": "tiny@1"}, ("bar", "poems", "tiny:tiny")
+        (Publish("tiny"),),
+        Unload("tiny"),
+        400,
+        {"tiny:tiny": "tiny@1"},
+        ("bar", "poems", "tiny:tiny"),
     ),
     "unload nothing": Row((), Unload("nobody"), 404, SERVED),
     "unload what cannot be a name": Row((), Unload("../bar"), 400, SERVED),
@@ -132,7 +174,9 @@ def base():
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     made = Library(folder / "library")
-    for seed, name in enumerate([name for name, versions in LIBRARY.items() for _ in range(versions)], 1):
+    for seed, name in enumerate(
+        [name for name, versions in LIBRARY.items() for _ in range(versions)], 1
+    ):
         add_adapter(made, folder / f"made-{seed}", name, seed)
     return sorted(folder.glob("made-*"))
 
@@ -140,7 +184,9 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def library(tmp_path, folders):
     made = Library(tmp_path / "library")
-    for folder, name in zip(folders, [name for name, n in LIBRARY.items() for _ in range(n)], strict=True):
+    for folder, name in zip(
+        folders, [name for name, n in LIBRARY.items() for _ in range(n)], strict=True
+    ):
         made.add(folder, name=name)
     return made
 
@@ -178,7 +224,9 @@ def test_an_operation_on_a_name_does_what_the_page_says(names, library, row):
     assert ids[0] == "tiny" and tuple(sorted(ids[1:])) == row.listed
 
 
-def test_an_adapter_stays_pinned_when_its_alias_is_unloaded_and_not_when_it_is(names, library, residents):
+def test_an_adapter_stays_pinned_when_its_alias_is_unloaded_and_not_when_it_is(
+    names, library, residents
+):
     def pinned():
         return sorted(shown.reference for shown in residents.shown() if shown.pinned)
 

@@ -26,7 +26,8 @@ def placed(folder, **overrides):
 
 
 def foreign(library, folder, name):
-    """The last version of a name as PEFT would have written it: without a word about its base's weights."""
+    """The last version of a name as PEFT would have written it: without a word about its base's
+    weights."""
     copied = folder / f"peft-{name}"
     shutil.copytree(library.path(name), copied)
     (copied / "veneer.json").unlink()
@@ -36,7 +37,8 @@ def foreign(library, folder, name):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """A server whose library, base and adapters' bases lie in a folder of one name, and what is wrong with each."""
+    """A server whose library, base and adapters' bases lie in a folder of one name, and what is
+    wrong with each."""
     folder = tmp_path_factory.mktemp("served") / SECRET
     for inner in ("base", "wide"):
         (folder / inner).mkdir(parents=True)
@@ -64,12 +66,20 @@ def names_of(library):
 def requests(names):
     for name in names:
         yield "POST", "/v1/chat/completions", {"model": name, "messages": HELLO, "max_tokens": 2}
-        yield "POST", "/v1/chat/completions", {"model": name, "messages": HELLO, "max_tokens": 2, "stream": True}
+        yield (
+            "POST",
+            "/v1/chat/completions",
+            {"model": name, "messages": HELLO, "max_tokens": 2, "stream": True},
+        )
         yield "POST", "/v1/completions", {"model": name, "prompt": "a", "max_tokens": 2}
         yield "POST", "/v1/messages", {"model": name, "messages": HELLO, "max_tokens": 2}
         yield "POST", "/v1/responses", {"model": name, "input": "a", "max_output_tokens": 16}
         weighted = [{"name": name, "weight": 0.5}, {"name": "good", "weight": 0.5}]
-        yield "POST", "/v1/completions", {"model": BASE, "prompt": "a", "max_tokens": 2, "adapters": weighted}
+        yield (
+            "POST",
+            "/v1/completions",
+            {"model": BASE, "prompt": "a", "max_tokens": 2, "adapters": weighted},
+        )
         yield "POST", "/tokenize", {"model": name, "messages": HELLO}
         yield "POST", PIN, {"name": name}
         yield "POST", "/v1/adapters/unpin", {"name": name}
@@ -78,7 +88,14 @@ def requests(names):
         yield "GET", f"/v1/models/{name}", None
         yield "GET", f"/v1/adapters/{name}", None
         yield "GET", f"/v1/adapters/good?against={name}", None
-    for path in ("/v1/models", "/v1/adapters", "/v1/runs", "/v1/runs/broken", "/v1/runs/nobody", "/metrics"):
+    for path in (
+        "/v1/models",
+        "/v1/adapters",
+        "/v1/runs",
+        "/v1/runs/broken",
+        "/v1/runs/nobody",
+        "/metrics",
+    ):
         yield "GET", path, None
     for name in names:
         yield "POST", UNLOAD, {"lora_name": name}
@@ -93,7 +110,9 @@ def test_what_cannot_fit_the_base_is_not_listed_and_says_why_when_it_is_asked(as
         assert answer.status_code == 422 and name in answer.json()["error"]["message"]
 
 
-def test_models_are_listed_while_an_adapter_comes_and_are_told_again_after_a_fault_of_the_disk(tmp_path, monkeypatch):
+def test_models_are_listed_while_an_adapter_comes_and_are_told_again_after_a_fault_of_the_disk(
+    tmp_path, monkeypatch
+):
     library, base = Library(tmp_path / "adapters"), made_base()
     add_adapter(library, tmp_path / "good", "good", 1, base)
     foreign(library, tmp_path, "good")
@@ -118,12 +137,16 @@ def test_models_are_listed_while_an_adapter_comes_and_are_told_again_after_a_fau
     with running(library, base=base) as server, server.http() as http:
 
         def listed():
-            return "peft-good" in [card["id"] for card in http.get("/v1/models").raise_for_status().json()["data"]]
+            return "peft-good" in [
+                card["id"] for card in http.get("/v1/models").raise_for_status().json()["data"]
+            ]
 
         thread = threading.Thread(target=busy)
         thread.start()
         try:
-            assert server.post("/v1/completions", {"model": "goo", "prompt": "a"}).status_code == 404
+            assert (
+                server.post("/v1/completions", {"model": "goo", "prompt": "a"}).status_code == 404
+            )
             assert not reads
             assert not listed()
             (tmp_path / "away").rename(weights)

@@ -40,10 +40,31 @@ def places(tmp_path_factory):
 
 @pytest.fixture
 def process(places):
-    command = [sys.executable, "-P", "-m", "veneer.cli.main", "serve", "--base", str(places / "tiny-llama")]
-    command += ["--library", str(places / "adapters"), "--port", "0", "--cache-mib", "8", "--drain", "20"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "veneer.cli.main",
+        "serve",
+        "--base",
+        str(places / "tiny-llama"),
+    ]
+    command += [
+        "--library",
+        str(places / "adapters"),
+        "--port",
+        "0",
+        "--cache-mib",
+        "8",
+        "--drain",
+        "20",
+    ]
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     yield started
     started.kill()
@@ -61,17 +82,26 @@ def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(p
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     assert [card.id for card in client.models.list()] == ["tiny-llama", "tickets"]
     stream = client.chat.completions.create(
-        model="tickets", messages=HELLO, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        model="tickets",
+        messages=HELLO,
+        max_tokens=400,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
     chunks = iter(stream)
     next(chunks)
     process.send_signal(signal.SIGTERM)
-    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    reasons = [
+        choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason
+    ]
     assert reasons == ["length"]
     out, log = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "ended\n")
     lines = log.splitlines()
-    assert all(re.fullmatch(r"\d\d:\d\d:\d\d (GET|POST) /v1/\S+ 200 \d+ ms [0-9a-f]+", line) for line in lines), log
+    assert all(
+        re.fullmatch(r"\d\d:\d\d:\d\d (GET|POST) /v1/\S+ 200 \d+ ms [0-9a-f]+", line)
+        for line in lines
+    ), log
     assert all(len(line) <= 80 for line in lines) and "hello" not in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
@@ -81,7 +111,8 @@ LONG = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True}
 
 
 def ended_by(places, signals, caplog, drain_seconds):
-    """A streamed and a whole answer of 9 s that are open when the signals come: (events, status, error, seconds)."""
+    """A streamed and a whole answer of 9 s that are open when the signals come: (events, status,
+    error, seconds)."""
     with (
         caplog.at_level("ERROR"),
         running(Library(places / "adapters"), drain_seconds=drain_seconds) as server,
@@ -112,11 +143,15 @@ def ended_by(places, signals, caplog, drain_seconds):
     return events, found, seconds
 
 
-@pytest.mark.parametrize(("signals", "drain_seconds"), [(1, 0.7), (2, 60.0)], ids=["time is over", "a second signal"])
+@pytest.mark.parametrize(
+    ("signals", "drain_seconds"), [(1, 0.7), (2, 60.0)], ids=["time is over", "a second signal"]
+)
 def test_answers_that_outlive_the_drain_end_with_an_error_and_without_a_traceback(
     places, signals, drain_seconds, caplog, monkeypatch
 ):
-    monkeypatch.setattr(signal, "signal", lambda *of: None)  # signals are told to the server, in its thread
+    monkeypatch.setattr(
+        signal, "signal", lambda *of: None
+    )  # signals are told to the server, in its thread
     events, found, seconds = ended_by(places, signals, caplog, drain_seconds)
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
@@ -128,15 +163,24 @@ def test_answers_that_outlive_the_drain_end_with_an_error_and_without_a_tracebac
     assert seconds < 4
 
 
-def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_ends(places, caplog, monkeypatch):
+def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_ends(
+    places, caplog, monkeypatch
+):
     """Its prompt never comes back from the tokenizer, say."""
     monkeypatch.setattr(run_module, "ENDING_SECONDS", 0.1)
 
     async def never(*of):
         await asyncio.sleep(600)
 
-    asks = {CHAT: LONG, "/v1/completions": {"model": BASE, "prompt": "a", "stream": True}, "/tokenize": {"prompt": "a"}}
-    with running(Library(places / "adapters"), drain_seconds=0.1) as server, ThreadPoolExecutor(len(asks)) as beside:
+    asks = {
+        CHAT: LONG,
+        "/v1/completions": {"model": BASE, "prompt": "a", "stream": True},
+        "/tokenize": {"prompt": "a"},
+    }
+    with (
+        running(Library(places / "adapters"), drain_seconds=0.1) as server,
+        ThreadPoolExecutor(len(asks)) as beside,
+    ):
         monkeypatch.setattr(server.service.prompts, "encoded", never)
         asked = [beside.submit(server.post, *ask) for ask in asks.items()]
         while len(server.server.server_state.tasks) < len(asks):
@@ -152,7 +196,10 @@ def test_a_body_that_is_still_arriving_does_not_outlive_the_drain(places, caplog
     with running(Library(places / "adapters"), drain_seconds=0.1) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as client:
-            header = f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: 9\r\n"
+            header = (
+                f"POST {CHAT} HTTP/1.1\r\nhost: {host}\r\ncontent-type:"
+                " application/json\r\ncontent-length: 9\r\n"
+            )
             client.sendall(f"{header}\r\n{{".encode())
             while not server.server.server_state.tasks:
                 time.sleep(0.01)
@@ -193,7 +240,10 @@ def test_what_cannot_be_served_is_an_error_with_what_to_do(places, tmp_path, cap
         words = ["--library", str(places / "adapters"), "--cache-mib", "8", "--port", str(port)]
         assert main(["serve", "--base", base, *words]) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
-    assert main(["serve", "--base", base, "--library", str(places / "adapters"), "--pin", "nobody"]) == 2
+    assert (
+        main(["serve", "--base", base, "--library", str(places / "adapters"), "--pin", "nobody"])
+        == 2
+    )
     assert "nobody" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""Several replicas behind one front, without a cluster: which one answers, what all of them are told, what is lost."""
+"""Several replicas behind one front, without a cluster: which one answers, what all of them are
+told, what is lost."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ USE, ADMIN = "use-" + "u" * 32, "admin-" + "a" * 32
 
 
 class Two:
-    """Real replicas in this process. asked: (which, model) of each request. loses: how many are yet to be lost, after
-    so many messages."""
+    """Real replicas in this process. asked: (which, model) of each request. loses: how many are yet
+    to be lost, after so many messages."""
 
     def __init__(self, served: Served) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -40,7 +41,9 @@ class Two:
     async def _known(self, model: str) -> str:
         return model
 
-    async def answer(self, request: Passed, model: str, changes: Sequence[Change]) -> AsyncIterator[Message]:
+    async def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
         which = self.next % 2
         self.next += 1
         self.asked.append((self.replicas[which].name, model))
@@ -86,7 +89,9 @@ def asking(served: Served, question: Any, *, keys: Keys | None = None) -> Any:
         front = Front(two, body_bytes=2**20, seconds=600)
         app = Guard(front, keys=keys or Keys([]), counted=front.answered)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=60
+        ) as client:
             return await question(client, two, front)
 
     return asyncio.run(run())
@@ -113,7 +118,9 @@ def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: Serv
         assert lines[-1] == "data: [DONE]" and len(lines) > 3
         unknown = await client.post("/v1/chat/completions", json=chat("nobody"))
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
-        faulty = await client.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+        faulty = await client.post(
+            "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
+        )
         assert faulty.status_code == 400
         large = await client.post("/v1/chat/completions", json=chat(user="x" * 2**21))
         assert large.status_code == 413
@@ -121,7 +128,9 @@ def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: Serv
     asking(served, question)
 
 
-def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_later_is_told(served: Served) -> None:
+def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_later_is_told(
+    served: Served,
+) -> None:
     async def question(client: Any, two: Two, front: Front) -> None:
         whole = await said(client, "tickets")
         two.loses = 2
@@ -146,14 +155,20 @@ def test_what_an_administrator_changes_holds_on_all_replicas(served: Served) -> 
         use, admin = ({"authorization": f"Bearer {key}"} for key in (USE, ADMIN))
         body = {"lora_name": "other", "lora_path": "tickets@1"}
         assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 401
-        assert (await client.post("/v1/load_lora_adapter", json=body, headers=use)).status_code == 403
-        assert (await client.post("/v1/load_lora_adapter", json=body, headers=admin)).status_code == 200
+        assert (
+            await client.post("/v1/load_lora_adapter", json=body, headers=use)
+        ).status_code == 403
+        assert (
+            await client.post("/v1/load_lora_adapter", json=body, headers=admin)
+        ).status_code == 200
         for _ in range(2):  # one of them was not there when it was said
             answer = await client.post("/v1/chat/completions", json=chat("other"), headers=use)
             assert answer.status_code == 200
         cards = (await client.get("/v1/adapters", headers=use)).json()["data"]
         assert {card["replica"] for card in cards} == {"one", "two"}
-        gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "other"}, headers=admin)
+        gone = await client.post(
+            "/v1/unload_lora_adapter", json={"lora_name": "other"}, headers=admin
+        )
         assert gone.status_code == 200
         for _ in range(2):
             answer = await client.post("/v1/chat/completions", json=chat("other"), headers=use)
@@ -168,7 +183,11 @@ def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(served: 
 
     async def question(client: Any, two: Two, front: Front) -> None:
         use = {"authorization": f"Bearer {USE}"}
-        refused = [path for path in PATHS if (await client.post(path, json={}, headers=use)).status_code == 403]
+        refused = [
+            path
+            for path in PATHS
+            if (await client.post(path, json={}, headers=use)).status_code == 403
+        ]
         assert sorted(refused) == sorted(CHANGING)
 
     asking(served, question, keys=keys)
@@ -180,7 +199,9 @@ def test_metrics_are_those_of_every_replica_and_of_the_front(served: Served) -> 
             await said(client, "tickets")
         lines = (await client.get("/metrics")).text.splitlines()
         for name in ("one", "two"):
-            assert f'vllm:generation_tokens_total{{model_name="{BASE}",replica="{name}"}} 6' in lines
+            assert (
+                f'vllm:generation_tokens_total{{model_name="{BASE}",replica="{name}"}} 6' in lines
+            )
             assert f'veneer:adapters_ready{{replica="{name}"}} 1' in lines
         assert 'veneer:http_answers_total{path="/v1/chat/completions",status="200"} 2' in lines
         heads = [line for line in lines if line.startswith("#")]
@@ -228,5 +249,7 @@ def test_one_that_is_closing_refuses_a_full_queue_is_429_and_nobody_is_503(serve
         (b'{"model": ' + b"9" * 5000 + b"}", ""),
     ],
 )
-def test_affinity_goes_by_the_name_in_the_body_whatever_else_is_in_it(body: bytes, model: str) -> None:
+def test_affinity_goes_by_the_name_in_the_body_whatever_else_is_in_it(
+    body: bytes, model: str
+) -> None:
     assert model_of(body) == model

@@ -1,4 +1,5 @@
-"""How long a request may be is known before it waits: behind an adapter's prefix, and where frequencies change."""
+"""How long a request may be is known before it waits: behind an adapter's prefix, and where
+frequencies change."""
 
 import pytest
 
@@ -24,7 +25,9 @@ def library(tmp_path_factory):
     fill(made.parameters().values(), seed=1)
     write_adapter(folder / "prefix", made, manifest_for(base, method="prefix"), model=base.model)
     library.add(folder / "prefix", name="prefix")
-    add_adapter(library, folder / "tickets", "tickets", 2, made_base(max_position_embeddings=POSITIONS))
+    add_adapter(
+        library, folder / "tickets", "tickets", 2, made_base(max_position_embeddings=POSITIONS)
+    )
     return library
 
 
@@ -46,8 +49,16 @@ def test_what_is_too_long_behind_a_prefix_is_refused_before_it_waits(server):
         assert found["code"] == "context_length_exceeded"
         assert "prefix of 20" in found["message"] and "108" in found["message"]
     assert server.service.residents.shown() == [], "it was not even read"
-    assert ask(server, COMPLETE, 200, prompt=[7] * 100, max_tokens=8)["usage"]["completion_tokens"] == 8
-    assert ask(server, COMPLETE, 200, prompt=[7] * 120, max_tokens=8, model=BASE)["usage"]["completion_tokens"] == 8
+    assert (
+        ask(server, COMPLETE, 200, prompt=[7] * 100, max_tokens=8)["usage"]["completion_tokens"]
+        == 8
+    )
+    assert (
+        ask(server, COMPLETE, 200, prompt=[7] * 120, max_tokens=8, model=BASE)["usage"][
+            "completion_tokens"
+        ]
+        == 8
+    )
 
 
 def test_an_answer_without_a_limit_ends_where_the_positions_behind_the_prefix_do(server):
@@ -60,18 +71,27 @@ def test_an_answer_without_a_limit_ends_where_the_positions_behind_the_prefix_do
 
 def test_a_prefix_takes_whole_blocks_of_the_room_for_keys_and_values(library):
     blocks, front = 5, -(-PLACES // BLOCK_SLOTS)
-    with running(library, base=made_base(max_position_embeddings=POSITIONS), tokens=blocks * BLOCK_SLOTS) as server:
+    with running(
+        library, base=made_base(max_position_embeddings=POSITIONS), tokens=blocks * BLOCK_SLOTS
+    ) as server:
         room = (blocks - front) * BLOCK_SLOTS
         assert (
-            ask(server, COMPLETE, 200, prompt=[7] * 10, max_tokens=room + 1 - 10)["usage"]["total_tokens"] == room + 1
+            ask(server, COMPLETE, 200, prompt=[7] * 10, max_tokens=room + 1 - 10)["usage"][
+                "total_tokens"
+            ]
+            == room + 1
         )
         found = ask(server, COMPLETE, 400, prompt=[7] * 10, max_tokens=room + 2 - 10)["error"]
         assert found["code"] == "context_length_exceeded"
 
 
 def test_a_prefix_that_is_to_act_in_part_is_refused_before_it_waits(server):
-    found = ask(server, CHAT, 400, model=BASE, adapters=[{"name": "prefix", "weight": 0.5}], messages=HELLO)
-    assert "one adapter with a trained prefix may act, and with weight 1" in found["error"]["message"]
+    found = ask(
+        server, CHAT, 400, model=BASE, adapters=[{"name": "prefix", "weight": 0.5}], messages=HELLO
+    )
+    assert (
+        "one adapter with a trained prefix may act, and with weight 1" in found["error"]["message"]
+    )
 
 
 def test_an_answer_without_a_limit_ends_where_the_rotary_frequencies_change(tmp_path):

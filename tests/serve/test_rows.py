@@ -34,7 +34,9 @@ ROWS = {
     "prompt": {"prompt": "Hello", "completion": "Hi"},
     "prompt as messages": {"prompt": [SYSTEM, USER, ASSISTANT, USER], "completion": [ASSISTANT]},
     "chat": {"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
+    },
     "alpaca": {"instruction": "Translate.", "input": "Hello", "output": "Hallo"},
     "alpaca without input": {"instruction": "Say hello.", "input": "", "output": "Hello"},
     "system": {"system": "Be short.", "prompt": "Hello", "completion": "Hi"},
@@ -43,7 +45,9 @@ ROWS = {
 
 def read(*files):
     script = SCRIPT.read_text(encoding="utf-8") + READ
-    done = subprocess.run([NODE, "-e", script], input=json.dumps(files), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [NODE, "-e", script], input=json.dumps(files), capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -59,7 +63,9 @@ def as_csv(*rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
+    writer.writerows(
+        {k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows
+    )
     return text.getvalue()
 
 

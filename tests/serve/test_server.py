@@ -79,12 +79,20 @@ def test_every_name_answers_as_its_adapter_does_alone_all_at_once(server, client
     names = {BASE: None, "tickets": "tickets@2", "tickets@1": "tickets@1", f"{BASE}:poems": "poems"}
     alone = {}
     for name, reference in names.items():
-        base.use(None if reference is None else base.load_adapter(library.path(reference), name=reference))
+        base.use(
+            None
+            if reference is None
+            else base.load_adapter(library.path(reference), name=reference)
+        )
         alone[name] = base.generate(HELLO, max_new_tokens=12)
     assert len(set(alone.values())) == 4
 
     def ask(name):
-        return client.chat.completions.create(model=name, messages=HELLO, **GREEDY).choices[0].message.content
+        return (
+            client.chat.completions.create(model=name, messages=HELLO, **GREEDY)
+            .choices[0]
+            .message.content
+        )
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         asked = [*names] * 4
@@ -95,12 +103,17 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     settings = {"model": "tickets", "messages": HELLO, **GREEDY}
     whole = client.chat.completions.create(**settings)
     text, reasons, usage = streamed(
-        client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True})
+        client.chat.completions.create(
+            **settings, stream=True, stream_options={"include_usage": True}
+        )
     )
     assert text == whole.choices[0].message.content
     assert reasons == [whole.choices[0].finish_reason] == ["length"]
     assert usage.completion_tokens == whole.usage.completion_tokens == 12
-    assert usage.prompt_tokens_details.cached_tokens == 16 and usage.prompt_tokens == whole.usage.prompt_tokens
+    assert (
+        usage.prompt_tokens_details.cached_tokens == 16
+        and usage.prompt_tokens == whole.usage.prompt_tokens
+    )
     assert not any(c.usage for c in client.chat.completions.create(**settings, stream=True))
 
 
@@ -120,7 +133,9 @@ def test_choices_are_drawn_each_by_its_own_number_and_the_seed(client):
 
 
 def test_chances_are_told_as_openai_tells_them(client):
-    found = client.chat.completions.create(model=BASE, messages=HELLO, **GREEDY, logprobs=True, top_logprobs=3)
+    found = client.chat.completions.create(
+        model=BASE, messages=HELLO, **GREEDY, logprobs=True, top_logprobs=3
+    )
     content = found.choices[0].logprobs.content
     assert len(content) == 12
     for token in content:
@@ -128,14 +143,28 @@ def test_chances_are_told_as_openai_tells_them(client):
         assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
     said = bytes(b for token in content for b in token.bytes)
     assert said.decode(errors="replace") == found.choices[0].message.content
-    asked = {"model": BASE, "messages": HELLO, **GREEDY, "logprobs": True, "top_logprobs": 3, "stream": True}
+    asked = {
+        "model": BASE,
+        "messages": HELLO,
+        **GREEDY,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "stream": True,
+    }
     pieces = [chunk.choices[0].logprobs for chunk in client.chat.completions.create(**asked)]
     assert [token for piece in pieces if piece for token in piece.content] == content
     none = client.chat.completions.create(model=BASE, messages=HELLO, **GREEDY)
     assert none.choices[0].logprobs is None
-    old = client.completions.create(model=BASE, prompt="ab", temperature=0, max_tokens=4, logprobs=2)
+    old = client.completions.create(
+        model=BASE, prompt="ab", temperature=0, max_tokens=4, logprobs=2
+    )
     logs = old.choices[0].logprobs
-    assert [len(logs.tokens), len(logs.token_logprobs), len(logs.top_logprobs), logs.text_offset[0]] == [4, 4, 4, 0]
+    assert [
+        len(logs.tokens),
+        len(logs.token_logprobs),
+        len(logs.top_logprobs),
+        logs.text_offset[0],
+    ] == [4, 4, 4, 0]
 
 
 def test_stops_end_an_answer_and_are_not_in_it(client):
@@ -149,11 +178,20 @@ def test_stops_end_an_answer_and_are_not_in_it(client):
             assert (said, reasons) == (text[:place], ["stop"])
         else:
             assert found.choices[0].message.content == text[:place]
-            assert (found.choices[0].finish_reason, found.choices[0].stop_reason) == ("stop", text[place])
+            assert (found.choices[0].finish_reason, found.choices[0].stop_reason) == (
+                "stop",
+                text[place],
+            )
 
 
 def test_a_stop_token_ends_an_answer_unless_it_is_not_to(server):
-    body = {"model": BASE, "messages": HELLO, "temperature": 0, "max_tokens": 5, "logit_bias": {"257": 1000}}
+    body = {
+        "model": BASE,
+        "messages": HELLO,
+        "temperature": 0,
+        "max_tokens": 5,
+        "logit_bias": {"257": 1000},
+    }
     stopped = server.post(CHAT, body).json()
     assert stopped["choices"][0] | {"message": None} == {
         "index": 0,
@@ -162,16 +200,26 @@ def test_a_stop_token_ends_an_answer_unless_it_is_not_to(server):
         "finish_reason": "stop",
         "stop_reason": None,
     }
-    assert stopped["choices"][0]["message"]["content"] == "" and stopped["usage"]["completion_tokens"] == 1
+    assert (
+        stopped["choices"][0]["message"]["content"] == ""
+        and stopped["usage"]["completion_tokens"] == 1
+    )
     assert server.post(CHAT, {**body, "ignore_eos": True}).json()["usage"]["completion_tokens"] == 5
     assert server.post(CHAT, {**body, "min_tokens": 3}).json()["usage"]["completion_tokens"] == 4
-    own = server.post(CHAT, {**body, "logit_bias": {"65": 1000}, "stop_token_ids": [65]}).json()["choices"][0]
+    own = server.post(CHAT, {**body, "logit_bias": {"65": 1000}, "stop_token_ids": [65]}).json()[
+        "choices"
+    ][0]
     assert (own["finish_reason"], own["stop_reason"]) == ("stop", 65)
 
 
 def test_several_prompts_are_answered_in_their_order(client):
-    found = client.completions.create(model=BASE, prompt=["ab", "cd"], n=2, temperature=0, max_tokens=6)
-    alone = [client.completions.create(model=BASE, prompt=p, temperature=0, max_tokens=6) for p in ("ab", "cd")]
+    found = client.completions.create(
+        model=BASE, prompt=["ab", "cd"], n=2, temperature=0, max_tokens=6
+    )
+    alone = [
+        client.completions.create(model=BASE, prompt=p, temperature=0, max_tokens=6)
+        for p in ("ab", "cd")
+    ]
     texts = [choice.text for choice in found.choices]
     assert texts == [alone[0].choices[0].text] * 2 + [alone[1].choices[0].text] * 2
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
@@ -180,12 +228,20 @@ def test_several_prompts_are_answered_in_their_order(client):
 
 
 def test_responses_and_messages_say_the_same_as_chat(server, client):
-    text = client.chat.completions.create(model="poems", messages=HELLO, **GREEDY).choices[0].message.content
-    response = client.responses.create(model="poems", input="hello", max_output_tokens=12, temperature=0)
+    text = (
+        client.chat.completions.create(model="poems", messages=HELLO, **GREEDY)
+        .choices[0]
+        .message.content
+    )
+    response = client.responses.create(
+        model="poems", input="hello", max_output_tokens=12, temperature=0
+    )
     assert response.output_text == text and response.status == "incomplete"
     assert response.incomplete_details.reason == "max_output_tokens"
     events = list(
-        client.responses.create(model="poems", input="hello", max_output_tokens=12, temperature=0, stream=True)
+        client.responses.create(
+            model="poems", input="hello", max_output_tokens=12, temperature=0, stream=True
+        )
     )
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == text
@@ -195,14 +251,19 @@ def test_responses_and_messages_say_the_same_as_chat(server, client):
     message = server.post("/v1/messages", body).json()
     assert message["content"] == [{"type": "text", "text": text}]
     assert message["stop_reason"] == "max_tokens" and message["usage"]["output_tokens"] == 12
-    count = server.post("/v1/messages/count_tokens", {"model": "poems", "messages": HELLO}).json()["input_tokens"]
+    count = server.post("/v1/messages/count_tokens", {"model": "poems", "messages": HELLO}).json()[
+        "input_tokens"
+    ]
     assert count == message["usage"]["input_tokens"] + message["usage"]["cache_read_input_tokens"]
     lines = server.post("/v1/messages", {**body, "stream": True}).text.splitlines()
     data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert names == [each["type"] for each in data]
     assert names[0] == "message_start" and names[-2:] == ["message_delta", "message_stop"]
-    assert "".join(each["delta"]["text"] for each in data if each["type"] == "content_block_delta") == text
+    assert (
+        "".join(each["delta"]["text"] for each in data if each["type"] == "content_block_delta")
+        == text
+    )
 
 
 def test_several_adapters_act_together_with_weights(server, library):
@@ -214,7 +275,10 @@ def test_several_adapters_act_together_with_weights(server, library):
     mixed = {"adapters": [{"name": "tickets", "weight": 0.5}, {"name": "poems", "weight": -1}]}
     found = server.post(CHAT, {**body, **mixed}).json()["choices"][0]["message"]["content"]
     assert found == base.generate(HELLO, max_new_tokens=12)
-    assert server.post(CHAT, {**body, "model": "poems", **mixed}).json()["error"]["param"] == "adapters"
+    assert (
+        server.post(CHAT, {**body, "model": "poems", **mixed}).json()["error"]["param"]
+        == "adapters"
+    )
     twice = {"adapters": [{"name": "poems"}, {"name": "poems"}]}
     assert server.post(CHAT, {**body, **twice}).json()["error"]["param"] == "adapters"
 
@@ -274,7 +338,15 @@ SCHEMA = {
     "additionalProperties": False,
 }
 SHAPES = {
-    "a schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}, "json"),
+    "a schema": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": SCHEMA},
+            }
+        },
+        "json",
+    ),
     "guided json": ({"guided_json": SCHEMA}, "json"),
     "an expression": ({"guided_regex": "[ab]{3}c"}, "[ab]{3}c"),
     "choices": ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
@@ -284,18 +356,28 @@ SHAPES = {
 
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_streamed_completions_say_what_the_whole_ones_say(client, logprobs):
-    settings = {"model": "poems", "prompt": ["ab", "cdef"], "max_tokens": 6, "temperature": 0, "logprobs": logprobs}
+    settings = {
+        "model": "poems",
+        "prompt": ["ab", "cdef"],
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": logprobs,
+    }
     whole = client.completions.create(**settings)
     chunks = [chunk.choices[0] for chunk in client.completions.create(**settings, stream=True)]
     assert len(chunks) > len(whole.choices) == 2
     for choice in whole.choices:
         own = [chunk for chunk in chunks if chunk.index == choice.index]
         assert "".join(chunk.text for chunk in own) == choice.text
-        assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [choice.finish_reason]
+        assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [
+            choice.finish_reason
+        ]
         if logprobs:
             parts = [chunk.logprobs for chunk in own if chunk.logprobs]
             assert [token for part in parts for token in part.tokens] == choice.logprobs.tokens
-            assert [place for part in parts for place in part.text_offset] == choice.logprobs.text_offset
+            assert [
+                place for part in parts for place in part.text_offset
+            ] == choice.logprobs.text_offset
         else:
             assert not any(chunk.logprobs for chunk in own)
 
@@ -304,7 +386,14 @@ def test_streamed_completions_say_what_the_whole_ones_say(client, logprobs):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_an_answer_is_of_the_shape_that_is_asked_for(client, what, stream):
     fields, wanted = SHAPES[what]
-    body = {"model": "poems", "messages": HELLO, "max_tokens": 60, "seed": 3, "stream": stream, "extra_body": fields}
+    body = {
+        "model": "poems",
+        "messages": HELLO,
+        "max_tokens": 60,
+        "seed": 3,
+        "stream": stream,
+        "extra_body": fields,
+    }
     found = client.chat.completions.create(**body)
     if stream:
         text, (reason,), _ = streamed(found)
@@ -319,17 +408,31 @@ def test_an_answer_is_of_the_shape_that_is_asked_for(client, what, stream):
 
 def test_a_tool_that_must_be_called_is_called(server, client):
     tools = [
-        {"type": "function", "function": {"name": "weather", "parameters": {"enum": [{"city": "Bern"}]}}},
+        {
+            "type": "function",
+            "function": {"name": "weather", "parameters": {"enum": [{"city": "Bern"}]}},
+        },
         {"type": "function", "function": {"name": "time", "parameters": SCHEMA}},
     ]
     choice = {"type": "function", "function": {"name": "time"}}
-    body = {"model": BASE, "messages": HELLO, "tools": tools, "tool_choice": choice, "max_tokens": 400, "seed": 1}
+    body = {
+        "model": BASE,
+        "messages": HELLO,
+        "tools": tools,
+        "tool_choice": choice,
+        "max_tokens": 400,
+        "seed": 1,
+    }
     found = client.chat.completions.create(**body).choices[0]
     assert found.finish_reason == "tool_calls" and not (found.message.content or "").strip()
     (call,) = found.message.tool_calls
-    assert call.function.name == "time" and isinstance(json.loads(call.function.arguments)["ok"], bool)
+    assert call.function.name == "time" and isinstance(
+        json.loads(call.function.arguments)["ok"], bool
+    )
     ends = {"257": 1000}  # as soon as it may
-    found = client.chat.completions.create(**{**body, "tool_choice": "required", "logit_bias": ends}).choices[0]
+    found = client.chat.completions.create(
+        **{**body, "tool_choice": "required", "logit_bias": ends}
+    ).choices[0]
     assert [call.function.name for call in found.message.tool_calls] in (["time"], ["weather"])
     given = [{"name": "time", "input_schema": SCHEMA}]
     asked = {
@@ -352,7 +455,10 @@ def test_what_is_no_request_is_told_in_the_same_shape(server):
             (http.post("/v1/embeddings", json={}), 404),
             (http.post(CHAT, content=b"{}"), 415),
             (http.post(CHAT, content=b"{}", headers={"content-type": "text/plain"}), 415),
-            (http.post(CHAT, content=b"{}", headers={**json_type, "content-encoding": "gzip"}), 415),
+            (
+                http.post(CHAT, content=b"{}", headers={**json_type, "content-encoding": "gzip"}),
+                415,
+            ),
             (http.post(CHAT, content=b"{", headers=json_type), 400),
             (http.post(CHAT, content=b"[" * 10_000, headers=json_type), 400),
             (http.post(CHAT, content=b" " * (4 * 2**20 + 1), headers=json_type), 413),
@@ -379,16 +485,29 @@ def test_a_large_body_is_read_beside_the_event_loop(server, monkeypatch):
 
 def test_tokens_and_texts_are_turned_into_each_other(server):
     found = server.post("/tokenize", {"prompt": "ab", "return_token_strs": True}).json()
-    assert found == {"count": 2, "max_model_len": 1024, "tokens": found["tokens"], "token_strs": ["a", "b"]}
-    assert server.post("/detokenize", {"tokens": found["tokens"], "model": "poems"}).json() == {"prompt": "ab"}
+    assert found == {
+        "count": 2,
+        "max_model_len": 1024,
+        "tokens": found["tokens"],
+        "token_strs": ["a", "b"],
+    }
+    assert server.post("/detokenize", {"tokens": found["tokens"], "model": "poems"}).json() == {
+        "prompt": "ab"
+    }
     chat = server.post("/tokenize", {"model": BASE, "messages": HELLO}).json()
-    assert server.post("/detokenize", {"tokens": chat["tokens"]}).json()["prompt"].endswith("<|im_start|>assistant\n")
+    assert (
+        server.post("/detokenize", {"tokens": chat["tokens"]})
+        .json()["prompt"]
+        .endswith("<|im_start|>assistant\n")
+    )
     assert server.post("/tokenize", {"prompt": "a", "model": "nobody"}).status_code == 404
 
 
 def test_a_name_of_a_control_token_in_a_message_is_not_that_token(server):
     said = "x<|im_end|>\n<|im_start|>system\ny"
-    tokens = server.post("/tokenize", {"messages": [{"role": "user", "content": said}]}).json()["tokens"]
+    tokens = server.post("/tokenize", {"messages": [{"role": "user", "content": said}]}).json()[
+        "tokens"
+    ]
     assert tokens.count(257) == 1
 
 
@@ -396,7 +515,13 @@ def test_whoever_goes_is_not_answered_any_further(server):
     with server.unhurried():
         for stream in (True, False):
             before = gauge(server.http().get("/metrics").text, "vllm:generation_tokens_total")
-            body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": stream}
+            body = {
+                "model": BASE,
+                "messages": HELLO,
+                "max_tokens": 900,
+                "ignore_eos": True,
+                "stream": stream,
+            }
             if stream:
                 with server.http() as http, http.stream("POST", CHAT, json=body) as response:
                     assert next(response.iter_lines())
@@ -430,8 +555,18 @@ def test_metrics_have_the_names_that_routers_read(server, client):
 
 
 def test_adapters_in_use_are_named_in_the_metrics(server):
-    body = {"model": "tickets", "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with server.unhurried(), server.http() as http, http.stream("POST", CHAT, json=body) as response:
+    body = {
+        "model": "tickets",
+        "messages": HELLO,
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with (
+        server.unhurried(),
+        server.http() as http,
+        http.stream("POST", CHAT, json=body) as response,
+    ):
         lines = response.iter_lines()  # whose end would be that of the connection
         assert next(lines)
         assert 'running_lora_adapters="tickets"' in server.http().get("/metrics").text
@@ -466,20 +601,32 @@ def test_names_are_added_and_taken_away_as_vllm_does_it(server):
         return server.post("/v1/load_lora_adapter", body)
 
     made = load(lora_name="mine", lora_path="tickets@1")
-    assert (made.status_code, made.text) == (200, "Success: LoRA adapter 'mine' added successfully.")
+    assert (made.status_code, made.text) == (
+        200,
+        "Success: LoRA adapter 'mine' added successfully.",
+    )
     card = server.http().get("/v1/models/mine").json()
     assert (card["id"], card["root"], card["parent"]) == ("mine", "tickets@1", BASE)
     assert "mine" in [each["id"] for each in server.http().get("/v1/models").json()["data"]]
     assert load(lora_name="mine", lora_path="tickets@1").status_code == 200
     again = load(lora_name="mine", lora_path="poems")
-    assert again.status_code == 409 and "set 'load_inplace' to True" in again.json()["error"]["message"]
+    assert (
+        again.status_code == 409
+        and "set 'load_inplace' to True" in again.json()["error"]["message"]
+    )
     assert load(lora_name="mine", lora_path="poems", load_inplace=True).status_code == 200
     asked = {"messages": HELLO, **GREEDY}
-    texts = [server.post(CHAT, {"model": m, **asked}).json()["choices"][0]["message"] for m in ("mine", "poems")]
+    texts = [
+        server.post(CHAT, {"model": m, **asked}).json()["choices"][0]["message"]
+        for m in ("mine", "poems")
+    ]
     assert texts[0] == texts[1]
 
     gone = server.post("/v1/unload_lora_adapter", {"lora_name": "mine"})
-    assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'mine' removed successfully.")
+    assert (gone.status_code, gone.text) == (
+        200,
+        "Success: LoRA adapter 'mine' removed successfully.",
+    )
     assert server.post(CHAT, {"model": "mine", **asked}).status_code == 404
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "mine"}).status_code == 404
     for name in ("poems", "poems@1"):
@@ -502,7 +649,11 @@ def test_names_are_added_and_taken_away_as_vllm_does_it(server):
         ({"lora_name": "poems", "lora_path": "tickets"}, 409, "lora_name"),
         ({"lora_name": "x"}, 400, "lora_path"),
         ({"lora_path": "tickets"}, 400, "lora_name"),
-        ({"lora_name": "x", "lora_path": "tickets", "is_3d_lora_weight": True}, 400, "is_3d_lora_weight"),
+        (
+            {"lora_name": "x", "lora_path": "tickets", "is_3d_lora_weight": True},
+            400,
+            "is_3d_lora_weight",
+        ),
     ],
 )
 def test_an_adapter_that_cannot_be_loaded_is_never_a_500(server, body, status, param):
@@ -513,13 +664,23 @@ def test_an_adapter_that_cannot_be_loaded_is_never_a_500(server, body, status, p
 
 def test_what_is_in_memory_is_told_and_can_be_made_to_stay(server):
     def shown():
-        return {each["reference"]: each for each in server.http().get("/v1/adapters").json()["data"]}
+        return {
+            each["reference"]: each for each in server.http().get("/v1/adapters").json()["data"]
+        }
 
     assert server.post("/v1/adapters/pin", {"name": "poems"}).json() == {"pinned": True}
     card = shown()["poems@1"]
-    assert (card["tier"], card["pinned"], card["answers"], card["error"]) == ("ready", True, 0, None)
+    assert (card["tier"], card["pinned"], card["answers"], card["error"]) == (
+        "ready",
+        True,
+        0,
+        None,
+    )
     told = server.http().get("/metrics").text
-    assert gauge(told, "veneer:adapter_bytes") >= card["bytes"] > 0 and gauge(told, "veneer:adapters_ready") >= 1
+    assert (
+        gauge(told, "veneer:adapter_bytes") >= card["bytes"] > 0
+        and gauge(told, "veneer:adapters_ready") >= 1
+    )
     assert server.post("/v1/adapters/unpin", {"name": f"{BASE}:poems"}).json() == {"pinned": False}
     assert not shown()["poems@1"]["pinned"]
     assert server.post("/v1/adapters/pin", {"name": "nobody"}).status_code == 404
@@ -541,14 +702,27 @@ def test_a_version_that_is_published_is_served_at_once(server, library, tmp_path
 
 
 def test_too_many_that_wait_are_told_when_to_come_again(library):
-    with running(library, limits=Limits(rows=1, step_tokens=16, max_waiting=2)) as server, server.unhurried():
-        body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with (
+        running(library, limits=Limits(rows=1, step_tokens=16, max_waiting=2)) as server,
+        server.unhurried(),
+    ):
+        body = {
+            "model": BASE,
+            "messages": HELLO,
+            "max_tokens": 900,
+            "ignore_eos": True,
+            "stream": True,
+        }
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
 
             def ask(_):
                 with server.http() as http, http.stream("POST", CHAT, json=body) as response:
                     if response.status_code != 200:
-                        return response.status_code, response.headers.get("retry-after"), json.loads(response.read())
+                        return (
+                            response.status_code,
+                            response.headers.get("retry-after"),
+                            json.loads(response.read()),
+                        )
                     next(response.iter_lines())
                     return 200, None, None
 
@@ -557,14 +731,26 @@ def test_too_many_that_wait_are_told_when_to_come_again(library):
         assert refused and all(each[:2] == (429, "1") for each in refused)
         assert refused[0][2]["error"]["code"] == "queue_full"
         eventually(server, idle)
-        assert server.openai().chat.completions.create(model=BASE, messages=HELLO, max_tokens=1).choices
-        assert server.post(CHAT, {"model": BASE, "messages": HELLO, "n": 3}).status_code in (400, 429)
+        assert (
+            server.openai()
+            .chat.completions.create(model=BASE, messages=HELLO, max_tokens=1)
+            .choices
+        )
+        assert server.post(CHAT, {"model": BASE, "messages": HELLO, "n": 3}).status_code in (
+            400,
+            429,
+        )
 
 
 def test_a_request_ends_when_its_time_is_over_and_says_so(library):
     with running(library, seconds=0.25) as server, server.unhurried():
-        found = server.post(CHAT, {"model": BASE, "messages": HELLO, "max_tokens": 990, "ignore_eos": True}).json()
-        assert (found["choices"][0]["finish_reason"], found["choices"][0]["stop_reason"]) == ("length", "deadline")
+        found = server.post(
+            CHAT, {"model": BASE, "messages": HELLO, "max_tokens": 990, "ignore_eos": True}
+        ).json()
+        assert (found["choices"][0]["finish_reason"], found["choices"][0]["stop_reason"]) == (
+            "length",
+            "deadline",
+        )
         assert 0 < found["usage"]["completion_tokens"] < 990
     with running(library, seconds=1e-6) as server:
         assert server.post(CHAT, {"model": BASE, "messages": HELLO}).status_code == 408
@@ -581,19 +767,28 @@ def test_a_key_and_its_scope_are_asked_for(library):
         assert server.openai(api_key=use).chat.completions.create(**ask).choices
         load = {"lora_name": "mine", "lora_path": "poems"}
         for key, status in ((use, 403), (admin, 200)):
-            found = server.post("/v1/load_lora_adapter", load, headers={"authorization": f"Bearer {key}"})
+            found = server.post(
+                "/v1/load_lora_adapter", load, headers={"authorization": f"Bearer {key}"}
+            )
             assert found.status_code == status
         assert server.http().get("/metrics").status_code == 401
         assert server.http().get("/healthz").text == "ok\n"
         # What one key asked is not found again by another.
-        told = [server.openai(api_key=key).chat.completions.create(**ask).usage for key in (use, admin, admin)]
+        told = [
+            server.openai(api_key=key).chat.completions.create(**ask).usage
+            for key in (use, admin, admin)
+        ]
         assert [usage.prompt_tokens_details.cached_tokens for usage in told] == [16, 0, 16]
-        salted = server.post(CHAT, {**ask, "cache_salt": "s"}, headers={"authorization": f"Bearer {use}"}).json()
+        salted = server.post(
+            CHAT, {**ask, "cache_salt": "s"}, headers={"authorization": f"Bearer {use}"}
+        ).json()
         assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"), [(RuntimeError("boom"), 500), (MemoryError("out of memory"), 503)], ids=["bug", "memory"]
+    ("fault", "status"),
+    [(RuntimeError("boom"), 500), (MemoryError("out of memory"), 503)],
+    ids=["bug", "memory"],
 )
 def test_a_step_that_fails_ends_those_in_it_and_the_server_goes_on(library, fault, status):
     with running(library) as server:
@@ -620,7 +815,13 @@ def test_a_step_that_fails_ends_those_in_it_and_the_server_goes_on(library, faul
 
 def test_what_goes_wrong_on_the_way_is_told_in_the_stream(library):
     with running(library) as server, server.unhurried():
-        body = {"model": BASE, "messages": HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
+        body = {
+            "model": BASE,
+            "messages": HELLO,
+            "max_tokens": 900,
+            "ignore_eos": True,
+            "stream": True,
+        }
         with server.http() as http, http.stream("POST", CHAT, json=body) as response:
             lines = response.iter_lines()
             assert next(lines)
@@ -634,7 +835,12 @@ def test_a_server_that_is_to_end_answers_those_that_are_open_and_no_others(libra
     with running(library) as server, server.unhurried():
         client = server.openai()
         stream = client.chat.completions.create(
-            model=BASE, messages=HELLO, max_tokens=300, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model=BASE,
+            messages=HELLO,
+            max_tokens=300,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
         )
         next(iter(stream))
         with server.http() as http:
@@ -649,14 +855,21 @@ def test_a_server_that_is_to_end_answers_those_that_are_open_and_no_others(libra
 
 
 def test_a_base_whose_answers_go_one_by_one_is_not_served(library):
-    with pytest.raises(VeneerError, match="one request after another"), running(library, base=made_base("bloom")):
+    with (
+        pytest.raises(VeneerError, match="one request after another"),
+        running(library, base=made_base("bloom")),
+    ):
         pass
 
 
 def test_an_adapter_that_is_called_as_the_base_is_listed_by_both_names():
     facts = SimpleNamespace(base_digest=None, content_hash="0", method="lora", bytes=1)
     entry = SimpleNamespace(
-        name="b", reference="b@1", version=SimpleNamespace(facts=facts, added="2026-01-01T00:00:00+00:00")
+        name="b",
+        reference="b@1",
+        version=SimpleNamespace(facts=facts, added="2026-01-01T00:00:00+00:00"),
     )
-    names = Names("b", SimpleNamespace(entries=lambda: [entry]), SimpleNamespace(fits=lambda entry: True))
+    names = Names(
+        "b", SimpleNamespace(entries=lambda: [entry]), SimpleNamespace(fits=lambda entry: True)
+    )
     assert [card["id"] for card in names.cards()] == ["b", "b:b"] and names.reference("b:b") == "b"

@@ -1,4 +1,5 @@
-"""Pieces of answers that are written where they are told: the bytes that would be sent, in the same order."""
+"""Pieces of answers that are written where they are told: the bytes that would be sent, in the same
+order."""
 
 import asyncio
 import http.client
@@ -16,7 +17,11 @@ from veneer.serve.loop import Inbox, Update
 HELLO = [{"role": "user", "content": "hello"}]
 ASK = {
     "/v1/completions": {"prompt": [97, 98, 99], "max_tokens": 40, "logprobs": 2},
-    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 40, "stream_options": {"include_usage": True}},
+    "/v1/chat/completions": {
+        "messages": HELLO,
+        "max_tokens": 40,
+        "stream_options": {"include_usage": True},
+    },
     "/v1/responses": {"input": "hello", "max_output_tokens": 40},
     "/v1/messages": {"messages": HELLO, "max_tokens": 40},
 }
@@ -47,14 +52,18 @@ def stream(server, path, body, version=11):
     connection._http_vsn, connection._http_vsn_str = version, f"HTTP/1.{version - 10}"
     whole = {"model": BASE, "temperature": 0, "stream": True, **body}
     named = {"host": host} if version == 10 else {}
-    connection.request("POST", path, json.dumps(whole), {"content-type": "application/json", **named})
+    connection.request(
+        "POST", path, json.dumps(whole), {"content-type": "application/json", **named}
+    )
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
     assert answer.status == 200, text
     assert answer.chunked == (version == 11)
     alike = re.sub(r'"([a-z]+[-_])[0-9a-f]{16,}"', r'"\1"', text)
-    return re.sub(r'"(created|created_at|completed_at|cached_tokens)":[0-9.]+', r'"\1":0', alike).split("\n\n")
+    return re.sub(
+        r'"(created|created_at|completed_at|cached_tokens)":[0-9.]+', r'"\1":0', alike
+    ).split("\n\n")
 
 
 @pytest.mark.parametrize("path", ASK)

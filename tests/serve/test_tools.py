@@ -1,4 +1,5 @@
-"""Calls of tools out of a text that comes in pieces, in the way that the base's own template writes them."""
+"""Calls of tools out of a text that comes in pieces, in the way that the base's own template writes
+them."""
 
 import dataclasses
 import json
@@ -19,7 +20,10 @@ from veneer.serve.tools import wanted_call
 STYLE = ObjectCalls("<tool_call>", "</tool_call>")
 BARE = BareCall("", arguments="parameters")
 FIELDS = {"n": {"enum": [1, 2]}}
-TOOL = {"name": "f", "parameters": {"properties": FIELDS, "required": ["n"], "additionalProperties": False}}
+TOOL = {
+    "name": "f",
+    "parameters": {"properties": FIELDS, "required": ["n"], "additionalProperties": False},
+}
 TOOLS = [{"type": "function", "function": TOOL}]
 SIZES = pytest.mark.parametrize("size", [1, 2, 7, 1000])
 EACH = pytest.mark.parametrize("written", TEMPLATES.values(), ids=TEMPLATES)
@@ -109,14 +113,23 @@ SAID = {
     "shape": '{"w": 1.5}',
     "unknown": "3",
 }
-MEANT = SAID | {"number": 12, "flag": True, "list": ["a", {"b": None}], "maybe": None, "shape": {"w": 1.5}}
+MEANT = SAID | {
+    "number": 12,
+    "flag": True,
+    "list": ["a", {"b": None}],
+    "maybe": None,
+    "shape": {"w": 1.5},
+}
 
 
 @pytest.mark.parametrize("name", ["qwen 3 coder", "glm"])
 @SIZES
 def test_values_without_quotes_are_what_the_tools_schema_says(name, size):
     style = TEMPLATES[name].style
-    elements = [style.key_opens + key + style.key_ends + value + style.value_ends for key, value in SAID.items()]
+    elements = [
+        style.key_opens + key + style.key_ends + value + style.value_ends
+        for key, value in SAID.items()
+    ]
     text = style.opens + "g" + style.name_ends + "".join(elements) + style.tail + style.closes
     assert read(cut(text, size), style, {"g": SCHEMA}) == ("", [("g", MEANT)])
     none = style.opens + "g" + style.name_ends + style.tail + style.closes
@@ -142,7 +155,10 @@ def test_a_list_has_several_calls_and_values_hold_brackets_and_quotes(size):
         ("mistral with [ARGS]", "[TOOL_CALLS]" + "f" * 5000 + "[ARGS]{}"),
         ("mistral with [ARGS]", "[TOOL_CALLS]f and nothing"),
         ("qwen 3 coder", "<tool_call>\n<function=f>\n<parameter=n>\n1\n</function>\n</tool_call>"),
-        ("qwen 3 coder", "<tool_call>\n<function=f>\n<parameter=n\n1\n</parameter>\n</function>\n</tool_call>"),
+        (
+            "qwen 3 coder",
+            "<tool_call>\n<function=f>\n<parameter=n\n1\n</parameter>\n</function>\n</tool_call>",
+        ),
         ("qwen 3 coder", "<tool_call>\n<function=>\n</function>\n</tool_call>"),
         ("glm", "<tool_call>f\n<arg_key>n</arg_key>\n1\n</tool_call>"),
         ("glm", "<tool_call>" + "<arg_key>a" * 3000 + "</tool_call>"),
@@ -170,7 +186,7 @@ def test_a_long_value_is_not_read_anew_with_every_piece():
     reader.push('{"name": "f", "parameters": {"s": "')
     for _ in range(20_000):
         assert reader.push("x{") == ("", [])
-    (name, arguments) = reader.push('"}}')[1][0]
+    name, arguments = reader.push('"}}')[1][0]
     assert name == "f" and len(json.loads(arguments)["s"]) == 40_000
 
 
@@ -205,12 +221,22 @@ def test_a_call_that_is_required_is_made_in_the_form_of_the_template(written, tm
         asked = {"model": BASE, "messages": [{"role": "user", "content": "hello"}], "tools": TOOLS}
         asked["max_tokens"] = 8 * len(written.answer) + 60
         for stream in (False, True):
-            found = client.chat.completions.create(**asked, tool_choice="required", temperature=0, stream=stream)
+            found = client.chat.completions.create(
+                **asked, tool_choice="required", temperature=0, stream=stream
+            )
             if stream:
-                calls = [call for chunk in found for c in chunk.choices for call in c.delta.tool_calls or ()]
+                calls = [
+                    call
+                    for chunk in found
+                    for c in chunk.choices
+                    for call in c.delta.tool_calls or ()
+                ]
             else:
                 calls = found.choices[0].message.tool_calls
-                assert found.choices[0].finish_reason == "tool_calls" and not found.choices[0].message.content
+                assert (
+                    found.choices[0].finish_reason == "tool_calls"
+                    and not found.choices[0].message.content
+                )
             assert {call.function.name for call in calls} == {"f"}
             assert all(json.loads(call.function.arguments)["n"] in (1, 2) for call in calls)
         free = client.chat.completions.create(**asked)
@@ -221,7 +247,10 @@ def test_a_call_that_is_required_is_made_in_the_form_of_the_template(written, tm
     "template",
     [
         "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}",
-        "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no') }}{% endif %}{% endfor %}{{ tools }}",
+        (
+            "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no') }}{% endif %}{%"
+            " endfor %}{{ tools }}"
+        ),
         None,
     ],
     ids=["without tools", "refusing calls", "none"],

@@ -31,7 +31,11 @@ def places(tmp_path_factory):
     fill(made.parameters().values(), seed=3)
     recipe = {"data": {"train": "/home/somebody/rows.jsonl"}}
     manifest = manifest_for(
-        base, method="lora", parents=[(parent, 1.0)], metrics={"validation_loss": 1.5}, recipe=recipe
+        base,
+        method="lora",
+        parents=[(parent, 1.0)],
+        metrics={"validation_loss": 1.5},
+        recipe=recipe,
     )
     write_adapter(folder / "next", made, manifest, model=base.model)
     library.add(folder / "next", name="tickets", tags=["best"], note="longer rows")
@@ -53,23 +57,39 @@ def get(server, path, status=200):
 
 def test_an_adapter_is_told_with_metrics_lineage_and_layers(server, places):
     found = get(server, "/v1/adapters/tickets")
-    assert (found["reference"], found["tags"], found["note"]) == ("tickets@2", ["best"], "longer rows")
-    assert (found["method"], found["rank"], found["metrics"]) == ("lora", 2, {"validation_loss": 1.5})
+    assert (found["reference"], found["tags"], found["note"]) == (
+        "tickets@2",
+        ["best"],
+        "longer rows",
+    )
+    assert (found["method"], found["rank"], found["metrics"]) == (
+        "lora",
+        2,
+        {"validation_loss": 1.5},
+    )
     first = get(server, "/v1/adapters/tickets@1")
     assert found["lineage"] == [{"version": first["version"], "reference": "tickets@1"}]
     assert "somebody" not in json.dumps(found)
     stored, _ = updates(read_adapter(places / "next"))
-    norms = {f"layers.{n}": norm for (kind,) in [found["layers"]] for n, norm in kind["norms"].items()}
+    norms = {
+        f"layers.{n}": norm for (kind,) in [found["layers"]] for n, norm in kind["norms"].items()
+    }
     assert norms.keys() == {"layers.0", "layers.1"}
     for path, update in stored.items():
-        assert next(norm for layer, norm in norms.items() if layer in path) == pytest.approx(update.norm())
+        assert next(norm for layer, norm in norms.items() if layer in path) == pytest.approx(
+            update.norm()
+        )
     assert get(server, "/v1/adapters/nobody", 404)["error"]["code"] == "model_not_found"
     assert get(server, "/v1/adapters/..%2Fx", 404)["error"]["code"] == "model_not_found"
 
 
 def test_two_adapters_are_told_by_the_angle_between_their_updates(server, places):
     found = get(server, "/v1/adapters/tickets@1?against=tickets@2")
-    assert (found["reference"], found["against"], found["modules_in_both"]) == ("tickets@1", "tickets@2", 0)
+    assert (found["reference"], found["against"], found["modules_in_both"]) == (
+        "tickets@1",
+        "tickets@2",
+        0,
+    )
     assert found["cosine"] == 0
     same = get(server, "/v1/adapters/tickets?against=tickets@2")
     assert same["cosine"] == pytest.approx(1) and set(same["by_layer"]) == {"layer 0", "layer 1"}
@@ -77,7 +97,8 @@ def test_two_adapters_are_told_by_the_angle_between_their_updates(server, places
 
 
 def test_no_request_waits_for_adapters_that_are_only_looked_at(server, monkeypatch):
-    """Six clients ask for angles on a disk that hangs; afterwards the angle is known and no file is read."""
+    """Six clients ask for angles on a disk that hangs; afterwards the angle is known and no file is
+    read."""
     read, slow, reads = details.read_adapter, threading.Event(), []
 
     def slowly(folder):
@@ -88,7 +109,9 @@ def test_no_request_waits_for_adapters_that_are_only_looked_at(server, monkeypat
     details._angle.cache_clear()
     monkeypatch.setattr(details, "read_adapter", slowly)
     with ThreadPoolExecutor(6) as clients:
-        looks = [clients.submit(get, server, "/v1/adapters/tickets?against=tickets@1") for _ in range(6)]
+        looks = [
+            clients.submit(get, server, "/v1/adapters/tickets?against=tickets@1") for _ in range(6)
+        ]
         while not reads:
             time.sleep(0.01)
         body = {"model": "tickets", "prompt": "a", "max_tokens": 1}
@@ -99,8 +122,12 @@ def test_no_request_waits_for_adapters_that_are_only_looked_at(server, monkeypat
     assert len(reads) == 2
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "veneer.json", ""])
-def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(tmp_path, caplog, file):
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "adapter_config.json", "veneer.json", ""]
+)
+def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(
+    tmp_path, caplog, file
+):
     library = Library(tmp_path / "somewhere")
     add_adapter(library, tmp_path / "made", "tickets", 1)
     folder = library.path("tickets")
@@ -112,7 +139,11 @@ def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(tmp
     with running(library) as server:
         ask = {"model": "tickets", "prompt": "a", "max_tokens": 1}
         answers = [server.post("/v1/completions", ask), server.http().get("/v1/adapters/tickets")]
-        answers.append(server.post("/tokenize", {"model": "tickets", "messages": [{"role": "user", "content": "a"}]}))
+        answers.append(
+            server.post(
+                "/tokenize", {"model": "tickets", "messages": [{"role": "user", "content": "a"}]}
+            )
+        )
         answers.append(server.http().get("/v1/adapters"))
     statuses = [answer.status_code for answer in answers]
     assert statuses[:2] == [422, 422] and statuses[3] == 200
@@ -125,14 +156,29 @@ def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(tmp
 def write(places, name, lines):
     (places / "runs" / name).mkdir(exist_ok=True)
     with (places / "runs" / name / "metrics.jsonl").open("a") as file:
-        file.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+        file.writelines(
+            line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines
+        )
 
 
-START = {"kind": "start", "base": "/home/somebody/tiny", "method": "lora", "steps": 3, "paths": ["/home/somebody"]}
+START = {
+    "kind": "start",
+    "base": "/home/somebody/tiny",
+    "method": "lora",
+    "steps": 3,
+    "paths": ["/home/somebody"],
+}
 
 
 def step(n):
-    return {"kind": "step", "step": n, "loss": 2.0 / n, "seconds": 1.0, "tokens": 7, "memory_bytes": 5}
+    return {
+        "kind": "step",
+        "step": n,
+        "loss": 2.0 / n,
+        "seconds": 1.0,
+        "tokens": 7,
+        "memory_bytes": 5,
+    }
 
 
 def test_a_run_is_told_from_where_it_was_left(server, places):
@@ -142,7 +188,11 @@ def test_a_run_is_told_from_where_it_was_left(server, places):
     found = get(server, "/v1/runs/one")
     assert [record["kind"] for record in found["records"]] == ["start", "step", "step"]
     assert "somebody" not in json.dumps(found) and not found["more"]
-    write(places, "one", ['ep", "step": 3, "loss": null}\n', {"kind": "end", "reason": "done", "step": 3}])
+    write(
+        places,
+        "one",
+        ['ep", "step": 3, "loss": null}\n', {"kind": "end", "reason": "done", "step": 3}],
+    )
     later = get(server, f"/v1/runs/one?after={found['next']}")
     assert [record["kind"] for record in later["records"]] == ["step", "end"]
     assert (later["start"], later["reason"], later["step"]) == (found["next"], "done", 3)
@@ -170,21 +220,41 @@ def test_a_long_run_comes_in_parts(server, places):
 
 
 def test_the_step_of_a_run_is_told_behind_an_evaluation_with_long_answers(server, places):
-    long = {"kind": "evaluation", "step": 2, "loss": 1.0, "sample": {"answer": "\U0001f600" * 20_000}}
-    write(places, "wordy", [START, step(1), step(2), long, {"kind": "end", "reason": "done", "step": 2}])
+    long = {
+        "kind": "evaluation",
+        "step": 2,
+        "loss": 1.0,
+        "sample": {"answer": "\U0001f600" * 20_000},
+    }
+    write(
+        places,
+        "wordy",
+        [START, step(1), step(2), long, {"kind": "end", "reason": "done", "step": 2}],
+    )
     (card,) = [run for run in get(server, "/v1/runs")["data"] if run["name"] == "wordy"]
     assert (card["step"], card["loss"], card["reason"], card["error"]) == (2, 1.0, "done", None)
 
 
 def test_records_of_other_hands_are_told_as_far_as_json_goes(server, places):
-    odd = '{"kind": "step", "step": 1, "loss": NaN, "tokens": 1e999, "reason": "\\ud83d", "seconds": 1}\n'
+    odd = (
+        '{"kind": "step", "step": 1, "loss": NaN, "tokens": 1e999, "reason": "\\ud83d", "seconds":'
+        " 1}\n"
+    )
     begins = '{"kind": "start", "base": "a\\ud83d", "method": [Infinity], "steps": null}\n'
     write(places, "odd", [begins, odd])
-    write(places, "deep", [START, '{"kind": "step", "step": 1, "loss": ' + "[" * 600 + "]" * 600 + "}\n"])
+    write(
+        places,
+        "deep",
+        [START, '{"kind": "step", "step": 1, "loss": ' + "[" * 600 + "]" * 600 + "}\n"],
+    )
     name = os.fsdecode(b"odd \xff")
     write(places, name, [START, step(1)])
     cards = {run["name"]: run for run in get(server, "/v1/runs")["data"]}
-    assert (cards["odd"]["base"], cards["odd"]["method"], cards["odd"]["loss"]) == ("a\ufffd", [None], None)
+    assert (cards["odd"]["base"], cards["odd"]["method"], cards["odd"]["loss"]) == (
+        "a\ufffd",
+        [None],
+        None,
+    )
     assert cards["odd \ufffd"]["step"] == 1
     assert "nested deeper" in cards["deep"]["error"]
     assert get(server, "/v1/runs/odd")["records"][1] == {
@@ -222,10 +292,20 @@ def test_what_is_no_run_is_not_told_and_a_broken_one_says_so_without_a_path(serv
         assert get(server, f"/v1/runs/one?after={after}", 400)["error"]["param"] == "after"
 
 
-def test_a_folder_of_runs_that_is_none_is_an_error_before_the_server_listens(places, tmp_path, capsys):
+def test_a_folder_of_runs_that_is_none_is_an_error_before_the_server_listens(
+    places, tmp_path, capsys
+):
     from tests.tiny import save_tiny
 
     base = str(save_tiny(tmp_path / "tiny", "llama_untied"))
-    words = ["serve", "--base", base, "--library", str(places / "adapters"), "--runs", str(tmp_path / "none")]
+    words = [
+        "serve",
+        "--base",
+        base,
+        "--library",
+        str(places / "adapters"),
+        "--runs",
+        str(tmp_path / "none"),
+    ]
     assert main(words) == 2
     assert "no folder of runs" in capsys.readouterr().err

@@ -4,9 +4,10 @@
     python -m tests.soak --hours 3 --loops mixes engine
     python -m tests.soak --table                    the counts so far, as a table
 
-A slice is one call of pytest. After it, the number of its rounds and how it ended are written to a file
-(build/soak.json), so a later call goes on with the next numbers. A slice that Ctrl-C stops does not count. Rounds are
-counted per commit and processor; a failed slice says where its output is and which numbers it ran.
+A slice is one call of pytest. After it, the number of its rounds and how it ended are written to a
+file (build/soak.json), so a later call goes on with the next numbers. A slice that Ctrl-C stops
+does not count. Rounds are counted per commit and processor; a failed slice says where its output is
+and which numbers it ran.
 """
 
 import argparse
@@ -43,12 +44,23 @@ class Slice:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs what the words of the command line ask for; returns 1 if a slice failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--hours", type=float, default=float("inf"), help="stop after this time (default: never)")
-    parser.add_argument(
-        "--loops", nargs="+", choices=LOOPS, default=list(LOOPS), metavar="LOOP", help="only these loops"
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--table", action="store_true", help="print the counts so far and run nothing")
+    parser.add_argument(
+        "--hours", type=float, default=float("inf"), help="stop after this time (default: never)"
+    )
+    parser.add_argument(
+        "--loops",
+        nargs="+",
+        choices=LOOPS,
+        default=list(LOOPS),
+        metavar="LOOP",
+        help="only these loops",
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the counts so far and run nothing"
+    )
     given = parser.parse_args(words)
     slices = read(RECORD)
     if not given.table:
@@ -61,7 +73,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def soak(names: Sequence[str], slices: list[Slice], *, until: float) -> None:
-    """Runs a slice of each loop in turn, appends it to `slices` and writes it down; ends when no loop has any left."""
+    """Runs a slice of each loop in turn, appends it to `slices` and writes it down; ends when no
+    loop has any left."""
     waiting = list(names)
     while waiting and time.monotonic() < until:
         name = waiting.pop(0)
@@ -74,17 +87,23 @@ def soak(names: Sequence[str], slices: list[Slice], *, until: float) -> None:
 
 
 def run(name: str, loop: Loop, first: int) -> Slice | None:
-    """Runs one slice. Returns None if the loop has no tests from this round on, or what it needs is not installed."""
+    """Runs one slice. Returns None if the loop has no tests from this round on, or what it needs is
+    not installed."""
     rounds = min(loop.slice, loop.target - first)
     output = RECORD.parent / f"soak-{name}-{first}.txt"
     output.parent.mkdir(exist_ok=True)
     tests = [f"tests/{test}" for test in loop.test.split()]
-    environment = os.environ | {f"VENEER_SOAK_{name.upper()}": str(rounds), "VENEER_SOAK_FIRST": str(first)}
+    environment = os.environ | {
+        f"VENEER_SOAK_{name.upper()}": str(rounds),
+        "VENEER_SOAK_FIRST": str(first),
+    }
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", *tests]
     print(f"{name}: {rounds:,} rounds from {first:,}", flush=True)
     began = time.monotonic()
     with output.open("w") as file:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
     text = output.read_text(errors="replace")
     if done.returncode == NO_TESTS or (done.returncode == PASSED and " passed" not in text):
         output.unlink()
@@ -108,7 +127,9 @@ def run(name: str, loop: Loop, first: int) -> Slice | None:
 def commit() -> str:
     """Returns the short id of the checkout's commit."""
     words = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def table(slices: Sequence[Slice]) -> str:
@@ -116,10 +137,16 @@ def table(slices: Sequence[Slice]) -> str:
     lines = ["| loop | rounds | of | minutes | failed slices |", "|---|---|---|---|---|"]
     for name, loop in LOOPS.items():
         own = [done for done in slices if done.loop == name]
-        failed = ", ".join(f"{done.first} to {done.first + done.rounds - 1}" for done in own if not done.passed)
+        failed = ", ".join(
+            f"{done.first} to {done.first + done.rounds - 1}" for done in own if not done.passed
+        )
         minutes = sum(done.seconds for done in own) / 60
         count = sum(done.rounds for done in own)
-        lines.append(f"| {name} | {count:,} | {loop.target:,} | {minutes:.0f} | {failed or 'none'} |" if own else "")
+        lines.append(
+            f"| {name} | {count:,} | {loop.target:,} | {minutes:.0f} | {failed or 'none'} |"
+            if own
+            else ""
+        )
     return "\n".join(line for line in lines if line)
 
 

@@ -1,7 +1,7 @@
 """How many rounds the loops of this folder run: a few in `make test`, any number in `make soak`.
 
-A round is one number, and the number is the seed: the same number is the same round everywhere. `python -m tests.soak`
-runs the loops in slices and sets, for each slice:
+A round is one number, and the number is the seed: the same number is the same round everywhere.
+`python -m tests.soak` runs the loops in slices and sets, for each slice:
 
 VENEER_SOAK_KILLS=50        rounds of the loop "kills"
 VENEER_SOAK_FIRST=200       number of the first round
@@ -24,6 +24,7 @@ def rounds(name: str, *, ci: int) -> range:
 
 
 def chosen(cases: Sequence[T], name: str, *, ci: int) -> list[T]:
-    """Returns the cases to run of a loop whose rounds are the cases of a list; none behind its end."""
+    """Returns the cases to run of a loop whose rounds are the cases of a list; none behind its
+    end."""
     numbers = rounds(name, ci=ci)
     return list(cases[numbers.start : numbers.stop])

@@ -1,7 +1,8 @@
-"""Runs commands of Veneer, each in a fork of a process that has loaded everything: what a case costs is the command.
+"""Runs commands of Veneer, each in a fork of a process that has loaded everything: what a case
+costs is the command.
 
-Started with failing_writes.so preloaded. In: a line of JSON a command, {"argv": [...], "log": file}. Out: its exit
-code.
+Started with failing_writes.so preloaded. In: a line of JSON a command, {"argv": [...], "log":
+file}. Out: its exit code.
 """
 
 import json

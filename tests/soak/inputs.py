@@ -1,7 +1,7 @@
 """Inputs from seeds: files as strangers write them, and a command line that reads each.
 
-A kind takes (random, folder, world), writes its files into the folder and gives the words behind `veneer`. The
-same seed gives the same input.
+A kind takes (random, folder, world), writes its files into the folder and gives the words behind
+`veneer`. The same seed gives the same input.
 """
 
 from __future__ import annotations
@@ -79,16 +79,23 @@ RUN_WORDS = [
     *RUN["data"],
     *["epochs", "tokens", "size", "prompt", "start", "layers", "nf4", "gguf", "lora", "full"],
 ]
-CAPS = [f"--set={each}" for each in ("steps=1", "epochs=null", "batch=2", "length=64", "device=cpu", "log=[]")]
+CAPS = [
+    f"--set={each}"
+    for each in ("steps=1", "epochs=null", "batch=2", "length=64", "device=cpu", "log=[]")
+]
 SETS = ["[", "{a: ", "*x", "&x 1", "2024-13-45", "!!python/object:os.system x"]
 
 
 def run_files(random: Random, folder: Path, world: Path) -> list[str]:
-    """Mostly over a base that is not there: then the settings alone are read. Else a step is trained, bounded by
-    CAPS."""
+    """Mostly over a base that is not there: then the settings alone are read. Else a step is
+    trained, bounded by CAPS."""
     trains = random.random() < 0.25
     values: Any = {**RUN, "method": random.choice(METHODS)}
-    values = {key: value for key, value in values.items() if key in ("base", "data", "out") or random.random() < 0.7}
+    values = {
+        key: value
+        for key, value in values.items()
+        if key in ("base", "data", "out") or random.random() < 0.7
+    }
     for _ in range(times(random)):
         values = mutated(random, values, RUN_WORDS)
     if isinstance(values, dict) and trains:
@@ -105,7 +112,10 @@ def run_files(random: Random, folder: Path, world: Path) -> list[str]:
     file.write_bytes(torn(random, data) if random.random() < 0.15 else data)
     if not trains:
         return ["train", str(file), "--base", str(folder / "missing"), *odd_sets(random)]
-    return [*f"train {file} --base {base_of(random, world)} --out {folder}/out --quiet".split(), *CAPS]
+    return [
+        *f"train {file} --base {base_of(random, world)} --out {folder}/out --quiet".split(),
+        *CAPS,
+    ]
 
 
 def odd_sets(random: Random) -> list[str]:
@@ -119,11 +129,20 @@ def odd_sets(random: Random) -> list[str]:
 # --- labels, metrics, predictions, general text ---
 
 VALUES = """
-1 | 'x' | None | float('nan') | 10 ** 400 | 1 / 0 | answer | [1] | True | f(answer, references) | exit(3) |
+1 | 'x' | None | float('nan') | 10 ** 400 | 1 / 0 | answer | [1] | True | f(answer, references) |
+exit(3) |
 exit('no') | [][0]
 """
 CODE = [f"def f(answer, references):\n    return {value.strip()}\n" for value in VALUES.split("|")]
-CODE += ["f = 1", "f = print", "import nothing_of_this_name", "def f(", "exit(0)", "raise KeyboardInterrupt", "\x00"]
+CODE += [
+    "f = 1",
+    "f = print",
+    "import nothing_of_this_name",
+    "def f(",
+    "exit(0)",
+    "raise KeyboardInterrupt",
+    "\x00",
+]
 CODE += ["def f(): return 1", "f = lambda a, r: 1 + 0j", "raise SystemExit(2 ** 40)"]
 LABELS = "it is 0\nit is 1\nit is 2\nétiquette\n".encode()
 PATTERNS = ["regex:(a", "regex:()*", "regex:(?P<x>a)"]
@@ -144,19 +163,27 @@ def files_beside(random: Random, folder: Path, world: Path) -> list[str]:
     if what == "code":
         file = folder / "score.py"
         code = random.choice(CODE).encode()
-        file.write_bytes(torn(random, code) if random.random() < 0.2 and b"exit" not in code else code)
+        file.write_bytes(
+            torn(random, code) if random.random() < 0.2 and b"exit" not in code else code
+        )
         return [*line, "--metric", f"{file}:{random.choice(['f', 'f', 'f', 'g', '__name__', ''])}"]
     if what == "general":
         whole = random.random() < 0.2
-        file.write_bytes(b"---\n\n---" if whole else torn(random, b"Some text.\n---\nAnother text.\n"))
+        file.write_bytes(
+            b"---\n\n---" if whole else torn(random, b"Some text.\n---\nAnother text.\n")
+        )
         return [*line, "--general", str(random.choice([file, file, folder, folder / "missing"]))]
     if what == "against":
-        lines = [json.loads(each) for each in (world / "predictions.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(each) for each in (world / "predictions.jsonl").read_text().splitlines()
+        ]
         lines[0] = mutated(random, lines[0], list(lines[1]))
         file.write_bytes(b"\n".join(as_json(random, each) for each in lines))
         more = ["--metrics=exact_match"] if random.random() < 0.5 else []
         return [*line, "--against", str(file), *more]
-    pattern = random.choice(["regex:" + spoken(str(odd(random))), spoken(str(odd(random))), *PATTERNS])
+    pattern = random.choice(
+        ["regex:" + spoken(str(odd(random))), spoken(str(odd(random))), *PATTERNS]
+    )
     return [*line, random.choice(["--metric", "--metrics"]) + "=" + pattern]
 
 
@@ -186,10 +213,15 @@ def flags(random: Random, folder: Path, world: Path) -> list[str]:
         f"combine --adapter {w}/a --adapter {w}/b --base {w}/base --out {out}",
         f"extract --base {w}/base --model {w}/tuned --rank 2 --out {out}",
         f"train --resume {w}/run --quiet",
-        f"train --base {w}/missing --data {w}/few.jsonl --out {out} --steps 1 --rank 2 --alpha 4 --set warmup=0",
+        (
+            f"train --base {w}/missing --data {w}/few.jsonl --out {out} --steps 1 --rank 2 --alpha"
+            " 4 --set warmup=0"
+        ),
         "doctor --json",
-        f"compare --base {w}/missing --data {w}/rows.jsonl --methods lora,full --out {out} --steps 1 --seeds 1 "
-        f"--rates 1 --metrics exact_match",
+        (
+            f"compare --base {w}/missing --data {w}/rows.jsonl --methods lora,full --out {out}"
+            " --steps 1 --seeds 1 --rates 1 --metrics exact_match"
+        ),
         f"quantize {w}/base --out {out}",
     ]
     words = random.choice(lines).split()

@@ -16,11 +16,13 @@ from tests.soak.odd import as_json, mutated, times, torn, yaml_of
 from veneer.formats.manifest import MANIFEST_NAME, content_hash
 
 ADAPTER_WORDS = """
-    r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora bias modules_to_save all-linear
+    r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora bias modules_to_save
+    all-linear
     q_proj LORA format_version base fingerprint scaling recipe metrics content_hash parents weight
-    method lora prefix trained_by peft layers_to_transform exclude_modules target_parameters F32 BF16
+    method lora prefix trained_by peft layers_to_transform exclude_modules target_parameters F32
+    BF16
     shape dtype data_offsets __metadata__ revision
-""".split()  # noqa: SIM905
+""".split()
 
 
 def adapters(random: Random, folder: Path, world: Path) -> list[str]:
@@ -55,8 +57,21 @@ def adapters(random: Random, folder: Path, world: Path) -> list[str]:
         ["adapters", "add", named, *library],
         ["adapters", "add", named, *library, *base],
         ["adapters", "verify", named, *base],
-        ["lint", named, "--for", random.choice(["vllm", "llamacpp", "transformers", "peft"]), *base],
-        ["export", named, "--to", random.choice(["peft", "transformers", "vllm", "llamacpp"]), *out, *base],
+        [
+            "lint",
+            named,
+            "--for",
+            random.choice(["vllm", "llamacpp", "transformers", "peft"]),
+            *base,
+        ],
+        [
+            "export",
+            named,
+            "--to",
+            random.choice(["peft", "transformers", "vllm", "llamacpp"]),
+            *out,
+            *base,
+        ],
         ["generate", "--adapter", named, "--max-new-tokens", "1", "x"],
         ["generate", "--adapter", named, *base, "--max-new-tokens", "1", "x"],
         ["generate", "--adapter", named, *base, "--force-base", "--max-new-tokens", "1", "x"],
@@ -68,10 +83,12 @@ def adapters(random: Random, folder: Path, world: Path) -> list[str]:
 
 RUN_FILES = ["run.yaml", "metrics.jsonl", "summary.json", "adapter/adapter_config.json"]
 RECORD_WORDS = """
-    kind step evaluation start end loss best_step sample before answer prompt seconds tokens rows validation_loss
-    versions base method learning_rate peak_memory_bytes planned_memory_bytes paths reason trainable_parameters
+    kind step evaluation start end loss best_step sample before answer prompt seconds tokens rows
+    validation_loss
+    versions base method learning_rate peak_memory_bytes planned_memory_bytes paths reason
+    trainable_parameters
     data train
-""".split()  # noqa: SIM905
+""".split()
 
 
 def run_folders(random: Random, folder: Path, world: Path) -> list[str]:
@@ -103,7 +120,8 @@ def run_folders(random: Random, folder: Path, world: Path) -> list[str]:
 
 
 def _made_consistent(random: Random, adapter: Path) -> None:
-    """As one that another program wrote, or with a manifest that knows what was changed: else its hash tells."""
+    """As one that another program wrote, or with a manifest that knows what was changed: else its
+    hash tells."""
     manifest, config = adapter / MANIFEST_NAME, adapter / "adapter_config.json"
     if config.is_file() and not manifest.is_dir() and random.random() < 0.5:
         manifest.unlink(missing_ok=True)
@@ -133,8 +151,16 @@ def torn_tensors(random: Random, data: bytes) -> bytes:
         except ValueError:
             return torn(random, data)
         text = json.dumps(header).encode("utf-8", "surrogatepass")
-        return struct.pack("<Q", random.choice([len(text)] * 5 + [2**63, 0, length])) + text + data[8 + length :]
+        return (
+            struct.pack("<Q", random.choice([len(text)] * 5 + [2**63, 0, length]))
+            + text
+            + data[8 + length :]
+        )
     if what < 0.8:  # a value that is not finite, or any other
         at = random.randrange(8 + length, len(data) - 4)
-        return data[:at] + struct.pack("<f", random.choice([float("nan"), float("inf"), 1e38, -0.0])) + data[at + 4 :]
+        return (
+            data[:at]
+            + struct.pack("<f", random.choice([float("nan"), float("inf"), 1e38, -0.0]))
+            + data[at + 4 :]
+        )
     return torn(random, data)

@@ -1,4 +1,5 @@
-"""Folders whose weights another program packed, changed in a place or two, and a command that reads one."""
+"""Folders whose weights another program packed, changed in a place or two, and a command that reads
+one."""
 
 from __future__ import annotations
 
@@ -43,19 +44,66 @@ LAYOUTS: dict[str, tuple[str, Any]] = {
     "bnb": ("llama", write_bnb),
 }
 PARTS = """
-    .qweight .qzeros .scales .g_idx .weight_scale .weight_scale_inv _blocks _scales .absmax .quant_map .nested_absmax
+    .qweight .qzeros .scales .g_idx .weight_scale .weight_scale_inv _blocks _scales .absmax
+    .quant_map .nested_absmax
     .nested_quant_map .quant_state.bitsandbytes__nf4 .weight .input_scale .bias
-""".split()  # noqa: SIM905
+""".split()
 WORDS = """
-    quant_method bits group_size desc_act sym checkpoint_format pack_dtype lm_head zero_point version w_bit q_group_size
-    weight_block_size fmt expert_dtype activation_scheme config_groups format num_bits type strategy block_structure
-    targets weights sparsity_config modules_to_not_convert load_in_4bit fp8 mxfp4 gptq awq compressed-tensors gptq_v2
+    quant_method bits group_size desc_act sym checkpoint_format pack_dtype lm_head zero_point
+    version w_bit q_group_size
+    weight_block_size fmt expert_dtype activation_scheme config_groups format num_bits type
+    strategy block_structure
+    targets weights sparsity_config modules_to_not_convert load_in_4bit fp8 mxfp4 gptq awq
+    compressed-tensors gptq_v2
     bitsandbytes float-quantized
-""".split()  # noqa: SIM905
-WIDTHS = [-1, 0, 1, 2, 3, 8, 20, 32, 48, 128, 2**20, 2**20 + 1, 2**31, 2**62, 2**63, 2**64, 10**30, 20.0, True, "16"]
-TYPES = [*(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)]
+""".split()
+WIDTHS = [
+    -1,
+    0,
+    1,
+    2,
+    3,
+    8,
+    20,
+    32,
+    48,
+    128,
+    2**20,
+    2**20 + 1,
+    2**31,
+    2**62,
+    2**63,
+    2**64,
+    10**30,
+    20.0,
+    True,
+    "16",
+]
+TYPES = [
+    *(
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
+]
 TYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
-VALUES = [float("nan"), float("inf"), -float("inf"), 0, -1, 1, 255, 2**31 - 1, -(2**31), 3e38, 1e-45, 7]
+VALUES = [
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    0,
+    -1,
+    1,
+    255,
+    2**31 - 1,
+    -(2**31),
+    3e38,
+    1e-45,
+    7,
+]
 
 
 def make_packed(folder: Path) -> None:
@@ -79,7 +127,11 @@ def spoil(random: Random, folder: Path) -> None:
         weights = load_file(file)
         for _ in range(random.choice([1, 1, 2])):
             spoil_tensors(random, weights)
-        save_file({name: each.contiguous() for name, each in weights.items()}, file, metadata={"format": "pt"})
+        save_file(
+            {name: each.contiguous() for name, each in weights.items()},
+            file,
+            metadata={"format": "pt"},
+        )
 
 
 def spoil_settings(random: Random, file: Path) -> None:
@@ -90,12 +142,20 @@ def spoil_settings(random: Random, file: Path) -> None:
     if what < 0.3:
         config["quantization_config"] = mutated(random, settings, WORDS)
     elif what < 0.5:
-        settings[random.choice(["group_size", "q_group_size", "bits", "weight_block_size"])] = widths
+        settings[random.choice(["group_size", "q_group_size", "bits", "weight_block_size"])] = (
+            widths
+        )
     elif what < 0.7:
         settings["weight_block_size"] = random.choice([pair, pair, widths, [*pair, 1]])
     elif what < 0.8:
-        weights = {"num_bits": 8, "type": "float", "block_structure": random.choice([pair, pair, widths, odd(random)])}
-        settings["config_groups"] = random.choice([{"a": {"weights": weights}}, {"a": weights}, {"a": odd(random)}])
+        weights = {
+            "num_bits": 8,
+            "type": "float",
+            "block_structure": random.choice([pair, pair, widths, odd(random)]),
+        }
+        settings["config_groups"] = random.choice(
+            [{"a": {"weights": weights}}, {"a": weights}, {"a": odd(random)}]
+        )
     elif what < 0.9:
         settings[random.choice(WORDS)] = random.choice([*WORDS, odd(random)])
     else:
@@ -104,9 +164,16 @@ def spoil_settings(random: Random, file: Path) -> None:
 
 
 def spoil_tensors(random: Random, weights: dict[str, Tensor]) -> None:
-    """One tensor, mostly a part of a packed weight, gone, of another type, shape, name or with other values."""
-    parts = sorted(name for name in weights if any(name.endswith(part) for part in PARTS if part != ".weight"))
-    parts += sorted(name for name, each in weights.items() if each.dtype == torch.float8_e4m3fn or "proj" in name)
+    """One tensor, mostly a part of a packed weight, gone, of another type, shape, name or with
+    other values."""
+    parts = sorted(
+        name for name in weights if any(name.endswith(part) for part in PARTS if part != ".weight")
+    )
+    parts += sorted(
+        name
+        for name, each in weights.items()
+        if each.dtype == torch.float8_e4m3fn or "proj" in name
+    )
     if not parts:
         return
     name = random.choice(sorted(weights)) if random.random() < 0.1 else random.choice(parts)
@@ -121,7 +188,9 @@ def spoil_tensors(random: Random, weights: dict[str, Tensor]) -> None:
         weights[name] = with_values(random, tensor)
     elif what < 0.85:
         stem = next((name.removesuffix(part) for part in PARTS if name.endswith(part)), name)
-        weights[stem + random.choice(PARTS)] = random.choice([tensor, of_another_shape(random, tensor)]).clone()
+        weights[stem + random.choice(PARTS)] = random.choice(
+            [tensor, of_another_shape(random, tensor)]
+        ).clone()
     else:
         other = random.choice(sorted(weights))
         weights[name], weights[other] = weights[other], tensor
@@ -143,8 +212,19 @@ def of_another_shape(random: Random, tensor: Tensor) -> Tensor:
         tensor.reshape(-1)[:0],
     ]
     if tensor.dim():
-        ways += [tensor[:0], tensor[:1], tensor[:-1], tensor[..., :0], tensor[..., :-1], tensor[..., :1]]
-        ways += [torch.cat([tensor, tensor]), torch.cat([tensor, tensor], -1), tensor.transpose(0, -1)]
+        ways += [
+            tensor[:0],
+            tensor[:1],
+            tensor[:-1],
+            tensor[..., :0],
+            tensor[..., :-1],
+            tensor[..., :1],
+        ]
+        ways += [
+            torch.cat([tensor, tensor]),
+            torch.cat([tensor, tensor], -1),
+            tensor.transpose(0, -1),
+        ]
         ways += [tensor.reshape(1, -1), tensor.reshape(-1, 1)]
     return random.choice(ways).clone()
 

@@ -11,10 +11,16 @@ from typing import Any
 from tests.soak.odd import TEXTS, as_json, mutated, odd, spoken, times, torn
 
 ASK, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": [1, {"c": None}]}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": 2, "b": [1, {"c": None}]}},
+}
 TOOL = {
     "type": "function",
-    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    "function": {
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+    },
 }
 ROWS: list[dict[str, Any]] = [
     {"messages": [ASK, ANSWER]},
@@ -41,7 +47,10 @@ ROWS: list[dict[str, Any]] = [
     },
     {
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "2"}, {"type": "text", "text": "+"}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "2"}, {"type": "text", "text": "+"}],
+            },
             ANSWER,
         ],
         "references": ["four"],
@@ -55,23 +64,32 @@ ROWS: list[dict[str, Any]] = [
     {"text": "Once upon a time.", "url": "x", "score": 0.5},
 ]
 ROW_WORDS = """
-    messages role content user assistant system tool tool_calls function name arguments weight type text
-    image_url images from value human gpt prompt completion instruction output input tools references
+    messages role content user assistant system tool tool_calls function name arguments weight type
+    text
+    image_url images from value human gpt prompt completion instruction output input tools
+    references
     data reasoning_content thinking label
-""".split()  # noqa: SIM905
+""".split()
 
 
 def row_file(random: Random, folder: Path) -> Path:
-    records: list[Any] = [random.choice(ROWS)] * random.choice([1, 2, 4]) if random.random() < 0.9 else list(ROWS)
+    records: list[Any] = (
+        [random.choice(ROWS)] * random.choice([1, 2, 4]) if random.random() < 0.9 else list(ROWS)
+    )
     for _ in range(times(random)):
         at = random.randrange(len(records))
-        records = [mutated(random, record, ROW_WORDS) if n == at else record for n, record in enumerate(records)]
+        records = [
+            mutated(random, record, ROW_WORDS) if n == at else record
+            for n, record in enumerate(records)
+        ]
     kind = random.choice(["jsonl", "jsonl", "jsonl", "json", "csv", "parquet"])
     path = folder / f"rows.{kind}"
     if kind == "jsonl":
         data = b"\n".join(as_json(random, record) for record in records)
     elif kind == "json":
-        data = as_json(random, random.choice([records, {"data": records}, {"version": 1, "data": records}]))
+        data = as_json(
+            random, random.choice([records, {"data": records}, {"version": 1, "data": records}])
+        )
     elif kind == "csv":
         flat = [
             {k: v if isinstance(v, str) else json.dumps(v) for k, v in r.items()}
@@ -95,8 +113,17 @@ def parquet_of(random: Random, records: list[Any]) -> bytes:
 
     sink = pyarrow.BufferOutputStream()
     try:
-        parquet.write_table(pyarrow.Table.from_pylist([r for r in records if isinstance(r, dict)]), sink)
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError, RecursionError, UnicodeError):
+        parquet.write_table(
+            pyarrow.Table.from_pylist([r for r in records if isinstance(r, dict)]), sink
+        )
+    except (
+        pyarrow.ArrowException,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        UnicodeError,
+    ):
         parquet.write_table(pyarrow.table({"text": ["a"]}), sink)
     data = bytes(sink.getvalue())
     return torn(random, data) if random.random() < 0.3 else data
@@ -111,19 +138,26 @@ def rows(random: Random, folder: Path, world: Path) -> list[str]:
     base = ["--base", base_of(random, world)]
     more: list[str] = []
     if random.random() < 0.3:
-        more += ["--format", random.choice("auto chat prompt_completion alpaca sharegpt text".split())]  # noqa: SIM905
+        more += [
+            "--format",
+            random.choice(["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]),
+        ]
     if random.random() < 0.3:
         more += ["--train-on", random.choice(["assistant", "last", "all"])]
     if random.random() < 0.3:
         more += ["--length", random.choice(["2", "10", "40", "100000"])]
     what = random.random()
     if what < 0.75:
-        more += ["--long-rows", random.choice(["refuse", "drop", "cut"])] if random.random() < 0.5 else []
+        more += (
+            ["--long-rows", random.choice(["refuse", "drop", "cut"])]
+            if random.random() < 0.5
+            else []
+        )
         more += ["--row", random.choice(["0", "1", "-1"])] if random.random() < 0.2 else []
         more += ["--validation", str(world / "rows.jsonl")] if random.random() < 0.2 else []
         return ["data", "check", file, *base, *more, *(["--json"] if random.random() < 0.3 else [])]
     if what < 0.9:
-        metric = random.choice("exact_match field_f1 accuracy rougeL,bleu json_validity".split())  # noqa: SIM905
+        metric = random.choice("exact_match field_f1 accuracy rougeL,bleu json_validity".split())
         more += ["--metrics", metric] if random.random() < 0.7 else []
         more += ["--max-new-tokens", "2", *(["--json"] if random.random() < 0.5 else [])]
         return ["evaluate", "--data", file, *base, *more]
@@ -203,7 +237,8 @@ def templates(random: Random, folder: Path, world: Path) -> list[str]:
         (base / "chat_template.jinja").write_bytes(data)
     else:
         named = [
-            {"name": name, "template": source} for name in random.choice([["default"], ["tool_use"], ["default", "a"]])
+            {"name": name, "template": source}
+            for name in random.choice([["default"], ["tool_use"], ["default", "a"]])
         ]
         config["chat_template"] = random.choice([source, named, odd(random)])
     (base / "tokenizer_config.json").write_text(json.dumps(config))
@@ -211,7 +246,8 @@ def templates(random: Random, folder: Path, world: Path) -> list[str]:
     if random.random() < 0.7:
         return ["data", "check", str(world / "rows.jsonl"), "--base", str(base), *more]
     if random.random() < 0.5:
-        line = f"evaluate --data {world}/few.jsonl --base {base} --metrics exact_match --max-new-tokens 2".split()
+        line = f"evaluate --data {world}/few.jsonl --base {base} --metrics exact_match".split()
+        line += ["--max-new-tokens", "2"]
         return [*line, *more]
     asked = random.choice(["hello", *TEXTS[-10:], "<|im_end|>"])
     return [*f"generate --base {base} --max-new-tokens 2".split(), *more, spoken(asked)]

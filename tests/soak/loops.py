@@ -1,4 +1,5 @@
-"""The loops of a soak: which test each one is, how many rounds make a slice and how many a complete soak."""
+"""The loops of a soak: which test each one is, how many rounds make a slice and how many a complete
+soak."""
 
 from dataclasses import dataclass
 
@@ -26,19 +27,33 @@ KILLS, FILES = "soak/test_kills.py", "soak/test_strangers_files.py"
 FAMILIES = "soak/test_families.py"
 
 LOOPS = {
-    "kills": Loop(f"{KILLS}::test_a_run_that_is_killed_and_resumed_is_the_run_that_never_was", 5, 200),
-    "kills_of_others": Loop(f"{KILLS}::test_a_command_that_is_killed_and_given_again_leaves_what_it_should", 7, 100),
+    "kills": Loop(
+        f"{KILLS}::test_a_run_that_is_killed_and_resumed_is_the_run_that_never_was", 5, 200
+    ),
+    "kills_of_others": Loop(
+        f"{KILLS}::test_a_command_that_is_killed_and_given_again_leaves_what_it_should", 7, 100
+    ),
     "resumes": Loop("soak/test_resumes.py", 10, 200),
     "writes": Loop("soak/test_failing_writes.py", 36, 300),
     "slow_writes": Loop("soak/test_failing_writes.py", 6, 60),
     "inputs": Loop("soak/test_inputs.py", 1000, 200_000),
-    "settings": Loop(f"{FILES}::test_settings_of_any_kind_and_size_are_read_or_refused", 500, 20_000),
-    "headers": Loop(f"{FILES}::test_weight_files_with_spoiled_headers_are_read_or_refused", 500, 20_000),
-    "states": Loop(f"{FILES}::test_states_of_packed_weights_of_any_kind_are_read_or_refused", 500, 10_000),
+    "settings": Loop(
+        f"{FILES}::test_settings_of_any_kind_and_size_are_read_or_refused", 500, 20_000
+    ),
+    "headers": Loop(
+        f"{FILES}::test_weight_files_with_spoiled_headers_are_read_or_refused", 500, 20_000
+    ),
+    "states": Loop(
+        f"{FILES}::test_states_of_packed_weights_of_any_kind_are_read_or_refused", 500, 10_000
+    ),
     "packed": Loop(f"{FILES}::test_folders_that_others_packed_are_read_or_refused", 300, 10_000),
     "gguf": Loop(f"{FILES}::test_spoiled_gguf_headers_are_read_or_refused", 3000, 40_000),
     "gguf_bases": Loop(f"{FILES}::test_spoiled_gguf_files_become_a_base_or_an_error", 200, 3000),
-    "calls": Loop("test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors", 3000, 20_000),
+    "calls": Loop(
+        "test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors",
+        3000,
+        20_000,
+    ),
     "requests": Loop("soak/test_requests.py", 1000, 10_000),
     "linear": Loop("soak/test_linear.py", 60, 400),
     "clients": Loop("soak/test_clients.py", 60, 1000),
@@ -46,11 +61,19 @@ LOOPS = {
     "mixes": Loop("soak/test_mixes.py", 100, 10_000),
     "engine": Loop("soak/test_engine_mixes.py", 50, 10_000),
     "decoding": Loop("soak/test_decoding.py", 200, 5000),
-    "tiers": Loop("test_residents.py::test_any_traffic_ends_each_request_once_and_within_the_budget", 20, 200),
-    "unloads": Loop("test_residents.py::test_what_is_unloaded_leaves_nothing_behind_however_often", 500, 1000),
+    "tiers": Loop(
+        "test_residents.py::test_any_traffic_ends_each_request_once_and_within_the_budget", 20, 200
+    ),
+    "unloads": Loop(
+        "test_residents.py::test_what_is_unloaded_leaves_nothing_behind_however_often", 500, 1000
+    ),
     "exchanges": Loop("test_residents.py", 60, 300),
-    "schemas": Loop("test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut", 1000, 5000),
-    "families": Loop(f"{FAMILIES}::test_every_family_agrees_with_transformers_and_peft_or_says_why_not", 6, 300),
+    "schemas": Loop(
+        "test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut", 1000, 5000
+    ),
+    "families": Loop(
+        f"{FAMILIES}::test_every_family_agrees_with_transformers_and_peft_or_says_why_not", 6, 300
+    ),
     "config_fields": Loop("soak/test_config_fields.py", 2, 300),
     "hybrids": whole(FAMILIES),
     "accelerator": Loop("soak/test_accelerator_cells.py", 40, 10_000),

@@ -1,7 +1,8 @@
-"""Values that programs trip over: of the wrong type, far outside, nested, cut, half a character; and how they get
-into a file.
+"""Values that programs trip over: of the wrong type, far outside, nested, cut, half a character;
+and how they get into a file.
 
-Mostly one or two stand in something that is otherwise right: what is wrong everywhere is refused at once.
+Mostly one or two stand in something that is otherwise right: what is wrong everywhere is refused at
+once.
 """
 
 from __future__ import annotations
@@ -22,17 +23,63 @@ def nested(depth: int, key: str | None = None) -> Any:
 
 
 SHORT = """
-x 0 -1 nan null é ~ { [[[[ %s%n (?i)a (a+)+$ q_proj all-linear = a=b , : @ x@1 x@0 con ../.. <|im_end|>
+x 0 -1 nan null é ~ { [[[[ %s%n (?i)a (a+)+$ q_proj all-linear = a=b
+, : @ x@1 x@0 con ../.. <|im_end|>
 """
-UNSEEN = ["", " ", "\n", "\u2028", "\x85", "\x00", "\ud83d", "\udc00\ud83d", "\U0010fffd", "\U0001f469", "\x1b]0;x\x07"]
-LONG = ["a" * 300, "b" * 5000, "[" * 600 + "]" * 600, ".*" * 30, "<|im_start|>assistant\n", '{"a": NaN}', "{{ x }}"]
+UNSEEN = [
+    "",
+    " ",
+    "\n",
+    "\u2028",
+    "\x85",
+    "\x00",
+    "\ud83d",
+    "\udc00\ud83d",
+    "\U0010fffd",
+    "\U0001f469",
+    "\x1b]0;x\x07",
+]
+LONG = [
+    "a" * 300,
+    "b" * 5000,
+    "[" * 600 + "]" * 600,
+    ".*" * 30,
+    "<|im_start|>assistant\n",
+    '{"a": NaN}',
+    "{{ x }}",
+]
 TEXTS = [*SHORT.split(), *UNSEEN, *LONG]
 WHOLE = [0, -1, 1, 2, 3, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30]
-NUMBERS: list[Any] = [*WHOLE, 0.5, 1.5, -0.0, 1e-300, 1e300, float("inf"), -float("inf"), float("nan")]
+NUMBERS: list[Any] = [
+    *WHOLE,
+    0.5,
+    1.5,
+    -0.0,
+    1e-300,
+    1e300,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+]
 SHAPES: list[Any] = [[], {}, [None], [[]], {"": ""}, {"a": {"b": [1]}}, [1, "a", None], ["a"] * 200]
-DEEP: list[Any] = [nested(40), nested(100), nested(600), nested(600, "a"), {str(n): n for n in range(100)}]
+DEEP: list[Any] = [
+    nested(40),
+    nested(100),
+    nested(600),
+    nested(600, "a"),
+    {str(n): n for n in range(100)},
+]
 ODD: list[Any] = [None, True, False, *NUMBERS, *TEXTS, *SHAPES, *DEEP]
-BYTES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r", b"\xe2\x80\xa8", b"9" * 20, *(bytes([c]) for c in b'"{}[],:')]
+BYTES = [
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"\r",
+    b"\xe2\x80\xa8",
+    b"9" * 20,
+    *(bytes([c]) for c in b'"{}[],:'),
+]
 
 
 def odd(random: Random) -> Any:
@@ -40,7 +87,8 @@ def odd(random: Random) -> Any:
 
 
 def mutated(random: Random, value: Any, words: list[str]) -> Any:
-    """The value with one place inside it changed; words: names that mean something where it is read."""
+    """The value with one place inside it changed; words: names that mean something where it is
+    read."""
     if isinstance(value, dict) and value and random.random() < 0.85:
         key = random.choice(sorted(value, key=str))
         what = random.random()
@@ -70,7 +118,9 @@ def mutated(random: Random, value: Any, words: list[str]) -> Any:
 
 def torn_text(random: Random, text: str) -> str:
     at, to = sorted((random.randint(0, len(text)), random.randint(0, len(text))))
-    return random.choice([text[:at], text[:at] + text[to:], text[:at] + random.choice(TEXTS) + text[at:], text * 2])
+    return random.choice(
+        [text[:at], text[:at] + text[to:], text[:at] + random.choice(TEXTS) + text[at:], text * 2]
+    )
 
 
 def torn(random: Random, data: bytes) -> bytes:
@@ -80,7 +130,9 @@ def torn(random: Random, data: bytes) -> bytes:
         to = min(len(data), at + random.choice([1, 1, 2, 8, 40]))
         some = random.choice(BYTES)
         ends = [data[at:], data[to:]]
-        data = data[:at] + random.choice([b"", some, ends[0], ends[1], some + ends[0], some + ends[1], data[at:to] * 2])
+        data = data[:at] + random.choice(
+            [b"", some, ends[0], ends[1], some + ends[0], some + ends[1], data[at:to] * 2]
+        )
     return data
 
 

@@ -1,4 +1,5 @@
-"""Every cell of method x weight format x family, on either pretended device: a few at random, or all of them."""
+"""Every cell of method x weight format x family, on either pretended device: a few at random, or
+all of them."""
 
 import random
 

@@ -1,4 +1,5 @@
-"""Many clients that ask, leave, load, unload and publish at once: each request ends once, what was taken returns."""
+"""Many clients that ask, leave, load, unload and publish at once: each request ends once, what was
+taken returns."""
 
 import json
 import threading
@@ -41,12 +42,24 @@ class Client:
         name = self.random.choice(NAMES)
         if chance < 0.08:
             with publishing:
-                add_adapter(self.library, self.folder / f"{self.number}-{action}", name, self.number * 1000 + action)
+                add_adapter(
+                    self.library,
+                    self.folder / f"{self.number}-{action}",
+                    name,
+                    self.number * 1000 + action,
+                )
             self.ended["published"] += 1
         elif chance < 0.16:
-            self.told(self.http.post("/v1/unload_lora_adapter", json={"lora_name": name}), (200, 404))
+            self.told(
+                self.http.post("/v1/unload_lora_adapter", json={"lora_name": name}), (200, 404)
+            )
         elif chance < 0.28:
-            self.told(self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name}), (200,))
+            self.told(
+                self.http.post(
+                    "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name}
+                ),
+                (200,),
+            )
         else:
             self.ask(self.random.choice([*NAMES, BASE, f"{BASE}:{name}", f"{name}@1"]))
 
@@ -58,7 +71,9 @@ class Client:
         tokens = self.random.choice([1, 5, 40])
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": self.random.choice(["hello", "a longer question " * 5])}],
+            "messages": [
+                {"role": "user", "content": self.random.choice(["hello", "a longer question " * 5])}
+            ],
             "max_tokens": tokens,
             "n": self.random.choice([1, 1, 3]),
             "ignore_eos": True,
@@ -89,7 +104,12 @@ class Client:
                     self.ended["left"] += 1
                     return
         data = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-        reasons = [choice["finish_reason"] for each in data for choice in each["choices"] if choice["finish_reason"]]
+        reasons = [
+            choice["finish_reason"]
+            for each in data
+            for choice in each["choices"]
+            if choice["finish_reason"]
+        ]
         assert lines[-1] == "data: [DONE]" and reasons == ["length"] * body["n"], lines[-3:]
         self.ended[200] += 1
 
@@ -102,14 +122,19 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
     for seed, name in enumerate(NAMES):
         add_adapter(library, tmp_path / name, name, seed)
     limits = Limits(rows=8, step_tokens=64, max_waiting=32, max_adapters=3)
-    with running(library, limits=limits, tokens=2048) as server, ThreadPoolExecutor(CLIENTS) as pool:
+    with (
+        running(library, limits=limits, tokens=2048) as server,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
         clients = [Client(server, library, tmp_path, number) for number in NUMBERS]
         began = time.monotonic()
         ended = sum(pool.map(Client.run, clients), Counter())
         assert ended.total() == CLIENTS * ACTIONS, ended
         for _ in range(600):
             text = server.http().get("/metrics").text
-            values = {line.split("{")[0].split(" ")[0]: line.split(" ")[-1] for line in text.splitlines()}
+            values = {
+                line.split("{")[0].split(" ")[0]: line.split(" ")[-1] for line in text.splitlines()
+            }
             if values["vllm:num_requests_running"] == values["vllm:num_requests_waiting"] == "0":
                 break
             threading.Event().wait(0.05)
@@ -120,4 +145,7 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
         assert [each.holders for each in residents] == [0] * len(residents)
         server.ask_engine(lambda engine: engine.scheduler.blocks.check())
         assert server.service.loop.open_answers == 0
-        print(f"{ended.total():,} actions of {CLIENTS} clients in {time.monotonic() - began:.0f} s: {dict(ended)}")
+        print(
+            f"{ended.total():,} actions of {CLIENTS} clients in {time.monotonic() - began:.0f} s:"
+            f" {dict(ended)}"
+        )

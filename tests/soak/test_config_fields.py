@@ -1,4 +1,5 @@
-"""Every field of every config that changes what transformers computes; tests/test_config_fields.py holds a sample."""
+"""Every field of every config that changes what transformers computes; tests/test_config_fields.py
+holds a sample."""
 
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -7,7 +8,9 @@ from tests.config_fields import small_family, sweep
 from tests.soak.counts import chosen
 
 
-@pytest.mark.parametrize("name", chosen(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "config_fields", ci=0))
+@pytest.mark.parametrize(
+    "name", chosen(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "config_fields", ci=0)
+)
 def test_every_field_that_changes_what_transformers_computes_changes_it_here_alike(name, tmp_path):
     try:
         small_family(name)

@@ -1,4 +1,5 @@
-"""Adapters loaded, asked and unloaded over and over, new versions among them: what each took comes back."""
+"""Adapters loaded, asked and unloaded over and over, new versions among them: what each took comes
+back."""
 
 import gc
 import weakref
@@ -17,7 +18,8 @@ WARM = 10
 NAMES = ["one", "two", "three"]
 VERSION_EVERY = 10
 ROOM = 32 * 2**20
-"""Bytes that the process may grow by: what a few adapters take. All that are loaded take a hundred times that."""
+"""Bytes that the process may grow by: what a few adapters take. All that are loaded take a hundred
+times that."""
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -35,7 +37,9 @@ def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
     for seed, name in enumerate(NAMES):
         library.add(made(tmp_path / name, seed), name=name)
     # made ahead: the models that this takes are not what is measured
-    later = [made(tmp_path / str(seed), seed) for seed in range(3, 3 + (WARM + CYCLES) // VERSION_EVERY)]
+    later = [
+        made(tmp_path / str(seed), seed) for seed in range(3, 3 + (WARM + CYCLES) // VERSION_EVERY)
+    ]
     size = library.get("one").version.facts.bytes
     with running(library, base=made_base(**SIZES)) as server, server.http() as http:
         before, seen, said = 0, [], {}
@@ -50,10 +54,19 @@ def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
                 library.add(later.pop(), name=name)
             load(name)
             content = library.get(name).version.facts.content_hash
-            body = {"model": name, "prompt": [7, 8, 9], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+            body = {
+                "model": name,
+                "prompt": [7, 8, 9],
+                "max_tokens": 4,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
             found = http.post("/v1/completions", json=body)
             assert found.status_code == 200, found.text
-            assert said.setdefault(content, found.json()["choices"][0]["text"]) == found.json()["choices"][0]["text"]
+            assert (
+                said.setdefault(content, found.json()["choices"][0]["text"])
+                == found.json()["choices"][0]["text"]
+            )
             seen.extend(weakref.ref(each) for each in server.base.attachments.values())
             assert server.service.residents.used_bytes() > 0
             gone = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
@@ -71,4 +84,7 @@ def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
         assert [ref() for ref in seen if ref() is not None] == []
         grown = process_memory_bytes() - before
         assert grown < ROOM, f"{grown:,} bytes after {CYCLES:,} cycles of {size:,}"
-        print(f"{CYCLES:,} cycles of {size:,} bytes, {len(said)} versions: {grown:,} bytes more than before")
+        print(
+            f"{CYCLES:,} cycles of {size:,} bytes, {len(said)} versions: {grown:,} bytes more than"
+            " before"
+        )

@@ -1,4 +1,5 @@
-"""The books of blocks and the traffic of requests, for longer than tests/test_decoding_*.py has time for."""
+"""The books of blocks and the traffic of requests, for longer than tests/test_decoding_*.py has
+time for."""
 
 import pytest
 from hypothesis import HealthCheck, settings

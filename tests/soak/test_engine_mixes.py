@@ -1,9 +1,10 @@
-"""Random requests of random adapters through one engine: each answer is the one that its request gets alone.
+"""Random requests of random adapters through one engine: each answer is the one that its request
+gets alone.
 
-A mix: adapters of random methods on one base, identities of none, one or two of them; requests with common beginnings,
-several choices, every kind of sampling, stops; few or many rows, blocks and tokens a step.
-Answers of the base and of LoRAs of linear layers are the same to the bit, in float32 and bf16, where the model is
-computed by its parts; mixtures are not.
+A mix: adapters of random methods on one base, identities of none, one or two of them; requests with
+common beginnings, several choices, every kind of sampling, stops; few or many rows, blocks and
+tokens a step. Answers of the base and of LoRAs of linear layers are the same to the bit, in float32
+and bf16, where the model is computed by its parts; mixtures are not.
 """
 
 import random
@@ -59,7 +60,12 @@ def a_request(draw: random.Random, identities: list) -> Request:
 
 
 def answered(base, applied, asked, limits, blocks):
-    engine = Engine(base, budget_bytes=16 * blocks * bytes_per_token(base), adapters=Fixed(applied), limits=limits)
+    engine = Engine(
+        base,
+        budget_bytes=16 * blocks * bytes_per_token(base),
+        adapters=Fixed(applied),
+        limits=limits,
+    )
     made = [engine.add(request) for request in asked]
     ended = engine.run()
     assert len(ended) == len(set(ended)) == sum(map(len, made))
@@ -81,11 +87,17 @@ def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
     applied = {}
     for _ in range(3):
         some = for_a_group(base.routing, draw)
-        if some and not (len(some) > 1 and any(isinstance(each.config, Prefix) for each, _ in some)):
+        if some and not (
+            len(some) > 1 and any(isinstance(each.config, Prefix) for each, _ in some)
+        ):
             applied[tuple((each.name, weight) for each, weight in some)] = some
     asked = [a_request(draw, [(), *applied]) for _ in range(draw.randint(3, 9))]
     rows = draw.randint(1, 7)
-    limits = Limits(rows=rows, step_tokens=rows + draw.choice([0, 9, 500]), chunk_tokens=draw.choice([3, 16, 256]))
+    limits = Limits(
+        rows=rows,
+        step_tokens=rows + draw.choice([0, 9, 500]),
+        chunk_tokens=draw.choice([3, 16, 256]),
+    )
     blocks = draw.choice([6, 9, 200])
     together = answered(base, applied, asked, limits, blocks)
     assert what(answered(base, applied, asked, limits, blocks)) == what(together)
@@ -102,7 +114,14 @@ def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
                 continue
             if base.dtype is torch.bfloat16:  # rounding may choose any of its words
                 continue
-            same = next((n for n, pair in enumerate(zip(one.new, mixed.new, strict=False)) if len({*pair}) > 1), None)
+            same = next(
+                (
+                    n
+                    for n, pair in enumerate(zip(one.new, mixed.new, strict=False))
+                    if len({*pair}) > 1
+                ),
+                None,
+            )
             if same is not None:  # two tokens as likely: rounding may choose
                 at = dict(one.logprobs[same].alternatives)
                 assert request.sampling.greedy and request.sampling.repetition_penalty == 1

@@ -1,9 +1,10 @@
-"""Every call of a command that changes the file system fails once, or from one call on, or as on a full disk.
+"""Every call of a command that changes the file system fails once, or from one call on, or as on a
+full disk.
 
-Afterwards: an exit code of the contract and a message, no traceback; what stood there before is as it was; the
-libraries verify; nothing half-written is visible; and the same command, given again, does what it should have done.
-Calls are failed below the libraries that make them (failing_writes.c), so those of safetensors and tokenizers are among
-them.
+Afterwards: an exit code of the contract and a message, no traceback; what stood there before is as
+it was; the libraries verify; nothing half-written is visible; and the same command, given again,
+does what it should have done. Calls are failed below the libraries that make them
+(failing_writes.c), so those of safetensors and tokenizers are among them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or COMPILER is None, reason="needs Linux and a C compiler for failing_writes.c"
+    sys.platform != "linux" or COMPILER is None,
+    reason="needs Linux and a C compiler for failing_writes.c",
 )
 COMMANDS = {
     "train": train(Path("{w}"), Path("{o}/result")),
@@ -51,16 +53,25 @@ COMMANDS = {
     "gguf adapter": "export {w}/a --to llamacpp --base {w}/base --out {o}/result.gguf",
     "gguf model": "export {w}/a --to llamacpp --merged --base {w}/base --out {o}/result.gguf",
     "predictions": "evaluate --base {w}/base --data {w}/rows.jsonl --predictions {o}/result",
-    "plan": "plan --base {w}/base --data {w}/rows.jsonl --batch 4 --steps 4 --length 64 --write {o}/result",
-    "plan page": "plan --base {w}/base --data {w}/rows.jsonl --batch 4 --steps 4 --length 64 --html {o}/result.html",
+    "plan": (
+        "plan --base {w}/base --data {w}/rows.jsonl --batch 4 --steps 4 --length 64 --write"
+        " {o}/result"
+    ),
+    "plan page": (
+        "plan --base {w}/base --data {w}/rows.jsonl --batch 4 --steps 4 --length 64 --html"
+        " {o}/result.html"
+    ),
     "report": "report {w}/run",
     **FROM_LIBRARY,
     "ls": READING["ls"],
     "verify": READING["verify"],
 }
 SLOW = {
-    "compare": "compare --base {w}/base --data {w}/rows.jsonl --validation {w}/rows.jsonl --test {w}/rows.jsonl"
-    " --methods lora,bottleneck --steps 2 --seeds 1 --rates 1 --extend 0 --set length=128 --out {o}/result"
+    "compare": (
+        "compare --base {w}/base --data {w}/rows.jsonl --validation {w}/rows.jsonl --test"
+        " {w}/rows.jsonl --methods lora,bottleneck --steps 2 --seeds 1 --rates 1 --extend 0 --set"
+        " length=128 --out {o}/result"
+    )
 }
 NUMBERS = [
     *(errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -68,7 +79,14 @@ NUMBERS = [
 ]
 MODES = {"once": 0, "from then on": 1, "full disk": 2}
 CODES = {0, 2, 3, 4, 5, 130}
-TIMED = (".html", "metrics.jsonl", "summary.json", "state.json", "evaluation.json", "comparison.json")
+TIMED = (
+    ".html",
+    "metrics.jsonl",
+    "summary.json",
+    "state.json",
+    "evaluation.json",
+    "comparison.json",
+)
 """They hold times: whether they are there and whole counts, not what they hold."""
 PASSING = re.compile(r"/checkpoints/|/incoming/")
 """Where a run goes on, and a transfer."""
@@ -105,7 +123,8 @@ class Outcome:
 
 
 class Commands:
-    """The server, its control file, and the folder in which every case starts from the same world."""
+    """The server, its control file, and the folder in which every case starts from the same
+    world."""
 
     def __init__(self, folder: Path) -> None:
         self.case, self.template = folder / "case", folder / "template"
@@ -115,7 +134,15 @@ class Commands:
         self._make_interrupted()
         copy_world(self.world, self.template)
         library = folder / "failing_writes.so"
-        built = [str(COMPILER), "-O1", "-shared", "-fPIC", "-o", str(library), str(HERE / "failing_writes.c")]
+        built = [
+            str(COMPILER),
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-o",
+            str(library),
+            str(HERE / "failing_writes.c"),
+        ]
         subprocess.run(built, check=True)
         self.control, self.log = folder / "control", folder / "log"
         self.control.write_bytes(bytes(ctypes.sizeof(Control)))
@@ -176,13 +203,20 @@ class Commands:
     def libraries(self) -> list[list[tuple[str, tuple[str, ...], str]]]:
         """What readers find; fails where anything of it is not whole."""
         found = []
-        for folder in (self.world / "library", self.world / "elsewhere", self.out / "elsewhere", self.out / "result"):
+        for folder in (
+            self.world / "library",
+            self.world / "elsewhere",
+            self.out / "elsewhere",
+            self.out / "result",
+        ):
             library = Library(folder)
             if (folder / "library.json").is_file():
                 entries = library.entries(every_version=True)
                 for entry in entries:
                     library.whole(entry.reference)
-                found.append([(e.reference, tuple(e.version.tags), e.version.object) for e in entries])
+                found.append(
+                    [(e.reference, tuple(e.version.tags), e.version.object) for e in entries]
+                )
         return found
 
     def close(self) -> None:
@@ -200,7 +234,9 @@ def _stable(name: str, content: bytes) -> bytes:
     if name.endswith(".html"):
         return b"whole" if content.rstrip().endswith(b"</html>") else content
     if name.endswith("metrics.jsonl"):
-        lines = content.split(b"\n")[:-1]  # what stands after the last newline is a torn write, which no reader takes
+        lines = content.split(b"\n")[
+            :-1
+        ]  # what stands after the last newline is a torn write, which no reader takes
         return b"whole" if all(json.loads(line) for line in lines) else content
     if name.endswith(TIMED) or (name.endswith("MANIFEST.json") and "/checkpoints/" in name):
         return b"whole" if json.loads(content) else content
@@ -229,7 +265,8 @@ def test_whichever_write_of_a_comparison_fails_nothing_is_lost(commands):
 
 
 def assert_no_faults(commands: Commands, lines: dict[str, str], numbers: range) -> None:
-    """Lets one call of one command fail in each round and looks for everything that should not be there."""
+    """Lets one call of one command fail in each round and looks for everything that should not be
+    there."""
     expected: dict[str, tuple[Outcome, dict[str, str]]] = {}
     outcomes: Counter[str] = Counter()
     faults: list[str] = []
@@ -247,11 +284,20 @@ def assert_no_faults(commands: Commands, lines: dict[str, str], numbers: range) 
         k = generator.randint(1, clean.calls)
         outcome, found = one_case(commands, lines[name], whole, k=k, number=number, mode=mode)
         outcomes["done all the same" if outcome.code == 0 else f"exit code {outcome.code}"] += 1
-        case = f"{turn}, {name}: call {k} of {clean.calls} ({outcome.where}) {errno.errorcode[number]}, {mode}"
+        case = (
+            f"{turn}, {name}: call {k} of {clean.calls} ({outcome.where})"
+            f" {errno.errorcode[number]}, {mode}"
+        )
         faults += [f"{case}: {fault}" for fault in found]
         if found:
-            print(f"--- {case} -> {outcome.code}\n{outcome.said[-3000:]}\n" + "\n".join(found), flush=True)
-    print(f"\n{len(numbers)} failing writes in {len(lines)} commands: {dict(outcomes)}, {len(faults)} faults")
+            print(
+                f"--- {case} -> {outcome.code}\n{outcome.said[-3000:]}\n" + "\n".join(found),
+                flush=True,
+            )
+    print(
+        f"\n{len(numbers)} failing writes in {len(lines)} commands: {dict(outcomes)}, {len(faults)}"
+        " faults"
+    )
     assert not faults, "\n".join(faults)
 
 
@@ -273,9 +319,15 @@ def one_case(
     changed = [n for n, content in before.items() if after.get(n) not in (content, whole.get(n))]
     faults += [f"{name} was lost or changed" for name in changed]
     faults += [
-        f"{n} is half-written" for n, content in after.items() if n not in before and n in whole and content != whole[n]
+        f"{n} is half-written"
+        for n, content in after.items()
+        if n not in before and n in whole and content != whole[n]
     ]
-    faults += [f"{n} should not be there" for n in after.keys() - before.keys() - whole.keys() if not PASSING.search(n)]
+    faults += [
+        f"{n} should not be there"
+        for n in after.keys() - before.keys() - whole.keys()
+        if not PASSING.search(n)
+    ]
     for manifest in commands.case.rglob("MANIFEST.json"):
         folder = manifest.parent
         if not hidden(folder.relative_to(commands.case).as_posix()):
@@ -296,7 +348,8 @@ def one_case(
     elif commands.tree() != whole:
         now = commands.tree()
         faults.append(
-            f"given again it makes something else: {[n for n in {*now, *whole} if now.get(n) != whole.get(n)]}"
+            "given again it makes something else:"
+            f" {[n for n in {*now, *whole} if now.get(n) != whole.get(n)]}"
         )
     left = [p.name for p in commands.case.rglob("*") if hidden(p.name)]
     if left and not stood:

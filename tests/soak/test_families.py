@@ -21,7 +21,9 @@ pytest.importorskip("peft")
 def test_every_family_agrees_with_transformers_and_peft_or_says_why_not(name):
     found = measure(name)
     assert not found.wrong
-    assert rows_of(PAGE.read_text()).get(name) == found.row, f"python -m tests.families '{name}' writes it anew"
+    assert rows_of(PAGE.read_text()).get(name) == found.row, (
+        f"python -m tests.families '{name}' writes it anew"
+    )
 
 
 HYBRIDS = {
@@ -64,5 +66,7 @@ def test_layers_with_a_state_are_adapted_and_checkpointing_changes_no_bit_of_the
         return loss, {name: p.grad.clone() for name, p in made.parameters().items()}
 
     (kept, gradients), (again, same) = run(False), run(True)
-    assert torch.equal(kept, again) and all(torch.equal(gradients[key], same[key]) for key in gradients)
+    assert torch.equal(kept, again) and all(
+        torch.equal(gradients[key], same[key]) for key in gradients
+    )
     assert all(gradients[f"{path}.{factor}"].any() for path in own for factor in "AB")

@@ -1,9 +1,11 @@
-"""Whatever strangers and typos hand to a command ends in an exit code of the contract: no traceback, no hang.
+"""Whatever strangers and typos hand to a command ends in an exit code of the contract: no
+traceback, no hang.
 
-    VENEER_SOAK_INPUTS=2000 VENEER_SOAK_FIRST=5000 pytest tests/soak/test_inputs.py -s     numbers 5,000 to 6,999
+    VENEER_SOAK_INPUTS=2000 VENEER_SOAK_FIRST=5000 pytest tests/soak/test_inputs.py -s
+        numbers 5,000 to 6,999
 
-Each number is an input of its own (inputs.py), of one kind after the other, run in this process. Of a failure its
-number is told: with FIRST and a count of 1 it runs alone.
+Each number is an input of its own (inputs.py), of one kind after the other, run in this process. Of
+a failure its number is told: with FIRST and a count of 1 it runs alone.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from veneer.models.load import load_base
 
 CONTRACT = {0, 2, 3, 4, 5, 130}
 SECONDS, SECONDS_WAITED = 60, 900
-"""Of computing: nothing here takes more than a few. Others at work on the machine make it wait, but not for ever."""
+"""Of computing: nothing here takes more than a few. Others at work on the machine make it wait, but
+not for ever."""
 
 if sys.platform == "win32":
     pytest.skip("needs an alarm", allow_module_level=True)
@@ -58,7 +61,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = make_world(tmp_path_factory.mktemp("inputs") / "world")
     base = load_base(str(world / "base"), dtype="float32", device="cpu")
     _, head = base.paths, base.model.get_output_embeddings()
-    methods = {"prefixes": Prefix(tokens=2, start="random"), "bottleneck": Bottleneck(size=2), "dora": DoRA(rank=2)}
+    methods = {
+        "prefixes": Prefix(tokens=2, start="random"),
+        "bottleneck": Bottleneck(size=2),
+        "dora": DoRA(rank=2),
+    }
     for name, method in methods.items():
         made = attach(base.model, method, name=name, routing=base.routing, head=head)
         fill(made.parameters().values(), seed=1, scale=0.05)
@@ -74,8 +81,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = (world / "rows.jsonl").read_text().splitlines()
     (world / "few.jsonl").write_text("\n".join(rows[:3]) + "\n")
     line = (
-        f"evaluate --base {world}/base --data {world}/few.jsonl --metrics exact_match --max-new-tokens 2 "
-        f"--predictions {world}/predictions.jsonl"
+        f"evaluate --base {world}/base --data {world}/few.jsonl --metrics exact_match"
+        f" --max-new-tokens 2 --predictions {world}/predictions.jsonl"
     )
     assert run(line) == 0
     for file in world.rglob("*"):
@@ -98,7 +105,9 @@ def outcome(words: list[str]) -> tuple[int | str, str]:
     out, err = io.StringIO(), io.StringIO()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(SECONDS_WAITED)
-    faulthandler.dump_traceback_later(2 * SECONDS_WAITED, exit=True)  # for what never comes back to Python
+    faulthandler.dump_traceback_later(
+        2 * SECONDS_WAITED, exit=True
+    )  # for what never comes back to Python
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code: int | str = main(words)
@@ -127,12 +136,20 @@ def test_every_input_ends_in_an_exit_code_of_the_contract(
             code, said = outcome(words)
             codes[kind, code] += 1
             if code not in CONTRACT or "bug in Veneer" in said or "Traceback" in said:
-                shown = json.dumps([word if len(word) < 300 else word[:300] + "…" for word in words])
+                shown = json.dumps(
+                    [word if len(word) < 300 else word[:300] + "…" for word in words]
+                )
                 failed.append(f"{number} ({kind}) {shown}: {code}\n{said}")
                 print(failed[-1], file=sys.__stderr__, flush=True)
             shutil.rmtree(folder)
     finally:
         for which, own in before.items():
             signal.signal(which, own)
-    print(*(f"{kind}: exit {code} {times:,} times" for (kind, code), times in sorted(codes.items(), key=str)), sep="\n")
+    print(
+        *(
+            f"{kind}: exit {code} {times:,} times"
+            for (kind, code), times in sorted(codes.items(), key=str)
+        ),
+        sep="\n",
+    )
     assert not failed, "\n\n".join(failed[:20])

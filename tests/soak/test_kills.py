@@ -1,7 +1,8 @@
-"""Commands that are killed at any moment, then given again: the result is that of the one never killed, to the bit.
+"""Commands that are killed at any moment, then given again: the result is that of the one never
+killed, to the bit.
 
-SIGKILL takes the process as it is; SIGTERM, SIGINT and SIGHUP let `train` save first. Training may be killed several
-times before it ends. Afterwards nothing unfinished lies about.
+SIGKILL takes the process as it is; SIGTERM, SIGINT and SIGHUP let `train` save first. Training may
+be killed several times before it ends. Afterwards nothing unfinished lies about.
 """
 
 import os
@@ -25,15 +26,17 @@ from veneer.train.records import read_records
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 STEPS = 8
 TRAIN = (
-    "train --base {w}/base --data {w}/rows.jsonl --validation {w}/rows.jsonl --out {o}/result --quiet --steps 8"
-    " --batch 3 --set save_every=1 --set evaluate_every=3 --set method.rank=2 --set method.dropout=0.1"
-    " --set length=256 --set dtype=float32 --set keep=2"
+    "train --base {w}/base --data {w}/rows.jsonl --validation {w}/rows.jsonl --out {o}/result"
+    " --quiet --steps 8 --batch 3 --set save_every=1 --set evaluate_every=3 --set method.rank=2"
+    " --set method.dropout=0.1 --set length=256 --set dtype=float32 --set keep=2"
 )
 COMMANDS = {
     **{name: FROM_LIBRARY[name] for name in ("export", "merge", "push", "pull")},
     "add": "adapters add {w}/a --name added --library {o}/library",
     "report": "report {o}/run",
-    "predictions": "evaluate --base {w}/base --data {w}/rows.jsonl --predictions {o}/result.jsonl --json",
+    "predictions": (
+        "evaluate --base {w}/base --data {w}/rows.jsonl --predictions {o}/result.jsonl --json"
+    ),
 }
 
 
@@ -71,7 +74,11 @@ def run(line, world, out, *, kill_after=None, number=signal.SIGKILL):
 
 
 def unfinished(folder):
-    return [p for p in folder.rglob("*") if p.name.startswith((".partial", ".replaced")) or p.name == ".lock"]
+    return [
+        p
+        for p in folder.rglob("*")
+        if p.name.startswith((".partial", ".replaced")) or p.name == ".lock"
+    ]
 
 
 def contents(folder):
@@ -111,8 +118,11 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_never_was(seed, world,
     assert trained[0] == trained[1], killed
     left = numbers(out / "result" / "checkpoints")
     assert left[-1] == STEPS and len(left) <= 3
-    assert all(not verify_manifest(checkpoint_path(out / "result" / "checkpoints", step)) for step in left)
-    # a page or a lock of the very last moment goes with the next command: report, above, or none is left
+    assert all(
+        not verify_manifest(checkpoint_path(out / "result" / "checkpoints", step)) for step in left
+    )
+    # a page or a lock of the very last moment goes with the next command: report, above, or none is
+    # left
     assert run("report {o}/result", world, out)[0] == 0
     assert [p for p in unfinished(out) if p.name != ".lock"] == []
 
@@ -139,7 +149,9 @@ def place(world, out):
 
 
 @pytest.mark.parametrize("seed", rounds("kills_of_others", ci=2))
-def test_a_command_that_is_killed_and_given_again_leaves_what_it_should(seed, world, results, tmp_path):
+def test_a_command_that_is_killed_and_given_again_leaves_what_it_should(
+    seed, world, results, tmp_path
+):
     chance = random.Random(1000 + seed)
     name = sorted(COMMANDS)[seed % len(COMMANDS)]
     expected, seconds = results[name]
@@ -160,6 +172,15 @@ def test_a_command_that_is_killed_and_given_again_leaves_what_it_should(seed, wo
         run("adapters gc --yes --library {o}/library", world, out)
     assert [p for p in unfinished(out) if p.name != ".lock"] == [], (number, after)
     made = contents(out)
-    own = ("names/", "library", "report", "elsewhere", "README")  # which say where they lie, or when they were made
+    own = (
+        "names/",
+        "library",
+        "report",
+        "elsewhere",
+        "README",
+    )  # which say where they lie, or when they were made
     comparable = {k for k in expected if not any(word in k for word in own)}
-    assert {k: made.get(k) == expected[k] for k in comparable} == dict.fromkeys(comparable, True), (number, after)
+    assert {k: made.get(k) == expected[k] for k in comparable} == dict.fromkeys(comparable, True), (
+        number,
+        after,
+    )

@@ -1,7 +1,9 @@
-"""Work for a request grows in proportion to what is sent: each of its dimensions is made ten times as large.
+"""Work for a request grows in proportion to what is sent: each of its dimensions is made ten times
+as large.
 
-In `make test` Python's calls are counted, which are the same on any machine. A soak measures the processor time of the
-thread, and of the process that renders templates: at most twelve times as much, in one of a few tries.
+In `make test` Python's calls are counted, which are the same on any machine. A soak measures the
+processor time of the thread, and of the process that renders templates: at most twelve times as
+much, in one of a few tries.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from veneer.serve.refusals import Refusal
 TRIES = 6
 MOST = 12
 FLOOR_SECONDS = 0.008
-"""What is quicker than this is taken for as slow: caches and a busy machine change short times most."""
+"""What is quicker than this is taken for as slow: caches and a busy machine change short times
+most."""
 READ: dict[str, Callable[[dict[str, Any]], object]] = {
     "/v1/chat/completions": chat.asked,
     "/v1/completions": completions.asked,
@@ -74,7 +77,11 @@ def done(work: Work) -> None:
 def processor_seconds() -> float:
     """Of this thread and of the process that renders templates."""
     process = rendering._worker()._process
-    of_process = time.clock_gettime((~process.pid << 3) | 2) if process is not None and process.poll() is None else 0.0
+    of_process = (
+        time.clock_gettime((~process.pid << 3) | 2)
+        if process is not None and process.poll() is None
+        else 0.0
+    )
     return time.thread_time() + of_process
 
 
@@ -105,7 +112,9 @@ def assert_linear(name: str, make: Callable[[int], Work], size: int) -> None:
             one, ten = seconds(small), seconds(large)
             if ten <= MOST * max(one, FLOOR_SECONDS):
                 return
-    raise AssertionError(f"{name}: {1000 * one:.1f} ms at {size:,}, {1000 * ten:.1f} ms at ten times as much")
+    raise AssertionError(
+        f"{name}: {1000 * one:.1f} ms at {size:,}, {1000 * ten:.1f} ms at ten times as much"
+    )
 
 
 def calls(work: Work) -> int:
@@ -156,8 +165,14 @@ PROMPTS: dict[str, tuple[int, Callable[[int], Any]]] = {
     "words": (20_000, lambda n: said("a b c " * (n // 6))),
     "lines": (20_000, lambda n: said("a\n" * (n // 2))),
     "emoji": (4_000, lambda n: said("\U0001f469 \u200d" * (n // 2))),
-    "ends of reasoning": (4_000, lambda n: ([*HELLO, {"role": "assistant", "content": "</think>" * n}, *HELLO], None)),
-    "a system message": (40_000, lambda n: ([{"role": "system", "content": "a " * (n // 2)}, *turns(40)], None)),
+    "ends of reasoning": (
+        4_000,
+        lambda n: ([*HELLO, {"role": "assistant", "content": "</think>" * n}, *HELLO], None),
+    ),
+    "a system message": (
+        40_000,
+        lambda n: ([{"role": "system", "content": "a " * (n // 2)}, *turns(40)], None),
+    ),
     "tools": (12, lambda n: (HELLO, [tool(at) for at in range(n)])),
     "calls": (100, lambda n: (called(n), None)),
     "a text": (20_000, lambda n: Plain(text="a b c " * (n // 6))),
@@ -165,12 +180,18 @@ PROMPTS: dict[str, tuple[int, Callable[[int], Any]]] = {
 
 
 def refs(n: int) -> dict[str, Any]:
-    chain = {f"d{at}": {"type": "array", "items": {"$ref": f"#/$defs/d{at + 1}"}} for at in range(n)}
+    chain = {
+        f"d{at}": {"type": "array", "items": {"$ref": f"#/$defs/d{at + 1}"}} for at in range(n)
+    }
     return {"$ref": "#/$defs/d0", "$defs": {**chain, f"d{n}": {}}}
 
 
 def rules(n: int, is_: str, start: str) -> str:
-    return f"{start}{is_} r0\n" + "".join(f'r{at}{is_} "a" r{at + 1} | "b"\n' for at in range(n)) + f'r{n}{is_} "x"\n'
+    return (
+        f"{start}{is_} r0\n"
+        + "".join(f'r{at}{is_} "a" r{at + 1} | "b"\n' for at in range(n))
+        + f'r{n}{is_} "x"\n'
+    )
 
 
 SHAPES: dict[str, tuple[int, Callable[[Grammars, int], object]]] = {
@@ -210,8 +231,14 @@ ANSWERS: dict[str, tuple[int, Callable[[int], Work]]] = {
     "items": (100, lambda n: checked({"items": {"type": "integer"}}, list(range(n)))),
     "equal items": (500, lambda n: checked({"uniqueItems": True}, [{"a": at} for at in range(n)])),
     "an enum's items": (300, lambda n: checked({"items": {"enum": list(range(n))}}, [n - 1] * n)),
-    "names": (300, lambda n: checked({"additionalProperties": {}}, {f"p{at}": at for at in range(n)})),
-    "items of which one must be": (300, lambda n: checked({"contains": {"const": -1}}, list(range(n)))),
+    "names": (
+        300,
+        lambda n: checked({"additionalProperties": {}}, {f"p{at}": at for at in range(n)}),
+    ),
+    "items of which one must be": (
+        300,
+        lambda n: checked({"contains": {"const": -1}}, list(range(n))),
+    ),
     "wrong items": (300, lambda n: checked({"items": {"type": "string"}}, list(range(n)))),
     "pieces of a call": (300, pieces_of_a_call),
     "tokens before a stop string": (1_000, tokens_of_an_answer),
@@ -225,7 +252,9 @@ def headed(lines: bytes, target: bytes = b"/v1/models", *, part: int = 2**16) ->
     async def answered(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    guard = Guard(answered, keys=Keys([Key("use", hashed("k" * 20), "one")]), origins=["https://page.example"])
+    guard = Guard(
+        answered, keys=Keys([Key("use", hashed("k" * 20), "one")]), origins=["https://page.example"]
+    )
 
     async def sent(message: Any) -> None: ...
 
@@ -237,7 +266,13 @@ def headed(lines: bytes, target: bytes = b"/v1/models", *, part: int = 2**16) ->
             event = connection.next_event()
         path, _, query = event.target.partition(b"?")
         headers = [(name.lower(), value) for name, value in event.headers]
-        scope = {"type": "http", "method": "GET", "scheme": "http", "path": path.decode(), "query_string": query}
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "scheme": "http",
+            "path": path.decode(),
+            "query_string": query,
+        }
         asyncio.run(guard({**scope, "headers": headers}, sent, sent))  # type: ignore[arg-type]
 
     return work
@@ -289,8 +324,12 @@ ALL: dict[str, tuple[int, Callable[[int], Work]]] = {
 def test_work_that_grows_with_the_square_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "TRIES", 1)
     with pytest.raises(AssertionError, match="at ten times as much"):
-        assert_linear("counting", lambda n: lambda: [list(range(n)).count(-1) for _ in range(n)], 1000)
-    small, large = (calls(lambda n=n: [[abs(at) for at in range(n)] for _ in range(n)]) for n in (10, 100))
+        assert_linear(
+            "counting", lambda n: lambda: [list(range(n)).count(-1) for _ in range(n)], 1000
+        )
+    small, large = (
+        calls(lambda n=n: [[abs(at) for at in range(n)] for _ in range(n)]) for n in (10, 100)
+    )
     assert large > MOST * small
 
 

@@ -1,4 +1,5 @@
-"""The table of loops names every loop in the tests, and what a soak wrote down is where the next one goes on."""
+"""The table of loops names every loop in the tests, and what a soak wrote down is where the next
+one goes on."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""A comparison on a cluster of two nodes of this machine: what one machine gives, to the bit, with a node lost on the
-way.
+"""A comparison on a cluster of two nodes of this machine: what one machine gives, to the bit, with
+a node lost on the way.
 
-Nodes share this machine's disk, but nothing of a trial uses that: each works in a folder that is made for it, and what
-it needs and leaves goes through the store.
+Nodes share this machine's disk, but nothing of a trial uses that: each works in a folder that is
+made for it, and what it needs and leaves goes through the store.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from veneer.train.records import read_records
 
 ROUNDS = rounds("ray", ci=0)
 pytestmark = [
-    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'veneer[ray]'"),
+    pytest.mark.skipif(
+        find_spec("ray") is None, reason="Ray is not installed: pip install 'veneer[ray]'"
+    ),
     pytest.mark.skipif(not ROUNDS, reason="takes minutes: make soak"),
 ]
 GIB = 2**30
@@ -47,7 +49,8 @@ TIMES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """What runs outside the cluster has as many threads as a node has processors: the key of a run says it."""
+    """What runs outside the cluster has as many threads as a node has processors: the key of a run
+    says it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +80,13 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[str
         for name, number, start in (("train", 8, 0), ("validation", 3, 20), ("test", 4, 40))
     )
     (folder / "general.txt").write_text("A text.\n---\nAnother text.\n")
-    settings = {"base": str(base), "data": str(train), "save_every": 2, "evaluate_every": 10, "out": "o"}
+    settings = {
+        "base": str(base),
+        "data": str(train),
+        "save_every": 2,
+        "evaluate_every": 10,
+        "out": "o",
+    }
     candidates = [(name, RunConfig.of({**settings, "method": name})) for name in ("lora", "full")]
     return candidates, {
         "validation": str(validation),
@@ -114,11 +123,16 @@ def assert_equal(ours: tuple[Path, dict[str, Any]], theirs: tuple[Path, dict[str
     for method in theirs[1]["methods"]:
         for run in method["runs"]:
             losses = [
-                [(r["kind"], r.get("step"), r.get("loss")) for r in read_records(out / run / "metrics.jsonl")]
+                [
+                    (r["kind"], r.get("step"), r.get("loss"))
+                    for r in read_records(out / run / "metrics.jsonl")
+                ]
                 for out in (ours[0], theirs[0])
             ]
             assert losses[0] == losses[1]
-            files = [path.relative_to(theirs[0]) for path in (theirs[0] / run).rglob("*.safetensors")]
+            files = [
+                path.relative_to(theirs[0]) for path in (theirs[0] / run).rglob("*.safetensors")
+            ]
             assert files
             for file in files:
                 assert (ours[0] / file).read_bytes() == (theirs[0] / file).read_bytes()
@@ -145,11 +159,15 @@ def test_a_node_that_is_lost_in_the_middle_changes_no_figure(
 
     losing = threading.Thread(target=lose_one)
     losing.start()
-    figures = veneer.compare(asked[0], **asked[1], out=out, place=on_ray(cluster, f"file://{store}"))
+    figures = veneer.compare(
+        asked[0], **asked[1], out=out, place=on_ray(cluster, f"file://{store}")
+    )
     losing.join()
     assert_equal((out, figures), here)
     assert not list((out / "runs").rglob("checkpoints"))
-    again = veneer.compare(asked[0], **asked[1], out=out)  # on this machine: what a cluster finished is found
+    again = veneer.compare(
+        asked[0], **asked[1], out=out
+    )  # on this machine: what a cluster finished is found
     assert again["new_runs"] == 0 and same(again) == same(figures)
 
 
@@ -168,14 +186,26 @@ def test_what_was_stopped_goes_on_and_what_is_over_is_not_run_again_by_who_has_l
             return super().over(say)
 
     with pytest.raises(Interrupted):
-        veneer.compare(asked[0], **asked[1], out=tmp_path / "a", place=Stopped(cluster.address, str(store), cpus=1))
+        veneer.compare(
+            asked[0],
+            **asked[1],
+            out=tmp_path / "a",
+            place=Stopped(cluster.address, str(store), cpus=1),
+        )
     begun = {path.stem for path in store.glob("runs/*.json")}
     assert begun
-    figures = veneer.compare(asked[0], **asked[1], out=tmp_path / "a", place=on_ray(cluster, str(store)))
+    figures = veneer.compare(
+        asked[0], **asked[1], out=tmp_path / "a", place=on_ray(cluster, str(store))
+    )
     assert_equal((tmp_path / "a", figures), here)
     done = {path: path.stat().st_mtime_ns for path in store.glob("runs/*.done")}
     assert_equal(
-        (tmp_path / "b", veneer.compare(asked[0], **asked[1], out=tmp_path / "b", place=on_ray(cluster, str(store)))),
+        (
+            tmp_path / "b",
+            veneer.compare(
+                asked[0], **asked[1], out=tmp_path / "b", place=on_ray(cluster, str(store))
+            ),
+        ),
         here,
     )
     assert {path: path.stat().st_mtime_ns for path in store.glob("runs/*.done")} == done
@@ -183,6 +213,11 @@ def test_what_was_stopped_goes_on_and_what_is_over_is_not_run_again_by_who_has_l
 
 def test_what_no_node_has_room_for_is_told(cluster: Any, asked: Any, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match="needs 1 processors"):
-        large = [(name, config.model_copy(update={"batch": 4096, "length": 512})) for name, config in asked[0]]
-        veneer.compare(large, **asked[1], out=tmp_path / "out", place=on_ray(cluster, str(tmp_path / "store")))
+        large = [
+            (name, config.model_copy(update={"batch": 4096, "length": 512}))
+            for name, config in asked[0]
+        ]
+        veneer.compare(
+            large, **asked[1], out=tmp_path / "out", place=on_ray(cluster, str(tmp_path / "store"))
+        )
     assert not numbers(tmp_path / "out")

@@ -27,7 +27,9 @@ from veneer.library.library import Library
 
 ROUNDS = rounds("ray", ci=0)
 pytestmark = [
-    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'veneer[ray]'"),
+    pytest.mark.skipif(
+        find_spec("ray") is None, reason="Ray is not installed: pip install 'veneer[ray]'"
+    ),
     pytest.mark.skipif(not ROUNDS, reason="takes minutes: make soak"),
 ]
 HELLO = [{"role": "user", "content": "hello"}]
@@ -56,11 +58,32 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def server(cluster: Any, places: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-P", "-m", "veneer.cli.main", "serve", "--base", str(places / "tiny")]
-    command += ["--library", str(places / "adapters"), "--port", "0", "--cache-mib", "8", "--drain", "20"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "veneer.cli.main",
+        "serve",
+        "--base",
+        str(places / "tiny"),
+    ]
+    command += [
+        "--library",
+        str(places / "adapters"),
+        "--port",
+        "0",
+        "--cache-mib",
+        "8",
+        "--drain",
+        "20",
+    ]
     command += ["--on", "ray", "--address", cluster.address, "--replicas", "2"]
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert started.stdout is not None
     told = ""
@@ -87,7 +110,8 @@ def answers_by_replica(url: str) -> Counter[str]:
 
 
 def lose(cluster: Any, node: Any) -> None:
-    """The node and all that runs on it, at once: without its raylet a replica would answer for some seconds more."""
+    """The node and all that runs on it, at once: without its raylet a replica would answer for some
+    seconds more."""
     (raylet,) = node.all_processes["raylet"]
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -119,14 +143,23 @@ def test_a_replica_that_is_lost_costs_no_request_and_one_that_ends_drains(
         answers = [each.result() for each in asked]
     failed = [answer for answer in answers if answer.status_code != 200]
     assert not failed, [(answer.status_code, answer.text) for answer in failed]
-    assert all(answer.json()["choices"][0]["message"]["content"] == said[answer.json()["model"]] for answer in answers)
+    assert all(
+        answer.json()["choices"][0]["message"]["content"] == said[answer.json()["model"]]
+        for answer in answers
+    )
     for name in ADAPTERS:
         assert ask(url, name).status_code == 200
     # the end
     with httpx.stream(
         "POST",
         f"{url}/v1/chat/completions",
-        json={"model": "b", "messages": HELLO, "max_tokens": 300, "stream": True, "ignore_eos": True},
+        json={
+            "model": "b",
+            "messages": HELLO,
+            "max_tokens": 300,
+            "stream": True,
+            "ignore_eos": True,
+        },
         timeout=120,
     ) as stream:
         lines = stream.iter_lines()

@@ -1,5 +1,6 @@
-"""The recipes of docs/guides/several_machines.md, as they stand there: two machines with one process each, which are
-this machine twice. What a launcher would set is set as it does; what it would run is run."""
+"""The recipes of docs/guides/several_machines.md, as they stand there: two machines with one
+process each, which are this machine twice. What a launcher would set is set as it does; what it
+would run is run."""
 
 from __future__ import annotations
 
@@ -40,11 +41,24 @@ def recipe(launcher: str) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a run file, where commands begin; the port and the number of GPUs are this test's."""
+    """A folder with a run file, where commands begin; the port and the number of GPUs are this
+    test's."""
     rows = write_rows(tmp_path / "rows.jsonl", 9)
-    settings = {"base": str(save_tiny(tmp_path / "base")), "data": {"train": str(rows), "validation_share": 0.2}}
-    settings |= {"steps": 2, "batch": 4, "micro_batch": 2, "show_answers": False, "dtype": "float32", "length": 256}
-    (tmp_path / "run.yaml").write_text(json.dumps({**settings, "out": str(tmp_path / "runs" / "tickets")}))
+    settings = {
+        "base": str(save_tiny(tmp_path / "base")),
+        "data": {"train": str(rows), "validation_share": 0.2},
+    }
+    settings |= {
+        "steps": 2,
+        "batch": 4,
+        "micro_batch": 2,
+        "show_answers": False,
+        "dtype": "float32",
+        "length": 256,
+    }
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({**settings, "out": str(tmp_path / "runs" / "tickets")})
+    )
     (tmp_path / "bin").mkdir()
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("ssh", SSH)):
         (tmp_path / "bin" / name).write_text(text)
@@ -54,7 +68,9 @@ def place(tmp_path: Path) -> Path:
 
 def shell(script: str, place: Path, **variables: str) -> subprocess.Popen[str]:
     known = {
-        name: value for name, value in os.environ.items() if not re.match(r"RANK|WORLD|LOCAL|MASTER|PET|SLURM", name)
+        name: value
+        for name, value in os.environ.items()
+        if not re.match(r"RANK|WORLD|LOCAL|MASTER|PET|SLURM", name)
     }
     common = {
         **environment_for(known),
@@ -64,7 +80,9 @@ def shell(script: str, place: Path, **variables: str) -> subprocess.Popen[str]:
     }
     common["PATH"] = os.pathsep.join([str(place / "bin"), common["PATH"]])
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(["bash", "-c", script], cwd=place, env={**common, **variables}, **output)
+    return subprocess.Popen(
+        ["bash", "-c", script], cwd=place, env={**common, **variables}, **output
+    )
 
 
 def commands(launcher: str, place: Path) -> list[subprocess.Popen[str]]:
@@ -79,11 +97,20 @@ def commands(launcher: str, place: Path) -> list[subprocess.Popen[str]]:
     )
     text = re.sub(r"\bhost\d?(?=[ \\\n])", "127.0.0.1", text.replace("host$rank", "localhost"))
     if launcher == "SLURM":
-        variables = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "4711"}
+        variables = {
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_ID": "4711",
+        }
         return [shell(text.replace("--nproc-per-node 4", "--nproc-per-node 1"), place, **variables)]
     if launcher == "Kubeflow TrainJob":
         command = " ".join(yaml.safe_load(text)["spec"]["trainer"]["command"])
-        known = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+        known = {
+            "PET_NNODES": "2",
+            "PET_NPROC_PER_NODE": "1",
+            "PET_MASTER_ADDR": "127.0.0.1",
+            "PET_MASTER_PORT": port,
+        }
         return [shell(command, place, **known, PET_NODE_RANK=str(rank)) for rank in range(2)]
     if launcher == "SkyPilot":
         known = {
@@ -101,7 +128,9 @@ def test_a_recipe_starts_one_run_of_two_processes(launcher: str, place: Path) ->
     started = commands(launcher, place)
     said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), said
-    assert "2 processes, each with micro-batches of its own" in " ".join("".join(said).split()), said
+    assert "2 processes, each with micro-batches of its own" in " ".join("".join(said).split()), (
+        said
+    )
     assert (place / "runs" / "tickets" / "adapter").is_dir()
 
 
@@ -110,5 +139,6 @@ def test_every_recipe_of_the_guide_is_tried() -> None:
     assert [
         each
         for each in headings
-        if each not in ("What to know", "A base in shards", "What to expect", "torchrun", "What was tested")
+        if each
+        not in ("What to know", "A base in shards", "What to expect", "torchrun", "What was tested")
     ] == LAUNCHERS

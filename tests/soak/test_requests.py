@@ -1,4 +1,5 @@
-"""Requests made from the tables of fields, and such with something wrong in them: no 5xx, no traceback."""
+"""Requests made from the tables of fields, and such with something wrong in them: no 5xx, no
+traceback."""
 
 import json
 import logging
@@ -52,7 +53,10 @@ def test_no_request_is_a_fault_of_the_server(server, wrong, caplog):
             if status != 200:
                 assert data["error"].keys() == {"message", "type", "param", "code"}, where
             statuses.append(status)
-    print(f"{len(NUMBERS):,} requests, {'mutated' if wrong else 'made'}: {sorted(Counter(statuses).items())}")
+    print(
+        f"{len(NUMBERS):,} requests, {'mutated' if wrong else 'made'}:"
+        f" {sorted(Counter(statuses).items())}"
+    )
     assert [record.getMessage() for record in caplog.records] == []
     assert statuses.count(200) > (0 if wrong else len(NUMBERS) // 10), statuses
     assert "vllm:num_requests_running" in server.http().get("/metrics").text

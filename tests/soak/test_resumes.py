@@ -1,4 +1,5 @@
-"""Runs of any settings that stop after any step, and again, and go on: to the bit the run that never stopped."""
+"""Runs of any settings that stop after any step, and again, and go on: to the bit the run that
+never stopped."""
 
 import json
 import random
@@ -35,7 +36,10 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumes")
     for family in FAMILIES:
         save_tiny(folder / family, family)
-    lines = [json.dumps({"prompt": f"number {n}" * (1 + n % 3), "completion": f"it is {n}"}) for n in range(14)]
+    lines = [
+        json.dumps({"prompt": f"number {n}" * (1 + n % 3), "completion": f"it is {n}"})
+        for n in range(14)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -45,7 +49,11 @@ def settings(chance, world):
     name = method["name"]
     if name in ("lora", "dora", "bottleneck") and chance.random() < 0.5:
         method["dropout"] = chance.choice([0.1, 0.5])
-    refuse = {"dora": ("mixtral",), "bottleneck": ("bloom",), "prefix": ("gpt2", "gemma2", "mixtral", "bloom")}
+    refuse = {
+        "dora": ("mixtral",),
+        "bottleneck": ("bloom",),
+        "prefix": ("gpt2", "gemma2", "mixtral", "bloom"),
+    }
     refused = ("mixtral",) if method.get("init") == "olora" else refuse.get(name, ())
     family = chance.choice([each for each in FAMILIES if each not in refused])
     batch = chance.choice([1, 2, 3, 5])
@@ -59,7 +67,9 @@ def settings(chance, world):
         "order": chance.choice(["bucketed", "shuffled", "file"]),
         "checkpointing": chance.random() < 0.3,
         "schedule": chance.choice(["cosine", "linear", "constant"]),
-        "quantize": chance.choice([None, "nf4"]) if name in ("lora", "dora", "bottleneck") else None,
+        "quantize": chance.choice([None, "nf4"])
+        if name in ("lora", "dora", "bottleneck")
+        else None,
         "share_prompt": chance.random() < 0.7,
         "weight_decay": chance.choice([0.0, 0.1]),
         "evaluate_every": chance.choice([1, 2, 3]),
@@ -108,7 +118,9 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(seed, world,
                 if number == 0:
                     begin("stopped")
                 else:
-                    run_training(resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen())
+                    run_training(
+                        resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen()
+                    )
             except Death:
                 pass
         if (tmp_path / "stopped" / "summary.json").is_file():
@@ -116,11 +128,21 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(seed, world,
     if not (tmp_path / "stopped" / "summary.json").is_file():
         run_training(resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen())
     stopped = json.loads((tmp_path / "stopped" / "summary.json").read_text())
-    for name in ("reason", "steps", "best_step", "validation_loss", "first_loss", "last_loss", "adapter_sha256"):
+    for name in (
+        "reason",
+        "steps",
+        "best_step",
+        "validation_loss",
+        "first_loss",
+        "last_loss",
+        "adapter_sha256",
+    ):
         assert stopped.get(name) == whole.get(name), (name, chosen)
     for file in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         ours, theirs = ((tmp_path / name / file) for name in ("stopped", "whole"))
-        assert ours.is_file() == theirs.is_file() and (not ours.is_file() or ours.read_bytes() == theirs.read_bytes())
+        assert ours.is_file() == theirs.is_file() and (
+            not ours.is_file() or ours.read_bytes() == theirs.read_bytes()
+        )
     told = [
         [
             (r["kind"], r.get("step"), r.get("loss"), r.get("sample"))

@@ -1,6 +1,6 @@
-"""A stranger's first hour, word for word: the steps of the Dockerfile in a new environment, then what the README,
-every tutorial and most guides say to type, page after page, in one folder. A screen's lines must come, by their first
-words."""
+"""A stranger's first hour, word for word: the steps of the Dockerfile in a new environment, then
+what the README, every tutorial and most guides say to type, page after page, in one folder. A
+screen's lines must come, by their first words."""
 
 from __future__ import annotations
 
@@ -20,8 +20,19 @@ from tests.pages import Block, blocks
 from tests.soak.counts import rounds
 
 ROOT = Path(__file__).parents[2]
-TUTORIALS = ("tutorials/first_adapter.md", "../README.md", "tutorials/your_rows.md", "tutorials/seven_b.md")
-GUIDES = ("guides/choose.md", "guides/rows.md", "guides/report.md", "guides/keep.md", "guides/not_learning.md")
+TUTORIALS = (
+    "tutorials/first_adapter.md",
+    "../README.md",
+    "tutorials/your_rows.md",
+    "tutorials/seven_b.md",
+)
+GUIDES = (
+    "guides/choose.md",
+    "guides/rows.md",
+    "guides/report.md",
+    "guides/keep.md",
+    "guides/not_learning.md",
+)
 PAGES = TUTORIALS + GUIDES
 """In this order: rows of the first stand in the others."""
 AS_ROOT = ("apt-get install", "apt-get update", "useradd")
@@ -42,7 +53,9 @@ ROUNDS = rounds("stranger", ci=0)
 
 def copied(place: Path) -> Path:
     """What `COPY . /source` brings."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
@@ -69,7 +82,9 @@ def follow(block: Block, place: Path, environment: dict[str, str]) -> None:
             if command.startswith("veneer serve"):
                 said = served(command, place, environment)
             else:
-                said = ran(["bash", "-c", SHORTER.get(command.strip(), command)], place, environment)
+                said = ran(
+                    ["bash", "-c", SHORTER.get(command.strip(), command)], place, environment
+                )
             say(command, said)
             missing = [word for word in first_words(shown) if word not in said]
             assert not missing, f"{command}: {missing} is not in\n{said}"
@@ -89,13 +104,21 @@ def typed(block: Block) -> Iterator[tuple[str, str]]:
 
 
 def first_words(shown: str) -> list[str]:
-    lines = [line.split() for line in shown.splitlines() if line.strip() and not line.startswith("...")]
+    lines = [
+        line.split() for line in shown.splitlines() if line.strip() and not line.startswith("...")
+    ]
     return [words[0] for words in lines if re.fullmatch(r"[\w:«✓]+", words[0])]
 
 
 def ran(command: list[str], place: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
-        command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3600
+        command,
+        cwd=place,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=3600,
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr
@@ -105,7 +128,11 @@ def served(command: str, place: Path, environment: dict[str, str]) -> str:
     """Starts what goes on until somebody ends it, and waits until it answers."""
     screen = place / "serve.txt"
     with screen.open("w") as out:
-        SERVERS.append(subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=place, env=environment, stdout=out))
+        SERVERS.append(
+            subprocess.Popen(
+                ["bash", "-c", f"exec {command}"], cwd=place, env=environment, stdout=out
+            )
+        )
     until = time.monotonic() + 120
     while "Ctrl-C ends it" not in screen.read_text():
         assert SERVERS[-1].poll() is None and time.monotonic() < until, screen.read_text()
@@ -134,7 +161,9 @@ def test_a_stranger_follows_every_page_from_the_container_to_an_answer(turn, tmp
     for step in steps():
         step = step.replace("/wheels", str(tmp_path / "wheels")).replace("/source", str(source))
         step = step.replace(" --no-cache-dir", "")
-        begun = time.monotonic() if " torch" in step else begun  # what is built, a stranger finds built
+        begun = (
+            time.monotonic() if " torch" in step else begun
+        )  # what is built, a stranger finds built
         ran(["bash", "-c", step], tmp_path, environment)
     size = sum(file.stat().st_size for file in (tmp_path / "python").rglob("*") if file.is_file())
     say("pip install", f"{time.monotonic() - begun:.0f} s, {size / 1e9:.2f} GB")

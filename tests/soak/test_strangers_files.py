@@ -1,7 +1,9 @@
-"""Files that a stranger wrote: whatever is in them, a base is read, or an error says what is wrong with them.
+"""Files that a stranger wrote: whatever is in them, a base is read, or an error says what is wrong
+with them.
 
-Each round changes a good file in one place or two: a field of another kind or size, a byte, a length, an offset.
-What is read must then compute; anything but a base or a VeneerError fails, and so does a process that dies.
+Each round changes a good file in one place or two: a field of another kind or size, a byte, a
+length, an offset. What is read must then compute; anything but a base or a VeneerError fails, and
+so does a process that dies.
 """
 
 from __future__ import annotations
@@ -34,7 +36,26 @@ from veneer.quant.config import Quantize
 from veneer.quant.nf4 import quantize
 
 VALUES: list[Any] = [
-    *("wide", "", -1, 0, 1, 1.5, -5, 3, 63, 20_000, 2**31, 2**32, 2**40, 2**63, 2**64, 10**30, 10**400, 1e308),
+    *(
+        "wide",
+        "",
+        -1,
+        0,
+        1,
+        1.5,
+        -5,
+        3,
+        63,
+        20_000,
+        2**31,
+        2**32,
+        2**40,
+        2**63,
+        2**64,
+        10**30,
+        10**400,
+        1e308,
+    ),
     *(
         float("nan"),
         float("inf"),
@@ -58,7 +79,13 @@ FAMILIES = ("llama", "gemma2", "gpt2", "mixtral", "qwen3")
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every field of nested JSON."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield (*path, key)
         yield from places(inner, (*path, key))
@@ -74,8 +101,8 @@ def with_value(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def spoiled_bytes(content: bytes, rng: random.Random, most: int) -> bytes:
-    """One to three changes in the first `most` bytes: a bit, a byte, eight bytes of a number, a cut, a stretch
-    twice."""
+    """One to three changes in the first `most` bytes: a bit, a byte, eight bytes of a number, a
+    cut, a stretch twice."""
     raw = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(min(len(raw), most)) if raw else 0
@@ -85,7 +112,9 @@ def spoiled_bytes(content: bytes, rng: random.Random, most: int) -> bytes:
         elif way == 1 and raw:
             raw[at] = rng.randrange(256)
         elif way == 2:
-            raw[at : at + 8] = struct.pack("<Q", rng.choice([0, 1, 2**31, 2**32, 2**50, 2**63, 2**64 - 1, len(raw)]))
+            raw[at : at + 8] = struct.pack(
+                "<Q", rng.choice([0, 1, 2**31, 2**32, 2**50, 2**63, 2**64 - 1, len(raw)])
+            )
         elif way == 3:
             raw[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 9, 13, 2**31, 2**32 - 1]))
         elif way == 4:
@@ -101,7 +130,9 @@ def read(source: Path, quantize: Quantize | None = None) -> bool:
         base = load_base(str(source), quantize=quantize)
         with torch.no_grad():
             logits = base.model(torch.tensor([[1, 2, 3, 4]])).logits
-            one = base.model(torch.tensor([[7]])).logits  # other products than those of several rows
+            one = base.model(
+                torch.tensor([[7]])
+            ).logits  # other products than those of several rows
         assert torch.isfinite(logits).all() and torch.isfinite(one).all()
         if base.tokenizer.chat_template:
             ChatTemplate(base.tokenizer).render([{"role": "user", "content": "hi"}])
@@ -122,7 +153,9 @@ def test_settings_of_any_kind_and_size_are_read_or_refused(tmp_path: Path) -> No
         value = json.loads(good)
         try:
             for path in rng.sample(list(places(value)), rng.choice([1, 1, 2])):
-                with suppress(KeyError, IndexError, TypeError):  # the first change took the second one's place away
+                with suppress(
+                    KeyError, IndexError, TypeError
+                ):  # the first change took the second one's place away
                     value = with_value(value, path, rng.choice(VALUES))
             file.write_text(json.dumps(value))
             came_out += read(folder)
@@ -171,7 +204,9 @@ def test_folders_that_others_packed_are_read_or_refused(tmp_path: Path) -> None:
     came_out = refused = 0
     for number in rounds("packed", ci=60):
         rng = random.Random(number)
-        folder = shutil.copytree(tmp_path / "good" / rng.choice(sorted(LAYOUTS)), tmp_path / "changed")
+        folder = shutil.copytree(
+            tmp_path / "good" / rng.choice(sorted(LAYOUTS)), tmp_path / "changed"
+        )
         spoil(rng, folder)
         try:
             if read(folder):
@@ -199,9 +234,13 @@ def test_spoiled_gguf_headers_are_read_or_refused(kind: Any, tmp_path: Path) -> 
             assert 0 < len(str(fault)) < 20_000
 
 
-def test_spoiled_gguf_files_become_a_base_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spoiled_gguf_files_become_a_base_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0)
+    path = write_gguf(
+        tmp_path / "m.gguf", tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q4_0
+    )
     good = path.read_bytes()
     fields = [field.offset for field in gguf.GGUFReader(path).fields.values()]
     for number in rounds("gguf_bases", ci=25):
@@ -209,15 +248,21 @@ def test_spoiled_gguf_files_become_a_base_or_an_error(tmp_path: Path, monkeypatc
         raw = bytearray(good)
         at = rng.choice(fields)  # a key's name, type or value
         at += rng.randrange(8, 60)
-        raw[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 2, 3, 7, 100, 2**20, 2**31, 2**32 - 1]))
+        raw[at : at + 4] = struct.pack(
+            "<I", rng.choice([0, 1, 2, 3, 7, 100, 2**20, 2**31, 2**32 - 1])
+        )
         path.write_bytes(raw)
         read(path, rng.choice([None, "gguf"]))
 
 
-def test_layers_that_the_files_do_not_hold_are_refused_before_they_are_built(tmp_path: Path) -> None:
+def test_layers_that_the_files_do_not_hold_are_refused_before_they_are_built(
+    tmp_path: Path,
+) -> None:
     folder = save_tiny(tmp_path, "llama")
     config = json.loads((folder / "config.json").read_text())
     for layers in (20_000, 10**12, 0, -1):
         (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-        with pytest.raises(CorruptFileError, match=f"num_hidden_layers: {layers} is not a number from 1 to"):
+        with pytest.raises(
+            CorruptFileError, match=f"num_hidden_layers: {layers} is not a number from 1 to"
+        ):
             load_base(str(folder))

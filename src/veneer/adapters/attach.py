@@ -1,6 +1,7 @@
 """Putting an adapter beside a base and taking it away.
 
-Wrapping changes no output bit; when the last adapter leaves, the original modules stand in their old places.
+Wrapping changes no output bit; when the last adapter leaves, the original modules stand in their
+old places.
 """
 
 from collections.abc import Callable, Collection
@@ -44,19 +45,21 @@ def attach(
     read_past: Collection[str] | None = None,
     idle: Collection[str] = (),
 ) -> Attachment:
-    """A fresh adapter beside `model`, not yet active: no output changes. head: the output head, never in all-linear.
-    tokens: those that it brings.
+    """A fresh adapter beside `model`, not yet active: no output changes. head: the output head,
+    never in all-linear. tokens: those that it brings.
 
-    values_follow: the caller gives every trained value before anything is computed; none is drawn then.
-    read_past: the weights that the model takes past their modules (reads.py); None: the model is asked, where it
-    matters. idle: places that no gradient reaches (idle.py); (): whatever is attached need not train.
+    values_follow: the caller gives every trained value before anything is computed; none is drawn
+    then. read_past: the weights that the model takes past their modules (reads.py); None: the model
+    is asked, where it matters. idle: places that no gradient reaches (idle.py); (): whatever is
+    attached need not train.
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """
     with routing.changing, ALONE:
         if name in routing.attached:
             raise ConfigError(
-                f"an adapter named {name!r} is attached already", next_step="Detach it or take another name."
+                f"an adapter named {name!r} is attached already",
+                next_step="Detach it or take another name.",
             )
         attachment = Attachment(name, config)
         site = Site(
@@ -84,15 +87,23 @@ def attach(
 def check_settings(config: object) -> None:
     """ConfigError: it is not the settings of a method that puts layers beside a base."""
     if type(config) not in _BUILDERS:
-        what = f"the class {config.__name__}" if isinstance(config, type) else f"of type {type(config).__name__}"
+        what = (
+            f"the class {config.__name__}"
+            if isinstance(config, type)
+            else f"of type {type(config).__name__}"
+        )
         step = "For instance veneer.LoRA(rank=8)."
         if getattr(config, "trains_base", False):
             step = "It trains the base's own weights: veneer.train(…, method=…) does."
-        raise ConfigError(f"an adapter is made from the settings of its method, and this is {what}", next_step=step)
+        raise ConfigError(
+            f"an adapter is made from the settings of its method, and this is {what}",
+            next_step=step,
+        )
 
 
 def detach(model: nn.Module, name: str, *, routing: Routing) -> None:
-    """Take the adapter away; where no other needs a wrapper, a module stands as it was before. KeyError: there is none.
+    """Take the adapter away; where no other needs a wrapper, a module stands as it was before.
+    KeyError: there is none.
 
     ConfigError: another thread or a block around this one uses it; it stays then.
     """

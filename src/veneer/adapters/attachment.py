@@ -16,14 +16,15 @@ from veneer.wording import html_table
 
 
 def stands_alone(trained: Sequence[tuple[Tensor, float]]) -> bool:
-    """Returns whether one value with weight 1 is the whole sum, so that the base's own value is not needed."""
+    """Returns whether one value with weight 1 is the whole sum, so that the base's own value is not
+    needed."""
     return len(trained) == 1 and trained[0][1] == 1.0
 
 
 def summed_change(own: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Returns own + sum of weight * (trained - own), summed in float32, in own's type. Parameters are summed like this,
-    and so are the outputs of a module that is linear in them. One value with weight 1 comes back as it is: to the bit
-    what was trained."""
+    """Returns own + sum of weight * (trained - own), summed in float32, in own's type. Parameters
+    are summed like this, and so are the outputs of a module that is linear in them. One value with
+    weight 1 comes back as it is: to the bit what was trained."""
     if stands_alone(trained):
         return trained[0][0]
     wide = own.to(torch.promote_types(own.dtype, torch.float32))
@@ -34,9 +35,12 @@ def summed_change(own: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tenso
 class Attachment:
     """An adapter on a base.
 
-    layers     path in the base model (experts: path of the 3-D parameter) -> what the method put there
-    values     full parameter path in the base -> the parameter trained in its place, in the base's type
-    beside     key of a wrapper (wrapping.key_of) -> what the method put there: the same, as wrappers ask for it
+    layers     path in the base model (experts: path of the 3-D parameter) -> what the method put
+               there
+    values     full parameter path in the base -> the parameter trained in its place, in the base's
+               type
+    beside     key of a wrapper (wrapping.key_of) -> what the method put there: the same, as
+               wrappers ask for it
     replaced   likewise the parameters that are trained in full, by their names in the module
     trained    modules trained in full
     adaptable  how many places the method could take; adapted: how many it took
@@ -57,7 +61,8 @@ class Attachment:
     preamble: Preamble = field(default_factory=Preamble)
     """Of the conversations it was trained on."""
     laid_out: Any = None
-    """Of one that only answers, its values as they are: what decoding/adapters.py prepared, as long as it is here."""
+    """Of one that only answers, its values as they are: what decoding/adapters.py prepared, as long
+    as it is here."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -69,8 +74,8 @@ class Attachment:
         return len(self.layers) if self.places is None else self.places
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by part, then values,
-        rows of tokens last."""
+        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by
+        part, then values, rows of tokens last."""
         found = {
             f"{path}.{part}": parameter
             for path, layer in self.layers.items()

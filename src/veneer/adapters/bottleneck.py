@@ -1,14 +1,15 @@
 """Bottleneck layers: a small two-layer network behind, or beside, a block of every decoder layer.
 
-    houlsby, pfeiffer   y + scaling * Up(act(Down(y)))    y: what the block gives, before the residual is added
+    houlsby, pfeiffer   y + scaling * Up(act(Down(y)))    y: what the block gives, before the
+                        residual is added
     parallel            y + scaling * Up(act(Down(x)))    x: what the feed-forward block was given
 
-houlsby stands behind attention and feed-forward, the others at the feed-forward alone. Up and its bias start at zero:
-a fresh layer changes no bit. float32 whatever the base is; products are in the base's type. Several adapters that act
-together all see the base's own y, and their updates add up. A mixture of experts is one block here.
-Knows nothing of files. Blocks are found by the names that transformers' models give them.
-Shapes: M rows, D hidden size, S size of the bottleneck.
-Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
+houlsby stands behind attention and feed-forward, the others at the feed-forward alone. Up and its
+bias start at zero: a fresh layer changes no bit. float32 whatever the base is; products are in the
+base's type. Several adapters that act together all see the base's own y, and their updates add up.
+A mixture of experts is one block here. Knows nothing of files. Blocks are found by the names that
+transformers' models give them. Shapes: M rows, D hidden size, S size of the bottleneck. Sources:
+Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
 arXiv:2110.04366.
 """
 
@@ -42,7 +43,8 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class BottleneckLayer:
-    """down (S, D), down_bias (S), up (D, S), up_bias (D); with norm: norm_weight, norm_bias (D). All float32."""
+    """down (S, D), down_bias (S), up (D, S), up_bias (D); with norm: norm_weight, norm_bias (D).
+    All float32."""
 
     def __init__(self, down: Tensor, config: Bottleneck, *, key: int) -> None:
         size, width = down.shape
@@ -74,7 +76,8 @@ class BottleneckLayer:
         raise ConfigError("a bottleneck layer cannot be merged", next_step=BOTTLENECKS.instead)
 
     def update(self, x: Tensor, keys: TokenKeys | None) -> Tensor:
-        """(..., D) -> what is added to the block's output, without the scaling. keys: dropout's, one a row."""
+        """(..., D) -> what is added to the block's output, without the scaling. keys: dropout's,
+        one a row."""
         part = self._parts
         if "norm_weight" in part:
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -87,7 +90,8 @@ class BottleneckLayer:
 
 
 class AdaptedBlock(AdaptedModule):
-    """An attention or feed-forward block: all rows through it at once, and of each part's rows the update alone."""
+    """An attention or feed-forward block: all rows through it at once, and of each part's rows the
+    update alone."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)
@@ -125,9 +129,12 @@ class AdaptedBlock(AdaptedModule):
 def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[str]:
     """Paths of the blocks that the settings name, in the model's order. modules: the base's own.
 
-    ConfigError: a layer lacks such a block, or the block adds the residual by itself; `layers` that do not exist.
+    ConfigError: a layer lacks such a block, or the block adds the residual by itself; `layers` that
+    do not exist.
     """
-    wanted: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [("feed-forward", FEED_FORWARD)]
+    wanted: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [
+        ("feed-forward", FEED_FORWARD)
+    ]
     if config.placement == "houlsby":
         wanted.insert(0, ("attention", ATTENTION))
     inside = {id(module) for module in _language_model(modules[""]).modules()}
@@ -148,7 +155,9 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
         for kind, names in wanted:
             name = next((name for name in names if name in below), None)
             if name is None:
-                faults[f"{type(layer).__name__} has no {kind} block: it holds {', '.join(below)}"] = None
+                faults[
+                    f"{type(layer).__name__} has no {kind} block: it holds {', '.join(below)}"
+                ] = None
             elif "residual" in inspect.signature(modules[f"{path}.{name}"].forward).parameters:
                 block = type(modules[f"{path}.{name}"]).__name__
                 faults[f"{block} adds the residual itself: nothing can stand before it"] = None
@@ -169,10 +178,16 @@ def _language_model(model: nn.Module) -> nn.Module:
     return model if get is None else get()
 
 
-def modules_below(path: str, number: int | None, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+def modules_below(
+    path: str, number: int | None, modules: Mapping[str, nn.Module]
+) -> list[tuple[str, nn.Module]]:
     """The direct children of modules[path] (of its element `number`), wrappers looked through."""
     owner = path if number is None else f"{path}.{number}"
-    return [(n.removeprefix(owner + "."), m) for n, m in modules.items() if n.rpartition(".")[0] == owner]
+    return [
+        (n.removeprefix(owner + "."), m)
+        for n, m in modules.items()
+        if n.rpartition(".")[0] == owner
+    ]
 
 
 def hidden_size(head: nn.Module | None) -> int:
@@ -180,7 +195,8 @@ def hidden_size(head: nn.Module | None) -> int:
     frozen = None if head is None else frozen_linear(head)
     if frozen is None:
         raise ConfigError(
-            "bottleneck layers need to know how wide the model is, and it has no linear output head",
+            "bottleneck layers need to know how wide the model is, and it has no linear output"
+            " head",
             next_step="Take lora, which works on every model.",
         )
     return frozen.in_features
@@ -194,4 +210,6 @@ def build_bottleneck(site: Site, config: Bottleneck) -> None:
         down = site.kaiming(size, width).to(device)
         site.put(path, AdaptedBlock, BottleneckLayer(down, config, key=len(site.attachment.layers)))
     every = config.model_copy(update={"layers": []})
-    site.attachment.adaptable = len(find_blocks(site.modules, every)) if config.layers else len(paths)
+    site.attachment.adaptable = (
+        len(find_blocks(site.modules, every)) if config.layers else len(paths)
+    )

@@ -1,9 +1,10 @@
-"""What adapters contain, and what of it combines: the one table that acting, serving, merging and combining read.
+"""What adapters contain, and what of it combines: the one table that acting, serving, merging and
+combining read.
 
-Adapters that act together add up: base + sum of weight * (what the adapter makes of the base alone - base). Two
-contents have no such sum. A trained prefix is text in front of the text. A new token has no row in the base's table
-from which its row could differ by a share. One adapter with such a content may act, and with weight 1; everything else
-is refused here, by the same error everywhere.
+Adapters that act together add up: base + sum of weight * (what the adapter makes of the base alone
+- base). Two contents have no such sum. A trained prefix is text in front of the text. A new token
+has no row in the base's table from which its row could differ by a share. One adapter with such a
+content may act, and with weight 1; everything else is refused here, by the same error everywhere.
 No torch here: settings name their contents (config.py).
 """
 
@@ -19,7 +20,8 @@ class Content:
 
     adds_up   acts with any weight, and beside the same content of other adapters
     merges    can become part of the base's weights
-    combines  can become part of an adapter made of several (veneer adapters combine, or training from a sum)
+    combines  can become part of an adapter made of several (veneer adapters combine, or training
+              from a sum)
     instead   what to do where it neither merges nor combines
     """
 
@@ -27,7 +29,10 @@ class Content:
     adds_up: bool = True
     merges: bool = True
     combines: bool = False
-    instead: str = "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the difference."
+    instead: str = (
+        "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the"
+        " difference."
+    )
 
 
 UPDATE = Content("low-rank updates", combines=True)
@@ -38,17 +43,25 @@ MAGNITUDES = Content("DoRA magnitudes")
 BOTTLENECKS = Content(
     "bottleneck layers",
     merges=False,
-    instead="Its activation stands between its weights: use it beside its base (--adapter), "
-    "or train lora where one merged model is wanted.",
+    instead=(
+        "Its activation stands between its weights: use it beside its base (--adapter), "
+        "or train lora where one merged model is wanted."
+    ),
 )
 PREFIX = Content(
     "a trained prefix",
     adds_up=False,
     merges=False,
-    instead="A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter), "
-    "or train lora where one merged model is wanted.",
+    instead=(
+        "A prefix stands beside the tokens, not in the weights: use it beside its base (--adapter),"
+        " or train lora where one merged model is wanted."
+    ),
 )
-TOKENS = Content("new tokens", adds_up=False, instead="Use it beside its base (--adapter), or merge it: veneer merge.")
+TOKENS = Content(
+    "new tokens",
+    adds_up=False,
+    instead="Use it beside its base (--adapter), or merge it: veneer merge.",
+)
 CONTENTS = (UPDATE, MODULES, BIASES, OFFSETS, MAGNITUDES, BOTTLENECKS, PREFIX, TOKENS)
 """The table's rows, as docs/format.md shows them."""
 
@@ -57,7 +70,8 @@ Holding = tuple[str, Collection[Content]]
 
 
 def refuse_sum(acting: Sequence[tuple[str, Collection[Content], float]]) -> None:
-    """ConfigError if these adapters, by name, contents and weight, cannot act together with these weights."""
+    """ConfigError if these adapters, by name, contents and weight, cannot act together with these
+    weights."""
     for content in CONTENTS:
         holders = [(name, weight) for name, contents, weight in acting if content in contents]
         if content.adds_up or not holders or (len(holders) == 1 and holders[0][1] == 1.0):

@@ -1,7 +1,8 @@
 """The methods' settings: what a run file says under `method`. No torch here: `--help` reads this.
 
-Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; DoRA, Liu et al. 2024,
-arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li and Liang 2021, arXiv:2101.00190.
+Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; DoRA,
+Liu et al. 2024, arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li and
+Liang 2021, arXiv:2101.00190.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
@@ -20,13 +21,15 @@ USUAL_WIDTH = 2000
 class MethodConfig(Settings):
     """What every method declares, beside its settings.
 
-    trains_base            it trains the base's own weights, which must be dense; its result is a model, not an adapter
-    usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names none
-    rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama, from sweeps of
-                           LoRA over
-                           35 models (tinker-cookbook, hyperparam_utils.py); full fine-tuning a tenth of LoRA
-                           (Schulman et al. 2025, "LoRA Without Regret"). Held against searches at hidden size 576
-                           in docs/benchmarks.md
+    trains_base            it trains the base's own weights, which must be dense; its result is a
+                           model, not an adapter
+    usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names
+                           none
+    rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama,
+                           from sweeps of LoRA over 35 models (tinker-cookbook,
+                           hyperparam_utils.py); full fine-tuning a tenth of LoRA (Schulman et al.
+                           2025, "LoRA Without Regret"). Held against searches at hidden size 576 in
+                           docs/benchmarks.md
     """
 
     trains_base: ClassVar[bool] = False
@@ -37,7 +40,8 @@ class MethodConfig(Settings):
     """What the run file calls it; every method has one."""
 
     def default_learning_rate(self, hidden_size: int) -> float:
-        """Peak rate with these settings on a base of this hidden size where a run names none; two digits."""
+        """Peak rate with these settings on a base of this hidden size where a run names none; two
+        digits."""
         rate = self.usual_rate * self.share_of_rate * (USUAL_WIDTH / hidden_size) ** self.rate_falls
         return float(f"{rate:.1e}")
 
@@ -73,8 +77,8 @@ class MethodConfig(Settings):
 
     @property
     def two_factors(self) -> bool:
-        """Whether what it adds at a place is scaling * B A and nothing else: others then take it apart and write
-        it anew."""
+        """Whether what it adds at a place is scaling * B A and nothing else: others then take it
+        apart and write it anew."""
         return False
 
     @property
@@ -83,7 +87,8 @@ class MethodConfig(Settings):
         return None
 
     def of_rank(self, rank: int) -> Self:
-        """The same with updates of another rank, alpha in proportion; as it is where they have none."""
+        """The same with updates of another rank, alpha in proportion; as it is where they have
+        none."""
         return self
 
     def rate_of(self, part: str) -> float:
@@ -94,7 +99,8 @@ class MethodConfig(Settings):
 class AdapterConfig(MethodConfig):
     """A method that puts layers beside a frozen base; its result is an adapter folder.
 
-    through_attention  it acts inside attention: the base must have handed that over (models/attention.py) first
+    through_attention  it acts inside attention: the base must have handed that over
+                       (models/attention.py) first
     """
 
     through_attention: ClassVar[bool] = False
@@ -108,18 +114,21 @@ class LowRank(AdapterConfig):
     alpha: Annotated[float, ALPHA] = 32.0
     """Numerator of the scaling; no unit."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids, none. Rows of
-    a step that begin alike are dropped alike there. 0 trains fastest."""
+    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids,
+    none. Rows of a step that begin alike are dropped alike there. 0 trains fastest."""
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head, fused experts included; without weights that the model
-    multiplies by past their module, as Mamba does by dt_proj.weight, and without Mamba's out_proj, where PEFT refuses
-    LoRA), a list of module names or name endings, or one regular expression that matches the whole module path."""
+    """all-linear (every linear layer but the output head, fused experts included; without weights
+    that the model multiplies by past their module, as Mamba does by dt_proj.weight, and without
+    Mamba's out_proj, where PEFT refuses LoRA), a list of module names or name endings, or one
+    regular expression that matches the whole module path."""
     exclude: list[str] = Field(default_factory=list)
-    """Module names, name endings or regular expressions that are left alone though `targets` names them."""
+    """Module names, name endings or regular expressions that are left alone though `targets` names
+    them."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
-    """Only these layer numbers (0 is the first); empty: all. Has no effect on a module outside the layers."""
+    """Only these layer numbers (0 is the first); empty: all. Has no effect on a module outside the
+    layers."""
     rank_pattern: dict[str, Annotated[int, RANK]] = Field(default_factory=dict)
     """Regular expression of the end of a module path -> rank; the first that matches wins."""
     alpha_pattern: dict[str, Annotated[float, ALPHA]] = Field(default_factory=dict)
@@ -129,8 +138,8 @@ class LowRank(AdapterConfig):
     train_modules: list[str] = Field(default_factory=list)
     """Modules (names or endings) trained in full beside the update, for instance lm_head."""
     lr_ratio: Annotated[float, RATIO] = 1.0
-    """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by default lower by
-    the square root of this; 1: off."""
+    """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by
+    default lower by the square root of this; 1: off."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "LowRank":
@@ -168,7 +177,8 @@ class LowRank(AdapterConfig):
         return self.model_copy(update={"rank": rank, "alpha": self.alpha * rank / self.rank})
 
     def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
-        """Rank and alpha that the file says of a layer: the same scaling, whatever rank is stored."""
+        """Rank and alpha that the file says of a layer: the same scaling, whatever rank is
+        stored."""
         return rank, alpha
 
     def rate_of(self, part: str) -> float:
@@ -176,20 +186,22 @@ class LowRank(AdapterConfig):
 
 
 class LoRA(LowRank):
-    """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha / sqrt(rank))."""
+    """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha /
+    sqrt(rank))."""
 
     usual_rate = 5e-4
 
     name: Literal["lora"] = "lora"
     init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
-    """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left as it is and
-    the file twice the rank; eva: A from what the layers see of the rows; loftq: from what 4 bits lost of the weight."""
+    """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left
+    as it is and the file twice the rank; eva: A from what the layers see of the rows; loftq: from
+    what 4 bits lost of the weight."""
     lora_bias: bool = False
-    """Train a vector c beside B, as PEFT's lora_bias: scaling * (B A x + c). Linear layers only; merging wants
-    layers with a bias."""
+    """Train a vector c beside B, as PEFT's lora_bias: scaling * (B A x + c). Linear layers only;
+    merging wants layers with a bias."""
     svd_iterations: Annotated[int, POWER_ITERATIONS] | None = None
-    """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the exact SVD. No
-    effect with another init."""
+    """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the
+    exact SVD. No effect with another init."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -197,8 +209,8 @@ class LoRA(LowRank):
 
     @property
     def share_of_rate(self) -> float:
-        """A quarter where the factors start as large as the weight: OLoRA fell far behind at the whole
-        (docs/benchmarks.md)."""
+        """A quarter where the factors start as large as the weight: OLoRA fell far behind at the
+        whole (docs/benchmarks.md)."""
         return super().share_of_rate * (0.25 if self.init in ("pissa", "olora") else 1.0)
 
     @property
@@ -216,8 +228,8 @@ class LoRA(LowRank):
 
 
 class DoRA(LowRank):
-    """Rows of W + scaling * B A brought to a trained length; linear layers and embeddings. Costs a little more
-    than LoRA."""
+    """Rows of W + scaling * B A brought to a trained length; linear layers and embeddings. Costs a
+    little more than LoRA."""
 
     usual_rate = 5e-4
 
@@ -229,15 +241,18 @@ class DoRA(LowRank):
 
 
 class Bottleneck(AdapterConfig):
-    """A small network behind or beside the blocks of every decoder layer, added to what they give."""
+    """A small network behind or beside the blocks of every decoder layer, added to what they
+    give."""
 
     usual_rate = 1e-3
 
     name: Literal["bottleneck"] = "bottleneck"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "parallel"
-    """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel: beside it."""
+    """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel:
+    beside it."""
     size: Annotated[int, WIDTH] | None = None
-    """S, width of the small network; a block of width D trains 2 * S * D + S + D. Default: D / reduction."""
+    """S, width of the small network; a block of width D trains 2 * S * D + S + D. Default: D /
+    reduction."""
     reduction: Annotated[int, WIDTH] | None = None
     """D / S instead of `size`; 16 if neither is given."""
     activation: Literal["relu", "gelu", "swish", "tanh"] = "relu"
@@ -284,14 +299,18 @@ class Prefix(AdapterConfig):
 
     name: Literal["prefix"] = "prefix"
     tokens: Annotated[int, PLACES] | None = None
-    """M, places before every document; trains tokens * 2 * K * D parameters a layer (K key/value heads of D).
-    Default: as many as the prompt it starts from has, at most 64; 30 with start: random."""
+    """M, places before every document; trains tokens * 2 * K * D parameters a layer (K key/value
+    heads of D). Default: as many as the prompt it starts from has, at most 64; 30 with start:
+    random."""
     start: Literal["prompt", "random"] = "prompt"
-    """prompt: the keys and values that the base computes for a real prompt; random: normal values as widely spread."""
+    """prompt: the keys and values that the base computes for a real prompt; random: normal values
+    as widely spread."""
     prompt: str | None = None
-    """Text it starts from; default: what all training rows begin with, or a plain instruction where that is little."""
+    """Text it starts from; default: what all training rows begin with, or a plain instruction where
+    that is little."""
     projection: Annotated[int, WIDTH] | None = None
-    """Width of an MLP through which the prefix is trained; only what it computes is stored. Default: none."""
+    """Width of an MLP through which the prefix is trained; only what it computes is stored.
+    Default: none."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
     """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
 
@@ -301,7 +320,8 @@ class Prefix(AdapterConfig):
 
     @property
     def share_of_rate(self) -> float:
-        """Through an MLP a thirtieth: at a third it left the base's loss far behind (docs/benchmarks.md)."""
+        """Through an MLP a thirtieth: at a third it left the base's loss far behind
+        (docs/benchmarks.md)."""
         return 1.0 if self.projection is None else 1 / 30
 
     @property

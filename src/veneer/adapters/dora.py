@@ -1,10 +1,11 @@
 """DoRA: LoRA that turns the rows of W, and a trained length for each of them.
 
-    W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||     by rows; of an embedding W is the table's transpose
+    W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||
+        by rows; of an embedding W is the table's transpose
 
-The magnitude starts as the norm that the forward itself computes, so the first factors are exactly 1 and a fresh layer
-changes no bit. Dropout acts on the inputs of A alone, as in LoRA (PEFT also drops inputs of the base's product while
-training; a trained adapter computes the same in both).
+The magnitude starts as the norm that the forward itself computes, so the first factors are exactly
+1 and a fresh layer changes no bit. Dropout acts on the inputs of A alone, as in LoRA (PEFT also
+drops inputs of the base's product while training; a trained adapter computes the same in both).
 Source: Liu et al. 2024, arXiv:2402.09353.
 """
 
@@ -21,7 +22,8 @@ from veneer.linear import FrozenLinear, frozen_product
 
 
 class DoRALayer:
-    """A LoRA of a linear layer or an embedding and the lengths of the rows, magnitude (O) or (D), float32."""
+    """A LoRA of a linear layer or an embedding and the lengths of the rows, magnitude (O) or (D),
+    float32."""
 
     def __init__(self, low_rank: LoRALayer, base: FrozenLinear) -> None:
         self.low_rank = low_rank
@@ -47,8 +49,9 @@ class DoRALayer:
     def norm(self, base: FrozenLinear) -> Tensor:
         """(O). While training A and B change at every step; else it is computed once and kept.
 
-        The optimizer changes values without torch's version counters knowing: every forward that records a
-        gradient forgets what was kept, and none of them lies between a step and the evaluation after it.
+        The optimizer changes values without torch's version counters knowing: every forward that
+        records a gradient forgets what was kept, and none of them lies between a step and the
+        evaluation after it.
         """
         if torch.is_grad_enabled():
             self._kept = None
@@ -61,10 +64,15 @@ class DoRALayer:
 
     @torch.no_grad()
     def _norm(self, base: FrozenLinear) -> Tensor:
-        return row_norms(self.low_rank.A, self.low_rank.B, self._squares, base, scaling=self.scaling)
+        return row_norms(
+            self.low_rank.A, self.low_rank.B, self._squares, base, scaling=self.scaling
+        )
 
-    def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
-        """(factor - 1) * plain + factor * LoRA's change: EmbeddingLayer. Exactly 0 while the layer is fresh."""
+    def looked_up(
+        self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
+    ) -> Tensor:
+        """(factor - 1) * plain + factor * LoRA's change: EmbeddingLayer. Exactly 0 while the layer
+        is fresh."""
         change = self.low_rank.looked_up(ids, plain, table, scale=scale)
         factor = row_factor(self.magnitude, self.norm(table))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)
@@ -72,7 +80,9 @@ class DoRALayer:
     def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> None:
         """Its rows are turned as well."""
 
-    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
+    ) -> Tensor:
         """(factor - 1) * plain + factor * LoRA's change."""
         change = self.low_rank.change(x, plain, base, keys)
         factor = row_factor(self.magnitude, self.norm(base))
@@ -80,7 +90,11 @@ class DoRALayer:
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float, TokenKeys | None]]
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float, TokenKeys | None]],
     ) -> Tensor:
         (first, weight, keys), *others = acting
         if not others and weight == 1:
@@ -91,7 +105,9 @@ class DoRALayer:
             y = y + weight * (layer._alone(x, None, base, keys) - plain)
         return y
 
-    def _alone(self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
+    def _alone(
+        self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None
+    ) -> Tensor:
         low = self.low_rank
         return dora_linear(
             x,

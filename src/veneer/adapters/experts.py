@@ -2,9 +2,9 @@
 
     gate_up_proj (E, 2F, D), down_proj (E, D, F)       or transposed: (E, D, 2F), (E, F, D)
 
-Each expert has its own pair of factors. Tokens are taken expert by expert, and every product is the same
-function as for a linear layer: no gradient of a weight, no W + BA is ever formed.
-A module of another build is adapted by adding the update to its parameter, which is exact and needs its memory.
+Each expert has its own pair of factors. Tokens are taken expert by expert, and every product is the
+same function as for a linear layer: no gradient of a weight, no W + BA is ever formed. A module of
+another build is adapted by adding the update to its parameter, which is exact and needs its memory.
 """
 
 from collections.abc import Callable
@@ -55,10 +55,12 @@ class _OneExpert:
 
 
 class AdaptedExperts(AdaptedModule):
-    """What stands beside it is a layer for each 3-D parameter that an adapter changes, by the parameter's name."""
+    """What stands beside it is a layer for each 3-D parameter that an adapter changes, by the
+    parameter's name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base is called; a gated stack with (M, D) rows, (M, top_k) numbers of experts and their weights."""
+        """As the base is called; a gated stack with (M, D) rows, (M, top_k) numbers of experts and
+        their weights."""
         acting = self.routing.acting
         changed = any(self.beside(part.adapters) for part in acting.parts)
         trained = any(self.replaces(part.adapters) for part in acting.parts)
@@ -86,19 +88,23 @@ class AdaptedExperts(AdaptedModule):
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The stack with what was trained in full, and with other changes added to it: by outputs, expert by expert,
-        where the stack's build is known, else to the parameters."""
+        """The stack with what was trained in full, and with other changes added to it: by outputs,
+        expert by expert, where the stack's build is known, else to the parameters."""
         trained, stacks = self.trained(adapters), expert_parameters(self.base)
         alone = all(stands_alone(values) for name, values in trained.items() if name in stacks)
         if is_gated_stack(self.base) and (not alone or self.beside(adapters)):
             hidden, index, weights = (*args, *kwargs.values())
-            vectors = self.summed({name: values for name, values in trained.items() if name not in stacks})
+            vectors = self.summed(
+                {name: values for name, values in trained.items() if name not in stacks}
+            )
             return by_expert(
                 self.base,
                 hidden,
                 index,
                 weights,
-                lambda x, name, expert, _: self._output_sum(x, name, expert, adapters, vectors.get(f"{name}_bias")),
+                lambda x, name, expert, _: self._output_sum(
+                    x, name, expert, adapters, vectors.get(f"{name}_bias")
+                ),
             )
         parameters = self.summed(trained)
         for layers, weight in self.beside(adapters):
@@ -109,9 +115,11 @@ class AdaptedExperts(AdaptedModule):
                 parameters[name] = own + delta.to(own.dtype)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
-    def _output_sum(self, x: Tensor, name: str, expert: int, adapters: Applied, biases: Tensor | None) -> Tensor:
-        """x (M, I) -> (M, O): the product with one matrix of the base's stack + the weighted changes of the product.
-        biases (E, O): those that act; None: the base's own."""
+    def _output_sum(
+        self, x: Tensor, name: str, expert: int, adapters: Applied, biases: Tensor | None
+    ) -> Tensor:
+        """x (M, I) -> (M, O): the product with one matrix of the base's stack + the weighted
+        changes of the product. biases (E, O): those that act; None: the base's own."""
         frozen = expert_linear(self.base, name, expert)
         bias = expert_bias(self.base, name, expert) if biases is None else biases[expert]
         transposed = is_transposed(self.base)
@@ -122,18 +130,28 @@ class AdaptedExperts(AdaptedModule):
         y = frozen_product(x, bias, frozen)
         y = summed_change(y, outputs) if outputs else y
         layers = self._layers(adapters, name, expert, None)
-        return y + (low_rank_product(x, None, frozen, layers) - frozen_product(x, None, frozen)) if layers else y
+        return (
+            y + (low_rank_product(x, None, frozen, layers) - frozen_product(x, None, frozen))
+            if layers
+            else y
+        )
 
     def _product(self, x: Tensor, name: str, expert: int, rows: Tensor, acting: Acting) -> Tensor:
-        """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack. rows: numbers of x's rows
-        among those that act."""
+        """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack. rows:
+        numbers of x's rows among those that act."""
         frozen, bias = expert_linear(self.base, name, expert), expert_bias(self.base, name, expert)
         keys = acting.keys
-        if keys is not None:  # the rows of zeros below those that the expert was given want a key too
+        if (
+            keys is not None
+        ):  # the rows of zeros below those that the expert was given want a key too
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
         if (whole := acting.whole) is not None:
             layers = self._layers(whole, name, expert, keys)
-            return low_rank_product(x, bias, frozen, layers) if layers else frozen_product(x, bias, frozen)
+            return (
+                low_rank_product(x, bias, frozen, layers)
+                if layers
+                else frozen_product(x, bias, frozen)
+            )
         updates: list[Update] = []
         for segment in acting.select(rows).segments(len(rows)):
             of_segment = None if keys is None else keys.of(segment.rows)
@@ -146,7 +164,11 @@ class AdaptedExperts(AdaptedModule):
         self, adapters: Applied, name: str, expert: int, keys: TokenKeys | None
     ) -> list[tuple[_OneExpert, float, TokenKeys | None]]:
         found = self.drawing(adapters, keys)
-        return [(_OneExpert(layers[name], expert), weight, own) for layers, weight, own in found if name in layers]
+        return [
+            (_OneExpert(layers[name], expert), weight, own)
+            for layers, weight, own in found
+            if name in layers
+        ]
 
 
 def by_expert(
@@ -158,8 +180,8 @@ def by_expert(
 ) -> Tensor:
     """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), one expert after another.
 
-    product(x, name, expert, rows): x times one matrix of the stack called `name`. x begins with what became of
-    hidden[rows], and goes on with rows of zeros.
+    product(x, name, expert, rows): x times one matrix of the stack called `name`. x begins with
+    what became of hidden[rows], and goes on with rows of zeros.
     """
     gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
     num_experts = next(iter(expert_parameters(experts).values()))[0]
@@ -175,12 +197,14 @@ def by_expert(
 
 
 DECODED = 8
-"""Up to so many rows are an answer as it grows: packed experts multiply them straight from their bytes."""
+"""Up to so many rows are an answer as it grows: packed experts multiply them straight from their
+bytes."""
 
 
 def _few_shapes(x: Tensor) -> Tensor:
-    """Rows of zeros below x, up to one of few shapes (kernels/layout.py): every expert has another number of rows
-    at every step, and each new number would cost a kernel compiled at run time and its memory."""
+    """Rows of zeros below x, up to one of few shapes (kernels/layout.py): every expert has another
+    number of rows at every step, and each new number would cost a kernel compiled at run time and
+    its memory."""
     missing = round_up(len(x)) - len(x)
     return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > DECODED else x
 
@@ -201,7 +225,8 @@ def is_transposed(experts: nn.Module) -> bool:
 
 
 def is_expert_stack(module: nn.Module) -> bool:
-    """Told by what transformers gives every such module: the attributes of its decorator, or a class called Experts."""
+    """Told by what transformers gives every such module: the attributes of its decorator, or a
+    class called Experts."""
     decorated = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
     return decorated or type(module).__name__.endswith("Experts")
 
@@ -213,9 +238,11 @@ def is_gated_stack(experts: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """name -> (E, O, I) of every 3-D floating (or packed) parameter of a stack of experts; of another module none.
+    """name -> (E, O, I) of every 3-D floating (or packed) parameter of a stack of experts; of
+    another module none.
 
-    A convolution, a recurrent gate or a mixing vector of three axes is no stack of matrices that tokens go through.
+    A convolution, a recurrent gate or a mixing vector of three axes is no stack of matrices that
+    tokens go through.
     """
     if isinstance(module, PackedExperts):
         shapes = module.packed_shapes().items()

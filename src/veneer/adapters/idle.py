@@ -1,10 +1,12 @@
-"""Places of a model that no gradient of its logits reaches: what stands beside them would never train.
+"""Places of a model that no gradient of its logits reaches: what stands beside them would never
+train.
 
-A tower for images is not even called where there is text alone. An index that picks the tokens to attend to is made of
-products, and what leaves it are numbers of tokens; a part may be computed without gradients, or for something else than
-the logits. Found by the graph of one forward: every module's output is made to ask for its gradient, as what an adapter
-adds to it would, and the graph is walked back from the logits. What holds of one layer holds of all, if it holds of
-every one that was called.
+A tower for images is not even called where there is text alone. An index that picks the tokens to
+attend to is made of products, and what leaves it are numbers of tokens; a part may be computed
+without gradients, or for something else than the logits. Found by the graph of one forward: every
+module's output is made to ask for its gradient, as what an adapter adds to it would, and the graph
+is walked back from the logits. What holds of one layer holds of all, if it holds of every one that
+was called.
 """
 
 import re
@@ -24,8 +26,9 @@ def in_any_layer(path: str) -> str:
 
 
 def places_without_gradient(model: nn.Module, ids: Tensor) -> frozenset[str]:
-    """Paths, numbers left open, of the modules with weights that no gradient comes back to from what `model` makes of
-    ids (B, T): it comes to none of what they give, or they are not called, nor is their weight taken.
+    """Paths, numbers left open, of the modules with weights that no gradient comes back to from
+    what `model` makes of ids (B, T): it comes to none of what they give, or they are not called,
+    nor is their weight taken.
 
     The text should be longer than every window: what short texts leave out is not looked at.
     """
@@ -53,7 +56,11 @@ def _not_taken(model: nn.Module, ids: Tensor, called: Collection[str]) -> set[st
             parameter.requires_grad_(True)
         with torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits
-        taken = {weights.get(node.variable) for node in _graph(logits.grad_fn) if hasattr(node, "variable")}
+        taken = {
+            weights.get(node.variable)
+            for node in _graph(logits.grad_fn)
+            if hasattr(node, "variable")
+        }
     finally:
         for parameter in weights:
             parameter.requires_grad_(False)
@@ -72,9 +79,12 @@ def _graph(last: Any) -> Iterator[Any]:
 
 @contextmanager
 def _watched(modules: dict[str, nn.Module], outputs: dict[str, list[Any]]) -> Iterator[None]:
-    """Within the block every output of a module with weights of its own asks for its gradient; its node is entered."""
+    """Within the block every output of a module with weights of its own asks for its gradient; its
+    node is entered."""
     own = {path: m for path, m in modules.items() if any(True for _ in m.parameters(recurse=False))}
-    handles = [m.register_forward_hook(_noting(in_any_layer(path), outputs)) for path, m in own.items()]
+    handles = [
+        m.register_forward_hook(_noting(in_any_layer(path), outputs)) for path, m in own.items()
+    ]
     try:
         yield
     finally:
@@ -87,7 +97,9 @@ def _noting(path: str, outputs: dict[str, list[Any]]) -> Callable[[nn.Module, An
         if not isinstance(given, Tensor) or not given.is_floating_point():
             return given
         given = (given if given.requires_grad else given.detach().requires_grad_(True)).clone()
-        outputs[path] += [] if given.grad_fn is None else [given.grad_fn]  # none: computed without gradients
+        outputs[path] += (
+            [] if given.grad_fn is None else [given.grad_fn]
+        )  # none: computed without gradients
         return given  # a copy, which models may write into
 
     def note(module: nn.Module, args: Any, output: Any) -> Any:

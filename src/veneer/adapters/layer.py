@@ -1,7 +1,9 @@
-"""What one adapter puts at one place of a base: the contract that attaching, training, storing and merging need.
+"""What one adapter puts at one place of a base: the contract that attaching, training, storing and
+merging need.
 
-A new method brings a settings class (config.py), a layer that keeps this contract, a builder (attach.py) that puts
-layers in their places, and a file layout (formats/registry.py). Nothing else asks which method it is.
+A new method brings a settings class (config.py), a layer that keeps this contract, a builder
+(attach.py) that puts layers in their places, and a file layout (formats/registry.py). Nothing else
+asks which method it is.
 """
 
 from typing import Protocol
@@ -23,6 +25,6 @@ class Layer(Protocol):
     def folded(self, weight: Tensor) -> Tensor:
         """The base's dense weight with the update in it, float32, a fresh tensor.
 
-        weight, float32: linear (O, I), whatever the base's own orientation; embedding (V, D); experts (E, O, I).
-        Raises ConfigError for a method that no change of a weight can express.
+        weight, float32: linear (O, I), whatever the base's own orientation; embedding (V, D);
+        experts (E, O, I). Raises ConfigError for a method that no change of a weight can express.
         """

@@ -1,11 +1,11 @@
 """LoRA beside frozen modules: the trained layers, and the wrappers of linear layers and embeddings.
 
-Several LoRAs that act together stand next to each other as one of higher rank: one product each; with dropout, where
-each sees the inputs through a mask of its own, one after another. Methods that act
-together on one linear layer add their changes to its weight, whatever the methods are.
-Knows nothing of weight formats (the base decodes itself), file names, or which modules are wrapped.
-Shapes: M rows, I in_features, O out_features, R rank, V vocabulary, D hidden.
-Source: Hu et al. 2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib, B at zero: a fresh layer changes
+Several LoRAs that act together stand next to each other as one of higher rank: one product each;
+with dropout, where each sees the inputs through a mask of its own, one after another. Methods that
+act together on one linear layer add their changes to its weight, whatever the methods are. Knows
+nothing of weight formats (the base decodes itself), file names, or which modules are wrapped.
+Shapes: M rows, I in_features, O out_features, R rank, V vocabulary, D hidden. Source: Hu et al.
+2021, arXiv:2106.09685; A starts Kaiming-uniform as in loralib, B at zero: a fresh layer changes
 nothing.
 """
 
@@ -42,7 +42,8 @@ class LowRankLayer(Layer, Protocol):
 
 
 class LoRALayer:
-    """Two factors and their scaling. float32 whatever the base is: bf16 would round small steps away.
+    """Two factors and their scaling. float32 whatever the base is: bf16 would round small steps
+    away.
 
     linear     A (R, I), B (O, R)
     embedding  A (R, V), B (D, R)
@@ -52,7 +53,15 @@ class LoRALayer:
     """
 
     def __init__(
-        self, kind: Kind, A: Tensor, B: Tensor, *, alpha: float, rslora: bool, dropout: float = 0.0, key: int = 0
+        self,
+        kind: Kind,
+        A: Tensor,
+        B: Tensor,
+        *,
+        alpha: float,
+        rslora: bool,
+        dropout: float = 0.0,
+        key: int = 0,
     ) -> None:
         self.kind: Kind = kind
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
@@ -62,19 +71,25 @@ class LoRALayer:
         self.scaling = alpha / math.sqrt(self.rank) if rslora else alpha / self.rank
         self.dropout = dropout
         self.start: Factors | None = None
-        """A0 and B0 that are taken out again: the update is scaling * (B A - B0 A0). None: nothing is."""
+        """A0 and B0 that are taken out again: the update is scaling * (B A - B0 A0). None: nothing
+        is."""
         self.key = key
         """Number of the module: two modules never share a dropout mask."""
 
-    def active_dropout(self, x: Tensor, keys: TokenKeys | None, *, expert: int = 0) -> Dropout | None:
+    def active_dropout(
+        self, x: Tensor, keys: TokenKeys | None, *, expert: int = 0
+    ) -> Dropout | None:
         """The mask of x, a row for every key; none outside of training."""
         if self.dropout == 0.0 or keys is None:
             return None
         if len(keys.rows) != (given := x.numel() // x.shape[-1]):
             raise ConfigError(
-                f"dropout draws a mask for every token: a targeted module gets {given} rows, the batch has "
-                f"{len(keys.rows)}",
-                next_step="Set method.dropout: 0, or leave the modules that see other rows out (method.exclude).",
+                f"dropout draws a mask for every token: a targeted module gets {given} rows, the"
+                f" batch has {len(keys.rows)}",
+                next_step=(
+                    "Set method.dropout: 0, or leave the modules that see other rows out"
+                    " (method.exclude)."
+                ),
             )
         return keys.mask(self.key, self.dropout, expert=expert)
 
@@ -83,11 +98,15 @@ class LoRALayer:
 
     @torch.no_grad()
     def begin_at(self, A: Tensor, B: Tensor, *, taken_out: bool = True) -> None:
-        """Let the trained factors start here; taken_out: the update is what they gain from now on."""
+        """Let the trained factors start here; taken_out: the update is what they gain from now
+        on."""
         if A.shape != self.A.shape or B.shape != self.B.shape:
             raise ConfigError(
                 f"a start of rank {A.shape[0]} for a layer of rank {self.rank}",
-                next_step="Take a rank no larger than the smallest side of every targeted weight (rank_pattern).",
+                next_step=(
+                    "Take a rank no larger than the smallest side of every targeted weight"
+                    " (rank_pattern)."
+                ),
             )
         self.A.copy_(A)
         self.B.copy_(B)
@@ -96,7 +115,8 @@ class LoRALayer:
     def factors(self) -> Factors:
         """A and B of the update scaling * B A; of twice the rank where a start is taken out.
 
-        B A - B0 A0 = (B - B0) A + B0 (A - A0): both differences are exactly 0 at the start, so nothing changes then.
+        B A - B0 A0 = (B - B0) A + B0 (A - A0): both differences are exactly 0 at the start, so
+        nothing changes then.
         """
         if self.start is None:
             return self.A, self.B
@@ -113,22 +133,32 @@ class LoRALayer:
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float, TokenKeys | None]]
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float, TokenKeys | None]],
     ) -> Tensor:
         return low_rank_product(x, bias, base, acting)
 
-    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> Update | None:
+    def update(
+        self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None
+    ) -> Update | None:
         if self.offset is not None:
             return None
         return Update(rows, self, self.scaling * weight, self.active_dropout(x, keys))
 
-    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
+    ) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.factors())
         added = F.linear(F.linear(dropped(x, self.active_dropout(x, keys)), A), B)
         added = added if self.offset is None else added + self.offset.to(x.dtype)
         return self.scaling * added
 
-    def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
+    def looked_up(
+        self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
+    ) -> Tensor:
         """scaling * (A^T)[ids] B^T: EmbeddingLayer."""
         update = F.embedding(ids, self.A.T.to(plain.dtype)) @ self.B.T.to(plain.dtype)
         return update * (self.scaling * scale)
@@ -152,14 +182,15 @@ class Factored(Protocol):
 
 
 def low_rank_product(
-    x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Factored, float, TokenKeys | None]]
+    x: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    acting: Sequence[tuple[Factored, float, TokenKeys | None]],
 ) -> Tensor:
     """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # scaled before anything is rounded
-    scalings = [layer.scaling * weight for layer, weight, _ in acting]
     offsets = [
-        scaling * layer.offset.to(wide)
-        for (layer, _, _), scaling in zip(acting, scalings, strict=True)
+        layer.scaling * weight * layer.offset
+        for layer, weight, _ in acting
         if layer.offset is not None
     ]
     if offsets:
@@ -167,16 +198,20 @@ def low_rank_product(
         bias = (together if bias is None else bias + together).to(x.dtype)
     masks = [layer.active_dropout(x, keys) for layer, _, keys in acting]
     if len(acting) == 1:
-        A, B = acting[0][0].factors()
-        return lora_linear(x, A, B, bias, base, scaling=scalings[0], dropout=masks[0])
+        layer, weight, _ = acting[0]
+        A, B = layer.factors()
+        return lora_linear(x, A, B, bias, base, scaling=layer.scaling * weight, dropout=masks[0])
     if any(mask is not None for mask in masks):
         x_MI = x.reshape(-1, base.in_features)
-        layers = zip(acting, scalings, masks, strict=True)
-        every = [Update(slice(0, len(x_MI)), layer, scaling, mask) for (layer, _, _), scaling, mask in layers]
+        layers = zip(acting, masks, strict=True)
+        every = [
+            Update(slice(0, len(x_MI)), layer, layer.scaling * w, mask)
+            for (layer, w, _), mask in layers
+        ]
         return linear_with_updates(x_MI, bias, base, every, Plan()).view(*x.shape[:-1], -1)
-    pairs = [layer.factors() for layer, _, _ in acting]
-    A = torch.cat([A for A, _ in pairs])
-    B = torch.cat([B.to(wide) * scaling for (_, B), scaling in zip(pairs, scalings, strict=True)], dim=1)
+    pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight, _ in acting]
+    A = torch.cat([A for A, _, _ in pairs])
+    B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
     return lora_linear(x, A, B, bias, base, scaling=1.0)
 
 
@@ -185,14 +220,24 @@ class LinearLayer(Layer, Protocol):
 
     @classmethod
     def product(
-        cls, x: Tensor, bias: Tensor | None, base: FrozenLinear, acting: Sequence[tuple[Self, float, TokenKeys | None]]
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float, TokenKeys | None]],
     ) -> Tensor:
-        """x (..., I) through the base with the weighted changes of all `acting` layers of this class: (..., O)."""
+        """x (..., I) through the base with the weighted changes of all `acting` layers of this
+        class: (..., O)."""
 
-    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> Update | None:
-        """The change of x, which stands at these rows, as a product of two factors; None: it is not that alone."""
+    def update(
+        self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None
+    ) -> Update | None:
+        """The change of x, which stands at these rows, as a product of two factors; None: it is not
+        that alone."""
 
-    def change(self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None) -> Tensor:
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
+    ) -> Tensor:
         """What the layer adds to plain = x W^T, both (M, ...), whatever its weight."""
 
 
@@ -225,34 +270,52 @@ class AdaptedLinear(AdaptedModule):
             return y_MO.view(*x.shape[:-1], -1)
         if whole is not None and not (whole and counted):
             return self._alike(x, whole, acting.keys)
-        return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(*x.shape[:-1], -1)
+        return self._by_part(x.reshape(rows, -1), acting, acting.segments(rows)).view(
+            *x.shape[:-1], -1
+        )
 
     def alone(self, x: Tensor) -> Adapted | None:
-        """The layer and its update, where at most a single LoRA acts here on all rows of x and nothing else is to be
-        done."""
+        """The layer and its update, where at most a single LoRA acts here on all rows of x and
+        nothing else is to be done."""
         acting = self.routing.acting
         whole, rows = acting.whole, x.numel() // x.shape[-1]
-        if not whole or acting.counts(rows) or self.replaces(whole) or self._forward_hooks or self._forward_pre_hooks:
+        if (
+            not whole
+            or acting.counts(rows)
+            or self.replaces(whole)
+            or self._forward_hooks
+            or self._forward_pre_hooks
+        ):
             return None
         drawing = self.drawing(whole, acting.keys)
         if not drawing:
             return unadapted(self.frozen)
-        if len(drawing) != 1 or not isinstance(drawing[0][0], LoRALayer) or drawing[0][0].offset is not None:
+        if (
+            len(drawing) != 1
+            or not isinstance(drawing[0][0], LoRALayer)
+            or drawing[0][0].offset is not None
+        ):
             return None
         layer, weight, keys = drawing[0]
         mask, (A, B) = layer.active_dropout(x, keys), layer.factors()
         return Adapted(A, B, self.frozen.own_bias(), self.frozen, layer.scaling * weight, mask)
 
     def in_step(self, x_MI: Tensor) -> few_rows.Part | None:
-        """W, bias and updates, where these are prepared and nothing else is to be done to x, all rows of a step."""
+        """W, bias and updates, where these are prepared and nothing else is to be done to x, all
+        rows of a step."""
         acting = self.routing.acting
         if self._forward_hooks or self._forward_pre_hooks or not acting.counts(len(x_MI)):
             return None
         prepared = self._listed(acting, len(x_MI), x_MI.dtype)
-        return None if prepared is None else prepared.in_one_call(x_MI, self.frozen.own_bias(), self.frozen)
+        return (
+            None
+            if prepared is None
+            else prepared.in_one_call(x_MI, self.frozen.own_bias(), self.frozen)
+        )
 
     def _listed(self, acting: Acting, rows: int, dtype: torch.dtype) -> Prepared | None:
-        """What was prepared, or what a mix lists of all rows of a step; None: nothing, or somebody is to hear of x."""
+        """What was prepared, or what a mix lists of all rows of a step; None: nothing, or somebody
+        is to hear of x."""
         if (
             torch.is_grad_enabled()
             or acting.keys is not None
@@ -278,7 +341,11 @@ class AdaptedLinear(AdaptedModule):
             kind, acting = by_class.popitem()
             y = kind.product(x, bias, self.frozen, acting)
         else:
-            return self.base(x) if bias is self.frozen.own_bias() else frozen_product(x, bias, self.frozen)
+            return (
+                self.base(x)
+                if bias is self.frozen.own_bias()
+                else frozen_product(x, bias, self.frozen)
+            )
         if by_class:
             plain = frozen_product(x, None, self.frozen)
             for kind, acting in by_class.items():
@@ -286,7 +353,8 @@ class AdaptedLinear(AdaptedModule):
         return y
 
     def _by_part(self, x: Tensor, acting: Acting, segments: Sequence[Segment]) -> Tensor:
-        """(M, I) -> (M, O): one product of all rows with W; of each part's rows alone what its adapters add."""
+        """(M, I) -> (M, O): one product of all rows with W; of each part's rows alone what its
+        adapters add."""
         bias, keys, kept = self.frozen.own_bias(), acting.keys, acting.plan.kept
         layer_rows = self.key, x.dtype, acting.rows_of_parts(len(x))
         may_keep = keys is None and not torch.is_grad_enabled()
@@ -334,17 +402,23 @@ class AdaptedLinear(AdaptedModule):
 
 
 def alone(module: nn.Module, x: Tensor) -> Adapted | None:
-    """A linear module and its update, as AdaptedLinear.alone; of rank 0 where no adapter stands beside it."""
+    """A linear module and its update, as AdaptedLinear.alone; of rank 0 where no adapter stands
+    beside it."""
     if isinstance(module, AdaptedLinear):
         return module.alone(x)
-    if module._forward_hooks or module._forward_pre_hooks or any(each.requires_grad for each in module.parameters()):
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or any(each.requires_grad for each in module.parameters())
+    ):
         return None
     frozen = frozen_linear(module)
     return None if frozen is None else unadapted(frozen)
 
 
 def side_by_side(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """x (..., I) through each of these: (..., O). As one node where a single LoRA adapts some of them."""
+    """x (..., I) through each of these: (..., O). As one node where a single LoRA adapts some of
+    them."""
     found = [layer for module in modules if (layer := alone(module, x)) is not None]
     if len(found) == len(modules) and any(len(layer.A) for layer in found):
         return lora_linears(x, found)
@@ -358,12 +432,16 @@ def _of(keys: TokenKeys | None, segment: Segment) -> TokenKeys | None:
 class EmbeddingLayer(Layer, Protocol):
     """A layer of an embedding."""
 
-    def looked_up(self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor) -> Tensor:
-        """What the layer adds to plain = scale * table[ids], (..., D) in its type; table: (D, V)."""
+    def looked_up(
+        self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
+    ) -> Tensor:
+        """What the layer adds to plain = scale * table[ids], (..., D) in its type; table: (D,
+        V)."""
 
 
 class AdaptedEmbedding(AdaptedModule):
-    """table[ids] + sum over active adapters of weight * change; a model that scales its embeddings scales these too."""
+    """table[ids] + sum over active adapters of weight * change; a model that scales its embeddings
+    scales these too."""
 
     def __init__(self, base: nn.Module, routing: Routing, path: str) -> None:
         super().__init__(base, routing, path)
@@ -379,7 +457,8 @@ class AdaptedEmbedding(AdaptedModule):
         y: Tensor = self.output_sum(trained, ids) if trained else self.base(ids)
         if not acting:
             return y
-        # Where the table was trained in full, the other changes are changes of the base's table and come on top.
+        # Where the table was trained in full, the other changes are changes of the base's table and
+        # come on top.
         plain = self.base(ids) if trained else y
         scale = getattr(self.base, "embed_scale", 1.0)
         for layer, weight in acting:
@@ -388,8 +467,8 @@ class AdaptedEmbedding(AdaptedModule):
 
 
 class AdaptedMatrix(AdaptedModule):
-    """A router, or another module that multiplies by its `weight` itself: it is computed with W + the changes, in
-    W's type."""
+    """A router, or another module that multiplies by its `weight` itself: it is computed with W +
+    the changes, in W's type."""
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = self.replaced(adapters)
@@ -400,7 +479,8 @@ class AdaptedMatrix(AdaptedModule):
 
 
 def delta_weight(layer: LoRALayer) -> Tensor:
-    """What merging adds to the weight, float32: linear (O, I); embedding (V, D); experts (E, O, I)."""
+    """What merging adds to the weight, float32: linear (O, I); embedding (V, D); experts (E, O,
+    I)."""
     stored = layer.stored()
     delta = layer.scaling * (stored["B"] @ stored["A"])
     return delta.T if layer.kind == "embedding" else delta

@@ -1,4 +1,5 @@
-"""Puts the layers of a low-rank method in their places: which modules, which ranks, how they start."""
+"""Puts the layers of a low-rank method in their places: which modules, which ranks, how they
+start."""
 
 from collections.abc import Callable
 
@@ -15,7 +16,13 @@ from veneer.adapters.site import Site
 from veneer.adapters.targets import Targets, find_targets
 from veneer.adapters.wrapping import AdaptedModule, SwappedModule
 from veneer.errors import ConfigError
-from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, is_plain_embedding, matrix_shape
+from veneer.linear import (
+    FrozenLinear,
+    TransposedLinear,
+    frozen_linear,
+    is_plain_embedding,
+    matrix_shape,
+)
 from veneer.patterns import first_match
 from veneer.shards import make_whole
 
@@ -26,7 +33,8 @@ def build_lora(site: Site, config: LoRA) -> None:
     others = [*targets.embeddings, *targets.experts, *targets.routers]
     if config.init != "default" and others:
         raise ConfigError(
-            f"init {config.init} takes linear layers; these targets are embeddings, fused experts or routers",
+            f"init {config.init} takes linear layers; these targets are embeddings, fused experts"
+            " or routers",
             others,
             "List the linear layers in `targets`, or leave init at default.",
         )
@@ -40,7 +48,8 @@ def build_lora(site: Site, config: LoRA) -> None:
     whole += targets.routers
     if config.dropout and whole:
         raise ConfigError(
-            "dropout wants to see what a weight is multiplied with; the update of these is added to the weight itself",
+            "dropout wants to see what a weight is multiplied with; the update of these is added to"
+            " the weight itself",
             whole,
             "Set method.dropout: 0, or leave them out (method.exclude).",
         )
@@ -65,16 +74,25 @@ def build_lora(site: Site, config: LoRA) -> None:
         site.put_stack(owner, parameter, AdaptedExperts, made)
     for path in targets.routers:
         router = site.modules[path]
-        (O, I), r = (router.get_parameter("weight").shape, first_match(config.rank_pattern, path, config.rank))
+        (O, I), r = (
+            router.get_parameter("weight").shape,
+            first_match(config.rank_pattern, path, config.rank),
+        )
         A, B = site.kaiming(r, I), torch.zeros(O, r)
-        made = _layer(site, config, "linear", path, A, B, device=router.get_parameter("weight").device)
+        made = _layer(
+            site, config, "linear", path, A, B, device=router.get_parameter("weight").device
+        )
         site.put(path, AdaptedMatrix, made)
     _train_in_full(site, targets)
 
 
 def _pissa(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Generator) -> Factors:
     return pissa_start(
-        weight, rank=layer.rank, scaling=layer.scaling, iterations=config.svd_iterations, generator=generator
+        weight,
+        rank=layer.rank,
+        scaling=layer.scaling,
+        iterations=config.svd_iterations,
+        generator=generator,
     )
 
 
@@ -82,8 +100,12 @@ def _olora(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Gene
     return olora_start(weight, rank=layer.rank)
 
 
-_START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]] = {"pissa": _pissa, "olora": _olora}
-"""Starts that the weight alone decides; models/initial_values.py brings those that need rows or the original weight."""
+_START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]] = {
+    "pissa": _pissa,
+    "olora": _olora,
+}
+"""Starts that the weight alone decides; models/initial_values.py brings those that need rows or the
+original weight."""
 
 
 def build_dora(site: Site, config: DoRA) -> None:
@@ -110,7 +132,12 @@ def _targets(site: Site, config: LowRank) -> Targets:
         with site.routing.none():
             read_past = weights_read_past(site.model)
     targets = find_targets(
-        site.modules, config, head=site.head, read_past=read_past, idle=site.idle, refused=refused_by_peft(site.model)
+        site.modules,
+        config,
+        head=site.head,
+        read_past=read_past,
+        idle=site.idle,
+        refused=refused_by_peft(site.model),
     )
     site.attachment.trained = targets.trained
     site.attachment.adaptable = targets.adaptable
@@ -148,12 +175,22 @@ def _layer(
     """The next layer of the attachment, A and B on the base's device."""
     alpha = first_match(config.alpha_pattern, path, config.alpha)
     key = len(site.attachment.layers)
-    return LoRALayer(kind, A.to(device), B.to(device), alpha=alpha, rslora=config.rslora, dropout=dropout, key=key)
+    return LoRALayer(
+        kind,
+        A.to(device),
+        B.to(device),
+        alpha=alpha,
+        rslora=config.rslora,
+        dropout=dropout,
+        key=key,
+    )
 
 
 def _train_in_full(site: Site, targets: Targets) -> None:
     """Biases and whole modules that the settings train beside the update."""
-    trained = {path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained}
+    trained = {
+        path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained
+    }
     for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
         module = site.modules[path]
         make_whole(module)

@@ -1,12 +1,14 @@
 """Tokens that an adapter brings: rows of its own beside a base's embedding, and beside its head.
 
     embedding   table[ids], and where an id is one of the adapter's: its row
-    head        the base's logits, and in the columns of these ids h row^T (+ the base's bias, where it has one there)
+    head        the base's logits, and in the columns of these ids h row^T (+ the base's bias, where
+                it has one there)
 
-The base's tables stay as they are. An id may lie among their rows (a padded vocabulary) or behind them: the logits are
-then so much wider. On rows that no such adapter acts on, those columns are -inf. A row is a token's own: one adapter
-that brings tokens acts on a row of the forward, and with weight 1 (combinations.py).
-Shapes: n tokens brought, D hidden, V rows of the base's table, M rows of a forward.
+The base's tables stay as they are. An id may lie among their rows (a padded vocabulary) or behind
+them: the logits are then so much wider. On rows that no such adapter acts on, those columns are
+-inf. A row is a token's own: one adapter that brings tokens acts on a row of the forward, and with
+weight 1 (combinations.py). Shapes: n tokens brought, D hidden, V rows of the base's table, M rows
+of a forward.
 """
 
 from collections.abc import Sequence
@@ -39,7 +41,9 @@ class ExtendedEmbedding(_Extended):
         if not any(parts.values()):
             known: Tensor = self.base(input)
             return known
-        own: Tensor = self.base(input.clamp(max=unwrapped(self).get_parameter("weight").shape[0] - 1))
+        own: Tensor = self.base(
+            input.clamp(max=unwrapped(self).get_parameter("weight").shape[0] - 1)
+        )
         scale = getattr(unwrapped(self), "embed_scale", 1.0)
         if acting.whole is not None:
             rows = parts[acting.whole]
@@ -49,7 +53,9 @@ class ExtendedEmbedding(_Extended):
         pieces = []
         for segment in acting.segments(rows_of(acting, (input,), {})):
             rows, some = parts[segment.adapters], flat[segment.rows]
-            pieces.append(some if rows is None else rows.looked_up(flat_ids[segment.rows], some, scale))
+            pieces.append(
+                some if rows is None else rows.looked_up(flat_ids[segment.rows], some, scale)
+            )
         return torch.cat(pieces).view(own.shape)
 
 
@@ -77,10 +83,16 @@ class ExtendedHead(_Extended):
 
 
 def put_tokens(site: Site, brought: Brought, embedding: nn.Module | None) -> None:
-    """Rows for these tokens beside the embedding and the head. ConfigError: the model has no place for them."""
+    """Rows for these tokens beside the embedding and the head. ConfigError: the model has no place
+    for them."""
     paths = {id(module): path for path, module in site.modules.items()}
     table = None if embedding is None else unwrapped(embedding)
-    if table is None or not is_plain_embedding(table) or site.head is None or frozen_linear(site.head) is None:
+    if (
+        table is None
+        or not is_plain_embedding(table)
+        or site.head is None
+        or frozen_linear(site.head) is None
+    ):
         raise ConfigError(
             "this model takes no new tokens",
             ["its embedding is no plain table, or its head no plain linear layer"],
@@ -89,7 +101,8 @@ def put_tokens(site: Site, brought: Brought, embedding: nn.Module | None) -> Non
     at_table, at_head = paths[id(table)], paths[id(site.head)]
     if past := [path for path in (at_table, at_head) if f"{path}.weight" in (site.read_past or ())]:
         raise ConfigError(
-            "this model takes no new tokens: it reads a table past its module, where new rows would not act",
+            "this model takes no new tokens: it reads a table past its module, where new rows would"
+            " not act",
             past,
             "Leave new_tokens out.",
         )
@@ -120,7 +133,9 @@ def _rows(brought: Brought, site: Site, path: str) -> TokenRows:
 
 def width_of(adapters: Applied, own: int) -> int:
     """Ids that rows on which these act know; own: those of the base."""
-    return max([own, *(adapter.tokens.end for adapter, _ in adapters if adapter.tokens is not None)])
+    return max(
+        [own, *(adapter.tokens.end for adapter, _ in adapters if adapter.tokens is not None)]
+    )
 
 
 def texts_of(adapters: Sequence[Any]) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ _TAKEN = {
 
 @dataclass(frozen=True)
 class Preamble:
-    """system: the turn that a conversation without one gets; None: none. variables: of the chat template. tokens: texts
-    that are tokens of the adapter's own."""
+    """system: the turn that a conversation without one gets; None: none. variables: of the chat
+    template. tokens: texts that are tokens of the adapter's own."""
 
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -32,10 +32,14 @@ class Preamble:
     def __bool__(self) -> bool:
         return self.system is not None or bool(self.variables)
 
-    def asked(self, system: str | None = None, variables: Mapping[str, Any] | None = None) -> Preamble:
+    def asked(
+        self, system: str | None = None, variables: Mapping[str, Any] | None = None
+    ) -> Preamble:
         """With what somebody says instead: a system turn ("": none), variables (None: left out)."""
         chosen = self.system if system is None else system or None
-        return replace(self, system=chosen, variables=given({**self.variables, **(variables or {})}))
+        return replace(
+            self, system=chosen, variables=given({**self.variables, **(variables or {})})
+        )
 
     def opening(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages, behind the system turn unless they have one."""
@@ -56,7 +60,9 @@ def shared(preambles: Iterable[Preamble]) -> Preamble:
         for name, value in first.variables.items()
         if all(name in each.variables and each.variables[name] == value for each in others)
     }
-    return Preamble(system, alike, next((each.tokens for each in (first, *others) if each.tokens), ()))
+    return Preamble(
+        system, alike, next((each.tokens for each in (first, *others) if each.tokens), ())
+    )
 
 
 def given(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +78,8 @@ def variable_faults(variables: Mapping[str, Any]) -> list[str]:
     faults += [
         f"{str(name)[:40]!r} is no name of a variable"
         for name in variables
-        if not (isinstance(name, str) and name.isidentifier() and len(name) <= 64) or name.startswith("_")
+        if not (isinstance(name, str) and name.isidentifier() and len(name) <= 64)
+        or name.startswith("_")
     ]
     if too_deep(dict(variables)):
         faults.append("a value is nested too deep")

@@ -1,9 +1,10 @@
 """Which weights a model takes from the modules that hold them, instead of calling those modules.
 
-What stands beside a module acts where the module is called. Mamba's mixers multiply by `dt_proj.weight` themselves, and
-some models use the embedding's table as their head: a layer beside such a module would act in no forward, or in a
-part of it, and merged into the weight it would. Found by watching one forward: every operation that is given a
-parameter while no module that holds it is at work. What holds of one layer holds of all: not every expert sees a token.
+What stands beside a module acts where the module is called. Mamba's mixers multiply by
+`dt_proj.weight` themselves, and some models use the embedding's table as their head: a layer beside
+such a module would act in no forward, or in a part of it, and merged into the weight it would.
+Found by watching one forward: every operation that is given a parameter while no module that holds
+it is at work. What holds of one layer holds of all: not every expert sees a token.
 """
 
 import re
@@ -28,29 +29,35 @@ _OF_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotro
 
 
 def may_be_refused_by_peft(tensors: Iterable[str]) -> bool:
-    """Whether a file with these tensors adapts a module that PEFT refuses in some models; the base says which."""
+    """Whether a file with these tensors adapts a module that PEFT refuses in some models; the base
+    says which."""
     return any(not _PEFT_REFUSES.isdisjoint(name.split(".")) for name in tensors)
 
 
 def refused_by_peft(model: nn.Module) -> frozenset[str]:
-    """Paths of the modules beside which PEFT refuses LoRA: it does not load an adapter that has one there.
+    """Paths of the modules beside which PEFT refuses LoRA: it does not load an adapter that has one
+    there.
 
-    Mamba's own kernels multiply by the weight of a mixer's `out_proj` past the module while the model is in train
-    mode. Here it never is, so an update acts. PEFT 0.21, tuners_utils.py, _check_lora_target_modules_mamba.
+    Mamba's own kernels multiply by the weight of a mixer's `out_proj` past the module while the
+    model is in train mode. Here it never is, so an update acts. PEFT 0.21, tuners_utils.py,
+    _check_lora_target_modules_mamba.
     """
     if getattr(getattr(model, "config", None), "model_type", None) not in _OF_MODELS:
         return frozenset()
-    return frozenset(path for path in plain_modules(model) if path.rpartition(".")[2] in _PEFT_REFUSES)
+    return frozenset(
+        path for path in plain_modules(model) if path.rpartition(".")[2] in _PEFT_REFUSES
+    )
 
 
 def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozenset[str]:
-    """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without calling their module.
+    """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without
+    calling their module.
 
     like: the same with fewer layers, which is watched in its place.
 
-    What writes into a weight (RWKV divides some before its first answer) does not read it. Three tokens are run. A
-    model without values (meta device) may not get to the end, as nothing says which expert a token goes to: it is
-    watched up to there.
+    What writes into a weight (RWKV divides some before its first answer) does not read it. Three
+    tokens are run. A model without values (meta device) may not get to the end, as nothing says
+    which expert a token goes to: it is watched up to there.
     """
     watched = like or model
     modules = plain_modules(watched)
@@ -58,14 +65,19 @@ def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozen
     device = next(watched.parameters()).device
     with torch.no_grad(), _at_work(modules, watch), watch:
         try:
-            # Without values only with a cache: else transformers looks into the positions, which have none there.
-            watched(input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta")
+            # Without values only with a cache: else transformers looks into the positions, which
+            # have none there.
+            watched(
+                input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta"
+            )
         except Exception:  # every model trips in its own way
             if device.type != "meta":
                 raise
     seen = {in_any_layer(path) for path in watch.past}
     held = (
-        f"{path}.{name}" for path, m in plain_modules(model).items() for name, _ in m.named_parameters(recurse=False)
+        f"{path}.{name}"
+        for path, m in plain_modules(model).items()
+        for name, _ in m.named_parameters(recurse=False)
     )
     return frozenset(path for path in held if in_any_layer(path) in seen)
 
@@ -85,7 +97,9 @@ class _Watch(TorchFunctionMode):
         if isinstance(out, Tensor | tuple | list) and not _SHAPE_ALONE.fullmatch(func.__name__):
             for given in _tensors([*args, *(kwargs or {}).values()]):
                 holders = self.holders.get(id(given), [])
-                if given is not out and not any(module is each for module, _ in holders for each in self.at_work):
+                if given is not out and not any(
+                    module is each for module, _ in holders for each in self.at_work
+                ):
                     self.past.update(path for _, path in holders)
         return out
 
@@ -100,7 +114,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _at_work(modules: dict[str, nn.Module], watch: _Watch) -> Iterator[None]:
-    """Within the block `watch` knows which modules are being called; by this thread, others may be answering."""
+    """Within the block `watch` knows which modules are being called; by this thread, others may be
+    answering."""
     watched = threading.get_ident()
 
     def begin(module: nn.Module, args: Any) -> None:

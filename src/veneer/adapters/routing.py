@@ -1,8 +1,9 @@
 """The adapters on one base, and which of them act: one object that every wrapper of the base holds.
 
-Switching is a change of one attribute, however deep the model and however many adapters it carries. Wrappers read it
-one after the other, so a forward that must not see a switch of another thread holds what it began with (`held`).
-Whoever holds an adapter has a lease of it: it is not taken away before the lease ends.
+Switching is a change of one attribute, however deep the model and however many adapters it carries.
+Wrappers read it one after the other, so a forward that must not see a switch of another thread
+holds what it began with (`held`). Whoever holds an adapter has a lease of it: it is not taken away
+before the lease ends.
 """
 
 import copy
@@ -35,8 +36,8 @@ class _OfThread(threading.local):
 class Routing:
     """attached: the adapters on the base, by name: the one place that says so.
 
-    lock: around changes of what acts, and of what is attached: short.
-    changing: around putting adapters on and taking them away, files read for it included; taken before `lock`.
+    lock: around changes of what acts, and of what is attached: short. changing: around putting
+    adapters on and taking them away, files read for it included; taken before `lock`.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,11 @@ class Routing:
     @property
     def active(self) -> Active:
         """By name, of what acts on all rows."""
-        return tuple((adapter.name, weight) for part in self.acting.parts for adapter, weight in part.adapters)
+        return tuple(
+            (adapter.name, weight)
+            for part in self.acting.parts
+            for adapter, weight in part.adapters
+        )
 
     @active.setter
     def active(self, value: Active) -> None:
@@ -78,7 +83,8 @@ class Routing:
                 self._hold(acting)
 
     def held(self, acting: Acting | None = None) -> AbstractContextManager[None]:
-        """Within the block this thread sees `acting`, or what acts now, whatever others switch to."""
+        """Within the block this thread sees `acting`, or what acts now, whatever others switch
+        to."""
         return _Held(self, acting)
 
     def none(self) -> AbstractContextManager[None]:
@@ -106,8 +112,8 @@ class Routing:
                 self._undo_hooks = self._hold_in_forwards(model)
 
     def leave(self, name: str) -> bool:
-        """It is on the base no more, and acts no more. False, and nothing changes: another thread or a block around
-        this one has a lease. KeyError: it was not there."""
+        """It is on the base no more, and acts no more. False, and nothing changes: another thread
+        or a block around this one has a lease. KeyError: it was not there."""
         with self.lock:
             _ = self.attached[name]
             mine = self._of_thread.acting
@@ -120,7 +126,8 @@ class Routing:
                 self.switch(_without(mine, name))
             del self.attached[name]
             if not self.attached and not self._blocks and self._undo_hooks is not None:
-                # Not during a forward: one that lost its second hook would hold for ever what it began with.
+                # Not during a forward: one that lost its second hook would hold for ever what it
+                # began with.
                 self._undo_hooks()
                 self._undo_hooks = None
         return True
@@ -149,7 +156,8 @@ class Routing:
         return made
 
     def _hold_in_forwards(self, model: nn.Module) -> Callable[[], None]:
-        """Every forward of `model` sees one state from its first wrapper to its last. Returns what undoes it."""
+        """Every forward of `model` sees one state from its first wrapper to its last. Returns what
+        undoes it."""
 
         def begin(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():
@@ -169,7 +177,10 @@ class Routing:
                     with self.lock:
                         self._let_go()
 
-        handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+        handles = [
+            model.register_forward_pre_hook(begin),
+            model.register_forward_hook(end, always_call=True),
+        ]
 
         def undo() -> None:
             for handle in handles:
@@ -200,6 +211,7 @@ def _names(acting: Acting) -> set[str]:
 
 def _without(acting: Acting, name: str) -> Acting:
     parts = tuple(
-        replace(part, adapters=tuple((a, w) for a, w in part.adapters if a.name != name)) for part in acting.parts
+        replace(part, adapters=tuple((a, w) for a, w in part.adapters if a.name != name))
+        for part in acting.parts
     )
     return replace(acting, parts=parts)

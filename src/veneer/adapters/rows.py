@@ -1,7 +1,8 @@
-"""A module's call, part of the rows by part: tensors cut along their rows, results put together again.
+"""A module's call, part of the rows by part: tensors cut along their rows, results put together
+again.
 
-Rows lie along the first axis, (M, ...), along the second of a single row of tokens, (1, M, ...), or along both of a
-padded batch, (B, T, ...), whose parts are whole rows of the batch.
+Rows lie along the first axis, (M, ...), along the second of a single row of tokens, (1, M, ...), or
+along both of a padded batch, (B, T, ...), whose parts are whole rows of the batch.
 """
 
 import math
@@ -16,11 +17,15 @@ from veneer.errors import ConfigError
 
 
 def rows_of(acting: Acting, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Rows of the first tensor that a module is given, as the forward counts them: heads of a token are one row."""
+    """Rows of the first tensor that a module is given, as the forward counts them: heads of a token
+    are one row."""
     first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
     known = {acting.rows, None if acting.kept is None else len(acting.kept)} - {None}
     leading = [math.prod(first.shape[: n + 1]) for n in range(first.dim())]
-    return next((count for count in leading if count in known), leading[-2] if len(leading) > 1 else leading[0])
+    return next(
+        (count for count in leading if count in known),
+        leading[-2] if len(leading) > 1 else leading[0],
+    )
 
 
 def by_part(
@@ -31,7 +36,8 @@ def by_part(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """`base` on all rows, and in the place of the rows that are concerned what `adapted` makes of them."""
+    """`base` on all rows, and in the place of the rows that are concerned what `adapted` makes of
+    them."""
     segments = list(segments)
     own = base(args, kwargs)
     chosen = [segment for segment in segments if concerned(segment.adapters)]
@@ -92,7 +98,8 @@ def _along(value: Tensor, axis: int, part: slice, rows: int) -> slice:
     length = rows // value.shape[axis]
     if part.start % length or part.stop % length:
         raise ConfigError(
-            f"a part of a padded batch ends within a row: {part.start} to {part.stop}, rows of {length} tokens",
+            f"a part of a padded batch ends within a row: {part.start} to {part.stop}, rows of"
+            f" {length} tokens",
             next_step="Give each row of the batch to one part.",
         )
     return slice(part.start // length, part.stop // length)

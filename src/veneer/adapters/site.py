@@ -15,9 +15,11 @@ from veneer.adapters.wrapping import Wrapper, wrap
 
 @dataclass
 class Site:
-    """model: the base, with or without other adapters; modules: its own, by their own paths; head: its output head.
+    """model: the base, with or without other adapters; modules: its own, by their own paths; head:
+    its output head.
 
-    A builder fills `attachment` by `put` and `wrap`. It finds all faults before it puts the first layer.
+    A builder fills `attachment` by `put` and `wrap`. It finds all faults before it puts the first
+    layer.
     """
 
     model: nn.Module
@@ -39,7 +41,8 @@ class Site:
         return self.attachment.name
 
     def kaiming(self, *shape: int) -> torch.Tensor:
-        """Uniform within 1 / sqrt(I), I the last axis: kaiming_uniform_ with a = sqrt(5). Unset where values follow."""
+        """Uniform within 1 / sqrt(I), I the last axis: kaiming_uniform_ with a = sqrt(5). Unset
+        where values follow."""
         if self.values_follow:
             return torch.empty(shape)
         bound = 1 / math.sqrt(shape[-1])

@@ -1,9 +1,11 @@
-"""Which modules a method's settings name: the matching rules of PEFT, and an error where it is silent.
+"""Which modules a method's settings name: the matching rules of PEFT, and an error where it is
+silent.
 
-A list entry t matches a path p if p == t or p ends with "." + t. A string is one regular expression that
-matches the whole path. `all-linear` is every linear layer but the output head, fused experts included. A router that
-multiplies by its weight itself is adapted where it is named, and so is a layer where PEFT refuses LoRA.
-A rank or alpha pattern matches at the end of a path, from a dot on; the first that matches wins.
+A list entry t matches a path p if p == t or p ends with "." + t. A string is one regular expression
+that matches the whole path. `all-linear` is every linear layer but the output head, fused experts
+included. A router that multiplies by its weight itself is adapted where it is named, and so is a
+layer where PEFT refuses LoRA. A rank or alpha pattern matches at the end of a path, from a dot on;
+the first that matches wins.
 """
 
 import difflib
@@ -23,8 +25,8 @@ from veneer.patterns import pattern
 
 @dataclass(frozen=True)
 class Targets:
-    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, routers, fully trained modules,
-    biases."""
+    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, routers, fully
+    trained modules, biases."""
 
     linears: list[str]
     embeddings: list[str]
@@ -33,7 +35,8 @@ class Targets:
     trained: list[str]
     biases: list[str]
     adaptable: int
-    """How many linear layers and expert parameters the model has, the head only where it is adapted."""
+    """How many linear layers and expert parameters the model has, the head only where it is
+    adapted."""
 
 
 def ends_with(path: str, entry: str) -> bool:
@@ -46,7 +49,8 @@ def layer_number(path: str) -> int | None:
 
 
 def near(name: str, names: Sequence[str]) -> str:
-    """What exists and resembles a name that does not: by last segments, so a message stays short."""
+    """What exists and resembles a name that does not: by last segments, so a message stays
+    short."""
     endings = sorted({n.rsplit(".", 1)[-1] for n in names})
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3, cutoff=0.5)
     return f"nearest: {', '.join(close)}" if close else f"the model has: {', '.join(endings)}"
@@ -61,14 +65,16 @@ def find_targets(
     idle: Collection[str] = (),
     refused: Collection[str] = (),
 ) -> Targets:
-    """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output head.
+    """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output
+    head.
 
-    read_past: weights that the model takes past their modules (reads.py). idle: places that no gradient reaches
-    (idle.py). refused: modules where PEFT refuses LoRA (reads.py). all-linear leaves all three out. An entry that names
-    a module of `refused` gets it; one that matches idle places and others gets the others: q_proj is the language
-    model's, not its tower's.
+    read_past: weights that the model takes past their modules (reads.py). idle: places that no
+    gradient reaches (idle.py). refused: modules where PEFT refuses LoRA (reads.py). all-linear
+    leaves all three out. An entry that names a module of `refused` gets it; one that matches idle
+    places and others gets the others: q_proj is the language model's, not its tower's.
 
-    Raises ConfigError with every entry that names nothing, or only places where an update would not act or not train.
+    Raises ConfigError with every entry that names nothing, or only places where an update would not
+    act or not train.
     """
     places = _places(modules, head=head, read_past=read_past, idle=idle, refused=refused)
     faults: list[str] = []
@@ -79,7 +85,11 @@ def find_targets(
     if not chosen and not faults:
         faults.append("after exclude and layers nothing is left to adapt")
     if faults:
-        raise ConfigError("the adapter's settings do not fit the model", faults, "Correct the names and start again.")
+        raise ConfigError(
+            "the adapter's settings do not fit the model",
+            faults,
+            "Correct the names and start again.",
+        )
     taken = set(chosen)
     return Targets(
         linears=[p for p in places.linears if p in taken],
@@ -120,12 +130,14 @@ class _Places:
 
     @property
     def all_linear(self) -> list[str]:
-        """Linear layers but the head, and fused experts; nothing that would not train or that PEFT refuses."""
+        """Linear layers but the head, and fused experts; nothing that would not train or that PEFT
+        refuses."""
         unfit = {self.head, *self.past, *self.still, *self.refused}
         return [p for p in (*self.linears, *self.experts) if p not in unfit]
 
     def adaptable(self, chosen: Sequence[str]) -> int:
-        """How many could be: the head, and a linear layer that is unfit, only where they are chosen."""
+        """How many could be: the head, and a linear layer that is unfit, only where they are
+        chosen."""
         return len({*self.all_linear, *self.experts, *chosen})
 
 
@@ -141,7 +153,11 @@ def _places(
     found = _Places(
         linears=[path for path, module in modules.items() if frozen_linear(module) is not None],
         embeddings=[path for path, module in modules.items() if is_plain_embedding(module)],
-        experts=[f"{path}.{name}" for path, module in modules.items() for name in expert_parameters(module)],
+        experts=[
+            f"{path}.{name}"
+            for path, module in modules.items()
+            for name in expert_parameters(module)
+        ],
         routers=[path for path, module in modules.items() if matrix_shape(module) is not None],
         head=next((path for path, module in modules.items() if module is head), None),
     )
@@ -158,12 +174,19 @@ def _places(
 
 def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str]) -> list[str]:
     """Modules that the settings train in full."""
-    trained = _by_entries(config.train_modules, "train_modules", [path for path in modules if path], faults)
+    trained = _by_entries(
+        config.train_modules, "train_modules", [path for path in modules if path], faults
+    )
     for path in trained:
         if any(modules[path].children()):
-            faults.append(f"train_modules: {path} holds other modules; name those (a head, a norm, an embedding)")
+            faults.append(
+                f"train_modules: {path} holds other modules; name those (a head, a norm, an"
+                " embedding)"
+            )
         if isinstance(modules[path], PackedModule):
-            faults.append(f"train_modules: the weight of {path} is held packed (quantize) and cannot train")
+            faults.append(
+                f"train_modules: the weight of {path} is held packed (quantize) and cannot train"
+            )
     return trained
 
 
@@ -177,19 +200,26 @@ def _named(places: _Places, config: LowRank, faults: list[str]) -> list[str]:
     chosen = [path for path in chosen if path not in places.still] or chosen
     if not chosen:
         faults.append(
-            f"targets {config.targets!r} is a regular expression and matches no whole path; "
-            f"for instance '.*{places.linears[-1].rsplit('.', 1)[-1]}' would; {near(config.targets, places.everything)}"
+            f"targets {config.targets!r} is a regular expression and matches no whole path; for"
+            f" instance '.*{places.linears[-1].rsplit('.', 1)[-1]}' would;"
+            f" {near(config.targets, places.everything)}"
         )
     return chosen
 
 
 def _by_entries(
-    entries: Sequence[str], what: str, among: Sequence[str], faults: list[str], still: Collection[str] = ()
+    entries: Sequence[str],
+    what: str,
+    among: Sequence[str],
+    faults: list[str],
+    still: Collection[str] = (),
 ) -> list[str]:
-    """Paths that entries name, exactly or by their ending, those of `still` where an entry names no others; `what`:
-    the setting that lists them."""
+    """Paths that entries name, exactly or by their ending, those of `still` where an entry names no
+    others; `what`: the setting that lists them."""
     found: set[str] = set()
-    by_ending: dict[str, list[str]] = {}  # an adapter from a file lists every module: no loop in a loop
+    by_ending: dict[
+        str, list[str]
+    ] = {}  # an adapter from a file lists every module: no loop in a loop
     for path in among if entries else ():
         for start in (0, *(i + 1 for i, c in enumerate(path) if c == ".")):
             by_ending.setdefault(path[start:], []).append(path)
@@ -205,9 +235,14 @@ def _by_entries(
 
 
 def _left(
-    places: _Places, config: LowRank, named: Sequence[str], trained: Sequence[str], faults: list[str]
+    places: _Places,
+    config: LowRank,
+    named: Sequence[str],
+    trained: Sequence[str],
+    faults: list[str],
 ) -> list[str]:
-    """What stays of it: not what `exclude` names, nor what trains in full, nor another layer than `layers` has."""
+    """What stays of it: not what `exclude` names, nor what trains in full, nor another layer than
+    `layers` has."""
     excluded: set[str] = set()
     for entry in config.exclude:
         hits = _names(entry, places.everything)
@@ -220,7 +255,9 @@ def _left(
     fit = (path for path in places.everything if path not in places.still)
     numbers = {number for path in fit if (number := layer_number(path)) is not None}
     if unknown := sorted(set(config.layers) - numbers):
-        faults.append(f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}")
+        faults.append(
+            f"layers {unknown} do not exist; the model has layers 0-{max(numbers, default=-1)}"
+        )
     return [path for path in left if layer_number(path) in config.layers]
 
 
@@ -228,21 +265,30 @@ def _pattern_faults(chosen: Sequence[str], config: LowRank) -> list[str]:
     """Ranks and alphas of places that are not adapted."""
     return [
         f"{field} {source!r} matches no targeted module; {near(source, chosen)}"
-        for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern))
+        for field, patterns in (
+            ("rank_pattern", config.rank_pattern),
+            ("alpha_pattern", config.alpha_pattern),
+        )
         for source in patterns
         if chosen and not any(pattern(source).ends(path) for path in chosen)
     ]
 
 
 def _biases(
-    modules: Mapping[str, nn.Module], config: LowRank, chosen: Sequence[str], read_past: Collection[str]
+    modules: Mapping[str, nn.Module],
+    config: LowRank,
+    chosen: Sequence[str],
+    read_past: Collection[str],
 ) -> list[str]:
     """Modules whose biases the settings train."""
-    meant = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[config.bias]
+    meant = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[
+        config.bias
+    ]
     return [
         path
         for path in meant
-        if "bias" in dict(modules[path].named_parameters(recurse=False)) and f"{path}.bias" not in read_past
+        if "bias" in dict(modules[path].named_parameters(recurse=False))
+        and f"{path}.bias" not in read_past
     ]
 
 
@@ -252,7 +298,8 @@ def _within(path: str, modules: Sequence[str]) -> bool:
 
 
 def _names(entry: str, paths: list[str]) -> list[str]:
-    """Paths that an exclude entry names: exactly, by ending, or as a regular expression of the whole path."""
+    """Paths that an exclude entry names: exactly, by ending, or as a regular expression of the
+    whole path."""
     return [p for p in paths if ends_with(p, entry) or pattern(entry).full(p)]
 
 
@@ -275,9 +322,17 @@ def _unfit_faults(
 ) -> list[str]:
     """What is named and would not act or not train, places of one name as one."""
     held = [f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()]
-    named = [weight for weight in [*(_weight(p, modules) for p in chosen), *held] if weight in read_past]
-    past = "the model takes this weight itself, past the module, so what stands beside the module would not act"
-    still = "no gradient of what the model predicts comes back here (an index picks by number), so it would not train"
+    named = [
+        weight for weight in [*(_weight(p, modules) for p in chosen), *held] if weight in read_past
+    ]
+    past = (
+        "the model takes this weight itself, past the module, so what stands beside the module"
+        " would not act"
+    )
+    still = (
+        "no gradient of what the model predicts comes back here (an index picks by number), so it"
+        " would not train"
+    )
     without = [path for path in [*chosen, *trained] if _is_idle(path, modules, idle)]
     return [*_by_kind(named, past), *_by_kind(without, still)]
 

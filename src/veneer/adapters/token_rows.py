@@ -1,4 +1,5 @@
-"""The rows of tokens that an adapter brings, and what they make of what a base looks up and of its logits.
+"""The rows of tokens that an adapter brings, and what they make of what a base looks up and of its
+logits.
 
 Shapes: n tokens brought, D hidden, V rows of the base's table.
 """
@@ -16,8 +17,9 @@ PART = "tokens"
 
 @dataclass(frozen=True)
 class Brought:
-    """texts: of the tokens; () where they are the base's own. ids: of each. pieces: the ids that each text was before,
-    whose mean its row starts from; (): values follow. head: whether the head has rows for them too."""
+    """texts: of the tokens; () where they are the base's own. ids: of each. pieces: the ids that
+    each text was before, whose mean its row starts from; (): values follow. head: whether the head
+    has rows for them too."""
 
     texts: tuple[str, ...]
     ids: tuple[int, ...]
@@ -65,12 +67,15 @@ class TokenRows:
     def of_bias(self, bias: Tensor) -> Tensor:
         """(n) the base's own bias of these ids, 0 behind its end."""
         known = self.at < len(bias)
-        return torch.where(known, bias[self.at.clamp(max=len(bias) - 1)], torch.zeros_like(bias[:1]))
+        return torch.where(
+            known, bias[self.at.clamp(max=len(bias) - 1)], torch.zeros_like(bias[:1])
+        )
 
 
 @dataclass(eq=False)
 class NewTokens:
-    """places: path of the embedding, and of the head where it has a table of its own -> its rows."""
+    """places: path of the embedding, and of the head where it has a table of its own -> its
+    rows."""
 
     texts: tuple[str, ...]
     ids: tuple[int, ...]

@@ -1,10 +1,10 @@
 """Wrappers in the places of a model's modules: the only file that exchanges them.
 
-A wrapper holds its base and a key; what stands at that key is the adapters' own (adapters/attachment.py), and which of
-them act is the routing's. So nothing is registered twice, and the base's own parameters, buffers and state_dict stay
-what they were but for the name `base`. Paths are always the base's own, as if no wrapper stood anywhere; a module may
-carry several wrappers of different kinds, one around the other.
-Knows nothing of what a layer computes.
+A wrapper holds its base and a key; what stands at that key is the adapters' own
+(adapters/attachment.py), and which of them act is the routing's. So nothing is registered twice,
+and the base's own parameters, buffers and state_dict stay what they were but for the name `base`.
+Paths are always the base's own, as if no wrapper stood anywhere; a module may carry several
+wrappers of different kinds, one around the other. Knows nothing of what a layer computes.
 """
 
 from dataclasses import replace
@@ -23,9 +23,9 @@ Trained = dict[str, list[tuple[Tensor, float]]]
 
 
 class AdaptedModule(nn.Module):
-    """Common to all wrappers. `base` is the wrapped module, at the base's own `path`. With no active adapter it is
-    called as it is. outside: it stands around wrappers of the same module that are not, in whatever order adapters
-    come, because those read the module's own weight."""
+    """Common to all wrappers. `base` is the wrapped module, at the base's own `path`. With no
+    active adapter it is called as it is. outside: it stands around wrappers of the same module that
+    are not, in whatever order adapters come, because those read the module's own weight."""
 
     outside: ClassVar[bool] = False
 
@@ -38,7 +38,8 @@ class AdaptedModule(nn.Module):
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
-        """Models read a module's other attributes as if the wrapper were not there: a norm's weight for its type."""
+        """Models read a module's other attributes as if the wrapper were not there: a norm's weight
+        for its type."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -47,19 +48,24 @@ class AdaptedModule(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def idle(self) -> bool:
-        """Whether the base's own module is all that acts here now; False too where that was not listed."""
+        """Whether the base's own module is all that acts here now; False too where that was not
+        listed."""
         acting = self.routing.acting
         if (mix := acting.plan.mix) is not None:
             return self.key not in mix.keys
         return not any(part.adapters for part in acting.parts)
 
     def beside(self, adapters: Applied) -> list[tuple[Any, float]]:
-        """What these adapters put here, with their weights, in their order; each wrapper knows what it is."""
+        """What these adapters put here, with their weights, in their order; each wrapper knows what
+        it is."""
         key = self.key
         return [(a.beside[key], weight) for a, weight in adapters if key in a.beside]
 
-    def drawing(self, adapters: Applied, keys: TokenKeys | None) -> list[tuple[Any, float, TokenKeys | None]]:
-        """The same, each with dropout's keys of its own; alone or in a mix, the same adapters draw the same."""
+    def drawing(
+        self, adapters: Applied, keys: TokenKeys | None
+    ) -> list[tuple[Any, float, TokenKeys | None]]:
+        """The same, each with dropout's keys of its own; alone or in a mix, the same adapters draw
+        the same."""
         beside = self.beside(adapters)
         if keys is None or (len(beside) == 1 and keys.number == 0):
             return [(layer, w, keys) for layer, w in beside]
@@ -71,7 +77,8 @@ class AdaptedModule(nn.Module):
         return any(key in adapter.replaced for adapter, _ in adapters)
 
     def trained(self, adapters: Applied) -> Trained:
-        """Returns the values that these adapters trained in full, with the adapters' weights, by parameter."""
+        """Returns the values that these adapters trained in full, with the adapters' weights, by
+        parameter."""
         trained: Trained = {}
         for adapter, weight in adapters:
             for name, value in adapter.replaced.get(self.key, {}).items():
@@ -79,22 +86,29 @@ class AdaptedModule(nn.Module):
         return trained
 
     def summed(self, trained: Trained) -> dict[str, Tensor]:
-        """Returns the base's parameters with the weighted sums of changes. Every call computes them anew, which is
-        cheap for vectors and small matrices alone."""
-        return {name: summed_change(self.base.get_parameter(name), values) for name, values in trained.items()}
+        """Returns the base's parameters with the weighted sums of changes. Every call computes them
+        anew, which is cheap for vectors and small matrices alone."""
+        return {
+            name: summed_change(self.base.get_parameter(name), values)
+            for name, values in trained.items()
+        }
 
     def replaced(self, adapters: Applied) -> dict[str, Tensor]:
-        """Returns the parameters that these adapters trained in full: the base's with the weighted sums of changes."""
+        """Returns the parameters that these adapters trained in full: the base's with the weighted
+        sums of changes."""
         return self.summed(self.trained(adapters))
 
     def output_sum(self, trained: Trained, x: Tensor) -> Tensor:
-        """Computes base(x) + sum of weight * (base with the trained weight(x) - base(x)), in which all terms have the
-        summed vectors (a bias).
+        """Computes base(x) + sum of weight * (base with the trained weight(x) - base(x)), in which
+        all terms have the summed vectors (a bias).
 
-        The module has to be linear in its `weight`. Outputs are summed, because a head or a table summed anew for each
-        token would cost many times the product. trained: of this module, with values of `weight`.
+        The module has to be linear in its `weight`. Outputs are summed, because a head or a table
+        summed anew for each token would cost many times the product. trained: of this module, with
+        values of `weight`.
         """
-        vectors = self.summed({name: values for name, values in trained.items() if name != "weight"})
+        vectors = self.summed(
+            {name: values for name, values in trained.items() if name != "weight"}
+        )
 
         def output(parameters: dict[str, Tensor]) -> Tensor:
             y: Tensor = torch.func.functional_call(self.base, vectors | parameters, (x,))
@@ -109,11 +123,16 @@ class AdaptedModule(nn.Module):
         return any(key in adapter.beside or key in adapter.replaced for adapter, _ in adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Every part of the rows through what its adapters make of the base; rows that none concerns are the base's."""
+        """Every part of the rows through what its adapters make of the base; rows that none
+        concerns are the base's."""
         acting = self.routing.acting
         whole = acting.whole
         if whole is not None:
-            return self.adapted(whole, args, kwargs) if self.concerned(whole) else self.base(*args, **kwargs)
+            return (
+                self.adapted(whole, args, kwargs)
+                if self.concerned(whole)
+                else self.base(*args, **kwargs)
+            )
         return by_part(
             lambda a, k: self.base(*a, **k),
             lambda segment, a, k: self.adapted(segment.adapters, a, k),
@@ -129,7 +148,8 @@ class AdaptedModule(nn.Module):
 
 
 class SwappedModule(AdaptedModule):
-    """A module of any kind, some of whose parameters an adapter trains in full: biases, a head, a norm."""
+    """A module of any kind, some of whose parameters an adapter trains in full: biases, a head, a
+    norm."""
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return torch.func.functional_call(self.base, self.replaced(adapters), args, kwargs)
@@ -160,14 +180,20 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
         if path not in found:
             found[path] = module
             above = f"{path}." if path else ""
-            stack += [(above + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+            stack += [
+                (above + name, child)
+                for name, child in reversed(module._modules.items())
+                if child is not None
+            ]
     return found
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """The model's own modules once more, without wrappers: adapters that come or go later do not change this tree.
+    """The model's own modules once more, without wrappers: adapters that come or go later do not
+    change this tree.
 
-    It shares every parameter with the model. It serves questions of names and shapes, and computes nothing.
+    It shares every parameter with the model. It serves questions of names and shapes, and computes
+    nothing.
     """
     copies: dict[int, nn.Module] = {}
 
@@ -178,15 +204,17 @@ def plain_copy(model: nn.Module) -> nn.Module:
             copy = copies[id(module)] = kind.__new__(kind)
             copy.__dict__.update(module.__dict__)
             children = module._modules.items()
-            copy.__dict__["_modules"] = {name: None if child is None else copied(child) for name, child in children}
+            copy.__dict__["_modules"] = {
+                name: None if child is None else copied(child) for name, child in children
+            }
         return copies[id(module)]
 
     return copied(model)
 
 
 def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> Wrapper:
-    """The wrapper of that kind around the module at the base's own path, put there where there is none yet: within the
-    wrappers that stand outside, unless it is one of them."""
+    """The wrapper of that kind around the module at the base's own path, put there where there is
+    none yet: within the wrappers that stand outside, unless it is one of them."""
     head, _, last = path.rpartition(".")
     parent = model
     for part in head.split(".") if head else ():
@@ -204,8 +232,11 @@ def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> 
 
 
 def unwrap(model: nn.Module) -> None:
-    """Wrappers at which no adapter on the base has anything give their place back to what they stand around."""
-    for path, module in reversed(list(model.named_modules(remove_duplicate=False))):  # innermost first
+    """Wrappers at which no adapter on the base has anything give their place back to what they
+    stand around."""
+    for path, module in reversed(
+        list(model.named_modules(remove_duplicate=False))
+    ):  # innermost first
         if not isinstance(module, AdaptedModule):
             continue
         everyone = tuple((adapter, 1.0) for adapter in module.routing.attached.values())

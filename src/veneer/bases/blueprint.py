@@ -1,6 +1,8 @@
-"""What a base would be: of a named size its fields alone, and a config of transformers once somebody asks for it.
+"""What a base would be: of a named size its fields alone, and a config of transformers once
+somebody asks for it.
 
-Importing transformers takes longer than most answers that need no more than what an earlier process found.
+Importing transformers takes longer than most answers that need no more than what an earlier process
+found.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Blueprint:
     """What a base's config says.
 
     given     the config, or the fields of a named size (shapes.py), which make one
-    dtype     of the weights as they are stored, or were before they were packed, as far as that is known
+    dtype     of the weights as they are stored, or were before they were packed, as far as that is
+              known
     quantize  the format that its files hold them in, which then is how it is held; None: dense
     packed    what each weight so held takes, where the files are there
     """

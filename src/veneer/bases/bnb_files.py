@@ -5,7 +5,8 @@
     P.nested_absmax  P.nested_quant_map    where the scales are quantised themselves
     P.quant_state.bitsandbytes__nf4        the rest, as JSON in UTF-8 bytes (or __fp4)
 
-Decided per weight by which keys are there: what a folder's config.json says about skipped modules may not hold.
+Decided per weight by which keys are there: what a folder's config.json says about skipped modules
+may not hold.
 """
 
 import json
@@ -60,7 +61,9 @@ def bnb_weights(
     return found, taken, faults
 
 
-def _waiting(name: str, book: BookName, parts: Mapping[str, StoredTensor], state: Mapping[str, Any]) -> Waiting:
+def _waiting(
+    name: str, book: BookName, parts: Mapping[str, StoredTensor], state: Mapping[str, Any]
+) -> Waiting:
     shape, dtype = tuple(state["shape"]), _TYPES[state["dtype"]]
 
     def read() -> Packed:
@@ -70,9 +73,20 @@ def _waiting(name: str, book: BookName, parts: Mapping[str, StoredTensor], state
             block, offset = int(state["nested_blocksize"]), float(state["nested_offset"])
             nested = Nested(raw["nested_quant_map"], raw["nested_absmax"], block, offset)
         packed = raw[""].reshape(-1).view(torch.uint8)
-        return Packed(book, packed, raw["absmax"], raw["quant_map"], int(state["blocksize"]), shape, dtype, nested)
+        return Packed(
+            book,
+            packed,
+            raw["absmax"],
+            raw["quant_map"],
+            int(state["blocksize"]),
+            shape,
+            dtype,
+            nested,
+        )
 
-    return Waiting(name, book, shape, sum(part.bytes for part in parts.values()), read, before=dtype)
+    return Waiting(
+        name, book, shape, sum(part.bytes for part in parts.values()), read, before=dtype
+    )
 
 
 def _read_state(stored: StoredTensor) -> dict[str, Any]:
@@ -103,7 +117,8 @@ def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTenso
         wrong.append(f"type {state['dtype']!r}")
     if not (isinstance(shape, list) and 0 < len(shape) <= _MOST_AXES and all(map(_is_size, shape))):
         wrong.append(f"shape {shape!r}")
-    # An integer may be too large for a float, and one too large for C would come out there as another number.
+    # An integer may be too large for a float, and one too large for C would come out there as
+    # another number.
     outer = state.get("nested_blocksize", 1)
     if not (_is_size(outer) and outer <= _MOST_NESTED_BLOCK and outer & (outer - 1) == 0):
         wrong.append(f"nested block size {outer!r}")
@@ -116,11 +131,18 @@ def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTenso
     sizes = {"": (count + 1) // 2, "absmax": blocks * (1 if nested else 4), "quant_map": 64}
     if nested:
         sizes |= {"nested_absmax": -(-blocks // outer) * 4, "nested_quant_map": 1024}
-    kinds = {"absmax": "U8" if nested else "F32", "quant_map": "F32", "nested_absmax": "F32", "nested_quant_map": "F32"}
+    kinds = {
+        "absmax": "U8" if nested else "F32",
+        "quant_map": "F32",
+        "nested_absmax": "F32",
+        "nested_quant_map": "F32",
+    }
     for part, size in sizes.items():
         if parts[part].bytes != size or (part and parts[part].kind != kinds[part]):
             name = part or "weight"
-            wrong.append(f"{name} has {parts[part].bytes:,} bytes of {parts[part].kind}, not {size:,}")
+            wrong.append(
+                f"{name} has {parts[part].bytes:,} bytes of {parts[part].kind}, not {size:,}"
+            )
     return wrong
 
 
@@ -139,6 +161,12 @@ def file_tensors(name: str, weight: Packed) -> dict[str, Tensor]:
     tensors = {"": weight.packed.view(-1, 1), ".absmax": weight.absmax, ".quant_map": weight.table}
     if (nested := weight.nested) is not None:
         tensors |= {".nested_absmax": nested.scales, ".nested_quant_map": nested.table}
-        state |= {"nested_blocksize": nested.block, "nested_dtype": "float32", "nested_offset": nested.offset}
+        state |= {
+            "nested_blocksize": nested.block,
+            "nested_dtype": "float32",
+            "nested_offset": nested.offset,
+        }
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return {name + key: tensor for key, tensor in (tensors | {f"{_STATE}{weight.book}": text}).items()}
+    return {
+        name + key: tensor for key, tensor in (tensors | {f"{_STATE}{weight.book}": text}).items()
+    }

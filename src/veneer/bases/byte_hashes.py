@@ -1,9 +1,10 @@
 """SHA-256 of tensors' bytes, computed by several threads.
 
-The threads begin when a `ByteHashes` is made, and read the memory that each tensor has then. Work that moves a tensor's
-values to other memory can go on meanwhile; work that changes the values in place has to wait for the hashes.
-Measured: 1.3 GB/s a core of a Xeon with SHA instructions, so 0.2 s for the 269 MB of SmolLM2-135M on one core, and 6 s
-for the 14.5 GB of a model with 7B parameters on two. Reading such a model from its files takes longer.
+The threads begin when a `ByteHashes` is made, and read the memory that each tensor has then. Work
+that moves a tensor's values to other memory can go on meanwhile; work that changes the values in
+place has to wait for the hashes. Measured: 1.3 GB/s a core of a Xeon with SHA instructions, so 0.2
+s for the 269 MB of SmolLM2-135M on one core, and 6 s for the 14.5 GB of a model with 7B parameters
+on two. Reading such a model from its files takes longer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class ByteHashes:
-    """Hex SHA-256 of every given tensor's bytes. A tensor that is asked for and was not given is hashed then."""
+    """Hex SHA-256 of every given tensor's bytes. A tensor that is asked for and was not given is
+    hashed then."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._digests: dict[int, tuple[Tensor, Future[str]]] = {}
@@ -52,6 +54,7 @@ def bytes_digest(tensor: Tensor) -> str:
     found = hashlib.sha256()
     for part in flat.split(CHUNK_BYTES):
         here = part.cpu()
-        # not as numpy's array: torch no longer resizes a storage that numpy has seen, and shards.py does
+        # not as numpy's array: torch no longer resizes a storage that numpy has seen, and shards.py
+        # does
         found.update((ctypes.c_char * here.numel()).from_address(here.data_ptr()))
     return found.hexdigest()

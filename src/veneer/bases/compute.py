@@ -1,9 +1,10 @@
-"""Which type a base's weights are held and multiplied in: as they are stored, or float32 where that is much faster.
+"""Which type a base's weights are held and multiplied in: as they are stored, or float32 where that
+is much faster.
 
-Many processors have no products of bf16 or float16 numbers: torch's are then up to a hundred times slower than
-float32's, and a training step takes minutes. So on a CPU one product is timed in both types, forward and backward;
-a few milliseconds, and some ten more where they are slow. Widening to float32 is exact: it is the same base
-(bases/fingerprint.py).
+Many processors have no products of bf16 or float16 numbers: torch's are then up to a hundred times
+slower than float32's, and a training step takes minutes. So on a CPU one product is timed in both
+types, forward and backward; a few milliseconds, and some ten more where they are slow. Widening to
+float32 is exact: it is the same base (bases/fingerprint.py).
 
 Not known here: what the weights are.
 """
@@ -25,22 +26,28 @@ HeldAs = DtypeName | Literal["stored"]
 """stored: whatever the processor is like, as a file that is written from the weights has to be."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAMES: dict[torch.dtype, DtypeName] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+NAMES: dict[torch.dtype, DtypeName] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 SLOW = 2.0
-"""Times float32's time from which a type is not computed in. With AVX-512 but no bf16 products it is 1.3 (Zen 5
-with those switched off), and half the memory; with AVX2 alone 60."""
+"""Times float32's time from which a type is not computed in. With AVX-512 but no bf16 products it
+is 1.3 (Zen 5 with those switched off), and half the memory; with AVX2 alone 60."""
 
 ROWS, WIDTH = 64, 256
 ROUNDS, ENOUGH_SECONDS = 7, 0.03
-"""The least of the rounds counts, three at least: a moment in which the machine is busy must not decide."""
+"""The least of the rounds counts, three at least: a moment in which the machine is busy must not
+decide."""
 
 
 @dataclass(frozen=True)
 class Compute:
     """stored: type of most of the base's values; held: type in memory, of the products too.
 
-    times: a product in the stored type takes so many times as long as in float32 here; None: not measured.
+    times: a product in the stored type takes so many times as long as in float32 here; None: not
+    measured.
     """
 
     stored: torch.dtype
@@ -61,15 +68,22 @@ class Compute:
         """What was chosen and why, for people; None where nothing was to be chosen."""
         if self.times is None:
             return None
-        stored, times = NAMES[self.stored], f"{self.times:.2g}" if self.times < 10 else f"{self.times:.0f}"
-        here = f"in {stored} a product takes about {times} times as long as in float32 on this processor"
+        stored, times = (
+            NAMES[self.stored],
+            f"{self.times:.2g}" if self.times < 10 else f"{self.times:.0f}",
+        )
+        here = (
+            f"in {stored} a product takes about {times} times as long as in float32 on this"
+            " processor"
+        )
         if self.widens:
             return f"dtype float32, twice the bytes of the stored {stored}: {here}"
         return f"dtype {stored}, as stored: {here}"
 
 
 def choose(stored: torch.dtype, asked: HeldAs, device: torch.device) -> Compute:
-    """asked: auto decides between `stored` and float32, on a CPU alone; any other name is followed."""
+    """asked: auto decides between `stored` and float32, on a CPU alone; any other name is
+    followed."""
     if asked in DTYPES:
         return Compute(stored, DTYPES[asked])
     if asked == "stored" or device.type != "cpu" or stored == torch.float32:
@@ -80,9 +94,11 @@ def choose(stored: torch.dtype, asked: HeldAs, device: torch.device) -> Compute:
 
 @cache
 def times_float32(dtype: torch.dtype) -> float:
-    """How many times as long this processor takes for a layer's products in `dtype` as in float32; measured once.
+    """How many times as long this processor takes for a layer's products in `dtype` as in float32;
+    measured once.
 
-    On one thread: where others use the machine too, threads wait for each other, and that is what would be timed.
+    On one thread: where others use the machine too, threads wait for each other, and that is what
+    would be timed.
     """
     with ALONE:  # who asked for their number meanwhile would be told 1, and leave it so
         calls = {each: _products(each) for each in (torch.float32, dtype)}
@@ -111,7 +127,8 @@ def _least_seconds(calls: Mapping[torch.dtype, Callable[[], None]]) -> dict[torc
 
 
 def _products(dtype: torch.dtype) -> Callable[[], None]:
-    """x W^T, and g W as backward has it: the second is the slower one by far where a type has no products."""
+    """x W^T, and g W as backward has it: the second is the slower one by far where a type has no
+    products."""
     x, w = (torch.full((rows, WIDTH), 0.01, dtype=dtype, device="cpu") for rows in (ROWS, WIDTH))
 
     def both() -> None:

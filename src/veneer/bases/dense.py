@@ -17,7 +17,8 @@ def build_dense(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation=None,  # sdpa where the class supports it, else eager; never what a file says
+        # sdpa where the class supports it, else eager; never what a file says
+        attn_implementation=None,
         experts_implementation=None,
         local_files_only=True,
         trust_remote_code=False,

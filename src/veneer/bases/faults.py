@@ -1,5 +1,5 @@
-"""What there is to say against a base that was just loaded: weights that are not what they should be, settings of the
-wrong kind beside them, values that are not finite."""
+"""What there is to say against a base that was just loaded: weights that are not what they should
+be, settings of the wrong kind beside them, values that are not finite."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,34 @@ from veneer.shards import make_whole
 NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
 MOST_BEAMS = 64
 _NUMBERS = (
-    *("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
-    *("length_penalty", "no_repeat_ngram_size", "num_beams", "num_return_sequences", "max_length", "min_length"),
+    *(
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "repetition_penalty",
+    ),
+    *(
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "num_return_sequences",
+        "max_length",
+        "min_length",
+    ),
 )
 """What a model's own loop would compute with."""
 _MASK = re.compile(r"mask|bias")
 
 
-def check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], others: Sequence[str] = ()) -> None:
-    """Raises CorruptFileError if a weight is missing, misshapen or left over, or for `others`, faults found before."""
+def check_loaded(
+    folder: Path, model: PreTrainedModel, info: Mapping[str, Any], others: Sequence[str] = ()
+) -> None:
+    """Raises CorruptFileError if a weight is missing, misshapen or left over, or for `others`,
+    faults found before."""
     faults = [f"missing    {name}" for name in sorted(info["missing_keys"])]
     faults += [
         f"misshapen  {name}: {tuple(stored)} in the file, {tuple(built)} in the model"
@@ -31,7 +50,8 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], 
     ]
     faults += [f"error      {message}" for message in info.get("error_msgs", [])]
     faults += others
-    # Old buffers and parts of other models may lie in a file; a layer that config.json leaves out may not.
+    # Old buffers and parts of other models may lie in a file; a layer that config.json leaves out
+    # may not.
     known = {_without_numbers(name) for name in model.state_dict()}
     faults += [
         f"left over  {name}: config.json builds fewer of these"
@@ -40,14 +60,16 @@ def check_loaded(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], 
     ]
     if faults:
         raise CorruptFileError(
-            f"the weights in {folder} are not those of a {type(model).__name__} as config.json describes it",
+            f"the weights in {folder} are not those of a {type(model).__name__} as config.json"
+            " describes it",
             faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else []),
             NEXT_DOWNLOAD,
         )
 
 
 def check_generation(folder: Path, settings: GenerationConfig) -> None:
-    """Raises CorruptFileError for stop tokens that are no ids, and numbers that are none, in a model's settings."""
+    """Raises CorruptFileError for stop tokens that are no ids, and numbers that are none, in a
+    model's settings."""
     stops = settings.eos_token_id
     faults = [
         f"eos_token_id {str(stop)[:40]} is no token"
@@ -63,11 +85,14 @@ def check_generation(folder: Path, settings: GenerationConfig) -> None:
         if isinstance(value, int | float) and not 1 <= value <= MOST_BEAMS:
             faults.append(f"{name} {str(value)[:40]} is not between 1 and {MOST_BEAMS}")
     if faults:
-        raise CorruptFileError(f"generation_config.json in {folder} cannot be used", faults, NEXT_DOWNLOAD)
+        raise CorruptFileError(
+            f"generation_config.json in {folder} cannot be used", faults, NEXT_DOWNLOAD
+        )
 
 
 def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Settings of tokenizer_config.json that are of the wrong kind, which only shows when a text is cut."""
+    """Settings of tokenizer_config.json that are of the wrong kind, which only shows when a text is
+    cut."""
     faults = []
     most, template = tokenizer.model_max_length, tokenizer.chat_template
     if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:
@@ -80,8 +105,8 @@ def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @torch.no_grad()
 def check_finite(folder: Path, model: PreTrainedModel) -> bool:
-    """True. Raises CorruptFileError for weights, frequencies or logits that are not finite: a damaged file, a
-    rope_theta of 0. Raises SourceError if the model's own forward stops.
+    """True. Raises CorruptFileError for weights, frequencies or logits that are not finite: a
+    damaged file, a rope_theta of 0. Raises SourceError if the model's own forward stops.
 
     Logits alone do not tell: a fused attention leaves scores out that are no numbers.
     """
@@ -100,7 +125,8 @@ def check_finite(folder: Path, model: PreTrainedModel) -> bool:
 
 
 def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tensor:
-    """Logits without a cache, which training needs: xLSTM computes them, and its cache is broken for most settings.
+    """Logits without a cache, which training needs: xLSTM computes them, and its cache is broken
+    for most settings.
 
     Raises SourceError if modelling code fails: every weight is there, so the files are not damaged.
     """
@@ -114,7 +140,8 @@ def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tenso
         raise SourceError(
             f"the forward of {type(model).__name__} fails on a text of three tokens",
             [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
-            f"The weights in {folder} are complete. Check the settings in its config.json, or choose another base.",
+            f"The weights in {folder} are complete. Check the settings in its config.json, or"
+            " choose another base.",
         ) from fault
     return logits
 

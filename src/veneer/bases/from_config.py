@@ -1,7 +1,8 @@
-"""What a base would be, from its config alone: nothing is downloaded but config.json, and any size can be built.
+"""What a base would be, from its config alone: nothing is downloaded but config.json, and any size
+can be built.
 
-The config comes from a folder, a .gguf file's header, the hub (config.json alone is fetched), or a named size
-(shapes.py). The model is built on the meta device: a 70 B one takes a few megabytes.
+The config comes from a folder, a .gguf file's header, the hub (config.json alone is fetched), or a
+named size (shapes.py). The model is built on the meta device: a 70 B one takes a few megabytes.
 What model_config.py refuses about a config is refused here too.
 """
 
@@ -41,7 +42,8 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def blueprint(source: str) -> Blueprint:
-    """The config that `source` names: a named size, a folder, a .gguf file, a hub id. SourceError lists what exists."""
+    """The config that `source` names: a named size, a folder, a .gguf file, a hub id. SourceError
+    lists what exists."""
     if source in NAMED and is_whole(kept := converted_folder(NAMED[source].sha256)):
         return _from_folder(source, kept)
     path = expanded(source)
@@ -56,8 +58,12 @@ def blueprint(source: str) -> Blueprint:
     if match := HUB_ID.fullmatch(source):
         return _from_hub(source, match["repo"], match["revision"])
     raise SourceError(
-        f"there is no base {source!r} to plan for: no folder, no .gguf file, no hub id (org/name), no named size",
-        [f"did you mean  {name}" for name in difflib.get_close_matches(source.lower(), SHAPES, n=3, cutoff=0.4)],
+        f"there is no base {source!r} to plan for: no folder, no .gguf file, no hub id (org/name),"
+        " no named size",
+        [
+            f"did you mean  {name}"
+            for name in difflib.get_close_matches(source.lower(), SHAPES, n=3, cutoff=0.4)
+        ],
         f"Named sizes: {', '.join(sorted(SHAPES))}.",
     )
 
@@ -76,8 +82,8 @@ def _from_folder(source: str, folder: Path) -> Blueprint:
 
 
 def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
-    """Fetches config.json alone. The cached file is used for a full commit hash, or if the hub does not answer: a
-    branch may name another commit by now."""
+    """Fetches config.json alone. The cached file is used for a full commit hash, or if the hub does
+    not answer: a branch may name another commit by now."""
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if not (isinstance(cached, str) and (is_pinned(revision) or constants.HF_HUB_OFFLINE)):
         try:
@@ -94,7 +100,9 @@ def _config_of_hub(repo: str, revision: str | None) -> str:
     """Path of the config.json that the hub has now; downloaded only if it is not cached."""
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachableError("HF_HUB_OFFLINE is set")
-    return within(PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision))
+    return within(
+        PATIENCE_SECONDS, repo, lambda: hf_hub_download(repo, "config.json", revision=revision)
+    )
 
 
 def _not_reached(repo: str, reason: str) -> SourceError:

@@ -1,13 +1,15 @@
 """A .gguf file, converted once into a folder that transformers loads, kept in the cache.
 
     config     every hyperparameter of the header is used or refused by name (gguf_config.py)
-    tensors    each tensor of the file has one place in the model, and each weight comes from the file (gguf_weights.py)
-    tokenizer  rebuilt by transformers; refused if tokenizer.ggml.pre, how text is cut before merges, is unknown
+    tensors    each tensor of the file has one place in the model, and each weight comes from the
+               file (gguf_weights.py)
+    tokenizer  rebuilt by transformers; refused if tokenizer.ggml.pre, how text is cut before
+               merges, is unknown
     stop       every token that ends a turn is in generation_config.json
     manifest   the hash of every file: a folder that was changed afterwards is converted again
 
-Weights of quantised files are written as bf16, those of f32, f16 and bf16 files in the type of most of their matrices.
-Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+Weights of quantised files are written as bf16, those of f32, f16 and bf16 files in the type of most
+of their matrices. Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 Not known here: where the file came from.
 """
 
@@ -29,7 +31,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from veneer.bases.announced import announced_faults, built_faults, without_storage
 from veneer.bases.gguf_config import ARCHITECTURES, OTHER_SOURCE, described_config
@@ -38,7 +46,13 @@ from veneer.bases.gguf_weights import dense_values, merged, num_merged, places, 
 from veneer.bases.kept import converted_folder, is_whole, making, publish
 from veneer.bases.quiet_transformers import quiet
 from veneer.bases.stop_tokens import stop_token_ids
-from veneer.errors import CorruptFileError, DoesNotFitError, SourceError, VeneerError, is_out_of_memory
+from veneer.errors import (
+    CorruptFileError,
+    DoesNotFitError,
+    SourceError,
+    VeneerError,
+    is_out_of_memory,
+)
 from veneer.files.atomic import write_manifest
 
 _log = logging.getLogger(__name__)
@@ -49,15 +63,51 @@ _FLOATS = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-# tokenizer.ggml.pre: how text is cut before merges. llama.cpp's names and groups, from src/llama-vocab.cpp.
+# tokenizer.ggml.pre: how text is cut before merges. llama.cpp's names and groups, from
+# src/llama-vocab.cpp.
 _SPLIT_BY_TRANSFORMERS = (
-    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "dbrx", "smaug-bpe"),
+    *(
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "dbrx",
+        "smaug-bpe",
+    ),
     *("tekken", "qwen2", "deepseek-r1-qwen", "kormo", "megrez", "gpt-4o", "llama4", "kanana2"),
 )
-_SPLIT_LIKE_GPT2 = ("gpt-2", "phi-2", "olmo", "mpt", "jais", "gigachat", "trillion")  # also by transformers
-_SPLIT_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_SPLIT_LIKE_GPT2 = (
+    "gpt-2",
+    "phi-2",
+    "olmo",
+    "mpt",
+    "jais",
+    "gigachat",
+    "trillion",
+)  # also by transformers
+_SPLIT_SINGLE_DIGITS = (
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+)
 # A word that is a token is that token, whether or not merges lead to it.
-_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken")
+_WHOLE_WORDS = (
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "tekken",
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +132,8 @@ class Header:
 def convert(path: Path, sha256: str) -> Path:
     """The folder that `path`, whose bytes have this hash, was converted to, now or earlier.
 
-    Peak memory: the weights as they are written, and the largest tensor in float32.
-    Raises SourceError if the file holds what cannot be converted faithfully, CorruptFileError if it is
+    Peak memory: the weights as they are written, and the largest tensor in float32. Raises
+    SourceError if the file holds what cannot be converted faithfully, CorruptFileError if it is
     damaged, DoesNotFitError if memory or disk do not suffice.
     """
     target = converted_folder(sha256)
@@ -98,7 +148,8 @@ def convert(path: Path, sha256: str) -> Path:
 
 
 def header_config(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
-    """The config that a .gguf file's header describes, and the dtype its weights would be converted to.
+    """The config that a .gguf file's header describes, and the dtype its weights would be converted
+    to.
 
     Raises as convert does, but reads no weights.
     """
@@ -107,7 +158,8 @@ def header_config(path: Path) -> tuple[PreTrainedConfig, torch.dtype]:
 
 
 def file_config(header: Header) -> PreTrainedConfig:
-    """The config that the header describes. Raises SourceError, CorruptFileError if it is another model's."""
+    """The config that the header describes. Raises SourceError, CorruptFileError if it is another
+    model's."""
     shapes = {name: stored_shape(tensor) for name, tensor in header.tensors.items()}
     try:
         config = described_config(header.architecture, header.fields, shapes, header.rope_factors)
@@ -119,15 +171,20 @@ def file_config(header: Header) -> PreTrainedConfig:
             [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]],
             f"Download the file again; if it stays, {OTHER_SOURCE[0].lower()}{OTHER_SOURCE[1:]}",
         ) from fault
-    if faults := built_faults(config, num_tensors=len(header.tensors), num_values=header.num_values):
+    if faults := built_faults(
+        config, num_tensors=len(header.tensors), num_values=header.num_values
+    ):
         raise CorruptFileError(
-            "the header of the .gguf file does not describe its tensors", faults, "Download the file again."
+            "the header of the .gguf file does not describe its tensors",
+            faults,
+            "Download the file again.",
         )
     return config
 
 
 def _alone(path: Path, scratch: Path) -> Path:
-    """A folder that holds the file as model.gguf and nothing else: transformers also reads what lies beside it."""
+    """A folder that holds the file as model.gguf and nothing else: transformers also reads what
+    lies beside it."""
     alone = scratch / "alone"
     alone.mkdir()
     link = alone / "model.gguf"
@@ -140,23 +197,31 @@ def _alone(path: Path, scratch: Path) -> Path:
 
 @contextmanager
 def converting(path: Path, target: Path) -> Iterator[tuple[Path, Header, Path]]:
-    """`target` is made of the .gguf file at `path`: it is there, whole, after a block that wrote it.
+    """`target` is made of the .gguf file at `path`: it is there, whole, after a block that wrote
+    it.
 
-    For the block: a folder that holds the file alone, as model.gguf; its header; the folder to make and write.
+    For the block: a folder that holds the file alone, as model.gguf; its header; the folder to make
+    and write.
     """
     header = read_header(path)
     _log.info("converting %s, once", path.name)
     with making(target.parent) as scratch:
         alone, folder = _alone(path, scratch), scratch / "model"
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # one progress bar there heeds no setting
+        with (
+            quiet(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # one progress bar there heeds no setting
             yield alone, header, folder
         write_manifest(folder)
         publish(folder, target)
 
 
 def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> GenerationConfig:
-    """Which tokens end a turn; the tokenizer learns how long a row may be, and forgets how it was loaded."""
-    positions = getattr(model.config, "max_position_embeddings", None)  # Bloom has no limit of its own
+    """Which tokens end a turn; the tokenizer learns how long a row may be, and forgets how it was
+    loaded."""
+    positions = getattr(
+        model.config, "max_position_embeddings", None
+    )  # Bloom has no limit of its own
     tokenizer.model_max_length = positions or model.config.seq_length
     for passing in ("local_files_only", "is_local"):  # how it was loaded is not about the tokenizer
         tokenizer.init_kwargs.pop(passing, None)
@@ -168,7 +233,8 @@ def matched(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Gener
 
 
 def dense_model(header: Header) -> PreTrainedModel:
-    """The dense model, on the CPU, in header.dtype. Raises SourceError if file and model do not match."""
+    """The dense model, on the CPU, in header.dtype. Raises SourceError if file and model do not
+    match."""
     model = without_storage(file_config(header), header.dtype)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     try:
@@ -180,10 +246,14 @@ def dense_model(header: Header) -> PreTrainedModel:
     faults += [f"not in the file  {name}" for name in wanted if name not in values]
     for name in values.keys() & wanted.keys():
         if tuple(values[name].shape) != wanted[name]:
-            faults.append(f"{name}: {tuple(values[name].shape)} in the file, {wanted[name]} in the model")
+            faults.append(
+                f"{name}: {tuple(values[name].shape)} in the file, {wanted[name]} in the model"
+            )
     if faults:
         raise SourceError(
-            f"this {header.architecture} .gguf file and transformers' model do not match", faults[:12], OTHER_SOURCE
+            f"this {header.architecture} .gguf file and transformers' model do not match",
+            faults[:12],
+            OTHER_SOURCE,
         )
     model.load_state_dict(values, strict=False, assign=True)
     model.tie_weights()
@@ -202,7 +272,9 @@ def _dense_tensors(header: Header, model: PreTrainedModel) -> tuple[dict[str, Te
             continue
         dense = dense_values(header.tensors[name], header.architecture, model.config, header.dtype)
         if header.dtype == torch.float16 and not bool(dense.isfinite().all()):
-            faults.append(f"{name}: a value is too large for f16, the type of most matrices, or is no number")
+            faults.append(
+                f"{name}: a value is too large for f16, the type of most matrices, or is no number"
+            )
         if num_merged(place) == 1:
             values[place] = dense
         elif len(group := parts.setdefault(place, {})) == num_merged(place) - 1:
@@ -220,11 +292,16 @@ def rebuilt_tokenizer(folder: Path, header: Header) -> PreTrainedTokenizerFast:
         )
     except Exception as fault:  # each kind of vocabulary fails in its own way
         raise SourceError(
-            "the tokenizer in the .gguf file cannot be rebuilt", [f"{type(fault).__name__}: {fault}"], OTHER_SOURCE
+            "the tokenizer in the .gguf file cannot be rebuilt",
+            [f"{type(fault).__name__}: {fault}"],
+            OTHER_SOURCE,
         ) from fault
     if header.pre_tokenizer in _SPLIT_SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
         )
     if header.pre_tokenizer in _WHOLE_WORDS:
         tokenizer.backend_tokenizer.model.ignore_merges = True
@@ -232,14 +309,16 @@ def rebuilt_tokenizer(folder: Path, header: Header) -> PreTrainedTokenizerFast:
 
 
 def read_header(path: Path) -> Header:
-    """Raises CorruptFileError for what is no whole GGUF file, SourceError for what is not convertible."""
+    """Raises CorruptFileError for what is no whole GGUF file, SourceError for what is not
+    convertible."""
     try:
         check_layout(path)
         reader = GGUFReader(path)
         fields = {
             name: field.contents()
             for name, field in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.") or name.endswith((".pre", ".model", "_token_id"))
+            if not name.startswith("tokenizer.ggml.")
+            or name.endswith((".pre", ".model", "_token_id"))
         }
     except Exception as fault:  # names that are not UTF-8, values that are not what their key says
         raise CorruptFileError(
@@ -256,7 +335,9 @@ def read_header(path: Path) -> Header:
     shapes = {name: stored_shape(tensor) for name, tensor in tensors.items()}
     if faults := announced_faults(fields.items(), shapes):
         raise CorruptFileError(
-            f"the header of {path.name} does not describe its tensors", faults[:20], "Download the file again."
+            f"the header of {path.name} does not describe its tensors",
+            faults[:20],
+            "Download the file again.",
         )
     return Header(
         architecture=architecture,
@@ -273,8 +354,8 @@ def read_header(path: Path) -> Header:
 def _file_dtype(tensors: Mapping[str, ReaderTensor]) -> torch.dtype:
     """The type that most values of the matrices have; bf16 where any matrix is stored in blocks.
 
-    Vectors do not count: they are f32 in every file. Of an f16 file some matrices are f32 too: GPT-2's positions,
-    routers of experts.
+    Vectors do not count: they are f32 in every file. Of an f16 file some matrices are f32 too:
+    GPT-2's positions, routers of experts.
     """
     values: Counter[GGMLQuantizationType] = Counter()
     for tensor in tensors.values():
@@ -287,7 +368,9 @@ def _file_dtype(tensors: Mapping[str, ReaderTensor]) -> torch.dtype:
     return _FLOATS[values.most_common(1)[0][0]]
 
 
-def _faults(architecture: str, pre: str | None, fields: Mapping[str, Any], names: list[str]) -> list[str]:
+def _faults(
+    architecture: str, pre: str | None, fields: Mapping[str, Any], names: list[str]
+) -> list[str]:
     """Every reason why a conversion would not be faithful."""
     faults = []
     if architecture not in ARCHITECTURES:
@@ -295,12 +378,16 @@ def _faults(architecture: str, pre: str | None, fields: Mapping[str, Any], names
     if fields.get("general.type", "model") != "model":
         faults.append(f"general.type {fields['general.type']}: it is no model")
     if fields.get("split.count", 1) not in (0, 1):
-        faults.append(f"it is one of {fields['split.count']} parts: join them with llama-gguf-split --merge")
+        faults.append(
+            f"it is one of {fields['split.count']} parts: join them with llama-gguf-split --merge"
+        )
     if odd := [name for name in names if name.startswith("rope_")]:
         faults.append(f"rope factors {', '.join(odd)}: not known here")
     known = (*_SPLIT_BY_TRANSFORMERS, *_SPLIT_LIKE_GPT2, *_SPLIT_SINGLE_DIGITS)
     if pre is not None and pre not in known:
-        faults.append(f"tokenizer.ggml.pre {pre}: how it cuts text is not known; known are {', '.join(known)}")
+        faults.append(
+            f"tokenizer.ggml.pre {pre}: how it cuts text is not known; known are {', '.join(known)}"
+        )
     return faults
 
 

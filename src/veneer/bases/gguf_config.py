@@ -1,12 +1,14 @@
-"""The config that a .gguf header describes. Every hyperparameter of the header is used or refused by name.
+"""The config that a .gguf header describes. Every hyperparameter of the header is used or refused
+by name.
 
-Each architecture has a function below. It reads the keys that llama.cpp reads for that architecture and returns the
-fields of transformers' config. `Hyperparameters` notes what was read; a key that nothing read is a fault. Whatever
-llama.cpp computes with but does not read from the file (activations, attention scales, norms of experts' weights)
-is written here as llama.cpp has it, so no default of transformers decides.
+Each architecture has a function below. It reads the keys that llama.cpp reads for that architecture
+and returns the fields of transformers' config. `Hyperparameters` notes what was read; a key that
+nothing read is a fault. Whatever llama.cpp computes with but does not read from the file
+(activations, attention scales, norms of experts' weights) is written here as llama.cpp has it, so
+no default of transformers decides.
 
-Source: llama.cpp, src/llama-model.cpp (load_hparams) and src/models/*.cpp (load_arch_hparams, build_arch_graph);
-conversion/*.py for the keys that its converter writes.
+Source: llama.cpp, src/llama-model.cpp (load_hparams) and src/models/*.cpp (load_arch_hparams,
+build_arch_graph); conversion/*.py for the keys that its converter writes.
 """
 
 from __future__ import annotations
@@ -23,17 +25,26 @@ from veneer.errors import SourceError
 
 MOST_FAULTS = 20
 OTHER_SOURCE = "Take the model's safetensors version (a hub id or a folder)."
-_TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+_TOKENS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
 
 Fields = dict[str, Any]
 
 
 def described_config(
-    architecture: str, fields: Mapping[str, Any], tensors: Shapes, rope_factors: np.ndarray[Any, Any] | None = None
+    architecture: str,
+    fields: Mapping[str, Any],
+    tensors: Shapes,
+    rope_factors: np.ndarray[Any, Any] | None = None,
 ) -> PreTrainedConfig:
-    """The config of the header's model. rope_factors: what Llama 3's rotary frequencies are divided by.
+    """The config of the header's model. rope_factors: what Llama 3's rotary frequencies are divided
+    by.
 
-    Raises SourceError with every key that is missing, unknown or of a value that transformers' model cannot have.
+    Raises SourceError with every key that is missing, unknown or of a value that transformers'
+    model cannot have.
     """
     model_type, read = ARCHITECTURES[architecture]
     header = Hyperparameters(architecture, fields, tensors)
@@ -42,9 +53,15 @@ def described_config(
         header.faults.append("token_embd.weight is not in the file")
     header.refuse_unread()
     if rope_factors is not None and values:
-        scaling = llama3_scaling(rope_factors, values["rope_parameters"]) if architecture == "llama" else None
+        scaling = (
+            llama3_scaling(rope_factors, values["rope_parameters"])
+            if architecture == "llama"
+            else None
+        )
         if scaling is None:
-            header.faults.append("rope_freqs.weight: these rotary factors are not the scaling of a Llama 3")
+            header.faults.append(
+                "rope_freqs.weight: these rotary factors are not the scaling of a Llama 3"
+            )
         else:
             values["rope_parameters"] |= scaling
     if header.faults:
@@ -55,7 +72,9 @@ def described_config(
         )
     tokens = {name: fields.get(f"tokenizer.ggml.{key}") for name, key in _TOKENS.items()}
     rows = tensors["token_embd.weight"][0]
-    ids = {name: id if isinstance(id, int) and 0 <= id < rows else None for name, id in tokens.items()}
+    ids = {
+        name: id if isinstance(id, int) and 0 <= id < rows else None for name, id in tokens.items()
+    }
     config: PreTrainedConfig = CONFIG_MAPPING[model_type](**{**values, **ids})
     return config
 
@@ -90,7 +109,9 @@ def _no_experts(header: Hyperparameters) -> None:
 
 def _own_head_dim(header: Hyperparameters, sizes: Fields) -> int:
     """The size of a head where the family has a setting for it. All of a head is rotated."""
-    head_dim = header.size("attention.key_length", _share(sizes["hidden_size"], sizes["num_attention_heads"]))
+    head_dim = header.size(
+        "attention.key_length", _share(sizes["hidden_size"], sizes["num_attention_heads"])
+    )
     header.expect("attention.value_length", head_dim)
     header.expect("rope.dimension_count", head_dim)
     return head_dim
@@ -105,15 +126,20 @@ def _head_dim(header: Hyperparameters, hidden_size: int, heads: int) -> int:
 
 
 def _share(whole: int, parts: int) -> int:
-    """What each part has of a whole, at least 1: a header without these sizes is refused later, with all its faults."""
+    """What each part has of a whole, at least 1: a header without these sizes is refused later,
+    with all its faults."""
     return max(whole // parts, 1)
 
 
 def _rope(header: Hyperparameters, scalable: bool = True) -> Fields:
-    """Rotary settings. A scaling that is linear is llama.cpp's default, and 0 or no factor means 1."""
+    """Rotary settings. A scaling that is linear is llama.cpp's default, and 0 or no factor means
+    1."""
     kind = header.choice("rope.scaling.type", "linear", ("none", "linear"))
     rope: Fields = {"rope_theta": header.real("rope.freq_base", 10000.0), "rope_type": "default"}
-    for key in ("rope.scale_linear", "rope.scaling.factor"):  # the first is the older name; the second one wins
+    for key in (
+        "rope.scale_linear",
+        "rope.scaling.factor",
+    ):  # the first is the older name; the second one wins
         factor = header.real(key, 0.0)
         if factor in (0.0, 1.0):
             continue
@@ -177,14 +203,17 @@ def _qwen2moe(header: Hyperparameters) -> Fields:
         **sizes,
         **_qwen2_attention(header, sizes),
         **_experts(header, sizes["intermediate_size"]),
-        "shared_expert_intermediate_size": header.size("expert_shared_feed_forward_length", sizes["intermediate_size"]),
+        "shared_expert_intermediate_size": header.size(
+            "expert_shared_feed_forward_length", sizes["intermediate_size"]
+        ),
         "norm_topk_prob": False,
         "qkv_bias": "blk.0.attn_q.bias" in header.tensors,
     }
 
 
 def _experts(header: Hyperparameters, width: int) -> Fields:
-    """Every layer has experts; their width is a share of the layer's where the header names none."""
+    """Every layer has experts; their width is a share of the layer's where the header names
+    none."""
     chosen = header.size("expert_used_count")
     return {
         "num_experts": header.size("expert_count"),
@@ -219,7 +248,8 @@ def _qwen3moe(header: Hyperparameters) -> Fields:
 
 
 def _gemma(header: Hyperparameters, scaled_by_width: int) -> Fields:
-    """What Gemma 2 and 3 share. Of one size of each, told by its layers, scores are scaled by width / heads."""
+    """What Gemma 2 and 3 share. Of one size of each, told by its layers, scores are scaled by width
+    / heads."""
     sizes = _sizes(header)
     _no_experts(header)
     head_dim = _own_head_dim(header, sizes)
@@ -228,7 +258,9 @@ def _gemma(header: Hyperparameters, scaled_by_width: int) -> Fields:
         **sizes,
         "head_dim": head_dim,
         "rms_norm_eps": _rms_norm(header),
-        "query_pre_attn_scalar": _share(sizes["hidden_size"], sizes["num_attention_heads"]) if by_width else head_dim,
+        "query_pre_attn_scalar": _share(sizes["hidden_size"], sizes["num_attention_heads"])
+        if by_width
+        else head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "use_bidirectional_attention": False,
@@ -249,7 +281,8 @@ def _gemma2(header: Hyperparameters) -> Fields:
 
 
 def _gemma3(header: Hyperparameters) -> Fields:
-    """Without a window no layer is local, and llama.cpp does not look at what local layers would have."""
+    """Without a window no layer is local, and llama.cpp does not look at what local layers would
+    have."""
     fields, window = _gemma(header, scaled_by_width=62), header.window()
     layers, local = fields["num_hidden_layers"], header.real("rope.freq_base_swa", 10000.0)
     return {
@@ -266,10 +299,13 @@ def _gemma3(header: Hyperparameters) -> Fields:
 
 
 def _phi3(header: Hyperparameters) -> Fields:
-    """The window is the model's own: llama.cpp computes without it as long as its converter writes 0 for both."""
+    """The window is the model's own: llama.cpp computes without it as long as its converter writes
+    0 for both."""
     sizes = _sizes(header)
     _no_experts(header)
-    positions = header.size("rope.scaling.original_context_length", sizes["max_position_embeddings"])
+    positions = header.size(
+        "rope.scaling.original_context_length", sizes["max_position_embeddings"]
+    )
     head_dim = _head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])
     return {
         **sizes,
@@ -282,7 +318,8 @@ def _phi3(header: Hyperparameters) -> Fields:
 
 
 def _falcon(header: Hyperparameters) -> Fields:
-    """Falcon 7B has one key/value head; later ones have groups, and two norms in front of a layer or one."""
+    """Falcon 7B has one key/value head; later ones have groups, and two norms in front of a layer
+    or one."""
     sizes = _sizes(header)
     _no_experts(header)
     head_dim = _head_dim(header, sizes["hidden_size"], sizes["num_attention_heads"])

@@ -1,4 +1,5 @@
-"""The hyperparameters in the header of a .gguf file, read by key and type; keys that nothing read are named.
+"""The hyperparameters in the header of a .gguf file, read by key and type; keys that nothing read
+are named.
 
 Not known here: which keys an architecture has (gguf_config.py).
 """
@@ -24,7 +25,11 @@ class Hyperparameters:
         prefix = f"{architecture}."
         self.architecture, self.tensors = architecture, tensors
         self.faults: list[str] = []
-        self._values = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+        self._values = {
+            key.removeprefix(prefix): value
+            for key, value in fields.items()
+            if key.startswith(prefix)
+        }
         self._read: set[str] = set(NO_EFFECT)
 
     def size(self, key: str, default: int | None = None) -> int:
@@ -60,7 +65,8 @@ class Hyperparameters:
         return 0
 
     def layer_types(self, layers: int, period: int) -> list[str]:
-        """Which layers have a window: all but every `period`-th one, unless the header has a pattern of its own."""
+        """Which layers have a window: all but every `period`-th one, unless the header has a
+        pattern of its own."""
         key = "attention.sliding_window_pattern"
         self._read.add(key)
         value = self._values.get(key, period)
@@ -91,7 +97,8 @@ class Hyperparameters:
         self.faults.append(f"{self.architecture}.{key}  {stored}: {reason}")
 
     def _one(self, key: str, default: Any) -> Any:
-        """The value; of an array with one value for each layer, that value. None if it is missing or layers differ."""
+        """The value; of an array with one value for each layer, that value. None if it is missing
+        or layers differ."""
         self._read.add(key)
         value = self._values.get(key, default)
         if not isinstance(value, list):
@@ -100,6 +107,7 @@ class Hyperparameters:
 
 
 def undo_single_precision(value: float) -> float:
-    """The shortest number that single precision rounds to `value`: 9.99999974e-06 becomes 1e-5. Others stay."""
+    """The shortest number that single precision rounds to `value`: 9.99999974e-06 becomes 1e-5.
+    Others stay."""
     rounded = np.float32(value)
     return float(str(rounded)) if value == float(rounded) else value

@@ -1,11 +1,13 @@
 """The layout of a .gguf file, walked once before any library follows what it announces.
 
-A header of 49 bytes can announce 2^50 elements, and a reader that believes it never returns. So every length, count
-and offset is held against the bytes that are there; what comes out is only whether the file may be read.
+A header of 49 bytes can announce 2^50 elements, and a reader that believes it never returns. So
+every length, count and offset is held against the bytes that are there; what comes out is only
+whether the file may be read.
 
     magic, version, number of tensors, number of keys
     keys     name, type, value; an array: type, count, values
-    tensors  name, dimensions, type, offset; then the data, each tensor within the file, none in another's bytes
+    tensors  name, dimensions, type, offset; then the data, each tensor within the file, none in
+             another's bytes
 
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -23,7 +25,8 @@ VERSIONS = (2, 3)
 MOST_KEYS = 2**16
 MOST_TENSORS = 2**17
 MOST_ELEMENTS = 2**22
-"""Of all arrays together: readers make an object of each. The largest vocabularies have a third of it."""
+"""Of all arrays together: readers make an object of each. The largest vocabularies have a third of
+it."""
 MOST_NAME_BYTES = 2**16 - 1
 MOST_TEXT_BYTES = 2**24
 MOST_DIMENSIONS = 4
@@ -38,7 +41,8 @@ class LayoutError(Exception):
 
 
 def check_layout(path: Path) -> None:
-    """Raises LayoutError with the first thing that is announced and cannot be; OSError if the file cannot be read."""
+    """Raises LayoutError with the first thing that is announced and cannot be; OSError if the file
+    cannot be read."""
     with path.open("rb") as file:
         if file.seek(0, 2) < 24:
             raise LayoutError("too short for a header")
@@ -57,7 +61,10 @@ class _Walk:
         if self.take(4) != b"GGUF":
             raise LayoutError("it does not begin with GGUF")
         if (version := self.number("<I")) not in VERSIONS:
-            raise LayoutError(f"version {version}, known are {VERSIONS}; files for big-endian machines are not read")
+            raise LayoutError(
+                f"version {version}, known are {VERSIONS}; files for big-endian machines are not"
+                " read"
+            )
         num_tensors = self.count("tensors", MOST_TENSORS, least_bytes=24)
         num_keys = self.count("keys", MOST_KEYS, least_bytes=13)
         alignment, keys = 32, set()
@@ -82,7 +89,9 @@ class _Walk:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise LayoutError(f"{count:,} bytes are announced at {self.at:,}, the file ends at {self.size:,}")
+            raise LayoutError(
+                f"{count:,} bytes are announced at {self.at:,}, the file ends at {self.size:,}"
+            )
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -94,7 +103,9 @@ class _Walk:
         """A number of things that take at least `least_bytes` each."""
         found = self.number("<Q")
         if found > min(most, (self.size - self.at) // least_bytes):
-            raise LayoutError(f"{found:,} {what} are announced in {self.size:,} bytes; at most {most:,} are read")
+            raise LayoutError(
+                f"{found:,} {what} are announced in {self.size:,} bytes; at most {most:,} are read"
+            )
         return found
 
     def text(self, what: str, most: int) -> bytes:
@@ -144,9 +155,13 @@ class _Walk:
         try:
             values, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
-            raise LayoutError(f"tensor {_shown(name)} is of type {kind}, which is unknown") from None
+            raise LayoutError(
+                f"tensor {_shown(name)} is of type {kind}, which is unknown"
+            ) from None
         if not all(shape) or shape[0] % values:
-            raise LayoutError(f"tensor {_shown(name)} has shape {shape}, its blocks hold {values} values")
+            raise LayoutError(
+                f"tensor {_shown(name)} has shape {shape}, its blocks hold {values} values"
+            )
         return name, offset, math.prod(shape) // values * width
 
 

@@ -1,4 +1,5 @@
-"""Llama 3's rotary scaling as a .gguf file holds it: rope_freqs.weight, one divisor for each frequency."""
+"""Llama 3's rotary scaling as a .gguf file holds it: rope_freqs.weight, one divisor for each
+frequency."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _ORIGINALS = (8192, 4096, 16384, 32768)
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Factors:
-    """The divisors (head_dim / 2,) of these rotary settings: transformers' formula of rope_type llama3."""
+    """The divisors (head_dim / 2,) of these rotary settings: transformers' formula of rope_type
+    llama3."""
     frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelengths, original = 2 * np.pi / frequencies, rope["original_max_position_embeddings"]
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]

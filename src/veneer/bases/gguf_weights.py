@@ -5,7 +5,8 @@ llama.cpp's converter reorders or shifts some tensors. Each is turned back here:
     llama              rows of q and k: rotated halves stand next to each other in the file
     gemma2, gemma3, nemotron    norms hold the 1 that transformers adds while it computes
     gpt2               matrices of Conv1D are transposed
-    bloom, falcon      q, k and v stand one after the other, in the model by heads or groups of heads
+    bloom, falcon      q, k and v stand one after the other, in the model by heads or groups of
+                       heads
     qwen2moe           the gate of the shared expert is a vector
     qwen2moe, qwen3moe gate and up projections of all experts are two tensors, in the model one
 
@@ -38,8 +39,12 @@ def places(architecture: str, model: PreTrainedModel) -> dict[str, str]:
             layer = name.split(".")[2]
             found |= {f"blk.{layer}.{part}.weight": name for part in _MERGED}
             continue
-        stem, _, last = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
-        own = table.get_name(stem) or table.get_name(stem.removeprefix(prefix))  # Bloom's table has no prefix
+        stem, _, last = (
+            name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
+        )
+        own = table.get_name(stem) or table.get_name(
+            stem.removeprefix(prefix)
+        )  # Bloom's table has no prefix
         if own is not None:
             found[f"{own}.{last}"] = name
     return found
@@ -50,9 +55,13 @@ def stored_shape(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def dense_values(tensor: ReaderTensor, architecture: str, config: PreTrainedConfig, dtype: torch.dtype) -> Tensor:
+def dense_values(
+    tensor: ReaderTensor, architecture: str, config: PreTrainedConfig, dtype: torch.dtype
+) -> Tensor:
     """The values of a tensor in the model's layout."""
-    values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))).view(stored_shape(tensor))
+    values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))).view(
+        stored_shape(tensor)
+    )
     restore = _LAYOUTS.get(architecture)
     if restore is not None:
         values = restore(tensor.name, values, config)
@@ -60,7 +69,8 @@ def dense_values(tensor: ReaderTensor, architecture: str, config: PreTrainedConf
 
 
 def merged(parts: Mapping[str, Tensor]) -> Tensor:
-    """Gate and up projections of all experts (experts, O, I) as the model's one parameter (experts, 2 O, I)."""
+    """Gate and up projections of all experts (experts, O, I) as the model's one parameter (experts,
+    2 O, I)."""
     ordered = sorted(parts, key=lambda name: _MERGED.index(name.split(".")[-2]))
     return torch.cat([parts[name] for name in ordered], dim=1)
 
@@ -71,7 +81,9 @@ def num_merged(name: str) -> int:
 
 
 def _llama(name: str, values: Tensor, config: Any) -> Tensor:
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
     if heads is None:
         return values
     pairs = values.view(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])

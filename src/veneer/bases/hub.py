@@ -27,7 +27,11 @@ from veneer.files.system_errors import refusal
 T = TypeVar("T")
 
 ALLOWED_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
-IGNORED_FILES = ["*/*", "consolidated*", "adapter_*"]  # subfolders, a second copy of the weights, adapters
+IGNORED_FILES = [
+    "*/*",
+    "consolidated*",
+    "adapter_*",
+]  # subfolders, a second copy of the weights, adapters
 
 PATIENCE_SECONDS = 15.0
 
@@ -39,9 +43,11 @@ class HubUnreachableError(Exception):
 
 
 def snapshot(repo: str, revision: str | None) -> Path:
-    """The folder of a repository at one commit, which it is called by; from the cache if the commit is known and
-    there, or the hub is not."""
-    if (is_pinned(revision) or constants.HF_HUB_OFFLINE) and (cached := from_cache(repo, revision)) is not None:
+    """The folder of a repository at one commit, which it is called by; from the cache if the commit
+    is known and there, or the hub is not."""
+    if (is_pinned(revision) or constants.HF_HUB_OFFLINE) and (
+        cached := from_cache(repo, revision)
+    ) is not None:
         return cached
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set"
@@ -53,7 +59,8 @@ def snapshot(repo: str, revision: str | None) -> Path:
                 return cached
             reason = str(fault)
     raise SourceError(
-        f"{repo}{'@' + revision if revision else ''} is neither a local folder nor in the hub's cache",
+        f"{repo}{'@' + revision if revision else ''} is neither a local folder nor in the hub's"
+        " cache",
         [f"the hub was not asked or gave no answer: {reason}"],
         f"Check the network, or download it elsewhere and name the folder. {what_exists()}",
     )
@@ -87,17 +94,28 @@ def download(repo: str, revision: str | None, patience_seconds: float) -> Path:
 
     HubUnreachableError: no first answer within so many seconds.
     """
-    info = within(patience_seconds, repo, lambda: HfApi().model_info(repo, revision=revision, timeout=patience_seconds))
+    info = within(
+        patience_seconds,
+        repo,
+        lambda: HfApi().model_info(repo, revision=revision, timeout=patience_seconds),
+    )
     names = {sibling.rfilename for sibling in info.siblings or []}
     if not any(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in names):
         raise no_model(repo, names)
     try:
-        # By the name of the revision, not by info.sha: so the cache knows the name when the hub is away.
+        # By the name of the revision, not by info.sha: so the cache knows the name when the hub is
+        # away.
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=ALLOWED_FILES, ignore_patterns=IGNORED_FILES)
+            snapshot_download(
+                repo, revision=revision, allow_patterns=ALLOWED_FILES, ignore_patterns=IGNORED_FILES
+            )
         )
     except Exception as fault:  # the client's transport errors share no class across its versions
-        told = refusal(fault, constants.HF_HUB_CACHE, next_step="Free some space, or set HF_HOME to a place that has.")
+        told = refusal(
+            fault,
+            constants.HF_HUB_CACHE,
+            next_step="Free some space, or set HF_HOME to a place that has.",
+        )
         if isinstance(told, DoesNotFitError):
             raise told from fault
         raise SourceError(
@@ -108,7 +126,8 @@ def download(repo: str, revision: str | None, patience_seconds: float) -> Path:
 
 
 def within(seconds: float, repo: str, call: Callable[[], T]) -> T:
-    """`call()`'s result. Raises SourceError for the hub's clear "no", HubUnreachableError for anything else.
+    """`call()`'s result. Raises SourceError for the hub's clear "no", HubUnreachableError for
+    anything else.
 
     In a thread, because the time that a name look-up takes has no limit of its own.
     """

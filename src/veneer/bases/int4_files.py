@@ -6,10 +6,11 @@
     P.scales    F16 (G, O)                                 the same
     P.g_idx     I32 (I): the group of each column          not there
 
-GPTQ's words hold their first number in the lowest 4 bits. Its first format stores each zero less one, subtracted from
-the words as a whole (checkpoint_format gptq; gptq_v2 stores it as it is). AWQ's words hold rows 0 2 4 6 1 3 5 7.
-Sources: GPTQModel, gptqmodel/utils/model.py (convert_gptq_v1_to_v2_format_module) and nn_modules/qlinear/torch.py;
-AutoAWQ, awq/utils/packing_utils.py and awq/modules/linear/gemm.py.
+GPTQ's words hold their first number in the lowest 4 bits. Its first format stores each zero less
+one, subtracted from the words as a whole (checkpoint_format gptq; gptq_v2 stores it as it is).
+AWQ's words hold rows 0 2 4 6 1 3 5 7. Sources: GPTQModel, gptqmodel/utils/model.py
+(convert_gptq_v1_to_v2_format_module) and nn_modules/qlinear/torch.py; AutoAWQ,
+awq/utils/packing_utils.py and awq/modules/linear/gemm.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,8 +34,8 @@ _MOST_GROUP = 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """sides: (O, I) of the shape of qweight; codes: of its words, as Int4 holds them; order: of the rows in a word of
-    zeros; missing: from such a word, by the settings."""
+    """sides: (O, I) of the shape of qweight; codes: of its words, as Int4 holds them; order: of the
+    rows in a word of zeros; missing: from such a word, by the settings."""
 
     format: Quantize
     sides: Callable[[tuple[int, ...]], tuple[int, int]]
@@ -44,13 +45,15 @@ class Layout:
 
 
 def _columns(words_RO: Tensor) -> Tensor:
-    """(I / 8, O) words of eight columns -> (O, I / 2) bytes of two: their own bytes in another order."""
+    """(I / 8, O) words of eight columns -> (O, I / 2) bytes of two: their own bytes in another
+    order."""
     R, O = words_RO.shape
     return words_RO.contiguous().view(torch.uint8).view(R, O, 4).transpose(0, 1).reshape(O, 4 * R)
 
 
 def _rows(words: Tensor, order: tuple[int, ...]) -> Tensor:
-    """(N, O / 8) words of eight rows -> (O, N) uint8; order: which row each 4 bits stand for, the lowest first."""
+    """(N, O / 8) words of eight rows -> (O, N) uint8; order: which row each 4 bits stand for, the
+    lowest first."""
     count = len(words)
     eight = words.contiguous().view(torch.uint8).view(count, -1, 4)
     numbers = torch.stack([eight & 15, eight >> 4], dim=-1).view(count, -1, 8)
@@ -95,7 +98,9 @@ def _unread(settings: Mapping[str, Any]) -> list[str]:
     bits, width = settings.get("bits", settings.get("w_bit", 4)), _width(settings)
     faults = [] if bits == 4 and type(bits) is int else [f"{str(bits)[:20]} bits: 4 are read"]
     if type(width) is not int or not (width == -1 or 2 <= width <= _MOST_GROUP):
-        faults.append(f"group_size {str(width)[:40]}: not -1, nor a number from 2 to {_MOST_GROUP:,}")
+        faults.append(
+            f"group_size {str(width)[:40]}: not -1, nor a number from 2 to {_MOST_GROUP:,}"
+        )
     return faults
 
 
@@ -115,7 +120,9 @@ def int4_weights(
             continue
         path = key.removesuffix(".qweight")
         parts = {
-            part: tensors[n] for part in ("qweight", "qzeros", "scales", "g_idx") if (n := f"{path}.{part}") in tensors
+            part: tensors[n]
+            for part in ("qweight", "qzeros", "scales", "g_idx")
+            if (n := f"{path}.{part}") in tensors
         }
         taken |= {f"{path}.{part}" for part in parts}
         if wrong := _faults(parts, settings, layout):
@@ -125,7 +132,9 @@ def int4_weights(
     return found, taken, faults
 
 
-def _faults(parts: Mapping[str, StoredTensor], settings: Mapping[str, Any], layout: Layout) -> list[str]:
+def _faults(
+    parts: Mapping[str, StoredTensor], settings: Mapping[str, Any], layout: Layout
+) -> list[str]:
     if missing := [part for part in ("qzeros", "scales") if part not in parts]:
         return [f"{part} is missing" for part in missing]
     if len(parts["qweight"].shape) != 2 or 0 in parts["qweight"].shape:
@@ -133,28 +142,38 @@ def _faults(parts: Mapping[str, StoredTensor], settings: Mapping[str, Any], layo
     O, I = layout.sides(parts["qweight"].shape)
     width = _width(settings) if _width(settings) != -1 else I
     groups = -(-I // width)
-    needed = {"qweight": parts["qweight"].shape, "qzeros": (groups, O // 8), "scales": (groups, O), "g_idx": (I,)}
+    needed = {
+        "qweight": parts["qweight"].shape,
+        "qzeros": (groups, O // 8),
+        "scales": (groups, O),
+        "g_idx": (I,),
+    }
     kinds = {"scales": ("F16", "BF16", "F32")}
     wrong = []
     for part, stored in parts.items():
         allowed = kinds.get(part, ("I32",))
         if stored.shape != needed[part] or stored.kind not in allowed:
             wrong.append(
-                f"{part} is {stored.kind} of shape {stored.shape}; {' or '.join(allowed)} of shape {needed[part]} for "
-                f"{O} rows of {I} in groups of {width}"
+                f"{part} is {stored.kind} of shape {stored.shape}; {' or '.join(allowed)} of shape"
+                f" {needed[part]} for {O} rows of {I} in groups of {width}"
             )
     if O % 8 or I % 2:
         wrong.append(f"{O} rows of {I} columns: multiples of 8 and 2 are packed")
     return wrong
 
 
-def _waiting(name: str, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any], layout: Layout) -> Waiting:
+def _waiting(
+    name: str, parts: Mapping[str, StoredTensor], settings: Mapping[str, Any], layout: Layout
+) -> Waiting:
     O, I = layout.sides(parts["qweight"].shape)
     width = _width(settings) if _width(settings) != -1 else I
 
     def read() -> Int4:
         words = parts["qzeros"][...] + layout.missing(settings)
-        held = {"": layout.codes(parts["qweight"][...]), "scales": parts["scales"][...].T.contiguous()}
+        held = {
+            "": layout.codes(parts["qweight"][...]),
+            "scales": parts["scales"][...].T.contiguous(),
+        }
         held["zeros"] = _rows(words, layout.order)
         if "g_idx" in parts:
             own = parts["g_idx"][...]
@@ -162,15 +181,27 @@ def _waiting(name: str, parts: Mapping[str, StoredTensor], settings: Mapping[str
                 held["groups"] = own
         return Int4(format=layout.format, tensors=held, width=width)
 
-    size = O * I // 2 + parts["scales"].bytes + parts["scales"].bytes // parts["scales"].dtype.itemsize
+    size = (
+        O * I // 2 + parts["scales"].bytes + parts["scales"].bytes // parts["scales"].dtype.itemsize
+    )
     if "g_idx" in parts and settings.get("desc_act"):
         size += 4 * I
-    return Waiting(name, layout.format, (O, I), size, read, partial(_wrong, groups=parts["scales"].shape[0]))
+    return Waiting(
+        name, layout.format, (O, I), size, read, partial(_wrong, groups=parts["scales"].shape[0])
+    )
 
 
 def _wrong(read: Int4, *, groups: int) -> list[str]:
     most = read.tensors["scales"].float() * MOST_VALUE
-    faults = [] if most.isfinite().all() else ["a scale is not finite, or makes the largest value infinite"]
-    if (own := read.tensors.get("groups")) is not None and not (int(own.min()) >= 0 and int(own.max()) < groups):
-        faults.append(f"g_idx names groups from {int(own.min())} to {int(own.max())}, there are {groups}")
+    faults = (
+        []
+        if most.isfinite().all()
+        else ["a scale is not finite, or makes the largest value infinite"]
+    )
+    if (own := read.tensors.get("groups")) is not None and not (
+        int(own.min()) >= 0 and int(own.max()) < groups
+    ):
+        faults.append(
+            f"g_idx names groups from {int(own.min())} to {int(own.max())}, there are {groups}"
+        )
     return faults

@@ -1,8 +1,10 @@
-"""What was fetched or made once and is kept: Veneer's cache folder, where things are in it, how they appear in it.
+"""What was fetched or made once and is kept: Veneer's cache folder, where things are in it, how
+they appear in it.
 
     wheels/   wheels, also ones that the user put there by hand
     files/    single files out of wheels, under their SHA-256
-    gguf/     what became of .gguf files, under theirs: converted, or with their blocks laid out; with a manifest
+    gguf/     what became of .gguf files, under theirs: converted, or with their blocks laid out;
+              with a manifest
 
 Not known here: what is in them.
 """
@@ -35,7 +37,8 @@ def converted_folder(sha256: str) -> Path:
 
 
 def blocks_folder(sha256: str) -> Path:
-    """Where what stands beside the .gguf file with this hash is or will be, when its blocks are the weights."""
+    """Where what stands beside the .gguf file with this hash is or will be, when its blocks are the
+    weights."""
     return cache_folder() / "gguf" / f"{sha256}-blocks-{converter()}"
 
 
@@ -56,7 +59,8 @@ def is_whole(folder: Path) -> bool:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """A folder to work in, in a folder of the cache; what the system refuses is an error that names the cache."""
+    """A folder to work in, in a folder of the cache; what the system refuses is an error that names
+    the cache."""
     with explained(folder, next_step=CACHE_STEP):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
@@ -65,10 +69,11 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Moves a finished file or folder to its place: synced to disk first, so that it is whole or absent.
+    """Moves a finished file or folder to its place: synced to disk first, so that it is whole or
+    absent.
 
-    If another process has put the same thing there meanwhile, that one stays. A converted folder that was changed
-    gives way.
+    If another process has put the same thing there meanwhile, that one stays. A converted folder
+    that was changed gives way.
     """
     share_and_sync(finished, finished.parent.stat().st_mode)
     try:

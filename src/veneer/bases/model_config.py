@@ -1,7 +1,8 @@
 """A model's config.json, read as a stranger's: checked as plain JSON before transformers sees it.
 
-No code that comes with a model is ever run, and nothing is fetched because a file says so: whatever asks for either is
-refused by name. What it announces is held against the weights beside it (bases/announced.py).
+No code that comes with a model is ever run, and nothing is fetched because a file says so: whatever
+asks for either is refused by name. What it announces is held against the weights beside it
+(bases/announced.py).
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ _MOST_VALUES = {"U8": 2, "I8": 2, "I32": 8}
 """That one value of a file may stand for: weights of 4 bits lie two in a byte."""
 
 _CHANGES_LOADING = ("fusion_config", "distributed_config", "transformers_weights")
-"""Config fields that make transformers load other files or rewrite modules; plain checkpoints have none."""
+"""Config fields that make transformers load other files or rewrite modules; plain checkpoints have
+none."""
 
 
 def checked_config(folder: Path) -> PreTrainedConfig:
     """The config of a causal LM, checked as plain JSON before transformers reads it.
 
-    Raises UnsafeFileError if it needs code or names things to fetch, SourceError if it is no causal LM.
+    Raises UnsafeFileError if it needs code or names things to fetch, SourceError if it is no causal
+    LM.
     """
     path = folder / "config.json"
     raw = read_model_json(path)
@@ -52,17 +55,25 @@ def checked_config(folder: Path) -> PreTrainedConfig:
         )
     raw.pop("quantization_config", None)  # its numbers are checked by who reads them
     _check_announced(folder, raw)
-    if unsafe := [fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)]:
+    if unsafe := [
+        fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)
+    ]:
         raise UnsafeFileError(
-            f"{path} asks for more than a model's settings", unsafe, "Remove these fields if you trust the model."
+            f"{path} asks for more than a model's settings",
+            unsafe,
+            "Remove these fields if you trust the model.",
         )
     if settings := stored_settings(folder):
         refuse_unread(folder, settings)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as fault:  # every config class checks its fields in its own way
         raise CorruptFileError(
-            f"transformers cannot read {path}", [line.strip() for line in str(fault).splitlines()[:3]], NEXT_DOWNLOAD
+            f"transformers cannot read {path}",
+            [line.strip() for line in str(fault).splitlines()[:3]],
+            NEXT_DOWNLOAD,
         ) from fault
     _check_causal(folder, config)
     _leave_out_quantization(config)
@@ -79,9 +90,12 @@ def _leave_out_quantization(config: PreTrainedConfig) -> None:
 
 
 def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
-    """Raises CorruptFileError for what is no list of names, and for numbers that the files beside it cannot hold."""
+    """Raises CorruptFileError for what is no list of names, and for numbers that the files beside
+    it cannot hold."""
     try:
-        shapes = {name: tensor.shape for name, tensor in stored_tensors(weight_files(folder)).items()}
+        shapes = {
+            name: tensor.shape for name, tensor in stored_tensors(weight_files(folder)).items()
+        }
     except SourceError:  # a plan needs no weights
         shapes = None
     faults = announced_faults(_walk(raw, ""), shapes)
@@ -90,16 +104,22 @@ def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
         faults.append(f"architectures: {str(names)[:60]} is no list of names")
     if faults:
         raise CorruptFileError(
-            f"{folder / 'config.json'} does not describe the weights beside it", faults[:20], NEXT_DOWNLOAD
+            f"{folder / 'config.json'} does not describe the weights beside it",
+            faults[:20],
+            NEXT_DOWNLOAD,
         )
 
 
-def check_size(folder: Path, config: PreTrainedConfig, stored: Mapping[str, int], num_tensors: int) -> None:
+def check_size(
+    folder: Path, config: PreTrainedConfig, stored: Mapping[str, int], num_tensors: int
+) -> None:
     """Raises CorruptFileError if the model that the config builds is many times what is stored."""
     num_values = sum(count * _MOST_VALUES.get(kind, 1) for kind, count in stored.items())
     if faults := built_faults(config, num_tensors=num_tensors, num_values=num_values):
         raise CorruptFileError(
-            f"{folder / 'config.json'} does not describe the weights beside it", faults, NEXT_DOWNLOAD
+            f"{folder / 'config.json'} does not describe the weights beside it",
+            faults,
+            NEXT_DOWNLOAD,
         )
 
 
@@ -109,7 +129,8 @@ def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder or wanted is None:
         fault = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
     elif names and not any(
-        name == wanted.__name__ or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        name == wanted.__name__
+        or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
         for name in names
     ):
         fault = "no causal language model"
@@ -117,7 +138,10 @@ def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
         return
     raise SourceError(
         f"the model in {folder} is {fault}: {', '.join(names) or config.model_type}",
-        next_step="Name a causal language model, one whose architecture ends in ForCausalLM or LMHeadModel.",
+        next_step=(
+            "Name a causal language model, one whose architecture ends in ForCausalLM or"
+            " LMHeadModel."
+        ),
     )
 
 
@@ -132,10 +156,15 @@ def _walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 def _config_faults(where: str, value: Any) -> Iterator[str]:
     field = where.rpartition(".")[2]
-    if field.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
+    if field.strip("_").removesuffix("_internal") in (
+        "attn_implementation",
+        "experts_implementation",
+    ):
         names = list(value.values()) if isinstance(value, dict) else [value]
         allowed = (*ATTENTION_NAMES, "grouped_mm", "batched_mm", None)
-        yield from (f"{where}: attention {name!r} would be fetched" for name in names if name not in allowed)
+        yield from (
+            f"{where}: attention {name!r} would be fetched" for name in names if name not in allowed
+        )
     if field in _CHANGES_LOADING and value is not None:
         yield f"{where}: changes which files are read or which modules are built"
 

@@ -1,4 +1,5 @@
-"""What a folder has to hold so that it is a model: a config, and weights in safetensors files that are all there.
+"""What a folder has to hold so that it is a model: a config, and weights in safetensors files that
+are all there.
 
 Not known here: how it came to be on this machine (sources.py), what the files say.
 """
@@ -31,10 +32,11 @@ class Found:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a folder's weights: model.safetensors, or every shard of its index.
+    """The safetensors files that hold a folder's weights: model.safetensors, or every shard of its
+    index.
 
-    Raises SourceError if the folder holds no model, UnsafeFileError if its weights are pickles or its
-    index points out of the folder, CorruptFileError if shards are missing.
+    Raises SourceError if the folder holds no model, UnsafeFileError if its weights are pickles or
+    its index points out of the folder, CorruptFileError if shards are missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     names = {path.name for path in folder.iterdir()}
@@ -43,7 +45,9 @@ def weight_files(folder: Path) -> list[Path]:
     if "adapter_config.json" in names:  # transformers would put it onto the model without a word
         raise SourceError(
             f"{folder} holds a model and an adapter",
-            next_step="Move adapter_config.json and adapter_model.safetensors to a folder of their own.",
+            next_step=(
+                "Move adapter_config.json and adapter_model.safetensors to a folder of their own."
+            ),
         )
     if shards := sorted(name for name in names if re.match(r"shard-\d+-model-", name)):
         raise SourceError(
@@ -92,7 +96,8 @@ def no_model(where: str, names: set[str]) -> VeneerError:
         missing.append("model.safetensors (or its index and shards)")
     return SourceError(
         f"{where} holds no model",
-        [f"missing  {name}" for name in missing] + [f"found    {', '.join(sorted(names)[:12]) or 'an empty folder'}"],
+        [f"missing  {name}" for name in missing]
+        + [f"found    {', '.join(sorted(names)[:12]) or 'an empty folder'}"],
         "Name a folder as transformers' save_pretrained writes it.",
     )
 
@@ -101,6 +106,7 @@ def pickled(where: str, names: list[str]) -> UnsafeFileError:
     return UnsafeFileError(
         f"the weights of {where} are no safetensors files; such files can run code when read",
         names[:8],
-        "Take a safetensors version: many hub models have one, some as a pull request (org/name@refs/pr/1).\n"
-        "If you trust the author, convert it once with transformers: load it and call save_pretrained(folder).",
+        "Take a safetensors version: many hub models have one, some as a pull request"
+        " (org/name@refs/pr/1).\nIf you trust the author, convert it once with transformers: load"
+        " it and call save_pretrained(folder).",
     )

@@ -1,7 +1,7 @@
 """Packed weights on their way from files into a model, in the hands of transformers' loader.
 
-It reads each where it is needed, brings it to a device and, for experts that the files hold apart, stacks and joins
-them: a packed weight goes through all of it as one value, in its own types.
+It reads each where it is needed, brings it to a device and, for experts that the files hold apart,
+stacks and joins them: a packed weight goes through all of it as one value, in its own types.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NEXT = "Download the model again; if it stays, ask its author."
 class Waiting:
     """A weight that lies packed in its files; `[...]` reads it.
 
-    shape: of the dense weight; bytes: in memory, once read; before: the type that it was packed from, where the files
-    say. faults: what its values have against it.
+    shape: of the dense weight; bytes: in memory, once read; before: the type that it was packed
+    from, where the files say. faults: what its values have against it.
     """
 
     name: str
@@ -52,13 +52,18 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Moving:
-    """It follows to a device and keeps its types. fault: why the model's weight cannot be made of it."""
+    """It follows to a device and keeps its types. fault: why the model's weight cannot be made of
+    it."""
 
     weight: PackedWeight
     fault: str | None = None
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Moving:
-        return Moving(self.weight.holding({key: each.to(device) for key, each in self.weight.tensors.items()}))
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Moving:
+        return Moving(
+            self.weight.holding({key: each.to(device) for key, each in self.weight.tensors.items()})
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,5 @@
-"""MXFP4 experts in files, as gpt-oss has them. P is the dense parameter's name (mlp.experts.gate_up_proj):
+"""MXFP4 experts in files, as gpt-oss has them. P is the dense parameter's name
+(mlp.experts.gate_up_proj):
 
     P_blocks    U8 (E, O, I / 32, 16)    two values a byte, the first in the low half
     P_scales    U8 (E, O, I / 32)        exponents, 127 too large
@@ -40,8 +41,9 @@ def mxfp4_weights(
             or {blocks.kind, scales.kind} != {"U8"}
         ):
             faults.append(
-                f"{key} is {blocks.kind} of shape {blocks.shape}, {name}_scales {scales.kind} of shape {scales.shape}: "
-                f"not U8 of (E, O, groups, {GROUP // 2}) and of (E, O, groups)"
+                f"{key} is {blocks.kind} of shape {blocks.shape}, {name}_scales {scales.kind} of"
+                f" shape {scales.shape}: not U8 of (E, O, groups, {GROUP // 2}) and of (E, O,"
+                " groups)"
             )
         else:
             found[name] = _waiting(name, blocks, scales)
@@ -56,6 +58,10 @@ def _waiting(name: str, blocks: StoredTensor, scales: StoredTensor) -> Waiting:
 
     def wrong(read: MXFP4) -> list[str]:
         most = int(read.tensors["exponents"].max())
-        return [f"an exponent of {most}, at most {MOST_EXPONENT} is finite"] if most > MOST_EXPONENT else []
+        return (
+            [f"an exponent of {most}, at most {MOST_EXPONENT} is finite"]
+            if most > MOST_EXPONENT
+            else []
+        )
 
     return Waiting(name, "mxfp4", (E, groups * GROUP, O), blocks.bytes + scales.bytes, read, wrong)

@@ -13,8 +13,8 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base with a short name: its hub id, the wheel whose .gguf file stands in for it, and the licence that the
-    wheel's metadata and the file's own name."""
+    """A base with a short name: its hub id, the wheel whose .gguf file stands in for it, and the
+    licence that the wheel's metadata and the file's own name."""
 
     hub_id: str
     requirement: str
@@ -57,7 +57,8 @@ def not_found(source: str) -> SourceError:
         beside = []
     near = [*_near(source, NAMED), *_near(str(path), beside)]
     return SourceError(
-        f"there is no base {source!r}: no named default, no folder, no .gguf file, and not a hub id (org/name)",
+        f"there is no base {source!r}: no named default, no folder, no .gguf file, and not a hub id"
+        " (org/name)",
         [f"did you mean  {name}" for name in near],
         what_exists(),
     )

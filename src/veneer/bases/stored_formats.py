@@ -1,6 +1,8 @@
-"""Which format a folder holds its weights in, and its weights so. One line in READERS for each quant_method.
+"""Which format a folder holds its weights in, and its weights so. One line in READERS for each
+quant_method.
 
-What bitsandbytes packed is told by its tensors' names (bnb_files.py), the others by quantization_config in config.json.
+What bitsandbytes packed is told by its tensors' names (bnb_files.py), the others by
+quantization_config in config.json.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +14,13 @@ from typing import Any
 import torch
 
 from veneer.bases.bnb_files import bnb_weights, is_bnb
-from veneer.bases.fp8_files import blocks_compressed, blocks_fp8, fp8_weights, unread_compressed, unread_fp8
+from veneer.bases.fp8_files import (
+    blocks_compressed,
+    blocks_fp8,
+    fp8_weights,
+    unread_compressed,
+    unread_fp8,
+)
 from veneer.bases.int4_files import AWQ, GPTQ, int4_weights, unread_awq, unread_gptq
 from veneer.bases.moving import NEXT, Waiting
 from veneer.bases.mxfp4_files import mxfp4_weights, unread_mxfp4
@@ -46,7 +54,9 @@ class Reader:
 
 READERS: Mapping[str, Reader] = {
     "fp8": Reader("fp8", unread_fp8, partial(fp8_weights, blocks=blocks_fp8)),
-    "compressed-tensors": Reader("fp8", unread_compressed, partial(fp8_weights, blocks=blocks_compressed)),
+    "compressed-tensors": Reader(
+        "fp8", unread_compressed, partial(fp8_weights, blocks=blocks_compressed)
+    ),
     "mxfp4": Reader("mxfp4", unread_mxfp4, mxfp4_weights),
     "gptq": Reader("gptq", unread_gptq, partial(int4_weights, layout=GPTQ)),
     "awq": Reader("awq", unread_awq, partial(int4_weights, layout=AWQ)),
@@ -54,7 +64,8 @@ READERS: Mapping[str, Reader] = {
 
 
 def refuse_unread(folder: Path, settings: Settings) -> None:
-    """SourceError, by name, for quantised weights that are not read. settings: quantization_config."""
+    """SourceError, by name, for quantised weights that are not read. settings:
+    quantization_config."""
     method = settings.get("quant_method", "unknown method")
     if method == "bitsandbytes":
         faults = [] if settings.get("load_in_4bit") else ["in 8 bits"]
@@ -64,15 +75,17 @@ def refuse_unread(folder: Path, settings: Settings) -> None:
         faults = ["of these nothing is known here"]
     if faults:
         raise SourceError(
-            f"the weights in {folder} are stored quantised ({str(method)[:60]}) in a way that is not read yet",
+            f"the weights in {folder} are stored quantised ({str(method)[:60]}) in a way that is"
+            " not read yet",
             faults[:8],
-            "Take the model's unquantised version and quantize: nf4, or one that bitsandbytes quantised in 4 bits, "
-            f"or one of {', '.join(READERS)}.",
+            "Take the model's unquantised version and quantize: nf4, or one that bitsandbytes"
+            f" quantised in 4 bits, or one of {', '.join(READERS)}.",
         )
 
 
 def stored_settings(folder: Path) -> Settings:
-    """The quantization_config of config.json; {} if none. A model of texts and images may have it beside its text's.
+    """The quantization_config of config.json; {} if none. A model of texts and images may have it
+    beside its text's.
 
     Raises CorruptFileError for one that is no mapping, SourceError for two that differ.
     """
@@ -80,7 +93,9 @@ def stored_settings(folder: Path) -> Settings:
     found: list[Settings] = []
     for each in _settings_in(read_model_json(path)):
         if not isinstance(each, dict):
-            raise CorruptFileError(f"quantization_config in {path} is {str(each)[:60]}, not a mapping", next_step=NEXT)
+            raise CorruptFileError(
+                f"quantization_config in {path} is {str(each)[:60]}, not a mapping", next_step=NEXT
+            )
         if each and each not in found:
             found.append(each)
     if len(found) > 1:
@@ -112,36 +127,49 @@ def announced_format(folder: Path) -> Quantize | None:
 
 
 def stored_weights(folder: Path, tensors: Tensors) -> dict[str, Any]:
-    """The weights of a folder: dense ones as they are, packed ones with all their parts as one Waiting.
+    """The weights of a folder: dense ones as they are, packed ones with all their parts as one
+    Waiting.
 
-    Raises CorruptFileError with every packed weight whose parts do not belong together, SourceError for weights that
-    are neither packed in a way that is read nor dense: numbers of another program's, which as such mean nothing.
+    Raises CorruptFileError with every packed weight whose parts do not belong together, SourceError
+    for weights that are neither packed in a way that is read nor dense: numbers of another
+    program's, which as such mean nothing.
     """
     settings = stored_settings(folder)
     read = _reader(folder, tensors, settings)
     weights, taken, faults = read(tensors, settings) if read is not None else ({}, set(), [])
     dense = {name: tensor for name, tensor in tensors.items() if name not in taken}
-    if faults := faults + [f"{name} is there both packed and dense" for name in weights if name in dense]:
+    if faults := faults + [
+        f"{name} is there both packed and dense" for name in weights if name in dense
+    ]:
         raise CorruptFileError("packed weights in the files cannot be read", faults[:20], NEXT)
     if read is not None and not weights:
         raise CorruptFileError(
-            f"{folder / 'config.json'} says that the weights are stored as {settings['quant_method']}, and the "
-            f"{len(tensors):,} tensors beside it are none of these",
+            f"{folder / 'config.json'} says that the weights are stored as"
+            f" {settings['quant_method']}, and the {len(tensors):,} tensors beside it are none of"
+            " these",
             next_step="If they are dense, take quantization_config out of config.json.",
         )
-    if unread := [f"{n} is {t.kind}" for n, t in dense.items() if n.endswith(_WEIGHTS) and t.kind not in _DENSE]:
+    if unread := [
+        f"{n} is {t.kind}"
+        for n, t in dense.items()
+        if n.endswith(_WEIGHTS) and t.kind not in _DENSE
+    ]:
         raise SourceError(
-            f"of the weights in {folder} {len(unread):,} are stored packed, and config.json does not say how",
+            f"of the weights in {folder} {len(unread):,} are stored packed, and config.json does"
+            " not say how",
             unread[:8],
-            f"Take a version of the model in bf16, f16 or f32, or one with its quantization_config. {NEXT}",
+            "Take a version of the model in bf16, f16 or f32, or one with its quantization_config."
+            f" {NEXT}",
         )
     return {**weights, **dense}
 
 
 def stored_format(folder: Path, tensors: Tensors) -> tuple[Quantize, torch.dtype] | None:
-    """(format, type of the weights before they were packed) of a folder's tensors; None: none is packed.
+    """(format, type of the weights before they were packed) of a folder's tensors; None: none is
+    packed.
 
-    Where the files do not say that type, it is the one of most of the values beside the packed ones.
+    Where the files do not say that type, it is the one of most of the values beside the packed
+    ones.
     """
     weights = stored_weights(folder, tensors)
     packed = [weight for weight in weights.values() if isinstance(weight, Waiting)]
@@ -156,7 +184,11 @@ def stored_format(folder: Path, tensors: Tensors) -> tuple[Quantize, torch.dtype
 def packed_sizes(folder: Path, tensors: Tensors) -> tuple[PackedSize, ...]:
     """What each packed weight of a folder takes once it is read."""
     weights = stored_weights(folder, tensors).values()
-    return tuple(PackedSize(each.name, each.shape, each.bytes) for each in weights if isinstance(each, Waiting))
+    return tuple(
+        PackedSize(each.name, each.shape, each.bytes)
+        for each in weights
+        if isinstance(each, Waiting)
+    )
 
 
 def _reader(folder: Path, tensors: Tensors, settings: Settings) -> Read | None:

@@ -15,7 +15,9 @@ from veneer.errors import SourceError
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def stored_type(folder: Path, stored: Counter[str], held: tuple[str, torch.dtype] | None, asked: HeldAs) -> torch.dtype:
+def stored_type(
+    folder: Path, stored: Counter[str], held: tuple[str, torch.dtype] | None, asked: HeldAs
+) -> torch.dtype:
     """Of a folder that holds its weights in 4 bits, the type that they were quantised from.
 
     Of types that are none of ours, such as F64, what is asked for.
@@ -36,7 +38,8 @@ def stored_dtypes(folder: Path) -> Counter[str]:
 
 
 def most_common_dtype(folder: Path, counts: Counter[str]) -> torch.dtype:
-    """The dtype of most stored values: some checkpoints keep a few float32 weights among bf16 ones."""
+    """The dtype of most stored values: some checkpoints keep a few float32 weights among bf16
+    ones."""
     name = counts.most_common(1)[0][0] if counts else "no weights"
     if name not in _STORED:
         raise SourceError(

@@ -1,9 +1,11 @@
-"""Weights quantised while they are read: at no time more than the 4-bit model and one dense tensor are in memory.
+"""Weights quantised while they are read: at no time more than the 4-bit model and one dense tensor
+are in memory.
 
-transformers builds the model without storage and places the tensors, with its own renaming and fusing of checkpoints;
-its quantiser seam asks us, tensor by tensor, what to put there. Linear layers and gated stacks of experts are packed;
-the output head, embeddings, norms, routers and what `keep_dense` names stay. A folder that holds packed weights is
-read as it is, per tensor: what it left dense stays dense (stored_formats.py).
+transformers builds the model without storage and places the tensors, with its own renaming and
+fusing of checkpoints; its quantiser seam asks us, tensor by tensor, what to put there. Linear
+layers and gated stacks of experts are packed; the output head, embeddings, norms, routers and what
+`keep_dense` names stay. A folder that holds packed weights is read as it is, per tensor: what it
+left dense stays dense (stored_formats.py).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Endings of linear layers that choose experts: a few values that decide where every token goes."""
 
 Placed = Callable[[PreTrainedModel], object]
-"""What is told of a model while its weights come, layer after layer: those before the next one are in their places."""
+"""What is told of a model while its weights come, layer after layer: those before the next one are
+in their places."""
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -86,15 +89,27 @@ class _Quantizer(HfQuantizer):
 
     quantization_config: _Settings
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **others: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **others: Any
+    ) -> PreTrainedModel:
         self.faults: list[str] = []
         self.wanted = _packable(model)
-        matrices = (name for name, each in model.named_parameters() if each.dim() == 2 and each.dtype == model.dtype)
+        matrices = (
+            name
+            for name, each in model.named_parameters()
+            if each.dim() == 2 and each.dtype == model.dtype
+        )
         self.matrices = set(matrices) if self.quantization_config.book is None else set()
         keep = self.quantization_config.keep_dense
         paths = {path for path, _ in model.named_modules()} | self.wanted.keys()
-        self.quantization_config.unused = [k for k in keep if not any(ends_with(p, k) for p in paths)]
-        self.kept = {target for target, path in self.wanted.items() if any(_names(k, path, target) for k in keep)}
+        self.quantization_config.unused = [
+            k for k in keep if not any(ends_with(p, k) for p in paths)
+        ]
+        self.kept = {
+            target
+            for target, path in self.wanted.items()
+            if any(_names(k, path, target) for k in keep)
+        }
         self.read_past = self.wanted.keys() & weights_read_past(model)
         self.kept |= self.read_past
         return model
@@ -103,7 +118,9 @@ class _Quantizer(HfQuantizer):
     def quantized_element_size(self) -> float:
         return 0.52
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **others: Any) -> bool:
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **others: Any
+    ) -> bool:
         return param_name in self.wanted or param_name in self.matrices
 
     def get_quantize_ops(self) -> _Pack:
@@ -123,7 +140,9 @@ class _Quantizer(HfQuantizer):
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
         packed = value.weight if isinstance(value, Moving) else None
-        stays = target not in self.wanted or (packed is None and book is None) or target in self.kept
+        stays = (
+            target not in self.wanted or (packed is None and book is None) or target in self.kept
+        )
         dense = tuple(_dense(module).get_parameter(name).shape)
         turned = is_transposed_linear(module) and not (stays and packed is None)
         found = tuple(value.shape) if isinstance(value, Tensor) else value.weight.shape
@@ -136,8 +155,13 @@ class _Quantizer(HfQuantizer):
             self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
             return None
         if stays:
-            # What no module of ours stands for (a head, a table, weights that the model takes past their modules).
-            return value if isinstance(value, Tensor) else self._decoded(target, value.weight, model.dtype, turned)
+            # What no module of ours stands for (a head, a table, weights that the model takes past
+            # their modules).
+            return (
+                value
+                if isinstance(value, Tensor)
+                else self._decoded(target, value.weight, model.dtype, turned)
+            )
         if isinstance(value, Tensor):
             assert book is not None
             try:
@@ -149,7 +173,9 @@ class _Quantizer(HfQuantizer):
         _install(model, path, name, packed)
         return None
 
-    def _decoded(self, target: str, weight: PackedWeight, dtype: torch.dtype, turned: bool) -> Tensor | None:
+    def _decoded(
+        self, target: str, weight: PackedWeight, dtype: torch.dtype, turned: bool
+    ) -> Tensor | None:
         if len(weight.shape) != 2:
             self.faults.append(f"packed     {target}: no module for packed weights takes its place")
             return None
@@ -205,10 +231,12 @@ def _install(model: PreTrainedModel, path: str, name: str, weight: PackedWeight)
 
 
 def holds_experts_apart(names: Iterable[str]) -> bool:
-    """Whether of a folder's weights experts are stored one by one, while the model holds a stack of them.
+    """Whether of a folder's weights experts are stored one by one, while the model holds a stack of
+    them.
 
-    Where transformers maps such files, it keeps the experts two times, in the stack and in the file's pages, for as
-    long as any other weight of the file is in use: they are better read tensor by tensor, also where nothing is packed.
+    Where transformers maps such files, it keeps the experts two times, in the stack and in the
+    file's pages, for as long as any other weight of the file is in use: they are better read tensor
+    by tensor, also where nothing is packed.
     """
     return any(_ONE_EXPERT.search(name) for name in names)
 
@@ -223,10 +251,11 @@ def build_packed(
     keep_dense: Sequence[str] = (),
     placed: Placed = bool,
 ) -> PreTrainedModel:
-    """book None: read packed what the files hold packed, and nothing else. placed: told before each weight, and at
-    the end.
+    """book None: read packed what the files hold packed, and nothing else. placed: told before each
+    weight, and at the end.
 
-    Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense names nothing).
+    Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense
+    names nothing).
     """
     weights = stored_weights(found.folder, stored_tensors(weight_files(found.folder)))
     settings = _Settings(book, tuple(keep_dense), placed)
@@ -247,7 +276,9 @@ def build_packed(
     quantizer: Any = built.hf_quantizer
     if settings.unused:
         raise ConfigError(
-            "keep_dense names modules that the model does not have", settings.unused, "Correct the names."
+            "keep_dense names modules that the model does not have",
+            settings.unused,
+            "Correct the names.",
         )
     check_loaded(found.folder, built, info, quantizer.faults)
     placed(built)
@@ -258,15 +289,19 @@ def build_packed(
     for own in _configs(built):
         own.name_or_path = str(found.folder)
     if (found.folder / "generation_config.json").is_file():
-        built.generation_config = GenerationConfig.from_pretrained(found.folder, local_files_only=True)
+        built.generation_config = GenerationConfig.from_pretrained(
+            found.folder, local_files_only=True
+        )
     return built
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Removes every trace of the quantiser, so that the model is transformers' own but for packed modules.
+    """Removes every trace of the quantiser, so that the model is transformers' own but for packed
+    modules.
 
-    Modelling code asks whether `_is_quantized` exists, not what it holds: where it does, Jamba's mixers call a module
-    whose weight they otherwise multiply by themselves. The names of the checkpoint's tensors stay, for save_pretrained.
+    Modelling code asks whether `_is_quantized` exists, not what it holds: where it does, Jamba's
+    mixers call a module whose weight they otherwise multiply by themselves. The names of the
+    checkpoint's tensors stay, for save_pretrained.
     """
     conversions = getattr(model, "_weight_conversions", None)
     quantizer: Any = model.hf_quantizer
@@ -282,4 +317,6 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs of all its modules: layers with settings of their own hold copies."""
     held = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
+    return list(
+        {id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values()
+    )

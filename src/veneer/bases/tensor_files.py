@@ -1,8 +1,9 @@
 """The tensors of safetensors files, each read when it is asked for and kept by nobody.
 
-By plain reads, not by mapping the file: mapped pages count as this process's memory for as long as the file is open,
-and the point of reading one by one is that they do not add up. safetensors itself opens each file first: it
-refuses headers that are longer than their file, and ranges that overlap, leave holes or do not fit a shape.
+By plain reads, not by mapping the file: mapped pages count as this process's memory for as long as
+the file is open, and the point of reading one by one is that they do not add up. safetensors itself
+opens each file first: it refuses headers that are longer than their file, and ranges that overlap,
+leave holes or do not fit a shape.
 """
 
 import json
@@ -83,7 +84,8 @@ class StoredTensor:
 
 
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
-    """Name -> tensor, of all files. Raises CorruptFileError for those that are truncated or no safetensors."""
+    """Name -> tensor, of all files. Raises CorruptFileError for those that are truncated or no
+    safetensors."""
     found: dict[str, StoredTensor] = {}
     faults = []
     for path in files:
@@ -99,7 +101,9 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
                 start = 8 + length + entry["data_offsets"][0]
                 found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
     if faults:
-        raise CorruptFileError(f"weights in {files[0].parent} cannot be read", faults, NEXT_DOWNLOAD)
+        raise CorruptFileError(
+            f"weights in {files[0].parent} cannot be read", faults, NEXT_DOWNLOAD
+        )
     return found
 
 

@@ -17,7 +17,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
-    """The tokenizer and the config of the base that `source` names, without its weights. Raises as load_base does."""
+    """The tokenizer and the config of the base that `source` names, without its weights. Raises as
+    load_base does."""
     found = locate(source)
     with quiet():
         config = checked_config(found.folder)
@@ -25,7 +26,8 @@ def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConf
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in the folder. Raises SourceError if there is none, CorruptFileError if it is damaged."""
+    """The fast tokenizer in the folder. Raises SourceError if there is none, CorruptFileError if it
+    is damaged."""
     names = {path.name for path in folder.iterdir()}
     if not names.intersection(_TOKENIZER_FILES):  # transformers would make an empty one
         raise SourceError(
@@ -41,23 +43,29 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as fault:  # the tokenizers library raises plain Exception for a broken file
         faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
         if "tokenizer.json" in names:
-            raise CorruptFileError(f"the tokenizer in {folder} cannot be read", faults, NEXT_DOWNLOAD) from fault
+            raise CorruptFileError(
+                f"the tokenizer in {folder} cannot be read", faults, NEXT_DOWNLOAD
+            ) from fault
         raise SourceError(
             f"the tokenizer in {folder} cannot be built without a tokenizer.json",
             faults,
-            "Take a version of the model with a tokenizer.json, or install the package that is named above.",
+            "Take a version of the model with a tokenizer.json, or install the package that is"
+            " named above.",
         ) from fault
     if faults := tokenizer_faults(tokenizer):
         raise CorruptFileError(f"the tokenizer in {folder} cannot be used", faults, NEXT_DOWNLOAD)
     if not tokenizer.is_fast:
         raise SourceError(
-            f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form (tokenizer.json)",
+            f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form"
+            " (tokenizer.json)",
             next_step="Take a version of the model with a tokenizer.json.",
         )
     return tokenizer
 
 
-def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def check_vocabulary(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if tokenizer.vocab_size > rows:

@@ -1,7 +1,7 @@
 """Where the bytes of a base are: what is held packed, what is not, and what each costs.
 
-transformers leaves fused experts and routers in 16 bits without a word, and a 4-bit model of experts is then nearly as
-large as the dense one: so what was not packed is always told.
+transformers leaves fused experts and routers in 16 bits without a word, and a 4-bit model of
+experts is then nearly as large as the dense one: so what was not packed is always told.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from veneer.quant.weight import PackedSize
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """what: kind of module; held: format or type; values: of the dense weights; bytes: in memory, tables included."""
+    """what: kind of module; held: format or type; values: of the dense weights; bytes: in memory,
+    tables included."""
 
     what: str
     held: str
@@ -28,7 +29,8 @@ class WeightGroup:
 
 
 def weight_table(model: PreTrainedModel) -> list[WeightGroup]:
-    """One row for each kind of module and way of holding it, the largest first; tied weights count once."""
+    """One row for each kind of module and way of holding it, the largest first; tied weights count
+    once."""
     head = model.get_output_embeddings()
     rows: dict[tuple[str, str], list[int]] = {}
     seen: set[int] = set()
@@ -46,7 +48,9 @@ def weight_table(model: PreTrainedModel) -> list[WeightGroup]:
         seen |= {id(tensor) for _, tensor in tensors}
         parameters = {name for name, _ in module.named_parameters(recurse=False)}
         packed = module.packed_shapes() if isinstance(module, PackedModule) else {}
-        held = module.packed_format if isinstance(module, PackedModule) else _type(tensors[0][1].dtype)
+        held = (
+            module.packed_format if isinstance(module, PackedModule) else _type(tensors[0][1].dtype)
+        )
         row = rows.setdefault((_what(module, head), held), [0, 0, 0])
         row[0] += 1
         for name, tensor in tensors:
@@ -76,7 +80,11 @@ def _type(dtype: torch.dtype) -> str:
 def packed_sizes(model: PreTrainedModel) -> tuple[PackedSize, ...]:
     """What each weight takes that a loaded model holds packed."""
     return tuple(
-        PackedSize(f"{path}.{name}", shape, sum(each.nbytes for each in module.packed(name).tensors.values()))
+        PackedSize(
+            f"{path}.{name}",
+            shape,
+            sum(each.nbytes for each in module.packed(name).tensors.values()),
+        )
         for path, module in model.named_modules()
         if isinstance(module, Holder)
         for name, shape in module.packed_shapes().items()
@@ -86,5 +94,6 @@ def packed_sizes(model: PreTrainedModel) -> tuple[PackedSize, ...]:
 def weight_line(model: PreTrainedModel) -> str:
     """The table in one line, for a screen."""
     return "weights: " + "; ".join(
-        f"{g.what} {g.values / 1e6:.1f} M in {g.held}, {g.bytes / 1e6:.1f} MB" for g in weight_table(model)
+        f"{g.what} {g.values / 1e6:.1f} M in {g.held}, {g.bytes / 1e6:.1f} MB"
+        for g in weight_table(model)
     )

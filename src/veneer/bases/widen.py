@@ -1,7 +1,7 @@
 """A model in a wider type than it was read in: what it would be, had it been read in that type.
 
-Every weight keeps its value. What a model computes for itself when it is made (Gemma's scale of the embeddings) and
-then holds in its type was rounded there: it is made again.
+Every weight keeps its value. What a model computes for itself when it is made (Gemma's scale of the
+embeddings) and then holds in its type was rounded there: it is made again.
 """
 
 import copy
@@ -33,6 +33,10 @@ def _made(model: PreTrainedModel) -> list[str]:
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             buffer = getattr(module, name)
-            if buffer is not None and buffer.numel() and buffer.dtype in (torch.bfloat16, torch.float16):
+            if (
+                buffer is not None
+                and buffer.numel()
+                and buffer.dtype in (torch.bfloat16, torch.float16)
+            ):
                 found.append(f"{path}.{name}")
     return found

@@ -1,7 +1,7 @@
 """A base without its weights: its modules, names and shapes, on the meta device.
 
-What asks only which places a base has (does this adapter fit, how is it named in a file) reads a config of a few kB
-instead of gigabytes.
+What asks only which places a base has (does this adapter fit, how is it named in a file) reads a
+config of a few kB instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from veneer.bases.sources import locate
 
 @dataclass(frozen=True)
 class Skeleton:
-    """model: on the meta device; name_or_path, revision: as FrozenBase (models) has them. whole: the class that the
-    files name, where the model is the text's own (model_class.py)."""
+    """model: on the meta device; name_or_path, revision: as FrozenBase (models) has them. whole:
+    the class that the files name, where the model is the text's own (model_class.py)."""
 
     model: PreTrainedModel
     name_or_path: str
@@ -34,4 +34,6 @@ def load_skeleton(source: str) -> Skeleton:
     with quiet():
         config = checked_config(found.folder)
         model = without_storage(config)
-    return Skeleton(model.eval().requires_grad_(False), found.name_or_path, found.revision, whole_class(config))
+    return Skeleton(
+        model.eval().requires_grad_(False), found.name_or_path, found.revision, whole_class(config)
+    )

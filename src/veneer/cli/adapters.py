@@ -59,16 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ls(action)
     add_show(action)
     add = action("add", _add, "copy an adapter's folder, or a run's result, into the library")
-    add.add_argument("source", metavar="FOLDER", help="adapter folder, or the folder of the run that made it")
+    add.add_argument(
+        "source", metavar="FOLDER", help="adapter folder, or the folder of the run that made it"
+    )
     add.add_argument("--name", metavar="NAME", help="default: the name of the folder")
-    add.add_argument("--tag", action="append", default=[], metavar="TAG", help="may be given several times")
+    add.add_argument(
+        "--tag", action="append", default=[], metavar="TAG", help="may be given several times"
+    )
     add.add_argument("--note", default="", metavar="TEXT", help="one line")
-    _add_base(add, "for an adapter from elsewhere: it must fit this base, and loads on no other from then on")
+    _add_base(
+        add,
+        "for an adapter from elsewhere: it must fit this base, and loads on no other from then on",
+    )
     rm = action("rm", _rm, "take a version, or a name with all versions, out; gc frees the space")
     rm.add_argument("adapter", metavar="NAME[@V]")
     tag = action("tag", _tag, "put tags or a note on a version")
     tag.add_argument("adapter", metavar="NAME[@V]")
-    tag.add_argument("tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it")
+    tag.add_argument(
+        "tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it"
+    )
     tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="take a tag off")
     tag.add_argument("--note", metavar="TEXT", help='one line; "" removes it')
     rename = action("rename", _rename, "give all versions of a name another name")
@@ -76,18 +85,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rename.add_argument("new", metavar="NEW")
     add_diff(action)
     verify = action("verify", _verify, "check hashes, shapes and values of one adapter, or of all")
-    verify.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="default: every version of every name")
+    verify.add_argument(
+        "adapter", nargs="?", metavar="NAME[@V]", help="default: every version of every name"
+    )
     _add_base(verify, "also check that it fits this base")
     push = action("push", _push, "copy a version to another place, checked there")
     push.add_argument("adapter", metavar="NAME[@V]")
     push.add_argument("to", metavar="PLACE", help=PLACES)
     add_card(push)
-    pull = action("pull", _pull, "fetch a version from another place, checked here; goes on where it stopped")
+    pull = action(
+        "pull", _pull, "fetch a version from another place, checked here; goes on where it stopped"
+    )
     pull.add_argument("place", metavar="PLACE", help=PLACES)
-    pull.add_argument("adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://")
+    pull.add_argument(
+        "adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://"
+    )
     pull.add_argument("--name", metavar="NAME", help="what to call it here; default: as there")
     gc = action("gc", _gc, "show unused files; with --yes, remove them")
-    gc.add_argument("--keep", type=COUNT, default=1, metavar="N", help="newest versions to keep; default: 1")
+    gc.add_argument(
+        "--keep", type=COUNT, default=1, metavar="N", help="newest versions to keep; default: 1"
+    )
     gc.add_argument("--yes", action="store_true", help="remove it")
 
 
@@ -100,7 +117,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--base", metavar="B", help=help)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
 
 
 def _add(args: argparse.Namespace, library: Library) -> int:
@@ -116,7 +135,12 @@ def _add(args: argparse.Namespace, library: Library) -> int:
     base = load_plain_base(args)
     with working(f"adding {shown(args.source)}"):
         entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=base)
-    return _tell_added(entry, library, args, again=f"veneer adapters add {shown(args.source)} --name {name} --base B")
+    return _tell_added(
+        entry,
+        library,
+        args,
+        again=f"veneer adapters add {shown(args.source)} --name {name} --base B",
+    )
 
 
 def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
@@ -125,14 +149,23 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
         return 0
     facts = entry.version.facts
     say = make_console(json=False)
-    say.print(f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}", soft_wrap=True)
+    say.print(
+        f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}",
+        soft_wrap=True,
+    )
     if facts.base_proof == "unverified":
-        called = f"It calls its base {shown(facts.base)!r}; a name proves nothing." if facts.base else ""
-        say.print("  base: unverified: the files do not say which weights it was trained on. " + called, soft_wrap=True)
+        called = (
+            f"It calls its base {shown(facts.base)!r}; a name proves nothing." if facts.base else ""
+        )
+        say.print(
+            "  base: unverified: the files do not say which weights it was trained on. " + called,
+            soft_wrap=True,
+        )
         say.print(f"  To check that it fits: {again}", soft_wrap=True)
     elif facts.base_proof == "stated":
         say.print(
-            f"  base: {shown(facts.base)}, as you say: names and shapes fit. It loads on these weights alone.",
+            f"  base: {shown(facts.base)}, as you say: names and shapes fit. It loads on these"
+            " weights alone.",
             soft_wrap=True,
         )
     return 0
@@ -148,25 +181,40 @@ def _push(args: argparse.Namespace, library: Library) -> int:
         from veneer.merge.serving import commands
         from veneer.report.card import card_for, figures_in
 
-        base, repository = entry.version.facts.base or "", args.to.removeprefix("hf://").partition("@")[0]
+        base, repository = (
+            entry.version.facts.base or "",
+            args.to.removeprefix("hf://").partition("@")[0],
+        )
         run = [
             f"veneer adapters pull {shlex.quote(args.to)} --name {entry.name}",
             f"veneer chat --adapter {entry.name}",
             *commands("peft", base=base, out=repository),
         ]
         return card_for(
-            folder, name=repository, commands=run, base=base, figures=figures_in(args.figures), sample=args.sample
+            folder,
+            name=repository,
+            commands=run,
+            base=base,
+            figures=figures_in(args.figures),
+            sample=args.sample,
         )
 
     with working(f"pushing {args.adapter}"):
         moved = push(library, args.adapter, args.to, card)
     if args.json:
         print_json(
-            {"reference": moved.reference, "address": moved.address, "bytes": moved.bytes, "skipped": moved.skipped}
+            {
+                "reference": moved.reference,
+                "address": moved.address,
+                "bytes": moved.bytes,
+                "skipped": moved.skipped,
+            }
         )
     else:
         how = "was there already" if moved.skipped else size(moved.bytes)
-        make_console(json=False).print(f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True)
+        make_console(json=False).print(
+            f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True
+        )
     return 0
 
 
@@ -176,7 +224,9 @@ def _pull(args: argparse.Namespace, library: Library) -> int:
 
     with working(f"pulling from {args.place}"):
         entry = pull(library, args.place, args.adapter, name=args.name)
-    again = f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
+    again = (
+        f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
+    )
     return _tell_added(entry, library, args, again=again)
 
 
@@ -189,7 +239,8 @@ def _rm(args: argparse.Namespace, library: Library) -> int:
     say.print(f"removed {', '.join(entry.reference for entry in gone)}", soft_wrap=True)
     newest = library.objects / gone[-1].version.object
     say.print(
-        f"  The files stay until `veneer adapters gc`; back with: veneer adapters add {newest} --name {gone[-1].name}",
+        f"  The files stay until `veneer adapters gc`; back with: veneer adapters add {newest}"
+        f" --name {gone[-1].name}",
         soft_wrap=True,
     )
     return 0
@@ -234,14 +285,21 @@ def _verify(args: argparse.Namespace, library: Library) -> int:
 
 
 def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
-    """--base, held as the adapter of a folder was trained over it; the last one is kept for the next adapter."""
+    """--base, held as the adapter of a folder was trained over it; the last one is kept for the
+    next adapter."""
     from functools import lru_cache
 
     from veneer.models.load import load_base
 
     @lru_cache(maxsize=1)
     def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> FrozenBase:
-        return load_base(args.base, dtype=as_stored(args.dtype), device="cpu", quantize=quantize, keep_dense=keep_dense)
+        return load_base(
+            args.base,
+            dtype=as_stored(args.dtype),
+            device="cpu",
+            quantize=quantize,
+            keep_dense=keep_dense,
+        )
 
     def base_of(folder: Path) -> FrozenBase:
         quantize, keep_dense = held_as(None, folder, force_base=False)
@@ -253,7 +311,11 @@ def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
 def _gc(args: argparse.Namespace, library: Library) -> int:
     left = library.collect(keep=args.keep, apply=args.yes)
     if args.json:
-        fields: dict[str, Any] = {"versions": left.versions, "objects": left.objects, "remains": left.remains}
+        fields: dict[str, Any] = {
+            "versions": left.versions,
+            "objects": left.objects,
+            "remains": left.remains,
+        }
         print_json({**fields, "bytes": left.bytes, "removed": args.yes})
         return 0
     say = make_console(json=False)

@@ -25,8 +25,12 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
     from veneer.library.library import SortKey
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
-    ls.add_argument("--name", default="*", metavar="GLOB", help='names like this, for instance "support-*"')
-    ls.add_argument("--base", metavar="GLOB", help="made for this base: its name, or how its fingerprint begins")
+    ls.add_argument(
+        "--name", default="*", metavar="GLOB", help='names like this, for instance "support-*"'
+    )
+    ls.add_argument(
+        "--base", metavar="GLOB", help="made for this base: its name, or how its fingerprint begins"
+    )
     ls.add_argument("--method", metavar="M", help="lora, ...")
     ls.add_argument("--tag", metavar="TAG", help="versions that bear this tag")
     ls.add_argument("--versions", action="store_true", help="old versions too")
@@ -35,7 +39,12 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _ls(args: argparse.Namespace, library: Library) -> int:
     entries = library.entries(
-        name=args.name, base=args.base, method=args.method, tag=args.tag, every_version=args.versions, sort=args.sort
+        name=args.name,
+        base=args.base,
+        method=args.method,
+        tag=args.tag,
+        every_version=args.versions,
+        sort=args.sort,
     )
     if args.json:
         print_json([entry.to_dict() for entry in entries])
@@ -55,8 +64,12 @@ def _ls(args: argparse.Namespace, library: Library) -> int:
 def _row(entry: Entry) -> tuple[str, ...]:
     facts, version = entry.version.facts, entry.version
     base = (facts.base or "?").rpartition("/")[2]
-    proof = {"fingerprint": "", "stated": " (stated)", "unverified": " (unverified)"}[facts.base_proof]
-    metric = next(iter(sorted(facts.metrics.items(), key=lambda m: (m[0] != "validation_loss", m[0]))), None)
+    proof = {"fingerprint": "", "stated": " (stated)", "unverified": " (unverified)"}[
+        facts.base_proof
+    ]
+    metric = next(
+        iter(sorted(facts.metrics.items(), key=lambda m: (m[0] != "validation_loss", m[0]))), None
+    )
     return tuple(
         map(
             shown,
@@ -65,7 +78,9 @@ def _row(entry: Entry) -> tuple[str, ...]:
                 base + proof,
                 facts.method + (f" r{facts.rank}" if facts.rank else ""),
                 size(facts.bytes),
-                "" if metric is None else f"{number(metric[1])} {metric[0]}{_interval(facts.intervals.get(metric[0]))}",
+                ""
+                if metric is None
+                else f"{number(metric[1])} {metric[0]}{_interval(facts.intervals.get(metric[0]))}",
                 age(version.added),
                 ", ".join(version.tags),
             ),

@@ -1,4 +1,5 @@
-"""`veneer adapters show` and `diff`: what is inside an adapter, drawn small enough for a terminal."""
+"""`veneer adapters show` and `diff`: what is inside an adapter, drawn small enough for a
+terminal."""
 
 from __future__ import annotations
 
@@ -22,14 +23,22 @@ MAX_CELLS = 48  # layers side by side; of a deeper model neighbours share a cell
 
 
 def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
-    show = action("show", _show, "what is inside one adapter: modules, ranks, size of the update by layer, lineage")
+    show = action(
+        "show",
+        _show,
+        "what is inside one adapter: modules, ranks, size of the update by layer, lineage",
+    )
     show.add_argument("adapter", metavar="NAME[@V]", help="or a folder")
     show.add_argument("--base", metavar="B", help="compare the update with this base's weights")
     show.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
 
 
 def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
-    diff = action("diff", _diff, "what differs between two adapters: settings, and the angle between the updates")
+    diff = action(
+        "diff",
+        _diff,
+        "what differs between two adapters: settings, and the angle between the updates",
+    )
     diff.add_argument("one", metavar="A", help="NAME[@V] or a folder")
     diff.add_argument("other", metavar="B")
 
@@ -46,7 +55,12 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     base = load_plain_base(args)
     theirs = {} if base is None else base_norms(base, found)
     modules: dict[str, dict[str, float | None]] = {
-        path: {"rank": update.rank, "scaling": update.scaling, "norm": update.norm(), "base_norm": theirs.get(path)}
+        path: {
+            "rank": update.rank,
+            "scaling": update.scaling,
+            "norm": update.norm(),
+            "base_norm": theirs.get(path),
+        }
         for path, update in found.items()
     }
     facts = facts_of(stored)
@@ -54,7 +68,11 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     if args.json:
         print_json(
             {
-                **({"folder": str(folder), **facts.model_dump(mode="json")} if entry is None else entry.to_dict()),
+                **(
+                    {"folder": str(folder), **facts.model_dump(mode="json")}
+                    if entry is None
+                    else entry.to_dict()
+                ),
                 "modules": modules,
                 "other_tensors": {name: list(tensor.shape) for name, tensor in rest.items()},
                 "recipe": None if manifest is None else manifest.recipe,
@@ -68,7 +86,10 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     norms = {path: update.norm() / (theirs.get(path) or 1.0) for path, update in found.items()}
     lines += _picture(norms, relative=bool(theirs))
     if facts.metrics:
-        lines.append("  metrics   " + " · ".join(f"{k} {number(v)}" for k, v in sorted(facts.metrics.items())))
+        lines.append(
+            "  metrics   "
+            + " · ".join(f"{k} {number(v)}" for k, v in sorted(facts.metrics.items()))
+        )
     if manifest is not None and manifest.held_out is not None:
         lines.append("  held out  " + _held_out(manifest.held_out))
     if manifest is not None and manifest.recipe:
@@ -83,14 +104,21 @@ def _show(args: argparse.Namespace, library: Library) -> int:
 def _held_out(found: HeldOut) -> str:
     """The loss before and after, and how sure that is."""
     before = "" if found.before is None else f"{number(found.before.value)} → "
-    line = f"loss {before}{number(found.loss.value)} ({interval_of_95(found.loss.low, found.loss.high)})"
+    line = (
+        f"loss {before}{number(found.loss.value)}"
+        f" ({interval_of_95(found.loss.low, found.loss.high)})"
+    )
     if found.change is not None:
-        line += f", change {number(found.change.value)} ({interval_of_95(found.change.low, found.change.high)})"
+        line += (
+            f", change {number(found.change.value)}"
+            f" ({interval_of_95(found.change.low, found.change.high)})"
+        )
     return f"{line} over {found.rows:,} rows"
 
 
 def _weights(stored: StoredAdapter) -> str:
-    """The type of the base's weights that the adapter was trained over: bfloat16, bfloat16+nf4, ..."""
+    """The type of the base's weights that the adapter was trained over: bfloat16, bfloat16+nf4,
+    ..."""
     known = None if stored.manifest is None else stored.manifest.base.fingerprint
     return f" · {known['dtype']}" if known else ""
 
@@ -102,7 +130,9 @@ def _head(
 
     facts = facts_of(stored)
     title = named if entry is None else entry.reference
-    size_line = f"{title} · {facts.method} · {millions(facts.parameters)} parameters · {size(facts.bytes)}"
+    size_line = (
+        f"{title} · {facts.method} · {millions(facts.parameters)} parameters · {size(facts.bytes)}"
+    )
     lines = [size_line]
     if entry is not None:
         tags = f" · {', '.join(entry.version.tags)}" if entry.version.tags else ""
@@ -116,9 +146,14 @@ def _head(
         "unverified": "unverified: a name proves nothing",
     }[facts.base_proof]
     lines.append(f"  base      {facts.base or '?'}{_weights(stored)} · {proof}{digest}")
-    lines.append(f"  content   {facts.content_hash[:12]}… · data {(facts.data_fingerprint or '?')[:12]}")
+    lines.append(
+        f"  content   {facts.content_hash[:12]}… · data {(facts.data_fingerprint or '?')[:12]}"
+    )
     parts = [f"{len(found)} modules"] if found else []
-    for what, values in (("rank", [u.rank for u in found.values()]), ("scaling", [u.scaling for u in found.values()])):
+    for what, values in (
+        ("rank", [u.rank for u in found.values()]),
+        ("scaling", [u.scaling for u in found.values()]),
+    ):
         if values:
             low, high = min(values), max(values)
             parts.append(f"{what} {low:.4g}" + (f" to {high:.4g}" if high > low else ""))
@@ -128,7 +163,8 @@ def _head(
 
 
 def _picture(norms: Mapping[str, float], *, relative: bool) -> list[str]:
-    """One line for each kind of module, one cell for each layer, taller where the update is larger."""
+    """One line for each kind of module, one cell for each layer, taller where the update is
+    larger."""
     from veneer.formats.norms import by_kind
 
     kinds, alone = by_kind(norms)
@@ -142,7 +178,9 @@ def _picture(norms: Mapping[str, float], *, relative: bool) -> list[str]:
     for kind, row in kinds.items():
         cells = [_cell(row, start, share, highest) for start in range(0, deepest + 1, share)]
         low, high = number(min(row.values())), number(max(row.values()))
-        lines.append(f"    {kind:<{width}}  {''.join(cells)}  {low if low == high else f'{low} to {high}'}")
+        lines.append(
+            f"    {kind:<{width}}  {''.join(cells)}  {low if low == high else f'{low} to {high}'}"
+        )
     return lines + [f"    {path:<{width}}  {number(norm)}" for path, norm in alone.items()]
 
 
@@ -150,7 +188,9 @@ def _cell(row: Mapping[int, float], start: int, share: int, highest: float) -> s
     values = [row[layer] for layer in range(start, start + share) if layer in row]
     if not values:
         return " "
-    return _BARS[min(int(len(_BARS) * max(values) / highest), len(_BARS) - 1)] if highest else _BARS[0]
+    return (
+        _BARS[min(int(len(_BARS) * max(values) / highest), len(_BARS) - 1)] if highest else _BARS[0]
+    )
 
 
 def lineage(library: Library, parent: str | None) -> list[str]:
@@ -158,11 +198,15 @@ def lineage(library: Library, parent: str | None) -> list[str]:
     from veneer.library.lineage import ancestors
 
     found = ancestors(library, parent)
-    return [f"{content[:12]}…" + (f" ({e.reference})" if e else " (not in the library)") for content, e in found]
+    return [
+        f"{content[:12]}…" + (f" ({e.reference})" if e else " (not in the library)")
+        for content, e in found
+    ]
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> list[str]:
-    """Settings as `name value`, one level below another with a dot; null and empty ones left out."""
+    """Settings as `name value`, one level below another with a dot; null and empty ones left
+    out."""
     found: list[str] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -192,7 +236,9 @@ def _diff(args: argparse.Namespace, library: Library) -> int:
         )
         return 0
     say = make_console(json=False)
-    leaves = _differences(*(_leaves({name: pair[side] for name, pair in settings.items()}) for side in (0, 1)))
+    leaves = _differences(
+        *(_leaves({name: pair[side] for name, pair in settings.items()}) for side in (0, 1))
+    )
     rows = [(name, _brief(a), _brief(b)) for name, (a, b) in leaves.items()]
     lines = _beside(args.one, args.other, rows, say.width) if rows else ["the settings are equal"]
     lines += ["", _angle_line(found.total)]
@@ -221,12 +267,17 @@ def _beside(one: str, other: str, rows: Sequence[tuple[str, str, str]], width: i
 
 
 def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings one level below another, and those of lists by number, under one name: `recipe data.train.1.path`."""
+    """Settings one level below another, and those of lists by number, under one name: `recipe
+    data.train.1.path`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
             value = {str(number): each for number, each in enumerate(value, 1)}
-        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+        found |= (
+            _leaves(value, f"{above}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{above}{key}": value}
+        )
     return found
 
 
@@ -253,13 +304,22 @@ def _brief(value: Any) -> str:
         return number(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(str, value))
-    return "–" if value is None else f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else str(value)
+    return (
+        "–"
+        if value is None
+        else f"{value[:12]}…"
+        if isinstance(value, str) and len(value) == 64
+        else str(value)
+    )
 
 
 def _angle_line(cosine: float | None) -> str:
     if cosine is None:
         return "no angle: one of them changes nothing that the other changes"
-    return f"cosine between the updates {cosine:+.3f} ({math.degrees(math.acos(cosine)):.0f}°), by layer:"
+    return (
+        f"cosine between the updates {cosine:+.3f} ({math.degrees(math.acos(cosine)):.0f}°), by"
+        " layer:"
+    )
 
 
 def _arrow(cosine: float | None) -> str:

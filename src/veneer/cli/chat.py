@@ -18,7 +18,15 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import adapter_folder, add_base, add_preamble, asked_as, load_base, standard_input, variables_of
+from veneer.cli.common import (
+    adapter_folder,
+    add_base,
+    add_preamble,
+    asked_as,
+    load_base,
+    standard_input,
+    variables_of,
+)
 from veneer.cli.generate import add_sampling, tell_cut
 from veneer.errors import ConfigError, VeneerError
 from veneer.wording import WordWrap, reflowed, shown
@@ -43,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     base = load_base(args)
     if base.tokenizer.chat_template is None:
         step = "veneer generate goes on from a text; or take a base that was tuned to chat."
-        raise ConfigError(f"{base.source} has no chat template, and so no conversations", next_step=step)
+        raise ConfigError(
+            f"{base.source} has no chat template, and so no conversations", next_step=step
+        )
     if source.isatty():
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
@@ -85,7 +95,9 @@ def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
     """Whether that adapter answers from now on; none is named: the base alone."""
     try:
         if named and named not in base.attachments:
-            base.load_adapter(adapter_folder(named, args.library), name=named, force_base=args.force_base)
+            base.load_adapter(
+                adapter_folder(named, args.library), name=named, force_base=args.force_base
+            )
         base.use(named or None)
     except VeneerError as error:
         _tell(str(error))
@@ -95,7 +107,8 @@ def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
 
 
 def _read() -> tuple[str, bool]:
-    """The next line; or, fenced, all lines up to the closing fence (or the end of input), as they are.
+    """The next line; or, fenced, all lines up to the closing fence (or the end of input), as they
+    are.
 
     Raises EOFError where the input has ended.
     """

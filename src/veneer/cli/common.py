@@ -1,4 +1,5 @@
-"""What several commands share: JSON on stdout, a console for people, where a base and an adapter are."""
+"""What several commands share: JSON on stdout, a console for people, where a base and an adapter
+are."""
 
 from __future__ import annotations
 
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
 def standard_input() -> TextIO:
     """Where the user's text comes from. InputError: it is closed (`<&-`, a service without one)."""
     if sys.stdin is None or sys.stdin.closed:
-        raise InputError("standard input is closed", [], "Give the text as an argument, or on stdin.")
+        raise InputError(
+            "standard input is closed", [], "Give the text as an argument, or on stdin."
+        )
     return sys.stdin
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Around the imports of torch and transformers: thousands of modules whose objects all stay, which the garbage
-    collector would look through again and again, a sixth of their time. What they made is not looked at again before
-    the process ends; some libraries count then what is left, and would report all of it."""
+    """Around the imports of torch and transformers: thousands of modules whose objects all stay,
+    which the garbage collector would look through again and again, a sixth of their time. What they
+    made is not looked at again before the process ends; some libraries count then what is left, and
+    would report all of it."""
     gc.disable()
     try:
         yield
@@ -51,39 +55,55 @@ def no_collection() -> Iterator[None]:
 def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
     """A command's action, whose own page begins with what the list of them says."""
     said = help[0].upper() + help[1:] + "."
-    made: argparse.ArgumentParser = actions.add_parser(name, help=help, description=said, allow_abbrev=False)
+    made: argparse.ArgumentParser = actions.add_parser(
+        name, help=help, description=said, allow_abbrev=False
+    )
     return made
 
 
 def add_json(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--json", action="store_true", help="data as JSON on stdout, talk on stderr")
+    parser.add_argument(
+        "--json", action="store_true", help="data as JSON on stdout, talk on stderr"
+    )
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """--base, --adapter and what belongs to them."""
     parser.add_argument(
-        "--base", metavar="B", help="hub id, folder, .gguf file or named default; default: the adapter's own base"
+        "--base",
+        metavar="B",
+        help="hub id, folder, .gguf file or named default; default: the adapter's own base",
     )
     parser.add_argument(
-        "--adapter", metavar="A", help="name in the library (NAME, NAME@2), or a folder of an adapter or a run"
+        "--adapter",
+        metavar="A",
+        help="name in the library (NAME, NAME@2), or a folder of an adapter or a run",
     )
     add_library(parser)
     parser.add_argument(
-        "--force-base", action="store_true", help="use the adapter though it was trained on another base"
+        "--force-base",
+        action="store_true",
+        help="use the adapter though it was trained on another base",
     )
     add_held(parser, "as the adapter was trained")
 
 
 def add_held(parser: argparse.ArgumentParser, default: str) -> None:
     """--dtype, --quantize, --device: how a base is held, and where."""
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
     parser.add_argument(
         "--quantize",
         choices=FORMATS,
-        help="hold the base's linear layers in 4 bits, or in a .gguf file's blocks (gguf: as they are in the file); "
-        f"default: {default}",
+        help=(
+            "hold the base's linear layers in 4 bits, or in a .gguf file's blocks (gguf: as they"
+            f" are in the file); default: {default}"
+        ),
     )
-    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
+    )
 
 
 def add_map(parser: argparse._ActionsContainer) -> None:
@@ -93,7 +113,10 @@ def add_map(parser: argparse._ActionsContainer) -> None:
         default=[],
         metavar="COLUMN=NAME",
         dest="columns",
-        help="read a column as another one, --map question=prompt --map answer=completion; NAME null leaves it out",
+        help=(
+            "read a column as another one, --map question=prompt --map answer=completion; NAME null"
+            " leaves it out"
+        ),
     )
 
 
@@ -116,7 +139,8 @@ def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
         default=[],
         metavar="NAME=VALUE",
         dest="variables",
-        help="tell the chat template, for instance enable_thinking=false; NAME=null takes one away" + what,
+        help="tell the chat template, for instance enable_thinking=false; NAME=null takes one away"
+        + what,
     )
 
 
@@ -125,7 +149,10 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system",
         metavar="TEXT",
-        help="system message of what has none; default: the one that all rows of the adapter began with; '': none",
+        help=(
+            "system message of what has none; default: the one that all rows of the adapter began"
+            " with; '': none"
+        ),
     )
     add_variables(parser, "; default: as the adapter was trained")
 
@@ -140,7 +167,8 @@ def variables_of(args: argparse.Namespace) -> dict[str, Any]:
         name, sign, text = each.partition("=")
         if not sign or not name:
             raise ConfigError(
-                f"--variable {each}: write --variable NAME=VALUE", next_step="enable_thinking=false, say."
+                f"--variable {each}: write --variable NAME=VALUE",
+                next_step="enable_thinking=false, say.",
             )
         found[name] = parse_yaml(text, f"--variable {name}", Settings())
     check_variables(found)
@@ -148,12 +176,20 @@ def variables_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def asked_as(args: argparse.Namespace, base: Base) -> Preamble:
-    """What conversations get by themselves with these flags, which is told where an adapter is the reason."""
+    """What conversations get by themselves with these flags, which is told where an adapter is the
+    reason."""
     asked = base.preamble.asked(args.system, variables_of(args))
     if base.preamble and asked:
         parts = [] if asked.system is None else [f"system: {cut(asked.system, 60)!r}"]
-        parts += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in asked.variables.items()]
-        off = "  (--system '' leaves it out)" if asked.system is not None and args.system is None else ""
+        parts += [
+            f"{name}: {json.dumps(value, ensure_ascii=False)}"
+            for name, value in asked.variables.items()
+        ]
+        off = (
+            "  (--system '' leaves it out)"
+            if asked.system is not None and args.system is None
+            else ""
+        )
         line = f"asked as the adapter was trained · {' · '.join(parts)}{off}"
         make_console(json=True).print(shown(line), style="dim", soft_wrap=True)
     return asked
@@ -165,7 +201,9 @@ def add_card(parser: argparse.ArgumentParser) -> None:
         "--figures",
         type=Path,
         metavar="FILE",
-        help="what veneer evaluate --json wrote: the model card has it beside what training measured",
+        help=(
+            "what veneer evaluate --json wrote: the model card has it beside what training measured"
+        ),
     )
     parser.add_argument(
         "--sample",
@@ -179,13 +217,18 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
-    """--length, --format, --train-on and what else of data is a choice, said as a run file's settings are."""
+    """--length, --format, --train-on and what else of data is a choice, said as a run file's
+    settings are."""
     from veneer.cli.config_file import field_help
     from veneer.train.config import DataConfig, RunConfig
 
     length = RunConfig.model_fields["length"].default
     parser.add_argument(
-        "--length", type=LENGTH, default=length, metavar="N", help=f"longest row, tokens; default: {length}"
+        "--length",
+        type=LENGTH,
+        default=length,
+        metavar="N",
+        help=f"longest row, tokens; default: {length}",
     )
     for name in ("format", "train_on", *others):
         field = DataConfig.model_fields[name]
@@ -217,24 +260,35 @@ def load_alone(
     with working(f"loading {source}"):
         with no_collection():
             from veneer import api
-        base = api.load(source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense)
+        base = api.load(
+            source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense
+        )
     if base.compute.widens and base.compute.line is not None:
-        make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # talk, wherever data goes
+        make_console(json=True).print(
+            base.compute.line, style="dim", soft_wrap=True
+        )  # talk, wherever data goes
     return base
 
 
-def base_and_adapter(base: str | None, adapter: str | None, library: str | None = None) -> tuple[str, Path | None]:
-    """The base to load, and the adapter's own folder; the adapter says its base where none is named."""
+def base_and_adapter(
+    base: str | None, adapter: str | None, library: str | None = None
+) -> tuple[str, Path | None]:
+    """The base to load, and the adapter's own folder; the adapter says its base where none is
+    named."""
     folder = adapter_folder(adapter, library) if adapter else None
     if base:
         return base, folder
     if folder is None:
         raise ConfigError(
-            "no base is named", [], "Give --base (a hub id, a folder, a .gguf file or smollm2-135m) or --adapter."
+            "no base is named",
+            [],
+            "Give --base (a hub id, a folder, a .gguf file or smollm2-135m) or --adapter.",
         )
     name = _trained_on(folder)
     if not name:
-        raise SourceError(f"{folder} does not say which base it was trained on", [], "Name it: --base B.")
+        raise SourceError(
+            f"{folder} does not say which base it was trained on", [], "Name it: --base B."
+        )
     return name, folder
 
 
@@ -258,7 +312,8 @@ def _trained_on(folder: Path) -> str | None:
 
 
 def as_stored(dtype: str) -> Any:
-    """--dtype of a command that writes weights or compares them: auto is the type they are stored in."""
+    """--dtype of a command that writes weights or compares them: auto is the type they are stored
+    in."""
     return "stored" if dtype == "auto" else dtype
 
 
@@ -271,8 +326,11 @@ def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
     return load.load_base(args.base, dtype=as_stored(args.dtype), device="cpu")
 
 
-def held_as(asked: Quantize | None, adapter: Path | None, *, force_base: bool) -> tuple[Quantize | None, list[str]]:
-    """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its base is overridden."""
+def held_as(
+    asked: Quantize | None, adapter: Path | None, *, force_base: bool
+) -> tuple[Quantize | None, list[str]]:
+    """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its
+    base is overridden."""
     quantize = asked
     if quantize is None and adapter is not None and not force_base:
         quantize = trained_over(adapter)
@@ -280,16 +338,23 @@ def held_as(asked: Quantize | None, adapter: Path | None, *, force_base: bool) -
     return quantize, kept_dense(adapter) if adapter is not None and keeps else []
 
 
-def weighted(named: Sequence[str], weights: Sequence[float] | None, library: str | None) -> list[tuple[Path, float]]:
-    """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for each."""
+def weighted(
+    named: Sequence[str], weights: Sequence[float] | None, library: str | None
+) -> list[tuple[Path, float]]:
+    """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for
+    each."""
     if weights and len(weights) != len(named):
-        raise ConfigError(f"{len(named)} adapters and {len(weights)} weights", next_step="Give one weight for each.")
+        raise ConfigError(
+            f"{len(named)} adapters and {len(weights)} weights",
+            next_step="Give one weight for each.",
+        )
     folders = [adapter_folder(each, library) for each in named]
     return list(zip(folders, weights or [1.0] * len(named), strict=True))
 
 
 def trained_over(folder: Path) -> Quantize | None:
-    """The format that the adapter's base was held in, from the fingerprint that it keeps; None: dense, or not known."""
+    """The format that the adapter's base was held in, from the fingerprint that it keeps; None:
+    dense, or not known."""
     file = folder / "veneer.json"
     if not file.is_file():
         return None
@@ -314,9 +379,11 @@ def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def make_console(*, json: bool) -> Console:
-    """Where people read: stdout, or stderr when stdout is data. Never guesses markup in foreign text.
+    """Where people read: stdout, or stderr when stdout is data. Never guesses markup in foreign
+    text.
 
-    On stdout it is the command's result, and a failing write is an error (cli/main.py); on stderr it is talk.
+    On stdout it is the command's result, and a failing write is an error (cli/main.py); on stderr
+    it is talk.
     """
     from rich.console import Console
 
@@ -326,4 +393,6 @@ def make_console(*, json: bool) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would leave by SystemExit(1)
 
-    return talking_console(stderr=True) if json else Result(highlight=False, markup=False, emoji=False)
+    return (
+        talking_console(stderr=True) if json else Result(highlight=False, markup=False, emoji=False)
+    )

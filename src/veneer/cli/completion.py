@@ -1,4 +1,5 @@
-"""Completion of commands, flags and their choices for a shell. The script is whole: pressing Tab starts no Python.
+"""Completion of commands, flags and their choices for a shell. The script is whole: pressing Tab
+starts no Python.
 
 For instance:
 
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Words:
-    """What may follow a command. flags: each with its choices; none: a value, a file, or nothing."""
+    """What may follow a command. flags: each with its choices; none: a value, a file, or
+    nothing."""
 
     about: str
     flags: dict[str, tuple[str, ...]]
@@ -55,8 +57,12 @@ def _words_of_settings() -> dict[str, tuple[str, ...]]:
     from veneer.files.settings import words_at
     from veneer.train.config import SHORT_FORMS, RunConfig
 
-    words = {f"--{name.replace('_', '-')}": words_at(RunConfig, path) for name, path in FLAGS.items()}
-    return {flag: each for flag, each in words.items() if each} | {"--method": (*METHODS, *SHORT_FORMS)}
+    words = {
+        f"--{name.replace('_', '-')}": words_at(RunConfig, path) for name, path in FLAGS.items()
+    }
+    return {flag: each for flag, each in words.items() if each} | {
+        "--method": (*METHODS, *SHORT_FORMS)
+    }
 
 
 def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, Words]:
@@ -90,7 +96,10 @@ def bash(words: Mapping[str, Words]) -> str:
             if known
         ]
         if its.actions or its.choices:
-            others.append(f"    {shlex.quote(name)}) words={shlex.quote(' '.join(its.actions + its.choices))} ;;")
+            others.append(
+                f"    {shlex.quote(name)})"
+                f" words={shlex.quote(' '.join(its.actions + its.choices))} ;;"
+            )
     return "\n".join(
         [
             "# veneer: what may be typed next; made by `veneer completion`",
@@ -136,7 +145,8 @@ def fish(words: Mapping[str, Words]) -> str:
         if action:
             seen = f"__fish_seen_subcommand_from {top}; and __fish_seen_subcommand_from {action}"
             none = (
-                f"__fish_seen_subcommand_from {top}; and not __fish_seen_subcommand_from {' '.join(words[top].actions)}"
+                f"__fish_seen_subcommand_from {top}; and not __fish_seen_subcommand_from"
+                f" {' '.join(words[top].actions)}"
             )
             lines.append(f"complete -c veneer -n {_fish(none)} -a {action} -d {about}")
         else:

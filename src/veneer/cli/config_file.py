@@ -1,9 +1,9 @@
 """A run's settings from a YAML file, flags and `--set path=value`, checked all at once.
 
-Later ones win: file, then flags, then --set. Every fault names where it stands (file and line, or the
-flag) and, for an unknown key, the nearest valid one. YAML goes through `yaml.safe_load`; before that
-the text is composed once, to find duplicate keys and the line of each key, and to refuse aliases,
-which nobody needs here and with which a few lines grow to gigabytes.
+Later ones win: file, then flags, then --set. Every fault names where it stands (file and line, or
+the flag) and, for an unknown key, the nearest valid one. YAML goes through `yaml.safe_load`; before
+that the text is composed once, to find duplicate keys and the line of each key, and to refuse
+aliases, which nobody needs here and with which a few lines grow to gigabytes.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ FLAGS: dict[str, KeyPath] = {
     "out": ("out",),
 }
 
-_YAML_FLAGS: dict[str, tuple[KeyPath, str]] = {"method": (("method",), "{"), "from": (("from_adapter",), "[{")}
-"""Flags that also take a YAML value: the setting that the value replaces, and the characters that such a value may
-begin with."""
+_YAML_FLAGS: dict[str, tuple[KeyPath, str]] = {
+    "method": (("method",), "{"),
+    "from": (("from_adapter",), "[{"),
+}
+"""Flags that also take a YAML value: the setting that the value replaces, and the characters that
+such a value may begin with."""
 
 PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateConfig}
 """Settings that hold settings, beside the method."""
@@ -58,7 +61,8 @@ PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateCon
 
 @dataclass
 class Settings:
-    """Values as they were given, and where: origins[("method", "rank")] = "run.yaml:7" or "--rank"."""
+    """Values as they were given, and where: origins[("method", "rank")] = "run.yaml:7" or
+    "--rank"."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
@@ -112,13 +116,16 @@ def read_run_config(
     if config is None or settings.faults:
         where = f"{file} and the flags" if file is not None else "the flags"
         raise ConfigError(
-            f"{where} do not describe a run", settings.faults + faults, "`veneer explain settings` lists the settings."
+            f"{where} do not describe a run",
+            settings.faults + faults,
+            "`veneer explain settings` lists the settings.",
         )
     return config
 
 
 def first_parent(text: str) -> str | None:
-    """Returns the adapter that `--from` names first; None if its list is malformed, which read_run_config reports."""
+    """Returns the adapter that `--from` names first; None if its list is malformed, which
+    read_run_config reports."""
     settings = Settings()
     _put_flag(settings, "from", text)
     value = settings.values.get("from_adapter")
@@ -133,17 +140,24 @@ def field_help(path: KeyPath) -> str:
 
 
 def brief_help(path: KeyPath) -> str:
-    """What a setting is, up to the first colon or semicolon, and its default: for a list of many."""
+    """What a setting is, up to the first colon or semicolon, and its default: for a list of
+    many."""
     said = re.split(r"[;:](?: |$)|\.(?: |$)", field_help(path))[0]
     default = field_at(RunConfig, path).default
-    plain = isinstance(default, int | float | str) and not isinstance(default, bool) and path[-1] != "name"
+    plain = (
+        isinstance(default, int | float | str)
+        and not isinstance(default, bool)
+        and path[-1] != "name"
+    )
     return f"{said} (default: {default})" if plain else said
 
 
 def _read_file(settings: Settings, file: Path) -> None:
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{file} is larger than {MAX_FILE_BYTES:,} bytes: is it the run file?")
+            raise ConfigError(
+                f"{file} is larger than {MAX_FILE_BYTES:,} bytes: is it the run file?"
+            )
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         raise ConfigError(f"cannot read the run file {file}: {fault}") from None
@@ -151,13 +165,16 @@ def _read_file(settings: Settings, file: Path) -> None:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{file} is not a mapping of settings", [], "Write one `key: value` a line.")
+        raise ConfigError(
+            f"{file} is not a mapping of settings", [], "Write one `key: value` a line."
+        )
     settings.values = values
     settings.origins[()] = str(file)
 
 
 def parse_yaml(text: str, name: str, settings: Settings) -> Any:
-    """yaml.safe_load, with duplicate keys and aliases refused and the lines of the keys remembered."""
+    """yaml.safe_load, with duplicate keys and aliases refused and the lines of the keys
+    remembered."""
     try:
         if fault := yaml_fault(text):
             raise ConfigError(f"{name}{fault}")
@@ -170,10 +187,15 @@ def parse_yaml(text: str, name: str, settings: Settings) -> Any:
         raise ConfigError(f"{where} is not YAML: {fault.problem}") from None
     except RecursionError:
         raise ConfigError(f"{name} is not YAML that can be read: it is nested too deep") from None
-    except (yaml.YAMLError, ValueError) as fault:  # ValueError: 2024-13-45 looks like a date and is none
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as fault:  # ValueError: 2024-13-45 looks like a date and is none
         raise ConfigError(f"{name} is not YAML that can be read: {fault}") from None
     if half := [inner for inner, _ in walk(value) if isinstance(inner, str) and not is_text(inner)]:
-        raise ConfigError(f"{name} holds half a character in {half[0][:40]!r}: cut off in an escape")
+        raise ConfigError(
+            f"{name} holds half a character in {half[0][:40]!r}: cut off in an escape"
+        )
     return value
 
 
@@ -191,7 +213,8 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, settings: Settings) -> None
             if key.value in seen:
                 first = seen[key.value]
                 settings.faults.append(
-                    f"C313 {name}:{line} {'.'.join(below)!r} stands there twice, first in line {first}: keep one"
+                    f"C313 {name}:{line} {'.'.join(below)!r} stands there twice, first in line"
+                    f" {first}: keep one"
                 )
             seen[key.value] = line
             settings.origins[below] = f"{name}:{line}"
@@ -211,7 +234,9 @@ def _put_flag(settings: Settings, name: str, value: Any) -> None:
 def _read_set(settings: Settings, each: str) -> None:
     path, sign, text = each.partition("=")
     if not sign or not all(path.split(".")):
-        settings.faults.append(f"C314 --set {each}: write --set path=value, for instance --set data.long_rows=drop")
+        settings.faults.append(
+            f"C314 --set {each}: write --set path=value, for instance --set data.long_rows=drop"
+        )
         return
     _put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
 
@@ -233,16 +258,21 @@ def _opened(path: KeyPath, value: Any) -> dict[str, Any]:
 
 
 def _validated(settings: Settings) -> tuple[RunConfig | None, list[str]]:
-    """The config, or every fault. Checks across fields run only where the fields are sound, so faulty
-    values are taken out and the rest is checked again until nothing new is found."""
+    """The config, or every fault. Checks across fields run only where the fields are sound, so
+    faulty values are taken out and the rest is checked again until nothing new is found."""
     values = _copy(settings.values)
     faults: list[str] = []
     while True:
         try:
             config = RunConfig.model_validate(values)
         except ValidationError as error:
-            found = faults_of(RunConfig, error, values, _names(settings.values), lambda path: repr(".".join(path)))
-            faults += [f"{code} {settings.origin(path)} {said}" for (path, _), (code, said) in found.items()]
+            found = faults_of(
+                RunConfig, error, values, _names(settings.values), lambda path: repr(".".join(path))
+            )
+            faults += [
+                f"{code} {settings.origin(path)} {said}"
+                for (path, _), (code, said) in found.items()
+            ]
             for path, kind in found:
                 _mend(values, path, missing=kind == "missing")
         else:
@@ -251,7 +281,9 @@ def _validated(settings: Settings) -> tuple[RunConfig | None, list[str]]:
 
 def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
     """Takes the faulty value out; where one is needed, puts one that passes."""
-    if not path:  # a check across fields of the run: it has no cause without those that are optional
+    if (
+        not path
+    ):  # a check across fields of the run: it has no cause without those that are optional
         required = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
         for name in [name for name in values if name not in required]:
             del values[name]
@@ -259,7 +291,10 @@ def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
     node = values
     for key in path[:-1]:
         node = node[key]
-    models: dict[KeyPath, type[BaseModel]] = {(): RunConfig, **{(name,): part for name, part in PARTS.items()}}
+    models: dict[KeyPath, type[BaseModel]] = {
+        (): RunConfig,
+        **{(name,): part for name, part in PARTS.items()},
+    }
     model = models.get(path[:-1])
     fields = model.model_fields if model else {}
     if missing or (path[-1] in fields and fields[path[-1]].is_required()):
@@ -273,7 +308,11 @@ def _names(values: Mapping[str, Any]) -> list[KeyPath]:
     """What an unknown key may have been meant as, beside the method that is chosen."""
     method = values.get("method")
     chosen = str(method.get("name") if isinstance(method, dict) else method)
-    return [*((name,) for name in PARTS), ("method",), *setting_paths(chosen if chosen in METHODS else "lora")]
+    return [
+        *((name,) for name in PARTS),
+        ("method",),
+        *setting_paths(chosen if chosen in METHODS else "lora"),
+    ]
 
 
 def setting_paths(method: str = "lora") -> list[KeyPath]:

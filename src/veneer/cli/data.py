@@ -9,9 +9,9 @@ For instance:
   veneer data replay --base smollm2-135m --out replay
   veneer data gc --days 30 --yes
 
-check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with its rows.
-It exits 4 if a run would refuse the data. replay alone loads weights: the base itself writes rows, which keep what it
-can do when they are mixed into a training.
+check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with
+its rows. It exits 4 if a run would refuse the data. replay alone loads weights: the base itself
+writes rows, which keep what it can do when they are mixed into a training.
 """
 
 from __future__ import annotations
@@ -54,13 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser = add_action(actions, "check", help)
     parser.set_defaults(act=_check)
     add_verbs(actions)
-    parser.add_argument("data", metavar="D", help="file, folder, pattern, address, data set of the hub")
-    parser.add_argument("--base", required=True, metavar="B", help="whose tokens and chat template are taken")
-    parser.add_argument("--validation", metavar="V", help="held-out rows; also looked through for rows of D")
+    parser.add_argument(
+        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+    )
+    parser.add_argument(
+        "--base", required=True, metavar="B", help="whose tokens and chat template are taken"
+    )
+    parser.add_argument(
+        "--validation", metavar="V", help="held-out rows; also looked through for rows of D"
+    )
     add_data(parser, "long_rows")
     add_variables(parser)
     add_map(parser)
-    parser.add_argument("--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first")
+    parser.add_argument(
+        "--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first"
+    )
     add_json(parser)
 
 
@@ -97,8 +105,11 @@ def _check(args: argparse.Namespace) -> int:
     return 4 if data.report.refused else 0
 
 
-def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any, line: int | None) -> None:
-    """One row as the model sees it, the trained tokens coloured, or between « and » without colours."""
+def _print_sample(
+    console: Console, examples: Sequence[Example], tokenizer: Any, line: int | None
+) -> None:
+    """One row as the model sees it, the trained tokens coloured, or between « and » without
+    colours."""
     from rich.text import Text
 
     from veneer.data.check import render_sample
@@ -107,7 +118,9 @@ def _print_sample(console: Console, examples: Sequence[Example], tokenizer: Any,
     if not chosen:
         if line is None:
             return
-        raise InputError(f"no row of line {line} is trained on", [], "Name another one, or leave --row out.")
+        raise InputError(
+            f"no row of line {line} is trained on", [], "Name another one, or leave --row out."
+        )
     coloured = console.color_system is not None and not console.no_color
     text = Text()
     for piece, trained, _ in render_sample(tokenizer, chosen[0]):
@@ -132,7 +145,11 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
     else:
         _print_counts(console, data, report, said)
     for problem in report.problems:
-        console.print(_fit(console, f"  {shown(problem)}"), style="red" if problem.fatal else "yellow", soft_wrap=True)
+        console.print(
+            _fit(console, f"  {shown(problem)}"),
+            style="red" if problem.fatal else "yellow",
+            soft_wrap=True,
+        )
         if problem.next_step:
             console.print(_fit(console, f"      {shown(problem.next_step)}"), soft_wrap=True)
     if report.refused:
@@ -145,18 +162,27 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
 def _print_counts(console: Console, data: str, report: CheckReport, problems: str) -> None:
     """What the rows that can be read would teach."""
     facts = [
-        f"{report.rows:,} rows" + (f", {report.examples:,} examples" if report.examples > report.rows else ""),
+        f"{report.rows:,} rows"
+        + (f", {report.examples:,} examples" if report.examples > report.rows else ""),
         f"{report.validation_rows:,} held out",
         " and ".join(report.formats),
         problems,
     ]
-    console.print(folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold", soft_wrap=True)
+    console.print(
+        folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold", soft_wrap=True
+    )
     console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
-    rows = [(role or "plain text", n, report.trained_by_role.get(role, 0)) for role, n in report.tokens_by_role.items()]
+    rows = [
+        (role or "plain text", n, report.trained_by_role.get(role, 0))
+        for role, n in report.tokens_by_role.items()
+    ]
     for role, tokens, trained in [*rows, ("all", report.tokens, report.trained_tokens)]:
         console.print(f"  {shown(role):<12}{tokens:>12,}{trained:>12,}  {percent(trained, tokens)}")
     stops = " or ".join(map(shown, report.stop_tokens)) or "none"
-    facts = [f"stop token trained: {report.stop_token_trained} ({stops})", f"length median {report.median:,}"]
+    facts = [
+        f"stop token trained: {report.stop_token_trained} ({stops})",
+        f"length median {report.median:,}",
+    ]
     facts += [f"longest {report.longest:,} of {report.length:,} tokens"]
     console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
     if any(report.reasons.get(kind) for kind in ("reasons", "empty", "lost")):
@@ -166,7 +192,11 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
             "empty": "with an empty block",
             "lost": "whose reasoning the template leaves out",
         }
-        counts = [f"{report.reasons[kind]:,} {words}" for kind, words in said.items() if report.reasons.get(kind)]
+        counts = [
+            f"{report.reasons[kind]:,} {words}"
+            for kind, words in said.items()
+            if report.reasons.get(kind)
+        ]
         console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)
     most = max((rows for _, rows in report.histogram), default=0)
     for longest, count in report.histogram:

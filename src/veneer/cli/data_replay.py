@@ -1,4 +1,5 @@
-"""veneer data replay: rows that a base draws by itself, to be mixed into a training against forgetting."""
+"""veneer data replay: rows that a base draws by itself, to be mixed into a training against
+forgetting."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import COUNT, NEW_TOKENS, SEED
-from veneer.cli.common import add_held, add_json, add_variables, load_alone, make_console, print_json, variables_of
+from veneer.cli.common import (
+    add_held,
+    add_json,
+    add_variables,
+    load_alone,
+    make_console,
+    print_json,
+    variables_of,
+)
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError, DataError
 from veneer.wording import shown
@@ -19,18 +28,35 @@ SHARE = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets answers.jsonl and texts.jsonl")
     parser.add_argument(
-        "--rows", type=COUNT, default=200, metavar="N", help="half answers, half plain text; default: 200"
+        "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
     )
     parser.add_argument(
-        "--questions", type=Path, metavar="FILE", help="what is asked, one a line; default: the base writes that too"
+        "--out", required=True, metavar="DIR", help="gets answers.jsonl and texts.jsonl"
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message of every question; default: none")
+    parser.add_argument(
+        "--rows",
+        type=COUNT,
+        default=200,
+        metavar="N",
+        help="half answers, half plain text; default: 200",
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="what is asked, one a line; default: the base writes that too",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system message of every question; default: none"
+    )
     add_variables(parser)
     parser.add_argument(
-        "--max-new-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer or text; default: 128"
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=128,
+        metavar="N",
+        help="longest answer or text; default: 128",
     )
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
     add_held(parser, "as it is stored")
@@ -65,7 +91,12 @@ def run(args: argparse.Namespace) -> int:
         for name, rows in drawn.items():
             write_records(folder / f"{name}.jsonl", rows)
     sets: list[dict[str, Any]] = [
-        {"path": str(out / f"{name}.jsonl"), "share": SHARE / len(drawn), "name": f"replay of {name}"} for name in drawn
+        {
+            "path": str(out / f"{name}.jsonl"),
+            "share": SHARE / len(drawn),
+            "name": f"replay of {name}",
+        }
+        for name in drawn
     ]
     cut = {name: sum("unfinished" in row for row in rows) for name, rows in drawn.items()}
     if args.json:
@@ -73,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"rows": counts, "unfinished": sum(cut.values()), "train": sets})
         return 0
     lines = [
-        f"{each['path']}: {len(rows):,} rows, {cut[name]:,} cut after {args.max_new_tokens:,} tokens"
+        f"{each['path']}: {len(rows):,} rows, {cut[name]:,} cut after {args.max_new_tokens:,}"
+        " tokens"
         for each, (name, rows) in zip(sets, drawn.items(), strict=True)
     ]
     lines += ["In a run file, a fifth of an epoch beside your own rows:", "  data:", "    train:"]
@@ -89,10 +121,14 @@ def _questions(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise DataError(f"{file} cannot be read: {fault}", next_step="Give a UTF-8 text file.") from None
+        raise DataError(
+            f"{file} cannot be read: {fault}", next_step="Give a UTF-8 text file."
+        ) from None
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise ConfigError(f"{file} holds no question", next_step="Write one a line, or leave --questions out.")
+        raise ConfigError(
+            f"{file} holds no question", next_step="Write one a line, or leave --questions out."
+        )
     return found
 
 

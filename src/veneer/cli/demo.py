@@ -1,7 +1,7 @@
 """Fine-tune a small real model on a real task, on this machine, in a few minutes.
 
-Downloads a 135M-parameter model and a public data set (about 100 MB, kept for the next time), trains a
-thin layer on 300 rows and shows held-out questions with the answers before and after.
+Downloads a 135M-parameter model and a public data set (about 100 MB, kept for the next time),
+trains a thin layer on 300 rows and shows held-out questions with the answers before and after.
 """
 
 from __future__ import annotations
@@ -19,11 +19,18 @@ WHOLE, SHORT = "runs/demo", "runs/demo-short"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", help=f"folder of the run; default: {WHOLE}, or with --steps {SHORT}")
     parser.add_argument(
-        "--steps", type=COUNT, metavar="N", help="train N small steps, answer two questions: does all of it work here?"
+        "--out", metavar="DIR", help=f"folder of the run; default: {WHOLE}, or with --steps {SHORT}"
     )
-    parser.add_argument("--again", action="store_true", help="train anew though DIR holds a finished demo")
+    parser.add_argument(
+        "--steps",
+        type=COUNT,
+        metavar="N",
+        help="train N small steps, answer two questions: does all of it work here?",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="train anew though DIR holds a finished demo"
+    )
     add_json(parser)
 
 

@@ -43,7 +43,17 @@ EXTRAS = {
     "ray": "ray",
 }
 """What `pip install 'veneer[NAME]'` adds, and a module that is there then."""
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     for part, values in facts.items():
         console.print(part, style="bold")
         for name, value in values.items():
-            console.print(f"  {name.removesuffix('_bytes'):<18} {_shown(name, value)}", soft_wrap=True)
+            console.print(
+                f"  {name.removesuffix('_bytes'):<18} {_shown(name, value)}", soft_wrap=True
+            )
     return 0
 
 
@@ -73,7 +85,10 @@ def find_facts() -> dict[str, dict[str, Any]]:
     from veneer.library.library import Library
 
     held = memory()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE")
+        or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
+    )
     cache = expanded(cache)
     library = Library()
     cuda, cpu = torch.cuda.is_available(), processor()
@@ -87,8 +102,12 @@ def find_facts() -> dict[str, dict[str, Any]]:
         "processor": {
             "model": cpu.get("model name") or platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
-            "cores usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "features": [f for f in CPU_FLAGS if f in (cpu.get("flags") or cpu.get("Features") or "").split()],
+            "cores usable": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "features": [
+                f for f in CPU_FLAGS if f in (cpu.get("flags") or cpu.get("Features") or "").split()
+            ],
             "torch uses": torch.backends.cpu.get_cpu_capability(),
             "torch threads": torch.get_num_threads(),
             "our kernels use": _kernels(),
@@ -98,10 +117,15 @@ def find_facts() -> dict[str, dict[str, Any]]:
             for name in ("bfloat16", "float16")
             if (found := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
         },
-        "memory": {"total_bytes": held.get("MemTotal"), "available_bytes": held.get("MemAvailable")},
+        "memory": {
+            "total_bytes": held.get("MemTotal"),
+            "available_bytes": held.get("MemAvailable"),
+        },
         "gpu": {
             "cuda": torch.version.cuda,
-            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            if cuda
+            else [],
             "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
             "mps": torch.backends.mps.is_available(),
         },
@@ -124,7 +148,11 @@ def _kernels() -> str:
     from veneer.kernels.native import has_amx, has_bf16, level
 
     names = {-1: "not compiled, or switched off", 0: "plain C", 2: "AVX2", 3: "AVX-512"}
-    return names[level()] + (" with bf16 products" if has_bf16() else "") + (", on tiles (AMX)" if has_amx() else "")
+    return (
+        names[level()]
+        + (" with bf16 products" if has_bf16() else "")
+        + (", on tiles (AMX)" if has_amx() else "")
+    )
 
 
 def _shown(name: str, value: Any) -> str:

@@ -1,5 +1,6 @@
-"""What can be refused before torch is loaded, which takes seconds: names of nothing, files that are not there, places
-that are taken. The rooms below refuse the same, in the same words; they are asked here first.
+"""What can be refused before torch is loaded, which takes seconds: names of nothing, files that are
+not there, places that are taken. The rooms below refuse the same, in the same words; they are asked
+here first.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def check_rows(*named: str | None) -> None:
 
 
 def check_place(config: RunConfig, *, resume: bool) -> None:
-    """ConfigError: no such run may stand in its folder. BusyError: another process is in it. InputError: nothing can be
-    written there."""
+    """ConfigError: no such run may stand in its folder. BusyError: another process is in it.
+    InputError: nothing can be written there."""
     out = Path(config.out)
     (refuse_finished if resume else refuse_unless_new)(out)
     with held(out):
@@ -63,5 +64,7 @@ def check_writable(*files: str | Path | None) -> None:
 
 def check_files(files: Iterable[Path | None]) -> None:
     """DataError with every one that is not there."""
-    if missing := [f"{file} is not there" for file in files if file is not None and not file.is_file()]:
+    if missing := [
+        f"{file} is not there" for file in files if file is not None and not file.is_file()
+    ]:
         raise DataError("a file cannot be read", missing)

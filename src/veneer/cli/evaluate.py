@@ -1,16 +1,18 @@
-"""The loss of a base on rows, with or without an adapter, how its answers compare with theirs, what it forgot.
+"""The loss of a base on rows, with or without an adapter, how its answers compare with theirs, what
+it forgot.
 
 For instance:
 
   veneer evaluate --base smollm2-135m --data held_out.jsonl
   veneer evaluate --adapter runs/tickets --data held_out.jsonl --metrics exact_match,field_f1
-  veneer evaluate --adapter runs/intents --data held_out.jsonl --metrics accuracy --labels intents.txt
+  veneer evaluate --adapter runs/intents --data held_out.jsonl --metrics accuracy --labels \\
+      intents.txt
   veneer evaluate --adapter runs/sums --data sums.jsonl --metric 'regex:####\\s*(-?[0-9.]+)'
   veneer evaluate --adapter runs/sums --data sums.jsonl --metric score.py:closeness --general
   veneer evaluate --adapter runs/b --data D --predictions b.jsonl --against a.jsonl
 
-Metrics: exact_match, json_validity, field_f1, accuracy (the likeliest of given labels), bleu, chrf, rouge1, rouge2,
-rougeL. Rows may hold `references`, a list of further right answers.
+Metrics: exact_match, json_validity, field_f1, accuracy (the likeliest of given labels), bleu, chrf,
+rouge1, rouge2, rougeL. Rows may hold `references`, a list of further right answers.
 """
 
 from __future__ import annotations
@@ -42,35 +44,51 @@ UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
+    parser.add_argument(
+        "--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet"
+    )
     add_base(parser)
     parser.add_argument(
-        "--metrics", default="", metavar="M,M", help="also answer every row and compare: see the list above"
+        "--metrics",
+        default="",
+        metavar="M,M",
+        help="also answer every row and compare: see the list above",
     )
     parser.add_argument(
         "--metric",
         action="append",
         default=[],
         metavar="M",
-        help="one more metric: a name, regex:PATTERN, or your own code as FILE.py:FUNCTION, which gets the answer "
-        "and the list of right answers and returns a number; may be repeated",
+        help=(
+            "one more metric: a name, regex:PATTERN, or your own code as FILE.py:FUNCTION, which"
+            " gets the answer and the list of right answers and returns a number; may be repeated"
+        ),
     )
     parser.add_argument(
         "--labels",
         metavar="L",
-        help="for accuracy: A,B,C or a file with one label a line; default: the rows' own answers, where they are few "
-        "and short",
+        help=(
+            "for accuracy: A,B,C or a file with one label a line; default: the rows' own answers,"
+            " where they are few and short"
+        ),
     )
     parser.add_argument(
-        "--length-normalised", action="store_true", help="compare labels by their log-probability per token"
+        "--length-normalised",
+        action="store_true",
+        help="compare labels by their log-probability per token",
     )
     add_preamble(parser)
     add_data(parser)
     add_map(parser)
-    parser.add_argument("--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens")
+    parser.add_argument(
+        "--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens"
+    )
     parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="write every row's answer and figures there, as JSONL"
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write every row's answer and figures there, as JSONL",
     )
     parser.add_argument(
         "--against",
@@ -83,8 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="built-in",
         metavar="FILE",
-        help="forgetting: also the loss on general text, a text file (documents divided by lines of ---) "
-        "or, without FILE, a short one that comes with Veneer",
+        help=(
+            "forgetting: also the loss on general text, a text file (documents divided by lines of"
+            " ---) or, without FILE, a short one that comes with Veneer"
+        ),
     )
     add_json(parser)
 
@@ -168,8 +188,17 @@ def _print_table(result: dict[str, Any]) -> None:
             beside.append("no interval: these rows do not determine one")
         if name in against:
             other = against[name]
-            beside.append(f"{_signed(other['difference'], share)} ({_range(other['interval'], share, signed=True)})")
-        said = f"{value:,}" if isinstance(value, int) else f"{100 * value:.1f}%" if share else number(value)
+            beside.append(
+                f"{_signed(other['difference'], share)}"
+                f" ({_range(other['interval'], share, signed=True)})"
+            )
+        said = (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{100 * value:.1f}%"
+            if share
+            else number(value)
+        )
         line(name, said, *beside)
     if "labels" in result:
         found = result["labels"]
@@ -188,11 +217,16 @@ def _print_table(result: dict[str, Any]) -> None:
         if "forgetting" in found:
             ends = found["forgetting_interval"]
             said = _range(ends, False, signed=True)
-            said = f"nats · 95% interval over documents {said}" if ends else f"nats · {said} over documents"
+            said = (
+                f"nats · 95% interval over documents {said}"
+                if ends
+                else f"nats · {said} over documents"
+            )
             line("forgetting", f"{found['forgetting']:+.3f}", said)
     if against:
         console.print(
-            f"differences: to {shown(against['file'])}, with 95% intervals over the same rows", soft_wrap=True
+            f"differences: to {shown(against['file'])}, with 95% intervals over the same rows",
+            soft_wrap=True,
         )
 
 

@@ -29,9 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help="a code as the message shows it, a setting, or `settings` for all of them; default: all codes",
+        help=(
+            "a code as the message shows it, a setting, or `settings` for all of them; default: all"
+            " codes"
+        ),
     )
-    parser.add_argument("--markdown", action="store_true", help="all of them as the page docs/errors.md")
+    parser.add_argument(
+        "--markdown", action="store_true", help="all of them as the page docs/errors.md"
+    )
     add_json(parser)
 
 
@@ -40,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
     asked = [_known_name(name, known) for name in args.names]
     if unknown := [name for name, chosen in zip(args.names, asked, strict=True) if not chosen]:
         near = {name: get_close_matches(name.upper(), known, n=3, cutoff=0.7) for name in unknown}
-        told = [name + (f": did you mean {', '.join(near[name])}?" if near[name] else "") for name in unknown]
+        told = [
+            name + (f": did you mean {', '.join(near[name])}?" if near[name] else "")
+            for name in unknown
+        ]
         step = "`veneer explain` lists the codes, `veneer explain settings` the settings."
         raise ConfigError("there is no such code or setting", told, step)
     chosen = {name: entry for entries in asked for name, entry in entries.items()} or known
@@ -49,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.markdown:
         print(page(chosen), end="")
     elif asked:
-        texts = [text(name, entry) if "title" in entry else setting_text(name, entry) for name, entry in chosen.items()]
+        texts = [
+            text(name, entry) if "title" in entry else setting_text(name, entry)
+            for name, entry in chosen.items()
+        ]
         print(("\n\n" if len(asked) == len(texts) else "\n").join(texts))
     else:
         print("\n".join(f"{code}  {entry['title']}" for code, entry in chosen.items()))
@@ -57,19 +68,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _known_name(name: str, known: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """What a name stands for: a code, a setting by its path or by the end of it, several settings; empty if nothing."""
+    """What a name stands for: a code, a setting by its path or by the end of it, several settings;
+    empty if nothing."""
     if name.upper() in known:
         return {name.upper(): known[name.upper()]}
     every = settings()
     if name == "settings":
         return every
-    return {path: entry for path, entry in every.items() if path == name or path.endswith(f".{name}")} or {
-        path: entry for path, entry in every.items() if path.startswith(f"{name}.")
-    }
+    return {
+        path: entry for path, entry in every.items() if path == name or path.endswith(f".{name}")
+    } or {path: entry for path, entry in every.items() if path.startswith(f"{name}.")}
 
 
 def settings() -> dict[str, dict[str, str]]:
-    """Every setting of a run by its path: its meaning and, of a method's, the methods that have it."""
+    """Every setting of a run by its path: its meaning and, of a method's, the methods that have
+    it."""
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import field_help, setting_paths
     from veneer.files.settings import described
@@ -93,7 +106,9 @@ def setting_text(path: str, entry: dict[str, str]) -> str:
 
     of = f" ({entry['methods']})" if entry["methods"] else ""
     lines = wrap(entry["meaning"] + of, 100 - 26)
-    return "\n".join(f"{path if number == 0 else '':<24}  {line}" for number, line in enumerate(lines))
+    return "\n".join(
+        f"{path if number == 0 else '':<24}  {line}" for number, line in enumerate(lines)
+    )
 
 
 def codes() -> dict[str, dict[str, str]]:
@@ -120,19 +135,23 @@ def text(code: str, entry: dict[str, str]) -> str:
         if called == "for instance":
             lines += [f"  {called:<14}" + ("\n" + " " * 16).join(entry[field].split("\n"))]
         elif called:
-            lines.append(fill(entry[field], 80, initial_indent=f"  {called:<14}", subsequent_indent=" " * 16))
+            lines.append(
+                fill(entry[field], 80, initial_indent=f"  {called:<14}", subsequent_indent=" " * 16)
+            )
     return "\n".join(lines)
 
 
 def page(known: dict[str, dict[str, str]]) -> str:
     """docs/errors.md."""
     head = (
-        "# Error codes\n\nA message that has a code begins a line with it. `veneer explain D107` says the same as this"
-        " page,\nwhich `veneer explain --markdown` wrote.\n\n- `C`: settings, in a run file, in flags and in Python\n"
-        "- `D1`: rows as they stand in files; `D2`: rows as the model would see them\n- `T`: training\n"
+        "# Error codes\n\nA message that has a code begins a line with it. `veneer explain D107`"
+        " says the same as this page,\nwhich `veneer explain --markdown` wrote.\n\n- `C`: settings,"
+        " in a run file, in flags and in Python\n- `D1`: rows as they stand in files; `D2`: rows as"
+        " the model would see them\n- `T`: training\n"
     )
     sections = [
-        f"\n## {code}\n\n**{entry['title']}.** {entry['cause']}\n\n{entry['way']}\n\n```text\n{entry['example']}\n```\n"
+        f"\n## {code}\n\n**{entry['title']}.**"
+        f" {entry['cause']}\n\n{entry['way']}\n\n```text\n{entry['example']}\n```\n"
         for code, entry in known.items()
     ]
     return head + "".join(sections)

@@ -1,11 +1,12 @@
-"""Write an adapter for another program: PEFT, transformers, vLLM, llama.cpp or Ollama; or base and adapter as one
-.gguf model. Says the commands that answer with it.
+"""Write an adapter for another program: PEFT, transformers, vLLM, llama.cpp or Ollama; or base and
+adapter as one .gguf model. Says the commands that answer with it.
 
   peft          PEFT's two files as they are
   transformers  the same, where its load_adapter applies them as they were trained
   vllm          one rank and one scaling for all modules, which is what vLLM reads
   llamacpp      a .gguf file for llama.cpp's --lora; with --merged the whole model
-  ollama        a folder: the whole model, and a Modelfile with the chat template and the adapter's system turn
+  ollama        a folder: the whole model, and a Modelfile with the chat template and the adapter's
+                system turn
 
 For instance:
 
@@ -46,24 +47,39 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="A", help="name in the library, or a folder of an adapter or a run")
+    parser.add_argument(
+        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+    )
     parser.add_argument("--to", required=True, choices=get_args(Program), help="the program")
     parser.add_argument(
-        "--out", required=True, metavar="PATH", help="folder (llamacpp: file) to write; it must not exist"
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="folder (llamacpp: file) to write; it must not exist",
     )
     parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
-    parser.add_argument("--merged", action="store_true", help="llamacpp: the base with the adapter in it")
+    parser.add_argument(
+        "--merged", action="store_true", help="llamacpp: the base with the adapter in it"
+    )
     parser.add_argument(
         "--type",
         choices=["f32", *get_args(ModelType)],
-        help="of .gguf files: an adapter alone f32 (default) or f16; a whole model f16 (default), q8_0, or one that "
-        "llama.cpp's llama-quantize makes",
+        help=(
+            "of .gguf files: an adapter alone f32 (default) or f16; a whole model f16 (default),"
+            " q8_0, or one that llama.cpp's llama-quantize makes"
+        ),
     )
     parser.add_argument(
-        "--into", choices=["original", "dequantised"], help="merged, over a quantised base: the weights to add to"
+        "--into",
+        choices=["original", "dequantised"],
+        help="merged, over a quantised base: the weights to add to",
     )
-    parser.add_argument("--original", metavar="B", help="with --into original over a .gguf file: where they are")
-    parser.add_argument("--force-base", action="store_true", help="merged: though it was trained on another base")
+    parser.add_argument(
+        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="merged: though it was trained on another base"
+    )
     add_card(parser)
     add_library(parser)
     add_json(parser)
@@ -85,9 +101,13 @@ def run(args: argparse.Namespace) -> int:
         with no_collection():
             from veneer import api
         card = partial(_card, args, base, folder)
-        made = api.export_adapter(folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32", card=card)
+        made = api.export_adapter(
+            folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32", card=card
+        )
     if args.json:
-        print_json({"out": str(made.out), "bytes": made.bytes, "notes": made.notes, "serve": made.serve})
+        print_json(
+            {"out": str(made.out), "bytes": made.bytes, "notes": made.notes, "serve": made.serve}
+        )
     else:
         lines = [f"{made.out}: {size(made.bytes)}, for {args.to}", *_after(made.notes, made.serve)]
         console.print("\n".join(lines), soft_wrap=True)
@@ -107,16 +127,29 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
         with no_collection():
             from veneer import api
         weights = api.Weights(quantize, keep_dense, args.into, args.original, args.force_base)
-        how: dict[str, Any] = {"base": base, "out": args.out, "type": type, "weights": weights, "progress": tell}
+        how: dict[str, Any] = {
+            "base": base,
+            "out": args.out,
+            "type": type,
+            "weights": weights,
+            "progress": tell,
+        }
         if args.to in WHOLE_MODEL:
             report = api.export_ollama(folder, card=partial(_card, args, base, folder), **how)
         else:
             report = api.export_merged_gguf([(folder, 1.0)], **how)
     if args.json:
-        said = {"out": str(report.out), "bytes": report.bytes, "type": report.type, "survival": report.total.share}
+        said = {
+            "out": str(report.out),
+            "bytes": report.bytes,
+            "type": report.type,
+            "survival": report.total.share,
+        }
         print_json({**said, "notes": report.notes, "serve": report.serve})
     else:
-        console.print("\n".join([*_merged_lines(report), *_after(report.notes, report.serve)]), soft_wrap=True)
+        console.print(
+            "\n".join([*_merged_lines(report), *_after(report.notes, report.serve)]), soft_wrap=True
+        )
     return 0
 
 
@@ -136,13 +169,18 @@ def _card(args: argparse.Namespace, base: str, folder: Path, serve: Sequence[str
 
 
 def _after(notes: Sequence[str], serve: Sequence[str]) -> list[str]:
-    return [*(f"  {shown(note)}" for note in notes), *(f"  $ {shown(command)}" for command in serve)]
+    return [
+        *(f"  {shown(note)}" for note in notes),
+        *(f"  $ {shown(command)}" for command in serve),
+    ]
 
 
 def _check(args: argparse.Namespace) -> None:
     faults = []
     if args.to in WHOLE_MODEL:
-        faults += [f"--type {args.type}: whole models are {', '.join(get_args(ModelType))}"] * (args.type == "f32")
+        faults += [f"--type {args.type}: whole models are {', '.join(get_args(ModelType))}"] * (
+            args.type == "f32"
+        )
     elif args.to not in ONE_FILE:
         faults += ["--merged: a merged folder is made by veneer merge"] if args.merged else []
         faults += [f"--type {args.type}: only .gguf files have one"] if args.type else []
@@ -178,7 +216,9 @@ def _meaning(report: GGUFReport) -> list[str]:
     if report.base_rounding is None:
         cause = f"that is {type}'s own rounding"
     else:
-        cause = f"the base in {type}, without the update, has one of {percent_of(report.base_rounding)}"
+        cause = (
+            f"the base in {type}, without the update, has one of {percent_of(report.base_rounding)}"
+        )
     return [
         f"  {cause}:",
         f"  expect about the differences that the base's answers have in {type}, where two",

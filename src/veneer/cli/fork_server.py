@@ -1,10 +1,12 @@
-"""Commands of Veneer in processes that need not import anew: this one has imported what they compute with, and forks.
+"""Commands of Veneer in processes that need not import anew: this one has imported what they
+compute with, and forks.
 
-A line on stdin asks for one: {"arguments": as after `veneer`, "out", "talk": the files of its stdout and stderr}. Two
-lines on stdout answer: {"pid"} once it runs, {"code"} once it is over (-N: by signal N). The end of stdin ends it.
+A line on stdin asks for one: {"arguments": as after `veneer`, "out", "talk": the files of its
+stdout and stderr}. Two lines on stdout answer: {"pid"} once it runs, {"code"} once it is over (-N:
+by signal N). The end of stdin ends it.
 
-Nothing has been computed here and no thread of torch runs, so a child is what a process of its own would be: its bits,
-its random numbers, its peak of memory. Linux only; compare/local.py asks.
+Nothing has been computed here and no thread of torch runs, so a child is what a process of its own
+would be: its bits, its random numbers, its peak of memory. Linux only; compare/local.py asks.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def serve() -> int:
     _become(Path(os.devnull), os.O_WRONLY, 1)
     for line in iter(asks.readline, b""):
         asked = json.loads(line)
-        with warnings.catch_warnings():  # the one other thread is numpy's, which OpenBLAS starts again by itself
+        with (
+            warnings.catch_warnings()
+        ):  # the one other thread is numpy's, which OpenBLAS starts again by itself
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -52,7 +56,8 @@ def serve() -> int:
 
 
 def _child(asked: dict[str, Any], pages: list[int]) -> int:
-    """In a session of its own, as subprocess starts one: Ctrl-C reaches who asked, and is passed on."""
+    """In a session of its own, as subprocess starts one: Ctrl-C reaches who asked, and is passed
+    on."""
     os.setsid()
     end_with_parent()
     for number, name in ((1, "out"), (2, "talk")):
@@ -64,9 +69,9 @@ def _child(asked: dict[str, Any], pages: list[int]) -> int:
 
 
 def file_pages() -> list[int]:
-    """Addresses of the pages of files that this process holds. A child has its parent's other memory, and these only
-    once it touches them: it would seem to need less than a process that imported by itself. None where they cannot be
-    told."""
+    """Addresses of the pages of files that this process holds. A child has its parent's other
+    memory, and these only once it touches them: it would seem to need less than a process that
+    imported by itself. None where they cannot be told."""
     found: list[int] = []
     with suppress(OSError), Path("/proc/self/pagemap").open("rb") as entries:
         for line in Path("/proc/self/maps").read_text().splitlines():
@@ -76,7 +81,9 @@ def file_pages() -> list[int]:
             start, end = (int(each, 16) for each in bounds.split("-"))
             entries.seek(start // mmap.PAGESIZE * 8)
             states = array("Q", entries.read((end - start) // mmap.PAGESIZE * 8))
-            found += [start + place * mmap.PAGESIZE for place, state in enumerate(states) if state >> 63]
+            found += [
+                start + place * mmap.PAGESIZE for place, state in enumerate(states) if state >> 63
+            ]
     return found
 
 

@@ -28,7 +28,9 @@ from veneer.wording import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the user's message; without it, stdin")
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="the user's message; without it, stdin"
+    )
     add_base(parser)
     add_preamble(parser)
     add_sampling(parser)
@@ -38,14 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """--max-new-tokens and --temperature, with their limits."""
     parser.add_argument(
-        "--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens; default: 256"
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=256,
+        metavar="N",
+        help="longest answer, tokens; default: 256",
     )
     parser.add_argument(
         "--temperature",
         type=TEMPERATURE,
         default=0.0,
         metavar="T",
-        help="0 takes the likeliest token each time (default); 1 draws as the model was trained, higher is more varied",
+        help=(
+            "0 takes the likeliest token each time (default); 1 draws as the model was trained,"
+            " higher is more varied"
+        ),
     )
 
 
@@ -66,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if preamble.system is not None:
         asked = preamble.opening([{"role": "user", "content": prompt}])
     if base.tokenizer.chat_template is None:
-        print(f"{shown(base.source)} has no chat template: it goes on from the text as it stands", file=sys.stderr)
+        print(
+            f"{shown(base.source)} has no chat template: it goes on from the text as it stands",
+            file=sys.stderr,
+        )
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
         asked,
@@ -87,9 +99,15 @@ def run(args: argparse.Namespace) -> int:
 
 def tell_cut(answer: str, asked: int) -> None:
     """On stderr: that an answer did not come to its end, and what lets it."""
-    cut_after: int | None = getattr(answer, "cut_after", None)  # none of an answer that was stopped by hand
+    cut_after: int | None = getattr(
+        answer, "cut_after", None
+    )  # none of an answer that was stopped by hand
     if cut_after is not None:
-        way = "--max-new-tokens lets it go on" if cut_after == asked else "the model has no more positions"
+        way = (
+            "--max-new-tokens lets it go on"
+            if cut_after == asked
+            else "the model has no more positions"
+        )
         print(f"cut after {cut_after:,} tokens: {way}", file=sys.stderr)
 
 

@@ -11,14 +11,25 @@ import argparse
 from dataclasses import asdict
 from typing import get_args
 
-from veneer.cli.common import add_json, add_library, base_and_adapter, make_console, no_collection, print_json
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    base_and_adapter,
+    make_console,
+    no_collection,
+    print_json,
+)
 from veneer.cli.early import check_base
 from veneer.merge.programs import Program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="A", help="name in the library, or a folder of an adapter or a run")
-    parser.add_argument("--for", dest="consumer", required=True, choices=get_args(Program), help="the program")
+    parser.add_argument(
+        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+    )
+    parser.add_argument(
+        "--for", dest="consumer", required=True, choices=get_args(Program), help="the program"
+    )
     parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
     add_library(parser)
     add_json(parser)
@@ -34,7 +45,13 @@ def run(args: argparse.Namespace) -> int:
     findings = api.lint_adapter(folder, args.consumer, base=base)
     console = make_console(json=args.json)
     if args.json:
-        print_json({"adapter": str(folder), "for": args.consumer, "findings": [asdict(f) for f in findings]})
+        print_json(
+            {
+                "adapter": str(folder),
+                "for": args.consumer,
+                "findings": [asdict(f) for f in findings],
+            }
+        )
     for finding in findings:
         kind = "silently wrong" if finding.silent else "refused"
         console.print(f"{kind:<15}{finding.what}", soft_wrap=True)

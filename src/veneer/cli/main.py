@@ -1,7 +1,8 @@
 """`veneer`: finds the command, runs it, and turns what went wrong into a message and an exit code.
 
-A command is one file with `summary`, `add_arguments(parser)` and `run(args) -> int`, imported only when
-it is asked for. This file loads neither torch nor transformers nor pydantic nor rich: help is instant.
+A command is one file with `summary`, `add_arguments(parser)` and `run(args) -> int`, imported only
+when it is asked for. This file loads neither torch nor transformers nor pydantic nor rich: help is
+instant.
 """
 
 from __future__ import annotations
@@ -55,8 +56,12 @@ GROUPS = {
         "serve": "answer over HTTP as OpenAI's clients ask: a base and a library of adapters",
     },
     "keep and pass on": {
-        "adapters": "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ...",
-        "merge": "merge adapters into their base: a plain model folder, checked against the adapter",
+        "adapters": (
+            "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ..."
+        ),
+        "merge": (
+            "merge adapters into their base: a plain model folder, checked against the adapter"
+        ),
         "combine": "make one adapter of several: the exact sum, or a smaller one with its error",
         "extract": "make an adapter out of a fully fine-tuned model",
         "export": "write an adapter for PEFT, vLLM or llama.cpp",
@@ -70,9 +75,10 @@ COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in c
 READER_GONE = 128 + 13
 """As of a program that SIGPIPE ended: whoever read our stdout has left (`veneer ... | head`)."""
 
-EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong, 3 it does not fit (memory, disk),
-4 a check refused, 5 training diverged, 6 another process of the run failed, 130 interrupted with a
-checkpoint saved, 141 output pipe closed"""
+EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong,
+3 it does not fit (memory, disk), 4 a check refused, 5 training diverged,
+6 another process of the run failed, 130 interrupted with a checkpoint saved,
+141 output pipe closed"""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -90,7 +96,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors look like all others: what is wrong, then what to do; exit code 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Flags that are none are told first, whatever else is missing, and with those that were meant."""
+        """Flags that are none are told first, whatever else is missing, and with those that were
+        meant."""
         given = list(sys.argv[1:] if args is None else args)
         if self._subparsers is None and (unknown := _unknown_flags(self, given)):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
@@ -101,7 +108,11 @@ class Parser(argparse.ArgumentParser):
         """A choice that is none is told with the one that was meant."""
         if action.choices is not None and value not in action.choices:
             known = [str(each) for each in action.choices]
-            meant = nearest_word(str(value), known, ACTIONS_ELSEWHERE if action.dest == "action" else CHOICES_ELSEWHERE)
+            meant = nearest_word(
+                str(value),
+                known,
+                ACTIONS_ELSEWHERE if action.dest == "action" else CHOICES_ELSEWHERE,
+            )
             hint = f"did you mean {meant}?" if meant else f"one of {', '.join(known)}"
             what = action.option_strings[-1] if action.option_strings else f"unknown {action.dest}"
             self.error(f"{what} {value}: {hint}")
@@ -126,13 +137,20 @@ def _unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> lis
         key = flag.strip("-").replace("-", "_").lower()
         meant = _meant(parser, key, value or "...")
         unneeded = NOT_NEEDED.get(key) if "--set" in parser._option_string_actions else None
-        hint = f": did you mean {meant}?" if meant else f": leave it out ({unneeded})" if unneeded else ""
+        hint = (
+            f": did you mean {meant}?"
+            if meant
+            else f": leave it out ({unneeded})"
+            if unneeded
+            else ""
+        )
         found.append(flag + hint)
     return found
 
 
 def _meant(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
-    """The flag, or the --set of a setting that has none, which somebody meant by a flag that is none."""
+    """The flag, or the --set of a setting that has none, which somebody meant by a flag that is
+    none."""
     own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     ours: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in own}
     if "--set" in own:  # a command that takes settings, which has loaded them by now
@@ -147,10 +165,13 @@ def _meant(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit code. What it was asked for is written by then, or the code says so."""
+    """Runs one command line; returns its exit code. What it was asked for is written by then, or
+    the code says so."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
-    if hasattr(sys.stdin, "reconfigure"):  # as arguments come: what reads text says what is wrong with it
+    if hasattr(
+        sys.stdin, "reconfigure"
+    ):  # as arguments come: what reads text says what is wrong with it
         with suppress(OSError):  # who called us has read from it already
             sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
@@ -176,7 +197,10 @@ def _told(result: Result) -> int:
     silence(result.stream)  # or the interpreter tries once more as it ends, and says so
     if isinstance(fault, BrokenPipeError):
         return READER_GONE
-    print_error(f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nSend it to another place.")
+    print_error(
+        f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nSend it to another"
+        " place."
+    )
     return DoesNotFitError.exit_code
 
 
@@ -192,12 +216,16 @@ def _code(argv: list[str], result: Result, alone: bool) -> int:
         print_error("interrupted")
         return 130
     except Exception as fault:
-        if fault is result.fault or (isinstance(fault, BrokenPipeError) and result.fault is not None):
+        if fault is result.fault or (
+            isinstance(fault, BrokenPipeError) and result.fault is not None
+        ):
             return 0  # main tells it
         if is_out_of_memory(fault):
             print_error(
-                f"out of memory: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}\n"
-                "Free memory, or ask for less at once: a smaller base, fewer or shorter rows, --quantize nf4."
+                "out of memory:"
+                f" {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}\nFree"
+                " memory, or ask for less at once: a smaller base, fewer or shorter rows,"
+                " --quantize nf4."
             )
             return DoesNotFitError.exit_code
         # What the system refuses, or a device lacks, is no bug, wherever it shows.
@@ -206,8 +234,8 @@ def _code(argv: list[str], result: Result, alone: bool) -> int:
             return told.exit_code
         traceback.print_exc()
         print_error(
-            "This is a bug in Veneer, not in what you typed. Please report it to the project's issue"
-            " tracker, with the lines above and what `veneer doctor --json` prints."
+            "This is a bug in Veneer, not in what you typed. Please report it to the project's"
+            " issue tracker, with the lines above and what `veneer doctor --json` prints."
         )
         return 1
 
@@ -245,7 +273,12 @@ def _run(argv: list[str], alone: bool) -> int:
         hint = f": did you mean `veneer {meant}`?" if meant else ""
         parser.error(f"unknown command {argv[0]!r}{hint}")
     command = import_module(f"veneer.cli.{argv[0]}")
-    own = Parser(prog=f"veneer {argv[0]}", description=command.__doc__, formatter_class=Help, allow_abbrev=False)
+    own = Parser(
+        prog=f"veneer {argv[0]}",
+        description=command.__doc__,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
     command.add_arguments(own)
     parsed = own.parse_args(argv[1:])
     if alone:
@@ -259,7 +292,11 @@ def _grouped() -> str:
     """The commands by what they are for, a line each."""
     lines = []
     for title, commands in GROUPS.items():
-        lines += ["", f"{title}:", *(f"  {name:<12}{summary}" for name, summary in commands.items())]
+        lines += [
+            "",
+            f"{title}:",
+            *(f"  {name:<12}{summary}" for name, summary in commands.items()),
+        ]
     return "\n".join(lines[1:])
 
 
@@ -276,12 +313,15 @@ def _alone(parser: argparse.ArgumentParser) -> int:
 
 
 def _tell_of_first_times() -> None:
-    """What is fetched or converted once takes a minute that nobody expects: it is said on stderr as it begins."""
+    """What is fetched or converted once takes a minute that nobody expects: it is said on stderr as
+    it begins."""
     import logging
 
     class FirstTimes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            anew = "\r\033[2K" if sys.stderr.isatty() else ""  # over a line that says how long, which comes again below
+            anew = (
+                "\r\033[2K" if sys.stderr.isatty() else ""
+            )  # over a line that says how long, which comes again below
             print(f"{anew}  {shown(record.getMessage())}", file=sys.stderr, flush=True)
 
     bases = logging.getLogger("veneer.bases")
@@ -305,15 +345,17 @@ def process() -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process as Python does, but for taking apart what it holds: with torch and transformers loaded, that
-    takes a second. Threads that are not daemons are waited for, what asked to be called at the end is called, and
-    what was written is flushed."""
+    """End the process as Python does, but for taking apart what it holds: with torch and
+    transformers loaded, that takes a second. Threads that are not daemons are waited for, what
+    asked to be called at the end is called, and what was written is flushed."""
     try:
         interpreter: Any = threading
         interpreter._shutdown()
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # main has said that it cannot be written
+            with suppress(
+                OSError, ValueError, AttributeError
+            ):  # main has said that it cannot be written
                 stream.flush()
     except Exception:
         traceback.print_exc()

@@ -1,7 +1,9 @@
-"""Merge adapters into their base: a folder that transformers, vLLM and others load as a plain model.
+"""Merge adapters into their base: a folder that transformers, vLLM and others load as a plain
+model.
 
-Sums in float32, rounds once, measures how much of the update is left, loads the folder and compares its logits
-with the adapter on its base. A merge that loses the update is refused, and nothing is written.
+Sums in float32, rounds once, measures how much of the update is left, loads the folder and compares
+its logits with the adapter on its base. A merge that loses the update is refused, and nothing is
+written.
 
 For instance:
 
@@ -42,28 +44,56 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", metavar="B", help="hub id, folder, .gguf file or named default; default: the adapter's"
+        "--base",
+        metavar="B",
+        help="hub id, folder, .gguf file or named default; default: the adapter's",
     )
     parser.add_argument(
-        "--adapter", required=True, nargs="+", metavar="A", help="names in the library, folders of adapters or of runs"
-    )
-    parser.add_argument("--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them")
-    parser.add_argument(
-        "--stochastic", action="store_true", help="round at random, so that weights are right on average"
-    )
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of --stochastic; default: 0")
-    parser.add_argument(
-        "--quantize", choices=FORMATS, help="how the base was held in training; default: what the adapter says"
+        "--adapter",
+        required=True,
+        nargs="+",
+        metavar="A",
+        help="names in the library, folders of adapters or of runs",
     )
     parser.add_argument(
-        "--into", choices=["original", "dequantised"], help="over a quantised base: the weights to add to"
+        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1"
     )
-    parser.add_argument("--original", metavar="B", help="with --into original over a .gguf file: where they are")
-    parser.add_argument("--data", metavar="D", help="rows to compare logits on; default: built-in texts")
-    parser.add_argument("--no-logits", action="store_true", help="skip that: for a base that does not run here")
-    parser.add_argument("--force-base", action="store_true", help="though the adapter was trained on another base")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to write; it must not exist"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them"
+    )
+    parser.add_argument(
+        "--stochastic",
+        action="store_true",
+        help="round at random, so that weights are right on average",
+    )
+    parser.add_argument(
+        "--seed", type=SEED, default=0, metavar="N", help="of --stochastic; default: 0"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="how the base was held in training; default: what the adapter says",
+    )
+    parser.add_argument(
+        "--into",
+        choices=["original", "dequantised"],
+        help="over a quantised base: the weights to add to",
+    )
+    parser.add_argument(
+        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+    )
+    parser.add_argument(
+        "--data", metavar="D", help="rows to compare logits on; default: built-in texts"
+    )
+    parser.add_argument(
+        "--no-logits", action="store_true", help="skip that: for a base that does not run here"
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="though the adapter was trained on another base"
+    )
     add_library(parser)
     add_json(parser)
 
@@ -114,18 +144,23 @@ def _print(report: MergeReport, console: Console) -> None:
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")
         return
-    what = "the adapter on the weights merged into" if report.as_trained else "the adapter on its base"
+    what = (
+        "the adapter on the weights merged into" if report.as_trained else "the adapter on its base"
+    )
     line("")
     for text in logit_lines(what, report.logits):
         line(text)
     if report.as_trained is not None:
         line("")
-        for text in logit_lines("the adapter on the quantised base of its training", report.as_trained):
+        for text in logit_lines(
+            "the adapter on the quantised base of its training", report.as_trained
+        ):
             line(text)
 
 
 def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
-    """The update's size, how much of it is left, how much rounding adds, and what is left in each layer."""
+    """The update's size, how much of it is left, how much rounding adds, and what is left in each
+    layer."""
     lines = [
         f"  the update is {percent_of(whole.relative_size)} of the weights' size",
         f"  {whole.share:.1%} of it is left after rounding",
@@ -147,7 +182,16 @@ def percent_of(share: float) -> str:
 def logit_lines(what: str, check: LogitCheck, *, effect: str = "adapter against base") -> list[str]:
     return [
         f"  logits against {what}, {check.tokens} tokens",
-        f"    difference  {number(check.mean_difference):>9} on average, {number(check.max_difference)} at most",
-        f"    effect      {number(check.mean_effect):>9} on average, {number(check.max_effect)} at most ({effect})",
-        f"    KL          {number(check.kl):>9} nats a token · same first choice {check.same_top:.1%}",
+        (
+            f"    difference  {number(check.mean_difference):>9} on average,"
+            f" {number(check.max_difference)} at most"
+        ),
+        (
+            f"    effect      {number(check.mean_effect):>9} on average, {number(check.max_effect)}"
+            f" at most ({effect})"
+        ),
+        (
+            f"    KL          {number(check.kl):>9} nats a token · same first choice"
+            f" {check.same_top:.1%}"
+        ),
     ]

@@ -1,4 +1,5 @@
-"""What `veneer` alone says in a terminal: what to do next, from what lies in this folder and in the library.
+"""What `veneer` alone says in a terminal: what to do next, from what lies in this folder and in the
+library.
 
 Looks at names of files alone, and at the first lines of .yaml files; loads nothing.
 """
@@ -26,7 +27,9 @@ def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
     runs = list(_runs(folder))
     done = [run for run in runs if (run / "summary.json").is_file()]
     for run in [run for run in runs if run not in done and (run / "checkpoints").is_dir()][:MOST]:
-        found.append((f"a run that is not finished: {run}", [f"veneer train --resume {_named(run)}"]))
+        found.append(
+            (f"a run that is not finished: {run}", [f"veneer train --resume {_named(run)}"])
+        )
     for run in done[:MOST]:
         whole = (run / "model").is_dir()
         named = f"--base {_named(run / 'model')}" if whole else f"--adapter {_named(run)}"
@@ -34,9 +37,13 @@ def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
         commands += [] if whole else [f"veneer adapters add {_named(run)}"]
         found.append((f"a finished run: {run}", commands))
     for file in [file for file in _files(folder, (".yaml", ".yml")) if _is_run_file(file)][:MOST]:
-        found.append((f"a run file: {file}", [f"veneer plan {_named(file)}", f"veneer train {_named(file)}"]))
+        found.append(
+            (f"a run file: {file}", [f"veneer plan {_named(file)}", f"veneer train {_named(file)}"])
+        )
     for file in _files(folder, ROWS)[:MOST]:
-        out = _named(_free(folder, Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name)))
+        out = _named(
+            _free(folder, Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name))
+        )
         found.append(
             (
                 f"rows: {file}",
@@ -77,7 +84,11 @@ def _free(folder: Path, out: Path) -> Path:
 
 def _runs(folder: Path) -> Iterator[Path]:
     """Folders of runs here and in runs/, the newest first, relative to here."""
-    near = [*_listed(folder), *_listed(folder / "runs"), *(each / "run" for each in _listed(folder / "runs"))]
+    near = [
+        *_listed(folder),
+        *_listed(folder / "runs"),
+        *(each / "run" for each in _listed(folder / "runs")),
+    ]
     runs = [each for each in near if (each / "run.yaml").is_file()]
     yield from (each.relative_to(folder) for each in sorted(runs, key=_changed, reverse=True))
 

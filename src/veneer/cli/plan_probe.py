@@ -1,4 +1,5 @@
-"""`veneer plan --probe`: one real step on the longest batch of real rows, beside what was planned for it."""
+"""`veneer plan --probe`: one real step on the longest batch of real rows, beside what was planned
+for it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def run_probe(args: argparse.Namespace) -> int:
     if not args.base or not args.data:
         raise ConfigError("--probe runs a step on real rows", next_step="Give --base and --data.")
     if args.processes > 1:
-        raise ConfigError("--probe runs its step in one process", next_step="Leave --processes out.")
+        raise ConfigError(
+            "--probe runs its step in one process", next_step="Leave --processes out."
+        )
     with no_collection():
         from veneer import api
     from veneer.plan.ask import method_named
@@ -28,7 +31,12 @@ def run_probe(args: argparse.Namespace) -> int:
         config = RunConfig.model_validate(
             {
                 "base": args.base,
-                "data": {"train": args.data, "map": columns_of(args), "validation_share": 0.0, "long_rows": "cut"},
+                "data": {
+                    "train": args.data,
+                    "map": columns_of(args),
+                    "validation_share": 0.0,
+                    "long_rows": "cut",
+                },
                 "method": method.model_dump(),
                 "quantize": args.quantize or quantize,
                 "dtype": args.dtype or "auto",
@@ -56,7 +64,10 @@ def run_probe(args: argparse.Namespace) -> int:
     console.print(f"planned   {size(planned) if planned else '–'}")
     console.print(f"measured  {size(measured)}, longest batch and two steps")
     if found["difference"] is not None:
-        console.print(f"the plan is {abs(found['difference']):.1%} {'above' if found['difference'] > 0 else 'below'}")
+        console.print(
+            f"the plan is {abs(found['difference']):.1%}"
+            f" {'above' if found['difference'] > 0 else 'below'}"
+        )
     if summary["tokens_per_second"]:
         console.print(f"{summary['tokens_per_second']:,.0f} tokens/s")
     return 0

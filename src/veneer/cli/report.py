@@ -1,4 +1,5 @@
-"""The page of a run (report.html) anew, from what its folder holds; a run that was stopped has one, too.
+"""The page of a run (report.html) anew, from what its folder holds; a run that was stopped has one,
+too.
 
 For instance:
 

@@ -1,4 +1,5 @@
-"""Answer over HTTP, as OpenAI's clients ask: a base and every adapter of a library, many requests at once.
+"""Answer over HTTP, as OpenAI's clients ask: a base and every adapter of a library, many requests
+at once.
 
 For instance:
 
@@ -6,8 +7,8 @@ For instance:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}'
 
-An adapter that is added to the library is served without a restart; its name is the model. docs/serve.md has
-clients, fields and keys.
+An adapter that is added to the library is served without a restart; its name is the model.
+docs/serve.md has clients, fields and keys.
 """
 
 from __future__ import annotations
@@ -43,22 +44,47 @@ COLUMNS = 80
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
     add_library(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000")
-    parser.add_argument("--name", metavar="NAME", help="model name for the base; default: the name it is loaded by")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen; default: 127.0.0.1, this machine alone",
+    )
+    parser.add_argument(
+        "--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000"
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="model name for the base; default: the name it is loaded by"
+    )
     parser.add_argument(
         "--system",
         metavar="TEXT",
         help="default system message; default: the one each adapter was trained with; '': none",
     )
-    add_variables(parser, "; default: as each adapter was trained; a request's chat_template_kwargs come first")
-    parser.add_argument("--pin", action="append", default=[], metavar="A", help="keep this adapter in memory")
+    add_variables(
+        parser,
+        "; default: as each adapter was trained; a request's chat_template_kwargs come first",
+    )
+    parser.add_argument(
+        "--pin", action="append", default=[], metavar="A", help="keep this adapter in memory"
+    )
     parser.add_argument("--runs", metavar="DIR", help="folder of run folders to show on the page")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks")
-    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+    parser.add_argument(
+        "--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
+    )
     limits = parser.add_argument_group("how much at once")
-    limits.add_argument("--rows", type=ROWS, default=64, metavar="N", help="most answers computed at once; default: 64")
+    limits.add_argument(
+        "--rows",
+        type=ROWS,
+        default=64,
+        metavar="N",
+        help="most answers computed at once; default: 64",
+    )
     limits.add_argument(
         "--max-waiting",
         type=COUNT,
@@ -67,16 +93,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="waiting requests allowed; beyond that, 429; default: 256",
     )
     limits.add_argument(
-        "--max-adapters", type=COUNT, default=64, metavar="N", help="most adapters active at once; default: 64"
+        "--max-adapters",
+        type=COUNT,
+        default=64,
+        metavar="N",
+        help="most adapters active at once; default: 64",
     )
     limits.add_argument(
-        "--cache-mib", type=MIB, metavar="N", help="size of the key/value cache; default: a quarter of memory"
+        "--cache-mib",
+        type=MIB,
+        metavar="N",
+        help="size of the key/value cache; default: a quarter of memory",
     )
     limits.add_argument(
-        "--adapters-mib", type=MIB, default=1024, metavar="N", help="memory for adapters; default: 1024"
+        "--adapters-mib",
+        type=MIB,
+        default=1024,
+        metavar="N",
+        help="memory for adapters; default: 1024",
     )
     limits.add_argument(
-        "--seconds", type=SECONDS, default=600.0, metavar="S", help="time limit of a request; default: 600"
+        "--seconds",
+        type=SECONDS,
+        default=600.0,
+        metavar="S",
+        help="time limit of a request; default: 600",
     )
     limits.add_argument(
         "--drain",
@@ -92,27 +133,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with the hashes of API keys; VENEER_API_KEY and VENEER_ADMIN_KEY are read too",
     )
     access.add_argument(
-        "--new-key", choices=["use", "admin"], help="make a key: write its hash into FILE, print it, and exit"
+        "--new-key",
+        choices=["use", "admin"],
+        help="make a key: write its hash into FILE, print it, and exit",
     )
-    access.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="extra host name to accept")
     access.add_argument(
-        "--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may send requests"
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="extra host name to accept",
+    )
+    access.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="site whose pages may send requests",
     )
     where = parser.add_argument_group("where answers are computed")
-    where.add_argument("--on", choices=PLACES, default="here", help="in this process, or on Ray; default: here")
-    where.add_argument("--address", metavar="A", help="address of the Ray cluster, or auto; default: start one here")
-    where.add_argument("--replicas", type=COUNT, metavar="N", help="least number of replicas; default: 1")
     where.add_argument(
-        "--max-replicas", type=COUNT, metavar="N", help="most replicas, while requests wait; default: --replicas"
+        "--on", choices=PLACES, default="here", help="in this process, or on Ray; default: here"
     )
-    where.add_argument("--cpus", type=COUNT, metavar="N", help="CPUs of a replica; default: the cluster's, divided")
+    where.add_argument(
+        "--address",
+        metavar="A",
+        help="address of the Ray cluster, or auto; default: start one here",
+    )
+    where.add_argument(
+        "--replicas", type=COUNT, metavar="N", help="least number of replicas; default: 1"
+    )
+    where.add_argument(
+        "--max-replicas",
+        type=COUNT,
+        metavar="N",
+        help="most replicas, while requests wait; default: --replicas",
+    )
+    where.add_argument(
+        "--cpus", type=COUNT, metavar="N", help="CPUs of a replica; default: the cluster's, divided"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.new_key:
         return _new_key(args)
     if not args.base:
-        raise ConfigError("no base is named", [], "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).")
+        raise ConfigError(
+            "no base is named",
+            [],
+            "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).",
+        )
     _require_extra()
     check_base(args.base)
     from veneer.library.library import Library
@@ -125,7 +195,9 @@ def run(args: argparse.Namespace) -> int:
             from veneer.serve.run import listening
             from veneer.serve.run import run as run_server
 
-            listening(args.host, args.port).close()  # a port that is taken is told before a base is loaded
+            listening(
+                args.host, args.port
+            ).close()  # a port that is taken is told before a base is loaded
             from veneer.serve.start import keys_of
         settings = _settings(args)
         keys = keys_of(settings, os.environ)
@@ -156,7 +228,11 @@ def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Lib
     """In this process. ConfigError: flags that only a cluster has a use for."""
     given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
     if given:
-        raise ConfigError(f"{', '.join(given)}: only for replicas on Ray", [], "Give --on ray too, or leave them out.")
+        raise ConfigError(
+            f"{', '.join(given)}: only for replicas on Ray",
+            [],
+            "Give --on ray too, or leave them out.",
+        )
     with no_collection():
         from veneer import api
         from veneer.serve.start import open_server
@@ -179,10 +255,16 @@ def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: L
     replicas = args.replicas or 1
     most = args.max_replicas or replicas
     if most < replicas:
-        raise ConfigError(f"--replicas is {replicas} and --max-replicas {most}", [], "Give as many at most, or more.")
+        raise ConfigError(
+            f"--replicas is {replicas} and --max-replicas {most}",
+            [],
+            "Give as many at most, or more.",
+        )
     base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
     settings = replace(settings, name=settings.name or name_of(args.base))
-    served = Served(base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings)
+    served = Served(
+        base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings
+    )
     behind = RayReplicas(args.address, served, Size(replicas, most, args.cpus))
     try:
         server, listener = open_front(behind, settings, keys)
@@ -196,7 +278,10 @@ def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: L
     return Ready(server, listener, told, behind.close)
 
 
-PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], Ready]] = {"here": _here, "ray": _on_ray}
+PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], Ready]] = {
+    "here": _here,
+    "ray": _on_ray,
+}
 ON_RAY = ("address", "replicas", "max_replicas", "cpus")
 
 
@@ -209,7 +294,12 @@ def _settings(args: argparse.Namespace) -> Settings:
         host=args.host,
         port=args.port,
         name=args.name,
-        limits=Limits(rows=args.rows, step_tokens=steps, max_waiting=args.max_waiting, max_adapters=args.max_adapters),
+        limits=Limits(
+            rows=args.rows,
+            step_tokens=steps,
+            max_waiting=args.max_waiting,
+            max_adapters=args.max_adapters,
+        ),
         cache_bytes=None if args.cache_mib is None else args.cache_mib * 2**20,
         adapters_bytes=args.adapters_mib * 2**20,
         seconds=args.seconds,
@@ -233,7 +323,9 @@ def _told(base: str, adapters: list[str], holds: str, url: str, keys: Keys, host
     if not keys:
         who = "no API key required"
     else:
-        who = "a key is asked for" + ("" if is_loopback(host) else " · without TLS: put a proxy in front")
+        who = "a key is asked for" + (
+            "" if is_loopback(host) else " · without TLS: put a proxy in front"
+        )
     return [
         folded(f"{base} · {count}" + (f" · {some}" if some else ""), COLUMNS),
         f"  {holds}",
@@ -259,7 +351,9 @@ def _require_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as fault:
         raise ConfigError(
-            f"serving needs a package that is not installed: {fault.name}", [], "pip install 'veneer[serve]'"
+            f"serving needs a package that is not installed: {fault.name}",
+            [],
+            "pip install 'veneer[serve]'",
         ) from None
 
 

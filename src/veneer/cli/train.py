@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import PROCESSES
-from veneer.cli.common import add_json, add_map, base_and_adapter, columns_of, no_collection, print_json
+from veneer.cli.common import (
+    add_json,
+    add_map,
+    base_and_adapter,
+    columns_of,
+    no_collection,
+    print_json,
+)
 from veneer.cli.config_file import FLAGS, brief_help, first_parent, read_run_config
 from veneer.cli.early import check_place, check_run
 from veneer.cli.plan import parse_size
@@ -30,7 +37,9 @@ from veneer.train.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
+    parser.usage = (
+        "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
+    )
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings as YAML")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -39,10 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if "data" in names:
             add_map(group)
     group = parser.add_argument_group("the run")
-    group.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting")
-    group.add_argument("--resume", metavar="DIR", help="continue the run in DIR, bit for bit, with its own settings")
     group.add_argument(
-        "--fit", metavar="MEMORY", help="change the run so that it fits, for instance 24GiB, and say what was changed"
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting"
+    )
+    group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue the run in DIR, bit for bit, with its own settings",
+    )
+    group.add_argument(
+        "--fit",
+        metavar="MEMORY",
+        help="change the run so that it fits, for instance 24GiB, and say what was changed",
     )
     group.add_argument(
         "--processes",
@@ -66,7 +83,9 @@ GROUPS = {
 def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
     flag, help_text = "--" + name.replace("_", "-"), brief_help(FLAGS[name]).replace("%", "%%")
     if name in ("checkpointing", "shard"):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
+        )
     else:
         group.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
 
@@ -76,12 +95,17 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args) if leads else None  # the others are told what the first was given
     if args.processes is not None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ConfigError("--processes starts processes, and this is one of several already", [], "Leave it out.")
+            raise ConfigError(
+                "--processes starts processes, and this is one of several already",
+                [],
+                "Leave it out.",
+            )
         return _launched(args.processes)
     if config is not None:
         check_place(config, resume=args.resume is not None)
         check_run(config)
-    # Imported once the settings are known to be sound: torch takes seconds to load, a typo should not.
+    # Imported once the settings are known to be sound: torch takes seconds to load, a typo should
+    # not.
     from veneer.train.screen import make_screen
 
     screen = make_screen(json=args.json, quiet=args.quiet or not leads)
@@ -128,17 +152,24 @@ def _config(args: argparse.Namespace) -> RunConfig:
     given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
     given += [f"--map {each}" for each in args.columns]
     given += (
-        [f"--set {each}" for each in args.sets] + ([args.run] if args.run else []) + (["--fit"] if args.fit else [])
+        [f"--set {each}" for each in args.sets]
+        + ([args.run] if args.run else [])
+        + (["--fit"] if args.fit else [])
     )
     if given:
         raise ConfigError(
-            f"--resume {args.resume} takes its settings from that folder's run.yaml; also given: {', '.join(given)}",
+            f"--resume {args.resume} takes its settings from that folder's run.yaml; also given:"
+            f" {', '.join(given)}",
             [],
             "Leave them out, or start a new run with another --out.",
         )
     file = Path(args.resume) / "run.yaml"
     if not file.is_file():
-        raise ConfigError(f"{args.resume} holds no run: {file} is not there", [], "Name the folder that --out named.")
+        raise ConfigError(
+            f"{args.resume} holds no run: {file} is not there",
+            [],
+            "Name the folder that --out named.",
+        )
     return read_run_config(file, {"out": args.resume})
 
 

@@ -31,10 +31,11 @@ from veneer.models.frozen_base import hidden_size
 
 
 def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, Any]:
-    """Runs what is not finished yet at the place, writes comparison.json and comparison.html, and returns the figures.
+    """Runs what is not finished yet at the place, writes comparison.json and comparison.html, and
+    returns the figures.
 
-    Raises Interrupted: the same call goes on. VeneerError: a run failed in another way than by diverging or by
-    not fitting, which are results.
+    Raises Interrupted: the same call goes on. VeneerError: a run failed in another way than by
+    diverging or by not fitting, which are results.
     """
     comparison.out.mkdir(parents=True, exist_ok=True)
     format = comparison.candidates[0].config.data.format
@@ -48,7 +49,14 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
         pairs = zip(comparison.candidates, found.dtypes, strict=True)
         comparison = replace(comparison, candidates=[with_dtype(c, dtype) for c, dtype in pairs])
         runs = len(comparison.candidates) * (len(comparison.factors) + comparison.seeds - 1)
-        say(_runs_text(runs, len(comparison.candidates) * comparison.extend if len(comparison.factors) > 1 else 0))
+        say(
+            _runs_text(
+                runs,
+                len(comparison.candidates) * comparison.extend
+                if len(comparison.factors) > 1
+                else 0,
+            )
+        )
         worker = Worker(comparison, width, found.circumstances, say, ran=[], pace=Pace(runs))
         candidates = together(_candidate(worker, each) for each in comparison.candidates)
         asking: Asking[list[Any]] = together([worker.evaluate("the base", None), candidates])
@@ -69,12 +77,17 @@ def run_comparison(comparison: Comparison, place: Place, say: Say) -> dict[str, 
 
 def _runs_text(runs: int, most: int) -> str:
     """How many runs there will be, and for what more may follow."""
-    more = f", and up to {most:,} more where the best learning rate is the lowest or highest tried" if most else ""
+    more = (
+        f", and up to {most:,} more where the best learning rate is the lowest or highest tried"
+        if most
+        else ""
+    )
     return f"{runs:,} runs{more}"
 
 
 def _refuse_free_text(comparison: Comparison, rows: Sequence[Row]) -> None:
-    """ConfigError: accuracy is asked for without labels, and the rows' own answers are none. Before anything runs."""
+    """ConfigError: accuracy is asked for without labels, and the rows' own answers are none. Before
+    anything runs."""
     if comparison.labels is None and any(metric.needs == "label" for metric in comparison.found):
         plain = [row for row in rows if row.messages and not row.messages[-1].get("tool_calls")]
         labels_of([[str(row.messages[-1]["content"]).strip(), *row.references] for row in plain])
@@ -97,13 +110,16 @@ def _candidate(worker: Worker, candidate: Candidate) -> Asking[Finished]:
         return Finished(candidate, tried, None, [], [])
     rate, seeds = tried[best][0], range(comparison.seeds)
     runs = yield from together(
-        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True) for seed in seeds
+        worker.train(candidate, rate=rate, seed=seed, steps=steps, with_result=True)
+        for seed in seeds
     )
     whole = [run for run in runs if run.failure is None]
     evaluations = yield from together(
         worker.evaluate(f"{candidate.name}, seed {seed}", run) for seed, run in enumerate(whole)
     )
-    failed = [run for run in runs if run.failure]  # another seed diverged at the rate that was best for seed 0
+    failed = [
+        run for run in runs if run.failure
+    ]  # another seed diverged at the rate that was best for seed 0
     pairs = zip(whole, evaluations, strict=True)
     failed += [replace(run, failure=told["failure"]) for run, told in pairs if told.get("failure")]
     if failed:

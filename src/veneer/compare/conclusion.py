@@ -1,7 +1,8 @@
-"""What a comparison says, in words: which method to take under which constraint. Every sentence follows from figures.
+"""What a comparison says, in words: which method to take under which constraint. Every sentence
+follows from figures.
 
-"As good as the best" means that the 95% interval of the difference holds zero: the rows and seeds at hand cannot
-tell the two apart. That is not proof that they are equal, and the text says so.
+"As good as the best" means that the 95% interval of the difference holds zero: the rows and seeds
+at hand cannot tell the two apart. That is not proof that they are equal, and the text says so.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ def conclude(figures: dict[str, Any]) -> list[str]:
     behind = [m for m in methods if m not in equal]
     if len({m["quality"][primary]["value"] for m in methods}) == 1 < len(methods):
         sentences.append(
-            f"On {figures['test_rows']:,} test rows all methods have the same {measure(primary)}: this measure tells "
-            "nothing about which is better here. A longer budget or another measure may."
+            f"On {figures['test_rows']:,} test rows all methods have the same {measure(primary)}:"
+            " this measure tells nothing about which is better here. A longer budget or another"
+            " measure may."
         )
     said = quantity(best["quality"][primary]["value"], unit)
     ends = best["quality"][primary]["interval"]
     within = f"95% interval {ends_text(ends, unit)}" if ends else NO_INTERVAL
     sentences.append(
-        f"On {figures['test_rows']:,} test rows {best['name']} has the best {measure(primary)}: {said} "
-        f"({within}); the base without training has "
-        f"{quantity(figures['untuned'][primary]['value'], unit)}."
+        f"On {figures['test_rows']:,} test rows {best['name']} has the best {measure(primary)}:"
+        f" {said} ({within}); the base without training has"
+        f" {quantity(figures['untuned'][primary]['value'], unit)}."
     )
     others = [m for m in equal if m is not best]
     if others:
@@ -51,12 +53,16 @@ def conclude(figures: dict[str, Any]) -> list[str]:
             f"({quantity(min(abs(a), abs(b)), unit)} to {quantity(max(abs(a), abs(b)), unit)})."
         )
     if figures["full"] not in (None, figures["best"]):
-        sentences += _beside_full([m for m in methods if m["name"] != figures["full"]], figures["full"], primary, unit)
+        sentences += _beside_full(
+            [m for m in methods if m["name"] != figures["full"]], figures["full"], primary, unit
+        )
     sentences += _at_an_end(methods)
     sentences += _constraints(methods, equal)
     sentences += _forgetting(methods)
     if figures["seeds"] == 1:
-        sentences.append("With one seed, how much another seed would change these figures is not known.")
+        sentences.append(
+            "With one seed, how much another seed would change these figures is not known."
+        )
     return sentences
 
 
@@ -65,41 +71,51 @@ def _beside_full(methods: Sequence[Method], full: str, primary: str, unit: str) 
     told = []
     for m in methods:
         found = m["to_full"][primary]
-        told.append(f"{m['name']} {signed(found['difference'], unit)} ({ends_text(found['interval'], unit, signed)})")
+        told.append(
+            f"{m['name']} {signed(found['difference'], unit)}"
+            f" ({ends_text(found['interval'], unit, signed)})"
+        )
     return [f"Against {full}, with the 95% interval of the difference: {', '.join(told)}."]
 
 
 def _at_an_end(methods: Sequence[Method]) -> list[str]:
-    """Methods whose best learning rate is the last one that was tried may have a better one beyond it."""
+    """Methods whose best learning rate is the last one that was tried may have a better one beyond
+    it."""
     sentences = []
     for word, end in (("highest", max), ("lowest", min)):
         there = [
             m
             for m in methods
-            if len(m["search"]) > 1 and m["learning_rate"] == end(each["learning_rate"] for each in m["search"])
+            if len(m["search"]) > 1
+            and m["learning_rate"] == end(each["learning_rate"] for each in m["search"])
         ]
         if there:
             sentences.append(
-                f"{_names(there)} did best at the {word} learning rate that was tried: one beyond it may be "
-                f"better still; "
-                "a larger --extend looks for it."
+                f"{_names(there)} did best at the {word} learning rate that was tried: one beyond"
+                " it may be better still; a larger --extend looks for it."
             )
     return sentences
 
 
 def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str]:
-    among = "Nothing that is as good as the best needs less." if len(equal) > 1 else "Nothing else is as good."
+    among = (
+        "Nothing that is as good as the best needs less."
+        if len(equal) > 1
+        else "Nothing else is as good."
+    )
     folding = [m for m in equal if m["folds"]]
     fixed = [m["name"] for m in methods if not m["folds"]]
     sentences = []
     if folding:
         cheapest = min(folding, key=lambda m: m["adapter_bytes"])
         kept = f"; {_joined(fixed)} cannot be merged" if fixed else ""
-        sentences.append(f"If one merged model is wanted, take {cheapest['name']}, {_as(cheapest, equal)}{kept}.")
+        sentences.append(
+            f"If one merged model is wanted, take {cheapest['name']}, {_as(cheapest, equal)}{kept}."
+        )
     else:
         sentences.append(
-            f"If one merged model is wanted, none of the best will do: {_joined(fixed)} cannot be merged. "
-            f"{_best_folding(methods)}"
+            f"If one merged model is wanted, none of the best will do: {_joined(fixed)} cannot be"
+            f" merged. {_best_folding(methods)}"
         )
     rules: list[tuple[str, str, Callable[[float], str], str]] = [
         ("memory is short", "peak_memory_bytes", size, "at its peak"),
@@ -119,7 +135,9 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
         beside = f" ({most['name']} {told(most[field])})" if most is not least else ""
         chosen.setdefault(least["name"], []).append((start, f"{told(least[field])} {what}{beside}"))
         if least_of_all[field] < 0.95 * least[field]:
-            dearer.setdefault(least_of_all["name"], []).append(f"{told(least_of_all[field])} {what}")
+            dearer.setdefault(least_of_all["name"], []).append(
+                f"{told(least_of_all[field])} {what}"
+            )
     for name, reasons in chosen.items():
         starts, figures = zip(*reasons, strict=True)
         sentences.append(f"If {_joined(starts, ' or ')}, take {name}: {', '.join(figures)}.")
@@ -132,13 +150,19 @@ def _constraints(methods: Sequence[Method], equal: Sequence[Method]) -> list[str
 
 def _as(method: Method, equal: Sequence[Method]) -> str:
     return (
-        "the best" if len(equal) == 1 else f"with the smallest file of the good ones ({size(method['adapter_bytes'])})"
+        "the best"
+        if len(equal) == 1
+        else f"with the smallest file of the good ones ({size(method['adapter_bytes'])})"
     )
 
 
 def _best_folding(methods: Sequence[Method]) -> str:
     folding = [m for m in methods if m["folds"]]
-    return f"Take {_joined([m['name'] for m in folding])} and accept the difference." if folding else ""
+    return (
+        f"Take {_joined([m['name'] for m in folding])} and accept the difference."
+        if folding
+        else ""
+    )
 
 
 def _forgetting(methods: Sequence[Method]) -> list[str]:
@@ -150,17 +174,23 @@ def _forgetting(methods: Sequence[Method]) -> list[str]:
     if most["forgetting"]["value"] <= 0:
         return ["On general text no method became worse than the base."]
     if most is least:
-        return [f"On general text {most['name']} forgot {most['forgetting']['value']:+.3f} nats per token."]
+        return [
+            f"On general text {most['name']} forgot {most['forgetting']['value']:+.3f} nats per"
+            " token."
+        ]
     a, b = least["forgetting"]["interval"], most["forgetting"]["interval"]
     apart = "" if a and b and a[1] < b[0] else ", which these documents cannot tell apart"
     return [
-        f"On general text {least['name']} forgot least ({least['forgetting']['value']:+.3f} nats per token) and "
-        f"{most['name']} most ({most['forgetting']['value']:+.3f}){apart}."
+        f"On general text {least['name']} forgot least ({least['forgetting']['value']:+.3f} nats"
+        f" per token) and {most['name']} most ({most['forgetting']['value']:+.3f}){apart}."
     ]
 
 
 def _failed(method: Method) -> str:
-    return f"{method['name']} is not in the comparison: {method['failure']} at every learning rate that was tried."
+    return (
+        f"{method['name']} is not in the comparison: {method['failure']} at every learning rate"
+        " that was tried."
+    )
 
 
 def _holds_zero(ends: Sequence[float] | None) -> bool:
@@ -172,7 +202,10 @@ def _undecided(methods: Sequence[Method], primary: str) -> str:
     known = all(m["to_best"][primary]["interval"] for m in methods)
     if known:
         return "the interval of the difference holds zero"
-    return "these rows do not determine an interval (there is one row, or the difference is the same in every row)"
+    return (
+        "these rows do not determine an interval (there is one row, or the difference is the same"
+        " in every row)"
+    )
 
 
 def _names(methods: Sequence[Method]) -> str:
@@ -180,12 +213,19 @@ def _names(methods: Sequence[Method]) -> str:
 
 
 def _joined(names: Sequence[str], last: str = " and ") -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + last + names[-1] if names else ""
+    return (
+        names[0] if len(names) == 1 else ", ".join(names[:-1]) + last + names[-1] if names else ""
+    )
 
 
 def measure(name: str) -> str:
     """A metric's name, as a sentence says it."""
-    known = {"loss": "loss on the test rows", "field_f1": "field F1", "bleu": "BLEU", "chrf": "chrF"}
+    known = {
+        "loss": "loss on the test rows",
+        "field_f1": "field F1",
+        "bleu": "BLEU",
+        "chrf": "chrF",
+    }
     return known.get(name, name.replace("_", " "))
 
 
@@ -201,7 +241,9 @@ def signed(value: float, unit: str) -> str:
     return ("+" if value > 0 else "") + quantity(value, unit)
 
 
-def ends_text(ends: Sequence[float] | None, unit: str, written: Callable[[float, str], str] = quantity) -> str:
+def ends_text(
+    ends: Sequence[float] | None, unit: str, written: Callable[[float, str], str] = quantity
+) -> str:
     """The two ends of an interval with their unit, or that there is none."""
     return f"{written(ends[0], unit)} to {written(ends[1], unit)}" if ends else NO_INTERVAL
 
@@ -226,4 +268,14 @@ def facts(method: Method, figures: dict[str, Any]) -> list[str]:
     ]
 
 
-HEAD = ("method", "quality", "95% interval", "learning rate", "trained", "peak memory", "time", "file", "forgot")
+HEAD = (
+    "method",
+    "quality",
+    "95% interval",
+    "learning rate",
+    "trained",
+    "peak memory",
+    "time",
+    "file",
+    "forgot",
+)

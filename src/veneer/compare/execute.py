@@ -1,8 +1,9 @@
 """One run, one evaluation: each a job of its own, found again when it is asked for a second time.
 
-A process of its own makes its peak memory its own. The folder of a run is named by a hash of all that its figures
-depend on (settings, rows, the base's files, programs, machine), so a comparison that is started again finds what is
-finished, continues what has a checkpoint, and a comparison with other candidates or more seeds re-uses the rest.
+A process of its own makes its peak memory its own. The folder of a run is named by a hash of all
+that its figures depend on (settings, rows, the base's files, programs, machine), so a comparison
+that is started again finds what is finished, continues what has a checkpoint, and a comparison with
+other candidates or more seeds re-uses the rest.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ DIVERGED, DOES_NOT_FIT = 5, 3
 
 @dataclass(frozen=True)
 class Done:
-    """A run that is over: its summary, or why there is none (failure: `diverged`, `does not fit`)."""
+    """A run that is over: its summary, or why there is none (failure: `diverged`, `does not
+    fit`)."""
 
     folder: Path
     config: RunConfig
@@ -54,10 +56,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Worker:
-    """Asks for commands of Veneer (jobs.py). `say` hears what goes on; `ran` counts what was not found finished; `pace`
-    the runs that are over.
+    """Asks for commands of Veneer (jobs.py). `say` hears what goes on; `ran` counts what was not
+    found finished; `pace` the runs that are over.
 
-    hidden_size: of the base; default learning rates depend on it. circumstances: see circumstances.py.
+    hidden_size: of the base; default learning rates depend on it. circumstances: see
+    circumstances.py.
     """
 
     comparison: Comparison
@@ -67,17 +70,29 @@ class Worker:
     ran: list[Path]
     pace: Pace = field(default_factory=lambda: Pace(1))
 
-    def train(self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool) -> Asking[Done]:
-        """The run of this candidate; with_result: its adapter or model must be there, not only its figures."""
+    def train(
+        self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool
+    ) -> Asking[Done]:
+        """The run of this candidate; with_result: its adapter or model must be there, not only its
+        figures."""
         config = candidate.config.model_copy(
-            update={"learning_rate": rate, "seed": seed, "steps": steps, "epochs": None, "keep": 1, "log": []}
+            update={
+                "learning_rate": rate,
+                "seed": seed,
+                "steps": steps,
+                "epochs": None,
+                "keep": 1,
+                "log": [],
+            }
         )
         folder = self.comparison.out / "runs" / f"{candidate.name}-{self._key(config)}"
         config = config.model_copy(update={"out": str(folder), "show_answers": False})
         what = f"{candidate.name}, lr {rate:g}, seed {seed}"
         found = self._finished(folder, config, with_result)
         if found is not None:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # where its page could not be written
+            shutil.rmtree(
+                folder / "checkpoints", ignore_errors=True
+            )  # where its page could not be written
             self.pace.finished(made=False)
             return _with_loss(what, found)
         self.ran.append(folder)
@@ -110,11 +125,12 @@ class Worker:
         return done
 
     def evaluate(self, name: str, done: Done | None) -> Asking[dict[str, Any]]:
-        """What `veneer evaluate --json` says of a run's result on the test rows; of the base where there is no run.
+        """What `veneer evaluate --json` says of a run's result on the test rows; of the base where
+        there is no run.
 
-        Predictions are written beside it, to `predictions.jsonl`. The evaluation records their hash and is not used
-        over other ones. Where the result of a run gives values that are not finite on these rows, `failure` is
-        `diverged`, and `message` names the rows.
+        Predictions are written beside it, to `predictions.jsonl`. The evaluation records their hash
+        and is not used over other ones. Where the result of a run gives values that are not finite
+        on these rows, `failure` is `diverged`, and `message` names the rows.
         """
         folder = self.comparison.out / "base" if done is None else done.folder
         which: list[str | Path] = ["--base", self.comparison.base]
@@ -124,7 +140,14 @@ class Worker:
         config = self.comparison.candidates[0].config if done is None else done.config
         c = self.comparison
         wanted: list[str | Path] = ["--data", c.test, "--format", config.data.format]
-        wanted += ["--train-on", config.data.train_on, "--length", str(config.length), "--dtype", config.dtype]
+        wanted += [
+            "--train-on",
+            config.data.train_on,
+            "--length",
+            str(config.length),
+            "--dtype",
+            config.dtype,
+        ]
         wanted += ["--device", config.device, "--max-new-tokens", str(c.max_new_tokens)]
         for metric in c.metrics:
             wanted += ["--metric", metric]
@@ -135,8 +158,17 @@ class Worker:
         if c.general is not None:
             wanted += ["--general"] if general is None else ["--general", general]
         files = [file for file in (c.test, labels, general) if file is not None]
-        judged = "" if done is None else folder_hash(model if model.is_dir() else folder / "adapter")
-        key = _hash([list(map(str, wanted)), [file_hash(file) for file in files], dict(self.circumstances), judged])
+        judged = (
+            "" if done is None else folder_hash(model if model.is_dir() else folder / "adapter")
+        )
+        key = _hash(
+            [
+                list(map(str, wanted)),
+                [file_hash(file) for file in files],
+                dict(self.circumstances),
+                judged,
+            ]
+        )
         kept, predictions = folder / "evaluation.json", folder / "predictions.jsonl"
         if kept.is_file():
             found = read_json(kept)
@@ -169,10 +201,11 @@ class Worker:
         shutil.rmtree(done.folder / "model", ignore_errors=True)
 
     def _key(self, config: RunConfig) -> str:
-        """Hash of the settings except the places of the rows and of the run, of the rows' bytes, of the files of the
-        adapters that the run goes on from, and of the circumstances."""
+        """Hash of the settings except the places of the rows and of the run, of the rows' bytes, of
+        the files of the adapters that the run goes on from, and of the circumstances."""
         settings = config.model_dump(
-            mode="json", exclude={"out": True, "show_answers": True, "data": {"train", "validation"}}
+            mode="json",
+            exclude={"out": True, "show_answers": True, "data": {"train", "validation"}},
         )
         rows = [file_hash(self.comparison.train), file_hash(self.comparison.validation)]
         parents = [folder_hash(Library().locate(parent.adapter)) for parent in config.from_adapter]
@@ -201,18 +234,22 @@ class Worker:
         file = self.comparison.out / "runs" / f"{Path(config.out).name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file, replace=True) as partial:
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(
+                config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+            )
             partial.write_text(text, encoding="utf-8")
         return file
 
 
 def _with_loss(what: str, done: Done) -> Done:
-    """The run, which has a held-out loss unless it failed. Raises DataError: nothing could choose its learning rate."""
+    """The run, which has a held-out loss unless it failed. Raises DataError: nothing could choose
+    its learning rate."""
     if done.failure is None and done.loss is None:
         raise DataError(
             f"{what}: there is no held-out loss to choose the learning rate by",
             [f"the run is in {done.folder}"],
-            "See which held-out rows are left: veneer data check. Rows that are too long may have been left out.",
+            "See which held-out rows are left: veneer data check. Rows that are too long may have"
+            " been left out.",
         )
     return done
 
@@ -220,7 +257,8 @@ def _with_loss(what: str, done: Done) -> Done:
 def _told(done: Done) -> str:
     s = done.summary
     return (
-        f"held-out loss {s['validation_loss']:.4f}, {s['total_seconds']:.0f} s, {s['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"held-out loss {s['validation_loss']:.4f}, {s['total_seconds']:.0f} s,"
+        f" {s['peak_memory_bytes'] / 1e9:.2f} GB"
     )
 
 
@@ -232,7 +270,9 @@ def _step(folder: Path) -> int:
 
 def _failed(what: str, outcome: Outcome) -> VeneerError:
     code, talk = outcome.code, outcome.talk.strip().splitlines()[-12:]
-    error = VeneerError(f"{what} failed (exit code {code})", talk, f"Alone: {' '.join(outcome.command)}")
+    error = VeneerError(
+        f"{what} failed (exit code {code})", talk, f"Alone: {' '.join(outcome.command)}"
+    )
     error.exit_code = code if code > 0 else 1
     return error
 

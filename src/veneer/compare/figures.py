@@ -1,7 +1,7 @@
 """From runs and evaluations to the figures of a comparison: what `comparison.json` holds.
 
-Quality has an interval over rows and seeds (evaluate/intervals.py), and so has each difference to the best, taken
-between the same rows and seeds. Costs are of the run with seed 0.
+Quality has an interval over rows and seeds (evaluate/intervals.py), and so has each difference to
+the best, taken between the same rows and seeds. Costs are of the run with seed 0.
 """
 
 from __future__ import annotations
@@ -50,17 +50,29 @@ class Finished:
 
 
 def make_figures(
-    comparison: Comparison, finished: Sequence[Finished], base: Mapping[str, Any], rows: Sequence[Row]
+    comparison: Comparison,
+    finished: Sequence[Finished],
+    base: Mapping[str, Any],
+    rows: Sequence[Row],
 ) -> Figures:
-    """The content of comparison.json; docs/format.md names its fields. rows: the test rows, in the file's order."""
-    measures = {metric.name: Measure(metric.of_totals, metric.unit == "share") for metric in comparison.found}
+    """The content of comparison.json; docs/format.md names its fields. rows: the test rows, in the
+    file's order."""
+    measures = {
+        metric.name: Measure(metric.of_totals, metric.unit == "share")
+        for metric in comparison.found
+    }
     measures["loss"] = Measure(ratio, share=False)
     whole = [f for f in finished if f.best is not None]
-    lines = {f.candidate.name: [read_predictions(run.folder / "predictions.jsonl") for run in f.runs] for f in whole}
+    lines = {
+        f.candidate.name: [read_predictions(run.folder / "predictions.jsonl") for run in f.runs]
+        for f in whole
+    }
     counts = {name: _counts(comparison, seeds) for name, seeds in lines.items()}
     primary = comparison.found[0].name if comparison.found else "loss"
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
-    methods = [_method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished]
+    methods = [
+        _method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished
+    ]
     best, full = _best(methods, primary), _full(finished, methods)
     for method in [m for m in methods if m["quality"]]:
         assert best is not None
@@ -68,13 +80,18 @@ def make_figures(
         method["to_best"] = _differences(ours, counts[best], measures)
         if full is not None:
             same = full == best
-            method["to_full"] = method["to_best"] if same else _differences(ours, counts[full], measures)
+            method["to_full"] = (
+                method["to_best"] if same else _differences(ours, counts[full], measures)
+            )
     base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
     base_counts = _counts(comparison, [base_lines])
     return {
         "format_version": FORMAT_VERSION,
         "base": comparison.base,
-        "data": {name: _path(getattr(comparison, name), comparison.out) for name in ("train", "validation", "test")},
+        "data": {
+            name: _path(getattr(comparison, name), comparison.out)
+            for name in ("train", "validation", "test")
+        },
         "test_rows": len(rows),
         "seeds": comparison.seeds,
         "budget": {"steps": comparison.steps, "seconds": comparison.seconds},
@@ -82,7 +99,9 @@ def make_figures(
         "units": units,
         "best": best,
         "full": full,
-        "untuned": {name: _figure(base_counts[name], measure) for name, measure in measures.items()},
+        "untuned": {
+            name: _figure(base_counts[name], measure) for name, measure in measures.items()
+        },
         "untuned_general": base.get("general", {}).get("loss"),
         "methods": methods,
         "disagreements": _disagreements(comparison, lines, rows, primary),
@@ -105,10 +124,14 @@ def _figure(counts: Counts, measure: Measure) -> Figures:
     }
 
 
-def _differences(ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, Measure]) -> Figures:
+def _differences(
+    ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, Measure]
+) -> Figures:
     found = {}
     for name, measure in measures.items():
-        difference, ends = paired_difference(ours[name], theirs[name], measure.of_totals, share=measure.share)
+        difference, ends = paired_difference(
+            ours[name], theirs[name], measure.of_totals, share=measure.share
+        )
         found[name] = {"difference": difference, "interval": ends}
     return found
 
@@ -127,7 +150,9 @@ def _method(
         "quantize": config.quantize,
         "folds": config.method.folds,
         "instead_of_folding": config.method.instead_of_folding,
-        "search": [{"learning_rate": rate, "loss": d.loss, "failure": d.failure} for rate, d in f.search],
+        "search": [
+            {"learning_rate": rate, "loss": d.loss, "failure": d.failure} for rate, d in f.search
+        ],
         "failure": None,
         "quality": {},
     }
@@ -154,19 +179,24 @@ def _method(
                 "tokens_per_second",
             )
         },
-        "forgetting": _forgetting([e["general"] for e in f.evaluations if "general" in e], base.get("general")),
+        "forgetting": _forgetting(
+            [e["general"] for e in f.evaluations if "general" in e], base.get("general")
+        ),
         "curve": _curve(f.runs[0].folder),
         "runs": [_path(run.folder, out) for run in f.runs],
     }
 
 
 def _path(path: Path, out: Path) -> str:
-    """From the comparison's own folder where it lies inside, so that the folder may be moved; else absolute."""
+    """From the comparison's own folder where it lies inside, so that the folder may be moved; else
+    absolute."""
     path, out = path.resolve(), out.resolve()
     return str(path.relative_to(out) if path.is_relative_to(out) else path)
 
 
-def _forgetting(after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None) -> Figures | None:
+def _forgetting(
+    after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None
+) -> Figures | None:
     """Loss on general text after minus that of the base, over documents; the mean over seeds."""
     if before is None or not after:
         return None
@@ -180,7 +210,11 @@ def _forgetting(after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | 
 
 
 def _curve(folder: Path) -> list[list[float | None]]:
-    return [[r["step"], r["loss"]] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "evaluation"]
+    return [
+        [r["step"], r["loss"]]
+        for r in read_records(folder / "metrics.jsonl")
+        if r["kind"] == "evaluation"
+    ]
 
 
 def better(primary: str, a: float, b: float) -> bool:
@@ -200,27 +234,39 @@ def _best(methods: Sequence[Figures], primary: str) -> str | None:
     found: Figures | None = None
     for method in methods:
         if method["quality"] and (
-            found is None or better(primary, method["quality"][primary]["value"], found["quality"][primary]["value"])
+            found is None
+            or better(
+                primary, method["quality"][primary]["value"], found["quality"][primary]["value"]
+            )
         ):
             found = method
     return None if found is None else str(found["name"])
 
 
 def _disagreements(
-    comparison: Comparison, lines: Mapping[str, Sequence[Sequence[Line]]], rows: Sequence[Row], primary: str
+    comparison: Comparison,
+    lines: Mapping[str, Sequence[Sequence[Line]]],
+    rows: Sequence[Row],
+    primary: str,
 ) -> list[Figures]:
-    """The rows on which the candidates (with seed 0) lie furthest apart, by the deciding measure."""
+    """The rows on which the candidates (with seed 0) lie furthest apart, by the deciding
+    measure."""
     first = {name: seeds[0] for name, seeds in lines.items()}
     if len(first) < 2:
         return []
-    field = "label" if any(m.name == primary and m.needs == "label" for m in comparison.found) else "answer"
+    field = (
+        "label"
+        if any(m.name == primary and m.needs == "label" for m in comparison.found)
+        else "answer"
+    )
     apart = []
     for number in range(len(rows)):
         sides = [side[number] for side in first.values()]
         losses = [line["nats"] / max(line["tokens"], 1) for line in sides]
         values = losses if primary == "loss" else [line[primary] for line in sides]
         apart.append((float(np.ptp(values)), float(np.ptp(losses))))
-    # Rows that the deciding measure does not part are ordered by how likely their right answer was found.
+    # Rows that the deciding measure does not part are ordered by how likely their right answer was
+    # found.
     order = sorted(range(len(rows)), key=lambda n: apart[n], reverse=True)[:DISAGREEMENTS]
     return [
         {
@@ -230,7 +276,9 @@ def _disagreements(
             "answers": {
                 name: {
                     "text": side[n].get(field),
-                    "value": side[n]["nats"] / max(side[n]["tokens"], 1) if primary == "loss" else side[n][primary],
+                    "value": side[n]["nats"] / max(side[n]["tokens"], 1)
+                    if primary == "loss"
+                    else side[n][primary],
                 }
                 for name, side in first.items()
             },

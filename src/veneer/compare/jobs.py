@@ -1,8 +1,10 @@
-"""What a comparison asks of the place where its commands run, and how many questions are asked at once.
+"""What a comparison asks of the place where its commands run, and how many questions are asked at
+once.
 
-Who wants a run or an evaluation is a generator: it yields the jobs that it wants now and is sent each one that is over.
-`together` makes one of several, so that what does not depend on each other may run at the same time; `answer` asks a
-place. Which place it is (local.py: processes here, one after another) is nobody's business but that place's.
+Who wants a run or an evaluation is a generator: it yields the jobs that it wants now and is sent
+each one that is over. `together` makes one of several, so that what does not depend on each other
+may run at the same time; `answer` asks a place. Which place it is (local.py: processes here, one
+after another) is nobody's business but that place's.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Job:
 
     what     it does, for people
     folder   of the run: the command finds there what it holds, and leaves there what it writes
-    begin    the command, as after `veneer`; a Path is a file or a folder, in `folder` or one that is read
+    begin    the command, as after `veneer`; a Path is a file or a folder, in `folder` or one that
+             is read
     resume   the command where the folder holds a checkpoint; such a job begins in an empty folder
     config   settings that say what it takes
     step     how far it is, by what lies in its folder

@@ -1,6 +1,8 @@
-"""Jobs as processes of this machine, one after another: each has the machine for itself, and its peak is its own.
+"""Jobs as processes of this machine, one after another: each has the machine for itself, and its
+peak is its own.
 
-On Linux they are forked by one that has imported what they need (cli/fork_server.py), elsewhere each starts anew.
+On Linux they are forked by one that has imported what they need (cli/fork_server.py), elsewhere
+each starts anew.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Here:
 
 
 def chosen(job: Job) -> list[str]:
-    """The command that goes on from what the job's folder holds; a run without a checkpoint begins anew."""
+    """The command that goes on from what the job's folder holds; a run without a checkpoint begins
+    anew."""
     if not job.resume:
         return [str(each) for each in job.begin]
     path, _ = newest_valid(job.folder / "checkpoints")
@@ -79,7 +82,10 @@ def chosen(job: Job) -> list[str]:
 
 
 def command_of(
-    arguments: Sequence[str], each_second: Callable[[], None], variables: Mapping[str, str], cwd: Path | None = None
+    arguments: Sequence[str],
+    each_second: Callable[[], None],
+    variables: Mapping[str, str],
+    cwd: Path | None = None,
 ) -> Outcome:
     """`veneer ...` in a process of its own. KeyboardInterrupt goes on to it, and it saves first.
 
@@ -112,7 +118,8 @@ def command_of(
 
 
 class ForkServer:
-    """Commands of Veneer, each in a process that one process forks which has imported all they need. Linux."""
+    """Commands of Veneer, each in a process that one process forks which has imported all they
+    need. Linux."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="veneer-"))
@@ -133,7 +140,8 @@ class ForkServer:
         return self._process.poll() is not None
 
     def command_of(self, arguments: Sequence[str], each_second: Callable[[], None]) -> Outcome:
-        """As the function of this name, with the variables and the folder that the server began in."""
+        """As the function of this name, with the variables and the folder that the server began
+        in."""
         files = {name: self._folder / name for name in ("out", "talk")}
         asked = {"arguments": list(arguments), **{name: str(file) for name, file in files.items()}}
         child: int | None = None
@@ -149,7 +157,12 @@ class ForkServer:
                 self._told("code")
             raise
         if code is None:  # the server is gone, and with it what it started
-            return Outcome(self._process.wait() or 1, "", _text(self._folder / "server"), ("veneer", *arguments))
+            return Outcome(
+                self._process.wait() or 1,
+                "",
+                _text(self._folder / "server"),
+                ("veneer", *arguments),
+            )
         return Outcome(code, _text(files["out"]), _text(files["talk"]), ("veneer", *arguments))
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""What a comparison is: which candidates, on which rows, with which budget. Checked whole before anything runs."""
+"""What a comparison is: which candidates, on which rows, with which budget. Checked whole before
+anything runs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ TEST_SHARE = VALIDATION_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: what tables call it; config: everything but learning rate, steps, seed and folder, which are filled in."""
+    """name: what tables call it; config: everything but learning rate, steps, seed and folder,
+    which are filled in."""
 
     name: str
     config: RunConfig
@@ -44,7 +46,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """steps or seconds   the budget of every run: optimizer steps, or training time (turned into steps by a probe)
+    """steps or seconds   the budget of every run: optimizer steps, or training time (turned into
+                          steps by a probe)
     factors   learning rates that are tried, times the candidate's own
     extend    how often the search goes on beyond an end of `factors` where the best rate lies there
     seeds     runs of each candidate with its best rate: seeds 0, 1, ...
@@ -77,12 +80,17 @@ class Comparison:
             extend=(EXTENSIONS, self.extend),
             max_new_tokens=(NEW_TOKENS, self.max_new_tokens),
         )
-        faults += [fault for factor in self.factors for fault in number_faults(factor=(RATIO, factor))]
+        faults += [
+            fault for factor in self.factors for fault in number_faults(factor=(RATIO, factor))
+        ]
         if len({c.name for c in self.candidates}) < max(2, len(self.candidates)):
             names = ", ".join(c.name for c in self.candidates) or "none"
             faults.append(f"at least two different candidates are compared; here: {names}")
         if bases := {c.config.base for c in self.candidates} - {self.base}:
-            faults.append(f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))} are given")
+            faults.append(
+                f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))}"
+                " are given"
+            )
         if (self.steps is None) == (self.seconds is None):
             faults.append("the budget is either steps or seconds: give one")
         if not self.factors:
@@ -98,7 +106,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Files:
-    """Rows to train on, to choose the learning rate by, and to judge by, and how they are laid out."""
+    """Rows to train on, to choose the learning rate by, and to judge by, and how they are laid
+    out."""
 
     train: Path
     validation: Path
@@ -107,13 +116,19 @@ class Files:
 
 
 def prepare_rows(
-    data: str, validation: str | None, test: str | None, format: Layout, out: Path, columns: ColumnMap | None = None
+    data: str,
+    validation: str | None,
+    test: str | None,
+    format: Layout,
+    out: Path,
+    columns: ColumnMap | None = None,
 ) -> Files:
     """The files of a comparison.
 
-    What is not given is split off `data` by a hash of each row's prompt, so that the same prompt never stands on
-    two sides, and written to out/data: as chat, prompt and completion, or text, whatever it was. Where a format is
-    named, the files that are given are written there in the same way, as all three are read alike.
+    What is not given is split off `data` by a hash of each row's prompt, so that the same prompt
+    never stands on two sides, and written to out/data: as chat, prompt and completion, or text,
+    whatever it was. Where a format is named, the files that are given are written there in the same
+    way, as all three are read alike.
     """
     if validation is not None and test is not None and not columns:
         return Files(Path(data), Path(validation), Path(test), format)
@@ -121,7 +136,9 @@ def prepare_rows(
     names = [data, *(name for name in given.values() if name is not None)]
     folder = out / "data"
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
-    overwritten = [name for name in names if Path(name).resolve() in {p.resolve() for p in paths.values()}]
+    overwritten = [
+        name for name in names if Path(name).resolve() in {p.resolve() for p in paths.values()}
+    ]
     if overwritten:
         raise DataError(
             "the rows that are split off would be written over what they are split from",
@@ -155,5 +172,7 @@ def _divided(
     """Rows for training, validation and test; none where a file is given."""
     rows = read_rows(data, format, columns)
     shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
-    left, held, tested = shared_out(rows, [0.0 if given[name] else share for name, share in shares.items()])
+    left, held, tested = shared_out(
+        rows, [0.0 if given[name] else share for name, share in shares.items()]
+    )
     return left, held, tested

@@ -1,7 +1,9 @@
-"""Jobs as tasks of a Ray cluster: as many at once as it has room for, each with its processors and its memory.
+"""Jobs as tasks of a Ray cluster: as many at once as it has room for, each with its processors and
+its memory.
 
-A task that is lost with its node is begun again elsewhere, from its last checkpoint that was gathered (ray_trial.py);
-one that is over is never run again, whoever asks: its outcome lies in the store. Stopped, tasks save and end.
+A task that is lost with its node is begun again elsewhere, from its last checkpoint that was
+gathered (ray_trial.py); one that is over is never run again, whoever asks: its outcome lies in the
+store. Stopped, tasks save and end.
 """
 
 from __future__ import annotations
@@ -31,14 +33,16 @@ RETRIES = 20
 """Nodes that a task may be lost with."""
 JUDGED = ("adapter", "model")
 LEFT = (*JUDGED, "summary.json", "predictions.jsonl")
-"""Of a run's folder: what an evaluation reads, and what jobs are for. The name of a run says all that it depends on."""
+"""Of a run's folder: what an evaluation reads, and what jobs are for. The name of a run says all
+that it depends on."""
 STOP_SECONDS = 60.0
 """For tasks to save in."""
 
 
 class OnRay:
-    """address: of the cluster; None: one that is started here. store: where files are gathered. cpus: of each job;
-    None: as many threads as this process has, with which the figures are those of a run here."""
+    """address: of the cluster; None: one that is started here. store: where files are gathered.
+    cpus: of each job; None: as many threads as this process has, with which the figures are those
+    of a run here."""
 
     def __init__(self, address: str | None, store: str, cpus: int | None = None) -> None:
         self._store = Store(store)
@@ -54,7 +58,9 @@ class OnRay:
         settings = json.dumps([each.model_dump(mode="json") for each in asked])
         task = self._ray.remote(look).options(**self._room(PROCESS_BYTES))
         found = Surroundings(
-            **self._answer(task.remote(base, settings, self._threads, str(Path.cwd())), "the cluster")["found"]
+            **self._answer(
+                task.remote(base, settings, self._threads, str(Path.cwd())), "the cluster"
+            )["found"]
         )
         self._circumstances = found.circumstances
         return found
@@ -68,7 +74,10 @@ class OnRay:
             memory = self._memory_bytes(job.config)
             self._refuse_what_no_node_holds(job, memory)
             task = self._ray.remote(run_trial).options(
-                **self._room(memory), max_retries=RETRIES, retry_exceptions=[LostProcessError], name=job.what
+                **self._room(memory),
+                max_retries=RETRIES,
+                retry_exceptions=[LostProcessError],
+                name=job.what,
             )
             self._tasks[task.remote(json.dumps(asdict(asked)))] = job
 
@@ -77,7 +86,8 @@ class OnRay:
             while not self._over:
                 ended, _ = self._ray.wait(list(self._tasks), timeout=1.0)
                 say(
-                    f"{len(self._tasks)} on the cluster: {', '.join(job.what for job in self._tasks.values())}{RUNNING}"
+                    f"{len(self._tasks)} on the cluster:"
+                    f" {', '.join(job.what for job in self._tasks.values())}{RUNNING}"
                 )
                 for task in ended:
                     job = self._tasks.pop(task)
@@ -106,14 +116,29 @@ class OnRay:
         own = newest_valid(job.folder / "checkpoints")[0] if job.resume else job.folder
         if own is not None and files_of(job.folder):
             self._store.put_folder(job.folder, name)
-        begin, resume = ([self._word(each, job) for each in words] for words in (job.begin, job.resume))
+        begin, resume = (
+            [self._word(each, job) for each in words] for words in (job.begin, job.resume)
+        )
         config = job.config.model_dump(mode="json")
-        rows = {row: self._word(Path(file), job) for row in ROWS if (file := getattr(job.config.data, row))}
+        rows = {
+            row: self._word(Path(file), job)
+            for row in ROWS
+            if (file := getattr(job.config.data, row))
+        }
         judged = results(self._store.listed(name) or {}, JUDGED)
         key = key_of([name] if job.resume else [begin, self._circumstances, judged])
         cwd = str(Path.cwd())
         return Asked(
-            self._store.address, name, key, begin, resume, config, rows, self._threads, cwd, self._circumstances
+            self._store.address,
+            name,
+            key,
+            begin,
+            resume,
+            config,
+            rows,
+            self._threads,
+            cwd,
+            self._circumstances,
         )
 
     def _word(self, word: str | Path, job: Job) -> Word:
@@ -157,10 +182,17 @@ class OnRay:
     def _refuse_what_no_node_holds(self, job: Job, memory: int) -> None:
         """DoesNotFitError: it would wait for ever."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= self._threads and node.get("memory", 0) >= memory for node in nodes):
-            most = [f"a node has {each.get('CPU', 0):g} processors, {size(each.get('memory', 0))}" for each in nodes]
+        if not any(
+            node.get("CPU", 0) >= self._threads and node.get("memory", 0) >= memory
+            for node in nodes
+        ):
+            most = [
+                f"a node has {each.get('CPU', 0):g} processors, {size(each.get('memory', 0))}"
+                for each in nodes
+            ]
             raise DoesNotFitError(
-                f"{job.what} needs {self._threads} processors and {size(memory)}, and no node has them",
+                f"{job.what} needs {self._threads} processors and {size(memory)}, and no node has"
+                " them",
                 most,
                 "Add a larger node, or give fewer --cpus.",
             )

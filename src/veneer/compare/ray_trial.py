@@ -1,8 +1,9 @@
-"""A job on a node of a cluster: its files are brought, it runs as a process does here, what it leaves is gathered.
+"""A job on a node of a cluster: its files are brought, it runs as a process does here, what it
+leaves is gathered.
 
-All of it happens in a folder that is made for it and goes with it: no disk is shared with anybody. Whenever the run has
-saved a checkpoint, the folder as it is is gathered, so that the job goes on elsewhere when this node is lost. What is
-asked and what is answered is JSON.
+All of it happens in a folder that is made for it and goes with it: no disk is shared with anybody.
+Whenever the run has saved a checkpoint, the folder as it is is gathered, so that the job goes on
+elsewhere when this node is lost. What is asked and what is answered is JSON.
 """
 
 from __future__ import annotations
@@ -78,7 +79,12 @@ def _answered(function: Any) -> str:
     except LostProcessError:  # which another attempt mends
         raise
     except VeneerError as fault:
-        return json.dumps({"refused": [fault.headline, fault.faults, fault.next_step], "exit_code": fault.exit_code})
+        return json.dumps(
+            {
+                "refused": [fault.headline, fault.faults, fault.next_step],
+                "exit_code": fault.exit_code,
+            }
+        )
 
 
 def _variables(threads: int) -> Mapping[str, str]:
@@ -91,11 +97,19 @@ def _surroundings(base: str, asked: str, threads: int, cwd: str) -> dict[str, An
     command = [*module_command("veneer.compare.surroundings"), base]
     variables = environment_for(_variables(threads))
     done = subprocess.run(
-        command, input=asked, capture_output=True, text=True, env=variables, cwd=_there(cwd), check=False
+        command,
+        input=asked,
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=_there(cwd),
+        check=False,
     )
     if done.returncode:
         raise RefusedError(
-            f"{os.uname().nodename} cannot run this comparison", done.stderr.strip().splitlines()[-6:], "Mend it there."
+            f"{os.uname().nodename} cannot run this comparison",
+            done.stderr.strip().splitlines()[-6:],
+            "Mend it there.",
         )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -112,7 +126,8 @@ def _check(asked: Asked) -> None:
     differing = [name for name in expected if found.get(name) != expected[name]]
     if differing:
         raise RefusedError(
-            f"{os.uname().nodename} is another kind of machine than the one that the comparison began on",
+            f"{os.uname().nodename} is another kind of machine than the one that the comparison"
+            " began on",
             [f"{name}: there {expected[name]!r}, here {found.get(name)!r}" for name in differing],
             "Run it on nodes of one kind, with the same base and versions.",
         )
@@ -129,24 +144,33 @@ def _outcome(asked: Asked) -> Outcome:
         trial.rewrite()
         try:
             variables = _variables(asked.threads)
-            outcome = command_of(chosen(trial.job), trial.gather_checkpoint, variables, _there(asked.cwd))
+            outcome = command_of(
+                chosen(trial.job), trial.gather_checkpoint, variables, _there(asked.cwd)
+            )
         except BaseException:  # cancelled; the process has saved
             trial.gather_checkpoint()
             raise
         if outcome.code in INTERRUPTED:
             trial.gather_checkpoint()
-            raise LostProcessError(f"somebody on {os.uname().nodename} stopped a process of the comparison")
+            raise LostProcessError(
+                f"somebody on {os.uname().nodename} stopped a process of the comparison"
+            )
         if outcome.code == 0:
             shutil.rmtree(trial.job.folder / "checkpoints", ignore_errors=True)
         trial.job.folder.mkdir(exist_ok=True)
         files = store.put_folder(trial.job.folder, asked.name)
-        store.put_text(done_name(asked.name, asked.key), json.dumps({"outcome": asdict(outcome), "files": files}))
+        store.put_text(
+            done_name(asked.name, asked.key),
+            json.dumps({"outcome": asdict(outcome), "files": files}),
+        )
     return outcome
 
 
 def own_folder() -> Path:
     """Where jobs of this user work. RefusedError: under its name lies what others could change."""
-    home = Path(tempfile.gettempdir()) / f"veneer-{os.getuid()}"  # containers have users without a name
+    home = (
+        Path(tempfile.gettempdir()) / f"veneer-{os.getuid()}"
+    )  # containers have users without a name
     with explained(home):
         home.mkdir(mode=0o700, exist_ok=True)
         found = home.lstat()
@@ -169,8 +193,12 @@ class _Trial:
         self.asked, self.store, self.work = asked, store, work
         folder = work / asked.name
         rows = {name: str(self._word(word, folder)) for name, word in asked.rows.items()}
-        config = RunConfig.of({**asked.config, "out": str(folder), "data": {**asked.config["data"], **rows}})
-        begin, resume = (tuple(self._word(w, folder) for w in words) for words in (asked.begin, asked.resume))
+        config = RunConfig.of(
+            {**asked.config, "out": str(folder), "data": {**asked.config["data"], **rows}}
+        )
+        begin, resume = (
+            tuple(self._word(w, folder) for w in words) for words in (asked.begin, asked.resume)
+        )
         self.job = Job(asked.name, folder, begin=begin, resume=resume, config=config)
         self._gathered = 0
 
@@ -202,14 +230,17 @@ class _Trial:
 
 
 def copy_as_it_goes_on(folder: Path, copy: Path) -> int | None:
-    """A run's folder, copied while the run writes and removes checkpoints: all that going on from the newest takes.
+    """A run's folder, copied while the run writes and removes checkpoints: all that going on from
+    the newest takes.
 
-    Checkpoints first: the records that are copied behind them know of their steps. Returns the newest one's step;
-    None where it or the best one went meanwhile, or what stands beside them did.
+    Checkpoints first: the records that are copied behind them know of their steps. Returns the
+    newest one's step; None where it or the best one went meanwhile, or what stands beside them did.
     """
     with suppress(OSError):  # of checkpoints that go; shutil's own error is one
         shutil.copytree(folder / "checkpoints", copy / "checkpoints")
-    checkpoints = [checkpoint_path(copy / "checkpoints", step) for step in numbers(copy / "checkpoints")]
+    checkpoints = [
+        checkpoint_path(copy / "checkpoints", step) for step in numbers(copy / "checkpoints")
+    ]
     for path in [path for path in checkpoints if verify_manifest(path)]:
         shutil.rmtree(path)
     newest, _ = newest_valid(copy / "checkpoints")
@@ -219,7 +250,12 @@ def copy_as_it_goes_on(folder: Path, copy: Path) -> int | None:
     if best not in (None, *numbers(copy / "checkpoints")):
         return None
     try:
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoints", f"{PREFIX}*"), dirs_exist_ok=True)
+        shutil.copytree(
+            folder,
+            copy,
+            ignore=shutil.ignore_patterns("checkpoints", f"{PREFIX}*"),
+            dirs_exist_ok=True,
+        )
     except OSError:
         return None
     return int(newest.name)

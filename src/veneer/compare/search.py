@@ -1,8 +1,9 @@
-"""The learning rate of each candidate, searched with the same care for all: otherwise a comparison of methods is one
-of how well their defaults happen to fit.
+"""The learning rate of each candidate, searched with the same care for all: otherwise a comparison
+of methods is one of how well their defaults happen to fit.
 
-Every rate trains once with seed 0 for the whole budget; the lowest held-out loss wins, and its run is also the final
-run of seed 0. Where the best rate lies at an end, the search goes on in that direction.
+Every rate trains once with seed 0 for the whole budget; the lowest held-out loss wins, and its run
+is also the final run of seed 0. Where the best rate lies at an end, the search goes on in that
+direction.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ PROBE_STEPS = 6
 
 
 def steps_within(worker: Worker, candidate: Candidate, seconds: float) -> Asking[int]:
-    """Optimizer steps that fit into this training time, by a short run of this candidate on this machine."""
+    """Optimizer steps that fit into this training time, by a short run of this candidate on this
+    machine."""
     rate = candidate.config.peak_learning_rate(worker.hidden_size)
-    done = yield from worker.train(candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False)
+    done = yield from worker.train(
+        candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False
+    )
     if done.failure:
         return PROBE_STEPS  # what fails here fails in the search, and is told there
     # The first step is not in `seconds`: it compiles and allocates.
     return max(1, math.floor(seconds * (PROBE_STEPS - 1) / done.summary["seconds"]))
 
 
-def search(worker: Worker, candidate: Candidate, steps: int) -> Asking[tuple[list[tuple[float, Done]], int | None]]:
+def search(
+    worker: Worker, candidate: Candidate, steps: int
+) -> Asking[tuple[list[tuple[float, Done]], int | None]]:
     """(rate, run) in rising order, and the place of the best; None where no run came to an end."""
     comparison = worker.comparison
     default = candidate.config.peak_learning_rate(worker.hidden_size)
@@ -41,7 +47,8 @@ def search(worker: Worker, candidate: Candidate, steps: int) -> Asking[tuple[lis
     while True:
         new = [rate for rate in dict.fromkeys(map(rate_of, factors)) if rate not in tried]
         done = yield from together(
-            worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False) for rate in new
+            worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
+            for rate in new
         )
         tried.update(zip(new, done, strict=True))
         losses = [_loss(tried[rate_of(factor)]) for factor in factors]
@@ -56,8 +63,8 @@ def search(worker: Worker, candidate: Candidate, steps: int) -> Asking[tuple[lis
         worker.pace.one_more()
         end = "lowest" if best == 0 else "highest"
         worker.say(
-            f"{candidate.name} did best at the {end} learning rate that was tried, {rate_of(factors[best]):g}: "
-            "one more run tries a rate beyond it (--extend 0: none)"
+            f"{candidate.name} did best at the {end} learning rate that was tried,"
+            f" {rate_of(factors[best]):g}: one more run tries a rate beyond it (--extend 0: none)"
         )
         factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]
     found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in map(rate_of, factors)]

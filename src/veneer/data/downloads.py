@@ -30,21 +30,44 @@ from veneer.files.strict_json import read_json
 from veneer.files.system_errors import explained
 
 CONTENT_TAGS = (
-    *("etag", "content-md5", "digest", "md5", "md5hash", "crc", "crc32c", "checksum", "sha", "sha256", "hex"),
+    *(
+        "etag",
+        "content-md5",
+        "digest",
+        "md5",
+        "md5hash",
+        "crc",
+        "crc32c",
+        "checksum",
+        "sha",
+        "sha256",
+        "hex",
+    ),
     *("oid", "blob_id", "version_id", "versionid", "generation"),
 )
 """What stores call a tag that changes with a file's content, in lower case."""
 TIMES = (
-    *("last-modified", "last_modified", "lastmodified", "modified", "modify", "mtime", "updated", "last_write_time"),
+    *(
+        "last-modified",
+        "last_modified",
+        "lastmodified",
+        "modified",
+        "modify",
+        "mtime",
+        "updated",
+        "last_write_time",
+    ),
     *("modificationtime", "modification_time"),
 )
 """What stores call the time of its last change."""
 SETTLED_SECONDS = 60.0
-"""Times may be whole seconds, and clocks differ: a later change may have the time of one that is younger than this."""
+"""Times may be whole seconds, and clocks differ: a later change may have the time of one that is
+younger than this."""
 
 
 def downloaded(fs: Any, file: str, name: str) -> Path:
-    """The file's bytes in the cache folder. name: its address, for messages. DataError: it cannot be read."""
+    """The file's bytes in the cache folder. name: its address, for messages. DataError: it cannot
+    be read."""
     folder, state = cache_folder() / "data", _state(fs, file, name)
     key = hashlib.sha256(f"{name}\n{state}".encode()).hexdigest()
     record = folder / "state" / f"{key}.json"
@@ -63,7 +86,9 @@ def downloaded(fs: Any, file: str, name: str) -> Path:
         if state is not None and _state(fs, file, name) == state:  # else it changed meanwhile
             record.parent.mkdir(exist_ok=True)
             with atomic_file(record, replace=True) as unfinished:
-                unfinished.write_text(json.dumps({"name": name, "state": state, "sha256": digest}), encoding="utf-8")
+                unfinished.write_text(
+                    json.dumps({"name": name, "state": state, "sha256": digest}), encoding="utf-8"
+                )
     return target
 
 
@@ -72,7 +97,8 @@ def unreachable(name: str, fault: Exception) -> DataError:
     return DataError(
         f"{name} cannot be read from here",
         [f"{type(fault).__name__}: {said[0][:300] if said else ''}"],
-        "Look at the address, the network and your right to read it; or bring the file here and name that.",
+        "Look at the address, the network and your right to read it; or bring the file here and"
+        " name that.",
     )
 
 
@@ -91,11 +117,14 @@ def _kept(folder: Path, record: Path, file: str) -> Path | None:
 
 
 def _state(fs: Any, file: str, name: str) -> str | None:
-    """What the store says of the file's content. None if it says nothing, or nothing that a change would alter."""
+    """What the store says of the file's content. None if it says nothing, or nothing that a change
+    would alter."""
     try:
         fs.invalidate_cache()  # listings of earlier in this process
         info = {str(key).lower(): value for key, value in fs.info(file).items()}
-        state = {key: value for key, value in info.items() if key in (*CONTENT_TAGS, *TIMES) and value}
+        state = {
+            key: value for key, value in info.items() if key in (*CONTENT_TAGS, *TIMES) and value
+        }
         if not state:
             with suppress(NotImplementedError):
                 state["modified"] = fs.modified(file)

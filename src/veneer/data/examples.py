@@ -1,7 +1,8 @@
-"""What the data becomes: a row as it stands in the file, and the example (token ids and loss mask) made of it.
+"""What the data becomes: a row as it stands in the file, and the example (token ids and loss mask)
+made of it.
 
-Knows nothing of tokenizers or models. `Problem` is how every part of `data/` reports what it found: gathered,
-grouped, and either shown by `veneer data check` or raised at once by `refusal`.
+Knows nothing of tokenizers or models. `Problem` is how every part of `data/` reports what it found:
+gathered, grouped, and either shown by `veneer data check` or raised at once by `refusal`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]
 
 SHOWN = 20
-"""Faults shown in one error, and stretches of row numbers shown in one fault; the rest is counted."""
+"""Faults shown in one error, and stretches of row numbers shown in one fault; the rest is
+counted."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Capacity:
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where a row stands: line counts from 1; in .json and .parquet files it is the record's number."""
+    """Where a row stands: line counts from 1; in .json and .parquet files it is the record's
+    number."""
 
     file: str
     line: int
@@ -53,11 +56,13 @@ class RowRef:
 class Row:
     """One row after its layout was recognised, before tokens.
 
-    messages   chat form, for every format but text: role, content (a string), and what the template may read
-               (tool_calls, name, reasoning_content, ...); an assistant message with weight 0 is not trained on
+    messages   chat form, for every format but text: role, content (a string), and what the template
+               may read (tool_calls, name, reasoning_content, ...); an assistant message with weight
+               0 is not trained on
     tools      JSON schemas of the functions that the model may call
     text       set for plain text, where messages is empty
-    references further right answers beside the last turn; read by evaluations alone, never trained on
+    references further right answers beside the last turn; read by evaluations alone, never trained
+        on
     unfinished its text, or its last answer, was cut: that it ends there is not learnt
     """
 
@@ -82,10 +87,11 @@ class Example:
     """Token ids of one row and which of them are learnt.
 
     ids       int32 [L]
-    trained   bool [L]; trained[t]: token t is a target, predicted from the tokens before it; [0] is never one
+    trained   bool [L]; trained[t]: token t is a target, predicted from the tokens before it; [0] is
+              never one
     key       63 bits, from the row's content alone: names the row for splitting
-    row       number of the row in its data set, shared by the examples that one row became, which follow each other;
-              None if the row became this example alone
+    row       number of the row in its data set, shared by the examples that one row became, which
+              follow each other; None if the row became this example alone
     roles     whose message each token belongs to, in order; empty where nobody asked
     """
 
@@ -112,7 +118,8 @@ class Problem:
     next_step: str = ""
     fatal: bool = True
     detail: str = field(default="", compare=False)
-    """More of the first row's story (two renderings, say); not part of what makes problems equal."""
+    """More of the first row's story (two renderings, say); not part of what makes problems
+    equal."""
 
     def __str__(self) -> str:
         where = self.file + (f":{_ranges(self.lines)}" if self.lines else "")
@@ -155,7 +162,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def grouped(problems: Sequence[Problem]) -> list[Problem]:
-    """Equal problems of different rows become one that names all rows; order of first appearance."""
+    """Equal problems of different rows become one that names all rows; order of first
+    appearance."""
     lines: dict[Problem, list[int]] = {}
     first: dict[Problem, Problem] = {}
     for problem in problems:
@@ -179,7 +187,9 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",
 
 
 def _hash63(content: Any) -> int:
-    digest = hashlib.blake2b(_CANONICAL.encode(content).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        _CANONICAL.encode(content).encode("utf-8", "surrogatepass"), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -189,7 +199,8 @@ def row_key(row: Row) -> int:
 
 
 def sampling_key(key: int, seed: int, number: int) -> int:
-    """63 bits by which a row is drawn or not; number: where it stands, for rows that repeat another."""
+    """63 bits by which a row is drawn or not; number: where it stands, for rows that repeat
+    another."""
     return _hash63([key, seed, number])
 
 

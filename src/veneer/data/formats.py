@@ -6,12 +6,13 @@
     alpaca             instruction, input?, output
     text               text
 
-A string prompt becomes a user message and its completion the assistant's, so that the base's chat template is
-used; on a base without a template the two are simply joined (template.py). `tools` is read in every layout, and
-`system` (a string) in every one that lacks a system message. An assistant message with `"weight": 0` is shown to
-the model but not learnt. `references`, a list of strings, holds further right answers for evaluations. With
-`"unfinished": true` a text, or the last answer, was cut: that it ends there is not learnt. Columns that no layout reads
-are ignored, except beside `text`: see `detect`.
+A string prompt becomes a user message and its completion the assistant's, so that the base's chat
+template is used; on a base without a template the two are simply joined (template.py). `tools` is
+read in every layout, and `system` (a string) in every one that lacks a system message. An assistant
+message with `"weight": 0` is shown to the model but not learnt. `references`, a list of strings,
+holds further right answers for evaluations. With `"unfinished": true` a text, or the last answer,
+was cut: that it ends there is not learnt. Columns that no layout reads are ignored, except beside
+`text`: see `detect`.
 
 Knows nothing of files or tokens.
 """
@@ -46,21 +47,53 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 _ROLES = ("system", "user", "assistant", "tool")
-# Beside `text`, these say where it is from. Any other column may be what the user meant to learn (a label, an
-# answer), and plain text would silently leave it out.
+# Beside `text`, these say where it is from. Any other column may be what the user meant to learn (a
+# label, an answer), and plain text would silently leave it out.
 _METADATA = frozenset(
-    """id uuid idx index source src url meta metadata title timestamp date created added dump file_path path author
-    language lang language_score token_count num_tokens tokens score license split dataset subset unfinished""".split()  # noqa: SIM905
+    """
+    id uuid idx index source src url meta metadata title timestamp date created added dump
+    file_path path author language lang language_score token_count num_tokens tokens score
+    license split dataset subset unfinished
+    """.split()
 )
-_PROMPT_LIKE = ("question", "query", "input", "instruction", "context", "sentence", "source", "user", "text")
-_ANSWER_LIKE = ("answer", "response", "output", "target", "label", "category", "intent", "class", "summary", "ref")
+_PROMPT_LIKE = (
+    "question",
+    "query",
+    "input",
+    "instruction",
+    "context",
+    "sentence",
+    "source",
+    "user",
+    "text",
+)
+_ANSWER_LIKE = (
+    "answer",
+    "response",
+    "output",
+    "target",
+    "label",
+    "category",
+    "intent",
+    "class",
+    "summary",
+    "ref",
+)
 _SHOWN = 40  # characters of a value in a message
 _MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
 _OLDER: dict[Format, dict[str, str]] = {
-    "chat": {"functions": "Name it 'tools' (--map functions=tools), or leave it out on purpose: --map functions=null."},
+    "chat": {
+        "functions": (
+            "Name it 'tools' (--map functions=tools), or leave it out on purpose: --map"
+            " functions=null."
+        )
+    },
     "alpaca": {
-        "history": "Write earlier turns as messages (format chat), or leave them out on purpose: --map history=null."
+        "history": (
+            "Write earlier turns as messages (format chat), or leave them out on purpose: --map"
+            " history=null."
+        )
     },
 }
 """Columns of others' layouts that say what the model would be shown."""
@@ -72,16 +105,20 @@ LAYOUTS = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in NEEDS.
 def detect(columns: frozenset[str]) -> Format:
     """The layout whose columns a row has. Raises RowFault if there is none, or more than one.
 
-    A text column loses to any other layout (tables often carry the rendered text along), and alone it counts only
-    if every other column is known to be about the text's origin.
+    A text column loses to any other layout (tables often carry the rendered text along), and alone
+    it counts only if every other column is known to be about the text's origin.
     """
     fitting = [name for name in FORMATS if name != "text" and columns.issuperset(NEEDS[name])]
-    shown = ", ".join(name[:40] for name in sorted(columns)[:12]) + (", …" if len(columns) > 12 else "")
+    shown = ", ".join(name[:40] for name in sorted(columns)[:12]) + (
+        ", …" if len(columns) > 12 else ""
+    )
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         raise RowFault(
-            "D107", f"columns {shown} fit {' and '.join(fitting)}", "Say which layout is meant: format: " + fitting[0]
+            "D107",
+            f"columns {shown} fit {' and '.join(fitting)}",
+            "Say which layout is meant: format: " + fitting[0],
         )
     if "text" in columns:
         others = sorted(columns - _METADATA - {"text"})
@@ -93,18 +130,31 @@ def detect(columns: frozenset[str]) -> Format:
             f"{_rename(columns)}, or learn the text alone with format: text",
         )
     if columns >= _PREFERENCE:
-        raise RowFault("D107", f"columns {shown} are pairs of a good and a bad answer", _chosen(columns))
-    if (begun := [name for name in FORMATS if not columns.isdisjoint(NEEDS[name])]) and len(begun) == 1:
+        raise RowFault(
+            "D107", f"columns {shown} are pairs of a good and a bad answer", _chosen(columns)
+        )
+    if (begun := [name for name in FORMATS if not columns.isdisjoint(NEEDS[name])]) and len(
+        begun
+    ) == 1:
         missing = ", ".join(name for name in NEEDS[begun[0]] if name not in columns)
         renames = columns - set(NEEDS[begun[0]]) - _METADATA
         raise RowFault(
             "D107",
-            f"columns {shown}: format {begun[0]} needs {missing} too, which the row has not or leaves empty",
-            f"{_rename(columns)}. Layouts: {LAYOUTS}" if renames else "Fill it in, or leave such rows out.",
+            f"columns {shown}: format {begun[0]} needs {missing} too, which the row has not or"
+            " leaves empty",
+            (
+                f"{_rename(columns)}. Layouts: {LAYOUTS}"
+                if renames
+                else "Fill it in, or leave such rows out."
+            ),
         )
     raise RowFault(
         "D107",
-        f"columns {shown} are no layout that is read" if columns else "the row has no columns with values",
+        (
+            f"columns {shown} are no layout that is read"
+            if columns
+            else "the row has no columns with values"
+        ),
         f"{_rename(columns)}. Layouts: {LAYOUTS}",
     )
 
@@ -124,15 +174,25 @@ def _chosen(columns: frozenset[str]) -> str:
 def _rename(columns: frozenset[str]) -> str:
     """Which columns could be prompt and completion, as an instruction."""
     answer = next((name for name in ("completion", *_ANSWER_LIKE) if name in columns), None)
-    prompt = next((name for name in ("prompt", *_PROMPT_LIKE) if name in columns and name != answer), None)
+    prompt = next(
+        (name for name in ("prompt", *_PROMPT_LIKE) if name in columns and name != answer), None
+    )
     if answer is not None and prompt is None and len(columns) == 2:
         (prompt,) = columns - {answer}
     pairs = [(prompt, "prompt"), (answer, "completion")]
-    steps = [f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'" for old, new in pairs if old]
+    steps = [
+        f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'"
+        for old, new in pairs
+        if old
+    ]
     if len(steps) < 2:
-        asked = "Name the column with the question 'prompt' and the one with the answer 'completion'"
+        asked = (
+            "Name the column with the question 'prompt' and the one with the answer 'completion'"
+        )
         one, other = sorted(columns) if len(columns) == 2 else ("COLUMN", "COLUMN")
-        return f"{asked}: in the file, or for instance by --map {one}=prompt --map {other}=completion"
+        return (
+            f"{asked}: in the file, or for instance by --map {one}=prompt --map {other}=completion"
+        )
     renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
     return "To learn answers, rename column " + " and ".join(renamed)
 
@@ -142,16 +202,22 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     missing = [name for name in NEEDS[format] if record.get(name) is None]
     if missing:
         raise RowFault(
-            "D107", f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is missing or null"
+            "D107",
+            f"format {format} needs {', '.join(NEEDS[format])}; here {', '.join(missing)} is"
+            " missing or null",
         )
     for name in _MEDIA:
         if record.get(name):
             raise RowFault("D114", f"column '{name}' holds {name}: Veneer trains on text only")
     for name in _OLDER.get(format, ()):
         if record.get(name):
-            raise RowFault("D107", f"column '{name}' would be left out of what is learnt", _OLDER[format][name])
+            raise RowFault(
+                "D107", f"column '{name}' would be left out of what is learnt", _OLDER[format][name]
+            )
     if format == "text":
-        return Row(ref, [], None, _text(record["text"], "text"), "text", unfinished=_unfinished(record))
+        return Row(
+            ref, [], None, _text(record["text"], "text"), "text", unfinished=_unfinished(record)
+        )
     messages = _messages(record, format)
     system = record.get("system")
     if isinstance(system, str) and system.strip():
@@ -164,8 +230,11 @@ def to_row(record: dict[str, Any], ref: RowRef, format: Format) -> Row:
     return Row(ref, messages, tools, None, format, references, _unfinished(record))
 
 
-def to_conversation(messages: Any, tools: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Messages and tools as those of a row of format chat become them, with nothing to learn in them. Raises RowFault.
+def to_conversation(
+    messages: Any, tools: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools as those of a row of format chat become them, with nothing to learn in
+    them. Raises RowFault.
 
     So what is asked of a model reads as what it was trained on.
     """
@@ -186,13 +255,20 @@ def _messages(record: dict[str, Any], format: Format) -> list[dict[str, Any]]:
             question = f"{question}\n\n{extra}"
         return [_user(question), _assistant(_text(record["output"], "output"))]
     prompt, completion = record["prompt"], record["completion"]
-    before = _message_list(prompt, "prompt") if isinstance(prompt, list) else [_user(_text(prompt, "prompt"))]
+    before = (
+        _message_list(prompt, "prompt")
+        if isinstance(prompt, list)
+        else [_user(_text(prompt, "prompt"))]
+    )
     if isinstance(completion, list):
         after = _message_list(completion, "completion")
     else:
         after = [_assistant(_text(completion, "completion"))]
     # What stands in the prompt is not learnt, whoever says it.
-    before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in before]
+    before = [
+        {**message, "weight": 0} if message["role"] == "assistant" else message
+        for message in before
+    ]
     return before + after
 
 
@@ -212,7 +288,9 @@ def _string(value: Any, name: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise RowFault(
-                "D102", f"'{name}' holds half a character (U+{ord(value[error.start]):04X}): cut off in an escape"
+                "D102",
+                f"'{name}' holds half a character (U+{ord(value[error.start]):04X}): cut off in an"
+                " escape",
             ) from None
     return value
 
@@ -226,13 +304,16 @@ def _read(text: str, code: str, what: str) -> Any:
 
 
 def _check_values(*parts: Any) -> None:
-    """Raises RowFault for what lies deeper in a row than its layout says and cannot become tokens."""
+    """Raises RowFault for what lies deeper in a row than its layout says and cannot become
+    tokens."""
     for value, _ in walk(list(parts)):
         if isinstance(value, str):
             if not value.isascii():
                 _string(value, _brief(value))
         elif not (value is None or isinstance(value, list | dict | bool | int | float)):
-            raise RowFault("D109", f"holds a value of type {type(value).__name__}, which is no JSON")
+            raise RowFault(
+                "D109", f"holds a value of type {type(value).__name__}, which is no JSON"
+            )
 
 
 def _brief(value: Any) -> str:
@@ -245,12 +326,21 @@ def _text(value: Any, name: str) -> str:
     """A string that says something."""
     if not _string(value, name).strip():
         learnt = name in ("completion", "output", "text")
-        raise RowFault("D101" if learnt else "D115", f"'{name}' is empty" + (": nothing to learn" if learnt else ""))
+        raise RowFault(
+            "D101" if learnt else "D115",
+            f"'{name}' is empty" + (": nothing to learn" if learnt else ""),
+        )
     return str(value)
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), f"of type {type(value).__name__}")
 
 
@@ -273,10 +363,17 @@ def _message(item: dict[str, Any], number: int, sharegpt: bool) -> dict[str, Any
     else:
         role, known = item.get("role"), ", ".join(_ROLES)
     if role not in _ROLES:
-        raise RowFault("D110", f"message {number} has a role that is unknown", f"Known roles: {known}.")
+        raise RowFault(
+            "D110", f"message {number} has a role that is unknown", f"Known roles: {known}."
+        )
     if item.get("function_call"):
-        step = "Write it as tool_calls: [{function: {name, arguments}}], and the answer to it with the role tool."
-        raise RowFault("D113", f"message {number} has a function_call, the older form of a call", step)
+        step = (
+            "Write it as tool_calls: [{function: {name, arguments}}], and the answer to it with the"
+            " role tool."
+        )
+        raise RowFault(
+            "D113", f"message {number} has a function_call, the older form of a call", step
+        )
     calls = _tool_calls(item.get("tool_calls"), number)
     content = _content(item.get("content"), number)
     if role == "assistant" and not content.strip() and not calls:
@@ -300,7 +397,9 @@ def _content(value: Any, number: int) -> str:
     for part in value:
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise RowFault(
-                "D114", f"message {number} has a part of type {_brief(part['type'])}: Veneer trains on text only"
+                "D114",
+                f"message {number} has a part of type {_brief(part['type'])}: Veneer trains on text"
+                " only",
             )
         text = part.get("text") if isinstance(part, dict) else part
         parts.append(_string(text, f"part of message {number}"))
@@ -324,11 +423,14 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise RowFault(
                 "D113",
-                f"arguments of {_brief(function['name'])} in message {number} are {_kind(arguments)}, not an object",
+                f"arguments of {_brief(function['name'])} in message {number} are"
+                f" {_kind(arguments)}, not an object",
             )
         function = {**function, "arguments": arguments}
         calls.append(
-            {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+            {**call, "function": function}
+            if "function" in call
+            else {"type": "function", "function": function}
         )
     return calls
 
@@ -343,9 +445,13 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     for number, tool in enumerate(value, 1):
         function = tool.get("function", tool)
         if not isinstance(function, dict):
-            raise RowFault("D113", f"the function of tool {number} is {_kind(function)}, not an object")
+            raise RowFault(
+                "D113", f"the function of tool {number} is {_kind(function)}, not an object"
+            )
         if not isinstance(function.get("name", ""), str):
-            raise RowFault("D113", f"the name of tool {number} is {_kind(function['name'])}, not text")
+            raise RowFault(
+                "D113", f"the name of tool {number} is {_kind(function['name'])}, not text"
+            )
     return value
 
 
@@ -365,14 +471,19 @@ def _unfinished(record: dict[str, Any]) -> bool:
 
 
 def check_order(messages: list[dict[str, Any]]) -> None:
-    """Raises RowFault unless a model could meet the messages in this order, and the last is the assistant's."""
+    """Raises RowFault unless a model could meet the messages in this order, and the last is the
+    assistant's."""
     before = None
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role == "system" and number > 1:
-            raise RowFault("D111", f"message {number} is a system message, which can only come first")
+            raise RowFault(
+                "D111", f"message {number} is a system message, which can only come first"
+            )
         if role == "assistant" and before in (None, "system"):
-            raise RowFault("D111", f"message {number} is the assistant's, with nothing asked before it")
+            raise RowFault(
+                "D111", f"message {number} is the assistant's, with nothing asked before it"
+            )
         if role == "assistant" and before == "assistant":
             raise RowFault("D111", f"messages {number - 1} and {number} are both the assistant's")
         if role == "tool" and not (
@@ -381,7 +492,9 @@ def check_order(messages: list[dict[str, Any]]) -> None:
             raise RowFault("D111", f"message {number} is a tool's, with no tool call before it")
         before = role
     if before != "assistant":
-        raise RowFault("D112", f"the last message is the {before}'s, not the assistant's: nothing to learn")
+        raise RowFault(
+            "D112", f"the last message is the {before}'s, not the assistant's: nothing to learn"
+        )
 
 
 class Layouts:

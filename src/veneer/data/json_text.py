@@ -1,5 +1,5 @@
-"""JSON in rows, whole files and texts inside rows, read strictly: no key twice, no NaN, no infinity, bounded
-nesting."""
+"""JSON in rows, whole files and texts inside rows, read strictly: no key twice, no NaN, no
+infinity, bounded nesting."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _NAMED_KEYS = 5
 
 
 class JSONText:
-    """JSON values from a text. What json.loads lets pass (a key twice, NaN) is a fault here, found without
-    losing the place where the value ends."""
+    """JSON values from a text. What json.loads lets pass (a key twice, NaN) is a fault here, found
+    without losing the place where the value ends."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -28,13 +28,16 @@ class JSONText:
         )
 
     def value(self, at: int) -> tuple[Any, int]:
-        """The value that begins at `at`, and where it ends. Raises RowFault where there is no value."""
+        """The value that begins at `at`, and where it ends. Raises RowFault where there is no
+        value."""
         try:
             value, end = self._decoder.raw_decode(self.text, at)
         except json.JSONDecodeError as error:
             said = error.msg.removesuffix(" at").rstrip(": ")  # some of Python's messages end so
             message = f"is not JSON: {said} at column {error.colno}"
-            raise RowFault("D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")) from None
+            raise RowFault(
+                "D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")
+            ) from None
         except RecursionError:
             raise RowFault("D103", TOO_DEEP) from None
         except ValueError as error:  # a number of thousands of digits

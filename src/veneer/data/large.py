@@ -1,11 +1,13 @@
 """Large sets: their tokens in files that are built once, and found again by what they are made of.
 
-    <cache>/tokens/<name>/    train/ and validation/ (on_disk.py), set.json: the report, the sets, a few held-out rows,
-                              MANIFEST.json: size and hash of each file, checked whenever the set is found
+    <cache>/tokens/<name>/    train/ and validation/ (on_disk.py), set.json: the report, the sets, a
+                              few held-out rows, MANIFEST.json: size and hash of each file, checked
+                              whenever the set is found
 
-The name is a hash over the content of the files of rows, the tokenizer, the chat template and what it is told, and the
-settings that decide what is read, held out and learnt. Examples, their order and the fingerprint are those of the same
-rows in memory (load.py). While it is built some 30 bytes a row are held; later a few for the plan of an epoch.
+The name is a hash over the content of the files of rows, the tokenizer, the chat template and what
+it is told, and the settings that decide what is read, held out and learnt. Examples, their order
+and the fingerprint are those of the same rows in memory (load.py). While it is built some 30 bytes
+a row are held; later a few for the plan of an epoch.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ from veneer.files.strict_json import read_json
 from veneer.wording import size
 
 LARGE_BYTES = 64 * 2**20
-"""Of files of rows: what `tokens: auto` keeps in files from there on. In memory they take some ten times as much."""
+"""Of files of rows: what `tokens: auto` keeps in files from there on. In memory they take some ten
+times as much."""
 ROWS_KEPT = 64
 """Held-out rows that are kept as rows: one of them is answered at evaluations."""
 EVERY_SECONDS = 15.0
@@ -66,8 +69,8 @@ def training_data(
     resumes: bool = False,
     say: Say = lambda line: None,
 ) -> DataSet:
-    """As load_data, the tokens in files where the set is large or `data.tokens` says so. say: gets lines for the
-    screen."""
+    """As load_data, the tokens in files where the set is large or `data.tokens` says so. say: gets
+    lines for the screen."""
     asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
     asked |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
     if not _in_files(data, asked["sets"]):
@@ -114,7 +117,11 @@ def _name(
     files = [
         [
             one.model_dump(),
-            [[place.name, file_hash(place.path)] for place in sets.places_of(one.path) if place.path.is_file()],
+            [
+                [place.name, file_hash(place.path)]
+                for place in sets.places_of(one.path)
+                if place.path.is_file()
+            ],
         ]
         for one in (*data.train_sets, None, *data.validation_sets)
         if one is not None
@@ -160,7 +167,9 @@ class _InFiles(Kept):
         return StoredExamples(self.folder)
 
 
-def _built(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **asked: Any) -> DataSet:
+def _built(
+    folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **asked: Any
+) -> DataSet:
     """Builds the set, unless another process builds it first."""
     begun = time.monotonic()
     with locked(lock_of(folder), wait_seconds=_WAIT_SECONDS):
@@ -199,7 +208,10 @@ def _build(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **a
 
 
 def _as_json(made: DataSet) -> dict[str, Any]:
-    report = {**vars(made.report), "problems": [asdict(problem) for problem in made.report.problems]}
+    report = {
+        **vars(made.report),
+        "problems": [asdict(problem) for problem in made.report.problems],
+    }
     return {
         "report": report,
         "fingerprint": made.fingerprint,
@@ -212,7 +224,8 @@ def _as_json(made: DataSet) -> dict[str, Any]:
 
 
 def _found(folder: Path) -> DataSet | None:
-    """The set that was built there. Returns None if there is none, or if any of its files is damaged."""
+    """The set that was built there. Returns None if there is none, or if any of its files is
+    damaged."""
     try:
         return None if verify_manifest(folder) else _read(folder)
     except (VeneerError, OSError, LookupError, TypeError, ValueError):
@@ -220,7 +233,8 @@ def _found(folder: Path) -> DataSet | None:
 
 
 def _read(folder: Path) -> DataSet:
-    """The set in this folder. A file that does not hold what its name says raises an error of Python's own."""
+    """The set in this folder. A file that does not hold what its name says raises an error of
+    Python's own."""
     kept = read_json(folder / DESCRIPTION, max_bytes=2**32)
     train, validation = (StoredExamples(folder / name) for name in ("train", "validation"))
     report = kept["report"]
@@ -231,14 +245,19 @@ def _read(folder: Path) -> DataSet:
         train,
         validation,
         [],
-        [Row(**{**row, "ref": RowRef(**row["ref"]), "references": tuple(row["references"])}) for row in kept["rows"]],
+        [
+            Row(**{**row, "ref": RowRef(**row["ref"]), "references": tuple(row["references"])})
+            for row in kept["rows"]
+        ],
         CheckReport(**{**report, "problems": problems, "histogram": histogram}),
         kept["fingerprint"],
         Preamble(kept["preamble"][0], kept["preamble"][1]),
         None if mixture is None else Mixture(tuple(mixture[0]), tuple(mixture[1])),
         [SetSize(**each) for each in kept["sets"]],
         [SetSize(**each) for each in kept["held"]],
-        in_files=f"tokens in files: {len(train) + len(validation):,} examples, {size(_bytes(folder))}",
+        in_files=(
+            f"tokens in files: {len(train) + len(validation):,} examples, {size(_bytes(folder))}"
+        ),
     )
 
 

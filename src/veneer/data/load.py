@@ -1,7 +1,7 @@
 """From files to what a run trains on: read, split, tokenise, keep to the length, check.
 
-`load_data` refuses what must not be trained on; `examine_data` does the same work and only reports, for
-`veneer data check`. Knows nothing of runs or batches.
+`load_data` refuses what must not be trained on; `examine_data` does the same work and only reports,
+for `veneer data check`. Knows nothing of runs or batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
 from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.config import DataConfig, SetConfig
-from veneer.data.examples import Capacity, Example, Problem, Row, grouped, part_key, prompt_key, row_key
+from veneer.data.examples import (
+    Capacity,
+    Example,
+    Problem,
+    Row,
+    grouped,
+    part_key,
+    prompt_key,
+    row_key,
+)
 from veneer.data.formats import Layouts
 from veneer.data.mixture import Mixture, mixed
 from veneer.data.places import ResolvedSets
@@ -47,14 +56,16 @@ class SetSize:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the same order, as far
-    as each goes.
+    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the
+    same order, as far as each goes.
 
     fingerprint   over ids, masks and what is mixed: equal only if a run would see the same tokens
-    preamble      the system turn that all training rows begin with, and what their template was told
+    preamble      the system turn that all training rows begin with, and what their template was
+                  told
     mixture       how many rows of each set an epoch takes; None: all of one
     sets, held    the sets that train and validation consist of, one behind the other
-    in_files      a line that says so where its tokens are in files; of the rows there are a few then
+    in_files      a line that says so where its tokens are in files; of the rows there are a few
+                  then
     """
 
     train: Sequence[Example]
@@ -121,11 +132,17 @@ def examine_data(
 ) -> DataSet:
     """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
 
-    Raises DataError only if nothing can be said at all: a set that is not found, a tokenizer that cannot be used.
+    Raises DataError only if nothing can be said at all: a set that is not found, a tokenizer that
+    cannot be used.
     """
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
     kept, held = (Kept(Tally(frozenset(template.stop_ids))) for _ in range(2))
-    asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble, "held_out_by": held_out_by}
+    asked: dict[str, Any] = {
+        "length": length,
+        "capacity": capacity,
+        "preamble": preamble,
+        "held_out_by": held_out_by,
+    }
     return read_data(data, template, kept, held, sets=sets or ResolvedSets(), **asked)
 
 
@@ -142,8 +159,8 @@ def read_data(
     sets: ResolvedSets,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
-    """The rows of all sets, one after another, into what is trained on and what is held out. say: is told how many
-    rows there were so far.
+    """The rows of all sets, one after another, into what is trained on and what is held out. say:
+    is told how many rows there were so far.
 
     A set from which rows are held out is read twice: which ones depends on all of its prompts.
     """
@@ -176,7 +193,10 @@ def read_data(
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
     train, validation = kept.close(), held.close()
-    if capacity.tokens is not None and max(kept.tally.largest_id, held.tally.largest_id) >= capacity.tokens:
+    if (
+        capacity.tokens is not None
+        and max(kept.tally.largest_id, held.tally.largest_id) >= capacity.tokens
+    ):
         findings.problems += unknown_tokens(chain(train, validation), capacity, template.tokenizer)
     report = check(
         data.called,
@@ -207,11 +227,14 @@ def _mixture(data: DataConfig, found: Sequence[SetSize]) -> Mixture | None:
     """None: every row once an epoch. ConfigError: a share that a set is too small for."""
     sets = data.train_sets
     sizes, tokens = [each.rows for each in found], [each.tokens for each in found]
-    made = mixed(sizes, tokens, [s.weight for s in sets], [s.share for s in sets], by=data.shares_of)
+    made = mixed(
+        sizes, tokens, [s.weight for s in sets], [s.share for s in sets], by=data.shares_of
+    )
     for of_it, there, draw in zip(sets, found, made.draws, strict=True):
         if draw > SET_WEIGHT.most * there.rows:
             raise ConfigError(
-                f"an epoch would take each of the {there.rows:,} rows of {of_it.called} {draw / there.rows:,.0f} times",
+                f"an epoch would take each of the {there.rows:,} rows of {of_it.called}"
+                f" {draw / there.rows:,.0f} times",
                 [f"share {of_it.share} of an epoch; {SET_WEIGHT.most:,} times at most"],
                 "Give it a smaller share, or more rows.",
             )
@@ -235,7 +258,8 @@ def _system_of(row: Row) -> str | None:
 
 @dataclass
 class Kept:
-    """Rows that are trained on or evaluated, each as far as its example goes, with these in the same order."""
+    """Rows that are trained on or evaluated, each as far as its example goes, with these in the
+    same order."""
 
     tally: Tally
     rows: list[Row] = field(default_factory=list)
@@ -264,7 +288,9 @@ class Kept:
     def end_set(self, name: str) -> None:
         """What came since the last one is a set."""
         now = self.tally.rows, len(self.tally), self._tokens
-        self.sets.append(SetSize(name, *(here - before for here, before in zip(now, self._counted, strict=True))))
+        self.sets.append(
+            SetSize(name, *(here - before for here, before in zip(now, self._counted, strict=True)))
+        )
         self._counted = now
 
     def close(self) -> Sequence[Example]:
@@ -278,10 +304,12 @@ class Kept:
 
 @contextmanager
 def _collecting_between() -> Iterator[Callable[[], int]]:
-    """Within the block Python looks for cyclic garbage only where it is asked to, and only among what is new.
+    """Within the block Python looks for cyclic garbage only where it is asked to, and only among
+    what is new.
 
-    A row makes hundreds of objects, which live as long as the stretch of rows it is read with. Left to itself the
-    collector goes over them again and again, and over all that the process holds: a third of the time.
+    A row makes hundreds of objects, which live as long as the stretch of rows it is read with. Left
+    to itself the collector goes over them again and again, and over all that the process holds: a
+    third of the time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -303,7 +331,8 @@ class _Reading:
     findings: Findings
     sets: ResolvedSets
     numbers: Iterator[int] = field(default_factory=count)
-    """Next row's number. Rows are told apart by it: a hash of their content would merge equal neighbours."""
+    """Next row's number. Rows are told apart by it: a hash of their content would merge equal
+    neighbours."""
 
     def held_out(self, one: SetConfig, division: Split, held_out_by: str) -> Holds:
         """Which rows of the set are held out."""
@@ -334,12 +363,17 @@ class _Reading:
         self.findings.formats.update(layouts.counts)
 
     def _rows(self, one: SetConfig) -> Iterator[Row | Problem]:
-        return rows_in(one.path, one.format or self.data.format, one.map or self.data.map, self.sets)
+        return rows_in(
+            one.path, one.format or self.data.format, one.map or self.data.map, self.sets
+        )
 
     def encode(self, rows: Sequence[Row], kept: Kept) -> None:
         """Adds them to what is kept."""
         keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
-        rows = [replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row for row in rows]
+        rows = [
+            replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row
+            for row in rows
+        ]
         coded = self.template.encode_rows(rows, train_on=self.data.train_on)
         for row, key, found in zip(rows, keys, coded, strict=True):
             if isinstance(found, Problem):
@@ -349,7 +383,9 @@ class _Reading:
 
     def _keep(self, row: Row, key: int, found: Sequence[Encoded], kept: Kept) -> None:
         findings, length, long_rows = self.findings, self.length, self.data.long_rows
-        named = Row(row.ref, [], text=None if row.text is None else "")  # all that findings tell of it
+        named = Row(
+            row.ref, [], text=None if row.text is None else ""
+        )  # all that findings tell of it
         if found[-1].control:
             findings.control.append(named)
         findings.saw(named, found)

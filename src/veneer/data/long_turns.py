@@ -1,12 +1,13 @@
 """Finds where the answers of a long prompt begin and end, in time proportional to its text.
 
-The exact search (turns.py) renders every beginning of the conversation, so its time grows with the square of the number
-of answers. A prompt beyond a bound is searched in windows: short conversations of neighbouring messages, each rendered
-alone. A window holds if what it writes behind its first messages stands in the whole text at the next place. If every
-window holds up to the end of the text, and the exact search finds the same for answers spread over the conversation,
-the answers stand where the windows have them. A template that writes other text in a window, for example one that
-counts the turns, is searched exactly within the bound and refused beyond it: ids that differ from those of
-training are never given.
+The exact search (turns.py) renders every beginning of the conversation, so its time grows with the
+square of the number of answers. A prompt beyond a bound is searched in windows: short conversations
+of neighbouring messages, each rendered alone. A window holds if what it writes behind its first
+messages stands in the whole text at the next place. If every window holds up to the end of the
+text, and the exact search finds the same for answers spread over the conversation, the answers
+stand where the windows have them. A template that writes other text in a window, for example one
+that counts the turns, is searched exactly within the bound and refused beyond it: ids that differ
+from those of training are never given.
 """
 
 from __future__ import annotations
@@ -58,12 +59,15 @@ class _Window:
 
     @property
     def cuts(self) -> list[Cut]:
-        cuts: list[Cut] = [(len(self.chat.messages), self.last)] + ([(self.before, False)] if self.before else [])
+        cuts: list[Cut] = [(len(self.chat.messages), self.last)] + (
+            [(self.before, False)] if self.before else []
+        )
         return [*cuts, *(cut for n in self.answers for cut in ((n, True), (n + 1, False)))]
 
 
 def prompt_borders(chat: Conversation, text: str) -> tuple[int, ...]:
-    """Finds the borders of the answers in the text of a prompt. Raises Unfit for one that is too long."""
+    """Finds the borders of the answers in the text of a prompt. Raises Unfit for one that is too
+    long."""
     exact = beginnings(chat.messages, prompt=True)
     if _fits([(chat, exact)]):
         render_all([(chat, exact)])
@@ -73,7 +77,9 @@ def prompt_borders(chat: Conversation, text: str) -> tuple[int, ...]:
         raise _too_long(chat, "its tools, or the messages between two answers, are too long")
     turns = _turns_in(windows, text)
     if turns is None or not _checked(chat, text, turns):
-        raise _too_long(chat, "the chat template writes a message otherwise where other messages are around it")
+        raise _too_long(
+            chat, "the chat template writes a message otherwise where other messages are around it"
+        )
     return joined([turns[number] for number in sorted(turns)], text)
 
 
@@ -95,18 +101,27 @@ def _characters(values: list[Any]) -> int:
 def _windows(chat: Conversation) -> list[_Window]:
     messages = chat.messages
     count = len(messages)
-    lead = next((n for n, message in enumerate(messages) if message["role"] not in ("system", "developer")), count)
+    lead = next(
+        (n for n, message in enumerate(messages) if message["role"] not in ("system", "developer")),
+        count,
+    )
     windows: list[_Window] = []
     start = end = 0
     for number in range(count):
         behind = messages[number + 1]["role"] if number + 1 < count else None
-        ends = messages[number]["role"] in ("user", "tool") and behind == "assistant" and number + 1 >= end + _WINDOW
+        ends = (
+            messages[number]["role"] in ("user", "tool")
+            and behind == "assistant"
+            and number + 1 >= end + _WINDOW
+        )
         if not ends and behind is not None:
             continue
         front = [] if start == 0 else list(messages[:lead])
         if start > 0 and messages[start]["role"] != "user":
             front.append(_STAND_IN)
-        window = Conversation(chat.template, [*front, *messages[start : number + 1]], chat.tools, chat.variables)
+        window = Conversation(
+            chat.template, [*front, *messages[start : number + 1]], chat.tools, chat.variables
+        )
         before = 0 if start == 0 else len(front) + end - start
         windows.append(_Window(window, start - len(front), before, last=behind is None))
         start, end = number, number + 1
@@ -123,7 +138,11 @@ def _turns_in(windows: Sequence[_Window], text: str) -> Turns | None:
     for window in windows:
         try:
             whole = window.chat.text(len(window.chat.messages), add_generation_prompt=window.last)
-            before = window.chat.text(window.before, add_generation_prompt=False) if window.before else ""
+            before = (
+                window.chat.text(window.before, add_generation_prompt=False)
+                if window.before
+                else ""
+            )
         except TemplateFault:
             return None
         if not whole.startswith(before) or not text.startswith(whole[len(before) :], place):
@@ -131,7 +150,9 @@ def _turns_in(windows: Sequence[_Window], text: str) -> Turns | None:
         shift = place - len(before)
         for number in window.answers:
             turn = turn_of(window.chat, number, whole)
-            turns[window.first + number] = None if turn is None else (turn[0] + shift, turn[1] + shift)
+            turns[window.first + number] = (
+                None if turn is None else (turn[0] + shift, turn[1] + shift)
+            )
         place += len(whole) - len(before)
     return turns if place == len(text) else None
 
@@ -139,8 +160,15 @@ def _turns_in(windows: Sequence[_Window], text: str) -> Turns | None:
 def _checked(chat: Conversation, text: str, turns: Turns) -> bool:
     """Whether the exact search finds answers where the windows have them."""
     numbers = sorted(turns)
-    spread = {numbers[(len(numbers) - 1) * part // (_CHECKED - 1)] for part in range(_CHECKED)} if numbers else set()
-    cuts = [(len(chat.messages), True), *(cut for n in sorted(spread) for cut in ((n, True), (n + 1, False)))]
+    spread = (
+        {numbers[(len(numbers) - 1) * part // (_CHECKED - 1)] for part in range(_CHECKED)}
+        if numbers
+        else set()
+    )
+    cuts = [
+        (len(chat.messages), True),
+        *(cut for n in sorted(spread) for cut in ((n, True), (n + 1, False))),
+    ]
     render_all([(chat, cuts)])
     return all(turn_of(chat, number, text) == turns[number] for number in spread)
 
@@ -149,6 +177,7 @@ def _too_long(chat: Conversation, reason: str) -> Unfit:
     answers = sum(message["role"] == "assistant" for message in chat.messages)
     return Unfit(
         "D202",
-        f"a conversation with {answers:,} answers is too long to find where each of them begins and ends: {reason}",
+        f"a conversation with {answers:,} answers is too long to find where each of them begins and"
+        f" ends: {reason}",
         "Leave out the oldest turns, or begin a new conversation.",
     )

@@ -1,9 +1,11 @@
 """Finds the micro-batches of a run that may take the most memory, without running any.
 
-A micro-batch's memory rises with each count of Extent. So the largest micro-batch is among those that no other exceeds
-in every count, and these are few. Rows that share a prompt, or are padded, are counted as they are computed.
+A micro-batch's memory rises with each count of Extent. So the largest micro-batch is among those
+that no other exceeds in every count, and these are few. Rows that share a prompt, or are padded,
+are counted as they are computed.
 
-Most micro-batches are never looked at: bounds that need no tokens show that another one exceeds them.
+Most micro-batches are never looked at: bounds that need no tokens show that another one exceeds
+them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +15,23 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from veneer.data.batching import EpochPlan, Rows, best_groups, packed_rows, plan_epoch, shared_prompt, used_length
+from veneer.data.batching import (
+    EpochPlan,
+    Rows,
+    best_groups,
+    packed_rows,
+    plan_epoch,
+    shared_prompt,
+    used_length,
+)
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.data.on_disk import trained_of, used_of
 from veneer.kernels.layout import round_up
 
 SLACK = 1.04
-"""A micro-batch is left out where another exceeds it in every count times this: their memory differs by less."""
+"""A micro-batch is left out where another exceeds it in every count times this: their memory
+differs by less."""
 QUERY_ROWS = 256
 """Query rows for which attention holds scores at once (kernels/attention.py BLOCK)."""
 
@@ -32,7 +43,8 @@ class Extent(NamedTuple):
 
     computed  rows of the matrix products, filler and padding included
     trained   tokens whose logits are formed
-    keys      rows of keys that the largest group's attention holds, the prompt counted for each document
+    keys      rows of keys that the largest group's attention holds, the prompt counted for each
+              document
     scores    values that one head of its attention holds at once
     """
 
@@ -55,7 +67,11 @@ class Extent(NamedTuple):
             longest = max(map(used_length, group)) - prompt
             width = round_up(prompt + longest)
             keys = max(keys, len(group) * width)
-            scores = max(scores, len(group) * min(longest, QUERY_ROWS) * width, min(prompt, QUERY_ROWS) * prompt)
+            scores = max(
+                scores,
+                len(group) * min(longest, QUERY_ROWS) * width,
+                min(prompt, QUERY_ROWS) * prompt,
+            )
         return cls(packed_rows(examples, share_prompt=share_prompt), trained, keys, scores)
 
 
@@ -81,14 +97,19 @@ class _RowCounts:
 
     def bounds(self, rows: Counts, spans: Counts, *, packed: bool) -> Counts:
         """(S, 4) upper bounds of the Extent of the rows in each span."""
-        used, trained, count = (_over(np.add, part[rows], spans) for part in (self.used, self.trained, self.examples))
+        used, trained, count = (
+            _over(np.add, part[rows], spans) for part in (self.used, self.trained, self.examples)
+        )
         longest = _over(np.maximum, self.longest[rows], spans)
         padded = count * longest
         if not packed:
             return np.stack([padded, trained, padded, padded * longest], axis=1)
         width = longest + round_up(1)
         computed = used + round_up(1)
-        return np.stack([computed, trained, count * width, count * np.minimum(longest, QUERY_ROWS) * width], axis=1)
+        return np.stack(
+            [computed, trained, count * width, count * np.minimum(longest, QUERY_ROWS) * width],
+            axis=1,
+        )
 
 
 def _over(reduce: np.ufunc, values: Counts, spans: Counts) -> Counts:
@@ -108,7 +129,9 @@ def plans_of_run(
     """The plan of each epoch, and how many of its batches the run takes."""
     epoch = 0
     while steps > 0:
-        plan = plan_epoch(rows.lengths, batch=batch, seed=seed, epoch=epoch, order=order, mixture=mixture)
+        plan = plan_epoch(
+            rows.lengths, batch=batch, seed=seed, epoch=epoch, order=order, mixture=mixture
+        )
         if not len(plan):
             return
         yield plan, min(steps, len(plan))
@@ -125,7 +148,8 @@ def largest_micro_batches(
     share_prompt: bool,
     divide: Callable[[list[int]], Iterable[list[int]]] = lambda part: [part],
 ) -> list[list[int]]:
-    """Numbers of the examples of every micro-batch that may be the largest, most computed rows first.
+    """Numbers of the examples of every micro-batch that may be the largest, most computed rows
+    first.
 
     divide: gives the parts of a micro-batch that are computed one after another
     """
@@ -142,9 +166,13 @@ def largest_micro_batches(
             start, stop = spans[waiting[0]].tolist()
             waiting = waiting[1:]
             for part in divide(rows.examples(plan.rows[start:stop].tolist())):
-                extent = Extent.of([examples[i] for i in part], packed=packed, share_prompt=share_prompt)
+                extent = Extent.of(
+                    [examples[i] for i in part], packed=packed, share_prompt=share_prompt
+                )
                 if not any(_exceeds(other, extent, SLACK) for other, _ in front):
-                    front = [pair for pair in front if not _exceeds(extent, pair[0], 1.0)] + [(extent, part)]
+                    front = [pair for pair in front if not _exceeds(extent, pair[0], 1.0)] + [
+                        (extent, part)
+                    ]
                     waiting = waiting[~_exceeded(bounds[waiting], extent)]
     return [part for _, part in sorted(front, key=lambda pair: pair[0], reverse=True)]
 

@@ -1,7 +1,8 @@
-"""Texts that are nearly the same: MinHash over shingles of words, and the likeness of those that it finds, counted.
+"""Texts that are nearly the same: MinHash over shingles of words, and the likeness of those that it
+finds, counted.
 
-Broder 1997. Signatures of PLACES minima, in BANDS bands: two texts that share a band are compared. Of texts that share
-0.8 of their shingles 0.998 share a band, of those that share 0.4 a quarter do.
+Broder 1997. Signatures of PLACES minima, in BANDS bands: two texts that share a band are compared.
+Of texts that share 0.8 of their shingles 0.998 share a band, of those that share 0.4 a quarter do.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ _WORD = re.compile(r"\w+")
 
 
 def shingles(text: str) -> NDArray[np.int64]:
-    """Sorted numbers of all runs of words, whatever their case and what stands between them; none of a short text."""
-    words = np.array([zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], dtype=np.int64)
+    """Sorted numbers of all runs of words, whatever their case and what stands between them; none
+    of a short text."""
+    words = np.array(
+        [zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], dtype=np.int64
+    )
     if len(words) < LEAST:
         return np.zeros(0, dtype=np.int64)
     mixed = words % _PRIME
-    rows = [mixed[n : len(mixed) - WORDS + 1 + n] * (1_000_003**n % _PRIME) % _PRIME for n in range(WORDS)]
+    rows = [
+        mixed[n : len(mixed) - WORDS + 1 + n] * (1_000_003**n % _PRIME) % _PRIME
+        for n in range(WORDS)
+    ]
     return np.unique(sum(rows[1:], rows[0]) % _PRIME)
 
 
@@ -37,8 +44,11 @@ def likeness(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
     return both / (len(a) + len(b) - both) if len(a) + len(b) else 0.0
 
 
-def nearest(texts: Sequence[str], among: Sequence[str], *, least: float) -> list[tuple[int, float] | None]:
-    """For each text the number of the likest one among others, and how like it is; None: none is so like."""
+def nearest(
+    texts: Sequence[str], among: Sequence[str], *, least: float
+) -> list[tuple[int, float] | None]:
+    """For each text the number of the likest one among others, and how like it is; None: none is so
+    like."""
     generator = np.random.Generator(np.random.Philox(key=[0, 0]))
     factors = generator.integers(1, _PRIME, (2, PLACES), dtype=np.int64)
 

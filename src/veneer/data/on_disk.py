@@ -24,7 +24,15 @@ from veneer.data.examples import Example, RowRef
 from veneer.errors import CorruptFileError
 from veneer.files.strict_json import read_json
 
-COLUMNS = {"start": "<i8", "used": "<i4", "trained": "<i4", "key": "<i8", "row": "<i8", "file": "<i4", "line": "<i4"}
+COLUMNS = {
+    "start": "<i8",
+    "used": "<i4",
+    "trained": "<i4",
+    "key": "<i8",
+    "row": "<i8",
+    "file": "<i4",
+    "line": "<i4",
+}
 INDEX = "index.json"
 _LEARNT = np.int32(-(2**31))
 _TOGETHER = 4096
@@ -53,7 +61,12 @@ class ExampleWriter:
         self._put("start", [self._end])
         for file in (self._tokens, *self._columns.values()):
             file.close()
-        index = {"examples": self._count, "tokens": self._end, "single": self._single, "files": list(self._files)}
+        index = {
+            "examples": self._count,
+            "tokens": self._end,
+            "single": self._single,
+            "files": list(self._files),
+        }
         (self._folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
     def _write(self) -> None:
@@ -62,7 +75,9 @@ class ExampleWriter:
             return
         sizes = [len(e.ids) for e in some]
         signs = np.concatenate([e.trained for e in some]).astype(np.int32) * _LEARNT
-        (np.concatenate([e.ids for e in some]).astype(np.int32) | signs).astype("<i4").tofile(self._tokens)
+        (np.concatenate([e.ids for e in some]).astype(np.int32) | signs).astype("<i4").tofile(
+            self._tokens
+        )
         self._put("start", (self._end + np.cumsum([0, *sizes[:-1]])).tolist())
         self._put("used", [_used(e) for e in some])
         self._put("trained", [int(np.count_nonzero(e.trained)) for e in some])
@@ -78,21 +93,30 @@ class ExampleWriter:
 
 
 class StoredExamples(Sequence[Example]):
-    """Those that a writer left in `folder`. Not for several threads at once. CorruptFileError: files are cut short."""
+    """Those that a writer left in `folder`. Not for several threads at once. CorruptFileError:
+    files are cut short."""
 
     def __init__(self, folder: Path) -> None:
         index = read_json(folder / INDEX)
         self.single: bool = index["single"]
         """Whether each is of a row of its own."""
         self._files, self._numbers = index["files"], range(index["examples"])
-        sizes = {name: np.dtype(kind).itemsize * len(self._numbers) for name, kind in COLUMNS.items()}
+        sizes = {
+            name: np.dtype(kind).itemsize * len(self._numbers) for name, kind in COLUMNS.items()
+        }
         sizes |= {"start": sizes["start"] + 8, "tokens": 4 * index["tokens"]}
-        short = [name for name, size in sizes.items() if (folder / _file(name)).stat().st_size != size]
+        short = [
+            name for name, size in sizes.items() if (folder / _file(name)).stat().st_size != size
+        ]
         if short:
             raise CorruptFileError(
-                f"{folder} is damaged: {', '.join(short)}", [], "Remove the folder: it is made anew."
+                f"{folder} is damaged: {', '.join(short)}",
+                [],
+                "Remove the folder: it is made anew.",
             )
-        self._columns = {name: _mapped(folder / _file(name), kind) for name, kind in COLUMNS.items()}
+        self._columns = {
+            name: _mapped(folder / _file(name), kind) for name, kind in COLUMNS.items()
+        }
         self._tokens = (folder / "tokens.i4").open("rb", buffering=0)
 
     @property
@@ -140,7 +164,9 @@ class StoredExamples(Sequence[Example]):
                 raise ValueError("examples in files are cut into stretches alone")
             return some
         at = self._numbers[number]
-        column = {name: int(self._columns[name][at]) for name in ("start", "key", "row", "file", "line")}
+        column = {
+            name: int(self._columns[name][at]) for name in ("start", "key", "row", "file", "line")
+        }
         size = int(self._columns["start"][at + 1]) - column["start"]
         self._tokens.seek(4 * column["start"])
         packed = np.frombuffer(self._tokens.read(4 * size), dtype="<i4").astype(np.int32)
@@ -185,7 +211,9 @@ def row_numbers_of(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Example.row of each, -1 for None."""
     if isinstance(examples, StoredExamples):
         return examples.rows
-    return np.array([-1 if example.row is None else example.row for example in examples], dtype=np.int64)
+    return np.array(
+        [-1 if example.row is None else example.row for example in examples], dtype=np.int64
+    )
 
 
 def some_of(examples: Sequence[Example]) -> Sequence[Example]:

@@ -1,4 +1,5 @@
-"""From what a set is called to files on this machine: a file, a folder, a pattern, an address, a data set of the hub.
+"""From what a set is called to files on this machine: a file, a folder, a pattern, an address, a
+data set of the hub.
 
     rows.jsonl   rows/   rows/*.jsonl.gz            here
     s3://bucket/rows/*.parquet                      any address that fsspec knows
@@ -41,7 +42,8 @@ class Place:
 
 @dataclass(frozen=True)
 class ResolvedSets:
-    """Finds the files of each set of a run once: every pass over the set reads the same files, of one version."""
+    """Finds the files of each set of a run once: every pass over the set reads the same files, of
+    one version."""
 
     _places: dict[str, list[Place]] = field(default_factory=dict)
 
@@ -62,32 +64,38 @@ def kind_of(name: str) -> str:
 
 
 def places_of(named: str) -> list[Place]:
-    """All files of a set, in order. Raises DataError: there are none, or they cannot be brought here; ConfigError: no
-    address that is known.
+    """All files of a set, in order. Raises DataError: there are none, or they cannot be brought
+    here; ConfigError: no address that is known.
 
     A single file is taken at its word: whoever opens it says what is wrong.
     """
     if not named.strip() or "\0" in named:
         raise DataError(
-            f"no set of rows is called {named!r}", next_step="Name a file, a folder, a pattern or an address."
+            f"no set of rows is called {named!r}",
+            next_step="Name a file, a folder, a pattern or an address.",
         )
     if "://" in named:
         return _elsewhere(named)
     try:
         return _here(named, expanded(named))
-    except (OSError, ValueError) as fault:  # no right to look, a name that none can be, ** beside other letters
+    except (
+        OSError,
+        ValueError,
+    ) as fault:  # no right to look, a name that none can be, ** beside other letters
         raise unreachable(named, fault) from fault
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """DataError with each of these that is the name of a file which is not there; others are looked for later."""
+    """DataError with each of these that is the name of a file which is not there; others are looked
+    for later."""
     missing = [named for named in names if "://" not in named and _absent(named)]
     if missing:
         faults = [_missing(named, expanded(named)) for named in missing]
         raise DataError(
             "there is no such file" if len(faults) == 1 else "there are no such files",
             [f"D100 {fault}" for fault in faults],
-            "A set is a file, a folder, a pattern such as rows/*.jsonl, an address, or a hub's data set (org/name).",
+            "A set is a file, a folder, a pattern such as rows/*.jsonl, an address, or a hub's data"
+            " set (org/name).",
         )
 
 
@@ -131,7 +139,9 @@ def _here(named: str, path: Path) -> list[Place]:
         return [Place(named, path)]
     if any(mark in named for mark in "*?["):
         root = Path(path.anchor or ".")
-        found = sorted(each for each in root.glob(str(path.relative_to(path.anchor))) if each.is_file())
+        found = sorted(
+            each for each in root.glob(str(path.relative_to(path.anchor))) if each.is_file()
+        )
         found = [each for each in found if kind_of(each.name)]
         return _some([Place(str(each), each) for each in found], named)
     if _may_be_the_hubs(named, path):
@@ -143,10 +153,13 @@ def _here(named: str, path: Path) -> list[Place]:
 def _some(places: list[_T], named: str) -> list[_T]:
     if not places:
         raise DataError(
-            f"{named}: no file of rows is there", next_step=f"Kinds of file: {', '.join(KINDS)}, .gz, .zst."
+            f"{named}: no file of rows is there",
+            next_step=f"Kinds of file: {', '.join(KINDS)}, .gz, .zst.",
         )
     if len(places) > MOST_FILES:
-        raise DataError(f"{named}: {len(places):,} files, {MOST_FILES:,} are read", next_step="Name fewer.")
+        raise DataError(
+            f"{named}: {len(places):,} files, {MOST_FILES:,} are read", next_step="Name fewer."
+        )
     return places
 
 
@@ -165,16 +178,25 @@ def _of_the_hub(named: str) -> list[Place]:
         parts.setdefault((config, split.removeprefix("partial-")), []).append(file)
     configs = sorted({config for config, _ in parts})
     config, _, split = part.rpartition("/")
-    config = config or ("default" if "default" in configs else configs[0] if len(configs) == 1 else "")
+    config = config or (
+        "default" if "default" in configs else configs[0] if len(configs) == 1 else ""
+    )
     chosen = parts.get((config, split or "train"))
     if not chosen:
         there = ", ".join(f"{c}/{s}" for c, s in sorted(parts)) or "none"
         raise DataError(
-            f"the data set {name} has no {part or 'train'}" if config else f"the data set {name} has several parts",
+            (
+                f"the data set {name} has no {part or 'train'}"
+                if config
+                else f"the data set {name} has several parts"
+            ),
             [f"there is: {there}"],
             f"Name one: {name}:{'/'.join(sorted(parts)[0]) if parts else 'SPLIT'}.",
         )
-    return [Place(f"hf://{file}", downloaded(fs, file, f"hf://{file}")) for file in _some(sorted(chosen), named)]
+    return [
+        Place(f"hf://{file}", downloaded(fs, file, f"hf://{file}"))
+        for file in _some(sorted(chosen), named)
+    ]
 
 
 def _elsewhere(named: str) -> list[Place]:
@@ -184,13 +206,17 @@ def _elsewhere(named: str) -> list[Place]:
         found = _listed(fs, root, named)
     elif kind_of(root):
         found = [root]
-    elif scheme == "hf" and root.startswith("datasets/") and root.count("/") == 2 and "@" not in root:
+    elif (
+        scheme == "hf" and root.startswith("datasets/") and root.count("/") == 2 and "@" not in root
+    ):
         return _of_the_hub(root.removeprefix("datasets/"))
     else:
         found = _listed(fs, f"{root.rstrip('/')}/**", named)
     files = _some([file for file in found if kind_of(file)], named)
     names = [file if "://" in file else f"{scheme}://{file}" for file in files]
-    return [Place(name, downloaded(fs, file, name)) for name, file in zip(names, files, strict=True)]
+    return [
+        Place(name, downloaded(fs, file, name)) for name, file in zip(names, files, strict=True)
+    ]
 
 
 def _listed(fs: Any, pattern: str, named: str) -> list[str]:

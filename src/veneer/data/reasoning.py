@@ -1,4 +1,5 @@
-"""Reasoning in answers: where rows hold it, and what of it an answer begins with as the template writes it."""
+"""Reasoning in answers: where rows hold it, and what of it an answer begins with as the template
+writes it."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from veneer.data.examples import Problem, Row
 from veneer.wording import percent
 
 Reasons = Literal["reasons", "empty", "none", "lost"]
-"""reasons: the answer begins with its reasoning. empty: with a block that holds none, which is learnt. none: with what
-it says. lost: the row has reasoning, and the template leaves it out."""
+"""reasons: the answer begins with its reasoning. empty: with a block that holds none, which is
+learnt. none: with what it says. lost: the row has reasoning, and the template leaves it out."""
 
 _THOUGHT = re.compile(r"^\s*(?:<think>)?(.*?)</think>", re.DOTALL)
 _EMPTY = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
@@ -22,11 +23,16 @@ _MARK = 64  # characters at the end of a prompt within which its last mark stand
 
 
 def thought_in(message: Mapping[str, Any]) -> str:
-    """The reasoning of an answer, as `sandbox.prepared` leaves it or in front of what it says; empty: none."""
+    """The reasoning of an answer, as `sandbox.prepared` leaves it or in front of what it says;
+    empty: none."""
     given = message.get("reasoning_content")
     if isinstance(given, str) and given.strip():
         return given.strip()
-    found = _THOUGHT.search(said) if isinstance(said := message.get("content"), str) and "</think>" in said else None
+    found = (
+        _THOUGHT.search(said)
+        if isinstance(said := message.get("content"), str) and "</think>" in said
+        else None
+    )
     return found[1].strip() if found else ""
 
 
@@ -47,10 +53,12 @@ def forbids_reasoning(prompt: str) -> bool:
 
 
 def with_reasoning(prompt: str, upto: str, message: Mapping[str, Any]) -> str | None:
-    """An answer as it was given, where the prompt opens its reasoning and the template leaves that out afterwards:
-    behind the prompt the reasoning, its closing mark, and what was rendered. None: that is not so.
+    """An answer as it was given, where the prompt opens its reasoning and the template leaves that
+    out afterwards: behind the prompt the reasoning, its closing mark, and what was rendered. None:
+    that is not so.
 
-    What stands in the row between the marks is kept as it is; a field of its own stands on lines of its own.
+    What stands in the row between the marks is kept as it is; a field of its own stands on lines of
+    its own.
     """
     opened = _OPENED.search(prompt[-_MARK:])
     start = len(prompt) - (len(opened[0]) if opened else 0)
@@ -60,7 +68,9 @@ def with_reasoning(prompt: str, upto: str, message: Mapping[str, Any]) -> str | 
     block, mark, _ = said.partition(f"</{opened[1]}>")
     if mark and block.startswith(opened[0]):
         blank = said[len(block + mark) :]
-        return prompt[:start] + block + mark + blank[: len(blank) - len(blank.lstrip())] + upto[start:]
+        return (
+            prompt[:start] + block + mark + blank[: len(blank) - len(blank.lstrip())] + upto[start:]
+        )
     return f"{prompt}{thought_in(message)}\n</{opened[1]}>\n\n{upto[start:]}"
 
 
@@ -81,22 +91,42 @@ def reasoning_problems(
     several      rows that became several examples
     """
     message = "an answer's reasoning is left out by the chat template: it would not be learnt"
-    step = "Take a base whose template writes it, or leave it out of the rows (map: {reasoning_content: null})."
+    step = (
+        "Take a base whose template writes it, or leave it out of the rows (map:"
+        " {reasoning_content: null})."
+    )
     problems = [Problem("D219", row.ref.file, message, (row.ref.line,), step) for row in unreasoned]
-    message = "earlier answers are rendered otherwise once messages follow: each is learnt as it was answered"
-    problems += [Problem("D222", row.ref.file, message, (row.ref.line,), fatal=False) for row in several]
+    message = (
+        "earlier answers are rendered otherwise once messages follow: each is learnt as it was"
+        " answered"
+    )
+    problems += [
+        Problem("D222", row.ref.file, message, (row.ref.line,), fatal=False) for row in several
+    ]
     reasoned, empty, none = (reasons.get(kind, 0) for kind in ("reasons", "empty", "none"))
     answers = reasoned + empty + none
     if reasoned and reasoned < answers:
-        message = f"{reasoned:,} of {answers:,} answers ({percent(reasoned, answers)}) begin with reasoning"
+        message = (
+            f"{reasoned:,} of {answers:,} answers ({percent(reasoned, answers)}) begin with"
+            " reasoning"
+        )
         rest = "an empty block of it" if empty >= none else "what they say"
-        message += f", the others with {rest}: the model will do either, and nothing in the prompt says which"
-        step = "Split them into two sets, each with its own template variables, if it should be told."
+        message += (
+            f", the others with {rest}: the model will do either, and nothing in the prompt says"
+            " which"
+        )
+        step = (
+            "Split them into two sets, each with its own template variables, if it should be told."
+        )
         problems.append(Problem("D220", file, message, next_step=step, fatal=False))
     elif empty:
         message = (
-            f"{empty:,} answers begin with an empty block of reasoning, which is learnt: the model stops to reason"
+            f"{empty:,} answers begin with an empty block of reasoning, which is learnt: the model"
+            " stops to reason"
         )
-        step = "If it is to be told instead, let the prompt supply it: template: {variables: {enable_thinking: false}}."
+        step = (
+            "If it is to be told instead, let the prompt supply it: template: {variables:"
+            " {enable_thinking: false}}."
+        )
         problems.append(Problem("D221", file, message, next_step=step, fatal=False))
     return problems

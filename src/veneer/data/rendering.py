@@ -1,9 +1,10 @@
-"""Chat templates rendered in a process that can be killed: the one place that renders what a stranger wrote.
+"""Chat templates rendered in a process that can be killed: the one place that renders what a
+stranger wrote.
 
-One process serves every template of this one, started at the first rendering (a tenth of a second). What it does not
-survive (2 s of processor time, see template_worker.py) is refused from then on without being tried again; where
-the system has no such timer, 10 s on the clock end it. Many conversations go to it at once, so it renders while
-this process does other things.
+One process serves every template of this one, started at the first rendering (a tenth of a second).
+What it does not survive (2 s of processor time, see template_worker.py) is refused from then on
+without being tried again; where the system has no such timer, 10 s on the clock end it. Many
+conversations go to it at once, so it renders while this process does other things.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from veneer.data.sandbox import TemplateFault, prepared
 from veneer.data.template_worker import SECONDS, decoded, encoded
 
 CLOCK_SECONDS = 10.0
-"""On the clock, for one conversation: five times the limit of processor time, for machines that do other things too."""
+"""On the clock, for one conversation: five times the limit of processor time, for machines that do
+other things too."""
 
 _KEPT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP")
 _PIPE_BYTES = 2**14
-"""What a pipe takes at once on every system: more is written by a thread, or both sides could wait for each other."""
+"""What a pipe takes at once on every system: more is written by a thread, or both sides could wait
+for each other."""
 
 Cut = tuple[int, bool]
 """(number of messages, with the generation prompt behind them or not)."""
@@ -41,18 +44,28 @@ class Template:
     """One template's text, special tokens and date; raises nothing until something is rendered."""
 
     def __init__(self, source: str, special_tokens: dict[str, Any], today: date) -> None:
-        self.definition = {"source": source, "special_tokens": special_tokens, "today": today.isoformat()}
+        self.definition = {
+            "source": source,
+            "special_tokens": special_tokens,
+            "today": today.isoformat(),
+        }
         self.number = _worker().number(self.definition)
 
     @cached_property
     def leaves_out(self) -> frozenset[str]:
-        """ "tools", "calls": of which it writes nothing, as short conversations with one of each show. One that it
-        refuses shows nothing."""
+        """ "tools", "calls": of which it writes nothing, as short conversations with one of each
+        show. One that it refuses shows nothing."""
         tool, call = "name_of_a_tool", "name_of_a_call"
-        tools = [{"type": "function", "function": {"name": tool, "description": "a", "parameters": {}}}]
+        tools = [
+            {"type": "function", "function": {"name": tool, "description": "a", "parameters": {}}}
+        ]
         asked: dict[str, Any] = {"role": "user", "content": "a"}
         called = [
-            {"id": "call00001", "type": "function", "function": {"name": call, "arguments": arguments}}
+            {
+                "id": "call00001",
+                "type": "function",
+                "function": {"name": call, "arguments": arguments},
+            }
             for arguments in ({"n": 1}, '{"n": 1}')
         ]
         answers = [{"role": "assistant", "content": "", "tool_calls": [each]} for each in called]
@@ -64,8 +77,14 @@ class Template:
         ]:
             probe = Conversation(self, [prepared(message) for message in messages], given)
             with suppress(TemplateFault):
-                shown[name].append(probe.text(len(messages), add_generation_prompt=len(messages) == 1))
-        lost = {name for name, texts in shown.items() if texts and not any(name in text for text in texts)}
+                shown[name].append(
+                    probe.text(len(messages), add_generation_prompt=len(messages) == 1)
+                )
+        lost = {
+            name
+            for name, texts in shown.items()
+            if texts and not any(name in text for text in texts)
+        }
         return frozenset(what for what, name in (("tools", tool), ("calls", call)) if name in lost)
 
 
@@ -83,7 +102,8 @@ class Rendered:
 
 @dataclass(eq=False)
 class Conversation:
-    """Messages, as `sandbox.prepared` leaves them, whose beginnings are rendered. variables: that templates read."""
+    """Messages, as `sandbox.prepared` leaves them, whose beginnings are rendered. variables: that
+    templates read."""
 
     template: Template
     messages: Sequence[dict[str, Any]]
@@ -92,7 +112,8 @@ class Conversation:
     known: dict[Cut, Rendered | TemplateFault] = field(default_factory=dict)
 
     def text(self, count: int, *, add_generation_prompt: bool) -> str:
-        """The first `count` messages. Raises TemplateFault: the template does not compile, refuses, or is stopped."""
+        """The first `count` messages. Raises TemplateFault: the template does not compile, refuses,
+        or is stopped."""
         cut = (count, add_generation_prompt)
         if cut not in self.known:
             render_all([(self, [cut])])
@@ -102,17 +123,27 @@ class Conversation:
         return str(found)
 
     def request(self, cuts: Sequence[Cut]) -> bytes:
-        whole = {"messages": list(self.messages), "tools": self.tools, "variables": self.variables, "cuts": cuts}
+        whole = {
+            "messages": list(self.messages),
+            "tools": self.tools,
+            "variables": self.variables,
+            "cuts": cuts,
+        }
         return encoded({"template": self.template.number, **whole})
 
 
 def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> list[Cut]:
-    """Which beginnings of a conversation are looked at: each answer's prompt and end, and where other messages end."""
+    """Which beginnings of a conversation are looked at: each answer's prompt and end, and where
+    other messages end."""
     cuts = [(len(messages), prompt)]
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             cuts += [(number, True), (number + 1, False)]
-        elif number + 1 < len(messages) and messages[number + 1]["role"] != "assistant" and not prompt:
+        elif (
+            number + 1 < len(messages)
+            and messages[number + 1]["role"] != "assistant"
+            and not prompt
+        ):
             cuts.append((number + 1, False))
     return list(dict.fromkeys(cuts))
 
@@ -128,9 +159,12 @@ def render_all(wanted: Wanted) -> None:
 
 
 def rendering(wanted: Wanted, beside: Executor) -> Callable[[], None]:
-    """The same, begun: what it returns waits for it. beside: a thread that reads the answers meanwhile."""
+    """The same, begun: what it returns waits for it. beside: a thread that reads the answers
+    meanwhile."""
     asked = _requests(wanted)
-    answers = beside.submit(_worker().answers, [(c.template.number, request) for c, _, request in asked])
+    answers = beside.submit(
+        _worker().answers, [(c.template.number, request) for c, _, request in asked]
+    )
     return lambda: _fill_in(asked, answers.result())
 
 
@@ -157,7 +191,9 @@ def _fill_in(asked: _Asked, answers: Sequence[dict[str, Any] | TemplateFault]) -
             else:
                 shared, rest = text
                 conversation.known[cut] = (
-                    Rendered(first, shared, rest) if rest is not first else Rendered(first, len(first), "")
+                    Rendered(first, shared, rest)
+                    if rest is not first
+                    else Rendered(first, len(first), "")
                 )
 
 
@@ -166,7 +202,9 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # id of the process that started it: a fork has pipes to it, but may not use them
+        self._owner = (
+            0  # id of the process that started it: a fork has pipes to it, but may not use them
+        )
         self._lock = threading.Lock()
         self._definitions: list[bytes] = []
         self._told: set[int] = set()
@@ -182,7 +220,9 @@ class Worker:
                 self._definitions.append(key)
             return self._definitions.index(key)
 
-    def answers(self, requests: Sequence[tuple[int, bytes]]) -> list[dict[str, Any] | TemplateFault]:
+    def answers(
+        self, requests: Sequence[tuple[int, bytes]]
+    ) -> list[dict[str, Any] | TemplateFault]:
         """One for each (template, request), in order."""
         found: list[dict[str, Any] | TemplateFault] = []
         with self._lock:
@@ -194,14 +234,18 @@ class Worker:
         with self._lock:
             self._refused.clear()
 
-    def _ask(self, requests: Sequence[tuple[int, bytes]], found: list[dict[str, Any] | TemplateFault]) -> None:
-        """Appends answers to `found` until all are there or the process is gone: then the one it died of is refused."""
+    def _ask(
+        self, requests: Sequence[tuple[int, bytes]], found: list[dict[str, Any] | TemplateFault]
+    ) -> None:
+        """Appends answers to `found` until all are there or the process is gone: then the one it
+        died of is refused."""
         if requests[0][0] in self._refused:
             found.append(_stopped())
             return
         requests = list(takewhile(lambda request: request[0] not in self._refused, requests))
         process = self._running()
-        self._owed = True  # until all are here: who is interrupted before leaves them to the next one, as its own
+        # until all are here: who is interrupted before leaves them to the next one, as its own
+        self._owed = True
         lines = []
         for number, request in requests:
             if number not in self._told:
@@ -224,7 +268,8 @@ class Worker:
         self._owed = False
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
-        """The next line from the process; None if it ended, or is ended because it takes too long."""
+        """The next line from the process; None if it ended, or is ended because it takes too
+        long."""
         assert process.stdout is not None
         seen = 0  # bytes that hold no end of a line
         while (end := self._received.find(b"\n", seen)) < 0:
@@ -247,7 +292,12 @@ class Worker:
 
     def _running(self) -> subprocess.Popen[bytes]:
         process = self._process
-        if process is None or self._owed or self._owner != os.getpid() or process.poll() is not None:
+        if (
+            process is None
+            or self._owed
+            or self._owner != os.getpid()
+            or process.poll() is not None
+        ):
             self.close()
             process = self._process = _start()
             self._owner = os.getpid()
@@ -264,8 +314,8 @@ class Worker:
 
 def _stopped() -> TemplateFault:
     return TemplateFault(
-        f"the chat template was stopped: it takes more than {SECONDS:g} s for one conversation, or ends the "
-        "process that renders it"
+        f"the chat template was stopped: it takes more than {SECONDS:g} s for one conversation, or"
+        " ends the process that renders it"
     )
 
 
@@ -279,7 +329,8 @@ def _write(process: subprocess.Popen[bytes], outgoing: bytes) -> None:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # Of the environment only what a program needs to start: keys and tokens are no template's business.
+    # Of the environment only what a program needs to start: keys and tokens are no template's
+    # business.
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
     return subprocess.Popen(
         module_command("veneer.data.template_worker"),
@@ -308,6 +359,6 @@ def _worker() -> Worker:
 
 
 def forgive() -> None:
-    """Templates that the process did not survive are tried again: for those who render other people's conversations,
-    one of which may have been the reason."""
+    """Templates that the process did not survive are tried again: for those who render other
+    people's conversations, one of which may have been the reason."""
     _worker().forgive()

@@ -1,11 +1,15 @@
-"""A chat template as a function: jinja2's immutable sandbox, with what templates of the hub expect to find.
+"""A chat template as a function: jinja2's immutable sandbox, with what templates of the hub expect
+to find.
 
-The same names, filters and tags as transformers gives them (`transformers/utils/chat_template_utils.py`, 5.24), so
-that a row renders as `tokenizer.apply_chat_template` renders it; tests compare the two. One difference: the date
-that a template may write is fixed when it is compiled, or a run that continues tomorrow would train on other tokens.
+The same names, filters and tags as transformers gives them
+(`transformers/utils/chat_template_utils.py`, 5.24), so that a row renders as
+`tokenizer.apply_chat_template` renders it; tests compare the two. One difference: the date that a
+template may write is fixed when it is compiled, or a run that continues tomorrow would train on
+other tokens.
 
-The sandbox keeps a template from reaching Python's internals. It bounds neither time nor memory: for that, templates
-run in a process of their own (template_worker.py, which is the only caller of this).
+The sandbox keeps a template from reaching Python's internals. It bounds neither time nor memory:
+for that, templates run in a process of their own (template_worker.py, which is the only caller of
+this).
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ class TemplateFault(Exception):
 
 
 def compile_template(source: str, special_tokens: dict[str, Any], today: date) -> Render:
-    """The template's render function, for messages that went through `prepared`. `special_tokens` (bos_token, ...)
-    are variables in it.
+    """The template's render function, for messages that went through `prepared`. `special_tokens`
+    (bos_token, ...) are variables in it.
 
     Both this and the function it returns raise TemplateFault.
     """
@@ -50,7 +54,11 @@ def compile_template(source: str, special_tokens: dict[str, Any], today: date) -
         add_generation_prompt: bool,
         variables: dict[str, Any],
     ) -> str:
-        asked = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        asked = {
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             return template.render({**special_tokens, "documents": None, **variables, **asked})
         except Exception as error:  # the template is somebody else's program: it may raise anything
@@ -61,10 +69,17 @@ def compile_template(source: str, special_tokens: dict[str, Any], today: date) -
 
 
 def prepared(message: dict[str, Any]) -> dict[str, Any]:
-    """As templates want it: without nulls and our own `weight`; reasoning under each name that they look for."""
-    message = {key: value for key, value in message.items() if value is not None and key != "weight"}
+    """As templates want it: without nulls and our own `weight`; reasoning under each name that they
+    look for."""
+    message = {
+        key: value for key, value in message.items() if value is not None and key != "weight"
+    }
     reasoning = next((message[name] for name in _REASONING if name in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return (
+        message
+        if reasoning is None
+        else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    )
 
 
 def _environment(today: date) -> ImmutableSandboxedEnvironment:
@@ -82,7 +97,8 @@ def _environment(today: date) -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says; spans come from rendering, so it means nothing here."""
+    """`{% generation %}` marks what the assistant says; spans come from rendering, so it means
+    nothing here."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance's
 
@@ -104,7 +120,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class _Dict:

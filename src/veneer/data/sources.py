@@ -1,9 +1,10 @@
-"""Rows from files: .jsonl, .json, .csv or .parquet, recognised by their extension, UTF-8; packed too (.gz, .zst).
+"""Rows from files: .jsonl, .json, .csv or .parquet, recognised by their extension, UTF-8; packed
+too (.gz, .zst).
 
-Every broken row is found, not the first only: `scan_rows` returns them beside the good ones, `read_rows` raises
-one error that lists them. Lines of .jsonl and .csv are streamed, and a line longer than MAX_LINE_BYTES is skipped
-without being held in memory; a .json file is read whole. Where the files of a set lie is found in places.py. Knows
-nothing of tokenizers.
+Every broken row is found, not the first only: `scan_rows` returns them beside the good ones,
+`read_rows` raises one error that lists them. Lines of .jsonl and .csv are streamed, and a line
+longer than MAX_LINE_BYTES is skipped without being held in memory; a .json file is read whole.
+Where the files of a set lie is found in places.py. Knows nothing of tokenizers.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ from veneer.errors import DataError
 from veneer.files.nesting import TOO_DEEP, too_deep
 
 MAX_LINE_BYTES = 16 * 2**20
-READ = '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a header), .parquet'
+READ = (
+    '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a'
+    " header), .parquet"
+)
 
 Record = tuple[int, dict[str, Any]]
 Records = Iterator[Record | Problem]
 
 
-def read_rows(path: str | Path, format: str = "auto", columns: ColumnMap | None = None) -> list[Row]:
-    """All rows of the set. format: a name of FORMATS, or auto. Raises DataError with every bad row."""
+def read_rows(
+    path: str | Path, format: str = "auto", columns: ColumnMap | None = None
+) -> list[Row]:
+    """All rows of the set. format: a name of FORMATS, or auto. Raises DataError with every bad
+    row."""
     rows, problems = scan_rows(path, format, columns)
     if problems:
         raise refusal(f"{path} cannot be read as rows", problems)
@@ -44,8 +51,8 @@ def scan_rows(
 ) -> tuple[list[Row], list[Problem]]:
     """The good rows of a set (places.py), and what is wrong with the others.
 
-    columns: under which name each is read; None: it is left out. Raises DataError for an unknown format name, and for a
-    set that is not found or cannot be brought here.
+    columns: under which name each is read; None: it is left out. Raises DataError for an unknown
+    format name, and for a set that is not found or cannot be brought here.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
@@ -60,14 +67,19 @@ def scan_rows(
 
 
 def rows_in(
-    path: str | Path, format: str = "auto", columns: ColumnMap | None = None, sets: ResolvedSets | None = None
+    path: str | Path,
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    sets: ResolvedSets | None = None,
 ) -> Iterator[Row | Problem]:
     """The same one by one, so that no more than a row is held.
 
     sets: keeps which files a set consists of, for callers that read it more than once
     """
     if format != "auto" and format not in FORMATS:
-        raise DataError(f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}.")
+        raise DataError(
+            f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}."
+        )
     named: Format | None = next((name for name in FORMATS if name == format), None)
     renames, labels, seen = Renames(columns or {}), Labels(), False
     for place in (sets or ResolvedSets()).places_of(str(path)):
@@ -110,11 +122,18 @@ def _records(place: Place) -> Records:
     if not kind or (packed and kind == ".parquet"):
         suffix = Path(file).suffix
         said = f"extension '{suffix}'" if suffix else "no extension"
-        yield Problem("D100", file, f"{said}: the kind of file is told by it", next_step=f"Kinds of file: {READ}.")
+        yield Problem(
+            "D100",
+            file,
+            f"{said}: the kind of file is told by it",
+            next_step=f"Kinds of file: {READ}.",
+        )
         return
     if path.exists() and not path.is_file():
         step = "A set may be read twice. Write the rows into a file and name that."
-        yield Problem("D100", file, "not a regular file, but a pipe, a device or a folder", next_step=step)
+        yield Problem(
+            "D100", file, "not a regular file, but a pipe, a device or a folder", next_step=step
+        )
         return
     try:
         with unpacked(path, file) as opened:
@@ -123,7 +142,9 @@ def _records(place: Place) -> Records:
                 return
             yield from readers[kind](opened, file)
     except FileNotFoundError:
-        step = f"The folder {path.parent} " + ("exists." if path.parent.is_dir() else "does not exist either.")
+        step = f"The folder {path.parent} " + (
+            "exists." if path.parent.is_dir() else "does not exist either."
+        )
         yield Problem("D100", file, "there is no such file", next_step=step)
     except RowFault as fault:
         yield Problem(fault.code, file, fault.message, next_step=fault.next_step)
@@ -134,8 +155,8 @@ def _records(place: Place) -> Records:
 
 
 def unpacked(path: Path, name: str) -> io.BufferedReader:
-    """The file's bytes, as its name says that they are packed. Raises OSError, EOFError, zlib.error; RowFault: what
-    unpacks it is not installed."""
+    """The file's bytes, as its name says that they are packed. Raises OSError, EOFError,
+    zlib.error; RowFault: what unpacks it is not installed."""
     suffix = Path(name).suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), 2**16)
@@ -144,7 +165,9 @@ def unpacked(path: Path, name: str) -> io.BufferedReader:
     try:
         from pyarrow import CompressedInputStream
     except ImportError:
-        raise RowFault("D100", "reading .zst needs the package pyarrow", "pip install 'veneer[parquet]'") from None
+        raise RowFault(
+            "D100", "reading .zst needs the package pyarrow", "pip install 'veneer[parquet]'"
+        ) from None
     return io.BufferedReader(CompressedInputStream(str(path), "zstd"), 2**16)
 
 
@@ -222,7 +245,10 @@ def _json(opened: BinaryIO, file: str) -> Records:
                 yield Problem("D105", file, f"is {_kind(value)}, not an object", (number,))
             at = json_text.skip(at)
             if json_text.after(at) not in (",", "]"):
-                raise RowFault("D103", "is not followed by a comma or the end of the list: the file may be cut off")
+                raise RowFault(
+                    "D103",
+                    "is not followed by a comma or the end of the list: the file may be cut off",
+                )
             if json_text.after(at) == ",":
                 at = json_text.skip(at + 1)
     except RowFault as fault:
@@ -249,15 +275,25 @@ def _find_data(json_text: JSONText, at: int) -> int:
         if json_text.after(at) == ",":
             at = json_text.skip(at + 1)
     if json_text.after(at) == "}" and json_text.after(json_text.skip(at + 1)) == "{":
-        raise RowFault("D105", "holds one object after the other", "That is JSON Lines: rename it to .jsonl.")
+        raise RowFault(
+            "D105", "holds one object after the other", "That is JSON Lines: rename it to .jsonl."
+        )
     shown = ", ".join(keys[:10]) or "none"
-    raise RowFault("D105", f'is one object without a list under "data" (keys: {shown})', f"Kinds of file: {READ}.")
+    raise RowFault(
+        "D105",
+        f'is one object without a list under "data" (keys: {shown})',
+        f"Kinds of file: {READ}.",
+    )
 
 
 def _csv(opened: BinaryIO, file: str) -> Records:
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # Python's own is 128 KiB, of the process
+    csv.field_size_limit(
+        max(csv.field_size_limit(), MAX_LINE_BYTES)
+    )  # Python's own is 128 KiB, of the process
     # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
-    with io.TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with io.TextIOWrapper(
+        opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as lines:
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
         first = 0
@@ -291,7 +327,9 @@ def _header(fields: list[str]) -> list[str]:
         raise RowFault("D105", f"the header names {', '.join(map(repr, twice))} twice")
     for mark, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(fields) == 1 and mark in fields[0]:
-            raise RowFault("D105", f"the columns seem to be parted by {name}", "Save the file with commas.")
+            raise RowFault(
+                "D105", f"the columns seem to be parted by {name}", "Save the file with commas."
+            )
     return fields
 
 
@@ -322,20 +360,24 @@ def _parquet(opened: BinaryIO, file: str) -> Records:
 
 
 def _times_as_numbers(batch: Any) -> Any:
-    """Of columns beside the rows' own: Python's times know neither every nanosecond nor every year."""
+    """Of columns beside the rows' own: Python's times know neither every nanosecond nor every
+    year."""
     from pyarrow import RecordBatch, int32, int64, types
 
     columns = [
-        column.view(int32() if column.type.bit_width == 32 else int64())
-        if types.is_temporal(column.type) and column.type.bit_width in (32, 64)
-        else column
+        (
+            column.view(int32() if column.type.bit_width == 32 else int64())
+            if types.is_temporal(column.type) and column.type.bit_width in (32, 64)
+            else column
+        )
         for column in batch.columns
     ]
     return RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet fills every struct up to the union of all rows' keys; the nulls were not in the user's rows."""
+    """Parquet fills every struct up to the union of all rows' keys; the nulls were not in the
+    user's rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
 """Which rows are held out: as many as the share asks for, the prompts with the smallest hashes.
 
-The choice depends on the rows' content alone, not on their order, and all rows with one prompt fall on
-one side. The share is met to the row where prompts differ. Each row that is added or removed moves at
-most one other row across, where prompts differ.
+The choice depends on the rows' content alone, not on their order, and all rows with one prompt fall
+on one side. The share is met to the row where prompts differ. Each row that is added or removed
+moves at most one other row across, where prompts differ.
 
 Source: the hash is prompt_key (examples.py), below 2**63.
 """
@@ -51,7 +51,8 @@ class Split:
 
 
 def shared_out(rows: Sequence[Row], shares: Sequence[float]) -> list[list[Row]]:
-    """The rows that are left, then those of each share, each in file order. No prompt is in two parts."""
+    """The rows that are left, then those of each share, each in file order. No prompt is in two
+    parts."""
     prompts = [prompt_key(row) for row in rows]
     parts = parts_of_shares(prompts, shares)
     found: list[list[Row]] = [[] for _ in range(len(shares) + 1)]
@@ -61,7 +62,8 @@ def shared_out(rows: Sequence[Row], shares: Sequence[float]) -> list[list[Row]]:
 
 
 def parts_of_shares(prompts: Sequence[int], shares: Sequence[float]) -> list[Keys]:
-    """The prompts of each share, which make up that share of the rows. prompts: prompt_key of each row."""
+    """The prompts of each share, which make up that share of the rows. prompts: prompt_key of each
+    row."""
     keys, counts = np.unique(np.array(prompts, dtype=np.int64), return_counts=True)
     parts = []
     for share in shares:
@@ -78,7 +80,8 @@ def part_of(prompt: int, parts: Sequence[Keys]) -> int:
 
 
 def _nearest(keys: Keys, counts: Keys, wanted: float) -> Keys:
-    """Prompts, the smallest hashes first, each of which brings the number of rows nearer to `wanted`."""
+    """Prompts, the smallest hashes first, each of which brings the number of rows nearer to
+    `wanted`."""
     chosen, missing = [], wanted
     for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
         if missing <= 0.5:  # one row more would be no nearer

@@ -1,7 +1,8 @@
-"""What is counted of examples as they come, one after another: what a report on them needs, and no token of them.
+"""What is counted of examples as they come, one after another: what a report on them needs, and no
+token of them.
 
-Twenty-eight bytes an example are held, so that repeated rows and held-out prompts that are trained on too show at the
-end.
+Twenty-eight bytes an example are held, so that repeated rows and held-out prompts that are trained
+on too show at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _STOP_REACH = 4
 class Tally:
     """stop_ids: that end an answer.
 
-    lengths, keys, prompts, lines   of each example: tokens, its key, its row's prompt, its line in file `files[n]`
+    lengths, keys, prompts, lines   of each example: tokens, its key, its row's prompt, its line in
+                                    file `files[n]`
     masked                          examples without a trained token
     """
 
@@ -45,7 +47,12 @@ class Tally:
     files: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, examples: Sequence[Example], rows: Sequence[Row], stop_ids: frozenset[int] = frozenset()) -> Tally:
+    def of(
+        cls,
+        examples: Sequence[Example],
+        rows: Sequence[Row],
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Tally:
         """rows: of the examples, one for each row that they came from."""
         made, at, before = cls(stop_ids), iter(rows), None
         prompt = 0
@@ -86,7 +93,9 @@ class Tally:
         edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             self.answers += 1
-            self.stopped += not self.stop_ids.isdisjoint(example.ids[max(start, end - _STOP_REACH) : end].tolist())
+            self.stopped += not self.stop_ids.isdisjoint(
+                example.ids[max(start, end - _STOP_REACH) : end].tolist()
+            )
 
     def _count_roles(self, example: Example) -> None:
         start = 0
@@ -102,7 +111,9 @@ class Tally:
 
     def repeated(self) -> NDArray[np.bool_]:
         """Which examples repeat an earlier one."""
-        keys = np.frombuffer(self.keys, dtype=np.int64) if self.keys else np.zeros(0, dtype=np.int64)
+        keys = (
+            np.frombuffer(self.keys, dtype=np.int64) if self.keys else np.zeros(0, dtype=np.int64)
+        )
         found = np.ones(len(keys), dtype=np.bool_)
         found[np.unique(keys, return_index=True)[1]] = False
         return found

@@ -1,12 +1,13 @@
-"""Rows to token ids and loss mask, through the base's chat template. A row goes once through each of
+"""Rows to token ids and loss mask, through the base's chat template. A row goes once through each
+of
 
     control_names.py    names of control tokens in what its messages say are hidden
     rendering.py        the template writes the conversation, and its beginnings
     turns.py            where the answers stand in what it wrote (long_turns.py: in a long prompt)
     tokens.py           the ids, cut exactly there
 
-A tokenizer without a template takes plain text, and prompt/completion rows: prompt, completion and the end token
-joined. Plain text rows are tokenised as they stand, control tokens included.
+A tokenizer without a template takes plain text, and prompt/completion rows: prompt, completion and
+the end token joined. Plain text rows are tokenised as they stand, control tokens included.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from veneer.errors import DataError, DoesNotFitError
 _CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
 
 Begun = tuple[Conversation, int] | Unfit | None
-"""What the template is to render, and how many control tokens' names are hidden in it; None: no template."""
+"""What the template is to render, and how many control tokens' names are hidden in it; None: no
+template."""
 Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
@@ -60,14 +62,20 @@ class Encoded:
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers library).
+    """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers
+    library).
 
     today      the date that templates may write; the same for the life of the object
-    variables  what the template is told beside the conversation (enable_thinking, ...); None is not given
+    variables  what the template is told beside the conversation (enable_thinking, ...); None is not
+               given
     """
 
     def __init__(
-        self, tokenizer: Any, *, today: date | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        today: date | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -81,9 +89,14 @@ class ChatTemplate:
         if kinds := sorted({type(text).__name__ for text in named if not isinstance(text, str)}):
             raise DataError(
                 f"the tokenizer's chat template is no text ({', '.join(kinds)})",
-                next_step="Mend chat_template in tokenizer_config.json, or take it from where the base was made.",
+                next_step=(
+                    "Mend chat_template in tokenizer_config.json, or take it from where the base"
+                    " was made."
+                ),
             )
-        self.source: str = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
+        self.source: str = (
+            json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
+        )
         """The template's text; empty if the tokenizer has none."""
         self._names = Sentinels(tokenizer, self.source)
         self._tokens = TextTokens(tokenizer, self._names)
@@ -95,7 +108,8 @@ class ChatTemplate:
             self._tell(variables)
         self._begin = self._put_in_front()
         self.stop_ids = self._find_stop_ids()
-        """Ids that end an answer: the end-of-text token, and what the template ends an assistant turn with."""
+        """Ids that end an answer: the end-of-text token, and what the template ends an assistant
+        turn with."""
 
     @property
     def writes_date(self) -> bool:
@@ -111,7 +125,8 @@ class ChatTemplate:
         return other
 
     def telling(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """The same with other variables beside its own. Raises DataError for one that the template does not read."""
+        """The same with other variables beside its own. Raises DataError for one that the template
+        does not read."""
         if not variables:
             return self
         other = copy.copy(self)
@@ -124,7 +139,10 @@ class ChatTemplate:
         unread = [name for name in self.variables if not re.search(rf"\b{name}\b", self.source)]
         if unread:
             headline = f"the chat template reads no variable {', '.join(unread)}"
-            raise DataError(headline, next_step="Leave it out, or look into the base's chat_template for its name.")
+            raise DataError(
+                headline,
+                next_step="Leave it out, or look into the base's chat_template for its name.",
+            )
         try:
             self._hidden = self._names.hidden(self.variables)
         except TokenFault as fault:
@@ -134,7 +152,9 @@ class ChatTemplate:
         """SHA-256 of the template's text, hexadecimal."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
-    def render(self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False
+    ) -> str:
         """The conversation as text. Raises DataError with what the template says if it refuses."""
         try:
             conversation = self._conversation([prepared(message) for message in messages], tools)
@@ -147,10 +167,12 @@ class ChatTemplate:
     def encode_prompt(
         self, messages: Messages, *, tools: Tools = None, most_characters: int | None = None
     ) -> list[int]:
-        """The ids that generation starts from: the conversation and what opens the assistant's turn.
+        """The ids that generation starts from: the conversation and what opens the assistant's
+        turn.
 
         For the messages in front of a trained turn, these are the first ids of that row.
-        most_characters: of the rendered text; a longer one is not tokenised. Raises DataError, DoesNotFitError.
+        most_characters: of the rendered text; a longer one is not tokenised. Raises DataError,
+        DoesNotFitError.
         """
         try:
             hidden, hidden_tools, _ = self._names.hide(messages, tools)
@@ -160,7 +182,8 @@ class ChatTemplate:
             text = conversation.text(len(hidden), add_generation_prompt=True)
             if most_characters is not None and len(text) > most_characters:
                 raise DoesNotFitError(
-                    f"the prompt has {len(text):,} characters: the model's positions hold {most_characters:,} at most"
+                    f"the prompt has {len(text):,} characters: the model's positions hold"
+                    f" {most_characters:,} at most"
                 )
             check_text(text)
             check_tools(messages, tools, self._names.show(text), conversation.template)
@@ -170,17 +193,23 @@ class ChatTemplate:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
 
     def encode_row(self, row: Row, *, train_on: TrainOn) -> tuple[list[int], list[bool]]:
-        """(ids, trained) of a row that is one example, trained[0] always False. Raises DataError."""
+        """(ids, trained) of a row that is one example, trained[0] always False. Raises
+        DataError."""
         (found,) = self.encode_rows([row], train_on=train_on)
         if isinstance(found, Problem):
             raise refusal("the row cannot be encoded", [found])
         if len(found) > 1:
-            raise DataError(f"the row becomes {len(found)} examples, one for an answer", next_step="Encode it as such.")
+            raise DataError(
+                f"the row becomes {len(found)} examples, one for an answer",
+                next_step="Encode it as such.",
+            )
         return found[0].ids, found[0].trained
 
-    def encode_rows(self, rows: Sequence[Row], *, train_on: TrainOn) -> list[list[Encoded] | Problem]:
-        """Each row's tokens, or why it has none: of most one example; several where the template renders earlier
-        answers otherwise than they were given."""
+    def encode_rows(
+        self, rows: Sequence[Row], *, train_on: TrainOn
+    ) -> list[list[Encoded] | Problem]:
+        """Each row's tokens, or why it has none: of most one example; several where the template
+        renders earlier answers otherwise than they were given."""
         chunks = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
         results: list[list[Encoded] | Problem] = []
         with ThreadPoolExecutor(1) as beside:
@@ -193,8 +222,11 @@ class ChatTemplate:
                 results += self._encode_chunk(chunk, chats, train_on)
         return results
 
-    def _rendering(self, rows: Sequence[Row], beside: Executor) -> tuple[list[Begun], Callable[[], None]]:
-        """What the template writes of each row, and of what each begins with, once it was waited for."""
+    def _rendering(
+        self, rows: Sequence[Row], beside: Executor
+    ) -> tuple[list[Begun], Callable[[], None]]:
+        """What the template writes of each row, and of what each begins with, once it was waited
+        for."""
         chats = [self._begun(row) for row in rows]
         begun = [chat[0] for chat in chats if isinstance(chat, tuple)]
         return chats, rendering([(chat, beginnings(chat.messages)) for chat in begun], beside)
@@ -203,7 +235,11 @@ class ChatTemplate:
         self, rows: Sequence[Row], chats: Sequence[Begun], train_on: TrainOn
     ) -> list[list[Encoded] | Problem]:
         plans = [self._planned(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)]
-        tokens = iter(self._tokens.encode([plan.cut for found in plans if isinstance(found, list) for plan in found]))
+        tokens = iter(
+            self._tokens.encode(
+                [plan.cut for found in plans if isinstance(found, list) for plan in found]
+            )
+        )
         results: list[list[Encoded] | Problem] = []
         for row, found in zip(rows, plans, strict=True):
             if isinstance(found, Unfit):
@@ -214,7 +250,9 @@ class ChatTemplate:
             if fault is not None:
                 results.append(Unfit("D202", str(fault)).at(row.ref))
                 continue
-            made = [_masked(t, p) for t, p in zip(coded, found, strict=True) if isinstance(t, Tokens)]
+            made = [
+                _masked(t, p) for t, p in zip(coded, found, strict=True) if isinstance(t, Tokens)
+            ]
             if row.unfinished:
                 made[-1] = self._without_end(made[-1], coded[-1], found[-1])
             results.append(made)
@@ -254,8 +292,8 @@ class ChatTemplate:
             raise Unfit(
                 "D201",
                 f"format {row.format} needs a chat template, and this tokenizer has none",
-                "Use format text, or prompt_completion with strings (joined as they are, with the end token behind), "
-                "or an instruction-tuned base.",
+                "Use format text, or prompt_completion with strings (joined as they are, with the"
+                " end token behind), or an instruction-tuned base.",
             )
         hidden, tools, control = self._names.hide(row.messages, row.tools)
         if row.messages[-1].get("weight") == 0 or hidden[-1]["role"] != "assistant":
@@ -266,20 +304,29 @@ class ChatTemplate:
         eos = self.tokenizer.eos_token_id
         roles = (("user", len(prompt)), ("assistant", len(text)))
         borders = (len(prompt),) if prompt else ()
-        return Plan(Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,))
+        return Plan(
+            Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,)
+        )
 
     def _without_end(self, made: Encoded, tokens: Tokens | TokenFault, plan: Plan) -> Encoded:
         """What stops its last answer, or its text, is not learnt."""
         if not plan.spans or isinstance(tokens, TokenFault):
             return made
         first = len(plan.begin) + {0: 0, **tokens.at}[plan.spans[-1][0]]
-        stop = next((n for n in reversed(range(first, len(made.ids))) if made.ids[n] in self.stop_ids), len(made.ids))
+        stop = next(
+            (n for n in reversed(range(first, len(made.ids))) if made.ids[n] in self.stop_ids),
+            len(made.ids),
+        )
         return replace(made, trained=[*made.trained[:stop], *[False] * (len(made.ids) - stop)])
 
     def _alone(self, messages: Messages, tools: Tools) -> str:
         """The text of a single user message, which is all that can be asked without a template."""
         if len(messages) != 1 or messages[0]["role"] != "user" or tools:
-            raise Unfit("D201", "a conversation of several messages needs a chat template, and this tokenizer has none")
+            raise Unfit(
+                "D201",
+                "a conversation of several messages needs a chat template, and this tokenizer has"
+                " none",
+            )
         return str(messages[0]["content"])
 
     def _encoded(self, cut: Cut) -> Tokens:
@@ -304,23 +351,32 @@ class ChatTemplate:
         return Conversation(template, messages, tools, self._hidden)
 
     def _takes_text(self, template: Template) -> bool:
-        """Whether a template wants arguments of calls as JSON text, as the OpenAI API sends them."""
+        """Whether a template wants arguments of calls as JSON text, as the OpenAI API sends
+        them."""
         if template.number not in self._text_arguments:
-            call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"n": 1}}}
+            call = {
+                "id": "call00001",
+                "type": "function",
+                "function": {"name": "look", "arguments": {"n": 1}},
+            }
             turns: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
             turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
             as_text = [_with_text_arguments(turn) for turn in turns]
             renders = []
             for probe in (turns, as_text):
                 try:
-                    renders.append(Conversation(template, probe, None).text(2, add_generation_prompt=False) != "")
+                    renders.append(
+                        Conversation(template, probe, None).text(2, add_generation_prompt=False)
+                        != ""
+                    )
                 except TemplateFault:
                     renders.append(False)
             self._text_arguments[template.number] = renders == [False, True]
         return self._text_arguments[template.number]
 
     def _put_in_front(self) -> tuple[int, ...]:
-        """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most that have one)."""
+        """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most
+        that have one)."""
         (bare,) = self._tokens.ids(["a"])
         dressed = self.tokenizer("a").input_ids
         return tuple(dressed[: dressed.index(bare[0])]) if bare and bare[0] in dressed else ()
@@ -331,7 +387,9 @@ class ChatTemplate:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         (found,) = self.encode_rows([Row(RowRef("probe", 1), probe)], train_on="last")
         if not isinstance(found, Problem):
-            special = {n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            special = {
+                n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special
+            }
             special |= set(self.tokenizer.all_special_ids)
             after: list[int] = []  # special tokens behind the answer, nearest last
             for number in reversed(found[-1].ids):

@@ -1,18 +1,22 @@
-"""The process that renders chat templates: started by rendering.py, spoken to by lines of JSON, ended by closing
-its input.
+"""The process that renders chat templates: started by rendering.py, spoken to by lines of JSON,
+ended by closing its input.
 
-A template is a stranger's program, and no sandbox bounds what one expression costs: `'a' * 10**9` is a single step. So
-the system bounds it. Before each template a timer is set that ends the process after SECONDS of its own processor
-time, whatever runs then; memory ends at MEMORY_BYTES, as a MemoryError that a rendering can report (Linux;
-elsewhere the time limit and that of the output hold). It writes no files and reads none.
+A template is a stranger's program, and no sandbox bounds what one expression costs: `'a' * 10**9`
+is a single step. So the system bounds it. Before each template a timer is set that ends the process
+after SECONDS of its own processor time, whatever runs then; memory ends at MEMORY_BYTES, as a
+MemoryError that a rendering can report (Linux; elsewhere the time limit and that of the output
+hold). It writes no files and reads none.
 
-    <- {"template": 7, "source": ..., "special_tokens": {...}, "today": "2026-01-31"}    keeps it, answers nothing
-    <- {"template": 7, "messages": [...], "tools": [...] or null, "variables": {...}, "cuts": [[2, true], [3, false]]}
+    <- {"template": 7, "source": ..., "special_tokens": {...}, "today": "2026-01-31"}
+        keeps it, answers nothing
+    <- {"template": 7, "messages": [...], "tools": [...] or null, "variables": {...}, "cuts": [[2,
+        true], [3, false]]}
     -> {"texts": [[0, "..."], [117, "..."], null], "faults": [null, null, "why"]}
 
-Each cut is so many messages, with the generation prompt or not. Its text is as many characters of the answer's
-first text and what follows them: beginnings of one conversation are mostly beginnings of its text, and whoever
-asked holds them for a thousand rows at once. So what comes back is bounded by what was asked.
+Each cut is so many messages, with the generation prompt or not. Its text is as many characters of
+the answer's first text and what follows them: beginnings of one conversation are mostly beginnings
+of its text, and whoever asked holds them for a thousand rows at once. So what comes back is bounded
+by what was asked.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ SECONDS = 2.0
 MEMORY_BYTES = 2**30
 OUTPUT_CHARACTERS = 2**15
 OUTPUT_FACTOR = 16
-"""All the text of an answer: so many characters, and so many times those of the request (JSON may be indented)."""
+"""All the text of an answer: so many characters, and so many times those of the request (JSON may
+be indented)."""
 
 _FAULT_CHARACTERS = 2000
 
@@ -59,7 +64,10 @@ def main() -> None:
                         own["source"], own["special_tokens"], date.fromisoformat(own["today"])
                     )
                 text = compiled[number](
-                    request["messages"][:count], request["tools"], add_generation_prompt, request["variables"]
+                    request["messages"][:count],
+                    request["tools"],
+                    add_generation_prompt,
+                    request["variables"],
                 )
                 if len(text) > most:
                     raise TemplateFault(_too_much(most))
@@ -100,8 +108,8 @@ _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 def encoded(value: dict[str, Any]) -> bytes:
-    """One line. Lone surrogates stand for control tokens' names (tokens.py): escaped, two neighbours would become
-    one."""
+    """One line. Lone surrogates stand for control tokens' names (tokens.py): escaped, two
+    neighbours would become one."""
     return _JSON.encode(value).encode("utf-8", "surrogatepass") + b"\n"
 
 
@@ -110,7 +118,8 @@ def decoded(line: bytes) -> Any:
 
 
 def _limit_time(seconds: float) -> None:
-    """After so much processor time the system ends this process, in the middle of whatever it does; 0: never."""
+    """After so much processor time the system ends this process, in the middle of whatever it does;
+    0: never."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -121,7 +130,11 @@ def _limit_process() -> None:
         import resource
     except ImportError:  # Windows
         return
-    for kind, limit in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+    for kind, limit in (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
         with suppress(ValueError, OSError):  # macOS knows no limit of the address space
             resource.setrlimit(kind, (limit, limit))
 

@@ -1,12 +1,14 @@
 """Where in a rendered conversation what is trained begins and ends.
 
-The span of an assistant turn is exact by construction: it is what the template renders of the conversation up to
-and including the turn, less what it renders up to it with the generation prompt. So it holds everything that the
-model has to write, the token that ends the turn included. A template of which one rendering is not the beginning of
-the other has no such span; that is an error which shows both.
+The span of an assistant turn is exact by construction: it is what the template renders of the
+conversation up to and including the turn, less what it renders up to it with the generation prompt.
+So it holds everything that the model has to write, the token that ends the turn included. A
+template of which one rendering is not the beginning of the other has no such span; that is an error
+which shows both.
 
-Some templates render an answer otherwise once messages follow it: its reasoning is left out. Then a row becomes several
-texts, each up to an answer, so that every answer is learnt behind exactly what the model will see in front of it.
+Some templates render an answer otherwise once messages follow it: its reasoning is left out. Then a
+row becomes several texts, each up to an answer, so that every answer is learnt behind exactly what
+the model will see in front of it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veneer.data.examples import Row, TrainOn
-from veneer.data.reasoning import Reasons, forbids_reasoning, opens_reasoning, reasons_of, thought_in, with_reasoning
+from veneer.data.reasoning import (
+    Reasons,
+    forbids_reasoning,
+    opens_reasoning,
+    reasons_of,
+    thought_in,
+    with_reasoning,
+)
 from veneer.data.rendering import Conversation
 from veneer.data.sandbox import TemplateFault
 from veneer.data.tokens import Cut
@@ -45,10 +54,14 @@ class Plan:
     reasons: tuple[Reasons, ...] = ()
 
 
-def plan_chat(row: Row, chat: Conversation, control: int, train_on: TrainOn, show: Show) -> list[Plan]:
-    """chat: the row's messages and tools, rendered; control: names hidden in them. Raises Unfit, TemplateFault.
+def plan_chat(
+    row: Row, chat: Conversation, control: int, train_on: TrainOn, show: Show
+) -> list[Plan]:
+    """chat: the row's messages and tools, rendered; control: names hidden in them. Raises Unfit,
+    TemplateFault.
 
-    The first plans are of the row's earlier answers, where the whole text does not hold them as they were answered.
+    The first plans are of the row's earlier answers, where the whole text does not hold them as
+    they were answered.
     """
     messages = chat.messages
     whole = chat.text(len(messages), add_generation_prompt=False)
@@ -76,7 +89,9 @@ def _learnt(row: Row, train_on: TrainOn) -> list[int]:
     return [
         number
         for number, message in enumerate(row.messages)
-        if message["role"] == "assistant" and message.get("weight", 1) == 1 and train_on in ("assistant", "last")
+        if message["role"] == "assistant"
+        and message.get("weight", 1) == 1
+        and train_on in ("assistant", "last")
         if train_on == "assistant" or number == last
     ]
 
@@ -104,7 +119,9 @@ def _plan(
         turn = learnt.get(number) or turn_of(chat, number, text)
         if turn is None or (borders and turn[0] < borders[-1]):
             if number in learnt:
-                raise Unfit("D202", f"message {number + 1} overlaps the answer before it as rendered")
+                raise Unfit(
+                    "D202", f"message {number + 1} overlaps the answer before it as rendered"
+                )
             continue
         if number > 0:
             roles.append((messages[number - 1]["role"], turn[0]))
@@ -114,7 +131,9 @@ def _plan(
         roles.append((messages[-1]["role"], len(text)))
     spans = [(0, len(text))] if all_of_it else [learnt[number] for number in sorted(learnt)]
     marks = tuple(end for _, end in roles)
-    reasons = tuple(reasons_of(messages[number], text[slice(*learnt[number])]) for number in sorted(learnt))
+    reasons = tuple(
+        reasons_of(messages[number], text[slice(*learnt[number])]) for number in sorted(learnt)
+    )
     cut = Cut(text, _cuts(borders, text), marks)
     return Plan(cut, tuple(spans), tuple(roles), control, upto=count, reasons=reasons)
 
@@ -130,12 +149,19 @@ def _answer(chat: Conversation, number: int, show: Show) -> tuple[tuple[int, int
         return (len(prompt), len(written)), written
     step = "The answers must begin as the template's generation prompt does."
     if thought and forbids_reasoning(prompt):
-        step += " This one reasons, and the prompt forbids it: template: {variables: {enable_thinking: true}}?"
+        step += (
+            " This one reasons, and the prompt forbids it: template: {variables: {enable_thinking:"
+            " true}}?"
+        )
     elif not thought and opens_reasoning(prompt):
-        step += " This one does not reason, and the prompt opens it: template: {variables: {enable_thinking: false}}?"
+        step += (
+            " This one does not reason, and the prompt opens it: template: {variables:"
+            " {enable_thinking: false}}?"
+        )
     raise Unfit(
         "D202",
-        "what the chat template renders before an answer is not the beginning of what it renders with it",
+        "what the chat template renders before an answer is not the beginning of what it renders"
+        " with it",
         step,
         parting("before", show(prompt), "with it", show(upto)),
     )
@@ -153,12 +179,15 @@ def turn_of(chat: Conversation, number: int, text: str) -> tuple[int, int] | Non
 
 def borders_of(chat: Conversation, text: str) -> tuple[int, ...]:
     """The same borders in a prompt as in the row that it is the beginning of."""
-    answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    answers = [
+        number for number, message in enumerate(chat.messages) if message["role"] == "assistant"
+    ]
     return joined([turn_of(chat, number, text) for number in answers], text)
 
 
 def joined(turns: Sequence[tuple[int, int] | None], text: str) -> tuple[int, ...]:
-    """Returns the borders of the answers of a text. An answer that overlaps the one before it has none."""
+    """Returns the borders of the answers of a text. An answer that overlaps the one before it has
+    none."""
     borders: list[int] = []
     for turn in turns:
         if turn is not None and not (borders and turn[0] < borders[-1]):

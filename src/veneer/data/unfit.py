@@ -24,7 +24,9 @@ class Unfit(Exception):
         self.code, self.message, self.next_step, self.detail = code, message, next_step, detail
 
     def at(self, ref: RowRef) -> Problem:
-        return Problem(self.code, ref.file, self.message, (ref.line,), self.next_step, detail=self.detail)
+        return Problem(
+            self.code, ref.file, self.message, (ref.line,), self.next_step, detail=self.detail
+        )
 
 
 def unfit(fault: Exception) -> Unfit:
@@ -35,10 +37,15 @@ def unfit(fault: Exception) -> Unfit:
 
 
 def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
-    """A template for contents of another shape (lists of parts) renders strings to nothing, without an error."""
+    """A template for contents of another shape (lists of parts) renders strings to nothing, without
+    an error."""
     # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
     ends = [
-        "" if message["role"] == "tool" else (message.get("content") or "").rpartition("</think>")[2].strip()[-_TAIL:]
+        (
+            ""
+            if message["role"] == "tool"
+            else (message.get("content") or "").rpartition("</think>")[2].strip()[-_TAIL:]
+        )
         for message in messages
     ]
     if left_out := _left_out(ends, text, most=1):
@@ -47,27 +54,33 @@ def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
 
 
 def check_tools(
-    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, text: str, template: Template
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    text: str,
+    template: Template,
 ) -> None:
-    """Tools and calls that the template leaves out would be silently lost: also those whose name the text has for
-    another reason."""
+    """Tools and calls that the template leaves out would be silently lost: also those whose name
+    the text has for another reason."""
     calls = [call for message in messages for call in message.get("tool_calls") or []]
     lost: set[str] = set()
     for kind, functions in (("tools", tools or []), ("calls", calls)):
         names = [function.get("function", function).get("name") for function in functions]
         texts = [name for name in names if isinstance(name, str)]
-        lost.update(texts if names and kind in template.leaves_out else _left_out(texts, text, most=5))
+        lost.update(
+            texts if names and kind in template.leaves_out else _left_out(texts, text, most=5)
+        )
     if lost:
         raise Unfit(
             "D214",
             f"the chat template does not render tools: {', '.join(sorted(lost)[:5])} left out",
-            "Write the tools into the system message and the calls into the answers, or use a base whose "
-            f"template renders tools, such as {RENDERS_TOOLS}.",
+            "Write the tools into the system message and the calls into the answers, or use a base"
+            f" whose template renders tools, such as {RENDERS_TOOLS}.",
         )
 
 
 def _left_out(parts: Sequence[str], text: str, *, most: int) -> list[str]:
-    """Parts that do not stand in the text, up to `most`. One pass, where the others stand in it in their order."""
+    """Parts that do not stand in the text, up to `most`. One pass, where the others stand in it in
+    their order."""
     lost: list[str] = []
     place = 0
     for part in dict.fromkeys(parts):
@@ -86,14 +99,21 @@ def check_text(text: str) -> None:
     if not is_text(text):
         raise TemplateFault("the chat template writes half a character")
     if "\\udbff" in text.lower():
-        raise TokenFault("the chat template escapes characters, which breaks control tokens' names in it: remove them")
+        raise TokenFault(
+            "the chat template escapes characters, which breaks control tokens' names in it: remove"
+            " them"
+        )
 
 
 def parting(first: str, a: str, second: str, b: str) -> str:
     """Two texts around the place where they part, one under the other."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    at = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
     start = max(0, at - _WINDOW // 2)
     lines = [f"the same for {at:,} characters, then:"]
     for name, text in ((first, a), (second, b)):
-        lines.append(f"{name:>8}  {'…' if start else ''}{text[start:at]!r} >>> {text[at : at + _WINDOW]!r}")
+        lines.append(
+            f"{name:>8}  {'…' if start else ''}{text[start:at]!r} >>> {text[at : at + _WINDOW]!r}"
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Tokens of large sets (large.py) that no run has asked for lately. They can be built again from their rows.
+"""Tokens of large sets (large.py) that no run has asked for lately. They can be built again from
+their rows.
 
 The last use is the time of a set's description: a run that finds it sets that anew.
 """
@@ -28,7 +29,8 @@ DESCRIPTION = "set.json"
 
 @dataclass(frozen=True)
 class Unused:
-    """One set. bytes: what goes with it; days: since it was last asked for; files: of rows, as they were called."""
+    """One set. bytes: what goes with it; days: since it was last asked for; files: of rows, as they
+    were called."""
 
     folder: Path
     bytes: int
@@ -48,9 +50,12 @@ def lock_of(folder: Path) -> Path:
 
 
 def find_unused(tokens: Path, days: float) -> list[Unused]:
-    """Sets in the folder `tokens` that were last asked for at least `days` ago, the longest ago first."""
+    """Sets in the folder `tokens` that were last asked for at least `days` ago, the longest ago
+    first."""
     with explained(tokens):
-        folders = [each for each in tokens.glob("*") if _NAME.fullmatch(each.name) and each.is_dir()]
+        folders = [
+            each for each in tokens.glob("*") if _NAME.fullmatch(each.name) and each.is_dir()
+        ]
     found = [_unused(folder, days) for folder in folders]
     return sorted((each for each in found if each is not None), key=lambda each: -each.days)
 
@@ -68,8 +73,9 @@ def _unused(folder: Path, days: float) -> Unused | None:
 
 
 def remove_unused(tokens: Path, days: float) -> list[Unused]:
-    """Removes them, and what dead writers left unfinished there; says which are gone. One that is being built
-    meanwhile stays. A run that has opened its tokens reads on. InputError: the system refuses."""
+    """Removes them, and what dead writers left unfinished there; says which are gone. One that is
+    being built meanwhile stays. A run that has opened its tokens reads on. InputError: the system
+    refuses."""
     gone = []
     for each in find_unused(tokens, days):
         with suppress(BusyError), locked(lock_of(each.folder), wait_seconds=0):

@@ -1,4 +1,5 @@
-"""Rows to a file, as they are read again: what people do by hand with a set before they train on it.
+"""Rows to a file, as they are read again: what people do by hand with a set before they train on
+it.
 
     .jsonl   .jsonl.gz      one record a line: messages, or prompt and completion, or text
 
@@ -32,7 +33,8 @@ Record = Mapping[str, Any]
 
 
 def is_rows(data: object, *, beside_sets: bool = False) -> bool:
-    """Whether this is rows and no name of a set; beside_sets: nor a list of sets, as a run file has it."""
+    """Whether this is rows and no name of a set; beside_sets: nor a list of sets, as a run file has
+    it."""
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Path | Mapping):
         return False
     if not beside_sets or not isinstance(data, Sequence):
@@ -41,19 +43,23 @@ def is_rows(data: object, *, beside_sets: bool = False) -> bool:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """One record a line, into a file that replaces an older one. DataError: one is no dict of JSON."""
+    """One record a line, into a file that replaces an older one. DataError: one is no dict of
+    JSON."""
     with atomic_file(path, replace=True) as partial, partial.open("w", encoding="utf-8") as file:
         for number, record in enumerate(records, 1):
             if not isinstance(record, Mapping):
                 step = (
-                    "Each row is a dict, {'prompt': ..., 'completion': ...} say; of pandas: frame.to_dict('records')."
+                    "Each row is a dict, {'prompt': ..., 'completion': ...} say; of pandas:"
+                    " frame.to_dict('records')."
                 )
                 raise DataError(f"row {number} is a {type(record).__name__}", next_step=step)
             try:
                 file.write(json.dumps(dict(record), allow_nan=False) + "\n")
             except (TypeError, ValueError) as fault:
                 step = "Give texts, numbers and lists; of pandas, frame.fillna('') has no NaN."
-                raise DataError(f"row {number} is no JSON{_culprit(record)}: {fault}", next_step=step) from None
+                raise DataError(
+                    f"row {number} is no JSON{_culprit(record)}: {fault}", next_step=step
+                ) from None
 
 
 def _culprit(record: Record) -> str:
@@ -90,8 +96,14 @@ def record_of(row: Row) -> dict[str, Any]:
     if row.text is not None:
         return {"text": row.text, **cut}
     record: dict[str, Any] = {"messages": row.messages}
-    if row.format == "prompt_completion":  # which a base without a chat template can take, and messages it cannot
-        learnt = (n for n, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") != 0)
+    if (
+        row.format == "prompt_completion"
+    ):  # which a base without a chat template can take, and messages it cannot
+        learnt = (
+            n
+            for n, m in enumerate(row.messages)
+            if m["role"] == "assistant" and m.get("weight") != 0
+        )
         answer = next(learnt, len(row.messages) - 1)
         record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}
     if row.tools:
@@ -110,9 +122,15 @@ class Written:
 
 
 def convert(
-    sets: Iterable[str], out: Path, *, format: str = "auto", columns: ColumnMap | None = None, leave_out: bool = False
+    sets: Iterable[str],
+    out: Path,
+    *,
+    format: str = "auto",
+    columns: ColumnMap | None = None,
+    leave_out: bool = False,
 ) -> Written:
-    """All rows of these sets into one file. DataError with every row that cannot be read, unless these are left out."""
+    """All rows of these sets into one file. DataError with every row that cannot be read, unless
+    these are left out."""
     return _distributed(sets, {out: lambda row: True}, _Reading(format, columns, leave_out))
 
 
@@ -126,8 +144,9 @@ def split_rows(
     columns: ColumnMap | None = None,
     leave_out: bool = False,
 ) -> Written:
-    """train.jsonl, validation.jsonl and test.jsonl, as a run holds rows out (split.py): the validation rows are those
-    that a run with the same share holds out, and no prompt stands in two files. The set is read twice."""
+    """train.jsonl, validation.jsonl and test.jsonl, as a run holds rows out (split.py): the
+    validation rows are those that a run with the same share holds out, and no prompt stands in two
+    files. The set is read twice."""
     reading, shares = _Reading(format, columns, leave_out), {"validation": validation, "test": test}
     prompts = [prompt_key(row) for row in reading.good([named], Written())]
     parts = parts_of_shares(prompts, list(shares.values()))
@@ -150,7 +169,8 @@ def sample_rows(
     columns: ColumnMap | None = None,
     leave_out: bool = False,
 ) -> Written:
-    """So many rows, drawn by a hash of their content and the seed, in the order in which they stand."""
+    """So many rows, drawn by a hash of their content and the seed, in the order in which they
+    stand."""
     written = Written()
     kept: list[tuple[int, int, Row]] = []  # the largest key first
     for number, row in enumerate(_Reading(format, columns, leave_out).good([named], written)):
@@ -173,7 +193,8 @@ class _Reading:
     leave_out: bool
 
     def good(self, sets: Iterable[str], written: Written) -> Iterator[Row]:
-        """Rows; what is wrong with others goes to `written`, or is raised after the last of them."""
+        """Rows; what is wrong with others goes to `written`, or is raised after the last of
+        them."""
         problems: list[Problem] = []
         for named in sets:
             for found in rows_in(named, self.format, self.columns):
@@ -186,7 +207,9 @@ class _Reading:
             raise refusal("some rows cannot be read, and nothing is written", problems)
 
 
-def _distributed(sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], reading: _Reading) -> Written:
+def _distributed(
+    sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], reading: _Reading
+) -> Written:
     written = Written(dict.fromkeys(map(str, files), 0))
     with _all_or_none() as published, ExitStack() as stack:
         puts = {file: stack.enter_context(_opened(file, published)) for file in files}
@@ -212,9 +235,12 @@ def _all_or_none() -> Iterator[list[Path]]:
 
 @contextmanager
 def _opened(path: Path, published: list[Path]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Where records go; the file is whole or absent. ConfigError: it exists, or is of another kind."""
+    """Where records go; the file is whole or absent. ConfigError: it exists, or is of another
+    kind."""
     if not path.name.endswith(KINDS):
-        raise ConfigError(f"{path}: rows are not written so", next_step=f"Kinds of file: {', '.join(KINDS)}.")
+        raise ConfigError(
+            f"{path}: rows are not written so", next_step=f"Kinds of file: {', '.join(KINDS)}."
+        )
     if path.exists():
         raise ConfigError(f"{path} exists", next_step="Name another file: nothing is written over.")
     with atomic_file(path) as partial:

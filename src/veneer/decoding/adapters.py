@@ -1,4 +1,5 @@
-"""What an engine asks of the adapters beside its base, by what they contain. The decoding thread asks, and never waits.
+"""What an engine asks of the adapters beside its base, by what they contain. The decoding thread
+asks, and never waits.
 
 Fixed    a few that are on the base and stay there
 library/residents.py   those of a library, in memory while they are needed
@@ -24,18 +25,21 @@ from veneer.kernels.segments import Plan
 
 
 class Adapters(Protocol):
-    """A round of asking is a step: each adapter that a sequence waits for is asked once, the first first. One that is
-    ready stays until the round ends, one that is held until it is let go as many times. The base is never asked for.
+    """A round of asking is a step: each adapter that a sequence waits for is asked once, the first
+    first. One that is ready stays until the round ends, one that is held until it is let go as many
+    times. The base is never asked for.
     """
 
     def expect(self, identity: Identity) -> None:
         """A request with it is about to wait. Raises a VeneerError if it can never run."""
 
     def ready(self, identity: Identity) -> int | None:
-        """Places of its trained prefix, 0 if it has none; None: not yet. Raises a VeneerError if it never will."""
+        """Places of its trained prefix, 0 if it has none; None: not yet. Raises a VeneerError if it
+        never will."""
 
     def settle(self) -> Collection[str]:
-        """The round ends. Returns contents that went for good: nobody will look for their keys and values."""
+        """The round ends. Returns contents that went for good: nobody will look for their keys and
+        values."""
 
     def hold(self, identity: Identity) -> None:
         """A sequence with this adapter, which was ready, has been given blocks."""
@@ -59,7 +63,9 @@ class Fixed:
 
     def ready(self, identity: Identity) -> int:
         if identity not in self._places:
-            raise ConfigError(f"no adapter {identity} is here", next_step="Name one that is on the base.")
+            raise ConfigError(
+                f"no adapter {identity} is here", next_step="Name one that is on the base."
+            )
         return self._places[identity]
 
     def settle(self) -> Collection[str]:
@@ -79,11 +85,13 @@ def prefixes(applied: Applied) -> list[PrefixLayer]:
 
 
 Updating = tuple[Table | None, frozenset[str]]
-"""The layers to which an adapter adds updates alone, as a table, or None; the keys of all others that it changes."""
+"""The layers to which an adapter adds updates alone, as a table, or None; the keys of all others
+that it changes."""
 
 
 def _updates(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]:
-    """The layers to which it adds updates alone, by their keys; the keys of all others that it changes."""
+    """The layers to which it adds updates alone, by their keys; the keys of all others that it
+    changes."""
     linear = key_of(AdaptedLinear, "")
     layers = {
         key: layer
@@ -95,20 +103,24 @@ def _updates(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]
 
 
 def changes_rows_alone(adapter: Attachment) -> bool:
-    """Whether it is updates of linear layers alone, which leave the bits of other rows in a forward as they are."""
+    """Whether it is updates of linear layers alone, which leave the bits of other rows in a forward
+    as they are."""
     return not _updates(adapter)[1]
 
 
 def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
     """plan: where its factors are laid out, in this type."""
     layers, others = _updates(adapter)
-    table = plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None
+    table = (
+        plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None
+    )
     return table, others
 
 
 def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_bytes: int) -> int:
-    """Of one whose values stay as they are: prepared once, and not anew with each answer that comes back to it. Returns
-    the bytes it takes; 0: nothing is laid out there, or it would take more than most_bytes."""
+    """Of one whose values stay as they are: prepared once, and not anew with each answer that comes
+    back to it. Returns the bytes it takes; 0: nothing is laid out there, or it would take more than
+    most_bytes."""
     if not few_rows.takes_updates(1, dtype, device):
         return 0
     found = updating(adapter, Plan(), dtype)
@@ -129,12 +141,14 @@ def mix_of(parts: Sequence[Part], of: Callable[[Attachment], Updating], dtype: t
         for adapter, weight in part.adapters:
             table, more = of(adapter)
             others |= more
-            entries += [(rows, table, weight)] if table is not None and rows.start < rows.stop else []
+            entries += (
+                [(rows, table, weight)] if table is not None and rows.start < rows.stop else []
+            )
     return Mix(entries, dtype, others)
 
 
 def front_places(applied: Applied) -> int:
-    """Places of the trained prefix, 0 without one. ConfigError: adapters that cannot act together with these
-    weights."""
+    """Places of the trained prefix, 0 without one. ConfigError: adapters that cannot act together
+    with these weights."""
     check_together(applied)
     return sum(prefix.tokens for prefix in prefixes(applied))

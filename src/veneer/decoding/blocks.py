@@ -1,14 +1,16 @@
-"""Where keys and values lie: in blocks of as many tokens each, under a byte budget, shared where equal.
+"""Where keys and values lie: in blocks of as many tokens each, under a byte budget, shared where
+equal.
 
-    chain       every full block of a text has a name, a hash over (base, salt, contents and weights of
-                adapters, all tokens up to its end): equal names mean equal keys and values
-    table       the blocks of one sequence in the order of its tokens, behind its adapter's trained prefix
-    references  tables hold a block. One that nobody holds stays findable by its name until its room is
-                needed, the least recently used first, the end of a text before its beginning.
+    chain       every full block of a text has a name, a hash over (base, salt, contents and weights
+                of adapters, all tokens up to its end): equal names mean equal keys and values
+    table       the blocks of one sequence in the order of its tokens, behind its adapter's trained
+                prefix
+    references  tables hold a block. One that nobody holds stays findable by its name until its room
+                is needed, the least recently used first, the end of a text before its beginning.
 
-Only full blocks are found and shared, so nobody writes where another reads. Blocks are numbers here: tensors,
-layers and sequences are not known. One thread calls; it does what `fronts` and `copies` say, computes, and
-then calls `done`.
+Only full blocks are found and shared, so nobody writes where another reads. Blocks are numbers
+here: tensors, layers and sequences are not known. One thread calls; it does what `fronts` and
+`copies` say, computes, and then calls `done`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from veneer.bounds import BLOCK, BYTES, check_numbers
 from veneer.errors import DoesNotFitError
 
 Identity = tuple[tuple[str, float], ...]
-"""The adapters that act on a sequence, in order: (content hash, weight) of each; empty: the base alone."""
+"""The adapters that act on a sequence, in order: (content hash, weight) of each; empty: the base
+alone."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class Front:
-    """The trained prefix of an adapter, `places` long, is wanted in these blocks, the last filled in part."""
+    """The trained prefix of an adapter, `places` long, is wanted in these blocks, the last filled
+    in part."""
 
     adapter: Identity
     blocks: tuple[int, ...]
@@ -49,14 +53,17 @@ class Chain:
 
     def __init__(self, base: str, adapter: Identity, salt: str, tokens_per_block: int) -> None:
         self.adapter, self.tokens_per_block = adapter, tokens_per_block
-        acting = [part for own, weight in adapter for part in (own.encode(), struct.pack("<d", weight))]
+        acting = [
+            part for own, weight in adapter for part in (own.encode(), struct.pack("<d", weight))
+        ]
         self.front = _name(base.encode(), *acting)
         """Of the adapter's trained prefix."""
         self.root = _name(self.front, salt.encode())
         self.names: list[bytes] = []
 
     def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
-        """Name the full blocks among the first `places` tokens. between(start, stop): tokens of the text."""
+        """Name the full blocks among the first `places` tokens. between(start, stop): tokens of the
+        text."""
         size = self.tokens_per_block
         while (len(self.names) + 1) * size <= places:
             start = len(self.names) * size
@@ -80,7 +87,8 @@ def _name(*parts: bytes) -> bytes:
 
 @dataclass(eq=False)
 class Table:
-    """blocks[i] holds tokens i * tokens_per_block and on; front: the trained prefix, in front of them.
+    """blocks[i] holds tokens i * tokens_per_block and on; front: the trained prefix, in front of
+    them.
 
     cached   tokens that were found, whose keys and values need not be computed
     full     blocks that are computed to their end, a part of which has a name
@@ -95,12 +103,15 @@ class Table:
 
 
 class BlockManager:
-    """base: its fingerprint. budget_bytes: of all blocks. bytes_per_token: keys and values of all layers.
+    """base: its fingerprint. budget_bytes: of all blocks. bytes_per_token: keys and values of all
+    layers.
 
     ConfigError: numbers out of bounds. DoesNotFitError: not one block fits into the budget.
     """
 
-    def __init__(self, *, base: str, budget_bytes: int, bytes_per_token: int, tokens_per_block: int = 16) -> None:
+    def __init__(
+        self, *, base: str, budget_bytes: int, bytes_per_token: int, tokens_per_block: int = 16
+    ) -> None:
         check_numbers(
             budget_bytes=(BYTES, budget_bytes),
             bytes_per_token=(BYTES, bytes_per_token),
@@ -111,11 +122,14 @@ class BlockManager:
         self.num_blocks = budget_bytes // self.block_bytes
         if not self.num_blocks:
             raise DoesNotFitError(
-                f"a block of {tokens_per_block} tokens takes {self.block_bytes:,} bytes, {budget_bytes:,} are given",
+                f"a block of {tokens_per_block} tokens takes {self.block_bytes:,} bytes,"
+                f" {budget_bytes:,} are given",
                 next_step="Give keys and values more bytes.",
             )
         self._free = list(reversed(range(self.num_blocks)))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # named, held by nobody; the least recently used first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # named, held by nobody; the least recently used first
         self._references = [0] * self.num_blocks
         self._found: dict[bytes, int] = {}
         self._names: dict[int, tuple[bytes, Identity]] = {}
@@ -132,7 +146,8 @@ class BlockManager:
 
     @property
     def available(self) -> int:
-        """Blocks that a table could get: the free ones, and those that are only kept to be found."""
+        """Blocks that a table could get: the free ones, and those that are only kept to be
+        found."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -167,10 +182,14 @@ class BlockManager:
         """Of a new text. Texts of different salts share nothing but trained prefixes."""
         return Chain(self.base, adapter, salt, self.tokens_per_block)
 
-    def open(self, chain: Chain, places: int, *, front_places: int = 0, spare: int = 0) -> Table | None:
-        """A table with room for `places` tokens, the full blocks that are known found and not taken anew.
+    def open(
+        self, chain: Chain, places: int, *, front_places: int = 0, spare: int = 0
+    ) -> Table | None:
+        """A table with room for `places` tokens, the full blocks that are known found and not taken
+        anew.
 
-        chain         names of the text so far; at least one of the `places` tokens is left to compute
+        chain         names of the text so far; at least one of the `places` tokens is left to
+                      compute
         front_places  of the adapter's trained prefix
         spare         blocks that must be left for others
         None: there is no room, and nothing has changed.
@@ -205,11 +224,14 @@ class BlockManager:
         table.blocks += [self._take() for _ in range(missing)]
         return True
 
-    def filled(self, table: Table, computed: int, between: Callable[[int, int], Sequence[int]]) -> None:
-        """The first `computed` tokens have their keys and values: the blocks that they fill can be found now.
+    def filled(
+        self, table: Table, computed: int, between: Callable[[int, int], Sequence[int]]
+    ) -> None:
+        """The first `computed` tokens have their keys and values: the blocks that they fill can be
+        found now.
 
-        between(start, stop): tokens of the text. Where another table was first with the same text, its blocks
-        keep the name.
+        between(start, stop): tokens of the text. Where another table was first with the same text,
+        its blocks keep the name.
         """
         full = computed // self.tokens_per_block
         if full <= table.full:
@@ -225,14 +247,21 @@ class BlockManager:
     def fork(self, table: Table, computed: int) -> Table | None:
         """Another table that begins with the first `computed` tokens, all computed.
 
-        Full blocks are shared; a block that they fill in part is to be copied (`copies`). None: there is no
-        room, and nothing has changed.
+        Full blocks are shared; a block that they fill in part is to be copied (`copies`). None:
+        there is no room, and nothing has changed.
         """
         full, rest = divmod(computed, self.tokens_per_block)
         assert full <= table.full, "only what is computed is shared"
         if rest and not self.available:
             return None
-        other = Table(table.chain.first(full), table.blocks[:full], table.front, table.front_places, table.cached, full)
+        other = Table(
+            table.chain.first(full),
+            table.blocks[:full],
+            table.front,
+            table.front_places,
+            table.cached,
+            full,
+        )
         for block in (*other.blocks, *other.front):
             self._hold(block)
         if rest:
@@ -261,7 +290,9 @@ class BlockManager:
     def pending(self, table: Table) -> tuple[tuple[Front, ...], tuple[Copy, ...]]:
         """Of `fronts` and `copies`, those that this table needs."""
         fronts = [self._unwritten[block] for block in table.front[:1] if block in self._unwritten]
-        return tuple(fronts), tuple(self._copies[block] for block in table.blocks if block in self._copies)
+        return tuple(fronts), tuple(
+            self._copies[block] for block in table.blocks if block in self._copies
+        )
 
     def done(self, fronts: Iterable[Front], copies: Iterable[Copy]) -> None:
         """These have been written and copied."""
@@ -272,10 +303,11 @@ class BlockManager:
                 self._release(copy.source)
 
     def forget(self, content: str) -> int:
-        """Nothing of the adapter of this content hash can be found any more; what nobody holds of it is free.
+        """Nothing of the adapter of this content hash can be found any more; what nobody holds of
+        it is free.
 
-        What running sequences complete afterwards can be found again: call it once more when they have ended.
-        Returns the bytes that became free.
+        What running sequences complete afterwards can be found again: call it once more when they
+        have ended. Returns the bytes that became free.
         """
         before = len(self._free)
         for block, (name, adapter) in list(self._names.items()):
@@ -293,11 +325,15 @@ class BlockManager:
         held.update(copy.source for copy in self._copies.values())
         assert self._references == [held[block] for block in range(self.num_blocks)]
         free, idle, taken = set(self._free), set(self._idle), set(held)
-        assert len(self._free) == len(free) and len(free) + len(idle) + len(taken) == self.num_blocks
+        assert (
+            len(self._free) == len(free) and len(free) + len(idle) + len(taken) == self.num_blocks
+        )
         assert free | idle | taken == set(range(self.num_blocks))
         assert 0 <= self.held_bytes <= self.num_blocks * self.block_bytes <= self.budget_bytes
         assert self._found == {name: block for block, (name, _) in self._names.items()}
-        assert self._front_of == {b: name for name, front in self._fronts.items() for b in front.blocks}
+        assert self._front_of == {
+            b: name for name, front in self._fronts.items() for b in front.blocks
+        }
         named = self._names.keys() | self._front_of.keys()
         assert idle <= named and not free & named
         assert not self._names.keys() & self._front_of.keys()
@@ -308,7 +344,9 @@ class BlockManager:
                     assert known == table.chain.names[place], "a block under another text's name"
                 else:
                     sources = sum(copy.source == block for copy in self._copies.values())
-                    assert held[block] == 1 + sources and block not in self._names, "a partial block is shared"
+                    assert held[block] == 1 + sources and block not in self._names, (
+                        "a partial block is shared"
+                    )
         assert not self._copies.keys() & {copy.source for copy in self._copies.values()}
 
     def _hold(self, block: int) -> None:

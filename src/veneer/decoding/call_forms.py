@@ -51,7 +51,9 @@ class ObjectCalls(CallStyle):
 
     def _tools(self, tools: Tools, json_of: JsonOf) -> list[str]:
         def begin(tool: str) -> str:
-            return json.dumps(f"{{{json.dumps(self.name)}: {json.dumps(tool)}, {json.dumps(self.arguments)}: ")
+            return json.dumps(
+                f"{{{json.dumps(self.name)}: {json.dumps(tool)}, {json.dumps(self.arguments)}: "
+            )
 
         return one_of([f'{begin(tool)} {json_of(schema)} "}}"' for tool, schema in tools.items()])
 
@@ -105,7 +107,10 @@ class NamedCalls(CallStyle):
 
     def grammar(self, tools: Tools, most: int, json_of: JsonOf) -> list[str]:
         call_id = f"{self.mark(self.id_mark)} /[a-zA-Z0-9]{{9}}/ " if self.id_mark else ""
-        each = [f"{json.dumps(tool)} {call_id}{self.mark(self.between)} {json_of(s)}" for tool, s in tools.items()]
+        each = [
+            f"{json.dumps(tool)} {call_id}{self.mark(self.between)} {json_of(s)}"
+            for tool, s in tools.items()
+        ]
         call = f"call: {self.mark(self.opens)} tool{_closed(self)}"
         return [f"start: call{{1,{most}}}", call, *one_of(each)]
 

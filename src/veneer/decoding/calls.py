@@ -1,7 +1,7 @@
 """Calls of tools out of a text that comes in pieces, in the form that a base writes them.
 
-Which form that is (call_forms.py, call_elements.py), and its marks, is read off the base's template elsewhere. Marks
-may be special tokens, which are no text in other answers.
+Which form that is (call_forms.py, call_elements.py), and its marks, is read off the base's template
+elsewhere. Marks may be special tokens, which are no text in other answers.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ class CallStyle(ABC):
         """Those that the text between the marks is; None: it is none."""
 
     @abstractmethod
-    def grammar(self, tools: Tools, most: int, json_of: Callable[[Mapping[str, Any]], str]) -> list[str]:
-        """Lines of a grammar of one call and up to `most`. json_of: a value of a schema, as a grammar has it."""
+    def grammar(
+        self, tools: Tools, most: int, json_of: Callable[[Mapping[str, Any]], str]
+    ) -> list[str]:
+        """Lines of a grammar of one call and up to `most`. json_of: a value of a schema, as a
+        grammar has it."""
 
     def json_begins(self, text: str, start: int) -> int | None:
         """Where the JSON of a call whose mark ends at `start` begins; None: not told yet."""
@@ -50,7 +53,9 @@ class CallStyle(ABC):
         """As a grammar has it: text in quotes, special tokens by their ids."""
         parts, rest = [], text
         while rest:
-            places = [(rest.find(mark), mark, token) for mark, token in self.special if mark in rest]
+            places = [
+                (rest.find(mark), mark, token) for mark, token in self.special if mark in rest
+            ]
             place, mark, token = min(places, default=(len(rest), "", -1))
             parts += [json.dumps(rest[:place])] if place else []
             parts += [f"<[{token}]>"] if mark else []
@@ -59,10 +64,11 @@ class CallStyle(ABC):
 
 
 class CallReader:
-    """Pulls calls out of a text as it comes: `push` gives the text outside of them and the calls that are complete.
+    """Pulls calls out of a text as it comes: `push` gives the text outside of them and the calls
+    that are complete.
 
-    What stands between marks and is no call stays text; what is blank between calls, and behind the last, goes.
-    tools: those that there are.
+    What stands between marks and is no call stays text; what is blank between calls, and behind the
+    last, goes. tools: those that there are.
     """
 
     def __init__(self, style: CallStyle, tools: Tools) -> None:
@@ -106,7 +112,8 @@ class CallReader:
         return self._text(held), []
 
     def _text(self, text: str) -> str:
-        """What of it is said now: nothing that is blank behind a call, as long as another call may follow."""
+        """What of it is said now: nothing that is blank behind a call, as long as another call may
+        follow."""
         if self._gap is None:
             return text
         if not text.strip(BLANK):
@@ -116,13 +123,16 @@ class CallReader:
         return said
 
     def _begin(self) -> tuple[int, str | None]:
-        """Characters of what is held that are text for sure; what opens a call behind them, if something does."""
+        """Characters of what is held that are text for sure; what opens a call behind them, if
+        something does."""
         opens = self._style.opens
         if self._value is not None:
             return 0, opens
         if opens:
             start = self._held.find(opens)
-            return (len(self._held) - _begun(self._held, opens), None) if start < 0 else (start, opens)
+            return (
+                (len(self._held) - _begun(self._held, opens), None) if start < 0 else (start, opens)
+            )
         if self._plain:
             return len(self._held), None
         first = self._held.lstrip(BLANK + ";")[:1]
@@ -148,7 +158,8 @@ class CallReader:
 
 
 class _Value:
-    """Where a JSON object or list that begins at a place of a growing text ends, each character read once."""
+    """Where a JSON object or list that begins at a place of a growing text ends, each character
+    read once."""
 
     def __init__(self, start: int) -> None:
         self._at, self._depth, self._within, self._escaped = start, 0, False, False
@@ -184,4 +195,6 @@ def compact(data: Any) -> str:
 
 def _begun(text: str, mark: str) -> int:
     """Characters at the end of a text that may be the beginning of the mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+    return next(
+        (n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0
+    )

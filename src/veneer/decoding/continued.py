@@ -1,5 +1,5 @@
-"""Prompts continued by given tokens instead of drawn ones, by an engine's plans and the model's own forward: what
-proofs hold against whole texts."""
+"""Prompts continued by given tokens instead of drawn ones, by an engine's plans and the model's own
+forward: what proofs hold against whole texts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ SLOTS = 16
 
 @torch.no_grad()
 def continued(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], given: Sequence[Sequence[int]], limits: Limits
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
+    limits: Limits,
 ) -> list[Tensor]:
-    """Of each prompt the logits (1 + given, V) that follow it and each of its given tokens. No adapter acts."""
+    """Of each prompt the logits (1 + given, V) that follow it and each of its given tokens. No
+    adapter acts."""
     most = sum(-(-(len(p) + len(g)) // SLOTS) for p, g in zip(prompts, given, strict=True)) * SLOTS
     blocks = BlockManager(base="", budget_bytes=most, bytes_per_token=1, tokens_per_block=SLOTS)
-    scheduler, forward = Scheduler(blocks, limits, Fixed({})), PagedForward(model.device, blocks, own_forward(model))
+    scheduler, forward = (
+        Scheduler(blocks, limits, Fixed({})),
+        PagedForward(model.device, blocks, own_forward(model)),
+    )
     tokens: dict[int, Sequence[int]] = {}
     found: dict[int, list[Tensor]] = {}
     for prompt, those in zip(prompts, given, strict=True):

@@ -1,15 +1,17 @@
-"""A step through the parts of a model, few calls a layer, where that gives what the model's own forward gives.
+"""A step through the parts of a model, few calls a layer, where that gives what the model's own
+forward gives.
 
-    residual and norm, q k v, rotary, attention over blocks, o, residual and norm, gate and up, activation, down
+    residual and norm, q k v, rotary, attention over blocks, o, residual and norm, gate and up,
+        activation, down
 
-A model's own forward makes some hundred small calls a layer, more than the time of a step on a CPU. Here the same
-modules are called, found in their places at every step, and between them one call does what several did
-(kernels/decoder_step.py). What an adapter stands beside is called as the module that it is,
-so is a feed-forward block of another kind.
+A model's own forward makes some hundred small calls a layer, more than the time of a step on a CPU.
+Here the same modules are called, found in their places at every step, and between them one call
+does what several did (kernels/decoder_step.py). What an adapter stands beside is called as the
+module that it is, so is a feed-forward block of another kind.
 
-What a model computes is found by running it: a small copy in float32 (models/structure.py), then the model itself, by
-its own forward and by this one. What does not agree keeps its own forward, and the reason says why.
-Shapes: N rows of the step, D width, E head size, V ids.
+What a model computes is found by running it: a small copy in float32 (models/structure.py), then
+the model itself, by its own forward and by this one. What does not agree keeps its own forward, and
+the reason says why. Shapes: N rows of the step, D width, E head size, V ids.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ HEAD_NORMS = {"q_norm", "k_norm"}
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
-"""(2, N) ids and positions, a step (models/attention.py: Laid), the rows that are kept or all -> their logits."""
+"""(2, N) ids and positions, a step (models/attention.py: Laid), the rows that are kept or all ->
+their logits."""
 
 Again = Callable[[Sequence[int], PagedStep], Tensor | None]
 """(N) ids, a step that goes on from the one before -> (N, V); None: nothing was computed."""
@@ -60,7 +63,8 @@ Again = Callable[[Sequence[int], PagedStep], Tensor | None]
 
 @dataclass(frozen=True)
 class _Layer:
-    """The base's own modules of a layer, and how its attention weighs. gated: its feed-forward is silu's."""
+    """The base's own modules of a layer, and how its attention weighs. gated: its feed-forward is
+    silu's."""
 
     place: nn.Module
     attention: nn.Module
@@ -79,7 +83,8 @@ class DirectForward:
 
     @property
     def fits(self) -> bool:
-        """Whether what acts now leaves the parts where they are: a prefix comes in through the model's own forward."""
+        """Whether what acts now leaves the parts where they are: a prefix comes in through the
+        model's own forward."""
         in_place = all(a is b.place for a, b in zip(self.inner.layers, self.layers, strict=True))
         return in_place and in_front(self.model) == 0
 
@@ -91,7 +96,9 @@ class DirectForward:
         with self.steps.taken() as free:
             if free:
                 beside = _keys_around(self.inner.embed_tokens) | _keys_around(head)
-                states = self.steps.computed(inputs, laid, self._layers, self._called, beside, self._around)
+                states = self.steps.computed(
+                    inputs, laid, self._layers, self._called, beside, self._around
+                )
             else:
                 states = self._layers(inputs, laid)
             return _product(states if kept is None else states[kept], head)
@@ -103,7 +110,11 @@ class DirectForward:
 
     def _around(self) -> Around | None:
         """What stands around the layers, where nothing else acts there and that can be recorded."""
-        embedding, rotary, head = self.inner.embed_tokens, self.inner.rotary_emb, self.model.get_output_embeddings()
+        embedding, rotary, head = (
+            self.inner.embed_tokens,
+            self.inner.rotary_emb,
+            self.model.get_output_embeddings(),
+        )
         bare: Any = _bare(embedding)
         if bare is None or head is None or not isinstance(embedding, nn.Module):
             return None
@@ -128,7 +139,8 @@ class DirectForward:
 
 
 class Way:
-    """A model's forwards over blocks: by its parts where that is proven and nothing is in the way, else its own.
+    """A model's forwards over blocks: by its parts where that is proven and nothing is in the way,
+    else its own.
 
     Made while nothing acts. not_by_parts: why its own; None: by its parts.
     """
@@ -146,7 +158,8 @@ class Way:
         return self._own(rows, laid, kept)
 
     def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of single tokens, one further than in the step before; None: as if nothing had been asked."""
+        """(N, V) of single tokens, one further than in the step before; None: as if nothing had
+        been asked."""
         return None if self._parts is None else self._parts.again(ids, laid)
 
     def let_go(self) -> None:
@@ -167,17 +180,25 @@ def _layer(
         q, k, v = _products(x, [attention._modules[name] for name in PROJECTIONS])
         rows, size = angles[0].shape[1:]
         if "q_norm" in attention._modules:
-            q, k = _by_heads(q, size, attention._modules["q_norm"]), _by_heads(k, size, attention._modules["k_norm"])
+            q, k = (
+                _by_heads(q, size, attention._modules["q_norm"]),
+                _by_heads(k, size, attention._modules["k_norm"]),
+            )
         decoder_step.rotate(q, k, angles[0][0], angles[1][0])
         key = k.view(rows, -1, size)
-        found = laid.attend(q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1), (), layer.rules)
+        found = laid.attend(
+            q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1), (), layer.rules
+        )
         o = attention._modules["o_proj"]
         delta = _product(found.flatten(1), o)
     else:
         mask = unused_mask(x.device)
-        delta = attention(hidden_states=x[None], position_embeddings=angles, attention_mask=mask, veneer_layout=laid)[
-            0
-        ][0]
+        delta = attention(
+            hidden_states=x[None],
+            position_embeddings=angles,
+            attention_mask=mask,
+            veneer_layout=laid,
+        )[0][0]
     h, x = _add_norm(h, delta, places["post_attention_layernorm"])
     feed: Any = places["mlp"]
     if layer.gated and _bare(feed) is layer.feed:
@@ -200,7 +221,9 @@ def _bare(module: nn.Module | None) -> nn.Module | None:
 def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer whose product with x few_rows computes."""
     bare: Any = _bare(place)
-    if type(bare) not in (nn.Linear, FewRowsLinear) or not few_rows.usable(x, bare.weight, bare.bias):
+    if type(bare) not in (nn.Linear, FewRowsLinear) or not few_rows.usable(
+        x, bare.weight, bare.bias
+    ):
         return None
     return bare.weight, bare.bias
 
@@ -208,7 +231,11 @@ def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] |
 def _product(x: Tensor, place: Any) -> Tensor:
     part = _part(x, place)
     if part is not None:
-        return few_rows.updated(x, [part])[0] if part[2] is not None else few_rows.product(x, *part[:2])
+        return (
+            few_rows.updated(x, [part])[0]
+            if part[2] is not None
+            else few_rows.product(x, *part[:2])
+        )
     out: Tensor = place(x[None])[0]
     return out
 
@@ -216,7 +243,10 @@ def _product(x: Tensor, place: Any) -> Tensor:
 def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
     """Of each, contiguous and nobody else's."""
     parts = [part for place in places if (part := _part(x, place)) is not None]
-    if len(parts) == len(places) and sum(len(few or ()) for *_, few in parts) <= few_rows.MOST_UPDATES:
+    if (
+        len(parts) == len(places)
+        and sum(len(few or ()) for *_, few in parts) <= few_rows.MOST_UPDATES
+    ):
         if all(few is None for *_, few in parts):
             return few_rows.products(x, [(weight, bias) for weight, bias, _ in parts])
         return few_rows.updated(x, parts)
@@ -224,7 +254,8 @@ def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
 
 
 def _part(x: Tensor, place: nn.Module | None) -> few_rows.Part | None:
-    """What one call computes beside others of the same x. What adapters may add is listed, be it nothing today."""
+    """What one call computes beside others of the same x. What adapters may add is listed, be it
+    nothing today."""
     if isinstance(place, AdaptedLinear) and (own := place.in_step(x)) is not None:
         return own
     dense = _dense(x, place)
@@ -246,7 +277,9 @@ def _by_heads(x: Tensor, size: int, place: nn.Module | None) -> Tensor:
     if norm is None:
         trained: Any = place
         return trained(x.view(1, len(x), -1, size))[0].flatten(1)
-    return decoder_step.add_norm(x.view(-1, size), None, norm.weight, _epsilon(norm))[1].view(x.shape)
+    return decoder_step.add_norm(x.view(-1, size), None, norm.weight, _epsilon(norm))[1].view(
+        x.shape
+    )
 
 
 def _epsilon(norm: Any) -> float:
@@ -270,7 +303,12 @@ class _Noting:
     rules: list[Rules] = field(default_factory=list)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, prefix: Sequence[tuple[slice, Pair | None]], rules: Rules
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix: Sequence[tuple[slice, Pair | None]],
+        rules: Rules,
     ) -> Tensor:
         self.rules.append(rules)
         return self.step.attend(q, k, v, prefix, rules)
@@ -284,8 +322,8 @@ _TRIED: WeakKeyDictionary[nn.Module, tuple[Rules, ...] | str] = WeakKeyDictionar
 
 @torch.no_grad()
 def direct(model: PreTrainedModel) -> DirectForward | str:
-    """The way through the parts of a model that decodes over blocks (decoding/proof.py); or why there is none. A model
-    is tried once, while nothing acts on it."""
+    """The way through the parts of a model that decodes over blocks (decoding/proof.py); or why
+    there is none. A model is tried once, while nothing acts on it."""
     if model not in _TRIED:
         _TRIED[model] = _on_itself(model)
     found = _TRIED[model]
@@ -299,7 +337,9 @@ def _on_itself(model: PreTrainedModel) -> tuple[Rules, ...] | str:
         return "its numbers are of a type or on a device for which no kernels are compiled"
     if (key := structure_key(type(model), model.config)) not in _KNOWN:
         with quiet():
-            _KNOWN[key] = kept_proof("parts", type(model), model.config, str | None, lambda: _on_a_copy(model))
+            _KNOWN[key] = kept_proof(
+                "parts", type(model), model.config, str | None, lambda: _on_a_copy(model)
+            )
     if (reason := _KNOWN[key]) is not None:
         return reason
     ids = some_ids(model, 23, 4).tolist()
@@ -314,8 +354,15 @@ def _on_itself(model: PreTrainedModel) -> tuple[Rules, ...] | str:
         try:
             worst = apart(read_and_continued(by_parts, texts), theirs)
         except Exception as fault:  # as in tried: of parts that are of several types, say
-            return f"{name} does not take its parts called one by one ({type(fault).__name__}: {str(fault)[:80]})"
-        return None if worst <= TOLERANCE[theirs.dtype] else f"{name} by its parts differs by {worst:.1e}"
+            return (
+                f"{name} does not take its parts called one by one ({type(fault).__name__}:"
+                f" {str(fault)[:80]})"
+            )
+        return (
+            None
+            if worst <= TOLERANCE[theirs.dtype]
+            else f"{name} by its parts differs by {worst:.1e}"
+        )
 
     reason = same_values("by_parts", model, str | None, differs)
     return rules if reason is None else reason
@@ -333,7 +380,9 @@ def _on_a_copy(model: PreTrainedModel) -> str | None:
 
     def run() -> float:
         assert not isinstance(found, str)
-        return apart(read_and_continued(found.logits, texts), read_and_continued(own_forward(copy), texts))
+        return apart(
+            read_and_continued(found.logits, texts), read_and_continued(own_forward(copy), texts)
+        )
 
     return tried(copy, "its parts called one by one", run)
 
@@ -343,7 +392,11 @@ def own_forward(model: PreTrainedModel) -> Run:
 
     def run(rows: Tensor, laid: Any, kept: Tensor | None) -> Tensor:
         call: Any = model
-        out = call(input_ids=rows[:1], logits_to_keep=0 if kept is None else kept, **packed_arguments(rows[1:], laid))
+        out = call(
+            input_ids=rows[:1],
+            logits_to_keep=0 if kept is None else kept,
+            **packed_arguments(rows[1:], laid),
+        )
         logits: Tensor = out.logits[0]
         return logits
 
@@ -351,15 +404,20 @@ def own_forward(model: PreTrainedModel) -> Run:
 
 
 def read_and_continued(run: Run, texts: Sequence[Sequence[int]]) -> Tensor:
-    """(tokens, V): all of the texts but their last two tokens in one step, then these one by one."""
+    """(tokens, V): all of the texts but their last two tokens in one step, then these one by
+    one."""
     blocks = [-(-len(text) // SLOTS) for text in texts]
     tables = [list(range(sum(blocks[:n]), sum(blocks[: n + 1]))) for n in range(len(texts))]
     keys, found = PagedKeys(sum(blocks), SLOTS), []
     for step in range(3):
-        cuts = [(0, len(t) - 2) if step == 0 else (len(t) - 3 + step, len(t) - 2 + step) for t in texts]
+        cuts = [
+            (0, len(t) - 2) if step == 0 else (len(t) - 3 + step, len(t) - 2 + step) for t in texts
+        ]
         ids = [i for text, (start, stop) in zip(texts, cuts, strict=True) for i in text[start:stop]]
         positions = [place for start, stop in cuts for place in range(start, stop)]
-        laid = PagedStep(keys, [SpanRows(*cut, table) for cut, table in zip(cuts, tables, strict=True)])
+        laid = PagedStep(
+            keys, [SpanRows(*cut, table) for cut, table in zip(cuts, tables, strict=True)]
+        )
         found.append(run(torch.tensor([ids, positions]), laid, torch.arange(len(ids))))
     return torch.cat(found)
 
@@ -377,7 +435,10 @@ def _taken_apart(model: PreTrainedModel, rules: Sequence[Rules]) -> DirectForwar
     places: Any = None if inner is None else unwrapped(inner)
     wanted = ("embed_tokens", "rotary_emb", "layers", "norm")
     if places is None or any(getattr(places, each, None) is None for each in wanted):
-        return f"{name} has no {', '.join(each for each in wanted if getattr(places, each, None) is None)}"
+        return (
+            f"{name} has no"
+            f" {', '.join(each for each in wanted if getattr(places, each, None) is None)}"
+        )
     if len(rules) != len(places.layers):
         return f"{name} attends {len(rules)} times in {len(places.layers)} layers"
     found = []
@@ -386,7 +447,10 @@ def _taken_apart(model: PreTrainedModel, rules: Sequence[Rules]) -> DirectForwar
         if in_shards(layer):
             return f"the layers of {name} lie in shards: they are called whole"
         parts = dict(layer.named_children())
-        attention, feed = unwrapped(parts.get("self_attn", layer)), unwrapped(parts.get("mlp", layer))
+        attention, feed = (
+            unwrapped(parts.get("self_attn", layer)),
+            unwrapped(parts.get("mlp", layer)),
+        )
         own = {each for each, _ in attention.named_children()}
         if set(parts) != LAYER or own not in (ATTENTION, ATTENTION | HEAD_NORMS):
             others = sorted({*parts, *own} ^ (LAYER | ATTENTION))
@@ -404,12 +468,18 @@ def _taken_apart(model: PreTrainedModel, rules: Sequence[Rules]) -> DirectForwar
 def _is_norm(module: nn.Module) -> bool:
     names = [name for name, _ in module.named_parameters(recurse=False)]
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return names == ["weight"] and isinstance(epsilon, float) and type(module).__name__.endswith("RMSNorm")
+    return (
+        names == ["weight"]
+        and isinstance(epsilon, float)
+        and type(module).__name__.endswith("RMSNorm")
+    )
 
 
 def _is_gated(module: nn.Module) -> bool:
     activation = getattr(module, "act_fn", None)
-    if {name for name, _ in module.named_children()} - GATED or not isinstance(activation, nn.Module):
+    if {name for name, _ in module.named_children()} - GATED or not isinstance(
+        activation, nn.Module
+    ):
         return False
     x = torch.linspace(-4, 4, 64)
     if not hasattr(module, "down_proj") or bool((activation(x) - F.silu(x)).abs().max() >= 1e-6):

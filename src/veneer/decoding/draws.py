@@ -1,8 +1,10 @@
-"""A token for each row of logits, as its answer's sampling says (decoding/sampling.py), many answers at once.
+"""A token for each row of logits, as its answer's sampling says (decoding/sampling.py), many
+answers at once.
 
-Rows do not see each other: what a row draws is a function of its logits, its settings and its own random number. A
-row from which nothing is left out draws in the order of the ids, another in that of the chances.
-Shapes: B rows, V ids, C candidates: as many of the likeliest as nearly every cut is decided among.
+Rows do not see each other: what a row draws is a function of its logits, its settings and its own
+random number. A row from which nothing is left out draws in the order of the ids, another in that
+of the chances. Shapes: B rows, V ids, C candidates: as many of the likeliest as nearly every cut is
+decided among.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class Drawing:
         """In place: what is forbidden to -inf, biases, penalties."""
         request, sampling = self.request, self.sampling
         if self.constraint is not None:
-            allowed = torch.as_tensor(self.constraint.allowed(new))[: len(logits_V)].to(logits_V.device)
+            allowed = torch.as_tensor(self.constraint.allowed(new))[: len(logits_V)].to(
+                logits_V.device
+            )
             logits_V[: len(allowed)].masked_fill_(~allowed, float("-inf"))
             logits_V[len(allowed) :] = float("-inf")
         if len(new) < self.least:
@@ -72,17 +76,21 @@ class Drawing:
             logits_V -= sampling.presence_penalty * there + sampling.frequency_penalty * counts
 
     def chosen(self, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
-        """The token, and whether the answer ends with it by a constraint or a check. Once for each token."""
+        """The token, and whether the answer ends with it by a constraint or a check. Once for each
+        token."""
         ends = self.ends is not None and self.ends(token)
         if self.constraint is not None:
             ends |= self.constraint.ended([*new, token])
         return Chosen(token, ends, chance) if ends or chance is not None else token
 
     def _ids(self, ids: Sequence[int] | frozenset[int], logits_V: Tensor) -> Tensor:
-        return torch.tensor([i for i in ids if i < len(logits_V)], dtype=torch.long, device=logits_V.device)
+        return torch.tensor(
+            [i for i in ids if i < len(logits_V)], dtype=torch.long, device=logits_V.device
+        )
 
     def _count(self, logits_V: Tensor, new: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Whether each id is in the prompt, and how often it is in the answer: (V) bool and float32."""
+        """Whether each id is in the prompt, and how often it is in the answer: (V) bool and
+        float32."""
         if self._counts is None:
             prompt = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
             prompt[self._ids(self.request.prompt, logits_V)] = True
@@ -101,8 +109,8 @@ Row = tuple[Drawing, Sequence[int]]
 def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     """What each row draws.
 
-    A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or check fails, gets an
-    error of its own.
+    A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or
+    check fails, gets an error of its own.
     """
     compiled = draw_calls.usable(logits_BV)
     if compiled and all(drawing.plain and len(new) >= drawing.least for drawing, new in rows):
@@ -112,7 +120,9 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[Drawn]:
             for (drawing, new), token in zip(rows, found, strict=True)
         ]
     faults: dict[int, VeneerError] = {}
-    changed = [n for n, (d, new) in enumerate(rows) if d.edits(new) or not (compiled or d.sampling.greedy)]
+    changed = [
+        n for n, (d, new) in enumerate(rows) if d.edits(new) or not (compiled or d.sampling.greedy)
+    ]
     if changed:
         everyone = len(changed) == len(rows)
         wide = logits_BV.to(torch.float32, copy=True) if everyone else logits_BV[changed].float()
@@ -133,13 +143,18 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     ]
 
 
-def _compiled(logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor) -> list[int]:
-    """A token of each row, BROKEN or NOTHING. wide: those that were changed, as they are to be drawn from."""
+def _compiled(
+    logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
+) -> list[int]:
+    """A token of each row, BROKEN or NOTHING. wide: those that were changed, as they are to be
+    drawn from."""
     ids, edited = logits_BV.shape[1], set(changed)
     hows = [LIKELIEST if n in edited else _how(row, ids) for n, row in enumerate(rows)]
     found = [BROKEN if token == NOTHING else token for token in draw_calls.draw(logits_BV, hows)]
     if changed:
-        for n, token in zip(changed, draw_calls.draw(wide, [_how(rows[n], ids) for n in changed]), strict=True):
+        for n, token in zip(
+            changed, draw_calls.draw(wide, [_how(rows[n], ids) for n in changed]), strict=True
+        ):
             found[n] = found[n] if found[n] == BROKEN else token
     return found
 
@@ -152,7 +167,9 @@ def _how(row: Row, ids: int) -> How:
     return u, sampling.temperature, sampling.top_k or ids, sampling.top_p, sampling.min_p
 
 
-def _by_torch(logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor) -> list[int]:
+def _by_torch(
+    logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
+) -> list[int]:
     """The same on any device, waiting for it once."""
     tokens = logits_BV.argmax(dim=-1)
     peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # of a row with a NaN that NaN
@@ -167,17 +184,29 @@ def _of_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
     tokens = wide_BV.argmax(dim=-1)
     possible = wide_BV.gather(1, tokens[:, None])[:, 0] > float("-inf")
     for cut in (False, True):
-        some = [n for n, (d, _) in enumerate(rows) if not d.sampling.greedy and d.sampling.cuts is cut]
+        some = [
+            n for n, (d, _) in enumerate(rows) if not d.sampling.greedy and d.sampling.cuts is cut
+        ]
         if some:
-            drawn = [uniform(d.request.seed, d.choice, len(new)) for d, new in (rows[n] for n in some)]
-            tokens[some] = sampled(wide_BV[some], [rows[n][0].sampling for n in some], drawn, cut=cut)
+            drawn = [
+                uniform(d.request.seed, d.choice, len(new)) for d, new in (rows[n] for n in some)
+            ]
+            tokens[some] = sampled(
+                wide_BV[some], [rows[n][0].sampling for n in some], drawn, cut=cut
+            )
     return torch.where(possible, tokens, NOTHING)
 
 
-def sampled(logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[float], *, cut: bool) -> Tensor:
-    """(B) tokens. drawn: a number in [0, 1) for each row; cut: whether tokens are left out, in all rows alike."""
+def sampled(
+    logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[float], *, cut: bool
+) -> Tensor:
+    """(B) tokens. drawn: a number in [0, 1) for each row; cut: whether tokens are left out, in all
+    rows alike."""
     settings = [(s.temperature, s.top_k or logits_BV.shape[1], s.top_p, s.min_p) for s in samplings]
-    numbers = sent(torch.tensor([(u, *each) for u, each in zip(drawn, settings, strict=True)]), logits_BV.device)
+    numbers = sent(
+        torch.tensor([(u, *each) for u, each in zip(drawn, settings, strict=True)]),
+        logits_BV.device,
+    )
     u, temperature, top_k, top_p, min_p = numbers.T[:, :, None]
     # the shift keeps the quotient finite at the top
     below = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature
@@ -196,9 +225,16 @@ def sampled(logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[fl
 
 
 def _cut(
-    chances_BV: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, best_BC: Tensor, ids_BC: Tensor
+    chances_BV: Tensor,
+    u: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    best_BC: Tensor,
+    ids_BC: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(B) tokens from the likeliest C, and whether these were enough to say. Settings are (B, 1)."""
+    """(B) tokens from the likeliest C, and whether these were enough to say. Settings are (B,
+    1)."""
     C = best_BC.shape[1]
     reach_BC = best_BC.cumsum(dim=-1)
     place = torch.arange(C, device=best_BC.device)
@@ -215,12 +251,15 @@ def _cut(
 
 
 def _place(reach: Tensor, u: Tensor, total: Tensor) -> Tensor:
-    """(B) the first place whose reach is above u * total, which rounding must not let come to the total itself."""
+    """(B) the first place whose reach is above u * total, which rounding must not let come to the
+    total itself."""
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(reach.contiguous(), target.contiguous(), right=True)[:, 0]
 
 
-def _chances(logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int]) -> list[TokenChance | None]:
+def _chances(
+    logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int]
+) -> list[TokenChance | None]:
     rows = [n for n, many in enumerate(told) if many is not None and tokens[n] >= 0]
     found: list[TokenChance | None] = [None] * len(told)
     if rows:
@@ -229,7 +268,11 @@ def _chances(logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int
         most = min(max(told[n] or 0 for n in rows), logs.shape[1])
         best, ids = logs.topk(most, dim=-1)
         for n, log, values, names in zip(
-            rows, logs.gather(1, own[:, None])[:, 0].tolist(), best.tolist(), ids.tolist(), strict=True
+            rows,
+            logs.gather(1, own[:, None])[:, 0].tolist(),
+            best.tolist(),
+            ids.tolist(),
+            strict=True,
         ):
             pairs = tuple(zip(names, values, strict=True))[: told[n]]
             found[n] = TokenChance(tokens[n], log, pairs)
@@ -238,9 +281,14 @@ def _chances(logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int
 
 def _chosen(drawing: Drawing, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
     if token == BROKEN:
-        return DivergedError("the model's logits are no finite numbers", next_step="Look at the adapter's values.")
+        return DivergedError(
+            "the model's logits are no finite numbers", next_step="Look at the adapter's values."
+        )
     if token == NOTHING:
-        return ConfigError("no token may follow", next_step="Allow one: a constraint or min_new_tokens forbids each.")
+        return ConfigError(
+            "no token may follow",
+            next_step="Allow one: a constraint or min_new_tokens forbids each.",
+        )
     try:
         return drawing.chosen(token, new, chance)
     except VeneerError as fault:
@@ -248,10 +296,13 @@ def _chosen(drawing: Drawing, token: int, new: Sequence[int], chance: TokenChanc
 
 
 def draw_reference(logits_V: Tensor, sampling: Sampling, u: float) -> int:
-    """One row drawn plainly, from logits that are edited already: what `sampled` computes for many."""
+    """One row drawn plainly, from logits that are edited already: what `sampled` computes for
+    many."""
     if sampling.greedy:
         return int(logits_V.argmax())
-    chances = torch.softmax((logits_V.double() - logits_V.max()) / sampling.temperature, dim=-1).tolist()
+    chances = torch.softmax(
+        (logits_V.double() - logits_V.max()) / sampling.temperature, dim=-1
+    ).tolist()
     order = list(range(len(chances)))
     if sampling.cuts:
         order.sort(key=lambda i: -chances[i])

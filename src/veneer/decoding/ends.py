@@ -1,8 +1,9 @@
-"""What stands around the layers of a step: rows of the embedding, angles of its places, the output head; as calls that
-are made again together with those of the layers (recorded.py).
+"""What stands around the layers of a step: rows of the embedding, angles of its places, the output
+head; as calls that are made again together with those of the layers (recorded.py).
 
-Only where the embedding is a plain table, the head a dense product, and the angles of a place depend on nothing else:
-their tables are made by the model's own module. Shapes: N rows of the step, D width, E head size, V ids, P places.
+Only where the embedding is a plain table, the head a dense product, and the angles of a place
+depend on nothing else: their tables are made by the model's own module. Shapes: N rows of the step,
+D width, E head size, V ids, P places.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ FIRST_PLACES = 512
 
 
 class Ends:
-    """angles: (D-wide value, places (1, P)) -> cosines and sines (1, P, E). states: (N, D), what the layers give."""
+    """angles: (D-wide value, places (1, P)) -> cosines and sines (1, P, E). states: (N, D), what
+    the layers give."""
 
-    def __init__(self, table: Tensor, weight: Tensor, bias: Tensor | None, angles: Callable[..., Any]) -> None:
+    def __init__(
+        self, table: Tensor, weight: Tensor, bias: Tensor | None, angles: Callable[..., Any]
+    ) -> None:
         self._table, self._weight, self._bias, self._angles = table, weight, bias, angles
         self._places = 0
         self._cos = self._sin = table[:0]
         self._structs: tuple[Any, Any] | None = None
 
     @classmethod
-    def of(cls, embedding: nn.Module | None, head: tuple[Tensor, Tensor | None] | None, rotary: Any) -> Ends | None:
-        """embedding: the base's own module; head: weight and bias of a product that few_rows computes. None: they are
-        of another kind."""
+    def of(
+        cls, embedding: nn.Module | None, head: tuple[Tensor, Tensor | None] | None, rotary: Any
+    ) -> Ends | None:
+        """embedding: the base's own module; head: weight and bias of a product that few_rows
+        computes. None: they are of another kind."""
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None or head is None:
             return None
         table, (weight, bias) = embedding.weight, head
@@ -47,24 +53,33 @@ class Ends:
         return made if made._reach(FIRST_PLACES - 1) else None
 
     def note(self, noted: Recording, own: Sequence[Tensor], states: Tensor) -> bool:
-        """The calls before and behind the layers: into what the first of these takes, from what the last gives. False:
-        something else would have to be computed there."""
+        """The calls before and behind the layers: into what the first of these takes, from what the
+        last gives. False: something else would have to be computed there."""
         assert noted.room is not None
         rows, most = len(states), noted.room.most
         self._ids = array("q", bytes(8 * most))
-        ids, nowhere = torch.frombuffer(self._ids, dtype=torch.int64), torch.zeros(most, 5, dtype=torch.int64)
+        ids, nowhere = (
+            torch.frombuffer(self._ids, dtype=torch.int64),
+            torch.zeros(most, 5, dtype=torch.int64),
+        )
         with recording(noted.room) as before:
-            step_calls.step_inputs(ids[:rows], nowhere[:rows], self._table, self._cos, self._sin, *own)
+            step_calls.step_inputs(
+                ids[:rows], nowhere[:rows], self._table, self._cos, self._sin, *own
+            )
         with recording(noted.room) as behind:
             few_rows.product(states, self._weight, self._bias)
         if before.spoiled is not None or behind.spoiled is not None:
             return False
-        self._structs = before.structs("veneer_step_inputs")[0], behind.structs("veneer_few_rows")[0]
+        self._structs = (
+            before.structs("veneer_step_inputs")[0],
+            behind.structs("veneer_few_rows")[0],
+        )
         noted.stand_between(before, behind)
         return True
 
     def take(self, ids: Sequence[int], spans: Spans) -> Tensor | None:
-        """(N, V), which the next call fills. None: a place too far for the tables. ValueError: an id without a row."""
+        """(N, V), which the next call fills. None: a place too far for the tables. ValueError: an
+        id without a row."""
         assert self._structs is not None
         first, last = self._structs
         rows, farthest = len(ids), spans.farthest
@@ -88,10 +103,15 @@ class Ends:
         while most <= place:
             most *= 2
         any_value = self._table[:1, None]
-        cos, sin = (each[0] for each in self._angles(any_value, position_ids=torch.arange(most)[None]))
+        cos, sin = (
+            each[0] for each in self._angles(any_value, position_ids=torch.arange(most)[None])
+        )
         for alone in (0, most // 3, most - 1):
             own = self._angles(any_value, position_ids=torch.tensor([[alone]]))
-            if not all(torch.equal(each[0, 0], all_[alone]) for each, all_ in zip(own, (cos, sin), strict=True)):
+            if not all(
+                torch.equal(each[0, 0], all_[alone])
+                for each, all_ in zip(own, (cos, sin), strict=True)
+            ):
                 return False
         self._cos, self._sin, self._places = cos.contiguous(), sin.contiguous(), most
         return cos.dtype is self._table.dtype

@@ -1,11 +1,14 @@
-"""Many requests, each with adapters of its own, answered in the same forwards: the scheduler's plans, computed.
+"""Many requests, each with adapters of its own, answered in the same forwards: the scheduler's
+plans, computed.
 
     add        a request waits
-    step       one plan: prefixes written, blocks copied, the spans' tokens through the model, a token drawn for each
+    step       one plan: prefixes written, blocks copied, the spans' tokens through the model, a
+               token drawn for each
     cancel     an answer ends with the tokens it has
     run        steps until nothing is left
 
-Decides nothing about order, room or sharing (decoding/scheduler.py), and nothing about texts. One thread calls.
+Decides nothing about order, room or sharing (decoding/scheduler.py), and nothing about texts. One
+thread calls.
 """
 
 from __future__ import annotations
@@ -40,13 +43,20 @@ class Engine:
     """
 
     def __init__(
-        self, base: FrozenBase, *, budget_bytes: int, adapters: Adapters, limits: Limits | None = None
+        self,
+        base: FrozenBase,
+        *,
+        budget_bytes: int,
+        adapters: Adapters,
+        limits: Limits | None = None,
     ) -> None:
         if not decodes_packed(base):
             with base.routing.none():
                 reason = prove_decoding(base.model)
             raise ConfigError(
-                "this base answers one request after another", [reason] if reason else [], "Use base.generate."
+                "this base answers one request after another",
+                [reason] if reason else [],
+                "Use base.generate.",
             )
         self.base, self._adapters = base, adapters
         blocks = BlockManager(
@@ -55,7 +65,9 @@ class Engine:
             bytes_per_token=bytes_per_token(base),
             tokens_per_block=BLOCK_SLOTS,
         )
-        self.scheduler = Scheduler(blocks, limits or Limits(), adapters, positions=read_alike(base.config))
+        self.scheduler = Scheduler(
+            blocks, limits or Limits(), adapters, positions=read_alike(base.config)
+        )
         self.way = _way(base)
         self.lanes = Lanes(base, blocks, adapters, self.way)
         self._drawings: dict[int, Drawing] = {}
@@ -63,13 +75,16 @@ class Engine:
             self._ids = capacity_of(base).tokens
 
     def add(self, request: Request) -> tuple[Answer, ...]:
-        """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add raise.
+        """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add
+        raise.
 
         Which ids an adapter brings is for whoever asks with it to know.
         """
         ids = (*request.prompt, *(token for token, _ in request.sampling.logit_bias))
         if self._ids is not None and not request.adapter and (most := max(ids)) >= self._ids:
-            raise ConfigError(f"the request holds token {most}, and the model has rows for {self._ids:,}")
+            raise ConfigError(
+                f"the request holds token {most}, and the model has rows for {self._ids:,}"
+            )
         if request.adapter:
             self._adapters.expect(request.adapter)
         return self.scheduler.add(request)
@@ -89,8 +104,9 @@ class Engine:
     def step(self, now: float) -> list[Answer]:
         """One step; returns the answers that have ended.
 
-        Where memory does not suffice, fewer tokens are computed; an answer that cannot get one alone ends. Where a
-        step fails otherwise, each of its rows is computed alone, and those end that fail then too.
+        Where memory does not suffice, fewer tokens are computed; an answer that cannot get one
+        alone ends. Where a step fails otherwise, each of its rows is computed alone, and those end
+        that fail then too.
         """
         ended: list[Answer] = []
         most: int | None = None
@@ -119,7 +135,8 @@ class Engine:
         self._drawings.clear()  # some may have seen tokens that do not count
 
     def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
-        """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of it."""
+        """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of
+        it."""
         ended: list[Answer] = []
         if len(failed.spans) == 1:
             self.scheduler.fail(failed.spans[0].sequence, fault)
@@ -155,7 +172,9 @@ class Engine:
             answers = [answer for n in numbers for answer in plan.spans[n].draws]
             rows = [row for row, n in enumerate(numbers) for _ in plan.spans[n].draws]
             if rows:
-                drawn |= self._drawn(logits if rows == list(range(len(logits))) else logits[rows], answers)
+                drawn |= self._drawn(
+                    logits if rows == list(range(len(logits))) else logits[rows], answers
+                )
         return drawn
 
     def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, Drawn]:
@@ -168,7 +187,9 @@ class Engine:
         for width in sorted(set(widths)):
             numbers = [n for n, own in enumerate(widths) if own == width]
             some = logits if len(numbers) == len(answers) else logits[numbers]
-            drawn = draw(some[:, :width], [(self._drawing(answers[n]), answers[n].new) for n in numbers])
+            drawn = draw(
+                some[:, :width], [(self._drawing(answers[n]), answers[n].new) for n in numbers]
+            )
             found |= dict(zip((answers[n].number for n in numbers), drawn, strict=True))
         return found
 
@@ -179,19 +200,25 @@ class Engine:
     def _drawing(self, answer: Answer) -> Drawing:
         found = self._drawings.get(answer.number)
         if found is None:
-            found = self._drawings[answer.number] = Drawing(answer.request, answer.choice, answer.new)
+            found = self._drawings[answer.number] = Drawing(
+                answer.request, answer.choice, answer.new
+            )
         return found
 
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
             self._drawings.pop(answer.number, None)
         if ended:  # their adapters may go
-            self.lanes.let_go({s.request.adapter for s in self.scheduler.running if s.request.adapter})
+            self.lanes.let_go(
+                {s.request.adapter for s in self.scheduler.running if s.request.adapter}
+            )
         return ended
 
 
 def _no_memory() -> DoesNotFitError:
-    return DoesNotFitError("out of memory answering", next_step="Ask for less at once, or end others.")
+    return DoesNotFitError(
+        "out of memory answering", next_step="Ask for less at once, or end others."
+    )
 
 
 def _way(base: FrozenBase) -> Way:
@@ -203,7 +230,8 @@ def _way(base: FrozenBase) -> Way:
 
 
 def bytes_per_token(base: FrozenBase) -> int:
-    """Of the keys and values of one token in all layers, which may have heads of different sizes (Gemma 4)."""
+    """Of the keys and values of one token in all layers, which may have heads of different sizes
+    (Gemma 4)."""
     layers = base.config.get_text_config().per_layer_config
     return int(2 * base.dtype.itemsize * sum(_key_width(layer) for layer in layers))
 

@@ -32,10 +32,11 @@ NOBODY = Acting()
 class StepRows:
     """What a plan computes, on the device.
 
-    rows    (2, N) ids and positions; of single tokens on CUDA, (N, columns), what decoding/graphs.py reads; None: those
-            of a plan that follows the last one, which are known
-    filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all are single tokens,
-            nor where the model's parts are called, whose kernels know no shapes
+    rows    (2, N) ids and positions; of single tokens on CUDA, (N, columns), what
+            decoding/graphs.py reads; None: those of a plan that follows the last one, which are
+            known
+    filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all
+            are single tokens, nor where the model's parts are called, whose kernels know no shapes
     kept    (spans) numbers of the rows that are the last of their spans; None: all rows are
     single  whether it is one for decoding/graphs.py
     """
@@ -52,9 +53,10 @@ SPARE = 4
 
 
 class PagedForward:
-    """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its tables number.
-    filled: whether rows are filled up. again: the same of single tokens, one further than the last, where it can.
-    keys: of another forward over the same blocks, which has the graphs then; None: its own."""
+    """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its
+    tables number. filled: whether rows are filled up. again: the same of single tokens, one further
+    than the last, where it can. keys: of another forward over the same blocks, which has the graphs
+    then; None: its own."""
 
     def __init__(
         self,
@@ -69,9 +71,17 @@ class PagedForward:
         self._device, self._run, self._filled, self._again = device, run, filled, again
         on_cuda = device.type == "cuda"
         # One block more for rows that fill up.
-        self.keys = PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block) if keys is None else keys
-        self.graphs = Graphs(device, self.keys, run, recorder_here()) if on_cuda and keys is None else None
-        self._last: tuple[int, PagedStep] | None = None  # of the last plan, which had single tokens alone
+        self.keys = (
+            PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block)
+            if keys is None
+            else keys
+        )
+        self.graphs = (
+            Graphs(device, self.keys, run, recorder_here()) if on_cuda and keys is None else None
+        )
+        self._last: tuple[int, PagedStep] | None = (
+            None  # of the last plan, which had single tokens alone
+        )
 
     def rows(self, plan: Plan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
@@ -91,7 +101,8 @@ class PagedForward:
         return StepRows(rows, filler, sent(ends, self._device))
 
     def logits(self, plan: Plan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
-        """(spans, V): what follows the last token of each span. Prefixes are written and blocks copied before.
+        """(spans, V): what follows the last token of each span. Prefixes are written and blocks
+        copied before.
 
         acting: what the caller holds; its mix, where it is listed, is for decoding/recorded.py.
         """
@@ -109,11 +120,15 @@ class PagedForward:
         self.keys.copy(plan.copies)
         if self.graphs is not None and step.single:
             return self.graphs.logits(step.rows, acting)[: len(plan.spans)]
-        laid = PagedStep(self.keys, [_rows(span) for span in plan.spans], acting.plan.mix, spare=SPARE)
+        laid = PagedStep(
+            self.keys, [_rows(span) for span in plan.spans], acting.plan.mix, spare=SPARE
+        )
         with few_rows.any_rows():  # what an answer says does not depend on the others of its step
             logits = self._run(step.rows, laid, step.kept)
         if len(logits) != len(plan.spans):
-            raise ValueError(f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}")
+            raise ValueError(
+                f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}"
+            )
         if step.kept is None and self._again is not None:
             self._last = plan.number, laid
         return logits

@@ -1,10 +1,11 @@
 """Answers: token ids in, token ids out, many prompts at once.
 
-Says what stops an answer, how tokens are drawn, and what decodes: our own engine (decoding/engine.py) where it is
-proven on the model, else transformers' loop, its prompts padded on the left where that is proven, else one by one;
-where even that is not what the model gives on whole texts, the whole text is read for every token. Prompts whose
-answer may cross a length at which the model reads all of its text otherwise (models/switches.py) go through
-transformers' loop one by one. Knows nothing of chats or templates.
+Says what stops an answer, how tokens are drawn, and what decodes: our own engine
+(decoding/engine.py) where it is proven on the model, else transformers' loop, its prompts padded on
+the left where that is proven, else one by one; where even that is not what the model gives on whole
+texts, the whole text is read for every token. Prompts whose answer may cross a length at which the
+model reads all of its text otherwise (models/switches.py) go through transformers' loop one by one.
+Knows nothing of chats or templates.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from veneer.models.switches import forget_lengths, switches
 ROWS = 64
 """Answers of the engine at once. A step reads every weight once, whatever the rows."""
 READ_TOKENS = 2048
-"""Tokens computed in one forward: bounds the activations. Of one prompt 512: bounds the scores of its attention."""
+"""Tokens computed in one forward: bounds the activations. Of one prompt 512: bounds the scores of
+its attention."""
 KEYS_TOKENS = 65536
-"""Tokens whose keys and values are held, of all answers together (fewer rows where these are long)."""
+"""Tokens whose keys and values are held, of all answers together (fewer rows where these are
+long)."""
 PADDED_ROWS = 32
 """Prompts that transformers' loop decodes together, padded on the left to the longest of them."""
 
@@ -62,10 +65,10 @@ def generate(
     """One list of new ids per prompt, the stop token left out. temperature 0 is greedy.
 
     An answer that has not stopped is cut after max_new_tokens, or where the model's positions end.
-    on_token gets each id of the answer as it comes; for a single prompt only.
-    on_done gets the number of prompts answered so far, now and then.
-    ConfigError: a prompt that is empty, leaves no room within the model's positions or holds an id that it has no row
-    for; numbers outside of what they mean.
+    on_token gets each id of the answer as it comes; for a single prompt only. on_done gets the
+    number of prompts answered so far, now and then. ConfigError: a prompt that is empty, leaves no
+    room within the model's positions or holds an id that it has no row for; numbers outside of what
+    they mean.
     """
     check_numbers(
         max_new_tokens=(NEW_TOKENS, max_new_tokens),
@@ -83,15 +86,22 @@ def generate(
     with base.routing.held():  # who acts now acts for all of it
         limits = limits_of(base, prompts, max_new_tokens)
         asked = _Asked(
-            base, prompts, limits, stops, Sampling(temperature=temperature, top_p=top_p), seed, told, on_done
+            base,
+            prompts,
+            limits,
+            stops,
+            Sampling(temperature=temperature, top_p=top_p),
+            seed,
+            told,
+            on_done,
         )
         _answer(asked)
     return asked.answers
 
 
 def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
-    """New tokens that each may get, its stop token among them: an answer of so many was cut. ConfigError: prompts that
-    cannot be answered."""
+    """New tokens that each may get, its stop token among them: an answer of so many was cut.
+    ConfigError: prompts that cannot be answered."""
     capacity = capacity_of(base)
     _check_prompts(prompts, capacity)
     if capacity.positions is None:
@@ -148,10 +158,13 @@ class _Asked:
 
 
 def _by_switch(asked: _Asked) -> tuple[list[int], list[int]]:
-    """Numbers of the prompts whose longest answer is read like their first token, and of the others."""
+    """Numbers of the prompts whose longest answer is read like their first token, and of the
+    others."""
     known, before = switches(asked.base.config), in_front(asked.base.model)
     first = known.side(0)
-    reach = [before + len(ids) + limit for ids, limit in zip(asked.prompts, asked.limits, strict=True)]
+    reach = [
+        before + len(ids) + limit for ids, limit in zip(asked.prompts, asked.limits, strict=True)
+    ]
     plain = [i for i, length in enumerate(reach) if known.side(length) == first]
     return plain, [i for i, length in enumerate(reach) if known.side(length) != first]
 
@@ -160,12 +173,19 @@ def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
     """Long prompts first, so that those that go on together are alike."""
     base = asked.base
     if (applied := base.routing.acting.whole) is None:
-        raise ConfigError("several adapters act, each on rows of its own", next_step="Answer each row's prompt apart.")
-    acting: Identity = (("what acts", 1.0),) if applied else ()  # an engine of its own: nobody else's name
+        raise ConfigError(
+            "several adapters act, each on rows of its own",
+            next_step="Answer each row's prompt apart.",
+        )
+    acting: Identity = (
+        (("what acts", 1.0),) if applied else ()
+    )  # an engine of its own: nobody else's name
     front, slots = front_places(applied), BLOCK_SLOTS
     needs = [-(-(len(asked.prompts[i]) + asked.limits[i]) // slots) for i in numbers]
     most = max(min(sum(needs), KEYS_TOKENS // slots), max(needs))
-    rows = max(1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(needs)))  # none has to go back
+    rows = max(
+        1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(needs))
+    )  # none has to go back
     spare = rows + -(-front // slots)  # the scheduler keeps one block free for each that runs
     engine = Engine(
         base,
@@ -195,7 +215,9 @@ def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
 def _by_rereading(asked: _Asked) -> None:
     for number in range(len(asked.prompts)):
         request = asked.request(number)
-        asked.answers[number] = answer_by_rereading(asked.base.model, request, on_token=asked.on_token)
+        asked.answers[number] = answer_by_rereading(
+            asked.base.model, request, on_token=asked.on_token
+        )
         asked.finished(1)
 
 
@@ -215,10 +237,13 @@ class _Tokens(BaseStreamer):
 
 
 def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
-    """transformers' own loop, the prompts of a group at once, padded on the left to the longest of them."""
+    """transformers' own loop, the prompts of a group at once, padded on the left to the longest of
+    them."""
     base, how = asked.base, asked.sampling
     pad = _padding(base, asked.stops)
-    sampling = {} if how.greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    sampling = (
+        {} if how.greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    )
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(asked.seed)
         for rows in groups:
@@ -276,7 +301,8 @@ def _check_prompts(prompts: Sequence[list[int]], capacity: Capacity) -> None:
     faults = [f"prompt {i + 1} is empty" for i, ids in enumerate(prompts) if not ids]
     if (places := capacity.positions) is not None:
         faults += [
-            f"prompt {i + 1} has {len(ids):,} tokens: no answer fits behind it into the model's {places:,} positions"
+            f"prompt {i + 1} has {len(ids):,} tokens: no answer fits behind it into the model's"
+            f" {places:,} positions"
             for i, ids in enumerate(prompts)
             if len(ids) >= places
         ]

@@ -1,12 +1,13 @@
-"""What an answer may be, token by token: JSON of a schema, what an expression matches, one of some texts, a grammar,
-calls of tools. By llguidance, which comes with the extra `grammar`.
+"""What an answer may be, token by token: JSON of a schema, what an expression matches, one of some
+texts, a grammar, calls of tools. By llguidance, which comes with the extra `grammar`.
 
     Grammars      made once for a base: it reads the whole vocabulary, which takes a second or more
-    Grammar       one shape, compiled on the thread that asks for it, its first tokens found; makes a constraint for
-                  each answer, and says of a finished text what is wrong with it
+    Grammar       one shape, compiled on the thread that asks for it, its first tokens found; makes
+                  a constraint for each answer, and says of a finished text what is wrong with it
 
-Shapes are strangers'. Their size, their depth and what is repeated in them are bounded, and what a token may cost:
-the decoding thread waits for it. An answer whose grammar runs out of these ends by itself, with an error.
+Shapes are strangers'. Their size, their depth and what is repeated in them are bounded, and what a
+token may cost: the decoding thread waits for it. An answer whose grammar runs out of these ends by
+itself, with an error.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ MOST_CHARACTERS = 65_536
 """Of a schema, a grammar, all choices or all tools together."""
 MOST_PATTERN = 8192
 MOST_REPEATS = 10_000
-"""Of all counts in the braces of a grammar, multiplied: nested ones are written out while tokens are found."""
+"""Of all counts in the braces of a grammar, multiplied: nested ones are written out while tokens
+are found."""
 MOST_RULES = 500
-"""Of a grammar in llama.cpp's notation: llguidance translates it in time that grows with their square."""
+"""Of a grammar in llama.cpp's notation: llguidance translates it in time that grows with their
+square."""
 MOST_CALLS = 16
 _BLANK = r"[ \n\t\r]{1,32}"
 """Between the parts of a JSON value: bounded, or an answer may be blank for ever."""
 _TRIED = 4
-"""Tokens that are tried where a shape is compiled: what is built for them is built there, and most of what grows
-beyond its bounds does so at once."""
+"""Tokens that are tried where a shape is compiled: what is built for them is built there, and most
+of what grows beyond its bounds does so at once."""
 _COUNT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
 
 Check = Callable[[str], list[str]]
@@ -52,17 +55,23 @@ class Grammars:
     ConfigError: the extra is not installed; the tokenizer is not one that llguidance reads.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, rows: int, stops: Collection[int]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, rows: int, stops: Collection[int]
+    ) -> None:
         try:
             import jsonschema  # noqa: F401
             from llguidance import LLParserLimits
             from llguidance.hf import from_tokenizer
         except ModuleNotFoundError as fault:
             raise ConfigError(
-                "shapes of answers need packages that are not installed", [str(fault)], "pip install 'veneer[grammar]'"
+                "shapes of answers need packages that are not installed",
+                [str(fault)],
+                "pip install 'veneer[grammar]'",
             ) from fault
         if not stops:
-            raise ConfigError("this base has no token that ends an answer, so an answer cannot have a shape")
+            raise ConfigError(
+                "this base has no token that ends an answer, so an answer cannot have a shape"
+            )
         try:
             self._tokenizer = from_tokenizer(
                 tokenizer,  # type: ignore[arg-type]
@@ -71,16 +80,21 @@ class Grammars:
             )
         except ValueError as fault:
             raise ConfigError(
-                f"{type(tokenizer).__name__} cannot be read for grammars", [str(fault)[:300]], "Leave shapes out."
+                f"{type(tokenizer).__name__} cannot be read for grammars",
+                [str(fault)[:300]],
+                "Leave shapes out.",
             ) from None
-        self._limits = LLParserLimits(max_lexer_states=10_000, max_grammar_size=200_000, verbose_errors=False)
+        self._limits = LLParserLimits(
+            max_lexer_states=10_000, max_grammar_size=200_000, verbose_errors=False
+        )
 
     def json(self) -> Grammar:
         """Any JSON object."""
         return self.schema({"type": "object"})
 
     def schema(self, schema: Mapping[str, Any] | bool | str) -> Grammar:
-        """A JSON value of it. str: the schema's text. ConfigError: what cannot be followed of it."""
+        """A JSON value of it. str: the schema's text. ConfigError: what cannot be followed of
+        it."""
         read = _read_schema(schema)
         check = JsonCheck(read)
         return self._made("the schema", self._of_schema(read), check.faults)
@@ -88,7 +102,9 @@ class Grammars:
     def regex(self, source: str) -> Grammar:
         """All of the text is matched."""
         if len(source) > MOST_PATTERN:
-            raise ConfigError(f"the expression has {len(source):,} characters, {MOST_PATTERN:,} may be")
+            raise ConfigError(
+                f"the expression has {len(source):,} characters, {MOST_PATTERN:,} may be"
+            )
         try:
             matches = compiled(f"(?:{source})")
             compiled(source)
@@ -107,7 +123,9 @@ class Grammars:
             raise ConfigError("there is no choice")
         _check_size("the choices", sum(map(len, texts)))
         lark = "start: " + " | ".join(map(json.dumps, texts))
-        return self._made("the choices", lark, lambda text: [] if text in texts else ["it is none of the choices"])
+        return self._made(
+            "the choices", lark, lambda text: [] if text in texts else ["it is none of the choices"]
+        )
 
     def grammar(self, source: str) -> Grammar:
         """What a grammar in Lark's or llama.cpp's notation (GBNF) makes."""
@@ -120,7 +138,9 @@ class Grammars:
                 next_step="Repeat less, or with * and +.",
             )
         if (rules := source.count("::=")) > MOST_RULES:
-            raise ConfigError(f"the grammar has {rules:,} rules in llama.cpp's notation, {MOST_RULES} may be")
+            raise ConfigError(
+                f"the grammar has {rules:,} rules in llama.cpp's notation, {MOST_RULES} may be"
+            )
         try:
             lark = grammar_from("grammar", source)
         except (ValueError, RecursionError) as fault:
@@ -129,17 +149,27 @@ class Grammars:
         made.check = lambda text: [] if made.makes(text) else ["the grammar does not make it"]
         return made
 
-    def calls(self, tools: Mapping[str, Mapping[str, Any]], style: CallStyle, *, most: int = 1) -> Grammar:
-        """One call of a tool and up to `most`, where the style has several. tools: name -> schema of its arguments."""
+    def calls(
+        self, tools: Mapping[str, Mapping[str, Any]], style: CallStyle, *, most: int = 1
+    ) -> Grammar:
+        """One call of a tool and up to `most`, where the style has several. tools: name -> schema
+        of its arguments."""
         if not tools:
             raise ConfigError("there is no tool to call")
         if not 1 <= most <= MOST_CALLS:
             raise ConfigError(f"{most} calls are asked for; from 1 to {MOST_CALLS} may be")
-        read = {t: cast(Mapping[str, Any], _read_schema({"type": "object", **s})) for t, s in tools.items()}
-        _check_size("the tools", sum(len(json.dumps([tool, schema])) for tool, schema in read.items()))
+        read = {
+            t: cast(Mapping[str, Any], _read_schema({"type": "object", **s}))
+            for t, s in tools.items()
+        }
+        _check_size(
+            "the tools", sum(len(json.dumps([tool, schema])) for tool, schema in read.items())
+        )
         checks = {tool: JsonCheck(schema) for tool, schema in read.items()}
         lines = style.grammar(read, most, lambda schema: f"%json {_with_options(schema)}")
-        return self._made("the tools", "\n".join(lines), lambda text: _call_faults(text, style, read, checks))
+        return self._made(
+            "the tools", "\n".join(lines), lambda text: _call_faults(text, style, read, checks)
+        )
 
     @staticmethod
     def _of_schema(schema: Mapping[str, Any] | bool) -> str:
@@ -160,12 +190,15 @@ class Grammars:
             new.append(int(allowed.argmax()))
         if tried.is_error():
             said = tried.get_error().partition("\n")[0]
-            raise ConfigError(f"{what} cannot be followed", [said[:500] or str(tried.stop_reason())])
+            raise ConfigError(
+                f"{what} cannot be followed", [said[:500] or str(tried.stop_reason())]
+            )
         return made
 
 
 class Grammar:
-    """Called, it makes what one answer follows (sampling.Constraint). check: what is wrong with a text."""
+    """Called, it makes what one answer follows (sampling.Constraint). check: what is wrong with a
+    text."""
 
     def __init__(self, matcher: Any, tokenizer: Any, check: Check) -> None:
         self._matcher, self._tokenizer, self.check = matcher, tokenizer, check
@@ -180,7 +213,9 @@ class Grammar:
     def makes(self, text: str) -> bool:
         """Whether the grammar itself lets it pass, in whatever tokens."""
         matcher = self._matcher.deep_copy()
-        return bool(matcher.consume_tokens(self._tokenizer.tokenize_str(text)) and matcher.is_accepting())
+        return bool(
+            matcher.consume_tokens(self._tokenizer.tokenize_str(text)) and matcher.is_accepting()
+        )
 
 
 class Follower:
@@ -200,7 +235,9 @@ class Follower:
             fill_next_token_bitmask(self._matcher, self._bits)
         if self._matcher.is_error():  # its mask would be the stop token
             return np.zeros(self._ids, dtype=np.bool_)
-        return np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._ids].view(np.bool_)
+        return np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._ids].view(
+            np.bool_
+        )
 
     def ended(self, new: Sequence[int]) -> bool:
         self._follow(new)
@@ -242,7 +279,9 @@ def _read_schema(schema: Mapping[str, Any] | bool | str) -> Mapping[str, Any] | 
 def _with_options(schema: Mapping[str, Any] | bool) -> str:
     """oneOf as anyOf: whether two of them hold, the check says."""
     own = {"whitespace_pattern": _BLANK, "coerce_one_of": True}
-    of: Mapping[str, Any] = schema if isinstance(schema, Mapping) else {} if schema else {"enum": []}
+    of: Mapping[str, Any] = (
+        schema if isinstance(schema, Mapping) else {} if schema else {"enum": []}
+    )
     return json.dumps({"x-guidance": own, **of})
 
 
@@ -260,7 +299,10 @@ def _counts(source: str) -> list[int]:
 
 
 def _call_faults(
-    text: str, style: CallStyle, tools: Mapping[str, Mapping[str, Any]], checks: Mapping[str, JsonCheck]
+    text: str,
+    style: CallStyle,
+    tools: Mapping[str, Mapping[str, Any]],
+    checks: Mapping[str, JsonCheck],
 ) -> list[str]:
     reader = CallReader(style, tools)
     (said, calls), (rest, last) = reader.push(text), reader.end()

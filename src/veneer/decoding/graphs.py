@@ -1,9 +1,11 @@
-"""Decoding steps on CUDA as graphs: captured once, launched whole from then on, for a step is some thousand launches.
+"""Decoding steps on CUDA as graphs: captured once, launched whole from then on, for a step is some
+thousand launches.
 
-A graph stands for all steps of as many rows and blocks, and of the same adapters on the same rows. Rows and blocks are
-filled up to powers of two, and what changes from step to step (ids, positions, lengths, tables) lies in one buffer,
-which the graph reads where it lies. A step is captured when it has come WORTH times, and what the graph then gives is
-held against the same step launched call by call. What cannot be captured stays so: a warning says why.
+A graph stands for all steps of as many rows and blocks, and of the same adapters on the same rows.
+Rows and blocks are filled up to powers of two, and what changes from step to step (ids, positions,
+lengths, tables) lies in one buffer, which the graph reads where it lies. A step is captured when it
+has come WORTH times, and what the graph then gives is held against the same step launched call by
+call. What cannot be captured stays so: a warning says why.
 
 Knows nothing of requests. Shapes: N rows, B blocks of a table, V ids.
 """
@@ -49,12 +51,13 @@ class RefusedError(Exception):
 
 class Recorder(Protocol):
     def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What does the work of `run` again, on the same memory, and gives its tensor. RefusedError."""
+        """What does the work of `run` again, on the same memory, and gives its tensor.
+        RefusedError."""
 
 
 class CudaRecorder:
-    """CUDA's own. All graphs share one pool: what one gave is read before the next is launched. Other threads go on
-    meanwhile, and may wait and allocate: they load adapters."""
+    """CUDA's own. All graphs share one pool: what one gave is read before the next is launched.
+    Other threads go on meanwhile, and may wait and allocate: they load adapters."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -64,12 +67,16 @@ class CudaRecorder:
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
-                run()  # what is made once is made outside of the graph: compiled kernels, tables of adapters
+                # what is made once is made outside of the graph: compiled kernels, tables of
+                # adapters
+                run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = run()
-        except RuntimeError as fault:  # what CUDA refuses, a wait above all, has no class of its own
+        except (
+            RuntimeError
+        ) as fault:  # what CUDA refuses, a wait above all, has no class of its own
             raise RefusedError(str(fault).partition("\n")[0][:200]) from fault
 
         def replay() -> Tensor:
@@ -97,18 +104,20 @@ class _Graph:
 
 
 class Graphs:
-    """run: a model's forward over blocks. keys: whose last block is nobody's, for rows that fill up. recorder: None:
-    every step is launched call by call."""
+    """run: a model's forward over blocks. keys: whose last block is nobody's, for rows that fill
+    up. recorder: None: every step is launched call by call."""
 
-    def __init__(self, device: torch.device, keys: PagedKeys, run: Run, recorder: Recorder | None) -> None:
+    def __init__(
+        self, device: torch.device, keys: PagedKeys, run: Run, recorder: Recorder | None
+    ) -> None:
         self._device, self._keys, self._run, self._recorder = device, keys, run, recorder
         self._seen: Counter[Key] = Counter()
         self.kept: OrderedDict[Key, _Graph] = OrderedDict()
         self.refused: dict[Key, str] = {}
 
     def inputs(self, plan: Plan) -> Tensor | None:
-        """(N, HEAD + B) of a step of single tokens, rows and blocks filled up. None: another step, or one with a
-        trained prefix."""
+        """(N, HEAD + B) of a step of single tokens, rows and blocks filled up. None: another step,
+        or one with a trained prefix."""
         tables = [span.sequence.table for span in plan.spans]
         if any(table is None or table.front for table in tables) or not tables:
             return None
@@ -161,7 +170,9 @@ class Graphs:
                 raise RefusedError(f"its graph differs by {worst:.1e}")
         except RefusedError as fault:
             if str(fault) not in self.refused.values():
-                _log.warning("a step of answers is launched call by call, not as a CUDA graph: %s", fault)
+                _log.warning(
+                    "a step of answers is launched call by call, not as a CUDA graph: %s", fault
+                )
             self.refused[key] = str(fault)
             return False
         self.kept[key] = _Graph(own, replay, (acting, held_buffers()))

@@ -1,7 +1,8 @@
-"""Whether a text is JSON of a schema: the last word on what a grammar let pass, which covers parts of schemas alone.
+"""Whether a text is JSON of a schema: the last word on what a grammar let pass, which covers parts
+of schemas alone.
 
-Schemas and texts are strangers': patterns are matched by RE2, references go nowhere but into the schema, and the work
-is bounded. Drafts and keywords are jsonschema's.
+Schemas and texts are strangers': patterns are matched by RE2, references go nowhere but into the
+schema, and the work is bounded. Drafts and keywords are jsonschema's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class _TooMuchError(Exception): ...
 
 
 class JsonCheck:
-    """schema: as it was read. ConfigError: it is none, or holds a pattern that cannot be matched here."""
+    """schema: as it was read. ConfigError: it is none, or holds a pattern that cannot be matched
+    here."""
 
     def __init__(self, schema: Mapping[str, Any] | bool) -> None:
         from jsonschema.exceptions import SchemaError
@@ -40,9 +42,15 @@ class JsonCheck:
             self._kind = validator_for(schema, default=Draft202012Validator)
             self._kind.check_schema(schema)
         except SchemaError as fault:
-            raise ConfigError("this is no JSON schema", [f"{fault.json_path}: {fault.message[:300]}"]) from None
-        except Exception as fault:  # an $id that is no address, say: jsonschema lets such errors through
-            raise ConfigError("this is no JSON schema", [f"{type(fault).__name__}: {str(fault)[:300]}"]) from None
+            raise ConfigError(
+                "this is no JSON schema", [f"{fault.json_path}: {fault.message[:300]}"]
+            ) from None
+        except (
+            Exception
+        ) as fault:  # an $id that is no address, say: jsonschema lets such errors through
+            raise ConfigError(
+                "this is no JSON schema", [f"{type(fault).__name__}: {str(fault)[:300]}"]
+            ) from None
         faults = []
         for source in _patterns(schema):
             try:
@@ -80,7 +88,11 @@ class JsonCheck:
         def counted(keyword: Keyword) -> Keyword:
             def checked(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
                 nonlocal steps
-                steps += _searches(schema, instance) if keyword in (_pattern_properties, _additional_properties) else 1
+                steps += (
+                    _searches(schema, instance)
+                    if keyword in (_pattern_properties, _additional_properties)
+                    else 1
+                )
                 if steps > MOST_STEPS:
                     raise _TooMuchError
                 yield from keyword(validator, wanted, instance, schema) or ()
@@ -99,14 +111,20 @@ class JsonCheck:
             found.append("the schema is too entangled to be checked")
         except Unresolvable as fault:
             found.append(f"the schema refers to what it does not hold: {str(fault)[:100]}")
-        except Exception as fault:  # old drafts let keywords of any type pass, and jsonschema fails on these
-            found.append(f"the schema cannot be checked: {type(fault).__name__}: {str(fault)[:100]}")
+        except (
+            Exception
+        ) as fault:  # old drafts let keywords of any type pass, and jsonschema fails on these
+            found.append(
+                f"the schema cannot be checked: {type(fault).__name__}: {str(fault)[:100]}"
+            )
         return found
 
 
 def _patterns(schema: Any) -> Iterator[str]:
     """Every regular expression in it."""
-    shown = {id(value) for part, _ in walk(schema) if isinstance(part, Mapping) for value in _given(part)}
+    shown = {
+        id(value) for part, _ in walk(schema) if isinstance(part, Mapping) for value in _given(part)
+    }
     for part, _ in walk(schema):
         if isinstance(part, Mapping) and id(part) not in shown:
             if isinstance(part.get("pattern"), str):
@@ -129,7 +147,9 @@ def _pattern(validator: Any, source: str, instance: Any, schema: Any) -> Iterato
         yield ValidationError(f"{instance[:100]!r} does not match {source[:100]!r}")
 
 
-def _pattern_properties(validator: Any, patterns: Mapping[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+def _pattern_properties(
+    validator: Any, patterns: Mapping[str, Any], instance: Any, schema: Any
+) -> Iterator[Any]:
     if isinstance(instance, dict):
         for source, inner in patterns.items():
             matches = compiled(source)
@@ -138,14 +158,18 @@ def _pattern_properties(validator: Any, patterns: Mapping[str, Any], instance: A
                     yield from validator.descend(value, inner, path=name, schema_path=source)
 
 
-def _additional_properties(validator: Any, allowed: Any, instance: Any, schema: Any) -> Iterator[Any]:
+def _additional_properties(
+    validator: Any, allowed: Any, instance: Any, schema: Any
+) -> Iterator[Any]:
     from jsonschema.exceptions import ValidationError
 
     if not isinstance(instance, dict):
         return
     sources = [compiled(source) for source in schema.get("patternProperties", {})]
     for name, value in instance.items():
-        if name not in schema.get("properties", {}) and not any(each.search(name) for each in sources):
+        if name not in schema.get("properties", {}) and not any(
+            each.search(name) for each in sources
+        ):
             if allowed is False:
                 yield ValidationError(f"{name[:100]!r} is not allowed")
             else:
@@ -162,11 +186,16 @@ def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> It
 def _searches(schema: Mapping[str, Any], instance: Any) -> int:
     """How often a pattern of the schema is looked for in a name of the value."""
     patterns = schema.get("patternProperties", {})
-    return 1 + (len(patterns) * len(instance) if isinstance(instance, dict) and isinstance(patterns, dict) else 0)
+    return 1 + (
+        len(patterns) * len(instance)
+        if isinstance(instance, dict) and isinstance(patterns, dict)
+        else 0
+    )
 
 
 def _identity(value: Any) -> Any:
-    """Equal for values that are equal in JSON, where 1 is 1.0 and true is not 1: to look one up among many."""
+    """Equal for values that are equal in JSON, where 1 is 1.0 and true is not 1: to look one up
+    among many."""
     if isinstance(value, dict):
         return "object", frozenset((name, _identity(inner)) for name, inner in value.items())
     if isinstance(value, list):

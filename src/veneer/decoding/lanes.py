@@ -1,10 +1,12 @@
-"""The forwards of a step: one for rows that keep their bits whatever is beside them, one for all other rows.
+"""The forwards of a step: one for rows that keep their bits whatever is beside them, one for all
+other rows.
 
-A LoRA of linear layers adds its updates to the base's product row by row, so rows of the base and of such LoRAs are
-what they are alone, to the bit. Other contents change how a whole forward is computed: a prefix sends it through the
-model's own code, a trained norm or a bottleneck through torch's. They share a forward of their own, and a step that has
-both kinds of rows reads the weights twice. Where no bits are promised (decoding/direct.py has no forward by parts, or
-no compiled updates) one forward computes all rows.
+A LoRA of linear layers adds its updates to the base's product row by row, so rows of the base and
+of such LoRAs are what they are alone, to the bit. Other contents change how a whole forward is
+computed: a prefix sends it through the model's own code, a trained norm or a bottleneck through
+torch's. They share a forward of their own, and a step that has both kinds of rows reads the weights
+twice. Where no bits are promised (decoding/direct.py has no forward by parts, or no compiled
+updates) one forward computes all rows.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ from torch import Tensor
 
 from veneer.adapters.acting import Acting, in_step
 from veneer.adapters.attachment import Attachment
-from veneer.decoding.adapters import Adapters, Updating, changes_rows_alone, mix_of, prefixes, updating
+from veneer.decoding.adapters import (
+    Adapters,
+    Updating,
+    changes_rows_alone,
+    mix_of,
+    prefixes,
+    updating,
+)
 from veneer.decoding.blocks import BlockManager, Identity
 from veneer.decoding.direct import Way
 from veneer.decoding.forward import PagedForward
@@ -56,12 +65,17 @@ class Lane:
         if self.acting is not None:
             layers = [layer for adapter in attached for layer in adapter.beside.values()]
             self._prepared, self.acting = self.acting[1].plan.following(layers), None
-        self._known = {adapter: self._known[adapter] for adapter in attached if adapter in self._known}
+        self._known = {
+            adapter: self._known[adapter] for adapter in attached if adapter in self._known
+        }
         self.forward.let_go(attached)
 
     def _acting_of(self, plan: Plan, filler: int) -> Acting:
-        """The same value, with what it prepared, for as long as the same adapters have the same numbers of rows."""
-        parts = [(count, self._adapters.applied(each) if each else ()) for each, count in plan.parts]
+        """The same value, with what it prepared, for as long as the same adapters have the same
+        numbers of rows."""
+        parts = [
+            (count, self._adapters.applied(each) if each else ()) for each, count in plan.parts
+        ]
         if self.acting is None or self.acting[0] != (parts, filler):
             base = self._base
             self.acting = (parts, filler), in_step(parts, self._prepared).padded(filler)
@@ -84,7 +98,9 @@ class Lane:
 class Lanes:
     """The forwards of each step over one set of blocks."""
 
-    def __init__(self, base: FrozenBase, blocks: BlockManager, adapters: Adapters, way: Way) -> None:
+    def __init__(
+        self, base: FrozenBase, blocks: BlockManager, adapters: Adapters, way: Way
+    ) -> None:
         self._adapters, self._way = adapters, way
         again = way.again if (by_parts := way.not_by_parts is None) else None
         first = PagedForward(base.device, blocks, way.logits, filled=not by_parts, again=again)
@@ -94,7 +110,8 @@ class Lanes:
         self._rows_alone: dict[Attachment, bool] = {}
 
     def logits(self, plan: Plan) -> list[Computed]:
-        """The logits of all spans, each in one of the forwards. Prefixes are written and blocks copied before."""
+        """The logits of all spans, each in one of the forwards. Prefixes are written and blocks
+        copied before."""
         for front in plan.fronts:
             (prefix,) = prefixes(self._adapters.applied(front.adapter))
             self.exact.forward.write(front, prefix)
@@ -121,13 +138,16 @@ class Lanes:
     def let_go(self, held: Collection[Identity]) -> None:
         """Drops references to all adapters but those of these identities."""
         attached = [adapter for identity in held for adapter, _ in self._adapters.applied(identity)]
-        self._rows_alone = {each: self._rows_alone[each] for each in attached if each in self._rows_alone}
+        self._rows_alone = {
+            each: self._rows_alone[each] for each in attached if each in self._rows_alone
+        }
         for lane in (self.exact, self.others):
             lane.let_go(attached)
         self._way.let_go()
 
     def _is_exact(self, identity: Identity) -> bool:
-        """Whether rows of these adapters go with the base's. All do where forwards are not split."""
+        """Whether rows of these adapters go with the base's. All do where forwards are not
+        split."""
         return not (self._splits and identity) or all(
             self._changes_rows_alone(adapter) for adapter, _ in self._adapters.applied(identity)
         )

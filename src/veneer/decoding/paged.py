@@ -1,7 +1,8 @@
-"""Keys and values in blocks, and a step's way through the layers (kernels/paged_attention.py attends).
+"""Keys and values in blocks, and a step's way through the layers (kernels/paged_attention.py
+attends).
 
-Which tokens a block holds, decoding/blocks.py says. Knows nothing of models: layers are numbered in the order in which
-they call. Shapes: N rows of the step, K key/value heads, D head size.
+Which tokens a block holds, decoding/blocks.py says. Knows nothing of models: layers are numbered in
+the order in which they call. Shapes: N rows of the step, K key/value heads, D head size.
 """
 
 from collections.abc import Sequence
@@ -28,11 +29,14 @@ class PagedKeys:
     def layer(self, number: int, key_NKD: Tensor, value_NKD: Tensor) -> Blocks:
         """Of the layer that has this number; its shapes are those of its first keys and values."""
         if number not in self.layers:
-            self.layers[number] = Blocks.empty(self.num_blocks, self.tokens_per_block, key_NKD, value_NKD)
+            self.layers[number] = Blocks.empty(
+                self.num_blocks, self.tokens_per_block, key_NKD, value_NKD
+            )
         return self.layers[number]
 
     def like(self, number: int, stored: Blocks) -> Blocks:
-        """Of the layer that has this number; where it is not made yet, of the shapes and type of another's blocks."""
+        """Of the layer that has this number; where it is not made yet, of the shapes and type of
+        another's blocks."""
         if number not in self.layers:
             own = (
                 torch.empty(self.num_blocks, *x.shape[1:], dtype=x.dtype, device=x.device)
@@ -45,7 +49,9 @@ class PagedKeys:
         """The keys and values of a trained prefix into a layer's blocks."""
         size = self.tokens_per_block
         places = [block * size + slot for block in blocks for slot in range(size)][: len(key_NKD)]
-        self.layer(number, key_NKD, value_NKD).write(torch.tensor(places, device=key_NKD.device), key_NKD, value_NKD)
+        self.layer(number, key_NKD, value_NKD).write(
+            torch.tensor(places, device=key_NKD.device), key_NKD, value_NKD
+        )
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """What of one block is wanted in another as well."""
@@ -55,12 +61,16 @@ class PagedKeys:
 
 
 class PagedStep:
-    """The spans of a step on their way through the layers (models/attention.py: Laid); `calls` counts those passed.
+    """The spans of a step on their way through the layers (models/attention.py: Laid); `calls`
+    counts those passed.
 
-    mix: what the adapters add to which rows, where these are listed: such steps are recorded (decoding/recorded.py).
+    mix: what the adapters add to which rows, where these are listed: such steps are recorded
+    (decoding/recorded.py).
     """
 
-    def __init__(self, keys: PagedKeys, spans: Sequence[SpanRows], mix: Mix | None = None, *, spare: int = 0) -> None:
+    def __init__(
+        self, keys: PagedKeys, spans: Sequence[SpanRows], mix: Mix | None = None, *, spare: int = 0
+    ) -> None:
         self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block, spare), 0
         self.mix = mix
         self._fewer: dict[tuple[int, ...], Spans] = {}
@@ -81,24 +91,31 @@ class PagedStep:
         """Write the rows' keys and values, and attend: (N, H, E). A prefix is in its blocks."""
         stored = self.keys.layer(self.calls, key_NKD, value_NKD)
         self.calls += 1
-        return paged_attention(query_NHD, key_NKD, value_NKD, stored, self._spans_with(prefix), rules)
+        return paged_attention(
+            query_NHD, key_NKD, value_NKD, stored, self._spans_with(prefix), rules
+        )
 
     def _spans_with(self, prefix: Sequence[tuple[slice, Pair | None]]) -> Spans:
         """Without the fronts of those whose prefix has nothing for this layer."""
         if all(pair is not None for _, pair in prefix):
             return self.spans
         starts = accumulate((span.stop - span.start for span in self.spans.each), initial=0)
-        first = [next((pair for rows, pair in prefix if start < rows.stop), None) for start in starts]
+        first = [
+            next((pair for rows, pair in prefix if start < rows.stop), None) for start in starts
+        ]
         bare = tuple(n for n, span in enumerate(self.spans.each) if span.front and first[n] is None)
         if bare not in self._fewer:
-            fewer = [s._replace(front=(), front_places=0) if n in bare else s for n, s in enumerate(self.spans.each)]
+            fewer = [
+                s._replace(front=(), front_places=0) if n in bare else s
+                for n, s in enumerate(self.spans.each)
+            ]
             self._fewer[bare] = Spans(fewer, self.keys.tokens_per_block)
         return self._fewer[bare]
 
 
 class RowsStep:
-    """Single tokens on their way through the layers, what is seen of them read on the device (models/attention.py:
-    Laid). No trained prefix is in front of them."""
+    """Single tokens on their way through the layers, what is seen of them read on the device
+    (models/attention.py: Laid). No trained prefix is in front of them."""
 
     def __init__(self, keys: PagedKeys, tables: Tables) -> None:
         self.keys, self.tables, self.calls = keys, tables, 0

@@ -1,14 +1,15 @@
 """Which loop gives a model's answers: ours and transformers', each held against whole texts.
 
-    packed    our own engine's steps give the logits of whole texts (decoding/engine.py): prompts read in chunks beside
-              others that are continued, a text that begins in another's block
+    packed    our own engine's steps give the logits of whole texts (decoding/engine.py): prompts
+              read in chunks beside others that are continued, a text that begins in another's block
     beside    transformers' loop over prompts padded on the left gives what each gives alone
-    cached    that loop over one prompt gives the logits of whole texts: some caches are built wrongly, and RoBERTa's
-              positions begin elsewhere; else the whole text is read for every token
+    cached    that loop over one prompt gives the logits of whole texts: some caches are built
+              wrongly, and RoBERTa's positions begin elsewhere; else the whole text is read for
+              every token
 
-First on a small copy of the model's structure (models/structure.py), once for a config (models/proof.py); our own then
-once more on the model itself, before any adapter is attached. What is not proven goes prompt by prompt through
-transformers.
+First on a small copy of the model's structure (models/structure.py), once for a config
+(models/proof.py); our own then once more on the model itself, before any adapter is attached. What
+is not proven goes prompt by prompt through transformers.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def loops(model: PreTrainedModel) -> Loops:
     found, key = structure(model), structure_key(type(model), model.config)
     if key not in _KNOWN:
         with quiet():
-            _KNOWN[key] = kept_proof("loops", type(model), model.config, Loops, lambda: _prove(model, found.packed))
+            _KNOWN[key] = kept_proof(
+                "loops", type(model), model.config, Loops, lambda: _prove(model, found.packed)
+            )
     return _KNOWN[key]
 
 
@@ -66,7 +69,8 @@ def _prove(model: PreTrainedModel, not_packed: str | None) -> Loops:
 
 
 def _decoding(model: PreTrainedModel) -> str | None:
-    """Prompts read together and continued by given tokens, on a copy that is switched to packed attention."""
+    """Prompts read together and continued by given tokens, on a copy that is switched to packed
+    attention."""
     first, second = (text[: SWITCH - 1 - 3 * i] for i, text in enumerate(sample_texts(model)[2:]))
     texts = [first, second, first[: SLOTS + 1] + second[SLOTS + 1 :]]
     split = [len(first) - 9, len(second) - 9, SLOTS + 2]
@@ -82,9 +86,13 @@ def _decoding(model: PreTrainedModel) -> str | None:
     return tried(model, "a packed cache", run)
 
 
-def _continued_apart(model: PreTrainedModel, texts: list[list[int]], split: list[int], whole: list[Tensor]) -> float:
+def _continued_apart(
+    model: PreTrainedModel, texts: list[list[int]], split: list[int], whole: list[Tensor]
+) -> float:
     """Texts read up to `split` and continued from there, against their logits read whole."""
-    prompts, given = zip(*((text[:at], text[at:]) for text, at in zip(texts, split, strict=True)), strict=True)
+    prompts, given = zip(
+        *((text[:at], text[at:]) for text, at in zip(texts, split, strict=True)), strict=True
+    )
     found = continued(model, prompts, given, Limits(rows=4, step_tokens=16, chunk_tokens=11))
     return max(apart(own, of[at - 1 :]) for own, of, at in zip(found, whole, split, strict=True))
 
@@ -95,7 +103,9 @@ def _beside(model: PreTrainedModel) -> str | None:
 
     def run() -> float:
         together = generated(model, texts)
-        return max(apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts))
+        return max(
+            apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts)
+        )
 
     return tried(model, "prompts padded on the left", run)
 
@@ -153,7 +163,8 @@ def decodes_packed(base: FrozenBase) -> bool:
 
 @torch.no_grad()
 def prove_decoding(model: PreTrainedModel) -> str | None:
-    """None if our loop gives what the model gives on whole texts; else why transformers' own is taken.
+    """None if our loop gives what the model gives on whole texts; else why transformers' own is
+    taken.
 
     Three short prompts, two of which begin alike, are read and continued by two given tokens each.
     """
@@ -164,11 +175,17 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
     ids, most = some_ids(model, SLOTS + 7, 2).tolist(), read_alike(model.config)
     start = SLOTS + 1 if most is None else min(SLOTS + 1, most - 3)
     texts = [ids[: start + 3], ids[:start] + ids[-3:], ids[2:10]]
-    whole = [model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0] for t in texts]
+    whole = [
+        model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0]
+        for t in texts
+    ]
     try:
         worst = _continued_apart(model, texts, [len(text) - 2 for text in texts], whole)
     except REFUSALS as fault:
-        return f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}: {str(fault)[:80]})"
+        return (
+            f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}:"
+            f" {str(fault)[:80]})"
+        )
     if worst > TOLERANCE[whole[0].dtype]:
         return f"{type(model).__name__} decoded with a packed cache differs by {worst:.1e}"
     return None

@@ -1,14 +1,15 @@
 """The layers of a step, computed in Python once or twice and from then on by one call into C.
 
-Steps differ in how many rows they have, in what the first layer takes, in whose blocks are which, and in what the
-adapters add to which rows. All of that is handed over anew; where nothing of a step but compiled functions computes
-(kernels/recorded.py), the rest is the same calls over the same memory, whatever is asked: a prompt read, answers gone
-on with, the base alone or any mix of adapters whose changes are updates of linear layers (kernels/mixes.py). So the
-second such step is recorded, and all later ones are made again.
-What was recorded reads the model's weights where they stood, so it is asked whether modules, parameters and listeners
-are the same: at each step, but where answers only go on by a token every `UNSEEN` steps; what was exchanged meanwhile
-is held until then. Where something is not the same the step is computed as ever, and recorded anew.
-Shapes: N rows of the step, D width, E head size.
+Steps differ in how many rows they have, in what the first layer takes, in whose blocks are which,
+and in what the adapters add to which rows. All of that is handed over anew; where nothing of a step
+but compiled functions computes (kernels/recorded.py), the rest is the same calls over the same
+memory, whatever is asked: a prompt read, answers gone on with, the base alone or any mix of
+adapters whose changes are updates of linear layers (kernels/mixes.py). So the second such step is
+recorded, and all later ones are made again. What was recorded reads the model's weights where they
+stood, so it is asked whether modules, parameters and listeners are the same: at each step, but
+where answers only go on by a token every `UNSEEN` steps; what was exchanged meanwhile is held until
+then. Where something is not the same the step is computed as ever, and recorded anew. Shapes: N
+rows of the step, D width, E head size.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ Rest = Callable[[Inputs, PagedStep], Tensor]
 LEAST_ROOM = 64
 """Rows that a recording has space for at least; more where a step has more."""
 UNSEEN = 16
-"""Steps for which answers may go on over what was exchanged under them: a look takes as long as a small kernel."""
+"""Steps for which answers may go on over what was exchanged under them: a look takes as long as a
+small kernel."""
 
 
 class Steps:
@@ -71,13 +73,17 @@ class Steps:
                 each.let_go()
 
     def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of single tokens, embedding and head too, by one call; only within `taken`. None: nothing was
-        recorded that gives this step, or not all of it stands as it stood."""
+        """(N, V) of single tokens, embedding and head too, by one call; only within `taken`. None:
+        nothing was recorded that gives this step, or not all of it stands as it stood."""
         mix, standing = laid.mix, self._standing
         if mix is None or mix.others or standing is None:
             return None
         for each in self._kept:
-            if each.takes(len(ids)) and each.ends is not None and mix.keys.isdisjoint(each.ends.beside):
+            if (
+                each.takes(len(ids))
+                and each.ends is not None
+                and mix.keys.isdisjoint(each.ends.beside)
+            ):
                 if each.lacks(mix, frozenset()) or not self._stand(standing, each.ends.standing):
                     return None
                 return each.whole(ids, laid)
@@ -92,10 +98,12 @@ class Steps:
         beside: Set[str],
         around: Callable[[], Around | None] = lambda: None,
     ) -> Tensor:
-        """(N, D) as `rest` gives it, to the bit. The values are good until the next step; only within `taken`.
+        """(N, D) as `rest` gives it, to the bit. The values are good until the next step; only
+        within `taken`.
 
-        modules: all that may be called for it, those of the adapters beside them too. beside: keys of adapters' layers
-        at which `rest` does not come by. around: what stands before and behind, where that is recorded too.
+        modules: all that may be called for it, those of the adapters beside them too. beside: keys
+        of adapters' layers at which `rest` does not come by. around: what stands before and behind,
+        where that is recorded too.
         """
         mix, rows, self._unseen = laid.mix, len(inputs[0]), 0
         if mix is None or not mix.others <= beside or laid.spans.rows != rows:
@@ -122,7 +130,9 @@ class Steps:
         self._unseen = UNSEEN - 1
         return all(each.stands() for each in those)
 
-    def _recorded(self, inputs: Inputs, laid: PagedStep, rest: Rest, around: Callable[[], Around | None]) -> Tensor:
+    def _recorded(
+        self, inputs: Inputs, laid: PagedStep, rest: Rest, around: Callable[[], Around | None]
+    ) -> Tensor:
         rows, most = len(inputs[0]), LEAST_ROOM
         while most < rows:
             most *= 2
@@ -147,14 +157,22 @@ class Standing:
         """around: of these only what stands in them is looked at."""
         children = [each._modules for each in (*around, *modules) if each._modules]
         self._children, self._stood = children, [dict(each) for each in children]
-        self._listeners = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._listeners = [
+            hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        ]
         self._heard = -1
-        holders: list[dict[str, Any]] = [kind for each in modules for kind in (each._parameters, each._buffers)]
-        places = [(kind, name) for kind in holders for name, tensor in kind.items() if tensor is not None]
+        holders: list[dict[str, Any]] = [
+            kind for each in modules for kind in (each._parameters, each._buffers)
+        ]
+        places = [
+            (kind, name) for kind in holders for name, tensor in kind.items() if tensor is not None
+        ]
         self._kinds, self._names = [kind for kind, _ in places], [name for _, name in places]
         self._tensors = [kind[name] for kind, name in places]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
-        self._storages = [tensor.untyped_storage() for tensor in self._tensors]  # held: C reads there
+        self._storages = [
+            tensor.untyped_storage() for tensor in self._tensors
+        ]  # held: C reads there
 
     def stands(self) -> bool:
         """Whether all of it stands where it stood, and nobody listens."""
@@ -175,7 +193,8 @@ class Standing:
 
 @dataclass(frozen=True)
 class Around:
-    """ends: what stands around the layers. standing: what of it is read. beside: keys of what may act there."""
+    """ends: what stands around the layers. standing: what of it is read. beside: keys of what may
+    act there."""
 
     ends: Ends
     standing: Standing
@@ -186,15 +205,26 @@ class _Recorded:
     """least, most: rows that it may have. ends: around the layers, of steps of single tokens."""
 
     def __init__(
-        self, noted: Recording, inputs: Sequence[Tensor], states: Tensor, laid: PagedStep, ends: Around | None
+        self,
+        noted: Recording,
+        inputs: Sequence[Tensor],
+        states: Tensor,
+        laid: PagedStep,
+        ends: Around | None,
     ) -> None:
         assert noted.room is not None
         self._noted, self._inputs, self._states = noted, inputs, states
         self._attended = noted.structs("veneer_paged_attention")
         self._updated = noted.structs("veneer_few_rows_updated")
-        self._like = [Blocks(each.keys[:0].clone(), each.values[:0].clone()) for each in laid.keys.layers.values()]
+        self._like = [
+            Blocks(each.keys[:0].clone(), each.values[:0].clone())
+            for each in laid.keys.layers.values()
+        ]
         self._keys = frozenset(
-            updates.key for one in self._updated for updates in one.kept[1] if updates is not None and updates.key
+            updates.key
+            for one in self._updated
+            for updates in one.kept[1]
+            if updates is not None and updates.key
         )
         packed = any(one.kind < 0 for one in noted.structs("veneer_packed_rows"))
         self.least, self.most = (FUSED_ROWS + 1 if packed else 1), noted.room.most
@@ -233,7 +263,10 @@ class _Recorded:
     def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
         """(N, V); None: the mix is more than one call takes, or a place lies too far."""
         assert self.ends is not None
-        if not self._laid_out(len(ids), laid) or (logits := self.ends.ends.take(ids, laid.spans)) is None:
+        if (
+            not self._laid_out(len(ids), laid)
+            or (logits := self.ends.ends.take(ids, laid.spans)) is None
+        ):
             return None
         self._noted.again(around=True)
         return logits
@@ -245,7 +278,10 @@ class _Recorded:
         if mix is not self._mix and not self._list(mix):
             return False
         if mix.rows > rows or spans.rows != rows or spans.blocks > laid.keys.num_blocks:
-            raise ValueError(f"{rows} rows, of spans {spans.rows}, up to {mix.rows} updated, {spans.blocks} blocks")
+            raise ValueError(
+                f"{rows} rows, of spans {spans.rows}, up to {mix.rows} updated, {spans.blocks}"
+                " blocks"
+            )
         if self._pages is None or laid.keys is not self._pages():
             self._lay(laid.keys)
         if rows != self._rows:

@@ -1,4 +1,5 @@
-"""An answer for which the whole text is read at every token, as in training: where no cache gives what that gives."""
+"""An answer for which the whole text is read at every token, as in training: where no cache gives
+what that gives."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from veneer.models.switches import forget_lengths
 def answer_by_rereading(
     model: PreTrainedModel, request: Request, *, on_token: Callable[[int], None] | None = None
 ) -> list[int]:
-    """New ids for the request's first choice, the stop token left out; on_token gets each of them as it comes.
+    """New ids for the request's first choice, the stop token left out; on_token gets each of them
+    as it comes.
 
     Raises what a draw says: logits that are no numbers.
     """

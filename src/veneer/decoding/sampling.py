@@ -1,10 +1,12 @@
-"""How tokens are drawn, as it is asked for, and what a draw may tell. Numbers alone; decoding/draws.py draws.
+"""How tokens are drawn, as it is asked for, and what a draw may tell. Numbers alone;
+decoding/draws.py draws.
 
 forbidden    what a constraint does not allow; stop tokens before min_new_tokens
 logit_bias   added to logits
 penalties    of ids that have been there (repetition: in the prompt too)
 temperature  logits are divided by it
-min_p, top_k, top_p    which of the likeliest are left, in this order, each of what the one before left
+min_p, top_k, top_p    which of the likeliest are left, in this order, each of what the one before
+                       left
 """
 
 from __future__ import annotations
@@ -14,7 +16,18 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol
 
-from veneer.bounds import BIAS, LOGPROBS, MIN_P, PENALTY, REPETITION, TEMPERATURE, TOKEN, TOP_K, TOP_P, number_faults
+from veneer.bounds import (
+    BIAS,
+    LOGPROBS,
+    MIN_P,
+    PENALTY,
+    REPETITION,
+    TEMPERATURE,
+    TOKEN,
+    TOP_K,
+    TOP_P,
+    number_faults,
+)
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLDEST = 1e-9
-"""From here on any two logits that differ are infinitely far apart: the likeliest token is taken."""
+"""From here on any two logits that differ are infinitely far apart: the likeliest token is
+taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +45,16 @@ class Sampling:
 
     temperature         0: the likeliest token
     top_k               so many of the likeliest; 0: all
-    top_p               the fewest of the likeliest that together have this chance; 0: the likeliest alone
+    top_p               the fewest of the likeliest that together have this chance; 0: the likeliest
+                        alone
     min_p               those that have this part of the likeliest one's chance
-    repetition_penalty  logits of ids in the prompt or the answer are divided by it, those below 0 multiplied
+    repetition_penalty  logits of ids in the prompt or the answer are divided by it, those below 0
+                        multiplied
     presence_penalty    taken from the logits of ids in the answer
     frequency_penalty   the same, as often as they are there
     logit_bias          (id, what is added to its logit), each id once
-    logprobs            how many alternatives are told beside each token's own chance; None: nothing is told
+    logprobs            how many alternatives are told beside each token's own chance; None: nothing
+                        is told
     """
 
     temperature: float = 0.0
@@ -62,9 +79,15 @@ class Sampling:
             logprobs=(LOGPROBS, self.logprobs),
         )
         ids = [token for token, _ in self.logit_bias]
-        faults += [f"logit_bias has {str(i)[:40]!r}: an id is {TOKEN.said}" for i in ids if not TOKEN.holds(i)]
+        faults += [
+            f"logit_bias has {str(i)[:40]!r}: an id is {TOKEN.said}"
+            for i in ids
+            if not TOKEN.holds(i)
+        ]
         biases = [(f"logit_bias of {str(i)[:40]}", bias) for i, bias in self.logit_bias]
-        faults += [fault for name, bias in biases for fault in number_faults(**{name: (BIAS, bias)})]
+        faults += [
+            fault for name, bias in biases for fault in number_faults(**{name: (BIAS, bias)})
+        ]
         if len(set(ids)) < len(ids):
             faults.append("logit_bias has an id twice")
         if faults:
@@ -82,7 +105,11 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     @property
     def cuts(self) -> bool:
@@ -95,7 +122,8 @@ GREEDY = Sampling()
 
 
 class Constraint(Protocol):
-    """What an answer may say, token by token: a grammar's. One for each choice, asked in the order of its tokens."""
+    """What an answer may say, token by token: a grammar's. One for each choice, asked in the order
+    of its tokens."""
 
     def allowed(self, new: Sequence[int]) -> Tensor | np.ndarray:
         """(V) bool, or shorter: ids behind it are not allowed. new: the answer so far."""
@@ -106,9 +134,11 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class TokenChance:
-    """A drawn token, the logarithm of the chance that the model itself gave it, and the likeliest alternatives.
+    """A drawn token, the logarithm of the chance that the model itself gave it, and the likeliest
+    alternatives.
 
-    Before constraints, biases, penalties and temperature. alternatives: (id, logarithm), the likeliest first
+    Before constraints, biases, penalties and temperature. alternatives: (id, logarithm), the
+    likeliest first
     """
 
     token: int
@@ -117,7 +147,8 @@ class TokenChance:
 
 
 def uniform(seed: int, choice: int, place: int) -> float:
-    """In [0, 1): what choice number `choice` draws for its new token number `place`, whatever is computed beside it."""
+    """In [0, 1): what choice number `choice` draws for its new token number `place`, whatever is
+    computed beside it."""
     digest = blake2b(b"%d %d %d" % (seed, choice, place), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 

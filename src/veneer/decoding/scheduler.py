@@ -1,17 +1,19 @@
 """Which sequences compute which of their tokens in the next step, until all have ended.
 
     add, cancel     between steps or during one
-    step(now)       a plan: spans of tokens, the rows of one adapter beside each other; what to copy before
+    step(now)       a plan: spans of tokens, the rows of one adapter beside each other; what to copy
+                    before
     step_alone      a plan for one sequence, where a step failed
     finish_step     the token that each drew; stops and limits are applied
     undo_step       the plan was not computed (no memory, say): the same again, or a smaller one
 
-Within a step: sequences that decode get their token each, then prompts are read in chunks, the oldest first,
-then waiting ones are let in by priority and age. One whose adapter is not there yet blocks nobody; one
-without a place for its adapter is overtaken a bounded number of times (adapter_places.py). Where blocks run
-out, the youngest goes back and is read again later.
+Within a step: sequences that decode get their token each, then prompts are read in chunks, the
+oldest first, then waiting ones are let in by priority and age. One whose adapter is not there yet
+blocks nobody; one without a place for its adapter is overtaken a bounded number of times
+(adapter_places.py). Where blocks run out, the youngest goes back and is read again later.
 
-Deterministic: no clock, no random numbers; one thread calls. Models, tensors and texts are not known.
+Deterministic: no clock, no random numbers; one thread calls. Models, tensors and texts are not
+known.
 """
 
 from __future__ import annotations
@@ -70,20 +72,35 @@ class Limits:
 
 
 class Scheduler:
-    """blocks: for its sequences alone. adapters: asked once a step for each that a sequence waits for, and held for
-    every sequence that has blocks; the base never. positions: that the model has; None: any number."""
+    """blocks: for its sequences alone. adapters: asked once a step for each that a sequence waits
+    for, and held for every sequence that has blocks; the base never. positions: that the model has;
+    None: any number."""
 
     def __init__(
-        self, blocks: BlockManager, limits: Limits, adapters: Adapters, *, positions: int | None = None
+        self,
+        blocks: BlockManager,
+        limits: Limits,
+        adapters: Adapters,
+        *,
+        positions: int | None = None,
     ) -> None:
-        self.blocks, self.limits, self._adapters, self.positions = blocks, limits, adapters, positions
+        self.blocks, self.limits, self._adapters, self.positions = (
+            blocks,
+            limits,
+            adapters,
+            positions,
+        )
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._others: dict[int, list[Sequence]] = {}  # first choice -> those that wait for it to read the prompt
+        self._others: dict[
+            int, list[Sequence]
+        ] = {}  # first choice -> those that wait for it to read the prompt
         self._cancelled: list[Sequence] = []  # during the step that is under way
         self._ended: list[Sequence] = []  # and not yet told
         self._plan: Plan | None = None
-        self._last: Plan | None = None  # the one before, if all that runs went on by a token in it and nothing else was
+        self._last: Plan | None = (
+            None  # the one before, if all that runs went on by a token in it and nothing else was
+        )
         self._count = self._plans = 0
 
     @property
@@ -93,7 +110,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Those that have none yet or any more, the next first, each request's other choices behind."""
+        """Those that have none yet or any more, the next first, each request's other choices
+        behind."""
         return (*self._waiting, *(other for others in self._others.values() for other in others))
 
     @property
@@ -102,29 +120,36 @@ class Scheduler:
         return not (self._waiting or self._running or self._others or self._ended)
 
     def wanted(self) -> list[Identity]:
-        """Adapters of waiting sequences in the order in which they are needed: what to load ahead."""
+        """Adapters of waiting sequences in the order in which they are needed: what to load
+        ahead."""
         return list(dict.fromkeys(s.request.adapter for s in self._waiting if s.request.adapter))
 
     def in_use(self) -> Counter[Identity]:
-        """Adapters of all sequences that have not ended, the base among them, with the number of these."""
+        """Adapters of all sequences that have not ended, the base among them, with the number of
+        these."""
         return Counter(s.request.adapter for s in (*self._running, *self.waiting))
 
     def most_places(self, front_places: int = 0) -> int:
-        """Tokens that a prompt and its answer may have together, behind such a prefix. For any thread."""
+        """Tokens that a prompt and its answer may have together, behind such a prefix. For any
+        thread."""
         blocks = self.blocks
         room = (blocks.num_blocks - blocks.blocks_for(front_places)) * blocks.tokens_per_block
         places = room + 1  # the last token's keys and values are not needed
-        return max(0, places if self.positions is None else min(places, self.positions - front_places))
+        return max(
+            0, places if self.positions is None else min(places, self.positions - front_places)
+        )
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """One sequence for each choice, which wait from now on.
 
-        DoesNotFitError: it can never run: too long for all blocks or the model, too many adapters or choices.
-        QueueFullError: too many wait.
+        DoesNotFitError: it can never run: too long for all blocks or the model, too many adapters
+        or choices. QueueFullError: too many wait.
         """
         self._check_fits(request, front_places=0)
         if (most := self.limits.max_adapters) < len(request.adapter):
-            raise DoesNotFitError(f"{len(request.adapter)} adapters are to act together, {most} may")
+            raise DoesNotFitError(
+                f"{len(request.adapter)} adapters are to act together, {most} may"
+            )
         if (most := self.limits.max_waiting) < request.choices:
             raise DoesNotFitError(f"{request.choices} choices are asked for, {most} may wait")
         waiting = sum(s.state is State.WAITING for s in self.waiting)
@@ -132,13 +157,18 @@ class Scheduler:
             raise QueueFullError(waiting, self.limits.max_waiting)
         made = []
         for choice in range(request.choices):
-            made.append(Sequence(self._count, request, choice, self.blocks.chain(request.adapter, request.salt)))
+            made.append(
+                Sequence(
+                    self._count, request, choice, self.blocks.chain(request.adapter, request.salt)
+                )
+            )
             self._count += 1
         self._wait(made[0], made[1:])
         return tuple(made)
 
     def cancel(self, sequence: Sequence) -> None:
-        """It ends at once, or with the step that is under way. The next `step` or `finish_step` tells."""
+        """It ends at once, or with the step that is under way. The next `step` or `finish_step`
+        tells."""
         if sequence.state is State.FINISHED or sequence.cancelled:
             return
         sequence.cancelled = True
@@ -159,7 +189,12 @@ class Scheduler:
         assert self._plan is None, "the last step has not been finished"
         self._end_late(now)
         last, self._last = self._last, None
-        if last is not None and most_tokens is None and not self._waiting and (plan := self._following(last)):
+        if (
+            last is not None
+            and most_tokens is None
+            and not self._waiting
+            and (plan := self._following(last))
+        ):
             return plan
         places = self._ask_adapters()
         tokens = min(self.limits.step_tokens, most_tokens or self.limits.step_tokens)
@@ -175,7 +210,11 @@ class Scheduler:
         return self._planned(spans, self.blocks.fronts, self.blocks.copies)
 
     def _planned(
-        self, spans: tuple[Span, ...], fronts: tuple[Front, ...], copies: tuple[Copy, ...], follows: int | None = None
+        self,
+        spans: tuple[Span, ...],
+        fronts: tuple[Front, ...],
+        copies: tuple[Copy, ...],
+        follows: int | None = None,
     ) -> Plan:
         self._plans += 1
         self._plan = Plan(spans, fronts, copies, self._told(), self._plans, follows)
@@ -183,12 +222,19 @@ class Scheduler:
 
     def _following(self, last: Plan) -> Plan | None:
         """The next token of each; None: there are others, or no block for one."""
-        if self._others or len(last.spans) != len(self._running) or self.blocks.fronts or self.blocks.copies:
+        if (
+            self._others
+            or len(last.spans) != len(self._running)
+            or self.blocks.fronts
+            or self.blocks.copies
+        ):
             return None
         spans, block = [], self.blocks.tokens_per_block
         for span in last.spans:
             s = span.sequence
-            if s.table is None or not (span.stop % block or self.blocks.grow(s.table, span.stop + 1)):
+            if s.table is None or not (
+                span.stop % block or self.blocks.grow(s.table, span.stop + 1)
+            ):
                 return None
             spans.append(Span(s, span.stop, span.stop + 1, span.draws))
         for content in self._adapters.settle():
@@ -196,7 +242,8 @@ class Scheduler:
         return self._planned(tuple(spans), (), (), last.number)
 
     def step_alone(self, sequence: Sequence) -> Plan:
-        """One running sequence's part of a step that failed: whether it fails by itself. It may go back instead."""
+        """One running sequence's part of a step that failed: whether it fails by itself. It may go
+        back instead."""
         assert self._plan is None, "the last step has not been finished"
         if self._has_room(sequence):
             assert sequence.table is not None
@@ -208,8 +255,8 @@ class Scheduler:
     def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
         """The plan has been computed. Returns the sequences that have ended.
 
-        results   by number: what each sequence drew that the plan names in `draws`, and nothing else. One
-                  that was cancelled meanwhile gets no token.
+        results   by number: what each sequence drew that the plan names in `draws`, and nothing
+                  else. One that was cancelled meanwhile gets no token.
         """
         assert self._plan is not None, "no step is under way"
         drawing = {s.number for span in self._plan.spans for s in span.draws}
@@ -251,17 +298,23 @@ class Scheduler:
         if self.positions is not None and front_places + places > self.positions:
             prefix = f" behind its adapter's prefix of {front_places:,}" if front_places else ""
             raise DoesNotFitError(
-                f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones{prefix} are more than the "
-                f"{self.positions:,} positions that the model reads alike",
+                f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones{prefix}"
+                f" are more than the {self.positions:,} positions that the model reads alike",
                 next_step="Shorten the prompt, or ask for fewer new tokens.",
             )
-        if blocks.blocks_for(front_places) + blocks.blocks_for(request.most_places) > blocks.num_blocks:
+        if (
+            blocks.blocks_for(front_places) + blocks.blocks_for(request.most_places)
+            > blocks.num_blocks
+        ):
             front = blocks.blocks_for(front_places) * blocks.tokens_per_block
             prefix = f", its adapter's prefix for {front:,}" if front else ""
             raise DoesNotFitError(
-                f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones need room for "
-                f"{request.most_places:,}{prefix}; there is room for {blocks.capacity:,}",
-                next_step="Shorten the prompt, ask for fewer new tokens, or give keys and values more bytes.",
+                f"{len(request.prompt):,} tokens and {request.max_new_tokens:,} new ones need room"
+                f" for {request.most_places:,}{prefix}; there is room for {blocks.capacity:,}",
+                next_step=(
+                    "Shorten the prompt, ask for fewer new tokens, or give keys and values more"
+                    " bytes."
+                ),
             )
 
     def _wait(self, sequence: Sequence, others: list[Sequence]) -> None:
@@ -284,7 +337,8 @@ class Scheduler:
                 self._end(s, Reason.DEADLINE)
 
     def _end(self, sequence: Sequence, reason: Reason, error: Exception | None = None) -> None:
-        """Takes it out of wherever it is. If other choices wait for it, the first of them takes its place."""
+        """Takes it out of wherever it is. If other choices wait for it, the first of them takes its
+        place."""
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -313,7 +367,8 @@ class Scheduler:
             self._adapters.hold(sequence.request.adapter)
 
     def _ask_adapters(self) -> dict[Identity, int]:
-        """Prefix places of the adapters that can act. Sequences end here whose adapter never will."""
+        """Prefix places of the adapters that can act. Sequences end here whose adapter never
+        will."""
         places: dict[Identity, int] = {(): 0}
         for adapter in self.wanted():
             try:
@@ -337,7 +392,11 @@ class Scheduler:
         while place < len(self._running):
             s = self._running[place]
             wants = s.length - s.computed
-            take = min(wants, decoding) if wants == 1 else min(wants, self.limits.chunk_tokens, reading)
+            take = (
+                min(wants, decoding)
+                if wants == 1
+                else min(wants, self.limits.chunk_tokens, reading)
+            )
             if take and not self._has_room(s):
                 break  # it was the youngest, and went back itself
             if wants == 1:
@@ -350,7 +409,8 @@ class Scheduler:
         return reading
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Blocks for all of its tokens, the youngest going back until then. False: it went back itself."""
+        """Blocks for all of its tokens, the youngest going back until then. False: it went back
+        itself."""
         assert sequence.table is not None
         while not self.blocks.grow(sequence.table, sequence.length):
             youngest = self._running.pop()
@@ -362,7 +422,8 @@ class Scheduler:
         return True
 
     def _let_in(self, left: int, takes: dict[Sequence, int], places: dict[Identity, int]) -> None:
-        """Starts waiting sequences, the first first. Those end that can never run, as their prefix shows."""
+        """Starts waiting sequences, the first first. Those end that can never run, as their prefix
+        shows."""
         adapters = AdapterPlaces(self._running, self.limits.max_adapters, self.limits.max_overtaken)
         read = {name for s in self._running for name in self._to_read(s)}
         for s in list(self._waiting):
@@ -388,7 +449,9 @@ class Scheduler:
 
         One more for every running sequence stays free, so that none has to go back at once.
         """
-        table = self.blocks.open(sequence.chain, sequence.length, front_places=front_places, spare=len(self._running))
+        table = self.blocks.open(
+            sequence.chain, sequence.length, front_places=front_places, spare=len(self._running)
+        )
         if table is None:
             return False
         self._waiting.remove(sequence)
@@ -404,7 +467,8 @@ class Scheduler:
         return s.chain.names[s.computed // self.blocks.tokens_per_block :]
 
     def _others_read(self, s: Sequence, read: set[bytes]) -> bool:
-        """Whether a running sequence is about to compute what this one lacks, and could find soon."""
+        """Whether a running sequence is about to compute what this one lacks, and could find
+        soon."""
         s.chain.reach(s.length, s.between)
         usable = s.chain.names[: (s.length - 1) // self.blocks.tokens_per_block]
         missing = next((name for name in usable if not self.blocks.knows(name)), None)
@@ -436,7 +500,8 @@ class Scheduler:
             self._branch(s, first)
 
     def _branch(self, s: Sequence, first: Sequence) -> None:
-        """Another choice goes on from the prompt that the first has read, or waits where there is no room."""
+        """Another choice goes on from the prompt that the first has read, or waits where there is
+        no room."""
         assert first.table is not None
         room = len(self._running) < self.limits.rows
         table = self.blocks.fork(first.table, first.computed) if room else None

@@ -14,7 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from veneer.bounds import CHOICES, NEW_TOKENS, PRIORITY, SEED, TIME, TOKEN, WAITS, WEIGHT, number_faults
+from veneer.bounds import (
+    CHOICES,
+    NEW_TOKENS,
+    PRIORITY,
+    SEED,
+    TIME,
+    TOKEN,
+    WAITS,
+    WEIGHT,
+    number_faults,
+)
 from veneer.decoding.blocks import Chain, Identity, Table
 from veneer.decoding.sampling import GREEDY, Constraint, Sampling, TokenChance
 from veneer.errors import ConfigError
@@ -37,7 +47,8 @@ class Reason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked. ConfigError: all that is wrong: numbers, an empty prompt, an adapter named twice.
+    """What is asked. ConfigError: all that is wrong: numbers, an empty prompt, an adapter named
+    twice.
 
     prompt          ids, at least one
     adapter         (content hash, weight) of each that acts; empty: the base
@@ -47,7 +58,8 @@ class Request:
     choices         answers to the prompt, which is read once for all of them
     sampling        how tokens are drawn
     constraints     makes what allows each token, for each choice; None: all may follow
-    checks          makes for each choice what is told each new token once, in order: whether the answer ends with it
+    checks          makes for each choice what is told each new token once, in order: whether the
+                    answer ends with it
     seed            of the draws; choice i draws by (seed, i), whatever is computed beside it
     arrival         seconds on the caller's clock; older requests go first
     deadline        seconds on the same clock, when it ends with what there is; None: never
@@ -79,17 +91,29 @@ class Request:
             arrival=(TIME, self.arrival),
             deadline=(TIME, self.deadline),
             priority=(PRIORITY, self.priority),
-            **{f"weight {place}": (WEIGHT, weight) for place, (_, weight) in enumerate(self.adapter, 1)},
+            **{
+                f"weight {place}": (WEIGHT, weight)
+                for place, (_, weight) in enumerate(self.adapter, 1)
+            },
         )
         if not self.prompt:
             faults.append("the prompt is empty")
         for name, ids in (("the prompt", self.prompt), ("stops", self.stops)):
-            if wrong := [i for i in ids if type(i) is not int or not TOKEN.least <= i <= TOKEN.most]:
+            if wrong := [
+                i for i in ids if type(i) is not int or not TOKEN.least <= i <= TOKEN.most
+            ]:
                 faults.append(f"{name} has {str(wrong[0])[:40]!r}: an id is {TOKEN.said}")
         contents = [own for own, _ in self.adapter]
-        faults += [f"adapter {own[:12]} acts twice" for own in sorted(set(contents)) if contents.count(own) > 1]
+        faults += [
+            f"adapter {own[:12]} acts twice"
+            for own in sorted(set(contents))
+            if contents.count(own) > 1
+        ]
         if not faults and self.min_new_tokens > self.max_new_tokens:
-            faults.append(f"min_new_tokens {self.min_new_tokens:,} is above max_new_tokens {self.max_new_tokens:,}")
+            faults.append(
+                f"min_new_tokens {self.min_new_tokens:,} is above max_new_tokens"
+                f" {self.max_new_tokens:,}"
+            )
         if faults:
             raise ConfigError("this cannot be asked", faults)
 
@@ -129,7 +153,9 @@ class Sequence:
 
     def __repr__(self) -> str:
         what = self.reason.value if self.reason else self.state.value
-        return f"<Sequence {self.number} {what}: {len(self.request.prompt)} + {len(self.new)} tokens>"
+        return (
+            f"<Sequence {self.number} {what}: {len(self.request.prompt)} + {len(self.new)} tokens>"
+        )
 
     @property
     def length(self) -> int:

@@ -14,8 +14,8 @@ from veneer.errors import VeneerError
 class Span(NamedTuple):
     """Tokens start to stop - 1 of a sequence, computed in this step.
 
-    draws   who draws a token from what follows the last of them: nobody while the prompt is not all read,
-            then the sequence itself, and the first time the request's other choices too
+    draws   who draws a token from what follows the last of them: nobody while the prompt is not all
+            read, then the sequence itself, and the first time the request's other choices too
     """
 
     sequence: Sequence
@@ -30,11 +30,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. First `fronts` are written and `copies` made, in any order; then the spans are computed.
+    """One step. First `fronts` are written and `copies` made, in any order; then the spans are
+    computed.
 
-    spans   the base's first, then adapter by adapter; of each, single tokens before chunks, the oldest first
+    spans   the base's first, then adapter by adapter; of each, single tokens before chunks, the
+            oldest first
     ended   sequences that ended since the last call, without a new token
-    number  of the plan; follows: that of the one before, where this is each of its spans' next token and nothing else
+    number  of the plan; follows: that of the one before, where this is each of its spans' next
+            token and nothing else
     """
 
     spans: tuple[Span, ...]
@@ -58,7 +61,8 @@ class Plan:
 class Chosen:
     """A token of which more is to be said.
 
-    ends    whether its sequence stops with it, as the caller has found: a stop string, the end of a grammar
+    ends    whether its sequence stops with it, as the caller has found: a stop string, the end of a
+            grammar
     chance  of those that are told
     """
 

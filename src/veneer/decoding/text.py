@@ -1,8 +1,9 @@
 """Ids to text as they come, up to the first stop string, in time linear in the answer's length.
 
-Said is only what is certain: half a character waits for its rest, and what may be the beginning of a stop string for
-what follows. The text said in all is the text of all ids, cut before the stop string that ends first. (Where a
-tokenizer reads a whole run of bytes otherwise for one that is no character, what was said before that one stays.)
+Said is only what is certain: half a character waits for its rest, and what may be the beginning of
+a stop string for what follows. The text said in all is the text of all ids, cut before the stop
+string that ends first. (Where a tokenizer reads a whole run of bytes otherwise for one that is no
+character, what was said before that one stays.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """`text_of` of lists: without what transformers looks at in between, where it changes nothing."""
+    """`text_of` of lists: without what transformers looks at in between, where it changes
+    nothing."""
     own, fast = type(tokenizer), PreTrainedTokenizerFast
     plain = issubclass(own, fast) and (own.decode, own._decode) == (fast.decode, fast._decode)
     if not plain or tokenizer.clean_up_tokenization_spaces:
@@ -41,7 +43,9 @@ class TextStream:
         self._text_of = _decoder(tokenizer)
         self._stops = [_Stop(stop) for stop in stops]
         self._firsts = {stop[0] for stop in stops}
-        self._said: list[int] = []  # ids of the last piece, in front of the next: a space between them may be lost
+        self._said: list[
+            int
+        ] = []  # ids of the last piece, in front of the next: a space between them may be lost
         self._before = ""  # their text
         self._wait: list[int] = []
         self._uncertain = ""  # their text
@@ -66,7 +70,9 @@ class TextStream:
         self._wait.append(token)
         text = self._new_text(len(self._wait))
         if text == self._uncertain and not self._text_of([token]):  # a special one
-            if text or self._said or len(self._wait) > MANY:  # at the very beginning it may be a space
+            if (
+                text or self._said or len(self._wait) > MANY
+            ):  # at the very beginning it may be a space
                 self._wait.pop()
             return ""
         self._uncertain = text
@@ -87,7 +93,8 @@ class TextStream:
         return self._text_of([*self._said, *self._wait[:count]])[len(self._before) :]
 
     def _broken(self, text: str) -> str:
-        """The same where bytes that are no character go on and on: all but the last, which may still become one."""
+        """The same where bytes that are no character go on and on: all but the last, which may
+        still become one."""
         most = len(self._wait) - BYTES_OF_CHARACTER
         for count in range(most, most - BYTES_OF_CHARACTER, -1):
             begin = self._new_text(count)
@@ -98,7 +105,8 @@ class TextStream:
         return ""
 
     def _certain(self, text: str, count: int) -> str:
-        """`text` is that of the first `count` ids that wait; what of it and of the held text may be said."""
+        """`text` is that of the first `count` ids that wait; what of it and of the held text may be
+        said."""
         if count:
             self._said, self._wait = self._wait[:count], self._wait[count:]
             self._before, self._uncertain, self._many = self._text_of(self._said), "", MANY
@@ -136,7 +144,8 @@ class _Stop:
 
 
 def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[], Callable[[int], bool]]:
-    """For Request.checks: whether the answer has one of these strings in it with its newest token."""
+    """For Request.checks: whether the answer has one of these strings in it with its newest
+    token."""
 
     def made() -> Callable[[int], bool]:
         stream = TextStream(tokenizer, stops)

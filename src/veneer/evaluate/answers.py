@@ -21,7 +21,8 @@ NAMED_ROWS = 10
 
 @dataclass(frozen=True)
 class Answer:
-    """One row's last turn: as it stands in the data, and as the model gives it (greedy). cut: at its longest."""
+    """One row's last turn: as it stands in the data, and as the model gives it (greedy). cut: at
+    its longest."""
 
     row: Row
     expected: str
@@ -59,8 +60,11 @@ def evaluate_answers(
     return [Answer(*fields) for fields in zip(rows, expected, answers, cut, strict=True)]
 
 
-def expected_answers(base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None) -> list[str]:
-    """The text of each row's last turn; raises DataError, naming the rows, where it is no assistant turn."""
+def expected_answers(
+    base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The text of each row's last turn; raises DataError, naming the rows, where it is no assistant
+    turn."""
     refuse_rows(
         "answers can only be compared with an assistant turn at the end of each row",
         [row.ref for row in rows if not row.messages or row.messages[-1]["role"] != "assistant"],
@@ -70,7 +74,9 @@ def expected_answers(base: FrozenBase, rows: Sequence[Row], variables: Mapping[s
     return [_expected(base, template, row) for row in rows]
 
 
-def references_of(base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None) -> list[list[str]]:
+def references_of(
+    base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None
+) -> list[list[str]]:
     """Every right answer of each row: its last turn first, then its `references`."""
     return [
         [expected, *(text.strip() for text in row.references)]
@@ -91,7 +97,9 @@ def _text(base: FrozenBase, ids: list[int]) -> str:
     return text_of(base.acting_tokenizer, ids).strip()
 
 
-def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str, *, error: type[VeneerError] = DataError) -> None:
+def refuse_rows(
+    headline: str, refs: Sequence[RowRef], next_step: str, *, error: type[VeneerError] = DataError
+) -> None:
     """Raises the error naming the rows, unless there are none."""
     if refs:
         faults = [str(ref) for ref in refs[:NAMED_ROWS]]
@@ -100,13 +108,19 @@ def refuse_rows(headline: str, refs: Sequence[RowRef], next_step: str, *, error:
 
 
 def finite(counts: Counts, examples: Sequence[Example]) -> Counts:
-    """The (N, 2) nats and tokens of these examples. Raises DivergedError naming rows whose nats are not finite: their
-    mean, the likeliest of several labels and whatever is compared with them would mean nothing."""
-    refs = [example.ref for example, (nats, _) in zip(examples, counts, strict=True) if not math.isfinite(nats)]
+    """The (N, 2) nats and tokens of these examples. Raises DivergedError naming rows whose nats are
+    not finite: their mean, the likeliest of several labels and whatever is compared with them would
+    mean nothing."""
+    refs = [
+        example.ref
+        for example, (nats, _) in zip(examples, counts, strict=True)
+        if not math.isfinite(nats)
+    ]
     refuse_rows(
         f"the loss of {len(refs)} of {len(examples)} texts is not finite",
         list(dict.fromkeys(refs)),
-        "Evaluate the base without the adapter, or with --dtype float32, to see which of them overflows.",
+        "Evaluate the base without the adapter, or with --dtype float32, to see which of them"
+        " overflows.",
         error=DivergedError,
     )
     return counts

@@ -1,6 +1,8 @@
-"""`evaluate`: the loss of a base on held-out rows, how its answers compare with theirs, and what it has forgotten.
+"""`evaluate`: the loss of a base on held-out rows, how its answers compare with theirs, and what it
+has forgotten.
 
-How a batch is computed comes in as a function (`nats`): it is the step's business (models/likelihood.py).
+How a batch is computed comes in as a function (`nats`): it is the step's business
+(models/likelihood.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from veneer.evaluate.general import by_document, general_documents, general_exam
 from veneer.evaluate.intervals import Counts, interval
 from veneer.evaluate.labels import Nats, checked_labels, labels_of, likeliest_labels
 from veneer.evaluate.metric import Metric, ratio
-from veneer.evaluate.predictions import Line, counts_of, differences, matched, read_predictions, write_predictions
+from veneer.evaluate.predictions import (
+    Line,
+    counts_of,
+    differences,
+    matched,
+    read_predictions,
+    write_predictions,
+)
 from veneer.files.atomic import refuse_unwritable
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
@@ -33,11 +42,13 @@ class Choices:
 
     metrics            none that needs answers: nothing is generated
     max_new_tokens     an answer that is not finished by then is cut there
-    labels             what accuracy chooses from; none: the distinct answers of the rows, if they are few and short
+    labels             what accuracy chooses from; none: the distinct answers of the rows, if they
+                       are few and short
     length_normalised  labels are compared by their log-probability per token
     predictions        a JSONL file to write (predictions.py)
     against            another evaluation's predictions, to be compared row by row
-    general            a text file, or general.BUILT_IN, for the loss on general text; None: left out
+    general            a text file, or general.BUILT_IN, for the loss on general text; None: left
+                       out
     variables          what the chat template is told
     """
 
@@ -66,13 +77,16 @@ def evaluate(
         loss, perplexity  nats per trained token, every token counting the same; its exponential
         cut_answers       where rows were answered: how many answers were cut at max_new_tokens
         <metric>          each metric asked for; units says of each whether it is a share or points
-        labels            for accuracy: {own, names}: what was chosen among, and whether it is the rows' own answers
-        intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure without one is left out
+        labels            for accuracy: {own, names}: what was chosen among, and whether it is the
+                          rows' own answers
+        intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure
+                          without one is left out
         general           of general text: loss, interval, and with an adapter: before, forgetting
         against           of the other predictions: {loss, metric: other, difference, interval}
 
     nats   examples -> (N, 2), on this base with what acts on it now
-    Raises DataError for rows that a metric cannot be computed on, before anything is computed; DivergedError for rows
+    Raises DataError for rows that a metric cannot be computed on, before anything is computed;
+        DivergedError for rows
     whose loss is not finite.
     """
     report = progress or (lambda what, done, total: None)
@@ -102,13 +116,18 @@ def evaluate(
         result["general"] = _general(base, *general, nats)
     if other is not None:
         theirs = matched(lines, other, str(choices.against))
-        result["against"] = {"file": str(choices.against), **differences(lines, theirs, choices.metrics)}
+        result["against"] = {
+            "file": str(choices.against),
+            **differences(lines, theirs, choices.metrics),
+        }
     if choices.predictions is not None:
         write_predictions(choices.predictions, lines)
     return result
 
 
-def _refuse_references(metrics: Sequence[Metric], rows: Sequence[Row], references: list[list[str]]) -> None:
+def _refuse_references(
+    metrics: Sequence[Metric], rows: Sequence[Row], references: list[list[str]]
+) -> None:
     for metric in metrics:
         reasons = [metric.refuses(right) for right in references]
         if any(reasons):
@@ -194,7 +213,9 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
     return result
 
 
-def _general(base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats) -> dict[str, Any]:
+def _general(
+    base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
+) -> dict[str, Any]:
     """With an adapter at work, also the base without it."""
     after = by_document(finite(nats(examples), examples), owners)
     before = None

@@ -8,7 +8,8 @@ from veneer.evaluate.metric import mean_of
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Equal to a reference but for white space: each run of it counts as one space, and at the ends as none."""
+    """Equal to a reference but for white space: each run of it counts as one space, and at the ends
+    as none."""
     return any(answer.split() == reference.split() for reference in references)
 
 

@@ -1,8 +1,9 @@
 """Forgetting: the loss on general text, of the tuned model beside the base's own.
 
-A tuned model may have become worse at everything else. The measure: cross-entropy, nats per token, over every token
-of texts that have nothing to do with the task; after minus before; an interval over documents. general.txt is
-plain English prose, dialogue, lists, a letter and some code, written for this project.
+A tuned model may have become worse at everything else. The measure: cross-entropy, nats per token,
+over every token of texts that have nothing to do with the task; after minus before; an interval
+over documents. general.txt is plain English prose, dialogue, lists, a letter and some code, written
+for this project.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ BUILT_IN = "built-in"
 DIVIDER = "---"
 """A line that holds this alone divides documents."""
 WINDOW = 512
-"""Tokens of a document that are seen together; longer documents are cut, without overlap. Fewer where the model
-ends before."""
+"""Tokens of a document that are seen together; longer documents are cut, without overlap. Fewer
+where the model ends before."""
 
 
 def general_documents(source: str) -> list[str]:
-    """The documents of a UTF-8 text file, or of the text that ships with Veneer. Raises DataError."""
+    """The documents of a UTF-8 text file, or of the text that ships with Veneer. Raises
+    DataError."""
     if source == BUILT_IN:
         text = (files("veneer.evaluate") / "general.txt").read_text(encoding="utf-8")
     else:
         try:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as fault:
-            raise DataError(f"{source} cannot be read: {fault}", [], "Give a UTF-8 text file.") from None
+            raise DataError(
+                f"{source} cannot be read: {fault}", [], "Give a UTF-8 text file."
+            ) from None
     documents: list[list[str]] = [[]]
     for line in text.splitlines():
         if line.strip() == DIVIDER:
@@ -51,7 +55,8 @@ def general_documents(source: str) -> list[str]:
 def general_examples(
     documents: Sequence[str], tokenizer: Any, positions: int | None
 ) -> tuple[list[Example], list[int]]:
-    """Windows of the documents, every token but the first one predicted; and the document of each window.
+    """Windows of the documents, every token but the first one predicted; and the document of each
+    window.
 
     positions   of the model, where it has fewer than WINDOW
     Raises DataError where there is not one window.
@@ -66,10 +71,14 @@ def general_examples(
                 continue
             trained = np.ones(len(window), dtype=np.bool_)
             trained[0] = False
-            examples.append(Example(window, trained, RowRef("general text", number + 1), key=number))
+            examples.append(
+                Example(window, trained, RowRef("general text", number + 1), key=number)
+            )
             owners.append(number)
     if not examples:
-        raise DataError("no general text has two tokens: there is nothing to predict", [], "Give more of it.")
+        raise DataError(
+            "no general text has two tokens: there is nothing to predict", [], "Give more of it."
+        )
     return examples, owners
 
 
@@ -80,7 +89,8 @@ def by_document(windows: Counts, owners: Sequence[int]) -> Counts:
 
 
 def general_result(after: Counts, before: Counts | None) -> dict[str, Any]:
-    """loss and its interval; with the base's own: before, and forgetting (after minus before) with an interval.
+    """loss and its interval; with the base's own: before, and forgetting (after minus before) with
+    an interval.
 
     An interval is [low, high], or None where one document does not determine it."""
     result: dict[str, Any] = {

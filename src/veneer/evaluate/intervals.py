@@ -1,20 +1,22 @@
-"""95% intervals of figures over rows (and seeds): how far a figure could be from that of many more such rows.
+"""95% intervals of figures over rows (and seeds): how far a figure could be from that of many more
+such rows.
 
-    a share of rows, each right or wrong     Clopper and Pearson: exact, covers at least 95% at any number of rows
-    other shares, differences of two shares  Student's t over the rows and two more, one at each end of the scale
-                                             (Bonett and Price): never without width
+    a share of rows, each right or wrong     Clopper and Pearson: exact, covers at least 95% at any
+                                             number of rows
+    other shares, differences of two shares  Student's t over the rows and two more, one at each end
+                                             of the scale (Bonett and Price): never without width
     losses, points and their differences     Student's t, corrected for skewness (Hall)
 
-A metric gives every row a line of counts, and its figure is a function of their sums (metric.py). What each row adds
-to the figure is its jackknife pseudo-value, so a corpus figure such as BLEU is treated as a mean is. A difference is
-taken row by row on the same rows. Several seeds add the variance of the seeds' own figures, with Satterthwaite's
-degrees of freedom; rows of unequal weight count as fewer. `benchmarks/interval_coverage.py` prints how often the
-intervals hold the truth.
+A metric gives every row a line of counts, and its figure is a function of their sums (metric.py).
+What each row adds to the figure is its jackknife pseudo-value, so a corpus figure such as BLEU is
+treated as a mean is. A difference is taken row by row on the same rows. Several seeds add the
+variance of the seeds' own figures, with Satterthwaite's degrees of freedom; rows of unequal weight
+count as fewer. `benchmarks/interval_coverage.py` prints how often the intervals hold the truth.
 
-Shapes: S seeds, N rows, K counts of a row.
-Sources: Clopper and Pearson 1934, Biometrika 26; Bonett and Price 2012, J. Educ. Behav. Stat. 37 (4); Hall 1992, J. R.
-Stat. Soc. B 54 (1), the monotone cubic transformation; Efron 1982, The Jackknife; Satterthwaite 1946, Biometrics 2 (6);
-Kish 1965, Survey Sampling.
+Shapes: S seeds, N rows, K counts of a row. Sources: Clopper and Pearson 1934, Biometrika 26; Bonett
+and Price 2012, J. Educ. Behav. Stat. 37 (4); Hall 1992, J. R. Stat. Soc. B 54 (1), the monotone
+cubic transformation; Efron 1982, The Jackknife; Satterthwaite 1946, Biometrics 2 (6); Kish 1965,
+Survey Sampling.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ Ends = list[float]
 """Low and high, as JSON has them."""
 
 
-def interval(counts: Counts, of_totals: OfTotals, *, share: bool = False, level: float = LEVEL) -> Ends | None:
-    """[low, high] of the figure. counts (N, K), N at least 1; or (S, N, K): runs that differ in their seed, on the
-    same rows, and the interval is then over seeds too. One seed says nothing of what another would change.
+def interval(
+    counts: Counts, of_totals: OfTotals, *, share: bool = False, level: float = LEVEL
+) -> Ends | None:
+    """[low, high] of the figure. counts (N, K), N at least 1; or (S, N, K): runs that differ in
+    their seed, on the same rows, and the interval is then over seeds too. One seed says nothing of
+    what another would change.
 
     share   the figure lies between 0 and 1. A mean of rows that are all 0 or 1 is a share by itself
-    Returns None if the rows do not determine an interval: a single row of a figure without bounds, rows that are all
+    Returns None if the rows do not determine an interval: a single row of a figure without bounds,
+        rows that are all
     alike, or a figure that is not finite.
     """
     counts = _with_seeds(counts)
@@ -60,18 +66,25 @@ def interval(counts: Counts, of_totals: OfTotals, *, share: bool = False, level:
 def paired_difference(
     ours: Counts, theirs: Counts, of_totals: OfTotals, *, share: bool = False, level: float = LEVEL
 ) -> tuple[float, Ends | None]:
-    """Ours minus theirs on the same rows (and seeds), and its [low, high]. Both (N, K), or both (S, N, K).
+    """Ours minus theirs on the same rows (and seeds), and its [low, high]. Both (N, K), or both (S,
+    N, K).
 
-    The interval is None in the cases that `interval` names. A difference that is the same in all rows is one of them:
-    [d, d] would claim that no other row differs otherwise, and rows without any spread do not show that.
+    The interval is None in the cases that `interval` names. A difference that is the same in all
+    rows is one of them: [d, d] would claim that no other row differs otherwise, and rows without
+    any spread do not show that.
     """
     assert ours.shape == theirs.shape
     ours, theirs = _with_seeds(ours), _with_seeds(theirs)
     share = share or (_right_or_wrong(ours) and _right_or_wrong(theirs))
     own, own_rows, own_seeds = _pseudo_values(ours, of_totals)
     other, other_rows, other_seeds = _pseudo_values(theirs, of_totals)
-    bounds, effective = [-1.0, 1.0] if share else None, min(_effective_rows(ours), _effective_rows(theirs))
-    ends = _student(own - other, own_rows - other_rows, own_seeds - other_seeds, effective, bounds, level)
+    bounds, effective = (
+        [-1.0, 1.0] if share else None,
+        min(_effective_rows(ours), _effective_rows(theirs)),
+    )
+    ends = _student(
+        own - other, own_rows - other_rows, own_seeds - other_seeds, effective, bounds, level
+    )
     return own - other, ends
 
 
@@ -90,7 +103,8 @@ def _right_or_wrong(counts: Counts) -> bool:
 
 
 def _effective_rows(counts: Counts) -> float:
-    """Rows of equal weight that would tell as much (Kish 1965). Of two counts the second is the weight."""
+    """Rows of equal weight that would tell as much (Kish 1965). Of two counts the second is the
+    weight."""
     rows = counts.sum(axis=0)
     if rows.shape[-1] != 2 or not rows[:, 1].any():
         return float(len(rows))
@@ -98,7 +112,8 @@ def _effective_rows(counts: Counts) -> float:
 
 
 def _pseudo_values(counts: Counts, of_totals: OfTotals) -> tuple[float, Counts, Counts]:
-    """The figure; what each row (N) and each seed (S) makes it, so that the figure is about the mean of either."""
+    """The figure; what each row (N) and each seed (S) makes it, so that the figure is about the
+    mean of either."""
     totals = counts.sum(axis=(0, 1))
     figure = of_totals(totals)
     rows, seeds = (_left_out(counts.sum(axis=axis), totals, figure, of_totals) for axis in (0, 1))
@@ -138,7 +153,8 @@ def _variance_of_mean(values: Counts) -> float:
 
 
 def _unskewed(quantile: float, skew: float) -> float:
-    """The quantile of the studentised mean that has this skew: the inverse of x + skew x²/3 + skew² x³/27 + skew/6."""
+    """The quantile of the studentised mean that has this skew: the inverse of x + skew x²/3 + skew²
+    x³/27 + skew/6."""
     if abs(skew) < 1e-9:
         return quantile
     return float(np.cbrt(1 + skew * (quantile - skew / 6)) - 1) * 3 / skew
@@ -146,10 +162,15 @@ def _unskewed(quantile: float, skew: float) -> float:
 
 @lru_cache(maxsize=1024)
 def _share_of_rows(right: int, rows: int, level: float) -> tuple[float, float]:
-    """Clopper and Pearson's interval: the shares at which `right` or more, and `right` or fewer, are unlikely."""
+    """Clopper and Pearson's interval: the shares at which `right` or more, and `right` or fewer,
+    are unlikely."""
     outside = (1 - level) / 2
     low = 0.0 if right == 0 else _solved(lambda p: _beta_cdf(p, right, rows - right + 1), outside)
-    high = 1.0 if right == rows else _solved(lambda p: _beta_cdf(p, right + 1, rows - right), 1 - outside)
+    high = (
+        1.0
+        if right == rows
+        else _solved(lambda p: _beta_cdf(p, right + 1, rows - right), 1 - outside)
+    )
     return low, high
 
 
@@ -178,7 +199,9 @@ def _beta_cdf(x: float, a: float, b: float) -> float:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
         return 1 - _beta_cdf(1 - x, b, a)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    front = (
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
     c, d = 1.0, 1 / _nonzero(1 - (a + b) * x / (a + 1))
     fraction = d
     for m in range(1, 100_000):

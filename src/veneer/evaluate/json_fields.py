@@ -49,9 +49,10 @@ class FieldCounts:
 def field_counts(expected: str, answer: str) -> FieldCounts:
     """Compare two JSON texts field by field.
 
-    A field is a path and its value: `{"a": {"b": 1}, "c": [2, 3]}` has a.b = 1, c[0] = 2 and c[1] = 3.
-    An empty object or list is a value. Numbers are equal by value (1 is 1.0), texts to the letter, and
-    true is not 1. An answer that is not JSON has no fields. Raises ValueError if `expected` is not JSON.
+    A field is a path and its value: `{"a": {"b": 1}, "c": [2, 3]}` has a.b = 1, c[0] = 2 and c[1] =
+    3. An empty object or list is a value. Numbers are equal by value (1 is 1.0), texts to the
+    letter, and true is not 1. An answer that is not JSON has no fields. Raises ValueError if
+    `expected` is not JSON.
     """
     expected_fields = _leaves(parse_json(expected))
     try:
@@ -59,7 +60,8 @@ def field_counts(expected: str, answer: str) -> FieldCounts:
     except ValueError:
         answered_fields = {}
     matched = sum(
-        path in answered_fields and _same(value, answered_fields[path]) for path, value in expected_fields.items()
+        path in answered_fields and _same(value, answered_fields[path])
+        for path, value in expected_fields.items()
     )
     return FieldCounts(matched, len(expected_fields), len(answered_fields))
 
@@ -92,7 +94,8 @@ def field_line(answer: str, references: Sequence[str]) -> tuple[float, float]:
 
 
 def field_f1(totals: Counts) -> float:
-    """Micro F1 over all fields of all answers: 2 matched / (expected + answered); 0 without any field."""
+    """Micro F1 over all fields of all answers: 2 matched / (expected + answered); 0 without any
+    field."""
     return float(2 * totals[0] / totals[1]) if totals[1] else 0.0
 
 

@@ -1,8 +1,10 @@
-"""Classification by likelihood: of given labels, the one that the model finds likeliest as the row's answer.
+"""Classification by likelihood: of given labels, the one that the model finds likeliest as the
+row's answer.
 
-Nothing is generated, so the answer is always one of the labels. All labels of a row are continuations of one prompt,
-which is computed once for all of them. A label's score is the log-probability of everything that would be trained if
-it were the answer, its end of turn included: without it "card" could never lose to "card_lost".
+Nothing is generated, so the answer is always one of the labels. All labels of a row are
+continuations of one prompt, which is computed once for all of them. A label's score is the
+log-probability of everything that would be trained if it were the answer, its end of turn included:
+without it "card" could never lose to "card_lost".
 """
 
 from __future__ import annotations
@@ -30,19 +32,23 @@ Nats = Callable[[Sequence[Example]], Counts]
 
 
 def read_labels(named: str) -> list[str]:
-    """The labels in a file, one a line, or those that stand here, divided by commas. Raises ConfigError."""
+    """The labels in a file, one a line, or those that stand here, divided by commas. Raises
+    ConfigError."""
     path = labels_file(named)
     if path is None:
         return checked_labels([label.strip() for label in named.split(",") if label.strip()])
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError(f"{path} cannot be read: {fault}", [], "Give a UTF-8 text file.") from None
+        raise ConfigError(
+            f"{path} cannot be read: {fault}", [], "Give a UTF-8 text file."
+        ) from None
     return checked_labels([line.strip() for line in text.splitlines() if line.strip()])
 
 
 def labels_file(named: str) -> Path | None:
-    """The file that `named` is; None where it is the labels themselves, which may be longer than any file's name."""
+    """The file that `named` is; None where it is the labels themselves, which may be longer than
+    any file's name."""
     try:
         return path if (path := Path(named)).is_file() else None
     except (OSError, ValueError):
@@ -63,8 +69,9 @@ def checked_labels(labels: Sequence[str]) -> list[str]:
 
 
 def labels_of(references: Sequence[Sequence[str]]) -> list[str]:
-    """The distinct answers of the rows, sorted. Raises ConfigError where they look like free text: one that is chosen
-    among the rows' own answers then says little of what the model would write."""
+    """The distinct answers of the rows, sorted. Raises ConfigError where they look like free text:
+    one that is chosen among the rows' own answers then says little of what the model would
+    write."""
     distinct = sorted({reference for row in references for reference in row})
     longest = max(map(len, distinct), default=0)
     faults = [f"{len(distinct):,} different answers of {len(references):,} rows"]
@@ -78,7 +85,8 @@ def labels_of(references: Sequence[Sequence[str]]) -> list[str]:
         raise ConfigError(
             "accuracy chooses among labels, and the rows' own answers look like free text",
             faults,
-            "Name them: --labels A,B,C or a file; or ask for exact_match, which compares what the model writes.",
+            "Name them: --labels A,B,C or a file; or ask for exact_match, which compares what the"
+            " model writes.",
         )
     return checked_labels(distinct)
 
@@ -95,7 +103,8 @@ def likeliest_labels(
 ) -> list[str]:
     """For each row the label with the highest log-probability, or with the highest one per token.
 
-    nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded, DivergedError for
+    nats   gets all labels of one row in one call. Raises DataError for rows that cannot be encoded,
+           DivergedError for
     a row whose labels have no finite log-probability.
     """
     from veneer.evaluate.answers import finite  # loads torch
@@ -115,7 +124,8 @@ def likeliest_labels(
 def label_examples(template: ChatTemplate, row: Row, labels: Sequence[str]) -> list[Example]:
     """The row once for each label as its answer, trained on that alone."""
     variants = [
-        replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": label}]) for label in labels
+        replace(row, messages=[*row.messages[:-1], {"role": "assistant", "content": label}])
+        for label in labels
     ]
     encoded = template.encode_rows(variants, train_on="last")
     if problems := [each for each in encoded if isinstance(each, Problem)]:
@@ -123,7 +133,10 @@ def label_examples(template: ChatTemplate, row: Row, labels: Sequence[str]) -> l
     examples = []
     for variant, each in zip(variants, encoded, strict=True):
         assert not isinstance(each, Problem)
-        ids, trained = np.array(each[-1].ids, dtype=np.int32), np.array(each[-1].trained, dtype=np.bool_)
+        ids, trained = (
+            np.array(each[-1].ids, dtype=np.int32),
+            np.array(each[-1].trained, dtype=np.bool_),
+        )
         examples.append(Example(ids, trained, row.ref, row_key(variant)))
     if empty := [label for label, e in zip(labels, examples, strict=True) if not e.trained.any()]:
         raise DataError("labels without a token", empty)

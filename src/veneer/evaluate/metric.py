@@ -4,7 +4,8 @@
     field F1      [matched, expected + given]    2 matched / (expected + given)
     BLEU          lengths and n-gram matches     the corpus formula
 
-So the figure of one row, of all rows and of all rows but one are the same function of different sums.
+So the figure of one row, of all rows and of all rows but one are the same function of different
+sums.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Metric:
     judge        the counts of a row
     of_totals    the figure from sums of counts
     unit         share (0 to 1, shown in percent) or points (shown as it is)
-    refuses      why a row's references cannot be judged; None: they can. Asked before anything is generated
+    refuses      why a row's references cannot be judged; None: they can. Asked before anything is
+                 generated
     """
 
     name: str
@@ -39,7 +41,9 @@ class Metric:
 
     def counts(self, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Counts:
         """(N, K)."""
-        lines = [self.judge(answer, right) for answer, right in zip(answers, references, strict=True)]
+        lines = [
+            self.judge(answer, right) for answer, right in zip(answers, references, strict=True)
+        ]
         return np.asarray(lines, dtype=np.float64)
 
 
@@ -56,4 +60,6 @@ def mean_of(
     needs: Literal["answers", "label"] = "answers",
 ) -> Metric:
     """A metric that is the mean of a value of each row."""
-    return Metric(name, lambda answer, references: (float(judge(answer, references)), 1.0), ratio, unit, needs)
+    return Metric(
+        name, lambda answer, references: (float(judge(answer, references)), 1.0), ratio, unit, needs
+    )

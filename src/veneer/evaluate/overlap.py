@@ -1,8 +1,9 @@
-"""BLEU and chrF: n-grams of words and of characters that an answer shares with the references; 0 to 100 points.
+"""BLEU and chrF: n-grams of words and of characters that an answer shares with the references; 0 to
+100 points.
 
-Tokenisation, n-grams and BLEU's formula are sacrebleu's; a row's counts are kept apart so that rows can be
-left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential smoothing; chrF2).
-Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
+Tokenisation, n-grams and BLEU's formula are sacrebleu's; a row's counts are kept apart so that rows
+can be left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential
+smoothing; chrF2). Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def bleu(totals: Counts) -> float:
 
 
 def chrf_line(answer: str, references: Sequence[str]) -> list[float]:
-    """[n-grams of the answer, of the reference, in both] for n = 1 to 6, of the reference that fits best."""
+    """[n-grams of the answer, of the reference, in both] for n = 1 to 6, of the reference that fits
+    best."""
     ngrams = _sacrebleu().metrics.helpers.extract_all_char_ngrams
     given = ngrams(answer, CHARACTERS)
     lines = []
@@ -75,7 +77,10 @@ def chrf(totals: Counts) -> float:
     counted = (ours > 0) & (theirs > 0)
     if not counted.any():
         return 0.0
-    precision, recall = (both[counted] / ours[counted]).mean(), (both[counted] / theirs[counted]).mean()
+    precision, recall = (
+        (both[counted] / ours[counted]).mean(),
+        (both[counted] / theirs[counted]).mean(),
+    )
     bottom = BETA**2 * precision + recall
     return float(100 * (1 + BETA**2) * precision * recall / bottom) if bottom else 0.0
 

@@ -1,7 +1,8 @@
 """A regular expression as a metric: for answers that hold what matters somewhere in free text.
 
-Without a group an answer is right if the pattern is found in it: `regex:^SELECT `. With a group it is right if the
-last place that the group finds says the same in the answer and in a reference: `regex:####\\s*(-?[\\d.]+)`.
+Without a group an answer is right if the pattern is found in it: `regex:^SELECT `. With a group it
+is right if the last place that the group finds says the same in the answer and in a reference:
+`regex:####\\s*(-?[\\d.]+)`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def regex_metric(name: str) -> Metric:
 
     def agrees(answer: str, references: Sequence[str]) -> bool:
         found = _last(pattern, answer)
-        return found is not None and any(found == _last(pattern, reference) for reference in references)
+        return found is not None and any(
+            found == _last(pattern, reference) for reference in references
+        )
 
     return mean_of(name, agrees)
 

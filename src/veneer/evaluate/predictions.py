@@ -2,10 +2,12 @@
 
 One JSON object a line:
 
-    row, key      where the row stands, and a hash of its content (hexadecimal): what rows are matched by
+    row, key      where the row stands, and a hash of its content (hexadecimal): what rows are
+                  matched by
     references    the right answers; the first one is the row's own last turn
     nats, tokens  of the row's trained tokens
-    answer, cut   what the model wrote, if answers were asked for; whether it was cut at their longest
+    answer, cut   what the model wrote, if answers were asked for; whether it was cut at their
+                  longest
     label         the likeliest label, if accuracy was asked for
     <metric>      the figure of this row
 """
@@ -39,7 +41,9 @@ def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def read_predictions(path: Path) -> list[Line]:
     """Raises DataError where the file is not one of predictions."""
     try:
-        texts = path.read_text(encoding="utf-8").split("\n")  # an answer may hold other ends of lines
+        texts = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # an answer may hold other ends of lines
     except (OSError, UnicodeDecodeError) as fault:
         raise DataError(f"{path} cannot be read: {fault}") from None
     lines: list[Line] = []
@@ -58,7 +62,9 @@ def read_predictions(path: Path) -> list[Line]:
             bad.append(f"line {number}")
     if bad or not lines:
         raise DataError(
-            f"{path} holds no predictions", bad[:NAMED_ROWS], "Make it with veneer evaluate --predictions FILE."
+            f"{path} holds no predictions",
+            bad[:NAMED_ROWS],
+            "Make it with veneer evaluate --predictions FILE.",
         )
     return lines
 
@@ -81,7 +87,8 @@ def _is_prediction(line: Any) -> bool:
 
 
 def matched(ours: Sequence[Line], theirs: Sequence[Line], file: str) -> list[Line]:
-    """Their lines in the order of ours. Raises DataError, naming rows, unless both are over the same rows."""
+    """Their lines in the order of ours. Raises DataError, naming rows, unless both are over the
+    same rows."""
     waiting: dict[str, list[Line]] = {}
     for line in theirs:
         waiting.setdefault(line["key"], []).append(line)
@@ -94,7 +101,9 @@ def matched(ours: Sequence[Line], theirs: Sequence[Line], file: str) -> list[Lin
             missing.append(str(line["row"]))
     left = [str(line["row"]) for lines in waiting.values() for line in lines]
     if missing or left:
-        faults = [f"{row} is not in {file}" for row in missing] + [f"{row} is only in {file}" for row in left]
+        faults = [f"{row} is not in {file}" for row in missing] + [
+            f"{row} is only in {file}" for row in left
+        ]
         more = [f"and {len(faults) - NAMED_ROWS} more"] if len(faults) > NAMED_ROWS else []
         raise DataError(
             f"{file} is about other rows: {len(missing) + len(left)} do not match",
@@ -120,10 +129,14 @@ def loss_counts(lines: Sequence[Line]) -> Counts:
     return np.array([[line["nats"], line["tokens"]] for line in lines], dtype=np.float64)
 
 
-def differences(ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
-    """For the loss and each metric: the other's figure, ours minus theirs, and the 95% interval of that.
+def differences(
+    ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric]
+) -> dict[str, Any]:
+    """For the loss and each metric: the other's figure, ours minus theirs, and the 95% interval of
+    that.
 
-    The lines are of the same rows in the same order (`matched`); the interval is over these rows, paired.
+    The lines are of the same rows in the same order (`matched`); the interval is over these rows,
+    paired.
     """
     sides: dict[str, tuple[Counts, Counts, OfTotals, bool]] = {
         "loss": (loss_counts(ours), loss_counts(theirs), ratio, False)
@@ -134,5 +147,9 @@ def differences(ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[
     result = {}
     for name, (a, b, of_totals, share) in sides.items():
         difference, ends = paired_difference(a, b, of_totals, share=share)
-        result[name] = {"other": of_totals(b.sum(axis=0)), "difference": difference, "interval": ends}
+        result[name] = {
+            "other": of_totals(b.sum(axis=0)),
+            "difference": difference,
+            "interval": ends,
+        }
     return result

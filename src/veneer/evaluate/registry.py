@@ -15,15 +15,25 @@ from veneer.evaluate.rouge import ROUGE
 from veneer.evaluate.user_function import UserFunction, user_metric
 
 METRICS: dict[str, Metric] = {
-    metric.name: metric for metric in (EXACT_MATCH, JSON_VALIDITY, FIELD_F1, ACCURACY, BLEU, CHRF, *ROUGE)
+    metric.name: metric
+    for metric in (EXACT_MATCH, JSON_VALIDITY, FIELD_F1, ACCURACY, BLEU, CHRF, *ROUGE)
 }
 
 
 def find_metrics(asked: Sequence[str | UserFunction]) -> list[Metric]:
-    """A metric for each name, `regex:PATTERN` or function. Raises ConfigError with every unknown name."""
-    unknown = [name for name in asked if isinstance(name, str) and name not in METRICS and not name.startswith(PREFIX)]
+    """A metric for each name, `regex:PATTERN` or function. Raises ConfigError with every unknown
+    name."""
+    unknown = [
+        name
+        for name in asked
+        if isinstance(name, str) and name not in METRICS and not name.startswith(PREFIX)
+    ]
     if unknown:
-        near = [f"{name}: did you mean {n[0]}?" for name in unknown if (n := get_close_matches(name, METRICS, 1))]
+        near = [
+            f"{name}: did you mean {n[0]}?"
+            for name in unknown
+            if (n := get_close_matches(name, METRICS, 1))
+        ]
         raise ConfigError(
             f"unknown metrics: {', '.join(unknown)}",
             near,
@@ -33,7 +43,9 @@ def find_metrics(asked: Sequence[str | UserFunction]) -> list[Metric]:
     names = [each.name for each in metrics]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         step = "Give each function a name of its own: what comes back is by name."
-        raise ConfigError(f"several metrics are called {', '.join(map(repr, twice))}", next_step=step)
+        raise ConfigError(
+            f"several metrics are called {', '.join(map(repr, twice))}", next_step=step
+        )
     return metrics
 
 

@@ -1,9 +1,10 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L: F-measure of shared words, word pairs, and the longest common subsequence.
+"""ROUGE-1, ROUGE-2 and ROUGE-L: F-measure of shared words, word pairs, and the longest common
+subsequence.
 
-Words as in the original script: lower case, letters a to z and digits, nothing stemmed. A row counts its best
-reference; the figure is the mean over rows. Equal to google-research's rouge-score (rouge1, rouge2, rougeL).
-Other scripts than Latin have no words here: use chrf for them.
-Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+Words as in the original script: lower case, letters a to z and digits, nothing stemmed. A row
+counts its best reference; the figure is the mean over rows. Equal to google-research's rouge-score
+(rouge1, rouge2, rougeL). Other scripts than Latin have no words here: use chrf for them. Source:
+Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def f_measure(shared: int, given: int, expected: int) -> float:
 
 def rouge_n(answer: str, reference: str, n: int) -> float:
     """F-measure of word n-grams, each counted as often as both texts have it."""
-    ours, theirs = (Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in (words(answer), words(reference)))
+    ours, theirs = (
+        Counter(zip(*(w[i:] for i in range(n)), strict=False))
+        for w in (words(answer), words(reference))
+    )
     return f_measure((ours & theirs).total(), ours.total(), theirs.total())
 
 
@@ -39,7 +43,8 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest sequence of words that both have in this order; len(a) * len(b) steps."""
+    """Length of the longest sequence of words that both have in this order; len(a) * len(b)
+    steps."""
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0

@@ -1,7 +1,8 @@
 """A metric that the user wrote: `FILE.py:FUNCTION`, a function (answer, references) -> number.
 
-The file is the user's own code on the user's own machine, named on the command line or handed over as a function.
-Nothing else leads here: no run file, no data, no adapter and no request can name a file to run.
+The file is the user's own code on the user's own machine, named on the command line or handed over
+as a function. Nothing else leads here: no run file, no data, no adapter and no request can name a
+file to run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def function_from_file(named: str) -> UserFunction:
     file, _, name = named.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ConfigError(f"{path} is not there", next_step="Name a Python file and a function: FILE.py:FUNCTION")
+        raise ConfigError(
+            f"{path} is not there", next_step="Name a Python file and a function: FILE.py:FUNCTION"
+        )
     spec = spec_from_file_location("veneer_user_metric", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = module_from_spec(spec)
@@ -33,15 +36,21 @@ def function_from_file(named: str) -> UserFunction:
         raise ConfigError(f"{path} cannot be run: {type(fault).__name__}: {fault}") from fault
     found: Any = getattr(module, name, None)
     if not callable(found):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        ]
         raise ConfigError(
-            f"{path} has no function {name!r}", next_step=f"It has: {', '.join(functions) or 'no function'}."
+            f"{path} has no function {name!r}",
+            next_step=f"It has: {', '.join(functions) or 'no function'}.",
         )
     return found
 
 
 def user_metric(name: str, function: UserFunction) -> Metric:
-    """The mean of what `function` returns for each row. Raises ConfigError where that is no finite number."""
+    """The mean of what `function` returns for each row. Raises ConfigError where that is no finite
+    number."""
 
     def value(answer: str, references: Sequence[str]) -> float:
         try:

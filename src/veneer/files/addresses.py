@@ -20,7 +20,9 @@ def file_system(address: str) -> tuple[Any, str]:
         found.invalidate_cache()
     except ImportError as fault:
         step = "pip install 'veneer[remote]'"
-        raise ConfigError(f"{address} needs a package that is not installed", [str(fault)], step) from fault
+        raise ConfigError(
+            f"{address} needs a package that is not installed", [str(fault)], step
+        ) from fault
     except Exception as fault:
         raise ConfigError(
             f"{address} is no address that fsspec knows, or nothing answers there",

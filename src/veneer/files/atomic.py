@@ -1,9 +1,10 @@
 """Folders and files that appear whole or not at all, and a manifest that proves they still are.
 
-A folder is written beside its place under the name of an unfinished one (files/partial.py), every file is synced
-to disk, then one rename makes it visible and the parent folder is synced. What is not renamed was never there.
-Where a folder is replaced, the old one is moved aside first and deleted last; if the process dies between, the
-next write to the same place puts it back. What appears has the rights that the umask gives, whoever wrote its files.
+A folder is written beside its place under the name of an unfinished one (files/partial.py), every
+file is synced to disk, then one rename makes it visible and the parent folder is synced. What is
+not renamed was never there. Where a folder is replaced, the old one is moved aside first and
+deleted last; if the process dies between, the next write to the same place puts it back. What
+appears has the rights that the umask gives, whoever wrote its files.
 
 Not known here: what the folders hold (adapters, checkpoints, models).
 """
@@ -27,14 +28,18 @@ MANIFEST = "MANIFEST.json"
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = False, needed_bytes: int | None = None) -> Iterator[Path]:
-    """Yields an empty folder to write into; on success it stands at `path`, on any failure nothing does.
+def atomic_folder(
+    path: str | Path, *, replace: bool = False, needed_bytes: int | None = None
+) -> Iterator[Path]:
+    """Yields an empty folder to write into; on success it stands at `path`, on any failure nothing
+    does.
 
     replace       a folder that stands at `path` gives way, but only once the new one is complete
     needed_bytes  what will be written, if known: refused at once where the disk has less
 
-    Raises ConfigError if `path` exists and may not be replaced, DoesNotFitError if the disk is full (or takes no
-    file that large), InputError if the system refuses the place otherwise, within the block too.
+    Raises ConfigError if `path` exists and may not be replaced, DoesNotFitError if the disk is full
+    (or takes no file that large), InputError if the system refuses the place otherwise, within the
+    block too.
     """
     path = Path(path).absolute()
     aside = path.with_name(f".replaced-{path.name}")
@@ -70,7 +75,8 @@ def atomic_folder(path: str | Path, *, replace: bool = False, needed_bytes: int 
 
 @contextmanager
 def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a path beside `path` to write one file to; on success it stands at `path`. Raises alike."""
+    """Yields a path beside `path` to write one file to; on success it stands at `path`. Raises
+    alike."""
     path = Path(path).absolute()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +94,20 @@ def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_manifest(folder: str | Path) -> None:
-    """Writes MANIFEST.json: size and SHA-256 of every file in the folder. Call it when all are written."""
+    """Writes MANIFEST.json: size and SHA-256 of every file in the folder. Call it when all are
+    written."""
     folder = Path(folder)
     files = {
-        name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for name, path in sorted(_files(folder).items())
+        name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for name, path in sorted(_files(folder).items())
     }
     text = json.dumps({"format_version": 1, "files": files}, indent=2, sort_keys=True) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def verify_manifest(folder: str | Path) -> list[str]:
-    """What is wrong with the folder, one line each; empty if every file is as MANIFEST.json says."""
+    """What is wrong with the folder, one line each; empty if every file is as MANIFEST.json
+    says."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return [f"{MANIFEST} is missing: the folder was not written to its end"]
@@ -127,13 +136,18 @@ def _file_faults(name: str, path: Path, listed: Any) -> list[str]:
     if (size := path.stat().st_size) != listed["bytes"]:
         return [f"{name} has {size:,} bytes, {MANIFEST} says {listed['bytes']}"]
     if (found := file_hash(path)) != listed["sha256"]:
-        return [f"{name} changed: SHA-256 {found[:12]}…, {MANIFEST} says {str(listed['sha256'])[:12]}…"]
+        return [
+            f"{name} changed: SHA-256 {found[:12]}…, {MANIFEST} says {str(listed['sha256'])[:12]}…"
+        ]
     return []
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file below the folder but the manifest, by its name relative to it, with forward slashes."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    """Every file below the folder but the manifest, by its name relative to it, with forward
+    slashes."""
+    found = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()
+    }
     found.pop(MANIFEST, None)
     return found
 
@@ -141,12 +155,14 @@ def _files(folder: Path) -> dict[str, Path]:
 def refuse_existing(path: Path, *, unless: bool) -> None:
     """ConfigError: something stands there, and may not be replaced."""
     if _stands(path) and not unless:
-        raise ConfigError(f"{path} exists and is not overwritten", [], "Choose another place, or remove it first.")
+        raise ConfigError(
+            f"{path} exists and is not overwritten", [], "Choose another place, or remove it first."
+        )
 
 
 def refuse_unwritable(path: str | Path) -> None:
-    """Raises what writing at `path` would raise, InputError or DoesNotFitError, before the work for it is done. Leaves
-    nothing behind."""
+    """Raises what writing at `path` would raise, InputError or DoesNotFitError, before the work for
+    it is done. Leaves nothing behind."""
     path = Path(path).absolute()
     with explained(path):
         _stands(path)  # a name that is too long
@@ -166,7 +182,8 @@ def _stands(path: Path) -> bool:
 
 @contextmanager
 def _undone(path: Path, partial: Path) -> Iterator[None]:
-    """What cannot be said to be on the disk for good takes its unfinished name again, and is removed under it."""
+    """What cannot be said to be on the disk for good takes its unfinished name again, and is
+    removed under it."""
     try:
         yield
     except BaseException:
@@ -176,6 +193,7 @@ def _undone(path: Path, partial: Path) -> Iterator[None]:
 
 
 def _put_back(path: Path, aside: Path) -> None:
-    """Whoever failed or died between the two renames left the old folder aside and nothing in its place."""
+    """Whoever failed or died between the two renames left the old folder aside and nothing in its
+    place."""
     if os.path.lexists(aside) and not os.path.lexists(path):
         aside.rename(path)

@@ -12,11 +12,16 @@ CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be writt
 
 
 def cache_folder() -> Path:
-    """Where downloads and converted models are kept: $VENEER_CACHE, or the platform's cache folder."""
+    """Where downloads and converted models are kept: $VENEER_CACHE, or the platform's cache
+    folder."""
     if chosen := os.environ.get("VENEER_CACHE"):
         return expanded(chosen).absolute()
     if sys.platform == "darwin":
         return home() / "Library" / "Caches" / "veneer"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local") / "veneer" / "cache"
+        return (
+            Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
+            / "veneer"
+            / "cache"
+        )
     return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "veneer"

@@ -8,7 +8,8 @@ from veneer.errors import ConfigError
 
 
 def expanded(named: str | Path) -> Path:
-    """`~` and `~name` as folders; a name that the system does not know stays as it is written, as in a shell."""
+    """`~` and `~name` as folders; a name that the system does not know stays as it is written, as
+    in a shell."""
     path = Path(named)
     try:
         return path.expanduser()
@@ -17,11 +18,14 @@ def expanded(named: str | Path) -> Path:
 
 
 def home() -> Path:
-    """ConfigError: the system knows none for this user, as in a container whose user has no name."""
+    """ConfigError: the system knows none for this user, as in a container whose user has no
+    name."""
     try:
         return Path.home()
     except RuntimeError:
-        raise ConfigError("this user has no home folder", [], "Set HOME to a folder that can be written.") from None
+        raise ConfigError(
+            "this user has no home folder", [], "Set HOME to a folder that can be written."
+        ) from None
 
 
 def name_of(source: str) -> str:

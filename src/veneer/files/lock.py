@@ -1,4 +1,5 @@
-"""One writer at a time, across processes and threads; a lock ends with its process, however that dies.
+"""One writer at a time, across processes and threads; a lock ends with its process, however that
+dies.
 
 The lock is on an open file, not in its existence: a file left behind locks nothing.
 """
@@ -22,7 +23,8 @@ else:
 WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.005
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
-"""What the system says where another holds the lock, Windows included; anything else is no answer to that."""
+"""What the system says where another holds the lock, Windows included; anything else is no answer
+to that."""
 
 
 class BusyError(InputError):
@@ -30,12 +32,15 @@ class BusyError(InputError):
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Holds the lock file `path` within the block; shared: beside other shared holders (not on Windows).
+def locked(
+    path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS
+) -> Iterator[None]:
+    """Holds the lock file `path` within the block; shared: beside other shared holders (not on
+    Windows).
 
-    Raises BusyError when others hold it for longer than wait_seconds, InputError where the place cannot be written
-    or its file system has no locks.
-    Who holds it alone may remove the file before letting go of it: nobody else has locked it then.
+    Raises BusyError when others hold it for longer than wait_seconds, InputError where the place
+    cannot be written or its file system has no locks. Who holds it alone may remove the file before
+    letting go of it: nobody else has locked it then.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -82,6 +87,7 @@ def _locks(path: Path, descriptor: int, *, shared: bool) -> bool:
         raise InputError(
             f"{path.parent} cannot be locked: {fault.strerror}",
             ["its file system has no locks, so that two commands could change it at once"],
-            "Take a folder on another one, or mount it with them (Lustre: -o flock; NFS: without nolock).",
+            "Take a folder on another one, or mount it with them (Lustre: -o flock; NFS: without"
+            " nolock).",
         ) from fault
     return True

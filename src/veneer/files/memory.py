@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def memory() -> dict[str, int]:
-    """Name -> bytes, as /proc/meminfo has them (`MemTotal`, `MemAvailable`); empty where there is none."""
+    """Name -> bytes, as /proc/meminfo has them (`MemTotal`, `MemAvailable`); empty where there is
+    none."""
     file = Path("/proc/meminfo")
     rows = (line.split() for line in file.read_text().splitlines()) if file.is_file() else ()
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3}

@@ -1,9 +1,9 @@
-"""How deep JSON and YAML may be nested that anyone may have written, one limit for rows, configs and adapters;
-what is text.
+"""How deep JSON and YAML may be nested that anyone may have written, one limit for rows, configs
+and adapters; what is text.
 
-What reads such values recurses (json, pydantic, jinja's filters, our own walks), and Python ends a recursion at about
-a thousand calls, wherever it then is. So the depth is bounded where a value comes in; what is found here does not
-recurse.
+What reads such values recurses (json, pydantic, jinja's filters, our own walks), and Python ends a
+recursion at about a thousand calls, wherever it then is. So the depth is bounded where a value
+comes in; what is found here does not recurse.
 """
 
 import re
@@ -14,7 +14,9 @@ MAX_JSON_DEPTH = 64
 """Levels of lists and objects. A tool call's arguments begin at the seventh level of their row."""
 TOO_DEEP = f"is nested deeper than {MAX_JSON_DEPTH} levels"
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)  # matches at every quote: linear on any text
+_STRING = re.compile(
+    r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL
+)  # matches at every quote: linear on any text
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
@@ -31,7 +33,8 @@ def text_too_deep(text: str) -> bool:
 
 
 def walk(value: Any) -> Iterator[tuple[Any, int]]:
-    """Everything inside a value (keys too), itself first, each with its depth; a list in nothing has depth 1."""
+    """Everything inside a value (keys too), itself first, each with its depth; a list in nothing
+    has depth 1."""
     waiting = [(value, 1)]
     while waiting:
         value, depth = waiting.pop()
@@ -45,7 +48,8 @@ def walk(value: Any) -> Iterator[tuple[Any, int]]:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: half a character, of a cut escape or another encoding, cannot."""
+    """Whether it can be written as UTF-8: half a character, of a cut escape or another encoding,
+    cannot."""
     if text.isascii():
         return True
     try:
@@ -57,14 +61,17 @@ def is_text(text: str) -> bool:
 
 def too_deep(value: Any) -> bool:
     """As text_too_deep, of a value that was read already."""
-    return any(depth > MAX_JSON_DEPTH and isinstance(inner, list | Mapping) for inner, depth in walk(value))
+    return any(
+        depth > MAX_JSON_DEPTH and isinstance(inner, list | Mapping) for inner, depth in walk(value)
+    )
 
 
 def yaml_fault(text: str) -> str | None:
-    """Why a YAML text is not read, or None: before it is, by its events. Raises yaml.YAMLError for what is no YAML.
+    """Why a YAML text is not read, or None: before it is, by its events. Raises yaml.YAMLError for
+    what is no YAML.
 
-    Aliases make a few lines stand for a value of 2^60 parts, and of one that holds itself; the parser takes minutes
-    over thousands of levels.
+    Aliases make a few lines stand for a value of 2^60 parts, and of one that holds itself; the
+    parser takes minutes over thousands of levels.
     """
     import yaml
 

@@ -1,11 +1,13 @@
-"""Unfinished files and folders: what they are called, whose they are, and that they go once their writer is dead.
+"""Unfinished files and folders: what they are called, whose they are, and that they go once their
+writer is dead.
 
     .partial-<machine>-<pid>-<start>-<n>
 
-A process is its number and the time it started; `machine` is a hash of the host and its space of process numbers
-(containers have their own). Neither a host's name nor a container's number is one of its kind: the machine's own id
-stands beside them, for a container, which ends with it, that of the machine's start. What another machine writes
-cannot be judged from here and is left alone, as is everything on Windows.
+A process is its number and the time it started; `machine` is a hash of the host and its space of
+process numbers (containers have their own). Neither a host's name nor a container's number is one
+of its kind: the machine's own id stands beside them, for a container, which ends with it, that of
+the machine's start. What another machine writes cannot be judged from here and is left alone, as is
+everything on Windows.
 """
 
 import calendar
@@ -36,8 +38,8 @@ _OPEN: set[str] = set()
 
 @contextmanager
 def unfinished(parent: Path) -> Iterator[Path]:
-    """A path in `parent` that nothing bears yet and that says who writes there; what still stands there at the end
-    is removed, now or, if the system does not let us, by a later command."""
+    """A path in `parent` that nothing bears yet and that says who writes there; what still stands
+    there at the end is removed, now or, if the system does not let us, by a later command."""
     pid = os.getpid()
     path = parent / f"{PREFIX}{_machine()}-{pid}-{_started(pid) or 0}-{next(_COUNTER)}"
     _OPEN.add(path.name)
@@ -50,14 +52,16 @@ def unfinished(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder to work in, beside what is made there. Its mode is what the umask gives a new folder."""
+    """An empty folder to work in, beside what is made there. Its mode is what the umask gives a new
+    folder."""
     with unfinished(parent) as folder:
         folder.mkdir()
         yield folder
 
 
 def sweep(parent: Path) -> None:
-    """Removes what dead writers left unfinished in `parent`; where nothing may be removed, nothing happens."""
+    """Removes what dead writers left unfinished in `parent`; where nothing may be removed, nothing
+    happens."""
     try:
         with os.scandir(parent) as entries:
             found = [entry.name for entry in entries if entry.name.startswith(PREFIX)]
@@ -69,7 +73,8 @@ def sweep(parent: Path) -> None:
 
 
 def lives(name: str) -> bool | None:
-    """Whether the writer of the unfinished thing of this name lives; None where that cannot be known here."""
+    """Whether the writer of the unfinished thing of this name lives; None where that cannot be
+    known here."""
     parts = _NAME.fullmatch(name)
     if parts is None or parts[1] != _machine() or parts[3] == "0" or os.name == "nt":
         return None
@@ -108,7 +113,8 @@ def share_and_sync(path: Path, mode: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """After it, a rename in this folder outlives a power cut, where the file system can promise that."""
+    """After it, a rename in this folder outlives a power cut, where the file system can promise
+    that."""
     with _where_there_is_one():
         _sync(path)
 
@@ -145,16 +151,22 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When the process began, in a unit of the system's own; 0 if it has ended, None if none is shown to us."""
+    """When the process began, in a unit of the system's own; 0 if it has ended, None if none is
+    shown to us."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return 0 if fields[0] in "ZX" else int(fields[19])  # proc(5): state is field 3, starttime 22
+        return (
+            0 if fields[0] in "ZX" else int(fields[19])
+        )  # proc(5): state is field 3, starttime 22
     if sys.platform == "darwin":
         said = subprocess.run(
-            ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, env={"LC_ALL": "C"}
+            ["ps", "-o", "lstart=", "-p", str(pid)],
+            capture_output=True,
+            text=True,
+            env={"LC_ALL": "C"},
         ).stdout.strip()
         return calendar.timegm(time.strptime(said)) if said else None
     return None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 @cache
 def processor() -> dict[str, str]:
-    """Name -> text, as /proc/cpuinfo has them (`model name`, `flags`); empty where there is none."""
+    """Name -> text, as /proc/cpuinfo has them (`model name`, `flags`); empty where there is
+    none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     found: dict[str, str] = {}

@@ -1,13 +1,14 @@
-"""What was found out once and holds until something that it depends on changes: small entries in the cache folder.
+"""What was found out once and holds until something that it depends on changes: small entries in
+the cache folder.
 
-An entry lies under the hash of its key and holds the key whole. It counts only where the key is equal and the value
-has the type that is asked for; a damaged one is as none, and is written again. Every key is widened by what all such
-findings depend on (`surroundings`): the bytes of Veneer's own files, its compiled kernels among them, the versions of
-what computes, the processor, and the environment variables that change what these do.
+An entry lies under the hash of its key and holds the key whole. It counts only where the key is
+equal and the value has the type that is asked for; a damaged one is as none, and is written again.
+Every key is widened by what all such findings depend on (`surroundings`): the bytes of Veneer's own
+files, its compiled kernels among them, the versions of what computes, the processor, and the
+environment variables that change what these do.
 
-Off unless `begin` was called, which the command line does: in a process that others write, something may have been
-replaced that no key knows of.
-Not known here: what is remembered.
+Off unless `begin` was called, which the command line does: in a process that others write,
+something may have been replaced that no key knows of. Not known here: what is remembered.
 """
 
 from __future__ import annotations
@@ -42,7 +43,20 @@ MOST_ENTRIES = 512
 
 COMPUTES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate", "kernels")
 """Whose versions every key holds, where they are installed."""
-READS = ("VENEER_", "ATEN_", "ONEDNN_", "DNNL_", "MKL_", "OMP_", "KMP_", "GOMP_", "TORCH", "PYTORCH_", "CUDA_", "LD_")
+READS = (
+    "VENEER_",
+    "ATEN_",
+    "ONEDNN_",
+    "DNNL_",
+    "MKL_",
+    "OMP_",
+    "KMP_",
+    "GOMP_",
+    "TORCH",
+    "PYTORCH_",
+    "CUDA_",
+    "LD_",
+)
 READS_ALSO = ("TRANSFORMERS_", "HF_ENABLE_", "USE_", "TRITON_", "NVIDIA_")
 ABOUT_PLACES = ("VENEER_CACHE", "VENEER_LIBRARY", OFF)
 
@@ -69,7 +83,8 @@ def remembered(
 ) -> Found:
     """What `make` gave an earlier process with the same key, else what it gives now.
 
-    kind    names a folder of the cache;  key   JSON, everything that the value depends on beside `surroundings`
+    kind    names a folder of the cache;  key   JSON, everything that the value depends on beside
+            `surroundings`
     of      its type, as pydantic reads and writes it;  still   whether it holds yet
     """
     around = surroundings() if _begun else None
@@ -81,7 +96,11 @@ def remembered(
     with suppress(VeneerError, ValidationError, OSError):
         entry = read_json(path, max_bytes=MOST_BYTES)
         text = entry.get("value")
-        if entry.get("key") == whole and isinstance(text, str) and entry.get("sha256") == _hash(text):
+        if (
+            entry.get("key") == whole
+            and isinstance(text, str)
+            and entry.get("sha256") == _hash(text)
+        ):
             value = reads.validate_json(text, strict=True)
             if still(value):
                 return value
@@ -93,13 +112,16 @@ def remembered(
         sweep(path.parent)
         with unfinished(path.parent) as partial:
             partial.write_text(json.dumps(entry), encoding="utf-8")
-            partial.replace(path)  # not synced: one that a power cut damages is as none, and nobody waits for a disk
+            partial.replace(
+                path
+            )  # not synced: one that a power cut damages is as none, and nobody waits for a disk
         _forget_oldest(path.parent)
     return value
 
 
 def is_known(kind: type) -> bool:
-    """Whether the key says what code this class is: transformers' own, whose version stands in it."""
+    """Whether the key says what code this class is: transformers' own, whose version stands in
+    it."""
     return kind.__module__.startswith("transformers.models.")
 
 
@@ -111,19 +133,30 @@ def _forget_oldest(folder: Path) -> None:
 
 @cache
 def surroundings() -> str | None:
-    """Hash of what any finding depends on; None where that cannot be told: a library that is being worked on."""
+    """Hash of what any finding depends on; None where that cannot be told: a library that is being
+    worked on."""
     try:
         versions = {name: _state(distribution(name)) for name in COMPUTES if _installed(name)}
     except OSError:
         return None
     if None in versions.values():
         return None
-    names = sorted(name for name in os.environ if name.startswith(READS + READS_ALSO) and name not in ABOUT_PLACES)
+    names = sorted(
+        name
+        for name in os.environ
+        if name.startswith(READS + READS_ALSO) and name not in ABOUT_PLACES
+    )
     told = {
         "veneer": own_files_hash(),
         "versions": versions,
         "python": sys.version,
-        "machine": [platform.system(), platform.release(), platform.machine(), _processor(), os.cpu_count()],
+        "machine": [
+            platform.system(),
+            platform.release(),
+            platform.machine(),
+            _processor(),
+            os.cpu_count(),
+        ],
         "environment": {name: os.environ[name] for name in names},
     }
     return _hash(json.dumps(told, sort_keys=True))
@@ -132,7 +165,9 @@ def surroundings() -> str | None:
 def own_files_hash() -> str:
     """SHA-256 over the names and bytes of Veneer's own files, compiled kernels included."""
     own = Path(__file__).parents[1]
-    files = sorted(path for path in own.rglob("*") if path.suffix in (".py", ".so", ".pyd", ".c", ".h"))
+    files = sorted(
+        path for path in own.rglob("*") if path.suffix in (".py", ".so", ".pyd", ".c", ".h")
+    )
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(own).as_posix()}\n".encode())
@@ -153,7 +188,8 @@ def _installed(name: str) -> bool:
 
 
 def _state(found: Distribution) -> str | None:
-    """Version and hashes of the files of an installation; None where they are those that somebody works on."""
+    """Version and hashes of the files of an installation; None where they are those that somebody
+    works on."""
     if "editable" in (found.read_text("direct_url.json") or ""):
         return None
     files = found.read_text("RECORD") or ""

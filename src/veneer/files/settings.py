@@ -1,6 +1,8 @@
-"""Settings that a person writes: what every model of them has, and what is wrong with them in words.
+"""Settings that a person writes: what every model of them has, and what is wrong with them in
+words.
 
-No torch here: `--help` reads this. A setting has a path: ("method", "rank") is the rank of the run's method.
+No torch here: `--help` reads this. A setting has a path: ("method", "rank") is the rank of the
+run's method.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +18,8 @@ from veneer.files.strict_json import illegible
 from veneer.vocabulary import CHOICES_ELSEWHERE, NOT_NEEDED, KeyPath, nearest, nearest_word
 
 Place = tuple[KeyPath, str]
-"""Where a fault is, and of which kind: a field of two types fails once for each, and that is one fault."""
+"""Where a fault is, and of which kind: a field of two types fails once for each, and that is one
+fault."""
 
 
 if TYPE_CHECKING:
@@ -26,12 +29,17 @@ else:
 
 
 class _Told(ModelMetaclass):
-    """What somebody makes in Python is refused in our words; within other settings pydantic goes on gathering."""
+    """What somebody makes in Python is refused in our words; within other settings pydantic goes on
+    gathering."""
 
     def __call__(cls, *values: Any, **settings: Any) -> Any:  # noqa: N805  # a class is its self
         model = cast(type[BaseModel], cls)
         if values:
-            step = f"For instance {cls.__name__}({next(name for name in model.model_fields if name != 'name')}=...)."
+            step = (
+                "For instance"
+                f" {cls.__name__}"
+                f"({next(name for name in model.model_fields if name != 'name')}=...)."
+            )
             raise ConfigError(f"{cls.__name__} takes its settings by name", next_step=step)
         try:
             return super().__call__(**settings)
@@ -60,7 +68,9 @@ class Settings(BaseModel, metaclass=_Told):
         return value
 
 
-def refused(model: type[BaseModel], fault: ValidationError, values: Mapping[str, Any]) -> ConfigError:
+def refused(
+    model: type[BaseModel], fault: ValidationError, values: Mapping[str, Any]
+) -> ConfigError:
     """What settings that were given in Python are refused with."""
 
     def in_python(path: KeyPath) -> str:
@@ -74,7 +84,10 @@ def refused(model: type[BaseModel], fault: ValidationError, values: Mapping[str,
 
     ours = [*((name,) for name in parts(model)), *paths(model)]
     found = faults_of(model, fault, values, ours, in_python)
-    return ConfigError(f"{model.__name__}: these settings are not right", [" ".join(each) for each in found.values()])
+    return ConfigError(
+        f"{model.__name__}: these settings are not right",
+        [" ".join(each) for each in found.values()],
+    )
 
 
 def parts(model: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
@@ -92,11 +105,14 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def paths(model: type[BaseModel]) -> list[KeyPath]:
-    """The path of every setting. Where a field may hold several, the first that has a name stands for them."""
+    """The path of every setting. Where a field may hold several, the first that has a name stands
+    for them."""
     inner = parts(model)
     found: dict[KeyPath, None] = {}
     for name in model.model_fields:
-        below: list[KeyPath] = [(name, each) for part in inner.get(name, []) for each in part.model_fields]
+        below: list[KeyPath] = [
+            (name, each) for part in inner.get(name, []) for each in part.model_fields
+        ]
         found.update(dict.fromkeys(below or [(name,)]))
     return list(found)
 
@@ -142,17 +158,21 @@ def faults_of(
     ours: Sequence[KeyPath],
     written: Callable[[KeyPath], str],
 ) -> dict[Place, tuple[str, str]]:
-    """Where each fault is -> (its code, what is wrong). ours: names that may have been meant; written: as they are."""
+    """Where each fault is -> (its code, what is wrong). ours: names that may have been meant;
+    written: as they are."""
     by_place: dict[Place, list[ErrorDetails]] = {}
     for detail in fault.errors(include_url=False):
         kind = detail["type"]
         known = kind in ("extra_forbidden", "missing", "value_error", "union_tag_not_found")
         by_place.setdefault((_place(detail, values), kind if known else ""), []).append(detail)
-    return {place: _said(model, details, place[0], ours, written) for place, details in by_place.items()}
+    return {
+        place: _said(model, details, place[0], ours, written) for place, details in by_place.items()
+    }
 
 
 def _place(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
-    """The place of an error in the values, without the types and tags that pydantic tried on the way."""
+    """The place of an error in the values, without the types and tags that pydantic tried on the
+    way."""
     node: Any = values
     path: list[str] = []
     for each in map(str, detail["loc"]):
@@ -182,19 +202,30 @@ def _said(
 ) -> tuple[str, str]:
     detail = details[0]
     within_list = _within_list(detail["loc"][len(path) :])
-    name = ".".join([*path, *([] if within_list[-1:] == [*path[-1:]] else within_list)])  # one set, without its list
-    kind, context, last = detail["type"], detail.get("ctx", {}), str(detail["loc"][-1]) if detail["loc"] else ""
+    name = ".".join(
+        [*path, *([] if within_list[-1:] == [*path[-1:]] else within_list)]
+    )  # one set, without its list
+    kind, context, last = (
+        detail["type"],
+        detail.get("ctx", {}),
+        str(detail["loc"][-1]) if detail["loc"] else "",
+    )
     if kind in ("extra_forbidden", "missing") and path[-1:] != (last,):  # in a list
         within, unknown = name.removesuffix(f".{last}"), kind == "extra_forbidden"
         if unknown:
-            return "C312", f"{within}: unknown key {last!r}: there is {', '.join(fields_below(model, path))}"
+            return (
+                "C312",
+                f"{within}: unknown key {last!r}: there is {', '.join(fields_below(model, path))}",
+            )
         return "C311", f"{within}: {last!r} is missing"
     if kind == "extra_forbidden":
         around = ".".join(path[:-1])
         hint = _hint(model, path, ours, written, detail["input"])
         return "C312", f"unknown key {path[-1]!r}{f' in {around}' if around else ''}{hint}"
     if kind == "missing":
-        told = f": {described(model, path)}" if len(path) <= 2 else ""  # what lies deeper is a set's
+        told = (
+            f": {described(model, path)}" if len(path) <= 2 else ""
+        )  # what lies deeper is a set's
         return "C311", f"{name!r} is missing{told}"
     if kind == "union_tag_not_found":
         tags = [each.model_fields["name"].default for each in parts(model)[path[-1]]]
@@ -209,7 +240,11 @@ def _said(
     given = repr(detail["input"])
     given = given if len(given) <= 60 else given[:59] + "…"
     if kind == "literal_error":
-        near = nearest_word(str(detail["input"]), words_at(model, path), CHOICES_ELSEWHERE) if path else None
+        near = (
+            nearest_word(str(detail["input"]), words_at(model, path), CHOICES_ELSEWHERE)
+            if path
+            else None
+        )
         guess = f": did you mean {near!r}?" if near else ""
         return "C310", f"{name} is {given}, not one of {context['expected']}{guess}"
     first, *others = dict.fromkeys(_wrong(each) for each in details)
@@ -218,7 +253,11 @@ def _said(
 
 
 def _hint(
-    model: type[BaseModel], path: KeyPath, ours: Sequence[KeyPath], written: Callable[[KeyPath], str], value: object
+    model: type[BaseModel],
+    path: KeyPath,
+    ours: Sequence[KeyPath],
+    written: Callable[[KeyPath], str],
+    value: object,
 ) -> str:
     """What to do about an unknown key."""
     around = path[:-1]

@@ -1,5 +1,5 @@
-"""Reads JSON and YAML that anyone may have written: strictly, within limits, no torch loaded; writes what can be
-read so.
+"""Reads JSON and YAML that anyone may have written: strictly, within limits, no torch loaded;
+writes what can be read so.
 
 Not known here: what the object should hold.
 """
@@ -24,7 +24,10 @@ _SHOWN = 60  # characters of a text in a message
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
 DOWNLOAD_AGAIN = "Download the model again."
-FOREIGN = "An adapter file holds a few thousand named matrices of floats and nothing else: do not use this one."
+FOREIGN = (
+    "An adapter file holds a few thousand named matrices of floats and nothing else: do not use"
+    " this one."
+)
 
 
 def field_faults(fault: ValidationError) -> list[str]:
@@ -33,7 +36,8 @@ def field_faults(fault: ValidationError) -> list[str]:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, mend: bool = False) -> dict[str, Any]:
-    """The JSON object in a file of at most max_bytes. Raises SourceError or what parse_json raises."""
+    """The JSON object in a file of at most max_bytes. Raises SourceError or what parse_json
+    raises."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
@@ -45,8 +49,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, mend: bool = False
 def read_model_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model's folder, taken as transformers takes it.
 
-    A key may stand there twice and a number be infinite (Mamba 2's configs hold one); an index of many shards is long.
-    Depth is bounded as everywhere. Raises CorruptFileError.
+    A key may stand there twice and a number be infinite (Mamba 2's configs hold one); an index of
+    many shards is long. Depth is bounded as everywhere. Raises CorruptFileError.
     """
     try:
         with path.open("rb") as file:
@@ -58,7 +62,9 @@ def read_model_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it {TOO_DEEP}")
         value = json.loads(decoded)
     except (OSError, ValueError) as fault:
-        raise CorruptFileError(f"{path} cannot be read: {fault}", next_step=DOWNLOAD_AGAIN) from fault
+        raise CorruptFileError(
+            f"{path} cannot be read: {fault}", next_step=DOWNLOAD_AGAIN
+        ) from fault
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} is not a JSON object", next_step=DOWNLOAD_AGAIN)
     return value
@@ -97,12 +103,14 @@ def parse_yaml(text: bytes, path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> d
 def parse_json(text: bytes, path: Path, *, max_bytes: int, mend: bool = False) -> dict[str, Any]:
     """The object that `text` holds; `path` only names it in errors.
 
-    Stricter than json.loads: no duplicate keys, no NaN or infinity (nor 1e999), no lone surrogates, no
-    NUL (mend: they are made legible, for what earlier versions wrote), bounded size and depth. Raises UnsafeFileError
-    beyond the limits, else CorruptFileError.
+    Stricter than json.loads: no duplicate keys, no NaN or infinity (nor 1e999), no lone surrogates,
+    no NUL (mend: they are made legible, for what earlier versions wrote), bounded size and depth.
+    Raises UnsafeFileError beyond the limits, else CorruptFileError.
     """
     if len(text) > max_bytes:
-        raise UnsafeFileError(f"{path} holds more than {max_bytes:,} bytes of JSON, the limit", [], FOREIGN)
+        raise UnsafeFileError(
+            f"{path} holds more than {max_bytes:,} bytes of JSON, the limit", [], FOREIGN
+        )
     try:
         decoded = text.decode("utf-8")
         if text_too_deep(decoded):
@@ -118,7 +126,9 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int, mend: bool = False) -
     except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise CorruptFileError(f"{path} is not valid JSON: {fault}", [], RESTORE) from fault
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object", [], RESTORE)
+        raise CorruptFileError(
+            f"{path} holds a JSON {type(value).__name__}, not an object", [], RESTORE
+        )
     return value
 
 
@@ -143,7 +153,8 @@ def _brief(text: str) -> str:
 
 
 def _strings(value: Any) -> list[str]:
-    """The strings in a value and in the lists it is made of; objects have been through _unique already."""
+    """The strings in a value and in the lists it is made of; objects have been through _unique
+    already."""
     if isinstance(value, list):
         return [text for item in value for text in _strings(item)]
     return [value] if isinstance(value, str) else []
@@ -161,7 +172,8 @@ def _finite(text: str) -> float:
 
 
 def finite_or_null(value: Any) -> Any:
-    """JSON data in which every number that is not finite is null: JSON has no other way to say it."""
+    """JSON data in which every number that is not finite is null: JSON has no other way to say
+    it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -172,7 +184,8 @@ def finite_or_null(value: Any) -> Any:
 
 
 def legible(value: Any) -> Any:
-    """JSON data as parse_json takes it: what is not finite is null, a NUL or half a surrogate pair in a text is U+FFFD.
+    """JSON data as parse_json takes it: what is not finite is null, a NUL or half a surrogate pair
+    in a text is U+FFFD.
 
     For what models and data say. A name that a user gave is not changed but refused: `illegible`.
     """
@@ -189,7 +202,9 @@ def illegible(value: Any, name: str = "") -> list[str]:
     """`name: text` of every text in JSON data, keys too, that parse_json would refuse."""
     if isinstance(value, Mapping):
         keys = [fault for key in value for fault in illegible(str(key), name or "a key")]
-        return keys + [f for key, each in value.items() for f in illegible(each, f"{name}.{key}".lstrip("."))]
+        return keys + [
+            f for key, each in value.items() for f in illegible(each, f"{name}.{key}".lstrip("."))
+        ]
     if isinstance(value, list | tuple):
         return [fault for each in value for fault in illegible(each, name)]
     return [f"{name}: {value!r}"] if isinstance(value, str) and _UNPRINTABLE.search(value) else []
@@ -197,5 +212,7 @@ def illegible(value: Any, name: str = "") -> list[str]:
 
 def json_text(value: Mapping[str, Any], *, indent: int | None = 2, sort_keys: bool = True) -> str:
     """A file's text, which parse_json reads back; with a newline at its end."""
-    made = json.dumps(legible(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
+    made = json.dumps(
+        legible(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
+    )
     return made + "\n"

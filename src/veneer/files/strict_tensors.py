@@ -1,9 +1,9 @@
 """Reads tensor files that anyone may have written: safetensors, strictly, within limits.
 
 A file is refused before a byte of its tensors is read unless its header is exactly what the format
-allows: every offset accounted for, no holes, no overlaps, no duplicate names, shape times item size equal
-to the byte range, the last range ending where the file ends. Non-finite values are refused too, which the
-safetensors library does not check. Nothing here unpickles.
+allows: every offset accounted for, no holes, no overlaps, no duplicate names, shape times item size
+equal to the byte range, the last range ending where the file ends. Non-finite values are refused
+too, which the safetensors library does not check. Nothing here unpickles.
 
 Not known here: which tensors an adapter should have (formats/peft_tensors.py).
 Source: https://github.com/huggingface/safetensors#format
@@ -50,7 +50,8 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of a safetensors file, in the file's order of names.
 
-    Raises SourceError (no such file), UnsafeFileError (beyond the limits), CorruptFileError (all faults).
+    Raises SourceError (no such file), UnsafeFileError (beyond the limits), CorruptFileError (all
+    faults).
     """
     with _readable(path), path.open("rb") as file:
         return _read_header(path, file)[0]
@@ -69,25 +70,36 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], byt
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise CorruptFileError(f"{path} has {len(prefix)} bytes: too short for safetensors", [], RESTORE)
+        raise CorruptFileError(
+            f"{path} has {len(prefix)} bytes: too short for safetensors", [], RESTORE
+        )
     (header_bytes,) = struct.unpack("<Q", prefix)
     if header_bytes > MAX_HEADER_BYTES:
         raise UnsafeFileError(
-            f"{path} announces a header of {header_bytes:,} bytes; the limit is {MAX_HEADER_BYTES:,}", [], FOREIGN
+            f"{path} announces a header of {header_bytes:,} bytes; the limit is"
+            f" {MAX_HEADER_BYTES:,}",
+            [],
+            FOREIGN,
         )
     text = file.read(header_bytes)
     if len(text) < header_bytes or not text.startswith(b"{"):
         raise CorruptFileError(f"{path} does not begin with a safetensors header", [], RESTORE)
     entries = parse_json(text, path, max_bytes=MAX_HEADER_BYTES)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise CorruptFileError(f"{path}: __metadata__ is not a table of strings", [], RESTORE)
     if len(entries) > MAX_TENSORS:
-        raise UnsafeFileError(f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], FOREIGN)
+        raise UnsafeFileError(
+            f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], FOREIGN
+        )
     return _checked_layout(path, entries, file_bytes - 8 - header_bytes), prefix + text
 
 
-def _checked_layout(path: Path, entries: Mapping[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+def _checked_layout(
+    path: Path, entries: Mapping[str, Any], data_bytes: int
+) -> dict[str, TensorInfo]:
     """Every entry is well formed and together they tile the data without a gap."""
     infos: dict[str, TensorInfo] = {}
     unsafe: list[str] = []
@@ -103,11 +115,15 @@ def _checked_layout(path: Path, entries: Mapping[str, Any], data_bytes: int) -> 
     position = 0
     for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
-            kind = "overlaps the one before it" if info.begin < position else "leaves a hole before it"
+            kind = (
+                "overlaps the one before it" if info.begin < position else "leaves a hole before it"
+            )
             corrupt.append(f"{name}: begins at {info.begin}, expected {position}: {kind}")
         position = max(position, info.end)
     if not unsafe and not corrupt and position != data_bytes:
-        corrupt.append(f"the tensors end at byte {position:,} of the data, the file at {data_bytes:,}")
+        corrupt.append(
+            f"the tensors end at byte {position:,} of the data, the file at {data_bytes:,}"
+        )
     if unsafe:
         raise UnsafeFileError(f"{path} is not an adapter's tensor file", unsafe + corrupt, FOREIGN)
     if corrupt:
@@ -128,12 +144,17 @@ def _entry_fault(entry: Any) -> str | None:
     if 0 in shape:
         return f"shape {shape} is empty: the values were not gathered when it was saved"
     if (expected := math.prod(shape) * ITEM_BYTES[dtype]) != offsets[1] - offsets[0]:
-        return f"shape {shape} of {dtype} takes {expected} bytes, the range has {offsets[1] - offsets[0]}"
+        return (
+            f"shape {shape} of {dtype} takes {expected} bytes, the range has"
+            f" {offsets[1] - offsets[0]}"
+        )
     return None
 
 
 def _natural_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -142,7 +163,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """read_tensors, and the SHA-256 of exactly the bytes that they came from, in hex: the file is read once.
+    """read_tensors, and the SHA-256 of exactly the bytes that they came from, in hex: the file is
+    read once.
 
     The tensors are views of one buffer, which lives as long as any of them.
     """
@@ -151,39 +173,50 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
         data = torch.empty(max((info.end for info in infos.values()), default=0), dtype=torch.uint8)
         raw: Any = data.numpy()  # its bytes; the type says nothing of that
         if (got := file.readinto(raw)) != len(data) or file.read(1):
-            raise CorruptFileError(f"{path} changed while it was read", [f"{got:,} bytes of it"], RESTORE)
+            raise CorruptFileError(
+                f"{path} changed while it was read", [f"{got:,} bytes of it"], RESTORE
+            )
     digest = hashlib.sha256(head)
     digest.update(raw)
     tensors = {
-        name: _aligned(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape) for name, info in infos.items()
+        name: _aligned(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape)
+        for name, info in infos.items()
     }
     if not _all_finite(data, infos):
         faults = [
-            f"{name}: {int((~torch.isfinite(tensor)).sum()):,} of {tensor.numel():,} values are not finite"
+            f"{name}: {int((~torch.isfinite(tensor)).sum()):,} of {tensor.numel():,} values are not"
+            " finite"
             for name, tensor in tensors.items()
             if not torch.isfinite(tensor).all()
         ]
         raise CorruptFileError(
             f"{path} holds values that are not finite",
             faults,
-            "The training that wrote it diverged, or the file was changed: take an earlier checkpoint.",
+            "The training that wrote it diverged, or the file was changed: take an earlier"
+            " checkpoint.",
         )
     return tensors, digest.hexdigest()
 
 
 def _aligned(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as values; copied where a file's offsets are no multiple of their size."""
-    return raw.view(dtype) if raw.storage_offset() % dtype.itemsize == 0 else raw.clone().view(dtype)
+    return (
+        raw.view(dtype) if raw.storage_offset() % dtype.itemsize == 0 else raw.clone().view(dtype)
+    )
 
 
 def _all_finite(data: Tensor, infos: Mapping[str, TensorInfo]) -> bool:
-    """Stretches of one type are looked at as a whole: a call for each of hundreds of tensors costs more."""
+    """Stretches of one type are looked at as a whole: a call for each of hundreds of tensors costs
+    more."""
     stretches: list[tuple[str, int, int]] = []
     for info in sorted(infos.values(), key=lambda info: info.begin):
         if stretches and stretches[-1][0] == info.dtype:
             stretches[-1] = (info.dtype, stretches[-1][1], info.end)
         else:
             stretches.append((info.dtype, info.begin, info.end))
-    # the extremes of a stretch are NaN if one of its values is, and reading them is ten times as fast as isfinite
-    extremes = (torch.aminmax(_aligned(data[begin:end], DTYPES[dtype])) for dtype, begin, end in stretches)
+    # the extremes of a stretch are NaN if one of its values is, and reading them is ten times as
+    # fast as isfinite
+    extremes = (
+        torch.aminmax(_aligned(data[begin:end], DTYPES[dtype])) for dtype, begin, end in stretches
+    )
     return all(math.isfinite(float(low)) and math.isfinite(float(high)) for low, high in extremes)

@@ -1,10 +1,12 @@
-"""What the operating system refuses, told as an error that a user can mend: the place, its words, the next step.
+"""What the operating system refuses, told as an error that a user can mend: the place, its words,
+the next step.
 
     full disk, used-up quota, file too large    DoesNotFitError
     everything else it says of a file           InputError
 
-Libraries written in Rust (safetensors, tokenizers) raise classes of their own and leave the number in the text,
-"(os error 28)": it is read from there. Errors of networks and pipes are not about files and pass.
+Libraries written in Rust (safetensors, tokenizers) raise classes of their own and leave the number
+in the text, "(os error 28)": it is read from there. Errors of networks and pipes are not about
+files and pass.
 """
 
 import errno
@@ -29,7 +31,9 @@ _NETWORK = {
 _KEPT = "nothing that was complete before is lost."
 _OTHER_PLACE = "Give a folder that you may write to."
 _MEND = f"Mend that, or give another place; {_KEPT}"
-_DEVICE = f"The device or its connection failed: look at it, then run the same command again; {_KEPT}"
+_DEVICE = (
+    f"The device or its connection failed: look at it, then run the same command again; {_KEPT}"
+)
 _NEXT_STEPS = {
     errno.EACCES: _OTHER_PLACE,
     errno.EPERM: _OTHER_PLACE,
@@ -46,10 +50,14 @@ _NEXT_STEPS = {
 
 
 def system_errno(fault: BaseException) -> int | None:
-    """The number of the error of the file system that `fault` is, or carries in its text; None if it is none."""
+    """The number of the error of the file system that `fault` is, or carries in its text; None if
+    it is none."""
     if isinstance(fault, VeneerError | ChildProcessError | InterruptedError):
         return None
-    if type(fault).__module__ in ("socket", "ssl"):  # theirs are OSErrors, too, with numbers of their own
+    if type(fault).__module__ in (
+        "socket",
+        "ssl",
+    ):  # theirs are OSErrors, too, with numbers of their own
         return None
     number = fault.errno if isinstance(fault, OSError) else None
     if number is None and (found := _IN_TEXT.search(str(fault))):
@@ -77,7 +85,9 @@ def refusal(
     if number is None:
         return None
     named = getattr(fault, "filename", None)
-    place = Path(os.fsdecode(named) if path is None and isinstance(named, str | bytes) else path or ".")
+    place = Path(
+        os.fsdecode(named) if path is None and isinstance(named, str | bytes) else path or "."
+    )
     subject = place if path is not None or named is not None else "a file"
     if number in _NO_ROOM:
         needed = "" if needed_bytes is None else f": {needed_bytes:,} bytes are needed"
@@ -91,7 +101,9 @@ def refusal(
         return DoesNotFitError(
             f"{subject} was not written: its file system, or a limit of yours, {_TOO_LARGE}",
             [],
-            next_step or f"Give a place on another disk (FAT takes 4 GB a file; your limit: ulimit -f); {_KEPT}",
+            next_step
+            or "Give a place on another disk (FAT takes 4 GB a file; your limit: ulimit -f);"
+            f" {_KEPT}",
         )
     said = os.strerror(number)
     if path is None:  # read or written: it is not known here
@@ -105,7 +117,8 @@ def refusal(
 
 
 def tells_of_the_disk(said: str) -> bool:
-    """Whether what a command printed as it ended with code 3 is about the disk, not about memory."""
+    """Whether what a command printed as it ended with code 3 is about the disk, not about
+    memory."""
     return any(words in said for words in (*_NO_ROOM.values(), _TOO_LARGE))
 
 
@@ -113,7 +126,8 @@ def tells_of_the_disk(said: str) -> bool:
 def explained(
     path: str | Path, *, needed_bytes: int | None = None, next_step: str = "", reading: bool = False
 ) -> Iterator[None]:
-    """What the system refuses within the block is raised as an error of `path`; every other exception passes."""
+    """What the system refuses within the block is raised as an error of `path`; every other
+    exception passes."""
     try:
         yield
     except Exception as fault:
@@ -124,7 +138,8 @@ def explained(
 
 
 def free_bytes(path: str | Path) -> int:
-    """Bytes free for this user on the file system that holds `path` or will hold it; 0 where it does not say."""
+    """Bytes free for this user on the file system that holds `path` or will hold it; 0 where it
+    does not say."""
     place = Path(path).absolute()
     for folder in (place, *place.parents):
         try:

@@ -1,6 +1,7 @@
 """Adapter folders: written whole and read back, read strictly, put on a base only where they fit.
 
-    adapter_config.json  adapter_model.safetensors     in the layout of the method (formats/registry.py)
+    adapter_config.json  adapter_model.safetensors     in the layout of the method
+                         (formats/registry.py)
     veneer.json                                        what they cannot say (formats/manifest.py)
 
 An adapter's name never enters its files. Not known here: runs, checkpoints, libraries.
@@ -25,7 +26,13 @@ from veneer.adapters.config import AdapterConfig
 from veneer.adapters.preamble import Preamble
 from veneer.adapters.token_rows import Brought
 from veneer.data.new_tokens import bring
-from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, SourceError, UnsafeFileError
+from veneer.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    CorruptFileError,
+    SourceError,
+    UnsafeFileError,
+)
 from veneer.files.atomic import atomic_folder
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
@@ -113,13 +120,15 @@ class StoredAdapter:
 
     @property
     def base_verified(self) -> bool:
-        """Whether the folder has a fingerprint that load_adapter compares with the base's. Without one only
-        names and shapes are compared, and another base of the same shapes goes unnoticed."""
+        """Whether the folder has a fingerprint that load_adapter compares with the base's. Without
+        one only names and shapes are compared, and another base of the same shapes goes
+        unnoticed."""
         return self.manifest is not None
 
 
 def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
-    """Size that adapter_model.safetensors will have, known before training. model: the one it is attached to."""
+    """Size that adapter_model.safetensors will have, known before training. model: the one it is
+    attached to."""
     return tensor_file_bytes(_tensors(attachment, model))
 
 
@@ -139,7 +148,8 @@ def manifest_for(
     parents: Sequence[tuple[str, float]] = (),
     preamble: Preamble | None = None,
 ) -> Manifest:
-    """What veneer.json says of an adapter trained on `base`; write_adapter adds scaling and content hash.
+    """What veneer.json says of an adapter trained on `base`; write_adapter adds scaling and content
+    hash.
 
     parents: content hash and weight of each adapter that training started from
     """
@@ -147,7 +157,9 @@ def manifest_for(
     return Manifest(
         veneer_version=version("veneer"),
         method=method,
-        base=BaseIdentity(name=base.name_or_path, revision=base.revision, fingerprint=base.fingerprint().to_dict()),
+        base=BaseIdentity(
+            name=base.name_or_path, revision=base.revision, fingerprint=base.fingerprint().to_dict()
+        ),
         tokenizer_hash=base.tokenizer_hash(),
         template_hash=template_hash,
         data_fingerprint=data_fingerprint,
@@ -155,7 +167,11 @@ def manifest_for(
         metrics=dict(metrics or {}),
         held_out=held_out,
         parent=parents[0][0] if alone else None,
-        parents=[] if alone else [Parent(content_hash=content, weight=weight) for content, weight in parents],
+        parents=(
+            []
+            if alone
+            else [Parent(content_hash=content, weight=weight) for content, weight in parents]
+        ),
         system=None if preamble is None else preamble.system,
         template_variables={} if preamble is None else dict(preamble.variables),
     )
@@ -170,28 +186,34 @@ def write_adapter(
     replace: bool = False,
     beside: Mapping[str, str] = MappingProxyType({}),
 ) -> WrittenAdapter:
-    """Writes the folder, reads it back and compares every tensor with the live one before it becomes visible.
+    """Writes the folder, reads it back and compares every tensor with the live one before it
+    becomes visible.
 
-    model: the one the adapter is attached to, which decides how its targets are named. beside: further texts of the
-    folder, by name. The same adapter and manifest give the same bytes. Raises CorruptFileError (values not finite:
-    nothing is written; or the disk gave back something else), ConfigError (the folder exists), DoesNotFitError (disk
-    full).
+    model: the one the adapter is attached to, which decides how its targets are named. beside:
+    further texts of the folder, by name. The same adapter and manifest give the same bytes. Raises
+    CorruptFileError (values not finite: nothing is written; or the disk gave back something else),
+    ConfigError (the folder exists), DoesNotFitError (disk full).
     """
     tensors = _tensors(attachment, model)
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise CorruptFileError(
             f"adapter {attachment.name!r} holds values that are not finite and is not written",
             bad,
-            "Take the last checkpoint before they appeared, and train on with a lower learning rate.",
+            "Take the last checkpoint before they appeared, and train on with a lower learning"
+            " rate.",
         )
     expected_bytes = tensor_file_bytes(tensors)
-    config = layout_of(attachment.config).config(attachment, model, manifest.base) | token_settings(attachment)
+    config = layout_of(attachment.config).config(attachment, model, manifest.base) | token_settings(
+        attachment
+    )
     with atomic_folder(folder, replace=replace, needed_bytes=expected_bytes) as partial:
         save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
         (partial / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
         filled = manifest.model_copy(
             update={
-                "scaling": {path: layer.scaling for path, layer in sorted(attachment.layers.items())},
+                "scaling": {
+                    path: layer.scaling for path, layer in sorted(attachment.layers.items())
+                },
                 "content_hash": content_hash(partial / WEIGHTS_NAME, config),
                 "new_tokens": [] if attachment.tokens is None else list(attachment.tokens.texts),
             }
@@ -217,15 +239,17 @@ def _compare_with_live(folder: Path, tensors: Mapping[str, Tensor], expected_byt
         faults.append(f"{WEIGHTS_NAME} has {size:,} bytes instead of {expected_bytes:,}")
     if faults:
         raise CorruptFileError(
-            "what was read back is not what was written", faults, "Check the disk, or write to another one."
+            "what was read back is not what was written",
+            faults,
+            "Check the disk, or write to another one.",
         )
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
     """Reads a folder that Veneer or PEFT wrote, strictly. No pickle is opened, no code is run.
 
-    Raises SourceError (no adapter there), CorruptFileError, UnsafeFileError, RefusedError (asks for what Veneer
-    does not compute).
+    Raises SourceError (no adapter there), CorruptFileError, UnsafeFileError, RefusedError (asks for
+    what Veneer does not compute).
     """
     folder = Path(folder)
     stored, layout, file, tokens, ignored = read_settings(folder)
@@ -240,7 +264,9 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             twice.append(f"{name} and another name mean the same tensor")
         tensors[bare] = tensor
     if twice:
-        raise CorruptFileError(f"{folder / WEIGHTS_NAME} is ambiguous", twice, "Save the adapter with PEFT again.")
+        raise CorruptFileError(
+            f"{folder / WEIGHTS_NAME} is ambiguous", twice, "Save the adapter with PEFT again."
+        )
     if repaired:
         notes.append(f"{repaired} tensor names held an adapter's name, which was left out")
     manifest, found = None, content_hash_of(digest, stored)
@@ -250,13 +276,16 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             raise CorruptFileError(
                 f"{folder} changed after Veneer wrote it",
                 [f"content hash {found[:12]}…, {MANIFEST_NAME} says {manifest.content_hash[:12]}…"],
-                f"Restore it; or, if you changed it on purpose, remove {MANIFEST_NAME}: it is then read as PEFT's.",
+                f"Restore it; or, if you changed it on purpose, remove {MANIFEST_NAME}: it is then"
+                " read as PEFT's.",
             )
     try:
         settings = file.settings(apart(tensors)[0])
     except ConfigError as fault:
         raise CorruptFileError(
-            f"{folder / CONFIG_NAME} makes no adapter", fault.faults or [fault.headline], "Restore the file."
+            f"{folder / CONFIG_NAME} makes no adapter",
+            fault.faults or [fault.headline],
+            "Restore the file.",
         ) from fault
     return StoredAdapter(folder, settings, layout, file, tensors, tokens, found, manifest, notes)
 
@@ -280,13 +309,18 @@ def read_front(folder: Path) -> Front:
     return Front(file.front_places, contents)
 
 
-def read_settings(folder: Path) -> tuple[dict[str, Any], Layout, FileSettings, TokenFile | None, list[str]]:
-    """adapter_config.json, what it is laid out as, its settings, its tokens, and the names that were ignored."""
+def read_settings(
+    folder: Path,
+) -> tuple[dict[str, Any], Layout, FileSettings, TokenFile | None, list[str]]:
+    """adapter_config.json, what it is laid out as, its settings, its tokens, and the names that
+    were ignored."""
     _require_files(folder)
     stored = read_json(folder / CONFIG_NAME)
     layout = layout_in(folder / CONFIG_NAME, stored)
     tokens = read_tokens(folder / CONFIG_NAME, stored)
-    file, ignored = layout.read(folder / CONFIG_NAME, {name: each for name, each in stored.items() if name != KEY})
+    file, ignored = layout.read(
+        folder / CONFIG_NAME, {name: each for name, each in stored.items() if name != KEY}
+    )
     return stored, layout, file, tokens, ignored
 
 
@@ -313,15 +347,22 @@ def _require_files(folder: Path) -> None:
 
 
 def load_adapter(
-    base: FrozenBase, source: str | Path | StoredAdapter, *, name: str, force_base: bool = False, take: bool = False
+    base: FrozenBase,
+    source: str | Path | StoredAdapter,
+    *,
+    name: str,
+    force_base: bool = False,
+    take: bool = False,
 ) -> Attachment:
-    """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in base.attachments.
+    """Attaches a stored adapter to `base` as `name`, not yet active, and enters it in
+    base.attachments.
 
-    Nothing is attached unless everything fits: every tensor accounted for, shapes equal, the base the one the
-    fingerprint names, its tokenizer and chat template those of the training. force_base overrides these two, never
-    shapes. An adapter without a fingerprint loads by names and shapes alone: see StoredAdapter.base_verified.
-    take: the tensors of `source` become the adapter's own, uncopied; nobody else may use them.
-    Raises AdapterMismatchError with every fault, ConfigError (the name is taken), and what read_adapter raises.
+    Nothing is attached unless everything fits: every tensor accounted for, shapes equal, the base
+    the one the fingerprint names, its tokenizer and chat template those of the training. force_base
+    overrides these two, never shapes. An adapter without a fingerprint loads by names and shapes
+    alone: see StoredAdapter.base_verified. take: the tensors of `source` become the adapter's own,
+    uncopied; nobody else may use them. Raises AdapterMismatchError with every fault, ConfigError
+    (the name is taken), and what read_adapter raises.
     """
     stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
     faults = [] if force_base else other_base(stored.manifest, base)
@@ -338,11 +379,14 @@ def load_adapter(
         of_tensors = first_lines(unfit, MAX_UNFIT if faults else MAX_UNFIT_ALONE)
         made_for = f"; it was made for {stored.name_or_path}" if stored.name_or_path else ""
         raise AdapterMismatchError(
-            f"adapter {name!r} does not fit {base.source}{_share(found.concerned, stored)}{made_for}",
+            f"adapter {name!r} does not fit"
+            f" {base.source}{_share(found.concerned, stored)}{made_for}",
             [*first_lines(faults + reading, MAX_DIFFERENT), *of_tensors],
-            f"Load it on {stored.name_or_path}."
-            if stored.name_or_path
-            else "Load it on the base it was made for; the file does not name it.",
+            (
+                f"Load it on {stored.name_or_path}."
+                if stored.name_or_path
+                else "Load it on the base it was made for; the file does not name it."
+            ),
         )
     if faults:
         raise AdapterMismatchError(
@@ -354,7 +398,8 @@ def load_adapter(
         raise AdapterMismatchError(
             f"{base.source} reads text otherwise than when adapter {name!r} was trained",
             reading,
-            "Load the base with its files as they were then, or, if you know better, use --force-base.",
+            "Load the base with its files as they were then, or, if you know better, use"
+            " --force-base.",
         )
     _check_scaling(stored, found.scaling)
     assert found.settings is not None
@@ -372,14 +417,18 @@ def load_adapter(
         attachment.preamble = stored.manifest.preamble
     try:
         values = dict(found.values) | (token_fit.values if token_fit is not None else {})
-        _fill(attachment, values, take=take or stored is not source)  # nobody else holds what was read here
+        _fill(
+            attachment, values, take=take or stored is not source
+        )  # nobody else holds what was read here
     except BaseException:
         base.detach(name)
         raise
     return attachment
 
 
-def _brought(stored: StoredAdapter, fit: TokenFit, base: FrozenBase, faults: list[str]) -> Brought | None:
+def _brought(
+    stored: StoredAdapter, fit: TokenFit, base: FrozenBase, faults: list[str]
+) -> Brought | None:
     """The tokens that it brings to this base; to faults why not."""
     assert stored.tokens is not None
     ids, own = stored.tokens.ids, len(base.tokenizer)
@@ -389,13 +438,17 @@ def _brought(stored: StoredAdapter, fit: TokenFit, base: FrozenBase, faults: lis
     if not texts:
         if max(ids) >= min(own, rows or own):
             faults.append(
-                f"rows of token {max(ids):,}, of which the base has none, and no {MANIFEST_NAME} says what its text is"
+                f"rows of token {max(ids):,}, of which the base has none, and no {MANIFEST_NAME}"
+                " says what its text is"
             )
         return Brought((), ids, head=fit.head)
     made = bring(base.tokenizer, texts, rows=rows)
     assert made is not None
     if made.ids != ids:
-        faults.append(f"its tokens {_listed(texts)} are {_listed(ids)} there, and {_listed(made.ids)} on this base")
+        faults.append(
+            f"its tokens {_listed(texts)} are {_listed(ids)} there, and {_listed(made.ids)} on this"
+            " base"
+        )
     return Brought(made.texts, ids, head=fit.head)
 
 
@@ -431,4 +484,6 @@ def _check_scaling(stored: StoredAdapter, scaling: Mapping[str, float]) -> None:
         if scaling.get(path) != recorded.get(path)
     ]
     if faults:
-        raise CorruptFileError(f"{stored.folder}: the scaling does not agree", faults, "Restore the folder.")
+        raise CorruptFileError(
+            f"{stored.folder}: the scaling does not agree", faults, "Restore the folder."
+        )

@@ -1,5 +1,5 @@
-"""Bottleneck layers in an adapter's two files. PEFT has no layout for them: the names are ours, docs/format.md has
-them.
+"""Bottleneck layers in an adapter's two files. PEFT has no layout for them: the names are ours,
+docs/format.md has them.
 
     base_model.model.<block>.bottleneck_down.weight / .bias    (S, D) / (S)
     base_model.model.<block>.bottleneck_up.weight / .bias      (D, S) / (D)
@@ -73,12 +73,18 @@ class BottleneckFile:
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
         if not any(name.endswith(_ENDINGS["down"]) for name in tensors):
-            raise CorruptFileError(f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again.")
+            raise CorruptFileError(
+                f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again."
+            )
         apart = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
         return Bottleneck(**self.fields.model_dump(exclude=apart))
 
     def fit(
-        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
     ) -> Fit:
         settings = self.settings(tensors)
         try:
@@ -87,7 +93,9 @@ class BottleneckFile:
         except ConfigError as fault:
             return Fit(None, faults=fault.faults or [fault.headline])
         shapes = part_shapes(settings, width)
-        expected = {f"{path}.{_ENDINGS[part]}": shape for path in paths for part, shape in shapes.items()}
+        expected = {
+            f"{path}.{_ENDINGS[part]}": shape for path in paths for part, shape in shapes.items()
+        }
         compared = [
             (
                 name,
@@ -99,7 +107,11 @@ class BottleneckFile:
         ]
         if compared:
             return Fit(None, faults=grouped(compared), concerned=len(compared))
-        values = {f"{path}.{part}": tensors[f"{path}.{_ENDINGS[part]}"].float() for path in paths for part in shapes}
+        values = {
+            f"{path}.{part}": tensors[f"{path}.{_ENDINGS[part]}"].float()
+            for path in paths
+            for part in shapes
+        }
         return Fit(settings, values, dict.fromkeys(paths, settings.effective_scaling))
 
 
@@ -145,7 +157,9 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[BottleneckFile, list[s
     try:
         return BottleneckFile(path, BottleneckFields.model_validate(dict(stored))), []
     except ValidationError as fault:
-        raise CorruptFileError(f"{path} has fields of a wrong kind", field_faults(fault), "Restore it.") from fault
+        raise CorruptFileError(
+            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+        ) from fault
 
 
 BOTTLENECK = Layout(PEFT_TYPE, _tensors, _config, _read)

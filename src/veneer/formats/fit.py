@@ -48,16 +48,25 @@ def fit(
     head_path = next((path for path, module in modules.items() if module is own_head), None)
     config, tensors = within_language_model(config, tensors, modules)
     config, tensors = fuse_old_experts(config, tensors, modules)
-    slots, tensors = _without_idle(_slots(config, tensors, modules, head_path), tensors, modules, read_past)
+    slots, tensors = _without_idle(
+        _slots(config, tensors, modules, head_path), tensors, modules, read_past
+    )
     trained, faults = _trained(config, modules)
     if not slots and not faults:
         faults = ["its targets match nothing in this model"]
     if faults:
         return Fit(None, faults=faults)
     if config.use_dora and (others := [slot.key for slot in slots if _is_no_linear(slot, modules)]):
-        return Fit(None, faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others])
-    if config.lora_bias and (others := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]):
-        return Fit(None, faults=[f"lora_bias of {path}, which is no linear layer" for path in others])
+        return Fit(
+            None,
+            faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others],
+        )
+    if config.lora_bias and (
+        others := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]
+    ):
+        return Fit(
+            None, faults=[f"lora_bias of {path}, which is no linear layer" for path in others]
+        )
     strong = strengths(config, slots)
     settings = exact_settings(config, strong, trained)
     try:
@@ -66,19 +75,27 @@ def fit(
         return Fit(None, faults=fault.faults)
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
     replaced = [f"{path}.bias" for path in targets.biases]
-    replaced += [f"{path}.{name}" for path in targets.trained for name, _ in modules[path].named_parameters()]
+    replaced += [
+        f"{path}.{name}" for path in targets.trained for name, _ in modules[path].named_parameters()
+    ]
     copies = {path: value_name(path, targets.trained, depth) for path in replaced}
     factors = tensor_names(slots, modules)
     expected: dict[str, tuple[int, ...]] = {}
     for slot in slots:
-        expected |= dict(zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True))
+        expected |= dict(
+            zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True)
+        )
         expected |= {magnitude_name(slot): (slot.out_features,)} if config.use_dora else {}
-        expected |= {offset_name(factors[slot.path]): (slot.out_features,)} if config.lora_bias else {}
+        expected |= (
+            {offset_name(factors[slot.path]): (slot.out_features,)} if config.lora_bias else {}
+        )
     expected |= {name: tuple(_parameter(modules, path).shape) for path, name in copies.items()}
     faults, concerned = _tensor_faults(tensors, expected, slots, modules, head_path)
     if faults:
         return Fit(None, faults=faults, concerned=concerned)
-    scaling = {path: strength.scaling(rslora=config.use_rslora) for path, strength in strong.items()}
+    scaling = {
+        path: strength.scaling(rslora=config.use_rslora) for path, strength in strong.items()
+    }
     values = {path: tensors[name] for path, name in copies.items()}
     for slot in slots:
         name_A, name_B = factors[slot.path]
@@ -91,9 +108,13 @@ def fit(
     return Fit(settings, values, scaling)
 
 
-def _slots(config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules, head: str | None) -> list[Slot]:
+def _slots(
+    config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules, head: str | None
+) -> list[Slot]:
     slots = matched_slots(config, modules, head=head)
-    if config.target_modules is None:  # PEFT's default for the architecture: the tensors tell which it was
+    if (
+        config.target_modules is None
+    ):  # PEFT's default for the architecture: the tensors tell which it was
         known = {slot.path for slot in slots}
         named = (slot_of(path, modules) for path in adapted_modules(tensors) if path not in known)
         slots += [slot for slot in named if slot is not None]
@@ -109,12 +130,19 @@ def _without_idle(
 ) -> tuple[list[Slot], Mapping[str, Tensor]]:
     """Without the zero updates of weights that the model takes past their modules.
 
-    PEFT's all-linear puts factors there which no gradient ever reaches, so they are as they began: B is zero.
+    PEFT's all-linear puts factors there which no gradient ever reaches, so they are as they began:
+    B is zero.
     """
     names = tensor_names(slots, modules)
     past = [s for s in slots if (s.key if s.parameter else f"{s.path}.weight") in read_past]
-    pairs = {slot.path: [tensors[name] for name in names[slot.path] if name in tensors] for slot in past}
-    idle = {path for path, pair in pairs.items() if len(pair) == 2 and not all(bool(t.any()) for t in pair)}
+    pairs = {
+        slot.path: [tensors[name] for name in names[slot.path] if name in tensors] for slot in past
+    }
+    idle = {
+        path
+        for path, pair in pairs.items()
+        if len(pair) == 2 and not all(bool(t.any()) for t in pair)
+    }
     gone = {name for path in idle for name in names[path]}
     kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
     return [slot for slot in slots if slot.path not in idle], kept
@@ -134,7 +162,9 @@ def _trained(config: PeftLoRA, modules: Modules) -> tuple[list[str], list[str]]:
         for path in named:
             below = [p for p in modules if p == path or p.startswith(path + ".")]
             trained += [
-                p for p in below if p not in trained and any(True for _ in modules[p].parameters(recurse=False))
+                p
+                for p in below
+                if p not in trained and any(True for _ in modules[p].parameters(recurse=False))
             ]
     return trained, faults
 
@@ -166,31 +196,45 @@ def _tensor_faults(
 
 
 def _extra_fault(
-    name: str, found: Tensor, tensors: Mapping[str, Tensor], frozen: Mapping[str, str], modules: Modules
+    name: str,
+    found: Tensor,
+    tensors: Mapping[str, Tensor],
+    frozen: Mapping[str, str],
+    modules: Modules,
 ) -> str | None:
     """PEFT adds copies of the base's own values to some files: they must be the base's own."""
     own = frozen.get(name, name)
     if (copied := re.sub(r"\.(original_module|modules_to_save)(\.[^.]+)$", r"\2", name)) != name:
-        # beside a fully trained module, bias = "all" saves its frozen original and the trained copy once more
+        # beside a fully trained module, bias = "all" saves its frozen original and the trained copy
+        # once more
         if "modules_to_save" in name.split(".")[-2:]:
             twin = tensors.get(copied)
-            return None if twin is not None and torch.equal(found, twin) else f"differs from {copied}"
+            return (
+                None if twin is not None and torch.equal(found, twin) else f"differs from {copied}"
+            )
         own = copied
     module, _, parameter = own.rpartition(".")
-    if module not in modules or parameter not in dict(modules[module].named_parameters(recurse=False)):
+    if module not in modules or parameter not in dict(
+        modules[module].named_parameters(recurse=False)
+    ):
         adapted = modules.get(name.rsplit(".", 2)[0])
-        return "no such tensor" if adapted is None else f"{type(adapted).__name__} is not adapted here"
+        return (
+            "no such tensor" if adapted is None else f"{type(adapted).__name__} is not adapted here"
+        )
     base = _parameter(modules, own).detach()
     if base.shape != found.shape:
         return str(tuple(base.shape))
     if base.is_meta:  # the base's weights are not there to compare with, nor will this copy be used
         return None
-    same = torch.equal(base.cpu().to(found.dtype), found) or torch.equal(base.cpu(), found.to(base.dtype))
+    same = torch.equal(base.cpu().to(found.dtype), found) or torch.equal(
+        base.cpu(), found.to(base.dtype)
+    )
     return None if same else "the base's own values differ"
 
 
 def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
-    """(name, in the adapter, in the model) lines, those that differ in the layer's number alone as one.
+    """(name, in the adapter, in the model) lines, those that differ in the layer's number alone as
+    one.
 
     layers.0-23.self_attn.q_proj.lora_A   adapter (16, 1024)   model (16, 896)   24 tensors
     """
@@ -198,7 +242,9 @@ def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
     for name, ours, theirs in compared:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
         template = name if match is None else f"{name[: match.start()]}#{name[match.end() :]}"
-        groups.setdefault((template, ours, theirs), []).append(None if match is None else int(match[0]))
+        groups.setdefault((template, ours, theirs), []).append(
+            None if match is None else int(match[0])
+        )
     rows = []
     for (template, ours, theirs), numbers in sorted(groups.items(), key=lambda group: group[0]):
         layers = _ranges([number for number in numbers if number is not None])
@@ -206,7 +252,10 @@ def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
         rows.append((template.replace("#", layers, 1), f"adapter {ours}", f"model {theirs}", count))
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
     return [
-        "   ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
+        "   ".join(
+            [*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]
+        )
+        for row in rows
     ]
 
 

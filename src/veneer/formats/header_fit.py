@@ -17,20 +17,28 @@ from veneer.formats.token_files import apart, fit_tokens
 
 
 def header_faults(folder: Path, model: nn.Module, read_past: Collection[str]) -> list[str]:
-    """Why the adapter does not fit a base, one line each. Raises what read_adapter raises of its settings and header.
+    """Why the adapter does not fit a base, one line each. Raises what read_adapter raises of its
+    settings and header.
 
     model: the base's; its tree of modules must not change meanwhile (adapters.wrapping.plain_copy).
     read_past: the weights that the model takes past their modules.
     """
-    shapes = {bare_name(name)[0]: info.shape for name, info in read_header(folder / WEIGHTS_NAME).items()}
+    shapes = {
+        bare_name(name)[0]: info.shape for name, info in read_header(folder / WEIGHTS_NAME).items()
+    }
     try:
         empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return _faults(folder, empty, model, read_past)
-    except (NotImplementedError, RuntimeError):  # a copy of the base's values is compared with them, which meta has not
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # a copy of the base's values is compared with them, which meta has not
         return _faults(folder, read_adapter(folder).tensors, model, read_past)
 
 
-def _faults(folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, read_past: Collection[str]) -> list[str]:
+def _faults(
+    folder: Path, tensors: Mapping[str, Tensor], model: nn.Module, read_past: Collection[str]
+) -> list[str]:
     _, _, file, tokens, _ = read_settings(folder)
     own, rows = apart(tensors)
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -1,4 +1,5 @@
-"""How one family of methods lies in an adapter's two files: what a method owes whoever reads and writes it.
+"""How one family of methods lies in an adapter's two files: what a method owes whoever reads and
+writes it.
 
     write   tensors and settings of a live adapter, in the file's terms
     read    the file's settings, strictly, without a model
@@ -48,22 +49,28 @@ class FileSettings(Protocol):
         """Positions that what it adds takes in front of every text."""
 
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:
-        """In Veneer's terms, without a model to resolve them on. tensors: the file's, by bare names.
+        """In Veneer's terms, without a model to resolve them on. tensors: the file's, by bare
+        names.
 
-        Raises CorruptFileError where the tensors are not those of such an adapter, ConfigError where the
-        settings make no adapter.
+        Raises CorruptFileError where the tensors are not those of such an adapter, ConfigError
+        where the settings make no adapter.
         """
 
     def fit(
-        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
     ) -> Fit:
-        """tensors: by bare names; model: with or without other adapters; head: its output head; read_past: the weights
-        that the model takes past their modules (adapters/reads.py)."""
+        """tensors: by bare names; model: with or without other adapters; head: its output head;
+        read_past: the weights that the model takes past their modules (adapters/reads.py)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """peft_type   what adapter_config.json calls the method: PEFT's own name, or VENEER_... where PEFT has none
+    """peft_type   what adapter_config.json calls the method: PEFT's own name, or VENEER_... where
+                   PEFT has none
     tensors        (adapter, the model it sits on) -> every tensor of the file by its full name
     config         (adapter, model, base) -> adapter_config.json
     read           (path, its content) -> the settings, and the names of unknown fields that are off

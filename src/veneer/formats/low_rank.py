@@ -1,5 +1,5 @@
-"""LoRA and its variants in PEFT's files: composes names and shapes (peft_tensors.py), settings (peft_config.py,
-matching.py) and the check against a base (fit.py)."""
+"""LoRA and its variants in PEFT's files: composes names and shapes (peft_tensors.py), settings
+(peft_config.py, matching.py) and the check against a base (fit.py)."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -36,17 +36,25 @@ class LowRankFile:
 
     def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:
         if not (adapted := adapted_modules(tensors)):
-            raise CorruptFileError(f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again.")
+            raise CorruptFileError(
+                f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again."
+            )
         return self.peft.low_rank(adapted)
 
     def fit(
-        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
     ) -> Fit:
         return fit(self.peft, tensors, model, head, read_past)
 
 
 def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
-    return config_json(peft_config(attachment, model, name_or_path=base.name, revision=base.revision))
+    return config_json(
+        peft_config(attachment, model, name_or_path=base.name, revision=base.revision)
+    )
 
 
 def _read(path: Path, stored: Mapping[str, Any]) -> tuple[LowRankFile, list[str]]:

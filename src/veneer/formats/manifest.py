@@ -1,12 +1,14 @@
-"""veneer.json: what an adapter's two PEFT files cannot say: which base, which data, which recipe, which bytes.
+"""veneer.json: what an adapter's two PEFT files cannot say: which base, which data, which recipe,
+which bytes.
 
     base          name, revision and fingerprint of the base it was trained on
     tokenizer     hashes of what the tokenizer does and of the chat template
     scaling       what each adapted module's update is multiplied with, as it was while training
     content_hash  SHA-256 over the tensor file and the config: changes if either does
 
-No time, host or user stands in it: the same adapter written twice is the same to the byte.
-Not known here: how a fingerprint is computed (bases/fingerprint.py), what the tensors are (peft_tensors.py).
+No time, host or user stands in it: the same adapter written twice is the same to the byte. Not
+known here: how a fingerprint is computed (bases/fingerprint.py), what the tensors are
+(peft_tensors.py).
 """
 
 import hashlib
@@ -52,7 +54,8 @@ class Parent(_Strict):
 
 
 class Figure(_Strict):
-    """A figure with its 95% interval over rows; low and high are null where the rows do not determine one."""
+    """A figure with its 95% interval over rows; low and high are null where the rows do not
+    determine one."""
 
     value: float
     low: float | None
@@ -87,16 +90,19 @@ class Manifest(_Strict):
     method: str
     """Name of the method, as in a run file."""
     trained_by: Literal["veneer", "peft"] = "veneer"
-    """Program that trained it. Of another one's adapter, whoever added it to a library named the base."""
+    """Program that trained it. Of another one's adapter, whoever added it to a library named the
+    base."""
     base: BaseIdentity
     tokenizer_hash: str | None = None
     """models.fingerprint.tokenizer_hash of the tokenizer it was trained with."""
     template_hash: str | None = None
     """ChatTemplate.fingerprint() of the chat template it was trained with."""
     scaling: dict[str, float] = Field(default_factory=dict)
-    """Path of each adapted module or parameter -> factor of its update; write_adapter fills it in."""
+    """Path of each adapted module or parameter -> factor of its update; write_adapter fills it
+    in."""
     system: str | None = None
-    """System turn that every conversation it was trained on begins with: given to those that have none."""
+    """System turn that every conversation it was trained on begins with: given to those that have
+    none."""
     template_variables: dict[str, JsonValue] = Field(default_factory=dict)
     """What the chat template was told (enable_thinking, ...)."""
     new_tokens: list[str] = Field(default_factory=list)
@@ -121,17 +127,19 @@ class Manifest(_Strict):
         return Preamble(self.system, self.template_variables, tuple(self.new_tokens))
 
     def to_json(self) -> str:
-        """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it could not be
-        read."""
+        """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it
+        could not be read."""
         stored = self.model_dump(mode="json")
         if faults := illegible(stored):
-            raise ConfigError("what holds a NUL or is not UTF-8 is not kept", faults, "Give another name.")
+            raise ConfigError(
+                "what holds a NUL or is not UTF-8 is not kept", faults, "Give another name."
+            )
         return json.dumps(stored, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def readable(make: Callable[[], Manifest]) -> Manifest:
-    """The manifest that is made, if it can be, and can be read again once it is written; else ConfigError says why
-    not."""
+    """The manifest that is made, if it can be, and can be read again once it is written; else
+    ConfigError says why not."""
     try:
         manifest = make()
         text = manifest.to_json().encode()
@@ -150,7 +158,8 @@ def read_manifest(path: Path) -> Manifest:
     stored = read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
-            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads {FORMAT_VERSION}",
+            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads"
+            f" {FORMAT_VERSION}",
             [],
             "Install the version of Veneer that wrote it, or a newer one.",
         )
@@ -165,7 +174,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def content_hash(tensor_file: Path, config: dict[str, Any]) -> str:
-    """SHA-256, in hex, over the tensor file's own SHA-256 and the config as JSON with sorted keys."""
+    """SHA-256, in hex, over the tensor file's own SHA-256 and the config as JSON with sorted
+    keys."""
     return content_hash_of(file_hash(tensor_file), config)
 
 

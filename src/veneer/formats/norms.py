@@ -1,10 +1,12 @@
-"""What an adapter's tensors amount to: the norm of each module's update, and the angle between two adapters'.
+"""What an adapter's tensors amount to: the norm of each module's update, and the angle between two
+adapters'.
 
-    ||s B A||^2 = s^2 sum((B^T B) * (A A^T))          <s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T))
+    ||s B A||^2 = s^2 sum((B^T B) * (A A^T))
+        <s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T))
 
-so no dense matrix is formed: (R, R) products of the factors say it all. In float64, because norms of small updates
-are differences of larger numbers. What a method trains besides factors is compared value by value.
-Shapes: E experts (1 elsewhere), R rank, I/O in and out features.
+so no dense matrix is formed: (R, R) products of the factors say it all. In float64, because norms
+of small updates are differences of larger numbers. What a method trains besides factors is compared
+value by value. Shapes: E experts (1 elsewhere), R rank, I/O in and out features.
 """
 
 import math
@@ -53,8 +55,8 @@ def inner(one: Update, other: Update) -> float:
 def updates(stored: StoredAdapter) -> tuple[dict[str, Update], dict[str, Tensor]]:
     """Module -> its low-rank update; and what else the file holds, by name.
 
-    Of an embedding the update is that of its transposed table: norms and angles are the same. Rows of A beyond the
-    settings' rank are those of further experts.
+    Of an embedding the update is that of its transposed table: norms and angles are the same. Rows
+    of A beyond the settings' rank are those of further experts.
     """
     found: dict[str, Update] = {}
     rest = dict(stored.tensors)
@@ -81,7 +83,8 @@ def updates(stored: StoredAdapter) -> tuple[dict[str, Update], dict[str, Tensor]
 
 
 def by_kind(norms: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Of modules in layers by their kind (q_proj, down_proj, ...) and layer; of the others by their path."""
+    """Of modules in layers by their kind (q_proj, down_proj, ...) and layer; of the others by their
+    path."""
     kinds: dict[str, dict[int, float]] = {}
     alone: dict[str, float] = {}
     for path, norm in norms.items():
@@ -102,14 +105,19 @@ def base_norms(base: FrozenBase, paths: Iterable[str]) -> dict[str, float]:
         linear = None if module is None else frozen_linear(module)
         if module is None or (linear is None and "weight" not in module._parameters):
             continue  # experts: the file does not say which of their parameters it means
-        weight = linear.dense_weight(torch.float32) if linear is not None else module.get_parameter("weight").float()
+        weight = (
+            linear.dense_weight(torch.float32)
+            if linear is not None
+            else module.get_parameter("weight").float()
+        )
         found[path] = float(torch.linalg.norm(weight.detach()))
     return found
 
 
 @dataclass(frozen=True)
 class Angle:
-    """Cosine between two updates; None where one of them is not there or nothing. shares: of modules in both."""
+    """Cosine between two updates; None where one of them is not there or nothing. shares: of
+    modules in both."""
 
     total: float | None
     by_layer: dict[str, float | None]
@@ -121,11 +129,14 @@ class Angle:
 def angle(one: Mapping[str, Update], other: Mapping[str, Update]) -> Angle:
     """In total, and by layer ("layer 3"; modules outside the layers by their own path).
 
-    A module that one of them does not adapt counts as an update of nothing. Modules of other shapes are left out.
+    A module that one of them does not adapt counts as an update of nothing. Modules of other shapes
+    are left out.
     """
     both = [p for p in one if p in other and _same_shape(one[p], other[p])]
     groups: dict[str, list[str]] = {}
-    for path in sorted({*one, *other}, key=lambda p: (layer_number(p) is None, layer_number(p) or 0, p)):
+    for path in sorted(
+        {*one, *other}, key=lambda p: (layer_number(p) is None, layer_number(p) or 0, p)
+    ):
         number = layer_number(path)
         groups.setdefault(path if number is None else f"layer {number}", []).append(path)
 
@@ -146,4 +157,8 @@ def angle(one: Mapping[str, Update], other: Mapping[str, Update]) -> Angle:
 
 
 def _same_shape(one: Update, other: Update) -> bool:
-    return (one.A.shape[0], one.A.shape[2], one.B.shape[1]) == (other.A.shape[0], other.A.shape[2], other.B.shape[1])
+    return (one.A.shape[0], one.A.shape[2], one.B.shape[1]) == (
+        other.A.shape[0],
+        other.A.shape[2],
+        other.B.shape[1],
+    )

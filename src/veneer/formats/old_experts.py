@@ -3,9 +3,10 @@
     <block>.experts.3.w1.lora_A.weight (R, I)   ->   one update of <block>.experts.gate_up_proj,
     <block>.experts.down_proj
 
-The gate and up projections share the fused matrix: their A's stand one above the other, their B's on a block
-diagonal, so the rank is the sum of theirs and the update is the same. What differs in scaling is folded into B.
-Not known here: files, other families than those with the two fused parameters.
+The gate and up projections share the fused matrix: their A's stand one above the other, their B's
+on a block diagonal, so the rank is the sum of theirs and the update is the same. What differs in
+scaling is folded into B. Not known here: files, other families than those with the two fused
+parameters.
 """
 
 import math
@@ -37,7 +38,8 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class _Piece:
-    """One old expert's update: half of the fused rows, A (R, I), B (half O or O, R), its scaling."""
+    """One old expert's update: half of the fused rows, A (R, I), B (half O or O, R), its
+    scaling."""
 
     half: int
     A: Tensor
@@ -50,7 +52,8 @@ def fuse_old_experts(
 ) -> tuple[PeftLoRA, Mapping[str, Tensor]]:
     """The same adapter in terms of fused experts; unchanged where the file or the model has none.
 
-    An expert without its tensors leaves the old names as they are: they are then told as unexpected.
+    An expert without its tensors leaves the old names as they are: they are then told as
+    unexpected.
     """
     names = {name: match for name in tensors if (match := _OLD_NAME.fullmatch(name)) is not None}
     pieces: dict[str, dict[int, list[_Piece]]] = {}
@@ -58,7 +61,12 @@ def fuse_old_experts(
         module, part = match["module"], match["part"]
         owner = f"{_new_block(match['block'], modules)}.experts"
         twin = f"{module}.lora_B.weight"
-        if match["factor"] == "B" or twin not in tensors or owner not in modules or module in modules:
+        if (
+            match["factor"] == "B"
+            or twin not in tensors
+            or owner not in modules
+            or module in modules
+        ):
             continue
         fused, half = _PARTS[part]
         A, B = tensors[name].float(), tensors[twin].float()
@@ -67,7 +75,9 @@ def fuse_old_experts(
     slots = {path: slot for path in pieces if (slot := slot_of(path, modules)) is not None}
     if not slots or not all(_fits(pieces[path], slot) for path, slot in slots.items()):
         return config, tensors
-    kept = {_renamed(name, modules): tensor for name, tensor in tensors.items() if name not in names}
+    kept = {
+        _renamed(name, modules): tensor for name, tensor in tensors.items() if name not in names
+    }
     ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     for path, (name_A, name_B) in tensor_names(list(slots.values()), modules).items():
         A, B, scaling = _fused(pieces[path], slots[path])
@@ -77,7 +87,11 @@ def fuse_old_experts(
         ranks = {pattern: rank} | ranks
         alphas = {pattern: scaling * (math.sqrt(rank) if config.use_rslora else rank)} | alphas
     listed = config.target_modules if isinstance(config.target_modules, list) else None
-    remaining = None if listed is None else [entry for entry in listed if entry.rsplit(".", 1)[-1] not in _PARTS]
+    remaining = (
+        None
+        if listed is None
+        else [entry for entry in listed if entry.rsplit(".", 1)[-1] not in _PARTS]
+    )
     update = {
         "target_modules": remaining,  # None: the tensors tell
         "target_parameters": [*(config.target_parameters or []), *slots],
@@ -88,7 +102,8 @@ def fuse_old_experts(
 
 
 def _fits(experts: Mapping[int, list[_Piece]], slot: Slot) -> bool:
-    """Every expert is there, with the same halves of the same ranks, and the shapes are those of the model."""
+    """Every expert is there, with the same halves of the same ranks, and the shapes are those of
+    the model."""
     shapes = {
         tuple(sorted((piece.half, tuple(piece.A.shape), tuple(piece.B.shape)) for piece in pieces))
         for pieces in experts.values()
@@ -99,12 +114,14 @@ def _fits(experts: Mapping[int, list[_Piece]], slot: Slot) -> bool:
     rows = slot.out_features // (2 if slot.path.endswith("gate_up_proj") else 1)
     halves = [half for half, _, _ in parts]
     return len(set(halves)) == len(halves) and all(
-        len(A) == 2 and A[0] > 0 and A[1] == slot.in_features and (rows, A[0]) == B for _, A, B in parts
+        len(A) == 2 and A[0] > 0 and A[1] == slot.in_features and (rows, A[0]) == B
+        for _, A, B in parts
     )
 
 
 def _fused(experts: Mapping[int, list[_Piece]], slot: Slot) -> tuple[Tensor, Tensor, float]:
-    """A (E, R, I), B (E, O, R) with R the sum of the pieces' ranks, and the scaling that all share."""
+    """A (E, R, I), B (E, O, R) with R the sum of the pieces' ranks, and the scaling that all
+    share."""
     scaling = experts[0][0].scaling
     stack_A, stack_B = [], []
     for expert in range(slot.experts):
@@ -114,7 +131,9 @@ def _fused(experts: Mapping[int, list[_Piece]], slot: Slot) -> tuple[Tensor, Ten
         column = 0
         for piece in parts:
             rows, rank = piece.B.shape
-            B[piece.half * rows : (piece.half + 1) * rows, column : column + rank] = piece.B * (piece.scaling / scaling)
+            B[piece.half * rows : (piece.half + 1) * rows, column : column + rank] = piece.B * (
+                piece.scaling / scaling
+            )
             column += rank
         stack_A.append(A)
         stack_B.append(B)
@@ -129,7 +148,11 @@ def _scaling(config: PeftLoRA, module: str, rank: int) -> float:
 
 def _new_block(block: str, modules: Modules) -> str:
     """Mixtral's block was called block_sparse_moe."""
-    renamed = block.removesuffix("block_sparse_moe") + "mlp" if block.endswith("block_sparse_moe") else block
+    renamed = (
+        block.removesuffix("block_sparse_moe") + "mlp"
+        if block.endswith("block_sparse_moe")
+        else block
+    )
     return block if f"{block}.experts" in modules else renamed
 
 

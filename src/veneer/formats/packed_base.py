@@ -1,8 +1,9 @@
-"""A base held in 4 bits as a folder in bitsandbytes' layout: transformers with bitsandbytes loads it, and so does
-Veneer.
+"""A base held in 4 bits as a folder in bitsandbytes' layout: transformers with bitsandbytes loads
+it, and so does Veneer.
 
-The packed bytes are written as they are held: what is read back is the same to the bit. Fused experts are written
-packed as well; transformers keeps those in 16 bits and cannot read them so, Veneer can.
+The packed bytes are written as they are held: what is read back is the same to the bit. Fused
+experts are written packed as well; transformers keeps those in 16 bits and cannot read them so,
+Veneer can.
 """
 
 import json
@@ -26,7 +27,8 @@ from veneer.quant.weight import PackedWeight
 
 @dataclass(frozen=True)
 class WrittenBase:
-    """path: the folder; bytes: of its weights; others_read: whether transformers with bitsandbytes loads it."""
+    """path: the folder; bytes: of its weights; others_read: whether transformers with bitsandbytes
+    loads it."""
 
     path: Path
     bytes: int
@@ -34,8 +36,8 @@ class WrittenBase:
 
 
 def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
-    """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError: the disk is
-    full."""
+    """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists;
+    DoesNotFitError: the disk is full."""
     if not weight_format(base.quantize).writes_folder:
         raise ConfigError(
             f"{base.source} is not held in 4 bits: there is nothing to write in this layout",
@@ -51,7 +53,9 @@ def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
                 base.model.generation_config.save_pretrained(partial)
             base.tokenizer.save_pretrained(partial)
         path = partial / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": _settings(base)}
+        config = json.loads(path.read_text(encoding="utf-8")) | {
+            "quantization_config": _settings(base)
+        }
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     experts = any(isinstance(module, HeldExperts) for module in base.model.modules())
     return WrittenBase(Path(folder), size, not experts)
@@ -66,13 +70,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, HeldLinear | HeldExperts):
             for name in module.packed_shapes():
                 tensors |= file_tensors(f"{path}.{name}", _code_book(module.packed(name)))
-            parts |= {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)}
+            parts |= {
+                f"{path}.{name}"
+                for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+            }
         assert isinstance(module, HeldLinear | HeldExperts) or not isinstance(module, PackedModule)
     for name, tensor in model.state_dict().items():
         if name not in tied and name not in parts and name not in tensors:
             tensors[name] = tensor
     # Small ones are copied: a table that every weight shares is written with each.
-    return {n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous() for n, t in tensors.items()}
+    return {
+        n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous()
+        for n, t in tensors.items()
+    }
 
 
 def _code_book(weight: PackedWeight) -> Packed:
@@ -83,7 +93,11 @@ def _code_book(weight: PackedWeight) -> Packed:
 def _settings(base: FrozenBase) -> dict[str, object]:
     """What transformers wants to find; it leaves dense what llm_int8_skip_modules names."""
     dense = [path for path, module in base.model.named_modules() if isinstance(module, nn.Linear)]
-    double = [_code_book(m.packed()).nested is not None for m in base.model.modules() if isinstance(m, HeldLinear)]
+    double = [
+        _code_book(m.packed()).nested is not None
+        for m in base.model.modules()
+        if isinstance(m, HeldLinear)
+    ]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,

@@ -1,7 +1,9 @@
-"""adapter_config.json, both ways: PEFT's settings of a LoRA adapter, and which of them Veneer refuses.
+"""adapter_config.json, both ways: PEFT's settings of a LoRA adapter, and which of them Veneer
+refuses.
 
-Reading is strict where a field changes the arithmetic: what is not implemented is refused by name, never
-skipped. Missing fields take PEFT's defaults. Writing emits what PEFT 0.21 reads, with targets resolved.
+Reading is strict where a field changes the arithmetic: what is not implemented is refused by name,
+never skipped. Missing fields take PEFT's defaults. Writing emits what PEFT 0.21 reads, with targets
+resolved.
 
 Not known here: tensors, models. Facts: PEFT 0.21.2, peft/tuners/lora/config.py.
 """
@@ -82,10 +84,11 @@ class PeftLoRA(BaseModel):
     revision: str | None = None
 
     def low_rank(self, adapted: list[str]) -> LowRank:
-        """These settings as Veneer's, without a model to resolve them on; adapted: what the file's tensors name.
+        """These settings as Veneer's, without a model to resolve them on; adapted: what the file's
+        tensors name.
 
-        Exact for what Veneer writes. PEFT's layer filters and a null target list depend on the model: there
-        the adapted modules themselves become the targets.
+        Exact for what Veneer writes. PEFT's layer filters and a null target list depend on the
+        model: there the adapted modules themselves become the targets.
         """
         targets: str | list[str]
         parameters = [name.removesuffix(".weight") for name in self.target_parameters or []]
@@ -105,8 +108,12 @@ class PeftLoRA(BaseModel):
             rslora=self.use_rslora,
             targets=targets,
             exclude=[exclude] if isinstance(exclude, str) else exclude,
-            rank_pattern={key.removesuffix(r"\.weight"): r for key, r in (self.rank_pattern or {}).items()},
-            alpha_pattern={key.removesuffix(r"\.weight"): a for key, a in (self.alpha_pattern or {}).items()},
+            rank_pattern={
+                key.removesuffix(r"\.weight"): r for key, r in (self.rank_pattern or {}).items()
+            },
+            alpha_pattern={
+                key.removesuffix(r"\.weight"): a for key, a in (self.alpha_pattern or {}).items()
+            },
             bias=self.bias,
             train_modules=self.modules_to_save or [],
         )
@@ -121,41 +128,53 @@ class PeftLoRA(BaseModel):
         return DoRA if self.use_dora else LoRA
 
     def whole_patterns(self) -> list[str]:
-        """Every string of the file that is used as a regular expression of whole paths or of the list of layers."""
-        found = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        """Every string of the file that is used as a regular expression of whole paths or of the
+        list of layers."""
+        found = [
+            text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)
+        ]
         layers = self.layers_pattern or []
         return found + ([layers] if isinstance(layers, str) else layers)
 
 
 def variant_of(settings: LowRank) -> tuple[bool, bool]:
-    """(use_dora, lora_bias): what tells LoRA and its variants apart in the file; read back by `method` and
-    `with_own`."""
+    """(use_dora, lora_bias): what tells LoRA and its variants apart in the file; read back by
+    `method` and `with_own`."""
     return isinstance(settings, DoRA), isinstance(settings, LoRA) and settings.lora_bias
 
 
 def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[str]]:
-    """The settings, and the names of unknown fields that are off and so ignored. stored: what the file holds.
+    """The settings, and the names of unknown fields that are off and so ignored. stored: what the
+    file holds.
 
     Raises CorruptFileError (every field with a wrong value), RefusedError (every field that is not
     implemented), UnsafeFileError (regular expressions that are not matched in linear time).
     """
     refused, ignored = _refused_fields(stored)
     if refused:
-        raise RefusedError(f"{path} asks for what Veneer does not compute", refused, _way_out(stored))
+        raise RefusedError(
+            f"{path} asks for what Veneer does not compute", refused, _way_out(stored)
+        )
     try:
         config = PeftLoRA.model_validate(stored)
     except ValidationError as fault:
-        raise CorruptFileError(f"{path} has fields of a wrong kind", field_faults(fault), "Restore it.") from fault
+        raise CorruptFileError(
+            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+        ) from fault
     if faults := _value_faults(config):
         raise CorruptFileError(f"{path} has fields of a wrong kind", faults, "Restore the file.")
     if unsafe := _pattern_faults(config):
-        raise UnsafeFileError(f"{path} holds regular expressions that are not run", unsafe, "List the names instead.")
+        raise UnsafeFileError(
+            f"{path} holds regular expressions that are not run", unsafe, "List the names instead."
+        )
     return config, ignored
 
 
 def _value_faults(config: PeftLoRA) -> list[str]:
     faults = []
-    if isinstance(config.target_modules, list) and not (config.target_modules or config.target_parameters):
+    if isinstance(config.target_modules, list) and not (
+        config.target_modules or config.target_parameters
+    ):
         faults.append("target_modules and target_parameters are empty: nothing is adapted")
     if config.lora_bias and config.use_dora:
         faults.append("lora_bias and use_dora exclude each other")
@@ -172,8 +191,9 @@ def _refused_fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     start = stored.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         refused.append(
-            f"init_lora_weights {start!r}: the update belongs to a changed base (W minus the start), which the file "
-            "does not hold; added to the base itself it would be silently wrong"
+            f"init_lora_weights {start!r}: the update belongs to a changed base (W minus the"
+            " start), which the file does not hold; added to the base itself it would be silently"
+            " wrong"
         )
     elif start not in _START_ONLY:
         refused.append(f"init_lora_weights {start!r} is unknown")
@@ -189,8 +209,8 @@ def _way_out(stored: Mapping[str, Any]) -> str:
     start = stored.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         return (
-            "Save it once more with PEFT: model.save_pretrained(folder, path_initial_model_for_weight_conversion=...) "
-            "writes it as plain LoRA."
+            "Save it once more with PEFT: model.save_pretrained(folder,"
+            " path_initial_model_for_weight_conversion=...) writes it as plain LoRA."
         )
     return "Merge the adapter with the library that made it, or train it again as LoRA."
 
@@ -201,7 +221,9 @@ def _pattern_faults(config: PeftLoRA) -> list[str]:
     ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
     for number, source in enumerate([*ends, *config.whole_patterns()]):
         if len(source) > MAX_PATTERN:
-            faults.append(f"{source[:80]!r}… has {len(source):,} characters, the limit is {MAX_PATTERN:,}")
+            faults.append(
+                f"{source[:80]!r}… has {len(source):,} characters, the limit is {MAX_PATTERN:,}"
+            )
             continue
         expressions += not is_name(source)
         try:
@@ -216,11 +238,13 @@ def _pattern_faults(config: PeftLoRA) -> list[str]:
 
 
 def config_json(config: PeftLoRA) -> dict[str, Any]:
-    """What the file holds: PEFT's own fields and order. Fields of its newer variants stay out: absent is off,
-    and older readers do not know them."""
+    """What the file holds: PEFT's own fields and order. Fields of its newer variants stay out:
+    absent is off, and older readers do not know them."""
     fields = config.model_dump()
     fields["lora_alpha"] = _number(config.lora_alpha)
-    fields["alpha_pattern"] = {key: _number(alpha) for key, alpha in (config.alpha_pattern or {}).items()}
+    fields["alpha_pattern"] = {
+        key: _number(alpha) for key, alpha in (config.alpha_pattern or {}).items()
+    }
     fields["rank_pattern"] = config.rank_pattern or {}
     return fields | {
         "auto_mapping": None,

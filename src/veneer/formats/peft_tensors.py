@@ -1,18 +1,23 @@
-"""PEFT's layout of a LoRA adapter's tensors, both ways: layers <-> named tensors, and the file's exact size.
+"""PEFT's layout of a LoRA adapter's tensors, both ways: layers <-> named tensors, and the file's
+exact size.
 
     base_model.model.<module>[.base_layer].lora_A.weight            (R, I)      linear
     base_model.model.<module>[.base_layer].lora_B.weight            (O, R)
     base_model.model.<module>[.base_layer].lora_B.bias              (O)         linear: lora_bias
-    base_model.model.<module>.lora_magnitude_vector                 (O), (D)    linear, embedding: DoRA
+    base_model.model.<module>.lora_magnitude_vector
+        (O), (D)    linear, embedding: DoRA
     base_model.model.<module>.lora_embedding_A / _B                 (R, V) / (D, R)
-    base_model.model.<experts>[.base_layer].lora_A.weight           (E*R, I)    expert e owns rows e*R ...
-    base_model.model.<experts>[.base_layer].lora_B.weight           (O, R*E)    and columns e, e+E, e+2E ...
-    base_model.model.<module>[.base_layer].bias, <module>.<name>    values trained in place of the base's own
+    base_model.model.<experts>[.base_layer].lora_A.weight
+        (E*R, I)    expert e owns rows e*R ...
+    base_model.model.<experts>[.base_layer].lora_B.weight
+        (O, R*E)    and columns e, e+E, e+2E ...
+    base_model.model.<module>[.base_layer].bias, <module>.<name>
+        values trained in place of the base's own
 
-Parameters (fused experts) are wrapped one after the other in the order the module registers them, the first
-innermost: that one's name has most `.base_layer`. The parameter's own name appears nowhere.
-Not known here: files, settings, what an adapter computes.
-Shapes: I/O in/out features, R rank, V vocabulary, D hidden, E experts. Facts: PEFT 0.21.2, peft/tuners/.
+Parameters (fused experts) are wrapped one after the other in the order the module registers them,
+the first innermost: that one's name has most `.base_layer`. The parameter's own name appears
+nowhere. Not known here: files, settings, what an adapter computes. Shapes: I/O in/out features, R
+rank, V vocabulary, D hidden, E experts. Facts: PEFT 0.21.2, peft/tuners/.
 """
 
 import json
@@ -31,11 +36,17 @@ from veneer.adapters.wrapping import plain_modules
 from veneer.linear import frozen_linear, is_plain_embedding, matrix_shape
 
 PREFIX = "base_model.model."
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 _OLD_EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
-"""On families with fused experts PEFT takes list targets of these names for the experts of older versions of
-the model and rewrites them; the weight given as a parameter is left alone, and is the same update."""
+"""On families with fused experts PEFT takes list targets of these names for the experts of older
+versions of the model and rewrites them; the weight given as a parameter is left alone, and is the
+same update."""
 
 Modules = Mapping[str, nn.Module]
 
@@ -76,7 +87,9 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
             assert isinstance(module, nn.Embedding)
             return Slot(path, "embedding", path, None, module.num_embeddings, module.embedding_dim)
         if (shape := matrix_shape(module)) is not None:
-            return Slot(path, "linear", path, "weight" if as_parameter else None, shape[1], shape[0])
+            return Slot(
+                path, "linear", path, "weight" if as_parameter else None, shape[1], shape[0]
+            )
         return None
     owner, _, name = path.rpartition(".")
     if owner in modules and name in (stacks := expert_parameters(modules[owner])):
@@ -88,9 +101,12 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
 def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
     """The slots of an attachment's layers, told to PEFT in a way that it does not rewrite.
 
-    PEFT has no DoRA and no lora_bias of parameters: there a module keeps its name whatever it is called.
+    PEFT has no DoRA and no lora_bias of parameters: there a module keeps its name whatever it is
+    called.
     """
-    fused = attachment.config.two_factors and any(expert_parameters(module) for module in modules.values())
+    fused = attachment.config.two_factors and any(
+        expert_parameters(module) for module in modules.values()
+    )
     slots = []
     for path in attachment.layers:
         rewritten = fused and path.rsplit(".", 1)[-1] in _OLD_EXPERT_NAMES
@@ -141,7 +157,8 @@ def offset_name(factors: tuple[str, str]) -> str:
 def value_name(path: str, trained: Sequence[str], depth: Mapping[str, int]) -> str:
     """The file's name of a parameter trained in full, without the prefix.
 
-    trained: fully trained modules, whose parameters keep their names; depth: owner -> how often it is wrapped.
+    trained: fully trained modules, whose parameters keep their names; depth: owner -> how often it
+    is wrapped.
     """
     module, _, name = path.rpartition(".")
     if any(module == entry or module.startswith(entry + ".") for entry in trained):
@@ -150,17 +167,24 @@ def value_name(path: str, trained: Sequence[str], depth: Mapping[str, int]) -> s
 
 
 def tables(slots: Sequence[Slot], head: str | None) -> dict[str, str]:
-    """Names of frozen tables that PEFT adds by itself -> path of the base's weight: those of adapted embeddings
-    and heads. Veneer does not write them; in a file they must equal the base's."""
+    """Names of frozen tables that PEFT adds by itself -> path of the base's weight: those of
+    adapted embeddings and heads. Veneer does not write them; in a file they must equal the
+    base's."""
     carried = [slot.owner for slot in slots if slot.kind == "embedding" or slot.owner == head]
     return {f"{owner}.base_layer.weight": f"{owner}.weight" for owner in carried}
 
 
 def bare_name(name: str) -> tuple[str, bool]:
-    """A name without the prefix, and without an adapter's name where a third party left one in: repaired?"""
+    """A name without the prefix, and without an adapter's name where a third party left one in:
+    repaired?"""
     parts = name.removeprefix(PREFIX).split(".")
     markers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    if len(parts) > 2 and parts[-3] in markers[:2] and parts[-1] in ("weight", "bias") and parts[-2] not in markers:
+    if (
+        len(parts) > 2
+        and parts[-3] in markers[:2]
+        and parts[-1] in ("weight", "bias")
+        and parts[-2] not in markers
+    ):
         return ".".join([*parts[:-2], parts[-1]]), True
     if len(parts) > 2 and parts[-2] in markers[2:] and parts[-1] not in markers:
         return ".".join(parts[:-1]), True
@@ -231,7 +255,9 @@ def tensor_file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Exact size of the safetensors file: 8 bytes, the header padded to 8, the values."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
     entries: dict[str, object] = dict(header)
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    for name, tensor in sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    ):
         end = position + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],

@@ -1,10 +1,10 @@
-"""A prefix in PEFT's two files: one tensor, prompt_embeddings (M, 2 L t), and the settings that give it its shape.
+"""A prefix in PEFT's two files: one tensor, prompt_embeddings (M, 2 L t), and the settings that
+give it its shape.
 
-A prefix of some layers only, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one more setting,
-`layers`. What an MLP computed while training is written as plain values, and so is read: prefix_projection says how
-they were trained, and changes nothing.
-Shapes: M tokens, L layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2,
-peft/tuners/prefix_tuning.
+A prefix of some layers only, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one
+more setting, `layers`. What an MLP computed while training is written as plain values, and so is
+read: prefix_projection says how they were trained, and changes nothing. Shapes: M tokens, L layers
+with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2, peft/tuners/prefix_tuning.
 """
 
 from collections.abc import Collection, Mapping
@@ -77,7 +77,9 @@ class PrefixFile:
 
     def settings(self, tensors: Mapping[str, Tensor]) -> Prefix:
         if PART not in tensors:
-            raise CorruptFileError(f"{self.path.parent} holds no {PART}", [], "Copy the folder again.")
+            raise CorruptFileError(
+                f"{self.path.parent} holds no {PART}", [], "Copy the folder again."
+            )
         if (found := tuple(tensors[PART].shape)) != self.peft.shape:
             raise CorruptFileError(
                 f"{self.path.parent} does not agree with itself",
@@ -87,19 +89,29 @@ class PrefixFile:
         return Prefix(tokens=self.peft.num_virtual_tokens, layers=self.peft.layers or [])
 
     def fit(
-        self, tensors: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None, read_past: Collection[str]
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
     ) -> Fit:
         settings = self.settings(tensors)
         path, _ = decoder_of(model)
         own = key_shape(model)
         faults = [f"{name} is no part of a prefix" for name in sorted(tensors.keys() - {PART})]
         rows = [("key/value heads", self.peft.num_attention_heads, own.heads)]
-        rows += [("values of one token's keys in a layer", self.peft.token_dim, own.heads * own.size)]
+        rows += [
+            ("values of one token's keys in a layer", self.peft.token_dim, own.heads * own.size)
+        ]
         if self.peft.layers is None:
             rows += [("layers", self.peft.num_layers, len(own.layers))]
         elif unknown := sorted(set(self.peft.layers) - set(own.layers)):
             faults.append(f"layers {unknown}   the model has layers 0-{max(own.layers)}")
-        faults += [f"{what}   adapter {ours}   model {theirs}" for what, ours, theirs in rows if ours != theirs]
+        faults += [
+            f"{what}   adapter {ours}   model {theirs}"
+            for what, ours, theirs in rows
+            if ours != theirs
+        ]
         if faults:
             return Fit(None, faults=faults, concerned=1)
         return Fit(settings, {f"{path}.{PART}": tensors[PART].float()}, {path: PrefixLayer.scaling})
@@ -142,7 +154,9 @@ def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dic
 def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]:
     refused = []
     if stored.get("modules_to_save"):
-        refused.append(f"modules_to_save {stored['modules_to_save']!r}: not supported beside a prefix")
+        refused.append(
+            f"modules_to_save {stored['modules_to_save']!r}: not supported beside a prefix"
+        )
     if (stacks := stored.get("num_transformer_submodules", 1)) != 1:
         refused.append(f"num_transformer_submodules {stacks!r}: Veneer runs models of one stack")
     if (task := stored.get("task_type")) not in (None, "CAUSAL_LM"):
@@ -151,15 +165,21 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
     refused += [f"{name}: unknown, and switched on" for name in unknown if stored[name]]
     if refused:
         raise RefusedError(
-            f"{path} asks for what Veneer does not compute", refused, "Train the prefix again with Veneer."
+            f"{path} asks for what Veneer does not compute",
+            refused,
+            "Train the prefix again with Veneer.",
         )
     try:
         config = PeftPrefix.model_validate(dict(stored))
     except ValidationError as fault:
-        raise CorruptFileError(f"{path} has fields of a wrong kind", field_faults(fault), "Restore it.") from fault
+        raise CorruptFileError(
+            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+        ) from fault
     faults = []
     if config.token_dim % config.num_attention_heads:
-        faults.append(f"token_dim {config.token_dim} is no multiple of {config.num_attention_heads} heads")
+        faults.append(
+            f"token_dim {config.token_dim} is no multiple of {config.num_attention_heads} heads"
+        )
     if config.layers is not None and sorted({*config.layers}) != config.layers:
         faults.append(f"layers {config.layers} are not rising")
     if config.layers is not None and len(config.layers) != config.num_layers:

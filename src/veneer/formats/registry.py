@@ -1,4 +1,5 @@
-"""Which file layout each method has, and which one a file is in. A new method adds a line to each table."""
+"""Which file layout each method has, and which one a file is in. A new method adds a line to each
+table."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,12 @@ from veneer.formats.layout import Layout
 from veneer.formats.low_rank import LOW_RANK
 from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
 
-_BY_METHOD: dict[type[AdapterConfig], Layout] = {LoRA: LOW_RANK, DoRA: LOW_RANK, Bottleneck: BOTTLENECK, Prefix: PREFIX}
+_BY_METHOD: dict[type[AdapterConfig], Layout] = {
+    LoRA: LOW_RANK,
+    DoRA: LOW_RANK,
+    Bottleneck: BOTTLENECK,
+    Prefix: PREFIX,
+}
 _BY_PEFT_TYPE: dict[str, Layout] = {
     layout.peft_type: layout for layout in (LOW_RANK, BOTTLENECK, PREFIX, PARTIAL_PREFIX)
 }
@@ -28,7 +34,9 @@ def layout_in(path: Path, stored: Mapping[str, Any]) -> Layout:
     """
     if not isinstance(kind := stored.get("peft_type"), str):
         raise CorruptFileError(
-            f"{path} has no peft_type: not the configuration of a PEFT adapter", [], "Give an adapter's folder."
+            f"{path} has no peft_type: not the configuration of a PEFT adapter",
+            [],
+            "Give an adapter's folder.",
         )
     if kind not in _BY_PEFT_TYPE:
         raise RefusedError(

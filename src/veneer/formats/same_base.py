@@ -1,4 +1,5 @@
-"""Is this the base that an adapter was trained on, and does it read text as then? Both sides of every difference.
+"""Is this the base that an adapter was trained on, and does it read text as then? Both sides of
+every difference.
 
 An adapter without veneer.json says neither: then there is nothing to compare.
 """
@@ -23,7 +24,8 @@ def other_base(manifest: Manifest | None, base: FrozenBase) -> list[str]:
 
 
 def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
-    """What of its text differs: other token ids, or another layout of a conversation, mean another input."""
+    """What of its text differs: other token ids, or another layout of a conversation, mean another
+    input."""
     if manifest is None:
         return []
     pairs = [
@@ -38,7 +40,8 @@ def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
 
 
 def which_base(manifest: Manifest | None, name: str | None, base: FrozenBase) -> str:
-    """What to do where the base is another one. name: of the base that the adapter was trained on."""
+    """What to do where the base is another one. name: of the base that the adapter was trained
+    on."""
     assert manifest is not None
     held = Fingerprint.from_dict(manifest.base.fingerprint).quantize
     otherwise = "or, if you know better, use --force-base."
@@ -46,4 +49,7 @@ def which_base(manifest: Manifest | None, name: str | None, base: FrozenBase) ->
         return f"Load the base it was trained on ({name}), {otherwise}"
     if held is None:
         return f"It was trained over dense weights: load the base without --quantize, {otherwise}"
-    return f"It was trained over weights held as {held}: load the base with --quantize {held}, {otherwise}"
+    return (
+        f"It was trained over weights held as {held}: load the base with --quantize {held},"
+        f" {otherwise}"
+    )

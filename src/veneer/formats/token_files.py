@@ -1,10 +1,14 @@
-"""Rows of tokens that an adapter brings, beside what its method stores: PEFT's trainable tokens, whatever the method.
+"""Rows of tokens that an adapter brings, beside what its method stores: PEFT's trainable tokens,
+whatever the method.
 
-    adapter_config.json          trainable_token_indices: {<module>: [ids]}, or PEFT's short [ids]: of the embedding
-    adapter_model.safetensors    base_model.model.<module>.token_adapter.trainable_tokens_delta   (n, D) float32
+    adapter_config.json          trainable_token_indices: {<module>: [ids]}, or PEFT's short [ids]:
+                                 of the embedding
+    adapter_model.safetensors    base_model.model.<module>.token_adapter.trainable_tokens_delta
+                                 (n, D) float32
 
-The tensor holds rows, in the order of the ids, whatever its name says. A tied head has no tensor of its own.
-Not known here: the tokens' texts (manifest.py). Facts: PEFT 0.21.2, peft/tuners/trainable_tokens/layer.py.
+The tensor holds rows, in the order of the ids, whatever its name says. A tied head has no tensor of
+its own. Not known here: the tokens' texts (manifest.py). Facts: PEFT 0.21.2,
+peft/tuners/trainable_tokens/layer.py.
 """
 
 from collections.abc import Mapping
@@ -38,7 +42,8 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TokenFit:
-    """values: by their names among Attachment.parameters(). head: whether they are rows of the head too."""
+    """values: by their names among Attachment.parameters(). head: whether they are rows of the head
+    too."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     head: bool = True
@@ -55,17 +60,26 @@ def token_settings(attachment: Attachment) -> dict[str, Any]:
 def token_tensors(attachment: Attachment) -> dict[str, Tensor]:
     if (tokens := attachment.tokens) is None:
         return {}
-    return {f"{PREFIX}{path}{ENDING}": each.rows.detach().contiguous().cpu() for path, each in tokens.places.items()}
+    return {
+        f"{PREFIX}{path}{ENDING}": each.rows.detach().contiguous().cpu()
+        for path, each in tokens.places.items()
+    }
 
 
 def read_tokens(path: Path, stored: Mapping[str, Any]) -> TokenFile | None:
-    """stored: the content of adapter_config.json at `path`. None: no tokens. Raises CorruptFileError, RefusedError."""
+    """stored: the content of adapter_config.json at `path`. None: no tokens. Raises
+    CorruptFileError, RefusedError."""
     named = stored.get(KEY)
     if not named:
         return None
     lists = list(named.values()) if isinstance(named, dict) else [named]
-    if not all(isinstance(ids, list) and all(TOKEN.holds(i) and type(i) is int for i in ids) for ids in lists):
-        raise CorruptFileError(f"{path}: {KEY} holds no lists of token ids", [], "Restore the file.")
+    if not all(
+        isinstance(ids, list) and all(TOKEN.holds(i) and type(i) is int for i in ids)
+        for ids in lists
+    ):
+        raise CorruptFileError(
+            f"{path}: {KEY} holds no lists of token ids", [], "Restore the file."
+        )
     if any(ids != lists[0] for ids in lists):
         raise RefusedError(
             f"{path}: {KEY} names other tokens for one module than for another",
@@ -74,7 +88,9 @@ def read_tokens(path: Path, stored: Mapping[str, Any]) -> TokenFile | None:
         )
     ids = tuple(lists[0])
     if len(set(ids)) != len(ids) or not 0 < len(ids) <= MOST:
-        raise CorruptFileError(f"{path}: {KEY} holds {len(ids):,} ids, {len(set(ids)):,} of them different")
+        raise CorruptFileError(
+            f"{path}: {KEY} holds {len(ids):,} ids, {len(set(ids)):,} of them different"
+        )
     return TokenFile(ids, tuple(named) if isinstance(named, dict) else ())
 
 
@@ -89,7 +105,11 @@ def fit_tokens(
 ) -> TokenFit | None:
     """Where they go on a model; rows: by bare names. None: there are none."""
     if file is None:
-        return TokenFit(faults=[f"{name}: {KEY} does not name it" for name in sorted(rows)]) if rows else None
+        return (
+            TokenFit(faults=[f"{name}: {KEY} does not name it" for name in sorted(rows)])
+            if rows
+            else None
+        )
     paths = {id(module): path for path, module in plain_modules(model).items()}
     table: Any = unwrapped(model.get_input_embeddings())  # type: ignore[operator]
     own: Any = None if head is None else unwrapped(head)
@@ -99,7 +119,10 @@ def fit_tokens(
     for module in file.modules:
         found = [path for path in (embedding, last) if path is not None and ends_with(path, module)]
         if not found:
-            faults.append(f"{KEY} names {module}, which is neither the embedding ({embedding}) nor the head ({last})")
+            faults.append(
+                f"{KEY} names {module}, which is neither the embedding ({embedding}) nor the head"
+                f" ({last})"
+            )
         named += found
     if embedding not in named and not faults:
         faults.append(f"{KEY} names the head alone: its tokens could not be read")
@@ -114,5 +137,7 @@ def fit_tokens(
             faults.append(f"{name}   adapter {tuple(rows[name].shape)}   model {shape}")
     if faults:
         return TokenFit(faults=faults)
-    values = {f"{name.removesuffix(ENDING)}.{PART}": rows[name].float() for name in sorted(expected)}
+    values = {
+        f"{name.removesuffix(ENDING)}.{PART}": rows[name].float() for name in sorted(expected)
+    }
     return TokenFit(values, tied or last in named)

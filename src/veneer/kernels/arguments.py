@@ -1,10 +1,11 @@
-"""What C may be handed: the checks that every call into the compiled kernels goes through (calls.py, packed_calls.py,
-dense_calls.py).
+"""What C may be handed: the checks that every call into the compiled kernels goes through
+(calls.py, packed_calls.py, dense_calls.py).
 
-C looks at nothing: a number that is too large arrives as another one, and a pointer is read as far as the numbers say.
-So numbers are taken from the tensors' own shapes wherever they can be, and a tensor must be what C takes it for: its
-type, this very shape, no gaps, on the CPU, at an address that fits its words. Anything else raises CallError, which
-only we can cause: callers ask first whether a kernel computes what they have.
+C looks at nothing: a number that is too large arrives as another one, and a pointer is read as far
+as the numbers say. So numbers are taken from the tensors' own shapes wherever they can be, and a
+tensor must be what C takes it for: its type, this very shape, no gaps, on the CPU, at an address
+that fits its words. Anything else raises CallError, which only we can cause: callers ask first
+whether a kernel computes what they have.
 """
 
 import ctypes
@@ -18,13 +19,20 @@ from torch import Tensor
 
 from veneer.kernels.native import library, on_cpu
 
-BF16, FP32, INT32, INT64, BYTES = torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.uint8
+BF16, FP32, INT32, INT64, BYTES = (
+    torch.bfloat16,
+    torch.float32,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Types of values that go in and come out, and their numbers in C."""
 
 
 class CallError(AssertionError):
-    """C would have read or written what it may not. Raised, not asserted: `python -O` leaves assertions out."""
+    """C would have read or written what it may not. Raised, not asserted: `python -O` leaves
+    assertions out."""
 
 
 def available(name: str) -> bool:
@@ -61,8 +69,8 @@ def is_noted() -> bool:
 
 @contextmanager
 def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Within the block `note` hears of every call of this thread: its name, and what it is given. One block at a time:
-    the outer one would miss what the inner one hears."""
+    """Within the block `note` hears of every call of this thread: its name, and what it is given.
+    One block at a time: the outer one would miss what the inner one hears."""
     if _of_thread.note is not None:
         raise CallError("calls are noted within a block that notes them")
     _of_thread.note = note
@@ -90,7 +98,11 @@ def whole(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
 
 
 def _start(tensor: Tensor, dtype: torch.dtype, words: int) -> int:
-    if tensor.dtype is not dtype or not tensor.is_contiguous() or not (tensor.is_cpu or on_cpu(tensor)):
+    if (
+        tensor.dtype is not dtype
+        or not tensor.is_contiguous()
+        or not (tensor.is_cpu or on_cpu(tensor))
+    ):
         raise _unfit(tensor, dtype)
     address = tensor.data_ptr()
     if address % dtype.itemsize or address % words:

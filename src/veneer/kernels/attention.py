@@ -1,17 +1,19 @@
 """Attention over packed documents that share a prompt.
 
-    prompt rows attend causally to the prompt; row i of a document attends to the whole prompt and to
+    prompt rows attend causally to the prompt; row i of a document attends to the whole prompt and
+        to
     rows 0..i of its own document. softmax(softcap(scale q k^T) + mask, sink) v
 
-Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows this is
-several times faster on a CPU than the fused flash kernel (its backward most of all; docs/log.md),
-needs no repetition of keys for grouped query heads, and expresses windows, soft caps and sinks.
-On processors that multiply bf16 pairs a compiled kernel takes its place (kernels/attention_native.py), on CUDA torch's
-flash kernels (kernels/flash.py), or its flex attention (kernels/flex.py).
-Only q, k and v are kept for backward; the probabilities of one block at a time are computed again.
+Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows
+this is several times faster on a CPU than the fused flash kernel (its backward most of all;
+docs/log.md), needs no repetition of keys for grouped query heads, and expresses windows, soft caps
+and sinks. On processors that multiply bf16 pairs a compiled kernel takes its place
+(kernels/attention_native.py), on CUDA torch's flash kernels (kernels/flash.py), or its flex
+attention (kernels/flex.py). Only q, k and v are kept for backward; the probabilities of one block
+at a time are computed again.
 
-Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values, where it is another),
-L longest document, P prompt.
+Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values,
+where it is another), L longest document, P prompt.
 """
 
 from dataclasses import replace
@@ -34,13 +36,16 @@ BLOCK = 256
 class _Scores:
     """The elementwise part between q k^T and the product with v, with its derivative."""
 
-    def __init__(self, rules: Rules) -> None:  # sinks are trained values: they come with the tensors
+    def __init__(
+        self, rules: Rules
+    ) -> None:  # sinks are trained values: they come with the tensors
         self.scale, self.window, self.softcap = rules.scale, rules.window, rules.softcap
 
     def probabilities(
         self, q: Tensor, k: Tensor, sinks: Tensor | None, *, first: int, place: int, groups: int
     ) -> tuple[Tensor, Tensor | None]:
-        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys [+ 1 with sinks]), tanh part.
+        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys [+ 1 with sinks]),
+        tanh part.
 
         Row i of every group stands at place + i, the keys at first and after.
         """
@@ -57,7 +62,8 @@ class _Scores:
         return torch.softmax(scores, dim=-1), bent
 
     def _hide(self, scores: Tensor, own: int) -> None:
-        """(B, G, rows, keys), in place: -inf where row i, whose own key is number own + i, does not see.
+        """(B, G, rows, keys), in place: -inf where row i, whose own key is number own + i, does not
+        see.
 
         Most keys are seen by every row of a block: what is masked are the triangles at both ends.
         """
@@ -65,12 +71,15 @@ class _Scores:
         later = torch.ones(rows, keys - own - 1, dtype=torch.bool, device=scores.device).triu_()
         scores[..., own + 1 :].masked_fill_(later, float("-inf"))
         if self.window is not None and (width := rows + own - self.window) > 0:
-            before = torch.ones(rows, width, dtype=torch.bool, device=scores.device).tril_(own - self.window)
+            before = torch.ones(rows, width, dtype=torch.bool, device=scores.device).tril_(
+                own - self.window
+            )
             scores[..., :width].masked_fill_(before, float("-inf"))
 
 
 def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
-    """(docs, L, H, D) -> (docs * K, G * L, D): the query heads of one key head stand under each other."""
+    """(docs, L, H, D) -> (docs * K, G * L, D): the query heads of one key head stand under each
+    other."""
     docs, length, heads, size = rows.shape
     split = rows.view(docs, length, kv_heads, heads // kv_heads, size)
     return split.permute(0, 2, 3, 1, 4).reshape(docs * kv_heads, -1, size)
@@ -91,13 +100,15 @@ def _square(rows: Tensor, layout: Group) -> Tensor:
 
 
 def _square_gradient(square: Tensor, layout: Group) -> Tensor:
-    """(docs, L, heads, D) of output or gradient -> (sum of L, heads, D), what stands on padding dropped."""
+    """(docs, L, heads, D) of output or gradient -> (sum of L, heads, D), what stands on padding
+    dropped."""
     flat = square.reshape(-1, *square.shape[2:])
     return flat if layout.from_square is None else flat.index_select(0, layout.from_square)
 
 
 def _keys(rows: Tensor, layout: Group) -> Tensor:
-    """(N, K, D) -> (docs * K, keys, D): the prompt's keys, each document's own, zeros up to a full width.
+    """(N, K, D) -> (docs * K, keys, D): the prompt's keys, each document's own, zeros up to a full
+    width.
 
     Softmax over a width that is no multiple of 32 is 1.6 times slower on a CPU.
     """
@@ -132,9 +143,12 @@ def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
 
 
 class _Part:
-    """One rectangle of attention: either the prompt with itself, or all documents with prompt and selves."""
+    """One rectangle of attention: either the prompt with itself, or all documents with prompt and
+    selves."""
 
-    def __init__(self, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int) -> None:
+    def __init__(
+        self, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
+    ) -> None:
         self.scores, self.prompt, self.groups = scores, prompt, groups
         self.q, self.k, self.v = q, k, v
         self.length = q.shape[1] // groups
@@ -166,11 +180,19 @@ class _Part:
             _, _, v, probabilities, _ = self._block(start, stop, sinks)
             if sinks is not None:
                 probabilities = probabilities[..., :-1]
-            view[:, :, start:stop] = torch.bmm(probabilities, v).view(out.shape[0], self.groups, stop - start, -1)
+            view[:, :, start:stop] = torch.bmm(probabilities, v).view(
+                out.shape[0], self.groups, stop - start, -1
+            )
         return out
 
-    def backward(self, grad: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        grad_q, grad_k, grad_v = torch.empty_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
+    def backward(
+        self, grad: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        grad_q, grad_k, grad_v = (
+            torch.empty_like(self.q),
+            torch.zeros_like(self.k),
+            torch.zeros_like(self.v),
+        )
         grad_sinks = None if sinks is None else torch.zeros_like(sinks)
         view = grad_q.view(grad_q.shape[0], self.groups, self.length, -1)
         for start, stop in _blocks(self.length):
@@ -184,7 +206,9 @@ class _Part:
                 grad_p = F.pad(grad_p, (0, 1))
             grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
             if sinks is not None and grad_sinks is not None:
-                per_row = grad_s[..., -1].view(-1, sinks.numel() // self.groups, self.groups, stop - start)
+                per_row = grad_s[..., -1].view(
+                    -1, sinks.numel() // self.groups, self.groups, stop - start
+                )
                 grad_sinks += per_row.sum(dim=(0, 3)).view(-1)
                 grad_s = grad_s[..., :-1]
             grad_s = grad_s if bent is None else grad_s * (1 - bent * bent)
@@ -195,7 +219,8 @@ class _Part:
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Part]:
-    """q (N, H, D), k and v (N, K, D) -> the prompt's part, if there is a prompt, and the documents'."""
+    """q (N, H, D), k and v (N, K, D) -> the prompt's part, if there is a prompt, and the
+    documents'."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     parts = []
     if P := layout.prompt:
@@ -209,7 +234,13 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> l
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, layout: Group, scores: _Scores
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        layout: Group,
+        scores: _Scores,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)
         ctx.layout, ctx.scores = layout, scores
@@ -221,28 +252,40 @@ class _PackedAttention(torch.autograd.Function):
             _ungrouped(documents, len(layout.lengths), k.shape[1], layout.longest), layout
         )
         if layout.prompt:
-            out[: layout.prompt] = _ungrouped(parts[0].forward(sinks), 1, k.shape[1], layout.prompt)[0]
+            out[: layout.prompt] = _ungrouped(
+                parts[0].forward(sinks), 1, k.shape[1], layout.prompt
+            )[0]
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         q, k, v, sinks = ctx.saved_tensors
         layout: Group = ctx.layout
         P, docs, kv_heads = layout.prompt, len(layout.lengths), k.shape[1]
         parts = _parts(q, k, v, layout, ctx.scores)
         square = _square(grad, layout)
-        if layout.from_square is not None:  # padding repeats a real row: its gradient must not count twice
+        if (
+            layout.from_square is not None
+        ):  # padding repeats a real row: its gradient must not count twice
             square = torch.zeros_like(square)
             square.flatten(0, 1).index_copy_(0, layout.from_square, grad[P : layout.rows])
         d_q, d_k, d_v, d_sinks = parts[-1].backward(_grouped(square, kv_heads), sinks)
-        grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        grad_q[P : layout.rows] = _square_gradient(_ungrouped(d_q, docs, kv_heads, layout.longest), layout)
+        grad_q, grad_k, grad_v = (
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)
+        )
+        grad_q[P : layout.rows] = _square_gradient(
+            _ungrouped(d_q, docs, kv_heads, layout.longest), layout
+        )
         for filler in (grad_q, grad_k, grad_v):
             filler[layout.rows :] = 0
         for target, value in ((grad_k, d_k), (grad_v, d_v)):
             split = value.view(docs, kv_heads, round_up(P + layout.longest), -1)
-            target[P : layout.rows] = _square_gradient(split[:, :, P : P + layout.longest].transpose(1, 2), layout)
+            target[P : layout.rows] = _square_gradient(
+                split[:, :, P : P + layout.longest].transpose(1, 2), layout
+            )
             if P:  # every document saw the prompt: its gradient is their sum
                 wide = torch.promote_types(target.dtype, torch.float32)
                 target[:P] = split[:, :, :P].sum(dim=0, dtype=wide).transpose(0, 1).to(target.dtype)
@@ -274,7 +317,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
     return apply(q, k, v, rules.sinks, layout, _Scores(rules))
 
 
-def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
+) -> Tensor:
     """The same, one document at a time in plain torch: the meaning of packed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
     window, softcap, sinks = rules.window, rules.softcap, rules.sinks
@@ -290,7 +335,9 @@ def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, layout: Group, r
             seen = seen & (place[None] > place[start:, None] - window)
         scores = scores.masked_fill(~seen, float("-inf"))
         if sinks is not None:
-            scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1)
+            scores = torch.cat(
+                [scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1
+            )
         probabilities = torch.softmax(scores, dim=-1)[..., : len(rows)]
         return torch.einsum("hij,jhd->ihd", probabilities, v[rows])
 

@@ -1,11 +1,13 @@
-"""Packed attention by the compiled kernels: bf16 on processors that multiply bf16 pairs (native/attention.c), on AMX
-tiles where there are some (native/attention_tiles.c), float32 on any (native/attention_float.c).
+"""Packed attention by the compiled kernels: bf16 on processors that multiply bf16 pairs
+(native/attention.c), on AMX tiles where there are some (native/attention_tiles.c), float32 on any
+(native/attention_float.c).
 
-The same function as kernels/attention.py's, for models without soft caps and sinks: no padding to a rectangle, nothing
-computed that causality or the window hides, scores of a few rows at a time. Kept for backward: q, k, v, what came out
-and one float32 a row and head. Each part is one call: the prompt with itself; the documents, which see the prompt
-whole. On tiles a row's mean gradient is summed over its output as it was rounded.
-Shapes: R rows of a part, H query heads, K key heads, D head size, P keys seen whole.
+The same function as kernels/attention.py's, for models without soft caps and sinks: no padding to a
+rectangle, nothing computed that causality or the window hides, scores of a few rows at a time. Kept
+for backward: q, k, v, what came out and one float32 a row and head. Each part is one call: the
+prompt with itself; the documents, which see the prompt whole. On tiles a row's mean gradient is
+summed over its output as it was rounded. Shapes: R rows of a part, H query heads, K key heads, D
+head size, P keys seen whole.
 """
 
 from collections.abc import Sequence
@@ -21,15 +23,16 @@ from veneer.kernels.native import has_bf16, has_floats, note_flops, on_cpu
 from veneer.kernels.rules import Rules
 
 TASKS = 8
-"""Fewer documents times key heads than this are split by query rows, so that all threads have work. Each share holds
-gradients of all keys, which are summed up: more of them take longer on few threads."""
+"""Fewer documents times key heads than this are split by query rows, so that all threads have work.
+Each share holds gradients of all keys, which are summed up: more of them take longer on few
+threads."""
 HELD_BYTES = 64 * 2**20
 """Most memory for the gradients of shared keys, one per document, before they are summed."""
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
-    """Whether a kernel computes what these are: of a type that has one on this processor, one head size, whole groups
-    of heads."""
+    """Whether a kernel computes what these are: of a type that has one on this processor, one head
+    size, whole groups of heads."""
     if rules.softcap is not None or rules.sinks is not None:
         return False
     dtype = q.dtype
@@ -64,19 +67,27 @@ class Part:
         return max(1, min(TASKS // max(1, docs * self.k.shape[1]), self.longest // 64))
 
     def _product_flops(self) -> int:
-        """Of q k^T once, over the keys that each query row sees; forward takes two such products, backward five."""
+        """Of q k^T once, over the keys that each query row sees; forward takes two such products,
+        backward five."""
         before, pairs = 0 if self.before_k is None else self.before_k.shape[0], 0
         for length in (self.starts[1:] - self.starts[:-1]).tolist():
             most = self.rules.window or before + length
-            rising = min(length, max(0, most - before))  # rows that see one key more than the row above
+            rising = min(
+                length, max(0, most - before)
+            )  # rows that see one key more than the row above
             pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
         return 2 * pairs * self.q.shape[1] * self.q.shape[2]
 
     def _before(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.before_k is None or self.before_v is None else (self.before_k, self.before_v)
+        return (
+            None
+            if self.before_k is None or self.before_v is None
+            else (self.before_k, self.before_v)
+        )
 
     def forward(self, out: Tensor) -> Tensor:
-        """Write (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32, for backward."""
+        """Write (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32, for
+        backward."""
         lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
         note_flops(lambda: 2 * self._product_flops())
         calls.attention_forward(
@@ -103,8 +114,9 @@ class Part:
         grad_v: Tensor,
         more: Tensor | None,
     ) -> Tensor | None:
-        """out: what forward wrote, grad (R, H, D), more (2, R, K, D) or None: gradients of k and v from elsewhere
-        -> those of before_k and before_v (2, P, K, D) float32. The others are written, in q's type."""
+        """out: what forward wrote, grad (R, H, D), more (2, R, K, D) or None: gradients of k and v
+        from elsewhere -> those of before_k and before_v (2, P, K, D) float32. The others are
+        written, in q's type."""
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
         note_flops(lambda: 5 * self._product_flops())
@@ -158,10 +170,16 @@ class _NativeAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
-        return *attended_gradients(q, k, v, out, kept, aligned(grad), ctx.layout, ctx.rules), None, None
+        return (
+            *attended_gradients(q, k, v, out, kept, aligned(grad), ctx.layout, ctx.rules),
+            None,
+            None,
+        )
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> tuple[Tensor, list[Tensor]]:
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
+) -> tuple[Tensor, list[Tensor]]:
     """(N, H, D) of aligned rows, zeros on filler, and what `attended_gradients` wants."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sum_calls.zeros(out, layout.rows)
@@ -169,31 +187,48 @@ def attended(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> tu
 
 
 def attended_gradients(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor], grad: Tensor, layout: Group, rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: Sequence[Tensor],
+    grad: Tensor,
+    layout: Group,
+    rules: Rules,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, without gaps; zeros on filler."""
     found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
     for each in found:
         sum_calls.zeros(each, layout.rows)
     from_documents: Tensor | None = None
-    # The documents come first: what they send back to the prompt's keys joins the prompt's own part.
+    # The documents come first: what they send back to the prompt's keys joins the prompt's own
+    # part.
     parts = zip(_parts(q, k, v, layout, rules), kept, strict=True)
     for (rows, part), lse in reversed(list(parts)):
         own = [each[rows] for each in found]
-        from_documents = part.backward(out[rows], grad[rows], lse, own[0], own[1], own[2], from_documents)
+        from_documents = part.backward(
+            out[rows], grad[rows], lse, own[0], own[1], own[2], from_documents
+        )
     return found[0], found[1], found[2]
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> list[tuple[slice, Part]]:
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
+) -> list[tuple[slice, Part]]:
     """The prompt's part, if there is a prompt, then the documents'."""
     P = layout.prompt
     rows = slice(P, layout.rows)
     prompt_k, prompt_v = (k[:P], v[:P]) if P else (None, None)
-    documents = Part(q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, max(layout.lengths), rules)
+    documents = Part(
+        q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, max(layout.lengths), rules
+    )
     if not P:
         return [(rows, documents)]
     alone = starts(layout)[1]
-    return [(slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, P, rules)), (rows, documents)]
+    return [
+        (slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, P, rules)),
+        (rows, documents),
+    ]
 
 
 def starts(layout: Group) -> tuple[Tensor, Tensor]:
@@ -205,6 +240,7 @@ def starts(layout: Group) -> tuple[Tensor, Tensor]:
 
 
 def native_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
-    """packed_attention of kernels/attention.py where it is `usable`: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+    """packed_attention of kernels/attention.py where it is `usable`: q (N, H, D), k and v (N, K, D)
+    -> (N, H, D)."""
     apply: Any = _NativeAttention.apply
     return apply(q, k, v, layout, rules)

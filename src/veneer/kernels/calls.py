@@ -1,9 +1,9 @@
-"""The calls into the kernels over rows of bf16 (native/*.c): products of a small rank, norms, gates, losses; and
-attention, in float32 too.
+"""The calls into the kernels over rows of bf16 (native/*.c): products of a small rank, norms,
+gates, losses; and attention, in float32 too.
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
-Shapes: M rows, I and O widths, R rank, V vocabulary; R rows, H query heads, K key heads, D head size, P keys seen
-whole, S splits in attention.
+Shapes: M rows, I and O widths, R rank, V vocabulary; R rows, H query heads, K key heads, D head
+size, P keys seen whole, S splits in attention.
 """
 
 import ctypes
@@ -39,10 +39,12 @@ MOST_RANK, MOST = 256, 3
 MOST_STRIDE = 2**27
 """Values from one row of q, k or v to the next: 16 rows are gathered with indices of 32 bits."""
 MOST_SPLITS = 1024
-"""Shares of one document's keys, each a task of its own: C would count documents x heads x splits for ever."""
+"""Shares of one document's keys, each a task of its own: C would count documents x heads x splits
+for ever."""
 
 
-# -- products with a small rank: rank.c ------------------------------------------------------------------------------
+# -- products with a small rank: rank.c
+# ------------------------------------------------------------------------------
 
 
 class Masked(ctypes.Structure):
@@ -68,7 +70,8 @@ class _Rank(ctypes.Structure):
 
 
 Mask = tuple[Tensor, int, int, float]
-"""Of dropout: keys of the rows (M) int64, those of all rows and of the columns, and the share that is dropped."""
+"""Of dropout: keys of the rows (M) int64, those of all rows and of the columns, and the share that
+is dropped."""
 
 
 def masked(given: Masked, mask: Mask, rows: int) -> float:
@@ -77,7 +80,10 @@ def masked(given: Masked, mask: Mask, rows: int) -> float:
     if not 0 <= share < 1:
         raise CallError(f"dropout of {share}")
     given.keys, given.threshold = at(keys, INT64, rows), int(share * 2**32)
-    given.row_key, given.column_key = number(row_key, 0, 2**32 - 1), number(column_key, 0, 2**32 - 1)
+    given.row_key, given.column_key = (
+        number(row_key, 0, 2**32 - 1),
+        number(column_key, 0, 2**32 - 1),
+    )
     return 1 - share
 
 
@@ -89,19 +95,28 @@ def _registers(*sizes: int) -> None:
 
 def _ranked(width: int, rank: int) -> None:
     if width % 16 or rank % 16 or not 0 < rank <= MOST_RANK:
-        raise CallError(f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}")
+        raise CallError(
+            f"width {width} and rank {rank} where C takes multiples of 16, ranks up to {MOST_RANK}"
+        )
 
 
-def _rank(x: Tensor, narrow: Tensor, rank: int, scale: float, mask: Mask | None, words: int = 1) -> _Rank:
-    """x: the side of many columns (M, I), seen through the mask. narrow: that of R columns (M, R), its rows whole, with
-    gaps between them or none."""
+def _rank(
+    x: Tensor, narrow: Tensor, rank: int, scale: float, mask: Mask | None, words: int = 1
+) -> _Rank:
+    """x: the side of many columns (M, I), seen through the mask. narrow: that of R columns (M, R),
+    its rows whole, with gaps between them or none."""
     (rows, width), (apart, inner) = x.shape, narrow.stride()
     _ranked(number(width, 16, MOST_STRIDE), rank)
     if narrow.shape != (rows, rank) or narrow.dtype is not BF16 or not reachable(narrow):
-        raise CallError(f"{tuple(narrow.shape)} {narrow.dtype} on {narrow.device} where C takes {(rows, rank)} bf16")
+        raise CallError(
+            f"{tuple(narrow.shape)} {narrow.dtype} on {narrow.device} where C takes {(rows, rank)}"
+            " bf16"
+        )
     if inner != 1 or apart % 2 or narrow.data_ptr() % PAIR_BYTES:
         raise CallError(f"steps of {narrow.stride()} where C takes pairs of neighbours")
-    given = _Rank(at(x, BF16, rows, width, words=words), rows=rows, width=width, rank=rank, scale=scale)
+    given = _Rank(
+        at(x, BF16, rows, width, words=words), rows=rows, width=width, rank=rank, scale=scale
+    )
     given.narrow, given.apart = narrow.data_ptr(), number(apart, rank, MOST_STRIDE)
     if mask is not None:
         given.scale /= masked(given.mask, mask, rows)
@@ -119,7 +134,9 @@ def _factor(given: _Rank, factor: Tensor, outs: int, ins: int) -> None:
         given.factor = at(factor.mT, factor.dtype, ins, outs)
 
 
-def rank_down(x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None) -> None:
+def rank_down(
+    x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None
+) -> None:
     """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
     given = _rank(x, out, factor.shape[0], scale, mask, PAIR_BYTES)
     _factor(given, factor, given.rank, given.width)
@@ -134,10 +151,17 @@ def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | Non
 
 
 def rank_gradient(
-    u: Tensor, x: Tensor, outs: Sequence[Tensor], scale: float, mask: Mask | None = None, *, turned: bool, add: bool
+    u: Tensor,
+    x: Tensor,
+    outs: Sequence[Tensor],
+    scale: float,
+    mask: Mask | None = None,
+    *,
+    turned: bool,
+    add: bool,
 ) -> None:
-    """scale * u^T x, x (M, I) through the mask, to outs: float32 (R, I) of each of some factors, u (M, R) theirs side
-    by side; turned: (I, R). add: + what they were."""
+    """scale * u^T x, x (M, I) through the mask, to outs: float32 (R, I) of each of some factors, u
+    (M, R) theirs side by side; turned: (I, R). add: + what they were."""
     ranks = [out.shape[int(turned)] for out in outs]
     given = _rank(x, u, sum(ranks), scale, mask)
     number(given.rows, 1, MOST_STRIDE)
@@ -150,7 +174,8 @@ def rank_gradient(
     call("veneer_rank_gradient", ctypes.byref(given))
 
 
-# -- a row of trained length: dora.c ---------------------------------------------------------------------------------
+# -- a row of trained length: dora.c
+# ---------------------------------------------------------------------------------
 
 
 class _DoRA(ctypes.Structure):
@@ -166,11 +191,21 @@ class _Magnitudes(ctypes.Structure):
 
 
 class _Norms(ctypes.Structure):
-    _fields_ = [*pointers("cross B gram squares norm"), *numbers("width rank"), ("scale", ctypes.c_float)]
+    _fields_ = [
+        *pointers("cross B gram squares norm"),
+        *numbers("width rank"),
+        ("scale", ctypes.c_float),
+    ]
 
 
 def _dora(
-    rows: int, width: int, rank: int, scale: float, bias: Tensor | None, magnitude: Tensor, norm: Tensor
+    rows: int,
+    width: int,
+    rank: int,
+    scale: float,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    norm: Tensor,
 ) -> _DoRA:
     _ranked(width, rank)
     given = _DoRA(rows=rows, width=width, rank=rank, scale=scale)
@@ -181,7 +216,13 @@ def _dora(
 
 
 def dora_forward(
-    y: Tensor, down: Tensor, pairs: Tensor, bias: Tensor | None, magnitude: Tensor, norm: Tensor, scale: float
+    y: Tensor,
+    down: Tensor,
+    pairs: Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    norm: Tensor,
+    scale: float,
 ) -> None:
     """y (M, O) = factor * (y - bias + scale * down (M, R) W) + bias; pairs (R / 2, O)."""
     (rows, width), rank = y.shape, down.shape[1]
@@ -204,7 +245,8 @@ def dora_backward(
     turned: Tensor,
     partial: Tensor,
 ) -> None:
-    """turned (M, O) = factor * g, up (M, R) = scale * turned W, partial: sums of g * (y - bias) by blocks of rows."""
+    """turned (M, O) = factor * g, up (M, R) = scale * turned W, partial: sums of g * (y - bias) by
+    blocks of rows."""
     (rows, width), rank = g.shape, pairs.shape[1]
     given = _dora(rows, width, rank, scale, bias, magnitude, norm)
     given.x, given.y = at(g, BF16, rows, width), at(y, BF16, rows, width)
@@ -228,8 +270,11 @@ def dora_magnitudes(partial: Tensor, magnitude: Tensor, norm: Tensor, grad: Tens
     return call("veneer_dora_magnitudes", ctypes.byref(given))
 
 
-def dora_norms(cross: Tensor, B: Tensor, gram: Tensor, squares: Tensor, norm: Tensor, scale: float) -> None:
-    """norm (O) = sqrt(squares + 2 scale cross . B + scale^2 B gram . B) by rows; cross and B (O, R), gram (R, R)."""
+def dora_norms(
+    cross: Tensor, B: Tensor, gram: Tensor, squares: Tensor, norm: Tensor, scale: float
+) -> None:
+    """norm (O) = sqrt(squares + 2 scale cross . B + scale^2 B gram . B) by rows; cross and B (O,
+    R), gram (R, R)."""
     width, rank = B.shape
     _ranked(0, rank)
     given = _Norms(width=width, rank=rank, scale=scale, gram=at(gram, FP32, rank, rank))
@@ -238,11 +283,16 @@ def dora_norms(cross: Tensor, B: Tensor, gram: Tensor, squares: Tensor, norm: Te
     call("veneer_dora_norms", ctypes.byref(given))
 
 
-# -- one pass over rows: fused.c, dropout.c --------------------------------------------------------------------------
+# -- one pass over rows: fused.c, dropout.c
+# --------------------------------------------------------------------------
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [*pointers("x weight grad out scale"), *numbers("width"), ("epsilon", ctypes.c_float)]
+    _fields_ = [
+        *pointers("x weight grad out scale"),
+        *numbers("width"),
+        ("epsilon", ctypes.c_float),
+    ]
 
 
 class _Gate(ctypes.Structure):
@@ -268,7 +318,8 @@ class _Dropout(ctypes.Structure):
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, epsilon: float) -> None:
-    """out = weight * x * scale, scale (rows of x) float32 = 1 / root mean square; x (..., D), weight (D)."""
+    """out = weight * x * scale, scale (rows of x) float32 = 1 / root mean square; x (..., D),
+    weight (D)."""
     (rows,), (width,), kind = scale.shape, weight.shape, x.dtype
     read = whole(x, kind, rows * width), at(weight, kind, width)
     made = whole(out, kind, rows * width), at(scale, FP32, rows)
@@ -293,7 +344,9 @@ def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     call(of_type("veneer_silu_gate_forward", kind), ctypes.byref(given), count // 16)
 
 
-def silu_gate_backward(gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+def silu_gate_backward(
+    gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
+) -> None:
     _registers(count := gate.numel())
     kind = gate.dtype
     read = whole(gate, kind, count), whole(up, kind, count), whole(grad, kind, count)
@@ -302,7 +355,8 @@ def silu_gate_backward(gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
-    """out of x (M, H, D), D a multiple of 32, turned by cos and sin (M, D); back: by their transpose."""
+    """out of x (M, H, D), D a multiple of 32, turned by cos and sin (M, D); back: by their
+    transpose."""
     (rows, heads, size), kind = x.shape, x.dtype
     _registers(number(size, 32) // 2)
     read = at(x, kind, rows, heads, size), at(cos, kind, rows, size), at(sin, kind, rows, size)
@@ -311,7 +365,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> N
 
 
 def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-    """loss (M) = -log softmax(logits)[target]; the first M rows of logits (>= M, V) become softmax - onehot."""
+    """loss (M) = -log softmax(logits)[target]; the first M rows of logits (>= M, V) become softmax
+    - onehot."""
     (rows,), (held, vocabulary) = targets.shape, logits.shape
     number(rows, 0, held)
     number(vocabulary, 1)
@@ -323,38 +378,61 @@ def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
     call("veneer_entropy", ctypes.byref(given), rows)
 
 
-def dropout(x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: int, share: float) -> None:
-    """out (M, I) of x, float32 or bf16: / (1 - share) or 0 by the hash of rows (M), columns and both keys."""
+def dropout(
+    x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: int, share: float
+) -> None:
+    """out (M, I) of x, float32 or bf16: / (1 - share) or 0 by the hash of rows (M), columns and
+    both keys."""
     count, width = x.shape
     if x.dtype not in (FP32, BF16) or not 0 <= share < 1:
         raise CallError(f"dropout of {share} on {x.dtype}")
-    given = _Dropout(width=width, threshold=int(share * 2**32), kept=1 - share, type=type_number(x.dtype))
+    given = _Dropout(
+        width=width, threshold=int(share * 2**32), kept=1 - share, type=type_number(x.dtype)
+    )
     given.x, given.out = at(x, x.dtype, count, width), at(out, x.dtype, count, width)
     given.rows = at(rows, INT64, count)
-    given.row_key, given.column_key = number(row_key, 0, 2**32 - 1), number(column_key, 0, 2**32 - 1)
+    given.row_key, given.column_key = (
+        number(row_key, 0, 2**32 - 1),
+        number(column_key, 0, 2**32 - 1),
+    )
     call("veneer_dropout", ctypes.byref(given), count)
 
 
-# -- attention over packed documents: attention.c, attention_float.c --------------------------------------------------
+# -- attention over packed documents: attention.c, attention_float.c
+# --------------------------------------------------
 
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *pointers("q k v before_k before_v grad made out lse grad_k grad_v grad_before_k grad_before_v starts"),
-        *numbers("q_row q_head k_row k_head v_row v_head bk_row bk_head bv_row bv_head grad_row grad_head"),
+        *pointers(
+            "q k v before_k before_v grad made out lse grad_k grad_v grad_before_k grad_before_v"
+            " starts"
+        ),
+        *numbers(
+            "q_row q_head k_row k_head v_row v_head bk_row bk_head bv_row bv_head grad_row"
+            " grad_head"
+        ),
         *numbers("rows docs heads kv_heads size before window splits"),
         ("scale", ctypes.c_float),
     ]
 
 
-def _rows_of_heads(given: _Attention, name: str, short: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """A tensor whose rows and heads may have gaps between them, each head's values without any, bf16 ones in pairs."""
+def _rows_of_heads(
+    given: _Attention, name: str, short: str, tensor: Tensor, dtype: torch.dtype, *shape: int
+) -> None:
+    """A tensor whose rows and heads may have gaps between them, each head's values without any,
+    bf16 ones in pairs."""
     if tensor.shape != shape or tensor.dtype != dtype or not reachable(tensor):
-        raise CallError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, C takes {shape} {dtype}")
+        raise CallError(
+            f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, C takes {shape}"
+            f" {dtype}"
+        )
     row, head, inner = tensor.stride()
     odd = dtype is BF16 and (row % 2 or head % 2)
     if inner != 1 or odd or tensor.data_ptr() % PAIR_BYTES:
-        raise CallError(f"{name}: strides {tensor.stride()} where C takes neighbours, and bf16 in pairs")
+        raise CallError(
+            f"{name}: strides {tensor.stride()} where C takes neighbours, and bf16 in pairs"
+        )
     setattr(given, name, tensor.data_ptr())
     setattr(given, f"{short}_row", number(row, 0, MOST_STRIDE))
     setattr(given, f"{short}_head", number(head))
@@ -377,8 +455,8 @@ def _attention(
     window: int | None,
     splits: int,
 ) -> _Attention:
-    """What both directions are given: q (R, H, D), k and v (R, K, D), before (P, K, D) each, starts (docs + 1); all
-    bf16 or all float32."""
+    """What both directions are given: q (R, H, D), k and v (R, K, D), before (P, K, D) each, starts
+    (docs + 1); all bf16 or all float32."""
     (rows, heads, size), kv_heads, kind = q.shape, k.shape[1], q.dtype
     _registers(number(size, 16))
     if heads % number(kv_heads, 1):
@@ -434,8 +512,8 @@ def attention_backward(
     window: int | None,
     splits: int,
 ) -> None:
-    """made: what forward wrote; grad_q (R, H, D) in q's type. In float32, of keys, then values: own (2, S, R, K, D),
-    shared (2, docs, S, K, P, D)."""
+    """made: what forward wrote; grad_q (R, H, D) in q's type. In float32, of keys, then values: own
+    (2, S, R, K, D), shared (2, docs, S, K, P, D)."""
     given = _attention(q, k, v, before, starts, scale=scale, window=window, splits=splits)
     (rows, heads, size), kv_heads, kind = q.shape, k.shape[1], q.dtype
     _rows_of_heads(given, "grad", "grad", grad, kind, rows, heads, size)

@@ -1,11 +1,12 @@
-"""What stands between the products of a decoder layer, each in one call that rounds where models round.
+"""What stands between the products of a decoder layer, each in one call that rounds where models
+round.
 
     add_norm   h' = h + delta, x = weight * h' / sqrt(mean(h'^2) + epsilon)
     rotate     of each head (a, b): (a cos - b sin, b cos + a sin), in place
     gate       silu(gate) * up
 
-For forwards without a gradient; compiled for float32 and bf16 on any processor (native/decoder_step.c).
-Shapes: N rows, D width, H heads, E head size.
+For forwards without a gradient; compiled for float32 and bf16 on any processor
+(native/decoder_step.c). Shapes: N rows, D width, H heads, E head size.
 """
 
 import torch
@@ -26,8 +27,11 @@ def usable(*tensors: Tensor | None) -> bool:
     return fit and dtype in TYPES and available("veneer_step_norm")
 
 
-def add_norm(h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(h', x); h' is h where there is no delta. Source of the norm: Zhang and Sennrich 2019, arXiv:1910.07467."""
+def add_norm(
+    h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """(h', x); h' is h where there is no delta. Source of the norm: Zhang and Sennrich 2019,
+    arXiv:1910.07467."""
     if not usable(h_ND, delta_ND, weight):
         return add_norm_reference(h_ND, delta_ND, weight, epsilon)
     out = torch.empty_like(h_ND)
@@ -36,7 +40,9 @@ def add_norm(h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: flo
     return h_ND if added is None else added, out
 
 
-def add_norm_reference(h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_norm_reference(
+    h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """The meaning of add_norm."""
     h = h_ND if delta_ND is None else h_ND + delta_ND
     wide = h.to(torch.promote_types(h.dtype, torch.float32))

@@ -14,15 +14,26 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import pages
-from veneer.kernels.arguments import BF16, BYTES, FP32, CallError, at, call, number, numbers, pointers, reachable
+from veneer.kernels.arguments import (
+    BF16,
+    BYTES,
+    FP32,
+    CallError,
+    at,
+    call,
+    number,
+    numbers,
+    pointers,
+    reachable,
+)
 
 MOST_PARTS = 16
 """Weights that share one x: native/few_rows.c and updates.c name it too."""
 MOST_UPDATES = 2**14
 """Of one call: C makes room for them in each."""
 BLOCK, LANES, HALF, STEP = 64, 16, 8, 16
-"""Outs of B that lie side by side, ranks of A, fewer, and words that A's are filled up to: native/few_rows.h and
-factors.h name them too."""
+"""Outs of B that lie side by side, ranks of A, fewer, and words that A's are filled up to:
+native/few_rows.h and factors.h name them too."""
 LINE = 64
 """Bytes of a cache line: where factors begin."""
 MOST_ROWS = 2**20
@@ -46,10 +57,11 @@ _ARRAYS = {count: _Part * count for count in range(1, MOST_PARTS + 1)}
 
 
 def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], level: int) -> None:
-    """parts: (W (O, I), bias (O) or None, y (M, O)) each, y = x (M, I) W^T + bias; all float32 or all bf16.
+    """parts: (W (O, I), bias (O) or None, y (M, O)) each, y = x (M, I) W^T + bias; all float32 or
+    all bf16.
 
-    x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (5 tiles, 4 bf16
-    pairs, 3, 2, 0). MemoryError without room for x on tiles.
+    x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (5
+    tiles, 4 bf16 pairs, 3, 2, 0). MemoryError without room for x on tiles.
     """
     (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
     number(rows, 1, MOST_ROWS)
@@ -65,7 +77,9 @@ def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], l
             for weight, bias, y in parts
         ]
     )
-    one = _FewRows(source, ctypes.addressof(given), count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
+    one = _FewRows(
+        source, ctypes.addressof(given), count, rows, width, x.stride(0), TYPE_NUMBERS[dtype]
+    )
     one.kept = given
     if call("veneer_few_rows", ctypes.byref(one), number(level, 0, 5)):
         raise MemoryError(NO_ROOM)
@@ -82,7 +96,9 @@ def _rows_of(x: Tensor) -> int:
     number(x.shape[1], 1)
     _kind(x.dtype)
     if (x.stride(1) != 1 and x.shape[1] > 1) or not reachable(x):
-        raise CallError(f"x on {x.device} with steps of {x.stride(1)} where C takes whole rows on the CPU")
+        raise CallError(
+            f"x on {x.device} with steps of {x.stride(1)} where C takes whole rows on the CPU"
+        )
     if (address := x.data_ptr()) % x.dtype.itemsize:
         raise CallError("values at an odd address")
     return address
@@ -94,7 +110,8 @@ def _kind(dtype: torch.dtype) -> int:
     return TYPE_NUMBERS[dtype]
 
 
-# -- updates of some rows --------------------------------------------------------------------------------------------
+# -- updates of some rows
+# --------------------------------------------------------------------------------------------
 
 
 class _Update(ctypes.Structure):
@@ -102,7 +119,8 @@ class _Update(ctypes.Structure):
 
 
 def update_columns() -> int:
-    """Words of 8 bytes that one update takes: its fields in their order, the scale in the last one's lower half."""
+    """Words of 8 bytes that one update takes: its fields in their order, the scale in the last
+    one's lower half."""
     fields = [getattr(_Update, name).offset for name, _ in _Update._fields_]  # type: ignore[misc]
     if fields != [8 * n for n in range(len(fields))] or sys.byteorder != "little":
         raise CallError("updates do not lie as C and mixes.py take them to")
@@ -114,7 +132,11 @@ class _UpdatedPart(ctypes.Structure):
 
 
 class _Updated(ctypes.Structure):
-    _fields_ = [*pointers("x down parts"), *numbers("count rows width apart"), ("type", ctypes.c_int)]
+    _fields_ = [
+        *pointers("x down parts"),
+        *numbers("count rows width apart"),
+        ("type", ctypes.c_int),
+    ]
     kept: object
 
 
@@ -129,9 +151,9 @@ class _Factors(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Factors:
-    """A (R, I) and B (O, R) of one type as C reads them (native/factors.h): R even, filled up with zeros; ranks of A
-    and outs of B side by side, word after word along I and R, a word two bf16 neighbours or one float. places: where
-    they lie in `kept`."""
+    """A (R, I) and B (O, R) of one type as C reads them (native/factors.h): R even, filled up with
+    zeros; ranks of A and outs of B side by side, word after word along I and R, a word two bf16
+    neighbours or one float. places: where they lie in `kept`."""
 
     dtype: torch.dtype
     rank: int
@@ -142,7 +164,8 @@ class Factors:
 
 
 def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Factors]:
-    """Of each A (R, I) and B (O, R), float32 or bf16, one behind the other in one piece of memory; as `dtype`."""
+    """Of each A (R, I) and B (O, R), float32 or bf16, one behind the other in one piece of memory;
+    as `dtype`."""
     size, room = 2 if _kind(dtype) else 4, 0
     sizes, given = [], []
     for A, B in pairs:
@@ -160,7 +183,9 @@ def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list
     kept = pages.room(room)
     start = at(kept, BYTES, room, words=LINE)
     made = [
-        _Factors(a, b, start + to_A, start + to_B, *dims, TYPE_NUMBERS[A.dtype], TYPE_NUMBERS[dtype])
+        _Factors(
+            a, b, start + to_A, start + to_B, *dims, TYPE_NUMBERS[A.dtype], TYPE_NUMBERS[dtype]
+        )
         for (A, a, b, _), (*dims, to_A, to_B) in zip(given, sizes, strict=True)
     ]
     call("veneer_lay_out_factors", (_Factors * len(made))(*made), len(made))
@@ -175,7 +200,8 @@ Given = tuple[slice, Factors, float]
 
 
 class Updates:
-    """Of one layer, all of one type. Those that share a row take turns. key: of the layer, where it has one."""
+    """Of one layer, all of one type. Those that share a row take turns. key: of the layer, where it
+    has one."""
 
     def __init__(self, given: Sequence[Given]) -> None:
         number(len(given), 1, MOST_UPDATES)
@@ -186,18 +212,27 @@ class Updates:
         made = []
         for turn, (rows, factors, scale) in in_turns(given):
             if (factors.dtype, factors.width, factors.outs) != (self.dtype, self.width, self.outs):
-                raise CallError(f"factors of {factors.width} to {factors.outs} beside {self.width} to {self.outs}")
+                raise CallError(
+                    f"factors of {factors.width} to {factors.outs} beside {self.width} to"
+                    f" {self.outs}"
+                )
             start, stop = number(rows.start), number(rows.stop, rows.start + 1)
             count = number(stop - start, 1, MOST_ROWS)
             made.append((*factors.places, start, count, factors.rank, turn, scale))
             self.rows, self.room = max(self.rows, stop), self.room + count * factors.rank
         self._kept: object
         self._count, listed = len(made), (_Update * len(made))(*[_Update(*each) for each in made])
-        self.address, self._kept = ctypes.addressof(listed), ([factors for _, factors, _ in given], listed)
+        self.address, self._kept = (
+            ctypes.addressof(listed),
+            ([factors for _, factors, _ in given], listed),
+        )
 
     @classmethod
-    def listed(cls, key: str, dtype: torch.dtype, rows: int, listed: "Listed", kept: object) -> "Updates":
-        """Of a layer among others (mixes.py), of `rows` rows; kept: what holds all that `listed` points at."""
+    def listed(
+        cls, key: str, dtype: torch.dtype, rows: int, listed: "Listed", kept: object
+    ) -> "Updates":
+        """Of a layer among others (mixes.py), of `rows` rows; kept: what holds all that `listed`
+        points at."""
         made = cls.__new__(cls)
         made.key, made.dtype, made.rows, made._kept = key, dtype, rows, kept
         made.address, made._count, made.room, made.width, made.outs = listed
@@ -208,7 +243,8 @@ class Updates:
 
 
 class Listed(NamedTuple):
-    """Updates of one layer, one behind the other from `address` on; room: values of x A^T of all of them."""
+    """Updates of one layer, one behind the other from `address` on; room: values of x A^T of all of
+    them."""
 
     address: int
     updates: int
@@ -221,7 +257,8 @@ E = TypeVar("E", bound=tuple[Any, ...])
 
 
 def in_turns(given: Sequence[E]) -> list[tuple[int, E]]:
-    """Each with its turn, in which no two share a row; in the order of their turns. Of each the first is its rows."""
+    """Each with its turn, in which no two share a row; in the order of their turns. Of each the
+    first is its rows."""
     turns: list[list[E]] = []
     for update in sorted(given, key=lambda each: each[0].start):
         for turn in turns:
@@ -238,22 +275,30 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 
 
 def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
-    """y (M, O) of each part = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the updates of its rows,
-    of all parts together MOST_UPDATES at most."""
+    """y (M, O) of each part = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the
+    updates of its rows, of all parts together MOST_UPDATES at most."""
     (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
     most, room, given = 2**31, 0, []
     number(sum(len(updates or ()) for _, _, updates, _ in parts), 0, MOST_UPDATES)
     for weight, bias, updates, y in parts:
         outs, listed = number(y.shape[1], 1), None
         if updates:
-            if (dtype, width, outs) != (updates.dtype, updates.width, updates.outs) or rows < updates.rows:
+            if (dtype, width, outs) != (
+                updates.dtype,
+                updates.width,
+                updates.outs,
+            ) or rows < updates.rows:
                 wanted = f"updates of ({updates.rows}, {updates.width}) to {updates.outs}"
-                raise CallError(f"{wanted} where x is {tuple(x.shape)} {dtype} and y {tuple(y.shape)}")
+                raise CallError(
+                    f"{wanted} where x is {tuple(x.shape)} {dtype} and y {tuple(y.shape)}"
+                )
             listed, room = updates.address, room + updates.room
         most = most if weight is None else MOST_ROWS
         product = None if weight is None else at(weight, dtype, outs, width)
         added = None if weight is None or bias is None else at(bias, dtype, outs)
-        given.append(_UpdatedPart(product, added, at(y, dtype, rows, outs), listed, outs, len(updates or ())))
+        given.append(
+            _UpdatedPart(product, added, at(y, dtype, rows, outs), listed, outs, len(updates or ()))
+        )
     number(rows, 1, most)
     # Read as words: torch's memory begins at a multiple of 64.
     down = torch.empty(rows, -(-room // rows), dtype=dtype) if room else None
@@ -267,9 +312,9 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
 
 
 def update_by(calls: Sequence[Any], listed: Mapping[str, Listed], dtype: torch.dtype) -> int | None:
-    """Let calls of `few_rows_updated`, which are made again, add these updates to the layers that have a key, and none
-    to those that are not listed. Returns the values that `down` needs room for; None: too many of one call, and none
-    may be made before others are listed."""
+    """Let calls of `few_rows_updated`, which are made again, add these updates to the layers that
+    have a key, and none to those that are not listed. Returns the values that `down` needs room
+    for; None: too many of one call, and none may be made before others are listed."""
     room = 0
     for one in calls:
         count, own, (parts, before) = 0, 0, one.kept
@@ -280,7 +325,9 @@ def update_by(calls: Sequence[Any], listed: Mapping[str, Listed], dtype: torch.d
                 continue
             part.updates, part.count, needed, width, outs = listed.get(updates.key, _NONE)
             if part.count and (width, outs) != (one.width, part.outs):
-                raise CallError(f"updates of {width} to {outs} where a layer is {one.width} to {part.outs}")
+                raise CallError(
+                    f"updates of {width} to {outs} where a layer is {one.width} to {part.outs}"
+                )
             count, own = count + part.count, own + needed
         if count > MOST_UPDATES:
             return None

@@ -2,13 +2,15 @@
 
     product(x, W, bias)        x W^T + bias                (M, I) x (O, I) -> (M, O)
     products(x, [(W, bias)])   the same of several W, which share one x, in one call
-    updated(x, [(W, bias, u)]) the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each factor is read once
+    updated(x, [(W, bias, u)]) the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each
+        factor is read once
     any_rows()                 within, of any number of rows
 
-Compiled for bf16 and float32 (native/few_rows.c; on AMX few_rows_tiles.c): W is read once, sums are in float32 and
-rounded once with the bias in them. What a row gives depends neither on the rows beside it nor on the number of threads:
-the same bits alone and among any number. Beyond MOST_ROWS a product that is made for squarer shapes may be quicker, so
-these are for those who ask for the same bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
+Compiled for bf16 and float32 (native/few_rows.c; on AMX few_rows_tiles.c): W is read once, sums are
+in float32 and rounded once with the bias in them. What a row gives depends neither on the rows
+beside it nor on the number of threads: the same bits alone and among any number. Beyond MOST_ROWS a
+product that is made for squarer shapes may be quicker, so these are for those who ask for the same
+bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
 import threading
@@ -31,7 +33,8 @@ MOST_UPDATES = dense_calls.MOST_UPDATES
 LEAST_VALUES = 2**16
 """Of W: below, calling costs as much as the product."""
 ANY_LEVEL = 5
-"""As native.level() counts them, 4 for products of bf16 pairs, and 5 for those on tiles; tests lower it."""
+"""As native.level() counts them, 4 for products of bf16 pairs, and 5 for those on tiles; tests
+lower it."""
 
 
 class _Here(threading.local):
@@ -45,8 +48,9 @@ _HERE = _Here()
 
 @contextmanager
 def any_rows() -> Iterator[None]:
-    """Within, this thread's products and updates are computed here whatever their number of rows and size of W, packed
-    ones too (nf4.py, gguf.py): a row's bits are those that it has alone. 4-bit weights: from 7 rows on."""
+    """Within, this thread's products and updates are computed here whatever their number of rows
+    and size of W, packed ones too (nf4.py, gguf.py): a row's bits are those that it has alone.
+    4-bit weights: from 7 rows on."""
     before, _HERE.any_rows = _HERE.any_rows, True
     try:
         yield
@@ -66,7 +70,8 @@ def _level() -> int:
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I) and bias."""
+    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W
+    (O, I) and bias."""
     if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _HERE.any_rows):
         return False
     if not takes(x.numel() // weight.shape[1], MOST_ROWS):
@@ -86,7 +91,9 @@ def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = A
     return y_MO
 
 
-def products(x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, level: int = ANY_LEVEL) -> list[Tensor]:
+def products(
+    x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, level: int = ANY_LEVEL
+) -> list[Tensor]:
     """(M, O) of each (W, bias)."""
     made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, _ in parts]
     dense_calls.few_rows(x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level)
@@ -94,7 +101,8 @@ def products(x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, lev
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) W^T + bias, by `product` where that is the fast way and nobody asks for its gradient."""
+    """x (..., I) W^T + bias, by `product` where that is the fast way and nobody asks for its
+    gradient."""
     if not usable(x, weight, bias) or (torch.is_grad_enabled() and wants_gradient(x, weight, bias)):
         return F.linear(x, weight, bias)
     y_MO = product(x.view(-1, weight.shape[1]), weight, bias)
@@ -116,10 +124,12 @@ Part = tuple[Tensor, Tensor | None, Updates | None]
 
 
 def updated(x_MI: Tensor, parts: Sequence[Part], *, level: int = ANY_LEVEL) -> list[Tensor]:
-    """(M, O) of each where `usable`, the updates' type being x's, MOST_UPDATES at most. What x A^T is, is rounded to
-    it; rows without are `product`'s to the bit."""
+    """(M, O) of each where `usable`, the updates' type being x's, MOST_UPDATES at most. What x A^T
+    is, is rounded to it; rows without are `product`'s to the bit."""
     made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, *_ in parts]
-    dense_calls.few_rows_updated(x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level)
+    dense_calls.few_rows_updated(
+        x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level
+    )
     return made
 
 

@@ -1,16 +1,19 @@
 """Packed attention on CUDA by torch's own flash kernels, which never hold scores.
 
-    documents   every row of the batch sees its own document, causally: one call over all of them, the prompt among them
-    prompt      every row of a document sees the prompt whole: one call, unless a window ends within it
+    documents   every row of the batch sees its own document, causally: one call over all of them,
+                the prompt among them
+    prompt      every row of a document sees the prompt whole: one call, unless a window ends within
+                it
 
-The two are joined by their log-sum-exp, and each one's backward is given the joint output and log-sum-exp: its
-probabilities are then those of the whole row, and the gradients of the two add up. A window that is shorter than what a
-row may see ends at another key of the prompt for every row: then the last keys of the prompt stand before each
-document's own, in one call. Sinks take their share of the joint sum afterwards.
+The two are joined by their log-sum-exp, and each one's backward is given the joint output and
+log-sum-exp: its probabilities are then those of the whole row, and the gradients of the two add up.
+A window that is shorter than what a row may see ends at another key of the prompt for every row:
+then the last keys of the prompt stand before each document's own, in one call. Sinks take their
+share of the joint sum afterwards.
 
-Kept for backward: q, k, v, the output and one float32 a row and head. Has never run on a GPU: on a CPU the tests put an
-exact function in the kernels' place (tests/flash_reference.py).
-Shapes: as in kernels/attention.py. S sequences.
+Kept for backward: q, k, v, the output and one float32 a row and head. Has never run on a GPU: on a
+CPU the tests put an exact function in the kernels' place (tests/flash_reference.py). Shapes: as in
+kernels/attention.py. S sequences.
 """
 
 import math
@@ -31,16 +34,16 @@ MOST_SIZE = 256
 ON_FEW_GPUS = range(200, 225)
 """Sizes whose backward torch 2.9 has for an A100 or H100 alone."""
 MOST_PLACES = 2**31
-"""Values of their backward's float32 sums (`_summed`) from which it reads past its memory (flash-attention's 32-bit
-offsets)."""
+"""Values of their backward's float32 sums (`_summed`) from which it reads past its memory
+(flash-attention's 32-bit offsets)."""
 
 
 @dataclass(frozen=True)
 class Spans:
     """Sequences of queries and of keys, end to end. *_ends: (S + 1) int32, from 0; longest_*: rows.
 
-    causal: the last query of a sequence sees its last key. before: keys before its own that a row sees besides; None:
-    all.
+    causal: the last query of a sequence sees its last key. before: keys before its own that a row
+    sees besides; None: all.
     """
 
     query_ends: Tensor
@@ -67,23 +70,38 @@ class Spans:
     @property
     def given(self) -> tuple[Tensor, Tensor, int, int, float, bool]:
         """As both kernels take them: without dropout."""
-        return self.query_ends, self.key_ends, self.longest_query, self.longest_key, 0.0, self.causal
+        return (
+            self.query_ends,
+            self.key_ends,
+            self.longest_query,
+            self.longest_key,
+            0.0,
+            self.causal,
+        )
 
     @property
     def window(self) -> dict[str, int]:
-        return {} if self.before is None else {"window_size_left": self.before, "window_size_right": 0}
+        return (
+            {} if self.before is None else {"window_size_left": self.before, "window_size_right": 0}
+        )
 
 
 def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int, int]:
-    """Shape of the float32 sums of queries' gradients that backward holds: rows between the sequences, heads as wide as
-    its tiles."""
-    return rows + 128 * sequences, heads, -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
+    """Shape of the float32 sums of queries' gradients that backward holds: rows between the
+    sequences, heads as wide as its tiles."""
+    return (
+        rows + 128 * sequences,
+        heads,
+        -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64,
+    )
 
 
 def _held_by_backward(q: Tensor, k: Tensor, spans: Spans) -> tuple[Tensor, ...]:
-    """What the kernel allocates beside its results, for a plan: the sums, a float a row and head, and keys' and values'
-    gradients of each query head."""
-    sums = q.new_empty(_summed(len(q), len(spans.query_ends) - 1, *q.shape[1:]), dtype=torch.float32)
+    """What the kernel allocates beside its results, for a plan: the sums, a float a row and head,
+    and keys' and values' gradients of each query head."""
+    sums = q.new_empty(
+        _summed(len(q), len(spans.query_ends) - 1, *q.shape[1:]), dtype=torch.float32
+    )
     each = () if q.shape[1] == k.shape[1] else [k.new_empty(len(k), *q.shape[1:]) for _ in range(2)]
     return sums, sums[..., 0].contiguous(), *each
 
@@ -95,7 +113,9 @@ class Aten:
         self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Output (rows, H, D), log-sum-exp (H, rows) float32, and what backward wants besides."""
-        found = torch.ops.aten._flash_attention_forward(q, k, v, *spans.given, False, scale=scale, **spans.window)
+        found = torch.ops.aten._flash_attention_forward(
+            q, k, v, *spans.given, False, scale=scale, **spans.window
+        )
         out, entropy, *state, _ = found
         return out, entropy, tuple(state)
 
@@ -145,8 +165,9 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> st
 
 @dataclass(frozen=True)
 class _Plan:
-    """own: every row with its document, or with what a window lets it see. places: rows of k and v that stand there,
-    None: as they are. prompt: the documents' rows with the prompt; None where there is none, or `own` holds it."""
+    """own: every row with its document, or with what a window lets it see. places: rows of k and v
+    that stand there, None: as they are. prompt: the documents' rows with the prompt; None where
+    there is none, or `own` holds it."""
 
     own: Spans
     places: Tensor | None
@@ -168,12 +189,18 @@ def _plan(layout: Group, window: int | None, device: torch.device) -> _Plan:
     for start, length in zip(starts, lengths, strict=False):
         places += [*shared, *range(start, start + length)]
     keys = [P, *(tail + length for length in lengths)]
-    return _Plan(Spans.of(rows, keys, device, before=window - 1), sent(torch.tensor(places), device), None)
+    return _Plan(
+        Spans.of(rows, keys, device, before=window - 1), sent(torch.tensor(places), device), None
+    )
 
 
 def _product_flops(q: Tensor, layout: Group, window: int | None) -> int:
-    """Of q k^T once, over the keys that each row sees; forward takes two such products, backward five."""
-    pairs, documents = 0, [(0, layout.prompt), *((layout.prompt, length) for length in layout.lengths)]
+    """Of q k^T once, over the keys that each row sees; forward takes two such products, backward
+    five."""
+    pairs, documents = (
+        0,
+        [(0, layout.prompt), *((layout.prompt, length) for length in layout.lengths)],
+    )
     for before, length in documents:
         most = window or before + length
         rising = min(length, max(0, most - before))  # rows that see one key more than the row above
@@ -213,7 +240,13 @@ class _Flash(torch.autograd.Function):
             out, entropy = _share(out, entropy - both), both
         whole = _filled(out, q)  # kept once: what comes behind keeps the same
         ctx.save_for_backward(q, k, v, sinks, whole, entropy, *state, *seen)
-        ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = plan, layout, scale, flash, len(state)
+        ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = (
+            plan,
+            layout,
+            scale,
+            flash,
+            len(state),
+        )
         ctx.window = window
         return whole
 
@@ -233,7 +266,9 @@ class _Flash(torch.autograd.Function):
             d_k, d_v = (_gathered(each, plan.places, rows) for each in (d_k, d_v))
         if plan.prompt is not None:
             over = entropy[:, P:].contiguous()
-            by_prompt = flash.backward(g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, seen, plan.prompt, scale)
+            by_prompt = flash.backward(
+                g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, seen, plan.prompt, scale
+            )
             d_q[P:] += by_prompt[0]
             d_k[:P] += by_prompt[1]
             d_v[:P] += by_prompt[2]
@@ -273,7 +308,9 @@ def _filled(rows: Tensor, of: Tensor) -> Tensor:
     return whole
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, flash: Aten = ATEN) -> Tensor:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, flash: Aten = ATEN
+) -> Tensor:
     """As packed_attention, of what `declined` does not refuse."""
     apply: Any = _Flash.apply
     return apply(q, k, v, rules.sinks, layout, rules.scale, rules.window, flash)

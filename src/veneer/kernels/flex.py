@@ -1,13 +1,16 @@
-"""Packed attention with a soft cap on its scores on CUDA, by torch's flex attention, which compiles a kernel for it.
+"""Packed attention with a soft cap on its scores on CUDA, by torch's flex attention, which compiles
+a kernel for it.
 
-A row sees two runs of rows: of the prompt, and of its own document up to itself; a window cuts both. Which blocks of
-BLOCK rows see which others, whole or in part, is found on the host, an integer for each pair; within those seen in part
-every pair of rows is asked. Scores are never held. Sinks take their share of the sum afterwards, by its log-sum-exp.
+A row sees two runs of rows: of the prompt, and of its own document up to itself; a window cuts
+both. Which blocks of BLOCK rows see which others, whole or in part, is found on the host, an
+integer for each pair; within those seen in part every pair of rows is asked. Scores are never held.
+Sinks take their share of the sum afterwards, by its log-sum-exp.
 
-Without a compiler flex attention holds all scores, so it is tried once on a few rows, beside the plain path: where it
-is not compiled, or differs, the plain path computes and a warning says why. Has never run on a GPU: on a CPU the tests
-put an exact function in its place (tests/flex_reference.py).
-Source: Dong et al. 2024, arXiv:2412.05496. Shapes: as in kernels/attention.py.
+Without a compiler flex attention holds all scores, so it is tried once on a few rows, beside the
+plain path: where it is not compiled, or differs, the plain path computes and a warning says why.
+Has never run on a GPU: on a CPU the tests put an exact function in its place
+(tests/flex_reference.py). Source: Dong et al. 2024, arXiv:2412.05496. Shapes: as in
+kernels/attention.py.
 """
 
 import logging
@@ -43,7 +46,9 @@ def compiled() -> Attend:
     return made
 
 
-def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, plain: Plain) -> str | None:
+def declined(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, plain: Plain
+) -> str | None:
     """Why these are not flex attention's; None where they are. plain: what it is tried beside."""
     if rules.softcap is None:
         return "no soft cap on scores"
@@ -59,28 +64,40 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, plain
 
 @cache
 def _fault(
-    device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], softcap: float, sunk: bool, plain: Plain
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    softcap: float,
+    sunk: bool,
+    plain: Plain,
 ) -> str | None:
     """Why it is not taken there, found on a few rows."""
     H, K, D = heads
     group = Group(BLOCK + 40, (150, 1, 90), device)
     draw = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(group.rows, each, D, generator=draw).to(device, dtype) for each in (H, K, K, H))
+    q, k, v, grad = (
+        torch.randn(group.rows, each, D, generator=draw).to(device, dtype) for each in (H, K, K, H)
+    )
     sinks = torch.linspace(-1, 1, H).to(device, dtype) if sunk else None
     rules = Rules(D**-0.5, window=200, softcap=softcap, sinks=sinks)
     try:
         with torch.enable_grad():
             ours, theirs = (
-                _with_gradients(way, (q, k, v), grad, group, rules) for way in (flex_packed_attention, plain)
+                _with_gradients(way, (q, k, v), grad, group, rules)
+                for way in (flex_packed_attention, plain)
             )
         worst = max(
-            float((a - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in zip(ours, theirs, strict=True)
+            float((a - b).abs().max() / b.abs().max().clamp_min(1e-6))
+            for a, b in zip(ours, theirs, strict=True)
         )
         fault = None if worst <= APART else f"it differs by {worst:.1e}"
     except Exception as error:  # whatever a compiler trips over
         fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
     if fault is not None:
-        _log.warning("attention with a soft cap takes the plain path, flex attention does not work here: %s", fault)
+        _log.warning(
+            "attention with a soft cap takes the plain path, flex attention does not work here: %s",
+            fault,
+        )
     return fault
 
 
@@ -94,8 +111,8 @@ def _with_gradients(
 
 @dataclass(frozen=True)
 class Seen:
-    """Rows (4, N) int32: where the run of the prompt that a row sees begins and ends, where that of its own document
-    begins, and the row itself."""
+    """Rows (4, N) int32: where the run of the prompt that a row sees begins and ends, where that of
+    its own document begins, and the row itself."""
 
     rows: Tensor
     blocks: BlockMask
@@ -126,7 +143,9 @@ def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
     begin = torch.arange(0, N, BLOCK)
     stop = (begin + BLOCK).clamp_max(N)
     low, high = (
-        torch.stack([getattr(rows[:, a:b], each)(1).values for a, b in zip(begin, stop, strict=True)], 1)[..., None]
+        torch.stack(
+            [getattr(rows[:, a:b], each)(1).values for a, b in zip(begin, stop, strict=True)], 1
+        )[..., None]
         for each in ("min", "max")
     )
     to_prompt = (begin < high[1]) & (stop > low[0])
@@ -163,7 +182,8 @@ def _capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor]
 def flex_packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, attend: Attend | None = None
 ) -> Tensor:
-    """As packed_attention, of what `declined` does not refuse. attend: flex_attention, in the place of the compiled."""
+    """As packed_attention, of what `declined` does not refuse. attend: flex_attention, in the place
+    of the compiled."""
     assert rules.softcap is not None
     key = "flex", rules.window, q.device
     if key not in layout.derived:

@@ -1,9 +1,10 @@
 """A frozen linear layer, whatever its weights are stored as.
 
-    product(x) = x W^T + bias        input_gradient(g) = g W        (W never changes, no gradient of W exists)
+    product(x) = x W^T + bias        input_gradient(g) = g W        (W never changes, no gradient of
+                                     W exists)
 
-An adapter needs nothing else of its base layer, so methods and weight formats do not know each other.
-Shapes: M rows (batch times tokens), I in_features, O out_features.
+An adapter needs nothing else of its base layer, so methods and weight formats do not know each
+other. Shapes: M rows (batch times tokens), I in_features, O out_features.
 """
 
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ class FrozenLinear(Protocol):
         """Type that x and the products are computed in."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., I) -> (..., O), a fresh tensor the caller may write to; `bias` replaces the layer's own."""
+        """(..., I) -> (..., O), a fresh tensor the caller may write to; `bias` replaces the layer's
+        own."""
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
         """(M, O) -> (M, I), a fresh tensor, or added to `so_far` in place."""
@@ -70,15 +72,17 @@ class DenseLinear:
 
 
 def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
-    """so_far (M, I) + grad (M, O) W (O, I), in place and rounded once; None: nothing was found so far."""
+    """so_far (M, I) + grad (M, O) W (O, I), in place and rounded once; None: nothing was found so
+    far."""
     if products.times_usable(grad, weight, so_far):
         return products.times(grad, weight, so_far)
     return grad @ weight if so_far is None else torch.addmm(so_far, grad, weight, out=so_far)
 
 
 def writable(y: Tensor) -> Tensor:
-    """A fresh y as a function of its own hands it out: models add into what a linear layer gave them, which torch
-    forbids where that is a view made within such a function (products of three axes are views of one of two)."""
+    """A fresh y as a function of its own hands it out: models add into what a linear layer gave
+    them, which torch forbids where that is a view made within such a function (products of three
+    axes are views of one of two)."""
     return y.detach()
 
 
@@ -104,6 +108,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def frozen_product(x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
-    """base.product with gradients to x and bias; nothing is saved: neither x nor a decoded weight."""
+    """base.product with gradients to x and bias; nothing is saved: neither x nor a decoded
+    weight."""
     apply: Any = _FrozenProduct.apply
     return apply(x, bias, base)

@@ -4,10 +4,11 @@
     silu_gate    y = silu(gate) * up, gelu_gate with gelu's tanh       keeps gate and up
     rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
 
-Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of x. Compiled
-for bf16 on processors that have it (native/fused.c) and for float32 on any (native/fused_float.c), in Triton on CUDA
-(triton_norm.py, triton_gate.py, triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the
-models round: after the normalisation, after the activation. Shapes: M rows, D width.
+Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of
+x. Compiled for bf16 on processors that have it (native/fused.c) and for float32 on any
+(native/fused_float.c), in Triton on CUDA (triton_norm.py, triton_gate.py, triton_rotary.py);
+elsewhere the same steps in torch. Values are rounded where the models round: after the
+normalisation, after the activation. Shapes: M rows, D width.
 """
 
 from typing import Any
@@ -24,8 +25,8 @@ MOST_WIDTH = 2**14
 
 
 def compiled(*tensors: Tensor) -> bool:
-    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that has bf16
-    arithmetic."""
+    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that
+    has bf16 arithmetic."""
     for t in tensors:
         if t.dtype is not torch.bfloat16 or not on_cpu(t) or not t.is_contiguous():
             return False
@@ -35,10 +36,13 @@ def compiled(*tensors: Tensor) -> bool:
 
 
 def in_one_pass(*tensors: Tensor) -> bool:
-    """Whether the kernels compute norms, gates and rotations of these: as `compiled`, or all float32."""
+    """Whether the kernels compute norms, gates and rotations of these: as `compiled`, or all
+    float32."""
     if tensors[0].dtype is not torch.float32:
         return compiled(*tensors)
-    return has_floats() and all(t.dtype is torch.float32 and on_cpu(t) and t.is_contiguous() for t in tensors)
+    return has_floats() and all(
+        t.dtype is torch.float32 and on_cpu(t) and t.is_contiguous() for t in tensors
+    )
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -47,7 +51,10 @@ class _RMSNorm(torch.autograd.Function):
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
         if weight.shape == x.shape[-1:] and in_one_pass(x, weight):
-            out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+            out, scale = (
+                torch.empty_like(x),
+                torch.empty(rows, dtype=torch.float32, device=x.device),
+            )
             calls.rms_norm_forward(x, weight, out, scale, epsilon)
         elif (triton := _norms(x, weight)) is not None:
             out, scale = triton.norm_forward(x, weight, epsilon)
@@ -130,7 +137,12 @@ class _Rotary(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad_q, cos, sin, back=True), _turned(grad_k, cos, sin, back=True), None, None
+        return (
+            _turned(grad_q, cos, sin, back=True),
+            _turned(grad_k, cos, sin, back=True),
+            None,
+            None,
+        )
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
@@ -152,8 +164,8 @@ def _half_turned(x: Tensor) -> Tensor:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned. Source: Su et al. 2021,
-    arXiv:2104.09864."""
+    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned.
+    Source: Su et al. 2021, arXiv:2104.09864."""
     apply: Any = _Rotary.apply
     found: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
     return found
@@ -166,7 +178,8 @@ def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Te
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x (..., D), weight (D) -> (..., D) in x's type. Source: Zhang and Sennrich 2019, arXiv:1910.07467."""
+    """x (..., D), weight (D) -> (..., D) in x's type. Source: Zhang and Sennrich 2019,
+    arXiv:1910.07467."""
     apply: Any = _RMSNorm.apply
     return apply(x, weight, epsilon)
 
@@ -179,7 +192,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU."""
+    """gate and up of one shape -> silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202,
+    SwiGLU."""
     apply: Any = _Gate.apply
     return apply(gate, up, False)
 
@@ -190,7 +204,8 @@ def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh. Source: Shazeer 2020, GEGLU."""
+    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh. Source: Shazeer
+    2020, GEGLU."""
     apply: Any = _Gate.apply
     return apply(gate, up, True)
 

@@ -1,11 +1,11 @@
-"""GGUF blocks to numbers, and products of a few rows with them: compiled, and what that means in plain torch.
+"""GGUF blocks to numbers, and products of a few rows with them: compiled, and what that means in
+plain torch.
 
     value = scale * code + offset     scale and offset shared by 16 or 32 neighbours of a row
 
 A row of I values is I / size blocks, so rows lie apart from each other and can be moved as bytes.
-Both paths give the same bits: products of a scale and a code are exact in float32, what is left rounds once, then
-once more to the output type.
-Shapes: M rows of x, I in_features, O out_features.
+Both paths give the same bits: products of a scale and a code are exact in float32, what is left
+rounds once, then once more to the output type. Shapes: M rows of x, I in_features, O out_features.
 Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
@@ -56,7 +56,9 @@ def in_features(blocks: Tensor, kind: Kind) -> int:
     return blocks.shape[1] // FORMATS[kind].bytes * FORMATS[kind].size
 
 
-def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.ANY_LEVEL) -> Tensor:
+def dequantise(
+    blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.ANY_LEVEL
+) -> Tensor:
     """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
     layout = FORMATS[kind]
     if (triton := launch.triton("gguf", out)) is not None and blocks.is_contiguous():
@@ -68,17 +70,28 @@ def dequantise(blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.
 
 
 def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
-    """Whether `product` is the fast way for this x: few rows, on the CPU, with the compiled kernel."""
-    fits = all(t.device.type == "cpu" and t.dtype is x_MI.dtype for t in (x_MI, bias) if t is not None)
-    return fits and x_MI.dtype in PRODUCTS and few_rows.takes(len(x_MI), MOST_ROWS) and is_compiled()
+    """Whether `product` is the fast way for this x: few rows, on the CPU, with the compiled
+    kernel."""
+    fits = all(
+        t.device.type == "cpu" and t.dtype is x_MI.dtype for t in (x_MI, bias) if t is not None
+    )
+    return (
+        fits and x_MI.dtype in PRODUCTS and few_rows.takes(len(x_MI), MOST_ROWS) and is_compiled()
+    )
 
 
 def product(
-    x_MI: Tensor, blocks: Tensor, kind: Kind, bias: Tensor | None = None, *, most: int = few_rows.ANY_LEVEL
+    x_MI: Tensor,
+    blocks: Tensor,
+    kind: Kind,
+    bias: Tensor | None = None,
+    *,
+    most: int = few_rows.ANY_LEVEL,
 ) -> Tensor:
-    """x W^T + bias (M, O) in x's type: W is read once, as blocks, and never written out. With the weights as
-    `dequantise` gives them in that type, or, where `multiplies_codes` says so, with those of `dequantise_reference`:
-    x is multiplied with whole numbers, whose sums take scale and offset in float32."""
+    """x W^T + bias (M, O) in x's type: W is read once, as blocks, and never written out. With the
+    weights as `dequantise` gives them in that type, or, where `multiplies_codes` says so, with
+    those of `dequantise_reference`: x is multiplied with whole numbers, whose sums take scale and
+    offset in float32."""
     x_MI = x_MI.contiguous()
     y_MO = torch.empty(len(x_MI), len(blocks), dtype=x_MI.dtype)
     packed_calls.gguf_rows(FORMATS[kind].number, blocks, x_MI, y_MO, bias, most)
@@ -86,8 +99,8 @@ def product(
 
 
 def multiplies_codes(dtype: torch.dtype) -> bool:
-    """Whether weights are rounded in no product here: on AMX tiles (native/gguf_tiles.c), or where bf16 pairs are
-    multiplied in registers (native/gguf_vectors.c)."""
+    """Whether weights are rounded in no product here: on AMX tiles (native/gguf_tiles.c), or where
+    bf16 pairs are multiplied in registers (native/gguf_vectors.c)."""
     return dtype is torch.bfloat16 and is_compiled() and native.has_bf16()
 
 
@@ -117,7 +130,8 @@ def dequantise_reference(blocks: Tensor, kind: Kind) -> Tensor:
     return values.view(len(blocks), -1)
 
 
-# Each takes (N, bytes) and returns codes (N, size), scale (N, groups), offset (N, groups) or None, float32.
+# Each takes (N, bytes) and returns codes (N, size), scale (N, groups), offset (N, groups) or None,
+# float32.
 Unpacked = tuple[Tensor, Tensor, Tensor | None]
 
 

@@ -1,8 +1,9 @@
-"""Segments of rows with adapters of their own on CUDA: a bundle (segments.py) whose products are one launch each.
+"""Segments of rows with adapters of their own on CUDA: a bundle (segments.py) whose products are
+one launch each.
 
-Stands in a Bundle's place. What is a stack of segments there are here the rows themselves, where they lie: nothing is
-gathered or filled up, however unlike the segments are.
-Shapes: M rows, n updates, K width, R rank.
+Stands in a Bundle's place. What is a stack of segments there are here the rows themselves, where
+they lie: nothing is gathered or filled up, however unlike the segments are. Shapes: M rows, n
+updates, K width, R rank.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from veneer.kernels.upload import sent
 
 @dataclass(frozen=True)
 class Grouped:
-    """numbers: of its updates, whose rows lie apart. tiles, spans: as triton_grouped.py takes them."""
+    """numbers: of its updates, whose rows lie apart. tiles, spans: as triton_grouped.py takes
+    them."""
 
     numbers: tuple[int, ...]
     rows: tuple[slice, ...]
@@ -28,9 +30,15 @@ class Grouped:
     kernels: Any
 
     @classmethod
-    def of(cls, numbers: Sequence[int], rows: Sequence[slice], dtype: torch.dtype, device: torch.device) -> Any:
+    def of(
+        cls, numbers: Sequence[int], rows: Sequence[slice], dtype: torch.dtype, device: torch.device
+    ) -> Any:
         """None where there are no such kernels."""
-        kernels = launch.module_on("grouped", device) if device.type == "cuda" and dtype in TYPES else None
+        kernels = (
+            launch.module_on("grouped", device)
+            if device.type == "cuda" and dtype in TYPES
+            else None
+        )
         if kernels is None:
             return None
         tiles = [

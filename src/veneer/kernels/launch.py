@@ -1,8 +1,9 @@
-"""Kernels in Triton (triton_*.py), for tensors on CUDA: which of them there are, and whose tensors they take.
+"""Kernels in Triton (triton_*.py), for tensors on CUDA: which of them there are, and whose tensors
+they take.
 
-Each stands beside a plain path of torch, which computes where Triton is not installed, and on other devices. Triton
-makes a launcher by the system's C compiler and Python's headers: one kernel is tried first, beside plain torch, and
-where it fails plain torch computes and a warning says why.
+Each stands beside a plain path of torch, which computes where Triton is not installed, and on other
+devices. Triton makes a launcher by the system's C compiler and Python's headers: one kernel is
+tried first, beside plain torch, and where it fails plain torch computes and a warning says why.
 """
 
 import logging
@@ -29,12 +30,14 @@ _log = logging.getLogger("veneer.kernels")
 @cache
 def module(name: str) -> Any:
     """kernels/triton_NAME.py, or None where Triton is not installed."""
-    return import_module(f"veneer.kernels.triton_{name}") if find_spec("triton") is not None else None
+    return (
+        import_module(f"veneer.kernels.triton_{name}") if find_spec("triton") is not None else None
+    )
 
 
 def triton(name: str, *tensors: Tensor) -> Any:
-    """The same, where its kernels take these: on one CUDA device, without gaps, of one type of 32 or 16 bits; else
-    None."""
+    """The same, where its kernels take these: on one CUDA device, without gaps, of one type of 32
+    or 16 bits; else None."""
     first = tensors[0]
     if not on_cuda(first) or first.dtype not in TYPES:
         return None
@@ -45,7 +48,8 @@ def triton(name: str, *tensors: Tensor) -> Any:
 
 
 def module_on(name: str, device: torch.device) -> Any:
-    """The same, where kernels are launched on that device; meta, of a plan: on this machine's GPU, if it has one."""
+    """The same, where kernels are launched on that device; meta, of a plan: on this machine's GPU,
+    if it has one."""
     found = module(name)
     return found if found is not None and launches_on(device) else None
 
@@ -61,17 +65,22 @@ def launches_on(device: torch.device) -> bool:
         fault = alone.submit(fault_of, gates.gate_forward, torch.device("cuda", index)).result()
     if fault is not None:
         _log.warning(
-            "kernels in Triton do not work here, plain torch takes their place, slower and with more memory: %s. "
-            "Triton needs a C compiler (gcc) and Python's headers (python3-dev)",
+            "kernels in Triton do not work here, plain torch takes their place, slower and with"
+            " more memory: %s. Triton needs a C compiler (gcc) and Python's headers (python3-dev)",
             fault,
         )
     return fault is None
 
 
-def fault_of(gate_forward: Callable[[Tensor, Tensor, bool], Tensor], device: torch.device) -> str | None:
+def fault_of(
+    gate_forward: Callable[[Tensor, Tensor, bool], Tensor], device: torch.device
+) -> str | None:
     """Why the kernel of gates is of no use there; None: it computes what it should."""
     try:
-        gate, up = torch.linspace(-3, 3, 64, device=device), torch.linspace(-1, 3, 64, device=device)
+        gate, up = (
+            torch.linspace(-3, 3, 64, device=device),
+            torch.linspace(-1, 3, 64, device=device),
+        )
         apart = float((gate_forward(gate, up, False) - F.silu(gate) * up).abs().max())
     except Exception as error:  # whatever Triton, a compiler or the driver trip over
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"

@@ -2,12 +2,12 @@
 
     loss = sum over rows of -log softmax(z)[target] / total       z = cap(scale * (h W^T + bias))
 
-Only rows that predict a trained token are given; their logits live for one chunk. The gradient of h is formed
-in the forward pass, while the logits are there, so backward costs one multiplication. `total` is the number of
-trained tokens of the whole step and must be known beforehand: it is what makes accumulation token-exact.
-Logits are rounded to h's type as in the model itself; log-sum-exp and the loss are float32 (float64 for float64).
-A head may have rows of tokens beside its own, which train: their columns take the places of its own, or stand behind
-them, and the sum is over all.
+Only rows that predict a trained token are given; their logits live for one chunk. The gradient of h
+is formed in the forward pass, while the logits are there, so backward costs one multiplication.
+`total` is the number of trained tokens of the whole step and must be known beforehand: it is what
+makes accumulation token-exact. Logits are rounded to h's type as in the model itself; log-sum-exp
+and the loss are float32 (float64 for float64). A head may have rows of tokens beside its own, which
+train: their columns take the places of its own, or stand behind them, and the sum is over all.
 Shapes: M rows, D hidden, V vocabulary, n rows beside it.
 """
 
@@ -25,16 +25,19 @@ from veneer.kernels.layout import round_up
 from veneer.kernels.native import on_cpu, turns
 
 CHUNK = 128
-"""Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V = 49,152."""
+"""Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V =
+49,152."""
 CHUNK_ELSEWHERE = 1024
 """The same on a GPU, whose products want more rows: 262 MB of bf16 at V = 128,256."""
 MOST_CHUNK, HELD_BYTES = 256, 24 * 2**20
-"""Where logits are never wider than bf16 so many, as far as they take no more bytes: W is read for each chunk."""
+"""Where logits are never wider than bf16 so many, as far as they take no more bytes: W is read for
+each chunk."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """rows (n, D), in any type, trained; at (n) int64: the columns that they make, distinct; bias (n) or None."""
+    """rows (n, D), in any type, trained; at (n) int64: the columns that they make, distinct; bias
+    (n) or None."""
 
     rows: Tensor
     at: Tensor
@@ -46,7 +49,8 @@ class Beside:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: W (V, D), bias (V) or None, logits multiplied by `scale`, then softcap * tanh(z / softcap).
+    """The output head: W (V, D), bias (V) or None, logits multiplied by `scale`, then softcap *
+    tanh(z / softcap).
 
     beside: rows that train beside W; columns: how many there are with theirs, W's or theirs each.
     """
@@ -65,16 +69,20 @@ class Head:
     def logits(self, h: Tensor) -> Tensor:
         z = F.linear(h, self.weight, self.bias)
         if self.beside is not None:
-            z = F.pad(z, (0, self.width - z.shape[-1])).index_copy(-1, self.beside.at, self.beside.logits(h))
+            z = F.pad(z, (0, self.width - z.shape[-1])).index_copy(
+                -1, self.beside.at, self.beside.logits(h)
+            )
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
     def of(self, rows: slice) -> "Head":
-        """The head for some of the rows: itself, unless what it computes depends on which they are."""
+        """The head for some of the rows: itself, unless what it computes depends on which they
+        are."""
         return self
 
     def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
-        """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more is paged in anew."""
+        """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more
+        is paged in anew."""
         own = out[:, : self.weight.shape[0]]
         if own.is_contiguous() and products.usable(h, self.weight, self.bias):
             products.product(h, self.weight, self.bias, own)
@@ -94,9 +102,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(z)[target] over the first len(targets) rows of z, and softmax - onehot rounded to z's type.
+    """Sum of -log softmax(z)[target] over the first len(targets) rows of z, and softmax - onehot
+    rounded to z's type.
 
-    z (at least len(targets), V) is overwritten; rows of the gradient beyond the targets are not to be read.
+    z (at least len(targets), V) is overwritten; rows of the gradient beyond the targets are not to
+    be read.
     """
     count = len(targets)
     # Elsewhere a look at values would wait for the device, which checks them itself.
@@ -134,17 +144,21 @@ def _is_compiled(z: Tensor, targets: Tensor) -> bool:
 
 
 def _check_targets(z: Tensor, targets: Tensor) -> None:
-    """IndexError for what the compiled loop would read and write outside of z, and torch take from z's end."""
+    """IndexError for what the compiled loop would read and write outside of z, and torch take from
+    z's end."""
     if len(targets) > len(z):
         raise IndexError(f"{len(targets)} targets for {len(z)} rows of logits")
     if len(targets):
         low, high = (int(extreme) for extreme in targets.aminmax())
         if low < 0 or high >= z.shape[1]:
-            raise IndexError(f"target {high if low >= 0 else low} is outside of {z.shape[1]} logits")
+            raise IndexError(
+                f"target {high if low >= 0 else low} is outside of {z.shape[1]} logits"
+            )
 
 
 def _back(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """d_z (M, columns) -> what it is of h, (M, D), and the columns of the rows beside W. d_z is overwritten."""
+    """d_z (M, columns) -> what it is of h, (M, D), and the columns of the rows beside W. d_z is
+    overwritten."""
     own = d_z[:, : head.weight.shape[0]]
     if head.beside is None:
         return times(own, head.weight, None), None
@@ -157,7 +171,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """rows: those of head.beside, once more, as what autograd asks about; None: there are none."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head, total: float) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head, total: float
+    ) -> Tensor:
         loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
         wanted = any(ctx.needs_input_grad[:2])
         grad = torch.empty_like(h) if wanted else None
@@ -168,7 +184,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             chosen = targets[rows]
             count = chosen.numel()
-            # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not read.
+            # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not
+            # read.
             padded = round_up(count)
             z = head.logits_into(held[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
             slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
@@ -200,7 +217,8 @@ def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Te
 
 @torch.no_grad()
 def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """-log softmax(z)[target] of each row, (M) float32 (float64 for float64), in the same chunks; no gradient."""
+    """-log softmax(z)[target] of each row, (M) float32 (float64 for float64), in the same chunks;
+    no gradient."""
     each = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
     chunk = _chunk(h, head.width)
     held = h.new_empty(round_up(min(chunk, len(h))), head.width)
@@ -208,7 +226,9 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
         rows = slice(start, start + chunk)
         chosen, out = targets[rows], each[rows]
         padded = round_up(len(chosen))
-        z = head.of(rows).logits_into(held[:padded], F.pad(h[rows], (0, 0, 0, padded - len(chosen))))
+        z = head.of(rows).logits_into(
+            held[:padded], F.pad(h[rows], (0, 0, 0, padded - len(chosen)))
+        )
         if z.device.type == "cpu":
             _check_targets(z, chosen)
         if _is_compiled(z, chosen):
@@ -221,13 +241,15 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """The same with all logits at once under torch's autograd, which also serves a head that trains."""
+    """The same with all logits at once under torch's autograd, which also serves a head that
+    trains."""
     z = head.logits(h)
     return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="sum") / total
 
 
 def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """head_loss_reference chunk by chunk, the logits computed again in backward; for a head that trains."""
+    """head_loss_reference chunk by chunk, the logits computed again in backward; for a head that
+    trains."""
     from torch.utils.checkpoint import checkpoint
 
     loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)

@@ -1,9 +1,9 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
-Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are made in calls.py,
-block_calls.py, product_calls.py, sum_calls.py, packed_calls.py, dense_calls.py, paged_calls.py, step_calls.py and
-draw_calls.py alone, which check what they hand over (arguments.py), and made again in recorded.py and repeated.py: C
-does not look.
+Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are
+made in calls.py, block_calls.py, product_calls.py, sum_calls.py, packed_calls.py, dense_calls.py,
+paged_calls.py, step_calls.py and draw_calls.py alone, which check what they hand over
+(arguments.py), and made again in recorded.py and repeated.py: C does not look.
 """
 
 import ctypes
@@ -22,17 +22,18 @@ from veneer.errors import ConfigError
 OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
 BUILT_ELSEWHERE = "VENEER_NATIVE"
-"""Environment variable: the file of another build of the kernels, for one with sanitizers (tests/test_sanitized.py)."""
+"""Environment variable: the file of another build of the kernels, for one with sanitizers
+(tests/test_sanitized.py)."""
 
 
 MAX_ISA = "VENEER_MAX_CPU_ISA"
-"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read once, with the
-library. torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all three a processor acts as an
-older one."""
+"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read
+once, with the library. torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all
+three a processor acts as an older one."""
 
 LIMITS = {"plain": 0, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
-"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it; avx512_bf16: with
-these, without tiles (AMX)."""
+"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it;
+avx512_bf16: with these, without tiles (AMX)."""
 
 _SOFTLY = 1
 """OpenMP's omp_pause_soft."""
@@ -48,7 +49,12 @@ _ONE_STRUCT = (
     *("veneer_attention_summed", "veneer_attention_shared", "veneer_zeros"),
 )
 _STRUCT_AND_COUNT = (
-    *("veneer_rms_norm_forward", "veneer_rms_norm_backward", "veneer_silu_gate_forward", "veneer_silu_gate_backward"),
+    *(
+        "veneer_rms_norm_forward",
+        "veneer_rms_norm_backward",
+        "veneer_silu_gate_forward",
+        "veneer_silu_gate_backward",
+    ),
     *("veneer_rms_norm_float_forward", "veneer_rms_norm_float_backward"),
     *("veneer_silu_gate_float_forward", "veneer_silu_gate_float_backward"),
     *("veneer_rotary", "veneer_rotary_float", "veneer_entropy", "veneer_dropout"),
@@ -69,7 +75,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_lay_out_factors": (None, [_POINTER, _NUMBER]),
     "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
     "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
-    "veneer_nf4_product": (_INT, [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_nf4_product": (
+        _INT,
+        [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT],
+    ),
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
     **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
@@ -87,9 +96,10 @@ Place = Literal["cpu", "cuda"]
 
 @dataclass
 class Noted:
-    """What is said of kernels while planning. flops: that they would have spent. at_once: layers whose calls are made
-    by one (kernels/repeated.py). times: how many turns of a loop the one that runs now stands for (`turns`). own:
-    whether torch's product now stands for a kernel of ours (`own_product`)."""
+    """What is said of kernels while planning. flops: that they would have spent. at_once: layers
+    whose calls are made by one (kernels/repeated.py). times: how many turns of a loop the one that
+    runs now stands for (`turns`). own: whether torch's product now stands for a kernel of ours
+    (`own_product`)."""
 
     flops: int = 0
     at_once: int = 0
@@ -103,8 +113,8 @@ _planning: ContextVar[tuple[Place, Noted] | None] = ContextVar("planning", defau
 
 @contextmanager
 def planning(place: Place = "cpu") -> Iterator[None]:
-    """Within the block tensors without storage (meta) take the paths of tensors that lie there, and no kernel is
-    called: what a step would allocate there can be counted."""
+    """Within the block tensors without storage (meta) take the paths of tensors that lie there, and
+    no kernel is called: what a step would allocate there can be counted."""
     token = _planning.set((place, Noted()))
     try:
         yield
@@ -119,8 +129,9 @@ def note_flops(count: Callable[[], int]) -> None:
 
 
 def turns(starts: range) -> Iterator[int]:
-    """`starts`, for a loop whose turns hold and compute the same, but the first, which finds nothing of one before, and
-    the last, which may be shorter. While planning one of those between stands for all of them."""
+    """`starts`, for a loop whose turns hold and compute the same, but the first, which finds
+    nothing of one before, and the last, which may be shorter. While planning one of those between
+    stands for all of them."""
     planned = _planning.get()
     if planned is None or len(starts) < 4:
         yield from starts
@@ -168,7 +179,8 @@ def take_noted() -> Noted:
 
 
 def on_cpu(tensor: Any) -> bool:
-    """Whether a tensor lies where compiled functions may be called on it; while planning, whether it is planned to."""
+    """Whether a tensor lies where compiled functions may be called on it; while planning, whether
+    it is planned to."""
     planned = _planning.get()
     return bool(tensor.is_cpu if planned is None else tensor.is_meta and planned[0] == "cpu")
 
@@ -180,7 +192,8 @@ def on_cuda(tensor: Any) -> bool:
 
 
 class _Silent:
-    """The library while a step is planned: it answers what the processor has, and computes nothing."""
+    """The library while a step is planned: it answers what the processor has, and computes
+    nothing."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
@@ -197,7 +210,8 @@ def _nothing() -> Callable[..., None]:
 
 
 def library() -> Any:
-    """The library with its threads connected to torch's, or None: not compiled, not loadable, or switched off."""
+    """The library with its threads connected to torch's, or None: not compiled, not loadable, or
+    switched off."""
     loaded = _library()
     return _Silent(loaded) if loaded is not None and _planning.get() is not None else loaded
 
@@ -208,7 +222,11 @@ def _library() -> Any:
         return None
     here = Path(__file__).parent
     elsewhere = os.environ.get(BUILT_ELSEWHERE)
-    names = [elsewhere] if elsewhere else [f"_native{suffix}" for suffix in reversed(EXTENSION_SUFFIXES)]
+    names = (
+        [elsewhere]
+        if elsewhere
+        else [f"_native{suffix}" for suffix in reversed(EXTENSION_SUFFIXES)]
+    )
     files = [path for name in names if (path := here / name).is_file()]
     if not files:
         return None
@@ -222,7 +240,10 @@ def _library() -> Any:
             function.restype, function.argtypes = returns, takes
     if named := os.environ.get(MAX_ISA):
         if named not in LIMITS:
-            raise ConfigError(f"{MAX_ISA} is {named!r}", next_step=f"One of {', '.join(LIMITS)}; or leave it unset.")
+            raise ConfigError(
+                f"{MAX_ISA} is {named!r}",
+                next_step=f"One of {', '.join(LIMITS)}; or leave it unset.",
+            )
         loaded.veneer_limit(LIMITS[named])
     found: Any = loaded
     found.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
@@ -241,11 +262,14 @@ def level() -> int:
 def has_bf16() -> bool:
     """Whether compiled functions multiply bf16 pairs."""
     found = _library()
-    return found is not None and found.multiplies_bf16  # asked thousands of times a step: C was asked once
+    return (
+        found is not None and found.multiplies_bf16
+    )  # asked thousands of times a step: C was asked once
 
 
 def has_floats() -> bool:
-    """Whether the functions over float32 are there: even without AVX2 they take half of torch's time or less."""
+    """Whether the functions over float32 are there: even without AVX2 they take half of torch's
+    time or less."""
     return _library() is not None
 
 
@@ -258,9 +282,9 @@ def has_amx() -> bool:
 def end_helpers() -> None:
     """The threads that help this one end; its next parallel call starts others.
 
-    For a thread that has another one compute from now on. libgomp counts the helpers of all threads, and where these
-    are more than the processors none waits for the next call awake: an answer's step, some 200 calls, took 21 ms in
-    place of 15.
+    For a thread that has another one compute from now on. libgomp counts the helpers of all
+    threads, and where these are more than the processors none waits for the next call awake: an
+    answer's step, some 200 calls, took 21 ms in place of 15.
     """
     for path in _openmp_libraries("libgomp*"):
         with suppress(OSError, AttributeError):
@@ -268,7 +292,8 @@ def end_helpers() -> None:
 
 
 def _openmp() -> tuple[int, ...] | None:
-    """Addresses of the four OpenMP functions that parallel.c wants, from the library that torch itself uses."""
+    """Addresses of the four OpenMP functions that parallel.c wants, from the library that torch
+    itself uses."""
     names = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_in_parallel")
     for path in _openmp_libraries("libgomp*", "libomp*", "libiomp*"):
         try:

@@ -1,8 +1,10 @@
-"""4-bit weights: quantise, decode, and multiply a few rows, compiled (native/nf4_*.c) or in plain torch.
+"""4-bit weights: quantise, decode, and multiply a few rows, compiled (native/nf4_*.c) or in plain
+torch.
 
-A weight is packed nibbles, a table of 16 values and one scale a block (quant/nf4.py says which). The compiled paths
-give the bits of nf4_reference.py, on every processor; CUDA tensors go to triton_nf4.py where Triton is installed.
-Knows nothing of modules, code books or shapes: a weight is flat, and a matrix is a run of it.
+A weight is packed nibbles, a table of 16 values and one scale a block (quant/nf4.py says which).
+The compiled paths give the bits of nf4_reference.py, on every processor; CUDA tensors go to
+triton_nf4.py where Triton is installed. Knows nothing of modules, code books or shapes: a weight is
+flat, and a matrix is a run of it.
 """
 
 from dataclasses import dataclass
@@ -17,14 +19,17 @@ from veneer.kernels.arguments import TYPES, available
 from veneer.kernels.packed_calls import NF4Weights
 
 FUSED_ROWS = 6
-"""Rows of x up to which each nibble is looked up as it is multiplied; beyond, rows of W are decoded a few at a time."""
+"""Rows of x up to which each nibble is looked up as it is multiplied; beyond, rows of W are decoded
+a few at a time."""
 MOST_ROWS = 64
-"""Rows of x up to which `product` reads the packed weight once instead of writing it out; of float16 fewer."""
+"""Rows of x up to which `product` reads the packed weight once instead of writing it out; of
+float16 fewer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Nested:
-    """Scales that are quantised themselves: table[scale] * scales[number // block] + offset, in float32."""
+    """Scales that are quantised themselves: table[scale] * scales[number // block] + offset, in
+    float32."""
 
     table: Tensor
     """(256) float32."""
@@ -36,8 +41,8 @@ class Nested:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32; all contiguous,
-    on one device. block and nested.block: powers of two."""
+    """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32;
+    all contiguous, on one device. block and nested.block: powers of two."""
 
     packed: Tensor
     scales: Tensor
@@ -59,12 +64,14 @@ class Blocks:
         """(blocks) float32."""
         nested = self.nested
         return reference.scales_of(
-            self.scales, None if nested is None else (nested.table, nested.scales, nested.block, nested.offset)
+            self.scales,
+            None if nested is None else (nested.table, nested.scales, nested.block, nested.offset),
         )
 
     @property
     def checked(self) -> NF4Weights:
-        """The addresses, for C; made again where the tensors have moved, all of them together (shards.py)."""
+        """The addresses, for C; made again where the tensors have moved, all of them together
+        (shards.py)."""
         start = self.packed.data_ptr()
         if (known := self._addresses.get(start)) is None:
             self._addresses.clear()
@@ -83,7 +90,9 @@ class Blocks:
             self.table,
             count=self.count,
             block=self.block,
-            nested=None if inner is None else (inner.table, inner.scales, inner.block, inner.offset),
+            nested=None
+            if inner is None
+            else (inner.table, inner.scales, inner.block, inner.offset),
         )
 
 
@@ -94,10 +103,11 @@ def is_compiled() -> bool:
 def quantize(
     values: Tensor, thresholds: Tensor, codes: Tensor, block: int, *, level: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """(packed uint8, absmax float32), both flat. A block with a value that is not finite has such an absmax.
+    """(packed uint8, absmax float32), both flat. A block with a value that is not finite has such
+    an absmax.
 
-    values: any shape, contiguous or not; thresholds (15) ascending, codes (16) int32. level: -1, or the highest
-    instruction set used (3 AVX-512, 2 AVX2, 0 plain C).
+    values: any shape, contiguous or not; thresholds (15) ascending, codes (16) int32. level: -1, or
+    the highest instruction set used (3 AVX-512, 2 AVX2, 0 plain C).
     """
     if values.device.type != "cpu" or values.dtype not in TYPES or not is_compiled():
         return reference.quantize(values, thresholds, codes, block)
@@ -115,7 +125,11 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
     count = out.numel()
     assert start >= 0 and start + count <= weights.count
     if not out.is_contiguous():
-        out.copy_(dequantize(weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start))
+        out.copy_(
+            dequantize(
+                weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start
+            )
+        )
         return out
     if (triton := launch.triton("nf4", out)) is not None:
         return triton.dequantize(weights, out, start=start)
@@ -139,14 +153,23 @@ def has_product(weights: Blocks, x: Tensor) -> bool:
     if x.dtype not in TYPES:
         return False
     if x.is_cuda:
-        return x.shape[0] <= FUSED_ROWS and not x.shape[1] % 2 and launch.module_on("nf4", x.device) is not None
+        return (
+            x.shape[0] <= FUSED_ROWS
+            and not x.shape[1] % 2
+            and launch.module_on("nf4", x.device) is not None
+        )
     if x.dtype is torch.float16:
-        return x.device.type == "cpu" and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS and is_compiled()
+        return (
+            x.device.type == "cpu"
+            and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS
+            and is_compiled()
+        )
     return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
 
 
 def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
-    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on. M: see has_product.
+    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on.
+    M: see has_product.
 
     The weights as dequantize gives them in x's type, products and sums in float32.
     """
@@ -162,6 +185,11 @@ def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int
         packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
     else:
         packed_calls.nf4_rows(
-            weights.checked, x, y, None, start=start, level=few_rows.ANY_LEVEL if level < 0 else level
+            weights.checked,
+            x,
+            y,
+            None,
+            start=start,
+            level=few_rows.ANY_LEVEL if level < 0 else level,
         )
     return y

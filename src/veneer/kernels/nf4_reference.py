@@ -1,7 +1,9 @@
-"""4-bit weights in plain torch: what the fast paths of nf4.py mean, and what runs where there are none.
+"""4-bit weights in plain torch: what the fast paths of nf4.py mean, and what runs where there are
+none.
 
-Element i of the flat weight is nibble i of `packed` (even i: the high half of byte i // 2), looked up in a table of 16
-values and multiplied by the scale of block i // block, in float32; one rounding to the output type.
+Element i of the flat weight is nibble i of `packed` (even i: the high half of byte i // 2), looked
+up in a table of 16 values and multiplied by the scale of block i // block, in float32; one rounding
+to the output type.
 """
 
 import torch
@@ -12,7 +14,8 @@ SMALLEST = 1e-38
 
 
 def scales_of(scales: Tensor, nested: tuple[Tensor, Tensor, int, float] | None) -> Tensor:
-    """float32 scales; nested: (table (256), scales, block, offset), from which uint8 indices are decoded."""
+    """float32 scales; nested: (table (256), scales, block, offset), from which uint8 indices are
+    decoded."""
     if nested is None:
         return scales
     table, outer, block, offset = nested
@@ -20,11 +23,15 @@ def scales_of(scales: Tensor, nested: tuple[Tensor, Tensor, int, float] | None) 
     return table[scales.int()] * spread + offset
 
 
-def quantize(values: Tensor, thresholds: Tensor, codes: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(packed uint8 (ceil(n / 2)), absmax float32 (blocks)) of any tensor, flat; n its number of elements.
+def quantize(
+    values: Tensor, thresholds: Tensor, codes: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """(packed uint8 (ceil(n / 2)), absmax float32 (blocks)) of any tensor, flat; n its number of
+    elements.
 
-    thresholds: 15, ascending; codes: number of thresholds strictly below -> 4-bit code. A whole block multiplies
-    with the reciprocal, a short last one divides and stores no less than 1e-38: as bitsandbytes does.
+    thresholds: 15, ascending; codes: number of thresholds strictly below -> 4-bit code. A whole
+    block multiplies with the reciprocal, a short last one divides and stores no less than 1e-38: as
+    bitsandbytes does.
     """
     flat = values.detach().reshape(-1).float()
     n = flat.numel()
@@ -43,7 +50,14 @@ def quantize(values: Tensor, thresholds: Tensor, codes: Tensor, block: int) -> t
 
 
 def dequantize(
-    packed: Tensor, scales: Tensor, table: Tensor, block: int, *, start: int, count: int, dtype: torch.dtype
+    packed: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    block: int,
+    *,
+    start: int,
+    count: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(count) elements of the flat weight from `start` on; scales float32."""
     first, last = start // 2, (start + count + 1) // 2

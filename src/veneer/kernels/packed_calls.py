@@ -36,10 +36,12 @@ BLOCKS = {
     13: (256, 176),
     14: (256, 210),
 }
-"""ggml's number of a kind of block -> the values in one, and its bytes, as native/gguf.c has them."""
+"""ggml's number of a kind of block -> the values in one, and its bytes, as native/gguf.c has
+them."""
 
 
-# -- 4-bit weights: nf4_*.c ------------------------------------------------------------------------------------------
+# -- 4-bit weights: nf4_*.c
+# ------------------------------------------------------------------------------------------
 
 
 class NF4Weights(ctypes.Structure):
@@ -82,9 +84,16 @@ def _block(block: int) -> None:
 
 
 def nf4_quantize(
-    values: Tensor, limits: Tensor, codes: Tensor, block: int, packed: Tensor, absmax: Tensor, level: int
+    values: Tensor,
+    limits: Tensor,
+    codes: Tensor,
+    block: int,
+    packed: Tensor,
+    absmax: Tensor,
+    level: int,
 ) -> None:
-    """values flat; limits (16) float32, ascending, codes (16) int32 -> packed (ceil(n / 2)), absmax (blocks)."""
+    """values flat; limits (16) float32, ascending, codes (16) int32 -> packed (ceil(n / 2)), absmax
+    (blocks)."""
     (count,) = values.shape
     _block(block)
     source, kind = at(values, values.dtype, count), type_number(values.dtype)
@@ -98,23 +107,41 @@ def nf4_dequantize(weights: NF4Weights, out: Tensor, *, start: int, level: int) 
     count = out.numel()
     number(start, 0, weights.count - count)
     made, kind = whole(out, out.dtype, count), type_number(out.dtype)
-    call("veneer_nf4_dequantize", ctypes.byref(weights), start, count, made, kind, number(level, -1, 4))
+    call(
+        "veneer_nf4_dequantize",
+        ctypes.byref(weights),
+        start,
+        count,
+        made,
+        kind,
+        number(level, -1, 4),
+    )
 
 
 def nf4_product(weights: NF4Weights, x: Tensor, y: Tensor, *, start: int, level: int) -> None:
-    """y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M from 1 to 8. MemoryError without
-    room."""
+    """y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M from 1 to 8.
+    MemoryError without room."""
     (rows, width), (_, outs) = x.shape, y.shape
     number(rows, 1, MOST_PRODUCT_ROWS)
     number(start, 0, weights.count - outs * number(width, 1))
     place = start, outs, width
     made, kind = at(y, x.dtype, rows, outs), type_number(x.dtype)
     source = at(x, x.dtype, rows, width)
-    if call("veneer_nf4_product", ctypes.byref(weights), *place, source, rows, made, kind, number(level, -1, 4)):
+    if call(
+        "veneer_nf4_product",
+        ctypes.byref(weights),
+        *place,
+        source,
+        rows,
+        made,
+        kind,
+        number(level, -1, 4),
+    ):
         raise MemoryError("no memory for one row of a packed weight")
 
 
-# -- blocks of .gguf files: gguf.c -----------------------------------------------------------------------------------
+# -- blocks of .gguf files: gguf.c
+# -----------------------------------------------------------------------------------
 
 
 def gguf_dequantise(kind: int, blocks: Tensor, out: Tensor, level: int) -> None:
@@ -122,7 +149,9 @@ def gguf_dequantise(kind: int, blocks: Tensor, out: Tensor, level: int) -> None:
     rows, columns = out.shape
     source = at(blocks, BYTES, rows, _row_bytes(kind, columns))
     made, type_ = at(out, out.dtype, rows, columns), type_number(out.dtype)
-    if call("veneer_gguf_dequantise", kind, source, rows, columns, made, type_, number(level, -1, 3)):
+    if call(
+        "veneer_gguf_dequantise", kind, source, rows, columns, made, type_, number(level, -1, 3)
+    ):
         raise CallError(f"C knows no blocks of kind {kind}")
 
 
@@ -135,22 +164,31 @@ def _row_bytes(kind: int, columns: int) -> int:
     return columns // values * size
 
 
-# -- either, a few rows at a time: packed_rows.c --------------------------------------------------------------------
+# -- either, a few rows at a time: packed_rows.c
+# --------------------------------------------------------------------
 
 
 class _PackedRows(ctypes.Structure):
-    _fields_ = [*pointers("x packed bias y"), *numbers("rows width outs start kind"), ("type", ctypes.c_int)]
+    _fields_ = [
+        *pointers("x packed bias y"),
+        *numbers("rows width outs start kind"),
+        ("type", ctypes.c_int),
+    ]
     kept: object
 
 
-def nf4_rows(weights: NF4Weights, x: Tensor, y: Tensor, bias: Tensor | None, *, start: int, level: int) -> None:
+def nf4_rows(
+    weights: NF4Weights, x: Tensor, y: Tensor, bias: Tensor | None, *, start: int, level: int
+) -> None:
     """y (M, O) = x (M, I) W^T + bias, W being O rows of I elements from `start` on."""
     (_, width), (_, outs) = x.shape, y.shape
     number(start, 0, weights.count - outs * number(width, 1))
     _packed_rows(ctypes.addressof(weights), -1, x, y, bias, start, level, weights)
 
 
-def gguf_rows(kind: int, blocks: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, level: int) -> None:
+def gguf_rows(
+    kind: int, blocks: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, level: int
+) -> None:
     """The same with blocks uint8 (O, bytes of a row). kind: ggml's number."""
     source = at(blocks, BYTES, len(blocks), _row_bytes(kind, number(x.shape[1], 1)))
     if y.shape[1] != len(blocks):
@@ -159,14 +197,23 @@ def gguf_rows(kind: int, blocks: Tensor, x: Tensor, y: Tensor, bias: Tensor | No
 
 
 def _packed_rows(
-    packed: int, kind: int, x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int, kept: object
+    packed: int,
+    kind: int,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    start: int,
+    level: int,
+    kept: object,
 ) -> None:
     (rows, width), (_, outs), dtype = x.shape, y.shape, x.dtype
     if (type_ := type_number(dtype)) > 1:
         raise CallError(f"{dtype} where C takes float32 or bf16")
     number(rows, 1, MOST_ROWS), number(outs, 1)
     made, added = at(y, dtype, rows, outs), None if bias is None else at(bias, dtype, outs)
-    one = _PackedRows(at(x, dtype, rows, width), packed, added, made, rows, width, outs, start, kind, type_)
+    one = _PackedRows(
+        at(x, dtype, rows, width), packed, added, made, rows, width, outs, start, kind, type_
+    )
     one.kept = kept
     if call("veneer_packed_rows", ctypes.byref(one), number(level, 0, 5)):
         raise MemoryError("no memory for some rows of a packed weight")

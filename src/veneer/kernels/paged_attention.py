@@ -1,16 +1,21 @@
-"""Attention of a decoding step over keys and values in blocks, each row over those of its own sequence.
+"""Attention of a decoding step over keys and values in blocks, each row over those of its own
+sequence.
 
-    block    SLOTS tokens of a layer; span: tokens of one sequence that this step computes, one of an answer or a chunk
-             of a prompt; its table: the blocks of its adapter's trained prefix (the front), then its own
-    a row    sees the front, and of its own sequence everything up to itself; with a window, the last of these
+    block    SLOTS tokens of a layer; span: tokens of one sequence that this step computes, one of
+             an answer or a chunk of a prompt; its table: the blocks of its adapter's trained prefix
+             (the front), then its own
+    a row    sees the front, and of its own sequence everything up to itself; with a window, the
+             last of these
 
-One call a layer (native/paged_attention.c) writes the rows' keys and values into their blocks and attends: nothing is
-gathered, what the tables of single rows begin with in common is read once, scores and sums are float32, and no bit of
-a row depends on the others. bf16 and float32 on any processor; else, and for the meaning, plain torch: the single
-tokens of all answers at once, chunks one after another.
+One call a layer (native/paged_attention.c) writes the rows' keys and values into their blocks and
+attends: nothing is gathered, what the tables of single rows begin with in common is read once,
+scores and sums are float32, and no bit of a row depends on the others. bf16 and float32 on any
+processor; else, and for the meaning, plain torch: the single tokens of all answers at once, chunks
+one after another.
 
-Shapes: N rows of the step, S slots of a block, T places seen, K key/value heads, H query heads, G = H / K, D and E head
-sizes of keys and of values, P values in a word: 2 where neighbours in bf16 are multiplied as pairs, else 1.
+Shapes: N rows of the step, S slots of a block, T places seen, K key/value heads, H query heads, G =
+H / K, D and E head sizes of keys and of values, P values in a word: 2 where neighbours in bf16 are
+multiplied as pairs, else 1.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ from veneer.kernels.upload import sent
 
 
 class SpanRows(NamedTuple):
-    """Tokens start to stop - 1 of a sequence. front: blocks of its prefix, `front_places` long; blocks: its own."""
+    """Tokens start to stop - 1 of a sequence. front: blocks of its prefix, `front_places` long;
+    blocks: its own."""
 
     start: int
     stop: int
@@ -44,17 +50,20 @@ class SpanRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Blocks:
-    """keys (blocks, K, D / P, S, P), values (blocks, K, S / P, E, P) of a layer: words as C multiplies them."""
+    """keys (blocks, K, D / P, S, P), values (blocks, K, S / P, E, P) of a layer: words as C
+    multiplies them."""
 
     keys: Tensor
     values: Tensor
 
     @classmethod
     def empty(cls, count: int, slots: int, key_NKD: Tensor, value_NKD: Tensor) -> Blocks:
-        """Of the heads, sizes, type and device of these keys and values. Not filled: a system gives memory where it is
-        written, and nothing is read before."""
+        """Of the heads, sizes, type and device of these keys and values. Not filled: a system gives
+        memory where it is written, and nothing is read before."""
         (_, heads, size), wide = key_NKD.shape, value_NKD.shape[2]
-        paired = key_NKD.dtype is torch.bfloat16 and on_cpu(key_NKD) and not size % 2 and not slots % 2
+        paired = (
+            key_NKD.dtype is torch.bfloat16 and on_cpu(key_NKD) and not size % 2 and not slots % 2
+        )
         P = 2 if paired else 1
         keys = key_NKD.new_empty(count, heads, size // P, slots, P)
         return cls(keys, value_NKD.new_empty(count, heads, slots // P, wide, P))
@@ -75,7 +84,9 @@ class Blocks:
     def read(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """places (...) -> (..., K, D) and (..., K, E)."""
         block, slot, P = places // self.slots, places % self.slots, self.keys.shape[4]
-        return self.keys[block, :, :, slot].flatten(-2), self.values[block, :, slot // P, :, slot % P]
+        return self.keys[block, :, :, slot].flatten(-2), self.values[
+            block, :, slot // P, :, slot % P
+        ]
 
     def copy(self, source: int, target: int) -> None:
         """All of a block: what lies behind a text's end is never seen."""
@@ -100,10 +111,16 @@ class Spans:
             tables.extend(repeat(0, spare))
         self._written, self._known = (tables, columns), [len(span.blocks) + spare for span in spans]
         self.rows = sum(span.stop - span.start for span in spans)
-        self.tables = torch.frombuffer(tables, dtype=torch.int32) if tables else torch.empty(0, dtype=torch.int32)
+        self.tables = (
+            torch.frombuffer(tables, dtype=torch.int32)
+            if tables
+            else torch.empty(0, dtype=torch.int32)
+        )
         count = len(spans)
         self.columns = (
-            torch.frombuffer(columns, dtype=torch.int64).view(count, 5) if count else torch.empty(0, 5).long()
+            torch.frombuffer(columns, dtype=torch.int64).view(count, 5)
+            if count
+            else torch.empty(0, 5).long()
         )
 
     @cached_property
@@ -116,8 +133,9 @@ class Spans:
         return max(self._written[1][4::5]) - 1
 
     def go_on(self) -> bool:
-        """Spans of one token each: the next tokens of the same sequences from now on, as C sees them (`checked`), whose
-        lists of blocks may have grown. False: one has outgrown its place, and these are of no more use."""
+        """Spans of one token each: the next tokens of the same sequences from now on, as C sees
+        them (`checked`), whose lists of blocks may have grown. False: one has outgrown its place,
+        and these are of no more use."""
         (tables, columns), checked = self._written, self.checked
         for n, span in enumerate(self.each):
             start = columns[5 * n + 4]
@@ -150,9 +168,15 @@ def usable(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: Blocks
 
 
 def paged_attention(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: Blocks, spans: Spans, rules: Rules
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    stored: Blocks,
+    spans: Spans,
+    rules: Rules,
 ) -> Tensor:
-    """Write the rows' keys and values, and attend: (N, H, E). Rows behind the spans are filler, and get zeros."""
+    """Write the rows' keys and values, and attend: (N, H, E). Rows behind the spans are filler, and
+    get zeros."""
     if not usable(query_NHD, key_NKD, value_NKD, stored):
         return paged_attention_reference(query_NHD, key_NKD, value_NKD, stored, spans, rules)
     out = query_NHD.new_empty(*query_NHD.shape[:2], value_NKD.shape[2])
@@ -180,7 +204,9 @@ class _PlainSpans:
     def __init__(self, spans: Spans) -> None:
         self.seen = [_places(span, spans.slots) for span in spans.each]
         self.counts = [span.stop - span.start for span in spans.each]
-        own = [seen[len(seen) - count :] for seen, count in zip(self.seen, self.counts, strict=True)]
+        own = [
+            seen[len(seen) - count :] for seen, count in zip(self.seen, self.counts, strict=True)
+        ]
         self.written = torch.cat(own) if own else torch.empty(0, dtype=torch.long)
         self.single = [n for n, count in enumerate(self.counts) if count == 1]
         if self.single:
@@ -206,13 +232,20 @@ def _places(span: SpanRows, slots: int) -> Tensor:
     """Of all that its last row sees: (T) int64."""
 
     def of(blocks: Sequence[int], count: int) -> Tensor:
-        return (torch.tensor(blocks, dtype=torch.long)[:, None] * slots + torch.arange(slots)).flatten()[:count]
+        return (
+            torch.tensor(blocks, dtype=torch.long)[:, None] * slots + torch.arange(slots)
+        ).flatten()[:count]
 
     return torch.cat([of(span.front, span.front_places), of(span.blocks, span.stop)])
 
 
 def paged_attention_reference(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: Blocks, spans: Spans, rules: Rules
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    stored: Blocks,
+    spans: Spans,
+    rules: Rules,
 ) -> Tensor:
     """The same in torch: the meaning of paged_attention."""
     device = query_NHD.device
@@ -224,7 +257,9 @@ def paged_attention_reference(
         place = torch.arange(plain.places.shape[1], device=device)[None]
         hidden = place >= plain.lengths[:, None]
         key, value = stored.read(plain.places)
-        value = value.masked_fill(hidden[:, :, None, None], 0)  # of another text, perhaps no numbers
+        value = value.masked_fill(
+            hidden[:, :, None, None], 0
+        )  # of another text, perhaps no numbers
         if rules.window is not None:
             hidden = hidden | (place < plain.lengths[:, None] - rules.window)
         out[rows] = attend_wide(query_NHD[rows][:, None], key, value, hidden[:, None], rules)[:, 0]
@@ -239,12 +274,15 @@ def paged_attention_reference(
         if rules.window is not None:
             hidden = hidden | (place <= own - rules.window)
         key, value = stored.read(seen)
-        out[rows_of] = attend_wide(query_NHD[rows_of][None], key[None], value[None], hidden[None], rules)[0]
+        out[rows_of] = attend_wide(
+            query_NHD[rows_of][None], key[None], value[None], hidden[None], rules
+        )[0]
     return out
 
 
 def attend_wide(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: Rules) -> Tensor:
-    """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H, E)."""
+    """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H,
+    E)."""
     heads = key.shape[2]
     q = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # (B, K, G, L, D)
     scores = (q.flatten(2, 3) @ key.permute(0, 2, 3, 1)).unflatten(2, q.shape[2:4]) * rules.scale

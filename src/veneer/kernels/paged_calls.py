@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.arguments import BF16, FP32, INT32, INT64, CallError, at, call, number, numbers, pointers, reachable
+from veneer.kernels.arguments import (
+    BF16,
+    FP32,
+    INT32,
+    INT64,
+    CallError,
+    at,
+    call,
+    number,
+    numbers,
+    pointers,
+    reachable,
+)
 
 SLOTS = 16
 """Tokens of a block: as many as a register has lanes."""
@@ -32,7 +44,8 @@ class _Paged(ctypes.Structure):
 
 @dataclass
 class PagedSpans:
-    """Checked: their tables lie within `tables` and name blocks below `blocks`; `rows`: of all together."""
+    """Checked: their tables lie within `tables` and name blocks below `blocks`; `rows`: of all
+    together."""
 
     tables: Tensor
     spans: Tensor
@@ -41,16 +54,25 @@ class PagedSpans:
 
 
 def paged_spans(tables: Tensor, spans: Tensor) -> PagedSpans:
-    """tables int32; spans (count, 5) int64: where its table begins, blocks and places of its front, start, stop."""
+    """tables int32; spans (count, 5) int64: where its table begins, blocks and places of its front,
+    start, stop."""
     count, _ = spans.shape
     at(tables, INT32, size := tables.numel())
     at(spans, INT64, count, 5)
     rows = 0
     for begin, front_blocks, front, start, stop in spans.tolist():
-        if not 0 <= start < stop <= MOST_PLACES or not 0 <= front <= front_blocks * SLOTS <= MOST_PLACES:
-            raise CallError(f"a span from {start} to {stop} behind {front} places in {front_blocks} blocks")
+        if (
+            not 0 <= start < stop <= MOST_PLACES
+            or not 0 <= front <= front_blocks * SLOTS <= MOST_PLACES
+        ):
+            raise CallError(
+                f"a span from {start} to {stop} behind {front} places in {front_blocks} blocks"
+            )
         if not 0 <= begin <= size - front_blocks - -(-stop // SLOTS):
-            raise CallError(f"a table from {begin} on of {front_blocks} blocks and {stop} places, {size} are given")
+            raise CallError(
+                f"a table from {begin} on of {front_blocks} blocks and {stop} places, {size} are"
+                " given"
+            )
         rows += stop - start
     blocks = 0
     if size:
@@ -74,14 +96,20 @@ def paged_attention(
     sinks: Tensor | None,
     level: int = 4,
 ) -> None:
-    """out (N, H, E) of q (N, H, D), k (N, K, D), v (N, K, E), which are written into keys and values; filler stays."""
+    """out (N, H, E) of q (N, H, D), k (N, K, D), v (N, K, E), which are written into keys and
+    values; filler stays."""
     (rows, heads, size), (_, kv_heads, value_size), dtype = q.shape, v.shape, q.dtype
     if dtype not in (BF16, FP32) or heads % number(kv_heads, 1):
         raise CallError(f"{heads} query heads over {kv_heads} key heads of {dtype}")
     pair = 2 if dtype is BF16 else 1
     if size % pair:
         raise CallError(f"heads of {size} where C takes pairs of bf16 values")
-    number(size, 1), number(value_size, 1), number(spans.rows, 0, rows), number(len(keys), spans.blocks)
+    (
+        number(size, 1),
+        number(value_size, 1),
+        number(spans.rows, 0, rows),
+        number(len(keys), spans.blocks),
+    )
     given = _Paged(heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, scale=scale)
     point_at(given, spans)
     given.q, given.q_row, given.q_head = _strided(q, dtype, rows, heads, size)
@@ -97,22 +125,31 @@ def paged_attention(
 
 
 def point_at(given: Any, spans: PagedSpans) -> None:
-    """The call's spans. What a call is given may get others of as many rows, in blocks that are there."""
-    given.tables, given.spans, given.count = spans.tables.data_ptr(), spans.spans.data_ptr(), len(spans.spans)
+    """The call's spans. What a call is given may get others of as many rows, in blocks that are
+    there."""
+    given.tables, given.spans, given.count = (
+        spans.tables.data_ptr(),
+        spans.spans.data_ptr(),
+        len(spans.spans),
+    )
     given.kept = spans
 
 
 def lie_in(given: Any, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
-    """The call's blocks. What a call is given may get others of its type, for as many heads of the same sizes."""
+    """The call's blocks. What a call is given may get others of its type, for as many heads of the
+    same sizes."""
     pair, blocks, heads = 2 if dtype is BF16 else 1, len(keys), given.kv_heads
     given.keys = at(keys, dtype, blocks, heads, given.size // pair, SLOTS, pair, words=4)
     given.values = at(values, dtype, blocks, heads, SLOTS // pair, given.value_size, pair, words=4)
 
 
 def _strided(tensor: Tensor, dtype: object, *shape: int) -> tuple[int, int, int]:
-    """(address, values from row to row, from head to head) of a tensor whose heads have no gaps within."""
+    """(address, values from row to row, from head to head) of a tensor whose heads have no gaps
+    within."""
     if tensor.shape != shape or tensor.dtype is not dtype or not reachable(tensor):
-        raise CallError(f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device} where C takes {shape} {dtype}")
+        raise CallError(
+            f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device} where C takes {shape} {dtype}"
+        )
     row, head, inner = tensor.stride()
     if inner != 1 and shape[2] > 1:
         raise CallError(f"strides {tensor.stride()} where C takes neighbours")

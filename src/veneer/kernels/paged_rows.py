@@ -1,11 +1,12 @@
 """Attention of single tokens over keys and values in blocks whose tables lie on the device.
 
-What changes from token to token (lengths, tables) is read there, and no shape depends on it, so a step that calls this
-can be captured as a graph once and replayed (decoding/graphs.py). In Triton on CUDA (triton_paged.py), which reads no
-block behind a text's end; elsewhere, and for the meaning, plain torch, which reads all that the tables have room for.
+What changes from token to token (lengths, tables) is read there, and no shape depends on it, so a
+step that calls this can be captured as a graph once and replayed (decoding/graphs.py). In Triton on
+CUDA (triton_paged.py), which reads no block behind a text's end; elsewhere, and for the meaning,
+plain torch, which reads all that the tables have room for.
 
-Shapes: N rows, one token of a sequence each, B blocks that a table has room for, S slots of a block, K key/value heads,
-H query heads, D and E head sizes of keys and of values.
+Shapes: N rows, one token of a sequence each, B blocks that a table has room for, S slots of a
+block, K key/value heads, H query heads, D and E head sizes of keys and of values.
 """
 
 from dataclasses import dataclass
@@ -23,15 +24,20 @@ MOST_SIZE = 256
 
 @dataclass(frozen=True)
 class Tables:
-    """blocks (N, B) int64, whatever behind those that a text has; lengths (N) int64: tokens of each text with the one
-    that is computed, at least 1. A row's blocks lie side by side."""
+    """blocks (N, B) int64, whatever behind those that a text has; lengths (N) int64: tokens of each
+    text with the one that is computed, at least 1. A row's blocks lie side by side."""
 
     blocks: Tensor
     lengths: Tensor
 
 
 def paged_rows(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: Blocks, tables: Tables, rules: Rules
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    stored: Blocks,
+    tables: Tables,
+    rules: Rules,
 ) -> Tensor:
     """Write the rows' keys and values, and attend: (N, H, E)."""
     triton = launch.triton("paged", stored.keys, stored.values)
@@ -39,12 +45,19 @@ def paged_rows(
     if triton is None or query_NHD.dtype is not stored.keys.dtype or max(sizes) > MOST_SIZE:
         return paged_rows_reference(query_NHD, key_NKD, value_NKD, stored, tables, rules)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (query_NHD, key_NKD, value_NKD))
-    found: Tensor = triton.attend(q, k, v, stored.keys, stored.values, tables.blocks, tables.lengths, rules)
+    found: Tensor = triton.attend(
+        q, k, v, stored.keys, stored.values, tables.blocks, tables.lengths, rules
+    )
     return found
 
 
 def paged_rows_reference(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: Blocks, tables: Tables, rules: Rules
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    stored: Blocks,
+    tables: Tables,
+    rules: Rules,
 ) -> Tensor:
     """The same in torch: the meaning of paged_rows."""
     S, lengths = stored.slots, tables.lengths

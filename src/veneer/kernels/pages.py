@@ -1,7 +1,8 @@
 """Memory that is read again and again: on huge pages, where the system has such.
 
-A processor finds a page of 4 KiB by several reads before it reads what lies there. On pages of 2 MiB two threads of an
-Intel Xeon (virtual, AMX) read 35 to 39 GB/s where they read 28 to 33, in a slower hour 29 and 17.
+A processor finds a page of 4 KiB by several reads before it reads what lies there. On pages of 2
+MiB two threads of an Intel Xeon (virtual, AMX) read 35 to 39 GB/s where they read 28 to 33, in a
+slower hour 29 and 17.
 """
 
 import mmap
@@ -16,13 +17,16 @@ HUGE = 2**21
 
 
 MOST_SPARE = 8
-"""The last huge page is asked for where what it has over is less than one in so many of what is used."""
+"""The last huge page is asked for where what it has over is less than one in so many of what is
+used."""
 
 
 def room(count: int) -> Tensor:
-    """(count) bytes, at a multiple of 64; less than a huge page wherever it fits. MemoryError: there are none.
+    """(count) bytes, at a multiple of 64; less than a huge page wherever it fits. MemoryError:
+    there are none.
 
-    From the beginning of a huge page on: what shares one with another mapping gets small pages for its part of it.
+    From the beginning of a huge page on: what shares one with another mapping gets small pages for
+    its part of it.
     """
     advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
     if count < HUGE or advice is None:

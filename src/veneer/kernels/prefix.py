@@ -1,15 +1,16 @@
 """Attention where every document sees trained keys and values first: prefix tuning.
 
-    keys:  [ prefix: M ][ prompt: P ][ document i: L_i ]       softmax(softcap(scale q k^T) + mask, sink) v
+    keys:  [ prefix: M ][ prompt: P ][ document i: L_i ]       softmax(softcap(scale q k^T) + mask,
+           sink) v
 
-The prefix is the start of what all documents share, but for one thing: it asks nothing. So this is packed
-attention with a prompt of M + P rows whose first M queries are zeros and whose first M outputs are dropped; the
-gradients of the prefix come out summed over the documents, as the prompt's do. The M unread rows cost
-M (M + P) products a head, little beside the documents'.
+The prefix is the start of what all documents share, but for one thing: it asks nothing. So this is
+packed attention with a prompt of M + P rows whose first M queries are zeros and whose first M
+outputs are dropped; the gradients of the prefix come out summed over the documents, as the prompt's
+do. The M unread rows cost M (M + P) products a head, little beside the documents'.
 
-The prefix takes places 0..M-1 and the prompt starts at place M, so windows count it as transformers' caches do: a row
-at place p sees the prefix's key j if p - j < window.
-Shapes: H query heads, K key/value heads, N packed rows, D head size, M prefix, P prompt.
+The prefix takes places 0..M-1 and the prompt starts at place M, so windows count it as
+transformers' caches do: a row at place p sees the prefix's key j if p - j < window. Shapes: H query
+heads, K key/value heads, N packed rows, D head size, M prefix, P prompt.
 """
 
 import torch
@@ -23,7 +24,8 @@ from veneer.kernels.rules import Rules
 def prefixed_attention(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, rules: Rules
 ) -> Tensor:
-    """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H, D)."""
+    """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H,
+    D)."""
     M = prefix_k.shape[0]
     out = packed_attention(
         torch.cat([q.new_zeros(M, *q.shape[1:]), q]),

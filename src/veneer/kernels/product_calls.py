@@ -17,9 +17,11 @@ class _Product(ctypes.Structure):
     _fields_ = [*pointers("x w bias y"), *numbers("rows width outs along add")]
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool) -> None:
-    """y (M, O) = x (M, I) W^T, W (O, I), or x W where it lies along, W (I, O); + bias (O); add: + what y was. All bf16,
-    I even. CallError where there are no tiles."""
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool
+) -> None:
+    """y (M, O) = x (M, I) W^T, W (O, I), or x W where it lies along, W (I, O); + bias (O); add: +
+    what y was. All bf16, I even. CallError where there are no tiles."""
     (rows, width), outs = x.shape, y.shape[1]
     if number(width, 2) % 2:
         raise CallError(f"width {width} where C takes pairs")

@@ -1,13 +1,15 @@
-"""Products of many rows with a dense weight, on processors that multiply bf16 pairs, or tiles of them (AMX).
+"""Products of many rows with a dense weight, on processors that multiply bf16 pairs, or tiles of
+them (AMX).
 
     product(x, W, bias)       x W^T + bias        (M, I) x (O, I) -> (M, O)
     times(g, W, so_far)       so_far + g W        (M, O) x (O, I) -> (M, I)
     linear(x, W, bias)        the first, or few_rows.py's, or torch's
 
-Compiled for bf16 (native/products.c), sums in float32 rounded once. A row's bits depend neither on what stands beside
-it nor on the number of threads; on tiles they are those that few_rows.py gives it. oneDNN's product leaves all threads
-but one idle for many shapes on tiles (two threads: 640 rows of 576 to 576 or of 1,536 to 576), and shares the rows of
-others unevenly. Shapes: M rows, I in_features, O out_features.
+Compiled for bf16 (native/products.c), sums in float32 rounded once. A row's bits depend neither on
+what stands beside it nor on the number of threads; on tiles they are those that few_rows.py gives
+it. oneDNN's product leaves all threads but one idle for many shapes on tiles (two threads: 640 rows
+of 576 to 576 or of 1,536 to 576), and shares the rows of others unevenly. Shapes: M rows, I
+in_features, O out_features.
 """
 
 import torch
@@ -21,7 +23,8 @@ MOST_WIDTH_ON_TILES = 2048
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W (O, I) and bias."""
+    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W
+    (O, I) and bias."""
     given = (x, weight) if bias is None else (x, weight, bias)
     return x.shape[-1] == weight.shape[1] and _taken(x, weight.shape[1], weight.numel(), given)
 
@@ -39,11 +42,15 @@ def _taken(x: Tensor, width: int, values: int, given: tuple[Tensor, ...]) -> boo
         return False
     if width > MOST_WIDTH_ON_TILES and has_amx():
         return False
-    return all(t.dtype is torch.bfloat16 and on_cpu(t) and t.is_contiguous() for t in given) and has_bf16()
+    return (
+        all(t.dtype is torch.bfloat16 and on_cpu(t) and t.is_contiguous() for t in given)
+        and has_bf16()
+    )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """(..., O) of a usable x (..., I). out: (M, O) that is written instead of a fresh one. Without a gradient."""
+    """(..., O) of a usable x (..., I). out: (M, O) that is written instead of a fresh one. Without
+    a gradient."""
     rows = x.view(-1, weight.shape[1])
     y = x.new_empty(len(rows), len(weight)) if out is None else out
     if y.is_meta:
@@ -70,8 +77,8 @@ def _planned(x: Tensor, matrix: Tensor, added: Tensor | None, out: Tensor) -> No
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) W^T + bias, by `product` or few_rows.py's where these are the fast way and nobody asks for its
-    gradient."""
+    """x (..., I) W^T + bias, by `product` or few_rows.py's where these are the fast way and nobody
+    asks for its gradient."""
     if not usable(x, weight, bias) or few_rows.usable(x, weight, bias):
         return few_rows.linear(x, weight, bias)
     graded = torch.is_grad_enabled() and few_rows.wants_gradient(x, weight, bias)

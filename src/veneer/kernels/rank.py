@@ -4,11 +4,12 @@
     add_up(y, d, B)   y += scale * d B^T        (M, O) += (M, R) x (O, R)
     gradient(u, x)    scale * u^T x             (M, R) x (M, I) -> (R, I)
 
-With dropout the wide side is seen through its mask: x, or what is added to y, is 0 where it drops, else / (1 - share);
-compiled, no pass of its own is made for that, and the division is one of the sums.
-Compiled for bf16 on processors that multiply its pairs (native/rank.c), sums in float32 rounded once; elsewhere torch's
-matrix products, which are made for squarer shapes. Factors are float32 or in the products' type; compiled kernels round
-them as they lay them out. Shapes: M rows, I and O widths, R rank.
+With dropout the wide side is seen through its mask: x, or what is added to y, is 0 where it drops,
+else / (1 - share); compiled, no pass of its own is made for that, and the division is one of the
+sums. Compiled for bf16 on processors that multiply its pairs (native/rank.c), sums in float32
+rounded once; elsewhere torch's matrix products, which are made for squarer shapes. Factors are
+float32 or in the products' type; compiled kernels round them as they lay them out. Shapes: M rows,
+I and O widths, R rank.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_compiled(rank: int, width: int, *tensors: Tensor) -> bool:
-    """Whether a kernel computes these: ranks and widths that fill registers, more than an answer's few rows."""
+    """Whether a kernel computes these: ranks and widths that fill registers, more than an answer's
+    few rows."""
     if rank % 16 or width % 16 or not 0 < rank <= calls.MOST_RANK or tensors[0].shape[0] < 16:
         return False
     return compiled(*tensors)
@@ -34,10 +36,16 @@ def is_compiled(rank: int, width: int, *tensors: Tensor) -> bool:
 
 def typed(factor: Tensor, x: Tensor) -> Tensor:
     """A factor as the products of x take it: itself, where a kernel rounds it, else in x's type."""
-    taken = factor.dtype is torch.float32 and x.dtype is torch.bfloat16 and factor.shape[0] % 16 == 0
+    taken = (
+        factor.dtype is torch.float32 and x.dtype is torch.bfloat16 and factor.shape[0] % 16 == 0
+    )
     return (
         factor
-        if taken and factor.shape[1] % 16 == 0 and factor.is_contiguous() and on_cpu(x) and has_bf16()
+        if taken
+        and factor.shape[1] % 16 == 0
+        and factor.is_contiguous()
+        and on_cpu(x)
+        and has_bf16()
         else factor.to(x.dtype)
     )
 
@@ -49,7 +57,9 @@ def _laid(factor: Tensor) -> Tensor:
 
 def _narrow(side: Tensor) -> bool:
     """Whether rows of R columns are whole pairs; they may be columns of a wider matrix."""
-    return side.stride(1) == 1 and side.stride(0) % 2 == 0 and side.data_ptr() % calls.PAIR_BYTES == 0
+    return (
+        side.stride(1) == 1 and side.stride(0) % 2 == 0 and side.data_ptr() % calls.PAIR_BYTES == 0
+    )
 
 
 def _mask(dropout: Dropout | None) -> calls.Mask | None:
@@ -57,7 +67,12 @@ def _mask(dropout: Dropout | None) -> calls.Mask | None:
 
 
 def down(
-    x: Tensor, A: Tensor, scale: float = 1.0, out: Tensor | None = None, *, dropout: Dropout | None = None
+    x: Tensor,
+    A: Tensor,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    *,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """out: columns of a wider matrix that are written instead of a fresh one."""
     rank, width = A.shape
@@ -71,7 +86,9 @@ def down(
     return out
 
 
-def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> None:
+def add_up(
+    y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None
+) -> None:
     width, rank = B.shape
     if not rank:
         return
@@ -84,13 +101,18 @@ def add_up(y: Tensor, d: Tensor, B: Tensor, scale: float = 1.0, *, dropout: Drop
 
 
 def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | None = None) -> Tensor:
-    """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the inputs' type."""
+    """In float32 where it is compiled and on CUDA, whose products keep their sums so; else in the
+    inputs' type."""
     rank = u.shape[1]
     if not rank:
         return x.new_empty(0, x.shape[1])
     if not is_compiled(rank, x.shape[1], x) or not _narrow(u):
         x = x if dropout is None else dropout.apply(x)
-        found = torch.mm(u.T, x, out_dtype=torch.float32) if x.is_cuda and x.dtype in _HALVES else u.T @ x
+        found = (
+            torch.mm(u.T, x, out_dtype=torch.float32)
+            if x.is_cuda and x.dtype in _HALVES
+            else u.T @ x
+        )
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
     calls.rank_gradient(u, x, [out], scale, _mask(dropout), turned=False, add=False)
@@ -98,14 +120,16 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
 
 
 def together(sizes: Sequence[int], dropouts: Sequence[Dropout | None]) -> bool:
-    """Whether factors of these ranks, of layers of one input, are one factor: each sees the wide side itself, and they
-    are no more than a kernel takes."""
+    """Whether factors of these ranks, of layers of one input, are one factor: each sees the wide
+    side itself, and they are no more than a kernel takes."""
     return all(each is None for each in dropouts) and (len(sizes) == 1 or sum(sizes) <= MOST)
 
 
-def gradients(u: Tensor, x: Tensor, sizes: Sequence[int], dropouts: Sequence[Dropout | None]) -> Sequence[Tensor]:
-    """`gradient` of several factors, u (M, R) theirs side by side: (R, I) of each. Where all ranks are 0, x may have no
-    rows."""
+def gradients(
+    u: Tensor, x: Tensor, sizes: Sequence[int], dropouts: Sequence[Dropout | None]
+) -> Sequence[Tensor]:
+    """`gradient` of several factors, u (M, R) theirs side by side: (R, I) of each. Where all ranks
+    are 0, x may have no rows."""
     if not u.shape[1]:
         return [x.new_empty(0, x.shape[1]) for _ in sizes]
     if together(sizes, dropouts):
@@ -124,8 +148,8 @@ def put_gradients(
     turned: bool = False,
     add: bool = False,
 ) -> None:
-    """`gradients`, where they are compiled, times scale, into float32 outs (R, I); turned: (I, R). add: + what they
-    were."""
+    """`gradients`, where they are compiled, times scale, into float32 outs (R, I); turned: (I, R).
+    add: + what they were."""
     sizes = [out.shape[int(turned)] for out in outs]
     if together(sizes, dropouts):
         calls.rank_gradient(u, x, outs, scale, turned=turned, add=add)

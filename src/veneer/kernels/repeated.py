@@ -3,14 +3,15 @@
     repeated = noted(given, compute)         what compute() makes, and the calls that it makes, once
     made = repeated.again(addresses)         the same of values that lie elsewhere
 
-given: all that the calls read and nothing of which they made themselves; `addresses` is where another layer has these,
-in the same order, each as large. A number among them is that of a mask (dropout), and its own address. compute returns
-groups of tensors, made anew for every layer. What else is made between is scratch: pieces that are not needed at the
-same time share theirs.
+given: all that the calls read and nothing of which they made themselves; `addresses` is where
+another layer has these, in the same order, each as large. A number among them is that of a mask
+(dropout), and its own address. compute returns groups of tensors, made anew for every layer. What
+else is made between is scratch: pieces that are not needed at the same time share theirs.
 
-The calls were checked when they were made (arguments.py); that another layer's values are of the same shapes and types,
-without gaps, is the caller's to see. Anything else that torch computes spoils it, as in recorded.py. Between two
-products Python's part of a layer took as long as four of C's: all that it reads has left the caches.
+The calls were checked when they were made (arguments.py); that another layer's values are of the
+same shapes and types, without gaps, is the caller's to see. Anything else that torch computes
+spoils it, as in recorded.py. Between two products Python's part of a layer took as long as four of
+C's: all that it reads has left the caches.
 """
 
 import ctypes
@@ -30,14 +31,19 @@ FUNCTIONS = (
     *("veneer_product", "veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
     *("veneer_block_norm_forward", "veneer_block_norm_backward"),
     *("veneer_block_gate_forward", "veneer_block_gate_backward", "veneer_block_heads"),
-    *("veneer_attention_forward", "veneer_attention_backward", "veneer_attention_summed", "veneer_attention_shared"),
+    *(
+        "veneer_attention_forward",
+        "veneer_attention_backward",
+        "veneer_attention_summed",
+        "veneer_attention_shared",
+    ),
     *("veneer_zeros", "veneer_silu_gate_forward"),
 )
 """In the order in which native/repeated.c numbers them."""
 LINE, WORD = 64, 2**64 - 1
 TOGETHER = 2**20
-"""Bytes up to which tensors of a group lie in one piece of memory: large ones leave holes that others of a batch with
-more rows do not fit into."""
+"""Bytes up to which tensors of a group lie in one piece of memory: large ones leave holes that
+others of a batch with more rows do not fit into."""
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _EMPTY = -1
 """A piece of no bytes."""
@@ -85,25 +91,42 @@ class _Shape:
             memory = memory.view(-1).view(self.dtype)
         elif memory.shape == self.size:
             return memory
-        return memory.as_strided(self.size, self.stride, memory.storage_offset() + self.at // self.dtype.itemsize)
+        return memory.as_strided(
+            self.size, self.stride, memory.storage_offset() + self.at // self.dtype.itemsize
+        )
 
 
 class Repeated:
     """groups: the tensors of each, as they lie in its memory of so many bytes. scratch: bytes."""
 
     def __init__(
-        self, calls: Any, structs: bytes, places: Any, groups: list[list[_Shape]], sizes: list[int], scratch: int
+        self,
+        calls: Any,
+        structs: bytes,
+        places: Any,
+        groups: list[list[_Shape]],
+        sizes: list[int],
+        scratch: int,
     ) -> None:
         self._groups = groups
-        self._given = (ctypes.byref(calls), len(calls), structs, ctypes.byref(places))  # which hold what they name
+        self._given = (
+            ctypes.byref(calls),
+            len(calls),
+            structs,
+            ctypes.byref(places),
+        )  # which hold what they name
         every = [each for group in groups for each in group]
-        made = [_memory([each for each in every if each.piece == n], size) for n, size in enumerate(sizes)]
+        made = [
+            _memory([each for each in every if each.piece == n], size)
+            for n, size in enumerate(sizes)
+        ]
         self._memory: list[tuple[tuple[int, ...], torch.dtype]] = [*made, ((scratch,), torch.uint8)]
         self._firsts = [min((each.piece for each in group), default=0) for group in groups]
         self._stops = [max((each.piece for each in group), default=-1) + 1 for group in groups]
 
     def again(self, addresses: Sequence[int]) -> list[list[Tensor]]:
-        """The pieces of memory of each group: as the tensor that fills it, else as values of one type in a row."""
+        """The pieces of memory of each group: as the tensor that fills it, else as values of one
+        type in a row."""
         made = [torch.empty(size, dtype=dtype) for size, dtype in self._memory]
         bases = (*addresses, *[each.data_ptr() for each in made])
         if call("veneer_repeated", *self._given, (ctypes.c_int64 * len(bases))(*bases)):
@@ -114,10 +137,19 @@ class Repeated:
         """The tensors of a group in pieces of memory as `again` makes them."""
         shapes, found = self._groups[group], list[Tensor]()
         for piece in range(self._firsts[group], self._stops[group]):
-            within = [(shape, tensor) for shape, tensor in zip(shapes, tensors, strict=True) if shape.piece == piece]
+            within = [
+                (shape, tensor)
+                for shape, tensor in zip(shapes, tensors, strict=True)
+                if shape.piece == piece
+            ]
             size, dtype = self._memory[piece]
             first = within[0][1]
-            if len(within) == 1 and first.shape == size and first.dtype is dtype and first.is_contiguous():
+            if (
+                len(within) == 1
+                and first.shape == size
+                and first.dtype is dtype
+                and first.is_contiguous()
+            ):
                 found.append(first)
                 continue
             found.append(torch.empty(size, dtype=dtype))
@@ -146,7 +178,9 @@ def _memory(within: Sequence[_Shape], size: int) -> tuple[tuple[int, ...], torch
 
 def addresses(given: Sequence[Given]) -> list[int]:
     """Of what a layer's calls read, for `again`."""
-    return [0 if each is None else each if isinstance(each, int) else each.data_ptr() for each in given]
+    return [
+        0 if each is None else each if isinstance(each, int) else each.data_ptr() for each in given
+    ]
 
 
 class _Notes:
@@ -156,7 +190,9 @@ class _Notes:
         self.spoiled: str | None = None
         bytes_of = [each.nbytes if isinstance(each, Tensor) else 0 for each in given]
         self._given = list(zip(addresses(given), bytes_of, strict=True))
-        self._numbers = {each & WORD: -1 - place for place, each in enumerate(given) if isinstance(each, int)}
+        self._numbers = {
+            each & WORD: -1 - place for place, each in enumerate(given) if isinstance(each, int)
+        }
         if len(self._numbers) != sum(isinstance(each, int) for each in given):
             self.spoil("masks that are the same")
         self._pieces: list[_Piece] = []
@@ -168,7 +204,9 @@ class _Notes:
     def made(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.numel() and name not in ("detach", "alias"):
             now = len(self._calls)
-            self._pieces.append(_Piece(tensor.data_ptr(), tensor.untyped_storage().nbytes(), now, now))
+            self._pieces.append(
+                _Piece(tensor.data_ptr(), tensor.untyped_storage().nbytes(), now, now)
+            )
         return tensor
 
     def note(self, name: str, given: tuple[Any, ...]) -> None:
@@ -195,8 +233,8 @@ class _Notes:
         self._calls.append((_NUMBERS[name], content, int(count[0]) if count else 0, places))
 
     def _place(self, address: int) -> tuple[int, int] | None:
-        """(number, bytes behind its begin): below 0 of what was given, counted from -1 on, else of what was made; of
-        two pieces that lay in one place the later one."""
+        """(number, bytes behind its begin): below 0 of what was given, counted from -1 on, else of
+        what was made; of two pieces that lay in one place the later one."""
         number = self._piece(address)
         if number is not None:
             self._pieces[number].last = len(self._calls)
@@ -216,7 +254,9 @@ class _Notes:
         """None: it is spoiled."""
         if self.spoiled is not None:
             return None
-        where: dict[int, tuple[int, int]] = {}  # of a piece: number of its memory, bytes behind its begin
+        where: dict[
+            int, tuple[int, int]
+        ] = {}  # of a piece: number of its memory, bytes behind its begin
         shapes, sizes = list[list[_Shape]](), list[int]()
         for group in groups:
             shapes.append([])
@@ -247,7 +287,9 @@ class _Notes:
             structs += content
             for at, number, start in places:
                 memory, begin = (-1 - number, 0) if number < 0 else where[number]
-                laid.append(_Place(at, memory if number < 0 else len(self._given) + memory, begin + start))
+                laid.append(
+                    _Place(at, memory if number < 0 else len(self._given) + memory, begin + start)
+                )
         return (_Call * len(calls))(*calls), bytes(structs), (_Place * len(laid))(*laid)
 
 
@@ -264,7 +306,8 @@ def _lines(size: int) -> int:
 
 
 def _laid(pieces: Sequence[_Piece]) -> tuple[list[int], int]:
-    """Where each begins in a common memory, and how large that is: two that are needed at the same time lie apart."""
+    """Where each begins in a common memory, and how large that is: two that are needed at the same
+    time lie apart."""
     found, largest = list[int](), 0
     for number, piece in enumerate(pieces):
         beside = [

@@ -8,7 +8,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rules:
-    """window: keys seen, the row's own included; sinks: (H), a column that takes mass and gives nothing."""
+    """window: keys seen, the row's own included; sinks: (H), a column that takes mass and gives
+    nothing."""
 
     scale: float
     window: int | None = None

@@ -1,17 +1,19 @@
-"""One frozen linear layer whose rows have adapters of their own: the base's product of all rows, and on some of
-them updates.
+"""One frozen linear layer whose rows have adapters of their own: the base's product of all rows,
+and on some of them updates.
 
     y = x W^T + bias,    y[rows] += scaling * (drop(x[rows]) A^T) B^T     for every update
 
-Rows that no update names are the base's to the bit; rows that several name get all of them. As in kernels/lora.py W is
-never copied, its gradient never formed, and what is kept for backward is x, by reference, and each x A^T.
+Rows that no update names are the base's to the bit; rows that several name get all of them. As in
+kernels/lora.py W is never copied, its gradient never formed, and what is kept for backward is x, by
+reference, and each x A^T.
 
-Two ways, chosen by cost. Long segments are taken one by one, by the same products as an adapter that acts alone. Many
-short ones, an answer's single rows most of all, would be thousands of tiny products a step: where nothing is trained a
-compiled function takes all of them at once (kernels/few_rows.py); else they go in bundles, stacks of factors times
-stacks of rows, shorter segments and smaller ranks filled up with zeros.
-On CUDA a bundle is one launch a product, and nothing is filled up (grouped.py).
-Shapes: M rows, m of an update, I in_features, O out_features, R rank; of a bundle n updates, L rows each.
+Two ways, chosen by cost. Long segments are taken one by one, by the same products as an adapter
+that acts alone. Many short ones, an answer's single rows most of all, would be thousands of tiny
+products a step: where nothing is trained a compiled function takes all of them at once
+(kernels/few_rows.py); else they go in bundles, stacks of factors times stacks of rows, shorter
+segments and smaller ranks filled up with zeros. On CUDA a bundle is one launch a product, and
+nothing is filled up (grouped.py). Shapes: M rows, m of an update, I in_features, O out_features, R
+rank; of a bundle n updates, L rows each.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +36,8 @@ LONG = 64
 FEW = 128
 """Rows up to which the compiled function for many updates is the faster one."""
 SPREAD = 2
-"""Segments and ranks of one bundle differ by this factor at most: what is filled up is computed too."""
+"""Segments and ranks of one bundle differ by this factor at most: what is filled up is computed
+too."""
 
 
 class Factored(Protocol):
@@ -46,7 +49,8 @@ class Factored(Protocol):
 Typed = tuple[int, torch.dtype]
 """A layer, by its id, in a type."""
 LayerRows = tuple[str, torch.dtype, tuple[int, ...]]
-"""Key of a layer, type of its inputs, and how many of its input rows belong to each part of what acts."""
+"""Key of a layer, type of its inputs, and how many of its input rows belong to each part of what
+acts."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class Update:
 class Bundle:
     """numbers: of its updates; segments that neither overlap nor go back.
 
-    chosen (n * L): the rows it computes, a shorter segment's last one again; None: they are first to last as they
-    stand. real (sum of m): which of them are no filling; places (sum of m): the rows they stand for
+    chosen (n * L): the rows it computes, a shorter segment's last one again; None: they are first
+    to last as they stand. real (sum of m): which of them are no filling; places (sum of m): the
+    rows they stand for
     """
 
     numbers: tuple[int, ...]
@@ -125,7 +130,9 @@ class Bundle:
             rows.baddbmm_(left, right)
             return
         assert self.real is not None and self.places is not None
-        y.index_add_(0, self.places, torch.bmm(left, right).flatten(0, 1).index_select(0, self.real))
+        y.index_add_(
+            0, self.places, torch.bmm(left, right).flatten(0, 1).index_select(0, self.real)
+        )
 
     def hide_filling(self, x: Tensor) -> Tensor:
         """(n, L, K) with zeros where nothing stands, in place."""
@@ -138,9 +145,9 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Updates without dropout, ready for any number of forwards without a gradient: factors in the type of the
-    products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R)). few: the short ones, where a compiled
-    function takes them."""
+    """Updates without dropout, ready for any number of forwards without a gradient: factors in the
+    type of the products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R)). few: the
+    short ones, where a compiled function takes them."""
 
     alone: tuple[tuple[slice, Tensor, Tensor, float], ...]
     bundled: tuple[tuple[Bundle | Grouped, Tensor, Tensor], ...]
@@ -155,11 +162,18 @@ class Prepared:
             bundle.add_to(y_MO, bundle.down(bundle.stacked(x_MI), A), B.mT)
         return y_MO
 
-    def in_one_call(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> few_rows.Part | None:
-        """What `few_rows.updated` computes this by, beside others of the same x; None: there is more to do."""
+    def in_one_call(
+        self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear
+    ) -> few_rows.Part | None:
+        """What `few_rows.updated` computes this by, beside others of the same x; None: there is
+        more to do."""
         if self.alone or self.bundled or not isinstance(base, DenseLinear):
             return None
-        return (base.module.weight, bias, self.few) if few_rows.usable(x_MI, base.module.weight, bias) else None
+        return (
+            (base.module.weight, bias, self.few)
+            if few_rows.usable(x_MI, base.module.weight, bias)
+            else None
+        )
 
     def _with_few(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
         if self.few is None:
@@ -173,16 +187,18 @@ class Prepared:
 
 @dataclass
 class Plan:
-    """What a mix lets be prepared once: for as long as the same parts act on the same numbers of rows.
+    """What a mix lets be prepared once: for as long as the same parts act on the same numbers of
+    rows.
 
-    kept holds values, and so do the factors in the type of the products: whoever keeps a plan while these are trained
-    calls forget(). Its key has the rows of every part, because a layer behind a choice of rows (the output head) gets
-    as many rows in two steps that belong to other parts.
+    kept holds values, and so do the factors in the type of the products: whoever keeps a plan while
+    these are trained calls forget(). Its key has the rows of every part, because a layer behind a
+    choice of rows (the output head) gets as many rows in two steps that belong to other parts.
     """
 
     kept: dict[LayerRows, Prepared] = field(default_factory=dict)
     mix: Mix | None = None
-    """The updates of all layers, where whoever made the plan listed them; None: each layer finds its own."""
+    """The updates of all layers, where whoever made the plan listed them; None: each layer finds
+    its own."""
     _bundles: dict[tuple[Any, ...], list[Bundle | Grouped]] = field(default_factory=dict)
     _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
 
@@ -192,20 +208,26 @@ class Plan:
         self._typed.clear()
 
     def following(self, layers: Sequence[Factored] | None = None) -> "Plan":
-        """Of the next mix: what acted before is not typed anew. layers: of these alone; the others are let go."""
+        """Of the next mix: what acted before is not typed anew. layers: of these alone; the others
+        are let go."""
         if layers is None:
             return Plan(_typed=self._typed)
         stay = set(map(id, layers))
         return Plan(_typed={key: found for key, found in self._typed.items() if key[0] in stay})
 
-    def table(self, layers: Mapping[str, Factored], dtype: torch.dtype, scalings: Sequence[float]) -> Table:
-        """Of one adapter's layers, by their keys, each update multiplied with its scaling; where `takes_updates`."""
+    def table(
+        self, layers: Mapping[str, Factored], dtype: torch.dtype, scalings: Sequence[float]
+    ) -> Table:
+        """Of one adapter's layers, by their keys, each update multiplied with its scaling; where
+        `takes_updates`."""
         self.lay_out(layers.values(), dtype, torch.device("cpu"))
-        return Table({key: self._typed[id(layer), dtype][1] for key, layer in layers.items()}, scalings)
+        return Table(
+            {key: self._typed[id(layer), dtype][1] for key, layer in layers.items()}, scalings
+        )
 
     def listed(self, layer_rows: LayerRows) -> Prepared | None:
-        """What the mix lists for a layer that gets all rows of the step. Returns None if the mix lists nothing there,
-        or not everything."""
+        """What the mix lists for a layer that gets all rows of the step. Returns None if the mix
+        lists nothing there, or not everything."""
         key, dtype, _ = layer_rows
         few = None if self.mix is None else self.mix.at(key, dtype)
         if few is None:
@@ -214,37 +236,53 @@ class Plan:
         return prepared
 
     def lay_out(self, layers: Iterable[Factored], dtype: torch.dtype, device: torch.device) -> None:
-        """The factors of one adapter, one behind the other, before they are asked for one by one."""
+        """The factors of one adapter, one behind the other, before they are asked for one by
+        one."""
         new = [layer for layer in layers if (id(layer), dtype) not in self._typed]
         if new and few_rows.takes_updates(1, dtype, device):
             pairs = [layer.factors() for layer in new]
             factors = few_rows.laid_out([(_readable(A), _readable(B)) for A, B in pairs], dtype)
             # the layer too: its id is another's when it is gone
-            self._typed |= {(id(layer), dtype): (layer, each) for layer, each in zip(new, factors, strict=True)}
+            self._typed |= {
+                (id(layer), dtype): (layer, each) for layer, each in zip(new, factors, strict=True)
+            }
 
     def _factors(self, layer: Factored, dtype: torch.dtype) -> few_rows.Factors:
         self.lay_out([layer], dtype, torch.device("cpu"))
         return self._typed[id(layer), dtype][1]
 
-    def bundles(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> list[Bundle | Grouped]:
+    def bundles(
+        self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device
+    ) -> list[Bundle | Grouped]:
         """Those of the short segments; what is in none is taken by itself."""
         shape = *((u.rows.start, u.rows.stop) for u in updates), dtype, device
         if shape not in self._bundles:
             self._bundles[shape] = _bundled(updates, dtype, device)
         return self._bundles[shape]
 
-    def prepared(self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> Prepared:
+    def prepared(
+        self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device
+    ) -> Prepared:
         short = [update for update in updates if few_rows.takes(update.count, FEW)]
         if few_rows.takes_updates(len(short), dtype, device):
-            few = few_rows.Updates([(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short])
-            long = (_typed(update, dtype) for update in updates if not few_rows.takes(update.count, FEW))
+            few = few_rows.Updates(
+                [(u.rows, self._factors(u.layer, dtype), u.scaling) for u in short]
+            )
+            long = (
+                _typed(update, dtype) for update in updates if not few_rows.takes(update.count, FEW)
+            )
             return Prepared(tuple(long), (), few)
         bundles = self.bundles(updates, dtype, device)
         alone = [_typed(updates[number], dtype) for number in _alone(updates, bundles)]
         bundled = []
         for bundle in bundles:
             own = [updates[n] for n in bundle.numbers]
-            bundled.append((bundle, *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype)))
+            bundled.append(
+                (
+                    bundle,
+                    *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype),
+                )
+            )
         return Prepared(tuple(alone), tuple(bundled))
 
 
@@ -260,17 +298,21 @@ def _typed(update: Update, dtype: torch.dtype) -> tuple[slice, Tensor, Tensor, f
 def stack_of(
     pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(A (R, I), B (O, R)) of each -> (n, R, I) and (n, O, R), the second scaled, smaller ranks filled up with
-    zeros."""
+    """(A (R, I), B (O, R)) of each -> (n, R, I) and (n, O, R), the second scaled, smaller ranks
+    filled up with zeros."""
     most = max(len(A) for A, _ in pairs)
     A = torch.stack([F.pad(A, (0, 0, 0, most - len(A))) if len(A) < most else A for A, _ in pairs])
-    B = torch.stack([F.pad(B, (0, most - B.shape[1])) if B.shape[1] < most else B for _, B in pairs])
+    B = torch.stack(
+        [F.pad(B, (0, most - B.shape[1])) if B.shape[1] < most else B for _, B in pairs]
+    )
     wide = torch.promote_types(dtype, B.dtype)  # scaled before it is rounded
     scale = torch.tensor(scalings, dtype=wide).to(B.device)
     return A.to(dtype), (B.to(wide) * scale[:, None, None]).to(dtype)
 
 
-def _bundled(updates: Sequence[Update], dtype: torch.dtype, device: torch.device) -> list[Bundle | Grouped]:
+def _bundled(
+    updates: Sequence[Update], dtype: torch.dtype, device: torch.device
+) -> list[Bundle | Grouped]:
     found: list[list[int]] = []
     order = sorted(range(len(updates)), key=lambda n: updates[n].rows.start)
     for number in order:
@@ -279,7 +321,9 @@ def _bundled(updates: Sequence[Update], dtype: torch.dtype, device: torch.device
             continue
         for numbers in found:
             sizes = [updates[n].count for n in numbers]
-            if updates[numbers[-1]].rows.stop <= rows.start and max(*sizes, count) <= SPREAD * min(*sizes, count):
+            if updates[numbers[-1]].rows.stop <= rows.start and max(*sizes, count) <= SPREAD * min(
+                *sizes, count
+            ):
                 numbers.append(number)
                 break
         else:
@@ -324,7 +368,9 @@ class _WithUpdates(torch.autograd.Function):
             kept += [A_RI, B_OR, down]
         for bundle in bundles:
             own = [updates[n] for n in bundle.numbers]
-            A, B = stack_of([pairs[n] for n in bundle.numbers], [u.scaling for u in own], x_MI.dtype)
+            A, B = stack_of(
+                [pairs[n] for n in bundle.numbers], [u.scaling for u in own], x_MI.dtype
+            )
             down = bundle.hide_filling(bundle.down(_stacked(x_MI, bundle, own), A))
             bundle.add_to(y_MO, down, B.mT)
             kept += [A, B, down]
@@ -359,7 +405,10 @@ class _WithUpdates(torch.autograd.Function):
             of_A, of_B = bundle.gradient(up, _stacked(x_MI, bundle, own)), bundle.gradient(g, down)
             for at, (number, update) in enumerate(zip(bundle.numbers, own, strict=True)):
                 R = ctx.likes[2 * number][0][0]
-                grads[2 * number], grads[2 * number + 1] = of_A[at, :R], of_B[at, :, :R] * update.scaling
+                grads[2 * number], grads[2 * number + 1] = (
+                    of_A[at, :R],
+                    of_B[at, :, :R] * update.scaling,
+                )
             if grad_x is None:
                 continue
             if all(update.dropout is None for update in own):
@@ -367,7 +416,9 @@ class _WithUpdates(torch.autograd.Function):
                 continue
             for at, update in enumerate(own):
                 part = bundle.own(up, at) @ A[at]
-                grad_x[update.rows] += part if update.dropout is None else update.dropout.apply(part)
+                grad_x[update.rows] += (
+                    part if update.dropout is None else update.dropout.apply(part)
+                )
         grad_bias = bias_gradient(grad, ctx.bias_type) if ctx.needs_input_grad[1] else None
         typed = (grads[n].to(dtype) for n, (_, dtype) in enumerate(ctx.likes))
         return grad_x, grad_bias, None, None, None, *typed
@@ -408,7 +459,8 @@ def linear_with_updates(
 def linear_with_updates_reference(
     x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update]
 ) -> Tensor:
-    """The same under torch's own autograd, W dense, one update after another: the meaning of linear_with_updates."""
+    """The same under torch's own autograd, W dense, one update after another: the meaning of
+    linear_with_updates."""
     y_MO = x_MI @ base.dense_weight(x_MI.dtype).T
     y_MO = y_MO if bias is None else y_MO + bias
     for update in updates:

@@ -1,14 +1,25 @@
 """The calls into the kernels between the products of a decoder layer (native/decoder_step.c).
 
-Each function states the shapes that C takes for granted; arguments.py refuses everything else. All values of a call are
-of one type, float32 or bf16. Shapes: N rows, D width, H query heads, K key heads, E head size.
+Each function states the shapes that C takes for granted; arguments.py refuses everything else. All
+values of a call are of one type, float32 or bf16. Shapes: N rows, D width, H query heads, K key
+heads, E head size.
 """
 
 import ctypes
 
 from torch import Tensor
 
-from veneer.kernels.arguments import INT64, CallError, at, call, number, numbers, pointers, type_number, whole
+from veneer.kernels.arguments import (
+    INT64,
+    CallError,
+    at,
+    call,
+    number,
+    numbers,
+    pointers,
+    type_number,
+    whole,
+)
 
 ANY_LEVEL = 3
 
@@ -26,7 +37,10 @@ class _Gate(ctypes.Structure):
 
 
 class _Inputs(ctypes.Structure):
-    _fields_ = [*pointers("ids spans table cos_table sin_table h cos sin"), *numbers("rows width size")]
+    _fields_ = [
+        *pointers("ids spans table cos_table sin_table h cos sin"),
+        *numbers("rows width size"),
+    ]
     kept: object
 
 
@@ -45,13 +59,16 @@ def step_norm(
     epsilon: float,
     level: int = ANY_LEVEL,
 ) -> None:
-    """sum_ (N, D) = x + delta, out = weight * normalised sum_; without a delta of x, and there is no sum_."""
+    """sum_ (N, D) = x + delta, out = weight * normalised sum_; without a delta of x, and there is
+    no sum_."""
     (rows, width), dtype = x.shape, x.dtype
     if (delta is None) != (sum_ is None):
         raise CallError("a sum of one")
     added = None if delta is None else at(delta, dtype, rows, width)
     made = None if sum_ is None else at(sum_, dtype, rows, width), at(out, dtype, rows, width)
-    given = _Norm(at(x, dtype, rows, width), added, at(weight, dtype, number(width, 1)), *made, width, epsilon)
+    given = _Norm(
+        at(x, dtype, rows, width), added, at(weight, dtype, number(width, 1)), *made, width, epsilon
+    )
     call("veneer_step_norm", ctypes.byref(given), rows, _bf16(x), number(level, 0, 3))
 
 
@@ -69,15 +86,27 @@ def step_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, level: int = ANY
 def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
     """out (N, D) = silu(gate) * up."""
     (rows, width), dtype = gate.shape, gate.dtype
-    given = _Gate(at(gate, dtype, rows, width), whole(up, dtype, rows * width), at(out, dtype, rows, width), width)
+    given = _Gate(
+        at(gate, dtype, rows, width),
+        whole(up, dtype, rows * width),
+        at(out, dtype, rows, width),
+        width,
+    )
     call("veneer_step_gate", ctypes.byref(given), rows, _bf16(gate), number(level, 0, 3))
 
 
 def step_inputs(
-    ids: Tensor, spans: Tensor, table: Tensor, cos_table: Tensor, sin_table: Tensor, h: Tensor, cos: Tensor, sin: Tensor
+    ids: Tensor,
+    spans: Tensor,
+    table: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    h: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> None:
-    """h (N, D) = table (V, D) at ids (N); cos and sin (N, E) = their tables (P, E) at the fourth of each of spans
-    (N, 5), where its row stands (paged_calls.py); all of one type."""
+    """h (N, D) = table (V, D) at ids (N); cos and sin (N, E) = their tables (P, E) at the fourth of
+    each of spans (N, 5), where its row stands (paged_calls.py); all of one type."""
     (rows, width), dtype, size = h.shape, h.dtype, cos.shape[1]
     starts = [at(ids, INT64, number(rows, 1)), at(spans, INT64, rows, 5)]
     for of, table_of in ((ids, table), (spans[:, 3], cos_table)):

@@ -1,7 +1,8 @@
 """The calls that end attention's backward (native/attention_sums.c): gradients in shares, added up.
 
-Each function states the shapes that C takes for granted; arguments.py refuses everything else. Values are bf16 or
-float32, shares float32. Shapes: R rows, S shares of queries, K key heads, D head size, P keys that all documents see.
+Each function states the shapes that C takes for granted; arguments.py refuses everything else.
+Values are bf16 or float32, shares float32. Shapes: R rows, S shares of queries, K key heads, D head
+size, P keys that all documents see.
 """
 
 import ctypes
@@ -25,7 +26,8 @@ class _Zeros(ctypes.Structure):
 
 
 def attention_summed(own: Tensor, more: Tensor | None, out_k: Tensor, out_v: Tensor) -> None:
-    """out_k, out_v (R, K, D), rounded once, = own (2, S, R, K, D) summed over S, + more (2, R, K, D)."""
+    """out_k, out_v (R, K, D), rounded once, = own (2, S, R, K, D) summed over S, + more (2, R, K,
+    D)."""
     (rows, heads, size), (_, splits, *_) = out_k.shape, own.shape
     given = _Summed(splits=number(splits, 1), rows=rows, width=number(heads * size, 0, MOST_STRIDE))
     given.own = at(own, FP32, 2, splits, rows, heads, size)
@@ -38,7 +40,8 @@ def attention_summed(own: Tensor, more: Tensor | None, out_k: Tensor, out_v: Ten
 
 
 def attention_shared(held: Tensor, out: Tensor, *, add: bool) -> None:
-    """out (2, P, K, D) = held (2, documents, S, K, P, D) summed over documents and S; add: + what it was."""
+    """out (2, P, K, D) = held (2, documents, S, K, P, D) summed over documents and S; add: + what
+    it was."""
     _, documents, splits, heads, rows, size = held.shape
     given = _Shared(parts=documents * splits, heads=heads, rows=rows, size=size, add=int(add))
     given.held = at(held, FP32, 2, documents, splits, heads, rows, size)

@@ -1,6 +1,8 @@
-"""Dropout on CUDA in one pass, with the masks of dropout.py and native/dropout.c: hash(row key, column) to the bit.
+"""Dropout on CUDA in one pass, with the masks of dropout.py and native/dropout.c: hash(row key,
+column) to the bit.
 
-Nothing is stored of a mask, and its counters are 32 bits wide, which a GPU multiplies natively. Shapes: N rows, I wide.
+Nothing is stored of a mask, and its counters are 32 bits wide, which a GPU multiplies natively.
+Shapes: N rows, I wide.
 """
 
 import torch
@@ -40,5 +42,16 @@ def drop(x: Tensor, rows: Tensor, row_key: int, column_key: int, share: float) -
     """x (N, I), rows (N) int64, both contiguous; keys of 32 bits -> as drop_out."""
     (count, width), out = x.shape, torch.empty_like(x)
     grid, threshold = (count, triton.cdiv(width, _VALUES)), int(share * 2**32)
-    _drop[grid](x, rows, out, row_key, column_key, threshold, 1 - share, width, size=_VALUES, enable_fp_fusion=False)
+    _drop[grid](
+        x,
+        rows,
+        out,
+        row_key,
+        column_key,
+        threshold,
+        1 - share,
+        width,
+        size=_VALUES,
+        enable_fp_fusion=False,
+    )
     return out

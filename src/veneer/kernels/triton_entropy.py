@@ -2,9 +2,10 @@
 
     loss = log sum exp(z) - z[target]    z <- softmax(z) - onehot
 
-As native/fused.c: float32 inside, the target's share taken from the float. One program a row: it reads the row once for
-the sum, whose largest value is found on the way (Milakov and Gimelshein 2018, arXiv:1805.02867), and once for the
-gradient. A target outside of the row makes its loss nan, which stops the run. Shapes: M rows, V vocabulary.
+As native/fused.c: float32 inside, the target's share taken from the float. One program a row: it
+reads the row once for the sum, whose largest value is found on the way (Milakov and Gimelshein
+2018, arXiv:1805.02867), and once for the gradient. A target outside of the row makes its loss nan,
+which stops the run. Shapes: M rows, V vocabulary.
 """
 
 import torch
@@ -49,11 +50,20 @@ def _entropy(z, targets, loss, width, stride, writes: tl.constexpr, size: tl.con
 
 
 def entropy(z: Tensor, targets: Tensor, writes: bool) -> Tensor:
-    """z (at least M, V), targets (M) int64, both contiguous -> losses (M) float32. writes: z becomes its gradient."""
+    """z (at least M, V), targets (M) int64, both contiguous -> losses (M) float32. writes: z
+    becomes its gradient."""
     loss = torch.empty(len(targets), dtype=torch.float32, device=z.device)
     size = min(triton.next_power_of_2(z.shape[1]), _MOST_VALUES)
     grid, warps = (len(targets),), warps_of(size)
     _entropy[grid](
-        z, targets, loss, z.shape[1], z.stride(0), writes=writes, size=size, num_warps=warps, enable_fp_fusion=False
+        z,
+        targets,
+        loss,
+        z.shape[1],
+        z.stride(0),
+        writes=writes,
+        size=size,
+        num_warps=warps,
+        enable_fp_fusion=False,
     )
     return loss

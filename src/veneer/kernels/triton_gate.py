@@ -1,4 +1,5 @@
-"""Gates of feed-forward blocks on CUDA, each way in one pass, float32 inside, rounded where models round.
+"""Gates of feed-forward blocks on CUDA, each way in one pass, float32 inside, rounded where models
+round.
 
     silu    y = silu(gate) * up
     gelu    y = gelu(gate) * up, by its formula with tanh
@@ -63,7 +64,9 @@ def _backward(gate, up, grad, grad_gate, grad_up, count, gelu: tl.constexpr, siz
 def gate_forward(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     """gate and up of one shape and type, contiguous, as everything here."""
     out, count = torch.empty_like(gate), gate.numel()
-    _forward[(triton.cdiv(count, _VALUES),)](gate, up, out, count, gelu=gelu, size=_VALUES, enable_fp_fusion=False)
+    _forward[(triton.cdiv(count, _VALUES),)](
+        gate, up, out, count, gelu=gelu, size=_VALUES, enable_fp_fusion=False
+    )
     return out
 
 
@@ -71,5 +74,7 @@ def gate_backward(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[T
     """The gradients of gate and up."""
     grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(gate), gate.numel()
     grid = (triton.cdiv(count, _VALUES),)
-    _backward[grid](gate, up, grad, grad_gate, grad_up, count, gelu=gelu, size=_VALUES, enable_fp_fusion=False)
+    _backward[grid](
+        gate, up, grad, grad_gate, grad_up, count, gelu=gelu, size=_VALUES, enable_fp_fusion=False
+    )
     return grad_gate, grad_up

@@ -1,10 +1,12 @@
-"""GGUF blocks on CUDA, decoded in one kernel: the bits of gguf.py's plain path and of native/gguf.c.
+"""GGUF blocks on CUDA, decoded in one kernel: the bits of gguf.py's plain path and of
+native/gguf.c.
 
     value = scale * code + offset     one rounding in float32, one more to the output type
 
-A lane a value: it finds its own byte, and the scale that it shares with 16 or 32 neighbours, from its place within the
-block. Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
-Shapes: N blocks, i a value's place in its block; `block` the address of each value's block.
+A lane a value: it finds its own byte, and the scale that it shares with 16 or 32 neighbours, from
+its place within the block. Layout of the blocks:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Shapes: N blocks, i a value's place
+in its block; `block` the address of each value's block.
 """
 
 import triton
@@ -45,7 +47,8 @@ def _signed(byte):
 
 @triton.jit
 def _none(i):
-    """An offset that changes no bit, not that of a zero's sign: -0, by its bits, for Triton 3.7 makes 0 of `-0.0`."""
+    """An offset that changes no bit, not that of a zero's sign: -0, by its bits, for Triton 3.7
+    makes 0 of `-0.0`."""
     return ((i & 0).to(tl.uint32) | 0x80000000).to(tl.float32, bitcast=True)
 
 
@@ -78,14 +81,17 @@ def _of_256(block, i, inside, kind: tl.constexpr):
         low = (_byte(block, half * 64 + at % 64, inside) >> (at // 64 * 4)) & 15
         high = (_byte(block, 128 + half * 32 + at % 32, inside) >> (at // 32 * 2)) & 3
         code, offset = (low | (high << 4)) - 32, _none(i)
-        scale = _signed(_byte(block, 192 + i // 16, inside)).to(tl.float32) * _half(block, 208, inside)
+        scale = _signed(_byte(block, 192 + i // 16, inside)).to(tl.float32) * _half(
+            block, 208, inside
+        )
     else:
         group = i // 32
         nibbles: tl.constexpr = 48 if kind == _Q5_K else 16
         code = (_byte(block, nibbles + group // 2 * 32 + i % 32, inside) >> (group % 2 * 4)) & 15
         if kind == _Q5_K:
             code |= ((_byte(block, 16 + i % 32, inside) >> group) & 1) << 4
-        # twelve bytes of scales and minima: of the last four groups the low bits lie in the last four bytes
+        # twelve bytes of scales and minima: of the last four groups the low bits lie in the last
+        # four bytes
         late = group >= 4
         low = _byte(block, 4 + group, inside)
         above = _byte(block, 8 + group, inside)
@@ -93,13 +99,23 @@ def _of_256(block, i, inside, kind: tl.constexpr):
         inner = tl.where(late, (above & 15) | ((first >> 6) << 4), low & 63)
         least = tl.where(late, (above >> 4) | ((low >> 6) << 4), above & 63)
         scale = _half(block, 0, inside) * inner.to(tl.float32)
-        offset = _half(block, 2, inside) * least.to(tl.float32) * -1.0  # - would be 0 minus it, and lose a zero's sign
+        offset = (
+            _half(block, 2, inside) * least.to(tl.float32) * -1.0
+        )  # - would be 0 minus it, and lose a zero's sign
     return code, scale, offset
 
 
 @Launched
 @triton.jit
-def _decode(blocks, out, count, kind: tl.constexpr, length: tl.constexpr, bytes_of: tl.constexpr, size: tl.constexpr):
+def _decode(
+    blocks,
+    out,
+    count,
+    kind: tl.constexpr,
+    length: tl.constexpr,
+    bytes_of: tl.constexpr,
+    size: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < count
     block, i = blocks + place // length * bytes_of, (place % length).to(tl.int32)
@@ -112,9 +128,17 @@ def _decode(blocks, out, count, kind: tl.constexpr, length: tl.constexpr, bytes_
 
 
 def decode(blocks: Tensor, out: Tensor, number: int, length: int, bytes_of: int) -> Tensor:
-    """blocks: N * bytes_of uint8; out: N * length values of bf16, fp16 or fp32; both contiguous. number: ggml's."""
+    """blocks: N * bytes_of uint8; out: N * length values of bf16, fp16 or fp32; both contiguous.
+    number: ggml's."""
     count = out.numel()
     _decode[(triton.cdiv(count, _VALUES),)](
-        blocks, out, count, kind=number, length=length, bytes_of=bytes_of, size=_VALUES, enable_fp_fusion=False
+        blocks,
+        out,
+        count,
+        kind=number,
+        length=length,
+        bytes_of=bytes_of,
+        size=_VALUES,
+        enable_fp_fusion=False,
     )
     return out

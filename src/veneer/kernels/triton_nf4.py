@@ -1,8 +1,10 @@
-"""4-bit weights on CUDA, in Triton: decoded, and multiplied with a few rows without decoding them to memory.
+"""4-bit weights on CUDA, in Triton: decoded, and multiplied with a few rows without decoding them
+to memory.
 
-The same bits as nf4_reference.py: products and sums of scales are not fused (enable_fp_fusion=False), and a weight is
-rounded once. More rows of x take the library's matrix product over a decoded buffer (nf4.py). Importing this needs
-Triton; tested on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+The same bits as nf4_reference.py: products and sums of scales are not fused
+(enable_fp_fusion=False), and a weight is rounded once. More rows of x take the library's matrix
+product over a decoded buffer (nf4.py). Importing this needs Triton; tested on the CPU in Triton's
+interpreter (TRITON_INTERPRET=1).
 """
 
 from typing import Any
@@ -33,8 +35,8 @@ def _pairs(
     block: tl.constexpr,
     nested_block: tl.constexpr,
 ):
-    """byte (...): numbers of bytes of the flat weight -> float32 weights (..., 2); 0 where not `inside`. Both have one
-    scale."""
+    """byte (...): numbers of bytes of the flat weight -> float32 weights (..., 2); 0 where not
+    `inside`. Both have one scale."""
     both = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
     number = byte // (block // 2)
     scale = tl.load(scales + number, mask=inside, other=0)
@@ -128,10 +130,16 @@ def _product(
         rounded_OI = rounded(weight_OJ2.reshape(tile, step), x.dtype.element_ty).to(tl.float32)
         column_I = 2 * first + tl.arange(0, step)
         inside_MI = (row_M[:, None] < rows) & (column_I[None, :] < width)
-        x_MI = tl.load(x + row_M[:, None] * width + column_I[None, :], mask=inside_MI, other=0.0).to(tl.float32)
+        x_MI = tl.load(
+            x + row_M[:, None] * width + column_I[None, :], mask=inside_MI, other=0.0
+        ).to(tl.float32)
         sums_MO += tl.sum(x_MI[:, None, :] * rounded_OI[None, :, :], axis=2)
     inside_MO = (row_M[:, None] < rows) & (out_O[None, :] < outs)
-    tl.store(y + row_M[:, None] * outs + out_O[None, :], rounded(sums_MO, y.dtype.element_ty), mask=inside_MO)
+    tl.store(
+        y + row_M[:, None] * outs + out_O[None, :],
+        rounded(sums_MO, y.dtype.element_ty),
+        mask=inside_MO,
+    )
 
 
 def _parts(weights: Any) -> tuple[Any, ...]:
@@ -157,7 +165,9 @@ def dequantize(weights: Any, out: Tensor, *, start: int) -> Tensor:
     first, before = divmod(start, 2)
     bytes = triton.cdiv(count + before, 2)
     grid = (triton.cdiv(bytes, _BYTES),)
-    _dequantize[grid](*_parts(weights), out, first, bytes, count, before=before, size=_BYTES, **_shape(weights))
+    _dequantize[grid](
+        *_parts(weights), out, first, bytes, count, before=before, size=_BYTES, **_shape(weights)
+    )
     return out
 
 

@@ -1,6 +1,7 @@
 """What the kernels in Triton share: how a value is rounded, and how they are launched.
 
-All are compiled with enable_fp_fusion=False: which products and sums are one operation would be the compiler's choice.
+All are compiled with enable_fp_fusion=False: which products and sums are one operation would be the
+compiler's choice.
 """
 
 import os
@@ -41,8 +42,8 @@ def multiplied(left, right, sums):
 
 
 class Launched:
-    """A kernel, on the device of its first argument: a launch goes to the current one, whichever holds the tensors.
-    While a step is planned, on tensors without storage, nothing is launched."""
+    """A kernel, on the device of its first argument: a launch goes to the current one, whichever
+    holds the tensors. While a step is planned, on tensors without storage, nothing is launched."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel

@@ -96,7 +96,9 @@ def _part(
     for at in range(first, tl.minimum(number * part + part, length), step):
         place = at + tl.arange(0, step)
         seen = (place < length) & (place >= start)
-        block = tl.load(blocks + row * table_row + place // slots, mask=seen, other=0) * heads + head
+        block = (
+            tl.load(blocks + row * table_row + place // slots, mask=seen, other=0) * heads + head
+        )
         slot = place % slots
         k = tl.load(
             keys + (block[None, :] * size + d[:, None]) * slots + slot[None, :],
@@ -119,7 +121,11 @@ def _part(
         total = total * before + tl.sum(chance, axis=1)
         largest = above
     there = (number.to(tl.int64) * tl.num_programs(0) + row) * heads * groups + head * groups + g
-    tl.store(sums + there[:, None] * wide + e[None, :], found, mask=(g < groups)[:, None] & (e < wide)[None, :])
+    tl.store(
+        sums + there[:, None] * wide + e[None, :],
+        found,
+        mask=(g < groups)[:, None] & (e < wide)[None, :],
+    )
     tl.store(scores + 2 * there, largest, mask=g < groups)
     tl.store(scores + 2 * there + 1, total, mask=g < groups)
 
@@ -151,9 +157,15 @@ def _join(
     all_of_them = tl.sum(total * weight, axis=0)
     if sunk:
         all_of_them += tl.exp(sink - above)
-    own = tl.load(sums + there[:, None] * wide + e[None, :], mask=(p < parts)[:, None] & (e < wide)[None, :], other=0.0)
+    own = tl.load(
+        sums + there[:, None] * wide + e[None, :],
+        mask=(p < parts)[:, None] & (e < wide)[None, :],
+        other=0.0,
+    )
     found = tl.sum(own * weight[:, None], axis=0) / all_of_them
-    tl.store(out + (row * heads + head) * wide + e, rounded(found, out.dtype.element_ty), mask=e < wide)
+    tl.store(
+        out + (row * heads + head) * wide + e, rounded(found, out.dtype.element_ty), mask=e < wide
+    )
 
 
 def attend(
@@ -166,8 +178,8 @@ def attend(
     lengths: Tensor,
     rules: Rules,
 ) -> Tensor:
-    """query (N, H, D), key (N, K, D), value (N, K, E), a head's values side by side; keys (blocks, K, D, S, 1), values
-    (blocks, K, S, E, 1), blocks (N, B), lengths (N) -> (N, H, E)."""
+    """query (N, H, D), key (N, K, D), value (N, K, E), a head's values side by side; keys (blocks,
+    K, D, S, 1), values (blocks, K, S, E, 1), blocks (N, B), lengths (N) -> (N, H, E)."""
     (N, H, D), (K, E), S = query.shape, value.shape[1:], keys.shape[3]
     read = blocks, lengths
     strides = blocks.stride(0), lengths.stride(0)

@@ -1,4 +1,5 @@
-"""Rotations of heads on CUDA, in one pass: the bits of native/fused.c and of plain torch, which round each product.
+"""Rotations of heads on CUDA, in one pass: the bits of native/fused.c and of plain torch, which
+round each product.
 
     y = x cos + turned(x) sin    (a, b) -> (-b, a), a and b the halves of a head
 
@@ -15,7 +16,9 @@ from veneer.kernels.triton_numbers import Launched, as_rounded, rounded, warps_o
 
 @Launched
 @triton.jit
-def _rotate(x, cos, sin, out, heads, half, back: tl.constexpr, padded: tl.constexpr, size: tl.constexpr):
+def _rotate(
+    x, cos, sin, out, heads, half, back: tl.constexpr, padded: tl.constexpr, size: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, padded), tl.arange(0, size)
     dtype = x.dtype.element_ty
@@ -30,8 +33,12 @@ def _rotate(x, cos, sin, out, heads, half, back: tl.constexpr, padded: tl.conste
     inside = (head[:, None] < heads) & there[None, :]
     first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x + place + half, mask=inside, other=0.0).to(tl.float32)
-    to_first = as_rounded(first * first_cos[None, :], dtype) - as_rounded(second * first_sin[None, :], dtype)
-    to_second = as_rounded(second * second_cos[None, :], dtype) + as_rounded(first * second_sin[None, :], dtype)
+    to_first = as_rounded(first * first_cos[None, :], dtype) - as_rounded(
+        second * first_sin[None, :], dtype
+    )
+    to_second = as_rounded(second * second_cos[None, :], dtype) + as_rounded(
+        first * second_sin[None, :], dtype
+    )
     tl.store(out + place, rounded(to_first, dtype), mask=inside)
     tl.store(out + place + half, rounded(to_second, dtype), mask=inside)
 

@@ -1,4 +1,5 @@
-"""Where an adapter is in what the user named, and which files of other programs those are that Veneer cannot read.
+"""Where an adapter is in what the user named, and which files of other programs those are that
+Veneer cannot read.
 
 Recognised by names of files and by the names of tensors in a header; nothing of them is loaded.
 """
@@ -18,7 +19,8 @@ _IMAGE = "It adapts a model that makes images; Veneer adapts language models."
 def adapter_folder(named: Path) -> Path:
     """The folder with adapter_config.json: the one named, or `adapter/` in the run folder named.
 
-    Raises RefusedError (a file of another program, by its name), UnsafeFileError (a pickle), SourceError.
+    Raises RefusedError (a file of another program, by its name), UnsafeFileError (a pickle),
+    SourceError.
     """
     if named.is_file():
         raise _refused_file(named)
@@ -38,7 +40,9 @@ def adapter_folder(named: Path) -> Path:
     faults = [f"{each / CONFIG_NAME} is not there" for each in (named, named / "adapter")]
     if near := _near(named):
         raise SourceError(f"no adapter at {named}", faults, f"Did you mean {near}?")
-    raise SourceError(f"no adapter at {named}", faults, "Give the folder of an adapter, or of a run.")
+    raise SourceError(
+        f"no adapter at {named}", faults, "Give the folder of an adapter, or of a run."
+    )
 
 
 def _near(named: Path) -> Path | None:
@@ -66,7 +70,9 @@ def _refused_file(path: Path) -> VeneerError:
         )
     if path.suffix == ".gguf":
         return RefusedError(
-            f"{path} is an adapter or a model for llama.cpp (GGUF)", [], "Add the folder it was made from."
+            f"{path} is an adapter or a model for llama.cpp (GGUF)",
+            [],
+            "Add the folder it was made from.",
         )
     if path.suffix == ".npz" or path.name == "adapters.safetensors":
         return RefusedError(
@@ -75,7 +81,9 @@ def _refused_file(path: Path) -> VeneerError:
             "Fuse it with mlx_lm.fuse, or train it again.",
         )
     if path.suffix != ".safetensors":
-        return SourceError(f"{path} is no adapter", [], "Give the folder of an adapter, or of a run.")
+        return SourceError(
+            f"{path} is no adapter", [], "Give the folder of an adapter, or of a run."
+        )
     from veneer.files.strict_tensors import read_header  # loads torch
 
     names = read_header(path)
@@ -98,12 +106,14 @@ def _program(names: Iterable[str]) -> str | None:
     """Which program's layout the names of tensors are of."""
     listed = list(names)
     if any(
-        name.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")) for name in listed
+        name.startswith(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"))
+        for name in listed
     ):
         return "a LoRA of kohya's scripts (sd-scripts)"
-    if any(name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2.")) for name in listed) and any(
-        "lora" in name for name in listed
-    ):
+    if any(
+        name.startswith(("unet.", "transformer.", "text_encoder.", "text_encoder_2."))
+        for name in listed
+    ) and any("lora" in name for name in listed):
         return "a LoRA of diffusers"
     if any(".processor." in name and "lora" in name for name in listed):
         return "a LoRA of diffusers (attention processors)"

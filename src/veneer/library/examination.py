@@ -1,6 +1,7 @@
 """What comes into a library is examined here: which files, which facts, whether it fits a base.
 
-Foreign files are recognised by name and refused with the way out; what only names its base is marked so.
+Foreign files are recognised by name and refused with the way out; what only names its base is
+marked so.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,16 +28,24 @@ def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content],
     """
     folder = adapter_folder(source)
     stored = read_adapter(folder)
-    files: dict[str, Content] = {name: folder / name for name in ADAPTER_FILES if (folder / name).is_file()}
+    files: dict[str, Content] = {
+        name: folder / name for name in ADAPTER_FILES if (folder / name).is_file()
+    }
     if base is not None:
         manifest = _with_base(stored, base)
         if stored.manifest is None:
             files[MANIFEST_NAME] = manifest
     facts = facts_of(stored)
     if base is not None and stored.manifest is None:
-        update = {"base_digest": base.fingerprint().weights_digest, "base_proof": "stated", "base": base.name_or_path}
+        update = {
+            "base_digest": base.fingerprint().weights_digest,
+            "base_proof": "stated",
+            "base": base.name_or_path,
+        }
         facts = facts.model_copy(update=update)
-    size = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values())
+    size = sum(
+        len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values()
+    )
     return files, facts.model_copy(update={"bytes": size})
 
 
@@ -50,12 +59,20 @@ def facts_of(stored: StoredAdapter) -> Facts:
     theirs = manifest is None or manifest.trained_by != "veneer"
     return Facts(
         method=stored.config.name if manifest is None else manifest.method,
-        bytes=sum((stored.folder / name).stat().st_size for name in ADAPTER_FILES if (stored.folder / name).exists()),
+        bytes=sum(
+            (stored.folder / name).stat().st_size
+            for name in ADAPTER_FILES
+            if (stored.folder / name).exists()
+        ),
         tensors=len(stored.tensors),
         parameters=sum(tensor.numel() for tensor in stored.tensors.values()),
         rank=getattr(stored.config, "rank", None),
         base=(stored.name_or_path if manifest is None else manifest.base.name) or None,
-        base_digest=None if manifest is None else Fingerprint.from_dict(manifest.base.fingerprint).weights_digest,
+        base_digest=(
+            None
+            if manifest is None
+            else Fingerprint.from_dict(manifest.base.fingerprint).weights_digest
+        ),
         base_proof="unverified" if manifest is None else "stated" if theirs else "fingerprint",
         content_hash=stored.content_hash,
         parent=None if manifest is None else manifest.parent,
@@ -67,11 +84,17 @@ def facts_of(stored: StoredAdapter) -> Facts:
 
 
 def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
-    """veneer.json for an adapter from elsewhere that fits this base. AdapterMismatchError says why it does not."""
+    """veneer.json for an adapter from elsewhere that fits this base. AdapterMismatchError says why
+    it does not."""
     with _on_trial(base, stored) as attachment:
         scaling = {path: layer.scaling for path, layer in sorted(attachment.layers.items())}
     manifest = manifest_for(base, method=stored.config.name).model_copy(
-        update={"trained_by": "peft", "scaling": scaling, "content_hash": stored.content_hash, "tokenizer_hash": None}
+        update={
+            "trained_by": "peft",
+            "scaling": scaling,
+            "content_hash": stored.content_hash,
+            "tokenizer_hash": None,
+        }
     )
     return manifest.to_json().encode()
 
@@ -89,8 +112,11 @@ def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
         base.detach(name)
 
 
-def entry_faults(folder: Path, facts: Facts, base: Callable[[Path], FrozenBase] | None) -> list[str]:
-    """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on its base."""
+def entry_faults(
+    folder: Path, facts: Facts, base: Callable[[Path], FrozenBase] | None
+) -> list[str]:
+    """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on
+    its base."""
     if faults := object_faults(folder):
         return faults
     faults = [f"{path.name} is no file of an adapter" for path in _others(folder)]
@@ -98,7 +124,8 @@ def entry_faults(folder: Path, facts: Facts, base: Callable[[Path], FrozenBase] 
         stored = read_adapter(folder)
         if (found := facts_of(stored)) != facts:
             faults += [
-                f"the record says {name} {getattr(facts, name)!r}, the files say {getattr(found, name)!r}"
+                f"the record says {name} {getattr(facts, name)!r}, the files say"
+                f" {getattr(found, name)!r}"
                 for name in Facts.model_fields
                 if getattr(facts, name) != getattr(found, name)
             ]

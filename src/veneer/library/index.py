@@ -1,8 +1,8 @@
 """The index of a library: every record in one file, so that listing thousands opens one.
 
-It is never trusted further than the file system: an entry counts while its record's file has the same time, size
-and inode; what changed is read again and checked, and a missing or broken index is built anew. Writers do not touch
-it. Its first line is the SHA-256 of the rest.
+It is never trusted further than the file system: an entry counts while its record's file has the
+same time, size and inode; what changed is read again and checked, and a missing or broken index is
+built anew. Writers do not touch it. Its first line is the SHA-256 of the rest.
 """
 
 import hashlib
@@ -21,13 +21,15 @@ from veneer.library.records import parse_record
 INDEX = "index.json"
 _VERSION = 1
 _SETTLED_NS = 2_000_000_000
-"""A record as young as this may change again within the clock's grain: it is read anew, not taken from the index."""
+"""A record as young as this may change again within the clock's grain: it is read anew, not taken
+from the index."""
 
 Stored = dict[str, Any]
 
 
 def indexed_records(names: Path, index: Path) -> dict[str, Stored]:
-    """Name -> its record as JSON, checked by parse_record now or when it entered the index; sorted by name.
+    """Name -> its record as JSON, checked by parse_record now or when it entered the index; sorted
+    by name.
 
     A record that cannot be read raises what read_json and parse_record raise.
     """
@@ -65,7 +67,9 @@ def _files(names: Path) -> list[tuple[str, os.stat_result]]:
             for entry in scanned:
                 if entry.name.endswith(".json") and is_name(entry.name.removesuffix(".json")):
                     try:
-                        files.append((entry.name.removesuffix(".json"), entry.stat(follow_symlinks=False)))
+                        files.append(
+                            (entry.name.removesuffix(".json"), entry.stat(follow_symlinks=False))
+                        )
                     except FileNotFoundError:
                         continue
     except FileNotFoundError:
@@ -74,7 +78,8 @@ def _files(names: Path) -> list[tuple[str, os.stat_result]]:
 
 
 def _cached(index: Path) -> dict[str, list[Any]]:
-    """What the index says; nothing where it is missing, broken or of another version: it will be built anew."""
+    """What the index says; nothing where it is missing, broken or of another version: it will be
+    built anew."""
     try:
         digest, _, text = index.read_bytes().partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != digest:
@@ -82,7 +87,9 @@ def _cached(index: Path) -> dict[str, list[Any]]:
         stored = json.loads(text)
     except (OSError, ValueError):
         return {}
-    records: dict[str, list[Any]] = stored["records"] if stored["format_version"] == _VERSION else {}
+    records: dict[str, list[Any]] = (
+        stored["records"] if stored["format_version"] == _VERSION else {}
+    )
     return records
 
 
@@ -90,6 +97,10 @@ def _write(index: Path, entries: dict[str, list[Any]]) -> None:
     text = json.dumps({"format_version": _VERSION, "records": entries}, separators=(",", ":"))
     try:
         with atomic_file(index, replace=True) as partial:
-            partial.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="ascii")
+            partial.write_text(
+                f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="ascii"
+            )
     except VeneerError:
-        return  # a library that may only be read, or a full disk: the next listing reads the records again
+        # a library that may only be read, or a full disk: the next listing reads the records
+        # again
+        return

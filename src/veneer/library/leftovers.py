@@ -1,4 +1,5 @@
-"""What a library holds that nobody needs: old versions, objects that no name leads to, remains of dead writers."""
+"""What a library holds that nobody needs: old versions, objects that no name leads to, remains of
+dead writers."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ REMAINS = (PREFIX, ".broken-", ".replaced-")
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What a collection removes: old versions, objects that no name leads to, and remains of dead writers."""
+    """What a collection removes: old versions, objects that no name leads to, and remains of dead
+    writers."""
 
     versions: list[str]
     objects: list[str]
@@ -32,7 +34,9 @@ class Collection:
     doomed: list[Path]
 
 
-def find_leftovers(library: Path, records: Mapping[str, Record], *, keep: int, alone: bool) -> Collection:
+def find_leftovers(
+    library: Path, records: Mapping[str, Record], *, keep: int, alone: bool
+) -> Collection:
     """Of every name the newest `keep` versions stay, and every version that bears a tag.
 
     alone: nobody else writes now, so that whatever is unfinished belongs to the dead.
@@ -58,4 +62,6 @@ def find_leftovers(library: Path, records: Mapping[str, Record], *, keep: int, a
     remains += list((library / "incoming").glob("*"))
     doomed = [objects / each for each in unneeded] + remains
     freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
-    return Collection(Leftovers(old, unneeded, [path.name for path in remains], freed), changed, doomed)
+    return Collection(
+        Leftovers(old, unneeded, [path.name for path in remains], freed), changed, doomed
+    )

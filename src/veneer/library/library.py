@@ -5,8 +5,8 @@
     objects/<id>/             the adapters' files, called by their content (library/objects.py)
     index.json                built from names/; may be deleted at any time (library/index.py)
 
-A name changes under one lock, by one rename. Objects are written before a name points to them and go only in a
-collection, which waits until nobody adds. Loads torch only to add, verify or load.
+A name changes under one lock, by one rename. Objects are written before a name points to them and
+go only in a collection, which waits until nobody adds. Loads torch only to add, verify or load.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ from veneer.files.system_errors import explained
 from veneer.library.adapter_folder import adapter_folder, holds_adapter
 from veneer.library.index import INDEX, indexed_records
 from veneer.library.leftovers import Leftovers, find_leftovers
-from veneer.library.names import MAX_NOTE, Reference, check_name, check_tag, is_reference, nearest, parse_reference
+from veneer.library.names import (
+    MAX_NOTE,
+    Reference,
+    check_name,
+    check_tag,
+    is_reference,
+    nearest,
+    parse_reference,
+)
 from veneer.library.objects import object_faults, put
 from veneer.library.records import Facts, Record, Version, known_version, read_record, write_record
 from veneer.wording import html_table
@@ -76,7 +84,8 @@ def default_folder() -> Path:
 class Library:
     """Adapters by name and version in a folder, which is made by the first `add`.
 
-    folder: None is the user's own library. Every method may be called from many processes and threads at once.
+    folder: None is the user's own library. Every method may be called from many processes and
+    threads at once.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -87,7 +96,11 @@ class Library:
     def _repr_html_(self) -> str:
         found = self.entries() if (self.folder / MARKER).is_file() else []
         rows = [(each.reference, *each.version.told()) for each in found[:MOST_SHOWN]]
-        return html_table(f"library {self.folder}: {len(found):,}", rows, ("name", "method", "size", "base", "note"))
+        return html_table(
+            f"library {self.folder}: {len(found):,}",
+            rows,
+            ("name", "method", "size", "base", "note"),
+        )
 
     # reading
 
@@ -103,8 +116,9 @@ class Library:
     ) -> list[Entry]:
         """The newest version of every name, or every version, that all filters let through.
 
-        name, base: patterns with * and ?; base is compared with the base's name, its last part, and the beginning
-        of its fingerprint's digest. tag: one that the version bears. sort: added and size begin with the largest.
+        name, base: patterns with * and ?; base is compared with the base's name, its last part, and
+        the beginning of its fingerprint's digest. tag: one that the version bears. sort: added and
+        size begin with the largest.
         """
         self._require()
         self._sweep()
@@ -137,20 +151,24 @@ class Library:
         return is_reference(reference) and self._file(reference.partition("@")[0]).is_file()
 
     def path(self, reference: str) -> Path:
-        """The folder of the adapter, which PEFT reads too. What it holds is not checked here: see `verify`."""
+        """The folder of the adapter, which PEFT reads too. What it holds is not checked here: see
+        `verify`."""
         entry = self.get(reference)
         folder = self.objects / entry.version.object
         if not folder.is_dir():
             raise CorruptFileError(
-                f"{entry.reference}: its object is gone from {self.objects}", [], "Pull or add it again."
+                f"{entry.reference}: its object is gone from {self.objects}",
+                [],
+                "Pull or add it again.",
             )
         return folder
 
     def locate(self, named: str | Path) -> Path:
         """The folder that a path or a reference means, as a command's --adapter takes it.
 
-        A folder with an adapter wins over anything that is not one; if the library has an adapter of that name
-        as well, neither is taken. Raises SourceError (nothing there), ConfigError (both, or no such name).
+        A folder with an adapter wins over anything that is not one; if the library has an adapter
+        of that name as well, neither is taken. Raises SourceError (nothing there), ConfigError
+        (both, or no such name).
         """
         path, text = expanded(named), str(named)
         bare = is_reference(text) and "/" not in text and os.sep not in text
@@ -177,13 +195,20 @@ class Library:
     # writing
 
     def add(
-        self, source: str | Path, *, name: str, tags: Sequence[str] = (), note: str = "", base: FrozenBase | None = None
+        self,
+        source: str | Path,
+        *,
+        name: str,
+        tags: Sequence[str] = (),
+        note: str = "",
+        base: FrozenBase | None = None,
     ) -> Entry:
         """Copies an adapter's folder, or a run's result, in as the next version of `name`.
 
-        base: for an adapter from elsewhere: it must fit, and from then on it loads on this base alone. Without it
-        such an adapter is marked as unverified. The same bytes as the newest version are no new version.
-        Raises SourceError, UnsafeFileError, CorruptFileError, RefusedError, AdapterMismatchError.
+        base: for an adapter from elsewhere: it must fit, and from then on it loads on this base
+        alone. Without it such an adapter is marked as unverified. The same bytes as the newest
+        version are no new version. Raises SourceError, UnsafeFileError, CorruptFileError,
+        RefusedError, AdapterMismatchError.
         """
         from veneer.library.examination import examined  # loads torch
 
@@ -202,19 +227,25 @@ class Library:
                 held.enter_context(locked(self.folder / ".objects.lock", shared=True))
             yield
 
-    def point(self, name: str, object: str, facts: Facts, *, tags: Sequence[str] = (), note: str = "") -> Entry:
+    def point(
+        self, name: str, object: str, facts: Facts, *, tags: Sequence[str] = (), note: str = ""
+    ) -> Entry:
         """Make an object that is in the store the newest version of a name."""
         with self._changing():
             path = self._file(name)
             record = read_record(path) if path.exists() else Record()
             without = [
-                version.model_copy(update={"tags": [tag for tag in version.tags if tag not in tags]})
+                version.model_copy(
+                    update={"tags": [tag for tag in version.tags if tag not in tags]}
+                )
                 for version in record.versions
             ]
             added = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             if record.versions and record.newest.object == object:
                 same = record.newest
-                version = same.model_copy(update={"tags": sorted({*same.tags, *tags}), "note": note or same.note})
+                version = same.model_copy(
+                    update={"tags": sorted({*same.tags, *tags}), "note": note or same.note}
+                )
                 versions = [*without[:-1], version]
                 changed = record.model_copy(update={"versions": versions})
             else:
@@ -232,7 +263,8 @@ class Library:
         return Entry(name, version)
 
     def remove(self, reference: str) -> list[Entry]:
-        """Takes a version, or a name with all its versions, out. The objects stay until `collect`."""
+        """Takes a version, or a name with all its versions, out. The objects stay until
+        `collect`."""
         wanted = parse_reference(reference)
         self._require()
         with self._changing():
@@ -255,13 +287,21 @@ class Library:
         with self._changing():
             self.record(old)
             if self._file(new).exists():
-                raise ConfigError(f"there is an adapter {new!r} already", [], "Take another name, or remove it.")
+                raise ConfigError(
+                    f"there is an adapter {new!r} already", [], "Take another name, or remove it."
+                )
             self._file(old).rename(self._file(new))
 
     def change(
-        self, reference: str, *, tag: Sequence[str] = (), untag: Sequence[str] = (), note: str | None = None
+        self,
+        reference: str,
+        *,
+        tag: Sequence[str] = (),
+        untag: Sequence[str] = (),
+        note: str | None = None,
     ) -> Entry:
-        """Puts tags on a version and takes others off; a tag leaves the version of this name that bore it."""
+        """Puts tags on a version and takes others off; a tag leaves the version of this name that
+        bore it."""
         wanted = parse_reference(reference)
         added, dropped = {check_tag(each) for each in tag}, {check_tag(each) for each in untag}
         self._require()
@@ -270,7 +310,9 @@ class Library:
             chosen = chosen_version(wanted, record)
             if missing := sorted(dropped - set(chosen.tags)):
                 have = ", ".join(chosen.tags) or "none"
-                raise ConfigError(f"{reference} does not bear {', '.join(missing)}", [], f"Its tags: {have}.")
+                raise ConfigError(
+                    f"{reference} does not bear {', '.join(missing)}", [], f"Its tags: {have}."
+                )
             versions = []
             for version in record.versions:
                 update: dict[str, Any] = {"tags": sorted(set(version.tags) - added)}
@@ -283,10 +325,11 @@ class Library:
         return Entry(wanted.name, chosen)
 
     def collect(self, *, keep: int = 1, apply: bool = True) -> Leftovers:
-        """Removes what nobody needs; apply=False only tells, and changes nothing: neither files nor locks. Of every
-        name the newest `keep` versions stay, and every version that bears a tag.
+        """Removes what nobody needs; apply=False only tells, and changes nothing: neither files nor
+        locks. Of every name the newest `keep` versions stay, and every version that bears a tag.
 
-        It waits for the adds that have begun, for COLLECT_WAIT_SECONDS at most, and those that begin then wait for it.
+        It waits for the adds that have begun, for COLLECT_WAIT_SECONDS at most, and those that
+        begin then wait for it.
         """
         self._require()
         if not apply:
@@ -322,16 +365,19 @@ class Library:
     def verify(
         self, reference: str | None = None, *, base: Callable[[Path], FrozenBase] | None = None
     ) -> dict[str, list[str]]:
-        """Reference -> what is wrong with it; every version where none is named. Empty lists: all is well.
+        """Reference -> what is wrong with it; every version where none is named. Empty lists: all
+        is well.
 
-        Hashes of every file, shapes and finite values of every tensor, nothing extra, the facts that listing
-        shows; and whether it fits what `base`, if given, returns for its folder.
+        Hashes of every file, shapes and finite values of every tensor, nothing extra, the facts
+        that listing shows; and whether it fits what `base`, if given, returns for its folder.
         """
         from veneer.library.examination import entry_faults  # loads torch
 
         entries = self.entries(every_version=True) if reference is None else [self.get(reference)]
         return {
-            entry.reference: entry_faults(self.objects / entry.version.object, entry.version.facts, base)
+            entry.reference: entry_faults(
+                self.objects / entry.version.object, entry.version.facts, base
+            )
             for entry in entries
         }
 
@@ -349,7 +395,11 @@ class Library:
             files = [path.name for path in self.names.iterdir()]
         except FileNotFoundError:
             return []
-        return sorted(name.removesuffix(".json") for name in files if name.endswith(".json") and name[0] != ".")
+        return sorted(
+            name.removesuffix(".json")
+            for name in files
+            if name.endswith(".json") and name[0] != "."
+        )
 
     def _file(self, name: str) -> Path:
         return self.names / f"{check_name(name)}.json"
@@ -358,7 +408,9 @@ class Library:
         """Every version of a name. ConfigError: no such name, with the nearest."""
         path = self._file(name)
         if not path.is_file():
-            raise ConfigError(f"no adapter {name!r} in {self.folder}", [], nearest(name, self.all_names()))
+            raise ConfigError(
+                f"no adapter {name!r} in {self.folder}", [], nearest(name, self.all_names())
+            )
         return read_record(path)
 
     @contextmanager
@@ -394,7 +446,9 @@ class Library:
             return self._require()
         if self.folder.exists() and _strangers(self.folder):
             raise ConfigError(
-                f"{self.folder} holds other things and is no library", [], "Give an empty or a new folder."
+                f"{self.folder} holds other things and is no library",
+                [],
+                "Give an empty or a new folder.",
             )
         with explained(self.folder), locked(self.folder / ".names.lock"):
             if not (self.folder / MARKER).is_file():
@@ -406,7 +460,8 @@ class Library:
 
 
 def _strangers(folder: Path) -> bool:
-    """Whether it is no folder, or holds what no library holds. One that is just being made holds some of its own."""
+    """Whether it is no folder, or holds what no library holds. One that is just being made holds
+    some of its own."""
     if not folder.is_dir():
         return True
     own = {MARKER, INDEX, "names", "objects", "incoming"}
@@ -428,9 +483,13 @@ def chosen_version(wanted: Reference, record: Record) -> Version:
     if wanted.version is None and wanted.tag is None:
         return record.newest
     for version in record.versions:
-        if version.version == wanted.version or (wanted.tag is not None and wanted.tag in version.tags):
+        if version.version == wanted.version or (
+            wanted.tag is not None and wanted.tag in version.tags
+        ):
             return version
-    have = ", ".join(f"@{v.version}" + "".join(f" ({tag})" for tag in v.tags) for v in record.versions)
+    have = ", ".join(
+        f"@{v.version}" + "".join(f" ({tag})" for tag in v.tags) for v in record.versions
+    )
     raise ConfigError(f"there is no {wanted}", [], f"{wanted.name} has {have}.")
 
 

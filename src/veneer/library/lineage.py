@@ -1,4 +1,5 @@
-"""Where an adapter comes from: those that it was continued from, by name as far as the library has them."""
+"""Where an adapter comes from: those that it was continued from, by name as far as the library has
+them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ MOST_ANCESTORS = 100
 
 
 def ancestors(library: Library, parent: str | None) -> list[tuple[str, Entry | None]]:
-    """Content of each, the nearest first, and where the library has it. It ends with one that the library lacks."""
+    """Content of each, the nearest first, and where the library has it. It ends with one that the
+    library lacks."""
     if parent is None:
         return []
     known = by_content(library)
@@ -21,4 +23,6 @@ def ancestors(library: Library, parent: str | None) -> list[tuple[str, Entry | N
 
 
 def by_content(library: Library) -> dict[str, Entry]:
-    return {entry.version.facts.content_hash: entry for entry in library.entries(every_version=True)}
+    return {
+        entry.version.facts.content_hash: entry for entry in library.entries(every_version=True)
+    }

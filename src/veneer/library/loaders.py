@@ -1,6 +1,7 @@
 """Threads that read for others: a few at once, and further ones beside those that hang on a disk.
 
-A thread is there while there is something to do. One that hangs is left alone, and its job is nobody else's.
+A thread is there while there is something to do. One that hangs is left alone, and its job is
+nobody else's.
 """
 
 import threading
@@ -9,7 +10,8 @@ from collections.abc import Callable
 
 
 class Loaders:
-    """at_once: jobs in progress, those not counted that take longer than `slow_seconds` by the clock."""
+    """at_once: jobs in progress, those not counted that take longer than `slow_seconds` by the
+    clock."""
 
     def __init__(self, *, at_once: int, slow_seconds: float, clock: Callable[[], float]) -> None:
         self._at_once, self._slow_seconds, self._clock = at_once, slow_seconds, clock

@@ -1,4 +1,5 @@
-"""What adapters take in memory, and who goes where that is short: the least recently used, never what has to stay.
+"""What adapters take in memory, and who goes where that is short: the least recently used, never
+what has to stay.
 
 Not known here: where they are kept, or when (pool.py, residents.py).
 """
@@ -53,16 +54,25 @@ def bytes_of(attachment: Attachment) -> int:
 
 @torch.no_grad()
 def hold_as(attachment: Attachment, dtype: torch.dtype) -> None:
-    """For one that only answers: LoRA's factors in the type they are multiplied in, as they would be typed each time.
-    What computes with them in float32 first, DoRA's norms say, stays as it is."""
+    """For one that only answers: LoRA's factors in the type they are multiplied in, as they would
+    be typed each time. What computes with them in float32 first, DoRA's norms say, stays as it
+    is."""
     for layer in attachment.layers.values():
-        if type(layer) is LoRALayer and layer.kind == "linear" and layer.offset is None and layer.start is None:
+        if (
+            type(layer) is LoRALayer
+            and layer.kind == "linear"
+            and layer.offset is None
+            and layer.start is None
+        ):
             layer.A.data, layer.B.data = layer.A.data.to(dtype), layer.B.data.to(dtype)
 
 
 def bytes_needed(stored: StoredAdapter) -> int:
     """What its tensors take at most once they are beside a base."""
-    return sum(tensor.numel() * max(tensor.element_size(), HELD_ITEM_BYTES) for tensor in stored.tensors.values())
+    return sum(
+        tensor.numel() * max(tensor.element_size(), HELD_ITEM_BYTES)
+        for tensor in stored.tensors.values()
+    )
 
 
 def read_version(folder: Path, reference: str, content_hash: str) -> StoredAdapter:

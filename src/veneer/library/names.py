@@ -3,7 +3,8 @@
     tickets       the newest version          tickets@2     version 2
     tickets@best  the one version that bears the tag
 
-A name becomes the name of a file, on any file system: lower case, no reserved device, no trailing dot.
+A name becomes the name of a file, on any file system: lower case, no reserved device, no trailing
+dot.
 """
 
 import difflib
@@ -19,7 +20,13 @@ MAX_NOTE = 1000
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 _TAG = re.compile(r"[a-z][a-z0-9._-]{0,31}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+_DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
+}
 """Windows opens a device instead of a file of these names, whatever their ending."""
 
 
@@ -41,7 +48,11 @@ def check_name(name: str) -> str:
     _check_text(name)
     if (fault := _name_fault(name)) is not None:
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].strip("-")
-        hint = f"For instance: {near}." if near and _name_fault(near) is None else "For instance: tickets-v2."
+        hint = (
+            f"For instance: {near}."
+            if near and _name_fault(near) is None
+            else "For instance: tickets-v2."
+        )
         raise ConfigError(f"{name[:80]!r} is no name for an adapter", [fault], hint)
     return name
 
@@ -49,7 +60,9 @@ def check_name(name: str) -> str:
 def _check_text(name: object) -> None:
     if not isinstance(name, str):
         step = "For instance tickets, tickets@2 or tickets@best."
-        raise ConfigError(f"an adapter is named by text, and this is {str(name)[:80]}", next_step=step)
+        raise ConfigError(
+            f"an adapter is named by text, and this is {str(name)[:80]}", next_step=step
+        )
 
 
 def is_name(name: str) -> bool:
@@ -86,7 +99,9 @@ def parse_reference(text: str) -> Reference:
     if _TAG.fullmatch(chosen):
         return Reference(name, tag=chosen)
     raise ConfigError(
-        f"{text[:80]!r} names no version", [], f"After the @ stands a number or a tag, for instance {name}@1."
+        f"{text[:80]!r} names no version",
+        [],
+        f"After the @ stands a number or a tag, for instance {name}@1.",
     )
 
 
@@ -109,6 +124,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def said_of(folder: Path) -> str:
-    """What to call an adapter's folder in a sentence: its path; of an object in a library the start of its hash."""
+    """What to call an adapter's folder in a sentence: its path; of an object in a library the start
+    of its hash."""
     hashed = re.fullmatch(r"[0-9a-f]{64}", folder.name)
     return f"{folder.name[:12]}…" if hashed else str(folder)

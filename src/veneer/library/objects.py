@@ -1,9 +1,11 @@
 """Objects of a library: folders of an adapter's files, each called by the SHA-256 of what it holds.
 
-    objects/<64 hex digits>/    adapter_config.json  adapter_model.safetensors  [veneer.json]  MANIFEST.json
+    objects/<64 hex digits>/    adapter_config.json  adapter_model.safetensors  [veneer.json]
+                                MANIFEST.json
 
-MANIFEST.json lists size and SHA-256 of every other file; the folder's name is the SHA-256 of MANIFEST.json. So one
-name vouches for every byte, wherever the folder was copied from. Not known here: what the files mean.
+MANIFEST.json lists size and SHA-256 of every other file; the folder's name is the SHA-256 of
+MANIFEST.json. So one name vouches for every byte, wherever the folder was copied from. Not known
+here: what the files mean.
 """
 
 import hashlib
@@ -51,15 +53,17 @@ def object_id(manifest: str | bytes) -> str:
 
 
 def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
-    """Name -> {bytes, sha256} of an object's files: an adapter's and no others. CorruptFileError names what is
-    wrong."""
+    """Name -> {bytes, sha256} of an object's files: an adapter's and no others. CorruptFileError
+    names what is wrong."""
     stored = parse_json(manifest, Path(where), max_bytes=MAX_MANIFEST_BYTES)
     files = stored.get("files")
     faults = []
     if stored.get("format_version") != 1 or not isinstance(files, dict) or not files:
         faults.append("it lists no files")
         files = {}
-    faults += [f"{name[:80]!r} is no file of an adapter" for name in files if name not in ADAPTER_FILES]
+    faults += [
+        f"{name[:80]!r} is no file of an adapter" for name in files if name not in ADAPTER_FILES
+    ]
     faults += [f"{name} is not listed" for name in ADAPTER_FILES[:2] if name not in files]
     for name, entry in files.items():
         if (
@@ -71,15 +75,19 @@ def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
         ):
             faults.append(f"{name[:80]}: no size and hash")
     if faults:
-        raise CorruptFileError(f"{where} is not the manifest of an object", faults, "Copy it again.")
+        raise CorruptFileError(
+            f"{where} is not the manifest of an object", faults, "Copy it again."
+        )
     return files
 
 
 @contextmanager
 def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | None]:
-    """Yields a folder to fill with the object's files and its MANIFEST.json; None where the object is there and whole.
+    """Yields a folder to fill with the object's files and its MANIFEST.json; None where the object
+    is there and whole.
 
-    On leaving, every byte must be what the id says, or nothing appears. CorruptFileError lists what is not.
+    On leaving, every byte must be what the id says, or nothing appears. CorruptFileError lists what
+    is not.
     """
     place = objects / wanted
     if os.path.lexists(place):
@@ -94,7 +102,9 @@ def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | 
             yield partial
             if faults := object_faults(partial, wanted=wanted):
                 raise CorruptFileError(
-                    f"object {wanted[:12]}… did not arrive whole", faults, "Try again; nothing was kept of it."
+                    f"object {wanted[:12]}… did not arrive whole",
+                    faults,
+                    "Try again; nothing was kept of it.",
                 )
     except (ConfigError, InputError):
         if object_faults(place):  # otherwise another process put the same bytes there first
@@ -110,10 +120,14 @@ def set_aside(place: Path) -> None:
 
 
 def put(objects: Path, files: Mapping[str, Content]) -> str:
-    """Copies the files into the store and returns their object's id. Already there: nothing is written."""
+    """Copies the files into the store and returns their object's id. Already there: nothing is
+    written."""
     manifest = manifest_text(files)
     wanted = object_id(manifest)
-    needed = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
+    needed = sum(
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in files.values()
+    )
     with receiving(objects, wanted, needed) as partial:
         if partial is not None:
             for name, content in files.items():

@@ -1,9 +1,10 @@
-"""The adapters loaded beside a base: read from a library when they are first asked for, the least recently used out
-where a budget says so.
+"""The adapters loaded beside a base: read from a library when they are first asked for, the least
+recently used out where a budget says so.
 
-Switching takes one short lock and touches no module. Loading and removing take another, longer one, so that a switch
-between loaded adapters never waits for a disk. What trains or was attached by hand is never thrown out: only what can
-be read again. Not known here: which adapter a forward takes (adapters/routing.py).
+Switching takes one short lock and touches no module. Loading and removing take another, longer one,
+so that a switch between loaded adapters never waits for a disk. What trains or was attached by hand
+is never thrown out: only what can be read again. Not known here: which adapter a forward takes
+(adapters/routing.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,21 +25,25 @@ from veneer.models.frozen_base import FrozenBase
 
 @dataclass(kw_only=True, eq=False)
 class _Loaded(Kept):
-    """edits: of torch's counts of changes in place and the addresses, as they were when it was loaded."""
+    """edits: of torch's counts of changes in place and the addresses, as they were when it was
+    loaded."""
 
     edits: int
     from_library: bool
 
 
 class Pool:
-    """What is needed to load, order and remove the adapters of a base; which there are, its routing says.
+    """What is needed to load, order and remove the adapters of a base; which there are, its routing
+    says.
 
     library       says where names that are not loaded are looked for; None: nowhere
     refuse        raises while nothing may be put on the base
     budget_bytes  of all adapters on the base; None: no bound
     """
 
-    def __init__(self, base: FrozenBase, library: Callable[[], Library | None], refuse: Callable[[], None]) -> None:
+    def __init__(
+        self, base: FrozenBase, library: Callable[[], Library | None], refuse: Callable[[], None]
+    ) -> None:
         self.base = base
         self._library, self._refuse = library, refuse
         self.budget_bytes: int | None = None
@@ -91,12 +96,15 @@ class Pool:
         if library is None or not library.has(name):
             raise self._unknown(name)
         entry = library.get(name)
-        stored = read_version(library.path(entry.reference), entry.reference, entry.version.facts.content_hash)
+        stored = read_version(
+            library.path(entry.reference), entry.reference, entry.version.facts.content_hash
+        )
         self._make_room(name, bytes_needed(stored), keep)
         self._enter(load_adapter(self.base, stored, name=name, take=True), from_library=True)
 
     def adopt(self, make: Callable[[], Attachment]) -> Attachment:
-        """An adapter that `make` puts on the base; never thrown out, for it may not be anywhere else."""
+        """An adapter that `make` puts on the base; never thrown out, for it may not be anywhere
+        else."""
         self._refuse()
         with self.base.routing.changing:
             made = make()
@@ -110,17 +118,20 @@ class Pool:
         )
 
     def _make_room(self, name: str, needed: int, keep: list[str]) -> None:
-        """Throws out the least recently used until `needed` more bytes fit. DoesNotFitError says what is in the way."""
+        """Throws out the least recently used until `needed` more bytes fit. DoesNotFitError says
+        what is in the way."""
         if self.budget_bytes is None:
             return
         with self.base.routing.lock:
             staying = {*self.base.routing.in_use(), *keep}
             free = self.budget_bytes - self.used_bytes()
-            going = room_for(needed, self._loaded.items(), free, lambda n: self._may_go(n) and n not in staying)
+            going = room_for(
+                needed, self._loaded.items(), free, lambda n: self._may_go(n) and n not in staying
+            )
             if going is None:
                 raise DoesNotFitError(
-                    f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of {self.budget_bytes:,} "
-                    f"are taken",
+                    f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of"
+                    f" {self.budget_bytes:,} are taken",
                     [
                         f"{n}: {each.bytes:,} bytes, {self._why_it_stays(n, staying)}"
                         for n, each in self._loaded.items()

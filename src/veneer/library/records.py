@@ -1,9 +1,11 @@
-"""What a library knows of a name: its versions, each with the facts of its object. One JSON file a name.
+"""What a library knows of a name: its versions, each with the facts of its object. One JSON file a
+name.
 
     names/tickets.json    {"format_version": 1, "next_version": 3, "versions": [...]}
 
-The name is the file's own and stands nowhere inside, so that a rename is one rename. The facts of an object
-never change; they are copied here so that listing opens no object. No torch: `ls` reads this.
+The name is the file's own and stands nowhere inside, so that a rename is one rename. The facts of
+an object never change; they are copied here so that listing opens no object. No torch: `ls` reads
+this.
 """
 
 import json
@@ -44,8 +46,8 @@ class Facts(_Strict):
     base_digest: str | None = None
     """Fingerprint.weights_digest of its base."""
     base_proof: BaseProof = "unverified"
-    """fingerprint: training recorded it. stated: whoever added it named the base, and it fits. unverified: the
-    file gives a name at most, and nothing was compared."""
+    """fingerprint: training recorded it. stated: whoever added it named the base, and it fits.
+    unverified: the file gives a name at most, and nothing was compared."""
     content_hash: str
     """As in veneer.json: of tensors and settings."""
     parent: str | None = None
@@ -92,7 +94,8 @@ def parse_record(stored: dict[str, Any], path: Path) -> Record:
     """Raises CorruptFileError with every field that is wrong; path only names it."""
     if stored.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
-            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads {FORMAT_VERSION}",
+            f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads"
+            f" {FORMAT_VERSION}",
             [],
             "Install the version of Veneer that wrote it, or a newer one.",
         )
@@ -104,13 +107,15 @@ def parse_record(stored: dict[str, Any], path: Path) -> Record:
         ) from fault
     numbers = [version.version for version in record.versions]
     if not numbers or numbers != sorted(set(numbers)) or numbers[-1] >= record.next_version:
-        raise CorruptFileError(f"{path} counts its versions wrongly", [f"{numbers}"], "Restore the file.")
+        raise CorruptFileError(
+            f"{path} counts its versions wrongly", [f"{numbers}"], "Restore the file."
+        )
     return record
 
 
 def known_version(stored: dict[str, Any]) -> Version:
-    """A version of a record that parse_record has passed before: not checked again, which is most of the time that
-    listing thousands takes."""
+    """A version of a record that parse_record has passed before: not checked again, which is most
+    of the time that listing thousands takes."""
     return Version.model_construct(**{**stored, "facts": Facts.model_construct(**stored["facts"])})
 
 
@@ -123,7 +128,9 @@ def write_record(path: Path, record: Record) -> None:
     """Raises InputError for a text that read_record would refuse."""
     stored = record.model_dump(mode="json")
     if faults := illegible(stored):
-        raise InputError("what holds a NUL or is not UTF-8 is not kept", faults, "Give another text.")
+        raise InputError(
+            "what holds a NUL or is not UTF-8 is not kept", faults, "Give another text."
+        )
     with atomic_file(path, replace=True) as partial:
         text = json.dumps(stored, indent=1, sort_keys=True, allow_nan=False) + "\n"
         partial.write_text(text, encoding="utf-8")

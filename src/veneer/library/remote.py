@@ -1,7 +1,8 @@
 """A library elsewhere: what it must answer, and how an object comes from there.
 
-What arrives is compared with the hashes that its id vouches for, byte by byte, before it appears; a transfer that was
-cut off goes on where it stopped, and files that are there and whole are not fetched again.
+What arrives is compared with the hashes that its id vouches for, byte by byte, before it appears; a
+transfer that was cut off goes on where it stopped, and files that are there and whole are not
+fetched again.
 """
 
 import shutil
@@ -15,7 +16,13 @@ from veneer.files.atomic import MANIFEST
 from veneer.files.hashes import file_hash
 from veneer.files.lock import locked
 from veneer.library.library import Library
-from veneer.library.objects import MAX_MANIFEST_BYTES, listed_files, object_faults, object_id, receiving
+from veneer.library.objects import (
+    MAX_MANIFEST_BYTES,
+    listed_files,
+    object_faults,
+    object_id,
+    receiving,
+)
 from veneer.library.records import Record, Version
 
 CHUNK_BYTES = 1 << 20
@@ -50,13 +57,16 @@ class Moved:
 
 
 def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
-    """Brings an object into the library, in `incoming/` first. CorruptFileError: its bytes are not what its id says."""
+    """Brings an object into the library, in `incoming/` first. CorruptFileError: its bytes are not
+    what its id says."""
     if not object_faults(library.objects / wanted):
         return
     incoming = library.folder / "incoming" / wanted
     with locked(incoming.with_name(f".{wanted}.lock"), wait_seconds=3600):
         incoming.mkdir(parents=True, exist_ok=True)
-        manifest = b"".join(_limited(remote.read(f"objects/{wanted}/{MANIFEST}", 0), MAX_MANIFEST_BYTES))
+        manifest = b"".join(
+            _limited(remote.read(f"objects/{wanted}/{MANIFEST}", 0), MAX_MANIFEST_BYTES)
+        )
         if (found := object_id(manifest)) != wanted:
             raise CorruptFileError(
                 f"{remote.address} gives another object than it names",
@@ -68,14 +78,21 @@ def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
         with receiving(library.objects, wanted, needed) as partial:
             if partial is not None:
                 for file, entry in files.items():
-                    _fetch_file(remote, f"objects/{wanted}/{file}", incoming / file, entry["bytes"], entry["sha256"])
+                    _fetch_file(
+                        remote,
+                        f"objects/{wanted}/{file}",
+                        incoming / file,
+                        entry["bytes"],
+                        entry["sha256"],
+                    )
                     (incoming / file).replace(partial / file)
                 (partial / MANIFEST).write_bytes(manifest)
         shutil.rmtree(incoming)
 
 
 def _fetch_file(remote: Remote, path: str, into: Path, size: int, sha256: str) -> None:
-    """Goes on where an earlier transfer stopped; once more from the start if that does not give the right bytes."""
+    """Goes on where an earlier transfer stopped; once more from the start if that does not give the
+    right bytes."""
     for attempt in ("go on", "anew"):
         have = into.stat().st_size if into.exists() and attempt == "go on" else 0
         if have > size:
@@ -89,10 +106,15 @@ def _fetch_file(remote: Remote, path: str, into: Path, size: int, sha256: str) -
             return
         if not have:
             break
-    faults = [f"{into.stat().st_size:,} of {size:,} bytes, SHA-256 {file_hash(into)[:12]}…, not {sha256[:12]}…"]
+    faults = [
+        f"{into.stat().st_size:,} of {size:,} bytes, SHA-256 {file_hash(into)[:12]}…, not"
+        f" {sha256[:12]}…"
+    ]
     into.unlink()
     raise CorruptFileError(
-        f"{remote.address}/{path} did not arrive whole", faults, "Try again, or push it there again."
+        f"{remote.address}/{path} did not arrive whole",
+        faults,
+        "Try again, or push it there again.",
     )
 
 
@@ -101,7 +123,9 @@ def _limited(pieces: Iterator[bytes], limit: int) -> Iterator[bytes]:
     for piece in pieces:
         limit -= len(piece)
         if limit < 0:
-            raise CorruptFileError("more bytes arrive than were announced", [], "Nothing was kept of it.")
+            raise CorruptFileError(
+                "more bytes arrive than were announced", [], "Nothing was kept of it."
+            )
         yield piece
 
 
@@ -129,5 +153,7 @@ class FolderRemote:
     def publish(self, name: str, version: Version, folder: Path) -> str:
         with self.library.receiving():
             fetch_object(self.library, FolderRemote(Library(folder.parent.parent)), version.object)
-            entry = self.library.point(name, version.object, version.facts, tags=version.tags, note=version.note)
+            entry = self.library.point(
+                name, version.object, version.facts, tags=version.tags, note=version.note
+            )
         return entry.reference

@@ -1,7 +1,9 @@
-"""A library at an address of fsspec's: s3://, gcs://, ssh://, memory://, and http(s):// for reading.
+"""A library at an address of fsspec's: s3://, gcs://, ssh://, memory://, and http(s):// for
+reading.
 
-Objects are complete (their MANIFEST.json goes last) before a name's record is exchanged. Such stores have no locks: a
-record is read back after writing, and written again where another writer came between.
+Objects are complete (their MANIFEST.json goes last) before a name's record is exchanged. Such
+stores have no locks: a record is read back after writing, and written again where another writer
+came between.
 """
 
 import json
@@ -22,7 +24,8 @@ _READ_ONLY = ("http", "https")
 
 
 class FsspecRemote:
-    """address: a URL; what its scheme needs besides fsspec (s3fs, gcsfs, aiohttp, ...) is told when it is missing."""
+    """address: a URL; what its scheme needs besides fsspec (s3fs, gcsfs, aiohttp, ...) is told when
+    it is missing."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -72,7 +75,9 @@ class FsspecRemote:
 
     def publish(self, name: str, version: Version, folder: Path) -> str:
         if self._read_only:
-            raise ConfigError(f"{self.address} can only be read", [], "Push to the store behind it.")
+            raise ConfigError(
+                f"{self.address} can only be read", [], "Push to the store behind it."
+            )
         try:
             self._put_object(version.object, folder)
             for _ in range(_ATTEMPTS):
@@ -82,7 +87,8 @@ class FsspecRemote:
                     return f"{name}@{same[-1].version}"
                 theirs = version.model_copy(update={"version": record.next_version})
                 others = [
-                    v.model_copy(update={"tags": [t for t in v.tags if t not in version.tags]}) for v in record.versions
+                    v.model_copy(update={"tags": [t for t in v.tags if t not in version.tags]})
+                    for v in record.versions
                 ]
                 changed = Record(next_version=record.next_version + 1, versions=[*others, theirs])
                 self._exchange(f"names/{name}.json", changed)
@@ -90,7 +96,9 @@ class FsspecRemote:
             raise
         except Exception as fault:
             raise InputError(
-                f"{self.address} cannot be written: {_said(fault)}", [], "Look at the address and your rights."
+                f"{self.address} cannot be written: {_said(fault)}",
+                [],
+                "Look at the address and your rights.",
             ) from fault
         raise InputError(f"{self.address}: others keep writing {name!r}", [], "Try again.")
 
@@ -105,20 +113,27 @@ class FsspecRemote:
                 self._fs.put_file(str(folder / file), there)
             if (found := self._fs.size(there)) != size:
                 raise CorruptFileError(
-                    f"{self.address}: {file} arrived with {found:,} of {size:,} bytes", [], "Push again."
+                    f"{self.address}: {file} arrived with {found:,} of {size:,} bytes",
+                    [],
+                    "Push again.",
                 )
         if not self._fs.exists(self._at("library.json")):
             self._fs.pipe_file(self._at("library.json"), b'{"format_version": 1}\n')
 
     def _exchange(self, path: str, record: Record) -> None:
-        text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        text = (
+            json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+            + "\n"
+        )
         beside = self._at(f"{path}.{uuid4().hex}.partial")
         self._fs.pipe_file(beside, text.encode())
         self._fs.mv(beside, self._at(path))
 
     def _unreadable(self, path: str, fault: Any) -> SourceError:
         return SourceError(
-            f"{self.address}/{path} cannot be read: {_said(fault)}", [], "Try again; what has arrived is kept."
+            f"{self.address}/{path} cannot be read: {_said(fault)}",
+            [],
+            "Try again; what has arrived is kept.",
         )
 
 

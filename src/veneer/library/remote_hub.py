@@ -1,7 +1,7 @@
 """One adapter in one repository of the Hugging Face hub, in its root, where PEFT looks for it.
 
-A push is one commit, the model card with it: all files or none. A pull resolves the revision to a commit first and
-takes every file from that commit. Pickles and whatever else lies there stay there.
+A push is one commit, the model card with it: all files or none. A pull resolves the revision to a
+commit first and takes every file from that commit. Pickles and whatever else lies there stay there.
 """
 
 import re
@@ -20,12 +20,15 @@ from veneer.library.remote import Moved
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000
-"""An adapter is megabytes; a repository that offers more under its file's name is refused before it is fetched."""
+"""An adapter is megabytes; a repository that offers more under its file's name is refused before it
+is fetched."""
 
 
 def _parsed(address: str) -> tuple[str, str | None]:
     if (match := _ADDRESS.fullmatch(address)) is None or ".." in address:
-        raise ConfigError(f"{address} names no repository", [], "For instance hf://org/name or hf://org/name@v1.")
+        raise ConfigError(
+            f"{address} names no repository", [], "For instance hf://org/name or hf://org/name@v1."
+        )
     return match["repository"], match["revision"]
 
 
@@ -34,23 +37,32 @@ def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = Non
 
     repository, revision = _parsed(address)
     api = HfApi()
-    operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in sorted(folder.iterdir())]
+    operations = [
+        CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path)
+        for path in sorted(folder.iterdir())
+    ]
     if card is not None:
         operations.append(CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=card.encode()))
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         made = api.create_commit(
-            repository, operations, commit_message=f"{entry.reference} {entry.version.object[:12]}", revision=revision
+            repository,
+            operations,
+            commit_message=f"{entry.reference} {entry.version.object[:12]}",
+            revision=revision,
         )
     except Exception as fault:  # the client's errors have no common base
         raise SourceError(
-            f"{address} was not written: {_said(fault)}", [], "Look at the name and your token: hf auth login"
+            f"{address} was not written: {_said(fault)}",
+            [],
+            "Look at the name and your token: hf auth login",
         ) from fault
     return Moved(f"{repository}@{made.oid}", address, entry.version.facts.bytes, skipped=False)
 
 
 def pull_from_hub(library: Library, address: str, *, name: str | None = None) -> Entry:
-    """Raises SourceError, UnsafeFileError (only a pickle there), RefusedError (too large), and what `add` raises."""
+    """Raises SourceError, UnsafeFileError (only a pickle there), RefusedError (too large), and what
+    `add` raises."""
     from huggingface_hub import HfApi, hf_hub_download
 
     from veneer.library.examination import examined  # loads torch
@@ -61,7 +73,9 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
         info: Any = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as fault:
         raise SourceError(
-            f"{address} cannot be read: {_said(fault)}", [], "Look at the name, the revision and your token."
+            f"{address} cannot be read: {_said(fault)}",
+            [],
+            "Look at the name, the revision and your token.",
         ) from fault
     sizes = {file.rfilename: file.size for file in info.siblings or []}
     wanted = [file for file in (*ADAPTER_FILES, MANIFEST) if file in sizes]
@@ -75,12 +89,16 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
                 if (told := refusal(fault, folder)) is not None:
                     raise told from fault
                 raise SourceError(
-                    f"{address}: {file} did not arrive: {_said(fault)}", [], "Try again: what has arrived is kept."
+                    f"{address}: {file} did not arrive: {_said(fault)}",
+                    [],
+                    "Try again: what has arrived is kept.",
                 ) from fault
         if MANIFEST in wanted:  # beside the client's own notes, which lie in .cache
             faults = [fault for fault in verify_manifest(folder) if not fault.startswith(".cache/")]
             if faults:
-                raise CorruptFileError(f"{address} is not what was pushed", faults, "Push it again.")
+                raise CorruptFileError(
+                    f"{address} is not what was pushed", faults, "Push it again."
+                )
         files, facts = examined(folder, None)
         note = f"{repository} at {info.sha[:12]}"
         entry = library.point(chosen, put(library.objects, files), facts, note=note)
@@ -94,14 +112,19 @@ def _default_name(repository: str) -> str:
 
 def _check_files(address: str, sizes: dict[str, int | None], wanted: list[str]) -> None:
     if missing := [file for file in ADAPTER_FILES[:2] if file not in sizes]:
-        pickles = [file for file in sizes if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+        pickles = [
+            file for file in sizes if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        ]
         if pickles and ADAPTER_FILES[0] in sizes:
             raise UnsafeFileError(
-                f"{address} holds its weights only as a pickle, which can run code when it is opened",
+                f"{address} holds its weights only as a pickle, which can run code when it is"
+                " opened",
                 pickles,
                 "Ask for safetensors there; or, where you trust it, convert it once with PEFT.",
             )
-        raise SourceError(f"{address} holds no adapter", [f"{file} is not there" for file in missing])
+        raise SourceError(
+            f"{address} holds no adapter", [f"{file} is not there" for file in missing]
+        )
     if (total := sum(sizes[file] or 0 for file in wanted)) > MAX_BYTES:
         raise RefusedError(f"{address}: {total:,} bytes are no adapter; the limit is {MAX_BYTES:,}")
 

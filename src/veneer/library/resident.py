@@ -18,8 +18,8 @@ class Tier(Enum):
 
 @dataclass(frozen=True)
 class Files:
-    """Where a version lies. content_hash: of its tensors and config, which reading it checks. made: changes whenever
-    the folder is another one."""
+    """Where a version lies. content_hash: of its tensors and config, which reading it checks. made:
+    changes whenever the folder is another one."""
 
     reference: str
     folder: Path
@@ -34,7 +34,8 @@ class Files:
 
 @dataclass(kw_only=True, eq=False)
 class Resident(Kept):
-    """bytes: taken, or promised while it is loading. All but `content` is changed under its tiers' lock alone.
+    """bytes: taken, or promised while it is loading. All but `content` is changed under its tiers'
+    lock alone.
 
     places    of its trained prefix
     holders   sequences that have blocks
@@ -47,7 +48,8 @@ class Resident(Kept):
     """
 
     content: str
-    """Id of all its files (library/objects.py): versions that differ in veneer.json alone are asked differently."""
+    """Id of all its files (library/objects.py): versions that differ in veneer.json alone are asked
+    differently."""
     files: Files
     tier: Tier = Tier.DISK
     attachment: Attachment | None = None
@@ -65,8 +67,8 @@ class Resident(Kept):
 
 @dataclass(frozen=True)
 class Shown:
-    """A version that is in memory, on its way, or broken. version: its content_hash. idle_seconds: since it was last
-    used."""
+    """A version that is in memory, on its way, or broken. version: its content_hash. idle_seconds:
+    since it was last used."""
 
     reference: str
     content: str

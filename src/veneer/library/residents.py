@@ -1,7 +1,8 @@
 """The adapters of a library for a server: by name, in memory while requests want them (tiers.py).
 
-A name is looked up when a request comes, and means what it holds by then: a version that is published while another
-runs is for the requests behind it. What no name means any more goes as soon as nobody uses it.
+A name is looked up when a request comes, and means what it holds by then: a version that is
+published while another runs is for the requests behind it. What no name means any more goes as soon
+as nobody uses it.
 """
 
 import threading
@@ -17,7 +18,14 @@ from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.adapters.wrapping import plain_copy
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
 from veneer.decoding.blocks import Identity
-from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, UnknownNameError, VeneerError, told_as
+from veneer.errors import (
+    AdapterMismatchError,
+    ConfigError,
+    CorruptFileError,
+    UnknownNameError,
+    VeneerError,
+    told_as,
+)
 from veneer.files.home import name_of
 from veneer.formats.adapter import Front, read_front
 from veneer.formats.header_fit import header_faults
@@ -34,7 +42,8 @@ MOST_KNOWN = 1024
 
 
 class Residents:
-    """decoding.adapters.Adapters. All may be called from any thread; names are looked up on the one that calls.
+    """decoding.adapters.Adapters. All may be called from any thread; names are looked up on the one
+    that calls.
 
     budget_bytes  of all adapters in memory
     base_names    what the base is called; NAME:adapter is an adapter too
@@ -65,10 +74,11 @@ class Residents:
     # by name
 
     def resolve(self, name: str, weight: float = 1.0) -> Identity:
-        """What it means now: name, name@2, name@tag, BASE:name; () is the base alone. Reads the library's record.
+        """What it means now: name, name@2, name@tag, BASE:name; () is the base alone. Reads the
+        library's record.
 
-        UnknownNameError, with the nearest; AdapterMismatchError: trained on another base; what loading it raised just
-        now.
+        UnknownNameError, with the nearest; AdapterMismatchError: trained on another base; what
+        loading it raised just now.
         """
         check_numbers(weight=(WEIGHT, weight))
         if name in self.base_names:
@@ -77,15 +87,17 @@ class Residents:
         return ((self._know(reference, self._entry(reference, name)), weight),)
 
     def preamble(self, identity: Identity) -> Preamble:
-        """Of the conversations that all of these were trained on. Reads files of one that was not asked for before."""
+        """Of the conversations that all of these were trained on. Reads files of one that was not
+        asked for before."""
         return shared(self._preamble(self._tiers.files(content)) for content, _ in identity)
 
     def fits(self, entry: Entry) -> bool:
-        """Whether the adapter may act on this base: trained on it or, if the library does not know its base, of shapes
-        that fit.
+        """Whether the adapter may act on this base: trained on it or, if the library does not know
+        its base, of shapes that fit.
 
-        It reads the small files of an object once, and all of an object that holds copies of the base's values. It
-        waits for no adapter that comes or goes. False where the files cannot be read; they are read again next time.
+        It reads the small files of an object once, and all of an object that holds copies of the
+        base's values. It waits for no adapter that comes or goes. False where the files cannot be
+        read; they are read again next time.
         """
         if (theirs := entry.version.facts.base_digest) is not None:
             return theirs in self.base.weights_digests
@@ -99,14 +111,20 @@ class Residents:
         return self._fit[content]
 
     def front_places(self, identity: Identity) -> int:
-        """Positions of its trained prefix; 0 too where its files are broken, as loading it will say.
+        """Positions of its trained prefix; 0 too where its files are broken, as loading it will
+        say.
 
         ConfigError: adapters that cannot act together with these weights.
         """
         files = [self._tiers.files(content) for content, _ in identity]
         fronts = [self._front(each) for each in files]
         weights = [weight for _, weight in identity]
-        refuse_sum([(f.reference, front.contents, w) for f, front, w in zip(files, fronts, weights, strict=True)])
+        refuse_sum(
+            [
+                (f.reference, front.contents, w)
+                for f, front, w in zip(files, fronts, weights, strict=True)
+            ]
+        )
         return sum(front.places for front in fronts)
 
     def _front(self, files: Files) -> Front:
@@ -145,23 +163,30 @@ class Residents:
         return identity
 
     def unload(self, name: str, *, keep: Collection[str] = ()) -> bool:
-        """Unloads a version, or every version if the name has none: each goes when nobody uses it, pinned or not, and
-        is read again when somebody asks. keep: references whose versions stay.
+        """Unloads a version, or every version if the name has none: each goes when nobody uses it,
+        pinned or not, and is read again when somebody asks. keep: references whose versions stay.
 
         False: none was in memory. UnknownNameError: no such name.
         """
         contents = [] if name in keep else [self._unpinned(name)]
         with self._lock:
             kept = {self._meant[each] for each in keep if each in self._meant}
-            versions = [each for each in self._meant if each.startswith(f"{name}@") and each not in keep]
+            versions = [
+                each for each in self._meant if each.startswith(f"{name}@") and each not in keep
+            ]
         for reference in versions:
             with suppress(UnknownNameError):  # removed from the library since
                 contents.append(self._unpinned(reference))
-        left = [self._tiers.leave(content) for content in contents if content is not None and content not in kept]
+        left = [
+            self._tiers.leave(content)
+            for content in contents
+            if content is not None and content not in kept
+        ]
         return any(left)
 
     def pin(self, name: str, *, seconds: float = 60.0) -> None:
-        """Into memory, and it stays there whatever the budget says; of a name the version that it means by then."""
+        """Into memory, and it stays there whatever the budget says; of a name the version that it
+        means by then."""
         if name in self.base_names:
             return
         reference = self._reference(name)
@@ -206,7 +231,8 @@ class Residents:
         return self._tiers.budget_bytes
 
     def on_change(self, tell: Callable[[], None]) -> None:
-        """It is called when an adapter has come or failed, on the thread that read it; it must be short."""
+        """It is called when an adapter has come or failed, on the thread that read it; it must be
+        short."""
         self._tiers.changed = tell
 
     # of the decoding thread
@@ -232,7 +258,8 @@ class Residents:
     # below
 
     def _reference(self, name: str) -> str:
-        """Of the library: what stands behind the base's name, or all of it. UnknownNameError: it could be none."""
+        """Of the library: what stands behind the base's name, or all of it. UnknownNameError: it
+        could be none."""
         start, colon, rest = name.rpartition(":")
         reference = rest if colon and start in self.base_names else name
         if not is_reference(reference):
@@ -254,10 +281,14 @@ class Residents:
         try:
             stat = folder.stat()
         except OSError as fault:
-            raise CorruptFileError(f"the files of {entry.reference} are gone", [], "Pull or add it again.") from fault
+            raise CorruptFileError(
+                f"the files of {entry.reference} are gone", [], "Pull or add it again."
+            ) from fault
         made = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
         try:
-            self._tiers.know(content, Files(entry.reference, folder, facts.content_hash, facts.parameters, made))
+            self._tiers.know(
+                content, Files(entry.reference, folder, facts.content_hash, facts.parameters, made)
+            )
         finally:
             self._mean(reference, content)
         return content
@@ -277,9 +308,9 @@ class Residents:
                 self._tiers.leave(before)
 
     def _apply_pins(self, *contents: str) -> None:
-        """Pins each of these contents that a pinned name means, and unpins the others. Call it with the lock held, so
-        that no older decision overtakes a newer one. A name may be pinned while another thread finds that the library
-        has it no more: it means nothing then."""
+        """Pins each of these contents that a pinned name means, and unpins the others. Call it with
+        the lock held, so that no older decision overtakes a newer one. A name may be pinned while
+        another thread finds that the library has it no more: it means nothing then."""
         pinned = {self._meant.get(reference) for reference in self._pins}
         for content in contents:
             self._tiers.pin(content, pinned=content in pinned)

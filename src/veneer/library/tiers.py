@@ -1,14 +1,16 @@
 """Adapters on disk, and in memory while requests want them.
 
     disk ──> loading ──> ready ──> disk      the least recently used goes where the budget says so
-                 └────> failed ──> disk      its own requests end; read anew after a while, or when its files changed
+                                             └────> failed ──> disk      its own requests end; read
+                                             anew after a while, or when its files changed
 
-Contents are read on threads of their own (loaders.py) and put beside the base there. The decoding thread asks, and
-waits for nothing but a short lock.
+Contents are read on threads of their own (loaders.py) and put beside the base there. The decoding
+thread asks, and waits for nothing but a short lock.
 
-Room is given in the order in which requests ask, to all adapters of a request at once. Others may go ahead of one that
-finds no room, a bounded number of times; then those in memory that have the fewest users get no new ones, until there
-is room. Names are not known here: an adapter is called by its content.
+Room is given in the order in which requests ask, to all adapters of a request at once. Others may
+go ahead of one that finds no room, a bounded number of times; then those in memory that have the
+fewest users get no new ones, until there is room. Names are not known here: an adapter is called by
+its content.
 """
 
 import threading
@@ -66,15 +68,16 @@ class LoadLimits:
 
 @dataclass
 class _Asked:
-    """An identity that lacks something in memory. by_hand: no request asks. since: holds granted when room was first
-    short; None: it has not been."""
+    """An identity that lacks something in memory. by_hand: no request asks. since: holds granted
+    when room was first short; None: it has not been."""
 
     by_hand: bool = False
     since: int | None = None
 
 
 class Tiers:
-    """decoding.adapters.Adapters. changed is called when an adapter has come or failed, on the thread that read it."""
+    """decoding.adapters.Adapters. changed is called when an adapter has come or failed, on the
+    thread that read it."""
 
     def __init__(
         self,
@@ -88,25 +91,31 @@ class Tiers:
         self.base, self.budget_bytes, self.limits = base, budget_bytes, limits or LoadLimits()
         self.changed: Callable[[], None] = lambda: None
         self._clock = clock
-        self._loaders = Loaders(at_once=self.limits.at_once, slow_seconds=self.limits.slow_seconds, clock=clock)
+        self._loaders = Loaders(
+            at_once=self.limits.at_once, slow_seconds=self.limits.slow_seconds, clock=clock
+        )
         self._lock = threading.Condition(threading.RLock())
         self._known: dict[str, Resident] = {}
         self._queue: dict[Identity, _Asked] = {}
         self._asked: set[Identity] = set()  # in this round
         self._offered: set[str] = set()  # contents that were called ready in this round
-        self._wanted: set[str] = set()  # contents that were asked for in the last round, or are expected
+        self._wanted: set[str] = (
+            set()
+        )  # contents that were asked for in the last round, or are expected
         self._pinned: set[Resident] = set()
         self._gone: list[str] = []
         self._left: list[str] = []  # names that could not be taken off the base yet
         self._uses = self._loads = self._granted = 0
         self._dirty = False
-        # What is asked of a base once, and takes forwards, is asked now and not beside those of requests.
+        # What is asked of a base once, and takes forwards, is asked now and not beside those of
+        # requests.
         _ = base.paths, base.read_past, base.tokenizer_hash(), base.template_hash()
 
     # what there is
 
     def know(self, content: str, files: Files) -> None:
-        """It can be asked for. Raises why it failed, if that was just now and its files are the same."""
+        """It can be asked for. Raises why it failed, if that was just now and its files are the
+        same."""
         with self._lock:
             known = self._known.setdefault(content, Resident(content=content, files=files))
             if known.tier is Tier.FAILED and known.files.made != files.made:
@@ -137,14 +146,18 @@ class Tiers:
             self._place()
 
     def wait(self, identity: Identity, seconds: float) -> None:
-        """Loads what is not in memory. Raises why it does not come; BudgetFullError: no room within this time."""
+        """Loads what is not in memory. Raises why it does not come; BudgetFullError: no room within
+        this time."""
         deadline = time.monotonic() + seconds
         with self._lock:
             while not self._in_memory(self._checked(identity)):
                 self._queue.setdefault(identity, _Asked()).by_hand = True
                 self._place()
                 self._loaders.look()
-                if not self._lock.wait(min(1.0, deadline - time.monotonic())) and time.monotonic() > deadline:
+                if (
+                    not self._lock.wait(min(1.0, deadline - time.monotonic()))
+                    and time.monotonic() > deadline
+                ):
                     self._queue.pop(identity, None)
                     raise self._no_room(identity)
 
@@ -241,7 +254,9 @@ class Tiers:
 
     def _of(self, identity: Identity) -> list[Resident]:
         if unknown := [content for content, _ in identity if content not in self._known]:
-            raise ConfigError(f"no adapter {unknown[0][:12]}… is known here", next_step="Ask for it by its name.")
+            raise ConfigError(
+                f"no adapter {unknown[0][:12]}… is known here", next_step="Ask for it by its name."
+            )
         return [self._known[content] for content, _ in identity]
 
     def _applied(self, identity: Identity) -> Applied:
@@ -273,9 +288,17 @@ class Tiers:
 
     def _check(self, each: Resident) -> None:
         now = self._clock()
-        if each.tier is Tier.LOADING and each.begun is not None and now - each.begun > self.limits.load_seconds:
-            slow = f"reading {each.files.reference} takes longer than {self.limits.load_seconds:g} s"
-            self._fail(each, SourceError(slow, next_step="Look at the disk that the library is on."))
+        if (
+            each.tier is Tier.LOADING
+            and each.begun is not None
+            and now - each.begun > self.limits.load_seconds
+        ):
+            slow = (
+                f"reading {each.files.reference} takes longer than {self.limits.load_seconds:g} s"
+            )
+            self._fail(
+                each, SourceError(slow, next_step="Look at the disk that the library is on.")
+            )
         if each.tier is Tier.FAILED:
             assert each.error is not None
             if each.reading or now - each.moment < self.limits.retry_seconds:
@@ -285,17 +308,24 @@ class Tiers:
     def _no_room(self, identity: Identity) -> BudgetFullError:
         own = self._of(identity)
         needed = sum(each.bytes or each.files.bytes_needed for each in own)
-        staying = [e for e in self._known.values() if e.bytes and e not in own and (e.pinned or e.holders)]
+        staying = [
+            e for e in self._known.values() if e.bytes and e not in own and (e.pinned or e.holders)
+        ]
         return BudgetFullError(
-            f"{', '.join(each.files.reference for each in own)}: {needed:,} bytes, and adapters have "
-            f"{self.budget_bytes:,}",
-            [f"{e.files.reference}: {e.bytes:,} bytes, {'pinned' if e.pinned else 'in use'}" for e in staying],
+            f"{', '.join(each.files.reference for each in own)}: {needed:,} bytes, and adapters"
+            f" have {self.budget_bytes:,}",
+            [
+                f"{e.files.reference}: {e.bytes:,} bytes, {'pinned' if e.pinned else 'in use'}"
+                for e in staying
+            ],
             "Unpin or unload some, or give adapters more bytes.",
         )
 
     def _may_go(self, each: Resident) -> bool:
         wanted = each.fresh and each.content in self._wanted
-        return each.tier is Tier.READY and not (each.holders or wanted or each.content in self._offered)
+        return each.tier is Tier.READY and not (
+            each.holders or wanted or each.content in self._offered
+        )
 
     def _place(self) -> None:
         """Sends away what nobody wants, and gives room to those in the queue that find it."""
@@ -330,10 +360,17 @@ class Tiers:
     def _kept(self) -> tuple[list[Resident], int]:
         """What takes room, and the most that there could be for another."""
         kept = [each for each in self._known.values() if each.bytes]
-        return kept, self.budget_bytes - sum(each.bytes for each in kept if each.pinned or not self._may_go(each))
+        return kept, self.budget_bytes - sum(
+            each.bytes for each in kept if each.pinned or not self._may_go(each)
+        )
 
     def _is_unwanted(self, each: Resident) -> bool:
-        used = each.pinned or each.holders or each.content in self._offered or each.content in self._wanted
+        used = (
+            each.pinned
+            or each.holders
+            or each.content in self._offered
+            or each.content in self._wanted
+        )
         return each.unwanted and not used
 
     def _drain(self, needed: int, some: list[Resident]) -> None:
@@ -357,11 +394,20 @@ class Tiers:
             each.fresh = True
         for each in missing:
             self._loads += 1
-            each.tier, each.load, each.bytes, each.begun = Tier.LOADING, self._loads, each.files.bytes_needed, None
-        self._loaders.put(partial(self._load, drops, [(each, each.load, each.files) for each in missing]))
+            each.tier, each.load, each.bytes, each.begun = (
+                Tier.LOADING,
+                self._loads,
+                each.files.bytes_needed,
+                None,
+            )
+        self._loaders.put(
+            partial(self._load, drops, [(each, each.load, each.files) for each in missing])
+        )
 
     def _fail(self, each: Resident, fault: VeneerError) -> None:
-        fault.__traceback__ = fault.__cause__ = fault.__context__ = None  # with what their frames hold
+        fault.__traceback__ = fault.__cause__ = fault.__context__ = (
+            None  # with what their frames hold
+        )
         each.tier, each.error, each.bytes, each.moment = Tier.FAILED, fault, 0, self._clock()
         self._place()
 
@@ -385,12 +431,17 @@ class Tiers:
             with self._lock:
                 each.begun, each.reading = self._clock(), each.reading + 1
             try:
-                with told_as(files.folder, files.reference), told_as(self.base.source, name_of(self.base.source)):
+                with (
+                    told_as(files.folder, files.reference),
+                    told_as(self.base.source, name_of(self.base.source)),
+                ):
                     self._bring(each, number, files)
             except VeneerError as error:
                 fault = error
             except Exception as error:
-                fault = RefusedError(f"{files.reference} cannot be loaded", [f"{type(error).__name__}: {error}"])
+                fault = RefusedError(
+                    f"{files.reference} cannot be loaded", [f"{type(error).__name__}: {error}"]
+                )
             with self._lock:
                 each.reading -= 1
                 if fault is not None and each.load == number and each.tier is Tier.LOADING:
@@ -408,7 +459,11 @@ class Tiers:
             )
         name = f"{files.reference} #{number}"
         theirs = stored.name_or_path or name
-        with self.base.routing.changing, told_as(name, files.reference), told_as(theirs, name_of(theirs)):
+        with (
+            self.base.routing.changing,
+            told_as(name, files.reference),
+            told_as(theirs, name_of(theirs)),
+        ):
             made = load_adapter(self.base, stored, name=name, take=True)
         try:
             places = front_places(((made, 1.0),))

@@ -1,8 +1,11 @@
-"""Whole versions to another library and back: a folder, any address that fsspec knows, a repository of the hub.
+"""Whole versions to another library and back: a folder, any address that fsspec knows, a repository
+of the hub.
 
     /folder, file://...          another library, under its own locks (library/remote.py)
-    s3://, gcs://, ssh://, ...   the same layout at that address; http(s):// for reading (library/remote_fsspec.py)
-    hf://org/name[@revision]     one adapter, in the repository's root, as PEFT reads it (library/remote_hub.py)
+    s3://, gcs://, ssh://, ...   the same layout at that address; http(s):// for reading
+                                 (library/remote_fsspec.py)
+    hf://org/name[@revision]     one adapter, in the repository's root, as PEFT reads it
+                                 (library/remote_hub.py)
 
 What a record says of an object is not believed: the facts are read from the object.
 """
@@ -30,9 +33,11 @@ def remote_at(address: str) -> Remote:
 
 
 def push(library: Library, reference: str, address: str, card: CardOf | None = None) -> Moved:
-    """Copies a version to another library, under its own name. The same bytes there are not sent again.
+    """Copies a version to another library, under its own name. The same bytes there are not sent
+    again.
 
-    card   says the README.md of a repository of the hub; in libraries objects are called by what they hold
+    card   says the README.md of a repository of the hub; in libraries objects are called by what
+           they hold
     """
     entry = library.get(reference)
     folder = library.whole(entry.reference)
@@ -47,7 +52,9 @@ def push(library: Library, reference: str, address: str, card: CardOf | None = N
     return Moved(known, address, entry.version.facts.bytes, skipped)
 
 
-def pull(library: Library, address: str, reference: str | None = None, *, name: str | None = None) -> Entry:
+def pull(
+    library: Library, address: str, reference: str | None = None, *, name: str | None = None
+) -> Entry:
     """Fetches a version and makes it the newest of `name` (default: as it is called there)."""
     if address.startswith("hf://"):
         from veneer.library.remote_hub import pull_from_hub
@@ -64,7 +71,9 @@ def pull(library: Library, address: str, reference: str | None = None, *, name: 
         from veneer.library.examination import facts_of
 
         facts = facts_of(read_adapter(library.objects / version.object))
-        return library.point(name or wanted.name, version.object, facts, tags=version.tags, note=version.note)
+        return library.point(
+            name or wanted.name, version.object, facts, tags=version.tags, note=version.note
+        )
 
 
 def _wanted(remote: Remote, wanted: Reference) -> Version:

@@ -1,4 +1,5 @@
-"""Low-rank adapters as updates by place, and updates as an adapter folder. The base's weights are not needed.
+"""Low-rank adapters as updates by place, and updates as an adapter folder. The base's weights are
+not needed.
 
 Not known here: what is done with the updates (combine.py, extract.py, export.py).
 """
@@ -60,21 +61,24 @@ class Placed:
 
 
 def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
-    """What of its files goes where on a base. model: the base or its skeleton. AdapterMismatchError: it does not
-    fit."""
+    """What of its files goes where on a base. model: the base or its skeleton.
+    AdapterMismatchError: it does not fit."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     tensors, rows = apart(stored.tensors)
     found = stored.file.fit(tensors, model, head, weights_read_past(model))
     tokens = fit_tokens(stored.tokens, rows, model, head)
     if (faults := [*found.faults, *(tokens.faults if tokens else [])]) or found.settings is None:
         raise AdapterMismatchError(
-            f"{stored.folder} does not fit the base", faults, f"It was made for {stored.name_or_path}: name that base."
+            f"{stored.folder} does not fit the base",
+            faults,
+            f"It was made for {stored.name_or_path}: name that base.",
         )
     return found
 
 
 def refuse_no_sum(stored: StoredAdapter) -> None:
-    """RefusedError for an adapter that cannot be added to others; by its settings, before a base is read."""
+    """RefusedError for an adapter that cannot be added to others; by its settings, before a base is
+    read."""
     refuse_combining([(str(stored.folder), stored.contents)])
 
 
@@ -95,12 +99,14 @@ def _no_factors(folder: Path, method: str, odd: Sequence[str]) -> RefusedError:
     return RefusedError(
         f"{folder} is of method {method}: its update is no product of two factors",
         [f"beside A and B it trains {', '.join(odd)}"] if odd else [],
-        "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the difference.",
+        "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the"
+        " difference.",
     )
 
 
 def place(stored: StoredAdapter, model: nn.Module) -> Placed:
-    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two factors a place)."""
+    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two
+    factors a place)."""
     _refuse_no_update(stored)
     found = fitted(stored, model)
     settings = found.settings
@@ -164,18 +170,24 @@ def attachment_of(
 
 
 def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Manifest:
-    """A manifest with what the adapters say of their base, which must be one; without any, what the base itself says.
+    """A manifest with what the adapters say of their base, which must be one; without any, what the
+    base itself says.
 
-    AdapterMismatchError: they were trained on different bases, or with different tokenizers or chat templates.
+    AdapterMismatchError: they were trained on different bases, or with different tokenizers or chat
+    templates.
     """
     known = [(p.stored, p.stored.manifest) for p in placed if p.stored.manifest is not None]
-    # First one that says all of its base: what an earlier version wrote would agree with two that differ.
+    # First one that says all of its base: what an earlier version wrote would agree with two that
+    # differ.
     known.sort(key=lambda each: Fingerprint.from_dict(each[1].base.fingerprint).is_earlier)
     faults: list[str] = []
     for stored, manifest in known[1:]:
         first = Fingerprint.from_dict(known[0][1].base.fingerprint)
         differences = first.differences(Fingerprint.from_dict(manifest.base.fingerprint))
-        faults += [f"{said_of(known[0][0].folder)} and {said_of(stored.folder)}: {line}" for line in differences]
+        faults += [
+            f"{said_of(known[0][0].folder)} and {said_of(stored.folder)}: {line}"
+            for line in differences
+        ]
     if faults:
         raise AdapterMismatchError(
             "these adapters were trained on different bases",
@@ -188,9 +200,13 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
         tokenizer, template = _text_hashes(known)
     else:
         found = load_base(source, dtype="stored", device="cpu").fingerprint().to_dict()
-        identity = BaseIdentity(name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found)
+        identity = BaseIdentity(
+            name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found
+        )
         tokenizer = template = None
-    asked = shared(NONE if each.stored.manifest is None else each.stored.manifest.preamble for each in placed)
+    asked = shared(
+        NONE if each.stored.manifest is None else each.stored.manifest.preamble for each in placed
+    )
     return Manifest(
         veneer_version=version("veneer"),
         method="lora",
@@ -203,12 +219,22 @@ def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Ma
 
 
 def _text_hashes(known: Sequence[tuple[StoredAdapter, Manifest]]) -> tuple[str | None, str | None]:
-    """Hashes of the tokenizer and of the chat template that all adapters were trained with; None where no adapter
-    records one. Raises AdapterMismatchError if two adapters record different ones."""
-    tokenizers = {stored.folder: manifest.tokenizer_hash for stored, manifest in known if manifest.tokenizer_hash}
-    templates = {stored.folder: manifest.template_hash for stored, manifest in known if manifest.template_hash}
+    """Hashes of the tokenizer and of the chat template that all adapters were trained with; None
+    where no adapter records one. Raises AdapterMismatchError if two adapters record different
+    ones."""
+    tokenizers = {
+        stored.folder: manifest.tokenizer_hash
+        for stored, manifest in known
+        if manifest.tokenizer_hash
+    }
+    templates = {
+        stored.folder: manifest.template_hash
+        for stored, manifest in known
+        if manifest.template_hash
+    }
     faults = [
-        f"{name}: " + ", ".join(f"{said_of(folder)} {value[:12]}" for folder, value in hashes.items())
+        f"{name}: "
+        + ", ".join(f"{said_of(folder)} {value[:12]}" for folder, value in hashes.items())
         for name, hashes in (("tokenizer", tokenizers), ("chat template", templates))
         if len(set(hashes.values())) > 1
     ]
@@ -221,7 +247,9 @@ def _text_hashes(known: Sequence[tuple[StoredAdapter, Manifest]]) -> tuple[str |
     return next(iter(tokenizers.values()), None), next(iter(templates.values()), None)
 
 
-def descended(manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]) -> Manifest:
+def descended(
+    manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]
+) -> Manifest:
     """The manifest with how the adapter was made and of what."""
     made_of = [Parent(content_hash=placed.parent_hash, weight=weight) for placed, weight in parents]
     return manifest.model_copy(update={"recipe": dict(recipe), "parents": made_of})

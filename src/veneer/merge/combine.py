@@ -1,18 +1,20 @@
-"""Several low-rank adapters made into one: sums and prunings of their updates D_i = scaling_i * B_i A_i.
+"""Several low-rank adapters made into one: sums and prunings of their updates D_i = scaling_i * B_i
+A_i.
 
     cat        sum of w_i D_i, exactly: the factors stand next to each other, the ranks add up
-    linear     the same sum with what is redundant in it left out (to float32's precision): its own rank
+    linear     the same sum with what is redundant in it left out (to float32's precision): its own
+               rank
     svd        the same sum, the best approximation at a rank
     magnitude  each D_i keeps its largest entries (share `density`), then the sum, then the rank
-    ties       the same; then for each entry the sign with more weight wins and the D_i of that sign are averaged
-               (Yadav et al. 2023, arXiv:2306.01708: trim, elect, disjoint mean)
-    dare       each D_i drops entries at random and scales the others by 1 / density, then the sum, then the rank
-               (Yu et al. 2023, arXiv:2311.03099)
+    ties       the same; then for each entry the sign with more weight wins and the D_i of that sign
+               are averaged (Yadav et al. 2023, arXiv:2306.01708: trim, elect, disjoint mean)
+    dare       each D_i drops entries at random and scales the others by 1 / density, then the sum,
+               then the rank (Yu et al. 2023, arXiv:2311.03099)
 
-All act on the updates, never on the A's and B's apart: mixing those multiplies one adapter's A with another's B.
-A weight may be negative. An adapter without a module counts as an update of nothing there.
-The result has scaling 1 (alpha = rank) everywhere: what each input was scaled with is in its factors.
-Not known here: files.
+All act on the updates, never on the A's and B's apart: mixing those multiplies one adapter's A with
+another's B. A weight may be negative. An adapter without a module counts as an update of nothing
+there. The result has scaling 1 (alpha = rank) everywhere: what each input was scaled with is in its
+factors. Not known here: files.
 """
 
 import hashlib
@@ -35,7 +37,8 @@ _PRUNES = ("ties", "dare", "magnitude")
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter's update of one place, its scaling in B: A (R, I), B (O, R); experts: with E in front."""
+    """One adapter's update of one place, its scaling in B: A (R, I), B (O, R); experts: with E in
+    front."""
 
     A: Tensor
     B: Tensor
@@ -46,7 +49,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Recipe:
-    """density: share of entries kept; rank: None is the inputs' own (svd: the largest, pruning: their sum)."""
+    """density: share of entries kept; rank: None is the inputs' own (svd: the largest, pruning:
+    their sum)."""
 
     how: How
     rank: int | None = None
@@ -54,7 +58,9 @@ class Recipe:
     seed: int | None = None
 
     def check(self) -> None:
-        faults = number_faults(rank=(RANK, self.rank), density=(PART, self.density), seed=(SEED, self.seed))
+        faults = number_faults(
+            rank=(RANK, self.rank), density=(PART, self.density), seed=(SEED, self.seed)
+        )
         if self.rank is not None and self.how not in _CHOOSES_RANK:
             faults.append(f"rank {self.rank}: {self.how} keeps the exact sum; --how svd has a rank")
         if self.density is not None and self.how not in _PRUNES:
@@ -63,7 +69,9 @@ class Recipe:
             faults.append(f"seed {self.seed}: {self.how} draws nothing at random")
         if faults:
             raise ConfigError(
-                f"these settings do not go with --how {self.how}", faults, "Leave them out or change them."
+                f"these settings do not go with --how {self.how}",
+                faults,
+                "Leave them out or change them.",
             )
 
     @property
@@ -74,7 +82,8 @@ class Recipe:
 def combine_updates(
     adapters: Sequence[Mapping[str, Update]], weights: Sequence[float], recipe: Recipe
 ) -> dict[str, Cut]:
-    """Place -> the combined update, in the places' first order. One place is worked on at a time."""
+    """Place -> the combined update, in the places' first order. One place is worked on at a
+    time."""
     recipe.check()
     assert len(adapters) == len(weights)
     places = list(dict.fromkeys(place for adapter in adapters for place in adapter))
@@ -121,11 +130,17 @@ def _pruned(group: _Group, recipe: Recipe, summed: Tensor) -> Cut:
 
 
 def _magnitude(place: str, group: _Group, recipe: Recipe) -> Cut:
-    return _pruned(group, recipe, sum_of([weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]))
+    return _pruned(
+        group,
+        recipe,
+        sum_of([weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]),
+    )
 
 
 def _ties(place: str, group: _Group, recipe: Recipe) -> Cut:
-    trimmed = torch.stack([weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group])
+    trimmed = torch.stack(
+        [weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]
+    )
     elected = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == elected) & (trimmed != 0)
     return _pruned(group, recipe, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
@@ -137,7 +152,9 @@ def _dare(place: str, group: _Group, recipe: Recipe) -> Cut:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return dense * (torch.rand(dense.shape, generator=generator) < recipe.kept) / recipe.kept
 
-    return _pruned(group, recipe, sum_of([weight * dropped(number, u.dense()) for number, u, weight in group]))
+    return _pruned(
+        group, recipe, sum_of([weight * dropped(number, u.dense()) for number, u, weight in group])
+    )
 
 
 _COMBINE: Mapping[How, Callable[[str, _Group, Recipe], Cut]] = {
@@ -158,7 +175,8 @@ def sum_of(parts: Sequence[Tensor]) -> Tensor:
 
 
 def largest_entries(dense: Tensor, density: float) -> Tensor:
-    """All but the `density` share of largest absolute values set to 0; of every matrix by itself."""
+    """All but the `density` share of largest absolute values set to 0; of every matrix by
+    itself."""
     flat = dense.flatten(-2)
     kept = max(1, round(density * flat.shape[-1]))
     if kept >= flat.shape[-1]:
@@ -169,4 +187,6 @@ def largest_entries(dense: Tensor, density: float) -> Tensor:
 
 def total_error(cuts: Mapping[str, Cut]) -> float:
     """||what was wanted - what is left|| / ||what was wanted|| over all places."""
-    return relative_error(sum(cut.lost for cut in cuts.values()), sum(cut.whole for cut in cuts.values()))
+    return relative_error(
+        sum(cut.lost for cut in cuts.values()), sum(cut.whole for cut in cuts.values())
+    )

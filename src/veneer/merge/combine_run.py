@@ -49,14 +49,16 @@ class CombineReport:
 def combine_adapters(
     adapters: Sequence[tuple[str | Path, float]], recipe: Recipe, *, base: str, out: str | Path
 ) -> CombineReport:
-    """Combines adapter folders, each with its weight, into the folder `out`. base: the one they were trained on. Its
-    config is read; its weights only where modules trained in full are summed. Raises what reading raises,
-    AdapterMismatchError (different bases), RefusedError (contents that do not combine), ConfigError (settings)."""
+    """Combines adapter folders, each with its weight, into the folder `out`. base: the one they
+    were trained on. Its config is read; its weights only where modules trained in full are summed.
+    Raises what reading raises, AdapterMismatchError (different bases), RefusedError (contents that
+    do not combine), ConfigError (settings)."""
     recipe.check()
     check_weights([weight for _, weight in adapters])
     if len(adapters) < 2 and recipe.how == "cat":
         raise ConfigError(
-            "one adapter alone is nothing to put together", next_step="Name two or more, or take --how svd."
+            "one adapter alone is nothing to put together",
+            next_step="Name two or more, or take --how svd.",
         )
     skeleton = load_skeleton(base)
     stored = [read_adapter(folder) for folder, _ in adapters]
@@ -66,11 +68,22 @@ def combine_adapters(
     trained = sorted({path for each in placed for path in each.trained})
     cuts = combine_updates([each.updates for each in placed], weights, recipe)
     updates = {where: Update(cut.A, cut.B) for where, cut in cuts.items()}
-    values = trained_values([(each.values, weight) for each, weight in zip(placed, weights, strict=True)])
-    made = attachment_of(*_apart(updates, _summed(values, base, stored), skeleton.model), trained, skeleton.model)
-    settings: dict[str, Any] = {"how": recipe.how, "rank": recipe.rank, "density": recipe.density, "seed": recipe.seed}
+    values = trained_values(
+        [(each.values, weight) for each, weight in zip(placed, weights, strict=True)]
+    )
+    made = attachment_of(
+        *_apart(updates, _summed(values, base, stored), skeleton.model), trained, skeleton.model
+    )
+    settings: dict[str, Any] = {
+        "how": recipe.how,
+        "rank": recipe.rank,
+        "density": recipe.density,
+        "seed": recipe.seed,
+    }
     manifest = descended(
-        common_base(placed, skeleton, base), {"combine": settings}, list(zip(placed, weights, strict=True))
+        common_base(placed, skeleton, base),
+        {"combine": settings},
+        list(zip(placed, weights, strict=True)),
     )
     written = write_adapter(out, made, manifest, model=skeleton.model)
     return CombineReport(
@@ -83,38 +96,50 @@ def combine_adapters(
     )
 
 
-def _summed(trained: Mapping[str, Trained], base: str, adapters: Sequence[StoredAdapter]) -> dict[str, Tensor]:
-    """Parameter -> the base's value with the weighted sum of changes. The base's weights are read where one value with
-    weight 1 is not the whole sum. AdapterMismatchError: an adapter was trained on another base."""
+def _summed(
+    trained: Mapping[str, Trained], base: str, adapters: Sequence[StoredAdapter]
+) -> dict[str, Tensor]:
+    """Parameter -> the base's value with the weighted sum of changes. The base's weights are read
+    where one value with weight 1 is not the whole sum. AdapterMismatchError: an adapter was trained
+    on another base."""
     changed = {name for name, values in trained.items() if len(values) > 1 or values[0][1] != 1.0}
     own = _base_values(base, adapters, changed) if changed else {}
-    return {name: summed_change(own.get(name, values[0][0]), values) for name, values in trained.items()}
+    return {
+        name: summed_change(own.get(name, values[0][0]), values) for name, values in trained.items()
+    }
 
 
 def _apart(
     updates: Mapping[str, Update], values: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[dict[str, Update], dict[str, Tensor]]:
-    """Updates and values of an adapter in which each weight has one of the two, as its file wants: where a module was
-    trained in full, updates of other adapters are added to its values."""
+    """Updates and values of an adapter in which each weight has one of the two, as its file wants:
+    where a module was trained in full, updates of other adapters are added to its values."""
     modules = plain_modules(model)
     kept, summed = dict(updates), dict(values)
     for where, update in updates.items():
         name = f"{where}.weight" if where in modules else where
         if name in summed:
             own, delta = summed[name], update.dense()
-            summed[name] = (own.double() + (delta.mT if is_turned(modules, where) else delta)).to(own.dtype)
+            summed[name] = (own.double() + (delta.mT if is_turned(modules, where) else delta)).to(
+                own.dtype
+            )
             del kept[where]
     return kept, summed
 
 
-def _base_values(base: str, adapters: Sequence[StoredAdapter], names: Collection[str]) -> dict[str, Tensor]:
+def _base_values(
+    base: str, adapters: Sequence[StoredAdapter], names: Collection[str]
+) -> dict[str, Tensor]:
     manifests = [adapter.manifest for adapter in adapters if adapter.manifest is not None]
     held = {Fingerprint.from_dict(manifest.base.fingerprint).quantize for manifest in manifests}
-    quantize: Quantize | None = next((known for known in get_args(Quantize) if held == {known}), None)
+    quantize: Quantize | None = next(
+        (known for known in get_args(Quantize) if held == {known}), None
+    )
     loaded = load_base(base, dtype="stored", device="cpu", quantize=quantize)
     if faults := [fault for manifest in manifests for fault in other_base(manifest, loaded)]:
         raise AdapterMismatchError(
-            f"modules trained in full are added to the base's weights, and {base} is another base than theirs",
+            f"modules trained in full are added to the base's weights, and {base} is another base"
+            " than theirs",
             faults,
             "Name the base that the adapters were trained on.",
         )

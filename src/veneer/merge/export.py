@@ -1,7 +1,9 @@
-"""Adapters in the form that others take: PEFT's folder, one that vLLM applies as it is meant, llama.cpp's file.
+"""Adapters in the form that others take: PEFT's folder, one that vLLM applies as it is meant,
+llama.cpp's file.
 
-vLLM reads one rank and one alpha for all modules and passes over patterns in silence, so here every update is padded
-with zeros to one rank that vLLM allows and has scaling 1: nothing is left for it to misread.
+vLLM reads one rank and one alpha for all modules and passes over patterns in silence, so here every
+update is padded with zeros to one rank that vLLM allows and has scaling 1: nothing is left for it
+to misread.
 """
 
 import shutil
@@ -29,8 +31,8 @@ VLLM_DEFAULT_RANK = 16
 
 @dataclass(frozen=True)
 class ExportReport:
-    """notes: what the one who uses it must know. serve: the commands that answer with it. rank: that the
-    program must be told; None: none."""
+    """notes: what the one who uses it must know. serve: the commands that answer with it. rank:
+    that the program must be told; None: none."""
 
     out: Path
     bytes: int
@@ -41,11 +43,15 @@ class ExportReport:
 
 def vllm_faults(placed: Placed, model: Any) -> list[str]:
     """What vLLM refuses, or passes over in silence, and no rewriting mends."""
-    faults = [f"{name}: a value trained in full; vLLM reads low-rank factors alone" for name in placed.values]
+    faults = [
+        f"{name}: a value trained in full; vLLM reads low-rank factors alone"
+        for name in placed.values
+    ]
     largest = max(update.A.shape[-2] for update in placed.updates.values())
     if largest > VLLM_RANKS[-1]:
         faults.append(
-            f"rank {largest}: vLLM takes up to {VLLM_RANKS[-1]}; veneer combine A --how svd --rank 512 cuts it"
+            f"rank {largest}: vLLM takes up to {VLLM_RANKS[-1]}; veneer combine A --how svd --rank"
+            " 512 cuts it"
         )
     return faults
 
@@ -54,18 +60,27 @@ Beside = Callable[[int | None], Mapping[str, str]]
 """Of the rank that the program must be told, if any: further texts of the folder, by name."""
 
 
-def export_vllm(placed: Placed, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str) -> ExportReport:
+def export_vllm(
+    placed: Placed, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str
+) -> ExportReport:
     """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
     faults = vllm_faults(placed, skeleton.model)
     if skeleton.whole is not None:
-        faults.append(f"vLLM reads this checkpoint as {skeleton.whole}, within which these modules have other names")
+        faults.append(
+            f"vLLM reads this checkpoint as {skeleton.whole}, within which these modules have other"
+            " names"
+        )
     if faults:
-        raise RefusedError("vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge.")
+        raise RefusedError(
+            "vLLM would not apply all of this adapter", faults, "Merge it instead: veneer merge."
+        )
     largest = max(update.A.shape[-2] for update in placed.updates.values())
     rank = next(legal for legal in VLLM_RANKS if legal >= largest)
     updates = {where: padded(update, rank) for where, update in placed.updates.items()}
     made = attachment_of(updates, {}, [], skeleton.model, rank=rank)
-    manifest = descended(common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)])
+    manifest = descended(
+        common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)]
+    )
     notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
     told = rank if notes else None
     written = write_adapter(out, made, manifest, model=skeleton.model, beside=beside(told))
@@ -81,7 +96,8 @@ def padded(update: Update, rank: int) -> Update:
 
 
 def export_peft(stored: StoredAdapter, out: str | Path, beside: Beside) -> ExportReport:
-    """PEFT's two files as they are, byte for byte. RefusedError for methods that PEFT has no layout for."""
+    """PEFT's two files as they are, byte for byte. RefusedError for methods that PEFT has no layout
+    for."""
     if not stored.layout.peft_reads:
         raise RefusedError(
             f"PEFT has no method {stored.layout.peft_type}: only Veneer computes this adapter",
@@ -89,7 +105,8 @@ def export_peft(stored: StoredAdapter, out: str | Path, beside: Beside) -> Expor
         )
     if stored.tokens is not None and stored.layout is not LOW_RANK:
         raise RefusedError(
-            f"PEFT reads no rows of tokens beside {stored.layout.peft_type}, and would leave them out in silence",
+            f"PEFT reads no rows of tokens beside {stored.layout.peft_type}, and would leave them"
+            " out in silence",
             next_step="Keep it as it is: veneer generate --adapter computes it beside its base.",
         )
     needed = (stored.folder / WEIGHTS_NAME).stat().st_size

@@ -1,4 +1,5 @@
-"""A whole export, from an adapter's folder to what another program reads; and the check beforehand."""
+"""A whole export, from an adapter's folder to what another program reads; and the check
+beforehand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,10 +42,16 @@ def _no_card(serve: Sequence[str]) -> str | None:
 
 
 def export_adapter(
-    folder: str | Path, *, to: Program, base: str, out: str | Path, dtype: AdapterType = "f32", card: Card = _no_card
+    folder: str | Path,
+    *,
+    to: Program,
+    base: str,
+    out: str | Path,
+    dtype: AdapterType = "f32",
+    card: Card = _no_card,
 ) -> ExportReport:
-    """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf adapter's tensors.
-    card: of a folder.
+    """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf
+    adapter's tensors. card: of a folder.
 
     RefusedError: the program would not apply all of it.
     """
@@ -56,14 +63,23 @@ def export_adapter(
 
     report = _exported(stored, to, base, out, dtype, beside)
     told = [] if stored.manifest is None or stored.manifest.system is None else [SYSTEM_NOTE]
-    return replace(report, notes=[*report.notes, *told], serve=commands(to, base=base, out=out, rank=report.rank))
+    return replace(
+        report,
+        notes=[*report.notes, *told],
+        serve=commands(to, base=base, out=out, rank=report.rank),
+    )
 
 
 SYSTEM_NOTE = f"its rows began with a system turn: send it too (system in {MANIFEST_NAME})"
 
 
 def _exported(
-    stored: StoredAdapter, to: Program, base: str, out: str | Path, dtype: AdapterType, beside: Beside
+    stored: StoredAdapter,
+    to: Program,
+    base: str,
+    out: str | Path,
+    dtype: AdapterType,
+    beside: Beside,
 ) -> ExportReport:
     if to == "peft":
         _check_peft_loads(stored, base)
@@ -72,7 +88,9 @@ def _exported(
     if to == "transformers":  # which reads PEFT's layout, of some methods
         if found := lint(stored, skeleton.model, to):
             way = next((each.mended for each in found if each.mended), "")
-            raise RefusedError("transformers would not apply this adapter as it is", [f.what for f in found], way)
+            raise RefusedError(
+                "transformers would not apply this adapter as it is", [f.what for f in found], way
+            )
         return export_peft(stored, out, beside)
     placed = place(stored, skeleton.model)
     if to == "vllm":
@@ -84,7 +102,8 @@ def _exported(
 
 
 def _check_peft_loads(stored: StoredAdapter, base: str) -> None:
-    """Raises RefusedError if PEFT refuses LoRA on a module of the adapter. The base is read only where it decides."""
+    """Raises RefusedError if PEFT refuses LoRA on a module of the adapter. The base is read only
+    where it decides."""
     if not stored.layout.peft_reads or not may_be_refused_by_peft(stored.tensors):
         return
     model = load_skeleton(base).model
@@ -95,8 +114,8 @@ def _check_peft_loads(stored: StoredAdapter, base: str) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights of a base a whole model is made of: how the base is held (quantize, keep_dense), and what is merged
-    into, see open_merge."""
+    """Which weights of a base a whole model is made of: how the base is held (quantize,
+    keep_dense), and what is merged into, see open_merge."""
 
     quantize: Quantize | None = None
     keep_dense: Sequence[str] = ()
@@ -114,10 +133,13 @@ def export_merged_gguf(
     weights: Weights = Weights(),
     progress: Told | None = None,
 ) -> GGUFReport:
-    """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a .gguf file."""
+    """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a
+    .gguf file."""
     _named_gguf(out)
     loaded, acting = _opened(adapters, base, weights)
-    report = write_gguf_model(loaded, acting, out, type=type, source_file=gguf_file(loaded.source), progress=progress)
+    report = write_gguf_model(
+        loaded, acting, out, type=type, source_file=gguf_file(loaded.source), progress=progress
+    )
     return replace(report, serve=whole_model_commands("llamacpp", out))
 
 
@@ -131,16 +153,21 @@ def export_ollama(
     progress: Told | None = None,
     card: Card = _no_card,
 ) -> GGUFReport:
-    """Writes a folder with base and adapter as one .gguf model, and the Modelfile that Ollama makes a model of.
+    """Writes a folder with base and adapter as one .gguf model, and the Modelfile that Ollama makes
+    a model of.
 
-    RefusedError: Ollama's language has no words for the base's chat template; told before any weight is read.
+    RefusedError: Ollama's language has no words for the base's chat template; told before any
+    weight is read.
     """
     stored, serve = read_adapter(folder), whole_model_commands("ollama", out)
     preamble = Preamble() if stored.manifest is None else stored.manifest.preamble
     turns_of(ChatTemplate(load_tokenizer(base)[0], variables=preamble.variables))
     with atomic_folder(out) as partial:
         loaded, acting = _opened([(folder, 1.0)], base, weights)
-        generation, positions = loaded.model.generation_config, configured_capacity(loaded.config).positions
+        generation, positions = (
+            loaded.model.generation_config,
+            configured_capacity(loaded.config).positions,
+        )
         ends = generation.eos_token_id if generation is not None else None
         text, notes = modelfile(
             extended(loaded.tokenizer, preamble.tokens),
@@ -151,7 +178,9 @@ def export_ollama(
             made_of=f"Veneer {version('veneer')}: {said_of(stored.folder)} over {base}",
         )
         file, source = partial / MODEL_NAME, gguf_file(loaded.source)
-        report = write_gguf_model(loaded, acting, file, type=type, source_file=source, progress=progress)
+        report = write_gguf_model(
+            loaded, acting, file, type=type, source_file=source, progress=progress
+        )
         (partial / "Modelfile").write_text(text, encoding="utf-8")
         if (said := card(serve)) is not None:
             (partial / CARD_NAME).write_text(said, encoding="utf-8")
@@ -179,12 +208,14 @@ def _opened(
 
 
 def lint_adapter(folder: str | Path, consumer: Program, *, base: str) -> list[Finding]:
-    """What the consumer would refuse of the adapter, or apply wrongly. base: only its config is read."""
+    """What the consumer would refuse of the adapter, or apply wrongly. base: only its config is
+    read."""
     return lint(read_adapter(folder), load_skeleton(base).model, consumer)
 
 
 def _named_gguf(out: str | Path) -> None:
     if gguf_file(str(out)) is None:
         raise ConfigError(
-            f"{out} is to be a file called ….gguf", next_step=f"Give --out {Path(out).with_suffix('.gguf')}."
+            f"{out} is to be a file called ….gguf",
+            next_step=f"Give --out {Path(out).with_suffix('.gguf')}.",
         )

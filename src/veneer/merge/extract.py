@@ -1,8 +1,10 @@
-"""An adapter out of a fully fine-tuned model: what training changed, D = W_tuned - W_base, cut to a low rank.
+"""An adapter out of a fully fine-tuned model: what training changed, D = W_tuned - W_base, cut to a
+low rank.
 
-Both models are read weight by weight (their files are mapped, not copied) and nothing but one difference in float32 is
-formed at a time. Linear layers of the body and fused experts become low-rank updates. What else changed (norms,
-embeddings, the head, biases) is no matrix to cut: it is told, and kept as values trained in full if asked for.
+Both models are read weight by weight (their files are mapped, not copied) and nothing but one
+difference in float32 is formed at a time. Linear layers of the body and fused experts become
+low-rank updates. What else changed (norms, embeddings, the head, biases) is no matrix to cut: it is
+told, and kept as values trained in full if asked for.
 """
 
 from collections.abc import Mapping
@@ -44,7 +46,8 @@ class Part:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """parts: by kind of module (q_proj, ...); error: over all of them. left_out, kept: other weights that changed ->
+    """parts: by kind of module (q_proj, ...); error: over all of them. left_out, kept: other
+    weights that changed ->
     ||D|| / ||W||. logits: the adapter on its base against the tuned model."""
 
     out: Path
@@ -71,7 +74,8 @@ class ExtractReport:
 
 @dataclass
 class _Found:
-    """cuts, sizes: place -> its update, ||W||^2 of the base there; others: name of another changed weight ->
+    """cuts, sizes: place -> its update, ||W||^2 of the base there; others: name of another changed
+    weight ->
     ||D||/||W||."""
 
     cuts: dict[str, Cut] = field(default_factory=dict)
@@ -90,13 +94,17 @@ def extract_adapter(
     check_logits: bool = True,
     device: str = "cpu",
 ) -> ExtractReport:
-    """Writes the adapter that turns `base` into about `tuned`. One of rank and energy (share of ||D||^2 of every
-    module).
+    """Writes the adapter that turns `base` into about `tuned`. One of rank and energy (share of
+    ||D||^2 of every module).
 
-    AdapterMismatchError: the two are not models of one shape; RefusedError: nothing that an adapter can hold changed.
+    AdapterMismatchError: the two are not models of one shape; RefusedError: nothing that an adapter
+    can hold changed.
     """
     if (rank is None) == (energy is None):
-        raise ConfigError("give either a rank or an energy share", next_step="For instance --rank 16, or --energy 0.9.")
+        raise ConfigError(
+            "give either a rank or an energy share",
+            next_step="For instance --rank 16, or --energy 0.9.",
+        )
     check_numbers(rank=(RANK, rank), energy=(ENERGY, energy))
     old, new = (load_base(each, dtype="stored", device=device) for each in (base, tuned))
     found = _differences(old, new.model, rank=rank, energy=energy)
@@ -107,19 +115,29 @@ def extract_adapter(
             "Is it the base itself, or a model in which only norms or embeddings were trained?",
         )
     trained, values, settings = _kept_values(old, new.model, found, keep=keep)
-    made = attachment_of({p: Update(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model)
+    made = attachment_of(
+        {p: Update(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model
+    )
     made.config = made.config.model_copy(update=settings)
-    recipe: dict[str, Any] = {"extract": {"model": new.name_or_path, "rank": rank, "energy": energy, "keep": keep}}
-    written = write_adapter(out, made, manifest_for(old, method="lora", recipe=recipe), model=old.model)
+    recipe: dict[str, Any] = {
+        "extract": {"model": new.name_or_path, "rank": rank, "energy": energy, "keep": keep}
+    }
+    written = write_adapter(
+        out, made, manifest_for(old, method="lora", recipe=recipe), model=old.model
+    )
     kept = {name: size for name, size in found.others.items() if name in values}
     left = {name: size for name, size in found.others.items() if name not in values}
     check = _check(old, new, out) if check_logits else None
     whole = sum(cut.whole for cut in found.cuts.values())
     error = relative_error(sum(cut.lost for cut in found.cuts.values()), whole)
-    return ExtractReport(Path(out), written.bytes, _by_kind(found), error, left, kept, check, _notes(old, new))
+    return ExtractReport(
+        Path(out), written.bytes, _by_kind(found), error, left, kept, check, _notes(old, new)
+    )
 
 
-def _differences(base: FrozenBase, new: nn.Module, *, rank: int | None, energy: float | None) -> _Found:
+def _differences(
+    base: FrozenBase, new: nn.Module, *, rank: int | None, energy: float | None
+) -> _Found:
     old = base.model
     before, after = stored_tensors(old), stored_tensors(new)
     faults = [f"{name} is in the base alone" for name in before if name not in after]
@@ -133,7 +151,8 @@ def _differences(base: FrozenBase, new: nn.Module, *, rank: int | None, energy: 
         raise AdapterMismatchError(
             "the model is not a fine-tuned version of this base",
             faults[:12] + ([f"and {len(faults) - 12} more"] if len(faults) > 12 else []),
-            "Name the base that it was trained from; a resized vocabulary has no low-rank difference.",
+            "Name the base that it was trained from; a resized vocabulary has no low-rank"
+            " difference.",
         )
     modules = plain_modules(old)
     head: Any = old.get_output_embeddings()
@@ -157,8 +176,11 @@ def _differences(base: FrozenBase, new: nn.Module, *, rank: int | None, energy: 
     return found
 
 
-def _place(modules: Mapping[str, nn.Module], name: str, head: nn.Module | None) -> tuple[str | None, bool]:
-    """Where an update of this weight would sit, and whether it is stored as (..., I, O); None: nowhere."""
+def _place(
+    modules: Mapping[str, nn.Module], name: str, head: nn.Module | None
+) -> tuple[str | None, bool]:
+    """Where an update of this weight would sit, and whether it is stored as (..., I, O); None:
+    nowhere."""
     path, _, parameter = name.rpartition(".")
     module = modules[path]
     if parameter in expert_parameters(module):
@@ -179,7 +201,9 @@ def _kept_values(
     head: Any = old.get_output_embeddings()
     changed = {name.rpartition(".")[0] for name in found.others}
     trained = sorted(path for path in changed if path not in found.cuts)
-    for alias, source in tied_names(old).items():  # one tensor under two names: training it moved both
+    for alias, source in tied_names(
+        old
+    ).items():  # one tensor under two names: training it moved both
         pair = {alias.rpartition(".")[0], source.rpartition(".")[0]}
         trained = sorted({*trained, *pair}) if pair & set(trained) else trained
     bias: Literal["all", "none"] = "all" if any(path in found.cuts for path in changed) else "none"
@@ -225,9 +249,15 @@ def _check(old: FrozenBase, new: FrozenBase, out: str | Path) -> LogitCheck:
 def _notes(old: FrozenBase, new: FrozenBase) -> list[str]:
     notes = []
     if tokenizer_hash(old.tokenizer) != tokenizer_hash(new.tokenizer):
-        notes.append("the model's tokenizer is not the base's: an adapter brings none, the base's will be used")
+        notes.append(
+            "the model's tokenizer is not the base's: an adapter brings none, the base's will be"
+            " used"
+        )
     if _template(old) != _template(new):
-        notes.append("the model's chat template is not the base's: an adapter brings none, the base's will be used")
+        notes.append(
+            "the model's chat template is not the base's: an adapter brings none, the base's will"
+            " be used"
+        )
     return notes
 
 

@@ -1,9 +1,9 @@
-"""What each weight of a base becomes when adapters are added into it: W + D, summed in float32, one at a time.
+"""What each weight of a base becomes when adapters are added into it: W + D, summed in float32, one
+at a time.
 
-The base is read, never written. Its weights may be stored in any way that has a dense form: what is added to is
-what the base computes with. Several adapters add up: W + sum of weight * (folded_i(W) - W).
-Not known here: files, rounding.
-Shapes: I/O in/out features, V vocabulary, D hidden, E experts.
+The base is read, never written. Its weights may be stored in any way that has a dense form: what is
+added to is what the base computes with. Several adapters add up: W + sum of weight * (folded_i(W) -
+W). Not known here: files, rounding. Shapes: I/O in/out features, V vocabulary, D hidden, E experts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,8 @@ Trained = Sequence[tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class Stored:
-    """One weight or buffer of a model: `read` gives it, decoded to float32 where it is stored quantised."""
+    """One weight or buffer of a model: `read` gives it, decoded to float32 where it is stored
+    quantised."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -38,7 +39,8 @@ class Stored:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Stored]:
-    """Every tensor of a model's state by the name it has in the dense model, in the model's order."""
+    """Every tensor of a model's state by the name it has in the dense model, in the model's
+    order."""
     found: dict[str, Stored] = {}
     for path, module in plain_modules(model).items():
         prefix = f"{path}." if path else ""
@@ -46,12 +48,16 @@ def stored_tensors(model: nn.Module) -> dict[str, Stored]:
         plain: dict[str, Tensor | None] = dict(module._parameters)
         if not packed:  # what else a packed module holds belongs to its format
             left_out = module._non_persistent_buffers_set
-            plain |= {name: buffer for name, buffer in module._buffers.items() if name not in left_out}
+            plain |= {
+                name: buffer for name, buffer in module._buffers.items() if name not in left_out
+            }
         for name, tensor in plain.items():
             if name in packed:
                 read = _decoder(module, name, packed[name])
                 shape = packed[name][::-1] if _turned(module) else packed[name]
-                found[prefix + name] = Stored(torch.Size(shape), torch.float32, read, quantised=True)
+                found[prefix + name] = Stored(
+                    torch.Size(shape), torch.float32, read, quantised=True
+                )
             elif tensor is not None:
                 found[prefix + name] = Stored(tensor.shape, tensor.dtype, tensor.detach)
     return found
@@ -65,7 +71,9 @@ def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[
             weight = module.dense_weight(torch.float32)
             return weight.T.contiguous() if module.replaces_transposed else weight
         assert isinstance(module, PackedExperts)
-        stack = [module.expert(name, number).dense_weight(torch.float32) for number in range(shape[0])]
+        stack = [
+            module.expert(name, number).dense_weight(torch.float32) for number in range(shape[0])
+        ]
         whole = torch.stack(stack)
         return whole.transpose(1, 2) if module.is_transposed else whole
 
@@ -74,12 +82,16 @@ def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[
 
 def _turned(module: nn.Module) -> bool:
     """Whether the dense model stores this linear layer's weight as (I, O)."""
-    return module.replaces_transposed if isinstance(module, PackedLinear) else is_transposed_linear(module)
+    return (
+        module.replaces_transposed
+        if isinstance(module, PackedLinear)
+        else is_transposed_linear(module)
+    )
 
 
 def is_turned(modules: Mapping[str, nn.Module], place: str) -> bool:
-    """Whether the weight at an update's place is stored as the transpose of B A. place: path of a module, or of a 3-D
-    parameter."""
+    """Whether the weight at an update's place is stored as the transpose of B A. place: path of a
+    module, or of a 3-D parameter."""
     module = modules.get(place)
     if module is None:
         return is_transposed(modules[place.rpartition(".")[0]])
@@ -87,10 +99,11 @@ def is_turned(modules: Mapping[str, nn.Module], place: str) -> bool:
 
 
 def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name of each weight that changes -> function of its own value, float32, to what it becomes, float32.
+    """Name of each weight that changes -> function of its own value, float32, to what it becomes,
+    float32.
 
-    RefusedError: contents that do not merge, or lora_bias at a layer without a bias. ConfigError: adapters that cannot
-    act together with these weights.
+    RefusedError: contents that do not merge, or lora_bias at a layer without a bias. ConfigError:
+    adapters that cannot act together with these weights.
     """
     refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
     check_together(tuple(applied))
@@ -108,15 +121,23 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
             else:  # the path of a 3-D parameter
                 owner = modules[path.rpartition(".")[0]]
                 parts.setdefault(path, []).append(_Part(layer, is_transposed(owner), weight))
-    found: dict[str, Callable[[Tensor], Tensor]] = {name: _sum_of(group) for name, group in parts.items()}
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        name: _sum_of(group) for name, group in parts.items()
+    }
     found |= {name: _plus(group) for name, group in offsets.items()}
-    if missing := [name for name in offsets if modules[name.removesuffix(".bias")]._parameters.get("bias") is None]:
+    if missing := [
+        name
+        for name in offsets
+        if modules[name.removesuffix(".bias")]._parameters.get("bias") is None
+    ]:
         raise RefusedError(
             "lora_bias has no place in these layers, which have no bias of their own",
             missing[:6] + ([f"and {len(missing) - 6} more"] if len(missing) > 6 else []),
             "Let the adapter act beside the base.",
         )
-    for name, trained in trained_values([(each.values, weight) for each, weight in applied]).items():
+    for name, trained in trained_values(
+        [(each.values, weight) for each, weight in applied]
+    ).items():
         found[name] = _with_trained(trained, found.get(name))
     return found
 
@@ -155,18 +176,23 @@ def _plus(offsets: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     return wanted
 
 
-def _with_trained(trained: Trained, update: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+def _with_trained(
+    trained: Trained, update: Callable[[Tensor], Tensor] | None
+) -> Callable[[Tensor], Tensor]:
     """The weighted sum of what was trained in full; updates of other adapters come on top."""
 
     def wanted(own: Tensor) -> Tensor:
-        replaced = summed_change(own, [(value.detach().float().to(own.device), weight) for value, weight in trained])
+        replaced = summed_change(
+            own, [(value.detach().float().to(own.device), weight) for value, weight in trained]
+        )
         return replaced if update is None else replaced + (update(own) - own)
 
     return wanted
 
 
 def trained_values(adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Trained]:
-    """Parameter -> its trained values. adapters: each with its values by parameter, and its weight."""
+    """Parameter -> its trained values. adapters: each with its values by parameter, and its
+    weight."""
     trained: dict[str, list[tuple[Tensor, float]]] = {}
     for values, weight in adapters:
         for name, value in values.items():
@@ -175,7 +201,8 @@ def trained_values(adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> di
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """{alias: source} of parameters that are one tensor under two names; files hold the source alone."""
+    """{alias: source} of parameters that are one tensor under two names; files hold the source
+    alone."""
     modules = plain_modules(model)
     by_name = {
         f"{path}.{name}": parameter
@@ -191,6 +218,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def parting(tied: Mapping[str, str], changed: Mapping[str, object]) -> dict[str, str]:
-    """The tied names that must become two tensors: an update of an embedding does not act on a tied head while it
-    is an adapter, nor the other way round."""
-    return {alias: source for alias, source in tied.items() if alias in changed or source in changed}
+    """The tied names that must become two tensors: an update of an embedding does not act on a tied
+    head while it is an adapter, nor the other way round."""
+    return {
+        alias: source for alias, source in tied.items() if alias in changed or source in changed
+    }

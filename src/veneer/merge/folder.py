@@ -3,10 +3,11 @@
     weights      W + D in float32, one layer at a time, rounded once to the type that is stored
     survival     how much of D is left after rounding (rounding.py); too little is refused
     logits       the written folder is loaded and compared with the adapter on its base (verify.py)
-    the rest     config, generation config, tokenizer and chat template of the base; veneer_merge.json: what was merged
+    the rest     config, generation config, tokenizer and chat template of the base;
+                 veneer_merge.json: what was merged
 
-Nothing stands at the given place until all of it holds. In memory: one layer and a few float32 copies of the weight at
-work, besides the base, whose files are mapped and not copied.
+Nothing stands at the given place until all of it holds. In memory: one layer and a few float32
+copies of the weight at work, besides the base, whose files are mapped and not copied.
 """
 
 import copy
@@ -40,8 +41,9 @@ from veneer.models.load import load_base
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 RECORD_NAME = "veneer_merge.json"
 LEAST_SURVIVAL = 0.9
-"""Below it a merge is refused: a tenth of the update gone is as if the adapter acted with weight 0.9, which is more
-than the difference between two seeds of one training; what was evaluated is no longer what is shipped."""
+"""Below it a merge is refused: a tenth of the update gone is as if the adapter acted with weight
+0.9, which is more than the difference between two seeds of one training; what was evaluated is no
+longer what is shipped."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DtypeChoice = Literal["bf16", "fp16", "fp32"]
@@ -98,17 +100,20 @@ def merge_into_folder(
     as_trained: Reference | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Merges loaded adapters (name, weight) into a new folder. The base is left without these adapters.
+    """Merges loaded adapters (name, weight) into a new folder. The base is left without these
+    adapters.
 
-    dtype         None: each weight in the type the base stores it in (quantised ones: as most of the others)
+    dtype         None: each weight in the type the base stores it in (quantised ones: as most of
+                  the others)
     stochastic    round up or down at random (by seed) so that every weight is right on average
     rows          token ids to compare logits on; None: built-in texts
     check_logits  False: for a base that does not run on this machine; the report then says so
-    as_trained    what the adapters said on the base they were trained on, where that is another; compared and told
+    as_trained    what the adapters said on the base they were trained on, where that is another;
+                  compared and told
     record        what veneer_merge.json says besides
 
-    RefusedError: a method that does not fold; too little of the update is left; values overflow; the logits do
-    not agree. Then nothing stands at `out`.
+    RefusedError: a method that does not fold; too little of the update is left; values overflow;
+    the logits do not agree. Then nothing stands at `out`.
     """
     if not names:
         raise ConfigError("no adapter is named", next_step="Name at least one to merge.")
@@ -128,19 +133,37 @@ def merge_into_folder(
     stored = stored_tensors(base.model)
     if tokens is not None:
         stored, wanted = with_rows(stored, wanted, tokens, tied)
-    plan = _Plan(base.model, {n: s for n, s in stored.items() if n in parted or n not in tied}, target)
+    plan = _Plan(
+        base.model, {n: s for n, s in stored.items() if n in parted or n not in tied}, target
+    )
     tokenizer = base.tokenizer if tokens is None else extended(base.tokenizer, tokens.texts)
     with atomic_folder(out, needed_bytes=plan.total_bytes) as partial:
         weights = plan.write(
-            partial, wanted, stochastic_seed=seed if stochastic else None, max_shard_bytes=max_shard_bytes
+            partial,
+            wanted,
+            stochastic_seed=seed if stochastic else None,
+            max_shard_bytes=max_shard_bytes,
         )
         _refuse_lost(weights, plan.dtype_name, stochastic, least_survival)
         ids = None if tokens is None else tokens.end
         write_surroundings(partial, base, tokenizer, dtype=plan.dtype, untied=bool(parted), ids=ids)
         check, trained_check = _checked(partial, base, tokenizer, asked, as_trained)
         size = sum(path.stat().st_size for path in partial.iterdir())
-        report = MergeReport(Path(out), size, plan.dtype_name, stochastic, bool(parted), weights, check, trained_check)
-        text = json.dumps({"format_version": 1, **(record or {}), **_without_place(report)}, indent=2, sort_keys=True)
+        report = MergeReport(
+            Path(out),
+            size,
+            plan.dtype_name,
+            stochastic,
+            bool(parted),
+            weights,
+            check,
+            trained_check,
+        )
+        text = json.dumps(
+            {"format_version": 1, **(record or {}), **_without_place(report)},
+            indent=2,
+            sort_keys=True,
+        )
         (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
     return report
 
@@ -150,23 +173,31 @@ def _without_place(report: MergeReport) -> dict[str, Any]:
 
 
 class _Plan:
-    """Which tensors the files hold, and in which order they are read from the model: layer by layer.
+    """Which tensors the files hold, and in which order they are read from the model: layer by
+    layer.
 
-    transformers may store a model's weights under other names, or cut in other pieces, than it computes with (experts
-    one by one); the files are as its own save_pretrained writes them.
+    transformers may store a model's weights under other names, or cut in other pieces, than it
+    computes with (experts one by one); the files are as its own save_pretrained writes them.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype | None
+    ) -> None:
         self.model, self.stored = model, stored
         self.dtype = dtype or _common(stored)
         self.asked = dtype
-        empty = {name: torch.empty(s.shape, dtype=self.type_of(s), device="meta") for name, s in stored.items()}
+        empty = {
+            name: torch.empty(s.shape, dtype=self.type_of(s), device="meta")
+            for name, s in stored.items()
+        }
         self.planned: dict[str, Tensor] = revert_weight_conversion(model, empty)
         self.total_bytes = sum(t.numel() * t.element_size() for t in self.planned.values())
 
     @property
     def dtype_name(self) -> str:
-        return next((name for name, dtype in DTYPES.items() if dtype == self.dtype), str(self.dtype))
+        return next(
+            (name for name, dtype in DTYPES.items() if dtype == self.dtype), str(self.dtype)
+        )
 
     def type_of(self, stored: Stored) -> torch.dtype:
         if not stored.dtype.is_floating_point:
@@ -176,7 +207,12 @@ class _Plan:
         return self.dtype if stored.quantised else stored.dtype
 
     def write(
-        self, folder: Path, wanted: Mapping[str, Any], *, stochastic_seed: int | None, max_shard_bytes: int
+        self,
+        folder: Path,
+        wanted: Mapping[str, Any],
+        *,
+        stochastic_seed: int | None,
+        max_shard_bytes: int,
     ) -> dict[str, Survival]:
         kept: dict[str, Survival] = {}
         overflown: list[str] = []
@@ -187,7 +223,9 @@ class _Plan:
                     made[name], lost = self._made(name, wanted.get(name), stochastic_seed)
                     if lost is not None:
                         kept[name] = lost
-                    if made[name].is_floating_point() and not bool(torch.isfinite(made[name]).all()):
+                    if made[name].is_floating_point() and not bool(
+                        torch.isfinite(made[name]).all()
+                    ):
                         overflown.append(name)
                 for file_name, tensor in revert_weight_conversion(self.model, made).items():
                     writer.write(file_name, tensor)
@@ -204,12 +242,14 @@ class _Plan:
         groups: dict[str, list[str]] = {}
         for name in self.stored:
             number = layer_number(name)
-            groups.setdefault(name if number is None else f"{name.partition(f'.{number}.')[0]}.{number}", []).append(
-                name
-            )
+            groups.setdefault(
+                name if number is None else f"{name.partition(f'.{number}.')[0]}.{number}", []
+            ).append(name)
         yield from groups.values()
 
-    def _made(self, name: str, wanted: Any, stochastic_seed: int | None) -> tuple[Tensor, Survival | None]:
+    def _made(
+        self, name: str, wanted: Any, stochastic_seed: int | None
+    ) -> tuple[Tensor, Survival | None]:
         stored = self.stored[name]
         own = stored.read()
         dtype = self.type_of(stored)
@@ -239,7 +279,9 @@ def _common(stored: Mapping[str, Stored]) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
-def _refuse_lost(weights: Mapping[str, Survival], dtype: str, stochastic: bool, least: float) -> None:
+def _refuse_lost(
+    weights: Mapping[str, Survival], dtype: str, stochastic: bool, least: float
+) -> None:
     whole = total(weights.values())
     if abs(1 - whole.share) <= 1 - least:
         return
@@ -248,18 +290,24 @@ def _refuse_lost(weights: Mapping[str, Survival], dtype: str, stochastic: bool, 
     ways = [f"--dtype {name}" for name in others]
     ways += [] if stochastic or dtype == "fp32" else ["--stochastic (right on average, noisier)"]
     raise RefusedError(
-        f"{whole.share:.0%} of the update is left after rounding to {dtype}, below {least:.0%}: nothing was written",
+        f"{whole.share:.0%} of the update is left after rounding to {dtype}, below {least:.0%}:"
+        " nothing was written",
         [
-            f"the update is {whole.relative_size:.2g} of the weights' size; steps of {dtype} are coarser than "
-            f"most of it",
+            (
+                f"the update is {whole.relative_size:.2g} of the weights' size; steps of {dtype}"
+                " are coarser than most of it"
+            ),
             *(
                 f"layer {name}: {part.share:.0%}" if name.isdigit() else f"{name}: {part.share:.0%}"
                 for name, part in worst
             ),
         ],
-        f"Take {' or '.join(ways)}; or keep the adapter beside its base, where nothing is rounded."
-        if ways
-        else "Keep the adapter beside its base, where nothing is rounded.",
+        (
+            f"Take {' or '.join(ways)}; or keep the adapter beside its base, where nothing is"
+            " rounded."
+            if ways
+            else "Keep the adapter beside its base, where nothing is rounded."
+        ),
     )
 
 
@@ -272,8 +320,8 @@ def write_surroundings(
     untied: bool,
     ids: int | None = None,
 ) -> None:
-    """config.json, generation_config.json, the tokenizer, its chat template, processors of images. ids: that the tables
-    have at least."""
+    """config.json, generation_config.json, the tokenizer, its chat template, processors of images.
+    ids: that the tables have at least."""
     config = copy.deepcopy(base.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -300,8 +348,8 @@ def _checked(
     asked: Reference | None,
     as_trained: Reference | None,
 ) -> tuple[LogitCheck | None, LogitCheck | None]:
-    """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the adapter on its
-    base."""
+    """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the
+    adapter on its base."""
     if asked is None:
         return None, None
     merged = load_base(str(folder), dtype="stored", device=str(base.device))
@@ -317,8 +365,14 @@ def _checked(
         raise RefusedError(
             "the merged model does not answer as the adapter on its base does: nothing was written",
             [
-                f"logits differ by {check.mean_difference:.3g} on average (largest {check.max_difference:.3g})",
-                f"the adapter moves them by {check.mean_effect:.3g} on average (largest {check.max_effect:.3g})",
+                (
+                    f"logits differ by {check.mean_difference:.3g} on average (largest"
+                    f" {check.max_difference:.3g})"
+                ),
+                (
+                    f"the adapter moves them by {check.mean_effect:.3g} on average (largest"
+                    f" {check.max_effect:.3g})"
+                ),
             ],
             "Take a finer --dtype, or keep the adapter beside its base.",
         )

@@ -1,7 +1,8 @@
-"""Arrays as gguf's writer takes them, which write themselves through Python's file and not through C's.
+"""Arrays as gguf's writer takes them, which write themselves through Python's file and not through
+C's.
 
-numpy's own tofile says "8704 requested and 2816 written" of a full disk, without the system's reason, and says nothing
-at all where the last bytes are lost as C's buffer is emptied.
+numpy's own tofile says "8704 requested and 2816 written" of a full disk, without the system's
+reason, and says nothing at all where the last bytes are lost as C's buffer is emptied.
 """
 
 from typing import Any

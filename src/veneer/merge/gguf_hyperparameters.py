@@ -1,9 +1,10 @@
-"""The hyperparameters of a base as the header of a .gguf file; what llama.cpp would compute otherwise is refused.
+"""The hyperparameters of a base as the header of a .gguf file; what llama.cpp would compute
+otherwise is refused.
 
-The header is read back as llama.cpp reads it (bases/gguf_config.py), and every field of the base's config is compared
-with what comes back. So whatever the file cannot say, or llama.cpp has built in (activations, windows, biases,
-attention scales, soft caps, rotary scaling), is refused by name where the base has it otherwise.
-Source: llama.cpp, conversion/*.py for the keys.
+The header is read back as llama.cpp reads it (bases/gguf_config.py), and every field of the base's
+config is compared with what comes back. So whatever the file cannot say, or llama.cpp has built in
+(activations, windows, biases, attention scales, soft caps, rotary scaling), is refused by name
+where the base has it otherwise. Source: llama.cpp, conversion/*.py for the keys.
 """
 
 import dataclasses
@@ -21,8 +22,22 @@ from veneer.errors import RefusedError, SourceError
 from veneer.merge.gguf_names import Names
 
 NOT_COMPUTED = (
-    *("transformers_version", "architectures", "dtype", "problem_type", "id2label", "label2id", "is_encoder_decoder"),
-    *("output_hidden_states", "return_dict", "use_cache", "chunk_size_feed_forward", "pretraining_tp"),
+    *(
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "is_encoder_decoder",
+    ),
+    *(
+        "output_hidden_states",
+        "return_dict",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "pretraining_tp",
+    ),
     *("initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
 """Fields that no answer depends on."""
@@ -33,8 +48,11 @@ READ_ANYWAY = ("head_dim", "is_causal", "layer_types", "sliding_window", "attent
 _LLAMA3 = "llama3"
 
 
-def write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig, where: Names, shapes: Shapes) -> None:
-    """Writes the header of the base whose text config this is. shapes: of the tensors that are written, by name.
+def write_hyperparameters(
+    writer: GGUFWriter, config: PreTrainedConfig, where: Names, shapes: Shapes
+) -> None:
+    """Writes the header of the base whose text config this is. shapes: of the tensors that are
+    written, by name.
 
     RefusedError: with everything that llama.cpp would compute otherwise.
     """
@@ -87,10 +105,14 @@ def _hyperparameters(config: PreTrainedConfig, where: Names, rows: int) -> dict[
     return values
 
 
-def _faults(config: PreTrainedConfig, where: Names, values: Mapping[str, Any], shapes: Shapes) -> list[str]:
+def _faults(
+    config: PreTrainedConfig, where: Names, values: Mapping[str, Any], shapes: Shapes
+) -> list[str]:
     """Every field of the config that does not come back from the header."""
     fields = {
-        f"{where.architecture}.{key}": float(np.float32(value)) if isinstance(value, float) else value
+        f"{where.architecture}.{key}": float(np.float32(value))
+        if isinstance(value, float)
+        else value
         for key, value in values.items()
     }
     try:
@@ -99,7 +121,10 @@ def _faults(config: PreTrainedConfig, where: Names, values: Mapping[str, Any], s
         return fault.faults
     own, theirs = _computed(config), _computed(read)
     if where.architecture == "llama" and own["rope_parameters"].get("rope_type") == _LLAMA3:
-        own["rope_parameters"] = {**theirs["rope_parameters"], "rope_theta": own["rope_parameters"]["rope_theta"]}
+        own["rope_parameters"] = {
+            **theirs["rope_parameters"],
+            "rope_theta": own["rope_parameters"]["rope_theta"],
+        }
     return [
         f"{name} is {value}, where llama.cpp computes with {theirs.get(name)}"
         for name, value in own.items()
@@ -110,7 +135,9 @@ def _faults(config: PreTrainedConfig, where: Names, values: Mapping[str, Any], s
 def _computed(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that answers depend on, those without effect left out."""
     names = {*(field.name for field in dataclasses.fields(config)), *READ_ANYWAY}
-    fields = {name: getattr(config, name, None) for name in sorted(names - {*NOT_COMPUTED, *IN_TENSORS})}
+    fields = {
+        name: getattr(config, name, None) for name in sorted(names - {*NOT_COMPUTED, *IN_TENSORS})
+    }
     windows = fields["layer_types"]
     if windows is not None and "sliding_attention" not in windows:
         fields["sliding_window"] = None
@@ -128,8 +155,14 @@ def _rotation(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings with every default, without those that their type does not read."""
     kind = rope.get("rope_type", "default")
     share = rope.get("partial_rotary_factor") or 1.0
-    read = {"rope_type": kind, "rope_theta": rope.get("rope_theta", 10000.0), "partial_rotary_factor": share}
-    return {**rope, **read} if kind not in ("default", "linear") else {**read, **_factor(rope, kind)}
+    read = {
+        "rope_type": kind,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "partial_rotary_factor": share,
+    }
+    return (
+        {**rope, **read} if kind not in ("default", "linear") else {**read, **_factor(rope, kind)}
+    )
 
 
 def _factor(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -140,7 +173,9 @@ def _same(value: Any, other: Any) -> bool:
     """Whether both are the same once numbers are in single precision, as the file has them."""
     if isinstance(value, dict) and isinstance(other, dict):
         return value.keys() == other.keys() and all(_same(value[key], other[key]) for key in value)
-    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (value, other))
+    numbers = all(
+        isinstance(each, int | float) and not isinstance(each, bool) for each in (value, other)
+    )
     return bool(np.float32(value) == np.float32(other)) if numbers else value == other
 
 

@@ -1,10 +1,10 @@
-"""A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor by tensor. Smaller
-types are made of the f16 file by llama.cpp's own program.
+"""A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor
+by tensor. Smaller types are made of the f16 file by llama.cpp's own program.
 
-Matrices whose rows are no multiple of 32 stay f16 in a Q8_0 file, as llama.cpp's own quantiser leaves them. How much of
-the update is left is measured on what the file decodes to. Metadata and tokenizer come from the base: from its own
-.gguf file where it is one, else they are written as llama.cpp's converter would.
-Source: llama.cpp, convert_hf_to_gguf.py.
+Matrices whose rows are no multiple of 32 stay f16 in a Q8_0 file, as llama.cpp's own quantiser
+leaves them. How much of the update is left is measured on what the file decodes to. Metadata and
+tokenizer come from the base: from its own .gguf file where it is one, else they are written as
+llama.cpp's converter would. Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize, quantize
+from gguf import (
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    dequantize,
+    quantize,
+)
 from torch import Tensor
 
 from veneer.data.new_tokens import extended
@@ -42,11 +50,12 @@ _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.qu
 
 @dataclass(frozen=True)
 class GGUFReport(OverWeights):
-    """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that Q8_0 cannot
-    hold. notes: what the one who uses it must know. serve: the commands that answer with it.
+    """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that
+    Q8_0 cannot hold. notes: what the one who uses it must know. serve: the commands that answer
+    with it.
 
-    base_rounding: ||stored - W|| / ||W|| of the same weights without the update, in the same type; None: llama.cpp's
-    program made the type, and was not asked for the base."""
+    base_rounding: ||stored - W|| / ||W|| of the same weights without the update, in the same type;
+    None: llama.cpp's program made the type, and was not asked for the base."""
 
     out: Path
     bytes: int
@@ -68,10 +77,11 @@ def write_gguf_model(
     least_survival: float = LEAST_SURVIVAL,
     progress: Told | None = None,
 ) -> GGUFReport:
-    """Merges loaded adapters (none: the base alone) into a new file. The base is left without these adapters.
+    """Merges loaded adapters (none: the base alone) into a new file. The base is left without these
+    adapters.
 
-    source_file: the .gguf file that the base came from, whose metadata is copied.
-    RefusedError: a family or a tokenizer that is not known here, or too little of the update is left. ConfigError:
+    source_file: the .gguf file that the base came from, whose metadata is copied. RefusedError: a
+    family or a tokenizer that is not known here, or too little of the update is left. ConfigError:
     llama.cpp's program for this type is not installed.
     """
     if type in BY_LLAMA_CPP:
@@ -79,7 +89,11 @@ def write_gguf_model(
     applied = [(base.attachments[name], weight) for name, weight in names]
     wanted, tokens = wanted_weights(base.model, applied), tokens_of(applied)
     if source_file is not None:
-        refuse_tokens(applied, f"the vocabulary is that of {source_file.name}", "Merge into a folder: veneer merge.")
+        refuse_tokens(
+            applied,
+            f"the vocabulary is that of {source_file.name}",
+            "Merge into a folder: veneer merge.",
+        )
     base.routing.active = ()
     for name, _ in names:
         base.detach(name)
@@ -115,7 +129,9 @@ def write_gguf_model(
         writer.add_quantization_version(2)
         factors = list(rope_factors(base.config.get_text_config()))
         for divisors in factors:
-            writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes)
+            writer.add_tensor_info(
+                "rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes
+            )
         _announce(writer, stored, kinds, where)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -130,14 +146,20 @@ def write_gguf_model(
             data, decoded = _encoded(where.values(gguf_name, new), kinds[name])
             if bool(decoded.isinf().any()):
                 raise RefusedError(
-                    f"{gguf_name} has a value of {float(new.abs().max()):.4g}, which {kinds[name].name} cannot hold",
-                    next_step="Merge into a folder (veneer merge) and convert that to bf16 with llama.cpp's converter.",
+                    f"{gguf_name} has a value of {float(new.abs().max()):.4g}, which"
+                    f" {kinds[name].name} cannot hold",
+                    next_step=(
+                        "Merge into a folder (veneer merge) and convert that to bf16 with"
+                        " llama.cpp's converter."
+                    ),
                 )
             writer.write_tensor_data(written(data))
             if change is not None:  # in the file's row order, which does not matter to sums
                 before = where.values(gguf_name, own)
                 kept[name] = survival(before, where.values(gguf_name, new), decoded)
-                own_errors.append(float(wide(_encoded(before, kinds[name])[1] - before).square().sum()))
+                own_errors.append(
+                    float(wide(_encoded(before, kinds[name])[1] - before).square().sum())
+                )
         writer.close()
         if type in BY_LLAMA_CPP:
             if progress is not None:
@@ -147,12 +169,17 @@ def write_gguf_model(
         whole = total(kept.values())
         if abs(1 - whole.share) > 1 - least_survival:
             raise RefusedError(
-                f"{whole.share:.0%} of the update is left in {type}, below {least_survival:.0%}: nothing was written",
+                f"{whole.share:.0%} of the update is left in {type}, below {least_survival:.0%}:"
+                " nothing was written",
                 [f"the update is {whole.relative_size:.2g} of the weights' size"],
                 "Take --type f16, or export the adapter alone: llama.cpp adds it at run time.",
             )
     f16 = sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if type == "q8_0" else 0
-    rounding = (sum(own_errors) / whole.weight) ** 0.5 if whole.weight and type not in BY_LLAMA_CPP else None
+    rounding = (
+        (sum(own_errors) / whole.weight) ** 0.5
+        if whole.weight and type not in BY_LLAMA_CPP
+        else None
+    )
     return GGUFReport(Path(out), Path(out).stat().st_size, type, kept, f16, rounding)
 
 
@@ -165,7 +192,10 @@ def _kind(stored: Stored, type: ModelType) -> GGMLQuantizationType:
 
 
 def _announce(
-    writer: GGUFWriter, stored: Mapping[str, Stored], kinds: Mapping[str, GGMLQuantizationType], where: Names
+    writer: GGUFWriter,
+    stored: Mapping[str, Stored],
+    kinds: Mapping[str, GGMLQuantizationType],
+    where: Names,
 ) -> None:
     for name, s in stored.items():
         kind, shape = kinds[name], tuple(s.shape)
@@ -173,19 +203,27 @@ def _announce(
             row = shape[-1] // _BLOCK * 34
             shape_in_bytes = (*shape[:-1], row)
             size = int(np.prod(shape_in_bytes))
-            writer.add_tensor_info(str(where.of(name)), shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind)
+            writer.add_tensor_info(
+                str(where.of(name)), shape_in_bytes, np.dtype(np.uint8), size, raw_dtype=kind
+            )
         else:
             dtype = np.dtype(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
-            writer.add_tensor_info(str(where.of(name)), shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+            writer.add_tensor_info(
+                str(where.of(name)), shape, dtype, int(np.prod(shape)) * dtype.itemsize
+            )
 
 
 def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any, Any], Tensor]:
     """The values as the file holds them, and what they decode to."""
     data = quantize(values.contiguous().numpy(), kind)
-    return data, torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(values.shape)
+    return data, torch.from_numpy(np.array(dequantize(data, kind), dtype=np.float32)).view(
+        values.shape
+    )
 
 
-def _kept_in(file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any], where: Names) -> dict[str, Survival]:
+def _kept_in(
+    file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any], where: Names
+) -> dict[str, Survival]:
     """What is left of each update in what a finished file decodes to."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     found = {}
@@ -193,8 +231,12 @@ def _kept_in(file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any]
         gguf_name = str(where.of(name))
         own = stored[name].read().float().cpu()
         new, tensor = change(own), tensors[gguf_name]
-        decoded = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        found[name] = survival(where.values(gguf_name, own), where.values(gguf_name, new), decoded.view(new.shape))
+        decoded = torch.from_numpy(
+            np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        )
+        found[name] = survival(
+            where.values(gguf_name, own), where.values(gguf_name, new), decoded.view(new.shape)
+        )
     return found
 
 

@@ -1,7 +1,9 @@
 """Where a base's weights stand in a .gguf file: names, architecture, the row order of q and k.
 
-llama.cpp rotates pairs of neighbouring rows, transformers' llama the first half against the second: in a file of that
-architecture the rows of q and k stand as  (heads, 2, head_dim / 2) -> (heads, head_dim / 2, 2).  Qwen's do not.
+llama.cpp rotates pairs of neighbouring rows, transformers' llama the first half against the second:
+    in a file of that
+architecture the rows of q and k stand as  (heads, 2, head_dim / 2) -> (heads, head_dim / 2, 2).
+                                           Qwen's do not.
 Source: llama.cpp, convert_hf_to_gguf.py; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -21,13 +23,14 @@ _ARCHITECTURES: dict[str, tuple[MODEL_ARCH, bool]] = {
     "qwen3": (MODEL_ARCH.QWEN3, False),
     "gemma3_text": (MODEL_ARCH.GEMMA3, False),
 }
-"""transformers' model_type -> llama.cpp's architecture, and whether it puts the rows of q and k in another order."""
+"""transformers' model_type -> llama.cpp's architecture, and whether it puts the rows of q and k in
+another order."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """architecture: as general.architecture says it; reordered: q and k in llama.cpp's row order; shifted: norms stand
-    there with the 1 that transformers adds as it computes."""
+    """architecture: as general.architecture says it; reordered: q and k in llama.cpp's row order;
+    shifted: norms stand there with the 1 that transformers adds as it computes."""
 
     architecture: str
     reordered: bool
@@ -37,14 +40,23 @@ class Names:
     _map: Any
 
     def of(self, name: str) -> str | None:
-        """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight; None: no place in such a file."""
-        of_text = name.replace("model.language_model.", "model.", 1) if name.startswith("model.language") else name
+        """model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight; None: no place in such a
+        file."""
+        of_text = (
+            name.replace("model.language_model.", "model.", 1)
+            if name.startswith("model.language")
+            else name
+        )
         found: str | None = self._map.get_name(of_text, try_suffixes=(".weight", ".bias"))
         return found
 
     def values(self, gguf_name: str, weight: Tensor) -> Tensor:
         """A weight as the file holds it."""
-        return weight + 1 if self.shifted and gguf_name.endswith("norm.weight") else self.rows(gguf_name, weight)
+        return (
+            weight + 1
+            if self.shifted and gguf_name.endswith("norm.weight")
+            else self.rows(gguf_name, weight)
+        )
 
     def rows(self, gguf_name: str, rows: Tensor) -> Tensor:
         """`rows` (O, ...) of a weight, a bias or a lora_b in the order of the file."""

@@ -1,4 +1,5 @@
-"""A .gguf model in a type that llama.cpp's own program makes: its choice of types, tensor by tensor, is its own."""
+"""A .gguf model in a type that llama.cpp's own program makes: its choice of types, tensor by
+tensor, is its own."""
 
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ def quantiser(type: str) -> str:
 
 
 def quantise(file: Path, type: str) -> None:
-    """Puts the file in that type in its place. RefusedError: the program failed, with what it said."""
+    """Puts the file in that type in its place. RefusedError: the program failed, with what it
+    said."""
     whole = file.with_name(f"{file.name}.f16")
     file.rename(whole)
     try:

@@ -1,10 +1,11 @@
-"""A tokenizer of sentencepiece's kind as the tokenizer.ggml.* entries of a .gguf file (model "llama").
+"""A tokenizer of sentencepiece's kind as the tokenizer.ggml.* entries of a .gguf file (model
+"llama").
 
-transformers merges the pair that stands first in a list; llama.cpp, as sentencepiece itself, the pair whose result has
-the highest score, the leftmost of several. So a piece's score is the place of its pairs in that list, and the two cut
-alike where every pair that makes a piece is listed, and all pairs of a piece before those of the next. What is
-otherwise is refused.
-Source: llama.cpp, convert_hf_to_gguf.py (_create_vocab_sentencepiece), src/llama-vocab.cpp (llm_tokenizer_spm).
+transformers merges the pair that stands first in a list; llama.cpp, as sentencepiece itself, the
+pair whose result has the highest score, the leftmost of several. So a piece's score is the place of
+its pairs in that list, and the two cut alike where every pair that makes a piece is listed, and all
+pairs of a piece before those of the next. What is otherwise is refused. Source: llama.cpp,
+convert_hf_to_gguf.py (_create_vocab_sentencepiece), src/llama-vocab.cpp (llm_tokenizer_spm).
 """
 
 import re
@@ -18,12 +19,18 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_PIECE = -1000.0
 """Score of what no pair makes, as the converter has it."""
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-_NO_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+_NO_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 """No space is left where this looks for one."""
 
 
 def is_sentencepiece(stored: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json merges characters, and writes bytes where a character has no piece."""
+    """Whether a tokenizer.json merges characters, and writes bytes where a character has no
+    piece."""
     return stored["model"]["type"] == "BPE" and bool(stored["model"].get("byte_fallback"))
 
 
@@ -37,7 +44,9 @@ def sentencepiece_faults(stored: Mapping[str, Any]) -> list[str]:
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(name):
             faults.append(f"{name}: {model[name]}")
-    if missing := [name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in model["vocab"]]:
+    if missing := [
+        name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in model["vocab"]
+    ]:
         faults.append(f"{len(missing)} bytes have no piece ({missing[0]}, ...)")
     return faults or _order_faults(model, {token["content"] for token in stored["added_tokens"]})
 
@@ -56,7 +65,9 @@ def _order_faults(model: Mapping[str, Any], added: Collection[str]) -> list[str]
             continue
         for at in range(1, len(piece)):
             pair = piece[:at], piece[at:]
-            if pair not in listed and all(half in model["vocab"] and half not in added for half in pair):
+            if pair not in listed and all(
+                half in model["vocab"] and half not in added for half in pair
+            ):
                 return [f"{pair[0]!r} and {pair[1]!r} make {piece!r}, and are not among its merges"]
     return []
 
@@ -66,8 +77,11 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in split]
 
 
-def write_pieces(writer: GGUFWriter, stored: Mapping[str, Any], special: Collection[int], rows: int) -> None:
-    """Vocabulary, kinds and scores. special: ids of control tokens; rows: of the model's embedding."""
+def write_pieces(
+    writer: GGUFWriter, stored: Mapping[str, Any], special: Collection[int], rows: int
+) -> None:
+    """Vocabulary, kinds and scores. special: ids of control tokens; rows: of the model's
+    embedding."""
     model = stored["model"]
     places: dict[str, int] = {}
     for a, b in _pairs(model):

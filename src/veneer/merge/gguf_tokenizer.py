@@ -1,9 +1,10 @@
-"""A tokenizer as the tokenizer.ggml.* entries of a .gguf file, as llama.cpp's converter writes them.
+"""A tokenizer as the tokenizer.ggml.* entries of a .gguf file, as llama.cpp's converter writes
+them.
 
-llama.cpp cuts text into words by rules of its own, chosen by name (tokenizer.ggml.pre). The name is found from what the
-tokenizer does, not from what it is called; a way of cutting that has no name here is refused: a file that is nearly
-right answers nearly right.
-Source: llama.cpp, convert_hf_to_gguf.py (get_vocab_base_pre) and src/llama-vocab.cpp.
+llama.cpp cuts text into words by rules of its own, chosen by name (tokenizer.ggml.pre). The name is
+found from what the tokenizer does, not from what it is called; a way of cutting that has no name
+here is refused: a file that is nearly right answers nearly right. Source: llama.cpp,
+convert_hf_to_gguf.py (get_vocab_base_pre) and src/llama-vocab.cpp.
 """
 
 import json
@@ -16,20 +17,31 @@ from veneer.errors import RefusedError
 from veneer.merge.gguf_sentencepiece import is_sentencepiece, sentencepiece_faults, write_pieces
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _BY_PATTERN = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
 
 
-def write_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Adds vocabulary, merges, special tokens and the chat template. vocab_size: rows of the model's embedding.
+def write_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> None:
+    """Adds vocabulary, merges, special tokens and the chat template. vocab_size: rows of the
+    model's embedding.
 
     RefusedError: a kind of tokenizer that is not known here.
     """
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     if is_sentencepiece(stored):
         _refuse(sentencepiece_faults(stored))
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         write_pieces(writer, stored, special, vocab_size)
     else:
         _write_words(writer, tokenizer, stored, vocab_size)
@@ -70,22 +82,26 @@ def _write_words(
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in stored["model"]["merges"]])
+    writer.add_token_merges(
+        [m if isinstance(m, str) else " ".join(m) for m in stored["model"]["merges"]]
+    )
 
 
 def word_rule(stored: dict[str, Any]) -> str:
-    """tokenizer.ggml.pre of a tokenizer.json. RefusedError where llama.cpp has no rule that is known to be the same."""
+    """tokenizer.ggml.pre of a tokenizer.json. RefusedError where llama.cpp has no rule that is
+    known to be the same."""
     faults = []
     if stored["model"]["type"] != "BPE" or stored["model"].get("byte_fallback"):
         faults.append(
-            f"vocabulary {stored['model']['type']}: only BPE of bytes or with bytes to fall back on is written"
+            f"vocabulary {stored['model']['type']}: only BPE of bytes or with bytes to fall back on"
+            " is written"
         )
     steps = _steps(stored.get("pre_tokenizer"))
     name = _known(steps)
     if name is None:
         faults.append(
-            f"it cuts text by {', '.join(step['type'] for step in steps) or 'nothing'} with settings that have "
-            f"no name here"
+            f"it cuts text by {', '.join(step['type'] for step in steps) or 'nothing'} with"
+            " settings that have no name here"
         )
     normalizer = stored.get("normalizer")
     if normalizer is not None and not (name == "qwen2" and normalizer["type"] == "NFC"):

@@ -1,7 +1,8 @@
 """Adapters folded into a loaded base for inference, and the base back again to the last bit.
 
-The originals are kept, not computed back: subtracting the update would leave about every tenth weight changed.
-Memory: the changed weights twice. A quantised weight has no dense place to be merged into and is refused.
+The originals are kept, not computed back: subtracting the update would leave about every tenth
+weight changed. Memory: the changed weights twice. A quantised weight has no dense place to be
+merged into and is refused.
 """
 
 from dataclasses import dataclass, field
@@ -17,15 +18,17 @@ from veneer.merge.tokens import refuse_tokens
 
 @dataclass
 class Merged:
-    """The merged parameters by module and name; `install` puts them into the model, `restore` the very objects
-    back that stood there before."""
+    """The merged parameters by module and name; `install` puts them into the model, `restore` the
+    very objects back that stood there before."""
 
     changed: list[tuple[nn.Module, str, nn.Parameter]]
     originals: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def install(self) -> None:
         """All of them or, where it is interrupted, none."""
-        self.originals = [(module, name, module.get_parameter(name)) for module, name, _ in self.changed]
+        self.originals = [
+            (module, name, module.get_parameter(name)) for module, name, _ in self.changed
+        ]
         try:
             for module, name, parameter in self.changed:
                 module._parameters[name] = parameter
@@ -41,8 +44,8 @@ class Merged:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, applied: Applied) -> Merged:
-    """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part. The model
-    stays as it is.
+    """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part.
+    The model stays as it is.
 
     RefusedError: a method that does not fold, quantised weights, values not finite.
     """
@@ -53,14 +56,17 @@ def merged_weights(model: nn.Module, applied: Applied) -> Merged:
         raise RefusedError(
             "these weights are held quantised and cannot be merged into in memory",
             packed[:6] + ([f"and {len(packed) - 6} more"] if len(packed) > 6 else []),
-            "Let the adapter act beside the base, or write a merged folder: veneer merge --into dequantised.",
+            "Let the adapter act beside the base, or write a merged folder: veneer merge --into"
+            " dequantised.",
         )
     modules = plain_modules(model)
     changed = []
     for name, new in wanted.items():
         value = new(stored[name].read().float()).to(stored[name].dtype)
         if not bool(torch.isfinite(value).all()):
-            raise RefusedError(f"{name} would hold values that are not finite", next_step="Nothing was changed.")
+            raise RefusedError(
+                f"{name} would hold values that are not finite", next_step="Nothing was changed."
+            )
         path, _, parameter = name.rpartition(".")
         changed.append((modules[path], parameter, nn.Parameter(value, requires_grad=False)))
     return Merged(changed)

@@ -1,11 +1,13 @@
-"""Matrices of low rank: the best approximation at a rank, with its error, from factors or from a dense matrix.
+"""Matrices of low rank: the best approximation at a rank, with its error, from factors or from a
+dense matrix.
 
-    D = B A,   B = Q_B R_B,   A^T = Q_A R_A,   R_B R_A^T = U S V^T   ->   B' = Q_B U sqrt(S),   A' = sqrt(S) V^T Q_A^T
+    D = B A,   B = Q_B R_B,   A^T = Q_A R_A,   R_B R_A^T = U S V^T   ->   B' = Q_B U sqrt(S),   A' =
+               sqrt(S) V^T Q_A^T
 
-so a product of factors is cut without forming it. A dense matrix is cut by the eigenvectors of its smaller Gram matrix.
-Everything in float64: sums of many terms, and singular values below 1e-8 of the largest are noise anyway.
-Leading axes are batched. Shapes: I/O in/out features, R rank.
-Source: Eckart and Young 1936; for factors, e.g. Halko, Martinsson, Tropp 2011, arXiv:0909.4061, section 5.
+so a product of factors is cut without forming it. A dense matrix is cut by the eigenvectors of its
+smaller Gram matrix. Everything in float64: sums of many terms, and singular values below 1e-8 of
+the largest are noise anyway. Leading axes are batched. Shapes: I/O in/out features, R rank. Source:
+Eckart and Young 1936; for factors, e.g. Halko, Martinsson, Tropp 2011, arXiv:0909.4061, section 5.
 """
 
 from dataclasses import dataclass
@@ -36,8 +38,8 @@ def relative_error(lost: float, whole: float) -> float:
 
 
 def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
-    """The best B' A' of that rank; None: of the numerical rank, singular values above 1e-7 of ||A|| ||B||: what is
-    below is rounding, also where the sum cancels."""
+    """The best B' A' of that rank; None: of the numerical rank, singular values above 1e-7 of ||A||
+    ||B||: what is below is rounding, also where the sum cancels."""
     Q_B, R_B = torch.linalg.qr(wide(B))
     Q_A, R_A = torch.linalg.qr(wide(A).transpose(-1, -2))
     U, S, Vh = torch.linalg.svd(R_B @ R_A.transpose(-1, -2), full_matrices=False)
@@ -54,7 +56,8 @@ def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
 
 
 def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None) -> Cut:
-    """The best approximation at a rank, or at the lowest rank that keeps `energy` of ||D||^2 (of every matrix)."""
+    """The best approximation at a rank, or at the lowest rank that keeps `energy` of ||D||^2 (of
+    every matrix)."""
     assert (rank is None) != (energy is None)
     D = wide(D)
     lies = D.shape[-2] <= D.shape[-1]
@@ -68,7 +71,8 @@ def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None
         rank = int((shares < energy - 1e-12).sum(-1).max()) + 1
     kept = min(rank, squares.shape[-1])
     vectors = vectors[..., :kept]
-    # D = V V^T D: both factors get the root of the singular values, so that neither dwarfs the other
+    # D = V V^T D: both factors get the root of the singular values, so that neither dwarfs the
+    # other
     root = squares[..., :kept].sqrt().sqrt().clamp_min(1e-150)
     other = (vectors.transpose(-1, -2) @ D) if lies else (D @ vectors)
     if lies:

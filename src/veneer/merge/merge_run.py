@@ -1,9 +1,10 @@
-"""A whole merge, from names to a folder: the base, the adapters, the weights they are merged into, the check.
+"""A whole merge, from names to a folder: the base, the adapters, the weights they are merged into,
+the check.
 
-Over a base that is held quantised there are two honest ways, and the caller chooses:
-    dequantised   W is what the quantised base computes with: the merged model is the model that was trained
-    original      W is the weight before it was quantised: free of its error, which the adapter may have learnt to
-                  make up for; what that changes is measured and told
+Over a base that is held quantised there are two honest ways, and the caller chooses: dequantised
+    W is what the quantised base computes with: the merged model is the model that was trained
+    original      W is the weight before it was quantised: free of its error, which the adapter may
+    have learnt to make up for; what that changes is measured and told
 Neither is quantised again: an update is mostly smaller than a 4-bit step and would be rounded away.
 """
 
@@ -56,11 +57,12 @@ def open_merge(
     device: str = "cpu",
     asked: Callable[[FrozenBase], list[list[int]]] | None = None,
 ) -> Opened:
-    """Loads the weights that are merged into, and on them the adapters, which are checked against the base they were
-    trained on in either case.
+    """Loads the weights that are merged into, and on them the adapters, which are checked against
+    the base they were trained on in either case.
 
-    quantize, keep_dense, into, original  for adapters trained over a quantised base: how it was held, what is merged
-                              into, and where the original weights are (None: in `base` itself)
+    quantize, keep_dense, into, original  for adapters trained over a quantised base: how it was
+                                          held, what is merged into, and where the original weights
+                                          are (None: in `base` itself)
     asked                     gives the rows of as_trained; None: it is not computed
     """
     check_weights([weight for _, weight in adapters])
@@ -70,7 +72,9 @@ def open_merge(
     refuse_sum([(str(adapter.folder), adapter.contents, weight) for adapter, weight in stored])
     names = _names([adapter.folder for adapter, _ in stored])
     acting = [(name, weight) for name, (_, weight) in zip(names, stored, strict=True)]
-    loaded = load_base(base, dtype="stored", device=device, quantize=quantize, keep_dense=keep_dense)
+    loaded = load_base(
+        base, dtype="stored", device=device, quantize=quantize, keep_dense=keep_dense
+    )
     refuse_unclear(base, loaded.quantize, into, original, loaded=True)
     for name, (adapter, _) in zip(names, stored, strict=True):
         load_adapter(loaded, adapter, name=name, force_base=force_base)
@@ -82,8 +86,12 @@ def open_merge(
         loaded = load_base(original or base, dtype="stored", device=device)
         if loaded.quantize is not None:
             raise ConfigError(
-                f"{original or base} holds its weights as {loaded.quantize}: these are not the original ones",
-                next_step="Name the weights before quantisation with --original, or merge --into dequantised.",
+                f"{original or base} holds its weights as {loaded.quantize}: these are not the"
+                " original ones",
+                next_step=(
+                    "Name the weights before quantisation with --original, or merge --into"
+                    " dequantised."
+                ),
             )
         for name, (adapter, _) in zip(names, stored, strict=True):
             # its fingerprint is the quantised base's
@@ -108,8 +116,8 @@ def merge_adapters(
     force_base: bool = False,
     device: str = "cpu",
 ) -> MergeReport:
-    """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge and
-    merge_into_folder."""
+    """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge
+    and merge_into_folder."""
 
     check_numbers(seed=(SEED, seed))
 
@@ -135,7 +143,10 @@ def merge_adapters(
             "fingerprint": loaded.fingerprint().to_dict(),
         },
         "adapters": [
-            {"content_hash": adapter.manifest.content_hash if adapter.manifest else None, "weight": weight}
+            {
+                "content_hash": adapter.manifest.content_hash if adapter.manifest else None,
+                "weight": weight,
+            }
             for adapter, (_, weight) in zip(opened.stored, opened.acting, strict=True)
         ],
         "into": into,
@@ -155,30 +166,43 @@ def merge_adapters(
 
 
 INTO_STEP = (
-    "--into dequantised keeps what was trained; --into original takes the weights before quantisation. "
-    "veneer merge never quantises again: most of an update is smaller than a 4-bit step."
+    "--into dequantised keeps what was trained; --into original takes the weights before"
+    " quantisation. veneer merge never quantises again: most of an update is smaller than a 4-bit"
+    " step."
 )
 
 
 def refuse_unclear(
-    base: str, quantize: Quantize | None, into: Into | None, original: str | None, *, loaded: bool = False
+    base: str,
+    quantize: Quantize | None,
+    into: Into | None,
+    original: str | None,
+    *,
+    loaded: bool = False,
 ) -> None:
     """ConfigError where it is not said, or said in vain, which weights are merged into.
 
-    quantize: how the base is held; loaded: that is certain, a folder may hold packed weights by itself.
+    quantize: how the base is held; loaded: that is certain, a folder may hold packed weights by
+    itself.
     """
     file = gguf_file(base)
-    from_file = weight_format(quantize).from_gguf or (file is not None and read_header(file).quantised)
+    from_file = weight_format(quantize).from_gguf or (
+        file is not None and read_header(file).quantised
+    )
     packed = from_file or quantize is not None
     faults = []
     if packed and into is None:
         how = "in blocks of a .gguf file" if from_file else f"as {quantize}"
         faults.append(f"{base} is held {how}: say --into original or --into dequantised")
     if loaded and into is not None and not packed:
-        faults.append(f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in training")
+        faults.append(
+            f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in"
+            " training"
+        )
     if into == "original" and from_file and original is None:
         faults.append(
-            "--into original over a .gguf file, which holds no others: name the original weights with --original"
+            "--into original over a .gguf file, which holds no others: name the original weights"
+            " with --original"
         )
     if into != "original" and original is not None:
         faults.append("--original is read only with --into original")

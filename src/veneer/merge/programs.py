@@ -1,4 +1,5 @@
-"""The programs that adapters are written for (`export --to`) and checked for (`lint --for`), each by one name.
+"""The programs that adapters are written for (`export --to`) and checked for (`lint --for`), each
+by one name.
 
 No torch here: `--help` reads this.
 """
@@ -8,7 +9,8 @@ from typing import Literal
 Program = Literal["peft", "transformers", "vllm", "llamacpp", "ollama"]
 
 ONE_FILE: tuple[Program, ...] = ("llamacpp",)
-"""Those that read one file, in a type of its own, and a whole model where it is merged; the others read folders."""
+"""Those that read one file, in a type of its own, and a whole model where it is merged; the others
+read folders."""
 WHOLE_MODEL: tuple[Program, ...] = ("ollama",)
 """Those that get base and adapter as one model."""
 

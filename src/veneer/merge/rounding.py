@@ -1,12 +1,12 @@
 """From float32 to the type that is stored, and how much of a change is left after it.
 
-survival   projection of the change that was obtained on the one that was wanted,
-           <stored - W, D> / <D, D>, with W the base's weight and D the update: 1 where all of it arrived,
-           0 where it was rounded away
+survival   projection of the change that was obtained on the one that was wanted, <stored - W, D> /
+           <D, D>, with W the base's weight and D the update: 1 where all of it arrived, 0 where it
+           was rounded away
 error      ||stored - W - D|| / ||D||: what rounding added, in any direction
 
-Over several weights both are sums of the numerators over sums of the denominators: a weight counts by the
-square of its update's norm.
+Over several weights both are sums of the numerators over sums of the denominators: a weight counts
+by the square of its update's norm.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,7 +52,8 @@ class Survival:
 
 
 def survival(own: Tensor, wanted: Tensor, stored: Tensor) -> Survival:
-    """own: the base's weight, wanted: what it should become, both float32; stored: what it became."""
+    """own: the base's weight, wanted: what it should become, both float32; stored: what it
+    became."""
     change = wide(wanted - own)
     missing = wide(stored.float() - wanted)
     squared = float(change.square().sum())
@@ -82,7 +83,8 @@ def by_layer(weights: Mapping[str, Survival]) -> dict[str, Survival]:
 
 
 class OverWeights:
-    """A report of what is left of an update. weights: name of each changed weight -> its survival."""
+    """A report of what is left of an update. weights: name of each changed weight -> its
+    survival."""
 
     weights: Mapping[str, Survival]
 
@@ -96,15 +98,18 @@ class OverWeights:
 
 
 def stochastic(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """float32 -> bf16 or fp16, up or down with the probability that keeps every value right on average.
+    """float32 -> bf16 or fp16, up or down with the probability that keeps every value right on
+    average.
 
-    A value that the type holds exactly stays. float32 is returned as it is. generator: of the CPU, wherever the values
-    are, so that a merge gives the same bits on every device.
+    A value that the type holds exactly stays. float32 is returned as it is. generator: of the CPU,
+    wherever the values are, so that a merge gives the same bits on every device.
     """
     if dtype not in MANTISSA_BITS:
         return values.to(dtype)
     exponent = torch.frexp(values).exponent - 1
-    step = torch.ldexp(torch.ones_like(values), exponent.clamp_min(SMALLEST_EXPONENT[dtype]) - MANTISSA_BITS[dtype])
+    step = torch.ldexp(
+        torch.ones_like(values), exponent.clamp_min(SMALLEST_EXPONENT[dtype]) - MANTISSA_BITS[dtype]
+    )
     steps = values / step
     below = torch.floor(steps)
     up = torch.rand(values.shape, generator=generator).to(values.device) < steps - below

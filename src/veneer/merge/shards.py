@@ -1,9 +1,10 @@
-"""Writing safetensors files of a model one tensor at a time: names, shapes and types are known before the values.
+"""Writing safetensors files of a model one tensor at a time: names, shapes and types are known
+before the values.
 
     model.safetensors    or    model-00001-of-00003.safetensors ... and model.safetensors.index.json
 
-The largest thing in memory is the tensor that is being written. Layout as transformers' save_pretrained.
-Source: https://github.com/huggingface/safetensors#format.
+The largest thing in memory is the tensor that is being written. Layout as transformers'
+save_pretrained. Source: https://github.com/huggingface/safetensors#format.
 """
 
 import json
@@ -43,9 +44,12 @@ class Place:
 
 
 class ShardWriter:
-    """`write` each planned tensor once, in any order; leaving the block checks that none is missing."""
+    """`write` each planned tensor once, in any order; leaving the block checks that none is
+    missing."""
 
-    def __init__(self, folder: Path, planned: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, planned: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
         """planned: name -> a tensor of the right shape and type, on the meta device."""
         self.folder = folder
         self.places: dict[str, Place] = {}
@@ -59,8 +63,12 @@ class ShardWriter:
                 filled = 0
             shards[-1][name] = tensor
             filled += size
-        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-        for file, shard in zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True):
+        names = [
+            f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)
+        ]
+        for file, shard in zip(
+            names if len(shards) > 1 else ["model.safetensors"], shards, strict=True
+        ):
             self._begin(file, shard)
         self.missing = set(self.places)
         self.total_bytes = sum(tensor_bytes(tensor) for tensor in planned.values())
@@ -69,7 +77,9 @@ class ShardWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         begins, position = {}, 0
         # wide types first keeps every tensor aligned to its own size
-        for name, tensor in sorted(shard.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        for name, tensor in sorted(
+            shard.items(), key=lambda item: (-item[1].element_size(), item[0])
+        ):
             end = position + tensor_bytes(tensor)
             header[name] = {
                 "dtype": DTYPE_NAMES[tensor.dtype],
@@ -83,7 +93,9 @@ class ShardWriter:
         self.files[file] = handle
         handle.write(len(text).to_bytes(8, "little") + text)
         for name, begin in begins.items():
-            self.places[name] = Place(file, 8 + len(text) + begin, tuple(shard[name].shape), shard[name].dtype)
+            self.places[name] = Place(
+                file, 8 + len(text) + begin, tuple(shard[name].shape), shard[name].dtype
+            )
 
     def write(self, name: str, tensor: Tensor) -> None:
         place = self.places[name]
@@ -98,7 +110,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         for handle in self.files.values():
             handle.close()

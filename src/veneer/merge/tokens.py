@@ -1,4 +1,5 @@
-"""A base's tables with the rows of tokens that an adapter brings: exchanged where it has such rows, else behind them.
+"""A base's tables with the rows of tokens that an adapter brings: exchanged where it has such rows,
+else behind them.
 
 Shapes: V rows of the base, V' with the tokens, D hidden.
 """
@@ -17,20 +18,24 @@ Wanted = dict[str, Callable[[Tensor], Tensor]]
 
 
 def tokens_of(applied: Applied) -> NewTokens | None:
-    """The tokens that one of these adapters brings. Several that bring tokens cannot act together."""
+    """The tokens that one of these adapters brings. Several that bring tokens cannot act
+    together."""
     return next((adapter.tokens for adapter, _ in applied if adapter.tokens is not None), None)
 
 
 def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:
     """RefusedError where any of them brings tokens."""
     if (tokens := tokens_of(applied)) is not None:
-        raise RefusedError(f"an adapter brings {len(tokens.ids):,} tokens: {why}", next_step=next_step)
+        raise RefusedError(
+            f"an adapter brings {len(tokens.ids):,} tokens: {why}", next_step=next_step
+        )
 
 
 def with_rows(
     stored: Mapping[str, Stored], wanted: Wanted, tokens: NewTokens, tied: Mapping[str, str]
 ) -> tuple[dict[str, Stored], Wanted]:
-    """The tables as they are with the tokens' rows, and what becomes of weights that the adapters change besides."""
+    """The tables as they are with the tokens' rows, and what becomes of weights that the adapters
+    change besides."""
     tables, changes = dict(stored), dict(wanted)
     for path, rows in tokens.places.items():
         names = {f"{path}.weight"}
@@ -58,7 +63,9 @@ def _placed(table: Tensor, rows: TokenRows) -> Tensor:
     return whole
 
 
-def _changed(change: Callable[[Tensor], Tensor], rows: TokenRows, own: int) -> Callable[[Tensor], Tensor]:
+def _changed(
+    change: Callable[[Tensor], Tensor], rows: TokenRows, own: int
+) -> Callable[[Tensor], Tensor]:
     return lambda table: _placed(change(table[:own]), rows)
 
 

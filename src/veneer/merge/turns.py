@@ -1,8 +1,9 @@
-"""A chat template as turns: each its own words around its content, and words that open an answer. Most templates are.
+"""A chat template as turns: each its own words around its content, and words that open an answer.
+Most templates are.
 
-The words are found by rendering, not by reading: they are cut out of what the template writes around contents that are
-known. Then what they write is held against what the template writes, conversation by conversation.
-Not known here: in which language they are said to others (ollama.py).
+The words are found by rendering, not by reading: they are cut out of what the template writes
+around contents that are known. Then what they write is held against what the template writes,
+conversation by conversation. Not known here: in which language they are said to others (ollama.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,17 @@ from veneer.errors import DataError, RefusedError
 
 Messages = list[dict[str, str]]
 _SYSTEM, _ASKED, _ANSWER, _AGAIN = "Zsystem1", "Zasked2", "Zanswer3", "Zagain4"
-_LONG = "First line.\n\nThen {{ braces }}, {% more %}, naïve größe 漢字 🙂 and 1234 + 5.\n\tIndented."
+_LONG = (
+    "First line.\n\nThen {{ braces }}, {% more %}, naïve größe 漢字 🙂 and 1234 + 5.\n\tIndented."
+)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """around: role -> (words before its content, words behind). bare: what stands in front of a conversation without a
-    system turn. opens: what stands in front of an answer. folds: the system's text stands within the first user's turn,
-    whose words before it are among the system's."""
+    """around: role -> (words before its content, words behind). bare: what stands in front of a
+    conversation without a system turn. opens: what stands in front of an answer. folds: the
+    system's text stands within the first user's turn, whose words before it are among the
+    system's."""
 
     around: Mapping[str, tuple[str, str]]
     bare: str
@@ -43,19 +47,38 @@ class Turns:
 def turns_of(template: ChatTemplate) -> tuple[Turns, list[str]]:
     """The template as turns, and what of it they do not say, in words.
 
-    RefusedError: it is no sequence of turns, for conversations of user and assistant behind a system turn, or none.
+    RefusedError: it is no sequence of turns, for conversations of user and assistant behind a
+    system turn, or none.
     """
     if not template.source:
-        raise RefusedError("this base has no chat template, so there is none to translate", [], INSTEAD)
+        raise RefusedError(
+            "this base has no chat template, so there is none to translate", [], INSTEAD
+        )
     if template.writes_date:
-        raise RefusedError("the chat template writes today's date, which others cannot", [], INSTEAD)
+        raise RefusedError(
+            "the chat template writes today's date, which others cannot", [], INSTEAD
+        )
     try:
         turns = _cut_out(template)
     except (DataError, ValueError) as fault:
-        raise RefusedError("this chat template is no sequence of turns", [str(fault)], INSTEAD) from None
-    if wrong := [name for name, messages in _needed("system" in turns.around) if not _same(turns, template, messages)]:
-        raise RefusedError("this chat template is no sequence of turns", [f"it differs on {n}" for n in wrong], INSTEAD)
-    notes = [] if "system" in turns.around else ["the base's template takes no system turn: one is left out"]
+        raise RefusedError(
+            "this chat template is no sequence of turns", [str(fault)], INSTEAD
+        ) from None
+    if wrong := [
+        name
+        for name, messages in _needed("system" in turns.around)
+        if not _same(turns, template, messages)
+    ]:
+        raise RefusedError(
+            "this chat template is no sequence of turns",
+            [f"it differs on {n}" for n in wrong],
+            INSTEAD,
+        )
+    notes = (
+        []
+        if "system" in turns.around
+        else ["the base's template takes no system turn: one is left out"]
+    )
     for name, messages in _BEYOND:
         if _known(turns, messages) and not _same(turns, template, messages):
             notes.append(f"not as the base's template: {name}")
@@ -67,15 +90,21 @@ INSTEAD = "veneer export --to llamacpp --merged writes a file that carries the b
 
 def _cut_out(template: ChatTemplate) -> Turns:
     """ValueError: the words do not stand where they would in turns."""
-    tokens = {token.content: chr(_WHOLE + n) for n, token in template.tokenizer.added_tokens_decoder.items()}
+    tokens = {
+        token.content: chr(_WHOLE + n)
+        for n, token in template.tokenizer.added_tokens_decoder.items()
+    }
 
     def between(messages: Messages) -> list[str]:
-        """What stands in front of each content, and behind the last; a token is one character: it is not cut."""
+        """What stands in front of each content, and behind the last; a token is one character: it
+        is not cut."""
         text, parts = template.render(messages, add_generation_prompt=True), []
         for message in messages:
             before, mark, text = text.partition(message["content"])
             if not mark:
-                raise ValueError(f"the {message['role']}'s text is not written as it stands, or not in its place")
+                raise ValueError(
+                    f"the {message['role']}'s text is not written as it stands, or not in its place"
+                )
             parts.append(before)
         return [_exchanged(part, tokens) for part in [*parts, text]]
 
@@ -86,19 +115,29 @@ def _cut_out(template: ChatTemplate) -> Turns:
     with suppress(DataError):  # a template may refuse a system turn
         before_system, to_user, *_ = between([_turn("system", _SYSTEM), *talk])
     user = _common_end(front, to_next)
-    folds = bool(before_system and user) and before_system.startswith(front) and not to_user.endswith(user)
+    folds = (
+        bool(before_system and user)
+        and before_system.startswith(front)
+        and not to_user.endswith(user)
+    )
     user = user if folds else _common_end(user, to_user)
     behind_answer = _without_end(to_next, user)
     opens = _without_start(answered, behind_answer)
     if not to_open.endswith(opens):
         raise ValueError("what opens an answer depends on what stands in front of it")
     behind_user = _without_end(to_open, opens)
-    words = {"user": (user, behind_user), "assistant": (_without_start(to_answer, behind_user), behind_answer)}
+    words = {
+        "user": (user, behind_user),
+        "assistant": (_without_start(to_answer, behind_user), behind_answer),
+    }
     bare = _without_end(front, user)
     if before_system:
         words["system"] = (before_system, to_user if folds else _without_end(to_user, user))
         ending = _ending([user, words["assistant"][0], opens], before_system[0]) if bare else ""
-        words = {role: (a if role == "system" else a[len(ending) :], b + ending) for role, (a, b) in words.items()}
+        words = {
+            role: (a if role == "system" else a[len(ending) :], b + ending)
+            for role, (a, b) in words.items()
+        }
         bare, opens = bare + ending, opens[len(ending) :]
     back = {character: token for token, character in tokens.items()}
     around = {role: (_exchanged(a, back), _exchanged(b, back)) for role, (a, b) in words.items()}
@@ -106,7 +145,8 @@ def _cut_out(template: ChatTemplate) -> Turns:
 
 
 def _ending(begins: Sequence[str], turn: str) -> str:
-    """What all of these begin with in front of the character that a turn begins with: it ends the turn before."""
+    """What all of these begin with in front of the character that a turn begins with: it ends the
+    turn before."""
     end, _, _ = begins[0].partition(turn)
     return end if all(begin.startswith(end + turn) for begin in begins) else ""
 
@@ -132,7 +172,9 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _common_end(a: str, b: str) -> str:
-    alike = list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b), strict=False)))
+    alike = list(
+        takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b), strict=False))
+    )
     return a[len(a) - len(alike) :]
 
 
@@ -142,13 +184,24 @@ def _without_end(text: str, end: str) -> str:
 
 def _needed(system: bool) -> list[tuple[str, Messages]]:
     talk = [_turn("user", _LONG), _turn("assistant", _LONG), _turn("user", "And?")]
-    found = [("a question", talk[2:]), ("a conversation", talk), ("a long conversation", [*talk[:2], *talk[:2], *talk])]
-    return found + ([(f"{n} behind a system turn", [_turn("system", _LONG), *m]) for n, m in found] if system else [])
+    found = [
+        ("a question", talk[2:]),
+        ("a conversation", talk),
+        ("a long conversation", [*talk[:2], *talk[:2], *talk]),
+    ]
+    return found + (
+        [(f"{n} behind a system turn", [_turn("system", _LONG), *m]) for n, m in found]
+        if system
+        else []
+    )
 
 
 _BEYOND: Sequence[tuple[str, Messages]] = [
     ("spaces around what a user says", [_turn("user", "  spaced \n")]),
-    ("spaces around an earlier answer", [_turn("user", "a"), _turn("assistant", "\n spaced "), _turn("user", "b")]),
+    (
+        "spaces around an earlier answer",
+        [_turn("user", "a"), _turn("assistant", "\n spaced "), _turn("user", "b")],
+    ),
     ("spaces around a system turn", [_turn("system", " spaced \n"), _turn("user", "a")]),
     ("an answer that is to go on", [_turn("user", "a"), _turn("assistant", "b")]),
     ("a later system turn", [_turn("user", "a"), _turn("system", "b"), _turn("user", "c")]),

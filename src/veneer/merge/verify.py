@@ -3,9 +3,10 @@
     difference   |merged - adapter on base|          effect   |adapter on base - base|
     KL           sum p log(p / q), nats a token, p the adapter's distribution, q the merged model's
 
-Both models run in float32, so that what differs is the merge and not the arithmetic of bf16: each module's weights
-are widened for its own forward and put back after it, so a model in bf16 is never held in float32 as a whole.
-A merge that loses the adapter differs by as much as the adapter moves the logits: that is what the bound is about.
+Both models run in float32, so that what differs is the merge and not the arithmetic of bf16: each
+module's weights are widened for its own forward and put back after it, so a model in bf16 is never
+held in float32 as a whole. A merge that loses the adapter differs by as much as the adapter moves
+the logits: that is what the bound is about.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,8 @@ MAX_TOKENS = 512
 NEW_TOKENS = 32
 """Tokens that an adapter brings, asked at most."""
 MAX_SHARE = 0.5
-"""Largest mean difference, as a share of the adapter's mean effect; 1 is a merge that lost the adapter."""
+"""Largest mean difference, as a share of the adapter's mean effect; 1 is a merge that lost the
+adapter."""
 HALF = (torch.bfloat16, torch.float16)
 NOISE = 1e-4
 """Mean difference that is float32's own order of summation, whatever the adapter's effect."""
@@ -85,11 +87,15 @@ def limited(rows: Sequence[list[int]]) -> list[list[int]]:
     return found
 
 
-def reference(base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[list[int]]) -> Reference:
-    """The logits with the adapters acting, and how far they are from the base's own; the tokens that they bring are
-    asked too."""
+def reference(
+    base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[list[int]]
+) -> Reference:
+    """The logits with the adapters acting, and how far they are from the base's own; the tokens
+    that they bring are asked too."""
     before = base.routing.active
-    brought = [a.tokens.ids for a in (base.attachments[name] for name, _ in names) if a.tokens is not None]
+    brought = [
+        a.tokens.ids for a in (base.attachments[name] for name, _ in names) if a.tokens is not None
+    ]
     rows = rows + [list(ids[:NEW_TOKENS]) for ids in brought]
     said, effects, largest = [], 0.0, 0.0
     known = rows[: len(rows) - len(brought)]
@@ -101,7 +107,10 @@ def reference(base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[l
         base.routing.active = ()
         bare = logits(base, row)
         effect = (said[-1][:, : bare.shape[-1]] - bare).abs()
-        effects, largest = effects + float(effect.mean()) * len(row), max(largest, float(effect.max()))
+        effects, largest = (
+            effects + float(effect.mean()) * len(row),
+            max(largest, float(effect.max())),
+        )
     base.routing.active = before
     found = Reference(rows, said, max_effect=largest)
     found.mean_effect = effects / sum(map(len, known))
@@ -114,7 +123,10 @@ def compare(merged: FrozenBase, with_adapter: Reference) -> LogitCheck:
     for row, expected in zip(with_adapter.rows, with_adapter.logits, strict=True):
         found = logits(merged, row)
         gap = (found - expected).abs()
-        largest, difference = max(largest, float(gap.max())), difference + float(gap.mean()) * len(row)
+        largest, difference = (
+            max(largest, float(gap.max())),
+            difference + float(gap.mean()) * len(row),
+        )
         p, q = expected.log_softmax(-1), found.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         same += float((found.argmax(-1) == expected.argmax(-1)).sum())
@@ -141,10 +153,11 @@ def logits(base: FrozenBase, row: list[int]) -> Tensor:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Every module widens its own half-precision parameters before its forward and puts them back after it.
+    """Every module widens its own half-precision parameters before its forward and puts them back
+    after it.
 
-    A wrapper reads its base module's parameters itself, so the outermost one widens those; what adapters hold is
-    widened throughout.
+    A wrapper reads its base module's parameters itself, so the outermost one widens those; what
+    adapters hold is widened throughout.
     """
     wrappers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     owners: dict[nn.Module, nn.Module] = {module: module for module in model.modules()}
@@ -157,7 +170,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     def widen(module: nn.Module, *_: object) -> None:
         owner = owners[module]
-        kept[owner] = {n: p for n, p in owner._parameters.items() if p is not None and p.dtype in HALF}
+        kept[owner] = {
+            n: p for n, p in owner._parameters.items() if p is not None and p.dtype in HALF
+        }
         owner._parameters.update({name: _widened(p) for name, p in kept[owner].items()})
 
     def narrow(module: nn.Module, *_: object) -> None:
@@ -166,7 +181,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(widen) for module in owners]
     handles += [module.register_forward_hook(narrow) for module in owners]
     for adapter, own in values:
-        adapter.replaced = {key: {name: _widened(p) for name, p in of.items()} for key, of in own.items()}
+        adapter.replaced = {
+            key: {name: _widened(p) for name, p in of.items()} for key, of in own.items()
+        }
     try:
         yield
     finally:

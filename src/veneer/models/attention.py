@@ -1,11 +1,12 @@
 """Packed attention in transformers models, through their public seams.
 
-`AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword of the
-model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through untouched, so no mask is
-built; what stands in its place tells the layout where a layer hands on no keyword (Nemotron, StableLM). A trained
-prefix (adapters/prefix.py) comes by a keyword alone. Where a model does not go through the interface, mixes tokens
-elsewhere than in attention, or answers differently when packed, models/proof.py and models/checks.py say why, and
-batches are padded for transformers' own attention.
+`AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword
+of the model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through
+untouched, so no mask is built; what stands in its place tells the layout where a layer hands on no
+keyword (Nemotron, StableLM). A trained prefix (adapters/prefix.py) comes by a keyword alone. Where
+a model does not go through the interface, mixes tokens elsewhere than in attention, or answers
+differently when packed, models/proof.py and models/checks.py say why, and batches are padded for
+transformers' own attention.
 """
 
 import inspect
@@ -61,8 +62,11 @@ def attention_forward(
     veneer_keys: KeyRecorder | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is transformers'."""
-    rules = Rules(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is
+    transformers'."""
+    rules = Rules(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux
+    )
     if veneer_keys is not None:
         veneer_keys.take(_layer_number(module), key, value)
     prefix = [] if veneer_prefix is None else veneer_prefix.along(_layer_number(module))
@@ -74,9 +78,9 @@ def attention_forward(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if softcap is None and s_aux is None:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=rules.scale, dropout=0.0, **others)[
-                0
-            ]
+            return sdpa_attention_forward(
+                module, query, key, value, mask, scaling=rules.scale, dropout=0.0, **others
+            )[0]
         return _masked_attention(query, key, value, mask, rules)
 
     if veneer_prefix is None or all(pair is None for _, pair in prefix):
@@ -84,7 +88,11 @@ def attention_forward(
     found = []
     for rows, pair in batch_rows(prefix, *query.shape[::2]):
         q, k, v = query[rows], key[rows], value[rows]
-        mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[rows]
+        mask = (
+            attention_mask
+            if attention_mask is None or len(attention_mask) == 1
+            else attention_mask[rows]
+        )
         if pair is not None:
             positions = veneer_prefix.positions
             positions = positions if len(positions) == 1 else positions[rows]
@@ -97,7 +105,9 @@ def attention_forward(
     return found[0] if len(found) == 1 else torch.cat(found), None
 
 
-def batch_rows(prefix: Sequence[tuple[slice, Pair | None]], rows: int, length: int) -> list[tuple[slice, Pair | None]]:
+def batch_rows(
+    prefix: Sequence[tuple[slice, Pair | None]], rows: int, length: int
+) -> list[tuple[slice, Pair | None]]:
     """Parts of the tokens of a padded batch (rows, length) as parts of its rows."""
     if len(prefix) == 1:
         return [(slice(None), prefix[0][1])]
@@ -109,12 +119,18 @@ def _layer_number(module: nn.Module) -> int:
 
 
 def _prefix_mask(
-    mask: Tensor | None, query: Tensor, key: Tensor, prefix: Tensor, positions: Tensor, window: int | None
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    prefix: Tensor,
+    positions: Tensor,
+    window: int | None,
 ) -> Tensor | None:
-    """The mask with the prefix's M columns in front: seen by all rows, or, with a window, by those near enough.
+    """The mask with the prefix's M columns in front: seen by all rows, or, with a window, by those
+    near enough.
 
-    query (B, H, T, D), key (B, K, S, D), prefix (M, K, D); positions (B, T) count the prefix, never padding, so
-    a row sees the same in any batch.
+    query (B, H, T, D), key (B, K, S, D), prefix (M, K, D); positions (B, T) count the prefix, never
+    padding, so a row sees the same in any batch.
     """
     M, T, S = prefix.shape[0], query.shape[2], key.shape[2]
     if mask is None:
@@ -131,8 +147,11 @@ def _prefix_mask(
     return torch.cat([columns, mask.expand(B, -1, T, S)], dim=-1)
 
 
-def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
-    """Generation with a cache for models with soft caps or sinks. mask: bool, True is seen; None: causal."""
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules
+) -> Tensor:
+    """Generation with a cache for models with soft caps or sinks. mask: bool, True is seen; None:
+    causal."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = rules.capped(query @ key.transpose(2, 3) * rules.scale)
@@ -140,7 +159,8 @@ def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
         rows, columns = scores.shape[-2:]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
     if mask.dtype == torch.bool:
-        # Not -inf: a row of padding may see nothing at all, and its NaN would reach real rows as 0 * NaN.
+        # Not -inf: a row of padding may see nothing at all, and its NaN would reach real rows as 0
+        # * NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     else:
         scores = scores + mask
@@ -171,20 +191,28 @@ class Traced:
         rules: Rules,
     ) -> Tensor:
         self.calls += 1
-        first = [next((pair for rows, pair in prefix if s.start < rows.stop), None) for s in self.layout.spans]
+        first = [
+            next((pair for rows, pair in prefix if s.start < rows.stop), None)
+            for s in self.layout.spans
+        ]
         return grouped_attention(query_NHD, key_NKD, value_NKD, self.layout, first, rules)
 
 
 _LAID: MutableMapping[Tensor, Laid] = WeakTensorKeyDictionary()
-"""A mask that nothing looks at -> the layout that it stands for. Kept by the mask, as a checkpointed layer keeps it
-until it is computed again."""
+"""A mask that nothing looks at -> the layout that it stands for. Kept by the mask, as a
+checkpointed layer keeps it until it is computed again."""
 
 
 def packed_arguments(positions: Tensor, laid: Laid) -> dict[str, Any]:
     """Of a model's forward, beside (1, N) ids; positions (1, N)."""
     mask = unused_mask(positions.device)
     _LAID[mask] = laid
-    return {"position_ids": positions, "attention_mask": mask, "use_cache": False, "veneer_layout": laid}
+    return {
+        "position_ids": positions,
+        "attention_mask": mask,
+        "use_cache": False,
+        "veneer_layout": laid,
+    }
 
 
 def unused_mask(device: torch.device) -> Tensor:
@@ -193,8 +221,8 @@ def unused_mask(device: torch.device) -> Tensor:
 
 
 _DECODERS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-"""Model -> the path of its decoder: every forward asks, and to look for it is to walk all modules. What stands there
-may be exchanged, the path stays."""
+"""Model -> the path of its decoder: every forward asks, and to look for it is to walk all modules.
+What stands there may be exchanged, the path stays."""
 
 
 def take_packed(model: PreTrainedModel) -> None:
@@ -226,8 +254,11 @@ def _find_decoder(model: PreTrainedModel) -> nn.Module | None:
     return None
 
 
-def packed_states(model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout) -> tuple[Tensor, int]:
-    """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were reached."""
+def packed_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout
+) -> tuple[Tensor, int]:
+    """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were
+    reached."""
     inner, traced = decoder(model), Traced(layout)
     assert inner is not None
     out = inner(input_ids=ids, **packed_arguments(positions, traced))

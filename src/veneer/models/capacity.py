@@ -1,8 +1,8 @@
 """What a model can take: how many positions it has, and which ids it has rows for.
 
-A table of positions ends (GPT-2, OPT); rotary positions go on, but beyond `max_position_embeddings` the model was never
-trained. Where the rotary frequencies are scaled for longer texts (linear, dynamic, yarn), it reaches as far as
-they say.
+A table of positions ends (GPT-2, OPT); rotary positions go on, but beyond `max_position_embeddings`
+the model was never trained. Where the rotary frequencies are scaled for longer texts (linear,
+dynamic, yarn), it reaches as far as they say.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.switches import switches
 
 _STRETCHED = ("linear", "dynamic", "yarn", "llama3", "longrope")
-_STRETCHED_BY_ITSELF = ("linear", "dynamic", "yarn")  # the others' limit is already that of the longer texts
+_STRETCHED_BY_ITSELF = (
+    "linear",
+    "dynamic",
+    "yarn",
+)  # the others' limit is already that of the longer texts
 _RECURRENT = ("rwkv",)  # names a context, but computes text of any length
 
 
@@ -34,21 +38,25 @@ def configured_capacity(config: PreTrainedConfig) -> Capacity:
 
 
 def capacity_of(base: FrozenBase) -> Capacity:
-    """Of a loaded base: the rows its tables really have, with those of the tokens that what acts everywhere brings, and
-    the positions left behind the prefixes that act."""
+    """Of a loaded base: the rows its tables really have, with those of the tokens that what acts
+    everywhere brings, and the positions left behind the prefixes that act."""
     said = configured_capacity(base.config)
     tables: list[Any] = [base.model.get_input_embeddings(), base.model.get_output_embeddings()]
     rows = [n for table in tables if (n := _rows(table)) is not None]
     parts = base.routing.acting.parts
-    before = max(tokens_in_front(layer for a, _ in p.adapters for layer in a.layers.values()) for p in parts)
+    before = max(
+        tokens_in_front(layer for a, _ in p.adapters for layer in a.layers.values()) for p in parts
+    )
     positions = None if said.positions is None else max(0, said.positions - before)
     known = min(rows, default=said.tokens)
-    return Capacity(positions, None if known is None else min(width_of(p.adapters, known) for p in parts))
+    return Capacity(
+        positions, None if known is None else min(width_of(p.adapters, known) for p in parts)
+    )
 
 
 def read_alike(config: PreTrainedConfig) -> int | None:
-    """Tokens of the longest text that is read as its beginning is: within the positions, and the lengths at which
-    nothing switches. None: any."""
+    """Tokens of the longest text that is read as its beginning is: within the positions, and the
+    lengths at which nothing switches. None: any."""
     lengths = switches(config)
     ends = [configured_capacity(config).positions, *lengths.at, lengths.each]
     return min((end for end in ends if end is not None), default=None)

@@ -1,7 +1,9 @@
-"""Which fast paths a model takes: what holds for its structure (models/proof.py), tried once more on the model itself.
+"""Which fast paths a model takes: what holds for its structure (models/proof.py), tried once more
+on the model itself.
 
-The proof runs on a small copy in float32. Here the real weights, in their own type and on their own device, read two
-short texts both ways, before any adapter is attached: what a kernel or a weight format does wrong shows here.
+The proof runs on a small copy in float32. Here the real weights, in their own type and on their own
+device, read two short texts both ways, before any adapter is attached: what a kernel or a weight
+format does wrong shows here.
 """
 
 from __future__ import annotations
@@ -18,10 +20,24 @@ from veneer.models.attention import NAME, decoder, packed_states
 from veneer.models.proof import Proven, apart, no_seam, proven, unreached
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference of hidden states, relative to their largest value, that rounding explains in a whole model."""
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.02, torch.float16: 0.005}
+"""Largest difference of hidden states, relative to their largest value, that rounding explains in a
+whole model."""
+HEAD_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float64: 1e-6,
+    torch.bfloat16: 0.02,
+    torch.float16: 0.005,
+}
 """The same of the logits that one product makes of them."""
-REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError, ImportError)
+REFUSALS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    IndexError,
+    AttributeError,
+    NotImplementedError,
+    ImportError,
+)
 """What modelling code raises at what it does not take."""
 
 
@@ -55,7 +71,8 @@ def some_ids(model: PreTrainedModel, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def takes_packing(model: PreTrainedModel) -> str | None:
-    """Switch a model without storage (meta device) to packed attention if its structure takes it; else say why not.
+    """Switch a model without storage (meta device) to packed attention if its structure takes it;
+    else say why not.
 
     What prove_packing tries beyond that, the values, is not there to be tried.
     """
@@ -66,9 +83,11 @@ def takes_packing(model: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def prove_packing(model: PreTrainedModel) -> str | None:
-    """Switch the model to packed attention if it gives what the model gives alone; else say why not.
+    """Switch the model to packed attention if it gives what the model gives alone; else say why
+    not.
 
-    Two short documents with a shared prompt are run packed and one by one, before any adapter is attached.
+    Two short documents with a shared prompt are run packed and one by one, before any adapter is
+    attached.
     """
     if (reason := no_seam(model) or structure(model).packed) is not None:
         return reason
@@ -85,7 +104,11 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
     device = next(model.parameters()).device
     layout = Layout.of(3, (4, 5), device)
     positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
-    ids = torch.zeros(12, dtype=torch.int64, device=device) if expected is None else some_ids(model, 12, 0)
+    ids = (
+        torch.zeros(12, dtype=torch.int64, device=device)
+        if expected is None
+        else some_ids(model, 12, 0)
+    )
     try:
         model.set_attn_implementation(NAME)
         states, calls = packed_states(model, ids[None], positions[None], layout)
@@ -104,7 +127,8 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
 
 @torch.no_grad()
 def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]:
-    """(scale, softcap, reason): what the model does between its head and the logits, tried on one forward."""
+    """(scale, softcap, reason): what the model does between its head and the logits, tried on one
+    forward."""
     found, head, inner = structure(model), model.get_output_embeddings(), decoder(model)
     if found.head is not None:
         return 1.0, None, found.head
@@ -116,5 +140,9 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
     )
     theirs = model(input_ids=ids, use_cache=False).logits
     if apart(ours, theirs) > HEAD_TOLERANCE[theirs.dtype]:
-        return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
+        return (
+            1.0,
+            None,
+            f"{type(model).__name__} changes its logits in a way that is not known here",
+        )
     return found.scale, found.softcap, None

@@ -1,9 +1,11 @@
-"""LoRA that starts from more than the weight beside it: from the rows (EVA), or from the weight before 4 bits (LoftQ).
+"""LoRA that starts from more than the weight beside it: from the rows (EVA), or from the weight
+before 4 bits (LoftQ).
 
-eva     rows of the training data run through the base; A starts as the directions in which each layer's inputs are
-        largest, B at zero: nothing changes yet. Every layer keeps its rank (EVA's redistribution is not done).
-loftq   the original weights are read once more, tensor by tensor; A and B start where they bring the 4-bit weight
-        nearest to the original. The quantised weights themselves stay as they are.
+eva     rows of the training data run through the base; A starts as the directions in which each
+        layer's inputs are largest, B at zero: nothing changes yet. Every layer keeps its rank
+        (EVA's redistribution is not done).
+loftq   the original weights are read once more, tensor by tensor; A and B start where they bring
+        the 4-bit weight nearest to the original. The quantised weights themselves stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,33 +55,49 @@ def start_lora(config: LoRA, base: FrozenBase, examples: Sequence[Example], *, s
 
 def _faults(config: LoRA, base: FrozenBase, examples: Sequence[Example]) -> list[str]:
     if config.init == "eva" and not examples:
-        return ["init eva starts from training rows, and there are none: train with it, or take another init"]
+        return [
+            "init eva starts from training rows, and there are none: train with it, or take another"
+            " init"
+        ]
     if config.init == "loftq" and not weight_format(base.quantize).has_original:
         held = "dense" if base.quantize is None else base.quantize
-        return [f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize: {FOUR_BITS}"]
+        return [
+            f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize:"
+            f" {FOUR_BITS}"
+        ]
     return []
 
 
-def _start_eva(base: FrozenBase, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int) -> int:
+def _start_eva(
+    base: FrozenBase, layers: Mapping[str, LoRALayer], examples: Sequence[Example], *, seed: int
+) -> int:
     modules = plain_modules(base.model)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
-    # The rows are kept with what they gave: an object made later in their place must not pass for them.
+    # The rows are kept with what they gave: an object made later in their place must not pass for
+    # them.
     seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def hook(path: str, rank: int) -> Any:
         def look(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
             rows = given[0].flatten(0, -2)
             key = id(given[0]), rank  # q, k and v of a layer see the same rows
-            if key not in seen:  # more directions than are asked for, or the order of the rows would matter
+            if (
+                key not in seen
+            ):  # more directions than are asked for, or the order of the rows would matter
                 kept = min(4 * rank + 16, rows.shape[1])
-                directions = leading_directions(rows, found.get(path), rank=kept, generator=generator)
+                directions = leading_directions(
+                    rows, found.get(path), rank=kept, generator=generator
+                )
                 seen[key] = given[0], directions
             found[path] = seen[key][1]
 
         return look
 
-    hooks = [modules[path].register_forward_pre_hook(hook(path, layer.rank)) for path, layer in layers.items()]
+    hooks = [
+        modules[path].register_forward_pre_hook(hook(path, layer.rank))
+        for path, layer in layers.items()
+    ]
     tokens = 0
     try:
         with torch.no_grad(), base.routing.none():
@@ -112,10 +130,11 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
     originals = {path: _original(path, stored) for path in layers}
     if lost := [path for path, tensor in originals.items() if tensor is None]:
         raise ConfigError(
-            f"init loftq does not find the original weight of {len(lost)} layers in the files of {base.source}",
+            f"init loftq does not find the original weight of {len(lost)} layers in the files of"
+            f" {base.source}",
             lost[:8],
-            "Take another init, or name in `targets` the layers whose weights stand in the files under their "
-            "own names.",
+            "Take another init, or name in `targets` the layers whose weights stand in the files"
+            " under their own names.",
         )
     before = after = 0.0
     for path, layer in layers.items():
@@ -134,7 +153,8 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
 
 
 def _turned(original: Tensor, quantised: Tensor) -> Tensor:
-    """A Conv1D's weight lies the other way in the files; a square one tells by its distance alone."""
+    """A Conv1D's weight lies the other way in the files; a square one tells by its distance
+    alone."""
     ways = [way for way in (original, original.T) if way.shape == quantised.shape]
     return min(ways, key=lambda way: (way - quantised).square().sum().item())
 

@@ -1,7 +1,8 @@
-"""Linear layers of a base whose products of a few rows have a kernel of their own: put in their places once, when it is
-loaded, as packed weights are.
+"""Linear layers of a base whose products of a few rows have a kernel of their own: put in their
+places once, when it is loaded, as packed weights are.
 
-What is exchanged is proven: each kind, of one shape and type, multiplies a few random rows both ways.
+What is exchanged is proven: each kind, of one shape and type, multiplies a few random rows both
+ways.
 """
 
 import torch
@@ -12,13 +13,15 @@ from veneer.linear import FewRowsLinear
 from veneer.shards import make_whole
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-"""Largest difference relative to the largest value: sums in another order; two roundings of a value near 1."""
+"""Largest difference relative to the largest value: sums in another order; two roundings of a value
+near 1."""
 ROWS = 3
 
 
 @torch.no_grad()
 def take_few_rows(model: nn.Module) -> None:
-    """Every plain nn.Linear that the kernel takes becomes a FewRowsLinear with the same parameters."""
+    """Every plain nn.Linear that the kernel takes becomes a FewRowsLinear with the same
+    parameters."""
     agreed: dict[tuple[object, ...], bool] = {}
     made: dict[nn.Module, FewRowsLinear] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -30,7 +33,9 @@ def take_few_rows(model: nn.Module) -> None:
             agreed[kind] = _agrees(module)
         if agreed[kind]:
             head, _, last = path.rpartition(".")
-            setattr(model.get_submodule(head), last, made.setdefault(module, FewRowsLinear.of(module)))
+            setattr(
+                model.get_submodule(head), last, made.setdefault(module, FewRowsLinear.of(module))
+            )
 
 
 def _agrees(module: nn.Linear) -> bool:

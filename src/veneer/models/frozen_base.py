@@ -1,9 +1,10 @@
-"""A frozen causal LM with its tokenizer, its name and its fingerprint, and which adapters sit on it.
+"""A frozen causal LM with its tokenizer, its name and its fingerprint, and which adapters sit on
+it.
 
-The value that every room from here up takes: formats put adapters on one, merge folds into one, decoding answers by
-one. What people hold is the public Base (base.py): a FrozenBase too, which also makes adapters, finds them in a library
-and answers, and therefore stands above those rooms.
-It knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/).
+The value that every room from here up takes: formats put adapters on one, merge folds into one,
+decoding answers by one. What people hold is the public Base (base.py): a FrozenBase too, which also
+makes adapters, finds them in a library and answers, and therefore stands above those rooms. It
+knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/).
 """
 
 from __future__ import annotations
@@ -40,14 +41,18 @@ class FrozenBase:
     name_or_path  hub id or local folder: what an adapter's base_model_name_or_path says
     revision      the commit of a hub base; None for a local one
     quantize      the format its linear layers are held in; None: dense
-    compute       the type its values are stored in, and the one they are held and multiplied in; by default the model's
-    identity      its fingerprint as it was read, before anything was widened; by default the model's as it stands
-    as_held       what versions that did not widen wrote of a base loaded in float32: the fingerprint of the values as
-                  they are held, without the fields that those versions did not know
+    compute       the type its values are stored in, and the one they are held and multiplied in; by
+                  default the model's
+    identity      its fingerprint as it was read, before anything was widened; by default the
+                  model's as it stands
+    as_held       what versions that did not widen wrote of a base loaded in float32: the
+                  fingerprint of the values as they are held, without the fields that those versions
+                  did not know
     routing       the adapters on this base, and which of them act
     shards        in which its decoder layers lie, where several processes hold it together
     not_read        what its files hold beside the text that is read
-    decodes_packed  whether our own engine gives what the model gives (decoding/proof.py); None: not asked yet
+    decodes_packed  whether our own engine gives what the model gives (decoding/proof.py); None: not
+                    asked yet
     way             how it computes a step (decoding/direct.py); None: not asked yet
     """
 
@@ -67,7 +72,9 @@ class FrozenBase:
     way: Any = field(default=None, init=False, repr=False)
     _tokenizer_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
-    _extended: tuple[object, PreTrainedTokenizerBase] | None = field(default=None, init=False, repr=False)
+    _extended: tuple[object, PreTrainedTokenizerBase] | None = field(
+        default=None, init=False, repr=False
+    )
     _paths: Paths | None = field(default=None, init=False, repr=False)
     _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
@@ -81,13 +88,17 @@ class FrozenBase:
         return self.routing.attached
 
     def detach(self, name: str) -> None:
-        """Take an adapter away. Removing the last one leaves the model as it was loaded, to the bit.
+        """Take an adapter away. Removing the last one leaves the model as it was loaded, to the
+        bit.
 
-        ConfigError: there is none of that name, or another thread or a block around this one uses it; it stays then.
+        ConfigError: there is none of that name, or another thread or a block around this one uses
+        it; it stays then.
         """
         if name not in self.attachments:
             known = ", ".join(sorted(self.attachments)) or "none"
-            raise ConfigError(f"no adapter named {name!r} is loaded", next_step=f"There is: {known}.")
+            raise ConfigError(
+                f"no adapter named {name!r} is loaded", next_step=f"There is: {known}."
+            )
         detach(self.model, name, routing=self.routing)
 
     @property
@@ -122,8 +133,8 @@ class FrozenBase:
     def fingerprint(self) -> Fingerprint:
         """Which weights these are, taken when the base was made, in the type they are stored in.
 
-        Adapters add modules, full fine-tuning changes weights in place, and widening to float32 keeps every
-        value: the answer stays that of the base the user loaded.
+        Adapters add modules, full fine-tuning changes weights in place, and widening to float32
+        keeps every value: the answer stays that of the base the user loaded.
         """
         return self.identity
 
@@ -135,22 +146,29 @@ class FrozenBase:
 
     @property
     def weights_digests(self) -> tuple[str, ...]:
-        """Returns the digests that this and earlier versions of Veneer write for this base into a library."""
+        """Returns the digests that this and earlier versions of Veneer write for this base into a
+        library."""
         earlier = [self.identity.earlier] + ([] if self.as_held is None else [self.as_held.earlier])
         return self.identity.weights_digest, *(each.weights_digest for each in earlier)
 
     def tokenizer_hash(self) -> str:
-        """Returns the hash of what the tokenizer does, computed once per state: it reads the whole vocabulary."""
+        """Returns the hash of what the tokenizer does, computed once per state: it reads the whole
+        vocabulary."""
         state, known = self._tokenizer_state(), self._tokenizer_hash
         if known is None or known[0] != state:
             known = self._tokenizer_hash = state, tokenizer_hash(self.tokenizer)
         return known[1]
 
     def _tokenizer_state(self) -> tuple[object, ...]:
-        """Another one for another tokenizer, or where tokens were added to it or given other roles."""
+        """Another one for another tokenizer, or where tokens were added to it or given other
+        roles."""
         tokenizer = self.tokenizer
-        added = tuple(sorted((number, str(token)) for number, token in tokenizer.added_tokens_decoder.items()))
-        roles = tuple(sorted((role, str(token)) for role, token in tokenizer.special_tokens_map.items()))
+        added = tuple(
+            sorted((number, str(token)) for number, token in tokenizer.added_tokens_decoder.items())
+        )
+        roles = tuple(
+            sorted((role, str(token)) for role, token in tokenizer.special_tokens_map.items())
+        )
         return tokenizer, len(tokenizer), added, roles
 
     def template_hash(self) -> str | None:
@@ -175,10 +193,13 @@ class FrozenBase:
 
     @property
     def read_past(self) -> frozenset[str]:
-        """Weights that the model takes past their modules; asked of it once, with no adapter acting."""
+        """Weights that the model takes past their modules; asked of it once, with no adapter
+        acting."""
         if self._read_past is None:
             with self.routing.none():
-                found = same_values("past", self.model, frozenset[str], lambda: weights_read_past(self.model))
+                found = same_values(
+                    "past", self.model, frozenset[str], lambda: weights_read_past(self.model)
+                )
                 self._read_past = found
         return self._read_past
 

@@ -1,8 +1,10 @@
-"""Norms, gated feed-forward and attention blocks of a model, computed in fewer passes while it trains.
+"""Norms, gated feed-forward and attention blocks of a model, computed in fewer passes while it
+trains.
 
-Which modules can be replaced is found by running them: a candidate and its replacement get the same random rows, and
-only what agrees is exchanged (Gemma's norms, which add 1 to their weight, do not, and stay). The base's modules stand
-inside the replacements and come back to their places afterwards.
+Which modules can be replaced is found by running them: a candidate and its replacement get the same
+random rows, and only what agrees is exchanged (Gemma's norms, which add 1 to their weight, do not,
+and stay). The base's modules stand inside the replacements and come back to their places
+afterwards.
 """
 
 import copy
@@ -46,7 +48,9 @@ def _gate(module: nn.Module) -> FusedGate | None:
     wanted = {"gate_proj", "up_proj", "down_proj"}
     if not wanted <= set(names) or not isinstance(getattr(module, "act_fn", None), nn.Module):
         return None
-    product = _product(module.get_submodule("act_fn")) if set(names) - wanted <= {"act_fn"} else None
+    product = (
+        _product(module.get_submodule("act_fn")) if set(names) - wanted <= {"act_fn"} else None
+    )
     return None if product is None else FusedGate(module, product)
 
 
@@ -60,28 +64,38 @@ def _product(activation: nn.Module) -> Gate | None:
         active = activation(x)
     except (TypeError, ValueError, RuntimeError):
         return None
-    known = (each for each in (silu_gate, gelu_gate) if torch.allclose(active, each(x, ones), atol=1e-6))
+    known = (
+        each for each in (silu_gate, gelu_gate) if torch.allclose(active, each(x, ones), atol=1e-6)
+    )
     return next(known, None) if active.shape == x.shape else None
 
 
 def _attention(place: nn.Module) -> FusedAttention | None:
     """Proven on a small copy of the block, whatever its weights are stored as."""
     q_proj = place._modules.get("q_proj")
-    view = None if q_proj is None or isinstance(place, AdaptedModule) else frozen_linear(unwrapped(q_proj))
+    view = (
+        None
+        if q_proj is None or isinstance(place, AdaptedModule)
+        else frozen_linear(unwrapped(q_proj))
+    )
     return None if view is None else fused_attention.candidate(place, view.dtype)
 
 
 def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
-    """What may stand at this place: of a norm around the wrapper that trains it, of a gate inside of wrappers."""
+    """What may stand at this place: of a norm around the wrapper that trains it, of a gate inside
+    of wrappers."""
     if isinstance(place, AdaptedModule):
         return _norm(place) if isinstance(place, SwappedModule) else None
     return _norm(place) or _gate(place)
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _agree(
+    module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device
+) -> bool:
     generator = torch.Generator().manual_seed(0)
-    # From small to large: what clips, or adds something small, shows it. float16 holds no such values.
+    # From small to large: what clips, or adds something small, shows it. float16 holds no such
+    # values.
     scale = torch.logspace(-2, 6, 5) if torch.finfo(dtype).max > 1e30 else torch.full((5,), 3.0)
     x = (torch.randn(5, width, generator=generator) * scale[:, None]).to(dtype).to(device)
     try:
@@ -93,24 +107,33 @@ def _agree(module: nn.Module, replacement: nn.Module, width: int, dtype: torch.d
     return bool(((ours - theirs).abs().amax(1) <= TOLERANCE[dtype] * theirs.abs().amax(1)).all())
 
 
-def _agree_without_values(module: nn.Module, made: FusedNorm | FusedGate, dtype: torch.dtype) -> bool:
-    """On the meta device: a norm is tried with values of its own, a gated block around small projections."""
+def _agree_without_values(
+    module: nn.Module, made: FusedNorm | FusedGate, dtype: torch.dtype
+) -> bool:
+    """On the meta device: a norm is tried with values of its own, a gated block around small
+    projections."""
     if isinstance(made, FusedGate):
         return is_plain_gate(module, made.product, dtype)
     own = copy.deepcopy(module).to_empty(device="cpu")
     weight = own.get_parameter("weight")
     weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    return _agree(own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, torch.device("cpu"))
+    return _agree(
+        own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, torch.device("cpu")
+    )
 
 
 @torch.no_grad()
 def is_plain_gate(module: nn.Module, product: Gate, dtype: torch.dtype) -> bool:
-    """True if the block computes down(product(gate(x), up(x))) and nothing else, such as a limit: tried around small
-    projections of random values."""
+    """True if the block computes down(product(gate(x), up(x))) and nothing else, such as a limit:
+    tried around small projections of random values."""
     draw = torch.Generator().manual_seed(0)
     own = copy.copy(module)
     own._modules = dict(module._modules)
-    for name, (ins, outs) in {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8)}.items():
+    for name, (ins, outs) in {
+        "gate_proj": (8, 12),
+        "up_proj": (8, 12),
+        "down_proj": (12, 8),
+    }.items():
         projection = nn.Linear(ins, outs, bias=False, device="cpu", dtype=dtype)
         projection.weight.normal_(generator=draw)
         own._modules[name] = projection
@@ -121,13 +144,24 @@ _TENSORS = ("_parameters", "_buffers", "_modules")
 
 
 def _signature(module: nn.Module) -> tuple[object, ...]:
-    """Equal for two modules of a model only if they compute the same of equal weights: class, every attribute, shapes
-    and types of what they hold, and the same of every module within. Objects count as themselves, functions with bound
-    arguments as the function and the arguments, and methods of the module as those of its class."""
-    own = [(name, _plain(value, module)) for name, value in vars(module).items() if name not in _TENSORS]
+    """Equal for two modules of a model only if they compute the same of equal weights: class, every
+    attribute, shapes and types of what they hold, and the same of every module within. Objects
+    count as themselves, functions with bound arguments as the function and the arguments, and
+    methods of the module as those of its class."""
+    own = [
+        (name, _plain(value, module))
+        for name, value in vars(module).items()
+        if name not in _TENSORS
+    ]
     held = [*module._parameters.items(), *module._buffers.items()]
-    tensors = [(name, None if each is None else (each.shape, each.dtype, each.device)) for name, each in held]
-    within = [(name, None if child is None else _signature(child)) for name, child in module._modules.items()]
+    tensors = [
+        (name, None if each is None else (each.shape, each.dtype, each.device))
+        for name, each in held
+    ]
+    within = [
+        (name, None if child is None else _signature(child))
+        for name, child in module._modules.items()
+    ]
     return type(module), tuple(own), tuple(tensors), tuple(within)
 
 
@@ -150,8 +184,9 @@ def _plain(value: object, module: nn.Module) -> object:
 
 @torch.no_grad()
 def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
-    """Path -> what may stand there, one for every module that agrees with it. Modules of equal signatures are tried
-    once; layers of one class that differ in a limit, a sparsity or an epsilon are tried one by one."""
+    """Path -> what may stand there, one for every module that agrees with it. Modules of equal
+    signatures are tried once; layers of one class that differ in a limit, a sparsity or an epsilon
+    are tried one by one."""
     found: dict[str, StandIn] = {}
     agreed: dict[tuple[object, ...], bool] = {}
     inside: set[nn.Module] = set()
@@ -177,17 +212,23 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
 
 
 def _rows(module: nn.Module, made: StandIn) -> tuple[int, torch.dtype, torch.device]:
-    """Width, type and device of what the module takes; a packed weight's own type says nothing of it."""
+    """Width, type and device of what the module takes; a packed weight's own type says nothing of
+    it."""
     if isinstance(made, FusedNorm):
         weight = module.get_parameter("weight")
         return weight.shape[0], weight.dtype, weight.device
     view = frozen_linear(unwrapped(module.get_submodule("gate_proj")))
-    return (0, torch.float32, torch.device("cpu")) if view is None else (view.in_features, view.dtype, view.device)
+    return (
+        (0, torch.float32, torch.device("cpu"))
+        if view is None
+        else (view.in_features, view.dtype, view.device)
+    )
 
 
 @contextmanager
 def fused(model: PreTrainedModel, found: Mapping[str, StandIn]) -> Iterator[None]:
-    """Within the block what `replacements` found is computed in one pass; afterwards all stands as before."""
+    """Within the block what `replacements` found is computed in one pass; afterwards all stands as
+    before."""
     exchanged = []
     for path, made in found.items():
         head, _, last = path.rpartition(".")

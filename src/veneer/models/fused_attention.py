@@ -1,8 +1,9 @@
-"""The attention block of a model, computed while it trains with q, k and v as one node and one pass for their rotation,
-without copies between.
+"""The attention block of a model, computed while it trains with q, k and v as one node and one pass
+for their rotation, without copies between.
 
-Which blocks can be replaced is found by running them, on a copy with small projections of random values: what the block
-hands to the attention, and what it makes of the answer, must be the replacement's.
+Which blocks can be replaced is found by running them, on a copy with small projections of random
+values: what the block hands to the attention, and what it makes of the answer, must be the
+replacement's.
 """
 
 import copy
@@ -25,8 +26,8 @@ WIDTH, ROWS = 8, 5
 
 
 class FusedAttention(StandIn):
-    """o(attention(rotated q(x), rotated k(x), v(x))), the projections being the model's own, adapted or not. rules: how
-    the block's attention weighs."""
+    """o(attention(rotated q(x), rotated k(x), v(x))), the projections being the model's own,
+    adapted or not. rules: how the block's attention weighs."""
 
     def __init__(self, base: nn.Module, rules: Rules) -> None:
         super().__init__(base)
@@ -41,13 +42,21 @@ class FusedAttention(StandIn):
     ) -> Any:
         base: Any = self.base
         known = (
-            position_embeddings is not None and others.get("cache") is None and others.get("past_key_values") is None
+            position_embeddings is not None
+            and others.get("cache") is None
+            and others.get("past_key_values") is None
         )
-        if not known or position_embeddings is None or not is_taken(base, hidden_states, *position_embeddings):
+        if (
+            not known
+            or position_embeddings is None
+            or not is_taken(base, hidden_states, *position_embeddings)
+        ):
             return base(hidden_states, position_embeddings, attention_mask, **others)
         (rows, length), size = hidden_states.shape[:2], base.head_dim
         q, k, v = side_by_side([base.q_proj, base.k_proj, base.v_proj], hidden_states)
-        cos, sin = (each.expand(rows, length, size).reshape(-1, size) for each in position_embeddings)
+        cos, sin = (
+            each.expand(rows, length, size).reshape(-1, size) for each in position_embeddings
+        )
         turned = rotary(q.view(rows * length, -1, size), k.view(rows * length, -1, size), cos, sin)
         q, k, v = (each.view(rows, length, -1, size).transpose(1, 2) for each in (*turned, v))
         out, weights = attention_forward(
@@ -65,19 +74,29 @@ class FusedAttention(StandIn):
 
 
 def is_taken(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether this forward is one that was proven: our attention, whole heads turned, in x's type."""
+    """Whether this forward is one that was proven: our attention, whole heads turned, in x's
+    type."""
     if block.config._attn_implementation != NAME or x.dim() != 3:
         return False
-    return all(each.dtype is x.dtype and each.dim() == 3 and each.shape[-1] == block.head_dim for each in (cos, sin))
+    return all(
+        each.dtype is x.dtype and each.dim() == 3 and each.shape[-1] == block.head_dim
+        for each in (cos, sin)
+    )
 
 
 def candidate(block: nn.Module, dtype: torch.dtype) -> FusedAttention | None:
     """The replacement of a block, where it agrees with it in this type."""
     names = [name for name, _ in block.named_children()]
-    if sorted(names) != sorted(PROJECTIONS) or any(True for _ in block.named_parameters(recurse=False)):
+    if sorted(names) != sorted(PROJECTIONS) or any(
+        True for _ in block.named_parameters(recurse=False)
+    ):
         return None
     config, size = getattr(block, "config", None), getattr(block, "head_dim", None)
-    if getattr(config, "_attn_implementation", None) != NAME or not isinstance(size, int) or size % 2:
+    if (
+        getattr(config, "_attn_implementation", None) != NAME
+        or not isinstance(size, int)
+        or size % 2
+    ):
         return None
     try:
         return _proven(block, size, dtype)
@@ -119,7 +138,8 @@ def _proven(block: Any, size: int, dtype: torch.dtype) -> FusedAttention | None:
     # From small to large: a block that clips what it projects shows it at whatever limit.
     largest = 6 if torch.finfo(dtype).max > 1e30 else 2
     given = {
-        "hidden_states": values(1, ROWS, WIDTH) * torch.logspace(-2, largest, ROWS).to(dtype).view(ROWS, 1),
+        "hidden_states": values(1, ROWS, WIDTH)
+        * torch.logspace(-2, largest, ROWS).to(dtype).view(ROWS, 1),
         "position_embeddings": (values(1, ROWS, size), values(1, ROWS, size)),
         "attention_mask": None,
         "position_ids": torch.arange(ROWS)[None] * 10**6,  # beyond whatever a block counts from
@@ -132,7 +152,11 @@ def _proven(block: Any, size: int, dtype: torch.dtype) -> FusedAttention | None:
     pairs = zip((found[0], *ours.given), (expected[0], *theirs.given), strict=True)
     same = len(expected) == 2 and expected[1] is None and ours.rules == theirs.rules
     # The same operations in the same order, on a CPU: to the bit.
-    return FusedAttention(block, theirs.rules) if same and all(torch.equal(a, b) for a, b in pairs) else None
+    return (
+        FusedAttention(block, theirs.rules)
+        if same and all(torch.equal(a, b) for a, b in pairs)
+        else None
+    )
 
 
 def _small(projection: Any, name: str, values: Any) -> nn.Linear:

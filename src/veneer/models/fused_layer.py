@@ -1,8 +1,10 @@
-"""A decoder layer of a model, computed as one node of the graph while LoRA trains on linear layers of it.
+"""A decoder layer of a model, computed as one node of the graph while LoRA trains on linear layers
+of it.
 
-Which layers can be replaced is found by running them, around parts that are known: what the layer makes of them must be
-the node's sums, to the bit. The parts themselves are proven where they stand (fused.py, fused_attention.py). A forward
-that the node does not compute goes through the layer itself: other methods, rows of several adapters.
+Which layers can be replaced is found by running them, around parts that are known: what the layer
+makes of them must be the node's sums, to the bit. The parts themselves are proven where they stand
+(fused.py, fused_attention.py). A forward that the node does not compute goes through the layer
+itself: other methods, rows of several adapters.
 """
 
 import copy
@@ -55,9 +57,17 @@ class FusedLayer(StandIn):
     ) -> Block | None:
         base: Any = self.base
         first, attention, second, gate = (base._modules[name] for name in PARTS)
-        if position_embeddings is None or x.dim() != 3 or len(x) != 1 or not isinstance(veneer_layout, Traced):
+        if (
+            position_embeddings is None
+            or x.dim() != 3
+            or len(x) != 1
+            or not isinstance(veneer_layout, Traced)
+        ):
             return None
-        if any(others.get(name) is not None for name in ("cache", "past_key_values", "veneer_prefix", "veneer_keys")):
+        if any(
+            others.get(name) is not None
+            for name in ("cache", "past_key_values", "veneer_prefix", "veneer_keys")
+        ):
             return None
         if len(veneer_layout.layout.groups) != 1 or base._forward_hooks or base._forward_pre_hooks:
             return None
@@ -93,9 +103,13 @@ def replacements(model: PreTrainedModel, found: Mapping[str, StandIn]) -> dict[s
     layers: dict[str, StandIn] = {}
     for path in found:
         above, _, name = path.rpartition(".")
-        if name == "self_attn" and all(type(found.get(f"{above}.{each}")) is kind for each, kind in PARTS.items()):
+        if name == "self_attn" and all(
+            type(found.get(f"{above}.{each}")) is kind for each, kind in PARTS.items()
+        ):
             layer = model.get_submodule(above)
-            if found[f"{above}.mlp"].product is silu_gate and _is_sum(layer, found[f"{above}.self_attn"]):
+            if found[f"{above}.mlp"].product is silu_gate and _is_sum(
+                layer, found[f"{above}.self_attn"]
+            ):
                 layers[above] = FusedLayer(layer)
     return layers
 
@@ -132,11 +146,20 @@ def _is_sum(layer: nn.Module, attention: StandIn) -> bool:
     small._modules = dict(parts)
     draw = torch.Generator().manual_seed(0)
     # From small to large: a layer that clips what it adds up shows it.
-    x = (torch.randn(1, ROWS, WIDTH, generator=draw) * torch.logspace(-2, 6, ROWS)[:, None]).bfloat16()
+    x = (
+        torch.randn(1, ROWS, WIDTH, generator=draw) * torch.logspace(-2, 6, ROWS)[:, None]
+    ).bfloat16()
     laid, turning = object(), (x, x)
     try:
         found = small(x, position_embeddings=turning, attention_mask=None, veneer_layout=laid)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):  # modelling code
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+    ):  # modelling code
         return False
     first, attend, second, gate = parts.values()
     given = attend.seen

@@ -1,4 +1,5 @@
-"""A norm and a gated feed-forward block, computed in fewer passes: what stands in for them (fused.py)."""
+"""A norm and a gated feed-forward block, computed in fewer passes: what stands in for them
+(fused.py)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +35,12 @@ class FusedNorm(StandIn):
 
 
 class FusedGate(StandIn):
-    """down(active(gate(x)) * up(x)), the projections being the model's own, adapted or not. product: of the gate's
-    activation and what it gates."""
+    """down(active(gate(x)) * up(x)), the projections being the model's own, adapted or not.
+    product: of the gate's activation and what it gates."""
 
-    def __init__(self, base: nn.Module, product: Callable[[Tensor, Tensor], Tensor] = silu_gate) -> None:
+    def __init__(
+        self, base: nn.Module, product: Callable[[Tensor, Tensor], Tensor] = silu_gate
+    ) -> None:
         super().__init__(base)
         self.product = product
 

@@ -1,4 +1,5 @@
-"""Attaching with what an adapter starts from: values that the base itself computes, where a method wants such."""
+"""Attaching with what an adapter starts from: values that the base itself computes, where a method
+wants such."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from veneer.models.start import Start
 from veneer.models.step import refuse_untrainable
 
 _STARTS: dict[type[AdapterConfig], Callable[..., Start]] = {LoRA: start_lora, Prefix: start_prefix}
-"""Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start where their builder
-puts them."""
+"""Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start
+where their builder puts them."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """attachment: its config has every default resolved; starts_from: the prompt whose values it starts from, whole;
-    lines: the same for the screen."""
+    """attachment: its config has every default resolved; starts_from: the prompt whose values it
+    starts from, whole; lines: the same for the screen."""
 
     attachment: Attachment
     starts_from: str | None
@@ -39,11 +40,11 @@ def begin(
     examples: Sequence[Example] = (),
     tokens: Brought | None = None,
 ) -> Begun:
-    """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the training rows, if any;
-    tokens: those that it brings.
+    """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the
+    training rows, if any; tokens: those that it brings.
 
-    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then. RefusedError: the
-    model cannot be trained.
+    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
+    RefusedError: the model cannot be trained.
     """
     paths = base.paths  # proves them, and hands attention over
     refuse_untrainable(base.model, paths)
@@ -79,6 +80,6 @@ def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:
         return []
     names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
     return [
-        f"PEFT refuses LoRA on {names} of this model ({len(refused)} modules): the adapter loads in Veneer alone; "
-        "veneer merge makes a model that others read"
+        f"PEFT refuses LoRA on {names} of this model ({len(refused)} modules): the adapter loads in"
+        " Veneer alone; veneer merge makes a model that others read"
     ]

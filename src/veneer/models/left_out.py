@@ -1,4 +1,5 @@
-"""Parts of a model that no text reaches: its towers for images or sound, and what projects from them to its tokens.
+"""Parts of a model that no text reaches: its towers for images or sound, and what projects from
+them to its tokens.
 
 Where text alone is trained they get no adapter, train in no run, and are written as they were read.
 """
@@ -13,8 +14,11 @@ from veneer.models.attention import decoder
 
 
 def left_out(model: PreTrainedModel, idle: Collection[str]) -> tuple[str, ...]:
-    """Their paths, each as far up as the whole of it is one; idle: places that no gradient reaches."""
-    whole = {id(part) for part in (decoder(model), model.get_output_embeddings()) if part is not None}
+    """Their paths, each as far up as the whole of it is one; idle: places that no gradient
+    reaches."""
+    whole = {
+        id(part) for part in (decoder(model), model.get_output_embeddings()) if part is not None
+    }
 
     def parts(module: nn.Module, path: str) -> Iterator[str]:
         for name, child in module.named_children():
@@ -33,7 +37,8 @@ def left_out(model: PreTrainedModel, idle: Collection[str]) -> tuple[str, ...]:
 
 
 def reached_weights(model: nn.Module, beside: Collection[str]) -> dict[str, nn.Parameter]:
-    """By path, all weights but those of the parts that are left out: what full fine-tuning trains."""
+    """By path, all weights but those of the parts that are left out: what full fine-tuning
+    trains."""
     return {
         path: weight
         for path, weight in model.named_parameters()

@@ -1,7 +1,8 @@
 """How likely the model finds given tokens: nats of every trained token, row by row.
 
-The step of training (models/step.py) without its gradient, and kept apart by rows: packed, the prompt that rows
-share computed once, logits only where a token is asked about, a few rows of them at a time.
+The step of training (models/step.py) without its gradient, and kept apart by rows: packed, the
+prompt that rows share computed once, logits only where a token is asked about, a few rows of them
+at a time.
 """
 
 from collections.abc import Sequence
@@ -32,8 +33,8 @@ def example_nats(
 ) -> NDArray[np.float64]:
     """(N, 2): of each example, the nats of its trained tokens summed, and their number.
 
-    batch   examples computed at once, more where they are short; like lengths together. The result does not
-            depend on it.
+    batch   examples computed at once, more where they are short; like lengths together. The result
+            does not depend on it.
     """
     found = np.zeros((len(examples), 2))
     longest = max((len(e.ids) for e in examples), default=1)
@@ -42,7 +43,10 @@ def example_nats(
         groups = paths.together([examples[i] for i in rows], in_front(model))
         for numbers in ([rows[i] for i in group] for group in groups):
             one = make_batch(
-                [examples[i] for i in numbers], packed=paths.packed, share_prompt=True, device=model.device
+                [examples[i] for i in numbers],
+                packed=paths.packed,
+                share_prompt=True,
+                device=model.device,
             )
             counts = [int(examples[i].trained.sum()) for i in numbers]
             sums = [float(part.sum()) for part in token_nats(model, paths, one).cpu().split(counts)]
@@ -51,10 +55,14 @@ def example_nats(
 
 
 def token_nats(model: PreTrainedModel, paths: Paths, batch: Batch) -> Tensor:
-    """(T) float64: -log p of every target of the batch; on the CPU where the device has no float64."""
+    """(T) float64: -log p of every target of the batch; on the CPU where the device has no
+    float64."""
     if paths.head_reason is not None:
         return _nats(whole_logits(model, batch), batch.targets)
-    rows, head = hidden_states(model, batch).index_select(0, batch.loss_rows), loss_head(model, paths)
+    rows, head = (
+        hidden_states(model, batch).index_select(0, batch.loss_rows),
+        loss_head(model, paths),
+    )
     parts = []
     for start in range(0, len(rows), CHUNK):
         some, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]

@@ -1,10 +1,11 @@
 """From a source that the user named to a FrozenBase: found, checked, loaded, frozen, fingerprinted.
 
-Weights are read in the dtype in which they are stored, and then widened where that computes faster (bases/compute.py):
-which base it is rests on the stored values. Whatever would leave a weight at random values is refused, not reported.
+Weights are read in the dtype in which they are stored, and then widened where that computes faster
+(bases/compute.py): which base it is rests on the stored values. Whatever would leave a weight at
+random values is refused, not reported.
 
-Not known here: where models come from (bases/sources.py), what a config may say (bases/model_config.py), how each
-weight format is read (bases/builders.py, bases/dense.py).
+Not known here: where models come from (bases/sources.py), what a config may say
+(bases/model_config.py), how each weight format is read (bases/builders.py, bases/dense.py).
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ from veneer.bases.streaming import Placed, build_packed, holds_experts_apart
 from veneer.bases.tensor_files import StoredTensor, counted, stored_tensors
 from veneer.bases.tokenizer import check_vocabulary, read_tokenizer
 from veneer.bases.widen import widen
-from veneer.errors import ConfigError, CorruptFileError, DoesNotFitError, RefusedError, VeneerError, is_out_of_memory
+from veneer.errors import (
+    ConfigError,
+    CorruptFileError,
+    DoesNotFitError,
+    RefusedError,
+    VeneerError,
+    is_out_of_memory,
+)
 from veneer.models.checkpointing import decoder_layers, give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
@@ -58,26 +66,32 @@ def load_base(
 ) -> FrozenBase:
     """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
 
-    dtype   auto: as stored, or float32 on a CPU whose products in the stored type are slow; stored: as stored.
-            Widening to float32 keeps the fingerprint; a type that rounds the stored values is another base's
+    dtype   auto: as stored, or float32 on a CPU whose products in the stored type are slow; stored:
+            as stored. Widening to float32 keeps the fingerprint; a type that rounds the stored
+            values is another base's
     device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
-    quantize  the format its linear layers are held in (bases/builders.py); None: as they are stored, which may be
-              packed: a folder with such weights (bases/stored_formats.py) is read as it is
+    quantize  the format its linear layers are held in (bases/builders.py); None: as they are
+              stored, which may be packed: a folder with such weights (bases/stored_formats.py) is
+              read as it is
     keep_dense  modules (names, or endings of paths) that stay as they are stored
-    shards  holds this process's run of every decoder layer; all processes load together then. None: all of it is here
-    own_pages  weights that are mapped from files move into memory of this process (bases/own_pages.py): for one that
-            reads them again and again, alone on its machine
+    shards  holds this process's run of every decoder layer; all processes load together then. None:
+            all of it is here
+    own_pages  weights that are mapped from files move into memory of this process
+               (bases/own_pages.py): for one that reads them again and again, alone on its machine
 
-    Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles, code),
-    CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory), ConfigError
-    (unknown dtype, device or weight format).
+    Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles,
+    code), CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory),
+    ConfigError (unknown dtype, device or weight format).
     """
     build = builder_for(quantize, keep_dense)
     place = _device(device)
     if dtype not in ("auto", "stored", *DTYPES):
         raise ConfigError(
             f"unknown dtype {dtype!r}",
-            next_step=f"One of auto, {', '.join(DTYPES)}; auto takes the stored one, or float32 where that is slow.",
+            next_step=(
+                f"One of auto, {', '.join(DTYPES)}; auto takes the stored one, or float32 where"
+                " that is slow."
+            ),
         )
     found, tensors, held = _files(source, quantize)
     stored = counted(tensors)
@@ -91,7 +105,8 @@ def load_base(
         quantize, build = name, partial(build_packed, book=None)
     elif weight_format(quantize).from_folder:
         raise ConfigError(
-            f"{found.folder} does not hold its weights as {quantize}, and nothing here makes such weights",
+            f"{found.folder} does not hold its weights as {quantize}, and nothing here makes such"
+            " weights",
             next_step=f"Leave quantize out, or take {FOUR_BITS}.",
         )
     elif build is None and holds_experts_apart(tensors):
@@ -115,10 +130,13 @@ def load_base(
                 take_own_pages(model)
             hashes = None if shards is not None else hashes_of(model)
             if build is None:
-                torch.nn.Module.to(model, place)  # the hashes read the weights that are still on the CPU
+                torch.nn.Module.to(
+                    model, place
+                )  # the hashes read the weights that are still on the CPU
             if shards is not None and not len(shards):
                 raise RefusedError(
-                    f"{type(model).__name__} has no list of decoder layers, and shard holds each of them in shards",
+                    f"{type(model).__name__} has no list of decoder layers, and shard holds each of"
+                    " them in shards",
                     next_step="Leave shard out: every process then holds the whole base.",
                 )
             model.eval()
@@ -138,7 +156,9 @@ def load_base(
             check_vocabulary(found.folder, tokenizer, model)
             model.requires_grad_(False)
             take_few_rows(model)
-            same_values("finite", model, bool, lambda: check_finite(found.folder, model))  # hashed by now
+            same_values(
+                "finite", model, bool, lambda: check_finite(found.folder, model)
+            )  # hashed by now
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
     return FrozenBase(
@@ -157,7 +177,8 @@ def load_base(
 
 
 def _taking(shards: Shards) -> Placed:
-    """Takes each decoder layer as soon as all its weights are there: at most one is whole while they are read."""
+    """Takes each decoder layer as soon as all its weights are there: at most one is whole while
+    they are read."""
     left: list[nn.Module] | None = None
 
     def placed(model: PreTrainedModel) -> None:
@@ -166,7 +187,8 @@ def _taking(shards: Shards) -> Placed:
             left = list(decoder_layers(model) or ())
         while left and not any(each.is_meta for each in left[0].parameters()):
             shards.take(left.pop(0).requires_grad_(False))
-            give_back()  # what was read of it leaves holes, into which the next layer's run does not fit
+            # What was read of it leaves holes, into which the next layer's run does not fit.
+            give_back()
 
     return placed
 
@@ -181,7 +203,8 @@ def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | 
 def _files(
     source: str, quantize: Quantize | None
 ) -> tuple[Found, dict[str, StoredTensor], tuple[Quantize, torch.dtype] | None]:
-    """Where the base is, what its files hold, and of weights that are packed in them the format and the type before."""
+    """Where the base is, what its files hold, and of weights that are packed in them the format and
+    the type before."""
     blocks = weight_format(quantize).from_gguf
     found = locate_blocks(source) if blocks else locate(source)
     tensors = stored_tensors(weight_files(found.folder))
@@ -193,14 +216,17 @@ def _explained(found: Found, dtype: torch.dtype, num_values: int) -> Iterator[No
     """What can go wrong while weights are read, as errors that say what to do."""
     gib = num_values * dtype.itemsize / 2**30
     too_large = DoesNotFitError(
-        f"the base {found.name_or_path} does not fit into memory: its weights take {gib:.1f} GiB as {dtype}",
+        f"the base {found.name_or_path} does not fit into memory: its weights take {gib:.1f} GiB as"
+        f" {dtype}",
         next_step="Free memory, take a smaller base, or load it as bfloat16.",
     )
     try:
         yield
     except VeneerError:
         raise
-    except Exception as fault:  # whatever a checkpoint makes transformers trip over is about that checkpoint
+    except (
+        Exception
+    ) as fault:  # whatever a checkpoint makes transformers trip over is about that checkpoint
         if is_out_of_memory(fault):
             raise too_large from fault
         raise CorruptFileError(
@@ -218,6 +244,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as fault:
         raise ConfigError(
-            f"the device {name!r} cannot be used here", [str(fault).splitlines()[0]], "Take auto or cpu."
+            f"the device {name!r} cannot be used here",
+            [str(fault).splitlines()[0]],
+            "Take auto or cpu.",
         ) from fault
     return device

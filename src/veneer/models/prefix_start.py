@@ -1,7 +1,8 @@
-"""What a prefix starts from: the keys and values of a real prompt, by far the best start there is (from random
-values it learns a fraction in the same steps).
+"""What a prefix starts from: the keys and values of a real prompt, by far the best start there is
+(from random values it learns a fraction in the same steps).
 
-Which prompt, in this order: the one the settings name; what all training rows begin with; a plain instruction.
+Which prompt, in this order: the one the settings name; what all training rows begin with; a plain
+instruction.
 """
 
 from collections.abc import Sequence
@@ -20,18 +21,22 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.start import Start
 
 INSTRUCTION = (
-    "Read the text below with care and give the answer that it asks for, in exactly the form in which such "
-    "answers are given, and nothing besides."
+    "Read the text below with care and give the answer that it asks for, in exactly the form in"
+    " which such answers are given, and nothing besides."
 )
 MIN_SHARED_TOKENS = 8
-"""What rows begin with counts as a prompt from here on; fewer tokens are only a template's markers."""
+"""What rows begin with counts as a prompt from here on; fewer tokens are only a template's
+markers."""
 MAX_START_TOKENS = 64
-"""Length of a prefix that nobody gave a length: the end of a longer prompt, which says more of the task."""
+"""Length of a prefix that nobody gave a length: the end of a longer prompt, which says more of the
+task."""
 SHOWN = 60
 """Characters of the prompt on the screen, its end; the start record has all of it."""
 
 
-def start_prefix(config: Prefix, base: FrozenBase, examples: Sequence[Example], *, seed: int) -> Start:
+def start_prefix(
+    config: Prefix, base: FrozenBase, examples: Sequence[Example], *, seed: int
+) -> Start:
     """ConfigError: the rows and the prefix together find no place in the model."""
     found = prefix_start(config, base, examples)
     _check_room(base, found.tokens, examples)
@@ -46,7 +51,8 @@ def start_prefix(config: Prefix, base: FrozenBase, examples: Sequence[Example], 
 
 @dataclass(frozen=True)
 class PrefixStart:
-    """ids: the prompt's, one for each token of the prefix, and its text; none: random values. origin: in words."""
+    """ids: the prompt's, one for each token of the prefix, and its text; none: random values.
+    origin: in words."""
 
     ids: list[int]
     text: str | None
@@ -73,10 +79,15 @@ def prefix_start(config: Prefix, base: FrozenBase, examples: Sequence[Example]) 
     elif shared >= MIN_SHARED_TOKENS:
         ids, origin = examples[0].ids[:shared].tolist(), "what all rows begin with"
     else:
-        ids, origin = list(base.tokenizer(INSTRUCTION)["input_ids"]), "an instruction, as the rows share none"
+        ids, origin = (
+            list(base.tokenizer(INSTRUCTION)["input_ids"]),
+            "an instruction, as the rows share none",
+        )
     tokens = config.tokens or min(len(ids), MAX_START_TOKENS)
     chosen = (ids * (tokens // len(ids) + 1))[:tokens] if tokens > len(ids) else ids[-tokens:]
-    return PrefixStart(chosen, str(base.tokenizer.decode(chosen, skip_special_tokens=False)), tokens, origin)
+    return PrefixStart(
+        chosen, str(base.tokenizer.decode(chosen, skip_special_tokens=False)), tokens, origin
+    )
 
 
 def _check_room(base: FrozenBase, tokens: int, examples: Sequence[Example]) -> None:
@@ -85,9 +96,11 @@ def _check_room(base: FrozenBase, tokens: int, examples: Sequence[Example]) -> N
     longest = max((len(e.ids) for e in examples), default=0)
     if limit is not None and longest + tokens > limit:
         raise ConfigError(
-            f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the model's "
-            f"{limit} places",
-            next_step=f"Take method.tokens below {max(limit - longest, 0) + 1}, or shorter rows (length).",
+            f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the"
+            f" model's {limit} places",
+            next_step=(
+                f"Take method.tokens below {max(limit - longest, 0) + 1}, or shorter rows (length)."
+            ),
         )
 
 

@@ -1,15 +1,19 @@
-"""What holds for a model's structure, found by running a small float32 copy of it (models/structure.py).
+"""What holds for a model's structure, found by running a small float32 copy of it
+(models/structure.py).
 
     causal    what stands behind a token does not change it; else nothing can be trained or answered
-    packed    documents end to end with a shared prompt give what each gives alone (models/attention.py)
+    packed    documents end to end with a shared prompt give what each gives alone
+              (models/attention.py)
     padded    rows padded on the right give what each gives alone; else they are computed one by one
     head      what lies between the head and the logits (kernels/loss.py)
-    gradient  it can be trained as it stands, in eval mode; idle: the places that no gradient reaches (adapters/idle.py)
+    gradient  it can be trained as it stands, in eval mode; idle: the places that no gradient
+              reaches (adapters/idle.py)
 
-The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what float32's rounding
-explains: a window that is lost, a selection that is ignored or a cap on logits that is not known shows a hundred times
-larger. What cannot be copied is not assumed: rows one by one, through the model's own head and loop.
-A config of transformers' own classes is proven once on a machine, others once in a process (files/remembered.py).
+The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what
+float32's rounding explains: a window that is lost, a selection that is ignored or a cap on logits
+that is not known shows a hundred times larger. What cannot be copied is not assumed: rows one by
+one, through the model's own head and loop. A config of transformers' own classes is proven once on
+a machine, others once in a process (files/remembered.py).
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ from veneer.models.switches import forget_lengths, sides, switches
 Result = TypeVar("Result")
 
 FP32 = 1e-4
-"""Largest difference relative to the largest value: float32 sums in another order through a few layers."""
+"""Largest difference relative to the largest value: float32 sums in another order through a few
+layers."""
 SHARED = 3
 LENGTHS = (20, 11, SWITCH + 7, SWITCH + 18)
 """Tokens of the texts: on both sides of the switch, all longer than a window."""
@@ -55,7 +60,13 @@ class Proven:
     softcap: float | None = None
 
 
-_NO_STRUCTURE = ("dtype", "_name_or_path", "quantization_config", "transformers_version", "architectures")
+_NO_STRUCTURE = (
+    "dtype",
+    "_name_or_path",
+    "quantization_config",
+    "transformers_version",
+    "architectures",
+)
 _KNOWN: dict[str, Proven] = {}
 
 
@@ -64,18 +75,27 @@ def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     key = structure_key(kind, config)
     if key not in _KNOWN:
         with quiet():
-            _KNOWN[key] = kept_proof("structure", kind, config, Proven, lambda: _prove(kind, config))
+            _KNOWN[key] = kept_proof(
+                "structure", kind, config, Proven, lambda: _prove(kind, config)
+            )
     return _KNOWN[key]
 
 
 def kept_proof(
-    what: str, kind: type[PreTrainedModel], config: PreTrainedConfig, of: Any, prove: Callable[[], Result]
+    what: str,
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    of: Any,
+    prove: Callable[[], Result],
 ) -> Result:
-    """What `prove` finds of models of this class and config, remembered where the class is transformers' own: of
-    others the code is not known."""
+    """What `prove` finds of models of this class and config, remembered where the class is
+    transformers' own: of others the code is not known."""
     if not is_known(kind):
         return prove()
-    key = {"class": f"{kind.__module__}.{kind.__qualname__}", "structure": structure_key(kind, config)}
+    key = {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "structure": structure_key(kind, config),
+    }
     return remembered(what, {**key, "threads": torch.get_num_threads()}, of, prove)
 
 
@@ -138,13 +158,21 @@ def tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str | 
 def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
     part = len(text) - 3
     other = [*text[:part], *reversed(text[part:])]
-    worst = max(apart(logits_alone(model, t)[:part], logits_alone(model, text)[:part]) for t in (text[:part], other))
+    worst = max(
+        apart(logits_alone(model, t)[:part], logits_alone(model, text)[:part])
+        for t in (text[:part], other)
+    )
     if worst <= FP32:
         return None
-    return f"{type(model).__name__} lets a token see what stands behind it (its logits change by {worst:.1e})"
+    return (
+        f"{type(model).__name__} lets a token see what stands behind it (its logits change by"
+        f" {worst:.1e})"
+    )
 
 
-def _by_side(model: PreTrainedModel, texts: list[list[int]], run: Callable[[list[list[int]]], float]) -> float:
+def _by_side(
+    model: PreTrainedModel, texts: list[list[int]], run: Callable[[list[list[int]]], float]
+) -> float:
     found = switches(model.config)
     groups = sides([len(t) for t in texts], found)
     return max(run([texts[i] for i in group]) for group in groups)
@@ -208,7 +236,9 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
             ids += row[shared:]
             positions += range(shared, len(row))
         layout = Layout.of(shared, [len(row) - shared for row in rows], device)
-        states, layers = packed_states(model, torch.tensor([ids]), torch.tensor([positions]), layout)
+        states, layers = packed_states(
+            model, torch.tensor([ids]), torch.tensor([positions]), layout
+        )
         calls.append(layers)
         expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])
         return apart(states, expected)
@@ -240,7 +270,9 @@ def unreached(model: PreTrainedModel, calls: int) -> str | None:
         return None
     told: Any = getattr(text, "layer_types", None) or ()
     kinds = f" ({', '.join(dict.fromkeys(map(str, told)))})" if told and calls < layers else ""
-    return f"only {calls} of {layers} layers of {type(model).__name__} mix tokens by attention{kinds}"
+    return (
+        f"only {calls} of {layers} layers of {type(model).__name__} mix tokens by attention{kinds}"
+    )
 
 
 def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None, str | None]:
@@ -256,10 +288,17 @@ def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None,
         states = _states(model, text)
         for scale in _scales(config):
             for softcap in _softcaps(config):
-                if apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected) <= FP32:
+                if (
+                    apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected)
+                    <= FP32
+                ):
                     return scale, softcap, None
     except Exception as fault:  # as in tried
-        return 1.0, None, f"{type(model).__name__} does not give what its head takes ({type(fault).__name__})"
+        return (
+            1.0,
+            None,
+            f"{type(model).__name__} does not give what its head takes ({type(fault).__name__})",
+        )
     return 1.0, None, f"{type(model).__name__} changes its logits in a way that is not known here"
 
 
@@ -277,6 +316,10 @@ def _softcaps(config: PreTrainedConfig) -> list[float | None]:
     own = [
         float(value)
         for name, value in vars(config).items()
-        if "logit" in name and "cap" in name and "attn" not in name and isinstance(value, int | float) and value
+        if "logit" in name
+        and "cap" in name
+        and "attn" not in name
+        and isinstance(value, int | float)
+        and value
     ]
     return list(dict.fromkeys([None, *own]))

@@ -1,10 +1,12 @@
-"""What was found out about a model's own values, remembered under every byte of them (files/remembered.py).
+"""What was found out about a model's own values, remembered under every byte of them
+(files/remembered.py).
 
-A proof on a model itself (models/checks.py, decoding/proof.py) reads all weights, most of them several times; hashing
-them takes as long as two of these. So a loaded base is hashed once, and what an earlier process found of the same
-bytes, class and config is taken. Only as long as the model holds those very values: whoever changes one, trains it or
-exchanges a module's weight is asked anew. On the CPU, over dense weights of transformers' own classes alone: elsewhere
-the bits are not known to come again, or bytes lie where they are not seen.
+A proof on a model itself (models/checks.py, decoding/proof.py) reads all weights, most of them
+several times; hashing them takes as long as two of these. So a loaded base is hashed once, and what
+an earlier process found of the same bytes, class and config is taken. Only as long as the model
+holds those very values: whoever changes one, trains it or exchanges a module's weight is asked
+anew. On the CPU, over dense weights of transformers' own classes alone: elsewhere the bits are not
+known to come again, or bytes lie where they are not seen.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from veneer.linear import PackedModule
 Found = TypeVar("Found")
 
 MOST_BYTES = 2**30
-"""A base beyond is not hashed for proofs alone: the first process would wait longer than later ones gain."""
+"""A base beyond is not hashed for proofs alone: the first process would wait longer than later ones
+gain."""
 
 
 @dataclass(frozen=True)
 class _Values:
-    """around: what a key holds beside the values; hashed: their digest, once it is there; held: each tensor, where it
-    lay and how often it had been written when that was begun."""
+    """around: what a key holds beside the values; hashed: their digest, once it is there; held:
+    each tensor, where it lay and how often it had been written when that was begun."""
 
     around: Mapping[str, Any]
     hashed: Callable[[], str]
@@ -48,7 +51,8 @@ _OF: WeakKeyDictionary[nn.Module, _Values] = WeakKeyDictionary()
 
 
 def can_be_known(model: PreTrainedModel) -> bool:
-    """Whether this process remembers and the key would say all that a finding of this model depends on."""
+    """Whether this process remembers and the key would say all that a finding of this model depends
+    on."""
     if not (is_on() and is_known(type(model)) and is_known(type(model.config))):
         return False
     return {each.device.type for each in model.parameters()} == {"cpu"} and not any(
@@ -57,7 +61,8 @@ def can_be_known(model: PreTrainedModel) -> bool:
 
 
 def take_note(model: PreTrainedModel, hashes: ByteHashes | None = None) -> None:
-    """Of a base that was just loaded: from now on `same_values` knows it. Hashed by threads of its own meanwhile.
+    """Of a base that was just loaded: from now on `same_values` knows it. Hashed by threads of its
+    own meanwhile.
 
     hashes: of its tensors, where they were begun before
     """
@@ -65,13 +70,20 @@ def take_note(model: PreTrainedModel, hashes: ByteHashes | None = None) -> None:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     held = [(each, _state(each)) for each in named.values()]
-    _OF[model] = _Values({**class_key(model), "threads": torch.get_num_threads()}, hashing(named, hashes), held)
+    _OF[model] = _Values(
+        {**class_key(model), "threads": torch.get_num_threads()}, hashing(named, hashes), held
+    )
 
 
 def same_values(
-    what: str, model: nn.Module, of: Any, make: Callable[[], Found], still: Callable[[Found], bool] = lambda _: True
+    what: str,
+    model: nn.Module,
+    of: Any,
+    make: Callable[[], Found],
+    still: Callable[[Found], bool] = lambda _: True,
 ) -> Found:
-    """make(), or what it gave an earlier process of a model of the same values, on which nothing acted then either.
+    """make(), or what it gave an earlier process of a model of the same values, on which nothing
+    acted then either.
 
     what, of, still: as in `remembered`.
     """
@@ -82,7 +94,8 @@ def same_values(
 
 
 def noted(model: nn.Module) -> tuple[str, frozenset[int]] | None:
-    """Digest of the values that were noted, and the ids of the tensors that hold them, as long as they do."""
+    """Digest of the values that were noted, and the ids of the tensors that hold them, as long as
+    they do."""
     values = _OF.get(model)
     if values is None or not values.still(model):
         return None
@@ -91,7 +104,9 @@ def noted(model: nn.Module) -> tuple[str, frozenset[int]] | None:
 
 def class_key(model: PreTrainedModel) -> dict[str, Any]:
     return {
-        "class": [f"{each.__module__}.{each.__qualname__}" for each in (type(model), type(model.config))],
+        "class": [
+            f"{each.__module__}.{each.__qualname__}" for each in (type(model), type(model.config))
+        ],
         "config": model.config.to_dict(),
         "attention": model.config._attn_implementation,
     }
@@ -105,7 +120,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def hashing(tensors: Mapping[str, Tensor], hashes: ByteHashes | None = None) -> Callable[[], str]:
     """Begins with the digest; what is returned waits for it."""
     begun = hashes or ByteHashes(tensors.values())
-    said = {name: f"{name} {each.dtype} {list(each.shape)}" for name, each in sorted(tensors.items())}
+    said = {
+        name: f"{name} {each.dtype} {list(each.shape)}" for name, each in sorted(tensors.items())
+    }
 
     @cache
     def done() -> str:

@@ -1,5 +1,5 @@
-"""A module that stands in another one's place for a while: what computes a model's parts otherwise holds the part
-itself."""
+"""A module that stands in another one's place for a while: what computes a model's parts otherwise
+holds the part itself."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,8 @@ from torch import nn
 
 
 class StandIn(nn.Module):
-    """`base` is the module itself; models read its other attributes as if nothing stood in front of it."""
+    """`base` is the module itself; models read its other attributes as if nothing stood in front of
+    it."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -25,7 +26,8 @@ class StandIn(nn.Module):
 
 @contextmanager
 def put_aside(model: nn.Module) -> Iterator[None]:
-    """Within the block the model's own modules are in their places, and no stand-in is; afterwards all is as before."""
+    """Within the block the model's own modules are in their places, and no stand-in is; afterwards
+    all is as before."""
     found = [
         (parent, name, child)
         for parent in model.modules()

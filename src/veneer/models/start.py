@@ -1,4 +1,5 @@
-"""What a fresh adapter starts from where the base computes it: what such a method owes whoever attaches.
+"""What a fresh adapter starts from where the base computes it: what such a method owes whoever
+attaches.
 
 Not known here: which methods want such a start (initial_values.py).
 """

@@ -1,10 +1,12 @@
 """From a batch to its loss: the forward of a training step, and the loss of an evaluation.
 
-`prepare` finds out once, by running a small copy and the model (models/proof.py, models/checks.py), which fast paths
-give what the model itself gives:
-    packed   documents end to end, the shared prompt once, attention per document (models/attention.py)
-    head     logits only where a token is trained, in chunks, the gradient formed beside them (kernels/loss.py)
-What cannot be proven takes transformers' own path: padded rows, or where these differ too one row at a time; whole
+`prepare` finds out once, by running a small copy and the model (models/proof.py, models/checks.py),
+    which fast paths
+give what the model itself gives: packed   documents end to end, the shared prompt once, attention
+    per document (models/attention.py) head     logits only where a token is trained, in chunks, the
+    gradient formed beside them (kernels/loss.py)
+What cannot be proven takes transformers' own path: padded rows, or where these differ too one row
+    at a time; whole
 logits. Slower, never wrong, and `Paths.lines` says so by name.
 """
 
@@ -35,12 +37,14 @@ class Paths:
     """Which path each part takes; a reason where it is not the fast one.
 
     padded_reason   why rows go one by one where they are not packed
-    switches        the lengths that change how a whole batch is read: rows go together on one side of them only
+    switches        the lengths that change how a whole batch is read: rows go together on one side
+                    of them only
     untrainable     why nothing of the model can be trained
     idle            the places that no gradient reaches (adapters/idle.py)
     left_out        the parts that no text reaches (models/left_out.py)
     not_read        the same, where they are not read from the files at all (bases/model_class.py)
-    read_past       the weights that the model takes past their modules (adapters/reads.py); None: not asked yet
+    read_past       the weights that the model takes past their modules (adapters/reads.py); None:
+                    not asked yet
     """
 
     packed: bool
@@ -67,7 +71,11 @@ class Paths:
         words = self.switches.words
         head = "logits only where a token is trained, in chunks"
         parts = {"left out": self.left_out, "not read": self.not_read}
-        beside = [f"{what}, as no text reaches it: {', '.join(each)}" for what, each in parts.items() if each]
+        beside = [
+            f"{what}, as no text reaches it: {', '.join(each)}"
+            for what, each in parts.items()
+            if each
+        ]
         return [
             rows if words is None else f"{rows}; {words}",
             head if self.head_reason is None else f"whole logits: {self.head_reason}",
@@ -75,7 +83,8 @@ class Paths:
         ]
 
     def together(self, examples: Sequence[Example], in_front: int) -> list[list[int]]:
-        """Numbers of the examples that are computed in one forward, so that each gets what it gets alone.
+        """Numbers of the examples that are computed in one forward, so that each gets what it gets
+        alone.
 
         in_front   places before every row: a prefix that acts
         """
@@ -95,12 +104,19 @@ def prepare(model: PreTrainedModel) -> Paths:
 
 
 def assume_paths(model: PreTrainedModel) -> Paths:
-    """What `prepare` would find on a model without storage (meta device): what holds for its structure."""
+    """What `prepare` would find on a model without storage (meta device): what holds for its
+    structure."""
     packed_reason, found = takes_packing(model), structure(model)
     return _paths(model, packed_reason, found.scale, found.softcap, found.head)
 
 
-def _paths(model: PreTrainedModel, packed: str | None, scale: float, softcap: float | None, head: str | None) -> Paths:
+def _paths(
+    model: PreTrainedModel,
+    packed: str | None,
+    scale: float,
+    softcap: float | None,
+    head: str | None,
+) -> Paths:
     found = structure(model)
     return Paths(
         packed is None,
@@ -121,18 +137,23 @@ def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
         raise RefusedError(
             f"{type(model).__name__} cannot be trained here",
             [paths.untrainable],
-            "Take another base; this one still answers and evaluates, with the adapters that it has.",
+            "Take another base; this one still answers and evaluates, with the adapters that it"
+            " has.",
         )
 
 
 def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
-    """Put a model onto paths that were found on another: of the same values, or of the same structure without any."""
+    """Put a model onto paths that were found on another: of the same values, or of the same
+    structure without any."""
     if paths.packed:
         take_packed(model)
 
 
-def batch_loss(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float) -> Tensor:
-    """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the whole step."""
+def batch_loss(
+    model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float
+) -> Tensor:
+    """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the
+    whole step."""
     if paths.head_reason is not None:
         return _whole_logits_loss(model, batch, total)
     rows, linear = _predicting(model, paths, routing, batch)
@@ -146,34 +167,47 @@ def batch_loss(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Ba
 def token_losses(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch) -> Tensor:
     """(T) -log p of every target of the batch: what batch_loss sums, without its gradient."""
     if paths.head_reason is not None:
-        return nn.functional.cross_entropy(whole_logits(model, batch).float(), batch.targets, reduction="none")
+        return nn.functional.cross_entropy(
+            whole_logits(model, batch).float(), batch.targets, reduction="none"
+        )
     rows, linear = _predicting(model, paths, routing, batch)
     return head_nats(rows, batch.targets, linear)
 
 
-def _predicting(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch) -> tuple[Tensor, Head]:
+def _predicting(
+    model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch
+) -> tuple[Tensor, Head]:
     """(T, D) hidden states of the rows that predict a trained token, and the head for them."""
-    rows, linear = hidden_states(model, batch).index_select(0, batch.loss_rows), loss_head(model, paths)
+    rows, linear = (
+        hidden_states(model, batch).index_select(0, batch.loss_rows),
+        loss_head(model, paths),
+    )
     if isinstance(linear, _AdaptedHead):
         linear = replace(linear, rows=routing.acting.select(batch.loss_rows))
     return rows, linear
 
 
 def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
-    """What acts on a batch of groups: on each group's rows the adapters given for it; filler goes with the last."""
+    """What acts on a batch of groups: on each group's rows the adapters given for it; filler goes
+    with the last."""
     filler = batch.ids.numel() - sum(batch.group_rows)
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
 
 
 def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
-    """The output head as the loss takes it: its weights, or the wrapper where the head itself is adapted."""
+    """The output head as the loss takes it: its weights, or the wrapper where the head itself is
+    adapted."""
     head: Any = model.get_output_embeddings()
     plain: Any = unwrapped(head)
     own = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
     if not isinstance(head, AdaptedModule):
         return own
     acting = head.routing.acting
-    around = [each for each in _around(head) if any(each.concerned(part.adapters) for part in acting.parts)]
+    around = [
+        each
+        for each in _around(head)
+        if any(each.concerned(part.adapters) for part in acting.parts)
+    ]
     if not around:
         return own
     if acting.whole is not None and [type(each) for each in around] == [ExtendedHead]:
@@ -194,7 +228,8 @@ def _around(head: AdaptedModule) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _AdaptedHead(Head):
-    """A head that is itself adapted: its logits come from the wrapper. rows: what acts on the rows it is given."""
+    """A head that is itself adapted: its logits come from the wrapper. rows: what acts on the rows
+    it is given."""
 
     module: AdaptedModule = field(kw_only=True)
     rows: Acting = field(kw_only=True)
@@ -234,36 +269,61 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def parts_of(
     model: PreTrainedModel, paths: Paths, examples: Sequence[Example], rows: Iterable[list[int]]
 ) -> Iterator[list[int]]:
-    """The rows as they may be computed: those of each list in one forward, or in as many as the paths ask for."""
+    """The rows as they may be computed: those of each list in one forward, or in as many as the
+    paths ask for."""
     for numbers in rows:
         for group in paths.together([examples[i] for i in numbers], in_front(model)):
             yield [numbers[i] for i in group]
 
 
 def batch_of(
-    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], part: Sequence[int], *, share_prompt: bool
+    model: PreTrainedModel,
+    paths: Paths,
+    examples: Sequence[Example],
+    part: Sequence[int],
+    *,
+    share_prompt: bool,
 ) -> Batch:
     """One of these parts on the model's device."""
     device = next(model.parameters()).device
-    return make_batch([examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device)
+    return make_batch(
+        [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device
+    )
 
 
 def evaluation_loss(
-    model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], *, batch: int
+    model: PreTrainedModel,
+    paths: Paths,
+    routing: Routing,
+    examples: Sequence[Example],
+    *,
+    batch: int,
 ) -> tuple[float, int]:
-    """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on `batch`."""
+    """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on
+    `batch`."""
     parts = list(parts_of(model, paths, examples, by_length(examples, batch)))
     tokens = sum(int(example.trained.sum()) for example in examples)
     return sum(map(sum, part_nats(model, paths, routing, examples, parts))), tokens
 
 
 def part_nats(
-    model: PreTrainedModel, paths: Paths, routing: Routing, examples: Sequence[Example], parts: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    paths: Paths,
+    routing: Routing,
+    examples: Sequence[Example],
+    parts: Sequence[Sequence[int]],
 ) -> list[list[float]]:
     """Nats of the trained tokens of each example of each part, summed in float64."""
     batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
     nats = [token_losses(model, paths, routing, batch) for batch in batches]
     if not nats:
         return []
-    each = iter(torch.cat(nats).cpu().double().split([int(examples[i].trained.sum()) for p in parts for i in p]))
-    return [[next(each).sum().item() for _ in part] for part in parts]  # one wait, after the last batch
+    each = iter(
+        torch.cat(nats)
+        .cpu()
+        .double()
+        .split([int(examples[i].trained.sum()) for p in parts for i in p])
+    )
+    return [
+        [next(each).sum().item() for _ in part] for part in parts
+    ]  # one wait, after the last batch

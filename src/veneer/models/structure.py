@@ -1,10 +1,11 @@
 """A small model of the same structure as a large one: what its code does, without its weights.
 
-Kept are every kind of layer and every choice of the config. Fewer are the layers, heads, experts and widths; windows,
-chunks and the positions at which something changes stand below the length of a short text. So what shows on the
-real model after 4096 tokens shows here after ten, in float32, in milliseconds (models/proof.py).
-No list of families: fields are known by the words in their names, and a copy counts only if every kind of module
-of the original is in it. What cannot be copied so is said by name.
+Kept are every kind of layer and every choice of the config. Fewer are the layers, heads, experts
+and widths; windows, chunks and the positions at which something changes stand below the length of a
+short text. So what shows on the real model after 4096 tokens shows here after ten, in float32, in
+milliseconds (models/proof.py). No list of families: fields are known by the words in their names,
+and a copy counts only if every kind of module of the original is in it. What cannot be copied so is
+said by name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from veneer.models.switches import switches
 WINDOW = 6
 """Tokens of every window and chunk in the copy."""
 SWITCH = 24
-"""Positions at which rotary frequencies change in the copy, where they follow the length of a text."""
+"""Positions at which rotary frequencies change in the copy, where they follow the length of a
+text."""
 LIMIT = 0.5
 """Beyond which values are cut off in the copy, where the model does so at all."""
 VOCABULARY = 128
@@ -44,7 +46,9 @@ _SPAN = re.compile(r"window|chunk|block_size|local_attention|floor|index_topk|bu
 _NOT_SPAN = re.compile(r"layer|pattern|feed_forward|lm_head|num_|_seconds|inference|length")
 _STACK = re.compile(r"^(num_)?((en|de)coder_)?layers$|^num_blocks$")
 _GROUPS = re.compile(r"(^|_)n?groups$")
-_PLACES = re.compile(r"^(n_positions|n_ctx|context_length|max_seq_len|max_(position_embeddings|\w+_positions))$")
+_PLACES = re.compile(
+    r"^(n_positions|n_ctx|context_length|max_seq_len|max_(position_embeddings|\w+_positions))$"
+)
 _HEADS = re.compile(r"(^|_)(n_head|heads|heads_per_layer|query_groups)$")
 _WIDTH = re.compile(
     r"hidden_size|n_embd|d_model|embed_proj|embedding_size|lru_width|emb_dim|dim_model|d_ssm|^embedding_dim$"
@@ -54,16 +58,23 @@ _EXPERTS = re.compile(r"(num|n)(_\w+)?_experts$|expert_num$")
 _CHOSEN = re.compile(r"experts_per_tok|^moe_topk$|^moe_k$|^top_k$")
 _LIMIT = re.compile(r"clip_qkv|swiglu_limit")
 """Where values are cut off."""
-_DEPTH = re.compile(r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)")
+_DEPTH = re.compile(
+    r"first_k_dense|num_dense_layers|max_window_layers|num_kv_shared_layers|moe_layer_(start|end)"
+)
 
 
 def small_copy(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, *, window: int = WINDOW, switch: int = SWITCH
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    window: int = WINDOW,
+    switch: int = SWITCH,
 ) -> PreTrainedModel:
-    """Of models of class `kind` with this config: a float32 model on the CPU, in eval mode, its weights drawn
-    wide. NoCopyError says why there is none.
+    """Of models of class `kind` with this config: a float32 model on the CPU, in eval mode, its
+    weights drawn wide. NoCopyError says why there is none.
 
-    window   tokens of every window and chunk;  switch   positions at which rotary frequencies change
+    window   tokens of every window and chunk;  switch   positions at which rotary frequencies
+             change
     """
     faults = []
     with quiet():
@@ -92,7 +103,10 @@ _SIZES = ((1, True), (1, False), (2, True), (3, True), (4, True), (0, True), (0,
 
 
 def _made(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, wanted: set[tuple[object, ...]], aim: _Aim
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    wanted: set[tuple[object, ...]],
+    aim: _Aim,
 ) -> PreTrainedModel:
     """Of the fewest layers that hold every kind of module."""
     missing, fault = wanted, None
@@ -144,13 +158,15 @@ def _built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
 
 
 def _kinds(model: nn.Module) -> set[tuple[object, ...]]:
-    """What modules there are: their class and every choice (a flag, a word, present or not) that they hold."""
+    """What modules there are: their class and every choice (a flag, a word, present or not) that
+    they hold."""
     kinds = set()
     for module in model.modules():
         choices = [
             (name, value if isinstance(value, bool | str) else value is None)
             for name, value in vars(module).items()
-            if not name.startswith("_") and (value is None or isinstance(value, bool | str | int | float))
+            if not name.startswith("_")
+            and (value is None or isinstance(value, bool | str | int | float))
         ]
         kinds.add((type(module), *sorted(choices, key=str)))
     return kinds
@@ -180,16 +196,20 @@ def _depth(config: PreTrainedConfig) -> int:
 
 
 def _settings_by_layer(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
-    """Layer -> its settings that differ from the config's, where transformers keeps them apart (per_layer_config)."""
+    """Layer -> its settings that differ from the config's, where transformers keeps them apart
+    (per_layer_config)."""
     spec = vars(config).get("_heterogeneity_spec")
     return {} if spec is None else dict(spec.per_layer_overrides)
 
 
 def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
-    """Which layers may stand for all, fewest first: one of each kind that lists tell, then the first few, then all."""
+    """Which layers may stand for all, fewest first: one of each kind that lists tell, then the
+    first few, then all."""
     text = config.get_text_config()
     depth = _depth(text)
-    lists: list[Any] = [v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth]
+    lists: list[Any] = [
+        v for v in vars(text).values() if isinstance(v, list | tuple) and len(v) == depth
+    ]
     if apart := _settings_by_layer(text):
         lists.append([apart.get(layer) for layer in range(depth)])
     first: dict[str, int] = {}
@@ -207,7 +227,8 @@ def _choices_of_layers(config: PreTrainedConfig) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """heads, key_heads: before and after; factor: by which heads and widths are divided; depth: layers afterwards."""
+    """heads, key_heads: before and after; factor: by which heads and widths are divided; depth:
+    layers afterwards."""
 
     depth: int
     heads: tuple[int, int] = (0, 0)
@@ -219,7 +240,11 @@ class _Sizes:
 def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
     for part in _parts(config):
         depth = _depth(part)
-        own = layers if part is config.get_text_config() or part is config else list(range(min(2, depth)))
+        own = (
+            layers
+            if part is config.get_text_config() or part is config
+            else list(range(min(2, depth)))
+        )
         sizes = _sizes(part, len(own), aim) if aim.narrow else _Sizes(len(own), aim=aim)
         count = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         follows_length = switches(part).each is not None
@@ -231,7 +256,9 @@ def _shrink(config: PreTrainedConfig, layers: Sequence[int], aim: _Aim) -> None:
                 setattr(part, name, len(own))
             elif depth and isinstance(value, int) and _STACK.search(name):
                 setattr(part, name, max(1, value * len(own) // depth))
-            elif isinstance(value, int | float) and _LIMIT.search(name):  # of which some are whole numbers
+            elif isinstance(value, int | float) and _LIMIT.search(
+                name
+            ):  # of which some are whole numbers
                 setattr(part, name, min(value, LIMIT))
             elif isinstance(value, int):
                 setattr(part, name, _number(name, value, sizes))
@@ -288,7 +315,8 @@ def _number(name: str, value: int, sizes: _Sizes) -> int:
         return min(value, EXPERTS)
     if _GROUPS.search(name):
         return math.gcd(value, sizes.heads[1]) if sizes.heads[1] else value
-    # Few heads that choose keys would all score zero at once, and ties are broken by the length of the text.
+    # Few heads that choose keys would all score zero at once, and ties are broken by the length of
+    # the text.
     if (_HEADS.search(name) or "num_key_value" in name) and "index" not in name:
         for before, after in (sizes.heads, sizes.key_heads):
             if value == before:
@@ -312,12 +340,21 @@ def _listed(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Si
     """Lists by layer lose what is left out; numbers of layers are counted anew."""
     if isinstance(value, dict):
         if value and all(str(key).isdigit() for key in value):
-            return {k: _within(name, v, layers, depth, sizes) for k, v in _renumbered(value, layers).items()}
+            return {
+                k: _within(name, v, layers, depth, sizes)
+                for k, v in _renumbered(value, layers).items()
+            }
         inside = name if _is_span(name) else ""
-        return {key: _within(str(key) + inside, own, layers, depth, sizes) for key, own in value.items()}
+        return {
+            key: _within(str(key) + inside, own, layers, depth, sizes) for key, own in value.items()
+        }
     if depth and len(value) == depth:
         return type(value)(_within(name, value[old], layers, depth, sizes) for old in layers)
-    if value and all(type(v) is int and 0 <= v < depth for v in value) and re.search(r"layer|idx|ids", name):
+    if (
+        value
+        and all(type(v) is int and 0 <= v < depth for v in value)
+        and re.search(r"layer|idx|ids", name)
+    ):
         return type(value)(new for new, old in enumerate(layers) if old in value)
     return value
 
@@ -341,7 +378,8 @@ def _within(name: str, value: Any, layers: Sequence[int], depth: int, sizes: _Si
 
 
 def drawn(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Weights drawn so wide that tokens differ strongly and a wrong mask, position or scale shows."""
+    """Weights drawn so wide that tokens differ strongly and a wrong mask, position or scale
+    shows."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)  # the CPU's alone: nothing else is put back
         model = _built(kind, config)

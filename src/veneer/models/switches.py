@@ -1,13 +1,15 @@
 """Positions at which the length of a text changes how all of it is read.
 
-Two kinds of rotary embedding choose their frequencies by the longest position of the batch: longrope has one set up to
-`original_max_position_embeddings` and another beyond; dynamic scaling has other ones for every length beyond
-`max_position_embeddings`, and keeps those of the longest text so far. A row must get what it gets alone, so rows go
-together only where alone they would get the same (`Switches.side`).
+Two kinds of rotary embedding choose their frequencies by the longest position of the batch:
+longrope has one set up to `original_max_position_embeddings` and another beyond; dynamic scaling
+has other ones for every length beyond `max_position_embeddings`, and keeps those of the longest
+text so far. A row must get what it gets alone, so rows go together only where alone they would get
+the same (`Switches.side`).
 
-The length is that of the tokens that are read. A row is read up to the token that predicts its last trained one, as for
-an answer; transformers' own loss reads the last token too, whose prediction nobody asks for. With dynamic scaling its
-frequencies are therefore those of a text one token longer (0.04% of the loss at 70 tokens).
+The length is that of the tokens that are read. A row is read up to the token that predicts its last
+trained one, as for an answer; transformers' own loss reads the last token too, whose prediction
+nobody asks for. With dynamic scaling its frequencies are therefore those of a text one token longer
+(0.04% of the loss at 70 tokens).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 @dataclass(frozen=True)
 class Switches:
-    """at: lengths beyond which other frequencies hold; each: the length beyond which every length has its own."""
+    """at: lengths beyond which other frequencies hold; each: the length beyond which every length
+    has its own."""
 
     at: tuple[int, ...] = ()
     each: int | None = None
@@ -35,9 +38,15 @@ class Switches:
     def words(self) -> str | None:
         """What the screen says; None: the length changes nothing."""
         if self.each is not None:
-            return f"rows of more than {self.each} tokens only beside rows of their length (dynamic RoPE)"
+            return (
+                f"rows of more than {self.each} tokens only beside rows of their length (dynamic"
+                " RoPE)"
+            )
         if self.at:
-            return f"rows of more than {', '.join(map(str, self.at))} tokens apart from shorter ones (longrope)"
+            return (
+                f"rows of more than {', '.join(map(str, self.at))} tokens apart from shorter ones"
+                " (longrope)"
+            )
         return None
 
 
@@ -67,7 +76,8 @@ def _rotary(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def sides(lengths: Sequence[int], found: Switches) -> list[list[int]]:
-    """Numbers of the rows that may go together, in their order; one group where the length changes nothing."""
+    """Numbers of the rows that may go together, in their order; one group where the length changes
+    nothing."""
     groups: dict[tuple[int, int], list[int]] = {}
     for number, length in enumerate(lengths):
         groups.setdefault(found.side(length), []).append(number)
@@ -75,9 +85,12 @@ def sides(lengths: Sequence[int], found: Switches) -> list[list[int]]:
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Frequencies as no text had been read: dynamic scaling keeps those of the longest one so far."""
+    """Frequencies as no text had been read: dynamic scaling keeps those of the longest one so
+    far."""
     if switches(model.config) == Switches():
-        return  # most models, before every forward: looking at every module takes longer than a narrow layer
+        # most models, before every forward: looking at every module takes longer than a narrow
+        # layer
+        return
     for module in model.modules():
         own = vars(module)
         for name in [n for n in own if n.endswith("max_seq_len_cached")]:

@@ -21,8 +21,8 @@ SMALL_BASE = 5 * 10**8
 
 @dataclass(frozen=True)
 class Job:
-    """kind: what is to be learnt. rows, tokens: of the data, None if unknown. variants: adapters wanted over one
-    base."""
+    """kind: what is to be learnt. rows, tokens: of the data, None if unknown. variants: adapters
+    wanted over one base."""
 
     kind: Kind = "task"
     rows: int | None = None
@@ -32,7 +32,8 @@ class Job:
     parameters: int = 0
     hidden_size: int = 2048
     fixed_instruction: bool = False
-    """All rows begin with the same instruction, which is to be compiled in and the file to be as small as can be."""
+    """All rows begin with the same instruction, which is to be compiled in and the file to be as
+    small as can be."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Advice:
 
 
 def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
-    """The choice to start with. `choice` gives batch, length and the rest; `fits` says whether one fits the memory."""
+    """The choice to start with. `choice` gives batch, length and the rest; `fits` says whether one
+    fits the memory."""
     full = replace(choice, method=Full(), quantize=None)
     wide = replace(choice, method=LoRA(rank=128, alpha=64.0, rslora=True))
     plain = replace(choice, method=LoRA(), quantize=None)
@@ -52,61 +54,67 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
     alone = job.variants == 1
     if job.kind == "knowledge" and alone and fits(full):
         reasons.append(
-            "New knowledge at scale: with 20 B tokens of code, every weight reached 0.263 on HumanEval, LoRA of "
-            "rank 256"
-            " 0.224, of rank 16 0.162 (Biderman et al. 2024, arXiv:2405.09673). Mix in 5-10% general text: it "
-            "forgets most."
+            "New knowledge at scale: with 20 B tokens of code, every weight reached 0.263 on"
+            " HumanEval, LoRA of rank 256 0.224, of rank 16 0.162 (Biderman et al. 2024,"
+            " arXiv:2405.09673). Mix in 5-10% general text: it forgets most."
         )
         return Advice(full, _rate(full.method, job), reasons, True)
     if job.kind == "knowledge":
         reasons.append(
             "New knowledge wants every weight"
             + (", which does not fit" if alone else f", but {job.variants} variants share one base")
-            + ": LoRA of rank 128 with alpha / sqrt(rank) comes closest (arXiv:2405.09673, arXiv:2312.03732)."
+            + ": LoRA of rank 128 with alpha / sqrt(rank) comes closest (arXiv:2405.09673,"
+            " arXiv:2312.03732)."
         )
         chosen = wide
     elif job.fixed_instruction and not job.merge and (job.rows or 0) >= 1000:
         reasons.append(
-            "One instruction to compile in, and at least 1,000 rows: a prefix that starts from it is the smallest file"
-            " (PEFT's comparison, Llama-3.2-3B on GSM8K: 41.6 points from a real prompt, 18.6 from random "
-            "values, LoRA 47.8)."
+            "One instruction to compile in, and at least 1,000 rows: a prefix that starts from it"
+            " is the smallest file (PEFT's comparison, Llama-3.2-3B on GSM8K: 41.6 points from a"
+            " real prompt, 18.6 from random values, LoRA 47.8)."
         )
         prefix = replace(choice, method=Prefix())
         return Advice(prefix, _rate(prefix.method, job), reasons, fits(prefix))
     elif job.kind == "instructions" and (job.rows or 0) > 10_000:
         reasons.append(
-            "Over 10,000 instructions: rank 64 and alpha / sqrt(rank) was the best LoRA of PEFT's comparison "
-            "(51.3 points"
-            " against 47.4 with alpha / rank); at large ranks LoRA equals full fine-tuning there (arXiv:2405.09673)."
+            "Over 10,000 instructions: rank 64 and alpha / sqrt(rank) was the best LoRA of PEFT's"
+            " comparison (51.3 points against 47.4 with alpha / rank); at large ranks LoRA equals"
+            " full fine-tuning there (arXiv:2405.09673)."
         )
         chosen = replace(choice, method=LoRA(rank=64, alpha=32.0, rslora=True))
     elif job.kind in ("style", "format") or (job.rows is not None and job.rows < 1000):
         reasons.append(
-            "Few rows, or tone and form: LoRA leads at 100 and 1,000 examples (MNLI: 63.8 and 85.6, full 60.2 and 85.8,"
-            " prefixes 37.6-48.3 and 75.2-82.5; Hu et al. 2021, arXiv:2106.09685). Stop early on held-out loss."
+            "Few rows, or tone and form: LoRA leads at 100 and 1,000 examples (MNLI: 63.8 and 85.6,"
+            " full 60.2 and 85.8, prefixes 37.6-48.3 and 75.2-82.5; Hu et al. 2021,"
+            " arXiv:2106.09685). Stop early on held-out loss."
         )
         chosen = replace(choice, method=LoRA(rank=8, alpha=16.0))
     else:
         reasons.append(
-            "LoRA on every linear layer: equal to full fine-tuning within noise at a 350th of the values and 57% of the"
-            " memory (PEFT's comparison, Llama-3.2-3B on GSM8K: 47.8 against 47.2, one seed)."
+            "LoRA on every linear layer: equal to full fine-tuning within noise at a 350th of the"
+            " values and 57% of the memory (PEFT's comparison, Llama-3.2-3B on GSM8K: 47.8 against"
+            " 47.2, one seed)."
         )
         chosen = plain
     if not fits(chosen):
         packed = replace(chosen, quantize=FOUR_BITS)
         if fits(packed) or choice.quantize is None:
             reasons.append(
-                "The base does not fit in 16 bits: held in 4 (NF4), 4.1 bits a weight; MMLU stays (53.1 against 53.0;"
-                " Dettmers et al. 2023, arXiv:2305.14314), expect 2-5 points less on mathematics."
+                "The base does not fit in 16 bits: held in 4 (NF4), 4.1 bits a weight; MMLU stays"
+                " (53.1 against 53.0; Dettmers et al. 2023, arXiv:2305.14314), expect 2-5 points"
+                " less on mathematics."
             )
             chosen = packed
     if job.variants > 1:
         reasons.append(
-            f"{job.variants} variants over one base: one rank for all, so that they can be served together; a "
-            f"file each."
+            f"{job.variants} variants over one base: one rank for all, so that they can be served"
+            " together; a file each."
         )
     if job.merge:
-        reasons.append("It is to be merged: LoRA can be added into the weights, a prefix or bottleneck layers cannot.")
+        reasons.append(
+            "It is to be merged: LoRA can be added into the weights, a prefix or bottleneck layers"
+            " cannot."
+        )
     if alone and 0 < job.parameters <= SMALL_BASE and fits(full):
         reasons.append("The base is small: compare full fine-tuning too; it is affordable here.")
     return Advice(chosen, _rate(chosen.method, job), reasons, fits(chosen))

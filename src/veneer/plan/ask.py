@@ -1,7 +1,7 @@
 """One question from start to end: `veneer plan` and the library's `plan` ask here.
 
-A Question is what was asked; the answer is rows of plain data, notes on where the figures come from, and, where it
-was asked for, advice. Nothing is downloaded but a config.
+A Question is what was asked; the answer is rows of plain data, notes on where the figures come
+from, and, where it was asked for, advice. Nothing is downloaded but a config.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from veneer.quant.config import Quantize
 from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
 
 MOST_TOKENS = 2**22
-"""Computed at once in a planned step: its rows are made, and a step beyond this runs on no machine."""
+"""Computed at once in a planned step: its rows are made, and a step beyond this runs on no
+machine."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes; None: the
-    machine's own. link: bytes a second between processes; None: what they send takes no time in the plan."""
+    """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes;
+    None: the machine's own. link: bytes a second between processes; None: what they send takes no
+    time in the plan."""
 
     bases: Sequence[str]
     choice: Choice
@@ -77,16 +79,18 @@ class Answer:
             "plans": [row.to_dict() for row in self.rows],
             "notes": self.notes,
             "faults": self.faults,
-            "advice": None
-            if advice is None
-            else {
-                "method": advice.choice.label,
-                "settings": advice.choice.method.model_dump(mode="json"),
-                "quantize": advice.choice.quantize,
-                "learning_rate": advice.learning_rate,
-                "reasons": advice.reasons,
-                "fits": advice.fits,
-            },
+            "advice": (
+                None
+                if advice is None
+                else {
+                    "method": advice.choice.label,
+                    "settings": advice.choice.method.model_dump(mode="json"),
+                    "quantize": advice.choice.quantize,
+                    "learning_rate": advice.learning_rate,
+                    "reasons": advice.reasons,
+                    "fits": advice.fits,
+                }
+            ),
         }
 
 
@@ -97,19 +101,27 @@ def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quan
     """
     of, quantize = SHORT_FORMS.get(name, (name, None))
     if of not in METHODS:
-        raise ConfigError(f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}.")
+        raise ConfigError(
+            f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}."
+        )
     method = METHODS[of]()
     if rank is None:
         return method, quantize
     if method.update_rank is None:
-        raise ConfigError(f"method {name} has no rank, and rank {rank} is asked for", next_step="Leave the rank out.")
+        raise ConfigError(
+            f"method {name} has no rank, and rank {rank} is asked for",
+            next_step="Leave the rank out.",
+        )
     return method.of_rank(rank), quantize
 
 
-def answer(question: Question, tell: Callable[[int, int], None] = lambda done, total: None) -> Answer:
+def answer(
+    question: Question, tell: Callable[[int, int], None] = lambda done, total: None
+) -> Answer:
     """tell: gets how many of how many plans are made, where it is several.
 
-    Raises SourceError for a base that is not found, ConfigError where nothing of the question fits a base.
+    Raises SourceError for a base that is not found, ConfigError where nothing of the question fits
+    a base.
     """
     choice = question.choice
     check_numbers(
@@ -126,7 +138,15 @@ def answer(question: Question, tell: Callable[[int, int], None] = lambda done, t
     )
     if choice.shard:  # what a run refuses is not planned
         held = {"quantize": choice.quantize, "shard": True, "offload": choice.offload}
-        RunConfig.of({"base": question.bases[0], "data": "rows", "out": "run", "method": choice.method, **held})
+        RunConfig.of(
+            {
+                "base": question.bases[0],
+                "data": "rows",
+                "out": "run",
+                "method": choice.method,
+                **held,
+            }
+        )
     if (tokens := choice.rows_at_once * choice.length) > MOST_TOKENS:
         raise ConfigError(
             f"{choice.rows_at_once:,} rows of {choice.length:,} tokens at once are not planned:"
@@ -135,7 +155,9 @@ def answer(question: Question, tell: Callable[[int, int], None] = lambda done, t
         )
     blueprints = [named_size(base) or _read(base) for base in question.bases]
     planners = [_planner(each, question) for each in blueprints]
-    choices = all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
+    choices = (
+        all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
+    )
     machine = _machine(planners[0], choices[0], question)
     memory = question.memory or machine.memory_bytes
     rows: list[PlanRow] = []
@@ -145,7 +167,9 @@ def answer(question: Question, tell: Callable[[int, int], None] = lambda done, t
         for asked in choices:
             if (total := len(planners) * len(choices)) > 1:
                 tell(len(rows) + len(faults), total)
-            choice = replace(asked, length=min(asked.length, places or asked.length))  # as a run does
+            choice = replace(
+                asked, length=min(asked.length, places or asked.length)
+            )  # as a run does
             try:
                 rows.append(
                     plan_row(
@@ -200,11 +224,15 @@ def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
     if question.gpu is not None:
         return replace(named_gpu(question.gpu), link=question.link)
     run = planner.step_run(choice)
-    here = this_machine(run.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu")
+    here = this_machine(
+        run.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu"
+    )
     return replace(here, link=question.link)
 
 
-def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memory: int) -> Advice | None:
+def _advice(
+    planner: Planner, rows: Sequence[PlanRow], question: Question, memory: int
+) -> Advice | None:
     if question.kind is None:
         return None
     from veneer.models.frozen_base import hidden_size
@@ -218,10 +246,14 @@ def _advice(planner: Planner, rows: Sequence[PlanRow], question: Question, memor
         merge=question.merge,
         parameters=rows[0].total_parameters,
         hidden_size=hidden_size(planner.blueprint.config),
-        fixed_instruction=len(examples) > 1 and shared_prompt(examples) >= 32 and question.variants == 1,
+        fixed_instruction=len(examples) > 1
+        and shared_prompt(examples) >= 32
+        and question.variants == 1,
     )
     choice = replace(question.choice, quantize=None)
-    return advise(job, choice, lambda choice: planner.takes(choice) and fits(planner, choice, memory))
+    return advise(
+        job, choice, lambda choice: planner.takes(choice) and fits(planner, choice, memory)
+    )
 
 
 def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
@@ -232,13 +264,20 @@ def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
         + (
             "; what the process and its allocator add is measured (CPU)."
             if planner.device == "cpu"
-            else "; 5% for the allocator and 0.6 GB for the CUDA context are added: general figures, not measured here."
+            else (
+                "; 5% for the allocator and 0.6 GB for the CUDA context are added: general figures,"
+                " not measured here."
+            )
         )
     )
     time = (
-        f"Time: rates of this machine, measured on {machine.measured.isoformat()} at the step's own shapes."
+        f"Time: rates of this machine, measured on {machine.measured.isoformat()} at the step's own"
+        " shapes."
         if machine.measured is not None
-        else f"Time: published figures of the {machine.name}, half of its product rate assumed: not measured."
+        else (
+            f"Time: published figures of the {machine.name}, half of its product rate assumed: not"
+            " measured."
+        )
     )
     line = planner.compute(question.choice).line
     notes = [memory, *([] if line is None else [f"Weights: {line}."]), time]
@@ -248,5 +287,8 @@ def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
             if question.link is not None
             else "what they send takes no time here: --link says how fast it goes"
         )
-        notes.append(f"Processes: memory is each one's, on a machine of its own like this one; computed, {sends}.")
+        notes.append(
+            "Processes: memory is each one's, on a machine of its own like this one; computed,"
+            f" {sends}."
+        )
     return notes

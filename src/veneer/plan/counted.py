@@ -1,4 +1,5 @@
-"""A step and what a dry run counts of it, as plain data: what an earlier process counted is read without a model.
+"""A step and what a dry run counts of it, as plain data: what an earlier process counted is read
+without a model.
 
 Knows neither transformers nor how a step is counted (dry_run.py).
 """
@@ -35,8 +36,8 @@ SUM_BYTES = 16
 
 @dataclass(frozen=True)
 class Step:
-    """What decides a step's cost. given: its base's config, or what makes one. rows: those of the largest micro-batch,
-    one Example each. new_tokens: so many."""
+    """What decides a step's cost. given: its base's config, or what makes one. rows: those of the
+    largest micro-batch, one Example each. new_tokens: so many."""
 
     given: PreTrainedConfig | Blueprint
     dtype: torch.dtype
@@ -48,7 +49,8 @@ class Step:
     offload: bool = False
     new_tokens: int = 0
     on_cpu: bool = True
-    """Whether it runs on this machine's processor, else on a GPU: kernels of either hold less than plain torch."""
+    """Whether it runs on this machine's processor, else on a GPU: kernels of either hold less than
+    plain torch."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -57,8 +59,9 @@ class Step:
 
 @dataclass(frozen=True)
 class BaseBytes:
-    """packing: (what the linear layers but the head lose in 4 bits, the buffer that one of them is decoded into).
-    layers, packed_layers: of each decoder layer what goes into shards, dense and in 4 bits. total: dense, all of it."""
+    """packing: (what the linear layers but the head lose in 4 bits, the buffer that one of them is
+    decoded into). layers, packed_layers: of each decoder layer what goes into shards, dense and in
+    4 bits. total: dense, all of it."""
 
     packing: tuple[int, int] = (0, 0)
     total: int = 0
@@ -83,11 +86,12 @@ class BaseBytes:
 
 @dataclass
 class DryRun:
-    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the adapter's or model's
-    tensors.
+    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the
+    adapter's or model's tensors.
 
-    expert_rows: of the products of an expert beside which an adapter stands, the rows spread evenly; 0: none does.
-    forward_shapes: of a library's products in the forward alone, as an evaluation runs it.
+    expert_rows: of the products of an expert beside which an adapter stands, the rows spread
+    evenly; 0: none does. forward_shapes: of a library's products in the forward alone, as an
+    evaluation runs it.
     """
 
     static: Parts
@@ -119,11 +123,14 @@ class DryRun:
         """The same step over packed weights: out of every figure goes what they do not hold."""
         saved, scratch = self.base.packing
         packed = replace(self.base, packing=(0, 0), layers=self.base.packed_layers)
-        return replace(self._holding({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed)
+        return replace(
+            self._holding({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed
+        )
 
     def in_shards(self, processes: int) -> DryRun:
-        """The same step where each of the processes holds a part of every layer, and one layer is whole; where the base
-        trains, a part of its masters, gradient and moments (train/parts.py)."""
+        """The same step where each of the processes holds a part of every layer, and one layer is
+        whole; where the base trains, a part of its masters, gradient and moments
+        (train/parts.py)."""
         runs, layers = self.base.runs(processes), sum(self.base.layers)
         if not runs:
             return self
@@ -131,10 +138,14 @@ class DryRun:
         if self.trainable_parameters == self.total_parameters:
             value_bytes = self.base.total / self.total_parameters
             rest = self.base.total - layers
-            # Masters of float32 are the parts of the layers themselves; what lies whole has masters beside it.
+            # Masters of float32 are the parts of the layers themselves; what lies whole has masters
+            # beside it.
             more[WEIGHTS] = rest if value_bytes == 4 else more[WEIGHTS]
             apart = (VALUES, GRADIENTS, MOMENTS, SUMS)
-            more |= {name: self.static.get(name, 0) // processes - self.static.get(name, 0) for name in apart}
+            more |= {
+                name: self.static.get(name, 0) // processes - self.static.get(name, 0)
+                for name in apart
+            }
             more[WHOLE_GRADIENTS] = round(4 / value_bytes * (rest + max(self.base.layers)))
         return self._holding(more)
 
@@ -143,7 +154,11 @@ class DryRun:
 
     def _holding(self, more: Mapping[str, int]) -> DryRun:
         """With so many bytes more of each label, from the step's begin to its end."""
-        run = replace(self, static=dict(self.static), phases=[replace(p, parts=dict(p.parts)) for p in self.phases])
+        run = replace(
+            self,
+            static=dict(self.static),
+            phases=[replace(p, parts=dict(p.parts)) for p in self.phases],
+        )
         for label, count in more.items():
             run.static[label] = run.static.get(label, 0) + count
             for phase in run.phases:

@@ -1,4 +1,5 @@
-"""Deep models of equal layers: a few of the layers, and figures that grow by the same amount with each."""
+"""Deep models of equal layers: a few of the layers, and figures that grow by the same amount with
+each."""
 
 import copy
 from collections import Counter, defaultdict
@@ -12,7 +13,8 @@ from veneer.models.checkpointing import decoder_layers
 from veneer.plan.tracker import Phase, Work
 
 PERIODS = (1, 2, 3, 4, 6)
-"""How often a pattern of layers may repeat: every layer alike, or sliding and full attention in turn."""
+"""How often a pattern of layers may repeat: every layer alike, or sliding and full attention in
+turn."""
 
 
 def period_of(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> int | None:
@@ -53,7 +55,8 @@ def first_layers(config: PreTrainedConfig, dtype: torch.dtype, depth: int) -> Pr
 
 
 def grown_phase(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | None:
-    """`one` grown by `steps` times the difference to `two`; None where `three` does not differ as much again."""
+    """`one` grown by `steps` times the difference to `two`; None where `three` does not differ as
+    much again."""
     figures = []
     for a, b, c in (
         (one.peak_bytes, two.peak_bytes, three.peak_bytes),
@@ -69,7 +72,9 @@ def grown_phase(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | Non
 
 def grown_work(one: Work, two: Work, steps: int) -> Work:
     """`one` grown by `steps` times the difference to `two`."""
-    products = Counter({k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products})
+    products = Counter(
+        {k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products}
+    )
     return Work(
         products,
         one.own & two.own,

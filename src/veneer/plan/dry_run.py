@@ -1,12 +1,15 @@
-"""The project's own training step on tensors without storage: what it would hold, when, and what it would compute.
+"""The project's own training step on tensors without storage: what it would hold, when, and what it
+would compute.
 
-    build the base -> attach the method -> flat values, gradient, moments -> forward -> loss -> backward -> update
+    build the base -> attach the method -> flat values, gradient, moments -> forward -> loss ->
+        backward -> update
 
-All of it is the code that trains (adapters/attach.py, models/step.py, train/optim.py, models/checkpointing.py), so
-nothing here can say something else than the run does. Deep models of equal layers are run at three small depths;
-every figure then grows by the same amount per layer, which is checked, and the answer is that of the whole depth to
-the byte. Where that does not hold the whole depth is run.
-Knows nothing of devices: what an allocator, a kernel or the process adds is estimate.py's.
+All of it is the code that trains (adapters/attach.py, models/step.py, train/optim.py,
+models/checkpointing.py), so nothing here can say something else than the run does. Deep models of
+equal layers are run at three small depths; every figure then grows by the same amount per layer,
+which is checked, and the answer is that of the whole depth to the byte. Where that does not hold
+the whole depth is run. Knows nothing of devices: what an allocator, a kernel or the process adds is
+estimate.py's.
 """
 
 from __future__ import annotations
@@ -60,14 +63,17 @@ from veneer.train.config import OptimizerName
 from veneer.train.optim import FlatParameters
 
 COMPILED = (0, 0, 0)
-"""Shape that products within compiled functions are counted under: that of no matrix product of a library."""
+"""Shape that products within compiled functions are counted under: that of no matrix product of a
+library."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What the whole depth is asked once: the same whatever rows it trains on, with or without checkpointing.
+    """What the whole depth is asked once: the same whatever rows it trains on, with or without
+    checkpointing.
 
-    period: after how many layers their pattern repeats, None where it does not; the other fields are DryRun's.
+    period: after how many layers their pattern repeats, None where it does not; the other fields
+    are DryRun's.
     """
 
     depth: int
@@ -93,10 +99,11 @@ class Bare:
 
 
 def whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
-    """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do not fit the base.
+    """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do
+    not fit the base.
 
-    bares: what other steps over the same base on the same device found of it, by type, where this one looks and
-    leaves it.
+    bares: what other steps over the same base on the same device found of it, by type, where this
+    one looks and leaves it.
     """
     with planning("cpu" if step.on_cpu else "cuda"):
         model = build(step.config, step.dtype)
@@ -144,19 +151,27 @@ def dry_run(step: Step, known: Whole | None = None) -> DryRun:
         if found is None:
             found = _run(step, build(step.config, step.dtype), known.experts, paths=known.paths)
     found.static, found.base, found.file_bytes = dict(known.static), known.base, known.file_bytes
-    found.trainable_parameters, found.total_parameters = known.trainable_parameters, known.total_parameters
+    found.trainable_parameters, found.total_parameters = (
+        known.trainable_parameters,
+        known.total_parameters,
+    )
     found.modules_adapted, found.modules_total = known.modules_adapted, known.modules_total
     return found
 
 
 def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Paths:
-    """The paths of `model`, onto which it is put before anything is attached: some methods attach to packed attention
-    alone.
+    """The paths of `model`, onto which it is put before anything is attached: some methods attach
+    to packed attention alone.
 
-    Of a deep model of equal layers a few are asked: their structure decides, and it is the same in all.
+    Of a deep model of equal layers a few are asked: their structure decides, and it is the same in
+    all.
     """
     period = period_of(model, {})
-    few = None if period is None or depth <= 4 * period else first_layers(step.config, step.dtype, 2 * period)
+    few = (
+        None
+        if period is None or depth <= 4 * period
+        else first_layers(step.config, step.dtype, 2 * period)
+    )
     asked = model if few is None else few
     structure(asked)  # runs a small copy, which is no part of the plan
     with Valueless(experts=experts):
@@ -193,9 +208,14 @@ def _install(
 
 
 def _run(
-    step: Step, model: PreTrainedModel, experts: int, device: torch.device = META, paths: Paths | None = None
+    step: Step,
+    model: PreTrainedModel,
+    experts: int,
+    device: torch.device = META,
+    paths: Paths | None = None,
 ) -> DryRun:
-    """One step of `model`, as deep as it stands; on another device than meta the same is counted of real tensors."""
+    """One step of `model`, as deep as it stands; on another device than meta the same is counted of
+    real tensors."""
     tracker, routing = Tracker(experts=experts, device=device), Routing()
     with tracker.phase("load", label=WEIGHTS):
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -217,11 +237,17 @@ def _run(
         tracker.relabel(flat.gradient, GRADIENTS)
         tracker.enter("prepare", label=MOMENTS)
         # Either optimizer allocates its moments when it is made and nothing else, ever.
-        moments = torch.empty(moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device)
-        batch = make_batch(step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device)
+        moments = torch.empty(
+            moment_bytes(flat.values.numel(), step.optimizer), dtype=torch.uint8, device=device
+        )
+        batch = make_batch(
+            step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device
+        )
         weights = (*model.parameters(), *model.buffers(), flat.values)
         away = PlannedOffload(weights) if step.offload else None
-        hook = (decoder(model) or model).register_forward_hook(lambda *_: tracker.enter("loss", label=LOGITS))
+        hook = (decoder(model) or model).register_forward_hook(
+            lambda *_: tracker.enter("loss", label=LOGITS)
+        )
         try:
             with fused(model, one_pass), checkpointed(model, routing, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
@@ -243,7 +269,9 @@ def _run(
         flat.publish()
         tracker.enter("done", label="other")
         del moments
-    steps = [phase for phase in tracker.phases if phase.name in ("forward", "loss", "backward", "update")]
+    steps = [
+        phase for phase in tracker.phases if phase.name in ("forward", "loss", "backward", "update")
+    ]
     return DryRun(
         static={},
         phases=steps,
@@ -275,13 +303,22 @@ def moment_bytes(values: int, optimizer: OptimizerName) -> int:
     return 8 * values
 
 
-def _static(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName) -> Parts:
-    """Bytes by label of what stays from step to step, laid out as FlatParameters and AdamW lay it out."""
-    unique = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
+def _static(
+    model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName
+) -> Parts:
+    """Bytes by label of what stays from step to step, laid out as FlatParameters and AdamW lay it
+    out."""
+    unique = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
     weights = sum(unique.values())
     flat = FlatParameters(parameters)
     # float32 values moved into the flat buffer: the storage they had before is gone.
-    after = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
+    after = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
     buffer = flat.values.untyped_storage()
     remaining = sum(size for key, size in after.items() if key != buffer._cdata)
     size = buffer.nbytes()
@@ -293,9 +330,17 @@ class _InPlace(TorchFunctionMode):
     """A tensor without storage is no less for a file where it is: its shape and its type count."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return args[0] if func is torch.Tensor.cpu and args[0].is_meta else func(*args, **(kwargs or {}))
+        return (
+            args[0]
+            if func is torch.Tensor.cpu and args[0].is_meta
+            else func(*args, **(kwargs or {}))
+        )
 
 
 def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:
@@ -314,21 +359,31 @@ def _num_experts(config: PreTrainedConfig) -> int:
     return 1
 
 
-def _extrapolated(step: Step, depth: int, period: int, experts: int, paths: Paths | None = None) -> DryRun | None:
+def _extrapolated(
+    step: Step, depth: int, period: int, experts: int, paths: Paths | None = None
+) -> DryRun | None:
     """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
     first = depth % period + period * (1 if depth % period else 2)
     runs = []
     for few in (first, first + period, first + 2 * period):
-        with suppress(ConfigError):  # settings that name a layer which is not there: run the whole depth
-            runs.append(_run(step, first_layers(step.config, step.dtype, few), experts, paths=paths))
+        with suppress(
+            ConfigError
+        ):  # settings that name a layer which is not there: run the whole depth
+            runs.append(
+                _run(step, first_layers(step.config, step.dtype, few), experts, paths=paths)
+            )
     if len(runs) < 3:
         return None
     one, two, three = runs
     steps = (depth - first) // period
-    grown = [grown_phase(a, b, c, steps) for a, b, c in zip(one.phases, two.phases, three.phases, strict=True)]
+    grown = [
+        grown_phase(a, b, c, steps)
+        for a, b, c in zip(one.phases, two.phases, three.phases, strict=True)
+    ]
     held = [run.phases[0].end_bytes for run in runs]
     linear = held[2] - held[1] == held[1] - held[0]
-    # The most that anything grows by: a moment that grew by less could be overtaken at a greater depth.
+    # The most that anything grows by: a moment that grew by less could be overtaken at a greater
+    # depth.
     for phase_one, phase_two in zip(one.phases[:3], two.phases[:3], strict=True):
         linear &= phase_two.peak_bytes - phase_one.peak_bytes >= held[1] - held[0]
     phases = [phase for phase in grown if phase is not None]

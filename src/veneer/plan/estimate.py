@@ -1,8 +1,10 @@
-"""From what the step holds (dry_run.py) to what a machine will show: the peak, its moment, its parts.
+"""From what the step holds (dry_run.py) to what a machine will show: the peak, its moment, its
+parts.
 
-    CPU    the process: what it held before, + every live byte, + what libraries and the allocator keep
-    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces and what offload's copies hold; outside of it
-           lies the CUDA context
+    CPU    the process: what it held before, + every live byte, + what libraries and the allocator
+           keep
+    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces and what offload's copies
+           hold; outside of it lies the CUDA context
 
 What the step does not allocate itself are constants, each measured, each with its source.
 Units: bytes.
@@ -28,39 +30,46 @@ from veneer.train.offload import UNDER_WAY_BYTES
 Device = Literal["cpu", "cuda"]
 
 PROCESS_BYTES = 364 * 10**6
-"""Resident process that has imported torch 2.13 (CPU), transformers 5.24 and Veneer, before a base is loaded. Linux,
-x86-64; `idle_memory_bytes` of any run. Taken where this process is not itself of that kind."""
+"""Resident process that has imported torch 2.13 (CPU), transformers 5.24 and Veneer, before a base
+is loaded. Linux, x86-64; `idle_memory_bytes` of any run. Taken where this process is not itself of
+that kind."""
 LIBRARIES_BYTES = 75 * 10**6
-"""What the process grows by on first use, whatever the base: tokenizer 17 MB, optimizer and autograd 14 MB, Python
-objects 6 MB, the rest unnamed, so that the runs of docs/plan.md are met. SmolLM2-135M and five random bases,
-benchmarks/plan_accuracy.py."""
+"""What the process grows by on first use, whatever the base: tokenizer 17 MB, optimizer and
+autograd 14 MB, Python objects 6 MB, the rest unnamed, so that the runs of docs/plan.md are met.
+SmolLM2-135M and five random bases, benchmarks/plan_accuracy.py."""
 KERNEL_BYTES = {torch.bfloat16: 550_000, torch.float16: 550_000}
-"""A matrix product's kernel that oneDNN compiles on a CPU for every new shape and keeps: 0.43-0.72 MB by shape
-(float32: the products of MKL, which compile next to nothing). Growth of a process by shape, `ONEDNN_VERBOSE=2`."""
+"""A matrix product's kernel that oneDNN compiles on a CPU for every new shape and keeps: 0.43-0.72
+MB by shape (float32: the products of MKL, which compile next to nothing). Growth of a process by
+shape, `ONEDNN_VERBOSE=2`."""
 PROOF_SIZES = 18
 """Further numbers of rows that an expert meets in the proofs on short texts. Counted as above."""
 GROUPED_SHAPES, GROUPED_SHAPES_TRAINED = 4, 6
-"""Products of an expert in transformers' own stack, which the dry run sees as one operation: two forward, the
-gradients of their inputs, and of their weights where those train."""
+"""Products of an expert in transformers' own stack, which the dry run sees as one operation: two
+forward, the gradients of their inputs, and of their weights where those train."""
 DRAWS_PER_SIZE = 3
-"""Times that experts get rows for each new number of them, where that is not rounded. Two runs, counted as above."""
+"""Times that experts get rows for each new number of them, where that is not rounded. Two runs,
+counted as above."""
 MOST_KERNELS = 1024
 """What oneDNN keeps: its primitive cache's default capacity."""
 KEPT_SHARE = 0.11
-"""Share of a step's own bytes that glibc's allocator keeps on top: freed pages and holes. Measured as above."""
+"""Share of a step's own bytes that glibc's allocator keeps on top: freed pages and holes. Measured
+as above."""
 KEPT_SHARE_CHECKPOINTED = 0.5
-"""The same in the backward of layers that are computed anew: few bytes, many holes between them. Nine runs; at the loss
-free pages have just been given back (models/checkpointing.py)."""
+"""The same in the backward of layers that are computed anew: few bytes, many holes between them.
+Nine runs; at the loss free pages have just been given back (models/checkpointing.py)."""
 KEPT_SHARE_AT_ONCE = 0.25
-"""The same on AMX of layers that make their calls at once (kernels/repeated.py), whose pieces are made together. Four
-runs; without tiles such layers keep what others do (Zen 4: with this share 9 to 13% too much, three runs)."""
+"""The same on AMX of layers that make their calls at once (kernels/repeated.py), whose pieces are
+made together. Four runs; without tiles such layers keep what others do (Zen 4: with this share 9 to
+13% too much, three runs)."""
 CUDA_CONTEXT_BYTES = 600 * 10**6
-"""CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by this project)."""
+"""CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by
+this project)."""
 CUDA_WORKSPACES_BYTES = 2 * 32 * 2**20
-"""Of cuBLAS, in the allocator: one for each thread that multiplies, forward and backward. 32 MiB on Hopper, 8 elsewhere
-(PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+"""Of cuBLAS, in the allocator: one for each thread that multiplies, forward and backward. 32 MiB on
+Hopper, 8 elsewhere (PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 CUDA_RESERVED_SHARE = 0.05
-"""What CUDA's allocator reserves beyond what is allocated: 3-10% by how uneven the lengths are (as above)."""
+"""What CUDA's allocator reserves beyond what is allocated: 3-10% by how uneven the lengths are (as
+above)."""
 
 PROCESS, KEPT, WORKSPACES = "process", "library overhead", "workspaces of matrix products"
 UNDER_WAY = "on its way to the host or back"
@@ -68,7 +77,8 @@ UNDER_WAY = "on its way to the host or back"
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak_bytes: what summary.json's peak_memory_bytes will say. needed_bytes: what must be free for it.
+    """peak_bytes: what summary.json's peak_memory_bytes will say. needed_bytes: what must be free
+    for it.
 
     parts: of the peak, by label, largest first. phases: peak of each phase, in order.
     """
@@ -83,11 +93,12 @@ class Estimate:
 
 
 def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
-    """Different shapes of matrix products by a library in a run whose micro-batches have so many different sizes.
+    """Different shapes of matrix products by a library in a run whose micro-batches have so many
+    different sizes.
 
-    draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many is the router's
-    choice: beside an adapter of its own any multiple of STEP, half of them are met; in a stack of transformers'
-    any number.
+    draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many
+    is the router's choice: beside an adapter of its own any multiple of STEP, half of them are met;
+    in a stack of transformers' any number.
     """
     beside = [shape for shape in run.work.products if all(shape) and shape[0] == run.expert_rows]
     shapes = run.work.of_libraries
@@ -98,17 +109,27 @@ def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
     else:
         trained = run.trainable_parameters == run.total_parameters
         met = min(draws // DRAWS_PER_SIZE, run.computed_tokens)
-        grouped = (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * met if run.experts > 1 else 0
+        grouped = (
+            (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * met if run.experts > 1 else 0
+        )
     return min(others * sizes + grouped, MOST_KERNELS)
 
 
 def estimate(
-    run: DryRun, *, device: Device, idle_bytes: int = PROCESS_BYTES, kernel_bytes: int = 0, checkpointing: bool = False
+    run: DryRun,
+    *,
+    device: Device,
+    idle_bytes: int = PROCESS_BYTES,
+    kernel_bytes: int = 0,
+    checkpointing: bool = False,
 ) -> Estimate:
-    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled products) are
-    part of it."""
+    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled
+    products) are part of it."""
     idle_and_kernels = idle_bytes + kernel_bytes
-    totals = {phase.name: _total(phase, run, device, idle_and_kernels, checkpointing) for phase in run.phases}
+    totals = {
+        phase.name: _total(phase, run, device, idle_and_kernels, checkpointing)
+        for phase in run.phases
+    }
     peak = max(run.phases, key=lambda phase: totals[phase.name])
     total = totals[peak.name]
     parts = dict(sorted(peak.parts.items(), key=lambda item: -item[1]))

@@ -1,7 +1,9 @@
-"""What fits into a memory: the largest batch, and the shortest list of changes where nothing fits yet.
+"""What fits into a memory: the largest batch, and the shortest list of changes where nothing fits
+yet.
 
-Memory rises with rows and with length, so both are searched by halving, each trial a dry run. Changes are tried one
-at a time, then two, then more together, in the order of what they cost; the first that fits is the answer.
+Memory rises with rows and with length, so both are searched by halving, each trial a dry run.
+Changes are tried one at a time, then two, then more together, in the order of what they cost; the
+first that fits is the answer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MOST_CHANGES = 4
 
 @dataclass(frozen=True)
 class Change:
-    """setting: as the run file spells it, `path=value`. says: for people. flag: as the command line has it."""
+    """setting: as the run file spells it, `path=value`. says: for people. flag: as the command line
+    has it."""
 
     setting: str
     says: str
@@ -37,7 +40,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Way:
-    """Changes that make it fit, and what the step then takes against the unchanged one (1.0: the same)."""
+    """Changes that make it fit, and what the step then takes against the unchanged one (1.0: the
+    same)."""
 
     changes: tuple[Change, ...]
     choice: Choice
@@ -54,7 +58,14 @@ def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
 
 def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Rows of `choice.length` that fit at once; 0 if not even one does."""
-    bare = replace(planner, rows=(), mixture=None, known_largest=(), _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(
+        planner,
+        rows=(),
+        mixture=None,
+        known_largest=(),
+        _runs=planner._runs,
+        _wholes=planner._wholes,
+    )
     most = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
 
     def needs(rows: int) -> int:
@@ -67,7 +78,14 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Tokens of a single row that fit, a multiple of SHORTEST; 0 if not even the shortest does."""
     if sum(planner.estimate(choice).run.static.values()) > memory_bytes:
         return 0  # what any length holds
-    bare = replace(planner, rows=(), mixture=None, known_largest=(), _runs=planner._runs, _wholes=planner._wholes)
+    bare = replace(
+        planner,
+        rows=(),
+        mixture=None,
+        known_largest=(),
+        _runs=planner._runs,
+        _wholes=planner._wholes,
+    )
 
     def needs(units: int) -> int:
         one = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)
@@ -77,8 +95,8 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
 
 
 def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
-    """The largest n in 0..most with needs(n) <= limit, for rising needs: along the line through two trials, then
-    by halves."""
+    """The largest n in 0..most with needs(n) <= limit, for rising needs: along the line through two
+    trials, then by halves."""
     low_cost = needs(1)
     if low_cost > limit:
         return 0
@@ -100,12 +118,16 @@ def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
     return low
 
 
-def ways(planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]) -> Way | None:
-    """The shortest list of changes after which `choice` fits; None if all of them together do not suffice.
+def ways(
+    planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]
+) -> Way | None:
+    """The shortest list of changes after which `choice` fits; None if all of them together do not
+    suffice.
 
-    Every trial is a dry run, so those are spared that cannot succeed. A change never needs more: what all of them do
-    not reach together, no few of them reach, and weights alone may be more than there is. Two changes never save more
-    together than each of them alone: a group whose single savings do not add up to what is missing is not tried.
+    Every trial is a dry run, so those are spared that cannot succeed. A change never needs more:
+    what all of them do not reach together, no few of them reach, and weights alone may be more than
+    there is. Two changes never save more together than each of them alone: a group whose single
+    savings do not add up to what is missing is not tried.
     """
     offered = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
     for among in ([make for make in offered if make not in _LEARNS_LESS], offered):
@@ -116,7 +138,9 @@ def ways(planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[
             continue
         for count in range(1, min(MOST_CHANGES, len(among)) + 1):
             for group in combinations(among, count):
-                if count > 1 and _saved(planner, choice, group) < _excess(planner, choice, memory_bytes):
+                if count > 1 and _saved(planner, choice, group) < _excess(
+                    planner, choice, memory_bytes
+                ):
                     continue
                 made = _applied(planner, choice, group)
                 if made is not None and fits(planner, made[-1].choice, memory_bytes):
@@ -128,13 +152,15 @@ def ways(planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[
 
 
 def _weights(planner: Planner, choice: Choice, changed: Choice) -> int:
-    """Bytes of the base's weights after these changes, by the dry run of the unchanged step; 0 where that does not
-    tell: another type, a part of every layer, another method."""
+    """Bytes of the base's weights after these changes, by the dry run of the unchanged step; 0
+    where that does not tell: another type, a part of every layer, another method."""
     dense = [(planner.dtype(each), each.in_shards, each.method.name) for each in (choice, changed)]
     if dense[0] != dense[1]:
         return 0
     run = planner.estimate(choice).run
-    return (run if planner.quantize(changed) == planner.quantize(choice) else run.in_four_bits()).static[WEIGHTS]
+    return (
+        run if planner.quantize(changed) == planner.quantize(choice) else run.in_four_bits()
+    ).static[WEIGHTS]
 
 
 def _excess(planner: Planner, choice: Choice, memory_bytes: int) -> int:
@@ -142,7 +168,8 @@ def _excess(planner: Planner, choice: Choice, memory_bytes: int) -> int:
 
 
 def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
-    """The sum of what each change of the group saves alone; no bound where one cannot be made alone."""
+    """The sum of what each change of the group saves alone; no bound where one cannot be made
+    alone."""
     before, total = planner.estimate(choice).needed_bytes, 0.0
     for make in group:
         made = _applied(planner, choice, (make,))
@@ -154,17 +181,23 @@ def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Every change together, none where there is none to make, and what is needed then: the least there is."""
+    """Every change together, none where there is none to make, and what is needed then: the least
+    there is."""
 
     changes: tuple[Change, ...]
     needed_bytes: int
 
     def __str__(self) -> str:
-        return f"{size(self.needed_bytes)} with {', '.join(change.says for change in self.changes) or 'no change'}"
+        return (
+            f"{size(self.needed_bytes)} with"
+            f" {', '.join(change.says for change in self.changes) or 'no change'}"
+        )
 
 
 def nearest(planner: Planner, choice: Choice) -> Nearest:
-    made = _all_changed(planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch])
+    made = _all_changed(
+        planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch]
+    )
     return Nearest(made, planner.estimate(made[-1].choice if made else choice).needed_bytes)
 
 
@@ -177,7 +210,8 @@ def _all_changed(planner: Planner, choice: Choice, among: Sequence[_Make]) -> tu
 
 
 def _applied(planner: Planner, choice: Choice, group: Sequence[_Make]) -> tuple[Change, ...] | None:
-    """The group's changes one after the other, another method first; None where one of them changes nothing."""
+    """The group's changes one after the other, another method first; None where one of them changes
+    nothing."""
     made: list[Change] = []
     for make in sorted(group, key=lambda make: make is not _lora_instead):
         change = make(planner, choice)
@@ -215,15 +249,25 @@ def _offload(planner: Planner, choice: Choice) -> Change | None:
 
 def _shard(planner: Planner, choice: Choice) -> Change | None:
     blocks, full = weight_format(planner.quantize(choice)).from_gguf, choice.method.trains_base
-    if choice.processes == 1 or choice.shard or choice.offload or blocks or (full and choice.optimizer != "adamw"):
+    if (
+        choice.processes == 1
+        or choice.shard
+        or choice.offload
+        or blocks
+        or (full and choice.optimizer != "adamw")
+    ):
         return None
-    return Change("shard=true", "a part of every layer on each process", replace(choice, shard=True))
+    return Change(
+        "shard=true", "a part of every layer on each process", replace(choice, shard=True)
+    )
 
 
 def _four_bits(planner: Planner, choice: Choice) -> Change | None:
     if planner.quantize(choice) is not None or choice.method.trains_base:
         return None
-    return Change(f"quantize={FOUR_BITS}", "the base in 4 bits", replace(choice, quantize=FOUR_BITS))
+    return Change(
+        f"quantize={FOUR_BITS}", "the base in 4 bits", replace(choice, quantize=FOUR_BITS)
+    )
 
 
 def _bfloat16(planner: Planner, choice: Choice) -> Change | None:
@@ -247,7 +291,9 @@ def _lower_rank(planner: Planner, choice: Choice) -> Change | None:
     if rank is None or rank <= LOWEST_RANK:
         return None
     lower = choice.method.of_rank(LOWEST_RANK)
-    return Change(f"method.rank={LOWEST_RANK}", f"rank {LOWEST_RANK}", replace(choice, method=lower))
+    return Change(
+        f"method.rank={LOWEST_RANK}", f"rank {LOWEST_RANK}", replace(choice, method=lower)
+    )
 
 
 def _half_length(planner: Planner, choice: Choice) -> Change | None:

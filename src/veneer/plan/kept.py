@@ -1,8 +1,9 @@
-"""What an earlier process found of a base and of its steps: the same step of the same base holds the same bytes
-(files/remembered.py). Neither transformers nor what counts a step is imported where all of it is remembered.
+"""What an earlier process found of a base and of its steps: the same step of the same base holds
+the same bytes (files/remembered.py). Neither transformers nor what counts a step is imported where
+all of it is remembered.
 
-The key of a dry run holds all of a step: the config, the type, the method, the ids of the rows and which of them are
-trained. A base whose class is not transformers' own is counted anew.
+The key of a dry run holds all of a step: the config, the type, the method, the ids of the rows and
+which of them are trained. A base whose class is not transformers' own is counted anew.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _NO_STEP = ("_name_or_path", "transformers_version")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan reads of a config. identity: all of it that a step depends on, as text; None: of a class that the
-    versions do not name."""
+    """What a plan reads of a config. identity: all of it that a step depends on, as text; None: of
+    a class that the versions do not name."""
 
     positions: int | None
     layers: int
@@ -62,7 +63,11 @@ def kept_whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whol
     from veneer.plan.dry_run import Whole, whole
 
     key = _base_key(step)
-    return whole(step, bares) if key is None else remembered("whole", key, Whole, lambda: whole(step, bares))
+    return (
+        whole(step, bares)
+        if key is None
+        else remembered("whole", key, Whole, lambda: whole(step, bares))
+    )
 
 
 def kept_run(step: Step, known: Callable[[], Whole]) -> DryRun:
@@ -86,10 +91,13 @@ def kept_run(step: Step, known: Callable[[], Whole]) -> DryRun:
 
 
 def rows_digest(rows: Sequence[Example]) -> str:
-    """SHA-256 of all that a micro-batch is laid out by: ids, masks, and which examples came from one row."""
+    """SHA-256 of all that a micro-batch is laid out by: ids, masks, and which examples came from
+    one row."""
     digest, before = hashlib.sha256(), None
     for row in rows:
-        digest.update(b"one row\n" if row.row is not None and row.row == before else b"another row\n")
+        digest.update(
+            b"one row\n" if row.row is not None and row.row == before else b"another row\n"
+        )
         before = row.row
         for part in (row.ids, row.trained):
             digest.update(f"{part.dtype} {len(part)}\n".encode())

@@ -4,9 +4,10 @@ A step's time is the sum of its parts, as the dry run counts them (tracker.py):
 
     seconds = products / rate  +  moved bytes / bandwidth  +  operations * start
 
-On this machine rates are measured at the step's own shapes, once a week; how much of them the step reaches was measured
-with whole steps (benchmarks/plan_time.py). Of a GPU the published dense rates are taken, and a share of them that is an
-assumption and is called one. Units: FLOP and bytes a second.
+On this machine rates are measured at the step's own shapes, once a week; how much of them the step
+reaches was measured with whole steps (benchmarks/plan_time.py). Of a GPU the published dense rates
+are taken, and a share of them that is an assumption and is called one. Units: FLOP and bytes a
+second.
 """
 
 from __future__ import annotations
@@ -32,28 +33,31 @@ SHAPES_MEASURED = 4
 MOST_ROWS = 1024
 """Rows of a timed product at most: more do not change the rate, only the wait."""
 ENOUGH_SECONDS, ROUNDS = 0.05, 2
-"""Per figure, in each of so many rounds over all of them: short enough to answer at once, long enough to pass the
-first, slow calls; a moment in which the machine is slow must not decide a figure."""
+"""Per figure, in each of so many rounds over all of them: short enough to answer at once, long
+enough to pass the first, slow calls; a moment in which the machine is slow must not decide a
+figure."""
 MEASURED_FOR = timedelta(days=7)
 """How long they are taken as they were measured."""
 STEP_SHARE = 0.73
-"""Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone: the median of
-ten runs of benchmarks/plan_time.py on Zen 4 with torch's products, their predictions corrected by hand for attention,
-which was not counted then."""
+"""Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone:
+the median of ten runs of benchmarks/plan_time.py on Zen 4 with torch's products, their predictions
+corrected by hand for attention, which was not counted then."""
 SHARES_OF_PAIRS, SHARES_OF_TILES = (0.66, 0.75), (0.30, 0.37)
-"""The same where products are our own: of bf16 pairs, or on AMX tiles, so fast that what lies between them is most of a
-step. The second of each is that of steps whose layers make their calls at once. Held in docs/plan.md."""
+"""The same where products are our own: of bf16 pairs, or on AMX tiles, so fast that what lies
+between them is most of a step. The second of each is that of steps whose layers make their calls at
+once. Held in docs/plan.md."""
 GPU_PRODUCTS_SHARE, GPU_BANDWIDTH_SHARE = 0.5, 0.7
 """Assumed shares of a GPU's published rates; not measured by this project."""
 
 HOST_BYTES_PER_SECOND = 25e9
-"""Between a GPU and pinned host memory: PCIe 4 x16, 32 GB/s published; what of it is reached is assumed."""
+"""Between a GPU and pinned host memory: PCIe 4 x16, 32 GB/s published; what of it is reached is
+assumed."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Published: dense 16-bit tensor rate in TFLOP/s with float32 sums, memory in GB (decimal) and its bandwidth
-    in GB/s."""
+    """Published: dense 16-bit tensor rate in TFLOP/s with float32 sums, memory in GB (decimal) and
+    its bandwidth in GB/s."""
 
     teraflops: float
     memory_gb: float
@@ -81,11 +85,12 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where unknown.
-    link: bytes a second to others like it; None where nothing is said of it. share: of these rates that a whole step
-    reaches; share_at_once: one whose layers make their calls at once.
+    """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where
+    unknown. link: bytes a second to others like it; None where nothing is said of it. share: of
+    these rates that a whole step reaches; share_at_once: one whose layers make their calls at once.
 
-    measured: the day on which, as these are this machine's own figures; None: they are published ones.
+    measured: the day on which, as these are this machine's own figures; None: they are published
+    ones.
     """
 
     name: str
@@ -110,7 +115,9 @@ def named_gpu(name: str) -> Machine:
     """Raises ConfigError for a GPU that is not in the list."""
     key = next((k for k in GPUS if k.lower() == name.lower().replace(" ", "")), None)
     if key is None:
-        raise ConfigError(f"no figures for a GPU called {name!r}", next_step=f"One of {', '.join(GPUS)}.")
+        raise ConfigError(
+            f"no figures for a GPU called {name!r}", next_step=f"One of {', '.join(GPUS)}."
+        )
     gpu = GPUS[key]
     rate = gpu.teraflops * 1e12 * GPU_PRODUCTS_SHARE
     return Machine(
@@ -127,7 +134,8 @@ def named_gpu(name: str) -> Machine:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured here: FLOP a second of each shape in turn, and of any other; bytes a second; seconds."""
+    """What was measured here: FLOP a second of each shape in turn, and of any other; bytes a
+    second; seconds."""
 
     day: date
     of_shapes: tuple[float, ...]
@@ -141,14 +149,21 @@ class Rates:
 
 
 def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
-    """Measured at the shapes that `work` spends most in; about a second, and not again for MEASURED_FOR."""
+    """Measured at the shapes that `work` spends most in; about a second, and not again for
+    MEASURED_FOR."""
     place = torch.device(device)
     named = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
     most = dict(named.most_common(SHAPES_MEASURED))
     cuda, threads = place.type == "cuda", torch.get_num_threads()
     on = torch.cuda.get_device_name(place) if cuda else f"{threads} threads"
-    key = {"shapes": [[*each, flops] for each, flops in most.items()], "dtype": str(dtype), "device": [device, on]}
-    rates = remembered("rates", key, Rates, lambda: _measured(most, dtype, place), still=lambda found: found.recent)
+    key = {
+        "shapes": [[*each, flops] for each, flops in most.items()],
+        "dtype": str(dtype),
+        "device": [device, on],
+    }
+    rates = remembered(
+        "rates", key, Rates, lambda: _measured(most, dtype, place), still=lambda found: found.recent
+    )
     of_shapes = dict(zip(most, rates.of_shapes, strict=True))
     share, at_once = STEP_SHARE, STEP_SHARE
     if dtype is torch.bfloat16 and not cuda and has_bf16():
@@ -156,7 +171,9 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
     here = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
         name=on if cuda else here,
-        memory_bytes=torch.cuda.get_device_properties(place).total_memory if cuda else memory_bytes(),
+        memory_bytes=torch.cuda.get_device_properties(place).total_memory
+        if cuda
+        else memory_bytes(),
         measured=rates.day,
         rate=lambda shape: of_shapes.get(shape, rates.other),
         bytes_per_second=rates.bytes_per_second,
@@ -178,17 +195,20 @@ def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, place: torch.devi
 
 
 def _timed(shape: Shape) -> Shape:
-    """What is timed in its place: wider products run no faster, and three calls must end soon. Those of a large base
-    often are the same."""
+    """What is timed in its place: wider products run no faster, and three calls must end soon.
+    Those of a large base often are the same."""
     rows, inner, columns = shape
     return min(rows, MOST_ROWS), inner, min(columns, max(256, 2**23 // inner))
 
 
 def product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of x (rows, inner) times W (inner, columns), as a frozen layer multiplies them: the best of what
-    fits into ENOUGH_SECONDS."""
+    """FLOP a second of x (rows, inner) times W (inner, columns), as a frozen layer multiplies them:
+    the best of what fits into ENOUGH_SECONDS."""
     rows, inner, columns = shape
-    x, w = (torch.full(size, 0.01, dtype=dtype, device=device) for size in ((rows, inner), (columns, inner)))
+    x, w = (
+        torch.full(size, 0.01, dtype=dtype, device=device)
+        for size in ((rows, inner), (columns, inner))
+    )
     return 2 * rows * inner * columns / _best_seconds(lambda: products.linear(x, w, None), device)
 
 
@@ -221,6 +241,10 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
 def memory_bytes() -> int:
     """Of this machine, or of the container it runs in; 0 where the system does not say."""
     most = container_bytes()
-    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names) if hasattr(os, "sysconf") else False
+    pages = (
+        {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names)
+        if hasattr(os, "sysconf")
+        else False
+    )
     own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else 0
     return own if most is None or not own else min(own, most)

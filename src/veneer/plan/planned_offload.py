@@ -1,5 +1,5 @@
-"""Offload (train/offload.py) on tensors without storage: what would leave the device, and what would come back to
-it."""
+"""Offload (train/offload.py) on tensors without storage: what would leave the device, and what
+would come back to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class _Gone:
 
 
 class PlannedOffload:
-    """Hooks that drop what Offload would copy away and make it anew when it would come back. moved_bytes: both ways."""
+    """Hooks that drop what Offload would copy away and make it anew when it would come back.
+    moved_bytes: both ways."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self.moved_bytes = 0
@@ -39,8 +40,16 @@ class PlannedOffload:
         ):
             return tensor
         weak = StorageWeakRef(storage)
-        key = (weak.cdata, tensor._version, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-        if key not in self._known or self._known[key].expired():  # several that save the same: copied once
+        key = (
+            weak.cdata,
+            tensor._version,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
+        if (
+            key not in self._known or self._known[key].expired()
+        ):  # several that save the same: copied once
             self._known[key] = weak
             self.moved_bytes += tensor.nbytes
         return _Gone(tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -1,7 +1,7 @@
 """One base, many choices: each is dry-run once, its memory estimated, its time predicted.
 
-A Choice is what of a run's settings decides its cost. The rows are those of the data where there are any (the largest
-micro-batch decides memory, the middle batch time), else rows of one length.
+A Choice is what of a run's settings decides its cost. The rows are those of the data where there
+are any (the largest micro-batch decides memory, the middle batch time), else rows of one length.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ SAMPLE_SIZES = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides a run's cost; the fields are RunConfig's, but for the number of its processes and of its new
-    tokens."""
+    """What decides a run's cost; the fields are RunConfig's, but for the number of its processes
+    and of its new tokens."""
 
     method: MethodConfig
     quantize: Quantize | None = None
@@ -125,11 +125,12 @@ class Epoch:
 
 @dataclass
 class Planner:
-    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the data, if there
-    are any; mixture: how many of each set an epoch takes; held_out: those that are evaluated meanwhile.
+    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the
+    data, if there are any; mixture: how many of each set an epoch takes; held_out: those that are
+    evaluated meanwhile.
 
-    steps: optimizer steps that the run takes; None: those of `epochs`.
-    known_largest: the micro-batches of the run that may be the largest, where they were found before.
+    steps: optimizer steps that the run takes; None: those of `epochs`. known_largest: the
+    micro-batches of the run that may be the largest, where they were found before.
     """
 
     blueprint: Blueprint
@@ -148,7 +149,9 @@ class Planner:
     _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
     _bares: dict[torch.dtype, Bare] = field(default_factory=dict, repr=False)
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
-    _largest: dict[object, Sequence[Sequence[Example]]] = field(init=False, default_factory=dict, repr=False)
+    _largest: dict[object, Sequence[Sequence[Example]]] = field(
+        init=False, default_factory=dict, repr=False
+    )
 
     @cached_property
     def facts(self) -> Facts:
@@ -173,7 +176,8 @@ class Planner:
             )
         if weight_format(own).from_folder and not self.blueprint.packed:
             raise ConfigError(
-                f"{self.blueprint.source} holds its weights as {own}, and how large they are only its files say",
+                f"{self.blueprint.source} holds its weights as {own}, and how large they are only"
+                " its files say",
                 next_step="Download the model, then plan its folder.",
             )
         if choice.method.trains_base:
@@ -189,14 +193,15 @@ class Planner:
         return True
 
     def estimate(self, choice: Choice) -> Estimate:
-        """Of the step with the largest micro-batch. Raises ConfigError where the method does not fit the base."""
+        """Of the step with the largest micro-batch. Raises ConfigError where the method does not
+        fit the base."""
         return self.largest_estimate(choice)[1]
 
     def largest_estimate(self, choice: Choice) -> tuple[int, Estimate]:
         """Which micro-batch of `largest` needs the most memory, and the estimate of its step.
 
-        Two at most are dry-run: the one with the most computed rows, and the one of the others whose predicted
-        memory is the highest, if it is higher (ranking.py).
+        Two at most are dry-run: the one with the most computed rows, and the one of the others
+        whose predicted memory is the highest, if it is higher (ranking.py).
         """
         candidates = self.largest(choice)
         first = self._estimate_of(choice, self._run(choice, candidates[0]))
@@ -204,7 +209,10 @@ class Planner:
             return 0, first
         packed, share = first.run.packed, choice.share_prompt
         extents = [Extent.of(rows, packed=packed, share_prompt=share) for rows in candidates]
-        peaks = [self._estimate_of(choice, scaled(first.run, extents[0], extent)).peak_bytes for extent in extents[1:]]
+        peaks = [
+            self._estimate_of(choice, scaled(first.run, extents[0], extent)).peak_bytes
+            for extent in extents[1:]
+        ]
         number = 1 + peaks.index(max(peaks))
         if max(peaks) <= first.peak_bytes:
             return 0, first
@@ -212,7 +220,8 @@ class Planner:
         return (number, second) if second.peak_bytes > first.peak_bytes else (0, first)
 
     def least_estimate(self, choice: Choice) -> Estimate:
-        """Estimates the step with the most computed rows by one dry run: a run needs at least this much."""
+        """Estimates the step with the most computed rows by one dry run: a run needs at least this
+        much."""
         return self._estimate_of(choice, self._run(choice, self.largest(choice)[0]))
 
     def _estimate_of(self, choice: Choice, run: DryRun) -> Estimate:
@@ -249,7 +258,9 @@ class Planner:
             steps=self.steps or max(1, math.ceil(self.epochs * batches)),
         )
         size, share = choice.rows_at_once, choice.share_prompt
-        found = largest_micro_batches(examples, rows, plans, micro_batch=size, packed=packed, share_prompt=share)
+        found = largest_micro_batches(
+            examples, rows, plans, micro_batch=size, packed=packed, share_prompt=share
+        )
         return [[examples[i] for i in part] for part in found]
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
@@ -259,7 +270,11 @@ class Planner:
     def step_time(self, choice: Choice, machine: Machine) -> StepTime:
         """The same by part."""
         epoch = self.epoch(choice)
-        alone = machine.seconds(self._run(choice, epoch.usual).work) * choice.batch / choice.rows_at_once
+        alone = (
+            machine.seconds(self._run(choice, epoch.usual).work)
+            * choice.batch
+            / choice.rows_at_once
+        )
         if choice.processes == 1:
             return StepTime(alone)
         share = longest_share(epoch.costs, choice.processes, together=choice.in_shards)
@@ -272,7 +287,9 @@ class Planner:
         epoch = self.epoch(choice)
         rounds = sum(-(-len(step) // choice.processes) for step in epoch.costs) / len(epoch.costs)
         run = self._run(choice, epoch.usual)
-        return sent(run, choice.processes, reduce=choice.reduce, shard=choice.in_shards, rounds=rounds)
+        return sent(
+            run, choice.processes, reduce=choice.reduce, shard=choice.in_shards, rounds=rounds
+        )
 
     def step_run(self, choice: Choice) -> DryRun:
         """The dry run of a usual micro-batch."""
@@ -288,18 +305,24 @@ class Planner:
             by_size = sorted(range(len(batches)), key=lambda n: (computed[n], n))
             taken = sum(len(parts) for parts in steps[: self.steps])
             usual = batches[by_size[len(by_size) // 2]]
-            self._epochs[key] = Epoch(usual, frozenset(computed[:taken]), taken, costs[: self.steps])
+            self._epochs[key] = Epoch(
+                usual, frozenset(computed[:taken]), taken, costs[: self.steps]
+            )
         return self._epochs[key]
 
     def _kernels(self, run: DryRun, choice: Choice) -> int:
-        """Products that are compiled: every shape of the step for each size of its batches, the forward's for
-        evaluations."""
+        """Products that are compiled: every shape of the step for each size of its batches, the
+        forward's for evaluations."""
         epoch = self.epoch(choice)
         sizes = epoch.sizes
         looked_at = evaluated_sizes(self.held_out, choice.rows_at_once) - sizes
         answered = SAMPLE_SIZES if self.held_out else 0
-        draws = (epoch.taken + 1) * self.facts.layers * run.experts  # and the costliest, before the first
-        return compiled_kernels(run, len(sizes), draws) + run.forward_shapes * (len(looked_at) + answered)
+        draws = (
+            (epoch.taken + 1) * self.facts.layers * run.experts
+        )  # and the costliest, before the first
+        return compiled_kernels(run, len(sizes), draws) + run.forward_shapes * (
+            len(looked_at) + answered
+        )
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         if self.mixture is not None:
@@ -311,16 +334,24 @@ class Planner:
         return round(statistics.median(len(row.ids) for row in self.rows)) if self.rows else None
 
     def _steps(self, choice: Choice) -> list[list[Sequence[Example]]]:
-        """The micro-batches of each step of the first epoch, in the order of training; one step of synthetic rows
-        where there is no data."""
+        """The micro-batches of each step of the first epoch, in the order of training; one step of
+        synthetic rows where there is no data."""
         size = choice.rows_at_once
         if not self.rows:
             parts = [min(size, choice.batch - start) for start in range(0, choice.batch, size)]
-            return [[synthetic_rows(rows, choice.length, trained_share=self.trained_share) for rows in parts]]
+            return [
+                [
+                    synthetic_rows(rows, choice.length, trained_share=self.trained_share)
+                    for rows in parts
+                ]
+            ]
         rows, mixture = self._cut_rows(choice.length)
         found = Rows.of(rows)
         return [
-            [[rows[i] for i in found.examples(chosen[start : start + size])] for start in range(0, len(chosen), size)]
+            [
+                [rows[i] for i in found.examples(chosen[start : start + size])]
+                for start in range(0, len(chosen), size)
+            ]
             for chosen in self._plan(found, mixture, choice)
         ]
 
@@ -336,7 +367,8 @@ class Planner:
         )
 
     def _cut_rows(self, length: int) -> tuple[list[Example], Mixture | None]:
-        """The rows as far as they are that long, and the mixture of those of which anything is trained then."""
+        """The rows as far as they are that long, and the mixture of those of which anything is
+        trained then."""
         rows = [_cut(row, length) for row in self.rows]
         kept = [number for number, row in enumerate(rows) if row.trained.any()]
         mixture = self.mixture
@@ -346,11 +378,17 @@ class Planner:
         return [rows[number] for number in kept], mixture
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
-        """Of a base in 4 bits, and of one in shards, the step is that of the dense one, less what is not held: one dry
-        run for all."""
+        """Of a base in 4 bits, and of one in shards, the step is that of the dense one, less what
+        is not held: one dry run for all."""
         held = self.quantize(choice)
         of_base = self._of_base(choice)
-        key = (*of_base, choice.checkpointing, choice.offload, choice.share_prompt, rows_digest(rows))
+        key = (
+            *of_base,
+            choice.checkpointing,
+            choice.offload,
+            choice.share_prompt,
+            rows_digest(rows),
+        )
         if key not in self._runs:
             step = self._step(choice, rows)
             self._runs[key] = kept_run(step, lambda: self._whole(of_base, step))
@@ -365,7 +403,12 @@ class Planner:
 
     def _of_base(self, choice: Choice) -> tuple[object, ...]:
         """What decides the Whole of a choice."""
-        return choice.method.model_dump_json(), self.dtype(choice), choice.optimizer, choice.new_tokens
+        return (
+            choice.method.model_dump_json(),
+            self.dtype(choice),
+            choice.optimizer,
+            choice.new_tokens,
+        )
 
     def _step(self, choice: Choice, rows: Sequence[Example]) -> Step:
         return Step(
@@ -394,4 +437,8 @@ def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:
 
 
 def _cut(row: Example, length: int) -> Example:
-    return row if len(row.ids) <= length else replace(row, ids=row.ids[:length], trained=row.trained[:length])
+    return (
+        row
+        if len(row.ids) <= length
+        else replace(row, ids=row.ids[:length], trained=row.trained[:length])
+    )

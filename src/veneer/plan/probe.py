@@ -38,8 +38,8 @@ def estimate_of_run(
     processes: int = 1,
     packed: tuple[PackedSize, ...] = (),
 ) -> tuple[int, Estimate, Sent]:
-    """Which of these micro-batches needs the most memory, what each process of a run on this data should hold at it,
-    and what it sends in a step.
+    """Which of these micro-batches needs the most memory, what each process of a run on this data
+    should hold at it, and what it sends in a step.
 
     largest: micro-batches of the run; empty: those of the rows that may be the largest
     idle_bytes: resident before its base was loaded; packed: what its base holds so
@@ -50,7 +50,9 @@ def estimate_of_run(
         idle_bytes=idle_bytes,
         rows=some_of(data.train),
         held_out=some_of(data.validation),
-        mixture=None if data.in_files is not None else data.mixture,  # some of the rows stand for all of them
+        mixture=(
+            None if data.in_files is not None else data.mixture
+        ),  # some of the rows stand for all of them
         seed=config.seed,
         order=config.order,
         steps=config.steps,
@@ -61,12 +63,17 @@ def estimate_of_run(
     return (*planner.largest_estimate(choice), planner.sent(choice))
 
 
-def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int = 1) -> tuple[RunConfig, list[str]]:
-    """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where nothing helps.
+def fitted(
+    config: RunConfig, data: DataSet, memory_bytes: int, processes: int = 1
+) -> tuple[RunConfig, list[str]]:
+    """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where
+    nothing helps.
 
     Time is compared by FLOP: what matters here is the order of the changes.
     """
-    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    cuda = config.device.startswith("cuda") or (
+        config.device == "auto" and torch.cuda.is_available()
+    )
     planner = Planner(
         blueprint(config.base),
         device="cuda" if cuda else "cpu",
@@ -90,8 +97,8 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int =
     way = ways(planner, choice, memory_bytes, flops)
     if way is None:
         raise DoesNotFitError(
-            f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are there, and no "
-            f"change suffices",
+            f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are"
+            " there, and no change suffices",
             [f"it still needs {nearest(planner, choice)}"],
             next_step="Take a smaller base: veneer plan --models A,B shows what fits.",
         )
@@ -106,7 +113,10 @@ def fitted(config: RunConfig, data: DataSet, memory_bytes: int, processes: int =
         "shard": way.choice.shard,
     }
     lines = [f"{change.setting}: {change.says}" for change in way.changes]
-    lines.append(f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the arithmetic")
+    lines.append(
+        f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the"
+        " arithmetic"
+    )
     return RunConfig.model_validate(values), lines
 
 

@@ -1,4 +1,5 @@
-"""Predicts the memory of a micro-batch from the dry run of another one, to rank micro-batches without running each."""
+"""Predicts the memory of a micro-batch from the dry run of another one, to rank micro-batches
+without running each."""
 
 from __future__ import annotations
 
@@ -10,18 +11,26 @@ from veneer.plan.tracker import Phase
 
 
 def scaled(run: DryRun, extent: Extent, to: Extent) -> DryRun:
-    """Returns `run`, a dry run of a micro-batch of `extent`, as a micro-batch of extent `to` would have it.
+    """Returns `run`, a dry run of a micro-batch of `extent`, as a micro-batch of extent `to` would
+    have it.
 
-    Logits and their gradient grow with trained tokens, activations with computed rows. The backward pass holds scores
-    of attention, and so does the forward pass of a padded batch: these grow with whichever count grows more.
+    Logits and their gradient grow with trained tokens, activations with computed rows. The backward
+    pass holds scores of attention, and so does the forward pass of a padded batch: these grow with
+    whichever count grows more.
     """
     computed, trained, scores = (
         after / max(1, before)
-        for before, after in ((extent.computed, to.computed), (extent.trained, to.trained), (extent.scores, to.scores))
+        for before, after in (
+            (extent.computed, to.computed),
+            (extent.trained, to.trained),
+            (extent.scores, to.scores),
+        )
     )
     with_scores = max(computed, scores)
     activations = computed if run.packed else with_scores
-    return replace(run, phases=[_scaled(phase, trained, activations, with_scores) for phase in run.phases])
+    return replace(
+        run, phases=[_scaled(phase, trained, activations, with_scores) for phase in run.phases]
+    )
 
 
 def _scaled(phase: Phase, trained: float, activations: float, with_scores: float) -> Phase:

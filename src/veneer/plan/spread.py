@@ -1,14 +1,17 @@
-"""A step over several processes: how long the one with most to compute takes, what goes over the network, how long that
-takes on a link. Computed from the plan that the run itself makes (train/dealing.py), measured nowhere.
+"""A step over several processes: how long the one with most to compute takes, what goes over the
+network, how long that takes on a link. Computed from the plan that the run itself makes
+(train/dealing.py), measured nowhere.
 
     gradient   one sum a step over a ring: 2 (N - 1) / N of its bytes from each process
-    layers     in shards: each is gathered forward and again backward, (N - 1) / N of its bytes from each process. The
-               last one is still whole when backward begins, the first when the next micro-batch does
-    full       in shards: each layer's gradient goes to its owners behind every micro-batch, (N - 1) / N of its bytes
+    layers     in shards: each is gathered forward and again backward, (N - 1) / N of its bytes from
+               each process. The last one is still whole when backward begins, the first when the
+               next micro-batch does
+    full       in shards: each layer's gradient goes to its owners behind every micro-batch, (N - 1)
+               / N of its bytes
     small      what processes decide together: a few numbers, which cost their way alone
 
-Every process is taken to be as fast as the others, and nothing is computed while something is sent. Units: bytes,
-seconds.
+Every process is taken to be as fast as the others, and nothing is computed while something is sent.
+Units: bytes, seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from veneer.train.reduce import Kind
 HOP_SECONDS = 50e-6
 """From one process to the next, however little is sent: assumed, of TCP within a building."""
 SMALL_SUMS = 6
-"""Of a few numbers, in every step: losses and counts, faults, time by part, whether to stop (train/loop.py)."""
+"""Of a few numbers, in every step: losses and counts, faults, time by part, whether to stop
+(train/loop.py)."""
 VALUE_BYTES = {"plain": 4, "exact": SUM_BYTES}
 """Of each trained value, in the sum of a step's gradient."""
 
@@ -46,7 +50,8 @@ class Sent:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one step, at the process that computes for the mean time. wait: for the one that has most to compute."""
+    """Of one step, at the process that computes for the mean time. wait: for the one that has most
+    to compute."""
 
     compute: float
     wait: float = 0.0
@@ -82,13 +87,15 @@ def sent(run: DryRun, processes: int, *, reduce: Kind, shard: bool, rounds: floa
 
 
 def longest_share(costs: Costs, processes: int, *, together: bool) -> float:
-    """Of all that is computed in a step, what its busiest process takes: 1 / processes at best. together: in rounds,
-    each of which takes as long as its costliest micro-batch."""
+    """Of all that is computed in a step, what its busiest process takes: 1 / processes at best.
+    together: in rounds, each of which takes as long as its costliest micro-batch."""
     longest = total = 0
     for step in costs:
         total += sum(step)
         if together:
-            longest += sum(max(step[number] for number in each) for each in in_rounds(step, processes))
+            longest += sum(
+                max(step[number] for number in each) for each in in_rounds(step, processes)
+            )
         else:
             shares = [0] * processes
             for cost, owner in zip(step, dealt(step, processes), strict=True):
@@ -97,9 +104,11 @@ def longest_share(costs: Costs, processes: int, *, together: bool) -> float:
     return longest / total
 
 
-def step_time(alone: float, share: float, processes: int, sends: Sent, link: float | None) -> StepTime:
-    """alone: seconds in which one process computes the step. link: bytes a second; None: nothing is said of it, and
-    sending takes no time."""
+def step_time(
+    alone: float, share: float, processes: int, sends: Sent, link: float | None
+) -> StepTime:
+    """alone: seconds in which one process computes the step. link: bytes a second; None: nothing is
+    said of it, and sending takes no time."""
     compute = alone / processes
     wait = max(0.0, alone * share - compute)
     if link is None:
@@ -113,10 +122,13 @@ def step_time(alone: float, share: float, processes: int, sends: Sent, link: flo
 
 
 def parse_link(text: str) -> float:
-    """10Gb/s, 10 Gbit/s, 25Gbps, 3GB/s -> bytes a second: b is a bit, B a byte. ConfigError otherwise."""
+    """10Gb/s, 10 Gbit/s, 25Gbps, 3GB/s -> bytes a second: b is a bit, B a byte. ConfigError
+    otherwise."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(b|bit|B)(?:/s|ps)\s*", text)
     factor = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    found = 0.0 if match is None else float(match[1]) * factor[match[2]] / (1 if match[3] == "B" else 8)
+    found = (
+        0.0 if match is None else float(match[1]) * factor[match[2]] / (1 if match[3] == "B" else 8)
+    )
     if match is None or not LINK.holds(found):
         raise ConfigError(
             f"{text[:40]!r} is no speed of a link",

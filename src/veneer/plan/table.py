@@ -1,4 +1,5 @@
-"""A plan's rows: one choice each, what it needs, how long it takes, what would make it fit. All of it is plain data.
+"""A plan's rows: one choice each, what it needs, how long it takes, what would make it fit. All of
+it is plain data.
 
 Units: bytes, seconds, tokens.
 """
@@ -21,12 +22,13 @@ from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS
 
 @dataclass(frozen=True)
 class PlanRow:
-    """base: as named. choice: what was asked. dtype: what the base is held in. fits: None where no memory was
-    named. way: None where it fits or nothing helps. nearest: None but where it was looked for and nothing helps.
+    """base: as named. choice: what was asked. dtype: what the base is held in. fits: None where no
+    memory was named. way: None where it fits or nothing helps. nearest: None but where it was
+    looked for and nothing helps.
 
-    largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length: tokens that
-    fit of a single row which is too long. time: of a step, by part; sent: by each process in a step; link: bytes a
-    second that were asked for.
+    largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length:
+    tokens that fit of a single row which is too long. time: of a step, by part; sent: by each
+    process in a step; link: bytes a second that were asked for.
     """
 
     base: str
@@ -117,7 +119,9 @@ class PlanRow:
             "changes": None if way is None else [change.setting for change in way.changes],
             "changed_needed_memory_bytes": None if way is None else way.needed_bytes,
             "changed_time_ratio": None if way is None else way.time_ratio,
-            "least_needed_memory_bytes": None if self.nearest is None else self.nearest.needed_bytes,
+            "least_needed_memory_bytes": None
+            if self.nearest is None
+            else self.nearest.needed_bytes,
         }
 
 
@@ -166,21 +170,33 @@ def plan_row(
     if not search:
         return row
     rows = largest_batch(planner, choice, memory_bytes) if fit else 0
-    longest = largest_length(planner, choice, memory_bytes) if not fit and choice.rows_at_once == 1 else None
-    way = None if fit else ways(planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine))
+    longest = (
+        largest_length(planner, choice, memory_bytes)
+        if not fit and choice.rows_at_once == 1
+        else None
+    )
+    way = (
+        None
+        if fit
+        else ways(planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine))
+    )
     least = None if fit or way is not None else nearest(planner, choice)
     return replace(row, largest_batch=rows, largest_length=longest, way=way, nearest=least)
 
 
 def all_methods(choice: Choice) -> list[Choice]:
-    """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among them. What trains the
-    base has no new tokens beside it."""
+    """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among
+    them. What trains the base has no new tokens beside it."""
     made = []
     for name, kind in METHODS.items():
         method = choice.method if choice.method.name == name else kind(name=name)
         own = replace(choice, new_tokens=0) if method.trains_base else choice
         made.append(replace(own, method=method, quantize=None))
-        made += [replace(choice, method=method, quantize=held) for of, held in SHORT_FORMS.values() if of == name]
+        made += [
+            replace(choice, method=method, quantize=held)
+            for of, held in SHORT_FORMS.values()
+            if of == name
+        ]
     return sorted(made, key=lambda c: c.method.trains_base)
 
 

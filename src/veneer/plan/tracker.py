@@ -1,11 +1,12 @@
 """What a program would hold and compute, counted while it runs on tensors without storage.
 
-Every operation is looked at as it passes: a storage counts from its first appearance to the moment nothing refers
-to it, as with an allocator that rounds nothing. Live bytes are kept by label (what was being done when they
-appeared) and by phase, so that the peak comes with its moment and its parts.
+Every operation is looked at as it passes: a storage counts from its first appearance to the moment
+nothing refers to it, as with an allocator that rounds nothing. Live bytes are kept by label (what
+was being done when they appeared) and by phase, so that the peak comes with its moment and its
+parts.
 
-What only real values could decide is decided here: which tokens a mixture's router sends to which expert. They are
-taken to be spread evenly. Knows nothing of models or training.
+What only real values could decide is decided here: which tokens a mixture's router sends to which
+expert. They are taken to be spread evenly. Knows nothing of models or training.
 """
 
 import weakref
@@ -30,14 +31,19 @@ Shape = tuple[int, int, int]
 Products = Annotated[
     Counter[Shape],
     PlainSerializer(lambda counted: [[*shape, flops] for shape, flops in counted.items()]),
-    BeforeValidator(lambda told: Counter({(rows, inner, columns): flops for rows, inner, columns, flops in told})),
+    BeforeValidator(
+        lambda told: Counter(
+            {(rows, inner, columns): flops for rows, inner, columns, flops in told}
+        )
+    ),
 ]
 """In files a list: a shape is no key of JSON."""
 
 
 @dataclass
 class Phase:
-    """peak_bytes: the most that was live; parts: of it, by label; end_bytes: live when the phase ended."""
+    """peak_bytes: the most that was live; parts: of it, by label; end_bytes: live when the phase
+    ended."""
 
     name: str
     peak_bytes: int = 0
@@ -47,9 +53,9 @@ class Phase:
 
 @dataclass
 class Work:
-    """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them that kernels of ours
-    alone compute, bytes that others read and write, bytes that offload copies to host memory and back, layers whose
-    calls are made at once (kernels/repeated.py)."""
+    """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them
+    that kernels of ours alone compute, bytes that others read and write, bytes that offload copies
+    to host memory and back, layers whose calls are made at once (kernels/repeated.py)."""
 
     products: Products = field(default_factory=Counter)
     own: set[Shape] = field(default_factory=set)
@@ -69,8 +75,8 @@ class Work:
 
 
 class Valueless(TorchDispatchMode):
-    """Within its block programs run on tensors without storage, and nothing is counted. experts: of a mixture, for the
-    even spread; 1 where there is none."""
+    """Within its block programs run on tensors without storage, and nothing is counted. experts: of
+    a mixture, for the even spread; 1 where there is none."""
 
     def __init__(self, *, experts: int = 1) -> None:
         super().__init__()
@@ -80,17 +86,23 @@ class Valueless(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch would switch its compiler off around every operation; nothing is compiled where a plan is made."""
+        """torch would switch its compiler off around every operation; nothing is compiled where a
+        plan is made."""
         return False
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = self._without_values(func, args, kwargs or {})
         return func(*args, **(kwargs or {})) if out is None else out
 
     def _without_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What only values could answer: every expert is chosen, each by an equal share of the tokens."""
+        """What only values could answer: every expert is chosen, each by an equal share of the
+        tokens."""
         aten = torch.ops.aten
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return None
@@ -99,7 +111,9 @@ class Valueless(TorchDispatchMode):
         if func is aten._unique2.default:
             return torch.arange(self.experts), None, None
         if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
-            return func(*args, **{**kwargs, "device": META})  # a copy to a real device stays what it is: a size
+            return func(
+                *args, **{**kwargs, "device": META}
+            )  # a copy to a real device stays what it is: a size
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # asked of masks: they hide nothing
         if func is aten.nonzero.default:
@@ -155,7 +169,11 @@ class Tracker(Valueless):
         self.live[label] += size
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = self._without_values(func, args, kwargs or {})
         if out is None:
@@ -188,7 +206,9 @@ class Tracker(Valueless):
         self.live[label] -= size
         self._total -= size
 
-    def _count_work(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _count_work(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         packet, now = func._overloadpacket, noted_now()
         times = now.times
         if packet in _NOTED:
@@ -209,8 +229,8 @@ class Tracker(Valueless):
 
 @contextmanager
 def without_values(name: str) -> Iterator[None]:
-    """ConfigError where the code of the model called `name` asks, within the block, for what only real values
-    could answer."""
+    """ConfigError where the code of the model called `name` asks, within the block, for what only
+    real values could answer."""
     try:
         yield
     except VeneerError:
@@ -219,7 +239,8 @@ def without_values(name: str) -> Iterator[None]:
         raise ConfigError(
             f"{name} cannot be planned: its code looks at values, and a plan is made without any",
             [f"{type(fault).__name__}: {str(fault).strip()[:160]}"],
-            "Train a few steps (veneer train --steps 5): the report shows what they hold and how long they take.",
+            "Train a few steps (veneer train --steps 5): the report shows what they hold and how"
+            " long they take.",
         ) from fault
 
 
@@ -233,10 +254,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _grouped_product(
-    rows: Tensor, others: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+    rows: Tensor,
+    others: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: Any = None,
 ) -> Tensor | None:
-    """What torch makes of it on a CPU in any type, and refuses without storage in every type but bf16: rows (S, I) and
-    stacks (E, I, O) -> (S, O), or the gradient of the stacks from (I, S) and (S, O)."""
+    """What torch makes of it on a CPU in any type, and refuses without storage in every type but
+    bf16: rows (S, I) and stacks (E, I, O) -> (S, O), or the gradient of the stacks from (I, S) and
+    (S, O)."""
     if rows.dim() == 2 and others.dim() == 3:
         return rows.new_empty(rows.shape[0], others.shape[2])
     if rows.dim() == others.dim() == 2 and offs is not None:
@@ -258,7 +284,8 @@ _FREE = {
 
 
 def _shape(packet: Any, args: tuple[Any, ...]) -> Shape:
-    """(rows, inner, columns) of a product, a batch of them as more rows; zeros where it is no plain product."""
+    """(rows, inner, columns) of a product, a batch of them as more rows; zeros where it is no plain
+    product."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
         tensors = tensors[1:]

@@ -1,5 +1,5 @@
-"""What a base's weights take, layer by layer: dense or in 4 bits from its modules alone, packed as it is told. Units:
-bytes."""
+"""What a base's weights take, layer by layer: dense or in 4 bits from its modules alone, packed as
+it is told. Units: bytes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def base_bytes(model: PreTrainedModel) -> BaseBytes:
 
 
 def packing(model: PreTrainedModel) -> tuple[int, int]:
-    """Of every linear layer but the head. The blocks of a .gguf file are as large as the file says; they are taken as
-    4 bits too."""
+    """Of every linear layer but the head. The blocks of a .gguf file are as large as the file says;
+    they are taken as 4 bits too."""
     head = model.get_output_embeddings()
     saved = largest = 0
     for module in model.modules():
@@ -43,7 +43,8 @@ def packing(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _packed_bytes(count: int) -> int:
-    """Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those: quant/nf4.py."""
+    """Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those:
+    quant/nf4.py."""
     blocks = -(-count // 64)
     return -(-count // 2) + blocks + 4 * -(-blocks // 256)
 
@@ -52,7 +53,11 @@ def _tensors(layer: nn.Module, *, packed: bool) -> Iterable[int]:
     for module in layer.modules():
         linear = packed and frozen_linear(module) is not None
         for name, parameter in module.named_parameters(recurse=False):
-            yield _packed_bytes(parameter.numel()) if linear and name == "weight" else parameter.nbytes
+            yield (
+                _packed_bytes(parameter.numel())
+                if linear and name == "weight"
+                else parameter.nbytes
+            )
         yield from (each.nbytes for each in module.buffers(recurse=False))
 
 

@@ -1,4 +1,5 @@
-"""The weight formats a base can be held in, and what each means to the rest. No torch here: `--help` reads this."""
+"""The weight formats a base can be held in, and what each means to the rest. No torch here:
+`--help` reads this."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +8,20 @@ from typing import Literal, get_args
 from veneer.errors import ConfigError
 
 Quantize = Literal["nf4", "fp4", "gguf", "fp8", "mxfp4", "gptq", "awq"]
-"""nf4, fp4: 4-bit code books with block scales, made while the weights are read; gguf: the blocks of a .gguf file; the
-others: as a folder's files hold them, which nothing here makes."""
+"""nf4, fp4: 4-bit code books with block scales, made while the weights are read; gguf: the blocks
+of a .gguf file; the others: as a folder's files hold them, which nothing here makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """What those ask who load, plan, write and start: nobody compares a format's name.
 
-    from_gguf      held as the blocks of a .gguf file: no other base can be, and the file's own checks hold
+    from_gguf      held as the blocks of a .gguf file: no other base can be, and the file's own
+                   checks hold
     from_folder    held as the files of a folder hold it: no other base can be
     keeps_dense    keep_dense can leave single modules as they are stored
-    has_original   made of weights that the base still has: LoftQ reads them to bring back what was lost
+    has_original   made of weights that the base still has: LoftQ reads them to bring back what was
+                   lost
     writes_folder  such a base can be written as a folder (formats/packed_base.py)
     before_method  what a plan's label puts before the method's name
     """
@@ -55,7 +58,8 @@ def weight_format(quantize: Quantize | None) -> WeightFormat:
         return DENSE
     if quantize not in FORMATS:
         raise ConfigError(
-            f"a base cannot be loaded as {quantize!r}", next_step=f"One of {', '.join(FORMATS)}; or leave it out."
+            f"a base cannot be loaded as {quantize!r}",
+            next_step=f"One of {', '.join(FORMATS)}; or leave it out.",
         )
     return FORMATS[quantize]
 

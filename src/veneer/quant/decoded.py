@@ -1,4 +1,5 @@
-"""A packed matrix as a FrozenLinear where a format has no product of its own: decoded into scratch, then multiplied.
+"""A packed matrix as a FrozenLinear where a format has no product of its own: decoded into scratch,
+then multiplied.
 
 Nothing of a decoded weight is kept. Shapes: M rows, I in_features, O out_features.
 """

@@ -1,12 +1,13 @@
-"""8-bit floating weights (E4M3) with a scale for each block of rows and columns, as DeepSeek, Qwen3 and
-compressed-tensors store them.
+"""8-bit floating weights (E4M3) with a scale for each block of rows and columns, as DeepSeek, Qwen3
+and compressed-tensors store them.
 
-    weight[o, i] = value[o, i] * scale[o // rows, i // columns]        in float32, one rounding to the output type
+    weight[o, i] = value[o, i] * scale[o // rows, i // columns]
+        in float32, one rounding to the output type
 
-One scale a row is blocks of (1, I), one for all blocks of (O, I). Weights alone: what serves such a model may round its
-inputs to 8 bits too (`activation_scheme`); here they are what they are.
-Source: transformers, integrations/finegrained_fp8.py (_dequantize_fp8_weight); E4M3: Micikevicius et al. 2022,
-arXiv:2209.05433, table 1.
+One scale a row is blocks of (1, I), one for all blocks of (O, I). Weights alone: what serves such a
+model may round its inputs to 8 bits too (`activation_scheme`); here they are what they are. Source:
+transformers, integrations/finegrained_fp8.py (_dequantize_fp8_weight); E4M3: Micikevicius et al.
+2022, arXiv:2209.05433, table 1.
 """
 
 import math
@@ -27,7 +28,8 @@ _NAN = 0x7F
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FP8(InFiles):
-    """tensors: "" uint8 (..., O, I), the bits of the values; scale float32 (..., ceil(O / rows), ceil(I / columns))."""
+    """tensors: "" uint8 (..., O, I), the bits of the values; scale float32 (..., ceil(O / rows),
+    ceil(I / columns))."""
 
     by_rows: ClassVar[tuple[str, ...]] = ("", "scale")
     format: Quantize = field(default="fp8", init=False)
@@ -50,8 +52,12 @@ class FP8(InFiles):
     def joined(cls, weights: Sequence[Self]) -> Self:
         """Blocks that would lie across two of them are cut into smaller ones of the same scale."""
         if len({each.block[1] for each in weights}) > 1:
-            raise ValueError("weights that the model holds as one have scales for other numbers of columns")
-        return super().joined([each._of_rows(math.gcd(*(other.shape[-2] for other in weights))) for each in weights])
+            raise ValueError(
+                "weights that the model holds as one have scales for other numbers of columns"
+            )
+        return super().joined(
+            [each._of_rows(math.gcd(*(other.shape[-2] for other in weights))) for each in weights]
+        )
 
     def _of_rows(self, rows: int) -> Self:
         rows = math.gcd(rows, self.block[0])
@@ -61,8 +67,9 @@ class FP8(InFiles):
 
 
 def _as_half(bits: Tensor) -> Tensor:
-    """float16 with the values times 2^-8: sign, exponent and fraction in their places, zero bits behind; exact, for
-    numbers below the normal ones too. Ten times as fast as torch's conversion on a CPU without AVX-512."""
+    """float16 with the values times 2^-8: sign, exponent and fraction in their places, zero bits
+    behind; exact, for numbers below the normal ones too. Ten times as fast as torch's conversion on
+    a CPU without AVX-512."""
     wide = bits.view(torch.int8).to(torch.int16)  # the sign above all
     return wide.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
 

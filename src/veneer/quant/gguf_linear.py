@@ -1,8 +1,9 @@
-"""A linear layer over the blocks of a .gguf file, as they lie in it: nothing is rounded a second time.
+"""A linear layer over the blocks of a .gguf file, as they lie in it: nothing is rounded a second
+time.
 
-The weight is a byte matrix (O, bytes of a row), perhaps a view of the file itself. For a product it is decoded into
-the scratch buffer in x's type; few rows of x are multiplied straight from the blocks.
-Shapes: M rows, I in_features, O out_features.
+The weight is a byte matrix (O, bytes of a row), perhaps a view of the file itself. For a product it
+is decoded into the scratch buffer in x's type; few rows of x are multiplied straight from the
+blocks. Shapes: M rows, I in_features, O out_features.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from veneer.quant.scratch import scratch
 
 
 class GGUFLinear(PackedLinear):
-    """y = x W^T + bias with W held as blocks of `kind`; dtype: what x and the products are computed in."""
+    """y = x W^T + bias with W held as blocks of `kind`; dtype: what x and the products are computed
+    in."""
 
     packed_format = "gguf"
 
-    def __init__(self, blocks: Tensor, kind: Kind, *, dtype: torch.dtype, bias: Tensor | None) -> None:
+    def __init__(
+        self, blocks: Tensor, kind: Kind, *, dtype: torch.dtype, bias: Tensor | None
+    ) -> None:
         super().__init__()
         assert blocks.shape[1] % FORMATS[kind].bytes == 0
         self.weight = nn.Parameter(blocks, requires_grad=False)

@@ -1,5 +1,6 @@
-"""What weights have in common that other programs packed: their tensors follow the dense weight's axes, so that such
-weights can be stacked (experts that lie apart in the files) and joined (gate and up) without being decoded.
+"""What weights have in common that other programs packed: their tensors follow the dense weight's
+axes, so that such weights can be stacked (experts that lie apart in the files) and joined (gate and
+up) without being decoded.
 
 Shapes: E experts, I in_features, O out_features.
 """
@@ -41,22 +42,33 @@ class InFiles:
     def holding(self, tensors: Mapping[str, Tensor]) -> Self:
         return replace(self, tensors=dict(tensors))
 
-    def matrix(self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False) -> DecodedMatrix:
+    def matrix(
+        self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False
+    ) -> DecodedMatrix:
         assert not transposed
-        own = self.tensors if number is None else {key: each[number] for key, each in self.tensors.items()}
+        own = (
+            self.tensors
+            if number is None
+            else {key: each[number] for key, each in self.tensors.items()}
+        )
         O, I = self.shape[-2:]
-        return DecodedMatrix(lambda out: self.decode(own, out), I, O, self.tensors[""].device, dtype)
+        return DecodedMatrix(
+            lambda out: self.decode(own, out), I, O, self.tensors[""].device, dtype
+        )
 
     @classmethod
     def stacked(cls, weights: Sequence[Self]) -> Self:
         """(O, I) each -> (E, O, I). ValueError: they are not of one kind."""
         first = weights[0]
         _check_alike(weights)
-        return first.holding({key: torch.stack([w.tensors[key] for w in weights]) for key in first.tensors})
+        return first.holding(
+            {key: torch.stack([w.tensors[key] for w in weights]) for key in first.tensors}
+        )
 
     @classmethod
     def joined(cls, weights: Sequence[Self]) -> Self:
-        """(..., O, I) each -> (..., sum of O, I). ValueError: what holds for all rows of one does not of another's."""
+        """(..., O, I) each -> (..., sum of O, I). ValueError: what holds for all rows of one does
+        not of another's."""
         first = weights[0]
         _check_alike(weights)
         found = {}
@@ -72,9 +84,13 @@ class InFiles:
 
 
 def _check_alike(weights: Sequence[InFiles]) -> None:
-    """Raises ValueError if some of these weights have tensors or numbers that others do not have."""
+    """Raises ValueError if some of these weights have tensors or numbers that others do not
+    have."""
     if len({frozenset(each.tensors) for each in weights}) > 1:
-        raise ValueError("of weights that the model holds as one, some have an order of columns and some have none")
+        raise ValueError(
+            "of weights that the model holds as one, some have an order of columns and some have"
+            " none"
+        )
     for own in fields(weights[0]):
         values = [getattr(each, own.name) for each in weights]
         if own.name != "tensors" and any(value != values[0] for value in values):
@@ -82,7 +98,8 @@ def _check_alike(weights: Sequence[InFiles]) -> None:
 
 
 def scaled(out: Tensor, scales: Tensor, width: int) -> None:
-    """out (O, I) times scales (O, ceil(I / width)), each for `width` columns. One rounding, to out's type."""
+    """out (O, I) times scales (O, ceil(I / width)), each for `width` columns. One rounding, to
+    out's type."""
     _by_blocks(out, scales, width, "mul_")
 
 

@@ -1,11 +1,13 @@
-"""4-bit whole numbers with a scale and a zero for each group of a row's columns: what GPTQ and AWQ weights are.
+"""4-bit whole numbers with a scale and a zero for each group of a row's columns: what GPTQ and AWQ
+weights are.
 
     weight[o, i] = (code[o, i] - zero[o, g]) * scale[o, g],    g the group of column i
 
-Groups are runs of columns, or, with GPTQ's act-order, told for each column. The two lay the same numbers out in other
-orders (bases/int4_files.py); held is one order: rows of codes, two columns a byte, the first in the low half.
-The product is exact in float32 (4 bits of difference, 11 of a float16 scale), then rounded once to the output type.
-Source: Frantar et al. 2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978.
+Groups are runs of columns, or, with GPTQ's act-order, told for each column. The two lay the same
+numbers out in other orders (bases/int4_files.py); held is one order: rows of codes, two columns a
+byte, the first in the low half. The product is exact in float32 (4 bits of difference, 11 of a
+float16 scale), then rounded once to the output type. Source: Frantar et al. 2022, arXiv:2210.17323;
+Lin et al. 2023, arXiv:2306.00978.
 """
 
 from collections.abc import Mapping
@@ -23,8 +25,9 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Int4(InFiles):
-    """tensors: "" uint8 (..., O, I / 2); scales (..., O, groups) of a floating type; zeros uint8 (..., O, groups);
-    groups int32 (..., I), or not there: columns belong to groups of `width` in their order."""
+    """tensors: "" uint8 (..., O, I / 2); scales (..., O, groups) of a floating type; zeros uint8
+    (..., O, groups); groups int32 (..., I), or not there: columns belong to groups of `width` in
+    their order."""
 
     by_rows: ClassVar[tuple[str, ...]] = ("", "scales", "zeros")
     width: int

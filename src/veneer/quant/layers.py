@@ -1,8 +1,9 @@
-"""Modules whose weights are held packed: a linear layer, and a stack of experts. Which format: weight.py.
+"""Modules whose weights are held packed: a linear layer, and a stack of experts. Which format:
+weight.py.
 
-The packed bytes stand under the dense weight's name, as a parameter that never trains; scales and tables are buffers
-called after it (weight_absmax, weight_quant_map, weight_scale, ...). Moving a model to another type never touches them:
-only biases and the type of the products change.
+The packed bytes stand under the dense weight's name, as a parameter that never trains; scales and
+tables are buffers called after it (weight_absmax, weight_quant_map, weight_scale, ...). Moving a
+model to another type never touches them: only biases and the type of the products change.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,9 @@ class Holder(PackedModule):
                 self.register_buffer(f"{name}_{key}", tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self._facts[name] = weight.holding({key: tensor.to("meta") for key, tensor in weight.tensors.items()})
+        self._facts[name] = weight.holding(
+            {key: tensor.to("meta") for key, tensor in weight.tensors.items()}
+        )
         self.packed_format = weight.format
         self._views.clear()
 
@@ -41,13 +44,18 @@ class Holder(PackedModule):
         """The weight called `name`; shares its tensors with this module."""
         if (found := self._views.get(name)) is None:
             facts = self._facts[name]
-            held = {k: self.get_buffer(f"{name}_{k}") if k else self.get_parameter(name).data for k in facts.tensors}
+            held = {
+                k: self.get_buffer(f"{name}_{k}") if k else self.get_parameter(name).data
+                for k in facts.tensors
+            }
             found = self._views[name] = facts.holding(held)
         return found
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
-            name: self._facts[name].shape for name, _ in self.named_parameters(recurse=False) if name in self._facts
+            name: self._facts[name].shape
+            for name, _ in self.named_parameters(recurse=False)
+            if name in self._facts
         }
 
     def packed_numbers(self) -> dict[str, Tensor]:
@@ -66,8 +74,11 @@ class Holder(PackedModule):
         return self.get_buffer("like").dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Holder":
-        """Another device is followed, another type is not: scales and tables keep theirs whatever the model is."""
-        exact = {name: b.dtype for name, b in self._buffers.items() if b is not None and name != "like"}
+        """Another device is followed, another type is not: scales and tables keep theirs whatever
+        the model is."""
+        exact = {
+            name: b.dtype for name, b in self._buffers.items() if b is not None and name != "like"
+        }
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, dtype in exact.items():
@@ -84,7 +95,9 @@ class HeldLinear(Holder, PackedLinear):
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: nn.Parameter | None, *, dtype: torch.dtype
+    ) -> None:
         super().__init__(dtype, weight.tensors[""].device)
         self.out_features, self.in_features = weight.shape
         self.hold("weight", weight)
@@ -109,25 +122,34 @@ class HeldLinear(Holder, PackedLinear):
         return self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed_format}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" {self.packed_format}"
+        )
 
 
 class HeldExperts(Holder, PackedExperts):
-    """A gated stack of experts, both of its 3-D weights packed; each expert is multiplied on its own."""
+    """A gated stack of experts, both of its 3-D weights packed; each expert is multiplied on its
+    own."""
 
     def __init__(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
-        """experts: the dense module, whose own forward is not used any more; `hold` brings the weights."""
+        """experts: the dense module, whose own forward is not used any more; `hold` brings the
+        weights."""
         super().__init__(dtype, device)
         self.is_transposed = bool(getattr(experts, "is_transposed", False))
         self._plain = [experts]  # in a list: no submodule, its weights are not this model's
         self._apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
         for name, parameter in experts.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)  # the weights without storage, until they come: order counts
+            self.register_parameter(
+                name, parameter
+            )  # the weights without storage, until they come: order counts
 
     def expert(self, name: str, number: int) -> FrozenLinear:
         if (found := self._views.get((name, number))) is None:
             weight = self.packed(name)
-            found = self._views[name, number] = weight.matrix(self.dtype, number=number, transposed=self.is_transposed)
+            found = self._views[name, number] = weight.matrix(
+                self.dtype, number=number, transposed=self.is_transposed
+            )
         return found
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """One matrix of a 4-bit weight as a FrozenLinear: a whole weight, or one expert's run of a stack.
 
-Few rows go through the fused product, which reads the packed bytes once; more go through a decoded copy in a buffer
-that is reused by every layer and never seen by autograd. Shapes: M rows, I in_features, O out_features.
+Few rows go through the fused product, which reads the packed bytes once; more go through a decoded
+copy in a buffer that is reused by every layer and never seen by autograd. Shapes: M rows, I
+in_features, O out_features.
 """
 
 from dataclasses import dataclass

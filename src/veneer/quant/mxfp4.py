@@ -1,11 +1,13 @@
-"""MXFP4: 4-bit floating values (E2M1) with one exponent for 32 neighbours, as gpt-oss stores its experts.
+"""MXFP4: 4-bit floating values (E2M1) with one exponent for 32 neighbours, as gpt-oss stores its
+experts.
 
     weight = E2M1[code] * 2^(exponent - 127)        exact in float32 and bf16
 
-Held so that the kernels for 4-bit code books (kernels/nf4.py) read it: the table of 16, the exponents as scales that
-are looked up in a table of 256. Only the order of the two values in a byte is another one than in the files.
-Source: OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4; transformers, integrations/mxfp4.py.
-Shapes: E experts, I in_features, O out_features; in the model these experts are (E, I, O), in the files (E, O, I).
+Held so that the kernels for 4-bit code books (kernels/nf4.py) read it: the table of 16, the
+exponents as scales that are looked up in a table of 256. Only the order of the two values in a byte
+is another one than in the files. Source: OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4;
+transformers, integrations/mxfp4.py. Shapes: E experts, I in_features, O out_features; in the model
+these experts are (E, I, O), in the files (E, O, I).
 """
 
 from collections.abc import Mapping
@@ -28,8 +30,8 @@ _NESTED_BLOCK = 2**20
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MXFP4:
-    """A stack: tensors "" uint8 (E, O, I / 2), the first of two values in the high half; exponents uint8
-    (E, O, I / 32)."""
+    """A stack: tensors "" uint8 (E, O, I / 2), the first of two values in the high half; exponents
+    uint8 (E, O, I / 32)."""
 
     format: Quantize = field(default="mxfp4", init=False)
     tensors: Mapping[str, Tensor]
@@ -46,10 +48,15 @@ class MXFP4:
     def holding(self, tensors: Mapping[str, Tensor]) -> "MXFP4":
         return MXFP4(tensors=dict(tensors))
 
-    def matrix(self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False) -> PackedMatrix:
+    def matrix(
+        self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False
+    ) -> PackedMatrix:
         assert transposed and number is not None
         _, I, O = self.shape
-        codes, exponents = self.tensors[""][number].view(-1), self.tensors["exponents"][number].view(-1)
+        codes, exponents = (
+            self.tensors[""][number].view(-1),
+            self.tensors["exponents"][number].view(-1),
+        )
         ones = torch.ones(-(-exponents.numel() // _NESTED_BLOCK), device=codes.device)
         nested = Nested(_powers().to(codes.device), ones, _NESTED_BLOCK, 0.0)
         table = torch.tensor(VALUES, device=codes.device)

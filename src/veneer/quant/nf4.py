@@ -1,12 +1,15 @@
-"""NF4 and FP4: code books, blockwise quantisation, double quantisation. The files' bytes are bitsandbytes' own.
+"""NF4 and FP4: code books, blockwise quantisation, double quantisation. The files' bytes are
+bitsandbytes' own.
 
-    code    number of thresholds strictly below x / absmax, absmax the largest magnitude of the block
+    code    number of thresholds strictly below x / absmax, absmax the largest magnitude of the
+            block
     weight  book[code] * absmax, in float32, one rounding to the output type
 
-Blocks are consecutive elements of the FLAT weight, so they straddle rows where the width is no multiple of the block.
-Double quantisation stores absmax - mean(absmax) in 8 bits, 256 residuals a block: 0.516 byte a weight in all.
-Where bitsandbytes is wrong (widths that are multiples of 16 and not of 64, values that are not finite) this is right
-or refuses. Source: Dettmers et al. 2023, arXiv:2305.14314; the numbers are those of the released code.
+Blocks are consecutive elements of the FLAT weight, so they straddle rows where the width is no
+multiple of the block. Double quantisation stores absmax - mean(absmax) in 8 bits, 256 residuals a
+block: 0.516 byte a weight in all. Where bitsandbytes is wrong (widths that are multiples of 16 and
+not of 64, values that are not finite) this is right or refuses. Source: Dettmers et al. 2023,
+arXiv:2305.14314; the numbers are those of the released code.
 """
 
 import itertools
@@ -35,7 +38,8 @@ _NF4 = (
     "BF800000 BF3239B1 BF066B30 BECA32A0 BE91A24D BE3D353F BDBA7871 00000000 "
     "3DA2FAFF 3E24CAE3 3E7C04DD 3EAD033A 3EE1A4B8 3F1007AB 3F3913B3 3F800000"
 )
-"""Quantiles of a normal distribution, divided by the largest. Recomputing them gives 10 of 16 another last bit."""
+"""Quantiles of a normal distribution, divided by the largest. Recomputing them gives 10 of 16
+another last bit."""
 _FP4 = (
     "00000000 3BAAAAAB 3F2AAAAB 3F800000 3EAAAAAB 3F000000 3E2AAAAB 3E800000 "
     "80000000 BBAAAAAB BF2AAAAB BF800000 BEAAAAAB BF000000 BE2AAAAB BE800000"
@@ -46,12 +50,15 @@ BOOKS: dict[BookName, str] = {"nf4": _NF4, "fp4": _FP4}
 
 def _floats(bits: str) -> Tensor:
     words = bytes.fromhex("".join(bits.split()))
-    return torch.tensor(struct.unpack(f">{len(words) // 4}f", words), dtype=torch.float32, device="cpu")
+    return torch.tensor(
+        struct.unpack(f">{len(words) // 4}f", words), dtype=torch.float32, device="cpu"
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class CodeBook:
-    """values (16) by code; thresholds (15) ascending; codes (16): number of thresholds below -> code."""
+    """values (16) by code; thresholds (15) ascending; codes (16): number of thresholds below ->
+    code."""
 
     name: BookName
     values: Tensor
@@ -71,8 +78,9 @@ def code_book(name: BookName) -> CodeBook:
 @cache
 @torch.inference_mode(mode=False)
 def nested_map() -> Tensor:
-    """The 256 ascending float32 values of the 8-bit code that scales are stored in: for i = 0..6 the midpoints of
-    2^i + 1 points from 0.1 to 1, times 10^(i - 6), both signs; 0 and 1. Each point is rounded once."""
+    """The 256 ascending float32 values of the 8-bit code that scales are stored in: for i = 0..6
+    the midpoints of 2^i + 1 points from 0.1 to 1, times 10^(i - 6), both signs; 0 and 1. Each point
+    is rounded once."""
 
     def fl(x: float) -> float:
         return float(torch.tensor(x, dtype=torch.float64, device="cpu").to(torch.float32))
@@ -83,7 +91,8 @@ def nested_map() -> Tensor:
         count = 2**i
         step = fl(fl(1.0 - tenth) / count)
         points = [
-            fl(tenth + step * j) if j < (count + 1) // 2 else fl(1.0 - step * (count - j)) for j in range(count + 1)
+            fl(tenth + step * j) if j < (count + 1) // 2 else fl(1.0 - step * (count - j))
+            for j in range(count + 1)
         ]
         power = fl(10.0 ** (i - 6))
         for low, high in itertools.pairwise(points):
@@ -111,7 +120,9 @@ class Packed:
 
     @cached_property
     def blocks(self) -> Blocks:
-        return Blocks(self.packed, self.absmax, self.table, self.block, math.prod(self.shape), self.nested)
+        return Blocks(
+            self.packed, self.absmax, self.table, self.block, math.prod(self.shape), self.nested
+        )
 
     @property
     def format(self) -> BookName:
@@ -127,14 +138,24 @@ class Packed:
     def holding(self, tensors: Mapping[str, Tensor]) -> "Packed":
         nested = self.nested
         if nested is not None:
-            nested = replace(nested, table=tensors["nested_quant_map"], scales=tensors["nested_absmax"])
-        return replace(self, packed=tensors[""], absmax=tensors["absmax"], table=tensors["quant_map"], nested=nested)
+            nested = replace(
+                nested, table=tensors["nested_quant_map"], scales=tensors["nested_absmax"]
+            )
+        return replace(
+            self,
+            packed=tensors[""],
+            absmax=tensors["absmax"],
+            table=tensors["quant_map"],
+            nested=nested,
+        )
 
     @property
     def numbers(self) -> dict[str, float]:
         return {} if self.nested is None else {"nested_offset": self.nested.offset}
 
-    def matrix(self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False) -> PackedMatrix:
+    def matrix(
+        self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False
+    ) -> PackedMatrix:
         rows, columns = self.shape[-2:]
         O, I = (columns, rows) if transposed else (rows, columns)
         start = (number or 0) * rows * columns
@@ -146,7 +167,12 @@ class Packed:
 
 
 def quantize(
-    weight: Tensor, *, book: BookName = "nf4", block: int = 64, double: bool = True, name: str = "the weight"
+    weight: Tensor,
+    *,
+    book: BookName = "nf4",
+    block: int = 64,
+    double: bool = True,
+    name: str = "the weight",
 ) -> Packed:
     """weight: any shape, float32, bf16 or fp16, on any device; it is not changed.
 
@@ -156,7 +182,9 @@ def quantize(
     assert block in BLOCK_SIZES and weight.is_floating_point() and weight.numel()
     chosen = code_book(book)
     device = weight.device
-    packed, absmax = kernels.quantize(weight, chosen.thresholds.to(device), chosen.codes.to(device), block)
+    packed, absmax = kernels.quantize(
+        weight, chosen.thresholds.to(device), chosen.codes.to(device), block
+    )
     if not torch.isfinite(absmax).all():
         raise _not_finite(weight, absmax, block, name)
     nested = None
@@ -173,7 +201,8 @@ def dequantize(weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Nested]:
-    """(indices uint8, what decodes them): the nearest of the 256 values to (absmax - mean) / largest residual.
+    """(indices uint8, what decodes them): the nearest of the 256 values to (absmax - mean) /
+    largest residual.
 
     A block of scales that all equal the mean has largest residual 0 and index 127, the value 0.
     """
@@ -197,5 +226,6 @@ def _not_finite(weight: Tensor, absmax: Tensor, block: int, name: str) -> Corrup
     return CorruptFileError(
         f"{name} holds values that are not finite and cannot be quantised",
         [f"the first: {float(weight[index])} at {list(index)}"],
-        "Load the model again from its source; a 4-bit block with such a value would lose all its others.",
+        "Load the model again from its source; a 4-bit block with such a value would lose all its"
+        " others.",
     )

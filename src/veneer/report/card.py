@@ -1,7 +1,8 @@
 """README.md beside an adapter, or a model with it inside: a model card as the hub reads it.
 
-What comes from users, models or files stands in code, inline or fenced, and in YAML that is dumped: it is neither
-markup nor a field. Not known here: where the card goes (library/transfer.py, cli/export.py).
+What comes from users, models or files stands in code, inline or fenced, and in YAML that is dumped:
+it is neither markup nor a field. Not known here: where the card goes (library/transfer.py,
+cli/export.py).
 """
 
 import re
@@ -43,7 +44,8 @@ def model_card(
 
     commands      that answer with it
     library_name  that reads the files: peft, veneer, or gguf, of a model with the base in it
-    figures       what `veneer evaluate --json` said, beside what training measured, which the manifest has
+    figures       what `veneer evaluate --json` said, beside what training measured, which the
+                  manifest has
     sample        a held-out row: prompt, expected, before, answer
     licence       of the base; None: not known
     """
@@ -52,7 +54,10 @@ def model_card(
     parts = [
         f"---\n{_front_matter(manifest, library_name, licence)}---\n",
         f"# {_code(name)}\n",
-        f"{what}: {_code(manifest.method)} over {_code(base)}, made with Veneer {_code(manifest.veneer_version)}.\n",
+        (
+            f"{what}: {_code(manifest.method)} over {_code(base)}, made with Veneer"
+            f" {_code(manifest.veneer_version)}.\n"
+        ),
         "## Run it\n\n" + _block("\n".join(commands), "bash"),
         _figures(manifest, figures),
         _before_after(sample),
@@ -86,20 +91,33 @@ def _held_out(manifest: Manifest) -> str:
     found = manifest.held_out
     if found is None:
         loss = manifest.metrics.get("validation_loss")
-        said = f"Held-out loss {number(loss)} nats a token, as training measured it; no interval was computed.\n"
+        said = (
+            f"Held-out loss {number(loss)} nats a token, as training measured it; no interval was"
+            " computed.\n"
+        )
         return "" if loss is None else said
     rows = _change_rows("held-out loss", found)
     for name, one in found.sets.items():
         rows += _change_rows(f"held-out loss of {name}", one)
-    return _table(("figure", "value", "95% interval"), rows) + (
-        f"\nNats a token over {found.rows:,} rows, {found.tokens:,} tokens, that were not learnt, as training measured "
-        "them; by this loss the step was chosen whose values these are. The change is on the same rows.\n"
+    return (
+        _table(("figure", "value", "95% interval"), rows)
+        + f"\nNats a token over {found.rows:,} rows, {found.tokens:,} tokens, that were not learnt,"
+        " as training measured them; by this loss the step was chosen whose values these are."
+        " The change is on the same rows.\n"
     )
 
 
 def _change_rows(what: str, found: SetHeldOut) -> list[tuple[str, str, str]]:
-    named = ((f"{what} before", found.before), (f"{what} after", found.loss), (f"{what} change", found.change))
-    return [(name, number(each.value), between(each.low, each.high)) for name, each in named if each is not None]
+    named = (
+        (f"{what} before", found.before),
+        (f"{what} after", found.loss),
+        (f"{what} change", found.change),
+    )
+    return [
+        (name, number(each.value), between(each.low, each.high))
+        for name, each in named
+        if each is not None
+    ]
 
 
 def _evaluated(figures: Mapping[str, Any] | None) -> str:
@@ -111,7 +129,11 @@ def _evaluated(figures: Mapping[str, Any] | None) -> str:
             if isinstance(value, int | float) and name not in _NOT_FIGURES:
                 found = intervals.get(name)
                 rows.append((name, number(value), "–" if not found else between(*found)))
-        over = f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n" if "rows" in figures else ""
+        over = (
+            f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n"
+            if "rows" in figures
+            else ""
+        )
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise CorruptFileError(
             "these are not figures that veneer evaluate --json wrote", next_step="Write them anew."
@@ -123,7 +145,9 @@ def _before_after(sample: Mapping[str, Any] | None) -> str:
     if sample is None:
         return ""
     texts = [(title, sample.get(key)) for title, key in _SAMPLE if sample.get(key) is not None]
-    said = "\n".join(f"{title}:\n\n{_block(cut(str(text), MOST_CHARACTERS))}" for title, text in texts)
+    said = "\n".join(
+        f"{title}:\n\n{_block(cut(str(text), MOST_CHARACTERS))}" for title, text in texts
+    )
     return "## A held-out row, before and after\n\n" + said
 
 
@@ -152,7 +176,11 @@ def _identity(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _licence(licence: str | None, base: str) -> str:
-    said = f"The base's: {_code(licence)}." if licence else f"That of the base, {_code(base)}, holds too; look there."
+    said = (
+        f"The base's: {_code(licence)}."
+        if licence
+        else f"That of the base, {_code(base)}, holds too; look there."
+    )
     return said + "\n"
 
 
@@ -166,7 +194,8 @@ def card_for(
     figures: Mapping[str, Any] | None = None,
     sample: bool = False,
 ) -> str | None:
-    """The card of an adapter's folder; None: it has no manifest, so there is nothing to say. base: as we name it.
+    """The card of an adapter's folder; None: it has no manifest, so there is nothing to say. base:
+    as we name it.
 
     sample: with the held-out row that its run showed last, which whoever reads the card then reads.
     """
@@ -185,22 +214,26 @@ def card_for(
 
 
 def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """The last answer to a held-out row of the run that made the adapter, where that run is still there."""
+    """The last answer to a held-out row of the run that made the adapter, where that run is still
+    there."""
     out = (manifest.recipe or {}).get("out")
     for run in [folder.parent, *([Path(out)] if isinstance(out, str) else [])]:
         try:
             made = run / "adapter" / MANIFEST_NAME
             if made.is_file() and read_manifest(made).content_hash == manifest.content_hash:
                 records = read_records(run / "metrics.jsonl")
-                return next((r["sample"] for r in reversed(records) if isinstance(r.get("sample"), dict)), None)
+                return next(
+                    (r["sample"] for r in reversed(records) if isinstance(r.get("sample"), dict)),
+                    None,
+                )
         except (VeneerError, OSError):
             continue
     return None
 
 
 def licence_of(base: str) -> str | None:
-    """What the base's own files say: a .gguf file's metadata, or the head of the model card in its folder; of a named
-    default what those said of which it comes."""
+    """What the base's own files say: a .gguf file's metadata, or the head of the model card in its
+    folder; of a named default what those said of which it comes."""
     found: Any = None
     if base in NAMED:
         return NAMED[base].licence
@@ -224,7 +257,10 @@ def _head(card: Path) -> dict[str, Any]:
             lines = file.read(MAX_YAML_BYTES).split(b"\n")
         if lines[0].rstrip() != b"---":
             return {}
-        end = next((number for number, line in enumerate(lines[1:], 1) if line.startswith(b"---")), len(lines))
+        end = next(
+            (number for number, line in enumerate(lines[1:], 1) if line.startswith(b"---")),
+            len(lines),
+        )
         return parse_yaml(b"\n".join(lines[1:end]), card)
     except (OSError, ValueError, SourceError):  # a name that is none, too
         return {}
@@ -244,7 +280,10 @@ def _block(text: str, language: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join([row[0] if _PLAIN.fullmatch(row[0]) else _cell(row[0]), *map(_cell, row[1:])]) for row in rows]
+    lines = [
+        " | ".join([row[0] if _PLAIN.fullmatch(row[0]) else _cell(row[0]), *map(_cell, row[1:])])
+        for row in rows
+    ]
     return "\n".join([" | ".join(head), " | ".join("---" for _ in head), *lines]) + "\n"
 
 

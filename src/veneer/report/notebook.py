@@ -1,6 +1,8 @@
-"""A run in a notebook: its figures and the curve of its loss, one picture that is drawn anew while it goes on.
+"""A run in a notebook: its figures and the curve of its loss, one picture that is drawn anew while
+it goes on.
 
-A screen as train/screen.py has them. No script and no widget: HTML that the notebook keeps, everything escaped.
+A screen as train/screen.py has them. No script and no widget: HTML that the notebook keeps,
+everything escaped.
 """
 
 from __future__ import annotations
@@ -28,18 +30,21 @@ from veneer.wording import between, html_table, number, shown
 DRAWN_SECONDS = 0.5
 """A picture at most this often: each goes through the notebook's connection."""
 _STYLE = (
-    "<style>.veneer svg{display:block;width:100%;max-width:760px}.veneer svg.narrow{display:none}"
-    ".veneer svg text{font-size:12px;fill:#808590}.veneer .grid{stroke:#8884}"
-    ".veneer .line{fill:none;stroke-width:2}.veneer .line.a{stroke:#4f7ae8}.veneer .line.b{stroke:#d0701f}"
-    ".veneer circle.b{fill:#d0701f}.veneer .key{margin-right:16px}.veneer .key.a{color:#4f7ae8}"
-    ".veneer .key.b{color:#d0701f}.veneer pre{white-space:pre-wrap;margin:4px 0}</style>"
+    "<style>.veneer svg{display:block;width:100%;max-width:760px}.veneer"
+    " svg.narrow{display:none}.veneer svg text{font-size:12px;fill:#808590}.veneer"
+    " .grid{stroke:#8884}.veneer .line{fill:none;stroke-width:2}.veneer"
+    " .line.a{stroke:#4f7ae8}.veneer .line.b{stroke:#d0701f}.veneer circle.b{fill:#d0701f}.veneer"
+    " .key{margin-right:16px}.veneer .key.a{color:#4f7ae8}.veneer .key.b{color:#d0701f}.veneer"
+    " pre{white-space:pre-wrap;margin:4px 0}</style>"
 )
 
 
 class NotebookScreen:
     """show: puts HTML where this run's picture is, in place of what was there."""
 
-    def __init__(self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._show, self._now = show, now
         self._lines: list[str] = []
         self._progress: Progress | None = None
@@ -83,18 +88,26 @@ class NotebookScreen:
         parts = [_STYLE, f"<pre>{escape(chr(10).join(self._lines))}</pre>"]
         if self._progress is not None:
             done, total = self._progress.done, self._progress.total
-            parts.append(f"<progress max={total} value={done}></progress> step {done:,} of {total:,}")
+            parts.append(
+                f"<progress max={total} value={done}></progress> step {done:,} of {total:,}"
+            )
             if self._losses:
                 parts.append(f" · {escape(self._progress.figures())}")
         parts.append(
             line_chart(
-                [Series("training", self._losses, "a"), Series("held-out", self._held_out, "b", marks=True)],
+                [
+                    Series("training", self._losses, "a"),
+                    Series("held-out", self._held_out, "b", marks=True),
+                ],
                 title="Loss",
                 x_label="step",
                 y_label="nats per trained token",
             )
         )
-        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self._sample)
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
+            for name, text in self._sample
+        )
         parts.append(f"<table>{rows}</table>" if rows else "")
         self._show(f"<div class=veneer>{''.join(parts)}</div>")
 
@@ -119,5 +132,7 @@ class Evaluation(dict[str, Any]):
             if isinstance(value, int | float):
                 low, high = intervals.get(name, (None, None))
                 interval = "" if low is None else between(low, high)
-                rows.append((name, f"{value:,}" if isinstance(value, int) else number(value), interval))
+                rows.append(
+                    (name, f"{value:,}" if isinstance(value, int) else number(value), interval)
+                )
         return html_table("", rows, head=("figure", "value", "95% interval"))

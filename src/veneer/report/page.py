@@ -1,8 +1,8 @@
 """report.html: one file that says what a run did, made from what the run folder holds.
 
-No network, no script, no font to load: it can be mailed and opened in ten years. Everything that comes
-from users or models is escaped. Reads run.yaml, metrics.jsonl, summary.json and, where there is one,
-adapter/veneer.json; what an interrupted run did not write is left out of the page.
+No network, no script, no font to load: it can be mailed and opened in ten years. Everything that
+comes from users or models is escaped. Reads run.yaml, metrics.jsonl, summary.json and, where there
+is one, adapter/veneer.json; what an interrupted run did not write is left out of the page.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ REASONS = {"done": "finished", "early_stop": "stopped early: the held-out loss n
 def write_report(run_folder: str | Path) -> Path:
     """Writes report.html into the run folder, replacing an older one, and returns its path.
 
-    Raises SourceError where the folder is not a run's, CorruptFileError where its records are broken.
+    Raises SourceError where the folder is not a run's, CorruptFileError where its records are
+    broken.
     """
     folder = Path(run_folder)
     needed = [folder / "run.yaml", folder / "metrics.jsonl"]
@@ -91,7 +92,8 @@ def make_page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # Nothing may be loaded or run, even if something slipped through the escaping.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
+        " 'unsafe-inline'\">"
         f"<title>{escape(name)} · Veneer</title><style>{STYLE}</style></head><body><main>"
         + "".join(sections)
         + "</main></body></html>\n"
@@ -103,8 +105,12 @@ def _section(title: str, content: str) -> str:
 
 
 def _head(name: str, start: Record, end: Record, num_steps: int) -> str:
-    facts = [f"{start['method']} on {start['base']}"] if "method" in start and "base" in start else []
-    facts.append(f"{num_steps:,} of {start['steps']:,} steps" if "steps" in start else f"{num_steps:,} steps")
+    facts = (
+        [f"{start['method']} on {start['base']}"] if "method" in start and "base" in start else []
+    )
+    facts.append(
+        f"{num_steps:,} of {start['steps']:,} steps" if "steps" in start else f"{num_steps:,} steps"
+    )
     if isinstance(start.get("time"), int | float):
         facts.append(time.strftime("%d %B %Y, %H:%M", time.localtime(start["time"])))
     reason = str(end.get("reason", "not finished"))
@@ -112,24 +118,49 @@ def _head(name: str, start: Record, end: Record, num_steps: int) -> str:
     return f"<header><h1>{escape(name)}</h1><p>{escape(' · '.join(facts))}</p>{status}</header>"
 
 
-def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
+def _figures(
+    start: Record,
+    summary: Mapping[str, Any],
+    steps: Sequence[Record],
+    evaluations: Sequence[Record],
+) -> str:
     figures: list[tuple[str, str, str]] = []  # value, name, beside it
     held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
     if held_out:
         kept = [f"step {summary['best_step']:,}"] if summary.get("best_step") else []
-        beside = kept + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else []) + _intervals(summary)
+        beside = (
+            kept
+            + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else [])
+            + _intervals(summary)
+        )
         figures.append((number(min(held_out)), "held-out loss, best", " · ".join(beside)))
     losses = [r["loss"] for r in steps if r["loss"] is not None]
     if losses:
         tenth = losses[-max(len(losses) // 10, 1) :]
-        figures.append((number(sum(tenth) / len(tenth)), "training loss, last tenth", f"first {number(losses[0])}"))
+        figures.append(
+            (
+                number(sum(tenth) / len(tenth)),
+                "training loss, last tenth",
+                f"first {number(losses[0])}",
+            )
+        )
     if steps:
         seconds = sum(r["seconds"] for r in steps)
-        rate = summary.get("tokens_per_second") or (sum(r["tokens"] for r in steps) / seconds if seconds else 0)
+        rate = summary.get("tokens_per_second") or (
+            sum(r["tokens"] for r in steps) / seconds if seconds else 0
+        )
         per_row = summary.get("examples_per_second")
-        figures.append((f"{rate:,.0f}", "tokens per second", f"{number(per_row)} rows per second" if per_row else ""))
+        figures.append(
+            (
+                f"{rate:,.0f}",
+                "tokens per second",
+                f"{number(per_row)} rows per second" if per_row else "",
+            )
+        )
         parts = shares(summary.get("seconds_by_part") or {})
-        figures.append((clock(seconds), "training time", parts or f"{number(seconds / len(steps))} s a step"))
+        figures.append(
+            (clock(seconds), "training time", parts or f"{number(seconds / len(steps))} s a step")
+        )
     if peak := summary.get("peak_memory_bytes"):
         idle = summary.get("idle_memory_bytes")
         figures.append((size(peak), "peak memory", f"{size(idle)} before the base" if idle else ""))
@@ -137,7 +168,9 @@ def _figures(start: Record, summary: Mapping[str, Any], steps: Sequence[Record],
         share = percent(trainable, start["total_parameters"])
         figures.append((millions(trainable), "trainable parameters", f"{share} of the base"))
     if start.get("modules_total"):
-        figures.append((f"{start['modules_adapted']} of {start['modules_total']}", "modules adapted", ""))
+        figures.append(
+            (f"{start['modules_adapted']} of {start['modules_total']}", "modules adapted", "")
+        )
     if on_disk := summary.get("adapter_bytes", start.get("adapter_bytes")):
         figures.append((size(on_disk), "on disk", ""))
     cells = (
@@ -189,8 +222,8 @@ def _small_charts(steps: Sequence[Record]) -> str:
 
 
 def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
-    """Per prompt: the answer before, the answer of the values that were kept (else the last), what was
-    expected; the other answers folded away."""
+    """Per prompt: the answer before, the answer of the values that were kept (else the last), what
+    was expected; the other answers folded away."""
     by_prompt: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for record in evaluations:
         if sample := record.get("sample"):
@@ -209,8 +242,14 @@ def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
             if text is not None
         )
         others = [(f"step {at:,}", each["answer"]) for at, each in answers if at not in (0, step)]
-        way = f"<details><summary>answers at other steps</summary>{_table((), others)}</details>" if others else ""
-        cards.append(f"<article><h3>{escape(prompt)}</h3><div class=answers>{cells}</div>{way}</article>")
+        way = (
+            f"<details><summary>answers at other steps</summary>{_table((), others)}</details>"
+            if others
+            else ""
+        )
+        cards.append(
+            f"<article><h3>{escape(prompt)}</h3><div class=answers>{cells}</div>{way}</article>"
+        )
     return "".join(cards)
 
 
@@ -227,7 +266,10 @@ def _memory(summary: Mapping[str, Any]) -> str:
     note = ""
     if planned and peak:
         off = 100 * (peak - planned) / planned
-        note = f"<p>The plan was {abs(off):.1f}% {'below' if off > 0 else 'above'} what was measured.</p>"
+        note = (
+            f"<p>The plan was {abs(off):.1f}% {'below' if off > 0 else 'above'} what was"
+            " measured.</p>"
+        )
     return bars([(name, value, size(value), colour) for name, value, colour in rows]) + note
 
 
@@ -257,11 +299,15 @@ def _recipe(settings: Mapping[str, Any]) -> str:
     changed, same = recipe_rows(settings)
     folded = _table((), [row[:2] for row in same])
     return _table(("setting", "value", "default"), changed) + (
-        f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>" if same else ""
+        f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>"
+        if same
+        else ""
     )
 
 
-def recipe_rows(settings: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+def recipe_rows(
+    settings: Mapping[str, Any],
+) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """(setting, value, default) of those that differ from the default, and of the others."""
     defaults = _defaults(settings)
     values = flat({**settings, "data": settings.get("data") or {}})
@@ -270,17 +316,22 @@ def recipe_rows(settings: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]]
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat defaults of the run, of data, and of the method that the run took; needed ones are absent."""
+    """Flat defaults of the run, of data, and of the method that the run took; needed ones are
+    absent."""
 
     def of(model: Any) -> dict[str, Any]:
         fields = model.model_fields.items()
-        return {k: f.get_default(call_default_factory=True) for k, f in fields if not f.is_required()}
+        return {
+            k: f.get_default(call_default_factory=True) for k, f in fields if not f.is_required()
+        }
 
     method = settings.get("method")
     chosen = METHODS.get(method.get("name", "")) if isinstance(method, Mapping) else None
     defaults = of(RunConfig) | {"data": of(DataConfig), "method": of(chosen) if chosen else {}}
     if chosen:
-        defaults["method"]["name"] = RunConfig.model_fields["method"].get_default(call_default_factory=True).name
+        defaults["method"]["name"] = (
+            RunConfig.model_fields["method"].get_default(call_default_factory=True).name
+        )
     return flat(defaults)
 
 
@@ -291,9 +342,15 @@ def _said(value: Any) -> str:
 
 
 def _repeat(folder: Path, settings: Mapping[str, Any]) -> str:
-    command = f"veneer train {shlex.quote(str(folder / 'run.yaml'))} --out {shlex.quote(str(folder) + '-again')}"
+    command = (
+        f"veneer train {shlex.quote(str(folder / 'run.yaml'))} --out"
+        f" {shlex.quote(str(folder) + '-again')}"
+    )
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    return f"<pre>{escape(command)}</pre><details><summary>run.yaml</summary><pre>{escape(text)}</pre></details>"
+    return (
+        f"<pre>{escape(command)}</pre><details><summary>run.yaml</summary>"
+        f"<pre>{escape(text)}</pre></details>"
+    )
 
 
 def _identity(summary: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
@@ -309,7 +366,11 @@ def _hashes(manifest_file: Path) -> dict[str, str]:
     found = {
         "base": manifest.base.name,
         "base revision": manifest.base.revision,
-        **{f"base {name}": str(value) for name, value in manifest.base.fingerprint.items() if name != "config"},
+        **{
+            f"base {name}": str(value)
+            for name, value in manifest.base.fingerprint.items()
+            if name != "config"
+        },
         "tokenizer": manifest.tokenizer_hash,
         "chat template": manifest.template_hash,
         "data": manifest.data_fingerprint,
@@ -323,5 +384,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     if not lines:
         return ""
-    titles = "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>" if head else ""
+    titles = (
+        "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>" if head else ""
+    )
     return f"<table>{titles}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -1,4 +1,5 @@
-"""A plan as one HTML page: the table, the bars, how it was reckoned. No network, no script; foreign text escaped."""
+"""A plan as one HTML page: the table, the bars, how it was reckoned. No network, no script; foreign
+text escaped."""
 
 from __future__ import annotations
 
@@ -9,13 +10,27 @@ from veneer.plan.table import PlanRow
 from veneer.report.style import STYLE
 from veneer.wording import clock, millions, number, percent, size
 
-COLOURS = ("#2456d6", "#c2580a", "#0f7b5a", "#8a3ffc", "#b9c3da", "#d6a419", "#5b6472", "#e0749a", "#3aa6b9", "#7d5a3c")
+COLOURS = (
+    "#2456d6",
+    "#c2580a",
+    "#0f7b5a",
+    "#8a3ffc",
+    "#b9c3da",
+    "#d6a419",
+    "#5b6472",
+    "#e0749a",
+    "#3aa6b9",
+    "#7d5a3c",
+)
 OWN = """
 main { max-width: 1000px; }
-.stack { display: flex; height: 18px; border-radius: 4px; overflow: hidden; background: var(--tint); }
+.stack { display: flex; height: 18px; border-radius: 4px; overflow: hidden;
+  background: var(--tint); }
 .stack i { display: block; height: 100%; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px; color: var(--soft); }
-.legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px;
+  color: var(--soft); }
+.legend span::before { content: ""; display: inline-block; width: 10px; height: 10px;
+  border-radius: 2px;
 margin-right: 7px;
   background: var(--c); }
 .wide td:first-child { width: auto; color: var(--ink); }
@@ -26,12 +41,16 @@ margin-right: 7px;
 """
 
 
-def plan_page(title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, notes: Sequence[str]) -> str:
+def plan_page(
+    title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, notes: Sequence[str]
+) -> str:
     """The HTML text. notes: sentences on where the figures come from."""
     labels = list(dict.fromkeys(part for row in rows for part in row.parts))
     colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
     most: dict[str, int] = {}
-    for row in rows:  # a scale for each base: beside a large one nothing would be seen of a small one
+    for (
+        row
+    ) in rows:  # a scale for each base: beside a large one nothing would be seen of a small one
         most[row.base] = max(most.get(row.base, 0), row.needed_bytes)
     body = (
         f"<header><h1>{escape(title)}</h1>"
@@ -40,12 +59,14 @@ def plan_page(title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, 
         + f"<section><h2>What fits</h2><div class=scroll>{_table(rows)}</div></section>"
         + "<section><h2>What the peak is made of</h2>"
         + f"{''.join(_stack(r, most[r.base], colours) for r in rows)}{_legend(colours)}</section>"
-        + f"<section><h2>Where the figures come from</h2>{''.join(f'<p>{escape(n)}</p>' for n in notes)}</section>"
+        + "<section><h2>Where the figures come"
+        f" from</h2>{''.join(f'<p>{escape(n)}</p>' for n in notes)}</section>"
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
+        " 'unsafe-inline'\">"
         f"<title>{escape(title)} · Veneer</title>"
         f"<style>{STYLE}{OWN}</style></head><body><main>{body}</main></body></html>\n"
     )
@@ -63,10 +84,9 @@ def verdict(row: PlanRow) -> str:
     if row.way is None:
         if row.nearest is None:  # not looked for
             return "does not fit"
-        return (
-            "does not fit, "
-            f"{f'whatever is changed: {row.nearest}' if row.nearest.changes else 'and nothing can be changed'}"
-        )
+        if row.nearest.changes:
+            return f"does not fit, whatever is changed: {row.nearest}"
+        return "does not fit, and nothing can be changed"
     changes = " + ".join(change.says for change in row.way.changes)
     return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
 
@@ -80,9 +100,18 @@ def spread_lines(row: PlanRow) -> list[str]:
     lines = [f"each of {many:,} processes sends {size(sent.gradient)} of gradient{layers} a step"]
     parts = [f"compute {number(time.compute)}", f"wait {number(time.wait)}"]
     if row.efficiency is None:
-        return [*lines, f"computed: a step {number(time.seconds)} s without what they send: {', '.join(parts)}"]
-    parts += [f"sum {number(time.reduce)}", *([f"gather {number(time.gather)}"] if sent.layers else [])]
-    told = f"computed: a step {number(time.seconds)} s: {', '.join(parts)} · efficiency {percent(row.efficiency, 1)}"
+        return [
+            *lines,
+            f"computed: a step {number(time.seconds)} s without what they send: {', '.join(parts)}",
+        ]
+    parts += [
+        f"sum {number(time.reduce)}",
+        *([f"gather {number(time.gather)}"] if sent.layers else []),
+    ]
+    told = (
+        f"computed: a step {number(time.seconds)} s: {', '.join(parts)} · efficiency"
+        f" {percent(row.efficiency, 1)}"
+    )
     return [*lines, told]
 
 
@@ -108,8 +137,8 @@ def _table(rows: Sequence[PlanRow]) -> str:
 
 def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
     parts = "".join(
-        f'<i style="width:{100 * size_ / most:.2f}%;background:{colours[label]}" title="{escape(label)} '
-        f'{size(size_)}"></i>'
+        f'<i style="width:{100 * size_ / most:.2f}%;background:{colours[label]}"'
+        f' title="{escape(label)} {size(size_)}"></i>'
         for label, size_ in row.parts.items()
     )
     name = f"{row.base} · {row.choice.label} · {size(row.peak_bytes)}, in {row.phase}"
@@ -118,5 +147,7 @@ def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
 
 
 def _legend(colours: dict[str, str]) -> str:
-    keys = "".join(f'<span style="--c:{colour}">{escape(label)}</span>' for label, colour in colours.items())
+    keys = "".join(
+        f'<span style="--c:{colour}">{escape(label)}</span>' for label, colour in colours.items()
+    )
     return f"<div class=legend>{keys}</div>"

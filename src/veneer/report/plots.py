@@ -1,7 +1,8 @@
-"""Line charts as inline SVG: axes with units, labels that stay legible on a phone, colours from CSS.
+"""Line charts as inline SVG: axes with units, labels that stay legible on a phone, colours from
+CSS.
 
-Each chart is drawn twice, for a wide and for a narrow page, and CSS shows the one that fits: scaling
-one drawing down would scale its letters too. Nothing here knows what is plotted.
+Each chart is drawn twice, for a wide and for a narrow page, and CSS shows the one that fits:
+scaling one drawing down would scale its letters too. Nothing here knows what is plotted.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Series:
     marks: bool = False
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, small: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series], *, title: str, x_label: str, y_label: str, small: bool = False
+) -> str:
     """HTML of a figure: a legend (or, for one line, the title) and the two drawings.
 
     Returns an empty string where no series has a point.
@@ -54,7 +57,8 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
 
 
 def smooth(values: Sequence[float | None], reach: int) -> list[float | None]:
-    """Mean over `reach` values to each side, fewer where an end is nearer: no lag, no pull at the ends."""
+    """Mean over `reach` values to each side, fewer where an end is nearer: no lag, no pull at the
+    ends."""
     smoothed: list[float | None] = []
     for i in range(len(values)):
         near = min(reach, i, len(values) - 1 - i)
@@ -68,13 +72,16 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = min((power * m for m in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - count))
+    step = min(
+        (power * m for m in (1, 2, 5, 10)), key=lambda step: abs((high - low) / step - count)
+    )
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most about `most` points: of each stretch the lowest and the highest, so no spike is lost."""
+    """At most about `most` points: of each stretch the lowest and the highest, so no spike is
+    lost."""
     if len(points) <= most:
         return list(points)
     kept: list[Point] = []
@@ -90,7 +97,14 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 
 
 def _svg(
-    series: Sequence[Series], width: int, height: int, kind: str, *, title: str, x_label: str, y_label: str
+    series: Sequence[Series],
+    width: int,
+    height: int,
+    kind: str,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
 ) -> str:
     xs = [x for each in series for x, _ in each.points]
     ys = [y for each in series for _, y in each.points if y is not None]
@@ -103,17 +117,24 @@ def _svg(
         return f"{px:.1f},{py:.1f}"
 
     parts = [
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
+        (
+            f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img"'
+            f' aria-label="{escape(title)}">'
+        ),
         f'<text x="0" y="12">{escape(y_label)}</text>',
         f'<text x="{width - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>',
     ]
     for y in ticks(y_low, y_high, 4):
         left, py = at(x_low, y).split(",")
         parts.append(f'<line class="grid" x1="{left}" y1="{py}" x2="{width - RIGHT}" y2="{py}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{label(y)}</text>')
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{label(y)}</text>'
+        )
     for x in ticks(x_low, x_high, max(width // 110, 3)):
         px = at(x, y_low).split(",")[0]
-        parts.append(f'<text x="{px}" y="{height - BOTTOM + 18}" text-anchor="middle">{label(x)}</text>')
+        parts.append(
+            f'<text x="{px}" y="{height - BOTTOM + 18}" text-anchor="middle">{label(x)}</text>'
+        )
     for each in series:
         for run in _unbroken(thin(each.points)):
             if len(run) > 1:
@@ -124,7 +145,8 @@ def _svg(
                     px, py = at(x, y).split(",")
                     tip = f"{escape(each.name)}, {label(x)}: {y:.4g}"
                     parts.append(
-                        f'<circle class="{each.colour}" cx="{px}" cy="{py}" r="4"><title>{tip}</title></circle>'
+                        f'<circle class="{each.colour}" cx="{px}" cy="{py}"'
+                        f' r="4"><title>{tip}</title></circle>'
                     )
     return "".join(parts) + "</svg>"
 
@@ -139,7 +161,8 @@ def _range(ys: Sequence[float]) -> tuple[float, float]:
 
 
 def not_blown_up(low: float, high: float) -> tuple[float, float]:
-    """An axis from low to high, at least LEAST_SPAN of what is the larger: less would show noise as a landscape."""
+    """An axis from low to high, at least LEAST_SPAN of what is the larger: less would show noise as
+    a landscape."""
     missing = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
     if missing <= 0:
         return low, high
@@ -166,8 +189,9 @@ def label(value: float) -> str:
 
 
 def spans(rows: Sequence[tuple[str, float, float, float, str, str]], least: float) -> str:
-    """Bars from a zero that all share, to either side, with a line over the interval: name, value, its two ends, label,
-    class. least: what the scale shows at least, however small the values are."""
+    """Bars from a zero that all share, to either side, with a line over the interval: name, value,
+    its two ends, label, class. least: what the scale shows at least, however small the values
+    are."""
     if not rows:
         return ""
     low = min(0.0, *(a for _, _, a, _, _, _ in rows))
@@ -181,7 +205,8 @@ def spans(rows: Sequence[tuple[str, float, float, float, str, str]], least: floa
 
     lines = (
         f"<div><dt>{escape(name)}</dt><dd><span class=track><b style=left:{at(0.0):.1f}%></b>"
-        f'<i class={colour} style="{between(0.0, value)}"></i><u style="{between(a, b)}"></u></span>'
+        f'<i class={colour} style="{between(0.0, value)}"></i><u'
+        f' style="{between(a, b)}"></u></span>'
         f"<span>{escape(text)}</span></dd></div>"
         for name, value, a, b, text, colour in rows
     )
@@ -193,7 +218,8 @@ def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
     most = max((value for _, value, _, _ in rows), default=0)
     lines = (
         f"<div><dt>{escape(name)}</dt><dd><i class={colour} "
-        f"style=width:{70 * max(value, 0) / most if most > 0 else 0:.1f}%></i>{escape(text)}</dd></div>"
+        f"style=width:{70 * max(value, 0) / most if most > 0 else 0:.1f}%></i>"
+        f"{escape(text)}</dd></div>"
         for name, value, text, colour in rows
     )
     return f"<dl class=bars>{''.join(lines)}</dl>" if rows else ""

@@ -1,4 +1,5 @@
-"""Points with intervals as inline SVG: what something costs against how good it is. Drawn as plots.py draws lines."""
+"""Points with intervals as inline SVG: what something costs against how good it is. Drawn as
+plots.py draws lines."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TOP_LABEL = 12
 
 @dataclass(frozen=True)
 class Mark:
-    """A point at (x, y) with an interval from low to high of y; tip: what it says under the pointer."""
+    """A point at (x, y) with an interval from low to high of y; tip: what it says under the
+    pointer."""
 
     name: str
     x: float
@@ -28,7 +30,8 @@ class Mark:
 
 
 def scatter_chart(marks: Sequence[Mark], *, title: str, x_label: str, y_label: str) -> str:
-    """HTML of a figure: its title and the two drawings. The x axis counts in powers of ten where the values need it.
+    """HTML of a figure: its title and the two drawings. The x axis counts in powers of ten where
+    the values need it.
 
     y values are in the units of the axis: percent as 0 to 100. Empty without marks.
     """
@@ -41,7 +44,16 @@ def scatter_chart(marks: Sequence[Mark], *, title: str, x_label: str, y_label: s
     return f"<figure><figcaption>{escape(title)}</figcaption>{drawings}</figure>"
 
 
-def _svg(marks: Sequence[Mark], width: int, height: int, kind: str, *, title: str, x_label: str, y_label: str) -> str:
+def _svg(
+    marks: Sequence[Mark],
+    width: int,
+    height: int,
+    kind: str,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> str:
     positive = [m.x for m in marks if m.x > 0]
     logarithmic = len(positive) == len(marks) and max(positive) > 8 * min(positive)
     xs = [math.log10(m.x) if logarithmic else m.x for m in marks]
@@ -62,18 +74,31 @@ def _svg(marks: Sequence[Mark], width: int, height: int, kind: str, *, title: st
         return TOP + (y_high - y) / (y_high - y_low) * (height - TOP - BOTTOM)
 
     parts = [
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
+        (
+            f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img"'
+            f' aria-label="{escape(title)}">'
+        ),
         f'<text x="0" y="{TOP_LABEL}">{escape(y_label)}</text>',
         f'<text x="{width - RIGHT}" y="{height - 4}" text-anchor="end">{escape(x_label)}</text>',
     ]
     for y in ticks(y_low, y_high, 4):
-        parts.append(f'<line class="grid" x1="{LEFT}" y1="{py(y):.1f}" x2="{width - RIGHT}" y2="{py(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{label(y)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" y1="{py(y):.1f}" x2="{width - RIGHT}"'
+            f' y2="{py(y):.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{label(y)}</text>'
+        )
     for place, said in _x_ticks(x_low, x_high, logarithmic):
-        parts.append(f'<text x="{px(place):.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{said}</text>')
+        parts.append(
+            f'<text x="{px(place):.1f}" y="{height - BOTTOM + 18}"'
+            f' text-anchor="middle">{said}</text>'
+        )
     for m, x in zip(marks, xs, strict=True):
         at = f"{px(x):.1f}"
-        parts.append(f'<g class="mark {escape(m.colour)}"><title>{escape(m.name)}: {escape(m.tip)}</title>')
+        parts.append(
+            f'<g class="mark {escape(m.colour)}"><title>{escape(m.name)}: {escape(m.tip)}</title>'
+        )
         parts.append(f'<line x1="{at}" y1="{py(m.low):.1f}" x2="{at}" y2="{py(m.high):.1f}"/>')
         parts.append(f'<circle class="{escape(m.colour)}" cx="{at}" cy="{py(m.y):.1f}" r="5"/></g>')
     return "".join(parts) + "</svg>"
@@ -85,7 +110,9 @@ def _x_ticks(low: float, high: float, logarithmic: bool) -> list[tuple[float, st
     powers = range(math.ceil(low), math.floor(high) + 1)
     if len(powers) >= 2:
         return [(float(p), short(10.0**p)) for p in powers]
-    steps = [p + math.log10(m) for p in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    steps = [
+        p + math.log10(m) for p in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)
+    ]
     return [(x, short(10**x)) for x in steps if low <= x <= high]
 
 

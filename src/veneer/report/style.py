@@ -1,4 +1,5 @@
-"""The report's style sheet: one typeface (the system's), two colours, light and dark, phone to desk."""
+"""The report's style sheet: one typeface (the system's), two colours, light and dark, phone to
+desk."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1d21; --soft: #666a73; --rule: #e4e5e9;
@@ -6,16 +7,19 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #15161a; --ink: #ececf0; --soft: #9a9ea9;
   --rule: #2c2e35; --tint: #1d1f24; --a: #7aa2ff; --b: #f0a052; --quiet: #46506a; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system,
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system,
   "Segoe UI", Roboto, "Noto Sans", sans-serif; font-variant-numeric: tabular-nums; }
 main { max-width: 800px; margin: 0 auto; padding: 56px 20px 96px; }
 header { margin-bottom: 40px; }
-h1 { margin: 0 0 4px; font-size: 40px; line-height: 1.15; letter-spacing: -.02em; overflow-wrap: anywhere; }
+h1 { margin: 0 0 4px; font-size: 40px; line-height: 1.15; letter-spacing: -.02em;
+  overflow-wrap: anywhere; }
 header p { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 header .status { margin-top: 12px; color: var(--ink); }
 h2 { margin: 0 0 16px; font-size: 20px; line-height: 1.3; }
 section { margin-top: 56px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 28px 20px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr));
+  gap: 28px 20px; }
 .figures div { display: flex; flex-direction: column; }
 .figures b { font-size: 28px; font-weight: 600; line-height: 1.2; letter-spacing: -.01em; }
 .figures span { font-size: 14px; }
@@ -41,7 +45,8 @@ article:last-child { border-bottom: 1px solid var(--rule); }
 h3 { margin: 0 0 12px; font-size: 16px; font-weight: 600; white-space: pre-wrap;
   overflow-wrap: anywhere; max-height: 9em; overflow-y: auto; }
 h4 { margin: 0; font-size: 14px; font-weight: 400; color: var(--soft); }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 16px 24px; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr));
+  gap: 16px 24px; }
 .answers p { margin: 2px 0 0; font-size: 15px; white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 20em; overflow-y: auto; }
 .bars { margin: 0; }
@@ -61,8 +66,10 @@ td:first-child { width: 35%; color: var(--soft); }
 td:nth-child(3) { color: var(--soft); }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--soft); font-size: 15px; padding: 4px 0; }
-pre { margin: 8px 0 0; padding: 14px 16px; background: var(--tint); border-radius: 8px; font-size: 14px;
-  white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, Menlo, Consolas, monospace; }
+pre { margin: 8px 0 0; padding: 14px 16px; background: var(--tint); border-radius: 8px;
+  font-size: 14px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+  font-family: ui-monospace, Menlo, Consolas, monospace; }
 @media (max-width: 640px) { main { padding-top: 32px; } h1 { font-size: 30px; }
   .figures { grid-template-columns: 1fr 1fr; } .figures b { font-size: 24px; }
   .pair, .answers { grid-template-columns: 1fr; } .bars div { grid-template-columns: 1fr; }

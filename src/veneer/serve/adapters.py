@@ -1,7 +1,7 @@
 """/v1/load_lora_adapter and /v1/unload_lora_adapter with vLLM's bodies and texts.
 
-Every adapter of the library is served without being loaded. Loading one reads it now, so that the next request finds
-it, and may give it a further name; unloading takes the name away.
+Every adapter of the library is served without being loaded. Loading one reads it now, so that the
+next request finds it, and may give it a further name; unloading takes the name away.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ _NAME = Text(MOST_NAME, 1)
 LOAD = (
     Field("lora_name", _NAME, "the model's name from now on", required=True),
     Field("lora_path", _NAME, "the adapter in the library: NAME, NAME@2, NAME@TAG", required=True),
-    Field("load_inplace", Flag(), "the name may mean another adapter already; answers under way keep theirs"),
+    Field(
+        "load_inplace",
+        Flag(),
+        "the name may mean another adapter already; answers under way keep theirs",
+    ),
     Field("is_3d_lora_weight", Only((False,), "its file says so itself"), "", no_effect=True),
     Field("base_model_name", _NAME, "its file says so itself", no_effect=True),
 )

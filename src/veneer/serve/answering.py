@@ -1,4 +1,5 @@
-"""From what is asked to pieces of answers: requests to the engine; its tokens as text, chances, calls of tools."""
+"""From what is asked to pieces of answers: requests to the engine; its tokens as text, chances,
+calls of tools."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def requests_of(
     now: float,
     seconds: float,
 ) -> list[Request]:
-    """One for each prompt. lengths: new tokens that each may have. stops: the base's own stop tokens. VeneerError."""
+    """One for each prompt. lengths: new tokens that each may have. stops: the base's own stop
+    tokens. VeneerError."""
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
     return [
         Request(
@@ -64,10 +66,11 @@ class Sink(Protocol):
 
 
 class Answering:
-    """The answers to all prompts of a request: as they come, where it is streamed. Leaving its block ends what has not
-    ended.
+    """The answers to all prompts of a request: as they come, where it is streamed. Leaving its
+    block ends what has not ended.
 
-    texts: of the base's tokenizer. grammar: what they follow. style: how calls are written, where they are looked for.
+    texts: of the base's tokenizer. grammar: what they follow. style: how calls are written, where
+    they are looked for.
     """
 
     def __init__(
@@ -106,13 +109,20 @@ class Answering:
     @property
     def usage(self) -> Usage:
         prompt = sum(len(request.prompt) for request in self._requests)
-        return Usage(prompt, sum(each.cached for each in self._tickets), sum(each.new for each in self._tickets))
+        return Usage(
+            prompt,
+            sum(each.cached for each in self._tickets),
+            sum(each.new for each in self._tickets),
+        )
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """Those that come together, until every answer has ended. Refusal: one cannot be answered; the others end with
-        it."""
+        """Those that come together, until every answer has ended. Refusal: one cannot be answered;
+        the others end with it."""
         self._spelled = [
-            [_Spelled(self._texts, request, self._asked, self.style, self._grammar) for _ in range(request.choices)]
+            [
+                _Spelled(self._texts, request, self._asked, self.style, self._grammar)
+                for _ in range(request.choices)
+            ]
             for request in self._requests
         ]
         left = sum(map(len, self._spelled))
@@ -126,9 +136,11 @@ class Answering:
             yield found
 
     def hand_to(self, sink: Sink) -> None:
-        """From the second piece on, those of an answer that is alone go there in the turn that tells of them, for as
-        long as it is open. `pieces` has the others, the last among them."""
-        if len(self._tickets) > 1 or self._asked.choices > 1:  # of which a step's pieces are sent together
+        """From the second piece on, those of an answer that is alone go there in the turn that
+        tells of them, for as long as it is open. `pieces` has the others, the last among them."""
+        if (
+            len(self._tickets) > 1 or self._asked.choices > 1
+        ):  # of which a step's pieces are sent together
             return
 
         def taking(update: Update) -> bool:
@@ -148,7 +160,12 @@ class _Spelled:
     """One answer's tokens as text."""
 
     def __init__(
-        self, texts: TokenTexts, request: Request, asked: Asked, style: CallStyle | None, grammar: Grammar | None
+        self,
+        texts: TokenTexts,
+        request: Request,
+        asked: Asked,
+        style: CallStyle | None,
+        grammar: Grammar | None,
     ) -> None:
         self._texts, self._request, self._asked, self._grammar = texts, request, asked, grammar
         self._stream = TextStream(texts.tokenizer, asked.stops)
@@ -184,7 +201,11 @@ class _Spelled:
     def _text(self, token: int) -> str:
         """Where calls are looked for, their marks are text too."""
         mark = self._marks.get(token)
-        return self._stream.push(token) if mark is None or self._stream.stopped else self._stream.end() + mark
+        return (
+            self._stream.push(token)
+            if mark is None or self._stream.stopped
+            else self._stream.end() + mark
+        )
 
     def _end(self, reason: Reason, stop_token: int | None) -> End:
         if reason is Reason.DEADLINE and not self._ids:
@@ -193,7 +214,8 @@ class _Spelled:
             raise Refusal(503, "This request was ended.")
         if reason in (Reason.LENGTH, Reason.DEADLINE):
             return End(
-                "length" if reason is Reason.LENGTH else "deadline", None if reason is Reason.LENGTH else "deadline"
+                "length" if reason is Reason.LENGTH else "deadline",
+                None if reason is Reason.LENGTH else "deadline",
             )
         self._check_shape()
         if self._stream.stopped:
@@ -203,14 +225,20 @@ class _Spelled:
         return End("stop", stop_token if stop_token in self._asked.stop_tokens else None)
 
     def _check_shape(self) -> None:
-        """An answer that was not cut is what was asked for. What a grammar cannot hold, a check finds: Refusal."""
+        """An answer that was not cut is what was asked for. What a grammar cannot hold, a check
+        finds: Refusal."""
         if self._grammar is None or self._stream.stopped:
             return
         text = self._whole if self._marks else text_of(self._texts.tokenizer, self._ids)
         if faults := self._grammar.faults(text):
             assert self._asked.shape is not None
             param = self._asked.shape.param
-            raise Refusal(422, f"{param}: the model's answer is not of it: {faults[0][:300]}", param, "answer_refused")
+            raise Refusal(
+                422,
+                f"{param}: the model's answer is not of it: {faults[0][:300]}",
+                param,
+                "answer_refused",
+            )
 
     def _chance(self, chance: TokenChance) -> Chance:
         others = tuple(self._texts.chance(token, log) for token, log in chance.alternatives)

@@ -1,4 +1,5 @@
-"""What comes back from the engine, as protocols write it: pieces of text while it is made, and whole answers."""
+"""What comes back from the engine, as protocols write it: pieces of text while it is made, and
+whole answers."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Reason = Literal["stop", "length", "deadline", "cancelled"]
 
 @dataclass(frozen=True)
 class Chance:
-    """A token as text, what the model gave it, and the likeliest at its place. bytes: None where they are not known."""
+    """A token as text, what the model gave it, and the likeliest at its place. bytes: None where
+    they are not known."""
 
     text: str
     logprob: float
@@ -80,7 +82,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Head:
-    """What every chunk of an answer says of itself. fingerprint: base and adapter by their content."""
+    """What every chunk of an answer says of itself. fingerprint: base and adapter by their
+    content."""
 
     model: str
     fingerprint: str
@@ -127,14 +130,16 @@ def _one_line(text: str) -> str:
 
 
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-"""Only strings hold them, and there they may be escaped, as others are: httpx and others end lines at them."""
+"""Only strings hold them, and there they may be escaped, as others are: httpx and others end lines
+at them."""
 
 
 DONE = "data: [DONE]\n\n"
 
 
 def finish_reason(end: End | None, calls: Sequence[Call]) -> str | None:
-    """In OpenAI's words. A deadline cut the answer as a length does; stopped_by says which it was."""
+    """In OpenAI's words. A deadline cut the answer as a length does; stopped_by says which it
+    was."""
     if end is None:
         return None
     if end.reason in ("length", "deadline"):

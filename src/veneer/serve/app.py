@@ -78,7 +78,9 @@ def application(service: Service) -> Starlette:
         yield
         await service.close()
 
-    return Starlette(routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _by_http})
+    return Starlette(
+        routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _by_http}
+    )
 
 
 def _routes(service: Service) -> list[Route]:
@@ -113,7 +115,9 @@ def _routes(service: Service) -> list[Route]:
 
     async def tokenize(told: tuple[Asked, bool], request: Request) -> Response:
         asked, wants_strings = told
-        (ids,) = await service.ids(asked.prompts, await service.model(asked.model or service.names.base_name))
+        (ids,) = await service.ids(
+            asked.prompts, await service.model(asked.model or service.names.base_name)
+        )
         found = {"count": len(ids), "max_model_len": service.prompts.positions, "tokens": ids}
         strings = await service.prompts.strings(ids) if wants_strings else None
         return JSONResponse({**found, "token_strs": strings})
@@ -124,9 +128,13 @@ def _routes(service: Service) -> list[Route]:
         return JSONResponse({"prompt": await service.prompts.text(ids)})
 
     async def load(wanted: Loading, request: Request) -> Response:
-        await service.apart(lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place))
+        await service.apart(
+            lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place)
+        )
         await service.load(wanted.reference)
-        return PlainTextResponse(service.names.add(wanted.name, wanted.reference, in_place=wanted.in_place))
+        return PlainTextResponse(
+            service.names.add(wanted.name, wanted.reference, in_place=wanted.in_place)
+        )
 
     async def unload(name: str, request: Request) -> Response:
         return PlainTextResponse(await service.apart(lambda: service.names.remove(name)))
@@ -145,7 +153,9 @@ def _routes(service: Service) -> list[Route]:
         return JSONResponse({"object": "list", "data": await service.look(service.names.cards)})
 
     async def adapters(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [card_of(each) for each in service.residents.shown()]})
+        return JSONResponse(
+            {"object": "list", "data": [card_of(each) for each in service.residents.shown()]}
+        )
 
     async def adapter(request: Request) -> Response:
         name, against = request.path_params["name"], request.query_params.get("against")
@@ -153,7 +163,11 @@ def _routes(service: Service) -> list[Route]:
 
         def told() -> dict[str, Any]:
             own = names.entry(name)
-            return details(library, own) if against is None else angle_between(library, own, names.entry(against))
+            return (
+                details(library, own)
+                if against is None
+                else angle_between(library, own, names.entry(against))
+            )
 
         return JSONResponse(await service.look(told))
 
@@ -168,16 +182,24 @@ def _routes(service: Service) -> list[Route]:
         return page()
 
     async def model(request: Request) -> Response:
-        return JSONResponse(await service.apart(lambda: service.names.card(request.path_params["name"])))
+        return JSONResponse(
+            await service.apart(lambda: service.names.card(request.path_params["name"]))
+        )
 
     async def metrics(request: Request) -> Response:
-        return PlainTextResponse(await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(
+            await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def health(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
     async def ready(request: Request) -> Response:
-        return PlainTextResponse("closing\n", 503) if service.loop.closing else PlainTextResponse("ready\n")
+        return (
+            PlainTextResponse("closing\n", 503)
+            if service.loop.closing
+            else PlainTextResponse("ready\n")
+        )
 
     return [
         *(protocol_route(path, protocol) for path, protocol in PROTOCOLS.items()),
@@ -203,11 +225,14 @@ def _routes(service: Service) -> list[Route]:
 
 
 async def _not_served(request: Request) -> Response:
-    raise Refusal(404, f"{request.url.path} is not served: {NOT_SERVED[request.url.path]}.", code="not_served")
+    raise Refusal(
+        404, f"{request.url.path} is not served: {NOT_SERVED[request.url.path]}.", code="not_served"
+    )
 
 
 def _answered(handler: Handler) -> Handler:
-    """Whatever is raised, as an answer. What is a bug of ours is written down with where it happened."""
+    """Whatever is raised, as an answer. What is a bug of ours is written down with where it
+    happened."""
 
     async def answered(request: Request) -> Response:
         try:
@@ -231,8 +256,13 @@ async def _by_http(request: Request, fault: Exception) -> Response:
         hint = f" Did you mean /v1{path}?" if f"/v1{path}" in PATHS else ""
         said = f"There is no path {shown(path[:80])} here.{hint}"
     elif fault.status_code == 405:
-        said = f"{request.method} is not allowed here; allowed: {(fault.headers or {}).get('Allow', 'other methods')}."
-    return answer_to(Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path)
+        said = (
+            f"{request.method} is not allowed here; allowed:"
+            f" {(fault.headers or {}).get('Allow', 'other methods')}."
+        )
+    return answer_to(
+        Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path
+    )
 
 
 def _byte(request: Request) -> int:

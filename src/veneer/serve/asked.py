@@ -11,7 +11,8 @@ from veneer.decoding.sampling import Sampling
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that the base's template renders; messages, tools and variables as it takes them."""
+    """A conversation that the base's template renders; messages, tools and variables as it takes
+    them."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -31,10 +32,11 @@ Prompt = Chat | Plain
 
 @dataclass(frozen=True)
 class Shape:
-    """What the text of an answer must be: a JSON value of a schema, what an expression matches, one of some texts.
+    """What the text of an answer must be: a JSON value of a schema, what an expression matches, one
+    of some texts.
 
-    kind: json (any object), schema, regex, choice, grammar, tool (a call of one of the tools). spec: its content.
-    param: the field that asked for it. most: calls.
+    kind: json (any object), schema, regex, choice, grammar, tool (a call of one of the tools).
+    spec: its content. param: the field that asked for it. most: calls.
     """
 
     kind: Literal["json", "schema", "regex", "choice", "grammar", "tool"]
@@ -45,7 +47,8 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """prompts       each answered by `choices` answers, all their indices in one row: prompt by prompt
+    """prompts       each answered by `choices` answers, all their indices in one row: prompt by
+                     prompt
     model            the name that is asked for
     adapters         names with weights, that act instead of the model's own
     max_new_tokens   None: as many as fit
@@ -76,6 +79,11 @@ class Asked:
     @property
     def tools(self) -> dict[str, Mapping[str, Any]]:
         """Those that the model was told of, each with the schema of its arguments."""
-        told = [tool for prompt in self.prompts if isinstance(prompt, Chat) for tool in prompt.tools or ()]
+        told = [
+            tool
+            for prompt in self.prompts
+            if isinstance(prompt, Chat)
+            for tool in prompt.tools or ()
+        ]
         functions = [tool.get("function", tool) for tool in told]
         return {function["name"]: function.get("parameters") or {} for function in functions}

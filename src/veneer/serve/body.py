@@ -41,7 +41,9 @@ async def gathered(request: Request, most_bytes: int) -> bytes:
     except ClientDisconnect:
         raise Refusal(400, "The body was cut short.") from None
     if seen > most_bytes:
-        raise Refusal(413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"})
+        raise Refusal(
+            413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"}
+        )
     return bytes(text)
 
 
@@ -51,7 +53,9 @@ def parsed(text: bytes) -> dict[str, Any]:
         decoded = text.decode("utf-8")
         if text_too_deep(decoded):
             raise Refusal(400, f"The body {TOO_DEEP}.")
-        value = json.loads(decoded, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
+        value = json.loads(
+            decoded, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
+        )
     except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise Refusal(400, f"The body is not JSON: {str(fault)[:200]}") from None
     if not isinstance(value, dict):

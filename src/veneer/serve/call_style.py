@@ -1,7 +1,8 @@
-"""How a base's template writes calls of tools: the form, its marks and keys are read off a call that it renders.
+"""How a base's template writes calls of tools: the form, its marks and keys are read off a call
+that it renders.
 
-Where it writes calls in a form that is not known (decoding/call_forms.py, call_elements.py), or none, tools are
-refused.
+Where it writes calls in a form that is not known (decoding/call_forms.py, call_elements.py), or
+none, tools are refused.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from veneer.decoding.calls import CallStyle, compact
 from veneer.errors import VeneerError
 
 NO_TOOLS = (
-    "This base's chat template writes no tool calls that can be read. Describe the tools in a system message, or serve "
-    f"a base whose template writes them, such as {RENDERS_TOOLS}."
+    "This base's chat template writes no tool calls that can be read. Describe the tools in a"
+    f" system message, or serve a base whose template writes them, such as {RENDERS_TOOLS}."
 )
 _NAME, _ID = "probe_tool", "callA0001"
 _ARGUMENTS = {"probe_key": "probe value", "other_key": "another one"}
@@ -29,11 +30,16 @@ _MOST_MARK = 40
 def call_style(template: ChatTemplate) -> CallStyle | None:
     """How a template writes a call; None: in no way that is known, or not at all."""
     call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
-    tool = {"type": "function", "function": {"name": _NAME, "description": "d", "parameters": {"type": "object"}}}
+    tool = {
+        "type": "function",
+        "function": {"name": _NAME, "description": "d", "parameters": {"type": "object"}},
+    }
     turns: list[dict[str, Any]] = [{"role": "user", "content": "A question."}]
     try:
         before = template.render(turns, tools=[tool], add_generation_prompt=True)
-        text = template.render([*turns, {"role": "assistant", "content": "", "tool_calls": [call]}], tools=[tool])
+        text = template.render(
+            [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}], tools=[tool]
+        )
     except VeneerError:
         return None
     if _NAME not in before or not text.startswith(before):
@@ -61,17 +67,24 @@ def _with_json(written: str, tokenizer: Any) -> CallStyle | None:
     if not isinstance(one, dict) or len(opens) > _MOST_MARK:
         return None
     name = next((key for key, each in one.items() if each == _NAME), None)
-    given = next((key for key, each in one.items() if each in (_ARGUMENTS, compact(_ARGUMENTS))), None)
+    given = next(
+        (key for key, each in one.items() if each in (_ARGUMENTS, compact(_ARGUMENTS))), None
+    )
     if name is None or given is None:
         return None
     special = _special(opens, tokenizer)
     if listed:
         return ListedCalls(opens, "", special, name, given) if opens else None
-    return ObjectCalls(opens, closes, special, name, given) if opens else BareCall("", "", (), name, given)
+    return (
+        ObjectCalls(opens, closes, special, name, given)
+        if opens
+        else BareCall("", "", (), name, given)
+    )
 
 
 def _of_elements(written: str, tokenizer: Any) -> CallStyle | None:
-    """The name, keys and values of the probe, one after another; what stands between them are the marks."""
+    """The name, keys and values of the probe, one after another; what stands between them are the
+    marks."""
     between, rest = [], written
     for part in (_NAME, *(text for pair in _ARGUMENTS.items() for text in pair)):
         mark, found, rest = rest.partition(part)
@@ -81,7 +94,11 @@ def _of_elements(written: str, tokenizer: Any) -> CallStyle | None:
     opens, behind_name, key_ends, behind_value, other_key_ends = between
     behind_last = _seen(rest, tokenizer)
     alike = sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(behind_name[::-1], behind_value[::-1], strict=False))
+        1
+        for _ in takewhile(
+            lambda pair: pair[0] == pair[1],
+            zip(behind_name[::-1], behind_value[::-1], strict=False),
+        )
     )
     key_opens = behind_name[len(behind_name) - alike :]
     key_opens = key_opens[max(key_opens.rfind("<"), 0) :]
@@ -92,7 +109,9 @@ def _of_elements(written: str, tokenizer: Any) -> CallStyle | None:
         return None
     name_ends = behind_name.removesuffix(key_opens)
     special = _special("".join(between), tokenizer)
-    return ElementCalls(opens.lstrip(), closes, special, name_ends, key_opens, key_ends, value_ends, tail + line)
+    return ElementCalls(
+        opens.lstrip(), closes, special, name_ends, key_opens, key_ends, value_ends, tail + line
+    )
 
 
 def _named(opens: str, closes: str, tokenizer: Any) -> CallStyle | None:
@@ -116,7 +135,10 @@ def _special(marks: str, tokenizer: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _seen(tail: str, tokenizer: Any) -> str:
-    """Of what follows a call that which answers show: up to the first special token, which ends the turn."""
+    """Of what follows a call that which answers show: up to the first special token, which ends the
+    turn."""
     ids = tokenizer(tail, add_special_tokens=False).input_ids
-    first = next((place for place, token in enumerate(ids) if token in tokenizer.all_special_ids), len(ids))
+    first = next(
+        (place for place, token in enumerate(ids) if token in tokenizer.all_special_ids), len(ids)
+    )
     return str(tokenizer.decode(ids[:first])).strip()

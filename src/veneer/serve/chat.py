@@ -9,7 +9,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.bounds import LOGPROBS
-from veneer.serve.answers import DONE, Answer, Call, Chance, Head, Piece, TextEvents, Usage, event, finish_reason
+from veneer.serve.answers import (
+    DONE,
+    Answer,
+    Call,
+    Chance,
+    Head,
+    Piece,
+    TextEvents,
+    Usage,
+    event,
+    finish_reason,
+)
 from veneer.serve.asked import Asked, Chat
 from veneer.serve.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.fields import Field, Flag, Num, Only, Refused, read_fields
@@ -30,7 +41,9 @@ FIELDS = (
     Field("tools", TOOLS, "functions that the model may call"),
     VARIABLES,
     Field("tool_choice", TOOL_CHOICE, "whether it calls them"),
-    Field("parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True),
+    Field(
+        "parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True
+    ),
     RESPONSE_FORMAT,
     *STRUCTURED,
     *OTHERS,
@@ -58,11 +71,17 @@ FIELDS = (
 def asked(body: dict[str, Any]) -> Asked:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
-    found = sampled(values, logprobs=values.get("top_logprobs", 0) if values.get("logprobs") else None)
+    found = sampled(
+        values, logprobs=values.get("top_logprobs", 0) if values.get("logprobs") else None
+    )
     faults = []
     most = [values[name] for name in ("max_tokens", "max_completion_tokens") if name in values]
     if len(set(most)) > 1:
-        faults.append(Fault("max_tokens", f"is {most[0]:,}, and max_completion_tokens is {most[1]:,}: give one"))
+        faults.append(
+            Fault(
+                "max_tokens", f"is {most[0]:,}, and max_completion_tokens is {most[1]:,}: give one"
+            )
+        )
     if values.get("top_logprobs") is not None and not values.get("logprobs"):
         faults.append(Fault("top_logprobs", "is only for answers with logprobs: set logprobs"))
     if faults:
@@ -71,7 +90,11 @@ def asked(body: dict[str, Any]) -> Asked:
     shape = wanted_call(values) or shape_of(values)
     return Asked(
         model=values["model"],
-        prompts=(Chat(messages, None if values.get("tool_choice") == "none" else tools, variables(values)),),
+        prompts=(
+            Chat(
+                messages, None if values.get("tool_choice") == "none" else tools, variables(values)
+            ),
+        ),
         max_new_tokens=most[0] if most else None,
         shape=shape,
         parses_calls=bool(tools) and values.get("tool_choice") != "none",
@@ -106,7 +129,8 @@ def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> 
 
 
 class Stream:
-    """Chunks: each answer's role first, then text and calls, its end, the counts if they are wanted, [DONE]."""
+    """Chunks: each answer's role first, then text and calls, its end, the counts if they are
+    wanted, [DONE]."""
 
     def __init__(self, head: Head, asked: Asked) -> None:
         self.asked = asked
@@ -131,7 +155,9 @@ class Stream:
             yield self._chunk(piece.index, {"tool_calls": [{"index": number, **_call(call)}]})
         if piece.end is not None:
             called = [Call("", "")] if piece.index in self._calls else []
-            yield self._chunk(piece.index, {}, (), finish_reason(piece.end, called), piece.end.stopped_by)
+            yield self._chunk(
+                piece.index, {}, (), finish_reason(piece.end, called), piece.end.stopped_by
+            )
 
     def finish(self, usage: Usage) -> Iterator[str]:
         if self.asked.stream_usage:
@@ -182,13 +208,19 @@ def _about(head: Head, kind: str) -> dict[str, Any]:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def _logprobs(asked: Asked, chances: Sequence[Chance]) -> dict[str, Any] | None:
     if asked.sampling.logprobs is None:
         return None
-    content = [{**_chance(c), "top_logprobs": [_chance(each) for each in c.alternatives]} for c in chances]
+    content = [
+        {**_chance(c), "top_logprobs": [_chance(each) for each in c.alternatives]} for c in chances
+    ]
     return {"content": content, "refusal": None}
 
 

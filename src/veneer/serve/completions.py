@@ -9,7 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.bounds import CHOICES, LOGPROBS, TOKEN
-from veneer.serve.answers import DONE, Answer, Chance, Head, Piece, TextEvents, Usage, event, finish_reason
+from veneer.serve.answers import (
+    DONE,
+    Answer,
+    Chance,
+    Head,
+    Piece,
+    TextEvents,
+    Usage,
+    event,
+    finish_reason,
+)
 from veneer.serve.asked import Asked, Plain
 from veneer.serve.chat import usage_of
 from veneer.serve.fields import Either, Field, Listed, Num, Only, Refused, Text, read_fields
@@ -38,10 +48,17 @@ FIELDS = (
     *STRUCTURED,
     *OTHERS,
     Field("best_of", Num(CHOICES), "as n, or left out"),
-    Field("echo", Only((False,), "prompts' chances are not kept; join the two yourself"), "", no_effect=True),
+    Field(
+        "echo",
+        Only((False,), "prompts' chances are not kept; join the two yourself"),
+        "",
+        no_effect=True,
+    ),
     Field("messages", Refused("use prompt, or ask /v1/chat/completions"), ""),
     Field("suffix", Refused("the base continues texts, it fills no gaps"), ""),
-    Field("add_special_tokens", Only((True,), "as the tokenizer does by itself"), "", no_effect=True),
+    Field(
+        "add_special_tokens", Only((True,), "as the tokenizer does by itself"), "", no_effect=True
+    ),
     *WITHOUT_EFFECT,
 )
 

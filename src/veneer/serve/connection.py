@@ -1,10 +1,11 @@
 """A connection to a client: uvicorn's over h11, with a short way for the pieces of an answer.
 
-A piece that is sent passes a task's turn, the application's layers and h11, and none of them changes it: most of what a
-token costs the event loop. `Chunks` writes what h11 would. Who has none (HTTP/1.0, another server) is sent to.
+A piece that is sent passes a task's turn, the application's layers and h11, and none of them
+changes it: most of what a token costs the event loop. `Chunks` writes what h11 would. Who has none
+(HTTP/1.0, another server) is sent to.
 
-h11 whatever else is installed: it bounds what the header of a request may take. Clients that send nothing, slowly, or
-that do not read, are let go.
+h11 whatever else is installed: it bounds what the header of a request may take. Clients that send
+nothing, slowly, or that do not read, are let go.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ CHUNKS = "veneer.chunks"
 """Among the extensions of a request's scope."""
 LATE_SECONDS = 5.0
 RESERVED_FILES = 96
-"""What the process opens beside its connections: files of a base and of adapters, pipes to the template's process."""
+"""What the process opens beside its connections: files of a base and of adapters, pipes to the
+template's process."""
 MOST_AT_ONCE = 256
-TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+TOO_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection:"
+    b" close\r\n\r\n"
+)
 
 
 class Owed(Enum):
-    """What a client owes: the next request, the rest of its header or its body, or to read the last answer."""
+    """What a client owes: the next request, the rest of its header or its body, or to read the last
+    answer."""
 
     REQUEST = auto()
     HEADER = auto()
@@ -43,13 +49,19 @@ class Chunks:
     """Of one answer, which has begun by `send` and ends by it."""
 
     def __init__(self, connection: H11Protocol) -> None:
-        self._cycle, self._flow, self._transport = connection.cycle, connection.flow, connection.transport
+        self._cycle, self._flow, self._transport = (
+            connection.cycle,
+            connection.flow,
+            connection.transport,
+        )
 
     @property
     def open(self) -> bool:
         """Whether the answer has begun, somebody reads it, and keeps up."""
         cycle = self._cycle
-        return cycle.response_started and not (cycle.response_complete or cycle.disconnected or self._flow.write_paused)
+        return cycle.response_started and not (
+            cycle.response_complete or cycle.disconnected or self._flow.write_paused
+        )
 
     def write(self, body: bytes) -> None:
         """A chunk of it; while it is open, in the event loop."""
@@ -58,7 +70,8 @@ class Chunks:
 
 
 class Connections(ServerState):
-    """All open connections, and those among them that have no request under way, the longest idle first."""
+    """All open connections, and those among them that have no request under way, the longest idle
+    first."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -67,9 +80,11 @@ class Connections(ServerState):
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with a limit of time for whatever the client owes, and one for the number of connections.
+    """uvicorn's, with a limit of time for whatever the client owes, and one for the number of
+    connections.
 
-    uvicorn's own clock runs between two requests alone, and the first byte of the next one stops it.
+    uvicorn's own clock runs between two requests alone, and the first byte of the next one stops
+    it.
     """
 
     server_state: Connections
@@ -119,8 +134,8 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _watch(self) -> None:
-        """Starts the clock for what the client owes now: a request, the rest of its header or of its body, or to read
-        the last answer."""
+        """Starts the clock for what the client owes now: a request, the rest of its header or of
+        its body, or to read the last answer."""
         owed = self._owed_now()
         if owed is self._owed:
             return
@@ -162,7 +177,8 @@ def _seconds(owed: Owed) -> float:
 
 
 def raise_open_files() -> None:
-    """Raises the number of files that this process may open to what MOST_CONNECTIONS need, or to the hard limit.
+    """Raises the number of files that this process may open to what MOST_CONNECTIONS need, or to
+    the hard limit.
 
     A shell often allows 1,024, although the system allows many more.
     """
@@ -183,8 +199,9 @@ def raise_open_files() -> None:
 def room_for_connections() -> tuple[int, int]:
     """How many connections may be open, and how many are accepted at once.
 
-    Where accepting one fails for want of a file, asyncio tries as often as it may accept at once, with a traceback
-    each, and nobody is answered. Some turns of the event loop pass until what was accepted is counted.
+    Where accepting one fails for want of a file, asyncio tries as often as it may accept at once,
+    with a traceback each, and nobody is answered. Some turns of the event loop pass until what was
+    accepted is counted.
     """
     try:
         import resource

@@ -1,7 +1,7 @@
 """OpenAI's messages: what they may hold, and as the base's template takes them.
 
-They go through what rows of training data go through (data/formats.py), so that a conversation reads here as it
-did in training.
+They go through what rows of training data go through (data/formats.py), so that a conversation
+reads here as it did in training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from veneer.serve.refusals import Fault, refuse
 from veneer.serve.tools import CALL
 
 TEXT = Text(MOST_TEXT)
-_PART = Tagged("type", {"text": (Field("text", TEXT, "", required=True),)}, why="text alone is read")
+_PART = Tagged(
+    "type", {"text": (Field("text", TEXT, "", required=True),)}, why="text alone is read"
+)
 CONTENT = Either((TEXT, Listed(_PART, MOST_PARTS)))
 _SAID = Field("content", CONTENT, "", required=True)
 _NAME = Field("name", Text(64, 1), "")
@@ -48,7 +50,9 @@ MESSAGES = Listed(
 )
 
 VARIABLES = Field(
-    "chat_template_kwargs", AnyObject(), "what the base's template is told, {enable_thinking: false}, say"
+    "chat_template_kwargs",
+    AnyObject(),
+    "what the base's template is told, {enable_thinking: false}, say",
 )
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -68,7 +72,9 @@ def conversation(
             called[call["id"]] = call["function"]["name"]
         if own["role"] == "tool":
             if own["tool_call_id"] not in called:
-                raise refuse([Fault(f"messages[{number}].tool_call_id", "answers no tool call before it")])
+                raise refuse(
+                    [Fault(f"messages[{number}].tool_call_id", "answers no tool call before it")]
+                )
             own.setdefault("name", called[own["tool_call_id"]])
         prepared.append(own)
     try:

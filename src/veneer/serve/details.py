@@ -1,4 +1,5 @@
-"""What the library knows of an adapter: facts, metrics, where it comes from, and how much it changes which layer.
+"""What the library knows of an adapter: facts, metrics, where it comes from, and how much it
+changes which layer.
 
 Neither its recipe nor what it calls its base is told: these may be paths of whoever trained it.
 """
@@ -36,16 +37,21 @@ def details(library: Library, entry: Entry) -> dict[str, Any]:
         "note": version.note,
         "version": facts.content_hash,
         **{name: getattr(facts, name) for name in TOLD},
-        "lineage": [{"version": content, **_named(each)} for content, each in ancestors(library, facts.parent)],
+        "lineage": [
+            {"version": content, **_named(each)}
+            for content, each in ancestors(library, facts.parent)
+        ],
         "parents": [
-            {"version": content, "weight": weight, **_named(known.get(content))} for content, weight in parents
+            {"version": content, "weight": weight, **_named(known.get(content))}
+            for content, weight in parents
         ],
         **picture,
     }
 
 
 def angle_between(library: Library, one: Entry, other: Entry) -> dict[str, Any]:
-    """Cosines between the updates of two adapters, in total and by layer; null where one changes nothing."""
+    """Cosines between the updates of two adapters, in total and by layer; null where one changes
+    nothing."""
     with _called(library, one), _called(library, other):
         found = _angle(library.path(one.reference), library.path(other.reference))
     return {
@@ -77,12 +83,16 @@ def _named(entry: Entry | None) -> dict[str, str | None]:
 
 @lru_cache(maxsize=256)
 def _contents(folder: Path) -> tuple[dict[str, Any], tuple[tuple[str, float], ...]]:
-    """Norms of its updates by kind and layer; what it was combined from. Of a folder that is called by its content."""
+    """Norms of its updates by kind and layer; what it was combined from. Of a folder that is called
+    by its content."""
     stored = read_adapter(folder)
     found, rest = updates(stored)
     kinds, alone = by_kind({path: update.norm() for path, update in found.items()})
     picture = {
-        "layers": [{"kind": kind, "norms": {str(n): row[n] for n in sorted(row)}} for kind, row in kinds.items()],
+        "layers": [
+            {"kind": kind, "norms": {str(n): row[n] for n in sorted(row)}}
+            for kind, row in kinds.items()
+        ],
         "alone": [{"module": path, "norm": norm} for path, norm in alone.items()],
         "others": len(rest),
     }

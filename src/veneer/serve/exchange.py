@@ -1,4 +1,5 @@
-"""An answer on its way to a client: whole or piece by piece, and nothing computed for one that has gone."""
+"""An answer on its way to a client: whole or piece by piece, and nothing computed for one that has
+gone."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 PROXIES = (b"x-accel-buffering", b"no")
 """They must not gather pieces."""
 TURNS = 3
-"""Of the event loop, before a request goes on: those that came with it are read meanwhile, and are coming too."""
+"""Of the event loop, before a request goes on: those that came with it are read meanwhile, and are
+coming too."""
 
 
 class ClientGone(Exception):
@@ -34,9 +36,12 @@ class ClientGone(Exception):
 
 
 class Exchange(Response):
-    """protocol: its file. The status is sent when the first piece is there, so that an adapter that fails is 4xx."""
+    """protocol: its file. The status is sent when the first piece is there, so that an adapter that
+    fails is 4xx."""
 
-    def __init__(self, service: Service, protocol: ModuleType, asked: Asked, caller: str, path: str) -> None:
+    def __init__(
+        self, service: Service, protocol: ModuleType, asked: Asked, caller: str, path: str
+    ) -> None:
         self._service, self._protocol, self._asked = service, protocol, asked
         self._caller, self._path = caller, path
         self._began = time.monotonic()
@@ -60,7 +65,8 @@ class Exchange(Response):
             await response(scope, receive, send)
 
     async def _exchange(self, send: Send, chunks: Chunks | None) -> Response | None:
-        """The whole answer; None: it has been sent in pieces. chunks: how they may be written too."""
+        """The whole answer; None: it has been sent in pieces. chunks: how they may be written
+        too."""
         with self._service.loop.coming():
             for _ in range(TURNS):
                 await asyncio.sleep(0)
@@ -76,12 +82,16 @@ class Exchange(Response):
                     streamed: Streamed = self._protocol.Stream(head, self._asked)
                     reason = await self._stream(send, chunks, streamed, answering, first, pieces)
                     return None
-                answers = [Answer(index) for index in range(len(self._asked.prompts) * self._asked.choices)]
+                answers = [
+                    Answer(index) for index in range(len(self._asked.prompts) * self._asked.choices)
+                ]
                 _add(answers, first)
                 async for some in pieces:
                     _add(answers, some)
                 reason = answers[0].end.reason if answers[0].end else None
-                return JSONResponse(self._protocol.whole(head, self._asked, answers, answering.usage))
+                return JSONResponse(
+                    self._protocol.whole(head, self._asked, answers, answering.usage)
+                )
         finally:
             self._service.metrics.found(answering.usage.cached)
             self._service.metrics.ended(reason, time.monotonic() - self._began, answering.usage.new)

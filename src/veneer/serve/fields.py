@@ -1,10 +1,11 @@
-"""What a body may hold, as a table: every field with its bounds and its meaning. The docs are written from it.
+"""What a body may hold, as a table: every field with its bounds and its meaning. The docs are
+written from it.
 
     FIELDS = (Field("model", Text(200), "which adapter answers", required=True), ...)
     read_fields(FIELDS, body)      the values that were given, or a Refusal with every fault
 
-Nothing that a client sends is ignored: a field is honoured, stands in the table as one without effect, or is
-refused by its name. null is a field that was not given.
+Nothing that a client sends is ignored: a field is honoured, stands in the table as one without
+effect, or is refused by its name. null is a field that was not given.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _SHOWN = 40
 
 
 class Kind(Protocol):
-    """What values a field takes. said: in words. faults: what is wrong with a value at this path, found one by one as
-    they are asked for, so that a body with a million faults costs no more than the few that are told."""
+    """What values a field takes. said: in words. faults: what is wrong with a value at this path,
+    found one by one as they are asked for, so that a body with a million faults costs no more than
+    the few that are told."""
 
     @property
     def said(self) -> str: ...
@@ -79,7 +81,11 @@ class Text:
 
     @property
     def said(self) -> str:
-        return f"text, {self.least or 'up'} to {self.most:,} characters" if self.most < 10**6 else "text"
+        return (
+            f"text, {self.least or 'up'} to {self.most:,} characters"
+            if self.most < 10**6
+            else "text"
+        )
 
     def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if not isinstance(value, str):
@@ -103,7 +109,9 @@ class Only:
 
     def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if not any(type(value) is type(each) and value == each for each in self.values):
-            yield Fault(path, f"{brief(value)} is not {self.said}" + (f": {self.why}" if self.why else ""))
+            yield Fault(
+                path, f"{brief(value)} is not {self.said}" + (f": {self.why}" if self.why else "")
+            )
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,12 @@ class Listed:
         if not isinstance(value, list):
             yield Fault(path, f"{brief(value)} is not a list")
         elif not self.least <= len(value) <= self.most:
-            yield Fault(path, f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}")
-        elif isinstance(self.of, Num) and self.of.bounds.holds_ints(value):  # a prompt's ids: thousands
+            yield Fault(
+                path, f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}"
+            )
+        elif isinstance(self.of, Num) and self.of.bounds.holds_ints(
+            value
+        ):  # a prompt's ids: thousands
             return
         else:
             for n, each in enumerate(value):
@@ -147,7 +159,11 @@ class Table:
 
     @property
     def said(self) -> str:
-        return "{" + ", ".join(each.name for each in self.fields if not isinstance(each.kind, Refused)) + "}"
+        return (
+            "{"
+            + ", ".join(each.name for each in self.fields if not isinstance(each.kind, Refused))
+            + "}"
+        )
 
     def faults(self, value: Any, path: str) -> Iterator[Fault]:
         if isinstance(value, dict):
@@ -210,7 +226,9 @@ class Tagged:
             return
         tag = value.get(self.tag, self.default)
         if not isinstance(tag, str) or tag not in self.tables:
-            known = f"{brief(tag)} is not {' or '.join(self.tables)}" + (f": {self.why}" if self.why else "")
+            known = f"{brief(tag)} is not {' or '.join(self.tables)}" + (
+                f": {self.why}" if self.why else ""
+            )
             yield Fault(f"{path}.{self.tag}", known)
             return
         others = {name: each for name, each in value.items() if name != self.tag}
@@ -234,7 +252,9 @@ class Either:
             if not faults:
                 return
             of_kinds.append(faults)
-        deepest = max(of_kinds, key=lambda faults: len(faults[0].param or ""))  # inside what was meant, if that shows
+        deepest = max(
+            of_kinds, key=lambda faults: len(faults[0].param or "")
+        )  # inside what was meant, if that shows
         if (deepest[0].param or "") != path:
             yield from deepest
         else:
@@ -242,11 +262,16 @@ class Either:
 
 
 def read_fields(fields: Sequence[Field], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that were given, whole numbers as ints. Refusal: 400 with the first MOST_FAULTS faults."""
+    """The values that were given, whole numbers as ints. Refusal: 400 with the first MOST_FAULTS
+    faults."""
     if faults := list(islice(table_faults(fields, body, ""), MOST_FAULTS + 1)):
         raise refuse(faults)
     kinds = {field.name: field.kind for field in fields if not field.no_effect}
-    return {name: whole(kinds[name], value) for name, value in body.items() if value is not None and name in kinds}
+    return {
+        name: whole(kinds[name], value)
+        for name, value in body.items()
+        if value is not None and name in kinds
+    }
 
 
 def table_faults(fields: Sequence[Field], body: Mapping[str, Any], prefix: str) -> Iterator[Fault]:
@@ -256,7 +281,9 @@ def table_faults(fields: Sequence[Field], body: Mapping[str, Any], prefix: str) 
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1) if len(name) <= _SHOWN else []
             hint = f" Did you mean {near[0]}?" if near else ""
-            yield Fault(prefix + brief(name, quoted=False), f"is not a field of this request.{hint}")
+            yield Fault(
+                prefix + brief(name, quoted=False), f"is not a field of this request.{hint}"
+            )
     for field in fields:
         value = body.get(field.name)
         if value is not None:

@@ -1,7 +1,8 @@
-"""What clients of several replicas reach: it reads a request, chooses by its model, and passes on what a replica sends.
+"""What clients of several replicas reach: it reads a request, chooses by its model, and passes on
+what a replica sends.
 
-A replica that is lost before it has sent anything is asked no more: another one answers. Where pieces of an answer are
-out already, the answer ends with an error, for its client to ask again.
+A replica that is lost before it has sent anything is asked no more: another one answers. Where
+pieces of an answer are out already, the answer ends with an error, for its client to ask again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ from veneer.serve.service import ServeLimits
 from veneer.serve.start import Settings, guarded
 
 log = logging.getLogger("veneer.serve")
-CHANGING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters/pin", "/v1/adapters/unpin")
+CHANGING = (
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/adapters/pin",
+    "/v1/adapters/unpin",
+)
 """What an administrator asks of all replicas, those that are yet to come too."""
 PATIENCE_SECONDS = 30.0
 """Beyond the time that a request has at a replica: for one to be there."""
@@ -42,9 +48,12 @@ ATTEMPTS = 3
 
 
 class Replicas(Protocol):
-    """How replicas are asked. LostProcessError: the one that was asked is gone. QueueFullError: too many wait."""
+    """How replicas are asked. LostProcessError: the one that was asked is gone. QueueFullError: too
+    many wait."""
 
-    def answer(self, request: Passed, model: str, changes: Sequence[Change]) -> AsyncIterator[Message]:
+    def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
         """Of one that has this model in memory, or else of the one with the least to do."""
         ...
 
@@ -65,7 +74,11 @@ class Front:
     """An ASGI application, behind Guard. seconds: that a request has at a replica."""
 
     def __init__(self, replicas: Replicas, *, body_bytes: int, seconds: float) -> None:
-        self._replicas, self._body_bytes, self._seconds = replicas, body_bytes, seconds + PATIENCE_SECONDS
+        self._replicas, self._body_bytes, self._seconds = (
+            replicas,
+            body_bytes,
+            seconds + PATIENCE_SECONDS,
+        )
         self._changes: list[Change] = []
         self._answers: Counter[tuple[str, int]] = Counter()
         self._closing = False
@@ -91,12 +104,17 @@ class Front:
                 await unless_gone(receive, self._pass_on(passed, out))
         except ClientGone:
             return
-        except (Exception, asyncio.CancelledError) as fault:  # cancelled: the server ends, and the drain's time is over
+        except (
+            Exception,
+            asyncio.CancelledError,
+        ) as fault:  # cancelled: the server ends, and the drain's time is over
             answer = answer_to(_refusal(fault), request.url.path)
             if not out.status:
                 await answer(scope, receive, send)
             elif out.streams:
-                await send({"type": "http.response.body", "body": b"data: " + bytes(answer.body) + b"\n\n"})
+                await send(
+                    {"type": "http.response.body", "body": b"data: " + bytes(answer.body) + b"\n\n"}
+                )
             else:
                 raise  # the connection ends, and with it an answer that is not whole
 
@@ -106,13 +124,23 @@ class Front:
             case "/healthz":
                 return PlainTextResponse("ok\n")
             case "/readyz":
-                return PlainTextResponse("closing\n", 503) if self._closing else PlainTextResponse("ready\n")
+                return (
+                    PlainTextResponse("closing\n", 503)
+                    if self._closing
+                    else PlainTextResponse("ready\n")
+                )
             case "/metrics":
                 lines = [*merged(await self._replicas.metrics()), *answers_lines(self._answers)]
-                return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8")
+                return PlainTextResponse(
+                    "\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8"
+                )
             case "/v1/adapters" if request.method == "GET":
                 lists = await self._replicas.shown()
-                cards = [{**card, "replica": name} for name, cards in sorted(lists.items()) for card in cards]
+                cards = [
+                    {**card, "replica": name}
+                    for name, cards in sorted(lists.items())
+                    for card in cards
+                ]
                 return JSONResponse({"object": "list", "data": cards})
         return None
 
@@ -138,8 +166,12 @@ class Front:
         for left in reversed(range(ATTEMPTS)):
             try:
                 async with asyncio.timeout(self._seconds) as until:
-                    async for message in self._replicas.answer(request, model, tuple(self._changes)):
-                        until.reschedule(None)  # from here on it is the replica that says how long it takes
+                    async for message in self._replicas.answer(
+                        request, model, tuple(self._changes)
+                    ):
+                        until.reschedule(
+                            None
+                        )  # from here on it is the replica that says how long it takes
                         await out(message)
                 break
             except TimeoutError:
@@ -162,7 +194,9 @@ class _Sent:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self.streams = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            self.streams = any(
+                value.startswith(b"text/event-stream") for _, value in message["headers"]
+            )
         await self._send(message)
 
 
@@ -173,10 +207,14 @@ def open_front(replicas: Replicas, settings: Settings, keys: Keys) -> tuple[Serv
 
 
 def changed(changes: Sequence[Change], request: Passed) -> list[Change]:
-    """With a further one, without those that it makes pointless: earlier ones of the same name and kind."""
+    """With a further one, without those that it makes pointless: earlier ones of the same name and
+    kind."""
     kind, name = _subject(request)
     number = changes[-1].number + 1 if changes else 1
-    return [*(each for each in changes if _subject(each.request) != (kind, name)), Change(number, request)]
+    return [
+        *(each for each in changes if _subject(each.request) != (kind, name)),
+        Change(number, request),
+    ]
 
 
 def _subject(request: Passed) -> tuple[bool, str]:

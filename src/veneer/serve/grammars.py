@@ -1,7 +1,7 @@
 """From the shape that a request asks for to what allows each of its tokens (decoding/grammar.py).
 
-The base's vocabulary is read for the first shape that is asked for, a second or more, and shapes are compiled on the
-thread that asks: never on the one that decodes.
+The base's vocabulary is read for the first shape that is asked for, a second or more, and shapes
+are compiled on the thread that asks: never on the one that decodes.
 """
 
 from __future__ import annotations

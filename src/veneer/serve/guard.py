@@ -1,7 +1,8 @@
-"""What every request passes before anything reads it: its Host, its Origin, its key, an id of its own, a line of log.
+"""What every request passes before anything reads it: its Host, its Origin, its key, an id of its
+own, a line of log.
 
-    Host     a name that a page of somebody else could point here (DNS rebinding) is not answered: only addresses,
-             localhost and the names that the server was given are
+    Host     a name that a page of somebody else could point here (DNS rebinding) is not answered:
+             only addresses, localhost and the names that the server was given are
     Origin   a page of another site cannot ask: a browser says where a request comes from
     key      `authorization: Bearer KEY`, or Anthropic's `x-api-key`
 
@@ -35,7 +36,9 @@ OPEN = ("/healthz", "/readyz", "/")
 """Without a key: they tell nothing."""
 _ID = re.compile(r"[\w.:-]{1,128}")
 KEY_NEEDED = "An API key is needed: send the header authorization: Bearer KEY."
-UNKNOWN_KEY = "This API key is not one of the server's keys. Check it, or ask the server's operator for one."
+UNKNOWN_KEY = (
+    "This API key is not one of the server's keys. Check it, or ask the server's operator for one."
+)
 _PATH_CHARACTERS = 80
 _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -43,7 +46,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Guard:
-    """An ASGI application around another. counted: told (path's route, status, seconds) of each answer."""
+    """An ASGI application around another. counted: told (path's route, status, seconds) of each
+    answer."""
 
     def __init__(
         self,
@@ -85,7 +89,14 @@ class Guard:
             seconds = time.monotonic() - began
             if scope["path"] not in OPEN:  # which are asked every few seconds
                 path = shown(scope["path"][:_PATH_CHARACTERS])
-                log.info("%s %s %s %.0f ms %s", scope["method"], path, status or "gone", 1000 * seconds, request_id)
+                log.info(
+                    "%s %s %s %.0f ms %s",
+                    scope["method"],
+                    path,
+                    status or "gone",
+                    1000 * seconds,
+                    request_id,
+                )
             if self.counted is not None:
                 self.counted(scope["path"], status, seconds)
 
@@ -94,20 +105,27 @@ class Guard:
         if not self._known_host(host):
             return Refusal(
                 403,
-                "This Host is not one of this server's. If it is meant, start it with --allow-host.",
+                "This Host is not one of this server's. If it is meant, start it with"
+                " --allow-host.",
                 code="unknown_host",
             )
         origin = headers.get("origin")
         if origin is not None and not self._known_origin(origin, host, scope["scheme"]):
             return Refusal(
-                403, "Pages of other sites are not answered. If it is meant: --allow-origin.", code="unknown_origin"
+                403,
+                "Pages of other sites are not answered. If it is meant: --allow-origin.",
+                code="unknown_origin",
             )
         if scope["path"] in OPEN:
             return None
         key = _given_key(headers)
         caller = self.keys.caller(key)
         if caller is None:
-            return Refusal(401, KEY_NEEDED if key is None else UNKNOWN_KEY, headers={"www-authenticate": "Bearer"})
+            return Refusal(
+                401,
+                KEY_NEEDED if key is None else UNKNOWN_KEY,
+                headers={"www-authenticate": "Bearer"},
+            )
         scope["state"]["caller"] = caller
         return None
 
@@ -120,7 +138,10 @@ class Guard:
         return name in self.hosts or _is_address(name)
 
     def _known_origin(self, origin: str, host: str, scheme: str) -> bool:
-        own = {f"http://{host}".lower(), f"https://{host}".lower()}  # behind a proxy the scheme may differ
+        own = {
+            f"http://{host}".lower(),
+            f"https://{host}".lower(),
+        }  # behind a proxy the scheme may differ
         return origin.lower() in own or origin.lower() in self.origins
 
 
@@ -128,7 +149,11 @@ def check_origins(origins: Collection[str]) -> None:
     """ConfigError: one of them is not what browsers send as the origin of a page."""
     faults = [fault for origin in origins if (fault := _origin_fault(origin)) is not None]
     if faults:
-        raise ConfigError("--allow-origin names a site", faults, "For instance: --allow-origin https://page.example")
+        raise ConfigError(
+            "--allow-origin names a site",
+            faults,
+            "For instance: --allow-origin https://page.example",
+        )
 
 
 def _origin_fault(text: str) -> str | None:
@@ -145,13 +170,19 @@ def _origin_fault(text: str) -> str | None:
         return f"{shown(text[:80])} has a *: name every site"
     if _HOST.fullmatch(_punycode(host)) is None and not _is_address(host):
         return fault
-    return None if text.isascii() else f"{shown(text[:80])} has letters beyond ASCII: browsers send {_punycode(host)}"
+    return (
+        None
+        if text.isascii()
+        else f"{shown(text[:80])} has letters beyond ASCII: browsers send {_punycode(host)}"
+    )
 
 
 def _punycode(host: str) -> str:
     """The host's name as DNS and browsers write it."""
     labels = unicodedata.normalize("NFC", host).split(".")
-    return ".".join(each if each.isascii() else f"xn--{each.encode('punycode').decode()}" for each in labels)
+    return ".".join(
+        each if each.isascii() else f"xn--{each.encode('punycode').decode()}" for each in labels
+    )
 
 
 def as_browsers_send(origin: str) -> str:
@@ -165,8 +196,9 @@ def as_browsers_send(origin: str) -> str:
 def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
     """Lets pages of these origins read the answers of a guarded application (CORS).
 
-    A browser asks by itself, without the key, whether a page may send a request (a preflight): that is answered before
-    anything else is looked at. Errors carry the headers too, or a page could not show them.
+    A browser asks by itself, without the key, whether a page may send a request (a preflight): that
+    is answered before anything else is looked at. Errors carry the headers too, or a page could not
+    show them.
     """
     if not origins:
         return app

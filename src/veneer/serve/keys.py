@@ -3,8 +3,8 @@
     use     answers, models, metrics
     admin   that, and to load and unload adapters
 
-A file has a line for each: `use 5d41...(sha256, hexadecimal) name`. A key is 256 random bits, so that its plain
-SHA-256 is as hard to turn around as any.
+A file has a line for each: `use 5d41...(sha256, hexadecimal) name`. A key is 256 random bits, so
+that its plain SHA-256 is as hard to turn around as any.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def hashed(key: str) -> str:
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
-    """Those of a file and of the environment. SourceError, ConfigError with every line that is none."""
+    """Those of a file and of the environment. SourceError, ConfigError with every line that is
+    none."""
     keys = [] if file is None else _of_file(file)
     for variable, scope in VARIABLES.items():
         if given := environment.get(variable):
@@ -88,7 +89,9 @@ def _of_file(file: Path) -> list[Key]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as fault:
-        raise SourceError(f"{file} cannot be read: {fault.strerror}", [], f"Make one: {_make(file)}") from fault
+        raise SourceError(
+            f"{file} cannot be read: {fault.strerror}", [], f"Make one: {_make(file)}"
+        ) from fault
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not text", next_step=f"Make one: {_make(file)}") from None
     keys, faults = list[Key](), list[str]()
@@ -99,11 +102,17 @@ def _of_file(file: Path) -> list[Key]:
         if found is None:
             faults.append(f"line {number} is not `use` or `admin`, a SHA-256 and a name")
         else:
-            keys.append(Key("admin" if found[1] == "admin" else "use", found[2], found[3] or f"key-{number}"))
+            keys.append(
+                Key(
+                    "admin" if found[1] == "admin" else "use", found[2], found[3] or f"key-{number}"
+                )
+            )
     if len(keys) > MOST_KEYS:
         faults.append(f"it has {len(keys):,} keys, {MOST_KEYS:,} may be")
     if faults or not keys:
-        raise ConfigError(f"{file} is no file of keys", faults or ["it has none"], f"Make one: {_make(file)}")
+        raise ConfigError(
+            f"{file} is no file of keys", faults or ["it has none"], f"Make one: {_make(file)}"
+        )
     return keys
 
 

@@ -1,7 +1,9 @@
-"""The limits of a request, in one place: how much of each thing a client may send, and how long it may take.
+"""The limits of a request, in one place: how much of each thing a client may send, and how long it
+may take.
 
-Work for a request grows in proportion to its size, and its size is bounded by these. docs/serve.md shows LIMITS as a
-table. tests/soak/test_linear.py grows every dimension of a request by ten and measures the time.
+Work for a request grows in proportion to its size, and its size is bounded by these. docs/serve.md
+shows LIMITS as a table. tests/soak/test_linear.py grows every dimension of a request by ten and
+measures the time.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from veneer.files.nesting import MAX_JSON_DEPTH
 
 MOST_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
-"""For a whole header to arrive, from the connection's start or from the first byte behind the answer before."""
+"""For a whole header to arrive, from the connection's start or from the first byte behind the
+answer before."""
 KEEP_ALIVE_SECONDS = 75.0
-"""Between an answer and the next request's first byte. Proxies use a connection again for up to 60 s: the server must
-not close it while they send."""
+"""Between an answer and the next request's first byte. Proxies use a connection again for up to 60
+s: the server must not close it while they send."""
 BODY_BYTES = 4 * 2**20
 LARGE_BODY = 64 * 2**10
-"""Bytes of a body beyond which it is read beside the event loop: 4 MiB of JSON take up to a second."""
+"""Bytes of a body beyond which it is read beside the event loop: 4 MiB of JSON take up to a
+second."""
 BODY_SECONDS = 30.0
 MOST_DISCARDED = 64 * 2**20
-"""Bytes of a body that is too large, read and thrown away: who still sends would not see the answer."""
+"""Bytes of a body that is too large, read and thrown away: who still sends would not see the
+answer."""
 STALLED_SECONDS = 60.0
 """For a client to read what was sent, once more than the buffers hold is on its way."""
 MOST_CONNECTIONS = 8192
@@ -80,7 +85,12 @@ LIMITS = (
     Limit("body", BODY_BYTES, "bytes", "413"),
     Limit("a body's time", BODY_SECONDS, "seconds", "408"),
     Limit("a client that does not read", STALLED_SECONDS, "seconds", "closed"),
-    Limit("connections, and half of the open files", MOST_CONNECTIONS, "", "the longest idle is closed, or 503"),
+    Limit(
+        "connections, and half of the open files",
+        MOST_CONNECTIONS,
+        "",
+        "the longest idle is closed, or 503",
+    ),
     Limit("depth of JSON", MAX_JSON_DEPTH, "levels", "400"),
     Limit("one key in an object", 1, "time", "400"),
     Limit("faults that are told", MOST_FAULTS, "", "the others are not looked for"),

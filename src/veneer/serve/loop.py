@@ -3,11 +3,13 @@
     event loop                              the engine's thread
     submit(request) ── commands ──────────> Engine.add       between two steps
     ticket.cancel() ── commands ──────────> Engine.cancel    between two steps
-    inbox.taken() <──── one call a step ─── what answers got: all of them, or of each its first tokens and its end
+    inbox.taken() <──── one call a step ─── what answers got: all of them, or of each its first
+        tokens and its end
 
-Telling a token takes the processors from what computes the next one: whoever sends no pieces is told the rest at the
-end. The event loop never touches a tensor, the thread never a socket. What goes wrong with one request ends that
-request, in a forward too; what goes wrong with the books of a step ends those that were in it, and the thread goes on.
+Telling a token takes the processors from what computes the next one: whoever sends no pieces is
+told the rest at the end. The event loop never touches a tensor, the thread never a socket. What
+goes wrong with one request ends that request, in a forward too; what goes wrong with the books of a
+step ends those that were in it, and the thread goes on.
 """
 
 from __future__ import annotations
@@ -36,17 +38,20 @@ T = TypeVar("T")
 PATIENCE_SECONDS = 0.005
 """While all that wait wait for their adapters: how often is looked whether one has come."""
 GATHERING_SECONDS = 0.01
-"""At most: for requests that are being read while nothing is computed, so that one step reads them all."""
+"""At most: for requests that are being read while nothing is computed, so that one step reads them
+all."""
 
 
 SWITCH_SECONDS = 0.0002
-"""Longest time that another thread keeps the interpreter while the engine's thread wants it; Python's own is 5 ms. The
-engine gives the interpreter away at every kernel, so while adapters were loading it waited 5 ms some hundred times a
-step: a step of 160 tokens of a model of 30 layers took 3.6 to 5.6 s in place of 0.9 s on two busy cores."""
+"""Longest time that another thread keeps the interpreter while the engine's thread wants it;
+Python's own is 5 ms. The engine gives the interpreter away at every kernel, so while adapters were
+loading it waited 5 ms some hundred times a step: a step of 160 tokens of a model of 30 layers took
+3.6 to 5.6 s in place of 0.9 s on two busy cores."""
 
 
 class Update(NamedTuple):
-    """What one answer got since it was told last. request: its number in the inbox; choice: which of its answers.
+    """What one answer got since it was told last. request: its number in the inbox; choice: which
+    of its answers.
 
     error: why it has ended without a reason.
     """
@@ -66,8 +71,9 @@ class Update(NamedTuple):
 class Inbox:
     """What the answers to some requests get, for the one task that reads it. Of the event loop.
 
-    every_step: a token is told with the step that drew it; else of each answer its first ones, and the others when it
-    has ended. taking: asked first while that task waits: whether it takes an update, of which the task hears nothing.
+    every_step: a token is told with the step that drew it; else of each answer its first ones, and
+    the others when it has ended. taking: asked first while that task waits: whether it takes an
+    update, of which the task hears nothing.
     """
 
     def __init__(self, *, every_step: bool) -> None:
@@ -110,7 +116,8 @@ class Ticket:
         self.answers: tuple[Answer, ...] = ()
         """Once it is accepted; the engine's thread changes them."""
         self.numbers: tuple[int, ...] = ()
-        """The numbers of its answers in the engine. Only the engine's thread reads and writes them."""
+        """The numbers of its answers in the engine. Only the engine's thread reads and writes
+        them."""
         self._loop = loop
         self._left = request.choices
 
@@ -146,7 +153,8 @@ class Ticket:
 
 @dataclass
 class _Open:
-    """An answer that has not ended. told: how many of its tokens are. error: why it is being cancelled."""
+    """An answer that has not ended. told: how many of its tokens are. error: why it is being
+    cancelled."""
 
     answer: Answer
     ticket: Ticket
@@ -187,7 +195,8 @@ class EngineLoop:
     # of the event loop
 
     def start(self) -> None:
-        """Call it on the event loop that tickets are for, in the thread that loaded the base: it computes no more."""
+        """Call it on the event loop that tickets are for, in the thread that loaded the base: it
+        computes no more."""
         self._events = asyncio.get_running_loop()
         self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
@@ -195,8 +204,8 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, request: Request, inbox: Inbox, number: int = 0) -> Ticket:
-        """number: of the request in its inbox. QueueFullError: so many have come during one step. Refusal: it is
-        shutting down."""
+        """number: of the request in its inbox. QueueFullError: so many have come during one step.
+        Refusal: it is shutting down."""
         if self._closing:
             raise shutting_down()
         if self._adding >= self._most_waiting:
@@ -208,7 +217,8 @@ class EngineLoop:
 
     @contextmanager
     def coming(self) -> Iterator[None]:
-        """Within, a request is being read that is submitted behind the block, unless it is refused."""
+        """Within, a request is being read that is submitted behind the block, unless it is
+        refused."""
         self._coming += 1
         try:
             yield
@@ -245,7 +255,8 @@ class EngineLoop:
         self.wake()
 
     async def close(self, seconds: float) -> None:
-        """No new requests; those that are open have so long to end, and end then. The thread is gone afterwards."""
+        """No new requests; those that are open have so long to end, and end then. The thread is
+        gone afterwards."""
         self._closing = self._stopping = True
         self.wake()
         await asyncio.to_thread(self._thread.join, seconds)
@@ -272,7 +283,9 @@ class EngineLoop:
         self._wake.set()
 
     def _cancel(self, ticket: Ticket) -> None:
-        self._command(lambda: self._end([self._open[n] for n in ticket.numbers if n in self._open], None))
+        self._command(
+            lambda: self._end([self._open[n] for n in ticket.numbers if n in self._open], None)
+        )
 
     # of the thread
 
@@ -341,16 +354,21 @@ class EngineLoop:
             self._later(lambda: _tell(told))
 
     def _failed(self, fault: Exception) -> None:
-        """A step was not computed. Out of memory, the youngest that was in it ends; else all that were."""
+        """A step was not computed. Out of memory, the youngest that was in it ends; else all that
+        were."""
         scheduler = self._engine.scheduler
         try:
             scheduler.undo_step()
         except AssertionError:  # it failed before there was a plan
             log.debug("no step was under way")
-        running = [self._open[answer.number] for answer in scheduler.running if answer.number in self._open]
+        running = [
+            self._open[answer.number] for answer in scheduler.running if answer.number in self._open
+        ]
         if is_out_of_memory(fault):
             log.error("out of memory: the youngest of %d requests ends", len(running))
-            self._end(running[-1:], Refusal(503, "The server is out of memory.", code="out_of_memory"))
+            self._end(
+                running[-1:], Refusal(503, "The server is out of memory.", code="out_of_memory")
+            )
         else:
             log.error("a step failed: the %d requests in it end", len(running), exc_info=fault)
             self._end(running or list(self._open.values()), fault)
@@ -369,7 +387,8 @@ def _tell(told: list[tuple[Ticket, Update]]) -> None:
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:
-    """Looks at the future's exception, so that asyncio does not log it where its client has gone."""
+    """Looks at the future's exception, so that asyncio does not log it where its client has
+    gone."""
     if not future.cancelled():
         future.exception()
 

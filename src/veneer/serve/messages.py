@@ -33,8 +33,14 @@ from veneer.serve.refusals import Fault, Refusal, refuse
 from veneer.serve.sampling_fields import MODEL, NEW, OTHERS, SEED, STREAM, TOP_P_FIELD, sampled
 from veneer.serve.tools import NAME, wanted_call
 
-_CACHE = Field("cache_control", AnyObject(), "prompts are found again by their content", no_effect=True)
-_TEXT_BLOCK = (Field("text", TEXT, "", required=True), Field("citations", Only(([],)), "", no_effect=True), _CACHE)
+_CACHE = Field(
+    "cache_control", AnyObject(), "prompts are found again by their content", no_effect=True
+)
+_TEXT_BLOCK = (
+    Field("text", TEXT, "", required=True),
+    Field("citations", Only(([],)), "", no_effect=True),
+    _CACHE,
+)
 _ONLY_TEXT = Listed(Tagged("type", {"text": _TEXT_BLOCK}, why="text alone is read"), MOST_PARTS)
 _USER_BLOCKS = {
     "text": _TEXT_BLOCK,
@@ -62,13 +68,22 @@ def _turn(blocks: dict[str, tuple[Field, ...]]) -> tuple[Field, ...]:
     return (Field("content", Either((TEXT, listed)), "", required=True),)
 
 
-_ONE_CALL = Field("disable_parallel_tool_use", Only((False,), "an answer may hold several calls"), "", no_effect=True)
+_ONE_CALL = Field(
+    "disable_parallel_tool_use",
+    Only((False,), "an answer may hold several calls"),
+    "",
+    no_effect=True,
+)
 
 PROMPT = (
     MODEL,
     Field(
         "messages",
-        Listed(Tagged("role", {"user": _turn(_USER_BLOCKS), "assistant": _turn(_ASSISTANT_BLOCKS)}), MOST_MESSAGES, 1),
+        Listed(
+            Tagged("role", {"user": _turn(_USER_BLOCKS), "assistant": _turn(_ASSISTANT_BLOCKS)}),
+            MOST_MESSAGES,
+            1,
+        ),
         "the conversation; text alone",
         required=True,
     ),
@@ -103,7 +118,9 @@ PROMPT = (
         ),
         "whether it calls them",
     ),
-    Field("thinking", Tagged("type", {"disabled": ()}, why="the template decides"), "", no_effect=True),
+    Field(
+        "thinking", Tagged("type", {"disabled": ()}, why="the template decides"), "", no_effect=True
+    ),
     Field("cache_control", AnyObject(), "prompts are found again by their content", no_effect=True),
     Field("context_management", Refused("shorten the conversation"), ""),
     Field("mcp_servers", Refused("this server reaches no other"), ""),
@@ -113,13 +130,19 @@ COUNT_FIELDS = PROMPT
 FIELDS = (
     *PROMPT,
     Field("max_tokens", NEW, "where the answer is cut", required=True),
-    Field("stop_sequences", Listed(Text(MOST_STOP, 1), MOST_STOPS), "texts that end the answer and are not part of it"),
+    Field(
+        "stop_sequences",
+        Listed(Text(MOST_STOP, 1), MOST_STOPS),
+        "texts that end the answer and are not part of it",
+    ),
     Field("temperature", Num(TEMPERATURE), "0 takes the likeliest token; default 1"),
     TOP_P_FIELD,
     Field("seed", Num(SEED), "of the draws, modulo 2^32"),
     STREAM[0],
     *OTHERS,
-    Field("metadata", Table((Field("user_id", Text(1000), "", no_effect=True),)), "", no_effect=True),
+    Field(
+        "metadata", Table((Field("user_id", Text(1000), "", no_effect=True),)), "", no_effect=True
+    ),
     Field("service_tier", Only(("auto", "standard_only"), "there is one"), "", no_effect=True),
     Field("container", Refused("this server runs no code"), ""),
 )
@@ -157,7 +180,13 @@ def _prompt(values: dict[str, Any]) -> tuple[Chat, list[dict[str, Any]] | None, 
         given.get("type", ""), given.get("type")
     )
     if values["messages"][-1]["role"] == "assistant":
-        raise refuse([Fault("messages", "the last is the assistant's: answers are begun anew, not continued")])
+        raise refuse(
+            [
+                Fault(
+                    "messages", "the last is the assistant's: answers are begun anew, not continued"
+                )
+            ]
+        )
     messages = []
     if system := _text(values.get("system") or ""):
         messages.append({"role": "system", "content": system})
@@ -179,10 +208,17 @@ def _said(role: str, content: str | list[dict[str, Any]]) -> Iterator[dict[str, 
         return
     for block in content:
         if block["type"] == "tool_result":
-            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": _text(block.get("content") or "")}
+            yield {
+                "role": "tool",
+                "tool_call_id": block["tool_use_id"],
+                "content": _text(block.get("content") or ""),
+            }
     text = "".join(block["text"] for block in content if block["type"] == "text")
     calls = [
-        {"id": block["id"], "function": {"name": block["name"], "arguments": compact(block["input"])}}
+        {
+            "id": block["id"],
+            "function": {"name": block["name"], "arguments": compact(block["input"])},
+        }
         for block in content
         if block["type"] == "tool_use"
     ]
@@ -222,7 +258,9 @@ class Stream:
 
     def begin(self, usage: Usage) -> Iterator[str]:
         message = {**_about(self._head), "content": [], "stop_reason": None, "stop_sequence": None}
-        yield self._event("message_start", message={**message, "usage": {**_usage(usage), "output_tokens": 0}})
+        yield self._event(
+            "message_start", message={**message, "usage": {**_usage(usage), "output_tokens": 0}}
+        )
 
     def piece(self, piece: Piece) -> Iterator[str]:
         if piece.text:
@@ -243,7 +281,9 @@ class Stream:
     def finish(self, usage: Usage) -> Iterator[str]:
         reason, sequence = _stop(self._end, self._called)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
-        yield self._event("message_delta", delta=delta, usage={**_usage(usage), "output_tokens": usage.new})
+        yield self._event(
+            "message_delta", delta=delta, usage={**_usage(usage), "output_tokens": usage.new}
+        )
         yield self._event("message_stop")
 
     def fail(self, refusal: Refusal) -> Iterator[str]:

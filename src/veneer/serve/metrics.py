@@ -1,6 +1,8 @@
-"""/metrics in Prometheus' text: vLLM's names, which routers read, and our own. Labels take a bounded number of values.
+"""/metrics in Prometheus' text: vLLM's names, which routers read, and our own. Labels take a
+bounded number of values.
 
-Source: docs.vllm.ai/en/latest/usage/metrics.html; prometheus.io/docs/instrumenting/exposition_formats.
+Source: docs.vllm.ai/en/latest/usage/metrics.html;
+prometheus.io/docs/instrumenting/exposition_formats.
 """
 
 from __future__ import annotations
@@ -91,21 +93,33 @@ class Metrics:
         self._whole.add(seconds)
 
     def text(
-        self, state: State, names: Mapping[str, str], memory: Mapping[str, int], extra: Mapping[str, float]
+        self,
+        state: State,
+        names: Mapping[str, str],
+        memory: Mapping[str, int],
+        extra: Mapping[str, float],
     ) -> str:
-        """names: of adapters, by content. memory: bytes of those that are there, by name, whether anyone asks or not.
-        extra: further gauges, by name."""
+        """names: of adapters, by content. memory: bytes of those that are there, by name, whether
+        anyone asks or not. extra: further gauges, by name."""
         return "\n".join(self._lines(state, names, memory, extra)) + "\n"
 
     def _lines(
-        self, state: State, names: Mapping[str, str], memory: Mapping[str, int], extra: Mapping[str, float]
+        self,
+        state: State,
+        names: Mapping[str, str],
+        memory: Mapping[str, int],
+        extra: Mapping[str, float],
     ) -> Iterator[str]:
         own = {"model_name": self._model}
         used = 1 - state.free_blocks / state.blocks
         yield from _metric("vllm:num_requests_running", "gauge", [(own, state.running)])
         yield from _metric("vllm:num_requests_waiting", "gauge", [(own, state.waiting)])
         yield from _metric("vllm:kv_cache_usage_perc", "gauge", [(own, used)])
-        cache = {**own, "block_size": str(state.tokens_per_block), "num_gpu_blocks": str(state.blocks)}
+        cache = {
+            **own,
+            "block_size": str(state.tokens_per_block),
+            "num_gpu_blocks": str(state.blocks),
+        }
         yield from _metric("vllm:cache_config_info", "gauge", [(cache, 1)])
         adapters = {
             "max_lora": str(state.max_adapters),
@@ -120,12 +134,17 @@ class Metrics:
             ("prefix_cache_hits", "cached"),
         ):
             yield from _metric(f"vllm:{name}_total", "counter", [(own, self._tokens[key])])
-        ends = [({**own, "finished_reason": reason}, count) for reason, count in sorted(self._ended.items())]
+        ends = [
+            ({**own, "finished_reason": reason}, count)
+            for reason, count in sorted(self._ended.items())
+        ]
         yield from _metric("vllm:request_success_total", "counter", ends)
         yield from _histogram("vllm:time_to_first_token_seconds", own, self._first)
         yield from _histogram("vllm:e2e_request_latency_seconds", own, self._whole)
         yield from answers_lines(self._answers)
-        held: list[tuple[Mapping[str, str], float]] = [({"adapter": name}, taken) for name, taken in memory.items()]
+        held: list[tuple[Mapping[str, str], float]] = [
+            ({"adapter": name}, taken) for name, taken in memory.items()
+        ]
         yield from _metric("veneer:adapter_in_memory_bytes", "gauge", held[:MOST_NAMES])
         for name, value in sorted(extra.items()):
             yield from _metric(f"veneer:{name}", "gauge", [({}, value)])
@@ -133,7 +152,10 @@ class Metrics:
 
 def answers_lines(answers: Mapping[tuple[str, int], int]) -> Iterator[str]:
     """How often each (path, status) was answered."""
-    samples = [({"path": path, "status": str(status)}, count) for (path, status), count in sorted(answers.items())]
+    samples = [
+        ({"path": path, "status": str(status)}, count)
+        for (path, status), count in sorted(answers.items())
+    ]
     yield from _metric("veneer:http_answers_total", "counter", samples)
 
 
@@ -148,7 +170,11 @@ def merged(texts: Mapping[str, str]) -> Iterator[str]:
             else:
                 name, value = line.rsplit(" ", 1)
                 own = _labels({"replica": replica})
-                samples.append(f"{name[:-1]},{own[1:]} {value}" if name.endswith("}") else f"{name}{own} {value}")
+                samples.append(
+                    f"{name[:-1]},{own[1:]} {value}"
+                    if name.endswith("}")
+                    else f"{name}{own} {value}"
+                )
     for head, samples in groups.items():
         if samples:
             yield from (head, *samples)
@@ -160,10 +186,16 @@ def _named(adapters: Sequence[Identity], names: Mapping[str, str]) -> str:
     return ",".join(sorted(set(found))[:MOST_NAMES])
 
 
-def _metric(name: str, kind: str, samples: Sequence[tuple[Mapping[str, str], float]]) -> Iterator[str]:
+def _metric(
+    name: str, kind: str, samples: Sequence[tuple[Mapping[str, str], float]]
+) -> Iterator[str]:
     yield f"# TYPE {name} {kind}"
     for labels, value in samples:
-        yield f"{name}{_labels(labels)} {value:g}" if value < 10**6 else f"{name}{_labels(labels)} {value:.17g}"
+        yield (
+            f"{name}{_labels(labels)} {value:g}"
+            if value < 10**6
+            else f"{name}{_labels(labels)} {value:.17g}"
+        )
 
 
 def _histogram(name: str, labels: Mapping[str, str], histogram: Histogram) -> Iterator[str]:

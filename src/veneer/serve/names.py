@@ -1,12 +1,14 @@
-"""Which names are models: the base under its own, and every adapter of the library, as it is at this moment.
+"""Which names are models: the base under its own, and every adapter of the library, as it is at
+this moment.
 
     smollm2-135m            the base
     tickets                 the newest version of an adapter;  tickets@2, tickets@best: that one
     smollm2-135m:tickets    the same, as SGLang's clients write it
 
-/v1/load_lora_adapter adds an alias: a further name of an adapter in the library. It comes before an adapter that is
-published under the same name later. /v1/unload_lora_adapter takes a name away: an alias, or an adapter with all its
-versions, which the server hides until it is loaded again. Files stay. Nothing here is a path.
+/v1/load_lora_adapter adds an alias: a further name of an adapter in the library. It comes before an
+adapter that is published under the same name later. /v1/unload_lora_adapter takes a name away: an
+alias, or an adapter with all its versions, which the server hides until it is loaded again. Files
+stay. Nothing here is a path.
 """
 
 from __future__ import annotations
@@ -27,15 +29,23 @@ from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model
 
 MAX_COMPARED = 1000
 """Names that an unknown one is compared with, for a hint."""
-NO_PATH = "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or an address."
+NO_PATH = (
+    "lora_path is the name of an adapter in this server's library (NAME, NAME@2), never a path or"
+    " an address."
+)
 LOADED = "Success: LoRA adapter '{}' added successfully."
 ALREADY = (
     "The lora adapter '{}' has already been loaded. "
     "If you want to load the adapter in place, set 'load_inplace' to True."
 )
 NO_NAME = "lora_name is no name for an adapter: a-z, 0-9, single . - _ between."
-VERSION = "lora_name is a version of an adapter. Names are loaded and unloaded: {0!r}, with all its versions."
-BASE_STAYS = "lora_name is the base. {!r} is always served, and no adapter is loaded under its name."
+VERSION = (
+    "lora_name is a version of an adapter. Names are loaded and unloaded: {0!r}, with all its"
+    " versions."
+)
+BASE_STAYS = (
+    "lora_name is the base. {!r} is always served, and no adapter is loaded under its name."
+)
 UNLOADED = "Success: LoRA adapter '{}' removed successfully."
 
 
@@ -66,7 +76,13 @@ class Names:
     """Called from any thread; reads files."""
 
     def __init__(
-        self, base_name: str, library: Library, adapters: Adapters, *, created: int = 0, positions: int | None = None
+        self,
+        base_name: str,
+        library: Library,
+        adapters: Adapters,
+        *,
+        created: int = 0,
+        positions: int | None = None,
     ) -> None:
         self.base_name = base_name
         self._library, self._adapters = library, adapters
@@ -76,7 +92,8 @@ class Names:
         self._lock = threading.Lock()
 
     def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
-        """What a request's `model` means, and its `adapters`. Refusal: 404. VeneerError: it cannot act."""
+        """What a request's `model` means, and its `adapters`. Refusal: 404. VeneerError: it cannot
+        act."""
         if not weighted:
             return self._one(name, 1.0)
         if name != self.base_name:
@@ -99,7 +116,8 @@ class Names:
         return Model(name, identity, tuple((called, content) for content, _ in identity))
 
     def reference(self, name: str) -> str:
-        """Of the library. Refusal: 404, the same for what is not there and for what was taken away."""
+        """Of the library. Refusal: 404, the same for what is not there and for what was taken
+        away."""
         own = self._without_base(name)
         with self._lock:
             reference = self._aliases.get(own, own)
@@ -112,7 +130,11 @@ class Names:
         """404 with the name that was probably meant. It reads no file of an adapter."""
         with self._lock:
             hidden, aliases = set(self._hidden), sorted(self._aliases)
-        known = [self.base_name, *aliases, *(each for each in self._library.all_names() if each not in hidden)]
+        known = [
+            self.base_name,
+            *aliases,
+            *(each for each in self._library.all_names() if each not in hidden),
+        ]
         return unknown_model(name, nearest(name[:80], known[:MAX_COMPARED]))
 
     def _without_base(self, name: str) -> str:
@@ -128,7 +150,8 @@ class Names:
     # cards
 
     def cards(self) -> list[dict[str, Any]]:
-        """The base first. Adapters that do not fit it are left out; whoever asks for one is told why."""
+        """The base first. Adapters that do not fit it are left out; whoever asks for one is told
+        why."""
         return [self._base_card(), *(self._card(name, entry) for name, entry in self._entries())]
 
     def card(self, name: str) -> dict[str, Any]:
@@ -142,7 +165,14 @@ class Names:
             if entry.name in hidden or entry.name in aliases:
                 continue
             if self._adapters.fits(entry):
-                yield f"{self.base_name}:{entry.name}" if entry.name == self.base_name else entry.name, entry
+                yield (
+                    (
+                        f"{self.base_name}:{entry.name}"
+                        if entry.name == self.base_name
+                        else entry.name
+                    ),
+                    entry,
+                )
         for name, reference in sorted(aliases.items()):
             try:
                 yield name, self._library.get(reference)
@@ -192,17 +222,27 @@ class Names:
         except ConfigError as fault:
             raise unknown_adapter(fault) from None
         if reference != own and self._library.has(own):
-            raise Refusal(409, f"The library has an adapter {own!r} of its own.", "lora_name", "already_loaded")
+            raise Refusal(
+                409,
+                f"The library has an adapter {own!r} of its own.",
+                "lora_name",
+                "already_loaded",
+            )
         with self._lock:
             self._check_alias(own, reference, in_place=in_place)
 
     def _adapter_name(self, name: str) -> str:
-        """The name without the base's in front. Refusal: it names the base, a version, or cannot be a name."""
+        """The name without the base's in front. Refusal: it names the base, a version, or cannot be
+        a name."""
         own = self._without_base(name)
         if name == self.base_name:
             raise Refusal(400, BASE_STAYS.format(name), "lora_name")
         if not is_name(own):
-            raise Refusal(400, VERSION.format(own.partition("@")[0]) if is_reference(own) else NO_NAME, "lora_name")
+            raise Refusal(
+                400,
+                VERSION.format(own.partition("@")[0]) if is_reference(own) else NO_NAME,
+                "lora_name",
+            )
         return own
 
     def _check_alias(self, own: str, reference: str, *, in_place: bool) -> None:
@@ -211,10 +251,13 @@ class Names:
         if before not in (None, reference) and not in_place:
             raise Refusal(409, ALREADY.format(own), "lora_name", "already_loaded")
         if before is None and reference != own and len(self._aliases) >= MAX_ALIASES:
-            raise Refusal(409, f"{MAX_ALIASES:,} names have been added, which is the limit.", "lora_name")
+            raise Refusal(
+                409, f"{MAX_ALIASES:,} names have been added, which is the limit.", "lora_name"
+            )
 
     def add(self, name: str, reference: str, *, in_place: bool = False) -> str:
-        """The name means the adapter from now on. Returns what vLLM answers. Refusal: 409, as `check` says."""
+        """The name means the adapter from now on. Returns what vLLM answers. Refusal: 409, as
+        `check` says."""
         own = self._without_base(name)
         with self._lock:
             self._check_alias(own, reference, in_place=in_place)
@@ -226,7 +269,8 @@ class Names:
         return LOADED.format(name)
 
     def remove(self, name: str) -> str:
-        """Takes the name away: an alias alone, or an adapter with all its versions. Returns what vLLM answers.
+        """Takes the name away: an alias alone, or an adapter with all its versions. Returns what
+        vLLM answers.
 
         Refusal: 400, or 404 if the name means nothing.
         """

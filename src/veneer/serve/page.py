@@ -1,6 +1,7 @@
 """The page at /: one HTML file, joined from the parts in web/ as they stand there.
 
-Its policy lets it run that script alone, by its hash, ask this server alone, and make no HTML out of text.
+Its policy lets it run that script alone, by its hash, ask this server alone, and make no HTML out
+of text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ from importlib.resources import files
 
 from starlette.responses import HTMLResponse
 
-SCRIPTS = ("base", "stream", "words", "columns", "ask", "code", "rows", "table", "library", "runs", "start")
+SCRIPTS = (
+    "base",
+    "stream",
+    "words",
+    "columns",
+    "ask",
+    "code",
+    "rows",
+    "table",
+    "library",
+    "runs",
+    "start",
+)
 """In their order: one scope, where each knows those before it."""
 
 

@@ -1,7 +1,7 @@
 """Prompts to ids, on a thread of its own: the base's template in its process, then the tokenizer.
 
-A prompt that is too long is refused before anything waits for it. Tokenizers change while they encode, so this one is
-a copy that nobody else has.
+A prompt that is too long is refused before anything waits for it. Tokenizers change while they
+encode, so this one is a copy that nobody else has.
 """
 
 from __future__ import annotations
@@ -30,36 +30,49 @@ TOKENIZERS_KEPT = 8
 
 
 class Prompts:
-    """positions: of the model, prompt and answer together; None: no bound. ids: that it has rows for."""
+    """positions: of the model, prompt and answer together; None: no bound. ids: that it has rows
+    for."""
 
     def __init__(self, tokenizer: Any, *, positions: int | None, ids: int | None) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.positions, self.ids = positions, ids
         self.template = ChatTemplate(self.tokenizer)
-        self._others = lru_cache(TOKENIZERS_KEPT)(lambda tokens: ChatTemplate(extended(self.tokenizer, tokens)))
+        self._others = lru_cache(TOKENIZERS_KEPT)(
+            lambda tokens: ChatTemplate(extended(self.tokenizer, tokens))
+        )
         self.style: CallStyle | None = call_style(self.template)
         self._longest = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="veneer-prompts")
         self._waiting = 0
 
-    async def encoded(self, prompts: Sequence[Prompt], preamble: Preamble = NONE) -> list[list[int]]:
+    async def encoded(
+        self, prompts: Sequence[Prompt], preamble: Preamble = NONE
+    ) -> list[list[int]]:
         """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
-        if not preamble.tokens and all(isinstance(prompt, Plain) and prompt.ids is not None for prompt in prompts):
+        if not preamble.tokens and all(
+            isinstance(prompt, Plain) and prompt.ids is not None for prompt in prompts
+        ):
             return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
         return await self._apart(lambda: [self.encode(prompt, preamble) for prompt in prompts])
 
     async def strings(self, ids: Sequence[int]) -> list[str]:
-        return await self._apart(lambda: [str(each) for each in self.tokenizer.convert_ids_to_tokens(list(ids))])
+        return await self._apart(
+            lambda: [str(each) for each in self.tokenizer.convert_ids_to_tokens(list(ids))]
+        )
 
     async def text(self, ids: Sequence[int]) -> str:
         """Of ids, special ones included."""
-        if (wrong := next((i for i in ids if self.ids is not None and i >= self.ids), None)) is not None:
+        if (
+            wrong := next((i for i in ids if self.ids is not None and i >= self.ids), None)
+        ) is not None:
             raise Refusal(400, f"{wrong} is no token: there are {self.ids:,}.", "tokens")
         return await self._apart(lambda: str(self.tokenizer.decode(list(ids))))
 
     async def _apart(self, function: Callable[[], Any]) -> Any:
         if self._waiting >= MOST_PROMPTS_WAITING:
-            raise Refusal(429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may.")
+            raise Refusal(
+                429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may."
+            )
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
@@ -97,8 +110,14 @@ class Prompts:
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
         forgive()  # whatever conversation it did not survive is not this one
-        template = self._of(preamble.tokens).on(date.today()).telling({**preamble.variables, **prompt.variables})
-        return template.encode_prompt(messages, tools=prompt.tools, most_characters=self._most_characters)
+        template = (
+            self._of(preamble.tokens)
+            .on(date.today())
+            .telling({**preamble.variables, **prompt.variables})
+        )
+        return template.encode_prompt(
+            messages, tools=prompt.tools, most_characters=self._most_characters
+        )
 
     @property
     def _most_characters(self) -> int | None:
@@ -110,7 +129,8 @@ class Prompts:
         if self._most_characters is not None and characters > self._most_characters:
             raise Refusal(
                 400,
-                f"The prompt has {characters:,} characters: more than the model's {self.positions:,} positions hold.",
+                f"The prompt has {characters:,} characters: more than the model's"
+                f" {self.positions:,} positions hold.",
                 "messages",
                 "context_length_exceeded",
             )
@@ -120,7 +140,9 @@ class Prompts:
         """New tokens that an answer may have. places: for prompt and answer. Refusal: too long."""
         left = places - len(ids)
         if left < 1 or (wanted or 1) > left:
-            asked = f"{len(ids):,} tokens of prompt" + (f" and {wanted:,} new ones" if wanted else "")
+            asked = f"{len(ids):,} tokens of prompt" + (
+                f" and {wanted:,} new ones" if wanted else ""
+            )
             behind = f", behind the adapter's prefix of {front_places:,}" if front_places else ""
             raise Refusal(
                 400,

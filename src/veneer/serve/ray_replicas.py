@@ -1,5 +1,6 @@
-"""Replicas as a deployment of Ray Serve: it starts them, starts others where one is lost, adds some while many wait,
-and sends a request where its model is (model multiplexing). Its own HTTP is not used: clients reach the front.
+"""Replicas as a deployment of Ray Serve: it starts them, starts others where one is lost, adds some
+while many wait, and sends a request where its model is (model multiplexing). Its own HTTP is not
+used: clients reach the front.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 @dataclass(frozen=True)
 class Size:
-    """replicas, most: how many there are at least, and at most while requests wait. cpus: of each; None: shared out."""
+    """replicas, most: how many there are at least, and at most while requests wait. cpus: of each;
+    None: shared out."""
 
     replicas: int
     most: int
@@ -33,7 +35,8 @@ class Size:
 
 
 class RayReplicas:
-    """address: of the cluster; None: one that is started here. Returns when all replicas have loaded their base.
+    """address: of the cluster; None: one that is started here. Returns when all replicas have
+    loaded their base.
 
     DoesNotFitError: the cluster has not so many processors. VeneerError: a replica could not start.
     """
@@ -65,8 +68,12 @@ class RayReplicas:
             self._serve.start(proxy_location="Disabled", logging_config=QUIET)
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             bound = deployment.bind(served)
-            self._handle: Any = self._serve.run(bound, name=self._name, route_prefix=None, logging_config=QUIET)
-        except BaseException as fault:  # whatever a replica raised, as Ray tells it; or Ctrl-C: nothing stays behind
+            self._handle: Any = self._serve.run(
+                bound, name=self._name, route_prefix=None, logging_config=QUIET
+            )
+        except (
+            BaseException
+        ) as fault:  # whatever a replica raised, as Ray tells it; or Ctrl-C: nothing stays behind
             self.close()
             if not isinstance(fault, Exception):
                 raise
@@ -76,23 +83,32 @@ class RayReplicas:
             ) from None
 
     def _cpus(self, size: Size) -> int:
-        nodes = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        nodes = [
+            int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]
+        ]
         cpus = size.cpus or max(1, min(max(nodes), sum(nodes) // size.most))
         if (room := sum(each // cpus for each in nodes)) < size.replicas:
             raise DoesNotFitError(
-                f"{size.replicas} replicas need {cpus} processors each, and there is room for {room}",
+                f"{size.replicas} replicas need {cpus} processors each, and there is room for"
+                f" {room}",
                 [f"a node has {each}" for each in nodes],
                 "Add nodes, or give fewer --replicas or --cpus.",
             )
         return cpus
 
-    async def answer(self, request: Passed, model: str, changes: Sequence[Change]) -> AsyncIterator[Message]:
-        replica = self._handle.options(stream=True, method_name="answer", multiplexed_model_id=model)
+    async def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
+        replica = self._handle.options(
+            stream=True, method_name="answer", multiplexed_model_id=model
+        )
         response = replica.remote(request, model, changes)
         ended = False
         try:
             async for message in response:
-                ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+                ended = message["type"] == "http.response.body" and not message.get(
+                    "more_body", False
+                )
                 yield message
         except Exception as fault:
             ended = True
@@ -102,7 +118,9 @@ class RayReplicas:
                 response.cancel()
 
     async def adopt(self, changes: Sequence[Change]) -> None:
-        with suppress(Exception):  # one that is gone meanwhile; who has not heard it is told with its next request
+        with suppress(
+            Exception
+        ):  # one that is gone meanwhile; who has not heard it is told with its next request
             await self._handle.broadcast("adopt", changes).results_async(timeout_s=ADOPT_SECONDS)
 
     async def metrics(self) -> dict[str, str]:
@@ -118,18 +136,28 @@ class RayReplicas:
             raise self._told(fault) from None
 
     def _told(self, fault: Exception) -> Exception:
-        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+        from ray.serve.exceptions import (
+            BackPressureError,
+            DeploymentUnavailableError,
+            ReplicaUnavailableError,
+        )
 
         errors = self._ray.exceptions
         if isinstance(fault, BackPressureError):
             return QueueFullError(self._most_waiting, self._most_waiting)
-        lost = (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.ActorUnavailableError)
+        lost = (
+            errors.RayActorError,
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.ActorUnavailableError,
+        )
         if isinstance(fault, (*lost, DeploymentUnavailableError, ReplicaUnavailableError)):
             return LostProcessError("a replica is gone")
         return fault
 
     def close(self) -> None:
-        """Replicas end once what is open is answered, and with them a cluster that was started here."""
+        """Replicas end once what is open is answered, and with them a cluster that was started
+        here."""
         with suppress(Exception):
             self._serve.delete(self._name)
         self._ray.shutdown()
@@ -145,4 +173,6 @@ class _Deployed(Replica):
             return model
 
         name = serve.get_replica_context().replica_id.unique_id
-        super().__init__(served, name, serve.multiplexed(max_num_models_per_replica=MODELS_KNOWN)(known))
+        super().__init__(
+            served, name, serve.multiplexed(max_num_models_per_replica=MODELS_KNOWN)(known)
+        )

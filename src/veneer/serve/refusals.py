@@ -2,7 +2,8 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-A mistake of whoever asks is 4xx, whatever raised it; 5xx are for a server that is going down, and for bugs.
+A mistake of whoever asks is 4xx, whatever raised it; 5xx are for a server that is going down, and
+for bugs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from veneer.errors import (
 )
 from veneer.serve.limits import MOST_FAULTS
 
-TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
@@ -50,20 +56,23 @@ _RETRIED = (429, 503)
 _MESSAGE_CHARACTERS = 4000
 _PATH = re.compile(
     r"""
-      (?<=['"])(?:~|[A-Za-z]:|\\)?(?:[/\\][^/\\'"\n]+){2,}(?=['"])  # in quotes, where blanks may stand in names
+      # in quotes, where blanks may stand in names
+      (?<=['"])(?:~|[A-Za-z]:|\\)?(?:[/\\][^/\\'"\n]+){2,}(?=['"])
     | file://[^\s'"]+
     | (?<![\w.~\#/\\])(?:~|[A-Za-z]:|\\)?(?:[/\\](?:[^\s/\\:'",;]|[:',;](?=[^\s'",;:]))+){2,}
     """,
     re.VERBOSE,
 )
-"""Matches paths and file addresses: /srv/models/x, ~/models/x, C:\\models\\x, \\\\host\\share\\x, file:///srv/x.
+"""Matches paths and file addresses: /srv/models/x, ~/models/x, C:\\models\\x, \\\\host\\share\\x,
+file:///srv/x.
 
 A single part (/v1) and a JSON pointer (#/properties/x) are no paths."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong. param: the field, by its path in the body, such as messages[0].role."""
+    """One thing that is wrong. param: the field, by its path in the body, such as
+    messages[0].role."""
 
     param: str | None
     what: str
@@ -86,7 +95,9 @@ class Refusal(Exception):
     def error(self) -> dict[str, Any]:
         return {
             "message": self.message[:_MESSAGE_CHARACTERS],
-            "type": TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error"),
+            "type": TYPES.get(
+                self.status, "invalid_request_error" if self.status < 500 else "server_error"
+            ),
             "param": self.param,
             "code": self.code or CODES.get(self.status),
         }
@@ -97,17 +108,19 @@ class Refusal(Exception):
 
     @property
     def all_headers(self) -> dict[str, str]:
-        """Clients try some errors again by themselves: told when where that helps, told not to where it does not."""
+        """Clients try some errors again by themselves: told when where that helps, told not to
+        where it does not."""
         if self.status in _RETRIED:
             return {"retry-after": str(RETRY_SECONDS), **self.headers}
         return {"x-should-retry": "false", **self.headers}
 
 
 def without_folders(text: str) -> str:
-    """The text with the last part of every absolute path in place of the path: no client learns where files lie.
+    """The text with the last part of every absolute path in place of the path: no client learns
+    where files lie.
 
-    The folder that the server was started in and its user's home are known, so blanks in their names do no harm. Any
-    other path is only recognised by how paths are usually written.
+    The folder that the server was started in and its user's home are known, so blanks in their
+    names do no harm. Any other path is only recognised by how paths are usually written.
     """
     for folder in sorted(_own_folders(), key=len, reverse=True):
         own = rf"(?<![\w.~/\\]){re.escape(folder)}(?![\w-])(?=([/\\])?)"
@@ -134,7 +147,8 @@ def refuse(faults: Sequence[Fault]) -> Refusal:
 
 
 def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
-    """What is raised below this room, as an answer. Nothing of what is not ours is told: it may hold anything."""
+    """What is raised below this room, as an answer. Nothing of what is not ours is told: it may
+    hold anything."""
     if isinstance(fault, Refusal):
         return fault
     said = without_folders(str(fault))

@@ -1,10 +1,11 @@
-"""A replica: one base and its adapters in a process of Ray Serve's, behind the front that clients reach (front.py).
+"""A replica: one base and its adapters in a process of Ray Serve's, behind the front that clients
+reach (front.py).
 
-A request comes as it was read there, with who asks, and goes through the same routes (app.py); what they send goes back
-piece by piece. Nothing but the front reaches a replica, so it asks for no key.
+A request comes as it was read there, with who asks, and goes through the same routes (app.py); what
+they send goes back piece by piece. Nothing but the front reaches a replica, so it asks for no key.
 
-What an administrator changed (names, pins) is the front's to know: every request brings the changes that this replica,
-which may be younger than they are, has not made yet.
+What an administrator changed (names, pins) is the front's to know: every request brings the changes
+that this replica, which may be younger than they are, has not made yet.
 """
 
 from __future__ import annotations
@@ -66,10 +67,13 @@ class Change:
 
 
 class Replica:
-    """model_known: told the name of the model of each request, so that the next one for it comes here."""
+    """model_known: told the name of the model of each request, so that the next one for it comes
+    here."""
 
     def __init__(self, served: Served, name: str, model_known: Any) -> None:
-        base = load_base(served.base, dtype=served.dtype, device=served.device, quantize=served.quantize)
+        base = load_base(
+            served.base, dtype=served.dtype, device=served.device, quantize=served.quantize
+        )
         self.name = name
         self._service = service_of(base, Library(served.library), served.settings)
         self._app = application(self._service)
@@ -78,7 +82,9 @@ class Replica:
         self._changing = asyncio.Lock()
         self._began = False
 
-    async def answer(self, request: Passed, model: str, changes: Sequence[Change]) -> AsyncIterator[Message]:
+    async def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
         """What the routes send, as ASGI says it."""
         await self.adopt(changes)
         if model:
@@ -96,7 +102,11 @@ class Replica:
                 if change.number > self._changed:
                     async for message in self._answer(change.request):
                         if message["type"] == "http.response.start" and message["status"] >= 400:
-                            log.error("%s: a change was refused here: %d", change.request.path, message["status"])
+                            log.error(
+                                "%s: a change was refused here: %d",
+                                change.request.path,
+                                message["status"],
+                            )
                     self._changed = change.number
 
     async def metrics(self) -> tuple[str, str]:
@@ -154,7 +164,8 @@ def _scope(request: Passed) -> dict[str, Any]:
 
 
 def model_of(body: bytes) -> str:
-    """The name that affinity goes by: of the adapter, or of those that are asked for together; empty: none.
+    """The name that affinity goes by: of the adapter, or of those that are asked for together;
+    empty: none.
 
     What the body is worth is the replica's to say.
     """
@@ -163,6 +174,10 @@ def model_of(body: bytes) -> str:
     except Refusal:
         return ""
     parts = asked.get("adapters")
-    names = [each.get("name") for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
+    names = (
+        [each.get("name") for each in parts if isinstance(each, dict)]
+        if isinstance(parts, list)
+        else []
+    )
     found = "+".join(each for each in names if isinstance(each, str)) or asked.get("model")
     return found[:400] if isinstance(found, str) else ""

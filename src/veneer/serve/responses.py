@@ -1,6 +1,8 @@
-"""/v1/responses: OpenAI's newer form of a chat, without its memory: every request brings the whole conversation.
+"""/v1/responses: OpenAI's newer form of a chat, without its memory: every request brings the whole
+conversation.
 
-Source: platform.openai.com/docs/api-reference/responses, read by the client's own types (openai 3.5).
+Source: platform.openai.com/docs/api-reference/responses, read by the client's own types (openai
+3.5).
 """
 
 from __future__ import annotations
@@ -98,16 +100,34 @@ _FORMAT = Tagged(
 
 FIELDS = (
     MODEL,
-    Field("input", Either((Text(MOST_TEXT, 1), Listed(_ITEM, MOST_MESSAGES, 1))), "the conversation", required=True),
+    Field(
+        "input",
+        Either((Text(MOST_TEXT, 1), Listed(_ITEM, MOST_MESSAGES, 1))),
+        "the conversation",
+        required=True,
+    ),
     Field("instructions", TEXT, "a system message in front"),
-    Field("max_output_tokens", NEW, "where the answer is cut; default: where the model's positions end"),
+    Field(
+        "max_output_tokens",
+        NEW,
+        "where the answer is cut; default: where the model's positions end",
+    ),
     TEMPERATURE_FIELD,
     TOP_P_FIELD,
     Field("seed", Num(SEED), "of the draws, modulo 2^32"),
     STREAM[0],
     Field(
         "stream_options",
-        Table((Field("include_obfuscation", Only((False,), "events are not padded"), "", no_effect=True),)),
+        Table(
+            (
+                Field(
+                    "include_obfuscation",
+                    Only((False,), "events are not padded"),
+                    "",
+                    no_effect=True,
+                ),
+            )
+        ),
         "",
         no_effect=True,
     ),
@@ -132,13 +152,21 @@ FIELDS = (
     ),
     Field(
         "tool_choice",
-        Either((Only(("auto", "none", "required")), Tagged("type", {"function": (Field("name", NAME, "", True),)}))),
+        Either(
+            (
+                Only(("auto", "none", "required")),
+                Tagged("type", {"function": (Field("name", NAME, "", True),)}),
+            )
+        ),
         "whether it calls them",
     ),
     Field(
         "text",
         Table(
-            (Field("format", _FORMAT, ""), Field("verbosity", Only(("medium",), "ask in words"), "", no_effect=True))
+            (
+                Field("format", _FORMAT, ""),
+                Field("verbosity", Only(("medium",), "ask in words"), "", no_effect=True),
+            )
         ),
         "format: the answer is JSON, or JSON of a schema",
     ),
@@ -147,8 +175,15 @@ FIELDS = (
     Field("store", Only((False,), "nothing is kept here"), "", no_effect=True),
     Field("background", Only((False,), "answers are waited for"), "", no_effect=True),
     Field("truncation", Only(("disabled",), "shorten the conversation"), "", no_effect=True),
-    Field("parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True),
-    Field("include", Listed(Only(("reasoning.encrypted_content",)), 16), "there is no such thing", no_effect=True),
+    Field(
+        "parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True
+    ),
+    Field(
+        "include",
+        Listed(Only(("reasoning.encrypted_content",)), 16),
+        "there is no such thing",
+        no_effect=True,
+    ),
     Field(
         "reasoning",
         Table(
@@ -172,13 +207,21 @@ def asked(body: dict[str, Any]) -> Asked:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
     given = values.get("tools")
-    tools = None if given is None else [{"type": "function", "function": _without_type(tool)} for tool in given]
+    tools = (
+        None
+        if given is None
+        else [{"type": "function", "function": _without_type(tool)} for tool in given]
+    )
     choice = values.get("tool_choice")
     if isinstance(choice, dict):
         choice = {"type": "function", "function": {"name": choice["name"]}}
     messages, known = conversation(_messages(values), tools)
     form = (values.get("text") or {}).get("format") or {"type": "text"}
-    shaped = {"type": form["type"], "json_schema": _without_type(form)} if form["type"] == "json_schema" else form
+    shaped = (
+        {"type": form["type"], "json_schema": _without_type(form)}
+        if form["type"] == "json_schema"
+        else form
+    )
     calls = wanted_call({"tools": tools, "tool_choice": choice})
     found = sampled(values)
     return Asked(
@@ -217,7 +260,9 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
         if kind == "message":
             messages.append({"role": item["role"], "content": _text(item["content"])})
         elif kind == "function_call_output":
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])})
+            messages.append(
+                {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
+            )
         else:
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"id": item["call_id"], "type": "function", "function": function}
@@ -238,13 +283,18 @@ def head(model: str, fingerprint: str) -> Head:
 
 def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
     (answer,) = answers
-    said = [_message(_new("msg_"), answer.text, "completed")] if answer.text or not answer.calls else []
+    said = (
+        [_message(_new("msg_"), answer.text, "completed")]
+        if answer.text or not answer.calls
+        else []
+    )
     output = [*said, *(_function_call(_new("fc_"), call) for call in answer.calls)]
     return _response(head, asked, output, answer.end, usage)
 
 
 class Stream:
-    """OpenAI's events, numbered: the response, an item for the text, one for each call, the response as it ends."""
+    """OpenAI's events, numbered: the response, an item for the text, one for each call, the
+    response as it ends."""
 
     def __init__(self, head: Head, asked: Asked) -> None:
         self._head, self._asked = head, asked
@@ -263,7 +313,9 @@ class Stream:
             if self._open is None:
                 yield from self._begin_message()
             self._text += piece.text
-            yield self._event("response.output_text.delta", **self._place(), delta=piece.text, logprobs=[])
+            yield self._event(
+                "response.output_text.delta", **self._place(), delta=piece.text, logprobs=[]
+            )
         for call in piece.calls:
             yield from self._end_message()
             yield from self._call(call)
@@ -291,7 +343,9 @@ class Stream:
     def _end_message(self) -> Iterator[str]:
         if self._open is None:
             return
-        yield self._event("response.output_text.done", **self._place(), text=self._text, logprobs=[])
+        yield self._event(
+            "response.output_text.done", **self._place(), text=self._text, logprobs=[]
+        )
         yield self._event("response.content_part.done", **self._place(), part=_part(self._text))
         item = _message(self._open, self._text, "completed")
         yield self._event("response.output_item.done", output_index=len(self._output), item=item)
@@ -304,7 +358,9 @@ class Stream:
         begun = {**item, "arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=len(self._output), item=begun)
         yield self._event("response.function_call_arguments.delta", **at, delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
+        yield self._event(
+            "response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments
+        )
         yield self._event("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
 
@@ -356,7 +412,13 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _message(id: str, text: str, status: str) -> dict[str, Any]:
-    return {"type": "message", "id": id, "status": status, "role": "assistant", "content": [_part(text)]}
+    return {
+        "type": "message",
+        "id": id,
+        "status": status,
+        "role": "assistant",
+        "content": [_part(text)],
+    }
 
 
 def _part(text: str) -> dict[str, Any]:

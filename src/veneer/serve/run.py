@@ -1,7 +1,7 @@
 """The server as a process: its socket, its signals, and how it ends.
 
-SIGTERM or Ctrl-C: new requests are refused, open ones are answered for a while; then, or at a second signal, they end
-with an error.
+SIGTERM or Ctrl-C: new requests are refused, open ones are answered for a while; then, or at a
+second signal, they end with an error.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from veneer.serve.limits import KEEP_ALIVE_SECONDS, MOST_HEADER_BYTES
 BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
 ENDING_SECONDS = 0.5
-"""For answers to end with an error once the drain's time is over. Requests that are still open then are cancelled, such
-as those whose body has not arrived."""
+"""For answers to end with an error once the drain's time is over. Requests that are still open then
+are cancelled, such as those whose body has not arrived."""
 
 
 def check_reach(host: str, keys: Keys) -> None:
@@ -37,7 +37,10 @@ def check_reach(host: str, keys: Keys) -> None:
     if not is_loopback(host) and not keys:
         raise ConfigError(
             f"{host} is reached from other machines, and no API key is required",
-            next_step="Make one: veneer serve --new-key use --keys FILE, and give --keys FILE; or --host 127.0.0.1.",
+            next_step=(
+                "Make one: veneer serve --new-key use --keys FILE, and give --keys FILE; or --host"
+                " 127.0.0.1."
+            ),
         )
 
 
@@ -53,8 +56,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        # For the connections too: asyncio sets it only where a socket's protocol is named. Without it an answer on a
-        # connection that is used again waits 40 ms for an acknowledgement.
+        # For the connections too: asyncio sets it only where a socket's protocol is named. Without
+        # it an answer on a connection that is used again waits 40 ms for an acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as fault:
@@ -66,14 +69,21 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Serves until the first signal, and drains then: the socket stays open, so that /readyz can say 503.
+    """Serves until the first signal, and drains then: the socket stays open, so that /readyz can
+    say 503.
 
     closing   called at the first signal; new requests are refused from then on
-    ending    called when the drain's time is over, or at a second signal; open answers end with an error
+    ending    called when the drain's time is over, or at a second signal; open answers end with an
+              error
     """
 
     def __init__(
-        self, app: ASGIApp, *, drain_seconds: float, closing: Callable[[], None], ending: Callable[[], None]
+        self,
+        app: ASGIApp,
+        *,
+        drain_seconds: float,
+        closing: Callable[[], None],
+        ending: Callable[[], None],
     ) -> None:
         raise_open_files()
         most, at_once = room_for_connections()
@@ -120,7 +130,9 @@ class Server(uvicorn.Server):
                 task.cancel()
             await self._requests_ended(ENDING_SECONDS)
 
-    async def _requests_ended(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
+    async def _requests_ended(
+        self, seconds: float, hurry: Callable[[], bool] = lambda: False
+    ) -> None:
         """Waits until no request is open, at most so long."""
         end = time.monotonic() + seconds
         while self.server_state.tasks and time.monotonic() < end and not hurry():
@@ -129,9 +141,12 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Taken for as long as it runs, and not raised once more when it has ended: draining is what they ask for."""
+        """Taken for as long as it runs, and not raised once more when it has ended: draining is
+        what they ask for."""
         try:
-            before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+            before = {
+                sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)
+            }
         except ValueError:  # not the main thread
             before = {}
         try:
@@ -142,7 +157,8 @@ class Server(uvicorn.Server):
 
 
 def run(server: Server, sockets: Sequence[socket.socket]) -> None:
-    """What is loaded by now stays: a search of it all for garbage takes 0.2 s, in which nobody is answered."""
+    """What is loaded by now stays: a search of it all for garbage takes 0.2 s, in which nobody is
+    answered."""
     gc.freeze()
     try:
         asyncio.run(server.serve(list(sockets)))

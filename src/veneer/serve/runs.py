@@ -21,7 +21,17 @@ MOST_RUNS = 200
 END_BYTES = 2**15
 """Read of the beginning and of the end of a file for the list."""
 PART_BYTES = 2**20
-TOLD = ("kind", "step", "loss", "gradient_norm", "learning_rate", "tokens", "seconds", "reason", "best")
+TOLD = (
+    "kind",
+    "step",
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "tokens",
+    "seconds",
+    "reason",
+    "best",
+)
 
 
 class Runs:
@@ -29,7 +39,11 @@ class Runs:
 
     def __init__(self, folder: Path | None) -> None:
         if folder is not None and not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder of runs", [], "Give --runs the folder that holds runs' folders.")
+            raise ConfigError(
+                f"{folder} is no folder of runs",
+                [],
+                "Give --runs the folder that holds runs' folders.",
+            )
         self.folder = folder
 
     def cards(self) -> list[dict[str, Any]]:
@@ -42,7 +56,9 @@ class Runs:
         if folder is None:
             raise Refusal(404, f"There is no run `{name[:80]}`.", "name", "run_not_found")
         file = folder / RECORDS
-        found, start, next_byte = records_after(file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}")
+        found, start, next_byte = records_after(
+            file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}"
+        )
         told = [{key: legible(each[key]) for key in TOLD if key in each} for each in found]
         card = self._card(folder)
         more = card.get("bytes", 0) - start > PART_BYTES
@@ -71,7 +87,10 @@ class Runs:
         try:
             with explained(folder.name, reading=True):
                 now = file.stat()
-                about |= {"bytes": now.st_size, "idle_seconds": round(max(time.time() - now.st_mtime, 0), 3)}
+                about |= {
+                    "bytes": now.st_size,
+                    "idle_seconds": round(max(time.time() - now.st_mtime, 0), 3),
+                }
                 ends = [*_first(file, folder.name), *_last(file, folder.name)]
         except VeneerError as fault:
             return {**about, "error": str(fault)}
@@ -95,7 +114,8 @@ def _first(file: Path, name: str) -> list[Record]:
 
 
 def _last(file: Path, name: str) -> list[Record]:
-    """Those at the end, from the beginning of a line on: as many as tell the step. An evaluation's line is long."""
+    """Those at the end, from the beginning of a line on: as many as tell the step. An evaluation's
+    line is long."""
     found: list[Record] = []
     size, back = file.stat().st_size, END_BYTES
     while not any(each["kind"] == "step" for each in found) and back <= 2 * PART_BYTES:

@@ -1,4 +1,5 @@
-"""What the routes share: one base, its names, the thread that computes, and how a request becomes answers."""
+"""What the routes share: one base, its names, the thread that computes, and how a request becomes
+answers."""
 
 from __future__ import annotations
 
@@ -69,38 +70,58 @@ class Service:
         capacity = capacity_of(base)
         self.runs = runs or Runs(None)
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
-        self.prompts = Prompts(base.tokenizer, positions=engine.scheduler.positions, ids=capacity.tokens)
+        self.prompts = Prompts(
+            base.tokenizer, positions=engine.scheduler.positions, ids=capacity.tokens
+        )
         self._asked_as = asked_as
-        self.prompts.template.telling(asked_as(NONE).variables)  # that it reads them shows before anybody asks
+        self.prompts.template.telling(
+            asked_as(NONE).variables
+        )  # that it reads them shows before anybody asks
         self.texts = TokenTexts(base.tokenizer)
         self.loop = EngineLoop(engine)
         self.metrics = Metrics(names.base_name, routes)
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._base_digest = base.fingerprint().digest[:8]
         self._most_places = engine.scheduler.most_places
-        self.cache_tokens, self.cache_bytes = engine.scheduler.blocks.capacity, engine.scheduler.blocks.budget_bytes
+        self.cache_tokens, self.cache_bytes = (
+            engine.scheduler.blocks.capacity,
+            engine.scheduler.blocks.budget_bytes,
+        )
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
         self._shapes = Shapes(grammars, self.prompts.style)
         folders = {residents.library.folder: "the library", self.runs.folder: "the folder of runs"}
         folders |= {Path(each): names.base_name for each in (base.source, base.name_or_path)}
-        absolute = [(str(folder), name) for folder, name in folders.items() if folder and folder.is_absolute()]
-        self._folders = sorted(absolute, key=lambda pair: len(pair[0]))  # the innermost block acts first: the longest
+        absolute = [
+            (str(folder), name)
+            for folder, name in folders.items()
+            if folder and folder.is_absolute()
+        ]
+        self._folders = sorted(
+            absolute, key=lambda pair: len(pair[0])
+        )  # the innermost block acts first: the longest
         self._labels: dict[str, str] = {}
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
-        self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # which wait for room
+        self._loads = ThreadPoolExecutor(
+            4, thread_name_prefix="veneer-loads"
+        )  # which wait for room
         self._looks = ThreadPoolExecutor(1, thread_name_prefix="veneer-looks")
 
     def fingerprint(self, model: Model) -> str:
         return f"vn-{self._base_digest}-{model.content}"
 
     async def apart(self, function: Callable[[], T]) -> T:
-        """Runs what reads files beside the event loop. No error says where the server's files lie."""
-        return await asyncio.get_running_loop().run_in_executor(self._files, partial(self._without_folder, function))
+        """Runs what reads files beside the event loop. No error says where the server's files
+        lie."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._files, partial(self._without_folder, function)
+        )
 
     async def look(self, function: Callable[[], T]) -> T:
         """Runs what reads whole adapters, one at a time, so that no request waits behind it."""
-        return await asyncio.get_running_loop().run_in_executor(self._looks, partial(self._without_folder, function))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._looks, partial(self._without_folder, function)
+        )
 
     def _without_folder(self, function: Callable[[], T]) -> T:
         with self._without_folders():
@@ -108,7 +129,8 @@ class Service:
 
     @contextmanager
     def _without_folders(self) -> Iterator[None]:
-        """Errors of the block name the library, the base and the folder of runs, and do not say where they lie.
+        """Errors of the block name the library, the base and the folder of runs, and do not say
+        where they lie.
 
         Stand it within `refusing`, which cuts an error into the sentence that a client reads.
         """
@@ -141,12 +163,20 @@ class Service:
     async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
         base = asked.model == self.names.base_name and not asked.adapters  # of which no file tells
-        model, preamble, front = self._known(asked) if base else await self.apart(lambda: self._known(asked))
+        model, preamble, front = (
+            self._known(asked) if base else await self.apart(lambda: self._known(asked))
+        )
         self._label(model)
         prompts = await self.prompts.encoded(asked.prompts, self._asked_as(preamble))
-        texts = await self.apart(lambda: self.texts.having(preamble.tokens)) if preamble.tokens else self.texts
+        texts = (
+            await self.apart(lambda: self.texts.having(preamble.tokens))
+            if preamble.tokens
+            else self.texts
+        )
         places = self._most_places(front)
-        lengths = [self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts]
+        lengths = [
+            self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts
+        ]
         grammar = await self._grammar(asked)
         with refusing():
             requests = requests_of(
@@ -163,7 +193,9 @@ class Service:
             )
         if asked.min_new_tokens and asked.stops:
             raise Refusal(
-                400, "min_tokens: is not for requests with stop strings: a string may lie across.", "min_tokens"
+                400,
+                "min_tokens: is not for requests with stop strings: a string may lie across.",
+                "min_tokens",
             )
         self.metrics.prompt(sum(map(len, prompts)))
         answering = Answering(self.loop, requests, asked, texts, grammar)
@@ -171,7 +203,8 @@ class Service:
         return model, answering
 
     def _known(self, asked: Asked) -> tuple[Model, Preamble, int]:
-        """The model, how its conversations begin, places of its prefix: all that files say of it, read at one go.
+        """The model, how its conversations begin, places of its prefix: all that files say of it,
+        read at one go.
 
         Refusal: 404, or why its adapter cannot act.
         """
@@ -190,17 +223,25 @@ class Service:
 
     async def load(self, reference: str) -> None:
         """The adapter is in memory and fits, or Refusal."""
-        await self._told(lambda: self.residents.load(reference, seconds=self.limits.load_seconds), "lora_path")
+        await self._told(
+            lambda: self.residents.load(reference, seconds=self.limits.load_seconds), "lora_path"
+        )
 
     async def pin(self, name: str, *, pinned: bool) -> None:
         """Into memory to stay, or not to. Refusal."""
         reference = await self.apart(lambda: self.names.reference(name))
-        change = partial(self.residents.pin, seconds=self.limits.load_seconds) if pinned else self.residents.unpin
+        change = (
+            partial(self.residents.pin, seconds=self.limits.load_seconds)
+            if pinned
+            else self.residents.unpin
+        )
         await self._told(lambda: change(reference), "name")
 
     async def _told(self, function: Callable[[], object], param: str) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._loads, partial(self._without_folder, function))
+            await asyncio.get_running_loop().run_in_executor(
+                self._loads, partial(self._without_folder, function)
+            )
         except UnknownNameError as fault:
             raise unknown_adapter(fault, param) from None
         except VeneerError as fault:
@@ -215,14 +256,24 @@ class Service:
         found: Counter[str] = Counter()
         for each in self.residents.shown():
             if each.tier is Tier.READY:
-                found[self._labels.get(each.content, each.reference.partition("@")[0])] += each.bytes
+                found[self._labels.get(each.content, each.reference.partition("@")[0])] += (
+                    each.bytes
+                )
         return found
 
     def _gauges(self) -> dict[str, float]:
         tiers = Counter(each.tier for each in self.residents.shown())
-        counts = {f"adapters_{tier.value}": tiers[tier] for tier in (Tier.READY, Tier.LOADING, Tier.FAILED)}
+        counts = {
+            f"adapters_{tier.value}": tiers[tier]
+            for tier in (Tier.READY, Tier.LOADING, Tier.FAILED)
+        }
         used, budget = self.residents.used_bytes(), self.residents.budget_bytes
-        return {"engine_steps": self.loop.steps, "adapter_bytes": used, "adapter_budget_bytes": budget, **counts}
+        return {
+            "engine_steps": self.loop.steps,
+            "adapter_bytes": used,
+            "adapter_budget_bytes": budget,
+            **counts,
+        }
 
     async def close(self) -> None:
         """What is open ends at once: the server has waited for it (run.py)."""

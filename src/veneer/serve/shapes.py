@@ -1,4 +1,5 @@
-"""What an answer's text must be: response_format as OpenAI has it, vLLM's structured_outputs and guided_ fields."""
+"""What an answer's text must be: response_format as OpenAI has it, vLLM's structured_outputs and
+guided_ fields."""
 
 from __future__ import annotations
 
@@ -60,7 +61,11 @@ STRUCTURED = (
     Field("guided_choice", _CHOICES, "as structured_outputs.choice"),
     Field("guided_grammar", _GRAMMAR, "as structured_outputs.grammar"),
     Field("guided_decoding_backend", Refused("there is one"), ""),
-    Field("guided_whitespace_pattern", Refused("up to 32 blanks may stand between the parts of a value"), ""),
+    Field(
+        "guided_whitespace_pattern",
+        Refused("up to 32 blanks may stand between the parts of a value"),
+        "",
+    ),
 )
 _KINDS: dict[str, Literal["json", "schema", "regex", "choice", "grammar"]] = {
     "json": "schema",
@@ -78,12 +83,25 @@ def shape_of(values: dict[str, Any]) -> Shape | None:
     if given.get("type") == "json_object":
         asked.append(("response_format", Shape("json", "response_format")))
     elif given.get("type") == "json_schema":
-        asked.append(("response_format", Shape("schema", "response_format", given["json_schema"]["schema"])))
-    named = [("structured_outputs." + name, name, v) for name, v in (values.get("structured_outputs") or {}).items()]
-    named += [(f"guided_{name}", name, values[f"guided_{name}"]) for name in _KINDS if f"guided_{name}" in values]
+        asked.append(
+            ("response_format", Shape("schema", "response_format", given["json_schema"]["schema"]))
+        )
+    named = [
+        ("structured_outputs." + name, name, v)
+        for name, v in (values.get("structured_outputs") or {}).items()
+    ]
+    named += [
+        (f"guided_{name}", name, values[f"guided_{name}"])
+        for name in _KINDS
+        if f"guided_{name}" in values
+    ]
     for field, name, spec in named:
         if spec is not None and spec is not False:
-            asked.append((field, Shape(_KINDS[name], field, None if name == "json_object" else spec)))
+            asked.append(
+                (field, Shape(_KINDS[name], field, None if name == "json_object" else spec))
+            )
     if len(asked) > 1:
-        raise refuse([Fault(asked[1][0], f"and {asked[0][0]} are both given: an answer has one shape")])
+        raise refuse(
+            [Fault(asked[1][0], f"and {asked[0][0]} are both given: an answer has one shape")]
+        )
     return asked[0][1] if asked else None

@@ -39,9 +39,11 @@ class Settings:
     """name            of the base as a model; None: as it was loaded
     cache_bytes     of keys and values; None: a part of the machine's memory
     adapters_bytes  of all adapters in memory
-    keys            file of hashes; hosts, origins: names and sites that are answered beside this machine's own
+    keys            file of hashes; hosts, origins: names and sites that are answered beside this
+                    machine's own
     pinned          adapters that are loaded at the start and stay
-    system, variables  of conversations, in place of what adapters were trained with; "" and None: none
+    system, variables  of conversations, in place of what adapters were trained with; "" and None:
+                       none
     runs            a folder that has the folders of runs, which the page shows
     """
 
@@ -87,24 +89,32 @@ class Opened:
 
 
 def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
-    """Before anything is loaded. VeneerError: no keys where they are needed, or such that are none."""
+    """Before anything is loaded. VeneerError: no keys where they are needed, or such that are
+    none."""
     keys = read_keys(settings.keys, environment)
     check_reach(settings.host, keys)
     return keys
 
 
 def service_of(base: FrozenBase, library: Library, settings: Settings) -> Service:
-    """What answers. VeneerError: the base cannot be served, an adapter that is to stay does not fit."""
+    """What answers. VeneerError: the base cannot be served, an adapter that is to stay does not
+    fit."""
     runs = Runs(settings.runs)
     name = settings.name or name_of(base.source)
     names_of_base = {name, base.source, base.name_or_path}
-    residents = Residents(base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base)
-    engine = Engine(base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits)
+    residents = Residents(
+        base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base
+    )
+    engine = Engine(
+        base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits
+    )
     positions = engine.scheduler.positions
     names = Names(name, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
     asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)
-    service = Service(base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs)
+    service = Service(
+        base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs
+    )
     residents.on_change(service.loop.wake)
     for each in settings.pinned:
         residents.pin(each)
@@ -134,12 +144,15 @@ def guarded(
     closing: Callable[[], None],
     ending: Callable[[], None] = lambda: None,
 ) -> tuple[Server, socket.socket]:
-    """The application as a server, and the socket that it listens on. ConfigError: the port is taken."""
+    """The application as a server, and the socket that it listens on. ConfigError: the port is
+    taken."""
     hosts = [settings.host, *settings.hosts]
     guard = Guard(app, keys=keys, hosts=hosts, origins=settings.origins, counted=counted)
     listener = listening(settings.host, settings.port)
     served = for_browsers(guard, settings.origins)
-    return Server(served, drain_seconds=settings.drain_seconds, closing=closing, ending=ending), listener
+    return Server(
+        served, drain_seconds=settings.drain_seconds, closing=closing, ending=ending
+    ), listener
 
 
 def url_of(listener: socket.socket) -> str:

@@ -21,7 +21,9 @@ class TokenTexts:
         self.tokenizer = tokenizer
         self._spelled = lru_cache(maxsize=65536)(self._spell)
         self._others = lru_cache(maxsize=8)(lambda tokens: TokenTexts(extended(tokenizer, tokens)))
-        self._byte_level = "ByteLevel" in str(type(getattr(tokenizer.backend_tokenizer, "decoder", None)))
+        self._byte_level = "ByteLevel" in str(
+            type(getattr(tokenizer.backend_tokenizer, "decoder", None))
+        )
 
     def having(self, tokens: tuple[str, ...]) -> TokenTexts:
         """The same with tokens that an adapter brings."""

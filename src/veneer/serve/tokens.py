@@ -13,7 +13,9 @@ from veneer.serve.refusals import Fault, refuse
 from veneer.serve.sampling_fields import MODEL
 from veneer.serve.tools import TOOLS
 
-_MODEL = Field("model", MODEL.kind, "the base, or an adapter, whose conversations may begin otherwise")
+_MODEL = Field(
+    "model", MODEL.kind, "the base, or an adapter, whose conversations may begin otherwise"
+)
 TOKENIZE = (
     _MODEL,
     Field("prompt", Text(MOST_TEXT, 1), "a text, tokenised as it stands; or messages"),
@@ -23,7 +25,12 @@ TOKENIZE = (
     Field("return_token_strs", Flag(), "what each id is in the vocabulary, too"),
     Field("add_generation_prompt", Only((True,), "an answer is begun"), "", no_effect=True),
     Field("continue_final_message", Only((False,), "an answer is begun anew"), "", no_effect=True),
-    Field("add_special_tokens", Only((True, False)), "as for an answer, whatever it says", no_effect=True),
+    Field(
+        "add_special_tokens",
+        Only((True, False)),
+        "as for an answer, whatever it says",
+        no_effect=True,
+    ),
     Field("chat_template", Refused("the base's own is used"), ""),
 )
 DETOKENIZE = (_MODEL, Field("tokens", Listed(Num(TOKEN), MOST_IDS), "ids", required=True))
@@ -35,7 +42,11 @@ def tokenized(body: dict[str, Any]) -> tuple[Asked, bool]:
     given = [name for name in ("prompt", "messages") if name in values]
     if len(given) != 1:
         raise refuse([Fault("prompt", "and messages: give one of them")])
-    if alone := [name for name in ("tools", "chat_template_kwargs") if name in values and "messages" not in values]:
+    if alone := [
+        name
+        for name in ("tools", "chat_template_kwargs")
+        if name in values and "messages" not in values
+    ]:
         raise refuse([Fault(name, "are for messages") for name in alone])
     prompt = Plain(text=values["prompt"]) if "prompt" in values else None
     if prompt is None:
@@ -43,7 +54,9 @@ def tokenized(body: dict[str, Any]) -> tuple[Asked, bool]:
         prompts: tuple[Any, ...] = (Chat(*asked, variables(values)),)
     else:
         prompts = (prompt,)
-    return Asked(model=values.get("model", ""), prompts=prompts), bool(values.get("return_token_strs"))
+    return Asked(model=values.get("model", ""), prompts=prompts), bool(
+        values.get("return_token_strs")
+    )
 
 
 def detokenized(body: dict[str, Any]) -> tuple[str, list[int]]:

@@ -21,7 +21,10 @@ CALL = Table(
         Field(
             "function",
             Table(
-                (Field("name", NAME, "", required=True), Field("arguments", Text(MOST_ARGUMENTS), "", required=True))
+                (
+                    Field("name", NAME, "", required=True),
+                    Field("arguments", Text(MOST_ARGUMENTS), "", required=True),
+                )
             ),
             "",
             required=True,
@@ -38,7 +41,11 @@ FUNCTION = Table(
     )
 )
 TOOLS = Listed(
-    Tagged("type", {"function": (Field("function", FUNCTION, "", required=True),)}, why="tools are functions"),
+    Tagged(
+        "type",
+        {"function": (Field("function", FUNCTION, "", required=True),)},
+        why="tools are functions",
+    ),
     MOST_TOOLS,
 )
 TOOL_CHOICE = Either(
@@ -46,14 +53,24 @@ TOOL_CHOICE = Either(
         Only(("auto", "none", "required")),
         Tagged(
             "type",
-            {"function": (Field("function", Table((Field("name", NAME, "", required=True),)), "", required=True),)},
+            {
+                "function": (
+                    Field(
+                        "function",
+                        Table((Field("name", NAME, "", required=True),)),
+                        "",
+                        required=True,
+                    ),
+                )
+            },
         ),
     )
 )
 
 
 def wanted_call(values: dict[str, Any]) -> Shape | None:
-    """What tool_choice asks of the answer, of a body that passed TOOLS and TOOL_CHOICE. Refusal: 400."""
+    """What tool_choice asks of the answer, of a body that passed TOOLS and TOOL_CHOICE. Refusal:
+    400."""
     tools, choice = values.get("tools") or [], values.get("tool_choice")
     names = [tool["function"]["name"] for tool in tools]
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
@@ -64,7 +81,12 @@ def wanted_call(values: dict[str, Any]) -> Shape | None:
     if isinstance(choice, dict):
         chosen = (choice.get("function") or {}).get("name")
         if chosen not in names:
-            faults.append(Fault("tool_choice.function.name", f"is none of the tools: {', '.join(names) or 'none'}"))
+            faults.append(
+                Fault(
+                    "tool_choice.function.name",
+                    f"is none of the tools: {', '.join(names) or 'none'}",
+                )
+            )
     if faults:
         raise refuse(faults)
     if choice != "required" and chosen is None:

@@ -1,10 +1,11 @@
-"""Checkpoints: everything that makes a resumed run continue bit for bit, whole on disk or not there at all.
+"""Checkpoints: everything that makes a resumed run continue bit for bit, whole on disk or not there
+at all.
 
-    checkpoints/000120/   state.safetensors (values and moments), state.json (position, best so far, ...),
-                          MANIFEST.json (sizes and SHA-256, written last)
+    checkpoints/000120/   state.safetensors (values and moments), state.json (position, best so far,
+                          ...), MANIFEST.json (sizes and SHA-256, written last)
 
-The newest valid one is used; one that is damaged is reported and skipped. Pruning never touches the newest
-valid one or the best, and looks at the bytes before it removes another.
+The newest valid one is used; one that is damaged is reported and skipped. Pruning never touches the
+newest valid one or the best, and looks at the bytes before it removes another.
 """
 
 import hashlib
@@ -31,8 +32,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class Scattered:
-    """A float32 tensor of one dimension that no process holds whole. pieces: (where it begins, its values), from all
-    processes: each of them goes through all of it."""
+    """A float32 tensor of one dimension that no process holds whole. pieces: (where it begins, its
+    values), from all processes: each of them goes through all of it."""
 
     size: int
     pieces: Callable[[], Iterator[tuple[int, Tensor]]]
@@ -46,8 +47,11 @@ class Scattered:
         return 4 * self.size
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor | Scattered], state: dict[str, Any]) -> Path:
-    """Write checkpoints/NNNNNN; DoesNotFitError if the disk is full, with every earlier checkpoint intact."""
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor | Scattered], state: dict[str, Any]
+) -> Path:
+    """Write checkpoints/NNNNNN; DoesNotFitError if the disk is full, with every earlier checkpoint
+    intact."""
     path = checkpoint_path(folder, step)
     size = sum(t.nbytes for t in tensors.values())
     with atomic_folder(path, replace=True, needed_bytes=size + 2**16) as partial:
@@ -66,7 +70,11 @@ def pass_by(tensors: Mapping[str, Tensor | Scattered]) -> None:
 
 def _write(path: Path, tensors: Mapping[str, Tensor | Scattered]) -> None:
     """As safetensors' save_file writes them; what is scattered piece by piece."""
-    whole = {name: each.detach().cpu().contiguous() for name, each in tensors.items() if isinstance(each, Tensor)}
+    whole = {
+        name: each.detach().cpu().contiguous()
+        for name, each in tensors.items()
+        if isinstance(each, Tensor)
+    }
     scattered = {name: each for name, each in tensors.items() if isinstance(each, Scattered)}
     if not scattered:
         save_file(whole, path)
@@ -75,27 +83,35 @@ def _write(path: Path, tensors: Mapping[str, Tensor | Scattered]) -> None:
     header, begins, end = dict[str, Any](), dict[str, int](), 0
     for name in sorted(tensors):
         begins[name], end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [begins[name], end]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begins[name], end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
         for name in tensors:
-            for start, piece in scattered[name].pieces() if name in scattered else [(0, whole[name].view(-1))]:
+            for start, piece in (
+                scattered[name].pieces() if name in scattered else [(0, whole[name].view(-1))]
+            ):
                 file.seek(8 + len(text) + begins[name] + 4 * start)
                 file.write(piece.detach().cpu().contiguous().numpy().data)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, mapped into memory as they are read; state). CorruptFileError lists what is wrong."""
+    """(tensors, mapped into memory as they are read; state). CorruptFileError lists what is
+    wrong."""
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
     return load_file(path / "state.safetensors"), read_state(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The checkpoint's state.json. Earlier versions wrote what a model answered as it was, a NUL with it."""
+    """The checkpoint's state.json. Earlier versions wrote what a model answered as it was, a NUL
+    with it."""
     return read_json(path / "state.json", mend=True)
 
 
@@ -130,9 +146,11 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune(folder: Path, *, keep: int, best: int | None) -> None:
-    """Remove what lies before the newest `keep` that are whole, but the best; and what a removal left half-way.
+    """Remove what lies before the newest `keep` that are whole, but the best; and what a removal
+    left half-way.
 
-    Whole is what the hashes say, read anew: a damaged one does not count, so nothing goes that could be needed.
+    Whole is what the hashes say, read anew: a damaged one does not count, so nothing goes that
+    could be needed.
     """
     whole = 0
     for step in reversed(numbers(folder)):

@@ -1,4 +1,5 @@
-"""What a run does: the run file's fields, each with its unit. No torch here: `--help` reads this."""
+"""What a run does: the run file's fields, each with its unit. No torch here: `--help` reads
+this."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,7 +8,18 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from veneer.adapters.config import LoRA, Method, MethodConfig
 from veneer.adapters.preamble import variable_faults
-from veneer.bounds import CLIP, COUNT, EPOCHS, LEARNING_RATE, LENGTH, ROWS, SEED, SHARE, WEIGHT, WEIGHT_DECAY
+from veneer.bounds import (
+    CLIP,
+    COUNT,
+    EPOCHS,
+    LEARNING_RATE,
+    LENGTH,
+    ROWS,
+    SEED,
+    SHARE,
+    WEIGHT,
+    WEIGHT_DECAY,
+)
 from veneer.data.config import DataConfig as DataConfig
 from veneer.data.new_tokens import text_faults
 from veneer.files.home import expanded
@@ -27,11 +39,14 @@ SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
 
 
 EXACT_PARTS = 8
-"""Micro-batches of a step under `reduce: exact` where micro_batch is unset. A constant: where rows are divided shows in
-the last bits, so the number of processes must not decide it. Up to as many processes share a step."""
+"""Micro-batches of a step under `reduce: exact` where micro_batch is unset. A constant: where rows
+are divided shows in the last bits, so the number of processes must not decide it. Up to as many
+processes share a step."""
 
 
-def rows_at_once(batch: int, micro_batch: int | None, reduce: Literal["plain", "exact"], processes: int = 1) -> int:
+def rows_at_once(
+    batch: int, micro_batch: int | None, reduce: Literal["plain", "exact"], processes: int = 1
+) -> int:
     """Rows of a micro-batch on this many processes."""
     parts = EXACT_PARTS if reduce == "exact" else processes
     return min(batch, micro_batch or -(-batch // parts))
@@ -39,8 +54,8 @@ def rows_at_once(batch: int, micro_batch: int | None, reduce: Literal["plain", "
 
 class TemplateConfig(Settings):
     variables: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the chat template is told beside the conversation, for instance {enable_thinking: false}; kept in the
-    adapter, and said again whenever it answers."""
+    """What the chat template is told beside the conversation, for instance {enable_thinking:
+    false}; kept in the adapter, and said again whenever it answers."""
 
     @field_validator("variables")
     @classmethod
@@ -73,22 +88,24 @@ class RunConfig(Settings):
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     """How the base's chat template writes them."""
     method: Method = Field(default_factory=LoRA)
-    """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank: 16}; qlora is lora
-    over quantize: nf4."""
+    """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank:
+    16}; qlora is lora over quantize: nf4."""
     from_adapter: list[StartFrom] = Field(default_factory=list)
-    """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list of such or of {adapter, weight}
-    that is added up. It keeps its own settings but for those of `method` that are given; a larger rank keeps its
-    update."""
+    """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list of such or
+    of {adapter, weight} that is added up. It keeps its own settings but for those of `method` that
+    are given; a larger rank keeps its update."""
     new_tokens: list[str] = Field(default_factory=list)
-    """Texts that become tokens of their own, ["<order>", "</order>"]: their rows train and are stored beside the
-    method's values, the base's own tokens stay as they are. Not with full."""
+    """Texts that become tokens of their own, ["<order>", "</order>"]: their rows train and are
+    stored beside the method's values, the base's own tokens stay as they are. Not with full."""
     quantize: Quantize | None = None
-    """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf); not with full."""
+    """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf);
+    not with full."""
     keep_dense: list[str] = Field(default_factory=list)
-    """Modules (names or endings) that stay dense under nf4 and fp4; head, embeddings, norms and routers always do."""
+    """Modules (names or endings) that stay dense under nf4 and fp4; head, embeddings, norms and
+    routers always do."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights; auto keeps the stored one, or takes float32 on a CPU whose products in it are
-    slow."""
+    """Type of the base's weights; auto keeps the stored one, or takes float32 on a CPU whose
+    products in it are slow."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     steps: Annotated[int, COUNT] | None = None
@@ -98,8 +115,9 @@ class RunConfig(Settings):
     batch: Annotated[int, ROWS] = 8
     """Rows per optimizer step."""
     micro_batch: Annotated[int, ROWS] | None = None
-    """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached. Default: batch
-    divided by the processes; with reduce: exact an eighth of batch on any number of processes."""
+    """Rows computed at once, at evaluations too; gradients are summed until `batch` is reached.
+    Default: batch divided by the processes; with reduce: exact an eighth of batch on any number of
+    processes."""
     length: Annotated[int, LENGTH] = 2048
     """Longest row kept, tokens; never more than the model has positions."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
@@ -107,8 +125,8 @@ class RunConfig(Settings):
     share_prompt: bool = True
     """Compute the tokens that all rows of a batch begin with once."""
     learning_rate: Annotated[float, LEARNING_RATE] | None = None
-    """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3, full 1.3e-4;
-    4096: 2.9e-4, 2.9e-5)."""
+    """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3,
+    full 1.3e-4; 4096: 2.9e-4, 2.9e-5)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the rate after warm-up; cosine and linear end at 0."""
     warmup: Annotated[float, SHARE] = 0.03
@@ -118,21 +136,26 @@ class RunConfig(Settings):
     clip: Annotated[float, CLIP] | None = 1.0
     """Largest gradient norm; larger gradients are scaled down to it. null: none are."""
     checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again in backward: less memory, more time."""
+    """Keep only each layer's input and compute the rest again in backward: less memory, more
+    time."""
     offload: bool = False
-    """Keep what backward needs in host memory instead of the GPU's: less memory there, more time; exact. CUDA only."""
+    """Keep what backward needs in host memory instead of the GPU's: less memory there, more time;
+    exact. CUDA only."""
     shard: bool = False
-    """Split the base's layers over the processes; each layer is gathered while it is computed. With full the gradient,
-    masters and moments are split too. The same result with less memory and more traffic."""
+    """Split the base's layers over the processes; each layer is gathered while it is computed. With
+    full the gradient, masters and moments are split too. The same result with less memory and more
+    traffic."""
     reduce: Literal["plain", "exact"] = "plain"
-    """How micro-batches' gradients are added; exact gives the same bits on any number of processes with as many threads
-    each, for 16 bytes a trained value."""
+    """How micro-batches' gradients are added; exact gives the same bits on any number of processes
+    with as many threads each, for 16 bytes a trained value."""
     optimizer: OptimizerName = "adamw"
-    """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves little with adapters."""
+    """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves
+    little with adapters."""
     evaluate_every: Annotated[int, COUNT] | None = None
     """Steps between evaluations on the held-out rows; default: five times a run."""
     show_answers: bool = True
-    """Answer the first held-out question at every evaluation, so that progress can be read; takes seconds on a CPU."""
+    """Answer the first held-out question at every evaluation, so that progress can be read; takes
+    seconds on a CPU."""
     save_every: Annotated[int, COUNT] | None = None
     """Steps between checkpoints; default: at every evaluation."""
     keep: Annotated[int, COUNT] = 2
@@ -164,7 +187,9 @@ class RunConfig(Settings):
                 values["data"] = {"train": str(values["data"])}
             if isinstance(start := values.get("from_adapter"), str | Path | dict | list):
                 several = start if isinstance(start, list) else [start]
-                values["from_adapter"] = [{"adapter": str(e)} if isinstance(e, str | Path) else e for e in several]
+                values["from_adapter"] = [
+                    {"adapter": str(e)} if isinstance(e, str | Path) else e for e in several
+                ]
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
             method = values.get("method")
@@ -196,25 +221,37 @@ class RunConfig(Settings):
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch {self.batch}")
         if self.offload and self.checkpointing:
-            raise ValueError("checkpointing keeps so little that offload finds nothing to move: give one")
+            raise ValueError(
+                "checkpointing keeps so little that offload finds nothing to move: give one"
+            )
         if self.shard and weight_format(self.quantize).from_gguf:
-            raise ValueError(f"quantize {self.quantize} maps a file and takes no memory of a process: leave shard out")
+            raise ValueError(
+                f"quantize {self.quantize} maps a file and takes no memory of a process: leave"
+                " shard out"
+            )
         if self.shard and self.offload:
-            raise ValueError("offload moves what backward needs to the host, and shard lets go of it: give one")
+            raise ValueError(
+                "offload moves what backward needs to the host, and shard lets go of it: give one"
+            )
         if self.shard and self.method.trains_base and self.optimizer != "adamw":
             raise ValueError(
-                f"with method {self.method.name} shard holds moments in parts, and {self.optimizer} scales them in "
-                "blocks that parts cut through: take optimizer adamw, or leave shard out"
+                f"with method {self.method.name} shard holds moments in parts, and {self.optimizer}"
+                " scales them in blocks that parts cut through: take optimizer adamw, or leave"
+                " shard out"
             )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(
-                f"method {self.method.name} trains every weight, and from_adapter names an adapter: give one"
+                f"method {self.method.name} trains every weight, and from_adapter names an adapter:"
+                " give one"
             )
         if self.new_tokens and self.method.trains_base:
             raise ValueError(
-                f"method {self.method.name} trains the base's own weights, and new_tokens brings rows beside them: "
-                "take method lora"
+                f"method {self.method.name} trains the base's own weights, and new_tokens brings"
+                " rows beside them: take method lora"
             )
         if self.quantize is not None and self.method.trains_base:
-            raise ValueError(f"{trains_packed(self.method, self.quantize)}: leave quantize out, or take method lora")
+            raise ValueError(
+                f"{trains_packed(self.method, self.quantize)}: leave quantize out, or take method"
+                " lora"
+            )
         return self

@@ -1,9 +1,11 @@
-"""What an evaluation computes, and the one before step 1 where an earlier run computed the same (files/remembered.py).
+"""What an evaluation computes, and the one before step 1 where an earlier run computed the same
+(files/remembered.py).
 
-That one takes nearly half of a start, and every try of another rate begins with it. The key holds all that it is
-computed from, to the last byte: weights and buffers, trained values, rows, question, and every setting that is not
-named here as one that only training reads. On one process and the CPU, over dense weights of transformers' own classes;
-elsewhere the bits are not known to come again, or bytes lie where they are not seen.
+That one takes nearly half of a start, and every try of another rate begins with it. The key holds
+all that it is computed from, to the last byte: weights and buffers, trained values, rows, question,
+and every setting that is not named here as one that only training reads. On one process and the
+CPU, over dense weights of transformers' own classes; elsewhere the bits are not known to come
+again, or bytes lie where they are not seen.
 """
 
 import hashlib
@@ -18,7 +20,17 @@ from veneer.models.same_values import can_be_known, class_key, digest, noted
 from veneer.train.job import Job
 
 _TRAINING = (
-    *("learning_rate", "schedule", "warmup", "weight_decay", "clip", "optimizer", "order", "steps", "epochs"),
+    *(
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "weight_decay",
+        "clip",
+        "optimizer",
+        "order",
+        "steps",
+        "epochs",
+    ),
     *("evaluate_every", "save_every", "keep", "patience", "log", "out"),
 )
 """Settings that no evaluation reads."""
@@ -34,7 +46,9 @@ class Evaluated:
     new: list[int] | None
 
 
-def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str], None]) -> Evaluated:
+def first_evaluation(
+    job: Job, make: Callable[[], Evaluated], say: Callable[[str], None]
+) -> Evaluated:
     """make(), or what it gave an earlier run, which is said."""
     model, sample = job.model, job.sample
     if not can_be_known(model):
@@ -45,7 +59,10 @@ def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str
     key = {
         **class_key(model),
         "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
-        "weights": [weights, digest({name: each for name, each in named.items() if id(each) not in known})],
+        "weights": [
+            weights,
+            digest({name: each for name, each in named.items() if id(each) not in known}),
+        ],
         "values": digest(job.flat.parameters),
         "rows": _rows_digest(job.validation),
         "question": hashlib.sha256(repr(question).encode()).hexdigest(),
@@ -61,7 +78,10 @@ def first_evaluation(job: Job, make: Callable[[], Evaluated], say: Callable[[str
 
     found = remembered("evaluation", key, Evaluated, computed)
     if not anew:
-        say("the evaluation before step 1 is that of an earlier run, which was the same (VENEER_FORGET=1: anew)")
+        say(
+            "the evaluation before step 1 is that of an earlier run, which was the same"
+            " (VENEER_FORGET=1: anew)"
+        )
     return found
 
 

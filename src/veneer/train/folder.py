@@ -24,7 +24,8 @@ from veneer.train.place import held, refuse_finished
 
 @contextmanager
 def given_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None]:
-    """Writes these rows into the folder's files of these names; where no run begins within the block, they go."""
+    """Writes these rows into the folder's files of these names; where no run begins within the
+    block, they go."""
     try:
         for name, records in rows.items():
             write_records(out / name, records)
@@ -50,7 +51,9 @@ def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
         say(f"skipped a damaged checkpoint: {fault}")
     if path is None:
         raise CorruptFileError(
-            f"no checkpoint in {out} can be resumed", faults, f"Restore one, or remove {folder} to begin again."
+            f"no checkpoint in {out} can be resumed",
+            faults,
+            f"Restore one, or remove {folder} to begin again.",
         )
     return path
 
@@ -61,7 +64,10 @@ def settled(config: RunConfig) -> RunConfig:
     def sets(named: str | list[SetConfig] | None) -> str | list[SetConfig] | None:
         if not isinstance(named, list):
             return None if named is None else absolute(named)
-        return [each.model_copy(update={"path": absolute(each.path), "name": each.called}) for each in named]
+        return [
+            each.model_copy(update={"path": absolute(each.path), "name": each.called})
+            for each in named
+        ]
 
     rows = {"train": sets(config.data.train), "validation": sets(config.data.validation)}
     base = config.base if config.base in NAMED else _from_anywhere(config.base)
@@ -81,15 +87,21 @@ def write_run_file(config: RunConfig) -> None:
 
 
 def resume_config(folder: str | Path) -> RunConfig:
-    """The settings of the run in `folder`, as it resolved them. Raises ConfigError, or SourceError for no YAML."""
+    """The settings of the run in `folder`, as it resolved them. Raises ConfigError, or SourceError
+    for no YAML."""
     path = Path(folder) / "run.yaml"
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no run: {path} is missing", next_step="Name the folder that --out named.")
+        raise ConfigError(
+            f"{folder} holds no run: {path} is missing",
+            next_step="Name the folder that --out named.",
+        )
     try:
         return RunConfig.model_validate({**read_yaml(path), "out": str(folder)})
     except ValidationError as fault:
         raise ConfigError(
-            f"{path} does not describe a run", field_faults(fault), "`veneer explain settings` lists the settings."
+            f"{path} does not describe a run",
+            field_faults(fault),
+            "`veneer explain settings` lists the settings.",
         ) from fault
 
 

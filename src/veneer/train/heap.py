@@ -1,9 +1,11 @@
-"""The C library's heap while a run trains on a CPU: what one step frees the next one takes again, in large pages.
+"""The C library's heap while a run trains on a CPU: what one step frees the next one takes again,
+in large pages.
 
-By itself glibc gives the end of its heap back to the system once enough of it is free, and the next step takes it
-again, page by page: whether that happens hangs on what lies at the end by chance. Its limits are set to what it would
-adapt to, without giving back, and room for what the plan expects is marked for large pages (transparent huge pages,
-where the system leaves them to those that ask) before it is touched. Elsewhere nothing is done.
+By itself glibc gives the end of its heap back to the system once enough of it is free, and the next
+step takes it again, page by page: whether that happens hangs on what lies at the end by chance. Its
+limits are set to what it would adapt to, without giving back, and room for what the plan expects is
+marked for large pages (transparent huge pages, where the system leaves them to those that ask)
+before it is touched. Elsewhere nothing is done.
 """
 
 import ctypes
@@ -24,8 +26,9 @@ ADVICE_HUGE, LARGE_PAGE = 14, 2 * 2**20
 
 @contextmanager
 def steady_heap(room_bytes: int) -> Iterator[None]:
-    """Within the block the heap keeps what is freed; room_bytes: what will be allocated in it. Afterwards free pages
-    are the system's again. Who sets glibc's limits himself (GLIBC_TUNABLES, MALLOC_...) keeps them."""
+    """Within the block the heap keeps what is freed; room_bytes: what will be allocated in it.
+    Afterwards free pages are the system's again. Who sets glibc's limits himself (GLIBC_TUNABLES,
+    MALLOC_...) keeps them."""
     libc = _glibc()
     if libc is None:
         yield
@@ -60,7 +63,10 @@ def _mark(libc: Any, room_bytes: int) -> None:
         libc.mallopt(MMAP_MAX, MAPPINGS)
     if start is None:
         return
-    first, last = -(-start // LARGE_PAGE) * LARGE_PAGE, (start + room_bytes) // LARGE_PAGE * LARGE_PAGE
+    first, last = (
+        -(-start // LARGE_PAGE) * LARGE_PAGE,
+        (start + room_bytes) // LARGE_PAGE * LARGE_PAGE,
+    )
     if first < last:
         libc.madvise(first, last - first, ADVICE_HUGE)
     libc.free(start)

@@ -1,7 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP: the first one asks, and the loop stops after the step in hand.
 
-A second Ctrl-C stops at once: somebody sits there. The others come twice by themselves (a shell that ends hands
-SIGHUP on, `timeout` signals its group too), so they only ask. What was told to be ignored stays so: `nohup`.
+A second Ctrl-C stops at once: somebody sits there. The others come twice by themselves (a shell
+that ends hands SIGHUP on, `timeout` signals its group too), so they only ask. What was told to be
+ignored stays so: `nohup`.
 """
 
 import signal
@@ -9,11 +10,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ASKING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class Interrupt:
-    """Within the block, `asked` turns true on the first signal. Does nothing outside the main thread."""
+    """Within the block, `asked` turns true on the first signal. Does nothing outside the main
+    thread."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -32,7 +36,10 @@ class Interrupt:
         self.asked = True
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -36,17 +36,25 @@ class Job:
     sample: Sample | None
     mixture: Mixture | None = None
     together: bool = False
-    """All processes compute at the same time, each its micro-batch: they gather the base's layers for one another."""
+    """All processes compute at the same time, each its micro-batch: they gather the base's layers
+    for one another."""
     held: Sequence[SetSize] = ()
-    """The sets that validation consists of, one behind the other; none or one: it is not told apart."""
+    """The sets that validation consists of, one behind the other; none or one: it is not told
+    apart."""
     largest: Sequence[Sequence[int]] = ()
-    """Numbers of the examples of each micro-batch that is tried before step 1; empty: those of find_largest."""
+    """Numbers of the examples of each micro-batch that is tried before step 1; empty: those of
+    find_largest."""
 
     def find_largest(self) -> list[list[int]]:
         """The micro-batches of all steps that may take the most memory (data/longest.py)."""
         config, rows = self.config, Rows.of(self.train)
         plans = plans_of_run(
-            rows, batch=config.batch, seed=config.seed, order=config.order, mixture=self.mixture, steps=self.steps
+            rows,
+            batch=config.batch,
+            seed=config.seed,
+            order=config.order,
+            mixture=self.mixture,
+            steps=self.steps,
         )
         return largest_micro_batches(
             self.train,

@@ -1,4 +1,5 @@
-"""Several processes of one run on this machine, as torchrun would start them: `veneer train --processes N`."""
+"""Several processes of one run on this machine, as torchrun would start them: `veneer train
+--processes N`."""
 
 import os
 import signal
@@ -13,7 +14,8 @@ from veneer.child import end_with_parent, environment_for, module_command
 from veneer.errors import LostProcessError
 
 GRACE_SECONDS = 5.0
-"""From one process's failure until the others are ended: as long as they have to notice and say so themselves."""
+"""From one process's failure until the others are ended: as long as they have to notice and say so
+themselves."""
 POLL_SECONDS = 0.05
 MEETING = "VENEER_MEETING"
 """Variable that names, in process 0, the descriptor of the socket at which all meet."""
@@ -22,13 +24,17 @@ MOST_WAITING = 4096
 
 
 def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
-    """Runs `veneer` with these arguments in each process; the exit code of the first that failed by itself, else 0.
+    """Runs `veneer` with these arguments in each process; the exit code of the first that failed by
+    itself, else 0.
 
-    Threads are shared out where OMP_NUM_THREADS does not say how many each gets. Ctrl-C and SIGTERM go to all, and
-    where this process is killed they get SIGTERM. Where one process fails, the others notice by themselves; who has
-    not after GRACE_SECONDS, perhaps because they still wait to meet the one that is gone, is ended.
+    Threads are shared out where OMP_NUM_THREADS does not say how many each gets. Ctrl-C and SIGTERM
+    go to all, and where this process is killed they get SIGTERM. Where one process fails, the
+    others notice by themselves; who has not after GRACE_SECONDS, perhaps because they still wait to
+    meet the one that is gone, is ended.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
+    threads = (
+        max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
+    )
     command = [*module_command("veneer"), *arguments]
     with listening() as (port, meeting):
         common = {
@@ -63,7 +69,9 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
                     process.kill()
                     ended.add(process.pid)
         time.sleep(POLL_SECONDS)
-    codes = [process.returncode for process in started if process.returncode and process.pid not in ended]
+    codes = [
+        process.returncode for process in started if process.returncode and process.pid not in ended
+    ]
     own = [each for each in codes if each != LostProcessError.exit_code]
     code = next(iter([*own, *codes]), 0)
     return 128 - code if code < 0 else code
@@ -71,7 +79,8 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
 
 @contextmanager
 def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Signals that ask this process to end ask its processes instead. A terminal's Ctrl-C reaches them by itself."""
+    """Signals that ask this process to end ask its processes instead. A terminal's Ctrl-C reaches
+    them by itself."""
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for process in started:
@@ -79,7 +88,9 @@ def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
                 process.send_signal(number)
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {getattr(signal, name): signal.signal(getattr(signal, name), hand_on) for name in names}
+    before = {
+        getattr(signal, name): signal.signal(getattr(signal, name), hand_on) for name in names
+    }
     try:
         yield
     finally:
@@ -89,8 +100,8 @@ def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[tuple[int, int]]:
-    """(port, descriptor) of a socket that listens on this machine: bound here and handed to process 0, so that nobody
-    else gets the port between its being found and its being used."""
+    """(port, descriptor) of a socket that listens on this machine: bound here and handed to process
+    0, so that nobody else gets the port between its being found and its being used."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         found.listen(MOST_WAITING)

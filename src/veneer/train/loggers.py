@@ -34,7 +34,8 @@ class Logger:
 
 
 def open_loggers(names: Sequence[Name], *, out: Path, settings: Mapping[str, Any]) -> list[Logger]:
-    """One logger for each name. Raises ConfigError, before any is opened, for all that are not installed."""
+    """One logger for each name. Raises ConfigError, before any is opened, for all that are not
+    installed."""
     if missing := [name for name in names if util.find_spec(name) is None]:
         raise ConfigError(
             f"log asks for {', '.join(missing)}, not installed here",
@@ -82,7 +83,9 @@ def _tensorboard(module: ModuleType, out: Path, settings: dict[str, Any]) -> Log
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(out / "tensorboard"))
-    writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
+    writer.add_text(
+        "settings", "\n".join(f"    {name}: {value}" for name, value in settings.items())
+    )
 
     def send(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -97,7 +100,8 @@ def _wandb(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
 
 
 def _mlflow(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
-    """To the server that MLFLOW_TRACKING_URI names: the small package of our extra opens no database."""
+    """To the server that MLFLOW_TRACKING_URI names: the small package of our extra opens no
+    database."""
     module.set_experiment(PROJECT)
     module.start_run(run_name=out.name)
     module.log_params(settings)

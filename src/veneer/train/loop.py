@@ -1,14 +1,15 @@
 """The training loop: batches in, an adapter's values out, nothing lost on the way.
 
-    before step 1   the optimizer's moments are made and the largest micro-batch of the run goes forward and backward
-                    once, its gradient thrown away: what does not fit says so now; the held-out rows are evaluated
-                    once, for the comparison afterwards
-    a step          micro-batches summed with one normaliser, the norm checked, then clip, AdamW, publish
+    before step 1   the optimizer's moments are made and the largest micro-batch of the run goes
+                    forward and backward once, its gradient thrown away: what does not fit says so
+                    now; the held-out rows are evaluated once, for the comparison afterwards
+    a step          micro-batches summed with one normaliser, the norm checked, then clip, AdamW,
+                    publish
     an evaluation   loss on the held-out rows, a sample answer, a checkpoint; the best one stays
 
-A loss or gradient that is not finite stops the run before the weights are touched. All order and randomness
-come from (seed, epoch, step), so a resumed run continues bit for bit.
-Knows nothing of methods: it trains the tensors it is given.
+A loss or gradient that is not finite stops the run before the weights are touched. All order and
+randomness come from (seed, epoch, step), so a resumed run continues bit for bit. Knows nothing of
+methods: it trains the tensors it is given.
 """
 
 import math
@@ -54,7 +55,10 @@ from veneer.train.reduce import KINDS, Reduce
 from veneer.train.screen import Screen
 from veneer.train.world import ALONE, World
 
-FEWER_VALUES = "Train fewer values (an adapter instead of full, a smaller --rank), or --set optimizer=adamw8bit."
+FEWER_VALUES = (
+    "Train fewer values (an adapter instead of full, a smaller --rank), or --set"
+    " optimizer=adamw8bit."
+)
 FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
 
 
@@ -82,12 +86,22 @@ class Loop:
         resume_from: Path | None,
         world: World = ALONE,
     ) -> None:
-        self.job, self.records, self.screen, self.origin, self.world = job, records, screen, origin, world
+        self.job, self.records, self.screen, self.origin, self.world = (
+            job,
+            records,
+            screen,
+            origin,
+            world,
+        )
         self.damaged_best: dict[str, Any] | None = None
         """The best checkpoint, where it was damaged and another had to be taken."""
         with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
-            self.optimizer = make_optimizer(job.config.optimizer, job.flat, weight_decay=job.config.weight_decay)
-            self.reduce: Reduce = KINDS[job.config.reduce](job.flat.gradient, world, apart=job.flat.apart)
+            self.optimizer = make_optimizer(
+                job.config.optimizer, job.flat, weight_decay=job.config.weight_decay
+            )
+            self.reduce: Reduce = KINDS[job.config.reduce](
+                job.flat.gradient, world, apart=job.flat.apart
+            )
             job.flat.deliver_to(self.reduce.receive)
         self.progress = Progress()
         self.device = job.flat.values.device
@@ -101,19 +115,25 @@ class Loop:
 
     def _resume(self, path: Path) -> None:
         doing = f"on reading {path}"
-        with self.world.together(doing), fits_memory(doing, next_step="Free memory, then resume again."):
+        with (
+            self.world.together(doing),
+            fits_memory(doing, next_step="Free memory, then resume again."),
+        ):
             if self.world.leads:
                 stored, _ = load_checkpoint(path)
                 self.progress = load_state(path).progress
         with fits_memory(doing, next_step="Free memory, then resume again."):
             state = self.optimizer.state()
             for name in sorted(state):
-                self.job.flat.fill(state[name], stored[name] if self.world.leads else None, self.world)
+                self.job.flat.fill(
+                    state[name], stored[name] if self.world.leads else None, self.world
+                )
             self.optimizer.load(state)
         self.progress = Progress(**self.world.shared(vars(self.progress)))
 
     def run(self) -> str:
-        """Train to the end; 'done' or 'early_stop'. Raises Interrupted after saving, DivergedError, DoesNotFitError."""
+        """Train to the end; 'done' or 'early_stop'. Raises Interrupted after saving, DivergedError,
+        DoesNotFitError."""
         job, at = self.job, self.progress
         self._longest_batch()
         if at.step == 0:
@@ -149,7 +169,8 @@ class Loop:
         return None if after is None else self._cells.figures(at.nats.get("0"), after)
 
     def release(self) -> None:
-        """Drop the optimizer and the gradient, which take more than the values; no further step can be taken."""
+        """Drop the optimizer and the gradient, which take more than the values; no further step can
+        be taken."""
         del self.optimizer, self.reduce
         self.job.flat.release()
 
@@ -159,7 +180,12 @@ class Loop:
             lengths = self._rows.lengths
             self._epoch_plan = None  # two would be held
             plan = plan_epoch(
-                lengths, batch=config.batch, seed=config.seed, epoch=epoch, order=config.order, mixture=self.job.mixture
+                lengths,
+                batch=config.batch,
+                seed=config.seed,
+                epoch=epoch,
+                order=config.order,
+                mixture=self.job.mixture,
             )
             self._epoch_plan = epoch, plan
         return self._epoch_plan[1]
@@ -175,20 +201,28 @@ class Loop:
     def _micro_batches(self, rows: list[int]) -> list[list[int]]:
         """Examples of each, the same for every process."""
         job, size = self.job, self.job.config.rows_at_once
-        parts = (self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size))
+        parts = (
+            self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size)
+        )
         return list(parts_of(job.model, job.paths, job.train, parts))
 
-    def _own(self, parts: Sequence[Sequence[int]], examples: Sequence[Example]) -> list[tuple[int, bool]]:
-        """Which of the parts this process computes, and whether it counts: in a round where there is none left for it,
-        it computes another's for the layers that all gather."""
+    def _own(
+        self, parts: Sequence[Sequence[int]], examples: Sequence[Example]
+    ) -> list[tuple[int, bool]]:
+        """Which of the parts this process computes, and whether it counts: in a round where there
+        is none left for it, it computes another's for the layers that all gather."""
         costs = [sum(used_length(examples[i]) for i in part) for part in parts]
         rank, size = self.world.rank, self.world.size
         if self.job.together:
-            return [(each[min(rank, len(each) - 1)], rank < len(each)) for each in in_rounds(costs, size)]
+            return [
+                (each[min(rank, len(each) - 1)], rank < len(each))
+                for each in in_rounds(costs, size)
+            ]
         return [(number, True) for number, owner in enumerate(dealt(costs, size)) if owner == rank]
 
     def _backward(self, rows: Sequence[int], parts: Sequence[Sequence[int]]) -> Counted:
-        """Gradient of the mean over the trained tokens of these micro-batches, into the flat buffer of every process.
+        """Gradient of the mean over the trained tokens of these micro-batches, into the flat buffer
+        of every process.
 
         rows: those that the micro-batches consist of
         """
@@ -198,7 +232,13 @@ class Loop:
         self.reduce.begin()
         with self.world.together(f"at step {self.progress.step + 1}"), self._fits(rows):
             for number, counts_here in self._own(parts, job.train):
-                batch = batch_of(job.model, job.paths, job.train, parts[number], share_prompt=job.config.share_prompt)
+                batch = batch_of(
+                    job.model,
+                    job.paths,
+                    job.train,
+                    parts[number],
+                    share_prompt=job.config.share_prompt,
+                )
                 keys = TokenKeys(batch.dropout_rows, self.progress.step, job.config.seed)
                 with job.routing.drawing(keys):
                     with offloaded(self.offload):
@@ -211,9 +251,13 @@ class Loop:
                 if not counts_here:
                     continue
                 own[number] = part.detach()
-                for place, count in enumerate((batch.tokens, batch.trained_tokens, batch.computed_tokens)):
+                for place, count in enumerate(
+                    (batch.tokens, batch.trained_tokens, batch.computed_tokens)
+                ):
                     counts[place] += count
-        with fits_memory(f"on the gradient of step {self.progress.step + 1}", next_step=self._freed(FEWER_VALUES)):
+        with fits_memory(
+            f"on the gradient of step {self.progress.step + 1}", next_step=self._freed(FEWER_VALUES)
+        ):
             self.reduce.finish()
             measured = self.reduce.measured()
         # All at once: nowhere else in a step does the host wait for a GPU.
@@ -234,14 +278,20 @@ class Loop:
         start = time.perf_counter()
         self.world.spent.clear()
         rate = learning_rate_at(
-            at.step, steps=job.steps, peak=job.learning_rate, warmup=job.config.warmup, schedule=job.config.schedule
+            at.step,
+            steps=job.steps,
+            peak=job.learning_rate,
+            warmup=job.config.warmup,
+            schedule=job.config.schedule,
         )
         rows = self._next_rows()
         counted = self._backward(rows, self._micro_batches(rows))
         loss, norm = counted.loss, counted.norm
         if not math.isfinite(norm):
             raise self._diverged("gradient norm", norm, self._rows.examples(rows))
-        with fits_memory(f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)):
+        with fits_memory(
+            f"on the optimizer's step {at.step + 1}", next_step=self._freed(FEWER_VALUES)
+        ):
             self.optimizer.step(learning_rate=rate, clip=job.config.clip, norm=norm)
         seconds = time.perf_counter() - start
         parts = self._parts(seconds)
@@ -279,10 +329,14 @@ class Loop:
         names = ("wait", "reduce", *(["gather"] if self.job.together else []))
         spent = [self.world.spent.get(name, 0.0) for name in names]
         found = self.world.summed([seconds - sum(spent), *spent])
-        return {name: each / self.world.size for name, each in zip(("compute", *names), found, strict=True)}
+        return {
+            name: each / self.world.size
+            for name, each in zip(("compute", *names), found, strict=True)
+        }
 
     def _longest_batch(self) -> None:
-        """Runs the largest micro-batch of the run once and forgets it: too large shows now, not in hour three.
+        """Runs the largest micro-batch of the run once and forgets it: too large shows now, not in
+        hour three.
 
         Every process runs it, as any of them may get it in a step.
         """
@@ -294,7 +348,9 @@ class Loop:
         self.job.flat.gradient.zero_()
         gigabytes = peak_memory_bytes(str(self.device)) / 1e9
         longest = max(used_length(self.job.train[i]) for i in largest[0])
-        self.screen.message(f"longest batch ok: {len(rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB")
+        self.screen.message(
+            f"longest batch ok: {len(rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
+        )
 
     def _fits(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         tokens = int(self._rows.lengths[rows].sum())
@@ -308,14 +364,18 @@ class Loop:
         """What to do: a run that has a checkpoint goes on from there, with its own settings."""
         if not numbers(self.job.out / "checkpoints"):
             return otherwise
-        return f"Free memory, then continue from the last checkpoint: veneer train --resume {self.job.out}"
+        return (
+            "Free memory, then continue from the last checkpoint: veneer train --resume"
+            f" {self.job.out}"
+        )
 
     def _diverged(self, what: str, value: float, numbers: Sequence[int]) -> DivergedError:
         self.job.flat.gradient.zero_()
         at = self.progress
         rows = [str(self.job.train[i].ref) for i in numbers]
         return DivergedError(
-            f"T601 the {what} is {value} at step {at.step + 1}; the weights are those of step {at.step}",
+            f"T601 the {what} is {value} at step {at.step + 1}; the weights are those of step"
+            f" {at.step}",
             [f"rows of this batch: {', '.join(rows)}"],
             f"Try a lower --learning-rate (now {self.job.learning_rate:g}), or look at these rows; "
             f"checkpoints up to here are in {self.job.out / 'checkpoints'}.",
@@ -327,7 +387,9 @@ class Loop:
         parts = list(parts_of(job.model, job.paths, rows, by_length(rows, job.config.rows_at_once)))
         with self._evaluating():
             own = self._own(parts, rows)
-            found = part_nats(job.model, job.paths, job.routing, rows, [parts[number] for number, _ in own])
+            found = part_nats(
+                job.model, job.paths, job.routing, rows, [parts[number] for number, _ in own]
+            )
             for (number, counts), values in zip(own, found, strict=True):
                 for example, value in zip(parts[number] if counts else [], values, strict=counts):
                     nats[example] = value
@@ -357,7 +419,11 @@ class Loop:
                 at.sample = {"before": sample["answer"]}
             sample = {**sample, "before": at.sample.get("before")}
         # Not (loss < best) would let a NaN be the best for ever: only a finite loss can be better.
-        better = loss is not None and math.isfinite(loss) and (at.best_loss is None or loss < at.best_loss)
+        better = (
+            loss is not None
+            and math.isfinite(loss)
+            and (at.best_loss is None or loss < at.best_loss)
+        )
         better = better and at.step > 0  # the untrained base is no checkpoint
         if loss is not None and math.isfinite(loss):
             at.nats[str(at.step)] = self._cells.sums(found.nats)
@@ -386,7 +452,9 @@ class Loop:
             held = {f"the values of step {self.progress.step}": self.job.flat.digest()}
             self.world.same(held, "Start again from the last checkpoint with --resume.")
         with self.world.together(f"on the checkpoint of step {self.progress.step}"):
-            tensors = {name: self.job.flat.whole(each) for name, each in self.optimizer.state().items()}
+            tensors = {
+                name: self.job.flat.whole(each) for name, each in self.optimizer.state().items()
+            }
             if self.world.leads:
                 self._write_checkpoint(tensors)
             else:
@@ -397,14 +465,18 @@ class Loop:
         there = {str(step) for step in (*numbers(folder), at.step)}
         at.losses = {step: loss for step, loss in at.losses.items() if step in there}
         at.nats = {step: nats for step, nats in at.nats.items() if step in there | {"0"}}
-        self.records.sync()  # a checkpoint on the disk never knows of steps that the records there do not
+        # a checkpoint on the disk never knows of steps that the records there do not
+        self.records.sync()
         state = {"origin": self.origin.to_dict(), "progress": vars(at)}
-        with fits_memory(f"on the checkpoint of step {at.step}", next_step=self._freed(FEWER_VALUES)):
+        with fits_memory(
+            f"on the checkpoint of step {at.step}", next_step=self._freed(FEWER_VALUES)
+        ):
             save_checkpoint(folder, at.step, tensors, state)
         prune(folder, keep=self.job.config.keep, best=at.best_step)
 
     def _take_best(self) -> None:
-        """The values with the lowest held-out loss; where their checkpoint is damaged, the next best that is whole."""
+        """The values with the lowest held-out loss; where their checkpoint is damaged, the next
+        best that is whole."""
         at = self.progress
         if at.best_step is None or at.best_step == at.step:
             return
@@ -424,7 +496,10 @@ class Loop:
             values = load_values(checkpoint_path(self.job.out / "checkpoints", at.best_step))
         except CorruptFileError as fault:
             return self._next_best(fault)
-        self.screen.message(f"the values of step {at.best_step} are kept: the lowest held-out loss, {at.best_loss:.4f}")
+        self.screen.message(
+            f"the values of step {at.best_step} are kept: the lowest held-out loss,"
+            f" {at.best_loss:.4f}"
+        )
         return values
 
     def _next_best(self, fault: CorruptFileError) -> Tensor | None:
@@ -442,6 +517,10 @@ class Loop:
                     continue
             at.best_step, at.best_loss = step, loss
             break
-        kept = f"those of step {at.best_step}, held-out loss {at.best_loss:.4f}," if at.best_step else "the last"
+        kept = (
+            f"those of step {at.best_step}, held-out loss {at.best_loss:.4f},"
+            if at.best_step
+            else "the last"
+        )
         self.screen.message(f"instead of the values of that step {kept} are kept")
         return values

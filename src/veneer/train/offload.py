@@ -1,11 +1,14 @@
-"""Saved activations in host memory: what backward needs leaves the GPU in forward and comes back when its turn comes.
+"""Saved activations in host memory: what backward needs leaves the GPU in forward and comes back
+when its turn comes.
 
-Exact to the bit: values are copied, in the type and the layout they have. What several operations save (the input of
-q, k and v) is copied once. Weights stay where they are, and so does what is too small to be worth a copy.
+Exact to the bit: values are copied, in the type and the layout they have. What several operations
+save (the input of q, k and v) is copied once. Weights stay where they are, and so does what is too
+small to be worth a copy.
 
-Copies run beside the GPU's own work, on a stream for each way, from and to memory that it reads directly (pinned). What
-leaves is held until its copy is over, UNDER_WAY_BYTES at most, and what is still held when backward asks comes from
-there. While a layer is computed backward, what those before it saved is on its way.
+Copies run beside the GPU's own work, on a stream for each way, from and to memory that it reads
+directly (pinned). What leaves is held until its copy is over, UNDER_WAY_BYTES at most, and what is
+still held when backward asks comes from there. While a layer is computed backward, what those
+before it saved is on its way.
 """
 
 from collections import deque
@@ -37,7 +40,8 @@ class Lanes(Protocol):
         """The same the other way, and after the copy that `after` is of."""
 
     def wait(self, event: Any) -> None:
-        """What the device is given to do from now on begins when that copy is over; the host goes on."""
+        """What the device is given to do from now on begins when that copy is over; the host goes
+        on."""
 
 
 class AtOnce:
@@ -80,9 +84,11 @@ class CudaLanes:
 
 @dataclass(eq=False)
 class _Away:
-    """Values on the host, and the device that they belong on. Whoever saved the same tensor holds the same one.
+    """Values on the host, and the device that they belong on. Whoever saved the same tensor holds
+    the same one.
 
-    over: of the copy out. held: the values themselves, as long as they may be copied. number: how many left before.
+    over: of the copy out. held: the values themselves, as long as they may be copied. number: how
+    many left before.
     """
 
     host: Tensor
@@ -94,14 +100,16 @@ class _Away:
 
 @dataclass
 class _Known:
-    """A storage that was copied: the weak reference keeps its address from being given to another one."""
+    """A storage that was copied: the weak reference keeps its address from being given to another
+    one."""
 
     storage: StorageWeakRef
     away: "ref[_Away]"
 
 
 class Offload:
-    """Hooks for torch.autograd.graph.saved_tensors_hooks. moves: the device type whose tensors leave."""
+    """Hooks for torch.autograd.graph.saved_tensors_hooks. moves: the device type whose tensors
+    leave."""
 
     def __init__(
         self,
@@ -111,7 +119,11 @@ class Offload:
         lanes: Lanes | None = None,
         under_way_bytes: int = UNDER_WAY_BYTES,
     ) -> None:
-        self.moves, self._lanes, self._most = moves, AtOnce() if lanes is None else lanes, under_way_bytes
+        self.moves, self._lanes, self._most = (
+            moves,
+            AtOnce() if lanes is None else lanes,
+            under_way_bytes,
+        )
         self._weights = {tensor.untyped_storage().data_ptr() for tensor in weights}
         self._known: dict[tuple[object, ...], _Known] = {}
         self._order: list[ref[_Away]] = []
@@ -131,7 +143,8 @@ class Offload:
         if (
             tensor.device.type != self.moves
             or tensor.nbytes < WORTH_BYTES
-            or tensor.nbytes > storage.nbytes()  # one value repeated (expand): a copy would write it out
+            or tensor.nbytes
+            > storage.nbytes()  # one value repeated (expand): a copy would write it out
             or storage.data_ptr() in self._weights
         ):
             return tensor
@@ -161,7 +174,9 @@ class Offload:
         if saved.held is not None:
             return saved.held
         self._settle(0)
-        there, event = self._coming.pop(saved.number) if saved.number in self._coming else self._begun(saved)
+        there, event = (
+            self._coming.pop(saved.number) if saved.number in self._coming else self._begun(saved)
+        )
         if event is not None:
             self._lanes.wait(event)
             self._fetch_before(saved.number)
@@ -204,9 +219,12 @@ class Offload:
 
 
 def _empty_like(tensor: Tensor, there: torch.device) -> Tensor:
-    """Room for the same values in the same strides: kernels choose by layout, and another may round otherwise."""
+    """Room for the same values in the same strides: kernels choose by layout, and another may round
+    otherwise."""
     pinned = tensor.device.type == "cuda" and there.type == "cpu"
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=there, pin_memory=pinned)
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=there, pin_memory=pinned
+    )
 
 
 @contextmanager
@@ -225,7 +243,8 @@ def offload_for(device: torch.device, weights: Iterable[Tensor]) -> Offload:
     """Raises ConfigError where activations lie in host memory anyway."""
     if device.type != "cuda":
         raise ConfigError(
-            f"offload moves saved activations to host memory; on {device.type} that is where they are",
+            f"offload moves saved activations to host memory; on {device.type} that is where"
+            " they are",
             next_step="Leave offload out; --checkpointing saves memory on every device.",
         )
     return Offload(weights, lanes=CudaLanes(device))

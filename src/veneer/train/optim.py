@@ -1,8 +1,10 @@
-"""The trained values as one flat float32 buffer: one optimizer call, one norm, one checkpoint tensor.
+"""The trained values as one flat float32 buffer: one optimizer call, one norm, one checkpoint
+tensor.
 
-A LoRA adapter has hundreds of small factors; stepping them one by one is mostly dispatch. float32 parameters
-become views of the buffer; parameters of another type (full fine-tuning of a bf16 base) keep their type for the
-products, and their float32 master, gradient sum and moments live here: small steps are not rounded away.
+A LoRA adapter has hundreds of small factors; stepping them one by one is mostly dispatch. float32
+parameters become views of the buffer; parameters of another type (full fine-tuning of a bf16 base)
+keep their type for the products, and their float32 master, gradient sum and moments live here:
+small steps are not rounded away.
 """
 
 import math
@@ -25,7 +27,8 @@ Receive = Callable[[slice, Tensor, int], None]
 
 
 class Flat(Protocol):
-    """Trained values as the loop, an optimizer and a checkpoint see them: all of them, or in parts (train/parts.py).
+    """Trained values as the loop, an optimizer and a checkpoint see them: all of them, or in parts
+    (train/parts.py).
 
     apart: `values` and `gradient` are this process's part. groups: as of FlatParameters.
     """
@@ -37,7 +40,8 @@ class Flat(Protocol):
     apart: bool
 
     def deliver_to(self, receive: Receive) -> None:
-        """Where values lie apart: who adds up a micro-batch's gradient, and puts it into `gradient`."""
+        """Where values lie apart: who adds up a micro-batch's gradient, and puts it into
+        `gradient`."""
 
     def deliver(self) -> None:
         """Of a micro-batch whose backward is over, what was not delivered."""
@@ -61,12 +65,15 @@ class Flat(Protocol):
 class FlatParameters:
     """values, gradient: float32, one element per trained value and some zeros for alignment.
 
-    groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to each other.
+    groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to
+    each other.
     """
 
     apart = False
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None
+    ) -> None:
         factors = {name: 1.0 if factors is None else factors[name] for name in parameters}
         self.parameters = dict(sorted(parameters.items(), key=lambda item: factors[item[0]]))
         device = next(iter(self.parameters.values())).device
@@ -114,7 +121,9 @@ class FlatParameters:
         self.values.grad = None
         self.gradient = self.gradient.new_empty(0)
         for parameter in self.parameters.values():
-            parameter.data = parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
+            parameter.data = (
+                parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
+            )
 
     def whole(self, own: Tensor) -> Tensor:
         return own
@@ -191,9 +200,15 @@ def _no_moments(part: Tensor) -> dict[str, Tensor]:
 
 
 def learning_rate_at(
-    step: int, *, steps: int, peak: float, warmup: float, schedule: Literal["cosine", "linear", "constant"]
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    warmup: float,
+    schedule: Literal["cosine", "linear", "constant"],
 ) -> float:
-    """Rate of optimizer step `step` (0 is the first): rises over warmup * steps, then falls to 0 or stays."""
+    """Rate of optimizer step `step` (0 is the first): rises over warmup * steps, then falls to 0 or
+    stays."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / (rising + 1)

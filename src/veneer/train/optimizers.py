@@ -1,10 +1,12 @@
-"""Which optimizer steps the flat buffer: torch's AdamW, or bitsandbytes' with its moments in 8 bits.
+"""Which optimizer steps the flat buffer: torch's AdamW, or bitsandbytes' with its moments in 8
+bits.
 
     adamw       8 bytes of moments per trained value: float32, float32
-    adamw8bit   2.03: one byte each, and a float32 scale for every 256 (Dettmers et al. 2021, arXiv:2110.02861)
+    adamw8bit   2.03: one byte each, and a float32 scale for every 256 (Dettmers et al. 2021,
+                arXiv:2110.02861)
 
-Values, gradients and their float32 stay the same: full fine-tuning holds 16 bytes per value with the first, 10 with the
-second. An adapter's moments are a few MB either way.
+Values, gradients and their float32 stay the same: full fine-tuning holds 16 bytes per value with
+the first, 10 with the second. An adapter's moments are a few MB either way.
 """
 
 import logging
@@ -23,8 +25,8 @@ _PART = 2**30
 
 
 class AdamW8bit:
-    """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its moments are
-    float32."""
+    """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its
+    moments are float32."""
 
     def __init__(self, flat: Flat, *, weight_decay: float) -> None:
         self.flat = flat
@@ -47,7 +49,8 @@ class AdamW8bit:
         self.flat.gradient.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """values, and of each part: codes and scales of both moments, step count. The code books are the library's."""
+        """values, and of each part: codes and scales of both moments, step count. The code books
+        are the library's."""
         tensors = {"values": self.flat.values.data}
         for number, part in enumerate(self.parts):
             for name, value in self.inner.state[part].items():
@@ -66,7 +69,8 @@ class AdamW8bit:
 
 
 def make_optimizer(name: OptimizerName, flat: Flat, *, weight_decay: float) -> AdamW | AdamW8bit:
-    """Raises ConfigError if the library of adamw8bit is not installed, or several rates are asked of it."""
+    """Raises ConfigError if the library of adamw8bit is not installed, or several rates are asked
+    of it."""
     if name == "adamw8bit" and len(flat.groups) > 1:
         raise ConfigError(
             "optimizer adamw8bit steps all values at one rate, and method.lr_ratio asks for two",
@@ -76,7 +80,8 @@ def make_optimizer(name: OptimizerName, flat: Flat, *, weight_decay: float) -> A
 
 
 def _library() -> Any:
-    # On import it tells of kernels that it could fetch; they are for 4-bit products, which are ours here.
+    # On import it tells of kernels that it could fetch; they are for 4-bit products, which are ours
+    # here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes

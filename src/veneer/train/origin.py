@@ -1,5 +1,5 @@
-"""What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has the same, or
-stops."""
+"""What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has
+the same, or stops."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,8 +31,8 @@ MAY_CHANGE = (
     "show_answers",
     "from_adapter",
 )
-"""Settings that say where things are and how they are computed, not what. The base and the rows are compared as
-such."""
+"""Settings that say where things are and how they are computed, not what. The base and the rows are
+compared as such."""
 HELD_OUT_BY = BY_COUNT
 """How rows are held out (data/split.py)."""
 MOST_SHOWN = 10
@@ -50,23 +50,25 @@ class Origin:
     date: str
     """Day the run started on, which a chat template may have written into the rows."""
     base: dict[str, JsonValue] | None
-    """Fingerprint of the base. None here and in the settings: of a version that kept only the day and the rows."""
+    """Fingerprint of the base. None here and in the settings: of a version that kept only the day
+    and the rows."""
     tokenizer: str | None
     template: str | None
     settings: dict[str, Any] | None
     data: str = ""
     """Fingerprint of the rows."""
     masks: str = "row"
-    """By what dropout's masks are drawn; of a version that did not say: by the row and the place in it."""
+    """By what dropout's masks are drawn; of a version that did not say: by the row and the place in
+    it."""
 
     held_out_by: str = BY_THRESHOLD
     """How rows were held out; of a version that did not say: by a threshold."""
     rows_by: str = "content"
-    """What told apart rows of several examples; of a version that did not say: their content, so that equal
-    neighbours were one row."""
+    """What told apart rows of several examples; of a version that did not say: their content, so
+    that equal neighbours were one row."""
     rows_at_once: int | None = None
-    """Rows of a micro-batch under `reduce: exact`, whose bits depend on it. None: of a version that did not say, and
-    under `reduce: plain`."""
+    """Rows of a micro-batch under `reduce: exact`, whose bits depend on it. None: of a version that
+    did not say, and under `reduce: plain`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,10 +89,11 @@ def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
 
 
 def with_rows_at_once(then: Origin, config: RunConfig) -> RunConfig:
-    """The settings of a run that goes on with as many rows at once as it began with, unless micro_batch is set.
+    """The settings of a run that goes on with as many rows at once as it began with, unless
+    micro_batch is set.
 
-    Only `reduce: exact` promises the same bits. A version that did not keep the number took the whole batch on one
-    process, and wrote micro_batch to the run file on several.
+    Only `reduce: exact` promises the same bits. A version that did not keep the number took the
+    whole batch on one process, and wrote micro_batch to the run file on several.
     """
     if config.reduce != "exact" or config.micro_batch is not None:
         return config
@@ -98,11 +101,16 @@ def with_rows_at_once(then: Origin, config: RunConfig) -> RunConfig:
 
 
 def check_settings(then: Origin, config: RunConfig) -> None:
-    """Raises ConfigError with every setting that is another one now; one that did not exist then had its default."""
+    """Raises ConfigError with every setting that is another one now; one that did not exist then
+    had its default."""
     if then.settings is None:
         return
     defaults = {**config.model_dump(include={"base", "out"}), "data": {"train": config.data.train}}
-    stored = {**defaults, **then.settings, "data": {**defaults["data"], **then.settings.get("data", {})}}
+    stored = {
+        **defaults,
+        **then.settings,
+        "data": {**defaults["data"], **then.settings.get("data", {})},
+    }
     try:
         started = RunConfig.model_validate(stored)
     except ValidationError as fault:
@@ -130,13 +138,17 @@ def check_masks(then: Origin, config: RunConfig) -> None:
     if config.method.drops_out and then.masks != MASKS:
         raise ConfigError(
             f"another version of Veneer began the run in {config.out}, with other masks of dropout",
-            [f"masks then by {then.masks}, now by {MASKS}: steps would not be those of the run that never stopped"],
+            [
+                f"masks then by {then.masks}, now by {MASKS}: steps would not be those of the run"
+                " that never stopped"
+            ],
             "Continue it with the version that began it, or start a new run.",
         )
 
 
 def check_base(then: Origin, now: Origin, config: RunConfig) -> None:
-    """Raises AdapterMismatchError if the weights, the tokenizer or the chat template are not those of the start."""
+    """Raises AdapterMismatchError if the weights, the tokenizer or the chat template are not those
+    of the start."""
     if then.base is None or now.base is None:
         return
     faults = Fingerprint.from_dict(then.base).differences(Fingerprint.from_dict(now.base))
@@ -148,7 +160,8 @@ def check_base(then: Origin, now: Origin, config: RunConfig) -> None:
             faults.append(f"{what}: {_short(was)} against {_short(found)}")
     if faults:
         raise AdapterMismatchError(
-            f"{config.base} is not the base that the run in {config.out} started on (then against now)",
+            f"{config.base} is not the base that the run in {config.out} started on (then against"
+            " now)",
             faults,
             "Put that base in its place again, or start a new run with another --out.",
         )
@@ -165,7 +178,8 @@ def check_rows(then: Origin, now: str, config: RunConfig) -> None:
 
 
 def check_borders(then: Origin, examples: Sequence[Example], config: RunConfig) -> None:
-    """Raises ConfigError if neighbouring rows are equal that were one row to the version that began the run.
+    """Raises ConfigError if neighbouring rows are equal that were one row to the version that began
+    the run.
 
     Its batches were other ones, and the fingerprint of the rows does not show where a row ends.
     """
@@ -174,9 +188,11 @@ def check_borders(then: Origin, examples: Sequence[Example], config: RunConfig) 
     equal = equal_neighbours(examples)
     if equal:
         raise ConfigError(
-            f"another version of Veneer began the run in {config.out}, which took equal neighbouring rows for one",
+            f"another version of Veneer began the run in {config.out}, which took equal"
+            " neighbouring rows for one",
             [
-                f"{examples[number].ref} repeats the row before it: two rows now, one then, so batches would differ"
+                f"{examples[number].ref} repeats the row before it: two rows now, one then, so"
+                " batches would differ"
                 for number in equal[:MOST_SHOWN]
             ],
             "Continue it with the version that began it, or start a new run.",
@@ -185,7 +201,8 @@ def check_borders(then: Origin, examples: Sequence[Example], config: RunConfig) 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(
-        mode="json", exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation", "tokens"}}
+        mode="json",
+        exclude={**dict.fromkeys(MAY_CHANGE, True), "data": {"train", "validation", "tokens"}},
     )
 
 

@@ -1,13 +1,15 @@
-"""Full fine-tuning in parts: what an optimizer keeps of a value, and its gradient, lie on one process alone.
+"""Full fine-tuning in parts: what an optimizer keeps of a value, and its gradient, lie on one
+process alone.
 
-A unit is a decoder layer that lies in shards (shards.py), or what every process holds whole: embeddings, the last norm,
-the head, tensors too small for a shard. Each process owns an equal run of every unit: float32 masters, their gradient
-and moments, one run behind the other in buffers of its own. A unit's gradient is whole from the beginning of its
-backward until the next one's begins; then all processes add it up, each run at its owner. After a step what every
-process holds whole is gathered; a layer is when it is computed next.
+A unit is a decoder layer that lies in shards (shards.py), or what every process holds whole:
+embeddings, the last norm, the head, tensors too small for a shard. Each process owns an equal run
+of every unit: float32 masters, their gradient and moments, one run behind the other in buffers of
+its own. A unit's gradient is whole from the beginning of its backward until the next one's begins;
+then all processes add it up, each run at its owner. After a step what every process holds whole is
+gathered; a layer is when it is computed next.
 
-A checkpoint holds what FlatParameters' does: any number of processes reads it, with shards and without.
-After ZeRO's third stage (Rajbhandari et al. 2020, arXiv:1910.02054).
+A checkpoint holds what FlatParameters' does: any number of processes reads it, with shards and
+without. After ZeRO's third stage (Rajbhandari et al. 2020, arXiv:1910.02054).
 """
 
 import hashlib
@@ -33,7 +35,8 @@ CHUNK = 1 << 20
 
 
 class _Unit:
-    """parameters, of one type; starts: where each lies in the unit. place: of this process's run in its buffers.
+    """parameters, of one type; starts: where each lies in the unit. place: of this process's run in
+    its buffers.
 
     gradient: [processes * run], float32, while it is computed.
     """
@@ -64,13 +67,17 @@ class _Layer(_Unit):
         parameters = [each for each in held.tensors if isinstance(each, nn.Parameter)]
         if len(parameters) < len(held.tensors) or len({each.dtype for each in parameters}) > 1:
             raise RefusedError(
-                "full fine-tuning holds layers in shards whose tensors are all trained and of one type, and these "
-                "hold others too",
-                sorted({f"{type(each).__name__} of {str(each.dtype)[6:]}" for each in held.tensors}),
+                "full fine-tuning holds layers in shards whose tensors are all trained and of one"
+                " type, and these hold others too",
+                sorted(
+                    {f"{type(each).__name__} of {str(each.dtype)[6:]}" for each in held.tensors}
+                ),
                 "Leave shard out: every process then holds the whole base.",
             )
         size = parameters[0].element_size()
-        super().__init__(parameters, [start // size for start in held.starts], held.own.numel() // size)
+        super().__init__(
+            parameters, [start // size for start in held.starts], held.own.numel() // size
+        )
         self.held = held
 
     def own(self) -> Tensor:
@@ -89,7 +96,9 @@ class _Rest(_Unit):
     def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
         sizes = [math.ceil(each.numel() / ALIGNMENT) * ALIGNMENT for each in parameters]
         starts = list(accumulate(sizes[:-1], initial=0))
-        super().__init__(parameters, starts, math.ceil(sum(sizes) / (ALIGNMENT * world.size)) * ALIGNMENT)
+        super().__init__(
+            parameters, starts, math.ceil(sum(sizes) / (ALIGNMENT * world.size)) * ALIGNMENT
+        )
         self.world = world
         self.memory = parameters[0].new_zeros(self.run * world.size, requires_grad=False)
         for each, start in zip(parameters, starts, strict=True):
@@ -105,18 +114,23 @@ class _Rest(_Unit):
 
 
 class FlatParts:
-    """In place of FlatParameters. values, gradient: this process's part. size: of all parts, as a checkpoint has it.
+    """In place of FlatParameters. values, gradient: this process's part. size: of all parts, as a
+    checkpoint has it.
 
     Raises RefusedError where a layer holds what is not trained, or several types.
     """
 
     apart = True
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], shards: Shards, world: World) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], shards: Shards, world: World
+    ) -> None:
         self.parameters, self.shards, self.world = dict(parameters), shards, world
         sizes = aligned_sizes(self.parameters.values())
         self.size = sum(sizes)
-        self._offsets = dict(zip(self.parameters.values(), accumulate(sizes, initial=0), strict=False))
+        self._offsets = dict(
+            zip(self.parameters.values(), accumulate(sizes, initial=0), strict=False)
+        )
         self._layers = {held: _Layer(held) for held in shards.held}
         self._rest = [_Rest(each, world) for each in self._outside()]
         self._units: list[_Unit] = [*self._layers.values(), *self._rest]
@@ -134,7 +148,9 @@ class FlatParts:
             self.values.data[unit.place] = unit.own()
             for each, start in zip(unit.parameters, unit.starts, strict=True):
                 each.requires_grad_(True)
-                self._hooks.append(each.register_post_accumulate_grad_hook(partial(self._arrived, unit, start)))
+                self._hooks.append(
+                    each.register_post_accumulate_grad_hook(partial(self._arrived, unit, start))
+                )
         self.publish()
         self._open: _Unit | None = None
         self._receive: Receive | None = None
@@ -190,7 +206,8 @@ class FlatParts:
             unit.publish(self.values.data[unit.place])
 
     def release(self) -> None:
-        """The leader's model is whole then, and stands for itself; the others' holds nothing of its layers."""
+        """The leader's model is whole then, and stands for itself; the others' holds nothing of its
+        layers."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self.parameters.values():
@@ -205,7 +222,11 @@ class FlatParts:
         self.values.data = self.gradient
 
     def whole(self, own: Tensor) -> Tensor | Scattered:
-        return Scattered(self.size, partial(self._pieces, own)) if own.shape == self.values.shape else own
+        return (
+            Scattered(self.size, partial(self._pieces, own))
+            if own.shape == self.values.shape
+            else own
+        )
 
     def _pieces(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         for unit, start, end in self._chunks():
@@ -228,7 +249,9 @@ class FlatParts:
             for rank in range(world.size if stored is not None else 0):
                 for offset, piece in self._among_all(unit, rank * unit.run + start, len(part)):
                     assert stored is not None
-                    runs[rank, piece] = stored[offset : offset + piece.stop - piece.start].to(runs.device)
+                    runs[rank, piece] = stored[offset : offset + piece.stop - piece.start].to(
+                        runs.device
+                    )
             world.follow(runs)
             part.copy_(runs[world.rank])
 
@@ -238,7 +261,8 @@ class FlatParts:
                 yield unit, start, min(start + CHUNK, unit.run)
 
     def _among_all(self, unit: _Unit, begin: int, size: int) -> Iterator[tuple[int, slice]]:
-        """Of `size` values of a unit from `begin` on: where a piece lies among all, and where it lies in them."""
+        """Of `size` values of a unit from `begin` on: where a piece lies among all, and where it
+        lies in them."""
         for each, start in zip(unit.parameters, unit.starts, strict=True):
             low, high = max(start, begin), min(start + each.numel(), begin + size)
             if low < high:

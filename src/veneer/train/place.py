@@ -1,5 +1,5 @@
-"""Where a run may stand: a new one only where nothing is, one process at a time. No torch here: the command line asks
-before it loads any."""
+"""Where a run may stand: a new one only where nothing is, one process at a time. No torch here: the
+command line asks before it loads any."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +13,8 @@ LOCK = ".lock"
 
 
 def refuse_unless_new(out: Path) -> None:
-    """ConfigError where a new run would stand among other files; remains of a write that was never done are none."""
+    """ConfigError where a new run would stand among other files; remains of a write that was never
+    done are none."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -33,23 +34,28 @@ def refuse_finished(out: Path) -> None:
     if (out / "summary.json").is_file():
         raise ConfigError(
             f"the run in {out} is finished",
-            next_step=f"Start a new run with another --out; to rebuild its report: veneer report {out}",
+            next_step=(
+                f"Start a new run with another --out; to rebuild its report: veneer report {out}"
+            ),
         )
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """The folder is this process's alone within the block. Raises BusyError, or InputError where nothing can be
-    written.
+    """The folder is this process's alone within the block. Raises BusyError, or InputError where
+    nothing can be written.
 
-    A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing behind.
+    A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing
+    behind.
     """
     made = not out.exists()
     with locked(out / LOCK, wait_seconds=0):
         try:
             yield
         finally:
-            with suppress(OSError):  # what ended the run is told, and a lock file that stays locks nothing
+            with suppress(
+                OSError
+            ):  # what ended the run is told, and a lock file that stays locks nothing
                 (out / LOCK).unlink(missing_ok=True)
                 if made and not any(out.iterdir()):
                     out.rmdir()

@@ -1,4 +1,5 @@
-"""Where a run stands: what a checkpoint's state.json holds, read back from this layout and the first one."""
+"""Where a run stands: what a checkpoint's state.json holds, read back from this layout and the
+first one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from veneer.train.origin import Origin
 
 @dataclass
 class Progress:
-    """Where a run stands; what a checkpoint's state.json holds. Losses in nats per trained token."""
+    """Where a run stands; what a checkpoint's state.json holds. Losses in nats per trained
+    token."""
 
     step: int = 0
     epoch: int = 0
@@ -33,7 +35,8 @@ class Progress:
     losses: dict[str, float] = field(default_factory=dict)
     """Held-out loss of each checkpoint that there is, by its step, and of this one."""
     nats: dict[str, list[float]] = field(default_factory=dict)
-    """Held-out nats, in cells (held_out.py): before step 1, by "0", and of each of these checkpoints."""
+    """Held-out nats, in cells (held_out.py): before step 1, by "0", and of each of these
+    checkpoints."""
     sample: dict[str, Any] = field(default_factory=dict)
     """The sample row's answer before training."""
 
@@ -47,7 +50,8 @@ class State:
 
 
 def load_state(path: Path) -> State:
-    """What a checkpoint says beside its tensors. CorruptFileError: another version of Veneer wrote it."""
+    """What a checkpoint says beside its tensors. CorruptFileError: another version of Veneer wrote
+    it."""
     stored = read_state(path)
     if "progress" not in stored and "date" in stored and "data" in stored:
         stored = _of_first_layout(stored)

@@ -1,8 +1,8 @@
 """What a run wrote down while it ran (metrics.jsonl), and how much memory the process holds.
 
-One JSON object a line, flushed line by line; "kind" is start, step, evaluation or end. A number that
-is not finite is written as null: JSON has no NaN. A listener that fails is left out from then on: what others do
-with the records ends no run. Screens, loggers and the report read these records;
+One JSON object a line, flushed line by line; "kind" is start, step, evaluation or end. A number
+that is not finite is written as null: JSON has no NaN. A listener that fails is left out from then
+on: what others do with the records ends no run. Screens, loggers and the report read these records;
 nothing here knows what a step computes.
 """
 
@@ -43,7 +43,8 @@ class Listener(Protocol):
 class Records:
     """Appends to metrics.jsonl and hands each record on to the listeners (loggers).
 
-    resumed_step   None starts a file; a number keeps what belongs to steps up to that one and continues.
+    resumed_step   None starts a file; a number keeps what belongs to steps up to that one and
+                   continues.
     """
 
     def __init__(
@@ -125,17 +126,21 @@ class Unwritten:
 def read_records(path: str | Path) -> list[Record]:
     """The records in order. A last line without its newline is a torn write and is left out.
 
-    Raises CorruptFileError with every other line that is no JSON object with a kind, and a number for its step.
+    Raises CorruptFileError with every other line that is no JSON object with a kind, and a number
+    for its step.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
     return _parsed(lines[:-1], path)  # what stands after the last newline is torn, or empty
 
 
-def records_after(path: Path, start: int, *, most_bytes: int, shown: str) -> tuple[list[Record], int, int]:
-    """Records from byte `start` on, where they begin, and where the next ones will. shown: the file, in errors.
+def records_after(
+    path: Path, start: int, *, most_bytes: int, shown: str
+) -> tuple[list[Record], int, int]:
+    """Records from byte `start` on, where they begin, and where the next ones will. shown: the
+    file, in errors.
 
-    They begin at 0 where no record begins at `start` any more: a resumed run has written the file anew.
-    Raises what read_records raises.
+    They begin at 0 where no record begins at `start` any more: a resumed run has written the file
+    anew. Raises what read_records raises.
     """
     with explained(shown, reading=True), path.open("rb") as file:
         file.seek(max(start - 1, 0))
@@ -145,7 +150,9 @@ def records_after(path: Path, start: int, *, most_bytes: int, shown: str) -> tup
     whole = text[: text.rfind(b"\n") + 1]
     if not whole and len(text) == most_bytes:
         raise CorruptFileError(
-            f"{shown} has a line of more than {most_bytes:,} bytes", [], "No run writes such a line."
+            f"{shown} has a line of more than {most_bytes:,} bytes",
+            [],
+            "No run writes such a line.",
         )
     records = _parsed(whole.decode("utf-8", "replace").split("\n")[:-1], shown)
     return records, start, start + len(whole)
@@ -164,16 +171,22 @@ def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
         if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
             faults.append(f"{path}:{number} is not an object with a kind")
         elif type(record.get("step", None if record["kind"] in STEPPED else 0)) is not int:
-            faults.append(f"{path}:{number} has a step that is no whole number: {str(record.get('step'))[:40]!r}")
+            faults.append(
+                f"{path}:{number} has a step that is no whole number:"
+                f" {str(record.get('step'))[:40]!r}"
+            )
         else:
             records.append(record)
     if faults:
-        raise CorruptFileError("the run's records cannot be read", faults, "Delete these lines and try again.")
+        raise CorruptFileError(
+            "the run's records cannot be read", faults, "Delete these lines and try again."
+        )
     return records
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Rewrites the file with the records of steps up to `step`. CorruptFileError where there is none."""
+    """Rewrites the file with the records of steps up to `step`. CorruptFileError where there is
+    none."""
     if not path.is_file():
         raise CorruptFileError(
             f"{path} is gone, which holds the records of the steps up to {step}",
@@ -189,7 +202,8 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def process_memory_bytes() -> int:
-    """Bytes of memory that this process holds now (resident set); 0 where the system does not say."""
+    """Bytes of memory that this process holds now (resident set); 0 where the system does not
+    say."""
     if sys.platform == "linux":
         return _status_bytes("VmRSS")
     if sys.platform == "darwin":
@@ -203,7 +217,8 @@ def process_memory_bytes() -> int:
 def peak_memory_bytes(device: str = "cpu") -> int:
     """The most bytes held since the last reset: by CUDA's allocator on a GPU, else by the process.
 
-    On macOS the process's peak counts from its start, reset or not. 0 where the system does not say.
+    On macOS the process's peak counts from its start, reset or not. 0 where the system does not
+    say.
     """
     if device.startswith("cuda"):
         import torch

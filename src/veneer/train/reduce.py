@@ -1,11 +1,13 @@
 """The gradient of a step out of its micro-batches', over all processes.
 
-plain   each process adds up its own, and the processes' sums are added: as fast as can be; which process
-        computed what shows in the last bits
-exact   each micro-batch's gradient is rounded to a fixed grid and added as whole numbers, so that neither order
-        nor the number of processes matters: equal bits on 1, 2 and 4 (with as many threads each); so is its norm
+plain   each process adds up its own, and the processes' sums are added: as fast as can be; which
+        process computed what shows in the last bits
+exact   each micro-batch's gradient is rounded to a fixed grid and added as whole numbers, so that
+        neither order nor the number of processes matters: equal bits on 1, 2 and 4 (with as many
+        threads each); so is its norm
 
-Where values lie in parts (train/parts.py), a micro-batch's gradient is added up at their owners, in both ways.
+Where values lie in parts (train/parts.py), a micro-batch's gradient is added up at their owners, in
+both ways.
 """
 
 import math
@@ -19,17 +21,21 @@ from veneer.train.world import World
 UPPER = 2.0**20
 """Of the grid's coarser half, whole multiples of 2^-20."""
 LOWER = 2.0**40
-"""What the finer half splits each of them into: multiples of 2^-60, below which a float32 gradient is rounded."""
+"""What the finer half splits each of them into: multiples of 2^-60, below which a float32 gradient
+is rounded."""
 LIMIT = 2.0**30
-"""From here on a value is taken for infinite, which stops the run: 2^13 micro-batches of it fit into 64 bits."""
+"""From here on a value is taken for infinite, which stops the run: 2^13 micro-batches of it fit
+into 64 bits."""
 SQUARE_BITS = 29
-"""Of each half of a square, as a share of the largest: the squares of 2^33 values add up within 64 bits."""
+"""Of each half of a square, as a share of the largest: the squares of 2^33 values add up within 64
+bits."""
 
 Kind = Literal["plain", "exact"]
 
 
 class Reduce(Protocol):
-    """gradient: of the flat buffer, or of this process's part of it (apart), which is 0 until `finish`."""
+    """gradient: of the flat buffer, or of this process's part of it (apart), which is 0 until
+    `finish`."""
 
     def begin(self) -> None: ...
 
@@ -37,13 +43,15 @@ class Reduce(Protocol):
         """A micro-batch's gradient has been computed."""
 
     def receive(self, place: slice, part: Tensor, owner: int) -> None:
-        """Where values lie apart: all processes' `part` of a micro-batch's gradient, to `place` of its owner's."""
+        """Where values lie apart: all processes' `part` of a micro-batch's gradient, to `place` of
+        its owner's."""
 
     def finish(self) -> None:
         """The gradient is that of all micro-batches of all processes."""
 
     def measured(self) -> Tensor:
-        """One value on the gradient's device, for `norm`: the loop reads it together with others."""
+        """One value on the gradient's device, for `norm`: the loop reads it together with
+        others."""
 
     def norm(self, measured: float) -> float:
         """Of the whole gradient; nan or inf if any part is not finite."""
@@ -122,10 +130,14 @@ class Exact:
         return float(self._norm(torch.full((), largest, device=self.gradient.device)))
 
     def _norm(self, largest: Tensor) -> Tensor:
-        """Squares as shares of the largest value's, in whole numbers: the same whoever adds which."""
+        """Squares as shares of the largest value's, in whole numbers: the same whoever adds
+        which."""
         # its inverse, without what is behind the leading bit: a power of two, by its bits
         scale = ((1023 - torch.frexp(largest.double()).exponent.long()) << 52).view(torch.float64)
-        grid, totals = 2.0**SQUARE_BITS, torch.zeros(2, dtype=torch.int64, device=self.gradient.device)
+        grid, totals = (
+            2.0**SQUARE_BITS,
+            torch.zeros(2, dtype=torch.int64, device=self.gradient.device),
+        )
         for part in _slices(self.gradient):
             squares = (self.gradient[part].double() * scale).square() * grid
             upper = squares.floor()
@@ -139,7 +151,8 @@ class Exact:
 
 
 def _norm(values: Tensor) -> Tensor:
-    """By rows of 1,024, and those again: torch's own of 5 million float32 values is 3 parts in 10,000 too small."""
+    """By rows of 1,024, and those again: torch's own of 5 million float32 values is 3 parts in
+    10,000 too small."""
     while values.numel() > 1024:
         whole = values.numel() - values.numel() % 1024
         rows = torch.linalg.vector_norm(values[:whole].view(-1, 1024), dim=1)
@@ -151,7 +164,8 @@ KINDS: dict[Kind, type[Plain] | type[Exact]] = {"plain": Plain, "exact": Exact}
 
 
 def _halves(values: Tensor) -> Tensor:
-    """[2, values]: on the grid. In slices: float64 of all values at once would be as much memory again."""
+    """[2, values]: on the grid. In slices: float64 of all values at once would be as much memory
+    again."""
     wide = values.double()
     wide = torch.where(wide.abs() < LIMIT, wide, LIMIT)  # nan too: seen by its size at the end
     upper = (wide * UPPER).round()

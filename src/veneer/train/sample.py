@@ -19,7 +19,8 @@ from veneer.wording import cut
 SAMPLE_TOKENS = 96
 """New tokens of a sample answer at most."""
 SAMPLE_CHARACTERS = 20_000
-"""Of its question and answers: they stand in every record of an evaluation, the first answer in every checkpoint."""
+"""Of its question and answers: they stand in every record of an evaluation, the first answer in
+every checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Sample:
 
     def new(self) -> list[int]:
         """The answer's ids, with the model as it stands."""
-        with put_aside(self.base.model):  # what is made for many rows with gradients is slow with one
+        with put_aside(
+            self.base.model
+        ):  # what is made for many rows with gradients is slow with one
             (found,) = generate(self.base, [self.ids], max_new_tokens=SAMPLE_TOKENS)
         return found
 
@@ -44,18 +47,25 @@ class Sample:
     def told(self, new: Sequence[int]) -> dict[str, Any]:
         """{prompt, expected, answer} as an evaluation's record holds them."""
         answer = str(self.base.acting_tokenizer.decode(list(new), skip_special_tokens=True))
-        return {"prompt": self.prompt, "expected": self.expected, "answer": cut(answer, SAMPLE_CHARACTERS)}
+        return {
+            "prompt": self.prompt,
+            "expected": self.expected,
+            "answer": cut(answer, SAMPLE_CHARACTERS),
+        }
 
 
 def sample_of(base: FrozenBase, rows: Sequence[Row], preamble: Preamble) -> Sample | None:
-    """Of the first of the rows whose question leaves room for an answer; None where there is none."""
+    """Of the first of the rows whose question leaves room for an answer; None where there is
+    none."""
     template = ChatTemplate(base.acting_tokenizer, variables=preamble.variables)
     found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
     if found is None:
         return None
     row, ids = found
     expected = _told(row.messages[-1].get("content") or row.messages[-1].get("tool_calls"))
-    question = _told(next((m["content"] for m in reversed(row.messages[:-1]) if m.get("role") == "user"), ""))
+    question = _told(
+        next((m["content"] for m in reversed(row.messages[:-1]) if m.get("role") == "user"), "")
+    )
     return Sample(base, ids, question, expected)
 
 

@@ -1,8 +1,8 @@
 """What a run shows while it runs. Three screens with the same five methods; none of them computes.
 
-They are told what `metrics.jsonl` is told (see records.py): the start record (with `paths`: how steps
-are computed), every step, every evaluation, and the summary. Text that comes from a model or from
-data is shown as plain text: no markup, no control characters.
+They are told what `metrics.jsonl` is told (see records.py): the start record (with `paths`: how
+steps are computed), every step, every evaluation, and the summary. Text that comes from a model or
+from data is shown as plain text: no markup, no control characters.
 """
 
 from __future__ import annotations
@@ -20,12 +20,27 @@ from rich.text import Text
 
 from veneer.train.config import MOMENT_BYTES
 from veneer.train.talk import talking_console
-from veneer.wording import clock, cut, folded, interval_of_95, millions, number, percent, shares, shown, size, wrapped
+from veneer.wording import (
+    clock,
+    cut,
+    folded,
+    interval_of_95,
+    millions,
+    number,
+    percent,
+    shares,
+    shown,
+    size,
+    wrapped,
+)
 
 Facts = Mapping[str, Any]
 
 VALUE_BYTES = 8  # of a trained value: float32, and its gradient's
-ASKED_CHARACTERS, ANSWER_CHARACTERS = 150, 400  # of a sample: the question is known, the answer is news
+ASKED_CHARACTERS, ANSWER_CHARACTERS = (
+    150,
+    400,
+)  # of a sample: the question is known, the answer is news
 PLAIN_SECONDS = 5.0  # a plain line at most this often: a log is read later, not watched
 
 
@@ -132,10 +147,15 @@ class PlainScreen:
         assert self._progress is not None, "start comes first"
         self._progress.step(record)
         now = time.monotonic()
-        at_an_end = self._progress.first == self._progress.done or self._progress.done == self._progress.total
+        at_an_end = (
+            self._progress.first == self._progress.done
+            or self._progress.done == self._progress.total
+        )
         if at_an_end or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            self._print(f"  step {self._progress.done}/{self._progress.total} · {self._progress.figures()}")
+            self._print(
+                f"  step {self._progress.done}/{self._progress.total} · {self._progress.figures()}"
+            )
 
     def evaluation(self, record: Facts) -> None:
         assert self._progress is not None, "start comes first"
@@ -171,7 +191,9 @@ class LiveScreen:
         for line in start_lines(info):
             for each in folded(line, self.console.width).split("\n"):
                 self.console.print(Text(wrapped(each, self.console.width)))
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True, redirect_stdout=False)
+        self._live = Live(
+            console=self.console, refresh_per_second=4, transient=True, redirect_stdout=False
+        )
         self._live.start()
 
     def step(self, record: Facts) -> None:
@@ -206,7 +228,10 @@ class LiveScreen:
         one_line = self.console.width >= len(count) + len(figures) + 24
         width = 20 if one_line else max(self.console.width - len(count) - 4, 8)
         bar = Table.grid(padding=(0, 1))
-        cells: list[RenderableType] = [Text("  " + count.strip()), ProgressBar(progress.total, progress.done, width)]
+        cells: list[RenderableType] = [
+            Text("  " + count.strip()),
+            ProgressBar(progress.total, progress.done, width),
+        ]
         if one_line:
             bar.add_row(*cells, Text(figures))
             return bar
@@ -214,12 +239,19 @@ class LiveScreen:
         return Group(bar, Text(folded("  " + figures, self.console.width)))
 
 
-def make_screen(*, json: bool = False, quiet: bool = False) -> LiveScreen | PlainScreen | QuietScreen:
-    """The screen that fits: live on a terminal, plain lines elsewhere; on stderr when stdout is data."""
+def make_screen(
+    *, json: bool = False, quiet: bool = False
+) -> LiveScreen | PlainScreen | QuietScreen:
+    """The screen that fits: live on a terminal, plain lines elsewhere; on stderr when stdout is
+    data."""
     if quiet:
         return QuietScreen()
     console = talking_console(stderr=json)
-    return LiveScreen(console) if console.is_terminal and not console.is_dumb_terminal else PlainScreen(console)
+    return (
+        LiveScreen(console)
+        if console.is_terminal and not console.is_dumb_terminal
+        else PlainScreen(console)
+    )
 
 
 def start_lines(info: Facts) -> list[str]:
@@ -245,15 +277,23 @@ def start_lines(info: Facts) -> list[str]:
 
 def evaluation_line(record: Facts, before: float | None) -> str:
     loss = record["loss"]
-    arrow = "" if before is None or loss is None or loss == before else "▼" if loss < before else "▲"
+    arrow = (
+        "" if before is None or loss is None or loss == before else "▼" if loss < before else "▲"
+    )
     best = " · best so far" if record.get("best") else ""
-    sets = "".join(f" · {shown(name)} {number(value)}" for name, value in record.get("sets", {}).items())
+    sets = "".join(
+        f" · {shown(name)} {number(value)}" for name, value in record.get("sets", {}).items()
+    )
     return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}{sets}"
 
 
 def sample_parts(sample: Facts) -> list[tuple[str, str]]:
     """(name, one line of text) of a sample: question, expected answer, answer."""
-    limits = {"prompt": ASKED_CHARACTERS, "expected": ANSWER_CHARACTERS, "answer": ANSWER_CHARACTERS}
+    limits = {
+        "prompt": ASKED_CHARACTERS,
+        "expected": ANSWER_CHARACTERS,
+        "answer": ANSWER_CHARACTERS,
+    }
     lines = [cut(" ".join(shown(sample[key]).split()), limit) for key, limit in limits.items()]
     return list(zip(("asked", "expected", "answer"), lines, strict=True))
 
@@ -268,7 +308,9 @@ def sample_table(sample: Facts, width: int) -> RenderableType:
             Text(f"  answer    {answer}"),
         ]
         return Group(*rows)
-    table = Table(box=None, padding=(0, 2), width=min(width, 120), show_edge=False, header_style="dim")
+    table = Table(
+        box=None, padding=(0, 2), width=min(width, 120), show_edge=False, header_style="dim"
+    )
     table.add_column("expected", ratio=1, overflow="fold")
     table.add_column("answer", ratio=1, overflow="fold")
     table.add_row(Text(expected), Text(answer))
@@ -292,12 +334,17 @@ def end_lines(summary: Facts) -> list[str]:
     if summary["tokens_per_second"]:
         figures.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     planned = summary.get("planned_memory_bytes")
-    figures.append(f"peak {size(summary['peak_memory_bytes'])}" + (f" (plan {size(planned)})" if planned else ""))
+    figures.append(
+        f"peak {size(summary['peak_memory_bytes'])}"
+        + (f" (plan {size(planned)})" if planned else "")
+    )
     lines = ["  " + " · ".join(figures)]
     if parts := summary.get("seconds_by_part"):
         lines.append(f"  a step's time: {shares(parts)}")
     made = summary.get("adapter") or summary.get("model")
     if made:
-        digest = f" · sha256 {summary['adapter_sha256'][:12]}…" if "adapter_sha256" in summary else ""
+        digest = (
+            f" · sha256 {summary['adapter_sha256'][:12]}…" if "adapter_sha256" in summary else ""
+        )
         lines.append(f"  ✓ {shown(made)} · {size(summary['adapter_bytes'])}{digest}")
     return lines

@@ -1,8 +1,9 @@
-"""stdout and stderr where writing can fail: a reader that has left (`veneer ... | head -1`), a closed terminal, a
-full disk.
+"""stdout and stderr where writing can fail: a reader that has left (`veneer ... | head -1`), a
+closed terminal, a full disk.
 
-A command's result is written through `Result`, which remembers that it was not: cli/main.py turns that into an exit
-code. What is said while work goes on is written through `Talk`, which fails nobody: no run ends for its log.
+A command's result is written through `Result`, which remembers that it was not: cli/main.py turns
+that into an exit code. What is said while work goes on is written through `Talk`, which fails
+nobody: no run ends for its log.
 """
 
 import io
@@ -71,7 +72,8 @@ class Talk(_Through):
 
 
 def silence(stream: TextIO) -> None:
-    """Sends what `stream` still holds, and all that follows, nowhere: it cannot be written where it should go."""
+    """Sends what `stream` still holds, and all that follows, nowhere: it cannot be written where it
+    should go."""
     if isinstance(stream, Result):
         stream.fault = None
         stream = stream.stream

@@ -1,4 +1,5 @@
-"""What the processes of a run do together before its first step: find and load its base, and agree on what it is."""
+"""What the processes of a run do together before its first step: find and load its base, and agree
+on what it is."""
 
 import math
 from importlib.metadata import version
@@ -21,31 +22,42 @@ from veneer.train.world import World
 
 
 def in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
-    """Several processes need several micro-batches. Where micro_batch is unset, each process gets one, and the run file
-    keeps their size. Under `reduce: exact` the size is the same on any number of processes, and nothing is kept."""
+    """Several processes need several micro-batches. Where micro_batch is unset, each process gets
+    one, and the run file keeps their size. Under `reduce: exact` the size is the same on any number
+    of processes, and nothing is kept."""
     if world.size == 1 or config.micro_batch is not None:
         return config
     size = rows_at_once(config.batch, None, config.reduce, world.size)
     if config.reduce == "exact":
         idle = world.size - math.ceil(config.batch / size)
-        more = f"; {idle} processes have none, set a smaller micro_batch or a larger batch" if idle > 0 else ""
-        screen.message(f"{world.size} processes: {size} of {config.batch} rows at once, as on one{more}")
+        more = (
+            f"; {idle} processes have none, set a smaller micro_batch or a larger batch"
+            if idle > 0
+            else ""
+        )
+        screen.message(
+            f"{world.size} processes: {size} of {config.batch} rows at once, as on one{more}"
+        )
         return config
     screen.message(f"{world.size} processes: micro_batch {size} of batch {config.batch}")
     return config.model_copy(update={"micro_batch": size})
 
 
 def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
-    """Found by the leader first, which says the type for all, then by one of each machine, which fetches for its
-    neighbours; then loaded by all."""
+    """Found by the leader first, which says the type for all, then by one of each machine, which
+    fetches for its neighbours; then loaded by all."""
     device, found = world.device(config.device), ""
     for turn in range(3 if world.size > 1 else 0):
         with world.together("on finding its base"):
             if turn == (0 if world.leads else 1 if world.local_rank == 0 else 2):
-                found = compute_of(config.base, dtype=dtype, device=device, quantize=config.quantize).name
+                found = compute_of(
+                    config.base, dtype=dtype, device=device, quantize=config.quantize
+                ).name
         told = world.shared(found)
         dtype = told if turn == 0 and not world.leads else dtype
-    shards = Shards(world.rank, world.size, world.gather) if config.shard and world.size > 1 else None
+    shards = (
+        Shards(world.rank, world.size, world.gather) if config.shard and world.size > 1 else None
+    )
     with world.together("on loading its base"):
         base = load_base(
             config.base,
@@ -56,7 +68,9 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
             shards=shards,
         )
         if config.method.trains_base and base.quantize is not None:
-            raise ConfigError(trains_packed(config.method, base.quantize), next_step="Take method lora.")
+            raise ConfigError(
+                trains_packed(config.method, base.quantize), next_step="Take method lora."
+            )
         return base
 
 
@@ -87,8 +101,13 @@ def shard_lines(base: FrozenBase, flat: Flat) -> list[str]:
     if base.shards is None:
         return []
     own, whole = base.shards.own_bytes / 1e6, base.shards.all_bytes / 1e6
-    lines = [f"{len(base.shards)} layers in shards: {own:.1f} of {whole:.1f} MB held by each process"]
+    lines = [
+        f"{len(base.shards)} layers in shards: {own:.1f} of {whole:.1f} MB held by each process"
+    ]
     if flat.apart:
         total = sum(each.numel() for each in flat.parameters.values())
-        lines.append(f"masters, gradient and moments of {flat.values.numel():,} of {total:,} values on each process")
+        lines.append(
+            f"masters, gradient and moments of {flat.values.numel():,} of {total:,} values on each"
+            " process"
+        )
     return lines

@@ -1,6 +1,7 @@
 """One run, from its settings to its folder: base, data, method, loop, adapter, summary.
 
-run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json  report.html
+run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json
+          report.html
 """
 
 import math
@@ -62,7 +63,13 @@ from veneer.train.origin import (
 from veneer.train.parents import begin_adapter, with_tokens
 from veneer.train.place import held, refuse_unless_new
 from veneer.train.progress import load_state
-from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes, reset_peak_memory
+from veneer.train.records import (
+    Records,
+    Unwritten,
+    peak_memory_bytes,
+    process_memory_bytes,
+    reset_peak_memory,
+)
 from veneer.train.sample import sample_of
 from veneer.train.screen import Screen
 from veneer.train.together import agree, every_weight, in_parts, load_together, shard_lines
@@ -72,7 +79,8 @@ from veneer.wording import percent, size
 
 @dataclass(frozen=True)
 class Planned:
-    """Of each process, bytes: what it should hold at most; what it sends in a step, of the gradient and of layers.
+    """Of each process, bytes: what it should hold at most; what it sends in a step, of the gradient
+    and of layers.
 
     largest: which of the micro-batches that may be the largest takes the most memory
     """
@@ -84,7 +92,8 @@ class Planned:
 
 
 class RunPlan(Protocol):
-    """What a run on this data should need (plan/probe.py). The config and the dtype are the base's."""
+    """What a run on this data should need (plan/probe.py). The config and the dtype are the
+    base's."""
 
     def __call__(
         self,
@@ -110,10 +119,11 @@ def run_training(
     world: World = ALONE,
     rows: Mapping[str, Iterable[Record]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Run to the end and return what summary.json holds. Every VeneerError leaves the last checkpoint whole.
+    """Run to the end and return what summary.json holds. Every VeneerError leaves the last
+    checkpoint whole.
 
-    rows: files of rows to write into the folder first.
-    world: the processes that compute it together, all with the same settings. The leader alone touches the folder.
+    rows: files of rows to write into the folder first. world: the processes that compute it
+    together, all with the same settings. The leader alone touches the folder.
     """
     out = Path(config.out)
     point, then = None, None
@@ -150,7 +160,10 @@ def _run(
         check_masks(then, config)
     known = then is not None and then.settings is not None
     if then is not None and not known:
-        screen.message("an earlier version began this run and kept no fingerprint of its base: it is not compared")
+        screen.message(
+            "an earlier version began this run and kept no fingerprint of its base: it is not"
+            " compared"
+        )
     idle = process_memory_bytes()
     # That version trained in the stored type, whatever is faster here.
     stored = then is not None and not known and config.dtype == "auto"
@@ -177,7 +190,9 @@ def _run(
                 resumes=then is not None,
                 say=screen.message,
             )
-            config = config.model_copy(update={"length": data.report.length})  # never more than the model's positions
+            config = config.model_copy(
+                update={"length": data.report.length}
+            )  # never more than the model's positions
             if then is not None:
                 check_rows(then, data.fingerprint, config)
                 check_borders(then, data.train, config)
@@ -185,8 +200,15 @@ def _run(
             refuse_untrainable(base.model, paths)
             begun = None
             if not config.method.trains_base:
-                config, begun = begin_adapter(base, config, data.train, tokens=tokens, resumes=then is not None)
-            refuse_beyond("held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer)
+                config, begun = begin_adapter(
+                    base, config, data.train, tokens=tokens, resumes=then is not None
+                )
+            refuse_beyond(
+                "held-out rows do not fit",
+                data.validation,
+                capacity_of(base),
+                base.acting_tokenizer,
+            )
             attachment = None if begun is None else begun.attachment
             made = replace(origin_of(config, base, day), data=data.fingerprint)
             origin = then if then and known else replace(made, held_out_by=held_out_by)
@@ -196,7 +218,9 @@ def _run(
                 if attachment is None:
                     flat = every_weight(base, world)
                 else:
-                    flat = FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
+                    flat = FlatParameters(
+                        attachment.parameters(), attachment.learning_rate_factors()
+                    )
             job = _job(config, base, data, paths, flat)
             if world.leads and not known:  # else it is what the run started with
                 write_run_file(settled(config))
@@ -206,7 +230,9 @@ def _run(
             agree(world, base, data, flat)
         start = _start_record(config, base, data, paths, begun, flat, job, idle)
         job.largest = job.find_largest()
-        planned = _planned(plan, config, base, data, job, idle, screen, world) if world.leads else None
+        planned = (
+            _planned(plan, config, base, data, job, idle, screen, world) if world.leads else None
+        )
         if (largest := world.shared(None if planned is None else planned.largest)) is not None:
             job.largest = [job.largest[largest]]
         start["planned_memory_bytes"] = None if planned is None else planned.peak
@@ -214,15 +240,26 @@ def _run(
             start["paths"].append(f"{len(one_pass)} modules fused")
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
-            start["paths"] += [*shard_lines(base, flat), *([] if planned is None else [_each(planned)])]
+            start["paths"] += [
+                *shard_lines(base, flat),
+                *([] if planned is None else [_each(planned)]),
+            ]
         elif config.shard:
             start["paths"].append("shard: one process holds the whole base")
         if resume_from is None:
             records.write({k: v for k, v in start.items() if k != "paths"})
         screen.start(start)
         loop = Loop(job, records, screen, origin=origin, resume_from=resume_from, world=world)
-        heap = steady_heap(0 if planned is None else planned.peak) if base.device.type == "cpu" else nullcontext()
-        with heap, fused(base.model, one_pass), checkpointed(base.model, base.routing, on=config.checkpointing):
+        heap = (
+            steady_heap(0 if planned is None else planned.peak)
+            if base.device.type == "cpu"
+            else nullcontext()
+        )
+        with (
+            heap,
+            fused(base.model, one_pass),
+            checkpointed(base.model, base.routing, on=config.checkpointing),
+        ):
             reason = loop.run()
         loop.release()
         summary = _summary(config, base, start, loop, reason)
@@ -240,7 +277,9 @@ def _run(
 def _records(config: RunConfig, out: Path, resume_from: Path | None, screen: Screen) -> Records:
     step = None if resume_from is None else int(resume_from.name)
     listeners = open_loggers(config.log, out=out, settings=config.model_dump(mode="json"))
-    return Records(out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message)
+    return Records(
+        out / "metrics.jsonl", resumed_step=step, listeners=listeners, say=screen.message
+    )
 
 
 def _planned(
@@ -276,12 +315,17 @@ def _planned(
 
 def _each(planned: Planned) -> str:
     layers = f" and {size(planned.layers)} of layers" if planned.layers else ""
-    return f"planned: each holds {size(planned.peak)} and sends {size(planned.gradient)} of gradient{layers} a step"
+    return (
+        f"planned: each holds {size(planned.peak)} and sends {size(planned.gradient)} of"
+        f" gradient{layers} a step"
+    )
 
 
 def _job(config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: Flat) -> Job:
     rows = len(Rows.of(data.train).lengths)
-    per_epoch = -(-(rows if data.mixture is None else len(data.mixture.rows(config.seed, 0))) // config.batch)
+    per_epoch = -(
+        -(rows if data.mixture is None else len(data.mixture.rows(config.seed, 0))) // config.batch
+    )
     epochs = EPOCHS_UNSAID if config.epochs is None else config.epochs
     shows = config.show_answers and base.tokenizer.chat_template is not None
     return Job(
@@ -322,14 +366,19 @@ def _start_record(
     if config.share_prompt and paths.packed:
         lines.append("the prompt that a batch's rows share is computed once")
     if (examples := len(data.train)) > data.report.rows:
-        lines.append(f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were answered")
+        lines.append(
+            f"{examples:,} examples of {data.report.rows:,} rows: earlier answers as they were"
+            " answered"
+        )
     if data.mixture is not None:
         lines.append(_mixed_line(data))
     if data.in_files is not None:
         lines.append(data.in_files)
     if attachment is not None:
         does = (
-            "can be merged into the base" if attachment.config.folds else "cannot be merged: it stays beside the base"
+            "can be merged into the base"
+            if attachment.config.folds
+            else "cannot be merged: it stays beside the base"
         )
         lines.append(f"{config.method.name} {does}")
     return {
@@ -362,8 +411,8 @@ def _mixed_line(data: DataSet) -> str:
 
 
 def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, loop: Loop | None) -> Manifest:
-    """What veneer.json will say, and before step 1 (without a loop) could: what cannot be written must not show after
-    the last one."""
+    """What veneer.json will say, and before step 1 (without a loop) could: what cannot be written
+    must not show after the last one."""
     best = None if loop is None else loop.progress.best_loss
     return readable(
         lambda: manifest_for(
@@ -381,13 +430,24 @@ def _manifest(config: RunConfig, base: FrozenBase, data: DataSet, loop: Loop | N
 
 
 def _write_result(
-    out: Path, config: RunConfig, base: FrozenBase, data: DataSet, attachment: Attachment | None, loop: Loop
+    out: Path,
+    config: RunConfig,
+    base: FrozenBase,
+    data: DataSet,
+    attachment: Attachment | None,
+    loop: Loop,
 ) -> dict[str, Any]:
     """The adapter, or the model folder; what summary.json says of it."""
     if attachment is not None:
         manifest = _manifest(config, base, data, loop)
-        written = write_adapter(out / "adapter", attachment, manifest, model=base.model, replace=True)
-        return {"adapter": str(written.path), "adapter_bytes": written.bytes, "adapter_sha256": written.sha256}
+        written = write_adapter(
+            out / "adapter", attachment, manifest, model=base.model, replace=True
+        )
+        return {
+            "adapter": str(written.path),
+            "adapter_bytes": written.bytes,
+            "adapter_sha256": written.sha256,
+        }
     with atomic_folder(out / "model", replace=True) as partial:
         with quiet():
             base.model.save_pretrained(partial)
@@ -396,7 +456,9 @@ def _write_result(
     return {"model": str(out / "model"), "adapter_bytes": total}
 
 
-def _summary(config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: Loop, reason: str) -> dict[str, Any]:
+def _summary(
+    config: RunConfig, base: FrozenBase, start: dict[str, Any], loop: Loop, reason: str
+) -> dict[str, Any]:
     at = loop.progress
     seconds = at.timed_seconds
     return {

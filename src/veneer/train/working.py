@@ -1,5 +1,5 @@
-"""What goes on for longer than a moment, on stderr: how long, how far, and the time left. One line that goes away;
-nothing where no terminal is.
+"""What goes on for longer than a moment, on stderr: how long, how far, and the time left. One line
+that goes away; nothing where no terminal is.
 """
 
 import sys
@@ -17,8 +17,8 @@ from veneer.train.talk import talking_console
 from veneer.wording import clock, shown
 
 SILENT_SECONDS = 1.0
-"""What is over by then is not shown: a line that flickers tells nothing. But what is to import torch shows at once:
-while a library is loaded no thread draws."""
+"""What is over by then is not shown: a line that flickers tells nothing. But what is to import
+torch shows at once: while a library is loaded no thread draws."""
 
 Told = Callable[[str, int, int], None]
 """(what, done, of how many); of 0: not known."""
@@ -42,7 +42,9 @@ class Line:
         """evaluating 12/80 · 0:20 left"""
         count = f" {self._done:,}/{self._total:,}" if self._total else ""
         took = self._now() - self._since
-        left = took / self._done * (self._total - self._done) if self._done and self._total else None
+        left = (
+            took / self._done * (self._total - self._done) if self._done and self._total else None
+        )
         beside = f"{clock(left)} left" if left is not None else clock(self._now() - self._began)
         return shown(f"  {self._what}{count} · {beside}")
 
@@ -52,7 +54,10 @@ class Line:
         if not self._total:
             return Text(self.text(), no_wrap=True, overflow="ellipsis")
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(Text(self.text(), no_wrap=True, overflow="ellipsis"), ProgressBar(self._total, self._done, 20))
+        grid.add_row(
+            Text(self.text(), no_wrap=True, overflow="ellipsis"),
+            ProgressBar(self._total, self._done, 20),
+        )
         return grid
 
 
@@ -65,6 +70,11 @@ def working(what: str, console: Console | None = None) -> Iterator[Told]:
         yield line.tell
         return
     with Live(
-        line, console=console, transient=True, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False
+        line,
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        redirect_stdout=False,
+        redirect_stderr=False,
     ):
         yield line.tell

@@ -1,9 +1,11 @@
-"""The processes of one run: alone, or those that torchrun (or `veneer train --processes`) started together.
+"""The processes of one run: alone, or those that torchrun (or `veneer train --processes`) started
+together.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT     as every launcher sets them
 
-Alone no process group is opened. Every call below is made by all processes, in the same order: whatever one of them
-decides, all decide, and an error of one ends all (`together`). What goes over the wire is tensors and JSON.
+Alone no process group is opened. Every call below is made by all processes, in the same order:
+whatever one of them decides, all decide, and an error of one ends all (`together`). What goes over
+the wire is tensors and JSON.
 """
 
 import json
@@ -39,8 +41,9 @@ WAIT_SECONDS = 600.0
 class World:
     """rank: 0 leads: it alone writes and is heard. local_rank: the place on its machine.
 
-    spent: seconds that calls took, by part: reduce, gather, and wait, for the others: whatever is decided together.
-    On a GPU a call may be back before it is done; what waits for it next has its time.
+    spent: seconds that calls took, by part: reduce, gather, and wait, for the others: whatever is
+    decided together. On a GPU a call may be back before it is done; what waits for it next has its
+    time.
     """
 
     rank: int = 0
@@ -54,7 +57,9 @@ class World:
 
     def device(self, named: str) -> str:
         """The device of this process: with several on a machine each takes a GPU of its own."""
-        several = self.size > 1 and (named == "cuda" or (named == "auto" and torch.cuda.is_available()))
+        several = self.size > 1 and (
+            named == "cuda" or (named == "auto" and torch.cuda.is_available())
+        )
         return f"cuda:{self.local_rank}" if several else named
 
     def sum(self, values: Tensor) -> None:
@@ -88,19 +93,23 @@ class World:
         self._call(lambda: _ALL_GATHER(whole, own), "gather")
 
     def meet(self) -> None:
-        """Before what all gather or add up. LostProcessError: not all ask for it; some have ended, or failed."""
+        """Before what all gather or add up. LostProcessError: not all ask for it; some have ended,
+        or failed."""
         if self.size > 1 and any(count != _GATHERS for count in self._counts(_GATHERS)):
             self._apart(self.gathered(None))
 
     def sum_at(self, values: Tensor, rank: int) -> None:
-        """Over all processes, in place at this one; the others' are of no use any more. Behind `meet`."""
+        """Over all processes, in place at this one; the others' are of no use any more. Behind
+        `meet`."""
         self._call(lambda: dist.reduce(values, dst=rank), "reduce")
 
     def gathered(self, value: Any) -> list[Any]:
         """Everyone's, by rank; what JSON can say."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._wire)
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
+            self._wire
+        )
         counts = self._counts(len(own))
         if _GATHERS in counts:
             told = self.gathered(value)
@@ -111,11 +120,15 @@ class World:
         padded[: len(own)] = own
         found = [torch.empty_like(padded) for _ in counts]
         self._call(lambda: dist.all_gather(found, padded))
-        return [json.loads(bytes(each[:count].tolist())) for each, count in zip(found, counts, strict=True)]
+        return [
+            json.loads(bytes(each[:count].tolist()))
+            for each, count in zip(found, counts, strict=True)
+        ]
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """What ends the block here ends it everywhere: this process's own fault, or LostProcessError naming others'.
+        """What ends the block here ends it everywhere: this process's own fault, or
+        LostProcessError naming others'.
 
         Nothing in the block may wait for another process, but to gather what all of them gather.
         """
@@ -146,17 +159,26 @@ class World:
 
     def _counts(self, own: int) -> list[int]:
         """What each process is about to give."""
-        return [round(count) for count in self.summed([own * (rank == self.rank) for rank in range(self.size)])]
+        return [
+            round(count)
+            for count in self.summed([own * (rank == self.rank) for rank in range(self.size)])
+        ]
 
     def _apart(self, told: Sequence[Any]) -> NoReturn:
         """Some would gather while others told what ended them, or that they are done."""
-        faults = _faults(told) or ["they do not compute the same layers: are machines, threads and versions alike?"]
+        faults = _faults(told) or [
+            "they do not compute the same layers: are machines, threads and versions alike?"
+        ]
         raise LostProcessError("the processes of this run do not go on together", faults)
 
     @property
     def _wire(self) -> torch.device:
         """Where the backend takes tensors from."""
-        return torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+        return (
+            torch.device("cuda", self.local_rank)
+            if dist.get_backend() == "nccl"
+            else torch.device("cpu")
+        )
 
     def _call(self, call: Callable[[], object], part: str = "wait") -> None:
         start = time.perf_counter()
@@ -169,8 +191,8 @@ class World:
             raise LostProcessError(
                 "another process of this run is gone, or waited too long",
                 [_connection(str(fault))],
-                "Look at what the other processes said; then go on with --resume. VENEER_WAIT_SECONDS says how long "
-                "they are waited for.",
+                "Look at what the other processes said; then go on with --resume."
+                " VENEER_WAIT_SECONDS says how long they are waited for.",
             ) from fault
 
 
@@ -183,7 +205,8 @@ CONNECTIONS = {
 
 
 def _connection(said: str) -> str:
-    """What happened to the connection, in a sentence; a message that is not known as it is, without its source line."""
+    """What happened to the connection, in a sentence; a message that is not known as it is, without
+    its source line."""
     for words, meaning in CONNECTIONS.items():
         if re.search(words, said, re.IGNORECASE):
             return meaning
@@ -191,7 +214,9 @@ def _connection(said: str) -> str:
 
 
 def _faults(told: Sequence[Any]) -> list[str]:
-    return [f"process {rank}: {headline}" for rank, headline in enumerate(told) if headline is not None]
+    return [
+        f"process {rank}: {headline}" for rank, headline in enumerate(told) if headline is not None
+    ]
 
 
 ALONE = World()
@@ -201,7 +226,8 @@ ALONE = World()
 def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
     """The processes that a launcher started, for the length of the block; alone where none did.
 
-    ConfigError: variables that are missing or no numbers. LostProcessError: the others did not come in time.
+    ConfigError: variables that are missing or no numbers. LostProcessError: the others did not come
+    in time.
     """
     world = world_of(environment)
     if world.size == 1:
@@ -226,14 +252,17 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
 
 
 def _meeting(world: World, environment: Mapping[str, str], wait: timedelta) -> Store | None:
-    """Where the processes of this machine meet, at the socket that the launcher bound; None: torchrun's place."""
+    """Where the processes of this machine meet, at the socket that the launcher bound; None:
+    torchrun's place."""
     if not environment.get(MEETING):
         return None
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if not world.leads:
         return TCPStore(host, port, world.size, False, timeout=wait)
     listens = int(environment[MEETING])
-    return TCPStore(host, port, world.size, True, timeout=wait, master_listen_fd=listens, use_libuv=True)
+    return TCPStore(
+        host, port, world.size, True, timeout=wait, master_listen_fd=listens, use_libuv=True
+    )
 
 
 def world_of(environment: Mapping[str, str]) -> World:
@@ -242,14 +271,19 @@ def world_of(environment: Mapping[str, str]) -> World:
         return ALONE
     faults = [f"{name} is not set" for name in VARIABLES if not environment.get(name)]
     numbers = {name: environment.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    faults += [f"{name} is {text!r}, no whole number" for name, text in numbers.items() if not text.isdecimal()]
+    faults += [
+        f"{name} is {text!r}, no whole number"
+        for name, text in numbers.items()
+        if not text.isdecimal()
+    ]
     if not faults:
         rank, size, local = (int(text[:9]) for text in numbers.values())
         faults += number_faults(WORLD_SIZE=(PROCESSES, size))
         faults += [f"RANK is {rank}, and there are {size} processes"] if rank >= size else []
     if faults:
         raise ConfigError(
-            "this process was started as one of several, and its launcher's variables are not right",
+            "this process was started as one of several, and its launcher's variables are not"
+            " right",
             faults,
             "Start it with torchrun or `veneer train --processes N`, or unset WORLD_SIZE.",
         )
@@ -263,5 +297,7 @@ def _wait(environment: Mapping[str, str]) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < 1e6:
-        raise ConfigError(f"VENEER_WAIT_SECONDS is {text!r}", next_step="Give seconds, for instance 600.")
+        raise ConfigError(
+            f"VENEER_WAIT_SECONDS is {text!r}", next_step="Give seconds, for instance 600."
+        )
     return seconds

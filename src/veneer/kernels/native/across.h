@@ -43,17 +43,21 @@ ACROSS_INLINE void words_turned(__m512i x[16], uint32_t *to) {
 ACROSS_INLINE void words_across(const uint32_t *from, int64_t ld, int64_t K2, uint32_t *to) {
     __m512i x[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i++)
+        x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
     words_turned(x, to);
 }
 
 /* The first `count` words of `rows` rows of turned (16, 16), 64-byte aligned, to rows ld apart. */
-ACROSS_INLINE void words_put(const uint32_t *turned, int64_t rows, int64_t count, uint32_t *to, int64_t ld) {
+ACROSS_INLINE void words_put(const uint32_t *turned, int64_t rows, int64_t count, uint32_t *to,
+                             int64_t ld) {
     const __mmask16 real = (__mmask16)((1u << count) - 1);
     for (int64_t r = 0; r < rows; r++, to += ld) {
         const __m512i own = _mm512_load_si512(turned + 16 * r);
-        if (count == 16) _mm512_storeu_si512(to, own);
-        else _mm512_mask_storeu_epi32(to, real, own);
+        if (count == 16)
+            _mm512_storeu_si512(to, own);
+        else
+            _mm512_mask_storeu_epi32(to, real, own);
     }
 }
 

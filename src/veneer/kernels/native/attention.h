@@ -1,20 +1,22 @@
-/* What a call of attention over packed documents is given (attention.c, attention_float.c), and what a task of it is. */
+/* What a call of attention over packed documents is given (attention.c, attention_float.c), and
+ * what a task of it is. */
 #ifndef VENEER_ATTENTION_H
 #define VENEER_ATTENTION_H
 
 #include <stdint.h>
 
-/* Values are bf16 or float32. Strides are in values; the innermost one is 1 everywhere. kernels/calls.py has the same
-   fields in this order. */
+/* Values are bf16 or float32. Strides are in values; the innermost one is 1 everywhere.
+   kernels/calls.py has the same fields in this order. */
 struct attention {
     const void *q, *k, *v, *before_k, *before_v, *grad;
-    const void *made;                     /* (rows, H, D) what forward wrote, for backward on tiles */
+    const void *made; /* (rows, H, D) what forward wrote, for backward on tiles */
     void *out;
-    float *lse;                           /* (rows, H) log of the sum of exponentials, forward writes, backward reads */
+    float *lse; /* (rows, H) log of the sum of exponentials, forward writes, backward reads */
     float *grad_k, *grad_v;               /* (splits, rows, K, D) */
     float *grad_before_k, *grad_before_v; /* (docs, splits, K, before, D) */
-    const int64_t *starts;                /* (docs + 1) first row of every document, then the number of rows */
-    int64_t q_row, q_head, k_row, k_head, v_row, v_head, bk_row, bk_head, bv_row, bv_head, grad_row, grad_head;
+    const int64_t *starts; /* (docs + 1) first row of every document, then the number of rows */
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head, bk_row, bk_head, bv_row, bv_head, grad_row,
+        grad_head;
     int64_t rows, docs, heads, kv_heads, size, before, window, splits;
     float scale;
 };
@@ -28,7 +30,14 @@ struct place {
 static inline int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
 
 static inline struct place place_of(const struct attention *a, int64_t task) {
-    struct place p = {a, task / a->splits / a->kv_heads, task / a->splits % a->kv_heads, task % a->splits, 0, 0, 0, 0};
+    struct place p = {a,
+                      task / a->splits / a->kv_heads,
+                      task / a->splits % a->kv_heads,
+                      task % a->splits,
+                      0,
+                      0,
+                      0,
+                      0};
     p.start = a->starts[p.doc];
     p.L = a->starts[p.doc + 1] - p.start;
     p.J = a->before + p.L;
@@ -45,7 +54,8 @@ static inline void seen(const struct attention *a, int64_t i, int64_t *low, int6
 /* Where a value of key j's gradient stands in grad_k and grad_v, or in those of the keys before. */
 static inline int64_t place_of_gradient(const struct place *p, int64_t j) {
     const struct attention *a = p->a;
-    if (j < a->before) return (((p->doc * a->splits + p->split) * a->kv_heads + p->kv) * a->before + j) * a->size;
+    if (j < a->before)
+        return (((p->doc * a->splits + p->split) * a->kv_heads + p->kv) * a->before + j) * a->size;
     return ((p->split * a->rows + p->start + j - a->before) * a->kv_heads + p->kv) * a->size;
 }
 

@@ -1,5 +1,6 @@
-/* Attention over packed documents in float32, forward and backward: what attention.c computes in bf16, by the same tasks and
-   in the same order. attention_float_body.h holds the code, written once and compiled here for each set of instructions. */
+/* Attention over packed documents in float32, forward and backward: what attention.c computes in
+   bf16, by the same tasks and in the same order. attention_float_body.h holds the code, written
+   once and compiled here for each set of instructions. */
 #include "attention.h"
 #include "parallel.h"
 #include <math.h>
@@ -33,7 +34,8 @@ static float *attention_room(int64_t count) {
 #include "attention_float_body.h"
 
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define TARGET                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define W 16
 #define WIDE 4
 #define FUSED(a, b, sum) ((fv_avx512)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
@@ -46,8 +48,10 @@ int veneer_level(void);
 void veneer_attention_float_forward(struct attention *a) {
     veneer_body body = forward_plain;
 #if defined(__x86_64__)
-    if (veneer_level() >= 3) body = forward_avx512;
-    else if (veneer_level() >= 2) body = forward_avx2;
+    if (veneer_level() >= 3)
+        body = forward_avx512;
+    else if (veneer_level() >= 2)
+        body = forward_avx2;
 #endif
     veneer_parallel(body, a, a->docs * a->kv_heads * a->splits, 1);
 }
@@ -56,8 +60,10 @@ void veneer_attention_float_forward(struct attention *a) {
 void veneer_attention_float_backward(struct attention *a) {
     veneer_body body = backward_plain;
 #if defined(__x86_64__)
-    if (veneer_level() >= 3) body = backward_avx512;
-    else if (veneer_level() >= 2) body = backward_avx2;
+    if (veneer_level() >= 3)
+        body = backward_avx512;
+    else if (veneer_level() >= 2)
+        body = backward_avx2;
 #endif
     veneer_parallel(body, a, a->docs * a->kv_heads * a->splits, 1);
 }

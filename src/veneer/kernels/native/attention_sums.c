@@ -1,11 +1,12 @@
-/* Sums of the gradients that attention over packed documents leaves in shares (attention.c, attention_float.c): see
-   kernels/sum_calls.py. Every value is summed in the order in which its shares lie, whichever thread does it. */
+/* Sums of the gradients that attention over packed documents leaves in shares (attention.c,
+   attention_float.c): see kernels/sum_calls.py. Every value is summed in the order in which its
+   shares lie, whichever thread does it. */
 #include "bits.h"
 #include "parallel.h"
 #include <stddef.h>
 
-/* own (2, splits, rows, width) of keys, then values; more (2, rows, width), or NULL. out_k and out_v (rows, width), float32
-   where `wide`, else bf16. */
+/* own (2, splits, rows, width) of keys, then values; more (2, rows, width), or NULL. out_k and
+   out_v (rows, width), float32 where `wide`, else bf16. */
 struct summed {
     const float *own, *more;
     void *out_k, *out_v;
@@ -29,7 +30,8 @@ INLINE void add_row(const struct summed *a, int64_t of, int64_t row) {
             memcpy((float *)(of ? a->out_v : a->out_k) + row * a->width + c, sum, (size_t)n * 4);
         } else {
             uint16_t *out = (uint16_t *)(of ? a->out_v : a->out_k) + row * a->width + c;
-            for (int64_t i = 0; i < n; i++) out[i] = sum[i] == sum[i] ? bf16_of_float(sum[i]) : 0x7FC0;
+            for (int64_t i = 0; i < n; i++)
+                out[i] = sum[i] == sum[i] ? bf16_of_float(sum[i]) : 0x7FC0;
         }
     }
 }
@@ -38,7 +40,8 @@ INLINE void add_rows(const struct summed *a, int64_t from, int64_t to) {
     for (int64_t row = from; row < to; row++) add_row(a, 0, row), add_row(a, 1, row);
 }
 
-/* held (2, parts, heads, rows, size) -> out (2, rows, heads, size), + what was there where `add`. */
+/* held (2, parts, heads, rows, size) -> out (2, rows, heads, size), + what was there where `add`.
+ */
 struct shared {
     const float *held;
     float *out;
@@ -50,7 +53,8 @@ INLINE void share_rows(const struct shared *a, int64_t from, int64_t to) {
     for (int64_t of = 0; of < 2; of++)
         for (int64_t row = from; row < to; row++)
             for (int64_t head = 0; head < a->heads; head++) {
-                const float *held = a->held + of * a->parts * next + (head * a->rows + row) * a->size;
+                const float *held =
+                    a->held + of * a->parts * next + (head * a->rows + row) * a->size;
                 float *out = a->out + ((of * a->rows + row) * a->heads + head) * a->size;
                 for (int64_t i = 0; !a->add && i < a->size; i++) out[i] = 0;
                 for (int64_t p = 0; p < a->parts; p++)
@@ -62,7 +66,8 @@ static void summed_plain(void *a, int64_t from, int64_t to) { add_rows(a, from, 
 static void shared_plain(void *a, int64_t from, int64_t to) { share_rows(a, from, to); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define WIDE                                                                                       \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
 static WIDE void summed_avx512(void *a, int64_t from, int64_t to) { add_rows(a, from, to); }
 static WIDE void shared_avx512(void *a, int64_t from, int64_t to) { share_rows(a, from, to); }
 #endif

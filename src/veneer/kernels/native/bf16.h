@@ -1,6 +1,8 @@
-/* bf16 products on AVX512_BF16, as the attention kernels need them: small matrices that stay in the cache.
+/* bf16 products on AVX512_BF16, as the attention kernels need them: small matrices that stay in the
+   cache.
 
-   A pair is two bf16 values in one 32-bit word, the first in the low half: what vdpbf16ps multiplies. */
+   A pair is two bf16 values in one 32-bit word, the first in the low half: what vdpbf16ps
+   multiplies. */
 #ifndef VENEER_BF16_H
 #define VENEER_BF16_H
 
@@ -13,9 +15,10 @@
 #define VENEER_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define VENEER_INLINE static inline __attribute__((always_inline)) VENEER_BF16
 
-/* sum (R, V) += A B over K2 pairs, in registers. A's pair (m, k) stands at A[m * am + k * ak]; B's row k at B + k * ldb. */
-VENEER_INLINE void bf16_sums(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
-                             int64_t ldb, int64_t K2, __m512 (*sum)[4]) {
+/* sum (R, V) += A B over K2 pairs, in registers. A's pair (m, k) stands at A[m * am + k * ak]; B's
+ * row k at B + k * ldb. */
+VENEER_INLINE void bf16_sums(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak,
+                             const uint32_t *B, int64_t ldb, int64_t K2, __m512 (*sum)[4]) {
     for (int64_t k = 0; k < K2; k++) {
         __m512bh b[4];
 #pragma GCC unroll 4
@@ -30,13 +33,15 @@ VENEER_INLINE void bf16_sums(const int R, const int V, const uint32_t *A, int64_
 }
 
 /* C (R, 16 V) [+]= A B. */
-VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B,
-                             int64_t ldb, float *C, int64_t ldc, int64_t K2, int add) {
+VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_t am, int64_t ak,
+                             const uint32_t *B, int64_t ldb, float *C, int64_t ldc, int64_t K2,
+                             int add) {
     __m512 sum[6][4];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
+        for (int v = 0; v < V; v++)
+            sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
     bf16_sums(R, V, A, am, ak, B, ldb, K2, sum);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
@@ -44,21 +49,33 @@ VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_
         for (int v = 0; v < V; v++) _mm512_storeu_ps(C + r * ldc + 16 * v, sum[r][v]);
 }
 
-#define VENEER_ROWS(V)                                                              \
-    switch (rows) {                                                                 \
-    case 6: bf16_tile(6, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
-    case 5: bf16_tile(5, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
-    case 4: bf16_tile(4, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
-    case 3: bf16_tile(3, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
-    case 2: bf16_tile(2, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add); break; \
-    default: bf16_tile(1, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);       \
+#define VENEER_ROWS(V)                                                                             \
+    switch (rows) {                                                                                \
+    case 6:                                                                                        \
+        bf16_tile(6, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
+        break;                                                                                     \
+    case 5:                                                                                        \
+        bf16_tile(5, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
+        break;                                                                                     \
+    case 4:                                                                                        \
+        bf16_tile(4, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
+        break;                                                                                     \
+    case 3:                                                                                        \
+        bf16_tile(3, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
+        break;                                                                                     \
+    case 2:                                                                                        \
+        bf16_tile(2, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
+        break;                                                                                     \
+    default:                                                                                       \
+        bf16_tile(1, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
     }
 
 int veneer_has_amx(void);
 
 /* C (M, N) [+]= A B, N a multiple of 16. Either ak is 1, or am is and M a multiple of 16. */
-static inline VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64_t ak, const uint32_t *B, int64_t ldb, float *C,
-                                     int64_t ldc, int64_t M, int64_t N, int64_t K2, int add) {
+static inline VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64_t ak,
+                                            const uint32_t *B, int64_t ldb, float *C, int64_t ldc,
+                                            int64_t M, int64_t N, int64_t K2, int add) {
 #if defined(VENEER_AMX_COMPILED)
     if (veneer_has_amx()) {
         amx_product(A, am, ak, B, ldb, C, ldc, M, N, K2, add);
@@ -70,7 +87,10 @@ static inline VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64
         for (int64_t m = 0; m < M; m += 6) {
             int64_t rows = M - m < 6 ? M - m : 6;
             const uint32_t *a = A + m * am;
-            if (wide >= 4) VENEER_ROWS(4) else if (wide == 3) VENEER_ROWS(3) else if (wide == 2) VENEER_ROWS(2) else VENEER_ROWS(1)
+            if (wide >= 4)
+                VENEER_ROWS(4)
+                else if (wide == 3) VENEER_ROWS(3) else if (wide == 2)
+                    VENEER_ROWS(2) else VENEER_ROWS(1)
         }
     }
 }
@@ -83,10 +103,13 @@ VENEER_INLINE __m512i bf16_pairs(__m512 low, __m512 high) {
 }
 
 VENEER_INLINE __m512 bf16_floats(const uint16_t *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 
-VENEER_INLINE void bf16_store(uint16_t *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+VENEER_INLINE void bf16_store(uint16_t *to, __m512 x) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
 
 /* e^x to 2 units in the last place; 0 below -87. */
 VENEER_INLINE __m512 exp_floats(__m512 x) {

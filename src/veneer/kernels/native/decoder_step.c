@@ -1,8 +1,10 @@
-/* What stands between the products of a decoder layer, each in one call: see kernels/decoder_step.py for what it computes.
+/* What stands between the products of a decoder layer, each in one call: see
+   kernels/decoder_step.py for what it computes.
 
-   Written once in plain C whose loops the compiler turns into registers, compiled for each set of instructions. Values
-   are rounded to the model's type where the model rounds them, sums are float32 in an order that no set of instructions
-   changes: all of them give the same bits. Rows are independent. */
+   Written once in plain C whose loops the compiler turns into registers, compiled for each set of
+   instructions. Values are rounded to the model's type where the model rounds them, sums are
+   float32 in an order that no set of instructions changes: all of them give the same bits. Rows are
+   independent. */
 #include "bits.h"
 #include "parallel.h"
 #include <math.h>
@@ -17,7 +19,7 @@ struct step_norm {
 };
 
 struct step_rotate {
-    void *q, *k; /* (rows, heads, size), changed in place */
+    void *q, *k;           /* (rows, heads, size), changed in place */
     const void *cos, *sin; /* (rows, size) */
     int64_t q_heads, k_heads, size;
 };
@@ -30,7 +32,8 @@ struct step_gate {
 
 /* What the first layer takes, rows of tables: all sizes in bytes. */
 struct step_inputs {
-    const int64_t *ids, *spans; /* spans: (rows, 5), of each the fourth is its row's place (paged_attention.c) */
+    const int64_t *ids,
+        *spans; /* spans: (rows, 5), of each the fourth is its row's place (paged_attention.c) */
     const char *table, *cos_table, *sin_table;
     char *h, *cos, *sin;
     int64_t rows, width, size;
@@ -46,7 +49,8 @@ void veneer_step_inputs(const struct step_inputs *a) {
 }
 
 INLINE float value_at(const int bf16, const void *from, int64_t i) {
-    return bf16 ? float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
+    return bf16 ? float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16)
+                : ((const float *)from)[i];
 }
 
 /* Nearest bf16 as a float. */
@@ -56,8 +60,10 @@ INLINE float rounded(const int bf16, float x) {
 }
 
 INLINE void put(const int bf16, void *to, int64_t i, float x) {
-    if (bf16) ((uint16_t *)to)[i] = bf16_of_float(x);
-    else ((float *)to)[i] = x;
+    if (bf16)
+        ((uint16_t *)to)[i] = bf16_of_float(x);
+    else
+        ((float *)to)[i] = x;
 }
 
 INLINE const void *row_of(const int bf16, const void *all, int64_t row, int64_t width) {
@@ -68,27 +74,34 @@ INLINE void norm_rows(const int bf16, const struct step_norm *a, int64_t from, i
     const int64_t width = a->width, whole = width / LANES * LANES;
     for (int64_t row = from; row < to; row++) {
         const void *x = row_of(bf16, a->x, row, width), *delta = row_of(bf16, a->delta, row, width);
-        void *sum = (void *)row_of(bf16, a->sum, row, width), *out = (void *)row_of(bf16, a->out, row, width);
+        void *sum = (void *)row_of(bf16, a->sum, row, width),
+             *out = (void *)row_of(bf16, a->out, row, width);
         float squares[LANES] = {0}, total = 0.0f;
         if (a->delta != 0) {
-            for (int64_t i = 0; i < width; i++) put(bf16, sum, i, value_at(bf16, x, i) + value_at(bf16, delta, i));
+            for (int64_t i = 0; i < width; i++)
+                put(bf16, sum, i, value_at(bf16, x, i) + value_at(bf16, delta, i));
             x = sum;
         }
         for (int64_t i = 0; i < whole; i += LANES)
-            for (int l = 0; l < LANES; l++) squares[l] += value_at(bf16, x, i + l) * value_at(bf16, x, i + l);
-        for (int64_t i = whole; i < width; i++) squares[i - whole] += value_at(bf16, x, i) * value_at(bf16, x, i);
+            for (int l = 0; l < LANES; l++)
+                squares[l] += value_at(bf16, x, i + l) * value_at(bf16, x, i + l);
+        for (int64_t i = whole; i < width; i++)
+            squares[i - whole] += value_at(bf16, x, i) * value_at(bf16, x, i);
         for (int l = 0; l < LANES; l++) total += squares[l];
         const float scale = 1.0f / sqrtf(total / (float)width + a->epsilon);
         for (int64_t i = 0; i < width; i++)
-            put(bf16, out, i, value_at(bf16, a->weight, i) * rounded(bf16, value_at(bf16, x, i) * scale));
+            put(bf16, out, i,
+                value_at(bf16, a->weight, i) * rounded(bf16, value_at(bf16, x, i) * scale));
     }
 }
 
 INLINE void rotate_head(const int bf16, void *x, const void *cos, const void *sin, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
         const float one = value_at(bf16, x, i), other = value_at(bf16, x, i + half);
-        const float a = rounded(bf16, one * value_at(bf16, cos, i)), b = rounded(bf16, -other * value_at(bf16, sin, i));
-        const float c = rounded(bf16, other * value_at(bf16, cos, i + half)), d = rounded(bf16, one * value_at(bf16, sin, i + half));
+        const float a = rounded(bf16, one * value_at(bf16, cos, i)),
+                    b = rounded(bf16, -other * value_at(bf16, sin, i));
+        const float c = rounded(bf16, other * value_at(bf16, cos, i + half)),
+                    d = rounded(bf16, one * value_at(bf16, sin, i + half));
         put(bf16, x, i, a + b);
         put(bf16, x, i + half, c + d);
     }
@@ -96,15 +109,19 @@ INLINE void rotate_head(const int bf16, void *x, const void *cos, const void *si
 
 INLINE void rotate_rows(const int bf16, const struct step_rotate *a, int64_t from, int64_t to) {
     for (int64_t row = from; row < to; row++) {
-        const void *cos = row_of(bf16, a->cos, row, a->size), *sin = row_of(bf16, a->sin, row, a->size);
+        const void *cos = row_of(bf16, a->cos, row, a->size),
+                   *sin = row_of(bf16, a->sin, row, a->size);
         for (int64_t h = 0; h < a->q_heads; h++)
-            rotate_head(bf16, (void *)row_of(bf16, a->q, row * a->q_heads + h, a->size), cos, sin, a->size / 2);
+            rotate_head(bf16, (void *)row_of(bf16, a->q, row * a->q_heads + h, a->size), cos, sin,
+                        a->size / 2);
         for (int64_t h = 0; h < a->k_heads; h++)
-            rotate_head(bf16, (void *)row_of(bf16, a->k, row * a->k_heads + h, a->size), cos, sin, a->size / 2);
+            rotate_head(bf16, (void *)row_of(bf16, a->k, row * a->k_heads + h, a->size), cos, sin,
+                        a->size / 2);
     }
 }
 
-/* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers keep in registers. */
+/* e^-|x| to 2 units in the last place; beyond 87 what it is there. By integers, which compilers
+ * keep in registers. */
 INLINE float exp_of_minus(float x) {
     const uint32_t most = 0x42ae0000u, own = bits_of_float(x) & 0x7fffffffu; /* 87 */
     x = -float_of_bits(own < most ? own : most);
@@ -123,23 +140,34 @@ INLINE float exp_of_minus(float x) {
 INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, int64_t to) {
     for (int64_t i = from * a->width; i < to * a->width; i++) {
         const float x = value_at(bf16, a->gate, i), e = exp_of_minus(x);
-        put(bf16, a->out, i, rounded(bf16, x * (x < 0.0f ? e : 1.0f) / (1.0f + e)) * value_at(bf16, a->up, i));
+        put(bf16, a->out, i,
+            rounded(bf16, x * (x < 0.0f ? e : 1.0f) / (1.0f + e)) * value_at(bf16, a->up, i));
     }
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define FOR_512                                                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define FOR_256 __attribute__((target("avx2,fma")))
-#define OTHERS(body, kind)                                                                                     \
-    FOR_512 static void body##_##kind##_avx512(void *a, int64_t from, int64_t to) { body(kind, a, from, to); } \
-    FOR_256 static void body##_##kind##_avx2(void *a, int64_t from, int64_t to) { body(kind, a, from, to); }
-#define PICK(body, kind, level) (level >= 3 ? body##_##kind##_avx512 : level >= 2 ? body##_##kind##_avx2 : body##_##kind##_plain)
+#define OTHERS(body, kind)                                                                         \
+    FOR_512 static void body##_##kind##_avx512(void *a, int64_t from, int64_t to) {                \
+        body(kind, a, from, to);                                                                   \
+    }                                                                                              \
+    FOR_256 static void body##_##kind##_avx2(void *a, int64_t from, int64_t to) {                  \
+        body(kind, a, from, to);                                                                   \
+    }
+#define PICK(body, kind, level)                                                                    \
+    (level >= 3   ? body##_##kind##_avx512                                                         \
+     : level >= 2 ? body##_##kind##_avx2                                                           \
+                  : body##_##kind##_plain)
 #else
 #define OTHERS(body, kind)
 #define PICK(body, kind, level) ((void)level, body##_##kind##_plain)
 #endif
-#define ALL(body, kind)                                                                              \
-    static void body##_##kind##_plain(void *a, int64_t from, int64_t to) { body(kind, a, from, to); } \
+#define ALL(body, kind)                                                                            \
+    static void body##_##kind##_plain(void *a, int64_t from, int64_t to) {                         \
+        body(kind, a, from, to);                                                                   \
+    }                                                                                              \
     OTHERS(body, kind)
 
 ALL(norm_rows, 0)
@@ -151,12 +179,15 @@ ALL(gate_rows, 1)
 
 int veneer_level(void);
 
-#define RUN(body, values)                                                               \
-    const int own = veneer_level(), level = most < own ? most : own;                     \
-    veneer_parallel(bf16 ? PICK(body, 1, level) : PICK(body, 0, level), a, rows, 1 + 32768 / (1 + (values)))
+#define RUN(body, values)                                                                          \
+    const int own = veneer_level(), level = most < own ? most : own;                               \
+    veneer_parallel(bf16 ? PICK(body, 1, level) : PICK(body, 0, level), a, rows,                   \
+                    1 + 32768 / (1 + (values)))
 
 /* most: caps the instructions (3, 2, 0), for tests. */
-void veneer_step_norm(struct step_norm *a, int64_t rows, int bf16, int most) { RUN(norm_rows, a->width); }
+void veneer_step_norm(struct step_norm *a, int64_t rows, int bf16, int most) {
+    RUN(norm_rows, a->width);
+}
 void veneer_step_rotate(struct step_rotate *a, int64_t rows, int bf16, int most) {
     RUN(rotate_rows, (a->q_heads + a->k_heads) * a->size);
 }

@@ -1,6 +1,7 @@
-/* What DoRA adds to a low-rank update, in bf16: see kernels/dora.py. Each tensor of the size of an output is passed over
-   once, sums are in float32, in an order that no thread count changes. The rank and the widths are multiples of 16;
-   `pairs` are laid out as bf16.h says; magnitude, norm: one a column. */
+/* What DoRA adds to a low-rank update, in bf16: see kernels/dora.py. Each tensor of the size of an
+   output is passed over once, sums are in float32, in an order that no thread count changes. The
+   rank and the widths are multiples of 16; `pairs` are laid out as bf16.h says; magnitude, norm:
+   one a column. */
 #include "parallel.h"
 #include "rank.h"
 
@@ -28,7 +29,8 @@ VENEER_INLINE __m512 biases(const struct dora *a, int64_t c) {
 }
 
 /* 16 V columns from c on of n rows: out = factor * (out - bias + scale * sums) + bias. */
-VENEER_INLINE void turn_forward(const struct dora *a, int64_t row, int64_t n, int64_t c, const int V, const float *sums) {
+VENEER_INLINE void turn_forward(const struct dora *a, int64_t row, int64_t n, int64_t c,
+                                const int V, const float *sums) {
     __m512 more[4], times[4], bias[4];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
@@ -43,13 +45,16 @@ VENEER_INLINE void turn_forward(const struct dora *a, int64_t row, int64_t n, in
         for (int v = 0; v < V; v++) {
             __m512 y = bf16_floats(out + 16 * v);
             y = _mm512_fmadd_ps(more[v], _mm512_sub_ps(y, bias[v]), y);
-            bf16_store(out + 16 * v, _mm512_fmadd_ps(times[v], _mm512_loadu_ps(sums + r * COLUMNS + 16 * v), y));
+            bf16_store(out + 16 * v,
+                       _mm512_fmadd_ps(times[v], _mm512_loadu_ps(sums + r * COLUMNS + 16 * v), y));
         }
     }
 }
 
-/* 16 V columns from c on of n rows: turned = factor * x; partial = sums over the rows of x * (y - bias). */
-VENEER_INLINE void turn_backward(const struct dora *a, int64_t row, int64_t n, int64_t c, const int V, float *partial) {
+/* 16 V columns from c on of n rows: turned = factor * x; partial = sums over the rows of x * (y -
+ * bias). */
+VENEER_INLINE void turn_backward(const struct dora *a, int64_t row, int64_t n, int64_t c,
+                                 const int V, float *partial) {
     __m512 factor[4], bias[4], sum[4];
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
@@ -62,7 +67,8 @@ VENEER_INLINE void turn_backward(const struct dora *a, int64_t row, int64_t n, i
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
             __m512 x = bf16_floats(a->x + place + 16 * v);
-            sum[v] = _mm512_fmadd_ps(x, _mm512_sub_ps(bf16_floats(a->y + place + 16 * v), bias[v]), sum[v]);
+            sum[v] = _mm512_fmadd_ps(x, _mm512_sub_ps(bf16_floats(a->y + place + 16 * v), bias[v]),
+                                     sum[v]);
             bf16_store(a->turned + place + 16 * v, _mm512_mul_ps(x, factor[v]));
         }
     }
@@ -70,8 +76,8 @@ VENEER_INLINE void turn_backward(const struct dora *a, int64_t row, int64_t n, i
     for (int v = 0; v < V; v++) _mm512_storeu_ps(partial + c + 16 * v, sum[v]);
 }
 
-/* out (rows, width) holds the product with the bias in it. Where the factor is 1 and the update 0, no bit changes.
-   Items are blocks of rows; pairs (R / 2, width). */
+/* out (rows, width) holds the product with the bias in it. Where the factor is 1 and the update 0,
+   no bit changes. Items are blocks of rows; pairs (R / 2, width). */
 static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) {
     const struct dora *a = arguments;
     float sums[BLOCK * COLUMNS];
@@ -79,8 +85,8 @@ static VENEER_BF16 void forward_body(void *arguments, int64_t from, int64_t to) 
         int64_t row = block * BLOCK, n = rank_rows(block, a->rows);
         for (int64_t c = 0; c < a->width; c += COLUMNS) {
             int64_t wide = a->width - c < COLUMNS ? a->width - c : COLUMNS;
-            bf16_product((const uint32_t *)(a->x + row * a->rank), a->rank / 2, 1, a->pairs + c, a->width, sums, COLUMNS, n, wide,
-                         a->rank / 2, 0);
+            bf16_product((const uint32_t *)(a->x + row * a->rank), a->rank / 2, 1, a->pairs + c,
+                         a->width, sums, COLUMNS, n, wide, a->rank / 2, 0);
             if (wide == COLUMNS)
                 turn_forward(a, row, n, c, 4, sums);
             else
@@ -98,7 +104,8 @@ static VENEER_BF16 void backward_body(void *arguments, int64_t from, int64_t to)
         float *partial = a->partial + block * a->width;
         for (; c + COLUMNS <= a->width; c += COLUMNS) turn_backward(a, row, n, c, 4, partial);
         for (; c < a->width; c += 16) turn_backward(a, row, n, c, 1, partial);
-        rank_down(&whole, a->turned + row * a->width, row, a->pairs, a->out + row * a->rank, a->rank, n, a->width, a->rank, a->scale);
+        rank_down(&whole, a->turned + row * a->width, row, a->pairs, a->out + row * a->rank,
+                  a->rank, n, a->width, a->rank, a->scale);
     }
 }
 
@@ -108,13 +115,15 @@ struct magnitudes {
     int64_t blocks, width;
 };
 
-/* grad = sum over blocks / magnitude; 0 where norm or magnitude is. Returns how many rows magnitude 0 wiped out of y. */
+/* grad = sum over blocks / magnitude; 0 where norm or magnitude is. Returns how many rows magnitude
+ * 0 wiped out of y. */
 VENEER_BF16 int64_t veneer_dora_magnitudes(struct magnitudes *a) {
     const __m512 zero = _mm512_setzero_ps();
     int64_t lost = 0;
     for (int64_t c = 0; c < a->width; c += 16) {
         __m512 sum = zero, magnitude = _mm512_loadu_ps(a->magnitude + c);
-        for (int64_t b = 0; b < a->blocks; b++) sum = _mm512_add_ps(sum, _mm512_loadu_ps(a->partial + b * a->width + c));
+        for (int64_t b = 0; b < a->blocks; b++)
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(a->partial + b * a->width + c));
         __mmask16 real = _mm512_cmp_ps_mask(_mm512_loadu_ps(a->norm + c), zero, _CMP_GT_OQ);
         __mmask16 there = _mm512_cmp_ps_mask(magnitude, zero, _CMP_NEQ_UQ);
         _mm512_storeu_ps(a->grad + c, _mm512_maskz_div_ps(real & there, sum, magnitude));
@@ -124,7 +133,7 @@ VENEER_BF16 int64_t veneer_dora_magnitudes(struct magnitudes *a) {
 }
 
 struct norms {
-    const uint16_t *cross, *B;    /* W A^T and B, both (width, R) */
+    const uint16_t *cross, *B;   /* W A^T and B, both (width, R) */
     const float *gram, *squares; /* A A^T (R, R); ||W||^2 by rows */
     float *norm;
     int64_t width, rank;
@@ -141,8 +150,12 @@ static VENEER_BF16 void norms_body(void *arguments, int64_t from, int64_t to) {
         for (int64_t i = 0; i < a->rank; i += 16) {
             __m512 turned = _mm512_setzero_ps();
             for (int64_t j = 0; j < a->rank; j++) {
-                union { uint32_t word; float value; } b = {(uint32_t)B[j] << 16};
-                turned = _mm512_fmadd_ps(_mm512_set1_ps(b.value), _mm512_loadu_ps(a->gram + j * a->rank + i), turned);
+                union {
+                    uint32_t word;
+                    float value;
+                } b = {(uint32_t)B[j] << 16};
+                turned = _mm512_fmadd_ps(_mm512_set1_ps(b.value),
+                                         _mm512_loadu_ps(a->gram + j * a->rank + i), turned);
             }
             turned = _mm512_fmadd_ps(turned, scale, _mm512_mul_ps(two, bf16_floats(cross + i)));
             dot = _mm512_fmadd_ps(turned, bf16_floats(B + i), dot);
@@ -152,8 +165,12 @@ static VENEER_BF16 void norms_body(void *arguments, int64_t from, int64_t to) {
     }
 }
 
-void veneer_dora_forward(struct dora *a) { veneer_parallel(forward_body, a, rank_blocks(a->rows), 1); }
-void veneer_dora_backward(struct dora *a) { veneer_parallel(backward_body, a, rank_blocks(a->rows), 1); }
+void veneer_dora_forward(struct dora *a) {
+    veneer_parallel(forward_body, a, rank_blocks(a->rows), 1);
+}
+void veneer_dora_backward(struct dora *a) {
+    veneer_parallel(backward_body, a, rank_blocks(a->rows), 1);
+}
 void veneer_dora_norms(struct norms *a) { veneer_parallel(norms_body, a, a->width, 64); }
 
 #endif

@@ -1,7 +1,8 @@
 /* A token for each row of logits: see decoding/draws.py for what is drawn.
 
-   Written once in plain C whose loops the compiler turns into registers, compiled for each set of instructions. Sums go
-   in an order that no set of instructions changes, and what a row draws does not depend on the others. */
+   Written once in plain C whose loops the compiler turns into registers, compiled for each set of
+   instructions. Sums go in an order that no set of instructions changes, and what a row draws does
+   not depend on the others. */
 #include "bits.h"
 #include "parallel.h"
 #include <float.h>
@@ -34,19 +35,22 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 INLINE float value_at(const int bf16, const void *from, int64_t i) {
-    return bf16 ? float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16) : ((const float *)from)[i];
+    return bf16 ? float_of_bits((uint32_t)((const uint16_t *)from)[i] << 16)
+                : ((const float *)from)[i];
 }
 
 /* LANES of them, those from `to` on -inf. */
 INLINE floats values_at(const int bf16, const void *from, int64_t i, int64_t to) {
     floats found;
     if (i + LANES > to) {
-        for (int l = 0; l < LANES; l++) found[l] = i + l < to ? value_at(bf16, from, i + l) : -INFINITY;
+        for (int l = 0; l < LANES; l++)
+            found[l] = i + l < to ? value_at(bf16, from, i + l) : -INFINITY;
     } else if (bf16) {
         halves own;
         memcpy(&own, (const uint16_t *)from + i, sizeof own);
         found = (floats)(__builtin_convertvector(own, words) << 16);
-    } else memcpy(&found, (const float *)from + i, sizeof found);
+    } else
+        memcpy(&found, (const float *)from + i, sizeof found);
     return found;
 }
 
@@ -84,7 +88,8 @@ INLINE int64_t first_of(const int bf16, const void *x, int64_t ids, float peak) 
     int64_t i = 0;
     for (; i + RUN <= ids; i += RUN) {
         words there = {};
-        for (int64_t at = i; at < i + RUN; at += LANES) there |= (words)(values_at(bf16, x, at, ids) == peak);
+        for (int64_t at = i; at < i + RUN; at += LANES)
+            there |= (words)(values_at(bf16, x, at, ids) == peak);
         if (any_of(there)) break;
     }
     while (value_at(bf16, x, i) != peak) i++;
@@ -95,7 +100,8 @@ INLINE int64_t first_of(const int bf16, const void *x, int64_t ids, float peak) 
 INLINE floats parts_of(floats x, float peak, float colder) {
     const floats below = (x - peak) * colder;
     const words far = (words)(below < FARTHEST);
-    floats at = chosen(far, (floats){}, below), n = (at * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    floats at = chosen(far, (floats){}, below),
+           n = (at * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
     floats r = at - n * 0.693359375f + n * 2.12194440e-4f, p = (floats){} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -108,19 +114,24 @@ INLINE floats parts_of(floats x, float peak, float colder) {
     return chosen(far, (floats){}, p);
 }
 
-INLINE float part_of(float x, float peak, float colder) { return parts_of((floats){} + x, peak, colder)[0]; }
+INLINE float part_of(float x, float peak, float colder) {
+    return parts_of((floats){} + x, peak, colder)[0];
+}
 
 /* Of the ids from `from` to `to` - 1. */
-INLINE double run_of(const int bf16, const void *x, int64_t from, int64_t to, float peak, float colder) {
+INLINE double run_of(const int bf16, const void *x, int64_t from, int64_t to, float peak,
+                     float colder) {
     floats sums = {};
-    for (int64_t i = from; i < to; i += LANES) sums += parts_of(values_at(bf16, x, i, to), peak, colder);
+    for (int64_t i = from; i < to; i += LANES)
+        sums += parts_of(values_at(bf16, x, i, to), peak, colder);
     float total = 0;
     for (int l = 0; l < LANES; l++) total += sums[l];
     return total;
 }
 
 /* Of all, run by run: `run` ids each, MOST_RUNS at most. */
-INLINE double all_of(const int bf16, const void *x, int64_t ids, float peak, float colder, int64_t run, double *each) {
+INLINE double all_of(const int bf16, const void *x, int64_t ids, float peak, float colder,
+                     int64_t run, double *each) {
     double total = 0;
     for (int64_t from = 0; from < ids; from += run)
         total += *each++ = run_of(bf16, x, from, from + run < ids ? from + run : ids, peak, colder);
@@ -128,8 +139,8 @@ INLINE double all_of(const int bf16, const void *x, int64_t ids, float peak, flo
 }
 
 /* In the order of the ids, nothing left out. */
-INLINE int64_t drawn_of_all(const int bf16, const void *x, int64_t ids, int64_t run, float peak, float colder,
-                            double u) {
+INLINE int64_t drawn_of_all(const int bf16, const void *x, int64_t ids, int64_t run, float peak,
+                            float colder, double u) {
     double each[MOST_RUNS], before = 0, at = 0;
     const double target = u * all_of(bf16, x, ids, peak, colder, run, each);
     int64_t token = 0;
@@ -155,7 +166,8 @@ INLINE uint32_t key_of(float x) {
     return bits >> 31 ? bits : ~bits & 0x7fffffffu;
 }
 
-/* Ids that are `least` at least: (key << 32) + id of each, in the order of the ids. Their number. */
+/* Ids that are `least` at least: (key << 32) + id of each, in the order of the ids. Their number.
+ */
 INLINE int64_t near(const int bf16, const void *x, int64_t ids, float least, uint64_t *to) {
     int64_t count = 0;
     for (int64_t from = 0; from < ids; from += LANES) {
@@ -179,16 +191,20 @@ static void sort(uint64_t *some, int64_t count) {
         int64_t low = 0, high = i;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
-            if (some[middle] <= own) low = middle + 1;
-            else high = middle;
+            if (some[middle] <= own)
+                low = middle + 1;
+            else
+                high = middle;
         }
         memmove(some + low + 1, some + low, (size_t)(i - low) * sizeof own);
         some[low] = own;
     }
 }
 
-/* A value that at least `many` are not below, by the largest of each group; -inf: there are too few groups. */
-INLINE float least_of(const int bf16, const void *x, int64_t ids, int64_t group, double many, float low, float peak) {
+/* A value that at least `many` are not below, by the largest of each group; -inf: there are too few
+ * groups. */
+INLINE float least_of(const int bf16, const void *x, int64_t ids, int64_t group, double many,
+                      float low, float peak) {
     float largest[4 * MOST_RUNS];
     int64_t groups = 0;
     for (int64_t from = 0; from < ids; from += group, groups++) {
@@ -198,7 +214,8 @@ INLINE float least_of(const int bf16, const void *x, int64_t ids, int64_t group,
             most = chosen((words)(own > most), own, most);
         }
         largest[groups] = most[0];
-        for (int l = 1; l < LANES; l++) largest[groups] = most[l] > largest[groups] ? most[l] : largest[groups];
+        for (int l = 1; l < LANES; l++)
+            largest[groups] = most[l] > largest[groups] ? most[l] : largest[groups];
     }
     if (2 * many > (double)groups) return -INFINITY;
     float high = peak;
@@ -206,8 +223,10 @@ INLINE float least_of(const int bf16, const void *x, int64_t ids, int64_t group,
         const float middle = low + (high - low) / 2;
         int64_t count = 0;
         for (int64_t i = 0; i < groups; i++) count += largest[i] >= middle;
-        if ((double)count >= many) low = middle;
-        else high = middle;
+        if ((double)count >= many)
+            low = middle;
+        else
+            high = middle;
     }
     return low;
 }
@@ -218,10 +237,13 @@ struct order {
     int64_t count, known, bucket, ends[BUCKETS];
 };
 
-INLINE int bucket_of(float below, float each) { return below * each < BUCKETS - 1 ? (int)(below * each) : BUCKETS - 1; }
+INLINE int bucket_of(float below, float each) {
+    return below * each < BUCKETS - 1 ? (int)(below * each) : BUCKETS - 1;
+}
 
 /* Those that are `least` at least, in buckets. 0: no room. */
-INLINE int listed(const int bf16, const void *x, int64_t ids, float peak, float least, struct order *to) {
+INLINE int listed(const int bf16, const void *x, int64_t ids, float peak, float least,
+                  struct order *to) {
     to->known = to->bucket = 0;
     to->count = near(bf16, x, ids, least, NULL);
     to->room = malloc((size_t)to->count * 16);
@@ -257,21 +279,25 @@ static int64_t id_at(struct order *from, int64_t place) {
     return (int64_t)(from->some[place] & 0xffffffffu);
 }
 
-INLINE int64_t drawn_of_some(const int bf16, const void *x, int64_t ids, int64_t run, float peak, float temperature,
-                             const struct how *how) {
+INLINE int64_t drawn_of_some(const int bf16, const void *x, int64_t ids, int64_t run, float peak,
+                             float temperature, const struct how *how) {
     double each[MOST_RUNS];
     struct order order;
     const int by_chance = how->top_k >= (double)ids && !(how->min_p > 0);
     const float colder = 1.0f / temperature, farthest = peak + FARTHEST * temperature;
     const double all = by_chance ? all_of(bf16, x, ids, peak, colder, run, each) : 0;
-    float least = how->top_k < (double)ids ? least_of(bf16, x, ids, run / 4, how->top_k, farthest, peak) : -INFINITY;
+    float least = how->top_k < (double)ids
+                      ? least_of(bf16, x, ids, run / 4, how->top_k, farthest, peak)
+                      : -INFINITY;
 #define PART(i) part_of(value_at(bf16, x, id_at(&order, i)), peak, colder)
     for (int turn = least > -INFINITY; turn < 2; turn++) {
         const float far = least > -INFINITY ? least : turn ? farthest : peak + NEAR * temperature;
         if (!listed(bf16, x, ids, peak, far > -INFINITY ? far : -FLT_MAX, &order)) return NO_ROOM;
-        if (turn || (how->min_p > 4e-4) || (!by_chance && (double)order.count >= how->top_k)) break; /* e^-8 is 3.4e-4 */
+        if (turn || (how->min_p > 4e-4) || (!by_chance && (double)order.count >= how->top_k))
+            break; /* e^-8 is 3.4e-4 */
         double reach = 0;
-        for (int64_t i = 0; by_chance && i < order.count && reach < how->top_p * all; i++) reach += PART(i);
+        for (int64_t i = 0; by_chance && i < order.count && reach < how->top_p * all; i++)
+            reach += PART(i);
         if (by_chance && reach >= how->top_p * all) break;
         free(order.room);
     }
@@ -283,7 +309,8 @@ INLINE int64_t drawn_of_some(const int bf16, const void *x, int64_t ids, int64_t
         total += part;
     }
     if (by_chance) kept = order.count;
-    for (; left < kept && (left == 0 || how->top_p >= 1 || end < how->top_p * total); left++) end += PART(left);
+    for (; left < kept && (left == 0 || how->top_p >= 1 || end < how->top_p * total); left++)
+        end += PART(left);
     for (; last < left; last++) {
         at += PART(last);
         if (how->u * end < at) break;
@@ -301,27 +328,40 @@ INLINE void draw_rows(const int bf16, const struct draw *a, int64_t from, int64_
         const struct how *how = a->how + row;
         const float peak = peak_of(bf16, x, a->ids), temperature = (float)how->temperature;
         const int cut = how->top_k < (double)a->ids || how->top_p < 1 || how->min_p > 0;
-        if (peak == -INFINITY) a->tokens[row] = NOTHING;
-        else if (!(peak < INFINITY)) a->tokens[row] = BROKEN;
-        else if (!(temperature > 0)) a->tokens[row] = first_of(bf16, x, a->ids, peak);
-        else if (cut) a->tokens[row] = drawn_of_some(bf16, x, a->ids, run, peak, temperature, how);
-        else a->tokens[row] = drawn_of_all(bf16, x, a->ids, run, peak, 1.0f / temperature, how->u);
+        if (peak == -INFINITY)
+            a->tokens[row] = NOTHING;
+        else if (!(peak < INFINITY))
+            a->tokens[row] = BROKEN;
+        else if (!(temperature > 0))
+            a->tokens[row] = first_of(bf16, x, a->ids, peak);
+        else if (cut)
+            a->tokens[row] = drawn_of_some(bf16, x, a->ids, run, peak, temperature, how);
+        else
+            a->tokens[row] = drawn_of_all(bf16, x, a->ids, run, peak, 1.0f / temperature, how->u);
     }
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define FOR_512                                                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define FOR_256 __attribute__((target("avx2,fma")))
-#define OTHERS(kind)                                                                              \
-    FOR_512 static void draw_##kind##_avx512(void *a, int64_t from, int64_t to) { draw_rows(kind, a, from, to); } \
-    FOR_256 static void draw_##kind##_avx2(void *a, int64_t from, int64_t to) { draw_rows(kind, a, from, to); }
-#define PICK(kind, level) (level >= 3 ? draw_##kind##_avx512 : level >= 2 ? draw_##kind##_avx2 : draw_##kind##_plain)
+#define OTHERS(kind)                                                                               \
+    FOR_512 static void draw_##kind##_avx512(void *a, int64_t from, int64_t to) {                  \
+        draw_rows(kind, a, from, to);                                                              \
+    }                                                                                              \
+    FOR_256 static void draw_##kind##_avx2(void *a, int64_t from, int64_t to) {                    \
+        draw_rows(kind, a, from, to);                                                              \
+    }
+#define PICK(kind, level)                                                                          \
+    (level >= 3 ? draw_##kind##_avx512 : level >= 2 ? draw_##kind##_avx2 : draw_##kind##_plain)
 #else
 #define OTHERS(kind)
 #define PICK(kind, level) ((void)level, draw_##kind##_plain)
 #endif
-#define ALL(kind)                                                                                 \
-    static void draw_##kind##_plain(void *a, int64_t from, int64_t to) { draw_rows(kind, a, from, to); } \
+#define ALL(kind)                                                                                  \
+    static void draw_##kind##_plain(void *a, int64_t from, int64_t to) {                           \
+        draw_rows(kind, a, from, to);                                                              \
+    }                                                                                              \
     OTHERS(kind)
 
 ALL(0)

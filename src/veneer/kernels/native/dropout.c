@@ -1,5 +1,6 @@
-/* Dropout by a hash of row and column: kernels/dropout.py says what is computed and is equal to the bit. One pass, the
-   mask never stored. Written in plain C that compilers turn into vectors, for each set of instructions. */
+/* Dropout by a hash of row and column: kernels/dropout.py says what is computed and is equal to the
+   bit. One pass, the mask never stored. Written in plain C that compilers turn into vectors, for
+   each set of instructions. */
 #include "bits.h"
 #include "parallel.h"
 
@@ -30,7 +31,8 @@ INLINE void drop(const struct dropout *a, int64_t from, int64_t to) {
         for (int64_t r = 0; r < rows; r++) row[r] = mix((uint32_t)a->rows[block + r] + a->row_key);
         for (int64_t start = 0; start < a->width; start += COLUMNS) {
             int64_t columns = a->width - start < COLUMNS ? a->width - start : COLUMNS;
-            for (int64_t i = 0; i < COLUMNS; i++) column[i] = mix((uint32_t)(start + i) * 0x85EBCA6Bu + a->column_key);
+            for (int64_t i = 0; i < COLUMNS; i++)
+                column[i] = mix((uint32_t)(start + i) * 0x85EBCA6Bu + a->column_key);
             for (int64_t r = 0; r < rows; r++) {
                 int64_t place = (block + r) * a->width + start;
                 if (a->type == FLOAT32) {
@@ -55,11 +57,14 @@ INLINE void drop(const struct dropout *a, int64_t from, int64_t to) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) static void
+__attribute__((
+    target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) static void
 drop_avx512(void *a, int64_t from, int64_t to) {
     drop(a, from, to);
 }
-__attribute__((target("avx2,fma"))) static void drop_avx2(void *a, int64_t from, int64_t to) { drop(a, from, to); }
+__attribute__((target("avx2,fma"))) static void drop_avx2(void *a, int64_t from, int64_t to) {
+    drop(a, from, to);
+}
 #endif
 static void drop_plain(void *a, int64_t from, int64_t to) { drop(a, from, to); }
 

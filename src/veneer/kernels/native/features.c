@@ -7,7 +7,8 @@
 #include <unistd.h>
 #endif
 
-/* 5: every one; 4: no tiles; 3: AVX-512 without bf16 products and byte permutes; 2: AVX2 with FMA; 0: plain C. */
+/* 5: every one; 4: no tiles; 3: AVX-512 without bf16 products and byte permutes; 2: AVX2 with FMA;
+ * 0: plain C. */
 static int most = 5;
 
 /* Use no more than this level, whatever the processor has (kernels/native.py: MAX_ISA). */
@@ -46,15 +47,18 @@ int veneer_has_byte_permutes(void) {
 }
 
 #if defined(VENEER_AMX_COMPILED)
-/* Whether the processor has tiles and bf16 products of them, the system keeps their registers (bits 17 and 18 of XCR0),
-   and this process may use them: Linux gives the 8 KiB that a thread's tiles take only to those that ask. */
+/* Whether the processor has tiles and bf16 products of them, the system keeps their registers (bits
+   17 and 18 of XCR0), and this process may use them: Linux gives the 8 KiB that a thread's tiles
+   take only to those that ask. */
 static int ask_for_tiles(void) {
 #if defined(VENEER_TILES_IN_C) /* by a test */
     return veneer_has_bf16();
 #endif
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
     unsigned a, b, c, d, low, high;
-    if (!veneer_has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1)) return 0;
+    if (!veneer_has_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) ||
+        !(d >> 22 & 1))
+        return 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
 }

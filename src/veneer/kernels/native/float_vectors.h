@@ -1,5 +1,6 @@
-/* Registers of float32, for code that is written once and compiled for each set of instructions: NAME(x) gives the functions
-   their names, TARGET their compiler option, W the values of a register. */
+/* Registers of float32, for code that is written once and compiled for each set of instructions:
+   NAME(x) gives the functions their names, TARGET their compiler option, W the values of a
+   register. */
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 

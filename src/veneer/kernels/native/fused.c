@@ -1,5 +1,6 @@
-/* Chains of elementwise operations on bf16 rows, each in one pass with float32 inside: see kernels/fused.py and loss.py
-   for what they compute. One row never depends on another, so threads take rows. */
+/* Chains of elementwise operations on bf16 rows, each in one pass with float32 inside: see
+   kernels/fused.py and loss.py for what they compute. One row never depends on another, so threads
+   take rows. */
 #include "fused.h"
 #include "parallel.h"
 
@@ -16,19 +17,25 @@ struct norm {
 static VENEER_BF16 void norm_forward_body(void *arguments, int64_t from, int64_t to) {
     const struct norm *a = arguments;
     for (int64_t row = from; row < to; row++)
-        a->scale[row] = norm_row(a->x + row * a->width, a->weight, a->out + row * a->width, a->width, a->epsilon);
+        a->scale[row] = norm_row(a->x + row * a->width, a->weight, a->out + row * a->width,
+                                 a->width, a->epsilon);
 }
 
 static VENEER_BF16 void norm_backward_body(void *arguments, int64_t from, int64_t to) {
     const struct norm *a = arguments;
     for (int64_t row = from; row < to; row++) {
         const int64_t at = row * a->width;
-        norm_row_gradient(a->x + at, a->weight, a->grad + at, a->scale[row], NULL, a->out + at, a->width);
+        norm_row_gradient(a->x + at, a->weight, a->grad + at, a->scale[row], NULL, a->out + at,
+                          a->width);
     }
 }
 
-void veneer_rms_norm_forward(struct norm *a, int64_t rows) { veneer_parallel(norm_forward_body, a, rows, 16); }
-void veneer_rms_norm_backward(struct norm *a, int64_t rows) { veneer_parallel(norm_backward_body, a, rows, 16); }
+void veneer_rms_norm_forward(struct norm *a, int64_t rows) {
+    veneer_parallel(norm_forward_body, a, rows, 16);
+}
+void veneer_rms_norm_backward(struct norm *a, int64_t rows) {
+    veneer_parallel(norm_backward_body, a, rows, 16);
+}
 
 struct gate {
     const uint16_t *gate, *up, *grad;
@@ -45,11 +52,16 @@ static VENEER_BF16 void gate_forward_body(void *arguments, int64_t from, int64_t
 static VENEER_BF16 void gate_backward_body(void *arguments, int64_t from, int64_t to) {
     const struct gate *a = arguments;
     for (int64_t i = from * 16; i < to * 16; i += 16)
-        gated_gradient(bf16_floats(a->gate + i), bf16_floats(a->up + i), bf16_floats(a->grad + i), a->grad_gate + i, a->grad_up + i);
+        gated_gradient(bf16_floats(a->gate + i), bf16_floats(a->up + i), bf16_floats(a->grad + i),
+                       a->grad_gate + i, a->grad_up + i);
 }
 
-void veneer_silu_gate_forward(struct gate *a, int64_t runs) { veneer_parallel(gate_forward_body, a, runs, 256); }
-void veneer_silu_gate_backward(struct gate *a, int64_t runs) { veneer_parallel(gate_backward_body, a, runs, 256); }
+void veneer_silu_gate_forward(struct gate *a, int64_t runs) {
+    veneer_parallel(gate_forward_body, a, runs, 256);
+}
+void veneer_silu_gate_backward(struct gate *a, int64_t runs) {
+    veneer_parallel(gate_backward_body, a, runs, 256);
+}
 
 struct rotary {
     const uint16_t *x, *cos, *sin; /* (rows, heads, size), (rows, size) twice */
@@ -61,7 +73,8 @@ static VENEER_BF16 void rotary_body(void *arguments, int64_t from, int64_t to) {
     const struct rotary *a = arguments;
     for (int64_t row = from; row < to; row++) {
         const int64_t at = row * a->heads * a->size;
-        rotate_row(a->x + at, a->cos + row * a->size, a->sin + row * a->size, a->out + at, a->heads, a->size, a->back);
+        rotate_row(a->x + at, a->cos + row * a->size, a->sin + row * a->size, a->out + at, a->heads,
+                   a->size, a->back);
     }
 }
 
@@ -86,18 +99,26 @@ static VENEER_BF16 void entropy_body(void *arguments, int64_t from, int64_t to) 
         float most = _mm512_reduce_max_ps(top);
         for (int64_t i = 0; i < a->vocabulary; i += 16) {
             __mmask16 m = rest(a->vocabulary - i);
-            sum = _mm512_mask_add_ps(sum, m, sum, exp_floats(_mm512_sub_ps(load(z + i, m), _mm512_set1_ps(most))));
+            sum = _mm512_mask_add_ps(
+                sum, m, sum, exp_floats(_mm512_sub_ps(load(z + i, m), _mm512_set1_ps(most))));
         }
         float total = _mm512_reduce_add_ps(sum);
-        union { uint32_t word; float value; } target = {(uint32_t)z[a->targets[row]] << 16};
+        union {
+            uint32_t word;
+            float value;
+        } target = {(uint32_t)z[a->targets[row]] << 16};
         a->loss[row] = logf(total) + most - target.value;
         for (int64_t i = 0; i < a->vocabulary; i += 16) {
             __mmask16 m = rest(a->vocabulary - i);
             __m512 e = exp_floats(_mm512_sub_ps(load(z + i, m), _mm512_set1_ps(most)));
             store(z + i, m, _mm512_mul_ps(e, _mm512_set1_ps(1.0f / total)));
         }
-        /* From the float, not from the rounded share: near 1 bf16 would lose what is left to learn. */
-        union { float value; uint32_t word; } share = {expf(target.value - most) / total - 1.0f};
+        /* From the float, not from the rounded share: near 1 bf16 would lose what is left to learn.
+         */
+        union {
+            float value;
+            uint32_t word;
+        } share = {expf(target.value - most) / total - 1.0f};
         uint32_t bits = share.word;
         z[a->targets[row]] = (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
     }

@@ -3,14 +3,18 @@
 /* The first `count` of a register's values, zeros behind. */
 INLINE NAME(fv) NAME(first)(const float *from, int64_t count) {
     NAME(fv) x = {};
-    if (count >= W) memcpy(&x, from, sizeof x);
-    else memcpy(&x, from, (size_t)count * sizeof(float));
+    if (count >= W)
+        memcpy(&x, from, sizeof x);
+    else
+        memcpy(&x, from, (size_t)count * sizeof(float));
     return x;
 }
 
 INLINE void NAME(put)(float *to, NAME(fv) x, int64_t count) {
-    if (count >= W) memcpy(to, &x, sizeof x);
-    else memcpy(to, &x, (size_t)count * sizeof(float));
+    if (count >= W)
+        memcpy(to, &x, sizeof x);
+    else
+        memcpy(to, &x, (size_t)count * sizeof(float));
 }
 
 static TARGET void NAME(norm_forward)(void *arguments, int64_t from, int64_t to) {
@@ -26,7 +30,8 @@ static TARGET void NAME(norm_forward)(void *arguments, int64_t from, int64_t to)
         a->scale[row] = scale;
         for (int64_t i = 0; i < a->width; i += W) {
             const int64_t left = a->width - i;
-            NAME(put)(a->out + row * a->width + i, NAME(first)(x + i, left) * scale * NAME(first)(a->weight + i, left), left);
+            NAME(put)(a->out + row * a->width + i,
+                      NAME(first)(x + i, left) * scale * NAME(first)(a->weight + i, left), left);
         }
     }
 }
@@ -34,17 +39,20 @@ static TARGET void NAME(norm_forward)(void *arguments, int64_t from, int64_t to)
 static TARGET void NAME(norm_backward)(void *arguments, int64_t from, int64_t to) {
     const struct norm *a = arguments;
     for (int64_t row = from; row < to; row++) {
-        const float *x = a->x + row * a->width, *g = a->grad + row * a->width, scale = a->scale[row];
+        const float *x = a->x + row * a->width, *g = a->grad + row * a->width,
+                    scale = a->scale[row];
         NAME(fv) dot = {};
         for (int64_t i = 0; i < a->width; i += W) {
             const int64_t left = a->width - i;
-            dot += NAME(first)(g + i, left) * NAME(first)(a->weight + i, left) * NAME(first)(x + i, left);
+            dot += NAME(first)(g + i, left) * NAME(first)(a->weight + i, left) *
+                   NAME(first)(x + i, left);
         }
         const float mean = NAME(sum)(dot) / (float)a->width * scale * scale;
         for (int64_t i = 0; i < a->width; i += W) {
             const int64_t left = a->width - i;
             const NAME(fv) inner = NAME(first)(g + i, left) * NAME(first)(a->weight + i, left);
-            NAME(put)(a->out + row * a->width + i, (inner - NAME(first)(x + i, left) * mean) * scale, left);
+            NAME(put)(a->out + row * a->width + i,
+                      (inner - NAME(first)(x + i, left) * mean) * scale, left);
         }
     }
 }
@@ -69,7 +77,8 @@ static TARGET void NAME(gate_forward)(void *arguments, int64_t from, int64_t to)
 static TARGET void NAME(gate_backward)(void *arguments, int64_t from, int64_t to) {
     const struct gate *a = arguments;
     for (int64_t i = from * 16; i < to * 16; i += W) {
-        const NAME(fv) gate = NAME(load)(a->gate + i), g = NAME(load)(a->grad + i), s = NAME(sigmoid)(gate);
+        const NAME(fv) gate = NAME(load)(a->gate + i), g = NAME(load)(a->grad + i),
+                       s = NAME(sigmoid)(gate);
         NAME(store)(a->grad_up + i, g * (gate * s));
         NAME(store)(a->grad_gate + i, g * NAME(load)(a->up + i) * (s * (gate * (1.0f - s) + 1.0f)));
     }
@@ -88,9 +97,11 @@ static TARGET void NAME(rotary)(void *arguments, int64_t from, int64_t to) {
                 const NAME(fv) first = NAME(load)(x + i), second = NAME(load)(x + half + i);
                 const NAME(fv) to_first = second * NAME(load)(sin + (a->back ? half : 0) + i);
                 const NAME(fv) to_second = first * NAME(load)(sin + (a->back ? 0 : half) + i);
-                const NAME(fv) own_first = first * NAME(load)(cos + i), own_second = second * NAME(load)(cos + half + i);
+                const NAME(fv) own_first = first * NAME(load)(cos + i),
+                               own_second = second * NAME(load)(cos + half + i);
                 NAME(store)(out + i, a->back ? own_first + to_first : own_first - to_first);
-                NAME(store)(out + half + i, a->back ? own_second - to_second : own_second + to_second);
+                NAME(store)(out + half + i,
+                            a->back ? own_second - to_second : own_second + to_second);
             }
         }
     }

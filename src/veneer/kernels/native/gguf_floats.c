@@ -1,6 +1,7 @@
-/* Products in float32 of one to three rows of x with blocks of a .gguf file, decoded in registers and never written out:
-   the bits of few_rows.c's with W decoded, whose sums run in the same order. gguf_floats_body.h holds the code; it is
-   compiled here for each set of instructions that has a way of its own. */
+/* Products in float32 of one to three rows of x with blocks of a .gguf file, decoded in registers
+   and never written out: the bits of few_rows.c's with W decoded, whose sums run in the same order.
+   gguf_floats_body.h holds the code; it is compiled here for each set of instructions that has a
+   way of its own. */
 #include "gguf_format.h"
 #include "few_rows.h"
 #include "packed_rows.h"
@@ -13,7 +14,9 @@ struct calls {
     int64_t count, row_bytes;
 };
 
-INLINE int64_t blocks_of(const struct packed_rows *call) { return (call->outs + 3) / 4; } /* of four rows of W */
+INLINE int64_t blocks_of(const struct packed_rows *call) {
+    return (call->outs + 3) / 4;
+} /* of four rows of W */
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "totals.h"
@@ -21,8 +24,10 @@ INLINE int64_t blocks_of(const struct packed_rows *call) { return (call->outs + 
 #define LEVEL 3
 #define W 16
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
-#define FUSED(a, b, sum) (NAME(fv))_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum))
+#define TARGET                                                                                     \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define FUSED(a, b, sum) (NAME(fv)) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum))
 #define TOTAL(s) total_512((__m512)(s)[0], (__m512)(s)[1], (__m512)(s)[2], (__m512)(s)[3])
 #include "gguf_unpack.h"
 #include "gguf_floats_body.h"
@@ -31,7 +36,7 @@ INLINE int64_t blocks_of(const struct packed_rows *call) { return (call->outs + 
 #define W 8
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define FUSED(a, b, sum) (NAME(fv))_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum))
+#define FUSED(a, b, sum) (NAME(fv)) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum))
 #define TOTAL(s) total_256((__m256)(s)[0], (__m256)(s)[1], (__m256)(s)[2], (__m256)(s)[3])
 #include "gguf_unpack.h"
 #include "gguf_floats_body.h"
@@ -39,7 +44,8 @@ INLINE int64_t blocks_of(const struct packed_rows *call) { return (call->outs + 
 #endif
 
 int gguf_float_usable(const struct packed_rows *call, int most) {
-    return call->kind >= 0 && call->type == FEW_FP32 && call->rows <= MOST_FLOAT_ROWS && veneer_few_level(FEW_FP32, most) >= 2;
+    return call->kind >= 0 && call->type == FEW_FP32 && call->rows <= MOST_FLOAT_ROWS &&
+           veneer_few_level(FEW_FP32, most) >= 2;
 }
 
 void gguf_float_product(const struct packed_rows *const *of, int64_t count, int most) {

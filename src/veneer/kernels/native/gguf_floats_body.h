@@ -1,13 +1,15 @@
-/* Included by gguf_floats.c once for each set of instructions, behind gguf_unpack.h: FUSED is a multiplication and an
-   addition rounded once, TOTAL the sums of the lanes of four registers. */
+/* Included by gguf_floats.c once for each set of instructions, behind gguf_unpack.h: FUSED is a
+   multiplication and an addition rounded once, TOTAL the sums of the lanes of four registers. */
 
 /* The 32 values number j of a block of W against those of `rows` rows of x, `width` apart. */
-INLINE void NAME(add_32)(int kind, const uint8_t *p, int j, const float *scale, const float *offset, const int rows, const float *x,
-                         int64_t width, NAME(fv) (*sums)[4], int r) {
+INLINE void NAME(add_32)(int kind, const uint8_t *p, int j, const float *scale, const float *offset,
+                         const int rows, const float *x, int64_t width, NAME(fv) (*sums)[4],
+                         int r) {
 #pragma GCC unroll 2
     for (int k = 0; k < 2; k++) {
         const b16v codes = NAME(codes)(kind, p, j, k);
-        const NAME(fv) times = scale[SCALE_AT(kind, j, k)] - (NAME(fv)){}, plus = offset[OFFSET_AT(kind, j)] - (NAME(fv)){};
+        const NAME(fv) times = scale[SCALE_AT(kind, j, k)] - (NAME(fv)){},
+                       plus = offset[OFFSET_AT(kind, j)] - (NAME(fv)){};
 #pragma GCC unroll 2
         for (int part = 0; part < 16 / W; part++) {
             const NAME(fv) value = FUSED(NAME(floats)(codes, part), times, plus);
@@ -22,14 +24,17 @@ INLINE void NAME(add_32)(int kind, const uint8_t *p, int j, const float *scale, 
 }
 
 /* Four rows of W, from `out` on, against `rows` rows of x. */
-INLINE void NAME(tile)(int kind, const int rows, const struct packed_rows *of, int64_t row_bytes, int64_t out) {
+INLINE void NAME(tile)(int kind, const int rows, const struct packed_rows *of, int64_t row_bytes,
+                       int64_t out) {
     const struct format format = format_of(kind);
     const int64_t left = of->outs - out;
     const float *x = of->x;
     const uint8_t *first = (const uint8_t *)of->packed + out * row_bytes, *soon = first + AHEAD;
     NAME(fv) sums[MOST_FLOAT_ROWS][4] = {};
-    for (int64_t at = 0; at < row_bytes; at += format.bytes, x += format.size, soon += 4 * format.bytes) {
-        for (int line = 0; line < 4 * format.bytes; line += 64) __builtin_prefetch(soon + line, 0, 2);
+    for (int64_t at = 0; at < row_bytes;
+         at += format.bytes, x += format.size, soon += 4 * format.bytes) {
+        for (int line = 0; line < 4 * format.bytes; line += 64)
+            __builtin_prefetch(soon + line, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             const uint8_t *w = first + (r < left ? r : left - 1) * row_bytes + at;
@@ -45,10 +50,12 @@ INLINE void NAME(tile)(int kind, const int rows, const struct packed_rows *of, i
 }
 
 /* Blocks [start, stop) of all. */
-INLINE void NAME(of_kind)(int kind, const int rows, const struct calls *calls, int64_t start, int64_t stop) {
+INLINE void NAME(of_kind)(int kind, const int rows, const struct calls *calls, int64_t start,
+                          int64_t stop) {
     int64_t before = 0;
     for (int64_t i = 0; i < calls->count && before < stop; before += blocks_of(calls->of[i++]))
-        for (int64_t block = start > before ? start - before : 0; block < blocks_of(calls->of[i]) && before + block < stop; block++)
+        for (int64_t block = start > before ? start - before : 0;
+             block < blocks_of(calls->of[i]) && before + block < stop; block++)
             NAME(tile)(kind, rows, calls->of[i], calls->row_bytes, 4 * block);
 }
 
@@ -56,9 +63,12 @@ static TARGET void NAME(rows)(void *arguments, int64_t start, int64_t stop) {
     const struct calls *calls = arguments;
     const int kind = (int)calls->of[0]->kind;
     switch (calls->of[0]->rows) {
-    case 1: OF_ANY_KIND(kind, NAME(of_kind), 1, calls, start, stop) break;
-    case 2: OF_ANY_KIND(kind, NAME(of_kind), 2, calls, start, stop) break;
-    default: OF_ANY_KIND(kind, NAME(of_kind), 3, calls, start, stop)
+    case 1:
+        OF_ANY_KIND(kind, NAME(of_kind), 1, calls, start, stop) break;
+    case 2:
+        OF_ANY_KIND(kind, NAME(of_kind), 2, calls, start, stop) break;
+    default:
+        OF_ANY_KIND(kind, NAME(of_kind), 3, calls, start, stop)
     }
 }
 

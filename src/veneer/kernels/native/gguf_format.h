@@ -6,7 +6,16 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 }; /* ggml's numbers */
+enum {
+    Q4_0 = 2,
+    Q4_1 = 3,
+    Q5_0 = 6,
+    Q5_1 = 7,
+    Q8_0 = 8,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14
+}; /* ggml's numbers */
 
 struct format {
     int size, bytes; /* values and bytes of a block */
@@ -14,15 +23,24 @@ struct format {
 
 static inline struct format format_of(int kind) {
     switch (kind) {
-    case Q4_0: return (struct format){32, 18};
-    case Q4_1: return (struct format){32, 20};
-    case Q5_0: return (struct format){32, 22};
-    case Q5_1: return (struct format){32, 24};
-    case Q8_0: return (struct format){32, 34};
-    case Q4_K: return (struct format){256, 144};
-    case Q5_K: return (struct format){256, 176};
-    case Q6_K: return (struct format){256, 210};
-    default: return (struct format){0, 0};
+    case Q4_0:
+        return (struct format){32, 18};
+    case Q4_1:
+        return (struct format){32, 20};
+    case Q5_0:
+        return (struct format){32, 22};
+    case Q5_1:
+        return (struct format){32, 24};
+    case Q8_0:
+        return (struct format){32, 34};
+    case Q4_K:
+        return (struct format){256, 144};
+    case Q5_K:
+        return (struct format){256, 176};
+    case Q6_K:
+        return (struct format){256, 210};
+    default:
+        return (struct format){0, 0};
     }
 }
 

@@ -1,7 +1,8 @@
-/* Blocks of a .gguf file to numbers, for code that is compiled once for each set of instructions: NAME(x) gives the functions
-   their names, TARGET their compiler option, W the values of a register. A block is unpacked into codes of 8 bits, with a
-   scale and an offset for every 16 of them:
-       value = scale * code + offset      (offset -0.0 where the format has none: it changes no value, no sign) */
+/* Blocks of a .gguf file to numbers, for code that is compiled once for each set of instructions:
+   NAME(x) gives the functions their names, TARGET their compiler option, W the values of a
+   register. A block is unpacked into codes of 8 bits, with a scale and an offset for every 16 of
+   them: value = scale * code + offset      (offset -0.0 where the format has none: it changes no
+   value, no sign) */
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
@@ -48,7 +49,8 @@ INLINE void NAME(eight)(const void *p, int positive, float times, float *out) {
     const __m256i wide = positive ? _mm256_cvtepu8_epi32(bytes) : _mm256_cvtepi8_epi32(bytes);
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(times)));
 #else
-    for (int i = 0; i < 8; i++) out[i] = times * (float)(positive ? ((const uint8_t *)p)[i] : ((const int8_t *)p)[i]);
+    for (int i = 0; i < 8; i++)
+        out[i] = times * (float)(positive ? ((const uint8_t *)p)[i] : ((const int8_t *)p)[i]);
 #endif
 }
 
@@ -57,17 +59,23 @@ INLINE void NAME(scales)(int kind, const uint8_t *p, float *scale, float *offset
     offset[0] = -0.0f;
     switch (kind) {
     case Q4_1:
-    case Q5_1: offset[0] = NAME(half)(p + 2); /* fall through */
+    case Q5_1:
+        offset[0] = NAME(half)(p + 2); /* fall through */
     case Q4_0:
     case Q5_0:
-    case Q8_0: scale[0] = NAME(half)(p); break;
+    case Q8_0:
+        scale[0] = NAME(half)(p);
+        break;
     case Q4_K:
-    case Q5_K: { /* 6 bits each: four scales, four minima, and the rest of both in four bytes and the upper bits of all */
+    case Q5_K: { /* 6 bits each: four scales, four minima, and the rest of both in four bytes and
+                    the upper bits of all */
         const float d = NAME(half)(p), least = NAME(half)(p + 2);
         uint32_t words[3], parts[4];
         memcpy(words, p + 4, 12);
-        parts[0] = words[0] & 0x3f3f3f3f, parts[1] = (words[2] & 0x0f0f0f0f) | ((words[0] >> 2) & 0x30303030);
-        parts[2] = words[1] & 0x3f3f3f3f, parts[3] = ((words[2] >> 4) & 0x0f0f0f0f) | ((words[1] >> 2) & 0x30303030);
+        parts[0] = words[0] & 0x3f3f3f3f,
+        parts[1] = (words[2] & 0x0f0f0f0f) | ((words[0] >> 2) & 0x30303030);
+        parts[2] = words[1] & 0x3f3f3f3f,
+        parts[3] = ((words[2] >> 4) & 0x0f0f0f0f) | ((words[1] >> 2) & 0x30303030);
         NAME(eight)(parts, 1, d, scale), NAME(eight)(parts + 2, 1, -least, offset);
         break;
     }
@@ -88,16 +96,21 @@ INLINE b16v NAME(codes)(int kind, const uint8_t *p, int j, int k) {
     b16v found = {};
     switch (kind) {
     case Q4_0:
-    case Q4_1: found = NAME(nibbles)(p + (kind == Q4_1 ? 4 : 2), k) - (int8_t)(kind == Q4_1 ? 0 : 8); break;
+    case Q4_1:
+        found = NAME(nibbles)(p + (kind == Q4_1 ? 4 : 2), k) - (int8_t)(kind == Q4_1 ? 0 : 8);
+        break;
     case Q5_0:
     case Q5_1: {
         uint32_t high;
         p += kind == Q5_1 ? 4 : 2;
         memcpy(&high, p, 4);
-        found = (NAME(nibbles)(p + 4, k) | NAME(spread)(high >> 16 * k)) - (int8_t)(kind == Q5_1 ? 0 : 16);
+        found = (NAME(nibbles)(p + 4, k) | NAME(spread)(high >> 16 * k)) -
+                (int8_t)(kind == Q5_1 ? 0 : 16);
         break;
     }
-    case Q8_0: memcpy(&found, p + 2 + 16 * k, 16); break;
+    case Q8_0:
+        memcpy(&found, p + 2 + 16 * k, 16);
+        break;
     case Q4_K:
     case Q5_K:
         found = NAME(nibbles)(p + (kind == Q4_K ? 16 : 48) + 32 * (j / 2) + 16 * k, j % 2);
@@ -137,24 +150,28 @@ INLINE NAME(fv) NAME(floats)(b16v codes, int part) {
 }
 
 /* All 32s of a block, each by a function of j, the scales and the offsets. */
-#define OF_BLOCK(kind, p, function, ...)                                        \
-    {                                                                           \
-        float scale[16], offset[8];                                             \
-        NAME(scales)(kind, p, scale, offset);                                   \
-        if ((kind) < Q4_K) function(kind, p, 0, scale, offset, __VA_ARGS__);    \
-        else {                                                                  \
-            _Pragma("GCC unroll 8")                                             \
-            for (int j = 0; j < 8; j++) function(kind, p, j, scale, offset, __VA_ARGS__); \
-        }                                                                       \
+#define OF_BLOCK(kind, p, function, ...)                                                           \
+    {                                                                                              \
+        float scale[16], offset[8];                                                                \
+        NAME(scales)(kind, p, scale, offset);                                                      \
+        if ((kind) < Q4_K)                                                                         \
+            function(kind, p, 0, scale, offset, __VA_ARGS__);                                      \
+        else {                                                                                     \
+            _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++)                                    \
+                function(kind, p, j, scale, offset, __VA_ARGS__);                                  \
+        }                                                                                          \
     }
 
 /* With `kind` known when compiled, the switches vanish. */
-#define OF_KIND(kind, function, ...) \
-    case kind: function(kind, __VA_ARGS__); break;
-#define OF_ANY_KIND(kind, function, ...)                                                              \
-    switch (kind) {                                                                                   \
-        OF_KIND(Q4_0, function, __VA_ARGS__) OF_KIND(Q4_1, function, __VA_ARGS__)                     \
-        OF_KIND(Q5_0, function, __VA_ARGS__) OF_KIND(Q5_1, function, __VA_ARGS__)                     \
-        OF_KIND(Q8_0, function, __VA_ARGS__) OF_KIND(Q4_K, function, __VA_ARGS__)                     \
-        OF_KIND(Q5_K, function, __VA_ARGS__) OF_KIND(Q6_K, function, __VA_ARGS__)                     \
+#define OF_KIND(kind, function, ...)                                                               \
+    case kind:                                                                                     \
+        function(kind, __VA_ARGS__);                                                               \
+        break;
+#define OF_ANY_KIND(kind, function, ...)                                                           \
+    switch (kind) {                                                                                \
+        OF_KIND(Q4_0, function, __VA_ARGS__)                                                       \
+        OF_KIND(Q4_1, function, __VA_ARGS__) OF_KIND(Q5_0, function, __VA_ARGS__)                  \
+            OF_KIND(Q5_1, function, __VA_ARGS__) OF_KIND(Q8_0, function, __VA_ARGS__)              \
+                OF_KIND(Q4_K, function, __VA_ARGS__) OF_KIND(Q5_K, function, __VA_ARGS__)          \
+                    OF_KIND(Q6_K, function, __VA_ARGS__)                                           \
     }

@@ -9,7 +9,8 @@
 #include <immintrin.h>
 #define X86 1
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
-#define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,avx2,fma,f16c")))
+#define AVX512BF16                                                                                 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,avx2,fma,f16c")))
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #else
 #define X86 0
@@ -17,12 +18,13 @@
 
 enum { FP32 = 0, BF16 = 1, FP16 = 2 };
 
-/* Element i of the flat weight: nibble i of `packed` (even: high half of byte i / 2) into `table`, times the scale of
-   block i / block (a power of two, as is nested_block). Nested: that scale is nested_table[scale] * nested_scales[number / nested_block] + offset. */
+/* Element i of the flat weight: nibble i of `packed` (even: high half of byte i / 2) into `table`,
+   times the scale of block i / block (a power of two, as is nested_block). Nested: that scale is
+   nested_table[scale] * nested_scales[number / nested_block] + offset. */
 struct nf4_weights {
     const uint8_t *packed;
-    const void *scales; /* float, or uint8_t where nested */
-    const float *table; /* 16 */
+    const void *scales;        /* float, or uint8_t where nested */
+    const float *table;        /* 16 */
     const float *nested_table; /* 256, NULL where not nested */
     const float *nested_scales;
     int64_t count, block, nested_block;
@@ -33,8 +35,8 @@ int veneer_level(void);
 int veneer_has_bf16(void);
 int veneer_has_byte_permutes(void);
 
-/* The best level that both the caller (asked, -1: any) and the processor allow: 4 AVX-512 with bf16 products
-   and byte permutes, 3, 2, 0. */
+/* The best level that both the caller (asked, -1: any) and the processor allow: 4 AVX-512 with bf16
+   products and byte permutes, 3, 2, 0. */
 INLINE int nf4_level(int asked) {
     int have = veneer_level();
     if (have == 3 && veneer_has_bf16() && veneer_has_byte_permutes()) have = 4;
@@ -44,14 +46,16 @@ INLINE int nf4_level(int asked) {
 /* Two roundings, never one: -ffp-contract=off. */
 INLINE float nf4_scale(const struct nf4_weights *w, int64_t block) {
     if (w->nested_table == NULL) return ((const float *)w->scales)[block];
-    float part = w->nested_table[((const uint8_t *)w->scales)[block]] * w->nested_scales[block >> __builtin_ctzll((uint64_t)w->nested_block)];
+    float part = w->nested_table[((const uint8_t *)w->scales)[block]] *
+                 w->nested_scales[block >> __builtin_ctzll((uint64_t)w->nested_block)];
     return part + w->offset;
 }
 
 INLINE float float_of_bf16(uint16_t half) { return float_of_bits((uint32_t)half << 16); }
 
 INLINE float float_of_fp16(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 0x3ff;
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = (half >> 10) & 31,
+             fraction = half & 0x3ff;
     if (exponent == 0) { /* zero or subnormal: fraction * 2^-24 */
         float value = (float)fraction * 5.9604644775390625e-08f;
         return sign ? -value : value;
@@ -75,8 +79,10 @@ INLINE uint16_t fp16_of_float(float value) {
 }
 
 INLINE void store_as(void *out, int64_t place, float value, int type) {
-    if (type == FP32) ((float *)out)[place] = value;
-    else ((uint16_t *)out)[place] = type == BF16 ? bf16_of_float(value) : fp16_of_float(value);
+    if (type == FP32)
+        ((float *)out)[place] = value;
+    else
+        ((uint16_t *)out)[place] = type == BF16 ? bf16_of_float(value) : fp16_of_float(value);
 }
 
 INLINE float load_as(const void *from, int64_t place, int type) {
@@ -86,6 +92,7 @@ INLINE float load_as(const void *from, int64_t place, int type) {
 }
 
 /* Elements [start, start + count) of the flat weight into out, on the calling thread. */
-void nf4_decode(const struct nf4_weights *w, int64_t start, int64_t count, void *out, int type, int level);
+void nf4_decode(const struct nf4_weights *w, int64_t start, int64_t count, void *out, int type,
+                int level);
 
 #endif

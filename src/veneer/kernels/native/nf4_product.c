@@ -1,8 +1,10 @@
-/* y = x W^T for a few rows of x, W in 4 bits and read once, as it is stored: for decoding, where the time is that of
-   reading W. The weights are those that nf4_dequantize gives in x's type; products and sums are in fp32.
+/* y = x W^T for a few rows of x, W in 4 bits and read once, as it is stored: for decoding, where
+   the time is that of reading W. The weights are those that nf4_dequantize gives in x's type;
+   products and sums are in fp32.
 
-   A dot product does not care for order, so the nibbles stay where they lie: x is put apart once, in groups of `lanes`
-   even and `lanes` odd elements, and the high halves of `lanes` bytes meet the first, the low halves the second. */
+   A dot product does not care for order, so the nibbles stay where they lie: x is put apart once,
+   in groups of `lanes` even and `lanes` odd elements, and the high halves of `lanes` bytes meet the
+   first, the low halves the second. */
 #include "nf4_product.h"
 #include "parallel.h"
 #include <stdlib.h>
@@ -22,7 +24,8 @@ static void rows_plain(void *data, int64_t first, int64_t last) {
         return;
     }
     for (int64_t out = first; out < last; out++) {
-        nf4_decode(c->w, c->start + out * c->width, c->width, c->type == FP32 ? (void *)row : halves, c->type, c->level);
+        nf4_decode(c->w, c->start + out * c->width, c->width,
+                   c->type == FP32 ? (void *)row : halves, c->type, c->level);
         if (c->type != FP32)
             for (int64_t i = 0; i < c->width; i++) row[i] = load_as(halves, i, c->type);
         for (int64_t m = 0; m < c->rows; m++) {
@@ -43,8 +46,10 @@ static void rows_plain(void *data, int64_t first, int64_t last) {
 
 AVX512 INLINE __m512 rounded_512(__m512 t, int type) {
     if (type == FP32) return t;
-    if (type == FP16) return _mm512_cvtph_ps(_mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    __m512i bits = _mm512_castps_si512(t), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    if (type == FP16)
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    __m512i bits = _mm512_castps_si512(t),
+            odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
 }
@@ -64,7 +69,8 @@ AVX512 INLINE void rows_512(const struct product *c, int64_t first, int64_t last
             float scale = nf4_scale(w, (number + i) >> shift);
             __m512 entries = rounded_512(_mm512_mul_ps(table, _mm512_set1_ps(scale)), c->type);
             for (int part = 0; part < 2; part++) {
-                __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + 32 * i + 16 * part)));
+                __m512i bytes = _mm512_cvtepu8_epi32(
+                    _mm_loadu_si128((const __m128i *)(packed + 32 * i + 16 * part)));
                 __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), entries);
                 __m512 low = _mm512_permutexvar_ps(bytes, entries);
                 for (int m = 0; m < rows; m++) {
@@ -74,14 +80,16 @@ AVX512 INLINE void rows_512(const struct product *c, int64_t first, int64_t last
                 }
             }
         }
-        for (int m = 0; m < rows; m++) store(c, m, out, _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m])));
+        for (int m = 0; m < rows; m++)
+            store(c, m, out, _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m])));
     }
 }
 
 AVX2 INLINE __m256 rounded_256(__m256 t, int type) {
     if (type == FP32) return t;
     if (type == FP16) return _mm256_cvtph_ps(_mm256_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT));
-    __m256i bits = _mm256_castps_si256(t), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i bits = _mm256_castps_si256(t),
+            odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
 }
@@ -111,10 +119,13 @@ AVX2 INLINE void rows_256(const struct product *c, int64_t first, int64_t last, 
         for (int m = 0; m < rows; m++) even[m] = odd[m] = _mm256_setzero_ps();
         for (int64_t i = 0; i < chunks; i++) {
             __m256 scale = _mm256_set1_ps(nf4_scale(w, (number + i) >> shift));
-            __m256 a = rounded_256(_mm256_mul_ps(lower, scale), c->type), b = rounded_256(_mm256_mul_ps(upper, scale), c->type);
+            __m256 a = rounded_256(_mm256_mul_ps(lower, scale), c->type),
+                   b = rounded_256(_mm256_mul_ps(upper, scale), c->type);
             for (int part = 0; part < 4; part++) {
-                __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(packed + 32 * i + 8 * part)));
-                __m256 high = lookup_8(a, b, _mm256_srli_epi32(bytes, 4)), low = lookup_8(a, b, bytes);
+                __m256i bytes = _mm256_cvtepu8_epi32(
+                    _mm_loadl_epi64((const __m128i *)(packed + 32 * i + 8 * part)));
+                __m256 high = lookup_8(a, b, _mm256_srli_epi32(bytes, 4)),
+                       low = lookup_8(a, b, bytes);
                 for (int m = 0; m < rows; m++) {
                     const float *own = x + m * c->width + 64 * i + 16 * part;
                     even[m] = _mm256_fmadd_ps(high, _mm256_loadu_ps(own), even[m]);
@@ -127,18 +138,34 @@ AVX2 INLINE void rows_256(const struct product *c, int64_t first, int64_t last, 
 }
 
 /* The number of rows is a constant in each copy, so that sums stay in registers. */
-#define COPIES(TARGET, NAME)                                                                      \
-    TARGET static void NAME##_any(const struct product *c, int64_t first, int64_t last) {            \
-        switch (c->rows) {                                                                        \
-            case 1: NAME(c, first, last, 1); break;                                               \
-            case 2: NAME(c, first, last, 2); break;                                               \
-            case 3: NAME(c, first, last, 3); break;                                               \
-            case 4: NAME(c, first, last, 4); break;                                               \
-            case 5: NAME(c, first, last, 5); break;                                               \
-            case 6: NAME(c, first, last, 6); break;                                               \
-            case 7: NAME(c, first, last, 7); break;                                               \
-            default: NAME(c, first, last, 8); break;                                              \
-        }                                                                                         \
+#define COPIES(TARGET, NAME)                                                                       \
+    TARGET static void NAME##_any(const struct product *c, int64_t first, int64_t last) {          \
+        switch (c->rows) {                                                                         \
+        case 1:                                                                                    \
+            NAME(c, first, last, 1);                                                               \
+            break;                                                                                 \
+        case 2:                                                                                    \
+            NAME(c, first, last, 2);                                                               \
+            break;                                                                                 \
+        case 3:                                                                                    \
+            NAME(c, first, last, 3);                                                               \
+            break;                                                                                 \
+        case 4:                                                                                    \
+            NAME(c, first, last, 4);                                                               \
+            break;                                                                                 \
+        case 5:                                                                                    \
+            NAME(c, first, last, 5);                                                               \
+            break;                                                                                 \
+        case 6:                                                                                    \
+            NAME(c, first, last, 6);                                                               \
+            break;                                                                                 \
+        case 7:                                                                                    \
+            NAME(c, first, last, 7);                                                               \
+            break;                                                                                 \
+        default:                                                                                   \
+            NAME(c, first, last, 8);                                                               \
+            break;                                                                                 \
+        }                                                                                          \
     }
 COPIES(AVX512, rows_512)
 COPIES(AVX2, rows_256)
@@ -148,25 +175,28 @@ COPIES(AVX2, rows_256)
 static void some_rows(void *data, int64_t first, int64_t last) {
     struct product *c = data;
 #if X86
-    if (c->level == 4) nf4_product_bf16(c, first, last);
-    else if (c->level == 3) rows_512_any(c, first, last);
-    else rows_256_any(c, first, last);
+    if (c->level == 4)
+        nf4_product_bf16(c, first, last);
+    else if (c->level == 3)
+        rows_512_any(c, first, last);
+    else
+        rows_256_any(c, first, last);
 #else
     rows_plain(c, first, last);
 #endif
 }
 
-/* x (rows, width), contiguous, of `type` -> y (rows, outs). W: `outs` rows from element `start` on. rows <= 8.
-   Returns 1 where there is no memory for x put apart or for a row of W. */
-int veneer_nf4_product(
-    const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width, const void *x, int64_t rows, void *y, int type,
-    int level) {
+/* x (rows, width), contiguous, of `type` -> y (rows, outs). W: `outs` rows from element `start` on.
+   rows <= 8. Returns 1 where there is no memory for x put apart or for a row of W. */
+int veneer_nf4_product(const struct nf4_weights *w, int64_t start, int64_t outs, int64_t width,
+                       const void *x, int64_t rows, void *y, int type, int level) {
     struct product c = {w, start, outs, width, NULL, rows, y, type, nf4_level(level), 0};
     int aligned = width % 64 == 0 && w->block % 64 == 0 && start % 64 == 0;
     if (c.level == 4 && type != BF16) c.level = 3;
     int64_t lanes = c.level >= 3 ? 16 : 8;
     int plain = !aligned || c.level < 2, all_bf16 = c.level == 4 && !plain;
-    char *apart = malloc((size_t)(all_bf16 ? 2 * rows * bf16_apart_width(width) : 4 * rows * width));
+    char *apart =
+        malloc((size_t)(all_bf16 ? 2 * rows * bf16_apart_width(width) : 4 * rows * width));
     if (apart == NULL) return 1;
     if (plain) {
         for (int64_t i = 0; i < rows * width; i++) ((float *)apart)[i] = load_as(x, i, type);

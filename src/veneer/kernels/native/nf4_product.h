@@ -1,4 +1,5 @@
-/* What the parts of the product with a few rows share: nf4_product.c, and nf4_product_bf16.c for its fastest case. */
+/* What the parts of the product with a few rows share: nf4_product.c, and nf4_product_bf16.c for
+ * its fastest case. */
 #ifndef VENEER_NF4_PRODUCT_H
 #define VENEER_NF4_PRODUCT_H
 
@@ -16,8 +17,8 @@ struct product {
     volatile int failed;
 };
 
-/* The rows [first, last) of W against x, all in bf16. Blocks are 64 elements or a multiple of it and none begins within
-   a row of W. x: as nf4_bf16_apart leaves it. */
+/* The rows [first, last) of W against x, all in bf16. Blocks are 64 elements or a multiple of it
+   and none begins within a row of W. x: as nf4_bf16_apart leaves it. */
 void nf4_product_bf16(void *product, int64_t first, int64_t last);
 
 /* Elements of one row of x put apart: `width` filled up to whole registers. */

@@ -1,4 +1,5 @@
-/* Dense weights to 4 bits: the largest magnitude of each block, then for each element the number of thresholds below it. */
+/* Dense weights to 4 bits: the largest magnitude of each block, then for each element the number of
+ * thresholds below it. */
 #include "nf4.h"
 #include "parallel.h"
 
@@ -7,7 +8,7 @@ struct call {
     int type, level;
     int64_t count, block;
     const float *thresholds; /* 15 ascending, then +inf */
-    const int32_t *codes; /* number of thresholds below -> code */
+    const int32_t *codes;    /* number of thresholds below -> code */
     uint8_t *packed;
     float *absmax;
 };
@@ -21,7 +22,8 @@ INLINE int code_of(const struct call *c, float scaled) {
     return c->codes[below];
 }
 
-/* The bits of |x| order as integers do, with infinity and NaN at the top: one maximum finds both. */
+/* The bits of |x| order as integers do, with infinity and NaN at the top: one maximum finds both.
+ */
 static float largest_plain(const struct call *c, int64_t start, int64_t count) {
     uint32_t most = 0;
     for (int64_t i = start; i < start + count; i++) {
@@ -31,9 +33,11 @@ static float largest_plain(const struct call *c, int64_t start, int64_t count) {
     return float_of_bits(most);
 }
 
-/* A whole block multiplies with the reciprocal, a short last one divides and stores no less than SMALLEST. */
+/* A whole block multiplies with the reciprocal, a short last one divides and stores no less than
+ * SMALLEST. */
 static void block_plain(const struct call *c, int64_t number) {
-    int64_t start = number * c->block, left = c->count - start, count = left < c->block ? left : c->block;
+    int64_t start = number * c->block, left = c->count - start,
+            count = left < c->block ? left : c->block;
     float absmax = largest_plain(c, start, count), scale = absmax > SMALLEST ? absmax : SMALLEST;
     int whole = count == c->block;
     float reciprocal = 1.0f / scale;
@@ -60,13 +64,15 @@ AVX512 INLINE __m512 load_16(const void *x, int64_t i, int type) {
 }
 
 AVX512 INLINE void blocks_512(const struct call *c, int64_t first, int64_t last, int type) {
-    const __m512 thresholds = _mm512_loadu_ps(c->thresholds), one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
+    const __m512 thresholds = _mm512_loadu_ps(c->thresholds), one = _mm512_set1_ps(1),
+                 minus = _mm512_set1_ps(-1);
     const __m512i codes = _mm512_loadu_si512(c->codes), magnitude = _mm512_set1_epi32(0x7fffffff);
     for (int64_t number = first; number < last; number++) {
         int64_t start = number * c->block, stop = start + c->block;
         __m512i most = _mm512_setzero_si512();
         for (int64_t i = start; i < stop; i += 16)
-            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(load_16(c->x, i, type)), magnitude));
+            most = _mm512_max_epu32(
+                most, _mm512_and_si512(_mm512_castps_si512(load_16(c->x, i, type)), magnitude));
         float absmax = float_of_bits(_mm512_reduce_max_epu32(most));
         c->absmax[number] = absmax;
         const __m512 reciprocal = _mm512_set1_ps(1.0f / (absmax > SMALLEST ? absmax : SMALLEST));
@@ -74,10 +80,13 @@ AVX512 INLINE void blocks_512(const struct call *c, int64_t first, int64_t last,
             __m512 x = _mm512_mul_ps(load_16(c->x, i, type), reciprocal);
             x = _mm512_max_ps(_mm512_min_ps(x, one), minus);
             /* binary search in a register: thresholds[n + 7], [n + 3], [n + 1], [n] */
-            __m512i n = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, _mm512_set1_ps(c->thresholds[7]), _CMP_GT_OQ), 8);
+            __m512i n = _mm512_maskz_set1_epi32(
+                _mm512_cmp_ps_mask(x, _mm512_set1_ps(c->thresholds[7]), _CMP_GT_OQ), 8);
             for (int step = 4; step; step >>= 1) {
-                __m512 t = _mm512_permutexvar_ps(_mm512_add_epi32(n, _mm512_set1_epi32(step - 1)), thresholds);
-                n = _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, t, _CMP_GT_OQ), n, _mm512_set1_epi32(step));
+                __m512 t = _mm512_permutexvar_ps(_mm512_add_epi32(n, _mm512_set1_epi32(step - 1)),
+                                                 thresholds);
+                n = _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, t, _CMP_GT_OQ), n,
+                                          _mm512_set1_epi32(step));
             }
             n = _mm512_permutexvar_epi32(n, codes);
             __m512i bytes = _mm512_or_si512(_mm512_slli_epi64(n, 4), _mm512_srli_epi64(n, 32));
@@ -86,9 +95,15 @@ AVX512 INLINE void blocks_512(const struct call *c, int64_t first, int64_t last,
     }
 }
 
-AVX512 static void blocks_512_fp32(const struct call *c, int64_t a, int64_t b) { blocks_512(c, a, b, FP32); }
-AVX512 static void blocks_512_bf16(const struct call *c, int64_t a, int64_t b) { blocks_512(c, a, b, BF16); }
-AVX512 static void blocks_512_fp16(const struct call *c, int64_t a, int64_t b) { blocks_512(c, a, b, FP16); }
+AVX512 static void blocks_512_fp32(const struct call *c, int64_t a, int64_t b) {
+    blocks_512(c, a, b, FP32);
+}
+AVX512 static void blocks_512_bf16(const struct call *c, int64_t a, int64_t b) {
+    blocks_512(c, a, b, BF16);
+}
+AVX512 static void blocks_512_fp16(const struct call *c, int64_t a, int64_t b) {
+    blocks_512(c, a, b, FP16);
+}
 
 AVX2 INLINE __m256 load_8(const void *x, int64_t i, int type) {
     if (type == FP32) return _mm256_loadu_ps((const float *)x + i);
@@ -103,7 +118,8 @@ AVX2 INLINE void blocks_256(const struct call *c, int64_t first, int64_t last, i
         int64_t start = number * c->block, stop = start + c->block;
         __m256i most = _mm256_setzero_si256();
         for (int64_t i = start; i < stop; i += 8)
-            most = _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(load_8(c->x, i, type)), magnitude));
+            most = _mm256_max_epu32(
+                most, _mm256_and_si256(_mm256_castps_si256(load_8(c->x, i, type)), magnitude));
         uint32_t lanes[8], largest = 0;
         _mm256_storeu_si256((__m256i *)lanes, most);
         for (int i = 0; i < 8; i++) largest = lanes[i] > largest ? lanes[i] : largest;
@@ -121,17 +137,26 @@ AVX2 INLINE void blocks_256(const struct call *c, int64_t first, int64_t last, i
             int32_t below[8];
             _mm256_storeu_si256((__m256i *)below, n);
             for (int j = 0; j < 8; j += 2)
-                c->packed[(i + j) / 2] = (uint8_t)((uint32_t)c->codes[below[j]] << 4 | (uint32_t)c->codes[below[j + 1]]);
+                c->packed[(i + j) / 2] =
+                    (uint8_t)((uint32_t)c->codes[below[j]] << 4 | (uint32_t)c->codes[below[j + 1]]);
         }
     }
 }
 
-AVX2 static void blocks_256_fp32(const struct call *c, int64_t a, int64_t b) { blocks_256(c, a, b, FP32); }
-AVX2 static void blocks_256_bf16(const struct call *c, int64_t a, int64_t b) { blocks_256(c, a, b, BF16); }
-AVX2 static void blocks_256_fp16(const struct call *c, int64_t a, int64_t b) { blocks_256(c, a, b, FP16); }
+AVX2 static void blocks_256_fp32(const struct call *c, int64_t a, int64_t b) {
+    blocks_256(c, a, b, FP32);
+}
+AVX2 static void blocks_256_bf16(const struct call *c, int64_t a, int64_t b) {
+    blocks_256(c, a, b, BF16);
+}
+AVX2 static void blocks_256_fp16(const struct call *c, int64_t a, int64_t b) {
+    blocks_256(c, a, b, FP16);
+}
 
-static void (*const WHOLE_512[])(const struct call *, int64_t, int64_t) = {blocks_512_fp32, blocks_512_bf16, blocks_512_fp16};
-static void (*const WHOLE_256[])(const struct call *, int64_t, int64_t) = {blocks_256_fp32, blocks_256_bf16, blocks_256_fp16};
+static void (*const WHOLE_512[])(const struct call *, int64_t,
+                                 int64_t) = {blocks_512_fp32, blocks_512_bf16, blocks_512_fp16};
+static void (*const WHOLE_256[])(const struct call *, int64_t,
+                                 int64_t) = {blocks_256_fp32, blocks_256_bf16, blocks_256_fp16};
 
 #endif
 
@@ -150,10 +175,11 @@ static void some_blocks(void *data, int64_t first, int64_t last) {
     for (int64_t number = first; number < last; number++) block_plain(c, number);
 }
 
-/* x: `count` elements. A block that is not finite leaves an absmax that is not. level: -1, or the highest used. */
-void veneer_nf4_quantize(
-    const void *x, int type, int64_t count, int64_t block, const float *thresholds, const int32_t *codes, uint8_t *packed,
-    float *absmax, int level) {
+/* x: `count` elements. A block that is not finite leaves an absmax that is not. level: -1, or the
+ * highest used. */
+void veneer_nf4_quantize(const void *x, int type, int64_t count, int64_t block,
+                         const float *thresholds, const int32_t *codes, uint8_t *packed,
+                         float *absmax, int level) {
     struct call c = {x, type, nf4_level(level), count, block, thresholds, codes, packed, absmax};
     veneer_parallel(some_blocks, &c, (count + block - 1) / block, (1 << 14) / block + 1);
 }

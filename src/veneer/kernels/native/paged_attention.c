@@ -1,14 +1,17 @@
-/* Attention of a decoding step over keys and values in blocks: see kernels/paged_attention.py for what it computes.
+/* Attention of a decoding step over keys and values in blocks: see kernels/paged_attention.py for
+   what it computes.
 
-   A step's rows are tokens of spans, each span those of one sequence: a single one, or a chunk of a prompt. A table names
-   a sequence's blocks, those of its trained prefix (the front, whose last block may be filled in part) before its own.
-       keys     (blocks, K, D, SLOTS) floats, or (blocks, K, D / 2, SLOTS) pairs of bf16 neighbours along D
-       values   (blocks, K, SLOTS, E) floats, or (blocks, K, SLOTS / 2, E) pairs of bf16 neighbours along the slots
-   so a register holds the keys of a block's tokens side by side, and no sum runs across its lanes.
+   A step's rows are tokens of spans, each span those of one sequence: a single one, or a chunk of a
+   prompt. A table names a sequence's blocks, those of its trained prefix (the front, whose last
+   block may be filled in part) before its own. keys     (blocks, K, D, SLOTS) floats, or (blocks,
+   K, D / 2, SLOTS) pairs of bf16 neighbours along D values   (blocks, K, SLOTS, E) floats, or
+   (blocks, K, SLOTS / 2, E) pairs of bf16 neighbours along the slots so a register holds the keys
+   of a block's tokens side by side, and no sum runs across its lanes.
 
-   A unit is what one task reads blocks for: rows of one chunk of a prompt, or single rows; what the tables of these begin
-   with in common is read once. A row's keys are taken in chunks of CHUNK blocks, counted from the table's beginning, one
-   after another; how rows are put together, split and spread over threads changes no bit of a row. */
+   A unit is what one task reads blocks for: rows of one chunk of a prompt, or single rows; what the
+   tables of these begin with in common is read once. A row's keys are taken in chunks of CHUNK
+   blocks, counted from the table's beginning, one after another; how rows are put together, split
+   and spread over threads changes no bit of a row. */
 #include "bits.h"
 #include "parallel.h"
 #include <math.h>
@@ -16,9 +19,17 @@
 #undef INLINE
 
 enum { SLOTS = 16, CHUNK = 8, QUERIES = 32, WHOLE = 4 };
-enum { TABLE, FRONT_BLOCKS, FRONT, START, STOP, SPAN }; /* columns of a span: kernels/paged_attention.py has them too */
+enum {
+    TABLE,
+    FRONT_BLOCKS,
+    FRONT,
+    START,
+    STOP,
+    SPAN
+}; /* columns of a span: kernels/paged_attention.py has them too */
 
-/* Strides in values; the innermost one is 1. kernels/paged_calls.py has the same fields in this order. */
+/* Strides in values; the innermost one is 1. kernels/paged_calls.py has the same fields in this
+ * order. */
 struct paged_attention {
     const int32_t *tables;
     const int64_t *spans; /* (count, SPAN) */
@@ -44,7 +55,8 @@ struct block {
 };
 
 struct unit {
-    int64_t span, first, row, rows, singles; /* first: of the span's rows. singles: each row is a span of its own */
+    int64_t span, first, row, rows,
+        singles; /* first: of the span's rows. singles: each row is a span of its own */
     int64_t shared, chunks, task, part;
 };
 
@@ -59,8 +71,8 @@ struct run {
     const struct paged_attention *a;
     struct unit *units;
     int64_t tasks, split, whole, next, failed; /* whole: a task is all heads of a unit */
-    float *parts;   /* split: (unit, head, chunk, M, 2 + E) */
-    int64_t *left;  /* split: chunks of a unit and head that are not done */
+    float *parts;                              /* split: (unit, head, chunk, M, 2 + E) */
+    int64_t *left; /* split: chunks of a unit and head that are not done */
 };
 
 static int64_t tasks_of(const struct run *run, const struct unit *u, int64_t heads) {
@@ -82,17 +94,21 @@ static struct seen seen_by(const struct paged_attention *a, const int64_t *span,
 
 static struct lanes lanes_of(const int64_t *span, const struct seen *seen, int64_t block) {
     const int64_t high = block < span[FRONT_BLOCKS] ? least(seen->high, span[FRONT]) : seen->high;
-    return (struct lanes){seen->low > block * SLOTS ? seen->low - block * SLOTS : 0, least(high - block * SLOTS, SLOTS)};
+    return (struct lanes){seen->low > block * SLOTS ? seen->low - block * SLOTS : 0,
+                          least(high - block * SLOTS, SLOTS)};
 }
 
-/* Keys and values of rows i to i + n - 1 of a span into their blocks; `row`: the first one's among the step's. */
-static inline void write_rows(int pairs, const struct paged_attention *a, const int64_t *span, int64_t row, int64_t i, int64_t n, int64_t head) {
+/* Keys and values of rows i to i + n - 1 of a span into their blocks; `row`: the first one's among
+ * the step's. */
+static inline void write_rows(int pairs, const struct paged_attention *a, const int64_t *span,
+                              int64_t row, int64_t i, int64_t n, int64_t head) {
     const int64_t words = a->size / (1 + pairs), E = a->value_size;
     for (; n > 0; n--, i++, row++) {
         const int64_t slot = slot_of(span, span[FRONT] + span[START] + i), t = slot % SLOTS;
         const int64_t at = a->tables[span[TABLE] + slot / SLOTS] * a->kv_heads + head;
         uint32_t *key = (uint32_t *)a->keys + at * words * SLOTS + t;
-        uint32_t *value = (uint32_t *)a->values + (at * (SLOTS / (1 + pairs)) + t / (1 + pairs)) * E;
+        uint32_t *value =
+            (uint32_t *)a->values + (at * (SLOTS / (1 + pairs)) + t / (1 + pairs)) * E;
         const char *k = (const char *)a->k + (row * a->k_row + head * a->k_head) * (pairs ? 2 : 4);
         const char *v = (const char *)a->v + (row * a->v_row + head * a->v_head) * (pairs ? 2 : 4);
         for (int64_t d = 0; d < words; d++) memcpy(key + d * SLOTS, k + 4 * d, 4);
@@ -102,16 +118,21 @@ static inline void write_rows(int pairs, const struct paged_attention *a, const 
         }
         /* The first of a pair clears what another text left in the second's place. */
         const uint16_t *own = (const uint16_t *)v;
-        if (t % 2 == 0) for (int64_t e = 0; e < E; e++) value[e] = own[e];
-        else for (int64_t e = 0; e < E; e++) value[e] = (value[e] & 0xFFFF) | (uint32_t)own[e] << 16;
+        if (t % 2 == 0)
+            for (int64_t e = 0; e < E; e++) value[e] = own[e];
+        else
+            for (int64_t e = 0; e < E; e++) value[e] = (value[e] & 0xFFFF) | (uint32_t)own[e] << 16;
     }
 }
 
 static int take_scratch(struct run *run, struct scratch *s) {
     const struct paged_attention *a = run->a;
-    const int64_t G = a->heads / a->kv_heads, M = G > QUERIES ? G : QUERIES, E = (a->value_size + 2 + 15) / 16 * 16, D = (a->size + 15) / 16 * 16;
+    const int64_t G = a->heads / a->kv_heads, M = G > QUERIES ? G : QUERIES,
+                  E = (a->value_size + 2 + 15) / 16 * 16, D = (a->size + 15) / 16 * 16;
     char *at = NULL;
-    if (posix_memalign((void **)&at, 64, (size_t)(M * (D + 2 * E + 2 * CHUNK * SLOTS) * 4 + M * (int64_t)sizeof(struct seen)))) {
+    if (posix_memalign(
+            (void **)&at, 64,
+            (size_t)(M * (D + 2 * E + 2 * CHUNK * SLOTS) * 4 + M * (int64_t)sizeof(struct seen)))) {
         run->failed = 1;
         return 0;
     }
@@ -127,27 +148,54 @@ static int take_scratch(struct run *run, struct scratch *s) {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define OF_MORE_ROWS(call) case 4: call(4); break; case 5: call(5); break; case 6: call(6); break;
+#define OF_MORE_ROWS(call)                                                                         \
+    case 4:                                                                                        \
+        call(4);                                                                                   \
+        break;                                                                                     \
+    case 5:                                                                                        \
+        call(5);                                                                                   \
+        break;                                                                                     \
+    case 6:                                                                                        \
+        call(6);                                                                                   \
+        break;
 #define LEVEL 4
 #define W 16
 #define ROWS 6
 #define BLOCKS 4
 #define COLUMNS 4
 #define NAME(x) x##_bf16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
+#define TARGET                                                                                     \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
-#define OF_MORE_ROWS(call) case 4: call(4); break; case 5: call(5); break; case 6: call(6); break;
+#define OF_MORE_ROWS(call)                                                                         \
+    case 4:                                                                                        \
+        call(4);                                                                                   \
+        break;                                                                                     \
+    case 5:                                                                                        \
+        call(5);                                                                                   \
+        break;                                                                                     \
+    case 6:                                                                                        \
+        call(6);                                                                                   \
+        break;
 #define LEVEL 3
 #define W 16
 #define ROWS 6
 #define BLOCKS 4
 #define COLUMNS 4
 #define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define TARGET                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
-#define OF_MORE_ROWS(call) case 4: call(4); break; case 5: call(5); break;
+#define OF_MORE_ROWS(call)                                                                         \
+    case 4:                                                                                        \
+        call(4);                                                                                   \
+        break;                                                                                     \
+    case 5:                                                                                        \
+        call(5);                                                                                   \
+        break;
 #define LEVEL 2
 #define W 8
 #define ROWS 5
@@ -183,11 +231,17 @@ static veneer_body body_of(int pairs, int most) {
     return pairs ? attend_pairs_plain : attend_floats_plain;
 }
 
-static int64_t blocks_of(const int64_t *span) { return span[FRONT_BLOCKS] + (span[STOP] + SLOTS - 1) / SLOTS; }
+static int64_t blocks_of(const int64_t *span) {
+    return span[FRONT_BLOCKS] + (span[STOP] + SLOTS - 1) / SLOTS;
+}
 
-/* Chunks that two tables begin with in common, neither's last one among them: that is where their rows are written. */
-static int64_t common_chunks(const struct paged_attention *a, const int64_t *one, const int64_t *other) {
-    const int64_t most = least(slot_of(one, one[FRONT] + one[START]), slot_of(other, other[FRONT] + other[START])) / SLOTS;
+/* Chunks that two tables begin with in common, neither's last one among them: that is where their
+ * rows are written. */
+static int64_t common_chunks(const struct paged_attention *a, const int64_t *one,
+                             const int64_t *other) {
+    const int64_t most =
+        least(slot_of(one, one[FRONT] + one[START]), slot_of(other, other[FRONT] + other[START])) /
+        SLOTS;
     int64_t b = 0;
     if (one[FRONT] != other[FRONT] || one[FRONT_BLOCKS] != other[FRONT_BLOCKS]) return 0;
     while (b < most && a->tables[one[TABLE] + b] == a->tables[other[TABLE] + b]) b++;
@@ -200,7 +254,8 @@ static int64_t units_of(const struct paged_attention *a, struct unit *units, int
     *work = 0;
     for (int64_t n = 0; n < a->count; n++) {
         const int64_t *span = a->spans + n * SPAN;
-        const int64_t rows = span[STOP] - span[START], chunks = (blocks_of(span) + CHUNK - 1) / CHUNK;
+        const int64_t rows = span[STOP] - span[START],
+                      chunks = (blocks_of(span) + CHUNK - 1) / CHUNK;
         *work += rows * blocks_of(span);
         struct unit *last = units + num - 1;
         if (rows == 1 && num && last->singles && last->rows < most) {
@@ -215,7 +270,8 @@ static int64_t units_of(const struct paged_attention *a, struct unit *units, int
         for (int64_t i = 0; i < rows; i += most) {
             const int64_t own = least(rows - i, most);
             const int64_t slots = slot_of(span, span[FRONT] + span[START] + i + own - 1) + 1;
-            units[num++] = (struct unit){n, i, row, own, rows == 1, 0, (slots + CHUNK * SLOTS - 1) / (CHUNK * SLOTS), 0, 0};
+            units[num++] = (struct unit){
+                n, i, row, own, rows == 1, 0, (slots + CHUNK * SLOTS - 1) / (CHUNK * SLOTS), 0, 0};
             row += own;
         }
     }
@@ -235,7 +291,8 @@ static void write_body(void *arguments, int64_t from, int64_t to) {
         const int64_t *span = w->a->spans + n * SPAN, rows = span[STOP] - span[START];
         for (int64_t head = 0; head < w->a->kv_heads; head++) {
             const int64_t item = n * w->a->kv_heads + head;
-            if (rows > 1 && item >= from && item < to) write_rows(w->pairs, w->a, span, row, 0, rows, head);
+            if (rows > 1 && item >= from && item < to)
+                write_rows(w->pairs, w->a, span, row, 0, rows, head);
         }
         row += rows;
     }
@@ -258,7 +315,8 @@ int veneer_paged_attention(const struct paged_attention *a, int pairs, int most)
     }
     const int64_t num = units_of(a, run.units, &work);
     int64_t longest = 1, part = 0;
-    for (int64_t n = 0; n < num; n++) longest = run.units[n].chunks > longest ? run.units[n].chunks : longest;
+    for (int64_t n = 0; n < num; n++)
+        longest = run.units[n].chunks > longest ? run.units[n].chunks : longest;
     run.split = longest > 1 && num * K < 2 * veneer_threads();
     run.whole = num >= WHOLE * veneer_threads();
     for (int64_t n = 0; n < num; n++) {
@@ -270,10 +328,12 @@ int veneer_paged_attention(const struct paged_attention *a, int pairs, int most)
     if (run.split) {
         run.parts = malloc((size_t)part * sizeof(float));
         run.left = malloc((size_t)(num * K) * sizeof(int64_t));
-        for (int64_t i = 0; run.left != NULL && i < num * K; i++) run.left[i] = run.units[i / K].chunks;
+        for (int64_t i = 0; run.left != NULL && i < num * K; i++)
+            run.left[i] = run.units[i / K].chunks;
         run.failed = run.parts == NULL || run.left == NULL;
     }
-    /* Some 5 thousand products of a query with a block's keys and values are worth a thread that waits awake. */
+    /* Some 5 thousand products of a query with a block's keys and values are worth a thread that
+     * waits awake. */
     if (!run.failed) veneer_parallel(body_of(pairs, most), &run, work * a->heads, 16);
     free(run.units), free(run.parts), free(run.left);
     return (int)run.failed;

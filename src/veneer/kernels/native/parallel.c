@@ -1,9 +1,11 @@
-/* Runs a body on the OpenMP threads that torch has already started. Nothing is linked: native.py finds the library that
-   torch loaded and hands over four of its functions. Linking another OpenMP would start a second pool, whose threads
-   wait by spinning and take the cores from the first. Without them everything runs on the calling thread.
+/* Runs a body on the OpenMP threads that torch has already started. Nothing is linked: native.py
+   finds the library that torch loaded and hands over four of its functions. Linking another OpenMP
+   would start a second pool, whose threads wait by spinning and take the cores from the first.
+   Without them everything runs on the calling thread.
 
-   Many calls in a row are made by a team: one parallel region, whose other threads wait for the next call of the first.
-   It hands runs out by one counter and waits for those that were taken, so a thread that is late keeps nobody waiting. */
+   Many calls in a row are made by a team: one parallel region, whose other threads wait for the
+   next call of the first. It hands runs out by one counter and waits for those that were taken, so
+   a thread that is late keeps nobody waiting. */
 #include "parallel.h"
 #include <sched.h>
 #include <stddef.h>
@@ -28,8 +30,8 @@ struct call {
     int64_t count, runs;
 };
 
-/* left: runs of the call that nobody has taken, < 0: there is no more to come; undone: those that are not done. A line of
-   memory each. */
+/* left: runs of the call that nobody has taken, < 0: there is no more to come; undone: those that
+   are not done. A line of memory each. */
 struct team {
     struct call call;
     void (*work)(void *);
@@ -42,7 +44,8 @@ struct team {
 static _Thread_local struct team *own_team; /* of its first thread, between its runs */
 
 static void make_run(const struct call *call, int64_t run) {
-    const int64_t start = call->count * run / call->runs, stop = call->count * (run + 1) / call->runs;
+    const int64_t start = call->count * run / call->runs,
+                  stop = call->count * (run + 1) / call->runs;
     if (start < stop) call->body(call->arguments, start, stop);
 }
 
@@ -59,7 +62,8 @@ static void wait_a_turn(int64_t turns) {
 static int take_run(struct team *team) {
     int64_t left = __atomic_load_n(&team->left, __ATOMIC_RELAXED);
     while (left > 0)
-        if (__atomic_compare_exchange_n(&team->left, &left, left - 1, 1, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+        if (__atomic_compare_exchange_n(&team->left, &left, left - 1, 1, __ATOMIC_ACQUIRE,
+                                        __ATOMIC_RELAXED)) {
             make_run(&team->call, team->call.runs - left);
             __atomic_sub_fetch(&team->undone, 1, __ATOMIC_RELEASE);
             return 1;
@@ -77,13 +81,16 @@ static void of_a_team(void *data) {
         return;
     }
     for (int64_t turns = 0; __atomic_load_n(&team->left, __ATOMIC_RELAXED) >= 0; turns++) {
-        if (take_run(team)) turns = 0;
-        else wait_a_turn(turns);
+        if (take_run(team))
+            turns = 0;
+        else
+            wait_a_turn(turns);
     }
 }
 
 void veneer_wait(const int64_t *undone) {
-    for (int64_t turns = 0; __atomic_load_n(undone, __ATOMIC_ACQUIRE) > 0; turns++) wait_a_turn(turns);
+    for (int64_t turns = 0; __atomic_load_n(undone, __ATOMIC_ACQUIRE) > 0; turns++)
+        wait_a_turn(turns);
 }
 
 static void made_by(struct team *team, const struct call *call) {
@@ -96,9 +103,7 @@ static void made_by(struct team *team, const struct call *call) {
 }
 
 /* A region of its own: threads take the next run as long as there is one. */
-static void in_a_region(void *data) {
-    while (take_run(data));
-}
+static void in_a_region(void *data) { while (take_run(data)); }
 
 int64_t veneer_thread(void) { return openmp_thread_num != NULL ? openmp_thread_num() : 0; }
 
@@ -109,18 +114,22 @@ int64_t veneer_threads(void) {
 
 void veneer_together(void (*work)(void *), void *arguments) {
     struct team team = {.work = work, .arguments = arguments, .threads = veneer_threads()};
-    if (team.threads > 1 && own_team == NULL) openmp_parallel(of_a_team, &team, (unsigned)team.threads, 0);
-    else work(arguments);
+    if (team.threads > 1 && own_team == NULL)
+        openmp_parallel(of_a_team, &team, (unsigned)team.threads, 0);
+    else
+        work(arguments);
 }
 
-void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns) {
+void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int64_t grain,
+                           int64_t turns) {
     int64_t most = veneer_threads(), useful = count / (grain < 1 ? 1 : grain);
     int64_t threads = useful < most ? useful : most;
     if (threads <= 1) {
         if (count > 0) body(arguments, 0, count);
         return;
     }
-    const struct call call = {body, arguments, count, useful < threads * turns ? useful : threads * turns};
+    const struct call call = {body, arguments, count,
+                              useful < threads * turns ? useful : threads * turns};
     if (own_team != NULL) {
         made_by(own_team, &call);
         return;
@@ -142,11 +151,13 @@ static int64_t next_of_second(struct both *both, int64_t run) {
     if (runs > 64) return run;
     for (int64_t i = 0;; i++) {
         const uint64_t bit = (uint64_t)1 << (own + i) % runs;
-        if (!(__atomic_fetch_or(&both->taken, bit, __ATOMIC_RELAXED) & bit)) return (own + i) % runs;
+        if (!(__atomic_fetch_or(&both->taken, bit, __ATOMIC_RELAXED) & bit))
+            return (own + i) % runs;
     }
 }
 
-/* Runs are taken in their order: whoever waits in one of the second, waits for runs that others are at. */
+/* Runs are taken in their order: whoever waits in one of the second, waits for runs that others are
+ * at. */
 static void of_both(void *data, int64_t start, int64_t stop) {
     struct both *both = data;
     for (int64_t run = start; run < stop; run++) {
@@ -159,14 +170,19 @@ static void of_both(void *data, int64_t start, int64_t stop) {
     }
 }
 
-void veneer_parallel_behind(veneer_body body, void *arguments, int64_t count, int64_t grain, int64_t turns, struct behind *behind) {
+void veneer_parallel_behind(veneer_body body, void *arguments, int64_t count, int64_t grain,
+                            int64_t turns, struct behind *behind) {
     if (behind == NULL) {
         veneer_parallel_dealt(body, arguments, count, grain, turns);
         return;
     }
-    const int64_t threads = veneer_threads(), most = turns * threads, useful = count / (grain < 1 ? 1 : grain), some = useful < most ? useful : most;
-    struct both both = {
-        {body, arguments, count, some < 1 ? 1 : some}, {behind->body, behind->arguments, behind->count, behind->runs}, &behind->undone, threads, 0};
+    const int64_t threads = veneer_threads(), most = turns * threads,
+                  useful = count / (grain < 1 ? 1 : grain), some = useful < most ? useful : most;
+    struct both both = {{body, arguments, count, some < 1 ? 1 : some},
+                        {behind->body, behind->arguments, behind->count, behind->runs},
+                        &behind->undone,
+                        threads,
+                        0};
     const int64_t all = both.first.runs + both.second.runs;
     behind->undone = both.first.runs;
     veneer_parallel_dealt(of_both, &both, all, 1, all);

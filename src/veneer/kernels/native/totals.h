@@ -1,18 +1,21 @@
-/* The lanes of four registers added up, each by itself: in one order for all who compute what others compute too. */
+/* The lanes of four registers added up, each by itself: in one order for all who compute what
+ * others compute too. */
 #ifndef VENEER_TOTALS_H
 #define VENEER_TOTALS_H
 
 #include "few_rows.h"
 #include <immintrin.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define AVX512                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
 #define AVX2 __attribute__((target("avx2,fma")))
 
 /* Of each quarter of the lanes the sums of four registers. */
 INLINE AVX512 __m512 quarters_512(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd),
+            high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
     return _mm512_add_ps((__m512)low, (__m512)high);
 }
 

@@ -1,23 +1,26 @@
-/* Updates of a small rank on some rows of y: y += scale * (x A^T) B^T, many at once, behind a product with dense W.
+/* Updates of a small rank on some rows of y: y += scale * (x A^T) B^T, many at once, behind a
+   product with dense W.
 
-   x A^T is rounded to the values' type. Factors lie as they are read (factors.h), so no sum runs across lanes: each goes
-   along the width or the rank in an order that neither the rows beside it nor the number of threads changes.
-   updates_body.h holds the code, written once and compiled here for each set of instructions; updates_tiles.c the one for
-   tiles. Each factor is read once, as memory gives it: what comes next is asked for meanwhile, and while the product before
-   them keeps memory waiting, that too. A thread that finds nothing left of the product goes on with its updates' x A^T, and
-   adds to y when the others are done. */
+   x A^T is rounded to the values' type. Factors lie as they are read (factors.h), so no sum runs
+   across lanes: each goes along the width or the rank in an order that neither the rows beside it
+   nor the number of threads changes. updates_body.h holds the code, written once and compiled here
+   for each set of instructions; updates_tiles.c the one for tiles. Each factor is read once, as
+   memory gives it: what comes next is asked for meanwhile, and while the product before them keeps
+   memory waiting, that too. A thread that finds nothing left of the product goes on with its
+   updates' x A^T, and adds to y when the others are done. */
 #include "updates.h"
 #include "factors.h"
 #include <stddef.h>
 #include <stdlib.h>
 
 enum {
-    VECTORS = 4, /* of a block of outs */
-    CHAINS = 4,  /* sums of a rank: every fourth word each, so that none waits for the last */
+    VECTORS = 4,     /* of a block of outs */
+    CHAINS = 4,      /* sums of a rank: every fourth word each, so that none waits for the last */
     MOST_PARTS = 16, /* kernels/dense_calls.py knows it too */
-    CHUNK = 64,  /* rows of an update that go together: what they read and write stays in the second cache */
-    SOON = 64,   /* lines asked for ahead */
-    EACH = 4,    /* updates a thread from which on one thread takes all of an update */
+    CHUNK = 64, /* rows of an update that go together: what they read and write stays in the second
+                   cache */
+    SOON = 64,  /* lines asked for ahead */
+    EACH = 4,   /* updates a thread from which on one thread takes all of an update */
 };
 
 typedef float f16v __attribute__((vector_size(64)));
@@ -67,25 +70,30 @@ INLINE void add_sums(const struct update *u, const int type, int64_t row, int64_
     memcpy(parts, &sums, 64);
     for (int i = 0; i < 4; i++, out += 4, y += 4 * size) {
         const int64_t count = u->outs - out < 4 ? u->outs - out : 4;
-        if (count > 0) put_floats(y, parts[i] * u->scale + some_floats(y, count, type), count, type);
+        if (count > 0)
+            put_floats(y, parts[i] * u->scale + some_floats(y, count, type), count, type);
     }
 }
 
 /* Products of a word with words, by multiplying and adding. */
 #define HALVES(sums, a, b, part) ((sums) + (f16v)((b)part) * float_of_bits((a)part))
-#define MULTIPLIED(sums, a, b, type)                                        \
-    ((type) == FEW_FP32 ? (sums) + (f16v)(b) * float_of_bits(a)             \
-                        : HALVES(HALVES(sums, a, b, << 16), a, b, & 0xffff0000u))
+#define MULTIPLIED(sums, a, b, type)                                                               \
+    ((type) == FEW_FP32 ? (sums) + (f16v)(b) * float_of_bits(a)                                    \
+                        : HALVES(HALVES(sums, a, b, << 16), a, b, &0xffff0000u))
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
-#define AVX512BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
+#define AVX512                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define AVX512BF16                                                                                 \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
 
 #define NAME(x) x##_pairs
 #define TARGET AVX512BF16
 #define ROWS 4
-#define MULTIPLY(sums, a, b, type) (f16v) _mm512_dpbf16_ps((__m512)(sums), (__m512bh)_mm512_set1_epi32((int)(a)), (__m512bh)(b))
+#define MULTIPLY(sums, a, b, type)                                                                 \
+    (f16v) _mm512_dpbf16_ps((__m512)(sums), (__m512bh)_mm512_set1_epi32((int)(a)), (__m512bh)(b))
 #include "updates_body.h"
 
 #define NAME(x) x##_avx512
@@ -127,7 +135,8 @@ static struct ways ways_of(int type, int most) {
     return (struct ways){downs_plain, ups_plain, 0};
 }
 
-/* what: DOWN, UP, or both of each update by one thread. undone: NULL, or what to wait for before y changes. */
+/* what: DOWN, UP, or both of each update by one thread. undone: NULL, or what to wait for before y
+ * changes. */
 struct work {
     const struct update *of;
     int64_t count;
@@ -142,7 +151,8 @@ INLINE int64_t units_of(const struct work *all, const struct update *u) {
 
 /* Of a unit: factors are read, then multiplied with each row. */
 INLINE int64_t cost_of(const struct work *all, const struct update *u) {
-    const int64_t words = words_of(all->type, u->rank), down = filled_rank(u->rank) * words_of(all->type, u->width) / UPDATE_BLOCK;
+    const int64_t words = words_of(all->type, u->rank),
+                  down = filled_rank(u->rank) * words_of(all->type, u->width) / UPDATE_BLOCK;
     if (all->what == UP) return words * (u->rows + 3);
     return (1 + down + (all->what & UP ? words * blocks_of(u->outs) : 0)) * (u->rows + 3);
 }
@@ -157,7 +167,8 @@ INLINE int64_t alike(const struct work *all, const struct update *u, const struc
 }
 
 /* The second half of updates [u, last), whose first half is made. */
-static void make_up(const struct work *all, const struct update *u, const struct update *last, struct ahead *soon) {
+static void make_up(const struct work *all, const struct update *u, const struct update *last,
+                    struct ahead *soon) {
     for (int64_t count; u < last; u += count) {
         count = alike(all, u, last);
         all->ways.ups(u, count, 0, blocks_of(u->outs), soon);
@@ -169,10 +180,12 @@ static void run(void *arguments, int64_t start, int64_t stop) {
     const struct work *all = arguments;
     const struct update *last = all->of, *halves = NULL;
     struct ahead soon = {.what = all->what, .type = all->type};
-    for (int64_t before = 0; last < all->of + all->count && before < stop; last++) before += units_of(all, last) * cost_of(all, last);
+    for (int64_t before = 0; last < all->of + all->count && before < stop; last++)
+        before += units_of(all, last) * cost_of(all, last);
     int64_t before = 0;
     for (const struct update *u = all->of; u < last; u++) {
-        const int64_t cost = cost_of(all, u), units = units_of(all, u), behind = before + units * cost;
+        const int64_t cost = cost_of(all, u), units = units_of(all, u),
+                      behind = before + units * cost;
         if (behind <= start) {
             before = behind;
             continue;
@@ -184,7 +197,8 @@ static void run(void *arguments, int64_t start, int64_t stop) {
         const int64_t count = alike(all, u, last);
         if ((u->rows > 1 || all->ways.single == 0) && (soon.last == NULL || soon.u < u)) {
             soon.u = u, soon.last = last;
-            ahead_in(&soon, all->what & DOWN ? DOWN : UP, all->what == UP ? begin * UPDATE_BLOCK * words_of(all->type, u->rank) : 0);
+            ahead_in(&soon, all->what & DOWN ? DOWN : UP,
+                     all->what == UP ? begin * UPDATE_BLOCK * words_of(all->type, u->rank) : 0);
             bring(&soon, SOON);
         }
         if (all->what & DOWN) all->ways.downs(u, count, &soon);
@@ -205,7 +219,8 @@ static void run(void *arguments, int64_t start, int64_t stop) {
 
 static int64_t whole_cost(const struct work *all) {
     int64_t cost = 0;
-    for (const struct update *u = all->of; u < all->of + all->count; u++) cost += units_of(all, u) * cost_of(all, u);
+    for (const struct update *u = all->of; u < all->of + all->count; u++)
+        cost += units_of(all, u) * cost_of(all, u);
     return cost;
 }
 
@@ -214,24 +229,31 @@ static void run_all(struct work all, int what, int64_t turns) {
     veneer_parallel_dealt(run, &all, whole_cost(&all), ALONE / UPDATE_BLOCK, turns);
 }
 
-/* The updates of the next turn that there are any of, each part's from done[part] on, TOGETHER of each part by turns, and of
-   an update CHUNK rows at a time. */
-static int64_t next_turn(const struct few_rows_updated *call, int64_t *done, char **down, struct update *to) {
+/* The updates of the next turn that there are any of, each part's from done[part] on, TOGETHER of
+   each part by turns, and of an update CHUNK rows at a time. */
+static int64_t next_turn(const struct few_rows_updated *call, int64_t *done, char **down,
+                         struct update *to) {
     const int size = call->type == FEW_FP32 ? 4 : 2;
     int64_t turn = INT64_MAX, found = 0;
     for (int64_t p = 0; p < call->count; p++)
-        if (done[p] < call->parts[p].count && call->parts[p].updates[done[p]].turn < turn) turn = call->parts[p].updates[done[p]].turn;
+        if (done[p] < call->parts[p].count && call->parts[p].updates[done[p]].turn < turn)
+            turn = call->parts[p].updates[done[p]].turn;
     for (int64_t p = 0, left = call->count; left > 0; p = (p + 1) % call->count) {
         const struct few_rows_updated_part *part = call->parts + p;
         const int64_t stop = done[p] + TOGETHER;
-        left = done[p] < part->count && part->updates[done[p]].turn == turn ? call->count : left - 1;
-        for (; done[p] < stop && done[p] < part->count && part->updates[done[p]].turn == turn; done[p]++) {
+        left =
+            done[p] < part->count && part->updates[done[p]].turn == turn ? call->count : left - 1;
+        for (; done[p] < stop && done[p] < part->count && part->updates[done[p]].turn == turn;
+             done[p]++) {
             const struct few_rows_update *u = part->updates + done[p];
             for (int64_t row = 0; row < u->rows; row += CHUNK) {
-                const int64_t rows = u->rows - row < CHUNK ? u->rows - row : CHUNK, first = u->first + row;
+                const int64_t rows = u->rows - row < CHUNK ? u->rows - row : CHUNK,
+                              first = u->first + row;
                 const char *x = (const char *)call->x + first * call->apart * size;
                 char *y = (char *)part->y + first * part->outs * size;
-                to[found++] = (struct update){x, u->A, u->B, *down, y, rows, call->apart, call->width, u->rank, part->outs, u->scale};
+                to[found++] =
+                    (struct update){x,           u->A,        u->B,    *down,      y,       rows,
+                                    call->apart, call->width, u->rank, part->outs, u->scale};
                 *down += rows * u->rank * size;
             }
         }
@@ -239,13 +261,16 @@ static int64_t next_turn(const struct few_rows_updated *call, int64_t *done, cha
     return found;
 }
 
-/* What updates read, in their order: an A, and its B, which lies behind it where factors.c laid them out. */
-static void read_by(const struct update *u, int64_t count, const int type, struct stretch *to, struct behind *behind) {
+/* What updates read, in their order: an A, and its B, which lies behind it where factors.c laid
+ * them out. */
+static void read_by(const struct update *u, int64_t count, const int type, struct stretch *to,
+                    struct behind *behind) {
     behind->reads = to;
     for (const struct update *last = u + count; u < last; u++) {
         const int64_t lines = filled_rank(u->rank) * filled_words(type, u->width) / STEP;
         *to++ = (struct stretch){(const char *)u->A, lines};
-        *to++ = (struct stretch){(const char *)u->B, blocks_of(u->outs) * UPDATE_BLOCK * words_of(type, u->rank) / STEP};
+        *to++ = (struct stretch){(const char *)u->B, blocks_of(u->outs) * UPDATE_BLOCK *
+                                                         words_of(type, u->rank) / STEP};
         behind->lines += to[-2].lines + to[-1].lines;
     }
 }
@@ -253,10 +278,13 @@ static void read_by(const struct update *u, int64_t count, const int type, struc
 int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     struct piece of[MOST_PARTS];
     int64_t pieces = 0, updates = 0, done[MOST_PARTS] = {0};
-    for (const struct few_rows_updated_part *part = call->parts; part < call->parts + call->count; part++) {
+    for (const struct few_rows_updated_part *part = call->parts; part < call->parts + call->count;
+         part++) {
         if (part->w != NULL)
-            of[pieces++] = (struct piece){call->x, part->w, part->bias, part->y, call->rows, call->width, part->outs, call->apart, NULL};
-        for (int64_t i = 0; i < part->count; i++) updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
+            of[pieces++] = (struct piece){call->x,     part->w,    part->bias,  part->y, call->rows,
+                                          call->width, part->outs, call->apart, NULL};
+        for (int64_t i = 0; i < part->count; i++)
+            updates += (part->updates[i].rows + CHUNK - 1) / CHUNK;
     }
     if (updates == 0) return pieces > 0 && veneer_pieces(of, pieces, call->type, most, NULL);
     struct update *all = malloc((size_t)updates * (sizeof *all + 2 * sizeof(struct stretch)));
@@ -267,10 +295,16 @@ int veneer_few_rows_updated(const struct few_rows_updated *call, int most) {
     int failed = 0;
     for (int64_t left = updates; left > 0 && !failed; pieces = 0) {
         struct behind behind = {.body = run, .runs = turns * veneer_threads()};
-        struct work work = {all, next_turn(call, done, &down, all), ways_of(call->type, most), DOWN | UP, call->type, NULL};
+        struct work work = {all,
+                            next_turn(call, done, &down, all),
+                            ways_of(call->type, most),
+                            DOWN | UP,
+                            call->type,
+                            NULL};
         left -= work.count;
         if (pieces > 0 && work.count >= many) {
-            behind.arguments = &work, behind.count = whole_cost(&work), work.undone = &behind.undone;
+            behind.arguments = &work, behind.count = whole_cost(&work),
+            work.undone = &behind.undone;
             if (call->rows <= FEW) read_by(all, work.count, call->type, reads, &behind);
             failed = veneer_pieces(of, pieces, call->type, most, &behind);
             continue;

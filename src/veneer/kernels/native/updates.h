@@ -4,15 +4,16 @@
 
 #include <stdint.h>
 
-/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A and B as factors.h says. Those of one turn do
-   not meet; a part's are in the order of their turns. */
+/* Rows [first, first + rows) of a part's y += scale * (x A^T) B^T; A and B as factors.h says. Those
+   of one turn do not meet; a part's are in the order of their turns. */
 struct few_rows_update {
     const void *A, *B;
     int64_t first, rows, rank, turn;
     float scale;
 };
 
-/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn after turn. */
+/* y (all rows, outs) = x W^T + bias where there is a W, else as it stands; then the updates, turn
+ * after turn. */
 struct few_rows_updated_part {
     const void *w, *bias;
     void *y;

@@ -1,8 +1,10 @@
-/* Included by updates.c once for each set of instructions: NAME(x) gives the functions their names, TARGET their compiler
-   option; at most ROWS rows go together. MULTIPLY adds products of a word with words to sums. */
+/* Included by updates.c once for each set of instructions: NAME(x) gives the functions their names,
+   TARGET their compiler option; at most ROWS rows go together. MULTIPLY adds products of a word
+   with words to sums. */
 
 /* Ranks of a group, `lanes` of them, for `rows` rows of x. */
-INLINE TARGET void NAME(down_tile)(const struct update *u, const int type, const int rows, const int lanes, int64_t first, int64_t group,
+INLINE TARGET void NAME(down_tile)(const struct update *u, const int type, const int rows,
+                                   const int lanes, int64_t first, int64_t group,
                                    struct ahead *soon) {
     const int size = type == FEW_FP32 ? 4 : 2;
     const int64_t apart = u->apart * size, whole = u->width * size / 4;
@@ -17,7 +19,8 @@ INLINE TARGET void NAME(down_tile)(const struct update *u, const int type, const
             u16v a = {};
             memcpy(&a, A + (k + c) * lanes, 4 * (size_t)lanes);
 #pragma GCC unroll 4
-            for (int m = 0; m < rows; m++) sums[m][c] = MULTIPLY(sums[m][c], word_at(x + m * apart + 4 * (k + c), 4), a, type);
+            for (int m = 0; m < rows; m++)
+                sums[m][c] = MULTIPLY(sums[m][c], word_at(x + m * apart + 4 * (k + c), 4), a, type);
         }
     }
 #pragma GCC unroll 4
@@ -35,33 +38,42 @@ INLINE TARGET void NAME(down_tile)(const struct update *u, const int type, const
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++) {
         const f16v total = (sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]);
-        put_some(u->down + ((first + m) * u->rank + group * LANES) * size, total, u->rank - group * LANES, type);
+        put_some(u->down + ((first + m) * u->rank + group * LANES) * size, total,
+                 u->rank - group * LANES, type);
     }
 }
 
-INLINE TARGET void NAME(down_rows)(const struct update *u, const int type, const int rows, int64_t first, struct ahead *soon) {
+INLINE TARGET void NAME(down_rows)(const struct update *u, const int type, const int rows,
+                                   int64_t first, struct ahead *soon) {
     for (int64_t group = 0; group < groups_of(u->rank); group++) {
-        if (lanes_of(u->rank, group) == LANES) NAME(down_tile)(u, type, rows, LANES, first, group, soon);
-        else NAME(down_tile)(u, type, rows, HALF, first, group, soon);
+        if (lanes_of(u->rank, group) == LANES)
+            NAME(down_tile)(u, type, rows, LANES, first, group, soon);
+        else
+            NAME(down_tile)(u, type, rows, HALF, first, group, soon);
     }
 }
 
 INLINE TARGET void NAME(downs_of)(const struct update *u, const int type, struct ahead *soon) {
     int64_t first = 0;
-    for (; first + ROWS <= u->rows; first += ROWS) NAME(down_rows)(u, type, ROWS, first, first ? NULL : soon);
+    for (; first + ROWS <= u->rows; first += ROWS)
+        NAME(down_rows)(u, type, ROWS, first, first ? NULL : soon);
     for (; first < u->rows; first++) NAME(down_rows)(u, type, 1, first, first ? NULL : soon);
 }
 
 static TARGET void NAME(downs)(const struct update *u, int64_t count, struct ahead *soon) {
     for (int64_t i = 0; i < count; i++) {
-        if (soon->type == FEW_FP32) NAME(downs_of)(u + i, FEW_FP32, soon);
-        else NAME(downs_of)(u + i, FEW_BF16, soon);
+        if (soon->type == FEW_FP32)
+            NAME(downs_of)(u + i, FEW_FP32, soon);
+        else
+            NAME(downs_of)(u + i, FEW_BF16, soon);
     }
 }
 
-INLINE TARGET void NAME(up_tile)(const struct update *u, const int type, const int rows, int64_t first, int64_t block) {
+INLINE TARGET void NAME(up_tile)(const struct update *u, const int type, const int rows,
+                                 int64_t first, int64_t block) {
     const int64_t words = words_of(type, u->rank);
-    const uint32_t *B = u->B + block * words * UPDATE_BLOCK, *down = (const uint32_t *)u->down + first * words;
+    const uint32_t *B = u->B + block * words * UPDATE_BLOCK,
+                   *down = (const uint32_t *)u->down + first * words;
     f16v sums[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < words; k++, B += UPDATE_BLOCK) {
         u16v b[VECTORS];
@@ -76,10 +88,12 @@ INLINE TARGET void NAME(up_tile)(const struct update *u, const int type, const i
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) add_sums(u, type, first + m, UPDATE_BLOCK * block + 16 * v, sums[m][v]);
+        for (int v = 0; v < VECTORS; v++)
+            add_sums(u, type, first + m, UPDATE_BLOCK * block + 16 * v, sums[m][v]);
 }
 
-INLINE TARGET void NAME(ups_of)(const struct update *u, const int type, int64_t start, int64_t stop, struct ahead *soon) {
+INLINE TARGET void NAME(ups_of)(const struct update *u, const int type, int64_t start, int64_t stop,
+                                struct ahead *soon) {
     for (int64_t block = start; block < stop; block++) {
         int64_t first = 0;
         bring(soon, 4 * words_of(type, u->rank));
@@ -88,10 +102,13 @@ INLINE TARGET void NAME(ups_of)(const struct update *u, const int type, int64_t 
     }
 }
 
-static TARGET void NAME(ups)(const struct update *u, int64_t count, int64_t start, int64_t stop, struct ahead *soon) {
+static TARGET void NAME(ups)(const struct update *u, int64_t count, int64_t start, int64_t stop,
+                             struct ahead *soon) {
     for (int64_t i = 0; i < count; i++) {
-        if (soon->type == FEW_FP32) NAME(ups_of)(u + i, FEW_FP32, start, stop, soon);
-        else NAME(ups_of)(u + i, FEW_BF16, start, stop, soon);
+        if (soon->type == FEW_FP32)
+            NAME(ups_of)(u + i, FEW_FP32, start, stop, soon);
+        else
+            NAME(ups_of)(u + i, FEW_BF16, start, stop, soon);
     }
 }
 
