@@ -98,14 +98,14 @@ def test_every_function_of_the_library_has_its_signature_and_its_call():
 def test_calls_that_are_made_again_are_numbered_alike_on_both_sides():
     comments = r"/\*.*?\*/"
     source = re.sub(comments, "", (KERNELS / "native" / "recorded.c").read_text(), flags=re.S)
-    (numbered,) = re.findall(r"enum \{\s+(FEW_ROWS, .*?)\s+\};", source, re.S)
+    (numbered,) = re.findall(r"enum \{\s+(FEW_ROWS,.*?)\s+\};", source, re.S)
     assert [f"veneer_{name.lower()}" for name in re.findall(r"\w+", numbered)] == list(
         recorded.FUNCTIONS
     )
     (most,) = re.findall(r"MOST_GIVEN = (\d+)", source)
     assert int(most) == recorded.MOST_GIVEN
     source = re.sub(comments, "", (KERNELS / "native" / "repeated.c").read_text(), flags=re.S)
-    (numbered,) = re.findall(r"enum \{\s+(PRODUCT, .*?)\s+\};", source, re.S)
+    (numbered,) = re.findall(r"enum \{\s+(PRODUCT,.*?)\s+\};", source, re.S)
     assert [f"veneer_{name.lower()}" for name in re.findall(r"\w+", numbered)] == list(
         repeated.FUNCTIONS
     )
