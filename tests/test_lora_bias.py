@@ -3,15 +3,18 @@ PEFT: tests/parity."""
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers import fill, merge_in_memory
 from tests.tiny import tiny_base, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
+from veneer.adapters.lora import LoRALayer, low_rank_product
 from veneer.adapters.routing import Routing
 from veneer.adapters.wrapping import plain_modules
 from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.kernels.frozen import DenseLinear
 from veneer.merge.adapters import place
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
@@ -70,6 +73,25 @@ def test_several_act_together_and_merge_where_the_layer_has_a_bias():
     torch.testing.assert_close(logits(base.model), together, rtol=1e-4, atol=1e-4)
     merged.restore()
     assert torch.equal(logits(base.model), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_several_add_up_as_precisely_as_the_base_computes(dtype):
+    torch.manual_seed(0)
+    base, x = DenseLinear(nn.Linear(24, 20).to(dtype)), torch.randn(7, 24, dtype=dtype)
+    acting: list[tuple[LoRALayer, float, None]] = []
+    for number, weight in enumerate((1 / 3, -0.7, 1.1)):
+        layer = LoRALayer("linear", torch.randn(3, 24), torch.randn(20, 3), alpha=5.0, rslora=False)
+        layer.offset = nn.Parameter(torch.randn(20)) if number else None
+        acting.append((layer, weight, None))
+    expected = base.module(x).double()
+    for layer, weight, _ in acting:
+        change = x.double() @ layer.A.double().T @ layer.B.double().T
+        change = change if layer.offset is None else change + layer.offset.double()
+        expected = expected + weight * layer.scaling * change
+    total = low_rank_product(x, base.own_bias(), base, acting)
+    assert total.dtype is dtype
+    assert (total - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 def test_it_is_refused_by_name_where_it_has_no_place(tmp_path):

@@ -39,9 +39,13 @@ FAMILIES = (
     "mixtral",
     "qwen3_moe",
 )
-RELATIVE = {torch.float64: 1e-6, torch.float32: 5e-5}
-"""Of the largest value; gradients ten times that, for they are float32 whatever the base is, and
-parts cancel."""
+LOGITS = {torch.float64: 1e-6, torch.float32: 5e-5}
+GRADIENTS = {torch.float64: 1e-5, torch.float32: 5e-4}
+"""Largest error, relative to the largest value: norms are float32 whatever the base is, and so are
+gradients, whose parts cancel as well."""
+TIE = 1e-5
+"""Two experts whose logits are this close, relative to the largest: rounding decides which of them
+a token gets."""
 
 
 def a_method(draw: random.Random) -> AdapterConfig:
@@ -142,6 +146,24 @@ def apart(found: torch.Tensor, expected: torch.Tensor, least: float = 1e-6) -> f
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(least))
 
 
+def closest_choices(model: torch.nn.Module) -> list[float]:
+    """Returns a list that grows with every forward of a router: the least difference between the
+    last expert that a token gets and the first one that it does not get, relative to the largest
+    logit."""
+    differences = []
+
+    def note(router: torch.nn.Module, _: object, output: tuple[torch.Tensor, ...]) -> None:
+        logits = output[0].detach()
+        ordered = logits.sort(dim=-1, descending=True).values
+        apart = ordered[:, router.top_k - 1] - ordered[:, router.top_k]
+        differences.append(float(apart.min() / logits.abs().max()))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.register_forward_hook(note)
+    return differences
+
+
 @pytest.mark.parametrize("number", rounds("mixes", ci=24))
 def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
     draw = random.Random(number)
@@ -150,6 +172,7 @@ def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
     dtype = torch.float32 if family in MIXTURES else draw.choice([torch.float32, torch.float64])
     model, routing = tiny_model(family, dtype), Routing()
     paths = prepare(model)
+    choices = closest_choices(model)
     some_adapters(model, routing, draw)
     packed, share, drops = draw.random() < 0.7, draw.random() < 0.5, draw.random() < 0.4
     examples = make_examples(12, seed=number)
@@ -167,6 +190,9 @@ def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
         return computed(model, paths, routing, batch, adapters, drops=drops)
 
     together, mixed = run(groups, adapters)
+    assert bool(choices) == (family in MIXTURES)
+    if min(choices, default=1.0) < TIE:
+        pytest.skip("rounding decides which experts a token gets")
     bare, _ = run(groups, [()] * len(groups))
     summed: dict[str, torch.Tensor] = {}
     at = 0
@@ -174,14 +200,14 @@ def test_every_row_and_gradient_of_a_mix_is_what_it_is_alone(number):
         alone, parts = run([group], [own])
         rows = slice(at, at + len(alone))
         at = rows.stop
-        assert apart(together[rows], alone) < RELATIVE[dtype]
+        assert apart(together[rows], alone) < LOGITS[dtype]
         if not own and family not in MIXTURES:
             assert torch.equal(together[rows], bare[rows])
         for name, value in parts.items():
             summed[name] = summed[name] + value if name in summed else value
     assert mixed.keys() == summed.keys()
     loss = summed.pop("loss")
-    assert apart(mixed.pop("loss"), loss) < RELATIVE[dtype]
+    assert apart(mixed.pop("loss"), loss) < LOGITS[dtype]
     largest = max((float(value.abs().max()) for value in summed.values()), default=0.0)
     for name, value in summed.items():
-        assert apart(mixed[name], value, 0.01 * largest) < 10 * RELATIVE[dtype], name
+        assert apart(mixed[name], value, 0.01 * largest) < GRADIENTS[dtype], name

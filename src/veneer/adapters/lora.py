@@ -188,9 +188,11 @@ def low_rank_product(
     acting: Sequence[tuple[Factored, float, TokenKeys | None]],
 ) -> Tensor:
     """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
+    wide = torch.promote_types(x.dtype, torch.float32)  # scaled before anything is rounded
+    scalings = [layer.scaling * weight for layer, weight, _ in acting]
     offsets = [
-        layer.scaling * weight * layer.offset
-        for layer, weight, _ in acting
+        scaling * layer.offset.to(wide)
+        for (layer, _, _), scaling in zip(acting, scalings, strict=True)
         if layer.offset is not None
     ]
     if offsets:
@@ -198,20 +200,21 @@ def low_rank_product(
         bias = (together if bias is None else bias + together).to(x.dtype)
     masks = [layer.active_dropout(x, keys) for layer, _, keys in acting]
     if len(acting) == 1:
-        layer, weight, _ = acting[0]
-        A, B = layer.factors()
-        return lora_linear(x, A, B, bias, base, scaling=layer.scaling * weight, dropout=masks[0])
+        A, B = acting[0][0].factors()
+        return lora_linear(x, A, B, bias, base, scaling=scalings[0], dropout=masks[0])
     if any(mask is not None for mask in masks):
         x_MI = x.reshape(-1, base.in_features)
-        layers = zip(acting, masks, strict=True)
+        layers = zip(acting, scalings, masks, strict=True)
         every = [
-            Update(slice(0, len(x_MI)), layer, layer.scaling * w, mask)
-            for (layer, w, _), mask in layers
+            Update(slice(0, len(x_MI)), layer, scaling, mask)
+            for (layer, _, _), scaling, mask in layers
         ]
         return linear_with_updates(x_MI, bias, base, every, Plan()).view(*x.shape[:-1], -1)
-    pairs = [(*layer.factors(), layer.scaling * weight) for layer, weight, _ in acting]
-    A = torch.cat([A for A, _, _ in pairs])
-    B = torch.cat([B * scaling for _, B, scaling in pairs], dim=1)
+    pairs = [layer.factors() for layer, _, _ in acting]
+    A = torch.cat([A for A, _ in pairs])
+    B = torch.cat(
+        [B.to(wide) * scaling for (_, B), scaling in zip(pairs, scalings, strict=True)], dim=1
+    )
     return lora_linear(x, A, B, bias, base, scaling=1.0)
 
 
