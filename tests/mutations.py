@@ -43,7 +43,7 @@ from tests.callers import Callers, Calls  # noqa: E402
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/attention.py": ("test_kernels.py",),
     "kernels/attention_native.py": ("test_attention_native.py",),
-    "kernels/layout.py": ("test_kernels.py", "test_step.py"),
+    "kernels/layout.py": ("test_kernels.py", "test_step.py", "test_masks.py"),
     "kernels/lora.py": ("test_kernels.py", "test_block.py"),
     "kernels/dora.py": ("test_dora.py",),
     "kernels/loss.py": (
@@ -53,10 +53,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_step.py",
         "test_new_tokens.py",
     ),
-    "kernels/dropout.py": ("test_kernels.py", "test_native.py"),
+    "kernels/dropout.py": ("test_kernels.py", "test_native.py", "test_roads.py"),
     "kernels/rank.py": ("test_rank.py",),
     "kernels/segments.py": ("test_segments.py",),
-    "kernels/few_rows.py": ("test_few_rows.py",),
+    "kernels/few_rows.py": ("test_few_rows.py", "test_roads.py"),
     "kernels/products.py": ("test_products.py", "test_plan_dry_run.py"),
     "kernels/paged_attention.py": ("test_paged_attention.py",),
     "kernels/nf4_reference.py": ("test_quant_nf4.py",),
@@ -69,17 +69,34 @@ TESTS: dict[str, tuple[str, ...]] = {
     "adapters/prefix.py": ("test_prefix.py", "test_methods.py"),
     "adapters/acting.py": ("test_routing.py", "test_masks.py", "test_drawn.py"),
     "adapters/rows.py": ("test_segments.py", "test_masks.py", "soak/test_mixes.py"),
+    "adapters/combinations.py": ("test_combinations.py",),
     "adapters/routing.py": ("test_routing.py", "test_attach.py", "test_swap.py"),
     "adapters/initial_factors.py": ("test_starts.py",),
     "adapters/targets.py": ("test_attach.py", "test_starts.py"),
     "adapters/wrapping.py": ("test_attach.py", "test_trained_modules.py", "test_swap.py"),
-    "kernels/nf4.py": ("test_quant_nf4.py",),
-    "kernels/gguf.py": ("test_kernels_gguf.py",),
+    "kernels/nf4.py": ("test_quant_nf4.py", "test_roads.py"),
+    "kernels/gguf.py": ("test_kernels_gguf.py", "test_roads.py"),
     "kernels/recorded.py": ("test_recorded.py", "test_native_calls.py"),
     "kernels/repeated.py": ("test_repeated.py", "test_native_calls.py"),
     "kernels/prefix.py": ("test_prefix.py", "test_kernels.py"),
     "kernels/block.py": ("test_block.py", "test_repeated.py"),
-    "kernels/fused.py": ("test_fused.py", "test_block.py"),
+    "kernels/block_calls.py": ("test_block.py", "test_native_calls.py"),
+    "kernels/calls.py": ("test_kernels.py", "test_block.py", "test_native_calls.py"),
+    "kernels/dense_calls.py": ("test_mixes.py", "test_few_rows.py", "test_native_calls.py"),
+    "kernels/packed_calls.py": (
+        "test_quant_nf4.py",
+        "test_kernels_gguf.py",
+        "test_native_calls.py",
+    ),
+    "kernels/paged_calls.py": ("test_paged_attention.py", "test_native_calls.py"),
+    "kernels/step_calls.py": ("test_direct.py", "test_native_calls.py"),
+    "kernels/decoder_step.py": ("test_direct.py", "test_roads.py"),
+    "kernels/mixes.py": ("test_mixes.py", "test_recorded.py"),
+    "kernels/frozen.py": ("test_kernels.py", "test_quant_methods.py", "test_block.py"),
+    "kernels/groups.py": ("test_masks.py", "test_fused.py"),
+    "kernels/arguments.py": ("test_native_calls.py", "test_repeated.py", "test_recorded.py"),
+    "kernels/native.py": ("test_native.py", "test_rank.py", "test_kernels.py"),
+    "kernels/fused.py": ("test_fused.py", "test_block.py", "test_roads.py"),
     "models/fused.py": ("test_fused.py", "test_block.py"),
     "models/fused_attention.py": ("test_fused.py", "test_block.py"),
     "models/fused_layer.py": ("test_block.py",),
@@ -108,9 +125,20 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/continued.py": ("test_step.py", "test_decoding_scheduler.py"),
     "decoding/adapters.py": (
         "test_decoding_adapters.py",
+        "test_combinations.py",
         "test_mixed_decoding.py",
         "test_decoding_scheduler.py",
     ),
+    "decoding/lanes.py": ("test_recorded.py",),
+    "decoding/recorded.py": ("test_recorded.py", "test_direct.py"),
+    "decoding/ends.py": ("test_recorded.py", "test_direct.py"),
+    "decoding/adapter_places.py": ("test_decoding_scheduler.py",),
+    "decoding/rereading.py": ("test_decoding_generate.py", "test_decode.py"),
+    "decoding/calls.py": ("serve/test_tools.py",),
+    "decoding/call_forms.py": ("serve/test_tools.py", "test_grammar.py"),
+    "decoding/call_elements.py": ("serve/test_tools.py", "test_grammar.py"),
+    "decoding/replay.py": ("test_replay.py",),
+    "decoding/proof.py": ("test_proof.py", "test_same_values.py", "test_decode.py"),
     "decoding/sampling.py": ("test_sampling.py",),
     "decoding/draws.py": ("test_sampling.py",),
     "decoding/grammar.py": ("test_grammar.py",),
@@ -130,6 +158,33 @@ TESTS: dict[str, tuple[str, ...]] = {
     "serve/completions.py": ("serve/test_fields.py", "serve/test_server.py"),
     "serve/shapes.py": ("serve/test_fields.py",),
     "serve/tools.py": ("serve/test_tools.py",),
+    "serve/call_style.py": ("serve/test_tools.py",),
+    "serve/grammars.py": ("serve/test_tools.py", "serve/test_answers.py"),
+    "serve/answering.py": (
+        "serve/test_server.py",
+        "serve/test_loop_threads.py",
+        "serve/test_streams.py",
+    ),
+    "serve/exchange.py": (
+        "serve/test_streams.py",
+        "serve/test_connections.py",
+        "serve/test_server.py",
+    ),
+    "serve/conversation.py": ("serve/test_fields.py",),
+    "serve/refusals.py": ("serve/test_fields.py", "serve/test_names.py", "serve/test_server.py"),
+    "serve/service.py": (
+        "serve/test_server.py",
+        "serve/test_streams.py",
+        "serve/test_loop_threads.py",
+    ),
+    "serve/prompts.py": ("serve/test_answers.py", "serve/test_server.py", "test_new_tokens.py"),
+    "serve/metrics.py": ("serve/test_server.py", "serve/test_streams.py"),
+    "serve/details.py": ("serve/test_page.py", "serve/test_server.py"),
+    "serve/adapters.py": ("serve/test_server.py", "serve/test_names.py"),
+    "serve/app.py": ("serve/test_server.py", "serve/test_docs.py"),
+    "serve/tokens.py": ("serve/test_server.py",),
+    "serve/runs.py": ("serve/test_watching.py",),
+    "serve/start.py": ("serve/test_room.py", "serve/test_process.py"),
     "serve/guard.py": ("serve/test_guard.py",),
     "serve/keys.py": ("serve/test_guard.py",),
     "serve/names.py": ("serve/test_names.py", "serve/test_server.py"),
@@ -140,7 +195,11 @@ TESTS: dict[str, tuple[str, ...]] = {
         "serve/test_server.py",
     ),
     "serve/connection.py": ("serve/test_connections.py", "serve/test_streams.py"),
-    "serve/token_text.py": ("serve/test_loop_threads.py", "test_new_tokens.py"),
+    "serve/token_text.py": (
+        "serve/test_token_text.py",
+        "serve/test_loop_threads.py",
+        "test_new_tokens.py",
+    ),
     "library/tiers.py": ("test_residents.py",),
     "library/residents.py": ("test_residents.py",),
     "library/library.py": ("test_library.py", "test_library_shared.py"),
@@ -189,6 +248,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "formats/prefix.py": ("test_formats_prefix.py",),
     "kernels/native/attention.c": ("test_attention_native.py", "test_native_calls.py"),
     "kernels/native/attention_sums.c": ("test_attention_native.py", "test_native_calls.py"),
+    "kernels/native/attention_float_body.h": ("test_attention_native.py", "test_native_calls.py"),
     "kernels/native/attention_tiles.c": (
         "test_attention_native.py",
         "test_tiles.py",
@@ -210,8 +270,24 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/native/dora.c": ("test_dora.py", "test_native_calls.py"),
     "kernels/native/dropout.c": ("test_native.py", "test_kernels.py", "test_native_calls.py"),
     "kernels/native/fused.c": ("test_fused.py", "test_kernels.py", "test_native_calls.py"),
+    "kernels/native/fused.h": ("test_fused.py", "test_kernels.py", "test_block.py"),
+    "kernels/native/fused_float_body.h": (
+        "test_fused.py",
+        "test_kernels.py",
+        "test_native_calls.py",
+    ),
+    "kernels/native/block.c": ("test_block.py", "test_native_calls.py"),
+    "kernels/native/rank.h": ("test_rank.py", "test_block.py"),
+    "kernels/native/recorded.c": ("test_recorded.py", "test_native_calls.py"),
+    "kernels/native/repeated.c": ("test_repeated.py", "test_native_calls.py"),
+    "kernels/native/updates.c": ("test_mixes.py", "test_native_calls.py"),
+    "kernels/native/updates_body.h": ("test_mixes.py", "test_native_calls.py"),
+    "kernels/native/factors.c": ("test_mixes.py", "test_native_calls.py"),
+    "kernels/native/parallel.c": ("test_native.py", "test_recorded.py", "test_few_rows.py"),
     "kernels/native/gguf.c": ("test_kernels_gguf.py", "test_native_calls.py"),
     "kernels/native/gguf_unpack.h": ("test_kernels_gguf.py", "test_native_calls.py"),
+    "kernels/native/gguf_vectors.c": ("test_kernels_gguf.py", "test_native_calls.py"),
+    "kernels/native/gguf_pairs.h": ("test_kernels_gguf.py", "test_native_calls.py"),
     "kernels/native/gguf_floats.c": (
         "test_kernels_gguf.py",
         "test_recorded.py",
@@ -225,6 +301,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/native/nf4_dequantize.c": ("test_quant_nf4.py", "test_native_calls.py"),
     "kernels/native/nf4_quantize.c": ("test_quant_nf4.py", "test_native_calls.py"),
     "kernels/native/nf4_product.c": ("test_quant_nf4.py", "test_native_calls.py"),
+    "kernels/native/nf4_product_bf16.c": ("test_quant_nf4.py", "test_native_calls.py"),
 }
 """Central modules, and the test files that should notice a change in each."""
 
@@ -502,7 +579,7 @@ class Copy:
                 calls = Calls(file.absolute(), self.root / "src" / "veneer")
                 self.tested([f"tests/{name}"], calls, seconds=SECONDS_WATCHED)
                 print(f"     {name} was watched", flush=True)
-        self.callers = Callers(file.read_text().splitlines())
+        self.callers = Callers(file.read_text().splitlines() if file.exists() else [])
 
     def tried(self, mutation: Mutation) -> tuple[bool | None, str]:
         """(whether the tests pass all the same, what noticed the change); None: they do not pass
@@ -534,14 +611,18 @@ class Copy:
         return passed, by
 
     def asked_further(self, file: str, asked: Sequence[str]) -> tuple[bool, str]:
-        """A survivor, of the other test files that import its module: each whole, as far as it
+        """Asks the other test files that import a survivor's module: each whole, as far as it
         comes in its time."""
-        module = re.compile(rf"\bveneer\.{file.removesuffix('.py').replace('/', '.')}\b")
+        room, _, stem = file.removesuffix(".py").replace("/", ".").rpartition(".")
+        module = re.compile(
+            rf"\bveneer\.{room}\.{stem}\b|\bfrom veneer\.{room} import .*\b{stem}\b"
+        )
         for path in sorted(
-            (self.root / "tests").glob("test_*.py"), key=lambda path: path.stat().st_size
+            (self.root / "tests").rglob("test_*.py"), key=lambda path: path.stat().st_size
         ):
-            name = f"tests/{path.name}"
-            if name not in asked and module.search(path.read_text(encoding="utf-8")):
+            name = str(path.relative_to(self.root))
+            others = name not in asked and not name.startswith("tests/soak/")
+            if others and module.search(path.read_text(encoding="utf-8")):
                 passed, by = self.tested([name], seconds=SECONDS_WATCHED)
                 if not passed and not by.startswith("no end"):
                     return False, by
