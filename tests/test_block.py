@@ -291,6 +291,21 @@ def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
     assert not trained.layers()
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda layer: layer.register_module("another", torch.nn.Identity()),
+        lambda layer: layer.register_parameter("another", torch.nn.Parameter(torch.ones(1))),
+        lambda layer: layer.register_buffer("another", torch.ones(1)),
+    ],
+    ids=["module", "parameter", "buffer"],
+)
+def test_a_layer_that_holds_more_than_its_parts_stays(add):
+    trained = Trained()
+    add(trained.model.model.layers[0])
+    assert len(trained.layers()) == 1
+
+
 @pytest.mark.parametrize("family", ["olmo2", "qwen3", "gemma2", "mixtral"])
 def test_layers_of_other_parts_stay(family):
     model = tiny_model(family, torch.bfloat16)

@@ -20,6 +20,7 @@ from veneer.decoding.adapters import Fixed
 from veneer.decoding.direct import DirectForward, direct, own_forward, read_and_continued
 from veneer.decoding.engine import Engine
 from veneer.kernels import decoder_step, few_rows
+from veneer.kernels.arguments import noting
 from veneer.models.checks import prove_packing
 from veneer.models.proof import apart
 
@@ -209,6 +210,14 @@ def test_values_of_several_types_take_the_plain_way():
     theirs = decoder_step.add_norm_reference(h, delta, torch.ones(8), 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert torch.equal(decoder_step.gate(h, delta), torch.nn.functional.silu(h) * delta)
+    q, k = torch.randn(3, 16), torch.randn(3, 8)
+    angles = torch.randn(3, 8)
+    turned, expected = [q.clone(), k.clone()], [q.clone(), k.clone()]
+    with noting(lambda name, given: pytest.fail(f"{name} is called")):
+        decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16())
+    decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16())
+    for before, rotated, reference in zip((q, k), turned, expected, strict=True):
+        assert torch.equal(rotated, reference) and not torch.equal(rotated, before)
 
 
 def test_a_model_is_tried_once_and_kept_by_nobody():

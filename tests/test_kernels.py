@@ -9,11 +9,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.data.batching import prefix_keys
-from veneer.kernels import attention
+from veneer.kernels import attention, calls
+from veneer.kernels.arguments import CallError
 from veneer.kernels.attention import packed_attention, packed_attention_reference
 from veneer.kernels.dora import dora_linear
 from veneer.kernels.dropout import Dropout, drop_out, drop_out_reference, keep_mask
-from veneer.kernels.layout import Group, round_up
+from veneer.kernels.layout import Group, Layout, round_up
 from veneer.kernels.lora import lora_linear, lora_linear_reference
 from veneer.kernels.loss import (
     Head,
@@ -343,10 +344,38 @@ def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
     assert torch.equal(drop_out(x.T.contiguous().T, rows, key=key, dropout=share), found)
 
 
+def test_the_rows_of_groups_follow_one_another():
+    groups = (Group(0, (3, 2), CPU), Group(2, (4,), CPU), Group(5, (1, 1, 1), CPU))
+    layout = Layout(groups)
+    assert (
+        [span.stop - span.start for span in layout.spans]
+        == [group.rows for group in groups]
+        == [5, 6, 8]
+    )
+    assert [span.start for span in layout.spans] == [0, 5, 11] and layout.rows == 19
+    assert Layout.of(2, [4], CPU).spans == [slice(0, 6)]
+
+
 def test_dropout_wants_one_key_a_row():
     for rows in (torch.arange(3), torch.arange(5), torch.arange(4, dtype=torch.int32)):
         with pytest.raises(ValueError, match="one int64 key a row"):
             drop_out(torch.zeros(4, 8), rows, key=0, dropout=0.5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
+def test_the_compiled_dropout_refuses_what_is_no_share(share):
+    x, rows = torch.ones(4, 8), torch.arange(4)
+    with pytest.raises(CallError, match=f"dropout of {share}"):
+        calls.dropout(x, torch.empty_like(x), rows, row_key=1, column_key=2, share=share)
+
+
+@pytest.mark.parametrize("name", ["row_key", "column_key"])
+def test_a_key_of_the_compiled_dropout_has_32_bits(name):
+    x, rows, keys = torch.ones(4, 8), torch.arange(4), {"row_key": 1, "column_key": 2}
+    calls.dropout(x, torch.empty_like(x), rows, **{**keys, name: 2**32 - 1}, share=0.5)
+    for outside in (-1, 2**32):
+        with pytest.raises(CallError, match=f"^{outside} where C"):
+            calls.dropout(x, torch.empty_like(x), rows, **{**keys, name: outside}, share=0.5)
 
 
 def test_the_compiled_dropout_keeps_what_is_not_finite():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.kernels import decoder_step, few_rows, gguf, native, nf4
+from veneer.kernels import decoder_step, few_rows, fused, gguf, native, nf4
 from veneer.kernels.arguments import available, noting
 from veneer.kernels.dropout import drop_out
 from veneer.kernels.gguf import FORMATS
@@ -61,6 +61,56 @@ def blocks() -> torch.Tensor:
 )
 def test_what_is_compiled_is_called(name: str, function: Callable[[], Any]) -> None:
     assert called(function) == [name]
+
+
+@wide
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_few_rows_over_packed_weights_have_a_product_of_their_own(dtype: torch.dtype) -> None:
+    weight = quantize(one(64 * 64))
+    roads = []
+    for rows in (1, nf4.FUSED_ROWS, nf4.FUSED_ROWS + 1, nf4.MOST_ROWS):
+        x = one(rows, 64, dtype=dtype)
+        assert nf4.has_product(weight.blocks, x)
+        roads += called(lambda x=x: nf4.product(weight.blocks, x, 64))
+    assert roads == ["veneer_nf4_product"] * 2 + ["veneer_packed_rows"] * 2
+    assert not nf4.has_product(weight.blocks, one(nf4.MOST_ROWS + 1, 64, dtype=dtype))
+
+
+def both_ways(
+    function: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype
+) -> list[str]:
+    """Compiled functions that a function of the graph calls, forward and backward."""
+    tensors = [one(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+    def run() -> None:
+        found = function(*tensors)
+        made = found if isinstance(found, tuple) else (found,)
+        torch.autograd.backward(made, [torch.ones_like(each) for each in made])
+
+    return called(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_gates_and_rotations_are_what_is_compiled_forward_and_backward(
+    dtype: torch.dtype,
+) -> None:
+    if not (native.has_floats() if dtype is torch.float32 else native.has_bf16()):
+        pytest.skip("this processor computes them in torch")
+    kind = "_float" if dtype is torch.float32 else ""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fused.rms_norm(x, weight, 1e-5)
+
+    assert both_ways(norm, (3, 32), (32,), dtype=dtype) == [
+        f"veneer_rms_norm{kind}_forward",
+        f"veneer_rms_norm{kind}_backward",
+    ]
+    assert both_ways(fused.silu_gate, (3, 32), (3, 32), dtype=dtype) == [
+        f"veneer_silu_gate{kind}_forward",
+        f"veneer_silu_gate{kind}_backward",
+    ]
+    turned = both_ways(fused.rotary, (3, 2, 32), (3, 1, 32), (3, 32), (3, 32), dtype=dtype)
+    assert turned == [f"veneer_rotary{kind}"] * 4
 
 
 def test_packed_weights_are_decoded_by_what_is_compiled() -> None:

@@ -80,6 +80,61 @@ def test_the_plain_norm_of_many_values_is_the_true_one_but_for_rounding():
     assert math.isnan(norm_of(Plain(gradient, ALONE, apart=False)))
 
 
+class Alike(World):
+    """Each of two processes, which compute the same."""
+
+    def sum(self, values):
+        values *= 2
+
+
+@pytest.mark.parametrize("kind", [Plain, Exact])
+def test_a_gradient_that_all_hold_is_summed_over_the_processes_once(kind):
+    gradient = torch.zeros(3)
+    reduce = kind(gradient, Alike(rank=1, size=2, local_rank=1), apart=False)
+    reduce.begin()
+    for part in (torch.tensor([1.0, 2.0, -3.0]), torch.tensor([0.5, 0.25, 4.0])):
+        gradient += part
+        reduce.add()
+    reduce.finish()
+    assert gradient.tolist() == [3.0, 4.5, 2.0]
+
+
+@pytest.mark.parametrize("kind", [Plain, Exact])
+def test_the_norm_is_of_all_parts_where_each_process_holds_its_own(kind):
+    class Told(Alike):
+        def summed(self, values):
+            return [2 * value for value in values]
+
+        def gathered(self, value):
+            return [value, value]
+
+    whole, part = (
+        kind(torch.tensor([3.0, 4.0]), Told(rank=1, size=2, local_rank=1), apart=a)
+        for a in (False, True)
+    )
+    assert norm_of(whole) == 5.0
+    assert norm_of(part) == pytest.approx(math.sqrt(50))
+
+
+@pytest.mark.parametrize("kind", [Plain, Exact])
+def test_a_gradient_that_lies_apart_is_what_its_owner_receives(kind):
+    class Apart(Alike):
+        def sum(self, values):
+            pytest.fail("it is summed already")
+
+        def sum_at(self, values, rank):
+            values *= 2
+
+    gradient = torch.zeros(3)
+    reduce = kind(gradient, Apart(rank=1, size=2, local_rank=1), apart=True)
+    reduce.begin()
+    for owner in (0, 1, 1):
+        reduce.receive(slice(1, 3), torch.tensor([1.0, -3.0]), owner)
+        reduce.add()
+    reduce.finish()
+    assert gradient.tolist() == [0.0, 4.0, -12.0]
+
+
 def test_micro_batches_go_to_whoever_has_least_and_the_same_plan_is_made_everywhere():
     assert dealt([5, 1, 4, 3, 3], 2) == [0, 0, 1, 1, 0] or dealt([5, 1, 4, 3, 3], 2) == [
         0,

@@ -344,6 +344,42 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
     assert spoken.parses_calls and responded.parses_calls and sent.parses_calls
 
 
+def test_a_response_repeats_what_was_asked_and_names_what_was_not():
+    tools = [{"type": "function", **TOOL["function"]}]
+    sent = {
+        "instructions": "Be brief.",
+        "max_output_tokens": 7,
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "tool_choice": "none",
+        "tools": tools,
+        "metadata": {"ticket": "7"},
+        "text": {"format": {"type": "json_object"}},
+    }
+    assert responses.asked({**ASK["/v1/responses"], **sent}).echo == sent
+    bare = responses.asked(ASK["/v1/responses"]).echo
+    assert bare.keys() == sent.keys() and bare["instructions"] is bare["max_output_tokens"] is None
+    assert (bare["tool_choice"], bare["tools"], bare["metadata"]) == ("auto", [], {})
+    assert bare["text"] == {"format": {"type": "text"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "tool", "none"),
+    [
+        ("/v1/chat/completions", TOOL, "none"),
+        ("/v1/responses", {"type": "function", **TOOL["function"]}, "none"),
+        ("/v1/messages", {"name": "weather", "input_schema": {"type": "object"}}, {"type": "none"}),
+    ],
+)
+def test_an_answer_is_read_for_calls_where_tools_are_given_and_may_be_called(path, tool, none):
+    def reads(**changes):
+        return MODULES[path].asked({**ASK[path], **changes}).parses_calls
+
+    assert reads(tools=[tool]) and not reads() and not reads(tools=[])
+    assert not reads(tools=[tool], tool_choice=none)
+    assert path == "/v1/messages" or not reads(tool_choice=none)
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -406,22 +442,25 @@ def test_shapes_of_answers_are_read_from_each_dialect():
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "said"),
     [
-        b"{" + b",".join(b'"k%d": 0' % n for n in range(60_000)) + b', "k0": 0}',
-        b"",
-        b"[]",
-        b"3",
-        b"{",
-        b'{"a": NaN}',
-        b'{"a": 1e999}',
-        b'{"a": 1, "a": 2}',
-        b"\xff",
-        b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}",
-        b'{"a": ' + b"9" * 5000 + b"}",
+        (
+            b"{" + b",".join(b'"k%d": 0' % n for n in range(60_000)) + b', "k7": 0}',
+            "the key 'k7' stands there twice",
+        ),
+        (b"", "is not JSON: Expecting value"),
+        (b"[]", "is not a JSON object"),
+        (b"3", "is not a JSON object"),
+        (b"{", "is not JSON: Expecting property name"),
+        (b'{"a": NaN}', "is not JSON: NaN is not JSON"),
+        (b'{"a": 1e999}', "is not JSON: 1e999 is too large for a number"),
+        (b'{"a": 1, "b": {"c": 2, "d": 2, "d": 3}}', "is not JSON: the key 'd' stands there twice"),
+        (b"\xff", "is not JSON: 'utf-8' codec can't decode"),
+        (b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}", "is nested deeper than 64 levels"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON: Exceeds the limit"),
     ],
 )
-def test_a_body_that_is_no_json_object_within_the_limits_is_refused(text):
+def test_a_body_that_is_no_json_object_within_the_limits_is_refused_and_told_why(text, said):
     with pytest.raises(Refusal) as caught:
         parsed(text)
-    assert caught.value.status == 400
+    assert caught.value.status == 400 and said in caught.value.message

@@ -77,7 +77,7 @@ class PagedStep:
 
     def go_on(self, mix: Mix | None) -> bool:
         """The next token of each span from now on, for steps that are made again (Spans.go_on)."""
-        self.calls, self.mix = 0, mix
+        self.mix = mix
         return self.spans.go_on()
 
     def attend(
