@@ -1,9 +1,10 @@
 """The native kernels, compiled at install. Everything else about the package stands in
 pyproject.toml.
 
-They are plain C without Python's or torch's headers, loaded by veneer/kernels/native.py. Without a
-compiler the package still installs and the plain torch paths run. Nothing in them depends on a
-version of Python (abi3): one wheel for each system and processor serves 3.11 and all that follow.
+They are plain C without Python's or torch's headers, loaded by veneer/kernels/bindings/library.py.
+Without a compiler the package still installs and the plain torch paths run. Nothing in them depends
+on a version of Python (abi3): one wheel for each system and processor serves 3.11 and all that
+follow.
 """
 
 import os

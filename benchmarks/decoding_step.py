@@ -39,11 +39,11 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 import veneer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
-from veneer.decoding.adapters import Fixed, lay_out
-from veneer.decoding.blocks import Identity
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.sequence import Request
-from veneer.library.memory import hold_as
+from veneer.decoding.schedule.adapters import Fixed, lay_out
+from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.sequence import Request
+from veneer.library.residents.memory import hold_as
 
 PROMPT, NEW, FEW = 64, 128, 8
 FORMATS: dict[str, Any] = {"bf16": None, "nf4": "nf4", "gguf": "gguf"}

@@ -28,7 +28,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import few_rows, native
+from veneer.kernels.bindings import library as native
+from veneer.kernels.dense import few_rows
 
 SHAPES = {
     "q, o (576, 576)": (576, 576, 60),

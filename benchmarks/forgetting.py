@@ -25,10 +25,10 @@ from results import TASKS, intent, write_rows
 
 from veneer import api
 from veneer.base import Base
-from veneer.data.writing import write_records
+from veneer.data.files.writing import write_records
 from veneer.decoding.replay import draw_replay
 from veneer.train.config import RunConfig
-from veneer.train.screen import QuietScreen
+from veneer.train.output.screen import QuietScreen
 
 PRIMARY = {
     "e2e_json": "field_f1",

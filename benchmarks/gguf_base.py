@@ -37,8 +37,8 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from veneer.bases.quiet_transformers import quiet
     from veneer.decoding.generate import generate
     from veneer.train.config import DataConfig, RunConfig
-    from veneer.train.records import read_records
-    from veneer.train.screen import QuietScreen
+    from veneer.train.output.records import read_records
+    from veneer.train.output.screen import QuietScreen
 
     quantize: Any = KINDS[kind]
     api.load(

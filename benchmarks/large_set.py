@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from veneer.data.batching import Rows, make_batch, plan_epoch
+from veneer.data.checks.tally import Tally
 from veneer.data.examples import Example, Row, RowRef, row_key
+from veneer.data.files.on_disk import COLUMNS, INDEX, ExampleWriter, StoredExamples
 from veneer.data.longest import largest_micro_batches
-from veneer.data.on_disk import COLUMNS, INDEX, ExampleWriter, StoredExamples
-from veneer.data.tally import Tally
 
 WORDS = (
     "order",
@@ -63,9 +63,9 @@ def resident() -> dict[str, int]:
 
 def build(count: int, folder: Path, base: str) -> Iterator[dict[str, Any]]:
     from veneer.bases.tokenizer import load_tokenizer
-    from veneer.data import rendering
     from veneer.data.config import DataConfig
     from veneer.data.large import training_data
+    from veneer.data.template import rendering
     from veneer.models.capacity import configured_capacity
 
     draw, rows = random.Random(0), folder / "rows.jsonl"

@@ -32,13 +32,13 @@ from swap import resident_bytes
 import veneer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
-from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.sequence import Request
-from veneer.decoding.sequence import Sequence as Answer
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.sequence import Request
+from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
-from veneer.library.residents import Residents
+from veneer.library.residents.residents import Residents
 
 PROMPT, NEW, FLIGHT, RANK = 64, 32, 16, 8
 UNEVEN = 8, 56

@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 
-from veneer.adapters.wrapping import plain_modules
+from veneer.adapters.placement.wrapping import plain_modules
 from veneer.cli.common import adapter_folder
 from veneer.formats.adapter import load_adapter
-from veneer.merge.fold import stored_tensors, wanted_weights
-from veneer.merge.folder import merge_into_folder
-from veneer.merge.rounding import Survival, survival, total
-from veneer.merge.verify import LogitCheck, compare, limited, reference, text_rows
+from veneer.merge.fold.fold import stored_tensors, wanted_weights
+from veneer.merge.fold.folder import merge_into_folder
+from veneer.merge.fold.rounding import Survival, survival, total
+from veneer.merge.fold.verify import LogitCheck, compare, limited, reference, text_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant import nf4

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 import veneer
-from veneer.adapters.acting import Acting, TokenKeys, in_turn
 from veneer.adapters.config import LoRA
+from veneer.adapters.placement.acting import Acting, TokenKeys, in_turn
 from veneer.base import Base
 from veneer.data.batching import make_groups
 from veneer.data.examples import Example, RowRef
-from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.scheduler import Limits
-from veneer.decoding.sequence import Request
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.sequence import Request
 from veneer.models.step import acting_on, batch_loss
 
 TOKENS = 32

@@ -135,8 +135,8 @@ def one(folder: Path, case: str) -> dict[str, int]:
     from transformers import AutoModelForCausalLM
 
     import veneer
-    from tests.tiny import tiny_tokenizer
-    from veneer.bases.blueprint import config_from
+    from tests.support.tiny import tiny_tokenizer
+    from veneer.bases.loading.blueprint import config_from
 
     base, dtype, method, batch, _, length, *kept = case.split()
     source, fields = base, BASES[base]

@@ -93,8 +93,8 @@ def measure(folder: Path, number: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import veneer
-    from tests.tiny import tiny_tokenizer
-    from veneer.bases.blueprint import config_from
+    from tests.support.tiny import tiny_tokenizer
+    from veneer.bases.loading.blueprint import config_from
 
     mixture, source = mixtures()[number], mixtures()[number].base
     fields = BASES[mixture.base]

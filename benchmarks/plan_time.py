@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import veneer
-from veneer.bases.from_config import blueprint
+from veneer.bases.loading.from_config import blueprint
 from veneer.plan.ask import method_named
 from veneer.plan.machine import this_machine
 from veneer.plan.planner import Choice, Planner

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.child import environment_for
-from veneer.train.launch import MEETING, listening
+from veneer.train.processes.launch import MEETING, listening
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
@@ -87,7 +87,7 @@ def together(
 def one(config: dict[str, Any]) -> dict[str, Any]:
     from veneer import api
     from veneer.train.config import RunConfig
-    from veneer.train.screen import QuietScreen
+    from veneer.train.output.screen import QuietScreen
 
     leads = os.environ["RANK"] == "0"
     summary = api.train_run(
@@ -105,7 +105,7 @@ def one(config: dict[str, Any]) -> dict[str, Any]:
 
 def memory(base: str, folder: Path, only: str) -> list[dict[str, Any]]:
     from benchmarks.random_llama import write_random_llama
-    from veneer.bases.sources import locate
+    from veneer.bases.names.sources import locate
 
     source, length = base, 256
     if base == "random":

@@ -23,7 +23,7 @@ import torch
 from random_llama import write_random_llama
 
 from veneer import api
-from veneer.bases.weight_table import weight_table
+from veneer.bases.identity.weight_table import weight_table
 from veneer.decoding.generate import generate
 
 HERE = Path(__file__).parent

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from veneer.kernels import native
-from veneer.kernels import nf4 as kernels
+from veneer.kernels.bindings import library as native
+from veneer.kernels.packed import nf4 as kernels
 from veneer.quant import nf4
 
 COLD_BYTES = 256 << 20

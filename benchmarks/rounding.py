@@ -14,7 +14,7 @@ from datetime import date
 
 import torch
 
-from veneer.adapters.routing import Routing
+from veneer.adapters.placement.routing import Routing
 from veneer.data.examples import Example
 from veneer.data.load import load_data
 from veneer.models.capacity import capacity_of

@@ -38,10 +38,10 @@ from many_adapters import in_flight, make_library
 
 import veneer
 from veneer.base import Base
-from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.sequence import Request
-from veneer.library.residents import Residents
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.sequence import Request
+from veneer.library.residents.residents import Residents
 
 PROMPT, NEW, ADAPTERS = 64, 64, 16
 

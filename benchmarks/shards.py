@@ -37,8 +37,8 @@ def one(config: dict[str, Any]) -> dict[str, float]:
     from veneer import api
     from veneer.train.config import RunConfig
     from veneer.train.loop import Loop
-    from veneer.train.records import peak_memory_bytes, reset_peak_memory
-    from veneer.train.screen import QuietScreen
+    from veneer.train.output.records import peak_memory_bytes, reset_peak_memory
+    from veneer.train.output.screen import QuietScreen
 
     held: list[int] = []
     inner = Loop.run
@@ -65,7 +65,7 @@ def one(config: dict[str, Any]) -> dict[str, float]:
 def measured(scratch: Path, only: str) -> list[dict[str, Any]]:
     from benchmarks.processes import together
     from benchmarks.random_llama import write_random_llama
-    from veneer.bases.sources import locate
+    from veneer.bases.names.sources import locate
 
     base = scratch / "llama"
     if not base.exists():

@@ -21,7 +21,7 @@ from random_llama import write_random_llama
 LOAD = """
 import json, sys, time
 from veneer.models.load import load_base
-from veneer.bases.weight_table import weight_table
+from veneer.bases.identity.weight_table import weight_table
 def kib(what):
     return 1024 * int(open('/proc/self/status').read().split(what + ':')[1].split()[0])
 before = kib('VmRSS')

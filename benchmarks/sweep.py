@@ -18,11 +18,11 @@ from pathlib import Path
 
 from veneer import api
 from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
-from veneer.bases.from_config import blueprint
+from veneer.bases.loading.from_config import blueprint
 from veneer.errors import DivergedError
 from veneer.models.frozen_base import hidden_size
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.screen import QuietScreen
+from veneer.train.output.screen import QuietScreen
 
 METHODS: dict[str, MethodConfig] = {
     "lora": LoRA(),

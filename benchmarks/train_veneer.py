@@ -20,8 +20,8 @@ from veneer.base import Base
 from veneer.linear import frozen_linear
 from veneer.quant.config import FORMATS
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.records import read_records
-from veneer.train.screen import QuietScreen
+from veneer.train.output.records import read_records
+from veneer.train.output.screen import QuietScreen
 
 
 def matrix_rate(rows: int, width: int, out: int, dtype: torch.dtype) -> float:

@@ -12,9 +12,9 @@ from memory.
 import torch
 from torch import nn
 
-from veneer.bases.blueprint import config_from
-from veneer.bases.from_config import build
-from veneer.bases.shapes import SHAPES
+from veneer.bases.loading.blueprint import config_from
+from veneer.bases.loading.from_config import build
+from veneer.bases.loading.shapes import SHAPES
 from veneer.plan.weights import packing
 
 LLAMA = SHAPES["llama-2-7b"]

@@ -3,7 +3,6 @@ from other places."""
 
 import argparse
 import re
-from importlib import import_module
 from typing import Any
 
 OTHERS = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""")
@@ -38,11 +37,11 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
 
 def commands() -> str:
     """Every command with its words and flags."""
-    from veneer.cli.main import COMMANDS, Parser
+    from veneer.cli.main import COMMANDS, Parser, command_module
 
     parts = []
     for name, summary in COMMANDS.items():
-        module = import_module(f"veneer.cli.{name}")
+        module = command_module(name)
         parser = Parser(prog=f"veneer {name}", allow_abbrev=False)
         module.add_arguments(parser)
         parts.append(f"## veneer {name}\n\n{summary[0].upper()}{summary[1:]}.\n")

@@ -3,7 +3,6 @@ through."""
 
 import argparse
 import math
-from importlib import import_module
 from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from tests.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from veneer.adapters.config import METHODS, LoRA, Prefix
 from veneer.base import Base
 from veneer.bounds import (
@@ -26,12 +25,12 @@ from veneer.bounds import (
     check_numbers,
 )
 from veneer.cli.config_file import FLAGS, PARTS, read_run_config, setting_paths
-from veneer.cli.main import COMMANDS, main
+from veneer.cli.main import COMMANDS, command_module, main
 from veneer.errors import LONGEST_LINE, ConfigError
 from veneer.formats.bottleneck import BottleneckFields
-from veneer.formats.peft_config import PeftLoRA
+from veneer.formats.peft.config import PeftLoRA
 from veneer.formats.prefix import PeftPrefix
-from veneer.merge.combine import Recipe
+from veneer.merge.combine.combine import Recipe
 from veneer.plan.ask import Question, answer
 from veneer.plan.planner import Choice
 from veneer.train.config import DataConfig, RunConfig
@@ -97,7 +96,7 @@ def walked(
 
 def flags_of(command: str) -> list[tuple[list[str], argparse.Action]]:
     parser = argparse.ArgumentParser()
-    import_module(f"veneer.cli.{command}").add_arguments(parser)
+    command_module(command).add_arguments(parser)
     return walked(parser, [command])
 
 
@@ -353,8 +352,8 @@ def test_the_largest_seed_starts_every_method(config):
 
 
 def test_clip_null_leaves_gradients_as_they_are():
-    from tests.helpers import filled_lora
-    from veneer.train.optim import AdamW, FlatParameters
+    from tests.support.helpers import filled_lora
+    from veneer.train.optimizer.buffer import AdamW, FlatParameters
 
     def first_moment(clip):
         made = filled_lora(tiny_base())

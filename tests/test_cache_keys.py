@@ -18,22 +18,24 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import fill, filled_lora
-from tests.tiny import save_tiny, tiny_base, tiny_model, tiny_tokenizer
+from tests.support.helpers import fill, filled_lora
+from tests.support.tiny import save_tiny, tiny_base, tiny_model, tiny_tokenizer
 from veneer import demo
 from veneer.adapters.config import LoRA
 from veneer.adapters.preamble import Preamble
-from veneer.bases import from_config, hub
 from veneer.bases.kept import blocks_folder, converted_folder
+from veneer.bases.loading import from_config
+from veneer.bases.names import hub
 from veneer.compare import circumstances
 from veneer.compare.execute import Worker
 from veneer.compare.jobs import Outcome
 from veneer.compare.plan import Candidate, Comparison
-from veneer.data import downloads, large
+from veneer.data import large
 from veneer.data.examples import Capacity
-from veneer.data.places import ResolvedSets
+from veneer.data.files import downloads
+from veneer.data.files.places import ResolvedSets
 from veneer.data.split import BY_COUNT, BY_THRESHOLD
-from veneer.data.template import ChatTemplate
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import SourceError
 from veneer.files import remembered as memory
 from veneer.formats.adapter import manifest_for, write_adapter

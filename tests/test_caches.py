@@ -18,29 +18,31 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
-from tests.caches import PAGE, caches, properties
-from tests.helpers import fill
-from tests.tiny import tiny_base, tiny_model, tiny_tokenizer
+from tests.support.caches import PAGE, caches, properties
+from tests.support.helpers import fill
+from tests.support.tiny import tiny_base, tiny_model, tiny_tokenizer
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.prefix import key_shape
-from veneer.bases import compute, fingerprint
+from veneer.adapters.methods.prefix import key_shape
+from veneer.bases import compute
+from veneer.bases.identity import fingerprint
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.kernels import flex, repeated
+from veneer.kernels.attention import flex
 from veneer.kernels.layout import Group
+from veneer.kernels.tape import repeated
 from veneer.library.library import Library
 from veneer.models import attention
 from veneer.models.proof import structure_key
 from veneer.patterns import first_match
 from veneer.plan import machine
 from veneer.quant import mxfp4, nf4
-from veneer.serve import details
+from veneer.serve.http import details
 
 CPU = torch.device("cpu")
 MUTABLE = {
-    "data.rendering.Template",  # never changed after it is made
-    "kernels.mixes.Mix",
-    "kernels.paged_attention.Spans",
+    "data.template.rendering.Template",  # never changed after it is made
+    "kernels.dense.mixes.Mix",
+    "kernels.attention.paged.Spans",
     "plan.planner.Planner",  # facts of its blueprint, which is frozen
     "trained.TrainedRun",  # the base, loaded once on purpose
 }

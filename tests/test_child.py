@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 import veneer
-from tests.test_bases_sources import REQUIREMENT
+from tests.bases.test_sources import REQUIREMENT
 from veneer import child
-from veneer.bases.packages import fetch_wheel
+from veneer.bases.names.packages import fetch_wheel
 from veneer.compare.local import ForkServer, command_of
-from veneer.data.rendering import Conversation, Template
-from veneer.data.rendering import Worker as Renderer
+from veneer.data.template.rendering import Conversation, Template
+from veneer.data.template.rendering import Worker as Renderer
 from veneer.errors import SourceError
 
 SOURCES = sorted(Path(veneer.__file__).parent.rglob("*.py"))
@@ -58,7 +58,7 @@ def test_the_commands_of_a_comparison_do_not(trapped: Path, forked: bool) -> Non
 
 def test_the_renderer_of_templates_does_not(trapped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Renderer()
-    monkeypatch.setattr("veneer.data.rendering._worker", lambda: own)
+    monkeypatch.setattr("veneer.data.template.rendering._worker", lambda: own)
     try:
         template = Template("{{ messages[0]['content'] }}", {}, date(2026, 1, 1))
         assert (

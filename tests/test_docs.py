@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import veneer.errors
-from tests.pages import OUTPUT, blocks
+from tests.support.pages import OUTPUT, blocks
 from veneer.cli.config_file import setting_paths
-from veneer.cli.main import COMMANDS, EXIT_CODES, Parser
+from veneer.cli.main import COMMANDS, EXIT_CODES, Parser, command_module
 from veneer.train.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def commands(text: str) -> list[list[str]]:
 
 def parsed(words: list[str]) -> None:
     parser = Parser(prog=f"veneer {words[0]}", allow_abbrev=False)
-    import_module(f"veneer.cli.{words[0]}").add_arguments(parser)
+    command_module(words[0]).add_arguments(parser)
     parser.parse_args(words[1:])
 
 
@@ -194,7 +194,7 @@ def test_the_site_has_every_command_flag_and_setting():
             1
         ]
         parser = Parser(prog=f"veneer {name}", allow_abbrev=False)
-        import_module(f"veneer.cli.{name}").add_arguments(parser)
+        command_module(name).add_arguments(parser)
         flags = [flag for flag in parser._option_string_actions if flag not in ("-h", "--help")]
         assert [flag for flag in flags if flag not in section] == [], name
     paths = [

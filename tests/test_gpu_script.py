@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.accelerator import Accelerator
-from tests.tape import Tape
+from tests.support.accelerator import Accelerator
+from tests.support.tape import Tape
 from veneer.decoding import forward
-from veneer.kernels import launch
+from veneer.kernels.cuda import launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,7 +85,8 @@ def test_an_item_by_itself_writes_its_value_as_one_line():
 
 
 def test_its_items_find_all_tensors_on_a_device_that_is_no_cpu(monkeypatch):
-    """A pretended one (tests/accelerator.py), where an answer's steps are replayed from a tape."""
+    """A pretended one (tests/support/accelerator.py), where an answer's steps are replayed from a
+    tape."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     items, tiny = (
         importlib.import_module("parts").items,

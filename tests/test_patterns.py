@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_formats_adapter import adapted, edit_config, write
-from tests.tiny import tiny_model
+from tests.formats.test_adapter import adapted, edit_config, write
+from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
-from veneer.adapters.routing import Routing
+from veneer.adapters.placement.routing import Routing
 from veneer.cli.main import main
 from veneer.errors import ConfigError
 from veneer.patterns import FirstMatch, PatternError, first_match, pattern

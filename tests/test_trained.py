@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 import veneer
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, DataError, SourceError
 from veneer.files.strict_json import read_json
 from veneer.library.library import Library
 from veneer.report.notebook import NotebookScreen, screen_here
-from veneer.train.folder import resume_config, settled
-from veneer.train.records import read_records
-from veneer.train.screen import QuietScreen
+from veneer.train.output.records import read_records
+from veneer.train.output.screen import QuietScreen
+from veneer.train.state.folder import resume_config, settled
 
 ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
 

@@ -15,7 +15,7 @@ import pytest
 
 from veneer import __version__
 from veneer.child import environment_for
-from veneer.kernels import native
+from veneer.kernels.bindings import library as native
 
 ROOT = Path(__file__).parents[1]
 OF_THE_PROJECT = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src")

@@ -13,13 +13,13 @@ from steps import METHOD, TINY, random_model
 from transformers import PreTrainedModel
 
 from veneer.adapters.attach import attach
-from veneer.bases.fingerprint import fingerprint
+from veneer.bases.identity.fingerprint import fingerprint
 from veneer.decoding import forward
-from veneer.decoding.adapters import Fixed
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.graphs import WORTH
-from veneer.decoding.scheduler import Limits
-from veneer.decoding.sequence import Request, Sequence
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.sequence import Request, Sequence
 from veneer.models.frozen_base import FrozenBase
 
 

@@ -16,7 +16,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from veneer.kernels import dropout, fused, gguf, launch, loss, segments
+from veneer.kernels.cuda import launch
+from veneer.kernels.dense import dropout, fused, loss, segments
+from veneer.kernels.packed import gguf
 
 APART = 2**-6
 """Largest difference to float32, relative to the largest value: two roundings to bf16 of a value

@@ -26,13 +26,17 @@ from steps import Training, attention_case, random_model, write_tokenizer
 
 from veneer import api
 from veneer.adapters.config import LoRA
-from veneer.kernels import attention, flash, flex, fused, gguf, launch, nf4_reference
-from veneer.kernels import nf4 as kernels
+from veneer.kernels.attention import flash, flex
+from veneer.kernels.attention import packed as attention
+from veneer.kernels.cuda import launch
+from veneer.kernels.dense import fused
 from veneer.kernels.layout import Group
+from veneer.kernels.packed import gguf, nf4_reference
+from veneer.kernels.packed import nf4 as kernels
 from veneer.kernels.rules import Rules
 from veneer.quant import nf4
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.screen import QuietScreen
+from veneer.train.output.screen import QuietScreen
 
 
 def versions(at: Place) -> dict[str, Any]:

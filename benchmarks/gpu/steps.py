@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.routing import Routing
+from veneer.adapters.placement.routing import Routing
 from veneer.data.examples import Example, RowRef
-from veneer.kernels import attention, loss
+from veneer.kernels.attention import packed as attention
+from veneer.kernels.dense import loss
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
@@ -31,8 +32,8 @@ from veneer.quant import nf4
 from veneer.quant.layers import HeldLinear
 from veneer.train.config import RunConfig
 from veneer.train.loop import Job, Loop
-from veneer.train.optim import FlatParameters
-from veneer.train.screen import QuietScreen
+from veneer.train.optimizer.buffer import FlatParameters
+from veneer.train.output.screen import QuietScreen
 
 METHOD = LoRA(rank=16, alpha=32.0)
 

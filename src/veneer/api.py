@@ -25,12 +25,12 @@ from veneer.compare.comparison import run_comparison
 from veneer.compare.jobs import Place
 from veneer.compare.local import Here
 from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
-from veneer.data.check import refuse_beyond, refuse_unreadable
-from veneer.data.closer import look_closer
+from veneer.data.checks.check import refuse_beyond, refuse_unreadable
+from veneer.data.checks.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
+from veneer.data.files.writing import GIVEN, Record, as_set, is_rows
 from veneer.data.load import DataSet, examine_data, load_data
-from veneer.data.new_tokens import bring, extended, room_with
-from veneer.data.writing import GIVEN, Record, as_set, is_rows
+from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError
 from veneer.evaluate.evaluation import Choices, Progress
 from veneer.evaluate.evaluation import evaluate as evaluate_rows
@@ -41,16 +41,16 @@ from veneer.evaluate.user_function import UserFunction
 from veneer.files.strict_json import read_json
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
-from veneer.merge.combine import Recipe
-from veneer.merge.combine_run import CombineReport, combine_adapters
-from veneer.merge.export_run import Weights as Weights
-from veneer.merge.export_run import export_adapter as export_adapter
-from veneer.merge.export_run import export_merged_gguf as export_merged_gguf
-from veneer.merge.export_run import export_ollama as export_ollama
-from veneer.merge.export_run import lint_adapter as lint_adapter
-from veneer.merge.extract import ExtractReport, extract_adapter
-from veneer.merge.folder import DtypeChoice, MergeReport
-from veneer.merge.merge_run import Into, merge_adapters
+from veneer.merge.combine.combine import Recipe
+from veneer.merge.combine.combine_run import CombineReport, combine_adapters
+from veneer.merge.combine.extract import ExtractReport, extract_adapter
+from veneer.merge.export.export_run import Weights as Weights
+from veneer.merge.export.export_run import export_adapter as export_adapter
+from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
+from veneer.merge.export.export_run import export_ollama as export_ollama
+from veneer.merge.export.export_run import lint_adapter as lint_adapter
+from veneer.merge.fold.folder import DtypeChoice, MergeReport
+from veneer.merge.fold.merge_run import Into, merge_adapters
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
@@ -60,11 +60,11 @@ from veneer.quant.config import Quantize
 from veneer.report.notebook import Evaluation
 from veneer.report.page import write_report
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.folder import resume_config as resume_config
-from veneer.train.place import held
-from veneer.train.screen import Screen
+from veneer.train.output.screen import Screen
+from veneer.train.processes.world import joined, world_of
+from veneer.train.state.folder import resume_config as resume_config
+from veneer.train.state.place import held
 from veneer.train.training import run_training
-from veneer.train.world import joined, world_of
 
 
 def load(
@@ -130,8 +130,9 @@ def train_run(
 
     rows: files of rows that are written into its folder first, by name.
 
-    With torchrun's variables in the environment this is one process of several (train/world.py):
-    all compute what the leader, rank 0, was given, and None is enough for the others.
+    With torchrun's variables in the environment this is one process of several
+    (train/processes/world.py): all compute what the leader, rank 0, was given, and None is enough
+    for the others.
     """
     with joined() as world:
         settings, given = world.shared(
@@ -333,7 +334,7 @@ def merge(
     force_base: bool = False,
 ) -> MergeReport:
     """Merge adapter folders, each with its weight, into their base and write it as a folder; see
-    merge/folder.py."""
+    merge/fold/folder.py."""
     rows = None
     if data is not None:
         fields = DataConfig.of({"train": data, "validation_share": 0.0})
@@ -367,7 +368,7 @@ def merge(
 def combine(
     adapters: Sequence[tuple[str | Path, float]], recipe: Recipe, *, base: str, out: str | Path
 ) -> CombineReport:
-    """Make one adapter folder of several, each with its weight; see merge/combine.py."""
+    """Make one adapter folder of several, each with its weight; see merge/combine/combine.py."""
     return combine_adapters(adapters, recipe, base=base, out=out)
 
 
@@ -381,7 +382,8 @@ def extract(
     keep: bool = False,
     check_logits: bool = True,
 ) -> ExtractReport:
-    """Make an adapter folder out of a fully fine-tuned model and its base; see merge/extract.py."""
+    """Make an adapter folder out of a fully fine-tuned model and its base; see
+    merge/combine/extract.py."""
     return extract_adapter(
         base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits
     )

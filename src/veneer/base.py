@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 from veneer.adapters.attach import check_settings
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.routing import Active
 from veneer.adapters.preamble import Preamble
-from veneer.adapters.routing import Active
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.data.examples import RowFault
-from veneer.data.formats import to_conversation
-from veneer.data.new_tokens import bring
-from veneer.data.template import ChatTemplate
+from veneer.data.files.formats import to_conversation
+from veneer.data.template.new_tokens import bring
+from veneer.data.template.template import ChatTemplate
 from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
@@ -30,7 +30,7 @@ from veneer.files.nesting import is_text, walk
 from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
-from veneer.merge.in_memory import Merged, merged_weights
+from veneer.merge.fold.in_memory import Merged, merged_weights
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin

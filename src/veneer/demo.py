@@ -32,21 +32,21 @@ from veneer import api
 from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.bases.compute import DtypeName
-from veneer.bases.packages import fetch_wheel
+from veneer.bases.names.packages import fetch_wheel
 from veneer.child import typed_command
 from veneer.data import bfcl
 from veneer.data.bfcl import Call, Score
 from veneer.data.examples import Row, RowRef
-from veneer.data.template import ChatTemplate
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluate.answers import evaluate_answers
 from veneer.files.atomic import atomic_file
 from veneer.files.remembered import own_files_hash
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.folder import remove_run
-from veneer.train.place import held
-from veneer.train.screen import make_screen
-from veneer.train.talk import talking_console
+from veneer.train.output.screen import make_screen
+from veneer.train.output.talk import talking_console
+from veneer.train.state.folder import remove_run
+from veneer.train.state.place import held
 from veneer.wording import cut, shown, size
 
 BASE = "smollm2-135m"

@@ -1,5 +1,5 @@
-"""The modules that are linear layers, and the frozen view of each (kernels/frozen.py says what one
-is).
+"""The modules that are linear layers, and the frozen view of each (kernels/dense/frozen.py says
+what one is).
 
 A format that transformers does not know stands in the model as a `PackedLinear` (or
 `PackedExperts`), which is its own frozen view. Shapes: M rows (batch times tokens), I in_features,
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.kernels import few_rows, products
-from veneer.kernels.frozen import DenseLinear as DenseLinear
-from veneer.kernels.frozen import FrozenLinear as FrozenLinear
-from veneer.kernels.frozen import bias_gradient as bias_gradient
-from veneer.kernels.frozen import frozen_product as frozen_product
-from veneer.kernels.frozen import times as times
-from veneer.kernels.frozen import writable as writable
+from veneer.kernels.dense import few_rows, products
+from veneer.kernels.dense.frozen import DenseLinear as DenseLinear
+from veneer.kernels.dense.frozen import FrozenLinear as FrozenLinear
+from veneer.kernels.dense.frozen import bias_gradient as bias_gradient
+from veneer.kernels.dense.frozen import frozen_product as frozen_product
+from veneer.kernels.dense.frozen import times as times
+from veneer.kernels.dense.frozen import writable as writable
 
 
 class FewRowsLinear(nn.Linear):
-    """An nn.Linear that hands products of a few rows to the kernel for them (kernels/few_rows.py):
-    a row's bits are the same alone and among others, with a gradient and without. A weight that
-    trains takes torch's product."""
+    """An nn.Linear that hands products of a few rows to the kernel for them
+    (kernels/dense/few_rows.py): a row's bits are the same alone and among others, with a gradient
+    and without. A weight that trains takes torch's product."""
 
     @classmethod
     def of(cls, module: nn.Linear) -> Self:

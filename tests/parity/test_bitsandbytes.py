@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-from tests.packed import packed_and_dense, packed_modules
-from tests.tiny import save_tiny
+from tests.support.packed import packed_and_dense, packed_modules
+from tests.support.tiny import save_tiny
 from veneer.formats.packed_base import write_packed
-from veneer.kernels import nf4 as kernels
+from veneer.kernels.packed import nf4 as kernels
 from veneer.models.load import load_base
 from veneer.quant import nf4
 

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tiny import tiny_base, tiny_model
+from tests.support.tiny import tiny_base, tiny_model
 
 peft = pytest.importorskip("peft")
 
 from veneer.adapters.attach import attach  # noqa: E402
-from veneer.adapters.attachment import Attachment  # noqa: E402
 from veneer.adapters.config import DoRA, LoRA, LowRank  # noqa: E402
+from veneer.adapters.placement.attachment import Attachment  # noqa: E402
 from veneer.errors import AdapterMismatchError  # noqa: E402
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter  # noqa: E402
 from veneer.models.frozen_base import FrozenBase  # noqa: E402

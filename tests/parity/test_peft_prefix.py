@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from tests.test_formats_prefix import CONFIG, IDS, WEIGHTS, logits, prefixed, written
-from tests.tiny import tiny_base, tiny_model
+from tests.formats.test_prefix import CONFIG, IDS, WEIGHTS, logits, prefixed, written
+from tests.support.tiny import tiny_base, tiny_model
 
 peft = pytest.importorskip("peft")
 

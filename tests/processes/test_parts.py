@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError
-from veneer.train.dealing import dealt
-from veneer.train.reduce import Exact, Plain
-from veneer.train.world import ALONE, World, world_of
+from veneer.train.processes.dealing import dealt
+from veneer.train.processes.reduce import Exact, Plain
+from veneer.train.processes.world import ALONE, World, world_of
 
 SET = {
     "WORLD_SIZE": "4",

@@ -16,11 +16,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.soak.counts import rounds
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer.child import environment_for
-from veneer.train.launch import GRACE_SECONDS, listening
-from veneer.train.records import read_records
-from veneer.train.world import _connection
+from veneer.train.output.records import read_records
+from veneer.train.processes.launch import GRACE_SECONDS, listening
+from veneer.train.processes.world import _connection
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = "60"

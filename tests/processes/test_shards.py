@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.packed_folders import write_gptq
 from tests.processes.test_processes import RUNS, losses, settings, told, values, world
 from tests.soak.counts import rounds
-from tests.tiny import save_tiny
+from tests.support.packed_folders import write_gptq
+from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, RefusedError
 from veneer.shards import Shards, make_whole
 from veneer.train.config import RunConfig
-from veneer.train.dealing import in_rounds
-from veneer.train.parts import FlatParts
-from veneer.train.records import read_records
-from veneer.train.world import ALONE
+from veneer.train.optimizer.parts import FlatParts
+from veneer.train.output.records import read_records
+from veneer.train.processes.dealing import in_rounds
+from veneer.train.processes.world import ALONE
 
 __all__ = ["world"]
 SHARDED = {

@@ -19,9 +19,9 @@ from veneer import api
 from veneer.errors import DoesNotFitError, VeneerError
 from veneer.train import loop as train_loop
 from veneer.train.config import RunConfig
-from veneer.train.launch import MEETING
 from veneer.train.loop import Loop
-from veneer.train.screen import QuietScreen
+from veneer.train.output.screen import QuietScreen
+from veneer.train.processes.launch import MEETING
 
 _BATCH_LOSS = train_loop.batch_loss
 

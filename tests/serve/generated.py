@@ -7,8 +7,8 @@ import json
 from random import Random
 from typing import Any
 
-from veneer.serve import chat, completions, messages, responses, tokens
-from veneer.serve.fields import (
+from veneer.serve.protocols import chat, completions, messages, responses, tokens
+from veneer.serve.protocols.fields import (
     AnyObject,
     Either,
     Field,

@@ -16,18 +16,18 @@ from typing import Any
 import httpx
 import openai
 
-from tests.helpers import fill
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.support.helpers import fill
+from tests.support.tiny import tiny_model, tiny_tokenizer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.scheduler import Limits
-from veneer.decoding.sequence import Sequence
+from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
-from veneer.serve.keys import Keys
+from veneer.serve.engine.service import Service
+from veneer.serve.http.keys import Keys
 from veneer.serve.run import Server
-from veneer.serve.service import Service
 from veneer.serve.start import Settings, open_server
 
 BASE = "tiny"

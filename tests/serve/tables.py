@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from veneer.serve import adapters, chat, completions, messages, responses, tokens
-from veneer.serve.fields import Field, Only, Refused
+from veneer.serve.engine import adapters
 from veneer.serve.limits import LIMITS, Limit
+from veneer.serve.protocols import chat, completions, messages, responses, tokens
+from veneer.serve.protocols.fields import Field, Only, Refused
 
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 LETTERS = {"C": chat.FIELDS, "T": completions.FIELDS, "R": responses.FIELDS, "M": messages.FIELDS}

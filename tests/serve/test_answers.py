@@ -8,9 +8,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
 
-from veneer.serve import chat, completions, messages, responses
-from veneer.serve.answers import Answer, Call, End, Piece, Usage, event
-from veneer.serve.asked import Asked, Chat
+from veneer.serve.protocols import chat, completions, messages, responses
+from veneer.serve.protocols.answers import Answer, Call, End, Piece, Usage, event
+from veneer.serve.protocols.asked import Asked, Chat
 from veneer.serve.refusals import Refusal
 
 ECHO = responses.asked({"model": "m", "input": "x"}).echo

@@ -11,7 +11,7 @@ import pytest
 from tests.serve.server import BASE, add_adapter, running
 from tests.serve.tables import PAGE
 from veneer.library.library import Library
-from veneer.serve.keys import Key, Keys, hashed
+from veneer.serve.http.keys import Key, Keys, hashed
 
 LLM, CURL = (shutil.which(name) for name in ("llm", "curl"))
 PORT = "http://127.0.0.1:8000"

@@ -10,9 +10,14 @@ import pytest
 
 from tests.serve.server import BASE, read_status, running
 from veneer.library.library import Library
-from veneer.serve import connection as connection_module
 from veneer.serve import limits
-from veneer.serve.connection import Connection, Connections, raise_open_files, room_for_connections
+from veneer.serve.http import connection as connection_module
+from veneer.serve.http.connection import (
+    Connection,
+    Connections,
+    raise_open_files,
+    room_for_connections,
+)
 
 HEADER = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 BODY = json.dumps({"model": BASE, "prompt": [5], "max_tokens": 2}).encode()

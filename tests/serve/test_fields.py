@@ -8,9 +8,10 @@ import pytest
 
 from tests.serve.generated import TABLES, body, mutated
 from veneer.bounds import TEMPERATURE, TOKEN
-from veneer.serve import chat, completions, fields, messages, responses
-from veneer.serve.body import parsed
-from veneer.serve.fields import (
+from veneer.serve.limits import MOST_FAULTS
+from veneer.serve.protocols import chat, completions, fields, messages, responses
+from veneer.serve.protocols.body import parsed
+from veneer.serve.protocols.fields import (
     Either,
     Field,
     Flag,
@@ -24,7 +25,6 @@ from veneer.serve.fields import (
     Text,
     read_fields,
 )
-from veneer.serve.limits import MOST_FAULTS
 from veneer.serve.refusals import Fault, Refusal
 
 MODULES = {

@@ -10,8 +10,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from veneer.errors import ConfigError, SourceError
-from veneer.serve.guard import Guard, check_origins, for_browsers
-from veneer.serve.keys import Key, Keys, hashed, new_key, read_keys
+from veneer.serve.http.guard import Guard, check_origins, for_browsers
+from veneer.serve.http.keys import Key, Keys, hashed, new_key, read_keys
 
 USE, ADMIN = "use-" + "k" * 20, "admin-" + "k" * 20
 KEYS = Keys([Key("use", hashed(USE), "one"), Key("admin", hashed(ADMIN), "two")])

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from tests.serve.server import made_base
-from tests.tiny import tiny_tokenizer
-from veneer.decoding.adapters import Fixed
+from tests.support.tiny import tiny_tokenizer
 from veneer.decoding.engine import Engine
-from veneer.decoding.scheduler import Limits
-from veneer.decoding.sequence import Request
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.sequence import Request
 from veneer.errors import QueueFullError
-from veneer.kernels import native
-from veneer.serve import loop as loop_module
-from veneer.serve.answering import Answering
-from veneer.serve.asked import Asked
-from veneer.serve.loop import EngineLoop, Inbox
+from veneer.kernels.bindings import library as native
+from veneer.serve.engine import loop as loop_module
+from veneer.serve.engine.answering import Answering
+from veneer.serve.engine.loop import EngineLoop, Inbox
+from veneer.serve.engine.token_text import TokenTexts
+from veneer.serve.protocols.asked import Asked
 from veneer.serve.refusals import Refusal
-from veneer.serve.token_text import TokenTexts
 
 
 def test_the_thread_that_loaded_the_base_keeps_no_helpers_once_another_computes():

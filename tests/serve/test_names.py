@@ -6,8 +6,8 @@ import pytest
 
 from tests.serve.server import add_adapter, made_base
 from veneer.library.library import Library
-from veneer.library.residents import Residents
-from veneer.serve.names import LOADED, UNLOADED, Names
+from veneer.library.residents.residents import Residents
+from veneer.serve.engine.names import LOADED, UNLOADED, Names
 from veneer.serve.refusals import Refusal
 
 LIBRARY = {"bar": 2, "poems": 1}

@@ -9,9 +9,9 @@ import pytest
 
 from tests.serve.browser import CHROMIUM, browser
 from tests.serve.server import BASE, add_adapter, running
-from tests.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_tokenizer
 from veneer.library.library import Library
-from veneer.serve.keys import Key, Keys, hashed
+from veneer.serve.http.keys import Key, Keys, hashed
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is on the path: apt-get install chromium"

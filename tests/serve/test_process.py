@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from tests.serve.server import BASE, add_adapter, read_status, running
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
 from veneer.library.library import Library

@@ -13,15 +13,15 @@ import pytest
 from starlette.types import Message
 
 from tests.serve.server import BASE, add_adapter
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer.decoding.engine import bytes_per_token
 from veneer.errors import LostProcessError, QueueFullError
 from veneer.library.library import Library
-from veneer.serve.app import PATHS
-from veneer.serve.front import CHANGING, Front
-from veneer.serve.guard import Guard
-from veneer.serve.keys import Key, Keys, hashed
-from veneer.serve.replica import Change, Passed, Replica, Served, model_of
+from veneer.serve.http.app import PATHS
+from veneer.serve.http.guard import Guard
+from veneer.serve.http.keys import Key, Keys, hashed
+from veneer.serve.replicas.front import CHANGING, Front
+from veneer.serve.replicas.replica import Change, Passed, Replica, Served, model_of
 from veneer.serve.start import Settings
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -3,9 +3,9 @@ frequencies change."""
 
 import pytest
 
-from tests.helpers import fill
+from tests.models.test_proof import ROTARY
 from tests.serve.server import BASE, add_adapter, made_base, running
-from tests.test_proof import ROTARY
+from tests.support.helpers import fill
 from veneer.adapters.config import Prefix
 from veneer.decoding.engine import BLOCK_SLOTS
 from veneer.formats.adapter import manifest_for, write_adapter

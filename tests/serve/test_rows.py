@@ -8,10 +8,10 @@ import subprocess
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.support.helpers import ROOT
 from veneer.cli.main import main
 from veneer.data.examples import RowRef
-from veneer.data.formats import detect, to_row
+from veneer.data.files.formats import detect, to_row
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="no node is on the path")

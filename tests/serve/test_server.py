@@ -12,12 +12,12 @@ import openai
 import pytest
 
 from tests.serve.server import BASE, add_adapter, made_base, running
-from veneer.decoding.scheduler import Limits
+from veneer.decoding.schedule.scheduler import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
-from veneer.serve import app as app_module
-from veneer.serve.keys import Key, Keys, hashed
-from veneer.serve.names import Names
+from veneer.serve.engine.names import Names
+from veneer.serve.http import app as app_module
+from veneer.serve.http.keys import Key, Keys, hashed
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}

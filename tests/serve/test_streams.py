@@ -11,8 +11,8 @@ import pytest
 
 from tests.serve.server import BASE, running
 from veneer.library.library import Library
-from veneer.serve.connection import Chunks
-from veneer.serve.loop import Inbox, Update
+from veneer.serve.engine.loop import Inbox, Update
+from veneer.serve.http.connection import Chunks
 
 HELLO = [{"role": "user", "content": "hello"}]
 ASK = {

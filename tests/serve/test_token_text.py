@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import tiny_tokenizer
-from veneer.serve.token_text import TokenTexts
+from tests.support.tiny import tiny_tokenizer
+from veneer.serve.engine.token_text import TokenTexts
 
 TEXT = "Zürich, 今日 🙂"
 

@@ -8,14 +8,14 @@ import pytest
 
 from tests.serve.server import BASE, made_base, running
 from tests.serve.tool_templates import TEMPLATES
-from tests.tiny import tiny_tokenizer
-from veneer.data.template import ChatTemplate
-from veneer.decoding.call_forms import BareCall, ListedCalls, ObjectCalls
-from veneer.decoding.calls import CallReader
+from tests.support.tiny import tiny_tokenizer
+from veneer.data.template.template import ChatTemplate
+from veneer.decoding.tool_calls.calls import CallReader
+from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, ObjectCalls
 from veneer.library.library import Library
-from veneer.serve.call_style import call_style
+from veneer.serve.protocols.call_style import call_style
+from veneer.serve.protocols.tools import wanted_call
 from veneer.serve.refusals import Refusal
-from veneer.serve.tools import wanted_call
 
 STYLE = ObjectCalls("<tool_call>", "</tool_call>")
 BARE = BareCall("", arguments="parameters")

@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.helpers import fill
 from tests.serve.server import add_adapter, made_base, running
+from tests.support.helpers import fill
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.errors import VeneerError
 from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
 from veneer.formats.norms import updates
 from veneer.library.library import Library
-from veneer.serve import details
+from veneer.serve.http import details
 from veneer.serve.runs import PART_BYTES, Runs
 
 
@@ -295,7 +295,7 @@ def test_what_is_no_run_is_not_told_and_a_broken_one_says_so_without_a_path(serv
 def test_a_folder_of_runs_that_is_none_is_an_error_before_the_server_listens(
     places, tmp_path, capsys
 ):
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     base = str(save_tiny(tmp_path / "tiny", "llama_untied"))
     words = [

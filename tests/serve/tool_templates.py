@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import tiny_tokenizer
-from veneer.decoding.call_elements import ElementCalls
-from veneer.decoding.call_forms import BareCall, ListedCalls, NamedCalls, ObjectCalls
-from veneer.decoding.calls import CallStyle
+from tests.support.tiny import tiny_tokenizer
+from veneer.decoding.tool_calls.calls import CallStyle
+from veneer.decoding.tool_calls.elements import ElementCalls
+from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, NamedCalls, ObjectCalls
 
 HERMES = (
     "{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' }}{%- for tool in tools %}{{-"

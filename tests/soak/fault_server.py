@@ -13,7 +13,8 @@ import sys
 from veneer import api  # noqa: F401  # loaded once, for all
 from veneer.cli.main import main
 from veneer.compare import comparison  # noqa: F401
-from veneer.merge import export_run, gguf_model  # noqa: F401
+from veneer.merge.export import export_run  # noqa: F401
+from veneer.merge.gguf import model as gguf_model  # noqa: F401
 
 LIMIT_SECONDS = 1200
 

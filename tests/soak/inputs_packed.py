@@ -13,10 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.packed_folders import write_awq, write_compressed, write_fp8, write_gptq, write_mxfp4
 from tests.soak.odd import as_json, mutated, odd, torn
-from tests.tiny import save_tiny
-from veneer.bases.bnb_files import file_tensors
+from tests.support.packed_folders import (
+    write_awq,
+    write_compressed,
+    write_fp8,
+    write_gptq,
+    write_mxfp4,
+)
+from tests.support.tiny import save_tiny
+from veneer.bases.packed.bnb_files import file_tensors
 from veneer.quant.nf4 import quantize
 
 

@@ -50,7 +50,7 @@ LOOPS = {
     "gguf": Loop(f"{FILES}::test_spoiled_gguf_headers_are_read_or_refused", 3000, 40_000),
     "gguf_bases": Loop(f"{FILES}::test_spoiled_gguf_files_become_a_base_or_an_error", 200, 3000),
     "calls": Loop(
-        "test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors",
+        "kernels/test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors",
         3000,
         20_000,
     ),
@@ -62,14 +62,20 @@ LOOPS = {
     "engine": Loop("soak/test_engine_mixes.py", 50, 10_000),
     "decoding": Loop("soak/test_decoding.py", 200, 5000),
     "tiers": Loop(
-        "test_residents.py::test_any_traffic_ends_each_request_once_and_within_the_budget", 20, 200
+        "library/test_residents.py::test_any_traffic_ends_each_request_once_and_within_the_budget",
+        20,
+        200,
     ),
     "unloads": Loop(
-        "test_residents.py::test_what_is_unloaded_leaves_nothing_behind_however_often", 500, 1000
+        "library/test_residents.py::test_what_is_unloaded_leaves_nothing_behind_however_often",
+        500,
+        1000,
     ),
-    "exchanges": Loop("test_residents.py", 60, 300),
+    "exchanges": Loop("library/test_residents.py", 60, 300),
     "schemas": Loop(
-        "test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut", 1000, 5000
+        "decoding/test_grammar.py::test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut",
+        1000,
+        5000,
     ),
     "families": Loop(
         f"{FAMILIES}::test_every_family_agrees_with_transformers_and_peft_or_says_why_not", 6, 300

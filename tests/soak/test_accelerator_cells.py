@@ -5,11 +5,11 @@ import random
 
 import pytest
 
+from tests.adapters.test_methods import BASES, METHODS
+from tests.models.test_accelerator import DEVICES, base_on, on, trains_evaluates_and_decodes
+from tests.models.test_accelerator import _whatever_this_machine_has as _no_kernels  # noqa: F401
 from tests.soak.counts import chosen
-from tests.test_accelerator import DEVICES, base_on, on, trains_evaluates_and_decodes
-from tests.test_accelerator import _whatever_this_machine_has as _no_kernels  # noqa: F401
-from tests.test_methods import BASES, METHODS
-from tests.tiny import FAMILIES
+from tests.support.tiny import FAMILIES
 from veneer.errors import ConfigError
 
 FORMATS = {**BASES, **{family: (family, BASES["llama float32"][1]) for family in FAMILIES}}

@@ -4,13 +4,13 @@ back."""
 import gc
 import weakref
 
-from tests.helpers import fill
 from tests.serve.server import made_base, running
 from tests.soak.counts import rounds
+from tests.support.helpers import fill
 from veneer.adapters.config import LoRA
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
-from veneer.train.records import process_memory_bytes
+from veneer.train.output.records import process_memory_bytes
 
 CYCLES = len(rounds("cycles", ci=12))
 WARM = 10

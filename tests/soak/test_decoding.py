@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.decoding.test_blocks import Books
+from tests.decoding.test_traffic import Traffic
 from tests.soak.counts import rounds
-from tests.test_decoding_blocks import Books
-from tests.test_decoding_traffic import Traffic
 
 
 @pytest.mark.parametrize("machine", [Books, Traffic])

@@ -14,14 +14,14 @@ import torch
 
 from tests.soak.counts import rounds
 from tests.soak.test_mixes import FAMILIES, MIXTURES, for_a_group, some_adapters
-from tests.tiny import tiny_base
+from tests.support.tiny import tiny_base
 from veneer.adapters.config import Prefix
-from veneer.decoding.adapters import Fixed, changes_rows_alone
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.sampling import Sampling
-from veneer.decoding.scheduler import Limits
-from veneer.decoding.sequence import Reason, Request
-from veneer.kernels import few_rows
+from veneer.decoding.sampling.sampling import Sampling
+from veneer.decoding.schedule.adapters import Fixed, changes_rows_alone
+from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.kernels.dense import few_rows
 
 CLOSE = 1e-4
 """Of logarithms of chances, in float32, whatever rows are beside."""

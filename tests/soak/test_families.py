@@ -1,15 +1,16 @@
-"""The whole table of families: none in `make test`, where tests/test_families.py holds a sample."""
+"""The whole table of families: none in `make test`, where tests/families/test_families.py holds a
+sample."""
 
 import pytest
 import torch
 
-from tests.families import measure
-from tests.families_models import IDS, family_base, names
-from tests.families_page import PAGE, rows_of
-from tests.helpers import fill, make_examples
+from tests.families.__main__ import measure
+from tests.families.models import IDS, family_base, names
+from tests.families.page import PAGE, rows_of
 from tests.soak.counts import chosen
-from veneer.adapters.acting import TokenKeys
+from tests.support.helpers import fill, make_examples
 from veneer.adapters.config import LoRA
+from veneer.adapters.placement.acting import TokenKeys
 from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
 from veneer.models.step import batch_loss, batch_of, parts_of

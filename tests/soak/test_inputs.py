@@ -25,12 +25,12 @@ from types import FrameType
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import fill
 from tests.soak.counts import rounds
 from tests.soak.inputs import KINDS
 from tests.soak.inputs_packed import make_packed
 from tests.soak.world import make_world, run
-from tests.tiny import save_tiny
+from tests.support.helpers import fill
+from tests.support.tiny import save_tiny
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, Prefix
 from veneer.cli.main import main

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import start_veneer
 from tests.soak.counts import rounds
 from tests.soak.world import FROM_LIBRARY, make_world
+from tests.support.helpers import start_veneer
 from veneer.files.atomic import verify_manifest
 from veneer.library.library import Library
-from veneer.train.checkpoint import checkpoint_path, numbers
-from veneer.train.records import read_records
+from veneer.train.output.records import read_records
+from veneer.train.state.checkpoint import checkpoint_path, numbers
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 STEPS = 8

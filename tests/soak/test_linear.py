@@ -22,21 +22,22 @@ import pytest
 
 from tests.soak.counts import chosen
 from tests.soak.linear_requests import HELLO, called, cases, properties, tool, turns
-from tests.tiny import tiny_tokenizer
-from veneer.data import rendering
-from veneer.decoding.call_forms import ObjectCalls
-from veneer.decoding.calls import CallReader
-from veneer.decoding.grammar import Grammars
-from veneer.decoding.json_check import JsonCheck
+from tests.support.tiny import tiny_tokenizer
+from veneer.data.template import rendering
+from veneer.decoding.sampling.grammar import Grammars
+from veneer.decoding.sampling.json_check import JsonCheck
 from veneer.decoding.text import TextStream
+from veneer.decoding.tool_calls.calls import CallReader
+from veneer.decoding.tool_calls.forms import ObjectCalls
 from veneer.errors import VeneerError
-from veneer.serve import adapters, chat, completions, messages, responses, tokens
-from veneer.serve.asked import Chat, Plain
-from veneer.serve.body import parsed
-from veneer.serve.conversation import conversation
-from veneer.serve.guard import Guard
-from veneer.serve.keys import Key, Keys, hashed
-from veneer.serve.prompts import Prompts
+from veneer.serve.engine import adapters
+from veneer.serve.engine.prompts import Prompts
+from veneer.serve.http.guard import Guard
+from veneer.serve.http.keys import Key, Keys, hashed
+from veneer.serve.protocols import chat, completions, messages, responses, tokens
+from veneer.serve.protocols.asked import Chat, Plain
+from veneer.serve.protocols.body import parsed
+from veneer.serve.protocols.conversation import conversation
 from veneer.serve.refusals import Refusal
 
 TRIES = 6

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from tests.helpers import make_examples
+from tests.adapters.test_methods import move
 from tests.soak.counts import rounds
-from tests.test_methods import move
-from tests.tiny import tiny_model
-from veneer.adapters.acting import Applied, TokenKeys
+from tests.support.helpers import make_examples
+from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
-from veneer.adapters.routing import Routing
+from veneer.adapters.placement.acting import Applied, TokenKeys
+from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, make_groups
 from veneer.errors import ConfigError
 from veneer.models.step import Paths, acting_on, batch_loss, prepare, whole_logits

@@ -19,14 +19,14 @@ import pytest
 import torch
 
 import veneer
+from tests.compare.test_compare import write_rows
 from tests.soak.counts import rounds
-from tests.test_compare import write_rows
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer.compare.ray_place import OnRay
 from veneer.errors import DoesNotFitError, Interrupted
-from veneer.train.checkpoint import numbers
 from veneer.train.config import RunConfig
-from veneer.train.records import read_records
+from veneer.train.output.records import read_records
+from veneer.train.state.checkpoint import numbers
 
 ROUNDS = rounds("ray", ci=0)
 pytestmark = [

@@ -21,7 +21,7 @@ import pytest
 
 from tests.serve.server import add_adapter
 from tests.soak.counts import rounds
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.library.library import Library
 

@@ -7,12 +7,12 @@ import random
 import pytest
 
 from tests.soak.counts import rounds
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 from veneer.train.config import RunConfig
-from veneer.train.folder import resume_config
 from veneer.train.loop import Loop
-from veneer.train.records import read_records
-from veneer.train.screen import QuietScreen
+from veneer.train.output.records import read_records
+from veneer.train.output.screen import QuietScreen
+from veneer.train.state.folder import resume_config
 from veneer.train.training import run_training
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "mixtral", "bloom")

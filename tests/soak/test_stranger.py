@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import Block, blocks
 from tests.soak.counts import rounds
+from tests.support.pages import Block, blocks
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = (

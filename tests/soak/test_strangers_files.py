@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.soak.counts import rounds
 from tests.soak.inputs_packed import LAYOUTS, make_packed, spoil
-from tests.tiny import save_tiny
-from tests.tiny_gguf import tiny, write_gguf
-from veneer.bases.bnb_files import file_tensors
-from veneer.bases.gguf import read_header
-from veneer.data.template import ChatTemplate
+from tests.support.tiny import save_tiny
+from tests.support.tiny_gguf import tiny, write_gguf
+from veneer.bases.gguf.convert import read_header
+from veneer.bases.packed.bnb_files import file_tensors
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import CorruptFileError, InputError, RefusedError
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize

@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.helpers import fill
-from tests.tiny import save_tiny
+from tests.support.helpers import fill
+from tests.support.tiny import save_tiny
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapters.attachment import Attachment
-from veneer.adapters.bottleneck import build_bottleneck
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
-from veneer.adapters.low_rank import build_dora, build_lora
-from veneer.adapters.new_tokens import put_tokens
-from veneer.adapters.prefix import build_prefix
-from veneer.adapters.routing import Routing
-from veneer.adapters.site import Site
-from veneer.adapters.token_rows import Brought
-from veneer.adapters.wrapping import plain_modules, unwrap, unwrapped
+from veneer.adapters.methods.bottleneck import build_bottleneck
+from veneer.adapters.methods.low_rank import build_dora, build_lora
+from veneer.adapters.methods.new_tokens import put_tokens
+from veneer.adapters.methods.prefix import build_prefix
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.routing import Routing
+from veneer.adapters.placement.site import Site
+from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.wrapping import plain_modules, unwrap, unwrapped
 from veneer.errors import ConfigError
 from veneer.files.process_wide import ALONE
 
@@ -49,9 +49,9 @@ def attach(
     never in all-linear. tokens: those that it brings.
 
     values_follow: the caller gives every trained value before anything is computed; none is drawn
-    then. read_past: the weights that the model takes past their modules (reads.py); None: the model
-    is asked, where it matters. idle: places that no gradient reaches (idle.py); (): whatever is
-    attached need not train.
+    then. read_past: the weights that the model takes past their modules (placement/reads.py); None:
+    the model is asked, where it matters. idle: places that no gradient reaches (placement/idle.py);
+    (): whatever is attached need not train.
 
     ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
     """

@@ -4,7 +4,7 @@ is much faster.
 Many processors have no products of bf16 or float16 numbers: torch's are then up to a hundred times
 slower than float32's, and a training step takes minutes. So on a CPU one product is timed in both
 types, forward and backward; a few milliseconds, and some ten more where they are slow. Widening to
-float32 is exact: it is the same base (bases/fingerprint.py).
+float32 is exact: it is the same base (bases/identity/fingerprint.py).
 
 Not known here: what the weights are.
 """

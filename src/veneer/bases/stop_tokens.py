@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from veneer.data.template import ChatTemplate
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import VeneerError
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.bases.faults import NEXT_DOWNLOAD, tokenizer_faults
-from veneer.bases.model_config import checked_config
+from veneer.bases.config.model_config import checked_config
+from veneer.bases.folder.faults import NEXT_DOWNLOAD, tokenizer_faults
+from veneer.bases.names.sources import locate
 from veneer.bases.quiet_transformers import quiet
-from veneer.bases.sources import locate
 from veneer.errors import CorruptFileError, SourceError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")

@@ -255,7 +255,7 @@ def load_alone(
 ) -> Base:
     """A base without adapters, by --dtype and --device; said is what it is widened to."""
     check_base(source)
-    from veneer.train.working import working
+    from veneer.train.output.working import working
 
     with working(f"loading {source}"):
         with no_collection():
@@ -387,7 +387,7 @@ def make_console(*, json: bool) -> Console:
     """
     from rich.console import Console
 
-    from veneer.train.talk import talking_console
+    from veneer.train.output.talk import talking_console
 
     class Result(Console):
         def on_broken_pipe(self) -> None:

@@ -14,7 +14,6 @@ import argparse
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +38,12 @@ class Words:
 
 def known_words() -> dict[str, Words]:
     """Every command, and every action as `command action`."""
-    from veneer.cli.main import COMMANDS
+    from veneer.cli.main import COMMANDS, command_module
 
     found: dict[str, Words] = {}
     for name, about in COMMANDS.items():
         parser = argparse.ArgumentParser(add_help=True)
-        import_module(f"veneer.cli.{name}").add_arguments(parser)
+        command_module(name).add_arguments(parser)
         found |= _words(name, about, parser)
     found["train"].flags.update(_words_of_settings())
     return found

@@ -144,8 +144,8 @@ def find_facts() -> dict[str, dict[str, Any]]:
 
 
 def _kernels() -> str:
-    """The instructions that the compiled kernels take (kernels/native.py)."""
-    from veneer.kernels.native import has_amx, has_bf16, level
+    """The instructions that the compiled kernels take (kernels/bindings/library.py)."""
+    from veneer.kernels.bindings.library import has_amx, has_bf16, level
 
     names = {-1: "not compiled, or switched off", 0: "plain C", 2: "AVX2", 3: "AVX-512"}
     return (

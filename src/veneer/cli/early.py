@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from veneer.bases.named import refuse_unknown
-from veneer.bases.shapes import shape_of
-from veneer.data.places import refuse_missing
+from veneer.bases.loading.shapes import shape_of
+from veneer.bases.names.named import refuse_unknown
+from veneer.data.files.places import refuse_missing
 from veneer.errors import DataError
 from veneer.files.atomic import refuse_existing, refuse_unwritable
 from veneer.train.config import RunConfig
-from veneer.train.place import held, refuse_finished, refuse_unless_new
+from veneer.train.state.place import held, refuse_finished, refuse_unless_new
 
 
 def check_base(source: str | None) -> None:

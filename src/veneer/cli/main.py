@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, TextIO
 
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory, missing_on_device
 from veneer.files.system_errors import refusal
-from veneer.train.streams import Result, Talk, silence
+from veneer.train.output.streams import Result, Talk, silence
 from veneer.vocabulary import (
     ACTIONS_ELSEWHERE,
     CHOICES_ELSEWHERE,
@@ -71,6 +72,16 @@ GROUPS = {
 }
 """What a person is about to do -> commands and their summaries."""
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
+FOLDERS = {
+    **dict.fromkeys(
+        ("adapters", "combine", "export", "extract", "lint", "merge", "quantize"), "library."
+    ),
+    **dict.fromkeys(("train", "compare", "evaluate", "report", "plan", "demo"), "training."),
+    **dict.fromkeys(("serve", "chat", "generate"), "answers."),
+    "data": "rows.",
+}
+"""The folder of a command's module; a command that is not named here stands beside this file."""
+
 
 READER_GONE = 128 + 13
 """As of a program that SIGPIPE ended: whoever read our stdout has left (`veneer ... | head`)."""
@@ -272,7 +283,7 @@ def _run(argv: list[str], alone: bool) -> int:
         meant = COMMANDS_ELSEWHERE.get(argv[0].lower()) or nearest_word(argv[0], COMMANDS)
         hint = f": did you mean `veneer {meant}`?" if meant else ""
         parser.error(f"unknown command {argv[0]!r}{hint}")
-    command = import_module(f"veneer.cli.{argv[0]}")
+    command = command_module(argv[0])
     own = Parser(
         prog=f"veneer {argv[0]}",
         description=command.__doc__,
@@ -286,6 +297,11 @@ def _run(argv: list[str], alone: bool) -> int:
         _tell_of_first_times()
     code: int = command.run(parsed)
     return code
+
+
+def command_module(name: str) -> ModuleType:
+    """Imports the module of a command."""
+    return import_module(f"veneer.cli.{FOLDERS.get(name, '')}{name}")
 
 
 def _grouped() -> str:

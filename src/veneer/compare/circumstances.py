@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from veneer.bases.sources import locate
+from veneer.bases.names.sources import locate
 from veneer.files.hashes import file_hash
 from veneer.files.home import expanded
 from veneer.files.processor import processor

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from veneer.bases.compute import DtypeName
-from veneer.bases.without_weights import load_skeleton
+from veneer.bases.loading.without_weights import load_skeleton
 from veneer.compare.conclusion import conclude
 from veneer.compare.execute import Worker
 from veneer.compare.figures import Finished, make_figures
@@ -24,7 +24,7 @@ from veneer.compare.page import make_page
 from veneer.compare.plan import Candidate, Comparison
 from veneer.compare.search import search, steps_within
 from veneer.data.examples import Row
-from veneer.data.sources import read_rows
+from veneer.data.files.sources import read_rows
 from veneer.evaluate.labels import labels_of
 from veneer.files.atomic import atomic_file
 from veneer.models.frozen_base import hidden_size

@@ -31,8 +31,8 @@ from veneer.files.strict_json import read_json
 from veneer.files.system_errors import tells_of_the_disk
 from veneer.library.library import Library
 from veneer.train.config import RunConfig
-from veneer.train.place import held
-from veneer.train.records import read_records
+from veneer.train.output.records import read_records
+from veneer.train.state.place import held
 
 FAILURE = "failure.json"
 DIVERGED, DOES_NOT_FIT = 5, 3

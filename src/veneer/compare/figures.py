@@ -19,7 +19,7 @@ from veneer.data.examples import Row
 from veneer.evaluate.intervals import Counts, OfTotals, interval, paired_difference
 from veneer.evaluate.metric import ratio
 from veneer.evaluate.predictions import Line, counts_of, loss_counts, read_predictions
-from veneer.train.records import read_records
+from veneer.train.output.records import read_records
 
 FORMAT_VERSION = 1
 DISAGREEMENTS = 5

@@ -1,8 +1,8 @@
 """Jobs as processes of this machine, one after another: each has the machine for itself, and its
 peak is its own.
 
-On Linux they are forked by one that has imported what they need (cli/fork_server.py), elsewhere
-each starts anew.
+On Linux they are forked by one that has imported what they need (cli/training/fork_server.py),
+elsewhere each starts anew.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from veneer.child import end_with_parent, environment_for, module_command
 from veneer.compare.jobs import Job, Outcome, Over, Say, interrupted
 from veneer.compare.surroundings import Surroundings, surroundings
-from veneer.train.checkpoint import newest_valid
 from veneer.train.config import RunConfig
+from veneer.train.state.checkpoint import newest_valid
 
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
 """How a command ends that was asked to: it has saved before."""
@@ -125,7 +125,7 @@ class ForkServer:
         self._folder = Path(tempfile.mkdtemp(prefix="veneer-"))
         with (self._folder / "server").open("wb") as talk:
             self._process = subprocess.Popen(
-                module_command("veneer.cli.fork_server"),
+                module_command("veneer.cli.training.fork_server"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=talk,

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, number_faults
-from veneer.data.columns import ColumnMap
 from veneer.data.examples import Layout, Row
-from veneer.data.sources import read_rows
+from veneer.data.files.columns import ColumnMap
+from veneer.data.files.sources import read_rows
+from veneer.data.files.writing import record_of
 from veneer.data.split import shared_out
-from veneer.data.writing import record_of
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.general import BUILT_IN, general_documents
 from veneer.evaluate.labels import read_labels

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from veneer.bases.from_config import blueprint
+from veneer.bases.loading.from_config import blueprint
 from veneer.compare.jobs import RUNNING, Job, Outcome, Over, Say, interrupted
 from veneer.compare.ray_cluster import connect
 from veneer.compare.ray_trial import ROWS, Asked, Word, done_name, look, relocate, run_trial
@@ -25,8 +25,8 @@ from veneer.compare.surroundings import Surroundings
 from veneer.errors import DoesNotFitError, LostProcessError, VeneerError
 from veneer.plan.estimate import PROCESS_BYTES
 from veneer.plan.planner import Planner, choice_of
-from veneer.train.checkpoint import newest_valid
 from veneer.train.config import RunConfig
+from veneer.train.state.checkpoint import newest_valid
 from veneer.wording import size
 
 RETRIES = 20

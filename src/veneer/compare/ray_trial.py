@@ -29,10 +29,10 @@ from veneer.errors import LostProcessError, RefusedError, VeneerError
 from veneer.files.atomic import verify_manifest
 from veneer.files.partial import PREFIX, scratch_folder, sweep
 from veneer.files.system_errors import explained
-from veneer.train.checkpoint import checkpoint_path, newest_valid, numbers
 from veneer.train.config import RunConfig
-from veneer.train.folder import resume_config, write_run_file
-from veneer.train.progress import load_state
+from veneer.train.state.checkpoint import checkpoint_path, newest_valid, numbers
+from veneer.train.state.folder import resume_config, write_run_file
+from veneer.train.state.progress import load_state
 
 Word = str | dict[str, str]
 """Of a command: a text; {folder: path in the run's folder}; {input: its hash, name}."""

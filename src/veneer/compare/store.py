@@ -25,7 +25,7 @@ from veneer.files.addresses import file_system
 from veneer.files.hashes import file_hash
 from veneer.files.partial import PREFIX
 from veneer.files.strict_json import parse_json
-from veneer.train.place import LOCK
+from veneer.train.state.place import LOCK
 
 MOST_BYTES = 2**28
 """Of a text: what a job said stands in one."""

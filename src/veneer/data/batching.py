@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from veneer.data.examples import Example
+from veneer.data.files.on_disk import StoredExamples, keys_of, lengths_of, row_numbers_of
 from veneer.data.mixture import Mixture
-from veneer.data.on_disk import StoredExamples, keys_of, lengths_of, row_numbers_of
 from veneer.kernels.layout import Group, Layout, round_up
 from veneer.kernels.upload import sent
 

@@ -1,8 +1,8 @@
 """Large sets: their tokens in files that are built once, and found again by what they are made of.
 
-    <cache>/tokens/<name>/    train/ and validation/ (on_disk.py), set.json: the report, the sets, a
-                              few held-out rows, MANIFEST.json: size and hash of each file, checked
-                              whenever the set is found
+    <cache>/tokens/<name>/    train/ and validation/ (files/on_disk.py), set.json: the report, the
+                              sets, a few held-out rows, MANIFEST.json: size and hash of each file,
+                              checked whenever the set is found
 
 The name is a hash over the content of the files of rows, the tokenizer, the chat template and what
 it is told, and the settings that decide what is read, held out and learnt. Examples, their order
@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from veneer.adapters.preamble import NONE, Preamble
-from veneer.data.check import CheckReport, refuse
+from veneer.data.checks.check import CheckReport, refuse
+from veneer.data.checks.tally import Tally
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, Problem, Row, RowRef
+from veneer.data.files.on_disk import ExampleWriter, StoredExamples
+from veneer.data.files.places import ResolvedSets
+from veneer.data.files.unused import DESCRIPTION, lock_of, use
 from veneer.data.load import DataSet, Kept, SetSize, load_data, read_data
 from veneer.data.mixture import Mixture
-from veneer.data.on_disk import ExampleWriter, StoredExamples
-from veneer.data.places import ResolvedSets
 from veneer.data.split import BY_COUNT
-from veneer.data.tally import Tally
-from veneer.data.template import ChatTemplate
-from veneer.data.unused import DESCRIPTION, lock_of, use
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import DataError, VeneerError
 from veneer.files.atomic import atomic_folder, verify_manifest, write_manifest
 from veneer.files.cache import cache_folder

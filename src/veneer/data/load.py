@@ -19,7 +19,8 @@ import numpy as np
 
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
-from veneer.data.check import CheckReport, Findings, check, refuse, unknown_tokens
+from veneer.data.checks.check import CheckReport, Findings, check, refuse, unknown_tokens
+from veneer.data.checks.tally import Tally
 from veneer.data.config import DataConfig, SetConfig
 from veneer.data.examples import (
     Capacity,
@@ -31,13 +32,12 @@ from veneer.data.examples import (
     prompt_key,
     row_key,
 )
-from veneer.data.formats import Layouts
+from veneer.data.files.formats import Layouts
+from veneer.data.files.places import ResolvedSets
+from veneer.data.files.sources import rows_in
 from veneer.data.mixture import Mixture, mixed
-from veneer.data.places import ResolvedSets
-from veneer.data.sources import rows_in
 from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
-from veneer.data.tally import Tally
-from veneer.data.template import ChatTemplate, Encoded
+from veneer.data.template.template import ChatTemplate, Encoded
 from veneer.errors import ConfigError
 
 _TOGETHER = 4096

@@ -25,15 +25,15 @@ from veneer.data.batching import (
     used_length,
 )
 from veneer.data.examples import Example
+from veneer.data.files.on_disk import trained_of, used_of
 from veneer.data.mixture import Mixture
-from veneer.data.on_disk import trained_of, used_of
 from veneer.kernels.layout import round_up
 
 SLACK = 1.04
 """A micro-batch is left out where another exceeds it in every count times this: their memory
 differs by less."""
 QUERY_ROWS = 256
-"""Query rows for which attention holds scores at once (kernels/attention.py BLOCK)."""
+"""Query rows for which attention holds scores at once (kernels/attention/packed.py BLOCK)."""
 
 Counts = NDArray[np.int64]
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.decoding.adapters import Fixed
-from veneer.decoding.blocks import BlockManager
 from veneer.decoding.direct import own_forward
 from veneer.decoding.forward import PagedForward
-from veneer.decoding.scheduler import Limits, Scheduler
-from veneer.decoding.sequence import Request
-from veneer.decoding.step_plan import Drawn
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.blocks import BlockManager
+from veneer.decoding.schedule.scheduler import Limits, Scheduler
+from veneer.decoding.schedule.sequence import Request
+from veneer.decoding.schedule.step_plan import Drawn
 
 SLOTS = 16
 """Tokens of a block, as in an engine: kernels know this one."""

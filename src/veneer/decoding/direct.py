@@ -6,8 +6,8 @@ forward gives.
 
 A model's own forward makes some hundred small calls a layer, more than the time of a step on a CPU.
 Here the same modules are called, found in their places at every step, and between them one call
-does what several did (kernels/decoder_step.py). What an adapter stands beside is called as the
-module that it is, so is a feed-forward block of another kind.
+does what several did (kernels/decoding/decoder_step.py). What an adapter stands beside is called as
+the module that it is, so is a feed-forward block of another kind.
 
 What a model computes is found by running it: a small copy in float32 (models/structure.py), then
 the model itself, by its own forward and by this one. What does not agree keeps its own forward, and
@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from veneer.adapters.lora import AdaptedLinear
-from veneer.adapters.wrapping import AdaptedModule, unwrapped
+from veneer.adapters.methods.lora import AdaptedLinear
+from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.ends import Ends
 from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.recorded import Around, Inputs, Standing, Steps
-from veneer.kernels import decoder_step, few_rows
-from veneer.kernels.fused import silu_gate
-from veneer.kernels.groups import Pair
-from veneer.kernels.paged_attention import SpanRows
+from veneer.kernels.attention.groups import Pair
+from veneer.kernels.attention.paged import SpanRows
+from veneer.kernels.decoding import decoder_step
+from veneer.kernels.dense import few_rows
+from veneer.kernels.dense.fused import silu_gate
 from veneer.kernels.rules import Rules
 from veneer.linear import FewRowsLinear
 from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask

@@ -1,5 +1,5 @@
-"""A token for each row of logits, as its answer's sampling says (decoding/sampling.py), many
-answers at once.
+"""A token for each row of logits, as its answer's sampling says (decoding/sampling/sampling.py),
+many answers at once.
 
 Rows do not see each other: what a row draws is a function of its logits, its settings and its own
 random number. A row from which nothing is left out draws in the order of the ids, another in that
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.decoding.sampling import Sampling, TokenChance, uniform
-from veneer.decoding.sequence import Request
-from veneer.decoding.step_plan import Chosen, Drawn
+from veneer.decoding.sampling.sampling import Sampling, TokenChance, uniform
+from veneer.decoding.schedule.sequence import Request
+from veneer.decoding.schedule.step_plan import Chosen, Drawn
 from veneer.errors import ConfigError, DivergedError, VeneerError
-from veneer.kernels import draw_calls
-from veneer.kernels.draw_calls import BROKEN, LIKELIEST, NOTHING, How
+from veneer.kernels.bindings import draw_calls
+from veneer.kernels.bindings.draw_calls import BROKEN, LIKELIEST, NOTHING, How
 from veneer.kernels.upload import sent
 
 CANDIDATES = 512

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels import few_rows, step_calls
-from veneer.kernels.dense_calls import put_at
-from veneer.kernels.paged_attention import Spans
-from veneer.kernels.recorded import Recording, recording
+from veneer.kernels.attention.paged import Spans
+from veneer.kernels.bindings import step_calls
+from veneer.kernels.bindings.dense_calls import put_at
+from veneer.kernels.dense import few_rows
+from veneer.kernels.tape.recorded import Recording, recording
 
 OF_THE_PLACE_ALONE = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary angles (transformers' rope_type) that no length changes."""

@@ -7,8 +7,8 @@ plans, computed.
     cancel     an answer ends with the tokens it has
     run        steps until nothing is left
 
-Decides nothing about order, room or sharing (decoding/scheduler.py), and nothing about texts. One
-thread calls.
+Decides nothing about order, room or sharing (decoding/schedule/scheduler.py), and nothing about
+texts. One thread calls.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from veneer.adapters.new_tokens import width_of
-from veneer.decoding.adapters import Adapters
-from veneer.decoding.blocks import BlockManager
+from veneer.adapters.methods.new_tokens import width_of
 from veneer.decoding.direct import Way
 from veneer.decoding.draws import Drawing, draw
 from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
-from veneer.decoding.scheduler import Limits, Scheduler
-from veneer.decoding.sequence import Request, State
-from veneer.decoding.sequence import Sequence as Answer
-from veneer.decoding.step_plan import Drawn, Plan
+from veneer.decoding.schedule.adapters import Adapters
+from veneer.decoding.schedule.blocks import BlockManager
+from veneer.decoding.schedule.scheduler import Limits, Scheduler
+from veneer.decoding.schedule.sequence import Request, State
+from veneer.decoding.schedule.sequence import Sequence as Answer
+from veneer.decoding.schedule.step_plan import Drawn, Plan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.adapters.acting import Acting
-from veneer.adapters.attachment import Attachment
-from veneer.adapters.prefix import PrefixLayer
-from veneer.decoding.blocks import BlockManager, Front
+from veneer.adapters.methods.prefix import PrefixLayer
+from veneer.adapters.placement.acting import Acting
+from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.direct import Again, Run
 from veneer.decoding.graphs import Graphs, recorder_here
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.decoding.step_plan import Plan, Span
-from veneer.kernels import few_rows
+from veneer.decoding.schedule.blocks import BlockManager, Front
+from veneer.decoding.schedule.step_plan import Plan, Span
+from veneer.kernels.attention.paged import SpanRows
+from veneer.kernels.dense import few_rows
 from veneer.kernels.layout import round_up
-from veneer.kernels.paged_attention import SpanRows
 from veneer.kernels.upload import sent
 
 NOBODY = Acting()

@@ -23,15 +23,15 @@ from transformers.generation.streamers import BaseStreamer
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.bounds import NEW_TOKENS, SEED, TEMPERATURE, TOP_P, check_numbers
 from veneer.data.examples import Capacity
-from veneer.decoding.adapters import Fixed, front_places
-from veneer.decoding.blocks import Identity
 from veneer.decoding.engine import BLOCK_SLOTS, Engine, bytes_per_token
 from veneer.decoding.proof import decodes_packed, loops
 from veneer.decoding.rereading import answer_by_rereading
-from veneer.decoding.sampling import Sampling, seed_of
-from veneer.decoding.scheduler import Limits
-from veneer.decoding.sequence import Request
-from veneer.decoding.sequence import Sequence as Answer
+from veneer.decoding.sampling.sampling import Sampling, seed_of
+from veneer.decoding.schedule.adapters import Fixed, front_places
+from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.sequence import Request
+from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError
 from veneer.models.capacity import capacity_of
 from veneer.models.checks import in_front

@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from veneer.adapters.acting import Acting, Part
-from veneer.adapters.attachment import Attachment
+from veneer.adapters.placement.acting import Acting, Part
+from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.direct import Run
 from veneer.decoding.paged import PagedKeys, RowsStep
-from veneer.decoding.step_plan import Plan
-from veneer.kernels.paged_rows import Tables
+from veneer.decoding.schedule.step_plan import Plan
+from veneer.kernels.attention.paged_rows import Tables
 from veneer.kernels.upload import sent
 from veneer.models.checks import TOLERANCE
 from veneer.models.proof import apart

@@ -17,9 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.adapters.acting import Acting, in_step
-from veneer.adapters.attachment import Attachment
-from veneer.decoding.adapters import (
+from veneer.adapters.placement.acting import Acting, in_step
+from veneer.adapters.placement.attachment import Attachment
+from veneer.decoding.direct import Way
+from veneer.decoding.forward import PagedForward
+from veneer.decoding.schedule.adapters import (
     Adapters,
     Updating,
     changes_rows_alone,
@@ -27,12 +29,10 @@ from veneer.decoding.adapters import (
     prefixes,
     updating,
 )
-from veneer.decoding.blocks import BlockManager, Identity
-from veneer.decoding.direct import Way
-from veneer.decoding.forward import PagedForward
-from veneer.decoding.step_plan import Plan
-from veneer.kernels import few_rows
-from veneer.kernels.segments import Plan as Prepared
+from veneer.decoding.schedule.blocks import BlockManager, Identity
+from veneer.decoding.schedule.step_plan import Plan
+from veneer.kernels.dense import few_rows
+from veneer.kernels.dense.segments import Plan as Prepared
 from veneer.models.frozen_base import FrozenBase
 
 Computed = tuple[Sequence[int], Tensor]

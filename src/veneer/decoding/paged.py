@@ -1,8 +1,9 @@
-"""Keys and values in blocks, and a step's way through the layers (kernels/paged_attention.py
+"""Keys and values in blocks, and a step's way through the layers (kernels/attention/paged.py
 attends).
 
-Which tokens a block holds, decoding/blocks.py says. Knows nothing of models: layers are numbered in
-the order in which they call. Shapes: N rows of the step, K key/value heads, D head size.
+Which tokens a block holds, decoding/schedule/blocks.py says. Knows nothing of models: layers are
+numbered in the order in which they call. Shapes: N rows of the step, K key/value heads, D head
+size.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from veneer.decoding.blocks import Copy
-from veneer.kernels.groups import Pair
-from veneer.kernels.mixes import Mix
-from veneer.kernels.paged_attention import Blocks, SpanRows, Spans, paged_attention
-from veneer.kernels.paged_rows import Tables, paged_rows
+from veneer.decoding.schedule.blocks import Copy
+from veneer.kernels.attention.groups import Pair
+from veneer.kernels.attention.paged import Blocks, SpanRows, Spans, paged_attention
+from veneer.kernels.attention.paged_rows import Tables, paged_rows
+from veneer.kernels.dense.mixes import Mix
 from veneer.kernels.rules import Rules
 
 

@@ -2,14 +2,14 @@
 
 Steps differ in how many rows they have, in what the first layer takes, in whose blocks are which,
 and in what the adapters add to which rows. All of that is handed over anew; where nothing of a step
-but compiled functions computes (kernels/recorded.py), the rest is the same calls over the same
+but compiled functions computes (kernels/tape/recorded.py), the rest is the same calls over the same
 memory, whatever is asked: a prompt read, answers gone on with, the base alone or any mix of
-adapters whose changes are updates of linear layers (kernels/mixes.py). So the second such step is
-recorded, and all later ones are made again. What was recorded reads the model's weights where they
-stood, so it is asked whether modules, parameters and listeners are the same: at each step, but
-where answers only go on by a token every `UNSEEN` steps; what was exchanged meanwhile is held until
-then. Where something is not the same the step is computed as ever, and recorded anew. Shapes: N
-rows of the step, D width, E head size.
+adapters whose changes are updates of linear layers (kernels/dense/mixes.py). So the second such
+step is recorded, and all later ones are made again. What was recorded reads the model's weights
+where they stood, so it is asked whether modules, parameters and listeners are the same: at each
+step, but where answers only go on by a token every `UNSEEN` steps; what was exchanged meanwhile is
+held until then. Where something is not the same the step is computed as ever, and recorded anew.
+Shapes: N rows of the step, D width, E head size.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer.decoding.ends import Ends
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.kernels import dense_calls, paged_calls
-from veneer.kernels.mixes import Mix
-from veneer.kernels.nf4 import FUSED_ROWS
-from veneer.kernels.paged_attention import Blocks
-from veneer.kernels.recorded import Recording, Room, recording
+from veneer.kernels.attention.paged import Blocks
+from veneer.kernels.bindings import dense_calls, paged_calls
+from veneer.kernels.dense.mixes import Mix
+from veneer.kernels.packed.nf4 import FUSED_ROWS
+from veneer.kernels.tape.recorded import Recording, Room, recording
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """What the first layer takes, (N, D), and cosines and sines, (N, E)."""

@@ -19,8 +19,8 @@ from itertools import cycle, islice
 from typing import Any, TypeVar
 
 from veneer.data.examples import Problem, Row, RowRef
-from veneer.data.reasoning import opening_mark
-from veneer.data.template import ChatTemplate
+from veneer.data.template.reasoning import opening_mark
+from veneer.data.template.template import ChatTemplate
 from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import UNSURE, text_of
 from veneer.errors import ConfigError

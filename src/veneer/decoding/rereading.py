@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from veneer.decoding.draws import Drawing, draw
-from veneer.decoding.sequence import Request
+from veneer.decoding.schedule.sequence import Request
 from veneer.errors import VeneerError
 from veneer.models.switches import forget_lengths
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.data.examples import Example, Row, RowRef
-from veneer.data.template import ChatTemplate
+from veneer.data.template.template import ChatTemplate
 from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import text_of
 from veneer.errors import DataError, DivergedError, VeneerError

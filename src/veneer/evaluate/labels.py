@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from veneer.data.examples import Example, Problem, Row, refusal, row_key
-from veneer.data.template import ChatTemplate
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError, DataError
 from veneer.evaluate.intervals import Counts
 from veneer.files.nesting import is_text

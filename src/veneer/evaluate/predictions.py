@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from veneer.data.examples import RowFault
-from veneer.data.json_text import whole_value
+from veneer.data.files.json_text import whole_value
 from veneer.errors import DataError
 from veneer.evaluate.intervals import Counts, OfTotals, paired_difference
 from veneer.evaluate.metric import Metric, ratio

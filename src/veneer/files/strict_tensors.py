@@ -5,7 +5,7 @@ allows: every offset accounted for, no holes, no overlaps, no duplicate names, s
 equal to the byte range, the last range ending where the file ends. Non-finite values are refused
 too, which the safetensors library does not check. Nothing here unpickles.
 
-Not known here: which tensors an adapter should have (formats/peft_tensors.py).
+Not known here: which tensors an adapter should have (formats/peft/tensors.py).
 Source: https://github.com/huggingface/safetensors#format
 """
 

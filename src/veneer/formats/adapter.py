@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.adapters.attach import attach
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.combinations import PREFIX, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.token_rows import Brought
 from veneer.adapters.preamble import Preamble
-from veneer.adapters.token_rows import Brought
-from veneer.data.new_tokens import bring
+from veneer.data.template.new_tokens import bring
 from veneer.errors import (
     AdapterMismatchError,
     ConfigError,
@@ -48,12 +48,10 @@ from veneer.formats.manifest import (
     content_hash_of,
     read_manifest,
 )
-from veneer.formats.peft_config import CONFIG_NAME, config_text
-from veneer.formats.peft_tensors import bare_name, tensor_file_bytes
-from veneer.formats.registry import layout_in, layout_of
-from veneer.formats.same_base import other_base, other_text, which_base
-from veneer.formats.text_names import recorded_within
-from veneer.formats.token_files import (
+from veneer.formats.peft.config import CONFIG_NAME, config_text
+from veneer.formats.peft.tensors import bare_name, tensor_file_bytes
+from veneer.formats.peft.text_names import recorded_within
+from veneer.formats.peft.token_files import (
     KEY,
     TokenFile,
     TokenFit,
@@ -63,6 +61,8 @@ from veneer.formats.token_files import (
     token_settings,
     token_tensors,
 )
+from veneer.formats.registry import layout_in, layout_of
+from veneer.formats.same_base import other_base, other_text, which_base
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.wording import first_lines

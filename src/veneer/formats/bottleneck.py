@@ -15,17 +15,17 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from veneer.adapters.attachment import Attachment
-from veneer.adapters.bottleneck import find_blocks, hidden_size
 from veneer.adapters.config import Bottleneck
-from veneer.adapters.wrapping import plain_modules, unwrapped
+from veneer.adapters.methods.bottleneck import find_blocks, hidden_size
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.wrapping import plain_modules, unwrapped
 from veneer.bounds import LAYER, SCALING, SHARE, WIDTH
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.strict_json import field_faults
-from veneer.formats.fit import grouped
 from veneer.formats.layout import Fit, Layout
 from veneer.formats.manifest import BaseIdentity
-from veneer.formats.peft_tensors import PREFIX
+from veneer.formats.peft.fit import grouped
+from veneer.formats.peft.tensors import PREFIX
 
 PEFT_TYPE: Final = "VENEER_BOTTLENECK"
 _ENDINGS = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from veneer.files.strict_tensors import read_header
 from veneer.formats.adapter import WEIGHTS_NAME, read_adapter, read_settings
-from veneer.formats.peft_tensors import bare_name
-from veneer.formats.token_files import apart, fit_tokens
+from veneer.formats.peft.tensors import bare_name
+from veneer.formats.peft.token_files import apart, fit_tokens
 
 
 def header_faults(folder: Path, model: nn.Module, read_past: Collection[str]) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.placement.attachment import Attachment
 from veneer.formats.manifest import BaseIdentity
 
 
@@ -64,7 +64,8 @@ class FileSettings(Protocol):
         read_past: Collection[str],
     ) -> Fit:
         """tensors: by bare names; model: with or without other adapters; head: its output head;
-        read_past: the weights that the model takes past their modules (adapters/reads.py)."""
+        read_past: the weights that the model takes past their modules
+        (adapters/placement/reads.py)."""
 
 
 @dataclass(frozen=True)

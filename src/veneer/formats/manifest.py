@@ -7,8 +7,8 @@ which bytes.
     content_hash  SHA-256 over the tensor file and the config: changes if either does
 
 No time, host or user stands in it: the same adapter written twice is the same to the byte. Not
-known here: how a fingerprint is computed (bases/fingerprint.py), what the tensors are
-(peft_tensors.py).
+known here: how a fingerprint is computed (bases/identity/fingerprint.py), what the tensors are
+(peft/tensors.py).
 """
 
 import hashlib

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.adapters.targets import layer_number
-from veneer.adapters.wrapping import plain_modules
+from veneer.adapters.methods.targets import layer_number
+from veneer.adapters.placement.wrapping import plain_modules
 from veneer.formats.adapter import StoredAdapter
-from veneer.formats.low_rank import LowRankFile
-from veneer.formats.matching import strengths
-from veneer.formats.peft_tensors import Slot
+from veneer.formats.peft.low_rank import LowRankFile
+from veneer.formats.peft.matching import strengths
+from veneer.formats.peft.tensors import Slot
 from veneer.linear import frozen_linear
 from veneer.models.frozen_base import FrozenBase
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.bases.bnb_files import file_tensors
+from veneer.bases.packed.bnb_files import file_tensors
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import ConfigError
 from veneer.files.atomic import atomic_folder

@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import Prefix
-from veneer.adapters.prefix import PART, PrefixLayer, decoder_of, key_shape
+from veneer.adapters.methods.prefix import PART, PrefixLayer, decoder_of, key_shape
+from veneer.adapters.placement.attachment import Attachment
 from veneer.bounds import LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.files.strict_json import field_faults
 from veneer.formats.layout import Fit, Layout
 from veneer.formats.manifest import BaseIdentity
-from veneer.formats.peft_config import PEFT_LAYOUT
+from veneer.formats.peft.config import PEFT_LAYOUT
 
 PEFT_TYPE, PARTIAL_TYPE = "PREFIX_TUNING", "VENEER_PREFIX"
 _INERT = {

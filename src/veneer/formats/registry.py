@@ -9,7 +9,7 @@ from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.formats.bottleneck import BOTTLENECK
 from veneer.formats.layout import Layout
-from veneer.formats.low_rank import LOW_RANK
+from veneer.formats.peft.low_rank import LOW_RANK
 from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
 
 _BY_METHOD: dict[type[AdapterConfig], Layout] = {

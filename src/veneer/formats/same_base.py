@@ -4,7 +4,7 @@ every difference.
 An adapter without veneer.json says neither: then there is nothing to compare.
 """
 
-from veneer.bases.fingerprint import Fingerprint
+from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.formats.manifest import Manifest
 from veneer.models.frozen_base import FrozenBase
 

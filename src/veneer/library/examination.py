@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from veneer.adapters.attachment import Attachment
-from veneer.bases.fingerprint import Fingerprint
+from veneer.adapters.placement.attachment import Attachment
+from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.errors import VeneerError, told_as
 from veneer.files.atomic import MANIFEST
 from veneer.formats.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter

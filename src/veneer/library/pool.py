@@ -4,7 +4,7 @@ recently used out where a budget says so.
 Switching takes one short lock and touches no module. Loading and removing take another, longer one,
 so that a switch between loaded adapters never waits for a disk. What trains or was attached by hand
 is never thrown out: only what can be read again. Not known here: which adapter a forward takes
-(adapters/routing.py).
+(adapters/placement/routing.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,14 +12,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from veneer.adapters.acting import Acting
-from veneer.adapters.attachment import Attachment
-from veneer.adapters.routing import Active
+from veneer.adapters.placement.acting import Acting
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.routing import Active
 from veneer.errors import ConfigError, DoesNotFitError
 from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
-from veneer.library.memory import Kept, bytes_needed, bytes_of, read_version, room_for
 from veneer.library.names import nearest
+from veneer.library.residents.memory import Kept, bytes_needed, bytes_of, read_version, room_for
 from veneer.models.frozen_base import FrozenBase
 
 

@@ -3,10 +3,10 @@
 `AttentionInterface` hands q, k, v of every layer to a function registered by name; an extra keyword
 of the model's forward (`veneer_layout`) reaches it. A 4-D attention mask is passed through
 untouched, so no mask is built; what stands in its place tells the layout where a layer hands on no
-keyword (Nemotron, StableLM). A trained prefix (adapters/prefix.py) comes by a keyword alone. Where
-a model does not go through the interface, mixes tokens elsewhere than in attention, or answers
-differently when packed, models/proof.py and models/checks.py say why, and batches are padded for
-transformers' own attention.
+keyword (Nemotron, StableLM). A trained prefix (adapters/methods/prefix.py) comes by a keyword
+alone. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or
+answers differently when packed, models/proof.py and models/checks.py say why, and batches are
+padded for transformers' own attention.
 """
 
 import inspect
@@ -22,9 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from veneer.adapters.prefix import KeyRecorder, PrefixKeys
+from veneer.adapters.methods.prefix import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
-from veneer.kernels.groups import Pair, grouped_attention
+from veneer.kernels.attention.groups import Pair, grouped_attention
 from veneer.kernels.layout import Layout
 from veneer.kernels.rules import Rules
 from veneer.models.switches import forget_lengths

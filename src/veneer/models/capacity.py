@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from veneer.adapters.new_tokens import width_of
-from veneer.adapters.prefix import tokens_in_front
-from veneer.adapters.wrapping import unwrapped
+from veneer.adapters.methods.new_tokens import width_of
+from veneer.adapters.methods.prefix import tokens_in_front
+from veneer.adapters.placement.wrapping import unwrapped
 from veneer.data.examples import Capacity
 from veneer.linear import PackedLinear
 from veneer.models.frozen_base import FrozenBase

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from veneer.adapters.acting import Acting
-from veneer.adapters.routing import Routing
+from veneer.adapters.placement.acting import Acting
+from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
 from veneer.models.attention import decoder
 from veneer.models.stand_in import StandIn

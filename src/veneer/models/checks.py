@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.prefix import PrefixedDecoder, tokens_in_front
+from veneer.adapters.methods.prefix import PrefixedDecoder, tokens_in_front
 from veneer.errors import SourceError
+from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import Layout
-from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states
 from veneer.models.proof import Proven, apart, no_seam, proven, unreached
 

@@ -14,14 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import LoRA
-from veneer.adapters.initial_factors import leading_directions, loftq_start
-from veneer.adapters.lora import LoRALayer
-from veneer.adapters.wrapping import plain_modules
-from veneer.bases.model_folder import weight_files
-from veneer.bases.sources import locate
-from veneer.bases.tensor_files import StoredTensor, stored_tensors
+from veneer.adapters.methods.initial_factors import leading_directions, loftq_start
+from veneer.adapters.methods.lora import LoRALayer
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.wrapping import plain_modules
+from veneer.bases.folder.model_folder import weight_files
+from veneer.bases.folder.tensor_files import StoredTensor, stored_tensors
+from veneer.bases.names.sources import locate
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear

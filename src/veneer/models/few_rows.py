@@ -8,7 +8,7 @@ ways.
 import torch
 from torch import nn
 
-from veneer.kernels import few_rows
+from veneer.kernels.dense import few_rows
 from veneer.linear import FewRowsLinear
 from veneer.shards import make_whole
 

@@ -4,7 +4,8 @@ it.
 The value that every room from here up takes: formats put adapters on one, merge folds into one,
 decoding answers by one. What people hold is the public Base (base.py): a FrozenBase too, which also
 makes adapters, finds them in a library and answers, and therefore stands above those rooms. It
-knows nothing of how it was found (bases/sources.py) or of what an adapter computes (adapters/).
+knows nothing of how it was found (bases/names/sources.py) or of what an adapter computes
+(adapters/).
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.adapters.attach import detach
-from veneer.adapters.attachment import Attachment
-from veneer.adapters.new_tokens import texts_of
+from veneer.adapters.methods.new_tokens import texts_of
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.reads import weights_read_past
+from veneer.adapters.placement.routing import Routing
 from veneer.adapters.preamble import Preamble, shared
-from veneer.adapters.reads import weights_read_past
-from veneer.adapters.routing import Routing
 from veneer.bases.compute import Compute
-from veneer.bases.fingerprint import Fingerprint, fingerprint, tokenizer_hash
-from veneer.data.new_tokens import extended
-from veneer.data.template import ChatTemplate
+from veneer.bases.identity.fingerprint import Fingerprint, fingerprint, tokenizer_hash
+from veneer.data.template.new_tokens import extended
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.models.same_values import same_values
 from veneer.models.step import Paths, keep_paths, prepare

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.wrapping import AdaptedModule, SwappedModule, unwrapped
-from veneer.kernels.fused import gelu_gate, silu_gate
+from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
+from veneer.kernels.dense.fused import gelu_gate, silu_gate
 from veneer.linear import frozen_linear
 from veneer.models import fused_attention, fused_layer
 from veneer.models.fused_attention import FusedAttention

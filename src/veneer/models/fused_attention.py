@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.lora import side_by_side
-from veneer.kernels.fused import rotary
-from veneer.kernels.groups import Pair
+from veneer.adapters.methods.lora import side_by_side
+from veneer.kernels.attention.groups import Pair
+from veneer.kernels.dense.fused import rotary
 from veneer.kernels.rules import Rules
 from veneer.models.attention import NAME, attention_forward
 from veneer.models.stand_in import StandIn

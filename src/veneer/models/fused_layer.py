@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.lora import AdaptedLinear, alone
-from veneer.adapters.wrapping import unwrapped
-from veneer.kernels.block import Block, Norm, lora_block
-from veneer.kernels.fused import silu_gate
-from veneer.kernels.lora import filled
-from veneer.kernels.native import has_bf16
+from veneer.adapters.methods.lora import AdaptedLinear, alone
+from veneer.adapters.placement.wrapping import unwrapped
+from veneer.kernels.bindings.library import has_bf16
+from veneer.kernels.dense.block import Block, Norm, lora_block
+from veneer.kernels.dense.fused import silu_gate
+from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
 from veneer.models.attention import Traced
 from veneer.models.fused_attention import FusedAttention, is_taken

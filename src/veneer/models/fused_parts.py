@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapters.lora import side_by_side
-from veneer.adapters.wrapping import SwappedModule, unwrapped
-from veneer.kernels.fused import rms_norm, silu_gate
+from veneer.adapters.methods.lora import side_by_side
+from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
+from veneer.kernels.dense.fused import rms_norm, silu_gate
 from veneer.models.stand_in import StandIn
 
 

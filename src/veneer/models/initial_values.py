@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from veneer.adapters.attach import attach
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
-from veneer.adapters.reads import refused_by_peft
-from veneer.adapters.token_rows import Brought
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.reads import refused_by_peft
+from veneer.adapters.placement.token_rows import Brought
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.idle import in_any_layer
+from veneer.adapters.placement.idle import in_any_layer
 from veneer.models.attention import decoder
 
 

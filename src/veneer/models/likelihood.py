@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
+from veneer.kernels.dense.loss import CHUNK
 from veneer.kernels.layout import round_up
-from veneer.kernels.loss import CHUNK
 from veneer.kernels.wide import wide
 from veneer.models.attention import hidden_states
 from veneer.models.checks import in_front

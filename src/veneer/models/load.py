@@ -4,8 +4,9 @@ Weights are read in the dtype in which they are stored, and then widened where t
 (bases/compute.py): which base it is rests on the stored values. Whatever would leave a weight at
 random values is refused, not reported.
 
-Not known here: where models come from (bases/sources.py), what a config may say
-(bases/model_config.py), how each weight format is read (bases/builders.py, bases/dense.py).
+Not known here: where models come from (bases/names/sources.py), what a config may say
+(bases/config/model_config.py), how each weight format is read (bases/loading/builders.py,
+bases/loading/dense.py).
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from veneer.bases.builders import builder_for
-from veneer.bases.byte_hashes import hashes_of
 from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
-from veneer.bases.dense import build_dense
-from veneer.bases.faults import NEXT_DOWNLOAD, check_finite, check_generation
-from veneer.bases.fingerprint import earlier_fingerprint, fingerprint
-from veneer.bases.model_class import parts_not_read
-from veneer.bases.model_config import check_size, checked_config
-from veneer.bases.model_folder import Found, weight_files
-from veneer.bases.own_pages import take_own_pages
+from veneer.bases.config.model_class import parts_not_read
+from veneer.bases.config.model_config import check_size, checked_config
+from veneer.bases.folder.faults import NEXT_DOWNLOAD, check_finite, check_generation
+from veneer.bases.folder.model_folder import Found, weight_files
+from veneer.bases.folder.stored_type import stored_type
+from veneer.bases.folder.tensor_files import StoredTensor, counted, stored_tensors
+from veneer.bases.identity.byte_hashes import hashes_of
+from veneer.bases.identity.fingerprint import earlier_fingerprint, fingerprint
+from veneer.bases.loading.builders import builder_for
+from veneer.bases.loading.dense import build_dense
+from veneer.bases.loading.own_pages import take_own_pages
+from veneer.bases.loading.streaming import Placed, build_packed, holds_experts_apart
+from veneer.bases.loading.widen import widen
+from veneer.bases.names.sources import locate, locate_blocks
+from veneer.bases.packed.formats import stored_format
 from veneer.bases.quiet_transformers import quiet
-from veneer.bases.sources import locate, locate_blocks
 from veneer.bases.stop_tokens import stop_token_ids
-from veneer.bases.stored_formats import stored_format
-from veneer.bases.stored_type import stored_type
-from veneer.bases.streaming import Placed, build_packed, holds_experts_apart
-from veneer.bases.tensor_files import StoredTensor, counted, stored_tensors
 from veneer.bases.tokenizer import check_vocabulary, read_tokenizer
-from veneer.bases.widen import widen
 from veneer.errors import (
     ConfigError,
     CorruptFileError,
@@ -70,14 +71,15 @@ def load_base(
             as stored. Widening to float32 keeps the fingerprint; a type that rounds the stored
             values is another base's
     device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
-    quantize  the format its linear layers are held in (bases/builders.py); None: as they are
-              stored, which may be packed: a folder with such weights (bases/stored_formats.py) is
-              read as it is
+    quantize  the format its linear layers are held in (bases/loading/builders.py); None: as they
+              are stored, which may be packed: a folder with such weights (bases/packed/formats.py)
+              is read as it is
     keep_dense  modules (names, or endings of paths) that stay as they are stored
     shards  holds this process's run of every decoder layer; all processes load together then. None:
             all of it is here
     own_pages  weights that are mapped from files move into memory of this process
-               (bases/own_pages.py): for one that reads them again and again, alone on its machine
+               (bases/loading/own_pages.py): for one that reads them again and again, alone on its
+               machine
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles,
     code), CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory),

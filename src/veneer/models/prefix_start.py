@@ -10,9 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import Prefix
-from veneer.adapters.prefix import DEFAULT_TOKENS, PrefixLayer, decoder_of, put_start, record_keys
+from veneer.adapters.methods.prefix import (
+    DEFAULT_TOKENS,
+    PrefixLayer,
+    decoder_of,
+    put_start,
+    record_keys,
+)
+from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.errors import ConfigError

@@ -5,9 +5,9 @@
     packed    documents end to end with a shared prompt give what each gives alone
               (models/attention.py)
     padded    rows padded on the right give what each gives alone; else they are computed one by one
-    head      what lies between the head and the logits (kernels/loss.py)
+    head      what lies between the head and the logits (kernels/dense/loss.py)
     gradient  it can be trained as it stands, in eval mode; idle: the places that no gradient
-              reaches (adapters/idle.py)
+              reaches (adapters/placement/idle.py)
 
 The texts are longer than every window, chunk and rotary switch of the copy. Agreement is to what
 float32's rounding explains: a window that is lost, a selection that is ignored or a cap on logits
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from veneer.adapters.idle import places_without_gradient
+from veneer.adapters.placement.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
 from veneer.files.remembered import is_known, remembered
+from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import Layout
-from veneer.kernels.loss import Head
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
 from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths, sides, switches

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.bases.byte_hashes import ByteHashes
+from veneer.bases.identity.byte_hashes import ByteHashes
 from veneer.files.remembered import is_known, is_on, remembered
 from veneer.linear import PackedModule
 

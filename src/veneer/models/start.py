@@ -7,8 +7,8 @@ Not known here: which methods want such a start (initial_values.py).
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
+from veneer.adapters.placement.attachment import Attachment
 
 
 @dataclass(frozen=True)

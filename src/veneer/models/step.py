@@ -4,7 +4,7 @@
     which fast paths
 give what the model itself gives: packed   documents end to end, the shared prompt once, attention
     per document (models/attention.py) head     logits only where a token is trained, in chunks, the
-    gradient formed beside them (kernels/loss.py)
+    gradient formed beside them (kernels/dense/loss.py)
 What cannot be proven takes transformers' own path: padded rows, or where these differ too one row
     at a time; whole
 logits. Slower, never wrong, and `Paths.lines` says so by name.
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.acting import Acting, Applied, in_turn
-from veneer.adapters.new_tokens import ExtendedHead
-from veneer.adapters.routing import Routing
-from veneer.adapters.wrapping import AdaptedModule, unwrapped
+from veneer.adapters.methods.new_tokens import ExtendedHead
+from veneer.adapters.placement.acting import Acting, Applied, in_turn
+from veneer.adapters.placement.routing import Routing
+from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
-from veneer.kernels.loss import Beside, Head, frozen_head_loss, head_nats, trained_head_loss
+from veneer.kernels.dense.loss import Beside, Head, frozen_head_loss, head_nats, trained_head_loss
 from veneer.models.attention import Traced, hidden_states, packed_arguments, take_packed
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.left_out import left_out
@@ -40,11 +40,12 @@ class Paths:
     switches        the lengths that change how a whole batch is read: rows go together on one side
                     of them only
     untrainable     why nothing of the model can be trained
-    idle            the places that no gradient reaches (adapters/idle.py)
+    idle            the places that no gradient reaches (adapters/placement/idle.py)
     left_out        the parts that no text reaches (models/left_out.py)
-    not_read        the same, where they are not read from the files at all (bases/model_class.py)
-    read_past       the weights that the model takes past their modules (adapters/reads.py); None:
-                    not asked yet
+    not_read        the same, where they are not read from the files at all
+                    (bases/config/model_class.py)
+    read_past       the weights that the model takes past their modules
+                    (adapters/placement/reads.py); None: not asked yet
     """
 
     packed: bool

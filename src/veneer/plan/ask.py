@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from veneer.adapters.config import METHODS, MethodConfig
-from veneer.bases.blueprint import Blueprint, named_size
+from veneer.bases.loading.blueprint import Blueprint, named_size
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, LINK, PRICE, PROCESSES, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
@@ -199,7 +199,7 @@ def answer(
 
 def _read(base: str) -> Blueprint:
     """Of what its config says, which transformers reads."""
-    from veneer.bases.from_config import blueprint
+    from veneer.bases.loading.from_config import blueprint
 
     return blueprint(base)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from veneer.bases.from_config import build
+from veneer.bases.loading.from_config import build
 from veneer.models.checkpointing import decoder_layers
 from veneer.plan.tracker import Phase, Work
 

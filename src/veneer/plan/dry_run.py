@@ -4,7 +4,7 @@ would compute.
     build the base -> attach the method -> flat values, gradient, moments -> forward -> loss ->
         backward -> update
 
-All of it is the code that trains (adapters/attach.py, models/step.py, train/optim.py,
+All of it is the code that trains (adapters/attach.py, models/step.py, train/optimizer/buffer.py,
 models/checkpointing.py), so nothing here can say something else than the run does. Deep models of
 equal layers are run at three small depths; every figure then grows by the same amount per layer,
 which is checked, and the answer is that of the whole depth to the byte. Where that does not hold
@@ -23,20 +23,20 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from veneer.adapters.acting import TokenKeys
 from veneer.adapters.attach import attach
-from veneer.adapters.attachment import Attachment
 from veneer.adapters.config import AdapterConfig
-from veneer.adapters.reads import weights_read_past
-from veneer.adapters.routing import Routing
-from veneer.adapters.token_rows import Brought
-from veneer.bases.from_config import build
+from veneer.adapters.placement.acting import TokenKeys
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.reads import weights_read_past
+from veneer.adapters.placement.routing import Routing
+from veneer.adapters.placement.token_rows import Brought
+from veneer.bases.loading.from_config import build
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
 from veneer.formats.adapter import adapter_file_bytes
-from veneer.formats.peft_tensors import tensor_file_bytes
+from veneer.formats.peft.tensors import tensor_file_bytes
+from veneer.kernels.bindings.library import planning, take_noted
 from veneer.kernels.layout import round_up
-from veneer.kernels.native import planning, take_noted
 from veneer.models.attention import decoder
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
@@ -60,7 +60,7 @@ from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, Parts, Tracker, Valueless, Work, without_values
 from veneer.plan.weights import base_bytes
 from veneer.train.config import OptimizerName
-from veneer.train.optim import FlatParameters
+from veneer.train.optimizer.buffer import FlatParameters
 
 COMPILED = (0, 0, 0)
 """Shape that products within compiled functions are counted under: that of no matrix product of a
@@ -297,7 +297,7 @@ def _offloading(away: PlannedOffload | None) -> AbstractContextManager[Any]:
 
 def moment_bytes(values: int, optimizer: OptimizerName) -> int:
     """AdamW: two float32 a value. In 8 bits: two bytes a value, two float32 scales for every 256
-    (train/optimizers.py)."""
+    (train/optimizer/optimizers.py)."""
     if optimizer == "adamw8bit" and values >= 4096:
         return 2 * values + 8 * -(-values // 256)
     return 8 * values

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.bases.blueprint import Blueprint
+from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remembered
 from veneer.plan.counted import DryRun, Step
-from veneer.train.records import process_memory_bytes
+from veneer.train.output.records import process_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

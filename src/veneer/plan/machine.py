@@ -24,8 +24,8 @@ import torch
 from veneer.errors import ConfigError
 from veneer.files.memory import container_bytes
 from veneer.files.remembered import remembered
-from veneer.kernels import products
-from veneer.kernels.native import has_amx, has_bf16
+from veneer.kernels.bindings.library import has_amx, has_bf16
+from veneer.kernels.dense import products
 from veneer.plan.tracker import Shape, Work
 
 SHAPES_MEASURED = 4

@@ -1,5 +1,5 @@
-"""Offload (train/offload.py) on tensors without storage: what would leave the device, and what
-would come back to it."""
+"""Offload (train/optimizer/offload.py) on tensors without storage: what would leave the device, and
+what would come back to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from veneer.train.offload import WORTH_BYTES
+from veneer.train.optimizer.offload import WORTH_BYTES
 
 
 @dataclass(eq=False)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from veneer.adapters.config import MethodConfig
-from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import Compute, DtypeName, choose
+from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.batching import EpochPlan, Rows, by_length, packed_rows, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.data.longest import Extent, largest_micro_batches, plans_of_run
@@ -40,7 +40,7 @@ from veneer.plan.ranking import scaled
 from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
 from veneer.train.config import EPOCHS_UNSAID, OptimizerName, RunConfig, rows_at_once, trains_packed
-from veneer.train.reduce import Kind
+from veneer.train.processes.reduce import Kind
 
 if TYPE_CHECKING:
     from veneer.plan.dry_run import Bare, Whole

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from veneer.bases.blueprint import Blueprint
 from veneer.bases.compute import NAMES
-from veneer.bases.from_config import blueprint
+from veneer.bases.loading.blueprint import Blueprint
+from veneer.bases.loading.from_config import blueprint
 from veneer.data.examples import Example
+from veneer.data.files.on_disk import some_of
 from veneer.data.load import DataSet
-from veneer.data.on_disk import some_of
 from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
@@ -21,7 +21,7 @@ from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.plan.spread import Sent
 from veneer.quant.weight import PackedSize
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
-from veneer.train.records import process_memory_bytes
+from veneer.train.output.records import process_memory_bytes
 from veneer.train.training import Planned
 from veneer.wording import size
 

@@ -1,6 +1,6 @@
 """A step over several processes: how long the one with most to compute takes, what goes over the
 network, how long that takes on a link. Computed from the plan that the run itself makes
-(train/dealing.py), measured nowhere.
+(train/processes/dealing.py), measured nowhere.
 
     gradient   one sum a step over a ring: 2 (N - 1) / N of its bytes from each process
     layers     in shards: each is gathered forward and again backward, (N - 1) / N of its bytes from
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from veneer.bounds import LINK
 from veneer.errors import ConfigError
 from veneer.plan.counted import SUM_BYTES, DryRun
-from veneer.train.dealing import dealt, in_rounds
-from veneer.train.reduce import Kind
+from veneer.train.processes.dealing import dealt, in_rounds
+from veneer.train.processes.reduce import Kind
 
 HOP_SECONDS = 50e-6
 """From one process to the next, however little is sent: assumed, of TCP within a building."""

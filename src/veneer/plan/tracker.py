@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.kernels.native import noted_now
+from veneer.kernels.bindings.library import noted_now
 
 META = torch.device("meta")
 Parts = dict[str, int]
@@ -55,7 +55,7 @@ class Phase:
 class Work:
     """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them
     that kernels of ours alone compute, bytes that others read and write, bytes that offload copies
-    to host memory and back, layers whose calls are made at once (kernels/repeated.py)."""
+    to host memory and back, layers whose calls are made at once (kernels/tape/repeated.py)."""
 
     products: Products = field(default_factory=Counter)
     own: set[Shape] = field(default_factory=set)
@@ -271,7 +271,7 @@ def _grouped_product(
 
 
 _NOTED = {torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward}
-"""Operations whose products are noted where they are called (kernels/flash.py)."""
+"""Operations whose products are noted where they are called (kernels/attention/flash.py)."""
 _FREE = {
     torch.ops.aten.detach,
     torch.ops.aten.empty,

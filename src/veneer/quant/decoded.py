@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels import products
+from veneer.kernels.dense import products
 from veneer.linear import times
 from veneer.quant.scratch import scratch
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from veneer.kernels import products
-from veneer.kernels.gguf import FORMATS, Kind, dequantise, has_product, in_features, product
+from veneer.kernels.dense import products
+from veneer.kernels.packed.gguf import FORMATS, Kind, dequantise, has_product, in_features, product
 from veneer.linear import PackedLinear, times
 from veneer.quant.scratch import scratch
 

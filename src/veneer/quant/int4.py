@@ -4,10 +4,10 @@ weights are.
     weight[o, i] = (code[o, i] - zero[o, g]) * scale[o, g],    g the group of column i
 
 Groups are runs of columns, or, with GPTQ's act-order, told for each column. The two lay the same
-numbers out in other orders (bases/int4_files.py); held is one order: rows of codes, two columns a
-byte, the first in the low half. The product is exact in float32 (4 bits of difference, 11 of a
-float16 scale), then rounded once to the output type. Source: Frantar et al. 2022, arXiv:2210.17323;
-Lin et al. 2023, arXiv:2306.00978.
+numbers out in other orders (bases/packed/int4_files.py); held is one order: rows of codes, two
+columns a byte, the first in the low half. The product is exact in float32 (4 bits of difference, 11
+of a float16 scale), then rounded once to the output type. Source: Frantar et al. 2022,
+arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978.
 """
 
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.experts import by_expert, expert_bias
+from veneer.adapters.methods.experts import by_expert, expert_bias
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
 from veneer.quant.weight import PackedWeight
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels import nf4
-from veneer.kernels.nf4 import Blocks
+from veneer.kernels.packed import nf4
+from veneer.kernels.packed.nf4 import Blocks
 from veneer.linear import times
 from veneer.quant.scratch import scratch
 

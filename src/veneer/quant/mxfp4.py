@@ -3,7 +3,7 @@ experts.
 
     weight = E2M1[code] * 2^(exponent - 127)        exact in float32 and bf16
 
-Held so that the kernels for 4-bit code books (kernels/nf4.py) read it: the table of 16, the
+Held so that the kernels for 4-bit code books (kernels/packed/nf4.py) read it: the table of 16, the
 exponents as scales that are looked up in a table of 256. Only the order of the two values in a byte
 is another one than in the files. Source: OCP Microscaling Formats 1.0, sections 5.3.3 and 5.4;
 transformers, integrations/mxfp4.py. Shapes: E experts, I in_features, O out_features; in the model
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from veneer.kernels.nf4 import Blocks, Nested
+from veneer.kernels.packed.nf4 import Blocks, Nested
 from veneer.quant.config import Quantize
 from veneer.quant.matrix import PackedMatrix
 

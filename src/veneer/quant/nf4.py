@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import CorruptFileError
-from veneer.kernels import nf4 as kernels
-from veneer.kernels.nf4 import Blocks, Nested
+from veneer.kernels.packed import nf4 as kernels
+from veneer.kernels.packed.nf4 import Blocks, Nested
 from veneer.kernels.wide import wide
 from veneer.quant.matrix import PackedMatrix
 

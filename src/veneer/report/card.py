@@ -1,8 +1,8 @@
 """README.md beside an adapter, or a model with it inside: a model card as the hub reads it.
 
 What comes from users, models or files stands in code, inline or fenced, and in YAML that is dumped:
-it is neither markup nor a field. Not known here: where the card goes (library/transfer.py,
-cli/export.py).
+it is neither markup nor a field. Not known here: where the card goes (library/remote/transfer.py,
+cli/library/export.py).
 """
 
 import re
@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
-from veneer.bases.named import HUB_ID, NAMED
-from veneer.bases.sources import gguf_file
+from veneer.bases.names.named import HUB_ID, NAMED
+from veneer.bases.names.sources import gguf_file
 from veneer.errors import CorruptFileError, SourceError, VeneerError
 from veneer.files.strict_json import MAX_YAML_BYTES, parse_yaml, read_json
 from veneer.formats.adapter import read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME, Manifest, SetHeldOut, read_manifest
 from veneer.report.page import recipe_rows
-from veneer.train.records import read_records
+from veneer.train.output.records import read_records
 from veneer.wording import between, cut, number, shown
 
 WHOLE = "gguf"
@@ -240,7 +240,7 @@ def licence_of(base: str) -> str | None:
     if not base:
         return None
     if (file := gguf_file(base)) is not None:
-        from veneer.bases.gguf import read_header
+        from veneer.bases.gguf.convert import read_header
 
         found = read_header(file).licence
     else:

@@ -1,7 +1,7 @@
 """A run in a notebook: its figures and the curve of its loss, one picture that is drawn anew while
 it goes on.
 
-A screen as train/screen.py has them. No script and no widget: HTML that the notebook keeps,
+A screen as train/output/screen.py has them. No script and no widget: HTML that the notebook keeps,
 everything escaped.
 """
 
@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from veneer.report.plots import Point, Series, line_chart
-from veneer.train.screen import (
+from veneer.train.output.screen import (
     Facts,
     LiveScreen,
     PlainScreen,

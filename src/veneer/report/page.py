@@ -25,8 +25,8 @@ from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.style import STYLE
 from veneer.train.config import DataConfig, RunConfig
-from veneer.train.loggers import flat
-from veneer.train.records import Record, read_records
+from veneer.train.output.loggers import flat
+from veneer.train.output.records import Record, read_records
 from veneer.wording import clock, interval_of_95, millions, number, percent, shares, size
 
 NAME = "report.html"

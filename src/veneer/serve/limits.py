@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from veneer.adapters.preamble import MOST_VARIABLES
 from veneer.bounds import CHOICES
-from veneer.data.long_turns import MOST_RENDERED
-from veneer.data.template_worker import SECONDS as TEMPLATE_SECONDS
-from veneer.decoding.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST_RULES
-from veneer.decoding.json_check import MOST_STEPS
+from veneer.data.template.long_turns import MOST_RENDERED
+from veneer.data.template.worker import SECONDS as TEMPLATE_SECONDS
+from veneer.decoding.sampling.grammar import MOST_CHARACTERS, MOST_PATTERN, MOST_RULES
+from veneer.decoding.sampling.json_check import MOST_STEPS
 from veneer.files.nesting import MAX_JSON_DEPTH
 
 MOST_HEADER_BYTES = 64 * 2**10

@@ -83,7 +83,7 @@ class Fault:
 
 @dataclass(eq=False)
 class Refusal(Exception):
-    """A request that is not answered. Raised anywhere in this room, answered in app.py."""
+    """A request that is not answered. Raised anywhere in this room, answered in http/app.py."""
 
     status: int
     message: str

@@ -21,8 +21,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from veneer.errors import ConfigError
-from veneer.serve.connection import Connection, Connections, raise_open_files, room_for_connections
-from veneer.serve.keys import Keys
+from veneer.serve.http.connection import (
+    Connection,
+    Connections,
+    raise_open_files,
+    room_for_connections,
+)
+from veneer.serve.http.keys import Keys
 from veneer.serve.limits import KEEP_ALIVE_SECONDS, MOST_HEADER_BYTES
 
 BACKLOG = 2048

@@ -15,19 +15,19 @@ from starlette.types import ASGIApp
 from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
-from veneer.decoding.scheduler import Limits
+from veneer.decoding.schedule.scheduler import Limits
 from veneer.files.home import name_of
 from veneer.library.library import Library
-from veneer.library.residents import Residents
+from veneer.library.residents.residents import Residents
 from veneer.models.frozen_base import FrozenBase
 from veneer.plan.machine import memory_bytes
-from veneer.serve.app import PATHS, application
-from veneer.serve.guard import Guard, check_origins, for_browsers
-from veneer.serve.keys import Keys, read_keys
-from veneer.serve.names import Names
+from veneer.serve.engine.names import Names
+from veneer.serve.engine.service import ServeLimits, Service
+from veneer.serve.http.app import PATHS, application
+from veneer.serve.http.guard import Guard, check_origins, for_browsers
+from veneer.serve.http.keys import Keys, read_keys
 from veneer.serve.run import Server, check_reach, listening
 from veneer.serve.runs import Runs
-from veneer.serve.service import ServeLimits, Service
 
 MOST_CACHE_BYTES = 8 * 2**30
 CACHE_SHARE = 4

@@ -21,7 +21,7 @@ from veneer.bounds import (
     WEIGHT_DECAY,
 )
 from veneer.data.config import DataConfig as DataConfig
-from veneer.data.new_tokens import text_faults
+from veneer.data.template.new_tokens import text_faults
 from veneer.files.home import expanded
 from veneer.files.settings import Settings
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format

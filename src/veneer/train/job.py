@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from veneer.adapters.routing import Routing
+from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Rows
 from veneer.data.examples import Example
 from veneer.data.load import SetSize
@@ -15,8 +15,8 @@ from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.models.step import Paths, parts_of
 from veneer.train.config import RunConfig
-from veneer.train.optim import Flat
-from veneer.train.sample import Sample
+from veneer.train.optimizer.buffer import Flat
+from veneer.train.output.sample import Sample
 
 
 @dataclass

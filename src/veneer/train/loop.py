@@ -23,14 +23,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapters.acting import TokenKeys
+from veneer.adapters.placement.acting import TokenKeys
 from veneer.data.batching import EpochPlan, Rows, by_length, plan_epoch, used_length
 from veneer.data.examples import Example
 from veneer.errors import CorruptFileError, DivergedError, Interrupted, fits_memory
 from veneer.formats.manifest import HeldOut
-from veneer.kernels.block import added_where_they_lie
+from veneer.kernels.dense.block import added_where_they_lie
 from veneer.models.step import batch_loss, batch_of, part_nats, parts_of
-from veneer.train.checkpoint import (
+from veneer.train.first_evaluation import Evaluated, first_evaluation
+from veneer.train.held_out import Cells, losses_by_set, mean_loss
+from veneer.train.job import Job
+from veneer.train.optimizer.buffer import learning_rate_at
+from veneer.train.optimizer.offload import offload_for, offloaded
+from veneer.train.optimizer.optimizers import make_optimizer
+from veneer.train.output.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes
+from veneer.train.output.screen import Screen
+from veneer.train.processes.dealing import dealt, in_rounds
+from veneer.train.processes.reduce import KINDS, Reduce
+from veneer.train.processes.world import ALONE, World
+from veneer.train.state.checkpoint import (
     Scattered,
     checkpoint_path,
     load_checkpoint,
@@ -40,20 +51,9 @@ from veneer.train.checkpoint import (
     prune,
     save_checkpoint,
 )
-from veneer.train.dealing import dealt, in_rounds
-from veneer.train.first_evaluation import Evaluated, first_evaluation
-from veneer.train.held_out import Cells, losses_by_set, mean_loss
-from veneer.train.interrupt import Interrupt
-from veneer.train.job import Job
-from veneer.train.offload import offload_for, offloaded
-from veneer.train.optim import learning_rate_at
-from veneer.train.optimizers import make_optimizer
-from veneer.train.origin import Origin
-from veneer.train.progress import Progress, load_state
-from veneer.train.records import Records, Unwritten, peak_memory_bytes, process_memory_bytes
-from veneer.train.reduce import KINDS, Reduce
-from veneer.train.screen import Screen
-from veneer.train.world import ALONE, World
+from veneer.train.state.interrupt import Interrupt
+from veneer.train.state.origin import Origin
+from veneer.train.state.progress import Progress, load_state
 
 FEWER_VALUES = (
     "Train fewer values (an adapter instead of full, a smaller --rank), or --set"

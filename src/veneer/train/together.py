@@ -15,10 +15,10 @@ from veneer.models.left_out import reached_weights
 from veneer.models.load import compute_of, load_base
 from veneer.shards import Shards
 from veneer.train.config import RunConfig, rows_at_once, trains_packed
-from veneer.train.optim import Flat, FlatParameters
-from veneer.train.parts import FlatParts
-from veneer.train.screen import Screen
-from veneer.train.world import World
+from veneer.train.optimizer.buffer import Flat, FlatParameters
+from veneer.train.optimizer.parts import FlatParts
+from veneer.train.output.screen import Screen
+from veneer.train.processes.world import World
 
 
 def in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:

@@ -18,17 +18,17 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedConfig
 
-from veneer.adapters.attachment import Attachment
+from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.preamble import Preamble
+from veneer.bases.identity.weight_table import packed_sizes, weight_line
 from veneer.bases.quiet_transformers import quiet
-from veneer.bases.weight_table import packed_sizes, weight_line
 from veneer.data.batching import Rows
-from veneer.data.check import refuse_beyond
+from veneer.data.checks.check import refuse_beyond
 from veneer.data.examples import Example
+from veneer.data.files.writing import Record
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
-from veneer.data.new_tokens import bring, extended, room_with
-from veneer.data.writing import Record
+from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError, fits_memory
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
@@ -43,13 +43,23 @@ from veneer.models.initial_values import Begun
 from veneer.models.step import Paths, refuse_untrainable
 from veneer.quant.weight import PackedSize
 from veneer.train.config import EPOCHS_UNSAID, RunConfig
-from veneer.train.folder import given_rows, resume_point, settled, sweep, write_run_file
-from veneer.train.heap import steady_heap
 from veneer.train.job import Job
-from veneer.train.loggers import open_loggers
 from veneer.train.loop import FEWER_VALUES, Loop
-from veneer.train.optim import Flat, FlatParameters
-from veneer.train.origin import (
+from veneer.train.optimizer.buffer import Flat, FlatParameters
+from veneer.train.optimizer.heap import steady_heap
+from veneer.train.output.loggers import open_loggers
+from veneer.train.output.records import (
+    Records,
+    Unwritten,
+    peak_memory_bytes,
+    process_memory_bytes,
+    reset_peak_memory,
+)
+from veneer.train.output.sample import sample_of
+from veneer.train.output.screen import Screen
+from veneer.train.processes.world import ALONE, World
+from veneer.train.state.folder import given_rows, resume_point, settled, sweep, write_run_file
+from veneer.train.state.origin import (
     HELD_OUT_BY,
     Origin,
     check_base,
@@ -60,20 +70,10 @@ from veneer.train.origin import (
     origin_of,
     with_rows_at_once,
 )
-from veneer.train.parents import begin_adapter, with_tokens
-from veneer.train.place import held, refuse_unless_new
-from veneer.train.progress import load_state
-from veneer.train.records import (
-    Records,
-    Unwritten,
-    peak_memory_bytes,
-    process_memory_bytes,
-    reset_peak_memory,
-)
-from veneer.train.sample import sample_of
-from veneer.train.screen import Screen
+from veneer.train.state.parents import begin_adapter, with_tokens
+from veneer.train.state.place import held, refuse_unless_new
+from veneer.train.state.progress import load_state
 from veneer.train.together import agree, every_weight, in_parts, load_together, shard_lines
-from veneer.train.world import ALONE, World
 from veneer.wording import percent, size
 
 

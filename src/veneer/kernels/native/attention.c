@@ -1,4 +1,4 @@
-/* Attention over packed documents in bf16, forward and backward: see kernels/attention.py for what
+/* Attention over packed documents in bf16, forward and backward: see kernels/attention/packed.py for what
    it computes.
 
    A document of L rows attends to `before` keys that it sees whole (a prefix, a shared prompt),

@@ -1,5 +1,5 @@
 /* What stands between the products of a decoder layer, each in one call: see
-   kernels/decoder_step.py for what it computes.
+   kernels/decoding/decoder_step.py for what it computes.
 
    Written once in plain C whose loops the compiler turns into registers, compiled for each set of
    instructions. Values are rounded to the model's type where the model rounds them, sums are

@@ -1,4 +1,4 @@
-/* What DoRA adds to a low-rank update, in bf16: see kernels/dora.py. Each tensor of the size of an
+/* What DoRA adds to a low-rank update, in bf16: see kernels/dense/dora.py. Each tensor of the size of an
    output is passed over once, sums are in float32, in an order that no thread count changes. The
    rank and the widths are multiples of 16; `pairs` are laid out as bf16.h says; magnitude, norm:
    one a column. */

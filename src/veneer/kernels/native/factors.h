@@ -4,7 +4,7 @@
    A: ranks in groups of LANES side by side, the last of HALF where no more are left, word after
    word along the width, which is filled up to whole steps. B: UPDATE_BLOCK outs side by side, word
    after word along the rank. A word is two bf16 neighbours or one float; all that is filled up is
-   zeros. factors.c lays them so, kernels/dense_calls.py knows it. */
+   zeros. factors.c lays them so, kernels/bindings/dense_calls.py knows it. */
 #ifndef VENEER_FACTORS_H
 #define VENEER_FACTORS_H
 

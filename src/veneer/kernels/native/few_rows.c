@@ -317,7 +317,7 @@ int veneer_pieces(const struct piece *of, int64_t count, int type, int most,
     return all.failed;
 }
 
-enum { MOST_PARTS = 16 }; /* kernels/dense_calls.py knows it too */
+enum { MOST_PARTS = 16 }; /* kernels/bindings/dense_calls.py knows it too */
 
 struct few_rows_part {
     const void *w, *bias;

@@ -2,7 +2,7 @@
    compiler's vector types; it is compiled here for each set of instructions and chosen when called.
    The products of a scale and a code are exact in float32 and every type is rounded at most once
    before it becomes the output type, so all of them give the same bits as the plain reference in
-   kernels/gguf.py. Layout of the blocks: ggml's ggml-common.h and quantize_row_*_ref,
+   kernels/packed/gguf.py. Layout of the blocks: ggml's ggml-common.h and quantize_row_*_ref,
    https://github.com/ggml-org/ggml */
 #include "gguf_format.h"
 #include "parallel.h"

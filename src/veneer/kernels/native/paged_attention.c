@@ -1,4 +1,4 @@
-/* Attention of a decoding step over keys and values in blocks: see kernels/paged_attention.py for
+/* Attention of a decoding step over keys and values in blocks: see kernels/attention/paged.py for
    what it computes.
 
    A step's rows are tokens of spans, each span those of one sequence: a single one, or a chunk of a
@@ -26,9 +26,9 @@ enum {
     START,
     STOP,
     SPAN
-}; /* columns of a span: kernels/paged_attention.py has them too */
+}; /* columns of a span: kernels/attention/paged.py has them too */
 
-/* Strides in values; the innermost one is 1. kernels/paged_calls.py has the same fields in this
+/* Strides in values; the innermost one is 1. kernels/bindings/paged_calls.py has the same fields in this
  * order. */
 struct paged_attention {
     const int32_t *tables;

@@ -1,4 +1,4 @@
-/* Products of many rows with bf16 weights: see kernels/products.py for what is computed. Some
+/* Products of many rows with bf16 weights: see kernels/dense/products.py for what is computed. Some
    columns of W are laid out as pairs and stay in the second cache while x goes by, a few rows at a
    time, read where they lie. Sums go over all of K before they are rounded, once, in an order that
    neither the rows and columns beside them nor the threads change: on AMX tiles in steps of 16
@@ -11,7 +11,7 @@
 int veneer_has_bf16(void);
 
 /* y (rows, outs) = x (rows, width) times w: (outs, width), or, where it lies along, (width, outs).
-   + bias, unless it is NULL; add: + what y was. kernels/product_calls.py has the same fields. */
+   + bias, unless it is NULL; add: + what y was. kernels/bindings/product_calls.py has the same fields. */
 struct product {
     const uint16_t *x, *w, *bias;
     uint16_t *y;

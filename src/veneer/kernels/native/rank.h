@@ -8,10 +8,10 @@
 
 #if defined(__x86_64__)
 
-#define BLOCK 48 /* rows; kernels/dora.py knows it too */
+#define BLOCK 48 /* rows; kernels/dense/dora.py knows it too */
 #define COLUMNS 64
 #define MOST_RANK 256
-#define MOST 3 /* layers of one input; kernels/calls.py knows it too */
+#define MOST 3 /* layers of one input; kernels/bindings/calls.py knows it too */
 
 static inline int64_t rank_blocks(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
 
@@ -26,8 +26,8 @@ static inline uint32_t *words(int64_t count) {
     return found;
 }
 
-/* Dropout of one layer: which values stay is computed where they are read (kernels/dropout.py).
-   kernels/calls.py has the same fields. */
+/* Dropout of one layer: which values stay is computed where they are read (kernels/dense/dropout.py).
+   kernels/bindings/calls.py has the same fields. */
 struct mask {
     const int64_t *keys; /* of the rows; NULL: all stay */
     uint32_t row_key, column_key, threshold;

@@ -1,4 +1,4 @@
-/* Calls that Python made once, made again in their order: see kernels/recorded.py. What each is
+/* Calls that Python made once, made again in their order: see kernels/tape/recorded.py. What each is
    given, structs and the memory behind them, lies where it lay then. */
 #include "packed_rows.h"
 #include "parallel.h"
@@ -7,7 +7,7 @@
 
 enum { MOST_GIVEN = 9 };
 
-/* kernels/recorded.py names the functions in this order. */
+/* kernels/tape/recorded.py names the functions in this order. */
 enum {
     FEW_ROWS,
     FEW_ROWS_UPDATED,

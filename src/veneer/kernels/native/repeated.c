@@ -1,12 +1,12 @@
 /* Calls that Python made for one layer, made for another one, whose values lie elsewhere: see
- * kernels/repeated.py. */
+ * kernels/tape/repeated.py. */
 #include "parallel.h"
 #include <stddef.h>
 #include <string.h>
 
 enum { MOST_BYTES = 2048 }; /* of a struct */
 
-/* kernels/repeated.py names the functions in this order. */
+/* kernels/tape/repeated.py names the functions in this order. */
 enum {
     PRODUCT,
     RANK_DOWN,

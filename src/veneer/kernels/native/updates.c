@@ -16,7 +16,7 @@
 enum {
     VECTORS = 4,     /* of a block of outs */
     CHAINS = 4,      /* sums of a rank: every fourth word each, so that none waits for the last */
-    MOST_PARTS = 16, /* kernels/dense_calls.py knows it too */
+    MOST_PARTS = 16, /* kernels/bindings/dense_calls.py knows it too */
     CHUNK = 64, /* rows of an update that go together: what they read and write stays in the second
                    cache */
     SOON = 64,  /* lines asked for ahead */

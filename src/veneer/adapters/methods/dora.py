@@ -1,0 +1,122 @@
+"""DoRA: LoRA that turns the rows of W, and a trained length for each of them.
+
+    W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||
+        by rows; of an embedding W is the table's transpose
+
+The magnitude starts as the norm that the forward itself computes, so the first factors are exactly
+1 and a fresh layer changes no bit. Dropout acts on the inputs of A alone, as in LoRA (PEFT also
+drops inputs of the base's product while training; a trained adapter computes the same in both).
+Source: Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.methods.lora import Kind, LoRALayer, delta_weight
+from veneer.adapters.placement.acting import TokenKeys
+from veneer.kernels.dense.dora import dora_linear, row_factor, row_norms, row_squares
+from veneer.linear import FrozenLinear, frozen_product
+
+
+class DoRALayer:
+    """A LoRA of a linear layer or an embedding and the lengths of the rows, magnitude (O) or (D),
+    float32."""
+
+    def __init__(self, low_rank: LoRALayer, base: FrozenLinear) -> None:
+        self.low_rank = low_rank
+        self.kind: Kind = low_rank.kind
+        self.rank, self.alpha, self.scaling = low_rank.rank, low_rank.alpha, low_rank.scaling
+        self._squares = row_squares(base)
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+        self.magnitude = nn.Parameter(self._norm(base))
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        return {**self.low_rank.parts(), "magnitude": self.magnitude}
+
+    def stored(self) -> dict[str, Tensor]:
+        return {**self.low_rank.stored(), "magnitude": self.magnitude.detach()}
+
+    def folded(self, weight: Tensor) -> Tensor:
+        turned = weight + delta_weight(self.low_rank)
+        along = 0 if self.kind == "embedding" else 1
+        norm = torch.linalg.vector_norm(turned, dim=along, keepdim=True)
+        magnitude = self.magnitude.detach().to(weight.dtype).unsqueeze(along)
+        return torch.where(norm > 0, turned * (magnitude / norm), turned)
+
+    def norm(self, base: FrozenLinear) -> Tensor:
+        """(O). While training A and B change at every step; else it is computed once and kept.
+
+        The optimizer changes values without torch's version counters knowing: every forward that
+        records a gradient forgets what was kept, and none of them lies between a step and the
+        evaluation after it.
+        """
+        if torch.is_grad_enabled():
+            self._kept = None
+            return self._norm(base)
+        A, B = self.low_rank.A, self.low_rank.B
+        values = A.data_ptr(), A._version, B.data_ptr(), B._version
+        if self._kept is None or self._kept[0] != values:
+            self._kept = values, self._norm(base)
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _norm(self, base: FrozenLinear) -> Tensor:
+        return row_norms(
+            self.low_rank.A, self.low_rank.B, self._squares, base, scaling=self.scaling
+        )
+
+    def looked_up(
+        self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
+    ) -> Tensor:
+        """(factor - 1) * plain + factor * LoRA's change: EmbeddingLayer. Exactly 0 while the layer
+        is fresh."""
+        change = self.low_rank.looked_up(ids, plain, table, scale=scale)
+        factor = row_factor(self.magnitude, self.norm(table))
+        return ((factor - 1) * plain + factor * change).to(plain.dtype)
+
+    def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> None:
+        """Its rows are turned as well."""
+
+    def change(
+        self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
+    ) -> Tensor:
+        """(factor - 1) * plain + factor * LoRA's change."""
+        change = self.low_rank.change(x, plain, base, keys)
+        factor = row_factor(self.magnitude, self.norm(base))
+        return ((factor - 1) * plain + factor * change).to(plain.dtype)
+
+    @classmethod
+    def product(
+        cls,
+        x: Tensor,
+        bias: Tensor | None,
+        base: FrozenLinear,
+        acting: Sequence[tuple[Self, float, TokenKeys | None]],
+    ) -> Tensor:
+        (first, weight, keys), *others = acting
+        if not others and weight == 1:
+            return first._alone(x, bias, base, keys)
+        plain = frozen_product(x, None, base)
+        y = plain if bias is None else frozen_product(x, bias, base)
+        for layer, weight, keys in acting:
+            y = y + weight * (layer._alone(x, None, base, keys) - plain)
+        return y
+
+    def _alone(
+        self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None
+    ) -> Tensor:
+        low = self.low_rank
+        return dora_linear(
+            x,
+            low.A,
+            low.B,
+            self.magnitude,
+            self.norm(base),
+            bias,
+            base,
+            scaling=self.scaling,
+            dropout=low.active_dropout(x, keys),
+        )

@@ -1,0 +1,215 @@
+"""Puts the layers of a low-rank method in their places: which modules, which ranks, how they
+start."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.config import DoRA, LoRA, LowRank
+from veneer.adapters.methods.dora import DoRALayer
+from veneer.adapters.methods.experts import AdaptedExperts, expert_parameters, is_gated_stack
+from veneer.adapters.methods.initial_factors import Factors, olora_start, pissa_start
+from veneer.adapters.methods.lora import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    AdaptedMatrix,
+    Kind,
+    LoRALayer,
+)
+from veneer.adapters.methods.targets import Targets, find_targets
+from veneer.adapters.placement.reads import refused_by_peft, weights_read_past
+from veneer.adapters.placement.site import Site
+from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule
+from veneer.errors import ConfigError
+from veneer.linear import (
+    FrozenLinear,
+    TransposedLinear,
+    frozen_linear,
+    is_plain_embedding,
+    matrix_shape,
+)
+from veneer.patterns import first_match
+from veneer.shards import make_whole
+
+
+def build_lora(site: Site, config: LoRA) -> None:
+    """Raises ConfigError where the settings match nothing."""
+    targets = _targets(site, config)
+    others = [*targets.embeddings, *targets.experts, *targets.routers]
+    if config.init != "default" and others:
+        raise ConfigError(
+            f"init {config.init} takes linear layers; these targets are embeddings, fused experts"
+            " or routers",
+            others,
+            "List the linear layers in `targets`, or leave init at default.",
+        )
+    if config.lora_bias and others:
+        raise ConfigError(
+            "lora_bias takes linear layers; these targets are embeddings, fused experts or routers",
+            others,
+            "List the linear layers in `targets`, or leave lora_bias out.",
+        )
+    whole = [p for p in targets.experts if not is_gated_stack(site.modules[p.rpartition(".")[0]])]
+    whole += targets.routers
+    if config.dropout and whole:
+        raise ConfigError(
+            "dropout wants to see what a weight is multiplied with; the update of these is added to"
+            " the weight itself",
+            whole,
+            "Set method.dropout: 0, or leave them out (method.exclude).",
+        )
+    for path in targets.linears:
+        made, frozen = _linear_layer(site, config, path)
+        make_whole(site.modules[path])
+        if (start := _START.get(config.init)) is not None:
+            A0, B0 = start(frozen.dense_weight(torch.float32), made, config, site.generator)
+            made.begin_at(A0.to(frozen.device), B0.to(frozen.device))
+        if config.lora_bias:
+            made.offset = nn.Parameter(torch.zeros(frozen.out_features, device=frozen.device))
+        site.put(path, AdaptedLinear, made)
+    for path in targets.embeddings:
+        site.put(path, AdaptedEmbedding, _embedding_layer(site, config, path))
+    for path in targets.experts:
+        owner, _, parameter = path.rpartition(".")
+        E, O, I = expert_parameters(site.modules[owner])[parameter]
+        r = first_match(config.rank_pattern, path, config.rank)
+        device = site.modules[owner].get_parameter(parameter).device
+        A, B = site.kaiming(E, r, I), torch.zeros(E, O, r)
+        made = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
+        site.put_stack(owner, parameter, AdaptedExperts, made)
+    for path in targets.routers:
+        router = site.modules[path]
+        (O, I), r = (
+            router.get_parameter("weight").shape,
+            first_match(config.rank_pattern, path, config.rank),
+        )
+        A, B = site.kaiming(r, I), torch.zeros(O, r)
+        made = _layer(
+            site, config, "linear", path, A, B, device=router.get_parameter("weight").device
+        )
+        site.put(path, AdaptedMatrix, made)
+    _train_in_full(site, targets)
+
+
+def _pissa(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Generator) -> Factors:
+    return pissa_start(
+        weight,
+        rank=layer.rank,
+        scaling=layer.scaling,
+        iterations=config.svd_iterations,
+        generator=generator,
+    )
+
+
+def _olora(weight: Tensor, layer: LoRALayer, config: LoRA, generator: torch.Generator) -> Factors:
+    return olora_start(weight, rank=layer.rank)
+
+
+_START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]] = {
+    "pissa": _pissa,
+    "olora": _olora,
+}
+"""Starts that the weight alone decides; models/initial_values.py brings those that need rows or the
+original weight."""
+
+
+def build_dora(site: Site, config: DoRA) -> None:
+    """Raises ConfigError where the settings match nothing, or fused experts."""
+    targets = _targets(site, config)
+    if others := [*targets.experts, *targets.routers]:
+        raise ConfigError(
+            "DoRA takes linear layers and embeddings; these targets are fused experts or routers",
+            others,
+            "List the other layers in `targets`, or take method lora.",
+        )
+    for path in targets.linears:
+        made, frozen = _linear_layer(site, config, path)
+        make_whole(site.modules[path])
+        site.put(path, AdaptedLinear, DoRALayer(made, frozen))
+    for path in targets.embeddings:
+        table = TransposedLinear(site.modules[path])
+        site.put(path, AdaptedEmbedding, DoRALayer(_embedding_layer(site, config, path), table))
+    _train_in_full(site, targets)
+
+
+def _targets(site: Site, config: LowRank) -> Targets:
+    if (read_past := site.read_past) is None:
+        with site.routing.none():
+            read_past = weights_read_past(site.model)
+    targets = find_targets(
+        site.modules,
+        config,
+        head=site.head,
+        read_past=read_past,
+        idle=site.idle,
+        refused=refused_by_peft(site.model),
+    )
+    site.attachment.trained = targets.trained
+    site.attachment.adaptable = targets.adaptable
+    return targets
+
+
+def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, FrozenLinear]:
+    frozen = frozen_linear(site.modules[path])
+    assert frozen is not None
+    r = first_match(config.rank_pattern, path, config.rank)
+    A, B = site.kaiming(r, frozen.in_features), torch.zeros(frozen.out_features, r)
+    made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
+    return made, frozen
+
+
+def _embedding_layer(site: Site, config: LowRank, path: str) -> LoRALayer:
+    """The other way round, as PEFT: rows of A are looked up, B mixes them."""
+    table = site.modules[path].get_parameter("weight")
+    r = first_match(config.rank_pattern, path, config.rank)
+    A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
+    return _layer(site, config, "embedding", path, A, B, device=table.device)
+
+
+def _layer(
+    site: Site,
+    config: LowRank,
+    kind: Kind,
+    path: str,
+    A: Tensor,
+    B: Tensor,
+    *,
+    device: torch.device,
+    dropout: float = 0.0,
+) -> LoRALayer:
+    """The next layer of the attachment, A and B on the base's device."""
+    alpha = first_match(config.alpha_pattern, path, config.alpha)
+    key = len(site.attachment.layers)
+    return LoRALayer(
+        kind,
+        A.to(device),
+        B.to(device),
+        alpha=alpha,
+        rslora=config.rslora,
+        dropout=dropout,
+        key=key,
+    )
+
+
+def _train_in_full(site: Site, targets: Targets) -> None:
+    """Biases and whole modules that the settings train beside the update."""
+    trained = {
+        path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained
+    }
+    for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
+        module = site.modules[path]
+        make_whole(module)
+        for parameter in names:
+            value = nn.Parameter(module.get_parameter(parameter).detach().clone())
+            site.replace(path, _kind(module), parameter, value)
+
+
+def _kind(module: nn.Module) -> type[AdaptedModule]:
+    if frozen_linear(module) is not None:
+        return AdaptedLinear
+    if is_plain_embedding(module):
+        return AdaptedEmbedding
+    if matrix_shape(module) is not None:
+        return AdaptedMatrix
+    return AdaptedExperts if expert_parameters(module) else SwappedModule

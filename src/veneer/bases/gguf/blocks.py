@@ -1,0 +1,252 @@
+"""The blocks of a .gguf file as a frozen base: its linear layers stay as they are in the file.
+
+Read once per file: config, tokenizer and everything that is no linear layer (norms, embeddings, the
+output head) go into a folder in the cache, with a list of where each layer's blocks lie. The base
+then maps the file itself: its blocks take no memory of their own, but for q and k of llama-family
+files, whose rows the file holds in another order.
+
+    config.json, tokenizer, generation_config.json   as for a converted file (bases/gguf/convert.py)
+    model.safetensors                                what is held dense
+    blocks.json
+        module -> kind, offset, rows, columns, heads of the row order
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from gguf import ReaderTensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from veneer.bases.config.announced import without_storage
+from veneer.bases.folder.model_folder import Found
+from veneer.bases.gguf.convert import Header, converting, file_config, matched, rebuilt_tokenizer
+from veneer.bases.gguf.weights import dense_values, places, stored_shape
+from veneer.bases.kept import blocks_folder, is_whole
+from veneer.errors import CorruptFileError, SourceError
+from veneer.files.strict_json import read_model_json
+from veneer.kernels.packed.gguf import FORMATS, Kind, first_bad_block
+from veneer.linear import is_transposed_linear
+from veneer.quant.gguf_linear import GGUFLinear
+
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
+    *("falcon", "stablelm", "starcoder2", "nemotron"),
+)
+"""Those of bases/gguf/convert.py whose linear layers are the file's matrices, row for row (llama:
+in another order)."""
+
+_HELD: dict[str, Kind] = {kind: kind for kind in FORMATS}
+_FLOATS = ("F32", "F16", "BF16")
+_DENSE = "Leave out quantize: the file is then converted as a whole."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where the blocks of one linear layer lie. heads: of the row order to undo; 0: rows stand in
+    the model's order."""
+
+    kind: Kind
+    offset: int
+    rows: int
+    columns: int
+    heads: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns // FORMATS[self.kind].size * FORMATS[self.kind].bytes
+
+    def read(self, file: Tensor) -> Tensor:
+        """(rows, row_bytes) of the mapped file: a view, or a copy where the rows are put in
+        order."""
+        blocks = file[self.offset : self.offset + self.rows * self.row_bytes].view(
+            self.rows, self.row_bytes
+        )
+        if not self.heads:
+            return blocks
+        pairs = blocks.view(self.heads, self.rows // self.heads // 2, 2, self.row_bytes)
+        return pairs.transpose(1, 2).reshape(self.rows, self.row_bytes)
+
+
+def lay_out(path: Path, sha256: str) -> Path:
+    """The folder beside the .gguf file at `path`, whose bytes have this hash; made on the first
+    call.
+
+    Raises SourceError if its layers cannot be held as blocks, and as gguf.convert does.
+    """
+    target = blocks_folder(sha256)
+    if not is_whole(target):
+        with converting(path, target) as made:
+            _write(*made)
+    return target
+
+
+def build(
+    found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model with a GGUFLinear over the mapped file for every layer of blocks.json, the rest
+    dense in `dtype`."""
+    assert found.file is not None
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    dense = load_file(found.folder / "model.safetensors")
+    size = found.file.stat().st_size
+    file = torch.from_file(str(found.file), shared=False, size=size, dtype=torch.uint8)
+    for path, layer in _read_layers(found.folder, size).items():
+        bias = dense.pop(f"{path}.bias", None)
+        parent, _, last = path.rpartition(".")
+        packed = GGUFLinear(
+            layer.read(file), layer.kind, dtype=dtype, bias=None if bias is None else bias.to(dtype)
+        )
+        packed.replaces_transposed = is_transposed_linear(model.get_submodule(path))
+        setattr(model.get_submodule(parent), last, packed)
+    rest = {name: value.to(dtype) for name, value in dense.items()}
+    unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty or unexpected:
+        raise CorruptFileError(
+            f"what {found.folder} holds is not the rest of this model",
+            [f"missing {name}" for name in empty[:8]]
+            + [f"unknown {name}" for name in unexpected[:8]],
+            "Delete this folder: it is made again from the .gguf file.",
+        )
+    model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    nn.Module.to(model, device)
+    return model
+
+
+def _read_layers(folder: Path, size: int) -> dict[str, Layer]:
+    """blocks.json, checked against the size of the file: the kernels do not look where they
+    read."""
+    layers = {
+        path: Layer(**fields) for path, fields in read_model_json(folder / "blocks.json").items()
+    }
+    for path, layer in layers.items():
+        inside = layer.kind in FORMATS and 0 <= layer.offset <= size - layer.rows * layer.row_bytes
+        if not inside or min(layer.rows, layer.row_bytes) <= 0:
+            raise CorruptFileError(
+                f"{folder / 'blocks.json'} places {path} outside the .gguf file",
+                next_step="Delete this folder: it is made again from the .gguf file.",
+            )
+    return layers
+
+
+def _write(alone: Path, header: Header, folder: Path) -> None:
+    if header.architecture not in ARCHITECTURES:
+        raise SourceError(
+            f"the layers of a {header.architecture} .gguf file cannot be held as blocks",
+            [f"possible with  {', '.join(ARCHITECTURES)}"],
+            _DENSE,
+        )
+    tokenizer = rebuilt_tokenizer(alone, header)
+    config: Any = file_config(header)
+    if header.architecture == "falcon" and config.new_decoder_architecture:
+        raise SourceError(
+            "the layers of this Falcon .gguf file cannot be held as blocks",
+            [f"q, k and v of {config.num_kv_heads} groups of heads stand in another order there"],
+            _DENSE,
+        )
+    model = without_storage(config, header.dtype)
+    layers, dense = _sorted_out(model, header)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = header.dtype
+    folder.mkdir()
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    table = {path: asdict(layer) for path, layer in layers.items()}
+    (folder / "blocks.json").write_text(
+        json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    model.config.save_pretrained(folder)
+    matched(tokenizer, model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sorted_out(
+    model: PreTrainedModel, header: Header
+) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """Every tensor of the file as a layer of blocks or as a dense weight under its name in the
+    model."""
+    wanted = dict(model.named_parameters())
+    names = places(header.architecture, model)
+    layers: dict[str, Layer] = {}
+    dense: dict[str, Tensor] = {}
+    faults: list[str] = []
+    refused: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        name = names.get(tensor.name)
+        if name is None:
+            faults.append(f"{tensor.name} has no place in the model")
+            continue
+        kind, shape = tensor.tensor_type.name, stored_shape(tensor)
+        if shape != tuple(wanted[name].shape):
+            faults.append(
+                f"{tensor.name}: {shape} in the file, {tuple(wanted[name].shape)} in the model"
+            )
+        elif _is_layer(model, name) and (held := _HELD.get(kind)):
+            rows, columns = shape
+            heads = _heads(tensor, model, header)
+            layer = Layer(held, int(tensor.data_offset), rows, columns, heads)
+            faults += _bad_blocks(tensor, layer)
+            layers[name.removesuffix(".weight")] = layer
+        elif _is_layer(model, name) and kind not in _FLOATS:
+            refused[kind] += 1
+        else:
+            dense[name] = dense_values(tensor, header.architecture, model.config, header.dtype)
+    known = {*dense, *(f"{path}.weight" for path in layers)}
+    if not refused:
+        faults += [f"not in the file  {name}" for name in wanted if name not in known]
+    faults += [f"{count} layers are stored as {kind}" for kind, count in sorted(refused.items())]
+    if not layers and not faults:
+        faults.append(f"no layer is stored in blocks: the file's type is {header.dtype}")
+    if faults:
+        kinds = f"blocks of {', '.join(FORMATS)} can be held"
+        raise SourceError(
+            "the layers of the .gguf file cannot be held as blocks", [*faults[:12], kinds], _DENSE
+        )
+    return layers, dense
+
+
+def _is_layer(model: PreTrainedModel, name: str) -> bool:
+    """A linear layer's weight, the output head's left out: it stays dense."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (
+        last == "weight"
+        and isinstance(module, nn.Linear)
+        and module is not model.get_output_embeddings()
+    )
+
+
+def _heads(tensor: ReaderTensor, model: PreTrainedModel, header: Header) -> int:
+    """llama.cpp's converter interleaves the halves of every head's rows in q and k of this
+    architecture.
+
+    Source: LlamaModel.permute in
+    https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
+    """
+    config: Any = model.config
+    if header.architecture != "llama":
+        return 0
+    if ".attn_q." in tensor.name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".attn_k." in tensor.name else 0
+
+
+def _bad_blocks(tensor: ReaderTensor, layer: Layer) -> list[str]:
+    blocks = torch.from_numpy(np.array(tensor.data)).view(layer.rows, layer.row_bytes)
+    bad = first_bad_block(blocks, layer.kind)
+    return (
+        []
+        if bad is None
+        else [f"{tensor.name}: the scale of row {bad[0]}, block {bad[1]} is not finite"]
+    )

@@ -1,0 +1,338 @@
+"""Which base this is: hashes of all its values, its structure, the fields of its config, and what
+its tokenizer does.
+
+An adapter is only right on the base it was trained on; a name is no proof of that. The fingerprint
+is the same wherever the same weights were loaded from, on any device, in whatever file layout; tied
+weights count once. In another dtype the bytes differ, so the fingerprint does too: `differences`
+then names the dtype rather than the weights. It must be taken in the type that the weights are
+stored in, before they are widened (models/load.py), and before adapters are attached: they add
+parameters.
+
+Earlier versions wrote neither `values_hash` nor `config`. Their fingerprints are compared by the
+fields that they have.
+
+Not known here: where the base came from, adapters, the chat template (data/template/template.py
+hashes that).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from veneer.bases.identity.byte_hashes import ByteHashes
+from veneer.bases.identity.config_fields import computing_fields, config_differences
+from veneer.errors import CorruptFileError
+from veneer.linear import PackedModule, num_parameters
+from veneer.quant.config import FORMATS
+from veneer.shards import make_whole
+
+SAMPLES_PER_TENSOR = 4096
+"""Elements of every tensor that `weights_hash` holds."""
+
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_PROBES = (
+    "The quick brown fox doesn't jump over 12,345.67 lazy dogs; it's 3 p.m.",
+    "  two spaces,\ttab\n\nblank line\r\n    indented = f(x) - 1  # trailing  ",
+    "naïve café ÅÄÖ ﬁ … Ωμέγα Привет 你好，世界 こんにちは 안녕 مرحبا 👩‍🚀🇫🇷 \u200b\ufeff",
+    '{"name": "f_1", "arguments": {"a": [1, -2.5e-3, null], "B": "x\\ny"}}',
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """architecture    class of the model, for instance LlamaForCausalLM
+    model_type      transformers' name of the family, for instance llama
+    dtype           of the weights; mixed ones joined by +, for instance bfloat16+float32, or
+                    bfloat16+nf4 where linear layers are held packed (quantize)
+    num_parameters  tied weights counted once
+    vocab_size      rows of the output distribution
+    shapes_hash     SHA-256 over the sorted (name, shape) of every weight; packed ones in their
+                    dense shape
+    weights_hash    SHA-256 over (name, dtype, up to 4096 sampled values) of every weight: all that
+                    earlier versions knew of the values
+    values_hash     SHA-256 over (name, dtype, SHA-256 of all bytes) of every weight; "" in a
+                    fingerprint that an earlier version wrote
+    config          the fields of its config that decide what it computes, by dotted path, and which
+                    of them are defaults (bases/identity/config_fields.py); None in a fingerprint
+                    that an earlier version wrote
+    """
+
+    architecture: str
+    model_type: str
+    dtype: str
+    num_parameters: int
+    vocab_size: int
+    shapes_hash: str
+    weights_hash: str
+    values_hash: str = ""
+    config: Mapping[str, JsonValue] | None = None
+
+    @property
+    def quantize(self) -> str | None:
+        """The format that packed weights are held in; None: all are dense."""
+        return next((held for held in self.dtype.split("+") if held in FORMATS), None)
+
+    @property
+    def is_earlier(self) -> bool:
+        """True if an earlier version wrote it, which compared samples of the weights alone."""
+        return not self.values_hash
+
+    @property
+    def earlier(self) -> Fingerprint:
+        """The fingerprint that an earlier version computes of the same base."""
+        return replace(self, values_hash="", config=None)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, over all fields: equal digests mean equal fingerprints."""
+        return _json_hash(self.to_dict())
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256, in hex, over all fields but the config: what a library looks adapters up by.
+        Another version of transformers may write other fields of the same config; reading an
+        adapter compares these one by one."""
+        return _json_hash(
+            {name: value for name, value in self.to_dict().items() if name != "config"}
+        )
+
+    def to_dict(self) -> dict[str, JsonValue]:
+        """The fields that it has; those that an earlier version did not know are left out of its
+        fingerprints."""
+        return {name: value for name, value in asdict(self).items() if name not in _NEWER or value}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Fingerprint:
+        """The inverse of to_dict. Raises CorruptFileError with every missing, unknown or mistyped
+        field."""
+        needed = [
+            name for name in _TYPES if name not in _NEWER or not stored.keys().isdisjoint(_NEWER)
+        ]
+        faults = [f"{name} is missing" for name in needed if name not in stored]
+        faults += [
+            f"{name} is not a field of a fingerprint" for name in stored if name not in _TYPES
+        ]
+        faults += [
+            f"{name} is {stored[name]!r}, not of type {kind.__name__}"
+            for name, kind in _TYPES.items()
+            if name in stored and type(stored[name]) is not kind
+        ]
+        config = stored.get("config")
+        if isinstance(config, dict) and not (
+            config.keys() == {"set", "default"} and _are_dicts(config.values())
+        ):
+            faults.append("config has other parts than set and default, or they are no objects")
+        if stored.get("values_hash") == "":
+            faults.append("values_hash is empty")
+        if faults:
+            raise CorruptFileError(
+                "the stored fingerprint of a base cannot be read",
+                faults,
+                "Was the file written by another version, or by hand? Restore it from where it was"
+                " made.",
+            )
+        return cls(**stored)
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What differs, one line each, this one's value first; empty if they are the same base.
+        Where one of them is of an earlier version, only what that version wrote is compared."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        compared = [name for name in _LABELS if name in mine and name in theirs]
+        if "values_hash" in compared:  # which holds more than samples
+            compared.remove("weights_hash")
+        lines = []
+        for name in compared:
+            # Other shapes or another dtype always mean other bytes: to say so adds nothing.
+            if name in _HASHES and (self.dtype, self.shapes_hash) != (
+                other.dtype,
+                other.shapes_hash,
+            ):
+                continue
+            if mine[name] != theirs[name]:
+                lines.append(
+                    f"{_LABELS[name]}: {_shown(mine[name])} against {_shown(theirs[name])}"
+                )
+        if self.config is not None and other.config is not None:
+            lines += config_differences(self.config, other.config)
+        if self.dtype != other.dtype and self.shapes_hash == other.shapes_hash:
+            lines.append(
+                "weights stored in another dtype, rounded to one or quantized otherwise are another"
+                " base: load the base in the same dtype, with the same quantize, to compare weights"
+            )
+        return lines
+
+
+_NEWER = ("values_hash", "config")
+"""Fields that earlier versions did not write."""
+
+_TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("architecture", "model_type", "dtype"), str),
+    **dict.fromkeys(("num_parameters", "vocab_size"), int),
+    **dict.fromkeys(("shapes_hash", "weights_hash", "values_hash"), str),
+    "config": dict,
+}
+
+_HASHES = ("weights_hash", "values_hash")
+
+_LABELS = {
+    "architecture": "architecture",
+    "model_type": "model type",
+    "dtype": "dtype of the weights",
+    "num_parameters": "number of parameters",
+    "vocab_size": "vocabulary size",
+    "shapes_hash": "names and shapes of the weights",
+    "weights_hash": "values of the weights",
+    "values_hash": "values of the weights",
+}
+
+
+def _are_dicts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _shown(value: JsonValue) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text
+
+
+def _json_hash(value: JsonValue) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(model: PreTrainedModel, hashes: ByteHashes | None = None) -> Fingerprint:
+    """The fingerprint of a model that carries no adapters. hashes: of its tensors, where they were
+    begun before."""
+    return _taken(model, hashes or ByteHashes())
+
+
+def earlier_fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """What an earlier version's fingerprint of this model was."""
+    return _taken(model, None)
+
+
+def _taken(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
+    """hashes: None leaves out what earlier versions did not know."""
+    weights = _unique_weights(model)
+    packed, parts = _packed(model)
+    shapes, sampled, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    dtypes = set()
+    for name, tensor in weights.items():
+        dtype, shape = packed.get(
+            name, (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        )
+        if name in parts:
+            continue
+        dtypes.add(dtype)
+        shapes.update(f"{name} {shape}\n".encode())
+        sampled.update(f"{name} {dtype}\n".encode())
+        sampled.update(_sample(tensor))
+        if hashes is not None:
+            values.update(f"{name} {dtype} {hashes.of(tensor)}\n".encode())
+    for name, tensor in sorted(
+        parts.items()
+    ):  # not by identity: tables are shared by some loads and not by others
+        sampled.update(f"{name}\n".encode())
+        sampled.update(_sample(tensor))
+        if hashes is not None:
+            values.update(f"{name} {hashes.of(tensor)}\n".encode())
+    return Fingerprint(
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        dtype="+".join(sorted(dtypes)),
+        num_parameters=num_parameters(model),
+        vocab_size=model.config.get_text_config().vocab_size,
+        shapes_hash=shapes.hexdigest(),
+        weights_hash=sampled.hexdigest(),
+        values_hash="" if hashes is None else values.hexdigest(),
+        config=None if hashes is None else computing_fields(model),
+    )
+
+
+def _packed(
+    model: PreTrainedModel,
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Tensor]]:
+    """Name of a packed weight -> its format and the shape that it stands for; and the scales,
+    tables and offsets by name: values that belong to such a weight, and no weights of the base."""
+    weights: dict[str, tuple[str, tuple[int, ...]]] = {}
+    parts: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            shapes = module.packed_shapes().items()
+            weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
+            parts |= {
+                f"{path}.{name}": part
+                for name, part in module._buffers.items()
+                if part is not None and part.numel()
+            }
+            parts |= {f"{path}.{name}": number for name, number in module.packed_numbers().items()}
+    return weights, parts
+
+
+def _unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and stored buffers by name, sorted; one that has two names (tied) under the
+    first."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Up to SAMPLES_PER_TENSOR elements, their bytes as stored (little-endian).
+
+    One from each of equally wide stretches, at an offset that varies from stretch to stretch: a
+    fixed stride that divides the row length would see a single column.
+    """
+    make_whole(tensor)
+    flat = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
+    size, count = flat.numel(), min(flat.numel(), SAMPLES_PER_TENSOR)
+    if size > count:
+        flat = flat[_places(size, count).to(flat.device)]
+    return (
+        flat.cpu().clone().numpy().tobytes()
+    )  # numpy fixes the size of the memory that it is given
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
+def _places(size: int, count: int) -> Tensor:
+    """(count) of the elements that are hashed, the same for all tensors of a size."""
+    starts = torch.arange(count + 1, device="cpu") * size // count
+    # Knuth's multiplicative hash; its high bits, for the low ones repeat with the row length.
+    offsets = (torch.arange(count, device="cpu") * 2654435761 % 2**32 * starts.diff()) >> 32
+    return starts[:-1] + offsets
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hex, of what a tokenizer does: vocabulary, special tokens, ids of fixed texts.
+
+    Of behaviour, not of files: they are written differently by versions of one library. The fixed
+    texts have words, numbers, whitespace, many scripts, code, and each added token between two
+    letters.
+    """
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    probes = [*_PROBES, *(f"a {content} b" for content in sorted(added))]
+    behaviour = {
+        "vocabulary": tokenizer.get_vocab(),
+        "added": added,
+        "roles": {
+            role: tokenizer.special_tokens_map[role]
+            for role in sorted(tokenizer.special_tokens_map)
+        },
+        "probes": [tokenizer(text, add_special_tokens=True)["input_ids"] for text in probes],
+    }
+    text = json.dumps(behaviour, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

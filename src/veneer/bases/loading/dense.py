@@ -1,0 +1,31 @@
+"""Dense weights, read by transformers: every one of them from the files, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from veneer.bases.config.model_class import auto_class
+from veneer.bases.folder.faults import check_loaded
+
+
+def build_dense(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the CPU, every weight from the files. Raises CorruptFileError otherwise."""
+    model, info = auto_class(config).from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        # sdpa where the class supports it, else eager; never what a file says
+        attn_implementation=None,
+        experts_implementation=None,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, all at once and with both shapes
+        output_loading_info=True,
+    )
+    check_loaded(folder, model, info)
+    loaded: PreTrainedModel = model
+    return loaded

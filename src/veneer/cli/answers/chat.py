@@ -1,0 +1,160 @@
+"""Talk to a base, with or without an adapter; the answer is shown as it is made.
+
+In the conversation:
+
+  /use NAME     let another adapter answer: a name in the library, or a folder; alone: the base
+  /system TEXT  set the system message; alone: none
+  /reset        start anew, as /use and /system do
+  /help         this list
+  /exit         leave; so does Ctrl-D. Ctrl-C stops an answer
+
+Three double quotes open a text of several lines, three more end it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.answers.generate import add_sampling, tell_cut
+from veneer.cli.common import (
+    adapter_folder,
+    add_base,
+    add_preamble,
+    asked_as,
+    load_base,
+    standard_input,
+    variables_of,
+)
+from veneer.errors import ConfigError, VeneerError
+from veneer.wording import WordWrap, reflowed, shown
+
+if TYPE_CHECKING:
+    from veneer.base import Base
+
+HELP = __doc__.partition("In the conversation:\n\n")[2].rstrip()
+FENCE = '"""'
+
+Messages = list[dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_base(parser)
+    add_preamble(parser)
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    source = standard_input()
+    base = load_base(args)
+    if base.tokenizer.chat_template is None:
+        step = "veneer generate goes on from a text; or take a base that was tuned to chat."
+        raise ConfigError(
+            f"{base.source} has no chat template, and so no conversations", next_step=step
+        )
+    if source.isatty():
+        import readline  # noqa: F401  # input() then has arrow keys and a history
+
+        who = f"adapter {args.adapter}" if args.adapter else "no adapter"
+        _tell(f"{base.source} · {who} · /help lists commands, Ctrl-D leaves")
+    system = asked_as(args, base).system
+    messages = _opening(system)
+    while True:
+        try:
+            line, fenced = _read()
+        except EOFError:
+            return 0
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if fenced or not line.startswith("/"):  # fenced: whatever it begins with, it is no command
+            if line:
+                messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
+        elif command in ("/exit", "/quit", "/bye"):
+            return 0
+        elif command == "/use":
+            if _use(base, rest, args):
+                system = asked_as(args, base).system
+                messages = _opening(system)
+        elif command in ("/reset", "/system"):
+            if command == "/system":
+                system = rest or None
+            messages = _opening(system)
+            _tell("new conversation")
+        else:
+            help = reflowed(HELP, shutil.get_terminal_size().columns)
+            _tell(help if command == "/help" else f"unknown command {command}:\n{help}")
+
+
+def _tell(text: str) -> None:
+    print(shown(text), file=sys.stderr)
+
+
+def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
+    """Whether that adapter answers from now on; none is named: the base alone."""
+    try:
+        if named and named not in base.attachments:
+            base.load_adapter(
+                adapter_folder(named, args.library), name=named, force_base=args.force_base
+            )
+        base.use(named or None)
+    except VeneerError as error:
+        _tell(str(error))
+        return False
+    _tell(f"adapter {named}, new conversation" if named else "no adapter, new conversation")
+    return True
+
+
+def _read() -> tuple[str, bool]:
+    """The next line; or, fenced, all lines up to the closing fence (or the end of input), as they
+    are.
+
+    Raises EOFError where the input has ended.
+    """
+    on_terminal = sys.stdin.isatty()
+    line = input("> " if on_terminal else "").strip()
+    if not line.startswith(FENCE):
+        return line, False
+    lines, text = [], line.removeprefix(FENCE)
+    while not text.rstrip().endswith(FENCE):
+        lines.append(text)
+        try:
+            text = input("… " if on_terminal else "")
+        except EOFError:
+            text = FENCE
+    lines.append(text.rstrip().removesuffix(FENCE))
+    return "\n".join(lines).strip("\n"), True
+
+
+def _opening(system: str | None) -> Messages:
+    return [{"role": "system", "content": system}] if system is not None else []
+
+
+def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Messages:
+    """The conversation with the answer, which is printed; without the question where it failed."""
+    pieces: list[str] = []
+    wrap = WordWrap(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+
+    def show(text: str) -> None:
+        pieces.append(text)
+        print(wrap.push(shown(text)), end="", flush=True)
+
+    answer: str
+    try:
+        answer = base.generate(
+            messages,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            system="",  # what stands in front is in the messages
+            variables=variables_of(args),
+            on_text=show,
+        )
+    except KeyboardInterrupt:
+        answer = "".join(pieces)
+    except VeneerError as error:  # too long for the model, say: the conversation goes on without it
+        _tell(str(error))
+        return messages[:-1]
+    print(wrap.end())
+    tell_cut(answer, args.max_new_tokens)
+    return [*messages, {"role": "assistant", "content": str(answer)}]

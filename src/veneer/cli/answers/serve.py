@@ -1,0 +1,367 @@
+"""Answer over HTTP, as OpenAI's clients ask: a base and every adapter of a library, many requests
+at once.
+
+For instance:
+
+  veneer serve --base smollm2-135m
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}'
+
+An adapter that is added to the library is served without a restart; its name is the model.
+docs/serve.md has clients, fields and keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
+from veneer.cli.common import add_library, add_variables, make_console, no_collection, variables_of
+from veneer.cli.early import check_base
+from veneer.errors import ConfigError
+from veneer.quant.config import FORMATS
+from veneer.wording import folded, shown, size
+
+if TYPE_CHECKING:
+    import socket
+
+    from veneer.library.library import Library
+    from veneer.serve.http.keys import Keys
+    from veneer.serve.run import Server
+    from veneer.serve.start import Settings
+
+NAMES_SHOWN = 6
+COLUMNS = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
+    add_library(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen; default: 127.0.0.1, this machine alone",
+    )
+    parser.add_argument(
+        "--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000"
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="model name for the base; default: the name it is loaded by"
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="default system message; default: the one each adapter was trained with; '': none",
+    )
+    add_variables(
+        parser,
+        "; default: as each adapter was trained; a request's chat_template_kwargs come first",
+    )
+    parser.add_argument(
+        "--pin", action="append", default=[], metavar="A", help="keep this adapter in memory"
+    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of run folders to show on the page")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+    parser.add_argument(
+        "--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
+    )
+    limits = parser.add_argument_group("how much at once")
+    limits.add_argument(
+        "--rows",
+        type=ROWS,
+        default=64,
+        metavar="N",
+        help="most answers computed at once; default: 64",
+    )
+    limits.add_argument(
+        "--max-waiting",
+        type=COUNT,
+        default=256,
+        metavar="N",
+        help="waiting requests allowed; beyond that, 429; default: 256",
+    )
+    limits.add_argument(
+        "--max-adapters",
+        type=COUNT,
+        default=64,
+        metavar="N",
+        help="most adapters active at once; default: 64",
+    )
+    limits.add_argument(
+        "--cache-mib",
+        type=MIB,
+        metavar="N",
+        help="size of the key/value cache; default: a quarter of memory",
+    )
+    limits.add_argument(
+        "--adapters-mib",
+        type=MIB,
+        default=1024,
+        metavar="N",
+        help="memory for adapters; default: 1024",
+    )
+    limits.add_argument(
+        "--seconds",
+        type=SECONDS,
+        default=600.0,
+        metavar="S",
+        help="time limit of a request; default: 600",
+    )
+    limits.add_argument(
+        "--drain",
+        type=SECONDS,
+        default=30.0,
+        metavar="S",
+        help="seconds to finish open requests after SIGTERM; default: 30",
+    )
+    access = parser.add_argument_group("who may ask")
+    access.add_argument(
+        "--keys",
+        metavar="FILE",
+        help="file with the hashes of API keys; VENEER_API_KEY and VENEER_ADMIN_KEY are read too",
+    )
+    access.add_argument(
+        "--new-key",
+        choices=["use", "admin"],
+        help="make a key: write its hash into FILE, print it, and exit",
+    )
+    access.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="extra host name to accept",
+    )
+    access.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="site whose pages may send requests",
+    )
+    where = parser.add_argument_group("where answers are computed")
+    where.add_argument(
+        "--on", choices=PLACES, default="here", help="in this process, or on Ray; default: here"
+    )
+    where.add_argument(
+        "--address",
+        metavar="A",
+        help="address of the Ray cluster, or auto; default: start one here",
+    )
+    where.add_argument(
+        "--replicas", type=COUNT, metavar="N", help="least number of replicas; default: 1"
+    )
+    where.add_argument(
+        "--max-replicas",
+        type=COUNT,
+        metavar="N",
+        help="most replicas, while requests wait; default: --replicas",
+    )
+    where.add_argument(
+        "--cpus", type=COUNT, metavar="N", help="CPUs of a replica; default: the cluster's, divided"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.new_key:
+        return _new_key(args)
+    if not args.base:
+        raise ConfigError(
+            "no base is named",
+            [],
+            "Give --base (a hub id, a folder, a .gguf file or smollm2-135m).",
+        )
+    _require_extra()
+    check_base(args.base)
+    from veneer.library.library import Library
+    from veneer.train.output.working import working
+
+    library = Library(args.library)
+    library.entries()  # it is one, before a base is loaded for it
+    with working(f"loading {args.base}"):
+        with no_collection():
+            from veneer.serve.run import listening
+            from veneer.serve.run import run as run_server
+
+            listening(
+                args.host, args.port
+            ).close()  # a port that is taken is told before a base is loaded
+            from veneer.serve.start import keys_of
+        settings = _settings(args)
+        keys = keys_of(settings, os.environ)
+        ready = PLACES[args.on](args, settings, keys, library)
+    _log()
+    console = make_console(json=False)
+    for line in ready.told:
+        console.print(shown(line), soft_wrap=True)
+    try:
+        run_server(ready.server, [ready.socket])
+    finally:
+        ready.close()
+    console.print("ended")
+    return 0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A server that listens already. told: on the screen. close: what stands behind it."""
+
+    server: Server
+    socket: socket.socket
+    told: list[str]
+    close: Callable[[], None] = lambda: None
+
+
+def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+    """In this process. ConfigError: flags that only a cluster has a use for."""
+    given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: only for replicas on Ray",
+            [],
+            "Give --on ray too, or leave them out.",
+        )
+    with no_collection():
+        from veneer import api
+        from veneer.serve.start import open_server
+    base = api.load(args.base, dtype=args.dtype, device=args.device, quantize=args.quantize)
+    opened = open_server(base, library, settings, keys)
+    service = opened.service
+    adapters = [card["id"] for card in service.names.cards()[1:]]
+    holds = f"keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
+    told = _told(service.names.base_name, adapters, holds, opened.url, keys, args.host)
+    return Ready(opened.server, opened.socket, told)
+
+
+def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+    from veneer.files.home import name_of
+    from veneer.serve.replicas.front import open_front
+    from veneer.serve.replicas.ray_replicas import RayReplicas, Size
+    from veneer.serve.replicas.replica import Served
+    from veneer.serve.start import url_of
+
+    replicas = args.replicas or 1
+    most = args.max_replicas or replicas
+    if most < replicas:
+        raise ConfigError(
+            f"--replicas is {replicas} and --max-replicas {most}",
+            [],
+            "Give as many at most, or more.",
+        )
+    base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
+    settings = replace(settings, name=settings.name or name_of(args.base))
+    served = Served(
+        base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings
+    )
+    behind = RayReplicas(args.address, served, Size(replicas, most, args.cpus))
+    try:
+        server, listener = open_front(behind, settings, keys)
+    except BaseException:
+        behind.close()
+        raise
+    number = f"{replicas} replica{'' if replicas == 1 else 's'} on Ray"
+    holds = number + (f", up to {most} while requests wait" if most > replicas else "")
+    adapters = [entry.name for entry in library.entries()]
+    told = _told(str(settings.name), adapters, holds, url_of(listener), keys, args.host)
+    return Ready(server, listener, told, behind.close)
+
+
+PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], Ready]] = {
+    "here": _here,
+    "ray": _on_ray,
+}
+ON_RAY = ("address", "replicas", "max_replicas", "cpus")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from veneer.decoding.schedule.scheduler import Limits
+    from veneer.serve.start import Settings
+
+    steps = max(Limits.step_tokens, args.rows)
+    return Settings(
+        host=args.host,
+        port=args.port,
+        name=args.name,
+        limits=Limits(
+            rows=args.rows,
+            step_tokens=steps,
+            max_waiting=args.max_waiting,
+            max_adapters=args.max_adapters,
+        ),
+        cache_bytes=None if args.cache_mib is None else args.cache_mib * 2**20,
+        adapters_bytes=args.adapters_mib * 2**20,
+        seconds=args.seconds,
+        drain_seconds=args.drain,
+        keys=None if args.keys is None else Path(args.keys),
+        hosts=args.allow_host,
+        origins=args.allow_origin,
+        pinned=args.pin,
+        system=args.system,
+        variables=variables_of(args),
+        runs=None if args.runs is None else Path(args.runs),
+    )
+
+
+def _told(base: str, adapters: list[str], holds: str, url: str, keys: Keys, host: str) -> list[str]:
+    """What is served, where, and to whom."""
+    from veneer.serve.run import is_loopback
+
+    count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
+    some = ", ".join(adapters[:NAMES_SHOWN]) + (", …" if len(adapters) > NAMES_SHOWN else "")
+    if not keys:
+        who = "no API key required"
+    else:
+        who = "a key is asked for" + (
+            "" if is_loopback(host) else " · without TLS: put a proxy in front"
+        )
+    return [
+        folded(f"{base} · {count}" + (f" · {some}" if some else ""), COLUMNS),
+        f"  {holds}",
+        f"  {url}/v1 · {who}",
+        f"  {url}/ in a browser: base and adapters side by side",
+        "  Ctrl-C ends it",
+    ]
+
+
+def _new_key(args: argparse.Namespace) -> int:
+    from veneer.serve.http.keys import new_key
+
+    if not args.keys:
+        raise ConfigError("--new-key needs a file for the key's hash", [], "Give --keys FILE.")
+    print(new_key(Path(args.keys), args.new_key))
+    print("Keep it: it is shown once. The file has its hash alone.", file=sys.stderr)
+    return 0
+
+
+def _require_extra() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as fault:
+        raise ConfigError(
+            f"serving needs a package that is not installed: {fault.name}",
+            [],
+            "pip install 'veneer[serve]'",
+        ) from None
+
+
+def _log() -> None:
+    """A line for each request on stderr; of uvicorn what is wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("veneer.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

@@ -1,0 +1,331 @@
+"""Keep adapters in a library: a folder with names, versions and tags.
+
+For instance:
+
+  veneer adapters add runs/tickets --name tickets --tag best
+  veneer adapters ls --base "*smollm*"
+  veneer generate --adapter tickets@1 "Where is my parcel?"
+
+NAME is a name (its newest version), NAME@2 or NAME@tag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.bounds import COUNT
+from veneer.cli.common import (
+    add_action,
+    add_card,
+    add_json,
+    add_library,
+    as_stored,
+    held_as,
+    load_plain_base,
+    make_console,
+    print_json,
+)
+from veneer.cli.early import check_files
+from veneer.errors import ConfigError
+from veneer.wording import shown, size
+
+if TYPE_CHECKING:
+    from veneer.library.library import Entry, Library
+    from veneer.models.frozen_base import FrozenBase
+    from veneer.quant.config import Quantize
+
+PLACES = "a folder, hf://org/name, or an address such as s3://bucket/folder; https:// to read"
+
+Run = Callable[[argparse.Namespace, "Library"], int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from veneer.cli.library.adapters_ls import add_ls
+    from veneer.cli.library.adapters_show import add_diff, add_show
+
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+
+    def action(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+        made = add_action(actions, name, help)
+        made.set_defaults(act=run)
+        add_library(made)
+        add_json(made)
+        return made
+
+    add_ls(action)
+    add_show(action)
+    add = action("add", _add, "copy an adapter's folder, or a run's result, into the library")
+    add.add_argument(
+        "source", metavar="FOLDER", help="adapter folder, or the folder of the run that made it"
+    )
+    add.add_argument("--name", metavar="NAME", help="default: the name of the folder")
+    add.add_argument(
+        "--tag", action="append", default=[], metavar="TAG", help="may be given several times"
+    )
+    add.add_argument("--note", default="", metavar="TEXT", help="one line")
+    _add_base(
+        add,
+        "for an adapter from elsewhere: it must fit this base, and loads on no other from then on",
+    )
+    rm = action("rm", _rm, "take a version, or a name with all versions, out; gc frees the space")
+    rm.add_argument("adapter", metavar="NAME[@V]")
+    tag = action("tag", _tag, "put tags or a note on a version")
+    tag.add_argument("adapter", metavar="NAME[@V]")
+    tag.add_argument(
+        "tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it"
+    )
+    tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="take a tag off")
+    tag.add_argument("--note", metavar="TEXT", help='one line; "" removes it')
+    rename = action("rename", _rename, "give all versions of a name another name")
+    rename.add_argument("old", metavar="OLD")
+    rename.add_argument("new", metavar="NEW")
+    add_diff(action)
+    verify = action("verify", _verify, "check hashes, shapes and values of one adapter, or of all")
+    verify.add_argument(
+        "adapter", nargs="?", metavar="NAME[@V]", help="default: every version of every name"
+    )
+    _add_base(verify, "also check that it fits this base")
+    push = action("push", _push, "copy a version to another place, checked there")
+    push.add_argument("adapter", metavar="NAME[@V]")
+    push.add_argument("to", metavar="PLACE", help=PLACES)
+    add_card(push)
+    pull = action(
+        "pull", _pull, "fetch a version from another place, checked here; goes on where it stopped"
+    )
+    pull.add_argument("place", metavar="PLACE", help=PLACES)
+    pull.add_argument(
+        "adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://"
+    )
+    pull.add_argument("--name", metavar="NAME", help="what to call it here; default: as there")
+    gc = action("gc", _gc, "show unused files; with --yes, remove them")
+    gc.add_argument(
+        "--keep", type=COUNT, default=1, metavar="N", help="newest versions to keep; default: 1"
+    )
+    gc.add_argument("--yes", action="store_true", help="remove it")
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer.library.library import Library
+
+    code: int = args.act(args, Library(args.library))
+    return code
+
+
+def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--base", metavar="B", help=help)
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+
+
+def _add(args: argparse.Namespace, library: Library) -> int:
+    from veneer.library.names import is_reference
+    from veneer.train.output.working import working
+
+    name = args.name
+    if name is None:
+        path = Path(args.source).resolve()
+        name = path.parent.name if path.name == "adapter" else path.name
+        if not is_reference(name) or "@" in name:
+            raise ConfigError(f"{name!r} is no name for an adapter", [], "Give one: --name NAME.")
+    base = load_plain_base(args)
+    with working(f"adding {shown(args.source)}"):
+        entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=base)
+    return _tell_added(
+        entry,
+        library,
+        args,
+        again=f"veneer adapters add {shown(args.source)} --name {name} --base B",
+    )
+
+
+def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
+    if args.json:
+        print_json(entry.to_dict())
+        return 0
+    facts = entry.version.facts
+    say = make_console(json=False)
+    say.print(
+        f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}",
+        soft_wrap=True,
+    )
+    if facts.base_proof == "unverified":
+        called = (
+            f"It calls its base {shown(facts.base)!r}; a name proves nothing." if facts.base else ""
+        )
+        say.print(
+            "  base: unverified: the files do not say which weights it was trained on. " + called,
+            soft_wrap=True,
+        )
+        say.print(f"  To check that it fits: {again}", soft_wrap=True)
+    elif facts.base_proof == "stated":
+        say.print(
+            f"  base: {shown(facts.base)}, as you say: names and shapes fit. It loads on these"
+            " weights alone.",
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _push(args: argparse.Namespace, library: Library) -> int:
+    from veneer.library.remote.transfer import push
+    from veneer.train.output.working import working
+
+    check_files([args.figures])
+
+    def card(entry: Entry, folder: Path) -> str | None:
+        from veneer.merge.export.serving import commands
+        from veneer.report.card import card_for, figures_in
+
+        base, repository = (
+            entry.version.facts.base or "",
+            args.to.removeprefix("hf://").partition("@")[0],
+        )
+        run = [
+            f"veneer adapters pull {shlex.quote(args.to)} --name {entry.name}",
+            f"veneer chat --adapter {entry.name}",
+            *commands("peft", base=base, out=repository),
+        ]
+        return card_for(
+            folder,
+            name=repository,
+            commands=run,
+            base=base,
+            figures=figures_in(args.figures),
+            sample=args.sample,
+        )
+
+    with working(f"pushing {args.adapter}"):
+        moved = push(library, args.adapter, args.to, card)
+    if args.json:
+        print_json(
+            {
+                "reference": moved.reference,
+                "address": moved.address,
+                "bytes": moved.bytes,
+                "skipped": moved.skipped,
+            }
+        )
+    else:
+        how = "was there already" if moved.skipped else size(moved.bytes)
+        make_console(json=False).print(
+            f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True
+        )
+    return 0
+
+
+def _pull(args: argparse.Namespace, library: Library) -> int:
+    from veneer.library.remote.transfer import pull
+    from veneer.train.output.working import working
+
+    with working(f"pulling from {args.place}"):
+        entry = pull(library, args.place, args.adapter, name=args.name)
+    again = (
+        f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
+    )
+    return _tell_added(entry, library, args, again=again)
+
+
+def _rm(args: argparse.Namespace, library: Library) -> int:
+    gone = library.remove(args.adapter)
+    if args.json:
+        print_json([entry.to_dict() for entry in gone])
+        return 0
+    say = make_console(json=False)
+    say.print(f"removed {', '.join(entry.reference for entry in gone)}", soft_wrap=True)
+    newest = library.objects / gone[-1].version.object
+    say.print(
+        f"  The files stay until `veneer adapters gc`; back with: veneer adapters add {newest}"
+        f" --name {gone[-1].name}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _tag(args: argparse.Namespace, library: Library) -> int:
+    if not args.tags and not args.remove and args.note is None:
+        raise ConfigError("nothing to change", [], "Give tags, --remove TAG or --note TEXT.")
+    entry = library.change(args.adapter, tag=args.tags, untag=args.remove, note=args.note)
+    if args.json:
+        print_json(entry.to_dict())
+    else:
+        tags = ", ".join(entry.version.tags) or "no tags"
+        note = f" · {shown(entry.version.note)}" if entry.version.note else ""
+        make_console(json=False).print(f"{entry.reference} · {tags}{note}", soft_wrap=True)
+    return 0
+
+
+def _rename(args: argparse.Namespace, library: Library) -> int:
+    library.rename(args.old, args.new)
+    if args.json:
+        print_json({"old": args.old, "new": args.new})
+    else:
+        make_console(json=False).print(f"{args.old} is now {args.new}", soft_wrap=True)
+    return 0
+
+
+def _verify(args: argparse.Namespace, library: Library) -> int:
+    found = library.verify(args.adapter, base=_bases_as_trained(args) if args.base else None)
+    bad = {reference: faults for reference, faults in found.items() if faults}
+    if args.json:
+        print_json({"checked": len(found), "faults": found})
+    else:
+        say = make_console(json=False)
+        for reference, faults in bad.items():
+            say.print(f"{reference}: wrong", style="bold red", soft_wrap=True)
+            for fault in faults:
+                say.print(f"  {shown(fault)}", soft_wrap=True)
+        what = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
+        say.print(f"{len(found):,} checked, {len(bad):,} wrong: {what}", soft_wrap=True)
+    return 4 if bad else 0
+
+
+def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
+    """--base, held as the adapter of a folder was trained over it; the last one is kept for the
+    next adapter."""
+    from functools import lru_cache
+
+    from veneer.models.load import load_base
+
+    @lru_cache(maxsize=1)
+    def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> FrozenBase:
+        return load_base(
+            args.base,
+            dtype=as_stored(args.dtype),
+            device="cpu",
+            quantize=quantize,
+            keep_dense=keep_dense,
+        )
+
+    def base_of(folder: Path) -> FrozenBase:
+        quantize, keep_dense = held_as(None, folder, force_base=False)
+        return loaded(quantize, tuple(keep_dense))
+
+    return base_of
+
+
+def _gc(args: argparse.Namespace, library: Library) -> int:
+    left = library.collect(keep=args.keep, apply=args.yes)
+    if args.json:
+        fields: dict[str, Any] = {
+            "versions": left.versions,
+            "objects": left.objects,
+            "remains": left.remains,
+        }
+        print_json({**fields, "bytes": left.bytes, "removed": args.yes})
+        return 0
+    say = make_console(json=False)
+    for reference in left.versions[:20]:
+        say.print(f"  {reference}: an old version without a tag", soft_wrap=True)
+    if len(left.versions) > 20:
+        say.print(f"  and {len(left.versions) - 20:,} more old versions")
+    objects = f"{len(left.objects):,} object{'' if len(left.objects) == 1 else 's'}"
+    counts = f"{objects}, {len(left.remains):,} unfinished files, {size(left.bytes)}"
+    say.print(f"{'removed' if args.yes else 'not needed'}: {counts}", soft_wrap=True)
+    if not args.yes and (left.versions or left.objects or left.remains):
+        say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)
+    return 0

@@ -1,0 +1,113 @@
+"""Make one adapter of several: their exact sum, or less of it. Weights may be negative: forget a
+skill.
+
+  cat        the exact sum; ranks add up (default)
+  linear     the same sum without what is redundant in it
+  svd        the best approximation of the sum at --rank, its error printed
+  magnitude  the largest entries of each update (--density), then as svd
+  ties       the same, then signs are elected and agreeing updates averaged
+  dare       entries dropped at random (--density, --seed), the rest scaled up
+
+For instance:
+
+  veneer combine runs/tickets runs/tone --weights 1 0.5 --out both
+  veneer combine A B --how svd --rank 16 --out both
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from veneer.bounds import PART, RANK, SEED, WEIGHT
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    base_and_adapter,
+    make_console,
+    no_collection,
+    print_json,
+    weighted,
+)
+from veneer.cli.early import check_base, check_new
+from veneer.wording import size
+
+if TYPE_CHECKING:
+    from veneer.merge.combine.combine_run import CombineReport
+
+HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="A",
+        help="names in the library, folders of adapters or of runs",
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each; default: 1"
+    )
+    parser.add_argument("--how", choices=HOWS, default="cat", help="default: cat")
+    parser.add_argument(
+        "--rank",
+        type=RANK,
+        metavar="R",
+        help="svd: default the largest of theirs; pruning: the sum",
+    )
+    parser.add_argument(
+        "--density",
+        type=PART,
+        metavar="D",
+        help="share of entries that pruning keeps; default: 0.5",
+    )
+    parser.add_argument("--seed", type=SEED, metavar="N", help="of dare; default: 0")
+    parser.add_argument(
+        "--base", metavar="B", help="the base of all of them; default: the first adapter's"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the adapter to write; it must not exist"
+    )
+    add_library(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
+    adapters = weighted(args.adapters, args.weights, args.library)
+    check_base(base)
+    from veneer.train.output.working import working
+
+    with working("combining"):
+        with no_collection():
+            from veneer import api
+        from veneer.merge.combine.combine import Recipe
+
+        recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
+        report = api.combine(adapters, recipe, base=base, out=args.out)
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print(report)
+    return 0
+
+
+def _print(report: CombineReport) -> None:
+    console = make_console(json=False)
+    ranks = sorted(set(report.ranks.values()))
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    console.print(
+        f"{report.out}: {size(report.bytes)}, {len(report.ranks)} places, {said}", soft_wrap=True
+    )
+    exact = "the exact weighted sum of the updates"
+    if report.how == "cat":
+        console.print(f"  {exact}", soft_wrap=True)
+        return
+    of_what = (
+        exact if report.how in ("linear", "svd") else f"what {report.how} makes of the updates"
+    )
+    console.print(f"  error {report.error:.2%} of {of_what}", soft_wrap=True)
+    worst = sorted(report.errors.items(), key=lambda item: -item[1])[:3]
+    for where, error in worst if report.error > 1e-6 else []:
+        console.print(f"  {error:>7.2%} {where}", soft_wrap=True)

@@ -1,0 +1,226 @@
+"""Write an adapter for another program: PEFT, transformers, vLLM, llama.cpp or Ollama; or base and
+adapter as one .gguf model. Says the commands that answer with it.
+
+  peft          PEFT's two files as they are
+  transformers  the same, where its load_adapter applies them as they were trained
+  vllm          one rank and one scaling for all modules, which is what vLLM reads
+  llamacpp      a .gguf file for llama.cpp's --lora; with --merged the whole model
+  ollama        a folder: the whole model, and a Modelfile with the chat template and the adapter's
+                system turn
+
+For instance:
+
+  veneer export runs/tickets --to vllm --out served
+  veneer export runs/tickets --to llamacpp --out tickets.gguf
+  veneer export runs/tickets --to llamacpp --merged --type q8_0 --out model.gguf
+  veneer export runs/tickets --to ollama --type q8_0 --out tickets
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from veneer.cli.common import (
+    add_card,
+    add_json,
+    add_library,
+    base_and_adapter,
+    held_as,
+    make_console,
+    no_collection,
+    print_json,
+)
+from veneer.cli.early import check_base, check_files, check_new
+from veneer.errors import ConfigError
+from veneer.merge.programs import ONE_FILE, WHOLE_MODEL, ModelType, Program
+from veneer.wording import shown, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.merge.gguf.model import GGUFReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+    )
+    parser.add_argument("--to", required=True, choices=get_args(Program), help="the program")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="folder (llamacpp: file) to write; it must not exist",
+    )
+    parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
+    parser.add_argument(
+        "--merged", action="store_true", help="llamacpp: the base with the adapter in it"
+    )
+    parser.add_argument(
+        "--type",
+        choices=["f32", *get_args(ModelType)],
+        help=(
+            "of .gguf files: an adapter alone f32 (default) or f16; a whole model f16 (default),"
+            " q8_0, or one that llama.cpp's llama-quantize makes"
+        ),
+    )
+    parser.add_argument(
+        "--into",
+        choices=["original", "dequantised"],
+        help="merged, over a quantised base: the weights to add to",
+    )
+    parser.add_argument(
+        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="merged: though it was trained on another base"
+    )
+    add_card(parser)
+    add_library(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    check_files([args.figures])
+    base, folder = base_and_adapter(args.base, args.adapter, args.library)
+    _check(args)
+    check_base(base)
+    from veneer.train.output.working import working
+
+    console = make_console(json=args.json)
+    assert folder is not None
+    if _whole(args):
+        return _export_model(args, base, folder, console)
+    with working(f"writing for {args.to}"):
+        with no_collection():
+            from veneer import api
+        card = partial(_card, args, base, folder)
+        made = api.export_adapter(
+            folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32", card=card
+        )
+    if args.json:
+        print_json(
+            {"out": str(made.out), "bytes": made.bytes, "notes": made.notes, "serve": made.serve}
+        )
+    else:
+        lines = [f"{made.out}: {size(made.bytes)}, for {args.to}", *_after(made.notes, made.serve)]
+        console.print("\n".join(lines), soft_wrap=True)
+    return 0
+
+
+def _whole(args: argparse.Namespace) -> bool:
+    return args.merged or args.to in WHOLE_MODEL
+
+
+def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
+    from veneer.train.output.working import working
+
+    quantize, keep_dense = held_as(None, folder, force_base=args.force_base)
+    type: ModelType = args.type or "f16"
+    with working(f"loading {base}") as tell:
+        with no_collection():
+            from veneer import api
+        weights = api.Weights(quantize, keep_dense, args.into, args.original, args.force_base)
+        how: dict[str, Any] = {
+            "base": base,
+            "out": args.out,
+            "type": type,
+            "weights": weights,
+            "progress": tell,
+        }
+        if args.to in WHOLE_MODEL:
+            report = api.export_ollama(folder, card=partial(_card, args, base, folder), **how)
+        else:
+            report = api.export_merged_gguf([(folder, 1.0)], **how)
+    if args.json:
+        said = {
+            "out": str(report.out),
+            "bytes": report.bytes,
+            "type": report.type,
+            "survival": report.total.share,
+        }
+        print_json({**said, "notes": report.notes, "serve": report.serve})
+    else:
+        console.print(
+            "\n".join([*_merged_lines(report), *_after(report.notes, report.serve)]), soft_wrap=True
+        )
+    return 0
+
+
+def _card(args: argparse.Namespace, base: str, folder: Path, serve: Sequence[str]) -> str | None:
+    from veneer.report.card import card_for, figures_in
+
+    ours = [] if _whole(args) else [f"veneer chat --adapter {shlex.quote(args.out)}"]
+    return card_for(
+        folder,
+        name=Path(args.out).name,
+        commands=[*ours, *serve],
+        base=base,
+        whole_model=_whole(args),
+        figures=figures_in(args.figures),
+        sample=args.sample,
+    )
+
+
+def _after(notes: Sequence[str], serve: Sequence[str]) -> list[str]:
+    return [
+        *(f"  {shown(note)}" for note in notes),
+        *(f"  $ {shown(command)}" for command in serve),
+    ]
+
+
+def _check(args: argparse.Namespace) -> None:
+    faults = []
+    if args.to in WHOLE_MODEL:
+        faults += [f"--type {args.type}: whole models are {', '.join(get_args(ModelType))}"] * (
+            args.type == "f32"
+        )
+    elif args.to not in ONE_FILE:
+        faults += ["--merged: a merged folder is made by veneer merge"] if args.merged else []
+        faults += [f"--type {args.type}: only .gguf files have one"] if args.type else []
+    elif args.merged and args.type == "f32":
+        faults.append(f"--type f32: whole models are {', '.join(get_args(ModelType))}")
+    elif not args.merged and args.type not in (None, "f32", "f16"):
+        faults.append(f"--type {args.type}: adapters are f32 or f16")
+    for option, given in (("--into", args.into), ("--original", args.original)):
+        if given and not _whole(args):
+            faults.append(f"{option} {given}: only a merged model is added to weights")
+    if args.force_base and not _whole(args):
+        faults.append("--force-base: only a merged model is computed from the base's weights")
+    if faults:
+        raise ConfigError("these options do not go together", faults)
+
+
+def _merged_lines(report: GGUFReport) -> list[str]:
+    from veneer.cli.library.merge import survival_lines
+
+    lines = [f"{report.out}: {size(report.bytes)}, {report.type}, sums in float32"]
+    if report.f16_instead:
+        lines.append(f"  {report.f16_instead} matrices stay f16: their rows are no multiple of 32")
+    if not report.weights:
+        return lines
+    return [*lines, *survival_lines(report.total, report.layers), *_meaning(report)]
+
+
+def _meaning(report: GGUFReport) -> list[str]:
+    """What the rounding means for answers."""
+    from veneer.cli.library.merge import percent_of
+
+    type = report.type
+    if report.base_rounding is None:
+        cause = f"that is {type}'s own rounding"
+    else:
+        cause = (
+            f"the base in {type}, without the update, has one of {percent_of(report.base_rounding)}"
+        )
+    return [
+        f"  {cause}:",
+        f"  expect about the differences that the base's answers have in {type}, where two",
+        "  tokens are nearly as likely; veneer evaluate --base FILE.gguf measures them",
+    ]

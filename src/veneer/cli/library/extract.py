@@ -1,0 +1,111 @@
+"""Make an adapter out of a fully fine-tuned model: its difference from the base, cut to a low rank.
+
+For instance:
+
+  veneer extract --base smollm2-135m --model runs/full/model --rank 32 --out extracted
+  veneer extract --base B --model DIR --energy 0.9 --keep --out extracted
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from veneer.bounds import ENERGY, RANK
+from veneer.cli.common import add_json, make_console, no_collection, print_json
+from veneer.cli.early import check_base, check_new
+from veneer.wording import size
+
+if TYPE_CHECKING:
+    from veneer.merge.combine.extract import ExtractReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", required=True, metavar="B", help="what the model was trained from"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the fine-tuned model's folder"
+    )
+    parser.add_argument("--rank", type=RANK, metavar="R", help="rank of every update")
+    parser.add_argument(
+        "--energy",
+        type=ENERGY,
+        metavar="E",
+        help="or: share of the squared difference to keep, each module",
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep norms, embeddings, head and biases as trained in full",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the adapter to write; it must not exist"
+    )
+    parser.add_argument(
+        "--no-logits", action="store_true", help="do not compare logits with the model's"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    check_base(args.base)
+    check_base(args.model)
+    from veneer.train.output.working import working
+
+    with working("extracting"):
+        with no_collection():
+            from veneer import api
+        report = api.extract(
+            args.base,
+            args.model,
+            out=args.out,
+            rank=args.rank,
+            energy=args.energy,
+            keep=args.keep,
+            check_logits=not args.no_logits,
+        )
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print(report)
+    return 0
+
+
+def _print(report: ExtractReport) -> None:
+    from veneer.cli.library.merge import logit_lines, percent_of
+
+    console = make_console(json=False)
+    lines = [
+        f"{report.out}: {size(report.bytes)}",
+        "  module            places   change     rank    error",
+    ]
+    for kind, part in report.parts.items():
+        low, high = part.ranks
+        ranks = str(low) if low == high else f"{low}-{high}"
+        lines.append(
+            f"  {kind:<16}{part.modules:>8} {percent_of(part.relative_size):>8} {ranks:>8}"
+            f" {part.error:>8.1%}"
+        )
+    lines.append(
+        f"  {'all':<16}{sum(p.modules for p in report.parts.values()):>8} {'':>8} {'':>8}"
+        f" {report.error:>8.1%}"
+    )
+    if report.kept:
+        lines.append(f"  kept as trained in full: {len(report.kept)} other weights that changed")
+    if report.left_out:
+        lines.append(
+            f"  left out: {len(report.left_out)} other weights that changed; --keep keeps them"
+        )
+        largest = sorted(report.left_out.items(), key=lambda item: -item[1])[:4]
+        lines += [f"    {percent_of(share):>8} {name}" for name, share in largest]
+    lines += [f"  note: {note}" for note in report.notes]
+    if report.logits is not None:
+        lines += [
+            "",
+            *logit_lines(
+                "the fine-tuned model", report.logits, effect="the model against its base"
+            ),
+        ]
+    console.print("\n".join(lines), soft_wrap=True)

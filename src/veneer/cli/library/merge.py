@@ -1,0 +1,197 @@
+"""Merge adapters into their base: a folder that transformers, vLLM and others load as a plain
+model.
+
+Sums in float32, rounds once, measures how much of the update is left, loads the folder and compares
+its logits with the adapter on its base. A merge that loses the update is refused, and nothing is
+written.
+
+For instance:
+
+  veneer merge --adapter runs/tickets --out merged
+  veneer merge --base B --adapter A1 A2 --weights 1 -0.5 --out merged --dtype fp16
+  veneer merge --base B --quantize nf4 --into dequantised --adapter A --out merged
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from veneer.bounds import SEED, WEIGHT
+from veneer.cli.common import (
+    add_json,
+    add_library,
+    base_and_adapter,
+    held_as,
+    make_console,
+    no_collection,
+    print_json,
+    weighted,
+)
+from veneer.cli.early import check_base, check_new, check_rows
+from veneer.quant.config import FORMATS
+from veneer.wording import number, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.merge.fold.folder import MergeReport
+    from veneer.merge.fold.rounding import Survival
+    from veneer.merge.fold.verify import LogitCheck
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="B",
+        help="hub id, folder, .gguf file or named default; default: the adapter's",
+    )
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        nargs="+",
+        metavar="A",
+        help="names in the library, folders of adapters or of runs",
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to write; it must not exist"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them"
+    )
+    parser.add_argument(
+        "--stochastic",
+        action="store_true",
+        help="round at random, so that weights are right on average",
+    )
+    parser.add_argument(
+        "--seed", type=SEED, default=0, metavar="N", help="of --stochastic; default: 0"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="how the base was held in training; default: what the adapter says",
+    )
+    parser.add_argument(
+        "--into",
+        choices=["original", "dequantised"],
+        help="over a quantised base: the weights to add to",
+    )
+    parser.add_argument(
+        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+    )
+    parser.add_argument(
+        "--data", metavar="D", help="rows to compare logits on; default: built-in texts"
+    )
+    parser.add_argument(
+        "--no-logits", action="store_true", help="skip that: for a base that does not run here"
+    )
+    parser.add_argument(
+        "--force-base", action="store_true", help="though the adapter was trained on another base"
+    )
+    add_library(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    base, folder = base_and_adapter(args.base, args.adapter[0], args.library)
+    adapters = weighted(args.adapter, args.weights, args.library)
+    quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
+    check_base(base)
+    check_rows(args.data)
+    from veneer.train.output.working import working
+
+    with working("merging"):
+        with no_collection():
+            from veneer import api
+        report = api.merge(
+            base,
+            adapters,
+            out=args.out,
+            dtype=args.dtype,
+            stochastic=args.stochastic,
+            seed=args.seed,
+            quantize=quantize,
+            keep_dense=keep_dense,
+            into=args.into,
+            original=args.original,
+            data=args.data,
+            check_logits=not args.no_logits,
+            force_base=args.force_base,
+        )
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print(report, make_console(json=False))
+    return 0
+
+
+def _print(report: MergeReport, console: Console) -> None:
+    def line(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    rounding = "rounded at random" if report.stochastic else "rounded to nearest"
+    line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
+    if report.untied:
+        line("  the embedding and the output head were one tensor and are two now")
+    console.print(*survival_lines(report.total, report.layers), sep="\n", soft_wrap=True)
+    if report.logits is None:
+        line("\n  logits: not compared (--no-logits)")
+        return
+    what = (
+        "the adapter on the weights merged into" if report.as_trained else "the adapter on its base"
+    )
+    line("")
+    for text in logit_lines(what, report.logits):
+        line(text)
+    if report.as_trained is not None:
+        line("")
+        for text in logit_lines(
+            "the adapter on the quantised base of its training", report.as_trained
+        ):
+            line(text)
+
+
+def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
+    """The update's size, how much of it is left, how much rounding adds, and what is left in each
+    layer."""
+    lines = [
+        f"  the update is {percent_of(whole.relative_size)} of the weights' size",
+        f"  {whole.share:.1%} of it is left after rounding",
+        f"  rounding adds an error of {percent_of(whole.rounding)} of the weights' size",
+    ]
+    if {f"{part.share:.1%}" for part in layers.values()} == {"100.0%"}:
+        return lines
+    lines.append("  left in each layer")
+    numbered = [f"{name:>4} {part.share:>6.1%}" for name, part in layers.items() if name.isdigit()]
+    lines += ["  " + "".join(numbered[start : start + 6]) for start in range(0, len(numbered), 6)]
+    lines += [f"  {part.share:>6.1%} {name}" for name, part in layers.items() if not name.isdigit()]
+    return lines
+
+
+def percent_of(share: float) -> str:
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
+def logit_lines(what: str, check: LogitCheck, *, effect: str = "adapter against base") -> list[str]:
+    return [
+        f"  logits against {what}, {check.tokens} tokens",
+        (
+            f"    difference  {number(check.mean_difference):>9} on average,"
+            f" {number(check.max_difference)} at most"
+        ),
+        (
+            f"    effect      {number(check.mean_effect):>9} on average, {number(check.max_effect)}"
+            f" at most ({effect})"
+        ),
+        (
+            f"    KL          {number(check.kl):>9} nats a token · same first choice"
+            f" {check.same_top:.1%}"
+        ),
+    ]

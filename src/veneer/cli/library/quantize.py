@@ -1,0 +1,82 @@
+"""Write a base in 4 bits, in the layout of bitsandbytes: a folder that Veneer, transformers and
+others load.
+
+For instance:
+
+  veneer quantize --base smollm2-135m --out smollm2-nf4
+  veneer train --base smollm2-nf4 --data tickets.jsonl --out runs/tickets
+
+Training from such a folder is training with --quantize nf4: the weights are the same to the bit,
+and the dense ones are not needed any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from veneer.cli.common import add_json, as_stored, make_console, no_collection, print_json
+from veneer.cli.early import check_base, check_new
+from veneer.quant.config import FOUR_BITS, formats_that
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", required=True, metavar="B", help="hub id, folder or named default"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    parser.add_argument(
+        "--quantize",
+        choices=formats_that("writes_folder"),
+        default=FOUR_BITS,
+        help=f"the code book; default: {FOUR_BITS}",
+    )
+    parser.add_argument(
+        "--keep-dense",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a module that stays dense; may be repeated",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_new(args.out)
+    check_base(args.base)
+    from veneer.train.output.working import working
+
+    with working(f"quantising {args.base}"):
+        with no_collection():
+            from veneer import api
+        base = api.load(
+            args.base,
+            dtype=as_stored(args.dtype),
+            device="cpu",
+            quantize=args.quantize,
+            keep_dense=args.keep_dense,
+        )
+        written = api.write_quantized(base, args.out)
+    from veneer.bases.identity.weight_table import weight_table
+
+    table = weight_table(base.model)
+    console = make_console(json=args.json)
+    console.print(f"{'':<18}{'held in':<10}{'modules':>9}{'M values':>11}{'MB':>9}")
+    for group in table:
+        console.print(
+            f"{group.what:<18}{group.held:<10}{group.modules:>9}"
+            f"{group.values / 1e6:>11.1f}{group.bytes / 1e6:>9.1f}"
+        )
+    console.print(f"written: {written.path}, {written.bytes / 1e6:.1f} MB of weights")
+    if not written.others_read:
+        console.print(
+            "fused experts are packed too: Veneer reads them, transformers with bitsandbytes"
+            " does not"
+        )
+    if args.json:
+        groups = [asdict(group) for group in table]
+        print_json({"path": str(written.path), "bytes": written.bytes, "weights": groups})
+    return 0

@@ -1,0 +1,215 @@
+"""Look at rows as the model will see them, convert, divide and draw them; trains nothing.
+
+For instance:
+
+  veneer data check tickets.jsonl --base smollm2-135m
+  veneer data convert old.csv --map question=prompt --map answer=completion --out rows.jsonl
+  veneer data split rows.jsonl --out rows --validation 0.05 --test 0.1
+  veneer data sample org/name 2000 --out general.jsonl
+  veneer data replay --base smollm2-135m --out replay
+  veneer data gc --days 30 --yes
+
+check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with
+its rows. It exits 4 if a run would refuse the data. replay alone loads weights: the base itself
+writes rows, which keep what it can do when they are mixed into a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from veneer.bounds import LINE
+from veneer.cli.common import (
+    add_action,
+    add_data,
+    add_json,
+    add_map,
+    add_variables,
+    columns_of,
+    make_console,
+    no_collection,
+    print_json,
+    variables_of,
+)
+from veneer.cli.early import check_base, check_rows
+from veneer.cli.explain import more
+from veneer.cli.rows.data_verbs import add_verbs
+from veneer.errors import InputError
+from veneer.wording import folded, percent, shown, wrapped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.data.checks.check import CheckReport
+    from veneer.data.examples import Example
+
+SAMPLE_CHARACTERS = 1200  # of a stretch of tokens; the middle of a longer one is left out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    help = "what a data set would teach, as the model will see it; exits 4 if a run would refuse it"
+    parser = add_action(actions, "check", help)
+    parser.set_defaults(act=_check)
+    add_verbs(actions)
+    parser.add_argument(
+        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+    )
+    parser.add_argument(
+        "--base", required=True, metavar="B", help="whose tokens and chat template are taken"
+    )
+    parser.add_argument(
+        "--validation", metavar="V", help="held-out rows; also looked through for rows of D"
+    )
+    add_data(parser, "long_rows")
+    add_variables(parser)
+    add_map(parser)
+    parser.add_argument(
+        "--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    act: Callable[[argparse.Namespace], int] = args.act
+    return act(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    check_base(args.base)
+    check_rows(args.data, args.validation)
+    from veneer.train.output.working import working
+
+    with working(f"reading {args.data}"):
+        with no_collection():
+            from veneer import api
+        data, tokenizer = api.check_data(
+            args.data,
+            base=args.base,
+            length=args.length,
+            format=args.format,
+            train_on=args.train_on,
+            long_rows=args.long_rows,
+            validation=args.validation,
+            variables=variables_of(args),
+            columns=columns_of(args),
+        )
+    if args.json:
+        print_json(data.report.to_dict())
+    else:
+        console = make_console(json=False)
+        _print_sample(console, data.train, tokenizer, args.row)
+        _print_report(console, args.data, data.report)
+    return 4 if data.report.refused else 0
+
+
+def _print_sample(
+    console: Console, examples: Sequence[Example], tokenizer: Any, line: int | None
+) -> None:
+    """One row as the model sees it, the trained tokens coloured, or between « and » without
+    colours."""
+    from rich.text import Text
+
+    from veneer.data.checks.check import render_sample
+
+    chosen = [each for each in examples if line is None or each.ref.line == line]
+    if not chosen:
+        if line is None:
+            return
+        raise InputError(
+            f"no row of line {line} is trained on", [], "Name another one, or leave --row out."
+        )
+    coloured = console.color_system is not None and not console.no_color
+    text = Text()
+    for piece, trained, _ in render_sample(tokenizer, chosen[0]):
+        piece = shown(_middle_cut(piece))
+        if not trained:
+            text.append(piece, style="dim")
+        else:
+            text.append(piece if coloured else f"«{piece}»", style="bold green")
+    marked = "in green" if coloured else "between « and »"
+    head = f"{chosen[0].ref}, as the model sees it; trained on: {marked}"
+    console.print(_fit(console, head), soft_wrap=True)
+    console.print(text, soft_wrap=not console.is_terminal)
+    console.print()
+
+
+def _print_report(console: Console, data: str, report: CheckReport) -> None:
+    problems = len(report.problems)
+    said = f"{problems} problem{'' if problems == 1 else 's'}"
+    if not report.formats:
+        head = f"{shown(data)}: no row can be read · {said}"
+        console.print(folded(head, console.width), style="bold", soft_wrap=True)
+    else:
+        _print_counts(console, data, report, said)
+    for problem in report.problems:
+        console.print(
+            _fit(console, f"  {shown(problem)}"),
+            style="red" if problem.fatal else "yellow",
+            soft_wrap=True,
+        )
+        if problem.next_step:
+            console.print(_fit(console, f"      {shown(problem.next_step)}"), soft_wrap=True)
+    if report.refused:
+        console.print("A run would refuse this data.", soft_wrap=True)
+    if report.problems:
+        codes = list(dict.fromkeys(problem.code for problem in report.problems))
+        console.print(_fit(console, more(codes)), soft_wrap=True)
+
+
+def _print_counts(console: Console, data: str, report: CheckReport, problems: str) -> None:
+    """What the rows that can be read would teach."""
+    facts = [
+        f"{report.rows:,} rows"
+        + (f", {report.examples:,} examples" if report.examples > report.rows else ""),
+        f"{report.validation_rows:,} held out",
+        " and ".join(report.formats),
+        problems,
+    ]
+    console.print(
+        folded(f"{shown(data)}: {' · '.join(facts)}", console.width), style="bold", soft_wrap=True
+    )
+    console.print(f"  {'':<12}{'tokens':>12}{'trained':>12}")
+    rows = [
+        (role or "plain text", n, report.trained_by_role.get(role, 0))
+        for role, n in report.tokens_by_role.items()
+    ]
+    for role, tokens, trained in [*rows, ("all", report.tokens, report.trained_tokens)]:
+        console.print(f"  {shown(role):<12}{tokens:>12,}{trained:>12,}  {percent(trained, tokens)}")
+    stops = " or ".join(map(shown, report.stop_tokens)) or "none"
+    facts = [
+        f"stop token trained: {report.stop_token_trained} ({stops})",
+        f"length median {report.median:,}",
+    ]
+    facts += [f"longest {report.longest:,} of {report.length:,} tokens"]
+    console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
+    if any(report.reasons.get(kind) for kind in ("reasons", "empty", "lost")):
+        said = {
+            "reasons": "with reasoning",
+            "none": "without",
+            "empty": "with an empty block",
+            "lost": "whose reasoning the template leaves out",
+        }
+        counts = [
+            f"{report.reasons[kind]:,} {words}"
+            for kind, words in said.items()
+            if report.reasons.get(kind)
+        ]
+        console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)
+    most = max((rows for _, rows in report.histogram), default=0)
+    for longest, count in report.histogram:
+        bar = "█" * max(round(30 * count / most), 1 if count else 0)
+        console.print(f"  up to {longest:>7,} tokens {count:>8,} {bar}".rstrip())
+
+
+def _fit(console: Console, line: str) -> str:
+    """To a terminal's width; in a file or a pipe a line stays one."""
+    return wrapped(line, console.width) if console.is_terminal else line
+
+
+def _middle_cut(text: str) -> str:
+    """A long piece without its middle: its ends are where the mask begins and stops."""
+    half = SAMPLE_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,139 @@
+"""veneer data replay: rows that a base draws by itself, to be mixed into a training against
+forgetting."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from veneer.bounds import COUNT, NEW_TOKENS, SEED
+from veneer.cli.common import (
+    add_held,
+    add_json,
+    add_variables,
+    load_alone,
+    make_console,
+    print_json,
+    variables_of,
+)
+from veneer.cli.early import check_base, check_files, check_new
+from veneer.errors import ConfigError, DataError
+from veneer.wording import shown
+
+SHARE = 0.2
+"""Of an epoch, all drawn rows together: what was measured (docs/benchmarks.md)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="gets answers.jsonl and texts.jsonl"
+    )
+    parser.add_argument(
+        "--rows",
+        type=COUNT,
+        default=200,
+        metavar="N",
+        help="half answers, half plain text; default: 200",
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="what is asked, one a line; default: the base writes that too",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="system message of every question; default: none"
+    )
+    add_variables(parser)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=128,
+        metavar="N",
+        help="longest answer or text; default: 128",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
+    add_held(parser, "as it is stored")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    check_base(args.base)
+    check_new(out)
+    check_files([args.questions])
+    questions = [] if args.questions is None else _questions(args.questions)
+    variables = variables_of(args)
+    base = load_alone(args.base, args, args.quantize)
+    from veneer.data.files.writing import write_records
+    from veneer.decoding.replay import draw_replay
+    from veneer.files.atomic import atomic_folder
+    from veneer.train.output.working import working
+
+    with atomic_folder(out) as folder:
+        with working("drawing") as tell:
+            drawn = draw_replay(
+                base,
+                args.rows,
+                questions=questions,
+                system=args.system,
+                variables=variables,
+                max_new_tokens=args.max_new_tokens,
+                seed=args.seed,
+                progress=tell,
+            )
+        for name, rows in drawn.items():
+            write_records(folder / f"{name}.jsonl", rows)
+    sets: list[dict[str, Any]] = [
+        {
+            "path": str(out / f"{name}.jsonl"),
+            "share": SHARE / len(drawn),
+            "name": f"replay of {name}",
+        }
+        for name in drawn
+    ]
+    cut = {name: sum("unfinished" in row for row in rows) for name, rows in drawn.items()}
+    if args.json:
+        counts = {each["path"]: len(rows) for each, rows in zip(sets, drawn.values(), strict=True)}
+        print_json({"rows": counts, "unfinished": sum(cut.values()), "train": sets})
+        return 0
+    lines = [
+        f"{each['path']}: {len(rows):,} rows, {cut[name]:,} cut after {args.max_new_tokens:,}"
+        " tokens"
+        for each, (name, rows) in zip(sets, drawn.items(), strict=True)
+    ]
+    lines += ["In a run file, a fifth of an epoch beside your own rows:", "  data:", "    train:"]
+    lines += ["      - {path: ROWS.jsonl}", *(f"      - {_as_yaml(each)}" for each in sets)]
+    console = make_console(json=False)
+    for line in lines:
+        console.print(shown(line), soft_wrap=True)
+    return 0
+
+
+def _questions(file: Path) -> list[str]:
+    """One a line. DataError: there is none, or it is not UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise DataError(
+            f"{file} cannot be read: {fault}", next_step="Give a UTF-8 text file."
+        ) from None
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ConfigError(
+            f"{file} holds no question", next_step="Write one a line, or leave --questions out."
+        )
+    return found
+
+
+def _as_yaml(one: dict[str, Any]) -> str:
+    """{path: a.jsonl, share: 0.1}"""
+    plain = re.fullmatch(r"[A-Za-z./][\w./-]*", one["path"], re.ASCII)
+    path = one["path"] if plain else json.dumps(one["path"], ensure_ascii=False)
+    return f"{{path: {path}, share: {one['share']:g}, name: {one['name']}}}"

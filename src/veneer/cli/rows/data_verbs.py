@@ -1,0 +1,178 @@
+"""veneer data convert, split, sample: rows from where and how they lie into files that are read as
+they stand; gc: tokens of large sets that nobody asks for any more. replay: data_replay.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.bounds import COUNT, DAYS, SEED, SHARE
+from veneer.cli.common import add_action, add_json, add_map, columns_of, make_console, print_json
+from veneer.cli.rows import data_replay
+from veneer.wording import shown, size
+
+if TYPE_CHECKING:
+    from veneer.data.files.writing import Written
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_verbs(actions: Any) -> None:
+    def verb(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+        made = add_action(actions, name, help)
+        made.set_defaults(act=run)
+        return made
+
+    def reading(parser: argparse.ArgumentParser) -> None:
+        from veneer.data.config import DataConfig
+
+        formats = DataConfig.model_fields["format"]
+        parser.add_argument(
+            "--format",
+            default=formats.default,
+            metavar="F",
+            help="how a row is laid out; default: auto",
+        )
+        add_map(parser)
+        parser.add_argument(
+            "--leave-out",
+            action="store_true",
+            help="rows that cannot be read are left out; else nothing is written",
+        )
+        add_json(parser)
+
+    convert = verb(
+        "convert", _convert, "write rows of any layout as chat, or as prompt and completion"
+    )
+    convert.add_argument(
+        "data",
+        nargs="+",
+        metavar="D",
+        help="files, folders, patterns, addresses, data sets of the hub",
+    )
+    convert.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
+    reading(convert)
+    split = verb(
+        "split", _split, "divide rows into training, validation and test, no prompt in two of them"
+    )
+    split.add_argument(
+        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+    )
+    split.add_argument(
+        "--out", required=True, metavar="DIR", help="gets train.jsonl, validation.jsonl, test.jsonl"
+    )
+    split.add_argument(
+        "--validation", type=SHARE, default=0.05, metavar="S", help="share; default: 0.05"
+    )
+    split.add_argument("--test", type=SHARE, default=0.0, metavar="S", help="share; default: 0")
+    reading(split)
+    sample = verb("sample", _sample, "draw some rows")
+    sample.add_argument(
+        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+    )
+    sample.add_argument("count", type=COUNT, metavar="N", help="how many")
+    sample.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
+    sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
+    reading(sample)
+    data_replay.add_arguments(
+        verb(
+            "replay",
+            data_replay.run,
+            "generate rows with the base, to mix into a training against forgetting",
+        )
+    )
+    gc = verb(
+        "gc",
+        _gc,
+        "show tokens of large sets that no run has asked for lately; with --yes, remove them",
+    )
+    gc.add_argument(
+        "--days",
+        type=DAYS,
+        default=30,
+        metavar="N",
+        help="not asked for since; default: 30, 0: all of them",
+    )
+    gc.add_argument("--yes", action="store_true", help="remove them")
+    add_json(gc)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from veneer.data.files.writing import convert
+
+    return _told(args, lambda out, **how: convert(args.data, out, **how))
+
+
+def _split(args: argparse.Namespace) -> int:
+    from veneer.data.files.writing import split_rows
+    from veneer.errors import ConfigError
+
+    if args.validation + args.test >= 1:
+        raise ConfigError(
+            "--validation and --test make up all of the rows", next_step="Leave some to train on."
+        )
+    shares = {"validation": args.validation, "test": args.test}
+    return _told(args, lambda out, **how: split_rows(args.data, out, **shares, **how))
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from veneer.data.files.writing import sample_rows
+
+    return _told(
+        args, lambda out, **how: sample_rows(args.data, args.count, out, seed=args.seed, **how)
+    )
+
+
+def _told(args: argparse.Namespace, write: Callable[..., Written]) -> int:
+    written = write(
+        Path(args.out), format=args.format, columns=columns_of(args), leave_out=args.leave_out
+    )
+    if args.json:
+        print_json(
+            {"rows": written.rows, "problems": [each.to_dict() for each in written.problems]}
+        )
+        return 0
+    console = make_console(json=False)
+    for file, rows in written.rows.items():
+        console.print(f"{shown(file)}: {rows:,} rows", soft_wrap=True)
+    for problem in written.problems:
+        console.print(f"  left out: {shown(problem)}", style="yellow", soft_wrap=True)
+    return 0
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from veneer.data.files.unused import find_unused, remove_unused
+    from veneer.data.large import tokens_folder
+
+    sets = (remove_unused if args.yes else find_unused)(tokens_folder(), args.days)
+    total = sum(each.bytes for each in sets)
+    if args.json:
+        listed = [
+            {"folder": str(s.folder), "bytes": s.bytes, "days": s.days, "files": [*s.files]}
+            for s in sets
+        ]
+        print_json({"sets": listed, "bytes": total, "removed": args.yes})
+        return 0
+    console = make_console(json=False)
+    for each in sets:
+        made_of = ", ".join(map(shown, each.files[:3])) + (
+            " and others" if len(each.files) > 3 else ""
+        )
+        console.print(
+            f"  {size(each.bytes)}, last asked for {each.days:.0f} days ago: {made_of}",
+            soft_wrap=True,
+        )
+        console.print(f"      {shown(each.folder)}", soft_wrap=True)
+    counts = f"tokens of {len(sets):,} set{'' if len(sets) == 1 else 's'}, {size(total)}"
+    console.print(
+        f"{'removed' if args.yes else f'not asked for in {args.days} days'}: {counts}",
+        soft_wrap=True,
+    )
+    if sets and not args.yes:
+        console.print(
+            "Remove them: veneer data gc --yes; a run that needs them builds them again.",
+            soft_wrap=True,
+        )
+    return 0

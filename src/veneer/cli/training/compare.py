@@ -1,0 +1,288 @@
+"""Methods side by side on your own rows: quality with intervals, memory, time, file size,
+forgetting.
+
+For instance:
+
+  veneer compare --base smollm2-135m --data tickets.jsonl --methods full,lora,prefix --out \\
+      compare/tickets
+  veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 --seeds 3 --out compare/ab
+
+Every candidate gets the same rows, the same budget, a search for its learning rate and --seeds
+runs, each in a process of its own. Stopped with Ctrl-C, the same command goes on; finished runs are
+used again. Run files are taken as they are, except for rows, budget, learning rate, seed and
+folder. --on ray computes them on a cluster: docs/guides/ray.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
+from veneer.cli.common import add_json, add_map, columns_of, make_console, no_collection, print_json
+from veneer.cli.config_file import read_run_config
+from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
+from veneer.errors import ConfigError
+from veneer.train.config import RunConfig
+from veneer.train.state.interrupt import ASKING
+from veneer.wording import shown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from veneer.compare.jobs import Place
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "veneer compare (--base B --data D --methods M,M | RUN.yaml RUN.yaml ...) --out DIR"
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN.yaml", help="run files to compare")
+    parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
+    parser.add_argument("--data", metavar="D", help="rows: .jsonl, .json, .csv or .parquet")
+    parser.add_argument(
+        "--methods",
+        default="",
+        metavar="M,M",
+        help="for instance full,lora,qlora,dora,prefix,bottleneck",
+    )
+    parser.add_argument(
+        "--validation", metavar="V", help="rows to choose the learning rate by; default: split off"
+    )
+    parser.add_argument("--test", metavar="T", help="rows to judge by; default: split off")
+    add_map(parser)
+    parser.add_argument(
+        "--steps", type=COUNT, metavar="N", help="optimizer steps of each run; default: 100"
+    )
+    parser.add_argument(
+        "--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps"
+    )
+    parser.add_argument(
+        "--seeds", type=SEEDS, default=3, metavar="N", help="runs of each; default: 3"
+    )
+    parser.add_argument(
+        "--rates",
+        default="1/3,1,3",
+        metavar="F,F",
+        help="learning rates tried, times the method's own; default: 1/3,1,3",
+    )
+    parser.add_argument(
+        "--extend",
+        type=EXTENSIONS,
+        default=1,
+        metavar="N",
+        help="search further so often where the best rate is at an end",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="",
+        metavar="M,M",
+        help="see veneer evaluate; the first decides; default: loss",
+    )
+    parser.add_argument(
+        "--labels", metavar="L", help="for accuracy: A,B,C or a file with one label a line"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens"
+    )
+    parser.add_argument(
+        "--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="sets",
+        help="any setting, for all",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the comparison"
+    )
+    where = parser.add_argument_group("where the runs are computed")
+    where.add_argument(
+        "--on",
+        choices=PLACES,
+        default="here",
+        help="processes here, or tasks of Ray; default: here",
+    )
+    where.add_argument(
+        "--address", metavar="A", help="of the Ray cluster, or auto; default: one is started here"
+    )
+    where.add_argument(
+        "--store",
+        metavar="S",
+        help="s3://... or a folder that all nodes see; default: DIR/gathered",
+    )
+    where.add_argument(
+        "--cpus",
+        type=COUNT,
+        metavar="N",
+        help="of each run on Ray; default: threads of this process",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    configs = _configs(args)
+    _check(args, configs)
+    place = PLACES[args.on](args)
+    from veneer.train.output.working import working
+
+    with working("starting"):
+        with no_collection():
+            from veneer import api
+        from veneer.compare.jobs import RUNNING
+
+    console = make_console(json=True)
+
+    def terminate(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {
+        each: signal.signal(each, terminate)
+        for each in ASKING
+        if signal.getsignal(each) is not signal.SIG_IGN
+    }
+    try:
+        with console.status("") as status:
+
+            def say(text: str) -> None:
+                if text.endswith(RUNNING):
+                    status.update(shown(text))
+                else:
+                    console.print(shown(text), soft_wrap=True)
+
+            figures = api.compare(
+                configs,
+                out=args.out,
+                validation=args.validation,
+                test=args.test,
+                steps=args.steps,
+                seconds=args.seconds,
+                seeds=args.seeds,
+                rates=_factors(args.rates),
+                extend=args.extend,
+                metrics=_names(args.metrics),
+                labels=args.labels,
+                max_new_tokens=args.max_new_tokens,
+                general=args.general,
+                say=say,
+                place=place,
+            )
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if args.json:
+        print_json(figures)
+        return 0
+    screen = make_console(json=False)
+    table = _table(figures)
+    screen.print()
+    screen.print(table)
+    screen.print()
+    for sentence in figures["conclusion"]:
+        screen.print(shown(sentence))
+    screen.print(f"\n{args.out / 'comparison.html'}", soft_wrap=True)
+    return 0
+
+
+def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
+    """What can be told before torch is loaded."""
+    from veneer.evaluate.labels import read_labels
+    from veneer.evaluate.registry import find_metrics
+
+    if args.out.exists() and not args.out.is_dir():
+        check_new(args.out)
+    check_writable(args.out / "comparison.json")
+    for _, config in configs:
+        check_run(config)
+    check_rows(args.validation, args.test)
+    check_files([None if args.general is None else Path(args.general)])
+    find_metrics(_names(args.metrics))
+    if args.labels:
+        read_labels(args.labels)
+
+
+def _here(args: argparse.Namespace) -> Place:
+    """ConfigError: flags that only a cluster has a use for."""
+    from veneer.compare.local import Here
+
+    given = [
+        f"--{name}" for name in ("address", "store", "cpus") if getattr(args, name) is not None
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: only for runs on Ray", [], "Give --on ray too, or leave them out."
+        )
+    return Here()
+
+
+def _on_ray(args: argparse.Namespace) -> Place:
+    from veneer.compare.ray_place import OnRay
+
+    return OnRay(args.address, args.store or str((args.out / "gathered").resolve()), args.cpus)
+
+
+PLACES: dict[str, Callable[[argparse.Namespace], Place]] = {"here": _here, "ray": _on_ray}
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    """One line a method; 80 columns hold it."""
+    from rich.table import Table
+
+    from veneer.compare.conclusion import HEAD, facts
+
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), show_edge=False, header_style="dim", pad_edge=False
+    )
+    for place, title in enumerate(HEAD):
+        table.add_column(
+            title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True
+        )
+    for method in figures["methods"]:
+        cells = [method["name"], "failed"] if method["failure"] else facts(method, figures)
+        table.add_row(*map(shown, cells))
+    return table
+
+
+def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
+    """(name, settings) of every candidate. All faults of all candidates are told at once."""
+    methods, columns = _names(args.methods), columns_of(args)
+    if bool(methods) == bool(args.runs):
+        raise ConfigError(
+            "nothing to compare", [], "Give --methods M,M with --base and --data, or run files."
+        )
+    found: list[tuple[str, RunConfig]] = []
+    faults: list[str] = []
+    for name in methods or args.runs:
+        flags = {"base": args.base, "data": args.data, "out": str(args.out)}
+        try:
+            if methods:
+                found.append(
+                    (name, read_run_config(None, {**flags, "method": name}, args.sets, columns))
+                )
+            else:
+                found.append((Path(name).stem, read_run_config(name, flags, args.sets, columns)))
+        except ConfigError as fault:
+            faults += [each for each in (fault.faults or [str(fault)]) if each not in faults]
+    if faults:
+        raise ConfigError("this comparison cannot be run", faults, "Nothing was run.")
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [name for each in text.split(",") if (name := each.strip())]
+
+
+def _factors(text: str) -> list[float]:
+    parts = [each.partition("/") for each in _names(text)]
+    try:
+        return [RATIO(a) / RATIO(b or "1") for a, _, b in parts]
+    except argparse.ArgumentTypeError as fault:
+        raise ConfigError(
+            f"--rates {text!r} is not a list of numbers", [str(fault)], "For instance 1/3,1,3."
+        ) from None

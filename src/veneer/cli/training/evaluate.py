@@ -1,0 +1,247 @@
+"""The loss of a base on rows, with or without an adapter, how its answers compare with theirs, what
+it forgot.
+
+For instance:
+
+  veneer evaluate --base smollm2-135m --data held_out.jsonl
+  veneer evaluate --adapter runs/tickets --data held_out.jsonl --metrics exact_match,field_f1
+  veneer evaluate --adapter runs/intents --data held_out.jsonl --metrics accuracy --labels \\
+      intents.txt
+  veneer evaluate --adapter runs/sums --data sums.jsonl --metric 'regex:####\\s*(-?[0-9.]+)'
+  veneer evaluate --adapter runs/sums --data sums.jsonl --metric score.py:closeness --general
+  veneer evaluate --adapter runs/b --data D --predictions b.jsonl --against a.jsonl
+
+Metrics: exact_match, json_validity, field_f1, accuracy (the likeliest of given labels), bleu, chrf,
+rouge1, rouge2, rougeL. Rows may hold `references`, a list of further right answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.bounds import NEW_TOKENS, ROWS
+from veneer.cli.common import (
+    add_base,
+    add_data,
+    add_json,
+    add_map,
+    add_preamble,
+    asked_as,
+    columns_of,
+    load_base,
+    make_console,
+    no_collection,
+    print_json,
+    variables_of,
+)
+from veneer.cli.early import check_files, check_rows, check_writable
+from veneer.wording import cut, number, shown
+
+UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at --max-new-tokens"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet"
+    )
+    add_base(parser)
+    parser.add_argument(
+        "--metrics",
+        default="",
+        metavar="M,M",
+        help="also answer every row and compare: see the list above",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="M",
+        help=(
+            "one more metric: a name, regex:PATTERN, or your own code as FILE.py:FUNCTION, which"
+            " gets the answer and the list of right answers and returns a number; may be repeated"
+        ),
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="L",
+        help=(
+            "for accuracy: A,B,C or a file with one label a line; default: the rows' own answers,"
+            " where they are few and short"
+        ),
+    )
+    parser.add_argument(
+        "--length-normalised",
+        action="store_true",
+        help="compare labels by their log-probability per token",
+    )
+    add_preamble(parser)
+    add_data(parser)
+    add_map(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens"
+    )
+    parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write every row's answer and figures there, as JSONL",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="the --predictions of another evaluation of the same rows: differences with intervals",
+    )
+    parser.add_argument(
+        "--general",
+        nargs="?",
+        const="built-in",
+        metavar="FILE",
+        help=(
+            "forgetting: also the loss on general text, a text file (documents divided by lines of"
+            " ---) or, without FILE, a short one that comes with Veneer"
+        ),
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from veneer.evaluate.labels import read_labels
+    from veneer.evaluate.registry import find_metrics
+    from veneer.evaluate.user_function import function_from_file
+
+    metrics = [function_from_file(name) if _is_file(name) else name for name in _asked(args)]
+    find_metrics(metrics)  # a misspelt name is told before anything is loaded
+    check_rows(args.data)
+    check_files([args.against])
+    check_writable(args.predictions)
+    labels = read_labels(args.labels) if args.labels else []
+    base = load_base(args)
+    with no_collection():
+        from veneer import api
+    from veneer.train.output.working import working
+
+    asked_as(args, base)
+    with working("evaluating") as tell:
+        result = api.evaluate(
+            base,
+            args.data,
+            metrics=metrics,
+            labels=labels,
+            length_normalised=args.length_normalised,
+            general=args.general,
+            against=args.against,
+            length=args.length,
+            format=args.format,
+            train_on=args.train_on,
+            max_new_tokens=args.max_new_tokens,
+            batch=args.batch,
+            predictions=args.predictions,
+            system=args.system,
+            variables=variables_of(args),
+            columns=columns_of(args),
+            progress=tell,
+        )
+    if args.json:
+        print_json({"base": base.source, "adapter": args.adapter, "data": args.data, **result})
+    else:
+        _print_table(result)
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> list[str]:
+    return [name for each in args.metrics.split(",") if (name := each.strip())] + args.metric
+
+
+def _is_file(name: str) -> bool:
+    file, _, function = name.rpartition(":")
+    return file.endswith(".py") and function.isidentifier()
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    console = make_console(json=False)
+    intervals, units = result.get("intervals", {}), result.get("units", {})
+    against = result.get("against", {})
+
+    def line(name: str, said: str, *beside: str) -> None:
+        """What is beside a figure goes on below itself where the screen ends."""
+        row, begins = f"{shown(name):<15}{said:>10}", True
+        for each in beside:
+            if not begins and len(row) + len(each) + 3 > console.width:
+                console.print(row, soft_wrap=True)
+                row, begins = " " * 25, True
+            row, begins = row + ("  " if begins else " · ") + each, False
+        console.print(row, soft_wrap=True)
+
+    for name, value in result.items():
+        if name in ("intervals", "units", "general", "against", "labels"):
+            continue
+        share = units.get(name) == "share"
+        beside = [UNITS[name]] if name in UNITS else []
+        if name in intervals:
+            beside.append(f"95% interval {_range(intervals[name], share)}")
+        elif name == "loss" or name in units:
+            beside.append("no interval: these rows do not determine one")
+        if name in against:
+            other = against[name]
+            beside.append(
+                f"{_signed(other['difference'], share)}"
+                f" ({_range(other['interval'], share, signed=True)})"
+            )
+        said = (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{100 * value:.1f}%"
+            if share
+            else number(value)
+        )
+        line(name, said, *beside)
+    if "labels" in result:
+        found = result["labels"]
+        whose = "the rows' own answers" if found["own"] else "as given"
+        line(
+            "labels",
+            f"{len(found['names']):,}",
+            f"chosen among, {whose}: {cut(', '.join(map(shown, found['names'])), 60)}",
+        )
+    if "general" in result:
+        found = result["general"]
+        beside = ["nats a token of general text", f"{found['documents']} documents"]
+        if "forgetting" in found:
+            beside.append(f"{number(found['before'])} before")
+        line("general", number(found["loss"]), *beside)
+        if "forgetting" in found:
+            ends = found["forgetting_interval"]
+            said = _range(ends, False, signed=True)
+            said = (
+                f"nats · 95% interval over documents {said}"
+                if ends
+                else f"nats · {said} over documents"
+            )
+            line("forgetting", f"{found['forgetting']:+.3f}", said)
+    if against:
+        console.print(
+            f"differences: to {shown(against['file'])}, with 95% intervals over the same rows",
+            soft_wrap=True,
+        )
+
+
+def _range(ends: Sequence[float] | None, share: bool, *, signed: bool = False) -> str:
+    if ends is None:
+        return "no interval"
+    low, high = ends
+    if share:
+        return f"{_percent(low, signed)} to {_percent(high, signed)}%"
+    return f"{low:+.3f} to {high:+.3f}" if signed else f"{number(low)} to {number(high)}"
+
+
+def _percent(value: float, signed: bool) -> str:
+    return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+
+
+def _signed(value: float, share: bool) -> str:
+    return f"{100 * value:+.1f}%" if share else f"{value:+.3f}"

@@ -1,0 +1,102 @@
+"""Commands of Veneer in processes that need not import anew: this one has imported what they
+compute with, and forks.
+
+A line on stdin asks for one: {"arguments": as after `veneer`, "out", "talk": the files of its
+stdout and stderr}. Two lines on stdout answer: {"pid"} once it runs, {"code"} once it is over (-N:
+by signal N). The end of stdin ends it.
+
+Nothing has been computed here and no thread of torch runs, so a child is what a process of its own
+would be: its bits, its random numbers, its peak of memory. Linux only; compare/local.py asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+import warnings
+from array import array
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from veneer.child import end_with_parent
+from veneer.cli.common import no_collection
+from veneer.cli.main import leave
+from veneer.cli.main import main as command
+
+
+def serve() -> int:
+    """0 at the end of stdin; in a child the exit code of its command."""
+    with no_collection():
+        import veneer.cli.training.evaluate
+        import veneer.cli.training.train  # noqa: F401
+        from veneer import api  # noqa: F401
+    pages = file_pages()
+    asks, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    _become(Path(os.devnull), os.O_RDONLY, 0)
+    _become(Path(os.devnull), os.O_WRONLY, 1)
+    for line in iter(asks.readline, b""):
+        asked = json.loads(line)
+        with (
+            warnings.catch_warnings()
+        ):  # the one other thread is numpy's, which OpenBLAS starts again by itself
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            asks.close()
+            os.close(answers)
+            return _child(asked, pages)
+        _tell(answers, {"pid": child})
+        _, status = os.waitpid(child, 0)
+        _tell(answers, {"code": os.waitstatus_to_exitcode(status)})
+    return 0
+
+
+def _child(asked: dict[str, Any], pages: list[int]) -> int:
+    """In a session of its own, as subprocess starts one: Ctrl-C reaches who asked, and is passed
+    on."""
+    os.setsid()
+    end_with_parent()
+    for number, name in ((1, "out"), (2, "talk")):
+        _become(Path(asked[name]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, number)
+    for page in pages:
+        _ = ctypes.c_ubyte.from_address(page).value
+    sys.argv[1:] = asked["arguments"]
+    return command()
+
+
+def file_pages() -> list[int]:
+    """Addresses of the pages of files that this process holds. A child has its parent's other
+    memory, and these only once it touches them: it would seem to need less than a process that
+    imported by itself. None where they cannot be told."""
+    found: list[int] = []
+    with suppress(OSError), Path("/proc/self/pagemap").open("rb") as entries:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            bounds, rights, _, _, inode, *_ = line.split()
+            if inode == "0" or not rights.startswith("r"):
+                continue
+            start, end = (int(each, 16) for each in bounds.split("-"))
+            entries.seek(start // mmap.PAGESIZE * 8)
+            states = array("Q", entries.read((end - start) // mmap.PAGESIZE * 8))
+            found += [
+                start + place * mmap.PAGESIZE for place, state in enumerate(states) if state >> 63
+            ]
+    return found
+
+
+def _become(file: Path, how: int, number: int) -> None:
+    """The file as the stream of this number."""
+    opened = os.open(file, how, 0o600)
+    os.dup2(opened, number)
+    os.close(opened)
+
+
+def _tell(place: int, answer: dict[str, int]) -> None:
+    os.write(place, json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    leave(serve())

@@ -1,0 +1,495 @@
+"""Will it fit, how long will it take, which method: answered before anything runs, from a config
+alone.
+
+For instance:
+
+  veneer plan --base llama-70b --method lora --length 2048 --batch 1 --gpu H100
+  veneer plan --base smollm2-135m --data tickets.jsonl --compare --memory 8GiB
+  veneer plan --base smollm2-135m --data tickets.jsonl --kind format --write run.yaml
+  veneer plan --models llama-3.2-1b,qwen3-4b,llama-70b --gpu H100 --batch 1
+  veneer plan --base smollm2-135m --data tickets.jsonl --probe
+  veneer plan RUN.yaml --processes 4 --link 10Gb/s
+  veneer plan --base llama-70b --batch 8 --gpu H100 --processes 8 --shard --link 200Gb/s
+
+RUN.yaml is planned with its own settings and rows. --base is a folder, a .gguf file, a hub id (its
+config alone is fetched) or a named size such as llama-70b. Exits 3 if the one thing asked for does
+not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
+from veneer.cli.common import add_json, add_map, columns_of, make_console, no_collection, print_json
+from veneer.cli.config_file import read_run_config
+from veneer.cli.early import check_plannable, check_rows, check_writable
+from veneer.errors import ConfigError
+from veneer.quant.config import FORMATS
+from veneer.train.config import EPOCHS_UNSAID, RunConfig
+from veneer.wording import clock, folded, millions, number, shown, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from veneer.plan.ask import Answer, Question
+    from veneer.plan.table import PlanRow
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+DOES_NOT_FIT = 3
+BAR = 40
+SETTINGS = (
+    *(
+        "base",
+        "models",
+        "method",
+        "rank",
+        "quantize",
+        "dtype",
+        "batch",
+        "micro_batch",
+        "length",
+        "checkpointing",
+    ),
+    *("shard", "reduce", "data", "steps", "epochs"),
+)
+"""Flags for what a run file says."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "veneer plan [RUN.yaml | --base B [--method M] [--data D]] [--memory 24GiB] [--compare]"
+        " [--gpu NAME]"
+    )
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN.yaml", help="run file, in place of the settings below"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="sets",
+        help="any of its own",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="B",
+        help="folder, .gguf file, hub id, or named size (llama-70b, qwen3-4b, ...)",
+    )
+    parser.add_argument(
+        "--models", metavar="A,B", help="several bases: a matrix of bases and methods"
+    )
+    parser.add_argument(
+        "--method", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
+    )
+    parser.add_argument(
+        "--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice that"
+    )
+    parser.add_argument("--quantize", choices=FORMATS, help="hold the base in 4 bits")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--batch", type=ROWS, metavar="N", help="rows per optimizer step; default: 8"
+    )
+    parser.add_argument(
+        "--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: batch"
+    )
+    parser.add_argument(
+        "--length", type=LENGTH, metavar="N", help="longest row, tokens; default: 2048"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", default=None, help="keep only each layer's input"
+    )
+    parser.add_argument(
+        "--processes",
+        type=PROCESSES,
+        default=1,
+        metavar="N",
+        help="so many compute the run, each on a machine like this",
+    )
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        default=None,
+        help="each of them holds a part of the base's layers",
+    )
+    parser.add_argument(
+        "--reduce", choices=["plain", "exact"], help="how they add their gradients; default: plain"
+    )
+    parser.add_argument(
+        "--link",
+        metavar="SPEED",
+        help="between them, 10Gb/s (bits) or 3GB/s (bytes): the efficiency to expect",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="D",
+        help="rows to plan with; without it rows of --length, all tokens trained",
+    )
+    add_map(parser)
+    parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
+    parser.add_argument("--epochs", type=EPOCHS, metavar="E", help="passes over --data; default: 3")
+    parser.add_argument(
+        "--memory",
+        metavar="M",
+        help="what must suffice, for instance 24GiB; default: the machine's own",
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="a named GPU's published figures instead of this machine"
+    )
+    parser.add_argument(
+        "--price", type=PRICE, metavar="P", help="price of an hour, for the cost of the run"
+    )
+    parser.add_argument("--compare", action="store_true", help="all methods side by side")
+    parser.add_argument(
+        "--kind",
+        choices=["style", "format", "task", "instructions", "knowledge"],
+        help="what is learnt: gives advice",
+    )
+    parser.add_argument(
+        "--variants", type=COUNT, default=1, metavar="N", help="adapters wanted over one base"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="the result is to be merged into plain weights"
+    )
+    parser.add_argument(
+        "--write", metavar="RUN.yaml", help="write the advised (or planned) run as a run file"
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="run one real step on the longest batch of --data and compare",
+    )
+    parser.add_argument("--html", metavar="FILE", help="the plan as a page")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.probe:
+        from veneer.cli.training.plan_probe import run_probe
+
+        return run_probe(args)
+    from veneer.train.output.working import working
+
+    with working("planning") as tell:
+        question = _question(args)
+        from veneer.plan.ask import answer
+
+        found = answer(question, lambda done, total: tell("planning", done, total))
+    if args.json:
+        print_json(found.to_dict())
+    console = make_console(json=args.json)
+    if not args.json:
+        _show(console, found, question)
+    if args.html:
+        from veneer.files.atomic import atomic_file
+        from veneer.report.plan_page import plan_page
+
+        title = f"Plan for {', '.join(question.bases)}"
+        page = plan_page(title, found.rows, memory_bytes=found.memory or None, notes=found.notes)
+        with atomic_file(args.html, replace=True) as partial:
+            partial.write_text(page, encoding="utf-8")
+        console.print(f"wrote {args.html}")
+    if args.write:
+        _write(args, found)
+        several = f" --processes {args.processes}" if args.processes > 1 else ""
+        console.print(f"wrote {args.write} · veneer train {args.write} --out runs/NAME{several}")
+    alone = found.rows[0] if len(found.rows) == 1 else None
+    return DOES_NOT_FIT if alone is not None and alone.fits is False else 0
+
+
+def parse_size(text: str) -> int:
+    """24GiB, 24 GB, 512MiB, 1000000 -> bytes. ConfigError otherwise."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
+    unit = match[2].upper() if match else "?"
+    unit = unit if unit in UNITS else unit + "B"
+    found = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
+    if not BYTES.least <= found <= BYTES.most:
+        raise ConfigError(
+            f"{text!r} is no size of memory", next_step="Write for instance 24GiB, 24GB or 512MiB."
+        )
+    return int(found)
+
+
+def _question(args: argparse.Namespace) -> Question:
+    memory = parse_size(args.memory) if args.memory else None
+    config = None if args.run is None else read_run_config(args.run, {"out": "planned"}, args.sets)
+    for base in [*_bases(args), *([] if config is None else [config.base])]:
+        check_plannable(base)
+    check_rows(args.data)
+    check_writable(args.write)
+    with no_collection():
+        from veneer.plan.ask import Question
+        from veneer.plan.spread import parse_link
+
+    link = parse_link(args.link) if args.link else None
+    what = _run_asked(args, config) if config is not None else _flags_asked(args)
+    return Question(
+        **what,
+        compare=args.compare,
+        memory=memory,
+        gpu=args.gpu,
+        link=link,
+        price_per_hour=args.price,
+        kind=args.kind,
+        variants=args.variants,
+        merge=args.merge,
+    )
+
+
+def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+    """Of a question, what a run file answers."""
+    given = [name for name in SETTINGS if getattr(args, name) is not None]
+    given += ["map"] if args.columns else []
+    if given or args.write:
+        flags = ", ".join(
+            "--" + name.replace("_", "-") for name in [*given, *(["write"] if args.write else [])]
+        )
+        raise ConfigError(
+            f"{args.run} says what is planned; also given: {flags}",
+            next_step="Leave them out, or change settings with --set path=value.",
+        )
+    with no_collection():
+        from veneer import api
+    from veneer.plan.planner import choice_of
+    from veneer.train.state.parents import going_on
+
+    config = going_on(config)
+    data = api.run_rows(config)
+    return {
+        "bases": [config.base],
+        "choice": choice_of(config, args.processes),
+        "rows": data.train,
+        "held_out": data.validation,
+        "mixture": data.mixture,
+        "seed": config.seed,
+        "order": config.order,
+        "steps": config.steps,
+        "epochs": config.epochs or EPOCHS_UNSAID,
+    }
+
+
+def _bases(args: argparse.Namespace) -> list[str]:
+    several = (
+        [each.strip() for each in args.models.split(",") if each.strip()] if args.models else []
+    )
+    return several or ([args.base] if args.base else [])
+
+
+def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
+    if args.sets:
+        raise ConfigError(
+            "--set changes a run file, and none is named",
+            next_step="veneer plan RUN.yaml --set ...",
+        )
+    bases = _bases(args)
+    if not bases:
+        raise ConfigError(
+            "no base is named", next_step="Give --base (or --models A,B), or a run file."
+        )
+    from veneer.plan.ask import method_named
+    from veneer.plan.planner import Choice
+
+    method, quantize = method_named(args.method or "lora", args.rank)
+    choice = Choice(
+        method=method,
+        quantize=args.quantize or quantize,
+        dtype=args.dtype or "auto",
+        batch=args.batch or 8,
+        micro_batch=args.micro_batch,
+        length=args.length or 2048,
+        checkpointing=bool(args.checkpointing),
+        shard=bool(args.shard),
+        reduce=args.reduce or "plain",
+        processes=args.processes,
+    )
+    rows: Sequence[Any] = []
+    held_out: Sequence[Any] = []
+    if args.data:
+        with no_collection():
+            from veneer import api
+
+        from veneer.data.checks.check import refuse_unreadable
+
+        data, _ = api.check_data(
+            args.data,
+            base=bases[0],
+            length=choice.length,
+            long_rows="cut",
+            columns=columns_of(args),
+        )
+        refuse_unreadable(data.report, args.data)
+        rows, held_out = data.train, data.validation
+    elif args.columns:
+        raise ConfigError(
+            "--map names columns, and no rows are named", next_step="Give --data too."
+        )
+    passes = args.epochs or EPOCHS_UNSAID
+    return {
+        "bases": bases,
+        "choice": choice,
+        "rows": rows,
+        "held_out": held_out,
+        "steps": args.steps,
+        "epochs": passes,
+    }
+
+
+def _show(console: Console, found: Answer, question: Question) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from veneer.report.plan_page import spread_lines, verdict
+
+    matrix = len(question.bases) > 1
+    rows = question.rows
+    what = (
+        f"{len(rows):,} rows"
+        if rows
+        else f"{question.choice.batch} × {question.choice.length} tokens a step"
+    )
+    memory = f" · {size(found.memory)} of memory" if found.memory else ""
+    many = question.choice.processes
+    several = (
+        f" · {many:,} processes{', the base in shards' if question.choice.in_shards else ''}"
+        if many > 1
+        else ""
+    )
+    head = f"{shown(', '.join(question.bases))} · {what} · {found.machine.name}{memory}{several}"
+    console.print(Text(folded(head, console.width)))
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    names = ["method", "trained", "file", "memory", "tokens/s", "run"]
+    for name in (
+        (["base"] if matrix else [])
+        + names
+        + (["cost"] if question.price_per_hour else [])
+        + ["fits"]
+    ):
+        table.add_column(
+            name, justify="left" if name in ("base", "method", "fits") else "right", no_wrap=True
+        )
+    for row in found.rows:
+        cells = [
+            row.choice.label,
+            millions(row.trainable_parameters),
+            size(row.file_bytes),
+            size(row.needed_bytes),
+            (
+                number(row.tokens_per_second)
+                if row.tokens_per_second < 1000
+                else f"{row.tokens_per_second:,.0f}"
+            ),
+            "–" if row.run_seconds is None else clock(row.run_seconds),
+        ]
+        if question.price_per_hour:
+            cells.append("–" if row.cost is None else f"{row.cost:,.2f}")
+        mark = {None: "–", True: "yes", False: "no"}[row.fits]
+        table.add_row(
+            *([shown(row.base)] if matrix else []),
+            *cells,
+            mark,
+            style=None if row.fits is not False else "dim",
+        )
+    console.print(table)
+    for row in found.rows:
+        if not matrix:
+            _bar(console, row, max(r.needed_bytes for r in found.rows))
+            for line in spread_lines(row):
+                console.print(Text(folded("    " + line, console.width), style="dim"))
+    for row in found.rows if not matrix else []:
+        if (told := verdict(row)) and (row.fits is False or len(found.rows) == 1):
+            console.print(Text(folded(f"  {row.choice.label}: {told}", console.width)))
+    for fault in found.faults:
+        console.print(Text("  " + shown(fault), style="dim"))
+    if (advice := found.advice) is not None:
+        console.print(
+            Text(
+                f"take {advice.choice.label}, learning rate {advice.learning_rate:g}", style="bold"
+            )
+        )
+        for reason in advice.reasons:
+            console.print(Text("  " + reason), soft_wrap=False)
+    for note in found.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _bar(console: Console, row: PlanRow, most: int) -> None:
+    """One line: the parts of the peak, the largest first, as long as their share."""
+    from rich.text import Text
+
+    styles = ("blue", "yellow", "green", "magenta", "white", "cyan", "red", "bright_black")
+    line = Text(f"  {row.choice.label:<10} ")
+    named = []
+    for (label, part), style in zip(row.parts.items(), styles * 2, strict=False):
+        cells = round(BAR * part / most)
+        line.append("█" * cells, style=style)
+        if cells:
+            named.append((f"{label} {size(part)}", style))
+    console.print(line)
+    told = Text("             ")
+    width = 13
+    for text, style in named:
+        if width + len(text) + 2 > console.width:
+            told.append("\n             ")
+            width = 13
+        told.append("■ ", style=style).append(text + "  ", style="dim")
+        width += len(text) + 4
+    console.print(told)
+
+
+def _write(args: argparse.Namespace, found: Answer) -> None:
+    """The run file: what was advised, else what was planned, with the changes that make it fit."""
+    import yaml
+
+    from veneer.files.atomic import atomic_file
+
+    row = found.rows[0]
+    choice = row.choice if row.way is None else row.way.choice
+    rate = None
+    if found.advice is not None:
+        choice, rate = found.advice.choice, found.advice.learning_rate
+    settings: dict[str, Any] = {
+        "base": args.base or row.base,
+        "data": (
+            {"train": args.data, "map": columns}
+            if (columns := columns_of(args))
+            else args.data or "ROWS.jsonl"
+        ),
+        "method": (
+            choice.method.model_dump(mode="json", exclude_defaults=True)
+            | {"name": choice.method.name}
+        ),
+        "batch": choice.batch,
+        "length": choice.length,
+    }
+    for name, value in (
+        ("quantize", choice.quantize),
+        ("micro_batch", choice.micro_batch),
+        ("learning_rate", rate),
+        ("steps", args.steps),
+        ("checkpointing", choice.checkpointing or None),
+        ("shard", choice.shard or None),
+        ("reduce", None if choice.reduce == "plain" else choice.reduce),
+        ("dtype", None if choice.dtype == "auto" else choice.dtype),
+    ):
+        if value is not None:
+            settings[name] = value
+    settings["out"] = "runs/" + Path(args.data or "run").stem
+    with atomic_file(args.write) as partial:
+        partial.write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )

@@ -1,0 +1,73 @@
+"""`veneer plan --probe`: one real step on the longest batch of real rows, beside what was planned
+for it."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from veneer.cli.common import columns_of, make_console, no_collection, print_json
+from veneer.errors import ConfigError
+from veneer.wording import size
+
+
+def run_probe(args: argparse.Namespace) -> int:
+    if not args.base or not args.data:
+        raise ConfigError("--probe runs a step on real rows", next_step="Give --base and --data.")
+    if args.processes > 1:
+        raise ConfigError(
+            "--probe runs its step in one process", next_step="Leave --processes out."
+        )
+    with no_collection():
+        from veneer import api
+    from veneer.plan.ask import method_named
+    from veneer.train.config import RunConfig
+    from veneer.train.output.screen import QuietScreen
+
+    method, quantize = method_named(args.method or "lora", args.rank)
+    with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:
+        config = RunConfig.model_validate(
+            {
+                "base": args.base,
+                "data": {
+                    "train": args.data,
+                    "map": columns_of(args),
+                    "validation_share": 0.0,
+                    "long_rows": "cut",
+                },
+                "method": method.model_dump(),
+                "quantize": args.quantize or quantize,
+                "dtype": args.dtype or "auto",
+                "batch": args.batch or 8,
+                "micro_batch": args.micro_batch,
+                "length": args.length or 2048,
+                "steps": 2,
+                "checkpointing": bool(args.checkpointing),
+                "out": str(Path(folder) / "run"),
+            }
+        )
+        summary = api.train_run(config, resume=False, screen=QuietScreen())
+    planned, measured = summary["planned_memory_bytes"], summary["peak_memory_bytes"]
+    found: dict[str, Any] = {
+        "planned_memory_bytes": planned,
+        "measured_memory_bytes": measured,
+        "difference": None if not planned or not measured else (planned - measured) / measured,
+        "step_seconds": summary["seconds"],
+        "tokens_per_second": summary["tokens_per_second"],
+    }
+    if args.json:
+        print_json(found)
+        return 0
+    console = make_console(json=False)
+    console.print(f"planned   {size(planned) if planned else '–'}")
+    console.print(f"measured  {size(measured)}, longest batch and two steps")
+    if found["difference"] is not None:
+        console.print(
+            f"the plan is {abs(found['difference']):.1%}"
+            f" {'above' if found['difference'] > 0 else 'below'}"
+        )
+    if summary["tokens_per_second"]:
+        console.print(f"{summary['tokens_per_second']:,.0f} tokens/s")
+    return 0

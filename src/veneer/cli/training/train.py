@@ -1,0 +1,182 @@
+"""Train an adapter, or every weight, from a run file or from flags.
+
+For instance:
+
+  veneer train RUN.yaml
+  veneer train --base smollm2-135m --data tickets.jsonl --out runs/tickets
+  veneer train RUN.yaml --rank 8 --set data.long_rows=drop
+  veneer train --resume runs/tickets
+
+Flags win over the file, --set wins over both. Every setting of a run file can be set with
+--set path=value (the value is read as YAML). `veneer explain settings` lists all of them, and
+`veneer explain rank` says more of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from veneer.bounds import PROCESSES
+from veneer.cli.common import (
+    add_json,
+    add_map,
+    base_and_adapter,
+    columns_of,
+    no_collection,
+    print_json,
+)
+from veneer.cli.config_file import FLAGS, brief_help, first_parent, read_run_config
+from veneer.cli.early import check_place, check_run
+from veneer.cli.training.plan import parse_size
+from veneer.errors import ConfigError
+from veneer.train.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings as YAML")
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_setting(group, name)
+        if "data" in names:
+            add_map(group)
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting"
+    )
+    group.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="continue the run in DIR, bit for bit, with its own settings",
+    )
+    group.add_argument(
+        "--fit",
+        metavar="MEMORY",
+        help="change the run so that it fits, for instance 24GiB, and say what was changed",
+    )
+    group.add_argument(
+        "--processes",
+        metavar="N",
+        type=PROCESSES,
+        help="compute the run in N processes of this machine; across machines: torchrun",
+    )
+    group.add_argument("--quiet", action="store_true", help="show nothing while training")
+    add_json(group)
+
+
+GROUPS = {
+    "base, rows and result": ("base", "data", "validation", "from", "out"),
+    "method": ("method", "rank", "alpha", "quantize"),
+    "training": ("steps", "epochs", "batch", "micro_batch", "length", "learning_rate", "seed"),
+    "machine": ("dtype", "checkpointing", "shard"),
+}
+"""The settings that have a flag."""
+
+
+def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
+    flag, help_text = "--" + name.replace("_", "-"), brief_help(FLAGS[name]).replace("%", "%%")
+    if name in ("checkpointing", "shard"):
+        group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
+        )
+    else:
+        group.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
+
+
+def run(args: argparse.Namespace) -> int:
+    leads = os.environ.get("RANK", "0") == "0"
+    config = _config(args) if leads else None  # the others are told what the first was given
+    if args.processes is not None:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError(
+                "--processes starts processes, and this is one of several already",
+                [],
+                "Leave it out.",
+            )
+        return _launched(args.processes)
+    if config is not None:
+        check_place(config, resume=args.resume is not None)
+        check_run(config)
+    # Imported once the settings are known to be sound: torch takes seconds to load, a typo should
+    # not.
+    from veneer.train.output.screen import make_screen
+
+    screen = make_screen(json=args.json, quiet=args.quiet or not leads)
+    if config is not None:
+        screen.message(f"loading {config.base}")
+    with no_collection():
+        from veneer import api
+
+    try:
+        if args.fit and config is not None:
+            config, changes = api.fit_run(config, parse_size(args.fit))
+            for line in changes:
+                screen.message(line)
+        summary = api.train_run(config, resume=args.resume is not None, screen=screen)
+    finally:
+        screen.close()
+    if args.json and leads:
+        print_json(summary)
+    elif config is not None and not args.quiet:
+        screen.message(_next(config))
+    return 0
+
+
+def _launched(processes: int) -> int:
+    """The same command in each of them, without what asked for them."""
+    from veneer.train.processes.launch import launch
+
+    own, given = [], iter(sys.argv[1:])
+    for argument in given:
+        if argument == "--processes":
+            next(given)
+        elif not argument.startswith("--processes="):
+            own.append(argument)
+    return launch(own, processes, os.environ)
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
+    if flags["from"] is not None and flags["base"] is None and args.run is None:
+        parent = first_parent(flags["from"])
+        flags["base"] = None if parent is None else base_and_adapter(None, parent)[0]
+    if args.resume is None:
+        return read_run_config(args.run, flags, args.sets, columns_of(args))
+    given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
+    given += [f"--map {each}" for each in args.columns]
+    given += (
+        [f"--set {each}" for each in args.sets]
+        + ([args.run] if args.run else [])
+        + (["--fit"] if args.fit else [])
+    )
+    if given:
+        raise ConfigError(
+            f"--resume {args.resume} takes its settings from that folder's run.yaml; also given:"
+            f" {', '.join(given)}",
+            [],
+            "Leave them out, or start a new run with another --out.",
+        )
+    file = Path(args.resume) / "run.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{args.resume} holds no run: {file} is not there",
+            [],
+            "Name the folder that --out named.",
+        )
+    return read_run_config(file, {"out": args.resume})
+
+
+def _next(config: RunConfig) -> str:
+    """The commands that come after a run."""
+    made = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
+    held = config.data.validation
+    held_out = f" --data {held}" if isinstance(held, str) else " --data HELD_OUT.jsonl"
+    keep = "" if config.method.trains_base else f"\n        veneer adapters add {config.out}"
+    return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}{keep}"

@@ -1,0 +1,65 @@
+"""LoRA and its variants in PEFT's files: composes names and shapes (tensors.py), settings
+(config.py, matching.py) and the check against a base (fit.py)."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.adapters.config import LowRank
+from veneer.adapters.placement.attachment import Attachment
+from veneer.errors import CorruptFileError
+from veneer.formats.layout import Fit, Layout
+from veneer.formats.manifest import BaseIdentity
+from veneer.formats.peft.config import PeftLoRA, config_json, read_config
+from veneer.formats.peft.fit import fit
+from veneer.formats.peft.matching import peft_config
+from veneer.formats.peft.tensors import adapted_modules, file_tensors
+
+
+@dataclass(frozen=True)
+class LowRankFile:
+    """The file at `path`, in PEFT's terms."""
+
+    path: Path
+    peft: PeftLoRA
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        return self.peft.base_model_name_or_path
+
+    @property
+    def front_places(self) -> int:
+        return 0
+
+    def settings(self, tensors: Mapping[str, Tensor]) -> LowRank:
+        if not (adapted := adapted_modules(tensors)):
+            raise CorruptFileError(
+                f"{self.path.parent} holds no low-rank factors", [], "Copy the folder again."
+            )
+        return self.peft.low_rank(adapted)
+
+    def fit(
+        self,
+        tensors: Mapping[str, Tensor],
+        model: nn.Module,
+        head: nn.Module | None,
+        read_past: Collection[str],
+    ) -> Fit:
+        return fit(self.peft, tensors, model, head, read_past)
+
+
+def _config(attachment: Attachment, model: nn.Module, base: BaseIdentity) -> dict[str, Any]:
+    return config_json(
+        peft_config(attachment, model, name_or_path=base.name, revision=base.revision)
+    )
+
+
+def _read(path: Path, stored: Mapping[str, Any]) -> tuple[LowRankFile, list[str]]:
+    settings, ignored = read_config(path, stored)
+    return LowRankFile(path, settings), ignored
+
+
+LOW_RANK = Layout("LORA", file_tensors, _config, _read)

@@ -1,0 +1,43 @@
+"""Attention over a batch of groups: each group's documents with its own prompt and, where it has
+one, its own prefix.
+
+One group is one call over all rows, filler included. Of several, each is attended to by itself.
+Shapes: as in kernels/attention/packed.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.attention.packed import packed_attention
+from veneer.kernels.attention.prefix import prefixed_attention
+from veneer.kernels.layout import Group, Layout
+from veneer.kernels.rules import Rules
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values (M, K, D) in front of everything."""
+
+
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, prefixes: Sequence[Pair | None], rules: Rules
+) -> Tensor:
+    """q (N, H, D), k (N, K, D), v (N, K, E); prefixes: of each group -> (N, H, E), zeros on
+    filler."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, prefix: Pair | None) -> Tensor:
+        if prefix is None:
+            return packed_attention(q, k, v, group, rules)
+        return prefixed_attention(q, k, v, *prefix, group, rules)
+
+    if len(layout.groups) == 1:
+        return attend(q, k, v, layout.groups[0], prefixes[0])
+    counts = [*(group.rows for group in layout.groups), len(q) - layout.rows]
+    # One node of the graph for all cuts: a slice by itself would make a gradient of all N rows for
+    # each group.
+    parts = zip(q.split(counts), k.split(counts), v.split(counts), strict=True)
+    found = [
+        attend(*part, *of)
+        for part, of in zip(parts, zip(layout.groups, prefixes, strict=True), strict=False)
+    ]
+    return torch.cat([*found, q.new_zeros(counts[-1], q.shape[1], v.shape[2])])

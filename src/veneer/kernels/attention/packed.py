@@ -1,0 +1,351 @@
+"""Attention over packed documents that share a prompt.
+
+    prompt rows attend causally to the prompt; row i of a document attends to the whole prompt and
+        to
+    rows 0..i of its own document. softmax(softcap(scale q k^T) + mask, sink) v
+
+Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows
+this is several times faster on a CPU than the fused flash kernel (its backward most of all;
+docs/log.md), needs no repetition of keys for grouped query heads, and expresses windows, soft caps
+and sinks. On processors that multiply bf16 pairs a compiled kernel takes its place
+(kernels/attention/compiled.py), on CUDA torch's flash kernels (kernels/attention/flash.py), or its
+flex attention (kernels/attention/flex.py). Only q, k and v are kept for backward; the probabilities
+of one block at a time are computed again.
+
+Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values,
+where it is another), L longest document, P prompt.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.kernels.attention import flex
+from veneer.kernels.attention.compiled import native_attention, usable
+from veneer.kernels.attention.flash import declined, flash_attention
+from veneer.kernels.layout import Group, round_up
+from veneer.kernels.rules import Rules
+
+BLOCK = 256
+"""Query rows per block: bounds the scores held at once to docs * H * BLOCK * (P + L) values."""
+
+
+class _Scores:
+    """The elementwise part between q k^T and the product with v, with its derivative."""
+
+    def __init__(
+        self, rules: Rules
+    ) -> None:  # sinks are trained values: they come with the tensors
+        self.scale, self.window, self.softcap = rules.scale, rules.window, rules.softcap
+
+    def probabilities(
+        self, q: Tensor, k: Tensor, sinks: Tensor | None, *, first: int, place: int, groups: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys [+ 1 with sinks]),
+        tanh part.
+
+        Row i of every group stands at place + i, the keys at first and after.
+        """
+        bent = None
+        if self.softcap is None:
+            nothing = q.new_empty(1, 1, 1)  # beta 0: not read
+            scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=self.scale)
+        else:
+            bent = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
+            scores = bent * self.softcap
+        self._hide(scores.unflatten(1, (groups, -1)), place - first)
+        if sinks is not None:  # one more column that takes mass and gives nothing
+            scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, 1)], dim=-1)
+        return torch.softmax(scores, dim=-1), bent
+
+    def _hide(self, scores: Tensor, own: int) -> None:
+        """(B, G, rows, keys), in place: -inf where row i, whose own key is number own + i, does not
+        see.
+
+        Most keys are seen by every row of a block: what is masked are the triangles at both ends.
+        """
+        rows, keys = scores.shape[-2:]
+        later = torch.ones(rows, keys - own - 1, dtype=torch.bool, device=scores.device).triu_()
+        scores[..., own + 1 :].masked_fill_(later, float("-inf"))
+        if self.window is not None and (width := rows + own - self.window) > 0:
+            before = torch.ones(rows, width, dtype=torch.bool, device=scores.device).tril_(
+                own - self.window
+            )
+            scores[..., :width].masked_fill_(before, float("-inf"))
+
+
+def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
+    """(docs, L, H, D) -> (docs * K, G * L, D): the query heads of one key head stand under each
+    other."""
+    docs, length, heads, size = rows.shape
+    split = rows.view(docs, length, kv_heads, heads // kv_heads, size)
+    return split.permute(0, 2, 3, 1, 4).reshape(docs * kv_heads, -1, size)
+
+
+def _ungrouped(rows: Tensor, docs: int, kv_heads: int, length: int) -> Tensor:
+    """The inverse of _grouped: (docs * K, G * L, D) -> (docs, L, H, D)."""
+    split = rows.view(docs, kv_heads, -1, length, rows.shape[-1])
+    return split.permute(0, 3, 1, 2, 4).reshape(docs, length, -1, rows.shape[-1])
+
+
+def _square(rows: Tensor, layout: Group) -> Tensor:
+    """(N, heads, D) -> (docs, L, heads, D), the prompt left out."""
+    documents = rows[layout.prompt : layout.rows]
+    if layout.to_square is not None:
+        documents = documents.index_select(0, layout.to_square)
+    return documents.view(len(layout.lengths), layout.longest, *rows.shape[1:])
+
+
+def _square_gradient(square: Tensor, layout: Group) -> Tensor:
+    """(docs, L, heads, D) of output or gradient -> (sum of L, heads, D), what stands on padding
+    dropped."""
+    flat = square.reshape(-1, *square.shape[2:])
+    return flat if layout.from_square is None else flat.index_select(0, layout.from_square)
+
+
+def _keys(rows: Tensor, layout: Group) -> Tensor:
+    """(N, K, D) -> (docs * K, keys, D): the prompt's keys, each document's own, zeros up to a full
+    width.
+
+    Softmax over a width that is no multiple of 32 is 1.6 times slower on a CPU.
+    """
+    square = _square(rows, layout)
+    docs, length, heads, size = square.shape
+    end = layout.prompt + length
+    keys = rows.new_zeros(docs, heads, round_up(end), size)
+    keys[:, :, layout.prompt : end] = square.transpose(1, 2)
+    keys[:, :, : layout.prompt] = rows[: layout.prompt].transpose(0, 1)
+    return keys.view(docs * heads, -1, size)
+
+
+def _prompt_keys(rows: Tensor, layout: Group) -> Tensor:
+    """(N, K, D) -> (K, keys, D): the prompt's own keys alone, zeros up to a full width."""
+    keys = rows.new_zeros(rows.shape[1], round_up(layout.prompt), rows.shape[2])
+    keys[:, : layout.prompt] = rows[: layout.prompt].transpose(0, 1)
+    return keys
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """(start, stop) of the query blocks of a document of `length` rows."""
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
+    """Rows start..stop of every group of (B, G * L, D), as (B, G * rows, D)."""
+    length = grouped.shape[1] // groups
+    if start == 0 and stop == length:
+        return grouped
+    batch, _, size = grouped.shape
+    return grouped.view(batch, groups, length, size)[:, :, start:stop].reshape(batch, -1, size)
+
+
+class _Part:
+    """One rectangle of attention: either the prompt with itself, or all documents with prompt and
+    selves."""
+
+    def __init__(
+        self, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
+    ) -> None:
+        self.scores, self.prompt, self.groups = scores, prompt, groups
+        self.q, self.k, self.v = q, k, v
+        self.length = q.shape[1] // groups
+
+    def _window_start(self, start: int) -> int:
+        """The first key that any row of this block sees; earlier ones are not even multiplied."""
+        window = self.scores.window
+        return 0 if window is None else max(0, self.prompt + start - window + 1)
+
+    def _block(
+        self, start: int, stop: int, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        first, last = self._window_start(start), round_up(self.prompt + stop)
+        q = _rows(self.q, self.groups, start, stop)
+        k, v = self.k[:, first:last], self.v[:, first:last]
+        if sinks is not None:
+            rows = stop - start
+            heads = sinks.view(-1, self.groups).repeat(q.shape[0] * self.groups // sinks.numel(), 1)
+            sinks = heads.repeat_interleave(rows, dim=1)[..., None]
+        probabilities, bent = self.scores.probabilities(
+            q, k, sinks, first=first, place=self.prompt + start, groups=self.groups
+        )
+        return q, k, v, probabilities, bent
+
+    def forward(self, sinks: Tensor | None) -> Tensor:
+        out = self.q.new_empty(*self.q.shape[:2], self.v.shape[2])
+        view = out.view(out.shape[0], self.groups, self.length, -1)
+        for start, stop in _blocks(self.length):
+            _, _, v, probabilities, _ = self._block(start, stop, sinks)
+            if sinks is not None:
+                probabilities = probabilities[..., :-1]
+            view[:, :, start:stop] = torch.bmm(probabilities, v).view(
+                out.shape[0], self.groups, stop - start, -1
+            )
+        return out
+
+    def backward(
+        self, grad: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        grad_q, grad_k, grad_v = (
+            torch.empty_like(self.q),
+            torch.zeros_like(self.k),
+            torch.zeros_like(self.v),
+        )
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+        view = grad_q.view(grad_q.shape[0], self.groups, self.length, -1)
+        for start, stop in _blocks(self.length):
+            first, last = self._window_start(start), round_up(self.prompt + stop)
+            q, k, v, probabilities, bent = self._block(start, stop, sinks)
+            g = _rows(grad, self.groups, start, stop)
+            given = probabilities if sinks is None else probabilities[..., :-1]
+            grad_v[:, first:last] += torch.bmm(given.transpose(1, 2), g)
+            grad_p = torch.bmm(g, v.transpose(1, 2))
+            if sinks is not None:
+                grad_p = F.pad(grad_p, (0, 1))
+            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+            if sinks is not None and grad_sinks is not None:
+                per_row = grad_s[..., -1].view(
+                    -1, sinks.numel() // self.groups, self.groups, stop - start
+                )
+                grad_sinks += per_row.sum(dim=(0, 3)).view(-1)
+                grad_s = grad_s[..., :-1]
+            grad_s = grad_s if bent is None else grad_s * (1 - bent * bent)
+            block_q = torch.bmm(grad_s, k).mul_(self.scores.scale)
+            view[:, :, start:stop] = block_q.view(block_q.shape[0], self.groups, stop - start, -1)
+            grad_k[:, first:last] += torch.bmm(grad_s.transpose(1, 2), q).mul_(self.scores.scale)
+        return grad_q, grad_k, grad_v, grad_sinks
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Part]:
+    """q (N, H, D), k and v (N, K, D) -> the prompt's part, if there is a prompt, and the
+    documents'."""
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    parts = []
+    if P := layout.prompt:
+        own_k, own_v = _prompt_keys(k, layout), _prompt_keys(v, layout)
+        parts.append(_Part(scores, _grouped(q[None, :P], kv_heads), own_k, own_v, 0, groups))
+    square_q = _grouped(_square(q, layout), kv_heads)
+    parts.append(_Part(scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
+    return parts
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        layout: Group,
+        scores: _Scores,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, sinks)
+        ctx.layout, ctx.scores = layout, scores
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        parts = _parts(q, k, v, layout, scores)
+        documents = parts[-1].forward(sinks)
+        out[layout.rows :] = 0
+        out[layout.prompt : layout.rows] = _square_gradient(
+            _ungrouped(documents, len(layout.lengths), k.shape[1], layout.longest), layout
+        )
+        if layout.prompt:
+            out[: layout.prompt] = _ungrouped(
+                parts[0].forward(sinks), 1, k.shape[1], layout.prompt
+            )[0]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+        q, k, v, sinks = ctx.saved_tensors
+        layout: Group = ctx.layout
+        P, docs, kv_heads = layout.prompt, len(layout.lengths), k.shape[1]
+        parts = _parts(q, k, v, layout, ctx.scores)
+        square = _square(grad, layout)
+        if (
+            layout.from_square is not None
+        ):  # padding repeats a real row: its gradient must not count twice
+            square = torch.zeros_like(square)
+            square.flatten(0, 1).index_copy_(0, layout.from_square, grad[P : layout.rows])
+        d_q, d_k, d_v, d_sinks = parts[-1].backward(_grouped(square, kv_heads), sinks)
+        grad_q, grad_k, grad_v = (
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)
+        )
+        grad_q[P : layout.rows] = _square_gradient(
+            _ungrouped(d_q, docs, kv_heads, layout.longest), layout
+        )
+        for filler in (grad_q, grad_k, grad_v):
+            filler[layout.rows :] = 0
+        for target, value in ((grad_k, d_k), (grad_v, d_v)):
+            split = value.view(docs, kv_heads, round_up(P + layout.longest), -1)
+            target[P : layout.rows] = _square_gradient(
+                split[:, :, P : P + layout.longest].transpose(1, 2), layout
+            )
+            if P:  # every document saw the prompt: its gradient is their sum
+                wide = torch.promote_types(target.dtype, torch.float32)
+                target[:P] = split[:, :, :P].sum(dim=0, dtype=wide).transpose(0, 1).to(target.dtype)
+        if P:
+            p_q, p_k, p_v, p_sinks = parts[0].backward(_grouped(grad[None, :P], kv_heads), sinks)
+            grad_q[:P] = _ungrouped(p_q, 1, kv_heads, P)[0]
+            grad_k[:P] += p_k[:, :P].transpose(0, 1)
+            grad_v[:P] += p_v[:, :P].transpose(0, 1)
+            d_sinks = None if d_sinks is None or p_sinks is None else d_sinks + p_sinks
+        return grad_q, grad_k, grad_v, d_sinks, None, None
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+    """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
+    if usable(q, k, v, rules):
+        return native_attention(q, k, v, layout, rules)
+    if declined(q, k, v, layout, rules) is None:
+        return flash_attention(q, k, v, layout, rules)
+    if flex.declined(q, k, v, layout, rules, plain_attention) is None:
+        if q.is_meta:  # planned: the same is kept
+            return flash_attention(q, k, v, layout, replace(rules, softcap=None))
+        return flex.flex_packed_attention(q, k, v, layout, rules)
+    return plain_attention(q, k, v, layout, rules)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+    """The same by batched products, whatever else would be taken."""
+    apply: Any = _PackedAttention.apply
+    return apply(q, k, v, rules.sinks, layout, _Scores(rules))
+
+
+def packed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
+) -> Tensor:
+    """The same, one document at a time in plain torch: the meaning of packed_attention."""
+    P, groups = layout.prompt, q.shape[1] // k.shape[1]
+    window, softcap, sinks = rules.window, rules.softcap, rules.sinks
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+    def one(rows: Tensor, start: int) -> Tensor:  # rows: indices of prompt and document
+        scores = torch.einsum("ihd,jhd->hij", q[rows[start:]], k[rows]) * rules.scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        place = torch.arange(len(rows))
+        seen = place[None] <= place[start:, None]
+        if window is not None:
+            seen = seen & (place[None] > place[start:, None] - window)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat(
+                [scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1
+            )
+        probabilities = torch.softmax(scores, dim=-1)[..., : len(rows)]
+        return torch.einsum("hij,jhd->ihd", probabilities, v[rows])
+
+    prompt = torch.arange(P)
+    out = [one(prompt, 0)] if P else []
+    start = P
+    for length in layout.lengths:
+        out.append(one(torch.cat([prompt, torch.arange(start, start + length)]), P))
+        start += length
+    filler = q.new_zeros(q.shape[0] - layout.rows, q.shape[1], v.shape[2])
+    return torch.cat([*out, filler])

@@ -1,0 +1,157 @@
+"""What C may be handed: the checks that every call into the compiled kernels goes through
+(calls.py, packed_calls.py, dense_calls.py).
+
+C looks at nothing: a number that is too large arrives as another one, and a pointer is read as far
+as the numbers say. So numbers are taken from the tensors' own shapes wherever they can be, and a
+tensor must be what C takes it for: its type, this very shape, no gaps, on the CPU, at an address
+that fits its words. Anything else raises CallError, which only we can cause: callers ask first
+whether a kernel computes what they have.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.bindings.library import library, on_cpu
+
+BF16, FP32, INT32, INT64, BYTES = (
+    torch.bfloat16,
+    torch.float32,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of values that go in and come out, and their numbers in C."""
+
+
+class CallError(AssertionError):
+    """C would have read or written what it may not. Raised, not asserted: `python -O` leaves
+    assertions out."""
+
+
+def available(name: str) -> bool:
+    """Whether this machine has the function: it is compiled, and for this kind of processor."""
+    found = library()
+    return found is not None and hasattr(found, name)
+
+
+def reachable(tensor: Tensor) -> bool:
+    """On the CPU; while planning, when nothing is called, also where it only stands for that."""
+    return tensor.is_cpu or on_cpu(tensor)
+
+
+class _OfThread(threading.local):
+    note: Callable[[str, tuple[Any, ...]], None] | None = None
+
+
+_of_thread = _OfThread()
+
+
+def call(name: str, *arguments: Any) -> int:
+    function = getattr(library(), name, None)
+    if function is None:
+        raise CallError(f"{name} is not compiled here")
+    if _of_thread.note is not None:
+        _of_thread.note(name, arguments)
+    return function(*arguments) or 0
+
+
+def is_noted() -> bool:
+    """Whether somebody hears of this thread's calls."""
+    return _of_thread.note is not None
+
+
+@contextmanager
+def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Within the block `note` hears of every call of this thread: its name, and what it is given.
+    One block at a time: the outer one would miss what the inner one hears."""
+    if _of_thread.note is not None:
+        raise CallError("calls are noted within a block that notes them")
+    _of_thread.note = note
+    try:
+        yield
+    finally:
+        _of_thread.note = None
+
+
+# A training step asks the next two some five thousand times: what passes takes the shortest way.
+
+
+def at(tensor: Tensor, dtype: torch.dtype, *shape: int, words: int = 1) -> int:
+    """Where the values lie. words: bytes that are read at once."""
+    if tensor.shape != shape:
+        raise CallError(f"{tuple(tensor.shape)} values where C takes {shape}")
+    return _start(tensor, dtype, words)
+
+
+def whole(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """The same of any shape that holds `count` values."""
+    if tensor.numel() != count:
+        raise CallError(f"{tensor.numel():,} values where C takes {count:,}")
+    return _start(tensor, dtype, 1)
+
+
+def _start(tensor: Tensor, dtype: torch.dtype, words: int) -> int:
+    if (
+        tensor.dtype is not dtype
+        or not tensor.is_contiguous()
+        or not (tensor.is_cpu or on_cpu(tensor))
+    ):
+        raise _unfit(tensor, dtype)
+    address = tensor.data_ptr()
+    if address % dtype.itemsize or address % words:
+        raise CallError(f"values at an odd address where C reads {words} bytes at once")
+    return address
+
+
+def _unfit(tensor: Tensor, dtype: torch.dtype) -> CallError:
+    said = f"{tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ' with gaps'}"
+    return CallError(f"{said} where C takes {dtype} on the CPU without gaps")
+
+
+def number(value: int, least: int = 0, most: int = 2**62) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise CallError(f"{value!r} where C takes a whole number from {least} to {most}")
+    return value
+
+
+def type_number(dtype: torch.dtype) -> int:
+    if dtype not in TYPES:
+        raise CallError(f"{dtype} where C takes one of {', '.join(map(str, TYPES))}")
+    return TYPES[dtype]
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def pointers(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+def numbers(names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_int64) for name in names.split()]
+
+
+IN_FLOAT = {
+    "veneer_rms_norm_forward": "veneer_rms_norm_float_forward",
+    "veneer_rms_norm_backward": "veneer_rms_norm_float_backward",
+    "veneer_silu_gate_forward": "veneer_silu_gate_float_forward",
+    "veneer_silu_gate_backward": "veneer_silu_gate_float_backward",
+    "veneer_rotary": "veneer_rotary_float",
+    "veneer_attention_forward": "veneer_attention_float_forward",
+    "veneer_attention_backward": "veneer_attention_float_backward",
+}
+
+
+def of_type(name: str, dtype: torch.dtype) -> str:
+    """The function of this type."""
+    if dtype not in (BF16, FP32):
+        raise CallError(f"{name} of {dtype}, C takes bf16 and float32")
+    return name if dtype is BF16 else IN_FLOAT[name]

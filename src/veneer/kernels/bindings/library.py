@@ -1,0 +1,313 @@
+"""The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
+
+Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are
+made in calls.py, block_calls.py, product_calls.py, sum_calls.py, packed_calls.py, dense_calls.py,
+paged_calls.py, step_calls.py and draw_calls.py alone, which check what they hand over
+(arguments.py), and made again in tape/recorded.py and tape/repeated.py: C does not look.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, Literal
+
+from veneer.errors import ConfigError
+
+OFF = "VENEER_NO_NATIVE"
+"""Environment variable: set to 1, the plain paths run everywhere."""
+BUILT_ELSEWHERE = "VENEER_NATIVE"
+"""Environment variable: the file of another build of the kernels, for one with sanitizers
+(tests/kernels/test_sanitized.py)."""
+
+
+MAX_ISA = "VENEER_MAX_CPU_ISA"
+"""Environment variable: the most that compiled functions use of a processor, one of LIMITS; read
+once, with the library. torch's own limits are ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA: with all
+three a processor acts as an older one."""
+
+LIMITS = {"plain": 0, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
+"""avx512: without the products of bf16 pairs and the byte permutes that newer processors add to it;
+avx512_bf16: with these, without tiles (AMX)."""
+
+_SOFTLY = 1
+"""OpenMP's omp_pause_soft."""
+
+_POINTER, _NUMBER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ONE_STRUCT = (
+    *("veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
+    *("veneer_dora_forward", "veneer_dora_backward", "veneer_dora_norms"),
+    *("veneer_attention_forward", "veneer_attention_backward"),
+    *("veneer_attention_float_forward", "veneer_attention_float_backward"),
+    *("veneer_block_norm_forward", "veneer_block_norm_backward", "veneer_block_heads"),
+    *("veneer_block_gate_forward", "veneer_block_gate_backward"),
+    *("veneer_attention_summed", "veneer_attention_shared", "veneer_zeros"),
+)
+_STRUCT_AND_COUNT = (
+    *(
+        "veneer_rms_norm_forward",
+        "veneer_rms_norm_backward",
+        "veneer_silu_gate_forward",
+        "veneer_silu_gate_backward",
+    ),
+    *("veneer_rms_norm_float_forward", "veneer_rms_norm_float_backward"),
+    *("veneer_silu_gate_float_forward", "veneer_silu_gate_float_backward"),
+    *("veneer_rotary", "veneer_rotary_float", "veneer_entropy", "veneer_dropout"),
+)
+_STEP = ("veneer_step_norm", "veneer_step_rotate", "veneer_step_gate")
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "veneer_use_openmp": (None, [_POINTER] * 4),
+    "veneer_limit": (None, [_INT]),
+    "veneer_level": (_INT, []),
+    "veneer_has_bf16": (_INT, []),
+    "veneer_has_amx": (_INT, []),
+    **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
+    **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
+    "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
+    "veneer_few_rows": (_INT, [_POINTER, _INT]),
+    "veneer_product": (_INT, [_POINTER]),
+    "veneer_few_rows_updated": (_INT, [_POINTER, _INT]),
+    "veneer_lay_out_factors": (None, [_POINTER, _NUMBER]),
+    "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
+    "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_nf4_product": (
+        _INT,
+        [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT],
+    ),
+    "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
+    "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
+    **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
+    "veneer_step_inputs": (None, [_POINTER]),
+    "veneer_draw": (None, [_POINTER, _NUMBER, _INT, _INT]),
+    "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
+    "veneer_repeated": (_INT, [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER]),
+    "veneer_packed_rows": (_INT, [_POINTER, _INT]),
+}
+"""Every function of the library that is called: (what it returns, what it takes)."""
+
+
+Place = Literal["cpu", "cuda"]
+
+
+@dataclass
+class Noted:
+    """What is said of kernels while planning. flops: that they would have spent. at_once: layers
+    whose calls are made by one (kernels/tape/repeated.py). times: how many turns of a loop the one
+    that runs now stands for (`turns`). own: whether torch's product now stands for a kernel of ours
+    (`own_product`)."""
+
+    flops: int = 0
+    at_once: int = 0
+    times: int = 1
+    own: bool = False
+
+
+_planning: ContextVar[tuple[Place, Noted] | None] = ContextVar("planning", default=None)
+"""For where, while planning."""
+
+
+@contextmanager
+def planning(place: Place = "cpu") -> Iterator[None]:
+    """Within the block tensors without storage (meta) take the paths of tensors that lie there, and
+    no kernel is called: what a step would allocate there can be counted."""
+    token = _planning.set((place, Noted()))
+    try:
+        yield
+    finally:
+        _planning.reset(token)
+
+
+def note_flops(count: Callable[[], int]) -> None:
+    """Called beside a kernel: what it computes, asked for only while planning."""
+    if (planned := _planning.get()) is not None:
+        planned[1].flops += count() * planned[1].times
+
+
+def turns(starts: range) -> Iterator[int]:
+    """`starts`, for a loop whose turns hold and compute the same, but the first, which finds
+    nothing of one before, and the last, which may be shorter. While planning one of those between
+    stands for all of them."""
+    planned = _planning.get()
+    if planned is None or len(starts) < 4:
+        yield from starts
+        return
+    yield starts[0]
+    planned[1].times = len(starts) - 2
+    try:
+        yield starts[1]
+    finally:
+        planned[1].times = 1
+    yield starts[-1]
+
+
+@contextmanager
+def own_product() -> Iterator[None]:
+    """Around a product by torch while planning, in the place of a kernel of ours."""
+    planned = _planning.get()
+    assert planned is not None
+    planned[1].own = True
+    try:
+        yield
+    finally:
+        planned[1].own = False
+
+
+def noted_now() -> Noted:
+    """What is said of what is computed now."""
+    planned = _planning.get()
+    return Noted() if planned is None else planned[1]
+
+
+def note_at_once() -> None:
+    """Called beside a layer whose calls are made at once."""
+    if (planned := _planning.get()) is not None:
+        planned[1].at_once += 1
+
+
+def take_noted() -> Noted:
+    """What was noted since the last time; nothing where nothing is planned."""
+    if (planned := _planning.get()) is None:
+        return Noted()
+    noted = planned[1]
+    taken, noted.flops, noted.at_once = replace(noted), 0, 0
+    return taken
+
+
+def on_cpu(tensor: Any) -> bool:
+    """Whether a tensor lies where compiled functions may be called on it; while planning, whether
+    it is planned to."""
+    planned = _planning.get()
+    return bool(tensor.is_cpu if planned is None else tensor.is_meta and planned[0] == "cpu")
+
+
+def on_cuda(tensor: Any) -> bool:
+    """The same of kernels on CUDA."""
+    planned = _planning.get()
+    return bool(tensor.is_cuda if planned is None else tensor.is_meta and planned[0] == "cuda")
+
+
+class _Silent:
+    """The library while a step is planned: it answers what the processor has, and computes
+    nothing."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._loaded = loaded
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._loaded, name)
+        return own if name in ("veneer_has_bf16", "veneer_has_amx", "veneer_level") else _nothing()
+
+
+def _nothing() -> Callable[..., None]:
+    def called(*_: object) -> None: ...
+
+    return called
+
+
+def library() -> Any:
+    """The library with its threads connected to torch's, or None: not compiled, not loadable, or
+    switched off."""
+    loaded = _library()
+    return _Silent(loaded) if loaded is not None and _planning.get() is not None else loaded
+
+
+@cache
+def _library() -> Any:
+    if os.environ.get(OFF):
+        return None
+    here = Path(__file__).parents[1]
+    elsewhere = os.environ.get(BUILT_ELSEWHERE)
+    names = (
+        [elsewhere]
+        if elsewhere
+        else [f"_native{suffix}" for suffix in reversed(EXTENSION_SUFFIXES)]
+    )
+    files = [path for name in names if (path := here / name).is_file()]
+    if not files:
+        return None
+    try:
+        loaded = ctypes.CDLL(str(files[0]))
+    except OSError:
+        return None
+    for name, (returns, takes) in SIGNATURES.items():
+        if hasattr(loaded, name):  # those for bf16 exist on one kind of processor
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = returns, takes
+    if named := os.environ.get(MAX_ISA):
+        if named not in LIMITS:
+            raise ConfigError(
+                f"{MAX_ISA} is {named!r}",
+                next_step=f"One of {', '.join(LIMITS)}; or leave it unset.",
+            )
+        loaded.veneer_limit(LIMITS[named])
+    found: Any = loaded
+    found.multiplies_bf16 = hasattr(loaded, "veneer_entropy") and bool(loaded.veneer_has_bf16())
+    functions = _openmp()
+    if functions is not None:
+        loaded.veneer_use_openmp(*functions)
+    return found
+
+
+def level() -> int:
+    """3 AVX-512, 2 AVX2, 0 plain C; -1 without the library."""
+    found = library()
+    return -1 if found is None else int(found.veneer_level())
+
+
+def has_bf16() -> bool:
+    """Whether compiled functions multiply bf16 pairs."""
+    found = _library()
+    return (
+        found is not None and found.multiplies_bf16
+    )  # asked thousands of times a step: C was asked once
+
+
+def has_floats() -> bool:
+    """Whether the functions over float32 are there: even without AVX2 they take half of torch's
+    time or less."""
+    return _library() is not None
+
+
+def has_amx() -> bool:
+    """Whether bf16 products that have enough rows are made of AMX tiles."""
+    found = library()
+    return found is not None and bool(found.veneer_has_amx())
+
+
+def end_helpers() -> None:
+    """The threads that help this one end; its next parallel call starts others.
+
+    For a thread that has another one compute from now on. libgomp counts the helpers of all
+    threads, and where these are more than the processors none waits for the next call awake: an
+    answer's step, some 200 calls, took 21 ms in place of 15.
+    """
+    for path in _openmp_libraries("libgomp*"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(str(path)).omp_pause_resource_all(_SOFTLY)
+
+
+def _openmp() -> tuple[int, ...] | None:
+    """Addresses of the four OpenMP functions that parallel.c wants, from the library that torch
+    itself uses."""
+    names = ("GOMP_parallel", "omp_get_max_threads", "omp_get_thread_num", "omp_in_parallel")
+    for path in _openmp_libraries("libgomp*", "libomp*", "libiomp*"):
+        try:
+            loaded = ctypes.CDLL(str(path))
+            found = [ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value for name in names]
+        except (OSError, AttributeError):
+            continue
+        if all(found):
+            return tuple(int(address or 0) for address in found)
+    return None
+
+
+def _openmp_libraries(*patterns: str) -> list[Path]:
+    import torch
+
+    folder = Path(torch.__file__).parent / "lib"
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))

@@ -1,0 +1,57 @@
+"""Dropout on CUDA in one pass, with the masks of dense/dropout.py and native/dropout.c: hash(row
+key, column) to the bit.
+
+Nothing is stored of a mask, and its counters are 32 bits wide, which a GPU multiplies natively.
+Shapes: N rows, I wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from veneer.kernels.cuda.triton_numbers import Launched, rounded
+
+_VALUES = 1024
+
+
+@triton.jit
+def _mix(value):
+    """lowbias32 of uint32."""
+    value = (value ^ (value >> 16)) * 0x7FEB352D
+    value = (value ^ (value >> 15)) * 0x846CA68B
+    return value ^ (value >> 16)
+
+
+@Launched
+@triton.jit(do_not_specialize=("row_key", "column_key", "threshold"))  # other numbers every step
+def _drop(x, rows, out, row_key, column_key, threshold, kept, width, size: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * size + tl.arange(0, size)
+    inside, place = column < width, row.to(tl.int64) * width + column
+    # a key's low half alone is hashed; sums and products of 32 bits wrap as the masks of 64 do
+    own = _mix((tl.load(rows + row) + row_key).to(tl.uint32))
+    across = _mix((column.to(tl.int64) * 0x85EBCA6B + column_key).to(tl.uint32))
+    stays = _mix(own ^ across).to(tl.int64) >= threshold
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    found = tl.where(stays, tl.div_rn(value, kept), 0.0)
+    tl.store(out + place, rounded(found, x.dtype.element_ty), mask=inside)
+
+
+def drop(x: Tensor, rows: Tensor, row_key: int, column_key: int, share: float) -> Tensor:
+    """x (N, I), rows (N) int64, both contiguous; keys of 32 bits -> as drop_out."""
+    (count, width), out = x.shape, torch.empty_like(x)
+    grid, threshold = (count, triton.cdiv(width, _VALUES)), int(share * 2**32)
+    _drop[grid](
+        x,
+        rows,
+        out,
+        row_key,
+        column_key,
+        threshold,
+        1 - share,
+        width,
+        size=_VALUES,
+        enable_fp_fusion=False,
+    )
+    return out

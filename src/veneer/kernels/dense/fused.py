@@ -1,0 +1,216 @@
+"""Chains of elementwise operations, each as one node of the graph that keeps no more than it needs.
+
+    rms_norm     y = weight * (x / sqrt(mean(x^2) + epsilon))          keeps x and one float32 a row
+    silu_gate    y = silu(gate) * up, gelu_gate with gelu's tanh       keeps gate and up
+    rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
+
+Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of
+x. Compiled for bf16 on processors that have it (native/fused.c) and for float32 on any
+(native/fused_float.c), in Triton on CUDA (cuda/triton_norm.py, cuda/triton_gate.py,
+cuda/triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the models
+round: after the normalisation, after the activation. Shapes: M rows, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.kernels.bindings import calls
+from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
+from veneer.kernels.cuda import launch
+
+MOST_WIDTH = 2**14
+"""D of a norm in Triton: a row stays in the registers of one program."""
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that
+    has bf16 arithmetic."""
+    for t in tensors:
+        if t.dtype is not torch.bfloat16 or not on_cpu(t) or not t.is_contiguous():
+            return False
+        if t.data_ptr() % calls.PAIR_BYTES:
+            return False
+    return has_bf16()
+
+
+def in_one_pass(*tensors: Tensor) -> bool:
+    """Whether the kernels compute norms, gates and rotations of these: as `compiled`, or all
+    float32."""
+    if tensors[0].dtype is not torch.float32:
+        return compiled(*tensors)
+    return has_floats() and all(
+        t.dtype is torch.float32 and on_cpu(t) and t.is_contiguous() for t in tensors
+    )
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        rows = x.numel() // x.shape[-1]
+        if weight.shape == x.shape[-1:] and in_one_pass(x, weight):
+            out, scale = (
+                torch.empty_like(x),
+                torch.empty(rows, dtype=torch.float32, device=x.device),
+            )
+            calls.rms_norm_forward(x, weight, out, scale, epsilon)
+        elif (triton := _norms(x, weight)) is not None:
+            out, scale = triton.norm_forward(x, weight, epsilon)
+        else:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+            out, scale = weight * (wide * inverse).to(x.dtype), inverse.view(rows)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad, width = grad.contiguous(), x.shape[-1]
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            normal = (x.view(-1, width) * scale[:, None]).to(x.dtype)
+            grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
+        if weight.shape == x.shape[-1:] and in_one_pass(x, weight, grad):
+            out = torch.empty_like(x)
+            calls.rms_norm_backward(x, weight, grad, out, scale)
+            return out, grad_weight, None
+        if (triton := _norms(x, weight, grad)) is not None:
+            return triton.norm_backward(x, weight, grad, scale), grad_weight, None
+        inverse = scale.view(*x.shape[:-1], 1)
+        normal = x.to(scale.dtype) * inverse
+        inner = grad.to(scale.dtype) * weight.to(scale.dtype)
+        out = inverse * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+        return out.to(x.dtype), grad_weight, None
+
+
+def _norms(x: Tensor, weight: Tensor, *others: Tensor) -> Any:
+    """Triton's norms, where they take these."""
+    fits = weight.shape == x.shape[-1:] and weight.numel() <= MOST_WIDTH
+    return launch.triton("norm", x, weight, *others) if fits else None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
+            return triton.gate_forward(gate, up, gelu)
+        if gelu:
+            return F.gelu(gate, approximate="tanh") * up
+        if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
+            return F.silu(gate) * up
+        out = torch.empty_like(gate)
+        calls.silu_gate_forward(gate, up, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        grad = grad.contiguous()
+        if (triton := launch.triton("gate", gate, up, grad)) is not None:
+            return *triton.gate_backward(gate, up, grad, ctx.gelu), None
+        if ctx.gelu:
+            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+            return grad_gate, grad * F.gelu(gate, approximate="tanh"), None
+        if gate.numel() % 16 or not in_one_pass(gate, up, grad):
+            share = torch.sigmoid(gate)
+            return grad * up * share * (1 + gate * (1 - share)), grad * gate * share, None
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
+        calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
+        return grad_gate, grad_up, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _turned(q, cos, sin), _turned(k, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (
+            _turned(grad_q, cos, sin, back=True),
+            _turned(grad_k, cos, sin, back=True),
+            None,
+            None,
+        )
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    x = x.contiguous()
+    if x.shape[-1] % 32 == 0 and in_one_pass(x, cos, sin):
+        out = torch.empty_like(x)
+        calls.rotary(x, cos, sin, out, back=back)
+        return out
+    if (triton := launch.triton("rotary", x, cos, sin)) is not None:
+        return triton.rotate(x, cos, sin, back)
+    cos, sin = cos[:, None], sin[:, None]
+    return x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    """(a, b) -> (-b, a), a and b the halves of a head."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned.
+    Source: Su et al. 2021, arXiv:2104.09864."""
+    apply: Any = _Rotary.apply
+    found: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
+    return found
+
+
+def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same under torch's own autograd: the meaning of rotary."""
+    cos, sin = cos[:, None], sin[:, None]
+    return q * cos + _half_turned(q) * sin, k * cos + _half_turned(k) * sin
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x (..., D), weight (D) -> (..., D) in x's type. Source: Zhang and Sennrich 2019,
+    arXiv:1910.07467."""
+    apply: Any = _RMSNorm.apply
+    return apply(x, weight, epsilon)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The same under torch's own autograd: the meaning of rms_norm."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * normal.to(x.dtype)
+
+
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202,
+    SwiGLU."""
+    apply: Any = _Gate.apply
+    return apply(gate, up, False)
+
+
+def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same under torch's own autograd: the meaning of silu_gate."""
+    return F.silu(gate) * up
+
+
+def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh. Source: Shazeer
+    2020, GEGLU."""
+    apply: Any = _Gate.apply
+    return apply(gate, up, True)
+
+
+def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The same under torch's own autograd: the meaning of gelu_gate."""
+    return F.gelu(gate, approximate="tanh") * up

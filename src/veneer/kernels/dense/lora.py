@@ -1,0 +1,234 @@
+"""The adapted linear layer, or several that share their x, as one node of the graph.
+
+    y = x W^T + bias + scaling * (drop(x) A^T) B^T
+
+Saved for backward: x (by reference, in its own type: q, k and v keep one between them) and x A^T
+(M, R). Of several all A are one factor, so that x is read once for them, and the gradient of x is
+summed up in one place. W is never copied, its gradient never formed. Rank-side products first, so
+every extra product costs M * D * R:
+
+    U = scaling * (g B)     dB = scaling * g^T (x A^T)     dA = U^T drop(x)     dx = g W + drop(U A)
+
+Shapes: M rows, I in_features, O out_features, R rank. Source: Hu et al. 2021, arXiv:2106.09685,
+section 4.1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.kernels.dense import rank
+from veneer.kernels.dense.dropout import Dropout
+from veneer.kernels.dense.frozen import FrozenLinear, bias_gradient, writable
+
+
+class _Dropped(torch.autograd.Function):
+    """The mask is computed again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: Tensor, dropout: Dropout) -> Tensor:
+        ctx.dropout = dropout
+        return dropout.apply(x_MI)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.dropout.apply(grad), None
+
+
+def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """x (..., I) with the mask on it; a fresh tensor, or x itself without one."""
+    if dropout is None:
+        return x
+    apply: Any = _Dropped.apply
+    y: Tensor = apply(x.reshape(-1, x.shape[-1]), dropout)
+    return y.view(x.shape)
+
+
+def add_update(
+    y_MO: Tensor, x_MI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: Dropout | None
+) -> Tensor:
+    """y += scaling * (drop(x) A^T) B^T. Returns drop(x) A^T, (M, R), which backward wants."""
+    down_MR = rank.down(x_MI, A_RI, dropout=dropout)
+    rank.add_up(y_MO, down_MR, B_OR, scaling)
+    return down_MR
+
+
+def update_gradients(
+    up_MR: Tensor,
+    g_MO: Tensor,
+    x_MI: Tensor,
+    A_RI: Tensor,
+    down_MR: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    grad_x: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dA (R, I) and dB (O, R) of an update whose U is up_MR; to grad_x (M, I), if wanted, drop(U A)
+    is added."""
+    if grad_x is not None:
+        rank.add_up(grad_x, up_MR, A_RI.T, dropout=dropout)
+    return rank.gradient(up_MR, x_MI, dropout=dropout), rank.gradient(down_MR, g_MO, scaling).T
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen linear layer and its update: A (R, I), B (O, R), bias (O) or None."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    base: FrozenLinear
+    scaling: float
+    dropout: Dropout | None = None
+
+
+def unadapted(base: FrozenLinear) -> Adapted:
+    """The layer as it is: its update has rank 0."""
+    A = torch.empty(0, base.in_features, device=base.device)
+    return Adapted(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
+
+
+def filled(layer: Adapted, x: Tensor) -> Adapted:
+    """The layer for x (..., I); with zeros behind its factors where these make its rank one that
+    kernels take."""
+    missing, width = -len(layer.A) % 16, x.shape[-1]
+    if not missing or layer.A.dtype is not torch.float32:
+        return layer
+    rows, size = x.reshape(-1, width), len(layer.A) + missing
+    if not (rank.is_compiled(size, width, rows) and rank.is_compiled(size, len(layer.B), rows)):
+        return layer
+    return replace(layer, A=F.pad(layer.A, (0, 0, 0, missing)), B=F.pad(layer.B, (0, missing)))
+
+
+class _LoRALinears(torch.autograd.Function):
+    """layers: (base, scaling, dropout) of each; given: A, B and bias of each, one behind the
+    other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layers: tuple[tuple[FrozenLinear, float, Dropout | None], ...],
+        *given: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        x_MI = x.reshape(-1, x.shape[-1])
+        # Factors are rounded, never x: a float32 copy of x would live until backward.
+        A, B = (
+            [rank.typed(_there(A), x) for A in given[0::3]],
+            [rank.typed(_there(B), x) for B in given[1::3]],
+        )
+        down_MR = x.new_empty(x_MI.shape[0], sum(len(A_RI) for A_RI in A))
+        downs = down_MR.split([len(A_RI) for A_RI in A], dim=1)
+        together = rank.together([len(A_RI) for A_RI in A], [dropout for *_, dropout in layers])
+        if together:
+            rank.down(x_MI, _joined(A), out=down_MR)
+        made = []
+        for (base, scaling, dropout), A_RI, B_OR, bias, down in zip(
+            layers, A, B, given[2::3], downs, strict=True
+        ):
+            y = base.product(x, bias)
+            if not together:
+                rank.down(x_MI, A_RI, out=down, dropout=dropout)
+            rank.add_up(y.view(-1, base.out_features), down, B_OR, scaling)
+            made.append(writable(y))
+        ctx.save_for_backward(x, down_MR, *A, *B)
+        ctx.layers, ctx.together = layers, together
+        ctx.types = [None if each is None else each.dtype for each in given]
+        return tuple(made)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, down_MR, *factors), layers, types = ctx.saved_tensors, ctx.layers, ctx.types
+        A, B = factors[: len(layers)], factors[len(layers) :]
+        x_MI, sizes = x.reshape(-1, x.shape[-1]), [len(A_RI) for A_RI in A]
+        up_MR, grad_x = torch.empty_like(down_MR), None
+        sides = zip(down_MR.split(sizes, dim=1), up_MR.split(sizes, dim=1), strict=True)
+        found: list[Tensor | None] = []
+        for number, ((base, scaling, _), (down, up), grad) in enumerate(
+            zip(layers, sides, grads, strict=True)
+        ):
+            g_MO = grad.reshape(-1, base.out_features)
+            rank.down(g_MO, B[number].T, scaling, out=up)
+            if ctx.needs_input_grad[0]:
+                grad_x = base.input_gradient(g_MO, grad_x)
+            grad_B = rank.gradient(down, g_MO, scaling).T
+            wants_bias = ctx.needs_input_grad[2 + 3 * number + 2]
+            found += [
+                None,
+                grad_B,
+                bias_gradient(g_MO, types[3 * number + 2]) if wants_bias else None,
+            ]
+        dropouts = [dropout for *_, dropout in layers]
+        found[0::3] = rank.gradients(up_MR, x_MI, sizes, dropouts)
+        if grad_x is not None and ctx.together:
+            rank.add_up(grad_x, up_MR, _joined(A).T)
+        elif grad_x is not None:
+            for up, A_RI, dropout in zip(up_MR.split(sizes, dim=1), A, dropouts, strict=True):
+                rank.add_up(grad_x, up, A_RI.T, dropout=dropout)
+        typed = (
+            None if each is None else each.to(dtype)
+            for each, dtype in zip(found, types, strict=True)
+        )
+        return None if grad_x is None else grad_x.view(x.shape), None, *typed
+
+
+def _there(factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return factor
+
+
+def _joined(A: Sequence[Tensor]) -> Tensor:
+    return A[0] if len(A) == 1 else torch.cat(list(A))
+
+
+def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """x (..., I) through each of these: (..., O) in x's type. One node: x is read once, and its
+    gradient summed up."""
+    apply: Any = _LoRALinears.apply
+    layers = [filled(layer, x) for layer in layers]
+    given = (each for layer in layers for each in (layer.A, layer.B, layer.bias))
+    made: tuple[Tensor, ...] = apply(
+        x, tuple((e.base, e.scaling, e.dropout) for e in layers), *given
+    )
+    return made
+
+
+def lora_linear(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """x (..., I), A (R, I), B (O, R), bias (O) or None -> (..., O) in x's type."""
+    return lora_linears(x, [Adapted(A, B, bias, base, scaling, dropout)])[0]
+
+
+def lora_linear_reference(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    *,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """The same under torch's own autograd, W dense: the meaning of lora_linear."""
+    x_MI = x.reshape(-1, x.shape[-1])
+    dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)
+    y_MO = (
+        x_MI @ base.dense_weight(x.dtype).T
+        + scaling * (dropped @ A.to(x.dtype).T) @ B.to(x.dtype).T
+    )
+    y_MO = y_MO if bias is None else y_MO + bias
+    return y_MO.view(*x.shape[:-1], -1)

@@ -1,0 +1,215 @@
+"""GGUF blocks to numbers, and products of a few rows with them: compiled, and what that means in
+plain torch.
+
+    value = scale * code + offset     scale and offset shared by 16 or 32 neighbours of a row
+
+A row of I values is I / size blocks, so rows lie apart from each other and can be moved as bytes.
+Both paths give the same bits: products of a scale and a code are exact in float32, what is left
+rounds once, then once more to the output type. Shapes: M rows of x, I in_features, O out_features.
+Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.bindings import library as native
+from veneer.kernels.bindings import packed_calls
+from veneer.kernels.bindings.arguments import available
+from veneer.kernels.cuda import launch
+from veneer.kernels.dense import few_rows
+
+Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """number  ggml's number of the type
+    size    values of a block
+    bytes   bytes of a block
+    scales  where its fp16 scales stand
+    """
+
+    number: int
+    size: int
+    bytes: int
+    scales: tuple[int, ...] = (0,)
+
+
+FORMATS: dict[Kind, Format] = {
+    "Q4_0": Format(2, 32, 18),
+    "Q4_1": Format(3, 32, 20, (0, 2)),
+    "Q5_0": Format(6, 32, 22),
+    "Q5_1": Format(7, 32, 24, (0, 2)),
+    "Q8_0": Format(8, 32, 34),
+    "Q4_K": Format(12, 256, 144, (0, 2)),
+    "Q5_K": Format(13, 256, 176, (0, 2)),
+    "Q6_K": Format(14, 256, 210, (208,)),
+}
+
+MOST_ROWS = 64
+"""Rows of x up to which a product straight from the blocks beats dequantising them first."""
+PRODUCTS = (torch.float32, torch.bfloat16)
+
+
+def in_features(blocks: Tensor, kind: Kind) -> int:
+    return blocks.shape[1] // FORMATS[kind].bytes * FORMATS[kind].size
+
+
+def dequantise(
+    blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.ANY_LEVEL
+) -> Tensor:
+    """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
+    layout = FORMATS[kind]
+    if (triton := launch.triton("gguf", out)) is not None and blocks.is_contiguous():
+        return triton.decode(blocks, out, layout.number, layout.size, layout.bytes)
+    if blocks.device.type != "cpu" or not is_compiled():
+        return out.copy_(dequantise_reference(blocks, kind))
+    packed_calls.gguf_dequantise(layout.number, blocks, out, min(most, 3))
+    return out
+
+
+def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
+    """Whether `product` is the fast way for this x: few rows, on the CPU, with the compiled
+    kernel."""
+    fits = all(
+        t.device.type == "cpu" and t.dtype is x_MI.dtype for t in (x_MI, bias) if t is not None
+    )
+    return (
+        fits and x_MI.dtype in PRODUCTS and few_rows.takes(len(x_MI), MOST_ROWS) and is_compiled()
+    )
+
+
+def product(
+    x_MI: Tensor,
+    blocks: Tensor,
+    kind: Kind,
+    bias: Tensor | None = None,
+    *,
+    most: int = few_rows.ANY_LEVEL,
+) -> Tensor:
+    """x W^T + bias (M, O) in x's type: W is read once, as blocks, and never written out. With the
+    weights as `dequantise` gives them in that type, or, where `multiplies_codes` says so, with
+    those of `dequantise_reference`: x is multiplied with whole numbers, whose sums take scale and
+    offset in float32."""
+    x_MI = x_MI.contiguous()
+    y_MO = torch.empty(len(x_MI), len(blocks), dtype=x_MI.dtype)
+    packed_calls.gguf_rows(FORMATS[kind].number, blocks, x_MI, y_MO, bias, most)
+    return y_MO
+
+
+def multiplies_codes(dtype: torch.dtype) -> bool:
+    """Whether weights are rounded in no product here: on AMX tiles (native/gguf_tiles.c), or where
+    bf16 pairs are multiplied in registers (native/gguf_vectors.c)."""
+    return dtype is torch.bfloat16 and is_compiled() and native.has_bf16()
+
+
+def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:
+    """(row, block) of the first scale that is infinite or no number, or None."""
+    layout = FORMATS[kind]
+    each = blocks.view(len(blocks), -1, layout.bytes)
+    for at in layout.scales:
+        bad = ~torch.isfinite(_half(each[..., at : at + 2])).squeeze(-1)
+        if bad.any():
+            row, block = bad.nonzero()[0].tolist()
+            return row, block
+    return None
+
+
+def is_compiled() -> bool:
+    return available("veneer_gguf_dequantise")
+
+
+def dequantise_reference(blocks: Tensor, kind: Kind) -> Tensor:
+    """float32 (O, I) in plain torch, on any device: the meaning of `dequantise`."""
+    layout = FORMATS[kind]
+    codes, scale, offset = _UNPACK[kind](blocks.reshape(-1, layout.bytes))
+    values = codes.view(len(codes), scale.shape[1], -1) * scale.unsqueeze(-1)
+    if offset is not None:
+        values = values + offset.unsqueeze(-1)
+    return values.view(len(blocks), -1)
+
+
+# Each takes (N, bytes) and returns codes (N, size), scale (N, groups), offset (N, groups) or None,
+# float32.
+Unpacked = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _half(two_bytes: Tensor) -> Tensor:
+    return two_bytes.contiguous().view(torch.float16).to(torch.float32)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Low halves of all bytes, then high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _four_bits(b: Tensor) -> Unpacked:
+    return _nibbles(b[:, 2:]).float() - 8, _half(b[:, :2]), None
+
+
+def _four_bits_offset(b: Tensor) -> Unpacked:
+    return _nibbles(b[:, 4:]).float(), _half(b[:, :2]), _half(b[:, 2:4])
+
+
+def _fifth_bit(four_bytes: Tensor) -> Tensor:
+    """(N, 4) -> (N, 32): bit i of the little-endian word, at place 4."""
+    places = torch.arange(8, dtype=torch.uint8, device=four_bytes.device)
+    return ((four_bytes.unsqueeze(-1) >> places) & 1).flatten(1) << 4
+
+
+def _five_bits(b: Tensor) -> Unpacked:
+    return (_nibbles(b[:, 6:]) | _fifth_bit(b[:, 2:6])).float() - 16, _half(b[:, :2]), None
+
+
+def _five_bits_offset(b: Tensor) -> Unpacked:
+    return (_nibbles(b[:, 8:]) | _fifth_bit(b[:, 4:8])).float(), _half(b[:, :2]), _half(b[:, 2:4])
+
+
+def _eight_bits(b: Tensor) -> Unpacked:
+    return b[:, 2:].view(torch.int8).float(), _half(b[:, :2]), None
+
+
+def _six_bit_scales(b: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 12) -> eight scales and eight minima, each of 6 bits."""
+    low, high, rest = b[:, :4], b[:, 4:8], b[:, 8:]
+    scales = torch.cat([low & 63, (rest & 15) | (low >> 6) << 4], dim=1)
+    return scales.float(), torch.cat([high & 63, (rest >> 4) | (high >> 6) << 4], dim=1).float()
+
+
+def _k_offsets(b: Tensor) -> tuple[Tensor, Tensor]:
+    scales, minima = _six_bit_scales(b[:, 4:16])
+    return _half(b[:, :2]) * scales, -(_half(b[:, 2:4]) * minima)
+
+
+def _four_bits_k(b: Tensor) -> Unpacked:
+    return _nibbles(b[:, 16:].reshape(-1, 4, 32)).flatten(1).float(), *_k_offsets(b)
+
+
+def _five_bits_k(b: Tensor) -> Unpacked:
+    low = _nibbles(b[:, 48:].reshape(-1, 4, 32)).view(-1, 8, 32)
+    places = torch.arange(8, dtype=torch.uint8, device=b.device).unsqueeze(-1)
+    return (low | ((b[:, None, 16:48] >> places) & 1) << 4).flatten(1).float(), *_k_offsets(b)
+
+
+def _six_bits_k(b: Tensor) -> Unpacked:
+    low = _nibbles(b[:, :128].reshape(-1, 2, 64)).view(-1, 2, 4, 32)
+    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device).unsqueeze(-1)
+    high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> places) & 3
+    scales = b[:, 192:208].contiguous().view(torch.int8).float() * _half(b[:, 208:])
+    return (low | high << 4).flatten(1).float() - 32, scales, None
+
+
+_UNPACK: dict[Kind, Callable[[Tensor], Unpacked]] = {
+    "Q4_0": _four_bits,
+    "Q4_1": _four_bits_offset,
+    "Q5_0": _five_bits,
+    "Q5_1": _five_bits_offset,
+    "Q8_0": _eight_bits,
+    "Q4_K": _four_bits_k,
+    "Q5_K": _five_bits_k,
+    "Q6_K": _six_bits_k,
+}

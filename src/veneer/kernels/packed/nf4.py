@@ -1,0 +1,197 @@
+"""4-bit weights: quantise, decode, and multiply a few rows, compiled (native/nf4_*.c) or in plain
+torch.
+
+A weight is packed nibbles, a table of 16 values and one scale a block (quant/nf4.py says which).
+The compiled paths give the bits of nf4_reference.py, on every processor; CUDA tensors go to
+cuda/triton_nf4.py where Triton is installed. Knows nothing of modules, code books or shapes: a
+weight is flat, and a matrix is a run of it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.bindings import packed_calls
+from veneer.kernels.bindings.arguments import TYPES, available
+from veneer.kernels.bindings.packed_calls import NF4Weights
+from veneer.kernels.cuda import launch
+from veneer.kernels.dense import few_rows
+from veneer.kernels.packed import nf4_reference as reference
+
+FUSED_ROWS = 6
+"""Rows of x up to which each nibble is looked up as it is multiplied; beyond, rows of W are decoded
+a few at a time."""
+MOST_ROWS = 64
+"""Rows of x up to which `product` reads the packed weight once instead of writing it out; of
+float16 fewer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nested:
+    """Scales that are quantised themselves: table[scale] * scales[number // block] + offset, in
+    float32."""
+
+    table: Tensor
+    """(256) float32."""
+    scales: Tensor
+    """One a `block` of outer scales, float32."""
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32;
+    all contiguous, on one device. block and nested.block: powers of two."""
+
+    packed: Tensor
+    scales: Tensor
+    table: Tensor
+    block: int
+    count: int
+    nested: Nested | None = None
+
+    def __post_init__(self) -> None:
+        assert self.packed.dtype == torch.uint8 and self.packed.numel() == (self.count + 1) // 2
+        assert self.scales.numel() == -(-self.count // self.block)
+        tensors = [self.packed, self.scales, self.table]
+        if (nested := self.nested) is not None:
+            assert nested.scales.numel() == -(-self.scales.numel() // nested.block)
+            tensors += [nested.table, nested.scales]
+        assert all(t.is_contiguous() and t.device == self.packed.device for t in tensors)
+
+    def float_scales(self) -> Tensor:
+        """(blocks) float32."""
+        nested = self.nested
+        return reference.scales_of(
+            self.scales,
+            None if nested is None else (nested.table, nested.scales, nested.block, nested.offset),
+        )
+
+    @property
+    def checked(self) -> NF4Weights:
+        """The addresses, for C; made again where the tensors have moved, all of them together
+        (shards.py)."""
+        start = self.packed.data_ptr()
+        if (known := self._addresses.get(start)) is None:
+            self._addresses.clear()
+            known = self._addresses[start] = self._checked()
+        return known
+
+    @cached_property
+    def _addresses(self) -> dict[int, NF4Weights]:
+        return {}
+
+    def _checked(self) -> NF4Weights:
+        inner = self.nested
+        return packed_calls.nf4_weights(
+            self.packed,
+            self.scales,
+            self.table,
+            count=self.count,
+            block=self.block,
+            nested=None
+            if inner is None
+            else (inner.table, inner.scales, inner.block, inner.offset),
+        )
+
+
+def is_compiled() -> bool:
+    return available("veneer_nf4_product")
+
+
+def quantize(
+    values: Tensor, thresholds: Tensor, codes: Tensor, block: int, *, level: int = -1
+) -> tuple[Tensor, Tensor]:
+    """(packed uint8, absmax float32), both flat. A block with a value that is not finite has such
+    an absmax.
+
+    values: any shape, contiguous or not; thresholds (15) ascending, codes (16) int32. level: -1, or
+    the highest instruction set used (3 AVX-512, 2 AVX2, 0 plain C).
+    """
+    if values.device.type != "cpu" or values.dtype not in TYPES or not is_compiled():
+        return reference.quantize(values, thresholds, codes, block)
+    flat = values.detach().reshape(-1).contiguous()
+    count = flat.numel()
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-count // block), dtype=torch.float32)
+    limits = torch.cat([thresholds, thresholds.new_tensor([float("inf")])])
+    packed_calls.nf4_quantize(flat, limits, codes.to(torch.int32), block, packed, absmax, level)
+    return packed, absmax
+
+
+def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1) -> Tensor:
+    """Elements from `start` on into `out` (any shape, fp32, bf16 or fp16), which is returned."""
+    count = out.numel()
+    assert start >= 0 and start + count <= weights.count
+    if not out.is_contiguous():
+        out.copy_(
+            dequantize(
+                weights, torch.empty_like(out, memory_format=torch.contiguous_format), start=start
+            )
+        )
+        return out
+    if (triton := launch.triton("nf4", out)) is not None:
+        return triton.dequantize(weights, out, start=start)
+    if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
+        flat = reference.dequantize(
+            weights.packed,
+            weights.float_scales(),
+            weights.table,
+            weights.block,
+            start=start,
+            count=count,
+            dtype=out.dtype,
+        )
+        return out.copy_(flat.view(out.shape))
+    packed_calls.nf4_dequantize(weights.checked, out, start=start, level=level)
+    return out
+
+
+def has_product(weights: Blocks, x: Tensor) -> bool:
+    """Whether `product` is the fast way for x (M, I)."""
+    if x.dtype not in TYPES:
+        return False
+    if x.is_cuda:
+        return (
+            x.shape[0] <= FUSED_ROWS
+            and not x.shape[1] % 2
+            and launch.module_on("nf4", x.device) is not None
+        )
+    if x.dtype is torch.float16:
+        return (
+            x.device.type == "cpu"
+            and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS
+            and is_compiled()
+        )
+    return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
+
+
+def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
+    """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on.
+    M: see has_product.
+
+    The weights as dequantize gives them in x's type, products and sums in float32.
+    """
+    assert x.dim() == 2
+    assert start >= 0 and start + outs * x.shape[1] <= weights.count
+    x = x.detach().contiguous()
+    y = torch.empty(x.shape[0], outs, dtype=x.dtype, device=x.device)
+    if x.shape[0] == 0:
+        return y
+    if x.is_cuda:
+        return launch.module("nf4").product(weights, x, outs, start=start)
+    if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
+        packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
+    else:
+        packed_calls.nf4_rows(
+            weights.checked,
+            x,
+            y,
+            None,
+            start=start,
+            level=few_rows.ANY_LEVEL if level < 0 else level,
+        )
+    return y

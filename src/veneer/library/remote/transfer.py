@@ -1,0 +1,85 @@
+"""Whole versions to another library and back: a folder, any address that fsspec knows, a repository
+of the hub.
+
+    /folder, file://...          another library, under its own locks (library/remote/place.py)
+    s3://, gcs://, ssh://, ...   the same layout at that address; http(s):// for reading
+                                 (library/remote/fsspec_place.py)
+    hf://org/name[@revision]     one adapter, in the repository's root, as PEFT reads it
+                                 (library/remote/hub.py)
+
+What a record says of an object is not believed: the facts are read from the object.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from veneer.errors import ConfigError, SourceError
+from veneer.library.library import Entry, Library, chosen_version
+from veneer.library.names import Reference, check_name, parse_reference
+from veneer.library.records import Version
+from veneer.library.remote.place import FolderRemote, Moved, Remote, fetch_object
+
+CardOf = Callable[[Entry, Path], str | None]
+
+
+def remote_at(address: str) -> Remote:
+    """ConfigError: an address of a kind that nothing here reads."""
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme == "file":
+        return FolderRemote(Library(rest if separator else address))
+    from veneer.library.remote.fsspec_place import FsspecRemote
+
+    return FsspecRemote(address)
+
+
+def push(library: Library, reference: str, address: str, card: CardOf | None = None) -> Moved:
+    """Copies a version to another library, under its own name. The same bytes there are not sent
+    again.
+
+    card   says the README.md of a repository of the hub; in libraries objects are called by what
+           they hold
+    """
+    entry = library.get(reference)
+    folder = library.whole(entry.reference)
+    if address.startswith("hf://"):
+        from veneer.library.remote.hub import push_to_hub
+
+        return push_to_hub(entry, folder, address, None if card is None else card(entry, folder))
+    remote = remote_at(address)
+    there = remote.record(entry.name)
+    skipped = there is not None and any(v.object == entry.version.object for v in there.versions)
+    known = remote.publish(entry.name, entry.version, folder)
+    return Moved(known, address, entry.version.facts.bytes, skipped)
+
+
+def pull(
+    library: Library, address: str, reference: str | None = None, *, name: str | None = None
+) -> Entry:
+    """Fetches a version and makes it the newest of `name` (default: as it is called there)."""
+    if address.startswith("hf://"):
+        from veneer.library.remote.hub import pull_from_hub
+
+        return pull_from_hub(library, address, name=name)
+    if reference is None:
+        raise ConfigError("which adapter is meant?", [], "Name it: NAME, NAME@2 or NAME@tag.")
+    wanted, remote = parse_reference(reference), remote_at(address)
+    version = _wanted(remote, wanted)
+    check_name(name or wanted.name)
+    with library.receiving():
+        fetch_object(library, remote, version.object)
+        from veneer.formats.adapter import read_adapter  # loads torch
+        from veneer.library.examination import facts_of
+
+        facts = facts_of(read_adapter(library.objects / version.object))
+        return library.point(
+            name or wanted.name, version.object, facts, tags=version.tags, note=version.note
+        )
+
+
+def _wanted(remote: Remote, wanted: Reference) -> Version:
+    record = remote.record(wanted.name)
+    if record is None:
+        there = remote.names()
+        listed = "" if there is None else f"There is: {', '.join(there[:12]) or 'nothing'}."
+        raise SourceError(f"no adapter {wanted.name!r} at {remote.address}", [], listed)
+    return chosen_version(wanted, record)

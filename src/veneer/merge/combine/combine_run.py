@@ -1,0 +1,147 @@
+"""A whole combination, from adapter folders to an adapter folder with its lineage."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from veneer.adapters.combinations import refuse_combining
+from veneer.adapters.placement.attachment import summed_change
+from veneer.adapters.placement.wrapping import plain_modules
+from veneer.bases.identity.fingerprint import Fingerprint
+from veneer.bases.loading.without_weights import load_skeleton
+from veneer.bounds import check_weights
+from veneer.errors import AdapterMismatchError, ConfigError
+from veneer.formats.adapter import StoredAdapter, read_adapter, write_adapter
+from veneer.formats.same_base import other_base
+from veneer.merge.combine.adapters import Placed, attachment_of, common_base, descended, place
+from veneer.merge.combine.combine import Recipe, Update, combine_updates, total_error
+from veneer.merge.combine.low_rank import relative_error
+from veneer.merge.fold.fold import Trained, is_turned, stored_tensors, trained_values
+from veneer.models.load import load_base
+from veneer.quant.config import Quantize
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """error: ||wanted - kept|| / ||wanted|| over all places; errors, ranks: by place."""
+
+    out: Path
+    bytes: int
+    how: str
+    error: float
+    errors: Mapping[str, float]
+    ranks: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "how": self.how,
+            "error": self.error,
+            "errors": dict(self.errors),
+            "ranks": dict(self.ranks),
+        }
+
+
+def combine_adapters(
+    adapters: Sequence[tuple[str | Path, float]], recipe: Recipe, *, base: str, out: str | Path
+) -> CombineReport:
+    """Combines adapter folders, each with its weight, into the folder `out`. base: the one they
+    were trained on. Its config is read; its weights only where modules trained in full are summed.
+    Raises what reading raises, AdapterMismatchError (different bases), RefusedError (contents that
+    do not combine), ConfigError (settings)."""
+    recipe.check()
+    check_weights([weight for _, weight in adapters])
+    if len(adapters) < 2 and recipe.how == "cat":
+        raise ConfigError(
+            "one adapter alone is nothing to put together",
+            next_step="Name two or more, or take --how svd.",
+        )
+    skeleton = load_skeleton(base)
+    stored = [read_adapter(folder) for folder, _ in adapters]
+    refuse_combining([(str(adapter.folder), adapter.contents) for adapter in stored])
+    placed: list[Placed] = [place(adapter, skeleton.model) for adapter in stored]
+    weights = [weight for _, weight in adapters]
+    trained = sorted({path for each in placed for path in each.trained})
+    cuts = combine_updates([each.updates for each in placed], weights, recipe)
+    updates = {where: Update(cut.A, cut.B) for where, cut in cuts.items()}
+    values = trained_values(
+        [(each.values, weight) for each, weight in zip(placed, weights, strict=True)]
+    )
+    made = attachment_of(
+        *_apart(updates, _summed(values, base, stored), skeleton.model), trained, skeleton.model
+    )
+    settings: dict[str, Any] = {
+        "how": recipe.how,
+        "rank": recipe.rank,
+        "density": recipe.density,
+        "seed": recipe.seed,
+    }
+    manifest = descended(
+        common_base(placed, skeleton, base),
+        {"combine": settings},
+        list(zip(placed, weights, strict=True)),
+    )
+    written = write_adapter(out, made, manifest, model=skeleton.model)
+    return CombineReport(
+        Path(out),
+        written.bytes,
+        recipe.how,
+        total_error(cuts),
+        {where: relative_error(cut.lost, cut.whole) for where, cut in cuts.items()},
+        {where: cut.rank for where, cut in cuts.items()},
+    )
+
+
+def _summed(
+    trained: Mapping[str, Trained], base: str, adapters: Sequence[StoredAdapter]
+) -> dict[str, Tensor]:
+    """Parameter -> the base's value with the weighted sum of changes. The base's weights are read
+    where one value with weight 1 is not the whole sum. AdapterMismatchError: an adapter was trained
+    on another base."""
+    changed = {name for name, values in trained.items() if len(values) > 1 or values[0][1] != 1.0}
+    own = _base_values(base, adapters, changed) if changed else {}
+    return {
+        name: summed_change(own.get(name, values[0][0]), values) for name, values in trained.items()
+    }
+
+
+def _apart(
+    updates: Mapping[str, Update], values: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """Updates and values of an adapter in which each weight has one of the two, as its file wants:
+    where a module was trained in full, updates of other adapters are added to its values."""
+    modules = plain_modules(model)
+    kept, summed = dict(updates), dict(values)
+    for where, update in updates.items():
+        name = f"{where}.weight" if where in modules else where
+        if name in summed:
+            own, delta = summed[name], update.dense()
+            summed[name] = (own.double() + (delta.mT if is_turned(modules, where) else delta)).to(
+                own.dtype
+            )
+            del kept[where]
+    return kept, summed
+
+
+def _base_values(
+    base: str, adapters: Sequence[StoredAdapter], names: Collection[str]
+) -> dict[str, Tensor]:
+    manifests = [adapter.manifest for adapter in adapters if adapter.manifest is not None]
+    held = {Fingerprint.from_dict(manifest.base.fingerprint).quantize for manifest in manifests}
+    quantize: Quantize | None = next(
+        (known for known in get_args(Quantize) if held == {known}), None
+    )
+    loaded = load_base(base, dtype="stored", device="cpu", quantize=quantize)
+    if faults := [fault for manifest in manifests for fault in other_base(manifest, loaded)]:
+        raise AdapterMismatchError(
+            f"modules trained in full are added to the base's weights, and {base} is another base"
+            " than theirs",
+            faults,
+            "Name the base that the adapters were trained on.",
+        )
+    stored = stored_tensors(loaded.model)
+    return {name: stored[name].read() for name in names}

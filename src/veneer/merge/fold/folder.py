@@ -1,0 +1,379 @@
+"""A base and adapters, merged into a folder that transformers loads; checked before it appears.
+
+    weights      W + D in float32, one layer at a time, rounded once to the type that is stored
+    survival     how much of D is left after rounding (rounding.py); too little is refused
+    logits       the written folder is loaded and compared with the adapter on its base (verify.py)
+    the rest     config, generation config, tokenizer and chat template of the base;
+                 veneer_merge.json: what was merged
+
+Nothing stands at the given place until all of it holds. In memory: one layer and a few float32
+copies of the weight at work, besides the base, whose files are mapped and not copied.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from veneer.adapters.combinations import refuse_merge
+from veneer.adapters.methods.targets import layer_number
+from veneer.bases.identity.fingerprint import tokenizer_hash
+from veneer.data.template.new_tokens import extended
+from veneer.errors import ConfigError, RefusedError
+from veneer.files.atomic import atomic_folder
+from veneer.merge.fold.fold import Stored, parting, stored_tensors, tied_names, wanted_weights
+from veneer.merge.fold.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
+from veneer.merge.fold.shards import MAX_SHARD_BYTES, ShardWriter
+from veneer.merge.fold.tokens import tokens_of, with_rows
+from veneer.merge.fold.verify import LogitCheck, Reference, compare, limited, reference, text_rows
+from veneer.models.frozen_base import FrozenBase
+from veneer.models.load import load_base
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+RECORD_NAME = "veneer_merge.json"
+LEAST_SURVIVAL = 0.9
+"""Below it a merge is refused: a tenth of the update gone is as if the adapter acted with weight
+0.9, which is more than the difference between two seeds of one training; what was evaluated is no
+longer what is shipped."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DtypeChoice = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True)
+class MergeReport(OverWeights):
+    """What a merge did.
+
+    weights     name of each changed weight -> its survival
+    logits      against the adapter on the weights that were merged into; None if not asked for
+    as_trained  against the adapter on the base it was trained on, where that is another
+    """
+
+    out: Path
+    bytes: int
+    dtype: str
+    stochastic: bool
+    untied: bool
+    weights: dict[str, Survival]
+    logits: LogitCheck | None
+    as_trained: LogitCheck | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "bytes": self.bytes,
+            "dtype": self.dtype,
+            "stochastic": self.stochastic,
+            "untied": self.untied,
+            "survival": _numbers(self.total),
+            "layers": {name: _numbers(part) for name, part in self.layers.items()},
+            "logits": None if self.logits is None else asdict(self.logits),
+            "as_trained": None if self.as_trained is None else asdict(self.as_trained),
+        }
+
+
+def _numbers(part: Survival) -> dict[str, float]:
+    return {"survival": part.share, "error": part.error, "relative_size": part.relative_size}
+
+
+def merge_into_folder(
+    base: FrozenBase,
+    names: Sequence[tuple[str, float]],
+    out: str | Path,
+    *,
+    dtype: DtypeChoice | None = None,
+    stochastic: bool = False,
+    seed: int = 0,
+    rows: Sequence[list[int]] | None = None,
+    check_logits: bool = True,
+    least_survival: float = LEAST_SURVIVAL,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    as_trained: Reference | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> MergeReport:
+    """Merges loaded adapters (name, weight) into a new folder. The base is left without these
+    adapters.
+
+    dtype         None: each weight in the type the base stores it in (quantised ones: as most of
+                  the others)
+    stochastic    round up or down at random (by seed) so that every weight is right on average
+    rows          token ids to compare logits on; None: built-in texts
+    check_logits  False: for a base that does not run on this machine; the report then says so
+    as_trained    what the adapters said on the base they were trained on, where that is another;
+                  compared and told
+    record        what veneer_merge.json says besides
+
+    RefusedError: a method that does not fold; too little of the update is left; values overflow;
+    the logits do not agree. Then nothing stands at `out`.
+    """
+    if not names:
+        raise ConfigError("no adapter is named", next_step="Name at least one to merge.")
+    applied = [(base.attachments[name], weight) for name, weight in names]
+    refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
+    tokens = tokens_of(applied)
+    asked = None
+    if check_logits:
+        asked = reference(base, names, text_rows(base) if rows is None else limited(rows))
+    wanted = wanted_weights(base.model, applied)
+    base.routing.active = ()
+    for name, _ in names:
+        base.detach(name)
+    tied = tied_names(base.model)
+    parted = parting(tied, wanted)
+    target = None if dtype is None else DTYPES[dtype]
+    stored = stored_tensors(base.model)
+    if tokens is not None:
+        stored, wanted = with_rows(stored, wanted, tokens, tied)
+    plan = _Plan(
+        base.model, {n: s for n, s in stored.items() if n in parted or n not in tied}, target
+    )
+    tokenizer = base.tokenizer if tokens is None else extended(base.tokenizer, tokens.texts)
+    with atomic_folder(out, needed_bytes=plan.total_bytes) as partial:
+        weights = plan.write(
+            partial,
+            wanted,
+            stochastic_seed=seed if stochastic else None,
+            max_shard_bytes=max_shard_bytes,
+        )
+        _refuse_lost(weights, plan.dtype_name, stochastic, least_survival)
+        ids = None if tokens is None else tokens.end
+        write_surroundings(partial, base, tokenizer, dtype=plan.dtype, untied=bool(parted), ids=ids)
+        check, trained_check = _checked(partial, base, tokenizer, asked, as_trained)
+        size = sum(path.stat().st_size for path in partial.iterdir())
+        report = MergeReport(
+            Path(out),
+            size,
+            plan.dtype_name,
+            stochastic,
+            bool(parted),
+            weights,
+            check,
+            trained_check,
+        )
+        text = json.dumps(
+            {"format_version": 1, **(record or {}), **_without_place(report)},
+            indent=2,
+            sort_keys=True,
+        )
+        (partial / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def _without_place(report: MergeReport) -> dict[str, Any]:
+    return {key: value for key, value in report.to_dict().items() if key not in ("out", "bytes")}
+
+
+class _Plan:
+    """Which tensors the files hold, and in which order they are read from the model: layer by
+    layer.
+
+    transformers may store a model's weights under other names, or cut in other pieces, than it
+    computes with (experts one by one); the files are as its own save_pretrained writes them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype | None
+    ) -> None:
+        self.model, self.stored = model, stored
+        self.dtype = dtype or _common(stored)
+        self.asked = dtype
+        empty = {
+            name: torch.empty(s.shape, dtype=self.type_of(s), device="meta")
+            for name, s in stored.items()
+        }
+        self.planned: dict[str, Tensor] = revert_weight_conversion(model, empty)
+        self.total_bytes = sum(t.numel() * t.element_size() for t in self.planned.values())
+
+    @property
+    def dtype_name(self) -> str:
+        return next(
+            (name for name, dtype in DTYPES.items() if dtype == self.dtype), str(self.dtype)
+        )
+
+    def type_of(self, stored: Stored) -> torch.dtype:
+        if not stored.dtype.is_floating_point:
+            return stored.dtype
+        if self.asked is not None:
+            return self.asked
+        return self.dtype if stored.quantised else stored.dtype
+
+    def write(
+        self,
+        folder: Path,
+        wanted: Mapping[str, Any],
+        *,
+        stochastic_seed: int | None,
+        max_shard_bytes: int,
+    ) -> dict[str, Survival]:
+        kept: dict[str, Survival] = {}
+        overflown: list[str] = []
+        with ShardWriter(folder, self.planned, max_shard_bytes=max_shard_bytes) as writer:
+            for names in self._layers():
+                made = {}
+                for name in names:
+                    made[name], lost = self._made(name, wanted.get(name), stochastic_seed)
+                    if lost is not None:
+                        kept[name] = lost
+                    if made[name].is_floating_point() and not bool(
+                        torch.isfinite(made[name]).all()
+                    ):
+                        overflown.append(name)
+                for file_name, tensor in revert_weight_conversion(self.model, made).items():
+                    writer.write(file_name, tensor)
+        if overflown:
+            raise RefusedError(
+                f"values overflow in {self.dtype_name}",
+                overflown,
+                "Take --dtype bf16 or --dtype fp32: they reach to 3e38.",
+            )
+        return kept
+
+    def _layers(self) -> Iterator[list[str]]:
+        """Names by layer: pieces of one file tensor never come from two layers."""
+        groups: dict[str, list[str]] = {}
+        for name in self.stored:
+            number = layer_number(name)
+            groups.setdefault(
+                name if number is None else f"{name.partition(f'.{number}.')[0]}.{number}", []
+            ).append(name)
+        yield from groups.values()
+
+    def _made(
+        self, name: str, wanted: Any, stochastic_seed: int | None
+    ) -> tuple[Tensor, Survival | None]:
+        stored = self.stored[name]
+        own = stored.read()
+        dtype = self.type_of(stored)
+        if wanted is None:
+            return own.to(dtype), None
+        own = own.float()
+        new: Tensor = wanted(own)
+        if stochastic_seed is None:
+            rounded = new.to(dtype)
+        else:
+            rounded = stochastic(new, dtype, _generator(stochastic_seed, name))
+        return rounded, survival(own, new, rounded)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of a weight's own: they do not depend on which others change."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _common(stored: Mapping[str, Stored]) -> torch.dtype:
+    """The type of most values that are stored as they are; float32 where all are quantised."""
+    counts: dict[torch.dtype, int] = {}
+    for each in stored.values():
+        if each.dtype.is_floating_point and not each.quantised:
+            counts[each.dtype] = counts.get(each.dtype, 0) + each.shape.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def _refuse_lost(
+    weights: Mapping[str, Survival], dtype: str, stochastic: bool, least: float
+) -> None:
+    whole = total(weights.values())
+    if abs(1 - whole.share) <= 1 - least:
+        return
+    worst = sorted(by_layer(weights).items(), key=lambda item: item[1].share)[:3]
+    others = [name for name in ("fp16", "fp32") if name != dtype]
+    ways = [f"--dtype {name}" for name in others]
+    ways += [] if stochastic or dtype == "fp32" else ["--stochastic (right on average, noisier)"]
+    raise RefusedError(
+        f"{whole.share:.0%} of the update is left after rounding to {dtype}, below {least:.0%}:"
+        " nothing was written",
+        [
+            (
+                f"the update is {whole.relative_size:.2g} of the weights' size; steps of {dtype}"
+                " are coarser than most of it"
+            ),
+            *(
+                f"layer {name}: {part.share:.0%}" if name.isdigit() else f"{name}: {part.share:.0%}"
+                for name, part in worst
+            ),
+        ],
+        (
+            f"Take {' or '.join(ways)}; or keep the adapter beside its base, where nothing is"
+            " rounded."
+            if ways
+            else "Keep the adapter beside its base, where nothing is rounded."
+        ),
+    )
+
+
+def write_surroundings(
+    folder: Path,
+    base: FrozenBase,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    untied: bool,
+    ids: int | None = None,
+) -> None:
+    """config.json, generation_config.json, the tokenizer, its chat template, processors of images.
+    ids: that the tables have at least."""
+    config = copy.deepcopy(base.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.dtype = dtype
+        if untied:
+            part.tie_word_embeddings = False
+        if ids is not None and isinstance(known := getattr(part, "vocab_size", None), int):
+            part.vocab_size = max(known, ids)
+    config.architectures = [type(base.model).__name__]
+    config.save_pretrained(folder)
+    if base.model.generation_config is not None:
+        base.model.generation_config.to_json_file(folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)
+    for beside in PROCESSORS:  # how a tower's images are made of pictures
+        if (own := Path(base.model.config.name_or_path or "") / beside).is_file():
+            shutil.copyfile(own, folder / beside)
+
+
+def _checked(
+    folder: Path,
+    base: FrozenBase,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Reference | None,
+    as_trained: Reference | None,
+) -> tuple[LogitCheck | None, LogitCheck | None]:
+    """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the
+    adapter on its base."""
+    if asked is None:
+        return None, None
+    merged = load_base(str(folder), dtype="stored", device=str(base.device))
+    if tokenizer_hash(merged.tokenizer) != tokenizer_hash(tokenizer) or (
+        merged.tokenizer.chat_template != tokenizer.chat_template
+    ):
+        raise RefusedError(
+            "the written tokenizer does not read text as the base's does",
+            next_step="Please report this base: its tokenizer does not survive being saved.",
+        )
+    check = compare(merged, asked)
+    if not check.agrees:
+        raise RefusedError(
+            "the merged model does not answer as the adapter on its base does: nothing was written",
+            [
+                (
+                    f"logits differ by {check.mean_difference:.3g} on average (largest"
+                    f" {check.max_difference:.3g})"
+                ),
+                (
+                    f"the adapter moves them by {check.mean_effect:.3g} on average (largest"
+                    f" {check.max_effect:.3g})"
+                ),
+            ],
+            "Take a finer --dtype, or keep the adapter beside its base.",
+        )
+    return check, None if as_trained is None else compare(merged, as_trained)

@@ -1,0 +1,77 @@
+"""A base's tables with the rows of tokens that an adapter brings: exchanged where it has such rows,
+else behind them.
+
+Shapes: V rows of the base, V' with the tokens, D hidden.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.placement.token_rows import NewTokens, TokenRows
+from veneer.errors import RefusedError
+from veneer.merge.fold.fold import Applied, Stored
+
+Wanted = dict[str, Callable[[Tensor], Tensor]]
+
+
+def tokens_of(applied: Applied) -> NewTokens | None:
+    """The tokens that one of these adapters brings. Several that bring tokens cannot act
+    together."""
+    return next((adapter.tokens for adapter, _ in applied if adapter.tokens is not None), None)
+
+
+def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:
+    """RefusedError where any of them brings tokens."""
+    if (tokens := tokens_of(applied)) is not None:
+        raise RefusedError(
+            f"an adapter brings {len(tokens.ids):,} tokens: {why}", next_step=next_step
+        )
+
+
+def with_rows(
+    stored: Mapping[str, Stored], wanted: Wanted, tokens: NewTokens, tied: Mapping[str, str]
+) -> tuple[dict[str, Stored], Wanted]:
+    """The tables as they are with the tokens' rows, and what becomes of weights that the adapters
+    change besides."""
+    tables, changes = dict(stored), dict(wanted)
+    for path, rows in tokens.places.items():
+        names = {f"{path}.weight"}
+        names |= {name for pair in tied.items() for name in pair if names & set(pair)}
+        for name in names:
+            tables[name] = _longer(stored[name], rows)
+            if name in wanted:
+                changes[name] = _changed(wanted[name], rows, stored[name].shape[0])
+        for bias in (f"{name.removesuffix('.weight')}.bias" for name in names):
+            if bias in stored and stored[bias].shape[0] < rows.end:
+                tables[bias] = _padded(stored[bias], rows.end)
+    return tables, changes
+
+
+def _longer(own: Stored, rows: TokenRows) -> Stored:
+    shape = torch.Size((max(own.shape[0], rows.end), *own.shape[1:]))
+    return replace(own, shape=shape, read=lambda: _placed(own.read(), rows))
+
+
+def _placed(table: Tensor, rows: TokenRows) -> Tensor:
+    """(V, D) -> (V', D), in its type."""
+    missing = max(0, rows.end - table.shape[0])
+    whole = torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
+    whole[rows.at.to(whole.device)] = rows.rows.detach().to(whole)
+    return whole
+
+
+def _changed(
+    change: Callable[[Tensor], Tensor], rows: TokenRows, own: int
+) -> Callable[[Tensor], Tensor]:
+    return lambda table: _placed(change(table[:own]), rows)
+
+
+def _padded(own: Stored, size: int) -> Stored:
+    def read() -> Tensor:
+        values = own.read()
+        return torch.cat([values, values.new_zeros(size - len(values))])
+
+    return replace(own, shape=torch.Size((size,)), read=read)

@@ -1,0 +1,156 @@
+"""Prompts to ids, on a thread of its own: the base's template in its process, then the tokenizer.
+
+A prompt that is too long is refused before anything waits for it. Tokenizers change while they
+encode, so this one is a copy that nobody else has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from functools import lru_cache
+from typing import Any
+
+from veneer.adapters.preamble import NONE, Preamble
+from veneer.data.template.new_tokens import extended
+from veneer.data.template.rendering import forgive
+from veneer.data.template.template import ChatTemplate
+from veneer.decoding.tool_calls.calls import CallStyle
+from veneer.errors import VeneerError
+from veneer.serve.limits import MOST_PROMPTS_WAITING
+from veneer.serve.protocols.asked import Chat, Plain, Prompt
+from veneer.serve.protocols.call_style import NO_TOOLS, call_style
+from veneer.serve.refusals import Refusal, refusal_of
+
+TOKENIZERS_KEPT = 8
+"""With tokens that adapters bring: each is a whole vocabulary."""
+
+
+class Prompts:
+    """positions: of the model, prompt and answer together; None: no bound. ids: that it has rows
+    for."""
+
+    def __init__(self, tokenizer: Any, *, positions: int | None, ids: int | None) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.positions, self.ids = positions, ids
+        self.template = ChatTemplate(self.tokenizer)
+        self._others = lru_cache(TOKENIZERS_KEPT)(
+            lambda tokens: ChatTemplate(extended(self.tokenizer, tokens))
+        )
+        self.style: CallStyle | None = call_style(self.template)
+        self._longest = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="veneer-prompts")
+        self._waiting = 0
+
+    async def encoded(
+        self, prompts: Sequence[Prompt], preamble: Preamble = NONE
+    ) -> list[list[int]]:
+        """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
+        if not preamble.tokens and all(
+            isinstance(prompt, Plain) and prompt.ids is not None for prompt in prompts
+        ):
+            return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
+        return await self._apart(lambda: [self.encode(prompt, preamble) for prompt in prompts])
+
+    async def strings(self, ids: Sequence[int]) -> list[str]:
+        return await self._apart(
+            lambda: [str(each) for each in self.tokenizer.convert_ids_to_tokens(list(ids))]
+        )
+
+    async def text(self, ids: Sequence[int]) -> str:
+        """Of ids, special ones included."""
+        if (
+            wrong := next((i for i in ids if self.ids is not None and i >= self.ids), None)
+        ) is not None:
+            raise Refusal(400, f"{wrong} is no token: there are {self.ids:,}.", "tokens")
+        return await self._apart(lambda: str(self.tokenizer.decode(list(ids))))
+
+    async def _apart(self, function: Callable[[], Any]) -> Any:
+        if self._waiting >= MOST_PROMPTS_WAITING:
+            raise Refusal(
+                429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may."
+            )
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        except VeneerError as fault:
+            raise refusal_of(fault, param="messages") from None
+        finally:
+            self._waiting -= 1
+
+    def encode(self, prompt: Prompt, preamble: Preamble = NONE) -> list[int]:
+        """Refusal, DataError."""
+        if isinstance(prompt, Chat):
+            return self._chat(prompt, preamble)
+        if prompt.ids is not None:
+            ids = list(prompt.ids)
+        else:
+            text = prompt.text or ""
+            self._check_length(len(text))
+            ids = list(self._of(preamble.tokens).tokenizer(text)["input_ids"])
+        if not ids:
+            raise Refusal(400, "The prompt has no tokens.", "prompt")
+        known = self.ids
+        if known is not None and preamble.tokens:
+            known = max(known, len(self._of(preamble.tokens).tokenizer))
+        if known is not None and max(ids) >= known:
+            raise Refusal(400, f"prompt: {max(ids)} is no token: there are {known:,}.", "prompt")
+        return ids
+
+    def _of(self, tokens: tuple[str, ...]) -> ChatTemplate:
+        """The template over a tokenizer with these tokens. On the thread of prompts alone."""
+        return self._others(tokens) if tokens else self.template
+
+    def _chat(self, prompt: Chat, preamble: Preamble) -> list[int]:
+        if prompt.tools and self.style is None:
+            raise Refusal(400, NO_TOOLS, "tools")
+        messages = preamble.opening(prompt.messages)
+        self._check_length(sum(len(str(message["content"])) for message in messages))
+        forgive()  # whatever conversation it did not survive is not this one
+        template = (
+            self._of(preamble.tokens)
+            .on(date.today())
+            .telling({**preamble.variables, **prompt.variables})
+        )
+        return template.encode_prompt(
+            messages, tools=prompt.tools, most_characters=self._most_characters
+        )
+
+    @property
+    def _most_characters(self) -> int | None:
+        """That a prompt may have, whatever its tokens are."""
+        return None if self.positions is None else self.positions * self._longest
+
+    def _check_length(self, characters: int) -> None:
+        """Whether a text can fit at all, before a template or a tokenizer reads it."""
+        if self._most_characters is not None and characters > self._most_characters:
+            raise Refusal(
+                400,
+                f"The prompt has {characters:,} characters: more than the model's"
+                f" {self.positions:,} positions hold.",
+                "messages",
+                "context_length_exceeded",
+            )
+
+    @staticmethod
+    def most_new(ids: Sequence[int], wanted: int | None, places: int, front_places: int) -> int:
+        """New tokens that an answer may have. places: for prompt and answer. Refusal: too long."""
+        left = places - len(ids)
+        if left < 1 or (wanted or 1) > left:
+            asked = f"{len(ids):,} tokens of prompt" + (
+                f" and {wanted:,} new ones" if wanted else ""
+            )
+            behind = f", behind the adapter's prefix of {front_places:,}" if front_places else ""
+            raise Refusal(
+                400,
+                f"This is too long: {asked}, and there are {places:,} places for both{behind}.",
+                "max_tokens" if left >= 1 else "messages",
+                "context_length_exceeded",
+            )
+        return wanted or left
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)

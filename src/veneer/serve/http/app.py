@@ -1,0 +1,283 @@
+"""The routes: from HTTP to what answers it, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import ModuleType
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from veneer.errors import VeneerError
+from veneer.serve.engine.adapters import Loading, card_of, loaded, pinned, unloaded
+from veneer.serve.engine.service import Service
+from veneer.serve.http.details import angle_between, details
+from veneer.serve.http.exchange import Exchange
+from veneer.serve.http.guard import answer_to
+from veneer.serve.http.keys import Caller
+from veneer.serve.http.page import page
+from veneer.serve.limits import LARGE_BODY
+from veneer.serve.protocols import chat, completions, messages, responses
+from veneer.serve.protocols.asked import Asked
+from veneer.serve.protocols.body import parsed, read_body
+from veneer.serve.protocols.tokens import detokenized, tokenized
+from veneer.serve.refusals import Refusal, refusal_of, shutting_down
+from veneer.wording import shown
+
+log = logging.getLogger("veneer.serve")
+Handler = Callable[[Request], Awaitable[Response]]
+Read = TypeVar("Read")
+PROTOCOLS: dict[str, ModuleType] = {
+    "/v1/chat/completions": chat,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+}
+NOT_SERVED = {
+    "/v1/embeddings": "a causal language model makes no embeddings",
+    "/v1/audio/transcriptions": "text alone is read",
+    "/v1/images/generations": "answers are text",
+    "/v1/moderations": "ask a model of your own for it",
+    "/v1/rerank": "no model here ranks",
+    "/v1/score": "no model here scores pairs",
+}
+PATHS = (
+    "/",
+    *PROTOCOLS,
+    *NOT_SERVED,
+    "/v1/messages/count_tokens",
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/adapters",
+    "/v1/adapters/pin",
+    "/v1/adapters/unpin",
+    "/v1/runs",
+    "/metrics",
+    "/healthz",
+    "/readyz",
+)
+"""Those that metrics tell apart."""
+
+
+def application(service: Service) -> Starlette:
+    """Without what stands around it (guard.py)."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.loop.start()
+        yield
+        await service.close()
+
+    return Starlette(
+        routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _by_http}
+    )
+
+
+def _routes(service: Service) -> list[Route]:
+    def post(
+        path: str,
+        read: Callable[[dict[str, Any]], Read],
+        handler: Callable[[Read, Request], Awaitable[Response]],
+        scope: str = "use",
+    ) -> Route:
+        """read: what is asked, of a body."""
+
+        async def endpoint(request: Request) -> Response:
+            _check_scope(request, scope)
+            if service.loop.closing:
+                raise shutting_down()
+            text = await read_body(request, service.limits.body_bytes)
+            if len(text) > LARGE_BODY:  # others are answered meanwhile
+                return await handler(await asyncio.to_thread(lambda: read(parsed(text))), request)
+            return await handler(read(parsed(text)), request)
+
+        return Route(path, _answered(endpoint), methods=["POST"])
+
+    def protocol_route(path: str, protocol: ModuleType) -> Route:
+        async def answer(asked: Asked, request: Request) -> Response:
+            return Exchange(service, protocol, asked, _caller(request).name, path)
+
+        return post(path, protocol.asked, answer)
+
+    async def count(asked: Asked, request: Request) -> Response:
+        (ids,) = await service.ids(asked.prompts, await service.model(asked.model))
+        return JSONResponse({"input_tokens": len(ids)})
+
+    async def tokenize(told: tuple[Asked, bool], request: Request) -> Response:
+        asked, wants_strings = told
+        (ids,) = await service.ids(
+            asked.prompts, await service.model(asked.model or service.names.base_name)
+        )
+        found = {"count": len(ids), "max_model_len": service.prompts.positions, "tokens": ids}
+        strings = await service.prompts.strings(ids) if wants_strings else None
+        return JSONResponse({**found, "token_strs": strings})
+
+    async def detokenize(told: tuple[str, list[int]], request: Request) -> Response:
+        model, ids = told
+        await service.model(model or service.names.base_name)
+        return JSONResponse({"prompt": await service.prompts.text(ids)})
+
+    async def load(wanted: Loading, request: Request) -> Response:
+        await service.apart(
+            lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place)
+        )
+        await service.load(wanted.reference)
+        return PlainTextResponse(
+            service.names.add(wanted.name, wanted.reference, in_place=wanted.in_place)
+        )
+
+    async def unload(name: str, request: Request) -> Response:
+        return PlainTextResponse(await service.apart(lambda: service.names.remove(name)))
+
+    def pin(*, to: bool) -> Callable[[str, Request], Awaitable[Response]]:
+        async def change(name: str, request: Request) -> Response:
+            await service.pin(name, pinned=to)
+            return JSONResponse({"pinned": to})
+
+        return change
+
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, _answered(handler), methods=["GET"])
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await service.look(service.names.cards)})
+
+    async def adapters(request: Request) -> Response:
+        return JSONResponse(
+            {"object": "list", "data": [card_of(each) for each in service.residents.shown()]}
+        )
+
+    async def adapter(request: Request) -> Response:
+        name, against = request.path_params["name"], request.query_params.get("against")
+        library, names = service.residents.library, service.names
+
+        def told() -> dict[str, Any]:
+            own = names.entry(name)
+            return (
+                details(library, own)
+                if against is None
+                else angle_between(library, own, names.entry(against))
+            )
+
+        return JSONResponse(await service.look(told))
+
+    async def runs(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await service.apart(service.runs.cards)})
+
+    async def run(request: Request) -> Response:
+        name, after = request.path_params["name"], _byte(request)
+        return JSONResponse(await service.apart(lambda: service.runs.records(name, after)))
+
+    async def index(request: Request) -> Response:
+        return page()
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(
+            await service.apart(lambda: service.names.card(request.path_params["name"]))
+        )
+
+    async def metrics(request: Request) -> Response:
+        return PlainTextResponse(
+            await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    async def health(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def ready(request: Request) -> Response:
+        return (
+            PlainTextResponse("closing\n", 503)
+            if service.loop.closing
+            else PlainTextResponse("ready\n")
+        )
+
+    return [
+        *(protocol_route(path, protocol) for path, protocol in PROTOCOLS.items()),
+        post("/v1/messages/count_tokens", messages.counted, count),
+        post("/tokenize", tokenized, tokenize),
+        post("/detokenize", detokenized, detokenize),
+        post("/v1/load_lora_adapter", loaded, load, "admin"),
+        post("/v1/unload_lora_adapter", unloaded, unload, "admin"),
+        post("/v1/adapters/pin", pinned, pin(to=True), "admin"),
+        post("/v1/adapters/unpin", pinned, pin(to=False), "admin"),
+        get("/", index),
+        get("/v1/adapters", adapters),
+        get("/v1/adapters/{name:path}", adapter),
+        get("/v1/runs", runs),
+        get("/v1/runs/{name}", run),
+        get("/v1/models", models),
+        get("/v1/models/{name:path}", model),
+        get("/metrics", metrics),
+        get("/healthz", health),
+        get("/readyz", ready),
+        *(Route(path, _answered(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
+    ]
+
+
+async def _not_served(request: Request) -> Response:
+    raise Refusal(
+        404, f"{request.url.path} is not served: {NOT_SERVED[request.url.path]}.", code="not_served"
+    )
+
+
+def _answered(handler: Handler) -> Handler:
+    """Whatever is raised, as an answer. What is a bug of ours is written down with where it
+    happened."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except (Refusal, VeneerError) as fault:
+            return answer_to(refusal_of(fault), request.url.path)
+        except asyncio.CancelledError:  # the server ends, and this request has outlived the drain
+            return answer_to(shutting_down(), request.url.path)
+        except Exception as fault:
+            log.exception("a bug: %s", type(fault).__name__)
+            return answer_to(refusal_of(fault), request.url.path)
+
+    return answered
+
+
+async def _by_http(request: Request, fault: Exception) -> Response:
+    """No such path, or not with this method."""
+    assert isinstance(fault, HTTPException)
+    path, said = request.url.path, f"{fault.detail}."
+    if fault.status_code == 404:
+        hint = f" Did you mean /v1{path}?" if f"/v1{path}" in PATHS else ""
+        said = f"There is no path {shown(path[:80])} here.{hint}"
+    elif fault.status_code == 405:
+        said = (
+            f"{request.method} is not allowed here; allowed:"
+            f" {(fault.headers or {}).get('Allow', 'other methods')}."
+        )
+    return answer_to(
+        Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path
+    )
+
+
+def _byte(request: Request) -> int:
+    """The byte that records are wanted from. Refusal: 400."""
+    given = request.query_params.get("after", "0")
+    if not (given.isascii() and given.isdigit() and len(given) < 16):
+        raise Refusal(400, "after: is the `next` of the answer before, a whole number.", "after")
+    return int(given)
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _check_scope(request: Request, scope: str) -> None:
+    if scope == "admin" and _caller(request).scope != "admin":
+        raise Refusal(403, "This key may not change which adapters are served.", code="wrong_scope")

@@ -1,0 +1,235 @@
+"""What every request passes before anything reads it: its Host, its Origin, its key, an id of its
+own, a line of log.
+
+    Host     a name that a page of somebody else could point here (DNS rebinding) is not answered:
+             only addresses, localhost and the names that the server was given are
+    Origin   a page of another site cannot ask: a browser says where a request comes from
+    key      `authorization: Bearer KEY`, or Anthropic's `x-api-key`
+
+The log has neither prompts nor keys nor queries of addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import secrets
+import time
+import unicodedata
+from collections.abc import Callable, Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from veneer.errors import ConfigError
+from veneer.serve.http.keys import Keys
+from veneer.serve.refusals import Refusal
+from veneer.wording import shown
+
+log = logging.getLogger("veneer.serve")
+OPEN = ("/healthz", "/readyz", "/")
+"""Without a key: they tell nothing."""
+_ID = re.compile(r"[\w.:-]{1,128}")
+KEY_NEEDED = "An API key is needed: send the header authorization: Bearer KEY."
+UNKNOWN_KEY = (
+    "This API key is not one of the server's keys. Check it, or ask the server's operator for one."
+)
+_PATH_CHARACTERS = 80
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+"""Browsers leave these out of an origin."""
+
+
+class Guard:
+    """An ASGI application around another. counted: told (path's route, status, seconds) of each
+    answer."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+        counted: Callable[[str, int, float], None] | None = None,
+    ) -> None:
+        self.app, self.keys, self.counted = app, keys, counted
+        self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.origins = frozenset(map(as_browsers_send, origins))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        began, status = time.monotonic(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        try:
+            refused = self._refused(scope, headers)
+            if refused is not None:
+                await answer_to(refused, scope["path"])(scope, receive, sending)
+            else:
+                await self.app(scope, receive, sending)
+        finally:
+            seconds = time.monotonic() - began
+            if scope["path"] not in OPEN:  # which are asked every few seconds
+                path = shown(scope["path"][:_PATH_CHARACTERS])
+                log.info(
+                    "%s %s %s %.0f ms %s",
+                    scope["method"],
+                    path,
+                    status or "gone",
+                    1000 * seconds,
+                    request_id,
+                )
+            if self.counted is not None:
+                self.counted(scope["path"], status, seconds)
+
+    def _refused(self, scope: Scope, headers: Headers) -> Refusal | None:
+        host = headers.get("host", "")
+        if not self._known_host(host):
+            return Refusal(
+                403,
+                "This Host is not one of this server's. If it is meant, start it with"
+                " --allow-host.",
+                code="unknown_host",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._known_origin(origin, host, scope["scheme"]):
+            return Refusal(
+                403,
+                "Pages of other sites are not answered. If it is meant: --allow-origin.",
+                code="unknown_origin",
+            )
+        if scope["path"] in OPEN:
+            return None
+        key = _given_key(headers)
+        caller = self.keys.caller(key)
+        if caller is None:
+            return Refusal(
+                401,
+                KEY_NEEDED if key is None else UNKNOWN_KEY,
+                headers={"www-authenticate": "Bearer"},
+            )
+        scope["state"]["caller"] = caller
+        return None
+
+    def _known_host(self, host: str) -> bool:
+        """An address cannot be pointed elsewhere by anyone's DNS."""
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower().rstrip(".")
+        except ValueError:
+            return False
+        return name in self.hosts or _is_address(name)
+
+    def _known_origin(self, origin: str, host: str, scheme: str) -> bool:
+        own = {
+            f"http://{host}".lower(),
+            f"https://{host}".lower(),
+        }  # behind a proxy the scheme may differ
+        return origin.lower() in own or origin.lower() in self.origins
+
+
+def check_origins(origins: Collection[str]) -> None:
+    """ConfigError: one of them is not what browsers send as the origin of a page."""
+    faults = [fault for origin in origins if (fault := _origin_fault(origin)) is not None]
+    if faults:
+        raise ConfigError(
+            "--allow-origin names a site",
+            faults,
+            "For instance: --allow-origin https://page.example",
+        )
+
+
+def _origin_fault(text: str) -> str | None:
+    """Why no browser sends this as the origin of a page; None: some browser may."""
+    fault = f"{shown(text[:80])} is not SCHEME://HOST or SCHEME://HOST:PORT"
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        return fault
+    if text.lower() != f"{parts.scheme}://{parts.netloc}".lower() or "@" in text:
+        return fault
+    if "*" in host:
+        return f"{shown(text[:80])} has a *: name every site"
+    if _HOST.fullmatch(_punycode(host)) is None and not _is_address(host):
+        return fault
+    return (
+        None
+        if text.isascii()
+        else f"{shown(text[:80])} has letters beyond ASCII: browsers send {_punycode(host)}"
+    )
+
+
+def _punycode(host: str) -> str:
+    """The host's name as DNS and browsers write it."""
+    labels = unicodedata.normalize("NFC", host).split(".")
+    return ".".join(
+        each if each.isascii() else f"xn--{each.encode('punycode').decode()}" for each in labels
+    )
+
+
+def as_browsers_send(origin: str) -> str:
+    """An origin that passes check_origins, in lower case and without the scheme's default port."""
+    parts = urlsplit(origin)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    port = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}"
+
+
+def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
+    """Lets pages of these origins read the answers of a guarded application (CORS).
+
+    A browser asks by itself, without the key, whether a page may send a request (a preflight): that
+    is answered before anything else is looked at. Errors carry the headers too, or a page could not
+    show them.
+    """
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=[as_browsers_send(origin) for origin in origins],
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),  # clients of OpenAI and Anthropic send headers of their own
+        allow_private_network=True,  # a page of the web asks a server at home
+        expose_headers=("x-request-id", "retry-after", "x-should-retry"),
+    )
+
+
+def answer_to(refusal: Refusal, path: str) -> JSONResponse:
+    """As the endpoint's clients read errors: Anthropic's look for a type beside."""
+    body: dict[str, Any] = refusal.body
+    if path.startswith("/v1/messages"):
+        body = {"type": "error", **body}
+    return JSONResponse(body, refusal.status, headers=refusal.all_headers)
+
+
+def _given_key(headers: Headers) -> str | None:
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("x-api-key")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

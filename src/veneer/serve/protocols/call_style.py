@@ -1,0 +1,144 @@
+"""How a base's template writes calls of tools: the form, its marks and keys are read off a call
+that it renders.
+
+Where it writes calls in a form that is not known (decoding/tool_calls/forms.py, call_elements.py),
+or none, tools are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from typing import Any
+
+from veneer.data.template.template import ChatTemplate
+from veneer.data.template.unfit import RENDERS_TOOLS
+from veneer.decoding.tool_calls.calls import CallStyle, compact
+from veneer.decoding.tool_calls.elements import ElementCalls
+from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, NamedCalls, ObjectCalls
+from veneer.errors import VeneerError
+
+NO_TOOLS = (
+    "This base's chat template writes no tool calls that can be read. Describe the tools in a"
+    f" system message, or serve a base whose template writes them, such as {RENDERS_TOOLS}."
+)
+_NAME, _ID = "probe_tool", "callA0001"
+_ARGUMENTS = {"probe_key": "probe value", "other_key": "another one"}
+_MOST_MARK = 40
+
+
+def call_style(template: ChatTemplate) -> CallStyle | None:
+    """How a template writes a call; None: in no way that is known, or not at all."""
+    call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+    tool = {
+        "type": "function",
+        "function": {"name": _NAME, "description": "d", "parameters": {"type": "object"}},
+    }
+    turns: list[dict[str, Any]] = [{"role": "user", "content": "A question."}]
+    try:
+        before = template.render(turns, tools=[tool], add_generation_prompt=True)
+        text = template.render(
+            [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}], tools=[tool]
+        )
+    except VeneerError:
+        return None
+    if _NAME not in before or not text.startswith(before):
+        return None
+    written = text[len(before) :]
+    return _with_json(written, template.tokenizer) or _of_elements(written, template.tokenizer)
+
+
+def _with_json(written: str, tokenizer: Any) -> CallStyle | None:
+    """written: an answer that calls the probe."""
+    brace = written.find("{")
+    bracket = written.rfind("[", 0, max(brace, 0))
+    listed = bracket >= 0 and not written[bracket + 1 : brace].strip()
+    start = bracket if listed else brace
+    if start < 0:
+        return None
+    try:
+        value, length = json.JSONDecoder().raw_decode(written[start:])
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    opens, closes = written[:start].strip(), _seen(written[start + length :], tokenizer)
+    if value == _ARGUMENTS:
+        return _named(opens, closes, tokenizer)
+    one = value[0] if listed and isinstance(value, list) and value else value
+    if not isinstance(one, dict) or len(opens) > _MOST_MARK:
+        return None
+    name = next((key for key, each in one.items() if each == _NAME), None)
+    given = next(
+        (key for key, each in one.items() if each in (_ARGUMENTS, compact(_ARGUMENTS))), None
+    )
+    if name is None or given is None:
+        return None
+    special = _special(opens, tokenizer)
+    if listed:
+        return ListedCalls(opens, "", special, name, given) if opens else None
+    return (
+        ObjectCalls(opens, closes, special, name, given)
+        if opens
+        else BareCall("", "", (), name, given)
+    )
+
+
+def _of_elements(written: str, tokenizer: Any) -> CallStyle | None:
+    """The name, keys and values of the probe, one after another; what stands between them are the
+    marks."""
+    between, rest = [], written
+    for part in (_NAME, *(text for pair in _ARGUMENTS.items() for text in pair)):
+        mark, found, rest = rest.partition(part)
+        if not found:
+            return None
+        between.append(mark)
+    opens, behind_name, key_ends, behind_value, other_key_ends = between
+    behind_last = _seen(rest, tokenizer)
+    alike = sum(
+        1
+        for _ in takewhile(
+            lambda pair: pair[0] == pair[1],
+            zip(behind_name[::-1], behind_value[::-1], strict=False),
+        )
+    )
+    key_opens = behind_name[len(behind_name) - alike :]
+    key_opens = key_opens[max(key_opens.rfind("<"), 0) :]
+    value_ends = behind_value.removesuffix(key_opens)
+    tail, line, closes = behind_last.removeprefix(value_ends.lstrip()).rpartition("\n")
+    marks = (opens.strip(), closes, key_opens.strip(), key_ends.strip(), value_ends.strip())
+    if key_ends != other_key_ends or not all(marks) or max(map(len, (*between, tail))) > _MOST_MARK:
+        return None
+    name_ends = behind_name.removesuffix(key_opens)
+    special = _special("".join(between), tokenizer)
+    return ElementCalls(
+        opens.lstrip(), closes, special, name_ends, key_opens, key_ends, value_ends, tail + line
+    )
+
+
+def _named(opens: str, closes: str, tokenizer: Any) -> CallStyle | None:
+    """opens: all before the arguments: a mark, the name, perhaps an id, a mark."""
+    opens, _, rest = opens.partition(_NAME)
+    id_mark, found, between = rest.partition(_ID)
+    if not found:
+        id_mark, between = "", rest
+    marks = [opens.strip(), id_mark.strip(), between.strip()]
+    if not marks[0] or not marks[2] or max(map(len, marks)) > _MOST_MARK or _ID in between:
+        return None
+    special = _special("".join(marks), tokenizer)
+    return NamedCalls(marks[0], closes, special, id_mark=marks[1], between=marks[2])
+
+
+def _special(marks: str, tokenizer: Any) -> tuple[tuple[str, int], ...]:
+    """Special tokens in them: text of an answer has none."""
+    ids = tokenizer(marks, add_special_tokens=False).input_ids
+    special = sorted(set(ids) & set(tokenizer.all_special_ids))
+    return tuple((str(tokenizer.convert_ids_to_tokens(token)), token) for token in special)
+
+
+def _seen(tail: str, tokenizer: Any) -> str:
+    """Of what follows a call that which answers show: up to the first special token, which ends the
+    turn."""
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    first = next(
+        (place for place, token in enumerate(ids) if token in tokenizer.all_special_ids), len(ids)
+    )
+    return str(tokenizer.decode(ids[:first])).strip()

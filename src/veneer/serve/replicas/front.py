@@ -1,0 +1,240 @@
+"""What clients of several replicas reach: it reads a request, chooses by its model, and passes on
+what a replica sends.
+
+A replica that is lost before it has sent anything is asked no more: another one answers. Where
+pieces of an answer are out already, the answer ends with an error, for its client to ask again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from veneer.errors import LostProcessError, QueueFullError
+from veneer.serve.engine.metrics import answers_lines, merged
+from veneer.serve.engine.service import ServeLimits
+from veneer.serve.http.app import PATHS
+from veneer.serve.http.exchange import ClientGone, unless_gone
+from veneer.serve.http.guard import answer_to
+from veneer.serve.http.keys import Keys
+from veneer.serve.limits import LARGE_BODY
+from veneer.serve.protocols.body import gathered
+from veneer.serve.refusals import Refusal, refusal_of, shutting_down
+from veneer.serve.replicas.replica import Change, Passed, model_of
+from veneer.serve.run import Server
+from veneer.serve.start import Settings, guarded
+
+log = logging.getLogger("veneer.serve")
+CHANGING = (
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/adapters/pin",
+    "/v1/adapters/unpin",
+)
+"""What an administrator asks of all replicas, those that are yet to come too."""
+PATIENCE_SECONDS = 30.0
+"""Beyond the time that a request has at a replica: for one to be there."""
+ATTEMPTS = 3
+"""Replicas that a request may be lost with before it is answered."""
+
+
+class Replicas(Protocol):
+    """How replicas are asked. LostProcessError: the one that was asked is gone. QueueFullError: too
+    many wait."""
+
+    def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
+        """Of one that has this model in memory, or else of the one with the least to do."""
+        ...
+
+    async def adopt(self, changes: Sequence[Change]) -> None:
+        """All of them, now."""
+        ...
+
+    async def metrics(self) -> dict[str, str]:
+        """Of each, by its name."""
+        ...
+
+    async def shown(self) -> dict[str, list[dict[str, Any]]]:
+        """What /v1/adapters lists at each, by its name."""
+        ...
+
+
+class Front:
+    """An ASGI application, behind Guard. seconds: that a request has at a replica."""
+
+    def __init__(self, replicas: Replicas, *, body_bytes: int, seconds: float) -> None:
+        self._replicas, self._body_bytes, self._seconds = (
+            replicas,
+            body_bytes,
+            seconds + PATIENCE_SECONDS,
+        )
+        self._changes: list[Change] = []
+        self._answers: Counter[tuple[str, int]] = Counter()
+        self._closing = False
+
+    def refuse_new(self) -> None:
+        self._closing = True
+
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """A request of HTTP, whatever came of it."""
+        self._answers[path if path in PATHS else "other", status] += 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        request, out = Request(scope, receive), _Sent(send)
+        try:
+            own = await self._own(request)
+            if own is not None:
+                await own(scope, receive, send)
+            else:
+                passed = await self._passed(request)
+                await unless_gone(receive, self._pass_on(passed, out))
+        except ClientGone:
+            return
+        except (
+            Exception,
+            asyncio.CancelledError,
+        ) as fault:  # cancelled: the server ends, and the drain's time is over
+            answer = answer_to(_refusal(fault), request.url.path)
+            if not out.status:
+                await answer(scope, receive, send)
+            elif out.streams:
+                await send(
+                    {"type": "http.response.body", "body": b"data: " + bytes(answer.body) + b"\n\n"}
+                )
+            else:
+                raise  # the connection ends, and with it an answer that is not whole
+
+    async def _own(self, request: Request) -> Response | None:
+        """What the front answers itself; None: a replica does."""
+        match request.url.path:
+            case "/healthz":
+                return PlainTextResponse("ok\n")
+            case "/readyz":
+                return (
+                    PlainTextResponse("closing\n", 503)
+                    if self._closing
+                    else PlainTextResponse("ready\n")
+                )
+            case "/metrics":
+                lines = [*merged(await self._replicas.metrics()), *answers_lines(self._answers)]
+                return PlainTextResponse(
+                    "\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8"
+                )
+            case "/v1/adapters" if request.method == "GET":
+                lists = await self._replicas.shown()
+                cards = [
+                    {**card, "replica": name}
+                    for name, cards in sorted(lists.items())
+                    for card in cards
+                ]
+                return JSONResponse({"object": "list", "data": cards})
+        return None
+
+    async def _passed(self, request: Request) -> Passed:
+        """Refusal: it is shutting down, or the body did not come."""
+        if self._closing:
+            raise shutting_down()
+        body = await gathered(request, self._body_bytes)
+        scope, state = request.scope, request.scope["state"]
+        return Passed(
+            request.method,
+            scope["path"],
+            scope["query_string"],
+            tuple(scope["headers"]),
+            body,
+            state.get("caller"),
+            state["request_id"],
+        )
+
+    async def _pass_on(self, request: Passed, out: _Sent) -> None:
+        large = len(request.body) > LARGE_BODY  # others are answered meanwhile
+        model = await asyncio.to_thread(model_of, request.body) if large else model_of(request.body)
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                async with asyncio.timeout(self._seconds) as until:
+                    async for message in self._replicas.answer(
+                        request, model, tuple(self._changes)
+                    ):
+                        until.reschedule(
+                            None
+                        )  # from here on it is the replica that says how long it takes
+                        await out(message)
+                break
+            except TimeoutError:
+                raise Refusal(503, "No replica has answered in time.", code="no_replica") from None
+            except LostProcessError:
+                if out.status or not left:
+                    raise
+                log.warning("a replica is gone: another one is asked %s", request.request_id)
+        if out.status == 200 and request.path in CHANGING:
+            self._changes = changed(self._changes, request)
+            await self._replicas.adopt(tuple(self._changes))
+
+
+class _Sent:
+    """What goes to a client. status: 0 before it has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self.status, self.streams, self._send = 0, False, send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.streams = any(
+                value.startswith(b"text/event-stream") for _, value in message["headers"]
+            )
+        await self._send(message)
+
+
+def open_front(replicas: Replicas, settings: Settings, keys: Keys) -> tuple[Server, socket.socket]:
+    """ConfigError: the port is taken."""
+    front = Front(replicas, body_bytes=ServeLimits.body_bytes, seconds=settings.seconds)
+    return guarded(front, settings, keys, counted=front.answered, closing=front.refuse_new)
+
+
+def changed(changes: Sequence[Change], request: Passed) -> list[Change]:
+    """With a further one, without those that it makes pointless: earlier ones of the same name and
+    kind."""
+    kind, name = _subject(request)
+    number = changes[-1].number + 1 if changes else 1
+    return [
+        *(each for each in changes if _subject(each.request) != (kind, name)),
+        Change(number, request),
+    ]
+
+
+def _subject(request: Passed) -> tuple[bool, str]:
+    body = json.loads(request.body)
+    return "pin" in request.path, str(body.get("lora_name") or body.get("name"))
+
+
+def _refusal(fault: BaseException) -> Refusal:
+    if isinstance(fault, asyncio.CancelledError):
+        return shutting_down()
+    if isinstance(fault, LostProcessError):
+        return Refusal(503, "The replica that answered is gone. Ask again.", code="replica_lost")
+    assert isinstance(fault, Exception)
+    if not isinstance(fault, Refusal | QueueFullError):
+        log.exception("a bug: %s", type(fault).__name__)
+    return refusal_of(fault)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (message := await receive())["type"] == "lifespan.startup":
+        await send({"type": "lifespan.startup.complete"})
+    assert message["type"] == "lifespan.shutdown"
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,178 @@
+"""Replicas as a deployment of Ray Serve: it starts them, starts others where one is lost, adds some
+while many wait, and sends a request where its model is (model multiplexing). Its own HTTP is not
+used: clients reach the front.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Message
+
+from veneer.compare.ray_cluster import connect
+from veneer.errors import DoesNotFitError, LostProcessError, QueueFullError, VeneerError
+from veneer.serve.replicas.replica import Change, Passed, Replica, Served
+
+MODELS_KNOWN = 256
+"""Names of models that a replica is remembered for: the least recently asked for go."""
+ADOPT_SECONDS = 60.0
+QUIET = {"log_level": "ERROR", "enable_access_log": False}
+
+
+@dataclass(frozen=True)
+class Size:
+    """replicas, most: how many there are at least, and at most while requests wait. cpus: of each;
+    None: shared out."""
+
+    replicas: int
+    most: int
+    cpus: int | None = None
+
+
+class RayReplicas:
+    """address: of the cluster; None: one that is started here. Returns when all replicas have
+    loaded their base.
+
+    DoesNotFitError: the cluster has not so many processors. VeneerError: a replica could not start.
+    """
+
+    def __init__(self, address: str | None, served: Served, size: Size) -> None:
+        self._ray = connect(address)
+        from ray import serve
+
+        self._serve: Any = serve
+        self._name = f"veneer-{secrets.token_hex(4)}"
+        limits, drain = served.settings.limits, served.settings.drain_seconds
+        gpus = 1 if self._ray.cluster_resources().get("GPU", 0) else 0
+        self._most_waiting = limits.max_waiting
+        deployment = self._serve.deployment(
+            _Deployed,
+            name="replica",
+            ray_actor_options={"num_cpus": self._cpus(size), "num_gpus": gpus},
+            max_ongoing_requests=limits.rows + limits.max_waiting,
+            max_queued_requests=limits.max_waiting,
+            graceful_shutdown_timeout_s=drain,
+            autoscaling_config={
+                "min_replicas": size.replicas,
+                "initial_replicas": size.replicas,
+                "max_replicas": size.most,
+                "target_ongoing_requests": limits.rows,
+            },
+        )
+        try:
+            self._serve.start(proxy_location="Disabled", logging_config=QUIET)
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            bound = deployment.bind(served)
+            self._handle: Any = self._serve.run(
+                bound, name=self._name, route_prefix=None, logging_config=QUIET
+            )
+        except (
+            BaseException
+        ) as fault:  # whatever a replica raised, as Ray tells it; or Ctrl-C: nothing stays behind
+            self.close()
+            if not isinstance(fault, Exception):
+                raise
+            said = [line for line in str(fault).splitlines() if line.strip()]
+            raise VeneerError(
+                "the replicas could not be started", said[-6:], "Mend that, then start them again."
+            ) from None
+
+    def _cpus(self, size: Size) -> int:
+        nodes = [
+            int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]
+        ]
+        cpus = size.cpus or max(1, min(max(nodes), sum(nodes) // size.most))
+        if (room := sum(each // cpus for each in nodes)) < size.replicas:
+            raise DoesNotFitError(
+                f"{size.replicas} replicas need {cpus} processors each, and there is room for"
+                f" {room}",
+                [f"a node has {each}" for each in nodes],
+                "Add nodes, or give fewer --replicas or --cpus.",
+            )
+        return cpus
+
+    async def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
+        replica = self._handle.options(
+            stream=True, method_name="answer", multiplexed_model_id=model
+        )
+        response = replica.remote(request, model, changes)
+        ended = False
+        try:
+            async for message in response:
+                ended = message["type"] == "http.response.body" and not message.get(
+                    "more_body", False
+                )
+                yield message
+        except Exception as fault:
+            ended = True
+            raise self._told(fault) from None
+        finally:
+            if not ended:  # the client has gone
+                response.cancel()
+
+    async def adopt(self, changes: Sequence[Change]) -> None:
+        with suppress(
+            Exception
+        ):  # one that is gone meanwhile; who has not heard it is told with its next request
+            await self._handle.broadcast("adopt", changes).results_async(timeout_s=ADOPT_SECONDS)
+
+    async def metrics(self) -> dict[str, str]:
+        return dict(await self._asked("metrics"))
+
+    async def shown(self) -> dict[str, list[dict[str, Any]]]:
+        return dict(await self._asked("shown"))
+
+    async def _asked(self, method: str) -> list[Any]:
+        try:
+            return list(await self._handle.broadcast(method).results_async(timeout_s=ADOPT_SECONDS))
+        except Exception as fault:
+            raise self._told(fault) from None
+
+    def _told(self, fault: Exception) -> Exception:
+        from ray.serve.exceptions import (
+            BackPressureError,
+            DeploymentUnavailableError,
+            ReplicaUnavailableError,
+        )
+
+        errors = self._ray.exceptions
+        if isinstance(fault, BackPressureError):
+            return QueueFullError(self._most_waiting, self._most_waiting)
+        lost = (
+            errors.RayActorError,
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.ActorUnavailableError,
+        )
+        if isinstance(fault, (*lost, DeploymentUnavailableError, ReplicaUnavailableError)):
+            return LostProcessError("a replica is gone")
+        return fault
+
+    def close(self) -> None:
+        """Replicas end once what is open is answered, and with them a cluster that was started
+        here."""
+        with suppress(Exception):
+            self._serve.delete(self._name)
+        self._ray.shutdown()
+
+
+class _Deployed(Replica):
+    """As Ray Serve makes it: on a node."""
+
+    def __init__(self, served: Served) -> None:
+        from ray import serve
+
+        async def known(model: str) -> str:
+            return model
+
+        name = serve.get_replica_context().replica_id.unique_id
+        super().__init__(
+            served, name, serve.multiplexed(max_num_models_per_replica=MODELS_KNOWN)(known)
+        )

@@ -1,0 +1,184 @@
+"""A replica: one base and its adapters in a process of Ray Serve's, behind the front that clients
+reach (front.py).
+
+A request comes as it was read there, with who asks, and goes through the same routes (http/app.py);
+what they send goes back piece by piece. Nothing but the front reaches a replica, so it asks for no
+key.
+
+What an administrator changed (names, pins) is the front's to know: every request brings the changes
+that this replica, which may be younger than they are, has not made yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Message
+
+from veneer.bases.compute import HeldAs
+from veneer.library.library import Library
+from veneer.models.load import load_base
+from veneer.quant.config import Quantize
+from veneer.serve.engine.adapters import card_of
+from veneer.serve.http.app import application
+from veneer.serve.http.keys import Caller
+from veneer.serve.protocols.body import parsed
+from veneer.serve.refusals import Refusal
+from veneer.serve.start import Settings, service_of
+
+log = logging.getLogger("veneer.serve")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What every replica loads. library: a folder that each node sees."""
+
+    base: str
+    library: str
+    dtype: HeldAs
+    device: str
+    quantize: Quantize | None
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A request on its way from the front. caller: who asks; None: nobody was asked for a key."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    caller: Caller | None
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """An administrator's request that was granted, by its number."""
+
+    number: int
+    request: Passed
+
+
+class Replica:
+    """model_known: told the name of the model of each request, so that the next one for it comes
+    here."""
+
+    def __init__(self, served: Served, name: str, model_known: Any) -> None:
+        base = load_base(
+            served.base, dtype=served.dtype, device=served.device, quantize=served.quantize
+        )
+        self.name = name
+        self._service = service_of(base, Library(served.library), served.settings)
+        self._app = application(self._service)
+        self._model_known = model_known
+        self._changed = 0
+        self._changing = asyncio.Lock()
+        self._began = False
+
+    async def answer(
+        self, request: Passed, model: str, changes: Sequence[Change]
+    ) -> AsyncIterator[Message]:
+        """What the routes send, as ASGI says it."""
+        await self.adopt(changes)
+        if model:
+            await self._model_known(model)
+        async for message in self._answer(request):
+            yield message
+
+    async def adopt(self, changes: Sequence[Change]) -> None:
+        """Makes the changes that are new to it."""
+        if not self._began:
+            self._began = True
+            self._service.loop.start()
+        async with self._changing:
+            for change in changes:
+                if change.number > self._changed:
+                    async for message in self._answer(change.request):
+                        if message["type"] == "http.response.start" and message["status"] >= 400:
+                            log.error(
+                                "%s: a change was refused here: %d",
+                                change.request.path,
+                                message["status"],
+                            )
+                    self._changed = change.number
+
+    async def metrics(self) -> tuple[str, str]:
+        """(name of the replica, its metrics)."""
+        await self.adopt(())
+        return self.name, await self._service.metrics_text()
+
+    async def shown(self) -> tuple[str, list[dict[str, Any]]]:
+        """(name of the replica, what /v1/adapters lists)."""
+        return self.name, [card_of(each) for each in self._service.residents.shown()]
+
+    async def _answer(self, request: Passed) -> AsyncIterator[Message]:
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        bodies = [{"type": "http.request", "body": request.body, "more_body": False}]
+
+        async def receive() -> Message:
+            if bodies:
+                return bodies.pop()
+            await asyncio.Event().wait()  # whoever has gone cancels
+            raise AssertionError
+
+        async def run() -> None:
+            try:
+                await self._app(_scope(request), receive, sent.put)
+            finally:
+                sent.put_nowait(None)
+
+        task = asyncio.create_task(run())
+        try:
+            while (message := await sent.get()) is not None:
+                yield message
+            await task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def _scope(request: Passed) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": "http",
+        "path": request.path,
+        "raw_path": request.path.encode(),
+        "query_string": request.query,
+        "headers": list(request.headers),
+        "client": None,
+        "server": None,
+        "root_path": "",
+        "state": {"caller": request.caller, "request_id": request.request_id},
+    }
+
+
+def model_of(body: bytes) -> str:
+    """The name that affinity goes by: of the adapter, or of those that are asked for together;
+    empty: none.
+
+    What the body is worth is the replica's to say.
+    """
+    try:
+        asked = parsed(body)
+    except Refusal:
+        return ""
+    parts = asked.get("adapters")
+    names = (
+        [each.get("name") for each in parts if isinstance(each, dict)]
+        if isinstance(parts, list)
+        else []
+    )
+    found = "+".join(each for each in names if isinstance(each, str)) or asked.get("model")
+    return found[:400] if isinstance(found, str) else ""

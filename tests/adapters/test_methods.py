@@ -1,0 +1,315 @@
+"""One contract for every method, over every kind of base: a new method or weight format adds a row,
+not a file.
+
+What differs stands in the row: whether a fresh adapter is the base, whether it folds into dense
+weights, which base it is tried on. alpha differs from rank, layers are not square, a Conv1D and
+biases are among them.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import pytest
+import torch
+
+from tests.models.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
+from tests.support.helpers import make_examples
+from tests.support.tiny import save_tiny, tiny_base, tiny_model
+from tests.support.tiny_gguf import tiny, write_gguf
+from veneer.adapters.attach import attach, detach
+from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
+from veneer.adapters.placement.acting import TokenKeys
+from veneer.adapters.placement.routing import Routing
+from veneer.adapters.placement.wrapping import plain_modules
+from veneer.data.batching import make_batch
+from veneer.errors import ConfigError
+from veneer.formats.adapter import (
+    adapter_file_bytes,
+    load_adapter,
+    manifest_for,
+    read_adapter,
+    write_adapter,
+)
+from veneer.linear import frozen_linear
+from veneer.models.checkpointing import checkpointed
+from veneer.models.load import load_base
+from veneer.models.step import batch_loss, prepare
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
+FOLDERS: list[TemporaryDirectory[str]] = []
+FOLDED = 2e-5
+"""Relative, float32: the update added to the weight first, or to the product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    config: AdapterConfig
+    starts_as_base: bool = True
+    folds: bool = True
+    drops_out: bool = True
+
+
+WITH_EMBEDDING = r".*\.(\w+_proj|c_attn|c_fc|embed_tokens|wte)"
+METHODS = {
+    "lora": Row(config=LoRA(rank=3, alpha=5.0)),
+    "rslora": Row(
+        config=LoRA(rank=5, alpha=3.0, rslora=True, rank_pattern={"down_proj|c_proj": 2})
+    ),
+    "lora+": Row(config=LoRA(rank=3, alpha=5.0, lr_ratio=16.0)),
+    "pissa": Row(config=LoRA(rank=3, alpha=5.0, init="pissa")),
+    "fast pissa, rslora": Row(
+        config=LoRA(rank=3, alpha=5.0, init="pissa", rslora=True, svd_iterations=2)
+    ),
+    "olora": Row(config=LoRA(rank=3, alpha=5.0, init="olora", rank_pattern={"o_proj|c_proj": 2})),
+    "lora, embedding": Row(config=LoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
+    "dora": Row(config=DoRA(rank=3, alpha=5.0)),
+    "dora, embedding": Row(config=DoRA(rank=3, alpha=5.0, targets=WITH_EMBEDDING)),
+    "houlsby": Row(
+        config=Bottleneck(placement="houlsby", size=5, activation="gelu", norm=True), folds=False
+    ),
+    "pfeiffer": Row(
+        config=Bottleneck(placement="pfeiffer", reduction=8, activation="tanh"), folds=False
+    ),
+    "parallel": Row(config=Bottleneck(size=7, activation="swish"), folds=False),
+    "prefix": Row(
+        config=Prefix(tokens=5, start="random"), starts_as_base=False, folds=False, drops_out=False
+    ),
+    "prefix, mlp": Row(
+        config=Prefix(tokens=5, projection=7), starts_as_base=False, folds=False, drops_out=False
+    ),
+}
+BASES = {
+    "llama float32": ("llama", torch.float32),
+    "qwen2 float32": ("qwen2", torch.float32),
+    "gpt2 float32": ("gpt2", torch.float32),
+    "llama bfloat16": ("llama", torch.bfloat16),
+    "gpt2 bfloat16": ("gpt2", torch.bfloat16),
+    "llama nf4": ("llama nf4", torch.float32),
+    "gpt2 nf4": ("gpt2 nf4", torch.bfloat16),
+    "llama gguf": ("llama gguf", torch.float32),
+}
+every_method = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+every_base = pytest.mark.parametrize(("family", "dtype"), BASES.values(), ids=BASES)
+
+
+@cache
+def written(family):
+    """A tiny base on disk; the folder goes when the process ends."""
+    folder = TemporaryDirectory()
+    FOLDERS.append(folder)
+    if family == "llama gguf":
+        path = Path(folder.name) / "tiny.gguf"
+        return write_gguf(path, tiny("llama"), "llama", kind=gguf.GGMLQuantizationType.Q8_0)
+    return save_tiny(Path(folder.name) / "base", family.split()[0])
+
+
+def base_of(family, dtype):
+    """The base of a row of the table: dense, or held packed as its last word says; its fast paths
+    proven."""
+    if " " not in family:
+        base = tiny_base(family, dtype)
+    else:
+        name = str(dtype).removeprefix("torch.")
+        base = load_base(str(written(family)), dtype=name, quantize=family.split()[1])
+    prepare(base.model)
+    return base
+
+
+def put(model, config, *, name="a", seed=0, filled=False):
+    routing = Routing()
+    if config.through_attention:
+        prepare(model)
+    attachment = attach(
+        model, config, name=name, routing=routing, head=model.get_output_embeddings(), seed=seed
+    )
+    if filled:
+        move(attachment)
+    routing.active = ((name, 1.0),)
+    return attachment, routing
+
+
+def move(attachment, *, seed=1, scale=0.15):
+    """Every trained value away from its start, so that nothing hides behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attachment.parameters().values():
+        parameter.data.add_(
+            (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.device)
+        )
+
+
+def untie(model):
+    """What changes an embedding leaves a tied head as it is."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@every_method
+@every_base
+def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restores_every_bit(
+    row, family, dtype
+):
+    model = base_of(family, dtype).model
+    names, state = (
+        list(dict(model.named_parameters())),
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
+    before = logits(model)
+    attachment, routing = put(model, row.config)
+    assert row.config.starts_as_base == row.starts_as_base
+    assert torch.equal(logits(model), before) == row.starts_as_base
+    move(attachment)
+    assert not torch.allclose(logits(model), before, rtol=1e-2)
+    routing.active = ()
+    assert torch.equal(logits(model), before)
+    detach(model, "a", routing=routing)
+    assert list(dict(model.named_parameters())) == names
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(logits(model), before)
+
+
+@every_method
+@every_base
+def test_the_packed_step_with_a_shared_prompt_is_the_models_own_forward_row_by_row(
+    row, family, dtype
+):
+    """In bf16 the two round in other places: there the whole gradient agrees to 0.15 of its
+    length."""
+    model = base_of(family, dtype).model
+    paths = prepare(model)
+    attachment, routing = put(model, row.config, filled=True)
+    examples = make_examples(4)
+    loss, gradients = own_loss_and_gradients(model, attachment, examples)
+    for share in (True, False):
+        ours = loss_and_gradients(model, paths, routing, attachment, examples, share=share)
+        if dtype == torch.float32:
+            assert_same(ours, (loss, gradients))
+            continue
+        assert ours[0] == pytest.approx(loss, rel=0.02)
+        own, found = (
+            torch.cat([g.float().flatten() for g in each]) for each in (gradients, ours[1])
+        )
+        assert (found - own).norm() <= 0.15 * own.norm()
+
+
+@every_method
+@every_base
+def test_only_the_adapters_parameters_train_and_all_of_them_do(row, family, dtype):
+    model = base_of(family, dtype).model
+    paths = prepare(model)
+    attachment, routing = put(model, row.config, filled=True)
+    loss_and_gradients(model, paths, routing, attachment, make_examples(4))
+    assert all(
+        p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in attachment.parameters().values()
+    )
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+@every_method
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@every_base
+def test_checkpointing_changes_no_bit(row, dropout, family, dtype):
+    config = row.config
+    if dropout:
+        if not row.drops_out:
+            pytest.skip("this method has no dropout")
+        config = config.model_copy(update={"dropout": dropout})
+        assert config.drops_out
+    model = base_of(family, dtype).model
+    paths = prepare(model)
+    attachment, routing = put(model, config, filled=True)
+    parameters = list(attachment.parameters().values())
+
+    def run(on):
+        batch = make_batch(make_examples(4), packed=paths.packed, share_prompt=True, device=CPU)
+        with checkpointed(model, routing, on=on), routing.drawing(TokenKeys(batch.dropout_rows, 3)):
+            for parameter in parameters:
+                parameter.requires_grad_(True).grad = None
+            loss = batch_loss(model, paths, routing, batch, total=7.0)
+            loss.backward()
+            return loss, [p.grad for p in parameters]
+
+    (kept, gradients), (again, same) = run(False), run(True)
+    assert torch.equal(kept, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    if dropout:
+        without = loss_and_gradients(model, paths, routing, attachment, make_examples(4))[0]
+        assert kept.item() != pytest.approx(without, rel=1e-3)
+
+
+@every_method
+@every_base
+def test_its_files_hold_all_of_it_in_the_size_foretold(row, family, dtype, tmp_path):
+    base = base_of(family, dtype)
+    attachment, _ = put(base.model, row.config, filled=True)
+    size = adapter_file_bytes(attachment, base.model)
+    expected = logits(base.model)
+    manifest = manifest_for(base, method=row.config.name)
+    written = write_adapter(tmp_path / "a", attachment, manifest, model=base.model)
+    assert written.bytes == size == (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert read_adapter(tmp_path / "a").config.name == row.config.name
+    fresh = base_of(family, dtype)
+    loaded = load_adapter(fresh, tmp_path / "a", name="b")
+    fresh.routing.active = (("b", 1.0),)
+    assert torch.equal(logits(fresh.model), expected)
+    write_adapter(tmp_path / "b", loaded, manifest, model=fresh.model)
+    for file in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_folded_into_the_weights_it_answers_as_beside_them_or_refuses(row, family):
+    model = base_of(family, torch.float32).model
+    attachment, routing = put(model, row.config, filled=True)
+    expected = logits(model)
+    routing.active = ()
+    assert row.config.folds == row.folds
+    modules = plain_modules(model)
+    if not row.folds:
+        assert row.config.instead_of_folding
+        with pytest.raises(ConfigError, match=r"cannot be (merged|folded)"):
+            next(iter(attachment.layers.values())).folded(torch.zeros(3, 3))
+        return
+    untie(model)
+    for path, layer in attachment.layers.items():
+        linear = frozen_linear(modules[path])
+        # dense_weight is the weight itself, or its transpose
+        weight = modules[path].weight.data if linear is None else linear.dense_weight(torch.float32)
+        weight.copy_(layer.folded(weight))
+    assert (logits(model) - expected).abs().max() <= FOLDED * expected.abs().max()
+
+
+@every_method
+def test_beside_another_adapter_their_changes_add_up(row):
+    model = base_of("llama", torch.float32).model
+    first, routing = put(model, row.config, filled=True)
+    second = attach(
+        model,
+        LoRA(rank=2, alpha=3.0, targets=["q_proj", "down_proj"]),
+        name="b",
+        routing=routing,
+        head=model.get_output_embeddings(),
+    )
+    move(second, seed=2)
+    modules = plain_modules(model)
+    if not row.folds:
+        pytest.skip("what it means together is told by the method's own tests")
+    routing.active = (("a", 0.5), ("b", -2.0))
+    both = logits(model)
+    routing.active = ()
+    untie(model)
+    for attachment, weight in ((first, 0.5), (second, -2.0)):
+        for path, layer in attachment.layers.items():
+            own = modules[path].weight.data
+            original = tiny_model("llama").get_submodule(path).weight.data
+            own += weight * (layer.folded(original) - original)
+    torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,360 @@
+"""Files to rows: every broken row is found and named by its line; what is read is what stands
+there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.data.examples import Problem, refusal
+from veneer.data.files import sources
+from veneer.data.files.sources import read_rows, scan_rows
+from veneer.errors import DataError
+
+
+def chat(question: str = "Why?", answer: str = "So.") -> dict[str, object]:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+GOOD = json.dumps(chat()).encode()
+BROKEN = {
+    "CP1252 text": (
+        json.dumps(chat()).replace("Why", "caf\\u00e9").encode().replace(b"\\u00e9", b"\xe9"),
+        "D102",
+    ),
+    "a NUL byte": (GOOD.replace(b"W", b"\0"), "D102"),
+    "half a surrogate pair": (GOOD.replace(b"Why", b"\\ud83d"), "D102"),
+    "a cut line": (GOOD[:-10], "D103"),
+    "two values": (GOOD + b" " + GOOD, "D103"),
+    "NaN": (b'{"score": NaN, ' + GOOD[1:], "D103"),
+    "a number of 5,000 digits": (b'{"n": ' + b"9" * 5000 + b", " + GOOD[1:], "D103"),
+    "deep nesting": (b"[" * 100_000, "D103"),
+    "keys nested 600 deep": (
+        b'{"score": ' + b'{"a":' * 600 + b"1" + b"}" * 600 + b", " + GOOD[1:],
+        "D103",
+    ),
+    "a number beyond all": (b'{"score": 1e999, ' + GOOD[1:], "D103"),
+    "half a surrogate pair beside the text": (
+        GOOD.replace(b'"role"', b'"na\\udc00me": 1, "role"', 1),
+        "D102",
+    ),
+    "a key twice": (b'{"messages": [], ' + GOOD[1:], "D104"),
+    "an inner key twice": (
+        GOOD.replace(b'"role": "user"', b'"role": "user", "role": "system"'),
+        "D104",
+    ),
+    "a list": (b"[1, 2]", "D105"),
+    "a string": (b'"hello"', "D105"),
+    "unknown columns": (b'{"question": "a", "answer": "b"}', "D107"),
+    "an empty answer": (json.dumps(chat(answer=" \n")).encode(), "D101"),
+    "no answer": (json.dumps({"messages": chat()["messages"][:1]}).encode(), "D112"),  # type: ignore[index]
+}
+
+
+def write(path: Path, *lines: bytes) -> Path:
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def found(problems: list[Problem]) -> dict[int, str]:
+    return {line: problem.code for problem in problems for line in problem.lines}
+
+
+@pytest.mark.parametrize(("line", "code"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_line_is_named_by_its_number_and_the_lines_around_it_are_read(
+    tmp_path: Path, line: bytes, code: str
+) -> None:
+    file = write(tmp_path / "rows.jsonl", GOOD, b"", line, GOOD)
+    rows, problems = scan_rows(file)
+    assert found(problems) == {3: code}
+    assert [row.ref.line for row in rows] == [1, 4]
+    with pytest.raises(DataError, match=rf"{code} .*rows\.jsonl:3  "):
+        read_rows(file)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([None, *BROKEN]), min_size=1, max_size=30))
+def test_every_broken_line_is_reported_with_its_number(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[str | None]
+) -> None:
+    lines = [GOOD if kind is None else BROKEN[kind][0] for kind in kinds]
+    rows, problems = scan_rows(write(tmp_path_factory.mktemp("rows") / "rows.jsonl", *lines))
+    assert found(problems) == {
+        n: BROKEN[kind][1] for n, kind in enumerate(kinds, 1) if kind is not None
+    }
+    assert [row.ref.line for row in rows] == [n for n, kind in enumerate(kinds, 1) if kind is None]
+
+
+def test_an_error_shows_twenty_faults_and_counts_the_rest() -> None:
+    problems = [Problem("D107", "rows.jsonl", f"fault {n}", (n,)) for n in range(1, 51)]
+    error = refusal("rows.jsonl cannot be read", problems)
+    assert len(error.faults) == 21
+    assert error.faults[-1] == "… and 30 more"
+
+
+def test_equal_faults_of_many_rows_are_one_line_that_names_them_all() -> None:
+    problems = [Problem("D101", "rows.jsonl", "empty", (n,)) for n in (9, 1, 2, 3, 7)]
+    assert refusal("x", problems).faults == ["D101 rows.jsonl:1-3, 7, 9 (5 rows)  empty"]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path: Path) -> None:
+    for name, content in {
+        "rows.jsonl": b"\xef\xbb\xbf" + GOOD + b"\r\n" + GOOD + b"\r\n",
+        "rows.json": b"\xef\xbb\xbf[" + GOOD + b",\r\n" + GOOD + b"]",
+        "rows.csv": b"\xef\xbb\xbfprompt,completion\r\nWhy?,So.\r\nWhy?,So.\r\n",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert [row.messages for row in read_rows(tmp_path / name)] == [chat()["messages"]] * 2
+
+
+def test_utf_16_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(GOOD.decode().encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_huge_line_is_skipped_and_the_next_keeps_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    huge = json.dumps(chat(answer="x" * 5000)).encode()
+    rows, problems = scan_rows(write(tmp_path / "rows.jsonl", GOOD, huge, huge, GOOD))
+    assert found(problems) == {2: "D106", 3: "D106"}
+    assert [row.ref.line for row in rows] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "layout", ["[%s, %s]", '{"version": {"n": 1}, "data": [%s, %s]}', " [\n%s\n,%s]\n"]
+)
+def test_a_json_file_is_a_list_or_holds_one_under_data(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "rows.json").write_text(layout % (json.dumps(chat("A")), json.dumps(chat("B"))))
+    rows = read_rows(tmp_path / "rows.json")
+    assert [(row.ref.line, row.messages[0]["content"]) for row in rows] == [(1, "A"), (2, "B")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("%s\n%s", "rename it to .jsonl"),
+        ('{"rows": [%s, %s]}', "keys: rows"),
+        ("[%s, %s", "cut off"),
+        ("[%s %s]", "comma"),
+        ("3", "neither a list"),
+        ("[%s, 7, %s]", "rows.json:2  is a number"),
+        ('[%s, {"a": 1, "a": 2}, %s]', "rows.json:2  key 'a'"),
+        ("[]", "no rows"),
+        ("", "no rows"),
+    ],
+)
+def test_what_is_wrong_with_a_json_file_is_said(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rows.json").write_text(text.replace("%s", json.dumps(chat())))
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
+    lines = [
+        b"prompt,completion",
+        b'"two',
+        b'lines",yes',
+        b"only one",
+        b"a,\xe9",
+        b"a,b,c",
+        b"",
+        b"last,row",
+    ]
+    rows, problems = scan_rows(write(tmp_path / "rows.csv", *lines))
+    assert found(problems) == {4: "D105", 5: "D102", 6: "D105"}
+    assert [(row.ref.line, row.messages[0]["content"]) for row in rows] == [
+        (2, "two\nlines"),
+        (8, "last"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt;completion\na;b\n", "parted by semicolons"),
+        ("prompt\tcompletion\na\tb\n", "parted by tabs"),
+        ("prompt,prompt\na,b\n", "'prompt' twice"),
+        ('prompt,completion\n"a,b\n', "rows.csv:2  is not CSV"),
+        (
+            "text,category\nLost card,card_lost\n",
+            "rename column 'text' to 'prompt' and 'category' to 'completion'",
+        ),
+        ("mr,ref\na,b\n", "rename column 'mr' to 'prompt' and 'ref' to 'completion'"),
+        ("prompt,answer\na,b\n", "rename column 'answer' to 'completion'"),
+        ("a,b,c\n1,2,3\n", "Name the column with the question 'prompt'"),
+    ],
+)
+def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / "rows.csv")
+
+
+def test_parquet_rows_equal_the_rows_they_were_written_from(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    plain = chat()["messages"]
+    with_call = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "2."},
+    ]
+    table = pyarrow.table({"messages": [plain, with_call], "id": [1, 2]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert [row.messages for row in read_rows(tmp_path / "rows.parquet")] == [plain, with_call]
+
+
+def test_times_that_python_does_not_know_hide_no_parquet_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    times = {
+        "made": pyarrow.array([1], pyarrow.timestamp("ns")),
+        "far": pyarrow.array([2**62], pyarrow.timestamp("ms", tz="UTC")),
+        "day": pyarrow.array([2**30], pyarrow.date32()),
+        "took": pyarrow.array([3], pyarrow.duration("ns")),
+        "none": pyarrow.array([None], pyarrow.timestamp("ns")),
+    }
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "completion": ["b"], **times}), tmp_path / "rows.parquet"
+    )
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert [message["content"] for message in row.messages] == ["a", "b"]
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([text]) for text in "abc"]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "prompt", "completion"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"D105 .*two columns are called 'prompt'"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(DataError, match="is not Parquet"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_without_pyarrow_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'veneer\[parquet\]'"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_unknown_kinds_missing_and_empty_files_are_told_apart(tmp_path: Path) -> None:
+    for name in ("rows.txt", "rows", "rows.jsonl"):
+        (tmp_path / name).write_text("")
+    for name, message in {
+        "rows.txt": "extension '.txt'",
+        "rows": "no extension",
+        "rows.jsonl": "no rows",
+        "other.jsonl": "no such file",
+        "nowhere/rows.jsonl": "does not exist either",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            read_rows(tmp_path / name)
+    with pytest.raises(DataError, match="unknown format 'chatml'"):
+        read_rows(tmp_path / "rows.jsonl", "chatml")
+
+
+def test_a_file_of_several_layouts_is_refused_with_lines_of_each(tmp_path: Path) -> None:
+    text = b'{"text": "plain"}'
+    with pytest.raises(DataError) as error:
+        read_rows(write(tmp_path / "rows.jsonl", GOOD, text, GOOD, text, text))
+    assert "rows.jsonl:1, 3 (2 rows)  2 rows are chat" in str(error.value)
+    assert "rows.jsonl:2, 4-5 (3 rows)  3 rows are text" in str(error.value)
+
+
+def test_a_key_that_stands_there_a_hundred_thousand_times_costs_no_more_than_others(
+    tmp_path: Path,
+) -> None:
+    twice = b"{" + b", ".join(b'"k%d": 1' % (number // 2) for number in range(100_000)) + b"}"
+    _, problems = scan_rows(
+        write(tmp_path / "rows.jsonl", twice)
+    )  # compared one by one, it takes minutes
+    assert found(problems) == {1: "D104"} and len(problems[0].message) < 200
+
+
+def test_a_csv_field_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    (tmp_path / "rows.csv").write_text(f'prompt,completion\na,"{long}"\n')
+    (row,) = read_rows(tmp_path / "rows.csv")
+    assert row.messages[1]["content"] == long
+
+
+def test_a_list_in_a_file_of_lines_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n')
+    with pytest.raises(DataError, match=r"A JSON list of rows belongs in a \.json file"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def _labelled(suffix: str, labels: Sequence[Any]) -> bytes:
+    """Rows of prompt, completion and these labels, as a file of this kind."""
+    if suffix == ".csv":
+        return b"prompt,completion,label\n" + b"".join(
+            f"a {n},b,{v}\n".encode() for n, v in enumerate(labels)
+        )
+    rows = [
+        {"prompt": f"a {n}", "completion": "b", "label": label} for n, label in enumerate(labels)
+    ]
+    return b"\n".join(json.dumps(row).encode() for row in rows)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_rows_that_booleans_mark_as_good_and_bad_answers_are_refused(
+    tmp_path: Path, suffix: str
+) -> None:
+    file = write(tmp_path / f"rows{suffix}", _labelled(suffix, [True, False, True, False]))
+    rows, problems = scan_rows(file)
+    at = (3, 5) if suffix == ".csv" else (2, 4)
+    assert len(rows) == 4 and [(p.code, p.lines, p.fatal) for p in problems] == [("D116", at, True)]
+    assert "2 rows of the set have true" in problems[0].message
+    assert len(read_rows(file, columns={"label": None})) == 4
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize(
+    "labels", [[False, False], [True, True], [0, 1], ["spam", "ham"], [True, False, "unknown"]]
+)
+def test_other_labels_are_metadata(tmp_path: Path, suffix: str, labels: list[Any]) -> None:
+    file = write(tmp_path / f"rows{suffix}", _labelled(suffix, labels))
+    assert len(read_rows(file)) == len(labels)
+
+
+def test_a_label_marks_answers_over_all_files_of_a_set_and_in_one_layout_alone(
+    tmp_path: Path,
+) -> None:
+    for name, label in (("bad", False), ("good", True)):
+        write(tmp_path / f"{name}.jsonl", _labelled(".jsonl", [label, label]))
+    _, problems = scan_rows(tmp_path)
+    assert [(Path(p.file).name, p.code, p.lines) for p in problems] == [
+        ("bad.jsonl", "D116", (1, 2))
+    ]
+    chats = [json.dumps({**json.loads(GOOD), "label": label}).encode() for label in (True, False)]
+    assert len(read_rows(write(tmp_path / "chats.jsonl", *chats))) == 2

@@ -1,0 +1,231 @@
+"""A step through a model's parts gives what the model gives, whatever acts there; what does not
+agree says why."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GraniteConfig
+
+from tests.adapters.test_methods import move
+from tests.decoding.test_engine import METHODS
+from tests.support.helpers import Limited
+from tests.support.tiny import tiny_base
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.placement.acting import Acting, in_turn
+from veneer.decoding.direct import DirectForward, direct, own_forward, read_and_continued
+from veneer.decoding.engine import Engine
+from veneer.decoding.schedule.adapters import Fixed
+from veneer.kernels.bindings.arguments import noting
+from veneer.kernels.decoding import decoder_step
+from veneer.kernels.dense import few_rows
+from veneer.models.checks import prove_packing
+from veneer.models.proof import apart
+
+PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
+MEMORY = ("view", "empty", "zeros", "unsqueeze", "select")
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+
+
+def based(family, dtype=torch.float32, **overrides):
+    base = tiny_base(family, dtype, **overrides)
+    _ = base.paths
+    return base
+
+
+def by_parts(base):
+    found = direct(base.model)
+    assert isinstance(found, DirectForward), found
+    return found
+
+
+def test_an_engine_says_why_it_goes_another_way():
+    for family, said in (("llama", None), ("gemma2", "usual parts")):
+        base = based(family)
+        engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
+        assert engine.way.not_by_parts is None if said is None else said in engine.way.not_by_parts
+
+
+def test_a_layer_with_a_limit_that_the_trial_does_not_reach_is_called_whole():
+    base = based("llama", num_hidden_layers=3)
+    for layer, limit in zip(base.model.model.layers, (0, 0, 10.0), strict=True):
+        for parameter in layer.mlp.parameters():
+            parameter.mul_(0.01)
+        layer.mlp = Limited(layer.mlp, limit)
+    assert [layer.gated for layer in by_parts(base).layers] == [True, True, False]
+
+
+def differ(base, found):
+    with torch.no_grad():
+        return apart(
+            read_and_continued(found.logits, PROMPTS),
+            read_and_continued(own_forward(base.model), PROMPTS),
+        )
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("family", ["llama", "llama_untied", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("few", [False, True], ids=["", "products of few rows"])
+def test_a_step_by_parts_gives_what_the_model_gives(dtype, family, few, monkeypatch):
+    if few:
+        monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
+    base = based(family, dtype)
+    assert differ(base, by_parts(base)) < BOUND[dtype]
+
+
+def test_experts_are_called_as_they_are():
+    base = based("mixtral")
+    assert differ(base, by_parts(base)) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("olmo2", "usual parts"), ("gemma2", "usual parts: post_feed"), ("gpt2", "has no")],
+)
+def test_what_is_built_otherwise_says_why(family, reason):
+    assert reason in direct(based(family).model)
+
+
+def test_what_agrees_in_its_names_alone_is_found_out():
+    """Granite's multipliers, which no name of a part tells."""
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    model = AutoModelForCausalLM.from_config(
+        GraniteConfig(**sizes, **heads, residual_multiplier=0.3)
+    ).eval()
+    assert prove_packing(model) is None
+    assert "differs" in direct(model)
+
+
+def test_who_listens_to_a_module_is_asked():
+    base = based("llama")
+    found = by_parts(base)
+    heard = []
+    for module in (base.model.model.layers[0].self_attn, base.model.model.layers[1].mlp.up_proj):
+        module.register_forward_hook(lambda module, given, out: heard.append(module))
+    assert differ(base, found) < BOUND[torch.float32]
+    assert len(heard) == 2 * 3 * 2  # of both ways, in three steps
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_an_adapter_does_is_done_by_parts_too(name, monkeypatch):
+    monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
+    base = based("llama_untied")
+    found = by_parts(base)
+    head = base.model.get_output_embeddings()
+    move(
+        attach(base.model, METHODS[name], name=name, routing=base.routing, head=head, seed=1),
+        seed=1,
+    )
+    applied = base.routing.applied(((name, 1.0),))
+    with base.routing.held(Acting.everywhere(applied)):
+        assert found.fits == ("prefix" not in name)
+        if found.fits:
+            assert differ(base, found) < BOUND[torch.float32]
+    with base.routing.held(Acting()), torch.no_grad():
+        assert found.fits
+        before = read_and_continued(found.logits, PROMPTS)
+    fresh = based("llama_untied")
+    with torch.no_grad():
+        assert torch.equal(before, read_and_continued(by_parts(fresh).logits, PROMPTS))
+
+
+def test_rows_of_several_adapters_go_by_parts_too():
+    base = based("llama")
+    found = by_parts(base)
+    for n, targets in enumerate((["q_proj", "down_proj"], ["o_proj", "gate_proj", "k_proj"])):
+        move(
+            attach(
+                base.model,
+                LoRA(rank=3, targets=targets),
+                name=f"a{n}",
+                routing=base.routing,
+                head=None,
+                seed=n,
+            ),
+            seed=n,
+        )
+    given = [(1, base.routing.applied(((f"a{n}", 1.0),))) for n in range(2)]
+    prompts = [[5, 8, 1], [6, 2, 2], [7, 9, 4]]  # one row each in every step
+    with base.routing.held(in_turn([(1, ()), *given])), torch.no_grad():
+        ours, theirs = (
+            read_and_continued(run, prompts) for run in (found.logits, own_forward(base.model))
+        )
+    assert apart(ours, theirs) < BOUND[torch.float32]
+
+
+def test_a_layer_is_a_handful_of_calls(monkeypatch):
+    monkeypatch.setattr(few_rows, "LEAST_VALUES", 1)
+
+    class Counted(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.made = []
+
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            self.made.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 5):
+        base = based("llama", torch.bfloat16, num_hidden_layers=layers)
+        found = by_parts(base)
+        with torch.no_grad(), Counted() as counted:
+            read_and_continued(found.logits, [[5, 8, 1], [6, 2, 2]])
+        counts.append([each for each in counted.made if not any(word in each for word in MEMORY)])
+    assert counts[0] == counts[1]  # between views and fresh memory a layer calls nothing of torch's
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("width", [2, 30, 64, 70, 576])
+def test_the_calls_between_products_are_their_references(dtype, width):
+    torch.manual_seed(0)
+    h, delta, weight = (
+        torch.randn(*shape).to(dtype) for shape in ((5, width), (5, width), (width,))
+    )
+    assert decoder_step.usable(h)
+    for added in (None, delta):
+        ours = decoder_step.add_norm(h, added, weight, 1e-5)
+        theirs = decoder_step.add_norm_reference(h, added, weight, 1e-5)
+        assert (
+            torch.equal(ours[0], theirs[0]) and apart(ours[1].double(), theirs[1].double()) < 2**-7
+        )
+    angles = torch.randn(5, width)
+    turned = [(torch.randn(5, heads * width).to(dtype), heads) for heads in (3, 1)]
+    copies = [x.clone() for x, _ in turned]
+    given = angles.cos().to(dtype), angles.sin().to(dtype)
+    decoder_step.rotate(*(x for x, _ in turned), *given)
+    decoder_step.rotate_reference(*copies, *given)
+    assert all(torch.equal(x, copy) for (x, _), copy in zip(turned, copies, strict=True))
+    gate = torch.linspace(-200, 100, 5 * width).view(5, width).to(dtype)
+    expected = torch.nn.functional.silu(gate) * delta
+    assert apart(decoder_step.gate(gate, delta).double(), expected.double()) < 2**-8
+
+
+def test_values_of_several_types_take_the_plain_way():
+    h, delta = torch.randn(3, 8), torch.randn(3, 8).bfloat16()
+    ours = decoder_step.add_norm(h, delta, torch.ones(8), 1e-5)
+    theirs = decoder_step.add_norm_reference(h, delta, torch.ones(8), 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(decoder_step.gate(h, delta), torch.nn.functional.silu(h) * delta)
+    q, k = torch.randn(3, 16), torch.randn(3, 8)
+    angles = torch.randn(3, 8)
+    turned, expected = [q.clone(), k.clone()], [q.clone(), k.clone()]
+    with noting(lambda name, given: pytest.fail(f"{name} is called")):
+        decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16())
+    decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16())
+    for before, rotated, reference in zip((q, k), turned, expected, strict=True):
+        assert torch.equal(rotated, reference) and not torch.equal(rotated, before)
+
+
+def test_a_model_is_tried_once_and_kept_by_nobody():
+    base = based("llama")
+    first, again = by_parts(base), by_parts(base)
+    assert [layer.rules for layer in first.layers] == [layer.rules for layer in again.layers]
+    model = weakref.ref(base.model)
+    del base, first, again
+    gc.collect()
+    assert model() is None

@@ -1,0 +1,329 @@
+"""A decoder layer with LoRA as one node: the bits of the layer's own parts, and which layers and
+forwards it takes."""
+
+import pytest
+import torch
+
+from tests.kernels.test_tiles import vectors
+from tests.support.helpers import fill, make_examples
+from tests.support.tiny import tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import DoRA, LoRA
+from veneer.adapters.placement.acting import TokenKeys
+from veneer.adapters.placement.routing import Routing
+from veneer.data.batching import make_batch, make_groups
+from veneer.kernels.bindings import library as native
+from veneer.kernels.dense import block
+from veneer.models.checkpointing import checkpointed
+from veneer.models.fused import fused, replacements
+from veneer.models.fused_layer import FusedLayer
+from veneer.models.step import batch_loss, prepare
+
+pytestmark = pytest.mark.skipif(
+    not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+)
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 224,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+class Trained:
+    """A tiny model in bf16 with an adapter on all linear layers, and one batch."""
+
+    def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, **settings):
+        self.model, self.routing = (
+            tiny_model(family, torch.bfloat16, **SIZES, head_dim=32),
+            Routing(),
+        )
+        self.paths = prepare(self.model)
+        settings = {"targets": "all-linear", "rank": rank, "alpha": 5.0, **settings}
+        head = self.model.get_output_embeddings()
+        attachment = attach(
+            self.model, method(**settings), name="a", routing=self.routing, head=head
+        )
+        fill(attachment.parameters().values(), scale=0.1)
+        self.parameters = list(attachment.parameters().values())
+        self.routing.active = (("a", 1.0),)
+        examples = make_examples(9, prompt=prompt)
+        self.batch = make_batch(
+            examples, packed=True, share_prompt=True, device=torch.device("cpu")
+        )
+
+    def drawing(self):
+        """Within it dropout draws."""
+        keys = torch.arange(self.batch.ids.numel()) * 7919 % 2**32
+        return self.routing.held(self.routing.acting.drawing(TokenKeys(keys, 3)))
+
+    def measured(self):
+        loss = batch_loss(
+            self.model, self.paths, self.routing, self.batch, total=float(self.batch.trained_tokens)
+        )
+        return [loss, *torch.autograd.grad(loss, self.parameters)]
+
+    def layers(self):
+        return [made for made in replacements(self.model).values() if isinstance(made, FusedLayer)]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many forwards of a layer were one node."""
+    counts, own = [], FusedLayer._block
+
+    def block(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        counts.append(found is not None)
+        return found
+
+    monkeypatch.setattr(FusedLayer, "_block", block)
+    return counts
+
+
+def both(trained, monkeypatch):
+    """What is measured, then the same with its layers computed part by part."""
+    found = replacements(trained.model)
+    with trained.drawing(), fused(trained.model, found):
+        ours = trained.measured()
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedLayer, "_block", lambda *_, **__: None)
+            return ours, trained.measured()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rank": 8},
+        {"rank": 48},
+        {"rank_pattern": {"k_proj": 4, "down_proj": 24}},
+        {"rank_pattern": {"k_proj": 32, "up_proj": 64}},
+        {"prompt": 0},
+        {"dropout": 0.1},
+        {"dropout": 0.5, "rank_pattern": {"k_proj": 4, "down_proj": 24}},
+        {"targets": ["q_proj", "k_proj", "gate_proj"]},
+        {"targets": ["k_proj", "v_proj", "up_proj", "down_proj"], "dropout": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypatch):
+    trained = Trained(family, **settings)
+    ours, plain = both(trained, monkeypatch)
+    assert taken == [True, True]
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in ours[1:])
+
+
+def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(taken, monkeypatch):
+    trained, found = Trained(), []
+    for many in (10**6, 1):
+        monkeypatch.setattr(block, "MANY", many)
+        kept = []
+
+        def held(x, kept=kept):
+            kept.append(x)
+            return x
+
+        with (
+            fused(trained.model, replacements(trained.model)),
+            torch.autograd.graph.saved_tensors_hooks(held, lambda x: x),
+        ):
+            found.append((trained.measured(), sum(x.nbytes for x in kept)))
+    assert taken == [True] * 4
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    rows = trained.batch.ids.shape[1]
+    assert found[0][1] - found[1][1] == 2 * 2 * rows * (
+        2 * SIZES["hidden_size"] + SIZES["intermediate_size"]
+    )
+
+
+def test_so_it_does_without_tiles_and_checkpointed(taken, monkeypatch):
+    trained = Trained(dropout=0.1)
+    with checkpointed(trained.model, trained.routing, on=True):
+        ours, _ = both(trained, monkeypatch)
+    assert taken == [True] * 4
+    _, plain = both(trained, monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    if not native.has_amx():
+        return
+    with vectors():
+        ours, plain = both(trained, monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "heard"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"rank": 8}, False),
+        ({"dropout": 0.3, "targets": ["k_proj", "v_proj", "down_proj"]}, False),
+    ],
+    ids=str,
+)
+def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_waits(
+    settings, heard, taken
+):
+    trained, told = Trained(**settings), []
+    found = replacements(trained.model)
+    with trained.drawing(), fused(trained.model, found):
+        expected = trained.measured()[1:]
+        for each in trained.parameters:
+            each.grad = torch.ones_like(each)
+        if heard:
+            trained.parameters[3].register_post_accumulate_grad_hook(told.append)
+        total = float(trained.batch.trained_tokens)
+        with block.added_where_they_lie():
+            batch_loss(
+                trained.model, trained.paths, trained.routing, trained.batch, total=total
+            ).backward()
+    assert len(told) == heard and all(taken)
+    for each, gradient in zip(trained.parameters, expected, strict=True):
+        assert torch.equal(each.grad, 1 + gradient)
+
+
+def test_an_evaluation_has_the_bits_of_its_parts_too(taken, monkeypatch):
+    trained = Trained()
+
+    def loss():
+        with torch.no_grad(), fused(trained.model, replacements(trained.model)):
+            return batch_loss(
+                trained.model, trained.paths, trained.routing, trained.batch, total=1.0
+            )
+
+    ours = loss()
+    assert taken == [True, True]
+    monkeypatch.setattr(FusedLayer, "_block", lambda *_, **__: None)
+    assert torch.equal(ours, loss())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["o_proj"], ["down_proj", "k_proj"], ["gate_proj"]], ids=str
+)
+def test_it_does_so_where_some_linear_layers_are_adapted(targets, dropout, taken, monkeypatch):
+    """Layers of one input of which none is adapted are nodes of their own in the parts: the same
+    but for the order in which gradients of that input are added up."""
+    trained = Trained(targets=targets, dropout=dropout)
+    ours, plain = both(trained, monkeypatch)
+    assert taken == [True, True]
+    assert torch.equal(ours[0], plain[0])
+    assert all(
+        (a - b).abs().max() <= 2**-6 * b.abs().max()
+        for a, b in zip(ours[1:], plain[1:], strict=True)
+    )
+
+
+def test_layers_without_any_adapter_stay():
+    trained = Trained(targets=r".*\.1\..*_proj")
+    (layer,) = trained.layers()
+    assert layer.base is trained.model.model.layers[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": DoRA}, {"train_modules": ["input_layernorm"]}], ids=str
+)
+def test_what_the_node_does_not_compute_goes_through_the_layer(settings, taken, monkeypatch):
+    ours, plain = both(Trained(**settings), monkeypatch)
+    assert not any(taken)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_trained_norms_of_another_adapter_are_not_taken_for_frozen_ones(taken):
+    """Their gradient would be lost: the node has none for norms."""
+    trained = Trained(train_modules=["post_attention_layernorm"])
+    norms = [place for place, parameter in enumerate(trained.parameters) if parameter.dim() == 1]
+    assert len(norms) == 2
+    with fused(trained.model, replacements(trained.model)):
+        gradients = trained.measured()[1:]
+    assert not any(taken)
+    assert all(gradients[place].abs().max() > 0 for place in norms)
+
+
+def test_rows_of_several_groups_go_through_the_layer_itself(taken, monkeypatch):
+    """The node reads the layout of one group: that of the first would attend over the others'
+    rows."""
+    trained = Trained()
+    batch = trained.batch
+    examples = [make_examples(4, prompt=prompt) for prompt in (5, 9)]
+    trained.batch = make_groups(examples, packed=True, share_prompt=True, device=batch.ids.device)
+    assert len(trained.batch.layout.groups) == 2
+    ours, plain = both(trained, monkeypatch)
+    assert not any(taken)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_a_layer_that_someone_watches_goes_through_itself(taken):
+    trained = Trained()
+    trained.model.model.layers[1].register_forward_hook(lambda *_: None)
+    with fused(trained.model, replacements(trained.model)):
+        trained.measured()
+    assert taken == [True, False]
+
+
+def _scaled(own):
+    return lambda self, x, **given: own(self, x, **given) * 0.5
+
+
+def _clipped(own):
+    return lambda self, x, **given: own(self, x, **given).clamp(-1000.0, 1000.0)
+
+
+def _straight(own):
+    def forward(self, hidden_states, **given):
+        n = self.input_layernorm(hidden_states)
+        return hidden_states + self.self_attn(hidden_states=n, **given)[0] + self.mlp(n)
+
+    return forward
+
+
+def _without_layout(own):
+    return lambda self, x, veneer_layout=None, **given: own(self, x, **given)
+
+
+@pytest.mark.parametrize("change", [_scaled, _clipped, _straight, _without_layout])
+def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
+    trained = Trained()
+    assert len(trained.layers()) == 2
+    kind = type(trained.model.model.layers[0])
+    monkeypatch.setattr(kind, "forward", change(kind.forward))
+    assert not trained.layers()
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda layer: layer.register_module("another", torch.nn.Identity()),
+        lambda layer: layer.register_parameter("another", torch.nn.Parameter(torch.ones(1))),
+        lambda layer: layer.register_buffer("another", torch.ones(1)),
+    ],
+    ids=["module", "parameter", "buffer"],
+)
+def test_a_layer_that_holds_more_than_its_parts_stays(add):
+    trained = Trained()
+    add(trained.model.model.layers[0])
+    assert len(trained.layers()) == 1
+
+
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "gemma2", "mixtral"])
+def test_layers_of_other_parts_stay(family):
+    model = tiny_model(family, torch.bfloat16)
+    prepare(model)
+    attach(
+        model,
+        LoRA(rank=16, targets="all-linear"),
+        name="a",
+        routing=Routing(),
+        head=model.get_output_embeddings(),
+    )
+    assert not any(isinstance(made, FusedLayer) for made in replacements(model).values())
+
+
+def test_layers_in_float32_and_bases_alone_stay():
+    trained = tiny_model("llama", torch.float32)
+    prepare(trained)
+    attach(trained, LoRA(rank=16, targets="all-linear"), name="a", routing=Routing(), head=None)
+    for model in (trained, tiny_model("llama", torch.bfloat16)):
+        assert not any(isinstance(made, FusedLayer) for made in replacements(model).values())

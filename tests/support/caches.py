@@ -1,0 +1,105 @@
+"""Where the source keeps results, found by reading it: what docs/caches.md has to name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import veneer
+
+SOURCE = Path(veneer.__file__).parent
+PAGE = Path(__file__).parents[2] / "docs" / "caches.md"
+DECORATORS = ("cache", "lru_cache")
+CONTAINERS = ("dict", "list", "set", "OrderedDict", "defaultdict", "Counter", "local")
+REMEMBERS = ("remembered", "kept_proof", "same_values")
+
+
+def caches() -> set[str]:
+    """module.name of each function and module-level container that keeps results, found/KIND and
+    folders on disk."""
+    found: set[str] = set()
+    for path in sorted(SOURCE.rglob("*.py")):
+        module = path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found |= {f"{module}.{name}" for name in (*_decorated(tree), *_containers(tree))}
+        found |= set(_on_disk(tree))
+    return found
+
+
+def properties() -> set[str]:
+    """module.Class of each class that has a cached_property."""
+    found = set()
+    for path in sorted(SOURCE.rglob("*.py")):
+        module = path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", ".")
+        for each in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(each, ast.ClassDef) and any(
+                _name(mark) == "cached_property"
+                for function in each.body
+                if isinstance(function, ast.FunctionDef)
+                for mark in function.decorator_list
+            ):
+                found.add(f"{module}.{each.name}")
+    return found
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Call | ast.Subscript):
+        return _name(node.func if isinstance(node, ast.Call) else node.value)
+    return (
+        node.attr
+        if isinstance(node, ast.Attribute)
+        else node.id
+        if isinstance(node, ast.Name)
+        else ""
+    )
+
+
+def _decorated(tree: ast.Module) -> Iterator[str]:
+    marks = {
+        id(mark)
+        for each in ast.walk(tree)
+        if isinstance(each, ast.FunctionDef)
+        for mark in each.decorator_list
+    }
+    for each in ast.walk(tree):
+        if isinstance(each, ast.FunctionDef) and any(
+            _name(mark) in DECORATORS for mark in each.decorator_list
+        ):
+            yield each.name
+        if isinstance(each, ast.Assign) and _is_wrapped(each.value) and id(each.value) not in marks:
+            yield _name(each.targets[0])
+
+
+def _is_wrapped(value: ast.expr) -> bool:
+    """True for lru_cache(size)(function)."""
+    return (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Call)
+        and _name(value.func) in DECORATORS
+    )
+
+
+def _containers(tree: ast.Module) -> Iterator[str]:
+    """Those that begin empty: somebody fills them."""
+    for each in tree.body:
+        if isinstance(each, ast.Assign | ast.AnnAssign) and each.value is not None:
+            value, target = (
+                each.value,
+                each.targets[0] if isinstance(each, ast.Assign) else each.target,
+            )
+            empty = isinstance(value, ast.Dict | ast.List) and not ast.unparse(value).strip("{}[]")
+            called = isinstance(value, ast.Call) and not value.args and not value.keywords
+            if empty or (called and (_name(value) in CONTAINERS or "Weak" in _name(value))):
+                yield _name(target)
+
+
+def _on_disk(tree: ast.Module) -> Iterator[str]:
+    for each in ast.walk(tree):
+        if isinstance(each, ast.Call) and _name(each.func) in REMEMBERS and each.args:
+            kinds = [each.args[0].value] if isinstance(each.args[0], ast.Constant) else []
+            yield from (f"found/{kind}" for kind in kinds)
+        if (
+            isinstance(each, ast.BinOp)
+            and isinstance(each.left, ast.Call)
+            and _name(each.left) == "cache_folder"
+        ):
+            yield from [str(each.right.value)] if isinstance(each.right, ast.Constant) else []

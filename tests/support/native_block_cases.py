@@ -1,0 +1,132 @@
+"""A valid call of every function of kernels/bindings/block_calls.py, product_calls.py and
+sum_calls.py; native_cases.py has the others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.bindings import block_calls, product_calls, sum_calls
+from veneer.kernels.bindings import library as native
+
+BF16 = torch.bfloat16
+
+
+def block_cases(
+    rng: random.Random, filled: Callable[..., Tensor]
+) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
+    """filled: a tensor of random values between margins, of a type and a shape."""
+    rows, width, size = rng.randint(1, 110), 16 * rng.randint(1, 9), 32 * rng.randint(1, 2)
+    dtype = rng.choice([torch.float32, BF16])
+
+    def wide(columns: int = width) -> Tensor:
+        return filled(BF16, rows, columns)
+
+    def side(*, of_A: bool, columns: int = width, most: int = 1) -> block_calls.Side:
+        ranks = [16 * rng.randint(1, 3) for _ in range(rng.randint(0, most))]
+        factors = tuple(filled(dtype, *((r, columns) if of_A else (columns, r))) for r in ranks)
+        keys, dropped = filled(torch.int64, rows), rng.randint(0, 1)
+        masks = tuple((keys, 3, 5 + number, 0.25) for number, _ in enumerate(ranks) if dropped)
+        return block_calls.Side(factors, filled(BF16, rows, sum(ranks)), 0.5, masks)
+
+    weight, scale, heads = (
+        filled(BF16, width),
+        filled(torch.float32, rows),
+        [rng.randint(1, 3) for _ in range(3)],
+    )
+    norm = {
+        "weight": weight,
+        "out": wide(),
+        "scale": scale,
+        "epsilon": 1e-5,
+        "behind": side(of_A=True, most=3),
+    }
+    before, beside = rng.choice([None, side(of_A=False)]), rng.choice([None, wide()])
+    of_gate, of_up = side(of_A=False), side(of_A=False)
+    outs, along = rng.randint(1, 140), bool(rng.randint(0, 1))
+    whole = {
+        "x": wide(2 * rng.randint(1, 90)),
+        "bias": rng.choice([None, filled(BF16, outs)]),
+        "y": wide(outs),
+        "along": along,
+        "add": bool(rng.randint(0, 1)),
+    }
+    taken = whole["x"].shape[1]
+    whole["weight"] = filled(BF16, *((taken, outs) if along else (outs, taken)))
+    splits, documents, kv_heads = rng.randint(1, 3), rng.randint(1, 3), rng.randint(1, 3)
+    of_keys = (rows, kv_heads, 8 * rng.randint(1, 3))
+    shared = filled(torch.float32, 2, *of_keys)
+    return [
+        (
+            sum_calls.attention_summed,
+            {
+                "own": filled(torch.float32, 2, splits, *of_keys),
+                "more": rng.choice([None, shared]),
+                "out_k": filled(dtype, *of_keys),
+                "out_v": filled(dtype, *of_keys),
+            },
+        ),
+        (
+            sum_calls.attention_shared,
+            {
+                "held": filled(torch.float32, 2, documents, splits, kv_heads, rows, of_keys[2]),
+                "out": shared,
+                "add": bool(rng.randint(0, 1)),
+            },
+        ),
+        (sum_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
+        *([(product_calls.product, whole)] if native.has_bf16() else []),
+        (
+            block_calls.norm_forward,
+            {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])},
+        ),
+        (
+            block_calls.norm_backward,
+            {
+                "grad": wide(),
+                "normed": wide(),
+                "weight": weight,
+                "scale": scale,
+                "beside": wide(),
+                "before": side(of_A=True, most=3),
+                "behind": rng.choice([None, side(of_A=False)]),
+            },
+        ),
+        (
+            block_calls.gate_forward,
+            {
+                "gate": wide(),
+                "up": wide(),
+                "out": wide(),
+                "of_gate": of_gate,
+                "of_up": of_up,
+                "behind": side(of_A=True),
+            },
+        ),
+        (
+            block_calls.gate_backward,
+            {
+                "grad": wide(),
+                "gate": wide(),
+                "up": wide(),
+                "grad_up": wide(),
+                "before": side(of_A=True),
+                "of_gate": of_gate,
+                "of_up": of_up,
+            },
+        ),
+        (
+            block_calls.heads,
+            {
+                "x": tuple(wide(own * size) for own in heads),
+                "cos": wide(size),
+                "sin": wide(size),
+                "back": bool(rng.randint(0, 1)),
+                "sides": tuple(side(of_A=False, columns=own * size) for own in heads),
+            },
+        ),
+    ]
