@@ -27,8 +27,8 @@ from veneer import api
 from veneer.base import Base
 from veneer.data.files.writing import write_records
 from veneer.decoding.replay import draw_replay
-from veneer.train.config import RunConfig
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.output.screen import QuietScreen
 
 PRIMARY = {
     "e2e_json": "field_f1",

@@ -36,9 +36,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     from veneer.adapters.config import LoRA
     from veneer.bases.quiet_transformers import quiet
     from veneer.decoding.generate import generate
-    from veneer.train.config import DataConfig, RunConfig
-    from veneer.train.output.records import read_records
-    from veneer.train.output.screen import QuietScreen
+    from veneer.training.config import DataConfig, RunConfig
+    from veneer.training.output.records import read_records
+    from veneer.training.output.screen import QuietScreen
 
     quantize: Any = KINDS[kind]
     api.load(

@@ -1,5 +1,4 @@
-"""How often the intervals of evaluate/intervals.py hold the truth, by kind of figure and number of
-rows.
+"""How often the intervals of evaluation/intervals.py hold the truth, by figure and number of rows.
 
     python benchmarks/interval_coverage.py                  (two minutes on one core)
     python benchmarks/interval_coverage.py --draws 20000    (for the second digit)
@@ -20,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from veneer.evaluate.intervals import Counts, OfTotals, interval, paired_difference
-from veneer.evaluate.metric import ratio
+from veneer.evaluation.intervals import Counts, OfTotals, interval, paired_difference
+from veneer.evaluation.metric import ratio
 
 ROWS = (5, 10, 20, 50, 200)
 SHARES = (0.5, 0.9, 0.97, 0.99)

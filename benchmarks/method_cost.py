@@ -20,9 +20,9 @@ from typing import Any
 
 from veneer import api
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, Full, LoRA, MethodConfig, Prefix
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
 
 
 def methods(rank: int) -> dict[str, MethodConfig]:

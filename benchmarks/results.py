@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from veneer.compare.conclusion import conclude, quantity, signed
+from veneer.comparison.conclusion import conclude, quantity, signed
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.fused import fused, replacements
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, batch_of, parts_of
-from veneer.train.config import DataConfig
+from veneer.training.config import DataConfig
 
 
 @torch.no_grad()

@@ -35,10 +35,10 @@ def one(config: dict[str, Any]) -> dict[str, float]:
     """Bytes that this process holds: before the base, the most while it trains and until all is
     written; its loss."""
     from veneer import api
-    from veneer.train.config import RunConfig
-    from veneer.train.loop import Loop
-    from veneer.train.output.records import peak_memory_bytes, reset_peak_memory
-    from veneer.train.output.screen import QuietScreen
+    from veneer.training.config import RunConfig
+    from veneer.training.loop import Loop
+    from veneer.training.output.records import peak_memory_bytes, reset_peak_memory
+    from veneer.training.output.screen import QuietScreen
 
     held: list[int] = []
     inner = Loop.run

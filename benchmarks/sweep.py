@@ -21,8 +21,8 @@ from veneer.adapters.config import Bottleneck, DoRA, Full, LoRA, MethodConfig, P
 from veneer.bases.loading.from_config import blueprint
 from veneer.errors import DivergedError
 from veneer.models.frozen_base import hidden_size
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.screen import QuietScreen
 
 METHODS: dict[str, MethodConfig] = {
     "lora": LoRA(),

@@ -19,9 +19,9 @@ from veneer.adapters.config import Full, LoRA
 from veneer.base import Base
 from veneer.linear import frozen_linear
 from veneer.quant.config import FORMATS
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
 
 
 def matrix_rate(rows: int, width: int, out: int, dtype: torch.dtype) -> float:

@@ -99,7 +99,7 @@ def settings() -> str:
     from veneer.adapters.config import METHODS
     from veneer.data.config import DataConfig
     from veneer.files.settings import described
-    from veneer.train.config import RunConfig, TemplateConfig
+    from veneer.training.config import RunConfig, TemplateConfig
 
     def table(model: Any, names: Any, before: str = "") -> str:
         head = ["| setting | default | |", "|---|---|---|"]

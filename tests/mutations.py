@@ -3,7 +3,7 @@ test of its module.
 
     python tests/mutations.py
         150 mutations drawn by seed; the report as a table and as JSON
-    python tests/mutations.py --number 40 --only train/ --out found.json
+    python tests/mutations.py --number 40 --only training/ --out found.json
 
 A mutation is one edit of the text: another comparison, operator or constant, a negated condition, a
 statement left out, two arguments exchanged. Drawn from the functions of the modules below;
@@ -282,28 +282,28 @@ TESTS: dict[str, tuple[str, ...]] = {
     "library/objects.py": ("library/test_library.py", "library/test_crash.py"),
     "library/leftovers.py": ("library/test_library.py", "library/test_crash.py"),
     "library/remote/transfer.py": ("library/test_remote.py",),
-    "compare/store.py": ("compare/test_compare_store.py",),
-    "models/likelihood.py": ("evaluate/test_run.py", "decoding/test_decode.py"),
+    "comparison/store.py": ("comparison/test_compare_store.py",),
+    "models/likelihood.py": ("evaluation/test_run.py", "decoding/test_decode.py"),
     "bases/identity/fingerprint.py": ("bases/test_fingerprint.py",),
     "models/step.py": ("models/test_step.py",),
-    "train/optimizer/buffer.py": ("train/test_optimizers.py", "train/test_loop.py"),
-    "train/loop.py": ("train/test_loop.py", "train/test_run_folder.py"),
-    "train/state/checkpoint.py": ("train/test_loop.py", "train/test_run_folder.py"),
-    "train/optimizer/offload.py": ("train/test_offload.py",),
-    "train/processes/dealing.py": ("processes/test_parts.py",),
-    "train/processes/reduce.py": ("processes/test_parts.py",),
-    "train/processes/world.py": ("processes/test_parts.py",),
-    "train/state/parents.py": ("train/test_parents.py",),
-    "train/output/records.py": ("train/test_records.py", "train/test_run_folder.py"),
-    "train/held_out.py": ("train/test_loop.py", "data/test_sets.py"),
-    "evaluate/intervals.py": ("evaluate/test_intervals.py",),
-    "evaluate/exact.py": ("evaluate/test_metrics.py",),
-    "evaluate/json_fields.py": ("evaluate/test_metrics.py",),
-    "evaluate/overlap.py": ("evaluate/test_metrics.py",),
-    "evaluate/rouge.py": ("evaluate/test_metrics.py",),
-    "evaluate/metric.py": ("evaluate/test_metrics.py", "evaluate/test_run.py"),
-    "evaluate/predictions.py": ("evaluate/test_run.py",),
-    "evaluate/labels.py": ("evaluate/test_run.py",),
+    "training/optimizer/buffer.py": ("training/test_optimizers.py", "training/test_loop.py"),
+    "training/loop.py": ("training/test_loop.py", "training/test_run_folder.py"),
+    "training/state/checkpoint.py": ("training/test_loop.py", "training/test_run_folder.py"),
+    "training/optimizer/offload.py": ("training/test_offload.py",),
+    "training/processes/dealing.py": ("processes/test_parts.py",),
+    "training/processes/reduce.py": ("processes/test_parts.py",),
+    "training/processes/world.py": ("processes/test_parts.py",),
+    "training/state/parents.py": ("training/test_parents.py",),
+    "training/output/records.py": ("training/test_records.py", "training/test_run_folder.py"),
+    "training/held_out.py": ("training/test_loop.py", "data/test_sets.py"),
+    "evaluation/intervals.py": ("evaluation/test_intervals.py",),
+    "evaluation/exact.py": ("evaluation/test_metrics.py",),
+    "evaluation/json_fields.py": ("evaluation/test_metrics.py",),
+    "evaluation/overlap.py": ("evaluation/test_metrics.py",),
+    "evaluation/rouge.py": ("evaluation/test_metrics.py",),
+    "evaluation/metric.py": ("evaluation/test_metrics.py", "evaluation/test_run.py"),
+    "evaluation/predictions.py": ("evaluation/test_run.py",),
+    "evaluation/labels.py": ("evaluation/test_run.py",),
     "merge/fold/fold.py": ("merge/test_merge.py",),
     "merge/combine/low_rank.py": ("merge/test_combine.py",),
     "merge/combine/combine.py": ("merge/test_combine.py",),
@@ -798,7 +798,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="",
-        help="expression for the modules to mutate, for instance train/ or py$",
+        help="expression for the modules to mutate, for instance training/ or py$",
     )
     parser.add_argument("--out", type=Path, default=Path("mutations.json"))
     parser.add_argument(

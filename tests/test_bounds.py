@@ -31,9 +31,9 @@ from veneer.formats.bottleneck import BottleneckFields
 from veneer.formats.peft.config import PeftLoRA
 from veneer.formats.prefix import PeftPrefix
 from veneer.merge.combine.combine import Recipe
-from veneer.plan.ask import Question, answer
+from veneer.plan.ask import PlanQuestion, answer
 from veneer.plan.planner import Choice
-from veneer.train.config import DataConfig, RunConfig
+from veneer.training.config import DataConfig, RunConfig
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
 NEVER = [
@@ -326,7 +326,7 @@ def test_python_arguments_have_the_same_bounds():
         lambda: base.merge("a", [1e30]),
         lambda: Recipe("svd", rank=0).check(),
         lambda: Recipe("dare", density=math.nan, seed=-1).check(),
-        lambda: answer(Question(["llama-3.2-1b"], choice)),
+        lambda: answer(PlanQuestion(["llama-3.2-1b"], choice)),
     ):
         with pytest.raises(ConfigError, match="should be a"):
             call()
@@ -353,7 +353,7 @@ def test_the_largest_seed_starts_every_method(config):
 
 def test_clip_null_leaves_gradients_as_they_are():
     from tests.support.helpers import filled_lora
-    from veneer.train.optimizer.buffer import AdamW, FlatParameters
+    from veneer.training.optimizer.buffer import AdamW, FlatParameters
 
     def first_moment(clip):
         made = filled_lora(tiny_base())

@@ -26,10 +26,10 @@ from veneer.adapters.preamble import Preamble
 from veneer.bases.kept import blocks_folder, converted_folder
 from veneer.bases.loading import from_config
 from veneer.bases.names import hub
-from veneer.compare import circumstances
-from veneer.compare.execute import Worker
-from veneer.compare.jobs import Outcome
-from veneer.compare.plan import Candidate, Comparison
+from veneer.comparison import circumstances
+from veneer.comparison.execute import JobRunner
+from veneer.comparison.jobs import Outcome
+from veneer.comparison.plan import Candidate, Comparison
 from veneer.data import large
 from veneer.data.examples import Capacity
 from veneer.data.files import downloads
@@ -45,7 +45,7 @@ from veneer.plan import kept, machine
 from veneer.plan.counted import Step
 from veneer.plan.estimate import synthetic_rows
 from veneer.plan.tracker import Work
-from veneer.train.config import DataConfig, RunConfig, StartFrom
+from veneer.training.config import DataConfig, RunConfig, StartFrom
 
 CPU = torch.device("cpu")
 
@@ -336,7 +336,7 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
     here = circumstances.circumstances(comparison.base)
 
     def key(changed: RunConfig = config, around: dict[str, str] = here) -> str:
-        return Worker(comparison, 32, around, lambda text: None, [])._key(changed)
+        return JobRunner(comparison, 32, around, lambda text: None, [])._key(changed)
 
     keys = [
         key(),
@@ -371,7 +371,7 @@ def test_an_evaluation_is_not_used_beside_other_predictions(comparison: Comparis
     file, here = comparison.out / "base" / "predictions.jsonl", {"torch": "1"}
 
     def evaluates(around: dict[str, str] = here, changed: Comparison = comparison) -> bool:
-        asking = Worker(changed, 32, around, lambda text: None, []).evaluate("the base", None)
+        asking = JobRunner(changed, 32, around, lambda text: None, []).evaluate("the base", None)
         with suppress(StopIteration):
             (job,) = next(asking)
             file.write_text('{"loss": 1.5}\n')

@@ -19,7 +19,7 @@ import veneer
 from tests.bases.test_sources import REQUIREMENT
 from veneer import child
 from veneer.bases.names.packages import fetch_wheel
-from veneer.compare.local import ForkServer, command_of
+from veneer.comparison.local import ForkServer, command_of
 from veneer.data.template.rendering import Conversation, Template
 from veneer.data.template.rendering import Worker as Renderer
 from veneer.errors import SourceError

@@ -18,7 +18,7 @@ import veneer.errors
 from tests.support.pages import OUTPUT, blocks
 from veneer.cli.config_file import setting_paths
 from veneer.cli.main import COMMANDS, EXIT_CODES, Parser, command_module
-from veneer.train.config import RunConfig
+from veneer.training.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "AGENTS.md", *sorted(ROOT.glob("docs/**/*.md")))]

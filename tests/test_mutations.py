@@ -31,7 +31,7 @@ def test_every_edit_changes_a_line_that_parses(file):
 
 
 def test_the_draw_is_that_of_its_seed_and_takes_every_file_in_turn():
-    found = all_mutations(SOURCE, "evaluate/")
+    found = all_mutations(SOURCE, "evaluation/")
     assert chosen(found, 12, 1) == chosen(found, 12, 1) != chosen(found, 12, 2)
     assert {m.file for m in chosen(found, len(found), 0)} == set(found)
 

@@ -15,9 +15,9 @@ from veneer.errors import ConfigError, DataError, SourceError
 from veneer.files.strict_json import read_json
 from veneer.library.library import Library
 from veneer.report.notebook import NotebookScreen, screen_here
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
-from veneer.train.state.folder import resume_config, settled
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
+from veneer.training.state.folder import resume_config, settled
 
 ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
 

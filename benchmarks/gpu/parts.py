@@ -35,8 +35,8 @@ from veneer.kernels.packed import gguf, nf4_reference
 from veneer.kernels.packed import nf4 as kernels
 from veneer.kernels.rules import Rules
 from veneer.quant import nf4
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.screen import QuietScreen
 
 
 def versions(at: Place) -> dict[str, Any]:

@@ -30,10 +30,10 @@ from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate
 from veneer.quant import nf4
 from veneer.quant.layers import HeldLinear
-from veneer.train.config import RunConfig
-from veneer.train.loop import Job, Loop
-from veneer.train.optimizer.buffer import FlatParameters
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop, TrainingInputs
+from veneer.training.optimizer.buffer import FlatParameters
+from veneer.training.output.screen import QuietScreen
 
 METHOD = LoRA(rank=16, alpha=32.0)
 
@@ -124,7 +124,7 @@ class Training:
         self.one_pass = replacements(model)
         settings: dict[str, Any] = {"base": "b", "data": "d", "out": "o", "batch": rows}
         settings |= {"checkpointing": checkpointing, "share_prompt": False}
-        job = Job(
+        job = TrainingInputs(
             model=model,
             paths=self.paths,
             routing=routing,

@@ -1,12 +1,10 @@
 """Fine-tune language models by training a thin layer over a frozen base.
 
-The public names; each is loaded from where it lives when it is first used, so that `import veneer`
-loads neither torch nor transformers.
+A public name is imported on first use, so `import veneer` loads neither torch nor transformers.
+No package below has the name of a public function: importing it would replace the function.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -19,7 +17,7 @@ _HOMES = {
     "Library": "veneer.library.library",
     "LoRA": "veneer.adapters.config",
     "Prefix": "veneer.adapters.config",
-    "RunConfig": "veneer.train.config",
+    "RunConfig": "veneer.training.config",
     "VeneerError": "veneer.errors",
     "compare": "veneer.api",
     "evaluate": "veneer.api",
@@ -43,7 +41,7 @@ __all__ = [
     "train",
 ]
 
-if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+if TYPE_CHECKING:  # the same names as _HOMES, for type checkers and editors
     from veneer.adapters.config import Bottleneck as Bottleneck
     from veneer.adapters.config import DoRA as DoRA
     from veneer.adapters.config import Full as Full
@@ -55,8 +53,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
     from veneer.base import Base as Base
     from veneer.errors import VeneerError as VeneerError
     from veneer.library.library import Library as Library
-    from veneer.train.config import RunConfig as RunConfig
     from veneer.trained import train as train
+    from veneer.training.config import RunConfig as RunConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -67,22 +65,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
-
-
-class _Surface(ModuleType):
-    """Keeps `veneer.train` the function, whatever was imported before.
-
-    Importing the package veneer/train binds it here under the same name, as Python does with every
-    package inside another; the function must win. `from veneer.train.loop import ...` is not
-    touched.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Surface
 
 
 def __dir__() -> list[str]:

@@ -21,10 +21,10 @@ from veneer.base import Base
 from veneer.bases.compute import HeldAs
 from veneer.bases.tokenizer import load_tokenizer
 from veneer.bounds import LENGTH, NEW_TOKENS, ROWS, check_numbers
-from veneer.compare.comparison import run_comparison
-from veneer.compare.jobs import Place
-from veneer.compare.local import Here
-from veneer.compare.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
+from veneer.comparison.comparison import run_comparison
+from veneer.comparison.jobs import JobExecutor
+from veneer.comparison.local import LocalExecutor
+from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
 from veneer.data.checks.check import refuse_beyond, refuse_unreadable
 from veneer.data.checks.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
@@ -32,19 +32,19 @@ from veneer.data.files.writing import GIVEN, Record, as_set, is_rows
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError
-from veneer.evaluate.evaluation import Choices, Progress
-from veneer.evaluate.evaluation import evaluate as evaluate_rows
-from veneer.evaluate.general import BUILT_IN
-from veneer.evaluate.intervals import Counts
-from veneer.evaluate.registry import find_metrics
-from veneer.evaluate.user_function import UserFunction
+from veneer.evaluation.evaluation import EvaluationOptions, Progress
+from veneer.evaluation.evaluation import evaluate as evaluate_rows
+from veneer.evaluation.general import BUILT_IN
+from veneer.evaluation.intervals import Counts
+from veneer.evaluation.registry import find_metrics
+from veneer.evaluation.user_function import UserFunction
 from veneer.files.strict_json import read_json
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
 from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import CombineReport, combine_adapters
 from veneer.merge.combine.extract import ExtractReport, extract_adapter
-from veneer.merge.export.export_run import Weights as Weights
+from veneer.merge.export.export_run import WeightSource as WeightSource
 from veneer.merge.export.export_run import export_adapter as export_adapter
 from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
 from veneer.merge.export.export_run import export_ollama as export_ollama
@@ -59,12 +59,12 @@ from veneer.plan.probe import fitted, planned
 from veneer.quant.config import Quantize
 from veneer.report.notebook import Evaluation
 from veneer.report.page import write_report
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.screen import Screen
-from veneer.train.processes.world import joined, world_of
-from veneer.train.state.folder import resume_config as resume_config
-from veneer.train.state.place import held
-from veneer.train.training import run_training
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.screen import Screen
+from veneer.training.processes.world import joined, world_of
+from veneer.training.state.folder import resume_config as resume_config
+from veneer.training.state.place import held
+from veneer.training.training import run_training
 
 
 def load(
@@ -131,8 +131,8 @@ def train_run(
     rows: files of rows that are written into its folder first, by name.
 
     With torchrun's variables in the environment this is one process of several
-    (train/processes/world.py): all compute what the leader, rank 0, was given, and None is enough
-    for the others.
+    (training/processes/world.py): all compute what the leader, rank 0, was given, and None is
+    enough for the others.
     """
     with joined() as world:
         settings, given = world.shared(
@@ -260,7 +260,7 @@ def evaluate(
 
     data is what a set is called, or the rows themselves, each a dict. They are asked as what acts
     was trained (base.preamble), unless system or variables say otherwise, as for generate. What
-    else can be asked, and what comes back: evaluate/evaluation.py. A metric is a name,
+    else can be asked, and what comes back: evaluation/evaluation.py. A metric is a name,
     `regex:PATTERN`, or a function (answer, references) -> number.
     """
     check_numbers(
@@ -273,7 +273,7 @@ def evaluate(
         )
     with base.routing.held():  # a switch by another thread is for what comes after it
         preamble = base.preamble.asked(system, variables)
-        choices = Choices(
+        choices = EvaluationOptions(
             metrics=find_metrics([metrics] if isinstance(metrics, str) else metrics),
             max_new_tokens=max_new_tokens,
             labels=[labels] if isinstance(labels, str) else list(labels),
@@ -407,13 +407,12 @@ def compare(
     max_new_tokens: int = 128,
     general: str | None = None,
     say: Callable[[str], None] | None = None,
-    place: Place | None = None,
+    place: JobExecutor | None = None,
 ) -> dict[str, Any]:
-    """Methods side by side: the content of comparison.json (docs/format.md); compare/plan.py says
-    what is chosen.
+    """Compares methods; returns the content of comparison.json (docs/format.md).
 
     candidates   names of methods, over `base` and `data`; or (name, settings) each
-    place        where runs are computed: processes of this machine, or OnRay (compare/ray_place.py)
+    place        where runs are computed: on this machine, or OnRay (comparison/ray_place.py)
     """
     chosen = [
         (
@@ -456,7 +455,7 @@ def compare(
             max_new_tokens=max_new_tokens,
             general=general or BUILT_IN,
         )
-        return run_comparison(comparison, place or Here(), say or (lambda text: None))
+        return run_comparison(comparison, place or LocalExecutor(), say or (lambda text: None))
 
 
 def read_summary(run: str | Path) -> dict[str, Any]:

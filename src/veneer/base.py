@@ -30,7 +30,7 @@ from veneer.files.nesting import is_text, walk
 from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
-from veneer.merge.fold.in_memory import Merged, merged_weights
+from veneer.merge.fold.in_memory import MergedParameters, merged_weights
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
@@ -59,7 +59,7 @@ class Base(FrozenBase):
 
     library: Library | None = None
     _pool: Pool = field(init=False, repr=False)
-    _merged: Merged | None = field(default=None, init=False, repr=False)
+    _merged: MergedParameters | None = field(default=None, init=False, repr=False)
 
     def __reduce__(
         self,

@@ -39,14 +39,14 @@ from veneer.data.bfcl import Call, Score
 from veneer.data.examples import Row, RowRef
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
-from veneer.evaluate.answers import evaluate_answers
+from veneer.evaluation.answers import evaluate_answers
 from veneer.files.atomic import atomic_file
 from veneer.files.remembered import own_files_hash
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.screen import make_screen
-from veneer.train.output.talk import talking_console
-from veneer.train.state.folder import remove_run
-from veneer.train.state.place import held
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.screen import make_screen
+from veneer.training.output.talk import talking_console
+from veneer.training.state.folder import remove_run
+from veneer.training.state.place import held
 from veneer.wording import cut, shown, size
 
 BASE = "smollm2-135m"

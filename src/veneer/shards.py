@@ -38,7 +38,7 @@ class Shards:
         self.whole: Sharded | None = None
         self.begins: Callable[[Sharded], None] | None = None
         """Told of each module whose backward begins, by all processes together: where they train
-        (train/optimizer/parts.py)."""
+        (training/optimizer/parts.py)."""
         self._held: dict[nn.Module, Sharded] = {}
 
     def __len__(self) -> int:

@@ -12,12 +12,12 @@ from veneer.adapters.config import LoRA, Method
 from veneer.base import Base
 from veneer.data.files.writing import Record, is_rows
 from veneer.errors import ConfigError
-from veneer.evaluate.user_function import UserFunction
+from veneer.evaluation.user_function import UserFunction
 from veneer.files.home import expanded
 from veneer.report.notebook import screen_here
 from veneer.report.page import NAME as REPORT
-from veneer.train.config import RunConfig
-from veneer.train.output.screen import end_lines
+from veneer.training.config import RunConfig
+from veneer.training.output.screen import end_lines
 from veneer.wording import clock, html_table, shown
 
 

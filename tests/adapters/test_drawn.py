@@ -24,7 +24,7 @@ from veneer.data.batching import plan_epoch, prefix_keys
 from veneer.data.examples import Example, RowRef
 from veneer.data.load import _fingerprint
 from veneer.kernels.dense.dropout import keep_mask
-from veneer.merge.combine.combine import Recipe, Update, combine_updates
+from veneer.merge.combine.combine import FactorPair, Recipe, combine_updates
 from veneer.merge.fold.folder import _generator
 
 ROWS = torch.from_numpy(prefix_keys(np.array([5, 0, 150_000], dtype=np.int32)))
@@ -49,7 +49,7 @@ def bottleneck() -> Any:
 
 
 def dare(place: str, seed: int | None) -> Any:
-    update = Update(torch.eye(12), torch.ones(12, 12))
+    update = FactorPair(torch.eye(12), torch.ones(12, 12))
     cut = combine_updates([{}, {place: update}], [1.0, 1.0], Recipe("dare", seed=seed))[place]
     return cut.B @ cut.A > 1
 

@@ -9,8 +9,8 @@ from tests.adapters.test_methods import move
 from tests.models.test_step import FP32, assert_same
 from tests.support.helpers import make_examples
 from tests.support.tiny import tiny_model
-from tests.train.test_loop import make_job
-from tests.train.test_loop import run as train
+from tests.training.test_loop import make_job
+from tests.training.test_loop import run as train
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.placement.acting import TokenKeys

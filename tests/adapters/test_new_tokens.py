@@ -32,9 +32,9 @@ from veneer.models.load import load_base
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.protocols.asked import Plain
-from veneer.train.config import RunConfig
-from veneer.train.output.screen import QuietScreen
-from veneer.train.training import run_training
+from veneer.training.config import RunConfig
+from veneer.training.output.screen import QuietScreen
+from veneer.training.training import run_training
 
 FEW = ["<order>", "</order>"]
 """Within the padded rows of the tiny models."""

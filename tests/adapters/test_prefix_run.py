@@ -9,10 +9,10 @@ from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
 from veneer.formats.adapter import read_adapter
-from veneer.train.config import RunConfig
-from veneer.train.loop import Loop
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
 
 INSTRUCTION = "Say the number that follows. "
 

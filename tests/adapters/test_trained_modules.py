@@ -9,9 +9,9 @@ import torch
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.formats.adapter import read_adapter
-from veneer.train.config import RunConfig
-from veneer.train.loop import Loop
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop
+from veneer.training.output.screen import QuietScreen
 
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230]])
 TRAINED = ["norm", "input_layernorm", "lm_head"]

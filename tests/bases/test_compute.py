@@ -24,17 +24,17 @@ from veneer.bases.compute import choose
 from veneer.bases.identity.fingerprint import earlier_fingerprint
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.quiet_transformers import quiet
-from veneer.compare.comparison import with_dtype
-from veneer.compare.plan import Candidate
-from veneer.compare.surroundings import surroundings
+from veneer.comparison.comparison import with_dtype
+from veneer.comparison.plan import Candidate
+from veneer.comparison.surroundings import surroundings
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels.bindings import library as native
 from veneer.models.load import compute_of, load_base
 from veneer.plan.counted import WEIGHTS
 from veneer.plan.planner import Choice, Planner
-from veneer.train.loop import Loop
-from veneer.train.state.folder import resume_config
+from veneer.training.loop import Loop
+from veneer.training.state.folder import resume_config
 
 IDS = torch.arange(24).view(1, 24) * 7 % 256
 CPU = torch.device("cpu")

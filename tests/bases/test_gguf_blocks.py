@@ -25,9 +25,9 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.models.step import prepare
 from veneer.quant.gguf_linear import GGUFLinear
-from veneer.train.config import RunConfig
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
 
 IDS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(0))
 WIDE = {"hidden_size": 256, "head_dim": 64}  # a row of 256 values is one block of the K types

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.loaded import differences
 from tests.support.packed_folders import write_fp8
 from tests.support.tiny import save_tiny, tiny_tokenizer
-from tests.train.test_places import IDS, mixer, mixer_base
+from tests.training.test_places import IDS, mixer, mixer_base
 from veneer import api
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA

@@ -30,7 +30,7 @@ from veneer.cli.main import main
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import PackedExperts, num_parameters
 from veneer.models.load import load_base
-from veneer.plan.ask import Question, answer
+from veneer.plan.ask import PlanQuestion, answer
 from veneer.plan.fit import ways
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.table import all_methods
@@ -314,7 +314,7 @@ def test_what_a_run_over_it_refuses_is_not_planned(tmp_path, monkeypatch, capsys
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(ConfigError) as caught:
-        answer(Question([str(folder)], Choice(method=LoRA())))
+        answer(PlanQuestion([str(folder)], Choice(method=LoRA())))
     assert "how large they are only its files say" in str(caught.value)
 
 

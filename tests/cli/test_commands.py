@@ -29,8 +29,8 @@ from veneer.data.examples import Example, Problem, RowRef
 from veneer.data.load import DataSet
 from veneer.errors import InputError
 from veneer.library.library import Library
-from veneer.train.config import RunConfig
-from veneer.train.state.place import held
+from veneer.training.config import RunConfig
+from veneer.training.state.place import held
 from veneer.wording import WordWrap
 
 RUN = ["--base", "b", "--data", "d.jsonl", "--out", "o"]

@@ -15,7 +15,7 @@ from veneer.adapters.config import METHODS, Bottleneck, Full, LoRA
 from veneer.cli.config_file import FLAGS, field_help, first_parent, read_run_config, setting_paths
 from veneer.cli.main import Parser, command_module, main
 from veneer.errors import ConfigError
-from veneer.train.config import DataConfig, RunConfig, StartFrom
+from veneer.training.config import DataConfig, RunConfig, StartFrom
 from veneer.vocabulary import FLAGS_ELSEWHERE, KNOWN_ELSEWHERE
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}

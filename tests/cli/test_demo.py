@@ -19,7 +19,7 @@ from veneer.cli.main import main
 from veneer.data.bfcl import Call, parse_calls
 from veneer.errors import ConfigError, SourceError
 from veneer.files.lock import BusyError
-from veneer.train.state.place import held
+from veneer.training.state.place import held
 
 TRAINED, HELD_OUT = 12, 11
 

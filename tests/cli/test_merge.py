@@ -15,7 +15,7 @@ from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models.load import load_base
-from veneer.train.output.records import Records
+from veneer.training.output.records import Records
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from veneer.adapters.config import METHODS
 from veneer.cli.config_file import read_run_config, setting_paths
 from veneer.cli.main import COMMANDS, main
 from veneer.errors import ConfigError
-from veneer.train.config import RunConfig
+from veneer.training.config import RunConfig
 from veneer.vocabulary import ACTIONS_ELSEWHERE, COMMANDS_ELSEWHERE, KNOWN_ELSEWHERE, NOT_NEEDED
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}

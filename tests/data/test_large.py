@@ -32,11 +32,11 @@ from veneer.files.atomic import write_manifest
 from veneer.files.lock import locked
 from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
-from veneer.train import config as config_module
-from veneer.train import training
-from veneer.train.config import RunConfig
-from veneer.train.output.screen import QuietScreen
-from veneer.train.training import run_training
+from veneer.training import config as config_module
+from veneer.training import training
+from veneer.training.config import RunConfig
+from veneer.training.output.screen import QuietScreen
+from veneer.training.training import run_training
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,10 @@ from veneer.data.load import DataSet, load_data
 from veneer.data.mixture import Mixture, mixed
 from veneer.errors import ConfigError, DataError
 from veneer.files.strict_tensors import read_tensors
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
-from veneer.train.state.folder import resume_config
-from veneer.train.training import run_training
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
+from veneer.training.state.folder import resume_config
+from veneer.training.training import run_training
 
 
 def records(count: int, word: str = "question") -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from veneer.decoding import generate, replay
 from veneer.decoding.replay import draw_replay
 from veneer.errors import ConfigError, DataError
 from veneer.files.strict_json import read_json
-from veneer.train.config import RunConfig
+from veneer.training.config import RunConfig
 
 
 @pytest.fixture(scope="module")

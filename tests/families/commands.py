@@ -38,7 +38,7 @@ from veneer.data.template.template import ChatTemplate
 from veneer.decoding.text import text_of
 from veneer.errors import RefusedError
 from veneer.merge.gguf.names import names_of
-from veneer.train.config import RunConfig
+from veneer.training.config import RunConfig
 
 STEPS, RATE, WEIGHT = 3, 1e-4, 0.5
 QUESTION = "what now?"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from veneer.cli.main import main
-from veneer.compare.ray_trial import own_folder
-from veneer.compare.store import Store
+from veneer.comparison.ray_trial import own_folder
+from veneer.comparison.store import RunStore
 from veneer.data.files.places import places_of
 from veneer.data.files.writing import split_rows
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
@@ -140,7 +140,7 @@ def test_a_division_that_cannot_be_written_to_its_end_leaves_nothing(
 def test_what_is_no_list_of_files_in_a_store_is_damage_and_no_bug(
     tmp_path: Path, text: str
 ) -> None:
-    store = Store(str(tmp_path))
+    store = RunStore(str(tmp_path))
     store.put_text("runs/run.json", text)
     with pytest.raises(CorruptFileError):
         store.get_folder("run", tmp_path / "into")

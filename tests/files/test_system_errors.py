@@ -16,7 +16,7 @@ from veneer.cli import main as cli
 from veneer.errors import ConfigError, DoesNotFitError, InputError
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.system_errors import explained, refusal
-from veneer.train.output.records import Records, records_after
+from veneer.training.output.records import Records, records_after
 
 IN_RUST = "Error while serializing: I/O error: {} (os error {})"
 FOREIGN = [

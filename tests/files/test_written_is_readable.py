@@ -14,13 +14,13 @@ from veneer.cli.config_file import read_run_config
 from veneer.errors import InputError
 from veneer.files.strict_json import illegible, json_text, legible, parse_json
 from veneer.formats.manifest import BaseIdentity, Manifest, read_manifest, readable
-from veneer.library.records import Facts, Record, Version, read_record, write_record
-from veneer.train.config import RunConfig
-from veneer.train.loop import Progress, load_state
-from veneer.train.output.records import Records, read_records
-from veneer.train.state.checkpoint import save_checkpoint
-from veneer.train.state.folder import resume_config, write_run_file
-from veneer.train.state.origin import Origin
+from veneer.library.records import ObjectFacts, Record, Version, read_record, write_record
+from veneer.training.config import RunConfig
+from veneer.training.loop import RunProgress, load_state
+from veneer.training.output.records import Records, read_records
+from veneer.training.state.checkpoint import save_checkpoint
+from veneer.training.state.folder import resume_config, write_run_file
+from veneer.training.state.origin import Origin
 
 FEW = settings(max_examples=60, deadline=None)
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
@@ -67,7 +67,7 @@ def test_a_runs_records(value):
 @FEW
 @given(TEXT, st.floats(), st.dictionaries(TEXT, st.floats(), max_size=3), RECORD)
 def test_a_checkpoints_state(text, number, losses, recipe):
-    progress = Progress(step=3, best_loss=number, losses=losses, sample={"before": text})
+    progress = RunProgress(step=3, best_loss=number, losses=losses, sample={"before": text})
     origin = Origin("2026-01-31", {"dtype": text}, text, None, recipe)
     with tempfile.TemporaryDirectory() as folder:
         state = {"origin": origin.to_dict(), "progress": vars(progress)}
@@ -125,7 +125,7 @@ def test_a_run_file_and_the_manifest_that_holds_it(data, out, targets, ranks, cl
     st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False)),
 )
 def test_a_librarys_records_or_they_are_refused(note, tags, metrics):
-    facts = Facts(
+    facts = ObjectFacts(
         method="lora", bytes=1, tensors=1, parameters=1, content_hash="0" * 64, metrics=metrics
     )
     version = Version(

@@ -20,8 +20,8 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.formats import adapter as adapter_module
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.merge.fold.fold import Stored, stored_tensors, wanted_weights
-from veneer.merge.fold.folder import _common, _Plan, _refuse_lost, merge_into_folder
+from veneer.merge.fold.fold import SourceTensor, stored_tensors, wanted_weights
+from veneer.merge.fold.folder import _common, _FileLayout, _refuse_lost, merge_into_folder
 from veneer.merge.fold.in_memory import merged_weights
 from veneer.merge.fold.merge_run import merge_adapters
 from veneer.merge.fold.rounding import Survival, by_layer, stochastic, survival
@@ -305,7 +305,7 @@ def test_weights_are_written_a_layer_at_a_time_and_what_is_in_no_layer_alone():
         "norm",
     ]
     plan = SimpleNamespace(stored=dict.fromkeys(names))
-    assert list(_Plan._layers(plan)) == [
+    assert list(_FileLayout._layers(plan)) == [
         ["embed"],
         ["a.layers.1.q", "a.layers.1.mlp.3.up"],
         ["b.layers.1.q"],
@@ -567,7 +567,7 @@ def test_what_is_written_is_every_tensor_of_the_model():
 
 def test_the_type_of_a_merged_folder_is_that_of_most_values_and_not_of_most_tensors():
     def stored(count, dtype, **more):
-        return Stored(torch.Size([count]), dtype, lambda: None, **more)
+        return SourceTensor(torch.Size([count]), dtype, lambda: None, **more)
 
     small, large = stored(3, torch.bfloat16), stored(5, torch.float16)
     assert _common({"a": small, "b": large}) is torch.float16

@@ -18,7 +18,7 @@ from veneer.adapters.config import LoRA
 from veneer.cli.main import main
 from veneer.errors import ConfigError, RefusedError
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.merge.export.export_run import Weights, export_merged_gguf
+from veneer.merge.export.export_run import WeightSource, export_merged_gguf
 from veneer.merge.fold.merge_run import merge_adapters
 from veneer.models.load import load_base
 
@@ -78,7 +78,7 @@ def test_the_choice_is_the_user_s(tmp_path):
         merge_adapters(base, [(adapter, 1.0)], out=tmp_path / "m", quantize="nf4")
     with pytest.raises(ConfigError, match="--into original or --into dequantised"):
         export_merged_gguf(
-            [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=Weights("nf4")
+            [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=WeightSource("nf4")
         )
 
 
@@ -110,7 +110,7 @@ def test_packed_weights_are_not_merged_into_in_memory(tmp_path):
 def test_a_gguf_model_of_either_kind(into, tmp_path):
     base, adapter, *_ = trained_over_nf4(tmp_path, "llama")
     report = export_merged_gguf(
-        [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=Weights("nf4", into=into)
+        [(adapter, 1.0)], base=base, out=tmp_path / "m.gguf", weights=WeightSource("nf4", into=into)
     )
     assert report.total.share == pytest.approx(1.0, abs=0.01) and report.bytes > 10_000
 

@@ -34,12 +34,12 @@ from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, evaluation_loss
-from veneer.train.config import RunConfig
-from veneer.train.loop import Job, Loop
-from veneer.train.optimizer import offload
-from veneer.train.optimizer.buffer import FlatParameters
-from veneer.train.optimizer.offload import Offload, offloaded
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop, TrainingInputs
+from veneer.training.optimizer import offload
+from veneer.training.optimizer.buffer import FlatParameters
+from veneer.training.optimizer.offload import Offload, offloaded
+from veneer.training.output.screen import QuietScreen
 
 DEVICES = {"cuda": Accelerator("cuda:0"), "mps": Accelerator("mps:0", lacks=(torch.float64,))}
 EXAMPLES = make_examples(8)
@@ -108,7 +108,7 @@ def attached(there, base, config):
 
 def a_loop(base, parameters, factors=None, **settings):
     config = RunConfig(base="b", data="d", out="o", batch=4, micro_batch=4, **settings)
-    job = Job(
+    job = TrainingInputs(
         model=base.model,
         paths=base.paths,
         routing=base.routing,

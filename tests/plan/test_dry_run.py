@@ -24,7 +24,7 @@ from veneer.plan.depth import period_of
 from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import estimate, synthetic_rows
 from veneer.plan.tracker import Tracker
-from veneer.train.optimizer.buffer import AdamW, FlatParameters
+from veneer.training.optimizer.buffer import AdamW, FlatParameters
 
 MIXTURES = ("mixtral", "qwen3_moe")
 CPU = torch.device("cpu")

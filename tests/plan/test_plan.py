@@ -29,8 +29,8 @@ from veneer.data.longest import plans_of_run
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan import dry_run as counting
-from veneer.plan.advise import Job, advise
-from veneer.plan.ask import Question, answer, method_named
+from veneer.plan.advise import TuningTask, advise
+from veneer.plan.ask import PlanQuestion, answer, method_named
 from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import (
     CUDA_WORKSPACES_BYTES,
@@ -46,9 +46,9 @@ from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
 from veneer.plan.table import all_methods, plan_row
 from veneer.report.plan_page import plan_page, verdict
-from veneer.train.config import RunConfig
-from veneer.train.output import working
-from veneer.train.output.screen import QuietScreen
+from veneer.training.config import RunConfig
+from veneer.training.output import working
+from veneer.training.output.screen import QuietScreen
 
 TINY = Choice(method=LoRA(rank=3, alpha=4.0), batch=8, length=64)
 
@@ -280,13 +280,23 @@ def test_every_named_size_is_a_config_that_builds():
 @pytest.mark.parametrize(
     ("job", "fits_all", "label", "word"),
     [
-        (Job(kind="format", rows=200), True, "lora", "Few rows"),
-        (Job(kind="knowledge", parameters=7 * 10**9), True, "full", "knowledge"),
-        (Job(kind="knowledge", variants=20, parameters=7 * 10**9), True, "lora", "variants"),
-        (Job(kind="task", rows=5000, parameters=7 * 10**9), False, "qlora", "does not fit"),
-        (Job(kind="instructions", rows=50_000, parameters=7 * 10**9), True, "lora", "rank 64"),
-        (Job(kind="task", rows=3000, fixed_instruction=True), True, "prefix", "instruction"),
-        (Job(kind="task", rows=3000, fixed_instruction=True, merge=True), True, "lora", "merged"),
+        (TuningTask(kind="format", rows=200), True, "lora", "Few rows"),
+        (TuningTask(kind="knowledge", parameters=7 * 10**9), True, "full", "knowledge"),
+        (TuningTask(kind="knowledge", variants=20, parameters=7 * 10**9), True, "lora", "variants"),
+        (TuningTask(kind="task", rows=5000, parameters=7 * 10**9), False, "qlora", "does not fit"),
+        (
+            TuningTask(kind="instructions", rows=50_000, parameters=7 * 10**9),
+            True,
+            "lora",
+            "rank 64",
+        ),
+        (TuningTask(kind="task", rows=3000, fixed_instruction=True), True, "prefix", "instruction"),
+        (
+            TuningTask(kind="task", rows=3000, fixed_instruction=True, merge=True),
+            True,
+            "lora",
+            "merged",
+        ),
     ],
 )
 def test_advice_gives_a_method_and_its_reason(job, fits_all, label, word):
@@ -297,7 +307,7 @@ def test_advice_gives_a_method_and_its_reason(job, fits_all, label, word):
 
 def test_the_advised_rate_is_the_methods_own_for_this_width():
     def rate(**about):
-        return advise(Job(**about), TINY, lambda choice: True).learning_rate
+        return advise(TuningTask(**about), TINY, lambda choice: True).learning_rate
 
     assert rate(kind="task", hidden_size=576) == LoRA().default_learning_rate(576) == 1.3e-3
     assert rate(kind="task", hidden_size=4096) == 2.9e-4
@@ -393,7 +403,7 @@ def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):
 
 def test_a_terminal_sees_which_of_several_plans_is_made(tmp_path, capsys, monkeypatch):
     told = []
-    asked = Question(
+    asked = PlanQuestion(
         [str(save_tiny(tmp_path / "base", "llama"))],
         Choice(method=LoRA(), batch=1, length=16),
         compare=True,

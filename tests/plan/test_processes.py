@@ -34,15 +34,15 @@ from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
-from veneer.plan.ask import Question, answer
+from veneer.plan.ask import PlanQuestion, answer
 from veneer.plan.fit import ways
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.plan.probe import planned
 from veneer.plan.spread import (
     HOP_SECONDS,
-    Sent,
     StepTime,
+    StepTraffic,
     longest_share,
     parse_link,
     sent,
@@ -50,11 +50,11 @@ from veneer.plan.spread import (
 )
 from veneer.plan.weights import base_bytes
 from veneer.shards import Shards
-from veneer.train.config import RunConfig
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
-from veneer.train.processes.dealing import dealt
-from veneer.train.training import _each
+from veneer.training.config import RunConfig
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
+from veneer.training.processes.dealing import dealt
+from veneer.training.training import _each
 
 TINY = Choice(method=LoRA(rank=3, alpha=4.0), batch=8, length=64)
 FOUR = replace(TINY, processes=4)
@@ -175,7 +175,7 @@ def test_the_longest_share_is_that_of_the_runs_own_plan(
     assert share == pytest.approx(longest / total) and share >= 1 / processes - 1e-9
     rounds = longest_share(costs, processes, together=True)
     assert 1 / processes - 1e-9 <= rounds <= 1 + 1e-9
-    time = step_time(6.0, share, processes, Sent(), None)
+    time = step_time(6.0, share, processes, StepTraffic(), None)
     assert time.seconds == pytest.approx(max(6.0 * share, 6.0 / processes)) and time.efficiency <= 1
 
 
@@ -225,13 +225,13 @@ def test_what_is_no_link_is_refused(text: str) -> None:
 @pytest.mark.parametrize("numbers", [{"link": 0.0}, {"link": math.inf}, {"link": LINK.least / 2}])
 def test_a_link_is_bounded_for_programs_too(numbers: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="link"):
-        answer(Question(["llama-3.2-1b"], FOUR, gpu="H100", **numbers))
+        answer(PlanQuestion(["llama-3.2-1b"], FOUR, gpu="H100", **numbers))
 
 
 def test_what_a_run_refuses_in_shards_is_not_planned() -> None:
     asked = Choice(method=LoRA(), quantize="gguf", shard=True, processes=2, length=64)
     with pytest.raises(VeneerError, match="shard"):
-        answer(Question(["llama-3.2-1b"], asked, gpu="H100"))
+        answer(PlanQuestion(["llama-3.2-1b"], asked, gpu="H100"))
 
 
 def test_shards_are_offered_where_several_processes_do_not_fit() -> None:

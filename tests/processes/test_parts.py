@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from veneer.errors import ConfigError
-from veneer.train.processes.dealing import dealt
-from veneer.train.processes.reduce import Exact, Plain
-from veneer.train.processes.world import ALONE, World, world_of
+from veneer.training.processes.dealing import dealt
+from veneer.training.processes.reduce import ExactSum, PlainSum
+from veneer.training.processes.world import ALONE, World, world_of
 
 SET = {
     "WORLD_SIZE": "4",
@@ -25,7 +25,7 @@ def norm_of(reduce):
 
 def summed(parts):
     gradient = torch.zeros(parts.shape[1])
-    exact = Exact(gradient, ALONE, apart=False)
+    exact = ExactSum(gradient, ALONE, apart=False)
     exact.begin()
     for part in parts:
         gradient += part
@@ -60,24 +60,26 @@ def test_the_exact_norm_is_the_true_one_in_any_order(scale):
     )
     gradient *= scale
     true = math.sqrt(math.fsum(value * value for value in gradient.tolist()))
-    found = norm_of(Exact(gradient, ALONE, apart=False))
+    found = norm_of(ExactSum(gradient, ALONE, apart=False))
     assert found == pytest.approx(true, rel=1e-12)
-    assert norm_of(Exact(gradient.flip(0), ALONE, apart=False)) == found
-    assert norm_of(Exact(torch.zeros(3), ALONE, apart=False)) == 0
-    assert not math.isfinite(norm_of(Exact(torch.tensor([1.0, math.nan, 3.0]), ALONE, apart=False)))
-    assert norm_of(Exact(torch.tensor([1.0, -math.inf]), ALONE, apart=False)) == math.inf
+    assert norm_of(ExactSum(gradient.flip(0), ALONE, apart=False)) == found
+    assert norm_of(ExactSum(torch.zeros(3), ALONE, apart=False)) == 0
+    assert not math.isfinite(
+        norm_of(ExactSum(torch.tensor([1.0, math.nan, 3.0]), ALONE, apart=False))
+    )
+    assert norm_of(ExactSum(torch.tensor([1.0, -math.inf]), ALONE, apart=False)) == math.inf
 
 
 def test_the_plain_norm_of_many_values_is_the_true_one_but_for_rounding():
     draw = torch.Generator().manual_seed(0)
     gradient = torch.randn(3_000_300, generator=draw) * 1e-3
     true = gradient.double().norm().item()
-    assert norm_of(Plain(gradient, ALONE, apart=False)) == pytest.approx(true, rel=1e-6)
-    assert norm_of(Plain(gradient[:3], ALONE, apart=False)) == pytest.approx(
+    assert norm_of(PlainSum(gradient, ALONE, apart=False)) == pytest.approx(true, rel=1e-6)
+    assert norm_of(PlainSum(gradient[:3], ALONE, apart=False)) == pytest.approx(
         gradient[:3].double().norm().item()
     )
     gradient[-1] = math.nan
-    assert math.isnan(norm_of(Plain(gradient, ALONE, apart=False)))
+    assert math.isnan(norm_of(PlainSum(gradient, ALONE, apart=False)))
 
 
 class Alike(World):
@@ -87,7 +89,7 @@ class Alike(World):
         values *= 2
 
 
-@pytest.mark.parametrize("kind", [Plain, Exact])
+@pytest.mark.parametrize("kind", [PlainSum, ExactSum])
 def test_a_gradient_that_all_hold_is_summed_over_the_processes_once(kind):
     gradient = torch.zeros(3)
     reduce = kind(gradient, Alike(rank=1, size=2, local_rank=1), apart=False)
@@ -99,7 +101,7 @@ def test_a_gradient_that_all_hold_is_summed_over_the_processes_once(kind):
     assert gradient.tolist() == [3.0, 4.5, 2.0]
 
 
-@pytest.mark.parametrize("kind", [Plain, Exact])
+@pytest.mark.parametrize("kind", [PlainSum, ExactSum])
 def test_the_norm_is_of_all_parts_where_each_process_holds_its_own(kind):
     class Told(Alike):
         def summed(self, values):
@@ -116,7 +118,7 @@ def test_the_norm_is_of_all_parts_where_each_process_holds_its_own(kind):
     assert norm_of(part) == pytest.approx(math.sqrt(50))
 
 
-@pytest.mark.parametrize("kind", [Plain, Exact])
+@pytest.mark.parametrize("kind", [PlainSum, ExactSum])
 def test_a_gradient_that_lies_apart_is_what_its_owner_receives(kind):
     class Apart(Alike):
         def sum(self, values):

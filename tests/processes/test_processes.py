@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tests.soak.counts import rounds
 from tests.support.tiny import save_tiny
 from veneer.child import environment_for
-from veneer.train.output.records import read_records
-from veneer.train.processes.launch import GRACE_SECONDS, listening
-from veneer.train.processes.world import _connection
+from veneer.training.output.records import read_records
+from veneer.training.processes.launch import GRACE_SECONDS, listening
+from veneer.training.processes.world import _connection
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = "60"

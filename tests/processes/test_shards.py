@@ -14,11 +14,11 @@ from tests.support.packed_folders import write_gptq
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, RefusedError
 from veneer.shards import Shards, make_whole
-from veneer.train.config import RunConfig
-from veneer.train.optimizer.parts import FlatParts
-from veneer.train.output.records import read_records
-from veneer.train.processes.dealing import in_rounds
-from veneer.train.processes.world import ALONE
+from veneer.training.config import RunConfig
+from veneer.training.optimizer.parts import FlatShards
+from veneer.training.output.records import read_records
+from veneer.training.processes.dealing import in_rounds
+from veneer.training.processes.world import ALONE
 
 __all__ = ["world"]
 SHARDED = {
@@ -185,7 +185,7 @@ def test_full_fine_tuning_that_cannot_lie_in_parts_is_refused_by_name():
     with pytest.raises(ConfigError, match="adamw8bit scales them in blocks that parts cut through"):
         RunConfig(base="b", data="d", out="o", method="full", shard=True, optimizer="adamw8bit")
     with pytest.raises(RefusedError, match="tensors are all trained and of one type") as told:
-        FlatParts({"a": nn.Parameter(torch.zeros(3))}, in_two_types(), ALONE)
+        FlatShards({"a": nn.Parameter(torch.zeros(3))}, in_two_types(), ALONE)
     assert told.value.faults == ["Parameter of bfloat16", "Parameter of float32"]
 
 

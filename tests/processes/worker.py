@@ -17,11 +17,11 @@ from pathlib import Path
 
 from veneer import api
 from veneer.errors import DoesNotFitError, VeneerError
-from veneer.train import loop as train_loop
-from veneer.train.config import RunConfig
-from veneer.train.loop import Loop
-from veneer.train.output.screen import QuietScreen
-from veneer.train.processes.launch import MEETING
+from veneer.training import loop as train_loop
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop
+from veneer.training.output.screen import QuietScreen
+from veneer.training.processes.launch import MEETING
 
 _BATCH_LOSS = train_loop.batch_loss
 

@@ -11,11 +11,11 @@ from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli import main
 from veneer.models.load import load_base
-from veneer.train import together
-from veneer.train.config import RunConfig
-from veneer.train.loop import Loop
-from veneer.train.output.screen import QuietScreen
-from veneer.train.state.folder import resume_config
+from veneer.training import together
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop
+from veneer.training.output.screen import QuietScreen
+from veneer.training.state.folder import resume_config
 
 
 class Stop(Exception):

@@ -7,7 +7,7 @@ from veneer.bases.loading.builders import builder_for
 from veneer.cli.config_file import read_run_config
 from veneer.errors import ConfigError
 from veneer.quant.config import DENSE, FORMATS, weight_format
-from veneer.train.config import RunConfig
+from veneer.training.config import RunConfig
 
 NEEDED = {"base": "b", "data": "rows.jsonl", "out": "out"}
 

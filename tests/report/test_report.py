@@ -12,8 +12,8 @@ from veneer.formats.manifest import BaseIdentity, Figure, HeldOut, Manifest, Set
 from veneer.report.card import licence_of, model_card
 from veneer.report.page import write_report
 from veneer.report.plots import Series, label, line_chart, smooth, thin, ticks
-from veneer.train.config import RunConfig
-from veneer.train.output.records import Records
+from veneer.training.config import RunConfig
+from veneer.training.output.records import Records
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>\' & "'
 STEPS = 40

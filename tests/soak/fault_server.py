@@ -12,7 +12,7 @@ import sys
 
 from veneer import api  # noqa: F401  # loaded once, for all
 from veneer.cli.main import main
-from veneer.compare import comparison  # noqa: F401
+from veneer.comparison import comparison  # noqa: F401
 from veneer.merge.export import export_run  # noqa: F401
 from veneer.merge.gguf import model as gguf_model  # noqa: F401
 

@@ -10,7 +10,7 @@ from tests.support.helpers import fill
 from veneer.adapters.config import LoRA
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
-from veneer.train.output.records import process_memory_bytes
+from veneer.training.output.records import process_memory_bytes
 
 CYCLES = len(rounds("cycles", ci=12))
 WARM = 10

@@ -20,8 +20,8 @@ from tests.soak.world import FROM_LIBRARY, make_world
 from tests.support.helpers import start_veneer
 from veneer.files.atomic import verify_manifest
 from veneer.library.library import Library
-from veneer.train.output.records import read_records
-from veneer.train.state.checkpoint import checkpoint_path, numbers
+from veneer.training.output.records import read_records
+from veneer.training.state.checkpoint import checkpoint_path, numbers
 
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 STEPS = 8

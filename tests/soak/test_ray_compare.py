@@ -19,14 +19,14 @@ import pytest
 import torch
 
 import veneer
-from tests.compare.test_compare import write_rows
+from tests.comparison.test_compare import write_rows
 from tests.soak.counts import rounds
 from tests.support.tiny import save_tiny
-from veneer.compare.ray_place import OnRay
+from veneer.comparison.ray_place import RayExecutor
 from veneer.errors import DoesNotFitError, Interrupted
-from veneer.train.config import RunConfig
-from veneer.train.output.records import read_records
-from veneer.train.state.checkpoint import numbers
+from veneer.training.config import RunConfig
+from veneer.training.output.records import read_records
+from veneer.training.state.checkpoint import numbers
 
 ROUNDS = rounds("ray", ci=0)
 pytestmark = [
@@ -107,8 +107,8 @@ def here(asked: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     return out, veneer.compare(asked[0], **asked[1], out=out)
 
 
-def on_ray(cluster: Any, store: str) -> OnRay:
-    return OnRay(cluster.address, store, cpus=1)
+def on_ray(cluster: Any, store: str) -> RayExecutor:
+    return RayExecutor(cluster.address, store, cpus=1)
 
 
 def same(figures: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_what_was_stopped_goes_on_and_what_is_over_is_not_run_again_by_who_has_l
 ) -> None:
     store = tmp_path / "store"
 
-    class Stopped(OnRay):
+    class Stopped(RayExecutor):
         """Ctrl-C once a checkpoint is there."""
 
         def over(self, say: Any) -> Any:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.compare.test_compare import write_rows
+from tests.comparison.test_compare import write_rows
 from tests.soak.counts import chosen
 from tests.support.tiny import save_tiny
 from veneer.child import environment_for
-from veneer.train.processes.launch import listening
+from veneer.training.processes.launch import listening
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "several_machines.md").read_text()
 LAUNCHERS = ["SLURM", "Kubeflow TrainJob", "SkyPilot", "ssh alone"]

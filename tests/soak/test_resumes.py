@@ -8,12 +8,12 @@ import pytest
 
 from tests.soak.counts import rounds
 from tests.support.tiny import save_tiny
-from veneer.train.config import RunConfig
-from veneer.train.loop import Loop
-from veneer.train.output.records import read_records
-from veneer.train.output.screen import QuietScreen
-from veneer.train.state.folder import resume_config
-from veneer.train.training import run_training
+from veneer.training.config import RunConfig
+from veneer.training.loop import Loop
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
+from veneer.training.state.folder import resume_config
+from veneer.training.training import run_training
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "mixtral", "bloom")
 METHODS = (

@@ -167,7 +167,7 @@ def veneer(arguments, *, stdout, stderr):
 @contextmanager
 def ended_before_step(number):
     """Within, a run ends as by Ctrl-C when so many steps are done; it is expected to."""
-    from veneer.train.loop import Loop
+    from veneer.training.loop import Loop
 
     own = Loop._step
 

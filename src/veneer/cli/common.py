@@ -220,7 +220,7 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
     """--length, --format, --train-on and what else of data is a choice, said as a run file's
     settings are."""
     from veneer.cli.config_file import field_help
-    from veneer.train.config import DataConfig, RunConfig
+    from veneer.training.config import DataConfig, RunConfig
 
     length = RunConfig.model_fields["length"].default
     parser.add_argument(
@@ -255,7 +255,7 @@ def load_alone(
 ) -> Base:
     """A base without adapters, by --dtype and --device; said is what it is widened to."""
     check_base(source)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working(f"loading {source}"):
         with no_collection():
@@ -387,7 +387,7 @@ def make_console(*, json: bool) -> Console:
     """
     from rich.console import Console
 
-    from veneer.train.output.talk import talking_console
+    from veneer.training.output.talk import talking_console
 
     class Result(Console):
         def on_broken_pipe(self) -> None:

@@ -54,7 +54,7 @@ def _words_of_settings() -> dict[str, tuple[str, ...]]:
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import FLAGS
     from veneer.files.settings import words_at
-    from veneer.train.config import SHORT_FORMS, RunConfig
+    from veneer.training.config import SHORT_FORMS, RunConfig
 
     words = {
         f"--{name.replace('_', '-')}": words_at(RunConfig, path) for name, path in FLAGS.items()

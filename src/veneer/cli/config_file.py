@@ -21,7 +21,7 @@ from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
 from veneer.files.settings import described, faults_of, field_at
-from veneer.train.config import DataConfig, RunConfig, TemplateConfig
+from veneer.training.config import DataConfig, RunConfig, TemplateConfig
 from veneer.vocabulary import KeyPath
 
 MAX_FILE_BYTES = 1_000_000

@@ -13,8 +13,8 @@ from veneer.bases.names.named import refuse_unknown
 from veneer.data.files.places import refuse_missing
 from veneer.errors import DataError
 from veneer.files.atomic import refuse_existing, refuse_unwritable
-from veneer.train.config import RunConfig
-from veneer.train.state.place import held, refuse_finished, refuse_unless_new
+from veneer.training.config import RunConfig
+from veneer.training.state.place import held, refuse_finished, refuse_unless_new
 
 
 def check_base(source: str | None) -> None:

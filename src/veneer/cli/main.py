@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TextIO
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory, missing_on_device
 from veneer.files.system_errors import refusal
-from veneer.train.output.streams import Result, Talk, silence
+from veneer.training.output.streams import LogStream, ResultStream, silence
 from veneer.vocabulary import (
     ACTIONS_ELSEWHERE,
     CHOICES_ELSEWHERE,
@@ -188,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page has no ▼: print ? rather than fail
             stream.reconfigure(errors="replace")
-    result: Any = Result(sys.stdout)
-    talk: Any = Talk(sys.stderr)
+    result: Any = ResultStream(sys.stdout)
+    talk: Any = LogStream(sys.stderr)
     sys.stdout, sys.stderr = result, talk
     try:
         code = _code(list(sys.argv[1:] if argv is None else argv), result, alone=argv is None)
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout, sys.stderr = before
 
 
-def _told(result: Result) -> int:
+def _told(result: ResultStream) -> int:
     """Says that stdout could not be written, unless nobody reads there."""
     fault = result.fault
     silence(result.stream)  # or the interpreter tries once more as it ends, and says so
@@ -215,7 +215,7 @@ def _told(result: Result) -> int:
     return DoesNotFitError.exit_code
 
 
-def _code(argv: list[str], result: Result, alone: bool) -> int:
+def _code(argv: list[str], result: ResultStream, alone: bool) -> int:
     try:
         return _run(argv, alone)
     except VeneerError as error:

@@ -17,11 +17,11 @@ from veneer.formats.manifest import MANIFEST_NAME
 from veneer.library.adapter_folder import adapter_folder
 from veneer.library.names import said_of
 from veneer.library.objects import ADAPTER_FILES, Content, object_faults
-from veneer.library.records import Facts
+from veneer.library.records import ObjectFacts
 from veneer.models.frozen_base import FrozenBase
 
 
-def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content], Facts]:
+def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content], ObjectFacts]:
     """The adapter's own files and no others, read once in full, and the facts of them.
 
     base: an adapter that vouches for no base is given this one's fingerprint, if it fits.
@@ -49,7 +49,7 @@ def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content],
     return files, facts.model_copy(update={"bytes": size})
 
 
-def facts_of(stored: StoredAdapter) -> Facts:
+def facts_of(stored: StoredAdapter) -> ObjectFacts:
     """What listing will say; bytes: of the adapter's files."""
     manifest = stored.manifest
     intervals = {}
@@ -57,7 +57,7 @@ def facts_of(stored: StoredAdapter) -> Facts:
     if held_out is not None and held_out.loss.low is not None and held_out.loss.high is not None:
         intervals["validation_loss"] = [held_out.loss.low, held_out.loss.high]
     theirs = manifest is None or manifest.trained_by != "veneer"
-    return Facts(
+    return ObjectFacts(
         method=stored.config.name if manifest is None else manifest.method,
         bytes=sum(
             (stored.folder / name).stat().st_size
@@ -113,7 +113,7 @@ def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
 
 
 def entry_faults(
-    folder: Path, facts: Facts, base: Callable[[Path], FrozenBase] | None
+    folder: Path, facts: ObjectFacts, base: Callable[[Path], FrozenBase] | None
 ) -> list[str]:
     """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on
     its base."""
@@ -126,7 +126,7 @@ def entry_faults(
             faults += [
                 f"the record says {name} {getattr(facts, name)!r}, the files say"
                 f" {getattr(found, name)!r}"
-                for name in Facts.model_fields
+                for name in ObjectFacts.model_fields
                 if getattr(facts, name) != getattr(found, name)
             ]
         if base is not None:

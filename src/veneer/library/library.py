@@ -41,7 +41,14 @@ from veneer.library.names import (
     parse_reference,
 )
 from veneer.library.objects import object_faults, put
-from veneer.library.records import Facts, Record, Version, known_version, read_record, write_record
+from veneer.library.records import (
+    ObjectFacts,
+    Record,
+    Version,
+    known_version,
+    read_record,
+    write_record,
+)
 from veneer.wording import html_table
 
 if TYPE_CHECKING:
@@ -228,7 +235,13 @@ class Library:
             yield
 
     def point(
-        self, name: str, object: str, facts: Facts, *, tags: Sequence[str] = (), note: str = ""
+        self,
+        name: str,
+        object: str,
+        facts: ObjectFacts,
+        *,
+        tags: Sequence[str] = (),
+        note: str = "",
     ) -> Entry:
         """Make an object that is in the store the newest version of a name."""
         with self._changing():

@@ -19,12 +19,18 @@ from veneer.errors import ConfigError, DoesNotFitError
 from veneer.formats.adapter import load_adapter
 from veneer.library.library import Library
 from veneer.library.names import nearest
-from veneer.library.residents.memory import Kept, bytes_needed, bytes_of, read_version, room_for
+from veneer.library.residents.memory import (
+    MemoryEntry,
+    bytes_needed,
+    bytes_of,
+    read_version,
+    room_for,
+)
 from veneer.models.frozen_base import FrozenBase
 
 
 @dataclass(kw_only=True, eq=False)
-class _Loaded(Kept):
+class _PooledAdapter(MemoryEntry):
     """edits: of torch's counts of changes in place and the addresses, as they were when it was
     loaded."""
 
@@ -47,11 +53,11 @@ class Pool:
         self.base = base
         self._library, self._refuse = library, refuse
         self.budget_bytes: int | None = None
-        self._known: WeakKeyDictionary[Attachment, _Loaded] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Attachment, _PooledAdapter] = WeakKeyDictionary()
         self._uses = 0
 
     @property
-    def _loaded(self) -> dict[str, _Loaded]:
+    def _loaded(self) -> dict[str, _PooledAdapter]:
         """By name, the least recently used first."""
         attached = list(self.base.attachments.items())
         found = [(name, self._known[each]) for name, each in attached if each in self._known]
@@ -113,7 +119,7 @@ class Pool:
 
     def _enter(self, made: Attachment, *, from_library: bool) -> None:
         self._uses += 1
-        self._known[made] = _Loaded(
+        self._known[made] = _PooledAdapter(
             bytes=bytes_of(made), used=self._uses, edits=_edits(made), from_library=from_library
         )
 

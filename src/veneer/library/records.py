@@ -24,13 +24,13 @@ FORMAT_VERSION = 1
 BaseProof = Literal["fingerprint", "stated", "unverified"]
 
 
-class _Strict(BaseModel):
+class _RecordModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-class Facts(_Strict):
+class ObjectFacts(_RecordModel):
     """What can be said of an object without opening its tensors."""
 
     method: str
@@ -60,7 +60,7 @@ class Facts(_Strict):
     """Which program wrote the tensors."""
 
 
-class Version(_Strict):
+class Version(_RecordModel):
     """One version of a name."""
 
     version: int
@@ -70,14 +70,14 @@ class Version(_Strict):
     """When, UTC: 2026-01-31T12:00:00Z."""
     tags: list[str] = Field(default_factory=list)
     note: str = ""
-    facts: Facts
+    facts: ObjectFacts
 
     def told(self) -> tuple[str, str, str, str]:
         """Method, size, base and note, as a table says them."""
         return self.facts.method, size(self.facts.bytes), self.facts.base or "–", self.note
 
 
-class Record(_Strict):
+class Record(_RecordModel):
     """All versions of a name, oldest first."""
 
     format_version: Literal[1] = 1
@@ -116,7 +116,9 @@ def parse_record(stored: dict[str, Any], path: Path) -> Record:
 def known_version(stored: dict[str, Any]) -> Version:
     """A version of a record that parse_record has passed before: not checked again, which is most
     of the time that listing thousands takes."""
-    return Version.model_construct(**{**stored, "facts": Facts.model_construct(**stored["facts"])})
+    return Version.model_construct(
+        **{**stored, "facts": ObjectFacts.model_construct(**stored["facts"])}
+    )
 
 
 def read_record(path: Path) -> Record:

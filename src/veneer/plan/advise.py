@@ -13,18 +13,18 @@ from veneer.adapters.config import Full, LoRA, MethodConfig, Prefix
 from veneer.plan.planner import Choice
 from veneer.quant.config import FOUR_BITS
 
-Kind = Literal["style", "format", "task", "instructions", "knowledge"]
+TaskKind = Literal["style", "format", "task", "instructions", "knowledge"]
 
 SMALL_BASE = 5 * 10**8
 """Parameters up to which training every weight is affordable enough to be worth comparing."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TuningTask:
     """kind: what is to be learnt. rows, tokens: of the data, None if unknown. variants: adapters
     wanted over one base."""
 
-    kind: Kind = "task"
+    kind: TaskKind = "task"
     rows: int | None = None
     tokens: int | None = None
     variants: int = 1
@@ -44,7 +44,7 @@ class Advice:
     fits: bool
 
 
-def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
+def advise(job: TuningTask, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
     """The choice to start with. `choice` gives batch, length and the rest; `fits` says whether one
     fits the memory."""
     full = replace(choice, method=Full(), quantize=None)
@@ -120,7 +120,7 @@ def advise(job: Job, choice: Choice, fits: Callable[[Choice], bool]) -> Advice:
     return Advice(chosen, _rate(chosen.method, job), reasons, fits(chosen))
 
 
-def _rate(method: MethodConfig, job: Job) -> float:
+def _rate(method: MethodConfig, job: TuningTask) -> float:
     """Start of a search, by halves and doubles: a wrong rate costs more than a wrong rank."""
     rate = method.default_learning_rate(job.hidden_size)
     return rate / 2 if (method.update_rank or 0) >= 128 else rate

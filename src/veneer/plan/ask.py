@@ -1,7 +1,7 @@
 """One question from start to end: `veneer plan` and the library's `plan` ask here.
 
-A Question is what was asked; the answer is rows of plain data, notes on where the figures come
-from, and, where it was asked for, advice. Nothing is downloaded but a config.
+A PlanQuestion says what to plan. Its PlanAnswer holds rows of plain data, notes on where the
+figures come from, and advice if requested. Only a config is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
-from veneer.plan.advise import Advice, Job, Kind, advise
+from veneer.plan.advise import Advice, TaskKind, TuningTask, advise
 from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
 from veneer.plan.kept import kept_idle_bytes
@@ -28,7 +28,7 @@ from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
 from veneer.quant.config import Quantize
-from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
+from veneer.training.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
 
 MOST_TOKENS = 2**22
 """Computed at once in a planned step: its rows are made, and a step beyond this runs on no
@@ -36,7 +36,7 @@ machine."""
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanQuestion:
     """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes;
     None: the machine's own. link: bytes a second between processes; None: what they send takes no
     time in the plan."""
@@ -55,14 +55,14 @@ class Question:
     steps: int | None = None
     epochs: float = EPOCHS_UNSAID
     price_per_hour: float | None = None
-    kind: Kind | None = None
+    kind: TaskKind | None = None
     variants: int = 1
     merge: bool = False
     search: bool = True
 
 
 @dataclass(frozen=True)
-class Answer:
+class PlanAnswer:
     machine: Machine
     memory: int
     rows: list[PlanRow]
@@ -116,8 +116,8 @@ def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quan
 
 
 def answer(
-    question: Question, tell: Callable[[int, int], None] = lambda done, total: None
-) -> Answer:
+    question: PlanQuestion, tell: Callable[[int, int], None] = lambda done, total: None
+) -> PlanAnswer:
     """tell: gets how many of how many plans are made, where it is several.
 
     Raises SourceError for a base that is not found, ConfigError where nothing of the question fits
@@ -187,7 +187,7 @@ def answer(
                 faults.append(f"{planner.blueprint.source}, {choice.label}: {fault.headline}")
     if not rows:
         raise ConfigError("nothing of this can be planned", faults)
-    return Answer(
+    return PlanAnswer(
         machine,
         memory,
         rows,
@@ -204,7 +204,7 @@ def _read(base: str) -> Blueprint:
     return blueprint(base)
 
 
-def _planner(found: Blueprint, question: Question) -> Planner:
+def _planner(found: Blueprint, question: PlanQuestion) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
     return Planner(
         found,
@@ -220,7 +220,7 @@ def _planner(found: Blueprint, question: Question) -> Planner:
     )
 
 
-def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
+def _machine(planner: Planner, choice: Choice, question: PlanQuestion) -> Machine:
     if question.gpu is not None:
         return replace(named_gpu(question.gpu), link=question.link)
     run = planner.step_run(choice)
@@ -231,14 +231,14 @@ def _machine(planner: Planner, choice: Choice, question: Question) -> Machine:
 
 
 def _advice(
-    planner: Planner, rows: Sequence[PlanRow], question: Question, memory: int
+    planner: Planner, rows: Sequence[PlanRow], question: PlanQuestion, memory: int
 ) -> Advice | None:
     if question.kind is None:
         return None
     from veneer.models.frozen_base import hidden_size
 
     examples = list(question.rows)
-    job = Job(
+    job = TuningTask(
         kind=question.kind,
         rows=len(examples) or None,
         tokens=sum(len(e.ids) for e in examples) or None,
@@ -256,7 +256,7 @@ def _advice(
     )
 
 
-def _notes(machine: Machine, planner: Planner, question: Question) -> list[str]:
+def _notes(machine: Machine, planner: Planner, question: PlanQuestion) -> list[str]:
     rows = "the largest and the median batch of the data" if planner.rows else "rows of one length"
     memory = (
         "Memory: the training step itself, simulated without data, with "

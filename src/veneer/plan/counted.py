@@ -20,7 +20,7 @@ from veneer.data.examples import Example
 from veneer.plan.tracker import Parts, Phase, Work
 from veneer.quant.weight import PackedSize
 from veneer.shards import ALIGNMENT
-from veneer.train.config import OptimizerName
+from veneer.training.config import OptimizerName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,7 +31,7 @@ SCRATCH, GATHERED, SUMS = "decoded weights", "gathered layer", "exact sums"
 WHOLE_GRADIENTS = "gradients of a layer and of what lies whole"
 STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS, SUMS)
 SUM_BYTES = 16
-"""Of each trained value under `reduce: exact` (train/processes/reduce.py)."""
+"""Of each trained value under `reduce: exact` (training/processes/reduce.py)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class DryRun:
     def in_shards(self, processes: int) -> DryRun:
         """The same step where each of the processes holds a part of every layer, and one layer is
         whole; where the base trains, a part of its masters, gradient and moments
-        (train/optimizer/parts.py)."""
+        (training/optimizer/parts.py)."""
         runs, layers = self.base.runs(processes), sum(self.base.layers)
         if not runs:
             return self

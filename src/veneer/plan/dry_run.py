@@ -4,7 +4,7 @@ would compute.
     build the base -> attach the method -> flat values, gradient, moments -> forward -> loss ->
         backward -> update
 
-All of it is the code that trains (adapters/attach.py, models/step.py, train/optimizer/buffer.py,
+All of it is the code that trains (adapters/attach.py, models/step.py, training/optimizer/buffer.py,
 models/checkpointing.py), so nothing here can say something else than the run does. Deep models of
 equal layers are run at three small depths; every figure then grows by the same amount per layer,
 which is checked, and the answer is that of the whole depth to the byte. Where that does not hold
@@ -57,10 +57,10 @@ from veneer.plan.counted import (
 )
 from veneer.plan.depth import first_layers, grown_phase, grown_work, period_of
 from veneer.plan.planned_offload import PlannedOffload
-from veneer.plan.tracker import META, Parts, Tracker, Valueless, Work, without_values
+from veneer.plan.tracker import META, MetaMode, Parts, Tracker, Work, without_values
 from veneer.plan.weights import base_bytes
-from veneer.train.config import OptimizerName
-from veneer.train.optimizer.buffer import FlatParameters
+from veneer.training.config import OptimizerName
+from veneer.training.optimizer.buffer import FlatParameters
 
 COMPILED = (0, 0, 0)
 """Shape that products within compiled functions are counted under: that of no matrix product of a
@@ -68,7 +68,7 @@ library."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class AttachedFacts:
     """What the whole depth is asked once: the same whatever rows it trains on, with or without
     checkpointing.
 
@@ -90,15 +90,15 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Bare:
-    """What the base alone says, whatever is trained beside it; the fields are Whole's."""
+class BaseFacts:
+    """Facts of the base that do not depend on the method; the fields are those of AttachedFacts."""
 
     depth: int
     paths: Paths
     base: BaseBytes
 
 
-def whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
+def whole(step: Step, bares: dict[torch.dtype, BaseFacts] | None = None) -> AttachedFacts:
     """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do
     not fit the base.
 
@@ -113,11 +113,11 @@ def whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
             if bares is not None:
                 bares[step.dtype] = bare
         keep_paths(model, bare.paths)
-        with META, Valueless(experts=experts):
+        with META, MetaMode(experts=experts):
             attachment, parameters = _install(model, step, Routing(), bare.paths)
         period = period_of(model, parameters)
         static = _static(model, parameters, step.optimizer)
-        return Whole(
+        return AttachedFacts(
             bare.depth,
             period,
             experts,
@@ -132,13 +132,13 @@ def whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
         )
 
 
-def _bare(step: Step, model: PreTrainedModel, experts: int) -> Bare:
+def _bare(step: Step, model: PreTrainedModel, experts: int) -> BaseFacts:
     layers = decoder_layers(model)
     depth = 0 if layers is None else len(layers)
-    return Bare(depth, _paths(step, model, depth, experts), base_bytes(model))
+    return BaseFacts(depth, _paths(step, model, depth, experts), base_bytes(model))
 
 
-def dry_run(step: Step, known: Whole | None = None) -> DryRun:
+def dry_run(step: Step, known: AttachedFacts | None = None) -> DryRun:
     """known: whole(step) of a step with the same base, method and optimizer, where it is at hand.
 
     Raises ConfigError where the method's settings do not fit the base.
@@ -174,16 +174,16 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
     )
     asked = model if few is None else few
     structure(asked)  # runs a small copy, which is no part of the plan
-    with Valueless(experts=experts):
+    with MetaMode(experts=experts):
         paths = assume_paths(asked)
-    with META, Valueless(experts=experts):
+    with META, MetaMode(experts=experts):
         return replace(paths, read_past=weights_read_past(model, like=asked))
 
 
 def _install(
     model: PreTrainedModel, step: Step, routing: Routing, paths: Paths
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
-    """What trains, as train/training.py has it."""
+    """What trains, as training/training.py has it."""
     refuse_untrainable(model, paths)
     if step.method.trains_base:
         return None, reached_weights(model, paths.left_out)
@@ -226,7 +226,7 @@ def _run(
             paths = assume_paths(model)
     else:
         keep_paths(model, paths)
-    with device, Valueless(experts=experts) if device == META else nullcontext():
+    with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
     one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
@@ -297,7 +297,7 @@ def _offloading(away: PlannedOffload | None) -> AbstractContextManager[Any]:
 
 def moment_bytes(values: int, optimizer: OptimizerName) -> int:
     """AdamW: two float32 a value. In 8 bits: two bytes a value, two float32 scales for every 256
-    (train/optimizer/optimizers.py)."""
+    (training/optimizer/optimizers.py)."""
     if optimizer == "adamw8bit" and values >= 4096:
         return 2 * values + 8 * -(-values // 256)
     return 8 * values
@@ -326,7 +326,7 @@ def _static(
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
 
 
-class _InPlace(TorchFunctionMode):
+class _StayOnMeta(TorchFunctionMode):
     """A tensor without storage is no less for a file where it is: its shape and its type count."""
 
     def __torch_function__(
@@ -345,7 +345,7 @@ class _InPlace(TorchFunctionMode):
 
 def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:
     if attachment is not None:
-        with _InPlace():
+        with _StayOnMeta():
             return adapter_file_bytes(attachment, model)
     own = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}
     return tensor_file_bytes(dict(own.values()))

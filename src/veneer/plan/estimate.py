@@ -25,7 +25,7 @@ from veneer.kernels.bindings.library import has_amx
 from veneer.kernels.layout import STEP
 from veneer.plan.counted import STATIC, DryRun
 from veneer.plan.tracker import Parts, Phase
-from veneer.train.optimizer.offload import UNDER_WAY_BYTES
+from veneer.training.optimizer.offload import UNDER_WAY_BYTES
 
 Device = Literal["cpu", "cuda"]
 

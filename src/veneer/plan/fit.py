@@ -39,7 +39,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Way:
+class Remedy:
     """Changes that make it fit, and what the step then takes against the unchanged one (1.0: the
     same)."""
 
@@ -120,7 +120,7 @@ def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
 
 def ways(
     planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]
-) -> Way | None:
+) -> Remedy | None:
     """The shortest list of changes after which `choice` fits; None if all of them together do not
     suffice.
 
@@ -147,7 +147,7 @@ def ways(
                     changed = made[-1].choice
                     needed = planner.estimate(changed).needed_bytes
                     per_row = seconds(changed) / seconds(choice) * (choice.batch / changed.batch)
-                    return Way(made, changed, needed, per_row)
+                    return Remedy(made, changed, needed, per_row)
     return None
 
 
@@ -180,7 +180,7 @@ def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
 
 
 @dataclass(frozen=True)
-class Nearest:
+class LeastMemory:
     """Every change together, none where there is none to make, and what is needed then: the least
     there is."""
 
@@ -194,11 +194,11 @@ class Nearest:
         )
 
 
-def nearest(planner: Planner, choice: Choice) -> Nearest:
+def nearest(planner: Planner, choice: Choice) -> LeastMemory:
     made = _all_changed(
         planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch]
     )
-    return Nearest(made, planner.estimate(made[-1].choice if made else choice).needed_bytes)
+    return LeastMemory(made, planner.estimate(made[-1].choice if made else choice).needed_bytes)
 
 
 def _all_changed(planner: Planner, choice: Choice, among: Sequence[_Make]) -> tuple[Change, ...]:

@@ -20,18 +20,18 @@ from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remembered
 from veneer.plan.counted import DryRun, Step
-from veneer.train.output.records import process_memory_bytes
+from veneer.training.output.records import process_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from veneer.plan.dry_run import Bare, Whole
+    from veneer.plan.dry_run import AttachedFacts, BaseFacts
 
 _NO_STEP = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ConfigFacts:
     """What a plan reads of a config. identity: all of it that a step depends on, as text; None: of
     a class that the versions do not name."""
 
@@ -40,37 +40,39 @@ class Facts:
     identity: str | None
 
 
-def kept_facts(base: Blueprint) -> Facts:
+def kept_facts(base: Blueprint) -> ConfigFacts:
     """Of a named size remembered; a config that is there is read."""
     if not isinstance(base.given, Mapping):
         return _facts(base.config)
-    return remembered("shape", {"fields": dict(base.given)}, Facts, lambda: _facts(base.config))
+    return remembered(
+        "shape", {"fields": dict(base.given)}, ConfigFacts, lambda: _facts(base.config)
+    )
 
 
 def kept_idle_bytes() -> int:
     """What a process holds that has imported all that trains; 0 where the system does not tell."""
 
     def measured() -> int:
-        import veneer.train.training  # noqa: F401
+        import veneer.training.training  # noqa: F401
 
         return process_memory_bytes() or 0
 
     return remembered("idle", {}, int, measured)
 
 
-def kept_whole(step: Step, bares: dict[torch.dtype, Bare] | None = None) -> Whole:
-    """whole(step, bares)."""
-    from veneer.plan.dry_run import Whole, whole
+def kept_whole(step: Step, bares: dict[torch.dtype, BaseFacts] | None = None) -> AttachedFacts:
+    """Remembers whole(step, bares)."""
+    from veneer.plan.dry_run import AttachedFacts, whole
 
     key = _base_key(step)
     return (
         whole(step, bares)
         if key is None
-        else remembered("whole", key, Whole, lambda: whole(step, bares))
+        else remembered("whole", key, AttachedFacts, lambda: whole(step, bares))
     )
 
 
-def kept_run(step: Step, known: Callable[[], Whole]) -> DryRun:
+def kept_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
     """dry_run(step, known())."""
 
     def counted() -> DryRun:
@@ -105,11 +107,11 @@ def rows_digest(rows: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _facts(config: PreTrainedConfig) -> Facts:
+def _facts(config: PreTrainedConfig) -> ConfigFacts:
     from veneer.models.capacity import configured_capacity
 
     layers = config.get_text_config().num_hidden_layers
-    return Facts(configured_capacity(config).positions, layers, _identity(config))
+    return ConfigFacts(configured_capacity(config).positions, layers, _identity(config))
 
 
 def _identity(config: PreTrainedConfig) -> str | None:
@@ -125,7 +127,7 @@ def _identity(config: PreTrainedConfig) -> str | None:
 
 
 def _base_key(step: Step) -> dict[str, Any] | None:
-    """What Whole says it depends on; None: nothing says it all."""
+    """Key of a step's AttachedFacts; None if the config cannot be identified."""
     given = step.given
     identity = kept_facts(given).identity if isinstance(given, Blueprint) else _identity(given)
     if identity is None:

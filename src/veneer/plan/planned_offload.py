@@ -1,5 +1,5 @@
-"""Offload (train/optimizer/offload.py) on tensors without storage: what would leave the device, and
-what would come back to it."""
+"""Simulates offload (training/optimizer/offload.py) on tensors without storage: which bytes would
+leave the device, and which would come back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from veneer.train.optimizer.offload import WORTH_BYTES
+from veneer.training.optimizer.offload import WORTH_BYTES
 
 
 @dataclass(eq=False)
-class _Gone:
+class _DroppedTensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class PlannedOffload:
         self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
         self._known: dict[tuple[Any, ...], StorageWeakRef] = {}
 
-    def pack(self, tensor: Tensor) -> Tensor | _Gone:
+    def pack(self, tensor: Tensor) -> Tensor | _DroppedTensor:
         storage = tensor.untyped_storage()
         if (
             not tensor.is_meta
@@ -52,9 +52,9 @@ class PlannedOffload:
         ):  # several that save the same: copied once
             self._known[key] = weak
             self.moved_bytes += tensor.nbytes
-        return _Gone(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return _DroppedTensor(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
-    def unpack(self, saved: Tensor | _Gone) -> Tensor:
+    def unpack(self, saved: Tensor | _DroppedTensor) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         back = torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device="meta")

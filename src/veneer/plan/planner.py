@@ -34,16 +34,22 @@ from veneer.plan.estimate import (
     estimate,
     synthetic_rows,
 )
-from veneer.plan.kept import Facts, kept_facts, kept_run, kept_whole, rows_digest
+from veneer.plan.kept import ConfigFacts, kept_facts, kept_run, kept_whole, rows_digest
 from veneer.plan.machine import Machine
 from veneer.plan.ranking import scaled
-from veneer.plan.spread import Costs, Sent, StepTime, longest_share, sent, step_time
+from veneer.plan.spread import Costs, StepTime, StepTraffic, longest_share, sent, step_time
 from veneer.quant.config import Quantize, weight_format
-from veneer.train.config import EPOCHS_UNSAID, OptimizerName, RunConfig, rows_at_once, trains_packed
-from veneer.train.processes.reduce import Kind
+from veneer.training.config import (
+    EPOCHS_UNSAID,
+    OptimizerName,
+    RunConfig,
+    rows_at_once,
+    trains_packed,
+)
+from veneer.training.processes.reduce import ReduceKind
 
 if TYPE_CHECKING:
-    from veneer.plan.dry_run import Bare, Whole
+    from veneer.plan.dry_run import AttachedFacts, BaseFacts
 
 SAMPLE_SIZES = 2
 """Sizes that a sample answer adds: the question, and the single row of every new token."""
@@ -65,13 +71,13 @@ class Choice:
     optimizer: OptimizerName = "adamw"
     offload: bool = False
     shard: bool = False
-    reduce: Kind = "plain"
+    reduce: ReduceKind = "plain"
     new_tokens: int = 0
     processes: int = 1
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a micro-batch, as train/together.py divides the batch."""
+        """Rows of a micro-batch, as training/together.py divides the batch."""
         return rows_at_once(self.batch, self.micro_batch, self.reduce, self.processes)
 
     @property
@@ -146,15 +152,15 @@ class Planner:
     epochs: float = EPOCHS_UNSAID
     known_largest: Sequence[Sequence[Example]] = ()
     _runs: dict[object, DryRun] = field(default_factory=dict, repr=False)
-    _wholes: dict[object, Whole] = field(default_factory=dict, repr=False)
-    _bares: dict[torch.dtype, Bare] = field(default_factory=dict, repr=False)
+    _wholes: dict[object, AttachedFacts] = field(default_factory=dict, repr=False)
+    _bares: dict[torch.dtype, BaseFacts] = field(default_factory=dict, repr=False)
     _epochs: dict[object, Epoch] = field(init=False, default_factory=dict, repr=False)
     _largest: dict[object, Sequence[Sequence[Example]]] = field(
         init=False, default_factory=dict, repr=False
     )
 
     @cached_property
-    def facts(self) -> Facts:
+    def facts(self) -> ConfigFacts:
         return kept_facts(self.blueprint)
 
     def compute(self, choice: Choice) -> Compute:
@@ -280,10 +286,10 @@ class Planner:
         share = longest_share(epoch.costs, choice.processes, together=choice.in_shards)
         return step_time(alone, share, choice.processes, self.sent(choice), machine.link)
 
-    def sent(self, choice: Choice) -> Sent:
+    def sent(self, choice: Choice) -> StepTraffic:
         """By each process in a step."""
         if choice.processes == 1:
-            return Sent()
+            return StepTraffic()
         epoch = self.epoch(choice)
         rounds = sum(-(-len(step) // choice.processes) for step in epoch.costs) / len(epoch.costs)
         run = self._run(choice, epoch.usual)
@@ -402,7 +408,7 @@ class Planner:
         return run.in_shards(choice.processes) if choice.in_shards else run
 
     def _of_base(self, choice: Choice) -> tuple[object, ...]:
-        """What decides the Whole of a choice."""
+        """Key of the AttachedFacts of a choice."""
         return (
             choice.method.model_dump_json(),
             self.dtype(choice),
@@ -424,7 +430,7 @@ class Planner:
             on_cpu=self.device == "cpu",
         )
 
-    def _whole(self, of_base: object, step: Step) -> Whole:
+    def _whole(self, of_base: object, step: Step) -> AttachedFacts:
         if of_base not in self._wholes:
             self._wholes[of_base] = kept_whole(step, self._bares)
         return self._wholes[of_base]

@@ -18,11 +18,11 @@ from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
 from veneer.plan.fit import nearest, ways
 from veneer.plan.planner import Choice, Planner, choice_of
-from veneer.plan.spread import Sent
+from veneer.plan.spread import StepTraffic
 from veneer.quant.weight import PackedSize
-from veneer.train.config import EPOCHS_UNSAID, RunConfig
-from veneer.train.output.records import process_memory_bytes
-from veneer.train.training import Planned
+from veneer.training.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.output.records import process_memory_bytes
+from veneer.training.training import RunForecast
 from veneer.wording import size
 
 
@@ -37,7 +37,7 @@ def estimate_of_run(
     device: str,
     processes: int = 1,
     packed: tuple[PackedSize, ...] = (),
-) -> tuple[int, Estimate, Sent]:
+) -> tuple[int, Estimate, StepTraffic]:
     """Which of these micro-batches needs the most memory, what each process of a run on this data
     should hold at it, and what it sends in a step.
 
@@ -131,8 +131,8 @@ def planned(
     device: str,
     processes: int,
     packed: tuple[PackedSize, ...] = (),
-) -> Planned:
-    """What train/training.py records beside what it measures."""
+) -> RunForecast:
+    """What training/training.py records beside what it measures."""
     number, most, sends = estimate_of_run(
         config,
         model_config,
@@ -144,4 +144,4 @@ def planned(
         processes=processes,
         packed=packed,
     )
-    return Planned(most.peak_bytes, number, sends.gradient, sends.layers)
+    return RunForecast(most.peak_bytes, number, sends.gradient, sends.layers)

@@ -1,6 +1,6 @@
 """A step over several processes: how long the one with most to compute takes, what goes over the
 network, how long that takes on a link. Computed from the plan that the run itself makes
-(train/processes/dealing.py), measured nowhere.
+(training/processes/dealing.py), measured nowhere.
 
     gradient   one sum a step over a ring: 2 (N - 1) / N of its bytes from each process
     layers     in shards: each is gathered forward and again backward, (N - 1) / N of its bytes from
@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from veneer.bounds import LINK
 from veneer.errors import ConfigError
 from veneer.plan.counted import SUM_BYTES, DryRun
-from veneer.train.processes.dealing import dealt, in_rounds
-from veneer.train.processes.reduce import Kind
+from veneer.training.processes.dealing import dealt, in_rounds
+from veneer.training.processes.reduce import ReduceKind
 
 HOP_SECONDS = 50e-6
 """From one process to the next, however little is sent: assumed, of TCP within a building."""
 SMALL_SUMS = 6
 """Of a few numbers, in every step: losses and counts, faults, time by part, whether to stop
-(train/loop.py)."""
+(training/loop.py)."""
 VALUE_BYTES = {"plain": 4, "exact": SUM_BYTES}
 """Of each trained value, in the sum of a step's gradient."""
 
@@ -39,7 +39,7 @@ Costs = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Sent:
+class StepTraffic:
     """By each process in each step, bytes; it receives as many. hops: one after another."""
 
     gradient: int = 0
@@ -68,16 +68,18 @@ class StepTime:
         return self.compute / self.seconds
 
 
-def sent(run: DryRun, processes: int, *, reduce: Kind, shard: bool, rounds: float) -> Sent:
+def sent(
+    run: DryRun, processes: int, *, reduce: ReduceKind, shard: bool, rounds: float
+) -> StepTraffic:
     """rounds: micro-batches that a process computes in a step."""
     if processes == 1:
-        return Sent()
+        return StepTraffic()
     ring, small = 2 * (processes - 1), SMALL_SUMS
     runs = run.base.runs(processes) if shard else []
     gathered = [*runs, *reversed(runs[:-1])][1:]
     in_parts = shard and run.trainable_parameters == run.total_parameters
     times = rounds * (processes - 1) if in_parts else ring
-    return Sent(
+    return StepTraffic(
         round(times / processes * VALUE_BYTES[reduce] * run.trainable_parameters),
         round(rounds * (processes - 1) * sum(gathered)),
         ring * (1 + small),
@@ -105,7 +107,7 @@ def longest_share(costs: Costs, processes: int, *, together: bool) -> float:
 
 
 def step_time(
-    alone: float, share: float, processes: int, sends: Sent, link: float | None
+    alone: float, share: float, processes: int, sends: StepTraffic, link: float | None
 ) -> StepTime:
     """alone: seconds in which one process computes the step. link: bytes a second; None: nothing is
     said of it, and sending takes no time."""

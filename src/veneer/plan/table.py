@@ -13,11 +13,11 @@ from typing import Any
 
 from veneer.adapters.config import METHODS
 from veneer.bases.compute import DtypeName
-from veneer.plan.fit import Nearest, Way, fits, largest_batch, largest_length, nearest, ways
+from veneer.plan.fit import LeastMemory, Remedy, fits, largest_batch, largest_length, nearest, ways
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
-from veneer.plan.spread import Sent, StepTime
-from veneer.train.config import EPOCHS_UNSAID, SHORT_FORMS
+from veneer.plan.spread import StepTime, StepTraffic
+from veneer.training.config import EPOCHS_UNSAID, SHORT_FORMS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PlanRow:
     file_bytes: int
     flops_per_token: float
     time: StepTime
-    sent: Sent
+    sent: StepTraffic
     link: float | None
     tokens_per_step: int
     steps: int | None
@@ -53,8 +53,8 @@ class PlanRow:
     fits: bool | None = None
     largest_batch: int | None = None
     largest_length: int | None = None
-    way: Way | None = None
-    nearest: Nearest | None = None
+    way: Remedy | None = None
+    nearest: LeastMemory | None = None
 
     @property
     def step_seconds(self) -> float:

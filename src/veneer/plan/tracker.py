@@ -74,7 +74,7 @@ class Work:
         return [shape for shape in self.products if all(shape) and shape not in self.own]
 
 
-class Valueless(TorchDispatchMode):
+class MetaMode(TorchDispatchMode):
     """Within its block programs run on tensors without storage, and nothing is counted. experts: of
     a mixture, for the even spread; 1 where there is none."""
 
@@ -124,7 +124,7 @@ class Valueless(TorchDispatchMode):
         return None
 
 
-class Tracker(Valueless):
+class Tracker(MetaMode):
     """Counts within its block what lies on `device`."""
 
     def __init__(self, *, experts: int = 1, device: torch.device = META) -> None:

@@ -19,7 +19,7 @@ from veneer.files.strict_json import MAX_YAML_BYTES, parse_yaml, read_json
 from veneer.formats.adapter import read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME, Manifest, SetHeldOut, read_manifest
 from veneer.report.page import recipe_rows
-from veneer.train.output.records import read_records
+from veneer.training.output.records import read_records
 from veneer.wording import between, cut, number, shown
 
 WHOLE = "gguf"

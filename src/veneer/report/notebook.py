@@ -1,8 +1,8 @@
 """A run in a notebook: its figures and the curve of its loss, one picture that is drawn anew while
 it goes on.
 
-A screen as train/output/screen.py has them. No script and no widget: HTML that the notebook keeps,
-everything escaped.
+It is a Screen of training/output/screen.py: HTML that the notebook keeps, everything escaped, with
+neither script nor widget.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from html import escape
 from typing import Any
 
 from veneer.report.plots import Point, Series, line_chart
-from veneer.train.output.screen import (
+from veneer.training.output.screen import (
     Facts,
     LiveScreen,
     PlainScreen,
-    Progress,
     QuietScreen,
+    StepFigures,
     end_lines,
     make_screen,
     sample_parts,
@@ -47,14 +47,14 @@ class NotebookScreen:
     ) -> None:
         self._show, self._now = show, now
         self._lines: list[str] = []
-        self._progress: Progress | None = None
+        self._progress: StepFigures | None = None
         self._losses: list[Point] = []
         self._held_out: list[Point] = []
         self._sample: list[tuple[str, str]] = []
         self._drawn = float("-inf")
 
     def start(self, info: Facts) -> None:
-        self._progress = Progress(info)
+        self._progress = StepFigures(info)
         self._lines = start_lines(info)
         self._draw()
 

@@ -24,9 +24,9 @@ from veneer.files.strict_json import read_json, read_yaml
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.report.plots import Series, bars, line_chart, smooth
 from veneer.report.style import STYLE
-from veneer.train.config import DataConfig, RunConfig
-from veneer.train.output.loggers import flat
-from veneer.train.output.records import Record, read_records
+from veneer.training.config import DataConfig, RunConfig
+from veneer.training.output.loggers import flat
+from veneer.training.output.records import Record, read_records
 from veneer.wording import clock, interval_of_95, millions, number, percent, shares, size
 
 NAME = "report.html"

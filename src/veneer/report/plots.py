@@ -25,7 +25,7 @@ Point = tuple[float, float | None]
 class Series:
     """One line. A point without a y (a loss that was not finite) leaves a gap.
 
-    colour   a CSS class of the page: a, b or quiet; compare/page.py has one for each method
+    colour   a CSS class of the page: a, b or quiet; comparison/page.py has one for each method
     marks    also draw each point, with its value as a tooltip
     """
 

@@ -16,7 +16,7 @@ TOP_LABEL = 12
 
 
 @dataclass(frozen=True)
-class Mark:
+class ScatterMark:
     """A point at (x, y) with an interval from low to high of y; tip: what it says under the
     pointer."""
 
@@ -29,7 +29,7 @@ class Mark:
     tip: str
 
 
-def scatter_chart(marks: Sequence[Mark], *, title: str, x_label: str, y_label: str) -> str:
+def scatter_chart(marks: Sequence[ScatterMark], *, title: str, x_label: str, y_label: str) -> str:
     """HTML of a figure: its title and the two drawings. The x axis counts in powers of ten where
     the values need it.
 
@@ -45,7 +45,7 @@ def scatter_chart(marks: Sequence[Mark], *, title: str, x_label: str, y_label: s
 
 
 def _svg(
-    marks: Sequence[Mark],
+    marks: Sequence[ScatterMark],
     width: int,
     height: int,
     kind: str,

@@ -14,7 +14,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.files.strict_json import legible
 from veneer.files.system_errors import explained
 from veneer.serve.refusals import Refusal
-from veneer.train.output.records import Record, records_after
+from veneer.training.output.records import Record, records_after
 
 RECORDS = "metrics.jsonl"
 MOST_RUNS = 200

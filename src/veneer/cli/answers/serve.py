@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     _require_extra()
     check_base(args.base)
     from veneer.library.library import Library
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     library = Library(args.library)
     library.entries()  # it is one, before a base is loaded for it

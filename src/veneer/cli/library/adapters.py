@@ -124,7 +124,7 @@ def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
 
 def _add(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.names import is_reference
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     name = args.name
     if name is None:
@@ -173,7 +173,7 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
 
 def _push(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.remote.transfer import push
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     check_files([args.figures])
 
@@ -220,7 +220,7 @@ def _push(args: argparse.Namespace, library: Library) -> int:
 
 def _pull(args: argparse.Namespace, library: Library) -> int:
     from veneer.library.remote.transfer import pull
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working(f"pulling from {args.place}"):
         entry = pull(library, args.place, args.adapter, name=args.name)

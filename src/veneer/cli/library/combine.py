@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
     adapters = weighted(args.adapters, args.weights, args.library)
     check_base(base)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working("combining"):
         with no_collection():

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     base, folder = base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
     check_base(base)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     console = make_console(json=args.json)
     assert folder is not None
@@ -119,14 +119,14 @@ def _whole(args: argparse.Namespace) -> bool:
 
 
 def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     quantize, keep_dense = held_as(None, folder, force_base=args.force_base)
     type: ModelType = args.type or "f16"
     with working(f"loading {base}") as tell:
         with no_collection():
             from veneer import api
-        weights = api.Weights(quantize, keep_dense, args.into, args.original, args.force_base)
+        weights = api.WeightSource(quantize, keep_dense, args.into, args.original, args.force_base)
         how: dict[str, Any] = {
             "base": base,
             "out": args.out,

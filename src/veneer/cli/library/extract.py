@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
     check_base(args.model)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working("extracting"):
         with no_collection():

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
     check_base(base)
     check_rows(args.data)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working("merging"):
         with no_collection():

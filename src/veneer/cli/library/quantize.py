@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_base(args.base)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working(f"quantising {args.base}"):
         with no_collection():

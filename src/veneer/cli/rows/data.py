@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     check_base(args.base)
     check_rows(args.data, args.validation)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working(f"reading {args.data}"):
         with no_collection():

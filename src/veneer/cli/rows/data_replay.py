@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.data.files.writing import write_records
     from veneer.decoding.replay import draw_replay
     from veneer.files.atomic import atomic_folder
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with atomic_folder(out) as folder:
         with working("drawing") as tell:

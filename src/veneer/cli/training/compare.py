@@ -26,14 +26,14 @@ from veneer.cli.common import add_json, add_map, columns_of, make_console, no_co
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
 from veneer.errors import ConfigError
-from veneer.train.config import RunConfig
-from veneer.train.state.interrupt import ASKING
+from veneer.training.config import RunConfig
+from veneer.training.state.interrupt import ASKING
 from veneer.wording import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from veneer.compare.jobs import Place
+    from veneer.comparison.jobs import JobExecutor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,12 +130,12 @@ def run(args: argparse.Namespace) -> int:
     configs = _configs(args)
     _check(args, configs)
     place = PLACES[args.on](args)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working("starting"):
         with no_collection():
             from veneer import api
-        from veneer.compare.jobs import RUNNING
+        from veneer.comparison.jobs import RUNNING
 
     console = make_console(json=True)
 
@@ -192,8 +192,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
     """What can be told before torch is loaded."""
-    from veneer.evaluate.labels import read_labels
-    from veneer.evaluate.registry import find_metrics
+    from veneer.evaluation.labels import read_labels
+    from veneer.evaluation.registry import find_metrics
 
     if args.out.exists() and not args.out.is_dir():
         check_new(args.out)
@@ -207,9 +207,9 @@ def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -
         read_labels(args.labels)
 
 
-def _here(args: argparse.Namespace) -> Place:
+def _here(args: argparse.Namespace) -> JobExecutor:
     """ConfigError: flags that only a cluster has a use for."""
-    from veneer.compare.local import Here
+    from veneer.comparison.local import LocalExecutor
 
     given = [
         f"--{name}" for name in ("address", "store", "cpus") if getattr(args, name) is not None
@@ -218,23 +218,25 @@ def _here(args: argparse.Namespace) -> Place:
         raise ConfigError(
             f"{', '.join(given)}: only for runs on Ray", [], "Give --on ray too, or leave them out."
         )
-    return Here()
+    return LocalExecutor()
 
 
-def _on_ray(args: argparse.Namespace) -> Place:
-    from veneer.compare.ray_place import OnRay
+def _on_ray(args: argparse.Namespace) -> JobExecutor:
+    from veneer.comparison.ray_place import RayExecutor
 
-    return OnRay(args.address, args.store or str((args.out / "gathered").resolve()), args.cpus)
+    return RayExecutor(
+        args.address, args.store or str((args.out / "gathered").resolve()), args.cpus
+    )
 
 
-PLACES: dict[str, Callable[[argparse.Namespace], Place]] = {"here": _here, "ray": _on_ray}
+PLACES: dict[str, Callable[[argparse.Namespace], JobExecutor]] = {"here": _here, "ray": _on_ray}
 
 
 def _table(figures: dict[str, Any]) -> Table:
     """One line a method; 80 columns hold it."""
     from rich.table import Table
 
-    from veneer.compare.conclusion import HEAD, facts
+    from veneer.comparison.conclusion import HEAD, facts
 
     table = Table(
         box=None, padding=(0, 1, 0, 0), show_edge=False, header_style="dim", pad_edge=False

@@ -110,9 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from veneer.evaluate.labels import read_labels
-    from veneer.evaluate.registry import find_metrics
-    from veneer.evaluate.user_function import function_from_file
+    from veneer.evaluation.labels import read_labels
+    from veneer.evaluation.registry import find_metrics
+    from veneer.evaluation.user_function import function_from_file
 
     metrics = [function_from_file(name) if _is_file(name) else name for name in _asked(args)]
     find_metrics(metrics)  # a misspelt name is told before anything is loaded
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     base = load_base(args)
     with no_collection():
         from veneer import api
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     asked_as(args, base)
     with working("evaluating") as tell:

@@ -6,7 +6,7 @@ stdout and stderr}. Two lines on stdout answer: {"pid"} once it runs, {"code"} o
 by signal N). The end of stdin ends it.
 
 Nothing has been computed here and no thread of torch runs, so a child is what a process of its own
-would be: its bits, its random numbers, its peak of memory. Linux only; compare/local.py asks.
+would be: its bits, its random numbers, its peak of memory. Linux only; comparison/local.py asks.
 """
 
 from __future__ import annotations

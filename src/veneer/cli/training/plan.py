@@ -30,13 +30,13 @@ from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
-from veneer.train.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.config import EPOCHS_UNSAID, RunConfig
 from veneer.wording import clock, folded, millions, number, shown, size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from veneer.plan.ask import Answer, Question
+    from veneer.plan.ask import PlanAnswer, PlanQuestion
     from veneer.plan.table import PlanRow
 
 UNITS = {
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
         from veneer.cli.training.plan_probe import run_probe
 
         return run_probe(args)
-    from veneer.train.output.working import working
+    from veneer.training.output.working import working
 
     with working("planning") as tell:
         question = _question(args)
@@ -225,7 +225,7 @@ def parse_size(text: str) -> int:
     return int(found)
 
 
-def _question(args: argparse.Namespace) -> Question:
+def _question(args: argparse.Namespace) -> PlanQuestion:
     memory = parse_size(args.memory) if args.memory else None
     config = None if args.run is None else read_run_config(args.run, {"out": "planned"}, args.sets)
     for base in [*_bases(args), *([] if config is None else [config.base])]:
@@ -233,12 +233,12 @@ def _question(args: argparse.Namespace) -> Question:
     check_rows(args.data)
     check_writable(args.write)
     with no_collection():
-        from veneer.plan.ask import Question
+        from veneer.plan.ask import PlanQuestion
         from veneer.plan.spread import parse_link
 
     link = parse_link(args.link) if args.link else None
     what = _run_asked(args, config) if config is not None else _flags_asked(args)
-    return Question(
+    return PlanQuestion(
         **what,
         compare=args.compare,
         memory=memory,
@@ -266,7 +266,7 @@ def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     with no_collection():
         from veneer import api
     from veneer.plan.planner import choice_of
-    from veneer.train.state.parents import going_on
+    from veneer.training.state.parents import going_on
 
     config = going_on(config)
     data = api.run_rows(config)
@@ -349,7 +349,7 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, found: Answer, question: Question) -> None:
+def _show(console: Console, found: PlanAnswer, question: PlanQuestion) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -451,7 +451,7 @@ def _bar(console: Console, row: PlanRow, most: int) -> None:
     console.print(told)
 
 
-def _write(args: argparse.Namespace, found: Answer) -> None:
+def _write(args: argparse.Namespace, found: PlanAnswer) -> None:
     """The run file: what was advised, else what was planned, with the changes that make it fit."""
     import yaml
 

@@ -23,8 +23,8 @@ def run_probe(args: argparse.Namespace) -> int:
     with no_collection():
         from veneer import api
     from veneer.plan.ask import method_named
-    from veneer.train.config import RunConfig
-    from veneer.train.output.screen import QuietScreen
+    from veneer.training.config import RunConfig
+    from veneer.training.output.screen import QuietScreen
 
     method, quantize = method_named(args.method or "lora", args.rank)
     with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:

@@ -33,7 +33,7 @@ from veneer.cli.config_file import FLAGS, brief_help, first_parent, read_run_con
 from veneer.cli.early import check_place, check_run
 from veneer.cli.training.plan import parse_size
 from veneer.errors import ConfigError
-from veneer.train.config import RunConfig
+from veneer.training.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         check_run(config)
     # Imported once the settings are known to be sound: torch takes seconds to load, a typo should
     # not.
-    from veneer.train.output.screen import make_screen
+    from veneer.training.output.screen import make_screen
 
     screen = make_screen(json=args.json, quiet=args.quiet or not leads)
     if config is not None:
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _launched(processes: int) -> int:
     """The same command in each of them, without what asked for them."""
-    from veneer.train.processes.launch import launch
+    from veneer.training.processes.launch import launch
 
     own, given = [], iter(sys.argv[1:])
     for argument in given:

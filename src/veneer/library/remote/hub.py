@@ -16,7 +16,7 @@ from veneer.formats.manifest import CARD_NAME
 from veneer.library.library import Entry, Library
 from veneer.library.names import check_name
 from veneer.library.objects import ADAPTER_FILES, put
-from veneer.library.remote.place import Moved
+from veneer.library.remote.place import Transfer
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000
@@ -32,7 +32,7 @@ def _parsed(address: str) -> tuple[str, str | None]:
     return match["repository"], match["revision"]
 
 
-def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = None) -> Moved:
+def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = None) -> Transfer:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     repository, revision = _parsed(address)
@@ -57,7 +57,7 @@ def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = Non
             [],
             "Look at the name and your token: hf auth login",
         ) from fault
-    return Moved(f"{repository}@{made.oid}", address, entry.version.facts.bytes, skipped=False)
+    return Transfer(f"{repository}@{made.oid}", address, entry.version.facts.bytes, skipped=False)
 
 
 def pull_from_hub(library: Library, address: str, *, name: str | None = None) -> Entry:

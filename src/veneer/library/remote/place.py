@@ -47,7 +47,7 @@ class Remote(Protocol):
 
 
 @dataclass(frozen=True)
-class Moved:
+class Transfer:
     """reference: what it is called where it went; skipped: its bytes were there already."""
 
     reference: str

@@ -17,7 +17,7 @@ from veneer.errors import ConfigError, SourceError
 from veneer.library.library import Entry, Library, chosen_version
 from veneer.library.names import Reference, check_name, parse_reference
 from veneer.library.records import Version
-from veneer.library.remote.place import FolderRemote, Moved, Remote, fetch_object
+from veneer.library.remote.place import FolderRemote, Remote, Transfer, fetch_object
 
 CardOf = Callable[[Entry, Path], str | None]
 
@@ -32,7 +32,7 @@ def remote_at(address: str) -> Remote:
     return FsspecRemote(address)
 
 
-def push(library: Library, reference: str, address: str, card: CardOf | None = None) -> Moved:
+def push(library: Library, reference: str, address: str, card: CardOf | None = None) -> Transfer:
     """Copies a version to another library, under its own name. The same bytes there are not sent
     again.
 
@@ -49,7 +49,7 @@ def push(library: Library, reference: str, address: str, card: CardOf | None = N
     there = remote.record(entry.name)
     skipped = there is not None and any(v.object == entry.version.object for v in there.versions)
     known = remote.publish(entry.name, entry.version, folder)
-    return Moved(known, address, entry.version.facts.bytes, skipped)
+    return Transfer(known, address, entry.version.facts.bytes, skipped)
 
 
 def pull(

@@ -22,7 +22,7 @@ HELD_ITEM_BYTES = 4
 
 
 @dataclass(kw_only=True, eq=False)
-class Kept:
+class MemoryEntry:
     """used: rises with every use of any; of those that may go, the lowest goes first."""
 
     bytes: int = 0
@@ -31,7 +31,7 @@ class Kept:
 
 
 def room_for(
-    needed: int, kept: Iterable[tuple[Key, Kept]], free: int, may_go: Callable[[Key], bool]
+    needed: int, kept: Iterable[tuple[Key, MemoryEntry]], free: int, may_go: Callable[[Key], bool]
 ) -> list[Key] | None:
     """Who goes so that `needed` bytes fit into the free ones and theirs, no more of them than must.
 

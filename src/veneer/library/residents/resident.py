@@ -6,7 +6,7 @@ from pathlib import Path
 
 from veneer.adapters.placement.attachment import Attachment
 from veneer.errors import VeneerError
-from veneer.library.residents.memory import HELD_ITEM_BYTES, Kept
+from veneer.library.residents.memory import HELD_ITEM_BYTES, MemoryEntry
 
 
 class Tier(Enum):
@@ -17,7 +17,7 @@ class Tier(Enum):
 
 
 @dataclass(frozen=True)
-class Files:
+class VersionFiles:
     """Where a version lies. content_hash: of its tensors and config, which reading it checks. made:
     changes whenever the folder is another one."""
 
@@ -33,7 +33,7 @@ class Files:
 
 
 @dataclass(kw_only=True, eq=False)
-class Resident(Kept):
+class Resident(MemoryEntry):
     """bytes: taken, or promised while it is loading. All but `content` is changed under its tiers'
     lock alone.
 
@@ -50,7 +50,7 @@ class Resident(Kept):
     content: str
     """Id of all its files (library/objects.py): versions that differ in veneer.json alone are asked
     differently."""
-    files: Files
+    files: VersionFiles
     tier: Tier = Tier.DISK
     attachment: Attachment | None = None
     places: int = 0
@@ -66,7 +66,7 @@ class Resident(Kept):
 
 
 @dataclass(frozen=True)
-class Shown:
+class ResidentStatus:
     """A version that is in memory, on its way, or broken. version: its content_hash. idle_seconds:
     since it was last used."""
 

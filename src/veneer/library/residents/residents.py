@@ -32,7 +32,7 @@ from veneer.formats.header_fit import header_faults
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_reference, nearest
-from veneer.library.residents.resident import Files, Shown
+from veneer.library.residents.resident import ResidentStatus, VersionFiles
 from veneer.library.residents.tiers import LoadLimits, Tiers
 from veneer.models.frozen_base import FrozenBase
 
@@ -127,7 +127,7 @@ class Residents:
         )
         return sum(front.places for front in fronts)
 
-    def _front(self, files: Files) -> Front:
+    def _front(self, files: VersionFiles) -> Front:
         if (known := self._fronts.get(files.folder)) is not None:
             return known
         try:
@@ -143,7 +143,7 @@ class Residents:
             while len(known) > MOST_KNOWN:
                 del known[next(iter(known))]
 
-    def _preamble(self, files: Files) -> Preamble:
+    def _preamble(self, files: VersionFiles) -> Preamble:
         found = self._preambles.get(files.folder)
         if found is None:
             manifest = files.folder / MANIFEST_NAME
@@ -219,7 +219,7 @@ class Residents:
                 self._apply_pins(content)
         return content
 
-    def shown(self) -> Sequence[Shown]:
+    def shown(self) -> Sequence[ResidentStatus]:
         """What is in memory, on its way or broken, the last used first."""
         return self._tiers.shown()
 
@@ -287,7 +287,8 @@ class Residents:
         made = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
         try:
             self._tiers.know(
-                content, Files(entry.reference, folder, facts.content_hash, facts.parameters, made)
+                content,
+                VersionFiles(entry.reference, folder, facts.content_hash, facts.parameters, made),
             )
         finally:
             self._mean(reference, content)

@@ -37,7 +37,7 @@ from veneer.formats.adapter import load_adapter
 from veneer.kernels.bindings.library import end_helpers
 from veneer.library.residents.loaders import Loaders
 from veneer.library.residents.memory import bytes_needed, bytes_of, hold_as, read_version, room_for
-from veneer.library.residents.resident import Files, Resident, Shown, Tier
+from veneer.library.residents.resident import Resident, ResidentStatus, Tier, VersionFiles
 from veneer.models.frozen_base import FrozenBase
 
 
@@ -67,7 +67,7 @@ class LoadLimits:
 
 
 @dataclass
-class _Asked:
+class _PendingLoad:
     """An identity that lacks something in memory. by_hand: no request asks. since: holds granted
     when room was first short; None: it has not been."""
 
@@ -96,7 +96,7 @@ class Tiers:
         )
         self._lock = threading.Condition(threading.RLock())
         self._known: dict[str, Resident] = {}
-        self._queue: dict[Identity, _Asked] = {}
+        self._queue: dict[Identity, _PendingLoad] = {}
         self._asked: set[Identity] = set()  # in this round
         self._offered: set[str] = set()  # contents that were called ready in this round
         self._wanted: set[str] = (
@@ -113,7 +113,7 @@ class Tiers:
 
     # what there is
 
-    def know(self, content: str, files: Files) -> None:
+    def know(self, content: str, files: VersionFiles) -> None:
         """It can be asked for. Raises why it failed, if that was just now and its files are the
         same."""
         with self._lock:
@@ -123,7 +123,7 @@ class Tiers:
             known.files, known.unwanted = files, False
             self._check(known)
 
-    def files(self, content: str) -> Files:
+    def files(self, content: str) -> VersionFiles:
         with self._lock:
             return self._of(((content, 1.0),))[0].files
 
@@ -151,7 +151,7 @@ class Tiers:
         deadline = time.monotonic() + seconds
         with self._lock:
             while not self._in_memory(self._checked(identity)):
-                self._queue.setdefault(identity, _Asked()).by_hand = True
+                self._queue.setdefault(identity, _PendingLoad()).by_hand = True
                 self._place()
                 self._loaders.look()
                 if (
@@ -161,13 +161,13 @@ class Tiers:
                     self._queue.pop(identity, None)
                     raise self._no_room(identity)
 
-    def shown(self) -> list[Shown]:
+    def shown(self) -> list[ResidentStatus]:
         """What is not only on disk, the last used first."""
         with self._lock:
             now = self._clock()
             found = [each for each in self._known.values() if each.tier is not Tier.DISK]
             return [
-                Shown(
+                ResidentStatus(
                     r.files.reference,
                     r.content,
                     r.files.content_hash,
@@ -194,7 +194,7 @@ class Tiers:
                 each.unwanted = False
                 self._wanted.add(each.content)  # it is asked for in the next round
             if any(each.tier is Tier.DISK for each in found):
-                self._queue.setdefault(identity, _Asked())
+                self._queue.setdefault(identity, _PendingLoad())
                 self._place()
 
     def ready(self, identity: Identity) -> int | None:
@@ -203,7 +203,7 @@ class Tiers:
             found = self._checked(identity)
             if not self._in_memory(found):
                 if any(each.tier is Tier.DISK for each in found) and identity not in self._queue:
-                    self._queue[identity] = _Asked()
+                    self._queue[identity] = _PendingLoad()
                     self._dirty = True
                 return None
             if any(each.draining for each in found):
@@ -424,7 +424,9 @@ class Tiers:
                 with self._lock:
                     self._left.append(name)
 
-    def _load(self, drops: Sequence[str], loads: Sequence[tuple[Resident, int, Files]]) -> None:
+    def _load(
+        self, drops: Sequence[str], loads: Sequence[tuple[Resident, int, VersionFiles]]
+    ) -> None:
         self._detach(drops)
         for each, number, files in loads:
             fault: VeneerError | None = None
@@ -449,7 +451,7 @@ class Tiers:
                 self._lock.notify_all()
             self.changed()
 
-    def _bring(self, each: Resident, number: int, files: Files) -> None:
+    def _bring(self, each: Resident, number: int, files: VersionFiles) -> None:
         stored = read_version(files.folder, files.reference, files.content_hash)
         if (needed := bytes_needed(stored)) > files.bytes_needed:
             raise CorruptFileError(

@@ -31,12 +31,12 @@ from veneer.formats.peft.config import CONFIG_NAME, PeftLoRA
 from veneer.formats.peft.matching import Strength, exact_settings
 from veneer.formats.peft.token_files import apart, fit_tokens
 from veneer.library.names import said_of
-from veneer.merge.combine.combine import Update
+from veneer.merge.combine.combine import FactorPair
 from veneer.models.load import load_base
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedAdapter:
     """An adapter on a base's places.
 
     updates  place -> its update, scaling in B
@@ -46,7 +46,7 @@ class Placed:
     """
 
     stored: StoredAdapter
-    updates: dict[str, Update]
+    updates: dict[str, FactorPair]
     values: dict[str, Tensor]
     trained: list[str]
     settings: LowRank
@@ -104,7 +104,7 @@ def _no_factors(folder: Path, method: str, odd: Sequence[str]) -> RefusedError:
     )
 
 
-def place(stored: StoredAdapter, model: nn.Module) -> Placed:
+def place(stored: StoredAdapter, model: nn.Module) -> PlacedAdapter:
     """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two
     factors a place)."""
     _refuse_no_update(stored)
@@ -112,7 +112,7 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
     settings = found.settings
     assert settings is not None
     modules = plain_modules(model)
-    updates: dict[str, Update] = {}
+    updates: dict[str, FactorPair] = {}
     values: dict[str, Tensor] = {}
     factors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.values.items():
@@ -126,9 +126,9 @@ def place(stored: StoredAdapter, model: nn.Module) -> Placed:
         raise _no_factors(stored.folder, settings.name, odd)
     assert isinstance(settings, LowRank)
     for where, parts in factors.items():
-        updates[where] = Update(parts["A"].double(), parts["B"].double() * found.scaling[where])
+        updates[where] = FactorPair(parts["A"].double(), parts["B"].double() * found.scaling[where])
     assert all(_kind(modules, where) for where in updates)
-    return Placed(stored, updates, values, list(settings.train_modules), settings)
+    return PlacedAdapter(stored, updates, values, list(settings.train_modules), settings)
 
 
 def _kind(modules: Mapping[str, nn.Module], where: str) -> Kind:
@@ -138,7 +138,7 @@ def _kind(modules: Mapping[str, nn.Module], where: str) -> Kind:
 
 
 def attachment_of(
-    updates: Mapping[str, Update],
+    updates: Mapping[str, FactorPair],
     values: Mapping[str, Tensor],
     trained: Sequence[str],
     model: nn.Module,
@@ -169,7 +169,7 @@ def attachment_of(
     return Attachment("made", settings, dict(layers), kept, list(trained))
 
 
-def common_base(placed: Sequence[Placed], skeleton: Skeleton, source: str) -> Manifest:
+def common_base(placed: Sequence[PlacedAdapter], skeleton: Skeleton, source: str) -> Manifest:
     """A manifest with what the adapters say of their base, which must be one; without any, what the
     base itself says.
 
@@ -248,7 +248,9 @@ def _text_hashes(known: Sequence[tuple[StoredAdapter, Manifest]]) -> tuple[str |
 
 
 def descended(
-    manifest: Manifest, recipe: Mapping[str, JsonValue], parents: Sequence[tuple[Placed, float]]
+    manifest: Manifest,
+    recipe: Mapping[str, JsonValue],
+    parents: Sequence[tuple[PlacedAdapter, float]],
 ) -> Manifest:
     """The manifest with how the adapter was made and of what."""
     made_of = [Parent(content_hash=placed.parent_hash, weight=weight) for placed, weight in parents]

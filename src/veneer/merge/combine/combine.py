@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veneer.bounds import PART, RANK, SEED, number_faults
 from veneer.errors import ConfigError
-from veneer.merge.combine.low_rank import Cut, cut_dense, cut_factors, relative_error
+from veneer.merge.combine.low_rank import TruncatedUpdate, cut_dense, cut_factors, relative_error
 
 How = Literal["cat", "linear", "svd", "ties", "dare", "magnitude"]
 HOWS: tuple[How, ...] = get_args(How)
@@ -36,7 +36,7 @@ _PRUNES = ("ties", "dare", "magnitude")
 
 
 @dataclass(frozen=True)
-class Update:
+class FactorPair:
     """One adapter's update of one place, its scaling in B: A (R, I), B (O, R); experts: with E in
     front."""
 
@@ -80,8 +80,8 @@ class Recipe:
 
 
 def combine_updates(
-    adapters: Sequence[Mapping[str, Update]], weights: Sequence[float], recipe: Recipe
-) -> dict[str, Cut]:
+    adapters: Sequence[Mapping[str, FactorPair]], weights: Sequence[float], recipe: Recipe
+) -> dict[str, TruncatedUpdate]:
     """Place -> the combined update, in the places' first order. One place is worked on at a
     time."""
     recipe.check()
@@ -98,7 +98,7 @@ def combine_updates(
     return found
 
 
-_Group = Sequence[tuple[int, Update, float]]
+_Group = Sequence[tuple[int, FactorPair, float]]
 """(number of the adapter, its update, its weight)."""
 
 
@@ -109,27 +109,27 @@ def _beside(group: _Group) -> tuple[Tensor, Tensor]:
     return A.double(), B.double()
 
 
-def _cat(place: str, group: _Group, recipe: Recipe) -> Cut:
+def _cat(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     A, B = _beside(group)
     whole = float((B.transpose(-1, -2) @ B * (A @ A.transpose(-1, -2)).transpose(-1, -2)).sum())
-    return Cut(A, B, lost=0.0, whole=whole)
+    return TruncatedUpdate(A, B, lost=0.0, whole=whole)
 
 
-def _linear(place: str, group: _Group, recipe: Recipe) -> Cut:
+def _linear(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     return cut_factors(*_beside(group), None)
 
 
-def _svd(place: str, group: _Group, recipe: Recipe) -> Cut:
+def _svd(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     largest = max(update.A.shape[-2] for _, update, _ in group)
     return cut_factors(*_beside(group), recipe.rank or largest)
 
 
-def _pruned(group: _Group, recipe: Recipe, summed: Tensor) -> Cut:
+def _pruned(group: _Group, recipe: Recipe, summed: Tensor) -> TruncatedUpdate:
     together = sum(update.A.shape[-2] for _, update, _ in group)
     return cut_dense(summed, rank=min(recipe.rank or together, *summed.shape[-2:]))
 
 
-def _magnitude(place: str, group: _Group, recipe: Recipe) -> Cut:
+def _magnitude(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     return _pruned(
         group,
         recipe,
@@ -137,7 +137,7 @@ def _magnitude(place: str, group: _Group, recipe: Recipe) -> Cut:
     )
 
 
-def _ties(place: str, group: _Group, recipe: Recipe) -> Cut:
+def _ties(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     trimmed = torch.stack(
         [weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]
     )
@@ -146,7 +146,7 @@ def _ties(place: str, group: _Group, recipe: Recipe) -> Cut:
     return _pruned(group, recipe, (trimmed * agrees).sum(0) / agrees.sum(0).clamp_min(1))
 
 
-def _dare(place: str, group: _Group, recipe: Recipe) -> Cut:
+def _dare(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     def dropped(number: int, dense: Tensor) -> Tensor:
         digest = hashlib.sha256(f"{recipe.seed or 0} {number} {place}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -157,7 +157,7 @@ def _dare(place: str, group: _Group, recipe: Recipe) -> Cut:
     )
 
 
-_COMBINE: Mapping[How, Callable[[str, _Group, Recipe], Cut]] = {
+_COMBINE: Mapping[How, Callable[[str, _Group, Recipe], TruncatedUpdate]] = {
     "cat": _cat,
     "linear": _linear,
     "svd": _svd,
@@ -185,7 +185,7 @@ def largest_entries(dense: Tensor, density: float) -> Tensor:
     return torch.where(flat.abs() >= bound, flat, 0.0).view_as(dense)
 
 
-def total_error(cuts: Mapping[str, Cut]) -> float:
+def total_error(cuts: Mapping[str, TruncatedUpdate]) -> float:
     """||what was wanted - what is left|| / ||what was wanted|| over all places."""
     return relative_error(
         sum(cut.lost for cut in cuts.values()), sum(cut.whole for cut in cuts.values())

@@ -16,8 +16,14 @@ from veneer.bounds import check_weights
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import StoredAdapter, read_adapter, write_adapter
 from veneer.formats.same_base import other_base
-from veneer.merge.combine.adapters import Placed, attachment_of, common_base, descended, place
-from veneer.merge.combine.combine import Recipe, Update, combine_updates, total_error
+from veneer.merge.combine.adapters import (
+    PlacedAdapter,
+    attachment_of,
+    common_base,
+    descended,
+    place,
+)
+from veneer.merge.combine.combine import FactorPair, Recipe, combine_updates, total_error
 from veneer.merge.combine.low_rank import relative_error
 from veneer.merge.fold.fold import Trained, is_turned, stored_tensors, trained_values
 from veneer.models.load import load_base
@@ -63,11 +69,11 @@ def combine_adapters(
     skeleton = load_skeleton(base)
     stored = [read_adapter(folder) for folder, _ in adapters]
     refuse_combining([(str(adapter.folder), adapter.contents) for adapter in stored])
-    placed: list[Placed] = [place(adapter, skeleton.model) for adapter in stored]
+    placed: list[PlacedAdapter] = [place(adapter, skeleton.model) for adapter in stored]
     weights = [weight for _, weight in adapters]
     trained = sorted({path for each in placed for path in each.trained})
     cuts = combine_updates([each.updates for each in placed], weights, recipe)
-    updates = {where: Update(cut.A, cut.B) for where, cut in cuts.items()}
+    updates = {where: FactorPair(cut.A, cut.B) for where, cut in cuts.items()}
     values = trained_values(
         [(each.values, weight) for each, weight in zip(placed, weights, strict=True)]
     )
@@ -110,8 +116,8 @@ def _summed(
 
 
 def _apart(
-    updates: Mapping[str, Update], values: Mapping[str, Tensor], model: nn.Module
-) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    updates: Mapping[str, FactorPair], values: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, FactorPair], dict[str, Tensor]]:
     """Updates and values of an adapter in which each weight has one of the two, as its file wants:
     where a module was trained in full, updates of other adapters are added to its values."""
     modules = plain_modules(model)

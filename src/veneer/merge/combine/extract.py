@@ -26,16 +26,16 @@ from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.linear import frozen_linear, is_transposed_linear
 from veneer.merge.combine.adapters import attachment_of
-from veneer.merge.combine.combine import Update
-from veneer.merge.combine.low_rank import Cut, cut_dense, relative_error
+from veneer.merge.combine.combine import FactorPair
+from veneer.merge.combine.low_rank import TruncatedUpdate, cut_dense, relative_error
 from veneer.merge.fold.fold import stored_tensors, tied_names
-from veneer.merge.fold.verify import LogitCheck, Reference, compare, logits, text_rows
+from veneer.merge.fold.verify import LogitCheck, ReferenceLogits, compare, logits, text_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleKindReport:
     """Of one kind of module: how many changed, ||D|| / ||W||, ranks, and ||D - B A|| / ||D||."""
 
     modules: int
@@ -52,7 +52,7 @@ class ExtractReport:
 
     out: Path
     bytes: int
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModuleKindReport]
     error: float
     left_out: Mapping[str, float]
     kept: Mapping[str, float]
@@ -73,12 +73,12 @@ class ExtractReport:
 
 
 @dataclass
-class _Found:
+class _ExtractedUpdates:
     """cuts, sizes: place -> its update, ||W||^2 of the base there; others: name of another changed
     weight ->
     ||D||/||W||."""
 
-    cuts: dict[str, Cut] = field(default_factory=dict)
+    cuts: dict[str, TruncatedUpdate] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ def extract_adapter(
         )
     trained, values, settings = _kept_values(old, new.model, found, keep=keep)
     made = attachment_of(
-        {p: Update(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model
+        {p: FactorPair(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model
     )
     made.config = made.config.model_copy(update=settings)
     recipe: dict[str, Any] = {
@@ -137,7 +137,7 @@ def extract_adapter(
 
 def _differences(
     base: FrozenBase, new: nn.Module, *, rank: int | None, energy: float | None
-) -> _Found:
+) -> _ExtractedUpdates:
     old = base.model
     before, after = stored_tensors(old), stored_tensors(new)
     faults = [f"{name} is in the base alone" for name in before if name not in after]
@@ -157,7 +157,7 @@ def _differences(
     modules = plain_modules(old)
     head: Any = old.get_output_embeddings()
     tied = tied_names(old) if tied_names(new).keys() == tied_names(old).keys() else {}
-    found = _Found()
+    found = _ExtractedUpdates()
     for name in before:
         if name in tied:
             continue  # the same tensor under its other name
@@ -191,7 +191,7 @@ def _place(
 
 
 def _kept_values(
-    base: FrozenBase, new: nn.Module, found: _Found, *, keep: bool
+    base: FrozenBase, new: nn.Module, found: _ExtractedUpdates, *, keep: bool
 ) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
     """Modules trained in full, the values, and what the settings must say of them."""
     if not keep or not found.others:
@@ -216,7 +216,7 @@ def _kept_values(
     return trained, {name: after[name].read().clone() for name in names}, settings
 
 
-def _by_kind(found: _Found) -> dict[str, Part]:
+def _by_kind(found: _ExtractedUpdates) -> dict[str, ModuleKindReport]:
     kinds: dict[str, list[str]] = {}
     for where in found.cuts:
         kinds.setdefault(where.rpartition(".")[2], []).append(where)
@@ -224,7 +224,7 @@ def _by_kind(found: _Found) -> dict[str, Part]:
     for kind, places in kinds.items():
         whole = sum(found.cuts[p].whole for p in places)
         ranks = [found.cuts[p].rank for p in places]
-        parts[kind] = Part(
+        parts[kind] = ModuleKindReport(
             len(places),
             relative_error(whole, sum(found.sizes[p] for p in places)),
             (min(ranks), max(ranks)),
@@ -239,7 +239,7 @@ def _check(old: FrozenBase, new: FrozenBase, out: str | Path) -> LogitCheck:
     rows = text_rows(old)
     expected = [logits(new, row) for row in rows]
     gaps = [(said - logits(old, row)).abs() for said, row in zip(expected, rows, strict=True)]
-    asked = Reference(rows, expected, max_effect=max(float(gap.max()) for gap in gaps))
+    asked = ReferenceLogits(rows, expected, max_effect=max(float(gap.max()) for gap in gaps))
     asked.mean_effect = sum(float(gap.mean()) * len(gap) for gap in gaps) / asked.tokens
     load_adapter(old, out, name="extracted")
     old.routing.active = (("extracted", 1.0),)

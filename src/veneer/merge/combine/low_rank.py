@@ -19,7 +19,7 @@ from veneer.kernels.wide import wide
 
 
 @dataclass(frozen=True)
-class Cut:
+class TruncatedUpdate:
     """A (..., R, I), B (..., O, R), float64; lost and whole: ||D - B A||^2 and ||D||^2."""
 
     A: Tensor
@@ -37,7 +37,7 @@ def relative_error(lost: float, whole: float) -> float:
     return (max(lost, 0.0) / whole) ** 0.5 if whole else 0.0
 
 
-def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
+def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> TruncatedUpdate:
     """The best B' A' of that rank; None: of the numerical rank, singular values above 1e-7 of ||A||
     ||B||: what is below is rounding, also where the sum cancels."""
     Q_B, R_B = torch.linalg.qr(wide(B))
@@ -47,7 +47,7 @@ def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
     numerical = max(1, int((floor[..., None] < S).sum(-1).max()))
     kept = numerical if rank is None else min(rank, S.shape[-1])
     root = S[..., :kept].sqrt()
-    return Cut(
+    return TruncatedUpdate(
         A=root[..., :, None] * (Vh[..., :kept, :] @ Q_A.transpose(-1, -2)),
         B=(Q_B @ U[..., :kept]) * root[..., None, :],
         lost=float(S[..., kept:].square().sum()),
@@ -55,7 +55,9 @@ def cut_factors(A: Tensor, B: Tensor, rank: int | None) -> Cut:
     )
 
 
-def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None) -> Cut:
+def cut_dense(
+    D: Tensor, *, rank: int | None = None, energy: float | None = None
+) -> TruncatedUpdate:
     """The best approximation at a rank, or at the lowest rank that keeps `energy` of ||D||^2 (of
     every matrix)."""
     assert (rank is None) != (energy is None)
@@ -81,4 +83,6 @@ def cut_dense(D: Tensor, *, rank: int | None = None, energy: float | None = None
         A, B = vectors.transpose(-1, -2) * root[..., :, None], other / root[..., None, :]
     zero = squares[..., :kept] <= 1e-24 * squares[..., :1].clamp_min(1e-300)
     A, B = A.masked_fill(zero[..., :, None], 0.0), B.masked_fill(zero[..., None, :], 0.0)
-    return Cut(A=A, B=B, lost=float(squares[..., kept:].sum()), whole=float(squares.sum()))
+    return TruncatedUpdate(
+        A=A, B=B, lost=float(squares[..., kept:].sum()), whole=float(squares.sum())
+    )

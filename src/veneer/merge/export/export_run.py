@@ -20,7 +20,7 @@ from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME
 from veneer.library.names import said_of
 from veneer.merge.combine.adapters import fitted, place
 from veneer.merge.export.folders import Beside, ExportReport, export_peft, export_vllm
-from veneer.merge.export.lint import Finding, lint, peft_refusal
+from veneer.merge.export.lint import LintFinding, lint, peft_refusal
 from veneer.merge.export.ollama import modelfile
 from veneer.merge.export.serving import commands, whole_model_commands
 from veneer.merge.export.turns import turns_of
@@ -113,7 +113,7 @@ def _check_peft_loads(stored: StoredAdapter, base: str) -> None:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSource:
     """Which weights of a base a whole model is made of: how the base is held (quantize,
     keep_dense), and what is merged into, see open_merge."""
 
@@ -130,7 +130,7 @@ def export_merged_gguf(
     base: str,
     out: str | Path,
     type: ModelType = "f16",
-    weights: Weights = Weights(),
+    weights: WeightSource = WeightSource(),
     progress: Told | None = None,
 ) -> GGUFReport:
     """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a
@@ -149,7 +149,7 @@ def export_ollama(
     base: str,
     out: str | Path,
     type: ModelType = "f16",
-    weights: Weights = Weights(),
+    weights: WeightSource = WeightSource(),
     progress: Told | None = None,
     card: Card = _no_card,
 ) -> GGUFReport:
@@ -191,7 +191,7 @@ MODEL_NAME = "model.gguf"
 
 
 def _opened(
-    adapters: Sequence[tuple[str | Path, float]], base: str, weights: Weights
+    adapters: Sequence[tuple[str | Path, float]], base: str, weights: WeightSource
 ) -> tuple[FrozenBase, list[tuple[str, float]]]:
     if not adapters:
         return load_base(base, dtype="stored", device="cpu", quantize=weights.quantize), []
@@ -207,7 +207,7 @@ def _opened(
     return opened.base, opened.acting
 
 
-def lint_adapter(folder: str | Path, consumer: Program, *, base: str) -> list[Finding]:
+def lint_adapter(folder: str | Path, consumer: Program, *, base: str) -> list[LintFinding]:
     """What the consumer would refuse of the adapter, or apply wrongly. base: only its config is
     read."""
     return lint(read_adapter(folder), load_skeleton(base).model, consumer)

@@ -21,8 +21,8 @@ from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.config import CONFIG_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.merge.combine.adapters import Placed, attachment_of, common_base, descended
-from veneer.merge.combine.combine import Update
+from veneer.merge.combine.adapters import PlacedAdapter, attachment_of, common_base, descended
+from veneer.merge.combine.combine import FactorPair
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes; 16 where it is not given."""
@@ -41,7 +41,7 @@ class ExportReport:
     rank: int | None = None
 
 
-def vllm_faults(placed: Placed, model: Any) -> list[str]:
+def vllm_faults(placed: PlacedAdapter, model: Any) -> list[str]:
     """What vLLM refuses, or passes over in silence, and no rewriting mends."""
     faults = [
         f"{name}: a value trained in full; vLLM reads low-rank factors alone"
@@ -61,7 +61,7 @@ Beside = Callable[[int | None], Mapping[str, str]]
 
 
 def export_vllm(
-    placed: Placed, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str
+    placed: PlacedAdapter, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str
 ) -> ExportReport:
     """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
     faults = vllm_faults(placed, skeleton.model)
@@ -87,12 +87,14 @@ def export_vllm(
     return ExportReport(Path(out), written.bytes, notes, rank=told)
 
 
-def padded(update: Update, rank: int) -> Update:
+def padded(update: FactorPair, rank: int) -> FactorPair:
     """The same update at a larger rank: rows of A and columns of B that are zero."""
     extra = rank - update.A.shape[-2]
     zeros_A = torch.zeros(*update.A.shape[:-2], extra, update.A.shape[-1], dtype=update.A.dtype)
     zeros_B = torch.zeros(*update.B.shape[:-1], extra, dtype=update.B.dtype)
-    return Update(torch.cat([update.A, zeros_A], dim=-2), torch.cat([update.B, zeros_B], dim=-1))
+    return FactorPair(
+        torch.cat([update.A, zeros_A], dim=-2), torch.cat([update.B, zeros_B], dim=-1)
+    )
 
 
 def export_peft(stored: StoredAdapter, out: str | Path, beside: Beside) -> ExportReport:

@@ -18,7 +18,7 @@ from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.merge.combine.adapters import Placed, fitted, place
+from veneer.merge.combine.adapters import PlacedAdapter, fitted, place
 from veneer.merge.export.folders import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf.adapter import gguf_adapter_faults
 from veneer.merge.gguf.names import names_of
@@ -26,7 +26,7 @@ from veneer.merge.programs import WHOLE_MODEL, Program
 
 
 @dataclass(frozen=True)
-class Finding:
+class LintFinding:
     """silent: it loads there and answers wrongly. mended: the command that makes it right, if there
     is one."""
 
@@ -35,14 +35,14 @@ class Finding:
     mended: str = ""
 
 
-def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> list[Finding]:
+def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> list[LintFinding]:
     """Everything that stands in the way; empty: it is applied as it was trained. model: the base or
     its skeleton."""
     if consumer in WHOLE_MODEL:
         return _merged(stored, model)
     if not stored.layout.peft_reads:
         what = f"method {stored.config.name}: no layout that anyone else reads"
-        return [Finding(False, what, "veneer generate --adapter computes it beside its base")]
+        return [LintFinding(False, what, "veneer generate --adapter computes it beside its base")]
     try:
         adapted = fitted(stored, model).scaling
         if consumer in INJECTED_BY_PEFT and (refusal := peft_refusal(adapted, model)) is not None:
@@ -53,40 +53,40 @@ def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> li
             return [known]
         placed = place(stored, model)
     except VeneerError as fault:
-        return [Finding(False, fault.headline, fault.next_step)]
+        return [LintFinding(False, fault.headline, fault.next_step)]
     return [*_LORA[consumer](placed, model)]
 
 
-def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[Finding]:
+def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[LintFinding]:
     try:
         refuse_merge([(str(stored.folder), stored.contents)])
         names_of(model.config)
     except VeneerError as fault:
-        return [Finding(False, fault.headline, fault.next_step)]
+        return [LintFinding(False, fault.headline, fault.next_step)]
     return []
 
 
-def peft_refusal(adapted: Iterable[str], model: PreTrainedModel) -> Finding | None:
+def peft_refusal(adapted: Iterable[str], model: PreTrainedModel) -> LintFinding | None:
     """A finding for an adapter with an update beside a module where PEFT refuses it. adapted: paths
     of modules."""
     if not (refused := sorted(refused_by_peft(model).intersection(adapted))):
         return None
     names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
-    return Finding(
+    return LintFinding(
         False,
         f"LoRA on {names}, {len(refused)} modules: PEFT refuses it on Mamba models",
         "veneer merge",
     )
 
 
-def _beside_tokens(stored: StoredAdapter) -> list[Finding]:
+def _beside_tokens(stored: StoredAdapter) -> list[LintFinding]:
     if stored.tokens is None:
         return []
     if stored.layout is not LOW_RANK:
         what = (
             f"rows of {len(stored.tokens.ids):,} tokens: not read beside {stored.layout.peft_type}"
         )
-        return [Finding(True, what, "veneer generate --adapter computes it beside its base")]
+        return [LintFinding(True, what, "veneer generate --adapter computes it beside its base")]
     if stored.manifest is None or not stored.manifest.new_tokens:
         return []
     how = (
@@ -94,7 +94,7 @@ def _beside_tokens(stored: StoredAdapter) -> list[Finding]:
         " loaded"
     )
     return [
-        Finding(
+        LintFinding(
             False,
             f"it brings {len(stored.tokens.ids):,} tokens, whose texts {MANIFEST_NAME} says",
             how,
@@ -102,21 +102,21 @@ def _beside_tokens(stored: StoredAdapter) -> list[Finding]:
     ]
 
 
-def _differing(placed: Placed) -> list[str]:
+def _differing(placed: PlacedAdapter) -> list[str]:
     """Why one rank and one alpha / rank do not say this adapter's scalings."""
     settings = placed.settings
     names = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     return [name for name, pattern in names.items() if pattern]
 
 
-def _vllm(placed: Placed, model: PreTrainedModel) -> list[Finding]:
+def _vllm(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
     export = "veneer export --to vllm writes it so that it is right"
     findings = [
-        Finding(True, f"{name}: vLLM ignores it, the scaling is wrong", export)
+        LintFinding(True, f"{name}: vLLM ignores it, the scaling is wrong", export)
         for name in _differing(placed)
     ]
     findings += [
-        Finding(
+        LintFinding(
             False, f"{name}: a value trained in full", "veneer merge, then serve the merged model"
         )
         for name in placed.values
@@ -129,56 +129,56 @@ def _vllm(placed: Placed, model: PreTrainedModel) -> list[Finding]:
             else "veneer combine A --how svd --rank 512"
         )
         findings.append(
-            Finding(
+            LintFinding(
                 False, f"rank {rank}: vLLM takes {VLLM_DEFAULT_RANK} unless told otherwise", way
             )
         )
     return findings
 
 
-def _llamacpp(placed: Placed, model: PreTrainedModel) -> list[Finding]:
+def _llamacpp(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
     export = "veneer export --to llamacpp folds it in"
     findings = [
-        Finding(True, f"{name}: its converter ignores it, the scaling is wrong", export)
+        LintFinding(True, f"{name}: its converter ignores it, the scaling is wrong", export)
         for name in _differing(placed)
     ]
     if placed.settings.rslora:
         findings.append(
-            Finding(True, "rsLoRA: its converter ignores it, the scaling is wrong", export)
+            LintFinding(True, "rsLoRA: its converter ignores it, the scaling is wrong", export)
         )
     try:
         findings += [
-            Finding(False, fault, "veneer export --to llamacpp --merged")
+            LintFinding(False, fault, "veneer export --to llamacpp --merged")
             for fault in gguf_adapter_faults(placed, model)
         ]
     except VeneerError as fault:
         findings.append(
-            Finding(False, fault.headline, "llama.cpp's own converter, after veneer merge")
+            LintFinding(False, fault.headline, "llama.cpp's own converter, after veneer merge")
         )
     return findings
 
 
-def _nothing(placed: Placed, model: PreTrainedModel) -> list[Finding]:
+def _nothing(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
     return []
 
 
-_LORA: Mapping[Program, Callable[[Placed, PreTrainedModel], list[Finding]]] = {
+_LORA: Mapping[Program, Callable[[PlacedAdapter, PreTrainedModel], list[LintFinding]]] = {
     "vllm": _vllm,
     "llamacpp": _llamacpp,
     "transformers": _nothing,
 }
 INJECTED_BY_PEFT: tuple[Program, ...] = ("peft", "transformers")
 READS_EVERY_LAYOUT: tuple[Program, ...] = ("peft",)
-_OF_METHOD: Mapping[type[AdapterConfig], Mapping[Program, Finding]] = {
+_OF_METHOD: Mapping[type[AdapterConfig], Mapping[Program, LintFinding]] = {
     DoRA: {
-        "transformers": Finding(
+        "transformers": LintFinding(
             True,
             "DoRA: transformers drops its magnitudes and starts new ones",
             "load it with PEFT, or veneer merge",
         )
     },
     Prefix: {
-        "transformers": Finding(
+        "transformers": LintFinding(
             False, "prefix tuning: transformers' load_adapter refuses it", "load it with PEFT"
         )
     },

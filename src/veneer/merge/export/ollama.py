@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from veneer.adapters.preamble import Preamble
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import RefusedError
-from veneer.merge.export.turns import INSTEAD, Turns, turns_of
+from veneer.merge.export.turns import INSTEAD, TurnTemplate, turns_of
 from veneer.wording import shown
 
 MOST_CONTEXT = 8192
@@ -58,7 +58,7 @@ def modelfile(
     return "\n".join(lines) + "\n", notes
 
 
-def go_template(turns: Turns) -> str:
+def go_template(turns: TurnTemplate) -> str:
     """The turns in Go's text/template, as Ollama gives it .Messages.
 
     A user is second only behind a system turn, as users and assistants take turns.
@@ -113,7 +113,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[str]
     return [text for text in texts if text]
 
 
-def _without_begin(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> Turns:
+def _without_begin(turns: TurnTemplate, tokenizer: PreTrainedTokenizerBase) -> TurnTemplate:
     """The turns without the token that the .gguf file has put in front. RefusedError: it is not
     written there."""
     begin, ids = tokenizer.bos_token, tokenizer("a")["input_ids"]

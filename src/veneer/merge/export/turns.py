@@ -22,7 +22,7 @@ _LONG = (
 
 
 @dataclass(frozen=True)
-class Turns:
+class TurnTemplate:
     """around: role -> (words before its content, words behind). bare: what stands in front of a
     conversation without a system turn. opens: what stands in front of an answer. folds: the
     system's text stands within the first user's turn, whose words before it are among the
@@ -44,7 +44,7 @@ class Turns:
         return said + self.opens
 
 
-def turns_of(template: ChatTemplate) -> tuple[Turns, list[str]]:
+def turns_of(template: ChatTemplate) -> tuple[TurnTemplate, list[str]]:
     """The template as turns, and what of it they do not say, in words.
 
     RefusedError: it is no sequence of turns, for conversations of user and assistant behind a
@@ -88,7 +88,7 @@ def turns_of(template: ChatTemplate) -> tuple[Turns, list[str]]:
 INSTEAD = "veneer export --to llamacpp --merged writes a file that carries the base's own template."
 
 
-def _cut_out(template: ChatTemplate) -> Turns:
+def _cut_out(template: ChatTemplate) -> TurnTemplate:
     """ValueError: the words do not stand where they would in turns."""
     tokens = {
         token.content: chr(_WHOLE + n)
@@ -141,7 +141,7 @@ def _cut_out(template: ChatTemplate) -> Turns:
         bare, opens = bare + ending, opens[len(ending) :]
     back = {character: token for token, character in tokens.items()}
     around = {role: (_exchanged(a, back), _exchanged(b, back)) for role, (a, b) in words.items()}
-    return Turns(around, _exchanged(bare, back), _exchanged(opens, back), folds)
+    return TurnTemplate(around, _exchanged(bare, back), _exchanged(opens, back), folds)
 
 
 def _ending(begins: Sequence[str], turn: str) -> str:
@@ -212,11 +212,11 @@ _BEYOND: Sequence[tuple[str, Messages]] = [
 ]
 
 
-def _known(turns: Turns, messages: Messages) -> bool:
+def _known(turns: TurnTemplate, messages: Messages) -> bool:
     return all(message["role"] in turns.around for message in messages)
 
 
-def _same(turns: Turns, template: ChatTemplate, messages: Messages) -> bool:
+def _same(turns: TurnTemplate, template: ChatTemplate, messages: Messages) -> bool:
     try:
         return turns.render(messages) == template.render(messages, add_generation_prompt=True)
     except DataError:

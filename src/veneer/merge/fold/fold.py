@@ -28,7 +28,7 @@ Trained = Sequence[tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
-class Stored:
+class SourceTensor:
     """One weight or buffer of a model: `read` gives it, decoded to float32 where it is stored
     quantised."""
 
@@ -38,10 +38,10 @@ class Stored:
     quantised: bool = False
 
 
-def stored_tensors(model: nn.Module) -> dict[str, Stored]:
+def stored_tensors(model: nn.Module) -> dict[str, SourceTensor]:
     """Every tensor of a model's state by the name it has in the dense model, in the model's
     order."""
-    found: dict[str, Stored] = {}
+    found: dict[str, SourceTensor] = {}
     for path, module in plain_modules(model).items():
         prefix = f"{path}." if path else ""
         packed = module.packed_shapes() if isinstance(module, PackedModule) else {}
@@ -55,11 +55,11 @@ def stored_tensors(model: nn.Module) -> dict[str, Stored]:
             if name in packed:
                 read = _decoder(module, name, packed[name])
                 shape = packed[name][::-1] if _turned(module) else packed[name]
-                found[prefix + name] = Stored(
+                found[prefix + name] = SourceTensor(
                     torch.Size(shape), torch.float32, read, quantised=True
                 )
             elif tensor is not None:
-                found[prefix + name] = Stored(tensor.shape, tensor.dtype, tensor.detach)
+                found[prefix + name] = SourceTensor(tensor.shape, tensor.dtype, tensor.detach)
     return found
 
 
@@ -108,19 +108,21 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
     refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
     check_together(tuple(applied))
     modules = plain_modules(model)
-    parts: dict[str, list[_Part]] = {}
+    parts: dict[str, list[_WeightUpdate]] = {}
     offsets: dict[str, list[Tensor]] = {}
     for attachment, weight in applied:
         for path, layer in attachment.layers.items():
             module = modules.get(path)
             if module is not None:
-                part = _Part(layer, _turned(module), weight)
+                part = _WeightUpdate(layer, _turned(module), weight)
                 parts.setdefault(f"{path}.weight", []).append(part)
                 if (offset := layer.stored().get("offset")) is not None:
                     offsets.setdefault(f"{path}.bias", []).append(layer.scaling * weight * offset)
             else:  # the path of a 3-D parameter
                 owner = modules[path.rpartition(".")[0]]
-                parts.setdefault(path, []).append(_Part(layer, is_transposed(owner), weight))
+                parts.setdefault(path, []).append(
+                    _WeightUpdate(layer, is_transposed(owner), weight)
+                )
     found: dict[str, Callable[[Tensor], Tensor]] = {
         name: _sum_of(group) for name, group in parts.items()
     }
@@ -143,7 +145,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
 
 
 @dataclass(frozen=True)
-class _Part:
+class _WeightUpdate:
     """One adapter's change of one weight. turned: the weight is stored as (..., I, O)."""
 
     layer: Layer
@@ -157,7 +159,7 @@ class _Part:
         return self.layer.folded(own.transpose(-1, -2)).transpose(-1, -2).contiguous()
 
 
-def _sum_of(group: Sequence[_Part]) -> Callable[[Tensor], Tensor]:
+def _sum_of(group: Sequence[_WeightUpdate]) -> Callable[[Tensor], Tensor]:
     def wanted(own: Tensor) -> Tensor:
         if len(group) == 1 and group[0].weight == 1.0:
             return group[0].folded(own)

@@ -30,11 +30,25 @@ from veneer.bases.identity.fingerprint import tokenizer_hash
 from veneer.data.template.new_tokens import extended
 from veneer.errors import ConfigError, RefusedError
 from veneer.files.atomic import atomic_folder
-from veneer.merge.fold.fold import Stored, parting, stored_tensors, tied_names, wanted_weights
-from veneer.merge.fold.rounding import OverWeights, Survival, by_layer, stochastic, survival, total
+from veneer.merge.fold.fold import SourceTensor, parting, stored_tensors, tied_names, wanted_weights
+from veneer.merge.fold.rounding import (
+    Survival,
+    SurvivalReport,
+    by_layer,
+    stochastic,
+    survival,
+    total,
+)
 from veneer.merge.fold.shards import MAX_SHARD_BYTES, ShardWriter
 from veneer.merge.fold.tokens import tokens_of, with_rows
-from veneer.merge.fold.verify import LogitCheck, Reference, compare, limited, reference, text_rows
+from veneer.merge.fold.verify import (
+    LogitCheck,
+    ReferenceLogits,
+    compare,
+    limited,
+    reference,
+    text_rows,
+)
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 
@@ -50,7 +64,7 @@ DtypeChoice = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True)
-class MergeReport(OverWeights):
+class MergeReport(SurvivalReport):
     """What a merge did.
 
     weights     name of each changed weight -> its survival
@@ -97,7 +111,7 @@ def merge_into_folder(
     check_logits: bool = True,
     least_survival: float = LEAST_SURVIVAL,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    as_trained: Reference | None = None,
+    as_trained: ReferenceLogits | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Merges loaded adapters (name, weight) into a new folder. The base is left without these
@@ -133,7 +147,7 @@ def merge_into_folder(
     stored = stored_tensors(base.model)
     if tokens is not None:
         stored, wanted = with_rows(stored, wanted, tokens, tied)
-    plan = _Plan(
+    plan = _FileLayout(
         base.model, {n: s for n, s in stored.items() if n in parted or n not in tied}, target
     )
     tokenizer = base.tokenizer if tokens is None else extended(base.tokenizer, tokens.texts)
@@ -172,7 +186,7 @@ def _without_place(report: MergeReport) -> dict[str, Any]:
     return {key: value for key, value in report.to_dict().items() if key not in ("out", "bytes")}
 
 
-class _Plan:
+class _FileLayout:
     """Which tensors the files hold, and in which order they are read from the model: layer by
     layer.
 
@@ -181,7 +195,7 @@ class _Plan:
     """
 
     def __init__(
-        self, model: PreTrainedModel, stored: Mapping[str, Stored], dtype: torch.dtype | None
+        self, model: PreTrainedModel, stored: Mapping[str, SourceTensor], dtype: torch.dtype | None
     ) -> None:
         self.model, self.stored = model, stored
         self.dtype = dtype or _common(stored)
@@ -199,7 +213,7 @@ class _Plan:
             (name for name, dtype in DTYPES.items() if dtype == self.dtype), str(self.dtype)
         )
 
-    def type_of(self, stored: Stored) -> torch.dtype:
+    def type_of(self, stored: SourceTensor) -> torch.dtype:
         if not stored.dtype.is_floating_point:
             return stored.dtype
         if self.asked is not None:
@@ -270,7 +284,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _common(stored: Mapping[str, Stored]) -> torch.dtype:
+def _common(stored: Mapping[str, SourceTensor]) -> torch.dtype:
     """The type of most values that are stored as they are; float32 where all are quantised."""
     counts: dict[torch.dtype, int] = {}
     for each in stored.values():
@@ -345,8 +359,8 @@ def _checked(
     folder: Path,
     base: FrozenBase,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Reference | None,
-    as_trained: Reference | None,
+    asked: ReferenceLogits | None,
+    as_trained: ReferenceLogits | None,
 ) -> tuple[LogitCheck | None, LogitCheck | None]:
     """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the
     adapter on its base."""

@@ -17,7 +17,7 @@ from veneer.merge.fold.tokens import refuse_tokens
 
 
 @dataclass
-class Merged:
+class MergedParameters:
     """The merged parameters by module and name; `install` puts them into the model, `restore` the
     very objects back that stood there before."""
 
@@ -43,7 +43,7 @@ class Merged:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module, applied: Applied) -> Merged:
+def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
     """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part.
     The model stays as it is.
 
@@ -69,4 +69,4 @@ def merged_weights(model: nn.Module, applied: Applied) -> Merged:
             )
         path, _, parameter = name.rpartition(".")
         changed.append((modules[path], parameter, nn.Parameter(value, requires_grad=False)))
-    return Merged(changed)
+    return MergedParameters(changed)

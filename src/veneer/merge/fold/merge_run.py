@@ -22,7 +22,7 @@ from veneer.errors import ConfigError
 from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
 from veneer.library.names import said_of
 from veneer.merge.fold.folder import DtypeChoice, MergeReport, merge_into_folder
-from veneer.merge.fold.verify import Reference, limited, reference, text_rows
+from veneer.merge.fold.verify import ReferenceLogits, limited, reference, text_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize, weight_format
@@ -31,7 +31,7 @@ Into = Literal["original", "dequantised"]
 
 
 @dataclass(frozen=True)
-class Opened:
+class MergeInputs:
     """A base with adapters on it, none acting yet, ready to be merged.
 
     acting      the adapters' names with their weights
@@ -42,7 +42,7 @@ class Opened:
     base: FrozenBase
     acting: list[tuple[str, float]]
     stored: list[StoredAdapter]
-    as_trained: Reference | None
+    as_trained: ReferenceLogits | None
 
 
 def open_merge(
@@ -56,7 +56,7 @@ def open_merge(
     force_base: bool = False,
     device: str = "cpu",
     asked: Callable[[FrozenBase], list[list[int]]] | None = None,
-) -> Opened:
+) -> MergeInputs:
     """Loads the weights that are merged into, and on them the adapters, which are checked against
     the base they were trained on in either case.
 
@@ -96,7 +96,7 @@ def open_merge(
         for name, (adapter, _) in zip(names, stored, strict=True):
             # its fingerprint is the quantised base's
             load_adapter(loaded, adapter, name=name, force_base=True)
-    return Opened(loaded, acting, [adapter for adapter, _ in stored], as_trained)
+    return MergeInputs(loaded, acting, [adapter for adapter, _ in stored], as_trained)
 
 
 def merge_adapters(

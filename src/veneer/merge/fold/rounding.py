@@ -82,7 +82,7 @@ def by_layer(weights: Mapping[str, Survival]) -> dict[str, Survival]:
     return {name: total(parts) for name, parts in groups.items()}
 
 
-class OverWeights:
+class SurvivalReport:
     """A report of what is left of an update. weights: name of each changed weight -> its
     survival."""
 

@@ -34,7 +34,7 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor stands: file, first byte in it, shape and type."""
 
     file: str
@@ -52,7 +52,7 @@ class ShardWriter:
     ) -> None:
         """planned: name -> a tensor of the right shape and type, on the meta device."""
         self.folder = folder
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, TensorLocation] = {}
         self.files: dict[str, BinaryIO] = {}
         shards: list[dict[str, Tensor]] = [{}]
         filled = 0
@@ -93,7 +93,7 @@ class ShardWriter:
         self.files[file] = handle
         handle.write(len(text).to_bytes(8, "little") + text)
         for name, begin in begins.items():
-            self.places[name] = Place(
+            self.places[name] = TensorLocation(
                 file, 8 + len(text) + begin, tuple(shard[name].shape), shard[name].dtype
             )
 

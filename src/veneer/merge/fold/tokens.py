@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.adapters.placement.token_rows import NewTokens, TokenRows
 from veneer.errors import RefusedError
-from veneer.merge.fold.fold import Applied, Stored
+from veneer.merge.fold.fold import Applied, SourceTensor
 
 Wanted = dict[str, Callable[[Tensor], Tensor]]
 
@@ -32,8 +32,8 @@ def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:
 
 
 def with_rows(
-    stored: Mapping[str, Stored], wanted: Wanted, tokens: NewTokens, tied: Mapping[str, str]
-) -> tuple[dict[str, Stored], Wanted]:
+    stored: Mapping[str, SourceTensor], wanted: Wanted, tokens: NewTokens, tied: Mapping[str, str]
+) -> tuple[dict[str, SourceTensor], Wanted]:
     """The tables as they are with the tokens' rows, and what becomes of weights that the adapters
     change besides."""
     tables, changes = dict(stored), dict(wanted)
@@ -50,7 +50,7 @@ def with_rows(
     return tables, changes
 
 
-def _longer(own: Stored, rows: TokenRows) -> Stored:
+def _longer(own: SourceTensor, rows: TokenRows) -> SourceTensor:
     shape = torch.Size((max(own.shape[0], rows.end), *own.shape[1:]))
     return replace(own, shape=shape, read=lambda: _placed(own.read(), rows))
 
@@ -69,7 +69,7 @@ def _changed(
     return lambda table: _placed(change(table[:own]), rows)
 
 
-def _padded(own: Stored, size: int) -> Stored:
+def _padded(own: SourceTensor, size: int) -> SourceTensor:
     def read() -> Tensor:
         values = own.read()
         return torch.cat([values, values.new_zeros(size - len(values))])

@@ -56,7 +56,7 @@ class LogitCheck:
 
 
 @dataclass
-class Reference:
+class ReferenceLogits:
     """What the adapter on its base says, kept until the merged model can be asked the same."""
 
     rows: list[list[int]]
@@ -89,7 +89,7 @@ def limited(rows: Sequence[list[int]]) -> list[list[int]]:
 
 def reference(
     base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[list[int]]
-) -> Reference:
+) -> ReferenceLogits:
     """The logits with the adapters acting, and how far they are from the base's own; the tokens
     that they bring are asked too."""
     before = base.routing.active
@@ -112,12 +112,12 @@ def reference(
             max(largest, float(effect.max())),
         )
     base.routing.active = before
-    found = Reference(rows, said, max_effect=largest)
+    found = ReferenceLogits(rows, said, max_effect=largest)
     found.mean_effect = effects / sum(map(len, known))
     return found
 
 
-def compare(merged: FrozenBase, with_adapter: Reference) -> LogitCheck:
+def compare(merged: FrozenBase, with_adapter: ReferenceLogits) -> LogitCheck:
     """The merged model's logits against the reference's."""
     largest = difference = kl = same = 0.0
     for row, expected in zip(with_adapter.rows, with_adapter.logits, strict=True):

@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from veneer.errors import RefusedError
-from veneer.merge.combine.adapters import Placed
-from veneer.merge.combine.combine import Update
+from veneer.merge.combine.adapters import PlacedAdapter
+from veneer.merge.combine.combine import FactorPair
 from veneer.merge.gguf.bytes import written
-from veneer.merge.gguf.names import Names, names_of
+from veneer.merge.gguf.names import GGUFNames, names_of
 
 AdapterType = Literal["f32", "f16"]
 
 
-def gguf_adapter_faults(placed: Placed, model: PreTrainedModel) -> list[str]:
+def gguf_adapter_faults(placed: PlacedAdapter, model: PreTrainedModel) -> list[str]:
     """What llama.cpp has no place for. RefusedError where the family is not known at all."""
     names = names_of(model.config)
     faults = [
@@ -49,7 +49,9 @@ def gguf_adapter_faults(placed: Placed, model: PreTrainedModel) -> list[str]:
     return faults
 
 
-def adapter_tensors(updates: Mapping[str, Update], names: Names, alpha: float) -> dict[str, Tensor]:
+def adapter_tensors(
+    updates: Mapping[str, FactorPair], names: GGUFNames, alpha: float
+) -> dict[str, Tensor]:
     """Tensors by their names in the file, float32; updates have their scaling in B."""
     found: dict[str, Tensor] = {}
     for where, update in updates.items():
@@ -64,7 +66,7 @@ def adapter_tensors(updates: Mapping[str, Update], names: Names, alpha: float) -
 
 
 def write_gguf_adapter(
-    path: Path, placed: Placed, model: PreTrainedModel, *, dtype: AdapterType = "f32"
+    path: Path, placed: PlacedAdapter, model: PreTrainedModel, *, dtype: AdapterType = "f32"
 ) -> int:
     """Writes the file; returns its size in bytes. model: the base's skeleton. RefusedError with
     every fault."""

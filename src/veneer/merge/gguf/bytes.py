@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 
-class Written(np.ndarray[Any, Any]):
+class WritableArray(np.ndarray[Any, Any]):
     """An array whose tofile fails as a write does."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         fid.write(np.ascontiguousarray(self).view(np.ndarray).reshape(-1).view(np.uint8).data)
 
 
-def written(array: np.ndarray[Any, Any]) -> Written:
-    return array.view(Written)
+def written(array: np.ndarray[Any, Any]) -> WritableArray:
+    return array.view(WritableArray)

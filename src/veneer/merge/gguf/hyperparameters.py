@@ -19,7 +19,7 @@ from veneer.bases.gguf.config import described_config
 from veneer.bases.gguf.header import Shapes
 from veneer.bases.gguf.rope import Factors, llama3_factors
 from veneer.errors import RefusedError, SourceError
-from veneer.merge.gguf.names import Names
+from veneer.merge.gguf.names import GGUFNames
 
 NOT_COMPUTED = (
     *(
@@ -49,7 +49,7 @@ _LLAMA3 = "llama3"
 
 
 def write_hyperparameters(
-    writer: GGUFWriter, config: PreTrainedConfig, where: Names, shapes: Shapes
+    writer: GGUFWriter, config: PreTrainedConfig, where: GGUFNames, shapes: Shapes
 ) -> None:
     """Writes the header of the base whose text config this is. shapes: of the tensors that are
     written, by name.
@@ -81,7 +81,7 @@ def rope_factors(config: PreTrainedConfig) -> Iterator[Factors]:
         yield llama3_factors(rope, _head_dim(config)).astype(np.float32)
 
 
-def _hyperparameters(config: PreTrainedConfig, where: Names, rows: int) -> dict[str, Any]:
+def _hyperparameters(config: PreTrainedConfig, where: GGUFNames, rows: int) -> dict[str, Any]:
     rope, head_dim = _rope(config), _head_dim(config)
     values = {
         "block_count": config.num_hidden_layers,
@@ -106,7 +106,7 @@ def _hyperparameters(config: PreTrainedConfig, where: Names, rows: int) -> dict[
 
 
 def _faults(
-    config: PreTrainedConfig, where: Names, values: Mapping[str, Any], shapes: Shapes
+    config: PreTrainedConfig, where: GGUFNames, values: Mapping[str, Any], shapes: Shapes
 ) -> list[str]:
     """Every field of the config that does not come back from the header."""
     fields = {

@@ -29,13 +29,13 @@ from veneer.data.template.new_tokens import extended
 from veneer.errors import RefusedError
 from veneer.files.atomic import atomic_file
 from veneer.kernels.wide import wide
-from veneer.merge.fold.fold import Stored, stored_tensors, tied_names, wanted_weights
+from veneer.merge.fold.fold import SourceTensor, stored_tensors, tied_names, wanted_weights
 from veneer.merge.fold.folder import LEAST_SURVIVAL
-from veneer.merge.fold.rounding import OverWeights, Survival, survival, total
+from veneer.merge.fold.rounding import Survival, SurvivalReport, survival, total
 from veneer.merge.fold.tokens import refuse_tokens, tokens_of, with_rows
 from veneer.merge.gguf.bytes import written
 from veneer.merge.gguf.hyperparameters import rope_factors, write_hyperparameters
-from veneer.merge.gguf.names import Names, names_of
+from veneer.merge.gguf.names import GGUFNames, names_of
 from veneer.merge.gguf.quantise import quantise, quantiser
 from veneer.merge.gguf.tokenizer import write_tokenizer
 from veneer.merge.programs import BY_LLAMA_CPP, ModelType
@@ -49,7 +49,7 @@ _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.qu
 
 
 @dataclass(frozen=True)
-class GGUFReport(OverWeights):
+class GGUFReport(SurvivalReport):
     """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that
     Q8_0 cannot hold. notes: what the one who uses it must know. serve: the commands that answer
     with it.
@@ -183,7 +183,7 @@ def write_gguf_model(
     return GGUFReport(Path(out), Path(out).stat().st_size, type, kept, f16, rounding)
 
 
-def _kind(stored: Stored, type: ModelType) -> GGMLQuantizationType:
+def _kind(stored: SourceTensor, type: ModelType) -> GGMLQuantizationType:
     if len(stored.shape) < 2:
         return GGMLQuantizationType.F32
     if type == "q8_0" and stored.shape[-1] % _BLOCK == 0:
@@ -193,9 +193,9 @@ def _kind(stored: Stored, type: ModelType) -> GGMLQuantizationType:
 
 def _announce(
     writer: GGUFWriter,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, SourceTensor],
     kinds: Mapping[str, GGMLQuantizationType],
-    where: Names,
+    where: GGUFNames,
 ) -> None:
     for name, s in stored.items():
         kind, shape = kinds[name], tuple(s.shape)
@@ -222,7 +222,7 @@ def _encoded(values: Tensor, kind: GGMLQuantizationType) -> tuple[np.ndarray[Any
 
 
 def _kept_in(
-    file: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Any], where: Names
+    file: Path, stored: Mapping[str, SourceTensor], wanted: Mapping[str, Any], where: GGUFNames
 ) -> dict[str, Survival]:
     """What is left of each update in what a finished file decodes to."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}

@@ -28,7 +28,7 @@ another order."""
 
 
 @dataclass(frozen=True)
-class Names:
+class GGUFNames:
     """architecture: as general.architecture says it; reordered: q and k in llama.cpp's row order;
     shifted: norms stand there with the 1 that transformers adds as it computes."""
 
@@ -68,7 +68,7 @@ class Names:
         return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def names_of(config: PreTrainedConfig) -> Names:
+def names_of(config: PreTrainedConfig) -> GGUFNames:
     """RefusedError for families whose files are not known here."""
     config = config.get_text_config()
     kind = config.model_type
@@ -80,7 +80,7 @@ def names_of(config: PreTrainedConfig) -> Names:
         )
     architecture, reordered = _ARCHITECTURES[kind]
     heads: int = config.num_attention_heads
-    return Names(
+    return GGUFNames(
         MODEL_ARCH_NAMES[architecture],
         reordered,
         architecture == MODEL_ARCH.GEMMA3,

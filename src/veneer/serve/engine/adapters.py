@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veneer.bounds import TOKEN
-from veneer.library.residents.resident import Shown
+from veneer.library.residents.resident import ResidentStatus
 from veneer.serve.limits import MOST_NAME
 from veneer.serve.protocols.fields import Field, Flag, Num, Only, Text, read_fields
 from veneer.serve.refusals import without_folders
@@ -58,7 +58,7 @@ def pinned(body: dict[str, Any]) -> str:
     return str(read_fields(PIN, body)["name"])
 
 
-def card_of(shown: Shown) -> dict[str, Any]:
+def card_of(shown: ResidentStatus) -> dict[str, Any]:
     """An adapter that is in memory, on its way, or broken."""
     return {
         "reference": shown.reference,

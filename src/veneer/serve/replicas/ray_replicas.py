@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.types import Message
 
-from veneer.compare.ray_cluster import connect
+from veneer.comparison.ray_cluster import connect
 from veneer.errors import DoesNotFitError, LostProcessError, QueueFullError, VeneerError
 from veneer.serve.replicas.replica import Change, Passed, Replica, Served
 

@@ -1,0 +1,178 @@
+"""What a comparison is: which candidates, on which rows, with which budget. Checked whole before
+anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS, number_faults
+from veneer.data.examples import Layout, Row
+from veneer.data.files.columns import ColumnMap
+from veneer.data.files.sources import read_rows
+from veneer.data.files.writing import record_of
+from veneer.data.split import shared_out
+from veneer.errors import ConfigError, DataError
+from veneer.evaluation.general import BUILT_IN, general_documents
+from veneer.evaluation.labels import read_labels
+from veneer.evaluation.metric import Metric
+from veneer.evaluation.registry import find_metrics
+from veneer.files.atomic import atomic_file
+from veneer.training.config import RunConfig
+
+DEFAULT_STEPS = 100
+TEST_SHARE = VALIDATION_SHARE = 0.15
+"""Of rows that come without files of their own for them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """name: what tables call it; config: everything but learning rate, steps, seed and folder,
+    which are filled in."""
+
+    name: str
+    config: RunConfig
+
+    def over(self, files: RowFiles) -> Candidate:
+        """The candidate over these files."""
+        rows: dict[str, Any] = {"train": str(files.train), "validation": str(files.validation)}
+        rows |= {"format": files.format, "map": {}}
+        data = self.config.data.model_copy(update=rows)
+        return replace(self, config=self.config.model_copy(update={"data": data}))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """steps or seconds   the budget of every run: optimizer steps, or training time (turned into
+                          steps by a probe)
+    factors   learning rates that are tried, times the candidate's own
+    extend    how often the search goes on beyond an end of `factors` where the best rate lies there
+    seeds     runs of each candidate with its best rate: seeds 0, 1, ...
+    metrics   names of evaluate's metrics; the first decides, without one the loss does
+    general   text for forgetting, or None
+    """
+
+    candidates: Sequence[Candidate]
+    base: str
+    train: Path
+    validation: Path
+    test: Path
+    out: Path
+    steps: int | None = DEFAULT_STEPS
+    seconds: float | None = None
+    factors: Sequence[float] = (1 / 3, 1.0, 3.0)
+    extend: int = 1
+    seeds: int = 3
+    metrics: Sequence[str] = ()
+    labels: str | None = None
+    max_new_tokens: int = 128
+    general: str | None = BUILT_IN
+    found: Sequence[Metric] = field(init=False)
+
+    def __post_init__(self) -> None:
+        faults = number_faults(
+            steps=(COUNT, self.steps),
+            seconds=(SECONDS, self.seconds),
+            seeds=(SEEDS, self.seeds),
+            extend=(EXTENSIONS, self.extend),
+            max_new_tokens=(NEW_TOKENS, self.max_new_tokens),
+        )
+        faults += [
+            fault for factor in self.factors for fault in number_faults(factor=(RATIO, factor))
+        ]
+        if len({c.name for c in self.candidates}) < max(2, len(self.candidates)):
+            names = ", ".join(c.name for c in self.candidates) or "none"
+            faults.append(f"at least two different candidates are compared; here: {names}")
+        if bases := {c.config.base for c in self.candidates} - {self.base}:
+            faults.append(
+                f"all candidates start from one base; {self.base} and {', '.join(sorted(bases))}"
+                " are given"
+            )
+        if (self.steps is None) == (self.seconds is None):
+            faults.append("the budget is either steps or seconds: give one")
+        if not self.factors:
+            faults.append("no factor of the learning rate is tried")
+        if faults:
+            raise ConfigError("this comparison cannot be run", faults)
+        object.__setattr__(self, "found", find_metrics(self.metrics))
+        if self.labels is not None:
+            read_labels(self.labels)
+        if self.general is not None:
+            general_documents(self.general)
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """Rows to train on, to choose the learning rate by, and to judge by, and how they are laid
+    out."""
+
+    train: Path
+    validation: Path
+    test: Path
+    format: Layout
+
+
+def prepare_rows(
+    data: str,
+    validation: str | None,
+    test: str | None,
+    format: Layout,
+    out: Path,
+    columns: ColumnMap | None = None,
+) -> RowFiles:
+    """The files of a comparison.
+
+    What is not given is split off `data` by a hash of each row's prompt, so that the same prompt
+    never stands on two sides, and written to out/data: as chat, prompt and completion, or text,
+    whatever it was. Where a format is named, the files that are given are written there in the same
+    way, as all three are read alike.
+    """
+    if validation is not None and test is not None and not columns:
+        return RowFiles(Path(data), Path(validation), Path(test), format)
+    given = {"validation": validation, "test": test}
+    names = [data, *(name for name in given.values() if name is not None)]
+    folder = out / "data"
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    overwritten = [
+        name for name in names if Path(name).resolve() in {p.resolve() for p in paths.values()}
+    ]
+    if overwritten:
+        raise DataError(
+            "the rows that are split off would be written over what they are split from",
+            overwritten,
+            "Take another --out, or move the file.",
+        )
+    sides = dict(zip(paths, _divided(data, given, format, columns), strict=True))
+    few = [name for name, side in sides.items() if given.get(name) is None and len(side) < 2]
+    if few:
+        raise DataError(
+            f"{data} is too small to be divided: {', '.join(few)} would get fewer than two rows",
+            next_step="Give --validation and --test.",
+        )
+    for name, file in given.items():
+        if file is not None and (format != "auto" or columns):
+            sides[name] = read_rows(file, format, columns)
+        elif file is not None:
+            paths[name] = Path(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, side in sides.items():
+        if side:
+            text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in side)
+            with atomic_file(paths[name], replace=True) as partial:
+                partial.write_text(text, encoding="utf-8")
+    return RowFiles(paths["train"], paths["validation"], paths["test"], "auto")
+
+
+def _divided(
+    data: str, given: Mapping[str, str | None], format: Layout, columns: ColumnMap | None
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows for training, validation and test; none where a file is given."""
+    rows = read_rows(data, format, columns)
+    shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
+    left, held, tested = shared_out(
+        rows, [0.0 if given[name] else share for name, share in shares.items()]
+    )
+    return left, held, tested

@@ -1,0 +1,228 @@
+"""Jobs as tasks of a Ray cluster: as many at once as it has room for, each with its processors and
+its memory.
+
+A task that is lost with its node is begun again elsewhere, from its last checkpoint that was
+gathered (ray_trial.py); one that is over is never run again, whoever asks: its outcome lies in the
+store. Stopped, tasks save and end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.bases.loading.from_config import blueprint
+from veneer.comparison.jobs import RUNNING, CommandJob, Outcome, Over, Say, interrupted
+from veneer.comparison.ray_cluster import connect
+from veneer.comparison.ray_trial import (
+    ROWS,
+    TrialRequest,
+    Word,
+    done_name,
+    look,
+    relocate,
+    run_trial,
+)
+from veneer.comparison.store import RunStore, files_of, key_of, results
+from veneer.comparison.surroundings import NodeEnvironment
+from veneer.errors import DoesNotFitError, LostProcessError, VeneerError
+from veneer.plan.estimate import PROCESS_BYTES
+from veneer.plan.planner import Planner, choice_of
+from veneer.training.config import RunConfig
+from veneer.training.state.checkpoint import newest_valid
+from veneer.wording import size
+
+RETRIES = 20
+"""Nodes that a task may be lost with."""
+JUDGED = ("adapter", "model")
+LEFT = (*JUDGED, "summary.json", "predictions.jsonl")
+"""Of a run's folder: what an evaluation reads, and what jobs are for. The name of a run says all
+that it depends on."""
+STOP_SECONDS = 60.0
+"""For tasks to save in."""
+
+
+class RayExecutor:
+    """address: of the cluster; None: one that is started here. store: where files are gathered.
+    cpus: of each job; None: as many threads as this process has, with which the figures are those
+    of a run here."""
+
+    def __init__(self, address: str | None, store: str, cpus: int | None = None) -> None:
+        self._store = RunStore(store)
+        self._ray = connect(address)
+        self._threads = cpus or torch.get_num_threads()
+        self._gpus = 1 if self._ray.cluster_resources().get("GPU", 0) else 0
+        self._circumstances: dict[str, str] = {}
+        self._tasks: dict[Any, CommandJob] = {}
+        self._over: list[Over] = []
+        self._memory: dict[str, int] = {}
+
+    def look(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
+        settings = json.dumps([each.model_dump(mode="json") for each in asked])
+        task = self._ray.remote(look).options(**self._room(PROCESS_BYTES))
+        found = NodeEnvironment(
+            **self._answer(
+                task.remote(base, settings, self._threads, str(Path.cwd())), "the cluster"
+            )["found"]
+        )
+        self._circumstances = found.circumstances
+        return found
+
+    def take(self, jobs: Sequence[CommandJob]) -> None:
+        for job in jobs:
+            asked = self._asked(job)
+            if (outcome := self._found(asked)) is not None:
+                self._over.append((job, self._gathered(job, outcome)))
+                continue
+            memory = self._memory_bytes(job.config)
+            self._refuse_what_no_node_holds(job, memory)
+            task = self._ray.remote(run_trial).options(
+                **self._room(memory),
+                max_retries=RETRIES,
+                retry_exceptions=[LostProcessError],
+                name=job.what,
+            )
+            self._tasks[task.remote(json.dumps(asdict(asked)))] = job
+
+    def over(self, say: Say) -> Over:
+        try:
+            while not self._over:
+                ended, _ = self._ray.wait(list(self._tasks), timeout=1.0)
+                say(
+                    f"{len(self._tasks)} on the cluster:"
+                    f" {', '.join(job.what for job in self._tasks.values())}{RUNNING}"
+                )
+                for task in ended:
+                    job = self._tasks.pop(task)
+                    answered = self._answer(task, job.what)
+                    answered["command"] = tuple(answered["command"])
+                    self._over.append((job, self._gathered(job, Outcome(**answered))))
+        except KeyboardInterrupt:
+            raise interrupted() from None
+        return self._over.pop(0)
+
+    def stop(self) -> None:
+        left = list(self._tasks)
+        for task in left:
+            self._ray.cancel(task)
+        if left:
+            _, left = self._ray.wait(left, num_returns=len(left), timeout=STOP_SECONDS)
+        for task in left:
+            self._ray.cancel(task, force=True)
+        self._tasks.clear()
+        self._ray.shutdown()
+
+    # what is sent
+
+    def _asked(self, job: CommandJob) -> TrialRequest:
+        name = job.folder.name
+        own = newest_valid(job.folder / "checkpoints")[0] if job.resume else job.folder
+        if own is not None and files_of(job.folder):
+            self._store.put_folder(job.folder, name)
+        begin, resume = (
+            [self._word(each, job) for each in words] for words in (job.begin, job.resume)
+        )
+        config = job.config.model_dump(mode="json")
+        rows = {
+            row: self._word(Path(file), job)
+            for row in ROWS
+            if (file := getattr(job.config.data, row))
+        }
+        judged = results(self._store.listed(name) or {}, JUDGED)
+        key = key_of([name] if job.resume else [begin, self._circumstances, judged])
+        cwd = str(Path.cwd())
+        return TrialRequest(
+            self._store.address,
+            name,
+            key,
+            begin,
+            resume,
+            config,
+            rows,
+            self._threads,
+            cwd,
+            self._circumstances,
+        )
+
+    def _word(self, word: str | Path, job: CommandJob) -> Word:
+        if isinstance(word, str):
+            return word
+        if word.is_relative_to(job.folder):
+            return {"folder": word.relative_to(job.folder).as_posix()}
+        return {"input": self._store.put_file(word), "name": word.name}
+
+    def _found(self, asked: TrialRequest) -> Outcome | None:
+        """How the job ended before, where what it left is still there."""
+        done = self._store.object(done_name(asked.name, asked.key))
+        if done is None:
+            return None
+        listed = self._store.listed(asked.name) or {}
+        kept = results(done["files"], LEFT).items() <= listed.items()
+        outcome = Outcome(**{**done["outcome"], "command": tuple(done["outcome"]["command"])})
+        return outcome if kept and outcome.code == 0 else None
+
+    def _gathered(self, job: CommandJob, outcome: Outcome) -> Outcome:
+        self._store.get_folder(job.folder.name, job.folder)
+        if job.resume:
+            relocate(job.folder, job.config)
+        return outcome
+
+    # what it takes
+
+    def _room(self, memory: int) -> Mapping[str, Any]:
+        return {"num_cpus": self._threads, "num_gpus": self._gpus, "memory": memory}
+
+    def _memory_bytes(self, config: RunConfig) -> int:
+        """Of the machine, not of its GPU, which a job has alone."""
+        if self._gpus:
+            return PROCESS_BYTES
+        key = config.model_dump_json(exclude={"out", "learning_rate", "seed", "steps"})
+        if key not in self._memory:
+            planner = Planner(blueprint(config.base), device="cpu", steps=config.steps)
+            self._memory[key] = planner.estimate(choice_of(config)).needed_bytes
+        return self._memory[key]
+
+    def _refuse_what_no_node_holds(self, job: CommandJob, memory: int) -> None:
+        """DoesNotFitError: it would wait for ever."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(
+            node.get("CPU", 0) >= self._threads and node.get("memory", 0) >= memory
+            for node in nodes
+        ):
+            most = [
+                f"a node has {each.get('CPU', 0):g} processors, {size(each.get('memory', 0))}"
+                for each in nodes
+            ]
+            raise DoesNotFitError(
+                f"{job.what} needs {self._threads} processors and {size(memory)}, and no node has"
+                " them",
+                most,
+                "Add a larger node, or give fewer --cpus.",
+            )
+
+    def _answer(self, task: Any, what: str) -> dict[str, Any]:
+        errors = self._ray.exceptions
+        try:
+            found: dict[str, Any] = json.loads(self._ray.get(task))
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError) as fault:
+            raise LostProcessError(
+                f"{what}: its node was lost {RETRIES} times",
+                str(fault).splitlines()[:4],
+                "Go on with the same command.",
+            ) from None
+        except errors.RayError as fault:
+            raise VeneerError(
+                f"{what}: the task failed",
+                str(fault).strip().splitlines()[-4:],
+                "Veneer must be installed on every node, in the same version.",
+            ) from None
+        if "refused" in found:
+            error = VeneerError(*found["refused"])
+            error.exit_code = found["exit_code"]
+            raise error
+        return found

@@ -1,0 +1,232 @@
+"""`evaluate`: the loss of a base on held-out rows, how its answers compare with theirs, and what it
+has forgotten.
+
+How a batch is computed comes in as a function (`nats`): it is the step's business
+(models/likelihood.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.data.examples import Example, Row
+from veneer.errors import DataError
+from veneer.evaluation.answers import evaluate_answers, finite, references_of, refuse_rows
+from veneer.evaluation.general import (
+    by_document,
+    general_documents,
+    general_examples,
+    general_result,
+)
+from veneer.evaluation.intervals import Counts, interval
+from veneer.evaluation.labels import Nats, checked_labels, labels_of, likeliest_labels
+from veneer.evaluation.metric import Metric, ratio
+from veneer.evaluation.predictions import (
+    Line,
+    counts_of,
+    differences,
+    matched,
+    read_predictions,
+    write_predictions,
+)
+from veneer.files.atomic import refuse_unwritable
+from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase
+
+Progress = Callable[[str, int, int], None]
+"""(what is done, rows done, rows in all)."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is asked of an evaluation besides the loss.
+
+    metrics            none that needs answers: nothing is generated
+    max_new_tokens     an answer that is not finished by then is cut there
+    labels             what accuracy chooses from; none: the distinct answers of the rows, if they
+                       are few and short
+    length_normalised  labels are compared by their log-probability per token
+    predictions        a JSONL file to write (predictions.py)
+    against            another evaluation's predictions, to be compared row by row
+    general            a text file, or general.BUILT_IN, for the loss on general text; None: left
+                       out
+    variables          what the chat template is told
+    """
+
+    metrics: Sequence[Metric] = ()
+    max_new_tokens: int = 256
+    labels: Sequence[str] = field(default_factory=list)
+    length_normalised: bool = False
+    predictions: Path | None = None
+    against: Path | None = None
+    general: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+def evaluate(
+    base: FrozenBase,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    choices: EvaluationOptions,
+    *,
+    nats: Nats,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What `veneer evaluate` reports, ready for JSON.
+
+        rows, tokens      rows evaluated; trained tokens that the loss is over
+        loss, perplexity  nats per trained token, every token counting the same; its exponential
+        cut_answers       where rows were answered: how many answers were cut at max_new_tokens
+        <metric>          each metric asked for; units says of each whether it is a share or points
+        labels            for accuracy: {own, names}: what was chosen among, and whether it is the
+                          rows' own answers
+        intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure
+                          without one is left out
+        general           of general text: loss, interval, and with an adapter: before, forgetting
+        against           of the other predictions: {loss, metric: other, difference, interval}
+
+    nats   examples -> (N, 2), on this base with what acts on it now
+    Raises DataError for rows that a metric cannot be computed on, before anything is computed;
+        DivergedError for rows
+    whose loss is not finite.
+    """
+    report = progress or (lambda what, done, total: None)
+    if choices.predictions is not None:
+        refuse_unwritable(choices.predictions)
+    references = references_of(base, rows, choices.variables) if choices.metrics else []
+    _refuse_references(choices.metrics, rows, references)
+    labels = _labels(choices, rows, references)
+    other = None if choices.against is None else read_predictions(choices.against)
+    general = None
+    if choices.general is not None:
+        documents, places = general_documents(choices.general), capacity_of(base).positions
+        general = general_examples(documents, base.tokenizer, places)
+
+    losses = finite(nats(examples), examples)
+    if not losses[:, 1].sum():
+        raise DataError("no token to evaluate", [], "See what is trained on: veneer data check")
+    lines: list[Line] = [
+        {"row": str(e.ref), "key": f"{e.key:016x}", "nats": float(n), "tokens": int(t)}
+        for e, (n, t) in zip(examples, losses, strict=True)
+    ]
+    _answer(base, rows, references, labels, choices, nats, lines, report)
+    result = _figures(losses, lines, choices.metrics)
+    if labels:
+        result["labels"] = {"own": not choices.labels, "names": labels}
+    if general is not None:
+        result["general"] = _general(base, *general, nats)
+    if other is not None:
+        theirs = matched(lines, other, str(choices.against))
+        result["against"] = {
+            "file": str(choices.against),
+            **differences(lines, theirs, choices.metrics),
+        }
+    if choices.predictions is not None:
+        write_predictions(choices.predictions, lines)
+    return result
+
+
+def _refuse_references(
+    metrics: Sequence[Metric], rows: Sequence[Row], references: list[list[str]]
+) -> None:
+    for metric in metrics:
+        reasons = [metric.refuses(right) for right in references]
+        if any(reasons):
+            reason = next(each for each in reasons if each)
+            refuse_rows(
+                f"{metric.name} {reason}",
+                [row.ref for row, why in zip(rows, reasons, strict=True) if why],
+                "Ask for exact_match instead.",
+            )
+
+
+def _labels(
+    choices: EvaluationOptions, rows: Sequence[Row], references: list[list[str]]
+) -> list[str]:
+    if not any(metric.needs == "label" for metric in choices.metrics):
+        return []
+    labels = checked_labels(choices.labels) if choices.labels else labels_of(references)
+    known = set(labels)
+    refuse_rows(
+        "the right answer of these rows is none of the labels",
+        [row.ref for row, right in zip(rows, references, strict=True) if not known & set(right)],
+        f"Labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}.",
+    )
+    return labels
+
+
+def _answer(
+    base: FrozenBase,
+    rows: Sequence[Row],
+    references: list[list[str]],
+    labels: list[str],
+    choices: EvaluationOptions,
+    nats: Nats,
+    lines: list[Line],
+    report: Progress,
+) -> None:
+    """Adds to each line what the metrics need: references, the label chosen, the answer written."""
+    for line, right in zip(lines, references or [[]] * len(lines), strict=True):
+        line["references"] = right
+    if labels:
+        chosen = likeliest_labels(
+            base.acting_tokenizer,
+            rows,
+            labels,
+            nats=nats,
+            length_normalised=choices.length_normalised,
+            variables=choices.variables,
+            progress=lambda done, total: report("labels", done, total),
+        )
+        for line, label in zip(lines, chosen, strict=True):
+            line["label"] = label
+    if any(metric.needs == "answers" for metric in choices.metrics):
+        answers = evaluate_answers(
+            base,
+            rows,
+            max_new_tokens=choices.max_new_tokens,
+            variables=choices.variables,
+            progress=lambda done, total: report("answers", done, total),
+        )
+        for line, answer in zip(lines, answers, strict=True):
+            line["answer"], line["cut"] = answer.answer, answer.cut
+
+
+def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> dict[str, Any]:
+    loss = ratio(losses.sum(axis=0))
+    result: dict[str, Any] = {
+        "rows": len(losses),
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": int(losses[:, 1].sum()),
+        "intervals": {},
+        "units": {},
+    }
+    ends = {"loss": interval(losses, ratio)}
+    if any("cut" in line for line in lines):
+        result["cut_answers"] = sum(line["cut"] for line in lines)
+    for metric in metrics:
+        counts = counts_of(lines, metric)
+        result[metric.name] = metric.of_totals(counts.sum(axis=0))
+        ends[metric.name] = interval(counts, metric.of_totals, share=metric.unit == "share")
+        result["units"][metric.name] = metric.unit
+        for line, row in zip(lines, counts, strict=True):
+            line[metric.name] = metric.of_totals(row)
+    result["intervals"] = {name: pair for name, pair in ends.items() if pair is not None}
+    return result
+
+
+def _general(
+    base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
+) -> dict[str, Any]:
+    """With an adapter at work, also the base without it."""
+    after = by_document(finite(nats(examples), examples), owners)
+    before = None
+    if base.routing.active:
+        with base.routing.none():
+            before = by_document(finite(nats(examples), examples), owners)
+    return general_result(after, before)

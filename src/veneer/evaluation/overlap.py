@@ -1,0 +1,93 @@
+"""BLEU and chrF: n-grams of words and of characters that an answer shares with the references; 0 to
+100 points.
+
+Tokenisation, n-grams and BLEU's formula are sacrebleu's; a row's counts are kept apart so that rows
+can be left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential
+smoothing; chrF2). Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from veneer.errors import ConfigError
+from veneer.evaluation.intervals import Counts
+from veneer.evaluation.metric import Metric
+
+ORDER = 4  # of BLEU's word n-grams
+CHARACTERS = 6  # of chrF's character n-grams
+BETA = 2.0  # chrF: recall counts twice as much as precision
+
+
+@cache
+def _sacrebleu() -> Any:
+    try:
+        import sacrebleu
+        import sacrebleu.metrics.helpers
+    except ImportError:
+        raise ConfigError(
+            "bleu and chrf need sacrebleu, which is not installed",
+            next_step="Install it: pip install 'veneer[metrics]'",
+        ) from None
+    return sacrebleu
+
+
+@cache
+def _bleu() -> Any:
+    # The effective order concerns the score of a single sentence, which is not used here.
+    return _sacrebleu().metrics.BLEU(effective_order=True)
+
+
+def bleu_line(answer: str, references: Sequence[str]) -> list[float]:
+    """[length, reference length, matches of 1- to 4-grams, 1- to 4-grams of the answer]."""
+    score = _bleu().sentence_score(answer, list(references))
+    return [score.sys_len, score.ref_len, *score.counts, *score.totals]
+
+
+def bleu(totals: Counts) -> float:
+    numbers = [int(n) for n in np.rint(totals)]
+    score = _sacrebleu().metrics.BLEU.compute_bleu(
+        numbers[2 : 2 + ORDER], numbers[2 + ORDER :], numbers[0], numbers[1], smooth_method="exp"
+    )
+    return float(score.score)
+
+
+def chrf_line(answer: str, references: Sequence[str]) -> list[float]:
+    """[n-grams of the answer, of the reference, in both] for n = 1 to 6, of the reference that fits
+    best."""
+    ngrams = _sacrebleu().metrics.helpers.extract_all_char_ngrams
+    given = ngrams(answer, CHARACTERS)
+    lines = []
+    for reference in references:
+        line: list[float] = []
+        for ours, theirs in zip(given, ngrams(reference, CHARACTERS), strict=True):
+            # Orders that the reference is too short for do not count against the answer.
+            line += [ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()]
+        lines.append(line)
+    return max(lines, key=lambda line: chrf(np.asarray(line)))
+
+
+def chrf(totals: Counts) -> float:
+    """F-beta of the mean precision and the mean recall over the orders that both sides have."""
+    ours, theirs, both = np.asarray(totals, dtype=np.float64).reshape(CHARACTERS, 3).T
+    counted = (ours > 0) & (theirs > 0)
+    if not counted.any():
+        return 0.0
+    precision, recall = (
+        (both[counted] / ours[counted]).mean(),
+        (both[counted] / theirs[counted]).mean(),
+    )
+    bottom = BETA**2 * precision + recall
+    return float(100 * (1 + BETA**2) * precision * recall / bottom) if bottom else 0.0
+
+
+def _needs_sacrebleu(references: Sequence[str]) -> None:
+    _sacrebleu()
+
+
+BLEU = Metric("bleu", bleu_line, bleu, unit="points", refuses=_needs_sacrebleu)
+CHRF = Metric("chrf", chrf_line, chrf, unit="points", refuses=_needs_sacrebleu)

@@ -1,0 +1,48 @@
+"""A regular expression as a metric: for answers that hold what matters somewhere in free text.
+
+Without a group an answer is right if the pattern is found in it: `regex:^SELECT `. With a group it
+is right if the last place that the group finds says the same in the answer and in a reference:
+`regex:####\\s*(-?[\\d.]+)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from veneer.errors import ConfigError
+from veneer.evaluation.metric import Metric, mean_of
+
+PREFIX = "regex:"
+
+
+def regex_metric(name: str) -> Metric:
+    """`name` is PREFIX and the pattern. Raises ConfigError."""
+    source = name.removeprefix(PREFIX)
+    try:
+        pattern = re.compile(source)
+    except re.error as fault:
+        raise ConfigError(f"{source!r} is not a regular expression: {fault}") from None
+    if pattern.groups > 1:
+        raise ConfigError(
+            f"{source!r} has {pattern.groups} groups: it is not clear which one counts",
+            next_step="Keep one pair of brackets; write (?:...) for the others.",
+        )
+    if not pattern.groups:
+        return mean_of(name, lambda answer, references: pattern.search(answer) is not None)
+
+    def agrees(answer: str, references: Sequence[str]) -> bool:
+        found = _last(pattern, answer)
+        return found is not None and any(
+            found == _last(pattern, reference) for reference in references
+        )
+
+    return mean_of(name, agrees)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    """What the group holds where the pattern is found last, without white space around it."""
+    found = None
+    for match in pattern.finditer(text):
+        found = match[1] if match[1] is not None else found
+    return None if found is None else found.strip()

@@ -1,0 +1,222 @@
+"""The trained values as one flat float32 buffer: one optimizer call, one norm, one checkpoint
+tensor.
+
+A LoRA adapter has hundreds of small factors; stepping them one by one is mostly dispatch. float32
+parameters become views of the buffer; parameters of another type (full fine-tuning of a bf16 base)
+keep their type for the products, and their float32 master, gradient sum and moments live here:
+small steps are not rounded away.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from veneer.training.processes.world import World
+from veneer.training.state.checkpoint import SplitTensor, tensor_hash
+
+ALIGNMENT = 16
+"""Every parameter starts at a multiple of this many values: 64 bytes, a cache line."""
+
+
+Receive = Callable[[slice, Tensor, int], None]
+"""(place, part, owner): processes/reduce.py's."""
+
+
+class FlatValues(Protocol):
+    """Trained values as the loop, an optimizer and a checkpoint see them: all of them, or in parts
+    (training/optimizer/parts.py).
+
+    apart: `values` and `gradient` are this process's part. groups: as of FlatParameters.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    values: nn.Parameter
+    gradient: Tensor
+    groups: list[tuple[float, slice]]
+    apart: bool
+
+    def deliver_to(self, receive: Receive) -> None:
+        """Where values lie apart: who adds up a micro-batch's gradient, and puts it into
+        `gradient`."""
+
+    def deliver(self) -> None:
+        """Of a micro-batch whose backward is over, what was not delivered."""
+
+    def publish(self) -> None:
+        """The values, rounded, into the parameters that the model computes with."""
+
+    def release(self) -> None:
+        """Stop training, drop the gradient, and give every parameter storage of its own."""
+
+    def whole(self, own: Tensor) -> Tensor | SplitTensor:
+        """Of a tensor that an optimizer keeps: what a checkpoint holds of it."""
+
+    def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
+        """The inverse, on every process. stored: what the leader has read."""
+
+    def digest(self) -> str:
+        """Of what all processes should hold alike, in hex."""
+
+
+class FlatParameters:
+    """values, gradient: float32, one element per trained value and some zeros for alignment.
+
+    groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to
+    each other.
+    """
+
+    apart = False
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float] | None = None
+    ) -> None:
+        factors = {name: 1.0 if factors is None else factors[name] for name in parameters}
+        self.parameters = dict(sorted(parameters.items(), key=lambda item: factors[item[0]]))
+        device = next(iter(self.parameters.values())).device
+        sizes = aligned_sizes(self.parameters.values())
+        self.values = nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=device))
+        self.gradient = torch.zeros_like(self.values.data)
+        self.values.grad = self.gradient
+        self._masters: list[tuple[nn.Parameter, Tensor]] = []
+        self._hooks: list[RemovableHandle] = []
+        self.groups: list[tuple[float, slice]] = []
+        offset = 0
+        for (name, parameter), size in zip(self.parameters.items(), sizes, strict=True):
+            if self.groups and self.groups[-1][0] == factors[name]:
+                self.groups[-1] = (factors[name], slice(self.groups[-1][1].start, offset + size))
+            else:
+                self.groups.append((factors[name], slice(offset, offset + size)))
+            master = self.values.data[offset : offset + parameter.numel()].view(parameter.shape)
+            gradient = self.gradient[offset : offset + parameter.numel()].view(parameter.shape)
+            master.copy_(parameter.data)
+            parameter.requires_grad_(True)
+            if parameter.dtype == torch.float32:
+                parameter.data = master
+                parameter.grad = gradient  # autograd adds to it in place
+            else:
+                self._masters.append((parameter, master))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(gradient)))
+            offset += size
+
+    def deliver_to(self, receive: Receive) -> None: ...
+
+    def deliver(self) -> None: ...
+
+    def publish(self) -> None:
+        """Round the masters into the parameters that the model computes with."""
+        for parameter, master in self._masters:
+            parameter.data.copy_(master)
+
+    def release(self) -> None:
+        """Stop training, drop the gradient, and give every parameter storage of its own."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        self.values.grad = None
+        self.gradient = self.gradient.new_empty(0)
+        for parameter in self.parameters.values():
+            parameter.data = (
+                parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data
+            )
+
+    def whole(self, own: Tensor) -> Tensor:
+        return own
+
+    def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
+        if stored is not None:
+            own.copy_(stored)
+        world.follow(own)
+
+    def digest(self) -> str:
+        return tensor_hash(self.values)
+
+
+def aligned_sizes(parameters: Iterable[Tensor]) -> list[int]:
+    """Values that each takes in a flat buffer, with the zeros behind it."""
+    return [math.ceil(each.numel() / ALIGNMENT) * ALIGNMENT for each in parameters]
+
+
+def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+class AdamW:
+    """torch's fused AdamW over the flat buffer. beta 0.9, 0.999, epsilon 1e-8."""
+
+    def __init__(self, flat: FlatValues, *, weight_decay: float) -> None:
+        self.flat = flat
+        self.parts = [nn.Parameter(flat.values.data[place]) for _, place in flat.groups]
+        for part, (_, place) in zip(self.parts, flat.groups, strict=True):
+            part.grad = flat.gradient[place]
+        groups = [{"params": [part]} for part in self.parts]
+        self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+        # torch makes them at the first step: too large must be known before.
+        self.inner.state.update({part: _no_moments(part) for part in self.parts})
+
+    def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
+        if clip is not None and norm > clip:
+            self.flat.gradient.mul_(clip / norm)
+        for group, (factor, _) in zip(self.inner.param_groups, self.flat.groups, strict=True):
+            group["lr"] = learning_rate * factor
+        self.inner.step()
+        self.flat.publish()
+        self.flat.gradient.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """values, first and second moments, step count: what a checkpoint keeps."""
+        own = [self.inner.state[part] for part in self.parts]
+        moments = {
+            name: own[0][name] if len(own) == 1 else torch.cat([each[name] for each in own])
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        return {"values": self.flat.values.data, **moments, "step": own[0]["step"]}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.flat.values.data.copy_(state["values"])
+        self.flat.publish()
+        for part, (_, place) in zip(self.parts, self.flat.groups, strict=True):
+            own = self.inner.state[part]
+            for name in ("exp_avg", "exp_avg_sq"):
+                own[name].copy_(state[name][place])
+            own["step"].copy_(state["step"])
+
+
+def _no_moments(part: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step."""
+    zeros = torch.zeros_like(part.data)
+    step = torch.zeros((), dtype=torch.float32, device=part.device)
+    return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": step}
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    steps: int,
+    peak: float,
+    warmup: float,
+    schedule: Literal["cosine", "linear", "constant"],
+) -> float:
+    """Rate of optimizer step `step` (0 is the first): rises over warmup * steps, then falls to 0 or
+    stays."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    done = (step - rising) / max(1, steps - rising)
+    match schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - done)
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * done))

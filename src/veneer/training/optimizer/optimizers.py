@@ -1,0 +1,96 @@
+"""Which optimizer steps the flat buffer: torch's AdamW, or bitsandbytes' with its moments in 8
+bits.
+
+    adamw       8 bytes of moments per trained value: float32, float32
+    adamw8bit   2.03: one byte each, and a float32 scale for every 256 (Dettmers et al. 2021,
+                arXiv:2110.02861)
+
+Values, gradients and their float32 stay the same: full fine-tuning holds 16 bytes per value with
+the first, 10 with the second. An adapter's moments are a few MB either way.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError
+from veneer.training.config import OptimizerName
+from veneer.training.optimizer.buffer import AdamW, FlatValues
+
+_PART = 2**30
+"""Values that the library steps at once: its kernels count in 32 bits."""
+
+
+class AdamW8bit:
+    """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its
+    moments are float32."""
+
+    def __init__(self, flat: FlatValues, *, weight_decay: float) -> None:
+        self.flat = flat
+        values, gradients = flat.values.data.split(_PART), flat.gradient.split(_PART)
+        self.parts = [nn.Parameter(part) for part in values]
+        for part, gradient in zip(self.parts, gradients, strict=True):
+            part.grad = gradient
+        self.inner: Any = _library().optim.AdamW8bit(self.parts, lr=0.0, weight_decay=weight_decay)
+        self.inner.check_overrides()
+        self.inner.initialized = True
+        for number, part in enumerate(self.parts):
+            self.inner.init_state(self.inner.param_groups[0], part, 0, number)
+
+    def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
+        if clip is not None and norm > clip:
+            self.flat.gradient.mul_(clip / norm)
+        self.inner.param_groups[0]["lr"] = learning_rate
+        self.inner.step()
+        self.flat.publish()
+        self.flat.gradient.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """values, and of each part: codes and scales of both moments, step count. The code books
+        are the library's."""
+        tensors = {"values": self.flat.values.data}
+        for number, part in enumerate(self.parts):
+            for name, value in self.inner.state[part].items():
+                if not name.startswith("qmap"):
+                    tensors[f"{name}.{number}"] = torch.as_tensor(value)
+        return tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.flat.values.data.copy_(state["values"])
+        self.flat.publish()
+        for number, part in enumerate(self.parts):
+            own = self.inner.state[part]
+            for name in [name for name in own if not name.startswith("qmap")]:
+                kept = state[f"{name}.{number}"]
+                own[name] = int(kept) if name == "step" else kept.to(part.device).clone()
+
+
+def make_optimizer(
+    name: OptimizerName, flat: FlatValues, *, weight_decay: float
+) -> AdamW | AdamW8bit:
+    """Raises ConfigError if the library of adamw8bit is not installed, or several rates are asked
+    of it."""
+    if name == "adamw8bit" and len(flat.groups) > 1:
+        raise ConfigError(
+            "optimizer adamw8bit steps all values at one rate, and method.lr_ratio asks for two",
+            next_step="Take optimizer adamw: an adapter's moments are a few MB.",
+        )
+    return (AdamW8bit if name == "adamw8bit" else AdamW)(flat, weight_decay=weight_decay)
+
+
+def _library() -> Any:
+    # On import it tells of kernels that it could fetch; they are for 4-bit products, which are ours
+    # here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError as fault:
+        raise ConfigError(
+            "optimizer adamw8bit needs the package bitsandbytes",
+            [str(fault)],
+            "pip install 'veneer[adamw8bit]', or take optimizer adamw.",
+        ) from fault
+    return bitsandbytes

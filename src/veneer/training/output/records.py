@@ -1,0 +1,255 @@
+"""What a run wrote down while it ran (metrics.jsonl), and how much memory the process holds.
+
+One JSON object a line, flushed line by line; "kind" is start, step, evaluation or end. A number
+that is not finite is written as null: JSON has no NaN. A listener that fails is left out from then
+on: what others do with the records ends no run. Screens, loggers and the report read these records;
+nothing here knows what a step computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from veneer.errors import CorruptFileError
+from veneer.files.atomic import atomic_file
+from veneer.files.nesting import TOO_DEEP, text_too_deep
+from veneer.files.strict_json import json_text
+from veneer.files.system_errors import explained
+
+Record = dict[str, Any]
+STEPPED = ("step", "evaluation")
+"""Kinds of records that say of which step they are; others may."""
+
+
+class Listener(Protocol):
+    """What hears every record, and the end of the run (loggers.py)."""
+
+    def __call__(self, record: Mapping[str, Any]) -> None: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def close(self) -> Callable[[], None]: ...
+
+
+class Records:
+    """Appends to metrics.jsonl and hands each record on to the listeners (loggers).
+
+    resumed_step   None starts a file; a number keeps what belongs to steps up to that one and
+                   continues.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resumed_step: int | None = None,
+        listeners: Sequence[Listener] = (),
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.path, self._listeners, self._say = Path(path), list(listeners), say
+        self.failed: list[str] = []
+        """What listeners failed with, one line each."""
+        if resumed_step is not None:
+            _keep_until(self.path, resumed_step)
+        with explained(self.path):
+            self._file = self.path.open("w" if resumed_step is None else "a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record and flushes it: what the file shows is never behind the run.
+
+        The start record gets the time, in seconds since 1970.
+        """
+        if record["kind"] == "start":
+            record = {**record, "time": time.time()}
+        with explained(self.path):
+            self._file.write(_line(record))
+            self._file.flush()
+        for listener in tuple(self._listeners):
+            try:
+                listener(record)
+            except Exception as fault:  # theirs: no connection, no room, a bug
+                self._listeners.remove(listener)
+                self._told(listener, fault)
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        with explained(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file and ends the run of every listener."""
+        try:
+            with explained(self.path):
+                self._file.close()
+        finally:
+            for listener in self._listeners:
+                try:
+                    listener.close()
+                except Exception as fault:
+                    self._told(listener, fault)
+
+    def _told(self, listener: Listener, fault: Exception) -> None:
+        self.failed.append(f"{listener.name}: {type(fault).__name__}: {fault}"[:500])
+        self._say(f"{self.failed[-1]}: nothing more is sent there")
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class NoRecords:
+    """In place of Records where another process writes them."""
+
+    failed: tuple[str, ...] = ()
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def __enter__(self) -> NoRecords:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records in order. A last line without its newline is a torn write and is left out.
+
+    Raises CorruptFileError with every other line that is no JSON object with a kind, and a number
+    for its step.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    return _parsed(lines[:-1], path)  # what stands after the last newline is torn, or empty
+
+
+def records_after(
+    path: Path, start: int, *, most_bytes: int, shown: str
+) -> tuple[list[Record], int, int]:
+    """Records from byte `start` on, where they begin, and where the next ones will. shown: the
+    file, in errors.
+
+    They begin at 0 where no record begins at `start` any more: a resumed run has written the file
+    anew. Raises what read_records raises.
+    """
+    with explained(shown, reading=True), path.open("rb") as file:
+        file.seek(max(start - 1, 0))
+        start = start if start and file.read(1) == b"\n" else 0
+        file.seek(start)
+        text = file.read(most_bytes)
+    whole = text[: text.rfind(b"\n") + 1]
+    if not whole and len(text) == most_bytes:
+        raise CorruptFileError(
+            f"{shown} has a line of more than {most_bytes:,} bytes",
+            [],
+            "No run writes such a line.",
+        )
+    records = _parsed(whole.decode("utf-8", "replace").split("\n")[:-1], shown)
+    return records, start, start + len(whole)
+
+
+def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
+    records, faults = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            if text_too_deep(line):
+                raise ValueError(TOO_DEEP)
+            record = json.loads(line)
+        except ValueError as fault:
+            faults.append(f"{path}:{number} {fault}")
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+            faults.append(f"{path}:{number} is not an object with a kind")
+        elif type(record.get("step", None if record["kind"] in STEPPED else 0)) is not int:
+            faults.append(
+                f"{path}:{number} has a step that is no whole number:"
+                f" {str(record.get('step'))[:40]!r}"
+            )
+        else:
+            records.append(record)
+    if faults:
+        raise CorruptFileError(
+            "the run's records cannot be read", faults, "Delete these lines and try again."
+        )
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Rewrites the file with the records of steps up to `step`. CorruptFileError where there is
+    none."""
+    if not path.is_file():
+        raise CorruptFileError(
+            f"{path} is gone, which holds the records of the steps up to {step}",
+            next_step=f"Restore it. To go on without them, make an empty file there: touch {path}",
+        )
+    kept = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
+    with atomic_file(path, replace=True) as partial:
+        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json_text(record, indent=None, sort_keys=False)
+
+
+def process_memory_bytes() -> int:
+    """Bytes of memory that this process holds now (resident set); 0 where the system does not
+    say."""
+    if sys.platform == "linux":
+        return _status_bytes("VmRSS")
+    if sys.platform == "darwin":
+        answer = subprocess.run(
+            ["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True
+        )
+        return int(answer.stdout) * 1024
+    return 0
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most bytes held since the last reset: by CUDA's allocator on a GPU, else by the process.
+
+    On macOS the process's peak counts from its start, reset or not. 0 where the system does not
+    say.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux":
+        return _status_bytes("VmHWM")
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes here, KiB on Linux
+    return 0
+
+
+def reset_peak_memory(device: str = "cpu") -> None:
+    """From now on `peak_memory_bytes` counts anew (a GPU, and Linux; elsewhere it does nothing)."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            # proc(5): 5 resets the peak resident set to the current one. Some containers forbid it:
+            # the peak is then that of the whole process, never too low.
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,350 @@
+"""What a run shows while it runs. Three screens with the same five methods; none of them computes.
+
+They are told what `metrics.jsonl` is told (see records.py): the start record (with `paths`: how
+steps are computed), every step, every evaluation, and the summary. Text that comes from a model or
+from data is shown as plain text: no markup, no control characters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from veneer.training.config import MOMENT_BYTES
+from veneer.training.output.talk import talking_console
+from veneer.wording import (
+    clock,
+    cut,
+    folded,
+    interval_of_95,
+    millions,
+    number,
+    percent,
+    shares,
+    shown,
+    size,
+    wrapped,
+)
+
+Facts = Mapping[str, Any]
+
+VALUE_BYTES = 8  # of a trained value: float32, and its gradient's
+ASKED_CHARACTERS, ANSWER_CHARACTERS = (
+    150,
+    400,
+)  # of a sample: the question is known, the answer is news
+PLAIN_SECONDS = 5.0  # a plain line at most this often: a log is read later, not watched
+
+
+class Screen(Protocol):
+    """What the loop tells; every method returns at once."""
+
+    def start(self, info: Facts) -> None:
+        """Before step 1: the start record, with `paths`, a list of how steps are computed."""
+
+    def step(self, record: Facts) -> None: ...
+
+    def evaluation(self, record: Facts) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def end(self, summary: Facts) -> None:
+        """After the run: summary.json's content."""
+
+
+class QuietScreen:
+    """Shows nothing."""
+
+    def start(self, info: Facts) -> None: ...
+
+    def step(self, record: Facts) -> None: ...
+
+    def evaluation(self, record: Facts) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def end(self, summary: Facts) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class StepFigures:
+    """The figures that every screen shows, from the records so far."""
+
+    def __init__(self, info: Facts) -> None:
+        self.total = int(info["steps"])
+        self.first: int | None = None
+        self.done = 0
+        self.loss: float | None = None  # mean of the last ten steps
+        self.falling: bool | None = None
+        self.evaluation: float | None = None
+        self.memory_bytes = 0
+        self._losses: deque[float] = deque(maxlen=10)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=50)  # (tokens, seconds) of a step
+
+    def step(self, record: Facts) -> None:
+        self.done = int(record["step"])
+        if self.first is None:
+            self.first = self.done
+        else:
+            # The first step allocates and holds the longest batch: it says nothing of the others.
+            self._recent.append((int(record["tokens"]), float(record["seconds"])))
+        self.memory_bytes = int(record["memory_bytes"])
+        before = self.loss
+        self._losses.append(float(record["loss"]))
+        self.loss = sum(self._losses) / len(self._losses)
+        self.falling = None if before is None else self.loss < before
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        seconds = sum(seconds for _, seconds in self._recent)
+        return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        if not self._recent:
+            return None
+        mean = sum(seconds for _, seconds in self._recent) / len(self._recent)
+        return mean * (self.total - self.done)
+
+    def figures(self) -> str:
+        """loss 1.12▼ · eval 1.20 · 410 tokens/s · 1.3 GB · 6:10 left"""
+        arrow = "" if self.falling is None else "▼" if self.falling else "▲"
+        parts = [f"loss {number(self.loss)}{arrow}"]
+        if self.evaluation is not None:
+            parts.append(f"eval {number(self.evaluation)}")
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.memory_bytes:
+            parts.append(size(self.memory_bytes))
+        if self.seconds_left is not None:
+            parts.append(f"{clock(self.seconds_left)} left")
+        return " · ".join(parts)
+
+
+class PlainScreen:
+    """Lines of text: for files, pipes and terminals that cannot redraw."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: StepFigures | None = None
+        self._last_line = 0.0
+
+    def start(self, info: Facts) -> None:
+        self._progress = StepFigures(info)
+        for line in start_lines(info):
+            self._print(line)
+
+    def step(self, record: Facts) -> None:
+        assert self._progress is not None, "start comes first"
+        self._progress.step(record)
+        now = time.monotonic()
+        at_an_end = (
+            self._progress.first == self._progress.done
+            or self._progress.done == self._progress.total
+        )
+        if at_an_end or now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            self._print(
+                f"  step {self._progress.done}/{self._progress.total} · {self._progress.figures()}"
+            )
+
+    def evaluation(self, record: Facts) -> None:
+        assert self._progress is not None, "start comes first"
+        self._print(evaluation_line(record, self._progress.evaluation))
+        self._progress.evaluation = record["loss"]
+        if sample := record.get("sample"):
+            for name, text in sample_parts(sample):
+                self._print(f"  {name:<9} {text}")
+
+    def message(self, text: str) -> None:
+        self._print("  " + shown(text))
+
+    def end(self, summary: Facts) -> None:
+        for line in end_lines(summary):
+            self._print(line)
+
+    def close(self) -> None: ...
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)
+
+
+class LiveScreen:
+    """One region that is redrawn: bar and figures; what should stay is printed above it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: StepFigures | None = None
+        self._live: Live | None = None
+
+    def start(self, info: Facts) -> None:
+        self._progress = StepFigures(info)
+        for line in start_lines(info):
+            for each in folded(line, self.console.width).split("\n"):
+                self.console.print(Text(wrapped(each, self.console.width)))
+        self._live = Live(
+            console=self.console, refresh_per_second=4, transient=True, redirect_stdout=False
+        )
+        self._live.start()
+
+    def step(self, record: Facts) -> None:
+        assert self._progress is not None and self._live is not None, "start comes first"
+        self._progress.step(record)
+        self._live.update(self._region(self._progress))
+
+    def evaluation(self, record: Facts) -> None:
+        assert self._progress is not None, "start comes first"
+        self.console.print(Text(evaluation_line(record, self._progress.evaluation)))
+        self._progress.evaluation = record["loss"]
+        if sample := record.get("sample"):
+            self.console.print(sample_table(sample, self.console.width))
+
+    def message(self, text: str) -> None:
+        self.console.print(Text("  " + shown(text), style="dim"))
+
+    def end(self, summary: Facts) -> None:
+        self.close()
+        for line in end_lines(summary):
+            self.console.print(Text(folded(line, self.console.width)))
+
+    def close(self) -> None:
+        """Gives the terminal back; for a run that ends in an error, too."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _region(self, progress: StepFigures) -> RenderableType:
+        count = f"step {progress.done}/{progress.total} "
+        figures = progress.figures()
+        one_line = self.console.width >= len(count) + len(figures) + 24
+        width = 20 if one_line else max(self.console.width - len(count) - 4, 8)
+        bar = Table.grid(padding=(0, 1))
+        cells: list[RenderableType] = [
+            Text("  " + count.strip()),
+            ProgressBar(progress.total, progress.done, width),
+        ]
+        if one_line:
+            bar.add_row(*cells, Text(figures))
+            return bar
+        bar.add_row(*cells)
+        return Group(bar, Text(folded("  " + figures, self.console.width)))
+
+
+def make_screen(
+    *, json: bool = False, quiet: bool = False
+) -> LiveScreen | PlainScreen | QuietScreen:
+    """The screen that fits: live on a terminal, plain lines elsewhere; on stderr when stdout is
+    data."""
+    if quiet:
+        return QuietScreen()
+    console = talking_console(stderr=json)
+    return (
+        LiveScreen(console)
+        if console.is_terminal and not console.is_dumb_terminal
+        else PlainScreen(console)
+    )
+
+
+def start_lines(info: Facts) -> list[str]:
+    """What will be trained, and by which paths: printed before step 1."""
+    trainable, total = int(info["trainable_parameters"]), int(info["total_parameters"])
+    what = "every weight trains" if trainable == total else "every weight that text reaches trains"
+    if info["modules_total"] is not None:
+        what = f"{info['modules_adapted']} of {info['modules_total']} modules adapted"
+    facts = [what, f"{millions(trainable)} trainable ({percent(trainable, total)})"]
+    if info["adapter_bytes"] is not None:
+        facts.append(f"{size(info['adapter_bytes'])} on disk")
+    per_value = VALUE_BYTES + MOMENT_BYTES[info["optimizer"]]
+    facts.append(f"{size(round(trainable * per_value))} in memory")
+    lines = [
+        f"{shown(info['base'])} · {shown(info['method'])} · {info['steps']:,} steps · "
+        f"{info['train_rows']:,} rows to train on · {info['validation_rows']:,} held out",
+        "  " + " · ".join(facts),
+    ]
+    if info["paths"]:
+        lines.append("  " + " · ".join(map(shown, info["paths"])))
+    return lines
+
+
+def evaluation_line(record: Facts, before: float | None) -> str:
+    loss = record["loss"]
+    arrow = (
+        "" if before is None or loss is None or loss == before else "▼" if loss < before else "▲"
+    )
+    best = " · best so far" if record.get("best") else ""
+    sets = "".join(
+        f" · {shown(name)} {number(value)}" for name, value in record.get("sets", {}).items()
+    )
+    return f"  step {record['step']} · held-out loss {number(loss)}{arrow}{best}{sets}"
+
+
+def sample_parts(sample: Facts) -> list[tuple[str, str]]:
+    """(name, one line of text) of a sample: question, expected answer, answer."""
+    limits = {
+        "prompt": ASKED_CHARACTERS,
+        "expected": ANSWER_CHARACTERS,
+        "answer": ANSWER_CHARACTERS,
+    }
+    lines = [cut(" ".join(shown(sample[key]).split()), limit) for key, limit in limits.items()]
+    return list(zip(("asked", "expected", "answer"), lines, strict=True))
+
+
+def sample_table(sample: Facts, width: int) -> RenderableType:
+    """The answer with the expected one beside it, below it where the terminal is narrow."""
+    (_, asked), (_, expected), (_, answer) = sample_parts(sample)
+    if width < 60:
+        rows = [
+            Text(f"  asked     {asked}", style="dim"),
+            Text(f"  expected  {expected}"),
+            Text(f"  answer    {answer}"),
+        ]
+        return Group(*rows)
+    table = Table(
+        box=None, padding=(0, 2), width=min(width, 120), show_edge=False, header_style="dim"
+    )
+    table.add_column("expected", ratio=1, overflow="fold")
+    table.add_column("answer", ratio=1, overflow="fold")
+    table.add_row(Text(expected), Text(answer))
+    return Group(Text(f"  {asked}", style="dim"), table)
+
+
+def _held_out(summary: Facts) -> str:
+    """What it was before and is now, with its interval where one is known."""
+    loss, found = number(summary["validation_loss"]), summary.get("held_out")
+    if not found:
+        return loss
+    before = f"{number(found['before']['value'])} → " if found["before"] else ""
+    return f"{before}{loss} ({interval_of_95(found['loss']['low'], found['loss']['high'])})"
+
+
+def end_lines(summary: Facts) -> list[str]:
+    """The figures that matter, and where the result is."""
+    figures = [f"loss {number(summary['first_loss'])} → {number(summary['last_loss'])}"]
+    if summary["validation_loss"] is not None:
+        figures.append(f"held-out loss {_held_out(summary)}")
+    if summary["tokens_per_second"]:
+        figures.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+    planned = summary.get("planned_memory_bytes")
+    figures.append(
+        f"peak {size(summary['peak_memory_bytes'])}"
+        + (f" (plan {size(planned)})" if planned else "")
+    )
+    lines = ["  " + " · ".join(figures)]
+    if parts := summary.get("seconds_by_part"):
+        lines.append(f"  a step's time: {shares(parts)}")
+    made = summary.get("adapter") or summary.get("model")
+    if made:
+        digest = (
+            f" · sha256 {summary['adapter_sha256'][:12]}…" if "adapter_sha256" in summary else ""
+        )
+        lines.append(f"  ✓ {shown(made)} · {size(summary['adapter_bytes'])}{digest}")
+    return lines

@@ -1,0 +1,119 @@
+"""A run's folder: its files, and where a resumed run begins."""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from veneer.bases.names.named import NAMED
+from veneer.data.config import SetConfig
+from veneer.data.files.places import absolute
+from veneer.data.files.writing import Record, write_records
+from veneer.errors import ConfigError, CorruptFileError
+from veneer.files.atomic import atomic_file
+from veneer.files.home import expanded
+from veneer.files.partial import PREFIX, remove
+from veneer.files.strict_json import field_faults, read_yaml
+from veneer.training.config import RunConfig
+from veneer.training.state.checkpoint import newest_valid, numbers
+from veneer.training.state.place import held, refuse_finished
+
+
+@contextmanager
+def given_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None]:
+    """Writes these rows into the folder's files of these names; where no run begins within the
+    block, they go."""
+    try:
+        for name, records in rows.items():
+            write_records(out / name, records)
+        yield
+    finally:
+        if not (out / "run.yaml").is_file():
+            for name in rows:
+                (out / name).unlink(missing_ok=True)
+
+
+def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to continue from; None where the run ended before its first: it begins again.
+
+    Raises ConfigError for a finished run, CorruptFileError where every checkpoint is damaged.
+    """
+    refuse_finished(out)
+    folder = out / "checkpoints"
+    if not numbers(folder):
+        say("stopped before its first checkpoint: it begins again")
+        return None
+    path, faults = newest_valid(folder)
+    for fault in faults:
+        say(f"skipped a damaged checkpoint: {fault}")
+    if path is None:
+        raise CorruptFileError(
+            f"no checkpoint in {out} can be resumed",
+            faults,
+            f"Restore one, or remove {folder} to begin again.",
+        )
+    return path
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The run with the files that it names as they are called from anywhere."""
+
+    def sets(named: str | list[SetConfig] | None) -> str | list[SetConfig] | None:
+        if not isinstance(named, list):
+            return None if named is None else absolute(named)
+        return [
+            each.model_copy(update={"path": absolute(each.path), "name": each.called})
+            for each in named
+        ]
+
+    rows = {"train": sets(config.data.train), "validation": sets(config.data.validation)}
+    base = config.base if config.base in NAMED else _from_anywhere(config.base)
+    return config.model_copy(update={"base": base, "data": config.data.model_copy(update=rows)})
+
+
+def _from_anywhere(named: str) -> str:
+    path = expanded(named)
+    return str(path.absolute()) if path.exists() else named
+
+
+def write_run_file(config: RunConfig) -> None:
+    """Resolved, so that a resumed run needs nothing but the folder."""
+    with atomic_file(Path(config.out) / "run.yaml", replace=True) as partial:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        partial.write_text(text, encoding="utf-8")
+
+
+def resume_config(folder: str | Path) -> RunConfig:
+    """The settings of the run in `folder`, as it resolved them. Raises ConfigError, or SourceError
+    for no YAML."""
+    path = Path(folder) / "run.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} holds no run: {path} is missing",
+            next_step="Name the folder that --out named.",
+        )
+    try:
+        return RunConfig.model_validate({**read_yaml(path), "out": str(folder)})
+    except ValidationError as fault:
+        raise ConfigError(
+            f"{path} does not describe a run",
+            field_faults(fault),
+            "`veneer explain settings` lists the settings.",
+        ) from fault
+
+
+def remove_run(folder: Path) -> None:
+    """The run goes, if no process works in it: BusyError."""
+    if folder.exists():
+        with held(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(out: Path) -> None:
+    """Removes what a process that died left unfinished in the folder and among its checkpoints."""
+    for folder in (out, out / "checkpoints"):
+        for path in folder.glob(f"{PREFIX}*"):  # of whatever machine: we hold the lock
+            remove(path)
