@@ -16,7 +16,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.methods.lora import AdaptedLinear
 from veneer.decoding import ends, recorded
-from veneer.decoding.engine import Engine
+from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.lanes import Lane
 from veneer.decoding.recorded import Steps, _Recorded
@@ -395,6 +395,33 @@ def test_two_engines_of_a_base_take_turns_and_one_that_is_gone_leaves_nothing(mo
     assert pages() is None and layer() is None
 
 
+@pytest.mark.parametrize("rows", [72, 96, 108])
+def test_an_engine_that_begins_with_more_rows_than_were_recorded_keeps_its_blocks(
+    rows, monkeypatch
+):
+    """Its blocks, whose numbers of values these rows divide, are made in its first step."""
+    base = based()
+
+    def answered(prompts):
+        engine = Engine(base, budget_bytes=9 * 16 * bytes_per_token(base), adapters=Fixed({}))
+        answers = [engine.add(Request(prompt=prompt, max_new_tokens=9))[0] for prompt in prompts]
+        engine.run()
+        return [answer.new for answer in answers], engine
+
+    prompts = [tuple((7 * n) % 250 for n in range(rows - 9)), tuple(range(40, 49))]
+    with monkeypatch.context() as patch:
+        never(patch)
+        expected, _ = answered(prompts)
+    answered([(5, 9, 31)])
+    found, engine = answered(prompts)
+    assert any(
+        blocks.keys.numel() % rows == 0
+        for blocks in engine.lanes.exact.forward.keys.layers.values()
+    )
+    assert found == expected
+    assert len(recorded_of(base)) == 1 and recorded_of(base)[0].most >= 64
+
+
 def test_who_finds_a_recording_taken_computes_in_python(monkeypatch):
     base, identities = with_many()
     expected = traffic(engine_of(base, identities), identities, monkeypatch)
@@ -520,6 +547,25 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
     for rows in (0, 9):
         with pytest.raises(CallError):
             noted.with_rows(rows)
+
+
+def test_what_is_made_in_the_room_and_kept_spoils_a_recording():
+    """Calls that are made again write over it where it took memory that others had before."""
+    weight, room, kept = torch.randn(40, 40), Room(3, 8), []
+    x = room.empty(torch.float32, 3, 40)
+
+    def run(keep):
+        with recording(room) as noted:
+            once = few_rows.product(x, weight, None)
+            y = few_rows.product(once, weight, None)
+            if keep:
+                kept.append(once)
+        del once
+        noted.end([x, y])
+        return noted.spoiled
+
+    assert run(keep=False) is None
+    assert run(keep=True) == "a tensor that is kept"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -117,7 +117,9 @@ class Steps:
                 found = each.again(inputs, laid)
                 return rest(inputs, laid) if found is None else found
         self._seen, seen = True, self._seen
-        if not seen or _listened_to(called := modules()):
+        # An engine makes its blocks in its first step: in the room of a recording, calls that are
+        # made again would write over them.
+        if not seen or not laid.keys.layers or _listened_to(called := modules()):
             return rest(inputs, laid)
         self._standing = self._standing or Standing(called)
         return self._recorded(inputs, laid, rest, around)
@@ -143,6 +145,7 @@ class Steps:
         _ = laid.spans.checked, laid.mix and laid.mix.listed  # which compute
         with recording(room) as noted:
             states = rest((own[0], own[1], own[2]), laid)
+        noted.end([*own, states])
         if noted.spoiled is None:
             new = _Recorded(noted, own, states, laid, around())
             self._kept = [*(each for each in self._kept if not new.replaces(each)), new]

@@ -20,7 +20,7 @@ import ctypes
 import math
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -100,6 +100,11 @@ class Room:
         held = memoryview(piece := free.pop())
         weakref.finalize(held, free.append, piece).atexit = False
         return torch.frombuffer(held, dtype=dtype)[:count].view(shape)
+
+    def holds_only(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all of it is free but the memory of these tensors."""
+        pieces = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        return len(self._pieces) - sum(map(len, self._free.values())) == len(pieces)
 
 
 class Recording:
@@ -186,6 +191,12 @@ class Recording:
         if self._made is None:
             self._made = (_Call * len(self._calls))(*[_as_numbers(*each) for each in self._calls])
         return self._made
+
+    def end(self, tensors: Iterable[Tensor]) -> None:
+        """Spoils the recording if something made in the room is held besides these tensors: calls
+        that are made again may write over it."""
+        if self.room is not None and not self.room.holds_only(tensors):
+            self.spoil("a tensor that is kept")
 
     def note(self, name: str, given: tuple[Any, ...]) -> None:
         if name not in _NUMBERS:
