@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _STOPS_ON_TEXT = ("Llama4ForConditionalGeneration",)
 """What stops in its own forward (transformers 5.24: its language model gives no image_outputs); the
@@ -48,9 +50,30 @@ def parts_not_read(
     )
 
 
+class _OwnLoader:
+    """transformers' loader for a class that its auto classes do not find by the config."""
+
+    def __init__(self, kind: Any) -> None:
+        self.from_pretrained = kind.from_pretrained
+        self.from_config = kind._from_config
+
+
+def _class_of_text_config(config: PreTrainedConfig) -> Any:
+    """The causal LM that the config names and that takes this config, or None. Emu3's text model is
+    one: transformers' auto classes find it by the config of the whole model alone."""
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for name in known.intersection(config.architectures or ()):
+        kind = getattr(transformers, name, None)
+        if getattr(kind, "config_class", None) is type(config):
+            return kind
+    return None
+
+
 def model_class(config: PreTrainedConfig) -> Any:
     """The class itself; None where transformers has none that answers with text."""
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or _class_of_text_config(
+        config
+    )
     several: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     named = set(config.architectures or ()).difference(_STOPS_ON_TEXT)
     return (
@@ -62,4 +85,6 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """transformers' loader of that class; Any, as it is annotated as if it always returned the
     model alone."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal is None and (kind := _class_of_text_config(config)) is not None:
+        return _OwnLoader(kind)
     return AutoModelForCausalLM if model_class(config) is causal else AutoModelForMultimodalLM
