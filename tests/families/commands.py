@@ -22,6 +22,7 @@ from tests.families.compare import (
     Trial,
     apart,
     depends_on_later_tokens,
+    explained,
     greedy_by_rereading,
     greedy_by_transformers,
     logits_alone,
@@ -83,6 +84,7 @@ def run(trial: Trial) -> float:
     it: the rows of our batch are padded, those of the reference are not.
     """
     reference, trained = _trainable(trial)
+    start = [value.detach().clone() for value in trained]
     expected = _trained_by_torch(reference, trained, _rows(trial))
     losses = _train(trial, "run", [("a", 1.0)], steps=STEPS)
     worst = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, expected, strict=True))
@@ -98,7 +100,19 @@ def run(trial: Trial) -> float:
         )
     if worst > TRAINED and depends_on_later_tokens(reference, _rows(trial)):
         raise NotInPeft("its logits of a text depend on the tokens after the text")
-    return worst
+    after = [logits_alone(reference, ids).detach() for ids in texts]
+
+    def moved() -> float:
+        """How far the reference's logits end from where they ended before."""
+        for value, first in zip(trained, start, strict=True):
+            value.data = first.clone()
+        with torch.enable_grad():
+            _trained_by_torch(reference, trained, _rows(trial))
+        return max(
+            apart(logits_alone(reference, ids), end) for ids, end in zip(texts, after, strict=True)
+        )
+
+    return explained(worst, TRAINED, reference, moved, times=1)
 
 
 def goes_on(trial: Trial) -> float:
@@ -168,7 +182,10 @@ def in_gguf(trial: Trial) -> float | None:
         for tensor in gguf.GGUFReader(path).tensors
     }
     model = trial.theirs("merged")
+    towers = tuple(f"{path}." for path in trial.base.paths.left_out)
     for name, weight in model.named_parameters():
+        if name.startswith(towers):
+            continue
         weight.data = weight.data.half().float() if weight.dim() > 1 else weight.data
         expected = np.sort(
             weight.detach().numpy(), axis=None
@@ -268,7 +285,8 @@ def _with_updates(trial: Trial, parents: list[tuple[str, float]]) -> Any:
         folder = f"{name}/adapter" if name == "run" else name
         with_adapter = trial.in_peft(folder).merge_and_unload().state_dict()
         for key, value in weights.items():
-            value += weight * (with_adapter[key] - base[key])
+            if value.is_floating_point():
+                value += weight * (with_adapter[key] - base[key])
     return model
 
 

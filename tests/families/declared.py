@@ -23,7 +23,7 @@ DECLARED: dict[str, dict[str, str]] = {
     **{key: {"to PEFT": _RENAMES} for key in ("inkling2_loop_text", "inkling2_text", "laguna")},
     **{key: {"from PEFT": _TUPLES} for key in ("phimoe", "phimoe, window")},
     **{key: {"from PEFT": _TUPLES, "several": _REPEATED} for key in ("llama4", "llama4_text")},
-    **{key: {"answers": _STOPS} for key in ("blenderbot", "dory")},
+    "blenderbot": {"answers": _STOPS},
     **{
         key: {
             "answers": (

@@ -3,8 +3,8 @@ them all."""
 
 import pytest
 
-from tests.families.__main__ import measure
 from tests.families.declared import DECLARED, NOT_COMPARED
+from tests.families.measure import measure
 from tests.families.models import SAMPLE, names
 from tests.families.page import LIMITS, PAGE, Result, left_of, rows_of
 

@@ -4,7 +4,7 @@ sample."""
 import pytest
 import torch
 
-from tests.families.__main__ import measure
+from tests.families.measure import measure
 from tests.families.models import IDS, family_base, names
 from tests.families.page import PAGE, rows_of
 from tests.soak.counts import chosen
