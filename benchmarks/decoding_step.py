@@ -40,7 +40,7 @@ import veneer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.schedule.adapters import Fixed, lay_out
+from veneer.decoding.schedule.adapters import FixedAdapters, lay_out
 from veneer.decoding.schedule.blocks import Identity
 from veneer.decoding.schedule.sequence import Request
 from veneer.library.residents.memory import hold_as
@@ -71,7 +71,7 @@ def filled_engine(base: Base, identities: list[Identity], rows: int) -> Engine:
     applied = {each: base.routing.applied(each) for each in identities}
     places = rows * (PROMPT + NEW + 16) * bytes_per_token(base)
     engine = Engine(
-        base, budget_bytes=places, adapters=Fixed({k: v for k, v in applied.items() if k})
+        base, budget_bytes=places, adapters=FixedAdapters({k: v for k, v in applied.items() if k})
     )
     answers = []
     for row, prompt in enumerate(prompts(rows)):

@@ -33,7 +33,7 @@ import veneer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.formats.adapter import manifest_for, write_adapter
@@ -129,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         numbers = [int(each) for each in asked.numbers.split(",")]
         library = make_library(Path(folder), base, max(numbers))
-        bare = Engine(base, budget_bytes=room, adapters=Fixed({}))
+        bare = Engine(base, budget_bytes=room, adapters=FixedAdapters({}))
         answered(bare, requests_for([()] * FLIGHT))
         found["the base alone, no library"] = answered(
             bare, requests_for([()] * asked.requests, asked.uneven)

@@ -26,7 +26,7 @@ from veneer.base import Base
 from veneer.data.batching import make_groups
 from veneer.data.examples import Example, RowRef
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.models.step import acting_on, batch_loss
@@ -53,7 +53,9 @@ def asking(base: Base, prompts: list[list[int]], acting: Acting, new: int) -> En
     engine = Engine(
         base,
         budget_bytes=len(prompts) * (TOKENS + new + 32) * bytes_per_token(base),
-        adapters=Fixed({name: each for name, each in zip(names, of_prompt, strict=True) if name}),
+        adapters=FixedAdapters(
+            {name: each for name, each in zip(names, of_prompt, strict=True) if name}
+        ),
         limits=Limits(step_tokens=2048),
     )
     for name, prompt in zip(names, prompts, strict=True):

@@ -39,7 +39,7 @@ from many_adapters import in_flight, make_library
 import veneer
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.library.residents.residents import Residents
 
@@ -218,7 +218,7 @@ def main() -> None:
     )
     measurements = []
     with tempfile.TemporaryDirectory() as folder:
-        bare = Engine(base, budget_bytes=room, adapters=Fixed({}))
+        bare = Engine(base, budget_bytes=room, adapters=FixedAdapters({}))
         engine = beside_a_library(base, Path(folder), room)
         process, port = serving(asked.base, Path(folder) / "library")
         try:

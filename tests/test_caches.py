@@ -41,7 +41,7 @@ from veneer.serve.http import details
 CPU = torch.device("cpu")
 MUTABLE = {
     "data.template.rendering.Template",  # never changed after it is made
-    "kernels.dense.mixes.Mix",
+    "kernels.dense.mixes.AdapterMix",
     "kernels.attention.paged.Spans",
     "plan.planner.Planner",  # facts of its blueprint, which is frozen
     "trained.TrainedRun",  # the base, loaded once on purpose

@@ -17,7 +17,7 @@ from veneer.bases.identity.fingerprint import fingerprint
 from veneer.decoding import forward
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.graphs import WORTH
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request, Sequence
 from veneer.models.frozen_base import FrozenBase
@@ -63,7 +63,7 @@ class Answers:
     ) -> dict[str, Any]:
         room = rows * (prompt + steps + 64) + 64
         limits = Limits(rows=rows, step_tokens=2048, chunk_tokens=512)
-        adapters = Fixed(self.applied)
+        adapters = FixedAdapters(self.applied)
         engine = Engine(
             self.base,
             budget_bytes=room * bytes_per_token(self.base),

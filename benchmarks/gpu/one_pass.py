@@ -178,14 +178,16 @@ def updates_case(lengths: list[int], width: int, draw: Callable[..., Tensor]) ->
     x, ends = draw(sum(lengths), width), list(accumulate(lengths, initial=0))
     pairs = [[0.1 * draw(16, width), 0.1 * draw(width, 16)] for _ in lengths]
     plans = {
-        True: segments.Plan(),
-        False: segments.Plan(),
+        True: segments.UpdateCache(),
+        False: segments.UpdateCache(),
     }  # a plan keeps what it found to compute with
 
     def updated(x: Tensor, *factors: Tensor) -> Tensor:
         own = [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
         spans = zip(own, pairwise(ends), strict=True)
-        updates = [segments.Update(slice(first, last), each, 2.0) for each, (first, last) in spans]
+        updates = [
+            segments.RowUpdate(slice(first, last), each, 2.0) for each, (first, last) in spans
+        ]
         return segments.linear_with_updates(
             x, None, base, updates, plans[launch.module("grouped") is None]
         )

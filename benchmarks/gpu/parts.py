@@ -33,7 +33,7 @@ from veneer.kernels.dense import fused
 from veneer.kernels.layout import Group
 from veneer.kernels.packed import gguf, nf4_reference
 from veneer.kernels.packed import nf4 as kernels
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.quant import nf4
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.screen import QuietScreen
@@ -173,7 +173,7 @@ def attention_of(
     """Packed attention forward and backward: flash kernels, or flex attention, beside the plain
     path, and all against float32."""
     group = Group(prompt, lengths, at.device)
-    rules = Rules(at.model.head**-0.5, window, softcap)
+    rules = AttentionRules(at.model.head**-0.5, window, softcap)
     dtype = torch.bfloat16 if at.device.type == "cuda" else torch.float32
     q, k, v, grad = attention_case(at.model, group.rows, dtype, at.device)
     exact = run_attention(
@@ -212,7 +212,7 @@ def largest_apart(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def run_attention(
-    path: Any, tensors: list[torch.Tensor], group: Group, rules: Rules
+    path: Any, tensors: list[torch.Tensor], group: Group, rules: AttentionRules
 ) -> list[torch.Tensor]:
     *inputs, grad = tensors
     leaves = [each.detach().requires_grad_() for each in inputs]

@@ -29,11 +29,11 @@ from veneer.adapters.combinations import (
     Content,
 )
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
-from veneer.adapters.placement.acting import Acting, Part
+from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import ConfigError, RefusedError, VeneerError
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
@@ -214,9 +214,13 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
     )
     refused = [
         headline(lambda: base.use(names, weights)),
-        headline(lambda: Part(None, tuple((base.attachments[name], w) for name, w in identity))),
         headline(
-            lambda: Fixed({identity: tuple((base.attachments[name], w) for name, w in identity)})
+            lambda: BatchPart(None, tuple((base.attachments[name], w) for name, w in identity))
+        ),
+        headline(
+            lambda: FixedAdapters(
+                {identity: tuple((base.attachments[name], w) for name, w in identity)}
+            )
         ),
         headline(lambda: world.residents.front_places(served)),
     ]
@@ -237,10 +241,10 @@ def test_a_cell_of_the_table_is_the_dense_sum_on_every_way_or_refused_on_every_w
         acting = base.routing.acting.whole
         assert close(logits(base), reference)
     if PREFIX not in contents:  # a row of the batch is a text of its own
-        with torch.no_grad(), base.routing.held(Acting((Part(8, ()), Part(8, acting)))):
+        with torch.no_grad(), base.routing.held(Acting((BatchPart(8, ()), BatchPart(8, acting)))):
             both = base.model(torch.cat([IDS, IDS]), use_cache=False).logits
         assert close(both[1:], reference) and close(both[:1, :, :272], logits(base))
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed({identity: acting}))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({identity: acting}))
     (answer,) = engine.add(
         Request(
             prompt=tuple(IDS[0].tolist()),
@@ -415,7 +419,9 @@ def test_a_weighted_module_is_the_dense_sum_without_a_second_matrix(
     assert values and allocations.count == 0
     with (
         torch.no_grad(),
-        base.routing.held(Acting((Part(8, ()), Part(8, base.routing.acting.whole or ())))),
+        base.routing.held(
+            Acting((BatchPart(8, ()), BatchPart(8, base.routing.acting.whole or ())))
+        ),
     ):
         both = base.model(torch.cat([IDS, IDS]), use_cache=False).logits
     assert close(both[1:], acting)

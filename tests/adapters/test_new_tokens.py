@@ -15,18 +15,24 @@ import veneer
 from tests.support.helpers import ended_before_step
 from tests.support.tiny import VOCAB_SIZE, save_tiny, tiny_model
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
-from veneer.adapters.placement.acting import Acting, Part
+from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.preamble import Preamble
 from veneer.data.template.new_tokens import bring, extended
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, VeneerError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
 from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
-from veneer.kernels.dense.loss import Beside, Head, frozen_head_loss, head_loss_reference, head_nats
+from veneer.kernels.dense.loss import (
+    Head,
+    TrainedHeadRows,
+    frozen_head_loss,
+    head_loss_reference,
+    head_nats,
+)
 from veneer.merge.fold.merge_run import merge_adapters
 from veneer.models.load import load_base
 from veneer.serve.engine.prompts import Prompts
@@ -162,7 +168,7 @@ def test_alone_is_as_in_the_mix(base: Any) -> None:
     for name, ids in asked.items():
         base.use(name or None)
         alone[name] = logits(base, ids)
-    parts = tuple(Part(4, applied) for applied in (((one, 1.0),), ((two, 1.0),), ()))
+    parts = tuple(BatchPart(4, applied) for applied in (((one, 1.0),), ((two, 1.0),), ()))
     with torch.no_grad(), base.routing.held(Acting(parts)):
         found = base.model(torch.tensor(list(asked.values())), use_cache=False).logits
     for row, (name, before) in zip(found, alone.items(), strict=True):
@@ -180,7 +186,7 @@ def test_answers_in_the_mix_are_those_alone(plain: Any, temperature: float) -> N
     acting = {(("one", 1.0),): ((one, 1.0),), (("two", 1.0),): ((two, 1.0),)}
 
     def answers(asked: list[Any]) -> list[Any]:
-        engine = Engine(base, budget_bytes=2**20, adapters=Fixed(acting))
+        engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(acting))
         sampling = Sampling(temperature=temperature)
         prompt = {
             identity: (5, 6, 275) if identity == (("one", 1.0),) else (5, 6, 7)
@@ -223,7 +229,7 @@ def test_the_loss_in_chunks_is_the_references(softcap: float | None, bias: bool)
 
     at = torch.tensor([41, 12, 40, 42])  # one among the base's own 40
     h, rows = drawn(300, 16).requires_grad_(), drawn(4, 16).requires_grad_()
-    beside = Beside(rows, at, drawn(4) if bias else None)
+    beside = TrainedHeadRows(rows, at, drawn(4) if bias else None)
     head = Head(drawn(40, 16), drawn(40) if bias else None, 0.7, softcap, beside, columns=43)
     targets = torch.randint(0, 43, (300,), generator=generator)
     found, grads = [], []
@@ -442,7 +448,7 @@ def test_tokens_that_peft_trained_are_read(tmp_path: Path, family: str) -> None:
 def test_a_model_without_a_plain_table_is_refused() -> None:
     from veneer.adapters.attach import attach
     from veneer.adapters.placement.routing import Routing
-    from veneer.adapters.placement.token_rows import Brought
+    from veneer.adapters.placement.token_rows import AddedTokens
 
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="takes no new tokens"):
@@ -452,7 +458,7 @@ def test_a_model_without_a_plain_table_is_refused() -> None:
             name="a",
             routing=Routing(),
             head=None,
-            tokens=Brought(("<a>",), (259,)),
+            tokens=AddedTokens(("<a>",), (259,)),
         )
     assert not any(
         type(module).__module__.startswith("veneer.adapters") for module in model.modules()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from veneer.adapters.config import LoRA
-from veneer.adapters.placement.acting import Acting, Part, TokenKeys, in_turn
+from veneer.adapters.placement.acting import Acting, BatchPart, TokenKeys, in_turn
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
@@ -189,7 +189,7 @@ def test_parts_follow_one_another_and_neighbours_of_the_same_adapters_are_one():
     assert parts_of(mixed.padded(24), 32)[-1] == (6, 32, ["b"])
     assert Acting.everywhere(a).padded(24).whole == a
     with pytest.raises(ValueError):
-        Acting((Part(2, a), Part(None, b)))
+        Acting((BatchPart(2, a), BatchPart(None, b)))
 
 
 def test_what_comes_after_a_choice_of_rows_knows_whose_they_are():

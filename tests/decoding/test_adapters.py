@@ -4,7 +4,7 @@ wrong."""
 import pytest
 
 from tests.support.toy_engine import BROKEN, Toy, adapter, alone, steps_until
-from veneer.decoding.schedule.sequence import Reason, Request, State
+from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceState
 from veneer.errors import DoesNotFitError
 
 A, B, C = (adapter(name) for name in "abc")
@@ -17,8 +17,8 @@ def test_one_adapter_that_jams_delays_nobody():
     others = [toy.add([i], 2, own) for i, own in enumerate((B, (), C))]
     for _ in range(8):
         toy.step()
-    assert all(s.reason is Reason.LENGTH for s in others)
-    assert all(s.state is State.WAITING for s in jammed)
+    assert all(s.reason is FinishReason.LENGTH for s in others)
+    assert all(s.state is SequenceState.WAITING for s in jammed)
     assert toy.step().spans == ()
     toy.adapters[A] = 0
     toy.finish_all()
@@ -34,7 +34,7 @@ def test_an_adapter_that_becomes_ready_is_the_next_to_run():
     for _ in range(6):
         toy.step()
     toy.adapters[A] = 0
-    assert steps_until(toy, oldest, State.FINISHED) <= 4
+    assert steps_until(toy, oldest, SequenceState.FINISHED) <= 4
 
 
 def test_an_adapter_that_cannot_be_loaded_fails_its_own_sequences_alone():
@@ -45,7 +45,7 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_own_sequences_alone():
     other = toy.add([1], 2, B)
     plan = toy.step()
     assert set(plan.ended) == {*own}
-    assert all((s.reason, s.error) == (Reason.ERROR, BROKEN) for s in own)
+    assert all((s.reason, s.error) == (FinishReason.ERROR, BROKEN) for s in own)
     toy.finish_all()
     assert other.new == alone(other.request)
     assert toy.asked[A] == 1
@@ -66,10 +66,10 @@ def test_a_loader_that_fails_otherwise_loses_no_end():
 def test_an_adapter_that_breaks_after_it_ran_fails_what_has_gone_back():
     toy = Toy(blocks=8, rows=4)
     old, young = toy.add(range(8), 20), toy.add(range(100, 108), 20, A)
-    steps_until(toy, young, State.PREEMPTED)
+    steps_until(toy, young, SequenceState.PREEMPTED)
     toy.adapters[A] = BROKEN
     toy.finish_all()
-    assert (young.reason, old.reason) == (Reason.ERROR, Reason.LENGTH)
+    assert (young.reason, old.reason) == (FinishReason.ERROR, FinishReason.LENGTH)
     assert toy.right(young)
 
 
@@ -169,7 +169,7 @@ def test_popular_adapters_do_not_starve_one_that_waits_for_a_place(starving):
     s = toy.add([1, 2], 2, starving)
     for i in range(100):
         toy.add([i], 6, popular[i % 2])
-    steps_until(toy, s, State.FINISHED, 40)
+    steps_until(toy, s, SequenceState.FINISHED, 40)
     assert s.overtaken >= 3
     assert len(toy.ended) < 20
     toy.finish_all()
@@ -189,7 +189,7 @@ def test_only_those_adapters_make_room_that_are_done_soonest(starving, leaving):
     later = [(name, toy.add([i], 3, adapter(name))) for i in range(40) for name in names]
     toy.step()
     assert {name for name, each in later if each.new} == names.keys() - set(leaving)
-    steps_until(toy, s, State.FINISHED, 20)
+    steps_until(toy, s, SequenceState.FINISHED, 20)
     assert not any(each.new for name, each in later if name in leaving)
     toy.finish_all()
 

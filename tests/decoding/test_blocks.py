@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.support.pretended_memory import PretendedMemory, contents
-from veneer.decoding.schedule.blocks import BlockManager, Copy, Identity, Table
+from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, BlockTable, Identity
 from veneer.errors import ConfigError, DoesNotFitError
 
 SIZE = 4
@@ -31,7 +31,7 @@ class Text:
     tokens: list[int]
     adapter: Identity = ()
     salt: str = ""
-    table: Table | None = None
+    table: BlockTable | None = None
     computed: int = 0
     front: int = 0
 
@@ -180,7 +180,7 @@ def test_a_fork_shares_full_blocks_and_says_what_is_to_be_copied():
     text = memory.run(TOKENS)
     fork = memory.blocks.fork(text.table, 10)
     assert fork.blocks[:2] == text.table.blocks[:2]
-    assert memory.blocks.copies == (Copy(text.table.blocks[2], fork.blocks[2], 2),)
+    assert memory.blocks.copies == (BlockCopy(text.table.blocks[2], fork.blocks[2], 2),)
     memory.blocks.check()
     memory.blocks.close(text.table)
     assert memory.blocks.available == 8 - 4  # the source waits until it is copied

@@ -18,7 +18,7 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import Acting, in_turn
 from veneer.decoding.direct import DirectForward, direct, own_forward, read_and_continued
 from veneer.decoding.engine import Engine
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.kernels.bindings.arguments import noting
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
@@ -45,7 +45,7 @@ def by_parts(base):
 def test_an_engine_says_why_it_goes_another_way():
     for family, said in (("llama", None), ("gemma2", "usual parts")):
         base = based(family)
-        engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
+        engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({}))
         assert engine.way.not_by_parts is None if said is None else said in engine.way.not_by_parts
 
 

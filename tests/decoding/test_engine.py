@@ -17,11 +17,11 @@ from veneer.adapters.placement.acting import Acting
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
-from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.errors import AdapterMismatchError, ConfigError, DivergedError, DoesNotFitError
-from veneer.kernels.attention.paged import Blocks
+from veneer.kernels.attention.paged import KeyValueBlocks
 
 METHODS = {
     "lora": LoRA(rank=3, alpha=5.0, targets=["q_proj", "o_proj", "v_proj"]),
@@ -83,7 +83,10 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
     limits = Limits(rows=5, step_tokens=24, chunk_tokens=7) if narrow else Limits()
     tokens = 16 * 12 if narrow else 16 * 200
     engine = Engine(
-        base, budget_bytes=tokens * bytes_per_token(base), adapters=Fixed(applied), limits=limits
+        base,
+        budget_bytes=tokens * bytes_per_token(base),
+        adapters=FixedAdapters(applied),
+        limits=limits,
     )
     asked = {}
     for identity, prompt in requests(applied):
@@ -92,14 +95,14 @@ def test_every_answer_is_the_one_that_its_request_gets_alone(family, narrow):
     ended = engine.run()
     assert set(ended) == set(asked) and len(ended) == len(asked)
     for answer, (identity, prompt) in asked.items():
-        assert answer.reason is Reason.LENGTH
+        assert answer.reason is FinishReason.LENGTH
         assert answer.answer == alone(base, applied.get(identity, ()), prompt)
     engine.scheduler.blocks.check()
 
 
 def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own_adapter_alone():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**22, adapters=FixedAdapters(applied))
     start = tuple(range(40))
     lora = (("lora", 1.0),)
     first = [
@@ -118,11 +121,11 @@ def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own
 
 def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refused():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     with pytest.raises(ConfigError, match="no adapter"):
         engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
     with pytest.raises(ConfigError, match="one request after another"):
-        Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=Fixed({}))
+        Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=FixedAdapters({}))
     with pytest.raises(ConfigError, match="rows for"):
         engine.add(Request(prompt=(1, 2**20), max_new_tokens=1))
     with pytest.raises(ConfigError, match="rows for"):
@@ -147,7 +150,7 @@ def answered(base, applied, asked, narrow):
     engine = Engine(
         base,
         budget_bytes=16 * (10 if narrow else 200) * bytes_per_token(base),
-        adapters=Fixed(applied),
+        adapters=FixedAdapters(applied),
         limits=limits,
     )
     answers = [engine.add(request) for request in asked]
@@ -188,12 +191,14 @@ def test_drawn_answers_do_not_depend_on_what_is_beside_them_nor_on_going_back():
 
 def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_next_step():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     gone, stays = (engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2))
     engine.step(0.0)
     engine.cancel(gone)
     held = engine.scheduler.blocks.held_bytes
-    assert engine.step(0.0) == [gone] and gone.reason is Reason.CANCELLED and len(gone.new) == 1
+    assert (
+        engine.step(0.0) == [gone] and gone.reason is FinishReason.CANCELLED and len(gone.new) == 1
+    )
     assert engine.scheduler.blocks.held_bytes <= held
     assert engine.run() == [stays] and stays.answer == alone(base, (), [5, 9, 2])
 
@@ -201,7 +206,7 @@ def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_ne
 def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
     base, applied = with_adapters("llama_untied")
     lora, dora = (("lora", 1.0),), (("dora", 1.0),)
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**22, adapters=FixedAdapters(applied))
     for identity in (lora, dora):
         answers = [
             engine.add(Request(prompt=(5, n), max_new_tokens=NEW, adapter=identity))[0]
@@ -229,7 +234,7 @@ def test_a_step_uses_no_update_that_was_prepared_for_other_spans():
     head = (("head", 6.0),)
     applied[head] = base.routing.applied(head)
     limits = Limits(rows=4, step_tokens=10, chunk_tokens=5)
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied), limits=limits)
+    engine = Engine(base, budget_bytes=2**22, adapters=FixedAdapters(applied), limits=limits)
 
     def ask(identity, prompt):
         return engine.add(Request(prompt=tuple(prompt), max_new_tokens=NEW, adapter=identity))[0]
@@ -281,7 +286,7 @@ def test_where_memory_does_not_suffice_less_is_computed_at_once_and_every_answer
 
 def test_an_answer_that_does_not_fit_alone_ends_and_the_others_go_on(monkeypatch):
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     first, second = (engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2))
     engine.step(0.0)
     right = PagedForward.logits
@@ -293,7 +298,7 @@ def test_an_answer_that_does_not_fit_alone_ends_and_the_others_go_on(monkeypatch
         )
         assert engine.step(0.0) == [first]
     assert (
-        first.reason is Reason.ERROR
+        first.reason is FinishReason.ERROR
         and isinstance(first.error, DoesNotFitError)
         and len(first.new) == 1
     )
@@ -308,19 +313,19 @@ def test_a_request_longer_than_the_positions_or_first_frequencies_is_refused_at_
         based(rotary("dynamic")),
     ]
     for base in bases:
-        engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
+        engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({}))
         engine.add(Request(prompt=(1,) * 9, max_new_tokens=7))
         with pytest.raises(DoesNotFitError, match="the 16 positions"):
             engine.add(Request(prompt=(1,) * 9, max_new_tokens=8))
     base, applied = with_adapters("llama_untied")
     base.config.max_position_embeddings = 16
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     found = [
         engine.add(Request(prompt=(1,) * 9, max_new_tokens=new, adapter=(("prefix", 1.0),)))[0]
         for new in (3, 4)
     ]
     engine.run()
-    assert [answer.reason for answer in found] == [Reason.LENGTH, Reason.ERROR]
+    assert [answer.reason for answer in found] == [FinishReason.LENGTH, FinishReason.ERROR]
     assert "prefix of 4" in str(found[1].error)
 
 
@@ -329,13 +334,17 @@ def test_logits_that_are_no_numbers_end_their_own_answer_alone():
     lora, dora = (("lora", 1.0),), (("dora", 1.0),)
     broken = base.attachments["lora"].parameters()
     next(p for name, p in broken.items() if name.endswith(".B")).data.fill_(float("nan"))
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     asked = [
         engine.add(Request(prompt=(5, 9, 1), max_new_tokens=NEW, adapter=i))[0]
         for i in ((), lora, dora)
     ]
     engine.run()
-    assert [answer.reason for answer in asked] == [Reason.LENGTH, Reason.ERROR, Reason.LENGTH]
+    assert [answer.reason for answer in asked] == [
+        FinishReason.LENGTH,
+        FinishReason.ERROR,
+        FinishReason.LENGTH,
+    ]
     assert isinstance(asked[1].error, DivergedError) and not asked[1].new
     assert asked[2].answer == alone(base, applied[dora], [5, 9, 1])
 
@@ -348,7 +357,7 @@ def test_nothing_is_read_of_blocks_before_it_is_written(monkeypatch):
         for i, p in requests(applied)
     ]
     expected = answered(base, applied, asked, narrow=True)
-    empty = Blocks.empty
+    empty = KeyValueBlocks.empty
 
     def spoiled(*given):
         made = empty(*given)
@@ -356,13 +365,13 @@ def test_nothing_is_read_of_blocks_before_it_is_written(monkeypatch):
         made.values.fill_(float("nan"))
         return made
 
-    monkeypatch.setattr(Blocks, "empty", spoiled)
+    monkeypatch.setattr(KeyValueBlocks, "empty", spoiled)
     assert answered(base, applied, asked, narrow=True) == expected
 
 
 def test_nobody_holds_an_adapter_of_which_the_last_answer_has_ended():
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     asked = [
         engine.add(Request(prompt=(5, 9), max_new_tokens=n, adapter=i))[0]
         for n, i in ((9, ()), (2, LORA))
@@ -397,7 +406,7 @@ def failing_with(patch, tokens, fault):
 )
 def test_what_fails_in_a_forward_ends_its_own_answers_and_the_others_go_on(monkeypatch, fault):
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     prompts = [(5, 9, 1), (5, 9, 200), (5, 9, 2), (5, 201, 2), (7,)]
     asked = [engine.add(Request(prompt=p, max_new_tokens=NEW, choices=2)) for p in prompts]
     tried = failing_with(monkeypatch, (200, 201), fault)
@@ -405,7 +414,7 @@ def test_what_fails_in_a_forward_ends_its_own_answers_and_the_others_go_on(monke
     for prompt, answers in zip(prompts, asked, strict=True):
         broken = {200, 201} & set(prompt)
         for answer in answers:
-            assert (answer.reason is Reason.ERROR, answer.error is fault) == (
+            assert (answer.reason is FinishReason.ERROR, answer.error is fault) == (
                 bool(broken),
                 bool(broken),
             )
@@ -419,7 +428,7 @@ def test_what_fails_in_a_forward_ends_its_own_answers_and_the_others_go_on(monke
 
 def test_a_prefix_that_cannot_be_written_ends_those_behind_it_alone(monkeypatch):
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     identities = [(), (("prefix", 1.0),), LORA]
     asked = [
         engine.add(Request(prompt=(5, 9, 1), max_new_tokens=NEW, adapter=each))[0]
@@ -437,7 +446,7 @@ def test_a_prefix_that_cannot_be_written_ends_those_behind_it_alone(monkeypatch)
 
 def test_rows_that_fail_only_together_are_computed_one_by_one(monkeypatch):
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     asked = [engine.add(Request(prompt=(5, 9, n), max_new_tokens=NEW))[0] for n in (1, 2, 3)]
     right = PagedForward.logits
 
@@ -453,7 +462,7 @@ def test_rows_that_fail_only_together_are_computed_one_by_one(monkeypatch):
 
 def test_after_a_step_that_failed_the_next_one_goes_on_as_if_there_had_been_none(monkeypatch):
     base, applied = with_adapters("llama_untied")
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
     (answer,) = engine.add(Request(prompt=(5, 9, 2), max_new_tokens=NEW))
     engine.step(0.0)
     with monkeypatch.context() as patch:
@@ -490,11 +499,11 @@ def test_a_stop_check_sees_each_token_once_also_where_a_step_is_computed_again(b
             return False
 
     who = (("dora", 1.0),) if beside else ()
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed(applied))
+    engine = Engine(base, budget_bytes=2**22, adapters=FixedAdapters(applied))
     (checked,) = engine.add(Request(prompt=(5, 9), max_new_tokens=NEW, checks=Check))
     (failing,) = engine.add(
         Request(prompt=(7,), max_new_tokens=NEW, constraints=Fails, adapter=who)
     )
     engine.run()
-    assert failures and failing.reason is Reason.LENGTH and len(failing.new) == NEW
+    assert failures and failing.reason is FinishReason.LENGTH and len(failing.new) == NEW
     assert checked.new == alone(base, (), [5, 9])[:5] and seen[-1] == checked.new

@@ -17,8 +17,8 @@ from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.grammar import Grammars
 from veneer.decoding.sampling.json_check import JsonCheck
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
-from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.decoding.schedule.adapters import FixedAdapters
+from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.decoding.tool_calls.elements import ElementCalls
 from veneer.decoding.tool_calls.forms import ObjectCalls
 from veneer.errors import ConfigError
@@ -144,7 +144,7 @@ def test_a_sampled_answer_is_json_of_its_schema_unless_it_was_cut(which, request
 
 
 def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(base, grammars):
-    engine = Engine(base, budget_bytes=2**22, adapters=Fixed({}))
+    engine = Engine(base, budget_bytes=2**22, adapters=FixedAdapters({}))
     shapes = {
         "schema": grammars.schema({"type": "array", "items": {"type": "boolean"}, "maxItems": 3}),
         "choice": grammars.choice(["yes", "no", "ja"]),
@@ -179,12 +179,14 @@ def test_answers_of_an_engine_are_of_their_shapes_beside_others_that_have_none(b
     assert len(engine.run()) == len(asked)
     for answer, name in asked.items():
         shape = shapes[name]
-        if shape is not None and answer.reason is Reason.STOP:
+        if shape is not None and answer.reason is FinishReason.STOP:
             assert not shape.faults(text_of(base.tokenizer, answer.new)), name
         assert answer.reason in (
-            (Reason.STOP, Reason.LENGTH) if name in ("schema", "none") else (Reason.STOP,)
+            (FinishReason.STOP, FinishReason.LENGTH)
+            if name in ("schema", "none")
+            else (FinishReason.STOP,)
         ), name
-    alone = Engine(base, budget_bytes=2**22, adapters=Fixed({}))
+    alone = Engine(base, budget_bytes=2**22, adapters=FixedAdapters({}))
     asks = next(a for a, name in asked.items() if name == "regex").request
     assert [a.new for a in alone.add(asks) if alone.run() or True] == [
         a.new for a, n in asked.items() if n == "regex"

@@ -20,14 +20,19 @@ from veneer.adapters.config import LoRA, Prefix
 from veneer.decoding import forward, graphs
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.kernels.attention import packed as attention
-from veneer.kernels.attention.paged import Blocks, SpanRows, Spans, paged_attention_reference
-from veneer.kernels.attention.paged_rows import Tables, paged_rows_reference
+from veneer.kernels.attention.paged import (
+    KeyValueBlocks,
+    SpanRows,
+    Spans,
+    paged_attention_reference,
+)
+from veneer.kernels.attention.paged_rows import BlockTables, paged_rows_reference
 from veneer.kernels.cuda import launch
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.models.load import load_base
 
 LORA, BOTH, PREFIX = (("lora", 1.0),), (("lora", 0.5), ("other", -1.5)), (("prefix", 1.0),)
@@ -79,7 +84,9 @@ def recording(monkeypatch, recorder):
 
 def engine_of(monkeypatch, base, applied, recorder, **limits):
     with recording(monkeypatch, recorder):
-        return Engine(base, budget_bytes=2**22, adapters=Fixed(applied), limits=Limits(**limits))
+        return Engine(
+            base, budget_bytes=2**22, adapters=FixedAdapters(applied), limits=Limits(**limits)
+        )
 
 
 def said(engine, asked):
@@ -165,7 +172,12 @@ def test_graphs_of_adapters_that_nobody_uses_go_with_the_last_answer(there, monk
 
 
 @pytest.mark.parametrize(
-    "rules", [Rules(0.3), Rules(0.3, window=21), Rules(0.3, softcap=2.0, sinks=torch.ones(4))]
+    "rules",
+    [
+        AttentionRules(0.3),
+        AttentionRules(0.3, window=21),
+        AttentionRules(0.3, softcap=2.0, sinks=torch.ones(4)),
+    ],
 )
 def test_single_tokens_over_tables_see_what_spans_see(rules):
     draw = torch.Generator().manual_seed(0)
@@ -173,7 +185,7 @@ def test_single_tokens_over_tables_see_what_spans_see(rules):
     q, k, v = (torch.randn(4, heads, 8, generator=draw, dtype=torch.float64) for heads in (4, 2, 2))
     found = []
     for way in (paged_rows_reference, paged_attention_reference):
-        stored = Blocks.empty(20, slots, k, v)
+        stored = KeyValueBlocks.empty(20, slots, k, v)
         stored.keys.fill_(float("nan")), stored.values.fill_(float("nan"))
         own = [list(range(5 * n, 5 * n + 3)) for n in range(4)]
         draw.manual_seed(1)
@@ -184,7 +196,7 @@ def test_single_tokens_over_tables_see_what_spans_see(rules):
             )
             before = torch.randn(2, length - 1, 2, 8, generator=draw, dtype=torch.float64)
             stored.write(places, *before)
-        tables = Tables(
+        tables = BlockTables(
             torch.tensor([[*blocks, 7, 99999] for blocks in own]), torch.tensor(lengths)
         )
         spans = Spans(

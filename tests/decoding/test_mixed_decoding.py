@@ -11,10 +11,10 @@ from tests.support.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.placement.acting import in_turn
-from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.kernels.bindings import library as native
@@ -49,7 +49,7 @@ class Given:
 
 def chances(base, applied, asked, limits):
     """The model's own of each given token and of the likeliest beside it, by request."""
-    engine = Engine(base, budget_bytes=2**23, adapters=Fixed(applied), limits=limits)
+    engine = Engine(base, budget_bytes=2**23, adapters=FixedAdapters(applied), limits=limits)
     told = Sampling(logprobs=20)
     made = [
         engine.add(
@@ -162,7 +162,7 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
 
     def answers(requests, limits, places=8192):
         budget = places * bytes_per_token(base)
-        engine = Engine(base, budget_bytes=budget, adapters=Fixed(applied), limits=limits)
+        engine = Engine(base, budget_bytes=budget, adapters=FixedAdapters(applied), limits=limits)
         assert engine.way.not_by_parts is None
         made = [engine.add(each)[0] for each in requests]
         engine.run()
@@ -204,7 +204,7 @@ def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_met
             attach(base.model, config, name=name, routing=base.routing, head=head, seed=number),
             seed=number,
         )
-    tokens = Brought(("<x>",), (272,))
+    tokens = AddedTokens(("<x>",), (272,))
     made = attach(
         base.model,
         LoRA(rank=2),
@@ -229,7 +229,10 @@ def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_met
 
     def answers(requests, limits):
         engine = Engine(
-            base, budget_bytes=8192 * bytes_per_token(base), adapters=Fixed(applied), limits=limits
+            base,
+            budget_bytes=8192 * bytes_per_token(base),
+            adapters=FixedAdapters(applied),
+            limits=limits,
         )
         assert engine.way.not_by_parts is None
         made = [engine.add(each)[0] for each in requests]

@@ -19,7 +19,7 @@ from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.generate import generate
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.library.library import Library
@@ -70,7 +70,7 @@ def test_an_engine_s_answers_are_those_alone_and_those_of_generate(name, tmp_pat
         engine = Engine(
             base,
             budget_bytes=4096 * bytes_per_token(base),
-            adapters=Fixed(applied),
+            adapters=FixedAdapters(applied),
             limits=limits or Limits(),
         )
         how = Sampling(logprobs=5)

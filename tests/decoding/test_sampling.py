@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from veneer.decoding import draws
-from veneer.decoding.draws import Drawing, draw, draw_reference, sampled
+from veneer.decoding.draws import ChoiceSampler, draw, draw_reference, sampled
 from veneer.decoding.sampling.sampling import Sampling, TokenChance, seed_of, uniform
 from veneer.decoding.schedule.sequence import Request
-from veneer.decoding.schedule.step_plan import Chosen
+from veneer.decoding.schedule.step_plan import SampledToken
 from veneer.errors import ConfigError, DataError, DivergedError
 from veneer.kernels.bindings import draw_calls
 from veneer.kernels.bindings import library as native
@@ -39,7 +39,7 @@ def asked(sampling=None, *, seed=0, choice=0, **fields):
     request = Request(
         prompt=(1, 2, 2), max_new_tokens=99, sampling=sampling or Sampling(), seed=seed, **fields
     )
-    return Drawing(request, choice)
+    return ChoiceSampler(request, choice)
 
 
 def edited(logits_V, drawing, new):
@@ -212,7 +212,7 @@ def test_biases_constraints_and_stop_tokens_that_come_too_early():
     constrained = asked(constraints=Even)
     allowed = edited(logits, constrained, [1]).isfinite().nonzero()[:, 0].tolist()
     assert allowed == list(range(1, 20, 2))  # ids behind what it knows are not allowed
-    assert draw(logits[None], [(constrained, [0, 1])]) == [Chosen(0, ends=True)]
+    assert draw(logits[None], [(constrained, [0, 1])]) == [SampledToken(0, ends=True)]
 
 
 def test_a_check_is_told_each_token_once_and_ends_the_answer():
@@ -220,7 +220,7 @@ def test_a_check_is_told_each_token_once_and_ends_the_answer():
     drawing = asked(checks=lambda: lambda token: told.append(token) or token == 4)
     logits = torch.nn.functional.one_hot(torch.tensor([3, 4]), V).float()
     assert draw(logits[:1], [(drawing, [])]) == [3]
-    assert draw(logits[1:], [(drawing, [3])]) == [Chosen(4, ends=True)]
+    assert draw(logits[1:], [(drawing, [3])]) == [SampledToken(4, ends=True)]
     assert told == [3, 4]
 
 
@@ -235,7 +235,7 @@ def test_chances_are_those_of_the_model_before_anything_is_done_to_them():
     assert told.chance.alternatives == tuple(
         zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
-    assert plain == logits[1].argmax() and own == Chosen(
+    assert plain == logits[1].argmax() and own == SampledToken(
         int(logits[2].argmax()),
         chance=TokenChance(int(logits[2].argmax()), pytest.approx(logs[2].max().item())),
     )

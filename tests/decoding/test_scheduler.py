@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.toy_engine import WORDS, Toy, adapter, alone, steps_until
 from veneer.decoding.schedule.scheduler import Limits
-from veneer.decoding.schedule.sequence import Reason, Request, State
-from veneer.decoding.schedule.step_plan import Chosen
+from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceState
+from veneer.decoding.schedule.step_plan import SampledToken
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError
 
 A, B = adapter("a"), adapter("b")
@@ -22,7 +22,7 @@ def test_a_prompt_is_read_in_chunks_and_answered(chunk):
     s = toy.add(range(10), 6)
     toy.finish_all()
     assert s.new == alone(s.request)
-    assert s.reason is Reason.LENGTH
+    assert s.reason is FinishReason.LENGTH
     assert toy.ended == [s]
     assert toy.computed == 10 + 5, "the last token is never read"
 
@@ -34,21 +34,21 @@ def test_a_stop_token_ends_an_answer_and_is_no_part_of_it():
     end = first.index(stop)
     s = toy.add([1, 2], 8, stops=frozenset([stop]))
     toy.finish_all()
-    assert (s.reason, s.new, s.answer) == (Reason.STOP, first[: end + 1], first[:end])
+    assert (s.reason, s.new, s.answer) == (FinishReason.STOP, first[: end + 1], first[:end])
 
 
 def test_a_stop_token_stops_nothing_before_the_least_number_of_tokens():
     toy = Toy()
     s = toy.add([1, 2], 8, stops=frozenset(range(WORDS)), min_new_tokens=3)
     toy.finish_all()
-    assert (s.reason, len(s.new), len(s.answer)) == (Reason.STOP, 4, 3)
+    assert (s.reason, len(s.new), len(s.answer)) == (FinishReason.STOP, 4, 3)
 
 
 def test_a_caller_says_that_a_token_is_the_last():
     toy = Toy()
     s = toy.add([1, 2], 8)
-    toy.step(instead={s.number: Chosen(5, ends=True)})
-    assert (s.reason, s.answer) == (Reason.STOP, [5])
+    toy.step(instead={s.number: SampledToken(5, ends=True)})
+    assert (s.reason, s.answer) == (FinishReason.STOP, [5])
 
 
 def test_a_request_says_everything_that_is_wrong_with_it():
@@ -190,7 +190,7 @@ def test_choices_without_rows_wait_and_find_the_prompt():
     toy = Toy(rows=2)
     choices = toy.scheduler.add(Request(prompt=tuple(range(10)), max_new_tokens=5, choices=4))
     toy.step()
-    assert [s.state for s in choices] == [State.RUNNING] * 2 + [State.PREEMPTED] * 2
+    assert [s.state for s in choices] == [SequenceState.RUNNING] * 2 + [SequenceState.PREEMPTED] * 2
     toy.finish_all()
     assert toy.computed == 10 + 2 * 4 + 2 * (2 + 4), (
         "the last two tokens of the prompt are read again"
@@ -208,7 +208,11 @@ def test_the_first_choice_may_be_cancelled_without_the_others(when):
         toy.step(meanwhile=lambda: toy.scheduler.cancel(choices[0]))
     toy.scheduler.cancel(choices[0])
     toy.finish_all()
-    assert [s.reason for s in choices] == [Reason.CANCELLED, Reason.LENGTH, Reason.LENGTH]
+    assert [s.reason for s in choices] == [
+        FinishReason.CANCELLED,
+        FinishReason.LENGTH,
+        FinishReason.LENGTH,
+    ]
     assert all(toy.right(s) for s in choices)
     assert sorted(s.number for s in toy.ended) == [0, 1, 2]
 
@@ -217,8 +221,8 @@ def test_a_first_choice_that_ends_at_once_leaves_its_prompt_to_the_others():
     toy = Toy()
     request = Request(prompt=tuple(range(10)), max_new_tokens=5, choices=3)
     choices = toy.scheduler.add(request)
-    toy.step(instead={0: Chosen(1, ends=True)})
-    assert choices[0].state is State.FINISHED
+    toy.step(instead={0: SampledToken(1, ends=True)})
+    assert choices[0].state is SequenceState.FINISHED
     toy.finish_all()
     assert all(toy.right(s) for s in choices[1:])
 
@@ -241,16 +245,16 @@ def test_a_prompt_that_does_not_fit_beside_its_adapters_prefix_ends_alone_with_t
     toy.adapters[A] = 6
     s, other = toy.add(range(10), 2, A), toy.add(range(10), 2)
     toy.finish_all()
-    assert s.reason is Reason.ERROR
+    assert s.reason is FinishReason.ERROR
     assert "need room for 11, its adapter's prefix for 8; there is room for 16" in str(s.error)
-    assert other.reason is Reason.LENGTH
+    assert other.reason is FinishReason.LENGTH
 
 
 def test_the_youngest_goes_back_where_room_runs_out_and_says_what_it_would_have_said():
     toy = Toy(blocks=8, rows=4)
     old, young = toy.add(range(8), 20), toy.add(range(100, 108), 20)
-    steps_until(toy, young, State.PREEMPTED)
-    assert old.state is State.RUNNING
+    steps_until(toy, young, SequenceState.PREEMPTED)
+    assert old.state is SequenceState.RUNNING
     said = list(young.new)
     assert said
     toy.finish_all()
@@ -262,7 +266,7 @@ def test_the_youngest_goes_back_where_room_runs_out_and_says_what_it_would_have_
 def test_the_youngest_that_asks_for_room_in_vain_goes_back_itself_and_computes_nothing():
     toy = Toy(blocks=8, rows=4)
     old, young = toy.add(range(6), 18), toy.add(range(100, 107), 18)
-    while young.state is not State.PREEMPTED:
+    while young.state is not SequenceState.PREEMPTED:
         plan = toy.step()
     assert [span.sequence for span in plan.spans] == [old]
     toy.finish_all()
@@ -274,7 +278,7 @@ def test_a_request_may_take_all_positions_and_none_more():
     toy.scheduler.positions = 20
     s = toy.add(range(12), 8)
     toy.finish_all()
-    assert s.reason is Reason.LENGTH and len(s.new) == 8
+    assert s.reason is FinishReason.LENGTH and len(s.new) == 8
     with pytest.raises(DoesNotFitError):
         toy.add(range(12), 9)
 
@@ -284,7 +288,11 @@ def test_nobody_is_let_in_into_the_room_that_others_need_next():
     one, two = toy.add(range(7), 6), toy.add(range(100, 107), 2)
     three = toy.add([1], 2)
     toy.step()
-    assert (one.state, two.state, three.state) == (State.RUNNING, State.WAITING, State.WAITING)
+    assert (one.state, two.state, three.state) == (
+        SequenceState.RUNNING,
+        SequenceState.WAITING,
+        SequenceState.WAITING,
+    )
     toy.finish_all()
     assert toy.ended == [one, two, three]
 
@@ -292,7 +300,7 @@ def test_nobody_is_let_in_into_the_room_that_others_need_next():
 def test_a_sequence_that_comes_back_finds_what_is_left_of_its_blocks():
     toy = Toy(blocks=8, rows=4)
     old, young = toy.add(range(8), 13), toy.add(range(100, 108), 13)
-    steps_until(toy, young, State.PREEMPTED)
+    steps_until(toy, young, SequenceState.PREEMPTED)
     computed = toy.computed
     toy.finish_all()
     rest = (old.length + young.length) - 2 - (computed - 0)
@@ -323,7 +331,7 @@ def test_a_step_that_did_not_fit_into_memory_is_planned_again_and_smaller():
         smaller = toy.plan(most_tokens=3)
         assert smaller.fronts == plan.fronts and smaller.copies == plan.copies
         toy.finish(smaller, {})
-    assert all(toy.right(s) and s.reason is Reason.LENGTH for s in (*choices, behind))
+    assert all(toy.right(s) and s.reason is FinishReason.LENGTH for s in (*choices, behind))
 
 
 def test_one_request_that_fails_harms_no_other():
@@ -332,7 +340,7 @@ def test_one_request_that_fails_harms_no_other():
     fault = DoesNotFitError("out of memory drawing a token")
     toy.step(instead={one.number: fault})
     toy.finish_all()
-    assert (one.reason, one.error) == (Reason.ERROR, fault)
+    assert (one.reason, one.error) == (FinishReason.ERROR, fault)
     assert two.new == alone(two.request)
 
 
@@ -358,7 +366,7 @@ def test_those_that_went_back_do_not_fill_the_queue():
     toy = Toy(blocks=8, rows=4, max_waiting=2)
     toy.add(range(8), 20)
     young = toy.add(range(100, 108), 20)
-    steps_until(toy, young, State.PREEMPTED)
+    steps_until(toy, young, SequenceState.PREEMPTED)
     toy.add([1], 1)
     toy.add([2], 1)
     with pytest.raises(QueueFullError, match="2 requests wait"):
@@ -382,7 +390,9 @@ def test_a_cancelled_request_is_in_no_later_step():
     one, two = toy.add([1, 2], 9), toy.add([3, 4], 9)
     toy.step()
     toy.step(meanwhile=lambda: toy.scheduler.cancel(one))
-    assert (one.reason, len(one.new)) == (Reason.CANCELLED, 1), "what it drew meanwhile is not told"
+    assert (one.reason, len(one.new)) == (FinishReason.CANCELLED, 1), (
+        "what it drew meanwhile is not told"
+    )
     plan = toy.step()
     assert [span.sequence for span in plan.spans] == [two]
     toy.scheduler.cancel(one)
@@ -404,6 +414,6 @@ def test_a_deadline_ends_what_runs_and_what_waits():
     assert toy.step().ended == (waits,)
     toy.now = 6.0
     assert toy.step().ended == (runs,)
-    assert (runs.reason, runs.new) == (Reason.DEADLINE, alone(runs.request)[:2])
+    assert (runs.reason, runs.new) == (FinishReason.DEADLINE, alone(runs.request)[:2])
     toy.finish_all()
-    assert behind.reason is Reason.LENGTH
+    assert behind.reason is FinishReason.LENGTH

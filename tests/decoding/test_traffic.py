@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from tests.support.toy_engine import BROKEN, SIZE, Toy, adapter, alone
-from veneer.decoding.schedule.sequence import Reason, Request, Sequence, State
-from veneer.decoding.schedule.step_plan import Chosen
+from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
+from veneer.decoding.schedule.step_plan import SampledToken
 from veneer.errors import DoesNotFitError, QueueFullError, VeneerError
 
 A, B, C = (adapter(name) for name in "abc")
@@ -113,7 +113,7 @@ class Traffic(RuleBasedStateMachine):
             instead = {
                 s.number: BROKEN
                 if what == "break"
-                else Chosen(alone(s.request, s.choice)[len(s.new)], ends=True)
+                else SampledToken(alone(s.request, s.choice)[len(s.new)], ends=True)
             }
         self.stopped = {*getattr(self, "stopped", ()), *(instead if what == "last" else ())}
         toy.finish(plan, instead)
@@ -134,12 +134,12 @@ class Traffic(RuleBasedStateMachine):
             "each ends exactly once"
         )
         for s in self.all:
-            assert s.state is State.FINISHED and s.table is None
-            stopped = s.number in getattr(self, "stopped", ()) and s.reason is Reason.STOP
+            assert s.state is SequenceState.FINISHED and s.table is None
+            stopped = s.number in getattr(self, "stopped", ()) and s.reason is FinishReason.STOP
             assert toy.right(s) or (stopped and alone(s.request, s.choice)[: len(s.new)] == s.new)
-            assert (s.reason is Reason.ERROR) == (s.error is not None)
+            assert (s.reason is FinishReason.ERROR) == (s.error is not None)
             assert isinstance(s.error, VeneerError | None)
-            assert s.cancelled or s.reason is not Reason.CANCELLED
+            assert s.cancelled or s.reason is not FinishReason.CANCELLED
             assert s.cached_tokens is None or s.cached_tokens < len(s.request.prompt)
 
 

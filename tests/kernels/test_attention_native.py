@@ -9,7 +9,7 @@ from veneer.kernels.attention import compiled as attention_native
 from veneer.kernels.attention.packed import packed_attention, packed_attention_reference
 from veneer.kernels.bindings import library as native
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 needs_kernel = pytest.mark.skipif(
     not attention_native.has_bf16(), reason="this processor multiplies no bf16 pairs"
@@ -49,10 +49,10 @@ def check(prompt, lengths, heads, size, window, dtype, bound):
     q, k, v = (
         torch.randn(N, h, size).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1])
     )
-    assert attention_native.usable(q, k, v, Rules(0.3))
-    fast = packed_attention(q, k, v, layout, Rules(0.3, window))
+    assert attention_native.usable(q, k, v, AttentionRules(0.3))
+    fast = packed_attention(q, k, v, layout, AttentionRules(0.3, window))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, Rules(0.3, window))
+    slow = packed_attention_reference(*wide, layout, AttentionRules(0.3, window))
     pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
     for ours, theirs in pairs:
         assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max().clamp_min(0.1)
@@ -78,9 +78,9 @@ def test_long_documents_and_other_head_sizes_are_their_reference(
         torch.randn(layout.rows, h, size).bfloat16().requires_grad_()
         for h in (heads[0], heads[1], heads[1])
     )
-    fast = packed_attention(q, k, v, layout, Rules(size**-0.5, window))
+    fast = packed_attention(q, k, v, layout, AttentionRules(size**-0.5, window))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, Rules(size**-0.5, window))
+    slow = packed_attention_reference(*wide, layout, AttentionRules(size**-0.5, window))
     grad = torch.randn(fast.shape).bfloat16()
     grads = (
         torch.autograd.grad(fast, (q, k, v), grad),
@@ -101,9 +101,9 @@ def test_a_key_far_above_or_below_those_beside_the_query_is_weighed_as_the_refer
     q[:, :, 0], k[:, :, 0] = 1.0, 0.0
     k[[5, 77, 203], :, 0] = far
     q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
-    fast = packed_attention(q, k, v, layout, Rules(1.0))
+    fast = packed_attention(q, k, v, layout, AttentionRules(1.0))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, Rules(1.0))
+    slow = packed_attention_reference(*wide, layout, AttentionRules(1.0))
     of_q, *ours = gradients(fast, q, k, v)
     expected_of_q, *expected = gradients(slow, *wide)
     for found, exact in zip((fast, *ours), (slow, *expected), strict=True):
@@ -119,9 +119,12 @@ def test_a_document_has_the_same_bits_alone_and_among_others():
     lengths = (300, 31, 64)
     q, k, v = (torch.randn(sum(lengths), heads, 32).bfloat16() for heads in (6, 2, 2))
     k[3] = 100.0  # some panels are computed twice
-    together = packed_attention(q, k, v, Group(0, lengths, CPU), Rules(0.3))
+    together = packed_attention(q, k, v, Group(0, lengths, CPU), AttentionRules(0.3))
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    alone = [packed_attention(*part, Group(0, (len(part[0]),), CPU), Rules(0.3)) for part in parts]
+    alone = [
+        packed_attention(*part, Group(0, (len(part[0]),), CPU), AttentionRules(0.3))
+        for part in parts
+    ]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -144,8 +147,8 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
         torch.randn(N, 2, 32, **options),
         torch.randn(N, 2, 32, **options),
     )
-    assert attention_native.usable(q, k, v, Rules(0.3))
-    assert attention_native.usable(q, k, v, Rules(0.3, 1))
+    assert attention_native.usable(q, k, v, AttentionRules(0.3))
+    assert attention_native.usable(q, k, v, AttentionRules(0.3, 1))
     for others in [
         (q, k, v[..., :16], None),  # multi-head latent attention
         (q, k[..., :16], v[..., :16], None),
@@ -161,8 +164,8 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
         (q, k[:, :0], v[:, :0], None),
         (q[None], k[None], v[None], None),
     ]:
-        assert not attention_native.usable(*others[:3], Rules(0.3, others[3]))
-    for rules in (Rules(0.3, softcap=5.0), Rules(0.3, sinks=torch.zeros(4))):
+        assert not attention_native.usable(*others[:3], AttentionRules(0.3, others[3]))
+    for rules in (AttentionRules(0.3, softcap=5.0), AttentionRules(0.3, sinks=torch.zeros(4))):
         assert not attention_native.usable(q, k, v, rules)
 
 
@@ -176,9 +179,9 @@ def test_values_may_have_another_head_size_than_queries(dtype, prompt, size):
     q, k, v = (
         torch.randn(N, h, d, dtype=dtype).requires_grad_() for h, d in ((4, 32), (2, 32), (2, size))
     )
-    fast = packed_attention(q, k, v, layout, Rules(0.3))
+    fast = packed_attention(q, k, v, layout, AttentionRules(0.3))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    slow = packed_attention_reference(*wide, layout, Rules(0.3))
+    slow = packed_attention_reference(*wide, layout, AttentionRules(0.3))
     assert fast.shape == (N, 4, size)
     bound = BF16_ATOL if dtype == torch.bfloat16 else 1e-11
     pairs = [(fast, slow), *zip(gradients(fast, q, k, v), gradients(slow, *wide), strict=True)]
@@ -200,12 +203,15 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
         wide[..., :32] = x
         return wide[..., :32]
 
-    found = [packed_attention(*x, layout, Rules(0.3)) for x in (plain, [moved(x) for x in plain])]
+    found = [
+        packed_attention(*x, layout, AttentionRules(0.3))
+        for x in (plain, [moved(x) for x in plain])
+    ]
     assert torch.equal(*found)
     tracked = [
         [x.requires_grad_() for x in each] for each in (plain, [moved(x).detach() for x in plain])
     ]
-    outs = [packed_attention(*each, layout, Rules(0.3)) for each in tracked]
+    outs = [packed_attention(*each, layout, AttentionRules(0.3)) for each in tracked]
     grad = torch.randn(outs[0].shape).bfloat16()
     pairs = zip(
         torch.autograd.grad(outs[0], tracked[0], grad),
@@ -219,12 +225,12 @@ def test_what_does_not_lie_in_pairs_is_copied_first(way):
 def test_the_compiled_attention_gives_the_same_bits_however_many_threads_run(dtype, _):
     layout = Group(20, (90, 64, 7), CPU)
     q, k, v = (torch.randn(layout.rows, h, 32).to(dtype).requires_grad_() for h in (4, 2, 2))
-    assert attention_native.usable(q, k, v, Rules(0.3))
+    assert attention_native.usable(q, k, v, AttentionRules(0.3))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            out = packed_attention(q, k, v, layout, Rules(0.3))
+            out = packed_attention(q, k, v, layout, AttentionRules(0.3))
             found.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     finally:
         torch.set_num_threads(before)
@@ -240,7 +246,9 @@ def test_the_counted_arithmetic_is_that_of_the_keys_each_row_sees(before, window
     q, k = torch.zeros(rows, heads, size), torch.zeros(rows, kv_heads, size)
     seen = torch.zeros(before, kv_heads, size) if before else None
     starts = torch.tensor([0, 5, 38, 39])
-    part = attention_native.Part(q, k, k, seen, seen, starts, max(lengths), Rules(1.0, window))
+    part = attention_native.AttentionInputs(
+        q, k, k, seen, seen, starts, max(lengths), AttentionRules(1.0, window)
+    )
     keys = [min(before + i + 1, window or 10**6) for length in lengths for i in range(length)]
     assert part._product_flops() == 2 * sum(keys) * heads * size
 
@@ -266,7 +274,9 @@ def test_few_long_documents_are_split_so_that_eight_tasks_have_64_rows_or_more(
 ):
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     rows = torch.zeros(sum(lengths), kv_heads, 16)
-    part = attention_native.Part(rows, rows, rows, None, None, starts, max(lengths), Rules(1.0))
+    part = attention_native.AttentionInputs(
+        rows, rows, rows, None, None, starts, max(lengths), AttentionRules(1.0)
+    )
     assert part._splits(len(lengths)) == splits
 
 
@@ -287,7 +297,7 @@ def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_a
 
     monkeypatch.setattr(attention_native.calls, "attention_backward", counted)
     q, k, v = (torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for _ in range(3))
-    packed_attention(q, k, v, layout, Rules(0.3)).float().sum().backward()
+    packed_attention(q, k, v, layout, AttentionRules(0.3)).float().sum().backward()
     assert [shape[1] for shape in seen if shape[4]] == sizes
 
 

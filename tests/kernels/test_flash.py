@@ -7,10 +7,10 @@ import torch
 from tests.support.flash_reference import Exact
 from veneer.kernels.attention import flash
 from veneer.kernels.attention import packed as attention
-from veneer.kernels.attention.flash import Spans, declined, flash_attention
+from veneer.kernels.attention.flash import SequenceEnds, declined, flash_attention
 from veneer.kernels.attention.prefix import prefixed_attention_reference
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.plan.tracker import Tracker
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def case(prompt, lengths, *, sinks, filler=3, dtype=torch.float64):
 def reference(q, k, v, sinks, layout, scale, window):
     nothing = k.new_zeros(0, K, D)
     return prefixed_attention_reference(
-        q, k, v, nothing, nothing, layout, Rules(scale, window, None, sinks)
+        q, k, v, nothing, nothing, layout, AttentionRules(scale, window, None, sinks)
     )
 
 
@@ -56,7 +56,7 @@ def test_output_and_gradients_are_those_of_one_row_at_a_time(layout, window, sin
     tensors, weights = case(*layout, sinks=sinks)
     group = Group(*layout, CPU)
     *qkv, sink = tensors
-    found = flash_attention(*qkv, group, Rules(0.3, window, None, sink), Exact())
+    found = flash_attention(*qkv, group, AttentionRules(0.3, window, None, sink), Exact())
     expected = reference(*tensors, group, 0.3, window)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
@@ -82,7 +82,7 @@ def test_what_is_kept_grows_with_the_rows_and_not_with_their_square(window):
             flash_attention(
                 *tensors[:3],
                 Group(32, (length, length), CPU),
-                Rules(0.3, window, None, tensors[3]),
+                AttentionRules(0.3, window, None, tensors[3]),
                 Exact(),
             )
         rows = 32 + 2 * length
@@ -99,7 +99,10 @@ def test_the_output_is_kept_once_by_attention_and_what_comes_behind(filler):
         lambda each: kept.append(each) or each, lambda each: each
     ):
         out = flash_attention(
-            *tensors[:3], Group(6, (5, 1, 9), CPU), Rules(0.3, None, None, tensors[3]), Exact()
+            *tensors[:3],
+            Group(6, (5, 1, 9), CPU),
+            AttentionRules(0.3, None, None, tensors[3]),
+            Exact(),
         )
     own = out.untyped_storage().data_ptr()
     assert [
@@ -120,7 +123,7 @@ class Noting(Exact):
 
 def asked(layout, window):
     noting, (tensors, _) = Noting(), case(*layout, sinks=False)
-    flash_attention(*tensors[:3], Group(*layout, CPU), Rules(0.3, window), noting)
+    flash_attention(*tensors[:3], Group(*layout, CPU), AttentionRules(0.3, window), noting)
     return noting.calls
 
 
@@ -135,15 +138,15 @@ def test_a_prompt_is_read_once_for_all_documents_and_of_a_window_only_what_it_re
 
 
 def test_every_layer_takes_the_same_spans(monkeypatch):
-    made, real = [], Spans.of
+    made, real = [], SequenceEnds.of
     monkeypatch.setattr(
-        Spans, "of", lambda *given, **named: made.append(1) or real(*given, **named)
+        SequenceEnds, "of", lambda *given, **named: made.append(1) or real(*given, **named)
     )
     group, (tensors, _) = Group(2, (3, 4), CPU), case(2, (3, 4), sinks=False)
     for _ in range(3):
-        flash_attention(*tensors[:3], group, Rules(0.3), Exact())
+        flash_attention(*tensors[:3], group, AttentionRules(0.3), Exact())
     assert len(made) == 2
-    flash_attention(*tensors[:3], group, Rules(0.3, 3), Exact())
+    flash_attention(*tensors[:3], group, AttentionRules(0.3, 3), Exact())
     assert len(made) == 3
 
 
@@ -160,32 +163,39 @@ def test_what_the_kernels_do_not_take_is_declined_by_name(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     q, kv, group = There(64, 8, 64), There(64, 2, 64), Group(0, (64,), CPU)
-    assert declined(q, kv, kv, group, Rules(0.3, 8, None, torch.zeros(8))) is None
-    assert declined(q, kv, kv, group, Rules(0.3, None, 50.0)) == "a soft cap on scores"
+    assert declined(q, kv, kv, group, AttentionRules(0.3, 8, None, torch.zeros(8))) is None
+    assert declined(q, kv, kv, group, AttentionRules(0.3, None, 50.0)) == "a soft cap on scores"
     wide = There(64, 8, 64, dtype=torch.float32)
-    assert declined(wide, kv, kv, group, Rules(0.3)) == "numbers of torch.float32"
-    assert declined(q, kv, There(64, 2, 32), group, Rules(0.3)) == "heads of 64 and 32 values"
+    assert declined(wide, kv, kv, group, AttentionRules(0.3)) == "numbers of torch.float32"
+    assert (
+        declined(q, kv, There(64, 2, 32), group, AttentionRules(0.3)) == "heads of 64 and 32 values"
+    )
     odd = There(64, 8, 36)
-    assert declined(odd, odd, odd, group, Rules(0.3)) == "heads of 36 and 36 values"
+    assert declined(odd, odd, odd, group, AttentionRules(0.3)) == "heads of 36 and 36 values"
     seldom = There(64, 8, 208)
-    assert declined(seldom, seldom, seldom, group, Rules(0.3)) == "heads of 208 and 208 values"
+    assert (
+        declined(seldom, seldom, seldom, group, AttentionRules(0.3))
+        == "heads of 208 and 208 values"
+    )
     many = "more rows than their backward can address"
-    assert declined(q, kv, kv, Group(0, (2**22,), CPU), Rules(0.3)) == many
+    assert declined(q, kv, kv, Group(0, (2**22,), CPU), AttentionRules(0.3)) == many
     for size, held in ((72, 96), (96, 96), (136, 192)):  # its tiles are wider than such heads
         rows, heads = -(-(2**31) // held // 8) - 256, There(64, 8, size)
-        assert declined(heads, heads, heads, Group(0, (rows,), CPU), Rules(0.3)) == many
-        assert declined(heads, heads, heads, Group(0, (rows - 1,), CPU), Rules(0.3)) is None
+        assert declined(heads, heads, heads, Group(0, (rows,), CPU), AttentionRules(0.3)) == many
+        assert (
+            declined(heads, heads, heads, Group(0, (rows - 1,), CPU), AttentionRules(0.3)) is None
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert declined(q, kv, kv, group, Rules(0.3)) == "a GPU older than Ampere"
+    assert declined(q, kv, kv, group, AttentionRules(0.3)) == "a GPU older than Ampere"
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert declined(q, kv, kv, group, Rules(0.3)) == "a torch without flash kernels"
-    assert declined(torch.zeros(1), kv, kv, group, Rules(0.3)) == "not on CUDA"
+    assert declined(q, kv, kv, group, AttentionRules(0.3)) == "a torch without flash kernels"
+    assert declined(torch.zeros(1), kv, kv, group, AttentionRules(0.3)) == "not on CUDA"
 
 
 def test_packed_attention_takes_them_where_they_are_not_declined(monkeypatch):
     (tensors, _), group = case(2, (3, 4), sinks=False, dtype=torch.float32), Group(2, (3, 4), CPU)
     q, k, v = (tensor.detach() for tensor in tensors[:3])
-    plain = attention.packed_attention(q, k, v, group, Rules(0.3))
+    plain = attention.packed_attention(q, k, v, group, AttentionRules(0.3))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(attention, "declined", lambda *given: None)
     monkeypatch.setattr(
@@ -193,7 +203,7 @@ def test_packed_attention_takes_them_where_they_are_not_declined(monkeypatch):
     )
     assert attention.packed_attention.__globals__["flash_attention"] is not flash.flash_attention
     torch.testing.assert_close(
-        attention.packed_attention(q, k, v, group, Rules(0.3)), plain, rtol=1e-5, atol=1e-5
+        attention.packed_attention(q, k, v, group, AttentionRules(0.3)), plain, rtol=1e-5, atol=1e-5
     )
 
 
@@ -203,7 +213,7 @@ def test_torch_has_the_operators_with_the_arguments_that_are_given():
     ends = torch.empty(3, dtype=torch.int32, device=meta)
     q, k = (torch.empty(16, heads, 64, dtype=torch.bfloat16, device=meta) for heads in (4, 2))
     for causal, before in ((True, None), (True, 5), (False, None)):
-        spans = Spans(ends, ends, 8, 8, causal, before)
+        spans = SequenceEnds(ends, ends, 8, 8, causal, before)
         out, entropy, state = flash.ATEN.forward(q, k, k, spans, 0.3)
         assert out.shape == q.shape and entropy.shape == (4, 16) and entropy.dtype == torch.float32
         found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)
@@ -218,7 +228,7 @@ def test_a_plan_counts_what_their_backward_holds_besides(heads, size, tiles):
     ends = torch.empty(sequences + 1, dtype=torch.int32, device=meta)
     q, k = (torch.empty(rows, each, size, dtype=torch.bfloat16, device=meta) for each in heads)
     out, entropy, state = flash.ATEN.forward(
-        q, k, k, spans := Spans(ends, ends, 90, 90, True, None), 0.3
+        q, k, k, spans := SequenceEnds(ends, ends, 90, 90, True, None), 0.3
     )
     with Tracker() as tracker, tracker.phase("backward", label="theirs") as phase:
         found = flash.ATEN.backward(out, (q, k, k), out, entropy, state, spans, 0.3)

@@ -15,7 +15,7 @@ from veneer.kernels.attention.prefix import prefixed_attention_reference
 from veneer.kernels.bindings import library as native
 from veneer.kernels.cuda import launch
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 LONG = {
     "many blocks": (150, (300, 1, 129, 40)),
@@ -36,7 +36,7 @@ def test_output_and_gradients_are_those_of_one_row_at_a_time(layout, window, sin
     tensors, weights = case(*layout, sinks=sinks)
     group = Group(*layout, CPU)
     *qkv, sink = tensors
-    rules = Rules(0.7, window, 1.5, sink)
+    rules = AttentionRules(0.7, window, 1.5, sink)
     found = flex.flex_packed_attention(*qkv, group, rules, exact)
     nothing = qkv[1].new_zeros(0, K, qkv[1].shape[2])
     expected = prefixed_attention_reference(*qkv, nothing, nothing, group, rules)
@@ -51,7 +51,7 @@ def test_output_and_gradients_are_those_of_one_row_at_a_time(layout, window, sin
 def test_torchs_own_takes_what_it_is_given_and_answers_the_same():
     tensors, _ = case(*LONG["many blocks"], sinks=True, dtype=torch.float32)
     q, k, v, sink = (each.detach() for each in tensors)
-    group, rules = Group(*LONG["many blocks"], CPU), Rules(0.7, 100, 1.5, sink)
+    group, rules = Group(*LONG["many blocks"], CPU), AttentionRules(0.7, 100, 1.5, sink)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it holds all scores where it is not compiled
         found = flex.flex_packed_attention(q, k, v, group, rules, flex.torch_flex_attention)
@@ -76,21 +76,21 @@ def test_it_is_asked_for_soft_caps_alone_and_a_plan_counts_what_it_keeps(monkeyp
     )
     plain = attention.plain_attention
     with native.planning("cuda"):
-        assert flex.declined(q, k, v, group, Rules(0.1), plain) == "no soft cap on scores"
+        assert flex.declined(q, k, v, group, AttentionRules(0.1), plain) == "no soft cap on scores"
         assert (
-            flex.declined(q.float(), k, v, group, Rules(0.1, softcap=2.0), plain)
+            flex.declined(q.float(), k, v, group, AttentionRules(0.1, softcap=2.0), plain)
             == "numbers of torch.float32"
         )
-        assert flex.declined(q, k, v, group, Rules(0.1, softcap=2.0), plain) is None
+        assert flex.declined(q, k, v, group, AttentionRules(0.1, softcap=2.0), plain) is None
         asked = []
         monkeypatch.setattr(
             attention, "flash_attention", lambda *given: asked.append(given[-1]) or given[0]
         )
-        attention.packed_attention(q, k, v, group, Rules(0.1, softcap=2.0))
-        assert asked == [Rules(0.1)]
+        attention.packed_attention(q, k, v, group, AttentionRules(0.1, softcap=2.0))
+        assert asked == [AttentionRules(0.1)]
         monkeypatch.setattr(launch, "module", lambda name: None)
         assert (
-            flex.declined(q, k, v, group, Rules(0.1, softcap=2.0), plain)
+            flex.declined(q, k, v, group, AttentionRules(0.1, softcap=2.0), plain)
             == "Triton is not installed, or does not work here"
         )
 
@@ -113,7 +113,12 @@ def test_it_is_tried_before_it_is_used_and_what_is_wrong_is_said(way, said, monk
     with caplog.at_level(logging.WARNING, "veneer.kernels"):
         for _ in range(2):
             found = flex.declined(
-                q, k, v, Group(0, (9,), CPU), Rules(0.1, softcap=2.0), attention.plain_attention
+                q,
+                k,
+                v,
+                Group(0, (9,), CPU),
+                AttentionRules(0.1, softcap=2.0),
+                attention.plain_attention,
             )
     flex._fault.cache_clear()
     assert (found is None) == (said is None) and len(caplog.records) == (said is not None)

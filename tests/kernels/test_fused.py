@@ -12,7 +12,7 @@ from tests.support.helpers import Limited, fill, make_examples
 from tests.support.tiny import save_tiny, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
-from veneer.adapters.placement.acting import Acting, Part
+from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.bases.loading.from_config import build
@@ -366,7 +366,7 @@ def test_the_weight_of_a_fused_norm_is_the_one_that_acts_on_all_rows():
         assert norm.weight_acting() is attachment.values["model.norm.weight"]
     with routing.held(Acting()):
         assert norm.weight_acting() is plain_modules(model)["model.norm"].weight
-    with routing.held(Acting((Part(2, ()), Part(3, acting)))):
+    with routing.held(Acting((BatchPart(2, ()), BatchPart(3, acting)))):
         assert norm.weight_acting() is None
 
 

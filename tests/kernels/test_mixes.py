@@ -17,7 +17,7 @@ from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.bindings.dense_calls import Updates, laid_out
 from veneer.kernels.dense import few_rows
-from veneer.kernels.dense.mixes import WORDS, Mix, Table
+from veneer.kernels.dense.mixes import WORDS, AdapterMix, FactorTable
 
 pytestmark = pytest.mark.skipif(
     native.level() < 2, reason="no products of few rows are compiled here"
@@ -36,7 +36,7 @@ def table(keys, rank, dtype=torch.float32, seed=0):
         for key in keys
     ]
     scalings = [0.3 + seed + number for number in range(len(keys))]
-    return Table(dict(zip(keys, laid_out(pairs, dtype), strict=True)), scalings), scalings
+    return FactorTable(dict(zip(keys, laid_out(pairs, dtype), strict=True)), scalings), scalings
 
 
 def words(address, count):
@@ -66,7 +66,7 @@ def test_lists_are_those_that_each_layer_makes_for_itself(name, dtype):
         (slice(a, b), *table(keys, 2 + n, dtype, n), weight)
         for n, (a, b, keys, weight) in enumerate(MIXES[name])
     ]
-    mix = Mix([(rows, own, weight) for rows, own, _, weight in made], dtype)
+    mix = AdapterMix([(rows, own, weight) for rows, own, _, weight in made], dtype)
     for key in SIZES:
         given = [
             (rows, own.factors[own.keys.index(key)], scalings[own.keys.index(key)] * weight)
@@ -99,25 +99,27 @@ def test_lists_are_those_that_each_layer_makes_for_itself(name, dtype):
 
 def test_what_is_more_than_updates_is_left_to_the_layer():
     own, _ = table(("q", "v"), 4)
-    mix = Mix([(slice(0, 1), own, 1.0)], torch.float32, {"v", "norm"})
+    mix = AdapterMix([(slice(0, 1), own, 1.0)], torch.float32, {"v", "norm"})
     assert mix.keys == {"q", "v", "norm"}
     assert len(mix.at("q", torch.float32)) == 1 and mix.at("v", torch.float32) is None
     assert mix.at("q", torch.bfloat16) is None
-    crowd = Mix([(slice(0, 1), own, 1.0)] * (few_rows.MOST_UPDATES + 1), torch.float32)
+    crowd = AdapterMix([(slice(0, 1), own, 1.0)] * (few_rows.MOST_UPDATES + 1), torch.float32)
     assert crowd.at("q", torch.float32) is None
 
 
 def test_what_c_could_not_read_is_refused():
     own, _ = table(("q",), 4)
     with pytest.raises(CallError, match="of no rows"):
-        Mix([(slice(2, 2), own, 1.0)], torch.float32)
+        AdapterMix([(slice(2, 2), own, 1.0)], torch.float32)
     with pytest.raises(CallError, match="another type"):
-        Mix([(slice(0, 2), own, 1.0)], torch.bfloat16)
-    other = Table({"q": laid_out([(torch.ones(2, 8), torch.ones(8, 2))], torch.float32)[0]}, [1.0])
+        AdapterMix([(slice(0, 2), own, 1.0)], torch.bfloat16)
+    other = FactorTable(
+        {"q": laid_out([(torch.ones(2, 8), torch.ones(8, 2))], torch.float32)[0]}, [1.0]
+    )
     with pytest.raises(CallError, match="different sizes"):
-        _ = Mix([(slice(0, 1), own, 1.0), (slice(1, 2), other, 1.0)], torch.float32).listed
+        _ = AdapterMix([(slice(0, 1), own, 1.0), (slice(1, 2), other, 1.0)], torch.float32).listed
     with pytest.raises(CallError, match="a scaling for each"):
-        Table({"q": own.factors[0]}, [])
+        FactorTable({"q": own.factors[0]}, [])
     x = torch.randn(3, 24)
     with pytest.raises(CallError):  # rows that x does not have
         few_rows.updated(
@@ -126,7 +128,7 @@ def test_what_c_could_not_read_is_refused():
                 (
                     torch.randn(40, 24),
                     None,
-                    Mix([(slice(0, 4), own, 1.0)], torch.float32).at("q", x.dtype),
+                    AdapterMix([(slice(0, 4), own, 1.0)], torch.float32).at("q", x.dtype),
                 )
             ],
         )
@@ -135,7 +137,7 @@ def test_what_c_could_not_read_is_refused():
 def test_whoever_has_a_list_holds_what_it_points_at():
     own, _ = table(("q",), 4)
     kept = weakref.ref(own.factors[0].kept)
-    listed = Mix([(slice(0, 1), own, 1.0)], torch.float32).at("q", torch.float32)
+    listed = AdapterMix([(slice(0, 1), own, 1.0)], torch.float32).at("q", torch.float32)
     del own
     gc.collect()
     assert kept() is not None and len(words(listed.address, 1)) == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from veneer.kernels.attention.paged import (
-    Blocks,
+    KeyValueBlocks,
     SpanRows,
     Spans,
     paged_attention,
@@ -16,7 +16,7 @@ from veneer.kernels.attention.paged import (
 )
 from veneer.kernels.bindings import paged_calls
 from veneer.kernels.bindings.arguments import available
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 S = paged_calls.SLOTS
 BLOCKS = 320
@@ -65,7 +65,7 @@ def stored(dtype, heads, size, wide, seed):
         torch.randn(BLOCKS * S, heads, size).to(dtype),
         torch.randn(BLOCKS * S, heads, wide).to(dtype),
     )
-    made = Blocks.empty(BLOCKS, S, key, value)
+    made = KeyValueBlocks.empty(BLOCKS, S, key, value)
     made.write(torch.arange(BLOCKS * S), key, value)
     return made
 
@@ -73,7 +73,7 @@ def stored(dtype, heads, size, wide, seed):
 def wide_copy(blocks):
     """The same keys and values in float64."""
     key, value = (x.double() for x in blocks.read(torch.arange(BLOCKS * S)))
-    made = Blocks.empty(BLOCKS, S, key, value)
+    made = KeyValueBlocks.empty(BLOCKS, S, key, value)
     made.write(torch.arange(BLOCKS * S), key, value)
     return made
 
@@ -117,7 +117,7 @@ def near(found, expected, dtype):
     "sizes", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (6, 10)], ids=str
 )
 def test_the_compiled_attention_is_its_reference(dtype, heads, sizes):
-    rules = Rules(scale=sizes[0] ** -0.5)
+    rules = AttentionRules(scale=sizes[0] ** -0.5)
     found, expected = both(dtype, laid(MIXED, 1, alike=8), heads, sizes, rules)
     assert near(found, expected, dtype)
     assert not found[-2:].any()
@@ -130,7 +130,7 @@ def test_the_compiled_attention_is_its_reference(dtype, heads, sizes):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_windows_caps_and_sinks_are_the_references(dtype, window, sinks, softcap):
     column = torch.linspace(-2, 3, 6) if sinks else None
-    rules = Rules(scale=0.4, window=window, softcap=softcap, sinks=column)
+    rules = AttentionRules(scale=0.4, window=window, softcap=softcap, sinks=column)
     found, expected = both(dtype, laid(MIXED, 2, alike=8), (6, 2), (16, 16), rules)
     assert near(found, expected, dtype)
 
@@ -141,7 +141,7 @@ def test_windows_caps_and_sinks_are_the_references(dtype, window, sinks, softcap
 def test_every_set_of_instructions_gives_it(dtype, level):
     spans, rules = (
         laid(MIXED, 3, alike=8),
-        Rules(scale=0.3, window=120, softcap=3.0, sinks=torch.zeros(9)),
+        AttentionRules(scale=0.3, window=120, softcap=3.0, sinks=torch.zeros(9)),
     )
     blocks = stored(dtype, 3, 32, 20, 0)
     q, k, v = inputs(dtype, spans, (9, 3), (32, 20), filler=0)
@@ -166,7 +166,7 @@ def test_a_row_has_the_bits_that_it_has_alone(dtype, alike):
         4,
         alike=alike,
     )
-    rules, heads, sizes = Rules(scale=0.2), (6, 2), (32, 32)
+    rules, heads, sizes = AttentionRules(scale=0.2), (6, 2), (32, 32)
     q, k, v = inputs(dtype, spans, heads, sizes, filler=0)
     together = paged_attention(q, k, v, stored(dtype, 2, *sizes, 0), Spans(spans, S), rules)
     at = 0
@@ -215,12 +215,12 @@ def test_what_another_text_left_in_a_block_is_never_seen(dtype, way):
         blocks.write(torch.tensor(places, dtype=torch.long), *before)
         rows = span.stop - span.start
         q, k, v = (torch.randn(rows, h, 16).to(dtype) for h in (4, 2, 2))
-        out = way(q, k, v, blocks, Spans([span], S), Rules(scale=0.2, window=11))
+        out = way(q, k, v, blocks, Spans([span], S), AttentionRules(scale=0.2, window=11))
         assert out.isfinite().all() and out.any()
 
 
 def test_a_prefix_and_a_copied_block_are_seen_as_they_were_written():
-    blocks, rules = stored(torch.bfloat16, 2, 16, 16, 0), Rules(scale=0.3)
+    blocks, rules = stored(torch.bfloat16, 2, 16, 16, 0), AttentionRules(scale=0.3)
     blocks.copy(4, 50)
     q, k, v = (torch.randn(1, h, 16).bfloat16() for h in (4, 2, 2))
     first, second = (
@@ -238,16 +238,18 @@ def test_what_the_kernel_does_not_compute_never_reaches_it():
     assert not usable(q.float(), k, v, blocks)
     assert not usable(q, k.half(), v, blocks)
     assert not usable(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, blocks)
-    assert not usable(q, k, v, Blocks.empty(3, 8, k, v))
-    assert not usable(q, k[..., :5], v, Blocks.empty(3, S, k[..., :5], v))
+    assert not usable(q, k, v, KeyValueBlocks.empty(3, 8, k, v))
+    assert not usable(q, k[..., :5], v, KeyValueBlocks.empty(3, S, k[..., :5], v))
     half = [x.half() for x in (q, k, v)]
-    assert not usable(*half, Blocks.empty(3, S, *half[1:]))
+    assert not usable(*half, KeyValueBlocks.empty(3, S, *half[1:]))
 
 
 def test_a_step_of_no_rows_gives_zeros():
     q, k, v = (torch.randn(2, 2, 16) for _ in range(3))
     for way in (paged_attention, paged_attention_reference):
-        assert not way(q, k, v, Blocks.empty(2, S, k, v), Spans([], S), Rules(scale=1.0)).any()
+        assert not way(
+            q, k, v, KeyValueBlocks.empty(2, S, k, v), Spans([], S), AttentionRules(scale=1.0)
+        ).any()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_tables_that_lie_elsewhere_are_refused(columns):
 @needs_kernel
 def test_blocks_and_rows_that_are_not_there_are_refused():
     q = torch.zeros(1, 2, 16)
-    blocks, out = Blocks.empty(3, S, q, q), torch.zeros(1, 2, 16)
+    blocks, out = KeyValueBlocks.empty(3, S, q, q), torch.zeros(1, 2, 16)
     given = {"scale": 1.0, "window": None, "softcap": None, "sinks": None}
     for span in (SpanRows(0, 1, [3]), SpanRows(0, 2, [1])):
         with pytest.raises(paged_calls.CallError):

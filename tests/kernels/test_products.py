@@ -13,7 +13,7 @@ from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings import product_calls
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import few_rows, loss, products
-from veneer.kernels.dense.loss import Beside, Head
+from veneer.kernels.dense.loss import Head, TrainedHeadRows
 from veneer.linear import DenseLinear, FewRowsLinear, frozen_linear
 
 pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
@@ -152,7 +152,9 @@ def test_a_weight_that_trains_takes_torchs_product():
 def test_a_heads_loss_is_near_torchs_whatever_its_chunks(beside, monkeypatch):
     """300 rows: one and a part of a chunk of 256, and three of 128, the last of 44."""
     columns = 1024 if beside is None else max(1024, max(beside) + 1)
-    rows = None if beside is None else Beside(drawn(len(beside), 128), torch.tensor(beside))
+    rows = (
+        None if beside is None else TrainedHeadRows(drawn(len(beside), 128), torch.tensor(beside))
+    )
     head = Head(drawn(1024, 128), scale=0.5, beside=rows, columns=columns)
     h, targets = drawn(300, 128).requires_grad_(), torch.arange(300) * 7 % columns
     found = []

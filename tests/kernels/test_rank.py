@@ -8,7 +8,7 @@ from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.lora import (
-    Adapted,
+    LoRALinear,
     filled,
     lora_linear,
     lora_linear_reference,
@@ -152,7 +152,7 @@ def test_layers_that_share_their_input_are_what_each_is_alone(dtype, sizes, drop
         ]
         bias = torch.randn(out).to(dtype).requires_grad_()
         mask = Dropout(rows, number << 32, dropout) if dropout else None
-        layers.append(Adapted(*factors, bias, base, 0.3 + number, mask))
+        layers.append(LoRALinear(*factors, bias, base, 0.3 + number, mask))
         given += [*factors, bias]
     grads = [torch.randn(2, 13, out).to(dtype) for out in outs]
     together = lora_linears(x, layers)
@@ -232,10 +232,10 @@ def test_a_rank_that_fills_no_register_is_computed_as_one_that_does(size, whole)
     (y, of_x, of_A, of_B), (other, of_x_too, wide_A, wide_B) = found
     assert torch.equal(y, other) and torch.equal(of_x, of_x_too)
     assert torch.equal(of_A, wide_A[:size]) and torch.equal(of_B, wide_B[:, :size])
-    assert filled(Adapted(*small, None, base, 0.3), x).A.shape == (whole, 96)
-    assert filled(Adapted(*small, None, base, 0.3), x[:29]).A.shape == (whole, 96)
+    assert filled(LoRALinear(*small, None, base, 0.3), x).A.shape == (whole, 96)
+    assert filled(LoRALinear(*small, None, base, 0.3), x[:29]).A.shape == (whole, 96)
     for other in (x[:15], x.float()):
-        assert filled(Adapted(*small, None, base, 0.3), other).A is small[0]
+        assert filled(LoRALinear(*small, None, base, 0.3), other).A is small[0]
 
 
 @pytest.mark.parametrize("rows", [16, 31, 130])

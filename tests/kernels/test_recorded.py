@@ -20,7 +20,7 @@ from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.lanes import Lane
 from veneer.decoding.recorded import Steps, _Recorded
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.kernels.bindings import dense_calls, step_calls
 from veneer.kernels.bindings import library as native
@@ -68,7 +68,7 @@ def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
     engine = Engine(
         base,
         budget_bytes=2**22,
-        adapters=Fixed({i: base.routing.applied(i) for i in identities if i}),
+        adapters=FixedAdapters({i: base.routing.applied(i) for i in identities if i}),
     )
     for number, prompt in enumerate(PROMPTS):
         engine.add(
@@ -321,7 +321,7 @@ def engine_of(base, identities):
     return Engine(
         base,
         budget_bytes=2**22,
-        adapters=Fixed({i: base.routing.applied(i) for i in identities if i}),
+        adapters=FixedAdapters({i: base.routing.applied(i) for i in identities if i}),
     )
 
 

@@ -25,8 +25,8 @@ from veneer.kernels.dense.loss import (
     head_nats,
     trained_head_loss,
 )
-from veneer.kernels.layout import Group, Layout, round_up
-from veneer.kernels.rules import Rules
+from veneer.kernels.layout import BatchLayout, Group, round_up
+from veneer.kernels.rules import AttentionRules
 from veneer.linear import DenseLinear, SliceLinear, frozen_linear, frozen_product
 from veneer.plan.tracker import Tracker
 
@@ -60,8 +60,8 @@ def test_packed_attention_is_its_reference(lengths, prompt, extra, block, monkey
     if extra in ("sinks", "all"):
         options["sinks"] = sinks
         inputs.append(sinks)
-    fast = packed_attention(q, k, v, layout, Rules(**options))
-    slow = packed_attention_reference(q, k, v, layout, Rules(**options))
+    fast = packed_attention(q, k, v, layout, AttentionRules(**options))
+    slow = packed_attention_reference(q, k, v, layout, AttentionRules(**options))
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -74,7 +74,7 @@ def live_bytes(rows, **options):
     tracker, layout = Tracker(), Group(0, (rows,), torch.device("meta"))
     with torch.no_grad(), tracker:
         tracker.enter("attention", label="other")
-        out = packed_attention(q, k, k, layout, Rules(0.25, **options))
+        out = packed_attention(q, k, k, layout, AttentionRules(0.25, **options))
         tracker.enter("after", label="other")
     assert out.shape == q.shape
     return tracker.phases[0].peak_bytes, tracker.phases[0].end_bytes
@@ -102,7 +102,7 @@ def test_keys_that_no_row_of_a_block_sees_are_not_multiplied(window, monkeypatch
     monkeypatch.setattr(attention._Scores, "probabilities", noted)
     layout = Group(3, (96,), CPU)
     rows = torch.randn(99, 1, 4, dtype=torch.float64)
-    packed_attention(rows, rows, rows, layout, Rules(1.0, window))
+    packed_attention(rows, rows, rows, layout, AttentionRules(1.0, window))
     firsts = [0 if window is None else max(0, 3 + start - window + 1) for start in (0, 32, 64)]
     widths = [round_up(3 + stop) - first for stop, first in zip((32, 64, 96), firsts, strict=True)]
     assert seen == [*zip(firsts, widths, strict=True), (0, round_up(3))]
@@ -128,8 +128,10 @@ def test_attention_behind_a_prefix_is_its_reference(lengths, prompt, extra):
     if extra in ("sinks", "all"):
         options["sinks"] = sinks
         inputs.append(sinks)
-    fast = prefixed_attention(q, k, v, prefix_k, prefix_v, layout, Rules(**options))
-    slow = prefixed_attention_reference(q, k, v, prefix_k, prefix_v, layout, Rules(**options))
+    fast = prefixed_attention(q, k, v, prefix_k, prefix_v, layout, AttentionRules(**options))
+    slow = prefixed_attention_reference(
+        q, k, v, prefix_k, prefix_v, layout, AttentionRules(**options)
+    )
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -144,7 +146,7 @@ def test_attention_behind_a_prefix_has_the_derivative_it_says():
     )
 
     def attention(*inputs):
-        return prefixed_attention(*inputs, layout, Rules(0.7, 5, 2.0))
+        return prefixed_attention(*inputs, layout, AttentionRules(0.7, 5, 2.0))
 
     assert torch.autograd.gradcheck(attention, (q, k, v, prefix_k, prefix_v))
 
@@ -152,9 +154,9 @@ def test_attention_behind_a_prefix_has_the_derivative_it_says():
 def test_a_document_never_sees_another_to_the_last_bit():
     layout = Group(2, (4, 5), CPU)
     q, k, v = (torch.randn(layout.rows, heads, 8) for heads in (4, 2, 2))
-    before = packed_attention(q, k, v, layout, Rules(0.3))
+    before = packed_attention(q, k, v, layout, AttentionRules(0.3))
     k[6:], v[6:], q[6:] = 100.0, -100.0, 3.0
-    after = packed_attention(q, k, v, layout, Rules(0.3))
+    after = packed_attention(q, k, v, layout, AttentionRules(0.3))
     assert torch.equal(before[:6], after[:6])
     assert not torch.equal(before[6:], after[6:])
 
@@ -347,14 +349,14 @@ def test_the_compiled_dropout_is_its_reference_to_the_bit(dtype, size, share):
 
 def test_the_rows_of_groups_follow_one_another():
     groups = (Group(0, (3, 2), CPU), Group(2, (4,), CPU), Group(5, (1, 1, 1), CPU))
-    layout = Layout(groups)
+    layout = BatchLayout(groups)
     assert (
         [span.stop - span.start for span in layout.spans]
         == [group.rows for group in groups]
         == [5, 6, 8]
     )
     assert [span.start for span in layout.spans] == [0, 5, 11] and layout.rows == 19
-    assert Layout.of(2, [4], CPU).spans == [slice(0, 6)]
+    assert BatchLayout.of(2, [4], CPU).spans == [slice(0, 6)]
 
 
 def test_dropout_wants_one_key_a_row():

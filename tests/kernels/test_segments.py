@@ -10,8 +10,8 @@ from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.segments import (
     LONG,
-    Plan,
-    Update,
+    RowUpdate,
+    UpdateCache,
     linear_with_updates,
     linear_with_updates_reference,
 )
@@ -39,7 +39,7 @@ def pair(rank, seed):
 
 def update(start, stop, *, rank=4, scaling=1.7, share=0.0, seed=0):
     keys = torch.arange(start, stop) * 977
-    return Update(
+    return RowUpdate(
         slice(start, stop),
         pair(rank, 7 * start + seed),
         scaling,
@@ -96,7 +96,7 @@ def test_rows_and_gradients_are_those_of_the_plain_loop(mix, with_bias):
     linear = nn.Linear(I, O, bias=False).requires_grad_(False).double()
     x = torch.randn(LONG + 10, I, dtype=torch.float64, requires_grad=True)
     bias = nn.Parameter(torch.randn(O, dtype=torch.float64)) if with_bias else None
-    updates, base, plan = MIXES[mix], DenseLinear(linear), Plan()
+    updates, base, plan = MIXES[mix], DenseLinear(linear), UpdateCache()
     expected = computed(linear_with_updates_reference, x, bias, base, updates)
     found = computed(lambda *given: linear_with_updates(*given, plan), x, bias, base, updates)
     for ours, theirs in zip(found, expected, strict=True):
@@ -117,7 +117,7 @@ def test_rows_that_no_update_names_are_the_bases_to_the_bit(dtype):
                 named[each.rows] = True
             if named[40:].any():
                 continue
-            found = linear_with_updates(x, None, base, updates, Plan())
+            found = linear_with_updates(x, None, base, updates, UpdateCache())
             assert torch.equal(found[~named[:40]], plain[~named[:40]])
 
 
@@ -132,14 +132,14 @@ def test_prepared_updates_are_those_of_the_plain_loop(mix, dtype):
     bias = base.own_bias()
     with torch.no_grad():
         expected = linear_with_updates_reference(x.double(), wide.own_bias(), wide, updates)
-        found = linear_with_updates(x, bias, base, updates, Plan())
+        found = linear_with_updates(x, bias, base, updates, UpdateCache())
     worst = (found.double() - expected).abs().max() / expected.abs().max()
     assert worst <= (1e-5 if dtype == torch.float32 else 2**-6)
 
 
 def test_what_stays_for_the_next_mix_is_not_typed_anew_and_what_trained_in_between_is():
     layers = [pair(4, seed) for seed in range(3)]
-    mix = [Update(slice(n, n + 1), layer, 1.0) for n, layer in enumerate(layers)]
+    mix = [RowUpdate(slice(n, n + 1), layer, 1.0) for n, layer in enumerate(layers)]
     base, x = DenseLinear(nn.Linear(I, O).bfloat16()), torch.ones(3, I, dtype=torch.bfloat16)
     asked = []
 
@@ -149,7 +149,7 @@ def test_what_stays_for_the_next_mix_is_not_typed_anew_and_what_trained_in_betwe
 
     for layer in layers:
         layer.factors = lambda layer=layer: asked.append(layer) or (layer.A, layer.B)
-    first = Plan()
+    first = UpdateCache()
     before = product(first, mix[:2])
     second = first.following()
     assert torch.equal(product(second, mix[1:])[1], before[1])
@@ -161,4 +161,4 @@ def test_what_stays_for_the_next_mix_is_not_typed_anew_and_what_trained_in_betwe
         layers[1].B.mul_(3)
     second.forget()
     assert not torch.equal(product(second, mix[1:])[1], before[1])
-    assert torch.equal(product(second.following(), mix[1:]), product(Plan(), mix[1:]))
+    assert torch.equal(product(second.following(), mix[1:]), product(UpdateCache(), mix[1:]))

@@ -15,7 +15,7 @@ from veneer.kernels.attention import compiled as attention_native
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import dora, few_rows, rank
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 pytestmark = pytest.mark.skipif(not native.has_amx(), reason="no AMX here")
 ROWS = (16, 17, 31, 47, 48, 64, 65, 79, 95, 96, 130, 746)
@@ -121,7 +121,7 @@ def test_attention_on_tiles_is_that_of_vectors(size, window, lengths):
     grad = torch.randn(layout.rows, 6, size).bfloat16()
 
     def attended():
-        out = attention_native.native_attention(q, k, v, layout, Rules(0.3, window))
+        out = attention_native.native_attention(q, k, v, layout, AttentionRules(0.3, window))
         return out, *torch.autograd.grad(out, (q, k, v), grad)
 
     for ours, plain in zip(*both(attended), strict=True):

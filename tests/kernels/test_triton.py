@@ -13,14 +13,14 @@ from tests.kernels import test_segments
 from tests.support.accelerator import Accelerator
 from tests.support.interpreter import DEVICE  # before whatever loads Triton
 from tests.support.tiny_gguf import random_blocks
-from veneer.kernels.attention.paged import Blocks
-from veneer.kernels.attention.paged_rows import Tables, paged_rows, paged_rows_reference
+from veneer.kernels.attention.paged import KeyValueBlocks
+from veneer.kernels.attention.paged_rows import BlockTables, paged_rows, paged_rows_reference
 from veneer.kernels.bindings import library as native
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import dropout, fused, grouped, loss, segments
 from veneer.kernels.packed import gguf
 from veneer.kernels.packed import nf4 as nf4_kernels
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.linear import DenseLinear
 from veneer.quant import nf4
 
@@ -255,7 +255,7 @@ def test_rows_with_adapters_of_their_own_are_those_of_the_plain_loop(mix, dtype,
         return there.to(tensor.to(dtype))
 
     expected = ran(segments.linear_with_updates_reference, wide, trains=True)
-    plan = segments.Plan()
+    plan = segments.UpdateCache()
     for trains in (True, False):
         found = ran(lambda *given: segments.linear_with_updates(*given, plan), moved, trains=trains)
         for one, other in zip(found, expected, strict=False):
@@ -285,7 +285,7 @@ def test_weights_of_four_bits_are_decoded_and_multiplied_where_they_lie(double, 
 def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there):
     lengths, slots = [1, 16, 17, 40, 600 if case == "many parts" else 100], 16
     K, G, D, E = 2, 3, 24, 40 if case == "heads of unlike sizes" else 24
-    rules = Rules(
+    rules = AttentionRules(
         0.3, window=21 if case == "window" else None, softcap=2.0 if "cap" in case else None
     )
     sinks = torch.linspace(-1, 2, K * G).to(dtype) if "sinks" in case else None
@@ -298,11 +298,11 @@ def test_single_tokens_over_tables_are_those_of_the_reference(case, dtype, there
     at = torch.tensor(lengths)
 
     def ran(way, to):
-        stored = Blocks(to(keys.clone()), to(values.clone()))
+        stored = KeyValueBlocks(to(keys.clone()), to(values.clone()))
         own = replace(rules, sinks=None if sinks is None else to(sinks))
         # rows of heads as models hand them over: not side by side
         given = [to(each.transpose(0, 1).contiguous()).transpose(0, 1) for each in (q, k, v)]
-        out = way(*given, stored, Tables(there_or_not(to, blocks), there_or_not(to, at)), own)
+        out = way(*given, stored, BlockTables(there_or_not(to, blocks), there_or_not(to, at)), own)
         return out, stored
 
     def there_or_not(to, numbers):
@@ -325,7 +325,7 @@ def test_a_gpu_where_triton_does_not_launch_takes_plain_torch(there):
             launch.triton("gate", x) is None
             and launch.module_on("gate", torch.device("meta")) is not None
         )
-        assert grouped.Grouped.of((0,), (slice(0, 2),), torch.float32, x.device) is None
+        assert grouped.CudaBundle.of((0,), (slice(0, 2),), torch.float32, x.device) is None
         assert not nf4_kernels.has_product(packed, x)
     assert nf4_kernels.has_product(packed, x)
     fused.silu_gate(*there.to(torch.ones(2, 16), torch.ones(2, 16)))

@@ -24,9 +24,9 @@ from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.engine import Engine
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
-from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.errors import (
     AdapterMismatchError,
     BudgetFullError,
@@ -302,7 +302,7 @@ def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_f
         engine.step(0.0)
     own = ((load_adapter(other, library.path("lora"), name="lora"), 1.0),)
     identity = (("lora", 1.0),)
-    read = Engine(other, budget_bytes=2**22, adapters=Fixed({identity: own}))
+    read = Engine(other, budget_bytes=2**22, adapters=FixedAdapters({identity: own}))
     (expected,) = read.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=identity))
     read.run()
     (shown,) = residents.shown()
@@ -383,7 +383,7 @@ def test_two_requests_that_each_need_two_adapters_do_not_wait_for_each_other(lib
     first, second = served.add("a", "b"), served.add("c", "d")
     third = served.add("b", "c")
     assert set(served.run()) == {first, second, third}
-    assert {each.reason for each in (first, second, third)} == {Reason.LENGTH}
+    assert {each.reason for each in (first, second, third)} == {FinishReason.LENGTH}
 
 
 def test_two_prefixes_together_end_their_own_request_alone(library):
@@ -392,8 +392,8 @@ def test_two_prefixes_together_end_their_own_request_alone(library):
     other = served.add("a")
     (answer,) = served.engine.add(Request(prompt=PROMPT, max_new_tokens=3, adapter=weak))
     served.run()
-    assert answer.reason is Reason.ERROR and "and with weight 1" in str(answer.error)
-    assert other.reason is Reason.LENGTH
+    assert answer.reason is FinishReason.ERROR and "and with weight 1" in str(answer.error)
+    assert other.reason is FinishReason.LENGTH
 
 
 # what does not come
@@ -414,7 +414,7 @@ def test_a_disk_that_hangs_holds_up_its_own_requests_alone(library, reads, right
     served.now = 40.0
     assert (
         served.step() == [stuck]
-        and stuck.reason is Reason.ERROR
+        and stuck.reason is FinishReason.ERROR
         and "longer than 30 s" in str(stuck.error)
     )
     served.now = 100.0
@@ -438,7 +438,9 @@ def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(
     bad, worse, fine, base = served.add("a"), served.add("a"), served.add("b"), served.add("tiny")
     reads.free.set()  # not before both wait: the second would be told at once
     served.run()
-    assert {bad.reason, worse.reason} == {Reason.ERROR} and isinstance(bad.error, CorruptFileError)
+    assert {bad.reason, worse.reason} == {FinishReason.ERROR} and isinstance(
+        bad.error, CorruptFileError
+    )
     assert fine.answer == right("b") and base.answer == right("tiny")
     for _ in range(3):
         with pytest.raises(CorruptFileError):
@@ -695,7 +697,7 @@ def test_a_cancelled_request_asks_for_nothing_any_more(library, reads):
         served.engine.cancel(each)
     served.run()
     served.quiet()
-    assert set(reads) == {library.path("a").name} and held.reason is Reason.LENGTH
+    assert set(reads) == {library.path("a").name} and held.reason is FinishReason.LENGTH
 
 
 # the base
@@ -784,7 +786,7 @@ def test_any_traffic_ends_each_request_once_and_within_the_budget(library, right
         assert Counter(ended) == Counter(list(asked))
         for answer, name in asked.items():
             assert answer.new == right(name, 9)[: len(answer.new)]
-            assert answer.reason in (Reason.LENGTH, Reason.CANCELLED)
+            assert answer.reason in (FinishReason.LENGTH, FinishReason.CANCELLED)
         for name in names:
             served.residents.unload(name)
         served.quiet()

@@ -28,7 +28,7 @@ from veneer.models.likelihood import example_nats
 from veneer.models.proof import proven
 from veneer.models.step import batch_loss, batch_of, evaluation_loss, parts_of, prepare
 from veneer.models.structure import NoCopyError, small_copy
-from veneer.models.switches import Switches, sides, switches
+from veneer.models.switches import RopeSwitches, sides, switches
 
 CPU = torch.device("cpu")
 LONG = 16
@@ -245,8 +245,8 @@ def test_the_switch_of_the_copy_lies_within_its_texts(kind):
 
 
 def test_rows_go_together_on_one_side_of_a_switch():
-    assert sides([5, 20, 16, 17], Switches(at=(16,))) == [[0, 2], [1, 3]]
-    assert sides([5, 20, 16, 17, 20], Switches(each=16)) == [[0, 2], [1, 4], [3]]
+    assert sides([5, 20, 16, 17], RopeSwitches(at=(16,))) == [[0, 2], [1, 3]]
+    assert sides([5, 20, 16, 17, 20], RopeSwitches(each=16)) == [[0, 2], [1, 4], [3]]
     assert sides([5, 20], switches(tiny_model("llama").config)) == [[0, 1]]
 
 

@@ -64,7 +64,7 @@ def test_doubly_quantised_scales_differ_by_a_neighbouring_code_at_most_and_decod
         64,
         (512, 1024),
         torch.bfloat16,
-        kernels.Nested(state.state2.code, state.state2.absmax, 256, state.offset.item()),
+        kernels.NestedScales(state.state2.code, state.state2.absmax, 256, state.offset.item()),
     )
     assert torch.equal(nf4.dequantize(theirs), functional.dequantize_4bit(packed, state))
 

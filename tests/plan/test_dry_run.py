@@ -17,7 +17,7 @@ from veneer.data.batching import used_length
 from veneer.kernels.attention import packed as attention
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import loss
-from veneer.models.step import Paths, assume_paths, prepare
+from veneer.models.step import ComputePaths, assume_paths, prepare
 from veneer.plan import dry_run as module
 from veneer.plan.counted import Step
 from veneer.plan.depth import period_of
@@ -258,7 +258,9 @@ def test_three_small_depths_tell_the_whole_depth_to_the_byte(family, method, che
     experts = module._num_experts(config)
     model = build(config, torch.bfloat16)
     with torch.device("meta"):
-        _, parameters = module._install(model, step, Routing(), Paths(False, None, 1.0, None, None))
+        _, parameters = module._install(
+            model, step, Routing(), ComputePaths(False, None, 1.0, None, None)
+        )
     grown = module._extrapolated(step, depth, period_of(model, parameters), experts)
     whole = module._run(step, build(config, torch.bfloat16), experts)
     assert grown is not None

@@ -12,7 +12,7 @@ import torch
 from tests.serve.server import made_base
 from tests.support.tiny import tiny_tokenizer
 from veneer.decoding.engine import Engine
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import QueueFullError
@@ -30,7 +30,7 @@ def test_the_thread_that_loaded_the_base_keeps_no_helpers_once_another_computes(
         pytest.skip("threads are counted as Linux counts them")
     threads, before = Path("/proc/self/task"), torch.get_num_threads()
     base = made_base()
-    engine = Engine(base, budget_bytes=2**20, adapters=Fixed({}))
+    engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({}))
 
     async def started() -> None:
         loop = EngineLoop(engine)
@@ -57,7 +57,7 @@ def test_threads_that_load_adapters_hand_the_interpreter_over_soon_while_a_serve
     before = sys.getswitchinterval()
 
     async def started() -> float:
-        loop = EngineLoop(Engine(made_base(), budget_bytes=2**20, adapters=Fixed({})))
+        loop = EngineLoop(Engine(made_base(), budget_bytes=2**20, adapters=FixedAdapters({})))
         loop.start()
         try:
             return sys.getswitchinterval()
@@ -70,7 +70,7 @@ def test_threads_that_load_adapters_hand_the_interpreter_over_soon_while_a_serve
 
 @pytest.mark.parametrize("every_step", [True, False])
 def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end(every_step):
-    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=FixedAdapters({}))
 
     async def asked() -> list[list[int]]:
         loop = EngineLoop(engine)
@@ -97,7 +97,7 @@ def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end
 def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
     """What is read and then refused is not waited for longer than a moment."""
     monkeypatch.setattr(loop_module, "GATHERING_SECONDS", 0.1 if refused else 10.0)
-    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=FixedAdapters({}))
 
     async def asked() -> int:
         loop, inbox = EngineLoop(engine), Inbox(every_step=False)
@@ -133,7 +133,7 @@ def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
 def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running(accepted):
     """Whoever waits for the acceptance of prompts is cancelled at one of them: those behind it must
     not run on."""
-    engine = Engine(made_base(), budget_bytes=2**20, adapters=Fixed({}))
+    engine = Engine(made_base(), budget_bytes=2**20, adapters=FixedAdapters({}))
     requests = [Request(prompt=(5, 6, number), max_new_tokens=300) for number in range(4)]
 
     async def left() -> int:
@@ -164,7 +164,7 @@ def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running
 
 def test_a_refused_request_whose_client_has_gone_leaves_no_traceback(caplog):
     engine = Engine(
-        made_base(), budget_bytes=2**20, adapters=Fixed({}), limits=Limits(max_waiting=3)
+        made_base(), budget_bytes=2**20, adapters=FixedAdapters({}), limits=Limits(max_waiting=3)
     )
     requests = [Request(prompt=(5, 6, number), max_new_tokens=3, choices=3) for number in range(3)]
 

@@ -18,9 +18,9 @@ from tests.support.tiny import tiny_base
 from veneer.adapters.config import Prefix
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling.sampling import Sampling
-from veneer.decoding.schedule.adapters import Fixed, changes_rows_alone
+from veneer.decoding.schedule.adapters import FixedAdapters, changes_rows_alone
 from veneer.decoding.schedule.scheduler import Limits
-from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.kernels.dense import few_rows
 
 CLOSE = 1e-4
@@ -63,7 +63,7 @@ def answered(base, applied, asked, limits, blocks):
     engine = Engine(
         base,
         budget_bytes=16 * blocks * bytes_per_token(base),
-        adapters=Fixed(applied),
+        adapters=FixedAdapters(applied),
         limits=limits,
     )
     made = [engine.add(request) for request in asked]
@@ -108,7 +108,7 @@ def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
         acting = applied.get(request.adapter, ())
         for one in answered(base, applied, [request], Limits(), 200):
             mixed = next(left)
-            assert one.reason is not Reason.ERROR
+            assert one.reason is not FinishReason.ERROR
             if exact and all(changes_rows_alone(adapter) for adapter, _ in acting):
                 assert what([one]) == what([mixed])
                 continue

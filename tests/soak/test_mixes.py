@@ -22,7 +22,7 @@ from veneer.adapters.placement.acting import Applied, TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import Batch, make_groups
 from veneer.errors import ConfigError
-from veneer.models.step import Paths, acting_on, batch_loss, prepare, whole_logits
+from veneer.models.step import ComputePaths, acting_on, batch_loss, prepare, whole_logits
 
 MIXTURES = ("mixtral", "qwen3_moe")
 """How many rows an expert gets depends on the others, and on that how its sums are rounded,
@@ -127,7 +127,13 @@ def gradients(routing: Routing) -> dict[str, torch.Tensor]:
 
 
 def computed(
-    model, paths: Paths, routing: Routing, batch: Batch, adapters: Sequence[Applied], *, drops: bool
+    model,
+    paths: ComputePaths,
+    routing: Routing,
+    batch: Batch,
+    adapters: Sequence[Applied],
+    *,
+    drops: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits of the rows that predict a trained token, and the gradient of every trained value."""
     with routing.held(acting_on(batch, adapters)):

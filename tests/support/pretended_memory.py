@@ -3,7 +3,7 @@ it)."""
 
 from collections.abc import Iterable, Sequence
 
-from veneer.decoding.schedule.blocks import Copy, Front, Identity, Table
+from veneer.decoding.schedule.blocks import BlockCopy, BlockTable, Identity, PrefixWrite
 
 
 def contents(salt: str, adapter: Identity, tokens: Sequence[int]) -> tuple:
@@ -18,7 +18,7 @@ class PretendedMemory:
         self.size = tokens_per_block
         self.places: dict[tuple[int, int], tuple] = {}
 
-    def prepare(self, fronts: Iterable[Front], copies: Iterable[Copy]) -> None:
+    def prepare(self, fronts: Iterable[PrefixWrite], copies: Iterable[BlockCopy]) -> None:
         for front in fronts:
             for place in range(front.places):
                 at = front.blocks[place // self.size], place % self.size
@@ -27,15 +27,15 @@ class PretendedMemory:
             for place in range(copy.tokens):
                 self.places[copy.target, place] = self.places[copy.source, place]
 
-    def write(self, table: Table, place: int, what: tuple) -> None:
+    def write(self, table: BlockTable, place: int, what: tuple) -> None:
         self.places[table.blocks[place // self.size], place % self.size] = what
 
-    def read(self, table: Table, place: int, copied: dict[int, int] | None = None) -> tuple:
+    def read(self, table: BlockTable, place: int, copied: dict[int, int] | None = None) -> tuple:
         """copied: target -> source of copies that are still to be made."""
         block = table.blocks[place // self.size]
         return self.places[(copied or {}).get(block, block), place % self.size]
 
-    def front_holds(self, table: Table, unwritten: Iterable[Front] = ()) -> bool:
+    def front_holds(self, table: BlockTable, unwritten: Iterable[PrefixWrite] = ()) -> bool:
         """Whether the trained prefix stands in front, or is still to be written there."""
         waiting = {block for front in unwritten for block in front.blocks}
         at = ((table.front[place // self.size], place) for place in range(table.front_places))

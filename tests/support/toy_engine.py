@@ -12,8 +12,8 @@ from hashlib import blake2b
 from tests.support.pretended_memory import PretendedMemory, contents
 from veneer.decoding.schedule.blocks import BlockManager, Identity
 from veneer.decoding.schedule.scheduler import Limits, Scheduler
-from veneer.decoding.schedule.sequence import Reason, Request, Sequence, State
-from veneer.decoding.schedule.step_plan import Drawn, Plan
+from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
+from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
 from veneer.errors import SourceError
 
 SIZE = 4
@@ -100,21 +100,21 @@ class Toy:
         self,
         *,
         meanwhile: Callable[[], object] = lambda: None,
-        instead: dict[int, Drawn] | None = None,
-    ) -> Plan:
+        instead: dict[int, SampleResult] | None = None,
+    ) -> StepPlan:
         """A whole step. meanwhile: called during it. instead: of what the model says, by number."""
         plan = self.plan()
         meanwhile()
         self.finish(plan, instead or {})
         return plan
 
-    def plan(self, most_tokens: int | None = None) -> Plan:
+    def plan(self, most_tokens: int | None = None) -> StepPlan:
         plan = self.scheduler.step(self.now, most_tokens=most_tokens)
         self.ended += plan.ended
         self.check(plan, most_tokens)
         return plan
 
-    def finish(self, plan: Plan, instead: dict[int, Drawn]) -> None:
+    def finish(self, plan: StepPlan, instead: dict[int, SampleResult]) -> None:
         self.memory.prepare(plan.fronts, plan.copies)
         for (
             span
@@ -122,7 +122,7 @@ class Toy:
             s = span.sequence
             for place in range(span.start, span.stop):
                 self.memory.write(s.table, place, self.expected(s, place))
-        results: dict[int, Drawn] = {}
+        results: dict[int, SampleResult] = {}
         for span in plan.spans:
             assert self.memory.front_holds(span.sequence.table)
             for place in range(span.stop):
@@ -137,7 +137,7 @@ class Toy:
     def expected(self, s: Sequence, place: int) -> tuple:
         return contents(s.request.salt, s.request.adapter, s.between(0, place + 1))
 
-    def check(self, plan: Plan, most_tokens: int | None = None) -> None:
+    def check(self, plan: StepPlan, most_tokens: int | None = None) -> None:
         """What holds for every plan."""
         limits, running = self.scheduler.limits, self.scheduler.running
         self.blocks.check()
@@ -158,7 +158,7 @@ class Toy:
         assert () not in runs[1:], "the base is not first"
         for span in plan.spans:
             s = span.sequence
-            assert s.state is State.RUNNING and not s.cancelled
+            assert s.state is SequenceState.RUNNING and not s.cancelled
             assert (
                 span.start
                 == s.computed
@@ -184,11 +184,11 @@ class Toy:
         """Whether its tokens are those that it gets alone, all of them or, if it was ended, the
         first."""
         whole = alone(s.request, s.choice)
-        complete = s.reason in (Reason.STOP, Reason.LENGTH)
+        complete = s.reason in (FinishReason.STOP, FinishReason.LENGTH)
         return s.new == (whole if complete else whole[: len(s.new)])
 
 
-def steps_until(toy: Toy, sequence: Sequence, state: State, most: int = 100) -> int:
+def steps_until(toy: Toy, sequence: Sequence, state: SequenceState, most: int = 100) -> int:
     for step in range(1, most + 1):
         toy.step()
         if sequence.state is state:

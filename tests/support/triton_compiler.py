@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense.fused import MOST_WIDTH
 from veneer.kernels.packed import gguf
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.quant import nf4
 
 POINTERS = {
@@ -147,7 +147,7 @@ def everything() -> None:
             )
             rows = [torch.empty(3, heads, size, dtype=dtype) for heads in (8, 2, 2)]
             read = torch.zeros(3, 16, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
-            for rules in (Rules(0.1), Rules(0.1, softcap=3.0, sinks=x[0, :8])):
+            for rules in (AttentionRules(0.1), AttentionRules(0.1, softcap=3.0, sinks=x[0, :8])):
                 launch.module("paged").attend(*rows, keys, values, *read, rules)
         for double in (False, True):
             packed = nf4.quantize(torch.randn(64, 64), double=double).blocks

@@ -18,7 +18,7 @@ from veneer.adapters.methods.prefix import build_prefix
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.site import Site
-from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.placement.wrapping import plain_modules, unwrap, unwrapped
 from veneer.errors import ConfigError
 from veneer.files.process_wide import ALONE
@@ -39,7 +39,7 @@ def attach(
     name: str,
     routing: Routing,
     head: nn.Module | None,
-    tokens: Brought | None = None,
+    tokens: AddedTokens | None = None,
     seed: int = 0,
     values_follow: bool = False,
     read_past: Collection[str] | None = None,

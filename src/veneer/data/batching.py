@@ -19,7 +19,7 @@ from torch import Tensor
 from veneer.data.examples import Example
 from veneer.data.files.on_disk import StoredExamples, keys_of, lengths_of, row_numbers_of
 from veneer.data.mixture import Mixture
-from veneer.kernels.layout import Group, Layout, round_up
+from veneer.kernels.layout import BatchLayout, Group, round_up
 from veneer.kernels.upload import sent
 
 WINDOW = 50
@@ -42,7 +42,7 @@ class Batch:
 
     ids: Tensor
     positions: Tensor
-    layout: Layout | None
+    layout: BatchLayout | None
     mask: Tensor | None
     loss_rows: Tensor
     targets: Tensor
@@ -224,7 +224,7 @@ def make_groups(
     return Batch(
         ids=flat_ids.view(shape),
         positions=flat_positions.view(shape),
-        layout=Layout(tuple(found)) if packed else None,
+        layout=BatchLayout(tuple(found)) if packed else None,
         mask=mask,
         loss_rows=flat_rows,
         targets=flat_targets,

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from veneer.decoding.direct import own_forward
 from veneer.decoding.forward import PagedForward
-from veneer.decoding.schedule.adapters import Fixed
+from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.scheduler import Limits, Scheduler
 from veneer.decoding.schedule.sequence import Request
-from veneer.decoding.schedule.step_plan import Drawn
+from veneer.decoding.schedule.step_plan import SampleResult
 
 SLOTS = 16
 """Tokens of a block, as in an engine: kernels know this one."""
@@ -33,7 +33,7 @@ def continued(
     most = sum(-(-(len(p) + len(g)) // SLOTS) for p, g in zip(prompts, given, strict=True)) * SLOTS
     blocks = BlockManager(base="", budget_bytes=most, bytes_per_token=1, tokens_per_block=SLOTS)
     scheduler, forward = (
-        Scheduler(blocks, limits, Fixed({})),
+        Scheduler(blocks, limits, FixedAdapters({})),
         PagedForward(model.device, blocks, own_forward(model)),
     )
     tokens: dict[int, Sequence[int]] = {}
@@ -44,7 +44,7 @@ def continued(
     while not scheduler.idle:
         plan = scheduler.step(0.0)
         logits = forward.logits(plan, forward.rows(plan))
-        results: dict[int, Drawn] = {}
+        results: dict[int, SampleResult] = {}
         for row, span in zip(logits, plan.spans, strict=True):
             for sequence in span.draws:
                 found[sequence.number].append(row)

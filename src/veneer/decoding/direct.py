@@ -37,7 +37,7 @@ from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.linear import FewRowsLinear
 from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask
 from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
@@ -55,8 +55,8 @@ HEAD_NORMS = {"q_norm", "k_norm"}
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
-"""(2, N) ids and positions, a step (models/attention.py: Laid), the rows that are kept or all ->
-their logits."""
+"""(2, N) ids and positions, a step (models/attention.py: BatchAttention), the rows that are kept or
+all -> their logits."""
 
 Again = Callable[[Sequence[int], PagedStep], Tensor | None]
 """(N) ids, a step that goes on from the one before -> (N, V); None: nothing was computed."""
@@ -71,7 +71,7 @@ class _Layer:
     attention: nn.Module
     feed: nn.Module
     gated: bool
-    rules: Rules
+    rules: AttentionRules
 
 
 class DirectForward:
@@ -254,7 +254,7 @@ def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
     return [_product(x, place).contiguous() for place in places]
 
 
-def _part(x: Tensor, place: nn.Module | None) -> few_rows.Part | None:
+def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
     """What one call computes beside others of the same x. What adapters may add is listed, be it
     nothing today."""
     if isinstance(place, AdaptedLinear) and (own := place.in_step(x)) is not None:
@@ -301,7 +301,7 @@ class _Noting:
     """A step that notes how each layer weighs."""
 
     step: PagedStep
-    rules: list[Rules] = field(default_factory=list)
+    rules: list[AttentionRules] = field(default_factory=list)
 
     def attend(
         self,
@@ -309,7 +309,7 @@ class _Noting:
         k: Tensor,
         v: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        rules: Rules,
+        rules: AttentionRules,
     ) -> Tensor:
         self.rules.append(rules)
         return self.step.attend(q, k, v, prefix, rules)
@@ -317,7 +317,7 @@ class _Noting:
 
 _KNOWN: dict[str, str | None] = {}
 """Of structures: why not."""
-_TRIED: WeakKeyDictionary[nn.Module, tuple[Rules, ...] | str] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[nn.Module, tuple[AttentionRules, ...] | str] = WeakKeyDictionary()
 """Of models: how their layers weigh, or why not."""
 
 
@@ -331,7 +331,7 @@ def direct(model: PreTrainedModel) -> DirectForward | str:
     return found if isinstance(found, str) else _taken_apart(model, found)
 
 
-def _on_itself(model: PreTrainedModel) -> tuple[Rules, ...] | str:
+def _on_itself(model: PreTrainedModel) -> tuple[AttentionRules, ...] | str:
     if (reason := structure(model).packed) is not None:
         return reason
     if not decoder_step.usable(next(model.parameters())):
@@ -423,14 +423,14 @@ def read_and_continued(run: Run, texts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat(found)
 
 
-def _rules(model: PreTrainedModel) -> tuple[Rules, ...]:
+def _rules(model: PreTrainedModel) -> tuple[AttentionRules, ...]:
     """How its layers weigh, by one forward of its own."""
     noting = _Noting(PagedStep(PagedKeys(1, SLOTS), [SpanRows(0, 2, [0])]))
     own_forward(model)(torch.tensor([[5, 6], [0, 1]]), noting, None)
     return tuple(noting.rules)
 
 
-def _taken_apart(model: PreTrainedModel, rules: Sequence[Rules]) -> DirectForward | str:
+def _taken_apart(model: PreTrainedModel, rules: Sequence[AttentionRules]) -> DirectForward | str:
     """As far as names say it."""
     name, inner = type(model).__name__, decoder(model)
     places: Any = None if inner is None else unwrapped(inner)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veneer.decoding.sampling.sampling import Sampling, TokenChance, uniform
 from veneer.decoding.schedule.sequence import Request
-from veneer.decoding.schedule.step_plan import Chosen, Drawn
+from veneer.decoding.schedule.step_plan import SampledToken, SampleResult
 from veneer.errors import ConfigError, DivergedError, VeneerError
 from veneer.kernels.bindings import draw_calls
 from veneer.kernels.bindings.draw_calls import BROKEN, LIKELIEST, NOTHING, How
@@ -25,7 +25,7 @@ from veneer.kernels.upload import sent
 CANDIDATES = 512
 
 
-class Drawing:
+class ChoiceSampler:
     """How one choice of a request draws, with what it has to remember between two draws.
 
     told   how many alternatives are told; None: no chance either
@@ -75,13 +75,13 @@ class Drawing:
                 logits_V.copy_(torch.where(prompt | there, weaker, logits_V))
             logits_V -= sampling.presence_penalty * there + sampling.frequency_penalty * counts
 
-    def chosen(self, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
+    def chosen(self, token: int, new: Sequence[int], chance: TokenChance | None) -> SampleResult:
         """The token, and whether the answer ends with it by a constraint or a check. Once for each
         token."""
         ends = self.ends is not None and self.ends(token)
         if self.constraint is not None:
             ends |= self.constraint.ended([*new, token])
-        return Chosen(token, ends, chance) if ends or chance is not None else token
+        return SampledToken(token, ends, chance) if ends or chance is not None else token
 
     def _ids(self, ids: Sequence[int] | frozenset[int], logits_V: Tensor) -> Tensor:
         return torch.tensor(
@@ -102,11 +102,11 @@ class Drawing:
         return prompt, counts
 
 
-Row = tuple[Drawing, Sequence[int]]
+Row = tuple[ChoiceSampler, Sequence[int]]
 """How it draws, and the answer so far."""
 
 
-def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[SampleResult]:
     """What each row draws.
 
     A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or
@@ -279,7 +279,9 @@ def _chances(
     return found
 
 
-def _chosen(drawing: Drawing, token: int, new: Sequence[int], chance: TokenChance | None) -> Drawn:
+def _chosen(
+    drawing: ChoiceSampler, token: int, new: Sequence[int], chance: TokenChance | None
+) -> SampleResult:
     if token == BROKEN:
         return DivergedError(
             "the model's logits are no finite numbers", next_step="Look at the adapter's values."

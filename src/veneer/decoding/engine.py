@@ -19,15 +19,15 @@ from transformers import PreTrainedConfig
 
 from veneer.adapters.methods.new_tokens import width_of
 from veneer.decoding.direct import Way
-from veneer.decoding.draws import Drawing, draw
+from veneer.decoding.draws import ChoiceSampler, draw
 from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
-from veneer.decoding.schedule.adapters import Adapters
+from veneer.decoding.schedule.adapters import AdapterSource
 from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.scheduler import Limits, Scheduler
-from veneer.decoding.schedule.sequence import Request, State
+from veneer.decoding.schedule.sequence import Request, SequenceState
 from veneer.decoding.schedule.sequence import Sequence as Answer
-from veneer.decoding.schedule.step_plan import Drawn, Plan
+from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
@@ -47,7 +47,7 @@ class Engine:
         base: FrozenBase,
         *,
         budget_bytes: int,
-        adapters: Adapters,
+        adapters: AdapterSource,
         limits: Limits | None = None,
     ) -> None:
         if not decodes_packed(base):
@@ -70,7 +70,7 @@ class Engine:
         )
         self.way = _way(base)
         self.lanes = Lanes(base, blocks, adapters, self.way)
-        self._drawings: dict[int, Drawing] = {}
+        self._drawings: dict[int, ChoiceSampler] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens
 
@@ -134,7 +134,7 @@ class Engine:
         self.lanes.forget()
         self._drawings.clear()  # some may have seen tokens that do not count
 
-    def _each_alone(self, failed: Plan, fault: Exception) -> list[Answer]:
+    def _each_alone(self, failed: StepPlan, fault: Exception) -> list[Answer]:
         """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of
         it."""
         ended: list[Answer] = []
@@ -142,7 +142,7 @@ class Engine:
             self.scheduler.fail(failed.spans[0].sequence, fault)
             return ended
         for span in failed.spans:
-            if span.sequence.state is not State.RUNNING:
+            if span.sequence.state is not SequenceState.RUNNING:
                 continue  # it went back while another was computed
             plan = self.scheduler.step_alone(span.sequence)
             ended += plan.ended
@@ -159,7 +159,7 @@ class Engine:
                 ended += self.scheduler.finish_step(results)
         return ended
 
-    def _results(self, plan: Plan) -> dict[int, Drawn] | None:
+    def _results(self, plan: StepPlan) -> dict[int, SampleResult] | None:
         """What each answer draws, by number; None: the memory does not suffice."""
         try:
             computed = self.lanes.logits(plan) if plan.spans else []
@@ -167,7 +167,7 @@ class Engine:
             if not is_out_of_memory(fault):
                 raise
             return None
-        drawn: dict[int, Drawn] = {}
+        drawn: dict[int, SampleResult] = {}
         for numbers, logits in computed:
             answers = [answer for n in numbers for answer in plan.spans[n].draws]
             rows = [row for row, n in enumerate(numbers) for _ in plan.spans[n].draws]
@@ -177,12 +177,12 @@ class Engine:
                 )
         return drawn
 
-    def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, Drawn]:
+    def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, SampleResult]:
         """Each of the ids that it knows: tokens that one adapter brings are none to the others."""
         if self._ids is None or logits.shape[1] <= self._ids:
             drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers])
             return dict(zip((answer.number for answer in answers), drawn, strict=True))
-        found: dict[int, Drawn] = {}
+        found: dict[int, SampleResult] = {}
         widths = [self._width(answer, self._ids) for answer in answers]
         for width in sorted(set(widths)):
             numbers = [n for n, own in enumerate(widths) if own == width]
@@ -197,10 +197,10 @@ class Engine:
         applied = self._adapters.applied(answer.request.adapter) if answer.request.adapter else ()
         return width_of(applied, own)
 
-    def _drawing(self, answer: Answer) -> Drawing:
+    def _drawing(self, answer: Answer) -> ChoiceSampler:
         found = self._drawings.get(answer.number)
         if found is None:
-            found = self._drawings[answer.number] = Drawing(
+            found = self._drawings[answer.number] = ChoiceSampler(
                 answer.request, answer.choice, answer.new
             )
         return found

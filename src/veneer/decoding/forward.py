@@ -18,8 +18,8 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.direct import Again, Run
 from veneer.decoding.graphs import Graphs, recorder_here
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.decoding.schedule.blocks import BlockManager, Front
-from veneer.decoding.schedule.step_plan import Plan, Span
+from veneer.decoding.schedule.blocks import BlockManager, PrefixWrite
+from veneer.decoding.schedule.step_plan import Span, StepPlan
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.dense import few_rows
 from veneer.kernels.layout import round_up
@@ -83,14 +83,14 @@ class PagedForward:
             None  # of the last plan, which had single tokens alone
         )
 
-    def rows(self, plan: Plan) -> StepRows:
+    def rows(self, plan: StepPlan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
             return FOLLOWING
         if self.graphs is not None and (inputs := self.graphs.inputs(plan)) is not None:
             return StepRows(inputs, len(inputs) - len(plan.spans), None, single=True)
         return self._rows(plan)
 
-    def _rows(self, plan: Plan) -> StepRows:
+    def _rows(self, plan: StepPlan) -> StepRows:
         ids = [token for span in plan.spans for token in span.tokens]
         positions = [place for span in plan.spans for place in range(span.start, span.stop)]
         if len(ids) == len(plan.spans):
@@ -100,7 +100,7 @@ class PagedForward:
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
         return StepRows(rows, filler, sent(ends, self._device))
 
-    def logits(self, plan: Plan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
+    def logits(self, plan: StepPlan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
         """(spans, V): what follows the last token of each span. Prefixes are written and blocks
         copied before.
 
@@ -133,7 +133,7 @@ class PagedForward:
             self._last = plan.number, laid
         return logits
 
-    def write(self, front: Front, prefix: PrefixLayer) -> None:
+    def write(self, front: PrefixWrite, prefix: PrefixLayer) -> None:
         """A trained prefix into its blocks."""
         for number, (key, value) in prefix.keys().items():
             self.keys.write(number, front.blocks, key, value)

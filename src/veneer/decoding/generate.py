@@ -27,7 +27,7 @@ from veneer.decoding.engine import BLOCK_SLOTS, Engine, bytes_per_token
 from veneer.decoding.proof import decodes_packed, loops
 from veneer.decoding.rereading import answer_by_rereading
 from veneer.decoding.sampling.sampling import Sampling, seed_of
-from veneer.decoding.schedule.adapters import Fixed, front_places
+from veneer.decoding.schedule.adapters import FixedAdapters, front_places
 from veneer.decoding.schedule.blocks import Identity
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.decoding.schedule.sequence import Request
@@ -85,7 +85,7 @@ def generate(
     told = say if on_token is not None and len(prompts) == 1 else None
     with base.routing.held():  # who acts now acts for all of it
         limits = limits_of(base, prompts, max_new_tokens)
-        asked = _Asked(
+        asked = _GenerationRun(
             base,
             prompts,
             limits,
@@ -109,7 +109,7 @@ def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: in
     return [min(max_new_tokens, capacity.positions - len(ids)) for ids in prompts]
 
 
-def _answer(asked: _Asked) -> None:
+def _answer(asked: _GenerationRun) -> None:
     base = asked.base
     if not (packed := decodes_packed(base)) and loops(base.model).cached is not None:
         _by_rereading(asked)
@@ -124,7 +124,7 @@ def _answer(asked: _Asked) -> None:
 
 
 @dataclass
-class _Asked:
+class _GenerationRun:
     """Prompts with the new tokens each may get, and the answers as they come."""
 
     base: FrozenBase
@@ -157,7 +157,7 @@ class _Asked:
             self.on_done(self.done)
 
 
-def _by_switch(asked: _Asked) -> tuple[list[int], list[int]]:
+def _by_switch(asked: _GenerationRun) -> tuple[list[int], list[int]]:
     """Numbers of the prompts whose longest answer is read like their first token, and of the
     others."""
     known, before = switches(asked.base.config), in_front(asked.base.model)
@@ -169,7 +169,7 @@ def _by_switch(asked: _Asked) -> tuple[list[int], list[int]]:
     return plain, [i for i, length in enumerate(reach) if known.side(length) != first]
 
 
-def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
+def _by_engine(asked: _GenerationRun, numbers: Sequence[int]) -> None:
     """Long prompts first, so that those that go on together are alike."""
     base = asked.base
     if (applied := base.routing.acting.whole) is None:
@@ -190,7 +190,7 @@ def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
     engine = Engine(
         base,
         budget_bytes=(most + spare) * slots * bytes_per_token(base),
-        adapters=Fixed({acting: applied} if applied else {}),
+        adapters=FixedAdapters({acting: applied} if applied else {}),
         limits=Limits(rows=rows, step_tokens=READ_TOKENS, chunk_tokens=READ_TOKENS // 4),
     )
     waiting = sorted(numbers, key=lambda i: len(asked.prompts[i]))  # taken from the end
@@ -212,7 +212,7 @@ def _by_engine(asked: _Asked, numbers: Sequence[int]) -> None:
             asked.finished(1)
 
 
-def _by_rereading(asked: _Asked) -> None:
+def _by_rereading(asked: _GenerationRun) -> None:
     for number in range(len(asked.prompts)):
         request = asked.request(number)
         asked.answers[number] = answer_by_rereading(
@@ -221,7 +221,7 @@ def _by_rereading(asked: _Asked) -> None:
         asked.finished(1)
 
 
-class _Tokens(BaseStreamer):
+class _TokenStreamer(BaseStreamer):
     """Hands every new token on as it is chosen; transformers sends the prompt first."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
@@ -236,7 +236,7 @@ class _Tokens(BaseStreamer):
     def end(self) -> None: ...
 
 
-def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
+def _by_transformers(asked: _GenerationRun, groups: Iterable[list[int]]) -> None:
     """transformers' own loop, the prompts of a group at once, padded on the left to the longest of
     them."""
     base, how = asked.base, asked.sampling
@@ -269,14 +269,14 @@ def _by_transformers(asked: _Asked, groups: Iterable[list[int]]) -> None:
                 ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=settings,
-                streamer=_Tokens(asked.on_token) if asked.on_token is not None else None,
+                streamer=_TokenStreamer(asked.on_token) if asked.on_token is not None else None,
             )
             for place, i in enumerate(rows):
                 asked.answers[i] = _until_stop(out[place, longest:].tolist(), set(asked.stops))
             asked.finished(len(rows))
 
 
-def _like_rows(asked: _Asked, numbers: Sequence[int], together: int) -> Iterator[list[int]]:
+def _like_rows(asked: _GenerationRun, numbers: Sequence[int], together: int) -> Iterator[list[int]]:
     """Prompts that go together: of like length, and with the same number of new tokens at most."""
     limits = asked.limits
     order = sorted(numbers, key=lambda i: (-limits[i], len(asked.prompts[i])))

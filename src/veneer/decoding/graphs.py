@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from veneer.adapters.placement.acting import Acting, Part
+from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.direct import Run
 from veneer.decoding.paged import PagedKeys, RowsStep
-from veneer.decoding.schedule.step_plan import Plan
-from veneer.kernels.attention.paged_rows import Tables
+from veneer.decoding.schedule.step_plan import StepPlan
+from veneer.kernels.attention.paged_rows import BlockTables
 from veneer.kernels.upload import sent
 from veneer.models.checks import TOLERANCE
 from veneer.models.proof import apart
@@ -90,7 +90,7 @@ def recorder_here() -> Recorder | None:
     return CudaRecorder() if torch.cuda.is_available() else None
 
 
-Key = tuple[int, int, tuple[Part, ...]]
+Key = tuple[int, int, tuple[BatchPart, ...]]
 """Rows, columns of their buffer, and what acts."""
 
 
@@ -115,7 +115,7 @@ class Graphs:
         self.kept: OrderedDict[Key, _Graph] = OrderedDict()
         self.refused: dict[Key, str] = {}
 
-    def inputs(self, plan: Plan) -> Tensor | None:
+    def inputs(self, plan: StepPlan) -> Tensor | None:
         """(N, HEAD + B) of a step of single tokens, rows and blocks filled up. None: another step,
         or one with a trained prefix."""
         tables = [span.sequence.table for span in plan.spans]
@@ -152,7 +152,7 @@ class Graphs:
                 del known[key]
 
     def _launched(self, inputs: Tensor) -> Tensor:
-        step = RowsStep(self._keys, Tables(inputs[:, HEAD:], inputs[:, HEAD - 1]))
+        step = RowsStep(self._keys, BlockTables(inputs[:, HEAD:], inputs[:, HEAD - 1]))
         return self._run(inputs[:, : HEAD - 1].T, step, None)
 
     def _captured(self, key: Key, inputs: Tensor, acting: Acting) -> bool:

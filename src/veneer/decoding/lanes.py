@@ -22,7 +22,7 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.direct import Way
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.schedule.adapters import (
-    Adapters,
+    AdapterSource,
     Updating,
     changes_rows_alone,
     mix_of,
@@ -30,9 +30,9 @@ from veneer.decoding.schedule.adapters import (
     updating,
 )
 from veneer.decoding.schedule.blocks import BlockManager, Identity
-from veneer.decoding.schedule.step_plan import Plan
+from veneer.decoding.schedule.step_plan import StepPlan
 from veneer.kernels.dense import few_rows
-from veneer.kernels.dense.segments import Plan as Prepared
+from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.frozen_base import FrozenBase
 
 Computed = tuple[Sequence[int], Tensor]
@@ -42,14 +42,14 @@ Computed = tuple[Sequence[int], Tensor]
 class Lane:
     """One of a step's forwards, with what acted in its last step and what was prepared for it."""
 
-    def __init__(self, base: FrozenBase, adapters: Adapters, forward: PagedForward) -> None:
+    def __init__(self, base: FrozenBase, adapters: AdapterSource, forward: PagedForward) -> None:
         self.forward = forward
         self.acting: tuple[Any, Acting] | None = None
         self._base, self._adapters = base, adapters
-        self._prepared: Prepared | None = None
+        self._prepared: UpdateCache | None = None
         self._known: dict[Attachment, Updating] = {}
 
-    def logits(self, plan: Plan) -> Tensor:
+    def logits(self, plan: StepPlan) -> Tensor:
         step = self.forward.rows(plan)
         acting = self._acting_of(plan, step.filler)
         with self._base.routing.held(acting if step.kept is None else acting.keeping(step.kept)):
@@ -70,7 +70,7 @@ class Lane:
         }
         self.forward.let_go(attached)
 
-    def _acting_of(self, plan: Plan, filler: int) -> Acting:
+    def _acting_of(self, plan: StepPlan, filler: int) -> Acting:
         """The same value, with what it prepared, for as long as the same adapters have the same
         numbers of rows."""
         parts = [
@@ -99,7 +99,7 @@ class Lanes:
     """The forwards of each step over one set of blocks."""
 
     def __init__(
-        self, base: FrozenBase, blocks: BlockManager, adapters: Adapters, way: Way
+        self, base: FrozenBase, blocks: BlockManager, adapters: AdapterSource, way: Way
     ) -> None:
         self._adapters, self._way = adapters, way
         again = way.again if (by_parts := way.not_by_parts is None) else None
@@ -109,7 +109,7 @@ class Lanes:
         self._splits = by_parts and few_rows.takes_updates(1, base.dtype, base.device)
         self._rows_alone: dict[Attachment, bool] = {}
 
-    def logits(self, plan: Plan) -> list[Computed]:
+    def logits(self, plan: StepPlan) -> list[Computed]:
         """The logits of all spans, each in one of the forwards. Prefixes are written and blocks
         copied before."""
         for front in plan.fronts:

@@ -12,12 +12,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from veneer.decoding.schedule.blocks import Copy
+from veneer.decoding.schedule.blocks import BlockCopy
 from veneer.kernels.attention.groups import Pair
-from veneer.kernels.attention.paged import Blocks, SpanRows, Spans, paged_attention
-from veneer.kernels.attention.paged_rows import Tables, paged_rows
-from veneer.kernels.dense.mixes import Mix
-from veneer.kernels.rules import Rules
+from veneer.kernels.attention.paged import KeyValueBlocks, SpanRows, Spans, paged_attention
+from veneer.kernels.attention.paged_rows import BlockTables, paged_rows
+from veneer.kernels.dense.mixes import AdapterMix
+from veneer.kernels.rules import AttentionRules
 
 
 class PagedKeys:
@@ -25,17 +25,17 @@ class PagedKeys:
 
     def __init__(self, num_blocks: int, tokens_per_block: int) -> None:
         self.num_blocks, self.tokens_per_block = num_blocks, tokens_per_block
-        self.layers: dict[int, Blocks] = {}
+        self.layers: dict[int, KeyValueBlocks] = {}
 
-    def layer(self, number: int, key_NKD: Tensor, value_NKD: Tensor) -> Blocks:
+    def layer(self, number: int, key_NKD: Tensor, value_NKD: Tensor) -> KeyValueBlocks:
         """Of the layer that has this number; its shapes are those of its first keys and values."""
         if number not in self.layers:
-            self.layers[number] = Blocks.empty(
+            self.layers[number] = KeyValueBlocks.empty(
                 self.num_blocks, self.tokens_per_block, key_NKD, value_NKD
             )
         return self.layers[number]
 
-    def like(self, number: int, stored: Blocks) -> Blocks:
+    def like(self, number: int, stored: KeyValueBlocks) -> KeyValueBlocks:
         """Of the layer that has this number; where it is not made yet, of the shapes and type of
         another's blocks."""
         if number not in self.layers:
@@ -43,7 +43,7 @@ class PagedKeys:
                 torch.empty(self.num_blocks, *x.shape[1:], dtype=x.dtype, device=x.device)
                 for x in (stored.keys, stored.values)
             )
-            self.layers[number] = Blocks(*own)
+            self.layers[number] = KeyValueBlocks(*own)
         return self.layers[number]
 
     def write(self, number: int, blocks: Sequence[int], key_NKD: Tensor, value_NKD: Tensor) -> None:
@@ -54,7 +54,7 @@ class PagedKeys:
             torch.tensor(places, device=key_NKD.device), key_NKD, value_NKD
         )
 
-    def copy(self, copies: Sequence[Copy]) -> None:
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
         """What of one block is wanted in another as well."""
         for each in copies:
             for stored in self.layers.values():
@@ -62,21 +62,25 @@ class PagedKeys:
 
 
 class PagedStep:
-    """The spans of a step on their way through the layers (models/attention.py: Laid); `calls`
-    counts those passed.
+    """The spans of a step as a BatchAttention (models/attention.py). `calls`: layers done.
 
     mix: what the adapters add to which rows, where these are listed: such steps are recorded
     (decoding/recorded.py).
     """
 
     def __init__(
-        self, keys: PagedKeys, spans: Sequence[SpanRows], mix: Mix | None = None, *, spare: int = 0
+        self,
+        keys: PagedKeys,
+        spans: Sequence[SpanRows],
+        mix: AdapterMix | None = None,
+        *,
+        spare: int = 0,
     ) -> None:
         self.keys, self.spans, self.calls = keys, Spans(spans, keys.tokens_per_block, spare), 0
         self.mix = mix
         self._fewer: dict[tuple[int, ...], Spans] = {}
 
-    def go_on(self, mix: Mix | None) -> bool:
+    def go_on(self, mix: AdapterMix | None) -> bool:
         """The next token of each span from now on, for steps that are made again (Spans.go_on)."""
         self.mix = mix
         return self.spans.go_on()
@@ -87,7 +91,7 @@ class PagedStep:
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        rules: Rules,
+        rules: AttentionRules,
     ) -> Tensor:
         """Write the rows' keys and values, and attend: (N, H, E). A prefix is in its blocks."""
         stored = self.keys.layer(self.calls, key_NKD, value_NKD)
@@ -116,9 +120,9 @@ class PagedStep:
 
 class RowsStep:
     """Single tokens on their way through the layers, what is seen of them read on the device
-    (models/attention.py: Laid). No trained prefix is in front of them."""
+    (models/attention.py: BatchAttention). No trained prefix is in front of them."""
 
-    def __init__(self, keys: PagedKeys, tables: Tables) -> None:
+    def __init__(self, keys: PagedKeys, tables: BlockTables) -> None:
         self.keys, self.tables, self.calls = keys, tables, 0
 
     def attend(
@@ -127,7 +131,7 @@ class RowsStep:
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        rules: Rules,
+        rules: AttentionRules,
     ) -> Tensor:
         """Write the rows' keys and values, and attend: (N, H, E)."""
         stored = self.keys.layer(self.calls, key_NKD, value_NKD)

@@ -28,9 +28,9 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer.decoding.ends import Ends
 from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.kernels.attention.paged import Blocks
+from veneer.kernels.attention.paged import KeyValueBlocks
 from veneer.kernels.bindings import dense_calls, paged_calls
-from veneer.kernels.dense.mixes import Mix
+from veneer.kernels.dense.mixes import AdapterMix
 from veneer.kernels.packed.nf4 import FUSED_ROWS
 from veneer.kernels.tape.recorded import Recording, Room, recording
 
@@ -220,7 +220,7 @@ class _Recorded:
         self._attended = noted.structs("veneer_paged_attention")
         self._updated = noted.structs("veneer_few_rows_updated")
         self._like = [
-            Blocks(each.keys[:0].clone(), each.values[:0].clone())
+            KeyValueBlocks(each.keys[:0].clone(), each.values[:0].clone())
             for each in laid.keys.layers.values()
         ]
         self._keys = frozenset(
@@ -235,7 +235,7 @@ class _Recorded:
             self.least = self.most = noted.room.rows
         self._rows = noted.room.rows
         self._down = torch.empty(0, dtype=states.dtype)
-        self._mix: Mix | None = None
+        self._mix: AdapterMix | None = None
         self._pages: weakref.ref[PagedKeys] | None = None
         self._spans: Any = None
         self.ends = ends if ends is not None and ends.ends.note(noted, inputs, states) else None
@@ -243,7 +243,7 @@ class _Recorded:
     def replaces(self, other: _Recorded) -> bool:
         return self.least <= other.least and other.most <= self.most
 
-    def lacks(self, mix: Mix, beside: Set[str]) -> bool:
+    def lacks(self, mix: AdapterMix, beside: Set[str]) -> bool:
         """Whether the mix changes a layer that these calls know no updates of."""
         return mix is not self._mix and not mix.keys - beside <= self._keys
 
@@ -296,7 +296,7 @@ class _Recorded:
             self._spans = spans
         return True
 
-    def _list(self, mix: Mix) -> bool:
+    def _list(self, mix: AdapterMix) -> bool:
         """The updates of this mix in place of those of another, which is let go."""
         self._mix = None
         room = dense_calls.update_by(self._updated, mix.listed, mix.dtype)

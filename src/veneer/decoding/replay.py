@@ -68,7 +68,7 @@ def draw_replay(
             "this base has no chat template: it draws plain text alone",
             next_step="Leave questions out.",
         )
-    drawing = _Drawing(base, template, system, max_new_tokens, seed, progress)
+    drawing = _RowGenerator(base, template, system, max_new_tokens, seed, progress)
     answers = rows // 2 if template.source else 0
     with base.routing.none():
         found = {
@@ -79,7 +79,7 @@ def draw_replay(
 
 
 @dataclass
-class _Drawing:
+class _RowGenerator:
     base: FrozenBase
     template: ChatTemplate
     system: str | None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from veneer.decoding.draws import Drawing, draw
+from veneer.decoding.draws import ChoiceSampler, draw
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import VeneerError
 from veneer.models.switches import forget_lengths
@@ -23,7 +23,7 @@ def answer_by_rereading(
 
     Raises what a draw says: logits that are no numbers.
     """
-    drawing = Drawing(request, 0)
+    drawing = ChoiceSampler(request, 0)
     new: list[int] = []
     while len(new) < request.max_new_tokens:
         forget_lengths(model)

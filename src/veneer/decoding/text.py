@@ -41,7 +41,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._text_of = _decoder(tokenizer)
-        self._stops = [_Stop(stop) for stop in stops]
+        self._stops = [_StopMatcher(stop) for stop in stops]
         self._firsts = {stop[0] for stop in stops}
         self._said: list[
             int
@@ -122,7 +122,7 @@ class TextStream:
         return whole[: len(whole) - held]
 
 
-class _Stop:
+class _StopMatcher:
     """How much of one string stands at the end of a text (Knuth, Morris and Pratt 1977)."""
 
     def __init__(self, text: str) -> None:

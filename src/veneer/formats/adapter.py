@@ -23,7 +23,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.combinations import PREFIX, TOKENS, Content
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.placement.attachment import Attachment
-from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import Preamble
 from veneer.data.template.new_tokens import bring
 from veneer.errors import (
@@ -428,7 +428,7 @@ def load_adapter(
 
 def _brought(
     stored: StoredAdapter, fit: TokenFit, base: FrozenBase, faults: list[str]
-) -> Brought | None:
+) -> AddedTokens | None:
     """The tokens that it brings to this base; to faults why not."""
     assert stored.tokens is not None
     ids, own = stored.tokens.ids, len(base.tokenizer)
@@ -441,7 +441,7 @@ def _brought(
                 f"rows of token {max(ids):,}, of which the base has none, and no {MANIFEST_NAME}"
                 " says what its text is"
             )
-        return Brought((), ids, head=fit.head)
+        return AddedTokens((), ids, head=fit.head)
     made = bring(base.tokenizer, texts, rows=rows)
     assert made is not None
     if made.ids != ids:
@@ -449,7 +449,7 @@ def _brought(
             f"its tokens {_listed(texts)} are {_listed(ids)} there, and {_listed(made.ids)} on this"
             " base"
         )
-    return Brought(made.texts, ids, head=fit.head)
+    return AddedTokens(made.texts, ids, head=fit.head)
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -88,13 +88,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """The groups of a batch, one behind the other."""
 
     groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, prompt: int, lengths: Sequence[int], device: torch.device) -> "Layout":
+    def of(cls, prompt: int, lengths: Sequence[int], device: torch.device) -> "BatchLayout":
         """One group."""
         return cls((Group(prompt, tuple(lengths), device),))
 

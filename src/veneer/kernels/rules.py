@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rules:
+class AttentionRules:
     """window: keys seen, the row's own included; sinks: (H), a column that takes mass and gives
     nothing."""
 

@@ -25,14 +25,14 @@ from transformers.masking_utils import sdpa_mask
 from veneer.adapters.methods.prefix import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
 from veneer.kernels.attention.groups import Pair, grouped_attention
-from veneer.kernels.layout import Layout
-from veneer.kernels.rules import Rules
+from veneer.kernels.layout import BatchLayout
+from veneer.kernels.rules import AttentionRules
 from veneer.models.switches import forget_lengths
 
 NAME = "veneer"
 
 
-class Laid(Protocol):
+class BatchAttention(Protocol):
     """A batch's layout on its way through a model: what attends for its layers."""
 
     def attend(
@@ -41,7 +41,7 @@ class Laid(Protocol):
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        rules: Rules,
+        rules: AttentionRules,
     ) -> Tensor:
         """The next layer's rows, each with what its part sees first -> (N, H, E)."""
 
@@ -57,14 +57,14 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    veneer_layout: Laid | None = None,
+    veneer_layout: BatchAttention | None = None,
     veneer_prefix: PrefixKeys | None = None,
     veneer_keys: KeyRecorder | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, N, D), key and value (B, K, N, D) -> (B, N, H, D). The signature is
     transformers'."""
-    rules = Rules(
+    rules = AttentionRules(
         query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux
     )
     if veneer_keys is not None:
@@ -148,7 +148,7 @@ def _prefix_mask(
 
 
 def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: AttentionRules
 ) -> Tensor:
     """Generation with a cache for models with soft caps or sinks. mask: bool, True is seen; None:
     causal."""
@@ -176,10 +176,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @dataclass
-class Traced:
-    """A layout on its way through a model, and how many attention layers it reached: Laid."""
+class LayoutAttention:
+    """A layout as a BatchAttention. `calls` counts the attention layers that it reached."""
 
-    layout: Layout
+    layout: BatchLayout
     calls: int = 0
 
     def attend(
@@ -188,7 +188,7 @@ class Traced:
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        rules: Rules,
+        rules: AttentionRules,
     ) -> Tensor:
         self.calls += 1
         first = [
@@ -198,12 +198,12 @@ class Traced:
         return grouped_attention(query_NHD, key_NKD, value_NKD, self.layout, first, rules)
 
 
-_LAID: MutableMapping[Tensor, Laid] = WeakTensorKeyDictionary()
+_LAID: MutableMapping[Tensor, BatchAttention] = WeakTensorKeyDictionary()
 """A mask that nothing looks at -> the layout that it stands for. Kept by the mask, as a
 checkpointed layer keeps it until it is computed again."""
 
 
-def packed_arguments(positions: Tensor, laid: Laid) -> dict[str, Any]:
+def packed_arguments(positions: Tensor, laid: BatchAttention) -> dict[str, Any]:
     """Of a model's forward, beside (1, N) ids; positions (1, N)."""
     mask = unused_mask(positions.device)
     _LAID[mask] = laid
@@ -255,11 +255,11 @@ def _find_decoder(model: PreTrainedModel) -> nn.Module | None:
 
 
 def packed_states(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: Layout
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, layout: BatchLayout
 ) -> tuple[Tensor, int]:
     """(1, N) ids and positions of a layout -> (N, D) last hidden states, and how many layers were
     reached."""
-    inner, traced = decoder(model), Traced(layout)
+    inner, traced = decoder(model), LayoutAttention(layout)
     assert inner is not None
     out = inner(input_ids=ids, **packed_arguments(positions, traced))
     return out.last_hidden_state[0], traced.calls

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from veneer.adapters.methods.prefix import PrefixedDecoder, tokens_in_front
 from veneer.errors import SourceError
 from veneer.kernels.dense.loss import Head
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import BatchLayout
 from veneer.models.attention import NAME, decoder, packed_states
 from veneer.models.proof import Proven, apart, no_seam, proven, unreached
 
@@ -102,7 +102,7 @@ def prove_packing(model: PreTrainedModel) -> str | None:
 def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
     name, before = type(model).__name__, model.config._attn_implementation
     device = next(model.parameters()).device
-    layout = Layout.of(3, (4, 5), device)
+    layout = BatchLayout.of(3, (4, 5), device)
     positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
     ids = (
         torch.zeros(12, dtype=torch.int64, device=device)

@@ -27,7 +27,7 @@ from veneer.errors import ConfigError
 from veneer.linear import frozen_linear
 from veneer.models.attention import decoder
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.start import Start
+from veneer.models.start import AdapterStart
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.shards import make_whole
 
@@ -35,7 +35,9 @@ EVA_TOKENS = 4096
 """Tokens of the training rows that are looked at: the directions hardly move after that."""
 
 
-def start_lora(config: LoRA, base: FrozenBase, examples: Sequence[Example], *, seed: int) -> Start:
+def start_lora(
+    config: LoRA, base: FrozenBase, examples: Sequence[Example], *, seed: int
+) -> AdapterStart:
     """ConfigError: the start that the settings ask for cannot be made here."""
     if faults := _faults(config, base, examples):
         raise ConfigError("the adapter cannot start as its settings ask", faults)
@@ -50,7 +52,7 @@ def start_lora(config: LoRA, base: FrozenBase, examples: Sequence[Example], *, s
             return f"A and B start where {left:.0%} of what 4 bits lost of the weights is left"
         return None
 
-    return Start(config, put)
+    return AdapterStart(config, put)
 
 
 def _faults(config: LoRA, base: FrozenBase, examples: Sequence[Example]) -> list[str]:

@@ -29,7 +29,7 @@ from veneer.data.template.new_tokens import extended
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.models.same_values import same_values
-from veneer.models.step import Paths, keep_paths, prepare
+from veneer.models.step import ComputePaths, keep_paths, prepare
 from veneer.quant.config import Quantize
 from veneer.shards import Shards
 
@@ -76,7 +76,7 @@ class FrozenBase:
     _extended: tuple[object, PreTrainedTokenizerBase] | None = field(
         default=None, init=False, repr=False
     )
-    _paths: Paths | None = field(default=None, init=False, repr=False)
+    _paths: ComputePaths | None = field(default=None, init=False, repr=False)
     _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,11 +183,11 @@ class FrozenBase:
         return self._template_hash[1]
 
     @property
-    def paths(self) -> Paths:
+    def paths(self) -> ComputePaths:
         """Which fast paths this model takes; proven on its first use, with no adapter acting."""
         if self._paths is None:
             with self.routing.none():
-                found = same_values("paths", self.model, Paths, lambda: prepare(self.model))
+                found = same_values("paths", self.model, ComputePaths, lambda: prepare(self.model))
                 keep_paths(self.model, found)
                 self._paths = replace(found, not_read=self.not_read)
         return self._paths

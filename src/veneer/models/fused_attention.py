@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.adapters.methods.lora import side_by_side
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.dense.fused import rotary
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.models.attention import NAME, attention_forward
 from veneer.models.stand_in import StandIn
 
@@ -29,7 +29,7 @@ class FusedAttention(StandIn):
     """o(attention(rotated q(x), rotated k(x), v(x))), the projections being the model's own,
     adapted or not. rules: how the block's attention weighs."""
 
-    def __init__(self, base: nn.Module, rules: Rules) -> None:
+    def __init__(self, base: nn.Module, rules: AttentionRules) -> None:
         super().__init__(base)
         self.rules = rules
 
@@ -112,7 +112,7 @@ def candidate(block: nn.Module, dtype: torch.dtype) -> FusedAttention | None:
 
 
 class _Seen:
-    """Laid: keeps what attends, and answers q."""
+    """BatchAttention: keeps what attends, and answers q."""
 
     def attend(
         self,
@@ -120,7 +120,7 @@ class _Seen:
         key_NKD: Tensor,
         value_NKD: Tensor,
         prefix: Sequence[tuple[slice, Pair | None]],
-        rules: Rules,
+        rules: AttentionRules,
     ) -> Tensor:
         self.given, self.rules = (query_NHD, key_NKD, value_NKD), rules
         return query_NHD

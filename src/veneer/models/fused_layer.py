@@ -22,7 +22,7 @@ from veneer.kernels.dense.block import Block, Norm, lora_block
 from veneer.kernels.dense.fused import silu_gate
 from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
-from veneer.models.attention import Traced
+from veneer.models.attention import LayoutAttention
 from veneer.models.fused_attention import FusedAttention, is_taken
 from veneer.models.fused_parts import FusedGate, FusedNorm
 from veneer.models.stand_in import StandIn
@@ -61,7 +61,7 @@ class FusedLayer(StandIn):
             position_embeddings is None
             or x.dim() != 3
             or len(x) != 1
-            or not isinstance(veneer_layout, Traced)
+            or not isinstance(veneer_layout, LayoutAttention)
         ):
             return None
         if any(

@@ -8,21 +8,24 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import AdapterConfig, LoRA, Prefix
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.reads import refused_by_peft
-from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.data.examples import Example
 from veneer.models.eva_loftq import start_lora
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.prefix_start import start_prefix
-from veneer.models.start import Start
+from veneer.models.start import AdapterStart
 from veneer.models.step import refuse_untrainable
 
-_STARTS: dict[type[AdapterConfig], Callable[..., Start]] = {LoRA: start_lora, Prefix: start_prefix}
+_STARTS: dict[type[AdapterConfig], Callable[..., AdapterStart]] = {
+    LoRA: start_lora,
+    Prefix: start_prefix,
+}
 """Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start
 where their builder puts them."""
 
 
 @dataclass(frozen=True)
-class Begun:
+class FreshAdapter:
     """attachment: its config has every default resolved; starts_from: the prompt whose values it
     starts from, whole; lines: the same for the screen."""
 
@@ -38,8 +41,8 @@ def begin(
     name: str,
     seed: int = 0,
     examples: Sequence[Example] = (),
-    tokens: Brought | None = None,
-) -> Begun:
+    tokens: AddedTokens | None = None,
+) -> FreshAdapter:
     """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the
     training rows, if any; tokens: those that it brings.
 
@@ -70,7 +73,7 @@ def begin(
     lines = [*([] if line is None else [line]), *_refused_by_peft(base, attachment)]
     if tokens is not None:
         lines.append(f"{len(tokens.ids):,} new tokens, whose rows alone train of the vocabulary")
-    return Begun(attachment, None if start is None else start.prompt, lines)
+    return FreshAdapter(attachment, None if start is None else start.prompt, lines)
 
 
 def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:

@@ -21,7 +21,7 @@ from veneer.kernels.layout import round_up
 from veneer.kernels.wide import wide
 from veneer.models.attention import hidden_states
 from veneer.models.checks import in_front
-from veneer.models.step import Paths, loss_head, whole_logits
+from veneer.models.step import ComputePaths, loss_head, whole_logits
 
 SHORT_TOKENS = 8192
 """Tokens of short examples that are computed at once, whatever the batch."""
@@ -29,7 +29,7 @@ SHORT_TOKENS = 8192
 
 @torch.no_grad()
 def example_nats(
-    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], *, batch: int
+    model: PreTrainedModel, paths: ComputePaths, examples: Sequence[Example], *, batch: int
 ) -> NDArray[np.float64]:
     """(N, 2): of each example, the nats of its trained tokens summed, and their number.
 
@@ -54,7 +54,7 @@ def example_nats(
     return found
 
 
-def token_nats(model: PreTrainedModel, paths: Paths, batch: Batch) -> Tensor:
+def token_nats(model: PreTrainedModel, paths: ComputePaths, batch: Batch) -> Tensor:
     """(T) float64: -log p of every target of the batch; on the CPU where the device has no
     float64."""
     if paths.head_reason is not None:

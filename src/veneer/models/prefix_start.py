@@ -24,7 +24,7 @@ from veneer.data.examples import Example
 from veneer.errors import ConfigError
 from veneer.models.capacity import configured_capacity
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.start import Start
+from veneer.models.start import AdapterStart
 
 INSTRUCTION = (
     "Read the text below with care and give the answer that it asks for, in exactly the form in"
@@ -42,7 +42,7 @@ SHOWN = 60
 
 def start_prefix(
     config: Prefix, base: FrozenBase, examples: Sequence[Example], *, seed: int
-) -> Start:
+) -> AdapterStart:
     """ConfigError: the rows and the prefix together find no place in the model."""
     found = prefix_start(config, base, examples)
     _check_room(base, found.tokens, examples)
@@ -52,7 +52,7 @@ def start_prefix(
             _start_from(base, attachment, found.ids)
         return found.line
 
-    return Start(config.model_copy(update={"tokens": found.tokens}), put, found.text)
+    return AdapterStart(config.model_copy(update={"tokens": found.tokens}), put, found.text)
 
 
 @dataclass(frozen=True)

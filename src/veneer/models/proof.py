@@ -31,7 +31,7 @@ from veneer.adapters.placement.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
 from veneer.files.remembered import is_known, remembered
 from veneer.kernels.dense.loss import Head
-from veneer.kernels.layout import Layout
+from veneer.kernels.layout import BatchLayout
 from veneer.models.attention import NAME, decoder, packed_states, padded_states
 from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.models.switches import forget_lengths, sides, switches
@@ -235,7 +235,7 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         for row in rows:
             ids += row[shared:]
             positions += range(shared, len(row))
-        layout = Layout.of(shared, [len(row) - shared for row in rows], device)
+        layout = BatchLayout.of(shared, [len(row) - shared for row in rows], device)
         states, layers = packed_states(
             model, torch.tensor([ids]), torch.tensor([positions]), layout
         )

@@ -12,7 +12,7 @@ from veneer.adapters.placement.attachment import Attachment
 
 
 @dataclass(frozen=True)
-class Start:
+class AdapterStart:
     """config  the settings, with what depends on the base resolved
     put      moves the fresh layers there; a line that says so, for the screen
     prompt   the text whose values they start from, whole

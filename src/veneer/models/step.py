@@ -25,15 +25,21 @@ from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, by_length, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
-from veneer.kernels.dense.loss import Beside, Head, frozen_head_loss, head_nats, trained_head_loss
-from veneer.models.attention import Traced, hidden_states, packed_arguments, take_packed
+from veneer.kernels.dense.loss import (
+    Head,
+    TrainedHeadRows,
+    frozen_head_loss,
+    head_nats,
+    trained_head_loss,
+)
+from veneer.models.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
 from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.left_out import left_out
-from veneer.models.switches import Switches, forget_lengths, sides, switches
+from veneer.models.switches import RopeSwitches, forget_lengths, sides, switches
 
 
 @dataclass(frozen=True)
-class Paths:
+class ComputePaths:
     """Which path each part takes; a reason where it is not the fast one.
 
     padded_reason   why rows go one by one where they are not packed
@@ -54,7 +60,7 @@ class Paths:
     softcap: float | None
     head_reason: str | None
     padded_reason: str | None = None
-    switches: Switches = field(default_factory=Switches)
+    switches: RopeSwitches = field(default_factory=RopeSwitches)
     untrainable: str | None = None
     idle: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
@@ -94,7 +100,7 @@ class Paths:
         return sides([in_front + used_length(e) for e in examples], self.switches)
 
 
-def prepare(model: PreTrainedModel) -> Paths:
+def prepare(model: PreTrainedModel) -> ComputePaths:
     """Prove the fast paths on a model without adapters; the packed one stays switched on.
 
     SourceError: the model sees what it is to predict.
@@ -104,7 +110,7 @@ def prepare(model: PreTrainedModel) -> Paths:
     return _paths(model, packed_reason, scale, softcap, head_reason)
 
 
-def assume_paths(model: PreTrainedModel) -> Paths:
+def assume_paths(model: PreTrainedModel) -> ComputePaths:
     """What `prepare` would find on a model without storage (meta device): what holds for its
     structure."""
     packed_reason, found = takes_packing(model), structure(model)
@@ -117,9 +123,9 @@ def _paths(
     scale: float,
     softcap: float | None,
     head: str | None,
-) -> Paths:
+) -> ComputePaths:
     found = structure(model)
-    return Paths(
+    return ComputePaths(
         packed is None,
         packed,
         scale,
@@ -133,7 +139,7 @@ def _paths(
     )
 
 
-def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
+def refuse_untrainable(model: PreTrainedModel, paths: ComputePaths) -> None:
     if paths.untrainable is not None:
         raise RefusedError(
             f"{type(model).__name__} cannot be trained here",
@@ -143,7 +149,7 @@ def refuse_untrainable(model: PreTrainedModel, paths: Paths) -> None:
         )
 
 
-def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
+def keep_paths(model: PreTrainedModel, paths: ComputePaths) -> None:
     """Put a model onto paths that were found on another: of the same values, or of the same
     structure without any."""
     if paths.packed:
@@ -151,7 +157,7 @@ def keep_paths(model: PreTrainedModel, paths: Paths) -> None:
 
 
 def batch_loss(
-    model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch, *, total: float
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch, *, total: float
 ) -> Tensor:
     """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the
     whole step."""
@@ -165,7 +171,9 @@ def batch_loss(
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch) -> Tensor:
+def token_losses(
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+) -> Tensor:
     """(T) -log p of every target of the batch: what batch_loss sums, without its gradient."""
     if paths.head_reason is not None:
         return nn.functional.cross_entropy(
@@ -176,7 +184,7 @@ def token_losses(model: PreTrainedModel, paths: Paths, routing: Routing, batch: 
 
 
 def _predicting(
-    model: PreTrainedModel, paths: Paths, routing: Routing, batch: Batch
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
 ) -> tuple[Tensor, Head]:
     """(T, D) hidden states of the rows that predict a trained token, and the head for them."""
     rows, linear = (
@@ -195,7 +203,7 @@ def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
 
 
-def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
+def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
     """The output head as the loss takes it: its weights, or the wrapper where the head itself is
     adapted."""
     head: Any = model.get_output_embeddings()
@@ -214,7 +222,9 @@ def loss_head(model: PreTrainedModel, paths: Paths) -> Head:
     if acting.whole is not None and [type(each) for each in around] == [ExtendedHead]:
         tokens = around[0].rows_beside(acting.whole)
         bias = None if plain.bias is None else tokens.of_bias(plain.bias)
-        return replace(own, beside=Beside(tokens.rows, tokens.at, bias), columns=tokens.end)
+        return replace(
+            own, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
+        )
     weight: Any = head.weight
     return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head, rows=acting)
 
@@ -262,13 +272,16 @@ def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     forget_lengths(model)
     own: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
     if batch.layout is not None:
-        own = packed_arguments(batch.positions, Traced(batch.layout))
+        own = packed_arguments(batch.positions, LayoutAttention(batch.layout))
     logits: Tensor = model(input_ids=batch.ids, **own).logits
     return logits.flatten(0, 1).index_select(0, batch.loss_rows)
 
 
 def parts_of(
-    model: PreTrainedModel, paths: Paths, examples: Sequence[Example], rows: Iterable[list[int]]
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    examples: Sequence[Example],
+    rows: Iterable[list[int]],
 ) -> Iterator[list[int]]:
     """The rows as they may be computed: those of each list in one forward, or in as many as the
     paths ask for."""
@@ -279,7 +292,7 @@ def parts_of(
 
 def batch_of(
     model: PreTrainedModel,
-    paths: Paths,
+    paths: ComputePaths,
     examples: Sequence[Example],
     part: Sequence[int],
     *,
@@ -294,7 +307,7 @@ def batch_of(
 
 def evaluation_loss(
     model: PreTrainedModel,
-    paths: Paths,
+    paths: ComputePaths,
     routing: Routing,
     examples: Sequence[Example],
     *,
@@ -309,7 +322,7 @@ def evaluation_loss(
 
 def part_nats(
     model: PreTrainedModel,
-    paths: Paths,
+    paths: ComputePaths,
     routing: Routing,
     examples: Sequence[Example],
     parts: Sequence[Sequence[int]],

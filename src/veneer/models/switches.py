@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Switches:
+class RopeSwitches:
     """at: lengths beyond which other frequencies hold; each: the length beyond which every length
     has its own."""
 
@@ -50,7 +50,7 @@ class Switches:
         return None
 
 
-def switches(config: PreTrainedConfig) -> Switches:
+def switches(config: PreTrainedConfig) -> RopeSwitches:
     text = config.get_text_config()
     at: set[int] = set()
     each: set[int] = set()
@@ -63,7 +63,7 @@ def switches(config: PreTrainedConfig) -> Switches:
             at.add(int(original or text.max_position_embeddings))
         elif "dynamic" in kind:
             each.add(int(text.max_position_embeddings))
-    return Switches(tuple(sorted(at)), min(each, default=None))
+    return RopeSwitches(tuple(sorted(at)), min(each, default=None))
 
 
 def _rotary(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
@@ -75,7 +75,7 @@ def _rotary(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
             yield from (own for own in found.values() if isinstance(own, dict))
 
 
-def sides(lengths: Sequence[int], found: Switches) -> list[list[int]]:
+def sides(lengths: Sequence[int], found: RopeSwitches) -> list[list[int]]:
     """Numbers of the rows that may go together, in their order; one group where the length changes
     nothing."""
     groups: dict[tuple[int, int], list[int]] = {}
@@ -87,7 +87,7 @@ def sides(lengths: Sequence[int], found: Switches) -> list[list[int]]:
 def forget_lengths(model: PreTrainedModel) -> None:
     """Frequencies as no text had been read: dynamic scaling keeps those of the longest one so
     far."""
-    if switches(model.config) == Switches():
+    if switches(model.config) == RopeSwitches():
         # most models, before every forward: looking at every module takes longer than a narrow
         # layer
         return

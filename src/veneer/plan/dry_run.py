@@ -29,7 +29,7 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.reads import weights_read_past
 from veneer.adapters.placement.routing import Routing
-from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.bases.loading.from_config import build
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
@@ -42,7 +42,13 @@ from veneer.models.checkpointing import checkpointed, decoder_layers
 from veneer.models.checks import structure
 from veneer.models.fused import fused, replacements
 from veneer.models.left_out import reached_weights
-from veneer.models.step import Paths, assume_paths, batch_loss, keep_paths, refuse_untrainable
+from veneer.models.step import (
+    ComputePaths,
+    assume_paths,
+    batch_loss,
+    keep_paths,
+    refuse_untrainable,
+)
 from veneer.plan.counted import (
     ACTIVATIONS,
     BACKWARD,
@@ -79,7 +85,7 @@ class AttachedFacts:
     depth: int
     period: int | None
     experts: int
-    paths: Paths
+    paths: ComputePaths
     static: Parts
     base: BaseBytes
     trainable_parameters: int
@@ -94,7 +100,7 @@ class BaseFacts:
     """Facts of the base that do not depend on the method; the fields are those of AttachedFacts."""
 
     depth: int
-    paths: Paths
+    paths: ComputePaths
     base: BaseBytes
 
 
@@ -159,7 +165,7 @@ def dry_run(step: Step, known: AttachedFacts | None = None) -> DryRun:
     return found
 
 
-def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Paths:
+def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> ComputePaths:
     """The paths of `model`, onto which it is put before anything is attached: some methods attach
     to packed attention alone.
 
@@ -181,7 +187,7 @@ def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> Path
 
 
 def _install(
-    model: PreTrainedModel, step: Step, routing: Routing, paths: Paths
+    model: PreTrainedModel, step: Step, routing: Routing, paths: ComputePaths
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
     """What trains, as training/training.py has it."""
     refuse_untrainable(model, paths)
@@ -191,7 +197,7 @@ def _install(
     head, tokens = model.get_output_embeddings(), None
     if step.new_tokens:
         known = model.get_input_embeddings().get_parameter("weight").shape[0]
-        tokens = Brought((), tuple(range(known, known + step.new_tokens)))
+        tokens = AddedTokens((), tuple(range(known, known + step.new_tokens)))
     attachment = attach(
         model,
         step.method,
@@ -212,7 +218,7 @@ def _run(
     model: PreTrainedModel,
     experts: int,
     device: torch.device = META,
-    paths: Paths | None = None,
+    paths: ComputePaths | None = None,
 ) -> DryRun:
     """One step of `model`, as deep as it stands; on another device than meta the same is counted of
     real tensors."""
@@ -360,7 +366,7 @@ def _num_experts(config: PreTrainedConfig) -> int:
 
 
 def _extrapolated(
-    step: Step, depth: int, period: int, experts: int, paths: Paths | None = None
+    step: Step, depth: int, period: int, experts: int, paths: ComputePaths | None = None
 ) -> DryRun | None:
     """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
     first = depth % period + period * (1 if depth % period else 2)

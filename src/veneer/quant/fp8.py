@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.quant.config import Quantize
-from veneer.quant.in_files import InFiles, scaled
+from veneer.quant.in_files import FileWeight, scaled
 
 MOST_VALUE = 448.0
 ROWS_AT_ONCE = 256
@@ -27,7 +27,7 @@ _NAN = 0x7F
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FP8(InFiles):
+class FP8(FileWeight):
     """tensors: "" uint8 (..., O, I), the bits of the values; scale float32 (..., ceil(O / rows),
     ceil(I / columns))."""
 

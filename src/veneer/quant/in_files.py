@@ -17,7 +17,7 @@ from veneer.quant.decoded import DecodedMatrix
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class InFiles:
+class FileWeight:
     """A PackedWeight whose tensors all have the stack's E first, if it is one.
 
     by_rows: of which tensors the last axis but one goes with O; the others hold for all rows alike.
@@ -83,7 +83,7 @@ class InFiles:
         return first.holding(found)
 
 
-def _check_alike(weights: Sequence[InFiles]) -> None:
+def _check_alike(weights: Sequence[FileWeight]) -> None:
     """Raises ValueError if some of these weights have tensors or numbers that others do not
     have."""
     if len({frozenset(each.tensors) for each in weights}) > 1:

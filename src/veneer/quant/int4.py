@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from veneer.quant.in_files import InFiles, scaled, shifted
+from veneer.quant.in_files import FileWeight, scaled, shifted
 
 MOST_VALUE = 15.0
 """Of a code less its zero."""
@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Int4(InFiles):
+class Int4(FileWeight):
     """tensors: "" uint8 (..., O, I / 2); scales (..., O, groups) of a floating type; zeros uint8
     (..., O, groups); groups int32 (..., I), or not there: columns belong to groups of `width` in
     their order."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.kernels.packed import nf4
-from veneer.kernels.packed.nf4 import Blocks
+from veneer.kernels.packed.nf4 import NF4Blocks
 from veneer.linear import times
 from veneer.quant.scratch import scratch
 
@@ -21,7 +21,7 @@ from veneer.quant.scratch import scratch
 class PackedMatrix:
     """W: the elements from `start` on, as (O, I), or as (I, O) where `transposed`."""
 
-    blocks: Blocks
+    blocks: NF4Blocks
     in_features: int
     out_features: int
     dtype: torch.dtype

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from veneer.kernels.packed.nf4 import Blocks, Nested
+from veneer.kernels.packed.nf4 import NestedScales, NF4Blocks
 from veneer.quant.config import Quantize
 from veneer.quant.matrix import PackedMatrix
 
@@ -58,9 +58,9 @@ class MXFP4:
             self.tensors["exponents"][number].view(-1),
         )
         ones = torch.ones(-(-exponents.numel() // _NESTED_BLOCK), device=codes.device)
-        nested = Nested(_powers().to(codes.device), ones, _NESTED_BLOCK, 0.0)
+        nested = NestedScales(_powers().to(codes.device), ones, _NESTED_BLOCK, 0.0)
         table = torch.tensor(VALUES, device=codes.device)
-        return PackedMatrix(Blocks(codes, exponents, table, GROUP, O * I, nested), I, O, dtype)
+        return PackedMatrix(NF4Blocks(codes, exponents, table, GROUP, O * I, nested), I, O, dtype)
 
 
 def high_first(codes: Tensor) -> Tensor:

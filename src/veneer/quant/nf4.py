@@ -25,7 +25,7 @@ from torch import Tensor
 
 from veneer.errors import CorruptFileError
 from veneer.kernels.packed import nf4 as kernels
-from veneer.kernels.packed.nf4 import Blocks, Nested
+from veneer.kernels.packed.nf4 import NestedScales, NF4Blocks
 from veneer.kernels.wide import wide
 from veneer.quant.matrix import PackedMatrix
 
@@ -116,11 +116,11 @@ class Packed:
     block: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    nested: Nested | None = None
+    nested: NestedScales | None = None
 
     @cached_property
-    def blocks(self) -> Blocks:
-        return Blocks(
+    def blocks(self) -> NF4Blocks:
+        return NF4Blocks(
             self.packed, self.absmax, self.table, self.block, math.prod(self.shape), self.nested
         )
 
@@ -200,7 +200,7 @@ def dequantize(weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
     return kernels.dequantize(weight.blocks, out)
 
 
-def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Nested]:
+def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     """(indices uint8, what decodes them): the nearest of the 256 values to (absmax - mean) /
     largest residual.
 
@@ -215,7 +215,7 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Nested]:
     table, values = nested_map(), wide(scaled)
     middles = (table[:-1].double() + table[1:].double()) / 2  # exact, so the nearest is the nearest
     index = torch.bucketize(values, middles.to(values.device)).to(absmax.device, torch.uint8)
-    return index, Nested(table.to(absmax.device), outer, NESTED_BLOCK, float(offset))
+    return index, NestedScales(table.to(absmax.device), outer, NESTED_BLOCK, float(offset))
 
 
 def _not_finite(weight: Tensor, absmax: Tensor, block: int, name: str) -> CorruptFileError:

@@ -13,7 +13,7 @@ from veneer.data.examples import Example
 from veneer.data.load import SetSize
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
-from veneer.models.step import Paths, parts_of
+from veneer.models.step import ComputePaths, parts_of
 from veneer.training.config import RunConfig
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
@@ -24,7 +24,7 @@ class TrainingInputs:
     """learning_rate: peak; evaluate_every and save_every: steps."""
 
     model: PreTrainedModel
-    paths: Paths
+    paths: ComputePaths
     routing: Routing
     flat: FlatValues
     train: Sequence[Example]

@@ -39,8 +39,8 @@ from veneer.models.capacity import capacity_of
 from veneer.models.checkpointing import checkpointed
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.fused import fused, replacements
-from veneer.models.initial_values import Begun
-from veneer.models.step import Paths, refuse_untrainable
+from veneer.models.initial_values import FreshAdapter
+from veneer.models.step import ComputePaths, refuse_untrainable
 from veneer.quant.weight import PackedSize
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
 from veneer.training.job import TrainingInputs
@@ -322,7 +322,7 @@ def _each(planned: RunForecast) -> str:
 
 
 def _job(
-    config: RunConfig, base: FrozenBase, data: DataSet, paths: Paths, flat: FlatValues
+    config: RunConfig, base: FrozenBase, data: DataSet, paths: ComputePaths, flat: FlatValues
 ) -> TrainingInputs:
     rows = len(Rows.of(data.train).lengths)
     per_epoch = -(
@@ -352,8 +352,8 @@ def _start_record(
     config: RunConfig,
     base: FrozenBase,
     data: DataSet,
-    paths: Paths,
-    begun: Begun | None,
+    paths: ComputePaths,
+    begun: FreshAdapter | None,
     flat: FlatValues,
     job: TrainingInputs,
     idle: int,

@@ -22,13 +22,13 @@ from veneer.adapters.placement.attachment import stands_alone, summed_change
 from veneer.adapters.placement.rows import put
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.segments import Plan, Update, linear_with_updates
+from veneer.kernels.dense.segments import RowUpdate, UpdateCache, linear_with_updates
 from veneer.kernels.layout import round_up
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 
 
 @dataclass(frozen=True)
-class _OneExpert:
+class _ExpertLoRA:
     """The factors of one expert, as a linear layer has them."""
 
     stack: LoRALayer
@@ -152,20 +152,20 @@ class AdaptedExperts(AdaptedModule):
                 if layers
                 else frozen_product(x, bias, frozen)
             )
-        updates: list[Update] = []
+        updates: list[RowUpdate] = []
         for segment in acting.select(rows).segments(len(rows)):
             of_segment = None if keys is None else keys.of(segment.rows)
             for layer, weight, own in self._layers(segment.adapters, name, expert, of_segment):
                 dropout = layer.active_dropout(x[segment.rows], own)
-                updates.append(Update(segment.rows, layer, layer.scaling * weight, dropout))
-        return linear_with_updates(x, bias, frozen, updates, Plan())
+                updates.append(RowUpdate(segment.rows, layer, layer.scaling * weight, dropout))
+        return linear_with_updates(x, bias, frozen, updates, UpdateCache())
 
     def _layers(
         self, adapters: Applied, name: str, expert: int, keys: TokenKeys | None
-    ) -> list[tuple[_OneExpert, float, TokenKeys | None]]:
+    ) -> list[tuple[_ExpertLoRA, float, TokenKeys | None]]:
         found = self.drawing(adapters, keys)
         return [
-            (_OneExpert(layers[name], expert), weight, own)
+            (_ExpertLoRA(layers[name], expert), weight, own)
             for layers, weight, own in found
             if name in layers
         ]

@@ -26,8 +26,13 @@ from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.lora import Adapted, dropped, lora_linear, lora_linears, unadapted
-from veneer.kernels.dense.segments import Plan, Prepared, Update, linear_with_updates
+from veneer.kernels.dense.lora import LoRALinear, dropped, lora_linear, lora_linears, unadapted
+from veneer.kernels.dense.segments import (
+    InferenceUpdates,
+    RowUpdate,
+    UpdateCache,
+    linear_with_updates,
+)
 from veneer.linear import FrozenLinear, TransposedLinear, frozen_linear, frozen_product
 
 Kind = Literal["linear", "embedding", "experts"]
@@ -143,10 +148,10 @@ class LoRALayer:
 
     def update(
         self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None
-    ) -> Update | None:
+    ) -> RowUpdate | None:
         if self.offset is not None:
             return None
-        return Update(rows, self, self.scaling * weight, self.active_dropout(x, keys))
+        return RowUpdate(rows, self, self.scaling * weight, self.active_dropout(x, keys))
 
     def change(
         self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
@@ -164,7 +169,7 @@ class LoRALayer:
         return update * (self.scaling * scale)
 
 
-class Factored(Protocol):
+class LoRAFactors(Protocol):
     """What the product of LoRA needs of a layer."""
 
     @property
@@ -185,7 +190,7 @@ def low_rank_product(
     x: Tensor,
     bias: Tensor | None,
     base: FrozenLinear,
-    acting: Sequence[tuple[Factored, float, TokenKeys | None]],
+    acting: Sequence[tuple[LoRAFactors, float, TokenKeys | None]],
 ) -> Tensor:
     """x (..., I) through the base with the weighted updates of all layers: (..., O)."""
     wide = torch.promote_types(x.dtype, torch.float32)  # scaled before anything is rounded
@@ -206,10 +211,10 @@ def low_rank_product(
         x_MI = x.reshape(-1, base.in_features)
         layers = zip(acting, scalings, masks, strict=True)
         every = [
-            Update(slice(0, len(x_MI)), layer, scaling, mask)
+            RowUpdate(slice(0, len(x_MI)), layer, scaling, mask)
             for (layer, _, _), scaling, mask in layers
         ]
-        return linear_with_updates(x_MI, bias, base, every, Plan()).view(*x.shape[:-1], -1)
+        return linear_with_updates(x_MI, bias, base, every, UpdateCache()).view(*x.shape[:-1], -1)
     pairs = [layer.factors() for layer, _, _ in acting]
     A = torch.cat([A for A, _ in pairs])
     B = torch.cat(
@@ -234,7 +239,7 @@ class LinearLayer(Layer, Protocol):
 
     def update(
         self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None
-    ) -> Update | None:
+    ) -> RowUpdate | None:
         """The change of x, which stands at these rows, as a product of two factors; None: it is not
         that alone."""
 
@@ -277,7 +282,7 @@ class AdaptedLinear(AdaptedModule):
             *x.shape[:-1], -1
         )
 
-    def alone(self, x: Tensor) -> Adapted | None:
+    def alone(self, x: Tensor) -> LoRALinear | None:
         """The layer and its update, where at most a single LoRA acts here on all rows of x and
         nothing else is to be done."""
         acting = self.routing.acting
@@ -301,9 +306,9 @@ class AdaptedLinear(AdaptedModule):
             return None
         layer, weight, keys = drawing[0]
         mask, (A, B) = layer.active_dropout(x, keys), layer.factors()
-        return Adapted(A, B, self.frozen.own_bias(), self.frozen, layer.scaling * weight, mask)
+        return LoRALinear(A, B, self.frozen.own_bias(), self.frozen, layer.scaling * weight, mask)
 
-    def in_step(self, x_MI: Tensor) -> few_rows.Part | None:
+    def in_step(self, x_MI: Tensor) -> few_rows.UpdatedWeight | None:
         """W, bias and updates, where these are prepared and nothing else is to be done to x, all
         rows of a step."""
         acting = self.routing.acting
@@ -316,7 +321,7 @@ class AdaptedLinear(AdaptedModule):
             else prepared.in_one_call(x_MI, self.frozen.own_bias(), self.frozen)
         )
 
-    def _listed(self, acting: Acting, rows: int, dtype: torch.dtype) -> Prepared | None:
+    def _listed(self, acting: Acting, rows: int, dtype: torch.dtype) -> InferenceUpdates | None:
         """What was prepared, or what a mix lists of all rows of a step; None: nothing, or somebody
         is to hear of x."""
         if (
@@ -363,7 +368,7 @@ class AdaptedLinear(AdaptedModule):
         may_keep = keys is None and not torch.is_grad_enabled()
         if may_keep and (prepared := kept.get(layer_rows)) is not None:
             return prepared.product(x, bias, self.frozen)
-        updates: list[Update] = []
+        updates: list[RowUpdate] = []
         others: list[Segment] = []
         for segment in segments:
             if self.concerned(segment.adapters):
@@ -381,13 +386,15 @@ class AdaptedLinear(AdaptedModule):
         made = [self._otherwise(x[s.rows], y[s.rows], s.adapters, _of(keys, s)) for s in others]
         return put(y, [s.rows for s in others], made, len(x))
 
-    def _updates(self, x: Tensor, segment: Segment, keys: TokenKeys | None) -> list[Update] | None:
+    def _updates(
+        self, x: Tensor, segment: Segment, keys: TokenKeys | None
+    ) -> list[RowUpdate] | None:
         """What these adapters add to the segment's rows; None: one of them does more than that."""
         if self.replaces(segment.adapters):
             return None
-        found: list[Update] = []
+        found: list[RowUpdate] = []
         for layer, weight, own in self.drawing(segment.adapters, keys):
-            update: Update | None = layer.update(x, segment.rows, weight, own)
+            update: RowUpdate | None = layer.update(x, segment.rows, weight, own)
             if update is None:
                 return None
             found.append(update)
@@ -404,7 +411,7 @@ class AdaptedLinear(AdaptedModule):
         return y.to(x.dtype)
 
 
-def alone(module: nn.Module, x: Tensor) -> Adapted | None:
+def alone(module: nn.Module, x: Tensor) -> LoRALinear | None:
     """A linear module and its update, as AdaptedLinear.alone; of rank 0 where no adapter stands
     beside it."""
     if isinstance(module, AdaptedLinear):

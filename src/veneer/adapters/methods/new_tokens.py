@@ -21,20 +21,20 @@ from torch.nn import functional as F
 from veneer.adapters.placement.acting import Applied
 from veneer.adapters.placement.rows import rows_of
 from veneer.adapters.placement.site import Site
-from veneer.adapters.placement.token_rows import Brought, NewTokens, TokenRows
+from veneer.adapters.placement.token_rows import AddedTokens, NewTokens, TokenRows
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear, is_plain_embedding
 
 
-class _Extended(AdaptedModule):
+class _VocabularyModule(AdaptedModule):
     outside = True
 
     def rows_beside(self, adapters: Applied) -> TokenRows | None:
         return next((rows for rows, _ in self.beside(adapters)), None)
 
 
-class ExtendedEmbedding(_Extended):
+class ExtendedEmbedding(_VocabularyModule):
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
         acting = self.routing.acting
         parts = {part.adapters: self.rows_beside(part.adapters) for part in acting.parts}
@@ -59,7 +59,7 @@ class ExtendedEmbedding(_Extended):
         return torch.cat(pieces).view(own.shape)
 
 
-class ExtendedHead(_Extended):
+class ExtendedHead(_VocabularyModule):
     def forward(self, input: Tensor) -> Tensor:
         acting = self.routing.acting
         parts = {part.adapters: self.rows_beside(part.adapters) for part in acting.parts}
@@ -82,7 +82,7 @@ class ExtendedHead(_Extended):
         return torch.cat(pieces).view(*own.shape[:-1], width)
 
 
-def put_tokens(site: Site, brought: Brought, embedding: nn.Module | None) -> None:
+def put_tokens(site: Site, brought: AddedTokens, embedding: nn.Module | None) -> None:
     """Rows for these tokens beside the embedding and the head. ConfigError: the model has no place
     for them."""
     paths = {id(module): path for path, module in site.modules.items()}
@@ -117,7 +117,7 @@ def put_tokens(site: Site, brought: Brought, embedding: nn.Module | None) -> Non
         beside[site.wrap(at_head, ExtendedHead).key] = places.get(at_head, places[at_table])
 
 
-def _rows(brought: Brought, site: Site, path: str) -> TokenRows:
+def _rows(brought: AddedTokens, site: Site, path: str) -> TokenRows:
     module = site.modules[path]
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():

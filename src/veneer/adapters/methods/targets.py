@@ -107,7 +107,7 @@ def find_targets(
 
 
 @dataclass(frozen=True)
-class _Places:
+class _CandidateModules:
     """Where a low-rank update could stand, by kind, and where it would not act or not train.
 
     head     the output head's path
@@ -149,9 +149,9 @@ def _places(
     read_past: Collection[str],
     idle: Collection[str],
     refused: Collection[str],
-) -> _Places:
+) -> _CandidateModules:
     """What the model has."""
-    found = _Places(
+    found = _CandidateModules(
         linears=[path for path, module in modules.items() if frozen_linear(module) is not None],
         embeddings=[path for path, module in modules.items() if is_plain_embedding(module)],
         experts=[
@@ -191,7 +191,7 @@ def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str
     return trained
 
 
-def _named(places: _Places, config: LowRank, faults: list[str]) -> list[str]:
+def _named(places: _CandidateModules, config: LowRank, faults: list[str]) -> list[str]:
     """What `targets` names, before anything is left out."""
     if config.targets == "all-linear":
         return places.all_linear
@@ -236,7 +236,7 @@ def _by_entries(
 
 
 def _left(
-    places: _Places,
+    places: _CandidateModules,
     config: LowRank,
     named: Sequence[str],
     trained: Sequence[str],

@@ -18,7 +18,7 @@ from veneer.adapters.combinations import refuse_sum
 from veneer.adapters.placement.attachment import Attachment
 from veneer.errors import ConfigError
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.segments import Plan
+from veneer.kernels.dense.segments import UpdateCache
 
 Applied = tuple[tuple[Attachment, float], ...]
 """Adapters that act on the same rows, each with its weight; none: the base alone."""
@@ -56,7 +56,7 @@ class TokenKeys:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """rows: how many; None, of a single part: all. ConfigError: adapters that cannot act together
     like this."""
 
@@ -89,10 +89,10 @@ class Acting:
     value, or `replace`s.
     """
 
-    parts: tuple[Part, ...] = (Part(None, ()),)
+    parts: tuple[BatchPart, ...] = (BatchPart(None, ()),)
     keys: TokenKeys | None = None
     kept: Tensor | None = None
-    plan: Plan = field(default_factory=Plan, repr=False, compare=False)
+    plan: UpdateCache = field(default_factory=UpdateCache, repr=False, compare=False)
     _rows_of_parts: dict[int, tuple[int, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -107,7 +107,7 @@ class Acting:
     @classmethod
     def everywhere(cls, adapters: Applied) -> "Acting":
         """The same on every row."""
-        return cls((Part(None, adapters),))
+        return cls((BatchPart(None, adapters),))
 
     @property
     def whole(self) -> Applied | None:
@@ -176,7 +176,7 @@ class Acting:
         if self.whole is not None:
             return replace(self, keys=keys, kept=None)
         counts = zip(self._counted(chosen), self.parts, strict=True)
-        return Acting(tuple(Part(count, part.adapters) for count, part in counts), keys)
+        return Acting(tuple(BatchPart(count, part.adapters) for count, part in counts), keys)
 
     def between(self, rows: slice) -> "Acting":
         """Of these rows alone, start and stop given."""
@@ -212,18 +212,18 @@ def in_turn(rows: Sequence[tuple[int, Applied]]) -> Acting:
     return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(parts)
 
 
-def in_step(rows: Sequence[tuple[int, Applied]], before: Plan | None = None) -> Acting:
+def in_step(rows: Sequence[tuple[int, Applied]], before: UpdateCache | None = None) -> Acting:
     """The same for steps of answers, while nothing of it trains: a single part says its rows too,
     so that what it needs is prepared once, as for several. before: of earlier steps, whose adapters
     are not prepared anew."""
-    return Acting(_joined(rows), plan=Plan() if before is None else before.following())
+    return Acting(_joined(rows), plan=UpdateCache() if before is None else before.following())
 
 
-def _joined(rows: Sequence[tuple[int, Applied]]) -> tuple[Part, ...]:
-    parts: list[Part] = []
+def _joined(rows: Sequence[tuple[int, Applied]]) -> tuple[BatchPart, ...]:
+    parts: list[BatchPart] = []
     for count, adapters in rows:
         if parts and parts[-1].adapters == adapters:
-            parts[-1] = Part((parts[-1].rows or 0) + count, adapters)
+            parts[-1] = BatchPart((parts[-1].rows or 0) + count, adapters)
         else:
-            parts.append(Part(count, adapters))
+            parts.append(BatchPart(count, adapters))
     return tuple(parts)

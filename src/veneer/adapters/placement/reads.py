@@ -61,7 +61,7 @@ def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozen
     """
     watched = like or model
     modules = plain_modules(watched)
-    watch = _Watch(modules)
+    watch = _WeightReadRecorder(modules)
     device = next(watched.parameters()).device
     with torch.no_grad(), _at_work(modules, watch), watch:
         try:
@@ -82,7 +82,7 @@ def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozen
     return frozenset(path for path in held if in_any_layer(path) in seen)
 
 
-class _Watch(TorchFunctionMode):
+class _WeightReadRecorder(TorchFunctionMode):
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
         self.holders: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -113,7 +113,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _at_work(modules: dict[str, nn.Module], watch: _Watch) -> Iterator[None]:
+def _at_work(modules: dict[str, nn.Module], watch: _WeightReadRecorder) -> Iterator[None]:
     """Within the block `watch` knows which modules are being called; by this thread, others may be
     answering."""
     watched = threading.get_ident()

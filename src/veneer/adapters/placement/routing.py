@@ -24,7 +24,7 @@ Active = tuple[tuple[str, float], ...]
 """(name, weight) of every adapter that acts; empty: the base alone, bit for bit."""
 
 
-class _OfThread(threading.local):
+class _ThreadActing(threading.local):
     acting: Acting | None = None
     """What this thread holds; None: what all threads see."""
     blocks: tuple[Acting, ...] = ()
@@ -46,7 +46,7 @@ class Routing:
         self.changing = threading.RLock()
         self._undo_hooks: Callable[[], None] | None = None
         self._standing = Acting()
-        self._of_thread = _OfThread()
+        self._of_thread = _ThreadActing()
         self._leases: Counter[str] = Counter()
         self._blocks = 0
 
@@ -85,7 +85,7 @@ class Routing:
     def held(self, acting: Acting | None = None) -> AbstractContextManager[None]:
         """Within the block this thread sees `acting`, or what acts now, whatever others switch
         to."""
-        return _Held(self, acting)
+        return _HoldContext(self, acting)
 
     def none(self) -> AbstractContextManager[None]:
         """Within the block the base acts alone, for this thread."""
@@ -189,7 +189,7 @@ class Routing:
         return undo
 
 
-class _Held(AbstractContextManager[None]):
+class _HoldContext(AbstractContextManager[None]):
     """A block of `Routing.held`: entered once for each step of answers, so by no generator."""
 
     def __init__(self, routing: Routing, acting: Acting | None) -> None:

@@ -16,7 +16,7 @@ PART = "tokens"
 
 
 @dataclass(frozen=True)
-class Brought:
+class AddedTokens:
     """texts: of the tokens; () where they are the base's own. ids: of each. pieces: the ids that
     each text was before, whose mean its row starts from; (): values follow. head: whether the head
     has rows for them too."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from veneer.bases.folder.tensor_files import StoredTensor
 from veneer.bases.packed.moving import Waiting
-from veneer.kernels.packed.nf4 import Nested
+from veneer.kernels.packed.nf4 import NestedScales
 from veneer.quant.nf4 import BLOCK_SIZES, BOOKS, BookName, Packed
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -71,7 +71,7 @@ def _waiting(
         nested = None
         if "nested_absmax" in raw:
             block, offset = int(state["nested_blocksize"]), float(state["nested_offset"])
-            nested = Nested(raw["nested_quant_map"], raw["nested_absmax"], block, offset)
+            nested = NestedScales(raw["nested_quant_map"], raw["nested_absmax"], block, offset)
         packed = raw[""].reshape(-1).view(torch.uint8)
         return Packed(
             book,

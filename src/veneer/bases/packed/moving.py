@@ -14,7 +14,7 @@ import torch
 
 from veneer.errors import CorruptFileError
 from veneer.quant.config import Quantize
-from veneer.quant.in_files import InFiles
+from veneer.quant.in_files import FileWeight
 from veneer.quant.weight import PackedWeight
 
 NEXT = "Download the model again; if it stays, ask its author."
@@ -72,7 +72,7 @@ class Moving:
         dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
         kind: Any = type(weights[0])
         axes = len(weights[0].shape)
-        if issubclass(kind, InFiles) and all(type(each) is kind for each in weights):
+        if issubclass(kind, FileWeight) and all(type(each) is kind for each in weights):
             try:
                 if func is torch.stack and dim == 0 and axes == 2:
                     return Moving(kind.stacked(weights))

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 from veneer.files.nesting import is_text
 
 if TYPE_CHECKING:
-    from veneer.adapters.placement.token_rows import Brought
+    from veneer.adapters.placement.token_rows import AddedTokens
     from veneer.data.examples import Capacity
 
 MOST_NEW_TOKENS = 4096
@@ -52,11 +52,11 @@ def text_faults(texts: Sequence[str]) -> list[str]:
     return _few(faults)
 
 
-def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> Brought | None:
+def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTokens | None:
     """What an adapter that adds these brings to a base with this tokenizer; None: they are none.
     rows: of the base's table. ConfigError: one is a token already; the tokenizer has more tokens
     than the table rows."""
-    from veneer.adapters.placement.token_rows import Brought
+    from veneer.adapters.placement.token_rows import AddedTokens
 
     if not texts:
         return None
@@ -96,10 +96,10 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> Brought 
         raise ConfigError(
             "the tokenizer makes no tokens of these", _few(map(repr, unfit)), "Name them otherwise."
         )
-    return Brought(tuple(texts), ids, tuple(pieces))
+    return AddedTokens(tuple(texts), ids, tuple(pieces))
 
 
-def room_with(capacity: Capacity, tokens: Brought | None) -> Capacity:
+def room_with(capacity: Capacity, tokens: AddedTokens | None) -> Capacity:
     """Of a base beside which these have rows."""
     if tokens is None or capacity.tokens is None:
         return capacity

@@ -14,17 +14,17 @@ import torch
 
 from veneer.adapters.methods.lora import AdaptedLinear, LoRALayer
 from veneer.adapters.methods.prefix import PrefixLayer
-from veneer.adapters.placement.acting import Applied, Part, check_together
+from veneer.adapters.placement.acting import Applied, BatchPart, check_together
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import key_of
 from veneer.decoding.schedule.blocks import Identity
 from veneer.errors import ConfigError
 from veneer.kernels.dense import few_rows
-from veneer.kernels.dense.mixes import Entry, Mix, Table
-from veneer.kernels.dense.segments import Plan
+from veneer.kernels.dense.mixes import AdapterMix, FactorTable, MixEntry
+from veneer.kernels.dense.segments import UpdateCache
 
 
-class Adapters(Protocol):
+class AdapterSource(Protocol):
     """A round of asking is a step: each adapter that a sequence waits for is asked once, the first
     first. One that is ready stays until the round ends, one that is held until it is let go as many
     times. The base is never asked for.
@@ -51,7 +51,7 @@ class Adapters(Protocol):
         """What it is on the base. Only of one that is held."""
 
 
-class Fixed:
+class FixedAdapters:
     """What each identity is on the base."""
 
     def __init__(self, applied: Mapping[Identity, Applied]) -> None:
@@ -84,7 +84,7 @@ def prefixes(applied: Applied) -> list[PrefixLayer]:
     return [layer for layer in layers if isinstance(layer, PrefixLayer)]
 
 
-Updating = tuple[Table | None, frozenset[str]]
+Updating = tuple[FactorTable | None, frozenset[str]]
 """The layers to which an adapter adds updates alone, as a table, or None; the keys of all others
 that it changes."""
 
@@ -108,7 +108,7 @@ def changes_rows_alone(adapter: Attachment) -> bool:
     return not _updates(adapter)[1]
 
 
-def updating(adapter: Attachment, plan: Plan, dtype: torch.dtype) -> Updating:
+def updating(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> Updating:
     """plan: where its factors are laid out, in this type."""
     layers, others = _updates(adapter)
     table = (
@@ -123,7 +123,7 @@ def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_
     most_bytes."""
     if not few_rows.takes_updates(1, dtype, device):
         return 0
-    found = updating(adapter, Plan(), dtype)
+    found = updating(adapter, UpdateCache(), dtype)
     needed = 0 if found[0] is None else found[0].bytes
     if needed > most_bytes:
         return 0
@@ -131,9 +131,11 @@ def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_
     return needed
 
 
-def mix_of(parts: Sequence[Part], of: Callable[[Attachment], Updating], dtype: torch.dtype) -> Mix:
+def mix_of(
+    parts: Sequence[BatchPart], of: Callable[[Attachment], Updating], dtype: torch.dtype
+) -> AdapterMix:
     """The updates of parts that say their rows."""
-    entries: list[Entry] = []
+    entries: list[MixEntry] = []
     others: set[str] = set()
     start = 0
     for part in parts:
@@ -144,7 +146,7 @@ def mix_of(parts: Sequence[Part], of: Callable[[Attachment], Updating], dtype: t
             entries += (
                 [(rows, table, weight)] if table is not None and rows.start < rows.stop else []
             )
-    return Mix(entries, dtype, others)
+    return AdapterMix(entries, dtype, others)
 
 
 def front_places(applied: Applied) -> int:

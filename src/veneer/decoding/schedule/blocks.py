@@ -30,7 +30,7 @@ alone."""
 
 
 @dataclass(frozen=True)
-class Copy:
+class BlockCopy:
     """The first `tokens` places of block `source` are wanted in block `target` as well."""
 
     source: int
@@ -39,7 +39,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Front:
+class PrefixWrite:
     """The trained prefix of an adapter, `places` long, is wanted in these blocks, the last filled
     in part."""
 
@@ -48,7 +48,7 @@ class Front:
     places: int
 
 
-class Chain:
+class BlockNames:
     """The names of the full blocks of one text, made as the text grows."""
 
     def __init__(self, base: str, adapter: Identity, salt: str, tokens_per_block: int) -> None:
@@ -70,9 +70,9 @@ class Chain:
             tokens = struct.pack(f"<{size}I", *between(start, start + size))
             self.names.append(_name(self.names[-1] if self.names else self.root, tokens))
 
-    def first(self, blocks: int) -> Chain:
+    def first(self, blocks: int) -> BlockNames:
         """The names of the first `blocks`, for a text that goes on otherwise behind them."""
-        other = object.__new__(Chain)
+        other = object.__new__(BlockNames)
         other.adapter, other.tokens_per_block = self.adapter, self.tokens_per_block
         other.front, other.root, other.names = self.front, self.root, self.names[:blocks]
         return other
@@ -86,7 +86,7 @@ def _name(*parts: bytes) -> bytes:
 
 
 @dataclass(eq=False)
-class Table:
+class BlockTable:
     """blocks[i] holds tokens i * tokens_per_block and on; front: the trained prefix, in front of
     them.
 
@@ -94,7 +94,7 @@ class Table:
     full     blocks that are computed to their end, a part of which has a name
     """
 
-    chain: Chain
+    chain: BlockNames
     blocks: list[int] = field(default_factory=list)
     front: tuple[int, ...] = ()
     front_places: int = 0
@@ -133,11 +133,11 @@ class BlockManager:
         self._references = [0] * self.num_blocks
         self._found: dict[bytes, int] = {}
         self._names: dict[int, tuple[bytes, Identity]] = {}
-        self._fronts: dict[bytes, Front] = {}
+        self._fronts: dict[bytes, PrefixWrite] = {}
         self._front_of: dict[int, bytes] = {}
-        self._tables: dict[int, Table] = {}
-        self._unwritten: dict[int, Front] = {}  # by their first blocks
-        self._copies: dict[int, Copy] = {}  # by their targets
+        self._tables: dict[int, BlockTable] = {}
+        self._unwritten: dict[int, PrefixWrite] = {}  # by their first blocks
+        self._copies: dict[int, BlockCopy] = {}  # by their targets
 
     @property
     def capacity(self) -> int:
@@ -161,12 +161,12 @@ class BlockManager:
         return len(self._found)
 
     @property
-    def fronts(self) -> tuple[Front, ...]:
+    def fronts(self) -> tuple[PrefixWrite, ...]:
         """Trained prefixes that must be written before anything is computed."""
         return tuple(self._unwritten.values())
 
     @property
-    def copies(self) -> tuple[Copy, ...]:
+    def copies(self) -> tuple[BlockCopy, ...]:
         """Blocks that must be copied before anything is computed. No source is a target."""
         return tuple(self._copies.values())
 
@@ -178,13 +178,13 @@ class BlockManager:
         """Blocks that so many tokens take."""
         return -(-places // self.tokens_per_block)
 
-    def chain(self, adapter: Identity, salt: str = "") -> Chain:
+    def chain(self, adapter: Identity, salt: str = "") -> BlockNames:
         """Of a new text. Texts of different salts share nothing but trained prefixes."""
-        return Chain(self.base, adapter, salt, self.tokens_per_block)
+        return BlockNames(self.base, adapter, salt, self.tokens_per_block)
 
     def open(
-        self, chain: Chain, places: int, *, front_places: int = 0, spare: int = 0
-    ) -> Table | None:
+        self, chain: BlockNames, places: int, *, front_places: int = 0, spare: int = 0
+    ) -> BlockTable | None:
         """A table with room for `places` tokens, the full blocks that are known found and not taken
         anew.
 
@@ -208,7 +208,7 @@ class BlockManager:
             return None
         for block in held:
             self._hold(block)
-        table = Table(chain, found, cached=len(found) * self.tokens_per_block, full=len(found))
+        table = BlockTable(chain, found, cached=len(found) * self.tokens_per_block, full=len(found))
         if front_places:
             table.front = front.blocks if front else self._new_front(chain, front_places)
             table.front_places = front_places
@@ -216,7 +216,7 @@ class BlockManager:
         self._tables[id(table)] = table
         return table
 
-    def grow(self, table: Table, places: int) -> bool:
+    def grow(self, table: BlockTable, places: int) -> bool:
         """Room for `places` tokens in all. False: there is none, and nothing has changed."""
         missing = self.blocks_for(places) - len(table.blocks)
         if missing > self.available:
@@ -225,7 +225,7 @@ class BlockManager:
         return True
 
     def filled(
-        self, table: Table, computed: int, between: Callable[[int, int], Sequence[int]]
+        self, table: BlockTable, computed: int, between: Callable[[int, int], Sequence[int]]
     ) -> None:
         """The first `computed` tokens have their keys and values: the blocks that they fill can be
         found now.
@@ -244,7 +244,7 @@ class BlockManager:
                 self._names[block] = (name, table.chain.adapter)
         table.full = full
 
-    def fork(self, table: Table, computed: int) -> Table | None:
+    def fork(self, table: BlockTable, computed: int) -> BlockTable | None:
         """Another table that begins with the first `computed` tokens, all computed.
 
         Full blocks are shared; a block that they fill in part is to be copied (`copies`). None:
@@ -254,7 +254,7 @@ class BlockManager:
         assert full <= table.full, "only what is computed is shared"
         if rest and not self.available:
             return None
-        other = Table(
+        other = BlockTable(
             table.chain.first(full),
             table.blocks[:full],
             table.front,
@@ -267,12 +267,12 @@ class BlockManager:
         if rest:
             source, target = table.blocks[full], self._take()
             self._hold(source)  # until it is copied, whoever lets go of it
-            self._copies[target] = Copy(source, target, rest)
+            self._copies[target] = BlockCopy(source, target, rest)
             other.blocks.append(target)
         self._tables[id(other)] = other
         return other
 
-    def close(self, table: Table) -> None:
+    def close(self, table: BlockTable) -> None:
         """The table's blocks are free, or kept to be found. The table is empty then."""
         del self._tables[id(table)]
         for block in reversed(table.blocks):  # the end of a text goes before its beginning
@@ -287,14 +287,14 @@ class BlockManager:
                 self._drop_front(table.chain.front)
         table.blocks, table.front, table.full, table.cached = [], (), 0, 0
 
-    def pending(self, table: Table) -> tuple[tuple[Front, ...], tuple[Copy, ...]]:
+    def pending(self, table: BlockTable) -> tuple[tuple[PrefixWrite, ...], tuple[BlockCopy, ...]]:
         """Of `fronts` and `copies`, those that this table needs."""
         fronts = [self._unwritten[block] for block in table.front[:1] if block in self._unwritten]
         return tuple(fronts), tuple(
             self._copies[block] for block in table.blocks if block in self._copies
         )
 
-    def done(self, fronts: Iterable[Front], copies: Iterable[Copy]) -> None:
+    def done(self, fronts: Iterable[PrefixWrite], copies: Iterable[BlockCopy]) -> None:
         """These have been written and copied."""
         for front in fronts:
             self._unwritten.pop(front.blocks[0], None)
@@ -379,9 +379,9 @@ class BlockManager:
             del self._idle[block]
             self._free.append(block)
 
-    def _new_front(self, chain: Chain, places: int) -> tuple[int, ...]:
+    def _new_front(self, chain: BlockNames, places: int) -> tuple[int, ...]:
         taken = tuple(self._take() for _ in range(self.blocks_for(places)))
-        front = Front(chain.adapter, taken, places)
+        front = PrefixWrite(chain.adapter, taken, places)
         self._fronts[chain.front] = self._unwritten[taken[0]] = front
         self._front_of.update(dict.fromkeys(taken, chain.front))
         return taken

@@ -26,13 +26,19 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, ROWS, TIME, WAITS, check_numbers
 from veneer.decoding.schedule.adapter_places import AdapterPlaces
-from veneer.decoding.schedule.blocks import BlockManager, Copy, Front, Identity, Table
-from veneer.decoding.schedule.sequence import Reason, Request, Sequence, State
-from veneer.decoding.schedule.step_plan import Chosen, Drawn, Plan, Span
+from veneer.decoding.schedule.blocks import (
+    BlockCopy,
+    BlockManager,
+    BlockTable,
+    Identity,
+    PrefixWrite,
+)
+from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
+from veneer.decoding.schedule.step_plan import SampledToken, SampleResult, Span, StepPlan
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError, VeneerError
 
 if TYPE_CHECKING:
-    from veneer.decoding.schedule.adapters import Adapters
+    from veneer.decoding.schedule.adapters import AdapterSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ class Scheduler:
         self,
         blocks: BlockManager,
         limits: Limits,
-        adapters: Adapters,
+        adapters: AdapterSource,
         *,
         positions: int | None = None,
     ) -> None:
@@ -97,8 +103,8 @@ class Scheduler:
         ] = {}  # first choice -> those that wait for it to read the prompt
         self._cancelled: list[Sequence] = []  # during the step that is under way
         self._ended: list[Sequence] = []  # and not yet told
-        self._plan: Plan | None = None
-        self._last: Plan | None = (
+        self._plan: StepPlan | None = None
+        self._last: StepPlan | None = (
             None  # the one before, if all that runs went on by a token in it and nothing else was
         )
         self._count = self._plans = 0
@@ -152,7 +158,7 @@ class Scheduler:
             )
         if (most := self.limits.max_waiting) < request.choices:
             raise DoesNotFitError(f"{request.choices} choices are asked for, {most} may wait")
-        waiting = sum(s.state is State.WAITING for s in self.waiting)
+        waiting = sum(s.state is SequenceState.WAITING for s in self.waiting)
         if waiting + request.choices > self.limits.max_waiting:
             raise QueueFullError(waiting, self.limits.max_waiting)
         made = []
@@ -169,15 +175,15 @@ class Scheduler:
     def cancel(self, sequence: Sequence) -> None:
         """It ends at once, or with the step that is under way. The next `step` or `finish_step`
         tells."""
-        if sequence.state is State.FINISHED or sequence.cancelled:
+        if sequence.state is SequenceState.FINISHED or sequence.cancelled:
             return
         sequence.cancelled = True
         if self._plan is None:
-            self._end(sequence, Reason.CANCELLED)
+            self._end(sequence, FinishReason.CANCELLED)
         else:
             self._cancelled.append(sequence)
 
-    def step(self, now: float, *, most_tokens: int | None = None) -> Plan:
+    def step(self, now: float, *, most_tokens: int | None = None) -> StepPlan:
         """What to compute next; no spans while all wait for their adapters, or nothing is left.
 
         Before the next call comes `finish_step` or `undo_step`.
@@ -212,15 +218,15 @@ class Scheduler:
     def _planned(
         self,
         spans: tuple[Span, ...],
-        fronts: tuple[Front, ...],
-        copies: tuple[Copy, ...],
+        fronts: tuple[PrefixWrite, ...],
+        copies: tuple[BlockCopy, ...],
         follows: int | None = None,
-    ) -> Plan:
+    ) -> StepPlan:
         self._plans += 1
-        self._plan = Plan(spans, fronts, copies, self._told(), self._plans, follows)
+        self._plan = StepPlan(spans, fronts, copies, self._told(), self._plans, follows)
         return self._plan
 
-    def _following(self, last: Plan) -> Plan | None:
+    def _following(self, last: StepPlan) -> StepPlan | None:
         """The next token of each; None: there are others, or no block for one."""
         if (
             self._others
@@ -241,7 +247,7 @@ class Scheduler:
             self.blocks.forget(content)
         return self._planned(tuple(spans), (), (), last.number)
 
-    def step_alone(self, sequence: Sequence) -> Plan:
+    def step_alone(self, sequence: Sequence) -> StepPlan:
         """One running sequence's part of a step that failed: whether it fails by itself. It may go
         back instead."""
         assert self._plan is None, "the last step has not been finished"
@@ -252,7 +258,7 @@ class Scheduler:
             return self._planned((self._span(sequence, take),), fronts, copies)
         return self._planned((), (), ())
 
-    def finish_step(self, results: Mapping[int, Drawn]) -> tuple[Sequence, ...]:
+    def finish_step(self, results: Mapping[int, SampleResult]) -> tuple[Sequence, ...]:
         """The plan has been computed. Returns the sequences that have ended.
 
         results   by number: what each sequence drew that the plan names in `draws`, and nothing
@@ -290,8 +296,8 @@ class Scheduler:
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """It ends with this error; between steps. The next `step` or `finish_step` tells."""
         assert self._plan is None, "the last step has not been finished"
-        if sequence.state is not State.FINISHED:
-            self._end(sequence, Reason.ERROR, error)
+        if sequence.state is not SequenceState.FINISHED:
+            self._end(sequence, FinishReason.ERROR, error)
 
     def _check_fits(self, request: Request, *, front_places: int) -> None:
         blocks, places = self.blocks, len(request.prompt) + request.max_new_tokens
@@ -328,15 +334,17 @@ class Scheduler:
 
     def _end_cancelled(self) -> None:
         for sequence in self._cancelled:
-            self._end(sequence, Reason.CANCELLED)
+            self._end(sequence, FinishReason.CANCELLED)
         self._cancelled = []
 
     def _end_late(self, now: float) -> None:
         for s in (*self._running, *self.waiting):
             if s.request.deadline is not None and s.request.deadline <= now:
-                self._end(s, Reason.DEADLINE)
+                self._end(s, FinishReason.DEADLINE)
 
-    def _end(self, sequence: Sequence, reason: Reason, error: Exception | None = None) -> None:
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: Exception | None = None
+    ) -> None:
         """Takes it out of wherever it is. If other choices wait for it, the first of them takes its
         place."""
         if sequence in self._running:
@@ -351,7 +359,7 @@ class Scheduler:
         if others := self._others.pop(sequence.number, []):
             self._wait(others[0], others[1:])
         self._let_go(sequence)
-        sequence.state, sequence.reason, sequence.error = State.FINISHED, reason, error
+        sequence.state, sequence.reason, sequence.error = SequenceState.FINISHED, reason, error
         self._ended.append(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -361,7 +369,7 @@ class Scheduler:
             if sequence.request.adapter:
                 self._adapters.release(sequence.request.adapter)
 
-    def _hold(self, sequence: Sequence, table: Table) -> None:
+    def _hold(self, sequence: Sequence, table: BlockTable) -> None:
         sequence.table = table
         if sequence.request.adapter:
             self._adapters.hold(sequence.request.adapter)
@@ -383,7 +391,7 @@ class Scheduler:
     def _end_waiting(self, adapter: Identity, fault: VeneerError) -> None:
         for s in self.waiting:
             if s.request.adapter == adapter:
-                self._end(s, Reason.ERROR, fault)
+                self._end(s, FinishReason.ERROR, fault)
 
     def _go_on(self, tokens: int, takes: dict[Sequence, int]) -> int:
         """What running sequences compute; the tokens that are left for new ones."""
@@ -415,7 +423,7 @@ class Scheduler:
         while not self.blocks.grow(sequence.table, sequence.length):
             youngest = self._running.pop()
             self._let_go(youngest)
-            youngest.state = State.PREEMPTED
+            youngest.state = SequenceState.PREEMPTED
             self._wait(youngest, [])
             if youngest is sequence:
                 return False
@@ -435,7 +443,7 @@ class Scheduler:
             try:
                 self._check_fits(s.request, front_places=places[adapter])
             except DoesNotFitError as fault:
-                self._end(s, Reason.ERROR, fault)
+                self._end(s, FinishReason.ERROR, fault)
                 continue
             if not self._start(s, places[adapter]):
                 break  # younger ones that are shorter would keep it out for ever
@@ -456,7 +464,7 @@ class Scheduler:
             return False
         self._waiting.remove(sequence)
         self._hold(sequence, table)
-        sequence.computed, sequence.state = table.cached, State.RUNNING
+        sequence.computed, sequence.state = table.cached, SequenceState.RUNNING
         if sequence.cached_tokens is None:
             sequence.cached_tokens = table.cached
         insort(self._running, sequence, key=lambda s: s.order)
@@ -479,18 +487,18 @@ class Scheduler:
         draws = (s, *self._others.get(s.number, ())) if stop == s.length else ()
         return Span(s, s.computed, stop, draws)
 
-    def _draw(self, s: Sequence, span: Span, drawn: Drawn) -> None:
+    def _draw(self, s: Sequence, span: Span, drawn: SampleResult) -> None:
         """Applies what it drew from what follows the span."""
         if s.cancelled:
             return  # finish_step ends it
         if isinstance(drawn, VeneerError):
-            self._end(s, Reason.ERROR, drawn)
+            self._end(s, FinishReason.ERROR, drawn)
             return
-        chosen = drawn if isinstance(drawn, Chosen) else Chosen(drawn)
+        chosen = drawn if isinstance(drawn, SampledToken) else SampledToken(drawn)
         s.new.append(chosen.token)
         if chosen.chance is not None:
             s.logprobs.append(chosen.chance)
-        reason = Reason.STOP if chosen.ends else s.ended_by(chosen.token)
+        reason = FinishReason.STOP if chosen.ends else s.ended_by(chosen.token)
         first = span.sequence
         if s is not first:
             s.cached_tokens = first.cached_tokens
@@ -506,9 +514,9 @@ class Scheduler:
         room = len(self._running) < self.limits.rows
         table = self.blocks.fork(first.table, first.computed) if room else None
         if table is None:
-            s.state = State.PREEMPTED
+            s.state = SequenceState.PREEMPTED
             self._wait(s, [])
         else:
             self._hold(s, table)
-            s.state, s.computed, s.chain = State.RUNNING, first.computed, table.chain
+            s.state, s.computed, s.chain = SequenceState.RUNNING, first.computed, table.chain
             insort(self._running, s, key=lambda each: each.order)

@@ -27,18 +27,18 @@ from veneer.bounds import (
     number_faults,
 )
 from veneer.decoding.sampling.sampling import GREEDY, Constraint, Sampling, TokenChance
-from veneer.decoding.schedule.blocks import Chain, Identity, Table
+from veneer.decoding.schedule.blocks import BlockNames, BlockTable, Identity
 from veneer.errors import ConfigError
 
 
-class State(Enum):
+class SequenceState(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
     FINISHED = "finished"
 
 
-class Reason(Enum):
+class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
@@ -138,17 +138,17 @@ class Sequence:
     overtaken      younger ones that went ahead while it waited for one of the places for adapters
     """
 
-    def __init__(self, number: int, request: Request, choice: int, chain: Chain) -> None:
+    def __init__(self, number: int, request: Request, choice: int, chain: BlockNames) -> None:
         self.number, self.request, self.choice, self.chain = number, request, choice, chain
         self.order = (-request.priority, request.arrival, number)
-        self.state = State.WAITING
-        self.reason: Reason | None = None
+        self.state = SequenceState.WAITING
+        self.reason: FinishReason | None = None
         self.error: Exception | None = None
         self.new: list[int] = []
         self.logprobs: list[TokenChance] = []
         self.computed = 0
         self.cached_tokens: int | None = None
-        self.table: Table | None = None
+        self.table: BlockTable | None = None
         self.overtaken = 0
         self.cancelled = False
 
@@ -171,7 +171,9 @@ class Sequence:
     @property
     def answer(self) -> list[int]:
         """The new ids without the stop token."""
-        stopped = self.new and self.reason is Reason.STOP and self.new[-1] in self.request.stops
+        stopped = (
+            self.new and self.reason is FinishReason.STOP and self.new[-1] in self.request.stops
+        )
         return self.new[:-1] if stopped else list(self.new)
 
     def between(self, start: int, stop: int) -> list[int]:
@@ -180,8 +182,8 @@ class Sequence:
         cut = len(prompt)
         return [*prompt[start:stop], *self.new[max(start - cut, 0) : max(stop - cut, 0)]]
 
-    def ended_by(self, token: int) -> Reason | None:
+    def ended_by(self, token: int) -> FinishReason | None:
         """Why it ends after its newest token, which is `token`; None: it goes on."""
         if token in self.request.stops and len(self.new) > self.request.min_new_tokens:
-            return Reason.STOP
-        return Reason.LENGTH if len(self.new) >= self.request.max_new_tokens else None
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.new) >= self.request.max_new_tokens else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from veneer.decoding.sampling.sampling import TokenChance
-from veneer.decoding.schedule.blocks import Copy, Front, Identity
+from veneer.decoding.schedule.blocks import BlockCopy, Identity, PrefixWrite
 from veneer.decoding.schedule.sequence import Sequence
 from veneer.errors import VeneerError
 
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """One step. First `fronts` are written and `copies` made, in any order; then the spans are
     computed.
 
@@ -41,8 +41,8 @@ class Plan:
     """
 
     spans: tuple[Span, ...]
-    fronts: tuple[Front, ...]
-    copies: tuple[Copy, ...]
+    fronts: tuple[PrefixWrite, ...]
+    copies: tuple[BlockCopy, ...]
     ended: tuple[Sequence, ...]
     number: int = 0
     follows: int | None = None
@@ -58,7 +58,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SampledToken:
     """A token of which more is to be said.
 
     ends    whether its sequence stops with it, as the caller has found: a stop string, the end of a
@@ -71,5 +71,5 @@ class Chosen:
     chance: TokenChance | None = None
 
 
-Drawn = int | Chosen | VeneerError
+SampleResult = int | SampledToken | VeneerError
 """A token; one of which more is to be said; why there is none, which ends this sequence alone."""

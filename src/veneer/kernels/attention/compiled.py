@@ -20,7 +20,7 @@ from torch import Tensor
 from veneer.kernels.bindings import calls, sum_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, note_flops, on_cpu
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 TASKS = 8
 """Fewer documents times key heads than this are split by query rows, so that all threads have work.
@@ -30,7 +30,7 @@ HELD_BYTES = 64 * 2**20
 """Most memory for the gradients of shared keys, one per document, before they are summed."""
 
 
-def usable(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
+def usable(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> bool:
     """Whether a kernel computes what these are: of a type that has one on this processor, one head
     size, whole groups of heads."""
     if rules.softcap is not None or rules.sinks is not None:
@@ -47,7 +47,7 @@ def usable(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> bool:
 
 
 @dataclass(frozen=True)
-class Part:
+class AttentionInputs:
     """Documents and the keys that all of them see whole.
 
     q (R, H, D), k and v (R, K, D); before_k and before_v (P, K, D) or None
@@ -61,7 +61,7 @@ class Part:
     before_v: Tensor | None
     starts: Tensor
     longest: int
-    rules: Rules
+    rules: AttentionRules
 
     def _splits(self, docs: int) -> int:
         return max(1, min(TASKS // max(1, docs * self.k.shape[1]), self.longest // 64))
@@ -159,7 +159,9 @@ def aligned(x: Tensor) -> Tensor:
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+    ) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
         out, kept = attended(q, k, v, layout, rules)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -178,7 +180,7 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> tuple[Tensor, list[Tensor]]:
     """(N, H, D) of aligned rows, zeros on filler, and what `attended_gradients` wants."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -194,7 +196,7 @@ def attended_gradients(
     kept: Sequence[Tensor],
     grad: Tensor,
     layout: Group,
-    rules: Rules,
+    rules: AttentionRules,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, without gaps; zeros on filler."""
     found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
@@ -213,20 +215,20 @@ def attended_gradients(
 
 
 def _parts(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
-) -> list[tuple[slice, Part]]:
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+) -> list[tuple[slice, AttentionInputs]]:
     """The prompt's part, if there is a prompt, then the documents'."""
     P = layout.prompt
     rows = slice(P, layout.rows)
     prompt_k, prompt_v = (k[:P], v[:P]) if P else (None, None)
-    documents = Part(
+    documents = AttentionInputs(
         q[rows], k[rows], v[rows], prompt_k, prompt_v, layout.starts, max(layout.lengths), rules
     )
     if not P:
         return [(rows, documents)]
     alone = starts(layout)[1]
     return [
-        (slice(0, P), Part(q[:P], k[:P], v[:P], None, None, alone, P, rules)),
+        (slice(0, P), AttentionInputs(q[:P], k[:P], v[:P], None, None, alone, P, rules)),
         (rows, documents),
     ]
 
@@ -239,7 +241,9 @@ def starts(layout: Group) -> tuple[Tensor, Tensor]:
     return found
 
 
-def native_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+) -> Tensor:
     """packed_attention of kernels/attention/packed.py where it is `usable`: q (N, H, D), k and v
     (N, K, D) -> (N, H, D)."""
     apply: Any = _NativeAttention.apply

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from veneer.kernels.bindings.library import note_flops, on_cuda
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.kernels.upload import sent
 
 MOST_SIZE = 256
@@ -39,7 +39,7 @@ MOST_PLACES = 2**31
 
 
 @dataclass(frozen=True)
-class Spans:
+class SequenceEnds:
     """Sequences of queries and of keys, end to end. *_ends: (S + 1) int32, from 0; longest_*: rows.
 
     causal: the last query of a sequence sees its last key. before: keys before its own that a row
@@ -62,7 +62,7 @@ class Spans:
         *,
         causal: bool = True,
         before: int | None = None,
-    ) -> "Spans":
+    ) -> "SequenceEnds":
         ends = [list(accumulate(lengths, initial=0)) for lengths in (queries, keys)]
         both = sent(torch.tensor(ends, dtype=torch.int32), device)
         return cls(both[0], both[1], max(queries), max(keys), causal, before)
@@ -96,7 +96,7 @@ def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int,
     )
 
 
-def _held_by_backward(q: Tensor, k: Tensor, spans: Spans) -> tuple[Tensor, ...]:
+def _held_by_backward(q: Tensor, k: Tensor, spans: SequenceEnds) -> tuple[Tensor, ...]:
     """What the kernel allocates beside its results, for a plan: the sums, a float a row and head,
     and keys' and values' gradients of each query head."""
     sums = q.new_empty(
@@ -106,11 +106,11 @@ def _held_by_backward(q: Tensor, k: Tensor, spans: Spans) -> tuple[Tensor, ...]:
     return sums, sums[..., 0].contiguous(), *each
 
 
-class Aten:
+class FlashOps:
     """aten::_flash_attention_forward and _backward; tests put an exact function in their place."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, spans: SequenceEnds, scale: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Output (rows, H, D), log-sum-exp (H, rows) float32, and what backward wants besides."""
         found = torch.ops.aten._flash_attention_forward(
@@ -126,7 +126,7 @@ class Aten:
         out: Tensor,
         entropy: Tensor,
         state: tuple[Tensor, ...],
-        spans: Spans,
+        spans: SequenceEnds,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v where `out` and `entropy` are those of the whole row."""
@@ -138,10 +138,10 @@ class Aten:
         return found
 
 
-ATEN = Aten()
+ATEN = FlashOps()
 
 
-def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> str | None:
+def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules) -> str | None:
     """Why these are not the flash kernels'; None where they are."""
     if not on_cuda(q):
         return "not on CUDA"
@@ -164,33 +164,35 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> st
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _FlashPasses:
     """own: every row with its document, or with what a window lets it see. places: rows of k and v
     that stand there, None: as they are. prompt: the documents' rows with the prompt; None where
     there is none, or `own` holds it."""
 
-    own: Spans
+    own: SequenceEnds
     places: Tensor | None
-    prompt: Spans | None
+    prompt: SequenceEnds | None
 
 
-def _plan(layout: Group, window: int | None, device: torch.device) -> _Plan:
+def _plan(layout: Group, window: int | None, device: torch.device) -> _FlashPasses:
     P, lengths = layout.prompt, list(layout.lengths)
     rows = [P, *lengths] if P else lengths
     if window is None or window >= P + max(lengths):
-        prompt = Spans.of([sum(lengths)], [P], device, causal=False) if P else None
-        return _Plan(Spans.of(rows, rows, device), None, prompt)
+        prompt = SequenceEnds.of([sum(lengths)], [P], device, causal=False) if P else None
+        return _FlashPasses(SequenceEnds.of(rows, rows, device), None, prompt)
     tail = min(P, window - 1)  # of the prompt, what the first row of a document sees
     if not tail:
-        return _Plan(Spans.of(rows, rows, device, before=window - 1), None, None)
+        return _FlashPasses(SequenceEnds.of(rows, rows, device, before=window - 1), None, None)
     starts = accumulate(lengths, initial=P)
     shared = list(range(P - tail, P))
     places = [*range(P)]
     for start, length in zip(starts, lengths, strict=False):
         places += [*shared, *range(start, start + length)]
     keys = [P, *(tail + length for length in lengths)]
-    return _Plan(
-        Spans.of(rows, keys, device, before=window - 1), sent(torch.tensor(places), device), None
+    return _FlashPasses(
+        SequenceEnds.of(rows, keys, device, before=window - 1),
+        sent(torch.tensor(places), device),
+        None,
     )
 
 
@@ -219,12 +221,12 @@ class _Flash(torch.autograd.Function):
         layout: Group,
         scale: float,
         window: int | None,
-        flash: Aten,
+        flash: FlashOps,
     ) -> Tensor:
         key = "flash", window, q.device
         if key not in layout.derived:
             layout.derived[key] = _plan(layout, window, q.device)
-        plan: _Plan = layout.derived[key]
+        plan: _FlashPasses = layout.derived[key]
         note_flops(lambda: 2 * _product_flops(q, layout, window))
         rows, P = layout.rows, layout.prompt
         own_q, own_k, own_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
@@ -254,8 +256,8 @@ class _Flash(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, whole, entropy, *states = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        flash: Aten = ctx.flash
+        plan: _FlashPasses = ctx.plan
+        flash: FlashOps = ctx.flash
         rows, P = ctx.layout.rows, ctx.layout.prompt
         note_flops(lambda: 5 * _product_flops(q, ctx.layout, ctx.window))
         out, g, scale = whole[:rows], grad[:rows].contiguous(), ctx.scale
@@ -309,7 +311,7 @@ def _filled(rows: Tensor, of: Tensor) -> Tensor:
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, flash: Aten = ATEN
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, flash: FlashOps = ATEN
 ) -> Tensor:
     """As packed_attention, of what `declined` does not refuse."""
     apply: Any = _Flash.apply

@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from veneer.kernels.attention import flash
 from veneer.kernels.cuda import launch
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.kernels.upload import sent
 
 BLOCK = 128
@@ -35,7 +35,7 @@ APART = 2**-5
 """Largest difference to the plain path, which rounds its scores, relative to the largest value."""
 
 Attend = Callable[..., tuple[Tensor, Any]]
-Plain = Callable[[Tensor, Tensor, Tensor, Group, Rules], Tensor]
+Plain = Callable[[Tensor, Tensor, Tensor, Group, AttentionRules], Tensor]
 
 _log = logging.getLogger("veneer.kernels")
 
@@ -48,7 +48,7 @@ def compiled() -> Attend:
 
 
 def declined(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, plain: Plain
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, plain: Plain
 ) -> str | None:
     """Why these are not flex attention's; None where they are. plain: what it is tried beside."""
     if rules.softcap is None:
@@ -80,7 +80,7 @@ def _fault(
         torch.randn(group.rows, each, D, generator=draw).to(device, dtype) for each in (H, K, K, H)
     )
     sinks = torch.linspace(-1, 1, H).to(device, dtype) if sunk else None
-    rules = Rules(D**-0.5, window=200, softcap=softcap, sinks=sinks)
+    rules = AttentionRules(D**-0.5, window=200, softcap=softcap, sinks=sinks)
     try:
         with torch.enable_grad():
             ours, theirs = (
@@ -103,7 +103,11 @@ def _fault(
 
 
 def _with_gradients(
-    way: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor, group: Group, rules: Rules
+    way: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    grad: Tensor,
+    group: Group,
+    rules: AttentionRules,
 ) -> list[Tensor]:
     leaves = [each.detach().requires_grad_() for each in inputs]
     out = way(*leaves, group, rules)
@@ -111,7 +115,7 @@ def _with_gradients(
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisibleKeys:
     """Rows (4, N) int32: where the run of the prompt that a row sees begins and ends, where that of
     its own document begins, and the row itself."""
 
@@ -119,7 +123,7 @@ class Seen:
     blocks: BlockMask
 
 
-def seen(layout: Group, window: int | None, device: torch.device) -> Seen:
+def seen(layout: Group, window: int | None, device: torch.device) -> VisibleKeys:
     P, N = layout.prompt, layout.rows
     starts = torch.tensor([0, *(P + layout.starts[:-1])])
     lengths = torch.tensor([P, *layout.lengths])
@@ -135,7 +139,7 @@ def seen(layout: Group, window: int | None, device: torch.device) -> Seen:
     on_device = sent(rows.int(), device)
     count = [_listed(each, device) for each in (partial, whole)]
     mask = BlockMask.from_kv_blocks(*count[0], *count[1], BLOCK, _visible(on_device), (N, N))
-    return Seen(on_device, mask)
+    return VisibleKeys(on_device, mask)
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +185,12 @@ def _capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def flex_packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules, attend: Attend | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Group,
+    rules: AttentionRules,
+    attend: Attend | None = None,
 ) -> Tensor:
     """As packed_attention, of what `declined` does not refuse. attend: flex_attention, in the place
     of the compiled."""
@@ -189,7 +198,7 @@ def flex_packed_attention(
     key = "flex", rules.window, q.device
     if key not in layout.derived:
         layout.derived[key] = seen(layout, rules.window, q.device)
-    known: Seen = layout.derived[key]
+    known: VisibleKeys = layout.derived[key]
     rows = layout.rows
     heads = [each[:rows].transpose(0, 1)[None] for each in (q, k, v)]
     attend = compiled() if attend is None else attend

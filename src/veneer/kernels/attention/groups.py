@@ -12,15 +12,20 @@ from torch import Tensor
 
 from veneer.kernels.attention.packed import packed_attention
 from veneer.kernels.attention.prefix import prefixed_attention
-from veneer.kernels.layout import Group, Layout
-from veneer.kernels.rules import Rules
+from veneer.kernels.layout import BatchLayout, Group
+from veneer.kernels.rules import AttentionRules
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values (M, K, D) in front of everything."""
 
 
 def grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, prefixes: Sequence[Pair | None], rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BatchLayout,
+    prefixes: Sequence[Pair | None],
+    rules: AttentionRules,
 ) -> Tensor:
     """q (N, H, D), k (N, K, D), v (N, K, E); prefixes: of each group -> (N, H, E), zeros on
     filler."""

@@ -27,7 +27,7 @@ from veneer.kernels.attention import flex
 from veneer.kernels.attention.compiled import native_attention, usable
 from veneer.kernels.attention.flash import declined, flash_attention
 from veneer.kernels.layout import Group, round_up
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 BLOCK = 256
 """Query rows per block: bounds the scores held at once to docs * H * BLOCK * (P + L) values."""
@@ -37,7 +37,7 @@ class _Scores:
     """The elementwise part between q k^T and the product with v, with its derivative."""
 
     def __init__(
-        self, rules: Rules
+        self, rules: AttentionRules
     ) -> None:  # sinks are trained values: they come with the tensors
         self.scale, self.window, self.softcap = rules.scale, rules.window, rules.softcap
 
@@ -142,7 +142,7 @@ def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
     return grouped.view(batch, groups, length, size)[:, :, start:stop].reshape(batch, -1, size)
 
 
-class _Part:
+class _Rectangle:
     """One rectangle of attention: either the prompt with itself, or all documents with prompt and
     selves."""
 
@@ -218,16 +218,16 @@ class _Part:
         return grad_q, grad_k, grad_v, grad_sinks
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Part]:
+def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Rectangle]:
     """q (N, H, D), k and v (N, K, D) -> the prompt's part, if there is a prompt, and the
     documents'."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     parts = []
     if P := layout.prompt:
         own_k, own_v = _prompt_keys(k, layout), _prompt_keys(v, layout)
-        parts.append(_Part(scores, _grouped(q[None, :P], kv_heads), own_k, own_v, 0, groups))
+        parts.append(_Rectangle(scores, _grouped(q[None, :P], kv_heads), own_k, own_v, 0, groups))
     square_q = _grouped(_square(q, layout), kv_heads)
-    parts.append(_Part(scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
+    parts.append(_Rectangle(scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
     return parts
 
 
@@ -298,7 +298,9 @@ class _PackedAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, d_sinks, None, None
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+) -> Tensor:
     """q (N, H, D), k (N, K, D), v (N, K, E) -> (N, H, E)."""
     if usable(q, k, v, rules):
         return native_attention(q, k, v, layout, rules)
@@ -311,14 +313,16 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rule
     return plain_attention(q, k, v, layout, rules)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+) -> Tensor:
     """The same by batched products, whatever else would be taken."""
     apply: Any = _PackedAttention.apply
     return apply(q, k, v, rules.sinks, layout, _Scores(rules))
 
 
 def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: Rules
+    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
     """The same, one document at a time in plain torch: the meaning of packed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]

@@ -33,7 +33,7 @@ from torch import Tensor
 from veneer.kernels.bindings import paged_calls
 from veneer.kernels.bindings.arguments import available, number
 from veneer.kernels.bindings.library import on_cpu
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.kernels.upload import sent
 
 
@@ -49,7 +49,7 @@ class SpanRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Blocks:
+class KeyValueBlocks:
     """keys (blocks, K, D / P, S, P), values (blocks, K, S / P, E, P) of a layer: words as C
     multiplies them."""
 
@@ -57,7 +57,7 @@ class Blocks:
     values: Tensor
 
     @classmethod
-    def empty(cls, count: int, slots: int, key_NKD: Tensor, value_NKD: Tensor) -> Blocks:
+    def empty(cls, count: int, slots: int, key_NKD: Tensor, value_NKD: Tensor) -> KeyValueBlocks:
         """Of the heads, sizes, type and device of these keys and values. Not filled: a system gives
         memory where it is written, and nothing is read before."""
         (_, heads, size), wide = key_NKD.shape, value_NKD.shape[2]
@@ -154,7 +154,7 @@ class Spans:
         return _PlainSpans(self)
 
 
-def usable(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: Blocks) -> bool:
+def usable(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: KeyValueBlocks) -> bool:
     """Whether the kernel computes what these are."""
     dtype = stored.keys.dtype
     if dtype not in (torch.bfloat16, torch.float32) or stored.slots != paged_calls.SLOTS:
@@ -171,9 +171,9 @@ def paged_attention(
     query_NHD: Tensor,
     key_NKD: Tensor,
     value_NKD: Tensor,
-    stored: Blocks,
+    stored: KeyValueBlocks,
     spans: Spans,
-    rules: Rules,
+    rules: AttentionRules,
 ) -> Tensor:
     """Write the rows' keys and values, and attend: (N, H, E). Rows behind the spans are filler, and
     get zeros."""
@@ -243,9 +243,9 @@ def paged_attention_reference(
     query_NHD: Tensor,
     key_NKD: Tensor,
     value_NKD: Tensor,
-    stored: Blocks,
+    stored: KeyValueBlocks,
     spans: Spans,
-    rules: Rules,
+    rules: AttentionRules,
 ) -> Tensor:
     """The same in torch: the meaning of paged_attention."""
     device = query_NHD.device
@@ -280,7 +280,9 @@ def paged_attention_reference(
     return out
 
 
-def attend_wide(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: Rules) -> Tensor:
+def attend_wide(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: AttentionRules
+) -> Tensor:
     """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H,
     E)."""
     heads = key.shape[2]

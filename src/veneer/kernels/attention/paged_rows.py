@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels.attention.paged import Blocks, attend_wide
+from veneer.kernels.attention.paged import KeyValueBlocks, attend_wide
 from veneer.kernels.cuda import launch
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 MOST_SIZE = 256
 """D and E in Triton: a head's values stay in one program."""
 
 
 @dataclass(frozen=True)
-class Tables:
+class BlockTables:
     """blocks (N, B) int64, whatever behind those that a text has; lengths (N) int64: tokens of each
     text with the one that is computed, at least 1. A row's blocks lie side by side."""
 
@@ -35,9 +35,9 @@ def paged_rows(
     query_NHD: Tensor,
     key_NKD: Tensor,
     value_NKD: Tensor,
-    stored: Blocks,
-    tables: Tables,
-    rules: Rules,
+    stored: KeyValueBlocks,
+    tables: BlockTables,
+    rules: AttentionRules,
 ) -> Tensor:
     """Write the rows' keys and values, and attend: (N, H, E)."""
     triton = launch.triton("paged", stored.keys, stored.values)
@@ -55,9 +55,9 @@ def paged_rows_reference(
     query_NHD: Tensor,
     key_NKD: Tensor,
     value_NKD: Tensor,
-    stored: Blocks,
-    tables: Tables,
-    rules: Rules,
+    stored: KeyValueBlocks,
+    tables: BlockTables,
+    rules: AttentionRules,
 ) -> Tensor:
     """The same in torch: the meaning of paged_rows."""
     S, lengths = stored.slots, tables.lengths

@@ -18,11 +18,17 @@ from torch import Tensor
 
 from veneer.kernels.attention.packed import packed_attention
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 
 
 def prefixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    layout: Group,
+    rules: AttentionRules,
 ) -> Tensor:
     """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H,
     D)."""
@@ -38,7 +44,13 @@ def prefixed_attention(
 
 
 def prefixed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, layout: Group, rules: Rules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    layout: Group,
+    rules: AttentionRules,
 ) -> Tensor:
     """The same, one row and head at a time in plain torch: the meaning of prefixed_attention."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]

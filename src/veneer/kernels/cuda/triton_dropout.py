@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, rounded
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded
 
 _VALUES = 1024
 
@@ -23,7 +23,7 @@ def _mix(value):
     return value ^ (value >> 16)
 
 
-@Launched
+@DeviceKernel
 @triton.jit(do_not_specialize=("row_key", "column_key", "threshold"))  # other numbers every step
 def _drop(x, rows, out, row_key, column_key, threshold, kept, width, size: tl.constexpr):
     row = tl.program_id(0)

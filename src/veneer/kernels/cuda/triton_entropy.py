@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, rounded, warps_of
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded, warps_of
 
 _MOST_VALUES = 8192
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _entropy(z, targets, loss, width, stride, writes: tl.constexpr, size: tl.constexpr):
     row = tl.program_id(0)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, as_rounded, rounded
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, as_rounded, rounded
 
 _VALUES = 1024
 
@@ -36,7 +36,7 @@ def _values(tensor, place, inside):
     return tl.load(tensor + place, mask=inside, other=0.0).to(tl.float32)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _forward(gate, up, out, count, gelu: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
@@ -48,7 +48,7 @@ def _forward(gate, up, out, count, gelu: tl.constexpr, size: tl.constexpr):
     tl.store(out + place, rounded(found, out.dtype.element_ty), mask=inside)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _backward(gate, up, grad, grad_gate, grad_up, count, gelu: tl.constexpr, size: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, rounded
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded
 
 _VALUES = 1024
 
@@ -105,7 +105,7 @@ def _of_256(block, i, inside, kind: tl.constexpr):
     return code, scale, offset
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _decode(
     blocks,

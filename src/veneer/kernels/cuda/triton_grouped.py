@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, multiplied, rounded
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, multiplied, rounded
 
 ROWS = 16
 """Of a tile: the fewest that tensor cores multiply."""
@@ -41,7 +41,7 @@ def _places(number, r, column, number_stride, rank_stride, width_stride):
     return number * number_stride + r * rank_stride + column * width_stride
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _down(
     x,
@@ -74,7 +74,7 @@ def _down(
     tl.store(narrow + row[:, None] * rank + r[None, :], found, mask=real[:, None] & ranked[None, :])
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _add_up(
     narrow,
@@ -106,7 +106,7 @@ def _add_up(
     tl.store(y + places, rounded(sums, y.dtype.element_ty), mask=there)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _gradient(
     u,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, rounded
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded
 
 _BYTES = 512
 """Decoded by a program: 4 a lane, whose weights in 16 bits are one store of 16 bytes."""
@@ -48,7 +48,7 @@ def _pairs(
     return tl.join(first * scale, second * scale)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _dequantize(
     packed,
@@ -87,7 +87,7 @@ def _dequantize(
     tl.store(out + place, value, mask=(place >= 0) & (place < count) if before else place < count)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _product(
     packed,

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, as_rounded, rounded, warps_of
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, as_rounded, rounded, warps_of
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _forward(x, weight, out, scale, width, epsilon, size: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, size)
@@ -26,7 +26,7 @@ def _forward(x, weight, out, scale, width, epsilon, size: tl.constexpr):
     tl.store(out + place, rounded(found, x.dtype.element_ty), mask=inside)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _backward(x, weight, grad, scale, out, width, size: tl.constexpr):
     row, column = tl.program_id(0), tl.arange(0, size)

@@ -41,7 +41,7 @@ def multiplied(left, right, sums):
     return tl.dot(left, right, sums, input_precision="ieee")
 
 
-class Launched:
+class DeviceKernel:
     """A kernel, on the device of its first argument: a launch goes to the current one, whichever
     holds the tensors. While a step is planned, on tensors without storage, nothing is launched."""
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, multiplied, rounded
-from veneer.kernels.rules import Rules
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, multiplied, rounded
+from veneer.kernels.rules import AttentionRules
 
 PART = 512
 """Places that a program reads: at least these, and at most MOST_PARTS programs read a text."""
@@ -24,7 +24,7 @@ _STEP_BYTES = 2**14
 """Of keys, and of values, that are multiplied at once."""
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _write(
     keys,
@@ -54,7 +54,7 @@ def _write(
     tl.store(values + (block * slots + slot) * wide + d, own, mask=d < wide)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _part(
     query,
@@ -131,7 +131,7 @@ def _part(
     tl.store(scores + 2 * there + 1, total, mask=g < groups)
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _join(
     sums,
@@ -177,7 +177,7 @@ def attend(
     values: Tensor,
     blocks: Tensor,
     lengths: Tensor,
-    rules: Rules,
+    rules: AttentionRules,
 ) -> Tensor:
     """query (N, H, D), key (N, K, D), value (N, K, E), a head's values side by side; keys (blocks,
     K, D, S, 1), values (blocks, K, S, E, 1), blocks (N, B), lengths (N) -> (N, H, E)."""

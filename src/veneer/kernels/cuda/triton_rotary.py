@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.cuda.triton_numbers import Launched, as_rounded, rounded, warps_of
+from veneer.kernels.cuda.triton_numbers import DeviceKernel, as_rounded, rounded, warps_of
 
 
-@Launched
+@DeviceKernel
 @triton.jit
 def _rotate(
     x, cos, sin, out, heads, half, back: tl.constexpr, padded: tl.constexpr, size: tl.constexpr

@@ -31,9 +31,9 @@ from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import DenseLinear
 from veneer.kernels.dense.fused import compiled
-from veneer.kernels.dense.lora import Adapted
+from veneer.kernels.dense.lora import LoRALinear
 from veneer.kernels.layout import Group
-from veneer.kernels.rules import Rules
+from veneer.kernels.rules import AttentionRules
 from veneer.kernels.tape.repeated import Given, Repeated, addresses, noted
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
@@ -70,12 +70,12 @@ class Block:
 
     before: Norm
     between: Norm
-    layers: Sequence[Adapted]
+    layers: Sequence[LoRALinear]
     size: int
     cos: Tensor
     sin: Tensor
     layout: Group
-    rules: Rules
+    rules: AttentionRules
 
     def usable(self, x: Tensor) -> bool:
         """Whether the kernels compute this of x (M, D)."""
@@ -436,7 +436,7 @@ def lora_block(x: Tensor, block: Block) -> Tensor:
     return y
 
 
-def _taken(layer: Adapted, rows: int) -> bool:
+def _taken(layer: LoRALinear, rows: int) -> bool:
     """Whether the layer is one that the kernels update: no bias that trains, whole registers."""
     if (layer.bias is not None and layer.bias.requires_grad) or rows < 16:
         return False

@@ -38,13 +38,13 @@ ANY_LEVEL = 5
 lower it."""
 
 
-class _Here(threading.local):
+class _ThreadFlags(threading.local):
     """Of this thread. torch.compile traces a thread's values, and no context variable."""
 
     any_rows = False
 
 
-_HERE = _Here()
+_HERE = _ThreadFlags()
 
 
 @contextmanager
@@ -120,11 +120,13 @@ def takes_updates(count: int, dtype: torch.dtype, device: torch.device) -> bool:
     return fits and _level() >= 0
 
 
-Part = tuple[Tensor, Tensor | None, Updates | None]
+UpdatedWeight = tuple[Tensor, Tensor | None, Updates | None]
 """W (O, I), bias (O) or None, and updates of some of its rows, or none."""
 
 
-def updated(x_MI: Tensor, parts: Sequence[Part], *, level: int = ANY_LEVEL) -> list[Tensor]:
+def updated(
+    x_MI: Tensor, parts: Sequence[UpdatedWeight], *, level: int = ANY_LEVEL
+) -> list[Tensor]:
     """(M, O) of each where `usable`, the updates' type being x's, MOST_UPDATES at most. What x A^T
     is, is rounded to it; rows without are `product`'s to the bit."""
     made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, *_ in parts]

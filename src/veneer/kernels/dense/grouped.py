@@ -19,7 +19,7 @@ from veneer.kernels.upload import sent
 
 
 @dataclass(frozen=True)
-class Grouped:
+class CudaBundle:
     """numbers: of its updates, whose rows lie apart. tiles, spans: as cuda/triton_grouped.py takes
     them."""
 

@@ -26,7 +26,7 @@ from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import FrozenLinear, bias_gradient, writable
 
 
-class _Dropped(torch.autograd.Function):
+class _DropoutFunction(torch.autograd.Function):
     """The mask is computed again in backward, not kept."""
 
     @staticmethod
@@ -44,7 +44,7 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     """x (..., I) with the mask on it; a fresh tensor, or x itself without one."""
     if dropout is None:
         return x
-    apply: Any = _Dropped.apply
+    apply: Any = _DropoutFunction.apply
     y: Tensor = apply(x.reshape(-1, x.shape[-1]), dropout)
     return y.view(x.shape)
 
@@ -76,7 +76,7 @@ def update_gradients(
 
 
 @dataclass(frozen=True)
-class Adapted:
+class LoRALinear:
     """A frozen linear layer and its update: A (R, I), B (O, R), bias (O) or None."""
 
     A: Tensor
@@ -87,13 +87,13 @@ class Adapted:
     dropout: Dropout | None = None
 
 
-def unadapted(base: FrozenLinear) -> Adapted:
+def unadapted(base: FrozenLinear) -> LoRALinear:
     """The layer as it is: its update has rank 0."""
     A = torch.empty(0, base.in_features, device=base.device)
-    return Adapted(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
+    return LoRALinear(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
 
 
-def filled(layer: Adapted, x: Tensor) -> Adapted:
+def filled(layer: LoRALinear, x: Tensor) -> LoRALinear:
     """The layer for x (..., I); with zeros behind its factors where these make its rank one that
     kernels take."""
     missing, width = -len(layer.A) % 16, x.shape[-1]
@@ -187,7 +187,7 @@ def _joined(A: Sequence[Tensor]) -> Tensor:
     return A[0] if len(A) == 1 else torch.cat(list(A))
 
 
-def lora_linears(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def lora_linears(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:
     """x (..., I) through each of these: (..., O) in x's type. One node: x is read once, and its
     gradient summed up."""
     apply: Any = _LoRALinears.apply
@@ -210,7 +210,7 @@ def lora_linear(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """x (..., I), A (R, I), B (O, R), bias (O) or None -> (..., O) in x's type."""
-    return lora_linears(x, [Adapted(A, B, bias, base, scaling, dropout)])[0]
+    return lora_linears(x, [LoRALinear(A, B, bias, base, scaling, dropout)])[0]
 
 
 def lora_linear_reference(

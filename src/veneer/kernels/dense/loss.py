@@ -37,7 +37,7 @@ each chunk."""
 
 
 @dataclass(frozen=True)
-class Beside:
+class TrainedHeadRows:
     """rows (n, D), in any type, trained; at (n) int64: the columns that they make, distinct; bias
     (n) or None."""
 
@@ -61,7 +61,7 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    beside: Beside | None = None
+    beside: TrainedHeadRows | None = None
     columns: int = 0
 
     @property

@@ -31,7 +31,7 @@ _A, _B, _FIRST, _ROWS, _RANK, _TURN, _SCALE = range(7)
 WORDS = update_columns()
 
 
-class Table:
+class FactorTable:
     """factors: by the key of their layer, all of one type; scalings: what each update is multiplied
     with."""
 
@@ -74,11 +74,11 @@ class Table:
         return self._spread[1]
 
 
-Entry = tuple[slice, Table, float]
+MixEntry = tuple[slice, FactorTable, float]
 """Rows, what acts there, and its weight."""
 
 
-class Mix:
+class AdapterMix:
     """dtype: of all tables. others: keys of layers at which what acts does something else too, or
     instead.
 
@@ -86,7 +86,7 @@ class Mix:
     """
 
     def __init__(
-        self, entries: Sequence[Entry], dtype: torch.dtype, others: Set[str] = frozenset()
+        self, entries: Sequence[MixEntry], dtype: torch.dtype, others: Set[str] = frozenset()
     ) -> None:
         self.dtype, self.others = dtype, others
         self._entries = in_turns(entries)

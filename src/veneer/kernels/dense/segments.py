@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from veneer.kernels.dense import few_rows, rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import DenseLinear, FrozenLinear, bias_gradient, frozen_product
-from veneer.kernels.dense.grouped import Grouped
+from veneer.kernels.dense.grouped import CudaBundle
 from veneer.kernels.dense.lora import add_update, update_gradients
-from veneer.kernels.dense.mixes import Mix, Table
+from veneer.kernels.dense.mixes import AdapterMix, FactorTable
 
 LONG = 64
 """Rows from which a segment is taken by itself: its products then cost more than calling them."""
@@ -40,13 +40,13 @@ SPREAD = 2
 too."""
 
 
-class Factored(Protocol):
+class FactorSource(Protocol):
     """What has the two factors of an update: A (R, I), B (O, R)."""
 
     def factors(self) -> tuple[Tensor, Tensor]: ...
 
 
-Typed = tuple[int, torch.dtype]
+TypedLayer = tuple[int, torch.dtype]
 """A layer, by its id, in a type."""
 LayerRows = tuple[str, torch.dtype, tuple[int, ...]]
 """Key of a layer, type of its inputs, and how many of its input rows belong to each part of what
@@ -54,11 +54,11 @@ acts."""
 
 
 @dataclass(frozen=True)
-class Update:
+class RowUpdate:
     """rows: which, 0 <= start < stop <= M. dropout: with a key for each of the m rows."""
 
     rows: slice
-    layer: Factored
+    layer: FactorSource
     scaling: float
     dropout: Dropout | None = None
 
@@ -96,10 +96,15 @@ class Bundle:
 
     @staticmethod
     def of(
-        updates: Sequence[Update], numbers: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> "Bundle | Grouped":
+        updates: Sequence[RowUpdate],
+        numbers: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "Bundle | CudaBundle":
         own = [updates[n] for n in numbers]
-        grouped: Grouped | None = Grouped.of(numbers, [each.rows for each in own], dtype, device)
+        grouped: CudaBundle | None = CudaBundle.of(
+            numbers, [each.rows for each in own], dtype, device
+        )
         return _bundle(own, numbers, device) if grouped is None else grouped
 
     def stacked(self, x: Tensor) -> Tensor:
@@ -144,13 +149,13 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class InferenceUpdates:
     """Updates without dropout, ready for any number of forwards without a gradient: factors in the
     type of the products, those of a bundle stacked (A (n, R, I), scaling * B (n, O, R)). few: the
     short ones, where a compiled function takes them."""
 
     alone: tuple[tuple[slice, Tensor, Tensor, float], ...]
-    bundled: tuple[tuple[Bundle | Grouped, Tensor, Tensor], ...]
+    bundled: tuple[tuple[Bundle | CudaBundle, Tensor, Tensor], ...]
     few: few_rows.Updates | None = None
 
     def product(self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
@@ -164,7 +169,7 @@ class Prepared:
 
     def in_one_call(
         self, x_MI: Tensor, bias: Tensor | None, base: FrozenLinear
-    ) -> few_rows.Part | None:
+    ) -> few_rows.UpdatedWeight | None:
         """What `few_rows.updated` computes this by, beside others of the same x; None: there is
         more to do."""
         if self.alone or self.bundled or not isinstance(base, DenseLinear):
@@ -186,7 +191,7 @@ class Prepared:
 
 
 @dataclass
-class Plan:
+class UpdateCache:
     """What a mix lets be prepared once: for as long as the same parts act on the same numbers of
     rows.
 
@@ -195,47 +200,51 @@ class Plan:
     choice of rows (the output head) gets as many rows in two steps that belong to other parts.
     """
 
-    kept: dict[LayerRows, Prepared] = field(default_factory=dict)
-    mix: Mix | None = None
+    kept: dict[LayerRows, InferenceUpdates] = field(default_factory=dict)
+    mix: AdapterMix | None = None
     """The updates of all layers, where whoever made the plan listed them; None: each layer finds
     its own."""
-    _bundles: dict[tuple[Any, ...], list[Bundle | Grouped]] = field(default_factory=dict)
-    _typed: dict[Typed, tuple[Factored, few_rows.Factors]] = field(default_factory=dict)
+    _bundles: dict[tuple[Any, ...], list[Bundle | CudaBundle]] = field(default_factory=dict)
+    _typed: dict[TypedLayer, tuple[FactorSource, few_rows.Factors]] = field(default_factory=dict)
 
     def forget(self) -> None:
         self.kept.clear()
         self.mix = None
         self._typed.clear()
 
-    def following(self, layers: Sequence[Factored] | None = None) -> "Plan":
+    def following(self, layers: Sequence[FactorSource] | None = None) -> "UpdateCache":
         """Of the next mix: what acted before is not typed anew. layers: of these alone; the others
         are let go."""
         if layers is None:
-            return Plan(_typed=self._typed)
+            return UpdateCache(_typed=self._typed)
         stay = set(map(id, layers))
-        return Plan(_typed={key: found for key, found in self._typed.items() if key[0] in stay})
+        return UpdateCache(
+            _typed={key: found for key, found in self._typed.items() if key[0] in stay}
+        )
 
     def table(
-        self, layers: Mapping[str, Factored], dtype: torch.dtype, scalings: Sequence[float]
-    ) -> Table:
+        self, layers: Mapping[str, FactorSource], dtype: torch.dtype, scalings: Sequence[float]
+    ) -> FactorTable:
         """Of one adapter's layers, by their keys, each update multiplied with its scaling; where
         `takes_updates`."""
         self.lay_out(layers.values(), dtype, torch.device("cpu"))
-        return Table(
+        return FactorTable(
             {key: self._typed[id(layer), dtype][1] for key, layer in layers.items()}, scalings
         )
 
-    def listed(self, layer_rows: LayerRows) -> Prepared | None:
+    def listed(self, layer_rows: LayerRows) -> InferenceUpdates | None:
         """What the mix lists for a layer that gets all rows of the step. Returns None if the mix
         lists nothing there, or not everything."""
         key, dtype, _ = layer_rows
         few = None if self.mix is None else self.mix.at(key, dtype)
         if few is None:
             return None
-        prepared = self.kept[layer_rows] = Prepared((), (), few)
+        prepared = self.kept[layer_rows] = InferenceUpdates((), (), few)
         return prepared
 
-    def lay_out(self, layers: Iterable[Factored], dtype: torch.dtype, device: torch.device) -> None:
+    def lay_out(
+        self, layers: Iterable[FactorSource], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """The factors of one adapter, one behind the other, before they are asked for one by
         one."""
         new = [layer for layer in layers if (id(layer), dtype) not in self._typed]
@@ -247,13 +256,13 @@ class Plan:
                 (id(layer), dtype): (layer, each) for layer, each in zip(new, factors, strict=True)
             }
 
-    def _factors(self, layer: Factored, dtype: torch.dtype) -> few_rows.Factors:
+    def _factors(self, layer: FactorSource, dtype: torch.dtype) -> few_rows.Factors:
         self.lay_out([layer], dtype, torch.device("cpu"))
         return self._typed[id(layer), dtype][1]
 
     def bundles(
-        self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device
-    ) -> list[Bundle | Grouped]:
+        self, updates: Sequence[RowUpdate], dtype: torch.dtype, device: torch.device
+    ) -> list[Bundle | CudaBundle]:
         """Those of the short segments; what is in none is taken by itself."""
         shape = *((u.rows.start, u.rows.stop) for u in updates), dtype, device
         if shape not in self._bundles:
@@ -261,8 +270,8 @@ class Plan:
         return self._bundles[shape]
 
     def prepared(
-        self, updates: Sequence[Update], dtype: torch.dtype, device: torch.device
-    ) -> Prepared:
+        self, updates: Sequence[RowUpdate], dtype: torch.dtype, device: torch.device
+    ) -> InferenceUpdates:
         short = [update for update in updates if few_rows.takes(update.count, FEW)]
         if few_rows.takes_updates(len(short), dtype, device):
             few = few_rows.Updates(
@@ -271,7 +280,7 @@ class Plan:
             long = (
                 _typed(update, dtype) for update in updates if not few_rows.takes(update.count, FEW)
             )
-            return Prepared(tuple(long), (), few)
+            return InferenceUpdates(tuple(long), (), few)
         bundles = self.bundles(updates, dtype, device)
         alone = [_typed(updates[number], dtype) for number in _alone(updates, bundles)]
         bundled = []
@@ -283,14 +292,14 @@ class Plan:
                     *stack_of([u.layer.factors() for u in own], [u.scaling for u in own], dtype),
                 )
             )
-        return Prepared(tuple(alone), tuple(bundled))
+        return InferenceUpdates(tuple(alone), tuple(bundled))
 
 
 def _readable(factor: Tensor) -> Tensor:
     return factor if factor.dtype is torch.bfloat16 else factor.float()
 
 
-def _typed(update: Update, dtype: torch.dtype) -> tuple[slice, Tensor, Tensor, float]:
+def _typed(update: RowUpdate, dtype: torch.dtype) -> tuple[slice, Tensor, Tensor, float]:
     A, B = (factor.to(dtype).contiguous() for factor in update.layer.factors())
     return update.rows, A, B, update.scaling
 
@@ -311,8 +320,8 @@ def stack_of(
 
 
 def _bundled(
-    updates: Sequence[Update], dtype: torch.dtype, device: torch.device
-) -> list[Bundle | Grouped]:
+    updates: Sequence[RowUpdate], dtype: torch.dtype, device: torch.device
+) -> list[Bundle | CudaBundle]:
     found: list[list[int]] = []
     order = sorted(range(len(updates)), key=lambda n: updates[n].rows.start)
     for number in order:
@@ -331,7 +340,7 @@ def _bundled(
     return [Bundle.of(updates, numbers, dtype, device) for numbers in found if len(numbers) > 1]
 
 
-def _bundle(own: Sequence[Update], numbers: Sequence[int], device: torch.device) -> Bundle:
+def _bundle(own: Sequence[RowUpdate], numbers: Sequence[int], device: torch.device) -> Bundle:
     rows = [update.rows for update in own]
     first, last = rows[0].start, rows[-1].stop
     counts = tuple(update.count for update in own)
@@ -354,8 +363,8 @@ class _WithUpdates(torch.autograd.Function):
         x_MI: Tensor,
         bias: Tensor | None,
         base: FrozenLinear,
-        updates: Sequence[Update],
-        bundles: Sequence[Bundle | Grouped],
+        updates: Sequence[RowUpdate],
+        bundles: Sequence[Bundle | CudaBundle],
         *factors: Tensor,
     ) -> Tensor:
         y_MO = base.product(x_MI, bias)
@@ -384,7 +393,7 @@ class _WithUpdates(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_MI, *kept = ctx.saved_tensors
-        updates: Sequence[Update] = ctx.updates
+        updates: Sequence[RowUpdate] = ctx.updates
         grad_x = ctx.base.input_gradient(grad) if ctx.needs_input_grad[0] else None
         grads: dict[int, Tensor] = {}
         alone = _alone(updates, ctx.bundles)
@@ -424,12 +433,12 @@ class _WithUpdates(torch.autograd.Function):
         return grad_x, grad_bias, None, None, None, *typed
 
 
-def _alone(updates: Sequence[Update], bundles: Sequence[Bundle | Grouped]) -> list[int]:
+def _alone(updates: Sequence[RowUpdate], bundles: Sequence[Bundle | CudaBundle]) -> list[int]:
     bundled = {number for bundle in bundles for number in bundle.numbers}
     return [number for number in range(len(updates)) if number not in bundled]
 
 
-def _stacked(x_MI: Tensor, bundle: Bundle | Grouped, updates: Sequence[Update]) -> Tensor:
+def _stacked(x_MI: Tensor, bundle: Bundle | CudaBundle, updates: Sequence[RowUpdate]) -> Tensor:
     """As `stacked`, each segment through its own dropout."""
     if all(update.dropout is None for update in updates):
         return bundle.stacked(x_MI)
@@ -437,7 +446,11 @@ def _stacked(x_MI: Tensor, bundle: Bundle | Grouped, updates: Sequence[Update]) 
 
 
 def linear_with_updates(
-    x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update], plan: Plan
+    x_MI: Tensor,
+    bias: Tensor | None,
+    base: FrozenLinear,
+    updates: Sequence[RowUpdate],
+    plan: UpdateCache,
 ) -> Tensor:
     """(M, I) -> (M, O) in x's type; gradients go to x, bias and every factor."""
     if not updates:
@@ -457,7 +470,7 @@ def linear_with_updates(
 
 
 def linear_with_updates_reference(
-    x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[Update]
+    x_MI: Tensor, bias: Tensor | None, base: FrozenLinear, updates: Sequence[RowUpdate]
 ) -> Tensor:
     """The same under torch's own autograd, W dense, one update after another: the meaning of
     linear_with_updates."""

@@ -26,7 +26,7 @@ Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
 
 @dataclass(frozen=True)
-class Format:
+class BlockFormat:
     """number  ggml's number of the type
     size    values of a block
     bytes   bytes of a block
@@ -39,15 +39,15 @@ class Format:
     scales: tuple[int, ...] = (0,)
 
 
-FORMATS: dict[Kind, Format] = {
-    "Q4_0": Format(2, 32, 18),
-    "Q4_1": Format(3, 32, 20, (0, 2)),
-    "Q5_0": Format(6, 32, 22),
-    "Q5_1": Format(7, 32, 24, (0, 2)),
-    "Q8_0": Format(8, 32, 34),
-    "Q4_K": Format(12, 256, 144, (0, 2)),
-    "Q5_K": Format(13, 256, 176, (0, 2)),
-    "Q6_K": Format(14, 256, 210, (208,)),
+FORMATS: dict[Kind, BlockFormat] = {
+    "Q4_0": BlockFormat(2, 32, 18),
+    "Q4_1": BlockFormat(3, 32, 20, (0, 2)),
+    "Q5_0": BlockFormat(6, 32, 22),
+    "Q5_1": BlockFormat(7, 32, 24, (0, 2)),
+    "Q8_0": BlockFormat(8, 32, 34),
+    "Q4_K": BlockFormat(12, 256, 144, (0, 2)),
+    "Q5_K": BlockFormat(13, 256, 176, (0, 2)),
+    "Q6_K": BlockFormat(14, 256, 210, (208,)),
 }
 
 MOST_ROWS = 64

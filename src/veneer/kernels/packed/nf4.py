@@ -29,7 +29,7 @@ float16 fewer."""
 
 
 @dataclass(frozen=True, eq=False)
-class Nested:
+class NestedScales:
     """Scales that are quantised themselves: table[scale] * scales[number // block] + offset, in
     float32."""
 
@@ -42,7 +42,7 @@ class Nested:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class NF4Blocks:
     """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32;
     all contiguous, on one device. block and nested.block: powers of two."""
 
@@ -51,7 +51,7 @@ class Blocks:
     table: Tensor
     block: int
     count: int
-    nested: Nested | None = None
+    nested: NestedScales | None = None
 
     def __post_init__(self) -> None:
         assert self.packed.dtype == torch.uint8 and self.packed.numel() == (self.count + 1) // 2
@@ -122,7 +122,7 @@ def quantize(
     return packed, absmax
 
 
-def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1) -> Tensor:
+def dequantize(weights: NF4Blocks, out: Tensor, *, start: int = 0, level: int = -1) -> Tensor:
     """Elements from `start` on into `out` (any shape, fp32, bf16 or fp16), which is returned."""
     count = out.numel()
     assert start >= 0 and start + count <= weights.count
@@ -150,7 +150,7 @@ def dequantize(weights: Blocks, out: Tensor, *, start: int = 0, level: int = -1)
     return out
 
 
-def has_product(weights: Blocks, x: Tensor) -> bool:
+def has_product(weights: NF4Blocks, x: Tensor) -> bool:
     """Whether `product` is the fast way for x (M, I)."""
     if x.dtype not in TYPES:
         return False
@@ -169,7 +169,7 @@ def has_product(weights: Blocks, x: Tensor) -> bool:
     return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
 
 
-def product(weights: Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
+def product(weights: NF4Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
     """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on.
     M: see has_product.
 

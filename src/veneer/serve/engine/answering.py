@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from veneer.decoding.sampling.grammar import Grammar
 from veneer.decoding.sampling.sampling import TokenChance, seed_of
 from veneer.decoding.schedule.blocks import Identity
-from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.decoding.tool_calls.calls import CallReader, CallStyle
 from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, Update
@@ -177,7 +177,7 @@ class _Spelled:
     def piece(self, index: int, update: Update) -> Piece:
         tokens, chances = update.tokens, update.chances
         stopped = None
-        if update.reason is Reason.STOP and tokens and tokens[-1] in self._request.stops:
+        if update.reason is FinishReason.STOP and tokens and tokens[-1] in self._request.stops:
             *tokens, stopped = tokens  # it is no part of the answer
             chances = chances[: len(tokens)]
         text = "".join(map(self._text, tokens)) if self._marks else self._stream.push_all(tokens)
@@ -207,15 +207,15 @@ class _Spelled:
             else self._stream.end() + mark
         )
 
-    def _end(self, reason: Reason, stop_token: int | None) -> End:
-        if reason is Reason.DEADLINE and not self._ids:
+    def _end(self, reason: FinishReason, stop_token: int | None) -> End:
+        if reason is FinishReason.DEADLINE and not self._ids:
             raise Refusal(408, "The time for this request is over, and nothing is answered yet.")
-        if reason is Reason.CANCELLED:
+        if reason is FinishReason.CANCELLED:
             raise Refusal(503, "This request was ended.")
-        if reason in (Reason.LENGTH, Reason.DEADLINE):
+        if reason in (FinishReason.LENGTH, FinishReason.DEADLINE):
             return End(
-                "length" if reason is Reason.LENGTH else "deadline",
-                None if reason is Reason.LENGTH else "deadline",
+                "length" if reason is FinishReason.LENGTH else "deadline",
+                None if reason is FinishReason.LENGTH else "deadline",
             )
         self._check_shape()
         if self._stream.stopped:

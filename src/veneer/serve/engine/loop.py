@@ -27,7 +27,7 @@ from typing import NamedTuple, TypeVar
 
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import TokenChance
-from veneer.decoding.schedule.sequence import Reason, Request
+from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import QueueFullError, VeneerError, is_out_of_memory
 from veneer.kernels.bindings.library import end_helpers
@@ -60,7 +60,7 @@ class Update(NamedTuple):
     choice: int
     tokens: list[int]
     chances: list[TokenChance]
-    reason: Reason | None = None
+    reason: FinishReason | None = None
     error: Exception | None = None
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from veneer.adapters.config import AdapterConfig
 from veneer.adapters.placement.attachment import Attachment
-from veneer.adapters.placement.token_rows import Brought
+from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import NONE, shared
 from veneer.data.examples import Example
 from veneer.errors import AdapterMismatchError, ConfigError, told_as
@@ -29,7 +29,7 @@ from veneer.merge.combine.adapters import refuse_no_sum
 from veneer.merge.combine.combine import Recipe
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.initial_values import Begun, begin
+from veneer.models.initial_values import FreshAdapter, begin
 from veneer.training.config import RunConfig, StartFrom
 
 ADAPTER_NAME = "trained"
@@ -41,9 +41,9 @@ def begin_adapter(
     config: RunConfig,
     examples: Sequence[Example],
     *,
-    tokens: Brought | None = None,
+    tokens: AddedTokens | None = None,
     resumes: bool,
-) -> tuple[RunConfig, Begun]:
+) -> tuple[RunConfig, FreshAdapter]:
     """The adapter that trains, on the base and acting; the run with all settings resolved. tokens:
     those that it brings.
 
@@ -98,8 +98,8 @@ def going_on(config: RunConfig) -> RunConfig:
 
 
 def _from_parents(
-    base: FrozenBase, config: RunConfig, examples: Sequence[Example], tokens: Brought | None
-) -> tuple[RunConfig, Begun]:
+    base: FrozenBase, config: RunConfig, examples: Sequence[Example], tokens: AddedTokens | None
+) -> tuple[RunConfig, FreshAdapter]:
     folders = [Library().locate(each.adapter) for each in config.from_adapter]
     stored = [read_adapter(folder) for folder in folders]
     known = [
@@ -127,7 +127,7 @@ def _from_parents(
             base.detach(_PARENT)
     said = " + ".join(f"{k.weight:g} * {k.adapter}" if k.weight != 1 else k.adapter for k in known)
     line = f"goes on from {said} ({', '.join(adapter.content_hash[:12] for adapter in stored)})"
-    return config.model_copy(update={"from_adapter": known}), Begun(
+    return config.model_copy(update={"from_adapter": known}), FreshAdapter(
         begun.attachment, None, [line, *begun.lines]
     )
 
