@@ -8,7 +8,8 @@ from tests.support.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA
 from veneer.adapters.methods import experts as experts_module
-from veneer.adapters.methods.lora import AdaptedLinear, delta_weight
+from veneer.adapters.methods.adapted_linear import AdaptedLinear
+from veneer.adapters.methods.lora import delta_weight
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import SwappedModule, plain_modules
 from veneer.errors import ConfigError

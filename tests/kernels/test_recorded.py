@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_base
 from tests.support.tiny_gguf import random_blocks
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
-from veneer.adapters.methods.lora import AdaptedLinear
+from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.decoding import ends, recorded
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.forward import PagedForward
@@ -121,7 +121,7 @@ def test_adapted_layers_of_one_input_are_one_call_and_give_what_each_gives(dtype
     own, _ = with_method(base, "lora"), with_method(other, "lora")
     found, kept = steps_of(base, [own, (), own], monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(AdaptedLinear, "in_step", lambda *_: None)
+        patch.setattr(AdaptedLinear, "step_operand", lambda *_: None)
         expected, each = steps_of(other, [own, (), own], monkeypatch)
     assert same(found, expected)
     together, alone = (
@@ -403,7 +403,9 @@ def test_an_engine_that_begins_with_more_rows_than_were_recorded_keeps_its_block
     base = based()
 
     def answered(prompts):
-        engine = Engine(base, budget_bytes=9 * 16 * bytes_per_token(base), adapters=Fixed({}))
+        engine = Engine(
+            base, budget_bytes=9 * 16 * bytes_per_token(base), adapters=FixedAdapters({})
+        )
         answers = [engine.add(Request(prompt=prompt, max_new_tokens=9))[0] for prompt in prompts]
         engine.run()
         return [answer.new for answer in answers], engine

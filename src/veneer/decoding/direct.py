@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.lora import AdaptedLinear
+from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.ends import Ends
@@ -257,7 +257,7 @@ def _products(x: Tensor, places: Sequence[nn.Module | None]) -> list[Tensor]:
 def _part(x: Tensor, place: nn.Module | None) -> few_rows.UpdatedWeight | None:
     """What one call computes beside others of the same x. What adapters may add is listed, be it
     nothing today."""
-    if isinstance(place, AdaptedLinear) and (own := place.in_step(x)) is not None:
+    if isinstance(place, AdaptedLinear) and (own := place.step_operand(x)) is not None:
         return own
     dense = _dense(x, place)
     return None if dense is None else (*dense, None)

@@ -121,7 +121,7 @@ def _start_eva(
             continue  # wider than its inputs: it keeps its random start
         lengths = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
         A = torch.where(lengths > 0, directions / lengths, layer.A.detach())
-        layer.begin_at(A, torch.zeros_like(layer.B), taken_out=False)
+        layer.begin_at(A, torch.zeros_like(layer.B), subtract=False)
     return tokens
 
 
@@ -147,7 +147,7 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
         quantised = frozen.dense_weight(torch.float32).cpu()
         original = _turned(tensor[...].float(), quantised)
         A, B = loftq_start(original, quantised, rank=layer.rank, scaling=layer.scaling)
-        layer.begin_at(A, B, taken_out=False)
+        layer.begin_at(A, B, subtract=False)
         lost_now = original - quantised
         before += lost_now.square().sum().item()
         after += (lost_now - layer.scaling * B @ A).square().sum().item()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.methods.lora import side_by_side
+from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.dense.fused import rotary
 from veneer.kernels.rules import AttentionRules
@@ -53,7 +53,7 @@ class FusedAttention(StandIn):
         ):
             return base(hidden_states, position_embeddings, attention_mask, **others)
         (rows, length), size = hidden_states.shape[:2], base.head_dim
-        q, k, v = side_by_side([base.q_proj, base.k_proj, base.v_proj], hidden_states)
+        q, k, v = apply_together([base.q_proj, base.k_proj, base.v_proj], hidden_states)
         cos, sin = (
             each.expand(rows, length, size).reshape(-1, size) for each in position_embeddings
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.lora import AdaptedLinear, alone
+from veneer.adapters.methods.adapted_linear import AdaptedLinear, sole_lora
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense.block import Block, Norm, lora_block
@@ -77,7 +77,7 @@ class FusedLayer(StandIn):
         projections = (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj)
         layers = []
         for module in (*projections, gated.gate_proj, gated.up_proj, gated.down_proj):
-            layer = alone(module, x)
+            layer = sole_lora(module, x)
             if layer is None:
                 return None
             layers.append(filled(layer, x))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.adapters.methods.lora import side_by_side
+from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
 from veneer.kernels.dense.fused import rms_norm, silu_gate
 from veneer.models.stand_in import StandIn
@@ -46,5 +46,5 @@ class FusedGate(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base
-        gate, up = side_by_side([base.gate_proj, base.up_proj], x)
+        gate, up = apply_together([base.gate_proj, base.up_proj], x)
         return base.down_proj(self.product(gate, up))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.adapters.methods.initial_factors import Factors
-from veneer.adapters.methods.lora import LoRALayer, low_rank_product
+from veneer.adapters.methods.lora import LoRALayer, low_rank_matrix, low_rank_product
 from veneer.adapters.placement.acting import Acting, Applied, TokenKeys
 from veneer.adapters.placement.attachment import stands_alone, summed_change
 from veneer.adapters.placement.rows import put
@@ -37,10 +37,6 @@ class _ExpertLoRA:
     @property
     def scaling(self) -> float:
         return self.stack.scaling
-
-    @property
-    def dropout(self) -> float:
-        return self.stack.dropout
 
     @property
     def offset(self) -> None:
@@ -110,7 +106,7 @@ class AdaptedExperts(AdaptedModule):
         for layers, weight in self.beside(adapters):
             for name, layer in layers.items():
                 own = parameters.get(name, self.base.get_parameter(name))
-                delta = layer.scaling * weight * (layer.B @ layer.A)
+                delta = low_rank_matrix(layer.A, layer.B, layer.scaling * weight)
                 delta = delta.transpose(1, 2) if is_transposed(self.base) else delta
                 parameters[name] = own + delta.to(own.dtype)
         return torch.func.functional_call(self.base, parameters, args, kwargs)

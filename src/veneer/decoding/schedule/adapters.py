@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-from veneer.adapters.methods.lora import AdaptedLinear, LoRALayer
+from veneer.adapters.methods.adapted_linear import AdaptedLinear
+from veneer.adapters.methods.lora import LoRALayer
 from veneer.adapters.methods.prefix import PrefixLayer
 from veneer.adapters.placement.acting import Applied, BatchPart, check_together
 from veneer.adapters.placement.attachment import Attachment
