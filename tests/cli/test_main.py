@@ -411,7 +411,7 @@ def test_what_imports_made_is_looked_at_again_as_a_command_ends():
 
 
 def test_commands_import_what_computes_without_the_collector():
-    for file in sorted(Path(main.__file__).parent.glob("*.py")):
+    for file in sorted(Path(main.__file__).parent.rglob("*.py")):
         lines = file.read_text().splitlines()
         for above, line in pairwise(lines):
             if line.strip() == "from veneer import api":

@@ -256,7 +256,7 @@ def test_it_gets_no_secrets_and_cannot_write_files(one_worker, monkeypatch):
 def test_it_ends_when_the_process_that_started_it_ends(tmp_path):
     code = (
         "from datetime import date\n"
-        "from veneer.data import rendering\n"
+        "from veneer.data.template import rendering\n"
         "c = rendering.Conversation(rendering.Template('x', {}, date.today()), [], None)\n"
         "assert c.text(0, add_generation_prompt=False) == 'x'\n"
         "print(rendering._worker()._process.pid, flush=True)\n"

@@ -32,7 +32,7 @@ FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
     "--param=asan-use-after-return=0",
-    *("-include", str(TESTS / "tiles_in_c.h")),
+    *("-include", str(TESTS / "support" / "tiles_in_c.h")),
 )
 AS_FUNCTIONS = ("few_rows.c", "gguf_tiles.c", "gguf_vectors.c", "paged_attention.c")
 """Their loops are inlined once for each number of rows and each type, on which gcc spends two
@@ -134,9 +134,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_sanitizers_see_a_read_past_the_end(environment):
     code = (
-        "import ctypes, torch; from veneer.kernels import native; x = torch.zeros(64,"
-        " dtype=torch.uint8);y = torch.zeros(512); native.library().veneer_gguf_dequantise(8,"
-        " x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
+        "import ctypes, torch; from veneer.kernels.bindings import library as native; "
+        "x = torch.zeros(64, dtype=torch.uint8);y = torch.zeros(512); "
+        "native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
@@ -163,6 +163,6 @@ def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
 
 @pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
 def test_the_kernels_without_tiles_do(environment):
-    code = "from veneer.kernels import native; assert native.has_amx()"
+    code = "from veneer.kernels.bindings import library as native; assert native.has_amx()"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     passes(OF_PAIRS, environment | {native.MAX_ISA: "avx512_bf16"})
