@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import veneer
+from tests.support.pages import blocks
 from veneer.cli.main import command_module
 
 ROOT = Path(__file__).parents[1]
@@ -317,8 +318,8 @@ def test_make_alone_sets_up_and_says_what_comes_next():
 
 
 def test_the_readme_begins_with_commands_that_work_on_a_checkout():
-    first = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert [line.split()[:2] for line in first.splitlines()[1:]] == [
+    first = next(block for block in blocks((ROOT / "README.md").read_text()) if not block.kind)
+    assert [line.split()[:2] for line in first.text.splitlines()[1:]] == [
         ["make", "demo"],
         ["make", "test"],
     ]
@@ -353,8 +354,8 @@ def prose(text: str) -> list[str]:
     pictures."""
     kept = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     kept = re.sub(r"^(#|\||!\[).*$", "", kept, flags=re.MULTILINE)
-    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", kept)
-    return [" ".join(block.split()) for block in blocks if block.strip()]
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", kept)
+    return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
 def cells(text: str) -> list[str]:
