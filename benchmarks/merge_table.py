@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from veneer.adapters.placement.wrapping import plain_modules
-from veneer.cli.common import adapter_folder
+from veneer.cli.common import locate_adapter
 from veneer.formats.adapter import load_adapter
 from veneer.merge.fold.fold import stored_tensors, wanted_weights
 from veneer.merge.fold.folder import merge_into_folder
@@ -138,7 +138,7 @@ def by_peft(source: str, adapter: Path, rows: list[list[int]], kind: str) -> dic
 
 
 def table(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    adapter = adapter_folder(args.adapter)
+    adapter = locate_adapter(args.adapter)
     for kind, choice in DENSE.items():
         base = loaded(args.base, adapter)
         yield into_folder(base, rows := rows_of(base, args.rows), kind, **choice)

@@ -24,7 +24,7 @@ from veneer.bounds import (
     Number,
     check_numbers,
 )
-from veneer.cli.config_file import FLAGS, PARTS, read_run_config, setting_paths
+from veneer.cli.config_file import FLAGS, PARTS, list_setting_paths, read_run_config
 from veneer.cli.main import COMMANDS, command_module, main
 from veneer.errors import LONGEST_LINE, ConfigError
 from veneer.formats.bottleneck import BottleneckFields
@@ -110,7 +110,7 @@ NUMBER_SETTINGS = sorted(
     {
         ".".join(path)
         for method in METHODS
-        for path in setting_paths(method)
+        for path in list_setting_paths(method)
         if (model := {**PARTS, "method": METHODS[method]}.get(path[0], RunConfig))
         and numbers_of(hints(model)[path[-1]])
     }
@@ -200,7 +200,7 @@ def test_no_flag_is_a_number_without_bounds(command):
 @pytest.mark.parametrize("path", NUMBER_SETTINGS)
 @pytest.mark.parametrize("text", NEVER)
 def test_a_run_file_takes_no_number_that_cannot_be_meant(path, text):
-    method = next(name for name in METHODS if tuple(path.split(".")) in setting_paths(name))
+    method = next(name for name in METHODS if tuple(path.split(".")) in list_setting_paths(name))
     if "pattern" in path:
         text = f"{{q_proj: {text or 'null'}}}"
     elif path == "method.layers" and text != "[1]":
@@ -216,7 +216,7 @@ def test_a_run_file_takes_no_number_that_cannot_be_meant(path, text):
 @pytest.mark.parametrize("path", NUMBER_SETTINGS)
 @pytest.mark.parametrize("text", EDGES)
 def test_a_run_file_takes_an_edge_only_within_the_bounds(path, text):
-    method = next(name for name in METHODS if tuple(path.split(".")) in setting_paths(name))
+    method = next(name for name in METHODS if tuple(path.split(".")) in list_setting_paths(name))
     given = (
         f"{{q_proj: {text}}}"
         if "pattern" in path

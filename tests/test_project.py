@@ -481,9 +481,7 @@ def test_every_section_of_measurements_links_its_raw_values():
 
 
 @pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")],
-    ids=names,
+    "page", [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")], ids=names
 )
 def test_no_page_names_a_commit(page):
     assert not commit_ids(page.read_text())

@@ -12,7 +12,13 @@ from pydantic import BaseModel
 
 from veneer import train
 from veneer.adapters.config import METHODS, Bottleneck, Full, LoRA
-from veneer.cli.config_file import FLAGS, field_help, first_parent, read_run_config, setting_paths
+from veneer.cli.config_file import (
+    FLAGS,
+    describe_setting,
+    find_first_parent,
+    list_setting_paths,
+    read_run_config,
+)
 from veneer.cli.main import Parser, command_module, main
 from veneer.errors import ConfigError
 from veneer.training.config import DataConfig, RunConfig, StartFrom
@@ -104,7 +110,7 @@ def at(config: BaseModel, path: str) -> object:
 
 
 def test_the_table_of_other_values_has_a_row_for_every_setting():
-    assert sorted(OTHER_VALUES) == sorted(".".join(path) for path in setting_paths())
+    assert sorted(OTHER_VALUES) == sorted(".".join(path) for path in list_setting_paths())
 
 
 @pytest.mark.parametrize("path", OTHER_VALUES)
@@ -163,7 +169,7 @@ def test_the_from_flag_takes_a_list_as_its_help_says(tmp_path):
         ("{adapter: tone, weight: 0.5}", [tone]),
         ("tickets", [tickets]),
     ):
-        assert first_parent(text) == parents[0].adapter
+        assert find_first_parent(text) == parents[0].adapter
         for file in (None, tmp_path / "run.yaml"):
             assert read_run_config(file, {**NEEDED, "from": text}).from_adapter == parents
     for wrong, said in (
@@ -178,7 +184,9 @@ def test_the_from_flag_takes_a_list_as_its_help_says(tmp_path):
             and said in caught.value.faults[0]
             and "--from" in caught.value.faults[0]
         )
-    assert [first_parent(text) for text in ("[tickets", "[]", "{weight: 2}", "[[a]]")] == [None] * 4
+    assert [find_first_parent(text) for text in ("[tickets", "[]", "{weight: 2}", "[[a]]")] == [
+        None
+    ] * 4
 
 
 def test_a_method_named_by_a_flag_replaces_the_files_method_with_its_settings(tmp_path):
@@ -300,7 +308,7 @@ def test_missing_settings_are_explained_by_their_own_docstring():
     with pytest.raises(ConfigError) as caught:
         read_run_config(None, {})
     assert [
-        f"C311 command line {name!r} is missing: {field_help((name,))}" for name in NEEDED
+        f"C311 command line {name!r} is missing: {describe_setting((name,))}" for name in NEEDED
     ] == sorted(caught.value.faults)
 
 
@@ -333,7 +341,7 @@ def test_a_run_file_that_is_not_there_or_far_too_large_is_refused(tmp_path):
 
 
 def test_names_from_other_tools_lead_to_settings_that_exist():
-    valid = {".".join(path) for path in setting_paths()} | {"data", "method"}
+    valid = {".".join(path) for path in list_setting_paths()} | {"data", "method"}
     assert set(KNOWN_ELSEWHERE.values()) <= valid
     assert not set(KNOWN_ELSEWHERE) & set(RunConfig.model_fields)
 
@@ -463,7 +471,9 @@ WRONG += [
 ]
 """A value of every kind, and settings in the forms that other settings have."""
 IN_LISTS = [("data", "train", "weight"), ("from_adapter", "adapter"), ("from_adapter", "weight")]
-EVERY_PATH = sorted({path for method in METHODS for path in setting_paths(method)} | set(IN_LISTS))
+EVERY_PATH = sorted(
+    {path for method in METHODS for path in list_setting_paths(method)} | set(IN_LISTS)
+)
 PYDANTIC = re.compile(r"valid (string|dictionary|list|boolean)|instance of|extract fields|Error\b")
 
 
@@ -474,7 +484,7 @@ def with_value(path, value):
         node[name] = node[name] if isinstance(node.get(name), dict) else {}
         node = node[name]
     if path[0] == "method" and len(path) == 2:
-        node["name"] = next(method for method in METHODS if path in setting_paths(method))
+        node["name"] = next(method for method in METHODS if path in list_setting_paths(method))
     node[path[-1]] = value
     return run
 

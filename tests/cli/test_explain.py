@@ -8,7 +8,7 @@ import pytest
 
 from veneer.adapters.config import METHODS
 from veneer.cli import explain, main
-from veneer.cli.config_file import setting_paths
+from veneer.cli.config_file import list_setting_paths
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "veneer"
@@ -82,7 +82,7 @@ def test_every_setting_is_explained_and_train_says_where(capsys):
     for method in METHODS:
         assert not [
             path
-            for path in map(".".join, setting_paths(method))
+            for path in map(".".join, list_setting_paths(method))
             if f"\n{path} " not in f"\n{listed}"
         ]
     assert main.main(["train", "--help"]) == 0

@@ -11,7 +11,7 @@ import pytest
 
 from veneer import __version__
 from veneer.cli import doctor, main
-from veneer.cli.completion import bash, fish, known_words
+from veneer.cli.completion import bash, collect_words, fish
 from veneer.errors import DivergedError, DoesNotFitError, InputError, Interrupted, RefusedError
 from veneer.wording import reflowed
 
@@ -74,7 +74,7 @@ def test_what_is_fetched_once_is_said_as_it_begins(capsys, monkeypatch):
     bases = logging.getLogger("veneer.bases")
     for name in ("handlers", "level", "propagate"):
         monkeypatch.setattr(bases, name, getattr(bases, name))
-    main._tell_of_first_times()
+    main._announce_downloads()
     logging.getLogger("veneer.bases.names.packages").info("fetching %s, once", "a\x1bb")
     said = capsys.readouterr()
     assert said.err == "  fetching a·b, once\n" and not said.out
@@ -172,7 +172,7 @@ assert {said!r} in err.getvalue(), err.getvalue()
 def test_every_command_that_prints_a_result_prints_it_as_json_too():
     without = {
         name
-        for name, words in known_words().items()
+        for name, words in collect_words().items()
         if not words.actions and "--json" not in words.flags
     }
     assert without == {
@@ -183,7 +183,7 @@ def test_every_command_that_prints_a_result_prints_it_as_json_too():
 
 
 def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
-    (tmp_path / "c").write_text(bash(known_words()))
+    (tmp_path / "c").write_text(bash(collect_words()))
 
     def offered(*typed):
         words = " ".join(f"'{word}'" for word in ("veneer", *typed))
@@ -206,7 +206,7 @@ def test_bash_completes_commands_actions_flags_and_choices(tmp_path):
     assert offered("train", "--dtype", "b") == ["bfloat16"] and offered(
         "train", "--quantize", "f"
     ) == ["fp4", "fp8"]
-    assert "-a export -d" in fish(known_words())
+    assert "-a export -d" in fish(collect_words())
 
 
 def test_alone_in_a_terminal_it_says_what_to_do_next(tmp_path, monkeypatch, capsys):
@@ -402,8 +402,8 @@ def test_what_imports_made_is_looked_at_again_as_a_command_ends():
     """Triton's bindings report every object of theirs that is still there then."""
     code = (
         "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"
-        "from veneer.cli.common import no_collection\n"
-        "with no_collection(): import pydantic\n"
+        "from veneer.cli.common import pause_collection\n"
+        "with pause_collection(): import pydantic\n"
         "assert gc.get_freeze_count() > 0"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -415,7 +415,7 @@ def test_commands_import_what_computes_without_the_collector():
         lines = file.read_text().splitlines()
         for above, line in pairwise(lines):
             if line.strip() == "from veneer import api":
-                assert above.strip() == "with no_collection():", file.name
+                assert above.strip() == "with pause_collection():", file.name
 
 
 def test_a_process_ends_as_python_ends_one_but_for_what_it_holds(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from veneer.adapters.config import METHODS
-from veneer.cli.config_file import read_run_config, setting_paths
+from veneer.cli.config_file import list_setting_paths, read_run_config
 from veneer.cli.main import COMMANDS, main
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
@@ -126,7 +126,7 @@ def test_a_choice_of_another_tool_is_told_with_ours(tmp_path):
 
 
 def test_no_name_of_ours_is_taken_for_another_tools():
-    ours = {*RunConfig.model_fields, *(path[-1] for path in setting_paths())}
+    ours = {*RunConfig.model_fields, *(path[-1] for path in list_setting_paths())}
     assert not (KNOWN_ELSEWHERE.keys() | NOT_NEEDED.keys()) & ours
     assert not KNOWN_ELSEWHERE.keys() & NOT_NEEDED.keys()
     assert not COMMANDS_ELSEWHERE.keys() & COMMANDS.keys()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
 
 
-def standard_input() -> TextIO:
+def require_stdin() -> TextIO:
     """Where the user's text comes from. InputError: it is closed (`<&-`, a service without one)."""
     if sys.stdin is None or sys.stdin.closed:
         raise InputError(
@@ -38,7 +38,7 @@ def standard_input() -> TextIO:
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def pause_collection() -> Iterator[None]:
     """Around the imports of torch and transformers: thousands of modules whose objects all stay,
     which the garbage collector would look through again and again, a sixth of their time. What they
     made is not looked at again before the process ends; some libraries count then what is left, and
@@ -85,10 +85,10 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="use the adapter though it was trained on another base",
     )
-    add_held(parser, "as the adapter was trained")
+    add_base_format(parser, "as the adapter was trained")
 
 
-def add_held(parser: argparse.ArgumentParser, default: str) -> None:
+def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
     """--dtype, --quantize, --device: how a base is held, and where."""
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
@@ -120,7 +120,7 @@ def add_map(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def columns_of(args: argparse.Namespace) -> dict[str, str | None]:
+def parse_columns(args: argparse.Namespace) -> dict[str, str | None]:
     """Of --map COLUMN=NAME. ConfigError: it is not written so."""
     found: dict[str, str | None] = {}
     for each in args.columns:
@@ -157,10 +157,10 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
     add_variables(parser, "; default: as the adapter was trained")
 
 
-def variables_of(args: argparse.Namespace) -> dict[str, Any]:
+def parse_variables(args: argparse.Namespace) -> dict[str, Any]:
     """Of --variable NAME=VALUE, the value read as YAML. ConfigError with all that is wrong."""
     from veneer.adapters.preamble import check_variables
-    from veneer.cli.config_file import Settings, parse_yaml
+    from veneer.cli.config_file import UncheckedSettings, parse_yaml
 
     found: dict[str, Any] = {}
     for each in args.variables:
@@ -170,15 +170,15 @@ def variables_of(args: argparse.Namespace) -> dict[str, Any]:
                 f"--variable {each}: write --variable NAME=VALUE",
                 next_step="enable_thinking=false, say.",
             )
-        found[name] = parse_yaml(text, f"--variable {name}", Settings())
+        found[name] = parse_yaml(text, f"--variable {name}", UncheckedSettings())
     check_variables(found)
     return found
 
 
-def asked_as(args: argparse.Namespace, base: Base) -> Preamble:
+def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
     """What conversations get by themselves with these flags, which is told where an adapter is the
     reason."""
-    asked = base.preamble.asked(args.system, variables_of(args))
+    asked = base.preamble.asked(args.system, parse_variables(args))
     if base.preamble and asked:
         parts = [] if asked.system is None else [f"system: {cut(asked.system, 60)!r}"]
         parts += [
@@ -219,7 +219,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
     """--length, --format, --train-on and what else of data is a choice, said as a run file's
     settings are."""
-    from veneer.cli.config_file import field_help
+    from veneer.cli.config_file import describe_setting
     from veneer.training.config import DataConfig, RunConfig
 
     length = RunConfig.model_fields["length"].default
@@ -236,21 +236,21 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
             "--" + name.replace("_", "-"),
             choices=get_args(field.annotation),
             default=field.default,
-            help=field_help(("data", name)),
+            help=describe_setting(("data", name)),
         )
 
 
 def load_base(args: argparse.Namespace) -> Base:
     """The base that the arguments name, with the adapter on it and in use, if one is named."""
-    source, adapter = base_and_adapter(args.base, args.adapter, args.library)
-    quantize, keep_dense = held_as(args.quantize, adapter, force_base=args.force_base)
-    base = load_alone(source, args, quantize, keep_dense)
+    source, adapter = locate_base_and_adapter(args.base, args.adapter, args.library)
+    quantize, keep_dense = resolve_weight_format(args.quantize, adapter, force_base=args.force_base)
+    base = load_bare_base(source, args, quantize, keep_dense)
     if adapter is not None:
         base.use(base.load_adapter(adapter, name=args.adapter, force_base=args.force_base))
     return base
 
 
-def load_alone(
+def load_bare_base(
     source: str, args: argparse.Namespace, quantize: Quantize | None, keep_dense: Sequence[str] = ()
 ) -> Base:
     """A base without adapters, by --dtype and --device; said is what it is widened to."""
@@ -258,7 +258,7 @@ def load_alone(
     from veneer.training.output.working import working
 
     with working(f"loading {source}"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         base = api.load(
             source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense
@@ -270,12 +270,12 @@ def load_alone(
     return base
 
 
-def base_and_adapter(
+def locate_base_and_adapter(
     base: str | None, adapter: str | None, library: str | None = None
 ) -> tuple[str, Path | None]:
     """The base to load, and the adapter's own folder; the adapter says its base where none is
     named."""
-    folder = adapter_folder(adapter, library) if adapter else None
+    folder = locate_adapter(adapter, library) if adapter else None
     if base:
         return base, folder
     if folder is None:
@@ -284,7 +284,7 @@ def base_and_adapter(
             [],
             "Give --base (a hub id, a folder, a .gguf file or smollm2-135m) or --adapter.",
         )
-    name = _trained_on(folder)
+    name = _read_base_name(folder)
     if not name:
         raise SourceError(
             f"{folder} does not say which base it was trained on", [], "Name it: --base B."
@@ -292,14 +292,14 @@ def base_and_adapter(
     return name, folder
 
 
-def adapter_folder(named: str, library: str | None = None) -> Path:
+def locate_adapter(named: str, library: str | None = None) -> Path:
     """The adapter's own folder: of a name in the library, a run's folder, or an adapter's."""
     from veneer.library.library import Library
 
     return Library(library).locate(named)
 
 
-def _trained_on(folder: Path) -> str | None:
+def _read_base_name(folder: Path) -> str | None:
     """The base as the run named it, else as adapter_config.json does."""
     for read, file, key in (
         (read_yaml, folder.parent / "run.yaml", "base"),
@@ -311,7 +311,7 @@ def _trained_on(folder: Path) -> str | None:
     return None
 
 
-def as_stored(dtype: str) -> Any:
+def storage_dtype(dtype: str) -> Any:
     """--dtype of a command that writes weights or compares them: auto is the type they are stored
     in."""
     return "stored" if dtype == "auto" else dtype
@@ -323,22 +323,22 @@ def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
         return None
     from veneer.models import load
 
-    return load.load_base(args.base, dtype=as_stored(args.dtype), device="cpu")
+    return load.load_base(args.base, dtype=storage_dtype(args.dtype), device="cpu")
 
 
-def held_as(
+def resolve_weight_format(
     asked: Quantize | None, adapter: Path | None, *, force_base: bool
 ) -> tuple[Quantize | None, list[str]]:
     """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its
     base is overridden."""
     quantize = asked
     if quantize is None and adapter is not None and not force_base:
-        quantize = trained_over(adapter)
+        quantize = read_quantize(adapter)
     keeps = weight_format(quantize).keeps_dense
-    return quantize, kept_dense(adapter) if adapter is not None and keeps else []
+    return quantize, read_dense_modules(adapter) if adapter is not None and keeps else []
 
 
-def weighted(
+def pair_with_weights(
     named: Sequence[str], weights: Sequence[float] | None, library: str | None
 ) -> list[tuple[Path, float]]:
     """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for
@@ -348,11 +348,11 @@ def weighted(
             f"{len(named)} adapters and {len(weights)} weights",
             next_step="Give one weight for each.",
         )
-    folders = [adapter_folder(each, library) for each in named]
+    folders = [locate_adapter(each, library) for each in named]
     return list(zip(folders, weights or [1.0] * len(named), strict=True))
 
 
-def trained_over(folder: Path) -> Quantize | None:
+def read_quantize(folder: Path) -> Quantize | None:
     """The format that the adapter's base was held in, from the fingerprint that it keeps; None:
     dense, or not known."""
     file = folder / "veneer.json"
@@ -365,7 +365,7 @@ def trained_over(folder: Path) -> Quantize | None:
     return next((name for name in FORMATS if name in parts), None)
 
 
-def kept_dense(folder: Path) -> list[str]:
+def read_dense_modules(folder: Path) -> list[str]:
     """What the adapter's run left dense, from the recipe that the adapter keeps."""
     file = folder / "veneer.json"
     recipe = read_json(file).get("recipe") if file.is_file() else None
@@ -389,10 +389,12 @@ def make_console(*, json: bool) -> Console:
 
     from veneer.training.output.talk import talking_console
 
-    class Result(Console):
+    class ResultConsole(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # rich would leave by SystemExit(1)
 
     return (
-        talking_console(stderr=True) if json else Result(highlight=False, markup=False, emoji=False)
+        talking_console(stderr=True)
+        if json
+        else ResultConsole(highlight=False, markup=False, emoji=False)
     )

@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(SHELLS[args.shell](known_words()), end="")
+    print(SHELLS[args.shell](collect_words()), end="")
     return 0
 
 
 @dataclass(frozen=True)
-class Words:
+class CommandWords:
     """What may follow a command. flags: each with its choices; none: a value, a file, or
     nothing."""
 
@@ -36,11 +36,11 @@ class Words:
     choices: tuple[str, ...]
 
 
-def known_words() -> dict[str, Words]:
+def collect_words() -> dict[str, CommandWords]:
     """Every command, and every action as `command action`."""
     from veneer.cli.main import COMMANDS, command_module
 
-    found: dict[str, Words] = {}
+    found: dict[str, CommandWords] = {}
     for name, about in COMMANDS.items():
         parser = argparse.ArgumentParser(add_help=True)
         command_module(name).add_arguments(parser)
@@ -64,9 +64,9 @@ def _words_of_settings() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, Words]:
+def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, CommandWords]:
     flags: dict[str, tuple[str, ...]] = {}
-    inner: dict[str, Words] = {}
+    inner: dict[str, CommandWords] = {}
     actions: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     for each in parser._actions:
@@ -80,10 +80,10 @@ def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, 
             flags |= {flag: known for flag in each.option_strings if flag.startswith("--")}
         else:
             choices += tuple(map(str, each.choices or ()))
-    return {name: Words(about, flags, actions, choices), **inner}
+    return {name: CommandWords(about, flags, actions, choices), **inner}
 
 
-def bash(words: Mapping[str, Words]) -> str:
+def bash(words: Mapping[str, CommandWords]) -> str:
     tops = [name for name in words if " " not in name]
     nested = [name for name in tops if words[name].actions]
     values, flags, others = [], [], []
@@ -131,12 +131,12 @@ def bash(words: Mapping[str, Words]) -> str:
     )
 
 
-def zsh(words: Mapping[str, Words]) -> str:
+def zsh(words: Mapping[str, CommandWords]) -> str:
     """bash's, which zsh runs."""
     return "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n" + bash(words)
 
 
-def fish(words: Mapping[str, Words]) -> str:
+def fish(words: Mapping[str, CommandWords]) -> str:
     lines = ["# veneer: what may be typed next; made by `veneer completion`"]
     for name, its in words.items():
         top, _, action = name.partition(" ")
@@ -163,4 +163,8 @@ def _fish(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-SHELLS: dict[str, Callable[[Mapping[str, Words]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
+SHELLS: dict[str, Callable[[Mapping[str, CommandWords]], str]] = {
+    "bash": bash,
+    "zsh": zsh,
+    "fish": fish,
+}

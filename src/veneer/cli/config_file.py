@@ -60,7 +60,7 @@ PARTS: dict[str, type[BaseModel]] = {"data": DataConfig, "template": TemplateCon
 
 
 @dataclass
-class Settings:
+class UncheckedSettings:
     """Values as they were given, and where: origins[("method", "rank")] = "run.yaml:7" or
     "--rank"."""
 
@@ -102,7 +102,7 @@ def read_run_config(
 
     Raises ConfigError with every fault of all three.
     """
-    settings = Settings()
+    settings = UncheckedSettings()
     if file is not None:
         _read_file(settings, Path(file))
     for name in FLAGS:  # in this order: a method is named before its settings are given
@@ -123,10 +123,10 @@ def read_run_config(
     return config
 
 
-def first_parent(text: str) -> str | None:
+def find_first_parent(text: str) -> str | None:
     """Returns the adapter that `--from` names first; None if its list is malformed, which
     read_run_config reports."""
-    settings = Settings()
+    settings = UncheckedSettings()
     _put_flag(settings, "from", text)
     value = settings.values.get("from_adapter")
     first = next(iter(value), None) if isinstance(value, list) else value
@@ -134,15 +134,15 @@ def first_parent(text: str) -> str | None:
     return adapter if isinstance(adapter, str) else None
 
 
-def field_help(path: KeyPath) -> str:
+def describe_setting(path: KeyPath) -> str:
     """The sentence under a field, as one line: the command line's help is written there, once."""
     return described(RunConfig, path[:1] if path == ("method", "name") else path)
 
 
-def brief_help(path: KeyPath) -> str:
+def summarize_setting(path: KeyPath) -> str:
     """What a setting is, up to the first colon or semicolon, and its default: for a list of
     many."""
-    said = re.split(r"[;:](?: |$)|\.(?: |$)", field_help(path))[0]
+    said = re.split(r"[;:](?: |$)|\.(?: |$)", describe_setting(path))[0]
     default = field_at(RunConfig, path).default
     plain = (
         isinstance(default, int | float | str)
@@ -152,7 +152,7 @@ def brief_help(path: KeyPath) -> str:
     return f"{said} (default: {default})" if plain else said
 
 
-def _read_file(settings: Settings, file: Path) -> None:
+def _read_file(settings: UncheckedSettings, file: Path) -> None:
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(
@@ -172,7 +172,7 @@ def _read_file(settings: Settings, file: Path) -> None:
     settings.origins[()] = str(file)
 
 
-def parse_yaml(text: str, name: str, settings: Settings) -> Any:
+def parse_yaml(text: str, name: str, settings: UncheckedSettings) -> Any:
     """yaml.safe_load, with duplicate keys and aliases refused and the lines of the keys
     remembered."""
     try:
@@ -199,7 +199,7 @@ def parse_yaml(text: str, name: str, settings: Settings) -> Any:
     return value
 
 
-def _walk(node: yaml.Node, path: KeyPath, name: str, settings: Settings) -> None:
+def _walk(node: yaml.Node, path: KeyPath, name: str, settings: UncheckedSettings) -> None:
     if isinstance(node, yaml.SequenceNode):
         for index, each in enumerate(node.value):
             _walk(each, (*path, str(index)), name, settings)
@@ -221,7 +221,7 @@ def _walk(node: yaml.Node, path: KeyPath, name: str, settings: Settings) -> None
             _walk(value, below, name, settings)
 
 
-def _put_flag(settings: Settings, name: str, value: Any) -> None:
+def _put_flag(settings: UncheckedSettings, name: str, value: Any) -> None:
     """Sets the value of one flag, which may be written in YAML where _YAML_FLAGS names the flag."""
     origin = "--" + name.replace("_", "-")
     path, openings = _YAML_FLAGS.get(name, ((), ""))
@@ -231,7 +231,7 @@ def _put_flag(settings: Settings, name: str, value: Any) -> None:
         settings.put(FLAGS[name], value, origin)
 
 
-def _read_set(settings: Settings, each: str) -> None:
+def _read_set(settings: UncheckedSettings, each: str) -> None:
     path, sign, text = each.partition("=")
     if not sign or not all(path.split(".")):
         settings.faults.append(
@@ -241,9 +241,9 @@ def _read_set(settings: Settings, each: str) -> None:
     _put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
 
 
-def _put_yaml(settings: Settings, path: KeyPath, text: str, origin: str) -> None:
+def _put_yaml(settings: UncheckedSettings, path: KeyPath, text: str, origin: str) -> None:
     try:
-        value = parse_yaml(text, origin, Settings())
+        value = parse_yaml(text, origin, UncheckedSettings())
     except ConfigError as fault:
         settings.faults.append(f"C314 {fault.headline}")
         return
@@ -257,7 +257,7 @@ def _opened(path: KeyPath, value: Any) -> dict[str, Any]:
     return {short: value} if short else {}
 
 
-def _validated(settings: Settings) -> tuple[RunConfig | None, list[str]]:
+def _validated(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]:
     """The config, or every fault. Checks across fields run only where the fields are sound, so
     faulty values are taken out and the rest is checked again until nothing new is found."""
     values = _copy(settings.values)
@@ -311,11 +311,11 @@ def _names(values: Mapping[str, Any]) -> list[KeyPath]:
     return [
         *((name,) for name in PARTS),
         ("method",),
-        *setting_paths(chosen if chosen in METHODS else "lora"),
+        *list_setting_paths(chosen if chosen in METHODS else "lora"),
     ]
 
 
-def setting_paths(method: str = "lora") -> list[KeyPath]:
+def list_setting_paths(method: str = "lora") -> list[KeyPath]:
     """The path of every setting: the run's own, data's, and those of a method."""
     paths: list[KeyPath] = []
     for name in RunConfig.model_fields:

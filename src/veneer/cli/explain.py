@@ -84,19 +84,19 @@ def settings() -> dict[str, dict[str, str]]:
     """Every setting of a run by its path: its meaning and, of a method's, the methods that have
     it."""
     from veneer.adapters.config import METHODS
-    from veneer.cli.config_file import field_help, setting_paths
+    from veneer.cli.config_file import describe_setting, list_setting_paths
     from veneer.files.settings import described
 
     found: dict[str, dict[str, str]] = {}
     for method in METHODS:
-        for path in setting_paths(method):
+        for path in list_setting_paths(method):
             entry = found.setdefault(".".join(path), {"meaning": "", "methods": ""})
             if path[0] == "method" and path[1] != "name":
                 entry["meaning"] = entry["meaning"] or described(METHODS[method], path[1:])
                 entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
             else:
-                entry["meaning"] = field_help(path)
-    order = {path: number for number, path in enumerate(map(".".join, setting_paths()))}
+                entry["meaning"] = describe_setting(path)
+    order = {path: number for number, path in enumerate(map(".".join, list_setting_paths()))}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], order["method.init"])))
 
 
@@ -116,7 +116,7 @@ def codes() -> dict[str, dict[str, str]]:
     return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
 
-def codes_in(message: str) -> list[str]:
+def find_codes(message: str) -> list[str]:
     """Those that begin a line of an error, each once."""
     return list(dict.fromkeys(re.findall(r"^\s*([A-Z]\d{3}) ", message, re.MULTILINE)))
 

@@ -92,7 +92,7 @@ EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong,
 141 output pipe closed"""
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Descriptions as they are written, but for lines that the terminal is too narrow for."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -110,7 +110,7 @@ class Parser(argparse.ArgumentParser):
         """Flags that are none are told first, whatever else is missing, and with those that were
         meant."""
         given = list(sys.argv[1:] if args is None else args)
-        if self._subparsers is None and (unknown := _unknown_flags(self, given)):
+        if self._subparsers is None and (unknown := _find_unknown_flags(self, given)):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
             self.error(head + "\n  ".join(unknown))
         return super().parse_known_args(given, namespace)
@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+def _find_unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
     """Each flag that the parser does not have, with the one that was meant."""
     found = []
     for place, word in enumerate(given):
@@ -146,7 +146,7 @@ def _unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> lis
         following = given[place + 1 : place + 2]
         value = value if sign else "".join(each for each in following if not each.startswith("-"))
         key = flag.strip("-").replace("-", "_").lower()
-        meant = _meant(parser, key, value or "...")
+        meant = _find_meant_flag(parser, key, value or "...")
         unneeded = NOT_NEEDED.get(key) if "--set" in parser._option_string_actions else None
         hint = (
             f": did you mean {meant}?"
@@ -159,16 +159,16 @@ def _unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> lis
     return found
 
 
-def _meant(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
+def _find_meant_flag(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
     """The flag, or the --set of a setting that has none, which somebody meant by a flag that is
     none."""
     own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     ours: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in own}
     if "--set" in own:  # a command that takes settings, which has loaded them by now
-        from veneer.cli.config_file import FLAGS, setting_paths
+        from veneer.cli.config_file import FLAGS, list_setting_paths
 
         flags = {path: "--" + name.replace("_", "-") for name, path in FLAGS.items()}
-        for path in setting_paths():
+        for path in list_setting_paths():
             flag = flags.get(path)
             ours.setdefault(path, flag if flag in own else f"--set {'.'.join(path)}={value}")
     meant = nearest((key,), ours, value)
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code. What it was asked for is written by then, or
     the code says so."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
+    sys.stdout, sys.stderr = sys.stdout or _open_devnull(), sys.stderr or _open_devnull()
     if hasattr(
         sys.stdin, "reconfigure"
     ):  # as arguments come: what reads text says what is wrong with it
@@ -192,17 +192,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     talk: Any = LogStream(sys.stderr)
     sys.stdout, sys.stderr = result, talk
     try:
-        code = _code(list(sys.argv[1:] if argv is None else argv), result, alone=argv is None)
+        code = _run_to_exit_code(
+            list(sys.argv[1:] if argv is None else argv), result, alone=argv is None
+        )
         with suppress(OSError, ValueError):
             result.flush()
         talk.flush()
-        unwritten = _told(result) if result.fault is not None else 0
+        unwritten = _report_unwritten(result) if result.fault is not None else 0
         return code or unwritten
     finally:
         sys.stdout, sys.stderr = before
 
 
-def _told(result: ResultStream) -> int:
+def _report_unwritten(result: ResultStream) -> int:
     """Says that stdout could not be written, unless nobody reads there."""
     fault = result.fault
     silence(result.stream)  # or the interpreter tries once more as it ends, and says so
@@ -215,11 +217,11 @@ def _told(result: ResultStream) -> int:
     return DoesNotFitError.exit_code
 
 
-def _code(argv: list[str], result: ResultStream, alone: bool) -> int:
+def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int:
     try:
         return _run(argv, alone)
     except VeneerError as error:
-        print_error(_with_codes(str(error)))
+        print_error(_add_explanations(str(error)))
         return error.exit_code
     except SystemExit as leaving:  # argparse, after --help or an error that it has printed
         return int(leaving.code or 0)
@@ -251,15 +253,15 @@ def _code(argv: list[str], result: ResultStream, alone: bool) -> int:
         return 1
 
 
-def _with_codes(message: str) -> str:
+def _add_explanations(message: str) -> str:
     """An error with what leads from its codes to more about them."""
-    from veneer.cli.explain import codes_in, more
+    from veneer.cli.explain import find_codes, more
 
-    found = codes_in(message)
+    found = find_codes(message)
     return f"{message}\n{more(found)}" if found else message
 
 
-def _nowhere() -> TextIO:
+def _open_devnull() -> TextIO:
     """Instead of a stream that was closed before we began (`veneer ... >&-`)."""
     return Path(os.devnull).open("w", encoding="utf-8")
 
@@ -269,14 +271,14 @@ def _run(argv: list[str], alone: bool) -> int:
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
-        epilog=f"{_grouped()}\n\nveneer COMMAND --help says more.\n\n{EXIT_CODES}",
-        formatter_class=Help,
+        epilog=f"{_format_groups()}\n\nveneer COMMAND --help says more.\n\n{EXIT_CODES}",
+        formatter_class=HelpFormatter,
         usage="veneer COMMAND ...",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"veneer {__version__}")
     if not argv:
-        return _alone(parser)
+        return _show_next_steps(parser)
     if argv[0].startswith("-"):
         parser.parse_args(argv)  # --help and --version leave from here
     if argv[0] not in COMMANDS:
@@ -287,14 +289,14 @@ def _run(argv: list[str], alone: bool) -> int:
     own = Parser(
         prog=f"veneer {argv[0]}",
         description=command.__doc__,
-        formatter_class=Help,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     command.add_arguments(own)
     parsed = own.parse_args(argv[1:])
     if alone:
         import_module("veneer.files.remembered").begin()
-        _tell_of_first_times()
+        _announce_downloads()
     code: int = command.run(parsed)
     return code
 
@@ -304,7 +306,7 @@ def command_module(name: str) -> ModuleType:
     return import_module(f"veneer.cli.{FOLDERS.get(name, '')}{name}")
 
 
-def _grouped() -> str:
+def _format_groups() -> str:
     """The commands by what they are for, a line each."""
     lines = []
     for title, commands in GROUPS.items():
@@ -316,7 +318,7 @@ def _grouped() -> str:
     return "\n".join(lines[1:])
 
 
-def _alone(parser: argparse.ArgumentParser) -> int:
+def _show_next_steps(parser: argparse.ArgumentParser) -> int:
     """What to do next, to a person; all commands, to whoever reads a file or a pipe."""
     if not sys.stdout.isatty():
         parser.print_help()
@@ -328,12 +330,12 @@ def _alone(parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _tell_of_first_times() -> None:
+def _announce_downloads() -> None:
     """What is fetched or converted once takes a minute that nobody expects: it is said on stderr as
     it begins."""
     import logging
 
-    class FirstTimes(logging.Handler):
+    class FirstTimeHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             anew = (
                 "\r\033[2K" if sys.stderr.isatty() else ""
@@ -343,7 +345,7 @@ def _tell_of_first_times() -> None:
     bases = logging.getLogger("veneer.bases")
     bases.setLevel(logging.INFO)
     bases.propagate = False
-    bases.handlers = [FirstTimes()]
+    bases.handlers = [FirstTimeHandler()]
 
 
 def print_error(message: str) -> None:

@@ -18,15 +18,15 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.answers.generate import add_sampling, tell_cut
+from veneer.cli.answers.generate import add_sampling, report_cut
 from veneer.cli.common import (
-    adapter_folder,
     add_base,
     add_preamble,
-    asked_as,
     load_base,
-    standard_input,
-    variables_of,
+    locate_adapter,
+    parse_variables,
+    require_stdin,
+    resolve_preamble,
 )
 from veneer.errors import ConfigError, VeneerError
 from veneer.wording import WordWrap, reflowed, shown
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = standard_input()
+    source = require_stdin()
     base = load_base(args)
     if base.tokenizer.chat_template is None:
         step = "veneer generate goes on from a text; or take a base that was tuned to chat."
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
         who = f"adapter {args.adapter}" if args.adapter else "no adapter"
         _tell(f"{base.source} · {who} · /help lists commands, Ctrl-D leaves")
-    system = asked_as(args, base).system
+    system = resolve_preamble(args, base).system
     messages = _opening(system)
     while True:
         try:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         elif command == "/use":
             if _use(base, rest, args):
-                system = asked_as(args, base).system
+                system = resolve_preamble(args, base).system
                 messages = _opening(system)
         elif command in ("/reset", "/system"):
             if command == "/system":
@@ -96,7 +96,7 @@ def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
     try:
         if named and named not in base.attachments:
             base.load_adapter(
-                adapter_folder(named, args.library), name=named, force_base=args.force_base
+                locate_adapter(named, args.library), name=named, force_base=args.force_base
             )
         base.use(named or None)
     except VeneerError as error:
@@ -147,7 +147,7 @@ def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Message
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             system="",  # what stands in front is in the messages
-            variables=variables_of(args),
+            variables=parse_variables(args),
             on_text=show,
         )
     except KeyboardInterrupt:
@@ -156,5 +156,5 @@ def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Message
         _tell(str(error))
         return messages[:-1]
     print(wrap.end())
-    tell_cut(answer, args.max_new_tokens)
+    report_cut(answer, args.max_new_tokens)
     return [*messages, {"role": "assistant", "content": str(answer)}]

@@ -17,11 +17,11 @@ from veneer.cli.common import (
     add_base,
     add_json,
     add_preamble,
-    asked_as,
     load_base,
+    parse_variables,
     print_json,
-    standard_input,
-    variables_of,
+    require_stdin,
+    resolve_preamble,
 )
 from veneer.errors import InputError
 from veneer.wording import shown
@@ -66,11 +66,11 @@ def _typed(source: TextIO) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompt = args.prompt if args.prompt is not None else _typed(standard_input())
+    prompt = args.prompt if args.prompt is not None else _typed(require_stdin())
     if not prompt.strip():
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
     base = load_base(args)
-    preamble = asked_as(args, base)
+    preamble = resolve_preamble(args, base)
     asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
     if preamble.system is not None:
         asked = preamble.opening([{"role": "user", "content": prompt}])
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         system="",
-        variables=variables_of(args),
+        variables=parse_variables(args),
         on_text=_print_piece if streams else None,
     )
     if args.json:
@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         # A file or a pipe gets the answer as it is; a terminal never gets its control characters.
         print("" if streams else answer)
-        tell_cut(answer, args.max_new_tokens)
+        report_cut(answer, args.max_new_tokens)
     return 0
 
 
-def tell_cut(answer: str, asked: int) -> None:
+def report_cut(answer: str, asked: int) -> None:
     """On stderr: that an answer did not come to its end, and what lets it."""
     cut_after: int | None = getattr(
         answer, "cut_after", None

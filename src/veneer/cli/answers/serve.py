@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
-from veneer.cli.common import add_library, add_variables, make_console, no_collection, variables_of
+from veneer.cli.common import (
+    add_library,
+    add_variables,
+    make_console,
+    parse_variables,
+    pause_collection,
+)
 from veneer.cli.early import check_base
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
@@ -176,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.new_key:
-        return _new_key(args)
+        return _make_key(args)
     if not args.base:
         raise ConfigError(
             "no base is named",
@@ -191,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     library = Library(args.library)
     library.entries()  # it is one, before a base is loaded for it
     with working(f"loading {args.base}"):
-        with no_collection():
+        with pause_collection():
             from veneer.serve.run import listening
             from veneer.serve.run import run as run_server
 
@@ -199,10 +205,10 @@ def run(args: argparse.Namespace) -> int:
                 args.host, args.port
             ).close()  # a port that is taken is told before a base is loaded
             from veneer.serve.start import keys_of
-        settings = _settings(args)
+        settings = _read_settings(args)
         keys = keys_of(settings, os.environ)
         ready = PLACES[args.on](args, settings, keys, library)
-    _log()
+    _configure_logging()
     console = make_console(json=False)
     for line in ready.told:
         console.print(shown(line), soft_wrap=True)
@@ -215,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Ready:
+class ListeningServer:
     """A server that listens already. told: on the screen. close: what stands behind it."""
 
     server: Server
@@ -224,7 +230,9 @@ class Ready:
     close: Callable[[], None] = lambda: None
 
 
-def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+def _start_here(
+    args: argparse.Namespace, settings: Settings, keys: Keys, library: Library
+) -> ListeningServer:
     """In this process. ConfigError: flags that only a cluster has a use for."""
     given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
     if given:
@@ -233,7 +241,7 @@ def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Lib
             [],
             "Give --on ray too, or leave them out.",
         )
-    with no_collection():
+    with pause_collection():
         from veneer import api
         from veneer.serve.start import open_server
     base = api.load(args.base, dtype=args.dtype, device=args.device, quantize=args.quantize)
@@ -241,11 +249,13 @@ def _here(args: argparse.Namespace, settings: Settings, keys: Keys, library: Lib
     service = opened.service
     adapters = [card["id"] for card in service.names.cards()[1:]]
     holds = f"keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
-    told = _told(service.names.base_name, adapters, holds, opened.url, keys, args.host)
-    return Ready(opened.server, opened.socket, told)
+    told = _describe(service.names.base_name, adapters, holds, opened.url, keys, args.host)
+    return ListeningServer(opened.server, opened.socket, told)
 
 
-def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: Library) -> Ready:
+def _start_on_ray(
+    args: argparse.Namespace, settings: Settings, keys: Keys, library: Library
+) -> ListeningServer:
     from veneer.files.home import name_of
     from veneer.serve.replicas.front import open_front
     from veneer.serve.replicas.ray_replicas import RayReplicas, Size
@@ -274,18 +284,18 @@ def _on_ray(args: argparse.Namespace, settings: Settings, keys: Keys, library: L
     number = f"{replicas} replica{'' if replicas == 1 else 's'} on Ray"
     holds = number + (f", up to {most} while requests wait" if most > replicas else "")
     adapters = [entry.name for entry in library.entries()]
-    told = _told(str(settings.name), adapters, holds, url_of(listener), keys, args.host)
-    return Ready(server, listener, told, behind.close)
+    told = _describe(str(settings.name), adapters, holds, url_of(listener), keys, args.host)
+    return ListeningServer(server, listener, told, behind.close)
 
 
-PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], Ready]] = {
-    "here": _here,
-    "ray": _on_ray,
+PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], ListeningServer]] = {
+    "here": _start_here,
+    "ray": _start_on_ray,
 }
 ON_RAY = ("address", "replicas", "max_replicas", "cpus")
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _read_settings(args: argparse.Namespace) -> Settings:
     from veneer.decoding.schedule.scheduler import Limits
     from veneer.serve.start import Settings
 
@@ -309,12 +319,14 @@ def _settings(args: argparse.Namespace) -> Settings:
         origins=args.allow_origin,
         pinned=args.pin,
         system=args.system,
-        variables=variables_of(args),
+        variables=parse_variables(args),
         runs=None if args.runs is None else Path(args.runs),
     )
 
 
-def _told(base: str, adapters: list[str], holds: str, url: str, keys: Keys, host: str) -> list[str]:
+def _describe(
+    base: str, adapters: list[str], holds: str, url: str, keys: Keys, host: str
+) -> list[str]:
     """What is served, where, and to whom."""
     from veneer.serve.run import is_loopback
 
@@ -335,7 +347,7 @@ def _told(base: str, adapters: list[str], holds: str, url: str, keys: Keys, host
     ]
 
 
-def _new_key(args: argparse.Namespace) -> int:
+def _make_key(args: argparse.Namespace) -> int:
     from veneer.serve.http.keys import new_key
 
     if not args.keys:
@@ -357,7 +369,7 @@ def _require_extra() -> None:
         ) from None
 
 
-def _log() -> None:
+def _configure_logging() -> None:
     """A line for each request on stderr; of uvicorn what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -23,11 +23,11 @@ from veneer.cli.common import (
     add_card,
     add_json,
     add_library,
-    as_stored,
-    held_as,
     load_plain_base,
     make_console,
     print_json,
+    resolve_weight_format,
+    storage_dtype,
 )
 from veneer.cli.early import check_files
 from veneer.errors import ConfigError
@@ -295,14 +295,14 @@ def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
     def loaded(quantize: Quantize | None, keep_dense: tuple[str, ...]) -> FrozenBase:
         return load_base(
             args.base,
-            dtype=as_stored(args.dtype),
+            dtype=storage_dtype(args.dtype),
             device="cpu",
             quantize=quantize,
             keep_dense=keep_dense,
         )
 
     def base_of(folder: Path) -> FrozenBase:
-        quantize, keep_dense = held_as(None, folder, force_base=False)
+        quantize, keep_dense = resolve_weight_format(None, folder, force_base=False)
         return loaded(quantize, tuple(keep_dense))
 
     return base_of

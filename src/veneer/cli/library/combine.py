@@ -23,11 +23,11 @@ from veneer.bounds import PART, RANK, SEED, WEIGHT
 from veneer.cli.common import (
     add_json,
     add_library,
-    base_and_adapter,
+    locate_base_and_adapter,
     make_console,
-    no_collection,
+    pair_with_weights,
+    pause_collection,
     print_json,
-    weighted,
 )
 from veneer.cli.early import check_base, check_new
 from veneer.wording import size
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_new(args.out)
-    base, _ = base_and_adapter(args.base, args.adapters[0], args.library)
-    adapters = weighted(args.adapters, args.weights, args.library)
+    base, _ = locate_base_and_adapter(args.base, args.adapters[0], args.library)
+    adapters = pair_with_weights(args.adapters, args.weights, args.library)
     check_base(base)
     from veneer.training.output.working import working
 
     with working("combining"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         from veneer.merge.combine.combine import Recipe
 

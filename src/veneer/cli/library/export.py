@@ -29,11 +29,11 @@ from veneer.cli.common import (
     add_card,
     add_json,
     add_library,
-    base_and_adapter,
-    held_as,
+    locate_base_and_adapter,
     make_console,
-    no_collection,
+    pause_collection,
     print_json,
+    resolve_weight_format,
 )
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_new(args.out)
     check_files([args.figures])
-    base, folder = base_and_adapter(args.base, args.adapter, args.library)
+    base, folder = locate_base_and_adapter(args.base, args.adapter, args.library)
     _check(args)
     check_base(base)
     from veneer.training.output.working import working
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if _whole(args):
         return _export_model(args, base, folder, console)
     with working(f"writing for {args.to}"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         card = partial(_card, args, base, folder)
         made = api.export_adapter(
@@ -121,10 +121,10 @@ def _whole(args: argparse.Namespace) -> bool:
 def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Console) -> int:
     from veneer.training.output.working import working
 
-    quantize, keep_dense = held_as(None, folder, force_base=args.force_base)
+    quantize, keep_dense = resolve_weight_format(None, folder, force_base=args.force_base)
     type: ModelType = args.type or "f16"
     with working(f"loading {base}") as tell:
-        with no_collection():
+        with pause_collection():
             from veneer import api
         weights = api.WeightSource(quantize, keep_dense, args.into, args.original, args.force_base)
         how: dict[str, Any] = {
@@ -198,29 +198,28 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _merged_lines(report: GGUFReport) -> list[str]:
-    from veneer.cli.library.merge import survival_lines
+    from veneer.cli.library.merge import format_survival
 
     lines = [f"{report.out}: {size(report.bytes)}, {report.type}, sums in float32"]
     if report.f16_instead:
         lines.append(f"  {report.f16_instead} matrices stay f16: their rows are no multiple of 32")
     if not report.weights:
         return lines
-    return [*lines, *survival_lines(report.total, report.layers), *_meaning(report)]
+    return [*lines, *format_survival(report.total, report.layers), *_meaning(report)]
 
 
 def _meaning(report: GGUFReport) -> list[str]:
-    """What the rounding means for answers."""
-    from veneer.cli.library.merge import percent_of
+    """Explains what the rounding means for answers."""
+    from veneer.cli.library.merge import format_percent
 
     type = report.type
     if report.base_rounding is None:
-        cause = f"that is {type}'s own rounding"
+        cause = f"this is the rounding of {type} itself"
     else:
-        cause = (
-            f"the base in {type}, without the update, has one of {percent_of(report.base_rounding)}"
-        )
+        error = format_percent(report.base_rounding)
+        cause = f"rounding the base alone to {type} gives an error of {error}"
     return [
-        f"  {cause}:",
-        f"  expect about the differences that the base's answers have in {type}, where two",
-        "  tokens are nearly as likely; veneer evaluate --base FILE.gguf measures them",
+        f"  {cause}.",
+        f"  Expect answers to differ about as much as the base's answers in {type} do;",
+        "  veneer evaluate --base FILE.gguf measures it.",
     ]

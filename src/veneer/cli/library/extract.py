@@ -12,7 +12,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from veneer.bounds import ENERGY, RANK
-from veneer.cli.common import add_json, make_console, no_collection, print_json
+from veneer.cli.common import add_json, make_console, pause_collection, print_json
 from veneer.cli.early import check_base, check_new
 from veneer.wording import size
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     with working("extracting"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         report = api.extract(
             args.base,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(report: ExtractReport) -> None:
-    from veneer.cli.library.merge import logit_lines, percent_of
+    from veneer.cli.library.merge import format_logits, format_percent
 
     console = make_console(json=False)
     lines = [
@@ -85,7 +85,7 @@ def _print(report: ExtractReport) -> None:
         low, high = part.ranks
         ranks = str(low) if low == high else f"{low}-{high}"
         lines.append(
-            f"  {kind:<16}{part.modules:>8} {percent_of(part.relative_size):>8} {ranks:>8}"
+            f"  {kind:<16}{part.modules:>8} {format_percent(part.relative_size):>8} {ranks:>8}"
             f" {part.error:>8.1%}"
         )
     lines.append(
@@ -99,12 +99,12 @@ def _print(report: ExtractReport) -> None:
             f"  left out: {len(report.left_out)} other weights that changed; --keep keeps them"
         )
         largest = sorted(report.left_out.items(), key=lambda item: -item[1])[:4]
-        lines += [f"    {percent_of(share):>8} {name}" for name, share in largest]
+        lines += [f"    {format_percent(share):>8} {name}" for name, share in largest]
     lines += [f"  note: {note}" for note in report.notes]
     if report.logits is not None:
         lines += [
             "",
-            *logit_lines(
+            *format_logits(
                 "the fine-tuned model", report.logits, effect="the model against its base"
             ),
         ]

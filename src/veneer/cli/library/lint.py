@@ -14,9 +14,9 @@ from typing import get_args
 from veneer.cli.common import (
     add_json,
     add_library,
-    base_and_adapter,
+    locate_base_and_adapter,
     make_console,
-    no_collection,
+    pause_collection,
     print_json,
 )
 from veneer.cli.early import check_base
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    base, folder = base_and_adapter(args.base, args.adapter, args.library)
+    base, folder = locate_base_and_adapter(args.base, args.adapter, args.library)
     assert folder is not None
     check_base(base)
-    with no_collection():
+    with pause_collection():
         from veneer import api
 
     findings = api.lint_adapter(folder, args.consumer, base=base)

@@ -21,12 +21,12 @@ from veneer.bounds import SEED, WEIGHT
 from veneer.cli.common import (
     add_json,
     add_library,
-    base_and_adapter,
-    held_as,
+    locate_base_and_adapter,
     make_console,
-    no_collection,
+    pair_with_weights,
+    pause_collection,
     print_json,
-    weighted,
+    resolve_weight_format,
 )
 from veneer.cli.early import check_base, check_new, check_rows
 from veneer.quant.config import FORMATS
@@ -100,15 +100,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_new(args.out)
-    base, folder = base_and_adapter(args.base, args.adapter[0], args.library)
-    adapters = weighted(args.adapter, args.weights, args.library)
-    quantize, keep_dense = held_as(args.quantize, folder, force_base=args.force_base)
+    base, folder = locate_base_and_adapter(args.base, args.adapter[0], args.library)
+    adapters = pair_with_weights(args.adapter, args.weights, args.library)
+    quantize, keep_dense = resolve_weight_format(args.quantize, folder, force_base=args.force_base)
     check_base(base)
     check_rows(args.data)
     from veneer.training.output.working import working
 
     with working("merging"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         report = api.merge(
             base,
@@ -140,7 +140,7 @@ def _print(report: MergeReport, console: Console) -> None:
     line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
     if report.untied:
         line("  the embedding and the output head were one tensor and are two now")
-    console.print(*survival_lines(report.total, report.layers), sep="\n", soft_wrap=True)
+    console.print(*format_survival(report.total, report.layers), sep="\n", soft_wrap=True)
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")
         return
@@ -148,23 +148,23 @@ def _print(report: MergeReport, console: Console) -> None:
         "the adapter on the weights merged into" if report.as_trained else "the adapter on its base"
     )
     line("")
-    for text in logit_lines(what, report.logits):
+    for text in format_logits(what, report.logits):
         line(text)
     if report.as_trained is not None:
         line("")
-        for text in logit_lines(
+        for text in format_logits(
             "the adapter on the quantised base of its training", report.as_trained
         ):
             line(text)
 
 
-def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
+def format_survival(whole: Survival, layers: dict[str, Survival]) -> list[str]:
     """The update's size, how much of it is left, how much rounding adds, and what is left in each
     layer."""
     lines = [
-        f"  the update is {percent_of(whole.relative_size)} of the weights' size",
+        f"  the update is {format_percent(whole.relative_size)} of the weights' size",
         f"  {whole.share:.1%} of it is left after rounding",
-        f"  rounding adds an error of {percent_of(whole.rounding)} of the weights' size",
+        f"  rounding adds an error of {format_percent(whole.rounding)} of the weights' size",
     ]
     if {f"{part.share:.1%}" for part in layers.values()} == {"100.0%"}:
         return lines
@@ -175,11 +175,13 @@ def survival_lines(whole: Survival, layers: dict[str, Survival]) -> list[str]:
     return lines
 
 
-def percent_of(share: float) -> str:
+def format_percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
 
 
-def logit_lines(what: str, check: LogitCheck, *, effect: str = "adapter against base") -> list[str]:
+def format_logits(
+    what: str, check: LogitCheck, *, effect: str = "adapter against base"
+) -> list[str]:
     return [
         f"  logits against {what}, {check.tokens} tokens",
         (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from veneer.cli.common import add_json, as_stored, make_console, no_collection, print_json
+from veneer.cli.common import add_json, make_console, pause_collection, print_json, storage_dtype
 from veneer.cli.early import check_base, check_new
 from veneer.quant.config import FOUR_BITS, formats_that
 
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     with working(f"quantising {args.base}"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         base = api.load(
             args.base,
-            dtype=as_stored(args.dtype),
+            dtype=storage_dtype(args.dtype),
             device="cpu",
             quantize=args.quantize,
             keep_dense=args.keep_dense,

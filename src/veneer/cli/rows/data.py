@@ -27,15 +27,15 @@ from veneer.cli.common import (
     add_json,
     add_map,
     add_variables,
-    columns_of,
     make_console,
-    no_collection,
+    parse_columns,
+    parse_variables,
+    pause_collection,
     print_json,
-    variables_of,
 )
 from veneer.cli.early import check_base, check_rows
 from veneer.cli.explain import more
-from veneer.cli.rows.data_verbs import add_verbs
+from veneer.cli.rows.data_verbs import add_row_actions
 from veneer.errors import InputError
 from veneer.wording import folded, percent, shown, wrapped
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "what a data set would teach, as the model will see it; exits 4 if a run would refuse it"
     parser = add_action(actions, "check", help)
     parser.set_defaults(act=_check)
-    add_verbs(actions)
+    add_row_actions(actions)
     parser.add_argument(
         "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
     )
@@ -83,7 +83,7 @@ def _check(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     with working(f"reading {args.data}"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         data, tokenizer = api.check_data(
             args.data,
@@ -93,8 +93,8 @@ def _check(args: argparse.Namespace) -> int:
             train_on=args.train_on,
             long_rows=args.long_rows,
             validation=args.validation,
-            variables=variables_of(args),
-            columns=columns_of(args),
+            variables=parse_variables(args),
+            columns=parse_columns(args),
         )
     if args.json:
         print_json(data.report.to_dict())

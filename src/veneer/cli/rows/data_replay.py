@@ -11,13 +11,13 @@ from typing import Any
 
 from veneer.bounds import COUNT, NEW_TOKENS, SEED
 from veneer.cli.common import (
-    add_held,
+    add_base_format,
     add_json,
     add_variables,
-    load_alone,
+    load_bare_base,
     make_console,
+    parse_variables,
     print_json,
-    variables_of,
 )
 from veneer.cli.early import check_base, check_files, check_new
 from veneer.errors import ConfigError, DataError
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest answer or text; default: 128",
     )
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
-    add_held(parser, "as it is stored")
+    add_base_format(parser, "as it is stored")
     add_json(parser)
 
 
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     check_new(out)
     check_files([args.questions])
     questions = [] if args.questions is None else _questions(args.questions)
-    variables = variables_of(args)
-    base = load_alone(args.base, args, args.quantize)
+    variables = parse_variables(args)
+    base = load_bare_base(args.base, args, args.quantize)
     from veneer.data.files.writing import write_records
     from veneer.decoding.replay import draw_replay
     from veneer.files.atomic import atomic_folder

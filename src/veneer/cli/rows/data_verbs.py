@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, DAYS, SEED, SHARE
-from veneer.cli.common import add_action, add_json, add_map, columns_of, make_console, print_json
+from veneer.cli.common import add_action, add_json, add_map, make_console, parse_columns, print_json
 from veneer.cli.rows import data_replay
 from veneer.wording import shown, size
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], int]
 
 
-def add_verbs(actions: Any) -> None:
+def add_row_actions(actions: Any) -> None:
     def verb(name: str, run: Run, help: str) -> argparse.ArgumentParser:
         made = add_action(actions, name, help)
         made.set_defaults(act=run)
@@ -127,7 +127,7 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _told(args: argparse.Namespace, write: Callable[..., Written]) -> int:
     written = write(
-        Path(args.out), format=args.format, columns=columns_of(args), leave_out=args.leave_out
+        Path(args.out), format=args.format, columns=parse_columns(args), leave_out=args.leave_out
     )
     if args.json:
         print_json(

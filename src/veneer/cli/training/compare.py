@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import COUNT, EXTENSIONS, NEW_TOKENS, RATIO, SECONDS, SEEDS
-from veneer.cli.common import add_json, add_map, columns_of, make_console, no_collection, print_json
+from veneer.cli.common import (
+    add_json,
+    add_map,
+    make_console,
+    parse_columns,
+    pause_collection,
+    print_json,
+)
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_files, check_new, check_rows, check_run, check_writable
 from veneer.errors import ConfigError
@@ -133,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     with working("starting"):
-        with no_collection():
+        with pause_collection():
             from veneer import api
         from veneer.comparison.jobs import RUNNING
 
@@ -253,7 +260,7 @@ def _table(figures: dict[str, Any]) -> Table:
 
 def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     """(name, settings) of every candidate. All faults of all candidates are told at once."""
-    methods, columns = _names(args.methods), columns_of(args)
+    methods, columns = _names(args.methods), parse_columns(args)
     if bool(methods) == bool(args.runs):
         raise ConfigError(
             "nothing to compare", [], "Give --methods M,M with --base and --data, or run files."

@@ -29,13 +29,13 @@ from veneer.cli.common import (
     add_json,
     add_map,
     add_preamble,
-    asked_as,
-    columns_of,
     load_base,
     make_console,
-    no_collection,
+    parse_columns,
+    parse_variables,
+    pause_collection,
     print_json,
-    variables_of,
+    resolve_preamble,
 )
 from veneer.cli.early import check_files, check_rows, check_writable
 from veneer.wording import cut, number, shown
@@ -121,11 +121,11 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.predictions)
     labels = read_labels(args.labels) if args.labels else []
     base = load_base(args)
-    with no_collection():
+    with pause_collection():
         from veneer import api
     from veneer.training.output.working import working
 
-    asked_as(args, base)
+    resolve_preamble(args, base)
     with working("evaluating") as tell:
         result = api.evaluate(
             base,
@@ -142,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             predictions=args.predictions,
             system=args.system,
-            variables=variables_of(args),
-            columns=columns_of(args),
+            variables=parse_variables(args),
+            columns=parse_columns(args),
             progress=tell,
         )
     if args.json:

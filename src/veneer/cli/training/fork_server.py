@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from veneer.child import end_with_parent
-from veneer.cli.common import no_collection
+from veneer.cli.common import pause_collection
 from veneer.cli.main import leave
 from veneer.cli.main import main as command
 
 
 def serve() -> int:
     """0 at the end of stdin; in a child the exit code of its command."""
-    with no_collection():
+    with pause_collection():
         import veneer.cli.training.evaluate
         import veneer.cli.training.train  # noqa: F401
         from veneer import api  # noqa: F401
-    pages = file_pages()
+    pages = find_file_pages()
     asks, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     _become(Path(os.devnull), os.O_RDONLY, 0)
     _become(Path(os.devnull), os.O_WRONLY, 1)
@@ -68,7 +68,7 @@ def _child(asked: dict[str, Any], pages: list[int]) -> int:
     return command()
 
 
-def file_pages() -> list[int]:
+def find_file_pages() -> list[int]:
     """Addresses of the pages of files that this process holds. A child has its parent's other
     memory, and these only once it touches them: it would seem to need less than a process that
     imported by itself. None where they cannot be told."""

@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
-from veneer.cli.common import add_json, add_map, columns_of, make_console, no_collection, print_json
+from veneer.cli.common import (
+    add_json,
+    add_map,
+    make_console,
+    parse_columns,
+    pause_collection,
+    print_json,
+)
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.errors import ConfigError
@@ -232,7 +239,7 @@ def _question(args: argparse.Namespace) -> PlanQuestion:
         check_plannable(base)
     check_rows(args.data)
     check_writable(args.write)
-    with no_collection():
+    with pause_collection():
         from veneer.plan.ask import PlanQuestion
         from veneer.plan.spread import parse_link
 
@@ -263,7 +270,7 @@ def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
             f"{args.run} says what is planned; also given: {flags}",
             next_step="Leave them out, or change settings with --set path=value.",
         )
-    with no_collection():
+    with pause_collection():
         from veneer import api
     from veneer.plan.planner import choice_of
     from veneer.training.state.parents import going_on
@@ -320,7 +327,7 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
     rows: Sequence[Any] = []
     held_out: Sequence[Any] = []
     if args.data:
-        with no_collection():
+        with pause_collection():
             from veneer import api
 
         from veneer.data.checks.check import refuse_unreadable
@@ -330,7 +337,7 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
             base=bases[0],
             length=choice.length,
             long_rows="cut",
-            columns=columns_of(args),
+            columns=parse_columns(args),
         )
         refuse_unreadable(data.report, args.data)
         rows, held_out = data.train, data.validation
@@ -466,7 +473,7 @@ def _write(args: argparse.Namespace, found: PlanAnswer) -> None:
         "base": args.base or row.base,
         "data": (
             {"train": args.data, "map": columns}
-            if (columns := columns_of(args))
+            if (columns := parse_columns(args))
             else args.data or "ROWS.jsonl"
         ),
         "method": (

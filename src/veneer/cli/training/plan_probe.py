@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from veneer.cli.common import columns_of, make_console, no_collection, print_json
+from veneer.cli.common import make_console, parse_columns, pause_collection, print_json
 from veneer.errors import ConfigError
 from veneer.wording import size
 
@@ -20,7 +20,7 @@ def run_probe(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--probe runs its step in one process", next_step="Leave --processes out."
         )
-    with no_collection():
+    with pause_collection():
         from veneer import api
     from veneer.plan.ask import method_named
     from veneer.training.config import RunConfig
@@ -33,7 +33,7 @@ def run_probe(args: argparse.Namespace) -> int:
                 "base": args.base,
                 "data": {
                     "train": args.data,
-                    "map": columns_of(args),
+                    "map": parse_columns(args),
                     "validation_share": 0.0,
                     "long_rows": "cut",
                 },

@@ -24,12 +24,12 @@ from veneer.bounds import PROCESSES
 from veneer.cli.common import (
     add_json,
     add_map,
-    base_and_adapter,
-    columns_of,
-    no_collection,
+    locate_base_and_adapter,
+    parse_columns,
+    pause_collection,
     print_json,
 )
-from veneer.cli.config_file import FLAGS, brief_help, first_parent, read_run_config
+from veneer.cli.config_file import FLAGS, find_first_parent, read_run_config, summarize_setting
 from veneer.cli.early import check_place, check_run
 from veneer.cli.training.plan import parse_size
 from veneer.errors import ConfigError
@@ -81,7 +81,10 @@ GROUPS = {
 
 
 def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
-    flag, help_text = "--" + name.replace("_", "-"), brief_help(FLAGS[name]).replace("%", "%%")
+    flag, help_text = (
+        "--" + name.replace("_", "-"),
+        summarize_setting(FLAGS[name]).replace("%", "%%"),
+    )
     if name in ("checkpointing", "shard"):
         group.add_argument(
             flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     screen = make_screen(json=args.json, quiet=args.quiet or not leads)
     if config is not None:
         screen.message(f"loading {config.base}")
-    with no_collection():
+    with pause_collection():
         from veneer import api
 
     try:
@@ -145,10 +148,10 @@ def _launched(processes: int) -> int:
 def _config(args: argparse.Namespace) -> RunConfig:
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
     if flags["from"] is not None and flags["base"] is None and args.run is None:
-        parent = first_parent(flags["from"])
-        flags["base"] = None if parent is None else base_and_adapter(None, parent)[0]
+        parent = find_first_parent(flags["from"])
+        flags["base"] = None if parent is None else locate_base_and_adapter(None, parent)[0]
     if args.resume is None:
-        return read_run_config(args.run, flags, args.sets, columns_of(args))
+        return read_run_config(args.run, flags, args.sets, parse_columns(args))
     given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
     given += [f"--map {each}" for each in args.columns]
     given += (
