@@ -100,8 +100,16 @@ SCHEMA = {
         "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "either": {"enum": ["1", "2"]},
         "shape": {"$ref": "#/$defs/shape"},
+        "deep": {"anyOf": [{"oneOf": [{"allOf": [{"$ref": "#/$defs/shape"}]}]}]},
+        "itself": {"$ref": "#/$defs/itself"},
+        "many": {"$ref": "#/$defs/many"},
+        "nowhere": {"$ref": "#/$defs/nowhere"},
     },
-    "$defs": {"shape": {"type": "object"}},
+    "$defs": {
+        "shape": {"type": "object"},
+        "itself": {"$ref": "#/$defs/itself"},
+        "many": {"anyOf": [{"$ref": "#/$defs/many"}] * 100 + [{"type": "integer"}]},
+    },
 }
 SAID = {
     "text": "two\n lines: </parameter> and <parameter=x>, </arg_value>, 12",
@@ -111,6 +119,10 @@ SAID = {
     "maybe": "None",
     "either": "1",
     "shape": '{"w": 1.5}',
+    "deep": '{"w": 2}',
+    "itself": "5",
+    "many": "6",
+    "nowhere": "7",
     "unknown": "3",
 }
 MEANT = SAID | {
@@ -119,6 +131,7 @@ MEANT = SAID | {
     "list": ["a", {"b": None}],
     "maybe": None,
     "shape": {"w": 1.5},
+    "deep": {"w": 2},
 }
 
 

@@ -23,7 +23,6 @@ from veneer.decoding.tool_calls.calls import BLANK, Called, CallStyle, Tools, co
 from veneer.decoding.tool_calls.forms import MOST_NAME, one_of
 
 _WORDS = {"True": True, "False": False, "None": None}
-_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -130,25 +129,39 @@ def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kinds(own: Any, schema: Mapping[str, Any], depth: int = 0) -> set[str]:
-    """Types that a value of the schema `own` may have; of what says nothing of them a text
-    alone."""
-    if not isinstance(own, dict) or depth > _DEPTH:
-        return {"string"}
-    kinds = own.get("type")
-    if isinstance(kinds, str | list):
-        return {kinds} if isinstance(kinds, str) else {str(kind) for kind in kinds}
-    if isinstance(own.get("enum"), list):
-        return {"string"} if any(isinstance(each, str) for each in own["enum"]) else {"number"}
-    if isinstance(where := own.get("$ref"), str):
-        room, _, name = where.removeprefix("#/").partition("/")
-        there = schema.get(room)
-        return _kinds(there.get(name) if isinstance(there, dict) else None, schema, depth + 1)
-    options: list[Any] = next(
-        (own[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(own.get(key), list)), []
-    )
-    found = [_kinds(each, schema, depth + 1) for each in options[:100]]
-    return set().union(*found) if found else {"object"} if "properties" in own else {"string"}
+def _kinds(own: Any, schema: Mapping[str, Any]) -> set[str]:
+    """Returns the types that a value of the schema `own` may have: a text where it names none. Each
+    reference is followed once, so definitions may lead back to themselves."""
+    kinds: set[str] = set()
+    followed: set[str] = set()
+    waiting = [own]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict):
+            kinds.add("string")
+        elif isinstance(named := part.get("type"), str | list):
+            kinds |= {named} if isinstance(named, str) else set(map(str, named))
+        elif isinstance(values := part.get("enum"), list):
+            kinds.add("string" if any(isinstance(value, str) for value in values) else "number")
+        elif isinstance(reference := part.get("$ref"), str):
+            if reference not in followed:
+                followed.add(reference)
+                section, _, name = reference.removeprefix("#/").partition("/")
+                definitions = schema.get(section)
+                waiting.append(definitions.get(name) if isinstance(definitions, dict) else None)
+        elif options := _options(part):
+            waiting += options
+        else:
+            kinds.add("object" if "properties" in part else "string")
+    return kinds or {"string"}
+
+
+def _options(schema: Mapping[str, Any]) -> list[Any]:
+    """Returns the schemas of which a value may follow one, up to a hundred."""
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        if isinstance(options := schema.get(keyword), list):
+            return options[:100]
+    return []
 
 
 def _value(text: str, kinds: set[str]) -> Any:
