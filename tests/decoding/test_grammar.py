@@ -20,7 +20,7 @@ from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.decoding.tool_calls.elements import ElementCalls
-from veneer.decoding.tool_calls.forms import ObjectCalls
+from veneer.decoding.tool_calls.forms import ListedCalls, ObjectCalls
 from veneer.errors import ConfigError
 
 pytest.importorskip("llguidance")
@@ -321,6 +321,19 @@ def test_what_lies_at_a_limit_is_followed_and_what_lies_beyond_is_not(grammars):
         within(grammars)
         with pytest.raises(ConfigError):
             beyond(grammars)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("listed", [False, True])
+def test_as_many_calls_are_made_as_may_be(grammars, listed, most):
+    tools = {"f": {"type": "object", "additionalProperties": False}}
+    style = ListedCalls("<calls>") if listed else ObjectCalls("<call>", "</call>")
+    grammar = grammars.calls(tools, style, most=most)
+    one = '{"name": "f", "arguments": {}}'
+    for count in range(most + 2):
+        several = ", ".join([one] * count)
+        text = f"<calls>[{several}]" if listed else "\n".join([f"<call>\n{one}\n</call>"] * count)
+        assert grammar.makes(text) == (1 <= count <= most)
 
 
 def test_the_grammar_of_a_call_names_a_tool_and_takes_the_arguments_of_that_one(base, grammars):

@@ -551,6 +551,27 @@ def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
             noted.with_rows(rows)
 
 
+def test_tables_and_heads_that_c_cannot_read_are_no_ends():
+    base = based()
+    embedding, rotary = base.model.model.embed_tokens, base.model.model.rotary_emb
+    head = base.model.lm_head.weight
+    assert ends.Ends.of(embedding, (head, None), rotary) is not None
+    turned, other = torch.nn.Embedding(*embedding.weight.shape), torch.nn.Embedding(4, 4)
+    turned.weight.data = embedding.weight.data.T.contiguous().T
+    assert not turned.weight.is_contiguous()
+    limited = torch.nn.Embedding(*embedding.weight.shape, max_norm=1.0)
+    for table in (
+        turned,
+        limited,
+        other.to(torch.float64),
+        other.to("meta"),
+        torch.nn.Linear(2, 2),
+    ):
+        assert ends.Ends.of(table, (head, None), rotary) is None
+    assert ends.Ends.of(embedding, None, rotary) is None
+    assert ends.Ends.of(embedding, (head.bfloat16(), None), rotary) is None
+
+
 def test_what_is_made_in_the_room_and_kept_spoils_a_recording():
     """Calls that are made again write over it where it took memory that others had before."""
     weight, room, kept = torch.randn(40, 40), Room(3, 8), []

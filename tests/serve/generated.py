@@ -4,6 +4,7 @@ wrong in them."""
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -156,10 +157,10 @@ def mutated(random: Random, made: dict[str, Any]) -> bytes:
         choice = random.random()
         container, key = random.choice(places(made))
         if choice < 0.5:
-            container[key] = random.choice(WRONG)
+            container[key] = deepcopy(random.choice(WRONG))
         elif choice < 0.65 and isinstance(container, dict):
             container[random.choice(["unknown", "guided", "__class__", "n ", "\x00", "model"])] = (
-                random.choice(WRONG)
+                deepcopy(random.choice(WRONG))
             )
         elif choice < 0.8:
             del container[key]

@@ -344,6 +344,18 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
     assert spoken.parses_calls and responded.parses_calls and sent.parses_calls
 
 
+def test_a_drawn_body_is_its_numbers_alone():
+    def drawn(seed):
+        random = Random(seed)
+        path = random.choice(list(TABLES))
+        return mutated(random, body(random, path, ["m"]))
+
+    before = [drawn(seed) for seed in range(60)]
+    for seed in range(60, 600):
+        drawn(seed)
+    assert [drawn(seed) for seed in range(60)] == before
+
+
 def test_a_response_repeats_what_was_asked_and_names_what_was_not():
     tools = [{"type": "function", **TOOL["function"]}]
     sent = {
