@@ -100,10 +100,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "kernels/packed/nf4.py": ("quant/test_nf4.py", "kernels/test_roads.py"),
     "kernels/packed/gguf.py": ("kernels/test_gguf.py", "kernels/test_roads.py"),
-    "kernels/tape/recorded.py": ("kernels/test_recorded.py", "kernels/test_native_calls.py"),
-    "kernels/tape/repeated.py": ("kernels/test_repeated.py", "kernels/test_native_calls.py"),
+    "kernels/tape/step_tape.py": ("kernels/test_recorded.py", "kernels/test_native_calls.py"),
+    "kernels/tape/layer_tape.py": ("kernels/test_layer_tape.py", "kernels/test_native_calls.py"),
     "kernels/attention/prefix.py": ("adapters/test_prefix.py", "kernels/test_references.py"),
-    "kernels/dense/block.py": ("kernels/test_block.py", "kernels/test_repeated.py"),
+    "kernels/dense/block.py": ("kernels/test_block.py", "kernels/test_layer_tape.py"),
     "kernels/bindings/block_calls.py": ("kernels/test_block.py", "kernels/test_native_calls.py"),
     "kernels/bindings/calls.py": (
         "kernels/test_references.py",
@@ -135,7 +135,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/attention/groups.py": ("adapters/test_masks.py", "kernels/test_fused.py"),
     "kernels/bindings/arguments.py": (
         "kernels/test_native_calls.py",
-        "kernels/test_repeated.py",
+        "kernels/test_layer_tape.py",
         "kernels/test_recorded.py",
     ),
     "kernels/bindings/library.py": (
@@ -380,8 +380,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "kernels/native/block.c": ("kernels/test_block.py", "kernels/test_native_calls.py"),
     "kernels/native/rank.h": ("kernels/test_rank.py", "kernels/test_block.py"),
-    "kernels/native/recorded.c": ("kernels/test_recorded.py", "kernels/test_native_calls.py"),
-    "kernels/native/repeated.c": ("kernels/test_repeated.py", "kernels/test_native_calls.py"),
+    "kernels/native/tape.c": (
+        "kernels/test_recorded.py",
+        "kernels/test_layer_tape.py",
+        "kernels/test_native_calls.py",
+    ),
     "kernels/native/updates.c": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
     "kernels/native/updates_body.h": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
     "kernels/native/factors.c": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),

@@ -29,7 +29,7 @@ from veneer.bases.identity import fingerprint
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels.attention import flex
 from veneer.kernels.layout import Group
-from veneer.kernels.tape import repeated
+from veneer.kernels.tape import layer_tape
 from veneer.library.library import Library
 from veneer.models import attention
 from veneer.models.proof import structure_key
@@ -194,7 +194,10 @@ def test_constants_and_patterns_are_those_of_their_arguments() -> None:
     class Two(ctypes.Structure):
         _fields_ = (("one", One), ("address", ctypes.c_void_p))
 
-    assert repeated._addresses(One) == (8,) and repeated._addresses(Two) == (8, 16)
+    address = ctypes.c_void_p
+    assert layer_tape._offsets(One, address) == (8,)
+    assert layer_tape._offsets(Two, address) == (8, 16)
+    assert layer_tape._offsets(Two, One) == (0,)
 
 
 def test_flex_attention_is_tried_for_every_argument_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from veneer.adapters.placement.acting import Acting, in_turn
 from veneer.decoding.direct import DirectForward, direct, own_forward, read_and_continued
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.kernels.bindings.arguments import noting
+from veneer.kernels.bindings.arguments import observe_calls
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.models.checks import prove_packing
@@ -214,7 +214,7 @@ def test_values_of_several_types_take_the_plain_way():
     q, k = torch.randn(3, 16), torch.randn(3, 8)
     angles = torch.randn(3, 8)
     turned, expected = [q.clone(), k.clone()], [q.clone(), k.clone()]
-    with noting(lambda name, given: pytest.fail(f"{name} is called")):
+    with observe_calls(lambda name, given: pytest.fail(f"{name} is called")):
         decoder_step.rotate(*turned, angles.cos().bfloat16(), angles.sin().bfloat16())
     decoder_step.rotate_reference(*expected, angles.cos().bfloat16(), angles.sin().bfloat16())
     for before, rotated, reference in zip((q, k), turned, expected, strict=True):

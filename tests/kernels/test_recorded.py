@@ -27,7 +27,7 @@ from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import few_rows
 from veneer.kernels.packed import gguf
-from veneer.kernels.tape.recorded import Room, recording
+from veneer.kernels.tape.step_tape import RowMemory, record_step
 
 PROMPTS = [(5, 9, 31), tuple(range(40, 71)), (7,)]
 
@@ -125,7 +125,7 @@ def test_adapted_layers_of_one_input_are_one_call_and_give_what_each_gives(dtype
         expected, each = steps_of(other, [own, (), own], monkeypatch)
     assert same(found, expected)
     together, alone = (
-        len(steps[0]._noted.structs("veneer_few_rows_updated")) for steps in (kept, each)
+        len(steps[0]._tape.structs("veneer_few_rows_updated")) for steps in (kept, each)
     )
     assert 0 < together < alone
 
@@ -261,36 +261,44 @@ def test_what_is_exchanged_under_answers_is_seen_after_some_steps_or_when_anothe
     assert first == 10 if joins else 10 < first < 10 + recorded.UNSEEN
 
 
-def test_calls_are_made_again_over_what_lies_there_now():
+def test_calls_are_replayed_over_what_is_in_memory_now():
     draw = torch.Generator().manual_seed(0)
     weight, x = torch.randn(24, 40, generator=draw), torch.randn(3, 40, generator=draw)
-    with recording() as noted:
+    with record_step(RowMemory(3, 3)) as tape:
         y = few_rows.product(x.view(3, 40), weight, None)
     x.copy_(torch.randn(3, 40, generator=draw))
-    assert noted.spoiled is None and not torch.equal(y, few_rows.product(x, weight, None))
-    noted.again()
+    assert tape.unsupported_call is None and not torch.equal(y, few_rows.product(x, weight, None))
+    tape.replay()
     assert torch.equal(y, few_rows.product(x, weight, None))
 
 
-def test_what_torch_computed_is_no_part_of_it():
-    with recording() as noted:
+def test_a_tape_without_what_torch_computed_is_not_replayed():
+    with record_step(RowMemory(2, 2)) as tape:
         torch.ones(2) + 1
-    assert noted.spoiled == "ones"
-    with pytest.raises(CallError, match="not all there was"):
-        noted.again()
+    assert tape.unsupported_call == "ones"
+    with pytest.raises(CallError, match="not hold all calls"):
+        tape.replay()
 
 
 def test_a_recording_within_another_is_refused_for_the_outer_one_would_miss_its_calls():
-    x, y = torch.ones(2, 8), torch.empty(2, 8)
-    with recording() as outer:
+    x, y, memory = torch.ones(2, 8), torch.empty(2, 8), RowMemory(2, 2)
+    with record_step(memory) as outer:
         step_calls.step_gate(x, x, y)
-        with pytest.raises(CallError, match="within a block that notes"), recording():
+        with pytest.raises(CallError, match="within a block that observes"), record_step(memory):
             pass
         step_calls.step_gate(x, x, y)
     assert len(outer.structs("veneer_step_gate")) == 2
-    with recording() as again:
+    with record_step(memory) as again:
         step_calls.step_gate(x, x, y)
     assert len(again.structs("veneer_step_gate")) == 1
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_calls_that_compute_no_multiple_of_the_steps_rows_keep_their_number(rows):
+    x, y = torch.ones(rows, 8), torch.empty(rows, 8)
+    with record_step(RowMemory(2, 8)) as tape:
+        step_calls.step_gate(x, x, y)
+    assert tape.has_any_rows == (rows == 4)
 
 
 MIXED = {
@@ -528,27 +536,27 @@ def test_more_updates_than_a_call_takes_are_computed_otherwise(monkeypatch):
 
 def test_calls_are_made_again_of_fewer_and_more_rows_within_their_room():
     draw = torch.Generator().manual_seed(0)
-    weight, room = torch.randn(40, 40, generator=draw), Room(3, 8)
+    weight, room = torch.randn(40, 40, generator=draw), RowMemory(3, 8)
     x = room.empty(torch.float32, 3, 40)
     x.normal_(generator=draw)
-    with recording(room) as noted:
+    with record_step(room) as tape:
         y = few_rows.product(
             few_rows.product(few_rows.product(x, weight, None), weight, None), weight, None
         )
-    assert noted.spoiled is None and noted.of_any_rows
+    assert tape.unsupported_call is None and tape.has_any_rows
     assert len(room._pieces) == 3  # x's, and two that the products took in turn
     for rows in (8, 1, 5):
-        noted.with_rows(rows)
+        tape.set_rows(rows)
         own, found = (each.as_strided((rows, 40), (40, 1)) for each in (x, y))
         own.normal_(generator=draw)
-        noted.again()
+        tape.replay()
         once = few_rows.product(own, weight, None)
         assert torch.equal(
             found, few_rows.product(few_rows.product(once, weight, None), weight, None)
         )
     for rows in (0, 9):
         with pytest.raises(CallError):
-            noted.with_rows(rows)
+            tape.set_rows(rows)
 
 
 def test_tables_and_heads_that_c_cannot_read_are_no_ends():
@@ -574,18 +582,18 @@ def test_tables_and_heads_that_c_cannot_read_are_no_ends():
 
 def test_what_is_made_in_the_room_and_kept_spoils_a_recording():
     """Calls that are made again write over it where it took memory that others had before."""
-    weight, room, kept = torch.randn(40, 40), Room(3, 8), []
+    weight, room, kept = torch.randn(40, 40), RowMemory(3, 8), []
     x = room.empty(torch.float32, 3, 40)
 
     def run(keep):
-        with recording(room) as noted:
+        with record_step(room) as tape:
             once = few_rows.product(x, weight, None)
             y = few_rows.product(once, weight, None)
             if keep:
                 kept.append(once)
         del once
-        noted.end([x, y])
-        return noted.spoiled
+        tape.check_memory([x, y])
+        return tape.unsupported_call
 
     assert run(keep=False) is None
     assert run(keep=True) == "a tensor that is kept"
@@ -597,10 +605,10 @@ def test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_
     is done."""
     draw, width = torch.Generator().manual_seed(0), 512
     weights = [torch.randn(width, width, generator=draw).to(dtype) / 16 for _ in range(12)]
-    room, before = Room(2, 2), torch.get_num_threads()
+    room, before = RowMemory(2, 2), torch.get_num_threads()
     x = room.empty(dtype, 2, width)
     x.normal_(generator=draw)
-    with recording(room) as noted:
+    with record_step(room) as tape:
         y = x
         for weight in weights:
             y = few_rows.product(y, weight, None)
@@ -610,23 +618,23 @@ def test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_
             torch.set_num_threads(threads)
             for _ in range(20):
                 y.zero_()
-                noted.again()
+                tape.replay()
                 assert torch.equal(y, expected), threads
     finally:
         torch.set_num_threads(before)
 
 
 def test_what_does_not_grow_with_the_rows_spoils_a_recording_that_is_to_have_others():
-    with recording(Room(3, 8)) as noted:
+    with record_step(RowMemory(3, 8)) as tape:
         torch.empty(4)
-    assert noted.spoiled == "empty"
+    assert tape.unsupported_call == "empty"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_over_blocks_that_are_made_together_give_what_each_gives(dtype):
     """q, k and v of one input, v of another kind, with updates between them, and what is made of
     their outputs."""
-    draw, room, width = torch.Generator().manual_seed(0), Room(3, 8), 256
+    draw, room, width = torch.Generator().manual_seed(0), RowMemory(3, 8), 256
     kinds = {"q": "Q4_K", "k": "Q4_K", "v": "Q6_K", "gate": "Q4_K", "up": "Q4_K", "down": "Q4_K"}
     blocks = {
         name: random_blocks(kind, width, width, seed=i)
@@ -651,10 +659,10 @@ def test_products_over_blocks_that_are_made_together_give_what_each_gives(dtype)
 
     x = room.empty(dtype, 3, width)
     x.normal_(generator=draw)
-    with recording(room) as noted:
+    with record_step(room) as tape:
         found = made(x)
     for _ in range(2):
         x.normal_(generator=draw)
-        noted.again()
+        tape.replay()
         for name, expected in made(x.clone()).items():
             assert torch.equal(found[name], expected), name

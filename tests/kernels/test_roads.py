@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from veneer.kernels.bindings import library as native
-from veneer.kernels.bindings.arguments import available, noting
+from veneer.kernels.bindings.arguments import available, observe_calls
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows, fused
 from veneer.kernels.dense.dropout import drop_out
@@ -28,7 +28,7 @@ wide = pytest.mark.skipif(native.level() < 2, reason="products of few rows take 
 def called(function: Callable[[], Any]) -> list[str]:
     """Compiled functions, in their order."""
     names: list[str] = []
-    with noting(lambda name, given: names.append(name)):
+    with observe_calls(lambda name, given: names.append(name)):
         function()
     return names
 

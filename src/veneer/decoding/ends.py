@@ -1,5 +1,5 @@
 """What stands around the layers of a step: rows of the embedding, angles of its places, the output
-head; as calls that are made again together with those of the layers (recorded.py).
+head; as calls that are replayed together with those of the layers (recorded.py).
 
 Only where the embedding is a plain table, the head a dense product, and the angles of a place
 depend on nothing else: their tables are made by the model's own module. Shapes: N rows of the step,
@@ -19,7 +19,7 @@ from veneer.kernels.attention.paged import Spans
 from veneer.kernels.bindings import step_calls
 from veneer.kernels.bindings.dense_calls import put_at
 from veneer.kernels.dense import few_rows
-from veneer.kernels.tape.recorded import Recording, recording
+from veneer.kernels.tape.step_tape import StepTape, record_step
 
 OF_THE_PLACE_ALONE = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary angles (transformers' rope_type) that no length changes."""
@@ -53,29 +53,24 @@ class Ends:
         made = cls(table.detach(), weight.detach(), None if bias is None else bias.detach(), rotary)
         return made if made._reach(FIRST_PLACES - 1) else None
 
-    def note(self, noted: Recording, own: Sequence[Tensor], states: Tensor) -> bool:
-        """The calls before and behind the layers: into what the first of these takes, from what the
-        last gives. False: something else would have to be computed there."""
-        assert noted.room is not None
-        rows, most = len(states), noted.room.most
+    def record(self, tape: StepTape, own: Sequence[Tensor], states: Tensor) -> bool:
+        """Adds the calls before the layers, into what the first of these takes, and behind them,
+        from what the last gives. Returns False if a tape cannot hold all of it."""
+        rows, most = len(states), tape.memory.most_rows
         self._ids = array("q", bytes(8 * most))
-        ids, nowhere = (
-            torch.frombuffer(self._ids, dtype=torch.int64),
-            torch.zeros(most, 5, dtype=torch.int64),
-        )
-        with recording(noted.room) as before:
+        ids = torch.frombuffer(self._ids, dtype=torch.int64)
+        spans = torch.zeros(most, 5, dtype=torch.int64)
+        with record_step(tape.memory) as before:
             step_calls.step_inputs(
-                ids[:rows], nowhere[:rows], self._table, self._cos, self._sin, *own
+                ids[:rows], spans[:rows], self._table, self._cos, self._sin, *own
             )
-        with recording(noted.room) as behind:
+        with record_step(tape.memory) as behind:
             few_rows.product(states, self._weight, self._bias)
-        if before.spoiled is not None or behind.spoiled is not None:
+        if before.unsupported_call is not None or behind.unsupported_call is not None:
             return False
-        self._structs = (
-            before.structs("veneer_step_inputs")[0],
-            behind.structs("veneer_few_rows")[0],
-        )
-        noted.stand_between(before, behind)
+        (inputs,), (head,) = before.structs("veneer_step_inputs"), behind.structs("veneer_few_rows")
+        self._structs = inputs, head
+        tape.enclose(before, behind)
         return True
 
     def take(self, ids: Sequence[int], spans: Spans) -> Tensor | None:

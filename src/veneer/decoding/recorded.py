@@ -2,8 +2,8 @@
 
 Steps differ in how many rows they have, in what the first layer takes, in whose blocks are which,
 and in what the adapters add to which rows. All of that is handed over anew; where nothing of a step
-but compiled functions computes (kernels/tape/recorded.py), the rest is the same calls over the same
-memory, whatever is asked: a prompt read, answers gone on with, the base alone or any mix of
+but compiled functions computes (kernels/tape/step_tape.py), the rest is the same calls over the
+same memory, whatever is asked: a prompt read, answers gone on with, the base alone or any mix of
 adapters whose changes are updates of linear layers (kernels/dense/mixes.py). So the second such
 step is recorded, and all later ones are made again. What was recorded reads the model's weights
 where they stood, so it is asked whether modules, parameters and listeners are the same: at each
@@ -32,7 +32,7 @@ from veneer.kernels.attention.paged import KeyValueBlocks
 from veneer.kernels.bindings import dense_calls, paged_calls
 from veneer.kernels.dense.mixes import AdapterMix
 from veneer.kernels.packed.nf4 import FUSED_ROWS
-from veneer.kernels.tape.recorded import Recording, Room, recording
+from veneer.kernels.tape.step_tape import RowMemory, StepTape, record_step
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """What the first layer takes, (N, D), and cosines and sines, (N, E)."""
@@ -138,18 +138,18 @@ class Steps:
         rows, most = len(inputs[0]), LEAST_ROOM
         while most < rows:
             most *= 2
-        room = Room(rows, most)
-        own = [room.empty(each.dtype, *each.shape) for each in inputs]
+        memory = RowMemory(rows, most)
+        own = [memory.empty(each.dtype, *each.shape) for each in inputs]
         for mine, each in zip(own, inputs, strict=True):
             mine.copy_(each)
         _ = laid.spans.checked, laid.mix and laid.mix.listed  # which compute
-        with recording(room) as noted:
+        with record_step(memory) as tape:
             states = rest((own[0], own[1], own[2]), laid)
-        noted.end([*own, states])
-        if noted.spoiled is None:
-            new = _Recorded(noted, own, states, laid, around())
+        tape.check_memory([*own, states])
+        if tape.unsupported_call is None:
+            new = _Recorded(tape, own, states, laid, around())
             self._kept = [*(each for each in self._kept if not new.replaces(each)), new]
-        self._declined = noted.spoiled is not None
+        self._declined = tape.unsupported_call is not None
         return states
 
 
@@ -209,16 +209,15 @@ class _Recorded:
 
     def __init__(
         self,
-        noted: Recording,
+        tape: StepTape,
         inputs: Sequence[Tensor],
         states: Tensor,
         laid: PagedStep,
         ends: Around | None,
     ) -> None:
-        assert noted.room is not None
-        self._noted, self._inputs, self._states = noted, inputs, states
-        self._attended = noted.structs("veneer_paged_attention")
-        self._updated = noted.structs("veneer_few_rows_updated")
+        self._tape, self._inputs, self._states = tape, inputs, states
+        self._attended = tape.structs("veneer_paged_attention")
+        self._updated = tape.structs("veneer_few_rows_updated")
         self._like = [
             KeyValueBlocks(each.keys[:0].clone(), each.values[:0].clone())
             for each in laid.keys.layers.values()
@@ -229,16 +228,16 @@ class _Recorded:
             for updates in one.kept[1]
             if updates is not None and updates.key
         )
-        packed = any(one.kind < 0 for one in noted.structs("veneer_packed_rows"))
-        self.least, self.most = (FUSED_ROWS + 1 if packed else 1), noted.room.most
-        if not noted.of_any_rows:
-            self.least = self.most = noted.room.rows
-        self._rows = noted.room.rows
+        packed = any(one.kind < 0 for one in tape.structs("veneer_packed_rows"))
+        self.least, self.most = (FUSED_ROWS + 1 if packed else 1), tape.memory.most_rows
+        if not tape.has_any_rows:
+            self.least = self.most = tape.memory.rows
+        self._rows = tape.memory.rows
         self._down = torch.empty(0, dtype=states.dtype)
         self._mix: AdapterMix | None = None
         self._pages: weakref.ref[PagedKeys] | None = None
         self._spans: Any = None
-        self.ends = ends if ends is not None and ends.ends.note(noted, inputs, states) else None
+        self.ends = ends if ends is not None and ends.ends.record(tape, inputs, states) else None
 
     def replaces(self, other: _Recorded) -> bool:
         return self.least <= other.least and other.most <= self.most
@@ -260,7 +259,7 @@ class _Recorded:
             return None
         for own, new in zip(self._inputs, inputs, strict=True):
             _first(own, rows).copy_(new)
-        self._noted.again()
+        self._tape.replay()
         return _first(self._states, rows)
 
     def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
@@ -271,7 +270,7 @@ class _Recorded:
             or (logits := self.ends.ends.take(ids, laid.spans)) is None
         ):
             return None
-        self._noted.again(around=True)
+        self._tape.replay(enclosed=True)
         return logits
 
     def _laid_out(self, rows: int, laid: PagedStep) -> bool:
@@ -288,7 +287,7 @@ class _Recorded:
         if self._pages is None or laid.keys is not self._pages():
             self._lay(laid.keys)
         if rows != self._rows:
-            self._noted.with_rows(rows)
+            self._tape.set_rows(rows)
             self._rows = rows
         if spans is not self._spans:
             for given in self._attended:

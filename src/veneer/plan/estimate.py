@@ -58,9 +58,9 @@ KEPT_SHARE_CHECKPOINTED = 0.5
 """The same in the backward of layers that are computed anew: few bytes, many holes between them.
 Nine runs; at the loss free pages have just been given back (models/checkpointing.py)."""
 KEPT_SHARE_AT_ONCE = 0.25
-"""The same on AMX of layers that make their calls at once (kernels/tape/repeated.py), whose pieces
-are made together. Four runs; without tiles such layers keep what others do (Zen 4: with this share
-9 to 13% too much, three runs)."""
+"""The same on AMX of layers whose calls are replayed (kernels/tape/layer_tape.py): their buffers
+are created together. Four runs; without tiles such layers keep what others do (Zen 4: with this
+share 9 to 13% too much, three runs)."""
 CUDA_CONTEXT_BYTES = 600 * 10**6
 """CUDA context and libraries, outside the allocator: 0.3-0.6 GB by card and driver (not measured by
 this project)."""

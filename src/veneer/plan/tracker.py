@@ -55,7 +55,7 @@ class Phase:
 class Work:
     """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them
     that kernels of ours alone compute, bytes that others read and write, bytes that offload copies
-    to host memory and back, layers whose calls are made at once (kernels/tape/repeated.py)."""
+    to host memory and back, layers whose calls are made at once (kernels/tape/layer_tape.py)."""
 
     products: Products = field(default_factory=Counter)
     own: set[Shape] = field(default_factory=set)

@@ -46,38 +46,42 @@ def reachable(tensor: Tensor) -> bool:
     return tensor.is_cpu or on_cpu(tensor)
 
 
-class _OfThread(threading.local):
-    note: Callable[[str, tuple[Any, ...]], None] | None = None
+Observer = Callable[[str, tuple[Any, ...]], None]
+"""Takes the name of a function and what it is called with."""
 
 
-_of_thread = _OfThread()
+class _Thread(threading.local):
+    observer: Observer | None = None
+
+
+_thread = _Thread()
 
 
 def call(name: str, *arguments: Any) -> int:
     function = getattr(library(), name, None)
     if function is None:
         raise CallError(f"{name} is not compiled here")
-    if _of_thread.note is not None:
-        _of_thread.note(name, arguments)
+    if _thread.observer is not None:
+        _thread.observer(name, arguments)
     return function(*arguments) or 0
 
 
-def is_noted() -> bool:
-    """Whether somebody hears of this thread's calls."""
-    return _of_thread.note is not None
+def is_observed() -> bool:
+    """Whether this thread's calls are observed, for example recorded."""
+    return _thread.observer is not None
 
 
 @contextmanager
-def noting(note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Within the block `note` hears of every call of this thread: its name, and what it is given.
-    One block at a time: the outer one would miss what the inner one hears."""
-    if _of_thread.note is not None:
-        raise CallError("calls are noted within a block that notes them")
-    _of_thread.note = note
+def observe_calls(observer: Observer) -> Iterator[None]:
+    """Tells the observer of every call that this thread makes within the block. Raises CallError if
+    another observer is there, which would miss calls."""
+    if _thread.observer is not None:
+        raise CallError("calls are observed within a block that observes them")
+    _thread.observer = observer
     try:
         yield
     finally:
-        _of_thread.note = None
+        _thread.observer = None
 
 
 # A training step asks the next two some five thousand times: what passes takes the shortest way.

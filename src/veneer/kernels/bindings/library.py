@@ -3,7 +3,7 @@
 Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are
 made in calls.py, block_calls.py, product_calls.py, sum_calls.py, packed_calls.py, dense_calls.py,
 paged_calls.py, step_calls.py and draw_calls.py alone, which check what they hand over
-(arguments.py), and made again in tape/recorded.py and tape/repeated.py: C does not look.
+(arguments.py), and replayed in tape/tape.py: C does not look.
 """
 
 import ctypes
@@ -81,11 +81,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
     "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
-    **{name: (None, [_POINTER, _NUMBER, _INT, _INT]) for name in _STEP},
+    **{name: (None, [_POINTER, _INT, _INT]) for name in _STEP},
     "veneer_step_inputs": (None, [_POINTER]),
     "veneer_draw": (None, [_POINTER, _NUMBER, _INT, _INT]),
-    "veneer_recorded": (_INT, [_POINTER, _NUMBER]),
-    "veneer_repeated": (_INT, [_POINTER, _NUMBER, _POINTER, _POINTER, _POINTER]),
+    "veneer_replay": (_INT, [_POINTER]),
     "veneer_packed_rows": (_INT, [_POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""
@@ -97,7 +96,7 @@ Place = Literal["cpu", "cuda"]
 @dataclass
 class Noted:
     """What is said of kernels while planning. flops: that they would have spent. at_once: layers
-    whose calls are made by one (kernels/tape/repeated.py). times: how many turns of a loop the one
+    whose calls are replayed (kernels/tape/layer_tape.py). times: how many turns of a loop the one
     that runs now stands for (`turns`). own: whether torch's product now stands for a kernel of ours
     (`own_product`)."""
 
@@ -163,8 +162,8 @@ def noted_now() -> Noted:
     return Noted() if planned is None else planned[1]
 
 
-def note_at_once() -> None:
-    """Called beside a layer whose calls are made at once."""
+def count_replayed_layer() -> None:
+    """Counts a layer whose calls would be replayed, while planning."""
     if (planned := _planning.get()) is not None:
         planned[1].at_once += 1
 

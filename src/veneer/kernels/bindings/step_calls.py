@@ -25,15 +25,19 @@ ANY_LEVEL = 3
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [*pointers("x delta weight sum out"), *numbers("width"), ("epsilon", ctypes.c_float)]
+    _fields_ = [
+        *pointers("x delta weight sum out"),
+        *numbers("rows width"),
+        ("epsilon", ctypes.c_float),
+    ]
 
 
 class _Rotate(ctypes.Structure):
-    _fields_ = [*pointers("q k cos sin"), *numbers("q_heads k_heads size")]
+    _fields_ = [*pointers("q k cos sin"), *numbers("rows q_heads k_heads size")]
 
 
 class _Gate(ctypes.Structure):
-    _fields_ = [*pointers("gate up out"), *numbers("width")]
+    _fields_ = [*pointers("gate up out"), *numbers("rows width")]
 
 
 class _Inputs(ctypes.Structure):
@@ -67,9 +71,15 @@ def step_norm(
     added = None if delta is None else at(delta, dtype, rows, width)
     made = None if sum_ is None else at(sum_, dtype, rows, width), at(out, dtype, rows, width)
     given = _Norm(
-        at(x, dtype, rows, width), added, at(weight, dtype, number(width, 1)), *made, width, epsilon
+        at(x, dtype, rows, width),
+        added,
+        at(weight, dtype, number(width, 1)),
+        *made,
+        rows,
+        width,
+        epsilon,
     )
-    call("veneer_step_norm", ctypes.byref(given), rows, _bf16(x), number(level, 0, 3))
+    call("veneer_step_norm", ctypes.byref(given), _bf16(x), number(level, 0, 3))
 
 
 def step_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, level: int = ANY_LEVEL) -> None:
@@ -79,8 +89,10 @@ def step_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, level: int = ANY
     if size % 2:
         raise CallError(f"heads of {size} where C turns pairs")
     turned = [at(x, dtype, rows, own * size) for x, own in zip((q, k), heads, strict=True)]
-    given = _Rotate(*turned, at(cos, dtype, rows, size), at(sin, dtype, rows, size), *heads, size)
-    call("veneer_step_rotate", ctypes.byref(given), rows, _bf16(cos), number(level, 0, 3))
+    given = _Rotate(
+        *turned, at(cos, dtype, rows, size), at(sin, dtype, rows, size), rows, *heads, size
+    )
+    call("veneer_step_rotate", ctypes.byref(given), _bf16(cos), number(level, 0, 3))
 
 
 def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
@@ -90,9 +102,10 @@ def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> 
         at(gate, dtype, rows, width),
         whole(up, dtype, rows * width),
         at(out, dtype, rows, width),
+        rows,
         width,
     )
-    call("veneer_step_gate", ctypes.byref(given), rows, _bf16(gate), number(level, 0, 3))
+    call("veneer_step_gate", ctypes.byref(given), _bf16(gate), number(level, 0, 3))
 
 
 def step_inputs(

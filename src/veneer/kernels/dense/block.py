@@ -8,8 +8,8 @@ and to the same bits, without the graph between them: a sum and the norm behind 
 forward and backward. What nothing adapts has an update of rank 0. In bf16 on processors that
 multiply its pairs, and there alone. Kept for backward: what the parts keep; of many rows n, m and
 what goes into `down` are computed again, a third of it. Where all that a layer computes are calls
-into compiled functions, the layers behind it that are like it make them by one call
-(tape/repeated.py). Shapes: M rows, D hidden, H query heads, K key heads, S head size.
+into compiled functions, a tape of them is replayed for the layers behind it that are like it
+(tape/layer_tape.py). Shapes: M rows, D hidden, H query heads, K key heads, S head size.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from veneer.kernels.attention.compiled import attended, attended_gradients, starts
 from veneer.kernels.bindings import block_calls, calls
-from veneer.kernels.bindings.arguments import is_noted
+from veneer.kernels.bindings.arguments import is_observed
 from veneer.kernels.bindings.block_calls import Side
-from veneer.kernels.bindings.library import note_at_once, on_cpu
+from veneer.kernels.bindings.library import count_replayed_layer, on_cpu
 from veneer.kernels.dense import rank
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.frozen import DenseLinear
@@ -34,7 +34,7 @@ from veneer.kernels.dense.fused import compiled
 from veneer.kernels.dense.lora import LoRALinear
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
-from veneer.kernels.tape.repeated import Given, Repeated, addresses, noted
+from veneer.kernels.tape.layer_tape import Input, LayerTape, addresses, record_layer
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
 """The layers by their places among all."""
@@ -121,7 +121,7 @@ class Block:
         return [layer.dropout for layer in self.layers]
 
     @cached_property
-    def read(self) -> list[Given]:
+    def read(self) -> list[Input]:
         """What the calls read beside x, what was kept, and factors."""
         dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
         biases = [layer.bias for layer in self.layers]
@@ -316,42 +316,40 @@ def _backward(
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What forward keeps: tensors, or the memory of all of them, as `repeated` made it."""
+class _Saved:
+    """What forward saves for backward: tensors, or the buffers of a tape that hold them."""
 
-    held: Sequence[Tensor] = ()
-    repeated: Repeated | None = None
+    buffers: Sequence[Tensor] = ()
+    tape: LayerTape | None = None
 
     def tensors(self) -> Sequence[Tensor]:
-        return self.held if self.repeated is None else self.repeated.tensors(1, self.held)
+        return self.buffers if self.tape is None else self.tape.tensors(1, self.buffers)
 
     def addresses(self) -> list[int]:
-        return (
-            addresses(self.held) if self.repeated is None else self.repeated.addresses(1, self.held)
-        )
+        own = self.tape
+        return addresses(self.buffers) if own is None else own.addresses(1, self.buffers)
 
 
-Made = tuple[Sequence[Tensor], Sequence[Tensor]]
+Groups = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-def _made(
-    block: Block, key: object, compute: Callable[[], Made], given: Sequence[Given], kept: _Kept
-) -> tuple[Sequence[Tensor], _Kept]:
-    """What compute() makes of what is given and kept, by the calls of a layer like this one where
-    there was one."""
+def _run(
+    block: Block, key: object, compute: Callable[[], Groups], inputs: Sequence[Input], saved: _Saved
+) -> tuple[Sequence[Tensor], _Saved]:
+    """Returns the two groups of compute(): by the tape of a layer like this one, where there is
+    one."""
     derived = block.layout.derived
-    if key is None or is_noted() or (key in derived and derived[key] is None):
+    if key is None or is_observed() or (key in derived and derived[key] is None):
         first, second = compute()
-        return first, _Kept(second)
+        return first, _Saved(second)
     if key not in derived:
-        (first, second), derived[key] = noted([*given, *kept.tensors()], compute)
-        made: Repeated | None = derived[key]
-        # Kept as the calls made again keep it: so a checkpointed layer may be computed again by
-        # these.
-        return first, _Kept(second) if made is None else _Kept(made.gathered(1, second), made)
-    repeated: Repeated = derived[key]
-    alone, together = repeated.again([*addresses(given), *kept.addresses()])
-    return repeated.tensors(0, alone), _Kept(together, repeated)
+        (first, second), tape = record_layer([*inputs, *saved.tensors()], compute)
+        derived[key] = tape
+        # Saved as a replay saves it: a checkpointed layer may be computed again by the tape.
+        return first, _Saved(second) if tape is None else _Saved(tape.gather(1, second), tape)
+    tape = derived[key]
+    alone, together = tape.replay([*addresses(inputs), *saved.addresses()])
+    return tape.tensors(0, alone), _Saved(together, tape)
 
 
 class _Block(torch.autograd.Function):
@@ -361,30 +359,29 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> Tensor:
         alike = block.alike(x, factors)
         if alike is not None and x.is_meta:  # planned, where nothing is called
-            note_at_once()
+            count_replayed_layer()
             alike = None
         key = alike and ("forward", *alike)
-        (y,), kept = _made(
-            block, key, lambda: _forward(block, x, factors), [*block.read, x, *factors], _Kept()
-        )
-        ctx.save_for_backward(x, *factors, *kept.held)
-        ctx.block, ctx.alike, ctx.repeated = block, alike, kept.repeated
+        inputs = [*block.read, x, *factors]
+        (y,), saved = _run(block, key, lambda: _forward(block, x, factors), inputs, _Saved())
+        ctx.save_for_backward(x, *factors, *saved.buffers)
+        ctx.block, ctx.alike, ctx.tape = block, alike, saved.tape
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *more = ctx.saved_tensors
-        factors, kept = more[: 2 * LAYERS], _Kept(more[2 * LAYERS :], ctx.repeated)
+        factors, saved = more[: 2 * LAYERS], _Saved(more[2 * LAYERS :], ctx.tape)
         block: Block = ctx.block
         grad, wanted = grad.contiguous(), ctx.needs_input_grad[0]
         held = _held(block.factors()) if _adding.get() else None
 
-        def compute() -> Made:
+        def compute() -> Groups:
             made = [torch.empty_like(each) for each in factors] if held is None else []
             to = made if held is None else held
             found = _backward(
-                block, x, factors, kept.tensors(), grad, to, wanted=wanted, add=held is not None
+                block, x, factors, saved.tensors(), grad, to, wanted=wanted, add=held is not None
             )
             return found, made
 
@@ -393,11 +390,10 @@ class _Block(torch.autograd.Function):
             if ctx.alike and wanted and compiled(grad)
             else None
         )
-        alone, found = _made(
-            block, key, compute, [*block.read, x, *factors, grad, *(held or [])], kept
-        )
+        inputs = [*block.read, x, *factors, grad, *(held or [])]
+        alone, grads = _run(block, key, compute, inputs, saved)
         of_factors: Sequence[Tensor | None] = (
-            found.tensors() if held is None else [None] * len(factors)
+            grads.tensors() if held is None else [None] * len(factors)
         )
         return alone[0] if wanted else None, None, *of_factors
 

@@ -14,20 +14,20 @@ enum { LANES = 16 };
 struct step_norm {
     const void *x, *delta, *weight; /* delta: NULL, or what is added to x first */
     void *sum, *out;                /* (rows, width); sum: x + delta, where there is a delta */
-    int64_t width;
+    int64_t rows, width;
     float epsilon;
 };
 
 struct step_rotate {
     void *q, *k;           /* (rows, heads, size), changed in place */
     const void *cos, *sin; /* (rows, size) */
-    int64_t q_heads, k_heads, size;
+    int64_t rows, q_heads, k_heads, size;
 };
 
 struct step_gate {
     const void *gate, *up;
     void *out;
-    int64_t width;
+    int64_t rows, width;
 };
 
 /* What the first layer takes, rows of tables: all sizes in bytes. */
@@ -181,16 +181,14 @@ int veneer_level(void);
 
 #define RUN(body, values)                                                                          \
     const int own = veneer_level(), level = most < own ? most : own;                               \
-    veneer_parallel(bf16 ? PICK(body, 1, level) : PICK(body, 0, level), a, rows,                   \
+    veneer_parallel(bf16 ? PICK(body, 1, level) : PICK(body, 0, level), a, a->rows,                \
                     1 + 32768 / (1 + (values)))
 
 /* most: caps the instructions (3, 2, 0), for tests. */
-void veneer_step_norm(struct step_norm *a, int64_t rows, int bf16, int most) {
-    RUN(norm_rows, a->width);
-}
-void veneer_step_rotate(struct step_rotate *a, int64_t rows, int bf16, int most) {
+void veneer_step_norm(struct step_norm *a, int bf16, int most) { RUN(norm_rows, a->width); }
+void veneer_step_rotate(struct step_rotate *a, int bf16, int most) {
     RUN(rotate_rows, (a->q_heads + a->k_heads) * a->size);
 }
-void veneer_step_gate(struct step_gate *a, int64_t rows, int bf16, int most) {
+void veneer_step_gate(struct step_gate *a, int bf16, int most) {
     RUN(gate_rows, 4 * a->width); /* each takes a division */
 }

@@ -1,5 +1,5 @@
-"""Calls of one layer made again for others: the same bits, and what may not be made again is
-not."""
+"""The calls of one layer are replayed for others to the same bits; those that a tape cannot hold
+are not."""
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from veneer.kernels.bindings import arguments, sum_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import block
-from veneer.kernels.tape import repeated
+from veneer.kernels.tape import layer_tape
+from veneer.kernels.tape.tape import Tape, TapeCall
 from veneer.models.checkpointing import checkpointed
 from veneer.models.fused import fused, replacements
 from veneer.models.step import batch_loss, prepare
@@ -68,13 +69,13 @@ class Trained:
 @pytest.fixture
 def again(monkeypatch):
     """How many times calls were made again."""
-    made, own = [], repeated.Repeated.again
+    made, own = [], layer_tape.LayerTape.replay
 
     def counted(self, addresses):
         made.append(len(addresses))
         return own(self, addresses)
 
-    monkeypatch.setattr(repeated.Repeated, "again", counted)
+    monkeypatch.setattr(layer_tape.LayerTape, "replay", counted)
     return made
 
 
@@ -122,12 +123,12 @@ def test_so_they_have_where_less_is_kept_and_with_one_thread(again, monkeypatch)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("together", [repeated.TOGETHER, 2**14, 1])
+@pytest.mark.parametrize("together", [layer_tape.MOST_SHARED, 2**14, 1])
 def test_checkpointed_layers_keep_the_same_tensors_when_they_are_computed_again(
     together, again, monkeypatch
 ):
     """The first layer's calls are made by Python in forward, and made again in backward."""
-    monkeypatch.setattr(repeated, "TOGETHER", together)
+    monkeypatch.setattr(layer_tape, "MOST_SHARED", together)
     trained = Trained()
     kept = trained.measured()
     again.clear()
@@ -169,7 +170,7 @@ def test_what_torch_computes_is_not_left_out(again, monkeypatch):
 
 def test_nor_is_what_somebody_hears_of(again):
     trained, names = Trained(), []
-    with arguments.noting(lambda name, given: names.append(name)):
+    with arguments.observe_calls(lambda name, given: names.append(name)):
         heard = trained.measured()
     assert not again
     assert names.count("veneer_block_heads") == 2 * 4
@@ -188,18 +189,18 @@ def added_twice(own, scratch=None):
 
 def test_memory_between_is_used_again_where_it_may_be():
     pieces = [
-        repeated._Piece(0, size, first, last)
+        layer_tape.Allocation(0, size, first, last)
         for size, first, last in ((100, 0, 2), (64, 1, 3), (10, 3, 3), (200, 4, 5))
     ]
-    assert repeated._laid(pieces) == ([0, 128, 0, 0], 200)
+    assert layer_tape.share_memory(pieces) == ([0, 128, 0, 0], 200)
 
 
 def test_what_lies_elsewhere_is_read_and_written_there():
     own, other = (torch.randn(2, 3, 1, 1, 48, 16) for _ in range(2))
-    (made,), found = repeated.noted([own], lambda: [[added_twice(own)]])
+    (made,), found = layer_tape.record_layer([own], lambda: [[added_twice(own)]])
     assert torch.equal(made[0], 2 * own.sum(1)[:, 0].transpose(1, 2))
     kept = made[0].clone()
-    (memory,) = found.again([other.data_ptr()])
+    (memory,) = found.replay([other.data_ptr()])
     (again,) = found.tensors(0, memory)
     assert torch.equal(again, added_twice(other))
     assert torch.equal(made[0], kept)
@@ -216,10 +217,10 @@ def test_what_a_group_keeps_lies_in_few_pieces(monkeypatch):
         )
         return [[added_twice(own)], [kept, nothing, added_twice(own)[1], odd, kept[0]]]
 
-    for most, pieces in ((repeated.TOGETHER, 1), (1, 2)):
-        monkeypatch.setattr(repeated, "TOGETHER", most)
-        _, found = repeated.noted([own], lambda: made(own))
-        groups = found.again([other.data_ptr()])
+    for most, pieces in ((layer_tape.MOST_SHARED, 1), (1, 2)):
+        monkeypatch.setattr(layer_tape, "MOST_SHARED", most)
+        _, found = layer_tape.record_layer([own], lambda: made(own))
+        groups = found.replay([other.data_ptr()])
         assert [len(group) for group in groups] == [1, pieces]
         for number, (group, expected) in enumerate(zip(groups, made(other), strict=True)):
             for a, b in zip(found.tensors(number, group), expected, strict=True):
@@ -236,21 +237,13 @@ def test_what_a_group_keeps_lies_in_few_pieces(monkeypatch):
 def test_calls_over_memory_that_nobody_named_are_not_made_again():
     own, elsewhere = torch.randn(2, 3, 1, 1, 48, 16), torch.empty(2, 48, 1, 16)
     for given in ([own], [own, elsewhere]):
-        _, found = repeated.noted(given, lambda: [[added_twice(own, elsewhere)]])
+        _, found = layer_tape.record_layer(given, lambda: [[added_twice(own, elsewhere)]])
         assert (found is None) == (len(given) == 1)
 
 
-def test_a_call_that_fails_is_said():
-    x = torch.zeros(2, 3)
-    _, found = repeated.noted([], lambda: [[torch.empty(3)]])
-    found._given = (
-        (repeated._Call * 1)(repeated._Call(99, 0, 8, 0, 0)),
-        1,
-        b"12345678",
-        found._given[3],
-    )
-    with pytest.raises(CallError):
-        found.again([x.data_ptr()])
+def test_a_function_that_c_does_not_know_is_an_error():
+    with pytest.raises(CallError, match="does not know"):
+        Tape([TapeCall(99)]).replay(0, 1)
 
 
 @pytest.mark.parametrize(
