@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.adapters.test_methods import BASES, METHODS, move, written
 from tests.support.accelerator import Accelerator, Mixed
-from tests.support.helpers import make_examples, merge_in_memory
+from tests.support.helpers import evaluation_loss, make_examples, merge_in_memory
 from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
 from veneer.decoding import generate as answers
@@ -33,7 +33,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
-from veneer.models.step import batch_loss, evaluation_loss
+from veneer.models.step import batch_loss
 from veneer.training.config import RunConfig
 from veneer.training.loop import Loop, TrainingInputs
 from veneer.training.optimizer import offload

@@ -12,7 +12,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from tests.support.helpers import make_examples
+from tests.support.helpers import evaluation_loss, make_examples
 from tests.support.tiny import tiny_base, tiny_model
 from veneer.adapters.placement.routing import Routing
 from veneer.decoding import proof as decoding_proof
@@ -26,7 +26,7 @@ from veneer.models.checks import prove_head
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
 from veneer.models.proof import proven
-from veneer.models.step import batch_loss, batch_of, evaluation_loss, parts_of, prepare
+from veneer.models.step import batch_loss, batch_of, parts_of, prepare
 from veneer.models.structure import NoCopyError, small_copy
 from veneer.models.switches import RopeSwitches, sides, switches
 

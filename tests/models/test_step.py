@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama import modeling_llama
 
-from tests.support.helpers import fill, make_examples
+from tests.support.helpers import evaluation_loss, fill, make_examples
 from tests.support.tiny import FAMILIES, tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
@@ -29,14 +29,7 @@ from veneer.linear import DenseLinear
 from veneer.models import likelihood
 from veneer.models import step as step_module
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import (
-    batch_loss,
-    batch_of,
-    evaluation_loss,
-    part_nats,
-    prepare,
-    whole_logits,
-)
+from veneer.models.step import batch_loss, batch_of, part_nats, prepare, whole_logits
 
 CPU = torch.device("cpu")
 UNPACKED = {"bloom": "interface", "falcon": "interface"}

@@ -18,8 +18,10 @@ from torch import nn
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli import main
+from veneer.data.batching import by_length
 from veneer.data.examples import Example, RowRef
 from veneer.merge.fold.in_memory import merged_weights
+from veneer.models.step import part_nats, parts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,3 +197,11 @@ class Limited(nn.Module):
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return self.down_proj(gate * up)
+
+
+def evaluation_loss(model, paths, routing, examples, *, batch):
+    """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on
+    `batch`."""
+    parts = list(parts_of(model, paths, examples, by_length(examples, batch)))
+    tokens = sum(int(example.trained.sum()) for example in examples)
+    return sum(map(sum, part_nats(model, paths, routing, examples, parts))), tokens

@@ -118,13 +118,6 @@ class StoredAdapter:
         """What it contains, new tokens included."""
         return *self.config.contents, *((TOKENS,) if self.tokens is not None else ())
 
-    @property
-    def base_verified(self) -> bool:
-        """Whether the folder has a fingerprint that load_adapter compares with the base's. Without
-        one only names and shapes are compared, and another base of the same shapes goes
-        unnoticed."""
-        return self.manifest is not None
-
 
 def adapter_file_bytes(attachment: Attachment, model: nn.Module) -> int:
     """Size that adapter_model.safetensors will have, known before training. model: the one it is

@@ -22,7 +22,7 @@ from veneer.adapters.methods.new_tokens import ExtendedHead
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
-from veneer.data.batching import Batch, by_length, make_batch, used_length
+from veneer.data.batching import Batch, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.kernels.dense.loss import (
@@ -303,21 +303,6 @@ def batch_of(
     return make_batch(
         [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device
     )
-
-
-def evaluation_loss(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    routing: Routing,
-    examples: Sequence[Example],
-    *,
-    batch: int,
-) -> tuple[float, int]:
-    """(sum of nats, trained tokens) over all examples: token-weighted, so it does not depend on
-    `batch`."""
-    parts = list(parts_of(model, paths, examples, by_length(examples, batch)))
-    tokens = sum(int(example.trained.sum()) for example in examples)
-    return sum(map(sum, part_nats(model, paths, routing, examples, parts))), tokens
 
 
 def part_nats(

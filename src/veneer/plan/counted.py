@@ -109,12 +109,6 @@ class DryRun:
     forward_shapes: int
     base: BaseBytes = field(default_factory=BaseBytes)
 
-    @property
-    def activation_bytes(self) -> int:
-        """Kept for backward when the loss begins."""
-        held = next(phase for phase in self.phases if phase.name == "forward").end_bytes
-        return held - sum(self.static.values())
-
     def over(self, sizes: Sequence[PackedSize], dtype: torch.dtype) -> DryRun:
         """The same step, of type `dtype`, over a base that holds these weights packed."""
         return replace(self, base=self.base.packed(sizes, dtype.itemsize)).in_four_bits()

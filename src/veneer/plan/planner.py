@@ -7,7 +7,6 @@ are any (the largest micro-batch decides memory, the middle batch time), else ro
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -335,9 +334,6 @@ class Planner:
             return -(-len(self.mixture.rows(self.seed, 0)) // choice.batch)
         kept = [row for row in self.rows if len(row.ids) <= choice.length]
         return -(-len(Rows.of(kept).lengths) // choice.batch) if kept else None
-
-    def median_length(self) -> int | None:
-        return round(statistics.median(len(row.ids) for row in self.rows)) if self.rows else None
 
     def _steps(self, choice: Choice) -> list[list[Sequence[Example]]]:
         """The micro-batches of each step of the first epoch, in the order of training; one step of

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 
 from veneer.bases.compute import DTYPES, HeldAs
-from veneer.bases.folder.model_folder import weight_files
-from veneer.bases.folder.tensor_files import counted, stored_tensors
 from veneer.errors import SourceError
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -27,14 +25,6 @@ def stored_type(
     if asked in DTYPES and not any(name in _STORED for name, _ in stored.most_common(1)):
         return DTYPES[asked]
     return most_common_dtype(folder, stored)
-
-
-def stored_dtypes(folder: Path) -> Counter[str]:
-    """Number of values per safetensors dtype name, from the headers of a folder's weight files.
-
-    Raises as stored_tensors does.
-    """
-    return counted(stored_tensors(weight_files(folder)))
 
 
 def most_common_dtype(folder: Path, counts: Counter[str]) -> torch.dtype:
