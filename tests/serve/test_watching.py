@@ -199,6 +199,18 @@ def test_a_run_is_told_from_where_it_was_left(server, places):
     assert get(server, f"/v1/runs/one?after={later['next']}")["records"] == []
 
 
+def test_how_long_a_run_has_been_idle_is_told_in_milliseconds(server, places):
+    for number, seconds in enumerate((0.0, 30.0123456, 3600.0, -60.0)):
+        records = places / "runs" / f"idle-{number}" / "metrics.jsonl"
+        records.parent.mkdir()
+        records.write_text("")
+        changed = time.time() - seconds
+        os.utime(records, (changed, changed))
+        runs = {run["name"]: run for run in get(server, "/v1/runs")["data"]}
+        idle = runs[f"idle-{number}"]["idle_seconds"]
+        assert idle == round(idle, 3) and 0 <= idle - max(seconds, 0) < 30
+
+
 def test_a_run_that_was_written_anew_is_told_from_its_beginning(server, places):
     write(places, "two", [START, step(1), step(2)])
     found = get(server, "/v1/runs/two")
