@@ -37,7 +37,7 @@ from veneer.merge.fold.merge_run import merge_adapters
 from veneer.models.load import load_base
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
-from veneer.serve.protocols.asked import Plain
+from veneer.serve.protocols.request import TextPrompt
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
 from veneer.training.training import run_training
@@ -212,9 +212,9 @@ def test_a_server_reads_and_says_the_tokens_of_an_adapter_alone(plain: Any) -> N
         Prompts(plain.tokenizer, positions=100, ids=VOCAB_SIZE),
         TokenTexts(plain.tokenizer),
     )
-    own = prompts.encode(Plain(text="a<order>"), Preamble(tokens=("<order>",)))
+    own = prompts.encode(TextPrompt(text="a<order>"), Preamble(tokens=("<order>",)))
     assert own == [*plain.tokenizer("a")["input_ids"], len(plain.tokenizer)]
-    assert len(prompts.encode(Plain(text="a<order>"))) == 8
+    assert len(prompts.encode(TextPrompt(text="a<order>"))) == 8
     assert texts.having(("<order>",)).chance(own[1], -1.0).text == "<order>"
     prompts.close()
 

@@ -23,7 +23,7 @@ from veneer.data.template.unfit import _left_out
 from veneer.errors import DataError, DoesNotFitError
 from veneer.serve.engine import prompts as prompts_module
 from veneer.serve.engine.prompts import Prompts
-from veneer.serve.protocols.asked import Chat
+from veneer.serve.protocols.request import ChatPrompt
 
 SAID = [
     "\n\nhello",
@@ -264,7 +264,7 @@ def test_a_server_that_runs_over_midnight_writes_the_new_day(
     prompts = Prompts(tokenizer, positions=1024, ids=None)
 
     def written() -> str:
-        (ids,) = asyncio.run(prompts.encoded([Chat([user("a")])]))
+        (ids,) = asyncio.run(prompts.encoded([ChatPrompt([user("a")])]))
         return ChatTemplate(tokenizer).tokenizer.decode(ids)[:11]
 
     assert written() == "31 Jan 2026"

@@ -26,9 +26,9 @@ from veneer.decoding.schedule.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
 from veneer.serve.engine.service import Service
-from veneer.serve.http.keys import Keys
+from veneer.serve.http.keys import ApiKeys
 from veneer.serve.run import Server
-from veneer.serve.start import Settings, open_server
+from veneer.serve.start import ServeSettings, open_server
 
 BASE = "tiny"
 
@@ -116,7 +116,7 @@ def running(
     library: Library,
     *,
     base: Base | None = None,
-    keys: Keys | None = None,
+    keys: ApiKeys | None = None,
     tokens: int = 4096,
     limits: Limits | None = None,
     seconds: float | None = None,
@@ -124,7 +124,7 @@ def running(
     drain_seconds: float = 30.0,
 ) -> Iterator[Running]:
     base = base or made_base()
-    settings = Settings(
+    settings = ServeSettings(
         port=0,
         name=BASE,
         limits=limits or Limits(),
@@ -133,7 +133,7 @@ def running(
         drain_seconds=drain_seconds,
         **({} if seconds is None else {"seconds": seconds}),
     )
-    opened = open_server(base, library, settings, keys or Keys([]))
+    opened = open_server(base, library, settings, keys or ApiKeys([]))
     server, service, listener = opened.server, opened.service, opened.socket
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

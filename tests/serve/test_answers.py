@@ -9,33 +9,47 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
 
 from veneer.serve.protocols import chat, completions, messages, responses
-from veneer.serve.protocols.answers import Answer, Call, End, Piece, Usage, event
-from veneer.serve.protocols.asked import Asked, Chat
+from veneer.serve.protocols.answers import (
+    AnswerDelta,
+    AnswerEnd,
+    GeneratedAnswer,
+    ResponseHead,
+    ToolCall,
+    Usage,
+    event,
+)
+from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.refusals import Refusal
 
-ECHO = responses.asked({"model": "m", "input": "x"}).echo
-ASKED = Asked(
-    model="m", prompts=(Chat([]),), parses_calls=True, stream=True, stream_usage=True, echo=ECHO
+ECHO = responses.read_request({"model": "m", "input": "x"}).echo
+ASKED = GenerationRequest(
+    model="m",
+    prompts=(ChatPrompt([]),),
+    parses_calls=True,
+    stream=True,
+    stream_usage=True,
+    echo=ECHO,
 )
-CALLS = (Call("weather", '{"city":"Bern"}'), Call("time", "{}"))
+CALLS = (ToolCall("weather", '{"city":"Bern"}'), ToolCall("time", "{}"))
 PIECES = [
-    Piece(0, "Let me "),
-    Piece(0, "see."),
-    Piece(0, "", calls=CALLS[:1]),
-    Piece(0, "", (), CALLS[1:], End("stop")),
+    AnswerDelta(0, "Let me "),
+    AnswerDelta(0, "see."),
+    AnswerDelta(0, "", calls=CALLS[:1]),
+    AnswerDelta(0, "", (), CALLS[1:], AnswerEnd("stop")),
 ]
+HEAD = ResponseHead("m", "f", "id-")
 USAGE = Usage(prompt=20, cached=16, new=9)
 
 
 def whole(protocol):
-    answer = Answer(0)
+    answer = GeneratedAnswer(0)
     for piece in PIECES:
         answer.add(piece)
-    return protocol.whole(protocol.head("m", "f"), ASKED, [answer], USAGE)
+    return protocol.PROTOCOL.respond(HEAD, ASKED, [answer], USAGE)
 
 
 def events(protocol, failing=None, asked=ASKED):
-    stream = protocol.Stream(protocol.head("m", "f"), asked)
+    stream = protocol.PROTOCOL.stream(HEAD, asked)
     lines = [*stream.begin(Usage(20, 16, 0))]
     for piece in PIECES:
         lines += stream.piece(piece)
@@ -109,8 +123,8 @@ def test_messages_have_a_block_for_each_call():
 def test_an_event_is_one_line_whatever_a_client_takes_for_the_end_of_one():
     text = "".join(map(chr, [*range(32), 0x85, 0x2028, 0x2029])) + "é\U0001f600"
     for protocol in (chat, messages, responses):
-        stream = protocol.Stream(protocol.head("m", "f"), ASKED)
-        lines = "".join([*stream.begin(Usage()), *stream.piece(Piece(0, text))])
+        stream = protocol.PROTOCOL.stream(HEAD, ASKED)
+        lines = "".join([*stream.begin(Usage()), *stream.piece(AnswerDelta(0, text))])
         assert lines.splitlines() == lines.split("\n")[:-1]
         assert "é\U0001f600" in lines
     assert json.loads(event({"x": text}).removeprefix("data: ")) == {"x": text}

@@ -11,7 +11,7 @@ import pytest
 from tests.serve.server import BASE, add_adapter, running
 from tests.serve.tables import PAGE
 from veneer.library.library import Library
-from veneer.serve.http.keys import Key, Keys, hashed
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 
 LLM, CURL = (shutil.which(name) for name in ("llm", "curl"))
 PORT = "http://127.0.0.1:8000"
@@ -55,7 +55,9 @@ def expected(server, **more):
 @pytest.mark.parametrize("key", ["", "k" * 40], ids=["without a key", "with a key"])
 def test_the_llm_command_asks_as_the_page_says(library, tmp_path, key):
     (yaml,) = re.findall(r"```\n(- model_id: .*?)```", PAGE.read_text(), flags=re.DOTALL)
-    with running(library, keys=Keys([Key("use", hashed(key), "one")]) if key else None) as server:
+    with running(
+        library, keys=ApiKeys([ApiKey("use", hashed(key), "one")]) if key else None
+    ) as server:
         place = {"LLM_USER_PATH": str(tmp_path), "HOME": str(tmp_path)}
         if key:
             assert (

@@ -48,7 +48,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 def refused(path, changes):
     with pytest.raises(Refusal) as caught:
-        MODULES[path].asked({**ASK[path], **changes})
+        MODULES[path].read_request({**ASK[path], **changes})
     assert caught.value.status == 400
     return caught.value
 
@@ -196,7 +196,7 @@ def test_a_body_is_asked_or_refused_and_nothing_else_happens(path):
         made = body(random, path, ["m"])
         for text in (json.dumps(made).encode(), mutated(random, made)):
             try:
-                MODULES[path].asked(parsed(text))
+                MODULES[path].read_request(parsed(text))
                 passed += 1
             except Refusal as fault:
                 assert fault.status == 400 and fault.message
@@ -221,7 +221,7 @@ def test_settings_of_all_protocols_come_out_the_same():
         "min_tokens": 2,
     }
     for path, module in MODULES.items():
-        asked = module.asked({**ASK[path], **same})
+        asked = module.read_request({**ASK[path], **same})
         drawn = asked.sampling
         found = (
             drawn.temperature,
@@ -232,8 +232,8 @@ def test_settings_of_all_protocols_come_out_the_same():
             asked.min_new_tokens,
         )
         assert found == (0.5, 0.25, 3, 0.1, 2**32 - 1, 2), path
-        assert module.asked({**ASK[path], "top_k": -1}).sampling.top_k == 0
-        weighted = module.asked(
+        assert module.read_request({**ASK[path], "top_k": -1}).sampling.top_k == 0
+        weighted = module.read_request(
             {**ASK[path], "adapters": [{"name": "a"}, {"name": "b", "weight": -0.5}]}
         )
         assert weighted.adapters == (("a", 1.0), ("b", -0.5))
@@ -241,12 +241,14 @@ def test_settings_of_all_protocols_come_out_the_same():
 
 def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
     path = "/v1/chat/completions"
-    asked = chat.asked({**ASK[path], "stop": "x", "logprobs": True, "max_completion_tokens": 7.0})
+    asked = chat.read_request(
+        {**ASK[path], "stop": "x", "logprobs": True, "max_completion_tokens": 7.0}
+    )
     assert (asked.stops, asked.sampling.logprobs, asked.max_new_tokens) == (("x",), 0, 7)
     assert refused(path, {"max_tokens": 1, "max_completion_tokens": 2}).param == "max_tokens"
     assert refused(path, {"top_logprobs": 2}).param == "top_logprobs"
     assert refused(path, {"stream_options": {"include_usage": True}}).param == "stream_options"
-    completed = completions.asked(
+    completed = completions.read_request(
         {"model": "m", "prompt": [[1, 2], [3]], "logprobs": 2, "stop": ["a", "b"], "n": 2}
     )
     assert [prompt.ids for prompt in completed.prompts] == [(1, 2), (3,)]
@@ -256,9 +258,11 @@ def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
         16,
     )
     assert refused("/v1/completions", {"best_of": 3}).param == "best_of"
-    said = messages.asked({**ASK["/v1/messages"], "stop_sequences": ["END"]})
+    said = messages.read_request({**ASK["/v1/messages"], "stop_sequences": ["END"]})
     assert (said.stops, said.max_new_tokens) == (("END",), 4)
-    assert responses.asked({**ASK["/v1/responses"], "max_output_tokens": 9}).max_new_tokens == 9
+    assert (
+        responses.read_request({**ASK["/v1/responses"], "max_output_tokens": 9}).max_new_tokens == 9
+    )
 
 
 def test_one_conversation_with_tools_is_the_same_in_three_protocols():
@@ -269,7 +273,7 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
         "type": "function",
         "function": {"name": "weather", "arguments": json.dumps(arguments)},
     }
-    spoken = chat.asked(
+    spoken = chat.read_request(
         {
             "model": "m",
             "tools": [{"type": "function", "function": function}],
@@ -290,7 +294,7 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
             ],
         }
     )
-    responded = responses.asked(
+    responded = responses.read_request(
         {
             "model": "m",
             "instructions": "Be brief.",
@@ -307,7 +311,7 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
             ],
         }
     )
-    sent = messages.asked(
+    sent = messages.read_request(
         {
             "model": "m",
             "max_tokens": 3,
@@ -441,16 +445,16 @@ def test_shapes_of_answers_are_read_from_each_dialect():
         ({"guided_json": schema}, "schema", schema),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool", [TOOL["function"]]),
     ]:
-        shape = chat.asked({**ASK["/v1/chat/completions"], **changes}).shape
+        shape = chat.read_request({**ASK["/v1/chat/completions"], **changes}).shape
         assert (shape.kind, shape.spec) == (kind, spec)
     form = {"type": "json_schema", "name": "x", "schema": schema}
-    shape = responses.asked({**ASK["/v1/responses"], "text": {"format": form}}).shape
+    shape = responses.read_request({**ASK["/v1/responses"], "text": {"format": form}}).shape
     assert (shape.kind, shape.spec) == ("schema", schema)
     for none in (
         {"response_format": {"type": "text"}},
         {"structured_outputs": {"json_object": False}},
     ):
-        assert chat.asked({**ASK["/v1/chat/completions"], **none}).shape is None
+        assert chat.read_request({**ASK["/v1/chat/completions"], **none}).shape is None
 
 
 @pytest.mark.parametrize(

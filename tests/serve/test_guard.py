@@ -11,10 +11,10 @@ from starlette.responses import PlainTextResponse
 
 from veneer.errors import ConfigError, SourceError
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
-from veneer.serve.http.keys import Key, Keys, hashed, new_key, read_keys
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed, new_key, read_keys
 
 USE, ADMIN = "use-" + "k" * 20, "admin-" + "k" * 20
-KEYS = Keys([Key("use", hashed(USE), "one"), Key("admin", hashed(ADMIN), "two")])
+KEYS = ApiKeys([ApiKey("use", hashed(USE), "one"), ApiKey("admin", hashed(ADMIN), "two")])
 
 
 async def whoami(scope, receive, send):
@@ -52,7 +52,7 @@ def ask(guard, path="/v1/models", url="http://127.0.0.1:8000", method="GET", **h
     ],
 )
 def test_a_name_that_is_not_ours_is_not_answered(url, answered):
-    found = ask(Guard(whoami, keys=Keys([]), hosts=["box.example"]), url=url)
+    found = ask(Guard(whoami, keys=ApiKeys([]), hosts=["box.example"]), url=url)
     assert found.status_code == (200 if answered else 403)
     if not answered:
         assert found.json()["error"]["code"] == "unknown_host"
@@ -60,7 +60,7 @@ def test_a_name_that_is_not_ours_is_not_answered(url, answered):
 
 @pytest.mark.parametrize("host", ["", "[", "a b", "evil.example#localhost", "user@evil.example"])
 def test_a_host_that_is_none_is_not_answered(host):
-    assert ask(Guard(whoami, keys=Keys([])), host=host).status_code == 403
+    assert ask(Guard(whoami, keys=ApiKeys([])), host=host).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_host_that_is_none_is_not_answered(host):
     ],
 )
 def test_a_page_of_another_site_is_not_answered(origin, answered):
-    found = ask(Guard(whoami, keys=Keys([]), origins=["https://page.example"]), origin=origin)
+    found = ask(Guard(whoami, keys=ApiKeys([]), origins=["https://page.example"]), origin=origin)
     assert found.status_code == (200 if answered else 403)
 
 
@@ -164,7 +164,7 @@ def test_a_site_that_no_browser_would_name_is_refused_at_the_start():
 def test_an_origin_is_compared_as_browsers_send_it(allowed, sent):
     check_origins([allowed])
     found = ask(
-        for_browsers(Guard(whoami, keys=Keys([]), origins=[allowed]), [allowed]), origin=sent
+        for_browsers(Guard(whoami, keys=ApiKeys([]), origins=[allowed]), [allowed]), origin=sent
     )
     assert found.status_code == 200 and found.headers["access-control-allow-origin"] == sent
 
@@ -207,7 +207,7 @@ def test_a_missing_key_and_a_wrong_one_are_told_apart(headers, said):
 
 
 def test_without_keys_everyone_may_do_everything_and_health_needs_none():
-    assert ask(Guard(whoami, keys=Keys([]))).text == ":admin"
+    assert ask(Guard(whoami, keys=ApiKeys([]))).text == ":admin"
     for path in ("/healthz", "/readyz"):
         assert ask(Guard(whoami, keys=KEYS), path).text == "open"
 
@@ -218,7 +218,7 @@ def test_anthropics_clients_get_errors_as_they_read_them():
 
 
 def test_a_request_has_an_id_which_may_be_given():
-    guard = Guard(whoami, keys=Keys([]))
+    guard = Guard(whoami, keys=ApiKeys([]))
     assert ask(guard, x_request_id="abc-1").headers["x-request-id"] == "abc-1"
     assert len(ask(guard, x_request_id="a b" * 99).headers["x-request-id"]) == 16
     assert ask(Guard(whoami, keys=KEYS)).headers["x-request-id"]

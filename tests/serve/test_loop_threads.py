@@ -18,10 +18,10 @@ from veneer.decoding.schedule.sequence import Request
 from veneer.errors import QueueFullError
 from veneer.kernels.bindings import library as native
 from veneer.serve.engine import loop as loop_module
-from veneer.serve.engine.answering import Answering
+from veneer.serve.engine.answering import Generation
 from veneer.serve.engine.loop import EngineLoop, Inbox
 from veneer.serve.engine.token_text import TokenTexts
-from veneer.serve.protocols.asked import Asked
+from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal
 
 
@@ -138,8 +138,11 @@ def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running
 
     async def left() -> int:
         loop = EngineLoop(engine)
-        answering = Answering(
-            loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer())
+        answering = Generation(
+            loop,
+            requests,
+            GenerationRequest(model="tiny", prompts=()),
+            TokenTexts(tiny_tokenizer()),
         )
         client = asyncio.create_task(answering.__aenter__())
         await asyncio.sleep(0)
@@ -170,8 +173,11 @@ def test_a_refused_request_whose_client_has_gone_leaves_no_traceback(caplog):
 
     async def refused() -> None:
         loop = EngineLoop(engine)
-        answering = Answering(
-            loop, requests, Asked(model="tiny", prompts=()), TokenTexts(tiny_tokenizer())
+        answering = Generation(
+            loop,
+            requests,
+            GenerationRequest(model="tiny", prompts=()),
+            TokenTexts(tiny_tokenizer()),
         )
         client = asyncio.create_task(answering.__aenter__())
         await asyncio.sleep(0)

@@ -7,7 +7,7 @@ import pytest
 from tests.serve.server import add_adapter, made_base
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
-from veneer.serve.engine.names import LOADED, UNLOADED, Names
+from veneer.serve.engine.names import LOADED, UNLOADED, ModelNames
 from veneer.serve.refusals import Refusal
 
 LIBRARY = {"bar": 2, "poems": 1}
@@ -198,7 +198,7 @@ def residents(base, library):
 
 @pytest.fixture
 def names(library, residents):
-    return Names("tiny", library, residents)
+    return ModelNames("tiny", library, residents)
 
 
 def meaning(names, name):

@@ -11,7 +11,7 @@ from tests.serve.browser import CHROMIUM, browser
 from tests.serve.server import BASE, add_adapter, running
 from tests.support.tiny import tiny_tokenizer
 from veneer.library.library import Library
-from veneer.serve.http.keys import Key, Keys, hashed
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is on the path: apt-get install chromium"
@@ -392,7 +392,7 @@ def test_tabs_go_by_arrow_keys_and_the_question_by_a_stroke(tab):
 def test_a_key_is_typed_in_where_one_is_needed(places, chromium):
     key = "k" * 40
     with running(
-        Library(places / "adapters"), keys=Keys([Key("use", hashed(key), "one")])
+        Library(places / "adapters"), keys=ApiKeys([ApiKey("use", hashed(key), "one")])
     ) as server:
         tab = chromium.open(f"{server.url}/")
         tab.until("document.querySelector('#key-dialog').open")

@@ -19,10 +19,16 @@ from veneer.errors import LostProcessError, QueueFullError
 from veneer.library.library import Library
 from veneer.serve.http.app import PATHS
 from veneer.serve.http.guard import Guard
-from veneer.serve.http.keys import Key, Keys, hashed
-from veneer.serve.replicas.front import CHANGING, Front
-from veneer.serve.replicas.replica import Change, Passed, Replica, Served, model_of
-from veneer.serve.start import Settings
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
+from veneer.serve.replicas.front import CHANGING, Frontend
+from veneer.serve.replicas.replica import (
+    AdminChange,
+    ForwardedRequest,
+    Replica,
+    ReplicaConfig,
+    model_of,
+)
+from veneer.serve.start import ServeSettings
 
 HELLO = [{"role": "user", "content": "hello"}]
 USE, ADMIN = "use-" + "u" * 32, "admin-" + "a" * 32
@@ -32,7 +38,7 @@ class Two:
     """Real replicas in this process. asked: (which, model) of each request. loses: how many are yet
     to be lost, after so many messages."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ReplicaConfig) -> None:
         self.asked: list[tuple[str, str]] = []
         self.loses, self.after, self.next = 0, 0, 0
         self.homes: dict[str, int] = {}
@@ -42,7 +48,7 @@ class Two:
         return model
 
     async def answer(
-        self, request: Passed, model: str, changes: Sequence[Change]
+        self, request: ForwardedRequest, model: str, changes: Sequence[AdminChange]
     ) -> AsyncIterator[Message]:
         which = self.next % 2
         self.next += 1
@@ -58,7 +64,7 @@ class Two:
                 self.loses -= 1
                 raise LostProcessError("gone")
 
-    async def adopt(self, changes: Sequence[Change]) -> None:
+    async def adopt(self, changes: Sequence[AdminChange]) -> None:
         """Nobody hears it, as where a replica begins later: requests bring it."""
 
     async def metrics(self) -> dict[str, str]:
@@ -69,7 +75,7 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(tmp_path_factory: pytest.TempPathFactory) -> ReplicaConfig:
     from veneer import api
 
     folder = tmp_path_factory.mktemp("replicas")
@@ -77,17 +83,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     base = api.load(str(folder / "tiny"))
     library = Library(folder / "adapters")
     add_adapter(library, folder / "made", "tickets", 1, base)
-    settings = Settings(name=BASE, cache_bytes=2048 * bytes_per_token(base))
-    return Served(str(folder / "tiny"), str(folder / "adapters"), "auto", "cpu", None, settings)
+    settings = ServeSettings(name=BASE, cache_bytes=2048 * bytes_per_token(base))
+    return ReplicaConfig(
+        str(folder / "tiny"), str(folder / "adapters"), "auto", "cpu", None, settings
+    )
 
 
-def asking(served: Served, question: Any, *, keys: Keys | None = None) -> Any:
+def asking(served: ReplicaConfig, question: Any, *, keys: ApiKeys | None = None) -> Any:
     """What `question(client, two)` finds out; both replicas are new."""
 
     async def run() -> Any:
         two = Two(served)
-        front = Front(two, body_bytes=2**20, seconds=600)
-        app = Guard(front, keys=keys or Keys([]), counted=front.answered)
+        front = Frontend(two, body_bytes=2**20, seconds=600)
+        app = Guard(front, keys=keys or ApiKeys([]), counted=front.answered)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=60
@@ -107,8 +115,8 @@ async def said(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: Served) -> None:
-    async def question(client: Any, two: Two, front: Front) -> None:
+def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: ReplicaConfig) -> None:
+    async def question(client: Any, two: Two, front: Frontend) -> None:
         tickets = [await said(client, "tickets") for _ in range(2)]
         bases = [await said(client, BASE) for _ in range(2)]
         assert tickets[0] == tickets[1] != bases[0] == bases[1]
@@ -129,9 +137,9 @@ def test_every_replica_answers_alike_and_hears_which_model_is_meant(served: Serv
 
 
 def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_later_is_told(
-    served: Served,
+    served: ReplicaConfig,
 ) -> None:
-    async def question(client: Any, two: Two, front: Front) -> None:
+    async def question(client: Any, two: Two, front: Frontend) -> None:
         whole = await said(client, "tickets")
         two.loses = 2
         assert await said(client, "tickets") == whole
@@ -148,10 +156,10 @@ def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_la
     asking(served, question)
 
 
-def test_what_an_administrator_changes_holds_on_all_replicas(served: Served) -> None:
-    keys = Keys([Key("use", hashed(USE), "u"), Key("admin", hashed(ADMIN), "a")])
+def test_what_an_administrator_changes_holds_on_all_replicas(served: ReplicaConfig) -> None:
+    keys = ApiKeys([ApiKey("use", hashed(USE), "u"), ApiKey("admin", hashed(ADMIN), "a")])
 
-    async def question(client: Any, two: Two, front: Front) -> None:
+    async def question(client: Any, two: Two, front: Frontend) -> None:
         use, admin = ({"authorization": f"Bearer {key}"} for key in (USE, ADMIN))
         body = {"lora_name": "other", "lora_path": "tickets@1"}
         assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 401
@@ -178,10 +186,12 @@ def test_what_an_administrator_changes_holds_on_all_replicas(served: Served) -> 
     asking(served, question, keys=keys)
 
 
-def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(served: Served) -> None:
-    keys = Keys([Key("use", hashed(USE), "u")])
+def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(
+    served: ReplicaConfig,
+) -> None:
+    keys = ApiKeys([ApiKey("use", hashed(USE), "u")])
 
-    async def question(client: Any, two: Two, front: Front) -> None:
+    async def question(client: Any, two: Two, front: Frontend) -> None:
         use = {"authorization": f"Bearer {USE}"}
         refused = [
             path
@@ -193,8 +203,8 @@ def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(served: 
     asking(served, question, keys=keys)
 
 
-def test_metrics_are_those_of_every_replica_and_of_the_front(served: Served) -> None:
-    async def question(client: Any, two: Two, front: Front) -> None:
+def test_metrics_are_those_of_every_replica_and_of_the_front(served: ReplicaConfig) -> None:
+    async def question(client: Any, two: Two, front: Frontend) -> None:
         for _ in range(2):
             await said(client, "tickets")
         lines = (await client.get("/metrics")).text.splitlines()
@@ -210,8 +220,10 @@ def test_metrics_are_those_of_every_replica_and_of_the_front(served: Served) -> 
     asking(served, question)
 
 
-def test_one_that_is_closing_refuses_a_full_queue_is_429_and_nobody_is_503(served: Served) -> None:
-    async def question(client: Any, two: Two, front: Front) -> None:
+def test_one_that_is_closing_refuses_a_full_queue_is_429_and_nobody_is_503(
+    served: ReplicaConfig,
+) -> None:
+    async def question(client: Any, two: Two, front: Frontend) -> None:
         async def full(*_: Any) -> AsyncIterator[Message]:
             raise QueueFullError(9, 9)
             yield

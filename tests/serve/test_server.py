@@ -15,9 +15,9 @@ from tests.serve.server import BASE, add_adapter, made_base, running
 from veneer.decoding.schedule.scheduler import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
-from veneer.serve.engine.names import Names
+from veneer.serve.engine.names import ModelNames
 from veneer.serve.http import app as app_module
-from veneer.serve.http.keys import Key, Keys, hashed
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12}
@@ -758,7 +758,7 @@ def test_a_request_ends_when_its_time_is_over_and_says_so(library):
 
 def test_a_key_and_its_scope_are_asked_for(library):
     use, admin = "u" * 32, "a" * 32
-    keys = Keys([Key("use", hashed(use), "u"), Key("admin", hashed(admin), "a")])
+    keys = ApiKeys([ApiKey("use", hashed(use), "u"), ApiKey("admin", hashed(admin), "a")])
     with running(library, keys=keys) as server:
         ask = {"model": BASE, "messages": HELLO, "max_tokens": 1}
         assert server.post(CHAT, ask).status_code == 401
@@ -869,7 +869,7 @@ def test_an_adapter_that_is_called_as_the_base_is_listed_by_both_names():
         reference="b@1",
         version=SimpleNamespace(facts=facts, added="2026-01-01T00:00:00+00:00"),
     )
-    names = Names(
+    names = ModelNames(
         "b", SimpleNamespace(entries=lambda: [entry]), SimpleNamespace(fits=lambda entry: True)
     )
     assert [card["id"] for card in names.cards()] == ["b", "b:b"] and names.reference("b:b") == "b"

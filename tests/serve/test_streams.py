@@ -11,8 +11,8 @@ import pytest
 
 from tests.serve.server import BASE, running
 from veneer.library.library import Library
-from veneer.serve.engine.loop import Inbox, Update
-from veneer.serve.http.connection import Chunks
+from veneer.serve.engine.loop import Inbox, TokenUpdate
+from veneer.serve.http.connection import ChunkWriter
 
 HELLO = [{"role": "user", "content": "hello"}]
 ASK = {
@@ -35,13 +35,13 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def written(monkeypatch):
-    found, own = [], Chunks.write
+    found, own = [], ChunkWriter.write
 
     def write(self, body):
         found.append(body)
         own(self, body)
 
-    monkeypatch.setattr(Chunks, "write", write)
+    monkeypatch.setattr(ChunkWriter, "write", write)
     return found
 
 
@@ -81,7 +81,9 @@ def test_a_piece_follows_those_that_wait_to_be_sent(server, written, monkeypatch
     sent = stream(server, "/v1/completions", body, version=10)
     for seed in range(3):
         draw = Random(seed)
-        monkeypatch.setattr(Chunks, "open", property(lambda self, draw=draw: draw.random() < 0.5))
+        monkeypatch.setattr(
+            ChunkWriter, "open", property(lambda self, draw=draw: draw.random() < 0.5)
+        )
         written.clear()
         with server.unhurried():
             assert stream(server, "/v1/completions", body) == sent
@@ -94,7 +96,7 @@ def test_pieces_of_several_answers_are_sent_together(server, written):
 
 
 def test_an_update_is_taken_at_once_only_while_nothing_is_on_its_way():
-    updates = [Update(0, 0, [number], []) for number in range(9)]
+    updates = [TokenUpdate(0, 0, [number], []) for number in range(9)]
 
     async def asked():
         inbox, taken, heard = Inbox(every_step=True), [], []

@@ -33,11 +33,11 @@ from veneer.errors import VeneerError
 from veneer.serve.engine import adapters
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.http.guard import Guard
-from veneer.serve.http.keys import Key, Keys, hashed
+from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.protocols import chat, completions, messages, responses, tokens
-from veneer.serve.protocols.asked import Chat, Plain
 from veneer.serve.protocols.body import parsed
 from veneer.serve.protocols.conversation import conversation
+from veneer.serve.protocols.request import ChatPrompt, TextPrompt
 from veneer.serve.refusals import Refusal
 
 TRIES = 6
@@ -46,10 +46,10 @@ FLOOR_SECONDS = 0.008
 """What is quicker than this is taken for as slow: caches and a busy machine change short times
 most."""
 READ: dict[str, Callable[[dict[str, Any]], object]] = {
-    "/v1/chat/completions": chat.asked,
-    "/v1/completions": completions.asked,
-    "/v1/responses": responses.asked,
-    "/v1/messages": messages.asked,
+    "/v1/chat/completions": chat.read_request,
+    "/v1/completions": completions.read_request,
+    "/v1/responses": responses.read_request,
+    "/v1/messages": messages.read_request,
     "/tokenize": tokens.tokenized,
     "/detokenize": tokens.detokenized,
     "/v1/load_lora_adapter": adapters.loaded,
@@ -147,7 +147,7 @@ def prompts_of(make: Callable[[int], Any]) -> Callable[[int], Work]:
 
     def made(n: int) -> Work:
         asked = make(n)
-        prompt = asked if isinstance(asked, Plain) else Chat(*conversation(*asked))
+        prompt = asked if isinstance(asked, TextPrompt) else ChatPrompt(*conversation(*asked))
         return lambda: prompts.encode(prompt)
 
     return made
@@ -176,7 +176,7 @@ PROMPTS: dict[str, tuple[int, Callable[[int], Any]]] = {
     ),
     "tools": (12, lambda n: (HELLO, [tool(at) for at in range(n)])),
     "calls": (100, lambda n: (called(n), None)),
-    "a text": (20_000, lambda n: Plain(text="a b c " * (n // 6))),
+    "a text": (20_000, lambda n: TextPrompt(text="a b c " * (n // 6))),
 }
 
 
@@ -254,7 +254,9 @@ def headed(lines: bytes, target: bytes = b"/v1/models", *, part: int = 2**16) ->
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     guard = Guard(
-        answered, keys=Keys([Key("use", hashed("k" * 20), "one")]), origins=["https://page.example"]
+        answered,
+        keys=ApiKeys([ApiKey("use", hashed("k" * 20), "one")]),
+        origins=["https://page.example"],
     )
 
     async def sent(message: Any) -> None: ...

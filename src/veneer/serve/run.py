@@ -27,7 +27,7 @@ from veneer.serve.http.connection import (
     raise_open_files,
     room_for_connections,
 )
-from veneer.serve.http.keys import Keys
+from veneer.serve.http.keys import ApiKeys
 from veneer.serve.limits import KEEP_ALIVE_SECONDS, MOST_HEADER_BYTES
 
 BACKLOG = 2048
@@ -37,7 +37,7 @@ ENDING_SECONDS = 0.5
 are cancelled, such as those whose body has not arrived."""
 
 
-def check_reach(host: str, keys: Keys) -> None:
+def check_reach(host: str, keys: ApiKeys) -> None:
     """ConfigError: others would reach it, and nobody would be asked for a key."""
     if not is_loopback(host) and not keys:
         raise ConfigError(

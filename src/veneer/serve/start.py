@@ -21,11 +21,11 @@ from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
 from veneer.models.frozen_base import FrozenBase
 from veneer.plan.machine import memory_bytes
-from veneer.serve.engine.names import Names
+from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.service import ServeLimits, Service
 from veneer.serve.http.app import PATHS, application
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
-from veneer.serve.http.keys import Keys, read_keys
+from veneer.serve.http.keys import ApiKeys, read_keys
 from veneer.serve.run import Server, check_reach, listening
 from veneer.serve.runs import Runs
 
@@ -35,7 +35,7 @@ CACHE_SHARE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServeSettings:
     """name            of the base as a model; None: as it was loaded
     cache_bytes     of keys and values; None: a part of the machine's memory
     adapters_bytes  of all adapters in memory
@@ -74,21 +74,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenServer:
     """Ready to run. socket: listens already."""
 
     server: Server
     socket: socket.socket
     service: Service
     residents: Residents
-    keys: Keys
+    keys: ApiKeys
 
     @property
     def url(self) -> str:
         return url_of(self.socket)
 
 
-def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
+def keys_of(settings: ServeSettings, environment: Mapping[str, str]) -> ApiKeys:
     """Before anything is loaded. VeneerError: no keys where they are needed, or such that are
     none."""
     keys = read_keys(settings.keys, environment)
@@ -96,7 +96,7 @@ def keys_of(settings: Settings, environment: Mapping[str, str]) -> Keys:
     return keys
 
 
-def service_of(base: FrozenBase, library: Library, settings: Settings) -> Service:
+def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> Service:
     """What answers. VeneerError: the base cannot be served, an adapter that is to stay does not
     fit."""
     runs = Runs(settings.runs)
@@ -109,7 +109,7 @@ def service_of(base: FrozenBase, library: Library, settings: Settings) -> Servic
         base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits
     )
     positions = engine.scheduler.positions
-    names = Names(name, library, residents, created=int(time.time()), positions=positions)
+    names = ModelNames(name, library, residents, created=int(time.time()), positions=positions)
     limits = ServeLimits(seconds=settings.seconds, drain_seconds=settings.drain_seconds)
     asked = partial(Preamble.asked, system=settings.system, variables=settings.variables)
     service = Service(
@@ -121,7 +121,9 @@ def service_of(base: FrozenBase, library: Library, settings: Settings) -> Servic
     return service
 
 
-def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Keys) -> Opened:
+def open_server(
+    base: FrozenBase, library: Library, settings: ServeSettings, keys: ApiKeys
+) -> OpenServer:
     """VeneerError: as service_of, and the port is taken."""
     service = service_of(base, library, settings)
     server, listener = guarded(
@@ -132,13 +134,13 @@ def open_server(base: FrozenBase, library: Library, settings: Settings, keys: Ke
         closing=service.loop.refuse_new,
         ending=service.loop.abort,
     )
-    return Opened(server, listener, service, service.residents, keys)
+    return OpenServer(server, listener, service, service.residents, keys)
 
 
 def guarded(
     app: ASGIApp,
-    settings: Settings,
-    keys: Keys,
+    settings: ServeSettings,
+    keys: ApiKeys,
     *,
     counted: Callable[[str, int, float], None],
     closing: Callable[[], None],
@@ -160,7 +162,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def cache_bytes(settings: Settings) -> int:
+def cache_bytes(settings: ServeSettings) -> int:
     if settings.cache_bytes is not None:
         return settings.cache_bytes
     return min((memory_bytes() or 4 * 2**30) // CACHE_SHARE, MOST_CACHE_BYTES)

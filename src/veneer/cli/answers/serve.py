@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     import socket
 
     from veneer.library.library import Library
-    from veneer.serve.http.keys import Keys
+    from veneer.serve.http.keys import ApiKeys
     from veneer.serve.run import Server
-    from veneer.serve.start import Settings
+    from veneer.serve.start import ServeSettings
 
 NAMES_SHOWN = 6
 COLUMNS = 80
@@ -231,7 +231,7 @@ class ListeningServer:
 
 
 def _start_here(
-    args: argparse.Namespace, settings: Settings, keys: Keys, library: Library
+    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     """In this process. ConfigError: flags that only a cluster has a use for."""
     given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
@@ -254,12 +254,12 @@ def _start_here(
 
 
 def _start_on_ray(
-    args: argparse.Namespace, settings: Settings, keys: Keys, library: Library
+    args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     from veneer.files.home import name_of
     from veneer.serve.replicas.front import open_front
-    from veneer.serve.replicas.ray_replicas import RayReplicas, Size
-    from veneer.serve.replicas.replica import Served
+    from veneer.serve.replicas.ray_replicas import RayReplicas, ReplicaSize
+    from veneer.serve.replicas.replica import ReplicaConfig
     from veneer.serve.start import url_of
 
     replicas = args.replicas or 1
@@ -272,10 +272,10 @@ def _start_on_ray(
         )
     base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
     settings = replace(settings, name=settings.name or name_of(args.base))
-    served = Served(
+    served = ReplicaConfig(
         base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings
     )
-    behind = RayReplicas(args.address, served, Size(replicas, most, args.cpus))
+    behind = RayReplicas(args.address, served, ReplicaSize(replicas, most, args.cpus))
     try:
         server, listener = open_front(behind, settings, keys)
     except BaseException:
@@ -288,19 +288,19 @@ def _start_on_ray(
     return ListeningServer(server, listener, told, behind.close)
 
 
-PLACES: dict[str, Callable[[argparse.Namespace, Settings, Keys, Library], ListeningServer]] = {
+PLACES: dict[str, Callable[[argparse.Namespace, ServeSettings, ApiKeys, Library], ListeningServer]] = {
     "here": _start_here,
     "ray": _start_on_ray,
 }
 ON_RAY = ("address", "replicas", "max_replicas", "cpus")
 
 
-def _read_settings(args: argparse.Namespace) -> Settings:
+def _read_settings(args: argparse.Namespace) -> ServeSettings:
     from veneer.decoding.schedule.scheduler import Limits
-    from veneer.serve.start import Settings
+    from veneer.serve.start import ServeSettings
 
     steps = max(Limits.step_tokens, args.rows)
-    return Settings(
+    return ServeSettings(
         host=args.host,
         port=args.port,
         name=args.name,
@@ -325,7 +325,7 @@ def _read_settings(args: argparse.Namespace) -> Settings:
 
 
 def _describe(
-    base: str, adapters: list[str], holds: str, url: str, keys: Keys, host: str
+    base: str, adapters: list[str], holds: str, url: str, keys: ApiKeys, host: str
 ) -> list[str]:
     """What is served, where, and to whom."""
     from veneer.serve.run import is_loopback

@@ -36,16 +36,16 @@ PIN = (Field("name", _NAME, "an adapter, as in model", required=True),)
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadRequest:
     name: str
     reference: str
     in_place: bool
 
 
-def loaded(body: dict[str, Any]) -> Loading:
+def loaded(body: dict[str, Any]) -> LoadRequest:
     """Refusal: 400."""
     values = read_fields(LOAD, body)
-    return Loading(values["lora_name"], values["lora_path"], values.get("load_inplace", False))
+    return LoadRequest(values["lora_name"], values["lora_path"], values.get("load_inplace", False))
 
 
 def unloaded(body: dict[str, Any]) -> str:

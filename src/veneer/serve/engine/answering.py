@@ -13,15 +13,15 @@ from veneer.decoding.schedule.blocks import Identity
 from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.decoding.text import TextStream, stop_check, text_of
 from veneer.decoding.tool_calls.calls import CallReader, CallStyle
-from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, Update
+from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, TokenUpdate
 from veneer.serve.engine.token_text import TokenTexts
-from veneer.serve.protocols.answers import Call, Chance, End, Piece, Usage
-from veneer.serve.protocols.asked import Asked
+from veneer.serve.protocols.answers import AnswerDelta, AnswerEnd, TokenLogprob, ToolCall, Usage
+from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal, refusal_of
 
 
 def requests_of(
-    asked: Asked,
+    asked: GenerationRequest,
     prompts: Sequence[Sequence[int]],
     lengths: Sequence[int],
     *,
@@ -56,16 +56,16 @@ def requests_of(
     ]
 
 
-class Sink(Protocol):
+class DeltaSink(Protocol):
     """Takes pieces, while it is open."""
 
     @property
     def open(self) -> bool: ...
 
-    def take(self, piece: Piece) -> None: ...
+    def take(self, piece: AnswerDelta) -> None: ...
 
 
-class Answering:
+class Generation:
     """The answers to all prompts of a request: as they come, where it is streamed. Leaving its
     block ends what has not ended.
 
@@ -77,7 +77,7 @@ class Answering:
         self,
         loop: EngineLoop,
         requests: Sequence[Request],
-        asked: Asked,
+        asked: GenerationRequest,
         texts: TokenTexts,
         grammar: Grammar | None = None,
     ) -> None:
@@ -85,10 +85,10 @@ class Answering:
         self._grammar = grammar
         self._inbox = Inbox(every_step=asked.stream)
         self._tickets: list[Ticket] = []
-        self._spelled: list[list[_Spelled]] = []
+        self._spelled: list[list[_AnswerDecoder]] = []
         self.style: CallStyle | None = None
 
-    async def __aenter__(self) -> Answering:
+    async def __aenter__(self) -> Generation:
         """All of them wait to be answered, or none. Refusal."""
         try:
             for number, request in enumerate(self._requests):
@@ -115,12 +115,12 @@ class Answering:
             sum(each.new for each in self._tickets),
         )
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
+    async def pieces(self) -> AsyncIterator[list[AnswerDelta]]:
         """Those that come together, until every answer has ended. Refusal: one cannot be answered;
         the others end with it."""
         self._spelled = [
             [
-                _Spelled(self._texts, request, self._asked, self.style, self._grammar)
+                _AnswerDecoder(self._texts, request, self._asked, self.style, self._grammar)
                 for _ in range(request.choices)
             ]
             for request in self._requests
@@ -135,7 +135,7 @@ class Answering:
                 found.append(self._piece(update))
             yield found
 
-    def hand_to(self, sink: Sink) -> None:
+    def hand_to(self, sink: DeltaSink) -> None:
         """From the second piece on, those of an answer that is alone go there in the turn that
         tells of them, for as long as it is open. `pieces` has the others, the last among them."""
         if (
@@ -143,7 +143,7 @@ class Answering:
         ):  # of which a step's pieces are sent together
             return
 
-        def taking(update: Update) -> bool:
+        def taking(update: TokenUpdate) -> bool:
             if update.ended or not sink.open:
                 return False
             sink.take(self._piece(update))
@@ -151,19 +151,19 @@ class Answering:
 
         self._inbox.taking = taking
 
-    def _piece(self, update: Update) -> Piece:
+    def _piece(self, update: TokenUpdate) -> AnswerDelta:
         index = update.request * self._asked.choices + update.choice
         return self._spelled[update.request][update.choice].piece(index, update)
 
 
-class _Spelled:
+class _AnswerDecoder:
     """One answer's tokens as text."""
 
     def __init__(
         self,
         texts: TokenTexts,
         request: Request,
-        asked: Asked,
+        asked: GenerationRequest,
         style: CallStyle | None,
         grammar: Grammar | None,
     ) -> None:
@@ -174,7 +174,7 @@ class _Spelled:
         self._ids: list[int] = []
         self._whole = ""  # with marks, where there are any
 
-    def piece(self, index: int, update: Update) -> Piece:
+    def piece(self, index: int, update: TokenUpdate) -> AnswerDelta:
         tokens, chances = update.tokens, update.chances
         stopped = None
         if update.reason is FinishReason.STOP and tokens and tokens[-1] in self._request.stops:
@@ -182,7 +182,7 @@ class _Spelled:
             chances = chances[: len(tokens)]
         text = "".join(map(self._text, tokens)) if self._marks else self._stream.push_all(tokens)
         self._ids += tokens
-        calls: list[Call] = []
+        calls: list[ToolCall] = []
         end = None
         if update.reason is not None:
             text += self._stream.end()
@@ -195,8 +195,8 @@ class _Spelled:
             if end is not None:
                 rest, more = self._calls.end()
                 text, found = text + rest, found + more
-            calls = [Call(name, arguments) for name, arguments in found]
-        return Piece(index, text, tuple(map(self._chance, chances)), tuple(calls), end)
+            calls = [ToolCall(name, arguments) for name, arguments in found]
+        return AnswerDelta(index, text, tuple(map(self._chance, chances)), tuple(calls), end)
 
     def _text(self, token: int) -> str:
         """Where calls are looked for, their marks are text too."""
@@ -207,13 +207,13 @@ class _Spelled:
             else self._stream.end() + mark
         )
 
-    def _end(self, reason: FinishReason, stop_token: int | None) -> End:
+    def _end(self, reason: FinishReason, stop_token: int | None) -> AnswerEnd:
         if reason is FinishReason.DEADLINE and not self._ids:
             raise Refusal(408, "The time for this request is over, and nothing is answered yet.")
         if reason is FinishReason.CANCELLED:
             raise Refusal(503, "This request was ended.")
         if reason in (FinishReason.LENGTH, FinishReason.DEADLINE):
-            return End(
+            return AnswerEnd(
                 "length" if reason is FinishReason.LENGTH else "deadline",
                 None if reason is FinishReason.LENGTH else "deadline",
             )
@@ -221,8 +221,10 @@ class _Spelled:
         if self._stream.stopped:
             text = text_of(self._texts.tokenizer, self._ids)
             ends = {stop: text.find(stop) + len(stop) for stop in self._asked.stops if stop in text}
-            return End("stop", min(ends, key=lambda stop: (ends[stop], -len(stop)), default=None))
-        return End("stop", stop_token if stop_token in self._asked.stop_tokens else None)
+            return AnswerEnd(
+                "stop", min(ends, key=lambda stop: (ends[stop], -len(stop)), default=None)
+            )
+        return AnswerEnd("stop", stop_token if stop_token in self._asked.stop_tokens else None)
 
     def _check_shape(self) -> None:
         """An answer that was not cut is what was asked for. What a grammar cannot hold, a check
@@ -240,6 +242,6 @@ class _Spelled:
                 "answer_refused",
             )
 
-    def _chance(self, chance: TokenChance) -> Chance:
+    def _chance(self, chance: TokenChance) -> TokenLogprob:
         others = tuple(self._texts.chance(token, log) for token, log in chance.alternatives)
         return self._texts.chance(chance.token, chance.logprob, others)

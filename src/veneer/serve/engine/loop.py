@@ -27,8 +27,7 @@ from typing import NamedTuple, TypeVar
 
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import TokenChance
-from veneer.decoding.schedule.sequence import FinishReason, Request
-from veneer.decoding.schedule.sequence import Sequence as Answer
+from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence
 from veneer.errors import QueueFullError, VeneerError, is_out_of_memory
 from veneer.kernels.bindings.library import end_helpers
 from veneer.serve.refusals import Refusal, shutting_down
@@ -49,7 +48,7 @@ loading it waited 5 ms some hundred times a step: a step of 160 tokens of a mode
 3.6 to 5.6 s in place of 0.9 s on two busy cores."""
 
 
-class Update(NamedTuple):
+class TokenUpdate(NamedTuple):
     """What one answer got since it was told last. request: its number in the inbox; choice: which
     of its answers.
 
@@ -78,11 +77,11 @@ class Inbox:
 
     def __init__(self, *, every_step: bool) -> None:
         self.every_step = every_step
-        self.taking: Callable[[Update], bool] | None = None
-        self._told: list[Update] = []
+        self.taking: Callable[[TokenUpdate], bool] | None = None
+        self._told: list[TokenUpdate] = []
         self._waiting: asyncio.Future[None] | None = None  # the task, for the first
 
-    async def taken(self) -> list[Update]:
+    async def taken(self) -> list[TokenUpdate]:
         """All that has come since the last time, once there is anything."""
         if not self._told:
             self._waiting = asyncio.get_running_loop().create_future()
@@ -93,7 +92,7 @@ class Inbox:
         told, self._told = self._told, []
         return told
 
-    def put(self, update: Update) -> None:
+    def put(self, update: TokenUpdate) -> None:
         if self._waiting is not None and not self._waiting.done():  # it is behind nothing
             try:
                 if self.taking is not None and self.taking(update):
@@ -113,7 +112,7 @@ class Ticket:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when it waits to be answered; raises why it does not."""
         self.accepted.add_done_callback(_retrieve)
-        self.answers: tuple[Answer, ...] = ()
+        self.answers: tuple[Sequence, ...] = ()
         """Once it is accepted; the engine's thread changes them."""
         self.numbers: tuple[int, ...] = ()
         """The numbers of its answers in the engine. Only the engine's thread reads and writes
@@ -136,11 +135,11 @@ class Ticket:
         if self._left:
             self._loop._cancel(self)
 
-    def tell(self, update: Update) -> None:
+    def tell(self, update: TokenUpdate) -> None:
         self._left -= update.ended
         self.inbox.put(update)
 
-    def accept(self, answers: tuple[Answer, ...], fault: Exception | None) -> None:
+    def accept(self, answers: tuple[Sequence, ...], fault: Exception | None) -> None:
         self.answers = answers
         if self.accepted.done():
             return
@@ -152,16 +151,16 @@ class Ticket:
 
 
 @dataclass
-class _Open:
+class _OpenSequence:
     """An answer that has not ended. told: how many of its tokens are. error: why it is being
     cancelled."""
 
-    answer: Answer
+    answer: Sequence
     ticket: Ticket
     told: int = 0
     error: Exception | None = None
 
-    def news(self) -> Update | None:
+    def news(self) -> TokenUpdate | None:
         """What its ticket is to be told now."""
         answer, told = self.answer, self.told
         ended = answer.reason is not None
@@ -171,7 +170,7 @@ class _Open:
         self.told += len(new)
         error = self.error or answer.error if ended else None
         reason = answer.reason if error is None else None
-        return Update(self.ticket.number, answer.choice, new, chances, reason, error)
+        return TokenUpdate(self.ticket.number, answer.choice, new, chances, reason, error)
 
 
 class EngineLoop:
@@ -188,7 +187,7 @@ class EngineLoop:
         self._adding = 0  # and those that the thread has not seen yet
         self._wake = threading.Event()
         self._closing = self._stopping = self._aborting = False
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenSequence] = {}
         self._switch_seconds = sys.getswitchinterval()
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
 
@@ -315,13 +314,13 @@ class EngineLoop:
 
     def _add(self, ticket: Ticket) -> None:
         fault: Exception | None = None
-        answers: tuple[Answer, ...] = ()
+        answers: tuple[Sequence, ...] = ()
         try:
             answers = self._engine.add(ticket.request)
         except Exception as error:  # a mistake of the request, or a bug: it alone ends
             fault = error
         else:
-            self._open |= {answer.number: _Open(answer, ticket) for answer in answers}
+            self._open |= {answer.number: _OpenSequence(answer, ticket) for answer in answers}
             ticket.numbers = tuple(answer.number for answer in answers)
 
         def accept() -> None:
@@ -330,7 +329,7 @@ class EngineLoop:
 
         self._later(accept)
 
-    def _end(self, some: list[_Open], error: Exception | None) -> None:
+    def _end(self, some: list[_OpenSequence], error: Exception | None) -> None:
         for each in some:
             each.error = each.error or error
             self._engine.cancel(each.answer)
@@ -381,7 +380,7 @@ class EngineLoop:
             log.debug("the event loop has ended")
 
 
-def _tell(told: list[tuple[Ticket, Update]]) -> None:
+def _tell(told: list[tuple[Ticket, TokenUpdate]]) -> None:
     for ticket, update in told:
         ticket.tell(update)
 

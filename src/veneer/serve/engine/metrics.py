@@ -33,7 +33,7 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class State:
+class EngineState:
     """Of the engine, between two steps."""
 
     running: int
@@ -46,12 +46,12 @@ class State:
     waiting_adapters: tuple[Identity, ...]
 
 
-def state_of(engine: Engine) -> State:
+def state_of(engine: Engine) -> EngineState:
     """Asked on the engine's thread."""
     scheduler = engine.scheduler
     running, waiting = scheduler.running, scheduler.waiting
     blocks = scheduler.blocks
-    return State(
+    return EngineState(
         len(running),
         len(waiting),
         blocks.num_blocks,
@@ -94,7 +94,7 @@ class Metrics:
 
     def text(
         self,
-        state: State,
+        state: EngineState,
         names: Mapping[str, str],
         memory: Mapping[str, int],
         extra: Mapping[str, float],
@@ -105,7 +105,7 @@ class Metrics:
 
     def _lines(
         self,
-        state: State,
+        state: EngineState,
         names: Mapping[str, str],
         memory: Mapping[str, int],
         extra: Mapping[str, float],

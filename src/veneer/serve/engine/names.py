@@ -49,7 +49,7 @@ BASE_STAYS = (
 UNLOADED = "Success: LoRA adapter '{}' removed successfully."
 
 
-class Adapters(Protocol):
+class ResidentAdapters(Protocol):
     """What of library/residents/residents.py is asked here. Both may raise a VeneerError."""
 
     def resolve(self, name: str, weight: float = 1.0) -> Identity: ...
@@ -60,7 +60,7 @@ class Adapters(Protocol):
 
 
 @dataclass(frozen=True)
-class Model:
+class ServedModel:
     """name: as it was asked for. adapters: name and content of each that acts; none: the base."""
 
     name: str
@@ -72,14 +72,14 @@ class Model:
         return "-".join(content[:8] for content, _ in self.identity) or "base"
 
 
-class Names:
+class ModelNames:
     """Called from any thread; reads files."""
 
     def __init__(
         self,
         base_name: str,
         library: Library,
-        adapters: Adapters,
+        adapters: ResidentAdapters,
         *,
         created: int = 0,
         positions: int | None = None,
@@ -91,7 +91,7 @@ class Names:
         self._hidden: set[str] = set()
         self._lock = threading.Lock()
 
-    def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
+    def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> ServedModel:
         """What a request's `model` means, and its `adapters`. Refusal: 404. VeneerError: it cannot
         act."""
         if not weighted:
@@ -102,18 +102,18 @@ class Names:
         identity = tuple(part for each in parts for part in each.identity)
         if len({content for content, _ in identity}) < len(weighted):
             raise Refusal(400, "adapters: each is another one, and none is the base.", "adapters")
-        return Model(name, identity, tuple(pair for each in parts for pair in each.adapters))
+        return ServedModel(name, identity, tuple(pair for each in parts for pair in each.adapters))
 
-    def _one(self, name: str, weight: float) -> Model:
+    def _one(self, name: str, weight: float) -> ServedModel:
         if name == self.base_name:
-            return Model(name, ())
+            return ServedModel(name, ())
         reference = self.reference(name)
         try:
             identity = self._adapters.resolve(reference, weight)
         except UnknownNameError:
             raise self._unknown(name) from None
         called = reference.partition("@")[0]
-        return Model(name, identity, tuple((called, content) for content, _ in identity))
+        return ServedModel(name, identity, tuple((called, content) for content, _ in identity))
 
     def reference(self, name: str) -> str:
         """Of the library. Refusal: 404, the same for what is not there and for what was taken

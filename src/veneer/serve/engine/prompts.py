@@ -21,8 +21,8 @@ from veneer.data.template.template import ChatTemplate
 from veneer.decoding.tool_calls.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.serve.limits import MOST_PROMPTS_WAITING
-from veneer.serve.protocols.asked import Chat, Plain, Prompt
 from veneer.serve.protocols.call_style import NO_TOOLS, call_style
+from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
 
 TOKENIZERS_KEPT = 8
@@ -50,7 +50,7 @@ class Prompts:
     ) -> list[list[int]]:
         """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
         if not preamble.tokens and all(
-            isinstance(prompt, Plain) and prompt.ids is not None for prompt in prompts
+            isinstance(prompt, TextPrompt) and prompt.ids is not None for prompt in prompts
         ):
             return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
         return await self._apart(lambda: [self.encode(prompt, preamble) for prompt in prompts])
@@ -83,7 +83,7 @@ class Prompts:
 
     def encode(self, prompt: Prompt, preamble: Preamble = NONE) -> list[int]:
         """Refusal, DataError."""
-        if isinstance(prompt, Chat):
+        if isinstance(prompt, ChatPrompt):
             return self._chat(prompt, preamble)
         if prompt.ids is not None:
             ids = list(prompt.ids)
@@ -104,7 +104,7 @@ class Prompts:
         """The template over a tokenizer with these tokens. On the thread of prompts alone."""
         return self._others(tokens) if tokens else self.template
 
-    def _chat(self, prompt: Chat, preamble: Preamble) -> list[int]:
+    def _chat(self, prompt: ChatPrompt, preamble: Preamble) -> list[int]:
         if prompt.tools and self.style is None:
             raise Refusal(400, NO_TOOLS, "tools")
         messages = preamble.opening(prompt.messages)

@@ -22,15 +22,15 @@ from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.serve.engine.answering import Answering, requests_of
+from veneer.serve.engine.answering import Generation, requests_of
 from veneer.serve.engine.loop import EngineLoop
 from veneer.serve.engine.metrics import Metrics, state_of
-from veneer.serve.engine.names import Model, Names
+from veneer.serve.engine.names import ModelNames, ServedModel
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.limits import BODY_BYTES
-from veneer.serve.protocols.asked import Asked, Prompt
-from veneer.serve.protocols.grammars import Shapes
+from veneer.serve.protocols.grammars import ShapeGrammars
+from veneer.serve.protocols.request import GenerationRequest, Prompt
 from veneer.serve.refusals import Refusal, refusal_of, refusing, unknown_adapter
 from veneer.serve.runs import Runs
 
@@ -58,7 +58,7 @@ class Service:
         self,
         base: FrozenBase,
         engine: Engine,
-        names: Names,
+        names: ModelNames,
         residents: Residents,
         *,
         limits: ServeLimits | None = None,
@@ -89,7 +89,7 @@ class Service:
         )
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
-        self._shapes = Shapes(grammars, self.prompts.style)
+        self._shapes = ShapeGrammars(grammars, self.prompts.style)
         folders = {residents.library.folder: "the library", self.runs.folder: "the folder of runs"}
         folders |= {Path(each): names.base_name for each in (base.source, base.name_or_path)}
         absolute = [
@@ -107,7 +107,7 @@ class Service:
         )  # which wait for room
         self._looks = ThreadPoolExecutor(1, thread_name_prefix="veneer-looks")
 
-    def fingerprint(self, model: Model) -> str:
+    def fingerprint(self, model: ServedModel) -> str:
         return f"vn-{self._base_digest}-{model.content}"
 
     async def apart(self, function: Callable[[], T]) -> T:
@@ -139,14 +139,14 @@ class Service:
                 blocks.enter_context(told_as(folder, name))
             yield
 
-    async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> Model:
+    async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> ServedModel:
         """Refusal: 404, or why its adapter cannot act."""
         with refusing("model"):
             found = await self.apart(lambda: self.names.model(name, weighted))
         self._label(found)
         return found
 
-    def _label(self, found: Model) -> None:
+    def _label(self, found: ServedModel) -> None:
         """What metrics call its contents."""
         for name, content in found.adapters:
             self._labels.pop(content, None)
@@ -154,13 +154,13 @@ class Service:
         while len(self._labels) > MOST_LABELS:
             del self._labels[next(iter(self._labels))]
 
-    async def ids(self, prompts: Sequence[Prompt], model: Model) -> list[list[int]]:
+    async def ids(self, prompts: Sequence[Prompt], model: ServedModel) -> list[list[int]]:
         """Of each prompt, asked as the model was trained. Refusal."""
         with refusing("model"):
             preamble = await self.apart(lambda: self.residents.preamble(model.identity))
         return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
-    async def begin(self, asked: Asked, caller: str) -> tuple[Model, Answering]:
+    async def begin(self, asked: GenerationRequest, caller: str) -> tuple[ServedModel, Generation]:
         """The answers, which wait once their block is entered. Refusal: before anything waits."""
         base = asked.model == self.names.base_name and not asked.adapters  # of which no file tells
         model, preamble, front = (
@@ -198,11 +198,11 @@ class Service:
                 "min_tokens",
             )
         self.metrics.prompt(sum(map(len, prompts)))
-        answering = Answering(self.loop, requests, asked, texts, grammar)
+        answering = Generation(self.loop, requests, asked, texts, grammar)
         answering.style = self.prompts.style if asked.parses_calls else None
         return model, answering
 
-    def _known(self, asked: Asked) -> tuple[Model, Preamble, int]:
+    def _known(self, asked: GenerationRequest) -> tuple[ServedModel, Preamble, int]:
         """The model, how its conversations begin, places of its prefix: all that files say of it,
         read at one go.
 
@@ -214,7 +214,7 @@ class Service:
         with refusing("adapters"), self._without_folders():
             return model, preamble, self.residents.front_places(model.identity)
 
-    async def _grammar(self, asked: Asked) -> Grammar | None:
+    async def _grammar(self, asked: GenerationRequest) -> Grammar | None:
         """What the answers follow. Refusal: it cannot be followed."""
         if (shape := asked.shape) is None:
             return None

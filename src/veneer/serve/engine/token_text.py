@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from veneer.data.template.new_tokens import extended
-from veneer.serve.protocols.answers import Chance
+from veneer.serve.protocols.answers import TokenLogprob
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _FEWEST = -9999.0
@@ -29,9 +29,13 @@ class TokenTexts:
         """The same with tokens that an adapter brings."""
         return self._others(tokens) if tokens else self
 
-    def chance(self, token: int, logprob: float, alternatives: tuple[Chance, ...] = ()) -> Chance:
+    def chance(
+        self, token: int, logprob: float, alternatives: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
         text, own = self._spelled(token)
-        return Chance(text, max(logprob, _FEWEST), None if own is None else list(own), alternatives)
+        return TokenLogprob(
+            text, max(logprob, _FEWEST), None if own is None else list(own), alternatives
+        )
 
     def _spell(self, token: int) -> tuple[str, bytes | None]:
         text = str(self.tokenizer.decode([token]))

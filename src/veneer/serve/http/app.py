@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from types import ModuleType
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -16,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from veneer.errors import VeneerError
-from veneer.serve.engine.adapters import Loading, card_of, loaded, pinned, unloaded
+from veneer.serve.engine.adapters import LoadRequest, card_of, loaded, pinned, unloaded
 from veneer.serve.engine.service import Service
 from veneer.serve.http.details import angle_between, details
 from veneer.serve.http.exchange import Exchange
@@ -25,8 +24,9 @@ from veneer.serve.http.keys import Caller
 from veneer.serve.http.page import page
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols import chat, completions, messages, responses
-from veneer.serve.protocols.asked import Asked
+from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import parsed, read_body
+from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.tokens import detokenized, tokenized
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.wording import shown
@@ -34,11 +34,11 @@ from veneer.wording import shown
 log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
 Read = TypeVar("Read")
-PROTOCOLS: dict[str, ModuleType] = {
-    "/v1/chat/completions": chat,
-    "/v1/completions": completions,
-    "/v1/responses": responses,
-    "/v1/messages": messages,
+PROTOCOLS: dict[str, ApiProtocol] = {
+    "/v1/chat/completions": chat.PROTOCOL,
+    "/v1/completions": completions.PROTOCOL,
+    "/v1/responses": responses.PROTOCOL,
+    "/v1/messages": messages.PROTOCOL,
 }
 NOT_SERVED = {
     "/v1/embeddings": "a causal language model makes no embeddings",
@@ -103,17 +103,17 @@ def _routes(service: Service) -> list[Route]:
 
         return Route(path, _answered(endpoint), methods=["POST"])
 
-    def protocol_route(path: str, protocol: ModuleType) -> Route:
-        async def answer(asked: Asked, request: Request) -> Response:
+    def protocol_route(path: str, protocol: ApiProtocol) -> Route:
+        async def answer(asked: GenerationRequest, request: Request) -> Response:
             return Exchange(service, protocol, asked, _caller(request).name, path)
 
-        return post(path, protocol.asked, answer)
+        return post(path, protocol.read, answer)
 
-    async def count(asked: Asked, request: Request) -> Response:
+    async def count(asked: GenerationRequest, request: Request) -> Response:
         (ids,) = await service.ids(asked.prompts, await service.model(asked.model))
         return JSONResponse({"input_tokens": len(ids)})
 
-    async def tokenize(told: tuple[Asked, bool], request: Request) -> Response:
+    async def tokenize(told: tuple[GenerationRequest, bool], request: Request) -> Response:
         asked, wants_strings = told
         (ids,) = await service.ids(
             asked.prompts, await service.model(asked.model or service.names.base_name)
@@ -127,7 +127,7 @@ def _routes(service: Service) -> list[Route]:
         await service.model(model or service.names.base_name)
         return JSONResponse({"prompt": await service.prompts.text(ids)})
 
-    async def load(wanted: Loading, request: Request) -> Response:
+    async def load(wanted: LoadRequest, request: Request) -> Response:
         await service.apart(
             lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place)
         )
@@ -203,7 +203,7 @@ def _routes(service: Service) -> list[Route]:
 
     return [
         *(protocol_route(path, protocol) for path, protocol in PROTOCOLS.items()),
-        post("/v1/messages/count_tokens", messages.counted, count),
+        post("/v1/messages/count_tokens", messages.read_count_request, count),
         post("/tokenize", tokenized, tokenize),
         post("/detokenize", detokenized, detokenize),
         post("/v1/load_lora_adapter", loaded, load, "admin"),

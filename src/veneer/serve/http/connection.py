@@ -35,7 +35,7 @@ TOO_MANY = (
 )
 
 
-class Owed(Enum):
+class AwaitedInput(Enum):
     """What a client owes: the next request, the rest of its header or its body, or to read the last
     answer."""
 
@@ -45,7 +45,7 @@ class Owed(Enum):
     END = auto()
 
 
-class Chunks:
+class ChunkWriter:
     """Of one answer, which has begun by `send` and ends by it."""
 
     def __init__(self, connection: H11Protocol) -> None:
@@ -90,7 +90,7 @@ class Connection(H11Protocol):
     server_state: Connections
     _clock: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
-    _owed: Owed | None = None
+    _owed: AwaitedInput | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -144,36 +144,40 @@ class Connection(H11Protocol):
             self._clock.cancel()
             self._clock = None
         self.server_state.idle.pop(self, None)
-        if owed in (Owed.REQUEST, Owed.HEADER):
+        if owed in (AwaitedInput.REQUEST, AwaitedInput.HEADER):
             self.server_state.idle[self] = None
         if owed is not None:
             self._clock = self.loop.call_later(_seconds(owed), self.drop)
 
-    def _owed_now(self) -> Owed | None:
+    def _owed_now(self) -> AwaitedInput | None:
         """None: the client waits for an answer."""
         state = self.conn.their_state
         if self.transport.is_closing():
-            return Owed.END
+            return AwaitedInput.END
         if state is h11.SEND_BODY:
-            return Owed.BODY
+            return AwaitedInput.BODY
         if state is not h11.IDLE:
             return None
-        begun = self.cycle is None or self._owed is Owed.HEADER or self.conn.trailing_data[0]
-        return Owed.HEADER if begun else Owed.REQUEST
+        begun = (
+            self.cycle is None or self._owed is AwaitedInput.HEADER or self.conn.trailing_data[0]
+        )
+        return AwaitedInput.HEADER if begun else AwaitedInput.REQUEST
 
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and self.scope["http_version"] == "1.1":  # others know no chunks
             extensions = self.scope.setdefault("extensions", {})
             if CHUNKS not in extensions:
-                extensions[CHUNKS] = {"of": Chunks(self)}
+                extensions[CHUNKS] = {"of": ChunkWriter(self)}
 
 
-def _seconds(owed: Owed) -> float:
+def _seconds(owed: AwaitedInput) -> float:
     """How long the client has for it."""
-    if owed is Owed.BODY:  # the application has told the client that it is late, a little earlier
+    if (
+        owed is AwaitedInput.BODY
+    ):  # the application has told the client that it is late, a little earlier
         return limits.BODY_SECONDS + LATE_SECONDS
-    return limits.KEEP_ALIVE_SECONDS if owed is Owed.REQUEST else limits.HEADER_SECONDS
+    return limits.KEEP_ALIVE_SECONDS if owed is AwaitedInput.REQUEST else limits.HEADER_SECONDS
 
 
 def raise_open_files() -> None:
@@ -215,7 +219,7 @@ def room_for_connections() -> tuple[int, int]:
     return min(free // 2, MOST_CONNECTIONS), min(free // 8, MOST_AT_ONCE)
 
 
-def chunks_of(scope: Scope) -> Chunks | None:
+def chunks_of(scope: Scope) -> ChunkWriter | None:
     """How pieces of the answer to a request are written, where they can be."""
-    found: Chunks | None = (scope.get("extensions") or {}).get(CHUNKS, {}).get("of")
+    found: ChunkWriter | None = (scope.get("extensions") or {}).get(CHUNKS, {}).get("of")
     return found

@@ -8,18 +8,24 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import suppress
-from types import ModuleType
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from veneer.serve.engine.answering import Answering
+from veneer.serve.engine.answering import Generation
 from veneer.serve.engine.service import Service
-from veneer.serve.http.connection import Chunks, chunks_of
+from veneer.serve.http.connection import ChunkWriter, chunks_of
 from veneer.serve.http.guard import answer_to
-from veneer.serve.protocols.answers import Answer, Head, Piece, Reason, Streamed
-from veneer.serve.protocols.asked import Asked
+from veneer.serve.protocols.answers import (
+    AnswerDelta,
+    ApiProtocol,
+    EventStream,
+    GeneratedAnswer,
+    Reason,
+    ResponseHead,
+)
+from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 
 log = logging.getLogger("veneer.serve")
@@ -36,11 +42,16 @@ class ClientGone(Exception):
 
 
 class Exchange(Response):
-    """protocol: its file. The status is sent when the first piece is there, so that an adapter that
+    """The status is sent when the first piece is there, so that an adapter that
     fails is 4xx."""
 
     def __init__(
-        self, service: Service, protocol: ModuleType, asked: Asked, caller: str, path: str
+        self,
+        service: Service,
+        protocol: ApiProtocol,
+        asked: GenerationRequest,
+        caller: str,
+        path: str,
     ) -> None:
         self._service, self._protocol, self._asked = service, protocol, asked
         self._caller, self._path = caller, path
@@ -64,14 +75,16 @@ class Exchange(Response):
         if response is not None:
             await response(scope, receive, send)
 
-    async def _exchange(self, send: Send, chunks: Chunks | None) -> Response | None:
+    async def _exchange(self, send: Send, chunks: ChunkWriter | None) -> Response | None:
         """The whole answer; None: it has been sent in pieces. chunks: how they may be written
         too."""
         with self._service.loop.coming():
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             model, answering = await self._service.begin(self._asked, self._caller)
-        head: Head = self._protocol.head(self._asked.model, self._service.fingerprint(model))
+        head = ResponseHead(
+            self._asked.model, self._service.fingerprint(model), self._protocol.id_prefix
+        )
         reason = None
         try:
             async with answering:
@@ -79,18 +92,19 @@ class Exchange(Response):
                 first = await anext(pieces)
                 self._service.metrics.first(time.monotonic() - self._began)
                 if self._asked.stream:
-                    streamed: Streamed = self._protocol.Stream(head, self._asked)
+                    streamed = self._protocol.stream(head, self._asked)
                     reason = await self._stream(send, chunks, streamed, answering, first, pieces)
                     return None
                 answers = [
-                    Answer(index) for index in range(len(self._asked.prompts) * self._asked.choices)
+                    GeneratedAnswer(index)
+                    for index in range(len(self._asked.prompts) * self._asked.choices)
                 ]
                 _add(answers, first)
                 async for some in pieces:
                     _add(answers, some)
                 reason = answers[0].end.reason if answers[0].end else None
                 return JSONResponse(
-                    self._protocol.whole(head, self._asked, answers, answering.usage)
+                    self._protocol.respond(head, self._asked, answers, answering.usage)
                 )
         finally:
             self._service.metrics.found(answering.usage.cached)
@@ -99,18 +113,18 @@ class Exchange(Response):
     async def _stream(
         self,
         send: Send,
-        chunks: Chunks | None,
-        streamed: Streamed,
-        answering: Answering,
-        first: Sequence[Piece],
-        pieces: AsyncIterator[list[Piece]],
+        chunks: ChunkWriter | None,
+        streamed: EventStream,
+        answering: Generation,
+        first: Sequence[AnswerDelta],
+        pieces: AsyncIterator[list[AnswerDelta]],
     ) -> Any:
         reason = _reason(None, first)
         self._sent = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
         await _send(send, "".join([*streamed.begin(answering.usage), *_events(streamed, first)]))
         if chunks is not None:
-            answering.hand_to(_Written(chunks, streamed))
+            answering.hand_to(_ChunkSink(chunks, streamed))
         try:
             async for some in pieces:
                 await _send(send, "".join(_events(streamed, some)))
@@ -127,32 +141,32 @@ class Exchange(Response):
         return reason
 
 
-class _Written:
+class _ChunkSink:
     """Pieces that are written as soon as they are told."""
 
-    def __init__(self, chunks: Chunks, streamed: Streamed) -> None:
+    def __init__(self, chunks: ChunkWriter, streamed: EventStream) -> None:
         self._chunks, self._streamed = chunks, streamed
 
     @property
     def open(self) -> bool:
         return self._chunks.open
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: AnswerDelta) -> None:
         if text := "".join(self._streamed.piece(piece)):
             self._chunks.write(text.encode())
 
 
-def _add(answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
+def _add(answers: Sequence[GeneratedAnswer], pieces: Sequence[AnswerDelta]) -> None:
     for piece in pieces:
         answers[piece.index].add(piece)
 
 
-def _events(streamed: Streamed, pieces: Sequence[Piece]) -> Iterator[str]:
+def _events(streamed: EventStream, pieces: Sequence[AnswerDelta]) -> Iterator[str]:
     for piece in pieces:
         yield from streamed.piece(piece)
 
 
-def _reason(before: Reason | None, pieces: Sequence[Piece]) -> Reason | None:
+def _reason(before: Reason | None, pieces: Sequence[AnswerDelta]) -> Reason | None:
     """Of the answer that ended last."""
     return next((piece.end.reason for piece in reversed(pieces) if piece.end), before)
 

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer.errors import ConfigError
-from veneer.serve.http.keys import Keys
+from veneer.serve.http.keys import ApiKeys
 from veneer.serve.refusals import Refusal
 from veneer.wording import shown
 
@@ -53,7 +53,7 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        keys: Keys,
+        keys: ApiKeys,
         hosts: Collection[str] = (),
         origins: Collection[str] = (),
         counted: Callable[[str, int, float], None] | None = None,

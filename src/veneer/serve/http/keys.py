@@ -31,7 +31,7 @@ _LINE = re.compile(r"(use|admin) ([0-9a-f]{64})(?: ([\w.-]{1,64}))?")
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKey:
     scope: Scope
     digest: str
     name: str
@@ -45,10 +45,10 @@ class Caller:
     scope: Scope
 
 
-class Keys:
+class ApiKeys:
     """None: everyone who reaches the server may do everything."""
 
-    def __init__(self, keys: Sequence[Key]) -> None:
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._keys = tuple(keys)
 
     def __bool__(self) -> bool:
@@ -70,7 +70,7 @@ def hashed(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
+def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys:
     """Those of a file and of the environment. SourceError, ConfigError with every line that is
     none."""
     keys = [] if file is None else _of_file(file)
@@ -81,11 +81,11 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> Keys:
                     f"{variable} has {len(given)} characters, a key has {SHORTEST} at least",
                     next_step='For instance: export VENEER_API_KEY="$(openssl rand -hex 32)".',
                 )
-            keys.append(Key(scope, hashed(given), variable.lower()))
-    return Keys(keys)
+            keys.append(ApiKey(scope, hashed(given), variable.lower()))
+    return ApiKeys(keys)
 
 
-def _of_file(file: Path) -> list[Key]:
+def _of_file(file: Path) -> list[ApiKey]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as fault:
@@ -94,7 +94,7 @@ def _of_file(file: Path) -> list[Key]:
         ) from fault
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not text", next_step=f"Make one: {_make(file)}") from None
-    keys, faults = list[Key](), list[str]()
+    keys, faults = list[ApiKey](), list[str]()
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -103,7 +103,7 @@ def _of_file(file: Path) -> list[Key]:
             faults.append(f"line {number} is not `use` or `admin`, a SHA-256 and a name")
         else:
             keys.append(
-                Key(
+                ApiKey(
                     "admin" if found[1] == "admin" else "use", found[2], found[3] or f"key-{number}"
                 )
             )

@@ -10,24 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from veneer.decoding.tool_calls.calls import compact
+from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal
 
 Reason = Literal["stop", "length", "deadline", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Chance:
+class TokenLogprob:
     """A token as text, what the model gave it, and the likeliest at its place. bytes: None where
     they are not known."""
 
     text: str
     logprob: float
     bytes: list[int] | None = None
-    alternatives: tuple[Chance, ...] = ()
+    alternatives: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
-class Call:
+class ToolCall:
     """A call of a tool. arguments: JSON as the model wrote it."""
 
     name: str
@@ -36,7 +37,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class End:
+class AnswerEnd:
     """stopped_by: the stop string, the id of a stop token of the request, or deadline."""
 
     reason: Reason
@@ -44,27 +45,27 @@ class End:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerDelta:
     """What a step added to one answer; any part of it may be empty."""
 
     index: int
     text: str = ""
-    chances: tuple[Chance, ...] = ()
-    calls: tuple[Call, ...] = ()
-    end: End | None = None
+    chances: tuple[TokenLogprob, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    end: AnswerEnd | None = None
 
 
 @dataclass
-class Answer:
+class GeneratedAnswer:
     """All pieces of one index, joined."""
 
     index: int
     text: str = ""
-    chances: list[Chance] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    end: End | None = None
+    chances: list[TokenLogprob] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    end: AnswerEnd | None = None
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: AnswerDelta) -> None:
         self.text += piece.text
         self.chances += piece.chances
         self.calls += piece.calls
@@ -81,7 +82,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Head:
+class ResponseHead:
     """What every chunk of an answer says of itself. fingerprint: base and adapter by their
     content."""
 
@@ -96,16 +97,31 @@ class Head:
         object.__setattr__(self, "created", self.created or int(time.time()))
 
 
-class Streamed(Protocol):
+class EventStream(Protocol):
     """A protocol's way to send an answer while it is made: lines of server-sent events."""
 
     def begin(self, usage: Usage) -> Iterator[str]: ...
 
-    def piece(self, piece: Piece) -> Iterator[str]: ...
+    def piece(self, piece: AnswerDelta) -> Iterator[str]: ...
 
     def finish(self, usage: Usage) -> Iterator[str]: ...
 
     def fail(self, refusal: Refusal) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class ApiProtocol:
+    """Translates between one API's bodies and the engine's values.
+
+    id_prefix: of the ids of responses. read: a body's request. respond: a whole response's body.
+    """
+
+    id_prefix: str
+    read: Callable[[dict[str, Any]], GenerationRequest]
+    respond: Callable[
+        [ResponseHead, GenerationRequest, Sequence[GeneratedAnswer], Usage], dict[str, Any]
+    ]
+    stream: Callable[[ResponseHead, GenerationRequest], EventStream]
 
 
 def event(data: Any, name: str | None = None) -> str:
@@ -137,7 +153,7 @@ at them."""
 DONE = "data: [DONE]\n\n"
 
 
-def finish_reason(end: End | None, calls: Sequence[Call]) -> str | None:
+def finish_reason(end: AnswerEnd | None, calls: Sequence[ToolCall]) -> str | None:
     """In OpenAI's words. A deadline cut the answer as a length does; stopped_by says which it
     was."""
     if end is None:

@@ -11,19 +11,20 @@ from typing import Any
 from veneer.bounds import LOGPROBS
 from veneer.serve.protocols.answers import (
     DONE,
-    Answer,
-    Call,
-    Chance,
-    Head,
-    Piece,
+    AnswerDelta,
+    ApiProtocol,
+    GeneratedAnswer,
+    ResponseHead,
     TextEvents,
+    TokenLogprob,
+    ToolCall,
     Usage,
     event,
     finish_reason,
 )
-from veneer.serve.protocols.asked import Asked, Chat
 from veneer.serve.protocols.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.protocols.fields import Field, Flag, Num, Only, Refused, read_fields
+from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.protocols.sampling_fields import (
     MODEL,
     NEW,
@@ -76,7 +77,7 @@ FIELDS = (
 )
 
 
-def asked(body: dict[str, Any]) -> Asked:
+def read_request(body: dict[str, Any]) -> GenerationRequest:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
     found = sampled(
@@ -96,10 +97,10 @@ def asked(body: dict[str, Any]) -> Asked:
         raise refuse(faults)
     messages, tools = conversation(values["messages"], values.get("tools"))
     shape = wanted_call(values) or shape_of(values)
-    return Asked(
+    return GenerationRequest(
         model=values["model"],
         prompts=(
-            Chat(
+            ChatPrompt(
                 messages, None if values.get("tool_choice") == "none" else tools, variables(values)
             ),
         ),
@@ -110,11 +111,9 @@ def asked(body: dict[str, Any]) -> Asked:
     )
 
 
-def head(model: str, fingerprint: str) -> Head:
-    return Head(model, fingerprint, "chatcmpl-")
-
-
-def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+def response_body(
+    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+) -> dict[str, Any]:
     choices = []
     for answer in answers:
         message: dict[str, Any] = {
@@ -136,11 +135,11 @@ def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> 
     return {**_about(head, "chat.completion"), "choices": choices, "usage": usage_of(usage)}
 
 
-class Stream:
+class ChatStream:
     """Chunks: each answer's role first, then text and calls, its end, the counts if they are
     wanted, [DONE]."""
 
-    def __init__(self, head: Head, asked: Asked) -> None:
+    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
         self.asked = asked
         self._about = _about(head, "chat.completion.chunk")
         self._calls: dict[int, int] = {}
@@ -150,7 +149,7 @@ class Stream:
         for index in range(self.asked.choices):
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, piece: Piece) -> Iterator[str]:
+    def piece(self, piece: AnswerDelta) -> Iterator[str]:
         if piece.chances:
             yield self._chunk(piece.index, {"content": piece.text}, piece.chances)
         elif piece.text:
@@ -162,7 +161,7 @@ class Stream:
             number = self._calls[piece.index] = self._calls.get(piece.index, -1) + 1
             yield self._chunk(piece.index, {"tool_calls": [{"index": number, **_call(call)}]})
         if piece.end is not None:
-            called = [Call("", "")] if piece.index in self._calls else []
+            called = [ToolCall("", "")] if piece.index in self._calls else []
             yield self._chunk(
                 piece.index, {}, (), finish_reason(piece.end, called), piece.end.stopped_by
             )
@@ -180,7 +179,7 @@ class Stream:
         self,
         index: int,
         delta: dict[str, Any],
-        chances: Sequence[Chance] = (),
+        chances: Sequence[TokenLogprob] = (),
         reason: str | None = None,
         stopped_by: str | int | None = None,
     ) -> str:
@@ -205,7 +204,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _about(head: Head, kind: str) -> dict[str, Any]:
+def _about(head: ResponseHead, kind: str) -> dict[str, Any]:
     return {
         "id": head.id,
         "object": kind,
@@ -215,7 +214,7 @@ def _about(head: Head, kind: str) -> dict[str, Any]:
     }
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _call(call: ToolCall) -> dict[str, Any]:
     return {
         "id": call.id,
         "type": "function",
@@ -223,7 +222,7 @@ def _call(call: Call) -> dict[str, Any]:
     }
 
 
-def _logprobs(asked: Asked, chances: Sequence[Chance]) -> dict[str, Any] | None:
+def _logprobs(asked: GenerationRequest, chances: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if asked.sampling.logprobs is None:
         return None
     content = [
@@ -232,5 +231,8 @@ def _logprobs(asked: Asked, chances: Sequence[Chance]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _chance(chance: Chance) -> dict[str, Any]:
+def _chance(chance: TokenLogprob) -> dict[str, Any]:
     return {"token": chance.text, "logprob": chance.logprob, "bytes": chance.bytes}
+
+
+PROTOCOL = ApiProtocol("chatcmpl-", read_request, response_body, ChatStream)

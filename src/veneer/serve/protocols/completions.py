@@ -12,16 +12,16 @@ from veneer.bounds import CHOICES, LOGPROBS, TOKEN
 from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
 from veneer.serve.protocols.answers import (
     DONE,
-    Answer,
-    Chance,
-    Head,
-    Piece,
+    AnswerDelta,
+    ApiProtocol,
+    GeneratedAnswer,
+    ResponseHead,
     TextEvents,
+    TokenLogprob,
     Usage,
     event,
     finish_reason,
 )
-from veneer.serve.protocols.asked import Asked, Plain
 from veneer.serve.protocols.chat import usage_of
 from veneer.serve.protocols.fields import (
     Either,
@@ -33,6 +33,7 @@ from veneer.serve.protocols.fields import (
     Text,
     read_fields,
 )
+from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.protocols.sampling_fields import (
     MODEL,
     NEW,
@@ -80,12 +81,12 @@ FIELDS = (
 )
 
 
-def asked(body: dict[str, Any]) -> Asked:
+def read_request(body: dict[str, Any]) -> GenerationRequest:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
     if values.get("best_of", values.get("n", 1)) != values.get("n", 1):
         raise refuse([Fault("best_of", "is not n: all answers are returned")])
-    return Asked(
+    return GenerationRequest(
         model=values["model"],
         prompts=_prompts(values["prompt"]),
         max_new_tokens=values.get("max_tokens", DEFAULT_NEW),
@@ -94,20 +95,18 @@ def asked(body: dict[str, Any]) -> Asked:
     )
 
 
-def _prompts(given: str | list[Any]) -> tuple[Plain, ...]:
+def _prompts(given: str | list[Any]) -> tuple[TextPrompt, ...]:
     if isinstance(given, str):
-        return (Plain(text=given),)
+        return (TextPrompt(text=given),)
     if isinstance(given[0], str):
-        return tuple(Plain(text=text) for text in given)
+        return tuple(TextPrompt(text=text) for text in given)
     several = given if isinstance(given[0], list) else [given]
-    return tuple(Plain(ids=tuple(map(int, ids))) for ids in several)
+    return tuple(TextPrompt(ids=tuple(map(int, ids))) for ids in several)
 
 
-def head(model: str, fingerprint: str) -> Head:
-    return Head(model, fingerprint, "cmpl-")
-
-
-def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+def response_body(
+    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+) -> dict[str, Any]:
     choices = []
     for answer in answers:
         end, offset = answer.end, _Offsets()
@@ -123,10 +122,10 @@ def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> 
     return {**_about(head), "choices": choices, "usage": usage_of(usage)}
 
 
-class Stream:
+class CompletionStream:
     """Chunks of text, each answer's end, the counts if they are wanted, [DONE]."""
 
-    def __init__(self, head: Head, asked: Asked) -> None:
+    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
         self.asked, self._head = asked, _about(head)
         self._offsets: dict[int, _Offsets] = {}
         self._texts: dict[int, TextEvents] = {}
@@ -134,13 +133,13 @@ class Stream:
     def begin(self, usage: Usage) -> Iterator[str]:
         return iter(())
 
-    def piece(self, piece: Piece) -> Iterator[str]:
+    def piece(self, piece: AnswerDelta) -> Iterator[str]:
         if piece.chances or piece.end is not None:
             yield self._chunk(piece)
         elif piece.text:
             index = piece.index
             if index not in self._texts:
-                self._texts[index] = TextEvents(lambda text: self._chunk(Piece(index, text)))
+                self._texts[index] = TextEvents(lambda text: self._chunk(AnswerDelta(index, text)))
             yield self._texts[index](piece.text)
 
     def finish(self, usage: Usage) -> Iterator[str]:
@@ -152,7 +151,7 @@ class Stream:
         yield event(refusal.body)
         yield DONE
 
-    def _chunk(self, piece: Piece) -> str:
+    def _chunk(self, piece: AnswerDelta) -> str:
         offsets = self._offsets.setdefault(piece.index, _Offsets())
         choice = {
             "index": piece.index,
@@ -172,7 +171,9 @@ class _Offsets:
     def __init__(self) -> None:
         self._at = 0
 
-    def logprobs(self, asked: Asked, chances: Sequence[Chance]) -> dict[str, Any] | None:
+    def logprobs(
+        self, asked: GenerationRequest, chances: Sequence[TokenLogprob]
+    ) -> dict[str, Any] | None:
         if asked.sampling.logprobs is None:
             return None
         at = []
@@ -189,7 +190,7 @@ class _Offsets:
         }
 
 
-def _about(head: Head) -> dict[str, Any]:
+def _about(head: ResponseHead) -> dict[str, Any]:
     return {
         "id": head.id,
         "object": "text_completion",
@@ -197,3 +198,6 @@ def _about(head: Head) -> dict[str, Any]:
         "model": head.model,
         "system_fingerprint": head.fingerprint,
     }
+
+
+PROTOCOL = ApiProtocol("cmpl-", read_request, response_body, CompletionStream)

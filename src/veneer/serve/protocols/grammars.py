@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 from veneer.decoding.sampling.grammar import Grammar, Grammars
 from veneer.decoding.tool_calls.calls import CallStyle
-from veneer.serve.protocols.asked import Shape
 from veneer.serve.protocols.call_style import NO_TOOLS
+from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Refusal
 
 
-class Shapes:
+class ShapeGrammars:
     """made: what reads the vocabulary. style: how the base's template writes calls of tools."""
 
     def __init__(self, made: Callable[[], Grammars], style: CallStyle | None) -> None:
@@ -25,7 +25,7 @@ class Shapes:
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, shape: Shape) -> Grammar:
+    def __call__(self, shape: AnswerShape) -> Grammar:
         """Refusal, ConfigError: what cannot be followed of it."""
         with self._lock:
             if self._grammars is None:
@@ -43,7 +43,7 @@ class Shapes:
             return grammars.grammar(spec)
         return self._calls(grammars, shape)
 
-    def _calls(self, grammars: Grammars, shape: Shape) -> Grammar:
+    def _calls(self, grammars: Grammars, shape: AnswerShape) -> Grammar:
         if self._style is None:
             raise Refusal(400, NO_TOOLS, "tools")
         tools = {function["name"]: function.get("parameters") or {} for function in shape.spec}

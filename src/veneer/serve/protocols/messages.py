@@ -12,8 +12,16 @@ from typing import Any
 from veneer.bounds import TEMPERATURE
 from veneer.decoding.tool_calls.calls import compact
 from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_STOP, MOST_STOPS, MOST_TOOLS
-from veneer.serve.protocols.answers import Answer, Call, End, Head, Piece, Usage, event
-from veneer.serve.protocols.asked import Asked, Chat
+from veneer.serve.protocols.answers import (
+    AnswerDelta,
+    AnswerEnd,
+    ApiProtocol,
+    GeneratedAnswer,
+    ResponseHead,
+    ToolCall,
+    Usage,
+    event,
+)
 from veneer.serve.protocols.conversation import TEXT, conversation
 from veneer.serve.protocols.fields import (
     AnyObject,
@@ -29,6 +37,7 @@ from veneer.serve.protocols.fields import (
     Text,
     read_fields,
 )
+from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.protocols.sampling_fields import (
     MODEL,
     NEW,
@@ -156,13 +165,13 @@ FIELDS = (
 )
 
 
-def asked(body: dict[str, Any]) -> Asked:
+def read_request(body: dict[str, Any]) -> GenerationRequest:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
     if "stop_sequences" in values:
         values["stop"] = values["stop_sequences"]
     prompt, tools, choice = _prompt(values)
-    return Asked(
+    return GenerationRequest(
         model=values["model"],
         prompts=(prompt,),
         max_new_tokens=values["max_tokens"],
@@ -172,13 +181,13 @@ def asked(body: dict[str, Any]) -> Asked:
     )
 
 
-def counted(body: dict[str, Any]) -> Asked:
+def read_count_request(body: dict[str, Any]) -> GenerationRequest:
     """The same of a request whose prompt alone is counted."""
     values = read_fields(COUNT_FIELDS, body)
-    return Asked(model=values["model"], prompts=(_prompt(values)[0],))
+    return GenerationRequest(model=values["model"], prompts=(_prompt(values)[0],))
 
 
-def _prompt(values: dict[str, Any]) -> tuple[Chat, list[dict[str, Any]] | None, Any]:
+def _prompt(values: dict[str, Any]) -> tuple[ChatPrompt, list[dict[str, Any]] | None, Any]:
     """The conversation, and tools and choice as chat has them."""
     tools = None
     if values.get("tools"):
@@ -201,7 +210,7 @@ def _prompt(values: dict[str, Any]) -> tuple[Chat, list[dict[str, Any]] | None, 
     for message in values["messages"]:
         messages += _said(message["role"], message["content"])
     found, known = conversation(messages, tools)
-    return Chat(found, None if choice == "none" else known), tools, choice
+    return ChatPrompt(found, None if choice == "none" else known), tools, choice
 
 
 def _function(tool: dict[str, Any]) -> dict[str, Any]:
@@ -238,11 +247,9 @@ def _text(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(block["text"] for block in content)
 
 
-def head(model: str, fingerprint: str) -> Head:
-    return Head(model, fingerprint, "msg_")
-
-
-def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+def response_body(
+    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+) -> dict[str, Any]:
     (answer,) = answers
     content = [{"type": "text", "text": answer.text}] if answer.text else []
     content += [{**_tool_use(call), "input": _input(call)} for call in answer.calls]
@@ -256,13 +263,13 @@ def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> 
     }
 
 
-class Stream:
+class MessageStream:
     """Anthropic's events: the message, a block for text and for each call, how it ended."""
 
-    def __init__(self, head: Head, asked: Asked) -> None:
+    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
         self._head = head
         self._block, self._in_text, self._called = -1, False, False
-        self._end: End | None = None
+        self._end: AnswerEnd | None = None
 
     def begin(self, usage: Usage) -> Iterator[str]:
         message = {**_about(self._head), "content": [], "stop_reason": None, "stop_sequence": None}
@@ -270,7 +277,7 @@ class Stream:
             "message_start", message={**message, "usage": {**_usage(usage), "output_tokens": 0}}
         )
 
-    def piece(self, piece: Piece) -> Iterator[str]:
+    def piece(self, piece: AnswerDelta) -> Iterator[str]:
         if piece.text:
             if not self._in_text:
                 yield self._start({"type": "text", "text": ""})
@@ -313,7 +320,7 @@ class Stream:
         return event({"type": kind, **values}, kind)
 
 
-def _about(head: Head) -> dict[str, Any]:
+def _about(head: ResponseHead) -> dict[str, Any]:
     return {"id": head.id, "type": "message", "role": "assistant", "model": head.model}
 
 
@@ -326,11 +333,11 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _tool_use(call: Call) -> dict[str, Any]:
+def _tool_use(call: ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name}
 
 
-def _input(call: Call) -> Any:
+def _input(call: ToolCall) -> Any:
     """An object, as clients expect it; what the model wrote otherwise stands in one."""
     try:
         value = json.loads(call.arguments or "{}")
@@ -339,7 +346,7 @@ def _input(call: Call) -> Any:
     return value if isinstance(value, dict) else {"arguments": value}
 
 
-def _stop(end: End | None, called: bool) -> tuple[str | None, str | None]:
+def _stop(end: AnswerEnd | None, called: bool) -> tuple[str | None, str | None]:
     if end is None:
         return None, None
     if end.reason in ("length", "deadline"):
@@ -347,3 +354,6 @@ def _stop(end: End | None, called: bool) -> tuple[str | None, str | None]:
     if isinstance(end.stopped_by, str):
         return "stop_sequence", end.stopped_by
     return ("tool_use" if called else "end_turn"), None
+
+
+PROTOCOL = ApiProtocol("msg_", read_request, response_body, MessageStream)

@@ -12,8 +12,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from veneer.serve.limits import MOST_ARGUMENTS, MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_TOOLS
-from veneer.serve.protocols.answers import Answer, Call, End, Head, Piece, Usage, event
-from veneer.serve.protocols.asked import Asked, Chat
+from veneer.serve.protocols.answers import (
+    AnswerDelta,
+    AnswerEnd,
+    ApiProtocol,
+    GeneratedAnswer,
+    ResponseHead,
+    ToolCall,
+    Usage,
+    event,
+)
 from veneer.serve.protocols.conversation import TEXT, conversation
 from veneer.serve.protocols.fields import (
     AnyObject,
@@ -29,6 +37,7 @@ from veneer.serve.protocols.fields import (
     Text,
     read_fields,
 )
+from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.protocols.sampling_fields import (
     MODEL,
     NEW,
@@ -203,7 +212,7 @@ FIELDS = (
 )
 
 
-def asked(body: dict[str, Any]) -> Asked:
+def read_request(body: dict[str, Any]) -> GenerationRequest:
     """Refusal: 400 with all that is wrong."""
     values = read_fields(FIELDS, body)
     given = values.get("tools")
@@ -224,9 +233,9 @@ def asked(body: dict[str, Any]) -> Asked:
     )
     calls = wanted_call({"tools": tools, "tool_choice": choice})
     found = sampled(values)
-    return Asked(
+    return GenerationRequest(
         model=values["model"],
-        prompts=(Chat(messages, None if choice == "none" else known),),
+        prompts=(ChatPrompt(messages, None if choice == "none" else known),),
         max_new_tokens=values.get("max_output_tokens"),
         shape=calls or shape_of({**values, "response_format": shaped}),
         parses_calls=bool(known) and choice != "none",
@@ -277,11 +286,9 @@ def _text(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def head(model: str, fingerprint: str) -> Head:
-    return Head(model, fingerprint, "resp_")
-
-
-def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+def response_body(
+    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+) -> dict[str, Any]:
     (answer,) = answers
     said = (
         [_message(_new("msg_"), answer.text, "completed")]
@@ -292,23 +299,23 @@ def whole(head: Head, asked: Asked, answers: Sequence[Answer], usage: Usage) -> 
     return _response(head, asked, output, answer.end, usage)
 
 
-class Stream:
+class ResponseStream:
     """OpenAI's events, numbered: the response, an item for the text, one for each call, the
     response as it ends."""
 
-    def __init__(self, head: Head, asked: Asked) -> None:
+    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
         self._head, self._asked = head, asked
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open: str | None = None  # the id of the message that text goes to
         self._text = ""
-        self._end: End | None = None
+        self._end: AnswerEnd | None = None
 
     def begin(self, usage: Usage) -> Iterator[str]:
         yield self._event("response.created", response=self._response(None))
         yield self._event("response.in_progress", response=self._response(None))
 
-    def piece(self, piece: Piece) -> Iterator[str]:
+    def piece(self, piece: AnswerDelta) -> Iterator[str]:
         if piece.text:
             if self._open is None:
                 yield from self._begin_message()
@@ -352,7 +359,7 @@ class Stream:
         self._output.append(item)
         self._open = None
 
-    def _call(self, call: Call) -> Iterator[str]:
+    def _call(self, call: ToolCall) -> Iterator[str]:
         item = _function_call(_new("fc_"), call)
         at = {"item_id": item["id"], "output_index": len(self._output)}
         begun = {**item, "arguments": "", "status": "in_progress"}
@@ -376,7 +383,11 @@ class Stream:
 
 
 def _response(
-    head: Head, asked: Asked, output: list[dict[str, Any]], end: End | None, usage: Usage | None
+    head: ResponseHead,
+    asked: GenerationRequest,
+    output: list[dict[str, Any]],
+    end: AnswerEnd | None,
+    usage: Usage | None,
 ) -> dict[str, Any]:
     cut = end is not None and end.reason in ("length", "deadline")
     status = "in_progress" if usage is None else "incomplete" if cut else "completed"
@@ -425,7 +436,7 @@ def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _function_call(id: str, call: Call) -> dict[str, Any]:
+def _function_call(id: str, call: ToolCall) -> dict[str, Any]:
     return {
         "type": "function_call",
         "id": id,
@@ -438,3 +449,6 @@ def _function_call(id: str, call: Call) -> dict[str, Any]:
 
 def _new(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
+
+
+PROTOCOL = ApiProtocol("resp_", read_request, response_body, ResponseStream)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from veneer.serve.limits import MOST_TEXTS
-from veneer.serve.protocols.asked import Shape
 from veneer.serve.protocols.fields import (
     AnyObject,
     Either,
@@ -18,6 +17,7 @@ from veneer.serve.protocols.fields import (
     Tagged,
     Text,
 )
+from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Fault, refuse
 
 _PATTERN = Text(10_000, 1)
@@ -86,15 +86,18 @@ _KINDS: dict[str, Literal["json", "schema", "regex", "choice", "grammar"]] = {
 }
 
 
-def shape_of(values: dict[str, Any]) -> Shape | None:
+def shape_of(values: dict[str, Any]) -> AnswerShape | None:
     """Of a body that these fields passed. Refusal: 400, two of them at once."""
-    asked: list[tuple[str, Shape]] = []
+    asked: list[tuple[str, AnswerShape]] = []
     given = values.get("response_format") or {}
     if given.get("type") == "json_object":
-        asked.append(("response_format", Shape("json", "response_format")))
+        asked.append(("response_format", AnswerShape("json", "response_format")))
     elif given.get("type") == "json_schema":
         asked.append(
-            ("response_format", Shape("schema", "response_format", given["json_schema"]["schema"]))
+            (
+                "response_format",
+                AnswerShape("schema", "response_format", given["json_schema"]["schema"]),
+            )
         )
     named = [
         ("structured_outputs." + name, name, v)
@@ -108,7 +111,7 @@ def shape_of(values: dict[str, Any]) -> Shape | None:
     for field, name, spec in named:
         if spec is not None and spec is not False:
             asked.append(
-                (field, Shape(_KINDS[name], field, None if name == "json_object" else spec))
+                (field, AnswerShape(_KINDS[name], field, None if name == "json_object" else spec))
             )
     if len(asked) > 1:
         raise refuse(

@@ -6,9 +6,9 @@ from typing import Any
 
 from veneer.bounds import TOKEN
 from veneer.serve.limits import MOST_IDS, MOST_TEXT
-from veneer.serve.protocols.asked import Asked, Chat, Plain
 from veneer.serve.protocols.conversation import MESSAGES, VARIABLES, conversation, variables
 from veneer.serve.protocols.fields import Field, Flag, Listed, Num, Only, Refused, Text, read_fields
+from veneer.serve.protocols.request import ChatPrompt, GenerationRequest, TextPrompt
 from veneer.serve.protocols.sampling_fields import MODEL
 from veneer.serve.protocols.tools import TOOLS
 from veneer.serve.refusals import Fault, refuse
@@ -36,7 +36,7 @@ TOKENIZE = (
 DETOKENIZE = (_MODEL, Field("tokens", Listed(Num(TOKEN), MOST_IDS), "ids", required=True))
 
 
-def tokenized(body: dict[str, Any]) -> tuple[Asked, bool]:
+def tokenized(body: dict[str, Any]) -> tuple[GenerationRequest, bool]:
     """What is to be tokenised, and whether the strings are wanted. Refusal: 400."""
     values = read_fields(TOKENIZE, body)
     given = [name for name in ("prompt", "messages") if name in values]
@@ -48,13 +48,13 @@ def tokenized(body: dict[str, Any]) -> tuple[Asked, bool]:
         if name in values and "messages" not in values
     ]:
         raise refuse([Fault(name, "are for messages") for name in alone])
-    prompt = Plain(text=values["prompt"]) if "prompt" in values else None
+    prompt = TextPrompt(text=values["prompt"]) if "prompt" in values else None
     if prompt is None:
         asked = conversation(values["messages"], values.get("tools"))
-        prompts: tuple[Any, ...] = (Chat(*asked, variables(values)),)
+        prompts: tuple[Any, ...] = (ChatPrompt(*asked, variables(values)),)
     else:
         prompts = (prompt,)
-    return Asked(model=values.get("model", ""), prompts=prompts), bool(
+    return GenerationRequest(model=values.get("model", ""), prompts=prompts), bool(
         values.get("return_token_strs")
     )
 

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 from veneer.serve.limits import MOST_ARGUMENTS, MOST_NAME, MOST_TOOLS
-from veneer.serve.protocols.asked import Shape
 from veneer.serve.protocols.fields import (
     AnyObject,
     Either,
@@ -18,6 +17,7 @@ from veneer.serve.protocols.fields import (
     Tagged,
     Text,
 )
+from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Fault, refuse
 
 CALLS_DRAWN = 8
@@ -78,7 +78,7 @@ TOOL_CHOICE = Either(
 )
 
 
-def wanted_call(values: dict[str, Any]) -> Shape | None:
+def wanted_call(values: dict[str, Any]) -> AnswerShape | None:
     """What tool_choice asks of the answer, of a body that passed TOOLS and TOOL_CHOICE. Refusal:
     400."""
     tools, choice = values.get("tools") or [], values.get("tool_choice")
@@ -102,4 +102,4 @@ def wanted_call(values: dict[str, Any]) -> Shape | None:
     if choice != "required" and chosen is None:
         return None
     functions = [tool["function"] for tool in tools if chosen in (None, tool["function"]["name"])]
-    return Shape("tool", "tool_choice", functions, 1 if chosen else CALLS_DRAWN)
+    return AnswerShape("tool", "tool_choice", functions, 1 if chosen else CALLS_DRAWN)

@@ -25,13 +25,13 @@ from veneer.serve.engine.service import ServeLimits
 from veneer.serve.http.app import PATHS
 from veneer.serve.http.exchange import ClientGone, unless_gone
 from veneer.serve.http.guard import answer_to
-from veneer.serve.http.keys import Keys
+from veneer.serve.http.keys import ApiKeys
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols.body import gathered
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
-from veneer.serve.replicas.replica import Change, Passed, model_of
+from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, model_of
 from veneer.serve.run import Server
-from veneer.serve.start import Settings, guarded
+from veneer.serve.start import ServeSettings, guarded
 
 log = logging.getLogger("veneer.serve")
 CHANGING = (
@@ -52,12 +52,12 @@ class Replicas(Protocol):
     many wait."""
 
     def answer(
-        self, request: Passed, model: str, changes: Sequence[Change]
+        self, request: ForwardedRequest, model: str, changes: Sequence[AdminChange]
     ) -> AsyncIterator[Message]:
         """Of one that has this model in memory, or else of the one with the least to do."""
         ...
 
-    async def adopt(self, changes: Sequence[Change]) -> None:
+    async def adopt(self, changes: Sequence[AdminChange]) -> None:
         """All of them, now."""
         ...
 
@@ -70,7 +70,7 @@ class Replicas(Protocol):
         ...
 
 
-class Front:
+class Frontend:
     """An ASGI application, behind Guard. seconds: that a request has at a replica."""
 
     def __init__(self, replicas: Replicas, *, body_bytes: int, seconds: float) -> None:
@@ -79,7 +79,7 @@ class Front:
             body_bytes,
             seconds + PATIENCE_SECONDS,
         )
-        self._changes: list[Change] = []
+        self._changes: list[AdminChange] = []
         self._answers: Counter[tuple[str, int]] = Counter()
         self._closing = False
 
@@ -94,7 +94,7 @@ class Front:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
-        request, out = Request(scope, receive), _Sent(send)
+        request, out = Request(scope, receive), _ClientResponse(send)
         try:
             own = await self._own(request)
             if own is not None:
@@ -144,13 +144,13 @@ class Front:
                 return JSONResponse({"object": "list", "data": cards})
         return None
 
-    async def _passed(self, request: Request) -> Passed:
+    async def _passed(self, request: Request) -> ForwardedRequest:
         """Refusal: it is shutting down, or the body did not come."""
         if self._closing:
             raise shutting_down()
         body = await gathered(request, self._body_bytes)
         scope, state = request.scope, request.scope["state"]
-        return Passed(
+        return ForwardedRequest(
             request.method,
             scope["path"],
             scope["query_string"],
@@ -160,7 +160,7 @@ class Front:
             state["request_id"],
         )
 
-    async def _pass_on(self, request: Passed, out: _Sent) -> None:
+    async def _pass_on(self, request: ForwardedRequest, out: _ClientResponse) -> None:
         large = len(request.body) > LARGE_BODY  # others are answered meanwhile
         model = await asyncio.to_thread(model_of, request.body) if large else model_of(request.body)
         for left in reversed(range(ATTEMPTS)):
@@ -185,7 +185,7 @@ class Front:
             await self._replicas.adopt(tuple(self._changes))
 
 
-class _Sent:
+class _ClientResponse:
     """What goes to a client. status: 0 before it has begun."""
 
     def __init__(self, send: Send) -> None:
@@ -200,24 +200,26 @@ class _Sent:
         await self._send(message)
 
 
-def open_front(replicas: Replicas, settings: Settings, keys: Keys) -> tuple[Server, socket.socket]:
+def open_front(
+    replicas: Replicas, settings: ServeSettings, keys: ApiKeys
+) -> tuple[Server, socket.socket]:
     """ConfigError: the port is taken."""
-    front = Front(replicas, body_bytes=ServeLimits.body_bytes, seconds=settings.seconds)
+    front = Frontend(replicas, body_bytes=ServeLimits.body_bytes, seconds=settings.seconds)
     return guarded(front, settings, keys, counted=front.answered, closing=front.refuse_new)
 
 
-def changed(changes: Sequence[Change], request: Passed) -> list[Change]:
+def changed(changes: Sequence[AdminChange], request: ForwardedRequest) -> list[AdminChange]:
     """With a further one, without those that it makes pointless: earlier ones of the same name and
     kind."""
     kind, name = _subject(request)
     number = changes[-1].number + 1 if changes else 1
     return [
         *(each for each in changes if _subject(each.request) != (kind, name)),
-        Change(number, request),
+        AdminChange(number, request),
     ]
 
 
-def _subject(request: Passed) -> tuple[bool, str]:
+def _subject(request: ForwardedRequest) -> tuple[bool, str]:
     body = json.loads(request.body)
     return "pin" in request.path, str(body.get("lora_name") or body.get("name"))
 

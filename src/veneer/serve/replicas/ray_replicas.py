@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from veneer.comparison.ray_cluster import connect
 from veneer.errors import DoesNotFitError, LostProcessError, QueueFullError, VeneerError
-from veneer.serve.replicas.replica import Change, Passed, Replica, Served
+from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, Replica, ReplicaConfig
 
 MODELS_KNOWN = 256
 """Names of models that a replica is remembered for: the least recently asked for go."""
@@ -25,7 +25,7 @@ QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 @dataclass(frozen=True)
-class Size:
+class ReplicaSize:
     """replicas, most: how many there are at least, and at most while requests wait. cpus: of each;
     None: shared out."""
 
@@ -41,7 +41,7 @@ class RayReplicas:
     DoesNotFitError: the cluster has not so many processors. VeneerError: a replica could not start.
     """
 
-    def __init__(self, address: str | None, served: Served, size: Size) -> None:
+    def __init__(self, address: str | None, served: ReplicaConfig, size: ReplicaSize) -> None:
         self._ray = connect(address)
         from ray import serve
 
@@ -51,7 +51,7 @@ class RayReplicas:
         gpus = 1 if self._ray.cluster_resources().get("GPU", 0) else 0
         self._most_waiting = limits.max_waiting
         deployment = self._serve.deployment(
-            _Deployed,
+            _RayReplica,
             name="replica",
             ray_actor_options={"num_cpus": self._cpus(size), "num_gpus": gpus},
             max_ongoing_requests=limits.rows + limits.max_waiting,
@@ -82,7 +82,7 @@ class RayReplicas:
                 "the replicas could not be started", said[-6:], "Mend that, then start them again."
             ) from None
 
-    def _cpus(self, size: Size) -> int:
+    def _cpus(self, size: ReplicaSize) -> int:
         nodes = [
             int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]
         ]
@@ -97,7 +97,7 @@ class RayReplicas:
         return cpus
 
     async def answer(
-        self, request: Passed, model: str, changes: Sequence[Change]
+        self, request: ForwardedRequest, model: str, changes: Sequence[AdminChange]
     ) -> AsyncIterator[Message]:
         replica = self._handle.options(
             stream=True, method_name="answer", multiplexed_model_id=model
@@ -117,7 +117,7 @@ class RayReplicas:
             if not ended:  # the client has gone
                 response.cancel()
 
-    async def adopt(self, changes: Sequence[Change]) -> None:
+    async def adopt(self, changes: Sequence[AdminChange]) -> None:
         with suppress(
             Exception
         ):  # one that is gone meanwhile; who has not heard it is told with its next request
@@ -163,10 +163,10 @@ class RayReplicas:
         self._ray.shutdown()
 
 
-class _Deployed(Replica):
+class _RayReplica(Replica):
     """As Ray Serve makes it: on a node."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ReplicaConfig) -> None:
         from ray import serve
 
         async def known(model: str) -> str:

@@ -29,13 +29,13 @@ from veneer.serve.http.app import application
 from veneer.serve.http.keys import Caller
 from veneer.serve.protocols.body import parsed
 from veneer.serve.refusals import Refusal
-from veneer.serve.start import Settings, service_of
+from veneer.serve.start import ServeSettings, service_of
 
 log = logging.getLogger("veneer.serve")
 
 
 @dataclass(frozen=True)
-class Served:
+class ReplicaConfig:
     """What every replica loads. library: a folder that each node sees."""
 
     base: str
@@ -43,11 +43,11 @@ class Served:
     dtype: HeldAs
     device: str
     quantize: Quantize | None
-    settings: Settings
+    settings: ServeSettings
 
 
 @dataclass(frozen=True)
-class Passed:
+class ForwardedRequest:
     """A request on its way from the front. caller: who asks; None: nobody was asked for a key."""
 
     method: str
@@ -60,18 +60,18 @@ class Passed:
 
 
 @dataclass(frozen=True)
-class Change:
+class AdminChange:
     """An administrator's request that was granted, by its number."""
 
     number: int
-    request: Passed
+    request: ForwardedRequest
 
 
 class Replica:
     """model_known: told the name of the model of each request, so that the next one for it comes
     here."""
 
-    def __init__(self, served: Served, name: str, model_known: Any) -> None:
+    def __init__(self, served: ReplicaConfig, name: str, model_known: Any) -> None:
         base = load_base(
             served.base, dtype=served.dtype, device=served.device, quantize=served.quantize
         )
@@ -84,7 +84,7 @@ class Replica:
         self._began = False
 
     async def answer(
-        self, request: Passed, model: str, changes: Sequence[Change]
+        self, request: ForwardedRequest, model: str, changes: Sequence[AdminChange]
     ) -> AsyncIterator[Message]:
         """What the routes send, as ASGI says it."""
         await self.adopt(changes)
@@ -93,7 +93,7 @@ class Replica:
         async for message in self._answer(request):
             yield message
 
-    async def adopt(self, changes: Sequence[Change]) -> None:
+    async def adopt(self, changes: Sequence[AdminChange]) -> None:
         """Makes the changes that are new to it."""
         if not self._began:
             self._began = True
@@ -119,7 +119,7 @@ class Replica:
         """(name of the replica, what /v1/adapters lists)."""
         return self.name, [card_of(each) for each in self._service.residents.shown()]
 
-    async def _answer(self, request: Passed) -> AsyncIterator[Message]:
+    async def _answer(self, request: ForwardedRequest) -> AsyncIterator[Message]:
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
         bodies = [{"type": "http.request", "body": request.body, "more_body": False}]
 
@@ -146,7 +146,7 @@ class Replica:
                 await task
 
 
-def _scope(request: Passed) -> dict[str, Any]:
+def _scope(request: ForwardedRequest) -> dict[str, Any]:
     return {
         "type": "http",
         "asgi": {"version": "3.0"},

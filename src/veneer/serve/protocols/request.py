@@ -10,7 +10,7 @@ from veneer.decoding.sampling.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatPrompt:
     """A conversation that the base's template renders; messages, tools and variables as it takes
     them."""
 
@@ -20,18 +20,18 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Plain:
+class TextPrompt:
     """A text, which is tokenised as it stands, or ids."""
 
     text: str | None = None
     ids: tuple[int, ...] | None = None
 
 
-Prompt = Chat | Plain
+Prompt = ChatPrompt | TextPrompt
 
 
 @dataclass(frozen=True)
-class Shape:
+class AnswerShape:
     """What the text of an answer must be: a JSON value of a schema, what an expression matches, one
     of some texts.
 
@@ -46,7 +46,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class GenerationRequest:
     """prompts       each answered by `choices` answers, all their indices in one row: prompt by
                      prompt
     model            the name that is asked for
@@ -69,7 +69,7 @@ class Asked:
     stops: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
-    shape: Shape | None = None
+    shape: AnswerShape | None = None
     parses_calls: bool = False
     salt: str = ""
     stream: bool = False
@@ -82,7 +82,7 @@ class Asked:
         told = [
             tool
             for prompt in self.prompts
-            if isinstance(prompt, Chat)
+            if isinstance(prompt, ChatPrompt)
             for tool in prompt.tools or ()
         ]
         functions = [tool.get("function", tool) for tool in told]
