@@ -1,5 +1,5 @@
-"""Bodies from the tables of fields, by a seed: such as an endpoint takes, and such with something
-wrong in them."""
+"""Bodies drawn from the JSON schemas of /openapi.json, by a seed: valid ones, and ones with
+something wrong in them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,8 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from veneer.serve.protocols import chat, completions, messages, responses, tokens
-from veneer.serve.protocols.fields import (
-    AnyObject,
-    Either,
-    Field,
-    Flag,
-    Listed,
-    Mapped,
-    Num,
-    Only,
-    Refused,
-    Table,
-    Tagged,
-    Text,
-)
+from veneer.serve.http.openapi import BODIES
 
-TABLES: dict[str, tuple[Field, ...]] = {
-    "/v1/chat/completions": chat.FIELDS,
-    "/v1/completions": completions.FIELDS,
-    "/v1/responses": responses.FIELDS,
-    "/v1/messages": messages.FIELDS,
-    "/v1/messages/count_tokens": messages.COUNT_FIELDS,
-    "/tokenize": tokens.TOKENIZE,
-    "/detokenize": tokens.DETOKENIZE,
-}
 WORDS = [
     "a",
     "What is it?",
@@ -67,67 +44,92 @@ WRONG = [
 ]
 
 
-def value(random: Random, kind: Any, depth: int = 0) -> Any:
-    """One that the kind takes, small."""
-    if isinstance(kind, Num):
-        low, high = kind.bounds.least, min(kind.bounds.most, kind.bounds.least + 6)
-        if kind.bounds.kind is int:
-            return random.randint(int(low), int(high))
-        return round(random.uniform(low + 0.01, max(high - 0.01, low + 0.02)), 3)
-    if isinstance(kind, Flag):
-        return random.random() < 0.5
-    if isinstance(kind, Text):
-        text = random.choice(WORDS)[: kind.most]
-        return text if len(text) >= kind.least else "a"
-    if isinstance(kind, Only):
-        return random.choice(kind.values)
-    if isinstance(kind, Listed):
-        return [
-            value(random, kind.of, depth + 1)
-            for _ in range(max(kind.least, random.randint(0, min(kind.most, 3))))
-        ]
-    if isinstance(kind, Mapped):
-        return {
-            str(random.randint(0, 255)): value(random, kind.of, depth + 1)
-            for _ in range(random.randint(0, 2))
-        }
-    if isinstance(kind, Table):
-        return fields(random, kind.fields, depth + 1)
-    if isinstance(kind, Tagged):
-        tag = random.choice(list(kind.tables))
-        return {kind.tag: tag, **fields(random, kind.tables[tag], depth + 1)}
-    if isinstance(kind, Either):
-        return value(random, random.choice(kind.kinds), depth)
-    assert isinstance(kind, AnyObject), kind
+def value(random: Random, schema: dict[str, Any], defs: dict[str, Any], depth: int = 0) -> Any:
+    """Draws a small value that the JSON schema accepts."""
+    if "$ref" in schema:
+        schema = defs[schema["$ref"].rpartition("/")[2]]
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return random.choice(schema["enum"])
+    if "anyOf" in schema or "oneOf" in schema:
+        members = schema.get("anyOf") or schema["oneOf"]
+        members = [member for member in members if member.get("type") != "null"]
+        return value(random, random.choice(members), defs, depth)
+    match schema.get("type"):
+        case "integer":
+            low = schema["minimum"]
+            return random.randint(low, min(schema["maximum"], low + 6))
+        case "number":
+            low = schema.get("minimum", schema.get("exclusiveMinimum"))
+            if low == schema["maximum"]:
+                return low
+            high = min(schema["maximum"], low + 6)
+            return round(random.uniform(low + 0.01, max(high - 0.01, low + 0.02)), 3)
+        case "boolean":
+            return random.random() < 0.5
+        case "string":
+            text = random.choice(WORDS)[: schema["maxLength"]]
+            return text if len(text) >= schema["minLength"] else "a"
+        case "array":
+            count = max(schema["minItems"], random.randint(0, min(schema["maxItems"], 3)))
+            return [value(random, schema["items"], defs, depth + 1) for _ in range(count)]
+        case "object" if "properties" in schema:
+            return fields(random, schema, defs, depth + 1)
+        case "object" if schema["additionalProperties"] is not True:
+            inner = schema["additionalProperties"]
+            return {
+                str(random.randint(0, 255)): value(random, inner, defs, depth + 1)
+                for _ in range(random.randint(0, 2))
+            }
     return random.choice(
         [{}, {"type": "object"}, {"type": "object", "properties": {"a": {"type": "integer"}}}]
     )
 
 
-def fields(random: Random, table: tuple[Field, ...], depth: int = 0) -> dict[str, Any]:
+def fields(
+    random: Random, schema: dict[str, Any], defs: dict[str, Any], depth: int = 0
+) -> dict[str, Any]:
     chance = 0.15 if depth == 0 else 0.5
-    found = {}
-    for field in table:
-        if not isinstance(field.kind, Refused) and (field.required or random.random() < chance):
-            found[field.name] = value(random, field.kind, depth)
-    return found
+    return {
+        name: value(random, inner, defs, depth)
+        for name, inner in schema["properties"].items()
+        if name in schema.get("required", ()) or random.random() < chance
+    }
+
+
+SCHEMAS = {path: body.model_json_schema() for path, body in BODIES.items()}
 
 
 def body(random: Random, path: str, models: list[str]) -> dict[str, Any]:
-    """A body that the path's table takes; whether it can be answered is another matter."""
-    made = fields(random, TABLES[path])
-    if "model" in made:
-        made["model"] = random.choice(models)
+    """A body that the path accepts field by field; whether it can be answered is another matter."""
+    schema = SCHEMAS[path]
+    sent = fields(random, schema, schema.get("$defs", {}))
+    if "model" in sent:
+        sent["model"] = random.choice(models)
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        if name in {field.name for field in TABLES[path]}:
-            made.pop(name, None)
-    if any(field.name in ("max_tokens", "max_output_tokens") for field in TABLES[path]):
-        made["max_output_tokens" if path == "/v1/responses" else "max_tokens"] = random.randint(
-            1, 6
-        )
-    if "n" in made:
-        made["n"] = random.randint(1, 3)
-    return made
+        sent.pop(name, None)
+    for name in ("max_tokens", "max_output_tokens"):
+        if name in schema["properties"]:
+            sent[name] = random.randint(1, 6)
+    if "n" in sent:
+        sent["n"] = random.randint(1, 3)
+    for conflict in ("top_logprobs", "stream_options", "best_of"):
+        sent.pop(conflict, None)
+    if path == "/tokenize":
+        sent = _one_prompt(random, sent)
+    if path in ("/v1/messages", "/v1/messages/count_tokens"):
+        sent["messages"].append({"role": "user", "content": "Go on."})
+    return sent
+
+
+def _one_prompt(random: Random, sent: dict[str, Any]) -> dict[str, Any]:
+    prompt = {"prompt": "a text"}
+    if random.random() < 0.5:
+        prompt = {"messages": [{"role": "user", "content": "a question"}]}
+    for name in ("prompt", "messages", "tools", "chat_template_kwargs"):
+        sent.pop(name, None)
+    return {**sent, **prompt}
 
 
 def places(inner: Any) -> list[tuple[Any, Any]]:

@@ -21,7 +21,7 @@ from veneer.serve.protocols.answers import (
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.refusals import Refusal
 
-ECHO = responses.read_request({"model": "m", "input": "x"}).echo
+ECHO = responses.PROTOCOL.read({"model": "m", "input": "x"}).echo
 ASKED = GenerationRequest(
     model="m",
     prompts=(ChatPrompt([]),),

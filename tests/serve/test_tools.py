@@ -14,7 +14,7 @@ from veneer.decoding.tool_calls.calls import CallReader
 from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, ObjectCalls
 from veneer.library.library import Library
 from veneer.serve.protocols.call_style import call_style
-from veneer.serve.protocols.tools import wanted_call
+from veneer.serve.protocols.tools import required_call
 from veneer.serve.refusals import Refusal
 
 STYLE = ObjectCalls("<tool_call>", "</tool_call>")
@@ -207,7 +207,7 @@ def test_the_tool_that_must_be_called_is_one_of_those_that_are_given():
     two = [{"function": {"name": name, "parameters": {}}} for name in ("f", "g")]
 
     def wanted(choice, tools=two):
-        return wanted_call({"tools": tools, "tool_choice": choice})
+        return required_call(tools, choice)
 
     assert [wanted(choice) for choice in (None, "none", "auto")] == [None] * 3
     assert wanted("none", tools=[]) is None

@@ -35,9 +35,9 @@ from veneer.serve.engine.prompts import Prompts
 from veneer.serve.http.guard import Guard
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
 from veneer.serve.protocols import chat, completions, messages, responses, tokens
-from veneer.serve.protocols.body import parsed
 from veneer.serve.protocols.conversation import conversation
-from veneer.serve.protocols.request import ChatPrompt, TextPrompt
+from veneer.serve.protocols.json_body import parsed
+from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal
 
 TRIES = 6
@@ -45,16 +45,22 @@ MOST = 12
 FLOOR_SECONDS = 0.008
 """What is quicker than this is taken for as slow: caches and a busy machine change short times
 most."""
+
+
+def tokenize(body: dict[str, Any]) -> Prompt:
+    return tokens.TokenizeBody.read(body).prompt_to_encode()
+
+
 READ: dict[str, Callable[[dict[str, Any]], object]] = {
-    "/v1/chat/completions": chat.read_request,
-    "/v1/completions": completions.read_request,
-    "/v1/responses": responses.read_request,
-    "/v1/messages": messages.read_request,
-    "/tokenize": tokens.tokenized,
-    "/detokenize": tokens.detokenized,
-    "/v1/load_lora_adapter": adapters.loaded,
-    "/v1/unload_lora_adapter": adapters.unloaded,
-    "/v1/adapters/pin": adapters.pinned,
+    "/v1/chat/completions": chat.PROTOCOL.read,
+    "/v1/completions": completions.PROTOCOL.read,
+    "/v1/responses": responses.PROTOCOL.read,
+    "/v1/messages": messages.PROTOCOL.read,
+    "/tokenize": tokenize,
+    "/detokenize": tokens.DetokenizeBody.read,
+    "/v1/load_lora_adapter": adapters.LoadBody.read,
+    "/v1/unload_lora_adapter": adapters.UnloadBody.read,
+    "/v1/adapters/pin": adapters.PinBody.read,
 }
 CASES = cases()
 Work = Callable[[], object]

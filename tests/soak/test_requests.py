@@ -1,5 +1,5 @@
-"""Requests made from the tables of fields, and such with something wrong in them: no 5xx, no
-traceback."""
+"""Requests drawn from the schemas of their bodies, and some with something wrong in them: no 5xx,
+no traceback."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from tests.serve.generated import TABLES, body, mutated
+from tests.serve.generated import BODIES, body, mutated
 from tests.serve.server import BASE, add_adapter, running
 from tests.soak.counts import rounds
 from veneer.decoding.schedule.scheduler import Limits
@@ -31,7 +31,7 @@ def server(tmp_path_factory):
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["made", "mutated"])
 def test_no_request_is_a_fault_of_the_server(server, wrong, caplog):
-    paths = list(TABLES)
+    paths = list(BODIES)
 
     def ask(seed):
         random = Random(f"{wrong} {seed}")

@@ -6,60 +6,50 @@ next request finds it, and may give it a further name; unloading takes the name 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from veneer.bounds import TOKEN
 from veneer.library.residents.resident import ResidentStatus
 from veneer.serve.limits import MOST_NAME
-from veneer.serve.protocols.fields import Field, Flag, Num, Only, Text, read_fields
+from veneer.serve.protocols.body import NO_EFFECT, Body, Length, Num
 from veneer.serve.refusals import without_folders
 
-_NAME = Text(MOST_NAME, 1)
-LOAD = (
-    Field("lora_name", _NAME, "the model's name from now on", required=True),
-    Field("lora_path", _NAME, "the adapter in the library: NAME, NAME@2, NAME@TAG", required=True),
-    Field(
-        "load_inplace",
-        Flag(),
-        "the name may mean another adapter already; answers under way keep theirs",
-    ),
-    Field("is_3d_lora_weight", Only((False,), "its file says so itself"), "", no_effect=True),
-    Field("base_model_name", _NAME, "its file says so itself", no_effect=True),
-)
-UNLOAD = (
-    Field("lora_name", _NAME, "the model's name", required=True),
-    Field("lora_int_id", Num(TOKEN), "names are enough", no_effect=True),
-)
-PIN = (Field("name", _NAME, "an adapter, as in model", required=True),)
-"""Our own."""
+AdapterName = Annotated[str, Length(1, MOST_NAME)]
 
 
-@dataclass(frozen=True)
-class LoadRequest:
-    name: str
-    reference: str
-    in_place: bool
+class LoadBody(Body):
+    """The body of /v1/load_lora_adapter."""
+
+    lora_name: AdapterName
+    """the model's name from now on"""
+    lora_path: AdapterName
+    """the adapter in the library: NAME, NAME@2, NAME@TAG"""
+    load_inplace: bool = False
+    """the name may belong to another adapter; answers that have begun keep theirs"""
+    is_3d_lora_weight: Annotated[Literal[False], NO_EFFECT] = False
+    """its file says so itself"""
+    base_model_name: Annotated[AdapterName, NO_EFFECT] = ""
+    """its file says so itself"""
 
 
-def loaded(body: dict[str, Any]) -> LoadRequest:
-    """Refusal: 400."""
-    values = read_fields(LOAD, body)
-    return LoadRequest(values["lora_name"], values["lora_path"], values.get("load_inplace", False))
+class UnloadBody(Body):
+    """The body of /v1/unload_lora_adapter."""
+
+    lora_name: AdapterName
+    """the model's name"""
+    lora_int_id: Annotated[int, Num(TOKEN), NO_EFFECT] = 0
+    """names are enough"""
 
 
-def unloaded(body: dict[str, Any]) -> str:
-    """The name. Refusal: 400."""
-    return str(read_fields(UNLOAD, body)["lora_name"])
+class PinBody(Body):
+    """The body of /v1/adapters/pin and unpin, which are our own."""
 
-
-def pinned(body: dict[str, Any]) -> str:
-    """The name. Refusal: 400."""
-    return str(read_fields(PIN, body)["name"])
+    name: AdapterName
+    """an adapter, as in model"""
 
 
 def card_of(shown: ResidentStatus) -> dict[str, Any]:
-    """An adapter that is in memory, on its way, or broken."""
+    """Describes an adapter that is in memory, loading, or broken."""
     return {
         "reference": shown.reference,
         "version": shown.version,

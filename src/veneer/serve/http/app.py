@@ -15,19 +15,21 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from veneer.errors import VeneerError
-from veneer.serve.engine.adapters import LoadRequest, card_of, loaded, pinned, unloaded
+from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody, card_of
 from veneer.serve.engine.service import Service
 from veneer.serve.http.details import angle_between, details
 from veneer.serve.http.exchange import Exchange
 from veneer.serve.http.guard import answer_to
 from veneer.serve.http.keys import Caller
+from veneer.serve.http.openapi import openapi
 from veneer.serve.http.page import page
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols import chat, completions, messages, responses
 from veneer.serve.protocols.answers import ApiProtocol
-from veneer.serve.protocols.body import parsed, read_body
+from veneer.serve.protocols.json_body import parsed, read_body
+from veneer.serve.protocols.messages import CountBody
 from veneer.serve.protocols.request import GenerationRequest
-from veneer.serve.protocols.tokens import detokenized, tokenized
+from veneer.serve.protocols.tokens import DetokenizeBody, TokenizeBody
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.wording import shown
 
@@ -62,6 +64,7 @@ PATHS = (
     "/v1/adapters/pin",
     "/v1/adapters/unpin",
     "/v1/runs",
+    "/openapi.json",
     "/metrics",
     "/healthz",
     "/readyz",
@@ -90,59 +93,55 @@ def _routes(service: Service) -> list[Route]:
         handler: Callable[[Read, Request], Awaitable[Response]],
         scope: str = "use",
     ) -> Route:
-        """read: what is asked, of a body."""
+        """read: validates a body."""
 
         async def endpoint(request: Request) -> Response:
             _check_scope(request, scope)
             if service.loop.closing:
                 raise shutting_down()
             text = await read_body(request, service.limits.body_bytes)
-            if len(text) > LARGE_BODY:  # others are answered meanwhile
+            if len(text) > LARGE_BODY:  # the event loop answers others in the meantime
                 return await handler(await asyncio.to_thread(lambda: read(parsed(text))), request)
             return await handler(read(parsed(text)), request)
 
         return Route(path, _answered(endpoint), methods=["POST"])
 
     def protocol_route(path: str, protocol: ApiProtocol) -> Route:
-        async def answer(asked: GenerationRequest, request: Request) -> Response:
-            return Exchange(service, protocol, asked, _caller(request).name, path)
+        async def answer(generation: GenerationRequest, request: Request) -> Response:
+            return Exchange(service, protocol, generation, _caller(request).name, path)
 
         return post(path, protocol.read, answer)
 
-    async def count(asked: GenerationRequest, request: Request) -> Response:
-        (ids,) = await service.ids(asked.prompts, await service.model(asked.model))
+    async def count(body: CountBody, request: Request) -> Response:
+        (ids,) = await service.ids([body.prompt()], await service.model(body.model))
         return JSONResponse({"input_tokens": len(ids)})
 
-    async def tokenize(told: tuple[GenerationRequest, bool], request: Request) -> Response:
-        asked, wants_strings = told
-        (ids,) = await service.ids(
-            asked.prompts, await service.model(asked.model or service.names.base_name)
-        )
-        found = {"count": len(ids), "max_model_len": service.prompts.positions, "tokens": ids}
-        strings = await service.prompts.strings(ids) if wants_strings else None
-        return JSONResponse({**found, "token_strs": strings})
-
-    async def detokenize(told: tuple[str, list[int]], request: Request) -> Response:
-        model, ids = told
-        await service.model(model or service.names.base_name)
-        return JSONResponse({"prompt": await service.prompts.text(ids)})
-
-    async def load(wanted: LoadRequest, request: Request) -> Response:
-        await service.apart(
-            lambda: service.names.check(wanted.name, wanted.reference, in_place=wanted.in_place)
-        )
-        await service.load(wanted.reference)
-        return PlainTextResponse(
-            service.names.add(wanted.name, wanted.reference, in_place=wanted.in_place)
+    async def tokenize(body: TokenizeBody, request: Request) -> Response:
+        model = await service.model(body.model or service.names.base_name)
+        (ids,) = await service.ids([body.prompt_to_encode()], model)
+        strings = await service.prompts.strings(ids) if body.return_token_strs else None
+        positions = service.prompts.positions
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": positions, "tokens": ids, "token_strs": strings}
         )
 
-    async def unload(name: str, request: Request) -> Response:
-        return PlainTextResponse(await service.apart(lambda: service.names.remove(name)))
+    async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+        await service.model(body.model or service.names.base_name)
+        return JSONResponse({"prompt": await service.prompts.text(body.tokens)})
 
-    def pin(*, to: bool) -> Callable[[str, Request], Awaitable[Response]]:
-        async def change(name: str, request: Request) -> Response:
-            await service.pin(name, pinned=to)
-            return JSONResponse({"pinned": to})
+    async def load(body: LoadBody, request: Request) -> Response:
+        name, reference, in_place = body.lora_name, body.lora_path, body.load_inplace
+        await service.apart(lambda: service.names.check(name, reference, in_place=in_place))
+        await service.load(reference)
+        return PlainTextResponse(service.names.add(name, reference, in_place=in_place))
+
+    async def unload(body: UnloadBody, request: Request) -> Response:
+        return PlainTextResponse(await service.apart(lambda: service.names.remove(body.lora_name)))
+
+    def pin(*, pinned: bool) -> Callable[[PinBody, Request], Awaitable[Response]]:
+        async def change(body: PinBody, request: Request) -> Response:
+            await service.pin(body.name, pinned=pinned)
+            return JSONResponse({"pinned": pinned})
 
         return change
 
@@ -191,6 +190,9 @@ def _routes(service: Service) -> list[Route]:
             await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
+    async def description(request: Request) -> Response:
+        return JSONResponse(await service.look(openapi))
+
     async def health(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
@@ -203,13 +205,13 @@ def _routes(service: Service) -> list[Route]:
 
     return [
         *(protocol_route(path, protocol) for path, protocol in PROTOCOLS.items()),
-        post("/v1/messages/count_tokens", messages.read_count_request, count),
-        post("/tokenize", tokenized, tokenize),
-        post("/detokenize", detokenized, detokenize),
-        post("/v1/load_lora_adapter", loaded, load, "admin"),
-        post("/v1/unload_lora_adapter", unloaded, unload, "admin"),
-        post("/v1/adapters/pin", pinned, pin(to=True), "admin"),
-        post("/v1/adapters/unpin", pinned, pin(to=False), "admin"),
+        post("/v1/messages/count_tokens", CountBody.read, count),
+        post("/tokenize", TokenizeBody.read, tokenize),
+        post("/detokenize", DetokenizeBody.read, detokenize),
+        post("/v1/load_lora_adapter", LoadBody.read, load, "admin"),
+        post("/v1/unload_lora_adapter", UnloadBody.read, unload, "admin"),
+        post("/v1/adapters/pin", PinBody.read, pin(pinned=True), "admin"),
+        post("/v1/adapters/unpin", PinBody.read, pin(pinned=False), "admin"),
         get("/", index),
         get("/v1/adapters", adapters),
         get("/v1/adapters/{name:path}", adapter),
@@ -217,6 +219,7 @@ def _routes(service: Service) -> list[Route]:
         get("/v1/runs/{name}", run),
         get("/v1/models", models),
         get("/v1/models/{name:path}", model),
+        get("/openapi.json", description),
         get("/metrics", metrics),
         get("/healthz", health),
         get("/readyz", ready),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from veneer.decoding.tool_calls.calls import compact
 from veneer.serve.protocols.request import GenerationRequest
+from veneer.serve.protocols.sampling_body import SamplingBody
 from veneer.serve.refusals import Refusal
 
 Reason = Literal["stop", "length", "deadline", "cancelled"]
@@ -111,17 +112,21 @@ class EventStream(Protocol):
 
 @dataclass(frozen=True)
 class ApiProtocol:
-    """Translates between one API's bodies and the engine's values.
+    """Translates between the bodies of one API and the engine's values.
 
-    id_prefix: of the ids of responses. read: a body's request. respond: a whole response's body.
+    id_prefix: of the ids of responses. respond: makes the body of a whole response.
     """
 
     id_prefix: str
-    read: Callable[[dict[str, Any]], GenerationRequest]
+    body: type[SamplingBody]
     respond: Callable[
         [ResponseHead, GenerationRequest, Sequence[GeneratedAnswer], Usage], dict[str, Any]
     ]
     stream: Callable[[ResponseHead, GenerationRequest], EventStream]
+
+    def read(self, body: Any) -> GenerationRequest:
+        """Refusal: 400 with all that is wrong with the body."""
+        return self.body.read(body).generation_request()
 
 
 def event(data: Any, name: str | None = None) -> str:

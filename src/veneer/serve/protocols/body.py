@@ -1,83 +1,402 @@
-"""A request's JSON: bounded in bytes, time and depth, read strictly."""
+"""The base of all request bodies: pydantic models that refuse in our words.
+
+    class Ping(Body):
+        model: Annotated[str, Length(1, 200)]
+        '''which adapter answers'''
+        n: Annotated[int, Num(CHOICES)] = 1
+        '''answers to each prompt'''
+
+    Ping.read({"model": "tickets"})      a Ping, or a Refusal that names every wrong field
+
+One definition of a field validates it, fills its row in docs/serve.md and describes it in
+/openapi.json. Nothing that a client sends is ignored: a field acts, has NO_EFFECT, or is refused by
+name. null means that the field is absent. Validation stops after MOST_FAULTS faults, so that a body
+with a million faults costs no more than a good one.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
-from collections import Counter
-from typing import Any
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
-from starlette.requests import ClientDisconnect, Request
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import (
+    CoreSchema,
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticOmit,
+    core_schema,
+)
 
-from veneer.files.nesting import TOO_DEEP, text_too_deep
-from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED
-from veneer.serve.refusals import Refusal
+from veneer.bounds import Number
+from veneer.serve.limits import MOST_FAULTS
+from veneer.serve.refusals import Fault, refuse
+
+_SHOWN = 40
+Location = tuple[int | str, ...]
+"""The path of a fault in the body, such as ("messages", 0, "role")."""
 
 
-async def read_body(request: Request, most_bytes: int) -> bytes:
-    """The whole body of a request that says that it is JSON. Refusal: 400, 408, 413 or 415."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refusal(415, "The body must not be compressed.")
-    return await gathered(request, most_bytes)
+class Body(BaseModel):
+    """A JSON object with known fields, read strictly: "1" is not 1."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True, serialize_by_alias=True
+    )
+
+    _by_alias: ClassVar[dict[str, FieldInfo]]
+    """The fields by the names that clients send."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls._by_alias = {field.alias or name: field for name, field in cls.model_fields.items()}
+
+    @classmethod
+    def read(cls, body: Any) -> Self:
+        """Validates a request's body. Refusal: 400 with the first MOST_FAULTS faults."""
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            raise refuse([Fault(_path(place), what) for place, what in _faults(error)]) from None
+
+    def conflicts(self) -> Iterator[Fault]:
+        """Yields fields that are valid alone but not together."""
+        return iter(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _gather_faults(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(value, dict):
+            raise invalid([((), f"{brief(value)} is not an object")])
+        fields = cls._by_alias
+        unknown = (name for name in value if name not in fields)
+        faults = [_unknown_field(name, fields) for name in islice(unknown, MOST_FAULTS + 1)]
+        try:
+            body = validate({k: v for k, v in value.items() if v is not None and k in fields})
+        except ValidationError as error:
+            for place, what in _faults(error):
+                field = fields[str(place[0])]
+                explained = len(place) == 1 and _EXPLAINED.intersection(map(type, field.metadata))
+                why = f": {field.description}" if explained and field.description else ""
+                faults.append((place, what + why))
+        else:
+            faults += [((fault.param or "",), fault.what) for fault in body.conflicts()]
+            if not faults:
+                return body
+        raise invalid(faults)
 
 
-async def gathered(request: Request, most_bytes: int) -> bytes:
-    """The whole body. Refusal: 400, 408 or 413."""
-    text, seen = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                seen += len(part)
-                if seen <= most_bytes:
-                    text += part
-                elif seen > MOST_DISCARDED:
-                    break
-    except TimeoutError:
-        raise Refusal(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
-    except ClientDisconnect:
-        raise Refusal(400, "The body was cut short.") from None
-    if seen > most_bytes:
-        raise Refusal(
-            413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"}
+@dataclass(frozen=True)
+class Num:
+    """A number within bounds. A whole number may come as 4.0."""
+
+    bounds: Number
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        low = "exclusiveMinimum" if self.bounds.above else "minimum"
+        high = "exclusiveMaximum" if self.bounds.below else "maximum"
+        kind = "integer" if self.bounds.kind is int else "number"
+        return {"type": kind, low: self.bounds.least, high: self.bounds.most}
+
+    def _check(self, value: Any) -> Any:
+        number = value
+        if self.bounds.kind is int and isinstance(value, float) and value.is_integer():
+            number = int(value)
+        if not self.bounds.holds(number):
+            raise invalid([((), f"{brief(value)} is not {self.bounds.said}")])
+        return number
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many characters a text has, or entries a list or an object."""
+
+    least: int
+    most: int
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema: Any = handler(source)
+        if schema["type"] == "str":
+            schema["min_length"], schema["max_length"] = self.least, self.most
+            return schema
+        entries = list if schema["type"] == "list" else dict
+        if entries is list:
+            schema["fail_fast"] = True
+        item = get_args(get_args(source)[0])
+        numbers = [mark.bounds for mark in item if isinstance(mark, Num)]
+
+        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            if isinstance(value, entries) and not self.least <= len(value) <= self.most:
+                said = f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}"
+                raise invalid([((), said)])
+            if entries is dict or not isinstance(value, list):
+                return validate(value)
+            if numbers and numbers[0].holds_ints(value):  # a prompt's ids: thousands
+                return value
+            return _check_entries(value, validate)
+
+        return core_schema.no_info_wrap_validator_function(check, schema)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        described = handler(schema)
+        names = {"array": ("minItems", "maxItems"), "object": ("minProperties", "maxProperties")}
+        if described["type"] in names:
+            low, high = names[described["type"]]
+            described |= {low: self.least, high: self.most}
+        return described
+
+
+class Like:
+    """A JSON object that one of these models accepts, kept as the client sent it.
+
+    tag: the field whose value chooses the model. default: the tag of an object without one. why:
+    what to know about other tags.
+    """
+
+    def __init__(
+        self, *models: type[Body], tag: str = "", default: str | None = None, why: str = ""
+    ) -> None:
+        self._models, self._tag, self._default = models, tag, default
+        self._why = f": {why}" if why else ""
+        self._by_tag = {
+            value: model
+            for model in models
+            if tag
+            for value in get_args(model.model_fields[tag].annotation)
+        }
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schemas = [handler(model.__pydantic_core_schema__) for model in self._models]
+        return schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
+
+    def _check(self, value: Any) -> Any:
+        model = self._models[0]
+        if self._tag and isinstance(value, dict):
+            tag = value.get(self._tag, self._default)
+            if not isinstance(tag, str) or tag not in self._by_tag:
+                said = f"{brief(tag)} is not {' or '.join(self._by_tag)}{self._why}"
+                raise invalid([((self._tag,), said)])
+            model = self._by_tag[tag]
+        model.model_validate(value)
+        return value
+
+
+class _ByType:
+    """Chooses a union's member by the JSON type of the value, for lists by the first entry's."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        members = {_member_type(member): member for member in get_args(source)}
+        lists = [name for name in members if name.startswith("list")]
+        if len(lists) == 1:
+            members["list"] = members.pop(lists[0])
+        choices = {name: handler.generate_schema(member) for name, member in members.items()}
+        said = " or ".join(_TYPE_WORDS[name] for name in choices)
+
+        def choose(value: Any) -> str | None:
+            name = _value_type(value)
+            return name if name in choices else name.partition("[")[0]
+
+        def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            if choose(value) not in choices:
+                raise invalid([((), f"{brief(value)} is not {said}")])
+            try:
+                return validate(value)
+            except ValidationError as error:  # pydantic puts the choice in front of the path
+                raise invalid([(place[1:], what) for place, what in _faults(error)]) from None
+
+        return core_schema.no_info_wrap_validator_function(
+            check, core_schema.tagged_union_schema(choices, choose)
         )
-    return bytes(text)
 
 
-def parsed(text: bytes) -> dict[str, Any]:
-    """Stricter than json.loads: no key twice, no NaN or infinity, bounded depth. Refusal: 400."""
-    try:
-        decoded = text.decode("utf-8")
-        if text_too_deep(decoded):
-            raise Refusal(400, f"The body {TOO_DEEP}.")
-        value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
-        )
-    except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise Refusal(400, f"The body is not JSON: {str(fault)[:200]}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, "The body is not a JSON object.")
-    return value
+class _NoEffect:
+    """Marks a field that is accepted and not read."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        schema = handler(source)
+        if get_origin(source) is not Literal:
+            return schema
+        values = get_args(source)
+
+        def check(value: Any) -> Any:
+            if not any(type(value) is type(known) and value == known for known in values):
+                raise invalid([((), f"{brief(value)} is not {' or '.join(map(_json, values))}")])
+            return value
+
+        return core_schema.no_info_before_validator_function(check, schema)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        repeated = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"the key {repeated[:40]!r} stands there twice")
-    return table
+class _NotSupported:
+    """Marks a field of other servers; the field's description says what to do instead."""
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def refuse_value(value: Any) -> Any:
+            raise invalid([((), "is not supported")])
+
+        return core_schema.no_info_plain_validator_function(refuse_value)
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        raise PydanticOmit
 
 
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+BY_TYPE = _ByType()
+NO_EFFECT = _NoEffect()
+NotSupported = Annotated[Any, _NotSupported()]
+Object = dict[str, Any]
+"""An object of any content; the size of the body bounds it."""
+_EXPLAINED = {_NoEffect, _NotSupported}
+_TYPE_WORDS = {
+    "str": "text",
+    "dict": "an object",
+    "list": "a list",
+    "list[str]": "a list of texts",
+    "list[int]": "a list of whole numbers",
+    "list[list]": "a list of lists",
+}
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large for a number")
-    return value
+def invalid(faults: Iterable[tuple[Location, str]]) -> ValidationError:
+    """An error that pydantic adds to those of the other fields."""
+    return ValidationError.from_exception_data(
+        "body",
+        [
+            InitErrorDetails(
+                type=PydanticCustomError("fault", "{what}", {"what": what}), loc=place, input=None
+            )
+            for place, what in faults
+        ],
+    )
+
+
+def brief(value: Any, *, quoted: bool = True) -> str:
+    """Shortens a value for an error: printable, on one line."""
+    text = value if isinstance(value, str) else _json(value)
+    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+    clean = "".join(c if c.isprintable() else "·" for c in text)
+    return repr(clean) if quoted and isinstance(value, str) else clean
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _unknown_field(name: str, fields: Iterable[str]) -> tuple[Location, str]:
+    near = difflib.get_close_matches(name, fields, n=1) if len(name) <= _SHOWN else []
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return (brief(name, quoted=False),), f"is not a field of this request.{hint}"
+
+
+def _check_entries(entries: list[Any], validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+    """Goes on behind an entry that is wrong, until enough faults are known."""
+    faults: list[tuple[Location, str]] = []
+    start = 0
+    while len(faults) <= MOST_FAULTS:
+        try:
+            valid = validate(entries[start:])
+        except ValidationError as error:
+            index = 0
+            for place, what in _faults(error):
+                index = int(place[0])
+                faults.append(((start + index, *place[1:]), what))
+            start += index + 1
+        else:
+            if faults:
+                break
+            return valid
+    raise invalid(faults)
+
+
+def _faults(error: ValidationError) -> list[tuple[Location, str]]:
+    details = islice(error.errors(include_url=False), MOST_FAULTS + 1)
+    return [(detail["loc"], _said(detail)) for detail in details]
+
+
+def _said(detail: ErrorDetails) -> str:
+    value, context = detail["input"], detail.get("ctx", {})
+    match detail["type"]:
+        case "fault":
+            return detail["msg"]
+        case "missing":
+            return "is missing"
+        case "string_type":
+            return f"{brief(value)} is not text"
+        case "string_too_short":
+            return f"it has {len(value):,} characters: at least {context['min_length']:,}"
+        case "string_too_long":
+            return f"it has {len(value):,} characters: at most {context['max_length']:,}"
+        case "string_unicode":
+            return "it holds half a character, cut off in an escape"
+        case "bool_type":
+            return f"{brief(value)} is not true or false"
+        case "list_type":
+            return f"{brief(value)} is not a list"
+        case "dict_type":
+            return f"{brief(value)} is not an object"
+        case "literal_error":
+            return f"{brief(value)} is not {context['expected']}"
+    raise AssertionError(detail["type"])
+
+
+def _path(place: Location) -> str:
+    """messages[0].role"""
+    path = ""
+    for step in place:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step != "[key]":  # pydantic's word for an object's key
+            path += f".{brief(step, quoted=False)}"
+    return path.removeprefix(".")
+
+
+def _member_type(member: Any) -> str:
+    """The name of the JSON type that a member of a union accepts."""
+    inner = get_args(member)[0] if get_origin(member) is Annotated else member
+    origin = get_origin(inner) or inner
+    if origin is list:
+        return f"list[{_member_type(get_args(inner)[0]).partition('[')[0]}]"
+    return "str" if origin is Literal else str(origin.__name__)
+
+
+def _value_type(value: Any) -> str:
+    if isinstance(value, list) and value:
+        first = type(value[0])
+        return f"list[{'int' if first is float else first.__name__}]"
+    return type(value).__name__

@@ -6,9 +6,13 @@ Source: platform.openai.com/docs/api-reference/chat, read by the client's own ty
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from veneer.bounds import LOGPROBS
+from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.protocols.answers import (
     DONE,
     AnswerDelta,
@@ -22,93 +26,93 @@ from veneer.serve.protocols.answers import (
     event,
     finish_reason,
 )
-from veneer.serve.protocols.conversation import MESSAGES, VARIABLES, conversation, variables
-from veneer.serve.protocols.fields import Field, Flag, Num, Only, Refused, read_fields
+from veneer.serve.protocols.body import NO_EFFECT, Length, NotSupported, Num
+from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
-from veneer.serve.protocols.sampling_fields import (
-    MODEL,
-    NEW,
-    OPENAI,
-    OTHERS,
-    STREAM,
-    WITHOUT_EFFECT,
-    sampled,
-)
-from veneer.serve.protocols.shapes import RESPONSE_FORMAT, STRUCTURED, shape_of
-from veneer.serve.protocols.tools import TOOL_CHOICE, TOOLS, wanted_call
-from veneer.serve.refusals import Fault, Refusal, refuse
-
-FIELDS = (
-    MODEL,
-    Field("messages", MESSAGES, "the conversation; text alone", required=True),
-    Field("max_tokens", NEW, "where the answer is cut; default: where the model's positions end"),
-    Field("max_completion_tokens", NEW, "the same"),
-    *OPENAI,
-    Field("logprobs", Flag(), "tell each token's chance"),
-    Field("top_logprobs", Num(LOGPROBS), "and so many of the likeliest; with logprobs"),
-    *STREAM,
-    Field("tools", TOOLS, "functions that the model may call"),
-    VARIABLES,
-    Field("tool_choice", TOOL_CHOICE, "whether it calls them"),
-    Field(
-        "parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True
-    ),
-    RESPONSE_FORMAT,
-    *STRUCTURED,
-    *OTHERS,
-    *WITHOUT_EFFECT,
-    Field("store", Only((False,), "nothing is kept here"), "", no_effect=True),
-    Field("modalities", Only((["text"],), "answers are text"), "", no_effect=True),
-    Field("reasoning_effort", Only(("none",), "the template decides"), "", no_effect=True),
-    Field("verbosity", Only(("medium",), "ask in words"), "", no_effect=True),
-    Field("prompt", Refused("use messages, or ask /v1/completions"), ""),
-    Field("functions", Refused("use tools"), ""),
-    Field("function_call", Refused("use tool_choice"), ""),
-    Field("audio", Refused("answers are text"), ""),
-    Field("prediction", Refused("leave it out"), ""),
-    Field("web_search_options", Refused("this server reaches no other"), ""),
-    Field("echo", Only((False,), "the prompt is not repeated"), "", no_effect=True),
-    Field("add_generation_prompt", Only((True,), "an answer is begun"), "", no_effect=True),
-    Field("continue_final_message", Only((False,), "an answer is begun anew"), "", no_effect=True),
-    Field("add_special_tokens", Only((False,), "the template writes them"), "", no_effect=True),
-    Field("chat_template", Refused("the base's own is used"), ""),
-    Field("documents", Refused("put them into a message"), ""),
-    Field("mm_processor_kwargs", Refused("text alone is read"), ""),
-)
+from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens
+from veneer.serve.protocols.shapes import ShapedBody
+from veneer.serve.protocols.tools import ToolChoice, Tools, required_call
+from veneer.serve.refusals import Fault, Refusal
 
 
-def read_request(body: dict[str, Any]) -> GenerationRequest:
-    """Refusal: 400 with all that is wrong."""
-    values = read_fields(FIELDS, body)
-    found = sampled(
-        values, logprobs=values.get("top_logprobs", 0) if values.get("logprobs") else None
+class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
+    """The body of /v1/chat/completions."""
+
+    messages: Messages
+    """the conversation; text only"""
+    max_tokens: NewTokens | None = None
+    """longest answer; default: as long as the model's positions allow"""
+    max_completion_tokens: NewTokens | None = None
+    """the same"""
+    logprobs: bool = False
+    """return each token's log probability"""
+    top_logprobs: Annotated[int, Num(LOGPROBS)] | None = None
+    """and that of this many of the likeliest tokens; with logprobs"""
+    tools: Tools | None = None
+    """functions that the model may call"""
+    tool_choice: ToolChoice | None = None
+    """whether it calls them"""
+    parallel_tool_calls: Annotated[Literal[True], NO_EFFECT] = True
+    """an answer may hold several calls"""
+    store: Annotated[Literal[False], NO_EFFECT] = False
+    """nothing is stored here"""
+    modalities: Annotated[list[Literal["text"]], Length(1, 1), NO_EFFECT] = Field(
+        default_factory=list
     )
-    faults = []
-    most = [values[name] for name in ("max_tokens", "max_completion_tokens") if name in values]
-    if len(set(most)) > 1:
-        faults.append(
-            Fault(
-                "max_tokens", f"is {most[0]:,}, and max_completion_tokens is {most[1]:,}: give one"
-            )
+    """answers are text"""
+    reasoning_effort: Annotated[Literal["none"], NO_EFFECT] = "none"
+    """the template decides"""
+    verbosity: Annotated[Literal["medium"], NO_EFFECT] = "medium"
+    """ask in words"""
+    echo: Annotated[Literal[False], NO_EFFECT] = False
+    """the prompt is not repeated"""
+    add_generation_prompt: Annotated[Literal[True], NO_EFFECT] = True
+    """a new answer begins"""
+    continue_final_message: Annotated[Literal[False], NO_EFFECT] = False
+    """a new answer begins"""
+    add_special_tokens: Annotated[Literal[False], NO_EFFECT] = False
+    """the template writes them"""
+    prompt: NotSupported = None
+    """use messages, or /v1/completions"""
+    functions: NotSupported = None
+    """use tools"""
+    function_call: NotSupported = None
+    """use tool_choice"""
+    audio: NotSupported = None
+    """answers are text"""
+    prediction: NotSupported = None
+    """leave it out"""
+    web_search_options: NotSupported = None
+    """this server does not search the web"""
+    chat_template: NotSupported = None
+    """the base's own is used"""
+    documents: NotSupported = None
+    """put them into a message"""
+    mm_processor_kwargs: NotSupported = None
+    """only text is read"""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from super().conflicts()
+        first, second = self.max_tokens, self.max_completion_tokens
+        if first is not None and second not in (None, first):
+            said = f"is {first:,}, and max_completion_tokens is {second:,}: give one"
+            yield Fault("max_tokens", said)
+        if self.top_logprobs is not None and not self.logprobs:
+            yield Fault("top_logprobs", "is only for answers with logprobs: set logprobs")
+
+    def sampling(self, **settings: Any) -> Sampling:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return super().sampling(logprobs=logprobs, **settings)
+
+    def generation_request(self) -> GenerationRequest:
+        messages, tools = conversation(self.messages, self.tools)
+        offered = None if self.tool_choice == "none" else tools
+        return replace(
+            self.request_for(ChatPrompt(messages, offered, self.chat_template_kwargs)),
+            max_new_tokens=self.max_tokens or self.max_completion_tokens,
+            shape=required_call(self.tools, self.tool_choice) or self.shape(),
+            parses_calls=bool(offered),
         )
-    if values.get("top_logprobs") is not None and not values.get("logprobs"):
-        faults.append(Fault("top_logprobs", "is only for answers with logprobs: set logprobs"))
-    if faults:
-        raise refuse(faults)
-    messages, tools = conversation(values["messages"], values.get("tools"))
-    shape = wanted_call(values) or shape_of(values)
-    return GenerationRequest(
-        model=values["model"],
-        prompts=(
-            ChatPrompt(
-                messages, None if values.get("tool_choice") == "none" else tools, variables(values)
-            ),
-        ),
-        max_new_tokens=most[0] if most else None,
-        shape=shape,
-        parses_calls=bool(tools) and values.get("tool_choice") != "none",
-        **found,
-    )
 
 
 def response_body(
@@ -235,4 +239,4 @@ def _chance(chance: TokenLogprob) -> dict[str, Any]:
     return {"token": chance.text, "logprob": chance.logprob, "bytes": chance.bytes}
 
 
-PROTOCOL = ApiProtocol("chatcmpl-", read_request, response_body, ChatStream)
+PROTOCOL = ApiProtocol("chatcmpl-", ChatBody, response_body, ChatStream)

@@ -6,9 +6,11 @@ Source: platform.openai.com/docs/api-reference/completions, with vLLM's fields.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal, cast
 
-from veneer.bounds import CHOICES, LOGPROBS, TOKEN
+from veneer.bounds import CHOICES, LOGPROBS
+from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
 from veneer.serve.protocols.answers import (
     DONE,
@@ -22,86 +24,65 @@ from veneer.serve.protocols.answers import (
     event,
     finish_reason,
 )
+from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Length, NotSupported, Num
 from veneer.serve.protocols.chat import usage_of
-from veneer.serve.protocols.fields import (
-    Either,
-    Field,
-    Listed,
-    Num,
-    Only,
-    Refused,
-    Text,
-    read_fields,
-)
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
-from veneer.serve.protocols.sampling_fields import (
-    MODEL,
-    NEW,
-    OPENAI,
-    OTHERS,
-    STREAM,
-    WITHOUT_EFFECT,
-    sampled,
-)
-from veneer.serve.protocols.shapes import RESPONSE_FORMAT, STRUCTURED, shape_of
-from veneer.serve.refusals import Fault, Refusal, refuse
+from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens, TokenId
+from veneer.serve.protocols.shapes import ShapedBody
+from veneer.serve.refusals import Fault, Refusal
 
-DEFAULT_NEW = 16
-_TEXT = Text(MOST_TEXT, 1)
-_IDS = Listed(Num(TOKEN), MOST_IDS, 1)
-
-FIELDS = (
-    MODEL,
-    Field(
-        "prompt",
-        Either((_TEXT, _IDS, Listed(_TEXT, MOST_PROMPTS, 1), Listed(_IDS, MOST_PROMPTS, 1))),
-        "a text or several; or ids of tokens; tokenised as it stands, special tokens included",
-        required=True,
-    ),
-    Field("max_tokens", NEW, f"where an answer is cut; default {DEFAULT_NEW}"),
-    *OPENAI,
-    Field("logprobs", Num(LOGPROBS), "tell each token's chance, and so many of the likeliest"),
-    *STREAM,
-    RESPONSE_FORMAT,
-    *STRUCTURED,
-    *OTHERS,
-    Field("best_of", Num(CHOICES), "as n, or left out"),
-    Field(
-        "echo",
-        Only((False,), "prompts' chances are not kept; join the two yourself"),
-        "",
-        no_effect=True,
-    ),
-    Field("messages", Refused("use prompt, or ask /v1/chat/completions"), ""),
-    Field("suffix", Refused("the base continues texts, it fills no gaps"), ""),
-    Field(
-        "add_special_tokens", Only((True,), "as the tokenizer does by itself"), "", no_effect=True
-    ),
-    *WITHOUT_EFFECT,
-)
+_Text = Annotated[str, Length(1, MOST_TEXT)]
+_Ids = Annotated[list[TokenId], Length(1, MOST_IDS)]
 
 
-def read_request(body: dict[str, Any]) -> GenerationRequest:
-    """Refusal: 400 with all that is wrong."""
-    values = read_fields(FIELDS, body)
-    if values.get("best_of", values.get("n", 1)) != values.get("n", 1):
-        raise refuse([Fault("best_of", "is not n: all answers are returned")])
-    return GenerationRequest(
-        model=values["model"],
-        prompts=_prompts(values["prompt"]),
-        max_new_tokens=values.get("max_tokens", DEFAULT_NEW),
-        shape=shape_of(values),
-        **sampled(values, logprobs=values.get("logprobs")),
-    )
+class CompletionBody(ShapedBody, ChoicesBody):
+    """The body of /v1/completions."""
 
+    prompt: Annotated[
+        _Text
+        | Annotated[list[_Text], Length(1, MOST_PROMPTS)]
+        | _Ids
+        | Annotated[list[_Ids], Length(1, MOST_PROMPTS)],
+        BY_TYPE,
+    ]
+    """one text or several, or token ids; tokenised as it is, special tokens included"""
+    max_tokens: NewTokens = 16
+    """longest answer; default 16"""
+    logprobs: Annotated[int, Num(LOGPROBS)] | None = None
+    """return each token's log probability, and that of this many of the likeliest tokens"""
+    best_of: Annotated[int, Num(CHOICES)] | None = None
+    """as n, or left out"""
+    echo: Annotated[Literal[False], NO_EFFECT] = False
+    """prompts have no logprobs here; join prompt and answer yourself"""
+    add_special_tokens: Annotated[Literal[True], NO_EFFECT] = True
+    """as the tokenizer does by itself"""
+    messages: NotSupported = None
+    """use prompt, or /v1/chat/completions"""
+    suffix: NotSupported = None
+    """the base continues texts, it does not fill gaps"""
 
-def _prompts(given: str | list[Any]) -> tuple[TextPrompt, ...]:
-    if isinstance(given, str):
-        return (TextPrompt(text=given),)
-    if isinstance(given[0], str):
-        return tuple(TextPrompt(text=text) for text in given)
-    several = given if isinstance(given[0], list) else [given]
-    return tuple(TextPrompt(ids=tuple(map(int, ids))) for ids in several)
+    def conflicts(self) -> Iterator[Fault]:
+        yield from super().conflicts()
+        if self.best_of not in (None, self.n):
+            yield Fault("best_of", "is not n: all answers are returned")
+
+    def sampling(self, **settings: Any) -> Sampling:
+        return super().sampling(logprobs=self.logprobs, **settings)
+
+    def generation_request(self) -> GenerationRequest:
+        return replace(
+            self.request_for(*self._prompts()), max_new_tokens=self.max_tokens, shape=self.shape()
+        )
+
+    def _prompts(self) -> list[TextPrompt]:
+        if isinstance(self.prompt, str):
+            return [TextPrompt(text=self.prompt)]
+        if isinstance(self.prompt[0], int):
+            return [TextPrompt(ids=tuple(self.prompt))]
+        return [
+            TextPrompt(text=prompt) if isinstance(prompt, str) else TextPrompt(ids=tuple(prompt))
+            for prompt in cast(list[str | list[int]], self.prompt)
+        ]
 
 
 def response_body(
@@ -200,4 +181,4 @@ def _about(head: ResponseHead) -> dict[str, Any]:
     }
 
 
-PROTOCOL = ApiProtocol("cmpl-", read_request, response_body, CompletionStream)
+PROTOCOL = ApiProtocol("cmpl-", CompletionBody, response_body, CompletionStream)

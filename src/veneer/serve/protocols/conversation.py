@@ -6,63 +6,84 @@ conversation reads here as it did in training.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from veneer.adapters.preamble import variable_faults
 from veneer.data.examples import RowFault
 from veneer.data.files.formats import to_conversation
-from veneer.serve.limits import MOST_CALLS, MOST_MESSAGES, MOST_PARTS, MOST_TEXT
-from veneer.serve.protocols.fields import (
-    AnyObject,
-    Either,
-    Field,
-    Listed,
-    Only,
-    Refused,
-    Tagged,
-    Text,
-)
-from veneer.serve.protocols.tools import CALL
+from veneer.serve.limits import MOST_CALLS, MOST_MESSAGES, MOST_NAME, MOST_PARTS, MOST_TEXT
+from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, NotSupported, Object
+from veneer.serve.protocols.tools import SentCall, ShortName
 from veneer.serve.refusals import Fault, refuse
 
-TEXT = Text(MOST_TEXT)
-_PART = Tagged(
-    "type", {"text": (Field("text", TEXT, "", required=True),)}, why="text alone is read"
-)
-CONTENT = Either((TEXT, Listed(_PART, MOST_PARTS)))
-_SAID = Field("content", CONTENT, "", required=True)
-_NAME = Field("name", Text(64, 1), "")
+Text = Annotated[str, Length(0, MOST_TEXT)]
+Id = Annotated[str, Length(1, MOST_NAME)]
 
 
-MESSAGES = Listed(
-    Tagged(
-        "role",
-        {
-            "system": (_SAID, _NAME),
-            "developer": (_SAID, _NAME),
-            "user": (_SAID, _NAME),
-            "assistant": (
-                Field("content", CONTENT, ""),
-                _NAME,
-                Field("tool_calls", Listed(CALL, MOST_CALLS), ""),
-                Field("reasoning_content", TEXT, ""),
-                Field("refusal", TEXT, "", no_effect=True),
-                Field("annotations", Only(([],)), "", no_effect=True),
-                Field("audio", Refused("text alone is read"), ""),
-                Field("function_call", Refused("use tool_calls"), ""),
-            ),
-            "tool": (_SAID, _NAME, Field("tool_call_id", Text(200, 1), "", required=True)),
-        },
-    ),
-    MOST_MESSAGES,
-    1,
-)
+class TextPart(Body):
+    type: Literal["text"]
+    text: Text
 
-VARIABLES = Field(
-    "chat_template_kwargs",
-    AnyObject(),
-    "what the base's template is told, {enable_thinking: false}, say",
-)
+
+Content = Annotated[
+    Text
+    | Annotated[
+        list[Annotated[Object, Like(TextPart, tag="type", why="text alone is read")]],
+        Length(0, MOST_PARTS),
+    ],
+    BY_TYPE,
+]
+
+
+class _Message(Body):
+    content: Content
+    name: ShortName | None = None
+
+
+class SpokenMessage(_Message):
+    role: Literal["system", "developer", "user"]
+
+
+class AssistantMessage(_Message):
+    role: Literal["assistant"]
+    content: Content = ""
+    tool_calls: Annotated[list[Annotated[Object, Like(SentCall)]], Length(0, MOST_CALLS)] = Field(
+        default_factory=list
+    )
+    reasoning_content: Text = ""
+    refusal: Annotated[Text, NO_EFFECT] = ""
+    annotations: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
+    audio: NotSupported = None
+    """text alone is read"""
+    function_call: NotSupported = None
+    """use tool_calls"""
+
+
+class ToolMessage(_Message):
+    role: Literal["tool"]
+    tool_call_id: Id
+
+
+Messages = Annotated[
+    list[Annotated[Object, Like(SpokenMessage, AssistantMessage, ToolMessage, tag="role")]],
+    Length(1, MOST_MESSAGES),
+]
+
+
+class TemplateVariables(Body):
+    """The field of bodies whose conversation the base's template renders."""
+
+    chat_template_kwargs: Object = Field(default_factory=dict)
+    """variables of the base's chat template, such as {enable_thinking: false}"""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from super().conflicts()
+        for fault in variable_faults(self.chat_template_kwargs):
+            yield Fault("chat_template_kwargs", fault)
+
 
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -70,7 +91,7 @@ _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_con
 def conversation(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Of messages that MESSAGES passed, and tools that TOOLS did. Refusal: 400."""
+    """Returns messages and tools as the base's template takes them. Refusal: 400."""
     called: dict[str, str] = {}
     prepared = []
     for number, message in enumerate(messages):
@@ -92,9 +113,6 @@ def conversation(
         raise refuse([Fault("messages", fault.message)]) from None
 
 
-def variables(values: dict[str, Any]) -> dict[str, Any]:
-    """What the template is told, of a body that VARIABLES passed. Refusal: 400."""
-    told: dict[str, Any] = values.get(VARIABLES.name, {})
-    if faults := variable_faults(told):
-        raise refuse([Fault(VARIABLES.name, fault) for fault in faults])
-    return told
+def joined_text(content: str | list[Object]) -> str:
+    """Joins the texts of a content's parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

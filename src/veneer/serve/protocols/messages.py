@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from veneer.bounds import TEMPERATURE
+from pydantic import Field
+
 from veneer.decoding.tool_calls.calls import compact
-from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_STOP, MOST_STOPS, MOST_TOOLS
+from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     AnswerEnd,
@@ -22,204 +24,185 @@ from veneer.serve.protocols.answers import (
     Usage,
     event,
 )
-from veneer.serve.protocols.conversation import TEXT, conversation
-from veneer.serve.protocols.fields import (
-    AnyObject,
-    Either,
-    Field,
-    Flag,
-    Listed,
-    Num,
-    Only,
-    Refused,
-    Table,
-    Tagged,
-    Text,
-    read_fields,
-)
+from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, NotSupported, Object
+from veneer.serve.protocols.conversation import Id, Text, conversation, joined_text
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
-from veneer.serve.protocols.sampling_fields import (
-    MODEL,
-    NEW,
-    OTHERS,
-    SEED,
-    STREAM,
-    TOP_P_FIELD,
-    sampled,
-)
-from veneer.serve.protocols.tools import NAME, wanted_call
-from veneer.serve.refusals import Fault, Refusal, refuse
-
-_CACHE = Field(
-    "cache_control", AnyObject(), "prompts are found again by their content", no_effect=True
-)
-_TEXT_BLOCK = (
-    Field("text", TEXT, "", required=True),
-    Field("citations", Only(([],)), "", no_effect=True),
-    _CACHE,
-)
-_ONLY_TEXT = Listed(Tagged("type", {"text": _TEXT_BLOCK}, why="text alone is read"), MOST_PARTS)
-_USER_BLOCKS = {
-    "text": _TEXT_BLOCK,
-    "tool_result": (
-        Field("tool_use_id", Text(200, 1), "", required=True),
-        Field("content", Either((TEXT, _ONLY_TEXT)), ""),
-        Field("is_error", Flag(), "", no_effect=True),
-        _CACHE,
-    ),
-}
-_ASSISTANT_BLOCKS = {
-    "text": _TEXT_BLOCK,
-    "tool_use": (
-        Field("id", Text(200, 1), "", required=True),
-        Field("name", NAME, "", required=True),
-        Field("input", AnyObject(), "", required=True),
-        Field("caller", AnyObject(), "", no_effect=True),
-        _CACHE,
-    ),
-}
+from veneer.serve.protocols.sampling_body import ModelName, NewTokens, SamplingBody, Stops, Unused
+from veneer.serve.protocols.tools import Description, ShortName, required_call
+from veneer.serve.refusals import Fault, Refusal
 
 
-def _turn(blocks: dict[str, tuple[Field, ...]]) -> tuple[Field, ...]:
-    listed = Listed(Tagged("type", blocks, why="text and tools are read"), MOST_PARTS, 1)
-    return (Field("content", Either((TEXT, listed)), "", required=True),)
+class _Cached(Body):
+    cache_control: Annotated[Object, NO_EFFECT] = Field(default_factory=dict)
+    """the cache finds prompts by their content"""
 
 
-_ONE_CALL = Field(
-    "disable_parallel_tool_use",
-    Only((False,), "an answer may hold several calls"),
-    "",
-    no_effect=True,
-)
-
-PROMPT = (
-    MODEL,
-    Field(
-        "messages",
-        Listed(
-            Tagged("role", {"user": _turn(_USER_BLOCKS), "assistant": _turn(_ASSISTANT_BLOCKS)}),
-            MOST_MESSAGES,
-            1,
-        ),
-        "the conversation; text alone",
-        required=True,
-    ),
-    Field("system", Either((TEXT, _ONLY_TEXT)), "a system message"),
-    Field(
-        "tools",
-        Listed(
-            Table(
-                (
-                    Field("name", NAME, "", required=True),
-                    Field("input_schema", AnyObject(), "", required=True),
-                    Field("description", Text(100_000), ""),
-                    Field("type", Only(("custom",), "tools are yours to call"), "", no_effect=True),
-                    Field("strict", Flag(), "", no_effect=True),
-                    _CACHE,
-                )
-            ),
-            MOST_TOOLS,
-        ),
-        "functions that the model may call",
-    ),
-    Field(
-        "tool_choice",
-        Tagged(
-            "type",
-            {
-                "auto": (_ONE_CALL,),
-                "none": (),
-                "any": (_ONE_CALL,),
-                "tool": (Field("name", NAME, "", required=True), _ONE_CALL),
-            },
-        ),
-        "whether it calls them",
-    ),
-    Field(
-        "thinking", Tagged("type", {"disabled": ()}, why="the template decides"), "", no_effect=True
-    ),
-    Field("cache_control", AnyObject(), "prompts are found again by their content", no_effect=True),
-    Field("context_management", Refused("shorten the conversation"), ""),
-    Field("mcp_servers", Refused("this server reaches no other"), ""),
-    Field("output_config", Refused("see /v1/chat/completions"), ""),
-)
-COUNT_FIELDS = PROMPT
-FIELDS = (
-    *PROMPT,
-    Field("max_tokens", NEW, "where the answer is cut", required=True),
-    Field(
-        "stop_sequences",
-        Listed(Text(MOST_STOP, 1), MOST_STOPS),
-        "texts that end the answer and are not part of it",
-    ),
-    Field("temperature", Num(TEMPERATURE), "0 takes the likeliest token; default 1"),
-    TOP_P_FIELD,
-    Field("seed", Num(SEED), "of the draws, modulo 2^32"),
-    STREAM[0],
-    *OTHERS,
-    Field(
-        "metadata", Table((Field("user_id", Text(1000), "", no_effect=True),)), "", no_effect=True
-    ),
-    Field("service_tier", Only(("auto", "standard_only"), "there is one"), "", no_effect=True),
-    Field("container", Refused("this server runs no code"), ""),
-)
+class _TextBlock(_Cached):
+    type: Literal["text"]
+    text: Text
+    citations: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
 
 
-def read_request(body: dict[str, Any]) -> GenerationRequest:
-    """Refusal: 400 with all that is wrong."""
-    values = read_fields(FIELDS, body)
-    if "stop_sequences" in values:
-        values["stop"] = values["stop_sequences"]
-    prompt, tools, choice = _prompt(values)
-    return GenerationRequest(
-        model=values["model"],
-        prompts=(prompt,),
-        max_new_tokens=values["max_tokens"],
-        shape=wanted_call({"tools": tools, "tool_choice": choice}),
-        parses_calls=prompt.tools is not None,
-        **sampled(values),
+_TextBlocks = Annotated[
+    list[Annotated[Object, Like(_TextBlock, tag="type", why="text alone is read")]],
+    Length(0, MOST_PARTS),
+]
+_TextContent = Annotated[Text | _TextBlocks, BY_TYPE]
+
+
+class _ToolResult(_Cached):
+    type: Literal["tool_result"]
+    tool_use_id: Id
+    content: _TextContent = ""
+    is_error: Annotated[bool, NO_EFFECT] = False
+
+
+class _ToolUse(_Cached):
+    type: Literal["tool_use"]
+    id: Id
+    name: ShortName
+    input: Object
+    caller: Annotated[Object, NO_EFFECT] = Field(default_factory=dict)
+
+
+_UserBlock = Like(_TextBlock, _ToolResult, tag="type", why="text and tools are read")
+_AssistantBlock = Like(_TextBlock, _ToolUse, tag="type", why="text and tools are read")
+
+
+class _UserTurn(Body):
+    role: Literal["user"]
+    content: Annotated[
+        Text | Annotated[list[Annotated[Object, _UserBlock]], Length(1, MOST_PARTS)], BY_TYPE
+    ]
+
+
+class _AssistantTurn(Body):
+    role: Literal["assistant"]
+    content: Annotated[
+        Text | Annotated[list[Annotated[Object, _AssistantBlock]], Length(1, MOST_PARTS)], BY_TYPE
+    ]
+
+
+class _Tool(_Cached):
+    name: ShortName
+    input_schema: Object
+    description: Description | None = None
+    type: Annotated[Literal["custom"], NO_EFFECT] = "custom"
+    """your program calls the tools"""
+    strict: Annotated[bool, NO_EFFECT] = False
+
+
+class _NoChoice(Body):
+    type: Literal["none"]
+
+
+class _FreeChoice(Body):
+    type: Literal["auto", "any"]
+    disable_parallel_tool_use: Annotated[Literal[False], NO_EFFECT] = False
+    """an answer may hold several calls"""
+
+
+class _ToolChoice(_FreeChoice):
+    type: Literal["tool"]  # type: ignore[assignment]
+    name: ShortName
+
+
+class _NoThinking(Body):
+    type: Literal["disabled"]
+
+
+class CountBody(_Cached):
+    """The body of /v1/messages/count_tokens."""
+
+    model: ModelName
+    """the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME"""
+    messages: Annotated[
+        list[Annotated[Object, Like(_UserTurn, _AssistantTurn, tag="role")]],
+        Length(1, MOST_MESSAGES),
+    ]
+    """the conversation; text only"""
+    system: _TextContent = ""
+    """a system message"""
+    tools: Annotated[list[_Tool], Length(0, MOST_TOOLS)] = Field(default_factory=list)
+    """functions that the model may call"""
+    tool_choice: Annotated[Object, Like(_NoChoice, _FreeChoice, _ToolChoice, tag="type")] | None = (
+        None
     )
+    """whether it calls them"""
+    thinking: Annotated[
+        Object, Like(_NoThinking, tag="type", why="the template decides"), NO_EFFECT
+    ] = Field(default_factory=dict)
+    context_management: NotSupported = None
+    """shorten the conversation"""
+    mcp_servers: NotSupported = None
+    """this server reaches no other servers"""
+    output_config: NotSupported = None
+    """see /v1/chat/completions"""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from super().conflicts()
+        if self.messages[-1]["role"] == "assistant":
+            said = "the last is the assistant's: an answer begins anew, it continues no message"
+            yield Fault("messages", said)
+
+    def prompt(self) -> ChatPrompt:
+        """Returns the conversation as chat has it. Refusal: 400."""
+        messages: list[Object] = []
+        if system := joined_text(self.system):
+            messages.append({"role": "system", "content": system})
+        for message in self.messages:
+            messages += _chat_messages(message["role"], message["content"])
+        messages, tools = conversation(messages, self.chat_tools())
+        return ChatPrompt(messages, None if self.chat_choice() == "none" else tools)
+
+    def chat_tools(self) -> list[Object] | None:
+        tools = [{"type": "function", "function": _function(tool)} for tool in self.tools]
+        return tools or None
+
+    def chat_choice(self) -> str | Object | None:
+        if self.tool_choice is None:
+            return None
+        kind: str = self.tool_choice["type"]
+        if kind == "tool":
+            return {"function": {"name": self.tool_choice["name"]}}
+        return "required" if kind == "any" else kind
 
 
-def read_count_request(body: dict[str, Any]) -> GenerationRequest:
-    """The same of a request whose prompt alone is counted."""
-    values = read_fields(COUNT_FIELDS, body)
-    return GenerationRequest(model=values["model"], prompts=(_prompt(values)[0],))
+class _Metadata(Body):
+    user_id: Unused = ""
 
 
-def _prompt(values: dict[str, Any]) -> tuple[ChatPrompt, list[dict[str, Any]] | None, Any]:
-    """The conversation, and tools and choice as chat has them."""
-    tools = None
-    if values.get("tools"):
-        tools = [{"type": "function", "function": _function(tool)} for tool in values["tools"]]
-    given = values.get("tool_choice") or {}
-    choice: Any = {"any": "required", "tool": {"function": {"name": given.get("name")}}}.get(
-        given.get("type", ""), given.get("type")
-    )
-    if values["messages"][-1]["role"] == "assistant":
-        raise refuse(
-            [
-                Fault(
-                    "messages", "the last is the assistant's: answers are begun anew, not continued"
-                )
-            ]
+class MessageBody(CountBody, SamplingBody):
+    """The body of /v1/messages."""
+
+    max_tokens: NewTokens
+    """longest answer"""
+    stop_sequences: Stops = Field(default_factory=list)
+    """texts that end the answer and are not part of it"""
+    metadata: Annotated[_Metadata | None, NO_EFFECT] = None
+    service_tier: Annotated[Literal["auto", "standard_only"], NO_EFFECT] = "auto"
+    """there is one"""
+    container: NotSupported = None
+    """this server runs no code"""
+
+    def generation_request(self) -> GenerationRequest:
+        prompt = self.prompt()
+        return replace(
+            self.request_for(prompt),
+            max_new_tokens=self.max_tokens,
+            stops=tuple(self.stop_sequences),
+            shape=required_call(self.chat_tools(), self.chat_choice()),
+            parses_calls=prompt.tools is not None,
         )
-    messages = []
-    if system := _text(values.get("system") or ""):
-        messages.append({"role": "system", "content": system})
-    for message in values["messages"]:
-        messages += _said(message["role"], message["content"])
-    found, known = conversation(messages, tools)
-    return ChatPrompt(found, None if choice == "none" else known), tools, choice
 
 
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
-    described = {"description": tool["description"]} if tool.get("description") is not None else {}
-    return {"name": tool["name"], **described, "parameters": tool["input_schema"]}
+def _function(tool: _Tool) -> Object:
+    described = {} if tool.description is None else {"description": tool.description}
+    return {"name": tool.name, **described, "parameters": tool.input_schema}
 
 
-def _said(role: str, content: str | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A turn as chat has it: results of tools are messages of their own, in front."""
+def _chat_messages(role: str, content: str | list[Object]) -> Iterator[Object]:
+    """Yields a turn as chat has it: results of tools are messages of their own, in front."""
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
@@ -228,7 +211,7 @@ def _said(role: str, content: str | list[dict[str, Any]]) -> Iterator[dict[str, 
             yield {
                 "role": "tool",
                 "tool_call_id": block["tool_use_id"],
-                "content": _text(block.get("content") or ""),
+                "content": joined_text(block.get("content") or ""),
             }
     text = "".join(block["text"] for block in content if block["type"] == "text")
     calls = [
@@ -241,10 +224,6 @@ def _said(role: str, content: str | list[dict[str, Any]]) -> Iterator[dict[str, 
     ]
     if text or calls or not any(block["type"] == "tool_result" for block in content):
         yield {"role": role, "content": text, **({"tool_calls": calls} if calls else {})}
-
-
-def _text(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(block["text"] for block in content)
 
 
 def response_body(
@@ -356,4 +335,4 @@ def _stop(end: AnswerEnd | None, called: bool) -> tuple[str | None, str | None]:
     return ("tool_use" if called else "end_turn"), None
 
 
-PROTOCOL = ApiProtocol("msg_", read_request, response_body, MessageStream)
+PROTOCOL = ApiProtocol("msg_", MessageBody, response_body, MessageStream)

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from veneer.serve.limits import MOST_ARGUMENTS, MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_TOOLS
+from pydantic import Field
+
+from veneer.bounds import Number
+from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_TEXT, MOST_TOOLS
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     AnswerEnd,
@@ -22,268 +26,220 @@ from veneer.serve.protocols.answers import (
     Usage,
     event,
 )
-from veneer.serve.protocols.conversation import TEXT, conversation
-from veneer.serve.protocols.fields import (
-    AnyObject,
-    Either,
-    Field,
-    Flag,
-    Listed,
+from veneer.serve.protocols.body import (
+    BY_TYPE,
+    NO_EFFECT,
+    Body,
+    Length,
+    Like,
+    NotSupported,
     Num,
-    Only,
-    Refused,
-    Table,
-    Tagged,
-    Text,
-    read_fields,
+    Object,
 )
+from veneer.serve.protocols.conversation import Id, Text, conversation, joined_text
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
-from veneer.serve.protocols.sampling_fields import (
-    MODEL,
-    NEW,
-    OTHERS,
-    SEED,
-    STREAM,
-    TEMPERATURE_FIELD,
-    TOP_P_FIELD,
-    WITHOUT_EFFECT,
-    sampled,
-)
-from veneer.serve.protocols.shapes import shape_of
-from veneer.serve.protocols.tools import NAME, wanted_call
+from veneer.serve.protocols.sampling_body import NewTokens, OpenAIBody
+from veneer.serve.protocols.shapes import FlatFormat, format_shape
+from veneer.serve.protocols.tools import Arguments, Function, ShortName, required_call
 from veneer.serve.refusals import Refusal
 
-_MADE = (
-    Field("id", Text(200), "", no_effect=True),
-    Field("status", Only(("completed", "incomplete", "in_progress")), "", no_effect=True),
-)
-_PART = Tagged(
-    "type",
-    {
-        "input_text": (Field("text", TEXT, "", required=True),),
-        "output_text": (
-            Field("text", TEXT, "", required=True),
-            Field("annotations", Only(([],)), "", no_effect=True),
-            Field("logprobs", Only(([],)), "", no_effect=True),
-        ),
-    },
-    why="text alone is read",
-)
-_CONTENT = Either((TEXT, Listed(_PART, MOST_PARTS)))
-_ITEM = Tagged(
-    "type",
-    {
-        "message": (
-            Field("role", Only(("system", "developer", "user", "assistant")), "", required=True),
-            Field("content", _CONTENT, "", required=True),
-            *_MADE,
-        ),
-        "function_call": (
-            Field("call_id", Text(200, 1), "", required=True),
-            Field("name", NAME, "", required=True),
-            Field("arguments", Text(MOST_ARGUMENTS), "", required=True),
-            *_MADE,
-        ),
-        "function_call_output": (
-            Field("call_id", Text(200, 1), "", required=True),
-            Field("output", _CONTENT, "", required=True),
-            *_MADE,
-        ),
-    },
-    default="message",
-    why="text and calls of functions are read",
-)
-_FORMAT = Tagged(
-    "type",
-    {
-        "text": (),
-        "json_object": (),
-        "json_schema": (
-            Field("name", Text(64, 1), "", required=True),
-            Field("schema", AnyObject(), "", required=True),
-            Field("description", Text(10_000), "", no_effect=True),
-            Field("strict", Flag(), "", no_effect=True),
-        ),
-    },
-)
+Status = Annotated[Literal["completed", "incomplete", "in_progress"], NO_EFFECT]
+ItemId = Annotated[str, Length(0, 200), NO_EFFECT]
 
-FIELDS = (
-    MODEL,
-    Field(
-        "input",
-        Either((Text(MOST_TEXT, 1), Listed(_ITEM, MOST_MESSAGES, 1))),
-        "the conversation",
-        required=True,
-    ),
-    Field("instructions", TEXT, "a system message in front"),
-    Field(
-        "max_output_tokens",
-        NEW,
-        "where the answer is cut; default: where the model's positions end",
-    ),
-    TEMPERATURE_FIELD,
-    TOP_P_FIELD,
-    Field("seed", Num(SEED), "of the draws, modulo 2^32"),
-    STREAM[0],
-    Field(
-        "stream_options",
-        Table(
-            (
-                Field(
-                    "include_obfuscation",
-                    Only((False,), "events are not padded"),
-                    "",
-                    no_effect=True,
-                ),
-            )
-        ),
-        "",
-        no_effect=True,
-    ),
-    Field(
-        "tools",
-        Listed(
-            Tagged(
-                "type",
-                {
-                    "function": (
-                        Field("name", NAME, "", required=True),
-                        Field("description", Text(100_000), ""),
-                        Field("parameters", AnyObject(), ""),
-                        Field("strict", Flag(), "", no_effect=True),
-                    )
-                },
-                why="tools are functions",
+
+class _InputText(Body):
+    type: Literal["input_text"]
+    text: Text
+
+
+class _OutputText(Body):
+    type: Literal["output_text"]
+    text: Text
+    annotations: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
+    logprobs: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
+
+
+_Part = Annotated[Object, Like(_InputText, _OutputText, tag="type", why="text alone is read")]
+_Content = Annotated[Text | Annotated[list[_Part], Length(0, MOST_PARTS)], BY_TYPE]
+
+
+class _Item(Body):
+    id: ItemId = ""
+    status: Status = "completed"
+
+
+class _MessageItem(_Item):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Content
+
+
+class _CallItem(_Item):
+    type: Literal["function_call"]
+    call_id: Id
+    name: ShortName
+    arguments: Arguments
+
+
+class _OutputItem(_Item):
+    type: Literal["function_call_output"]
+    call_id: Id
+    output: _Content
+
+
+_Items = Annotated[
+    list[
+        Annotated[
+            Object,
+            Like(
+                _MessageItem,
+                _CallItem,
+                _OutputItem,
+                tag="type",
+                default="message",
+                why="text and calls of functions are read",
             ),
-            MOST_TOOLS,
-        ),
-        "functions that the model may call",
-    ),
-    Field(
-        "tool_choice",
-        Either(
-            (
-                Only(("auto", "none", "required")),
-                Tagged("type", {"function": (Field("name", NAME, "", True),)}),
-            )
-        ),
-        "whether it calls them",
-    ),
-    Field(
-        "text",
-        Table(
-            (
-                Field("format", _FORMAT, ""),
-                Field("verbosity", Only(("medium",), "ask in words"), "", no_effect=True),
-            )
-        ),
-        "format: the answer is JSON, or JSON of a schema",
-    ),
-    *OTHERS,
-    *WITHOUT_EFFECT,
-    Field("store", Only((False,), "nothing is kept here"), "", no_effect=True),
-    Field("background", Only((False,), "answers are waited for"), "", no_effect=True),
-    Field("truncation", Only(("disabled",), "shorten the conversation"), "", no_effect=True),
-    Field(
-        "parallel_tool_calls", Only((True,), "an answer may hold several calls"), "", no_effect=True
-    ),
-    Field(
-        "include",
-        Listed(Only(("reasoning.encrypted_content",)), 16),
-        "there is no such thing",
-        no_effect=True,
-    ),
-    Field(
-        "reasoning",
-        Table(
-            (
-                Field("effort", Only(("none",), "the template decides"), "", no_effect=True),
-                Field("summary", Only(("auto",)), "", no_effect=True),
-            )
-        ),
-        "",
-        no_effect=True,
-    ),
-    Field("top_logprobs", Only((0,), "see /v1/chat/completions"), "", no_effect=True),
-    Field("previous_response_id", Refused("nothing is kept here: send the whole conversation"), ""),
-    Field("conversation", Refused("nothing is kept here: send the whole conversation"), ""),
-    Field("prompt", Refused("nothing is kept here: send the text"), ""),
-    Field("max_tool_calls", Refused("tools are yours to call"), ""),
-)
+        ]
+    ],
+    Length(1, MOST_MESSAGES),
+]
 
 
-def read_request(body: dict[str, Any]) -> GenerationRequest:
-    """Refusal: 400 with all that is wrong."""
-    values = read_fields(FIELDS, body)
-    given = values.get("tools")
-    tools = (
-        None
-        if given is None
-        else [{"type": "function", "function": _without_type(tool)} for tool in given]
+class _Tool(Function):
+    type: Literal["function"]
+
+
+class _ToolName(Body):
+    type: Literal["function"]
+    name: ShortName
+
+
+class _TextOptions(Body):
+    format: FlatFormat | None = None
+    verbosity: Annotated[Literal["medium"], NO_EFFECT] = "medium"
+    """ask in words"""
+
+
+class _NoObfuscation(Body):
+    include_obfuscation: Annotated[Literal[False], NO_EFFECT] = False
+    """events are not padded"""
+
+
+class _Reasoning(Body):
+    effort: Annotated[Literal["none"], NO_EFFECT] = "none"
+    """the template decides"""
+    summary: Annotated[Literal["auto"], NO_EFFECT] = "auto"
+
+
+class ResponseBody(OpenAIBody):
+    """The body of /v1/responses."""
+
+    input: Annotated[Annotated[str, Length(1, MOST_TEXT)] | _Items, BY_TYPE]
+    """the conversation"""
+    instructions: Text | None = None
+    """a system message in front"""
+    max_output_tokens: NewTokens | None = None
+    """longest answer; default: as long as the model's positions allow"""
+    tools: (
+        Annotated[
+            list[Annotated[Object, Like(_Tool, tag="type", why="tools are functions")]],
+            Length(0, MOST_TOOLS),
+        ]
+        | None
+    ) = None
+    """functions that the model may call"""
+    tool_choice: (
+        Annotated[
+            Literal["auto", "none", "required"] | Annotated[Object, Like(_ToolName, tag="type")],
+            BY_TYPE,
+        ]
+        | None
+    ) = None
+    """whether it calls them"""
+    text: _TextOptions | None = None
+    """format: the answer is JSON, or follows a JSON schema"""
+    stream_options: Annotated[_NoObfuscation | None, NO_EFFECT] = None
+    store: Annotated[Literal[False], NO_EFFECT] = False
+    """nothing is stored here"""
+    background: Annotated[Literal[False], NO_EFFECT] = False
+    """requests wait for their answers"""
+    truncation: Annotated[Literal["disabled"], NO_EFFECT] = "disabled"
+    """shorten the conversation"""
+    parallel_tool_calls: Annotated[Literal[True], NO_EFFECT] = True
+    """an answer may hold several calls"""
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], Length(0, 16), NO_EFFECT] = (
+        Field(default_factory=list)
     )
-    choice = values.get("tool_choice")
-    if isinstance(choice, dict):
-        choice = {"type": "function", "function": {"name": choice["name"]}}
-    messages, known = conversation(_messages(values), tools)
-    form = (values.get("text") or {}).get("format") or {"type": "text"}
-    shaped = (
-        {"type": form["type"], "json_schema": _without_type(form)}
-        if form["type"] == "json_schema"
-        else form
-    )
-    calls = wanted_call({"tools": tools, "tool_choice": choice})
-    found = sampled(values)
-    return GenerationRequest(
-        model=values["model"],
-        prompts=(ChatPrompt(messages, None if choice == "none" else known),),
-        max_new_tokens=values.get("max_output_tokens"),
-        shape=calls or shape_of({**values, "response_format": shaped}),
-        parses_calls=bool(known) and choice != "none",
-        echo={
-            "instructions": values.get("instructions"),
-            "max_output_tokens": values.get("max_output_tokens"),
-            "temperature": found["sampling"].temperature,
-            "top_p": found["sampling"].top_p,
-            "text": {"format": form},
-            "tool_choice": values.get("tool_choice", "auto"),
-            "tools": given or [],
-            "metadata": body.get("metadata") or {},
-        },
-        **found,
-    )
+    """there is no such thing"""
+    reasoning: Annotated[_Reasoning | None, NO_EFFECT] = None
+    top_logprobs: Annotated[int, Num(Number(int, 0, 0)), NO_EFFECT] = 0
+    """see /v1/chat/completions"""
+    previous_response_id: NotSupported = None
+    """nothing is stored here: send the whole conversation"""
+    conversation: NotSupported = None
+    """nothing is stored here: send the whole conversation"""
+    prompt: NotSupported = None
+    """nothing is stored here: send the text"""
+    max_tool_calls: NotSupported = None
+    """your program calls the tools"""
 
+    def generation_request(self) -> GenerationRequest:
+        tools = None
+        if self.tools is not None:
+            tools = [{"type": "function", "function": _without_type(tool)} for tool in self.tools]
+        choice: str | Object | None = (
+            self.tool_choice if "tool_choice" in self.model_fields_set else None
+        )
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": {"name": choice["name"]}}
+        messages, known = conversation(self._messages(), tools)
+        offered = None if choice == "none" else known
+        text_format = self.text.format if self.text else None
+        return replace(
+            self.request_for(ChatPrompt(messages, offered)),
+            max_new_tokens=self.max_output_tokens,
+            shape=required_call(tools, choice) or format_shape(text_format),
+            parses_calls=bool(offered),
+            echo={
+                "instructions": self.instructions,
+                "max_output_tokens": self.max_output_tokens,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "text": {"format": text_format or {"type": "text"}},
+                "tool_choice": self.tool_choice or "auto",
+                "tools": self.tools or [],
+                "metadata": self.metadata,
+            },
+        )
 
-def _without_type(value: dict[str, Any]) -> dict[str, Any]:
-    return {name: each for name, each in value.items() if name != "type" and each is not None}
-
-
-def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """As chat has them: neighbouring calls of one turn in one message."""
-    messages: list[dict[str, Any]] = []
-    if values.get("instructions"):
-        messages.append({"role": "system", "content": values["instructions"]})
-    if isinstance(values["input"], str):
-        return [*messages, {"role": "user", "content": values["input"]}]
-    for item in values["input"]:
-        kind = item.get("type", "message")
-        if kind == "message":
-            messages.append({"role": item["role"], "content": _text(item["content"])})
-        elif kind == "function_call_output":
-            messages.append(
-                {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
-            )
-        else:
-            function = {"name": item["name"], "arguments": item["arguments"]}
-            call = {"id": item["call_id"], "type": "function", "function": function}
-            if messages and messages[-1]["role"] == "assistant":
-                messages[-1].setdefault("tool_calls", []).append(call)
+    def _messages(self) -> list[Object]:
+        """Returns the messages as chat has them: neighbouring calls share one message."""
+        messages: list[Object] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*messages, {"role": "user", "content": self.input}]
+        for item in self.input:
+            kind = item.get("type", "message")
+            if kind == "message":
+                messages.append({"role": item["role"], "content": joined_text(item["content"])})
+            elif kind == "function_call_output":
+                output = joined_text(item["output"])
+                messages.append(
+                    {"role": "tool", "tool_call_id": item["call_id"], "content": output}
+                )
             else:
-                messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    return messages
+                function = {"name": item["name"], "arguments": item["arguments"]}
+                call = {"id": item["call_id"], "type": "function", "function": function}
+                if messages and messages[-1]["role"] == "assistant":
+                    messages[-1].setdefault("tool_calls", []).append(call)
+                else:
+                    messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        return messages
 
 
-def _text(content: str | list[dict[str, Any]]) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+def _without_type(tool: Object) -> Object:
+    return {name: v for name, v in tool.items() if name != "type" and v is not None}
 
 
 def response_body(
@@ -451,4 +407,4 @@ def _new(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
 
-PROTOCOL = ApiProtocol("resp_", read_request, response_body, ResponseStream)
+PROTOCOL = ApiProtocol("resp_", ResponseBody, response_body, ResponseStream)

@@ -1,120 +1,116 @@
-"""What an answer's text must be: response_format as OpenAI has it, vLLM's structured_outputs and
-guided_ fields."""
+"""The fields that require a shape of an answer: OpenAI's response_format, vLLM's
+structured_outputs and guided_ fields."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from veneer.serve.limits import MOST_TEXTS
-from veneer.serve.protocols.fields import (
-    AnyObject,
-    Either,
-    Field,
-    Flag,
-    Listed,
-    Refused,
-    Table,
-    Tagged,
-    Text,
-)
+from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, NotSupported, Object
 from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Fault, refuse
 
-_PATTERN = Text(10_000, 1)
-_GRAMMAR = Text(100_000, 1)
-_CHOICES = Listed(Text(1000, 1), MOST_TEXTS, 1)
-SCHEMA = Either((AnyObject(), _GRAMMAR))
+Pattern = Annotated[str, Length(1, 10_000)]
+GrammarText = Annotated[str, Length(1, 100_000)]
+ChoiceTexts = Annotated[list[Annotated[str, Length(1, 1000)]], Length(1, MOST_TEXTS)]
+Schema = Annotated[Object | GrammarText, BY_TYPE]
 """A JSON schema, as an object or as its text."""
 
-RESPONSE_FORMAT = Field(
-    "response_format",
-    Tagged(
-        "type",
-        {
-            "text": (),
-            "json_object": (),
-            "json_schema": (
-                Field(
-                    "json_schema",
-                    Table(
-                        (
-                            Field("name", Text(64, 1), "", required=True),
-                            Field("schema", AnyObject(), "", required=True),
-                            Field("description", Text(10_000), "", no_effect=True),
-                            Field("strict", Flag(), "answers always keep to it", no_effect=True),
-                        )
-                    ),
-                    "",
-                    required=True,
-                ),
-            ),
-        },
-    ),
-    "the answer is JSON, or JSON of a schema",
-)
-STRUCTURED = (
-    Field(
-        "structured_outputs",
-        Table(
-            (
-                Field("json", SCHEMA, ""),
-                Field("json_object", Flag(), ""),
-                Field("regex", _PATTERN, ""),
-                Field("choice", _CHOICES, ""),
-                Field("grammar", _GRAMMAR, ""),
-            )
-        ),
-        "one of json, json_object, regex, choice, grammar",
-    ),
-    Field("guided_json", SCHEMA, "as structured_outputs.json"),
-    Field("guided_regex", _PATTERN, "as structured_outputs.regex"),
-    Field("guided_choice", _CHOICES, "as structured_outputs.choice"),
-    Field("guided_grammar", _GRAMMAR, "as structured_outputs.grammar"),
-    Field("guided_decoding_backend", Refused("there is one"), ""),
-    Field(
-        "guided_whitespace_pattern",
-        Refused("up to 32 blanks may stand between the parts of a value"),
-        "",
-    ),
-)
-_KINDS: dict[str, Literal["json", "schema", "regex", "choice", "grammar"]] = {
+
+class _PlainFormat(Body):
+    type: Literal["text", "json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON schema as OpenAI's clients send it."""
+
+    name: Annotated[str, Length(1, 64)]
+    schema_: Annotated[Object, Field(alias="schema")]
+    description: Annotated[str, Length(0, 10_000), NO_EFFECT] = ""
+    strict: Annotated[bool, NO_EFFECT] = False
+    """answers always follow the schema"""
+
+
+class _SchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: Annotated[Object, Like(NamedSchema)]
+
+
+class _FlatSchemaFormat(NamedSchema):
+    type: Literal["json_schema"]
+
+
+ResponseFormat = Annotated[Object, Like(_PlainFormat, _SchemaFormat, tag="type")]
+FlatFormat = Annotated[Object, Like(_PlainFormat, _FlatSchemaFormat, tag="type")]
+"""The same as /v1/responses has it, without an inner object."""
+
+
+class StructuredOutputs(Body):
+    json_: Annotated[Schema | None, Field(alias="json")] = None
+    json_object: bool = False
+    regex: Pattern | None = None
+    choice: ChoiceTexts | None = None
+    grammar: GrammarText | None = None
+
+
+class ShapedBody(Body):
+    """The fields that say which shape an answer must have."""
+
+    response_format: ResponseFormat | None = None
+    """the answer is JSON, or follows a JSON schema"""
+    structured_outputs: StructuredOutputs | None = None
+    """one of json, json_object, regex, choice, grammar"""
+    guided_json: Schema | None = None
+    """as structured_outputs.json"""
+    guided_regex: Pattern | None = None
+    """as structured_outputs.regex"""
+    guided_choice: ChoiceTexts | None = None
+    """as structured_outputs.choice"""
+    guided_grammar: GrammarText | None = None
+    """as structured_outputs.grammar"""
+    guided_decoding_backend: NotSupported = None
+    """there is one"""
+    guided_whitespace_pattern: NotSupported = None
+    """up to 32 blanks may stand between the parts of a value"""
+
+    def shape(self) -> AnswerShape | None:
+        """Returns the shape that the body requires. Refusal: 400 if two fields require one."""
+        shapes = [format_shape(self.response_format)]
+        outputs = self.structured_outputs or StructuredOutputs()
+        if outputs.json_object:
+            shapes.append(AnswerShape("json", "structured_outputs.json_object"))
+        for name, kind in _KINDS.items():
+            alias = "json_" if name == "json" else name
+            for field, spec in (
+                (f"structured_outputs.{name}", getattr(outputs, alias)),
+                (f"guided_{name}", getattr(self, f"guided_{name}")),
+            ):
+                if spec is not None:
+                    shapes.append(AnswerShape(kind, field, spec))
+        required = [shape for shape in shapes if shape is not None]
+        if len(required) > 1:
+            first, second = required[0].param, required[1].param
+            raise refuse([Fault(second, f"and {first} are both given: an answer has one shape")])
+        return required[0] if required else None
+
+
+_KINDS: dict[str, Literal["schema", "regex", "choice", "grammar"]] = {
     "json": "schema",
-    "json_object": "json",
     "regex": "regex",
     "choice": "choice",
     "grammar": "grammar",
 }
 
 
-def shape_of(values: dict[str, Any]) -> AnswerShape | None:
-    """Of a body that these fields passed. Refusal: 400, two of them at once."""
-    asked: list[tuple[str, AnswerShape]] = []
-    given = values.get("response_format") or {}
-    if given.get("type") == "json_object":
-        asked.append(("response_format", AnswerShape("json", "response_format")))
-    elif given.get("type") == "json_schema":
-        asked.append(
-            (
-                "response_format",
-                AnswerShape("schema", "response_format", given["json_schema"]["schema"]),
-            )
-        )
-    named = [
-        ("structured_outputs." + name, name, v)
-        for name, v in (values.get("structured_outputs") or {}).items()
-    ]
-    named += [
-        (f"guided_{name}", name, values[f"guided_{name}"])
-        for name in _KINDS
-        if f"guided_{name}" in values
-    ]
-    for field, name, spec in named:
-        if spec is not None and spec is not False:
-            asked.append(
-                (field, AnswerShape(_KINDS[name], field, None if name == "json_object" else spec))
-            )
-    if len(asked) > 1:
-        raise refuse(
-            [Fault(asked[1][0], f"and {asked[0][0]} are both given: an answer has one shape")]
-        )
-    return asked[0][1] if asked else None
+def format_shape(response_format: Object | None) -> AnswerShape | None:
+    """Returns the shape that a response format of either form requires."""
+    if response_format is None:
+        return None
+    if response_format.get("type") == "json_object":
+        return AnswerShape("json", "response_format")
+    if response_format.get("type") == "json_schema":
+        schema = response_format.get("json_schema", response_format)["schema"]
+        return AnswerShape("schema", "response_format", schema)
+    return None

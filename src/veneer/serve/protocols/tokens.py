@@ -1,65 +1,62 @@
-"""/tokenize and /detokenize, as vLLM has them: what a prompt is in ids, and ids in text."""
+"""The bodies of /tokenize and /detokenize, with vLLM's fields."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from veneer.bounds import TOKEN
 from veneer.serve.limits import MOST_IDS, MOST_TEXT
-from veneer.serve.protocols.conversation import MESSAGES, VARIABLES, conversation, variables
-from veneer.serve.protocols.fields import Field, Flag, Listed, Num, Only, Refused, Text, read_fields
-from veneer.serve.protocols.request import ChatPrompt, GenerationRequest, TextPrompt
-from veneer.serve.protocols.sampling_fields import MODEL
-from veneer.serve.protocols.tools import TOOLS
-from veneer.serve.refusals import Fault, refuse
-
-_MODEL = Field(
-    "model", MODEL.kind, "the base, or an adapter, whose conversations may begin otherwise"
-)
-TOKENIZE = (
-    _MODEL,
-    Field("prompt", Text(MOST_TEXT, 1), "a text, tokenised as it stands; or messages"),
-    Field("messages", MESSAGES, "a conversation, with what opens the answer behind it"),
-    Field("tools", TOOLS, "with messages"),
-    VARIABLES,
-    Field("return_token_strs", Flag(), "what each id is in the vocabulary, too"),
-    Field("add_generation_prompt", Only((True,), "an answer is begun"), "", no_effect=True),
-    Field("continue_final_message", Only((False,), "an answer is begun anew"), "", no_effect=True),
-    Field(
-        "add_special_tokens",
-        Only((True, False)),
-        "as for an answer, whatever it says",
-        no_effect=True,
-    ),
-    Field("chat_template", Refused("the base's own is used"), ""),
-)
-DETOKENIZE = (_MODEL, Field("tokens", Listed(Num(TOKEN), MOST_IDS), "ids", required=True))
+from veneer.serve.protocols.body import NO_EFFECT, Body, Length, NotSupported
+from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
+from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
+from veneer.serve.protocols.sampling_body import ModelName, TokenId
+from veneer.serve.protocols.tools import Tools
+from veneer.serve.refusals import Fault
 
 
-def tokenized(body: dict[str, Any]) -> tuple[GenerationRequest, bool]:
-    """What is to be tokenised, and whether the strings are wanted. Refusal: 400."""
-    values = read_fields(TOKENIZE, body)
-    given = [name for name in ("prompt", "messages") if name in values]
-    if len(given) != 1:
-        raise refuse([Fault("prompt", "and messages: give one of them")])
-    if alone := [
-        name
-        for name in ("tools", "chat_template_kwargs")
-        if name in values and "messages" not in values
-    ]:
-        raise refuse([Fault(name, "are for messages") for name in alone])
-    prompt = TextPrompt(text=values["prompt"]) if "prompt" in values else None
-    if prompt is None:
-        asked = conversation(values["messages"], values.get("tools"))
-        prompts: tuple[Any, ...] = (ChatPrompt(*asked, variables(values)),)
-    else:
-        prompts = (prompt,)
-    return GenerationRequest(model=values.get("model", ""), prompts=prompts), bool(
-        values.get("return_token_strs")
-    )
+class TokenizeBody(TemplateVariables):
+    """The body of /tokenize."""
+
+    model: ModelName = ""
+    """the base, or an adapter, whose conversations may begin differently"""
+    prompt: Annotated[str, Length(1, MOST_TEXT)] | None = None
+    """a text, tokenised as it is; or messages"""
+    messages: Messages | None = None
+    """a conversation, with the start of the answer behind it"""
+    tools: Tools | None = None
+    """with messages"""
+    return_token_strs: bool = False
+    """also return each token's text in the vocabulary"""
+    add_generation_prompt: Annotated[Literal[True], NO_EFFECT] = True
+    """a new answer begins"""
+    continue_final_message: Annotated[Literal[False], NO_EFFECT] = False
+    """a new answer begins"""
+    add_special_tokens: Annotated[bool, NO_EFFECT] = True
+    """always as for an answer"""
+    chat_template: NotSupported = None
+    """the base's own is used"""
+
+    def conflicts(self) -> Iterator[Fault]:
+        yield from super().conflicts()
+        if (self.prompt is None) == (self.messages is None):
+            yield Fault("prompt", "and messages: give one of them")
+        if self.messages is None:
+            for name in ("tools", "chat_template_kwargs"):
+                if name in self.model_fields_set:
+                    yield Fault(name, "are for messages")
+
+    def prompt_to_encode(self) -> Prompt:
+        """Returns the prompt whose tokens are wanted. Refusal: 400."""
+        if self.messages is None:
+            return TextPrompt(text=self.prompt)
+        messages, tools = conversation(self.messages, self.tools)
+        return ChatPrompt(messages, tools, self.chat_template_kwargs)
 
 
-def detokenized(body: dict[str, Any]) -> tuple[str, list[int]]:
-    """The model, which may be empty, and the ids."""
-    values = read_fields(DETOKENIZE, body)
-    return values.get("model", ""), [int(token) for token in values["tokens"]]
+class DetokenizeBody(Body):
+    """The body of /detokenize."""
+
+    model: ModelName = ""
+    """the base, or an adapter"""
+    tokens: Annotated[list[TokenId], Length(0, MOST_IDS)]
+    """token ids"""

@@ -1,87 +1,78 @@
-"""Tools: how they are given, and what a request asks of calls of them."""
+"""Tools of a request, and whether its answer must call one."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from veneer.serve.limits import MOST_ARGUMENTS, MOST_NAME, MOST_TOOLS
-from veneer.serve.protocols.fields import (
-    AnyObject,
-    Either,
-    Field,
-    Flag,
-    Listed,
-    Only,
-    Table,
-    Tagged,
-    Text,
-)
+from pydantic import Field
+
+from veneer.bounds import Number
+from veneer.serve.limits import MOST_ARGUMENTS, MOST_CALLS, MOST_NAME, MOST_TOOLS
+from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, Num, Object
 from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Fault, refuse
 
+CALL_INDEX = Number(int, 0, MOST_CALLS - 1)
 CALLS_DRAWN = 8
-"""Of an answer that must call."""
-NAME = Text(64, 1)
-_ARGUMENTS = Field("arguments", Text(MOST_ARGUMENTS), "", required=True)
-CALL = Table(
-    (
-        Field("id", Text(MOST_NAME, 1), "", required=True),
-        Field("type", Only(("function",), "tools are functions"), "", no_effect=True),
-        Field(
-            "function",
-            Table(
-                (
-                    Field("name", NAME, "", required=True),
-                    Field("arguments", Text(MOST_ARGUMENTS), "", required=True),
-                )
-            ),
-            "",
-            required=True,
-        ),
-        Field("index", Only(tuple(range(128))), "", no_effect=True),
-    )
-)
-FUNCTION = Table(
-    (
-        Field("name", NAME, "", required=True),
-        Field("description", Text(100_000), ""),
-        Field("parameters", AnyObject(), ""),
-        Field("strict", Flag(), "", no_effect=True),
-    )
-)
-TOOLS = Listed(
-    Tagged(
-        "type",
-        {"function": (Field("function", FUNCTION, "", required=True),)},
-        why="tools are functions",
-    ),
-    MOST_TOOLS,
-)
-TOOL_CHOICE = Either(
-    (
-        Only(("auto", "none", "required")),
-        Tagged(
-            "type",
-            {
-                "function": (
-                    Field(
-                        "function",
-                        Table((Field("name", NAME, "", required=True),)),
-                        "",
-                        required=True,
-                    ),
-                )
-            },
-        ),
-    )
-)
+"""Most calls in an answer that must call."""
+ShortName = Annotated[str, Length(1, 64)]
+Arguments = Annotated[str, Length(0, MOST_ARGUMENTS)]
+Description = Annotated[str, Length(0, 100_000)]
 
 
-def wanted_call(values: dict[str, Any]) -> AnswerShape | None:
-    """What tool_choice asks of the answer, of a body that passed TOOLS and TOOL_CHOICE. Refusal:
-    400."""
-    tools, choice = values.get("tools") or [], values.get("tool_choice")
+class _SentFunction(Body):
+    name: ShortName
+    arguments: Arguments
+
+
+class SentCall(Body):
+    """A call of a tool in a message of the assistant."""
+
+    id: Annotated[str, Length(1, MOST_NAME)]
+    type: Annotated[Literal["function"], NO_EFFECT] = "function"
+    """tools are functions"""
+    function: Annotated[Object, Like(_SentFunction)]
+    index: Annotated[int, Num(CALL_INDEX), NO_EFFECT] = 0
+
+
+class Function(Body):
+    name: ShortName
+    description: Description = ""
+    parameters: Object = Field(default_factory=dict)
+    strict: Annotated[bool, NO_EFFECT] = False
+
+
+class FunctionTool(Body):
+    type: Literal["function"]
+    function: Annotated[Object, Like(Function)]
+
+
+class _FunctionName(Body):
+    name: ShortName
+
+
+class FunctionChoice(Body):
+    type: Literal["function"]
+    function: Annotated[Object, Like(_FunctionName)]
+
+
+Tools = Annotated[
+    list[Annotated[Object, Like(FunctionTool, tag="type", why="tools are functions")]],
+    Length(0, MOST_TOOLS),
+]
+ToolChoice = Annotated[
+    Literal["auto", "none", "required"] | Annotated[Object, Like(FunctionChoice, tag="type")],
+    BY_TYPE,
+]
+
+
+def required_call(
+    tools: Sequence[Object] | None, choice: str | Object | None
+) -> AnswerShape | None:
+    """Returns the shape of an answer that must call a tool; None: it need not. Refusal: 400."""
+    tools = tools or ()
     names = [tool["function"]["name"] for tool in tools]
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     faults = [Fault("tools", f"{name} is there twice") for name in repeated]

@@ -27,7 +27,7 @@ from veneer.serve.http.exchange import ClientGone, unless_gone
 from veneer.serve.http.guard import answer_to
 from veneer.serve.http.keys import ApiKeys
 from veneer.serve.limits import LARGE_BODY
-from veneer.serve.protocols.body import gathered
+from veneer.serve.protocols.json_body import gathered
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, model_of
 from veneer.serve.run import Server

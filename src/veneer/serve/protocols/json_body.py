@@ -1,0 +1,83 @@
+"""A request's JSON: bounded in bytes, time and depth, read strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from veneer.files.nesting import TOO_DEEP, text_too_deep
+from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED
+from veneer.serve.refusals import Refusal
+
+
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """The whole body of a request that says that it is JSON. Refusal: 400, 408, 413 or 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refusal(415, "The body must not be compressed.")
+    return await gathered(request, most_bytes)
+
+
+async def gathered(request: Request, most_bytes: int) -> bytes:
+    """The whole body. Refusal: 400, 408 or 413."""
+    text, seen = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                seen += len(part)
+                if seen <= most_bytes:
+                    text += part
+                elif seen > MOST_DISCARDED:
+                    break
+    except TimeoutError:
+        raise Refusal(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
+    except ClientDisconnect:
+        raise Refusal(400, "The body was cut short.") from None
+    if seen > most_bytes:
+        raise Refusal(
+            413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"}
+        )
+    return bytes(text)
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """Stricter than json.loads: no key twice, no NaN or infinity, bounded depth. Refusal: 400."""
+    try:
+        decoded = text.decode("utf-8")
+        if text_too_deep(decoded):
+            raise Refusal(400, f"The body {TOO_DEEP}.")
+        value = json.loads(
+            decoded, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
+        )
+    except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise Refusal(400, f"The body is not JSON: {str(fault)[:200]}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "The body is not a JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        repeated = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"the key {repeated[:40]!r} stands there twice")
+    return table
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
