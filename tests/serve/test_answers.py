@@ -52,7 +52,7 @@ def events(protocol, failing=None, asked=ASKED):
     stream = protocol.PROTOCOL.stream(HEAD, asked)
     lines = [*stream.begin(Usage(20, 16, 0))]
     for piece in PIECES:
-        lines += stream.piece(piece)
+        lines += stream.write(piece)
     lines += stream.fail(failing) if failing else stream.finish(USAGE)
     data = [line.partition("data: ")[2].strip() for line in "".join(lines).split("\n\n") if line]
     return [json.loads(each) for each in data if each != "[DONE]"], data[-1] == "[DONE]"
@@ -124,7 +124,7 @@ def test_an_event_is_one_line_whatever_a_client_takes_for_the_end_of_one():
     text = "".join(map(chr, [*range(32), 0x85, 0x2028, 0x2029])) + "é\U0001f600"
     for protocol in (chat, messages, responses):
         stream = protocol.PROTOCOL.stream(HEAD, ASKED)
-        lines = "".join([*stream.begin(Usage()), *stream.piece(AnswerDelta(0, text))])
+        lines = "".join([*stream.begin(Usage()), *stream.write(AnswerDelta(0, text))])
         assert lines.splitlines() == lines.split("\n")[:-1]
         assert "é\U0001f600" in lines
     assert json.loads(event({"x": text}).removeprefix("data: ")) == {"x": text}

@@ -582,13 +582,13 @@ def test_adapters_in_use_are_named_in_the_metrics(server):
             "POST",
             CHAT,
             {"model": BASE, "prompt": "a"},
-            "prompt: is not supported: use messages, or ask /v1/completions",
+            "prompt: is not supported: use messages, or /v1/completions",
         ),
         (
             "POST",
             COMPLETE,
             {"model": BASE, "messages": HELLO},
-            "messages: is not supported: use prompt, or ask /v1/chat/completions",
+            "messages: is not supported: use prompt, or /v1/chat/completions",
         ),
     ],
 )

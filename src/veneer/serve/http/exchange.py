@@ -152,7 +152,7 @@ class _ChunkSink:
         return self._chunks.open
 
     def take(self, piece: AnswerDelta) -> None:
-        if text := "".join(self._streamed.piece(piece)):
+        if text := "".join(self._streamed.write(piece)):
             self._chunks.write(text.encode())
 
 
@@ -163,7 +163,7 @@ def _add(answers: Sequence[GeneratedAnswer], pieces: Sequence[AnswerDelta]) -> N
 
 def _events(streamed: EventStream, pieces: Sequence[AnswerDelta]) -> Iterator[str]:
     for piece in pieces:
-        yield from streamed.piece(piece)
+        yield from streamed.write(piece)
 
 
 def _reason(before: Reason | None, pieces: Sequence[AnswerDelta]) -> Reason | None:

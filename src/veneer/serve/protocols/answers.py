@@ -51,7 +51,7 @@ class AnswerDelta:
 
     index: int
     text: str = ""
-    chances: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     calls: tuple[ToolCall, ...] = ()
     end: AnswerEnd | None = None
 
@@ -62,15 +62,15 @@ class GeneratedAnswer:
 
     index: int
     text: str = ""
-    chances: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     end: AnswerEnd | None = None
 
-    def add(self, piece: AnswerDelta) -> None:
-        self.text += piece.text
-        self.chances += piece.chances
-        self.calls += piece.calls
-        self.end = piece.end or self.end
+    def add(self, delta: AnswerDelta) -> None:
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.calls += delta.calls
+        self.end = delta.end or self.end
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class EventStream(Protocol):
 
     def begin(self, usage: Usage) -> Iterator[str]: ...
 
-    def piece(self, piece: AnswerDelta) -> Iterator[str]: ...
+    def write(self, delta: AnswerDelta) -> Iterator[str]: ...
 
     def finish(self, usage: Usage) -> Iterator[str]: ...
 

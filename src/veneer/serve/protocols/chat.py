@@ -5,6 +5,7 @@ Source: platform.openai.com/docs/api-reference/chat, read by the client's own ty
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -14,25 +15,23 @@ from pydantic import Field
 from veneer.bounds import LOGPROBS
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.protocols.answers import (
-    DONE,
     AnswerDelta,
     ApiProtocol,
     GeneratedAnswer,
     ResponseHead,
-    TextEvents,
     TokenLogprob,
     ToolCall,
     Usage,
-    event,
     finish_reason,
 )
 from veneer.serve.protocols.body import NO_EFFECT, Length, NotSupported, Num
+from veneer.serve.protocols.chunks import ChunkStream, about, usage_of
 from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens
 from veneer.serve.protocols.shapes import ShapedBody
 from veneer.serve.protocols.tools import ToolChoice, Tools, required_call
-from veneer.serve.refusals import Fault, Refusal
+from veneer.serve.refusals import Fault
 
 
 class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
@@ -116,7 +115,7 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
 
 
 def response_body(
-    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
 ) -> dict[str, Any]:
     choices = []
     for answer in answers:
@@ -126,99 +125,50 @@ def response_body(
             "refusal": None,
         }
         if answer.calls:
-            message["tool_calls"] = [_call(call) for call in answer.calls]
+            message["tool_calls"] = [_tool_call(call) for call in answer.calls]
         choices.append(
             {
                 "index": answer.index,
                 "message": message,
-                "logprobs": _logprobs(asked, answer.chances),
+                "logprobs": _logprobs(request, answer.logprobs),
                 "finish_reason": finish_reason(answer.end, answer.calls),
                 "stop_reason": answer.end.stopped_by if answer.end else None,
             }
         )
-    return {**_about(head, "chat.completion"), "choices": choices, "usage": usage_of(usage)}
+    return {**about(head, "chat.completion"), "choices": choices, "usage": usage_of(usage)}
 
 
-class ChatStream:
-    """Chunks: each answer's role first, then text and calls, its end, the counts if they are
-    wanted, [DONE]."""
+class ChatStream(ChunkStream):
+    """Writes each answer's role first, then its text and calls, then its end."""
 
-    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
-        self.asked = asked
-        self._about = _about(head, "chat.completion.chunk")
-        self._calls: dict[int, int] = {}
-        self._texts: dict[int, TextEvents] = {}
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
+        super().__init__(head, request, "chat.completion.chunk")
+        self._call_counts: Counter[int] = Counter()
 
     def begin(self, usage: Usage) -> Iterator[str]:
-        for index in range(self.asked.choices):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+        for index in range(self.request.choices):
+            yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, piece: AnswerDelta) -> Iterator[str]:
-        if piece.chances:
-            yield self._chunk(piece.index, {"content": piece.text}, piece.chances)
-        elif piece.text:
-            index = piece.index
-            if index not in self._texts:
-                self._texts[index] = TextEvents(lambda text: self._chunk(index, {"content": text}))
-            yield self._texts[index](piece.text)
-        for call in piece.calls:
-            number = self._calls[piece.index] = self._calls.get(piece.index, -1) + 1
-            yield self._chunk(piece.index, {"tool_calls": [{"index": number, **_call(call)}]})
-        if piece.end is not None:
-            called = [ToolCall("", "")] if piece.index in self._calls else []
-            yield self._chunk(
-                piece.index, {}, (), finish_reason(piece.end, called), piece.end.stopped_by
-            )
+    def write(self, delta: AnswerDelta) -> Iterator[str]:
+        index = delta.index
+        if delta.logprobs:
+            logprobs = _logprobs(self.request, delta.logprobs)
+            yield self.chunk(index, self.text_fields(delta.text), logprobs)
+        elif delta.text:
+            yield self.text_chunk(index, delta.text)
+        for call in delta.calls:
+            numbered = {"index": self._call_counts[index], **_tool_call(call)}
+            self._call_counts[index] += 1
+            yield self.chunk(index, {"delta": {"tool_calls": [numbered]}})
+        if delta.end is not None:
+            called = [ToolCall("", "")] if self._call_counts[index] else []
+            yield self.chunk(index, {"delta": {}}, None, delta.end, called)
 
-    def finish(self, usage: Usage) -> Iterator[str]:
-        if self.asked.stream_usage:
-            yield event({**self._about, "choices": [], "usage": usage_of(usage)})
-        yield DONE
-
-    def fail(self, refusal: Refusal) -> Iterator[str]:
-        yield event(refusal.body)
-        yield DONE
-
-    def _chunk(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        chances: Sequence[TokenLogprob] = (),
-        reason: str | None = None,
-        stopped_by: str | int | None = None,
-    ) -> str:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": _logprobs(self.asked, chances) if chances else None,
-            "finish_reason": reason,
-        }
-        if reason is not None:
-            choice["stop_reason"] = stopped_by
-        usage = {"usage": None} if self.asked.stream_usage else {}
-        return event({**self._about, "choices": [choice], **usage})
+    def text_fields(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
 
 
-def usage_of(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.new,
-        "total_tokens": usage.prompt + usage.new,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
-
-
-def _about(head: ResponseHead, kind: str) -> dict[str, Any]:
-    return {
-        "id": head.id,
-        "object": kind,
-        "created": head.created,
-        "model": head.model,
-        "system_fingerprint": head.fingerprint,
-    }
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
+def _tool_call(call: ToolCall) -> dict[str, Any]:
     return {
         "id": call.id,
         "type": "function",
@@ -226,17 +176,18 @@ def _call(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def _logprobs(asked: GenerationRequest, chances: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    if asked.sampling.logprobs is None:
+def _logprobs(request: GenerationRequest, logprobs: Sequence[TokenLogprob]) -> Any:
+    if request.sampling.logprobs is None:
         return None
     content = [
-        {**_chance(c), "top_logprobs": [_chance(each) for each in c.alternatives]} for c in chances
+        {**_token(token), "top_logprobs": [_token(other) for other in token.alternatives]}
+        for token in logprobs
     ]
     return {"content": content, "refusal": None}
 
 
-def _chance(chance: TokenLogprob) -> dict[str, Any]:
-    return {"token": chance.text, "logprob": chance.logprob, "bytes": chance.bytes}
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
 
 
 PROTOCOL = ApiProtocol("chatcmpl-", ChatBody, response_body, ChatStream)

@@ -5,31 +5,30 @@ Source: platform.openai.com/docs/api-reference/completions, with vLLM's fields.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Annotated, Any, Literal, cast
 
 from veneer.bounds import CHOICES, LOGPROBS
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.serve.limits import MOST_IDS, MOST_PROMPTS, MOST_TEXT
 from veneer.serve.protocols.answers import (
-    DONE,
     AnswerDelta,
     ApiProtocol,
     GeneratedAnswer,
     ResponseHead,
-    TextEvents,
     TokenLogprob,
     Usage,
-    event,
     finish_reason,
 )
 from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Length, NotSupported, Num
-from veneer.serve.protocols.chat import usage_of
+from veneer.serve.protocols.chunks import ChunkStream, about, usage_of
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens, TokenId
 from veneer.serve.protocols.shapes import ShapedBody
-from veneer.serve.refusals import Fault, Refusal
+from veneer.serve.refusals import Fault
 
 _Text = Annotated[str, Length(1, MOST_TEXT)]
 _Ids = Annotated[list[TokenId], Length(1, MOST_IDS)]
@@ -86,98 +85,55 @@ class CompletionBody(ShapedBody, ChoicesBody):
 
 
 def response_body(
-    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
 ) -> dict[str, Any]:
-    choices = []
-    for answer in answers:
-        end, offset = answer.end, _Offsets()
-        choices.append(
-            {
-                "index": answer.index,
-                "text": answer.text,
-                "logprobs": offset.logprobs(asked, answer.chances),
-                "finish_reason": finish_reason(end, ()),
-                "stop_reason": end.stopped_by if end else None,
-            }
-        )
-    return {**_about(head), "choices": choices, "usage": usage_of(usage)}
-
-
-class CompletionStream:
-    """Chunks of text, each answer's end, the counts if they are wanted, [DONE]."""
-
-    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
-        self.asked, self._head = asked, _about(head)
-        self._offsets: dict[int, _Offsets] = {}
-        self._texts: dict[int, TextEvents] = {}
-
-    def begin(self, usage: Usage) -> Iterator[str]:
-        return iter(())
-
-    def piece(self, piece: AnswerDelta) -> Iterator[str]:
-        if piece.chances or piece.end is not None:
-            yield self._chunk(piece)
-        elif piece.text:
-            index = piece.index
-            if index not in self._texts:
-                self._texts[index] = TextEvents(lambda text: self._chunk(AnswerDelta(index, text)))
-            yield self._texts[index](piece.text)
-
-    def finish(self, usage: Usage) -> Iterator[str]:
-        if self.asked.stream_usage:
-            yield event({**self._head, "choices": [], "usage": usage_of(usage)})
-        yield DONE
-
-    def fail(self, refusal: Refusal) -> Iterator[str]:
-        yield event(refusal.body)
-        yield DONE
-
-    def _chunk(self, piece: AnswerDelta) -> str:
-        offsets = self._offsets.setdefault(piece.index, _Offsets())
-        choice = {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": offsets.logprobs(self.asked, piece.chances) if piece.chances else None,
-            "finish_reason": finish_reason(piece.end, ()),
+    choices = [
+        {
+            "index": answer.index,
+            "text": answer.text,
+            "logprobs": _logprobs(request, answer.logprobs, 0),
+            "finish_reason": finish_reason(answer.end, ()),
+            "stop_reason": answer.end.stopped_by if answer.end else None,
         }
-        if piece.end is not None:
-            choice["stop_reason"] = piece.end.stopped_by
-        usage = {"usage": None} if self.asked.stream_usage else {}
-        return event({**self._head, "choices": [choice], **usage})
+        for answer in answers
+    ]
+    return {**about(head, "text_completion"), "choices": choices, "usage": usage_of(usage)}
 
 
-class _Offsets:
-    """Where each token's text begins in the answer."""
+class CompletionStream(ChunkStream):
+    """Writes each answer's text and its end."""
 
-    def __init__(self) -> None:
-        self._at = 0
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
+        super().__init__(head, request, "text_completion")
+        self._lengths: Counter[int] = Counter()  # characters of each answer's tokens
 
-    def logprobs(
-        self, asked: GenerationRequest, chances: Sequence[TokenLogprob]
-    ) -> dict[str, Any] | None:
-        if asked.sampling.logprobs is None:
-            return None
-        at = []
-        for chance in chances:
-            at.append(self._at)
-            self._at += len(chance.text)
-        return {
-            "tokens": [chance.text for chance in chances],
-            "token_logprobs": [chance.logprob for chance in chances],
-            "top_logprobs": [{each.text: each.logprob for each in c.alternatives} for c in chances]
-            if asked.sampling.logprobs
-            else None,
-            "text_offset": at,
-        }
+    def write(self, delta: AnswerDelta) -> Iterator[str]:
+        index, logprobs = delta.index, None
+        if delta.logprobs:
+            logprobs = _logprobs(self.request, delta.logprobs, self._lengths[index])
+            self._lengths[index] += sum(len(token.text) for token in delta.logprobs)
+        if delta.logprobs or delta.end is not None:
+            yield self.chunk(index, self.text_fields(delta.text), logprobs, delta.end)
+        elif delta.text:
+            yield self.text_chunk(index, delta.text)
+
+    def text_fields(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
 
-def _about(head: ResponseHead) -> dict[str, Any]:
+def _logprobs(
+    request: GenerationRequest, logprobs: Sequence[TokenLogprob], offset: int
+) -> dict[str, Any] | None:
+    """offset: where the first token's text begins in the answer."""
+    if request.sampling.logprobs is None:
+        return None
+    lengths = [len(token.text) for token in logprobs]
+    alternatives = [{other.text: other.logprob for other in t.alternatives} for t in logprobs]
     return {
-        "id": head.id,
-        "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
-        "system_fingerprint": head.fingerprint,
+        "tokens": [token.text for token in logprobs],
+        "token_logprobs": [token.logprob for token in logprobs],
+        "top_logprobs": alternatives if request.sampling.logprobs else None,
+        "text_offset": [*accumulate(lengths[:-1], initial=offset)] if lengths else [],
     }
 
 

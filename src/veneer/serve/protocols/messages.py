@@ -227,7 +227,7 @@ def _chat_messages(role: str, content: str | list[Object]) -> Iterator[Object]:
 
 
 def response_body(
-    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
 ) -> dict[str, Any]:
     (answer,) = answers
     content = [{"type": "text", "text": answer.text}] if answer.text else []
@@ -245,7 +245,7 @@ def response_body(
 class MessageStream:
     """Anthropic's events: the message, a block for text and for each call, how it ended."""
 
-    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
         self._head = head
         self._block, self._in_text, self._called = -1, False, False
         self._end: AnswerEnd | None = None
@@ -256,20 +256,20 @@ class MessageStream:
             "message_start", message={**message, "usage": {**_usage(usage), "output_tokens": 0}}
         )
 
-    def piece(self, piece: AnswerDelta) -> Iterator[str]:
-        if piece.text:
+    def write(self, delta: AnswerDelta) -> Iterator[str]:
+        if delta.text:
             if not self._in_text:
                 yield self._start({"type": "text", "text": ""})
                 self._in_text = True
-            yield self._delta({"type": "text_delta", "text": piece.text})
-        for call in piece.calls:
+            yield self._delta({"type": "text_delta", "text": delta.text})
+        for call in delta.calls:
             yield from self._stop()
             self._called = True
             yield self._start({**_tool_use(call), "input": {}})
             yield self._delta({"type": "input_json_delta", "partial_json": compact(_input(call))})
             yield self._event("content_block_stop", index=self._block)
-        if piece.end is not None:
-            self._end = piece.end
+        if delta.end is not None:
+            self._end = delta.end
             yield from self._stop()
 
     def finish(self, usage: Usage) -> Iterator[str]:

@@ -243,7 +243,7 @@ def _without_type(tool: Object) -> Object:
 
 
 def response_body(
-    head: ResponseHead, asked: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
+    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
 ) -> dict[str, Any]:
     (answer,) = answers
     said = (
@@ -252,15 +252,15 @@ def response_body(
         else []
     )
     output = [*said, *(_function_call(_new("fc_"), call) for call in answer.calls)]
-    return _response(head, asked, output, answer.end, usage)
+    return _response(head, request, output, answer.end, usage)
 
 
 class ResponseStream:
     """OpenAI's events, numbered: the response, an item for the text, one for each call, the
     response as it ends."""
 
-    def __init__(self, head: ResponseHead, asked: GenerationRequest) -> None:
-        self._head, self._asked = head, asked
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
+        self._head, self._request = head, request
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open: str | None = None  # the id of the message that text goes to
@@ -271,19 +271,19 @@ class ResponseStream:
         yield self._event("response.created", response=self._response(None))
         yield self._event("response.in_progress", response=self._response(None))
 
-    def piece(self, piece: AnswerDelta) -> Iterator[str]:
-        if piece.text:
+    def write(self, delta: AnswerDelta) -> Iterator[str]:
+        if delta.text:
             if self._open is None:
                 yield from self._begin_message()
-            self._text += piece.text
+            self._text += delta.text
             yield self._event(
-                "response.output_text.delta", **self._place(), delta=piece.text, logprobs=[]
+                "response.output_text.delta", **self._place(), delta=delta.text, logprobs=[]
             )
-        for call in piece.calls:
+        for call in delta.calls:
             yield from self._end_message()
             yield from self._call(call)
-        if piece.end is not None:
-            self._end = piece.end
+        if delta.end is not None:
+            self._end = delta.end
             if not self._output and self._open is None:
                 yield from self._begin_message()
             yield from self._end_message()
@@ -331,7 +331,7 @@ class ResponseStream:
         return {"item_id": self._open, "output_index": len(self._output), "content_index": 0}
 
     def _response(self, usage: Usage | None) -> dict[str, Any]:
-        return _response(self._head, self._asked, self._output, self._end, usage)
+        return _response(self._head, self._request, self._output, self._end, usage)
 
     def _event(self, kind: str, **values: Any) -> str:
         self._number += 1
@@ -340,7 +340,7 @@ class ResponseStream:
 
 def _response(
     head: ResponseHead,
-    asked: GenerationRequest,
+    request: GenerationRequest,
     output: list[dict[str, Any]],
     end: AnswerEnd | None,
     usage: Usage | None,
@@ -364,7 +364,7 @@ def _response(
         "store": False,
         "truncation": "disabled",
         "usage": None if usage is None else _usage(usage),
-        **asked.echo,
+        **request.echo,
     }
 
 
