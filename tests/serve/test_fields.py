@@ -365,7 +365,7 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
 def test_a_drawn_body_is_its_numbers_alone():
     def drawn(seed):
         random = Random(seed)
-        path = random.choice(list(TABLES))
+        path = random.choice(list(BODIES))
         return mutated(random, body(random, path, ["m"]))
 
     before = [drawn(seed) for seed in range(60)]
@@ -386,8 +386,8 @@ def test_a_response_repeats_what_was_asked_and_names_what_was_not():
         "metadata": {"ticket": "7"},
         "text": {"format": {"type": "json_object"}},
     }
-    assert responses.asked({**ASK["/v1/responses"], **sent}).echo == sent
-    bare = responses.asked(ASK["/v1/responses"]).echo
+    assert responses.PROTOCOL.read({**ASK["/v1/responses"], **sent}).echo == sent
+    bare = responses.PROTOCOL.read(ASK["/v1/responses"]).echo
     assert bare.keys() == sent.keys() and bare["instructions"] is bare["max_output_tokens"] is None
     assert (bare["tool_choice"], bare["tools"], bare["metadata"]) == ("auto", [], {})
     assert bare["text"] == {"format": {"type": "text"}}
@@ -403,7 +403,7 @@ def test_a_response_repeats_what_was_asked_and_names_what_was_not():
 )
 def test_an_answer_is_read_for_calls_where_tools_are_given_and_may_be_called(path, tool, none):
     def reads(**changes):
-        return MODULES[path].asked({**ASK[path], **changes}).parses_calls
+        return MODULES[path].PROTOCOL.read({**ASK[path], **changes}).parses_calls
 
     assert reads(tools=[tool]) and not reads() and not reads(tools=[])
     assert not reads(tools=[tool], tool_choice=none)

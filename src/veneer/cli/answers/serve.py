@@ -288,10 +288,9 @@ def _start_on_ray(
     return ListeningServer(server, listener, told, behind.close)
 
 
-PLACES: dict[str, Callable[[argparse.Namespace, ServeSettings, ApiKeys, Library], ListeningServer]] = {
-    "here": _start_here,
-    "ray": _start_on_ray,
-}
+PLACES: dict[
+    str, Callable[[argparse.Namespace, ServeSettings, ApiKeys, Library], ListeningServer]
+] = {"here": _start_here, "ray": _start_on_ray}
 ON_RAY = ("address", "replicas", "max_replicas", "cpus")
 
 
