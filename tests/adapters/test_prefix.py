@@ -17,7 +17,8 @@ from tests.support.tiny import (
 )
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA, Prefix
-from veneer.adapters.methods.prefix import PrefixLayer, decoder_of
+from veneer.adapters.methods.prefix import decoder_of
+from veneer.adapters.methods.prefix_layer import PrefixLayer
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch
 from veneer.decoding.generate import generate

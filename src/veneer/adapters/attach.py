@@ -1,7 +1,7 @@
-"""Putting an adapter beside a base and taking it away.
+"""Attaches adapters to a base and detaches them.
 
-Wrapping changes no output bit; when the last adapter leaves, the original modules stand in their
-old places.
+Wrapping a module changes no output bit. After the last adapter is detached, the model holds its
+original modules again.
 """
 
 from collections.abc import Callable, Collection
@@ -29,7 +29,7 @@ _BUILDERS: dict[type[AdapterConfig], Callable[[Site, Any], None]] = {
     Bottleneck: build_bottleneck,
     Prefix: build_prefix,
 }
-"""A method's settings -> the function that puts its layers in their places."""
+"""The settings class of a method -> the function that puts its layers into a model."""
 
 
 def attach(
@@ -45,15 +45,18 @@ def attach(
     read_past: Collection[str] | None = None,
     idle: Collection[str] = (),
 ) -> Attachment:
-    """A fresh adapter beside `model`, not yet active: no output changes. head: the output head,
-    never in all-linear. tokens: those that it brings.
+    """Attaches a fresh, inactive adapter to `model`: no output changes.
 
-    values_follow: the caller gives every trained value before anything is computed; none is drawn
-    then. read_past: the weights that the model takes past their modules (placement/reads.py); None:
-    the model is asked, where it matters. idle: places that no gradient reaches (placement/idle.py);
-    (): whatever is attached need not train.
+    head           the output head; all-linear leaves it out
+    tokens         new tokens of the adapter
+    values_follow  the caller sets every trained value before the first forward, so none is drawn
+    read_past      weights that the model reads without calling their module (placement/reads.py);
+                   None: found by a forward where it matters
+    idle           modules that no gradient reaches (placement/idle.py); (): the adapter may be one
+                   that never trains
 
-    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
+    Raises ConfigError, with nothing attached, if the name is taken or the settings do not fit the
+    model.
     """
     with routing.changing, ALONE:
         if name in routing.attached:
@@ -85,9 +88,9 @@ def attach(
 
 
 def check_settings(config: object) -> None:
-    """ConfigError: it is not the settings of a method that puts layers beside a base."""
+    """Raises ConfigError unless `config` is the settings of an adapter method."""
     if type(config) not in _BUILDERS:
-        what = (
+        description = (
             f"the class {config.__name__}"
             if isinstance(config, type)
             else f"of type {type(config).__name__}"
@@ -96,16 +99,16 @@ def check_settings(config: object) -> None:
         if getattr(config, "trains_base", False):
             step = "It trains the base's own weights: veneer.train(…, method=…) does."
         raise ConfigError(
-            f"an adapter is made from the settings of its method, and this is {what}",
+            f"an adapter is made from the settings of its method, and this is {description}",
             next_step=step,
         )
 
 
 def detach(model: nn.Module, name: str, *, routing: Routing) -> None:
-    """Take the adapter away; where no other needs a wrapper, a module stands as it was before.
-    KeyError: there is none.
+    """Detaches an adapter and removes wrappers that no other adapter needs.
 
-    ConfigError: another thread or a block around this one uses it; it stays then.
+    Raises KeyError if there is no such adapter, and ConfigError if another thread or a block around
+    this one uses it; it stays attached then.
     """
     with routing.changing:
         if not routing.leave(name):

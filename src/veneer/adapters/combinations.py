@@ -1,11 +1,9 @@
-"""What adapters contain, and what of it combines: the one table that acting, serving, merging and
-combining read.
+"""Contents of adapters, and which of them combine: one table for serving, merging and combining.
 
-Adapters that act together add up: base + sum of weight * (what the adapter makes of the base alone
-- base). Two contents have no such sum. A trained prefix is text in front of the text. A new token
-has no row in the base's table from which its row could differ by a share. One adapter with such a
-content may act, and with weight 1; everything else is refused here, by the same error everywhere.
-No torch here: settings name their contents (config.py).
+Adapters that act together add up: base + sum of weight * (output with the adapter - base). Two
+contents cannot be added: a trained prefix, which is text in front of the text, and a new token,
+which has no row in the base's table to differ from. Only one adapter with such a content may act,
+with weight 1. This module imports no torch, because settings name their contents (config.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -16,13 +14,13 @@ from veneer.errors import ConfigError, RefusedError
 
 @dataclass(frozen=True)
 class Content:
-    """One kind of trained values.
+    """A kind of trained values.
 
     adds_up   acts with any weight, and beside the same content of other adapters
     merges    can become part of the base's weights
     combines  can become part of an adapter made of several (veneer adapters combine, or training
               from a sum)
-    instead   what to do where it neither merges nor combines
+    instead   next step in the error of a content that neither merges nor combines
     """
 
     name: str
@@ -63,15 +61,14 @@ TOKENS = Content(
     instead="Use it beside its base (--adapter), or merge it: veneer merge.",
 )
 CONTENTS = (UPDATE, MODULES, BIASES, OFFSETS, MAGNITUDES, BOTTLENECKS, PREFIX, TOKENS)
-"""The table's rows, as docs/format.md shows them."""
+"""The rows of the table in docs/format.md."""
 
 Holding = tuple[str, Collection[Content]]
-"""Name of an adapter, for messages, and what it contains."""
+"""Name of an adapter, for messages, and its contents."""
 
 
 def refuse_sum(acting: Sequence[tuple[str, Collection[Content], float]]) -> None:
-    """ConfigError if these adapters, by name, contents and weight, cannot act together with these
-    weights."""
+    """Raises ConfigError if these adapters (name, contents, weight) cannot act together."""
     for content in CONTENTS:
         holders = [(name, weight) for name, contents, weight in acting if content in contents]
         if content.adds_up or not holders or (len(holders) == 1 and holders[0][1] == 1.0):
@@ -84,23 +81,33 @@ def refuse_sum(acting: Sequence[tuple[str, Collection[Content], float]]) -> None
 
 
 def refuse_merge(adapters: Sequence[Holding]) -> None:
-    """RefusedError if the contents of some adapters cannot become weights of the base."""
+    """Raises RefusedError if some contents cannot become weights of the base."""
     _refuse(
-        [(name, held) for name, contents in adapters for held in contents if not held.merges],
+        [
+            (name, content)
+            for name, contents in adapters
+            for content in contents
+            if not content.merges
+        ],
         "these adapters cannot be merged into the base's weights",
     )
 
 
 def refuse_combining(adapters: Sequence[Holding]) -> None:
-    """RefusedError if the contents of some adapters cannot become part of one adapter."""
+    """Raises RefusedError if some contents cannot become part of one adapter."""
     _refuse(
-        [(name, held) for name, contents in adapters for held in contents if not held.combines],
+        [
+            (name, content)
+            for name, contents in adapters
+            for content in contents
+            if not content.combines
+        ],
         "these adapters cannot be combined into one adapter",
     )
 
 
-def _refuse(lacking: Sequence[tuple[str, Content]], message: str) -> None:
-    """RefusedError that names these adapters and contents, if there are any."""
-    if lacking:
-        faults = [f"{name}: {content.name}" for name, content in lacking]
-        raise RefusedError(message, faults, lacking[0][1].instead)
+def _refuse(refused: Sequence[tuple[str, Content]], message: str) -> None:
+    """Raises RefusedError that names these adapters and contents, if there are any."""
+    if refused:
+        faults = [f"{name}: {content.name}" for name, content in refused]
+        raise RefusedError(message, faults, refused[0][1].instead)

@@ -1,6 +1,6 @@
-"""What an adapter's conversations have in common: how they begin, and what their template was told.
+"""The common beginning of an adapter's conversations: system turn and template variables.
 
-Kept with the adapter, so that it is asked as it was taught.
+Stored with the adapter, so that requests look like its training rows.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, too_deep, walk
 
 MOST_VARIABLES = 64
-_TAKEN = {
-    "messages": "the conversation stands in the rows",
-    "tools": "they stand in the rows, or are given with the prompt",
-    "add_generation_prompt": "it is the question of where an answer begins",
+_RESERVED = {
+    "messages": "the conversation comes from the rows",
+    "tools": "they come from the rows or the request",
+    "add_generation_prompt": "Veneer sets it where an answer begins",
 }
 
 
 @dataclass(frozen=True)
 class Preamble:
-    """system: the turn that a conversation without one gets; None: none. variables: of the chat
-    template. tokens: texts that are tokens of the adapter's own."""
+    """The defaults of a conversation.
+
+    system     system turn of conversations that have none; None: no default
+    variables  variables of the chat template
+    tokens     texts of the adapter's new tokens
+    """
 
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -35,14 +39,14 @@ class Preamble:
     def asked(
         self, system: str | None = None, variables: Mapping[str, Any] | None = None
     ) -> Preamble:
-        """With what somebody says instead: a system turn ("": none), variables (None: left out)."""
+        """Overrides the system turn ("" removes it) and variables (None removes one)."""
         chosen = self.system if system is None else system or None
         return replace(
             self, system=chosen, variables=given({**self.variables, **(variables or {})})
         )
 
     def opening(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages, behind the system turn unless they have one."""
+        """Puts the system turn in front of the messages unless they have one."""
         if self.system is None or (messages and messages[0].get("role") == "system"):
             return messages
         return [{"role": "system", "content": self.system}, *messages]
@@ -52,31 +56,36 @@ NONE = Preamble()
 
 
 def shared(preambles: Iterable[Preamble]) -> Preamble:
-    """What all of them say alike: of adapters that act together, of which one may bring tokens."""
-    first, *others = [*preambles] or [Preamble()]
-    system = first.system if all(each.system == first.system for each in others) else None
-    alike = {
+    """What the preambles of adapters that act together agree on. One of them may have new
+    tokens."""
+    first, *rest = [*preambles] or [Preamble()]
+    system = first.system if all(preamble.system == first.system for preamble in rest) else None
+    variables = {
         name: value
         for name, value in first.variables.items()
-        if all(name in each.variables and each.variables[name] == value for each in others)
+        if all(
+            name in preamble.variables and preamble.variables[name] == value for preamble in rest
+        )
     }
     return Preamble(
-        system, alike, next((each.tokens for each in (first, *others) if each.tokens), ())
+        system,
+        variables,
+        next((preamble.tokens for preamble in (first, *rest) if preamble.tokens), ()),
     )
 
 
 def given(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that have a value."""
+    """Drops variables whose value is None."""
     return {name: value for name, value in variables.items() if value is not None}
 
 
 def variable_faults(variables: Mapping[str, Any]) -> list[str]:
-    """Why a template cannot be told these."""
+    """Reasons why a chat template cannot take these variables."""
     if len(variables) > MOST_VARIABLES:
-        return [f"there are {len(variables):,}, {MOST_VARIABLES} may be"]
-    faults = [f"{name}: {why}" for name, why in _TAKEN.items() if name in variables]
+        return [f"there are {len(variables):,}, at most {MOST_VARIABLES} are allowed"]
+    faults = [f"{name}: {why}" for name, why in _RESERVED.items() if name in variables]
     faults += [
-        f"{str(name)[:40]!r} is no name of a variable"
+        f"{str(name)[:40]!r} is not a variable name"
         for name in variables
         if not (isinstance(name, str) and name.isidentifier() and len(name) <= 64)
         or name.startswith("_")
@@ -89,6 +98,6 @@ def variable_faults(variables: Mapping[str, Any]) -> list[str]:
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
-    """Raises ConfigError with all that is wrong."""
+    """Raises ConfigError with every fault."""
     if faults := variable_faults(variables):
         raise ConfigError("these variables cannot be given to a chat template", faults)

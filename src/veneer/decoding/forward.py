@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.adapters.methods.prefix import PrefixLayer
+from veneer.adapters.methods.prefix_layer import PrefixLayer
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.direct import Again, Run

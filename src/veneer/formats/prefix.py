@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from veneer.adapters.config import Prefix
-from veneer.adapters.methods.prefix import PART, PrefixLayer, decoder_of, key_shape
+from veneer.adapters.methods.prefix import decoder_of, key_shape
+from veneer.adapters.methods.prefix_layer import PART, PrefixLayer
 from veneer.adapters.placement.attachment import Attachment
 from veneer.bounds import LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError

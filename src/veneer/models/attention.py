@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from veneer.adapters.methods.prefix import KeyRecorder, PrefixKeys
+from veneer.adapters.methods.prefix_layer import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
 from veneer.kernels.attention.groups import Pair, grouped_attention
 from veneer.kernels.layout import BatchLayout

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from veneer.adapters.methods.new_tokens import width_of
-from veneer.adapters.methods.prefix import tokens_in_front
+from veneer.adapters.methods.prefix_layer import tokens_in_front
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.data.examples import Capacity
 from veneer.linear import PackedLinear

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.prefix import PrefixedDecoder, tokens_in_front
+from veneer.adapters.methods.prefix import PrefixedDecoder
+from veneer.adapters.methods.prefix_layer import tokens_in_front
 from veneer.errors import SourceError
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout

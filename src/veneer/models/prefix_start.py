@@ -11,13 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from veneer.adapters.config import Prefix
-from veneer.adapters.methods.prefix import (
-    DEFAULT_TOKENS,
-    PrefixLayer,
-    decoder_of,
-    put_start,
-    record_keys,
-)
+from veneer.adapters.methods.prefix import decoder_of, record_keys
+from veneer.adapters.methods.prefix_layer import DEFAULT_TOKENS, PrefixLayer, put_start
 from veneer.adapters.placement.attachment import Attachment
 from veneer.data.batching import shared_prompt
 from veneer.data.examples import Example

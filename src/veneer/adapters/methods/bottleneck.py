@@ -1,16 +1,14 @@
-"""Bottleneck layers: a small two-layer network behind, or beside, a block of every decoder layer.
+"""Bottleneck layers: a small two-layer network after or parallel to a block of each decoder layer.
 
-    houlsby, pfeiffer   y + scaling * Up(act(Down(y)))    y: what the block gives, before the
-                        residual is added
-    parallel            y + scaling * Up(act(Down(x)))    x: what the feed-forward block was given
+    houlsby, pfeiffer   y + scaling * Up(act(Down(y)))    y: output of the block, no residual yet
+    parallel            y + scaling * Up(act(Down(x)))    x: input of the feed-forward block
 
-houlsby stands behind attention and feed-forward, the others at the feed-forward alone. Up and its
-bias start at zero: a fresh layer changes no bit. float32 whatever the base is; products are in the
-base's type. Several adapters that act together all see the base's own y, and their updates add up.
-A mixture of experts is one block here. Knows nothing of files. Blocks are found by the names that
-transformers' models give them. Shapes: M rows, D hidden size, S size of the bottleneck. Sources:
-Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; He et al. 2022,
-arXiv:2110.04366.
+houlsby adapts attention and feed-forward, the others only the feed-forward. Up and its bias start
+at zero, so a fresh layer changes no bit. Parameters are float32; products are in the base's type.
+Several adapters that act together all get the base's y, and their updates add up. A mixture of
+experts counts as one block. Blocks are found by transformers' names for them. Shapes: M rows, D
+hidden size, S size of the bottleneck. Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et
+al. 2020, arXiv:2005.00247; He et al. 2022, arXiv:2110.04366.
 """
 
 import inspect
@@ -43,8 +41,12 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class BottleneckLayer:
-    """down (S, D), down_bias (S), up (D, S), up_bias (D); with norm: norm_weight, norm_bias (D).
-    All float32."""
+    """The network of one block, float32: down (S, D), down_bias (S), up (D, S), up_bias (D); with
+    norm: norm_weight, norm_bias (D).
+
+    before  it reads the block's input instead of its output
+    key     number of the layer: two layers never share a dropout mask
+    """
 
     def __init__(self, down: Tensor, config: Bottleneck, *, key: int) -> None:
         size, width = down.shape
@@ -60,11 +62,9 @@ class BottleneckLayer:
             self._parts["norm_bias"] = nn.Parameter(zeros(width, device=device))
         self.scaling = config.effective_scaling
         self.before = config.placement == "parallel"
-        """Whether it reads what the block is given instead of what it gives."""
         self.activation = _ACTIVATIONS[config.activation]
         self.dropout = config.dropout
         self.key = key
-        """Number of the layer: two of them never share a dropout mask."""
 
     def parts(self) -> dict[str, nn.Parameter]:
         return dict(self._parts)
@@ -76,8 +76,7 @@ class BottleneckLayer:
         raise ConfigError("a bottleneck layer cannot be merged", next_step=BOTTLENECKS.instead)
 
     def update(self, x: Tensor, keys: TokenKeys | None) -> Tensor:
-        """(..., D) -> what is added to the block's output, without the scaling. keys: dropout's,
-        one a row."""
+        """(..., D) -> (..., D): the update before scaling. keys: one dropout key per row."""
         part = self._parts
         if "norm_weight" in part:
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -90,8 +89,8 @@ class BottleneckLayer:
 
 
 class AdaptedBlock(AdaptedModule):
-    """An attention or feed-forward block: all rows through it at once, and of each part's rows the
-    update alone."""
+    """An attention or feed-forward block. The base computes all rows at once; updates are added to
+    each part's rows."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base(*args, **kwargs)
@@ -100,43 +99,45 @@ class AdaptedBlock(AdaptedModule):
         if whole == () or not any(self.beside(part.adapters) for part in acting.parts):
             return out
         x = args[0] if args else kwargs["hidden_states"]
-        own = out[0] if isinstance(out, tuple) else out
+        plain = out[0] if isinstance(out, tuple) else out
         if whole is not None:
-            y = self._updated(x, own, whole, acting.keys)
+            y = self._add_updates(x, plain, whole, acting.keys)
         else:
-            rows = own.numel() // own.shape[-1]
-            chosen = [s for s in acting.segments(rows) if self.beside(s.adapters)]
-            made = [
-                self._updated(
+            rows = plain.numel() // plain.shape[-1]
+            segments = [s for s in acting.segments(rows) if self.beside(s.adapters)]
+            outputs = [
+                self._add_updates(
                     cut(x, s.rows, rows),
-                    cut(own, s.rows, rows),
+                    cut(plain, s.rows, rows),
                     s.adapters,
                     None if acting.keys is None else acting.keys.of(s.rows),
                 )
-                for s in chosen
+                for s in segments
             ]
-            y = put(own, [s.rows for s in chosen], made, rows)
+            y = put(plain, [s.rows for s in segments], outputs, rows)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
-    def _updated(self, x: Tensor, own: Tensor, adapters: Applied, keys: TokenKeys | None) -> Tensor:
-        y = own
-        for layer, weight, drawn in self.drawing(adapters, keys):
-            update = layer.update(x if layer.before else own, drawn)
+    def _add_updates(
+        self, x: Tensor, plain: Tensor, adapters: Applied, keys: TokenKeys | None
+    ) -> Tensor:
+        y = plain
+        for layer, weight, layer_keys in self.drawing(adapters, keys):
+            update = layer.update(x if layer.before else plain, layer_keys)
             y = torch.add(y, update, alpha=layer.scaling * weight)
         return y
 
 
 def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[str]:
-    """Paths of the blocks that the settings name, in the model's order. modules: the base's own.
+    """Paths of the blocks that the settings name, in the model's order.
 
-    ConfigError: a layer lacks such a block, or the block adds the residual by itself; `layers` that
-    do not exist.
+    Raises ConfigError if a layer has no such block, a block adds the residual itself, or one of
+    `layers` does not exist.
     """
-    wanted: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [
+    block_kinds: list[tuple[Literal["attention", "feed-forward"], Sequence[str]]] = [
         ("feed-forward", FEED_FORWARD)
     ]
     if config.placement == "houlsby":
-        wanted.insert(0, ("attention", ATTENTION))
+        block_kinds.insert(0, ("attention", ATTENTION))
     inside = {id(module) for module in _language_model(modules[""]).modules()}
     layers = {
         f"{path}.{number}": layer
@@ -147,12 +148,12 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
     }
     numbers = {layer_number(path) for path in layers}
     faults = {f"layer {n} does not exist": None for n in config.layers if n not in numbers}
-    found = []
+    paths = []
     for path, layer in layers.items():
         if config.layers and layer_number(path) not in config.layers:
             continue
         below = [name for name, _ in modules_below(path, None, modules)]
-        for kind, names in wanted:
+        for kind, names in block_kinds:
             name = next((name for name in names if name in below), None)
             if name is None:
                 faults[
@@ -162,18 +163,18 @@ def find_blocks(modules: Mapping[str, nn.Module], config: Bottleneck) -> list[st
                 block = type(modules[f"{path}.{name}"]).__name__
                 faults[f"{block} adds the residual itself: nothing can stand before it"] = None
             else:
-                found.append(f"{path}.{name}")
-    if faults or not found:
+                paths.append(f"{path}.{name}")
+    if faults or not paths:
         raise ConfigError(
             "bottleneck layers do not fit the model",
             list(faults) or ["no decoder layer with an attention or feed-forward block was found"],
             "Choose other layers or another placement, or take lora, which works on every model.",
         )
-    return found
+    return paths
 
 
 def _language_model(model: nn.Module) -> nn.Module:
-    """Without towers for images or sound, whose layers look alike."""
+    """The language model without vision or audio towers, whose layers look alike."""
     get: Any = getattr(model, "get_decoder", None)
     return model if get is None else get()
 
@@ -181,7 +182,7 @@ def _language_model(model: nn.Module) -> nn.Module:
 def modules_below(
     path: str, number: int | None, modules: Mapping[str, nn.Module]
 ) -> list[tuple[str, nn.Module]]:
-    """The direct children of modules[path] (of its element `number`), wrappers looked through."""
+    """The direct children of modules[path], or of its element `number`."""
     owner = path if number is None else f"{path}.{number}"
     return [
         (n.removeprefix(owner + "."), m)
@@ -191,7 +192,7 @@ def modules_below(
 
 
 def hidden_size(head: nn.Module | None) -> int:
-    """What a block's output is wide: the output head takes the same."""
+    """Width of the blocks' outputs: that of the output head's inputs."""
     frozen = None if head is None else frozen_linear(head)
     if frozen is None:
         raise ConfigError(
@@ -209,7 +210,7 @@ def build_bottleneck(site: Site, config: Bottleneck) -> None:
         device = next(site.modules[path].parameters()).device
         down = site.kaiming(size, width).to(device)
         site.put(path, AdaptedBlock, BottleneckLayer(down, config, key=len(site.attachment.layers)))
-    every = config.model_copy(update={"layers": []})
+    all_layers = config.model_copy(update={"layers": []})
     site.attachment.adaptable = (
-        len(find_blocks(site.modules, every)) if config.layers else len(paths)
+        len(find_blocks(site.modules, all_layers)) if config.layers else len(paths)
     )

@@ -1,12 +1,11 @@
-"""DoRA: LoRA that turns the rows of W, and a trained length for each of them.
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): LoRA with a trained magnitude per output row.
 
     W' = magnitude * (W + scaling * B A) / ||W + scaling * B A||
-        by rows; of an embedding W is the table's transpose
+        by rows; for an embedding, W is the table's transpose
 
-The magnitude starts as the norm that the forward itself computes, so the first factors are exactly
-1 and a fresh layer changes no bit. Dropout acts on the inputs of A alone, as in LoRA (PEFT also
-drops inputs of the base's product while training; a trained adapter computes the same in both).
-Source: Liu et al. 2024, arXiv:2402.09353.
+The magnitude starts as the norm that the forward computes, so magnitude / norm is exactly 1 and a
+fresh layer changes no bit. Dropout applies to the inputs of A only, as in LoRA. (PEFT also drops
+inputs of the base's product while training; a trained adapter computes the same in both.)
 """
 
 from collections.abc import Sequence
@@ -22,8 +21,7 @@ from veneer.linear import FrozenLinear, frozen_product
 
 
 class DoRALayer:
-    """A LoRA of a linear layer or an embedding and the lengths of the rows, magnitude (O) or (D),
-    float32."""
+    """A LoRA of a linear layer or embedding, and the magnitude of each row: (O) or (D), float32."""
 
     def __init__(self, low_rank: LoRALayer, base: FrozenLinear) -> None:
         self.low_rank = low_rank
@@ -47,11 +45,10 @@ class DoRALayer:
         return torch.where(norm > 0, turned * (magnitude / norm), turned)
 
     def norm(self, base: FrozenLinear) -> Tensor:
-        """(O). While training A and B change at every step; else it is computed once and kept.
+        """The row norms (O) of W + scaling * B A, cached unless a gradient is recorded.
 
-        The optimizer changes values without torch's version counters knowing: every forward that
-        records a gradient forgets what was kept, and none of them lies between a step and the
-        evaluation after it.
+        The optimizer changes A and B without raising torch's version counters. Therefore every
+        forward that records a gradient clears the cache.
         """
         if torch.is_grad_enabled():
             self._kept = None
@@ -71,14 +68,13 @@ class DoRALayer:
     def looked_up(
         self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
     ) -> Tensor:
-        """(factor - 1) * plain + factor * LoRA's change: EmbeddingLayer. Exactly 0 while the layer
-        is fresh."""
+        """(factor - 1) * plain + factor * LoRA's change: exactly 0 for a fresh layer."""
         change = self.low_rank.looked_up(ids, plain, table, scale=scale)
         factor = row_factor(self.magnitude, self.norm(table))
         return ((factor - 1) * plain + factor * change).to(plain.dtype)
 
     def update(self, x: Tensor, rows: slice, weight: float, keys: TokenKeys | None) -> None:
-        """Its rows are turned as well."""
+        """Always None: DoRA also rescales the base's rows."""
 
     def change(
         self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
@@ -96,16 +92,16 @@ class DoRALayer:
         base: FrozenLinear,
         acting: Sequence[tuple[Self, float, TokenKeys | None]],
     ) -> Tensor:
-        (first, weight, keys), *others = acting
-        if not others and weight == 1:
-            return first._alone(x, bias, base, keys)
+        layer, weight, keys = acting[0]
+        if len(acting) == 1 and weight == 1:
+            return layer._product(x, bias, base, keys)
         plain = frozen_product(x, None, base)
         y = plain if bias is None else frozen_product(x, bias, base)
         for layer, weight, keys in acting:
-            y = y + weight * (layer._alone(x, None, base, keys) - plain)
+            y = y + weight * (layer._product(x, None, base, keys) - plain)
         return y
 
-    def _alone(
+    def _product(
         self, x: Tensor, bias: Tensor | None, base: FrozenLinear, keys: TokenKeys | None
     ) -> Tensor:
         low = self.low_rank

@@ -1,10 +1,10 @@
-"""LoRA on fused experts: transformers 5 keeps all experts of a layer as 3-D parameters.
+"""LoRA on fused experts: transformers 5 stores all experts of a layer as 3-D parameters.
 
     gate_up_proj (E, 2F, D), down_proj (E, D, F)       or transposed: (E, D, 2F), (E, F, D)
 
-Each expert has its own pair of factors. Tokens are taken expert by expert, and every product is the
-same function as for a linear layer: no gradient of a weight, no W + BA is ever formed. A module of
-another build is adapted by adding the update to its parameter, which is exact and needs its memory.
+Each expert has its own factors. Tokens are computed expert by expert with the products of linear
+layers, without forming W + B A or a gradient of W. In a module of unknown structure the update is
+added to the parameter, which is exact and takes the parameter's memory again.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_produ
 
 @dataclass(frozen=True)
 class _ExpertLoRA:
-    """The factors of one expert, as a linear layer has them."""
+    """The factors of one expert, as those of a linear layer."""
 
     stack: LoRALayer
     number: int
@@ -51,11 +51,10 @@ class _ExpertLoRA:
 
 
 class AdaptedExperts(AdaptedModule):
-    """What stands beside it is a layer for each 3-D parameter that an adapter changes, by the
-    parameter's name."""
+    """Fused experts. An adapter has one layer for each 3-D parameter that it changes, by name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base is called; a gated stack with (M, D) rows, (M, top_k) numbers of experts and
+        """Takes the base's arguments. A gated stack gets rows (M, D), expert numbers (M, top_k) and
         their weights."""
         acting = self.routing.acting
         changed = any(self.beside(part.adapters) for part in acting.parts)
@@ -67,12 +66,12 @@ class AdaptedExperts(AdaptedModule):
         concerned = [segment for segment in segments if self.beside(segment.adapters)]
         if len(concerned) == len(segments):
             return self._by_expert(hidden, index, weights, acting)
-        # The base's rows are what the base makes of all rows at once.
-        own: Tensor = self.base(*args, **kwargs)
-        places = [segment.rows for segment in concerned]
-        rows = torch.cat([torch.arange(s.start, s.stop, device=hidden.device) for s in places])
-        found = self._by_expert(hidden[rows], index[rows], weights[rows], acting.select(rows))
-        return put(own, places, found.split([segment.count for segment in concerned]), len(hidden))
+        # Rows without adapters keep the bits of the base's own forward of all rows.
+        plain: Tensor = self.base(*args, **kwargs)
+        slices = [segment.rows for segment in concerned]
+        rows = torch.cat([torch.arange(s.start, s.stop, device=hidden.device) for s in slices])
+        y = self._by_expert(hidden[rows], index[rows], weights[rows], acting.select(rows))
+        return put(plain, slices, y.split([segment.count for segment in concerned]), len(hidden))
 
     def _by_expert(self, hidden: Tensor, index: Tensor, weights: Tensor, acting: Acting) -> Tensor:
         return by_expert(
@@ -84,8 +83,8 @@ class AdaptedExperts(AdaptedModule):
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The stack with what was trained in full, and with other changes added to it: by outputs,
-        expert by expert, where the stack's build is known, else to the parameters."""
+        """The stack with parameters trained in full plus other changes. They are added to outputs,
+        expert by expert, in a gated stack, and to the parameters in another module."""
         trained, stacks = self.trained(adapters), expert_parameters(self.base)
         alone = all(stands_alone(values) for name, values in trained.items() if name in stacks)
         if is_gated_stack(self.base) and (not alone or self.beside(adapters)):
@@ -105,17 +104,17 @@ class AdaptedExperts(AdaptedModule):
         parameters = self.summed(trained)
         for layers, weight in self.beside(adapters):
             for name, layer in layers.items():
-                own = parameters.get(name, self.base.get_parameter(name))
+                parameter = parameters.get(name, self.base.get_parameter(name))
                 delta = low_rank_matrix(layer.A, layer.B, layer.scaling * weight)
                 delta = delta.transpose(1, 2) if is_transposed(self.base) else delta
-                parameters[name] = own + delta.to(own.dtype)
+                parameters[name] = parameter + delta.to(parameter.dtype)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
     def _output_sum(
         self, x: Tensor, name: str, expert: int, adapters: Applied, biases: Tensor | None
     ) -> Tensor:
-        """x (M, I) -> (M, O): the product with one matrix of the base's stack + the weighted
-        changes of the product. biases (E, O): those that act; None: the base's own."""
+        """x (M, I) -> (M, O): the product with one expert's matrix plus its weighted changes.
+        biases (E, O): trained biases; None: the base's."""
         frozen = expert_linear(self.base, name, expert)
         bias = expert_bias(self.base, name, expert) if biases is None else biases[expert]
         transposed = is_transposed(self.base)
@@ -133,13 +132,11 @@ class AdaptedExperts(AdaptedModule):
         )
 
     def _product(self, x: Tensor, name: str, expert: int, rows: Tensor, acting: Acting) -> Tensor:
-        """x (M, I) -> (M, O): what LoRA does of a linear layer, on one matrix of the stack. rows:
-        numbers of x's rows among those that act."""
+        """x (M, I) -> (M, O): the product of a linear layer with LoRA, for one expert's matrix.
+        rows: numbers of x's rows in the forward."""
         frozen, bias = expert_linear(self.base, name, expert), expert_bias(self.base, name, expert)
         keys = acting.keys
-        if (
-            keys is not None
-        ):  # the rows of zeros below those that the expert was given want a key too
+        if keys is not None:  # the rows of zeros below the expert's rows need a key too
             keys = replace(keys, rows=F.pad(keys.rows[rows], (0, len(x) - len(rows))))
         if (whole := acting.whole) is not None:
             layers = self._layers(whole, name, expert, keys)
@@ -151,18 +148,19 @@ class AdaptedExperts(AdaptedModule):
         updates: list[RowUpdate] = []
         for segment in acting.select(rows).segments(len(rows)):
             of_segment = None if keys is None else keys.of(segment.rows)
-            for layer, weight, own in self._layers(segment.adapters, name, expert, of_segment):
-                dropout = layer.active_dropout(x[segment.rows], own)
+            for layer, weight, layer_keys in self._layers(
+                segment.adapters, name, expert, of_segment
+            ):
+                dropout = layer.active_dropout(x[segment.rows], layer_keys)
                 updates.append(RowUpdate(segment.rows, layer, layer.scaling * weight, dropout))
         return linear_with_updates(x, bias, frozen, updates, UpdateCache())
 
     def _layers(
         self, adapters: Applied, name: str, expert: int, keys: TokenKeys | None
     ) -> list[tuple[_ExpertLoRA, float, TokenKeys | None]]:
-        found = self.drawing(adapters, keys)
         return [
-            (_ExpertLoRA(layers[name], expert), weight, own)
-            for layers, weight, own in found
+            (_ExpertLoRA(layers[name], expert), weight, layer_keys)
+            for layers, weight, layer_keys in self.drawing(adapters, keys)
             if name in layers
         ]
 
@@ -176,8 +174,8 @@ def by_expert(
 ) -> Tensor:
     """hidden (M, D), top_k_index and top_k_weights (M, top_k) -> (M, D), one expert after another.
 
-    product(x, name, expert, rows): x times one matrix of the stack called `name`. x begins with
-    what became of hidden[rows], and goes on with rows of zeros.
+    product(x, name, expert, rows) multiplies x with the expert's matrix of the stack `name`. x has
+    the rows hidden[rows], then rows of zeros.
     """
     gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
     num_experts = next(iter(expert_parameters(experts).values()))[0]
@@ -186,21 +184,19 @@ def by_expert(
         if expert >= num_experts:
             continue  # transformers marks a dropped token with a number past the last expert
         row, choice = (top_k_index == expert).nonzero(as_tuple=True)
-        x = gate(product(_few_shapes(hidden[row]), "gate_up_proj", expert, row))
+        x = gate(product(_pad_rows(hidden[row]), "gate_up_proj", expert, row))
         x = product(x, "down_proj", expert, row)[: len(row)]
         out = out.index_add(0, row, (x * top_k_weights[row, choice, None]).to(out.dtype))
     return out
 
 
 DECODED = 8
-"""Up to so many rows are an answer as it grows: packed experts multiply them straight from their
-bytes."""
+"""Up to so many rows, as in decoding, packed experts multiply without unpacking."""
 
 
-def _few_shapes(x: Tensor) -> Tensor:
-    """Rows of zeros below x, up to one of few shapes (kernels/layout.py): every expert has another
-    number of rows at every step, and each new number would cost a kernel compiled at run time and
-    its memory."""
+def _pad_rows(x: Tensor) -> Tensor:
+    """Pads x with rows of zeros to one of few shapes (kernels/layout.py). Experts get different
+    numbers of rows at every step, and each new number would compile another kernel."""
     missing = round_up(len(x)) - len(x)
     return F.pad(x, (0, 0, 0, missing)) if missing and len(x) > DECODED else x
 
@@ -221,8 +217,8 @@ def is_transposed(experts: nn.Module) -> bool:
 
 
 def is_expert_stack(module: nn.Module) -> bool:
-    """Told by what transformers gives every such module: the attributes of its decorator, or a
-    class called Experts."""
+    """Recognised by the attributes of transformers' decorator, or a class name ending in
+    Experts."""
     decorated = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
     return decorated or type(module).__name__.endswith("Experts")
 
@@ -234,20 +230,18 @@ def is_gated_stack(experts: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """name -> (E, O, I) of every 3-D floating (or packed) parameter of a stack of experts; of
-    another module none.
+    """name -> (E, O, I) of every 3-D floating (or packed) parameter of a stack of experts.
 
-    A convolution, a recurrent gate or a mixing vector of three axes is no stack of matrices that
-    tokens go through.
+    Empty for other modules: a convolution or a recurrent gate may have three axes too.
     """
     if isinstance(module, PackedExperts):
         shapes = module.packed_shapes().items()
         return {n: (E, I, O) if is_transposed(module) else (E, O, I) for n, (E, O, I) in shapes}
-    found: dict[str, tuple[int, int, int]] = {}
+    shapes_by_name: dict[str, tuple[int, int, int]] = {}
     if not is_expert_stack(module):
-        return found
+        return shapes_by_name
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3 and parameter.is_floating_point():
             E, O, I = parameter.shape
-            found[name] = (E, I, O) if is_transposed(module) else (E, O, I)
-    return found
+            shapes_by_name[name] = (E, I, O) if is_transposed(module) else (E, O, I)
+    return shapes_by_name

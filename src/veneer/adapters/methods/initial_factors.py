@@ -1,18 +1,14 @@
-"""Where the factors of a LoRA start when they do not start at nothing: from the weight they stand
-beside.
+"""Initial factors of a LoRA that are computed from the weight W, with scaling s.
 
-    pissa   the largest singular values of W:    s B A = U S V^T, cut to rank R       Meng et al.
-            2024, arXiv:2404.02948
-    olora   the first rows of its QR:            B A = Q R                            Büyükakyüz
-            2024, arXiv:2406.01775
-    loftq   what quantising took away:           s B A = SVD of (W - Q(W))            Li et al.
-            2023, arXiv:2310.08659
+    pissa   s B A = U S V^T of W, cut to rank R     Meng et al. 2024, arXiv:2404.02948
+    olora   B A = Q R of W, cut to rank R           Büyükakyüz 2024, arXiv:2406.01775
+    loftq   s B A = U S V^T of W - quantised W      Li et al. 2023, arXiv:2310.08659
 
-PEFT subtracts the start of pissa and olora from the base's weights. Here the base stays as it is:
-the layer keeps the start (A0, B0) and computes with s (B A - B0 A0) (adapters/methods/lora.py), so
-that a fresh one changes no bit. loftq subtracts nothing: W stays quantised and the factors bring it
-back towards the original (one step; LoftQ's further steps would quantise another matrix than the
-base's own). Shapes: O out_features, I in_features, R rank.
+PEFT subtracts the start of pissa and olora from the base's weights. Here the base does not change:
+the layer stores the start (A0, B0) and computes s (B A - B0 A0) (adapters/methods/lora.py), so a
+fresh layer changes no bit. loftq subtracts nothing: its factors move the quantised W back towards
+the original. It is one step of LoftQ, since further steps would quantise another matrix than the
+base's. Shapes: O out_features, I in_features, R rank.
 """
 
 import torch
@@ -26,8 +22,8 @@ Factors = tuple[Tensor, Tensor]
 def pissa_start(
     weight: Tensor, *, rank: int, scaling: float, iterations: int | None, generator: torch.Generator
 ) -> Factors:
-    """weight (O, I) float32. iterations: power iterations of a randomised SVD; None: the exact
-    one."""
+    """Starts from the SVD of weight (O, I), float32. iterations: power iterations of a randomised
+    SVD; None: exact SVD."""
     if iterations is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     else:
@@ -41,7 +37,7 @@ def olora_start(weight: Tensor, *, rank: int) -> Factors:
 
 
 def loftq_start(original: Tensor, quantised: Tensor, *, rank: int, scaling: float) -> Factors:
-    """Both (O, I) float32, the second as the base computes with it."""
+    """Starts from the error of quantisation. Both weights are (O, I) float32."""
     U, S, Vh = torch.linalg.svd(original - quantised, full_matrices=False)
     return _split(U, S, Vh, rank=rank, scaling=scaling)
 
@@ -49,13 +45,13 @@ def loftq_start(original: Tensor, quantised: Tensor, *, rank: int, scaling: floa
 def randomised_svd(
     weight: Tensor, *, rank: int, iterations: int, generator: torch.Generator, spare: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (O, R), S (R), Vh (R, I), nearly the largest ones. Halko et al. 2011, arXiv:0909.4061,
-    algorithms 4.4 and 5.1."""
+    """Approximates the largest singular values: U (O, R), S (R), Vh (R, I). Halko et al. 2011,
+    arXiv:0909.4061, algorithms 4.4 and 5.1."""
     width = min(rank + spare, *weight.shape)
-    seen = weight @ torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
+    sample = weight @ torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
     for _ in range(iterations):
-        seen = weight @ torch.linalg.qr(weight.T @ torch.linalg.qr(seen)[0])[0]
-    basis = torch.linalg.qr(seen)[0]
+        sample = weight @ torch.linalg.qr(weight.T @ torch.linalg.qr(sample)[0])[0]
+    basis = torch.linalg.qr(sample)[0]
     U, S, Vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
     return (basis @ U)[:, :rank], S[:rank], Vh[:rank]
 

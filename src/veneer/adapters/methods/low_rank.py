@@ -1,5 +1,4 @@
-"""Puts the layers of a low-rank method in their places: which modules, which ranks, how they
-start."""
+"""Builds LoRA and DoRA adapters: chooses the modules and ranks, and initialises the factors."""
 
 from collections.abc import Callable
 
@@ -30,40 +29,42 @@ from veneer.shards import make_whole
 
 
 def build_lora(site: Site, config: LoRA) -> None:
-    """Raises ConfigError where the settings match nothing."""
+    """Attaches LoRA layers. Raises ConfigError if the settings do not fit the model."""
     targets = _targets(site, config)
-    others = [*targets.embeddings, *targets.experts, *targets.routers]
-    if config.init != "default" and others:
+    not_linear = [*targets.embeddings, *targets.experts, *targets.routers]
+    if config.init != "default" and not_linear:
         raise ConfigError(
             f"init {config.init} takes linear layers; these targets are embeddings, fused experts"
             " or routers",
-            others,
+            not_linear,
             "List the linear layers in `targets`, or leave init at default.",
         )
-    if config.lora_bias and others:
+    if config.lora_bias and not_linear:
         raise ConfigError(
             "lora_bias takes linear layers; these targets are embeddings, fused experts or routers",
-            others,
+            not_linear,
             "List the linear layers in `targets`, or leave lora_bias out.",
         )
-    whole = [p for p in targets.experts if not is_gated_stack(site.modules[p.rpartition(".")[0]])]
-    whole += targets.routers
-    if config.dropout and whole:
+    added_to_weight = [
+        path
+        for path in targets.experts
+        if not is_gated_stack(site.modules[path.rpartition(".")[0]])
+    ] + targets.routers
+    if config.dropout and added_to_weight:
         raise ConfigError(
-            "dropout wants to see what a weight is multiplied with; the update of these is added to"
-            " the weight itself",
-            whole,
-            "Set method.dropout: 0, or leave them out (method.exclude).",
+            "dropout needs the inputs of a module; the update of these is added to the weight",
+            added_to_weight,
+            "Set method.dropout: 0, or exclude them (method.exclude).",
         )
     for path in targets.linears:
-        made, frozen = _linear_layer(site, config, path)
+        layer, frozen = _linear_layer(site, config, path)
         make_whole(site.modules[path])
         if (start := _START.get(config.init)) is not None:
-            A0, B0 = start(frozen.dense_weight(torch.float32), made, config, site.generator)
-            made.begin_at(A0.to(frozen.device), B0.to(frozen.device))
+            A0, B0 = start(frozen.dense_weight(torch.float32), layer, config, site.generator)
+            layer.begin_at(A0.to(frozen.device), B0.to(frozen.device))
         if config.lora_bias:
-            made.offset = nn.Parameter(torch.zeros(frozen.out_features, device=frozen.device))
-        site.put(path, AdaptedLinear, made)
+            layer.offset = nn.Parameter(torch.zeros(frozen.out_features, device=frozen.device))
+        site.put(path, AdaptedLinear, layer)
     for path in targets.embeddings:
         site.put(path, AdaptedEmbedding, _embedding_layer(site, config, path))
     for path in targets.experts:
@@ -72,19 +73,15 @@ def build_lora(site: Site, config: LoRA) -> None:
         r = first_match(config.rank_pattern, path, config.rank)
         device = site.modules[owner].get_parameter(parameter).device
         A, B = site.kaiming(E, r, I), torch.zeros(E, O, r)
-        made = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
-        site.put_stack(owner, parameter, AdaptedExperts, made)
+        layer = _layer(site, config, "experts", path, A, B, device=device, dropout=config.dropout)
+        site.put_stack(owner, parameter, AdaptedExperts, layer)
     for path in targets.routers:
-        router = site.modules[path]
-        (O, I), r = (
-            router.get_parameter("weight").shape,
-            first_match(config.rank_pattern, path, config.rank),
-        )
+        weight = site.modules[path].get_parameter("weight")
+        O, I = weight.shape
+        r = first_match(config.rank_pattern, path, config.rank)
         A, B = site.kaiming(r, I), torch.zeros(O, r)
-        made = _layer(
-            site, config, "linear", path, A, B, device=router.get_parameter("weight").device
-        )
-        site.put(path, AdaptedMatrix, made)
+        layer = _layer(site, config, "linear", path, A, B, device=weight.device)
+        site.put(path, AdaptedMatrix, layer)
     _train_in_full(site, targets)
 
 
@@ -106,23 +103,23 @@ _START: dict[str, Callable[[Tensor, LoRALayer, LoRA, torch.Generator], Factors]]
     "pissa": _pissa,
     "olora": _olora,
 }
-"""Starts that the weight alone decides; models/initial_values.py brings those that need rows or the
+"""Starts that need only the weight. models/initial_values.py has those that need rows or the
 original weight."""
 
 
 def build_dora(site: Site, config: DoRA) -> None:
-    """Raises ConfigError where the settings match nothing, or fused experts."""
+    """Attaches DoRA layers. Raises ConfigError if the settings do not fit the model."""
     targets = _targets(site, config)
-    if others := [*targets.experts, *targets.routers]:
+    if unsupported := [*targets.experts, *targets.routers]:
         raise ConfigError(
             "DoRA takes linear layers and embeddings; these targets are fused experts or routers",
-            others,
+            unsupported,
             "List the other layers in `targets`, or take method lora.",
         )
     for path in targets.linears:
-        made, frozen = _linear_layer(site, config, path)
+        layer, frozen = _linear_layer(site, config, path)
         make_whole(site.modules[path])
-        site.put(path, AdaptedLinear, DoRALayer(made, frozen))
+        site.put(path, AdaptedLinear, DoRALayer(layer, frozen))
     for path in targets.embeddings:
         table = TransposedLinear(site.modules[path])
         site.put(path, AdaptedEmbedding, DoRALayer(_embedding_layer(site, config, path), table))
@@ -151,12 +148,12 @@ def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, Fr
     assert frozen is not None
     r = first_match(config.rank_pattern, path, config.rank)
     A, B = site.kaiming(r, frozen.in_features), torch.zeros(frozen.out_features, r)
-    made = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
-    return made, frozen
+    layer = _layer(site, config, "linear", path, A, B, device=frozen.device, dropout=config.dropout)
+    return layer, frozen
 
 
 def _embedding_layer(site: Site, config: LowRank, path: str) -> LoRALayer:
-    """The other way round, as PEFT: rows of A are looked up, B mixes them."""
+    """As in PEFT, A starts at zero and B is random: columns of A are looked up, B projects them."""
     table = site.modules[path].get_parameter("weight")
     r = first_match(config.rank_pattern, path, config.rank)
     A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
@@ -174,7 +171,7 @@ def _layer(
     device: torch.device,
     dropout: float = 0.0,
 ) -> LoRALayer:
-    """The next layer of the attachment, A and B on the base's device."""
+    """The next layer of the attachment, with A and B on `device`."""
     alpha = first_match(config.alpha_pattern, path, config.alpha)
     key = len(site.attachment.layers)
     return LoRALayer(
@@ -189,7 +186,7 @@ def _layer(
 
 
 def _train_in_full(site: Site, targets: Targets) -> None:
-    """Biases and whole modules that the settings train beside the update."""
+    """Trains the biases and whole modules that the settings name."""
     trained = {
         path: [n for n, _ in site.modules[path].named_parameters()] for path in targets.trained
     }

@@ -1,11 +1,11 @@
-"""Which modules a method's settings name: the matching rules of PEFT, and an error where it is
-silent.
+"""Resolves which modules a method's settings name, by PEFT's matching rules, with errors where PEFT
+is silent.
 
-A list entry t matches a path p if p == t or p ends with "." + t. A string is one regular expression
-that matches the whole path. `all-linear` is every linear layer but the output head, fused experts
-included. A router that multiplies by its weight itself is adapted where it is named, and so is a
-layer where PEFT refuses LoRA. A rank or alpha pattern matches at the end of a path, from a dot on;
-the first that matches wins.
+A list entry t matches a path p if p == t or p ends with "." + t. A string is a regular expression
+for the whole path. `all-linear` is every linear layer but the output head, fused experts included.
+A router that multiplies by its weight itself is adapted only if it is named; so is a layer where
+PEFT refuses LoRA. A rank or alpha pattern matches the end of a path, from a dot on; the first match
+wins.
 """
 
 import difflib
@@ -25,8 +25,8 @@ from veneer.patterns import pattern
 
 @dataclass(frozen=True)
 class Targets:
-    """Paths in the base model: linear layers, embeddings, 3-D expert parameters, routers, fully
-    trained modules, biases."""
+    """Paths in the base model, by kind. experts: 3-D parameters; trained: modules trained in
+    full; biases: modules whose bias trains."""
 
     linears: list[str]
     embeddings: list[str]
@@ -35,8 +35,7 @@ class Targets:
     trained: list[str]
     biases: list[str]
     adaptable: int
-    """How many linear layers and expert parameters the model has, the head only where it is
-    adapted."""
+    """Number of linear layers and expert parameters; the head counts only if it is adapted."""
 
 
 def ends_with(path: str, entry: str) -> bool:
@@ -44,12 +43,12 @@ def ends_with(path: str, entry: str) -> bool:
 
 
 def layer_number(path: str) -> int | None:
-    """The first number among a path's segments: which layer the module belongs to."""
+    """The layer of a module: the first number among the segments of its path."""
     return next((int(segment) for segment in path.split(".") if segment.isdigit()), None)
 
 
 def near(name: str, names: Sequence[str]) -> str:
-    """What exists and resembles a name that does not: by last segments, so a message stays
+    """Suggests existing names for an unknown one. Compares last segments, so messages stay
     short."""
     endings = sorted({n.rsplit(".", 1)[-1] for n in names})
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3, cutoff=0.5)
@@ -65,22 +64,24 @@ def find_targets(
     idle: Collection[str] = (),
     refused: Collection[str] = (),
 ) -> Targets:
-    """Resolve the settings on a base's own modules (wrapping.plain_modules); head: its own output
-    head.
+    """Resolves the settings on a base's modules (wrapping.plain_modules).
 
-    read_past: weights that the model takes past their modules (placement/reads.py). idle: places
-    that no gradient reaches (placement/idle.py). refused: modules where PEFT refuses LoRA
-    (placement/reads.py). all-linear leaves all three out. An entry that names a module of `refused`
-    gets it; one that matches idle places and others gets the others: q_proj is the language
-    model's, not its tower's.
+    head       the output head
+    read_past  weights that the model reads without calling their module (placement/reads.py)
+    idle       modules that no gradient reaches (placement/idle.py)
+    refused    modules where PEFT refuses LoRA (placement/reads.py)
 
-    Raises ConfigError with every entry that names nothing, or only places where an update would not
-    act or not train.
+    all-linear leaves all of these out. An entry may name a refused module. An entry that matches
+    idle modules and others means the others: q_proj is the language model's, not the vision
+    tower's. Raises ConfigError with every entry that matches nothing, or only modules where an
+    update would not act or not train.
     """
-    places = _places(modules, head=head, read_past=read_past, idle=idle, refused=refused)
+    candidates = _find_candidates(
+        modules, head=head, read_past=read_past, idle=idle, refused=refused
+    )
     faults: list[str] = []
     trained = _trained(modules, config, faults)
-    chosen = _left(places, config, _named(places, config, faults), trained, faults)
+    chosen = _drop_excluded(candidates, config, _named(candidates, config, faults), trained, faults)
     faults += _pattern_faults(chosen, config)
     faults += _unfit_faults(chosen, trained, modules, read_past=read_past, idle=idle)
     if not chosen and not faults:
@@ -91,15 +92,15 @@ def find_targets(
             faults,
             "Correct the names and start again.",
         )
-    taken = set(chosen)
+    adapted = set(chosen)
     return Targets(
-        linears=[p for p in places.linears if p in taken],
-        embeddings=[p for p in places.embeddings if p in taken],
-        experts=[p for p in places.experts if p in taken],
-        routers=[p for p in places.routers if p in taken],
+        linears=[p for p in candidates.linears if p in adapted],
+        embeddings=[p for p in candidates.embeddings if p in adapted],
+        experts=[p for p in candidates.experts if p in adapted],
+        routers=[p for p in candidates.routers if p in adapted],
         trained=trained,
         biases=[p for p in _biases(modules, config, chosen, read_past) if not _within(p, trained)],
-        adaptable=places.adaptable(chosen),
+        adaptable=candidates.adaptable(chosen),
     )
 
 
@@ -108,12 +109,12 @@ def find_targets(
 
 @dataclass(frozen=True)
 class _CandidateModules:
-    """Where a low-rank update could stand, by kind, and where it would not act or not train.
+    """Modules that could get a low-rank update, by kind, and those where it would not work.
 
-    head     the output head's path
-    past     of all of them, those whose weight the model takes past its module
-    still    those that no gradient reaches
-    refused  those where PEFT refuses LoRA
+    head     path of the output head
+    past     candidates whose weight the model reads without calling the module
+    still    candidates that no gradient reaches
+    refused  modules where PEFT refuses LoRA
     """
 
     linears: list[str]
@@ -131,18 +132,16 @@ class _CandidateModules:
 
     @property
     def all_linear(self) -> list[str]:
-        """Linear layers but the head, and fused experts; nothing that would not train or that PEFT
-        refuses."""
+        """Linear layers and fused experts, without the head and without those that do not work."""
         unfit = {self.head, *self.past, *self.still, *self.refused}
         return [p for p in (*self.linears, *self.experts) if p not in unfit]
 
     def adaptable(self, chosen: Sequence[str]) -> int:
-        """How many could be: the head, and a linear layer that is unfit, only where they are
-        chosen."""
+        """Number of adaptable modules. The head and unfit linear layers count only if chosen."""
         return len({*self.all_linear, *self.experts, *chosen})
 
 
-def _places(
+def _find_candidates(
     modules: Mapping[str, nn.Module],
     *,
     head: nn.Module | None,
@@ -150,8 +149,8 @@ def _places(
     idle: Collection[str],
     refused: Collection[str],
 ) -> _CandidateModules:
-    """What the model has."""
-    found = _CandidateModules(
+    """Lists the candidates of a model."""
+    candidates = _CandidateModules(
         linears=[path for path, module in modules.items() if frozen_linear(module) is not None],
         embeddings=[path for path, module in modules.items() if is_plain_embedding(module)],
         experts=[
@@ -163,9 +162,9 @@ def _places(
         head=next((path for path, module in modules.items() if module is head), None),
     )
     return replace(
-        found,
-        past=frozenset(p for p in found.everything if _weight(p, modules) in read_past),
-        still=frozenset(p for p in found.everything if _is_idle(p, modules, idle)),
+        candidates,
+        past=frozenset(p for p in candidates.everything if _weight(p, modules) in read_past),
+        still=frozenset(p for p in candidates.everything if _is_idle(p, modules, idle)),
         refused=frozenset(refused),
     )
 
@@ -174,7 +173,7 @@ def _places(
 
 
 def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str]) -> list[str]:
-    """Modules that the settings train in full."""
+    """Paths of modules that the settings train in full."""
     trained = _by_entries(
         config.train_modules, "train_modules", [path for path in modules if path], faults
     )
@@ -192,7 +191,7 @@ def _trained(modules: Mapping[str, nn.Module], config: LowRank, faults: list[str
 
 
 def _named(places: _CandidateModules, config: LowRank, faults: list[str]) -> list[str]:
-    """What `targets` names, before anything is left out."""
+    """Paths that `targets` names, before any are left out."""
     if config.targets == "all-linear":
         return places.all_linear
     if not isinstance(config.targets, str):
@@ -210,40 +209,38 @@ def _named(places: _CandidateModules, config: LowRank, faults: list[str]) -> lis
 
 def _by_entries(
     entries: Sequence[str],
-    what: str,
-    among: Sequence[str],
+    setting: str,
+    paths: Sequence[str],
     faults: list[str],
     still: Collection[str] = (),
 ) -> list[str]:
-    """Paths that entries name, exactly or by their ending, those of `still` where an entry names no
-    others; `what`: the setting that lists them."""
-    found: set[str] = set()
-    by_ending: dict[
-        str, list[str]
-    ] = {}  # an adapter from a file lists every module: no loop in a loop
-    for path in among if entries else ():
+    """Paths that entries name, exactly or by their ending. Paths of `still` count only if an entry
+    matches no others. setting: the name of the setting, for errors."""
+    matched: set[str] = set()
+    # Indexed by ending, because an adapter from a file lists every module.
+    by_ending: dict[str, list[str]] = {}
+    for path in paths if entries else ():
         for start in (0, *(i + 1 for i, c in enumerate(path) if c == ".")):
             by_ending.setdefault(path[start:], []).append(path)
     for entry in entries:
         hits = by_ending.get(entry, [])
         if not hits:
-            faults.append(f"{what} {entry!r} matches no module; {near(entry, among)}")
-        found.update([path for path in hits if path not in still] or hits)
-    return [path for path in among if path in found]
+            faults.append(f"{setting} {entry!r} matches no module; {near(entry, paths)}")
+        matched.update([path for path in hits if path not in still] or hits)
+    return [path for path in paths if path in matched]
 
 
 # what is left out, and why
 
 
-def _left(
+def _drop_excluded(
     places: _CandidateModules,
     config: LowRank,
     named: Sequence[str],
     trained: Sequence[str],
     faults: list[str],
 ) -> list[str]:
-    """What stays of it: not what `exclude` names, nor what trains in full, nor another layer than
-    `layers` has."""
+    """Drops paths that `exclude` names, that train in full, or that are not in `layers`."""
     excluded: set[str] = set()
     for entry in config.exclude:
         hits = _names(entry, places.everything)
@@ -263,7 +260,7 @@ def _left(
 
 
 def _pattern_faults(chosen: Sequence[str], config: LowRank) -> list[str]:
-    """Ranks and alphas of places that are not adapted."""
+    """Faults of rank and alpha patterns that match no adapted module."""
     return [
         f"{field} {source!r} matches no targeted module; {near(source, chosen)}"
         for field, patterns in (
@@ -281,31 +278,31 @@ def _biases(
     chosen: Sequence[str],
     read_past: Collection[str],
 ) -> list[str]:
-    """Modules whose biases the settings train."""
-    meant = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[
+    """Paths of modules whose biases the settings train."""
+    paths = {"none": [], "lora_only": [p for p in chosen if p in modules], "all": list(modules)}[
         config.bias
     ]
     return [
         path
-        for path in meant
+        for path in paths
         if "bias" in dict(modules[path].named_parameters(recurse=False))
         and f"{path}.bias" not in read_past
     ]
 
 
 def _within(path: str, modules: Sequence[str]) -> bool:
-    """Whether a path is one of the modules, or lies in one."""
+    """Whether a path is one of the modules or inside one."""
     return any(path == module or path.startswith(module + ".") for module in modules)
 
 
 def _names(entry: str, paths: list[str]) -> list[str]:
-    """Paths that an exclude entry names: exactly, by ending, or as a regular expression of the
+    """Paths that an exclude entry names: exactly, by ending, or as a regular expression for the
     whole path."""
     return [p for p in paths if ends_with(p, entry) or pattern(entry).full(p)]
 
 
 def _weight(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """The parameter that a place's update belongs to: experts' places are parameters already."""
+    """The weight that a target's update changes. A target in experts is a parameter already."""
     return f"{path}.weight" if path in modules else path
 
 
@@ -321,18 +318,21 @@ def _unfit_faults(
     read_past: Collection[str],
     idle: Collection[str],
 ) -> list[str]:
-    """What is named and would not act or not train, places of one name as one."""
-    held = [f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()]
+    """Faults of named modules where an update would not act or not train, one per name."""
+    parameters = [
+        f"{path}.{name}" for path in trained for name, _ in modules[path].named_parameters()
+    ]
     named = [
-        weight for weight in [*(_weight(p, modules) for p in chosen), *held] if weight in read_past
+        weight
+        for weight in [*(_weight(p, modules) for p in chosen), *parameters]
+        if weight in read_past
     ]
     past = (
-        "the model takes this weight itself, past the module, so what stands beside the module"
-        " would not act"
+        "the model reads this weight without calling its module, so an adapter here would not act"
     )
     still = (
-        "no gradient of what the model predicts comes back here (an index picks by number), so it"
-        " would not train"
+        "no gradient of the model's predictions reaches this module, so an adapter here would not"
+        " train"
     )
     without = [path for path in [*chosen, *trained] if _is_idle(path, modules, idle)]
     return [*_by_kind(named, past), *_by_kind(without, still)]

@@ -1,10 +1,9 @@
-"""Which adapters act on which rows of a forward: one immutable value, made before it and held for
-its length.
+"""Which adapters act on which rows of a forward: one immutable value per forward.
 
-A forward computes M rows (tokens), whatever the shape they come in: (M), (1, M) or (B, T) read row
-by row. Its parts follow one another: the first takes the first rows, the next those behind them.
-One part over all rows, however many, is a base with one adapter, with several that are added up, or
-with none. Knows nothing of what a layer computes.
+A forward computes M rows (tokens) in the shape (M), (1, M) or (B, T), read row by row. Its parts
+cover the rows in order: the first part has the first rows, the next part the rows after them. A
+single part covers all rows: with no adapter, with one, or with several that are added. This module
+knows nothing of what a layer computes.
 """
 
 from collections.abc import Sequence
@@ -21,22 +20,20 @@ from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.segments import UpdateCache
 
 Applied = tuple[tuple[Attachment, float], ...]
-"""Adapters that act on the same rows, each with its weight; none: the base alone."""
+"""Adapters that act on the same rows, with their weights. Empty: the base alone."""
 
 
 def check_together(adapters: Applied) -> None:
-    """ConfigError: these adapters cannot act on the same rows with these weights
-    (combinations.py)."""
+    """Raises ConfigError if these adapters cannot act together (combinations.py)."""
     if len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters):
         refuse_sum([(adapter.name, adapter.contents, weight) for adapter, weight in adapters])
 
 
 @dataclass(frozen=True)
 class TokenKeys:
-    """What dropout draws from: rows (M), a key for every row; the optimizer step and the run's
-    seed.
+    """What dropout masks are drawn from: a key for each of M rows, the optimizer step, the seed.
 
-    number: of a layer among those that act at one place, each of which draws masks of its own.
+    number: index of a layer among the layers that act on one module; each has its own masks.
     """
 
     rows: Tensor
@@ -48,7 +45,7 @@ class TokenKeys:
         return replace(self, rows=self.rows[rows])
 
     def mask(self, module: int, share: float, *, expert: int = 0) -> Dropout:
-        """module: its number in the adapter; expert: which of a stack."""
+        """The mask of a module, by its number in the adapter; expert: its number in a stack."""
         drawn = self.step * 0x9E3779B1 + self.seed * 0x27D4EB2F + expert * 0xC2B2AE35
         return Dropout(
             self.rows, (module + self.number * 0x10001 << 32) + (drawn & 0xFFFFFFFF), share
@@ -57,8 +54,8 @@ class TokenKeys:
 
 @dataclass(frozen=True)
 class BatchPart:
-    """rows: how many; None, of a single part: all. ConfigError: adapters that cannot act together
-    like this."""
+    """A number of rows and the adapters that act on them. rows is None for a single part over all
+    rows. Raises ConfigError if the adapters cannot act together."""
 
     rows: int | None
     adapters: Applied
@@ -69,7 +66,7 @@ class BatchPart:
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of one part in what a module is given."""
+    """The rows of one part in a module's input."""
 
     rows: slice
     adapters: Applied
@@ -81,12 +78,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Acting:
-    """parts: one, or several with their numbers of rows. keys: while training, dropout's; None:
-    nothing is dropped.
+    """The adapters that act on a forward.
 
-    kept: (K) rising numbers of the rows that alone go through the output head; None: all do. plan:
-    what the layers prepare for these parts; whoever lets the same act step after step holds one
-    value, or `replace`s.
+    parts  one part, or several with their numbers of rows
+    keys   what dropout masks are drawn from; None: no dropout
+    kept   (K) ascending numbers of the rows that go through the output head; None: all rows
+    plan   cache of what the layers prepare for these parts; reuse one value for the same parts
     """
 
     parts: tuple[BatchPart, ...] = (BatchPart(None, ()),)
@@ -102,49 +99,48 @@ class Acting:
 
     def __post_init__(self) -> None:
         if len(self.parts) != 1 and any(part.rows is None for part in self.parts):
-            raise ValueError("each of several parts says how many rows it has")
+            raise ValueError("each of several parts needs its number of rows")
 
     @classmethod
     def everywhere(cls, adapters: Applied) -> "Acting":
-        """The same on every row."""
+        """The same adapters on every row."""
         return cls((BatchPart(None, adapters),))
 
     @property
     def whole(self) -> Applied | None:
-        """What acts on all rows alike; None: several parts."""
+        """The adapters of a single part. None if there are several parts."""
         return self.parts[0].adapters if len(self.parts) == 1 else None
 
     @property
     def adapters(self) -> list[Attachment]:
-        """All that act on any row, each once."""
+        """All adapters that act on any row, without repeats."""
         return list({id(a): a for part in self.parts for a, _ in part.adapters}.values())
 
     @property
     def rows(self) -> int | None:
-        """M; None: any number."""
+        """M, the number of rows. None if any number is allowed."""
         return None if self.parts[0].rows is None else sum(part.rows or 0 for part in self.parts)
 
     def counts(self, rows: int) -> bool:
-        """Whether a module that is given so many rows is given all of them, or those that were
-        kept."""
+        """Whether so many rows are all rows of the forward, or its kept rows."""
         return rows == self.rows or (self.kept is not None and rows == len(self.kept))
 
     def segments(self, rows: int) -> tuple[Segment, ...]:
-        """The parts of what a module is given: all M rows, or, behind them, those that were kept.
+        """Divides a module's input, all M rows or the kept rows, into the parts' rows.
 
-        ConfigError: another number of rows, of which nobody could say whose they are.
+        Raises ConfigError for another number of rows: their adapters are unknown.
         """
         if rows not in self._segments:
             starts = accumulate(self.rows_of_parts(rows), initial=0)
-            found = zip(pairwise(starts), self.parts, strict=True)
             self._segments[rows] = tuple(
-                Segment(slice(a, b), part.adapters) for (a, b), part in found if a < b
+                Segment(slice(start, stop), part.adapters)
+                for (start, stop), part in zip(pairwise(starts), self.parts, strict=True)
+                if start < stop
             )
         return self._segments[rows]
 
     def rows_of_parts(self, rows: int) -> tuple[int, ...]:
-        """How many of the rows that a module gets belong to each part, 0 included. ConfigError as
-        in `segments`."""
+        """Counts a module's input rows by part, 0 included. Raises ConfigError like `segments`."""
         if rows not in self._rows_of_parts:
             self._rows_of_parts[rows] = self._count_rows(rows)
         return self._rows_of_parts[rows]
@@ -153,33 +149,32 @@ class Acting:
         if self.rows is None or self.rows == rows:
             return tuple(rows if part.rows is None else part.rows for part in self.parts)
         if self.kept is not None and len(self.kept) == rows:
-            return tuple(self._counted(self.kept))
+            return tuple(self._count_chosen(self.kept))
         raise ConfigError(
-            f"several adapters act, each on rows of its own: a module gets {rows} rows, the forward"
+            f"several adapters act, each on its own rows: a module gets {rows} rows, the forward"
             f" has {self.rows}",
             next_step=(
-                "Leave the modules that see other rows out (method.exclude), or let one adapter act"
+                "Exclude the modules that get other rows (method.exclude), or let one adapter act"
                 " on all rows."
             ),
         )
 
-    def _counted(self, chosen: Tensor) -> list[int]:
-        """How many of the chosen rows each part has."""
+    def _count_chosen(self, chosen: Tensor) -> list[int]:
+        """Counts the chosen rows of each part."""
         ends = torch.tensor([part.rows for part in self.parts]).cumsum(0)
         before = torch.searchsorted(chosen.cpu(), ends)
         return before.diff(prepend=before.new_zeros(1)).tolist()
 
     def select(self, chosen: Tensor) -> "Acting":
-        """Of these rows alone, (K) rising numbers: what a module gets that comes after a choice of
-        rows."""
+        """The same value for some of the rows, by (K) ascending numbers."""
         keys = None if self.keys is None else self.keys.of(chosen)
         if self.whole is not None:
             return replace(self, keys=keys, kept=None)
-        counts = zip(self._counted(chosen), self.parts, strict=True)
+        counts = zip(self._count_chosen(chosen), self.parts, strict=True)
         return Acting(tuple(BatchPart(count, part.adapters) for count, part in counts), keys)
 
     def between(self, rows: slice) -> "Acting":
-        """Of these rows alone, start and stop given."""
+        """The same value for a slice of the rows, with start and stop."""
         keys = None if self.keys is None else self.keys.of(rows)
         if self.whole is not None:
             return replace(self, keys=keys, kept=None)
@@ -187,8 +182,7 @@ class Acting:
         return replace(replace(self, keys=None).select(chosen), keys=keys)
 
     def padded(self, filler: int) -> "Acting":
-        """The same with so many more rows behind them, which nobody reads: they go with the last
-        part."""
+        """The same value with filler rows at the end, which belong to the last part."""
         *before, last = self.parts
         return (
             self
@@ -197,25 +191,24 @@ class Acting:
         )
 
     def keeping(self, rows: Tensor) -> "Acting":
-        """The same, where the model hands on only these rows to its output head."""
+        """The same value for a model whose output head gets only these rows."""
         return replace(self, kept=rows)
 
     def drawing(self, keys: TokenKeys | None) -> "Acting":
-        """The same with dropout drawn from these keys."""
+        """The same value with dropout masks drawn from these keys."""
         return replace(self, keys=keys)
 
 
 def in_turn(rows: Sequence[tuple[int, Applied]]) -> Acting:
-    """Parts that follow one another, neighbours with the same adapters as one; (rows, adapters)
-    each."""
+    """One part for each (rows, adapters), neighbours with the same adapters joined."""
     parts = _joined(rows)
     return Acting.everywhere(parts[0].adapters) if len(parts) == 1 else Acting(parts)
 
 
 def in_step(rows: Sequence[tuple[int, Applied]], before: UpdateCache | None = None) -> Acting:
-    """The same for steps of answers, while nothing of it trains: a single part says its rows too,
-    so that what it needs is prepared once, as for several. before: of earlier steps, whose adapters
-    are not prepared anew."""
+    """`in_turn` for decoding steps, without training: a single part has its number of rows too, so
+    its updates are cached like those of several. before: the cache of earlier steps, reused for the
+    same adapters."""
     return Acting(_joined(rows), plan=UpdateCache() if before is None else before.following())
 
 

@@ -1,4 +1,4 @@
-"""An adapter on a base: the one place that says what stands where."""
+"""An attached adapter: its layers and trained values by their places in the base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,34 +16,34 @@ from veneer.wording import html_table
 
 
 def stands_alone(trained: Sequence[tuple[Tensor, float]]) -> bool:
-    """Returns whether one value with weight 1 is the whole sum, so that the base's own value is not
-    needed."""
+    """Whether the sum is a single value with weight 1, so that the base's value is not needed."""
     return len(trained) == 1 and trained[0][1] == 1.0
 
 
-def summed_change(own: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Returns own + sum of weight * (trained - own), summed in float32, in own's type. Parameters
-    are summed like this, and so are the outputs of a module that is linear in them. One value with
-    weight 1 comes back as it is: to the bit what was trained."""
+def summed_change(base: Tensor, trained: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """base + sum of weight * (trained - base), summed in float32, in the base's type.
+
+    Holds for parameters and for outputs of a module that is linear in them. A single value with
+    weight 1 is returned as it is, equal to the bit to what was trained.
+    """
     if stands_alone(trained):
         return trained[0][0]
-    wide = own.to(torch.promote_types(own.dtype, torch.float32))
-    return sum((w * (value.to(wide) - wide) for value, w in trained), wide).to(own.dtype)
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    return sum((w * (value.to(wide) - wide) for value, w in trained), wide).to(base.dtype)
 
 
 @dataclass(eq=False)
 class Attachment:
-    """An adapter on a base.
+    """An adapter that is attached to a base.
 
-    layers     path in the base model (experts: path of the 3-D parameter) -> what the method put
-               there
+    layers     path in the base model (experts: path of the 3-D parameter) -> layer of the method
     values     full parameter path in the base -> the parameter trained in its place, in the base's
                type
-    beside     key of a wrapper (wrapping.key_of) -> what the method put there: the same, as
-               wrappers ask for it
-    replaced   likewise the parameters that are trained in full, by their names in the module
+    beside     key of a wrapper (wrapping.key_of) -> layer; the same layers, as wrappers look them
+               up
+    replaced   key of a wrapper -> parameters trained in full, by their names in the module
     trained    modules trained in full
-    adaptable  how many places the method could take; adapted: how many it took
+    adaptable  number of places that the method could adapt; adapted: number that it adapts
     """
 
     name: str
@@ -55,18 +55,18 @@ class Attachment:
     replaced: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     adaptable: int = 0
     places: int | None = None
-    """Places taken where one layer serves several; None: each layer one."""
+    """Number of adapted places if one layer serves several; None: one per layer."""
     tokens: NewTokens | None = None
-    """That it brings."""
+    """New tokens of the adapter."""
     preamble: Preamble = field(default_factory=Preamble)
-    """Of the conversations it was trained on."""
+    """Preamble of the conversations that it was trained on."""
     laid_out: Any = None
-    """Of one that only answers, its values as they are: what decoding/schedule/adapters.py
-    prepared, as long as it is here."""
+    """Factors that decoding/schedule/adapters.py laid out, if the adapter only answers and does not
+    change."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
-        """What it contains, new tokens included."""
+        """Contents of the adapter, new tokens included."""
         return *self.config.contents, *((TOKENS,) if self.tokens is not None else ())
 
     @property
@@ -74,17 +74,18 @@ class Attachment:
         return len(self.layers) if self.places is None else self.places
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor by a name of its own, in a fixed order: layer by layer, part by
-        part, then values, rows of tokens last."""
-        found = {
+        """Every trained tensor by a unique name, in a fixed order: layers, values, new tokens."""
+        parameters = {
             f"{path}.{part}": parameter
             for path, layer in self.layers.items()
             for part, parameter in layer.parts().items()
         }
-        return found | self.values | (self.tokens.parameters() if self.tokens is not None else {})
+        return (
+            parameters | self.values | (self.tokens.parameters() if self.tokens is not None else {})
+        )
 
     def learning_rate_factors(self) -> dict[str, float]:
-        """What the learning rate of each of `parameters()` is multiplied with."""
+        """Factor of the learning rate of each of `parameters()`."""
         factors = dict.fromkeys(self.parameters(), 1.0)
         for path, layer in self.layers.items():
             for part in layer.parts():

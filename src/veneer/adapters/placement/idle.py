@@ -1,12 +1,9 @@
-"""Places of a model that no gradient of its logits reaches: what stands beside them would never
-train.
+"""Finds modules that no gradient of the logits reaches: an adapter there would never train.
 
-A tower for images is not even called where there is text alone. An index that picks the tokens to
-attend to is made of products, and what leaves it are numbers of tokens; a part may be computed
-without gradients, or for something else than the logits. Found by the graph of one forward: every
-module's output is made to ask for its gradient, as what an adapter adds to it would, and the graph
-is walked back from the logits. What holds of one layer holds of all, if it holds of every one that
-was called.
+A vision tower is not called for text. An indexer that picks the tokens to attend to returns token
+numbers. Other parts are computed without gradients, or not for the logits. One forward is run in
+which every module's output requires a gradient, and its graph is walked back from the logits. A
+module counts as idle if it is idle in every layer that was called.
 """
 
 import re
@@ -21,27 +18,26 @@ from veneer.adapters.placement.wrapping import plain_modules
 
 
 def in_any_layer(path: str) -> str:
-    """The path with every number left open: model.layers.#.mlp.up_proj."""
+    """The path with its numbers replaced: model.layers.#.mlp.up_proj."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path)
 
 
 def places_without_gradient(model: nn.Module, ids: Tensor) -> frozenset[str]:
-    """Paths, numbers left open, of the modules with weights that no gradient comes back to from
-    what `model` makes of ids (B, T): it comes to none of what they give, or they are not called,
-    nor is their weight taken.
+    """Paths (`in_any_layer`) of the modules with weights that no gradient of the logits of ids (B,
+    T) reaches, neither through their outputs nor through their weights.
 
-    The text should be longer than every window: what short texts leave out is not looked at.
+    The text should be longer than every attention window.
     """
     outputs: dict[str, list[Any]] = {}
-    with torch.enable_grad(), _watched(plain_modules(model), outputs):
+    with torch.enable_grad(), _record_outputs(plain_modules(model), outputs):
         logits = model(input_ids=ids, use_cache=False).logits
     reached = set(_graph(logits.grad_fn))
     without = {path for path, nodes in outputs.items() if not reached & set(nodes)}
-    return frozenset(without | _not_taken(model, ids, outputs.keys()))
+    return frozenset(without | _unread_weights(model, ids, outputs.keys()))
 
 
-def _not_taken(model: nn.Module, ids: Tensor, called: Collection[str]) -> set[str]:
-    """Of the modules that are not called, those whose weights the logits do not follow either."""
+def _unread_weights(model: nn.Module, ids: Tensor, called: Collection[str]) -> set[str]:
+    """Modules that are not called and whose weights the logits do not depend on."""
     weights = {
         parameter: in_any_layer(path)
         for path, module in plain_modules(model).items()
@@ -56,7 +52,7 @@ def _not_taken(model: nn.Module, ids: Tensor, called: Collection[str]) -> set[st
             parameter.requires_grad_(True)
         with torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits
-        taken = {
+        read = {
             weights.get(node.variable)
             for node in _graph(logits.grad_fn)
             if hasattr(node, "variable")
@@ -64,7 +60,7 @@ def _not_taken(model: nn.Module, ids: Tensor, called: Collection[str]) -> set[st
     finally:
         for parameter in weights:
             parameter.requires_grad_(False)
-    return set(weights.values()) - taken
+    return set(weights.values()) - read
 
 
 def _graph(last: Any) -> Iterator[Any]:
@@ -78,12 +74,17 @@ def _graph(last: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _watched(modules: dict[str, nn.Module], outputs: dict[str, list[Any]]) -> Iterator[None]:
-    """Within the block every output of a module with weights of its own asks for its gradient; its
-    node is entered."""
-    own = {path: m for path, m in modules.items() if any(True for _ in m.parameters(recurse=False))}
+def _record_outputs(modules: dict[str, nn.Module], outputs: dict[str, list[Any]]) -> Iterator[None]:
+    """Within the block, outputs of modules that hold weights require a gradient, and their graph
+    nodes are added to `outputs`."""
+    with_weights = {
+        path: module
+        for path, module in modules.items()
+        if any(True for _ in module.parameters(recurse=False))
+    }
     handles = [
-        m.register_forward_hook(_noting(in_any_layer(path), outputs)) for path, m in own.items()
+        module.register_forward_hook(_output_recorder(in_any_layer(path), outputs))
+        for path, module in with_weights.items()
     ]
     try:
         yield
@@ -92,18 +93,21 @@ def _watched(modules: dict[str, nn.Module], outputs: dict[str, list[Any]]) -> It
             handle.remove()
 
 
-def _noting(path: str, outputs: dict[str, list[Any]]) -> Callable[[nn.Module, Any, Any], Any]:
-    def asking(given: Any) -> Any:
-        if not isinstance(given, Tensor) or not given.is_floating_point():
-            return given
-        given = (given if given.requires_grad else given.detach().requires_grad_(True)).clone()
-        outputs[path] += (
-            [] if given.grad_fn is None else [given.grad_fn]
-        )  # none: computed without gradients
-        return given  # a copy, which models may write into
+def _output_recorder(
+    path: str, outputs: dict[str, list[Any]]
+) -> Callable[[nn.Module, Any, Any], Any]:
+    def require_gradient(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        copy = (value if value.requires_grad else value.detach().requires_grad_(True)).clone()
+        if copy.grad_fn is not None:  # None: computed without gradients
+            outputs[path].append(copy.grad_fn)
+        return copy  # which models may write into
 
-    def note(module: nn.Module, args: Any, output: Any) -> Any:
+    def record(module: nn.Module, args: Any, output: Any) -> Any:
         outputs.setdefault(path, [])
-        return tuple(map(asking, output)) if type(output) is tuple else asking(output)
+        if type(output) is tuple:
+            return tuple(map(require_gradient, output))
+        return require_gradient(output)
 
-    return note
+    return record

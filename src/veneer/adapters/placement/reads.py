@@ -1,10 +1,10 @@
-"""Which weights a model takes from the modules that hold them, instead of calling those modules.
+"""Finds weights that a model reads itself instead of calling the module that holds them.
 
-What stands beside a module acts where the module is called. Mamba's mixers multiply by
-`dt_proj.weight` themselves, and some models use the embedding's table as their head: a layer beside
-such a module would act in no forward, or in a part of it, and merged into the weight it would.
-Found by watching one forward: every operation that is given a parameter while no module that holds
-it is at work. What holds of one layer holds of all: not every expert sees a token.
+An adapter acts where its module is called. Mamba's mixers multiply by `dt_proj.weight` themselves,
+and some models use the embedding's table as their head: an adapter of such a module would not act,
+or only in part, but would act once merged into the weight. One forward is watched for operations
+that get a parameter while no module that holds it is being called. A finding in one layer counts
+for all layers, because not every expert gets a token.
 """
 
 import re
@@ -21,7 +21,7 @@ from veneer.adapters.placement.idle import in_any_layer
 from veneer.adapters.placement.wrapping import plain_modules
 
 _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
-"""Operations that may take an argument for its shape or type."""
+"""Operations that may read only the shape or type of an argument."""
 
 
 _PEFT_REFUSES = frozenset({"out_proj", "conv1d"})
@@ -29,17 +29,15 @@ _OF_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotro
 
 
 def may_be_refused_by_peft(tensors: Iterable[str]) -> bool:
-    """Whether a file with these tensors adapts a module that PEFT refuses in some models; the base
-    says which."""
+    """Whether a file with these tensors adapts a module that PEFT refuses in some models."""
     return any(not _PEFT_REFUSES.isdisjoint(name.split(".")) for name in tensors)
 
 
 def refused_by_peft(model: nn.Module) -> frozenset[str]:
-    """Paths of the modules beside which PEFT refuses LoRA: it does not load an adapter that has one
-    there.
+    """Paths of modules for which PEFT refuses LoRA: it does not load an adapter with one of them.
 
-    Mamba's own kernels multiply by the weight of a mixer's `out_proj` past the module while the
-    model is in train mode. Here it never is, so an update acts. PEFT 0.21, tuners_utils.py,
+    In train mode, Mamba's kernels read the weight of a mixer's `out_proj` without calling the
+    module. Here models are never in train mode, so the update acts. PEFT 0.21, tuners_utils.py,
     _check_lora_target_modules_mamba.
     """
     if getattr(getattr(model, "config", None), "model_type", None) not in _OF_MODELS:
@@ -50,14 +48,12 @@ def refused_by_peft(model: nn.Module) -> frozenset[str]:
 
 
 def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozenset[str]:
-    """Paths of the parameters that `model`, a causal LM with no adapter acting, takes without
-    calling their module.
+    """Paths of the parameters that `model` reads without calling their module.
 
-    like: the same with fewer layers, which is watched in its place.
-
-    What writes into a weight (RWKV divides some before its first answer) does not read it. Three
-    tokens are run. A model without values (meta device) may not get to the end, as nothing says
-    which expert a token goes to: it is watched up to there.
+    model is a causal LM with no adapter acting; `like`, the same model with fewer layers, is run in
+    its place. Three tokens are run. Writing into a weight is not reading it (RWKV scales some
+    before its first answer). A model on the meta device may fail where experts are chosen by value;
+    it is watched until then.
     """
     watched = like or model
     modules = plain_modules(watched)
@@ -65,21 +61,20 @@ def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozen
     device = next(watched.parameters()).device
     with torch.no_grad(), _at_work(modules, watch), watch:
         try:
-            # Without values only with a cache: else transformers looks into the positions, which
-            # have none there.
+            # On the meta device with a cache: without one transformers reads the positions' values.
             watched(
                 input_ids=torch.arange(1, 4, device=device)[None], use_cache=device.type == "meta"
             )
         except Exception:  # every model trips in its own way
             if device.type != "meta":
                 raise
-    seen = {in_any_layer(path) for path in watch.past}
-    held = (
+    read = {in_any_layer(path) for path in watch.past}
+    parameters = (
         f"{path}.{name}"
         for path, m in plain_modules(model).items()
         for name, _ in m.named_parameters(recurse=False)
     )
-    return frozenset(path for path in held if in_any_layer(path) in seen)
+    return frozenset(path for path in parameters if in_any_layer(path) in read)
 
 
 class _WeightReadRecorder(TorchFunctionMode):
@@ -95,10 +90,10 @@ class _WeightReadRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor | tuple | list) and not _SHAPE_ALONE.fullmatch(func.__name__):
-            for given in _tensors([*args, *(kwargs or {}).values()]):
-                holders = self.holders.get(id(given), [])
-                if given is not out and not any(
-                    module is each for module, _ in holders for each in self.at_work
+            for tensor in _tensors([*args, *(kwargs or {}).values()]):
+                holders = self.holders.get(id(tensor), [])
+                if tensor is not out and not any(
+                    module is called for module, _ in holders for called in self.at_work
                 ):
                     self.past.update(path for _, path in holders)
         return out
@@ -114,8 +109,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _at_work(modules: dict[str, nn.Module], watch: _WeightReadRecorder) -> Iterator[None]:
-    """Within the block `watch` knows which modules are being called; by this thread, others may be
-    answering."""
+    """Within the block, `watch.at_work` lists the modules that this thread is calling."""
     watched = threading.get_ident()
 
     def begin(module: nn.Module, args: Any) -> None:

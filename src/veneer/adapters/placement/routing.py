@@ -1,9 +1,8 @@
-"""The adapters on one base, and which of them act: one object that every wrapper of the base holds.
+"""The adapters attached to one base, and which of them act. All wrappers of a base share a Routing.
 
-Switching is a change of one attribute, however deep the model and however many adapters it carries.
-Wrappers read it one after the other, so a forward that must not see a switch of another thread
-holds what it began with (`held`). Whoever holds an adapter has a lease of it: it is not taken away
-before the lease ends.
+Switching adapters changes one attribute, however deep the model is. Wrappers read it one after the
+other, so a forward holds the value it began with (`held`), unaffected by switches of other threads.
+A held adapter is leased: it cannot be detached before the lease ends.
 """
 
 import copy
@@ -21,23 +20,24 @@ from veneer.adapters.placement.acting import Acting, Applied, TokenKeys
 from veneer.adapters.placement.attachment import Attachment
 
 Active = tuple[tuple[str, float], ...]
-"""(name, weight) of every adapter that acts; empty: the base alone, bit for bit."""
+"""(name, weight) of every active adapter. Empty: the base alone, equal to the bit."""
 
 
 class _ThreadActing(threading.local):
     acting: Acting | None = None
-    """What this thread holds; None: what all threads see."""
+    """Value that this thread holds; None: the value of all threads applies."""
     blocks: tuple[Acting, ...] = ()
-    """What it holds, the innermost last."""
+    """Values of its nested `held` blocks, the innermost last."""
     forwards: int = 0
-    """Depth of forwards in progress that hold by themselves."""
+    """Depth of nested forwards whose hooks hold a value."""
 
 
 class Routing:
-    """attached: the adapters on the base, by name: the one place that says so.
+    """Adapters of a base and which of them act.
 
-    lock: around changes of what acts, and of what is attached: short. changing: around putting
-    adapters on and taking them away, files read for it included; taken before `lock`.
+    attached  the adapters by name; no other object lists them
+    lock      guards short changes of what acts and what is attached
+    changing  guards attaching and detaching, including reading files; acquired before `lock`
     """
 
     def __init__(self) -> None:
@@ -45,20 +45,20 @@ class Routing:
         self.lock = threading.RLock()
         self.changing = threading.RLock()
         self._undo_hooks: Callable[[], None] | None = None
-        self._standing = Acting()
+        self._default = Acting()
         self._of_thread = _ThreadActing()
         self._leases: Counter[str] = Counter()
         self._blocks = 0
 
     @property
     def acting(self) -> Acting:
-        """What a wrapper asks: of the forward in progress, or what all threads see."""
+        """The value of this thread's block or forward in progress, else that of all threads."""
         held = self._of_thread.acting
-        return self._standing if held is None else held
+        return self._default if held is None else held
 
     @property
     def active(self) -> Active:
-        """By name, of what acts on all rows."""
+        """Names and weights of the active adapters."""
         return tuple(
             (adapter.name, weight)
             for part in self.acting.parts
@@ -70,94 +70,93 @@ class Routing:
         self.switch(Acting.everywhere(self.applied(value)))
 
     def applied(self, active: Active) -> Applied:
-        """KeyError: a name that is not on the base."""
+        """Looks adapters up by name. Raises KeyError if one is not attached."""
         return tuple((self.attached[name], weight) for name, weight in active)
 
     def switch(self, acting: Acting) -> None:
-        """Let this act: for this thread within a block, else for all."""
+        """Sets what acts: for this thread inside a `held` block, else for all threads."""
         with self.lock:
             if self._of_thread.acting is None:
-                self._standing = acting
+                self._default = acting
             else:
-                self._let_go()
+                self._release()
                 self._hold(acting)
 
     def held(self, acting: Acting | None = None) -> AbstractContextManager[None]:
-        """Within the block this thread sees `acting`, or what acts now, whatever others switch
-        to."""
+        """Within the block this thread sees `acting` (default: what acts now), whatever other
+        threads switch to."""
         return _HoldContext(self, acting)
 
     def none(self) -> AbstractContextManager[None]:
-        """Within the block the base acts alone, for this thread."""
+        """Within the block no adapter acts in this thread."""
         return self.held(Acting())
 
     def drawing(self, keys: TokenKeys | None) -> AbstractContextManager[None]:
-        """Within the block what acts drops out by these keys."""
+        """Within the block dropout masks are drawn from these keys."""
         return self.held(self.acting.drawing(keys))
 
     @property
     def is_held(self) -> bool:
-        """Whether a forward or a block of any thread holds a state. Ask with the lock taken."""
+        """Whether a forward or block of any thread holds a value. Call with `lock` held."""
         return self._blocks > 0
 
     def in_use(self) -> set[str]:
-        """Names that act or are leased. Ask with the lock taken."""
-        return {*(name for name, count in self._leases.items() if count), *_names(self._standing)}
+        """Names of adapters that act or are leased. Call with `lock` held."""
+        return {*(name for name, count in self._leases.items() if count), *_names(self._default)}
 
     def enter(self, model: nn.Module, name: str, adapter: Attachment) -> None:
-        """It is on the base from now on, and acts on nothing yet."""
+        """Adds an adapter, not active yet."""
         with self.lock:
             self.attached[name] = adapter
             if self._undo_hooks is None:
                 self._undo_hooks = self._hold_in_forwards(model)
 
     def leave(self, name: str) -> bool:
-        """It is on the base no more, and acts no more. False, and nothing changes: another thread
-        or a block around this one has a lease. KeyError: it was not there."""
+        """Removes an adapter. Returns False, and changes nothing, if another thread or a block
+        around this one has a lease. Raises KeyError if it is not attached."""
         with self.lock:
             _ = self.attached[name]
-            mine = self._of_thread.acting
-            own = int(mine is not None and name in _names(mine))
-            if self._leases[name] > own:
+            held = self._of_thread.acting
+            own_leases = int(held is not None and name in _names(held))
+            if self._leases[name] > own_leases:
                 return False
-            self._standing = _without(self._standing, name)
-            if own:
-                assert mine is not None
-                self.switch(_without(mine, name))
+            self._default = _without(self._default, name)
+            if own_leases:
+                assert held is not None
+                self.switch(_without(held, name))
             del self.attached[name]
             if not self.attached and not self._blocks and self._undo_hooks is not None:
-                # Not during a forward: one that lost its second hook would hold for ever what it
-                # began with.
+                # Not during a forward: without its second hook it would never release its lease.
                 self._undo_hooks()
                 self._undo_hooks = None
         return True
 
     def _hold(self, acting: Acting) -> None:
-        own = self._of_thread
-        own.blocks, own.acting = (*own.blocks, acting), acting
+        thread = self._of_thread
+        thread.blocks, thread.acting = (*thread.blocks, acting), acting
         for name in _names(acting):
             self._leases[name] += 1
         self._blocks += 1
 
-    def _let_go(self) -> None:
-        own = self._of_thread
-        rest, gone = own.blocks[:-1], own.blocks[-1]
-        own.blocks, own.acting = rest, rest[-1] if rest else None
-        for name in _names(gone):
+    def _release(self) -> None:
+        thread = self._of_thread
+        rest, released = thread.blocks[:-1], thread.blocks[-1]
+        thread.blocks, thread.acting = rest, rest[-1] if rest else None
+        for name in _names(released):
             self._leases[name] -= 1
         self._blocks -= 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        """Of a copied model: its adapters are its own."""
-        made: Routing = Routing()
-        memo[id(self)] = made
-        made.attached = copy.deepcopy(self.attached, memo)
-        made._standing = copy.deepcopy(self._standing, memo)
-        return made
+        """A copied model gets copies of its adapters."""
+        routing: Routing = Routing()
+        memo[id(self)] = routing
+        routing.attached = copy.deepcopy(self.attached, memo)
+        routing._default = copy.deepcopy(self._default, memo)
+        return routing
 
     def _hold_in_forwards(self, model: nn.Module) -> Callable[[], None]:
-        """Every forward of `model` sees one state from its first wrapper to its last. Returns what
-        undoes it."""
+        """Adds hooks so that a forward of `model` sees one value from its first wrapper to its
+        last. Returns a function that removes them."""
 
         def begin(module: nn.Module, args: Any) -> None:
             if not torch.compiler.is_compiling():
@@ -165,7 +164,7 @@ class Routing:
                     with self.lock:
                         if self._undo_hooks is None:
                             return  # the second hook is gone already
-                        self._hold(self._standing)
+                        self._hold(self._default)
                     self._of_thread.forwards = 1
                 elif self._of_thread.forwards:
                     self._of_thread.forwards += 1
@@ -175,7 +174,7 @@ class Routing:
                 self._of_thread.forwards -= 1
                 if not self._of_thread.forwards:
                     with self.lock:
-                        self._let_go()
+                        self._release()
 
         handles = [
             model.register_forward_pre_hook(begin),
@@ -190,7 +189,7 @@ class Routing:
 
 
 class _HoldContext(AbstractContextManager[None]):
-    """A block of `Routing.held`: entered once for each step of answers, so by no generator."""
+    """The block of `Routing.held`. A class, because a generator costs more at every step."""
 
     def __init__(self, routing: Routing, acting: Acting | None) -> None:
         self._routing, self._acting = routing, acting
@@ -202,7 +201,7 @@ class _HoldContext(AbstractContextManager[None]):
 
     def __exit__(self, *fault: object) -> None:
         with self._routing.lock:
-            self._routing._let_go()
+            self._routing._release()
 
 
 def _names(acting: Acting) -> set[str]:

@@ -1,8 +1,7 @@
-"""A module's call, part of the rows by part: tensors cut along their rows, results put together
-again.
+"""Calls a module part by part: inputs are cut along their rows, outputs are joined again.
 
-Rows lie along the first axis, (M, ...), along the second of a single row of tokens, (1, M, ...), or
-along both of a padded batch, (B, T, ...), whose parts are whole rows of the batch.
+Rows are the first axis of (M, ...), the second of (1, M, ...), or both of a padded batch (B, T,
+...), whose parts are whole rows of the batch.
 """
 
 import math
@@ -17,9 +16,8 @@ from veneer.errors import ConfigError
 
 
 def rows_of(acting: Acting, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Rows of the first tensor that a module is given, as the forward counts them: heads of a token
-    are one row."""
-    first = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+    """Number of rows of a module's first tensor; the heads of a token are one row."""
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     known = {acting.rows, None if acting.kept is None else len(acting.kept)} - {None}
     leading = [math.prod(first.shape[: n + 1]) for n in range(first.dim())]
     return next(
@@ -36,27 +34,27 @@ def by_part(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """`base` on all rows, and in the place of the rows that are concerned what `adapted` makes of
-    them."""
+    """`base` on all rows, with the rows of concerned parts replaced by the output of
+    `adapted`."""
     segments = list(segments)
-    own = base(args, kwargs)
+    plain = base(args, kwargs)
     chosen = [segment for segment in segments if concerned(segment.adapters)]
     if not chosen:
-        return own
+        return plain
     rows = segments[-1].rows.stop
-    made = [
+    outputs = [
         adapted(
             segment,
-            tuple(cut(each, segment.rows, rows) for each in args),
-            {name: cut(each, segment.rows, rows) for name, each in kwargs.items()},
+            tuple(cut(value, segment.rows, rows) for value in args),
+            {name: cut(value, segment.rows, rows) for name, value in kwargs.items()},
         )
         for segment in chosen
     ]
-    return put(own, [segment.rows for segment in chosen], made, rows)
+    return put(plain, [segment.rows for segment in chosen], outputs, rows)
 
 
 def cut(value: Any, part: slice, rows: int) -> Any:
-    """The part's rows of a tensor that has `rows` of them; anything else as it is."""
+    """The part's rows of a tensor that has `rows` rows. Other values are returned as they are."""
     axis = _axis(value, rows)
     if axis is None:
         return value
@@ -64,20 +62,20 @@ def cut(value: Any, part: slice, rows: int) -> Any:
     return value.narrow(axis, where.start, where.stop - where.start)
 
 
-def put(own: Any, parts: Sequence[slice], made: Sequence[Any], rows: int) -> Any:
-    """`own` with the parts' rows exchanged for what was made of them; tuples element by element."""
-    if isinstance(own, tuple):
-        found = [put(each, parts, [m[i] for m in made], rows) for i, each in enumerate(own)]
-        return type(own)(found) if type(own) is tuple else type(own)(*found)
-    axis = _axis(own, rows)
+def put(plain: Any, parts: Sequence[slice], outputs: Sequence[Any], rows: int) -> Any:
+    """`plain` with the rows of each part replaced by its output; tuples element by element."""
+    if isinstance(plain, tuple):
+        items = [put(item, parts, [o[i] for o in outputs], rows) for i, item in enumerate(plain)]
+        return type(plain)(items) if type(plain) is tuple else type(plain)(*items)
+    axis = _axis(plain, rows)
     if axis is None:
-        return own
+        return plain
     pieces, at = [], 0
-    for part, new in zip(parts, made, strict=True):
-        where = _along(own, axis, part, rows)
-        pieces += [own.narrow(axis, at, where.start - at), new.to(own.dtype)]
+    for part, output in zip(parts, outputs, strict=True):
+        where = _along(plain, axis, part, rows)
+        pieces += [plain.narrow(axis, at, where.start - at), output.to(plain.dtype)]
         at = where.stop
-    pieces.append(own.narrow(axis, at, own.shape[axis] - at))
+    pieces.append(plain.narrow(axis, at, plain.shape[axis] - at))
     return torch.cat([piece for piece in pieces if piece.shape[axis]], dim=axis)
 
 
@@ -94,7 +92,7 @@ def _axis(value: Any, rows: int) -> int | None:
 
 
 def _along(value: Tensor, axis: int, part: slice, rows: int) -> slice:
-    """The part in the units of that axis: tokens, or rows of a padded batch."""
+    """The part as a slice of that axis: tokens, or rows of a padded batch."""
     length = rows // value.shape[axis]
     if part.start % length or part.stop % length:
         raise ConfigError(

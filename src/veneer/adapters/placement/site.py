@@ -1,4 +1,4 @@
-"""A base on which one adapter is being put: what a method's builder works on."""
+"""A base to which one adapter is being attached: the input of a method's builder."""
 
 import math
 from collections.abc import Collection
@@ -15,11 +15,13 @@ from veneer.adapters.placement.wrapping import Wrapper, wrap
 
 @dataclass
 class Site:
-    """model: the base, with or without other adapters; modules: its own, by their own paths; head:
-    its output head.
+    """What a method's builder works on.
 
-    A builder fills `attachment` by `put` and `wrap`. It finds all faults before it puts the first
-    layer.
+    model    the base, with or without other adapters
+    modules  the base's own modules by path
+    head     the output head
+
+    A builder checks all settings, then fills `attachment` by `put`, `put_stack` and `replace`.
     """
 
     model: nn.Module
@@ -28,21 +30,20 @@ class Site:
     routing: Routing
     attachment: Attachment
     generator: torch.Generator
-    """Draws the starting values, so that they come from the run's seed."""
+    """Draws starting values from the run's seed."""
     values_follow: bool = False
-    """Whoever attaches gives every value at once: what a builder would draw is left unset."""
+    """The caller sets every value afterwards, so builders leave them uninitialised."""
     read_past: Collection[str] | None = None
-    """Weights that the model takes past their modules; None: not asked yet."""
+    """Weights that the model reads without calling their module; None: not known yet."""
     idle: Collection[str] = ()
-    """Places that no gradient reaches (idle.py): what trains stands elsewhere."""
+    """Modules that no gradient reaches (idle.py)."""
 
     @property
     def name(self) -> str:
         return self.attachment.name
 
     def kaiming(self, *shape: int) -> torch.Tensor:
-        """Uniform within 1 / sqrt(I), I the last axis: kaiming_uniform_ with a = sqrt(5). Unset
-        where values follow."""
+        """Kaiming-uniform values (a = sqrt(5)): uniform within 1 / sqrt(I), I the last axis."""
         if self.values_follow:
             return torch.empty(shape)
         bound = 1 / math.sqrt(shape[-1])
@@ -52,16 +53,16 @@ class Site:
         return wrap(self.model, path, kind, self.routing)
 
     def put(self, path: str, kind: type[Wrapper], layer: Layer) -> None:
-        """Stand `layer` beside the module at `path`, in a wrapper of that kind."""
+        """Attaches `layer` to the module at `path`, in a wrapper of that kind."""
         self.attachment.beside[self.wrap(path, kind).key] = layer
         self.attachment.layers[path] = layer
 
     def put_stack(self, owner: str, parameter: str, kind: type[Wrapper], layer: Layer) -> None:
-        """Stand `layer` beside one of the parameters of the module at `owner`."""
+        """Attaches `layer` to a parameter of the module at `owner`."""
         self.attachment.beside.setdefault(self.wrap(owner, kind).key, {})[parameter] = layer
         self.attachment.layers[f"{owner}.{parameter}"] = layer
 
     def replace(self, path: str, kind: type[Wrapper], parameter: str, value: nn.Parameter) -> None:
-        """Train `value` in the place of a parameter of the module at `path`."""
+        """Trains `value` in place of a parameter of the module at `path`."""
         self.attachment.replaced.setdefault(self.wrap(path, kind).key, {})[parameter] = value
         self.attachment.values[f"{path}.{parameter}"] = value

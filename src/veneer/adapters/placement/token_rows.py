@@ -1,7 +1,6 @@
-"""The rows of tokens that an adapter brings, and what they make of what a base looks up and of its
-logits.
+"""Trained rows of an adapter's new tokens, in the embedding and in the output head.
 
-Shapes: n tokens brought, D hidden, V rows of the base's table.
+Shapes: n new tokens, D hidden, V rows of the base's table.
 """
 
 from dataclasses import dataclass, field
@@ -12,14 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PART = "tokens"
-"""The rows' name among an adapter's trained values, behind their module's path."""
+"""Name of the rows among an adapter's trained values, after the path of their module."""
 
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """texts: of the tokens; () where they are the base's own. ids: of each. pieces: the ids that
-    each text was before, whose mean its row starts from; (): values follow. head: whether the head
-    has rows for them too."""
+    """Tokens that an adapter is to train.
+
+    texts   their texts; (): they are tokens of the base
+    ids     their ids
+    pieces  the base's ids of each text: a row starts at their mean; (): the caller sets the values
+    head    whether the output head gets rows too
+    """
 
     texts: tuple[str, ...]
     ids: tuple[int, ...]
@@ -29,14 +32,14 @@ class AddedTokens:
 
 @dataclass(eq=False)
 class TokenRows:
-    """rows (n, D) float32, trained: of `ids`, in their order."""
+    """Trained rows (n, D), float32, of the tokens `ids`."""
 
     ids: tuple[int, ...]
     rows: nn.Parameter
     _sorted: Tensor = field(init=False, repr=False)
     _order: Tensor = field(init=False, repr=False)
     at: Tensor = field(init=False, repr=False)
-    """(n) the ids on the rows' device."""
+    """(n) ids on the device of the rows."""
 
     def __post_init__(self) -> None:
         self.at = torch.tensor(self.ids, device=self.rows.device)
@@ -44,28 +47,28 @@ class TokenRows:
 
     @property
     def end(self) -> int:
-        """Behind the last id."""
+        """The largest id plus one."""
         return max(self.ids) + 1
 
-    def looked_up(self, ids: Tensor, own: Tensor, scale: Any) -> Tensor:
-        """`own` (..., D), what the base looks up, with the rows of these ids in their places."""
+    def looked_up(self, ids: Tensor, plain: Tensor, scale: Any) -> Tensor:
+        """The base's embeddings `plain` (..., D) with the rows of new tokens put in."""
         place = torch.searchsorted(self._sorted, ids).clamp(max=len(self.ids) - 1)
-        mine = self._sorted[place] == ids
-        found = F.embedding(self._order[place], self.rows).to(own.dtype) * scale
-        return torch.where(mine[..., None], found.to(own.dtype), own)
+        is_new = self._sorted[place] == ids
+        embeddings = F.embedding(self._order[place], self.rows).to(plain.dtype) * scale
+        return torch.where(is_new[..., None], embeddings.to(plain.dtype), plain)
 
-    def beside(self, own: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
-        """`own` (..., V), the base's logits of h (..., D), with the columns of these ids."""
-        z = F.linear(h, self.rows.to(h.dtype)).to(own.dtype)
-        width = own.shape[-1]
+    def beside(self, plain: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
+        """The base's logits `plain` (..., V) of h (..., D) with new tokens' columns put in."""
+        z = F.linear(h, self.rows.to(h.dtype)).to(plain.dtype)
+        width = plain.shape[-1]
         if bias is not None:
             z = z + self.of_bias(bias).to(z.dtype)
         if self.end > width:
-            own = F.pad(own, (0, self.end - width))
-        return own.index_copy(-1, self.at, z)
+            plain = F.pad(plain, (0, self.end - width))
+        return plain.index_copy(-1, self.at, z)
 
     def of_bias(self, bias: Tensor) -> Tensor:
-        """(n) the base's own bias of these ids, 0 behind its end."""
+        """(n) the base's bias of these ids, 0 where it has none."""
         known = self.at < len(bias)
         return torch.where(
             known, bias[self.at.clamp(max=len(bias) - 1)], torch.zeros_like(bias[:1])
@@ -74,15 +77,15 @@ class TokenRows:
 
 @dataclass(eq=False)
 class NewTokens:
-    """places: path of the embedding, and of the head where it has a table of its own -> its
-    rows."""
+    """An adapter's new tokens and their rows, by the path of the embedding, and of the head if it
+    has its own table."""
 
     texts: tuple[str, ...]
     ids: tuple[int, ...]
     places: dict[str, TokenRows]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{path}.{PART}": each.rows for path, each in self.places.items()}
+        return {f"{path}.{PART}": rows.rows for path, rows in self.places.items()}
 
     @property
     def end(self) -> int:

@@ -1,10 +1,10 @@
-"""Wrappers in the places of a model's modules: the only file that exchanges them.
+"""Wrappers around a model's modules. No other file replaces modules.
 
-A wrapper holds its base and a key; what stands at that key is the adapters' own
-(adapters/placement/attachment.py), and which of them act is the routing's. So nothing is registered
-twice, and the base's own parameters, buffers and state_dict stay what they were but for the name
-`base`. Paths are always the base's own, as if no wrapper stood anywhere; a module may carry several
-wrappers of different kinds, one around the other. Knows nothing of what a layer computes.
+A wrapper holds its base module and a key. Each adapter's attachment stores its layer under that key
+(placement/attachment.py), and the routing says which adapters act. So nothing is registered twice,
+and the base's parameters, buffers and state_dict only gain the name `base`. Paths are always the
+base's own, as if there were no wrappers. A module may have several wrappers of different kinds, one
+around the other. This module knows nothing of what a layer computes.
 """
 
 from dataclasses import replace
@@ -19,13 +19,15 @@ from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.rows import by_part, rows_of
 
 Trained = dict[str, list[tuple[Tensor, float]]]
-"""Parameter of a module -> the values trained in its place, each with its adapter's weight."""
+"""Parameter name -> values trained in its place, each with the weight of its adapter."""
 
 
 class AdaptedModule(nn.Module):
-    """Common to all wrappers. `base` is the wrapped module, at the base's own `path`. With no
-    active adapter it is called as it is. outside: it stands around wrappers of the same module that
-    are not, in whatever order adapters come, because those read the module's own weight."""
+    """Base class of wrappers. `base` is the wrapped module, `path` its path in the base model.
+
+    Without an active adapter, the base module is called as it is. outside: this kind always wraps
+    the other kinds, in whatever order adapters are attached, because they read the module's weight.
+    """
 
     outside: ClassVar[bool] = False
 
@@ -38,8 +40,7 @@ class AdaptedModule(nn.Module):
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
-        """Models read a module's other attributes as if the wrapper were not there: a norm's weight
-        for its type."""
+        """Passes other attributes on to the base: some models read the type of a norm's weight."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -48,28 +49,28 @@ class AdaptedModule(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def idle(self) -> bool:
-        """Whether the base's own module is all that acts here now; False too where that was not
-        listed."""
+        """Whether no adapter acts on this module. May be False although none does."""
         acting = self.routing.acting
         if (mix := acting.plan.mix) is not None:
             return self.key not in mix.keys
         return not any(part.adapters for part in acting.parts)
 
     def beside(self, adapters: Applied) -> list[tuple[Any, float]]:
-        """What these adapters put here, with their weights, in their order; each wrapper knows what
-        it is."""
+        """Layers that these adapters attached here, with the adapters' weights, in order."""
         key = self.key
         return [(a.beside[key], weight) for a, weight in adapters if key in a.beside]
 
     def drawing(
         self, adapters: Applied, keys: TokenKeys | None
     ) -> list[tuple[Any, float, TokenKeys | None]]:
-        """The same, each with dropout's keys of its own; alone or in a mix, the same adapters draw
-        the same."""
-        beside = self.beside(adapters)
-        if keys is None or (len(beside) == 1 and keys.number == 0):
-            return [(layer, w, keys) for layer, w in beside]
-        return [(layer, w, replace(keys, number=n)) for n, (layer, w) in enumerate(beside)]
+        """The layers of `beside`, each with its own dropout keys. An adapter draws the same masks
+        in a mix of adapters as by itself."""
+        layers = self.beside(adapters)
+        if keys is None or (len(layers) == 1 and keys.number == 0):
+            return [(layer, weight, keys) for layer, weight in layers]
+        return [
+            (layer, weight, replace(keys, number=n)) for n, (layer, weight) in enumerate(layers)
+        ]
 
     def replaces(self, adapters: Applied) -> bool:
         """Whether any of these adapters trained a parameter of this module in full."""
@@ -77,8 +78,7 @@ class AdaptedModule(nn.Module):
         return any(key in adapter.replaced for adapter, _ in adapters)
 
     def trained(self, adapters: Applied) -> Trained:
-        """Returns the values that these adapters trained in full, with the adapters' weights, by
-        parameter."""
+        """Values that these adapters trained in full, with the adapters' weights, by parameter."""
         trained: Trained = {}
         for adapter, weight in adapters:
             for name, value in adapter.replaced.get(self.key, {}).items():
@@ -86,25 +86,23 @@ class AdaptedModule(nn.Module):
         return trained
 
     def summed(self, trained: Trained) -> dict[str, Tensor]:
-        """Returns the base's parameters with the weighted sums of changes. Every call computes them
-        anew, which is cheap for vectors and small matrices alone."""
+        """The base's parameters plus the weighted changes. Computed at every call, which is cheap
+        for vectors and small matrices only."""
         return {
             name: summed_change(self.base.get_parameter(name), values)
             for name, values in trained.items()
         }
 
     def replaced(self, adapters: Applied) -> dict[str, Tensor]:
-        """Returns the parameters that these adapters trained in full: the base's with the weighted
-        sums of changes."""
+        """Parameters that these adapters trained in full, with their weighted changes added up."""
         return self.summed(self.trained(adapters))
 
     def output_sum(self, trained: Trained, x: Tensor) -> Tensor:
-        """Computes base(x) + sum of weight * (base with the trained weight(x) - base(x)), in which
-        all terms have the summed vectors (a bias).
+        """base(x) + sum of weight * (base with the trained weight(x) - base(x)).
 
-        The module has to be linear in its `weight`. Outputs are summed, because a head or a table
-        summed anew for each token would cost many times the product. trained: of this module, with
-        values of `weight`.
+        All terms use the summed vectors (a bias). The module must be linear in its `weight`, and
+        `trained` must have values for it. Outputs are summed, because summing the weights of a head
+        or an embedding for each token would cost many times more.
         """
         vectors = self.summed(
             {name: values for name, values in trained.items() if name != "weight"}
@@ -118,13 +116,12 @@ class AdaptedModule(nn.Module):
         return outputs[0][0] if stands_alone(outputs) else summed_change(output({}), outputs)
 
     def concerned(self, adapters: Applied) -> bool:
-        """Whether any of these has something here."""
+        """Whether any of these adapters has a layer or a trained parameter here."""
         key = self.key
         return any(key in adapter.beside or key in adapter.replaced for adapter, _ in adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Every part of the rows through what its adapters make of the base; rows that none
-        concerns are the base's."""
+        """Calls the base, and for each part that has adapters here, `adapted` on its rows."""
         acting = self.routing.acting
         whole = acting.whole
         if whole is not None:
@@ -143,12 +140,12 @@ class AdaptedModule(nn.Module):
         )
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module with these adapters on all rows that it is given."""
+        """The module with these adapters on all of its input rows."""
         raise NotImplementedError
 
 
 class SwappedModule(AdaptedModule):
-    """A module of any kind, some of whose parameters an adapter trains in full: biases, a head, a
+    """A module of any kind with parameters that an adapter trains in full: biases, a head, a
     norm."""
 
     def adapted(self, adapters: Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,7 +153,7 @@ class SwappedModule(AdaptedModule):
 
 
 def key_of(kind: type[AdaptedModule], path: str) -> str:
-    """What a wrapper is found by: two of different kinds may stand at one path."""
+    """Key of a wrapper. Two wrappers of different kinds may have the same path."""
     return f"{kind.__name__} {path}"
 
 
@@ -164,40 +161,38 @@ Wrapper = TypeVar("Wrapper", bound=AdaptedModule)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The base's own module, whatever stands around it."""
+    """The base's module inside all wrappers."""
     while isinstance(module, AdaptedModule):
         module = module.base
     return module
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The base's own modules by their own paths, wrappers looked through."""
-    found: dict[str, nn.Module] = {}
+    """The base's modules by path, without wrappers."""
+    modules: dict[str, nn.Module] = {}
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
         module = unwrapped(module)
-        if path not in found:
-            found[path] = module
+        if path not in modules:
+            modules[path] = module
             above = f"{path}." if path else ""
             stack += [
                 (above + name, child)
                 for name, child in reversed(module._modules.items())
                 if child is not None
             ]
-    return found
+    return modules
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """The model's own modules once more, without wrappers: adapters that come or go later do not
-    change this tree.
+    """A copy of the module tree without wrappers, which later adapters do not change.
 
-    It shares every parameter with the model. It serves questions of names and shapes, and computes
-    nothing.
+    It shares every parameter with the model. Use it for names and shapes only, not for forwards.
     """
     copies: dict[int, nn.Module] = {}
 
-    def copied(module: nn.Module) -> nn.Module:
+    def copy_module(module: nn.Module) -> nn.Module:
         module = unwrapped(module)
         if id(module) not in copies:
             kind = type(module)
@@ -205,16 +200,16 @@ def plain_copy(model: nn.Module) -> nn.Module:
             copy.__dict__.update(module.__dict__)
             children = module._modules.items()
             copy.__dict__["_modules"] = {
-                name: None if child is None else copied(child) for name, child in children
+                name: None if child is None else copy_module(child) for name, child in children
             }
         return copies[id(module)]
 
-    return copied(model)
+    return copy_module(model)
 
 
 def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> Wrapper:
-    """The wrapper of that kind around the module at the base's own path, put there where there is
-    none yet: within the wrappers that stand outside, unless it is one of them."""
+    """The wrapper of that kind around the module at `path`, added if there is none yet. `outside`
+    wrappers stay around the others."""
     head, _, last = path.rpartition(".")
     parent = model
     for part in head.split(".") if head else ():
@@ -232,8 +227,7 @@ def wrap(model: nn.Module, path: str, kind: type[Wrapper], routing: Routing) -> 
 
 
 def unwrap(model: nn.Module) -> None:
-    """Wrappers at which no adapter on the base has anything give their place back to what they
-    stand around."""
+    """Removes wrappers that no attached adapter uses."""
     for path, module in reversed(
         list(model.named_modules(remove_duplicate=False))
     ):  # innermost first

@@ -14,7 +14,7 @@ import torch
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.methods.lora import LoRALayer
-from veneer.adapters.methods.prefix import PrefixLayer
+from veneer.adapters.methods.prefix_layer import PrefixLayer
 from veneer.adapters.placement.acting import Applied, BatchPart, check_together
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.wrapping import key_of
