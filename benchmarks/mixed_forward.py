@@ -27,7 +27,7 @@ from veneer.data.batching import make_groups
 from veneer.data.examples import Example, RowRef
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.models.step import acting_on, batch_loss
 

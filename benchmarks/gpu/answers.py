@@ -18,7 +18,7 @@ from veneer.decoding import forward
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.graphs import WORTH
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request, Sequence
 from veneer.models.frozen_base import FrozenBase
 

@@ -152,7 +152,7 @@ def test_as_many_adapters_as_may_run_and_a_request_of_the_base_run_together():
 
 def test_more_adapters_in_a_request_than_may_run_are_refused_with_both_numbers():
     toy = Toy(max_adapters=2)
-    with pytest.raises(DoesNotFitError, match="3 adapters are to act together, 2 may"):
+    with pytest.raises(DoesNotFitError, match="3 adapters are to act together, at most 2 can"):
         toy.add([1], 2, (*A, *B, *C))
     both = toy.add([1], 2, (*A, *B))
     toy.finish_all()
@@ -221,7 +221,5 @@ def test_a_thousand_requests_leave_nothing_behind():
     assert len(toy.ended) == 1000
     for content in "abc":
         toy.blocks.forget(content * 8)
-    held = vars(toy.scheduler)
-    assert not any(
-        held[name] for name in ("_waiting", "_running", "_others", "_cancelled", "_plan")
-    )
+    assert toy.scheduler.idle
+    assert not any(vars(toy.scheduler)[name] for name in ("_cancelled", "_plan"))

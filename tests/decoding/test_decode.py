@@ -12,7 +12,7 @@ from veneer.decoding.continued import continued
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import decodes_packed, prove_decoding
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.errors import ConfigError, DivergedError
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface

@@ -18,7 +18,7 @@ from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.errors import AdapterMismatchError, ConfigError, DivergedError, DoesNotFitError
 from veneer.kernels.attention.paged import KeyValueBlocks

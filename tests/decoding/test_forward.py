@@ -7,7 +7,7 @@ from tests.support.tiny import tiny_base, tiny_model
 from veneer.decoding.continued import continued
 from veneer.decoding.engine import bytes_per_token
 from veneer.decoding.forward import PagedForward
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 
 
 def test_rows_that_are_read_are_filled_up_to_one_of_few_shapes_and_single_tokens_are_not(

@@ -21,7 +21,7 @@ from veneer.decoding import forward, graphs
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.kernels.attention import packed as attention
 from veneer.kernels.attention.paged import (

@@ -15,7 +15,7 @@ from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.kernels.bindings import library as native
 

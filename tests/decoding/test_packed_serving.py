@@ -20,7 +20,7 @@ from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.generate import generate
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.library.library import Library
 from veneer.models.load import load_base

@@ -279,7 +279,7 @@ def test_a_constraint_that_fails_ends_its_own_row_alone(fails):
 
 
 def test_the_greedy_draw_of_many_rows_is_one_search_for_the_largest(monkeypatch):
-    monkeypatch.setattr(draws, "_of_changed", None)
+    monkeypatch.setattr(draws, "_draw_changed", None)
     monkeypatch.setattr(torch, "log_softmax", None)
     logits = logits_of(4)
     assert draw(logits, [(asked(), [])] * 4) == logits.argmax(-1).tolist()

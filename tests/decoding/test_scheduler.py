@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.support.toy_engine import WORDS, Toy, adapter, alone, steps_until
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceState
 from veneer.decoding.schedule.step_plan import SampledToken
 from veneer.errors import ConfigError, DoesNotFitError, QueueFullError
@@ -376,7 +376,7 @@ def test_those_that_went_back_do_not_fill_the_queue():
 
 def test_choices_count_one_by_one():
     toy = Toy(max_waiting=3)
-    with pytest.raises(DoesNotFitError, match="4 choices are asked for, 3 may wait"):
+    with pytest.raises(DoesNotFitError, match="4 choices requested, at most 3 can wait"):
         toy.add([1], 1, choices=4)
     assert toy.scheduler.idle
     toy.add([1], 1, choices=2)

@@ -25,7 +25,7 @@ from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.errors import (
     AdapterMismatchError,

@@ -21,7 +21,7 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
 from veneer.decoding.continued import continued
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.errors import ConfigError
 from veneer.kernels.dense import loss as loss_kernel
 from veneer.kernels.layout import STEP

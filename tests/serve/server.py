@@ -21,7 +21,7 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library

@@ -13,7 +13,7 @@ from tests.serve.server import made_base
 from tests.support.tiny import tiny_tokenizer
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import QueueFullError
 from veneer.kernels.bindings import library as native

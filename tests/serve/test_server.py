@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.serve.server import BASE, add_adapter, made_base, running
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.errors import VeneerError
 from veneer.library.library import Library
 from veneer.serve.engine.names import ModelNames

@@ -12,7 +12,7 @@ import httpx
 
 from tests.serve.server import BASE, add_adapter, running
 from tests.soak.counts import rounds
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.library.library import Library
 
 NUMBERS = rounds("clients", ci=8)

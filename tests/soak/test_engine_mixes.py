@@ -19,7 +19,7 @@ from veneer.adapters.config import Prefix
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters, changes_rows_alone
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import FinishReason, Request
 from veneer.kernels.dense import few_rows
 

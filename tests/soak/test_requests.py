@@ -12,7 +12,7 @@ import pytest
 from tests.serve.generated import BODIES, body, mutated
 from tests.serve.server import BASE, add_adapter, running
 from tests.soak.counts import rounds
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.library.library import Library
 
 NUMBERS = rounds("requests", ci=120)

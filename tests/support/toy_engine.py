@@ -11,7 +11,8 @@ from hashlib import blake2b
 
 from tests.support.pretended_memory import PretendedMemory, contents
 from veneer.decoding.schedule.blocks import BlockManager, Identity
-from veneer.decoding.schedule.scheduler import Limits, Scheduler
+from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
 from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
 from veneer.errors import SourceError

@@ -13,7 +13,8 @@ from veneer.decoding.direct import own_forward
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.blocks import BlockManager
-from veneer.decoding.schedule.scheduler import Limits, Scheduler
+from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.step_plan import SampleResult
 

@@ -1,10 +1,8 @@
-"""A token for each row of logits, as its answer's sampling says (decoding/sampling/sampling.py),
-many answers at once.
+"""Draws a token from each row of logits by its answer's sampling (decoding/sampling/sampling.py).
 
-Rows do not see each other: what a row draws is a function of its logits, its settings and its own
-random number. A row from which nothing is left out draws in the order of the ids, another in that
-of the chances. Shapes: B rows, V ids, C candidates: as many of the likeliest as nearly every cut is
-decided among.
+Rows are independent: a draw depends on the row's logits, settings and random number only. Without
+top_k, top_p and min_p, tokens are drawn in the order of ids, else in the order of probability.
+Shapes: B rows, V ids, C candidates: the likeliest ids, among which nearly every cut is decided.
 """
 
 from __future__ import annotations
@@ -26,25 +24,25 @@ CANDIDATES = 512
 
 
 class ChoiceSampler:
-    """How one choice of a request draws, with what it has to remember between two draws.
+    """Draws the tokens of one choice of a request, and remembers what it needs between draws.
 
-    told   how many alternatives are told; None: no chance either
-    least  tokens of the answer before which no stop token may be drawn
-    plain  whether, from there on, it draws from the logits as they are, and no chance is told
+    alternatives  number of likely alternatives to report; None: no probabilities are reported
+    least         number of tokens before which no stop token may be drawn
+    plain         whether, from then on, it draws from unchanged logits and reports nothing
     """
 
     def __init__(self, request: Request, choice: int, new: Sequence[int] = ()) -> None:
-        """new: tokens that the answer has already, which its check sees first."""
+        """new: tokens that the answer has already; its check gets them first."""
         self.request, self.choice, self.sampling = request, choice, request.sampling
         self.constraint = None if request.constraints is None else request.constraints()
         self.ends = None if request.checks is None else request.checks()
         if self.ends is not None:
             for token in new:
                 self.ends(token)
-        self.told = request.sampling.logprobs
+        self.alternatives = request.sampling.logprobs
         self.least = request.min_new_tokens if request.stops else 0
         self._always_edits = request.sampling.edits or self.constraint is not None
-        self.plain = self.told is None and not self._always_edits
+        self.plain = self.alternatives is None and not self._always_edits
         self._counts: tuple[Tensor, Tensor] | None = None
         self._counted = 0
 
@@ -53,7 +51,7 @@ class ChoiceSampler:
         return self._always_edits or len(new) < self.least
 
     def edit(self, logits_V: Tensor, new: Sequence[int]) -> None:
-        """In place: what is forbidden to -inf, biases, penalties."""
+        """Edits logits in place: forbidden tokens to -inf, biases, penalties."""
         request, sampling = self.request, self.sampling
         if self.constraint is not None:
             allowed = torch.as_tensor(self.constraint.allowed(new))[: len(logits_V)].to(
@@ -65,19 +63,18 @@ class ChoiceSampler:
             logits_V[self._ids(request.stops, logits_V)] = float("-inf")
         if sampling.logit_bias:
             for token, bias in sampling.logit_bias:
-                logits_V[token : token + 1] += bias  # no row, nothing
+                logits_V[token : token + 1] += bias  # an id without a logit is ignored
         if sampling.penalises:
             prompt, counts = self._count(logits_V, new)
-            there = counts > 0
+            in_answer = counts > 0
             if sampling.repetition_penalty != 1:
-                by = sampling.repetition_penalty
-                weaker = torch.where(logits_V > 0, logits_V / by, logits_V * by)
-                logits_V.copy_(torch.where(prompt | there, weaker, logits_V))
-            logits_V -= sampling.presence_penalty * there + sampling.frequency_penalty * counts
+                penalty = sampling.repetition_penalty
+                penalised = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+                logits_V.copy_(torch.where(prompt | in_answer, penalised, logits_V))
+            logits_V -= sampling.presence_penalty * in_answer + sampling.frequency_penalty * counts
 
     def chosen(self, token: int, new: Sequence[int], chance: TokenChance | None) -> SampleResult:
-        """The token, and whether the answer ends with it by a constraint or a check. Once for each
-        token."""
+        """The drawn token, and whether the answer ends with it. Call once for each token."""
         ends = self.ends is not None and self.ends(token)
         if self.constraint is not None:
             ends |= self.constraint.ended([*new, token])
@@ -89,110 +86,115 @@ class ChoiceSampler:
         )
 
     def _count(self, logits_V: Tensor, new: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Whether each id is in the prompt, and how often it is in the answer: (V) bool and
-        float32."""
+        """(V) bool, ids in the prompt; (V) float32, counts of ids in the answer."""
         if self._counts is None:
             prompt = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
             prompt[self._ids(self.request.prompt, logits_V)] = True
             self._counts = prompt, torch.zeros(len(logits_V), device=logits_V.device)
         prompt, counts = self._counts
-        later = self._ids(new[self._counted :], logits_V)
-        counts.index_add_(0, later, torch.ones(len(later), device=counts.device))
+        uncounted = self._ids(new[self._counted :], logits_V)
+        counts.index_add_(0, uncounted, torch.ones(len(uncounted), device=counts.device))
         self._counted = len(new)
         return prompt, counts
 
 
 Row = tuple[ChoiceSampler, Sequence[int]]
-"""How it draws, and the answer so far."""
+"""A sampler, and the answer so far."""
 
 
 def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[SampleResult]:
-    """What each row draws.
+    """Draws a token for each row.
 
-    A row whose logits are no finite numbers, to which nothing is allowed, or whose constraint or
-    check fails, gets an error of its own.
+    A row gets its own error if its logits are not finite, no token is allowed, or its constraint or
+    check fails.
     """
     compiled = draw_calls.usable(logits_BV)
-    if compiled and all(drawing.plain and len(new) >= drawing.least for drawing, new in rows):
-        found = _compiled(logits_BV, rows, [], logits_BV)
+    if compiled and all(sampler.plain and len(new) >= sampler.least for sampler, new in rows):
+        tokens = _draw_compiled(logits_BV, rows, [], logits_BV)
         return [
-            token if token >= 0 and drawing.ends is None else _chosen(drawing, token, new, None)
-            for (drawing, new), token in zip(rows, found, strict=True)
+            token if token >= 0 and sampler.ends is None else _result(sampler, token, new, None)
+            for (sampler, new), token in zip(rows, tokens, strict=True)
         ]
-    faults: dict[int, VeneerError] = {}
+    errors: dict[int, VeneerError] = {}
     changed = [
-        n for n, (d, new) in enumerate(rows) if d.edits(new) or not (compiled or d.sampling.greedy)
+        n
+        for n, (sampler, new) in enumerate(rows)
+        if sampler.edits(new) or not (compiled or sampler.sampling.greedy)
     ]
     if changed:
-        everyone = len(changed) == len(rows)
-        wide = logits_BV.to(torch.float32, copy=True) if everyone else logits_BV[changed].float()
+        all_change = len(changed) == len(rows)
+        wide = logits_BV.to(torch.float32, copy=True) if all_change else logits_BV[changed].float()
         for n, logits_V in zip(changed, wide, strict=True):
-            drawing, new = rows[n]
-            if drawing.edits(new):
+            sampler, new = rows[n]
+            if sampler.edits(new):
                 try:
-                    drawing.edit(logits_V, new)
-                except VeneerError as fault:
-                    faults[n] = fault
+                    sampler.edit(logits_V, new)
+                except VeneerError as error:
+                    errors[n] = error
     else:
         wide = logits_BV[:0]
-    found = (_compiled if compiled else _by_torch)(logits_BV, rows, changed, wide)
-    chances = _chances(logits_BV, [drawing.told for drawing, _ in rows], found)
+    tokens = (_draw_compiled if compiled else _draw_by_torch)(logits_BV, rows, changed, wide)
+    chances = _chances(logits_BV, [sampler.alternatives for sampler, _ in rows], tokens)
     return [
-        faults.get(n) or _chosen(drawing, token, new, chance)
-        for n, ((drawing, new), token, chance) in enumerate(zip(rows, found, chances, strict=True))
+        errors.get(n) or _result(sampler, token, new, chance)
+        for n, ((sampler, new), token, chance) in enumerate(zip(rows, tokens, chances, strict=True))
     ]
 
 
-def _compiled(
+def _draw_compiled(
     logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
 ) -> list[int]:
-    """A token of each row, BROKEN or NOTHING. wide: those that were changed, as they are to be
-    drawn from."""
+    """A token of each row, BROKEN or NOTHING. wide: the logits of changed rows, after edits."""
     ids, edited = logits_BV.shape[1], set(changed)
-    hows = [LIKELIEST if n in edited else _how(row, ids) for n, row in enumerate(rows)]
-    found = [BROKEN if token == NOTHING else token for token in draw_calls.draw(logits_BV, hows)]
+    settings = [LIKELIEST if n in edited else _how(row, ids) for n, row in enumerate(rows)]
+    tokens = [
+        BROKEN if token == NOTHING else token for token in draw_calls.draw(logits_BV, settings)
+    ]
     if changed:
-        for n, token in zip(
-            changed, draw_calls.draw(wide, [_how(rows[n], ids) for n in changed]), strict=True
-        ):
-            found[n] = found[n] if found[n] == BROKEN else token
-    return found
+        redrawn = draw_calls.draw(wide, [_how(rows[n], ids) for n in changed])
+        for n, token in zip(changed, redrawn, strict=True):
+            tokens[n] = tokens[n] if tokens[n] == BROKEN else token
+    return tokens
 
 
 def _how(row: Row, ids: int) -> How:
-    (drawing, new), sampling = row, row[0].sampling
+    sampler, new = row
+    sampling = sampler.sampling
     if sampling.greedy:
         return LIKELIEST
-    u = uniform(drawing.request.seed, drawing.choice, len(new))
+    u = uniform(sampler.request.seed, sampler.choice, len(new))
     return u, sampling.temperature, sampling.top_k or ids, sampling.top_p, sampling.min_p
 
 
-def _by_torch(
+def _draw_by_torch(
     logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
 ) -> list[int]:
-    """The same on any device, waiting for it once."""
+    """_draw_compiled in torch, on any device, with one synchronisation."""
     tokens = logits_BV.argmax(dim=-1)
-    peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # of a row with a NaN that NaN
+    peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # NaN for a row with a NaN
     if changed:
-        tokens[changed] = _of_changed(wide, [rows[n] for n in changed])
-    found: list[int] = torch.where(peaks.isfinite(), tokens, BROKEN).tolist()
-    return found
+        tokens[changed] = _draw_changed(wide, [rows[n] for n in changed])
+    drawn: list[int] = torch.where(peaks.isfinite(), tokens, BROKEN).tolist()
+    return drawn
 
 
-def _of_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """(B) tokens from logits as they are to be drawn from, float32."""
+def _draw_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """(B) tokens from edited logits, float32."""
     tokens = wide_BV.argmax(dim=-1)
     possible = wide_BV.gather(1, tokens[:, None])[:, 0] > float("-inf")
     for cut in (False, True):
-        some = [
-            n for n, (d, _) in enumerate(rows) if not d.sampling.greedy and d.sampling.cuts is cut
+        numbers = [
+            n
+            for n, (sampler, _) in enumerate(rows)
+            if not sampler.sampling.greedy and sampler.sampling.cuts is cut
         ]
-        if some:
+        if numbers:
             drawn = [
-                uniform(d.request.seed, d.choice, len(new)) for d, new in (rows[n] for n in some)
+                uniform(sampler.request.seed, sampler.choice, len(new))
+                for sampler, new in (rows[n] for n in numbers)
             ]
-            tokens[some] = sampled(
-                wide_BV[some], [rows[n][0].sampling for n in some], drawn, cut=cut
+            tokens[numbers] = sampled(
+                wide_BV[numbers], [rows[n][0].sampling for n in numbers], drawn, cut=cut
             )
     return torch.where(possible, tokens, NOTHING)
 
@@ -200,12 +202,11 @@ def _of_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
 def sampled(
     logits_BV: Tensor, samplings: Sequence[Sampling], drawn: Sequence[float], *, cut: bool
 ) -> Tensor:
-    """(B) tokens. drawn: a number in [0, 1) for each row; cut: whether tokens are left out, in all
-    rows alike."""
+    """Samples (B) tokens. drawn: a number in [0, 1) for each row. cut: whether top_k, top_p or
+    min_p leave tokens out."""
     settings = [(s.temperature, s.top_k or logits_BV.shape[1], s.top_p, s.min_p) for s in samplings]
     numbers = sent(
-        torch.tensor([(u, *each) for u, each in zip(drawn, settings, strict=True)]),
-        logits_BV.device,
+        torch.tensor([(u, *row) for u, row in zip(drawn, settings, strict=True)]), logits_BV.device
     )
     u, temperature, top_k, top_p, min_p = numbers.T[:, :, None]
     # the shift keeps the quotient finite at the top
@@ -219,8 +220,9 @@ def sampled(
     if few < chances_BV.shape[1]:
         rest = (~decided).nonzero()[:, 0]
         if len(rest):
-            own = [each[rest] for each in (chances_BV, u, top_k, top_p, min_p)]
-            tokens[rest] = _cut(*own, *own[0].sort(dim=-1, descending=True, stable=True))[0]
+            undecided = [tensor[rest] for tensor in (chances_BV, u, top_k, top_p, min_p)]
+            order = undecided[0].sort(dim=-1, descending=True, stable=True)
+            tokens[rest] = _cut(*undecided, *order)[0]
     return tokens
 
 
@@ -233,73 +235,70 @@ def _cut(
     best_BC: Tensor,
     ids_BC: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(B) tokens from the likeliest C, and whether these were enough to say. Settings are (B,
+    """(B) tokens from the likeliest C, and whether C candidates decide them. Settings are (B,
     1)."""
     C = best_BC.shape[1]
     reach_BC = best_BC.cumsum(dim=-1)
     place = torch.arange(C, device=best_BC.device)
-    kept = (best_BC >= min_p * best_BC[:, :1]) & (place < top_k)
-    count = kept.sum(dim=-1, keepdim=True)
-    all_kept = count == C
-    told = ~all_kept | (top_k <= C) | (chances_BV.shape[1] == C)  # how many min_p and top_k leave
-    total = torch.where(told, reach_BC.gather(1, count - 1), 1.0)
-    # in front of each: what is likelier
-    left = (kept & (reach_BC - best_BC < top_p * total)).sum(dim=-1, keepdim=True).clamp_min(1)
+    allowed = (best_BC >= min_p * best_BC[:, :1]) & (place < top_k)
+    count = allowed.sum(dim=-1, keepdim=True)
+    # Whether the candidates show how many tokens min_p and top_k leave.
+    counted = (count != C) | (top_k <= C) | (chances_BV.shape[1] == C)
+    total = torch.where(counted, reach_BC.gather(1, count - 1), 1.0)
+    likelier = reach_BC - best_BC
+    left = (allowed & (likelier < top_p * total)).sum(dim=-1, keepdim=True).clamp_min(1)
     end = reach_BC.gather(1, left - 1)
-    enough = told | ((min_p == 0) & (top_k >= chances_BV.shape[1]) & (left < C))
+    enough = counted | ((min_p == 0) & (top_k >= chances_BV.shape[1]) & (left < C))
     return ids_BC.gather(1, _place(reach_BC, u, end)[:, None])[:, 0], enough[:, 0]
 
 
 def _place(reach: Tensor, u: Tensor, total: Tensor) -> Tensor:
-    """(B) the first place whose reach is above u * total, which rounding must not let come to the
+    """(B) the first place whose cumulative probability is above u * total. Rounding must not reach
     total itself."""
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(reach.contiguous(), target.contiguous(), right=True)[:, 0]
 
 
 def _chances(
-    logits_BV: Tensor, told: Sequence[int | None], tokens: Sequence[int]
+    logits_BV: Tensor, alternatives: Sequence[int | None], tokens: Sequence[int]
 ) -> list[TokenChance | None]:
-    rows = [n for n, many in enumerate(told) if many is not None and tokens[n] >= 0]
-    found: list[TokenChance | None] = [None] * len(told)
+    """Probabilities of the drawn tokens and of the requested numbers of alternatives."""
+    rows = [n for n, count in enumerate(alternatives) if count is not None and tokens[n] >= 0]
+    chances: list[TokenChance | None] = [None] * len(alternatives)
     if rows:
         logs = torch.log_softmax(logits_BV[rows].float(), dim=-1)
-        own = torch.tensor([tokens[n] for n in rows], device=logs.device)
-        most = min(max(told[n] or 0 for n in rows), logs.shape[1])
+        drawn = torch.tensor([tokens[n] for n in rows], device=logs.device)
+        drawn_logs = logs.gather(1, drawn[:, None])[:, 0].tolist()
+        most = min(max(alternatives[n] or 0 for n in rows), logs.shape[1])
         best, ids = logs.topk(most, dim=-1)
-        for n, log, values, names in zip(
-            rows,
-            logs.gather(1, own[:, None])[:, 0].tolist(),
-            best.tolist(),
-            ids.tolist(),
-            strict=True,
+        for n, log, best_logs, best_ids in zip(
+            rows, drawn_logs, best.tolist(), ids.tolist(), strict=True
         ):
-            pairs = tuple(zip(names, values, strict=True))[: told[n]]
-            found[n] = TokenChance(tokens[n], log, pairs)
-    return found
+            pairs = tuple(zip(best_ids, best_logs, strict=True))[: alternatives[n]]
+            chances[n] = TokenChance(tokens[n], log, pairs)
+    return chances
 
 
-def _chosen(
-    drawing: ChoiceSampler, token: int, new: Sequence[int], chance: TokenChance | None
+def _result(
+    sampler: ChoiceSampler, token: int, new: Sequence[int], chance: TokenChance | None
 ) -> SampleResult:
     if token == BROKEN:
         return DivergedError(
-            "the model's logits are no finite numbers", next_step="Look at the adapter's values."
+            "the model's logits are not finite", next_step="Look at the adapter's values."
         )
     if token == NOTHING:
         return ConfigError(
-            "no token may follow",
-            next_step="Allow one: a constraint or min_new_tokens forbids each.",
+            "no token is allowed",
+            next_step="Allow one: a constraint or min_new_tokens forbids all of them.",
         )
     try:
-        return drawing.chosen(token, new, chance)
+        return sampler.chosen(token, new, chance)
     except VeneerError as fault:
         return fault
 
 
 def draw_reference(logits_V: Tensor, sampling: Sampling, u: float) -> int:
-    """One row drawn plainly, from logits that are edited already: what `sampled` computes for
-    many."""
+    """Draws from one row of edited logits: the plain version of `sampled`."""
     if sampling.greedy:
         return int(logits_V.argmax())
     chances = torch.softmax(

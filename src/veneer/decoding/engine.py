@@ -24,7 +24,8 @@ from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
 from veneer.decoding.schedule.adapters import AdapterSource
 from veneer.decoding.schedule.blocks import BlockManager
-from veneer.decoding.schedule.scheduler import Limits, Scheduler
+from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import Request, SequenceState
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.decoding.schedule.step_plan import SampleResult, StepPlan

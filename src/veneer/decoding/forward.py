@@ -1,7 +1,7 @@
-"""A model's forwards over keys and values in blocks: a scheduler's plans, computed.
+"""Computes a scheduler's plans: a model's forwards over keys and values in blocks.
 
-Knows nothing of requests and draws. Which adapters act is the caller's to hold.
-Shapes: N rows of the step: the spans' tokens, one span behind the other, then filler; V ids.
+The caller holds the adapters that act. This module knows nothing of requests and draws. Shapes: N
+rows of the step: the tokens of all spans in order, then filler; V ids.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ NOBODY = Acting()
 
 @dataclass(frozen=True)
 class StepRows:
-    """What a plan computes, on the device.
+    """The rows of a plan, on the device.
 
-    rows    (2, N) ids and positions; of single tokens on CUDA, (N, columns), what
-            decoding/graphs.py reads; None: those of a plan that follows the last one, which are
-            known
-    filler  rows behind the spans, so that there are few shapes (kernels/layout.py); none where all
-            are single tokens, nor where the model's parts are called, whose kernels know no shapes
-    kept    (spans) numbers of the rows that are the last of their spans; None: all rows are
-    single  whether it is one for decoding/graphs.py
+    rows    (2, N) ids and positions; for single tokens on CUDA (N, columns), as decoding/graphs.py
+            reads them; None: the plan follows the last one, whose rows are known
+    filler  rows after the spans, so that there are few shapes (kernels/layout.py); 0 if all spans
+            are single tokens, or the kernels need no fixed shapes
+    kept    (spans) number of the last row of each span; None: all rows are last rows
+    single  whether decoding/graphs.py computes it
     """
 
     rows: Tensor | None
@@ -49,14 +48,18 @@ class StepRows:
 
 FOLLOWING = StepRows(None, 0, None)
 SPARE = 4
-"""Blocks by which a table may grow before a step's tables are laid out anew."""
+"""Blocks by which a table may grow before a step's tables are laid out again."""
 
 
 class PagedForward:
-    """run: a model's forward, proven (decoding/proof.py, decoding/direct.py). blocks: what its
-    tables number. filled: whether rows are filled up. again: the same of single tokens, one further
-    than the last, where it can. keys: of another forward over the same blocks, which has the graphs
-    then; None: its own."""
+    """Runs the forwards of one lane.
+
+    run     a model's proven forward (decoding/proof.py, decoding/direct.py)
+    blocks  the blocks that tables refer to
+    filled  whether rows are filled up to few shapes
+    again   runs the next token of the same sequences, if it can
+    keys    storage shared with another forward, which then has the graphs; None: its own
+    """
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class PagedForward:
     ) -> None:
         self._device, self._run, self._filled, self._again = device, run, filled, again
         on_cuda = device.type == "cuda"
-        # One block more for rows that fill up.
+        # One more block for filler rows.
         self.keys = (
             PagedKeys(blocks.num_blocks + on_cuda, blocks.tokens_per_block)
             if keys is None
@@ -79,9 +82,7 @@ class PagedForward:
         self.graphs = (
             Graphs(device, self.keys, run, recorder_here()) if on_cuda and keys is None else None
         )
-        self._last: tuple[int, PagedStep] | None = (
-            None  # of the last plan, which had single tokens alone
-        )
+        self._last: tuple[int, PagedStep] | None = None  # set if its spans were single tokens
 
     def rows(self, plan: StepPlan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
@@ -96,50 +97,55 @@ class PagedForward:
         if len(ids) == len(plan.spans):
             return StepRows(sent(torch.tensor([ids, positions]), self._device), 0, None)
         filler = round_up(len(ids)) - len(ids) if self._filled else 0
-        rows = sent(torch.tensor([each + [0] * filler for each in (ids, positions)]), self._device)
+        rows = sent(
+            torch.tensor([column + [0] * filler for column in (ids, positions)]), self._device
+        )
         ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
         return StepRows(rows, filler, sent(ends, self._device))
 
     def logits(self, plan: StepPlan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
-        """(spans, V): what follows the last token of each span. Prefixes are written and blocks
-        copied before.
+        """The logits (spans, V) after the last token of each span. Prefixes must be written before.
 
-        acting: what the caller holds; its mix, where it is listed, is for decoding/recorded.py.
+        acting: what the caller holds; decoding/recorded.py reads its mix of adapters.
         """
         last, self._last = self._last, None
         if step.rows is None:
             assert last is not None
-            laid = last[1]
+            paged_step = last[1]
             ids = [span.sequence.new[-1] for span in plan.spans]
-            going = self._again is not None and laid.go_on(acting.plan.mix)
-            if self._again is not None and going and (found := self._again(ids, laid)) is not None:
-                self._last = plan.number, laid
-                return found
+            continues = self._again is not None and paged_step.go_on(acting.plan.mix)
+            if (
+                self._again is not None
+                and continues
+                and (logits_again := self._again(ids, paged_step)) is not None
+            ):
+                self._last = plan.number, paged_step
+                return logits_again
             step = self._rows(plan)
         assert step.rows is not None
         self.keys.copy(plan.copies)
         if self.graphs is not None and step.single:
             return self.graphs.logits(step.rows, acting)[: len(plan.spans)]
-        laid = PagedStep(
+        paged_step = PagedStep(
             self.keys, [_rows(span) for span in plan.spans], acting.plan.mix, spare=SPARE
         )
-        with few_rows.any_rows():  # what an answer says does not depend on the others of its step
-            logits = self._run(step.rows, laid, step.kept)
+        with few_rows.any_rows():  # answers do not depend on other rows of their step
+            logits = self._run(step.rows, paged_step, step.kept)
         if len(logits) != len(plan.spans):
             raise ValueError(
                 f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}"
             )
         if step.kept is None and self._again is not None:
-            self._last = plan.number, laid
+            self._last = plan.number, paged_step
         return logits
 
     def write(self, front: PrefixWrite, prefix: PrefixLayer) -> None:
-        """A trained prefix into its blocks."""
+        """Writes a trained prefix into its blocks."""
         for number, (key, value) in prefix.keys().items():
             self.keys.write(number, front.blocks, key, value)
 
     def let_go(self, held: Collection[Attachment]) -> None:
-        """No other adapters act from now on."""
+        """Drops references to all other adapters."""
         if self.graphs is not None:
             self.graphs.let_go(held)
 

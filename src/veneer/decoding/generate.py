@@ -29,7 +29,7 @@ from veneer.decoding.rereading import answer_by_rereading
 from veneer.decoding.sampling.sampling import Sampling, seed_of
 from veneer.decoding.schedule.adapters import FixedAdapters, front_places
 from veneer.decoding.schedule.blocks import Identity
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError

@@ -1,12 +1,10 @@
-"""The forwards of a step: one for rows that keep their bits whatever is beside them, one for all
-other rows.
+"""The two forwards of a step: one for rows that must keep their bits, one for all other rows.
 
-A LoRA of linear layers adds its updates to the base's product row by row, so rows of the base and
-of such LoRAs are what they are alone, to the bit. Other contents change how a whole forward is
-computed: a prefix sends it through the model's own code, a trained norm or a bottleneck through
-torch's. They share a forward of their own, and a step that has both kinds of rows reads the weights
-twice. Where no bits are promised (decoding/direct.py has no forward by parts, or no compiled
-updates) one forward computes all rows.
+A LoRA of linear layers adds its updates row by row, so rows of the base and of such LoRAs have the
+same bits as alone. Other adapters change how a whole forward is computed: a prefix uses the model's
+own code, a trained norm or a bottleneck uses torch's. Their rows share a second forward, and a step
+with both kinds of rows reads the weights twice. One forward computes all rows if no bits are
+promised (decoding/direct.py has no forward by parts, or no compiled updates).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from veneer.decoding.direct import Way
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.schedule.adapters import (
     AdapterSource,
-    Updating,
+    LaidOutAdapter,
     changes_rows_alone,
     mix_of,
     prefixes,
@@ -36,18 +34,18 @@ from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.frozen_base import FrozenBase
 
 Computed = tuple[Sequence[int], Tensor]
-"""Numbers of spans in their plan, and (spans, V): what follows the last token of each."""
+"""Numbers of spans in their plan, and the logits (spans, V) after their last tokens."""
 
 
 class Lane:
-    """One of a step's forwards, with what acted in its last step and what was prepared for it."""
+    """One of a step's forwards, with what acted in its last step and the cache of its updates."""
 
     def __init__(self, base: FrozenBase, adapters: AdapterSource, forward: PagedForward) -> None:
         self.forward = forward
         self.acting: tuple[Any, Acting] | None = None
         self._base, self._adapters = base, adapters
-        self._prepared: UpdateCache | None = None
-        self._known: dict[Attachment, Updating] = {}
+        self._cache: UpdateCache | None = None
+        self._laid_out: dict[Attachment, LaidOutAdapter] = {}
 
     def logits(self, plan: StepPlan) -> Tensor:
         step = self.forward.rows(plan)
@@ -56,43 +54,44 @@ class Lane:
             return self.forward.logits(plan, step, acting)
 
     def forget(self) -> None:
-        """Drops everything that was prepared."""
-        self.acting = self._prepared = None
-        self._known.clear()
+        """Clears all caches."""
+        self.acting = self._cache = None
+        self._laid_out.clear()
 
     def let_go(self, attached: Collection[Attachment]) -> None:
         """Drops references to all adapters but these."""
         if self.acting is not None:
             layers = [layer for adapter in attached for layer in adapter.beside.values()]
-            self._prepared, self.acting = self.acting[1].plan.following(layers), None
-        self._known = {
-            adapter: self._known[adapter] for adapter in attached if adapter in self._known
+            self._cache, self.acting = self.acting[1].plan.following(layers), None
+        self._laid_out = {
+            adapter: self._laid_out[adapter] for adapter in attached if adapter in self._laid_out
         }
         self.forward.let_go(attached)
 
     def _acting_of(self, plan: StepPlan, filler: int) -> Acting:
-        """The same value, with what it prepared, for as long as the same adapters have the same
-        numbers of rows."""
+        """What acts in a plan. The value, with its caches, is reused while the same adapters have
+        the same numbers of rows."""
         parts = [
-            (count, self._adapters.applied(each) if each else ()) for each, count in plan.parts
+            (count, self._adapters.applied(identity) if identity else ())
+            for identity, count in plan.parts
         ]
         if self.acting is None or self.acting[0] != (parts, filler):
             base = self._base
-            self.acting = (parts, filler), in_step(parts, self._prepared).padded(filler)
-            self._prepared = self.acting[1].plan
+            self.acting = (parts, filler), in_step(parts, self._cache).padded(filler)
+            self._cache = self.acting[1].plan
             if few_rows.takes_updates(1, base.dtype, base.device):
-                self._prepared.mix = mix_of(self.acting[1].parts, self._updating, base.dtype)
+                self._cache.mix = mix_of(self.acting[1].parts, self._updating, base.dtype)
         return self.acting[1]
 
-    def _updating(self, adapter: Attachment) -> Updating:
-        """What it is as a table; laid out once, for as long as it is here or an answer uses it."""
+    def _updating(self, adapter: Attachment) -> LaidOutAdapter:
+        """The adapter's factors, laid out once while it is loaded or an answer uses it."""
         if adapter.laid_out is not None:
-            known: Updating = adapter.laid_out
-            return known
-        if (found := self._known.get(adapter)) is None:
-            assert self._prepared is not None
-            found = self._known[adapter] = updating(adapter, self._prepared, self._base.dtype)
-        return found
+            laid_out: LaidOutAdapter = adapter.laid_out
+            return laid_out
+        if (laid := self._laid_out.get(adapter)) is None:
+            assert self._cache is not None
+            laid = self._laid_out[adapter] = updating(adapter, self._cache, self._base.dtype)
+        return laid
 
 
 class Lanes:
@@ -105,23 +104,27 @@ class Lanes:
         again = way.again if (by_parts := way.not_by_parts is None) else None
         first = PagedForward(base.device, blocks, way.logits, filled=not by_parts, again=again)
         second = PagedForward(base.device, blocks, way.logits, filled=not by_parts, keys=first.keys)
-        self.exact, self.others = Lane(base, adapters, first), Lane(base, adapters, second)
+        self.exact, self.mixed = Lane(base, adapters, first), Lane(base, adapters, second)
         self._splits = by_parts and few_rows.takes_updates(1, base.dtype, base.device)
         self._rows_alone: dict[Attachment, bool] = {}
 
     def logits(self, plan: StepPlan) -> list[Computed]:
-        """The logits of all spans, each in one of the forwards. Prefixes are written and blocks
-        copied before."""
+        """Writes prefixes, copies blocks, and computes the logits of all spans, each in one of the
+        two forwards."""
         for front in plan.fronts:
             (prefix,) = prefixes(self._adapters.applied(front.adapter))
             self.exact.forward.write(front, prefix)
-        others = {identity for identity, _ in plan.parts if not self._is_exact(identity)}
-        apart = [n for n, span in enumerate(plan.spans) if span.sequence.request.adapter in others]
-        if not apart:
+        other_identities = {identity for identity, _ in plan.parts if not self._is_exact(identity)}
+        other_numbers = [
+            n
+            for n, span in enumerate(plan.spans)
+            if span.sequence.request.adapter in other_identities
+        ]
+        if not other_numbers:
             return [(range(len(plan.spans)), self.exact.logits(plan))]
         computed: list[Computed] = []
-        exact = sorted({*range(len(plan.spans))} - {*apart})
-        for lane, numbers in ((self.exact, exact), (self.others, apart)):
+        exact = sorted({*range(len(plan.spans))} - {*other_numbers})
+        for lane, numbers in ((self.exact, exact), (self.mixed, other_numbers)):
             if numbers:
                 # Blocks are copied once, before the first forward writes into them.
                 copies = () if computed else plan.copies
@@ -130,23 +133,25 @@ class Lanes:
         return computed
 
     def forget(self) -> None:
-        """Drops everything that was prepared."""
+        """Clears all caches."""
         self._rows_alone.clear()
-        for lane in (self.exact, self.others):
+        for lane in (self.exact, self.mixed):
             lane.forget()
 
     def let_go(self, held: Collection[Identity]) -> None:
         """Drops references to all adapters but those of these identities."""
         attached = [adapter for identity in held for adapter, _ in self._adapters.applied(identity)]
         self._rows_alone = {
-            each: self._rows_alone[each] for each in attached if each in self._rows_alone
+            adapter: self._rows_alone[adapter]
+            for adapter in attached
+            if adapter in self._rows_alone
         }
-        for lane in (self.exact, self.others):
+        for lane in (self.exact, self.mixed):
             lane.let_go(attached)
         self._way.let_go()
 
     def _is_exact(self, identity: Identity) -> bool:
-        """Whether rows of these adapters go with the base's. All do where forwards are not
+        """Whether rows of these adapters share the base's forward. All do if forwards are not
         split."""
         return not (self._splits and identity) or all(
             self._changes_rows_alone(adapter) for adapter, _ in self._adapters.applied(identity)

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.continued import SLOTS, continued
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.models.attention import NAME, take_packed
 from veneer.models.capacity import read_alike
 from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure

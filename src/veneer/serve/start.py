@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
-from veneer.decoding.schedule.scheduler import Limits
+from veneer.decoding.schedule.limits import Limits
 from veneer.files.home import name_of
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents

@@ -86,8 +86,7 @@ def _positions(ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
 def record_keys(decoder: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Records the base's keys and values, (T, K, D) each, of ids (T), by layer number.
 
-    Raises ConfigError if the model's attention is not Veneer's (models/attention.py), so no prefix would
-    reach it.
+    Raises ConfigError if the model's attention is not Veneer's (models/attention.py).
     """
     recorder = KeyRecorder()
     refused = ""

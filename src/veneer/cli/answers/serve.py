@@ -295,7 +295,7 @@ ON_RAY = ("address", "replicas", "max_replicas", "cpus")
 
 
 def _read_settings(args: argparse.Namespace) -> ServeSettings:
-    from veneer.decoding.schedule.scheduler import Limits
+    from veneer.decoding.schedule.limits import Limits
     from veneer.serve.start import ServeSettings
 
     steps = max(Limits.step_tokens, args.rows)

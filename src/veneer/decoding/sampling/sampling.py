@@ -1,12 +1,10 @@
-"""How tokens are drawn, as it is asked for, and what a draw may tell. Numbers alone;
-decoding/draws.py draws.
+"""Sampling settings of a request, in the order in which decoding/draws.py applies them.
 
-forbidden    what a constraint does not allow; stop tokens before min_new_tokens
+forbidden    tokens that a constraint does not allow; stop tokens before min_new_tokens
 logit_bias   added to logits
-penalties    of ids that have been there (repetition: in the prompt too)
+penalties    for ids in the answer (repetition: in the prompt too)
 temperature  logits are divided by it
-min_p, top_k, top_p    which of the likeliest are left, in this order, each of what the one before
-                       left
+min_p, top_k, top_p    leave only likely tokens, in this order
 """
 
 from __future__ import annotations
@@ -35,26 +33,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLDEST = 1e-9
-"""From here on any two logits that differ are infinitely far apart: the likeliest token is
-taken."""
+"""At this temperature and below, the likeliest token is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """ConfigError: all that is out of bounds.
+    """How tokens are drawn. Raises ConfigError with every number that is out of bounds.
 
     temperature         0: the likeliest token
-    top_k               so many of the likeliest; 0: all
-    top_p               the fewest of the likeliest that together have this chance; 0: the likeliest
-                        alone
-    min_p               those that have this part of the likeliest one's chance
-    repetition_penalty  logits of ids in the prompt or the answer are divided by it, those below 0
-                        multiplied
-    presence_penalty    taken from the logits of ids in the answer
-    frequency_penalty   the same, as often as they are there
-    logit_bias          (id, what is added to its logit), each id once
-    logprobs            how many alternatives are told beside each token's own chance; None: nothing
-                        is told
+    top_k               number of likeliest tokens to draw from; 0: all
+    top_p               draw from the fewest likeliest tokens with this total probability; 0: the
+                        likeliest only
+    min_p               draw from tokens with at least this fraction of the likeliest probability
+    repetition_penalty  divides logits of ids in the prompt or answer; multiplies those below 0
+    presence_penalty    subtracted from the logits of ids in the answer
+    frequency_penalty   the same, times their count
+    logit_bias          (id, value added to its logit), each id once
+    logprobs            number of alternatives to report with each token's probability; None: none
+                        and no probability
     """
 
     temperature: float = 0.0
@@ -95,12 +91,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is left to chance."""
+        """Whether the likeliest token is always taken."""
         return self.temperature <= COLDEST or self.top_p <= 0 or self.top_k == 1
 
     @property
     def edits(self) -> bool:
-        """Whether logits are changed before anything else."""
+        """Whether logits are edited before temperature."""
         return bool(self.logit_bias) or self.penalises
 
     @property
@@ -113,20 +109,21 @@ class Sampling:
 
     @property
     def cuts(self) -> bool:
-        """Whether some of the tokens may be left out."""
+        """Whether top_k, top_p or min_p may leave tokens out."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 GREEDY = Sampling()
-"""The likeliest token, and nothing told."""
+"""The likeliest token, without probabilities."""
 
 
 class Constraint(Protocol):
-    """What an answer may say, token by token: a grammar's. One for each choice, asked in the order
-    of its tokens."""
+    """Which tokens an answer may have, for instance by a grammar. One object per choice, asked in
+    the order of its tokens."""
 
     def allowed(self, new: Sequence[int]) -> Tensor | np.ndarray:
-        """(V) bool, or shorter: ids behind it are not allowed. new: the answer so far."""
+        """Allowed ids, (V) bool or shorter: ids past its end are not allowed. new: the answer so
+        far."""
 
     def ended(self, new: Sequence[int]) -> bool:
         """Whether the answer ends with its newest token."""
@@ -134,11 +131,9 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class TokenChance:
-    """A drawn token, the logarithm of the chance that the model itself gave it, and the likeliest
-    alternatives.
+    """A drawn token with its log probability and the likeliest alternatives (id, log probability).
 
-    Before constraints, biases, penalties and temperature. alternatives: (id, logarithm), the
-    likeliest first
+    They are the model's own, before constraints, biases, penalties and temperature.
     """
 
     token: int
@@ -147,12 +142,13 @@ class TokenChance:
 
 
 def uniform(seed: int, choice: int, place: int) -> float:
-    """In [0, 1): what choice number `choice` draws for its new token number `place`, whatever is
-    computed beside it."""
+    """The random number in [0, 1) of a choice's new token number `place`. It depends on nothing
+    else."""
     digest = blake2b(b"%d %d %d" % (seed, choice, place), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def seed_of(seed: int, number: int) -> int:
-    """Of prompt `number` among several that share a seed; the first one's is the seed itself."""
+    """The seed of prompt `number` among several that share a seed; the first one uses it as it
+    is."""
     return (seed + number * 0x9E3779B1) % 2**32

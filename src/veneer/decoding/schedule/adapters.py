@@ -1,8 +1,7 @@
-"""What an engine asks of the adapters beside its base, by what they contain. The decoding thread
-asks, and never waits.
+"""Adapters of an engine, by their contents. The decoding thread asks for them and never waits.
 
-Fixed    a few that are on the base and stay there
-library/residents/residents.py   those of a library, in memory while they are needed
+FixedAdapters                    adapters that stay attached to the base
+library/residents/residents.py   adapters of a library, in memory while they are needed
 """
 
 from __future__ import annotations
@@ -26,47 +25,45 @@ from veneer.kernels.dense.segments import UpdateCache
 
 
 class AdapterSource(Protocol):
-    """A round of asking is a step: each adapter that a sequence waits for is asked once, the first
-    first. One that is ready stays until the round ends, one that is held until it is let go as many
-    times. The base is never asked for.
+    """Where an engine gets its adapters. Each step asks once for each adapter that a sequence waits
+    for, in order. An adapter that is ready stays until the step ends; a held one stays until it is
+    released as often. The base alone is never asked for.
     """
 
     def expect(self, identity: Identity) -> None:
-        """A request with it is about to wait. Raises a VeneerError if it can never run."""
+        """Announces a request with an adapter. Raises a VeneerError if it can never run."""
 
     def ready(self, identity: Identity) -> int | None:
-        """Places of its trained prefix, 0 if it has none; None: not yet. Raises a VeneerError if it
-        never will."""
+        """Length of its trained prefix, 0 without one. None if it is not ready yet. Raises a
+        VeneerError if it never will be."""
 
     def settle(self) -> Collection[str]:
-        """The round ends. Returns contents that went for good: nobody will look for their keys and
-        values."""
+        """Ends a step's asking. Returns contents that were removed: their keys and values can
+        go."""
 
     def hold(self, identity: Identity) -> None:
-        """A sequence with this adapter, which was ready, has been given blocks."""
+        """Holds a ready adapter for a sequence that starts."""
 
     def release(self, identity: Identity) -> None:
-        """One that was held has ended, or went back to wait."""
+        """Releases an adapter once, after a sequence ended or was preempted."""
 
     def applied(self, identity: Identity) -> Applied:
-        """What it is on the base. Only of one that is held."""
+        """The attached adapters of a held identity."""
 
 
 class FixedAdapters:
-    """What each identity is on the base."""
+    """Adapters that stay attached to the base."""
 
     def __init__(self, applied: Mapping[Identity, Applied]) -> None:
         self._applied = dict(applied)
-        self._places = {identity: front_places(each) for identity, each in applied.items()}
+        self._places = {identity: front_places(adapters) for identity, adapters in applied.items()}
 
     def expect(self, identity: Identity) -> None:
         self.ready(identity)
 
     def ready(self, identity: Identity) -> int:
         if identity not in self._places:
-            raise ConfigError(
-                f"no adapter {identity} is here", next_step="Name one that is on the base."
-            )
+            raise ConfigError(f"adapter {identity} is not attached", next_step="Name one that is.")
         return self._places[identity]
 
     def settle(self) -> Collection[str]:
@@ -85,14 +82,13 @@ def prefixes(applied: Applied) -> list[PrefixLayer]:
     return [layer for layer in layers if isinstance(layer, PrefixLayer)]
 
 
-Updating = tuple[FactorTable | None, frozenset[str]]
-"""The layers to which an adapter adds updates alone, as a table, or None; the keys of all others
-that it changes."""
+LaidOutAdapter = tuple[FactorTable | None, frozenset[str]]
+"""An adapter's plain LoRA layers as a table (None: it has none), and the keys of its other
+layers."""
 
 
-def _updates(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]:
-    """The layers to which it adds updates alone, by their keys; the keys of all others that it
-    changes."""
+def _plain_loras(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]:
+    """An adapter's plain LoRA layers by key, and the keys of its other layers."""
     linear = key_of(AdaptedLinear, "")
     layers = {
         key: layer
@@ -104,14 +100,14 @@ def _updates(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]
 
 
 def changes_rows_alone(adapter: Attachment) -> bool:
-    """Whether it is updates of linear layers alone, which leave the bits of other rows in a forward
-    as they are."""
-    return not _updates(adapter)[1]
+    """Whether an adapter is only LoRA of linear layers, so other rows of a forward keep their
+    bits."""
+    return not _plain_loras(adapter)[1]
 
 
-def updating(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> Updating:
-    """plan: where its factors are laid out, in this type."""
-    layers, others = _updates(adapter)
+def updating(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> LaidOutAdapter:
+    """Lays an adapter's factors out in a type. plan: cache of the layouts."""
+    layers, others = _plain_loras(adapter)
     table = (
         plan.table(layers, dtype, [layer.scaling for layer in layers.values()]) if layers else None
     )
@@ -119,39 +115,38 @@ def updating(adapter: Attachment, plan: UpdateCache, dtype: torch.dtype) -> Upda
 
 
 def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_bytes: int) -> int:
-    """Of one whose values stay as they are: prepared once, and not anew with each answer that comes
-    back to it. Returns the bytes it takes; 0: nothing is laid out there, or it would take more than
-    most_bytes."""
+    """Lays out an adapter that does not change, once for all its answers. Returns the bytes it
+    takes; 0 if nothing was laid out, or it would take more than most_bytes."""
     if not few_rows.takes_updates(1, dtype, device):
         return 0
-    found = updating(adapter, UpdateCache(), dtype)
-    needed = 0 if found[0] is None else found[0].bytes
-    if needed > most_bytes:
+    laid_out = updating(adapter, UpdateCache(), dtype)
+    bytes_needed = 0 if laid_out[0] is None else laid_out[0].bytes
+    if bytes_needed > most_bytes:
         return 0
-    adapter.laid_out = found
-    return needed
+    adapter.laid_out = laid_out
+    return bytes_needed
 
 
 def mix_of(
-    parts: Sequence[BatchPart], of: Callable[[Attachment], Updating], dtype: torch.dtype
+    parts: Sequence[BatchPart], of: Callable[[Attachment], LaidOutAdapter], dtype: torch.dtype
 ) -> AdapterMix:
-    """The updates of parts that say their rows."""
+    """The updates of all parts."""
     entries: list[MixEntry] = []
-    others: set[str] = set()
+    other_keys: set[str] = set()
     start = 0
     for part in parts:
         rows = slice(start, start := start + (part.rows or 0))
         for adapter, weight in part.adapters:
-            table, more = of(adapter)
-            others |= more
+            table, more_keys = of(adapter)
+            other_keys |= more_keys
             entries += (
                 [(rows, table, weight)] if table is not None and rows.start < rows.stop else []
             )
-    return AdapterMix(entries, dtype, others)
+    return AdapterMix(entries, dtype, other_keys)
 
 
 def front_places(applied: Applied) -> int:
-    """Places of the trained prefix, 0 without one. ConfigError: adapters that cannot act together
-    with these weights."""
+    """Length of the trained prefix, 0 without one. Raises ConfigError if the adapters cannot act
+    together."""
     check_together(applied)
     return sum(prefix.tokens for prefix in prefixes(applied))

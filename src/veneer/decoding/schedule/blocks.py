@@ -1,16 +1,16 @@
-"""Where keys and values lie: in blocks of as many tokens each, under a byte budget, shared where
-equal.
+"""Allocates keys and values in blocks of equal size, under a byte budget, and shares equal blocks.
 
-    chain       every full block of a text has a name, a hash over (base, salt, contents and weights
-                of adapters, all tokens up to its end): equal names mean equal keys and values
-    table       the blocks of one sequence in the order of its tokens, behind its adapter's trained
+    chain       every full block of a text has a name, a hash of (base, salt, adapters' contents and
+                weights, all tokens up to its end): equal names mean equal keys and values
+    table       the blocks of one sequence in the order of its tokens, after its adapter's trained
                 prefix
-    references  tables hold a block. One that nobody holds stays findable by its name until its room
-                is needed, the least recently used first, the end of a text before its beginning.
+    references  number of tables that use a block. An unused named block stays in the cache until
+                its memory is needed: the least recently used goes first, the end of a text before
+                its beginning.
 
-Only full blocks are found and shared, so nobody writes where another reads. Blocks are numbers
-here: tensors, layers and sequences are not known. One thread calls; it does what `fronts` and
-`copies` say, computes, and then calls `done`.
+Only full blocks are shared, so no sequence writes where another one reads. Blocks are numbers here;
+this module knows nothing of tensors, layers and sequences. One thread calls it: it carries out
+`fronts` and `copies`, computes, and then calls `done`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from veneer.bounds import BLOCK, BYTES, check_numbers
 from veneer.errors import DoesNotFitError
 
 Identity = tuple[tuple[str, float], ...]
-"""The adapters that act on a sequence, in order: (content hash, weight) of each; empty: the base
-alone."""
+"""(content hash, weight) of the adapters that act on a sequence, in order. Empty: the base."""
 
 
 @dataclass(frozen=True)
 class BlockCopy:
-    """The first `tokens` places of block `source` are wanted in block `target` as well."""
+    """Copies the first `tokens` places of block `source` to block `target`."""
 
     source: int
     target: int
@@ -40,8 +39,7 @@ class BlockCopy:
 
 @dataclass(frozen=True)
 class PrefixWrite:
-    """The trained prefix of an adapter, `places` long, is wanted in these blocks, the last filled
-    in part."""
+    """Writes an adapter's trained prefix of `places` tokens to blocks, the last one in part."""
 
     adapter: Identity
     blocks: tuple[int, ...]
@@ -49,21 +47,23 @@ class PrefixWrite:
 
 
 class BlockNames:
-    """The names of the full blocks of one text, made as the text grows."""
+    """The names of the full blocks of one text, extended as the text grows."""
 
     def __init__(self, base: str, adapter: Identity, salt: str, tokens_per_block: int) -> None:
         self.adapter, self.tokens_per_block = adapter, tokens_per_block
         acting = [
-            part for own, weight in adapter for part in (own.encode(), struct.pack("<d", weight))
+            part
+            for content, weight in adapter
+            for part in (content.encode(), struct.pack("<d", weight))
         ]
         self.front = _name(base.encode(), *acting)
-        """Of the adapter's trained prefix."""
+        """Name of the adapter's trained prefix."""
         self.root = _name(self.front, salt.encode())
         self.names: list[bytes] = []
 
     def reach(self, places: int, between: Callable[[int, int], Sequence[int]]) -> None:
-        """Name the full blocks among the first `places` tokens. between(start, stop): tokens of the
-        text."""
+        """Names the full blocks of the first `places` tokens. between(start, stop) returns tokens
+        of the text."""
         size = self.tokens_per_block
         while (len(self.names) + 1) * size <= places:
             start = len(self.names) * size
@@ -71,27 +71,27 @@ class BlockNames:
             self.names.append(_name(self.names[-1] if self.names else self.root, tokens))
 
     def first(self, blocks: int) -> BlockNames:
-        """The names of the first `blocks`, for a text that goes on otherwise behind them."""
-        other = object.__new__(BlockNames)
-        other.adapter, other.tokens_per_block = self.adapter, self.tokens_per_block
-        other.front, other.root, other.names = self.front, self.root, self.names[:blocks]
-        return other
+        """A chain with the names of the first `blocks`, for a text that continues differently."""
+        chain = object.__new__(BlockNames)
+        chain.adapter, chain.tokens_per_block = self.adapter, self.tokens_per_block
+        chain.front, chain.root, chain.names = self.front, self.root, self.names[:blocks]
+        return chain
 
 
 def _name(*parts: bytes) -> bytes:
     digest = blake2b(digest_size=32)
-    for part in parts:  # lengths go in, so that no two lists of parts read alike
+    for part in parts:  # with lengths, so that no two lists of parts hash alike
         digest.update(struct.pack("<Q", len(part)) + part)
     return digest.digest()
 
 
 @dataclass(eq=False)
 class BlockTable:
-    """blocks[i] holds tokens i * tokens_per_block and on; front: the trained prefix, in front of
-    them.
+    """The blocks of one sequence. blocks[i] has the tokens from i * tokens_per_block on.
 
-    cached   tokens that were found, whose keys and values need not be computed
-    full     blocks that are computed to their end, a part of which has a name
+    front    blocks of the trained prefix, in front of the others
+    cached   number of tokens whose keys and values were cached
+    full     number of blocks that are computed to their end
     """
 
     chain: BlockNames
@@ -103,10 +103,13 @@ class BlockTable:
 
 
 class BlockManager:
-    """base: its fingerprint. budget_bytes: of all blocks. bytes_per_token: keys and values of all
-    layers.
+    """All blocks of a base's keys and values.
 
-    ConfigError: numbers out of bounds. DoesNotFitError: not one block fits into the budget.
+    base             fingerprint of the base
+    budget_bytes     memory of all blocks
+    bytes_per_token  keys and values of all layers
+
+    Raises ConfigError if a number is out of bounds, and DoesNotFitError if no block fits.
     """
 
     def __init__(
@@ -127,38 +130,36 @@ class BlockManager:
                 next_step="Give keys and values more bytes.",
             )
         self._free = list(reversed(range(self.num_blocks)))
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # named, held by nobody; the least recently used first
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Named blocks that no table uses, the least recently used first."""
         self._references = [0] * self.num_blocks
-        self._found: dict[bytes, int] = {}
+        self._blocks_by_name: dict[bytes, int] = {}
         self._names: dict[int, tuple[bytes, Identity]] = {}
         self._fronts: dict[bytes, PrefixWrite] = {}
         self._front_of: dict[int, bytes] = {}
         self._tables: dict[int, BlockTable] = {}
-        self._unwritten: dict[int, PrefixWrite] = {}  # by their first blocks
-        self._copies: dict[int, BlockCopy] = {}  # by their targets
+        self._unwritten: dict[int, PrefixWrite] = {}  # by first block
+        self._copies: dict[int, BlockCopy] = {}  # by target
 
     @property
     def capacity(self) -> int:
-        """Tokens that all blocks hold."""
+        """Number of tokens in all blocks."""
         return self.num_blocks * self.tokens_per_block
 
     @property
     def available(self) -> int:
-        """Blocks that a table could get: the free ones, and those that are only kept to be
-        found."""
+        """Number of blocks that a table could get: free ones and unused cached ones."""
         return len(self._free) + len(self._idle)
 
     @property
     def held_bytes(self) -> int:
-        """Of blocks that tables hold."""
+        """Bytes of blocks in use."""
         return (self.num_blocks - self.available) * self.block_bytes
 
     @property
     def findable(self) -> int:
-        """Full blocks that have a name, held or not."""
-        return len(self._found)
+        """Number of full blocks in the cache, in use or not."""
+        return len(self._blocks_by_name)
 
     @property
     def fronts(self) -> tuple[PrefixWrite, ...]:
@@ -171,53 +172,52 @@ class BlockManager:
         return tuple(self._copies.values())
 
     def knows(self, name: bytes) -> bool:
-        """Whether a full block of this name can be found."""
-        return name in self._found
+        """Whether a full block of this name is cached."""
+        return name in self._blocks_by_name
 
     def blocks_for(self, places: int) -> int:
-        """Blocks that so many tokens take."""
+        """Number of blocks that so many tokens take."""
         return -(-places // self.tokens_per_block)
 
     def chain(self, adapter: Identity, salt: str = "") -> BlockNames:
-        """Of a new text. Texts of different salts share nothing but trained prefixes."""
+        """Block names of a new text. Texts with different salts share only trained prefixes."""
         return BlockNames(self.base, adapter, salt, self.tokens_per_block)
 
     def open(
         self, chain: BlockNames, places: int, *, front_places: int = 0, spare: int = 0
     ) -> BlockTable | None:
-        """A table with room for `places` tokens, the full blocks that are known found and not taken
-        anew.
+        """Opens a table with room for `places` tokens, using cached blocks of the same text.
 
-        chain         names of the text so far; at least one of the `places` tokens is left to
-                      compute
-        front_places  of the adapter's trained prefix
-        spare         blocks that must be left for others
-        None: there is no room, and nothing has changed.
+        chain         names of the text so far; at least one of the tokens is left to compute
+        front_places  tokens of the adapter's trained prefix
+        spare         number of blocks that must stay available
+        Returns None, with nothing changed, if there is no room.
         """
-        found = []
+        cached = []
         for name in chain.names[: (places - 1) // self.tokens_per_block]:
-            if name not in self._found:
+            if name not in self._blocks_by_name:
                 break
-            found.append(self._found[name])
+            cached.append(self._blocks_by_name[name])
         front = self._fronts.get(chain.front) if front_places else None
-        held = [*found, *(front.blocks if front else ())]
-        own = self.blocks_for(places) - len(found)
+        shared = [*cached, *(front.blocks if front else ())]
+        new_blocks = self.blocks_for(places) - len(cached)
         new_front = self.blocks_for(front_places) if front is None else 0
-        left = self.available - sum(block in self._idle for block in held)
-        if own + new_front + spare > left:
+        left = self.available - sum(block in self._idle for block in shared)
+        if new_blocks + new_front + spare > left:
             return None
-        for block in held:
+        for block in shared:
             self._hold(block)
-        table = BlockTable(chain, found, cached=len(found) * self.tokens_per_block, full=len(found))
+        cached_tokens = len(cached) * self.tokens_per_block
+        table = BlockTable(chain, cached, cached=cached_tokens, full=len(cached))
         if front_places:
             table.front = front.blocks if front else self._new_front(chain, front_places)
             table.front_places = front_places
-        table.blocks += [self._take() for _ in range(own)]
+        table.blocks += [self._take() for _ in range(new_blocks)]
         self._tables[id(table)] = table
         return table
 
     def grow(self, table: BlockTable, places: int) -> bool:
-        """Room for `places` tokens in all. False: there is none, and nothing has changed."""
+        """Grows a table to `places` tokens. Returns False, with nothing changed, without room."""
         missing = self.blocks_for(places) - len(table.blocks)
         if missing > self.available:
             return False
@@ -227,11 +227,10 @@ class BlockManager:
     def filled(
         self, table: BlockTable, computed: int, between: Callable[[int, int], Sequence[int]]
     ) -> None:
-        """The first `computed` tokens have their keys and values: the blocks that they fill can be
-        found now.
+        """Caches the full blocks of the first `computed` tokens, whose keys and values are there.
 
-        between(start, stop): tokens of the text. Where another table was first with the same text,
-        its blocks keep the name.
+        between(start, stop) returns tokens of the text. If another table computed the same text
+        first, the name stays with its blocks.
         """
         full = computed // self.tokens_per_block
         if full <= table.full:
@@ -239,22 +238,22 @@ class BlockManager:
         table.chain.reach(full * self.tokens_per_block, between)
         for place in range(table.full, full):
             name, block = table.chain.names[place], table.blocks[place]
-            if name not in self._found:
-                self._found[name] = block
+            if name not in self._blocks_by_name:
+                self._blocks_by_name[name] = block
                 self._names[block] = (name, table.chain.adapter)
         table.full = full
 
     def fork(self, table: BlockTable, computed: int) -> BlockTable | None:
-        """Another table that begins with the first `computed` tokens, all computed.
+        """Opens another table that shares the first `computed` tokens.
 
-        Full blocks are shared; a block that they fill in part is to be copied (`copies`). None:
-        there is no room, and nothing has changed.
+        Full blocks are shared; a partial block is to be copied (`copies`). Returns None, with
+        nothing changed, if there is no room.
         """
         full, rest = divmod(computed, self.tokens_per_block)
         assert full <= table.full, "only what is computed is shared"
         if rest and not self.available:
             return None
-        other = BlockTable(
+        fork = BlockTable(
             table.chain.first(full),
             table.blocks[:full],
             table.front,
@@ -262,18 +261,18 @@ class BlockManager:
             table.cached,
             full,
         )
-        for block in (*other.blocks, *other.front):
+        for block in (*fork.blocks, *fork.front):
             self._hold(block)
         if rest:
             source, target = table.blocks[full], self._take()
-            self._hold(source)  # until it is copied, whoever lets go of it
+            self._hold(source)  # until it is copied
             self._copies[target] = BlockCopy(source, target, rest)
-            other.blocks.append(target)
-        self._tables[id(other)] = other
-        return other
+            fork.blocks.append(target)
+        self._tables[id(fork)] = fork
+        return fork
 
     def close(self, table: BlockTable) -> None:
-        """The table's blocks are free, or kept to be found. The table is empty then."""
+        """Empties a table. Its blocks become free, or stay in the cache."""
         del self._tables[id(table)]
         for block in reversed(table.blocks):  # the end of a text goes before its beginning
             if block in self._copies:
@@ -288,14 +287,14 @@ class BlockManager:
         table.blocks, table.front, table.full, table.cached = [], (), 0, 0
 
     def pending(self, table: BlockTable) -> tuple[tuple[PrefixWrite, ...], tuple[BlockCopy, ...]]:
-        """Of `fronts` and `copies`, those that this table needs."""
+        """The `fronts` and `copies` that this table needs."""
         fronts = [self._unwritten[block] for block in table.front[:1] if block in self._unwritten]
         return tuple(fronts), tuple(
             self._copies[block] for block in table.blocks if block in self._copies
         )
 
     def done(self, fronts: Iterable[PrefixWrite], copies: Iterable[BlockCopy]) -> None:
-        """These have been written and copied."""
+        """Marks these as written and copied."""
         for front in fronts:
             self._unwritten.pop(front.blocks[0], None)
         for copy in copies:
@@ -303,34 +302,31 @@ class BlockManager:
                 self._release(copy.source)
 
     def forget(self, content: str) -> int:
-        """Nothing of the adapter of this content hash can be found any more; what nobody holds of
-        it is free.
+        """Removes all blocks of an adapter, by content hash, from the cache. Unused ones are freed.
 
-        What running sequences complete afterwards can be found again: call it once more when they
-        have ended. Returns the bytes that became free.
+        Blocks that running sequences complete later are cached again: call it once more after they
+        have ended. Returns the bytes that were freed.
         """
         before = len(self._free)
         for block, (name, adapter) in list(self._names.items()):
-            if any(content == own for own, _ in adapter):
-                del self._found[name], self._names[block]
+            if any(content == used for used, _ in adapter):
+                del self._blocks_by_name[name], self._names[block]
                 self._free_idle(block)
         for name, front in list(self._fronts.items()):
-            if any(content == own for own, _ in front.adapter):
+            if any(content == used for used, _ in front.adapter):
                 self._drop_front(name)
         return (len(self._free) - before) * self.block_bytes
 
     def check(self) -> None:
-        """AssertionError where the books do not agree. For tests."""
-        held = Counter(b for t in self._tables.values() for b in (*t.blocks, *t.front))
-        held.update(copy.source for copy in self._copies.values())
-        assert self._references == [held[block] for block in range(self.num_blocks)]
-        free, idle, taken = set(self._free), set(self._idle), set(held)
-        assert (
-            len(self._free) == len(free) and len(free) + len(idle) + len(taken) == self.num_blocks
-        )
-        assert free | idle | taken == set(range(self.num_blocks))
+        """Raises AssertionError if the tables and counts disagree. For tests."""
+        uses = Counter(b for t in self._tables.values() for b in (*t.blocks, *t.front))
+        uses.update(copy.source for copy in self._copies.values())
+        assert self._references == [uses[block] for block in range(self.num_blocks)]
+        free, idle, used = set(self._free), set(self._idle), set(uses)
+        assert len(self._free) == len(free) and len(free) + len(idle) + len(used) == self.num_blocks
+        assert free | idle | used == set(range(self.num_blocks))
         assert 0 <= self.held_bytes <= self.num_blocks * self.block_bytes <= self.budget_bytes
-        assert self._found == {name: block for block, (name, _) in self._names.items()}
+        assert self._blocks_by_name == {name: block for block, (name, _) in self._names.items()}
         assert self._front_of == {
             b: name for name, front in self._fronts.items() for b in front.blocks
         }
@@ -344,7 +340,7 @@ class BlockManager:
                     assert known == table.chain.names[place], "a block under another text's name"
                 else:
                     sources = sum(copy.source == block for copy in self._copies.values())
-                    assert held[block] == 1 + sources and block not in self._names, (
+                    assert uses[block] == 1 + sources and block not in self._names, (
                         "a partial block is shared"
                     )
         assert not self._copies.keys() & {copy.source for copy in self._copies.values()}
@@ -362,13 +358,13 @@ class BlockManager:
                 self._free.append(block)
 
     def _take(self) -> int:
-        """A block for new tokens. The caller has seen that one is available."""
+        """Takes a block for new tokens. The caller has checked that one is available."""
         if not self._free:
             oldest = next(iter(self._idle))
             if oldest in self._front_of:
                 self._drop_front(self._front_of[oldest])
             else:
-                del self._found[self._names.pop(oldest)[0]]
+                del self._blocks_by_name[self._names.pop(oldest)[0]]
                 self._free_idle(oldest)
         block = self._free.pop()
         self._references[block] = 1
@@ -380,11 +376,11 @@ class BlockManager:
             self._free.append(block)
 
     def _new_front(self, chain: BlockNames, places: int) -> tuple[int, ...]:
-        taken = tuple(self._take() for _ in range(self.blocks_for(places)))
-        front = PrefixWrite(chain.adapter, taken, places)
-        self._fronts[chain.front] = self._unwritten[taken[0]] = front
-        self._front_of.update(dict.fromkeys(taken, chain.front))
-        return taken
+        blocks = tuple(self._take() for _ in range(self.blocks_for(places)))
+        front = PrefixWrite(chain.adapter, blocks, places)
+        self._fronts[chain.front] = self._unwritten[blocks[0]] = front
+        self._front_of.update(dict.fromkeys(blocks, chain.front))
+        return blocks
 
     def _drop_front(self, name: bytes) -> None:
         for block in self._fronts.pop(name).blocks:

@@ -1,12 +1,12 @@
-"""One answer on its way: what was asked, which stays as it is, and how far the answer has come.
+"""A request, and its sequences: one answer each, with their progress.
 
     waiting ──> running ──> finished: stop, length, cancelled, deadline, error
                 │     ▲     from any state
                 ▼     │
-               preempted    its blocks were needed; what it has said stays, and is read again later
+               preempted    its blocks were needed; its tokens stay and are read again later
 
-Knows nothing of models and texts: tokens are ids. States change in decoding/schedule/scheduler.py
-alone.
+Tokens are ids; this module knows nothing of models and texts. Only decoding/schedule/queues.py and
+scheduler.py change sequences.
 """
 
 from __future__ import annotations
@@ -48,24 +48,23 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked. ConfigError: all that is wrong: numbers, an empty prompt, an adapter named
-    twice.
+    """A prompt and how to answer it. Raises ConfigError with every fault.
 
     prompt          ids, at least one
-    adapter         (content hash, weight) of each that acts; empty: the base
-    max_new_tokens  where the answer is cut
-    min_new_tokens  before as many, no stop token is drawn, and none would stop anything
+    adapter         (content hash, weight) of each adapter that acts; empty: the base
+    max_new_tokens  limit of the answer's length
+    min_new_tokens  number of tokens before which no stop token is drawn
     stops           ids that end the answer
-    choices         answers to the prompt, which is read once for all of them
+    choices         number of answers; the prompt is read once for all of them
     sampling        how tokens are drawn
-    constraints     makes what allows each token, for each choice; None: all may follow
-    checks          makes for each choice what is told each new token once, in order: whether the
-                    answer ends with it
-    seed            of the draws; choice i draws by (seed, i), whatever is computed beside it
+    constraints     makes a constraint for each choice, which allows tokens; None: all are allowed
+    checks          makes for each choice a function that gets each new token in order and returns
+                    whether the answer ends with it
+    seed            seed of the draws; choice i draws by (seed, i), independent of other requests
     arrival         seconds on the caller's clock; older requests go first
-    deadline        seconds on the same clock, when it ends with what there is; None: never
+    deadline        time on the same clock at which the answer is cut; None: never
     priority        higher ones go first
-    salt            requests of different salts find none of each other's keys and values
+    salt            requests with different salts share no keys and values
     """
 
     prompt: tuple[int, ...]
@@ -104,11 +103,11 @@ class Request:
                 i for i in ids if type(i) is not int or not TOKEN.least <= i <= TOKEN.most
             ]:
                 faults.append(f"{name} has {str(wrong[0])[:40]!r}: an id is {TOKEN.said}")
-        contents = [own for own, _ in self.adapter]
+        contents = [content for content, _ in self.adapter]
         faults += [
-            f"adapter {own[:12]} acts twice"
-            for own in sorted(set(contents))
-            if contents.count(own) > 1
+            f"adapter {content[:12]} acts twice"
+            for content in sorted(set(contents))
+            if contents.count(content) > 1
         ]
         if not faults and self.min_new_tokens > self.max_new_tokens:
             faults.append(
@@ -120,22 +119,22 @@ class Request:
 
     @property
     def most_places(self) -> int:
-        """Tokens whose keys and values may be held: the last new one is never read."""
+        """Most tokens whose keys and values are stored: the last new one is never read."""
         return len(self.prompt) + self.max_new_tokens - 1
 
 
 class Sequence:
-    """One choice of a request. All of it is read by anyone and changed by the scheduler alone.
+    """One choice of a request. Only the scheduler changes it.
 
-    number         of its scheduler, from 0 on; later ones are higher
-    choice         which of the request's choices, from 0 on
-    order          lower goes first: priority, then age
+    number         number in its scheduler, ascending from 0
+    choice         number of the choice in its request, from 0
+    order          sort key, lower goes first: priority, then age
     new            ids drawn so far, a stop token included
-    logprobs       of each of them its chance, if they are told (Sampling.logprobs)
-    computed       tokens of prompt and new ones whose keys and values are in its blocks
-    cached_tokens  of the prompt, found and not computed when it first ran; for usage
+    logprobs       probabilities of the drawn tokens, if requested (Sampling.logprobs)
+    computed       number of tokens whose keys and values are in its blocks
+    cached_tokens  prompt tokens that were cached when it first ran; for usage
     table          its blocks, while it runs
-    overtaken      younger ones that went ahead while it waited for one of the places for adapters
+    overtaken      younger sequences that overtook it while it waited for an adapter's place
     """
 
     def __init__(self, number: int, request: Request, choice: int, chain: BlockNames) -> None:
@@ -153,19 +152,18 @@ class Sequence:
         self.cancelled = False
 
     def __repr__(self) -> str:
-        what = self.reason.value if self.reason else self.state.value
-        return (
-            f"<Sequence {self.number} {what}: {len(self.request.prompt)} + {len(self.new)} tokens>"
-        )
+        status = self.reason.value if self.reason else self.state.value
+        tokens = f"{len(self.request.prompt)} + {len(self.new)} tokens"
+        return f"<Sequence {self.number} {status}: {tokens}>"
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the new ones."""
+        """Number of tokens, prompt and answer."""
         return len(self.request.prompt) + len(self.new)
 
     @property
     def most_left(self) -> int:
-        """Tokens that it may still have to compute."""
+        """Most tokens that are still to be computed."""
         return self.request.most_places - self.computed
 
     @property
@@ -177,13 +175,13 @@ class Sequence:
         return self.new[:-1] if stopped else list(self.new)
 
     def between(self, start: int, stop: int) -> list[int]:
-        """Its tokens start to stop - 1, the prompt's first."""
+        """Tokens start to stop - 1 of prompt and answer."""
         prompt = self.request.prompt
         cut = len(prompt)
         return [*prompt[start:stop], *self.new[max(start - cut, 0) : max(stop - cut, 0)]]
 
     def ended_by(self, token: int) -> FinishReason | None:
-        """Why it ends after its newest token, which is `token`; None: it goes on."""
+        """The reason to end after the newest token, `token`. None if the answer continues."""
         if token in self.request.stops and len(self.new) > self.request.min_new_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.new) >= self.request.max_new_tokens else None

@@ -1,4 +1,4 @@
-"""What a step computes, as the scheduler says it, and what comes back."""
+"""The plan of a step, and what each of its sequences draws."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from veneer.errors import VeneerError
 class Span(NamedTuple):
     """Tokens start to stop - 1 of a sequence, computed in this step.
 
-    draws   who draws a token from what follows the last of them: nobody while the prompt is not all
-            read, then the sequence itself, and the first time the request's other choices too
+    draws   sequences that draw a token from the last logits: none until the whole prompt is read,
+            then the sequence itself, the first time with the request's other choices
     """
 
     sequence: Sequence
@@ -30,14 +30,13 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step. First `fronts` are written and `copies` made, in any order; then the spans are
-    computed.
+    """A step: `fronts` are written and `copies` made, in any order; then the spans are computed.
 
-    spans   the base's first, then adapter by adapter; of each, single tokens before chunks, the
-            oldest first
-    ended   sequences that ended since the last call, without a new token
-    number  of the plan; follows: that of the one before, where this is each of its spans' next
-            token and nothing else
+    spans    the base's first, then adapter by adapter; in each group, single tokens before chunks,
+             the oldest first
+    ended    sequences that ended since the last call, without a new token
+    number   number of the plan
+    follows  number of the previous plan, if this one is exactly the next token of all its spans
     """
 
     spans: tuple[Span, ...]
@@ -49,7 +48,7 @@ class StepPlan:
 
     @property
     def parts(self) -> tuple[tuple[Identity, int], ...]:
-        """Each adapter with its number of tokens, in the order of the spans."""
+        """Number of tokens of each adapter, in the order of the spans."""
         counts: dict[Identity, int] = {}
         for span in self.spans:
             adapter = span.sequence.request.adapter
@@ -59,11 +58,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token of which more is to be said.
+    """A drawn token with details.
 
-    ends    whether its sequence stops with it, as the caller has found: a stop string, the end of a
-            grammar
-    chance  of those that are told
+    ends    whether the answer ends with it: a stop string, the end of a grammar
+    chance  its probability, if the request asks for it
     """
 
     token: int
@@ -72,4 +70,4 @@ class SampledToken:
 
 
 SampleResult = int | SampledToken | VeneerError
-"""A token; one of which more is to be said; why there is none, which ends this sequence alone."""
+"""A token, a token with details, or the error that ends the sequence."""

@@ -1,0 +1,105 @@
+"""The waiting and running sequences of a scheduler, and the blocks of those that run."""
+
+from __future__ import annotations
+
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from veneer.decoding.schedule.blocks import BlockManager, BlockTable
+from veneer.decoding.schedule.sequence import FinishReason, Sequence, SequenceState
+
+if TYPE_CHECKING:
+    from veneer.decoding.schedule.adapters import AdapterSource
+
+
+class SequenceQueues:
+    """Moves sequences between waiting, running and ended.
+
+    waiting  sequences without blocks, next to run first
+    running  sequences with blocks, in order
+    choices  number of a request's first choice -> choices that wait until it has read the prompt
+    ended    sequences that have ended and were not reported yet
+    """
+
+    def __init__(self, blocks: BlockManager, adapters: AdapterSource) -> None:
+        self._blocks, self._adapters = blocks, adapters
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.choices: dict[int, list[Sequence]] = {}
+        self.ended: list[Sequence] = []
+
+    @property
+    def without_blocks(self) -> tuple[Sequence, ...]:
+        """Waiting sequences, then choices that wait for their prompt."""
+        return (*self.waiting, *(s for choices in self.choices.values() for s in choices))
+
+    @property
+    def empty(self) -> bool:
+        return not (self.waiting or self.running or self.choices or self.ended)
+
+    def wait(self, sequence: Sequence, choices: list[Sequence]) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.order)
+        if choices:
+            self.choices[sequence.number] = choices
+
+    def run(self, sequence: Sequence, table: BlockTable, computed: int) -> None:
+        """Runs a sequence with these blocks, in which `computed` tokens are filled."""
+        sequence.table = table
+        if sequence.request.adapter:
+            self._adapters.hold(sequence.request.adapter)
+        sequence.computed, sequence.state = computed, SequenceState.RUNNING
+        insort(self.running, sequence, key=lambda s: s.order)
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """Gets blocks for all tokens of a running sequence, preempting the youngest ones. Returns
+        False if it is preempted itself."""
+        assert sequence.table is not None
+        while not self._blocks.grow(sequence.table, sequence.length):
+            youngest = self.running.pop()
+            self._release_blocks(youngest)
+            youngest.state = SequenceState.PREEMPTED
+            self.wait(youngest, [])
+            if youngest is sequence:
+                return False
+        return True
+
+    def fork(self, sequence: Sequence, first: Sequence, *, has_row: bool) -> None:
+        """Continues another choice from the prompt that the first has read. It waits if there is no
+        row or no block for it."""
+        assert first.table is not None
+        table = self._blocks.fork(first.table, first.computed) if has_row else None
+        if table is None:
+            sequence.state = SequenceState.PREEMPTED
+            self.wait(sequence, [])
+        else:
+            sequence.chain = table.chain
+            self.run(sequence, table, first.computed)
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+        """Ends a sequence. If other choices wait for it, the first of them reads the prompt
+        instead."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        for first, choices in list(self.choices.items()):
+            if sequence in choices:
+                choices.remove(sequence)
+                if not choices:
+                    del self.choices[first]
+        if choices := self.choices.pop(sequence.number, []):
+            self.wait(choices[0], choices[1:])
+        self._release_blocks(sequence)
+        sequence.state, sequence.reason, sequence.error = SequenceState.FINISHED, reason, error
+        self.ended.append(sequence)
+
+    def take_ended(self) -> tuple[Sequence, ...]:
+        ended, self.ended = tuple(self.ended), []
+        return ended
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self._blocks.close(sequence.table)
+            sequence.table, sequence.computed = None, 0
+            if sequence.request.adapter:
+                self._adapters.release(sequence.request.adapter)
