@@ -1,5 +1,5 @@
-"""Prompts continued by given tokens instead of drawn ones, by an engine's plans and the model's own
-forward: what proofs hold against whole texts."""
+"""Continues prompts with known tokens instead of drawn ones, through an engine's plans. Proofs
+compare the logits with those of whole texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.step_plan import SampleResult
 
 SLOTS = 16
-"""Tokens of a block, as in an engine: kernels know this one."""
+"""Tokens per block, as in an engine."""
 
 
 @torch.no_grad()
@@ -29,8 +29,8 @@ def continued(
     given: Sequence[Sequence[int]],
     limits: Limits,
 ) -> list[Tensor]:
-    """Of each prompt the logits (1 + given, V) that follow it and each of its given tokens. No
-    adapter acts."""
+    """The logits (1 + given, V) after each prompt and after each of its given tokens, without
+    adapters."""
     most = sum(-(-(len(p) + len(g)) // SLOTS) for p, g in zip(prompts, given, strict=True)) * SLOTS
     blocks = BlockManager(base="", budget_bytes=most, bytes_per_token=1, tokens_per_block=SLOTS)
     scheduler, forward = (
@@ -38,17 +38,17 @@ def continued(
         PagedForward(model.device, blocks, own_forward(model)),
     )
     tokens: dict[int, Sequence[int]] = {}
-    found: dict[int, list[Tensor]] = {}
-    for prompt, those in zip(prompts, given, strict=True):
-        (sequence,) = scheduler.add(Request(prompt=tuple(prompt), max_new_tokens=len(those) + 1))
-        tokens[sequence.number], found[sequence.number] = [*those, 0], []
+    logits_of: dict[int, list[Tensor]] = {}
+    for prompt, answer in zip(prompts, given, strict=True):
+        (sequence,) = scheduler.add(Request(prompt=tuple(prompt), max_new_tokens=len(answer) + 1))
+        tokens[sequence.number], logits_of[sequence.number] = [*answer, 0], []
     while not scheduler.idle:
         plan = scheduler.step(0.0)
         logits = forward.logits(plan, forward.rows(plan))
         results: dict[int, SampleResult] = {}
         for row, span in zip(logits, plan.spans, strict=True):
             for sequence in span.draws:
-                found[sequence.number].append(row)
+                logits_of[sequence.number].append(row)
                 results[sequence.number] = tokens[sequence.number][len(sequence.new)]
         scheduler.finish_step(results)
-    return [torch.stack(rows) for rows in found.values()]
+    return [torch.stack(rows) for rows in logits_of.values()]

@@ -1,11 +1,10 @@
-"""Answers: token ids in, token ids out, many prompts at once.
+"""Generates answers: token ids in, token ids out, for many prompts.
 
-Says what stops an answer, how tokens are drawn, and what decodes: our own engine
-(decoding/engine.py) where it is proven on the model, else transformers' loop, its prompts padded on
-the left where that is proven, else one by one; where even that is not what the model gives on whole
-texts, the whole text is read for every token. Prompts whose answer may cross a length at which the
-model reads all of its text otherwise (models/switches.py) go through transformers' loop one by one.
-Knows nothing of chats or templates.
+The way to decode is the first that is proven on the model: our engine (decoding/engine.py);
+transformers' loop with prompts padded on the left; the same loop, prompt by prompt; reading the
+whole text for every token. Prompts whose answer may cross a length at which the model reads its
+whole text differently (models/switches.py) go through transformers' loop one by one. This module
+knows nothing of chats or templates.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.switches import forget_lengths, switches
 
 ROWS = 64
-"""Answers of the engine at once. A step reads every weight once, whatever the rows."""
+"""Most answers that the engine computes together. A step reads every weight once, whatever the
+rows."""
 READ_TOKENS = 2048
-"""Tokens computed in one forward: bounds the activations. Of one prompt 512: bounds the scores of
-its attention."""
+"""Most tokens of a forward, which bounds the activations; a quarter of them for one prompt, which
+bounds its attention scores."""
 KEYS_TOKENS = 65536
-"""Tokens whose keys and values are held, of all answers together (fewer rows where these are
-long)."""
+"""Most tokens whose keys and values are stored, over all answers; long answers have fewer rows."""
 PADDED_ROWS = 32
-"""Prompts that transformers' loop decodes together, padded on the left to the longest of them."""
+"""Prompts per batch in transformers' loop, padded on the left."""
 
 
 @torch.no_grad()
@@ -62,13 +61,12 @@ def generate(
     on_token: Callable[[int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """One list of new ids per prompt, the stop token left out. temperature 0 is greedy.
+    """Generates one list of new ids per prompt, without the stop token. temperature 0 is greedy.
 
-    An answer that has not stopped is cut after max_new_tokens, or where the model's positions end.
-    on_token gets each id of the answer as it comes; for a single prompt only. on_done gets the
-    number of prompts answered so far, now and then. ConfigError: a prompt that is empty, leaves no
-    room within the model's positions or holds an id that it has no row for; numbers outside of what
-    they mean.
+    An answer ends after max_new_tokens at the latest, or where the model's positions end. on_token
+    gets each id of the answer to a single prompt. on_done gets the number of prompts answered so
+    far, now and then. Raises ConfigError for a prompt that is empty, too long for the model's
+    positions, or holds an unknown id, and for numbers out of bounds.
     """
     check_numbers(
         max_new_tokens=(NEW_TOKENS, max_new_tokens),
@@ -82,26 +80,26 @@ def generate(
         if on_token is not None and token not in stops:
             on_token(token)
 
-    told = say if on_token is not None and len(prompts) == 1 else None
-    with base.routing.held():  # who acts now acts for all of it
+    token_callback = say if on_token is not None and len(prompts) == 1 else None
+    with base.routing.held():  # the adapters that act now act throughout
         limits = limits_of(base, prompts, max_new_tokens)
-        asked = _GenerationRun(
+        run = _GenerationRun(
             base,
             prompts,
             limits,
             stops,
             Sampling(temperature=temperature, top_p=top_p),
             seed,
-            told,
+            token_callback,
             on_done,
         )
-        _answer(asked)
-    return asked.answers
+        _answer(run)
+    return run.answers
 
 
 def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
-    """New tokens that each may get, its stop token among them: an answer of so many was cut.
-    ConfigError: prompts that cannot be answered."""
+    """Most new tokens of each prompt, its stop token included. An answer of that length was cut.
+    Raises ConfigError for prompts that cannot be answered."""
     capacity = capacity_of(base)
     _check_prompts(prompts, capacity)
     if capacity.positions is None:
@@ -109,23 +107,23 @@ def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: in
     return [min(max_new_tokens, capacity.positions - len(ids)) for ids in prompts]
 
 
-def _answer(asked: _GenerationRun) -> None:
-    base = asked.base
+def _answer(run: _GenerationRun) -> None:
+    base = run.base
     if not (packed := decodes_packed(base)) and loops(base.model).cached is not None:
-        _by_rereading(asked)
+        _by_rereading(run)
         return
-    plain, crossing = _by_switch(asked)
+    plain, crossing = _by_switch(run)
     if packed and plain:
-        _by_engine(asked, plain)
+        _by_engine(run, plain)
     elif plain:
-        beside = loops(base.model).beside is None
-        _by_transformers(asked, _like_rows(asked, plain, PADDED_ROWS if beside else 1))
-    _by_transformers(asked, ([number] for number in crossing))
+        pads_alike = loops(base.model).beside is None
+        _by_transformers(run, _batches(run, plain, PADDED_ROWS if pads_alike else 1))
+    _by_transformers(run, ([number] for number in crossing))
 
 
 @dataclass
 class _GenerationRun:
-    """Prompts with the new tokens each may get, and the answers as they come."""
+    """Prompts with their limits of new tokens, and the answers so far."""
 
     base: FrozenBase
     prompts: Sequence[list[int]]
@@ -157,72 +155,65 @@ class _GenerationRun:
             self.on_done(self.done)
 
 
-def _by_switch(asked: _GenerationRun) -> tuple[list[int], list[int]]:
-    """Numbers of the prompts whose longest answer is read like their first token, and of the
-    others."""
-    known, before = switches(asked.base.config), in_front(asked.base.model)
-    first = known.side(0)
-    reach = [
-        before + len(ids) + limit for ids, limit in zip(asked.prompts, asked.limits, strict=True)
-    ]
-    plain = [i for i, length in enumerate(reach) if known.side(length) == first]
-    return plain, [i for i, length in enumerate(reach) if known.side(length) != first]
+def _by_switch(run: _GenerationRun) -> tuple[list[int], list[int]]:
+    """Divides prompt numbers: those whose longest text is read like a short one, and the rest."""
+    lengths, front = switches(run.base.config), in_front(run.base.model)
+    first = lengths.side(0)
+    reach = [front + len(ids) + limit for ids, limit in zip(run.prompts, run.limits, strict=True)]
+    plain = [i for i, length in enumerate(reach) if lengths.side(length) == first]
+    return plain, [i for i, length in enumerate(reach) if lengths.side(length) != first]
 
 
-def _by_engine(asked: _GenerationRun, numbers: Sequence[int]) -> None:
-    """Long prompts first, so that those that go on together are alike."""
-    base = asked.base
+def _by_engine(run: _GenerationRun, numbers: Sequence[int]) -> None:
+    """Answers long prompts first, so that prompts of a step are of similar length."""
+    base = run.base
     if (applied := base.routing.acting.whole) is None:
         raise ConfigError(
-            "several adapters act, each on rows of its own",
-            next_step="Answer each row's prompt apart.",
+            "several adapters act, each on its own rows",
+            next_step="Generate for each adapter separately.",
         )
-    acting: Identity = (
-        (("what acts", 1.0),) if applied else ()
-    )  # an engine of its own: nobody else's name
+    # The engine is used for this run only, so the name is arbitrary.
+    acting: Identity = (("what acts", 1.0),) if applied else ()
     front, slots = front_places(applied), BLOCK_SLOTS
-    needs = [-(-(len(asked.prompts[i]) + asked.limits[i]) // slots) for i in numbers]
-    most = max(min(sum(needs), KEYS_TOKENS // slots), max(needs))
-    rows = max(
-        1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(needs))
-    )  # none has to go back
-    spare = rows + -(-front // slots)  # the scheduler keeps one block free for each that runs
+    blocks_needed = [-(-(len(run.prompts[i]) + run.limits[i]) // slots) for i in numbers]
+    most = max(min(sum(blocks_needed), KEYS_TOKENS // slots), max(blocks_needed))
+    # So few rows that none is preempted.
+    rows = max(1, min(ROWS, len(numbers), KEYS_TOKENS // slots // max(blocks_needed)))
+    spare = rows + -(-front // slots)  # the scheduler keeps a free block for each running sequence
     engine = Engine(
         base,
         budget_bytes=(most + spare) * slots * bytes_per_token(base),
         adapters=FixedAdapters({acting: applied} if applied else {}),
         limits=Limits(rows=rows, step_tokens=READ_TOKENS, chunk_tokens=READ_TOKENS // 4),
     )
-    waiting = sorted(numbers, key=lambda i: len(asked.prompts[i]))  # taken from the end
-    under_way: dict[Answer, int] = {}
-    while waiting or under_way:
-        while waiting and len(under_way) < 2 * rows:
+    waiting = sorted(numbers, key=lambda i: len(run.prompts[i]))  # taken from the end
+    pending: dict[Answer, int] = {}
+    while waiting or pending:
+        while waiting and len(pending) < 2 * rows:
             number = waiting.pop()
-            (answer,) = engine.add(asked.request(number, acting))
-            under_way[answer] = number
-        before = {answer: len(answer.new) for answer in under_way}
+            (answer,) = engine.add(run.request(number, acting))
+            pending[answer] = number
+        before = {answer: len(answer.new) for answer in pending}
         ended = engine.step(0.0)
-        for answer, said in before.items():
-            if asked.on_token is not None and len(answer.new) > said:
-                asked.on_token(answer.new[-1])
+        for answer, count in before.items():
+            if run.on_token is not None and len(answer.new) > count:
+                run.on_token(answer.new[-1])
         for answer in ended:
             if answer.error is not None:
                 raise answer.error
-            asked.answers[under_way.pop(answer)] = answer.answer
-            asked.finished(1)
+            run.answers[pending.pop(answer)] = answer.answer
+            run.finished(1)
 
 
-def _by_rereading(asked: _GenerationRun) -> None:
-    for number in range(len(asked.prompts)):
-        request = asked.request(number)
-        asked.answers[number] = answer_by_rereading(
-            asked.base.model, request, on_token=asked.on_token
-        )
-        asked.finished(1)
+def _by_rereading(run: _GenerationRun) -> None:
+    for number in range(len(run.prompts)):
+        request = run.request(number)
+        run.answers[number] = answer_by_rereading(run.base.model, request, on_token=run.on_token)
+        run.finished(1)
 
 
 class _TokenStreamer(BaseStreamer):
-    """Hands every new token on as it is chosen; transformers sends the prompt first."""
+    """Passes new tokens on; transformers sends the prompt first."""
 
     def __init__(self, on_token: Callable[[int], None]) -> None:
         self.on_token, self.prompt_seen = on_token, False
@@ -236,58 +227,60 @@ class _TokenStreamer(BaseStreamer):
     def end(self) -> None: ...
 
 
-def _by_transformers(asked: _GenerationRun, groups: Iterable[list[int]]) -> None:
-    """transformers' own loop, the prompts of a group at once, padded on the left to the longest of
-    them."""
-    base, how = asked.base, asked.sampling
-    pad = _padding(base, asked.stops)
-    sampling = (
-        {} if how.greedy else {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    )
+def _by_transformers(run: _GenerationRun, groups: Iterable[list[int]]) -> None:
+    """Runs transformers' loop on each group of prompts, padded on the left."""
+    base, pad = run.base, _padding(run.base, run.stops)
+    sampling = {}
+    if not run.sampling.greedy:
+        sampling = {
+            "temperature": run.sampling.temperature,
+            "top_p": run.sampling.top_p,
+            "top_k": 0,
+        }
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(asked.seed)
+        torch.manual_seed(run.seed)
         for rows in groups:
             if len(rows) == 1:
-                torch.manual_seed(seed_of(asked.seed, rows[0]))
+                torch.manual_seed(seed_of(run.seed, rows[0]))
             settings = GenerationConfig(
-                max_new_tokens=asked.limits[rows[0]],
+                max_new_tokens=run.limits[rows[0]],
                 do_sample=bool(sampling),
-                eos_token_id=asked.stops or None,
+                eos_token_id=run.stops or None,
                 pad_token_id=pad,
                 use_cache=True,
                 **sampling,
             )
-            longest = max(len(asked.prompts[i]) for i in rows)
+            longest = max(len(run.prompts[i]) for i in rows)
             ids = torch.full((len(rows), longest), pad)
             mask = torch.zeros((len(rows), longest), dtype=torch.long)
             for place, i in enumerate(rows):
-                ids[place, longest - len(asked.prompts[i]) :] = torch.tensor(asked.prompts[i])
-                mask[place, longest - len(asked.prompts[i]) :] = 1
+                ids[place, longest - len(run.prompts[i]) :] = torch.tensor(run.prompts[i])
+                mask[place, longest - len(run.prompts[i]) :] = 1
             forget_lengths(base.model)
-            run: Any = base.model.generate
-            out = run(
+            model_generate: Any = base.model.generate
+            out = model_generate(
                 ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=settings,
-                streamer=_TokenStreamer(asked.on_token) if asked.on_token is not None else None,
+                streamer=_TokenStreamer(run.on_token) if run.on_token is not None else None,
             )
             for place, i in enumerate(rows):
-                asked.answers[i] = _until_stop(out[place, longest:].tolist(), set(asked.stops))
-            asked.finished(len(rows))
+                run.answers[i] = _until_stop(out[place, longest:].tolist(), set(run.stops))
+            run.finished(len(rows))
 
 
-def _like_rows(asked: _GenerationRun, numbers: Sequence[int], together: int) -> Iterator[list[int]]:
-    """Prompts that go together: of like length, and with the same number of new tokens at most."""
-    limits = asked.limits
-    order = sorted(numbers, key=lambda i: (-limits[i], len(asked.prompts[i])))
-    for _, some in groupby(order, key=lambda i: limits[i]):
-        rows = list(some)
-        for start in range(0, len(rows), together):
-            yield rows[start : start + together]
+def _batches(run: _GenerationRun, numbers: Sequence[int], batch: int) -> Iterator[list[int]]:
+    """Batches of prompts with the same limit and similar lengths."""
+    limits = run.limits
+    order = sorted(numbers, key=lambda i: (-limits[i], len(run.prompts[i])))
+    for _, group in groupby(order, key=lambda i: limits[i]):
+        rows = list(group)
+        for start in range(0, len(rows), batch):
+            yield rows[start : start + batch]
 
 
 def _padding(base: FrozenBase, stops: list[int]) -> int:
-    """An id that the model has a row for: tokenizers name padding that was added to them alone."""
+    """A padding id that the model has a row for. Some tokenizers name one that it has not."""
     known = capacity_of(base).tokens
     named = [base.tokenizer.pad_token_id, *stops]
     return next((i for i in named if i is not None and (known is None or i < known)), 0)

@@ -1,5 +1,4 @@
-"""An answer for which the whole text is read at every token, as in training: where no cache gives
-what that gives."""
+"""Answers by reading the whole text for every token, for models whose cache gives other results."""
 
 from __future__ import annotations
 
@@ -18,17 +17,14 @@ from veneer.models.switches import forget_lengths
 def answer_by_rereading(
     model: PreTrainedModel, request: Request, *, on_token: Callable[[int], None] | None = None
 ) -> list[int]:
-    """New ids for the request's first choice, the stop token left out; on_token gets each of them
-    as it comes.
-
-    Raises what a draw says: logits that are no numbers.
-    """
-    drawing = ChoiceSampler(request, 0)
+    """The new ids of the request's first choice, without the stop token. on_token gets each of
+    them. Raises the draw's error if logits are not finite."""
+    sampler = ChoiceSampler(request, 0)
     new: list[int] = []
     while len(new) < request.max_new_tokens:
         forget_lengths(model)
         ids = torch.tensor([[*request.prompt, *new]], device=model.device)
-        (drawn,) = draw(model(input_ids=ids, use_cache=False).logits[:, -1], [(drawing, new)])
+        (drawn,) = draw(model(input_ids=ids, use_cache=False).logits[:, -1], [(sampler, new)])
         if isinstance(drawn, VeneerError):
             raise drawn
         token = drawn if isinstance(drawn, int) else drawn.token

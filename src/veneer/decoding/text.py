@@ -1,9 +1,9 @@
-"""Ids to text as they come, up to the first stop string, in time linear in the answer's length.
+"""Decodes ids to text as they arrive, up to the first stop string, in linear time.
 
-Said is only what is certain: half a character waits for its rest, and what may be the beginning of
-a stop string for what follows. The text said in all is the text of all ids, cut before the stop
-string that ends first. (Where a tokenizer reads a whole run of bytes otherwise for one that is no
-character, what was said before that one stays.)
+Only certain text is returned: half a character waits for its other bytes, and what may begin a stop
+string waits for what follows. All pieces together are the text of all ids, cut before the stop
+string that ends first. (Some tokenizers decode a run of bytes differently once an invalid byte
+follows; text that was returned before stays.)
 """
 
 from __future__ import annotations
@@ -15,102 +15,108 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 UNSURE = "\ufffd"
-"""At the end of a text: a character whose other bytes may come."""
+"""Ends a text whose last character may still get its other bytes."""
 MANY = 16
-"""Tokens that wait: more than a character has bytes, so that some of them never make one."""
+"""If more tokens wait than a character has bytes, some of them are no character."""
 BYTES_OF_CHARACTER = 4
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Without special tokens."""
+    """The text of ids, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """`text_of` of lists: without what transformers looks at in between, where it changes
-    nothing."""
-    own, fast = type(tokenizer), PreTrainedTokenizerFast
-    plain = issubclass(own, fast) and (own.decode, own._decode) == (fast.decode, fast._decode)
+    """`text_of` for a tokenizer, without transformers' overhead if the result is the same."""
+    kind, fast = type(tokenizer), PreTrainedTokenizerFast
+    plain = issubclass(kind, fast) and (kind.decode, kind._decode) == (fast.decode, fast._decode)
     if not plain or tokenizer.clean_up_tokenization_spaces:
         return partial(text_of, tokenizer)
     return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
 
 
 class TextStream:
-    """tokenizer: transformers'. stops: strings that end the answer and are not said; none empty."""
+    """The text of one answer. stops: strings that end the answer and are left out; none is empty.
+
+    stopped: a stop string has come; no more text is returned
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._text_of = _decoder(tokenizer)
         self._stops = [_StopMatcher(stop) for stop in stops]
         self._firsts = {stop[0] for stop in stops}
-        self._said: list[
-            int
-        ] = []  # ids of the last piece, in front of the next: a space between them may be lost
-        self._before = ""  # their text
-        self._wait: list[int] = []
-        self._uncertain = ""  # their text
+        self._context: list[int] = []
+        """Ids of the last piece, decoded with the next: a space between them may depend on both."""
+        self._context_text = ""
+        self._waiting: list[int] = []
+        self._waiting_text = ""
         self._many = MANY
         self._held = ""
+        """Text that may begin a stop string."""
         self.stopped = False
-        """Whether a stop string has come; nothing is said any more."""
 
     def push_all(self, tokens: Sequence[int]) -> str:
-        """As `push` one after another, decoded once where no character is left open."""
+        """Like `push` for each token, but decodes once if no character is incomplete."""
         if len(tokens) > 1 and not self.stopped:
-            text = self._text_of([*self._said, *self._wait, *tokens])[len(self._before) :]
+            text = self._text_of([*self._context, *self._waiting, *tokens])[
+                len(self._context_text) :
+            ]
             if text and not text.endswith(UNSURE):
-                self._wait += tokens
-                return self._certain(text, len(self._wait))
+                self._waiting += tokens
+                return self._certain(text, len(self._waiting))
         return "".join(map(self.push, tokens))
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """The text that has become certain with this token."""
         if self.stopped:
             return ""
-        self._wait.append(token)
-        text = self._new_text(len(self._wait))
-        if text == self._uncertain and not self._text_of([token]):  # a special one
-            if (
-                text or self._said or len(self._wait) > MANY
-            ):  # at the very beginning it may be a space
-                self._wait.pop()
+        self._waiting.append(token)
+        text = self._new_text(len(self._waiting))
+        if text == self._waiting_text and not self._text_of([token]):  # a special token
+            # At the very beginning it may be a space, which later tokens show.
+            if text or self._context or len(self._waiting) > MANY:
+                self._waiting.pop()
             return ""
-        self._uncertain = text
+        self._waiting_text = text
         if not text.endswith(UNSURE):
-            return self._certain(text, len(self._wait))
-        return self._broken(text) if len(self._wait) > self._many else ""
+            return self._certain(text, len(self._waiting))
+        return self._broken(text) if len(self._waiting) > self._many else ""
 
     def end(self) -> str:
-        """The rest, where the answer ends without a stop string."""
+        """The remaining text of an answer that ends without a stop string."""
         if self.stopped:
             return ""
-        rest = self._certain(self._new_text(len(self._wait)), len(self._wait))
+        rest = self._certain(self._new_text(len(self._waiting)), len(self._waiting))
         held, self._held = self._held, ""
         return rest if self.stopped else rest + held
 
     def _new_text(self, count: int) -> str:
-        """That of the first `count` ids that wait."""
-        return self._text_of([*self._said, *self._wait[:count]])[len(self._before) :]
+        """The text of the first `count` waiting ids."""
+        return self._text_of([*self._context, *self._waiting[:count]])[len(self._context_text) :]
 
     def _broken(self, text: str) -> str:
-        """The same where bytes that are no character go on and on: all but the last, which may
-        still become one."""
-        most = len(self._wait) - BYTES_OF_CHARACTER
+        """Returns the certain text of a long run of invalid bytes: all but the last, which may
+        still become a character."""
+        most = len(self._waiting) - BYTES_OF_CHARACTER
         for count in range(most, most - BYTES_OF_CHARACTER, -1):
-            begin = self._new_text(count)
-            rest = self._text_of(self._wait[count:])
-            if begin + rest == text:  # no character lies across
-                return self._certain(begin, count)
+            first = self._new_text(count)
+            rest = self._text_of(self._waiting[count:])
+            if first + rest == text:  # no character is cut
+                return self._certain(first, count)
         self._many *= 2
         return ""
 
     def _certain(self, text: str, count: int) -> str:
-        """`text` is that of the first `count` ids that wait; what of it and of the held text may be
-        said."""
+        """Accepts `text`, that of the first `count` waiting ids, and returns what cannot begin a
+        stop string."""
         if count:
-            self._said, self._wait = self._wait[:count], self._wait[count:]
-            self._before, self._uncertain, self._many = self._text_of(self._said), "", MANY
-        if not self._held and self._firsts.isdisjoint(text):  # none has begun, none begins
+            self._context, self._waiting = self._waiting[:count], self._waiting[count:]
+            self._context_text, self._waiting_text, self._many = (
+                self._text_of(self._context),
+                "",
+                MANY,
+            )
+        if not self._held and self._firsts.isdisjoint(text):  # no stop string has begun
             return text
         whole = self._held + text
         for place, character in enumerate(text, len(self._held) + 1):
@@ -123,12 +129,12 @@ class TextStream:
 
 
 class _StopMatcher:
-    """How much of one string stands at the end of a text (Knuth, Morris and Pratt 1977)."""
+    """Matches a string with the end of a text (Knuth, Morris and Pratt 1977)."""
 
     def __init__(self, text: str) -> None:
-        assert text, "an empty string stops everything"
+        assert text, "a stop string is empty"
         self.text, self.length, self.matched = text, len(text), 0
-        self.shorter = [0, 0]  # of each beginning: the longest shorter one that it ends with
+        self.shorter = [0, 0]  # length of a prefix -> its longest suffix that is a prefix
         for end in range(1, len(text)):
             best = self.shorter[end]
             while best and text[best] != text[end]:
@@ -136,7 +142,7 @@ class _StopMatcher:
             self.shorter.append(best + (text[best] == text[end]))
 
     def follows(self, character: str) -> bool:
-        """Whether the string is complete with this character."""
+        """Adds a character. Returns whether the string is complete with it."""
         while self.matched and self.text[self.matched] != character:
             self.matched = self.shorter[self.matched]
         self.matched += self.text[self.matched] == character
@@ -144,10 +150,9 @@ class _StopMatcher:
 
 
 def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[], Callable[[int], bool]]:
-    """For Request.checks: whether the answer has one of these strings in it with its newest
-    token."""
+    """For Request.checks: checks whether the newest token completes one of these strings."""
 
-    def made() -> Callable[[int], bool]:
+    def new_check() -> Callable[[int], bool]:
         stream = TextStream(tokenizer, stops)
 
         def check(token: int) -> bool:
@@ -156,4 +161,4 @@ def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[], Callable[[i
 
         return check
 
-    return made
+    return new_check
