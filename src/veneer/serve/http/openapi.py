@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from veneer import __version__
 from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody
 from veneer.serve.protocols.body import Body
 from veneer.serve.protocols.chat import ChatBody
@@ -38,7 +38,7 @@ def openapi() -> dict[str, Any]:
     )
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Veneer", "version": __version__},
+        "info": {"title": "Veneer", "version": version("veneer")},
         "paths": {
             path: {
                 "post": {
