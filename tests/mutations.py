@@ -208,9 +208,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "decoding/generate.py": ("decoding/test_decode.py",),
     "decoding/text.py": ("decoding/test_text.py",),
-    "serve/protocols/fields.py": ("serve/test_fields.py",),
     "serve/protocols/body.py": ("serve/test_fields.py",),
-    "serve/protocols/sampling_fields.py": ("serve/test_fields.py",),
+    "serve/protocols/json_body.py": ("serve/test_fields.py",),
+    "serve/protocols/sampling_body.py": ("serve/test_fields.py",),
+    "serve/protocols/chunks.py": ("serve/test_answers.py", "serve/test_server.py"),
     "serve/protocols/chat.py": (
         "serve/test_fields.py",
         "serve/test_answers.py",
@@ -227,7 +228,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "serve/protocols/tools.py": ("serve/test_tools.py",),
     "serve/protocols/call_style.py": ("serve/test_tools.py",),
     "serve/protocols/grammars.py": ("serve/test_tools.py", "serve/test_answers.py"),
-    "serve/engine/answering.py": (
+    "serve/engine/generation.py": (
         "serve/test_server.py",
         "serve/test_loop_threads.py",
         "serve/test_streams.py",

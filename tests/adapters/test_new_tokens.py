@@ -215,7 +215,7 @@ def test_a_server_reads_and_says_the_tokens_of_an_adapter_alone(plain: Any) -> N
     own = prompts.encode(TextPrompt(text="a<order>"), Preamble(tokens=("<order>",)))
     assert own == [*plain.tokenizer("a")["input_ids"], len(plain.tokenizer)]
     assert len(prompts.encode(TextPrompt(text="a<order>"))) == 8
-    assert texts.having(("<order>",)).chance(own[1], -1.0).text == "<order>"
+    assert texts.with_tokens(("<order>",)).logprob(own[1], -1.0).text == "<order>"
     prompts.close()
 
 

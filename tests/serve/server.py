@@ -76,7 +76,7 @@ class Running:
     def ask_engine(self, function: Any) -> Any:
         """What a function finds between two steps."""
         return asyncio.run_coroutine_threadsafe(
-            self.service.loop.ask(function), self.service.loop.events
+            self.service.loop.run_between_steps(function), self.service.loop.events
         ).result(30)
 
     @contextmanager

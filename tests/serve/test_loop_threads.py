@@ -18,7 +18,7 @@ from veneer.decoding.schedule.sequence import Request
 from veneer.errors import QueueFullError
 from veneer.kernels.bindings import library as native
 from veneer.serve.engine import loop as loop_module
-from veneer.serve.engine.answering import Generation
+from veneer.serve.engine.generation import Generation
 from veneer.serve.engine.loop import EngineLoop, Inbox
 from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.protocols.request import GenerationRequest
@@ -81,10 +81,10 @@ def test_whoever_sends_no_pieces_is_told_the_first_token_and_the_rest_at_the_end
             told = []
             while not told or not told[-1].ended:
                 assert (
-                    sum(len(each.tokens) for each in told) <= ticket.new
+                    sum(len(each.tokens) for each in told) <= ticket.new_tokens
                 )  # what usage counts is never behind
-                told += await inbox.taken()
-            assert ticket.new == 30
+                told += await inbox.next_updates()
+            assert ticket.new_tokens == 30
             return [each.tokens for each in told]
         finally:
             await loop.close(1.0)
@@ -104,12 +104,12 @@ def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
         loop.start()
 
         async def one(number: int) -> None:
-            with loop.coming():
+            with loop.expecting_request():
                 await asyncio.sleep(0.002 * number)
             loop.submit(Request(prompt=(5, 6, number), max_new_tokens=1), inbox, number)
 
         async def never() -> None:
-            with loop.coming():
+            with loop.expecting_request():
                 await asyncio.sleep(10)
 
         other = asyncio.create_task(never()) if refused else None
@@ -117,7 +117,7 @@ def test_requests_that_come_together_are_read_in_one_step(refused, monkeypatch):
             await asyncio.gather(*map(one, range(4)))
             ended = 0
             while ended < 4:
-                ended += sum(each.ended for each in await inbox.taken())
+                ended += sum(each.ended for each in await inbox.next_updates())
             return loop.steps
         finally:
             if other is not None:
@@ -153,12 +153,12 @@ def test_a_client_that_leaves_while_its_prompts_are_accepted_leaves_none_running
         with pytest.raises(asyncio.CancelledError):
             await client
         loop.start()
-        await loop.ask(lambda engine: None)
+        await loop.run_between_steps(lambda engine: None)
         for _ in range(400):
             if not loop.open_answers:
                 break
             await asyncio.sleep(0.005)
-        new = sum(ticket.new for ticket in answering._tickets)
+        new = sum(ticket.new_tokens for ticket in answering._tickets)
         await loop.close(1.0)
         return new
 
@@ -186,7 +186,7 @@ def test_a_refused_request_whose_client_has_gone_leaves_no_traceback(caplog):
             await client
         assert caught.value.status == 429
         loop.start()  # it refuses the last of the three, of which nobody asks any more
-        await loop.ask(lambda engine: None)
+        await loop.run_between_steps(lambda engine: None)
         await loop.close(10.0)
         answering._tickets.clear()
         gc.collect()

@@ -95,7 +95,7 @@ def asking(served: ReplicaConfig, question: Any, *, keys: ApiKeys | None = None)
     async def run() -> Any:
         two = Two(served)
         front = Frontend(two, body_bytes=2**20, seconds=600)
-        app = Guard(front, keys=keys or ApiKeys([]), counted=front.answered)
+        app = Guard(front, keys=keys or ApiKeys([]), counted=front.count_http)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://127.0.0.1", timeout=60

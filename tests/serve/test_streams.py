@@ -100,25 +100,25 @@ def test_an_update_is_taken_at_once_only_while_nothing_is_on_its_way():
 
     async def asked():
         inbox, taken, heard = Inbox(every_step=True), [], []
-        inbox.taking = lambda update: taken.append(update) is None
+        inbox.take_now = lambda update: taken.append(update) is None
 
         async def task(times):
             for _ in range(times):
-                heard.append(await inbox.taken())
+                heard.append(await inbox.next_updates())
 
         inbox.put(updates[0])  # before anyone asks
         reading = asyncio.create_task(task(2))
         await asyncio.sleep(0)
         inbox.put(updates[1])
-        inbox.taking = lambda update: False
+        inbox.take_now = lambda update: False
         inbox.put(updates[2])
-        inbox.taking = lambda update: taken.append(update) is None
+        inbox.take_now = lambda update: taken.append(update) is None
         inbox.put(updates[3])  # the task has not heard of the one before
         await reading
         inbox.put(updates[4])  # nobody waits
         reading = asyncio.create_task(task(2))
         await asyncio.sleep(0)
-        inbox.taking = lambda update: 1 / 0
+        inbox.take_now = lambda update: 1 / 0
         inbox.put(updates[5])
         await reading
         return taken, heard

@@ -25,7 +25,7 @@ def with_byte_fallback():
 def test_the_bytes_of_the_tokens_of_a_text_are_the_texts(made):
     tokenizer = made()
     texts = TokenTexts(tokenizer)
-    chances = [texts.chance(token, -1.0) for token in tokenizer(TEXT).input_ids]
+    chances = [texts.logprob(token, -1.0) for token in tokenizer(TEXT).input_ids]
     assert bytes(byte for chance in chances for byte in chance.bytes) == TEXT.encode()
     assert [chance.text for chance in chances if chance.text.isalpha()] == list("Zrich")
     assert {chance.text for chance in chances if chance.bytes[0] >= 128} == {"\ufffd"}
@@ -33,7 +33,7 @@ def test_the_bytes_of_the_tokens_of_a_text_are_the_texts(made):
 
 def test_a_row_that_no_token_has_is_empty_and_a_chance_of_none_is_a_number():
     texts = TokenTexts(tiny_tokenizer())
-    assert texts.chance(100_000, float("-inf")) == texts.chance(100_001, -9999.0)
-    assert (texts.chance(100_000, -1.0).text, texts.chance(100_000, -1.0).bytes) == ("", [])
-    special = texts.chance(256, -1.0)
+    assert texts.logprob(100_000, float("-inf")) == texts.logprob(100_001, -9999.0)
+    assert (texts.logprob(100_000, -1.0).text, texts.logprob(100_000, -1.0).bytes) == ("", [])
+    special = texts.logprob(256, -1.0)
     assert bytes(special.bytes).decode() == special.text == "<|im_start|>"

@@ -130,7 +130,7 @@ def open_server(
         application(service),
         settings,
         keys,
-        counted=service.metrics.answered,
+        counted=service.metrics.count_http,
         closing=service.loop.refuse_new,
         ending=service.loop.abort,
     )

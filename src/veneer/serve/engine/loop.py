@@ -1,15 +1,14 @@
-"""One thread that computes, and what the event loop sees of it: tickets.
+"""The thread that runs the engine, and the tickets through which the event loop uses it.
 
     event loop                              the engine's thread
     submit(request) ── commands ──────────> Engine.add       between two steps
     ticket.cancel() ── commands ──────────> Engine.cancel    between two steps
-    inbox.taken() <──── one call a step ─── what answers got: all of them, or of each its first
-        tokens and its end
+    inbox.next_updates() <── one call a step ── new tokens of the answers
 
-Telling a token takes the processors from what computes the next one: whoever sends no pieces is
-told the rest at the end. The event loop never touches a tensor, the thread never a socket. What
-goes wrong with one request ends that request, in a forward too; what goes wrong with the books of a
-step ends those that were in it, and the thread goes on.
+Delivering a token takes processor time from the computation of the next one. So an answer that is
+not streamed is delivered twice: its first tokens, and the rest when it ends. The event loop never
+touches a tensor, and the thread never a socket. An error in one request ends that request, in a
+forward too. An error of a whole step ends the requests in it, and the thread goes on.
 """
 
 from __future__ import annotations
@@ -35,12 +34,10 @@ from veneer.serve.refusals import Refusal, shutting_down
 log = logging.getLogger("veneer.serve")
 T = TypeVar("T")
 PATIENCE_SECONDS = 0.005
-"""While all that wait wait for their adapters: how often is looked whether one has come."""
+"""Time between checks for loaded adapters, while every request waits for one."""
 GATHERING_SECONDS = 0.01
-"""At most: for requests that are being read while nothing is computed, so that one step reads them
+"""Longest wait of an idle engine for requests that are being read, so that one step has them
 all."""
-
-
 SWITCH_SECONDS = 0.0002
 """Longest time that another thread keeps the interpreter while the engine's thread wants it;
 Python's own is 5 ms. The engine gives the interpreter away at every kernel, so while adapters were
@@ -49,16 +46,16 @@ loading it waited 5 ms some hundred times a step: a step of 160 tokens of a mode
 
 
 class TokenUpdate(NamedTuple):
-    """What one answer got since it was told last. request: its number in the inbox; choice: which
-    of its answers.
+    """New tokens of one answer, or its end.
 
-    error: why it has ended without a reason.
+    request: the number of its request in the inbox. choice: the number of the answer. error: why
+    the answer ended without a reason.
     """
 
     request: int
     choice: int
     tokens: list[int]
-    chances: list[TokenChance]
+    logprobs: list[TokenChance]
     reason: FinishReason | None = None
     error: Exception | None = None
 
@@ -68,113 +65,115 @@ class TokenUpdate(NamedTuple):
 
 
 class Inbox:
-    """What the answers to some requests get, for the one task that reads it. Of the event loop.
+    """Updates for the answers to some requests, read by one task of the event loop.
 
-    every_step: a token is told with the step that drew it; else of each answer its first ones, and
-    the others when it has ended. taking: asked first while that task waits: whether it takes an
-    update, of which the task hears nothing.
+    every_step: whether updates come with every step; if not, an answer's first tokens come at once
+    and the others when it ends. take_now: called first while the task waits; the task does not see
+    an update for which it returns True.
     """
 
     def __init__(self, *, every_step: bool) -> None:
         self.every_step = every_step
-        self.taking: Callable[[TokenUpdate], bool] | None = None
-        self._told: list[TokenUpdate] = []
-        self._waiting: asyncio.Future[None] | None = None  # the task, for the first
+        self.take_now: Callable[[TokenUpdate], bool] | None = None
+        self._updates: list[TokenUpdate] = []
+        self._first_update: asyncio.Future[None] | None = None  # what the task waits for
 
-    async def taken(self) -> list[TokenUpdate]:
-        """All that has come since the last time, once there is anything."""
-        if not self._told:
-            self._waiting = asyncio.get_running_loop().create_future()
+    async def next_updates(self) -> list[TokenUpdate]:
+        """Waits for the first update, and returns all that have come."""
+        if not self._updates:
+            self._first_update = asyncio.get_running_loop().create_future()
             try:
-                await self._waiting
+                await self._first_update
             finally:
-                self._waiting = None
-        told, self._told = self._told, []
-        return told
+                self._first_update = None
+        updates, self._updates = self._updates, []
+        return updates
 
     def put(self, update: TokenUpdate) -> None:
-        if self._waiting is not None and not self._waiting.done():  # it is behind nothing
+        if self._first_update is not None and not self._first_update.done():
             try:
-                if self.taking is not None and self.taking(update):
+                if self.take_now is not None and self.take_now(update):
                     return
-            except Exception as fault:  # of this one: others are told in the same turn
+            except Exception as fault:  # it ends this answer; others come in the same call
                 log.exception("a bug: %s", type(fault).__name__)
                 update = update._replace(error=fault)
-            self._waiting.set_result(None)
-        self._told.append(update)
+            self._first_update.set_result(None)
+        self._updates.append(update)
 
 
 class Ticket:
-    """A request on its way, told of in `inbox` under `number`. Of the event loop."""
+    """A submitted request, used on the event loop. Its updates go to `inbox` under `number`."""
 
     def __init__(self, loop: EngineLoop, request: Request, inbox: Inbox, number: int) -> None:
         self.request, self.inbox, self.number = request, inbox, number
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when it waits to be answered; raises why it does not."""
+        """Done once the request is queued; raises if it cannot be."""
         self.accepted.add_done_callback(_retrieve)
-        self.answers: tuple[Sequence, ...] = ()
-        """Once it is accepted; the engine's thread changes them."""
-        self.numbers: tuple[int, ...] = ()
-        """The numbers of its answers in the engine. Only the engine's thread reads and writes
-        them."""
+        self.sequences: tuple[Sequence, ...] = ()
+        """The answers, once the request is accepted; the engine's thread changes them."""
+        self.sequence_numbers: tuple[int, ...] = ()
+        """The numbers of the answers in the engine, for the engine's thread alone."""
         self._loop = loop
-        self._left = request.choices
+        self._open_answers = request.choices
 
     @property
-    def new(self) -> int:
-        """Tokens that its answers have."""
-        return sum(len(answer.new) for answer in self.answers)
+    def new_tokens(self) -> int:
+        return sum(len(sequence.new) for sequence in self.sequences)
 
     @property
-    def cached(self) -> int:
-        """Tokens of its prompt that were found and not computed."""
-        return self.answers[0].cached_tokens or 0 if self.answers else 0
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the cache."""
+        return self.sequences[0].cached_tokens or 0 if self.sequences else 0
 
     def cancel(self) -> None:
-        """Whoever asked has gone: its places are free within a step. Nothing, if it has ended."""
-        if self._left:
-            self._loop._cancel(self)
+        """Frees the request's blocks within a step; does nothing once the request has ended."""
+        if self._open_answers:
+            self._loop.cancel(self)
 
-    def tell(self, update: TokenUpdate) -> None:
-        self._left -= update.ended
+    def deliver(self, update: TokenUpdate) -> None:
+        self._open_answers -= update.ended
         self.inbox.put(update)
 
-    def accept(self, answers: tuple[Sequence, ...], fault: Exception | None) -> None:
-        self.answers = answers
+    def accept(self, sequences: tuple[Sequence, ...], fault: Exception | None) -> None:
+        self.sequences = sequences
         if self.accepted.done():
             return
         if fault is None:
             self.accepted.set_result(None)
         else:
-            self._left = 0
+            self._open_answers = 0
             self.accepted.set_exception(fault)
 
 
 @dataclass
 class _OpenSequence:
-    """An answer that has not ended. told: how many of its tokens are. error: why it is being
+    """An answer that has not ended. delivered: tokens that its client has. error: why it is being
     cancelled."""
 
-    answer: Sequence
+    sequence: Sequence
     ticket: Ticket
-    told: int = 0
+    delivered: int = 0
     error: Exception | None = None
 
-    def news(self) -> TokenUpdate | None:
-        """What its ticket is to be told now."""
-        answer, told = self.answer, self.told
-        ended = answer.reason is not None
-        if not ended and (len(answer.new) == told or (told and not self.ticket.inbox.every_step)):
+    def next_update(self) -> TokenUpdate | None:
+        """Returns what to deliver after this step; None if there is nothing."""
+        sequence, delivered = self.sequence, self.delivered
+        ended = sequence.reason is not None
+        waits = len(sequence.new) == delivered or (delivered and not self.ticket.inbox.every_step)
+        if waits and not ended:
             return None
-        new, chances = answer.new[told:], answer.logprobs[told:]
-        self.told += len(new)
-        error = self.error or answer.error if ended else None
-        reason = answer.reason if error is None else None
-        return TokenUpdate(self.ticket.number, answer.choice, new, chances, reason, error)
+        tokens, logprobs = sequence.new[delivered:], sequence.logprobs[delivered:]
+        self.delivered += len(tokens)
+        error = self.error or sequence.error if ended else None
+        reason = sequence.reason if error is None else None
+        return TokenUpdate(self.ticket.number, sequence.choice, tokens, logprobs, reason, error)
 
 
 class EngineLoop:
-    """engine: for this thread alone from now on. clock: seconds; that of arrivals and deadlines."""
+    """Owns the engine: from now on only this thread may use it.
+
+    clock: seconds, as arrivals and deadlines of requests count them.
+    """
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -183,19 +182,19 @@ class EngineLoop:
         self._most_waiting = engine.scheduler.limits.max_waiting
         self._events: asyncio.AbstractEventLoop | None = None
         self._commands: deque[Callable[[], None]] = deque()
-        self._coming = 0  # requests that are being read
-        self._adding = 0  # and those that the thread has not seen yet
+        self._expected_requests = 0  # that are being read
+        self._unseen_requests = 0  # that the thread has not added yet
         self._wake = threading.Event()
         self._closing = self._stopping = self._aborting = False
         self._open: dict[int, _OpenSequence] = {}
         self._switch_seconds = sys.getswitchinterval()
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
 
-    # of the event loop
+    # Methods for the event loop
 
     def start(self) -> None:
-        """Call it on the event loop that tickets are for, in the thread that loaded the base: it
-        computes no more."""
+        """Starts the thread. Call it on the event loop, in the thread that loaded the base; that
+        thread must not compute from then on."""
         self._events = asyncio.get_running_loop()
         self._switch_seconds = sys.getswitchinterval()
         sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
@@ -203,59 +202,64 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, request: Request, inbox: Inbox, number: int = 0) -> Ticket:
-        """number: of the request in its inbox. QueueFullError: so many have come during one step.
-        Refusal: it is shutting down."""
+        """Passes a request to the thread. QueueFullError: too many came during one step. Refusal:
+        the server is shutting down."""
         if self._closing:
             raise shutting_down()
-        if self._adding >= self._most_waiting:
-            raise QueueFullError(self._adding, self._most_waiting)
+        if self._unseen_requests >= self._most_waiting:
+            raise QueueFullError(self._unseen_requests, self._most_waiting)
         ticket = Ticket(self, request, inbox, number)
-        self._adding += 1
+        self._unseen_requests += 1
         self._command(lambda: self._add(ticket))
         return ticket
 
+    def cancel(self, ticket: Ticket) -> None:
+        def end() -> None:  # the numbers are known once the thread has added the request
+            numbers = ticket.sequence_numbers
+            self._end([self._open[n] for n in numbers if n in self._open], None)
+
+        self._command(end)
+
     @contextmanager
-    def coming(self) -> Iterator[None]:
-        """Within, a request is being read that is submitted behind the block, unless it is
-        refused."""
-        self._coming += 1
+    def expecting_request(self) -> Iterator[None]:
+        """Announces a request: within the block it is read, and behind it submitted or refused."""
+        self._expected_requests += 1
         try:
             yield
         finally:
-            self._coming -= 1
+            self._expected_requests -= 1
 
-    async def ask(self, function: Callable[[Engine], T]) -> T:
-        """What a function finds between two steps. It must be short."""
+    async def run_between_steps(self, function: Callable[[Engine], T]) -> T:
+        """Runs a function on the engine's thread. It must be short."""
         events = asyncio.get_running_loop()
-        found: asyncio.Future[T] = events.create_future()
+        result: asyncio.Future[T] = events.create_future()
 
-        def between() -> None:
+        def run() -> None:
             try:
                 value = function(self._engine)
             except Exception as fault:
-                events.call_soon_threadsafe(_settle, found, None, fault)
+                events.call_soon_threadsafe(_settle, result, None, fault)
             else:
-                events.call_soon_threadsafe(_settle, found, value, None)
+                events.call_soon_threadsafe(_settle, result, value, None)
 
-        self._command(between)
-        return await found
+        self._command(run)
+        return await result
 
     def wake(self) -> None:
-        """From any thread: something has changed, an adapter has come."""
+        """Tells the thread that something has changed, such as a loaded adapter. Thread-safe."""
         self._wake.set()
 
     def refuse_new(self) -> None:
-        """From now on, from any thread."""
+        """Refuses requests from now on. Thread-safe."""
         self._closing = True
 
     def abort(self) -> None:
-        """What is open ends within a step, and nothing new comes. From any thread."""
+        """Ends open requests within a step and refuses new ones. Thread-safe."""
         self._closing = self._aborting = True
         self.wake()
 
     async def close(self, seconds: float) -> None:
-        """No new requests; those that are open have so long to end, and end then. The thread is
-        gone afterwards."""
+        """Refuses new requests, gives open ones `seconds` to end, then ends them and the thread."""
         self._closing = self._stopping = True
         self.wake()
         await asyncio.to_thread(self._thread.join, seconds)
@@ -270,7 +274,6 @@ class EngineLoop:
 
     @property
     def open_answers(self) -> int:
-        """Those that have not ended."""
         return len(self._open)
 
     @property
@@ -281,119 +284,114 @@ class EngineLoop:
         self._commands.append(command)
         self._wake.set()
 
-    def _cancel(self, ticket: Ticket) -> None:
-        self._command(
-            lambda: self._end([self._open[n] for n in ticket.numbers if n in self._open], None)
-        )
-
-    # of the thread
+    # Methods for the thread
 
     def _run(self) -> None:
+        scheduler = self._engine.scheduler
         while True:
-            if not self._commands and self._engine.scheduler.idle:
+            if not self._commands and scheduler.idle:
                 if self._stopping:
                     return
                 self._wake.wait()
-                self._gather()
+                self._gather_requests()
             self._wake.clear()
             while self._commands:
                 self._commands.popleft()()
             if self._aborting:
                 self._end(list(self._open.values()), shutting_down())
-            if not self._engine.scheduler.idle:
+            if not scheduler.idle:
                 self._step()
-                if not self._engine.scheduler.running and not self._engine.scheduler.idle:
+                if not scheduler.running and not scheduler.idle:
                     self._wake.wait(PATIENCE_SECONDS)
 
-    def _gather(self) -> None:
-        """Waits for those that came together with the one that woke it."""
+    def _gather_requests(self) -> None:
+        """Waits for requests that are being read, so that they start in the same step."""
         until = time.monotonic() + GATHERING_SECONDS
-        while self._coming and not self._stopping and (left := until - time.monotonic()) > 0:
+        while (
+            self._expected_requests
+            and not self._stopping
+            and (left := until - time.monotonic()) > 0
+        ):
             self._wake.clear()
             self._wake.wait(left)
 
     def _add(self, ticket: Ticket) -> None:
         fault: Exception | None = None
-        answers: tuple[Sequence, ...] = ()
+        sequences: tuple[Sequence, ...] = ()
         try:
-            answers = self._engine.add(ticket.request)
-        except Exception as error:  # a mistake of the request, or a bug: it alone ends
+            sequences = self._engine.add(ticket.request)
+        except Exception as error:  # a wrong request, or a bug: it ends this request alone
             fault = error
         else:
-            self._open |= {answer.number: _OpenSequence(answer, ticket) for answer in answers}
-            ticket.numbers = tuple(answer.number for answer in answers)
+            self._open |= {s.number: _OpenSequence(s, ticket) for s in sequences}
+            ticket.sequence_numbers = tuple(sequence.number for sequence in sequences)
 
         def accept() -> None:
-            self._adding -= 1
-            ticket.accept(answers, fault)
+            self._unseen_requests -= 1
+            ticket.accept(sequences, fault)
 
-        self._later(accept)
+        self._run_on_event_loop(accept)
 
-    def _end(self, some: list[_OpenSequence], error: Exception | None) -> None:
-        for each in some:
-            each.error = each.error or error
-            self._engine.cancel(each.answer)
+    def _end(self, sequences: list[_OpenSequence], error: Exception | None) -> None:
+        for entry in sequences:
+            entry.error = entry.error or error
+            self._engine.cancel(entry.sequence)
 
     def _step(self) -> None:
         try:
             self._engine.step(self.clock())
         except Exception as fault:
-            self._failed(fault)
+            self._end_failed_step(fault)
         self.steps += 1
-        told, ended = [], []
-        for number, each in self._open.items():
-            if (update := each.news()) is not None:
-                told.append((each.ticket, update))
+        updates, ended = [], []
+        for number, entry in self._open.items():
+            if (update := entry.next_update()) is not None:
+                updates.append((entry.ticket, update))
                 ended += [number] if update.ended else []
         for number in ended:
-            error = self._open.pop(number).answer.error
+            error = self._open.pop(number).sequence.error
             if error is not None and not isinstance(error, VeneerError):
                 log.error("a bug: an answer ends", exc_info=error)
-        if told:
-            self._later(lambda: _tell(told))
+        if updates:
+            self._run_on_event_loop(lambda: _deliver(updates))
 
-    def _failed(self, fault: Exception) -> None:
-        """A step was not computed. Out of memory, the youngest that was in it ends; else all that
-        were."""
+    def _end_failed_step(self, fault: Exception) -> None:
+        """Ends the youngest request of the step if memory ran out, else all requests of the
+        step."""
         scheduler = self._engine.scheduler
         try:
             scheduler.undo_step()
         except AssertionError:  # it failed before there was a plan
             log.debug("no step was under way")
-        running = [
-            self._open[answer.number] for answer in scheduler.running if answer.number in self._open
-        ]
+        running = [self._open[s.number] for s in scheduler.running if s.number in self._open]
         if is_out_of_memory(fault):
             log.error("out of memory: the youngest of %d requests ends", len(running))
-            self._end(
-                running[-1:], Refusal(503, "The server is out of memory.", code="out_of_memory")
-            )
+            error = Refusal(503, "The server is out of memory.", code="out_of_memory")
+            self._end(running[-1:], error)
         else:
             log.error("a step failed: the %d requests in it end", len(running), exc_info=fault)
             self._end(running or list(self._open.values()), fault)
 
-    def _later(self, function: Callable[[], object]) -> None:
-        """On the event loop, unless that is gone."""
+    def _run_on_event_loop(self, function: Callable[[], object]) -> None:
         try:
             self.events.call_soon_threadsafe(function)
         except RuntimeError:
             log.debug("the event loop has ended")
 
 
-def _tell(told: list[tuple[Ticket, TokenUpdate]]) -> None:
-    for ticket, update in told:
-        ticket.tell(update)
+def _deliver(updates: list[tuple[Ticket, TokenUpdate]]) -> None:
+    for ticket, update in updates:
+        ticket.deliver(update)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:
-    """Looks at the future's exception, so that asyncio does not log it where its client has
-    gone."""
+    """Reads the exception, so that asyncio does not log it once the client has gone."""
     if not future.cancelled():
         future.exception()
 
 
 def _settle(future: asyncio.Future[T], value: T | None, fault: Exception | None) -> None:
-    if future.done():  # whoever asked has gone
+    if future.done():  # the client has gone
         return
     if fault is None:
         future.set_result(value)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""/metrics in Prometheus' text: vLLM's names, which routers read, and our own. Labels take a
-bounded number of values.
+"""/metrics in Prometheus' text format: vLLM's names, which routers read, and our own. Every label
+has a bounded number of values.
 
 Source: docs.vllm.ai/en/latest/usage/metrics.html;
 prometheus.io/docs/instrumenting/exposition_formats.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.blocks import Identity
-from veneer.serve.protocols.answers import Reason
+from veneer.serve.protocols.answers import EndReason
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 MOST_NAMES = 64
@@ -34,7 +34,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class EngineState:
-    """Of the engine, between two steps."""
+    """Counts of the engine between two steps."""
 
     running: int
     waiting: int
@@ -46,8 +46,8 @@ class EngineState:
     waiting_adapters: tuple[Identity, ...]
 
 
-def state_of(engine: Engine) -> EngineState:
-    """Asked on the engine's thread."""
+def engine_state(engine: Engine) -> EngineState:
+    """Call it on the engine's thread."""
     scheduler = engine.scheduler
     running, waiting = scheduler.running, scheduler.waiting
     blocks = scheduler.blocks
@@ -64,7 +64,7 @@ def state_of(engine: Engine) -> EngineState:
 
 
 class Metrics:
-    """Counted on the event loop."""
+    """Counts requests, answers and tokens, on the event loop."""
 
     def __init__(self, model: str, routes: Sequence[str]) -> None:
         self._model, self._routes = model, frozenset(routes)
@@ -73,21 +73,21 @@ class Metrics:
         self._tokens: Counter[str] = Counter()
         self._first, self._whole = Histogram(), Histogram()
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """A request of HTTP, whatever came of it."""
+    def count_http(self, path: str, status: int, seconds: float) -> None:
+        """Counts an HTTP request, whatever its status."""
         self._answers[path if path in self._routes else "other", status] += 1
 
-    def prompt(self, tokens: int) -> None:
+    def count_prompt(self, tokens: int) -> None:
         self._tokens["prompt"] += tokens
 
-    def found(self, tokens: int) -> None:
+    def count_cached(self, tokens: int) -> None:
         self._tokens["cached"] += tokens
 
-    def first(self, seconds: float) -> None:
+    def count_first_token(self, seconds: float) -> None:
         self._first.add(seconds)
 
-    def ended(self, reason: Reason | None, seconds: float, tokens: int) -> None:
-        """One that was answered; None: the client has gone, or it failed."""
+    def count_answer(self, reason: EndReason | None, seconds: float, tokens: int) -> None:
+        """Counts a request that has ended. reason: None if it failed or the client has gone."""
         self._ended[reason or "abort"] += 1
         self._tokens["new"] += tokens
         self._whole.add(seconds)
@@ -99,8 +99,11 @@ class Metrics:
         memory: Mapping[str, int],
         extra: Mapping[str, float],
     ) -> str:
-        """names: of adapters, by content. memory: bytes of those that are there, by name, whether
-        anyone asks or not. extra: further gauges, by name."""
+        """Writes the whole text.
+
+        names: names of adapters by content. memory: bytes of the adapters in memory, by name.
+        extra: further gauges by name.
+        """
         return "\n".join(self._lines(state, names, memory, extra)) + "\n"
 
     def _lines(
@@ -110,13 +113,13 @@ class Metrics:
         memory: Mapping[str, int],
         extra: Mapping[str, float],
     ) -> Iterator[str]:
-        own = {"model_name": self._model}
+        model = {"model_name": self._model}
         used = 1 - state.free_blocks / state.blocks
-        yield from _metric("vllm:num_requests_running", "gauge", [(own, state.running)])
-        yield from _metric("vllm:num_requests_waiting", "gauge", [(own, state.waiting)])
-        yield from _metric("vllm:kv_cache_usage_perc", "gauge", [(own, used)])
+        yield from _metric("vllm:num_requests_running", "gauge", [(model, state.running)])
+        yield from _metric("vllm:num_requests_waiting", "gauge", [(model, state.waiting)])
+        yield from _metric("vllm:kv_cache_usage_perc", "gauge", [(model, used)])
         cache = {
-            **own,
+            **model,
             "block_size": str(state.tokens_per_block),
             "num_gpu_blocks": str(state.blocks),
         }
@@ -133,25 +136,25 @@ class Metrics:
             ("prefix_cache_queries", "prompt"),
             ("prefix_cache_hits", "cached"),
         ):
-            yield from _metric(f"vllm:{name}_total", "counter", [(own, self._tokens[key])])
+            yield from _metric(f"vllm:{name}_total", "counter", [(model, self._tokens[key])])
         ends = [
-            ({**own, "finished_reason": reason}, count)
+            ({**model, "finished_reason": reason}, count)
             for reason, count in sorted(self._ended.items())
         ]
         yield from _metric("vllm:request_success_total", "counter", ends)
-        yield from _histogram("vllm:time_to_first_token_seconds", own, self._first)
-        yield from _histogram("vllm:e2e_request_latency_seconds", own, self._whole)
+        yield from _histogram("vllm:time_to_first_token_seconds", model, self._first)
+        yield from _histogram("vllm:e2e_request_latency_seconds", model, self._whole)
         yield from answers_lines(self._answers)
-        held: list[tuple[Mapping[str, str], float]] = [
-            ({"adapter": name}, taken) for name, taken in memory.items()
+        sizes: list[tuple[Mapping[str, str], float]] = [
+            ({"adapter": name}, count) for name, count in memory.items()
         ]
-        yield from _metric("veneer:adapter_in_memory_bytes", "gauge", held[:MOST_NAMES])
+        yield from _metric("veneer:adapter_in_memory_bytes", "gauge", sizes[:MOST_NAMES])
         for name, value in sorted(extra.items()):
             yield from _metric(f"veneer:{name}", "gauge", [({}, value)])
 
 
 def answers_lines(answers: Mapping[tuple[str, int], int]) -> Iterator[str]:
-    """How often each (path, status) was answered."""
+    """Writes how often each (path, status) was answered."""
     samples = [
         ({"path": path, "status": str(status)}, count)
         for (path, status), count in sorted(answers.items())
@@ -160,7 +163,7 @@ def answers_lines(answers: Mapping[tuple[str, int], int]) -> Iterator[str]:
 
 
 def merged(texts: Mapping[str, str]) -> Iterator[str]:
-    """The lines of several processes, by name: each sample has its process as a label `replica`."""
+    """Merges the metrics of several replicas; each sample gets a label `replica`."""
     groups: dict[str, list[str]] = {}
     for replica, text in sorted(texts.items()):
         samples: list[str] = []
@@ -169,11 +172,11 @@ def merged(texts: Mapping[str, str]) -> Iterator[str]:
                 samples = groups.setdefault(line, [])
             else:
                 name, value = line.rsplit(" ", 1)
-                own = _labels({"replica": replica})
+                label = _labels({"replica": replica})
                 samples.append(
-                    f"{name[:-1]},{own[1:]} {value}"
+                    f"{name[:-1]},{label[1:]} {value}"
                     if name.endswith("}")
-                    else f"{name}{own} {value}"
+                    else f"{name}{label} {value}"
                 )
     for head, samples in groups.items():
         if samples:
@@ -181,9 +184,9 @@ def merged(texts: Mapping[str, str]) -> Iterator[str]:
 
 
 def _named(adapters: Sequence[Identity], names: Mapping[str, str]) -> str:
-    """Comma between, as routers split them."""
-    found = [names.get(content, content[:12]) for identity in adapters for content, _ in identity]
-    return ",".join(sorted(set(found))[:MOST_NAMES])
+    """Joins names by commas, where routers split them."""
+    known = [names.get(content, content[:12]) for identity in adapters for content, _ in identity]
+    return ",".join(sorted(set(known))[:MOST_NAMES])
 
 
 def _metric(

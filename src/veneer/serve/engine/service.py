@@ -1,4 +1,4 @@
-"""What the routes share: one base, its names, the thread that computes, and how a request becomes
+"""What all routes share: one base, its model names, the engine's thread, and how a request becomes
 answers."""
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.serve.engine.answering import Generation, requests_of
+from veneer.serve.engine.generation import Generation, engine_requests
 from veneer.serve.engine.loop import EngineLoop
-from veneer.serve.engine.metrics import Metrics, state_of
+from veneer.serve.engine.metrics import Metrics, engine_state
 from veneer.serve.engine.names import ModelNames, ServedModel
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
@@ -36,15 +36,17 @@ from veneer.serve.runs import Runs
 
 T = TypeVar("T")
 MOST_LABELS = 1024
-"""Adapters whose names metrics remember."""
+"""Most adapters whose names the metrics remember."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeLimits:
-    """body_bytes     of a request
-    seconds        from its arrival to its end
-    drain_seconds  for requests that are open when the server is to end
-    load_seconds   for an adapter that is to be loaded or pinned
+    """Limits of requests.
+
+    body_bytes     largest body
+    seconds        from a request's arrival to its end
+    drain_seconds  time for open requests once the server is told to end
+    load_seconds   time for an adapter to be loaded or pinned
     """
 
     body_bytes: int = BODY_BYTES
@@ -66,7 +68,7 @@ class Service:
         asked_as: Callable[[Preamble], Preamble] = lambda trained: trained,
         runs: Runs | None = None,
     ) -> None:
-        """asked_as: how an adapter's conversations are asked, from how it was trained."""
+        """asked_as: changes the preamble that an adapter was trained with into the one to use."""
         capacity = capacity_of(base)
         self.runs = runs or Runs(None)
         self.names, self.residents, self.limits = names, residents, limits or ServeLimits()
@@ -74,9 +76,8 @@ class Service:
             base.tokenizer, positions=engine.scheduler.positions, ids=capacity.tokens
         )
         self._asked_as = asked_as
-        self.prompts.template.telling(
-            asked_as(NONE).variables
-        )  # that it reads them shows before anybody asks
+        # A template that does not read its variables fails here, before any request.
+        self.prompts.template.telling(asked_as(NONE).variables)
         self.texts = TokenTexts(base.tokenizer)
         self.loop = EngineLoop(engine)
         self.metrics = Metrics(names.base_name, routes)
@@ -91,36 +92,34 @@ class Service:
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
         self._shapes = ShapeGrammars(grammars, self.prompts.style)
         folders = {residents.library.folder: "the library", self.runs.folder: "the folder of runs"}
-        folders |= {Path(each): names.base_name for each in (base.source, base.name_or_path)}
+        folders |= {Path(path): names.base_name for path in (base.source, base.name_or_path)}
         absolute = [
             (str(folder), name)
             for folder, name in folders.items()
             if folder and folder.is_absolute()
         ]
-        self._folders = sorted(
-            absolute, key=lambda pair: len(pair[0])
-        )  # the innermost block acts first: the longest
+        # The innermost block of _without_folders acts first: that of the longest path.
+        self._folders = sorted(absolute, key=lambda pair: len(pair[0]))
         self._labels: dict[str, str] = {}
         self._files = ThreadPoolExecutor(4, thread_name_prefix="veneer-files")
-        self._loads = ThreadPoolExecutor(
-            4, thread_name_prefix="veneer-loads"
-        )  # which wait for room
-        self._looks = ThreadPoolExecutor(1, thread_name_prefix="veneer-looks")
+        self._loads = ThreadPoolExecutor(4, thread_name_prefix="veneer-loads")  # may wait for room
+        self._reports = ThreadPoolExecutor(1, thread_name_prefix="veneer-reports")
 
     def fingerprint(self, model: ServedModel) -> str:
         return f"vn-{self._base_digest}-{model.content}"
 
-    async def apart(self, function: Callable[[], T]) -> T:
-        """Runs what reads files beside the event loop. No error says where the server's files
-        lie."""
+    async def read_files(self, function: Callable[[], T]) -> T:
+        """Runs a function that reads files, beside the event loop. No error names a folder of the
+        server."""
         return await asyncio.get_running_loop().run_in_executor(
             self._files, partial(self._without_folder, function)
         )
 
-    async def look(self, function: Callable[[], T]) -> T:
-        """Runs what reads whole adapters, one at a time, so that no request waits behind it."""
+    async def report(self, function: Callable[[], T]) -> T:
+        """Runs a function that reads whole adapters, one at a time, so that no request waits for
+        it."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._looks, partial(self._without_folder, function)
+            self._reports, partial(self._without_folder, function)
         )
 
     def _without_folder(self, function: Callable[[], T]) -> T:
@@ -129,10 +128,10 @@ class Service:
 
     @contextmanager
     def _without_folders(self) -> Iterator[None]:
-        """Errors of the block name the library, the base and the folder of runs, and do not say
-        where they lie.
+        """Replaces folders in the errors of the block by names: the library, the base, the folder
+        of runs.
 
-        Stand it within `refusing`, which cuts an error into the sentence that a client reads.
+        Use it within `refusing`, which turns an error into the sentence that a client reads.
         """
         with ExitStack() as blocks:
             for folder, name in self._folders:
@@ -140,104 +139,109 @@ class Service:
             yield
 
     async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> ServedModel:
-        """Refusal: 404, or why its adapter cannot act."""
+        """Finds the model of a request. Refusal: 404, or why its adapter cannot be used."""
         with refusing("model"):
-            found = await self.apart(lambda: self.names.model(name, weighted))
-        self._label(found)
-        return found
+            model = await self.read_files(lambda: self.names.model(name, weighted))
+        self._label(model)
+        return model
 
-    def _label(self, found: ServedModel) -> None:
-        """What metrics call its contents."""
-        for name, content in found.adapters:
+    def _label(self, model: ServedModel) -> None:
+        """Remembers the names of the model's adapters for the metrics."""
+        for name, content in model.adapters:
             self._labels.pop(content, None)
             self._labels[content] = name
         while len(self._labels) > MOST_LABELS:
             del self._labels[next(iter(self._labels))]
 
     async def ids(self, prompts: Sequence[Prompt], model: ServedModel) -> list[list[int]]:
-        """Of each prompt, asked as the model was trained. Refusal."""
+        """Encodes prompts with the preamble that the model was trained with. Refusal."""
         with refusing("model"):
-            preamble = await self.apart(lambda: self.residents.preamble(model.identity))
+            preamble = await self.read_files(lambda: self.residents.preamble(model.identity))
         return await self.prompts.encoded(prompts, self._asked_as(preamble))
 
-    async def begin(self, asked: GenerationRequest, caller: str) -> tuple[ServedModel, Generation]:
-        """The answers, which wait once their block is entered. Refusal: before anything waits."""
-        base = asked.model == self.names.base_name and not asked.adapters  # of which no file tells
+    async def begin(
+        self, request: GenerationRequest, caller: str
+    ) -> tuple[ServedModel, Generation]:
+        """Prepares the generation, which is queued once its block is entered. Refusal."""
+        base = (
+            request.model == self.names.base_name and not request.adapters
+        )  # of which no file tells
         model, preamble, front = (
-            self._known(asked) if base else await self.apart(lambda: self._known(asked))
+            self._read_model(request)
+            if base
+            else await self.read_files(lambda: self._read_model(request))
         )
         self._label(model)
-        prompts = await self.prompts.encoded(asked.prompts, self._asked_as(preamble))
+        prompts = await self.prompts.encoded(request.prompts, self._asked_as(preamble))
         texts = (
-            await self.apart(lambda: self.texts.having(preamble.tokens))
+            await self.read_files(lambda: self.texts.with_tokens(preamble.tokens))
             if preamble.tokens
             else self.texts
         )
         places = self._most_places(front)
         lengths = [
-            self.prompts.most_new(ids, asked.max_new_tokens, places, front) for ids in prompts
+            self.prompts.most_new(ids, request.max_new_tokens, places, front) for ids in prompts
         ]
-        grammar = await self._grammar(asked)
+        grammar = await self._grammar(request)
         with refusing():
-            requests = requests_of(
-                asked,
+            requests = engine_requests(
+                request,
                 prompts,
                 lengths,
                 adapter=model.identity,
                 stops=self._stops,
                 tokenizer=texts.tokenizer,
                 constraints=grammar,
-                salt=f"{caller}|{asked.salt}",
+                salt=f"{caller}|{request.salt}",
                 now=self.loop.clock(),
                 seconds=self.limits.seconds,
             )
-        if asked.min_new_tokens and asked.stops:
+        if request.min_new_tokens and request.stops:
             raise Refusal(
                 400,
                 "min_tokens: is not for requests with stop strings: a string may lie across.",
                 "min_tokens",
             )
-        self.metrics.prompt(sum(map(len, prompts)))
-        answering = Generation(self.loop, requests, asked, texts, grammar)
-        answering.style = self.prompts.style if asked.parses_calls else None
-        return model, answering
+        self.metrics.count_prompt(sum(map(len, prompts)))
+        generation = Generation(self.loop, requests, request, texts, grammar)
+        generation.style = self.prompts.style if request.parses_calls else None
+        return model, generation
 
-    def _known(self, asked: GenerationRequest) -> tuple[ServedModel, Preamble, int]:
-        """The model, how its conversations begin, places of its prefix: all that files say of it,
-        read at one go.
+    def _read_model(self, request: GenerationRequest) -> tuple[ServedModel, Preamble, int]:
+        """Reads the model, its preamble and the length of its prefix from files.
 
-        Refusal: 404, or why its adapter cannot act.
+        Refusal: 404, or why its adapter cannot be used.
         """
         with refusing("model"), self._without_folders():
-            model = self.names.model(asked.model, asked.adapters)
+            model = self.names.model(request.model, request.adapters)
             preamble = self.residents.preamble(model.identity)
         with refusing("adapters"), self._without_folders():
             return model, preamble, self.residents.front_places(model.identity)
 
-    async def _grammar(self, asked: GenerationRequest) -> Grammar | None:
-        """What the answers follow. Refusal: it cannot be followed."""
-        if (shape := asked.shape) is None:
+    async def _grammar(self, request: GenerationRequest) -> Grammar | None:
+        """Compiles the shape of the answers. Refusal: it cannot be followed."""
+        if (shape := request.shape) is None:
             return None
         with refusing(shape.param):
-            return await self.apart(lambda: self._shapes(shape))
+            return await self.read_files(lambda: self._shapes(shape))
 
     async def load(self, reference: str) -> None:
-        """The adapter is in memory and fits, or Refusal."""
-        await self._told(
+        """Loads an adapter into memory. Refusal: it does not fit."""
+        await self._load(
             lambda: self.residents.load(reference, seconds=self.limits.load_seconds), "lora_path"
         )
 
     async def pin(self, name: str, *, pinned: bool) -> None:
-        """Into memory to stay, or not to. Refusal."""
-        reference = await self.apart(lambda: self.names.reference(name))
+        """Keeps an adapter in memory, or lets it go. Refusal."""
+        reference = await self.read_files(lambda: self.names.reference(name))
         change = (
             partial(self.residents.pin, seconds=self.limits.load_seconds)
             if pinned
             else self.residents.unpin
         )
-        await self._told(lambda: change(reference), "name")
+        await self._load(lambda: change(reference), "name")
 
-    async def _told(self, function: Callable[[], object], param: str) -> None:
+    async def _load(self, function: Callable[[], object], param: str) -> None:
         try:
             await asyncio.get_running_loop().run_in_executor(
                 self._loads, partial(self._without_folder, function)
@@ -248,21 +252,20 @@ class Service:
             raise refusal_of(fault, param=param) from None
 
     async def metrics_text(self) -> str:
-        state = await self.loop.ask(state_of)
+        state = await self.loop.run_between_steps(engine_state)
         return self.metrics.text(state, self._labels, self._in_memory(), self._gauges())
 
     def _in_memory(self) -> Counter[str]:
-        """Bytes by name, the last used first; versions of one name together."""
-        found: Counter[str] = Counter()
-        for each in self.residents.shown():
-            if each.tier is Tier.READY:
-                found[self._labels.get(each.content, each.reference.partition("@")[0])] += (
-                    each.bytes
-                )
-        return found
+        """Returns the bytes of adapters by name, the last used first; versions are summed."""
+        sizes: Counter[str] = Counter()
+        for adapter in self.residents.shown():
+            if adapter.tier is Tier.READY:
+                name = self._labels.get(adapter.content, adapter.reference.partition("@")[0])
+                sizes[name] += adapter.bytes
+        return sizes
 
     def _gauges(self) -> dict[str, float]:
-        tiers = Counter(each.tier for each in self.residents.shown())
+        tiers = Counter(adapter.tier for adapter in self.residents.shown())
         counts = {
             f"adapters_{tier.value}": tiers[tier]
             for tier in (Tier.READY, Tier.LOADING, Tier.FAILED)
@@ -276,8 +279,8 @@ class Service:
         }
 
     async def close(self) -> None:
-        """What is open ends at once: the server has waited for it (run.py)."""
+        """Ends open requests at once; the server has waited for them already (run.py)."""
         await self.loop.close(0.0)
         self.prompts.close()
-        for threads in (self._files, self._loads, self._looks):
+        for threads in (self._files, self._loads, self._reports):
             threads.shutdown(wait=False, cancel_futures=True)

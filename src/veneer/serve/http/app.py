@@ -19,7 +19,7 @@ from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody, card_of
 from veneer.serve.engine.service import Service
 from veneer.serve.http.details import angle_between, details
 from veneer.serve.http.exchange import Exchange
-from veneer.serve.http.guard import answer_to
+from veneer.serve.http.guard import error_response
 from veneer.serve.http.keys import Caller
 from veneer.serve.http.openapi import openapi
 from veneer.serve.http.page import page
@@ -131,12 +131,14 @@ def _routes(service: Service) -> list[Route]:
 
     async def load(body: LoadBody, request: Request) -> Response:
         name, reference, in_place = body.lora_name, body.lora_path, body.load_inplace
-        await service.apart(lambda: service.names.check(name, reference, in_place=in_place))
+        await service.read_files(lambda: service.names.check(name, reference, in_place=in_place))
         await service.load(reference)
         return PlainTextResponse(service.names.add(name, reference, in_place=in_place))
 
     async def unload(body: UnloadBody, request: Request) -> Response:
-        return PlainTextResponse(await service.apart(lambda: service.names.remove(body.lora_name)))
+        return PlainTextResponse(
+            await service.read_files(lambda: service.names.remove(body.lora_name))
+        )
 
     def pin(*, pinned: bool) -> Callable[[PinBody, Request], Awaitable[Response]]:
         async def change(body: PinBody, request: Request) -> Response:
@@ -149,7 +151,7 @@ def _routes(service: Service) -> list[Route]:
         return Route(path, _answered(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await service.look(service.names.cards)})
+        return JSONResponse({"object": "list", "data": await service.report(service.names.cards)})
 
     async def adapters(request: Request) -> Response:
         return JSONResponse(
@@ -168,21 +170,23 @@ def _routes(service: Service) -> list[Route]:
                 else angle_between(library, own, names.entry(against))
             )
 
-        return JSONResponse(await service.look(told))
+        return JSONResponse(await service.report(told))
 
     async def runs(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await service.apart(service.runs.cards)})
+        return JSONResponse(
+            {"object": "list", "data": await service.read_files(service.runs.cards)}
+        )
 
     async def run(request: Request) -> Response:
         name, after = request.path_params["name"], _byte(request)
-        return JSONResponse(await service.apart(lambda: service.runs.records(name, after)))
+        return JSONResponse(await service.read_files(lambda: service.runs.records(name, after)))
 
     async def index(request: Request) -> Response:
         return page()
 
     async def model(request: Request) -> Response:
         return JSONResponse(
-            await service.apart(lambda: service.names.card(request.path_params["name"]))
+            await service.read_files(lambda: service.names.card(request.path_params["name"]))
         )
 
     async def metrics(request: Request) -> Response:
@@ -191,7 +195,7 @@ def _routes(service: Service) -> list[Route]:
         )
 
     async def description(request: Request) -> Response:
-        return JSONResponse(await service.look(openapi))
+        return JSONResponse(await service.report(openapi))
 
     async def health(request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -241,12 +245,12 @@ def _answered(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except (Refusal, VeneerError) as fault:
-            return answer_to(refusal_of(fault), request.url.path)
+            return error_response(refusal_of(fault), request.url.path)
         except asyncio.CancelledError:  # the server ends, and this request has outlived the drain
-            return answer_to(shutting_down(), request.url.path)
+            return error_response(shutting_down(), request.url.path)
         except Exception as fault:
             log.exception("a bug: %s", type(fault).__name__)
-            return answer_to(refusal_of(fault), request.url.path)
+            return error_response(refusal_of(fault), request.url.path)
 
     return answered
 
@@ -263,7 +267,7 @@ async def _by_http(request: Request, fault: Exception) -> Response:
             f"{request.method} is not allowed here; allowed:"
             f" {(fault.headers or {}).get('Allow', 'other methods')}."
         )
-    return answer_to(
+    return error_response(
         Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path
     )
 

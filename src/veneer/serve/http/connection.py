@@ -219,7 +219,7 @@ def room_for_connections() -> tuple[int, int]:
     return min(free // 2, MOST_CONNECTIONS), min(free // 8, MOST_AT_ONCE)
 
 
-def chunks_of(scope: Scope) -> ChunkWriter | None:
-    """How pieces of the answer to a request are written, where they can be."""
-    found: ChunkWriter | None = (scope.get("extensions") or {}).get(CHUNKS, {}).get("of")
-    return found
+def chunk_writer(scope: Scope) -> ChunkWriter | None:
+    """Returns the writer of chunks for a request's answer; None if there is none."""
+    writer: ChunkWriter | None = (scope.get("extensions") or {}).get(CHUNKS, {}).get("of")
+    return writer

@@ -1,5 +1,4 @@
-"""An answer on its way to a client: whole or piece by piece, and nothing computed for one that has
-gone."""
+"""Sends an answer to a client, whole or as a stream, and cancels it once the client has gone."""
 
 from __future__ import annotations
 
@@ -13,16 +12,16 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from veneer.serve.engine.answering import Generation
+from veneer.serve.engine.generation import Generation
 from veneer.serve.engine.service import Service
-from veneer.serve.http.connection import ChunkWriter, chunks_of
-from veneer.serve.http.guard import answer_to
+from veneer.serve.http.connection import ChunkWriter, chunk_writer
+from veneer.serve.http.guard import error_response
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     ApiProtocol,
+    EndReason,
     EventStream,
     GeneratedAnswer,
-    Reason,
     ResponseHead,
 )
 from veneer.serve.protocols.request import GenerationRequest
@@ -31,144 +30,142 @@ from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 log = logging.getLogger("veneer.serve")
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"))
 PROXIES = (b"x-accel-buffering", b"no")
-"""They must not gather pieces."""
+"""Keeps proxies from buffering the stream."""
 TURNS = 3
-"""Of the event loop, before a request goes on: those that came with it are read meanwhile, and are
-coming too."""
+"""Turns of the event loop before a request goes on: requests that came with it are read in them,
+so that they are expected too."""
 
 
 class ClientGone(Exception):
-    """Nobody reads what would be sent."""
+    """The client has closed its connection."""
 
 
 class Exchange(Response):
-    """The status is sent when the first piece is there, so that an adapter that
-    fails is 4xx."""
+    """Answers one request. The status goes out with the first delta, so that an adapter that fails
+    is 4xx."""
 
     def __init__(
         self,
         service: Service,
         protocol: ApiProtocol,
-        asked: GenerationRequest,
+        request: GenerationRequest,
         caller: str,
         path: str,
     ) -> None:
-        self._service, self._protocol, self._asked = service, protocol, asked
+        self._service, self._protocol, self._request = service, protocol, request
         self._caller, self._path = caller, path
-        self._began = time.monotonic()
-        self._sent = False
+        self._start = time.monotonic()
+        self._has_begun = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response | None = None
         try:
-            response = await unless_gone(receive, self._exchange(send, chunks_of(scope)))
+            response = await unless_gone(receive, self._answer(send, chunk_writer(scope)))
         except ClientGone:
             return
         except Refusal as refusal:
-            response = answer_to(refusal, self._path)
-        except asyncio.CancelledError:  # the server ends, and this request has outlived the drain
-            response = None if self._sent else answer_to(shutting_down(), self._path)
+            response = error_response(refusal, self._path)
+        except asyncio.CancelledError:  # the server ends, and the drain's time is over
+            response = None if self._has_begun else error_response(shutting_down(), self._path)
         except Exception as fault:
             log.exception("a bug: %s", type(fault).__name__)
-            response = None if self._sent else answer_to(refusal_of(fault), self._path)
+            response = None if self._has_begun else error_response(refusal_of(fault), self._path)
         if response is not None:
             await response(scope, receive, send)
 
-    async def _exchange(self, send: Send, chunks: ChunkWriter | None) -> Response | None:
-        """The whole answer; None: it has been sent in pieces. chunks: how they may be written
-        too."""
-        with self._service.loop.coming():
+    async def _answer(self, send: Send, chunks: ChunkWriter | None) -> Response | None:
+        """Returns the whole answer; None if it was streamed. chunks: a faster way to write the
+        stream."""
+        with self._service.loop.expecting_request():
             for _ in range(TURNS):
                 await asyncio.sleep(0)
-            model, answering = await self._service.begin(self._asked, self._caller)
-        head = ResponseHead(
-            self._asked.model, self._service.fingerprint(model), self._protocol.id_prefix
-        )
-        reason = None
+            model, generation = await self._service.begin(self._request, self._caller)
+        fingerprint = self._service.fingerprint(model)
+        head = ResponseHead(self._request.model, fingerprint, self._protocol.id_prefix)
+        metrics, reason = self._service.metrics, None
         try:
-            async with answering:
-                pieces = answering.pieces()
-                first = await anext(pieces)
-                self._service.metrics.first(time.monotonic() - self._began)
-                if self._asked.stream:
-                    streamed = self._protocol.stream(head, self._asked)
-                    reason = await self._stream(send, chunks, streamed, answering, first, pieces)
+            async with generation:
+                deltas = generation.deltas()
+                first = await anext(deltas)
+                metrics.count_first_token(time.monotonic() - self._start)
+                if self._request.stream:
+                    stream = self._protocol.stream(head, self._request)
+                    reason = await self._stream(send, chunks, stream, generation, first, deltas)
                     return None
-                answers = [
-                    GeneratedAnswer(index)
-                    for index in range(len(self._asked.prompts) * self._asked.choices)
-                ]
+                count = len(self._request.prompts) * self._request.choices
+                answers = [GeneratedAnswer(index) for index in range(count)]
                 _add(answers, first)
-                async for some in pieces:
-                    _add(answers, some)
+                async for more in deltas:
+                    _add(answers, more)
                 reason = answers[0].end.reason if answers[0].end else None
-                return JSONResponse(
-                    self._protocol.respond(head, self._asked, answers, answering.usage)
-                )
+                body = self._protocol.respond(head, self._request, answers, generation.usage)
+                return JSONResponse(body)
         finally:
-            self._service.metrics.found(answering.usage.cached)
-            self._service.metrics.ended(reason, time.monotonic() - self._began, answering.usage.new)
+            usage = generation.usage
+            metrics.count_cached(usage.cached)
+            metrics.count_answer(reason, time.monotonic() - self._start, usage.new)
 
     async def _stream(
         self,
         send: Send,
         chunks: ChunkWriter | None,
-        streamed: EventStream,
-        answering: Generation,
+        stream: EventStream,
+        generation: Generation,
         first: Sequence[AnswerDelta],
-        pieces: AsyncIterator[list[AnswerDelta]],
-    ) -> Any:
-        reason = _reason(None, first)
-        self._sent = True
+        deltas: AsyncIterator[list[AnswerDelta]],
+    ) -> EndReason | None:
+        """Returns why the last answer ended; None if it failed."""
+        reason = _end_reason(None, first)
+        self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
-        await _send(send, "".join([*streamed.begin(answering.usage), *_events(streamed, first)]))
+        await _send(send, "".join([*stream.begin(generation.usage), *_events(stream, first)]))
         if chunks is not None:
-            answering.hand_to(_ChunkSink(chunks, streamed))
+            generation.hand_to(_ChunkSink(chunks, stream))
         try:
-            async for some in pieces:
-                await _send(send, "".join(_events(streamed, some)))
-                reason = _reason(reason, some)
+            async for more in deltas:
+                await _send(send, "".join(_events(stream, more)))
+                reason = _end_reason(reason, more)
         except asyncio.CancelledError:  # the client has gone, or the server ends
-            await _send(send, "".join(streamed.fail(shutting_down())), last=True)
+            await _send(send, "".join(stream.fail(shutting_down())), last=True)
             raise
         except Exception as fault:
-            await _send(send, "".join(streamed.fail(refusal_of(fault))), last=True)
+            await _send(send, "".join(stream.fail(refusal_of(fault))), last=True)
             if not isinstance(fault, Refusal):
                 raise
             return None
-        await _send(send, "".join(streamed.finish(answering.usage)), last=True)
+        await _send(send, "".join(stream.finish(generation.usage)), last=True)
         return reason
 
 
 class _ChunkSink:
-    """Pieces that are written as soon as they are told."""
+    """Writes deltas to the connection as soon as they come."""
 
-    def __init__(self, chunks: ChunkWriter, streamed: EventStream) -> None:
-        self._chunks, self._streamed = chunks, streamed
+    def __init__(self, chunks: ChunkWriter, stream: EventStream) -> None:
+        self._chunks, self._stream = chunks, stream
 
     @property
     def open(self) -> bool:
         return self._chunks.open
 
-    def take(self, piece: AnswerDelta) -> None:
-        if text := "".join(self._streamed.write(piece)):
+    def take(self, delta: AnswerDelta) -> None:
+        if text := "".join(self._stream.write(delta)):
             self._chunks.write(text.encode())
 
 
-def _add(answers: Sequence[GeneratedAnswer], pieces: Sequence[AnswerDelta]) -> None:
-    for piece in pieces:
-        answers[piece.index].add(piece)
+def _add(answers: Sequence[GeneratedAnswer], deltas: Sequence[AnswerDelta]) -> None:
+    for delta in deltas:
+        answers[delta.index].add(delta)
 
 
-def _events(streamed: EventStream, pieces: Sequence[AnswerDelta]) -> Iterator[str]:
-    for piece in pieces:
-        yield from streamed.write(piece)
+def _events(stream: EventStream, deltas: Sequence[AnswerDelta]) -> Iterator[str]:
+    for delta in deltas:
+        yield from stream.write(delta)
 
 
-def _reason(before: Reason | None, pieces: Sequence[AnswerDelta]) -> Reason | None:
-    """Of the answer that ended last."""
-    return next((piece.end.reason for piece in reversed(pieces) if piece.end), before)
+def _end_reason(before: EndReason | None, deltas: Sequence[AnswerDelta]) -> EndReason | None:
+    """Returns why the answer that ended last has ended."""
+    return next((delta.end.reason for delta in reversed(deltas) if delta.end), before)
 
 
 async def _send(send: Send, text: str, *, last: bool = False) -> None:
@@ -177,8 +174,8 @@ async def _send(send: Send, text: str, *, last: bool = False) -> None:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """What the work returns; ClientGone, and the work is cancelled, when the client goes."""
-    gone, done = asyncio.create_task(_gone(receive)), asyncio.create_task(work)
+    """Returns the work's result. ClientGone: the client went away, and the work is cancelled."""
+    gone, done = asyncio.create_task(_wait_until_gone(receive)), asyncio.create_task(work)
     try:
         await asyncio.wait((gone, done), return_when=asyncio.FIRST_COMPLETED)
         if done.done():
@@ -192,6 +189,6 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
                 await task
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -82,7 +82,7 @@ class Guard:
         try:
             refused = self._refused(scope, headers)
             if refused is not None:
-                await answer_to(refused, scope["path"])(scope, receive, sending)
+                await error_response(refused, scope["path"])(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
         finally:
@@ -212,8 +212,8 @@ def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
     )
 
 
-def answer_to(refusal: Refusal, path: str) -> JSONResponse:
-    """As the endpoint's clients read errors: Anthropic's look for a type beside."""
+def error_response(refusal: Refusal, path: str) -> JSONResponse:
+    """Writes an error as the path's clients read it: Anthropic's look for a type beside it."""
     body: dict[str, Any] = refusal.body
     if path.startswith("/v1/messages"):
         body = {"type": "error", **body}

@@ -1,5 +1,4 @@
-"""What comes back from the engine, as protocols write it: pieces of text while it is made, and
-whole answers."""
+"""Answers as all protocols see them: deltas while they are generated, and whole answers."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.sampling_body import SamplingBody
 from veneer.serve.refusals import Refusal
 
-Reason = Literal["stop", "length", "deadline", "cancelled"]
+EndReason = Literal["stop", "length", "deadline", "cancelled"]
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token as text, what the model gave it, and the likeliest at its place. bytes: None where
-    they are not known."""
+    """A token with its log probability and the likeliest tokens in its place. bytes: None if they
+    are unknown."""
 
     text: str
     logprob: float
@@ -41,13 +40,13 @@ class ToolCall:
 class AnswerEnd:
     """stopped_by: the stop string, the id of a stop token of the request, or deadline."""
 
-    reason: Reason
+    reason: EndReason
     stopped_by: str | int | None = None
 
 
 @dataclass(frozen=True)
 class AnswerDelta:
-    """What a step added to one answer; any part of it may be empty."""
+    """New text, logprobs or calls of one answer, or its end."""
 
     index: int
     text: str = ""
@@ -58,7 +57,7 @@ class AnswerDelta:
 
 @dataclass
 class GeneratedAnswer:
-    """All pieces of one index, joined."""
+    """All deltas of one answer, joined."""
 
     index: int
     text: str = ""
@@ -75,7 +74,7 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens: of all prompts, those of them that were found and not computed, and new ones."""
+    """Token counts of a request. cached: tokens of the prompts that were in the cache."""
 
     prompt: int = 0
     cached: int = 0
@@ -84,8 +83,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class ResponseHead:
-    """What every chunk of an answer says of itself. fingerprint: base and adapter by their
-    content."""
+    """Identifies a response in each of its chunks. fingerprint: hashes of the base and the
+    adapter."""
 
     model: str
     fingerprint: str
@@ -99,7 +98,7 @@ class ResponseHead:
 
 
 class EventStream(Protocol):
-    """A protocol's way to send an answer while it is made: lines of server-sent events."""
+    """Writes an answer as server-sent events while it is generated."""
 
     def begin(self, usage: Usage) -> Iterator[str]: ...
 
@@ -130,17 +129,21 @@ class ApiProtocol:
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One server-sent event. Whatever a client takes for the end of a line, the data is one."""
+    """Writes one server-sent event, whose data is one line for every client."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {_one_line(compact(data))}\n\n"
 
 
 class TextEvents:
-    """Events that are alike but for one text. made: of a text, one of them."""
+    """Writes events that differ in one text only; the rest is serialised once.
 
-    def __init__(self, made: Callable[[str], str]) -> None:
-        somewhere = uuid.uuid4().hex
-        self._before, _, self._behind = made(somewhere).partition(compact(somewhere))
+    write_event: writes the event of a text.
+    """
+
+    def __init__(self, write_event: Callable[[str], str]) -> None:
+        placeholder = uuid.uuid4().hex
+        event_text = write_event(placeholder)
+        self._before, _, self._behind = event_text.partition(compact(placeholder))
 
     def __call__(self, text: str) -> str:
         return f"{self._before}{_one_line(compact(text))}{self._behind}"
@@ -151,16 +154,16 @@ def _one_line(text: str) -> str:
 
 
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-"""Only strings hold them, and there they may be escaped, as others are: httpx and others end lines
-at them."""
+"""Characters at which httpx and other clients end lines. Only strings hold them, where they may be
+escaped."""
 
 
 DONE = "data: [DONE]\n\n"
 
 
 def finish_reason(end: AnswerEnd | None, calls: Sequence[ToolCall]) -> str | None:
-    """In OpenAI's words. A deadline cut the answer as a length does; stopped_by says which it
-    was."""
+    """Returns OpenAI's word for the end. A deadline counts as a length; stopped_by tells them
+    apart."""
     if end is None:
         return None
     if end.reason in ("length", "deadline"):

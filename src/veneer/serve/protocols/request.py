@@ -1,4 +1,4 @@
-"""What every protocol is translated to, and back from: one value, whatever the body looked like."""
+"""The request that every protocol's body is translated to."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from veneer.decoding.sampling.sampling import Sampling
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation that the base's template renders; messages, tools and variables as it takes
-    them."""
+    """A conversation for the base's chat template; its messages, tools and variables have the
+    template's form."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -21,7 +21,7 @@ class ChatPrompt:
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A text, which is tokenised as it stands, or ids."""
+    """A text, which is tokenised as it is, or token ids."""
 
     text: str | None = None
     ids: tuple[int, ...] | None = None
@@ -32,11 +32,11 @@ Prompt = ChatPrompt | TextPrompt
 
 @dataclass(frozen=True)
 class AnswerShape:
-    """What the text of an answer must be: a JSON value of a schema, what an expression matches, one
-    of some texts.
+    """What an answer's text must follow, such as a JSON schema or one of some texts.
 
     kind: json (any object), schema, regex, choice, grammar, tool (a call of one of the tools).
-    spec: its content. param: the field that asked for it. most: calls.
+    spec: the schema, expression, texts or tools. param: the field that requires the shape. most:
+    most calls.
     """
 
     kind: Literal["json", "schema", "regex", "choice", "grammar", "tool"]
@@ -47,15 +47,16 @@ class AnswerShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """prompts       each answered by `choices` answers, all their indices in one row: prompt by
-                     prompt
-    model            the name that is asked for
-    adapters         names with weights, that act instead of the model's own
+    """Prompts to answer, and how.
+
+    model            the name in the request
+    prompts          each gets `choices` answers; answers are numbered prompt by prompt
+    adapters         names with weights, in place of the model's own adapter
     max_new_tokens   None: as many as fit
-    seed             None: a fresh one
-    ignore_eos       the base's own stop tokens stop nothing
-    salt             whose keys and values may be shared: those of the same salt alone
-    echo             what the answer repeats of the request
+    seed             None: a random one
+    ignore_eos       the base's own stop tokens do not end an answer
+    salt             only requests of the same salt share cached prompts
+    echo             fields of the request that the response repeats
     """
 
     model: str
@@ -78,12 +79,12 @@ class GenerationRequest:
 
     @property
     def tools(self) -> dict[str, Mapping[str, Any]]:
-        """Those that the model was told of, each with the schema of its arguments."""
-        told = [
+        """The schemas of the arguments of the offered tools, by name."""
+        tools = [
             tool
             for prompt in self.prompts
             if isinstance(prompt, ChatPrompt)
             for tool in prompt.tools or ()
         ]
-        functions = [tool.get("function", tool) for tool in told]
+        functions = [tool.get("function", tool) for tool in tools]
         return {function["name"]: function.get("parameters") or {} for function in functions}

@@ -24,7 +24,7 @@ from veneer.serve.engine.metrics import answers_lines, merged
 from veneer.serve.engine.service import ServeLimits
 from veneer.serve.http.app import PATHS
 from veneer.serve.http.exchange import ClientGone, unless_gone
-from veneer.serve.http.guard import answer_to
+from veneer.serve.http.guard import error_response
 from veneer.serve.http.keys import ApiKeys
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols.json_body import gathered
@@ -86,8 +86,8 @@ class Frontend:
     def refuse_new(self) -> None:
         self._closing = True
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """A request of HTTP, whatever came of it."""
+    def count_http(self, path: str, status: int, seconds: float) -> None:
+        """Counts an HTTP request, whatever its status."""
         self._answers[path if path in PATHS else "other", status] += 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +108,7 @@ class Frontend:
             Exception,
             asyncio.CancelledError,
         ) as fault:  # cancelled: the server ends, and the drain's time is over
-            answer = answer_to(_refusal(fault), request.url.path)
+            answer = error_response(_refusal(fault), request.url.path)
             if not out.status:
                 await answer(scope, receive, send)
             elif out.streams:
@@ -205,7 +205,7 @@ def open_front(
 ) -> tuple[Server, socket.socket]:
     """ConfigError: the port is taken."""
     front = Frontend(replicas, body_bytes=ServeLimits.body_bytes, seconds=settings.seconds)
-    return guarded(front, settings, keys, counted=front.answered, closing=front.refuse_new)
+    return guarded(front, settings, keys, counted=front.count_http, closing=front.refuse_new)
 
 
 def changed(changes: Sequence[AdminChange], request: ForwardedRequest) -> list[AdminChange]:

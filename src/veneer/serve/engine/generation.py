@@ -1,0 +1,249 @@
+"""Runs one request: its prompts go to the engine, and its tokens come back as text, logprobs and
+calls of tools."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from veneer.decoding.sampling.grammar import Grammar
+from veneer.decoding.sampling.sampling import TokenChance, seed_of
+from veneer.decoding.schedule.blocks import Identity
+from veneer.decoding.schedule.sequence import FinishReason, Request
+from veneer.decoding.text import TextStream, stop_check, text_of
+from veneer.decoding.tool_calls.calls import CallReader, CallStyle
+from veneer.serve.engine.loop import EngineLoop, Inbox, Ticket, TokenUpdate
+from veneer.serve.engine.token_text import TokenTexts
+from veneer.serve.protocols.answers import AnswerDelta, AnswerEnd, TokenLogprob, ToolCall, Usage
+from veneer.serve.protocols.request import GenerationRequest
+from veneer.serve.refusals import Refusal, refusal_of
+
+
+def engine_requests(
+    request: GenerationRequest,
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    adapter: Identity,
+    stops: Sequence[int],
+    tokenizer: Any,
+    constraints: Grammar | None,
+    salt: str,
+    now: float,
+    seconds: float,
+) -> list[Request]:
+    """Makes an engine's request for each prompt. VeneerError.
+
+    lengths: most new tokens for each prompt. stops: the base's own stop tokens.
+    """
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    return [
+        Request(
+            prompt=tuple(ids),
+            adapter=adapter,
+            max_new_tokens=length,
+            min_new_tokens=request.min_new_tokens,
+            stops=frozenset((*request.stop_tokens, *(() if request.ignore_eos else stops))),
+            choices=request.choices,
+            sampling=request.sampling,
+            constraints=constraints,
+            checks=stop_check(tokenizer, request.stops) if request.stops else None,
+            seed=seed_of(seed, number),
+            arrival=now,
+            deadline=now + seconds,
+            salt=salt,
+        )
+        for number, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+
+
+class DeltaSink(Protocol):
+    """Takes deltas while it is open."""
+
+    @property
+    def open(self) -> bool: ...
+
+    def take(self, delta: AnswerDelta) -> None: ...
+
+
+class Generation:
+    """Generates the answers to all prompts of a request. Leaving its block cancels those that have
+    not ended.
+
+    texts: of the base's tokenizer. grammar: what the answers follow. style: how the base writes
+    calls of tools; None if calls are not looked for.
+    """
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        engine_requests: Sequence[Request],
+        request: GenerationRequest,
+        texts: TokenTexts,
+        grammar: Grammar | None = None,
+    ) -> None:
+        self._loop, self._engine_requests, self._request = loop, engine_requests, request
+        self._texts, self._grammar = texts, grammar
+        self._inbox = Inbox(every_step=request.stream)
+        self._tickets: list[Ticket] = []
+        self._decoders: list[list[_AnswerDecoder]] = []
+        self.style: CallStyle | None = None
+
+    async def __aenter__(self) -> Generation:
+        """Queues all requests, or none. Refusal."""
+        try:
+            for number, request in enumerate(self._engine_requests):
+                self._tickets.append(self._loop.submit(request, self._inbox, number))
+            for ticket in self._tickets:
+                await ticket.accepted
+        except BaseException as fault:
+            await self.__aexit__()
+            if isinstance(fault, Exception):
+                raise refusal_of(fault) from fault
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for ticket in self._tickets:
+            ticket.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt=sum(len(request.prompt) for request in self._engine_requests),
+            cached=sum(ticket.cached_tokens for ticket in self._tickets),
+            new=sum(ticket.new_tokens for ticket in self._tickets),
+        )
+
+    async def deltas(self) -> AsyncIterator[list[AnswerDelta]]:
+        """Yields the deltas that come together, until every answer has ended. Refusal: an answer
+        failed; the others end with it."""
+        self._decoders = [
+            [
+                _AnswerDecoder(self._texts, request, self._request, self.style, self._grammar)
+                for _ in range(request.choices)
+            ]
+            for request in self._engine_requests
+        ]
+        open_answers = sum(map(len, self._decoders))
+        while open_answers:
+            deltas = []
+            for update in await self._inbox.next_updates():
+                if update.error is not None:
+                    raise refusal_of(update.error)
+                open_answers -= update.ended
+                deltas.append(self._delta(update))
+            yield deltas
+
+    def hand_to(self, sink: DeltaSink) -> None:
+        """Gives the deltas of a single answer to the sink at once, while the sink is open.
+
+        `deltas` yields the others, the last among them. Several answers are sent together, so
+        `deltas` yields all of theirs.
+        """
+        if len(self._tickets) > 1 or self._request.choices > 1:
+            return
+
+        def take_now(update: TokenUpdate) -> bool:
+            if update.ended or not sink.open:
+                return False
+            sink.take(self._delta(update))
+            return True
+
+        self._inbox.take_now = take_now
+
+    def _delta(self, update: TokenUpdate) -> AnswerDelta:
+        index = update.request * self._request.choices + update.choice
+        return self._decoders[update.request][update.choice].delta(index, update)
+
+
+class _AnswerDecoder:
+    """Turns one answer's tokens into text."""
+
+    def __init__(
+        self,
+        texts: TokenTexts,
+        engine_request: Request,
+        request: GenerationRequest,
+        style: CallStyle | None,
+        grammar: Grammar | None,
+    ) -> None:
+        self._texts, self._grammar = texts, grammar
+        self._engine_request, self._request = engine_request, request
+        self._stream = TextStream(texts.tokenizer, request.stops)
+        self._call_reader = None if style is None else CallReader(style, request.tools)
+        self._marks = {} if style is None else {token: mark for mark, token in style.special}
+        self._ids: list[int] = []
+        self._text_with_marks = ""  # empty if calls have no marks
+
+    def delta(self, index: int, update: TokenUpdate) -> AnswerDelta:
+        tokens, logprobs = update.tokens, update.logprobs
+        stop_token = None
+        if (
+            update.reason is FinishReason.STOP
+            and tokens
+            and tokens[-1] in self._engine_request.stops
+        ):
+            *tokens, stop_token = tokens  # it is not part of the answer
+            logprobs = logprobs[: len(tokens)]
+        text = "".join(map(self._decode, tokens)) if self._marks else self._stream.push_all(tokens)
+        self._ids += tokens
+        if update.reason is not None:
+            text += self._stream.end()
+        if self._marks:
+            self._text_with_marks += text
+        end = None if update.reason is None else self._end(update.reason, stop_token)
+        calls: list[ToolCall] = []
+        if self._call_reader is not None:
+            text, pairs = self._call_reader.push(text)
+            if end is not None:
+                last_text, last_pairs = self._call_reader.end()
+                text, pairs = text + last_text, pairs + last_pairs
+            calls = [ToolCall(name, arguments) for name, arguments in pairs]
+        return AnswerDelta(index, text, tuple(map(self._logprob, logprobs)), tuple(calls), end)
+
+    def _decode(self, token: int) -> str:
+        """Decodes a token; marks of calls are text too."""
+        mark = self._marks.get(token)
+        if mark is None or self._stream.stopped:
+            return self._stream.push(token)
+        return self._stream.end() + mark
+
+    def _end(self, reason: FinishReason, stop_token: int | None) -> AnswerEnd:
+        match reason:
+            case FinishReason.DEADLINE if not self._ids:
+                said = "The time for this request is over, and nothing is answered yet."
+                raise Refusal(408, said)
+            case FinishReason.CANCELLED:
+                raise Refusal(503, "This request was ended.")
+            case FinishReason.LENGTH:
+                return AnswerEnd("length")
+            case FinishReason.DEADLINE:
+                return AnswerEnd("deadline", "deadline")
+        self._check_shape()
+        if self._stream.stopped:
+            return AnswerEnd("stop", self._first_stop())
+        return AnswerEnd("stop", stop_token if stop_token in self._request.stop_tokens else None)
+
+    def _first_stop(self) -> str | None:
+        """Returns the stop string that ended first; of two, the longer."""
+        text = text_of(self._texts.tokenizer, self._ids)
+        ends = {stop: text.find(stop) + len(stop) for stop in self._request.stops if stop in text}
+        return min(ends, key=lambda stop: (ends[stop], -len(stop)), default=None)
+
+    def _check_shape(self) -> None:
+        """Checks what the grammar could not enforce. Refusal: the answer does not have the required
+        shape."""
+        if self._grammar is None or self._stream.stopped:
+            return
+        text = self._text_with_marks if self._marks else text_of(self._texts.tokenizer, self._ids)
+        if faults := self._grammar.faults(text):
+            assert self._request.shape is not None
+            param = self._request.shape.param
+            said = f"{param}: the model's answer does not follow it: {faults[0][:300]}"
+            raise Refusal(422, said, param, "answer_refused")
+
+    def _logprob(self, token: TokenChance) -> TokenLogprob:
+        alternatives = tuple(self._texts.logprob(*pair) for pair in token.alternatives)
+        return self._texts.logprob(token.token, token.logprob, alternatives)
