@@ -252,6 +252,8 @@ def test_a_function_that_c_does_not_know_is_an_error():
 def test_a_plan_knows_the_layers_whose_calls_are_made_so(method, layers):
     base = blueprint("smollm2-135m")
     assert (
-        dry_run(Step(base.config, torch.bfloat16, method, synthetic_rows(2, 64))).work.at_once
+        dry_run(
+            Step(base.config, torch.bfloat16, method, synthetic_rows(2, 64))
+        ).work.replayed_layers
         == layers
     )

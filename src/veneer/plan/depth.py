@@ -81,5 +81,5 @@ def grown_work(one: Work, two: Work, steps: int) -> Work:
         one.moved_bytes + (two.moved_bytes - one.moved_bytes) * steps,
         one.operations + (two.operations - one.operations) * steps,
         one.host_bytes + (two.host_bytes - one.host_bytes) * steps,
-        one.at_once + (two.at_once - one.at_once) * steps,
+        one.replayed_layers + (two.replayed_layers - one.replayed_layers) * steps,
     )

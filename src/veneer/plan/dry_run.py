@@ -267,7 +267,7 @@ def _run(
                     loss.backward()
                 noted = take_noted()
                 tracker.work.products[COMPILED] += noted.flops
-                tracker.work.at_once = noted.at_once
+                tracker.work.replayed_layers = noted.replayed_layers
                 tracker.work.host_bytes = 0 if away is None else away.moved_bytes
         finally:
             hook.remove()

@@ -57,7 +57,7 @@ as above."""
 KEPT_SHARE_CHECKPOINTED = 0.5
 """The same in the backward of layers that are computed anew: few bytes, many holes between them.
 Nine runs; at the loss free pages have just been given back (models/checkpointing.py)."""
-KEPT_SHARE_AT_ONCE = 0.25
+KEPT_SHARE_REPLAYED = 0.25
 """The same on AMX of layers whose calls are replayed (kernels/tape/layer_tape.py): their buffers
 are created together. Four runs; without tiles such layers keep what others do (Zen 4: with this
 share 9 to 13% too much, three runs)."""
@@ -148,7 +148,7 @@ def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: 
     live = phase.peak_bytes
     if device == "cuda":
         return live + CUDA_WORKSPACES_BYTES + _under_way(run)
-    kept_share = KEPT_SHARE_AT_ONCE if run.work.at_once and has_amx() else KEPT_SHARE
+    kept_share = KEPT_SHARE_REPLAYED if run.work.replayed_layers and has_amx() else KEPT_SHARE
     if checkpointing and phase.name == "backward":
         kept_share = KEPT_SHARE_CHECKPOINTED
     own = max(0, live - sum(run.static.get(label, 0) for label in STATIC))

@@ -87,7 +87,7 @@ GPUS = {
 class Machine:
     """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where
     unknown. link: bytes a second to others like it; None where nothing is said of it. share: of
-    these rates that a whole step reaches; share_at_once: one whose layers make their calls at once.
+    these rates that a whole step reaches; replayed_share: one whose layers' calls are replayed.
 
     measured: the day on which, as these are this machine's own figures; None: they are published
     ones.
@@ -100,7 +100,7 @@ class Machine:
     bytes_per_second: float
     start_seconds: float
     share: float
-    share_at_once: float
+    replayed_share: float
     link: float | None = None
 
     def seconds(self, work: Work) -> float:
@@ -108,7 +108,7 @@ class Machine:
         products = sum(flops / self.rate(shape) for shape, flops in work.products.items())
         others = work.moved_bytes / self.bytes_per_second + work.operations * self.start_seconds
         others += work.host_bytes / HOST_BYTES_PER_SECOND
-        return (products + others) / (self.share_at_once if work.at_once else self.share)
+        return (products + others) / (self.replayed_share if work.replayed_layers else self.share)
 
 
 def named_gpu(name: str) -> Machine:
@@ -128,7 +128,7 @@ def named_gpu(name: str) -> Machine:
         gpu.gb_per_second * 1e9 * GPU_BANDWIDTH_SHARE,
         5e-6,
         share=1.0,
-        share_at_once=1.0,
+        replayed_share=1.0,
     )
 
 
@@ -165,9 +165,9 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         "rates", key, Rates, lambda: _measured(most, dtype, place), still=lambda found: found.recent
     )
     of_shapes = dict(zip(most, rates.of_shapes, strict=True))
-    share, at_once = STEP_SHARE, STEP_SHARE
+    share, replayed = STEP_SHARE, STEP_SHARE
     if dtype is torch.bfloat16 and not cuda and has_bf16():
-        share, at_once = SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
+        share, replayed = SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
     here = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
         name=on if cuda else here,
@@ -179,7 +179,7 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         bytes_per_second=rates.bytes_per_second,
         start_seconds=rates.start_seconds,
         share=share,
-        share_at_once=at_once,
+        replayed_share=replayed,
     )
 
 

@@ -55,14 +55,14 @@ class Phase:
 class Work:
     """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them
     that kernels of ours alone compute, bytes that others read and write, bytes that offload copies
-    to host memory and back, layers whose calls are made at once (kernels/tape/layer_tape.py)."""
+    to host memory and back, layers whose calls are replayed (kernels/tape/layer_tape.py)."""
 
     products: Products = field(default_factory=Counter)
     own: set[Shape] = field(default_factory=set)
     moved_bytes: int = 0
     operations: int = 0
     host_bytes: int = 0
-    at_once: int = 0
+    replayed_layers: int = 0
 
     @property
     def flops(self) -> int:

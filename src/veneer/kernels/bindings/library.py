@@ -95,13 +95,12 @@ Place = Literal["cpu", "cuda"]
 
 @dataclass
 class Noted:
-    """What is said of kernels while planning. flops: that they would have spent. at_once: layers
-    whose calls are replayed (kernels/tape/layer_tape.py). times: how many turns of a loop the one
-    that runs now stands for (`turns`). own: whether torch's product now stands for a kernel of ours
-    (`own_product`)."""
+    """Counts of a planned step. flops: of kernels; replayed_layers: layers whose calls are replayed
+    (kernels/tape/layer_tape.py); times: turns of a loop that the present one stands for (`turns`);
+    own: whether torch's product now stands for a kernel of ours (`own_product`)."""
 
     flops: int = 0
-    at_once: int = 0
+    replayed_layers: int = 0
     times: int = 1
     own: bool = False
 
@@ -165,7 +164,7 @@ def noted_now() -> Noted:
 def count_replayed_layer() -> None:
     """Counts a layer whose calls would be replayed, while planning."""
     if (planned := _planning.get()) is not None:
-        planned[1].at_once += 1
+        planned[1].replayed_layers += 1
 
 
 def take_noted() -> Noted:
@@ -173,7 +172,7 @@ def take_noted() -> Noted:
     if (planned := _planning.get()) is None:
         return Noted()
     noted = planned[1]
-    taken, noted.flops, noted.at_once = replace(noted), 0, 0
+    taken, noted.flops, noted.replayed_layers = replace(noted), 0, 0
     return taken
 
 
