@@ -358,7 +358,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/native/draw.c": ("decoding/test_sampling.py", "kernels/test_native_calls.py"),
     "kernels/native/decoder_step.c": ("decoding/test_direct.py", "kernels/test_native_calls.py"),
     "kernels/native/rank.c": ("kernels/test_rank.py", "kernels/test_native_calls.py"),
-    "kernels/native/dora.c": ("adapters/test_dora.py", "kernels/test_native_calls.py"),
     "kernels/native/dropout.c": (
         "kernels/test_native.py",
         "kernels/test_references.py",

@@ -60,10 +60,6 @@ RUN = (
     "kernels/test_references.py::test_the_compiled_dropout_is_its_reference_to_the_bit",
     "kernels/test_references.py::test_the_compiled_dropout_keeps_what_is_not_finite",
     *(
-        "adapters/test_dora.py::test_a_bf16_layer_is_near_its_reference",
-        "adapters/test_dora.py::test_the_bits_do_not_depend_on_the_threads",
-    ),
-    *(
         "kernels/test_fused.py::test_the_norm_is_its_reference",
         "kernels/test_fused.py::test_the_gate_is_its_reference",
     ),

@@ -13,7 +13,7 @@ import torch
 
 from veneer.kernels.attention import compiled as attention_native
 from veneer.kernels.bindings import library as native
-from veneer.kernels.dense import dora, few_rows, rank
+from veneer.kernels.dense import few_rows, rank
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 
@@ -78,20 +78,6 @@ def test_products_of_few_rows_of_whole_numbers_are_the_same_on_tiles(rows, width
         assert torch.equal(ours, plain) and torch.equal(
             ours, few_rows.product_reference(x, weight, bias)
         ), outs
-
-
-@pytest.mark.parametrize("rows", [16, 33, 97])
-def test_dora_of_whole_numbers_is_the_same_on_tiles(rows):
-    torch.manual_seed(0)
-    y, down, B = whole(rows, 80), whole(rows, 32), whole(80, 32)
-    magnitude, norm = torch.full((80,), 2.0), torch.ones(80)
-
-    def turned():
-        z = y.clone()
-        dora._turn_forward(z, down, B, None, magnitude, norm, 0.5)
-        return z
-
-    assert torch.equal(*both(turned))
 
 
 def test_a_row_is_the_same_whichever_rows_stand_beside_it():

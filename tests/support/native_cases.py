@@ -89,13 +89,6 @@ def tensors(value: Any) -> list[Tensor]:
 def _rank(rng: random.Random) -> list[Call]:
     rows, width, rank = rng.randint(1, 120), 16 * rng.randint(1, 9), 16 * rng.randint(1, 4)
     x, d, y = filled(BF16, rows, width), filled(BF16, rows, rank), filled(BF16, rows, width)
-    magnitude, norm = filled(torch.float32, width), filled(torch.float32, width)
-    blocks = calls.dora_blocks(rows)
-    partial = filled(torch.float32, blocks, width)
-    bias = rng.choice([None, filled(BF16, width)])
-
-    def pairs(*shape: int) -> Tensor:
-        return filled(torch.int32, *shape)
 
     def factor(outs: int, ins: int) -> Tensor:
         dtype = BF16 if rows % 4 else torch.float32
@@ -109,7 +102,6 @@ def _rank(rng: random.Random) -> list[Call]:
     outs = tuple(
         filled(torch.float32, *((width, own) if ways["turned"] else (own, width))) for own in ranks
     )
-    shared = {"bias": bias, "magnitude": magnitude, "norm": norm, "scale": 0.5}
     return [
         (
             calls.rank_down,
@@ -120,39 +112,6 @@ def _rank(rng: random.Random) -> list[Call]:
             {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5, "mask": mask},
         ),
         (calls.rank_gradient, {"u": d, "x": x, "outs": outs, "scale": 2.0, "mask": mask, **ways}),
-        (calls.dora_forward, {"y": y, "down": d, "pairs": pairs(rank // 2, width), **shared}),
-        (
-            calls.dora_backward,
-            {
-                "g": x,
-                "y": y,
-                "pairs": pairs(width // 2, rank),
-                **shared,
-                "up": d,
-                "turned": filled(BF16, rows, width),
-                "partial": partial,
-            },
-        ),
-        (
-            calls.dora_magnitudes,
-            {
-                "partial": partial,
-                "magnitude": magnitude,
-                "norm": norm,
-                "grad": filled(torch.float32, width),
-            },
-        ),
-        (
-            calls.dora_norms,
-            {
-                "cross": filled(BF16, width, rank),
-                "B": filled(BF16, width, rank),
-                "gram": filled(torch.float32, rank, rank),
-                "squares": filled(torch.float32, width),
-                "norm": norm,
-                "scale": 0.5,
-            },
-        ),
     ]
 
 

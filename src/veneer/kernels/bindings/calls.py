@@ -16,7 +16,6 @@ from torch import Tensor
 from veneer.kernels.bindings.arguments import (
     BF16,
     FP32,
-    INT32,
     INT64,
     CallError,
     at,
@@ -32,8 +31,6 @@ from veneer.kernels.bindings.arguments import (
 
 PAIR_BYTES = 4
 """Two bf16 neighbours are read as one word."""
-DORA_BLOCK = 48
-"""Rows whose sums stay together in native/dora.c: native/rank.h names the same number."""
 MOST_RANK, MOST = 256, 3
 """The second: layers of one input. native/rank.h names the same numbers."""
 MOST_STRIDE = 2**27
@@ -172,115 +169,6 @@ def rank_gradient(
         given.grads[place], given.ranks[place] = at(out, FP32, *shape), own
     given.count, given.turned, given.add = len(outs), int(turned), int(add)
     call("veneer_rank_gradient", ctypes.byref(given))
-
-
-# -- a row of trained length: dora.c
-# ---------------------------------------------------------------------------------
-
-
-class _DoRA(ctypes.Structure):
-    _fields_ = [
-        *pointers("x y bias pairs magnitude norm out turned partial"),
-        *numbers("rows width rank"),
-        ("scale", ctypes.c_float),
-    ]
-
-
-class _Magnitudes(ctypes.Structure):
-    _fields_ = [*pointers("partial magnitude norm grad"), *numbers("blocks width")]
-
-
-class _Norms(ctypes.Structure):
-    _fields_ = [
-        *pointers("cross B gram squares norm"),
-        *numbers("width rank"),
-        ("scale", ctypes.c_float),
-    ]
-
-
-def _dora(
-    rows: int,
-    width: int,
-    rank: int,
-    scale: float,
-    bias: Tensor | None,
-    magnitude: Tensor,
-    norm: Tensor,
-) -> _DoRA:
-    _ranked(width, rank)
-    given = _DoRA(rows=rows, width=width, rank=rank, scale=scale)
-    given.magnitude, given.norm = at(magnitude, FP32, width), at(norm, FP32, width)
-    if bias is not None:
-        given.bias = at(bias, BF16, width)
-    return given
-
-
-def dora_forward(
-    y: Tensor,
-    down: Tensor,
-    pairs: Tensor,
-    bias: Tensor | None,
-    magnitude: Tensor,
-    norm: Tensor,
-    scale: float,
-) -> None:
-    """y (M, O) = factor * (y - bias + scale * down (M, R) W) + bias; pairs (R / 2, O)."""
-    (rows, width), rank = y.shape, down.shape[1]
-    given = _dora(rows, width, rank, scale, bias, magnitude, norm)
-    given.x = at(down, BF16, rows, rank, words=PAIR_BYTES)
-    given.pairs, given.out = at(pairs, INT32, rank // 2, width), at(y, BF16, rows, width)
-    call("veneer_dora_forward", ctypes.byref(given))
-
-
-def dora_backward(
-    g: Tensor,
-    y: Tensor,
-    pairs: Tensor,
-    bias: Tensor | None,
-    magnitude: Tensor,
-    norm: Tensor,
-    scale: float,
-    *,
-    up: Tensor,
-    turned: Tensor,
-    partial: Tensor,
-) -> None:
-    """turned (M, O) = factor * g, up (M, R) = scale * turned W, partial: sums of g * (y - bias) by
-    blocks of rows."""
-    (rows, width), rank = g.shape, pairs.shape[1]
-    given = _dora(rows, width, rank, scale, bias, magnitude, norm)
-    given.x, given.y = at(g, BF16, rows, width), at(y, BF16, rows, width)
-    given.pairs, given.out = at(pairs, INT32, width // 2, rank), at(up, BF16, rows, rank)
-    given.turned = at(turned, BF16, rows, width, words=PAIR_BYTES)
-    given.partial = at(partial, FP32, dora_blocks(rows), width)
-    call("veneer_dora_backward", ctypes.byref(given))
-
-
-def dora_blocks(rows: int) -> int:
-    return -(-rows // DORA_BLOCK)
-
-
-def dora_magnitudes(partial: Tensor, magnitude: Tensor, norm: Tensor, grad: Tensor) -> int:
-    """grad (O) from the sums (blocks, O); how many rows magnitude 0 wiped out of y."""
-    blocks, width = partial.shape
-    _registers(width)
-    given = _Magnitudes(blocks=blocks, width=width, partial=at(partial, FP32, blocks, width))
-    given.magnitude, given.norm = at(magnitude, FP32, width), at(norm, FP32, width)
-    given.grad = at(grad, FP32, width)
-    return call("veneer_dora_magnitudes", ctypes.byref(given))
-
-
-def dora_norms(
-    cross: Tensor, B: Tensor, gram: Tensor, squares: Tensor, norm: Tensor, scale: float
-) -> None:
-    """norm (O) = sqrt(squares + 2 scale cross . B + scale^2 B gram . B) by rows; cross and B (O,
-    R), gram (R, R)."""
-    width, rank = B.shape
-    _ranked(0, rank)
-    given = _Norms(width=width, rank=rank, scale=scale, gram=at(gram, FP32, rank, rank))
-    given.cross, given.B = at(cross, BF16, width, rank), at(B, BF16, width, rank)
-    given.squares, given.norm = at(squares, FP32, width), at(norm, FP32, width)
-    call("veneer_dora_norms", ctypes.byref(given))
 
 
 # -- one pass over rows: fused.c, dropout.c

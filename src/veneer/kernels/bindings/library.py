@@ -41,7 +41,6 @@ _SOFTLY = 1
 _POINTER, _NUMBER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ONE_STRUCT = (
     *("veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
-    *("veneer_dora_forward", "veneer_dora_backward", "veneer_dora_norms"),
     *("veneer_attention_forward", "veneer_attention_backward"),
     *("veneer_attention_float_forward", "veneer_attention_float_backward"),
     *("veneer_block_norm_forward", "veneer_block_norm_backward", "veneer_block_heads"),
@@ -68,7 +67,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_has_amx": (_INT, []),
     **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
     **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
-    "veneer_dora_magnitudes": (_NUMBER, [_POINTER]),
     "veneer_few_rows": (_INT, [_POINTER, _INT]),
     "veneer_product": (_INT, [_POINTER]),
     "veneer_few_rows_updated": (_INT, [_POINTER, _INT]),

@@ -1,4 +1,4 @@
-/* What rank.c, block.c and dora.c share: blocks of rows, their products with a matrix of few
+/* What rank.c and block.c share: blocks of rows, their products with a matrix of few
    columns or few rows, how it is laid out for them, and dropout's masks. */
 #ifndef VENEER_RANK_H
 #define VENEER_RANK_H
@@ -8,7 +8,7 @@
 
 #if defined(__x86_64__)
 
-#define BLOCK 48 /* rows; kernels/dense/dora.py knows it too */
+#define BLOCK 48 /* rows */
 #define COLUMNS 64
 #define MOST_RANK 256
 #define MOST 3 /* layers of one input; kernels/bindings/calls.py knows it too */
