@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from veneer.kernels.dense import few_rows
+from veneer.kernels.dense.bundles import LONG
 from veneer.kernels.dense.dropout import Dropout
+from veneer.kernels.dense.row_updates import RowUpdate
 from veneer.kernels.dense.segments import (
-    LONG,
-    RowUpdate,
     UpdateCache,
     linear_with_updates,
     linear_with_updates_reference,

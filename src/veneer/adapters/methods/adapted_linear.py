@@ -24,7 +24,8 @@ from veneer.adapters.placement.rows import put
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.lora import LoRALinear, lora_linears, unadapted
-from veneer.kernels.dense.segments import InferenceUpdates, RowUpdate, linear_with_updates
+from veneer.kernels.dense.row_updates import RowUpdate
+from veneer.kernels.dense.segments import InferenceUpdates, linear_with_updates
 from veneer.linear import FrozenLinear, frozen_linear, frozen_product
 
 

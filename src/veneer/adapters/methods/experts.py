@@ -22,7 +22,8 @@ from veneer.adapters.placement.attachment import stands_alone, summed_change
 from veneer.adapters.placement.rows import put
 from veneer.adapters.placement.wrapping import AdaptedModule
 from veneer.kernels.dense.dropout import Dropout
-from veneer.kernels.dense.segments import RowUpdate, UpdateCache, linear_with_updates
+from veneer.kernels.dense.row_updates import RowUpdate
+from veneer.kernels.dense.segments import UpdateCache, linear_with_updates
 from veneer.kernels.layout import round_up
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
 

@@ -33,7 +33,8 @@ from veneer.adapters.placement.layer import Layer
 from veneer.errors import ConfigError
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.lora import dropped, lora_linear
-from veneer.kernels.dense.segments import RowUpdate, UpdateCache, linear_with_updates
+from veneer.kernels.dense.row_updates import RowUpdate
+from veneer.kernels.dense.segments import UpdateCache, linear_with_updates
 from veneer.linear import FrozenLinear
 
 

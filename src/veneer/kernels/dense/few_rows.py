@@ -1,16 +1,15 @@
-"""Products of a few rows with a dense weight: a decoding step's, whose time is that of reading W.
+"""Products of few rows with a dense weight, as in decoding, where reading W takes the time.
 
     product(x, W, bias)        x W^T + bias                (M, I) x (O, I) -> (M, O)
     products(x, [(W, bias)])   the same of several W, which share one x, in one call
     updated(x, [(W, bias, u)]) the same, with updates y[rows] += scale * (x[rows] A^T) B^T; each
         factor is read once
-    any_rows()                 within, of any number of rows
+    any_rows()                 a block in which these take any number of rows
 
-Compiled for bf16 and float32 (native/few_rows.c; on AMX few_rows_tiles.c): W is read once, sums are
-in float32 and rounded once with the bias in them. What a row gives depends neither on the rows
-beside it nor on the number of threads: the same bits alone and among any number. Beyond MOST_ROWS a
-product that is made for squarer shapes may be quicker, so these are for those who ask for the same
-bits. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
+Compiled for bf16 and float32 (native/few_rows.c; with AMX few_rows_tiles.c). W is read once; sums
+are float32 and rounded once, with the bias included. The bits of a row do not depend on other rows
+or on the number of threads. Above MOST_ROWS other products may be faster, so these are used only
+where equal bits matter. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
 import threading
@@ -29,64 +28,62 @@ from veneer.kernels.bindings.dense_calls import Updates as Updates
 from veneer.kernels.bindings.dense_calls import laid_out as laid_out
 
 MOST_ROWS = 64
-"""From here on what is made for squarer shapes may be quicker."""
+"""For more rows other products may be faster."""
 MOST_UPDATES = dense_calls.MOST_UPDATES
 LEAST_VALUES = 2**16
-"""Of W: below, calling costs as much as the product."""
+"""Smallest W, in values: below, the call costs as much as the product."""
 ANY_LEVEL = 5
-"""As native.level() counts them, 4 for products of bf16 pairs, and 5 for those on tiles; tests
-lower it."""
+"""Highest level of native.level(): 4 has products of bf16 pairs, 5 tiles. Tests lower it."""
 
 
 class _ThreadFlags(threading.local):
-    """Of this thread. torch.compile traces a thread's values, and no context variable."""
+    """Flags of this thread. torch.compile can trace these, but no context variables."""
 
     any_rows = False
 
 
-_HERE = _ThreadFlags()
+_FLAGS = _ThreadFlags()
 
 
 @contextmanager
 def any_rows() -> Iterator[None]:
-    """Within, this thread's products and updates are computed here whatever their number of rows
-    and size of W, packed ones too (packed/nf4.py, packed/gguf.py): a row's bits are those that it
-    has alone. 4-bit weights: from 7 rows on."""
-    before, _HERE.any_rows = _HERE.any_rows, True
+    """Within the block, this thread computes all products and updates here, packed ones too
+    (packed/nf4.py, packed/gguf.py), so a row has the bits that it has alone. 4-bit weights: from 7
+    rows on."""
+    before, _FLAGS.any_rows = _FLAGS.any_rows, True
     try:
         yield
     finally:
-        _HERE.any_rows = before
+        _FLAGS.any_rows = before
 
 
 def takes(rows: int, most: int) -> bool:
-    """Whether what is the fast way up to `most` rows is to compute so many."""
-    return 0 < rows <= (dense_calls.MOST_ROWS if _HERE.any_rows else most)
+    """Whether a function that is fast up to `most` rows should compute so many."""
+    return 0 < rows <= (dense_calls.MOST_ROWS if _FLAGS.any_rows else most)
 
 
 @cache
 def _level() -> int:
-    """-1: not compiled here, or a processor whose registers were not measured."""
+    """The compiled level, or -1 without compiled functions for this processor."""
     return native.level() if native.level() >= 2 else -1
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `product` is the fast way for x (..., I), whose rows lie behind one another, with W
-    (O, I) and bias."""
-    if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _HERE.any_rows):
+    """Whether `product` is the fast way for contiguous x (..., I) with W (O, I) and bias."""
+    if not x.is_cpu or (weight.numel() < LEAST_VALUES and not _FLAGS.any_rows):
         return False
     if not takes(x.numel() // weight.shape[1], MOST_ROWS):
         return False
     dtype = x.dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
         return False
-    given = (weight,) if bias is None else (weight, bias)
-    fits = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in given)
+    tensors = (weight,) if bias is None else (weight, bias)
+    fits = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in tensors)
     return fits and x.shape[-1] == weight.shape[1] and x.is_contiguous() and _level() >= 0
 
 
 def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = ANY_LEVEL) -> Tensor:
-    """(M, O) in x's type; all float32 or all bf16 on a CPU. Without a gradient."""
+    """x W^T + bias, (M, O) in x's type. All float32 or all bf16, on a CPU, without a gradient."""
     y_MO = torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype)
     dense_calls.few_rows(x_MI, ((weight, bias, y_MO),), level)
     return y_MO
@@ -95,15 +92,14 @@ def product(x_MI: Tensor, weight: Tensor, bias: Tensor | None, *, level: int = A
 def products(
     x_MI: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]], *, level: int = ANY_LEVEL
 ) -> list[Tensor]:
-    """(M, O) of each (W, bias)."""
-    made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, _ in parts]
-    dense_calls.few_rows(x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level)
-    return made
+    """`product` with each (W, bias), in one call."""
+    outputs = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, _ in parts]
+    dense_calls.few_rows(x_MI, [(*part, y) for part, y in zip(parts, outputs, strict=True)], level)
+    return outputs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) W^T + bias, by `product` where that is the fast way and nobody asks for its
-    gradient."""
+    """x (..., I) W^T + bias, by `product` if it is fast and needs no gradient, else by torch."""
     if not usable(x, weight, bias) or (torch.is_grad_enabled() and wants_gradient(x, weight, bias)):
         return F.linear(x, weight, bias)
     y_MO = product(x.view(-1, weight.shape[1]), weight, bias)
@@ -115,34 +111,37 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def takes_updates(count: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a kernel for so many updates."""
+    """Whether the compiled function takes so many updates."""
     fits = device.type == "cpu" and dtype in dense_calls.TYPE_NUMBERS and 0 < count <= MOST_UPDATES
     return fits and _level() >= 0
 
 
 UpdatedWeight = tuple[Tensor, Tensor | None, Updates | None]
-"""W (O, I), bias (O) or None, and updates of some of its rows, or none."""
+"""W (O, I), bias (O) or None, and updates of some rows or None."""
 
 
 def updated(
     x_MI: Tensor, parts: Sequence[UpdatedWeight], *, level: int = ANY_LEVEL
 ) -> list[Tensor]:
-    """(M, O) of each where `usable`, the updates' type being x's, MOST_UPDATES at most. What x A^T
-    is, is rounded to it; rows without are `product`'s to the bit."""
-    made = [torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, *_ in parts]
+    """The product with each part and its updates, (M, O). Requires `usable`, updates of x's type,
+    at most MOST_UPDATES. x A^T is rounded to that type. Rows without updates have `product`'s
+    bits."""
+    outputs = [
+        torch.empty(x_MI.shape[0], weight.shape[0], dtype=x_MI.dtype) for weight, *_ in parts
+    ]
     dense_calls.few_rows_updated(
-        x_MI, [(*part, y) for part, y in zip(parts, made, strict=True)], level
+        x_MI, [(*part, y) for part, y in zip(parts, outputs, strict=True)], level
     )
-    return made
+    return outputs
 
 
 def add_updates(y_MO: Tensor, x_MI: Tensor, updates: Updates, *, level: int = ANY_LEVEL) -> None:
-    """To a product that is there, of any M."""
+    """Adds updates to y, for any number of rows."""
     x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
     dense_calls.few_rows_updated(x_MI, [(None, None, updates, y_MO)], level)
 
 
 def product_reference(x_MI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The meaning of `product`, in plain torch."""
+    """The plain version of `product`."""
     y_MO = x_MI.double() @ weight.double().T
     return (y_MO if bias is None else y_MO + bias.double()).to(x_MI.dtype)

@@ -1,9 +1,7 @@
-"""Segments of rows with adapters of their own on CUDA: a bundle (segments.py) whose products are
-one launch each.
+"""A bundle of updates (bundles.py) on CUDA, with one launch per product.
 
-Stands in a Bundle's place. What is a stack of segments there are here the rows themselves, where
-they lie: nothing is gathered or filled up, however unlike the segments are. Shapes: M rows, n
-updates, K width, R rank.
+It has the methods of Bundle, but instead of stacks it works on the rows in place: nothing is
+gathered or padded, however different the segments are. Shapes: M rows, n updates, K width, R rank.
 """
 
 from collections.abc import Sequence
@@ -20,8 +18,8 @@ from veneer.kernels.upload import sent
 
 @dataclass(frozen=True)
 class CudaBundle:
-    """numbers: of its updates, whose rows lie apart. tiles, spans: as cuda/triton_grouped.py takes
-    them."""
+    """Updates whose rows do not overlap, by their numbers. tiles and spans are the tables of
+    cuda/triton_grouped.py."""
 
     numbers: tuple[int, ...]
     rows: tuple[slice, ...]
@@ -33,7 +31,7 @@ class CudaBundle:
     def of(
         cls, numbers: Sequence[int], rows: Sequence[slice], dtype: torch.dtype, device: torch.device
     ) -> Any:
-        """None where there are no such kernels."""
+        """Makes a bundle. Returns None without CUDA kernels for it."""
         kernels = (
             launch.module_on("grouped", device)
             if device.type == "cuda" and dtype in TYPES
@@ -42,38 +40,38 @@ class CudaBundle:
         if kernels is None:
             return None
         tiles = [
-            (place, first, min(kernels.ROWS, each.stop - first))
-            for place, each in enumerate(rows)
-            for first in range(each.start, each.stop, kernels.ROWS)
+            (place, first, min(kernels.ROWS, segment.stop - first))
+            for place, segment in enumerate(rows)
+            for first in range(segment.start, segment.stop, kernels.ROWS)
         ]
-        spans = [(each.start, each.stop - each.start) for each in rows]
-        tables = [sent(torch.tensor(each), device) for each in (tiles, spans)]
+        spans = [(segment.start, segment.stop - segment.start) for segment in rows]
+        tables = [sent(torch.tensor(table), device) for table in (tiles, spans)]
         return cls(tuple(numbers), tuple(rows), tables[0], tables[1], kernels)
 
     def stacked(self, x: Tensor) -> Tensor:
-        """(M, K), a row's values side by side."""
+        """x (M, K) with contiguous rows."""
         return x if x.stride(1) == 1 else x.contiguous()
 
-    def seen(self, x: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+    def padded(self, x: Tensor, pieces: Sequence[Tensor]) -> Tensor:
         """x with other values in the rows of each update."""
-        found = x.clone(memory_format=torch.contiguous_format)
+        changed = x.clone(memory_format=torch.contiguous_format)
         for rows, piece in zip(self.rows, pieces, strict=True):
-            found[rows] = piece
-        return found
+            changed[rows] = piece
+        return changed
 
     def down(self, x: Tensor, factor: Tensor) -> Tensor:
-        """factor (n, R, K) -> (M, R)."""
+        """Multiplies x with factor (n, R, K): (M, R)."""
         return self.kernels.down(x, factor, self.tiles)
 
-    def hide_filling(self, narrow: Tensor) -> Tensor:
+    def zero_padding(self, narrow: Tensor) -> Tensor:
         return narrow
 
     def add_to(self, y: Tensor, narrow: Tensor, factor: Tensor) -> None:
-        """factor (n, R, K)."""
-        there = self.stacked(y)
-        self.kernels.add_up(there, narrow, factor.mT, self.tiles)
-        if there is not y:
-            y.copy_(there)
+        """Adds the products with factor (n, R, K) to y."""
+        rows = self.stacked(y)
+        self.kernels.add_up(rows, narrow, factor.mT, self.tiles)
+        if rows is not y:
+            y.copy_(rows)
 
     def gradient(self, left: Tensor, right: Tensor) -> Tensor:
         """left^T right of each update's rows: (n, columns of left, columns of right), float32."""
@@ -81,6 +79,6 @@ class CudaBundle:
             return self.kernels.gradient(left, right, self.spans)
         return self.kernels.gradient(right, left, self.spans).mT
 
-    def own(self, narrow: Tensor, place: int) -> Tensor:
+    def rows_of(self, narrow: Tensor, place: int) -> Tensor:
         """The rows of one update."""
         return narrow[self.rows[place]]

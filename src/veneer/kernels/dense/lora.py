@@ -1,16 +1,14 @@
-"""The adapted linear layer, or several that share their x, as one node of the graph.
+"""A linear layer with LoRA, or several with the same x, as one node of the graph.
 
     y = x W^T + bias + scaling * (drop(x) A^T) B^T
 
-Saved for backward: x (by reference, in its own type: q, k and v keep one between them) and x A^T
-(M, R). Of several all A are one factor, so that x is read once for them, and the gradient of x is
-summed up in one place. W is never copied, its gradient never formed. Rank-side products first, so
-every extra product costs M * D * R:
-
     U = scaling * (g B)     dB = scaling * g^T (x A^T)     dA = U^T drop(x)     dx = g W + drop(U A)
 
-Shapes: M rows, I in_features, O out_features, R rank. Source: Hu et al. 2021, arXiv:2106.09685,
-section 4.1.
+Backward needs x (saved by reference in its own type, so q, k and v share one) and x A^T (M, R).
+Several layers have their A joined, so that x is read once and its gradient summed in one place. W
+is not copied and its gradient is not formed. Products with the rank come first, so every extra
+product costs M * D * R. Shapes: M rows, I in_features, O out_features, R rank. Source: Hu et al.
+2021, arXiv:2106.09685, section 4.1.
 """
 
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from veneer.kernels.dense.frozen import FrozenLinear, bias_gradient, writable
 
 
 class _DropoutFunction(torch.autograd.Function):
-    """The mask is computed again in backward, not kept."""
+    """Dropout that computes its mask again in backward instead of saving it."""
 
     @staticmethod
     def forward(ctx: Any, x_MI: Tensor, dropout: Dropout) -> Tensor:
@@ -41,7 +39,7 @@ class _DropoutFunction(torch.autograd.Function):
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """x (..., I) with the mask on it; a fresh tensor, or x itself without one."""
+    """x (..., I) after dropout: a new tensor, or x itself without dropout."""
     if dropout is None:
         return x
     apply: Any = _DropoutFunction.apply
@@ -52,7 +50,7 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
 def add_update(
     y_MO: Tensor, x_MI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: Dropout | None
 ) -> Tensor:
-    """y += scaling * (drop(x) A^T) B^T. Returns drop(x) A^T, (M, R), which backward wants."""
+    """Adds scaling * (drop(x) A^T) B^T to y. Returns drop(x) A^T, (M, R), for backward."""
     down_MR = rank.down(x_MI, A_RI, dropout=dropout)
     rank.add_up(y_MO, down_MR, B_OR, scaling)
     return down_MR
@@ -68,8 +66,8 @@ def update_gradients(
     dropout: Dropout | None,
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """dA (R, I) and dB (O, R) of an update whose U is up_MR; to grad_x (M, I), if wanted, drop(U A)
-    is added."""
+    """The gradients dA (R, I) and dB (O, R), from U = up_MR. Adds drop(U A) to grad_x (M, I) unless
+    it is None."""
     if grad_x is not None:
         rank.add_up(grad_x, up_MR, A_RI.T, dropout=dropout)
     return rank.gradient(up_MR, x_MI, dropout=dropout), rank.gradient(down_MR, g_MO, scaling).T
@@ -77,7 +75,7 @@ def update_gradients(
 
 @dataclass(frozen=True)
 class LoRALinear:
-    """A frozen linear layer and its update: A (R, I), B (O, R), bias (O) or None."""
+    """A frozen linear layer with an update: A (R, I), B (O, R), bias (O) or None."""
 
     A: Tensor
     B: Tensor
@@ -88,14 +86,13 @@ class LoRALinear:
 
 
 def unadapted(base: FrozenLinear) -> LoRALinear:
-    """The layer as it is: its update has rank 0."""
+    """The layer with an update of rank 0."""
     A = torch.empty(0, base.in_features, device=base.device)
     return LoRALinear(A, A.new_empty(base.out_features, 0), base.own_bias(), base, 1.0)
 
 
 def filled(layer: LoRALinear, x: Tensor) -> LoRALinear:
-    """The layer for x (..., I); with zeros behind its factors where these make its rank one that
-    kernels take."""
+    """The layer with its rank padded by zeros if the kernels then take it for x (..., I)."""
     missing, width = -len(layer.A) % 16, x.shape[-1]
     if not missing or layer.A.dtype is not torch.float32:
         return layer
@@ -106,40 +103,37 @@ def filled(layer: LoRALinear, x: Tensor) -> LoRALinear:
 
 
 class _LoRALinears(torch.autograd.Function):
-    """layers: (base, scaling, dropout) of each; given: A, B and bias of each, one behind the
-    other."""
+    """layers: (base, scaling, dropout) of each; factors: A, B and bias of each, in one list."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         layers: tuple[tuple[FrozenLinear, float, Dropout | None], ...],
-        *given: Tensor | None,
+        *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x_MI = x.reshape(-1, x.shape[-1])
         # Factors are rounded, never x: a float32 copy of x would live until backward.
-        A, B = (
-            [rank.typed(_there(A), x) for A in given[0::3]],
-            [rank.typed(_there(B), x) for B in given[1::3]],
-        )
+        A = [rank.typed(_required(A), x) for A in factors[0::3]]
+        B = [rank.typed(_required(B), x) for B in factors[1::3]]
         down_MR = x.new_empty(x_MI.shape[0], sum(len(A_RI) for A_RI in A))
         downs = down_MR.split([len(A_RI) for A_RI in A], dim=1)
-        together = rank.together([len(A_RI) for A_RI in A], [dropout for *_, dropout in layers])
-        if together:
+        joint = rank.together([len(A_RI) for A_RI in A], [dropout for *_, dropout in layers])
+        if joint:
             rank.down(x_MI, _joined(A), out=down_MR)
-        made = []
+        outputs = []
         for (base, scaling, dropout), A_RI, B_OR, bias, down in zip(
-            layers, A, B, given[2::3], downs, strict=True
+            layers, A, B, factors[2::3], downs, strict=True
         ):
             y = base.product(x, bias)
-            if not together:
+            if not joint:
                 rank.down(x_MI, A_RI, out=down, dropout=dropout)
             rank.add_up(y.view(-1, base.out_features), down, B_OR, scaling)
-            made.append(writable(y))
+            outputs.append(writable(y))
         ctx.save_for_backward(x, down_MR, *A, *B)
-        ctx.layers, ctx.together = layers, together
-        ctx.types = [None if each is None else each.dtype for each in given]
-        return tuple(made)
+        ctx.layers, ctx.joint = layers, joint
+        ctx.types = [None if factor is None else factor.dtype for factor in factors]
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -149,7 +143,7 @@ class _LoRALinears(torch.autograd.Function):
         x_MI, sizes = x.reshape(-1, x.shape[-1]), [len(A_RI) for A_RI in A]
         up_MR, grad_x = torch.empty_like(down_MR), None
         sides = zip(down_MR.split(sizes, dim=1), up_MR.split(sizes, dim=1), strict=True)
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for number, ((base, scaling, _), (down, up), grad) in enumerate(
             zip(layers, sides, grads, strict=True)
         ):
@@ -159,26 +153,26 @@ class _LoRALinears(torch.autograd.Function):
                 grad_x = base.input_gradient(g_MO, grad_x)
             grad_B = rank.gradient(down, g_MO, scaling).T
             wants_bias = ctx.needs_input_grad[2 + 3 * number + 2]
-            found += [
+            gradients += [
                 None,
                 grad_B,
                 bias_gradient(g_MO, types[3 * number + 2]) if wants_bias else None,
             ]
         dropouts = [dropout for *_, dropout in layers]
-        found[0::3] = rank.gradients(up_MR, x_MI, sizes, dropouts)
-        if grad_x is not None and ctx.together:
+        gradients[0::3] = rank.gradients(up_MR, x_MI, sizes, dropouts)
+        if grad_x is not None and ctx.joint:
             rank.add_up(grad_x, up_MR, _joined(A).T)
         elif grad_x is not None:
             for up, A_RI, dropout in zip(up_MR.split(sizes, dim=1), A, dropouts, strict=True):
                 rank.add_up(grad_x, up, A_RI.T, dropout=dropout)
         typed = (
-            None if each is None else each.to(dtype)
-            for each, dtype in zip(found, types, strict=True)
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, types, strict=True)
         )
         return None if grad_x is None else grad_x.view(x.shape), None, *typed
 
 
-def _there(factor: Tensor | None) -> Tensor:
+def _required(factor: Tensor | None) -> Tensor:
     assert factor is not None
     return factor
 
@@ -188,15 +182,14 @@ def _joined(A: Sequence[Tensor]) -> Tensor:
 
 
 def lora_linears(x: Tensor, layers: Sequence[LoRALinear]) -> tuple[Tensor, ...]:
-    """x (..., I) through each of these: (..., O) in x's type. One node: x is read once, and its
-    gradient summed up."""
+    """x (..., I) through each layer: (..., O) in x's type. One node: x is read once, and its
+    gradient is summed in place."""
     apply: Any = _LoRALinears.apply
     layers = [filled(layer, x) for layer in layers]
-    given = (each for layer in layers for each in (layer.A, layer.B, layer.bias))
-    made: tuple[Tensor, ...] = apply(
-        x, tuple((e.base, e.scaling, e.dropout) for e in layers), *given
-    )
-    return made
+    factors = (factor for layer in layers for factor in (layer.A, layer.B, layer.bias))
+    constants = tuple((layer.base, layer.scaling, layer.dropout) for layer in layers)
+    outputs: tuple[Tensor, ...] = apply(x, constants, *factors)
+    return outputs
 
 
 def lora_linear(
@@ -209,7 +202,7 @@ def lora_linear(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """x (..., I), A (R, I), B (O, R), bias (O) or None -> (..., O) in x's type."""
+    """lora_linears of one layer: x (..., I) -> (..., O) in x's type."""
     return lora_linears(x, [LoRALinear(A, B, bias, base, scaling, dropout)])[0]
 
 
@@ -223,7 +216,7 @@ def lora_linear_reference(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """The same under torch's own autograd, W dense: the meaning of lora_linear."""
+    """The plain version of lora_linear: dense W, torch's autograd."""
     x_MI = x.reshape(-1, x.shape[-1])
     dropped = x_MI if dropout is None else dropout.apply_reference(x_MI)
     y_MO = (

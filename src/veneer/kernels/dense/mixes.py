@@ -1,8 +1,7 @@
-"""The updates of a mix of adapters: of all layers at once, out of a table for each adapter.
+"""Lists the updates of a mix of adapters, for all layers at once, from one table per adapter.
 
-    Table    an adapter's factors, layer by layer, as C reads them: made once, where it stays
-    Mix      which tables act on which rows; lists the updates of every layer in a few operations on
-             all of them
+    FactorTable  an adapter's factors, layer by layer, as C reads them; made once per adapter
+    AdapterMix   which tables act on which rows; lists the updates of all layers in a few operations
 
 What a step computes differs from mix to mix in these lists alone, so calls that were noted are made
 again with others (decoding/recorded.py). A mix holds its tables: what its lists point at stays for
@@ -27,25 +26,22 @@ from veneer.kernels.bindings.dense_calls import (
 )
 
 _A, _B, _FIRST, _ROWS, _RANK, _TURN, _SCALE = range(7)
-"""Words of an update."""
+"""Columns of an update."""
 WORDS = update_columns()
 
 
 class FactorTable:
-    """factors: by the key of their layer, all of one type; scalings: what each update is multiplied
-    with."""
+    """The factors of an adapter by layer key, all of one type, with the scaling of each update."""
 
     def __init__(self, factors: Mapping[str, Factors], scalings: Sequence[float]) -> None:
         self.keys, self.factors = tuple(factors), list(factors.values())
         self.dtype = self.factors[0].dtype
         if len(scalings) != len(self.factors) or any(
-            each.dtype is not self.dtype for each in self.factors
+            factors.dtype is not self.dtype for factors in self.factors
         ):
-            raise CallError(
-                "factors of one type, and a scaling for each, are what a table is made of"
-            )
-        each = [(*f.places, 0, 0, f.rank, 0, 0, f.width, f.outs) for f in self.factors]
-        self._words = torch.tensor(each, dtype=torch.int64)
+            raise CallError("a table needs factors of one type, and a scaling for each")
+        rows = [(*f.places, 0, 0, f.rank, 0, 0, f.width, f.outs) for f in self.factors]
+        self._words = torch.tensor(rows, dtype=torch.int64)
         self._scalings = torch.tensor(scalings, dtype=torch.float64)
         self._spread: tuple[tuple[str, ...], tuple[Tensor, Tensor]] = (
             self.keys,
@@ -54,13 +50,13 @@ class FactorTable:
 
     @property
     def bytes(self) -> int:
-        """Of the memory that the factors lie in."""
+        """Bytes of the memory that holds the factors."""
         return sum(
             {id(f.kept): f.kept.numel() * f.kept.element_size() for f in self.factors}.values()
         )
 
     def spread(self, keys: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """(P, words) and (P) of these layers; zeros where it has nothing."""
+        """Columns (P, words) and scalings (P) of these layers, zeros for layers without factors."""
         if self._spread[0] != keys:
             at = {key: number for number, key in enumerate(keys)}
             places = torch.tensor([at[key] for key in self.keys])
@@ -75,14 +71,16 @@ class FactorTable:
 
 
 MixEntry = tuple[slice, FactorTable, float]
-"""Rows, what acts there, and its weight."""
+"""Rows, the table that acts on them, and its weight."""
 
 
 class AdapterMix:
-    """dtype: of all tables. others: keys of layers at which what acts does something else too, or
-    instead.
+    """The tables that act on a step's rows.
 
-    Entries on the same rows take turns in their order.
+    dtype   type of all tables
+    others  keys of layers at which the adapters do not only add updates
+
+    Entries on the same rows are applied in order.
     """
 
     def __init__(
@@ -99,12 +97,12 @@ class AdapterMix:
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """Of all layers that it changes."""
+        """Keys of all layers that the mix changes."""
         return frozenset(self.listed).union(self.others)
 
     @cached_property
     def listed(self) -> dict[str, Listed]:
-        """The updates of each layer that has some."""
+        """The updates of each layer that has any."""
         if not self._entries:
             return {}
         tables = [table for _, (_, table, _) in self._entries]
@@ -112,8 +110,8 @@ class AdapterMix:
         if any(table.keys != keys for table in tables[1:]):
             keys = tuple(dict.fromkeys(key for table in tables for key in table.keys))
         spread = [table.spread(keys) for table in tables]
-        words = torch.stack([each for each, _ in spread], 1)  # (P, U, words)
-        scalings = torch.stack([each for _, each in spread], 1)
+        words = torch.stack([columns for columns, _ in spread], 1)  # (P, U, words)
+        scalings = torch.stack([scaling for _, scaling in spread], 1)
         words[:, :, _FIRST] = torch.tensor([rows.start for _, (rows, _, _) in self._entries])
         words[:, :, _ROWS] = counts = torch.tensor(
             [rows.stop - rows.start for _, (rows, _, _) in self._entries]
@@ -123,23 +121,23 @@ class AdapterMix:
         words[:, :, _SCALE] = (
             (scalings * weights).float().view(torch.int32).long()
         )  # the float lies in the lower half
-        there, sizes = words[:, :, _RANK] > 0, words[:, :, WORDS:]
+        present, sizes = words[:, :, _RANK] > 0, words[:, :, WORDS:]
         most = sizes.amax(1)
-        if bool(((sizes != most[:, None]).any(2) & there).any()):
+        if bool(((sizes != most[:, None]).any(2) & present).any()):
             raise CallError("adapters for layers of different sizes")
-        self._kept = words[there][:, :WORDS].contiguous()
-        number_of, room = there.sum(1), (words[:, :, _RANK] * counts).sum(1)
-        first = (number_of.cumsum(0) - number_of) * (8 * WORDS) + self._kept.data_ptr()
-        columns = torch.stack([first, number_of, room, *most.unbind(1)], 1).tolist()
-        return {key: Listed(*each) for key, each in zip(keys, columns, strict=True)}
+        self._kept = words[present][:, :WORDS].contiguous()
+        counts_of, room = present.sum(1), (words[:, :, _RANK] * counts).sum(1)
+        first = (counts_of.cumsum(0) - counts_of) * (8 * WORDS) + self._kept.data_ptr()
+        columns = torch.stack([first, counts_of, room, *most.unbind(1)], 1).tolist()
+        return {key: Listed(*row) for key, row in zip(keys, columns, strict=True)}
 
     def at(self, key: str, dtype: torch.dtype) -> Updates | None:
-        """Of one layer, of x of this type; none of them, where it has none. None: there is more to
-        do there, or another type, or more than a call takes."""
-        found = self.listed.get(key, _NOTHING)
-        if key in self.others or dtype is not self.dtype or found.updates > MOST_UPDATES:
+        """The updates of one layer for x of this type, possibly none. Returns None if the adapters
+        do more there, for another type, or for more updates than a call takes."""
+        listed = self.listed.get(key, _NOTHING)
+        if key in self.others or dtype is not self.dtype or listed.updates > MOST_UPDATES:
             return None
-        return Updates.listed(key, dtype, self.rows, found, self)
+        return Updates.listed(key, dtype, self.rows, listed, self)
 
 
 _NOTHING = Listed(0, 0, 0, 0, 0)
