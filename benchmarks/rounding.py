@@ -17,9 +17,9 @@ import torch
 from veneer.adapters.placement.routing import Routing
 from veneer.data.examples import Example
 from veneer.data.load import load_data
+from veneer.execution.train_step import fused, replacements
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.fused import fused, replacements
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, batch_of, parts_of
 from veneer.training.config import DataConfig

@@ -37,10 +37,10 @@ from veneer.data.files.places import ResolvedSets
 from veneer.data.split import BY_COUNT, BY_THRESHOLD
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import SourceError
+from veneer.execution.proofs import same_values
+from veneer.execution.proofs.structure import kept_proof
 from veneer.files import remembered as memory
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.models import same_values
-from veneer.models.proof import kept_proof
 from veneer.plan import kept, machine
 from veneer.plan.counted import Step
 from veneer.plan.estimate import synthetic_rows

@@ -26,13 +26,14 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.methods.prefix import key_shape
 from veneer.bases import compute
 from veneer.bases.identity import fingerprint
+from veneer.execution import attention
+from veneer.execution.proofs.structure import structure_key
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels.attention import flex
 from veneer.kernels.layout import Group
 from veneer.kernels.tape import layer_tape
 from veneer.library.library import Library
-from veneer.models import attention
-from veneer.models.proof import structure_key
+from veneer.model_record import record_of
 from veneer.patterns import first_match
 from veneer.plan import machine
 from veneer.quant import mxfp4, nf4
@@ -162,6 +163,15 @@ def test_what_a_model_is_known_by_is_of_that_model() -> None:
     positions = torch.zeros(1, 1)
     masks = [attention.packed_arguments(positions, layout)["attention_mask"] for layout in layouts]
     assert [attention._LAID[mask] for mask in masks] == layouts
+
+
+def test_a_copy_of_a_model_is_asked_anew() -> None:
+    model = tiny_model("llama")
+    assert attention.decoder(model) is model.model
+    other = copy.deepcopy(model)
+    assert record_of(other) is not record_of(model) and record_of(model) is record_of(model)
+    assert record_of(other).known(attention.DecoderPath) is None
+    assert attention.decoder(other) is other.model
 
 
 def test_a_type_is_measured_apart_from_others(monkeypatch: pytest.MonkeyPatch) -> None:

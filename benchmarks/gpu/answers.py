@@ -16,10 +16,10 @@ from veneer.adapters.attach import attach
 from veneer.bases.identity.fingerprint import fingerprint
 from veneer.decoding import forward
 from veneer.decoding.engine import Engine, bytes_per_token
-from veneer.decoding.graphs import WORTH
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request, Sequence
+from veneer.execution.cuda_graphs import WORTH
 from veneer.models.frozen_base import FrozenBase
 
 

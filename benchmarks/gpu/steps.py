@@ -19,11 +19,11 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.routing import Routing
 from veneer.data.examples import Example, RowRef
+from veneer.execution.train_step import fused, replacements
 from veneer.kernels.attention import packed as attention
 from veneer.kernels.dense import loss
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
-from veneer.models.fused import fused, replacements
 from veneer.models.step import prepare
 from veneer.plan.counted import Step
 from veneer.plan.dry_run import dry_run

@@ -11,9 +11,10 @@ from veneer.decoding import generate as answers
 from veneer.decoding.continued import continued
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.generate import generate
-from veneer.decoding.proof import decodes_packed, prove_decoding
+from veneer.decoding.proof import PackedDecoding, decodes_packed, prove_decoding
 from veneer.decoding.schedule.limits import Limits
 from veneer.errors import ConfigError, DivergedError
+from veneer.model_record import record_of
 
 PADDED = {"bloom", "falcon"}  # do not go through the attention interface
 EOS = 257  # transformers stops there whatever it is told
@@ -46,7 +47,7 @@ def ours(base, prompts, stops=frozenset(), new=NEW):
     """By the engine, which is proven."""
     base.model.generation_config.eos_token_id = sorted({EOS, *stops})
     found = generate(base, prompts, max_new_tokens=new)
-    assert base.decodes_packed
+    assert decodes_packed(base)
     return found
 
 
@@ -71,7 +72,7 @@ def test_what_cannot_be_packed_is_told_and_left_to_transformers(family):
     base = tiny_base(family)
     assert prove_decoding(base.model) is not None
     assert generate(base, PROMPTS, max_new_tokens=4) == reference(base.model, PROMPTS, {257}, 4)
-    assert base.decodes_packed is False
+    assert not decodes_packed(base)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
@@ -217,7 +218,7 @@ def test_an_adapter_that_acts_is_not_part_of_the_proof_and_changes_answers():
     plain = generate(base, PROMPTS, max_new_tokens=6)
     base.routing.active = (("a", 1.0),)
     adapted = generate(base, PROMPTS, max_new_tokens=6)
-    assert base.decodes_packed and adapted != plain
+    assert decodes_packed(base) and adapted != plain
     assert adapted == reference(base.model, PROMPTS, {257}, 6)
 
 
@@ -247,14 +248,14 @@ def test_an_answer_ends_where_the_models_positions_end(family):
     limits = [6] * 5 if family == "bloom" else [2, 6, 6, 6, 3]
     assert all(len(answer) <= limit for answer, limit in zip(found, limits, strict=True))
     assert found == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
-    assert base.decodes_packed == (family != "bloom")
+    assert decodes_packed(base) == (family != "bloom")
 
 
 def test_what_takes_transformers_loop_ends_there_too(monkeypatch):
     base = tiny_base("gpt2", max_position_embeddings=32)
     prompts = [[9] * 30, *PROMPTS[:3], [7] * 29, [5] * 29]
     expected = generate(base, prompts, max_new_tokens=6)
-    base.decodes_packed = False
+    record_of(base.model).keep(PackedDecoding(False))
     done: list[int] = []
     assert generate(base, prompts, max_new_tokens=6, on_done=done.append) == expected
     assert done[-1] == len(prompts)
@@ -296,7 +297,7 @@ def test_answers_behind_a_trained_prefix_are_those_of_transformers(family, layer
     fill(attachment.parameters().values())
     base.routing.active = (("p", 1.0),)
     found = generate(base, prompts, max_new_tokens=NEW)
-    assert base.decodes_packed
+    assert decodes_packed(base)
     assert found == reference(base.model, prompts, {EOS})
     # In long prompts five faint keys may change no token: windows leave them behind, others
     # outweigh them.

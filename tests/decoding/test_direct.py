@@ -16,14 +16,14 @@ from tests.support.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import Acting, in_turn
-from veneer.decoding.direct import DirectForward, direct, own_forward, read_and_continued
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
+from veneer.execution.agreement import difference as apart
+from veneer.execution.decode_step import DirectForward, direct, own_forward, read_and_continued
+from veneer.execution.proofs.model import prove_packing
 from veneer.kernels.bindings.arguments import observe_calls
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
-from veneer.models.checks import prove_packing
-from veneer.models.proof import apart
 
 PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
 MEMORY = ("view", "empty", "zeros", "unsqueeze", "select")

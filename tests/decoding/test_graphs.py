@@ -17,12 +17,13 @@ from tests.support.accelerator import Accelerator
 from tests.support.tape import Tape
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA, Prefix
-from veneer.decoding import forward, graphs
+from veneer.decoding import forward
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
+from veneer.execution import cuda_graphs as graphs
 from veneer.kernels.attention import packed as attention
 from veneer.kernels.attention.paged import (
     KeyValueBlocks,

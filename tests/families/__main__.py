@@ -8,7 +8,7 @@ Each small random model is saved as a folder and goes the way of a user from the
 and the command line on one side, transformers and PEFT on the same folder on the other. Two
 adapters of Veneer's, a and b, have values as if they were trained. The columns of the table:
 
-    path       what models/proof.py found: how rows are computed, and why not packed
+    path       what execution/proofs/structure.py found: how rows are computed, and why not packed
     loaded     the loaded base: every attribute and all logits as transformers has them
     loss       of a step over rows that share prompts and rows that do not, on both sides of every
                window and rotary switch: ours, and the sum of PEFT's rows one by one

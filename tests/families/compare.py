@@ -35,10 +35,10 @@ from veneer.data.batching import make_groups
 from veneer.data.examples import Example
 from veneer.decoding.generate import generate
 from veneer.errors import RefusedError
+from veneer.execution.switches import forget_lengths
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.models.initial_values import begin
 from veneer.models.step import acting_on, batch_loss, batch_of, parts_of
-from veneer.models.switches import forget_lengths
 
 ADAPTERS = {"a": LoRA(rank=3, alpha=5), "b": LoRA(rank=2, alpha=3, rslora=True)}
 PROMPT_LENGTHS = (27, 4, 19, 38)

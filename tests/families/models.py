@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.support.tiny import CHATML, tiny_tokenizer
 from veneer.bases.config.model_class import model_class
 from veneer.bases.quiet_transformers import quiet
+from veneer.execution.proofs.small_copy import drawn, small_copy
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.structure import drawn, small_copy
 
 WINDOW, SWITCH = 16, 32
 """Longer than what the proof's copies have, shorter than the rows and prompts here."""

@@ -12,11 +12,11 @@ from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, make_groups
+from veneer.execution.train_layer import FusedLayer
+from veneer.execution.train_step import fused, replacements
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import block
 from veneer.models.checkpointing import checkpointed
-from veneer.models.fused import fused, replacements
-from veneer.models.fused_layer import FusedLayer
 from veneer.models.step import batch_loss, prepare
 
 pytestmark = pytest.mark.skipif(

@@ -17,15 +17,15 @@ from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.bases.loading.from_config import build
 from veneer.data.batching import make_batch
+from veneer.execution.proofs.small_copy import drawn, small_copy
+from veneer.execution.stand_in import put_aside
+from veneer.execution.train_attention import FusedAttention
+from veneer.execution.train_step import FusedGate, FusedNorm, _signature, fused, replacements
 from veneer.kernels.dense import fused as kernels
 from veneer.kernels.dense.loss import Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.models.checkpointing import checkpointed
-from veneer.models.fused import FusedGate, FusedNorm, _signature, fused, replacements
-from veneer.models.fused_attention import FusedAttention
 from veneer.models.load import load_base
-from veneer.models.stand_in import put_aside
 from veneer.models.step import batch_loss, prepare
-from veneer.models.structure import drawn, small_copy
 
 BF16 = 2**-7  # half a unit of a bf16 value is 2**-9 of it; three roundings, and sums of them
 

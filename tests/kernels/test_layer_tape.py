@@ -12,6 +12,7 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.bases.loading.from_config import blueprint
 from veneer.data.batching import make_batch
+from veneer.execution.train_step import fused, replacements
 from veneer.kernels.bindings import arguments, sum_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
@@ -19,7 +20,6 @@ from veneer.kernels.dense import block
 from veneer.kernels.tape import layer_tape
 from veneer.kernels.tape.tape import Tape, TapeCall
 from veneer.models.checkpointing import checkpointed
-from veneer.models.fused import fused, replacements
 from veneer.models.step import batch_loss, prepare
 from veneer.plan.counted import Step
 from veneer.plan.dry_run import dry_run

@@ -15,20 +15,20 @@ from transformers import (
 from tests.support.helpers import evaluation_loss, make_examples
 from tests.support.tiny import tiny_base, tiny_model
 from veneer.adapters.placement.routing import Routing
-from veneer.decoding import proof as decoding_proof
 from veneer.decoding.engine import bytes_per_token
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import loops
 from veneer.errors import SourceError
-from veneer.models import proof, structure
-from veneer.models.attention import decoder
-from veneer.models.checks import prove_head
+from veneer.execution.attention import decoder
+from veneer.execution.proofs import small_copy as structure
+from veneer.execution.proofs import structure as proof
+from veneer.execution.proofs.model import prove_head
+from veneer.execution.proofs.small_copy import NoCopyError, small_copy
+from veneer.execution.proofs.structure import proven
+from veneer.execution.switches import RopeSwitches, sides, switches
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
-from veneer.models.proof import proven
 from veneer.models.step import batch_loss, batch_of, parts_of, prepare
-from veneer.models.structure import NoCopyError, small_copy
-from veneer.models.switches import RopeSwitches, sides, switches
 
 CPU = torch.device("cpu")
 LONG = 16
@@ -173,12 +173,12 @@ def test_a_selection_of_keys_is_not_taken_for_attention_to_all():
 
 
 def test_a_structure_is_proven_once_whatever_the_type_and_the_path(monkeypatch):
-    monkeypatch.setattr(proof, "_KNOWN", {})
+    monkeypatch.setattr(proof, "_PROOFS", {})
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model("llama", dtype)
         prepare(model)
         prepare(model)
-    assert len(proof._KNOWN) == 1
+    assert len(proof._PROOFS) == 1
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
@@ -256,7 +256,7 @@ def test_a_cap_on_logits_is_found_under_any_name_and_an_unknown_one_takes_whole_
     assert (paths.softcap, paths.head_reason) == (7.0, None)
     expected, examples = alone(model, make_examples(3)), make_examples(3)
     assert example_nats(model, paths, examples, batch=3)[:, 0] == pytest.approx(expected, rel=FP32)
-    monkeypatch.setattr(proof, "_KNOWN", {})
+    monkeypatch.setattr(proof, "_PROOFS", {})
     monkeypatch.setattr(proof, "_softcaps", lambda _: [None])
     assert "not known" in prove_head(model)[2]
 
@@ -296,8 +296,7 @@ def test_a_structure_that_cannot_be_copied_takes_no_fast_path_and_says_so(monkey
         raise NoCopyError("no small copy of its structure could be made (a reason)")
 
     monkeypatch.setattr(proof, "small_copy", none)
-    monkeypatch.setattr(proof, "_KNOWN", {})
-    monkeypatch.setattr(decoding_proof, "_KNOWN", {})
+    monkeypatch.setattr(proof, "_PROOFS", {})
     model, examples = tiny_model("qwen2"), make_examples(3)
     paths = prepare(model)
     assert (

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from veneer.adapters.config import LoRA
 from veneer.bases.loading.blueprint import named_size
 from veneer.cli import main as cli
+from veneer.execution.proofs.structure import Proven, kept_proof
 from veneer.files import remembered as memory
-from veneer.models.proof import Proven, kept_proof
 from veneer.plan import dry_run as counting
 from veneer.plan import kept, machine
 from veneer.plan.counted import Step

@@ -38,11 +38,11 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.generate import generate
 from veneer.errors import VeneerError
-from veneer.models.fused import fused, replacements
+from veneer.execution.proofs.small_copy import drawn, small_copy
+from veneer.execution.switches import forget_lengths
+from veneer.execution.train_step import fused, replacements
 from veneer.models.initial_values import begin
 from veneer.models.step import batch_loss, batch_of, parts_of
-from veneer.models.structure import drawn, small_copy
-from veneer.models.switches import forget_lengths
 
 IDS, LONGEST = 90, 44
 SAME, ALIKE = 1e-6, 1e-4

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.support.accelerator import Accelerator, _storage
-from veneer.decoding.graphs import RefusedError
+from veneer.execution.cuda_graphs import RefusedError
 
 
 class Foreign:
@@ -66,7 +66,7 @@ class _Noting(TorchDispatchMode):
 
 
 class Tape:
-    """A recorder (decoding/graphs.py). captured, replayed: how often."""
+    """A recorder (execution/cuda_graphs.py). captured, replayed: how often."""
 
     def __init__(self, there: Accelerator) -> None:
         self.there, self.captured, self.replayed = there, 0, 0

@@ -13,10 +13,10 @@ import torch
 
 import veneer
 from tests.support.tiny import save_tiny
+from veneer.execution.proofs import same_values
+from veneer.execution.stand_in import StandIn
 from veneer.files import remembered as memory
 from veneer.files.strict_tensors import read_tensors
-from veneer.models import same_values
-from veneer.models.stand_in import StandIn
 from veneer.training import first_evaluation, loop
 from veneer.training.config import RunConfig
 from veneer.training.output import sample

@@ -100,7 +100,7 @@ class AdapterConfig(MethodConfig):
     """A method that puts layers beside a frozen base; its result is an adapter folder.
 
     through_attention  it acts inside attention: the base must have handed that over
-                       (models/attention.py) first
+                       (execution/attention.py) first
     """
 
     through_attention: ClassVar[bool] = False

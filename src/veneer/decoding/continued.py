@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from veneer.decoding.direct import own_forward
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.blocks import BlockManager
@@ -17,6 +16,7 @@ from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.step_plan import SampleResult
+from veneer.execution.decode_step import own_forward
 
 SLOTS = 16
 """Tokens per block, as in an engine."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from veneer.adapters.methods.new_tokens import width_of
-from veneer.decoding.direct import Way
 from veneer.decoding.draws import ChoiceSampler, draw
 from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
@@ -30,6 +29,8 @@ from veneer.decoding.schedule.sequence import Request, SequenceState
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
+from veneer.execution.decode_step import Way
+from veneer.model_record import record_of
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
@@ -69,7 +70,7 @@ class Engine:
         self.scheduler = Scheduler(
             blocks, limits or Limits(), adapters, positions=read_alike(base.config)
         )
-        self.way = _way(base)
+        self.way = way_of(base)
         self.lanes = Lanes(base, blocks, adapters, self.way)
         self._drawings: dict[int, ChoiceSampler] = {}
         with base.routing.none():
@@ -222,12 +223,14 @@ def _no_memory() -> DoesNotFitError:
     )
 
 
-def _way(base: FrozenBase) -> Way:
+def way_of(base: FrozenBase) -> Way:
     """How steps are computed on this base, found once."""
-    if base.way is None:
+
+    def find() -> Way:
         with base.routing.none():
-            base.way = Way(base.model)
-    return base.way
+            return Way(base.model)
+
+    return record_of(base.model).part(Way, find)
 
 
 def bytes_per_token(base: FrozenBase) -> int:

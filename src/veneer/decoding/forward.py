@@ -6,6 +6,7 @@ rows of the step: the tokens of all spans in order, then filler; V ids.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from veneer.adapters.methods.prefix_layer import PrefixLayer
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
-from veneer.decoding.direct import Again, Run
-from veneer.decoding.graphs import Graphs, recorder_here
-from veneer.decoding.paged import PagedKeys, PagedStep
 from veneer.decoding.schedule.blocks import BlockManager, PrefixWrite
 from veneer.decoding.schedule.step_plan import Span, StepPlan
+from veneer.execution.cuda_graphs import HEAD, Graphs, recorder_here
+from veneer.execution.decode_step import Again, Run
+from veneer.execution.paged import PagedKeys, PagedStep
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.dense import few_rows
 from veneer.kernels.layout import round_up
@@ -32,12 +33,13 @@ NOBODY = Acting()
 class StepRows:
     """The rows of a plan, on the device.
 
-    rows    (2, N) ids and positions; for single tokens on CUDA (N, columns), as decoding/graphs.py
-            reads them; None: the plan follows the last one, whose rows are known
+    rows    (2, N) ids and positions; for single tokens on CUDA (N, columns), as
+            execution/cuda_graphs.py reads them; None: the plan follows the last one, whose rows are
+            known
     filler  rows after the spans, so that there are few shapes (kernels/layout.py); 0 if all spans
             are single tokens, or the kernels need no fixed shapes
     kept    (spans) number of the last row of each span; None: all rows are last rows
-    single  whether decoding/graphs.py computes it
+    single  whether execution/cuda_graphs.py computes it
     """
 
     rows: Tensor | None
@@ -47,6 +49,8 @@ class StepRows:
 
 
 FOLLOWING = StepRows(None, 0, None)
+FEWEST_BLOCKS = 16
+"""Of a table that a graph reads."""
 SPARE = 4
 """Blocks by which a table may grow before a step's tables are laid out again."""
 
@@ -54,7 +58,7 @@ SPARE = 4
 class PagedForward:
     """Runs the forwards of one lane.
 
-    run     a model's proven forward (decoding/proof.py, decoding/direct.py)
+    run     a model's proven forward (decoding/proof.py, execution/decode_step.py)
     blocks  the blocks that tables refer to
     filled  whether rows are filled up to few shapes
     again   runs the next token of the same sequences, if it can
@@ -87,7 +91,10 @@ class PagedForward:
     def rows(self, plan: StepPlan) -> StepRows:
         if self._last is not None and plan.follows == self._last[0]:
             return FOLLOWING
-        if self.graphs is not None and (inputs := self.graphs.inputs(plan)) is not None:
+        if self.graphs is None:
+            return self._rows(plan)
+        inputs = _single_tokens(plan, self.keys.num_blocks - 1, self._device)
+        if inputs is not None:
             return StepRows(inputs, len(inputs) - len(plan.spans), None, single=True)
         return self._rows(plan)
 
@@ -106,7 +113,7 @@ class PagedForward:
     def logits(self, plan: StepPlan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
         """The logits (spans, V) after the last token of each span. Prefixes must be written before.
 
-        acting: what the caller holds; decoding/recorded.py reads its mix of adapters.
+        acting: what the caller holds; execution/recorded.py reads its mix of adapters.
         """
         last, self._last = self._last, None
         if step.rows is None:
@@ -123,7 +130,8 @@ class PagedForward:
                 return logits_again
             step = self._rows(plan)
         assert step.rows is not None
-        self.keys.copy(plan.copies)
+        for copy in plan.copies:
+            self.keys.copy(copy.source, copy.target)
         if self.graphs is not None and step.single:
             return self.graphs.logits(step.rows, acting)[: len(plan.spans)]
         paged_step = PagedStep(
@@ -154,3 +162,31 @@ def _rows(span: Span) -> SpanRows:
     table = span.sequence.table
     assert table is not None
     return SpanRows(span.start, span.stop, table.blocks, table.front, table.front_places)
+
+
+def _single_tokens(plan: StepPlan, nobody: int, device: torch.device) -> Tensor | None:
+    """(N, HEAD + B) of a step of single tokens for a graph, rows and blocks filled up.
+
+    None: another step, or one with a trained prefix. nobody: the block that rows which fill up
+    read.
+    """
+    tables = [span.sequence.table for span in plan.spans]
+    if any(table is None or table.front for table in tables) or not tables:
+        return None
+    if any(span.stop - span.start != 1 for span in plan.spans):
+        return None
+    blocks = [[] if table is None else table.blocks for table in tables]
+    B = max(FEWEST_BLOCKS, _power(max(map(len, blocks))))
+    filler = _power(len(blocks)) - len(blocks)
+    rows = array("q")
+    for span, own in zip(plan.spans, blocks, strict=True):
+        rows.extend((*span.tokens, span.start, span.stop))
+        rows.extend(own)
+        rows.frombytes(bytes(8 * (B - len(own))))
+    rows.extend(array("q", (0, 0, 1, nobody, *[0] * (B - 1))) * filler)
+    return sent(torch.frombuffer(rows, dtype=torch.int64).view(-1, HEAD + B), device)
+
+
+def _power(count: int) -> int:
+    """Of two, at least `count`."""
+    return 1 << (count - 1).bit_length()

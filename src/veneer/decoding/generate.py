@@ -3,7 +3,7 @@
 The way to decode is the first that is proven on the model: our engine (decoding/engine.py);
 transformers' loop with prompts padded on the left; the same loop, prompt by prompt; reading the
 whole text for every token. Prompts whose answer may cross a length at which the model reads its
-whole text differently (models/switches.py) go through transformers' loop one by one. This module
+whole text differently (execution/switches.py) go through transformers' loop one by one. This module
 knows nothing of chats or templates.
 """
 
@@ -32,10 +32,10 @@ from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError
+from veneer.execution.proofs.model import in_front
+from veneer.execution.switches import forget_lengths, switches
 from veneer.models.capacity import capacity_of
-from veneer.models.checks import in_front
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.switches import forget_lengths, switches
 
 ROWS = 64
 """Most answers that the engine computes together. A step reads every weight once, whatever the

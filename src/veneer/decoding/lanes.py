@@ -4,7 +4,7 @@ A LoRA of linear layers adds its updates row by row, so rows of the base and of 
 same bits as alone. Other adapters change how a whole forward is computed: a prefix uses the model's
 own code, a trained norm or a bottleneck uses torch's. Their rows share a second forward, and a step
 with both kinds of rows reads the weights twice. One forward computes all rows if no bits are
-promised (decoding/direct.py has no forward by parts, or no compiled updates).
+promised (execution/decode_step.py has no forward by parts, or no compiled updates).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting, in_step
 from veneer.adapters.placement.attachment import Attachment
-from veneer.decoding.direct import Way
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.schedule.adapters import (
     AdapterSource,
@@ -29,6 +28,7 @@ from veneer.decoding.schedule.adapters import (
 )
 from veneer.decoding.schedule.blocks import BlockManager, Identity
 from veneer.decoding.schedule.step_plan import StepPlan
+from veneer.execution.decode_step import Way
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.frozen_base import FrozenBase

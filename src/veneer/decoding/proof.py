@@ -7,9 +7,9 @@
               wrongly, and RoBERTa's positions begin elsewhere; else the whole text is read for
               every token
 
-First on a small copy of the model's structure (models/structure.py), once for a config
-(models/proof.py); our own then once more on the model itself, before any adapter is attached. What
-is not proven goes prompt by prompt through transformers.
+First on a small copy of the model's structure (execution/proofs/small_copy.py), once for a config
+(execution/proofs/structure.py); our own then once more on the model itself, before any adapter is
+attached. What is not proven goes prompt by prompt through transformers.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.continued import SLOTS, continued
 from veneer.decoding.schedule.limits import Limits
-from veneer.models.attention import NAME, take_packed
+from veneer.execution.agreement import MODEL, difference, disagreement
+from veneer.execution.attention import NAME, take_packed
+from veneer.execution.proofs.model import prove_packing, some_ids, structure
+from veneer.execution.proofs.same_values import same_values
+from veneer.execution.proofs.small_copy import SWITCH, NoCopyError, small_copy
+from veneer.execution.proofs.structure import LIMIT, logits_alone, sample_texts, structure_proof
+from veneer.execution.switches import forget_lengths
+from veneer.model_record import record_of
 from veneer.models.capacity import read_alike
-from veneer.models.checks import REFUSALS, TOLERANCE, prove_packing, some_ids, structure
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.proof import apart, kept_proof, logits_alone, sample_texts, structure_key, tried
-from veneer.models.same_values import same_values
-from veneer.models.structure import SWITCH, NoCopyError, small_copy
-from veneer.models.switches import forget_lengths
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,17 @@ class Loops:
     cached: str | None
 
 
-_KNOWN: dict[str, Loops] = {}
+@dataclass(frozen=True)
+class PackedDecoding:
+    """Whether our own engine gives what a model gives."""
+
+    holds: bool
 
 
 def loops(model: PreTrainedModel) -> Loops:
     """What holds for the model's structure. SourceError: it sees what it is to predict."""
-    found, key = structure(model), structure_key(type(model), model.config)
-    if key not in _KNOWN:
-        with quiet():
-            _KNOWN[key] = kept_proof(
-                "loops", type(model), model.config, Loops, lambda: _prove(model, found.packed)
-            )
-    return _KNOWN[key]
+    packed = structure(model).packed
+    return structure_proof("loops", type(model), model.config, Loops, lambda: _prove(model, packed))
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def _decoding(model: PreTrainedModel) -> str | None:
         return _continued_apart(model, texts, split, whole)
 
     before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-    return tried(model, "a packed cache", run)
+    return disagreement(type(model).__name__, "a packed cache", run, LIMIT)
 
 
 def _continued_apart(
@@ -94,7 +94,9 @@ def _continued_apart(
         *((text[:at], text[at:]) for text, at in zip(texts, split, strict=True)), strict=True
     )
     found = continued(model, prompts, given, Limits(rows=4, step_tokens=16, chunk_tokens=11))
-    return max(apart(own, of[at - 1 :]) for own, of, at in zip(found, whole, split, strict=True))
+    return max(
+        difference(own, of[at - 1 :]) for own, of, at in zip(found, whole, split, strict=True)
+    )
 
 
 def _beside(model: PreTrainedModel) -> str | None:
@@ -104,10 +106,11 @@ def _beside(model: PreTrainedModel) -> str | None:
     def run() -> float:
         together = generated(model, texts)
         return max(
-            apart(together[:, i], generated(model, [text])[:, 0]) for i, text in enumerate(texts)
+            difference(together[:, i], generated(model, [text])[:, 0])
+            for i, text in enumerate(texts)
         )
 
-    return tried(model, "prompts padded on the left", run)
+    return disagreement(type(model).__name__, "prompts padded on the left", run, LIMIT)
 
 
 def _cached(model: PreTrainedModel) -> str | None:
@@ -117,9 +120,9 @@ def _cached(model: PreTrainedModel) -> str | None:
     def run() -> float:
         found = _answered(model, [text], 9)
         whole = logits_alone(model, found.sequences[0].tolist())
-        return apart(torch.stack(found.logits)[:, 0], whole[len(text) - 1 : -1])
+        return difference(torch.stack(found.logits)[:, 0], whole[len(text) - 1 : -1])
 
-    return tried(model, "a cache", run)
+    return disagreement(type(model).__name__, "a cache", run, LIMIT)
 
 
 def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
@@ -153,12 +156,14 @@ def decodes_packed(base: FrozenBase) -> bool:
     def prove() -> bool:
         return prove_decoding(base.model) is None
 
-    if base.decodes_packed is None:
+    def find() -> PackedDecoding:
         with base.routing.none():
-            base.decodes_packed = same_values("decoding", base.model, bool, prove, still=bool)
-            if base.decodes_packed:
+            holds = same_values("decoding", base.model, bool, prove, still=bool)
+            if holds:
                 take_packed(base.model)  # as the proof leaves it
-    return base.decodes_packed
+        return PackedDecoding(holds)
+
+    return record_of(base.model).part(PackedDecoding, find).holds
 
 
 @torch.no_grad()
@@ -179,13 +184,10 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
         model(input_ids=torch.tensor([t], device=model.device), use_cache=False).logits[0]
         for t in texts
     ]
-    try:
-        worst = _continued_apart(model, texts, [len(text) - 2 for text in texts], whole)
-    except REFUSALS as fault:
-        return (
-            f"{type(model).__name__} does not decode with a packed cache ({type(fault).__name__}:"
-            f" {str(fault)[:80]})"
-        )
-    if worst > TOLERANCE[whole[0].dtype]:
-        return f"{type(model).__name__} decoded with a packed cache differs by {worst:.1e}"
-    return None
+    split, limit = [len(text) - 2 for text in texts], MODEL.limits[whole[0].dtype]
+    return disagreement(
+        type(model).__name__,
+        "a packed cache",
+        lambda: _continued_apart(model, texts, split, whole),
+        limit,
+    )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from veneer.decoding.draws import ChoiceSampler, draw
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import VeneerError
-from veneer.models.switches import forget_lengths
+from veneer.execution.switches import forget_lengths
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from veneer.adapters.methods.new_tokens import width_of
 from veneer.adapters.methods.prefix_layer import tokens_in_front
 from veneer.adapters.placement.wrapping import unwrapped
 from veneer.data.examples import Capacity
+from veneer.execution.switches import switches
 from veneer.linear import PackedLinear
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.switches import switches
 
 _STRETCHED = ("linear", "dynamic", "yarn", "llama3", "longrope")
 _STRETCHED_BY_ITSELF = (

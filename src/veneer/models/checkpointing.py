@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
-from veneer.models.attention import decoder
-from veneer.models.stand_in import StandIn
+from veneer.execution.attention import decoder
+from veneer.execution.stand_in import StandIn
 
 GIVE_BACK_EVERY = 4
 """Layers. Before each of these the heap's free pages are given back: small objects cut up what

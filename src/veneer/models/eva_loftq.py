@@ -24,8 +24,8 @@ from veneer.bases.folder.tensor_files import StoredTensor, stored_tensors
 from veneer.bases.names.sources import locate
 from veneer.data.examples import Example
 from veneer.errors import ConfigError
+from veneer.execution.attention import decoder
 from veneer.linear import frozen_linear
-from veneer.models.attention import decoder
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.start import AdapterStart
 from veneer.quant.config import FOUR_BITS, weight_format

@@ -8,13 +8,11 @@ ways.
 import torch
 from torch import nn
 
+from veneer.execution.agreement import PART, agrees
 from veneer.kernels.dense import few_rows
 from veneer.linear import FewRowsLinear
 from veneer.shards import make_whole
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-"""Largest difference relative to the largest value: sums in another order; two roundings of a value
-near 1."""
 ROWS = 3
 
 
@@ -43,5 +41,4 @@ def _agrees(module: nn.Linear) -> bool:
     x = torch.randn(ROWS, module.in_features, generator=draw).to(module.weight.dtype)
     if not few_rows.usable(x, module.weight, module.bias):
         return False
-    ours, theirs = few_rows.product(x, module.weight, module.bias), module(x)
-    return bool((ours - theirs).abs().max() <= TOLERANCE[x.dtype] * theirs.abs().max())
+    return agrees(lambda x: few_rows.product(x, module.weight, module.bias), module, (x,), PART)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +27,18 @@ from veneer.bases.identity.fingerprint import Fingerprint, fingerprint, tokenize
 from veneer.data.template.new_tokens import extended
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
-from veneer.models.same_values import same_values
+from veneer.execution.proofs.same_values import same_values
+from veneer.model_record import record_of
 from veneer.models.step import ComputePaths, keep_paths, prepare
 from veneer.quant.config import Quantize
 from veneer.shards import Shards
+
+
+@dataclass(frozen=True)
+class ReadPast:
+    """The weights that a model takes past their modules."""
+
+    weights: frozenset[str]
 
 
 @dataclass
@@ -52,9 +59,6 @@ class FrozenBase:
     routing       the adapters on this base, and which of them act
     shards        in which its decoder layers lie, where several processes hold it together
     not_read        what its files hold beside the text that is read
-    decodes_packed  whether our own engine gives what the model gives (decoding/proof.py); None: not
-                    asked yet
-    way             how it computes a step (decoding/direct.py); None: not asked yet
     """
 
     model: PreTrainedModel
@@ -69,15 +73,11 @@ class FrozenBase:
     routing: Routing = field(default_factory=Routing)
     shards: Shards | None = field(default=None, repr=False)
     not_read: tuple[str, ...] = ()
-    decodes_packed: bool | None = field(default=None, init=False, repr=False)
-    way: Any = field(default=None, init=False, repr=False)
     _tokenizer_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _extended: tuple[object, PreTrainedTokenizerBase] | None = field(
         default=None, init=False, repr=False
     )
-    _paths: ComputePaths | None = field(default=None, init=False, repr=False)
-    _read_past: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.identity = self.identity or fingerprint(self.model)
@@ -185,24 +185,29 @@ class FrozenBase:
     @property
     def paths(self) -> ComputePaths:
         """Which fast paths this model takes; proven on its first use, with no adapter acting."""
-        if self._paths is None:
+
+        def find() -> ComputePaths:
             with self.routing.none():
-                found = same_values("paths", self.model, ComputePaths, lambda: prepare(self.model))
-                keep_paths(self.model, found)
-                self._paths = replace(found, not_read=self.not_read)
-        return self._paths
+                paths = same_values("paths", self.model, ComputePaths, lambda: prepare(self.model))
+                keep_paths(self.model, paths)
+            return replace(paths, not_read=self.not_read)
+
+        return record_of(self.model).part(ComputePaths, find)
 
     @property
     def read_past(self) -> frozenset[str]:
         """Weights that the model takes past their modules; asked of it once, with no adapter
         acting."""
-        if self._read_past is None:
+
+        def find() -> ReadPast:
             with self.routing.none():
-                found = same_values(
-                    "past", self.model, frozenset[str], lambda: weights_read_past(self.model)
+                return ReadPast(
+                    same_values(
+                        "past", self.model, frozenset[str], lambda: weights_read_past(self.model)
+                    )
                 )
-                self._read_past = found
-        return self._read_past
+
+        return record_of(self.model).part(ReadPast, find).weights
 
 
 def hidden_size(config: PreTrainedConfig) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.idle import in_any_layer
-from veneer.models.attention import decoder
+from veneer.execution.attention import decoder
 
 
 def left_out(model: PreTrainedModel, idle: Collection[str]) -> tuple[str, ...]:

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from veneer.data.batching import Batch, by_length, make_batch
 from veneer.data.examples import Example
+from veneer.execution.attention import hidden_states
+from veneer.execution.proofs.model import in_front
 from veneer.kernels.dense.loss import CHUNK
 from veneer.kernels.layout import round_up
 from veneer.kernels.wide import wide
-from veneer.models.attention import hidden_states
-from veneer.models.checks import in_front
 from veneer.models.step import ComputePaths, loss_head, whole_logits
 
 SHORT_TOKENS = 8192

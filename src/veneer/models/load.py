@@ -47,10 +47,10 @@ from veneer.errors import (
     VeneerError,
     is_out_of_memory,
 )
+from veneer.execution.proofs.same_values import same_values, take_note
 from veneer.models.checkpointing import decoder_layers, give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.same_values import same_values, take_note
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 from veneer.shards import Shards
 

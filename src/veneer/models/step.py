@@ -1,13 +1,15 @@
 """From a batch to its loss: the forward of a training step, and the loss of an evaluation.
 
-`prepare` finds out once, by running a small copy and the model (models/proof.py, models/checks.py),
-    which fast paths
-give what the model itself gives: packed   documents end to end, the shared prompt once, attention
-    per document (models/attention.py) head     logits only where a token is trained, in chunks, the
-    gradient formed beside them (kernels/dense/loss.py)
+`prepare` finds out once, by running a small copy and the model (execution/proofs/), which fast
+paths give what the model itself gives:
+
+    packed   documents end to end, the shared prompt once, attention per document
+             (execution/attention.py)
+    head     logits only where a token is trained, in chunks, the gradient formed beside them
+             (kernels/dense/loss.py)
+
 What cannot be proven takes transformers' own path: padded rows, or where these differ too one row
-    at a time; whole
-logits. Slower, never wrong, and `Paths.lines` says so by name.
+at a time; whole logits. Slower, never wrong, and `Paths.lines` says so by name.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +27,15 @@ from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.data.batching import Batch, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
+from veneer.execution.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
+from veneer.execution.proofs.model import (
+    in_front,
+    prove_head,
+    prove_packing,
+    structure,
+    takes_packing,
+)
+from veneer.execution.switches import RopeSwitches, forget_lengths, sides, switches
 from veneer.kernels.dense.loss import (
     Head,
     TrainedHeadRows,
@@ -32,10 +43,7 @@ from veneer.kernels.dense.loss import (
     head_nats,
     trained_head_loss,
 )
-from veneer.models.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
-from veneer.models.checks import in_front, prove_head, prove_packing, structure, takes_packing
 from veneer.models.left_out import left_out
-from veneer.models.switches import RopeSwitches, forget_lengths, sides, switches
 
 
 @dataclass(frozen=True)

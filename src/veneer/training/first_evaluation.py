@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from veneer.data.examples import Example
+from veneer.execution.proofs.same_values import can_be_known, class_key, digest, noted
 from veneer.files.remembered import remembered
-from veneer.models.same_values import can_be_known, class_key, digest, noted
 from veneer.training.job import TrainingInputs
 
 _TRAINING = (

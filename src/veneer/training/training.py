@@ -30,6 +30,7 @@ from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError, fits_memory
+from veneer.execution.train_step import fused, replacements
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, write_adapter
@@ -38,7 +39,6 @@ from veneer.linear import num_parameters
 from veneer.models.capacity import capacity_of
 from veneer.models.checkpointing import checkpointed
 from veneer.models.frozen_base import FrozenBase, hidden_size
-from veneer.models.fused import fused, replacements
 from veneer.models.initial_values import FreshAdapter
 from veneer.models.step import ComputePaths, refuse_untrainable
 from veneer.quant.weight import PackedSize

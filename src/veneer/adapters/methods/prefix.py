@@ -8,7 +8,6 @@ heads, D head size, t = K * D.
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from veneer.adapters.placement.rows import rows_of
 from veneer.adapters.placement.site import Site
 from veneer.adapters.placement.wrapping import AdaptedModule, plain_modules, unwrapped
 from veneer.errors import ConfigError
+from veneer.model_record import record_of
 
 
 class PrefixedDecoder(AdaptedModule):
@@ -86,7 +86,7 @@ def _positions(ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
 def record_keys(decoder: nn.Module, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     """Records the base's keys and values, (T, K, D) each, of ids (T), by layer number.
 
-    Raises ConfigError if the model's attention is not Veneer's (models/attention.py).
+    Raises ConfigError if the model's attention is not Veneer's (execution/attention.py).
     """
     recorder = KeyRecorder()
     refused = ""
@@ -167,13 +167,7 @@ def key_shape(model: nn.Module) -> KeyShape:
     ConfigError: they differ, and the table has room for one. Weights are not needed: a model on the
     meta device will do, and a model is asked once.
     """
-    _, decoder = decoder_of(model)
-    if (known := _KEY_SHAPES.get(decoder)) is None:
-        known = _KEY_SHAPES[decoder] = _key_shape(decoder)
-    return known
-
-
-_KEY_SHAPES: WeakKeyDictionary[nn.Module, KeyShape] = WeakKeyDictionary()
+    return record_of(model).part(KeyShape, lambda: _key_shape(decoder_of(model)[1]))
 
 
 def _key_shape(decoder: nn.Module) -> KeyShape:

@@ -1,9 +1,9 @@
 """Attention of single tokens over keys and values in blocks whose tables lie on the device.
 
 What changes from token to token (lengths, tables) is read there, and no shape depends on it, so a
-step that calls this can be captured as a graph once and replayed (decoding/graphs.py). In Triton on
-CUDA (cuda/triton_paged.py), which reads no block behind a text's end; elsewhere, and for the
-meaning, plain torch, which reads all that the tables have room for.
+step that calls this can be captured as a graph once and replayed (execution/cuda_graphs.py). In
+Triton on CUDA (cuda/triton_paged.py), which reads no block behind a text's end; elsewhere, and for
+the meaning, plain torch, which reads all that the tables have room for.
 
 Shapes: N rows, one token of a sequence each, B blocks that a table has room for, S slots of a
 block, K key/value heads, H query heads, D and E head sizes of keys and of values.

@@ -4,7 +4,7 @@
     AdapterMix   which tables act on which rows; lists the updates of all layers in a few operations
 
 What a step computes differs from mix to mix in these lists alone, so calls that were noted are made
-again with others (decoding/recorded.py). A mix holds its tables: what its lists point at stays for
+again with others (execution/recorded.py). A mix holds its tables: what its lists point at stays for
 as long as it does. Shapes: P layers, U tables that act.
 """
 

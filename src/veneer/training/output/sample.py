@@ -11,9 +11,9 @@ from veneer.data.examples import Row
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding.generate import generate
 from veneer.errors import DataError
+from veneer.execution.stand_in import put_aside
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
-from veneer.models.stand_in import put_aside
 from veneer.wording import cut
 
 SAMPLE_TOKENS = 96

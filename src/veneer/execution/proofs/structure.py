@@ -1,9 +1,9 @@
 """What holds for a model's structure, found by running a small float32 copy of it
-(models/structure.py).
+(execution/proofs/small_copy.py).
 
     causal    what stands behind a token does not change it; else nothing can be trained or answered
     packed    documents end to end with a shared prompt give what each gives alone
-              (models/attention.py)
+              (execution/attention.py)
     padded    rows padded on the right give what each gives alone; else they are computed one by one
     head      what lies between the head and the logits (kernels/dense/loss.py)
     gradient  it can be trained as it stands, in eval mode; idle: the places that no gradient
@@ -29,18 +29,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.adapters.placement.idle import places_without_gradient
 from veneer.bases.quiet_transformers import quiet
+from veneer.execution.agreement import SMALL_COPY, difference, disagreement
+from veneer.execution.attention import NAME, decoder, packed_states, padded_states
+from veneer.execution.proofs.small_copy import SWITCH, VOCABULARY, NoCopyError, small_copy
+from veneer.execution.switches import forget_lengths, sides, switches
 from veneer.files.remembered import is_known, remembered
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
-from veneer.models.attention import NAME, decoder, packed_states, padded_states
-from veneer.models.structure import SWITCH, VOCABULARY, NoCopyError, small_copy
-from veneer.models.switches import forget_lengths, sides, switches
 
 Result = TypeVar("Result")
 
-FP32 = 1e-4
-"""Largest difference relative to the largest value: float32 sums in another order through a few
-layers."""
+LIMIT = SMALL_COPY.limits[torch.float32]
 SHARED = 3
 LENGTHS = (20, 11, SWITCH + 7, SWITCH + 18)
 """Tokens of the texts: on both sides of the switch, all longer than a window."""
@@ -67,18 +66,29 @@ _NO_STRUCTURE = (
     "transformers_version",
     "architectures",
 )
-_KNOWN: dict[str, Proven] = {}
+_PROOFS: dict[tuple[str, str], Any] = {}
+"""What was proven in this process, by the kind of proof and the structure."""
 
 
 def proven(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Proven:
     """What holds for models of this class and config."""
-    key = structure_key(kind, config)
-    if key not in _KNOWN:
+    return structure_proof("structure", kind, config, Proven, lambda: _prove(kind, config))
+
+
+def structure_proof(
+    what: str,
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    of: Any,
+    prove: Callable[[], Result],
+) -> Result:
+    """Returns what `prove` finds of a structure, once in a process. what, of: as of kept_proof."""
+    key = what, structure_key(kind, config)
+    if key not in _PROOFS:
         with quiet():
-            _KNOWN[key] = kept_proof(
-                "structure", kind, config, Proven, lambda: _prove(kind, config)
-            )
-    return _KNOWN[key]
+            _PROOFS[key] = kept_proof(what, kind, config, of, prove)
+    proof: Result = _PROOFS[key]
+    return proof
 
 
 def kept_proof(
@@ -131,38 +141,20 @@ def sample_texts(model: PreTrainedModel) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(ids, LENGTHS, strict=True)]
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    if found.shape != expected.shape:
-        return float("inf")
-    worst = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-    return worst if worst == worst else float("inf")
-
-
 def logits_alone(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
     """(T, V) of one text alone: what everything here is held against."""
     forget_lengths(model)
     return model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
 
 
-def tried(model: PreTrainedModel, what: str, run: Callable[[], float]) -> str | None:
-    """None where `run` tells a difference that rounding explains."""
-    name = type(model).__name__
-    try:
-        worst = run()
-    except Exception as fault:  # modelling code may refuse what it does not know with anything
-        return f"{name} does not take {what} ({type(fault).__name__}: {str(fault).strip()[:80]})"
-    return None if worst <= FP32 else f"{name} with {what} differs from each alone by {worst:.1e}"
-
-
 def _causal(model: PreTrainedModel, text: list[int]) -> str | None:
     part = len(text) - 3
     other = [*text[:part], *reversed(text[part:])]
     worst = max(
-        apart(logits_alone(model, t)[:part], logits_alone(model, text)[:part])
+        difference(logits_alone(model, t)[:part], logits_alone(model, text)[:part])
         for t in (text[:part], other)
     )
-    if worst <= FP32:
+    if worst <= LIMIT:
         return None
     return (
         f"{type(model).__name__} lets a token see what stands behind it (its logits change by"
@@ -187,15 +179,19 @@ def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         expected = [logits_alone(model, row) for row in rows]
         forget_lengths(model)
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        worst = max(apart(whole[i, : len(row)], expected[i]) for i, row in enumerate(rows))
+        worst = max(difference(whole[i, : len(row)], expected[i]) for i, row in enumerate(rows))
         if decoder(model) is None:
             return worst
         states = [_states(model, row) for row in rows]
         forget_lengths(model)
         hidden = padded_states(model, ids, positions, mask)
-        return max(worst, *(apart(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows)))
+        return max(
+            worst, *(difference(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows))
+        )
 
-    return tried(model, "padded rows", lambda: _by_side(model, texts, run))
+    return disagreement(
+        type(model).__name__, "padded rows", lambda: _by_side(model, texts, run), LIMIT
+    )
 
 
 def _states(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
@@ -210,7 +206,7 @@ def _gradient(model: PreTrainedModel, text: list[int]) -> str | None:
     table = model.get_input_embeddings().get_parameter("weight").requires_grad_(True)
     try:
         torch.autograd.grad(logits_alone(model, text).square().sum(), table, allow_unused=True)
-    except Exception as fault:  # as in tried
+    except Exception as fault:  # as of disagreement
         return f"its backward pass stops ({type(fault).__name__}: {str(fault).strip()[:160]})"
     finally:
         table.requires_grad_(False)
@@ -241,13 +237,15 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         )
         calls.append(layers)
         expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])
-        return apart(states, expected)
+        return difference(states, expected)
 
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         return f"{type(model).__name__} does not offer transformers' attention interface"
-    reason = tried(model, "packed rows", lambda: _by_side(model, texts, run))
+    reason = disagreement(
+        type(model).__name__, "packed rows", lambda: _by_side(model, texts, run), LIMIT
+    )
     if calls and (short := unreached(model, calls[0])) is not None:
         reason = short
     if reason is not None:
@@ -289,11 +287,13 @@ def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None,
         for scale in _scales(config):
             for softcap in _softcaps(config):
                 if (
-                    apart(Head(head.weight, head.bias, scale, softcap).logits(states), expected)
-                    <= FP32
+                    difference(
+                        Head(head.weight, head.bias, scale, softcap).logits(states), expected
+                    )
+                    <= LIMIT
                 ):
                     return scale, softcap, None
-    except Exception as fault:  # as in tried
+    except Exception as fault:  # as of disagreement
         return (
             1.0,
             None,

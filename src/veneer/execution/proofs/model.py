@@ -1,5 +1,5 @@
-"""Which fast paths a model takes: what holds for its structure (models/proof.py), tried once more
-on the model itself.
+"""Which fast paths a model takes: what holds for its structure (execution/proofs/structure.py),
+tried once more on the model itself.
 
 The proof runs on a small copy in float32. Here the real weights, in their own type and on their own
 device, read two short texts both ways, before any adapter is attached: what a kernel or a weight
@@ -15,31 +15,11 @@ from transformers import PreTrainedModel
 from veneer.adapters.methods.prefix import PrefixedDecoder
 from veneer.adapters.methods.prefix_layer import tokens_in_front
 from veneer.errors import SourceError
+from veneer.execution.agreement import HEAD, MODEL, difference, disagreement
+from veneer.execution.attention import NAME, decoder, packed_states
+from veneer.execution.proofs.structure import Proven, no_seam, proven, unreached
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
-from veneer.models.attention import NAME, decoder, packed_states
-from veneer.models.proof import Proven, apart, no_seam, proven, unreached
-
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference of hidden states, relative to their largest value, that rounding explains in a
-whole model."""
-HEAD_TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float64: 1e-6,
-    torch.bfloat16: 0.02,
-    torch.float16: 0.005,
-}
-"""The same of the logits that one product makes of them."""
-REFUSALS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    IndexError,
-    AttributeError,
-    NotImplementedError,
-    ImportError,
-)
-"""What modelling code raises at what it does not take."""
 
 
 def structure(model: PreTrainedModel) -> Proven:
@@ -101,7 +81,7 @@ def prove_packing(model: PreTrainedModel) -> str | None:
 
 
 def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
-    name, before = type(model).__name__, model.config._attn_implementation
+    before = model.config._attn_implementation
     device = next(model.parameters()).device
     layout = BatchLayout.of(3, (4, 5), device)
     positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)
@@ -110,17 +90,17 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
         if expected is None
         else some_ids(model, 12, 0)
     )
-    try:
+    reached: list[int] = []
+
+    def measure() -> float:
         model.set_attn_implementation(NAME)
         states, calls = packed_states(model, ids[None], positions[None], layout)
-    except REFUSALS as fault:
-        model.set_attn_implementation(before)
-        return f"{name} does not take packed rows ({type(fault).__name__}: {str(fault)[:80]})"
-    reason = unreached(model, calls)
-    if reason is None and expected is not None:
-        difference = apart(states, expected)
-        if difference > TOLERANCE[expected.dtype]:
-            reason = f"{name} packed differs from one by one by {difference:.1e}"
+        reached.append(calls)
+        return 0.0 if expected is None else difference(states, expected)
+
+    limit = 0.0 if expected is None else MODEL.limits[expected.dtype]
+    reason = disagreement(type(model).__name__, "packed rows", measure, limit)
+    reason = (unreached(model, reached[0]) if reached else None) or reason
     if reason is not None:
         model.set_attn_implementation(before)
     return reason
@@ -140,7 +120,7 @@ def prove_head(model: PreTrainedModel) -> tuple[float, float | None, str | None]
         inner(input_ids=ids, use_cache=False).last_hidden_state
     )
     theirs = model(input_ids=ids, use_cache=False).logits
-    if apart(ours, theirs) > HEAD_TOLERANCE[theirs.dtype]:
+    if difference(ours, theirs) > HEAD.limits[theirs.dtype]:
         return (
             1.0,
             None,

@@ -18,17 +18,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
+from veneer.execution import train_attention as fused_attention
+from veneer.execution import train_layer as fused_layer
+from veneer.execution.agreement import PART, agrees
+from veneer.execution.stand_in import StandIn
+from veneer.execution.train_attention import FusedAttention
+from veneer.execution.train_parts import FusedGate, FusedNorm
 from veneer.kernels.dense.fused import gelu_gate, silu_gate
 from veneer.linear import frozen_linear
-from veneer.models import fused_attention, fused_layer
-from veneer.models.fused_attention import FusedAttention
-from veneer.models.fused_parts import FusedGate, FusedNorm
-from veneer.models.stand_in import StandIn
 from veneer.shards import make_whole
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""Largest difference relative to the largest value: two roundings of a value near 1."""
-
 
 Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The product of what the gate's projection gives and what the other one gives."""
@@ -54,20 +52,17 @@ def _gate(module: nn.Module) -> FusedGate | None:
     return None if product is None else FusedGate(module, product)
 
 
-@torch.no_grad()
 def _product(activation: nn.Module) -> Gate | None:
     """The gated product that has this activation."""
-    x, ones = torch.linspace(-4, 4, 64, device="cpu"), torch.ones(64, device="cpu")
     if any(True for _ in activation.parameters()):
         return None
-    try:
-        active = activation(x)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    known = (
-        each for each in (silu_gate, gelu_gate) if torch.allclose(active, each(x, ones), atol=1e-6)
-    )
-    return next(known, None) if active.shape == x.shape else None
+    x = torch.linspace(-4, 4, 64, device="cpu")[None]
+    for product in (silu_gate, gelu_gate):
+        if agrees(
+            lambda x, product=product: product(x, torch.ones_like(x)), activation, (x,), PART
+        ):
+            return product
+    return None
 
 
 def _attention(place: nn.Module) -> FusedAttention | None:
@@ -89,7 +84,6 @@ def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
     return _norm(place) or _gate(place)
 
 
-@torch.no_grad()
 def _agree(
     module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
@@ -98,13 +92,7 @@ def _agree(
     # values.
     scale = torch.logspace(-2, 6, 5) if torch.finfo(dtype).max > 1e30 else torch.full((5,), 3.0)
     x = (torch.randn(5, width, generator=generator) * scale[:, None]).to(dtype).to(device)
-    try:
-        ours, theirs = replacement(x), module(x)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    return bool(((ours - theirs).abs().amax(1) <= TOLERANCE[dtype] * theirs.abs().amax(1)).all())
+    return agrees(replacement, module, (x,), PART)
 
 
 def _agree_without_values(

@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear, sole_lora
 from veneer.adapters.placement.wrapping import unwrapped
+from veneer.execution.attention import LayoutAttention
+from veneer.execution.stand_in import StandIn
+from veneer.execution.train_attention import FusedAttention, is_taken
+from veneer.execution.train_parts import FusedGate, FusedNorm
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense.block import Block, Norm, lora_block
 from veneer.kernels.dense.fused import silu_gate
 from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
-from veneer.models.attention import LayoutAttention
-from veneer.models.fused_attention import FusedAttention, is_taken
-from veneer.models.fused_parts import FusedGate, FusedNorm
-from veneer.models.stand_in import StandIn
 
 PARTS = {
     "input_layernorm": FusedNorm,

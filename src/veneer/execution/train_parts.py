@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import apply_together
 from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
+from veneer.execution.stand_in import StandIn
 from veneer.kernels.dense.fused import rms_norm, silu_gate
-from veneer.models.stand_in import StandIn
 
 
 class FusedNorm(StandIn):

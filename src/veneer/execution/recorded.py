@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer.decoding.ends import Ends
-from veneer.decoding.paged import PagedKeys, PagedStep
+from veneer.execution.ends import Ends
+from veneer.execution.paged import PagedKeys, PagedStep
 from veneer.kernels.attention.paged import KeyValueBlocks
 from veneer.kernels.bindings import dense_calls, paged_calls
 from veneer.kernels.dense.mixes import AdapterMix

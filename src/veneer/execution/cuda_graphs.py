@@ -13,7 +13,6 @@ Knows nothing of requests. Shapes: N rows, B blocks of a table, V ids.
 from __future__ import annotations
 
 import logging
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -24,13 +23,10 @@ from torch import Tensor
 
 from veneer.adapters.placement.acting import Acting, BatchPart
 from veneer.adapters.placement.attachment import Attachment
-from veneer.decoding.direct import Run
-from veneer.decoding.paged import PagedKeys, RowsStep
-from veneer.decoding.schedule.step_plan import StepPlan
+from veneer.execution.agreement import MODEL, difference
+from veneer.execution.decode_step import Run
+from veneer.execution.paged import PagedKeys, RowsStep
 from veneer.kernels.attention.paged_rows import BlockTables
-from veneer.kernels.upload import sent
-from veneer.models.checks import TOLERANCE
-from veneer.models.proof import apart
 from veneer.quant.scratch import held_buffers
 
 WORTH = 4
@@ -38,7 +34,6 @@ WORTH = 4
 MOST = 32
 """Graphs that are kept, those used last."""
 MOST_SEEN = 1000
-FEWEST_BLOCKS = 16
 HEAD = 3
 """Columns of a row before its table: id, position, length."""
 
@@ -115,26 +110,6 @@ class Graphs:
         self.kept: OrderedDict[Key, _Graph] = OrderedDict()
         self.refused: dict[Key, str] = {}
 
-    def inputs(self, plan: StepPlan) -> Tensor | None:
-        """(N, HEAD + B) of a step of single tokens, rows and blocks filled up. None: another step,
-        or one with a trained prefix."""
-        tables = [span.sequence.table for span in plan.spans]
-        if any(table is None or table.front for table in tables) or not tables:
-            return None
-        if any(span.stop - span.start != 1 for span in plan.spans):
-            return None
-        blocks = [[] if table is None else table.blocks for table in tables]
-        B = max(FEWEST_BLOCKS, _power(max(map(len, blocks))))
-        filler = _power(len(blocks)) - len(blocks)
-        rows = array("q")
-        for span, own in zip(plan.spans, blocks, strict=True):
-            rows.extend((*span.tokens, span.start, span.stop))
-            rows.extend(own)
-            rows.frombytes(bytes(8 * (B - len(own))))
-        nobody = array("q", (0, 0, 1, self._keys.num_blocks - 1, *[0] * (B - 1)))
-        rows.extend(nobody * filler)
-        return sent(torch.frombuffer(rows, dtype=torch.int64).view(-1, HEAD + B), self._device)
-
     def logits(self, inputs: Tensor, acting: Acting) -> Tensor:
         """(N, V), good until the next call. acting: held by the caller."""
         key = *inputs.shape, acting.parts
@@ -166,7 +141,7 @@ class Graphs:
         try:
             replay = self._recorder.record(lambda: self._launched(own))
             expected = self._launched(own)
-            if (worst := apart(replay(), expected)) > TOLERANCE[expected.dtype]:
+            if (worst := difference(replay(), expected)) > MODEL.limits[expected.dtype]:
                 raise RefusedError(f"its graph differs by {worst:.1e}")
         except RefusedError as fault:
             if str(fault) not in self.refused.values():
@@ -183,8 +158,3 @@ class Graphs:
 
 def _adapters(key: Key) -> set[Attachment]:
     return {adapter for part in key[2] for adapter, _ in part.adapters}
-
-
-def _power(count: int) -> int:
-    """Of two, at least `count`."""
-    return 1 << (count - 1).bit_length()

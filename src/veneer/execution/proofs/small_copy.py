@@ -3,9 +3,9 @@
 Kept are every kind of layer and every choice of the config. Fewer are the layers, heads, experts
 and widths; windows, chunks and the positions at which something changes stand below the length of a
 short text. So what shows on the real model after 4096 tokens shows here after ten, in float32, in
-milliseconds (models/proof.py). No list of families: fields are known by the words in their names,
-and a copy counts only if every kind of module of the original is in it. What cannot be copied so is
-said by name.
+milliseconds (execution/proofs/structure.py). No list of families: fields are known by the words in
+their names, and a copy counts only if every kind of module of the original is in it. What cannot be
+copied so is said by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import VeneerError
-from veneer.models.switches import switches
+from veneer.execution.switches import switches
 
 WINDOW = 6
 """Tokens of every window and chunk in the copy."""

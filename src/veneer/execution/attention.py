@@ -5,15 +5,14 @@ of the model's forward (`veneer_layout`) reaches it. A 4-D attention mask is pas
 untouched, so no mask is built; what stands in its place tells the layout where a layer hands on no
 keyword (Nemotron, StableLM). A trained prefix (adapters/methods/prefix.py) comes by a keyword
 alone. Where a model does not go through the interface, mixes tokens elsewhere than in attention, or
-answers differently when packed, models/proof.py and models/checks.py say why, and batches are
-padded for transformers' own attention.
+answers differently when packed, execution/proofs/structure.py and execution/proofs/model.py say
+why, and batches are padded for transformers' own attention.
 """
 
 import inspect
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,11 @@ from transformers.masking_utils import sdpa_mask
 
 from veneer.adapters.methods.prefix_layer import KeyRecorder, PrefixKeys
 from veneer.data.batching import Batch
+from veneer.execution.switches import forget_lengths
 from veneer.kernels.attention.groups import Pair, grouped_attention
 from veneer.kernels.layout import BatchLayout
 from veneer.kernels.rules import AttentionRules
-from veneer.models.switches import forget_lengths
+from veneer.model_record import record_of
 
 NAME = "veneer"
 
@@ -220,9 +220,12 @@ def unused_mask(device: torch.device) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
-_DECODERS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-"""Model -> the path of its decoder: every forward asks, and to look for it is to walk all modules.
-What stands there may be exchanged, the path stays."""
+@dataclass(frozen=True)
+class DecoderPath:
+    """Where the decoder stands in a model. Every forward asks, and to look for it is to walk all
+    modules. What stands there may be exchanged, the path stays."""
+
+    path: str | None
 
 
 def take_packed(model: PreTrainedModel) -> None:
@@ -233,12 +236,14 @@ def take_packed(model: PreTrainedModel) -> None:
 
 def decoder(model: PreTrainedModel) -> nn.Module | None:
     """The model without its head: ids in, hidden states out. None where no part of it is that."""
-    if model not in _DECODERS:
-        part = _find_decoder(model)
-        paths = (path for path, module in model.named_modules() if module is part)
-        _DECODERS[model] = next(paths, None)
-    path = _DECODERS[model]
+    path = record_of(model).part(DecoderPath, lambda: _decoder_path(model)).path
     return None if path is None else model.get_submodule(path)
+
+
+def _decoder_path(model: PreTrainedModel) -> DecoderPath:
+    part = _find_decoder(model)
+    paths = (path for path, module in model.named_modules() if module is part)
+    return DecoderPath(next(paths, None))
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module | None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.adapted_linear import apply_together
+from veneer.execution.attention import NAME, attention_forward
+from veneer.execution.stand_in import StandIn
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.dense.fused import rotary
 from veneer.kernels.rules import AttentionRules
-from veneer.models.attention import NAME, attention_forward
-from veneer.models.stand_in import StandIn
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 WIDTH, ROWS = 8, 5

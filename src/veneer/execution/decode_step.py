@@ -9,9 +9,10 @@ Here the same modules are called, found in their places at every step, and betwe
 does what several did (kernels/decoding/decoder_step.py). What an adapter stands beside is called as
 the module that it is, so is a feed-forward block of another kind.
 
-What a model computes is found by running it: a small copy in float32 (models/structure.py), then
-the model itself, by its own forward and by this one. What does not agree keeps its own forward, and
-the reason says why. Shapes: N rows of the step, D width, E head size, V ids.
+What a model computes is found by running it: a small copy in float32
+(execution/proofs/small_copy.py), then the model itself, by its own forward and by this one. What
+does not agree keeps its own forward, and the reason says why. Shapes: N rows of the step, D width,
+E head size, V ids.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,16 @@ from transformers import PreTrainedModel
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
-from veneer.bases.quiet_transformers import quiet
-from veneer.decoding.ends import Ends
-from veneer.decoding.paged import PagedKeys, PagedStep
-from veneer.decoding.recorded import Around, Inputs, Standing, Steps
+from veneer.execution.agreement import MODEL, difference, disagreement
+from veneer.execution.attention import NAME, decoder, packed_arguments, unused_mask
+from veneer.execution.ends import Ends
+from veneer.execution.paged import PagedKeys, PagedStep
+from veneer.execution.proofs.model import in_front, some_ids, structure
+from veneer.execution.proofs.same_values import same_values
+from veneer.execution.proofs.small_copy import NoCopyError, small_copy
+from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
+from veneer.execution.recorded import Around, Inputs, Standing, Steps
+from veneer.execution.train_step import is_plain_gate
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.decoding import decoder_step
@@ -39,12 +46,7 @@ from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
 from veneer.kernels.rules import AttentionRules
 from veneer.linear import FewRowsLinear
-from veneer.models.attention import NAME, decoder, packed_arguments, unused_mask
-from veneer.models.checks import TOLERANCE, in_front, some_ids, structure
-from veneer.models.fused import is_plain_gate
-from veneer.models.proof import apart, kept_proof, sample_texts, structure_key, tried
-from veneer.models.same_values import same_values
-from veneer.models.structure import NoCopyError, small_copy
+from veneer.model_record import record_of
 from veneer.shards import in_shards
 
 SLOTS = 16
@@ -55,8 +57,8 @@ HEAD_NORMS = {"q_norm", "k_norm"}
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
-"""(2, N) ids and positions, a step (models/attention.py: BatchAttention), the rows that are kept or
-all -> their logits."""
+"""(2, N) ids and positions, a step (execution/attention.py: BatchAttention), the rows that are kept
+or all -> their logits."""
 
 Again = Callable[[Sequence[int], PagedStep], Tensor | None]
 """(N) ids, a step that goes on from the one before -> (N, V); None: nothing was computed."""
@@ -78,9 +80,15 @@ class DirectForward:
     """Of `direct`. Which adapters act is the caller's to hold."""
 
     def __init__(self, model: PreTrainedModel, inner: nn.Module, layers: Sequence[_Layer]) -> None:
-        self.model, self.layers = model, layers
+        self._model, self.layers = ref(model), layers
         self.inner: Any = inner
         self.steps = Steps()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        model = self._model()
+        assert model is not None, "whoever computes a step holds the base"
+        return model
 
     @property
     def fits(self) -> bool:
@@ -147,8 +155,7 @@ class Way:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        found = direct(model)
-        self._own = own_forward(model)
+        found, self._model = direct(model), ref(model)
         self._parts = None if isinstance(found, str) else found
         self.not_by_parts = found if isinstance(found, str) else None
 
@@ -156,7 +163,9 @@ class Way:
         """rows (2, N): ids and positions -> (kept, V); None: all rows."""
         if self._parts is not None and self._parts.fits:
             return self._parts.logits(rows, laid, kept)
-        return self._own(rows, laid, kept)
+        model = self._model()
+        assert model is not None
+        return own_forward(model)(rows, laid, kept)
 
     def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
         """(N, V) of single tokens, one further than in the step before; None: as if nothing had
@@ -315,58 +324,51 @@ class _Noting:
         return self.step.attend(q, k, v, prefix, rules)
 
 
-_KNOWN: dict[str, str | None] = {}
-"""Of structures: why not."""
-_TRIED: WeakKeyDictionary[nn.Module, tuple[AttentionRules, ...] | str] = WeakKeyDictionary()
-"""Of models: how their layers weigh, or why not."""
+@dataclass(frozen=True)
+class PartsTrial:
+    """How a model's layers weigh, and why it is not computed by its parts; None: it is."""
+
+    rules: tuple[AttentionRules, ...] = ()
+    reason: str | None = None
 
 
 @torch.no_grad()
 def direct(model: PreTrainedModel) -> DirectForward | str:
     """The way through the parts of a model that decodes over blocks (decoding/proof.py); or why
     there is none. A model is tried once, while nothing acts on it."""
-    if model not in _TRIED:
-        _TRIED[model] = _on_itself(model)
-    found = _TRIED[model]
-    return found if isinstance(found, str) else _taken_apart(model, found)
+    trial = record_of(model).part(PartsTrial, lambda: _on_itself(model))
+    return _taken_apart(model, trial.rules) if trial.reason is None else trial.reason
 
 
-def _on_itself(model: PreTrainedModel) -> tuple[AttentionRules, ...] | str:
+def _on_itself(model: PreTrainedModel) -> PartsTrial:
     if (reason := structure(model).packed) is not None:
-        return reason
+        return PartsTrial(reason=reason)
     if not decoder_step.usable(next(model.parameters())):
-        return "its numbers are of a type or on a device for which no kernels are compiled"
-    if (key := structure_key(type(model), model.config)) not in _KNOWN:
-        with quiet():
-            _KNOWN[key] = kept_proof(
-                "parts", type(model), model.config, str | None, lambda: _on_a_copy(model)
-            )
-    if (reason := _KNOWN[key]) is not None:
-        return reason
+        reason = "its numbers are of a type or on a device for which no kernels are compiled"
+        return PartsTrial(reason=reason)
+    reason = structure_proof(
+        "parts", type(model), model.config, str | None, lambda: _on_a_copy(model)
+    )
+    if reason is not None:
+        return PartsTrial(reason=reason)
     ids = some_ids(model, 23, 4).tolist()
     texts, rules, name = [ids[:14], ids[14:]], _rules(model), type(model).__name__
     found = _taken_apart(model, rules)
     if isinstance(found, str):
-        return found
+        return PartsTrial(reason=found)
     by_parts = found.logits
 
     def differs() -> str | None:
         theirs = read_and_continued(own_forward(model), texts)
-        try:
-            worst = apart(read_and_continued(by_parts, texts), theirs)
-        except Exception as fault:  # as in tried: of parts that are of several types, say
-            return (
-                f"{name} does not take its parts called one by one ({type(fault).__name__}:"
-                f" {str(fault)[:80]})"
-            )
-        return (
-            None
-            if worst <= TOLERANCE[theirs.dtype]
-            else f"{name} by its parts differs by {worst:.1e}"
+        return disagreement(
+            name,
+            "its parts called one by one",
+            lambda: difference(read_and_continued(by_parts, texts), theirs),
+            MODEL.limits[theirs.dtype],
         )
 
     reason = same_values("by_parts", model, str | None, differs)
-    return rules if reason is None else reason
+    return PartsTrial(rules, reason)
 
 
 def _on_a_copy(model: PreTrainedModel) -> str | None:
@@ -381,11 +383,11 @@ def _on_a_copy(model: PreTrainedModel) -> str | None:
 
     def run() -> float:
         assert not isinstance(found, str)
-        return apart(
+        return difference(
             read_and_continued(found.logits, texts), read_and_continued(own_forward(copy), texts)
         )
 
-    return tried(copy, "its parts called one by one", run)
+    return disagreement(type(copy).__name__, "its parts called one by one", run, LIMIT)
 
 
 def own_forward(model: PreTrainedModel) -> Run:

@@ -1,12 +1,12 @@
 """What was found out about a model's own values, remembered under every byte of them
 (files/remembered.py).
 
-A proof on a model itself (models/checks.py, decoding/proof.py) reads all weights, most of them
-several times; hashing them takes as long as two of these. So a loaded base is hashed once, and what
-an earlier process found of the same bytes, class and config is taken. Only as long as the model
-holds those very values: whoever changes one, trains it or exchanges a module's weight is asked
-anew. On the CPU, over dense weights of transformers' own classes alone: elsewhere the bits are not
-known to come again, or bytes lie where they are not seen.
+A proof on a model itself (execution/proofs/model.py, decoding/proof.py) reads all weights, most of
+them several times; hashing them takes as long as two of these. So a loaded base is hashed once, and
+what an earlier process found of the same bytes, class and config is taken. Only as long as the
+model holds those very values: whoever changes one, trains it or exchanges a module's weight is
+asked anew. On the CPU, over dense weights of transformers' own classes alone: elsewhere the bits
+are not known to come again, or bytes lie where they are not seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 from veneer.bases.identity.byte_hashes import ByteHashes
 from veneer.files.remembered import is_known, is_on, remembered
 from veneer.linear import PackedModule
+from veneer.model_record import record_of
 
 Found = TypeVar("Found")
 
@@ -34,7 +34,7 @@ gain."""
 
 
 @dataclass(frozen=True)
-class _Values:
+class NotedValues:
     """around: what a key holds beside the values; hashed: their digest, once it is there; held:
     each tensor, where it lay and how often it had been written when that was begun."""
 
@@ -45,9 +45,6 @@ class _Values:
     def still(self, model: nn.Module) -> bool:
         there = {id(each) for each in (*model.parameters(), *model.buffers())}
         return all(id(each) in there and _state(each) == state for each, state in self.held)
-
-
-_OF: WeakKeyDictionary[nn.Module, _Values] = WeakKeyDictionary()
 
 
 def can_be_known(model: PreTrainedModel) -> bool:
@@ -70,9 +67,8 @@ def take_note(model: PreTrainedModel, hashes: ByteHashes | None = None) -> None:
         return
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     held = [(each, _state(each)) for each in named.values()]
-    _OF[model] = _Values(
-        {**class_key(model), "threads": torch.get_num_threads()}, hashing(named, hashes), held
-    )
+    key = {**class_key(model), "threads": torch.get_num_threads()}
+    record_of(model).keep(NotedValues(key, hashing(named, hashes), held))
 
 
 def same_values(
@@ -87,7 +83,7 @@ def same_values(
 
     what, of, still: as in `remembered`.
     """
-    values = _OF.get(model)
+    values = record_of(model).known(NotedValues)
     if values is None or not values.still(model):
         return make()
     return remembered(what, {**values.around, "values": values.hashed()}, of, make, still)
@@ -96,7 +92,7 @@ def same_values(
 def noted(model: nn.Module) -> tuple[str, frozenset[int]] | None:
     """Digest of the values that were noted, and the ids of the tensors that hold them, as long as
     they do."""
-    values = _OF.get(model)
+    values = record_of(model).known(NotedValues)
     if values is None or not values.still(model):
         return None
     return values.hashed(), frozenset(id(each) for each, _ in values.held)

@@ -12,7 +12,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from veneer.decoding.schedule.blocks import BlockCopy
 from veneer.kernels.attention.groups import Pair
 from veneer.kernels.attention.paged import KeyValueBlocks, SpanRows, Spans, paged_attention
 from veneer.kernels.attention.paged_rows import BlockTables, paged_rows
@@ -54,18 +53,17 @@ class PagedKeys:
             torch.tensor(places, device=key_NKD.device), key_NKD, value_NKD
         )
 
-    def copy(self, copies: Sequence[BlockCopy]) -> None:
+    def copy(self, source: int, target: int) -> None:
         """What of one block is wanted in another as well."""
-        for each in copies:
-            for stored in self.layers.values():
-                stored.copy(each.source, each.target)
+        for stored in self.layers.values():
+            stored.copy(source, target)
 
 
 class PagedStep:
-    """The spans of a step as a BatchAttention (models/attention.py). `calls`: layers done.
+    """The spans of a step as a BatchAttention (execution/attention.py). `calls`: layers done.
 
     mix: what the adapters add to which rows, where these are listed: such steps are recorded
-    (decoding/recorded.py).
+    (execution/recorded.py).
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class PagedStep:
 
 class RowsStep:
     """Single tokens on their way through the layers, what is seen of them read on the device
-    (models/attention.py: BatchAttention). No trained prefix is in front of them."""
+    (execution/attention.py: BatchAttention). No trained prefix is in front of them."""
 
     def __init__(self, keys: PagedKeys, tables: BlockTables) -> None:
         self.keys, self.tables, self.calls = keys, tables, 0
