@@ -148,10 +148,14 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/test_block.py",
         "kernels/test_roads.py",
     ),
+    "execution/agreement.py": ("execution/test_agreement.py",),
+    "execution/decoder_layer.py": (
+        "execution/test_decoder_layer.py",
+        "kernels/test_fused.py",
+        "kernels/test_block.py",
+    ),
+    "model_record.py": ("test_caches.py",),
     "execution/train_step.py": ("kernels/test_fused.py", "kernels/test_block.py"),
-    "execution/train_attention.py": ("kernels/test_fused.py", "kernels/test_block.py"),
-    "execution/train_layer.py": ("kernels/test_block.py",),
-    "execution/train_parts.py": ("kernels/test_fused.py", "kernels/test_block.py"),
     "data/batching.py": (
         "data/test_load.py",
         "data/test_large.py",

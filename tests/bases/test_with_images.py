@@ -24,10 +24,10 @@ from veneer.adapters.config import Bottleneck, Full, LoRA
 from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, SourceError
+from veneer.execution.decoder_layer import decoder_layers
 from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.merge.fold.folder import merge_into_folder
-from veneer.models.checkpointing import decoder_layers
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 from veneer.plan.counted import Step

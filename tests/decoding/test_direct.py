@@ -19,7 +19,12 @@ from veneer.adapters.placement.acting import Acting, in_turn
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.execution.agreement import difference as apart
-from veneer.execution.decode_step import DirectForward, direct, own_forward, read_and_continued
+from veneer.execution.decode_step import (
+    LayersForward,
+    forward_by_layers,
+    own_forward,
+    read_and_continued,
+)
 from veneer.execution.proofs.model import prove_packing
 from veneer.kernels.bindings.arguments import observe_calls
 from veneer.kernels.decoding import decoder_step
@@ -37,8 +42,8 @@ def based(family, dtype=torch.float32, **overrides):
 
 
 def by_parts(base):
-    found = direct(base.model)
-    assert isinstance(found, DirectForward), found
+    found = forward_by_layers(base.model)
+    assert isinstance(found, LayersForward), found
     return found
 
 
@@ -46,7 +51,8 @@ def test_an_engine_says_why_it_goes_another_way():
     for family, said in (("llama", None), ("gemma2", "usual parts")):
         base = based(family)
         engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters({}))
-        assert engine.way.not_by_parts is None if said is None else said in engine.way.not_by_parts
+        reason = engine.decode_step.not_by_parts
+        assert reason is None if said is None else said in reason
 
 
 def test_a_layer_with_a_limit_that_the_trial_does_not_reach_is_called_whole():
@@ -55,7 +61,7 @@ def test_a_layer_with_a_limit_that_the_trial_does_not_reach_is_called_whole():
         for parameter in layer.mlp.parameters():
             parameter.mul_(0.01)
         layer.mlp = Limited(layer.mlp, limit)
-    assert [layer.gated for layer in by_parts(base).layers] == [True, True, False]
+    assert [bool(layer.feed_forward) for layer in by_parts(base).layers] == [True, True, False]
 
 
 def differ(base, found):
@@ -86,18 +92,20 @@ def test_experts_are_called_as_they_are():
     [("olmo2", "usual parts"), ("gemma2", "usual parts: post_feed"), ("gpt2", "has no")],
 )
 def test_what_is_built_otherwise_says_why(family, reason):
-    assert reason in direct(based(family).model)
+    assert reason in forward_by_layers(based(family).model)
 
 
-def test_what_agrees_in_its_names_alone_is_found_out():
+@pytest.mark.parametrize(
+    ("field", "said"), [("residual_multiplier", "adds up"), ("embedding_multiplier", "differs")]
+)
+def test_what_agrees_in_its_names_alone_is_found_out(field, said):
     """Granite's multipliers, which no name of a part tells."""
     sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    model = AutoModelForCausalLM.from_config(
-        GraniteConfig(**sizes, **heads, residual_multiplier=0.3)
-    ).eval()
+    config = GraniteConfig(**sizes, **heads, **{field: 0.3})
+    model = AutoModelForCausalLM.from_config(config).eval()
     assert prove_packing(model) is None
-    assert "differs" in direct(model)
+    assert said in forward_by_layers(model)
 
 
 def test_who_listens_to_a_module_is_asked():
@@ -224,7 +232,7 @@ def test_values_of_several_types_take_the_plain_way():
 def test_a_model_is_tried_once_and_kept_by_nobody():
     base = based("llama")
     first, again = by_parts(base), by_parts(base)
-    assert [layer.rules for layer in first.layers] == [layer.rules for layer in again.layers]
+    assert first.layers == again.layers
     model = weakref.ref(base.model)
     del base, first, again
     gc.collect()

@@ -163,7 +163,7 @@ def test_answers_of_the_base_and_of_loras_are_to_the_bit_those_that_they_are_alo
     def answers(requests, limits, places=8192):
         budget = places * bytes_per_token(base)
         engine = Engine(base, budget_bytes=budget, adapters=FixedAdapters(applied), limits=limits)
-        assert engine.way.not_by_parts is None
+        assert engine.decode_step.not_by_parts is None
         made = [engine.add(each)[0] for each in requests]
         engine.run()
         return [(each.new, each.logprobs) for each in made]
@@ -234,7 +234,7 @@ def test_answers_of_the_base_and_of_loras_keep_their_bits_beside_every_other_met
             adapters=FixedAdapters(applied),
             limits=limits,
         )
-        assert engine.way.not_by_parts is None
+        assert engine.decode_step.not_by_parts is None
         made = [engine.add(each)[0] for each in requests]
         engine.run()
         assert not any(each.error for each in made)

@@ -12,8 +12,7 @@ from veneer.adapters.config import DoRA, LoRA
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, make_groups
-from veneer.execution.train_layer import FusedLayer
-from veneer.execution.train_step import fused, replacements
+from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import block
 from veneer.models.checkpointing import checkpointed
@@ -289,7 +288,7 @@ def test_a_layer_that_adds_up_otherwise_stays(change, monkeypatch):
     assert len(trained.layers()) == 2
     kind = type(trained.model.model.layers[0])
     monkeypatch.setattr(kind, "forward", change(kind.forward))
-    assert not trained.layers()
+    assert not Trained().layers()
 
 
 @pytest.mark.parametrize(

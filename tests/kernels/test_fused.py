@@ -19,8 +19,7 @@ from veneer.bases.loading.from_config import build
 from veneer.data.batching import make_batch
 from veneer.execution.proofs.small_copy import drawn, small_copy
 from veneer.execution.stand_in import put_aside
-from veneer.execution.train_attention import FusedAttention
-from veneer.execution.train_step import FusedGate, FusedNorm, _signature, fused, replacements
+from veneer.execution.train_step import FusedAttention, FusedGate, FusedNorm, fused, replacements
 from veneer.kernels.dense import fused as kernels
 from veneer.kernels.dense.loss import Head, frozen_head_loss, head_loss_reference, head_nats
 from veneer.models.checkpointing import checkpointed
@@ -178,7 +177,7 @@ def test_what_agrees_is_exchanged_and_comes_back(family, norms, gates):
         ("qwen2", 2, None),
         ("mistral", 2, 8),
         ("mixtral", 2, None),
-        ("qwen3", 0, None),
+        ("qwen3", 2, None),
         ("gpt2", 0, None),
     ],
 )
@@ -188,7 +187,7 @@ def test_attention_blocks_that_agree_are_exchanged_with_the_rules_of_theirs(fami
     prepare(model)
     found = [made for made in replacements(model).values() if isinstance(made, FusedAttention)]
     assert len(found) == blocks
-    assert all(made.rules.window == window for made in found)
+    assert all(made.facts.rules.window == window for made in found)
     with torch.device("meta"):
         planned = copy.deepcopy(model).to("meta")
     assert {path: type(made) for path, made in replacements(planned).items()} == {
@@ -211,19 +210,21 @@ def test_an_attention_block_that_turns_otherwise_stays(monkeypatch):
 
 
 def test_a_gate_with_a_limit_far_from_what_its_small_weights_give_stays(monkeypatch):
-    model = tiny_model("llama")
-    for layer in model.model.layers:
-        layer.mlp.gate_proj.weight.mul_(0.01)
-        layer.mlp.up_proj.weight.mul_(0.01)
+    def gates():
+        model = tiny_model("llama")
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.mul_(0.01)
+            layer.mlp.up_proj.weight.mul_(0.01)
+        return [made for made in replacements(model).values() if isinstance(made, FusedGate)]
 
     def limited(self, x):
         return self.down_proj(
             self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x).clamp(-10.0, 10.0)
         )
 
-    assert any(isinstance(made, FusedGate) for made in replacements(model).values())
-    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", limited)
-    assert not any(isinstance(made, FusedGate) for made in replacements(model).values())
+    assert gates()
+    monkeypatch.setattr(type(tiny_model("llama").model.layers[0].mlp), "forward", limited)
+    assert not gates()
 
 
 def test_layers_whose_activations_alone_differ_are_tried_one_by_one():
@@ -237,22 +238,13 @@ def test_layers_whose_activations_alone_differ_are_tried_one_by_one():
     assert gates == ["model.layers.0.mlp"]
 
 
-@pytest.mark.parametrize(
-    "activation", ["silu", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh"]
-)
-def test_layers_of_equal_activations_are_tried_once(activation):
-    """gelu_pytorch_tanh holds a function with a bound argument, gelu_python a method: another
-    object in every layer."""
-    blocks = [layer.mlp for layer in tiny_model("llama", hidden_act=activation).model.layers]
-    assert _signature(blocks[0]) == _signature(blocks[1])
-
-
 def test_layers_whose_activations_have_other_bound_arguments_are_tried_one_by_one():
-    blocks = [
-        layer.mlp for layer in tiny_model("llama", hidden_act="gelu_pytorch_tanh").model.layers
-    ]
-    blocks[1].act_fn.act = functools.partial(torch.nn.functional.gelu, approximate="none")
-    assert _signature(blocks[0]) != _signature(blocks[1])
+    model = tiny_model("llama", hidden_act="gelu_pytorch_tanh")
+    model.model.layers[1].mlp.act_fn.act = functools.partial(
+        torch.nn.functional.gelu, approximate="none"
+    )
+    gates = [path for path, made in replacements(model).items() if isinstance(made, FusedGate)]
+    assert gates == ["model.layers.0.mlp"]
 
 
 @pytest.mark.parametrize(("clip", "blocks"), [(None, 2), (8.0, 0), (1000.0, 0)])

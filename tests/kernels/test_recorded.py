@@ -15,7 +15,7 @@ from tests.support.tiny_gguf import random_blocks
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
-from veneer.decoding.engine import Engine, bytes_per_token, way_of
+from veneer.decoding.engine import Engine, bytes_per_token, decode_step_of
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.lanes import Lane
 from veneer.decoding.schedule.adapters import FixedAdapters
@@ -88,7 +88,7 @@ def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
 
 
 def recorded_of(base):
-    return [] if way_of(base)._parts is None else way_of(base)._parts.steps._kept
+    return [] if decode_step_of(base)._parts is None else decode_step_of(base)._parts.steps._kept
 
 
 def never(patch):
@@ -438,7 +438,7 @@ def test_who_finds_a_recording_taken_computes_in_python(monkeypatch):
     taken, done = threading.Event(), threading.Event()
 
     def hold():
-        with way_of(base)._parts.steps.taken() as free:
+        with decode_step_of(base)._parts.steps.taken() as free:
             assert free
             taken.set()
             done.wait(60)

@@ -15,11 +15,11 @@ from torch import nn
 import veneer
 from tests.support.tiny import save_tiny
 from veneer.decoding import proof
-from veneer.decoding.engine import way_of
+from veneer.decoding.engine import decode_step_of
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import decodes_packed
 from veneer.errors import CorruptFileError
-from veneer.execution import decode_step as direct
+from veneer.execution import decode_step
 from veneer.execution.attention import NAME
 from veneer.execution.proofs import same_values
 from veneer.files import remembered as memory
@@ -31,7 +31,7 @@ ASKED = {
     (frozen_base, "prepare"): "paths",
     (frozen_base, "weights_read_past"): "past",
     (proof, "prove_decoding"): "decoding",
-    (direct, "read_and_continued"): "by parts",
+    (decode_step, "read_and_continued"): "by parts",
 }
 
 
@@ -63,7 +63,7 @@ def used(folder: Path, **how: Any) -> tuple[Any, ...]:
     base = veneer.load(str(folder), **{"dtype": "bfloat16", **how})
     found = base.paths, base.read_past, decodes_packed(base)
     way = generate(base, [[5, 6, 7], [5, 6, 9, 1]], max_new_tokens=6)
-    return *found, way_of(base).not_by_parts, base.config._attn_implementation, way
+    return *found, decode_step_of(base).not_by_parts, base.config._attn_implementation, way
 
 
 def test_a_second_process_takes_what_the_first_found_of_the_same_bytes(

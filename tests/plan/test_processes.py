@@ -30,8 +30,9 @@ from veneer.cli.main import main
 from veneer.data.batching import make_batch
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError, VeneerError
+from veneer.execution.decoder_layer import decoder_layers
 from veneer.kernels.layout import round_up
-from veneer.models.checkpointing import checkpointed, decoder_layers
+from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
 from veneer.plan.ask import PlanQuestion, answer

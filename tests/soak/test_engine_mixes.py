@@ -16,7 +16,7 @@ from tests.soak.counts import rounds
 from tests.soak.test_mixes import FAMILIES, MIXTURES, for_a_group, some_adapters
 from tests.support.tiny import tiny_base
 from veneer.adapters.config import Prefix
-from veneer.decoding.engine import Engine, bytes_per_token, way_of
+from veneer.decoding.engine import Engine, bytes_per_token, decode_step_of
 from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters, changes_rows_alone
 from veneer.decoding.schedule.limits import Limits
@@ -102,7 +102,7 @@ def test_every_answer_of_a_mix_is_the_one_that_its_request_gets_alone(number):
     together = answered(base, applied, asked, limits, blocks)
     assert what(answered(base, applied, asked, limits, blocks)) == what(together)
     left = iter(together)
-    by_parts = way_of(base).not_by_parts is None and few_rows.takes_updates(
+    by_parts = decode_step_of(base).not_by_parts is None and few_rows.takes_updates(
         1, base.dtype, base.device
     )
     exact = by_parts and family not in MIXTURES

@@ -29,7 +29,7 @@ from veneer.decoding.schedule.sequence import Request, SequenceState
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
-from veneer.execution.decode_step import Way
+from veneer.execution.decode_step import DecodeStep
 from veneer.model_record import record_of
 from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
@@ -70,8 +70,8 @@ class Engine:
         self.scheduler = Scheduler(
             blocks, limits or Limits(), adapters, positions=read_alike(base.config)
         )
-        self.way = way_of(base)
-        self.lanes = Lanes(base, blocks, adapters, self.way)
+        self.decode_step = decode_step_of(base)
+        self.lanes = Lanes(base, blocks, adapters, self.decode_step)
         self._drawings: dict[int, ChoiceSampler] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens
@@ -223,14 +223,14 @@ def _no_memory() -> DoesNotFitError:
     )
 
 
-def way_of(base: FrozenBase) -> Way:
+def decode_step_of(base: FrozenBase) -> DecodeStep:
     """How steps are computed on this base, found once."""
 
-    def find() -> Way:
+    def find() -> DecodeStep:
         with base.routing.none():
-            return Way(base.model)
+            return DecodeStep(base.model)
 
-    return record_of(base.model).part(Way, find)
+    return record_of(base.model).part(DecodeStep, find)
 
 
 def bytes_per_token(base: FrozenBase) -> int:

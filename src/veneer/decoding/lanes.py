@@ -28,7 +28,7 @@ from veneer.decoding.schedule.adapters import (
 )
 from veneer.decoding.schedule.blocks import BlockManager, Identity
 from veneer.decoding.schedule.step_plan import StepPlan
-from veneer.execution.decode_step import Way
+from veneer.execution.decode_step import DecodeStep
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.frozen_base import FrozenBase
@@ -98,12 +98,13 @@ class Lanes:
     """The forwards of each step over one set of blocks."""
 
     def __init__(
-        self, base: FrozenBase, blocks: BlockManager, adapters: AdapterSource, way: Way
+        self, base: FrozenBase, blocks: BlockManager, adapters: AdapterSource, step: DecodeStep
     ) -> None:
-        self._adapters, self._way = adapters, way
-        again = way.again if (by_parts := way.not_by_parts is None) else None
-        first = PagedForward(base.device, blocks, way.logits, filled=not by_parts, again=again)
-        second = PagedForward(base.device, blocks, way.logits, filled=not by_parts, keys=first.keys)
+        self._adapters, self._step = adapters, step
+        again = step.again if (by_parts := step.not_by_parts is None) else None
+        run, filled = step.logits, not by_parts
+        first = PagedForward(base.device, blocks, run, filled=filled, again=again)
+        second = PagedForward(base.device, blocks, run, filled=filled, keys=first.keys)
         self.exact, self.mixed = Lane(base, adapters, first), Lane(base, adapters, second)
         self._splits = by_parts and few_rows.takes_updates(1, base.dtype, base.device)
         self._rows_alone: dict[Attachment, bool] = {}
@@ -148,7 +149,7 @@ class Lanes:
         }
         for lane in (self.exact, self.mixed):
             lane.let_go(attached)
-        self._way.let_go()
+        self._step.let_go()
 
     def _is_exact(self, identity: Identity) -> bool:
         """Whether rows of these adapters share the base's forward. All do if forwards are not

@@ -45,6 +45,7 @@ HEAD = Tolerance(
 )
 
 
+@torch.no_grad()
 def difference(ours: Tensor, theirs: Tensor, *, by_row: bool = False) -> float:
     """Returns the largest difference relative to the largest expected value, of all or of its row.
 

@@ -18,19 +18,30 @@ E head size, V ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from veneer.adapters.methods.adapted_linear import AdaptedLinear
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.execution.agreement import MODEL, difference, disagreement
 from veneer.execution.attention import NAME, decoder, packed_arguments, unused_mask
+from veneer.execution.decoder_layer import (
+    GATED,
+    HEAD_NORMS,
+    PARTS,
+    QKV,
+    Attention,
+    DecoderLayer,
+    Norm,
+    O,
+    find_layers,
+    find_norm,
+)
 from veneer.execution.ends import Ends
 from veneer.execution.paged import PagedKeys, PagedStep
 from veneer.execution.proofs.model import in_front, some_ids, structure
@@ -38,23 +49,15 @@ from veneer.execution.proofs.same_values import same_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
 from veneer.execution.recorded import Around, Inputs, Standing, Steps
-from veneer.execution.train_step import is_plain_gate
-from veneer.kernels.attention.groups import Pair
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
-from veneer.kernels.rules import AttentionRules
 from veneer.linear import FewRowsLinear
 from veneer.model_record import record_of
 from veneer.shards import in_shards
 
 SLOTS = 16
-LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-ATTENTION = {*PROJECTIONS, "o_proj"}
-HEAD_NORMS = {"q_norm", "k_norm"}
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
 """(2, N) ids and positions, a step (execution/attention.py: BatchAttention), the rows that are kept
@@ -64,23 +67,14 @@ Again = Callable[[Sequence[int], PagedStep], Tensor | None]
 """(N) ids, a step that goes on from the one before -> (N, V); None: nothing was computed."""
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """The base's own modules of a layer, and how its attention weighs. gated: its feed-forward is
-    silu's."""
+class LayersForward:
+    """A step through the layers of a model, proven to be the model's own (`forward_by_layers`).
+    Which adapters act is the caller's to hold."""
 
-    place: nn.Module
-    attention: nn.Module
-    feed: nn.Module
-    gated: bool
-    rules: AttentionRules
-
-
-class DirectForward:
-    """Of `direct`. Which adapters act is the caller's to hold."""
-
-    def __init__(self, model: PreTrainedModel, inner: nn.Module, layers: Sequence[_Layer]) -> None:
-        self._model, self.layers = ref(model), layers
+    def __init__(
+        self, model: PreTrainedModel, inner: nn.Module, layers: Sequence[DecoderLayer], norm: Norm
+    ) -> None:
+        self._model, self.layers, self.norm = ref(model), layers, norm
         self.inner: Any = inner
         self.steps = Steps()
 
@@ -94,7 +88,7 @@ class DirectForward:
     def fits(self) -> bool:
         """Whether what acts now leaves the parts where they are: a prefix comes in through the
         model's own forward."""
-        in_place = all(a is b.place for a, b in zip(self.inner.layers, self.layers, strict=True))
+        in_place = all(a is b.module for a, b in zip(self.inner.layers, self.layers, strict=True))
         return in_place and in_front(self.model) == 0
 
     def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
@@ -139,7 +133,7 @@ class DirectForward:
         angles, delta = (cos[None], sin[None]), None
         for layer in self.layers:
             h, delta = _layer(layer, h, delta, angles, laid)
-        return _add_norm(h, delta, self.inner.norm)[1]
+        return _add_norm(h, delta, self.inner.norm, self.norm)[1]
 
     def _called(self) -> list[nn.Module]:
         """All modules that `_layers` may call."""
@@ -147,7 +141,7 @@ class DirectForward:
         return [self.inner, *(module for each in within for module in each.modules())]
 
 
-class Way:
+class DecodeStep:
     """A model's forwards over blocks: by its parts where that is proven and nothing is in the way,
     else its own.
 
@@ -155,7 +149,7 @@ class Way:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        found, self._model = direct(model), ref(model)
+        found, self._model = forward_by_layers(model), ref(model)
         self._parts = None if isinstance(found, str) else found
         self.not_by_parts = found if isinstance(found, str) else None
 
@@ -179,44 +173,51 @@ class Way:
 
 
 def _layer(
-    layer: _Layer, h: Tensor, delta: Tensor | None, angles: tuple[Tensor, Tensor], laid: PagedStep
-) -> tuple[Tensor, Tensor]:
+    layer: DecoderLayer,
+    h: Tensor,
+    delta: Tensor | None,
+    angles: tuple[Tensor, Tensor],
+    laid: PagedStep,
+) -> tuple[Tensor, Tensor | None]:
     """(h, delta) whose sum the layer gives."""
-    places = layer.place._modules
-    h, x = _add_norm(h, delta, places["input_layernorm"])
-    attention: Any = places["self_attn"]
-    if _bare(attention) is layer.attention:
-        attention = layer.attention
-        q, k, v = _products(x, [attention._modules[name] for name in PROJECTIONS])
-        rows, size = angles[0].shape[1:]
-        if "q_norm" in attention._modules:
-            q, k = (
-                _by_heads(q, size, attention._modules["q_norm"]),
-                _by_heads(k, size, attention._modules["k_norm"]),
-            )
-        decoder_step.rotate(q, k, angles[0][0], angles[1][0])
-        key = k.view(rows, -1, size)
-        found = laid.attend(
-            q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1), (), layer.rules
-        )
-        o = attention._modules["o_proj"]
-        delta = _product(found.flatten(1), o)
+    if layer.unknown is not None:
+        whole: Any = layer.module
+        return whole((h if delta is None else h + delta)[None], **_given(angles, laid))[0], None
+    first, attention, second, feed = (layer.module._modules[name] for name in PARTS)
+    h, x = _add_norm(h, delta, first, layer.norms[0])
+    assert layer.attention is not None and attention is not None and feed is not None
+    if _bare(attention) is layer.attention.module:
+        delta = _attention(layer.attention, x, angles, laid)
     else:
-        mask = unused_mask(x.device)
-        delta = attention(
-            hidden_states=x[None],
-            position_embeddings=angles,
-            attention_mask=mask,
-            veneer_layout=laid,
-        )[0][0]
-    h, x = _add_norm(h, delta, places["post_attention_layernorm"])
-    feed: Any = places["mlp"]
-    if layer.gated and _bare(feed) is layer.feed:
-        feed = layer.feed
-        gate, up = _products(x, [feed._modules["gate_proj"], feed._modules["up_proj"]])
-        down = feed._modules["down_proj"]
-        return h, _product(decoder_step.gate(gate, up), down)
-    return h, feed(x[None])[0]
+        delta = attention(hidden_states=x[None], **_given(angles, laid))[0][0]
+    h, x = _add_norm(h, delta, second, layer.norms[1])
+    gated = layer.feed_forward
+    if gated is None or gated.gate is not silu_gate or _bare(feed) is not gated.module:
+        return h, feed(x[None])[0]
+    gate, up, down = (gated.module._modules[name] for name in GATED)
+    return h, _product(decoder_step.gate(*_products(x, [gate, up])), down)
+
+
+def _given(angles: tuple[Tensor, Tensor], laid: PagedStep) -> dict[str, Any]:
+    """What a layer's own code is given beside its rows."""
+    mask = unused_mask(angles[0].device)
+    return {"position_embeddings": angles, "attention_mask": mask, "veneer_layout": laid}
+
+
+def _attention(
+    facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], laid: PagedStep
+) -> Tensor:
+    places, (rows, size) = facts.module._modules, angles[0].shape[1:]
+    q, k, v = _products(x, [places[name] for name in QKV])
+    if facts.norms:
+        q, k = (
+            _by_heads(values, size, places[name], norm)
+            for values, name, norm in zip((q, k), HEAD_NORMS, facts.norms, strict=True)
+        )
+    decoder_step.rotate(q, k, angles[0][0], angles[1][0])
+    key = k.view(rows, -1, size)
+    heads = q.view(rows, -1, size), key, v.view(rows, key.shape[1], -1)
+    return _product(laid.attend(*heads, (), facts.rules).flatten(1), places[O])
 
 
 def _bare(module: nn.Module | None) -> nn.Module | None:
@@ -281,94 +282,68 @@ def _keys_around(module: nn.Module) -> set[str]:
     return found
 
 
-def _by_heads(x: Tensor, size: int, place: nn.Module | None) -> Tensor:
+def _by_heads(x: Tensor, size: int, place: nn.Module | None, facts: Norm) -> Tensor:
     """Each head normalised by itself."""
     norm: Any = _bare(place)
     if norm is None:
         trained: Any = place
         return trained(x.view(1, len(x), -1, size))[0].flatten(1)
-    return decoder_step.add_norm(x.view(-1, size), None, norm.weight, _epsilon(norm))[1].view(
-        x.shape
-    )
+    heads = decoder_step.add_norm(x.view(-1, size), None, norm.weight, facts.epsilon)[1]
+    return heads.view(x.shape)
 
 
-def _epsilon(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-
-
-def _add_norm(h: Tensor, delta: Tensor | None, place: nn.Module | None) -> tuple[Tensor, Tensor]:
+def _add_norm(
+    h: Tensor, delta: Tensor | None, place: nn.Module | None, facts: Norm
+) -> tuple[Tensor, Tensor]:
     norm: Any = _bare(place)
     if norm is None:
         h = h if delta is None else h + delta
         trained: Any = place
         return h, trained(h[None])[0]
-    return decoder_step.add_norm(h, delta, norm.weight, _epsilon(norm))
-
-
-@dataclass
-class _Noting:
-    """A step that notes how each layer weighs."""
-
-    step: PagedStep
-    rules: list[AttentionRules] = field(default_factory=list)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefix: Sequence[tuple[slice, Pair | None]],
-        rules: AttentionRules,
-    ) -> Tensor:
-        self.rules.append(rules)
-        return self.step.attend(q, k, v, prefix, rules)
+    return decoder_step.add_norm(h, delta, norm.weight, facts.epsilon)
 
 
 @dataclass(frozen=True)
-class PartsTrial:
-    """How a model's layers weigh, and why it is not computed by its parts; None: it is."""
+class LayersTrial:
+    """Why a model is not computed by its layers; None: it is."""
 
-    rules: tuple[AttentionRules, ...] = ()
-    reason: str | None = None
+    reason: str | None
 
 
 @torch.no_grad()
-def direct(model: PreTrainedModel) -> DirectForward | str:
-    """The way through the parts of a model that decodes over blocks (decoding/proof.py); or why
+def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
+    """The way through the layers of a model that decodes over blocks (decoding/proof.py); or why
     there is none. A model is tried once, while nothing acts on it."""
-    trial = record_of(model).part(PartsTrial, lambda: _on_itself(model))
-    return _taken_apart(model, trial.rules) if trial.reason is None else trial.reason
+    reason = record_of(model).part(LayersTrial, lambda: LayersTrial(_on_itself(model))).reason
+    return _taken_apart(model) if reason is None else reason
 
 
-def _on_itself(model: PreTrainedModel) -> PartsTrial:
+def _on_itself(model: PreTrainedModel) -> str | None:
     if (reason := structure(model).packed) is not None:
-        return PartsTrial(reason=reason)
+        return reason
     if not decoder_step.usable(next(model.parameters())):
-        reason = "its numbers are of a type or on a device for which no kernels are compiled"
-        return PartsTrial(reason=reason)
+        return "its numbers are of a type or on a device for which no kernels are compiled"
     reason = structure_proof(
         "parts", type(model), model.config, str | None, lambda: _on_a_copy(model)
     )
     if reason is not None:
-        return PartsTrial(reason=reason)
-    ids = some_ids(model, 23, 4).tolist()
-    texts, rules, name = [ids[:14], ids[14:]], _rules(model), type(model).__name__
-    found = _taken_apart(model, rules)
+        return reason
+    found = _taken_apart(model)
     if isinstance(found, str):
-        return PartsTrial(reason=found)
-    by_parts = found.logits
+        return found
+    ids = some_ids(model, 23, 4).tolist()
+    texts, by_layers = [ids[:14], ids[14:]], found.logits
 
     def differs() -> str | None:
         theirs = read_and_continued(own_forward(model), texts)
         return disagreement(
-            name,
+            type(model).__name__,
             "its parts called one by one",
-            lambda: difference(read_and_continued(by_parts, texts), theirs),
+            lambda: difference(read_and_continued(by_layers, texts), theirs),
             MODEL.limits[theirs.dtype],
         )
 
-    reason = same_values("by_parts", model, str | None, differs)
-    return PartsTrial(rules, reason)
+    return same_values("by_parts", model, str | None, differs)
 
 
 def _on_a_copy(model: PreTrainedModel) -> str | None:
@@ -377,17 +352,15 @@ def _on_a_copy(model: PreTrainedModel) -> str | None:
     except NoCopyError as fault:
         return str(fault).splitlines()[0]
     copy.set_attn_implementation(NAME)
-    texts, found = sample_texts(copy), _taken_apart(copy, _rules(copy))
+    texts, found = sample_texts(copy), _taken_apart(copy)
     if isinstance(found, str):
         return found
 
-    def run() -> float:
-        assert not isinstance(found, str)
-        return difference(
-            read_and_continued(found.logits, texts), read_and_continued(own_forward(copy), texts)
-        )
+    def measure() -> float:
+        theirs = read_and_continued(own_forward(copy), texts)
+        return difference(read_and_continued(found.logits, texts), theirs)
 
-    return disagreement(type(copy).__name__, "its parts called one by one", run, LIMIT)
+    return disagreement(type(copy).__name__, "its parts called one by one", measure, LIMIT)
 
 
 def own_forward(model: PreTrainedModel) -> Run:
@@ -425,66 +398,22 @@ def read_and_continued(run: Run, texts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat(found)
 
 
-def _rules(model: PreTrainedModel) -> tuple[AttentionRules, ...]:
-    """How its layers weigh, by one forward of its own."""
-    noting = _Noting(PagedStep(PagedKeys(1, SLOTS), [SpanRows(0, 2, [0])]))
-    own_forward(model)(torch.tensor([[5, 6], [0, 1]]), noting, None)
-    return tuple(noting.rules)
-
-
-def _taken_apart(model: PreTrainedModel, rules: Sequence[AttentionRules]) -> DirectForward | str:
-    """As far as names say it."""
+def _taken_apart(model: PreTrainedModel) -> LayersForward | str:
+    """As far as what is known of its layers says it. Layers that are not understood are called
+    whole."""
     name, inner = type(model).__name__, decoder(model)
     places: Any = None if inner is None else unwrapped(inner)
     wanted = ("embed_tokens", "rotary_emb", "layers", "norm")
-    if places is None or any(getattr(places, each, None) is None for each in wanted):
-        return (
-            f"{name} has no"
-            f" {', '.join(each for each in wanted if getattr(places, each, None) is None)}"
-        )
-    if len(rules) != len(places.layers):
-        return f"{name} attends {len(rules)} times in {len(places.layers)} layers"
-    found = []
-    for wrapped, own_rules in zip(places.layers, rules, strict=True):
-        layer = unwrapped(wrapped)
-        if in_shards(layer):
-            return f"the layers of {name} lie in shards: they are called whole"
-        parts = dict(layer.named_children())
-        attention, feed = (
-            unwrapped(parts.get("self_attn", layer)),
-            unwrapped(parts.get("mlp", layer)),
-        )
-        own = {each for each, _ in attention.named_children()}
-        if set(parts) != LAYER or own not in (ATTENTION, ATTENTION | HEAD_NORMS):
-            others = sorted({*parts, *own} ^ (LAYER | ATTENTION))
-            return f"a layer of {name} is not of the usual parts: {', '.join(others)}"
-        norms = [parts[each] for each in parts if each.endswith("norm")]
-        norms += [getattr(attention, each) for each in HEAD_NORMS & own]
-        if not all(_is_norm(unwrapped(each)) for each in norms):
-            return f"the norms of {name} are no plain RMS norms"
-        found.append(_Layer(layer, attention, feed, _is_gated(feed), own_rules))
-    if not _is_norm(unwrapped(places.norm)):
+    missing = [each for each in wanted if getattr(places, each, None) is None]
+    if missing:
+        return f"{name} has no {', '.join(missing)}"
+    layers = find_layers(model)
+    if [layer.module for layer in layers] != [unwrapped(place) for place in places.layers]:
+        return f"{name} has other layers than those of its decoder"
+    if any(in_shards(layer.module) for layer in layers):
+        return f"the layers of {name} lie in shards: they are called whole"
+    if all(layer.unknown is not None for layer in layers):
+        return f"no layer of {name} is understood: {layers[0].unknown}"
+    if (norm := find_norm(unwrapped(places.norm))) is None:
         return f"the last norm of {name} is no plain RMS norm"
-    return DirectForward(model, places, found)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return (
-        names == ["weight"]
-        and isinstance(epsilon, float)
-        and type(module).__name__.endswith("RMSNorm")
-    )
-
-
-def _is_gated(module: nn.Module) -> bool:
-    activation = getattr(module, "act_fn", None)
-    if {name for name, _ in module.named_children()} - GATED or not isinstance(
-        activation, nn.Module
-    ):
-        return False
-    x = torch.linspace(-4, 4, 64)
-    if not hasattr(module, "down_proj") or bool((activation(x) - F.silu(x)).abs().max() >= 1e-6):
-        return False
-    return is_plain_gate(module, silu_gate, torch.float32)
+    return LayersForward(model, places, layers, norm)

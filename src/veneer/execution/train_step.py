@@ -1,230 +1,246 @@
-"""Norms, gated feed-forward and attention blocks of a model, computed in fewer passes while it
-trains.
+"""A model's layers while it trains, computed in fewer passes: norms, gated feed-forward blocks and
+attention blocks wherever they stand, and whole decoder layers as one node of the graph.
 
-Which modules can be replaced is found by running them: a candidate and its replacement get the same
-random rows, and only what agrees is exchanged (Gemma's norms, which add 1 to their weight, do not,
-and stay). The base's modules stand inside the replacements and come back to their places
-afterwards.
+What a module computes is found by decoder_layer.py. The base's modules stand inside what stands in
+for them and come back to their places afterwards. A forward that a stand-in does not compute goes
+through the module itself: other methods, rows of several adapters, other attention.
 """
 
-import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.placement.wrapping import AdaptedModule, SwappedModule, unwrapped
-from veneer.execution import train_attention as fused_attention
-from veneer.execution import train_layer as fused_layer
-from veneer.execution.agreement import PART, agrees
+from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together, sole_lora
+from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
+from veneer.execution.attention import NAME, LayoutAttention
+from veneer.execution.decoder_layer import (
+    GATED,
+    PARTS,
+    QKV,
+    Attention,
+    DecoderLayer,
+    FeedForward,
+    Norm,
+    O,
+    attend,
+    find_attention,
+    find_feed_forward,
+    find_layers,
+    find_norm,
+)
 from veneer.execution.stand_in import StandIn
-from veneer.execution.train_attention import FusedAttention
-from veneer.execution.train_parts import FusedGate, FusedNorm
-from veneer.kernels.dense.fused import gelu_gate, silu_gate
+from veneer.kernels.bindings.library import has_bf16
+from veneer.kernels.dense import block as kernel
+from veneer.kernels.dense.block import Block, lora_block
+from veneer.kernels.dense.fused import rms_norm, silu_gate
+from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
-from veneer.shards import make_whole
-
-Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""The product of what the gate's projection gives and what the other one gives."""
 
 
-def _norm(wrapped: nn.Module) -> FusedNorm | None:
-    module = wrapped.base if isinstance(wrapped, SwappedModule) else wrapped
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if names != ["weight"] or any(module.children()) or not isinstance(epsilon, float):
-        return None
-    return FusedNorm(wrapped, epsilon) if type(module).__name__.endswith("RMSNorm") else None
+class FusedNorm(StandIn):
+    """base: the norm, or the wrapper around one whose weight an adapter trains."""
+
+    def __init__(self, base: nn.Module, epsilon: float) -> None:
+        super().__init__(base)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_acting()
+        return self.base(x) if weight is None else rms_norm(x, weight, self.epsilon)
+
+    def weight_acting(self) -> Tensor | None:
+        """The weight of all rows, trained or the base's own; None: rows of several adapters."""
+        trained: dict[str, Tensor] = {}
+        if isinstance(self.base, SwappedModule):
+            acting = self.base.routing.acting.whole
+            if acting is None:
+                return None
+            trained = self.base.replaced(acting)
+        return trained.get("weight", unwrapped(self.base).get_parameter("weight"))
 
 
-def _gate(module: nn.Module) -> FusedGate | None:
-    names = [name for name, _ in module.named_children()]
-    wanted = {"gate_proj", "up_proj", "down_proj"}
-    if not wanted <= set(names) or not isinstance(getattr(module, "act_fn", None), nn.Module):
-        return None
-    product = (
-        _product(module.get_submodule("act_fn")) if set(names) - wanted <= {"act_fn"} else None
-    )
-    return None if product is None else FusedGate(module, product)
+class FusedGate(StandIn):
+    """down(gate(gate_proj(x), up_proj(x))), the projections being the model's own, adapted or
+    not."""
+
+    def __init__(self, base: nn.Module, facts: FeedForward) -> None:
+        super().__init__(base)
+        self.facts = facts
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        return base.down_proj(self.facts.gate(*apply_together([base.gate_proj, base.up_proj], x)))
 
 
-def _product(activation: nn.Module) -> Gate | None:
-    """The gated product that has this activation."""
-    if any(True for _ in activation.parameters()):
-        return None
-    x = torch.linspace(-4, 4, 64, device="cpu")[None]
-    for product in (silu_gate, gelu_gate):
-        if agrees(
-            lambda x, product=product: product(x, torch.ones_like(x)), activation, (x,), PART
-        ):
-            return product
-    return None
+class FusedAttention(StandIn):
+    """q, k and v as one node and one pass for their rotation, without copies between; the
+    projections being the model's own, adapted or not."""
 
+    def __init__(self, base: nn.Module, facts: Attention) -> None:
+        super().__init__(base)
+        self.facts = facts
 
-def _attention(place: nn.Module) -> FusedAttention | None:
-    """Proven on a small copy of the block, whatever its weights are stored as."""
-    q_proj = place._modules.get("q_proj")
-    view = (
-        None
-        if q_proj is None or isinstance(place, AdaptedModule)
-        else frozen_linear(unwrapped(q_proj))
-    )
-    return None if view is None else fused_attention.candidate(place, view.dtype)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        cached = any(others.get(name) is not None for name in ("cache", "past_key_values"))
+        if cached or not self.takes(hidden_states, position_embeddings):
+            return self.base(hidden_states, position_embeddings, attention_mask, **others)
+        assert position_embeddings is not None
+        given = hidden_states, position_embeddings, attention_mask
+        return attend(self.facts, self.base, *given, **others)
 
-
-def _candidate(place: nn.Module) -> FusedNorm | FusedGate | None:
-    """What may stand at this place: of a norm around the wrapper that trains it, of a gate inside
-    of wrappers."""
-    if isinstance(place, AdaptedModule):
-        return _norm(place) if isinstance(place, SwappedModule) else None
-    return _norm(place) or _gate(place)
-
-
-def _agree(
-    module: nn.Module, replacement: nn.Module, width: int, dtype: torch.dtype, device: torch.device
-) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    # From small to large: what clips, or adds something small, shows it. float16 holds no such
-    # values.
-    scale = torch.logspace(-2, 6, 5) if torch.finfo(dtype).max > 1e30 else torch.full((5,), 3.0)
-    x = (torch.randn(5, width, generator=generator) * scale[:, None]).to(dtype).to(device)
-    return agrees(replacement, module, (x,), PART)
-
-
-def _agree_without_values(
-    module: nn.Module, made: FusedNorm | FusedGate, dtype: torch.dtype
-) -> bool:
-    """On the meta device: a norm is tried with values of its own, a gated block around small
-    projections."""
-    if isinstance(made, FusedGate):
-        return is_plain_gate(module, made.product, dtype)
-    own = copy.deepcopy(module).to_empty(device="cpu")
-    weight = own.get_parameter("weight")
-    weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
-    return _agree(
-        own, FusedNorm(own, made.epsilon), weight.shape[-1], weight.dtype, torch.device("cpu")
-    )
-
-
-@torch.no_grad()
-def is_plain_gate(module: nn.Module, product: Gate, dtype: torch.dtype) -> bool:
-    """True if the block computes down(product(gate(x), up(x))) and nothing else, such as a limit:
-    tried around small projections of random values."""
-    draw = torch.Generator().manual_seed(0)
-    own = copy.copy(module)
-    own._modules = dict(module._modules)
-    for name, (ins, outs) in {
-        "gate_proj": (8, 12),
-        "up_proj": (8, 12),
-        "down_proj": (12, 8),
-    }.items():
-        projection = nn.Linear(ins, outs, bias=False, device="cpu", dtype=dtype)
-        projection.weight.normal_(generator=draw)
-        own._modules[name] = projection
-    return _agree(own, FusedGate(own, product), 8, dtype, torch.device("cpu"))
-
-
-_TENSORS = ("_parameters", "_buffers", "_modules")
-
-
-def _signature(module: nn.Module) -> tuple[object, ...]:
-    """Equal for two modules of a model only if they compute the same of equal weights: class, every
-    attribute, shapes and types of what they hold, and the same of every module within. Objects
-    count as themselves, functions with bound arguments as the function and the arguments, and
-    methods of the module as those of its class."""
-    own = [
-        (name, _plain(value, module))
-        for name, value in vars(module).items()
-        if name not in _TENSORS
-    ]
-    held = [*module._parameters.items(), *module._buffers.items()]
-    tensors = [
-        (name, None if each is None else (each.shape, each.dtype, each.device))
-        for name, each in held
-    ]
-    within = [
-        (name, None if child is None else _signature(child))
-        for name, child in module._modules.items()
-    ]
-    return type(module), tuple(own), tuple(tensors), tuple(within)
-
-
-def _plain(value: object, module: nn.Module) -> object:
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
-        return type(value), value
-    if isinstance(value, dict | list | tuple | set | frozenset) and not value:
-        return type(value)
-    if isinstance(value, functools.partial):
-        arguments = [*enumerate(value.args), *sorted(value.keywords.items())]
-        return (
-            type(value),
-            _plain(value.func, module),
-            tuple((name, _plain(bound, module)) for name, bound in arguments),
+    def takes(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether this forward is one that was proven: our attention, whole heads turned, in x's
+        type."""
+        block: Any = self.base
+        if position_embeddings is None or block.config._attn_implementation != NAME or x.dim() != 3:
+            return False
+        return all(
+            each.dtype is x.dtype and each.dim() == 3 and each.shape[-1] == self.facts.head_dim
+            for each in position_embeddings
         )
-    if isinstance(value, MethodType) and value.__self__ is module:
-        return type(value), id(value.__func__)
-    return id(value)
+
+
+class FusedLayer(StandIn):
+    """A decoder layer as one node (kernels/dense/block.py)."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        block = None if args else self._block(hidden_states, **kwargs)
+        if block is None:
+            return self.base(hidden_states, *args, **kwargs)
+        return lora_block(hidden_states.squeeze(0), block)[None]
+
+    def _block(
+        self,
+        x: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        veneer_layout: Any = None,
+        **others: Any,
+    ) -> Block | None:
+        base: Any = self.base
+        first, attention, second, feed = (base._modules[name] for name in PARTS)
+        beside = ("cache", "past_key_values", "veneer_prefix", "veneer_keys")
+        if not isinstance(veneer_layout, LayoutAttention) or any(
+            others.get(name) is not None for name in beside
+        ):
+            return None
+        if len(veneer_layout.layout.groups) != 1 or base._forward_hooks or base._forward_pre_hooks:
+            return None
+        if x.dim() != 3 or len(x) != 1 or not attention.takes(x, position_embeddings):
+            return None
+        assert position_embeddings is not None
+        heads, gated = attention.base, feed.base  # whose attributes a stand-in finds last
+        projections = [getattr(heads, name) for name in (*QKV, O)]
+        layers = []
+        for module in (*projections, *(getattr(gated, name) for name in GATED)):
+            layer = sole_lora(module, x)
+            if layer is None:
+                return None
+            layers.append(filled(layer, x))
+        if not any(len(layer.A) for layer in layers):
+            return None
+        norms = []
+        for norm in (first, second):
+            weight = norm.weight_acting()
+            if weight is None or weight.requires_grad:
+                return None
+            norms.append(kernel.Norm(weight, norm.epsilon))
+        cos, sin = (each[0].contiguous() for each in position_embeddings)
+        facts: Attention = attention.facts
+        group = veneer_layout.layout.groups[0]
+        block = Block(norms[0], norms[1], layers, facts.head_dim, cos, sin, group, facts.rules)
+        if not block.usable(x[0]):
+            return None
+        veneer_layout.calls += 1
+        return block
+
+
+STAND_INS = dict(zip(PARTS, (FusedNorm, FusedAttention, FusedNorm, FusedGate), strict=True))
+"""What stands for the parts of a layer that is one node."""
 
 
 @torch.no_grad()
 def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
-    """Path -> what may stand there, one for every module that agrees with it. Modules of equal
-    signatures are tried once; layers of one class that differ in a limit, a sparsity or an epsilon
-    are tried one by one."""
-    found: dict[str, StandIn] = {}
-    agreed: dict[tuple[object, ...], bool] = {}
+    """Path -> what may stand there, one for every module that is understood."""
+    layers = {layer.module: layer for layer in find_layers(model)}
+    known = {part.module: part for layer in layers.values() for part in layer.parts}
+    stand_ins: dict[str, StandIn] = {}
     inside: set[nn.Module] = set()
     for path, place in model.named_modules():
-        made = None if place in inside else _candidate(place)
-        if made is None:
-            if (attention := _attention(place)) is not None:
-                found[path] = attention
-            continue
         module = unwrapped(place)
-        inside.add(module)
-        kind = _signature(module)
-        if kind not in agreed:
-            make_whole(module)
-            width, dtype, device = _rows(module, made)
-            if device.type == "meta":
-                agreed[kind] = _agree_without_values(module, made, dtype)
-            else:
-                agreed[kind] = _agree(module, made, width, dtype, device)
-        if agreed[kind]:
-            found[path] = made
-    return found | fused_layer.replacements(model, found)
+        if place in inside or (place is not module and not isinstance(place, SwappedModule)):
+            continue
+        part = known.get(module) or find_norm(module)
+        if isinstance(part, Norm):
+            inside.add(module)
+            stand_ins[path] = FusedNorm(place, part.epsilon)
+        elif place is module:
+            part = part or find_feed_forward(module) or find_attention(module)
+            if isinstance(part, FeedForward):
+                stand_ins[path] = FusedGate(module, part)
+            elif isinstance(part, Attention):
+                stand_ins[path] = FusedAttention(module, part)
+    for path, place in model.named_modules():
+        if place in layers and _is_one_node(path, layers[place], stand_ins):
+            stand_ins[path] = FusedLayer(place)
+    return stand_ins
 
 
-def _rows(module: nn.Module, made: StandIn) -> tuple[int, torch.dtype, torch.device]:
-    """Width, type and device of what the module takes; a packed weight's own type says nothing of
-    it."""
-    if isinstance(made, FusedNorm):
-        weight = module.get_parameter("weight")
-        return weight.shape[0], weight.dtype, weight.device
-    view = frozen_linear(unwrapped(module.get_submodule("gate_proj")))
-    return (
-        (0, torch.float32, torch.device("cpu"))
-        if view is None
-        else (view.in_features, view.dtype, view.device)
+def _is_one_node(path: str, layer: DecoderLayer, stand_ins: Mapping[str, StandIn]) -> bool:
+    """Whether the kernel computes a layer: SiLU gates, no norms of heads, in bf16, a LoRA in it."""
+    if layer.unknown is not None or layer.attention is None or layer.feed_forward is None:
+        return False
+    if layer.attention.norms or layer.feed_forward.gate is not silu_gate or not has_bf16():
+        return False
+    q_proj = frozen_linear(unwrapped(layer.attention.module.get_submodule(QKV[0])))
+    if q_proj is None or q_proj.dtype is not torch.bfloat16:
+        return False
+    in_place = all(
+        type(stand_ins.get(f"{path}.{name}")) is kind for name, kind in STAND_INS.items()
     )
+    return in_place and any(isinstance(each, AdaptedLinear) for each in layer.module.modules())
+
+
+def unknown_layers(model: PreTrainedModel) -> list[str]:
+    """Says which decoder layers are not understood and why, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    layers = find_layers(model)
+    for number, layer in enumerate(layers):
+        if layer.unknown is not None:
+            reasons.setdefault(layer.unknown, []).append(str(number))
+    return [
+        f"{len(numbers)} of {len(layers)} layers by the model's own code"
+        f"{'' if len(numbers) == len(layers) else ' (' + ', '.join(numbers) + ')'}: {reason}"
+        for reason, numbers in reasons.items()
+    ]
 
 
 @contextmanager
-def fused(model: PreTrainedModel, found: Mapping[str, StandIn]) -> Iterator[None]:
-    """Within the block what `replacements` found is computed in one pass; afterwards all stands as
+def fused(model: PreTrainedModel, stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
+    """Within the block what `replacements` gave is computed in one pass; afterwards all stands as
     before."""
     exchanged = []
-    for path, made in found.items():
-        head, _, last = path.rpartition(".")
-        parent = model.get_submodule(head) if head else model
-        exchanged.append((parent, last, made.base))
-        setattr(parent, last, made)
+    # What stands within another is exchanged first: afterwards its parent is no module of the base.
+    for path in sorted(stand_ins, key=lambda path: -path.count(".")):
+        made = stand_ins[path]
+        above, _, name = path.rpartition(".")
+        parent = model.get_submodule(above) if above else model
+        exchanged.append((parent, name, made.base))
+        setattr(parent, name, made)
     try:
         yield
     finally:
-        for parent, last, own in exchanged:
-            setattr(parent, last, own)
+        for parent, name, own in exchanged:
+            setattr(parent, name, own)

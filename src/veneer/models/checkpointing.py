@@ -20,6 +20,7 @@ from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.routing import Routing
 from veneer.errors import ConfigError
 from veneer.execution.attention import decoder
+from veneer.execution.decoder_layer import decoder_layers
 from veneer.execution.stand_in import StandIn
 
 GIVE_BACK_EVERY = 4
@@ -57,16 +58,6 @@ class CheckpointedLayer(StandIn):
             give_back()
         with self.routing.held(acting):
             yield
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The list that holds one module per hidden layer."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for part in (decoder(model), model):  # a tower may be as deep
-        for module in () if part is None else part.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth:
-                return module
-    return None
 
 
 def give_back() -> None:

@@ -47,8 +47,9 @@ from veneer.errors import (
     VeneerError,
     is_out_of_memory,
 )
+from veneer.execution.decoder_layer import decoder_layers
 from veneer.execution.proofs.same_values import same_values, take_note
-from veneer.models.checkpointing import decoder_layers, give_back
+from veneer.models.checkpointing import give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format

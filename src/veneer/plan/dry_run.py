@@ -34,13 +34,14 @@ from veneer.bases.loading.from_config import build
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
 from veneer.execution.attention import decoder
+from veneer.execution.decoder_layer import decoder_layers
 from veneer.execution.proofs.model import structure
 from veneer.execution.train_step import fused, replacements
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.formats.peft.tensors import tensor_file_bytes
 from veneer.kernels.bindings.library import planning, take_noted
 from veneer.kernels.layout import round_up
-from veneer.models.checkpointing import checkpointed, decoder_layers
+from veneer.models.checkpointing import checkpointed
 from veneer.models.left_out import reached_weights
 from veneer.models.step import (
     ComputePaths,

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
+from veneer.execution.decoder_layer import decoder_layers
 from veneer.linear import frozen_linear
-from veneer.models.checkpointing import decoder_layers
 from veneer.plan.counted import BaseBytes
 from veneer.shards import ALIGNMENT, LEAST
 

@@ -30,7 +30,7 @@ from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError, fits_memory
-from veneer.execution.train_step import fused, replacements
+from veneer.execution.train_step import fused, replacements, unknown_layers
 from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.files.strict_json import json_text
 from veneer.formats.adapter import adapter_file_bytes, manifest_for, write_adapter
@@ -238,6 +238,7 @@ def _run(
         start["planned_memory_bytes"] = None if planned is None else planned.peak
         if one_pass:
             start["paths"].append(f"{len(one_pass)} modules fused")
+        start["paths"] += unknown_layers(base.model)
         if world.size > 1:
             start["paths"].append(f"{world.size} processes, each with micro-batches of its own")
             start["paths"] += [

@@ -1,0 +1,158 @@
+"""What a decoder layer computes is found for every layer, the same with and without weights, and
+what is not understood of one leaves the others as they are."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.support.helpers import fill, make_examples
+from tests.support.tiny import tiny_base, tiny_model
+from veneer.adapters.attach import attach
+from veneer.adapters.config import LoRA
+from veneer.adapters.placement.routing import Routing
+from veneer.data.batching import make_batch
+from veneer.execution.agreement import difference
+from veneer.execution.attention import NAME
+from veneer.execution.decode_step import (
+    LayersForward,
+    forward_by_layers,
+    own_forward,
+    read_and_continued,
+)
+from veneer.execution.decoder_layer import find_layers
+from veneer.execution.train_step import fused, replacements, unknown_layers
+from veneer.kernels.dense.fused import gelu_gate, silu_gate
+from veneer.models.step import batch_loss, prepare
+
+PROMPTS = [list(range(30, 60)), [7, 90, 4], list(range(100, 117))]
+
+
+def prepared(family, **overrides):
+    model = tiny_model(family, **overrides)
+    prepare(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "gate", "window", "head_norms"),
+    [
+        ("llama", silu_gate, None, 0),
+        ("mistral", silu_gate, 8, 0),
+        ("qwen3", silu_gate, None, 2),
+        ("mixtral", None, None, 0),
+    ],
+)
+def test_the_facts_of_a_layer_are_those_of_its_family(family, gate, window, head_norms):
+    model = prepared(family)
+    layers = find_layers(model)
+    assert [layer.module for layer in layers] == list(model.model.layers)
+    for layer in layers:
+        assert layer.unknown is None
+        assert [norm.epsilon for norm in layer.norms] == [model.config.rms_norm_eps] * 2
+        assert layer.attention.rules.window == window
+        assert len(layer.attention.norms) == head_norms
+        assert layer.attention.head_dim == model.model.layers[0].self_attn.head_dim
+        found = None if layer.feed_forward is None else layer.feed_forward.gate
+        assert found is gate
+
+
+def test_a_gate_of_gelu_is_told_from_one_of_silu():
+    layers = find_layers(prepared("llama", hidden_act="gelu_pytorch_tanh"))
+    assert [layer.feed_forward.gate for layer in layers] == [gelu_gate, gelu_gate]
+    assert [layer.feed_forward for layer in find_layers(prepared("llama", hidden_act="gelu"))] == [
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma2", "usual parts: post_feedforward_layernorm"),
+        ("olmo2", "usual parts: input_layernorm"),
+        ("starcoder2", "no plain RMS norms"),
+        ("olmoe", "attention block"),
+    ],
+)
+def test_what_is_not_understood_says_why(family, reason):
+    model = prepared(family)
+    assert all(reason in layer.unknown for layer in find_layers(model))
+    (line,) = unknown_layers(model)
+    assert line.startswith("2 of 2 layers by the model's own code: ") and reason in line
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "mixtral", "gemma2"])
+def test_a_model_without_weights_has_the_same_layers(family):
+    model = prepared(family)
+    planned = copy.deepcopy(model).to("meta")
+
+    def facts(layer):
+        parts = [(type(part), getattr(part, "rules", None)) for part in layer.parts]
+        return parts, layer.unknown
+
+    assert list(map(facts, find_layers(planned))) == list(map(facts, find_layers(model)))
+
+
+def test_layers_are_found_again_where_a_module_or_the_attention_is_another():
+    model = tiny_model("llama")
+    assert all(layer.attention is None for layer in find_layers(model))  # not switched to ours
+    prepare(model)
+    first = find_layers(model)
+    assert model.config._attn_implementation == NAME and first is find_layers(model)
+    assert all(layer.attention is not None for layer in first)
+    model.model.layers[1].mlp = torch.nn.Identity()
+    assert [layer.feed_forward is None for layer in find_layers(model)] == [False, True]
+
+
+def odd(own):
+    """Adds up its parts otherwise."""
+    return lambda x, **given: own(x, **given) * 0.5
+
+
+def test_one_layer_that_is_not_understood_is_called_whole_among_others():
+    base = tiny_base("llama", num_hidden_layers=3)
+    layer = base.model.model.layers[1]
+    layer.forward = odd(layer.forward)
+    _ = base.paths
+    found = forward_by_layers(base.model)
+    assert isinstance(found, LayersForward), found
+    assert [layer.unknown is None for layer in found.layers] == [True, False, True]
+    assert unknown_layers(base.model) == [
+        "1 of 3 layers by the model's own code (1): it adds up its parts otherwise"
+    ]
+    with torch.no_grad():
+        ours = read_and_continued(found.logits, PROMPTS)
+        theirs = read_and_continued(own_forward(base.model), PROMPTS)
+    assert difference(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [[], ["q_norm", "k_norm"]], ids=["", "norms trained"])
+def test_norms_of_heads_train_as_the_model_itself_does(dtype, trained):
+    """To the same loss; gradients of the common input are added up in another order."""
+    model, routing = tiny_model("qwen3", dtype), Routing()
+    paths = prepare(model)
+    settings = LoRA(targets="all-linear", rank=4, alpha=5.0, train_modules=trained)
+    head = model.get_output_embeddings()
+    attachment = attach(model, settings, name="a", routing=routing, head=head)
+    fill(attachment.parameters().values(), scale=0.1)
+    routing.active = (("a", 1.0),)
+    batch = make_batch(make_examples(4), packed=True, share_prompt=True, device=torch.device("cpu"))
+    parameters = list(attachment.parameters().values())
+
+    def measured():
+        loss = batch_loss(model, paths, routing, batch, total=float(batch.trained_tokens))
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    stand_ins = replacements(model)
+    with fused(model, stand_ins):
+        ours = measured()
+    parts = [path for path in stand_ins if not path.endswith("self_attn")]
+    with fused(model, {path: stand_ins[path] for path in parts}):
+        plain = measured()
+    assert len(parts) == len(stand_ins) - 2
+    assert torch.equal(ours[0], plain[0])
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2**-5}[dtype]
+    assert all(difference(a, b) <= limit for a, b in zip(ours, plain, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in ours[1:])
