@@ -242,7 +242,7 @@ def test_a_layout_holds_what_was_made_for_each_window_and_device() -> None:
         return q, None
 
     for window, device in ((None, "cpu"), (4, "cpu"), (4, "meta")):
-        rules = attention.Rules(0.1, window=window, softcap=2.0)
+        rules = attention.AttentionRules(0.1, window=window, softcap=2.0)
         moved = [each.to(device) for each in (q, k, v)]
         flex.flex_packed_attention(*moved, group, rules, attend)
     assert set(group.derived) == {
