@@ -348,7 +348,7 @@ def test_an_answer_that_was_cut_says_so(api, capsys, stdin):
     assert main.main(["generate", "--base", "b", "--json", "hello"]) == 0
     assert json.loads(capsys.readouterr().out)["cut_after"] == 5
     assert main.main(["generate", "--base", "b", "--max-new-tokens", "5", "hello"]) == 0
-    assert "cut after 5 tokens: --max-new-tokens lets it go on" in capsys.readouterr().err
+    assert "cut after 5 tokens: increase --max-new-tokens" in capsys.readouterr().err
     stdin("hello\n")
     assert main.main(["chat", "--base", "b", "--max-new-tokens", "9"]) == 0
     assert "cut after 5 tokens: the model has no more positions" in capsys.readouterr().err
@@ -357,7 +357,7 @@ def test_an_answer_that_was_cut_says_so(api, capsys, stdin):
 def test_a_base_without_a_chat_template_says_so(api, capsys, stdin, monkeypatch):
     monkeypatch.setattr(api.base, "tokenizer", SimpleNamespace(chat_template=None), raising=False)
     assert main.main(["generate", "--base", "b", "hello"]) == 0
-    assert "b has no chat template: it goes on from the text" in capsys.readouterr().err
+    assert "b has no chat template, so it continues the text" in capsys.readouterr().err
     stdin("hello\n")
     assert main.main(["chat", "--base", "b"]) == 2
     assert "veneer generate" in capsys.readouterr().err
@@ -593,7 +593,7 @@ def test_data_check_shows_the_row_asked_for_or_says_that_it_is_not_there(api, ca
     api.checked = checked()
     assert main.main(["data", "check", "d.jsonl", "--base", "b", "--row", "3"]) == 0
     assert main.main(["data", "check", "d.jsonl", "--base", "b", "--row", "4"]) == 2
-    assert "no row of line 4" in capsys.readouterr().err
+    assert "line 4 has no row" in capsys.readouterr().err
 
 
 # evaluate
@@ -623,7 +623,7 @@ def test_evaluate_prints_loss_and_metrics_with_intervals(api, capsys):
     assert "1,200  trained tokens" in out
     assert "50.0%  95% interval 40.0 to 60.0%" in out
     assert api.calls[-1][2]["metrics"] == ["field_f1", "exact_match"]
-    assert "nats a token" in out and "no interval: these rows do not determine one" in out
+    assert "nats a token" in out and "no interval: it cannot be computed from these rows" in out
 
 
 def test_evaluate_says_where_a_difference_has_no_interval(api, capsys):

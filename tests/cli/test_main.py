@@ -107,7 +107,7 @@ EARLY = {
     ),
     "predictions that are not there": (
         "evaluate --base {0} --data {0}/rows.jsonl --against {0}/p.jsonl",
-        "p.jsonl is not there",
+        "p.jsonl was not found",
     ),
     "a run's folder that is taken": (
         "train --base {0} --data {0}/rows.jsonl --out {0}/run",

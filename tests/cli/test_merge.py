@@ -74,10 +74,7 @@ def test_merge_json_has_every_layer_and_nothing_else_on_stdout(made, capsys):
             ["extract", "--base", "base", "--model", "base", "--out", "e"],
             "either a rank or an energy share",
         ),
-        (
-            ["export", "a", "--to", "vllm", "--merged", "--out", "v"],
-            "--merged: a merged folder is made by",
-        ),
+        (["export", "a", "--to", "vllm", "--merged", "--out", "v"], "--merged: use veneer merge"),
         (
             ["export", "a", "--to", "llamacpp", "--type", "q8_0", "--out", "v.gguf"],
             "adapters are f32 or f16",

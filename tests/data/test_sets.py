@@ -663,7 +663,7 @@ def test_rows_that_cannot_be_read_keep_a_file_from_being_written_unless_they_are
     ]
     assert main.main(command) == 2 and not (tmp_path / "out.jsonl").exists()
     assert main.main([*command, "--leave-out"]) == 0
-    assert "left out: D101" in capsys.readouterr().out
+    assert "skipped: D101" in capsys.readouterr().out
     assert len(prompts(str(tmp_path / "out.jsonl"))) == 3
 
 

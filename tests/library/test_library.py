@@ -581,7 +581,7 @@ def test_verify_holds_the_base_as_each_adapter_was_trained_over_it(tmp_path, mon
     )
     assert main(["adapters", "verify", "dense", "--base", "other", "--library", "lib"]) == 4
     said = capsys.readouterr().out
-    assert "dense@1: wrong" in said and "another base" in said and "on trial" not in said
+    assert "dense@1: faulty" in said and "another base" in said and "on trial" not in said
 
 
 def test_a_folder_that_is_misspelt_is_told_with_the_one_beside_it(sources, tmp_path):

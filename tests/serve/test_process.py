@@ -74,7 +74,7 @@ def process(places):
 def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(process, places):
     told = [process.stdout.readline().rstrip("\n") for _ in range(5)]
     assert told[0] == "tiny-llama · 1 adapter · tickets"
-    assert "no API key required" in told[2] and told[4].strip() == "Ctrl-C ends it"
+    assert "no API key required" in told[2] and told[4].strip() == "Ctrl-C stops the server"
     assert told[3].endswith("/ in a browser: base and adapters side by side")
     assert all(len(line) <= 80 for line in told)
     assert str(places) not in "\n".join(told)
@@ -96,7 +96,7 @@ def test_it_says_what_it_serves_and_ends_when_those_that_are_open_are_answered(p
     ]
     assert reasons == ["length"]
     out, log = process.communicate(timeout=60)
-    assert (process.returncode, out) == (0, "ended\n")
+    assert (process.returncode, out) == (0, "stopped\n")
     lines = log.splitlines()
     assert all(
         re.fullmatch(r"\d\d:\d\d:\d\d (GET|POST) /v1/\S+ 200 \d+ ms [0-9a-f]+", line)

@@ -167,4 +167,4 @@ def test_a_replica_that_is_lost_costs_no_request_and_one_that_ends_drains(
         process.send_signal(signal.SIGTERM)
         assert [line for line in lines if line][-1] == "data: [DONE]"
     out, log = process.communicate(timeout=120)
-    assert process.returncode == 0 and out.endswith("ended\n"), log
+    assert process.returncode == 0 and out.endswith("stopped\n"), log

@@ -134,7 +134,7 @@ def served(command: str, place: Path, environment: dict[str, str]) -> str:
             )
         )
     until = time.monotonic() + 120
-    while "Ctrl-C ends it" not in screen.read_text():
+    while "Ctrl-C stops the server" not in screen.read_text():
         assert SERVERS[-1].poll() is None and time.monotonic() < until, screen.read_text()
         time.sleep(0.2)
     return screen.read_text()

@@ -63,7 +63,7 @@ def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
 
 def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--json", action="store_true", help="data as JSON on stdout, talk on stderr"
+        "--json", action="store_true", help="print the result as JSON on stdout, messages on stderr"
     )
 
 
@@ -77,13 +77,13 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="A",
-        help="name in the library (NAME, NAME@2), or a folder of an adapter or a run",
+        help="name in the library (NAME or NAME@2), or folder of an adapter or a run",
     )
     add_library(parser)
     parser.add_argument(
         "--force-base",
         action="store_true",
-        help="use the adapter though it was trained on another base",
+        help="use the adapter even if it was trained on another base",
     )
     add_base_format(parser, "as the adapter was trained")
 
@@ -97,8 +97,8 @@ def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
         "--quantize",
         choices=FORMATS,
         help=(
-            "hold the base's linear layers in 4 bits, or in a .gguf file's blocks (gguf: as they"
-            f" are in the file); default: {default}"
+            "format of the base's linear layers in memory; gguf: the blocks of a .gguf file;"
+            f" default: {default}"
         ),
     )
     parser.add_argument(
@@ -114,8 +114,7 @@ def add_map(parser: argparse._ActionsContainer) -> None:
         metavar="COLUMN=NAME",
         dest="columns",
         help=(
-            "read a column as another one, --map question=prompt --map answer=completion; NAME null"
-            " leaves it out"
+            "rename a column: --map question=prompt --map answer=completion; COLUMN=null drops it"
         ),
     )
 
@@ -139,7 +138,7 @@ def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
         default=[],
         metavar="NAME=VALUE",
         dest="variables",
-        help="tell the chat template, for instance enable_thinking=false; NAME=null takes one away"
+        help="variable for the chat template, such as enable_thinking=false; NAME=null removes one"
         + what,
     )
 
@@ -150,8 +149,8 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
         "--system",
         metavar="TEXT",
         help=(
-            "system message of what has none; default: the one that all rows of the adapter began"
-            " with; '': none"
+            "system message for conversations without one; default: the one the adapter was"
+            " trained with; '': none"
         ),
     )
     add_variables(parser, "; default: as the adapter was trained")
@@ -201,19 +200,19 @@ def add_card(parser: argparse.ArgumentParser) -> None:
         "--figures",
         type=Path,
         metavar="FILE",
-        help=(
-            "what veneer evaluate --json wrote: the model card has it beside what training measured"
-        ),
+        help=("output of veneer evaluate --json, added to the model card"),
     )
     parser.add_argument(
         "--sample",
         action="store_true",
-        help="the model card shows a held-out row of yours, with the answers before and after",
+        help="show one of your held-out rows, with both answers, in the model card",
     )
 
 
 def add_library(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--library", metavar="DIR", help="folder of adapters; default: your own")
+    parser.add_argument(
+        "--library", metavar="DIR", help="library folder; default: your own library"
+    )
 
 
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
@@ -228,7 +227,7 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
         type=LENGTH,
         default=length,
         metavar="N",
-        help=f"longest row, tokens; default: {length}",
+        help=f"longest row in tokens; default: {length}",
     )
     for name in ("format", "train_on", *others):
         field = DataConfig.model_fields[name]

@@ -1,5 +1,4 @@
-"""Completion of commands, flags and their choices for a shell. The script is whole: pressing Tab
-starts no Python.
+"""Print shell completion of commands, flags and their choices. Pressing Tab starts no Python.
 
 For instance:
 
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="the shell that reads it")
+    parser.add_argument("shell", choices=SHELLS, help="your shell")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,8 +26,10 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class CommandWords:
-    """What may follow a command. flags: each with its choices; none: a value, a file, or
-    nothing."""
+    """Words that may follow a command.
+
+    flags   every flag with its choices; empty for a flag without choices
+    """
 
     about: str
     flags: dict[str, tuple[str, ...]]
@@ -37,7 +38,7 @@ class CommandWords:
 
 
 def collect_words() -> dict[str, CommandWords]:
-    """Every command, and every action as `command action`."""
+    """Collects the words of every command, and of every action as `command action`."""
     from veneer.cli.main import COMMANDS, command_module
 
     found: dict[str, CommandWords] = {}
@@ -50,7 +51,7 @@ def collect_words() -> dict[str, CommandWords]:
 
 
 def _words_of_settings() -> dict[str, tuple[str, ...]]:
-    """Of the flags of `train` that are settings: what a run file may say there."""
+    """Collects the choices of `train`'s flags from the settings."""
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import FLAGS
     from veneer.files.settings import words_at

@@ -1,4 +1,4 @@
-"""Versions, processor, memory, GPU, caches and extras: what a bug report needs. Changes nothing."""
+"""Show versions, processor, memory, GPU, caches and extras, for a bug report. Changes nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXTRAS = {
     "serve": "uvicorn",
     "ray": "ray",
 }
-"""What `pip install 'veneer[NAME]'` adds, and a module that is there then."""
+"""Extras of `pip install 'veneer[NAME]'`, each with a module that it installs."""
 CPU_FLAGS = (
     "avx2",
     "fma",
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_facts() -> dict[str, dict[str, Any]]:
-    """Facts by part; a number whose name ends in _bytes is in bytes, None is "not there"."""
+    """Collects facts by part. Names that end in _bytes are in bytes; None means missing."""
     import torch
 
     from veneer.bases.compute import DTYPES, choose
@@ -113,7 +113,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
             "our kernels use": _kernels(),
         },
         "products": {
-            f"{name} takes": f"{found.times:.2g} times float32's time: held as {found.name}"
+            f"{name} takes": f"{found.times:.2g} times as long as float32: held as {found.name}"
             for name in ("bfloat16", "float16")
             if (found := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
         },
@@ -144,7 +144,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
 
 
 def _kernels() -> str:
-    """The instructions that the compiled kernels take (kernels/bindings/library.py)."""
+    """Names the instructions that the compiled kernels use (kernels/bindings/library.py)."""
     from veneer.kernels.bindings.library import has_amx, has_bf16, level
 
     names = {-1: "not compiled, or switched off", 0: "plain C", 2: "AVX2", 3: "AVX-512"}

@@ -1,6 +1,5 @@
-"""What can be refused before torch is loaded, which takes seconds: names of nothing, files that are
-not there, places that are taken. The rooms below refuse the same, in the same words; they are asked
-here first.
+"""Checks made before torch is loaded, which takes seconds: unknown names, missing files, existing
+output folders. Lower folders make the same checks; here they run first.
 """
 
 from __future__ import annotations
@@ -18,25 +17,28 @@ from veneer.training.state.place import held, refuse_finished, refuse_unless_new
 
 
 def check_base(source: str | None) -> None:
-    """SourceError: it names no base."""
+    """Raises SourceError if a name is no base."""
     if source is not None:
         refuse_unknown(source)
 
 
 def check_plannable(source: str) -> None:
-    """SourceError: it names no base, and no size that a plan knows."""
+    """Raises SourceError if a name is neither a base nor a size that a plan knows."""
     if shape_of(source) is None:
         refuse_unknown(source)
 
 
 def check_rows(*named: str | None) -> None:
-    """DataError with every set that is not there."""
+    """Raises DataError with every data set that is missing."""
     refuse_missing([each for each in named if each is not None])
 
 
 def check_place(config: RunConfig, *, resume: bool) -> None:
-    """ConfigError: no such run may stand in its folder. BusyError: another process is in it.
-    InputError: nothing can be written there."""
+    """Checks the output folder of a run.
+
+    Raises ConfigError if its content does not allow the run, BusyError if another process uses it,
+    and InputError if it is not writable.
+    """
     out = Path(config.out)
     (refuse_finished if resume else refuse_unless_new)(out)
     with held(out):
@@ -44,27 +46,27 @@ def check_place(config: RunConfig, *, resume: bool) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Its base and its rows."""
+    """Checks that the base and the rows of a run exist."""
     check_base(config.base)
     check_rows(*(one.path for one in (*config.data.train_sets, *config.data.validation_sets)))
 
 
 def check_new(out: str | Path) -> None:
-    """ConfigError: something stands there. InputError: nothing can be written there."""
+    """Raises ConfigError if the output exists, and InputError if it is not writable."""
     refuse_unwritable(out)
     refuse_existing(Path(out), unless=False)
 
 
 def check_writable(*files: str | Path | None) -> None:
-    """InputError: a file that will be written, or written anew, cannot be."""
+    """Raises InputError if one of the output files is not writable."""
     for file in files:
         if file is not None:
             refuse_unwritable(file)
 
 
 def check_files(files: Iterable[Path | None]) -> None:
-    """DataError with every one that is not there."""
+    """Raises DataError with every file that is missing."""
     if missing := [
-        f"{file} is not there" for file in files if file is not None and not file.is_file()
+        f"{file} was not found" for file in files if file is not None and not file.is_file()
     ]:
         raise DataError("a file cannot be read", missing)

@@ -1,9 +1,9 @@
-"""What an error code or a setting means.
+"""Explain an error code or a setting.
 
 For instance:
 
   veneer explain D107
-  veneer explain              all codes, a line each
+  veneer explain              all codes, one line each
   veneer explain method.rank
   veneer explain settings     all settings of a run
 """
@@ -20,7 +20,7 @@ from veneer.cli.common import add_json, print_json
 from veneer.errors import ConfigError
 
 FIELDS = {"title": "", "cause": "why", "way": "how to fix", "example": "for instance"}
-"""What every code has, and what that is called on the screen."""
+"""Fields of every code, and their labels on the screen."""
 FILE = Path(__file__).with_name("codes.toml")
 
 
@@ -29,13 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help=(
-            "a code as the message shows it, a setting, or `settings` for all of them; default: all"
-            " codes"
-        ),
+        help=("an error code, a setting, or `settings` for all settings; default: all codes"),
     )
     parser.add_argument(
-        "--markdown", action="store_true", help="all of them as the page docs/errors.md"
+        "--markdown", action="store_true", help="print all codes as the page docs/errors.md"
     )
     add_json(parser)
 

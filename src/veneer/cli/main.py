@@ -37,40 +37,36 @@ from veneer.vocabulary import (
 from veneer.wording import reflowed, shown, wrapped
 
 GROUPS = {
-    "begin": {
-        "demo": "fine-tune a small real model in a few minutes and see before and after",
-        "doctor": "versions, processor, memory, GPU, caches: what a bug report needs",
-        "explain": "what an error code or a setting means: veneer explain D107 method.rank",
-        "completion": "shell completion for bash, zsh and fish",
+    "start": {
+        "demo": "fine-tune a small model in minutes and show answers before and after",
+        "doctor": "show versions, hardware and caches, for a bug report",
+        "explain": "explain an error code or a setting",
+        "completion": "print shell completion for bash, zsh or fish",
     },
     "train": {
-        "data": "look at rows as the model will see them; convert, split, sample, replay; gc",
-        "plan": "what fits, how long it takes, which method: before anything runs",
-        "train": "train an adapter (or every weight) from a run file or from flags",
-        "report": "rebuild a run's report.html, also of a run that was stopped",
-        "compare": "compare methods on your own rows: quality, memory, time, file size, forgetting",
+        "data": "check, convert, split or sample rows",
+        "plan": "predict memory, time and cost before a run",
+        "train": "train an adapter, or all weights",
+        "report": "rebuild the report of a run",
+        "compare": "compare methods on your rows",
     },
-    "try": {
-        "evaluate": "loss and accuracy of a base, with or without an adapter, on held-out rows",
+    "use": {
+        "evaluate": "measure loss and metrics on held-out rows",
         "generate": "answer one prompt",
         "chat": "talk to a base, with or without an adapter",
-        "serve": "answer over HTTP as OpenAI's clients ask: a base and a library of adapters",
+        "serve": "answer OpenAI-style HTTP requests for a base and its adapters",
     },
-    "keep and pass on": {
-        "adapters": (
-            "keep adapters by name and version: ls, show, add, tag, diff, verify, push, gc ..."
-        ),
-        "merge": (
-            "merge adapters into their base: a plain model folder, checked against the adapter"
-        ),
-        "combine": "make one adapter of several: the exact sum, or a smaller one with its error",
-        "extract": "make an adapter out of a fully fine-tuned model",
-        "export": "write an adapter for PEFT, vLLM or llama.cpp",
-        "lint": "what another program would refuse of an adapter, or apply wrongly",
-        "quantize": "write a base in 4 bits, as a folder that transformers loads too",
+    "manage adapters": {
+        "adapters": "keep adapters in a library: list, add, tag, verify, push, pull",
+        "merge": "merge adapters into the base: a plain model",
+        "combine": "combine several adapters into one",
+        "extract": "extract an adapter from a fully fine-tuned model",
+        "export": "write an adapter for PEFT, vLLM, llama.cpp or Ollama",
+        "lint": "check whether another program can load an adapter",
+        "quantize": "write a base in 4 bits",
     },
 }
-"""What a person is about to do -> commands and their summaries."""
+"""Commands and their summaries, by what a person wants to do."""
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 FOLDERS = {
     **dict.fromkeys(
@@ -80,11 +76,11 @@ FOLDERS = {
     **dict.fromkeys(("serve", "chat", "generate"), "answers."),
     "data": "rows.",
 }
-"""The folder of a command's module; a command that is not named here stands beside this file."""
+"""The folder of a command's module; other commands are beside this file."""
 
 
 READER_GONE = 128 + 13
-"""As of a program that SIGPIPE ended: whoever read our stdout has left (`veneer ... | head`)."""
+"""Exit code of a program that SIGPIPE ended: its output pipe was closed (`veneer ... | head`)."""
 
 EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong,
 3 it does not fit (memory, disk), 4 a check refused, 5 training diverged,
@@ -271,7 +267,7 @@ def _run(argv: list[str], alone: bool) -> int:
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
-        epilog=f"{_format_groups()}\n\nveneer COMMAND --help says more.\n\n{EXIT_CODES}",
+        epilog=f"{_format_groups()}\n\nDetails: veneer COMMAND --help\n\n{EXIT_CODES}",
         formatter_class=HelpFormatter,
         usage="veneer COMMAND ...",
         allow_abbrev=False,

@@ -1,7 +1,7 @@
-"""What `veneer` alone says in a terminal: what to do next, from what lies in this folder and in the
+"""Suggests what to do next when `veneer` is called alone, from the files in this folder and the
 library.
 
-Looks at names of files alone, and at the first lines of .yaml files; loads nothing.
+It reads only file names and the first lines of .yaml files, and loads nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from veneer.child import typed_command
 from veneer.wording import shown
 
 MOST = 3
-"""Of a kind that are named."""
+"""Items of one kind that are shown."""
 ROWS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 BASE = "smollm2-135m"
 
 
 def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
-    """(what was found, commands for it), what is nearest to its end first."""
+    """Finds what is here and the commands for it, the most advanced first."""
     found = []
     runs = list(_runs(folder))
     done = [run for run in runs if (run / "summary.json").is_file()]
     for run in [run for run in runs if run not in done and (run / "checkpoints").is_dir()][:MOST]:
-        found.append(
-            (f"a run that is not finished: {run}", [f"veneer train --resume {_named(run)}"])
-        )
+        found.append((f"an unfinished run: {run}", [f"veneer train --resume {_named(run)}"]))
     for run in done[:MOST]:
         whole = (run / "model").is_dir()
         named = f"--base {_named(run / 'model')}" if whole else f"--adapter {_named(run)}"
@@ -57,14 +55,14 @@ def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
     if names:
         some = ", ".join(names[:MOST]) + (", …" if len(names) > MOST else "")
         commands = ["veneer adapters ls", f"veneer chat --adapter {shlex.quote(names[0])}"]
-        found.append((f"a library of {len(names):,}: {some}", commands))
+        found.append((f"{len(names):,} adapters in the library: {some}", commands))
     if not found:
-        found.append(("nothing of ours lies here", ["veneer demo", "veneer train --help"]))
+        found.append(("no runs, rows or adapters here yet", ["veneer demo", "veneer train --help"]))
     return found
 
 
 def told(folder: Path, library: Path) -> str:
-    """The same as text."""
+    """Formats the next steps as text."""
     lines = []
     for what, commands in next_steps(folder, library):
         lines += [shown(what), *(f"  {shown(_here(command))}" for command in commands)]
@@ -72,18 +70,18 @@ def told(folder: Path, library: Path) -> str:
 
 
 def _here(command: str) -> str:
-    """As it runs in this shell."""
+    """Replaces `veneer` by the name that works in this shell."""
     return typed_command() + command.removeprefix("veneer")
 
 
 def _free(folder: Path, out: Path) -> Path:
-    """A place where nothing stands: runs/rows, runs/rows-2, ..."""
+    """Finds a folder name that is free: runs/rows, runs/rows-2, ..."""
     numbered = (out.with_name(f"{out.name}-{number}") for number in count(2))
     return next(each for each in chain([out], numbered) if not (folder / each).exists())
 
 
 def _runs(folder: Path) -> Iterator[Path]:
-    """Folders of runs here and in runs/, the newest first, relative to here."""
+    """Finds folders of runs here and in runs/, the newest first."""
     near = [
         *_listed(folder),
         *_listed(folder / "runs"),

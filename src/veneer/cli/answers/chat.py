@@ -1,14 +1,14 @@
-"""Talk to a base, with or without an adapter; the answer is shown as it is made.
+"""Talk to a base, with or without an adapter; answers appear as they are generated.
 
 In the conversation:
 
-  /use NAME     let another adapter answer: a name in the library, or a folder; alone: the base
-  /system TEXT  set the system message; alone: none
-  /reset        start anew, as /use and /system do
-  /help         this list
-  /exit         leave; so does Ctrl-D. Ctrl-C stops an answer
+  /use NAME     use another adapter (a name or a folder); without NAME: the base alone
+  /system TEXT  set the system message; without TEXT: none
+  /reset        start a new conversation, as /use and /system do
+  /help         show this list
+  /exit         leave (also Ctrl-D); Ctrl-C stops an answer
 
-Three double quotes open a text of several lines, three more end it.
+For a message of several lines, begin and end it with three double quotes.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ def run(args: argparse.Namespace) -> int:
     source = require_stdin()
     base = load_base(args)
     if base.tokenizer.chat_template is None:
-        step = "veneer generate goes on from a text; or take a base that was tuned to chat."
-        raise ConfigError(
-            f"{base.source} has no chat template, and so no conversations", next_step=step
-        )
+        step = "Use veneer generate to continue a text, or choose a base that was tuned for chat."
+        raise ConfigError(f"{base.source} has no chat template, so it cannot chat", next_step=step)
     if source.isatty():
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         command, _, rest = line.partition(" ")
         rest = rest.strip()
-        if fenced or not line.startswith("/"):  # fenced: whatever it begins with, it is no command
+        if fenced or not line.startswith("/"):  # fenced text is never a command
             if line:
                 messages = _answer(base, [*messages, {"role": "user", "content": line}], args)
         elif command in ("/exit", "/quit", "/bye"):
@@ -92,7 +90,7 @@ def _tell(text: str) -> None:
 
 
 def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
-    """Whether that adapter answers from now on; none is named: the base alone."""
+    """Switches to an adapter, or to the base alone for an empty name. False if that failed."""
     try:
         if named and named not in base.attachments:
             base.load_adapter(
@@ -107,10 +105,10 @@ def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
 
 
 def _read() -> tuple[str, bool]:
-    """The next line; or, fenced, all lines up to the closing fence (or the end of input), as they
-    are.
+    """Reads the next message: one line, or all lines between fences. Also returns whether it was
+    fenced.
 
-    Raises EOFError where the input has ended.
+    Raises EOFError at the end of the input.
     """
     on_terminal = sys.stdin.isatty()
     line = input("> " if on_terminal else "").strip()
@@ -132,7 +130,7 @@ def _opening(system: str | None) -> Messages:
 
 
 def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Messages:
-    """The conversation with the answer, which is printed; without the question where it failed."""
+    """Prints the answer and returns the conversation with it, without the question if it failed."""
     pieces: list[str] = []
     wrap = WordWrap(shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
@@ -146,13 +144,13 @@ def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Message
             messages,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            system="",  # what stands in front is in the messages
+            system="",  # the messages already have the system message
             variables=parse_variables(args),
             on_text=show,
         )
     except KeyboardInterrupt:
         answer = "".join(pieces)
-    except VeneerError as error:  # too long for the model, say: the conversation goes on without it
+    except VeneerError as error:  # for instance too long: the conversation continues without it
         _tell(str(error))
         return messages[:-1]
     print(wrap.end())

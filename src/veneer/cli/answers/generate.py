@@ -1,4 +1,4 @@
-"""Answer one prompt: given as an argument, or read from stdin.
+"""Answer one prompt, given as an argument or on stdin.
 
 For instance:
 
@@ -29,7 +29,7 @@ from veneer.wording import shown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="the user's message; without it, stdin"
+        "prompt", nargs="?", metavar="PROMPT", help="the user's message; default: read from stdin"
     )
     add_base(parser)
     add_preamble(parser)
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """--max-new-tokens and --temperature, with their limits."""
+    """Adds --max-new-tokens and --temperature."""
     parser.add_argument(
         "--max-new-tokens",
         type=NEW_TOKENS,
         default=256,
         metavar="N",
-        help="longest answer, tokens; default: 256",
+        help="longest answer in tokens; default: 256",
     )
     parser.add_argument(
         "--temperature",
@@ -52,16 +52,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="T",
         help=(
-            "0 takes the likeliest token each time (default); 1 draws as the model was trained,"
-            " higher is more varied"
+            "0 always takes the likeliest token (default); 1 samples from the model's"
+            " probabilities; higher values vary more"
         ),
     )
 
 
 def _typed(source: TextIO) -> str:
-    """What a file, a pipe or a person gives; who sits there is told that it is waited for."""
+    """Reads the prompt from stdin; on a terminal, first says that it waits for one."""
     if source.isatty():
-        print("the prompt, then Ctrl-D on a line of its own:", file=sys.stderr)
+        print("Type the prompt, then Ctrl-D on an empty line:", file=sys.stderr)
     return source.read()
 
 
@@ -71,13 +71,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
     base = load_base(args)
     preamble = resolve_preamble(args, base)
-    asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes text alone
+    asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes only text
     if preamble.system is not None:
         asked = preamble.opening([{"role": "user", "content": prompt}])
     if base.tokenizer.chat_template is None:
         print(
-            f"{shown(base.source)} has no chat template: it goes on from the text as it stands",
-            file=sys.stderr,
+            f"{shown(base.source)} has no chat template, so it continues the text", file=sys.stderr
         )
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
@@ -98,15 +97,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_cut(answer: str, asked: int) -> None:
-    """On stderr: that an answer did not come to its end, and what lets it."""
+    """Reports on stderr that an answer was cut, and how to get the rest."""
     cut_after: int | None = getattr(
         answer, "cut_after", None
-    )  # none of an answer that was stopped by hand
+    )  # None if the user stopped the answer
     if cut_after is not None:
         way = (
-            "--max-new-tokens lets it go on"
-            if cut_after == asked
-            else "the model has no more positions"
+            "increase --max-new-tokens" if cut_after == asked else "the model has no more positions"
         )
         print(f"cut after {cut_after:,} tokens: {way}", file=sys.stderr)
 

@@ -1,5 +1,4 @@
-"""Answer over HTTP, as OpenAI's clients ask: a base and every adapter of a library, many requests
-at once.
+"""Serve a base and every adapter of a library over HTTP, with OpenAI's API.
 
 For instance:
 
@@ -7,8 +6,8 @@ For instance:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello"}]}'
 
-An adapter that is added to the library is served without a restart; its name is the model.
-docs/serve.md has clients, fields and keys.
+Adapters that you add to the library are served without a restart; the adapter's name is the model
+name. docs/serve.md describes clients, fields and keys.
 """
 
 from __future__ import annotations
@@ -53,13 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="where to listen; default: 127.0.0.1, this machine alone",
+        help="address to listen on; default: 127.0.0.1 (this machine only)",
     )
     parser.add_argument(
-        "--port", type=PORT, default=8000, metavar="N", help="0 takes a free one; default: 8000"
+        "--port",
+        type=PORT,
+        default=8000,
+        metavar="N",
+        help="port; 0 picks a free one; default: 8000",
     )
     parser.add_argument(
-        "--name", metavar="NAME", help="model name for the base; default: the name it is loaded by"
+        "--name", metavar="NAME", help="model name of the base; default: its --base name"
     )
     parser.add_argument(
         "--system",
@@ -68,28 +71,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_variables(
         parser,
-        "; default: as each adapter was trained; a request's chat_template_kwargs come first",
+        "; default: as each adapter was trained; chat_template_kwargs of a request override it",
     )
     parser.add_argument(
-        "--pin", action="append", default=[], metavar="A", help="keep this adapter in memory"
+        "--pin", action="append", default=[], metavar="A", help="always keep this adapter in memory"
     )
-    parser.add_argument("--runs", metavar="DIR", help="folder of run folders to show on the page")
+    parser.add_argument("--runs", metavar="DIR", help="folder of runs to show on the page")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
     )
     parser.add_argument(
-        "--quantize", choices=FORMATS, help="hold the base's linear layers in 4 bits, or in blocks"
+        "--quantize", choices=FORMATS, help="format of the base's linear layers in memory"
     )
     parser.add_argument(
         "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
     )
-    limits = parser.add_argument_group("how much at once")
+    limits = parser.add_argument_group("limits")
     limits.add_argument(
-        "--rows",
-        type=ROWS,
-        default=64,
-        metavar="N",
-        help="most answers computed at once; default: 64",
+        "--rows", type=ROWS, default=64, metavar="N", help="answers computed at once; default: 64"
     )
     limits.add_argument(
         "--max-waiting",
@@ -103,20 +102,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=64,
         metavar="N",
-        help="most adapters active at once; default: 64",
+        help="adapters active at once; default: 64",
     )
     limits.add_argument(
         "--cache-mib",
         type=MIB,
         metavar="N",
-        help="size of the key/value cache; default: a quarter of memory",
+        help="MiB for the key/value cache; default: a quarter of memory",
     )
     limits.add_argument(
         "--adapters-mib",
         type=MIB,
         default=1024,
         metavar="N",
-        help="memory for adapters; default: 1024",
+        help="MiB for adapters; default: 1024",
     )
     limits.add_argument(
         "--seconds",
@@ -132,16 +131,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds to finish open requests after SIGTERM; default: 30",
     )
-    access = parser.add_argument_group("who may ask")
+    access = parser.add_argument_group("access")
     access.add_argument(
         "--keys",
         metavar="FILE",
-        help="file with the hashes of API keys; VENEER_API_KEY and VENEER_ADMIN_KEY are read too",
+        help="file with hashes of API keys; VENEER_API_KEY and VENEER_ADMIN_KEY also work",
     )
     access.add_argument(
         "--new-key",
         choices=["use", "admin"],
-        help="make a key: write its hash into FILE, print it, and exit",
+        help="make a key, print it, store its hash in FILE of --keys, and exit",
     )
     access.add_argument(
         "--allow-host",
@@ -155,11 +154,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="site whose pages may send requests",
+        help="web site whose pages may send requests",
     )
-    where = parser.add_argument_group("where answers are computed")
+    where = parser.add_argument_group("where to run")
     where.add_argument(
-        "--on", choices=PLACES, default="here", help="in this process, or on Ray; default: here"
+        "--on", choices=PLACES, default="here", help="in this process or on Ray; default: here"
     )
     where.add_argument(
         "--address",
@@ -167,16 +166,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address of the Ray cluster, or auto; default: start one here",
     )
     where.add_argument(
-        "--replicas", type=COUNT, metavar="N", help="least number of replicas; default: 1"
+        "--replicas", type=COUNT, metavar="N", help="minimum number of replicas; default: 1"
     )
     where.add_argument(
         "--max-replicas",
         type=COUNT,
         metavar="N",
-        help="most replicas, while requests wait; default: --replicas",
+        help="maximum number of replicas; more start while requests wait; default: --replicas",
     )
     where.add_argument(
-        "--cpus", type=COUNT, metavar="N", help="CPUs of a replica; default: the cluster's, divided"
+        "--cpus",
+        type=COUNT,
+        metavar="N",
+        help="CPUs per replica; default: the cluster's CPUs, shared equally",
     )
 
 
@@ -195,45 +197,47 @@ def run(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     library = Library(args.library)
-    library.entries()  # it is one, before a base is loaded for it
+    library.entries()  # checks the library before a base is loaded
     with working(f"loading {args.base}"):
         with pause_collection():
             from veneer.serve.run import listening
             from veneer.serve.run import run as run_server
 
-            listening(
-                args.host, args.port
-            ).close()  # a port that is taken is told before a base is loaded
+            listening(args.host, args.port).close()  # checks the port before a base is loaded
             from veneer.serve.start import keys_of
         settings = _read_settings(args)
         keys = keys_of(settings, os.environ)
-        ready = PLACES[args.on](args, settings, keys, library)
+        server = PLACES[args.on](args, settings, keys, library)
     _configure_logging()
     console = make_console(json=False)
-    for line in ready.told:
+    for line in server.screen_lines:
         console.print(shown(line), soft_wrap=True)
     try:
-        run_server(ready.server, [ready.socket])
+        run_server(server.server, [server.socket])
     finally:
-        ready.close()
-    console.print("ended")
+        server.close()
+    console.print("stopped")
     return 0
 
 
 @dataclass(frozen=True)
 class ListeningServer:
-    """A server that listens already. told: on the screen. close: what stands behind it."""
+    """A server that already listens.
+
+    screen_lines   what to print when it starts
+    close          releases what the server uses
+    """
 
     server: Server
     socket: socket.socket
-    told: list[str]
+    screen_lines: list[str]
     close: Callable[[], None] = lambda: None
 
 
 def _start_here(
     args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
-    """In this process. ConfigError: flags that only a cluster has a use for."""
+    """Starts a server in this process. Raises ConfigError for flags that need a cluster."""
     given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
     if given:
         raise ConfigError(
@@ -248,7 +252,7 @@ def _start_here(
     opened = open_server(base, library, settings, keys)
     service = opened.service
     adapters = [card["id"] for card in service.names.cards()[1:]]
-    holds = f"keys and values up to {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
+    holds = f"key/value cache {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
     told = _describe(service.names.base_name, adapters, holds, opened.url, keys, args.host)
     return ListeningServer(opened.server, opened.socket, told)
 
@@ -266,9 +270,9 @@ def _start_on_ray(
     most = args.max_replicas or replicas
     if most < replicas:
         raise ConfigError(
-            f"--replicas is {replicas} and --max-replicas {most}",
+            f"--max-replicas {most} is less than --replicas {replicas}",
             [],
-            "Give as many at most, or more.",
+            "Give --max-replicas as many or more.",
         )
     base = str(Path(args.base).resolve()) if Path(args.base).exists() else args.base
     settings = replace(settings, name=settings.name or name_of(args.base))
@@ -326,7 +330,7 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
 def _describe(
     base: str, adapters: list[str], holds: str, url: str, keys: ApiKeys, host: str
 ) -> list[str]:
-    """What is served, where, and to whom."""
+    """Lists the lines of the start screen: models, address, access."""
     from veneer.serve.run import is_loopback
 
     count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
@@ -334,15 +338,13 @@ def _describe(
     if not keys:
         who = "no API key required"
     else:
-        who = "a key is asked for" + (
-            "" if is_loopback(host) else " · without TLS: put a proxy in front"
-        )
+        who = "API key required" + ("" if is_loopback(host) else " · no TLS: put a proxy in front")
     return [
         folded(f"{base} · {count}" + (f" · {some}" if some else ""), COLUMNS),
         f"  {holds}",
         f"  {url}/v1 · {who}",
         f"  {url}/ in a browser: base and adapters side by side",
-        "  Ctrl-C ends it",
+        "  Ctrl-C stops the server",
     ]
 
 
@@ -352,7 +354,7 @@ def _make_key(args: argparse.Namespace) -> int:
     if not args.keys:
         raise ConfigError("--new-key needs a file for the key's hash", [], "Give --keys FILE.")
     print(new_key(Path(args.keys), args.new_key))
-    print("Keep it: it is shown once. The file has its hash alone.", file=sys.stderr)
+    print("Keep this key: it is shown only once. The file has only its hash.", file=sys.stderr)
     return 0
 
 
@@ -369,7 +371,7 @@ def _require_extra() -> None:
 
 
 def _configure_logging() -> None:
-    """A line for each request on stderr; of uvicorn what is wrong."""
+    """Logs a line per request on stderr, and warnings of uvicorn."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name, level in (("veneer.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):

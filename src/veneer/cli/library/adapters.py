@@ -6,7 +6,7 @@ For instance:
   veneer adapters ls --base "*smollm*"
   veneer generate --adapter tickets@1 "Where is my parcel?"
 
-NAME is a name (its newest version), NAME@2 or NAME@tag.
+NAME is the newest version of a name; NAME@2 and NAME@tag are others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
     from veneer.quant.config import Quantize
 
-PLACES = "a folder, hf://org/name, or an address such as s3://bucket/folder; https:// to read"
+PLACES = "a folder, hf://org/name, or a URL such as s3://bucket/folder; https:// is read-only"
 
 Run = Callable[[argparse.Namespace, "Library"], int]
 
@@ -58,54 +58,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_ls(action)
     add_show(action)
-    add = action("add", _add, "copy an adapter's folder, or a run's result, into the library")
+    add = action("add", _add, "add an adapter folder, or the result of a run, to the library")
+    add.add_argument("source", metavar="FOLDER", help="folder of an adapter or a run")
     add.add_argument(
-        "source", metavar="FOLDER", help="adapter folder, or the folder of the run that made it"
+        "--name", metavar="NAME", help="name in the library; default: the folder's name"
     )
-    add.add_argument("--name", metavar="NAME", help="default: the name of the folder")
     add.add_argument(
-        "--tag", action="append", default=[], metavar="TAG", help="may be given several times"
+        "--tag",
+        action="append",
+        default=[],
+        metavar="TAG",
+        help="tag of the new version; may be repeated",
     )
-    add.add_argument("--note", default="", metavar="TEXT", help="one line")
+    add.add_argument("--note", default="", metavar="TEXT", help="note of one line")
     _add_base(
-        add,
-        "for an adapter from elsewhere: it must fit this base, and loads on no other from then on",
+        add, "for an adapter from elsewhere: check that it fits this base, and bind it to this base"
     )
-    rm = action("rm", _rm, "take a version, or a name with all versions, out; gc frees the space")
+    rm = action("rm", _rm, "remove a version, or all versions of a name; gc frees the space")
     rm.add_argument("adapter", metavar="NAME[@V]")
-    tag = action("tag", _tag, "put tags or a note on a version")
+    tag = action("tag", _tag, "change the tags or the note of a version")
     tag.add_argument("adapter", metavar="NAME[@V]")
     tag.add_argument(
-        "tags", nargs="*", metavar="TAG", help="each leaves the version of this name that bore it"
+        "tags",
+        nargs="*",
+        metavar="TAG",
+        help="tags to set; a tag moves here from the version that had it",
     )
-    tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="take a tag off")
-    tag.add_argument("--note", metavar="TEXT", help='one line; "" removes it')
-    rename = action("rename", _rename, "give all versions of a name another name")
+    tag.add_argument("--remove", action="append", default=[], metavar="TAG", help="tag to remove")
+    tag.add_argument("--note", metavar="TEXT", help='note of one line; "" removes it')
+    rename = action("rename", _rename, "rename all versions of a name")
     rename.add_argument("old", metavar="OLD")
     rename.add_argument("new", metavar="NEW")
     add_diff(action)
-    verify = action("verify", _verify, "check hashes, shapes and values of one adapter, or of all")
+    verify = action("verify", _verify, "check hashes, shapes and values of one adapter or all")
     verify.add_argument(
-        "adapter", nargs="?", metavar="NAME[@V]", help="default: every version of every name"
+        "adapter", nargs="?", metavar="NAME[@V]", help="default: all versions of all names"
     )
     _add_base(verify, "also check that it fits this base")
-    push = action("push", _push, "copy a version to another place, checked there")
+    push = action("push", _push, "copy a version to another place and verify it there")
     push.add_argument("adapter", metavar="NAME[@V]")
     push.add_argument("to", metavar="PLACE", help=PLACES)
     add_card(push)
-    pull = action(
-        "pull", _pull, "fetch a version from another place, checked here; goes on where it stopped"
-    )
+    pull = action("pull", _pull, "download a version and verify it; resumes if interrupted")
     pull.add_argument("place", metavar="PLACE", help=PLACES)
     pull.add_argument(
-        "adapter", nargs="?", metavar="NAME[@V]", help="as it is called there; not for hf://"
+        "adapter", nargs="?", metavar="NAME[@V]", help="its name there; not for hf://"
     )
-    pull.add_argument("--name", metavar="NAME", help="what to call it here; default: as there")
-    gc = action("gc", _gc, "show unused files; with --yes, remove them")
+    pull.add_argument("--name", metavar="NAME", help="its name here; default: its name there")
+    gc = action("gc", _gc, "show unused files; with --yes, delete them")
     gc.add_argument(
-        "--keep", type=COUNT, default=1, metavar="N", help="newest versions to keep; default: 1"
+        "--keep",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="newest versions of a name to keep; default: 1",
     )
-    gc.add_argument("--yes", action="store_true", help="remove it")
+    gc.add_argument("--yes", action="store_true", help="delete them")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,7 +139,9 @@ def _add(args: argparse.Namespace, library: Library) -> int:
         path = Path(args.source).resolve()
         name = path.parent.name if path.name == "adapter" else path.name
         if not is_reference(name) or "@" in name:
-            raise ConfigError(f"{name!r} is no name for an adapter", [], "Give one: --name NAME.")
+            raise ConfigError(
+                f"{name!r} is not a valid adapter name", [], "Give another: --name NAME."
+            )
     base = load_plain_base(args)
     with working(f"adding {shown(args.source)}"):
         entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=base)
@@ -154,18 +164,16 @@ def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, aga
         soft_wrap=True,
     )
     if facts.base_proof == "unverified":
-        called = (
-            f"It calls its base {shown(facts.base)!r}; a name proves nothing." if facts.base else ""
-        )
+        called = f"Its files name the base {shown(facts.base)!r}." if facts.base else ""
         say.print(
-            "  base: unverified: the files do not say which weights it was trained on. " + called,
+            "  base: unverified, since the files hold no fingerprint of its weights. " + called,
             soft_wrap=True,
         )
         say.print(f"  To check that it fits: {again}", soft_wrap=True)
     elif facts.base_proof == "stated":
         say.print(
-            f"  base: {shown(facts.base)}, as you say: names and shapes fit. It loads on these"
-            " weights alone.",
+            f"  base: {shown(facts.base)}, as given with --base: names and shapes fit."
+            " The adapter now loads only on these weights.",
             soft_wrap=True,
         )
     return 0
@@ -211,7 +219,7 @@ def _push(args: argparse.Namespace, library: Library) -> int:
             }
         )
     else:
-        how = "was there already" if moved.skipped else size(moved.bytes)
+        how = "already there" if moved.skipped else size(moved.bytes)
         make_console(json=False).print(
             f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True
         )
@@ -239,7 +247,7 @@ def _rm(args: argparse.Namespace, library: Library) -> int:
     say.print(f"removed {', '.join(entry.reference for entry in gone)}", soft_wrap=True)
     newest = library.objects / gone[-1].version.object
     say.print(
-        f"  The files stay until `veneer adapters gc`; back with: veneer adapters add {newest}"
+        f"  `veneer adapters gc` deletes the files; to undo: veneer adapters add {newest}"
         f" --name {gone[-1].name}",
         soft_wrap=True,
     )
@@ -276,17 +284,19 @@ def _verify(args: argparse.Namespace, library: Library) -> int:
     else:
         say = make_console(json=False)
         for reference, faults in bad.items():
-            say.print(f"{reference}: wrong", style="bold red", soft_wrap=True)
+            say.print(f"{reference}: faulty", style="bold red", soft_wrap=True)
             for fault in faults:
                 say.print(f"  {shown(fault)}", soft_wrap=True)
         what = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
-        say.print(f"{len(found):,} checked, {len(bad):,} wrong: {what}", soft_wrap=True)
+        say.print(f"{len(found):,} checked, {len(bad):,} faulty: {what}", soft_wrap=True)
     return 4 if bad else 0
 
 
 def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
-    """--base, held as the adapter of a folder was trained over it; the last one is kept for the
-    next adapter."""
+    """Returns a function that loads --base in the format that an adapter was trained over.
+
+    It keeps the last base for the next adapter.
+    """
     from functools import lru_cache
 
     from veneer.models.load import load_base
@@ -325,7 +335,9 @@ def _gc(args: argparse.Namespace, library: Library) -> int:
         say.print(f"  and {len(left.versions) - 20:,} more old versions")
     objects = f"{len(left.objects):,} object{'' if len(left.objects) == 1 else 's'}"
     counts = f"{objects}, {len(left.remains):,} unfinished files, {size(left.bytes)}"
-    say.print(f"{'removed' if args.yes else 'not needed'}: {counts}", soft_wrap=True)
+    say.print(f"{'removed' if args.yes else 'unused'}: {counts}", soft_wrap=True)
     if not args.yes and (left.versions or left.objects or left.remains):
-        say.print("Remove them: veneer adapters gc --yes; keep a version by a tag.", soft_wrap=True)
+        say.print(
+            "Delete them: veneer adapters gc --yes. To keep a version, tag it.", soft_wrap=True
+        )
     return 0

@@ -1,4 +1,4 @@
-"""`veneer adapters ls`: the library as a table. Loads no torch."""
+"""Lists the library as a table (`veneer adapters ls`), without loading torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HEAD = ("NAME", "BASE", "METHOD", "SIZE", "METRIC (95% INTERVAL)", "AGE", "TAGS")
 _RIGHT = {"SIZE", "AGE"}
 _SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC (95% INTERVAL)": 21}
-"""Columns that give way on a narrow screen, and how far."""
+"""Columns that shrink on a narrow screen, and their smallest widths."""
 
 
 def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
@@ -26,15 +26,19 @@ def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
     ls.add_argument(
-        "--name", default="*", metavar="GLOB", help='names like this, for instance "support-*"'
+        "--name", default="*", metavar="GLOB", help='names that match, for instance "support-*"'
     )
     ls.add_argument(
-        "--base", metavar="GLOB", help="made for this base: its name, or how its fingerprint begins"
+        "--base",
+        metavar="GLOB",
+        help="adapters of this base: its name or the start of its fingerprint",
     )
-    ls.add_argument("--method", metavar="M", help="lora, ...")
-    ls.add_argument("--tag", metavar="TAG", help="versions that bear this tag")
-    ls.add_argument("--versions", action="store_true", help="old versions too")
-    ls.add_argument("--sort", default="name", choices=get_args(SortKey), help="default: name")
+    ls.add_argument("--method", metavar="M", help="adapters of this method, for instance lora")
+    ls.add_argument("--tag", metavar="TAG", help="versions with this tag")
+    ls.add_argument("--versions", action="store_true", help="also list old versions")
+    ls.add_argument(
+        "--sort", default="name", choices=get_args(SortKey), help="sort key; default: name"
+    )
 
 
 def _ls(args: argparse.Namespace, library: Library) -> int:
@@ -51,10 +55,10 @@ def _ls(args: argparse.Namespace, library: Library) -> int:
         return 0
     if not entries:
         filtered = args.name != "*" or args.base or args.method or args.tag
-        what = "no adapter that all of that holds for" if filtered else "no adapters yet"
+        what = "no adapter matches" if filtered else "no adapters yet"
         print(f"{what} in {shown(library.folder)}")
         if not filtered:
-            print("The first one: veneer adapters add runs/RUN --name NAME")
+            print("To add one: veneer adapters add runs/RUN --name NAME")
         return 0
     width = get_terminal_size().columns if sys.stdout.isatty() else None
     print("\n".join(table(HEAD, [_row(entry) for entry in entries], width)))
@@ -93,7 +97,7 @@ def _interval(ends: Sequence[float] | None) -> str:
 
 
 def age(added: str) -> str:
-    """2026-01-31T12:00:00Z -> 5 min, 3 h, 12 d."""
+    """Formats the time since `added` (2026-01-31T12:00:00Z) as 5 min, 3 h or 12 d."""
     seconds = (datetime.now(UTC) - datetime.fromisoformat(added)).total_seconds()
     if seconds < 90 * 60:
         return f"{max(round(seconds / 60), 0)} min"
@@ -101,7 +105,7 @@ def age(added: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """Lines of a table; columns that can shrink give way until it is as wide as the screen."""
+    """Formats a table; columns that may shrink do so until it fits the width."""
     columns = [i for i in range(len(head)) if any(row[i] for row in rows)]
     widths = {i: max(len(head[i]), *(len(row[i]) for row in rows)) for i in columns}
     while width is not None and sum(widths.values()) + 2 * (len(columns) - 1) > width:

@@ -1,5 +1,4 @@
-"""`veneer adapters show` and `diff`: what is inside an adapter, drawn small enough for a
-terminal."""
+"""Shows the contents of an adapter (`veneer adapters show`) and compares two (`diff`)."""
 
 from __future__ import annotations
 
@@ -19,25 +18,21 @@ if TYPE_CHECKING:
     from veneer.library.library import Entry, Library
 
 _BARS = "▁▂▃▄▅▆▇█"
-MAX_CELLS = 48  # layers side by side; of a deeper model neighbours share a cell
+MAX_CELLS = 48  # layers on one line; in deeper models, neighbours share a cell
 
 
 def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
     show = action(
-        "show",
-        _show,
-        "what is inside one adapter: modules, ranks, size of the update by layer, lineage",
+        "show", _show, "show one adapter: modules, ranks, size of the update by layer, lineage"
     )
-    show.add_argument("adapter", metavar="NAME[@V]", help="or a folder")
+    show.add_argument("adapter", metavar="NAME[@V]", help="adapter, or a folder")
     show.add_argument("--base", metavar="B", help="compare the update with this base's weights")
     show.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
 
 
 def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:
     diff = action(
-        "diff",
-        _diff,
-        "what differs between two adapters: settings, and the angle between the updates",
+        "diff", _diff, "compare two adapters: settings, and the angle between the updates"
     )
     diff.add_argument("one", metavar="A", help="NAME[@V] or a folder")
     diff.add_argument("other", metavar="B")
@@ -102,7 +97,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
 
 
 def _held_out(found: HeldOut) -> str:
-    """The loss before and after, and how sure that is."""
+    """Formats the loss before and after, with its interval."""
     before = "" if found.before is None else f"{number(found.before.value)} → "
     line = (
         f"loss {before}{number(found.loss.value)}"

@@ -1,12 +1,11 @@
-"""Make one adapter of several: their exact sum, or less of it. Weights may be negative: forget a
-skill.
+"""Combine several adapters into one. A negative weight removes a skill.
 
-  cat        the exact sum; ranks add up (default)
-  linear     the same sum without what is redundant in it
-  svd        the best approximation of the sum at --rank, its error printed
-  magnitude  the largest entries of each update (--density), then as svd
-  ties       the same, then signs are elected and agreeing updates averaged
-  dare       entries dropped at random (--density, --seed), the rest scaled up
+  cat        exact sum; the ranks add up (default)
+  linear     exact sum at the smallest rank
+  svd        best approximation of the sum at --rank; prints its error
+  magnitude  keeps the largest entries of each update (--density), then svd
+  ties       as magnitude, then elects signs and averages updates that agree
+  dare       drops entries at random (--density, --seed) and scales up the rest
 
 For instance:
 
@@ -43,31 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapters",
         nargs="+",
         metavar="A",
-        help="names in the library, folders of adapters or of runs",
+        help="names in the library, or folders of adapters or runs",
     )
     parser.add_argument(
-        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each; default: 1"
+        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one weight per adapter; default: 1"
     )
-    parser.add_argument("--how", choices=HOWS, default="cat", help="default: cat")
+    parser.add_argument(
+        "--how", choices=HOWS, default="cat", help="method, see above; default: cat"
+    )
     parser.add_argument(
         "--rank",
         type=RANK,
         metavar="R",
-        help="svd: default the largest of theirs; pruning: the sum",
+        help="rank of the result; default: the largest for svd, the sum for pruning",
     )
     parser.add_argument(
-        "--density",
-        type=PART,
-        metavar="D",
-        help="share of entries that pruning keeps; default: 0.5",
+        "--density", type=PART, metavar="D", help="share of entries to keep; default: 0.5"
     )
-    parser.add_argument("--seed", type=SEED, metavar="N", help="of dare; default: 0")
+    parser.add_argument("--seed", type=SEED, metavar="N", help="random seed of dare; default: 0")
     parser.add_argument(
-        "--base", metavar="B", help="the base of all of them; default: the first adapter's"
+        "--base", metavar="B", help="base of all adapters; default: that of the first"
     )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the adapter to write; it must not exist"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the adapter")
     add_library(parser)
     add_json(parser)
 

@@ -1,12 +1,11 @@
-"""Write an adapter for another program: PEFT, transformers, vLLM, llama.cpp or Ollama; or base and
-adapter as one .gguf model. Says the commands that answer with it.
+"""Write an adapter for another program, or base and adapter as one .gguf model. Prints the commands
+to use it.
 
-  peft          PEFT's two files as they are
-  transformers  the same, where its load_adapter applies them as they were trained
-  vllm          one rank and one scaling for all modules, which is what vLLM reads
-  llamacpp      a .gguf file for llama.cpp's --lora; with --merged the whole model
-  ollama        a folder: the whole model, and a Modelfile with the chat template and the adapter's
-                system turn
+  peft          PEFT's two files
+  transformers  the same files, if load_adapter applies them correctly
+  vllm          one rank and one scaling for all modules, as vLLM requires
+  llamacpp      a .gguf file for llama.cpp's --lora; with --merged a whole model
+  ollama        a folder with the whole model and a Modelfile
 
 For instance:
 
@@ -48,37 +47,40 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+        "adapter", metavar="A", help="name in the library, or folder of an adapter or a run"
     )
-    parser.add_argument("--to", required=True, choices=get_args(Program), help="the program")
+    parser.add_argument("--to", required=True, choices=get_args(Program), help="target program")
     parser.add_argument(
-        "--out",
-        required=True,
-        metavar="PATH",
-        help="folder (llamacpp: file) to write; it must not exist",
+        "--out", required=True, metavar="PATH", help="new folder, or new file for llamacpp"
     )
-    parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
+    parser.add_argument("--base", metavar="B", help="base; default: the adapter's base")
     parser.add_argument(
-        "--merged", action="store_true", help="llamacpp: the base with the adapter in it"
+        "--merged",
+        action="store_true",
+        help="llamacpp: merge the adapter into the base and write the whole model",
     )
     parser.add_argument(
         "--type",
         choices=["f32", *get_args(ModelType)],
         help=(
-            "of .gguf files: an adapter alone f32 (default) or f16; a whole model f16 (default),"
-            " q8_0, or one that llama.cpp's llama-quantize makes"
+            "type of a .gguf file: f32 (default) or f16 for an adapter; f16 (default), q8_0 or a"
+            " type of llama.cpp's llama-quantize for a model"
         ),
     )
     parser.add_argument(
         "--into",
         choices=["original", "dequantised"],
-        help="merged, over a quantised base: the weights to add to",
+        help="for a merged model of a quantised base: which weights to add to",
     )
     parser.add_argument(
-        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+        "--original",
+        metavar="B",
+        help="the original weights, for --into original with a .gguf file",
     )
     parser.add_argument(
-        "--force-base", action="store_true", help="merged: though it was trained on another base"
+        "--force-base",
+        action="store_true",
+        help="merge even if the adapter was trained on another base",
     )
     add_card(parser)
     add_library(parser)
@@ -182,19 +184,19 @@ def _check(args: argparse.Namespace) -> None:
             args.type == "f32"
         )
     elif args.to not in ONE_FILE:
-        faults += ["--merged: a merged folder is made by veneer merge"] if args.merged else []
-        faults += [f"--type {args.type}: only .gguf files have one"] if args.type else []
+        faults += ["--merged: use veneer merge for a merged folder"] if args.merged else []
+        faults += [f"--type {args.type}: only .gguf files have a type"] if args.type else []
     elif args.merged and args.type == "f32":
         faults.append(f"--type f32: whole models are {', '.join(get_args(ModelType))}")
     elif not args.merged and args.type not in (None, "f32", "f16"):
         faults.append(f"--type {args.type}: adapters are f32 or f16")
     for option, given in (("--into", args.into), ("--original", args.original)):
         if given and not _whole(args):
-            faults.append(f"{option} {given}: only a merged model is added to weights")
+            faults.append(f"{option} {given}: only for a merged model")
     if args.force_base and not _whole(args):
-        faults.append("--force-base: only a merged model is computed from the base's weights")
+        faults.append("--force-base: only for a merged model")
     if faults:
-        raise ConfigError("these options do not go together", faults)
+        raise ConfigError("these options cannot be combined", faults)
 
 
 def _merged_lines(report: GGUFReport) -> list[str]:
@@ -202,7 +204,9 @@ def _merged_lines(report: GGUFReport) -> list[str]:
 
     lines = [f"{report.out}: {size(report.bytes)}, {report.type}, sums in float32"]
     if report.f16_instead:
-        lines.append(f"  {report.f16_instead} matrices stay f16: their rows are no multiple of 32")
+        lines.append(
+            f"  {report.f16_instead} matrices stay f16: their row length is not a multiple of 32"
+        )
     if not report.weights:
         return lines
     return [*lines, *format_survival(report.total, report.layers), *_meaning(report)]

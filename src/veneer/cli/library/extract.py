@@ -1,4 +1,4 @@
-"""Make an adapter out of a fully fine-tuned model: its difference from the base, cut to a low rank.
+"""Extract an adapter from a fully fine-tuned model: its difference from the base, at low rank.
 
 For instance:
 
@@ -22,28 +22,26 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--base", required=True, metavar="B", help="what the model was trained from"
+        "--base", required=True, metavar="B", help="base that the model was trained from"
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="the fine-tuned model's folder"
+        "--model", required=True, metavar="DIR", help="folder of the fine-tuned model"
     )
     parser.add_argument("--rank", type=RANK, metavar="R", help="rank of every update")
     parser.add_argument(
         "--energy",
         type=ENERGY,
         metavar="E",
-        help="or: share of the squared difference to keep, each module",
+        help="instead of --rank: share of the squared difference to keep per module",
     )
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="keep norms, embeddings, head and biases as trained in full",
+        help="also keep changed norms, embeddings, head and biases in full",
     )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the adapter")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the adapter to write; it must not exist"
-    )
-    parser.add_argument(
-        "--no-logits", action="store_true", help="do not compare logits with the model's"
+        "--no-logits", action="store_true", help="do not compare logits with the model"
     )
     add_json(parser)
 
@@ -93,11 +91,9 @@ def _print(report: ExtractReport) -> None:
         f" {report.error:>8.1%}"
     )
     if report.kept:
-        lines.append(f"  kept as trained in full: {len(report.kept)} other weights that changed")
+        lines.append(f"  kept in full: {len(report.kept)} other changed weights")
     if report.left_out:
-        lines.append(
-            f"  left out: {len(report.left_out)} other weights that changed; --keep keeps them"
-        )
+        lines.append(f"  dropped: {len(report.left_out)} other changed weights; --keep keeps them")
         largest = sorted(report.left_out.items(), key=lambda item: -item[1])[:4]
         lines += [f"    {format_percent(share):>8} {name}" for name, share in largest]
     lines += [f"  note: {note}" for note in report.notes]

@@ -1,4 +1,4 @@
-"""Say what another program would refuse of an adapter, or apply wrongly; exit code 4 if anything.
+"""Check whether another program can load an adapter correctly; exit code 4 if it cannot.
 
 For instance:
 
@@ -25,12 +25,12 @@ from veneer.merge.programs import Program
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "adapter", metavar="A", help="name in the library, or a folder of an adapter or a run"
+        "adapter", metavar="A", help="name in the library, or folder of an adapter or a run"
     )
     parser.add_argument(
-        "--for", dest="consumer", required=True, choices=get_args(Program), help="the program"
+        "--for", dest="consumer", required=True, choices=get_args(Program), help="target program"
     )
-    parser.add_argument("--base", metavar="B", help="the base; default: the adapter's own")
+    parser.add_argument("--base", metavar="B", help="base; default: the adapter's base")
     add_library(parser)
     add_json(parser)
 
@@ -58,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
         if finding.mended:
             console.print(f"{'':<15}→ {finding.mended}", soft_wrap=True)
     if not findings:
-        console.print(f"{args.consumer} takes {args.adapter} as it is", soft_wrap=True)
+        console.print(f"{args.consumer} can load {args.adapter}", soft_wrap=True)
     return 4 if findings else 0

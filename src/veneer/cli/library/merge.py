@@ -1,9 +1,8 @@
-"""Merge adapters into their base: a folder that transformers, vLLM and others load as a plain
-model.
+"""Merge adapters into their base and write a plain model folder for transformers, vLLM and others.
 
-Sums in float32, rounds once, measures how much of the update is left, loads the folder and compares
-its logits with the adapter on its base. A merge that loses the update is refused, and nothing is
-written.
+The merge sums in float32, rounds once, measures how much of the update survives, loads the folder,
+and compares its logits with the adapter on its base. If the update would be lost, the merge is
+refused and nothing is written.
 
 For instance:
 
@@ -46,53 +45,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="B",
-        help="hub id, folder, .gguf file or named default; default: the adapter's",
+        help="hub id, folder, .gguf file or named default; default: the adapter's base",
     )
     parser.add_argument(
         "--adapter",
         required=True,
         nargs="+",
         metavar="A",
-        help="names in the library, folders of adapters or of runs",
+        help="names in the library, or folders of adapters or runs",
     )
     parser.add_argument(
-        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one for each adapter; default: 1"
+        "--weights", nargs="+", type=WEIGHT, metavar="W", help="one weight per adapter; default: 1"
     )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the folder to write; it must not exist"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the weights; default: as the base stores them"
     )
     parser.add_argument(
         "--stochastic",
         action="store_true",
-        help="round at random, so that weights are right on average",
+        help="round at random, so that rounding errors cancel on average",
     )
     parser.add_argument(
-        "--seed", type=SEED, default=0, metavar="N", help="of --stochastic; default: 0"
+        "--seed", type=SEED, default=0, metavar="N", help="random seed of --stochastic; default: 0"
     )
     parser.add_argument(
         "--quantize",
         choices=FORMATS,
-        help="how the base was held in training; default: what the adapter says",
+        help="format of the base in training; default: read from the adapter",
     )
     parser.add_argument(
         "--into",
         choices=["original", "dequantised"],
-        help="over a quantised base: the weights to add to",
+        help="for a quantised base: which weights to add the update to",
     )
     parser.add_argument(
-        "--original", metavar="B", help="with --into original over a .gguf file: where they are"
+        "--original",
+        metavar="B",
+        help="the original weights, for --into original with a .gguf file",
     )
     parser.add_argument(
         "--data", metavar="D", help="rows to compare logits on; default: built-in texts"
     )
     parser.add_argument(
-        "--no-logits", action="store_true", help="skip that: for a base that does not run here"
+        "--no-logits",
+        action="store_true",
+        help="do not compare logits, for a base that does not run here",
     )
     parser.add_argument(
-        "--force-base", action="store_true", help="though the adapter was trained on another base"
+        "--force-base",
+        action="store_true",
+        help="merge even if the adapter was trained on another base",
     )
     add_library(parser)
     add_json(parser)
@@ -139,7 +142,7 @@ def _print(report: MergeReport, console: Console) -> None:
     rounding = "rounded at random" if report.stochastic else "rounded to nearest"
     line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
     if report.untied:
-        line("  the embedding and the output head were one tensor and are two now")
+        line("  the embedding and the output head shared one tensor and are now separate")
     console.print(*format_survival(report.total, report.layers), sep="\n", soft_wrap=True)
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")
@@ -159,8 +162,7 @@ def _print(report: MergeReport, console: Console) -> None:
 
 
 def format_survival(whole: Survival, layers: dict[str, Survival]) -> list[str]:
-    """The update's size, how much of it is left, how much rounding adds, and what is left in each
-    layer."""
+    """Formats the update's size, the share that survives rounding, and that share by layer."""
     lines = [
         f"  the update is {format_percent(whole.relative_size)} of the weights' size",
         f"  {whole.share:.1%} of it is left after rounding",

@@ -1,13 +1,12 @@
-"""Write a base in 4 bits, in the layout of bitsandbytes: a folder that Veneer, transformers and
-others load.
+"""Write a base in 4 bits in bitsandbytes' format, which Veneer, transformers and others load.
 
 For instance:
 
   veneer quantize --base smollm2-135m --out smollm2-nf4
   veneer train --base smollm2-nf4 --data tickets.jsonl --out runs/tickets
 
-Training from such a folder is training with --quantize nf4: the weights are the same to the bit,
-and the dense ones are not needed any more.
+Training over this folder gives the same bits as training with --quantize nf4; the original weights
+are no longer needed.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", required=True, metavar="B", help="hub id, folder or named default"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the base")
     parser.add_argument(
         "--quantize",
         choices=formats_that("writes_folder"),
         default=FOUR_BITS,
-        help=f"the code book; default: {FOUR_BITS}",
+        help=f"4-bit format; default: {FOUR_BITS}",
     )
     parser.add_argument(
         "--keep-dense",
         action="append",
         default=[],
         metavar="NAME",
-        help="a module that stays dense; may be repeated",
+        help="module to leave in full precision; may be repeated",
     )
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]

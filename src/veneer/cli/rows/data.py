@@ -1,4 +1,4 @@
-"""Look at rows as the model will see them, convert, divide and draw them; trains nothing.
+"""Check, convert, split and sample rows. Nothing is trained.
 
 For instance:
 
@@ -9,9 +9,9 @@ For instance:
   veneer data replay --base smollm2-135m --out replay
   veneer data gc --days 30 --yes
 
-check shows a row with the trained tokens marked, tokens by role, lengths, and every problem with
-its rows. It exits 4 if a run would refuse the data. replay alone loads weights: the base itself
-writes rows, which keep what it can do when they are mixed into a training.
+check shows one row with its trained tokens marked, tokens by role, lengths, and every problem. Its
+exit code is 4 if a run would refuse the data. replay lets the base generate rows; mixed into
+training, they reduce forgetting.
 """
 
 from __future__ import annotations
@@ -45,29 +45,32 @@ if TYPE_CHECKING:
     from veneer.data.checks.check import CheckReport
     from veneer.data.examples import Example
 
-SAMPLE_CHARACTERS = 1200  # of a stretch of tokens; the middle of a longer one is left out
+SAMPLE_CHARACTERS = 1200  # shown of one piece; longer ones lose their middle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
-    help = "what a data set would teach, as the model will see it; exits 4 if a run would refuse it"
+    help = "check rows and show what is trained; exit code 4 if a run would refuse them"
     parser = add_action(actions, "check", help)
     parser.set_defaults(act=_check)
     add_row_actions(actions)
     parser.add_argument(
-        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+        "data", metavar="D", help="rows: file, folder, glob pattern, URL or Hugging Face dataset"
     )
     parser.add_argument(
-        "--base", required=True, metavar="B", help="whose tokens and chat template are taken"
+        "--base",
+        required=True,
+        metavar="B",
+        help="base that provides the tokenizer and the chat template",
     )
     parser.add_argument(
-        "--validation", metavar="V", help="held-out rows; also looked through for rows of D"
+        "--validation", metavar="V", help="held-out rows; also checked for rows that are in D"
     )
     add_data(parser, "long_rows")
     add_variables(parser)
     add_map(parser)
     parser.add_argument(
-        "--row", type=LINE, metavar="LINE", help="show the row of this line; default: the first"
+        "--row", type=LINE, metavar="LINE", help="line of the row to show; default: the first row"
     )
     add_json(parser)
 
@@ -108,8 +111,7 @@ def _check(args: argparse.Namespace) -> int:
 def _print_sample(
     console: Console, examples: Sequence[Example], tokenizer: Any, line: int | None
 ) -> None:
-    """One row as the model sees it, the trained tokens coloured, or between « and » without
-    colours."""
+    """Prints one row as the model sees it, with trained tokens in colour or between « and »."""
     from rich.text import Text
 
     from veneer.data.checks.check import render_sample
@@ -119,7 +121,7 @@ def _print_sample(
         if line is None:
             return
         raise InputError(
-            f"no row of line {line} is trained on", [], "Name another one, or leave --row out."
+            f"line {line} has no row to train on", [], "Choose another line, or leave --row out."
         )
     coloured = console.color_system is not None and not console.no_color
     text = Text()
@@ -160,7 +162,7 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
 
 
 def _print_counts(console: Console, data: str, report: CheckReport, problems: str) -> None:
-    """What the rows that can be read would teach."""
+    """Prints counts of rows and tokens."""
     facts = [
         f"{report.rows:,} rows"
         + (f", {report.examples:,} examples" if report.examples > report.rows else ""),
@@ -190,7 +192,7 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
             "reasons": "with reasoning",
             "none": "without",
             "empty": "with an empty block",
-            "lost": "whose reasoning the template leaves out",
+            "lost": "whose reasoning the template drops",
         }
         counts = [
             f"{report.reasons[kind]:,} {words}"
@@ -205,11 +207,11 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
 
 
 def _fit(console: Console, line: str) -> str:
-    """To a terminal's width; in a file or a pipe a line stays one."""
+    """Wraps a line at a terminal's width; a file or a pipe gets it whole."""
     return wrapped(line, console.width) if console.is_terminal else line
 
 
 def _middle_cut(text: str) -> str:
-    """A long piece without its middle: its ends are where the mask begins and stops."""
+    """Cuts the middle of a long piece; its ends show where the mask begins and stops."""
     half = SAMPLE_CHARACTERS // 2
     return text if len(text) <= 2 * half else f"{text[:half]} … {text[-half:]}"

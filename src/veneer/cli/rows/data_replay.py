@@ -1,5 +1,4 @@
-"""veneer data replay: rows that a base draws by itself, to be mixed into a training against
-forgetting."""
+"""Generates rows with the base (`veneer data replay`), to mix into training against forgetting."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from veneer.errors import ConfigError, DataError
 from veneer.wording import shown
 
 SHARE = 0.2
-"""Of an epoch, all drawn rows together: what was measured (docs/benchmarks.md)."""
+"""Share of an epoch for the generated rows, as measured in docs/benchmarks.md."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,20 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", required=True, metavar="B", help="hub id, folder, .gguf file or named default"
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="gets answers.jsonl and texts.jsonl"
+        "--out", required=True, metavar="DIR", help="new folder for answers.jsonl and texts.jsonl"
     )
     parser.add_argument(
         "--rows",
         type=COUNT,
         default=200,
         metavar="N",
-        help="half answers, half plain text; default: 200",
+        help="number of rows, half answers and half plain text; default: 200",
     )
     parser.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
-        help="what is asked, one a line; default: the base writes that too",
+        help="questions, one per line; default: the base writes them too",
     )
     parser.add_argument(
         "--system", metavar="TEXT", help="system message of every question; default: none"
@@ -56,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=NEW_TOKENS,
         default=128,
         metavar="N",
-        help="longest answer or text; default: 128",
+        help="longest answer or text in tokens; default: 128",
     )
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed; default: 0")
     add_base_format(parser, "as it is stored")
     add_json(parser)
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     with atomic_folder(out) as folder:
-        with working("drawing") as tell:
+        with working("generating") as tell:
             drawn = draw_replay(
                 base,
                 args.rows,
@@ -108,7 +107,11 @@ def run(args: argparse.Namespace) -> int:
         " tokens"
         for each, (name, rows) in zip(sets, drawn.items(), strict=True)
     ]
-    lines += ["In a run file, a fifth of an epoch beside your own rows:", "  data:", "    train:"]
+    lines += [
+        "In a run file, to make them a fifth of an epoch beside your rows:",
+        "  data:",
+        "    train:",
+    ]
     lines += ["      - {path: ROWS.jsonl}", *(f"      - {_as_yaml(each)}" for each in sets)]
     console = make_console(json=False)
     for line in lines:
@@ -117,7 +120,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _questions(file: Path) -> list[str]:
-    """One a line. DataError: there is none, or it is not UTF-8."""
+    """Reads one question per line.
+
+    Raises DataError if the file is not UTF-8, and ConfigError if it has no question.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -127,13 +133,13 @@ def _questions(file: Path) -> list[str]:
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise ConfigError(
-            f"{file} holds no question", next_step="Write one a line, or leave --questions out."
+            f"{file} holds no question", next_step="Write one per line, or leave --questions out."
         )
     return found
 
 
 def _as_yaml(one: dict[str, Any]) -> str:
-    """{path: a.jsonl, share: 0.1}"""
+    """Formats a set as in a run file: {path: a.jsonl, share: 0.1}."""
     plain = re.fullmatch(r"[A-Za-z./][\w./-]*", one["path"], re.ASCII)
     path = one["path"] if plain else json.dumps(one["path"], ensure_ascii=False)
     return f"{{path: {path}, share: {one['share']:g}, name: {one['name']}}}"

@@ -1,5 +1,4 @@
-"""veneer data convert, split, sample: rows from where and how they lie into files that are read as
-they stand; gc: tokens of large sets that nobody asks for any more. replay: data_replay.py."""
+"""The actions convert, split, sample and gc of `veneer data`; replay is in data_replay.py."""
 
 from __future__ import annotations
 
@@ -33,69 +32,68 @@ def add_row_actions(actions: Any) -> None:
             "--format",
             default=formats.default,
             metavar="F",
-            help="how a row is laid out; default: auto",
+            help="format of the rows; default: auto",
         )
         add_map(parser)
         parser.add_argument(
             "--leave-out",
             action="store_true",
-            help="rows that cannot be read are left out; else nothing is written",
+            help="skip rows that cannot be read; otherwise they are an error",
         )
         add_json(parser)
 
-    convert = verb(
-        "convert", _convert, "write rows of any layout as chat, or as prompt and completion"
-    )
+    convert = verb("convert", _convert, "write rows of any format as chat or prompt and completion")
     convert.add_argument(
         "data",
         nargs="+",
         metavar="D",
-        help="files, folders, patterns, addresses, data sets of the hub",
+        help="rows: files, folders, glob patterns, URLs or Hugging Face datasets",
     )
     convert.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
     reading(convert)
     split = verb(
-        "split", _split, "divide rows into training, validation and test, no prompt in two of them"
+        "split", _split, "split rows into training, validation and test without shared prompts"
     )
     split.add_argument(
-        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+        "data", metavar="D", help="rows: file, folder, glob pattern, URL or Hugging Face dataset"
     )
     split.add_argument(
-        "--out", required=True, metavar="DIR", help="gets train.jsonl, validation.jsonl, test.jsonl"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="new folder for train.jsonl, validation.jsonl and test.jsonl",
     )
     split.add_argument(
-        "--validation", type=SHARE, default=0.05, metavar="S", help="share; default: 0.05"
+        "--validation",
+        type=SHARE,
+        default=0.05,
+        metavar="S",
+        help="share of the validation rows; default: 0.05",
     )
-    split.add_argument("--test", type=SHARE, default=0.0, metavar="S", help="share; default: 0")
+    split.add_argument(
+        "--test", type=SHARE, default=0.0, metavar="S", help="share of the test rows; default: 0"
+    )
     reading(split)
-    sample = verb("sample", _sample, "draw some rows")
+    sample = verb("sample", _sample, "sample rows at random")
     sample.add_argument(
-        "data", metavar="D", help="file, folder, pattern, address, data set of the hub"
+        "data", metavar="D", help="rows: file, folder, glob pattern, URL or Hugging Face dataset"
     )
-    sample.add_argument("count", type=COUNT, metavar="N", help="how many")
+    sample.add_argument("count", type=COUNT, metavar="N", help="number of rows")
     sample.add_argument("--out", required=True, metavar="FILE", help=".jsonl or .jsonl.gz")
-    sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the draw; default: 0")
+    sample.add_argument("--seed", type=SEED, default=0, metavar="N", help="random seed; default: 0")
     reading(sample)
     data_replay.add_arguments(
         verb(
             "replay",
             data_replay.run,
-            "generate rows with the base, to mix into a training against forgetting",
+            "generate rows with the base, to mix into training against forgetting",
         )
     )
-    gc = verb(
-        "gc",
-        _gc,
-        "show tokens of large sets that no run has asked for lately; with --yes, remove them",
-    )
+    gc = verb("gc", _gc, "show unused tokens of large data sets; with --yes, delete them")
     gc.add_argument(
-        "--days",
-        type=DAYS,
-        default=30,
-        metavar="N",
-        help="not asked for since; default: 30, 0: all of them",
+        "--days", type=DAYS, default=30, metavar="N", help="days without use; default: 30; 0: all"
     )
-    gc.add_argument("--yes", action="store_true", help="remove them")
+    gc.add_argument("--yes", action="store_true", help="delete them")
     add_json(gc)
 
 
@@ -111,7 +109,7 @@ def _split(args: argparse.Namespace) -> int:
 
     if args.validation + args.test >= 1:
         raise ConfigError(
-            "--validation and --test make up all of the rows", next_step="Leave some to train on."
+            "--validation and --test take all rows", next_step="Leave some to train on."
         )
     shares = {"validation": args.validation, "test": args.test}
     return _told(args, lambda out, **how: split_rows(args.data, out, **shares, **how))
@@ -138,7 +136,7 @@ def _told(args: argparse.Namespace, write: Callable[..., Written]) -> int:
     for file, rows in written.rows.items():
         console.print(f"{shown(file)}: {rows:,} rows", soft_wrap=True)
     for problem in written.problems:
-        console.print(f"  left out: {shown(problem)}", style="yellow", soft_wrap=True)
+        console.print(f"  skipped: {shown(problem)}", style="yellow", soft_wrap=True)
     return 0
 
 
@@ -161,18 +159,16 @@ def _gc(args: argparse.Namespace) -> int:
             " and others" if len(each.files) > 3 else ""
         )
         console.print(
-            f"  {size(each.bytes)}, last asked for {each.days:.0f} days ago: {made_of}",
-            soft_wrap=True,
+            f"  {size(each.bytes)}, last used {each.days:.0f} days ago: {made_of}", soft_wrap=True
         )
         console.print(f"      {shown(each.folder)}", soft_wrap=True)
     counts = f"tokens of {len(sets):,} set{'' if len(sets) == 1 else 's'}, {size(total)}"
     console.print(
-        f"{'removed' if args.yes else f'not asked for in {args.days} days'}: {counts}",
-        soft_wrap=True,
+        f"{'removed' if args.yes else f'not used for {args.days} days'}: {counts}", soft_wrap=True
     )
     if sets and not args.yes:
         console.print(
-            "Remove them: veneer data gc --yes; a run that needs them builds them again.",
+            "Delete them: veneer data gc --yes. A run that needs them builds them again.",
             soft_wrap=True,
         )
     return 0

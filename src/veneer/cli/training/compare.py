@@ -1,5 +1,4 @@
-"""Methods side by side on your own rows: quality with intervals, memory, time, file size,
-forgetting.
+"""Compare methods on your rows: quality with intervals, memory, time, file size, forgetting.
 
 For instance:
 
@@ -7,10 +6,10 @@ For instance:
       compare/tickets
   veneer compare a.yaml b.yaml --test held_out.jsonl --metrics field_f1 --seeds 3 --out compare/ab
 
-Every candidate gets the same rows, the same budget, a search for its learning rate and --seeds
-runs, each in a process of its own. Stopped with Ctrl-C, the same command goes on; finished runs are
-used again. Run files are taken as they are, except for rows, budget, learning rate, seed and
-folder. --on ray computes them on a cluster: docs/guides/ray.md.
+Every candidate gets the same rows and budget, a search for its learning rate, and --seeds runs.
+Each run has a process of its own. After Ctrl-C the same command continues and reuses finished runs.
+Run files keep their settings, except for rows, budget, learning rate, seed and folder. --on ray
+uses a cluster: docs/guides/ray.md.
 """
 
 from __future__ import annotations
@@ -54,12 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="",
         metavar="M,M",
-        help="for instance full,lora,qlora,dora,prefix,bottleneck",
+        help="methods, for instance full,lora,qlora,dora,prefix,bottleneck",
     )
     parser.add_argument(
-        "--validation", metavar="V", help="rows to choose the learning rate by; default: split off"
+        "--validation",
+        metavar="V",
+        help="rows to choose the learning rate with; default: split off --data",
     )
-    parser.add_argument("--test", metavar="T", help="rows to judge by; default: split off")
+    parser.add_argument(
+        "--test", metavar="T", help="rows to measure quality on; default: split off --data"
+    )
     add_map(parser)
     parser.add_argument(
         "--steps", type=COUNT, metavar="N", help="optimizer steps of each run; default: 100"
@@ -68,35 +71,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=SECONDS, metavar="S", help="training time of each run, instead of --steps"
     )
     parser.add_argument(
-        "--seeds", type=SEEDS, default=3, metavar="N", help="runs of each; default: 3"
+        "--seeds", type=SEEDS, default=3, metavar="N", help="runs of each candidate; default: 3"
     )
     parser.add_argument(
         "--rates",
         default="1/3,1,3",
         metavar="F,F",
-        help="learning rates tried, times the method's own; default: 1/3,1,3",
+        help="learning rates to try, times the method's default; default: 1/3,1,3",
     )
     parser.add_argument(
         "--extend",
         type=EXTENSIONS,
         default=1,
         metavar="N",
-        help="search further so often where the best rate is at an end",
+        help="extra rates to try if the best one is the lowest or highest; default: 1",
     )
     parser.add_argument(
         "--metrics",
         default="",
         metavar="M,M",
-        help="see veneer evaluate; the first decides; default: loss",
+        help="metrics of veneer evaluate; the first one ranks; default: loss",
     )
     parser.add_argument(
-        "--labels", metavar="L", help="for accuracy: A,B,C or a file with one label a line"
+        "--labels", metavar="L", help="labels for accuracy: A,B,C or a file with one label per line"
     )
     parser.add_argument(
-        "--max-new-tokens", type=NEW_TOKENS, default=128, metavar="N", help="longest answer, tokens"
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=128,
+        metavar="N",
+        help="longest answer in tokens; default: 128",
     )
     parser.add_argument(
-        "--general", metavar="FILE", help="text to measure forgetting on; default: Veneer's own"
+        "--general", metavar="FILE", help="text to measure forgetting on; default: a built-in text"
     )
     parser.add_argument(
         "--set",
@@ -104,31 +111,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH=VALUE",
         dest="sets",
-        help="any setting, for all",
+        help="set any setting, for all candidates",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of the comparison"
     )
-    where = parser.add_argument_group("where the runs are computed")
+    where = parser.add_argument_group("where to run")
     where.add_argument(
-        "--on",
-        choices=PLACES,
-        default="here",
-        help="processes here, or tasks of Ray; default: here",
+        "--on", choices=PLACES, default="here", help="local processes or Ray tasks; default: here"
     )
     where.add_argument(
-        "--address", metavar="A", help="of the Ray cluster, or auto; default: one is started here"
+        "--address",
+        metavar="A",
+        help="address of the Ray cluster, or auto; default: start one here",
     )
     where.add_argument(
         "--store",
         metavar="S",
-        help="s3://... or a folder that all nodes see; default: DIR/gathered",
+        help="s3://... or a folder that all nodes share; default: DIR/gathered",
     )
     where.add_argument(
         "--cpus",
         type=COUNT,
         metavar="N",
-        help="of each run on Ray; default: threads of this process",
+        help="CPUs of each run on Ray; default: the threads of this process",
     )
     add_json(parser)
 
@@ -198,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -> None:
-    """What can be told before torch is loaded."""
+    """Checks what it can before torch is loaded."""
     from veneer.evaluation.labels import read_labels
     from veneer.evaluation.registry import find_metrics
 
@@ -215,7 +221,7 @@ def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -
 
 
 def _here(args: argparse.Namespace) -> JobExecutor:
-    """ConfigError: flags that only a cluster has a use for."""
+    """Returns this machine. Raises ConfigError for flags that need a cluster."""
     from veneer.comparison.local import LocalExecutor
 
     given = [
@@ -240,7 +246,7 @@ PLACES: dict[str, Callable[[argparse.Namespace], JobExecutor]] = {"here": _here,
 
 
 def _table(figures: dict[str, Any]) -> Table:
-    """One line a method; 80 columns hold it."""
+    """Builds a table of 80 columns with one line per method."""
     from rich.table import Table
 
     from veneer.comparison.conclusion import HEAD, facts
@@ -259,7 +265,10 @@ def _table(figures: dict[str, Any]) -> Table:
 
 
 def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
-    """(name, settings) of every candidate. All faults of all candidates are told at once."""
+    """Reads (name, settings) of every candidate.
+
+    Raises ConfigError with the faults of all candidates.
+    """
     methods, columns = _names(args.methods), parse_columns(args)
     if bool(methods) == bool(args.runs):
         raise ConfigError(

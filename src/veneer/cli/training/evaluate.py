@@ -1,5 +1,5 @@
-"""The loss of a base on rows, with or without an adapter, how its answers compare with theirs, what
-it forgot.
+"""Measure a base, with or without an adapter, on held-out rows: loss, metrics of its answers, and
+forgetting.
 
 For instance:
 
@@ -11,8 +11,8 @@ For instance:
   veneer evaluate --adapter runs/sums --data sums.jsonl --metric score.py:closeness --general
   veneer evaluate --adapter runs/b --data D --predictions b.jsonl --against a.jsonl
 
-Metrics: exact_match, json_validity, field_f1, accuracy (the likeliest of given labels), bleu, chrf,
-rouge1, rouge2, rougeL. Rows may hold `references`, a list of further right answers.
+Metrics: exact_match, json_validity, field_f1, accuracy (picks the likeliest label), bleu, chrf,
+rouge1, rouge2, rougeL. A row may have `references`, a list of other correct answers.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_base(parser)
     parser.add_argument(
-        "--metrics",
-        default="",
-        metavar="M,M",
-        help="also answer every row and compare: see the list above",
+        "--metrics", default="", metavar="M,M", help="metrics of the answers, from the list above"
     )
     parser.add_argument(
         "--metric",
@@ -60,41 +57,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="M",
         help=(
-            "one more metric: a name, regex:PATTERN, or your own code as FILE.py:FUNCTION, which"
-            " gets the answer and the list of right answers and returns a number; may be repeated"
+            "one more metric: a name, regex:PATTERN, or FILE.py:FUNCTION, a function of the answer"
+            " and the list of correct answers that returns a number; may be repeated"
         ),
     )
     parser.add_argument(
         "--labels",
         metavar="L",
         help=(
-            "for accuracy: A,B,C or a file with one label a line; default: the rows' own answers,"
-            " where they are few and short"
+            "labels for accuracy: A,B,C or a file with one label per line; default: the rows'"
+            " answers, if they are few and short"
         ),
     )
     parser.add_argument(
-        "--length-normalised",
-        action="store_true",
-        help="compare labels by their log-probability per token",
+        "--length-normalised", action="store_true", help="rank labels by log-probability per token"
     )
     add_preamble(parser)
     add_data(parser)
     add_map(parser)
     parser.add_argument(
-        "--max-new-tokens", type=NEW_TOKENS, default=256, metavar="N", help="longest answer, tokens"
+        "--max-new-tokens",
+        type=NEW_TOKENS,
+        default=256,
+        metavar="N",
+        help="longest answer in tokens; default: 256",
     )
-    parser.add_argument("--batch", type=ROWS, default=16, metavar="N", help="rows computed at once")
+    parser.add_argument(
+        "--batch", type=ROWS, default=16, metavar="N", help="rows computed at once; default: 16"
+    )
     parser.add_argument(
         "--predictions",
         type=Path,
         metavar="FILE",
-        help="write every row's answer and figures there, as JSONL",
+        help="write the answer and figures of every row, as JSONL",
     )
     parser.add_argument(
         "--against",
         type=Path,
         metavar="FILE",
-        help="the --predictions of another evaluation of the same rows: differences with intervals",
+        help="--predictions of another evaluation of the same rows, to compare with",
     )
     parser.add_argument(
         "--general",
@@ -102,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="built-in",
         metavar="FILE",
         help=(
-            "forgetting: also the loss on general text, a text file (documents divided by lines of"
-            " ---) or, without FILE, a short one that comes with Veneer"
+            "measure forgetting: loss on general text, from a text file (documents separated by"
+            " ---) or, without FILE, from a short built-in one"
         ),
     )
     add_json(parser)
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.evaluation.user_function import function_from_file
 
     metrics = [function_from_file(name) if _is_file(name) else name for name in _asked(args)]
-    find_metrics(metrics)  # a misspelt name is told before anything is loaded
+    find_metrics(metrics)  # refuses a misspelt name before anything is loaded
     check_rows(args.data)
     check_files([args.against])
     check_writable(args.predictions)
@@ -168,7 +169,7 @@ def _print_table(result: dict[str, Any]) -> None:
     against = result.get("against", {})
 
     def line(name: str, said: str, *beside: str) -> None:
-        """What is beside a figure goes on below itself where the screen ends."""
+        """Prints a figure and its notes; notes that do not fit go on the next line."""
         row, begins = f"{shown(name):<15}{said:>10}", True
         for each in beside:
             if not begins and len(row) + len(each) + 3 > console.width:
@@ -185,7 +186,7 @@ def _print_table(result: dict[str, Any]) -> None:
         if name in intervals:
             beside.append(f"95% interval {_range(intervals[name], share)}")
         elif name == "loss" or name in units:
-            beside.append("no interval: these rows do not determine one")
+            beside.append("no interval: it cannot be computed from these rows")
         if name in against:
             other = against[name]
             beside.append(
@@ -202,11 +203,11 @@ def _print_table(result: dict[str, Any]) -> None:
         line(name, said, *beside)
     if "labels" in result:
         found = result["labels"]
-        whose = "the rows' own answers" if found["own"] else "as given"
+        whose = "from the rows' answers" if found["own"] else "as given"
         line(
             "labels",
             f"{len(found['names']):,}",
-            f"chosen among, {whose}: {cut(', '.join(map(shown, found['names'])), 60)}",
+            f"choices, {whose}: {cut(', '.join(map(shown, found['names'])), 60)}",
         )
     if "general" in result:
         found = result["general"]
@@ -225,7 +226,7 @@ def _print_table(result: dict[str, Any]) -> None:
             line("forgetting", f"{found['forgetting']:+.3f}", said)
     if against:
         console.print(
-            f"differences: to {shown(against['file'])}, with 95% intervals over the same rows",
+            f"differences from {shown(against['file'])}, with 95% intervals over the same rows",
             soft_wrap=True,
         )
 

@@ -1,5 +1,4 @@
-"""Will it fit, how long will it take, which method: answered before anything runs, from a config
-alone.
+"""Predict memory, time and cost of a run before it starts, and help to choose a method.
 
 For instance:
 
@@ -11,9 +10,9 @@ For instance:
   veneer plan RUN.yaml --processes 4 --link 10Gb/s
   veneer plan --base llama-70b --batch 8 --gpu H100 --processes 8 --shard --link 200Gb/s
 
-RUN.yaml is planned with its own settings and rows. --base is a folder, a .gguf file, a hub id (its
-config alone is fetched) or a named size such as llama-70b. Exits 3 if the one thing asked for does
-not fit.
+RUN.yaml is planned with its own settings and rows. --base is a folder, a .gguf file, a hub id (only
+its config is downloaded) or a named size such as llama-70b. The exit code is 3 if there is one plan
+and it does not fit.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ SETTINGS = (
     ),
     *("shard", "reduce", "data", "steps", "epochs"),
 )
-"""Flags for what a run file says."""
+"""Flags that a run file replaces."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " [--gpu NAME]"
     )
     parser.add_argument(
-        "run", nargs="?", metavar="RUN.yaml", help="run file, in place of the settings below"
+        "run", nargs="?", metavar="RUN.yaml", help="run file, instead of the settings below"
     )
     parser.add_argument(
         "--set",
@@ -91,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATH=VALUE",
         dest="sets",
-        help="any of its own",
+        help="set any setting of RUN.yaml",
     )
     parser.add_argument(
         "--base",
@@ -99,53 +98,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder, .gguf file, hub id, or named size (llama-70b, qwen3-4b, ...)",
     )
     parser.add_argument(
-        "--models", metavar="A,B", help="several bases: a matrix of bases and methods"
+        "--models", metavar="A,B", help="several bases: plans every base with every method"
     )
     parser.add_argument(
         "--method", metavar="M", help="lora, qlora, prefix, full, ...; default: lora"
     )
     parser.add_argument(
-        "--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice that"
+        "--rank", type=RANK, metavar="R", help="rank of lora and dora; alpha becomes twice the rank"
     )
-    parser.add_argument("--quantize", choices=FORMATS, help="hold the base in 4 bits")
+    parser.add_argument(
+        "--quantize", choices=FORMATS, help="format of the base's linear layers in memory"
+    )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument(
         "--batch", type=ROWS, metavar="N", help="rows per optimizer step; default: 8"
     )
     parser.add_argument(
-        "--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: batch"
+        "--micro-batch", type=ROWS, metavar="N", help="rows computed at once; default: --batch"
     )
     parser.add_argument(
-        "--length", type=LENGTH, metavar="N", help="longest row, tokens; default: 2048"
+        "--length", type=LENGTH, metavar="N", help="longest row in tokens; default: 2048"
     )
     parser.add_argument(
-        "--checkpointing", action="store_true", default=None, help="keep only each layer's input"
+        "--checkpointing",
+        action="store_true",
+        default=None,
+        help="recompute activations in backward instead of storing them",
     )
     parser.add_argument(
         "--processes",
         type=PROCESSES,
         default=1,
         metavar="N",
-        help="so many compute the run, each on a machine like this",
+        help="number of processes, each on a machine like this one",
     )
     parser.add_argument(
         "--shard",
         action="store_true",
         default=None,
-        help="each of them holds a part of the base's layers",
+        help="split the base's layers over the processes",
     )
     parser.add_argument(
-        "--reduce", choices=["plain", "exact"], help="how they add their gradients; default: plain"
+        "--reduce",
+        choices=["plain", "exact"],
+        help="how processes add their gradients; default: plain",
     )
     parser.add_argument(
-        "--link",
-        metavar="SPEED",
-        help="between them, 10Gb/s (bits) or 3GB/s (bytes): the efficiency to expect",
+        "--link", metavar="SPEED", help="network between processes, 10Gb/s (bits) or 3GB/s (bytes)"
     )
     parser.add_argument(
         "--data",
         metavar="D",
-        help="rows to plan with; without it rows of --length, all tokens trained",
+        help="rows to plan with; default: rows of --length with all tokens trained",
     )
     add_map(parser)
     parser.add_argument("--steps", type=COUNT, metavar="N", help="optimizer steps of the run")
@@ -153,35 +157,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         metavar="M",
-        help="what must suffice, for instance 24GiB; default: the machine's own",
+        help="available memory, for instance 24GiB; default: this machine's",
     )
     parser.add_argument(
-        "--gpu", metavar="NAME", help="a named GPU's published figures instead of this machine"
+        "--gpu",
+        metavar="NAME",
+        help="plan for a named GPU (published figures) instead of this machine",
     )
     parser.add_argument(
-        "--price", type=PRICE, metavar="P", help="price of an hour, for the cost of the run"
+        "--price", type=PRICE, metavar="P", help="price per hour, to compute the cost"
     )
-    parser.add_argument("--compare", action="store_true", help="all methods side by side")
+    parser.add_argument("--compare", action="store_true", help="plan all methods")
     parser.add_argument(
         "--kind",
         choices=["style", "format", "task", "instructions", "knowledge"],
-        help="what is learnt: gives advice",
+        help="kind of task: also recommends a method",
     )
     parser.add_argument(
-        "--variants", type=COUNT, default=1, metavar="N", help="adapters wanted over one base"
+        "--variants",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="number of adapters you want on one base, for --kind",
     )
     parser.add_argument(
-        "--merge", action="store_true", help="the result is to be merged into plain weights"
+        "--merge",
+        action="store_true",
+        help="you want to merge the result into the base, for --kind",
     )
     parser.add_argument(
-        "--write", metavar="RUN.yaml", help="write the advised (or planned) run as a run file"
+        "--write", metavar="RUN.yaml", help="write the recommended (or planned) run as a run file"
     )
     parser.add_argument(
         "--probe",
         action="store_true",
-        help="run one real step on the longest batch of --data and compare",
+        help="run one real step on the longest batch of --data and compare it with the plan",
     )
-    parser.add_argument("--html", metavar="FILE", help="the plan as a page")
+    parser.add_argument("--html", metavar="FILE", help="write the plan as an HTML page")
     add_json(parser)
 
 
@@ -227,7 +239,7 @@ def parse_size(text: str) -> int:
     found = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
     if not BYTES.least <= found <= BYTES.most:
         raise ConfigError(
-            f"{text!r} is no size of memory", next_step="Write for instance 24GiB, 24GB or 512MiB."
+            f"{text!r} is not a memory size", next_step="Write for instance 24GiB, 24GB or 512MiB."
         )
     return int(found)
 
@@ -267,7 +279,7 @@ def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
             "--" + name.replace("_", "-") for name in [*given, *(["write"] if args.write else [])]
         )
         raise ConfigError(
-            f"{args.run} says what is planned; also given: {flags}",
+            f"{args.run} already sets what to plan; also given: {flags}",
             next_step="Leave them out, or change settings with --set path=value.",
         )
     with pause_collection():
@@ -299,10 +311,7 @@ def _bases(args: argparse.Namespace) -> list[str]:
 
 def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
     if args.sets:
-        raise ConfigError(
-            "--set changes a run file, and none is named",
-            next_step="veneer plan RUN.yaml --set ...",
-        )
+        raise ConfigError("--set needs a run file", next_step="veneer plan RUN.yaml --set ...")
     bases = _bases(args)
     if not bases:
         raise ConfigError(
@@ -342,9 +351,7 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
         refuse_unreadable(data.report, args.data)
         rows, held_out = data.train, data.validation
     elif args.columns:
-        raise ConfigError(
-            "--map names columns, and no rows are named", next_step="Give --data too."
-        )
+        raise ConfigError("--map needs rows", next_step="Give --data too.")
     passes = args.epochs or EPOCHS_UNSAID
     return {
         "bases": bases,

@@ -1,5 +1,4 @@
-"""`veneer plan --probe`: one real step on the longest batch of real rows, beside what was planned
-for it."""
+"""Runs `veneer plan --probe`: one real step on the longest batch, compared with its plan."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from veneer.wording import size
 
 def run_probe(args: argparse.Namespace) -> int:
     if not args.base or not args.data:
-        raise ConfigError("--probe runs a step on real rows", next_step="Give --base and --data.")
+        raise ConfigError("--probe needs real rows", next_step="Give --base and --data.")
     if args.processes > 1:
         raise ConfigError(
             "--probe runs its step in one process", next_step="Leave --processes out."

@@ -1,5 +1,4 @@
-"""The page of a run (report.html) anew, from what its folder holds; a run that was stopped has one,
-too.
+"""Rebuild the report (report.html) of a run from its folder; also for a run that was stopped.
 
 For instance:
 

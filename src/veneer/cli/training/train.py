@@ -7,9 +7,9 @@ For instance:
   veneer train RUN.yaml --rank 8 --set data.long_rows=drop
   veneer train --resume runs/tickets
 
-Flags win over the file, --set wins over both. Every setting of a run file can be set with
---set path=value (the value is read as YAML). `veneer explain settings` lists all of them, and
-`veneer explain rank` says more of one.
+These are the settings that people use most. `veneer explain settings` lists all of them,
+`veneer explain rank` explains one, and --set path=value sets any of them (the value is YAML).
+Flags override the run file, and --set overrides both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
     )
-    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings as YAML")
+    parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings in YAML")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
@@ -49,35 +49,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_map(group)
     group = parser.add_argument_group("the run")
     group.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="sets", help="any setting"
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="sets",
+        help="set any setting, for instance data.long_rows=drop",
     )
     group.add_argument(
-        "--resume",
-        metavar="DIR",
-        help="continue the run in DIR, bit for bit, with its own settings",
+        "--resume", metavar="DIR", help="continue the run in DIR exactly, with its own settings"
     )
     group.add_argument(
         "--fit",
         metavar="MEMORY",
-        help="change the run so that it fits, for instance 24GiB, and say what was changed",
+        help="adjust settings until the run fits, for instance 24GiB; prints each change",
     )
     group.add_argument(
         "--processes",
         metavar="N",
         type=PROCESSES,
-        help="compute the run in N processes of this machine; across machines: torchrun",
+        help="train in N processes on this machine; for several machines use torchrun",
     )
-    group.add_argument("--quiet", action="store_true", help="show nothing while training")
+    group.add_argument("--quiet", action="store_true", help="show no progress")
     add_json(group)
 
 
 GROUPS = {
-    "base, rows and result": ("base", "data", "validation", "from", "out"),
+    "base, data and output": ("base", "data", "validation", "from", "out"),
     "method": ("method", "rank", "alpha", "quantize"),
     "training": ("steps", "epochs", "batch", "micro_batch", "length", "learning_rate", "seed"),
     "machine": ("dtype", "checkpointing", "shard"),
 }
-"""The settings that have a flag."""
+"""Settings that have a flag of their own."""
 
 
 def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
@@ -95,11 +98,11 @@ def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
-    config = _config(args) if leads else None  # the others are told what the first was given
+    config = _config(args) if leads else None  # rank 0 sends its settings to the other processes
     if args.processes is not None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
-                "--processes starts processes, and this is one of several already",
+                "--processes starts processes, but this is already one of several",
                 [],
                 "Leave it out.",
             )
@@ -107,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if config is not None:
         check_place(config, resume=args.resume is not None)
         check_run(config)
-    # Imported once the settings are known to be sound: torch takes seconds to load, a typo should
-    # not.
+    # Imported after the settings are checked: loading torch takes seconds, a typo should not.
     from veneer.training.output.screen import make_screen
 
     screen = make_screen(json=args.json, quiet=args.quiet or not leads)
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launched(processes: int) -> int:
-    """The same command in each of them, without what asked for them."""
+    """Runs this command in each process, without --processes."""
     from veneer.training.processes.launch import launch
 
     own, given = [], iter(sys.argv[1:])
@@ -169,15 +171,15 @@ def _config(args: argparse.Namespace) -> RunConfig:
     file = Path(args.resume) / "run.yaml"
     if not file.is_file():
         raise ConfigError(
-            f"{args.resume} holds no run: {file} is not there",
+            f"{args.resume} holds no run: {file} was not found",
             [],
-            "Name the folder that --out named.",
+            "Give the folder that --out named.",
         )
     return read_run_config(file, {"out": args.resume})
 
 
 def _next(config: RunConfig) -> str:
-    """The commands that come after a run."""
+    """Suggests the commands that come after a run."""
     made = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
     held = config.data.validation
     held_out = f" --data {held}" if isinstance(held, str) else " --data HELD_OUT.jsonl"
