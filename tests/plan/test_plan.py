@@ -350,7 +350,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "0", "3 apples"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match="no size"):
+    with pytest.raises(ConfigError, match="not a memory size"):
         command.parse_size(text)
 
 
