@@ -60,7 +60,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps: a second call installs nothing. What tests need includes what the demo needs.
-NATIVE = setup.py $(wildcard src/veneer/kernels/native/*)
+NATIVE = setup.py $(wildcard src/veneer/kernels/native/*/*)
 
 $(VENV)/.ready: pyproject.toml $(NATIVE) | $(BIN)/python
 	@echo "Setting up $(VENV): PyTorch, transformers and the compiled kernels. This takes some minutes."

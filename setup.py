@@ -41,8 +41,9 @@ setup(
     ext_modules=[
         Extension(
             "veneer.kernels._native",
-            sources=sorted(str(path) for path in NATIVE.glob("*.c")),
-            depends=sorted(str(path) for path in NATIVE.glob("*.h")),
+            sources=sorted(str(path) for path in NATIVE.rglob("*.c")),
+            depends=sorted(str(path) for path in NATIVE.rglob("*.h")),
+            include_dirs=sorted({str(path.parent) for path in NATIVE.rglob("*.h")}),
             extra_compile_args=[
                 "-std=gnu11",
                 "-O3",

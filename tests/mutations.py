@@ -326,95 +326,104 @@ TESTS: dict[str, tuple[str, ...]] = {
     "formats/adapter.py": ("formats/test_adapter.py", "formats/test_peft.py"),
     "formats/peft/config.py": ("formats/test_peft_config.py", "formats/test_peft.py"),
     "formats/prefix.py": ("formats/test_prefix.py",),
-    "kernels/native/attention.c": (
+    "kernels/native/attention/attention.c": (
         "kernels/test_attention_native.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/attention_sums.c": (
+    "kernels/native/attention/attention_sums.c": (
         "kernels/test_attention_native.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/attention_float_body.h": (
+    "kernels/native/attention/attention_float_body.h": (
         "kernels/test_attention_native.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/attention_tiles.c": (
-        "kernels/test_attention_native.py",
-        "kernels/test_tiles.py",
-        "kernels/test_native_calls.py",
-    ),
-    "kernels/native/attention_tiles.h": (
+    "kernels/native/attention/attention_tiles.c": (
         "kernels/test_attention_native.py",
         "kernels/test_tiles.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/few_rows.c": ("kernels/test_few_rows.py", "kernels/test_native_calls.py"),
-    "kernels/native/few_rows_body.h": ("kernels/test_few_rows.py", "kernels/test_native_calls.py"),
-    "kernels/native/products.c": ("kernels/test_products.py", "kernels/test_native_calls.py"),
-    "kernels/native/paged_attention.c": (
+    "kernels/native/attention/attention_tiles.h": (
+        "kernels/test_attention_native.py",
+        "kernels/test_tiles.py",
+        "kernels/test_native_calls.py",
+    ),
+    "kernels/native/dense/few_rows.c": ("kernels/test_few_rows.py", "kernels/test_native_calls.py"),
+    "kernels/native/dense/few_rows_body.h": (
+        "kernels/test_few_rows.py",
+        "kernels/test_native_calls.py",
+    ),
+    "kernels/native/dense/products.c": ("kernels/test_products.py", "kernels/test_native_calls.py"),
+    "kernels/native/attention/paged_attention.c": (
         "kernels/test_paged_attention.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/paged_attention_rows.h": (
+    "kernels/native/attention/paged_attention_rows.h": (
         "kernels/test_paged_attention.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/draw.c": ("decoding/test_sampling.py", "kernels/test_native_calls.py"),
-    "kernels/native/decoder_step.c": ("decoding/test_direct.py", "kernels/test_native_calls.py"),
-    "kernels/native/rank.c": ("kernels/test_rank.py", "kernels/test_native_calls.py"),
-    "kernels/native/dropout.c": (
+    "kernels/native/layers/draw.c": ("decoding/test_sampling.py", "kernels/test_native_calls.py"),
+    "kernels/native/layers/decoder_step.c": (
+        "decoding/test_direct.py",
+        "kernels/test_native_calls.py",
+    ),
+    "kernels/native/layers/rank.c": ("kernels/test_rank.py", "kernels/test_native_calls.py"),
+    "kernels/native/layers/dropout.c": (
         "kernels/test_native.py",
         "kernels/test_references.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/fused.c": (
+    "kernels/native/layers/fused.c": (
         "kernels/test_fused.py",
         "kernels/test_references.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/fused.h": (
+    "kernels/native/layers/fused.h": (
         "kernels/test_fused.py",
         "kernels/test_references.py",
         "kernels/test_block.py",
     ),
-    "kernels/native/fused_float_body.h": (
+    "kernels/native/layers/fused_float_body.h": (
         "kernels/test_fused.py",
         "kernels/test_references.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/block.c": ("kernels/test_block.py", "kernels/test_native_calls.py"),
-    "kernels/native/rank.h": ("kernels/test_rank.py", "kernels/test_block.py"),
-    "kernels/native/tape.c": (
+    "kernels/native/layers/block.c": ("kernels/test_block.py", "kernels/test_native_calls.py"),
+    "kernels/native/layers/rank.h": ("kernels/test_rank.py", "kernels/test_block.py"),
+    "kernels/native/common/tape.c": (
         "kernels/test_recorded.py",
         "kernels/test_layer_tape.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/updates.c": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
-    "kernels/native/updates_body.h": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
-    "kernels/native/factors.c": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
-    "kernels/native/parallel.c": (
+    "kernels/native/dense/updates.c": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
+    "kernels/native/dense/updates_body.h": (
+        "kernels/test_mixes.py",
+        "kernels/test_native_calls.py",
+    ),
+    "kernels/native/dense/factors.c": ("kernels/test_mixes.py", "kernels/test_native_calls.py"),
+    "kernels/native/common/parallel.c": (
         "kernels/test_native.py",
         "kernels/test_recorded.py",
         "kernels/test_few_rows.py",
     ),
-    "kernels/native/gguf.c": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
-    "kernels/native/gguf_unpack.h": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
-    "kernels/native/gguf_vectors.c": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
-    "kernels/native/gguf_pairs.h": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
-    "kernels/native/gguf_floats.c": (
+    "kernels/native/gguf/gguf.c": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
+    "kernels/native/gguf/gguf_unpack.h": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
+    "kernels/native/gguf/gguf_vectors.c": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
+    "kernels/native/gguf/gguf_pairs.h": ("kernels/test_gguf.py", "kernels/test_native_calls.py"),
+    "kernels/native/gguf/gguf_floats.c": (
         "kernels/test_gguf.py",
         "kernels/test_recorded.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/gguf_floats_body.h": (
+    "kernels/native/gguf/gguf_floats_body.h": (
         "kernels/test_gguf.py",
         "kernels/test_recorded.py",
         "kernels/test_native_calls.py",
     ),
-    "kernels/native/nf4_dequantize.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
-    "kernels/native/nf4_quantize.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
-    "kernels/native/nf4_product.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
-    "kernels/native/nf4_product_bf16.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
+    "kernels/native/nf4/nf4_dequantize.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
+    "kernels/native/nf4/nf4_quantize.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
+    "kernels/native/nf4/nf4_product.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
+    "kernels/native/nf4/nf4_product_bf16.c": ("quant/test_nf4.py", "kernels/test_native_calls.py"),
 }
 """Central modules, and the test files that should notice a change in each."""
 

@@ -60,7 +60,7 @@ def test_only_bindings_and_tapes_know_the_library():
 
 
 def test_every_function_of_the_library_has_its_signature_and_its_call():
-    source = "\n".join(path.read_text() for path in (KERNELS / "native").glob("*.c"))
+    source = "\n".join(path.read_text() for path in (KERNELS / "native").rglob("*.c"))
     exported = set(
         re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M)
     )
@@ -85,7 +85,7 @@ def test_every_function_of_the_library_has_its_signature_and_its_call():
 
 
 def test_c_and_python_number_the_functions_of_a_tape_alike():
-    source = (KERNELS / "native" / "tape.c").read_text()
+    source = (KERNELS / "native" / "common" / "tape.c").read_text()
     numbered = re.findall(r"^    X\((\w+), \(?(\w+)\(", source, re.M)
     assert [function for _, function in numbered] == list(tape.FUNCTIONS)
     assert all(function == f"veneer_{name.lower()}" for name, function in numbered)
@@ -96,7 +96,7 @@ def test_c_and_python_number_the_functions_of_a_tape_alike():
 def test_the_most_that_a_caller_allows_is_not_kept_as_what_the_processor_has():
     """It ends the process on a processor with less (4 bits, a few rows, AVX2 alone). Kept is what
     features.c says."""
-    for path in (KERNELS / "native").glob("*.c"):
+    for path in (KERNELS / "native").rglob("*.c"):
         assert not re.search(r" = \{[^;]*[ ,{](?:most|level)[,}]", path.read_text()), path
 
 

@@ -29,11 +29,12 @@ def test_the_kernels_compile_and_link_for(target, tmp_path):
         "-fPIC",
         "-ffp-contract=off",
     ]
-    sources = sorted(map(str, NATIVE.glob("*.c")))
+    sources = sorted(map(str, NATIVE.rglob("*.c")))
     command = [
         *compiler,
         "-shared",
         "-Wno-unknown-pragmas",
+        *(f"-I{folder}" for folder in {path.parent for path in NATIVE.rglob("*.h")}),
         *sources,
         "-o",
         str(tmp_path / "native.so"),

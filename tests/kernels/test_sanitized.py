@@ -32,6 +32,7 @@ FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
     "--param=asan-use-after-return=0",
+    *(f"-I{folder}" for folder in sorted({path.parent for path in SOURCES.rglob("*.h")})),
     *("-include", str(TESTS / "support" / "tiles_in_c.h")),
 )
 AS_FUNCTIONS = ("few_rows.c", "gguf_tiles.c", "gguf_vectors.c", "paged_attention.c")
@@ -111,7 +112,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         gcc(*FLAGS, *(CALLED if source.name in AS_FUNCTIONS else ()), "-c", source, "-o", made)
         return made
 
-    largest_first = sorted(SOURCES.glob("*.c"), key=lambda source: -source.stat().st_size)
+    largest_first = sorted(SOURCES.rglob("*.c"), key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [*pool.map(compiled, largest_first)]
     gcc(*FLAGS, "-shared", *objects, "-o", built, "-lm")

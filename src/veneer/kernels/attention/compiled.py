@@ -1,6 +1,6 @@
 """Packed attention by the compiled kernels: bf16 on processors that multiply bf16 pairs
-(native/attention.c), on AMX tiles where there are some (native/attention_tiles.c), float32 on any
-(native/attention_float.c).
+(native/attention/attention.c), on AMX tiles where there are some
+(native/attention/attention_tiles.c), float32 on any (native/attention/attention_float.c).
 
 The same function as kernels/attention/packed.py's, for models without soft caps and sinks: no
 padding to a rectangle, nothing computed that causality or the window hides, scores of a few rows at

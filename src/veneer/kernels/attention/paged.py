@@ -7,11 +7,11 @@ sequence.
     a row    sees the front, and of its own sequence everything up to itself; with a window, the
              last of these
 
-One call a layer (native/paged_attention.c) writes the rows' keys and values into their blocks and
-attends: nothing is gathered, what the tables of single rows begin with in common is read once,
-scores and sums are float32, and no bit of a row depends on the others. bf16 and float32 on any
-processor; else, and for the meaning, plain torch: the single tokens of all answers at once, chunks
-one after another.
+One call a layer (native/attention/paged_attention.c) writes the rows' keys and values into their
+blocks and attends: nothing is gathered, what the tables of single rows begin with in common is read
+once, scores and sums are float32, and no bit of a row depends on the others. bf16 and float32 on
+any processor; else, and for the meaning, plain torch: the single tokens of all answers at once,
+chunks one after another.
 
 Shapes: N rows of the step, S slots of a block, T places seen, K key/value heads, H query heads, G =
 H / K, D and E head sizes of keys and of values, P values in a word: 2 where neighbours in bf16 are

@@ -1,5 +1,5 @@
 """The calls into the kernels between the large products of a decoder layer that trains
-(native/block.c).
+(native/layers/block.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Values are bf16, factors float32 or bf16. Shapes: M rows, D width, R ranks side by side, H heads of

@@ -32,7 +32,7 @@ from veneer.kernels.bindings.arguments import (
 PAIR_BYTES = 4
 """Two bf16 neighbours are read as one word."""
 MOST_RANK, MOST = 256, 3
-"""The second: layers of one input. native/rank.h names the same numbers."""
+"""The second: layers of one input. native/layers/rank.h names the same numbers."""
 MOST_STRIDE = 2**27
 """Values from one row of q, k or v to the next: 16 rows are gathered with indices of 32 bits."""
 MOST_SPLITS = 1024
@@ -45,7 +45,7 @@ for ever."""
 
 
 class Masked(ctypes.Structure):
-    """struct mask of native/rank.h."""
+    """struct mask of native/layers/rank.h."""
 
     _fields_ = [
         *pointers("keys"),

@@ -1,4 +1,4 @@
-"""The calls into the kernels over dense weights (native/few_rows.c, updates.c, factors.c).
+"""The calls into the kernels over dense weights (native/dense/few_rows.c, updates.c, factors.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
@@ -28,12 +28,12 @@ from veneer.kernels.bindings.arguments import (
 )
 
 MOST_PARTS = 16
-"""Weights that share one x: native/few_rows.c and updates.c name it too."""
+"""Weights that share one x: native/dense/few_rows.c and updates.c name it too."""
 MOST_UPDATES = 2**14
 """Of one call: C makes room for them in each."""
 BLOCK, LANES, HALF, STEP = 64, 16, 8, 16
 """Outs of B that lie side by side, ranks of A, fewer, and words that A's are filled up to:
-native/few_rows.h and factors.h name them too."""
+native/dense/few_rows.h and factors.h name them too."""
 LINE = 64
 """Bytes of a cache line: where factors begin."""
 MOST_ROWS = 2**20
@@ -151,9 +151,9 @@ class _Factors(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Factors:
-    """A (R, I) and B (O, R) of one type as C reads them (native/factors.h): R even, filled up with
-    zeros; ranks of A and outs of B side by side, word after word along I and R, a word two bf16
-    neighbours or one float. places: where they lie in `kept`."""
+    """A (R, I) and B (O, R) of one type as C reads them (native/dense/factors.h): R even, filled up
+    with zeros; ranks of A and outs of B side by side, word after word along I and R, a word two
+    bf16 neighbours or one float. places: where they lie in `kept`."""
 
     dtype: torch.dtype
     rank: int

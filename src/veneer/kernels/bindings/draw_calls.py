@@ -1,5 +1,5 @@
-"""The call that draws a token from each row of logits (native/draw.c); decoding/draws.py says what
-is drawn.
+"""The call that draws a token from each row of logits (native/layers/draw.c); decoding/draws.py
+says what is drawn.
 
 It states the shapes that C takes for granted; arguments.py refuses everything else. Shapes: B rows,
 V ids.

@@ -36,7 +36,7 @@ BLOCKS = {
     13: (256, 176),
     14: (256, 210),
 }
-"""ggml's number of a kind of block -> the values in one, and its bytes, as native/gguf.c has
+"""ggml's number of a kind of block -> the values in one, and its bytes, as native/gguf/gguf.c has
 them."""
 
 

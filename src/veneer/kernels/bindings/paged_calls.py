@@ -1,4 +1,4 @@
-"""The call into the kernel over keys and values in blocks (native/paged_attention.c).
+"""The call into the kernel over keys and values in blocks (native/attention/paged_attention.c).
 
 It states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: as in kernels/attention/paged.py.

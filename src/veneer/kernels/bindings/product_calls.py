@@ -1,4 +1,4 @@
-"""The call into the kernel for products of many rows (native/products.c).
+"""The call into the kernel for products of many rows (native/dense/products.c).
 
 It states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows, I width, O outs.

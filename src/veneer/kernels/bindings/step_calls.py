@@ -1,4 +1,5 @@
-"""The calls into the kernels between the products of a decoder layer (native/decoder_step.c).
+"""The calls into the kernels between the products of a decoder layer
+(native/layers/decoder_step.c).
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else. All
 values of a call are of one type, float32 or bf16. Shapes: N rows, D width, H query heads, K key

@@ -1,4 +1,5 @@
-"""The calls that end attention's backward (native/attention_sums.c): gradients in shares, added up.
+"""The calls that end attention's backward (native/attention/attention_sums.c): gradients in shares,
+added up.
 
 Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Values are bf16 or float32, shares float32. Shapes: R rows, S shares of queries, K key heads, D head

@@ -1,5 +1,5 @@
-"""Dropout on CUDA in one pass, with the masks of dense/dropout.py and native/dropout.c: hash(row
-key, column) to the bit.
+"""Dropout on CUDA in one pass, with the masks of dense/dropout.py and native/layers/dropout.c:
+hash(row key, column) to the bit.
 
 Nothing is stored of a mask, and its counters are 32 bits wide, which a GPU multiplies natively.
 Shapes: N rows, I wide.

@@ -2,10 +2,10 @@
 
     loss = log sum exp(z) - z[target]    z <- softmax(z) - onehot
 
-As native/fused.c: float32 inside, the target's share taken from the float. One program a row: it
-reads the row once for the sum, whose largest value is found on the way (Milakov and Gimelshein
-2018, arXiv:1805.02867), and once for the gradient. A target outside of the row makes its loss nan,
-which stops the run. Shapes: M rows, V vocabulary.
+As native/layers/fused.c: float32 inside, the target's share taken from the float. One program a
+row: it reads the row once for the sum, whose largest value is found on the way (Milakov and
+Gimelshein 2018, arXiv:1805.02867), and once for the gradient. A target outside of the row makes its
+loss nan, which stops the run. Shapes: M rows, V vocabulary.
 """
 
 import torch

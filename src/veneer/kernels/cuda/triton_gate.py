@@ -4,7 +4,8 @@ round.
     silu    y = silu(gate) * up
     gelu    y = gelu(gate) * up, by its formula with tanh
 
-As native/fused.c. Bandwidth is all they cost: 6 bytes a value forward and 10 backward, in bf16.
+As native/layers/fused.c. Bandwidth is all they cost: 6 bytes a value forward and 10 backward, in
+bf16.
 """
 
 import torch

@@ -1,5 +1,5 @@
 """GGUF blocks on CUDA, decoded in one kernel: the bits of packed/gguf.py's plain path and of
-native/gguf.c.
+native/gguf/gguf.c.
 
     value = scale * code + offset     one rounding in float32, one more to the output type
 

@@ -1,8 +1,8 @@
 """Root-mean-square norms on CUDA, each way in one pass: y = weight * (x / sqrt(mean(x^2) +
 epsilon)).
 
-As native/fused.c: float32 inside, rounded where models round. One program a row, which stays in
-registers. Shapes: M rows, D width.
+As native/layers/fused.c: float32 inside, rounded where models round. One program a row, which stays
+in registers. Shapes: M rows, D width.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""Rotations of heads on CUDA, in one pass: the bits of native/fused.c and of plain torch, which
-round each product.
+"""Rotations of heads on CUDA, in one pass: the bits of native/layers/fused.c and of plain torch,
+which round each product.
 
     y = x cos + turned(x) sin    (a, b) -> (-b, a), a and b the halves of a head
 

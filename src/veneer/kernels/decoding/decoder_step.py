@@ -6,7 +6,7 @@ round.
     gate       silu(gate) * up
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
-(native/decoder_step.c). Shapes: N rows, D width, H heads, E head size.
+(native/layers/decoder_step.c). Shapes: N rows, D width, H heads, E head size.
 """
 
 import torch

@@ -6,8 +6,9 @@ text up to it (data/batching.py), and the seed, the step and the module, so the 
 packed or padded, with the prompt computed once or for every row, in any batch order, in backward,
 under gradient checkpointing, and after a resume. Two rounds of the 32-bit integer finaliser
 `lowbias32` (Wellons 2018, https://nullprogram.com/blog/2018/07/31/) on 64-bit integers, which every
-device multiplies alike. One compiled pass does it all on a CPU (native/dropout.c), one in Triton on
-CUDA (cuda/triton_dropout.py): a dozen passes over 64-bit integers cost more than the layer.
+device multiplies alike. One compiled pass does it all on a CPU (native/layers/dropout.c), one in
+Triton on CUDA (cuda/triton_dropout.py): a dozen passes over 64-bit integers cost more than the
+layer.
 """
 
 from dataclasses import dataclass

@@ -6,10 +6,10 @@
         factor is read once
     any_rows()                 a block in which these take any number of rows
 
-Compiled for bf16 and float32 (native/few_rows.c; with AMX few_rows_tiles.c). W is read once; sums
-are float32 and rounded once, with the bias included. The bits of a row do not depend on other rows
-or on the number of threads. Above MOST_ROWS other products may be faster, so these are used only
-where equal bits matter. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
+Compiled for bf16 and float32 (native/dense/few_rows.c; with AMX few_rows_tiles.c). W is read once;
+sums are float32 and rounded once, with the bias included. The bits of a row do not depend on other
+rows or on the number of threads. Above MOST_ROWS other products may be faster, so these are used
+only where equal bits matter. Shapes: M rows, I in_features, O out_features; A (R, I), B (O, R).
 """
 
 import threading

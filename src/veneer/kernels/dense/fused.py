@@ -5,8 +5,8 @@
     rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
 
 Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of
-x. Compiled for bf16 on processors that have it (native/fused.c) and for float32 on any
-(native/fused_float.c), in Triton on CUDA (cuda/triton_norm.py, cuda/triton_gate.py,
+x. Compiled for bf16 on processors that have it (native/layers/fused.c) and for float32 on any
+(native/layers/fused_float.c), in Triton on CUDA (cuda/triton_norm.py, cuda/triton_gate.py,
 cuda/triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the models
 round: after the normalisation, after the activation. Shapes: M rows, D width.
 """

@@ -5,11 +5,11 @@ them (AMX).
     times(g, W, so_far)       so_far + g W        (M, O) x (O, I) -> (M, I)
     linear(x, W, bias)        the first, or few_rows.py's, or torch's
 
-Compiled for bf16 (native/products.c), sums in float32 rounded once. A row's bits depend neither on
-what stands beside it nor on the number of threads; on tiles they are those that few_rows.py gives
-it. oneDNN's product leaves all threads but one idle for many shapes on tiles (two threads: 640 rows
-of 576 to 576 or of 1,536 to 576), and shares the rows of others unevenly. Shapes: M rows, I
-in_features, O out_features.
+Compiled for bf16 (native/dense/products.c), sums in float32 rounded once. A row's bits depend
+neither on what stands beside it nor on the number of threads; on tiles they are those that
+few_rows.py gives it. oneDNN's product leaves all threads but one idle for many shapes on tiles (two
+threads: 640 rows of 576 to 576 or of 1,536 to 576), and shares the rows of others unevenly. Shapes:
+M rows, I in_features, O out_features.
 """
 
 import torch

@@ -6,10 +6,10 @@
 
 With dropout the wide side is seen through its mask: x, or what is added to y, is 0 where it drops,
 else / (1 - share); compiled, no pass of its own is made for that, and the division is one of the
-sums. Compiled for bf16 on processors that multiply its pairs (native/rank.c), sums in float32
-rounded once; elsewhere torch's matrix products, which are made for squarer shapes. Factors are
-float32 or in the products' type; compiled kernels round them as they lay them out. Shapes: M rows,
-I and O widths, R rank.
+sums. Compiled for bf16 on processors that multiply its pairs (native/layers/rank.c), sums in
+float32 rounded once; elsewhere torch's matrix products, which are made for squarer shapes. Factors
+are float32 or in the products' type; compiled kernels round them as they lay them out. Shapes: M
+rows, I and O widths, R rank.
 """
 
 from collections.abc import Sequence

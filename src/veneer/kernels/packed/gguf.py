@@ -102,8 +102,8 @@ def product(
 
 
 def multiplies_codes(dtype: torch.dtype) -> bool:
-    """Whether weights are rounded in no product here: on AMX tiles (native/gguf_tiles.c), or where
-    bf16 pairs are multiplied in registers (native/gguf_vectors.c)."""
+    """Whether weights are rounded in no product here: on AMX tiles (native/gguf/gguf_tiles.c), or
+    where bf16 pairs are multiplied in registers (native/gguf/gguf_vectors.c)."""
     return dtype is torch.bfloat16 and is_compiled() and native.has_bf16()
 
 

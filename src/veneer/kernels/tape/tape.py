@@ -1,5 +1,5 @@
 """A tape: calls into compiled functions, recorded once and replayed by one call into C
-(native/tape.c).
+(native/common/tape.c).
 
     with record(recorder): y = ...      computes y; the recorder hears of all calls and tensors
     tape = Tape(calls)
@@ -55,7 +55,7 @@ LAYER_FUNCTIONS = (
 )
 """Each takes a struct, and at most a number beside it."""
 FUNCTIONS = (*STEP_FUNCTIONS, *LAYER_FUNCTIONS)
-"""In the order in which native/tape.c numbers them."""
+"""In the order in which native/common/tape.c numbers them."""
 MOST_ARGUMENTS = 9
 _NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
 _CREATES = {"empty", "new_empty", "empty_like", "empty_strided"}
