@@ -337,7 +337,7 @@ def traffic(engine, identities, monkeypatch, count=24, flight=6):
     """All logits of requests that come and go, each for other adapters; other engines' are left
     out."""
     draw, found, right = random.Random(5), [], PagedForward.logits
-    own = (engine.lanes.exact.forward, engine.lanes.others.forward)
+    own = (engine.lanes.exact.forward, engine.lanes.mixed.forward)
 
     def noted(forward, *given):
         logits = right(forward, *given)
@@ -519,7 +519,7 @@ def test_what_answers_used_is_let_go_when_they_end(monkeypatch):
     base, identities = with_many()
     engine = engine_of(base, identities)
     traffic(engine, identities, monkeypatch)
-    assert not (engine.lanes.exact._known or engine.lanes.others._known)
+    assert not (engine.lanes.exact._laid_out or engine.lanes.mixed._laid_out)
     assert all(each._mix is None for each in recorded_of(base))
 
 
