@@ -275,6 +275,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "serve/test_server.py",
     ),
     "serve/http/connection.py": ("serve/test_connections.py", "serve/test_streams.py"),
+    "serve/http/open_files.py": ("serve/test_connections.py",),
     "serve/engine/token_text.py": (
         "serve/test_token_text.py",
         "serve/test_loop_threads.py",

@@ -26,8 +26,8 @@ from veneer.decoding.schedule.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
 from veneer.serve.engine.service import Service
+from veneer.serve.http.connection import Server
 from veneer.serve.http.keys import ApiKeys
-from veneer.serve.run import Server
 from veneer.serve.start import ServeSettings, open_server
 
 BASE = "tiny"

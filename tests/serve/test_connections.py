@@ -12,12 +12,8 @@ from tests.serve.server import BASE, read_status, running
 from veneer.library.library import Library
 from veneer.serve import limits
 from veneer.serve.http import connection as connection_module
-from veneer.serve.http.connection import (
-    Connection,
-    Connections,
-    raise_open_files,
-    room_for_connections,
-)
+from veneer.serve.http.connection import Connection, Connections
+from veneer.serve.http.open_files import RESERVED_FILES, raise_open_files, room_for_connections
 
 HEADER = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 BODY = json.dumps({"model": BASE, "prompt": [5], "max_tokens": 2}).encode()
@@ -179,10 +175,7 @@ def test_a_server_raises_the_soft_limit_of_open_files_towards_the_hard_one():
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
         raise_open_files()
         raised, same = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert same == hard and raised in (
-            hard,
-            2 * limits.MOST_CONNECTIONS + connection_module.RESERVED_FILES,
-        )
+        assert same == hard and raised in (hard, 2 * limits.MOST_CONNECTIONS + RESERVED_FILES)
         if raised != hard:
             assert room_for_connections()[0] == limits.MOST_CONNECTIONS
         raise_open_files()

@@ -21,7 +21,7 @@ from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.cli.main import main
 from veneer.library.library import Library
-from veneer.serve import run as run_module
+from veneer.serve.http import connection
 from veneer.serve.run import listening, run
 
 CHAT = "/v1/chat/completions"
@@ -167,7 +167,7 @@ def test_a_request_that_waits_for_anything_else_is_answered_503_when_the_server_
     places, caplog, monkeypatch
 ):
     """Its prompt never comes back from the tokenizer, say."""
-    monkeypatch.setattr(run_module, "ENDING_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "ENDING_SECONDS", 0.1)
 
     async def never(*of):
         await asyncio.sleep(600)

@@ -20,26 +20,25 @@ from veneer.files.nesting import MAX_JSON_DEPTH
 
 MOST_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
-"""For a whole header to arrive, from the connection's start or from the first byte behind the
-answer before."""
+"""Time for a whole header to arrive, from the connection's start or from the header's first
+byte."""
 KEEP_ALIVE_SECONDS = 75.0
-"""Between an answer and the next request's first byte. Proxies use a connection again for up to 60
-s: the server must not close it while they send."""
+"""Time between an answer and the next request's first byte. Proxies reuse a connection for up to
+60 s, and the server must not close it while they send."""
 BODY_BYTES = 4 * 2**20
 LARGE_BODY = 64 * 2**10
-"""Bytes of a body beyond which it is read beside the event loop: 4 MiB of JSON take up to a
-second."""
+"""Larger bodies are parsed beside the event loop: 4 MiB of JSON take up to a second."""
 BODY_SECONDS = 30.0
 MOST_DISCARDED = 64 * 2**20
-"""Bytes of a body that is too large, read and thrown away: who still sends would not see the
-answer."""
+"""Bytes of a too large body that are read and discarded: a client that still sends would not see
+the answer."""
 STALLED_SECONDS = 60.0
-"""For a client to read what was sent, once more than the buffers hold is on its way."""
+"""Time for a client to read, once the buffers are full."""
 MOST_CONNECTIONS = 8192
-"""Open at once, and at most half of the files that the process may still open."""
+"""Most open connections; at most half of the files that the process may open."""
 
 MOST_FAULTS = 20
-"""Faults of a body that are told; the search for more ends there."""
+"""Faults of a body that an error names; validation ends there."""
 MOST_NAME = 200
 """Characters of a model's or an adapter's name."""
 MOST_TEXT = 4_000_000
@@ -70,7 +69,7 @@ MAX_ALIASES = 1000
 
 
 class Limit(NamedTuple):
-    """what: of a request. unit: of the number. beyond: what a request beyond it gets."""
+    """A row of the table in docs/serve.md. beyond: what happens to a request beyond the limit."""
 
     what: str
     most: float

@@ -1,9 +1,9 @@
-"""What went wrong with a request, as HTTP says it: a status, and a body in OpenAI's shape.
+"""Errors of requests as HTTP responses: a status, and a body in OpenAI's form.
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-A mistake of whoever asks is 4xx, whatever raised it; 5xx are for a server that is going down, and
-for bugs.
+A client's mistake is 4xx, whatever raised it; 5xx means that the server is going down or has a
+bug.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CODES = {
     507: "budget_full",
 }
 RETRY_SECONDS = 1
-"""When to ask again after 429 and 503."""
+"""Seconds until a client should retry after 429 and 503."""
 _RETRIED = (429, 503)
 _MESSAGE_CHARACTERS = 4000
 _PATH = re.compile(
@@ -71,8 +71,7 @@ A single part (/v1) and a JSON pointer (#/properties/x) are no paths."""
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong. param: the field, by its path in the body, such as
-    messages[0].role."""
+    """One mistake in a request. param: the path of the field, such as messages[0].role."""
 
     param: str | None
     what: str
@@ -83,7 +82,7 @@ class Fault:
 
 @dataclass(eq=False)
 class Refusal(Exception):
-    """A request that is not answered. Raised anywhere in this room, answered in http/app.py."""
+    """Ends a request with an error. Raised anywhere in serve/, answered in http/app.py."""
 
     status: int
     message: str
@@ -108,28 +107,26 @@ class Refusal(Exception):
 
     @property
     def all_headers(self) -> dict[str, str]:
-        """Clients try some errors again by themselves: told when where that helps, told not to
-        where it does not."""
+        """Says when to retry, or that retrying does not help: some clients retry by themselves."""
         if self.status in _RETRIED:
             return {"retry-after": str(RETRY_SECONDS), **self.headers}
         return {"x-should-retry": "false", **self.headers}
 
 
 def without_folders(text: str) -> str:
-    """The text with the last part of every absolute path in place of the path: no client learns
-    where files lie.
+    """Replaces every absolute path by its last part, so that no client learns where files are.
 
-    The folder that the server was started in and its user's home are known, so blanks in their
-    names do no harm. Any other path is only recognised by how paths are usually written.
+    The server's working folder and its user's home are known, so their names may hold blanks. Other
+    paths are recognised by how paths are usually written.
     """
     for folder in sorted(_own_folders(), key=len, reverse=True):
-        own = rf"(?<![\w.~/\\]){re.escape(folder)}(?![\w-])(?=([/\\])?)"
-        text = re.sub(own, lambda found: "/~" if found[1] else "~", text)
+        pattern = rf"(?<![\w.~/\\]){re.escape(folder)}(?![\w-])(?=([/\\])?)"
+        text = re.sub(pattern, lambda match: "/~" if match[1] else "~", text)
     return _PATH.sub(lambda path: PurePath(path[0].replace("\\", "/")).name, text)
 
 
 def _own_folders() -> list[str]:
-    """The folder of the process and its user's home, where they are folders of their own."""
+    """Returns the working folder and the user's home, unless one is the root folder."""
     folders = []
     with suppress(OSError):
         folders.append(Path.cwd())
@@ -139,16 +136,16 @@ def _own_folders() -> list[str]:
 
 
 def refuse(faults: Sequence[Fault]) -> Refusal:
-    """400 with what is wrong, up to MOST_FAULTS faults; the first one is named by its field."""
-    said = list(map(str, faults[:MOST_FAULTS]))
-    message = "; ".join([*(each.removesuffix(".") for each in said[:-1]), said[-1]])
+    """Makes a 400 of up to MOST_FAULTS faults; its param is the first fault's."""
+    lines = list(map(str, faults[:MOST_FAULTS]))
+    message = "; ".join([*(line.removesuffix(".") for line in lines[:-1]), lines[-1]])
     more = "; and more" if len(faults) > MOST_FAULTS else ""
     return Refusal(400, message + more, faults[0].param)
 
 
 def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
-    """What is raised below this room, as an answer. Nothing of what is not ours is told: it may
-    hold anything."""
+    """Turns an exception into a refusal. The text of a foreign exception is not shown: it may hold
+    anything."""
     if isinstance(fault, Refusal):
         return fault
     said = without_folders(str(fault))
@@ -168,7 +165,7 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
 
 @contextmanager
 def refusing(param: str | None = None) -> Iterator[None]:
-    """Within, what is raised below this room is a Refusal, by the field that asked for it."""
+    """Turns a VeneerError of the block into a Refusal that names the field."""
     try:
         yield
     except VeneerError as fault:
@@ -180,7 +177,7 @@ def shutting_down() -> Refusal:
 
 
 def unknown_model(name: str, next_step: str = "") -> Refusal:
-    """404. Whether it is not there or not for this one to see is not told."""
+    """Makes a 404, the same for a model that is missing and one that is hidden."""
     said = f"The model `{name[:80]}` does not exist."
     return Refusal(404, f"{said} {next_step}".strip(), "model", "model_not_found")
 

@@ -1,6 +1,6 @@
-"""Runs of one folder, for those who watch: what each is doing, and its records as they are written.
+"""The runs of one folder for the page: the state of each, and its records as they are written.
 
-A folder in it is a run where it has a metrics.jsonl. Paths, samples and recipes are not told.
+A folder with a metrics.jsonl is a run. Paths, samples and recipes are not shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_RUNS = 200
 END_BYTES = 2**15
 """Read of the beginning and of the end of a file for the list."""
 PART_BYTES = 2**20
-TOLD = (
+SHOWN = (
     "kind",
     "step",
     "loss",
@@ -35,7 +35,7 @@ TOLD = (
 
 
 class Runs:
-    """folder: None: no runs are shown. ConfigError: it is none."""
+    """Lists runs. folder: None shows no runs. ConfigError: it is not a folder."""
 
     def __init__(self, folder: Path | None) -> None:
         if folder is not None and not folder.is_dir():
@@ -47,37 +47,37 @@ class Runs:
         self.folder = folder
 
     def cards(self) -> list[dict[str, Any]]:
-        """The one that was written last first."""
-        return [self._card(folder) for folder in self._found()[:MOST_RUNS]]
+        """Lists the runs, the last written first."""
+        return [self._card(folder) for folder in self._folders()[:MOST_RUNS]]
 
     def records(self, name: str, after: int) -> dict[str, Any]:
-        """Records from a byte on. Refusal: 404."""
-        folder = next((each for each in self._found() if each.name == name), None)
+        """Returns the records from a byte on. Refusal: 404."""
+        folder = next((run for run in self._folders() if run.name == name), None)
         if folder is None:
             raise Refusal(404, f"There is no run `{name[:80]}`.", "name", "run_not_found")
         file = folder / RECORDS
-        found, start, next_byte = records_after(
+        records, start, next_byte = records_after(
             file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}"
         )
-        told = [{key: legible(each[key]) for key in TOLD if key in each} for each in found]
+        shown = [{key: legible(r[key]) for key in SHOWN if key in r} for r in records]
         card = self._card(folder)
         more = card.get("bytes", 0) - start > PART_BYTES
-        return {**card, "records": told, "start": start, "next": next_byte, "more": more}
+        return {**card, "records": shown, "start": start, "next": next_byte, "more": more}
 
-    def _found(self) -> list[Path]:
+    def _folders(self) -> list[Path]:
         if self.folder is None:
             return []
-        there = []
+        runs = []
         with explained(self.folder.name, reading=True):
             folders = list(self.folder.iterdir())
         for folder in folders:
-            with suppress(OSError):  # it went while we looked, or is not for us to see
+            with suppress(OSError):  # it was removed meanwhile, or may not be read
                 if not folder.name.startswith(".") and (folder / RECORDS).is_file():
-                    there.append(((folder / RECORDS).stat().st_mtime, folder))
-        return [folder for _, folder in sorted(there, reverse=True)]
+                    runs.append(((folder / RECORDS).stat().st_mtime, folder))
+        return [folder for _, folder in sorted(runs, reverse=True)]
 
     def _card(self, folder: Path) -> dict[str, Any]:
-        """Legible: whatever its records and its name say, JSON can."""
+        """Describes a run in text that JSON can hold, whatever its records say."""
         card: dict[str, Any] = legible(self._facts(folder))
         return card
 
@@ -94,8 +94,8 @@ class Runs:
                 ends = [*_first(file, folder.name), *_last(file, folder.name)]
         except VeneerError as fault:
             return {**about, "error": str(fault)}
-        start: Record = next((each for each in ends if each["kind"] == "start"), {})
-        steps = [each for each in ends if each["kind"] == "step"]
+        start: Record = next((r for r in ends if r["kind"] == "start"), {})
+        steps = [record for record in ends if record["kind"] == "step"]
         end = ends[-1] if ends and ends[-1]["kind"] == "end" else {}
         return {
             **about,
@@ -114,25 +114,24 @@ def _first(file: Path, name: str) -> list[Record]:
 
 
 def _last(file: Path, name: str) -> list[Record]:
-    """Those at the end, from the beginning of a line on: as many as tell the step. An evaluation's
-    line is long."""
-    found: list[Record] = []
+    """Returns the last records, enough to have a step among them. An evaluation's line is long."""
+    records: list[Record] = []
     size, back = file.stat().st_size, END_BYTES
-    while not any(each["kind"] == "step" for each in found) and back <= 2 * PART_BYTES:
+    while not any(record["kind"] == "step" for record in records) and back <= 2 * PART_BYTES:
         start = max(size - back, 0)
         if start:
-            with file.open("rb") as opened:
-                opened.seek(start)
-                start += len(opened.readline())
-        found = records_after(file, start, most_bytes=2 * back, shown=f"{name}/{RECORDS}")[0]
+            with file.open("rb") as stream:
+                stream.seek(start)
+                start += len(stream.readline())
+        records = records_after(file, start, most_bytes=2 * back, shown=f"{name}/{RECORDS}")[0]
         if start == 0:
             break
         back *= 4
-    return found
+    return records
 
 
 def _public(base: Any) -> str | None:
-    """What a base is called: of a path the last part."""
+    """Returns a base's name; of a path the last part."""
     if not isinstance(base, str):
         return None
     return Path(base).name if base.startswith(("/", "~", ".")) else base

@@ -1,4 +1,4 @@
-"""A server from its settings: a base, its adapters, and how much of the machine they may take."""
+"""Makes a server from its settings: a base, its adapters, and how much memory they may use."""
 
 from __future__ import annotations
 
@@ -24,27 +24,30 @@ from veneer.plan.machine import memory_bytes
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.service import ServeLimits, Service
 from veneer.serve.http.app import PATHS, application
+from veneer.serve.http.connection import Server
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
 from veneer.serve.http.keys import ApiKeys, read_keys
-from veneer.serve.run import Server, check_reach, listening
+from veneer.serve.run import check_reach, listening
 from veneer.serve.runs import Runs
 
 MOST_CACHE_BYTES = 8 * 2**30
 CACHE_SHARE = 4
-"""Keys and values get one of so many parts of the memory, where nobody says otherwise."""
+"""By default the KV cache gets this fraction (1/4) of the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """name            of the base as a model; None: as it was loaded
-    cache_bytes     of keys and values; None: a part of the machine's memory
-    adapters_bytes  of all adapters in memory
-    keys            file of hashes; hosts, origins: names and sites that are answered beside this
-                    machine's own
-    pinned          adapters that are loaded at the start and stay
-    system, variables  of conversations, in place of what adapters were trained with; "" and None:
-                       none
-    runs            a folder that has the folders of runs, which the page shows
+    """Settings of `veneer serve`.
+
+    name               model name of the base; None: as it was loaded
+    cache_bytes        size of the KV cache; None: a part of the machine's memory
+    adapters_bytes     memory for all adapters together
+    keys               file of the hashes of API keys
+    hosts, origins     further host names and sites whose requests are accepted
+    pinned             adapters that are loaded at the start and stay in memory
+    system, variables  default system message and template variables, in place of those that
+                       adapters were trained with; "" and None: the adapters' own
+    runs               folder of the runs that the page shows
     """
 
     host: str = "127.0.0.1"
@@ -75,7 +78,7 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class OpenServer:
-    """Ready to run. socket: listens already."""
+    """A server that is ready to run. Its socket listens already."""
 
     server: Server
     socket: socket.socket
@@ -89,16 +92,14 @@ class OpenServer:
 
 
 def keys_of(settings: ServeSettings, environment: Mapping[str, str]) -> ApiKeys:
-    """Before anything is loaded. VeneerError: no keys where they are needed, or such that are
-    none."""
+    """Reads the API keys, before anything is loaded. VeneerError: keys are required, or wrong."""
     keys = read_keys(settings.keys, environment)
     check_reach(settings.host, keys)
     return keys
 
 
 def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> Service:
-    """What answers. VeneerError: the base cannot be served, an adapter that is to stay does not
-    fit."""
+    """Makes the service. VeneerError: the base cannot be served, a pinned adapter does not fit."""
     runs = Runs(settings.runs)
     name = settings.name or name_of(base.source)
     names_of_base = {name, base.source, base.name_or_path}
@@ -116,15 +117,15 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
         base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs
     )
     residents.on_change(service.loop.wake)
-    for each in settings.pinned:
-        residents.pin(each)
+    for adapter in settings.pinned:
+        residents.pin(adapter)
     return service
 
 
 def open_server(
     base: FrozenBase, library: Library, settings: ServeSettings, keys: ApiKeys
 ) -> OpenServer:
-    """VeneerError: as service_of, and the port is taken."""
+    """Makes the server and opens its port. VeneerError: as service_of, or the port is in use."""
     service = service_of(base, library, settings)
     server, listener = guarded(
         application(service),
@@ -146,8 +147,8 @@ def guarded(
     closing: Callable[[], None],
     ending: Callable[[], None] = lambda: None,
 ) -> tuple[Server, socket.socket]:
-    """The application as a server, and the socket that it listens on. ConfigError: the port is
-    taken."""
+    """Returns a server for the application, and its listening socket. ConfigError: the port is in
+    use."""
     hosts = [settings.host, *settings.hosts]
     guard = Guard(app, keys=keys, hosts=hosts, origins=settings.origins, counted=counted)
     listener = listening(settings.host, settings.port)

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import socket
 
     from veneer.library.library import Library
+    from veneer.serve.http.connection import Server
     from veneer.serve.http.keys import ApiKeys
-    from veneer.serve.run import Server
     from veneer.serve.start import ServeSettings
 
 NAMES_SHOWN = 6

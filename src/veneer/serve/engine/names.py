@@ -1,5 +1,5 @@
-"""Which names are models: the base under its own, and every adapter of the library, as it is at
-this moment.
+"""Which names are models: the base under its own name, and every adapter that the library has at
+the moment.
 
     smollm2-135m            the base
     tickets                 the newest version of an adapter;  tickets@2, tickets@best: that one
@@ -50,7 +50,8 @@ UNLOADED = "Success: LoRA adapter '{}' removed successfully."
 
 
 class ResidentAdapters(Protocol):
-    """What of library/residents/residents.py is asked here. Both may raise a VeneerError."""
+    """The part of library/residents/residents.py that is used here. Its methods may raise a
+    VeneerError."""
 
     def resolve(self, name: str, weight: float = 1.0) -> Identity: ...
 
@@ -61,7 +62,10 @@ class ResidentAdapters(Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """name: as it was asked for. adapters: name and content of each that acts; none: the base."""
+    """The model of a request.
+
+    name: as the request has it. adapters: name and content of each adapter; empty for the base.
+    """
 
     name: str
     identity: Identity
@@ -73,7 +77,7 @@ class ServedModel:
 
 
 class ModelNames:
-    """Called from any thread; reads files."""
+    """Finds, lists, adds and removes the names of models. Thread-safe; reads files."""
 
     def __init__(
         self,
@@ -92,19 +96,20 @@ class ModelNames:
         self._lock = threading.Lock()
 
     def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> ServedModel:
-        """What a request's `model` means, and its `adapters`. Refusal: 404. VeneerError: it cannot
-        act."""
+        """Finds the model of a request. Refusal: 404. VeneerError: an adapter cannot be used."""
         if not weighted:
-            return self._one(name, 1.0)
+            return self._find(name, 1.0)
         if name != self.base_name:
             raise Refusal(400, "adapters: model must be the base then.", "adapters")
-        parts = [self._one(each, weight) for each, weight in weighted]
-        identity = tuple(part for each in parts for part in each.identity)
+        models = [self._find(adapter, weight) for adapter, weight in weighted]
+        identity = tuple(entry for model in models for entry in model.identity)
         if len({content for content, _ in identity}) < len(weighted):
             raise Refusal(400, "adapters: each is another one, and none is the base.", "adapters")
-        return ServedModel(name, identity, tuple(pair for each in parts for pair in each.adapters))
+        return ServedModel(
+            name, identity, tuple(pair for model in models for pair in model.adapters)
+        )
 
-    def _one(self, name: str, weight: float) -> ServedModel:
+    def _find(self, name: str, weight: float) -> ServedModel:
         if name == self.base_name:
             return ServedModel(name, ())
         reference = self.reference(name)
@@ -112,28 +117,28 @@ class ModelNames:
             identity = self._adapters.resolve(reference, weight)
         except UnknownNameError:
             raise self._unknown(name) from None
-        called = reference.partition("@")[0]
-        return ServedModel(name, identity, tuple((called, content) for content, _ in identity))
+        adapter = reference.partition("@")[0]
+        return ServedModel(name, identity, tuple((adapter, content) for content, _ in identity))
 
     def reference(self, name: str) -> str:
-        """Of the library. Refusal: 404, the same for what is not there and for what was taken
-        away."""
-        own = self._without_base(name)
+        """Returns the reference in the library. Refusal: 404, for missing and for unloaded names
+        alike."""
+        adapter = self._without_base(name)
         with self._lock:
-            reference = self._aliases.get(own, own)
-            hidden = own not in self._aliases and own.partition("@")[0] in self._hidden
+            reference = self._aliases.get(adapter, adapter)
+            hidden = adapter not in self._aliases and adapter.partition("@")[0] in self._hidden
         if hidden or not is_reference(reference):
             raise self._unknown(name)
         return reference
 
     def _unknown(self, name: str) -> Refusal:
-        """404 with the name that was probably meant. It reads no file of an adapter."""
+        """Makes a 404 that suggests a close name. Reads no file of an adapter."""
         with self._lock:
             hidden, aliases = set(self._hidden), sorted(self._aliases)
         known = [
             self.base_name,
             *aliases,
-            *(each for each in self._library.all_names() if each not in hidden),
+            *(name for name in self._library.all_names() if name not in hidden),
         ]
         return unknown_model(name, nearest(name[:80], known[:MAX_COMPARED]))
 
@@ -141,7 +146,7 @@ class ModelNames:
         return name.removeprefix(f"{self.base_name}:")
 
     def entry(self, name: str) -> Entry:
-        """Of the library. Refusal: 404."""
+        """Returns the library's entry. Refusal: 404."""
         try:
             return self._library.get(self.reference(name))
         except ConfigError:
@@ -150,8 +155,7 @@ class ModelNames:
     # cards
 
     def cards(self) -> list[dict[str, Any]]:
-        """The base first. Adapters that do not fit it are left out; whoever asks for one is told
-        why."""
+        """Lists the base, then the adapters that fit it. A request for another gets the reason."""
         return [self._base_card(), *(self._card(name, entry) for name, entry in self._entries())]
 
     def card(self, name: str) -> dict[str, Any]:
@@ -207,81 +211,80 @@ class ModelNames:
             "bytes": version.facts.bytes,
         }
 
-    # vLLM's way of adding and removing
+    # Adding and removing names, as vLLM does
 
     def check(self, name: str, reference: str, *, in_place: bool) -> None:
-        """Whether the name may mean the adapter. Refusal: 400, 404, 409."""
+        """Checks that the name may mean the adapter. Refusal: 400, 404, 409."""
         if not is_reference(reference):
             raise Refusal(400, NO_PATH, "lora_path")
-        own = self._adapter_name(name)
-        if own == self.base_name != reference:
-            raise Refusal(400, BASE_STAYS.format(own), "lora_name")
+        adapter = self._adapter_name(name)
+        if adapter == self.base_name != reference:
+            raise Refusal(400, BASE_STAYS.format(adapter), "lora_name")
         try:
             with told_as(self._library.folder, "the library"):
                 self._library.get(reference)
         except ConfigError as fault:
             raise unknown_adapter(fault) from None
-        if reference != own and self._library.has(own):
+        if reference != adapter and self._library.has(adapter):
             raise Refusal(
                 409,
-                f"The library has an adapter {own!r} of its own.",
+                f"The library has an adapter {adapter!r} of its own.",
                 "lora_name",
                 "already_loaded",
             )
         with self._lock:
-            self._check_alias(own, reference, in_place=in_place)
+            self._check_alias(adapter, reference, in_place=in_place)
 
     def _adapter_name(self, name: str) -> str:
-        """The name without the base's in front. Refusal: it names the base, a version, or cannot be
-        a name."""
-        own = self._without_base(name)
+        """Removes the base's name in front. Refusal: it names the base or a version, or is not a
+        valid name."""
+        adapter = self._without_base(name)
         if name == self.base_name:
             raise Refusal(400, BASE_STAYS.format(name), "lora_name")
-        if not is_name(own):
+        if not is_name(adapter):
             raise Refusal(
                 400,
-                VERSION.format(own.partition("@")[0]) if is_reference(own) else NO_NAME,
+                VERSION.format(adapter.partition("@")[0]) if is_reference(adapter) else NO_NAME,
                 "lora_name",
             )
-        return own
+        return adapter
 
-    def _check_alias(self, own: str, reference: str, *, in_place: bool) -> None:
-        """Whether the aliases leave room for this one. The lock is held. Refusal: 409."""
-        before = self._aliases.get(own)
+    def _check_alias(self, alias: str, reference: str, *, in_place: bool) -> None:
+        """Checks that the alias is free. The caller holds the lock. Refusal: 409."""
+        before = self._aliases.get(alias)
         if before not in (None, reference) and not in_place:
-            raise Refusal(409, ALREADY.format(own), "lora_name", "already_loaded")
-        if before is None and reference != own and len(self._aliases) >= MAX_ALIASES:
+            raise Refusal(409, ALREADY.format(alias), "lora_name", "already_loaded")
+        if before is None and reference != alias and len(self._aliases) >= MAX_ALIASES:
             raise Refusal(
                 409, f"{MAX_ALIASES:,} names have been added, which is the limit.", "lora_name"
             )
 
     def add(self, name: str, reference: str, *, in_place: bool = False) -> str:
-        """The name means the adapter from now on. Returns what vLLM answers. Refusal: 409, as
-        `check` says."""
-        own = self._without_base(name)
+        """Adds the name. Returns what vLLM answers. Refusal: 409, as `check` says."""
+        adapter = self._without_base(name)
         with self._lock:
-            self._check_alias(own, reference, in_place=in_place)
-            self._hidden.discard(own)
-            if reference == own:  # the library's own adapter, in place of an alias of that name
-                self._aliases.pop(own, None)
+            self._check_alias(adapter, reference, in_place=in_place)
+            self._hidden.discard(adapter)
+            if reference == adapter:  # the library's own adapter, in place of an alias of that name
+                self._aliases.pop(adapter, None)
             else:
-                self._aliases[own] = reference
+                self._aliases[adapter] = reference
         return LOADED.format(name)
 
     def remove(self, name: str) -> str:
-        """Takes the name away: an alias alone, or an adapter with all its versions. Returns what
-        vLLM answers.
+        """Removes a name: an alias alone, or an adapter with all its versions. Returns what vLLM
+        answers.
 
         Refusal: 400, or 404 if the name means nothing.
         """
-        own = self._adapter_name(name)
+        adapter = self._adapter_name(name)
         with self._lock:
-            was_alias = self._aliases.pop(own, None) is not None
+            was_alias = self._aliases.pop(adapter, None) is not None
         if not was_alias:
             self.entry(name)
             with self._lock:
-                self._hidden.add(own)
+                self._hidden.add(adapter)
                 used = set(self._aliases.values())
             with suppress(VeneerError):  # removed from the library since
-                self._adapters.unload(own, keep=used)
+                self._adapters.unload(adapter, keep=used)
         return UNLOADED.format(name)

@@ -1,7 +1,7 @@
-"""Prompts to ids, on a thread of its own: the base's template in its process, then the tokenizer.
+"""Encodes prompts on a thread of its own: the base's template in its process, then the tokenizer.
 
-A prompt that is too long is refused before anything waits for it. Tokenizers change while they
-encode, so this one is a copy that nobody else has.
+A prompt that is too long is refused before it is queued. Tokenizers change while they encode, so
+this one is a copy that nothing else uses.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
 
 TOKENIZERS_KEPT = 8
-"""With tokens that adapters bring: each is a whole vocabulary."""
+"""Tokenizers with adapters' new tokens; each holds a whole vocabulary."""
 
 
 class Prompts:
-    """positions: of the model, prompt and answer together; None: no bound. ids: that it has rows
-    for."""
+    """Encodes prompts with the base's template and tokenizer.
+
+    positions: the model's, for prompt and answer together; None: unbounded. ids: number of the
+    model's embedding rows.
+    """
 
     def __init__(self, tokenizer: Any, *, positions: int | None, ids: int | None) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.positions, self.ids = positions, ids
         self.template = ChatTemplate(self.tokenizer)
-        self._others = lru_cache(TOKENIZERS_KEPT)(
+        self._extended = lru_cache(TOKENIZERS_KEPT)(
             lambda tokens: ChatTemplate(extended(self.tokenizer, tokens))
         )
         self.style: CallStyle | None = call_style(self.template)
@@ -48,27 +51,27 @@ class Prompts:
     async def encoded(
         self, prompts: Sequence[Prompt], preamble: Preamble = NONE
     ) -> list[list[int]]:
-        """Ids of each. Refusal: what the template says, what does not fit, too many that wait."""
+        """Encodes each prompt. Refusal: the template fails, it is too long, or too many wait."""
         if not preamble.tokens and all(
             isinstance(prompt, TextPrompt) and prompt.ids is not None for prompt in prompts
         ):
             return [self.encode(prompt) for prompt in prompts]  # nothing is tokenised
-        return await self._apart(lambda: [self.encode(prompt, preamble) for prompt in prompts])
+        return await self._run(lambda: [self.encode(prompt, preamble) for prompt in prompts])
 
     async def strings(self, ids: Sequence[int]) -> list[str]:
-        return await self._apart(
-            lambda: [str(each) for each in self.tokenizer.convert_ids_to_tokens(list(ids))]
+        return await self._run(
+            lambda: [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
         )
 
     async def text(self, ids: Sequence[int]) -> str:
-        """Of ids, special ones included."""
+        """Decodes ids, special tokens included."""
         if (
             wrong := next((i for i in ids if self.ids is not None and i >= self.ids), None)
         ) is not None:
             raise Refusal(400, f"{wrong} is no token: there are {self.ids:,}.", "tokens")
-        return await self._apart(lambda: str(self.tokenizer.decode(list(ids))))
+        return await self._run(lambda: str(self.tokenizer.decode(list(ids))))
 
-    async def _apart(self, function: Callable[[], Any]) -> Any:
+    async def _run(self, function: Callable[[], Any]) -> Any:
         if self._waiting >= MOST_PROMPTS_WAITING:
             raise Refusal(
                 429, f"{self._waiting:,} prompts wait to be read, {MOST_PROMPTS_WAITING:,} may."
@@ -90,28 +93,29 @@ class Prompts:
         else:
             text = prompt.text or ""
             self._check_length(len(text))
-            ids = list(self._of(preamble.tokens).tokenizer(text)["input_ids"])
+            ids = list(self._template(preamble.tokens).tokenizer(text)["input_ids"])
         if not ids:
             raise Refusal(400, "The prompt has no tokens.", "prompt")
         known = self.ids
         if known is not None and preamble.tokens:
-            known = max(known, len(self._of(preamble.tokens).tokenizer))
+            known = max(known, len(self._template(preamble.tokens).tokenizer))
         if known is not None and max(ids) >= known:
             raise Refusal(400, f"prompt: {max(ids)} is no token: there are {known:,}.", "prompt")
         return ids
 
-    def _of(self, tokens: tuple[str, ...]) -> ChatTemplate:
-        """The template over a tokenizer with these tokens. On the thread of prompts alone."""
-        return self._others(tokens) if tokens else self.template
+    def _template(self, tokens: tuple[str, ...]) -> ChatTemplate:
+        """Returns the template over a tokenizer with these new tokens. Only for the prompts'
+        thread."""
+        return self._extended(tokens) if tokens else self.template
 
     def _chat(self, prompt: ChatPrompt, preamble: Preamble) -> list[int]:
         if prompt.tools and self.style is None:
             raise Refusal(400, NO_TOOLS, "tools")
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
-        forgive()  # whatever conversation it did not survive is not this one
+        forgive()  # another conversation may have crashed it
         template = (
-            self._of(preamble.tokens)
+            self._template(preamble.tokens)
             .on(date.today())
             .telling({**preamble.variables, **prompt.variables})
         )
@@ -121,11 +125,11 @@ class Prompts:
 
     @property
     def _most_characters(self) -> int | None:
-        """That a prompt may have, whatever its tokens are."""
+        """Returns the longest text that can fit, whatever its tokens are."""
         return None if self.positions is None else self.positions * self._longest
 
     def _check_length(self, characters: int) -> None:
-        """Whether a text can fit at all, before a template or a tokenizer reads it."""
+        """Refuses a text that cannot fit before a template or a tokenizer reads it."""
         if self._most_characters is not None and characters > self._most_characters:
             raise Refusal(
                 400,
@@ -137,7 +141,10 @@ class Prompts:
 
     @staticmethod
     def most_new(ids: Sequence[int], wanted: int | None, places: int, front_places: int) -> int:
-        """New tokens that an answer may have. places: for prompt and answer. Refusal: too long."""
+        """Returns how many new tokens an answer may have.
+
+        places: for prompt and answer together. Refusal: the prompt is too long.
+        """
         left = places - len(ids)
         if left < 1 or (wanted or 1) > left:
             asked = f"{len(ids):,} tokens of prompt" + (

@@ -1,4 +1,4 @@
-"""The routes: from HTTP to what answers it, and back."""
+"""The routes: each reads a request, calls the service and writes the response."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ PATHS = (
     "/healthz",
     "/readyz",
 )
-"""Those that metrics tell apart."""
+"""Paths that the metrics count one by one."""
 
 
 def application(service: Service) -> Starlette:
-    """Without what stands around it (guard.py)."""
+    """Makes the application, without the guard in front of it (guard.py)."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -82,7 +82,7 @@ def application(service: Service) -> Starlette:
         await service.close()
 
     return Starlette(
-        routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _by_http}
+        routes=_routes(service), lifespan=lifespan, exception_handlers={HTTPException: _http_error}
     )
 
 
@@ -104,7 +104,7 @@ def _routes(service: Service) -> list[Route]:
                 return await handler(await asyncio.to_thread(lambda: read(parsed(text))), request)
             return await handler(read(parsed(text)), request)
 
-        return Route(path, _answered(endpoint), methods=["POST"])
+        return Route(path, _catch_errors(endpoint), methods=["POST"])
 
     def protocol_route(path: str, protocol: ApiProtocol) -> Route:
         async def answer(generation: GenerationRequest, request: Request) -> Response:
@@ -148,29 +148,27 @@ def _routes(service: Service) -> list[Route]:
         return change
 
     def get(path: str, handler: Handler) -> Route:
-        return Route(path, _answered(handler), methods=["GET"])
+        return Route(path, _catch_errors(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": await service.report(service.names.cards)})
 
     async def adapters(request: Request) -> Response:
         return JSONResponse(
-            {"object": "list", "data": [card_of(each) for each in service.residents.shown()]}
+            {"object": "list", "data": [card_of(adapter) for adapter in service.residents.shown()]}
         )
 
     async def adapter(request: Request) -> Response:
         name, against = request.path_params["name"], request.query_params.get("against")
         library, names = service.residents.library, service.names
 
-        def told() -> dict[str, Any]:
-            own = names.entry(name)
-            return (
-                details(library, own)
-                if against is None
-                else angle_between(library, own, names.entry(against))
-            )
+        def describe() -> dict[str, Any]:
+            entry = names.entry(name)
+            if against is None:
+                return details(library, entry)
+            return angle_between(library, entry, names.entry(against))
 
-        return JSONResponse(await service.report(told))
+        return JSONResponse(await service.report(describe))
 
     async def runs(request: Request) -> Response:
         return JSONResponse(
@@ -227,7 +225,7 @@ def _routes(service: Service) -> list[Route]:
         get("/metrics", metrics),
         get("/healthz", health),
         get("/readyz", ready),
-        *(Route(path, _answered(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
+        *(Route(path, _catch_errors(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
     ]
 
 
@@ -237,26 +235,25 @@ async def _not_served(request: Request) -> Response:
     )
 
 
-def _answered(handler: Handler) -> Handler:
-    """Whatever is raised, as an answer. What is a bug of ours is written down with where it
-    happened."""
+def _catch_errors(handler: Handler) -> Handler:
+    """Turns every error into a response. Bugs are logged with their traceback."""
 
-    async def answered(request: Request) -> Response:
+    async def answer(request: Request) -> Response:
         try:
             return await handler(request)
         except (Refusal, VeneerError) as fault:
             return error_response(refusal_of(fault), request.url.path)
-        except asyncio.CancelledError:  # the server ends, and this request has outlived the drain
+        except asyncio.CancelledError:  # the server ends, and the drain's time is over
             return error_response(shutting_down(), request.url.path)
         except Exception as fault:
             log.exception("a bug: %s", type(fault).__name__)
             return error_response(refusal_of(fault), request.url.path)
 
-    return answered
+    return answer
 
 
-async def _by_http(request: Request, fault: Exception) -> Response:
-    """No such path, or not with this method."""
+async def _http_error(request: Request, fault: Exception) -> Response:
+    """Answers for a path that does not exist, or not with this method."""
     assert isinstance(fault, HTTPException)
     path, said = request.url.path, f"{fault.detail}."
     if fault.status_code == 404:
@@ -273,11 +270,11 @@ async def _by_http(request: Request, fault: Exception) -> Response:
 
 
 def _byte(request: Request) -> int:
-    """The byte that records are wanted from. Refusal: 400."""
-    given = request.query_params.get("after", "0")
-    if not (given.isascii() and given.isdigit() and len(given) < 16):
+    """Returns the byte from which records are wanted. Refusal: 400."""
+    after = request.query_params.get("after", "0")
+    if not (after.isascii() and after.isdigit() and len(after) < 16):
         raise Refusal(400, "after: is the `next` of the answer before, a whole number.", "after")
-    return int(given)
+    return int(after)
 
 
 def _caller(request: Request) -> Caller:

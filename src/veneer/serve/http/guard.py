@@ -33,7 +33,7 @@ from veneer.wording import shown
 
 log = logging.getLogger("veneer.serve")
 OPEN = ("/healthz", "/readyz", "/")
-"""Without a key: they tell nothing."""
+"""Paths that need no key, because they reveal nothing."""
 _ID = re.compile(r"[\w.:-]{1,128}")
 KEY_NEEDED = "An API key is needed: send the header authorization: Bearer KEY."
 UNKNOWN_KEY = (
@@ -46,8 +46,10 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Guard:
-    """An ASGI application around another. counted: told (path's route, status, seconds) of each
-    answer."""
+    """An ASGI application that checks requests before another one answers them.
+
+    counted: called with (path, status, seconds) of each response.
+    """
 
     def __init__(
         self,
@@ -67,8 +69,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if _ID.fullmatch(sent_id) else secrets.token_hex(8)
         began, status = time.monotonic(), 0
 
         async def sending(message: Message) -> None:
@@ -80,14 +82,14 @@ class Guard:
 
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
         try:
-            refused = self._refused(scope, headers)
-            if refused is not None:
-                await error_response(refused, scope["path"])(scope, receive, sending)
+            refusal = self._check(scope, headers)
+            if refusal is not None:
+                await error_response(refusal, scope["path"])(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
         finally:
             seconds = time.monotonic() - began
-            if scope["path"] not in OPEN:  # which are asked every few seconds
+            if scope["path"] not in OPEN:  # probes ask for these every few seconds
                 path = shown(scope["path"][:_PATH_CHARACTERS])
                 log.info(
                     "%s %s %s %.0f ms %s",
@@ -100,7 +102,7 @@ class Guard:
             if self.counted is not None:
                 self.counted(scope["path"], status, seconds)
 
-    def _refused(self, scope: Scope, headers: Headers) -> Refusal | None:
+    def _check(self, scope: Scope, headers: Headers) -> Refusal | None:
         host = headers.get("host", "")
         if not self._known_host(host):
             return Refusal(
@@ -130,7 +132,7 @@ class Guard:
         return None
 
     def _known_host(self, host: str) -> bool:
-        """An address cannot be pointed elsewhere by anyone's DNS."""
+        """Accepts all addresses: nobody's DNS can point an address elsewhere."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower().rstrip(".")
         except ValueError:
@@ -138,15 +140,13 @@ class Guard:
         return name in self.hosts or _is_address(name)
 
     def _known_origin(self, origin: str, host: str, scheme: str) -> bool:
-        own = {
-            f"http://{host}".lower(),
-            f"https://{host}".lower(),
-        }  # behind a proxy the scheme may differ
-        return origin.lower() in own or origin.lower() in self.origins
+        # Behind a proxy the scheme may differ.
+        same_site = {f"http://{host}".lower(), f"https://{host}".lower()}
+        return origin.lower() in same_site or origin.lower() in self.origins
 
 
 def check_origins(origins: Collection[str]) -> None:
-    """ConfigError: one of them is not what browsers send as the origin of a page."""
+    """ConfigError: a text is not what browsers send as the origin of a page."""
     faults = [fault for origin in origins if (fault := _origin_fault(origin)) is not None]
     if faults:
         raise ConfigError(
@@ -157,7 +157,7 @@ def check_origins(origins: Collection[str]) -> None:
 
 
 def _origin_fault(text: str) -> str | None:
-    """Why no browser sends this as the origin of a page; None: some browser may."""
+    """Says why no browser sends this as the origin of a page; None if one may."""
     fault = f"{shown(text[:80])} is not SCHEME://HOST or SCHEME://HOST:PORT"
     try:
         parts = urlsplit(text)
@@ -178,15 +178,15 @@ def _origin_fault(text: str) -> str | None:
 
 
 def _punycode(host: str) -> str:
-    """The host's name as DNS and browsers write it."""
+    """Writes a host's name as DNS and browsers do."""
     labels = unicodedata.normalize("NFC", host).split(".")
     return ".".join(
-        each if each.isascii() else f"xn--{each.encode('punycode').decode()}" for each in labels
+        label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels
     )
 
 
 def as_browsers_send(origin: str) -> str:
-    """An origin that passes check_origins, in lower case and without the scheme's default port."""
+    """Writes a valid origin in lower case and without the scheme's default port."""
     parts = urlsplit(origin)
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     port = "" if parts.port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{parts.port}"

@@ -1,4 +1,4 @@
-"""Keys: who may ask. Kept as hashes, compared in constant time, each with a scope.
+"""API keys, stored as hashes, compared in constant time, each with a scope.
 
     use     answers, models, metrics
     admin   that, and to load and unload adapters
@@ -39,14 +39,14 @@ class ApiKey:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. name: of the key; empty where none is needed."""
+    """The client of a request. name: of its key; empty if no key is required."""
 
     name: str
     scope: Scope
 
 
 class ApiKeys:
-    """None: everyone who reaches the server may do everything."""
+    """The server's keys. Without any, everyone who reaches the server may do everything."""
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._keys = tuple(keys)
@@ -54,16 +54,17 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._keys)
 
-    def caller(self, given: str | None) -> Caller | None:
-        """Whose key this is; None: nobody's. As long for any text of this length."""
+    def caller(self, key_text: str | None) -> Caller | None:
+        """Returns the owner of a key; None if it is unknown. Takes the same time for every text of
+        one length."""
         if not self._keys:
             return Caller("", "admin")
-        digest = hashed(given or "")
-        found = None
+        digest = hashed(key_text or "")
+        caller = None
         for key in self._keys:
             if hmac.compare_digest(key.digest, digest):
-                found = Caller(key.name, key.scope)
-        return found if given else None
+                caller = Caller(key.name, key.scope)
+        return caller if key_text else None
 
 
 def hashed(key: str) -> str:
@@ -71,21 +72,21 @@ def hashed(key: str) -> str:
 
 
 def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys:
-    """Those of a file and of the environment. SourceError, ConfigError with every line that is
-    none."""
-    keys = [] if file is None else _of_file(file)
+    """Reads the keys of a file and of the environment. SourceError. ConfigError: names every wrong
+    line."""
+    keys = [] if file is None else _read_file(file)
     for variable, scope in VARIABLES.items():
-        if given := environment.get(variable):
-            if len(given) < SHORTEST:
+        if key := environment.get(variable):
+            if len(key) < SHORTEST:
                 raise ConfigError(
-                    f"{variable} has {len(given)} characters, a key has {SHORTEST} at least",
+                    f"{variable} has {len(key)} characters, a key has {SHORTEST} at least",
                     next_step='For instance: export VENEER_API_KEY="$(openssl rand -hex 32)".',
                 )
-            keys.append(ApiKey(scope, hashed(given), variable.lower()))
+            keys.append(ApiKey(scope, hashed(key), variable.lower()))
     return ApiKeys(keys)
 
 
-def _of_file(file: Path) -> list[ApiKey]:
+def _read_file(file: Path) -> list[ApiKey]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as fault:
@@ -98,13 +99,13 @@ def _of_file(file: Path) -> list[ApiKey]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        found = _LINE.fullmatch(line.strip())
-        if found is None:
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
             faults.append(f"line {number} is not `use` or `admin`, a SHA-256 and a name")
         else:
             keys.append(
                 ApiKey(
-                    "admin" if found[1] == "admin" else "use", found[2], found[3] or f"key-{number}"
+                    "admin" if match[1] == "admin" else "use", match[2], match[3] or f"key-{number}"
                 )
             )
     if len(keys) > MOST_KEYS:
@@ -121,7 +122,7 @@ def _make(file: Path) -> str:
 
 
 def new_key(file: Path, scope: Scope) -> str:
-    """A fresh key, whose hash is added to the file. It is told once and kept nowhere."""
+    """Makes a key and adds its hash to the file. The key itself is stored nowhere."""
     key = f"vn-{secrets.token_hex(32)}"
     with explained(file):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

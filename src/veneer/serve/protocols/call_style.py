@@ -28,7 +28,7 @@ _MOST_MARK = 40
 
 
 def call_style(template: ChatTemplate) -> CallStyle | None:
-    """How a template writes a call; None: in no way that is known, or not at all."""
+    """Finds out how a template writes a call; None if it writes none, or in an unknown form."""
     call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
     tool = {
         "type": "function",
@@ -45,11 +45,11 @@ def call_style(template: ChatTemplate) -> CallStyle | None:
     if _NAME not in before or not text.startswith(before):
         return None
     written = text[len(before) :]
-    return _with_json(written, template.tokenizer) or _of_elements(written, template.tokenizer)
+    return _read_json(written, template.tokenizer) or _read_elements(written, template.tokenizer)
 
 
-def _with_json(written: str, tokenizer: Any) -> CallStyle | None:
-    """written: an answer that calls the probe."""
+def _read_json(written: str, tokenizer: Any) -> CallStyle | None:
+    """Reads a style that writes JSON. written: an answer that calls the probe."""
     brace = written.find("{")
     bracket = written.rfind("[", 0, max(brace, 0))
     listed = bracket >= 0 and not written[bracket + 1 : brace].strip()
@@ -60,39 +60,38 @@ def _with_json(written: str, tokenizer: Any) -> CallStyle | None:
         value, length = json.JSONDecoder().raw_decode(written[start:])
     except (json.JSONDecodeError, RecursionError):
         return None
-    opens, closes = written[:start].strip(), _seen(written[start + length :], tokenizer)
+    opens, closes = written[:start].strip(), _shown_part(written[start + length :], tokenizer)
     if value == _ARGUMENTS:
-        return _named(opens, closes, tokenizer)
-    one = value[0] if listed and isinstance(value, list) and value else value
-    if not isinstance(one, dict) or len(opens) > _MOST_MARK:
+        return _read_named(opens, closes, tokenizer)
+    call = value[0] if listed and isinstance(value, list) and value else value
+    if not isinstance(call, dict) or len(opens) > _MOST_MARK:
         return None
-    name = next((key for key, each in one.items() if each == _NAME), None)
-    given = next(
-        (key for key, each in one.items() if each in (_ARGUMENTS, compact(_ARGUMENTS))), None
-    )
-    if name is None or given is None:
+    name = next((key for key, inner in call.items() if inner == _NAME), None)
+    forms = (_ARGUMENTS, compact(_ARGUMENTS))
+    arguments = next((key for key, inner in call.items() if inner in forms), None)
+    if name is None or arguments is None:
         return None
-    special = _special(opens, tokenizer)
+    special = _special_tokens(opens, tokenizer)
     if listed:
-        return ListedCalls(opens, "", special, name, given) if opens else None
+        return ListedCalls(opens, "", special, name, arguments) if opens else None
     return (
-        ObjectCalls(opens, closes, special, name, given)
+        ObjectCalls(opens, closes, special, name, arguments)
         if opens
-        else BareCall("", "", (), name, given)
+        else BareCall("", "", (), name, arguments)
     )
 
 
-def _of_elements(written: str, tokenizer: Any) -> CallStyle | None:
-    """The name, keys and values of the probe, one after another; what stands between them are the
-    marks."""
+def _read_elements(written: str, tokenizer: Any) -> CallStyle | None:
+    """Reads a style of elements: the marks are what stands between the probe's name, keys and
+    values."""
     between, rest = [], written
     for part in (_NAME, *(text for pair in _ARGUMENTS.items() for text in pair)):
-        mark, found, rest = rest.partition(part)
-        if not found:
+        mark, separator, rest = rest.partition(part)
+        if not separator:
             return None
         between.append(mark)
     opens, behind_name, key_ends, behind_value, other_key_ends = between
-    behind_last = _seen(rest, tokenizer)
+    behind_last = _shown_part(rest, tokenizer)
     alike = sum(
         1
         for _ in takewhile(
@@ -108,35 +107,37 @@ def _of_elements(written: str, tokenizer: Any) -> CallStyle | None:
     if key_ends != other_key_ends or not all(marks) or max(map(len, (*between, tail))) > _MOST_MARK:
         return None
     name_ends = behind_name.removesuffix(key_opens)
-    special = _special("".join(between), tokenizer)
+    special = _special_tokens("".join(between), tokenizer)
     return ElementCalls(
         opens.lstrip(), closes, special, name_ends, key_opens, key_ends, value_ends, tail + line
     )
 
 
-def _named(opens: str, closes: str, tokenizer: Any) -> CallStyle | None:
-    """opens: all before the arguments: a mark, the name, perhaps an id, a mark."""
+def _read_named(opens: str, closes: str, tokenizer: Any) -> CallStyle | None:
+    """Reads a style with the name in front of the arguments.
+
+    opens: all before the arguments: a mark, the name, perhaps an id, a mark.
+    """
     opens, _, rest = opens.partition(_NAME)
-    id_mark, found, between = rest.partition(_ID)
-    if not found:
+    id_mark, separator, between = rest.partition(_ID)
+    if not separator:
         id_mark, between = "", rest
     marks = [opens.strip(), id_mark.strip(), between.strip()]
     if not marks[0] or not marks[2] or max(map(len, marks)) > _MOST_MARK or _ID in between:
         return None
-    special = _special("".join(marks), tokenizer)
+    special = _special_tokens("".join(marks), tokenizer)
     return NamedCalls(marks[0], closes, special, id_mark=marks[1], between=marks[2])
 
 
-def _special(marks: str, tokenizer: Any) -> tuple[tuple[str, int], ...]:
-    """Special tokens in them: text of an answer has none."""
+def _special_tokens(marks: str, tokenizer: Any) -> tuple[tuple[str, int], ...]:
+    """Returns the special tokens among the marks, which the text of an answer does not show."""
     ids = tokenizer(marks, add_special_tokens=False).input_ids
     special = sorted(set(ids) & set(tokenizer.all_special_ids))
     return tuple((str(tokenizer.convert_ids_to_tokens(token)), token) for token in special)
 
 
-def _seen(tail: str, tokenizer: Any) -> str:
-    """Of what follows a call that which answers show: up to the first special token, which ends the
-    turn."""
+def _shown_part(tail: str, tokenizer: Any) -> str:
+    """Returns the text behind a call up to the first special token, which ends the turn."""
     ids = tokenizer(tail, add_special_tokens=False).input_ids
     first = next(
         (place for place, token in enumerate(ids) if token in tokenizer.all_special_ids), len(ids)

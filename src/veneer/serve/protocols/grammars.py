@@ -1,8 +1,7 @@
-"""From the shape that a request asks for to what allows each of its tokens
-(decoding/sampling/grammar.py).
+"""Compiles the shape of an answer into a grammar (decoding/sampling/grammar.py).
 
-The base's vocabulary is read for the first shape that is asked for, a second or more, and shapes
-are compiled on the thread that asks: never on the one that decodes.
+The first shape reads the base's vocabulary, which takes a second or more. Shapes are compiled on
+the calling thread, never on the one that decodes.
 """
 
 from __future__ import annotations
@@ -18,18 +17,21 @@ from veneer.serve.refusals import Refusal
 
 
 class ShapeGrammars:
-    """made: what reads the vocabulary. style: how the base's template writes calls of tools."""
+    """Compiles shapes, each when it is called for.
 
-    def __init__(self, made: Callable[[], Grammars], style: CallStyle | None) -> None:
-        self._made, self._style = made, style
+    read_vocabulary: called for the first shape. style: how the base's template writes calls.
+    """
+
+    def __init__(self, read_vocabulary: Callable[[], Grammars], style: CallStyle | None) -> None:
+        self._read_vocabulary, self._style = read_vocabulary, style
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
     def __call__(self, shape: AnswerShape) -> Grammar:
-        """Refusal, ConfigError: what cannot be followed of it."""
+        """Compiles a shape. Refusal, ConfigError: it cannot be followed."""
         with self._lock:
             if self._grammars is None:
-                self._grammars = self._made()
+                self._grammars = self._read_vocabulary()
         grammars, spec = self._grammars, shape.spec
         if shape.kind == "json":
             return grammars.json()

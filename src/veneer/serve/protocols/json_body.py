@@ -1,4 +1,4 @@
-"""A request's JSON: bounded in bytes, time and depth, read strictly."""
+"""Reads a request's JSON strictly, with bounds on bytes, time and depth."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from veneer.serve.refusals import Refusal
 
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
-    """The whole body of a request that says that it is JSON. Refusal: 400, 408, 413 or 415."""
+    """Reads a body that its header declares as JSON. Refusal: 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, "The body must be JSON: send the header content-type: application/json.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "The body must not be compressed.")
-    return await gathered(request, most_bytes)
+    return await read_bytes(request, most_bytes)
 
 
-async def gathered(request: Request, most_bytes: int) -> bytes:
-    """The whole body. Refusal: 400, 408 or 413."""
-    text, seen = bytearray(), 0
+async def read_bytes(request: Request, most_bytes: int) -> bytes:
+    """Reads the whole body. Refusal: 400, 408 or 413."""
+    text, received = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                seen += len(part)
-                if seen <= most_bytes:
+                received += len(part)
+                if received <= most_bytes:
                     text += part
-                elif seen > MOST_DISCARDED:
+                elif received > MOST_DISCARDED:
                     break
     except TimeoutError:
         raise Refusal(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
     except ClientDisconnect:
         raise Refusal(400, "The body was cut short.") from None
-    if seen > most_bytes:
+    if received > most_bytes:
         raise Refusal(
             413, f"The body is larger than {most_bytes:,} bytes.", headers={"connection": "close"}
         )
@@ -48,7 +48,8 @@ async def gathered(request: Request, most_bytes: int) -> bytes:
 
 
 def parsed(text: bytes) -> dict[str, Any]:
-    """Stricter than json.loads: no key twice, no NaN or infinity, bounded depth. Refusal: 400."""
+    """Parses JSON more strictly than json.loads: no duplicate keys, NaN, infinity or deep nesting.
+    Refusal: 400."""
     try:
         decoded = text.decode("utf-8")
         if text_too_deep(decoded):

@@ -1,8 +1,8 @@
-"""What clients of several replicas reach: it reads a request, chooses by its model, and passes on
-what a replica sends.
+"""The front end of several replicas: it reads a request, chooses a replica by its model, and
+forwards the replica's response.
 
-A replica that is lost before it has sent anything is asked no more: another one answers. Where
-pieces of an answer are out already, the answer ends with an error, for its client to ask again.
+If a replica is lost before it has sent anything, another one answers. If part of the response is
+sent already, the response ends with an error, and the client must ask again.
 """
 
 from __future__ import annotations
@@ -23,55 +23,55 @@ from veneer.errors import LostProcessError, QueueFullError
 from veneer.serve.engine.metrics import answers_lines, merged
 from veneer.serve.engine.service import ServeLimits
 from veneer.serve.http.app import PATHS
+from veneer.serve.http.connection import Server
 from veneer.serve.http.exchange import ClientGone, unless_gone
 from veneer.serve.http.guard import error_response
 from veneer.serve.http.keys import ApiKeys
 from veneer.serve.limits import LARGE_BODY
-from veneer.serve.protocols.json_body import gathered
+from veneer.serve.protocols.json_body import read_bytes
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
 from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, model_of
-from veneer.serve.run import Server
 from veneer.serve.start import ServeSettings, guarded
 
 log = logging.getLogger("veneer.serve")
-CHANGING = (
+ADMIN_PATHS = (
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/v1/adapters/pin",
     "/v1/adapters/unpin",
 )
-"""What an administrator asks of all replicas, those that are yet to come too."""
+"""Requests that change all replicas, and those that start later."""
 PATIENCE_SECONDS = 30.0
-"""Beyond the time that a request has at a replica: for one to be there."""
+"""Time to wait for a free replica, in addition to the request's own time."""
 ATTEMPTS = 3
-"""Replicas that a request may be lost with before it is answered."""
+"""Replicas that are tried before the request fails."""
 
 
 class Replicas(Protocol):
-    """How replicas are asked. LostProcessError: the one that was asked is gone. QueueFullError: too
-    many wait."""
+    """Sends requests to replicas. LostProcessError: the replica is gone. QueueFullError: too many
+    requests wait."""
 
     def answer(
         self, request: ForwardedRequest, model: str, changes: Sequence[AdminChange]
     ) -> AsyncIterator[Message]:
-        """Of one that has this model in memory, or else of the one with the least to do."""
+        """Answers by a replica that has the model in memory, or by the least busy one."""
         ...
 
     async def adopt(self, changes: Sequence[AdminChange]) -> None:
-        """All of them, now."""
+        """Makes all replicas adopt the changes now."""
         ...
 
     async def metrics(self) -> dict[str, str]:
-        """Of each, by its name."""
+        """Returns the metrics of each replica, by its name."""
         ...
 
     async def shown(self) -> dict[str, list[dict[str, Any]]]:
-        """What /v1/adapters lists at each, by its name."""
+        """Returns what /v1/adapters lists at each replica, by its name."""
         ...
 
 
 class Frontend:
-    """An ASGI application, behind Guard. seconds: that a request has at a replica."""
+    """An ASGI application, behind Guard. seconds: a request's time at a replica."""
 
     def __init__(self, replicas: Replicas, *, body_bytes: int, seconds: float) -> None:
         self._replicas, self._body_bytes, self._seconds = (
@@ -96,12 +96,12 @@ class Frontend:
             return
         request, out = Request(scope, receive), _ClientResponse(send)
         try:
-            own = await self._own(request)
-            if own is not None:
-                await own(scope, receive, send)
+            response = await self._answer_here(request)
+            if response is not None:
+                await response(scope, receive, send)
             else:
-                passed = await self._passed(request)
-                await unless_gone(receive, self._pass_on(passed, out))
+                forwarded = await self._read(request)
+                await unless_gone(receive, self._forward(forwarded, out))
         except ClientGone:
             return
         except (
@@ -118,8 +118,8 @@ class Frontend:
             else:
                 raise  # the connection ends, and with it an answer that is not whole
 
-    async def _own(self, request: Request) -> Response | None:
-        """What the front answers itself; None: a replica does."""
+    async def _answer_here(self, request: Request) -> Response | None:
+        """Answers what needs no replica; None if the request needs one."""
         match request.url.path:
             case "/healthz":
                 return PlainTextResponse("ok\n")
@@ -144,11 +144,11 @@ class Frontend:
                 return JSONResponse({"object": "list", "data": cards})
         return None
 
-    async def _passed(self, request: Request) -> ForwardedRequest:
-        """Refusal: it is shutting down, or the body did not come."""
+    async def _read(self, request: Request) -> ForwardedRequest:
+        """Reads the request. Refusal: the server is shutting down, or the body did not arrive."""
         if self._closing:
             raise shutting_down()
-        body = await gathered(request, self._body_bytes)
+        body = await read_bytes(request, self._body_bytes)
         scope, state = request.scope, request.scope["state"]
         return ForwardedRequest(
             request.method,
@@ -160,7 +160,7 @@ class Frontend:
             state["request_id"],
         )
 
-    async def _pass_on(self, request: ForwardedRequest, out: _ClientResponse) -> None:
+    async def _forward(self, request: ForwardedRequest, out: _ClientResponse) -> None:
         large = len(request.body) > LARGE_BODY  # others are answered meanwhile
         model = await asyncio.to_thread(model_of, request.body) if large else model_of(request.body)
         for left in reversed(range(ATTEMPTS)):
@@ -169,9 +169,7 @@ class Frontend:
                     async for message in self._replicas.answer(
                         request, model, tuple(self._changes)
                     ):
-                        until.reschedule(
-                            None
-                        )  # from here on it is the replica that says how long it takes
+                        until.reschedule(None)  # from here on the replica watches the time
                         await out(message)
                 break
             except TimeoutError:
@@ -180,13 +178,13 @@ class Frontend:
                 if out.status or not left:
                     raise
                 log.warning("a replica is gone: another one is asked %s", request.request_id)
-        if out.status == 200 and request.path in CHANGING:
+        if out.status == 200 and request.path in ADMIN_PATHS:
             self._changes = changed(self._changes, request)
             await self._replicas.adopt(tuple(self._changes))
 
 
 class _ClientResponse:
-    """What goes to a client. status: 0 before it has begun."""
+    """Sends the response, and remembers its status (0 before it has begun)."""
 
     def __init__(self, send: Send) -> None:
         self.status, self.streams, self._send = 0, False, send
@@ -209,12 +207,11 @@ def open_front(
 
 
 def changed(changes: Sequence[AdminChange], request: ForwardedRequest) -> list[AdminChange]:
-    """With a further one, without those that it makes pointless: earlier ones of the same name and
-    kind."""
+    """Adds a change, and drops earlier ones of the same name and kind."""
     kind, name = _subject(request)
     number = changes[-1].number + 1 if changes else 1
     return [
-        *(each for each in changes if _subject(each.request) != (kind, name)),
+        *(change for change in changes if _subject(change.request) != (kind, name)),
         AdminChange(number, request),
     ]
 

@@ -19,15 +19,17 @@ from veneer.errors import DoesNotFitError, LostProcessError, QueueFullError, Ven
 from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, Replica, ReplicaConfig
 
 MODELS_KNOWN = 256
-"""Names of models that a replica is remembered for: the least recently asked for go."""
+"""Most models that a replica is remembered for, the last used ones."""
 ADOPT_SECONDS = 60.0
 QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 @dataclass(frozen=True)
 class ReplicaSize:
-    """replicas, most: how many there are at least, and at most while requests wait. cpus: of each;
-    None: shared out."""
+    """How many replicas to start, and how many at most while requests wait.
+
+    cpus: of each replica; None: the cluster's are divided among them.
+    """
 
     replicas: int
     most: int
@@ -35,10 +37,10 @@ class ReplicaSize:
 
 
 class RayReplicas:
-    """address: of the cluster; None: one that is started here. Returns when all replicas have
-    loaded their base.
+    """Starts replicas and returns once all have loaded their base. address: of the cluster; None
+    starts one here.
 
-    DoesNotFitError: the cluster has not so many processors. VeneerError: a replica could not start.
+    DoesNotFitError: the cluster has too few processors. VeneerError: a replica could not start.
     """
 
     def __init__(self, address: str | None, served: ReplicaConfig, size: ReplicaSize) -> None:
@@ -87,11 +89,11 @@ class RayReplicas:
             int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]
         ]
         cpus = size.cpus or max(1, min(max(nodes), sum(nodes) // size.most))
-        if (room := sum(each // cpus for each in nodes)) < size.replicas:
+        if (room := sum(count // cpus for count in nodes)) < size.replicas:
             raise DoesNotFitError(
                 f"{size.replicas} replicas need {cpus} processors each, and there is room for"
                 f" {room}",
-                [f"a node has {each}" for each in nodes],
+                [f"a node has {count}" for count in nodes],
                 "Add nodes, or give fewer --replicas or --cpus.",
             )
         return cpus
@@ -112,7 +114,7 @@ class RayReplicas:
                 yield message
         except Exception as fault:
             ended = True
-            raise self._told(fault) from None
+            raise self._translate(fault) from None
         finally:
             if not ended:  # the client has gone
                 response.cancel()
@@ -124,18 +126,19 @@ class RayReplicas:
             await self._handle.broadcast("adopt", changes).results_async(timeout_s=ADOPT_SECONDS)
 
     async def metrics(self) -> dict[str, str]:
-        return dict(await self._asked("metrics"))
+        return dict(await self._broadcast("metrics"))
 
     async def shown(self) -> dict[str, list[dict[str, Any]]]:
-        return dict(await self._asked("shown"))
+        return dict(await self._broadcast("shown"))
 
-    async def _asked(self, method: str) -> list[Any]:
+    async def _broadcast(self, method: str) -> list[Any]:
         try:
             return list(await self._handle.broadcast(method).results_async(timeout_s=ADOPT_SECONDS))
         except Exception as fault:
-            raise self._told(fault) from None
+            raise self._translate(fault) from None
 
-    def _told(self, fault: Exception) -> Exception:
+    def _translate(self, fault: Exception) -> Exception:
+        """Turns Ray's errors into ours."""
         from ray.serve.exceptions import (
             BackPressureError,
             DeploymentUnavailableError,
@@ -156,15 +159,14 @@ class RayReplicas:
         return fault
 
     def close(self) -> None:
-        """Replicas end once what is open is answered, and with them a cluster that was started
-        here."""
+        """Ends the replicas once open requests are answered, and a cluster started here."""
         with suppress(Exception):
             self._serve.delete(self._name)
         self._ray.shutdown()
 
 
 class _RayReplica(Replica):
-    """As Ray Serve makes it: on a node."""
+    """A replica that Ray Serve makes on a node."""
 
     def __init__(self, served: ReplicaConfig) -> None:
         from ray import serve

@@ -36,7 +36,7 @@ log = logging.getLogger("veneer.serve")
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """What every replica loads. library: a folder that each node sees."""
+    """What every replica loads. library: a folder that all nodes share."""
 
     base: str
     library: str
@@ -48,7 +48,7 @@ class ReplicaConfig:
 
 @dataclass(frozen=True)
 class ForwardedRequest:
-    """A request on its way from the front. caller: who asks; None: nobody was asked for a key."""
+    """A request that the front end sends to a replica. caller: None if no key is required."""
 
     method: str
     path: str
@@ -61,15 +61,17 @@ class ForwardedRequest:
 
 @dataclass(frozen=True)
 class AdminChange:
-    """An administrator's request that was granted, by its number."""
+    """An administrator's request that succeeded. Numbers count up."""
 
     number: int
     request: ForwardedRequest
 
 
 class Replica:
-    """model_known: told the name of the model of each request, so that the next one for it comes
-    here."""
+    """Serves one base in a process of Ray Serve's.
+
+    model_known: called with each request's model, so that the next request for it comes here.
+    """
 
     def __init__(self, served: ReplicaConfig, name: str, model_known: Any) -> None:
         base = load_base(
@@ -86,7 +88,7 @@ class Replica:
     async def answer(
         self, request: ForwardedRequest, model: str, changes: Sequence[AdminChange]
     ) -> AsyncIterator[Message]:
-        """What the routes send, as ASGI says it."""
+        """Yields the response as ASGI messages."""
         await self.adopt(changes)
         if model:
             await self._model_known(model)
@@ -94,7 +96,7 @@ class Replica:
             yield message
 
     async def adopt(self, changes: Sequence[AdminChange]) -> None:
-        """Makes the changes that are new to it."""
+        """Makes the changes that this replica has not made yet."""
         if not self._began:
             self._began = True
             self._service.loop.start()
@@ -111,13 +113,13 @@ class Replica:
                     self._changed = change.number
 
     async def metrics(self) -> tuple[str, str]:
-        """(name of the replica, its metrics)."""
+        """Returns the replica's name and its metrics."""
         await self.adopt(())
         return self.name, await self._service.metrics_text()
 
     async def shown(self) -> tuple[str, list[dict[str, Any]]]:
-        """(name of the replica, what /v1/adapters lists)."""
-        return self.name, [card_of(each) for each in self._service.residents.shown()]
+        """Returns the replica's name and what /v1/adapters lists."""
+        return self.name, [card_of(adapter) for adapter in self._service.residents.shown()]
 
     async def _answer(self, request: ForwardedRequest) -> AsyncIterator[Message]:
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
@@ -165,20 +167,15 @@ def _scope(request: ForwardedRequest) -> dict[str, Any]:
 
 
 def model_of(body: bytes) -> str:
-    """The name that affinity goes by: of the adapter, or of those that are asked for together;
-    empty: none.
-
-    What the body is worth is the replica's to say.
-    """
+    """Returns the name that chooses the replica: of the adapter, or of several together; empty if
+    there is none. The replica validates the body."""
     try:
-        asked = parsed(body)
+        fields = parsed(body)
     except Refusal:
         return ""
-    parts = asked.get("adapters")
-    names = (
-        [each.get("name") for each in parts if isinstance(each, dict)]
-        if isinstance(parts, list)
-        else []
-    )
-    found = "+".join(each for each in names if isinstance(each, str)) or asked.get("model")
-    return found[:400] if isinstance(found, str) else ""
+    adapters = fields.get("adapters")
+    if not isinstance(adapters, list):
+        adapters = []
+    names = [adapter.get("name") for adapter in adapters if isinstance(adapter, dict)]
+    model = "+".join(name for name in names if isinstance(name, str)) or fields.get("model")
+    return model[:400] if isinstance(model, str) else ""
