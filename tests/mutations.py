@@ -227,6 +227,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "serve/test_answers.py",
         "serve/test_server.py",
     ),
+    "serve/protocols/response_output.py": ("serve/test_answers.py", "serve/test_server.py"),
     "serve/protocols/completions.py": ("serve/test_fields.py", "serve/test_server.py"),
     "serve/protocols/shapes.py": ("serve/test_fields.py",),
     "serve/protocols/tools.py": ("serve/test_tools.py",),

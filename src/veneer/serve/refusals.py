@@ -54,6 +54,8 @@ RETRY_SECONDS = 1
 """Seconds until a client should retry after 429 and 503."""
 _RETRIED = (429, 503)
 _MESSAGE_CHARACTERS = 4000
+MOST_SHOWN = 40
+"""Characters of a value that an error shows."""
 _PATH = re.compile(
     r"""
       # in quotes, where blanks may stand in names
@@ -185,3 +187,19 @@ def unknown_model(name: str, next_step: str = "") -> Refusal:
 def unknown_adapter(fault: ConfigError, param: str = "lora_path") -> Refusal:
     said = without_folders(f"{fault.headline}. {fault.next_step}".strip())
     return Refusal(404, said, param, "adapter_not_found")
+
+
+def brief(value: Any, *, quoted: bool = True) -> str:
+    """Shortens a value for an error: printable, on one line."""
+    text = value if isinstance(value, str) else as_json(value)
+    text = text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
+    clean = "".join(c if c.isprintable() else "·" for c in text)
+    return repr(clean) if quoted and isinstance(value, str) else clean
+
+
+def as_json(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -6,12 +6,12 @@ next request finds it, and may give it a further name; unloading takes the name 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from veneer.bounds import TOKEN
 from veneer.library.residents.resident import ResidentStatus
 from veneer.serve.limits import MOST_NAME
-from veneer.serve.protocols.body import NO_EFFECT, Body, Length, Num
+from veneer.serve.protocols.body import NO_EFFECT, Body, Length, Num, OnlyFalse
 from veneer.serve.refusals import without_folders
 
 AdapterName = Annotated[str, Length(1, MOST_NAME)]
@@ -26,7 +26,7 @@ class LoadBody(Body):
     """the adapter in the library: NAME, NAME@2, NAME@TAG"""
     load_inplace: bool = False
     """the name may belong to another adapter; answers that have begun keep theirs"""
-    is_3d_lora_weight: Annotated[Literal[False], NO_EFFECT] = False
+    is_3d_lora_weight: OnlyFalse = False
     """its file says so itself"""
     base_model_name: Annotated[AdapterName, NO_EFFECT] = ""
     """its file says so itself"""

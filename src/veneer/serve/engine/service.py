@@ -1,5 +1,5 @@
-"""What all routes share: one base, its model names, the engine's thread, and how a request becomes
-answers."""
+"""The service behind all routes: one base, its model names, the engine's thread, and how a request
+becomes answers."""
 
 from __future__ import annotations
 

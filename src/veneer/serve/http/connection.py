@@ -47,8 +47,8 @@ cancelled, such as those whose body has not arrived."""
 
 
 class AwaitedInput(Enum):
-    """What the server waits for: the next request, the rest of its header or body, or that the
-    client reads the last answer."""
+    """The input that the server waits for: the next request, the rest of its header or body, or
+    that the client reads the last answer."""
 
     REQUEST = auto()
     HEADER = auto()

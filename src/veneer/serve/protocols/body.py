@@ -44,9 +44,8 @@ from pydantic_core import (
 
 from veneer.bounds import Number
 from veneer.serve.limits import MOST_FAULTS
-from veneer.serve.refusals import Fault, refuse
+from veneer.serve.refusals import MOST_SHOWN, Fault, as_json, brief, refuse
 
-_SHOWN = 40
 Location = tuple[int | str, ...]
 """The path of a fault in the body, such as ("messages", 0, "role")."""
 
@@ -252,7 +251,7 @@ class _NoEffect:
 
         def check(value: Any) -> Any:
             if not any(type(value) is type(known) and value == known for known in values):
-                raise invalid([((), f"{brief(value)} is not {' or '.join(map(_json, values))}")])
+                raise invalid([((), f"{brief(value)} is not {' or '.join(map(as_json, values))}")])
             return value
 
         return core_schema.no_info_before_validator_function(check, schema)
@@ -276,9 +275,18 @@ class _NotSupported:
 BY_TYPE = _ByType()
 NO_EFFECT = _NoEffect()
 NotSupported = Annotated[Any, _NotSupported()]
+OnlyFalse = Annotated[Literal[False], NO_EFFECT]
+OnlyTrue = Annotated[Literal[True], NO_EFFECT]
+EmptyList = Annotated[list[Any], Length(0, 0), NO_EFFECT]
 Object = dict[str, Any]
 """An object of any content; the size of the body bounds it."""
 _EXPLAINED = {_NoEffect, _NotSupported}
+_TYPE_ERRORS = {
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+}
 _TYPE_WORDS = {
     "str": "text",
     "dict": "an object",
@@ -302,24 +310,8 @@ def invalid(faults: Iterable[tuple[Location, str]]) -> ValidationError:
     )
 
 
-def brief(value: Any, *, quoted: bool = True) -> str:
-    """Shortens a value for an error: printable, on one line."""
-    text = value if isinstance(value, str) else _json(value)
-    text = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-    clean = "".join(c if c.isprintable() else "·" for c in text)
-    return repr(clean) if quoted and isinstance(value, str) else clean
-
-
-def _json(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if value is None or isinstance(value, bool):
-        return {True: "true", False: "false", None: "null"}[value]
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
 def _unknown_field(name: str, fields: Iterable[str]) -> tuple[Location, str]:
-    near = difflib.get_close_matches(name, fields, n=1) if len(name) <= _SHOWN else []
+    near = difflib.get_close_matches(name, fields, n=1) if len(name) <= MOST_SHOWN else []
     hint = f" Did you mean {near[0]}?" if near else ""
     return (brief(name, quoted=False),), f"is not a field of this request.{hint}"
 
@@ -351,28 +343,22 @@ def _faults(error: ValidationError) -> list[tuple[Location, str]]:
 
 def _said(detail: ErrorDetails) -> str:
     value, context = detail["input"], detail.get("ctx", {})
-    match detail["type"]:
+    kind = detail["type"]
+    if kind in _TYPE_ERRORS:
+        return f"{brief(value)} is not {_TYPE_ERRORS[kind]}"
+    match kind:
         case "fault":
             return detail["msg"]
-        case "missing":
-            return "is missing"
-        case "string_type":
-            return f"{brief(value)} is not text"
         case "string_too_short":
             return f"it has {len(value):,} characters: at least {context['min_length']:,}"
         case "string_too_long":
             return f"it has {len(value):,} characters: at most {context['max_length']:,}"
-        case "string_unicode":
-            return "it holds half a character, cut off in an escape"
-        case "bool_type":
-            return f"{brief(value)} is not true or false"
-        case "list_type":
-            return f"{brief(value)} is not a list"
-        case "dict_type":
-            return f"{brief(value)} is not an object"
         case "literal_error":
             return f"{brief(value)} is not {context['expected']}"
-    raise AssertionError(detail["type"])
+    return {
+        "missing": "is missing",
+        "string_unicode": "it holds half a character, cut off in an escape",
+    }[kind]
 
 
 def _path(place: Location) -> str:

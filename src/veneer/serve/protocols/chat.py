@@ -24,7 +24,7 @@ from veneer.serve.protocols.answers import (
     Usage,
     finish_reason,
 )
-from veneer.serve.protocols.body import NO_EFFECT, Length, NotSupported, Num
+from veneer.serve.protocols.body import NO_EFFECT, Length, NotSupported, Num, OnlyFalse, OnlyTrue
 from veneer.serve.protocols.chunks import ChunkStream, about, usage_of
 from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
@@ -51,9 +51,9 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
     """functions that the model may call"""
     tool_choice: ToolChoice | None = None
     """whether it calls them"""
-    parallel_tool_calls: Annotated[Literal[True], NO_EFFECT] = True
+    parallel_tool_calls: OnlyTrue = True
     """an answer may hold several calls"""
-    store: Annotated[Literal[False], NO_EFFECT] = False
+    store: OnlyFalse = False
     """nothing is stored here"""
     modalities: Annotated[list[Literal["text"]], Length(1, 1), NO_EFFECT] = Field(
         default_factory=list
@@ -63,13 +63,13 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
     """the template decides"""
     verbosity: Annotated[Literal["medium"], NO_EFFECT] = "medium"
     """ask in words"""
-    echo: Annotated[Literal[False], NO_EFFECT] = False
+    echo: OnlyFalse = False
     """the prompt is not repeated"""
-    add_generation_prompt: Annotated[Literal[True], NO_EFFECT] = True
+    add_generation_prompt: OnlyTrue = True
     """a new answer begins"""
-    continue_final_message: Annotated[Literal[False], NO_EFFECT] = False
+    continue_final_message: OnlyFalse = False
     """a new answer begins"""
-    add_special_tokens: Annotated[Literal[False], NO_EFFECT] = False
+    add_special_tokens: OnlyFalse = False
     """the template writes them"""
     prompt: NotSupported = None
     """use messages, or /v1/completions"""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 from veneer.bounds import CHOICES, LOGPROBS
 from veneer.decoding.sampling.sampling import Sampling
@@ -23,7 +23,7 @@ from veneer.serve.protocols.answers import (
     Usage,
     finish_reason,
 )
-from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Length, NotSupported, Num
+from veneer.serve.protocols.body import BY_TYPE, Length, NotSupported, Num, OnlyFalse, OnlyTrue
 from veneer.serve.protocols.chunks import ChunkStream, about, usage_of
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens, TokenId
@@ -51,9 +51,9 @@ class CompletionBody(ShapedBody, ChoicesBody):
     """return each token's log probability, and that of this many of the likeliest tokens"""
     best_of: Annotated[int, Num(CHOICES)] | None = None
     """as n, or left out"""
-    echo: Annotated[Literal[False], NO_EFFECT] = False
+    echo: OnlyFalse = False
     """prompts have no logprobs here; join prompt and answer yourself"""
-    add_special_tokens: Annotated[Literal[True], NO_EFFECT] = True
+    add_special_tokens: OnlyTrue = True
     """as the tokenizer does by itself"""
     messages: NotSupported = None
     """use prompt, or /v1/chat/completions"""

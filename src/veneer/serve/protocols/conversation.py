@@ -15,7 +15,16 @@ from veneer.adapters.preamble import variable_faults
 from veneer.data.examples import RowFault
 from veneer.data.files.formats import to_conversation
 from veneer.serve.limits import MOST_CALLS, MOST_MESSAGES, MOST_NAME, MOST_PARTS, MOST_TEXT
-from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, NotSupported, Object
+from veneer.serve.protocols.body import (
+    BY_TYPE,
+    NO_EFFECT,
+    Body,
+    EmptyList,
+    Length,
+    Like,
+    NotSupported,
+    Object,
+)
 from veneer.serve.protocols.tools import SentCall, ShortName
 from veneer.serve.refusals import Fault, refuse
 
@@ -55,7 +64,7 @@ class AssistantMessage(_Message):
     )
     reasoning_content: Text = ""
     refusal: Annotated[Text, NO_EFFECT] = ""
-    annotations: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
+    annotations: EmptyList = Field(default_factory=list)
     audio: NotSupported = None
     """text alone is read"""
     function_call: NotSupported = None
@@ -85,7 +94,7 @@ class TemplateVariables(Body):
             yield Fault("chat_template_kwargs", fault)
 
 
-_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 def conversation(
@@ -95,18 +104,18 @@ def conversation(
     called: dict[str, str] = {}
     prepared = []
     for number, message in enumerate(messages):
-        own = {name: message[name] for name in _KEPT if message.get(name) is not None}
-        if own["role"] == "developer":
-            own["role"] = "system"
-        for call in own.get("tool_calls", ()):
+        turn = {name: message[name] for name in _FIELDS if message.get(name) is not None}
+        if turn["role"] == "developer":
+            turn["role"] = "system"
+        for call in turn.get("tool_calls", ()):
             called[call["id"]] = call["function"]["name"]
-        if own["role"] == "tool":
-            if own["tool_call_id"] not in called:
+        if turn["role"] == "tool":
+            if turn["tool_call_id"] not in called:
                 raise refuse(
                     [Fault(f"messages[{number}].tool_call_id", "answers no tool call before it")]
                 )
-            own.setdefault("name", called[own["tool_call_id"]])
-        prepared.append(own)
+            turn.setdefault("name", called[turn["tool_call_id"]])
+        prepared.append(turn)
     try:
         return to_conversation(prepared, tools)
     except RowFault as fault:

@@ -24,7 +24,17 @@ from veneer.serve.protocols.answers import (
     Usage,
     event,
 )
-from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, NotSupported, Object
+from veneer.serve.protocols.body import (
+    BY_TYPE,
+    NO_EFFECT,
+    Body,
+    EmptyList,
+    Length,
+    Like,
+    NotSupported,
+    Object,
+    OnlyFalse,
+)
 from veneer.serve.protocols.conversation import Id, Text, conversation, joined_text
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.protocols.sampling_body import ModelName, NewTokens, SamplingBody, Stops, Unused
@@ -40,7 +50,7 @@ class _Cached(Body):
 class _TextBlock(_Cached):
     type: Literal["text"]
     text: Text
-    citations: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
+    citations: EmptyList = Field(default_factory=list)
 
 
 _TextBlocks = Annotated[
@@ -98,7 +108,7 @@ class _NoChoice(Body):
 
 class _FreeChoice(Body):
     type: Literal["auto", "any"]
-    disable_parallel_tool_use: Annotated[Literal[False], NO_EFFECT] = False
+    disable_parallel_tool_use: OnlyFalse = False
     """an answer may hold several calls"""
 
 
@@ -243,7 +253,7 @@ def response_body(
 
 
 class MessageStream:
-    """Anthropic's events: the message, a block for text and for each call, how it ended."""
+    """Writes Anthropic's events: the message, a block for text and for each call, the end."""
 
     def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
         self._head = head
@@ -304,7 +314,7 @@ def _about(head: ResponseHead) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
-    """What was found is not counted as input."""
+    """Counts tokens; cached tokens of the prompt are not input."""
     return {
         "input_tokens": usage.prompt - usage.cached,
         "cache_read_input_tokens": usage.cached,

@@ -32,7 +32,7 @@ Prompt = ChatPrompt | TextPrompt
 
 @dataclass(frozen=True)
 class AnswerShape:
-    """What an answer's text must follow, such as a JSON schema or one of some texts.
+    """A form that an answer's text must have, such as a JSON schema or one of some texts.
 
     kind: json (any object), schema, regex, choice, grammar, tool (a call of one of the tools).
     spec: the schema, expression, texts or tools. param: the field that requires the shape. most:

@@ -32,7 +32,17 @@ from veneer.serve.limits import (
     MOST_STOP_TOKENS,
     MOST_STOPS,
 )
-from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, NotSupported, Num
+from veneer.serve.protocols.body import (
+    BY_TYPE,
+    NO_EFFECT,
+    Body,
+    EmptyList,
+    Length,
+    NotSupported,
+    Num,
+    OnlyFalse,
+    OnlyTrue,
+)
 from veneer.serve.protocols.request import GenerationRequest, Prompt
 from veneer.serve.refusals import Fault
 
@@ -82,21 +92,21 @@ class SamplingBody(Body):
         default_factory=list
     )
     """adapters that act together, each with a weight (default 1); model must be the base"""
-    include_stop_str_in_output: Annotated[Literal[False], NO_EFFECT] = False
+    include_stop_str_in_output: OnlyFalse = False
     """a stop string is cut off"""
-    skip_special_tokens: Annotated[Literal[True], NO_EFFECT] = True
+    skip_special_tokens: OnlyTrue = True
     """special tokens are not text"""
-    spaces_between_special_tokens: Annotated[Literal[True], NO_EFFECT] = True
+    spaces_between_special_tokens: OnlyTrue = True
     """special tokens are not text"""
-    use_beam_search: Annotated[Literal[False], NO_EFFECT] = False
+    use_beam_search: OnlyFalse = False
     """tokens are sampled"""
-    detokenize: Annotated[Literal[True], NO_EFFECT] = True
+    detokenize: OnlyTrue = True
     """answers are text"""
-    return_token_ids: Annotated[Literal[False], NO_EFFECT] = False
+    return_token_ids: OnlyFalse = False
     """answers are text: see /tokenize"""
     length_penalty: Annotated[float, Num(Number(float, 1, 1)), NO_EFFECT] = 1.0
     """it belongs to beam search"""
-    bad_words: Annotated[list[Any], Length(0, 0), NO_EFFECT] = Field(default_factory=list)
+    bad_words: EmptyList = Field(default_factory=list)
     """use logit_bias"""
     priority: Annotated[int, Num(Number(int, 0, 0)), NO_EFFECT] = 0
     """requests are answered in their order"""
@@ -161,7 +171,7 @@ class OpenAIBody(SamplingBody):
 class StreamOptions(Body):
     include_usage: bool = False
     """a last chunk has the token counts"""
-    include_obfuscation: Annotated[Literal[False], NO_EFFECT] = False
+    include_obfuscation: OnlyFalse = False
     """chunks are not padded"""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
 from veneer.serve.limits import MOST_IDS, MOST_TEXT
-from veneer.serve.protocols.body import NO_EFFECT, Body, Length, NotSupported
+from veneer.serve.protocols.body import NO_EFFECT, Body, Length, NotSupported, OnlyFalse, OnlyTrue
 from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
 from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.protocols.sampling_body import ModelName, TokenId
@@ -27,9 +27,9 @@ class TokenizeBody(TemplateVariables):
     """with messages"""
     return_token_strs: bool = False
     """also return each token's text in the vocabulary"""
-    add_generation_prompt: Annotated[Literal[True], NO_EFFECT] = True
+    add_generation_prompt: OnlyTrue = True
     """a new answer begins"""
-    continue_final_message: Annotated[Literal[False], NO_EFFECT] = False
+    continue_final_message: OnlyFalse = False
     """a new answer begins"""
     add_special_tokens: Annotated[bool, NO_EFFECT] = True
     """always as for an answer"""

@@ -36,7 +36,7 @@ log = logging.getLogger("veneer.serve")
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """What every replica loads. library: a folder that all nodes share."""
+    """Configures what every replica loads. library: a folder that all nodes share."""
 
     base: str
     library: str
