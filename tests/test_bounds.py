@@ -31,7 +31,7 @@ from veneer.formats.bottleneck import BottleneckFields
 from veneer.formats.peft.config import PeftLoRA
 from veneer.formats.prefix import PeftPrefix
 from veneer.merge.combine.combine import Recipe
-from veneer.plan.ask import PlanQuestion, answer
+from veneer.plan.ask import PlanQuestion, answer_question
 from veneer.plan.planner import Choice
 from veneer.training.config import DataConfig, RunConfig
 
@@ -326,7 +326,7 @@ def test_python_arguments_have_the_same_bounds():
         lambda: base.merge("a", [1e30]),
         lambda: Recipe("svd", rank=0).check(),
         lambda: Recipe("dare", density=math.nan, seed=-1).check(),
-        lambda: answer(PlanQuestion(["llama-3.2-1b"], choice)),
+        lambda: answer_question(PlanQuestion(["llama-3.2-1b"], choice)),
     ):
         with pytest.raises(ConfigError, match="should be a"):
             call()

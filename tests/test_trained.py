@@ -17,7 +17,7 @@ from veneer.library.library import Library
 from veneer.report.notebook import NotebookScreen, screen_here
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
-from veneer.training.state.folder import resume_config, settled
+from veneer.training.state.folder import resume_config, with_absolute_paths
 
 ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(12)]
 
@@ -172,14 +172,15 @@ def test_a_run_file_names_files_so_that_they_are_found_from_any_folder(base, tmp
         "train": ["rows.jsonl", {"path": "more/*.jsonl", "name": "more"}],
         "validation": "org/name",
     }
-    found = settled(veneer.RunConfig(base="smollm2-135m", out="o", data=mixed))
+    found = with_absolute_paths(veneer.RunConfig(base="smollm2-135m", out="o", data=mixed))
     assert [(each.path, each.name) for each in found.data.train_sets] == [
         (str(tmp_path / "rows.jsonl"), "rows.jsonl"),
         (str(tmp_path / "more/*.jsonl"), "more"),
     ]
-    assert (found.base, found.data.validation) == ("smollm2-135m", "org/name") and settled(
-        found
-    ) == found
+    assert (found.base, found.data.validation) == (
+        "smollm2-135m",
+        "org/name",
+    ) and with_absolute_paths(found) == found
 
 
 def test_progress_is_told_line_by_line_where_it_cannot_be_drawn_and_not_at_all_when_quiet(

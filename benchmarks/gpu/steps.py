@@ -31,7 +31,8 @@ from veneer.plan.estimate import estimate
 from veneer.quant import nf4
 from veneer.quant.layers import HeldLinear
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop, TrainingInputs
+from veneer.training.inputs import TrainingInputs
+from veneer.training.loop import Loop
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.output.screen import QuietScreen
 

@@ -55,16 +55,16 @@ from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
-from veneer.plan.probe import fitted, planned
+from veneer.plan.probe import fit_config, forecast
 from veneer.quant.config import Quantize
 from veneer.report.notebook import Evaluation
 from veneer.report.page import write_report
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import joined, world_of
+from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config as resume_config
-from veneer.training.state.place import held
-from veneer.training.training import run_training
+from veneer.training.state.place import locked_folder
 
 
 def load(
@@ -145,7 +145,7 @@ def train_run(
                 next_step="Give all the same.",
             )
         summary = run_training(
-            asked, resume=resume, screen=screen, plan=planned, world=world, rows=rows
+            asked, resume=resume, screen=screen, plan=forecast, world=world, rows=rows
         )
         if world.leads:
             write_report(Path(asked.out))
@@ -176,7 +176,7 @@ def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]
         raise ConfigError(
             "a run that goes on from an adapter is not changed so that it fits", next_step=step
         )
-    return fitted(config, run_rows(config), memory_bytes, world_of(os.environ).size)
+    return fit_config(config, run_rows(config), memory_bytes, world_of(os.environ).size)
 
 
 def run_rows(config: RunConfig) -> DataSet:
@@ -430,7 +430,7 @@ def compare(
     if not chosen:
         raise ConfigError("nothing to compare", next_step="Name methods, or give settings.")
     first = chosen[0].config
-    with held(Path(out)):  # one comparison at a time: two would take each other's rows and runs
+    with locked_folder(Path(out)):  # one comparison at a time in a folder
         train, held_out = first.data.train, validation or first.data.validation
         if not isinstance(train, str) or not (held_out is None or isinstance(held_out, str)):
             raise ConfigError(

@@ -46,7 +46,7 @@ from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.screen import make_screen
 from veneer.training.output.talk import talking_console
 from veneer.training.state.folder import remove_run
-from veneer.training.state.place import held
+from veneer.training.state.place import locked_folder
 from veneer.wording import cut, shown, size
 
 BASE = "smollm2-135m"
@@ -89,7 +89,7 @@ def run_demo(
     Raises SourceError, with what to do, where a download fails; BusyError while another demo runs
         there.
     """
-    with held(out):
+    with locked_folder(out):
         if steps is None:
             return _demo(out, again=again, base=base, schedule={"epochs": epochs, "batch": 8})
         return _demo(

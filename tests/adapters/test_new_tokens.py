@@ -40,7 +40,7 @@ from veneer.serve.engine.token_text import TokenTexts
 from veneer.serve.protocols.request import TextPrompt
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
-from veneer.training.training import run_training
+from veneer.training.run import run_training
 
 FEW = ["<order>", "</order>"]
 """Within the padded rows of the tiny models."""

@@ -30,8 +30,8 @@ from veneer.cli.main import main
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import PackedExperts, num_parameters
 from veneer.models.load import load_base
-from veneer.plan.ask import PlanQuestion, answer
-from veneer.plan.fit import ways
+from veneer.plan.ask import PlanQuestion, answer_question
+from veneer.plan.fit import find_remedy
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.table import all_methods
 from veneer.quant.int4 import Int4
@@ -242,7 +242,7 @@ def test_an_adapter_trained_over_it_answers_is_measured_and_merged(tmp_path, mon
     assert "<call>" in str(says["new_tokens"]) and says["parent"]
     merging = ["merge", "--base", str(folder), "--adapter", str(adapter)]
     assert main([*merging, "--out", "no"]) != 0
-    assert "say --into original or --into dequantised" in capsys.readouterr().err
+    assert "give --into original or --into dequantised" in capsys.readouterr().err
     assert main([*merging, "--into", "original", "--out", "no"]) != 0
     assert "these are not the original ones" in capsys.readouterr().err
     assert main([*merging, "--into", "dequantised", "--out", "merged"]) == 0
@@ -275,7 +275,9 @@ def test_it_is_planned_by_the_bytes_that_it_is_held_in(name, tmp_path):
     assert static["weights"] == pytest.approx(num_bytes(base.model), rel=0.02 if joined else 2e-3)
     largest = max(each.shape[-1] * each.shape[-2] for each in held)
     assert static["decoded weights"] * (1 + joined) == base.dtype.itemsize * largest
-    assert ways(planner, choice, 10**6, lambda choice: 1.0) is None  # 4 bits are not offered again
+    assert (
+        find_remedy(planner, choice, 10**6, lambda choice: 1.0) is None
+    )  # 4 bits are not offered again
 
 
 def num_bytes(model):
@@ -314,8 +316,8 @@ def test_what_a_run_over_it_refuses_is_not_planned(tmp_path, monkeypatch, capsys
     for weights in folder.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(ConfigError) as caught:
-        answer(PlanQuestion([str(folder)], Choice(method=LoRA())))
-    assert "how large they are only its files say" in str(caught.value)
+        answer_question(PlanQuestion([str(folder)], Choice(method=LoRA())))
+    assert "only its files say how large they are" in str(caught.value)
 
 
 CONTRACT = [

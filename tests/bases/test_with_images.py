@@ -31,7 +31,7 @@ from veneer.merge.fold.folder import merge_into_folder
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
 from veneer.plan.counted import Step
-from veneer.plan.dry_run import whole
+from veneer.plan.dry_run import attached_facts
 from veneer.training.processes.world import ALONE
 from veneer.training.together import every_weight
 
@@ -321,7 +321,8 @@ def test_it_answers_and_is_planned_as_any_base(folder):
         )
     assert generate(base, IDS.tolist(), max_new_tokens=4) == expected[:, IDS.shape[1] :].tolist()
     lora, full = (
-        whole(Step(base.config, torch.float32, method, ())) for method in (LoRA(rank=2), Full())
+        attached_facts(Step(base.config, torch.float32, method, ()))
+        for method in (LoRA(rank=2), Full())
     )
     made = begin(base, LoRA(rank=2), name="a").attachment
     assert lora.trainable_parameters == sum(each.numel() for each in made.parameters().values())

@@ -30,7 +30,7 @@ from veneer.data.load import DataSet
 from veneer.errors import InputError
 from veneer.library.library import Library
 from veneer.training.config import RunConfig
-from veneer.training.state.place import held
+from veneer.training.state.place import locked_folder
 from veneer.wording import WordWrap
 
 RUN = ["--base", "b", "--data", "d.jsonl", "--out", "o"]
@@ -461,7 +461,7 @@ def test_without_base_and_adapter_the_message_says_what_to_give(api, capsys):
 
 def test_a_folder_without_an_adapter_names_where_it_looked(api, capsys, tmp_path):
     assert main.main(["generate", "--adapter", str(tmp_path), "hello"]) == 2
-    assert f"{tmp_path}/adapter/adapter_config.json is not there" in capsys.readouterr().err
+    assert f"{tmp_path}/adapter/adapter_config.json is missing" in capsys.readouterr().err
 
 
 def test_a_run_of_full_fine_tuning_is_a_base_not_an_adapter(api, capsys, tmp_path):
@@ -699,7 +699,7 @@ def test_a_run_that_another_process_is_in_is_refused_before_anything_is_loaded(
     api, tmp_path, capsys, resume
 ):
     out = tmp_path / "run"
-    with held(out):
+    with locked_folder(out):
         (out / "run.yaml").write_text(
             yaml.safe_dump({"base": "b", "data": "d.jsonl"}) if resume else ""
         )

@@ -19,7 +19,7 @@ from veneer.cli.main import main
 from veneer.data.bfcl import Call, parse_calls
 from veneer.errors import ConfigError, SourceError
 from veneer.files.lock import BusyError
-from veneer.training.state.place import held
+from veneer.training.state.place import locked_folder
 
 TRAINED, HELD_OUT = 12, 11
 
@@ -161,7 +161,7 @@ def test_a_second_demo_in_one_folder_is_refused_and_a_run_that_is_under_way_stay
     (folder / "summary.json").unlink()
     shutil.rmtree(folder / "checkpoints")
     for place in (out, folder):
-        with held(place), pytest.raises(BusyError):
+        with locked_folder(place), pytest.raises(BusyError):
             run()
         assert (folder / "run.yaml").is_file()
 

@@ -136,7 +136,7 @@ EARLY = {
     "a base to plan": ("plan --base lama-3.1-8b", "there is no base"),
     "rows to plan with": ("plan --base llama-3.1-8b --data {0}/x.jsonl", "no such file"),
     "a base to serve": ("serve --base ./nowhere", "there is no base"),
-    "a library to serve": ("serve --base {0} --library {0}/nowhere", "is no library"),
+    "a library to serve": ("serve --base {0} --library {0}/nowhere", "is not a library"),
     "a program's other name": (
         "export {0}/a --to gguf --out x",
         "--to gguf: did you mean llamacpp?",

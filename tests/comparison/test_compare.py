@@ -24,7 +24,7 @@ from veneer.cli.training.compare import _table
 from veneer.comparison import circumstances
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
-from veneer.comparison.jobs import Asking, CommandJob, Outcome, answer, together
+from veneer.comparison.jobs import Asking, CommandJob, Outcome, run_jobs, together
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.pace import Pace
 from veneer.comparison.page import make_page
@@ -36,7 +36,7 @@ from veneer.files.lock import BusyError
 from veneer.report.scatter import ScatterMark, scatter_chart
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
-from veneer.training.state.place import held
+from veneer.training.state.place import locked_folder
 
 
 def write_rows(file: Path, count: int, start: int = 0) -> Path:
@@ -189,7 +189,7 @@ def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(
         return JobRunner(asked, 32, circumstances.circumstances(str(base)), lambda text: None, [])
 
     def evaluated() -> dict[str, Any]:
-        return answer(worker().evaluate("the base", None), LocalExecutor(), lambda text: None)
+        return run_jobs(worker().evaluate("the base", None), LocalExecutor(), lambda text: None)
 
     first, key = evaluated(), worker()._key(candidates[0].config)
     assert evaluated() == first  # found
@@ -222,7 +222,7 @@ def test_a_second_comparison_in_one_folder_and_a_run_that_outlived_its_own_are_r
         holds, over = context.Event(), context.Event()
 
         def hold(place: Path = place, holds: Any = holds, over: Any = over) -> None:
-            with held(place):
+            with locked_folder(place):
                 holds.set()
                 over.wait(60)
 
@@ -420,7 +420,7 @@ CANDIDATE = Candidate("lora", RunConfig(base="b", data="d", out="o", learning_ra
 
 
 def searched(worker: Losses, candidate: Candidate) -> Any:
-    return answer(search(worker, candidate, 5), LocalExecutor(), lambda text: None)  # type: ignore[arg-type]
+    return run_jobs(search(worker, candidate, 5), LocalExecutor(), lambda text: None)  # type: ignore[arg-type]
 
 
 def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
@@ -432,7 +432,7 @@ def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
         "lora did best at the highest learning rate that was tried, 0.0009: one more run tries a"
         " rate beyond it (--extend 0: none)"
     ]
-    assert worker.pace.said("x") == "run 1 of 4 · x"  # it was 3
+    assert worker.pace.line("x") == "run 1 of 4 · x"  # it was 3
 
 
 def test_a_search_whose_best_rate_lies_inside_or_may_not_go_on_says_nothing() -> None:
@@ -486,7 +486,7 @@ def asked(*names: str) -> Asking[str]:
 def test_what_is_asked_together_is_answered_in_order_and_the_first_is_finished_first() -> None:
     place = Pretended()
     first = together([asked("a", "b"), asked(), asked("c")])
-    assert answer(together([first, asked("d", "e")]), place, lambda text: None) == [
+    assert run_jobs(together([first, asked("d", "e")]), place, lambda text: None) == [
         ["ab", "", "c"],
         "de",
     ]

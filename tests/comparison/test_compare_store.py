@@ -75,7 +75,7 @@ def test_what_does_not_arrive_whole_or_would_lie_elsewhere_is_refused(tmp_path: 
     (folder / "x").write_text("right")
     ((_, digest),) = store.put_folder(folder, "run").items()
     (tmp_path / "s" / "runs" / "run" / digest).write_text("wrong")
-    with pytest.raises(CorruptFileError, match="did not arrive whole"):
+    with pytest.raises(CorruptFileError, match="arrived damaged"):
         store.get_folder("run", tmp_path / "b")
     store.put_text("runs/run.json", json.dumps({"../x": digest}))
     with pytest.raises(CorruptFileError, match="leads out"):

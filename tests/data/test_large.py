@@ -33,10 +33,10 @@ from veneer.files.lock import locked
 from veneer.files.strict_tensors import read_tensors
 from veneer.models.load import load_base
 from veneer.training import config as config_module
-from veneer.training import training
+from veneer.training import prepare
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
-from veneer.training.training import run_training
+from veneer.training.run import run_training
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_the_rows_that_it_held_
 ) -> None:
     config = run_of(world, tmp_path / "run", "memory")
     with monkeypatch.context() as earlier, ended_before_step(2):
-        earlier.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)
+        earlier.setattr(prepare, "HELD_OUT_BY", BY_THRESHOLD)
         run_training(config, resume=False, screen=QuietScreen())
     states = list((tmp_path / "run" / "checkpoints").rglob("state.json"))
     for file in states:

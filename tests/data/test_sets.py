@@ -40,8 +40,8 @@ from veneer.errors import ConfigError, DataError
 from veneer.files.strict_tensors import read_tensors
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
+from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.training import run_training
 
 
 def records(count: int, word: str = "question") -> list[dict[str, Any]]:

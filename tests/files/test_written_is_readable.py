@@ -16,11 +16,11 @@ from veneer.files.strict_json import illegible, json_text, legible, parse_json
 from veneer.formats.manifest import BaseIdentity, Manifest, read_manifest, readable
 from veneer.library.records import ObjectFacts, Record, Version, read_record, write_record
 from veneer.training.config import RunConfig
-from veneer.training.loop import RunProgress, load_state
 from veneer.training.output.records import Records, read_records
 from veneer.training.state.checkpoint import save_checkpoint
 from veneer.training.state.folder import resume_config, write_run_file
 from veneer.training.state.origin import Origin
+from veneer.training.state.progress import RunProgress, load_state
 
 FEW = settings(max_examples=60, deadline=None)
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(

@@ -185,7 +185,7 @@ NAMES_THAT_ARE_NONE = [
 
 @pytest.mark.parametrize("name", NAMES_THAT_ARE_NONE)
 def test_unsafe_and_reserved_names_are_refused_before_anything_is_written(library, sources, name):
-    with pytest.raises(ConfigError, match="no name"):
+    with pytest.raises(ConfigError, match="not a valid name"):
         library.add(sources / "a", name=name)
     assert not library.folder.exists()
 
@@ -285,7 +285,7 @@ FOREIGN = {
     ),
     "nothing": (lambda f: f.mkdir(), SourceError, "no adapter at"),
     "not there": (lambda f: None, SourceError, "no adapter at"),
-    "text": (lambda f: f.write_text("hello"), SourceError, "is no adapter"),
+    "text": (lambda f: f.write_text("hello"), SourceError, "is not an adapter"),
 }
 
 
@@ -420,11 +420,11 @@ def test_a_listing_of_many_reads_one_file(library, sources, monkeypatch):
 
 def test_a_folder_that_is_no_library_is_not_taken_for_one(tmp_path, sources):
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(SourceError, match="no library"):
+    with pytest.raises(SourceError, match="not a library"):
         Library(tmp_path).entries()
-    with pytest.raises(ConfigError, match="other things"):
+    with pytest.raises(ConfigError, match="other files"):
         Library(tmp_path).add(sources / "a", name="x")
-    with pytest.raises(SourceError, match="no library"):
+    with pytest.raises(SourceError, match="not a library"):
         Library(tmp_path / "mistyped").get("x")
 
 

@@ -40,9 +40,9 @@ from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import few_rows
 from veneer.library.library import Library
 from veneer.library.residents import memory
+from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
-from veneer.library.residents.tiers import LoadLimits
 
 METHODS = {
     "lora": LoRA(rank=4, alpha=7),

@@ -477,4 +477,5 @@ def test_weights_of_the_base_are_not_read(bases, tmp_path):
 
 
 def test_pruning_keeps_half_of_the_entries_where_nothing_is_said():
-    assert Recipe("ties").kept == 0.5 and Recipe("ties", density=0.2).kept == 0.2
+    assert Recipe("ties").kept_share == 0.5
+    assert Recipe("ties", density=0.2).kept_share == 0.2

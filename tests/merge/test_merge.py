@@ -435,7 +435,7 @@ def test_a_merge_that_loses_the_adapter_is_refused_by_its_logits(tmp_path, monke
         }
 
     monkeypatch.setattr(module, "wanted_weights", forgetful)
-    with pytest.raises(RefusedError, match="does not answer as the adapter on its base"):
+    with pytest.raises(RefusedError, match="does not answer like the adapter on its base"):
         merge_into_folder(adapted("llama"), [(NAME, 1.0)], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
@@ -474,7 +474,7 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"quantize": "nf4"}, "say --into original or --into dequantised"),
+        ({"quantize": "nf4"}, "give --into original or --into dequantised"),
         ({"quantize": "nf4", "into": "dequantised", "original": "x"}, "only with --into original"),
     ],
 )

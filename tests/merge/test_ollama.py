@@ -165,7 +165,7 @@ def test_a_token_that_would_end_its_line_is_refused(text):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [text]})
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(text)]
-    with pytest.raises(RefusedError, match="a token that ends answers cannot stand"):
+    with pytest.raises(RefusedError, match="a token that ends answers cannot be written"):
         modelfile(tokenizer, NONE, model="m.gguf", stops=stops, positions=512, made_of="a")
 
 

@@ -35,7 +35,8 @@ from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop, TrainingInputs
+from veneer.training.inputs import TrainingInputs
+from veneer.training.loop import Loop
 from veneer.training.optimizer import offload
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.optimizer.offload import Offload, offloaded

@@ -231,7 +231,7 @@ def test_what_the_base_alone_says_serves_every_method():
     ):
         for dtype in (torch.float32, torch.bfloat16):
             step = Step(config, dtype, method, ())
-            assert module.whole(step, bares) == module.whole(step), method
+            assert module.attached_facts(step, bares) == module.attached_facts(step), method
     assert len(bares) == 2
 
 

@@ -30,7 +30,7 @@ from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan import dry_run as counting
 from veneer.plan.advise import TuningTask, advise
-from veneer.plan.ask import PlanQuestion, answer, method_named
+from veneer.plan.ask import PlanQuestion, answer_question, method_named
 from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import (
     CUDA_WORKSPACES_BYTES,
@@ -41,7 +41,7 @@ from veneer.plan.estimate import (
     compiled_kernels,
     estimate,
 )
-from veneer.plan.fit import _largest, _lower_rank, _offload, fits, largest_batch, ways
+from veneer.plan.fit import _largest, _lower_rank, _offload, find_remedy, fits, largest_batch
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
 from veneer.plan.table import all_methods, plan_row
@@ -106,11 +106,11 @@ def test_the_search_finds_the_border_of_any_rising_cost(limit, cost):
 def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planner):
     gpu = named_gpu("L4")
     memory = needs(planner, Choice(**{**vars(TINY), "checkpointing": True}))
-    way = ways(planner, TINY, memory, lambda c: planner.seconds_per_step(c, gpu))
+    way = find_remedy(planner, TINY, memory, lambda c: planner.seconds_per_step(c, gpu))
     assert way is not None and len(way.changes) == 1
     assert fits(planner, way.choice, memory) and way.needed_bytes <= memory
     assert way.time_ratio > 0.9
-    assert ways(planner, TINY, 1000, lambda c: 1.0) is None
+    assert find_remedy(planner, TINY, 1000, lambda c: 1.0) is None
 
 
 def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch):
@@ -121,7 +121,7 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     )
     own = Planner(blueprint("llama-70b"), idle_bytes=0)
     choice = Choice(method=LoRA(), batch=1, dtype="bfloat16")
-    assert ways(own, choice, 24 * 2**30, lambda c: 1.0) is None
+    assert find_remedy(own, choice, 24 * 2**30, lambda c: 1.0) is None
     assert len(ran) == 1  # as it is: its weights in 4 bits are more than there is
     row = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30)
     assert len(ran) == 2  # and with everything changed
@@ -135,7 +135,7 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     assert verdict(unasked) == "does not fit"
     one = replace(unasked, fits=True, largest_batch=1)
     assert verdict(one) == f"fits, up to 1 row of {choice.length:,} tokens at once"
-    way = ways(own, choice, 48 * 2**30, lambda c: 1.0)
+    way = find_remedy(own, choice, 48 * 2**30, lambda c: 1.0)
     assert way is not None
     assert [change.setting for change in way.changes] == ["checkpointing=true", "quantize=nf4"]
     assert len(ran) <= 6  # 4 bits take no dry run of their own
@@ -159,7 +159,7 @@ def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(pla
 def test_a_change_of_method_comes_only_after_all_that_leave_it(planner):
     full = Choice(**{**vars(TINY), "method": Full()})
     memory = needs(planner, Choice(**{**vars(full), "micro_batch": 1, "checkpointing": True}))
-    way = ways(planner, full, memory, lambda c: 1.0)
+    way = find_remedy(planner, full, memory, lambda c: 1.0)
     assert way is not None and isinstance(way.choice.method, Full)
 
 
@@ -414,7 +414,7 @@ def test_a_terminal_sees_which_of_several_plans_is_made(tmp_path, capsys, monkey
         Choice(method=LoRA(), batch=1, length=16),
         compare=True,
     )
-    found = answer(asked, lambda done, total: told.append((done, total)))
+    found = answer_question(asked, lambda done, total: told.append((done, total)))
     total = len(found.rows) + len(found.faults)
     assert told == [(done, total) for done in range(total)] and total > 5
     monkeypatch.setattr(working, "SILENT_SECONDS", 0.0)

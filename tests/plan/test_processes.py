@@ -35,11 +35,11 @@ from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
-from veneer.plan.ask import PlanQuestion, answer
-from veneer.plan.fit import ways
+from veneer.plan.ask import PlanQuestion, answer_question
+from veneer.plan.fit import find_remedy
 from veneer.plan.machine import named_gpu
 from veneer.plan.planner import Choice, Planner, choice_of
-from veneer.plan.probe import planned
+from veneer.plan.probe import forecast
 from veneer.plan.spread import (
     HOP_SECONDS,
     StepTime,
@@ -51,11 +51,11 @@ from veneer.plan.spread import (
 )
 from veneer.plan.weights import base_bytes
 from veneer.shards import Shards
+from veneer.training.announce import forecast_line
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.dealing import dealt
-from veneer.training.training import _each
 
 TINY = Choice(method=LoRA(rank=3, alpha=4.0), batch=8, length=64)
 FOUR = replace(TINY, processes=4)
@@ -85,20 +85,20 @@ def sharded(model: Any, size: int) -> tuple[Shards, list[int]]:
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_the_part_of_a_layer_that_is_planned_is_the_one_that_is_held(size: int) -> None:
     model = tiny_model("llama", hidden_size=64)
-    planned = base_bytes(model).runs(size)
+    forecast = base_bytes(model).runs(size)
     shards, _ = sharded(model, size)
-    assert sum(planned) == shards.own_bytes > 0
+    assert sum(forecast) == shards.own_bytes > 0
 
 
 def test_the_part_of_a_packed_layer_is_planned_within_the_tables_that_stay_whole(
     tmp_path: Path,
 ) -> None:
     folder = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=512)
-    planned = replace(base_bytes(tiny_model("llama", hidden_size=128, intermediate_size=512)))
+    forecast = replace(base_bytes(tiny_model("llama", hidden_size=128, intermediate_size=512)))
     base = load_base(str(folder), dtype="float32", quantize="nf4")
     shards, _ = sharded(base.model, 2)
-    assert sum(planned.packed_layers) == pytest.approx(shards.all_bytes, rel=0.06)
-    assert sum(planned.packed_layers) < 0.2 * sum(planned.layers)
+    assert sum(forecast.packed_layers) == pytest.approx(shards.all_bytes, rel=0.06)
+    assert sum(forecast.packed_layers) < 0.2 * sum(forecast.layers)
 
 
 def test_shards_take_out_what_the_others_hold_and_leave_one_layer_whole(planner: Planner) -> None:
@@ -151,9 +151,9 @@ def test_the_gatherings_that_are_planned_are_those_of_a_step(checkpointing: bool
                 batch_loss(model, paths, routing, batch, total=1.0).backward()
             counts.append(len(gathered) - before)
     run = Planner(Blueprint("tiny", model.config, torch.float32), idle_bytes=0).step_run(TINY)
-    planned = sent(run, 2, reduce="plain", shard=True, rounds=3)
+    forecast = sent(run, 2, reduce="plain", shard=True, rounds=3)
     assert counts[1:] == [2 * 5 - 2] * 2
-    assert planned.layers == 3 * 8 * run.base.runs(2)[0]
+    assert forecast.layers == 3 * 8 * run.base.runs(2)[0]
 
 
 @settings(max_examples=80, deadline=None)
@@ -226,13 +226,13 @@ def test_what_is_no_link_is_refused(text: str) -> None:
 @pytest.mark.parametrize("numbers", [{"link": 0.0}, {"link": math.inf}, {"link": LINK.least / 2}])
 def test_a_link_is_bounded_for_programs_too(numbers: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="link"):
-        answer(PlanQuestion(["llama-3.2-1b"], FOUR, gpu="H100", **numbers))
+        answer_question(PlanQuestion(["llama-3.2-1b"], FOUR, gpu="H100", **numbers))
 
 
 def test_what_a_run_refuses_in_shards_is_not_planned() -> None:
     asked = Choice(method=LoRA(), quantize="gguf", shard=True, processes=2, length=64)
     with pytest.raises(VeneerError, match="shard"):
-        answer(PlanQuestion(["llama-3.2-1b"], asked, gpu="H100"))
+        answer_question(PlanQuestion(["llama-3.2-1b"], asked, gpu="H100"))
 
 
 def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
@@ -241,7 +241,7 @@ def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
     choice = replace(FOUR, micro_batch=1, checkpointing=True)
     memory = planner.estimate(replace(choice, shard=True)).needed_bytes
     assert memory < planner.estimate(choice).needed_bytes
-    way = ways(planner, choice, memory, lambda choice: 1.0)
+    way = find_remedy(planner, choice, memory, lambda choice: 1.0)
     assert way is not None and [change.setting for change in way.changes] == ["shard=true"]
 
 
@@ -395,7 +395,7 @@ def test_the_plan_that_a_run_makes_says_what_each_process_sends(place: Path) -> 
     config = read_run(place)
     found = blueprint(config.base)
     data = api.run_rows(config)
-    made = planned(
+    made = forecast(
         config.model_copy(update={"shard": True, "micro_batch": 2}),
         found.config,
         torch.float32,
@@ -406,8 +406,8 @@ def test_the_plan_that_a_run_makes_says_what_each_process_sends(place: Path) -> 
         processes=2,
     )
     assert made.gradient > 0 < made.layers
-    assert "of gradient" in _each(made) and "of layers" in _each(made)
-    alone = planned(
+    assert "of gradient" in forecast_line(made) and "of layers" in forecast_line(made)
+    alone = forecast(
         config,
         found.config,
         torch.float32,

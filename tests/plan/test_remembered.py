@@ -20,7 +20,7 @@ from veneer.files import remembered as memory
 from veneer.plan import dry_run as counting
 from veneer.plan import kept, machine
 from veneer.plan.counted import Step
-from veneer.plan.dry_run import dry_run, whole
+from veneer.plan.dry_run import attached_facts, dry_run
 from veneer.plan.estimate import synthetic_rows
 from veneer.plan.machine import Rates, this_machine
 from veneer.plan.tracker import Work
@@ -225,11 +225,13 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
     fresh = dry_run(step)
     ran = []
     monkeypatch.setattr(counting, "dry_run", lambda *given: ran.append(1) or dry_run(*given))
-    monkeypatch.setattr(counting, "whole", lambda *given: ran.append(2) or whole(*given))
+    monkeypatch.setattr(
+        counting, "attached_facts", lambda *given: ran.append(2) or attached_facts(*given)
+    )
 
     def run(step):
         ran.clear()
-        return kept.kept_run(step, lambda: kept.kept_whole(step))
+        return kept.kept_run(step, lambda: kept.kept_attached_facts(step))
 
     first, again = run(step), run(step)
     assert not ran, "the second is read"

@@ -163,10 +163,10 @@ def test_a_launchers_variables_say_which_process_this_is():
 @pytest.mark.parametrize(
     ("changed", "faults"),
     [
-        ({"RANK": ""}, ["RANK is not set", "RANK is '', no whole number"]),
+        ({"RANK": ""}, ["RANK is not set", "RANK is '', not a whole number"]),
         ({"MASTER_PORT": ""}, ["MASTER_PORT is not set"]),
-        ({"RANK": "4"}, ["RANK is 4, and there are 4 processes"]),
-        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE is 'two', no whole number"]),
+        ({"RANK": "4"}, ["RANK is 4, but there are 4 processes"]),
+        ({"WORLD_SIZE": "two"}, ["WORLD_SIZE is 'two', not a whole number"]),
         ({"WORLD_SIZE": "99999999999"}, None),
     ],
 )

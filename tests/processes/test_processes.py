@@ -321,7 +321,9 @@ def test_a_process_that_stands_still_ends_the_others_in_time_and_the_run_goes_on
         out, err = other.communicate(timeout=LIMIT)
         assert time.monotonic() - begun < 20 + 40
     (said,) = json.loads(out.splitlines()[-1])
-    assert said.startswith("6 another process of this run is gone, or waited too long"), err
+    assert said.startswith("6 another process of this run has ended, or did not answer in time"), (
+        err
+    )
     assert "did not answer in time" in said and "gloo" not in said + err, err
     assert "VENEER_WAIT_SECONDS" in said and "--resume" in said
     assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2

@@ -17,17 +17,17 @@ from pathlib import Path
 
 from veneer import api
 from veneer.errors import DoesNotFitError, VeneerError
-from veneer.training import loop as train_loop
+from veneer.training import gradient
 from veneer.training.config import RunConfig
 from veneer.training.loop import Loop
 from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.launch import MEETING
 
-_BATCH_LOSS = train_loop.batch_loss
+_BATCH_LOSS = gradient.batch_loss
 
 
 def _fails(*_: object, **__: object) -> None:
-    train_loop.batch_loss = _BATCH_LOSS
+    gradient.batch_loss = _BATCH_LOSS
     raise DoesNotFitError("no memory is left for this batch")
 
 
@@ -45,7 +45,7 @@ def main() -> None:
                 if at["does"] == "die":
                     os._exit(9)
                 if at["does"] == "fail":
-                    train_loop.batch_loss = _fails
+                    gradient.batch_loss = _fails
                     return seconds
                 os.kill(os.getpid(), signal.SIGSTOP if at["does"] == "stop" else signal.SIGTERM)
             return seconds

@@ -441,5 +441,5 @@ def test_figures_that_are_none_are_refused(figures):
     manifest = Manifest(
         veneer_version="1", method="lora", base=BaseIdentity(name="a", fingerprint={})
     )
-    with pytest.raises(CorruptFileError, match="not figures that veneer evaluate"):
+    with pytest.raises(CorruptFileError, match="not figures of veneer evaluate"):
         model_card(manifest, name="a", commands=[], figures=figures)

@@ -234,7 +234,7 @@ def test_what_cannot_be_served_is_an_error_with_what_to_do(places, tmp_path, cap
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("x")
     assert main(["serve", "--base", base, "--library", str(tmp_path / "other")]) == 2
-    assert "no library" in capsys.readouterr().err
+    assert "not a library" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         words = ["--library", str(places / "adapters"), "--cache-mib", "8", "--port", str(port)]

@@ -12,8 +12,8 @@ from veneer.training.config import RunConfig
 from veneer.training.loop import Loop
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
+from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
-from veneer.training.training import run_training
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "mixtral", "bloom")
 METHODS = (

@@ -19,8 +19,11 @@ from veneer.files import remembered as memory
 from veneer.files.strict_tensors import read_tensors
 from veneer.training import first_evaluation, loop
 from veneer.training.config import RunConfig
+from veneer.training.first_evaluation import EvaluationResult
+from veneer.training.inputs import TrainingInputs
 from veneer.training.output import sample
 from veneer.training.output.records import read_records
+from veneer.training.processes.world import World
 
 ROWS = [{"prompt": f"number {n}", "completion": f"it is {n}"} for n in range(24)]
 
@@ -33,10 +36,13 @@ def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     monkeypatch.setattr(memory, "_begun", True)
     memory.surroundings.cache_clear()
     steps: list[int] = []
-    real = loop.Loop._evaluated
-    monkeypatch.setattr(
-        loop.Loop, "_evaluated", lambda self: steps.append(self.progress.step) or real(self)
-    )
+    real = loop.compute_evaluation
+
+    def compute(inputs: TrainingInputs, world: World, *, step: int) -> EvaluationResult:
+        steps.append(step)
+        return real(inputs, world, step=step)
+
+    monkeypatch.setattr(loop, "compute_evaluation", compute)
     yield steps
     memory.surroundings.cache_clear()
 
@@ -75,7 +81,7 @@ def test_another_rate_begins_with_what_the_first_run_found(
     assert computed == [1, 2] and again == first
     assert (
         "that of an earlier run"
-        in capsys.readouterr().out.partition("step 1/2")[0].rpartition("longest batch")[2]
+        in capsys.readouterr().out.partition("step 1/2")[0].rpartition("largest batch")[2]
     )
     weights = [
         read_tensors(tmp_path / name / "adapter" / "adapter_model.safetensors")

@@ -21,9 +21,10 @@ from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Inte
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
-from veneer.training import loop
+from veneer.training import evaluations, gradient, loop
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop, TrainingInputs
+from veneer.training.inputs import TrainingInputs
+from veneer.training.loop import Loop
 from veneer.training.optimizer.buffer import AdamW, FlatParameters, learning_rate_at
 from veneer.training.output.records import Records, read_records
 from veneer.training.output.screen import QuietScreen
@@ -171,19 +172,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
     tmp_path, monkeypatch
 ):
     job = make_job(tmp_path, validation=0)
-    own = loop.batch_loss
+    own = gradient.batch_loss
 
     def poisoned(model, paths, routing, batch, **kwargs):
         loss = own(model, paths, routing, batch, **kwargs)
         return loss * float("nan") if routing.acting.keys.step == 4 else loss
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(gradient, "batch_loss", poisoned)
     with pytest.raises(DivergedError) as caught:
         run(job)
     assert caught.value.exit_code == 5
     assert "step 5" in str(caught.value) and "weights are those of step 4" in str(caught.value)
     assert "rows.jsonl:" in str(caught.value)
-    monkeypatch.setattr(loop, "batch_loss", own)
+    monkeypatch.setattr(gradient, "batch_loss", own)
     untouched, _ = run(make_job(tmp_path / "four", validation=0, steps=9, save_every=1, keep=20))
     tensors, _ = load_checkpoint(tmp_path / "four" / "checkpoints" / "000004")
     assert torch.equal(tensors["values"], job.flat.values.data)
@@ -205,7 +206,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
 )
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, monkeypatch):
     queue = iter([5.0, *losses])
-    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(queue))
+    monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(queue))
     made, _ = run(make_job(tmp_path))
     best = min(v for v in losses if math.isfinite(v))
     assert made.progress.best_loss == best
@@ -214,14 +215,14 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best(losses, tmp_path, 
 
 def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, monkeypatch):
     queue = iter([9.0, 3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(queue))
+    monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(queue))
     made, reason = run(make_job(tmp_path, steps=30, patience=2, keep=1))
     assert reason == "early_stop" and made.progress.step == 12
     tensors, _ = load_checkpoint(tmp_path / "checkpoints" / "000006")
-    assert torch.equal(made.job.flat.values.data, tensors["values"])
+    assert torch.equal(made.inputs.flat.values.data, tensors["values"])
 
 
-def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch):
+def test_the_largest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "veneer.models.step.make_batch",
@@ -233,16 +234,17 @@ def test_the_longest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
     made, _ = run(make_job(tmp_path / "a", steps=1, micro_batch=4))
     plan = made._plan(0)
     assert (
-        f"longest batch ok: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB" in said
+        f"largest batch fits: 4 rows, up to {max(map(used_length, seen[0]))} tokens, 1.23 GB"
+        in said
     )
     costs = [int(made._rows.lengths[rows].sum()) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
-    monkeypatch.setattr(Loop, "_longest_batch", lambda self: None)
+    monkeypatch.setattr(Loop, "_try_largest_batch", lambda self: None)
     without, _ = run(make_job(tmp_path / "b", steps=1, micro_batch=4))
-    assert torch.equal(made.job.flat.values.data, without.job.flat.values.data)
+    assert torch.equal(made.inputs.flat.values.data, without.inputs.flat.values.data)
 
 
-def test_the_longest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_path, monkeypatch):
+def test_the_largest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_path, monkeypatch):
     """Rows that share a long prompt are fewer computed rows than shorter ones that share
     nothing."""
     sharing = make_examples(4, prompt=60, longest=72)
@@ -268,7 +270,7 @@ def test_out_of_memory_says_which_batch_and_what_to_do(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError(NO_MEMORY)
 
-    monkeypatch.setattr(loop, "batch_loss", refuse)
+    monkeypatch.setattr(gradient, "batch_loss", refuse)
     with pytest.raises(DoesNotFitError, match="--checkpointing") as caught:
         run(make_job(tmp_path))
     assert caught.value.exit_code == 3
@@ -279,11 +281,11 @@ NO_MEMORY = (
 )
 
 
-def test_the_moments_are_there_before_the_longest_batch_is_said_to_fit(tmp_path, monkeypatch):
+def test_the_moments_are_there_before_the_largest_batch_is_said_to_fit(tmp_path, monkeypatch):
     kept = []
-    own = Loop._longest_batch
+    own = Loop._try_largest_batch
     monkeypatch.setattr(
-        Loop, "_longest_batch", lambda self: kept.append(self.optimizer.state()) or own(self)
+        Loop, "_try_largest_batch", lambda self: kept.append(self.optimizer.state()) or own(self)
     )
     made, _ = run(make_job(tmp_path, steps=1))
     (before,) = kept
@@ -295,7 +297,7 @@ def test_the_moments_are_there_before_the_longest_batch_is_said_to_fit(tmp_path,
 OUT_OF_MEMORY = [
     (loop, "make_optimizer", 1, "the optimizer's moments"),
     *[(AdamW, "step", call, "the optimizer's step") for call in (1, 5)],
-    *[(loop, "part_nats", call, "the evaluation") for call in (1, 5)],
+    *[(evaluations, "part_nats", call, "the evaluation") for call in (1, 5)],
     *[(loop, "save_checkpoint", call, "the checkpoint") for call in (1, 5)],
 ]
 
@@ -320,9 +322,9 @@ def test_out_of_memory_anywhere_in_a_run_ends_with_exit_code_3_and_whole_checkpo
 
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(tmp_path, monkeypatch):
     asked = []
-    own = loop.by_length
+    own = evaluations.by_length
     monkeypatch.setattr(
-        loop, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch)
+        evaluations, "by_length", lambda rows, batch: asked.append(batch) or own(rows, batch)
     )
     run(make_job(tmp_path / "a", steps=1, batch=4, micro_batch=2))
     run(make_job(tmp_path / "b", steps=1, batch=4, micro_batch=None))
@@ -371,7 +373,7 @@ def test_an_interrupt_finishes_the_step_saves_and_resumes_to_the_same_bits(tmp_p
     assert numbers(tmp_path / "stopped" / "checkpoints")[-1] == 5
     monkeypatch.setattr(Loop, "_step", own)
     resumed, _ = run(make_job(tmp_path / "stopped"), resume=True)
-    assert torch.equal(whole.job.flat.values.data, resumed.job.flat.values.data)
+    assert torch.equal(whole.inputs.flat.values.data, resumed.inputs.flat.values.data)
 
 
 def test_an_interrupt_within_the_last_step_finds_a_run_that_is_done(tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, wri
 from veneer.models.load import load_base
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen
-from veneer.training.state.parents import begin_adapter, going_on
-from veneer.training.training import run_training
+from veneer.training.run import run_training
+from veneer.training.state.parents import begin_adapter, with_parent_settings
 
 METHODS = {
     "lora": LoRA(rank=3, alpha=5.0, dropout=0.1),
@@ -76,7 +76,7 @@ def begun(world: Path, **fields: Any) -> tuple[Any, RunConfig, Any]:
     """As a run begins; a plan knows the shapes of what would train, without a base."""
     base, asked = load_base(str(world / "base")), run_of(world, Path("out"), **fields)
     config, found = begin_adapter(base, asked, [], resumes=False)
-    planned = going_on(asked).method
+    planned = with_parent_settings(asked).method
     assert planned.update_rank == config.method.update_rank
     if len(asked.from_adapter) == 1:
         named = {"targets", "rank_pattern", "alpha_pattern"}  # in short, or by whole paths
@@ -244,7 +244,7 @@ def test_a_second_stage_keeps_its_lineage_and_resumes_without_its_parent(
     run_training(config, resume=False, screen=Told())
     manifest = read_json(tmp_path / "run" / "adapter" / "veneer.json")
     assert (manifest["parent"], manifest["parents"]) == (content, [])
-    assert any("goes on from" in line and content[:12] in line for line in said)
+    assert any("continues" in line and content[:12] in line for line in said)
 
     with ended_before_step(2):
         run_training(
@@ -297,7 +297,7 @@ def test_a_sum_that_a_run_refuses_is_not_planned(
     )
     asked = run_of(world, tmp_path / "out", from_adapter=[{"adapter": str(parent), "weight": 0.5}])
     for begins in (
-        lambda: going_on(asked),
+        lambda: with_parent_settings(asked),
         lambda: begin_adapter(load_base(asked.base), asked, [], resumes=False),
     ):
         with pytest.raises(RefusedError, match=said):

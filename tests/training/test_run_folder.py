@@ -34,17 +34,18 @@ from veneer.files.atomic import write_manifest
 from veneer.files.lock import BusyError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
-from veneer.training import loop, training
+from veneer.training import evaluations, prepare
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop, load_state
+from veneer.training.loop import Loop
 from veneer.training.output.loggers import Logger
 from veneer.training.output.records import Records, read_records
 from veneer.training.output.screen import QuietScreen
+from veneer.training.run import run_training
 from veneer.training.state import checkpoint
 from veneer.training.state.checkpoint import newest_valid, numbers, save_checkpoint
 from veneer.training.state.folder import resume_config
-from veneer.training.state.place import held
-from veneer.training.training import run_training
+from veneer.training.state.place import locked_folder
+from veneer.training.state.progress import load_state
 
 fcntl = None if os.name == "nt" else importlib.import_module("fcntl")
 
@@ -165,7 +166,7 @@ def test_a_run_that_ran_out_of_patience_stops_there_when_it_dies_before_its_resu
     world, tmp_path, monkeypatch
 ):
     losses = iter([9.0, 1.0, 2.0, 3.0, 4.0, 0.5, 0.4])
-    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
+    monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(losses))
     train_and_die(world, tmp_path, at=6, monkeypatch=monkeypatch, steps=20, patience=2)
     summary = resume(tmp_path)
     assert (summary["reason"], summary["steps"], summary["best_step"]) == ("early_stop", 6, 2)
@@ -297,7 +298,7 @@ def as_the_first_layout_had_it(out, step):
 def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_compared(
     world, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
+    monkeypatch.setattr(prepare, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train(world, tmp_path / "whole")
     train_and_die(world, tmp_path / "died", at=2, monkeypatch=monkeypatch)
     as_the_first_layout_had_it(tmp_path / "died", 2)
@@ -311,7 +312,7 @@ def test_a_run_of_the_first_layout_goes_on_bit_for_bit_and_says_what_is_not_comp
 
 
 def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
+    monkeypatch.setattr(prepare, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     as_the_first_layout_had_it(tmp_path, 2)
     own = Loop._save
@@ -401,7 +402,7 @@ def test_a_second_process_in_one_run_is_refused(world, tmp_path, monkeypatch):
     holds, over = context.Event(), context.Event()
 
     def hold():
-        with held(tmp_path):
+        with locked_folder(tmp_path):
             holds.set()
             over.wait(60)
 
@@ -455,7 +456,10 @@ def test_a_file_system_without_locks_is_told_as_one_and_not_as_another_process(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(InputError, match="cannot be locked") as told, held(tmp_path / "out"):
+    with (
+        pytest.raises(InputError, match="cannot be locked") as told,
+        locked_folder(tmp_path / "out"),
+    ):
         pass
     assert not isinstance(told.value, BusyError) and told.value.next_step
 
@@ -468,7 +472,7 @@ def test_many_processes_lock_in_turn_although_each_removes_the_lock(tmp_path):
     def add():
         for _ in range(30):
             while True:
-                with contextlib.suppress(BusyError), held(tmp_path):
+                with contextlib.suppress(BusyError), locked_folder(tmp_path):
                     file.write_text(str(int(file.read_text()) + 1))
                     break
 
@@ -550,11 +554,11 @@ def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, monkeypatc
 
 def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 3.0, 2.0, 5.0, 4.0])
-    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
+    monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(losses))
     own = Loop._take_best
 
     def after_damage(self):
-        damage(self.job.out / "checkpoints" / "000002" / "state.safetensors")
+        damage(self.inputs.out / "checkpoints" / "000002" / "state.safetensors")
         own(self)
 
     monkeypatch.setattr(Loop, "_take_best", after_damage)
@@ -582,10 +586,10 @@ def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_
     def save(self):
         own(self)
         shutil.rmtree(
-            self.job.out / "checkpoints" / "000002", ignore_errors=True
+            self.inputs.out / "checkpoints" / "000002", ignore_errors=True
         )  # there was no room left
 
-    monkeypatch.setattr(loop, "mean_loss", lambda rows, nats: next(losses))
+    monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(losses))
     monkeypatch.setattr(Loop, "_save", save)
     summary = train(world, tmp_path / "out")
     assert summary["damaged_best"]["step"] == 2 and summary["best_step"] == 4
@@ -601,7 +605,7 @@ def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(Death):
         patch.setattr(Loop, "_save", save)
         train(world, tmp_path)
-    assert loop.load_state(newest_valid(tmp_path / "checkpoints")[0]).progress.sample == {
+    assert load_state(newest_valid(tmp_path / "checkpoints")[0]).progress.sample == {
         "before": "a\ufffdb\ufffd \x1b[0m" + "x" * 10
     }
     assert resume(tmp_path)["steps"] == 6

@@ -83,7 +83,7 @@ def shown_by(kind: type[LiveScreen] | type[PlainScreen], width: int = 80) -> str
     for each in range(1, 41):
         screen.step(step(each))
     screen.evaluation(evaluation(40, 0.31, SAMPLE))
-    screen.message("longest batch ok")
+    screen.message("largest batch fits")
     screen.end(SUMMARY)
     screen.close()
     return out.getvalue()

@@ -52,18 +52,18 @@ def test_what_is_to_load_torch_shows_at_once(monkeypatch):
 def test_a_comparison_says_which_run_of_how_many_and_the_time_left():
     clock = Clock()
     pace = Pace(4, clock)
-    assert pace.said("lora, step 1") == "run 1 of 4 · lora, step 1"
+    assert pace.line("lora, step 1") == "run 1 of 4 · lora, step 1"
     pace.finished(made=False)  # found finished: it says nothing of how long one takes
     clock.seconds = 60
-    assert pace.said("x") == "run 2 of 4 · x"
+    assert pace.line("x") == "run 2 of 4 · x"
     pace.finished(made=True)
-    assert pace.said("x") == "run 3 of 4 · about 2:00 left · x"
+    assert pace.line("x") == "run 3 of 4 · about 2:00 left · x"
     clock.seconds = 90  # of the third run, half
-    assert pace.said("x") == "run 3 of 4 · about 1:30 left · x"
+    assert pace.line("x") == "run 3 of 4 · about 1:30 left · x"
     clock.seconds = 600  # it takes longer: the fourth is still to come
-    assert pace.said("x") == "run 3 of 4 · about 1:00 left · x"
+    assert pace.line("x") == "run 3 of 4 · about 1:00 left · x"
     pace.one_more()
-    assert pace.said("x") == "run 3 of 5 · about 2:00 left · x"
+    assert pace.line("x") == "run 3 of 5 · about 2:00 left · x"
     for _ in range(4):
         pace.finished(made=True)
-    assert pace.said("x") == "run 6 of 6 · x"
+    assert pace.line("x") == "run 6 of 6 · x"

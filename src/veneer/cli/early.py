@@ -13,7 +13,7 @@ from veneer.data.files.places import refuse_missing
 from veneer.errors import DataError
 from veneer.files.atomic import refuse_existing, refuse_unwritable
 from veneer.training.config import RunConfig
-from veneer.training.state.place import held, refuse_finished, refuse_unless_new
+from veneer.training.state.place import locked_folder, refuse_finished, refuse_unless_new
 
 
 def check_base(source: str | None) -> None:
@@ -41,7 +41,7 @@ def check_place(config: RunConfig, *, resume: bool) -> None:
     """
     out = Path(config.out)
     (refuse_finished if resume else refuse_unless_new)(out)
-    with held(out):
+    with locked_folder(out):
         pass
 
 

@@ -1,6 +1,6 @@
-"""What figures depend on beside settings and rows: the base's own files, the programs, the machine.
+"""What figures depend on besides settings and rows: the base's files, the programs, the machine.
 
-A name of a base proves nothing: the folder may hold another model by now, the hub another commit.
+The name of a base proves nothing: its folder may hold another model now, the hub another commit.
 """
 
 import hashlib
@@ -17,29 +17,29 @@ from veneer.files.processor import processor
 from veneer.files.remembered import own_files_hash
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
-"""Files of a base that something of it is read from."""
+"""Suffixes of files that a base is read from."""
 
 
 def circumstances(base: str) -> dict[str, str]:
-    """Of figures that are made here and now with this base."""
+    """Returns what figures made here and now with this base depend on."""
     model = processor().get("model name") or platform.processor()
     return {
         "base": base_hash(base),
         **{name: version(name) for name in ("veneer", "torch", "transformers")},
-        "files": own_files_hash(),  # kernels may be compiled anew under the same version
+        "files": own_files_hash(),  # kernels may be recompiled under the same version
         "processor": f"{platform.machine()} {model}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
 
 
 def base_hash(base: str) -> str:
-    """SHA-256, in hex, over the files that the base is read from, by name."""
+    """Returns the SHA-256, in hex, of names and content of the base's files."""
     file = expanded(base)
     return file_hash(file) if file.is_file() else folder_hash(locate(base).folder)
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256, in hex, over the model's or the adapter's files in the folder, by name."""
+    """Returns the SHA-256, in hex, of names and content of a model's or adapter's files."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file()):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())

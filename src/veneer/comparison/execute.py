@@ -1,9 +1,9 @@
-"""One run, one evaluation: each a job of its own, found again when it is asked for a second time.
+"""Runs and evaluations of a comparison, each a job that is found again when it was computed before.
 
-A process of its own makes its peak memory its own. The folder of a run is named by a hash of all
-that its figures depend on (settings, rows, the base's files, programs, machine), so a comparison
-that is started again finds what is finished, continues what has a checkpoint, and a comparison with
-other candidates or more seeds re-uses the rest.
+Each job has a process of its own, so its peak memory is its own. The folder of a run is named by a
+hash of all that its figures depend on (settings, rows, the base's files, programs, machine). So a
+comparison that is started again uses what is finished and continues what has a checkpoint, and one
+with other candidates or more seeds reuses the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from veneer.files.system_errors import tells_of_the_disk
 from veneer.library.library import Library
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
-from veneer.training.state.place import held
+from veneer.training.state.place import locked_folder
 
 FAILURE = "failure.json"
 DIVERGED, DOES_NOT_FIT = 5, 3
@@ -40,8 +40,9 @@ DIVERGED, DOES_NOT_FIT = 5, 3
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that is over: its summary, or why there is none (failure: `diverged`, `does not
-    fit`)."""
+    """Holds a finished run: its summary, or why it has none (failure: `diverged`, `does not
+    fit`).
+    """
 
     folder: Path
     config: RunConfig
@@ -50,17 +51,16 @@ class FinishedRun:
 
     @property
     def loss(self) -> float | None:
-        """Best held-out loss, nats per trained token."""
+        """Returns the best held-out loss, nats per trained token."""
         return self.summary.get("validation_loss")
 
 
 @dataclass(frozen=True)
 class JobRunner:
-    """Asks for commands of Veneer (jobs.py). `say` hears what goes on; `ran` counts what was not
-    found finished; `pace` the runs that are over.
+    """Yields commands of Veneer as jobs (jobs.py).
 
-    hidden_size: of the base; default learning rates depend on it. circumstances: see
-    circumstances.py.
+    hidden_size: of the base, for default learning rates. circumstances: see circumstances.py. say:
+    shows progress. ran: folders of what was not finished before. pace: counts finished runs.
     """
 
     comparison: Comparison
@@ -73,8 +73,9 @@ class JobRunner:
     def train(
         self, candidate: Candidate, *, rate: float, seed: int, steps: int, with_result: bool
     ) -> Asking[FinishedRun]:
-        """The run of this candidate; with_result: its adapter or model must be there, not only its
-        figures."""
+        """Trains a candidate. with_result: its adapter or model must exist, not only its
+        figures.
+        """
         config = candidate.config.model_copy(
             update={
                 "learning_rate": rate,
@@ -87,20 +88,20 @@ class JobRunner:
         )
         folder = self.comparison.out / "runs" / f"{candidate.name}-{self._key(config)}"
         config = config.model_copy(update={"out": str(folder), "show_answers": False})
-        what = f"{candidate.name}, lr {rate:g}, seed {seed}"
-        found = self._finished(folder, config, with_result)
-        if found is not None:
-            shutil.rmtree(
-                folder / "checkpoints", ignore_errors=True
-            )  # where its page could not be written
+        label = f"{candidate.name}, lr {rate:g}, seed {seed}"
+        earlier = self._finished(folder, config, with_result)
+        if earlier is not None:
+            # They remain if the page of the run could not be written.
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             self.pace.finished(made=False)
-            return _with_loss(what, found)
+            return _require_loss(label, earlier)
         self.ran.append(folder)
         if folder.exists():
-            with held(folder):  # or its process outlived a comparison that was killed: BusyError
+            # BusyError if a process of a killed comparison still works there.
+            with locked_folder(folder):
                 pass
         job = CommandJob(
-            what,
+            label,
             folder,
             begin=("train", self._run_file(config), *self._places(folder), "--json", "--quiet"),
             resume=("train", "--resume", folder, "--json", "--quiet"),
@@ -108,39 +109,40 @@ class JobRunner:
             step=lambda: f"{_step(folder):,}/{steps:,}{RUNNING}",
         )
         _, outcome = yield [job]
-        code, talk = outcome.code, outcome.talk
+        code, messages = outcome.code, outcome.talk
         if code == 0:
-            # What a comparison goes on from is whole runs: their checkpoints would fill the disk.
+            # A comparison continues from finished runs; their checkpoints would fill the disk.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        elif code == DIVERGED or (code == DOES_NOT_FIT and not tells_of_the_disk(talk)):
+        elif code == DIVERGED or (code == DOES_NOT_FIT and not tells_of_the_disk(messages)):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            _write_json(folder / FAILURE, {"exit_code": code, "message": talk.strip()})
+            _write_json(folder / FAILURE, {"exit_code": code, "message": messages.strip()})
         else:
-            raise _failed(what, outcome)
-        done = self._finished(folder, config, with_result)
-        assert done is not None
-        self.say(self.pace.said(f"{what}: {done.failure or _told(_with_loss(what, done))}"))
+            raise _failed(label, outcome)
+        run = self._finished(folder, config, with_result)
+        assert run is not None
+        self.say(
+            self.pace.line(f"{label}: {run.failure or _summary_text(_require_loss(label, run))}")
+        )
         self.pace.finished(made=True)
-        return done
+        return run
 
-    def evaluate(self, name: str, done: FinishedRun | None) -> Asking[dict[str, Any]]:
-        """What `veneer evaluate --json` says of a run's result on the test rows; of the base where
-        there is no run.
+    def evaluate(self, name: str, run: FinishedRun | None) -> Asking[dict[str, Any]]:
+        """Returns `veneer evaluate --json` of a run on the test rows, or of the base without a run.
 
         Predictions are written beside it, to `predictions.jsonl`. The evaluation records their hash
-        and is not used over other ones. Where the result of a run gives values that are not finite
-        on these rows, `failure` is `diverged`, and `message` names the rows.
+        and is not reused with other predictions. If the run gives values that are not finite on
+        these rows, `failure` is `diverged`, and `message` names the rows.
         """
-        folder = self.comparison.out / "base" if done is None else done.folder
-        which: list[str | Path] = ["--base", self.comparison.base]
-        if done is not None:
+        folder = self.comparison.out / "base" if run is None else run.folder
+        model_arguments: list[str | Path] = ["--base", self.comparison.base]
+        if run is not None:
             model = folder / "model"
-            which = ["--base", model] if model.is_dir() else ["--adapter", folder]
-        config = self.comparison.candidates[0].config if done is None else done.config
-        c = self.comparison
-        wanted: list[str | Path] = ["--data", c.test, "--format", config.data.format]
-        wanted += [
+            model_arguments = ["--base", model] if model.is_dir() else ["--adapter", folder]
+        config = self.comparison.candidates[0].config if run is None else run.config
+        comparison = self.comparison
+        arguments: list[str | Path] = ["--data", comparison.test, "--format", config.data.format]
+        arguments += [
             "--train-on",
             config.data.train_on,
             "--length",
@@ -148,61 +150,73 @@ class JobRunner:
             "--dtype",
             config.dtype,
         ]
-        wanted += ["--device", config.device, "--max-new-tokens", str(c.max_new_tokens)]
-        for metric in c.metrics:
-            wanted += ["--metric", metric]
-        labels = None if c.labels is None else labels_file(c.labels)
-        general = None if c.general in (None, BUILT_IN) else Path(c.general)
-        if c.labels is not None:
-            wanted += ["--labels", labels or c.labels]
-        if c.general is not None:
-            wanted += ["--general"] if general is None else ["--general", general]
-        files = [file for file in (c.test, labels, general) if file is not None]
-        judged = (
-            "" if done is None else folder_hash(model if model.is_dir() else folder / "adapter")
+        arguments += ["--device", config.device, "--max-new-tokens", str(comparison.max_new_tokens)]
+        for metric in comparison.metrics:
+            arguments += ["--metric", metric]
+        labels = None if comparison.labels is None else labels_file(comparison.labels)
+        general = None if comparison.general in (None, BUILT_IN) else Path(comparison.general)
+        if comparison.labels is not None:
+            arguments += ["--labels", labels or comparison.labels]
+        if comparison.general is not None:
+            arguments += ["--general"] if general is None else ["--general", general]
+        files = [file for file in (comparison.test, labels, general) if file is not None]
+        model_hash = (
+            "" if run is None else folder_hash(model if model.is_dir() else folder / "adapter")
         )
         key = _hash(
             [
-                list(map(str, wanted)),
+                list(map(str, arguments)),
                 [file_hash(file) for file in files],
                 dict(self.circumstances),
-                judged,
+                model_hash,
             ]
         )
-        kept, predictions = folder / "evaluation.json", folder / "predictions.jsonl"
-        if kept.is_file():
-            found = read_json(kept)
-            if found.get("key") == key and found.get("predictions") == _hash_of(predictions):
-                return found
+        evaluation_file, predictions = folder / "evaluation.json", folder / "predictions.jsonl"
+        if evaluation_file.is_file():
+            evaluation = read_json(evaluation_file)
+            if evaluation.get("key") == key and evaluation.get("predictions") == _hash_of(
+                predictions
+            ):
+                return evaluation
         folder.mkdir(parents=True, exist_ok=True)
-        kept.unlink(missing_ok=True)  # before its predictions give way to others
-        self.ran.append(kept)
+        evaluation_file.unlink(missing_ok=True)  # before its predictions are overwritten
+        self.ran.append(evaluation_file)
         job = CommandJob(
             name,
             folder,
-            begin=("evaluate", *which, *wanted, "--predictions", predictions, "--json"),
+            begin=(
+                "evaluate",
+                *model_arguments,
+                *arguments,
+                "--predictions",
+                predictions,
+                "--json",
+            ),
             config=config,
             step=lambda: f"evaluating{RUNNING}",
         )
         _, outcome = yield [job]
-        if outcome.code == DIVERGED and done is not None:
-            self.say(self.pace.said(f"{name}: diverged, by its values on the test rows"))
-            told = {"failure": "diverged", "message": outcome.talk.strip()}
+        if outcome.code == DIVERGED and run is not None:
+            self.say(self.pace.line(f"{name}: diverged, by its values on the test rows"))
+            result = {"failure": "diverged", "message": outcome.talk.strip()}
         elif outcome.code:
             raise _failed(f"the evaluation of {name}", outcome)
         else:
-            told = json.loads(outcome.out)
-        found = {**told, "key": key, "predictions": _hash_of(predictions)}
-        _write_json(kept, found)
-        return found
+            result = json.loads(outcome.out)
+        evaluation = {**result, "key": key, "predictions": _hash_of(predictions)}
+        _write_json(evaluation_file, evaluation)
+        return evaluation
 
-    def drop_result(self, done: FinishedRun) -> None:
-        """Remove the model of a full run that was not chosen; its figures stay."""
-        shutil.rmtree(done.folder / "model", ignore_errors=True)
+    def drop_result(self, run: FinishedRun) -> None:
+        """Removes the model of a full run that was not chosen; its figures stay."""
+        shutil.rmtree(run.folder / "model", ignore_errors=True)
 
     def _key(self, config: RunConfig) -> str:
-        """Hash of the settings except the places of the rows and of the run, of the rows' bytes, of
-        the files of the adapters that the run goes on from, and of the circumstances."""
+        """Hashes what a run's figures depend on: settings, rows, the files of parent adapters,
+        circumstances.
+
+        Where rows and run are stored does not count, their bytes do.
+        """
         settings = config.model_dump(
             mode="json",
             exclude={"out": True, "show_answers": True, "data": {"train", "validation"}},
@@ -212,14 +226,14 @@ class JobRunner:
         return _hash([settings, rows, parents, dict(self.circumstances)])
 
     def _places(self, folder: Path) -> tuple[str | Path, ...]:
-        """Where things are, which the run file says, too: on another machine they are elsewhere."""
-        c = self.comparison
-        return ("--data", c.train, "--validation", c.validation, "--out", folder)
+        """Returns the arguments that name places, which differ on other machines."""
+        comparison = self.comparison
+        return ("--data", comparison.train, "--validation", comparison.validation, "--out", folder)
 
     def _finished(self, folder: Path, config: RunConfig, with_result: bool) -> FinishedRun | None:
         if (folder / FAILURE).is_file():
-            told = read_json(folder / FAILURE)
-            if told.get("exit_code") == DIVERGED:
+            failure = read_json(folder / FAILURE)
+            if failure.get("exit_code") == DIVERGED:
                 return FinishedRun(folder, config, {}, "diverged")
             if folder in self.ran:
                 return FinishedRun(folder, config, {}, "does not fit")
@@ -241,24 +255,25 @@ class JobRunner:
         return file
 
 
-def _with_loss(what: str, done: FinishedRun) -> FinishedRun:
-    """The run, which has a held-out loss unless it failed. Raises DataError: nothing could choose
-    its learning rate."""
-    if done.failure is None and done.loss is None:
+def _require_loss(label: str, run: FinishedRun) -> FinishedRun:
+    """Returns the run. Raises DataError if it has no held-out loss to choose its learning
+    rate by.
+    """
+    if run.failure is None and run.loss is None:
         raise DataError(
-            f"{what}: there is no held-out loss to choose the learning rate by",
-            [f"the run is in {done.folder}"],
+            f"{label}: there is no held-out loss to choose the learning rate by",
+            [f"the run is in {run.folder}"],
             "See which held-out rows are left: veneer data check. Rows that are too long may have"
             " been left out.",
         )
-    return done
+    return run
 
 
-def _told(done: FinishedRun) -> str:
-    s = done.summary
+def _summary_text(run: FinishedRun) -> str:
+    summary = run.summary
     return (
-        f"held-out loss {s['validation_loss']:.4f}, {s['total_seconds']:.0f} s,"
-        f" {s['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"held-out loss {summary['validation_loss']:.4f}, {summary['total_seconds']:.0f} s,"
+        f" {summary['peak_memory_bytes'] / 1e9:.2f} GB"
     )
 
 
@@ -268,10 +283,10 @@ def _step(folder: Path) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def _failed(what: str, outcome: Outcome) -> VeneerError:
-    code, talk = outcome.code, outcome.talk.strip().splitlines()[-12:]
+def _failed(label: str, outcome: Outcome) -> VeneerError:
+    code, messages = outcome.code, outcome.talk.strip().splitlines()[-12:]
     error = VeneerError(
-        f"{what} failed (exit code {code})", talk, f"Alone: {' '.join(outcome.command)}"
+        f"{label} failed (exit code {code})", messages, f"Alone: {' '.join(outcome.command)}"
     )
     error.exit_code = code if code > 0 else 1
     return error

@@ -1,7 +1,7 @@
-"""From runs and evaluations to the figures of a comparison: what `comparison.json` holds.
+"""Figures of a comparison, from its runs and evaluations: the content of `comparison.json`.
 
 Quality has an interval over rows and seeds (evaluation/intervals.py), and so has each difference to
-the best, taken between the same rows and seeds. Costs are of the run with seed 0.
+the best, between the same rows and seeds. Costs are those of the run with seed 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Figures = dict[str, Any]
 
 
 class Measure(NamedTuple):
-    """A figure from sums of counts; share: it lies between 0 and 1."""
+    """Computes a figure from sums of counts. share: it is between 0 and 1."""
 
     of_totals: OfTotals
     share: bool
@@ -35,11 +35,11 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """A candidate that came to an end.
+    """Holds the result of a candidate.
 
-    search        (rate, run) of the search; best: the place of the one that was taken
+    search        (rate, run) of the search; best: index of the one that was chosen
     runs          one for each seed, with the best rate
-    evaluations   what `veneer evaluate` said of each
+    evaluations   `veneer evaluate` of each
     """
 
     candidate: Candidate
@@ -51,37 +51,43 @@ class CandidateResult:
 
 def make_figures(
     comparison: Comparison,
-    finished: Sequence[CandidateResult],
+    results: Sequence[CandidateResult],
     base: Mapping[str, Any],
     rows: Sequence[Row],
 ) -> Figures:
-    """The content of comparison.json; docs/format.md names its fields. rows: the test rows, in the
-    file's order."""
+    """Returns the content of comparison.json (docs/format.md). rows: the test rows, in the file's
+    order.
+    """
     measures = {
         metric.name: Measure(metric.of_totals, metric.unit == "share")
         for metric in comparison.found
     }
     measures["loss"] = Measure(ratio, share=False)
-    whole = [f for f in finished if f.best is not None]
+    successful = [result for result in results if result.best is not None]
     lines = {
-        f.candidate.name: [read_predictions(run.folder / "predictions.jsonl") for run in f.runs]
-        for f in whole
+        result.candidate.name: [
+            read_predictions(run.folder / "predictions.jsonl") for run in result.runs
+        ]
+        for result in successful
     }
     counts = {name: _counts(comparison, seeds) for name, seeds in lines.items()}
     primary = comparison.found[0].name if comparison.found else "loss"
     units = {metric.name: metric.unit for metric in comparison.found} | {"loss": "nats"}
     methods = [
-        _method(f, base, counts.get(f.candidate.name), measures, comparison.out) for f in finished
+        _method(result, base, counts.get(result.candidate.name), measures, comparison.out)
+        for result in results
     ]
-    best, full = _best(methods, primary), _full(finished, methods)
+    best, full = _best(methods, primary), _full(results, methods)
     for method in [m for m in methods if m["quality"]]:
         assert best is not None
-        ours = counts[method["name"]]
-        method["to_best"] = _differences(ours, counts[best], measures)
+        own_counts = counts[method["name"]]
+        method["to_best"] = _differences(own_counts, counts[best], measures)
         if full is not None:
-            same = full == best
+            full_is_best = full == best
             method["to_full"] = (
-                method["to_best"] if same else _differences(ours, counts[full], measures)
+                method["to_best"]
+                if full_is_best
+                else _differences(own_counts, counts[full], measures)
             )
     base_lines = read_predictions(comparison.out / "base" / "predictions.jsonl")
     base_counts = _counts(comparison, [base_lines])
@@ -109,10 +115,13 @@ def make_figures(
 
 
 def _counts(comparison: Comparison, seeds: Sequence[Sequence[Line]]) -> dict[str, Counts]:
-    """(S, N, K) of every measure."""
-    found = {m.name: np.stack([counts_of(lines, m) for lines in seeds]) for m in comparison.found}
-    found["loss"] = np.stack([loss_counts(lines) for lines in seeds])
-    return found
+    """Returns counts (S, N, K) of every measure."""
+    counts = {
+        metric.name: np.stack([counts_of(lines, metric) for lines in seeds])
+        for metric in comparison.found
+    }
+    counts["loss"] = np.stack([loss_counts(lines) for lines in seeds])
+    return counts
 
 
 def _figure(counts: Counts, measure: Measure) -> Figures:
@@ -125,44 +134,45 @@ def _figure(counts: Counts, measure: Measure) -> Figures:
 
 
 def _differences(
-    ours: Mapping[str, Counts], theirs: Mapping[str, Counts], measures: Mapping[str, Measure]
+    left: Mapping[str, Counts], right: Mapping[str, Counts], measures: Mapping[str, Measure]
 ) -> Figures:
-    found = {}
+    differences = {}
     for name, measure in measures.items():
         difference, ends = paired_difference(
-            ours[name], theirs[name], measure.of_totals, share=measure.share
+            left[name], right[name], measure.of_totals, share=measure.share
         )
-        found[name] = {"difference": difference, "interval": ends}
-    return found
+        differences[name] = {"difference": difference, "interval": ends}
+    return differences
 
 
 def _method(
-    f: CandidateResult,
+    result: CandidateResult,
     base: Mapping[str, Any],
     counts: Mapping[str, Counts] | None,
     measures: Mapping[str, Measure],
     out: Path,
 ) -> Figures:
-    config = f.candidate.config
+    config = result.candidate.config
     method: Figures = {
-        "name": f.candidate.name,
+        "name": result.candidate.name,
         "settings": config.method.model_dump(mode="json"),
         "quantize": config.quantize,
         "folds": config.method.folds,
         "instead_of_folding": config.method.instead_of_folding,
         "search": [
-            {"learning_rate": rate, "loss": d.loss, "failure": d.failure} for rate, d in f.search
+            {"learning_rate": rate, "loss": run.loss, "failure": run.failure}
+            for rate, run in result.search
         ],
         "failure": None,
         "quality": {},
     }
-    if f.best is None or counts is None:
-        failures = sorted({run.failure for _, run in f.search if run.failure})
+    if result.best is None or counts is None:
+        failures = sorted({run.failure for _, run in result.search if run.failure})
         return {**method, "failure": ", ".join(failures) or "no loss"}
-    summary = f.runs[0].summary
+    summary = result.runs[0].summary
     return {
         **method,
-        "learning_rate": f.search[f.best][0],
+        "learning_rate": result.search[result.best][0],
         "steps": summary["steps"],
         "quality": {name: _figure(counts[name], measure) for name, measure in measures.items()},
         **{
@@ -180,16 +190,17 @@ def _method(
             )
         },
         "forgetting": _forgetting(
-            [e["general"] for e in f.evaluations if "general" in e], base.get("general")
+            [e["general"] for e in result.evaluations if "general" in e], base.get("general")
         ),
-        "curve": _curve(f.runs[0].folder),
-        "runs": [_path(run.folder, out) for run in f.runs],
+        "curve": _curve(result.runs[0].folder),
+        "runs": [_path(run.folder, out) for run in result.runs],
     }
 
 
 def _path(path: Path, out: Path) -> str:
-    """From the comparison's own folder where it lies inside, so that the folder may be moved; else
-    absolute."""
+    """Returns a path relative to the comparison's folder if it is inside, so that the folder may be
+    moved.
+    """
     path, out = path.resolve(), out.resolve()
     return str(path.relative_to(out) if path.is_relative_to(out) else path)
 
@@ -197,14 +208,16 @@ def _path(path: Path, out: Path) -> str:
 def _forgetting(
     after: Sequence[Mapping[str, Any]], before: Mapping[str, Any] | None
 ) -> Figures | None:
-    """Loss on general text after minus that of the base, over documents; the mean over seeds."""
+    """Returns loss on general text after minus that of the base, over documents; the mean over
+    seeds.
+    """
     if before is None or not after:
         return None
 
     def table(general: Mapping[str, Any]) -> Counts:
         return np.array([general["nats"], general["tokens_of_documents"]], dtype=np.float64).T
 
-    mean = np.mean([table(each) for each in after], axis=0)
+    mean = np.mean([table(evaluation) for evaluation in after], axis=0)
     difference, ends = paired_difference(mean, table(before), ratio)
     return {"value": difference, "interval": ends}
 
@@ -218,29 +231,31 @@ def _curve(folder: Path) -> list[list[float | None]]:
 
 
 def better(primary: str, a: float, b: float) -> bool:
-    """Whether a is better than b: less of a loss, more of anything else."""
+    """Returns whether a is better than b: lower for a loss, higher for other measures."""
     return a < b if primary == "loss" else a > b
 
 
-def _full(finished: Sequence[CandidateResult], methods: Sequence[Figures]) -> str | None:
-    """Full fine-tuning is what the others are held against, where it is among them."""
-    for f, figures in zip(finished, methods, strict=True):
-        if f.candidate.config.method.trains_base and figures["quality"]:
-            return f.candidate.name
+def _full(results: Sequence[CandidateResult], methods: Sequence[Figures]) -> str | None:
+    """Returns the name of full fine-tuning, to which other methods are compared, if it has a
+    result.
+    """
+    for result, figures in zip(results, methods, strict=True):
+        if result.candidate.config.method.trains_base and figures["quality"]:
+            return result.candidate.name
     return None
 
 
 def _best(methods: Sequence[Figures], primary: str) -> str | None:
-    found: Figures | None = None
+    best: Figures | None = None
     for method in methods:
         if method["quality"] and (
-            found is None
+            best is None
             or better(
-                primary, method["quality"][primary]["value"], found["quality"][primary]["value"]
+                primary, method["quality"][primary]["value"], best["quality"][primary]["value"]
             )
         ):
-            found = method
-    return None if found is None else str(found["name"])
+            best = method
+    return None if best is None else str(best["name"])
 
 
 def _disagreements(
@@ -249,8 +264,9 @@ def _disagreements(
     rows: Sequence[Row],
     primary: str,
 ) -> list[Figures]:
-    """The rows on which the candidates (with seed 0) lie furthest apart, by the deciding
-    measure."""
+    """Returns the rows on which the candidates (with seed 0) differ most, by the deciding
+    measure.
+    """
     first = {name: seeds[0] for name, seeds in lines.items()}
     if len(first) < 2:
         return []
@@ -259,15 +275,14 @@ def _disagreements(
         if any(m.name == primary and m.needs == "label" for m in comparison.found)
         else "answer"
     )
-    apart = []
+    distances = []
     for number in range(len(rows)):
-        sides = [side[number] for side in first.values()]
-        losses = [line["nats"] / max(line["tokens"], 1) for line in sides]
-        values = losses if primary == "loss" else [line[primary] for line in sides]
-        apart.append((float(np.ptp(values)), float(np.ptp(losses))))
-    # Rows that the deciding measure does not part are ordered by how likely their right answer was
-    # found.
-    order = sorted(range(len(rows)), key=lambda n: apart[n], reverse=True)[:DISAGREEMENTS]
+        candidate_lines = [line_list[number] for line_list in first.values()]
+        losses = [line["nats"] / max(line["tokens"], 1) for line in candidate_lines]
+        values = losses if primary == "loss" else [line[primary] for line in candidate_lines]
+        distances.append((float(np.ptp(values)), float(np.ptp(losses))))
+    # Rows with equal values of the deciding measure are ordered by the loss of their answers.
+    order = sorted(range(len(rows)), key=lambda n: distances[n], reverse=True)[:DISAGREEMENTS]
     return [
         {
             "row": f"{_path(comparison.test, comparison.out)}:{rows[n].ref.line}",
@@ -275,16 +290,16 @@ def _disagreements(
             "expected": _expected(rows[n]),
             "answers": {
                 name: {
-                    "text": side[n].get(field),
-                    "value": side[n]["nats"] / max(side[n]["tokens"], 1)
+                    "text": line_list[n].get(field),
+                    "value": line_list[n]["nats"] / max(line_list[n]["tokens"], 1)
                     if primary == "loss"
-                    else side[n][primary],
+                    else line_list[n][primary],
                 }
-                for name, side in first.items()
+                for name, line_list in first.items()
             },
         }
         for n in order
-        if apart[n] > (0.0, 0.0)
+        if distances[n] > (0.0, 0.0)
     ]
 
 

@@ -1,10 +1,9 @@
-"""What a comparison asks of the place where its commands run, and how many questions are asked at
-once.
+"""Jobs of a comparison, and where they run.
 
-Who wants a run or an evaluation is a generator: it yields the jobs that it wants now and is sent
-each one that is over. `together` makes one of several, so that what does not depend on each other
-may run at the same time; `answer` asks a place. Which place it is (local.py: processes here, one
-after another) is nobody's business but that place's.
+A generator that needs runs or evaluations yields the jobs that it wants now, and is sent each one
+that is finished. `together` combines several generators, so that independent jobs may run at the
+same time; `run_jobs` runs them at an executor, for instance as processes of this machine
+(local.py).
 """
 
 from __future__ import annotations
@@ -21,20 +20,19 @@ from veneer.training.config import RunConfig
 T = TypeVar("T")
 Say = Callable[[str], None]
 RUNNING = "…"
-"""How a line ends that the next one replaces."""
+"""Ends a line that the next line replaces."""
 
 
 @dataclass(frozen=True, eq=False)
 class CommandJob:
-    """One command of Veneer.
+    """Describes one command of Veneer.
 
-    what     it does, for people
-    folder   of the run: the command finds there what it holds, and leaves there what it writes
-    begin    the command, as after `veneer`; a Path is a file or a folder, in `folder` or one that
-             is read
-    resume   the command where the folder holds a checkpoint; such a job begins in an empty folder
-    config   settings that say what it takes
-    step     how far it is, by what lies in its folder
+    what     label for people
+    folder   of the run: the command reads and writes there
+    begin    arguments after `veneer`; a Path is a file or a folder, in `folder` or an input
+    resume   arguments if the folder holds a checkpoint; such a job begins in an empty folder
+    config   settings that say what resources it takes
+    step     returns its progress, from the files in its folder
     """
 
     what: str
@@ -47,7 +45,9 @@ class CommandJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: how the command ended; out, talk: its stdout and stderr; command: as it was given."""
+    """Holds how a command ended. code: exit code; out, talk: stdout and stderr; command: as
+    given.
+    """
 
     code: int
     out: str
@@ -60,57 +60,57 @@ Asking = Generator[Sequence[CommandJob], Over, T]
 
 
 class JobExecutor(Protocol):
-    """Where jobs run."""
+    """Runs jobs."""
 
     def look(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
-        """What is there for these settings of runs. Asked first."""
+        """Returns what is available for these settings of runs. Called first."""
         ...
 
     def take(self, jobs: Sequence[CommandJob]) -> None:
-        """To run; before those that wait already, which somebody wanted who comes later."""
+        """Queues jobs, before those that wait already: they are needed first."""
         ...
 
     def over(self, say: Say) -> Over:
-        """Waits for one that was taken. say: hears how far it is. Raises Interrupted."""
+        """Waits for a job to finish. say: receives its progress. Raises Interrupted."""
         ...
 
     def stop(self) -> None:
-        """Ends what runs; it saves first what it can go on from. Nothing is asked afterwards."""
+        """Ends running jobs, which save first. No method is called afterwards."""
         ...
 
 
 def together(asking: Iterable[Asking[T]]) -> Asking[list[T]]:
-    """What each of them returns, in their order."""
+    """Runs several generators; returns their results in order."""
     children, owners, results = list(asking), dict[CommandJob, int](), dict[int, T]()
 
-    def advanced(place: int, over: Over | None) -> Sequence[CommandJob]:
+    def advanced(index: int, over: Over | None) -> Sequence[CommandJob]:
         try:
-            jobs = next(children[place]) if over is None else children[place].send(over)
+            jobs = next(children[index]) if over is None else children[index].send(over)
         except StopIteration as end:
-            results[place] = end.value
+            results[index] = end.value
             return []
-        owners.update(dict.fromkeys(jobs, place))
+        owners.update(dict.fromkeys(jobs, index))
         return jobs
 
-    wanted = [job for place in range(len(children)) for job in advanced(place, None)]
+    wanted = [job for index in range(len(children)) for job in advanced(index, None)]
     while len(results) < len(children):
         over = yield wanted
         wanted = list(advanced(owners.pop(over[0]), over))
-    return [results[place] for place in range(len(children))]
+    return [results[index] for index in range(len(children))]
 
 
-def answer(asking: Asking[T], place: JobExecutor, say: Say) -> T:
-    """What it returns, once the place has run all that it wants."""
+def run_jobs(asking: Asking[T], executor: JobExecutor, say: Say) -> T:
+    """Runs a generator's jobs at an executor; returns its result."""
     try:
-        place.take(next(asking))
+        executor.take(next(asking))
         while True:
-            place.take(asking.send(place.over(say)))
+            executor.take(asking.send(executor.over(say)))
     except StopIteration as end:
         return end.value
 
 
 def interrupted() -> Interrupted:
     return Interrupted(
-        "stopped; finished runs stay, what was running has saved a checkpoint if it had begun",
-        next_step="Go on with the same command: what is finished is not run again.",
+        "stopped; finished runs stay, and the running one has saved a checkpoint",
+        next_step="Run the same command to continue: finished runs are not repeated.",
     )

@@ -1,8 +1,8 @@
-"""Jobs as processes of this machine, one after another: each has the machine for itself, and its
-peak is its own.
+"""Runs jobs as processes of this machine, one after another, so that each has the machine to
+itself.
 
-On Linux they are forked by one that has imported what they need (cli/training/fork_server.py),
-elsewhere each starts anew.
+On Linux they are forked by a process that has imported what they need
+(cli/training/fork_server.py); elsewhere each starts a new interpreter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from veneer.training.config import RunConfig
 from veneer.training.state.checkpoint import newest_valid
 
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
-"""How a command ends that was asked to: it has saved before."""
+"""Exit codes of a command that was asked to end; it has saved."""
 
 
 class LocalExecutor:
@@ -44,7 +44,7 @@ class LocalExecutor:
     def over(self, say: Say) -> Over:
         job = self._waiting.popleft()
         try:
-            outcome = self._command(chosen(job), lambda: say(f"{job.what}: {job.step()}"))
+            outcome = self._command(job_command(job), lambda: say(f"{job.what}: {job.step()}"))
         except KeyboardInterrupt:
             raise interrupted() from None
         if outcome.code in INTERRUPTED:
@@ -69,16 +69,17 @@ class LocalExecutor:
         return self._server.command_of(arguments, each_second)
 
 
-def chosen(job: CommandJob) -> list[str]:
-    """The command that goes on from what the job's folder holds; a run without a checkpoint begins
-    anew."""
+def job_command(job: CommandJob) -> list[str]:
+    """Returns the command that continues the job's folder; a run without a checkpoint starts
+    over.
+    """
     if not job.resume:
-        return [str(each) for each in job.begin]
+        return [str(word) for word in job.begin]
     path, _ = newest_valid(job.folder / "checkpoints")
     if path is not None and not (job.folder / "summary.json").exists():
-        return [str(each) for each in job.resume]
+        return [str(word) for word in job.resume]
     shutil.rmtree(job.folder, ignore_errors=True)
-    return [str(each) for each in job.begin]
+    return [str(word) for word in job.begin]
 
 
 def command_of(
@@ -87,9 +88,9 @@ def command_of(
     variables: Mapping[str, str],
     cwd: Path | None = None,
 ) -> Outcome:
-    """`veneer ...` in a process of its own. KeyboardInterrupt goes on to it, and it saves first.
+    """Runs `veneer ...` in a process of its own; KeyboardInterrupt ends it after it has saved.
 
-    In a session of its own: Ctrl-C would reach it twice otherwise, and twice means at once.
+    It has a session of its own: else Ctrl-C would reach it twice, and a second one stops at once.
     """
     child = subprocess.Popen(
         [*module_command("veneer.cli.main"), *arguments],
@@ -111,15 +112,14 @@ def command_of(
             except subprocess.TimeoutExpired:
                 each_second()
     except BaseException:
-        child.send_signal(signal.SIGTERM)  # SIGINT may be ignored there: a shell starts jobs so
+        child.send_signal(signal.SIGTERM)  # SIGINT may be ignored, as shells start background jobs
         child.communicate()
         raise
     return Outcome(child.returncode, out, talk, ("veneer", *arguments))
 
 
 class ForkServer:
-    """Commands of Veneer, each in a process that one process forks which has imported all they
-    need. Linux."""
+    """Runs commands of Veneer in forks of a process that has imported what they need. Linux."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="veneer-"))
@@ -140,23 +140,25 @@ class ForkServer:
         return self._process.poll() is not None
 
     def command_of(self, arguments: Sequence[str], each_second: Callable[[], None]) -> Outcome:
-        """As the function of this name, with the variables and the folder that the server began
-        in."""
+        """Runs a command as the function does, in the server's environment and folder."""
         files = {name: self._folder / name for name in ("out", "talk")}
-        asked = {"arguments": list(arguments), **{name: str(file) for name, file in files.items()}}
+        request = {
+            "arguments": list(arguments),
+            **{name: str(file) for name, file in files.items()},
+        }
         child: int | None = None
         try:
-            self._ask(asked)
-            child = self._told("pid", each_second)
-            code = self._told("code", each_second)
+            self._ask(request)
+            child = self._read_answer("pid", each_second)
+            code = self._read_answer("code", each_second)
         except BaseException:
-            child = child or self._told("pid")
+            child = child or self._read_answer("pid")
             if child is not None:
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGTERM)
-                self._told("code")
+                self._read_answer("code")
             raise
-        if code is None:  # the server is gone, and with it what it started
+        if code is None:  # the server has ended, and its children with it
             return Outcome(
                 self._process.wait() or 1,
                 "",
@@ -172,19 +174,19 @@ class ForkServer:
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _ask(self, asked: Mapping[str, object]) -> None:
+    def _ask(self, request: Mapping[str, object]) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer tells it
-            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        with suppress(BrokenPipeError):  # the missing answer shows it
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
-    def _told(self, what: str, each_second: Callable[[], None] = lambda: None) -> int | None:
-        """The next answer, which says this; None: the server is gone."""
+    def _read_answer(self, name: str, each_second: Callable[[], None] = lambda: None) -> int | None:
+        """Returns a field of the server's next answer, None if the server has ended."""
         answers = self._process.stdout
         assert answers is not None
         while not select.select([answers], [], [], 1.0)[0]:
             each_second()
         line = answers.readline()
-        return int(json.loads(line)[what]) if line else None
+        return int(json.loads(line)[name]) if line else None
 
 
 def _text(file: Path) -> str:

@@ -1,5 +1,4 @@
-"""What a comparison is: which candidates, on which rows, with which budget. Checked whole before
-anything runs."""
+"""What a comparison is: candidates, rows and budget, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -25,19 +24,18 @@ from veneer.training.config import RunConfig
 
 DEFAULT_STEPS = 100
 TEST_SHARE = VALIDATION_SHARE = 0.15
-"""Of rows that come without files of their own for them."""
+"""Shares split off rows that come without files for test and validation."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """name: what tables call it; config: everything but learning rate, steps, seed and folder,
-    which are filled in."""
+    """Names a candidate. config: its settings, without learning rate, steps, seed and folder."""
 
     name: str
     config: RunConfig
 
     def over(self, files: RowFiles) -> Candidate:
-        """The candidate over these files."""
+        """Returns the candidate with these files."""
         rows: dict[str, Any] = {"train": str(files.train), "validation": str(files.validation)}
         rows |= {"format": files.format, "map": {}}
         data = self.config.data.model_copy(update=rows)
@@ -46,13 +44,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """steps or seconds   the budget of every run: optimizer steps, or training time (turned into
+    """Describes a comparison.
+
+    steps or seconds   the budget of every run: optimizer steps, or training time (turned into
                           steps by a probe)
-    factors   learning rates that are tried, times the candidate's own
-    extend    how often the search goes on beyond an end of `factors` where the best rate lies there
+    factors   of the candidate's learning rate that are tried
+    extend    how often the search continues beyond an end of `factors` if the best rate is there
     seeds     runs of each candidate with its best rate: seeds 0, 1, ...
-    metrics   names of evaluate's metrics; the first decides, without one the loss does
-    general   text for forgetting, or None
+    metrics   names of metrics; the first decides, or the loss if there is none
+    general   text to measure forgetting, or None
     """
 
     candidates: Sequence[Candidate]
@@ -106,8 +106,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RowFiles:
-    """Rows to train on, to choose the learning rate by, and to judge by, and how they are laid
-    out."""
+    """Names the files of rows to train on, to choose the learning rate by, and to test on."""
 
     train: Path
     validation: Path
@@ -123,17 +122,16 @@ def prepare_rows(
     out: Path,
     columns: ColumnMap | None = None,
 ) -> RowFiles:
-    """The files of a comparison.
+    """Returns the files of a comparison.
 
-    What is not given is split off `data` by a hash of each row's prompt, so that the same prompt
-    never stands on two sides, and written to out/data: as chat, prompt and completion, or text,
-    whatever it was. Where a format is named, the files that are given are written there in the same
-    way, as all three are read alike.
+    Missing files are split off `data` by a hash of each row's prompt, so that a prompt is never on
+    two sides, and written to out/data as chat, prompt and completion, or text. If a format is
+    named, the given files are written there in the same way, because all three are read alike.
     """
     if validation is not None and test is not None and not columns:
         return RowFiles(Path(data), Path(validation), Path(test), format)
-    given = {"validation": validation, "test": test}
-    names = [data, *(name for name in given.values() if name is not None)]
+    given_files = {"validation": validation, "test": test}
+    names = [data, *(name for name in given_files.values() if name is not None)]
     folder = out / "data"
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
     overwritten = [
@@ -145,14 +143,17 @@ def prepare_rows(
             overwritten,
             "Take another --out, or move the file.",
         )
-    sides = dict(zip(paths, _divided(data, given, format, columns), strict=True))
-    few = [name for name, side in sides.items() if given.get(name) is None and len(side) < 2]
-    if few:
+    sides = dict(zip(paths, _divided(data, given_files, format, columns), strict=True))
+    too_small = [
+        name for name, side in sides.items() if given_files.get(name) is None and len(side) < 2
+    ]
+    if too_small:
         raise DataError(
-            f"{data} is too small to be divided: {', '.join(few)} would get fewer than two rows",
+            f"{data} is too small to be divided: {', '.join(too_small)} would get fewer than"
+            " two rows",
             next_step="Give --validation and --test.",
         )
-    for name, file in given.items():
+    for name, file in given_files.items():
         if file is not None and (format != "auto" or columns):
             sides[name] = read_rows(file, format, columns)
         elif file is not None:
@@ -167,12 +168,12 @@ def prepare_rows(
 
 
 def _divided(
-    data: str, given: Mapping[str, str | None], format: Layout, columns: ColumnMap | None
+    data: str, given_files: Mapping[str, str | None], format: Layout, columns: ColumnMap | None
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows for training, validation and test; none where a file is given."""
+    """Divides rows for training, validation and test; empty where a file is given."""
     rows = read_rows(data, format, columns)
     shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
-    left, held, tested = shared_out(
-        rows, [0.0 if given[name] else share for name, share in shares.items()]
+    train, validation, test = shared_out(
+        rows, [0.0 if given_files[name] else share for name, share in shares.items()]
     )
-    return left, held, tested
+    return train, validation, test

@@ -1,9 +1,8 @@
-"""A Ray cluster that this process is connected to. Ray is an extra: nothing here imports it before
-it is asked for.
+"""Connects to a Ray cluster. Ray is an extra, imported only on use.
 
-Whoever may talk to a cluster runs what they like on it. One that is started here listens where Ray
-listens, on all of this machine's addresses, and answers who knows its token: Ray makes it, in this
-user's home (2.59 and later).
+Whoever may connect to a cluster can run code on it. A cluster started here listens on all addresses
+of this machine, as Ray does, and accepts only clients with its token: Ray makes it, in this user's
+home (2.59 and later).
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from veneer.errors import ConfigError, SourceError
 
 
 def connect(address: str | None) -> ModuleType:
-    """Ray, connected to the cluster at `address`, or to one that is started on this machine and
-    ends with us.
+    """Returns Ray, connected to `address`, or to a cluster that is started here and ends with this
+    process.
 
-    ConfigError: Ray is not installed. SourceError: no cluster answers there.
+    Raises ConfigError if Ray is not installed, SourceError if no cluster answers.
     """
     try:
         import ray
@@ -43,6 +42,6 @@ def connect(address: str | None) -> ModuleType:
             "Start one (ray start --head) and name it; without --address one is started here.",
         ) from None
     ray._private.worker._worker_logs_enabled = (
-        False  # or it writes on stdout, between what --json prints
+        False  # else it writes to stdout, between the output of --json
     )
     return ray

@@ -1,9 +1,9 @@
-"""Jobs as tasks of a Ray cluster: as many at once as it has room for, each with its processors and
-its memory.
+"""Runs jobs as tasks of a Ray cluster: as many at once as it has room for, by processors and
+memory.
 
-A task that is lost with its node is begun again elsewhere, from its last checkpoint that was
-gathered (ray_trial.py); one that is over is never run again, whoever asks: its outcome lies in the
-store. Stopped, tasks save and end.
+A task that is lost with its node is restarted elsewhere, from its last checkpoint in the store
+(ray_trial.py). A finished job is never run again: its outcome is in the store. When stopped, tasks
+save and end.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from veneer.training.state.checkpoint import newest_valid
 from veneer.wording import size
 
 RETRIES = 20
-"""Nodes that a task may be lost with."""
+"""How often a task may be lost with its node."""
 JUDGED = ("adapter", "model")
 LEFT = (*JUDGED, "summary.json", "predictions.jsonl")
-"""Of a run's folder: what an evaluation reads, and what jobs are for. The name of a run says all
-that it depends on."""
+"""Files of a run's folder that an evaluation reads, and that jobs produce."""
 STOP_SECONDS = 60.0
-"""For tasks to save in."""
+"""Time for tasks to save."""
 
 
 class RayExecutor:
-    """address: of the cluster; None: one that is started here. store: where files are gathered.
-    cpus: of each job; None: as many threads as this process has, with which the figures are those
-    of a run here."""
+    """Runs jobs on a cluster. address: None starts one here. store: address of the files.
+
+    cpus: of each job; None: as many threads as this process has, for the same figures as here.
+    """
 
     def __init__(self, address: str | None, store: str, cpus: int | None = None) -> None:
         self._store = RunStore(store)
@@ -62,22 +62,22 @@ class RayExecutor:
         self._over: list[Over] = []
         self._memory: dict[str, int] = {}
 
-    def look(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
-        settings = json.dumps([each.model_dump(mode="json") for each in asked])
+    def look(self, base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
+        settings = json.dumps([config.model_dump(mode="json") for config in configs])
         task = self._ray.remote(look).options(**self._room(PROCESS_BYTES))
-        found = NodeEnvironment(
+        environment = NodeEnvironment(
             **self._answer(
                 task.remote(base, settings, self._threads, str(Path.cwd())), "the cluster"
             )["found"]
         )
-        self._circumstances = found.circumstances
-        return found
+        self._circumstances = environment.circumstances
+        return environment
 
     def take(self, jobs: Sequence[CommandJob]) -> None:
         for job in jobs:
-            asked = self._asked(job)
-            if (outcome := self._found(asked)) is not None:
-                self._over.append((job, self._gathered(job, outcome)))
+            request = self._request_of(job)
+            if (outcome := self._earlier_outcome(request)) is not None:
+                self._over.append((job, self._download(job, outcome)))
                 continue
             memory = self._memory_bytes(job.config)
             self._refuse_what_no_node_holds(job, memory)
@@ -87,7 +87,7 @@ class RayExecutor:
                 retry_exceptions=[LostProcessError],
                 name=job.what,
             )
-            self._tasks[task.remote(json.dumps(asdict(asked)))] = job
+            self._tasks[task.remote(json.dumps(asdict(request)))] = job
 
     def over(self, say: Say) -> Over:
         try:
@@ -99,33 +99,33 @@ class RayExecutor:
                 )
                 for task in ended:
                     job = self._tasks.pop(task)
-                    answered = self._answer(task, job.what)
-                    answered["command"] = tuple(answered["command"])
-                    self._over.append((job, self._gathered(job, Outcome(**answered))))
+                    fields = self._answer(task, job.what)
+                    fields["command"] = tuple(fields["command"])
+                    self._over.append((job, self._download(job, Outcome(**fields))))
         except KeyboardInterrupt:
             raise interrupted() from None
         return self._over.pop(0)
 
     def stop(self) -> None:
-        left = list(self._tasks)
-        for task in left:
+        running = list(self._tasks)
+        for task in running:
             self._ray.cancel(task)
-        if left:
-            _, left = self._ray.wait(left, num_returns=len(left), timeout=STOP_SECONDS)
-        for task in left:
+        if running:
+            _, running = self._ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS)
+        for task in running:
             self._ray.cancel(task, force=True)
         self._tasks.clear()
         self._ray.shutdown()
 
-    # what is sent
+    # requests
 
-    def _asked(self, job: CommandJob) -> TrialRequest:
+    def _request_of(self, job: CommandJob) -> TrialRequest:
         name = job.folder.name
-        own = newest_valid(job.folder / "checkpoints")[0] if job.resume else job.folder
-        if own is not None and files_of(job.folder):
+        saved = newest_valid(job.folder / "checkpoints")[0] if job.resume else job.folder
+        if saved is not None and files_of(job.folder):
             self._store.put_folder(job.folder, name)
         begin, resume = (
-            [self._word(each, job) for each in words] for words in (job.begin, job.resume)
+            [self._word(word, job) for word in words] for words in (job.begin, job.resume)
         )
         config = job.config.model_dump(mode="json")
         rows = {
@@ -156,29 +156,29 @@ class RayExecutor:
             return {"folder": word.relative_to(job.folder).as_posix()}
         return {"input": self._store.put_file(word), "name": word.name}
 
-    def _found(self, asked: TrialRequest) -> Outcome | None:
-        """How the job ended before, where what it left is still there."""
-        done = self._store.object(done_name(asked.name, asked.key))
-        if done is None:
+    def _earlier_outcome(self, request: TrialRequest) -> Outcome | None:
+        """Returns how the job ended before, if its files are still in the store."""
+        stored = self._store.object(done_name(request.name, request.key))
+        if stored is None:
             return None
-        listed = self._store.listed(asked.name) or {}
-        kept = results(done["files"], LEFT).items() <= listed.items()
-        outcome = Outcome(**{**done["outcome"], "command": tuple(done["outcome"]["command"])})
-        return outcome if kept and outcome.code == 0 else None
+        listed = self._store.listed(request.name) or {}
+        intact = results(stored["files"], LEFT).items() <= listed.items()
+        outcome = Outcome(**{**stored["outcome"], "command": tuple(stored["outcome"]["command"])})
+        return outcome if intact and outcome.code == 0 else None
 
-    def _gathered(self, job: CommandJob, outcome: Outcome) -> Outcome:
+    def _download(self, job: CommandJob, outcome: Outcome) -> Outcome:
         self._store.get_folder(job.folder.name, job.folder)
         if job.resume:
             relocate(job.folder, job.config)
         return outcome
 
-    # what it takes
+    # resources
 
     def _room(self, memory: int) -> Mapping[str, Any]:
         return {"num_cpus": self._threads, "num_gpus": self._gpus, "memory": memory}
 
     def _memory_bytes(self, config: RunConfig) -> int:
-        """Of the machine, not of its GPU, which a job has alone."""
+        """Returns main memory for a job; with a GPU, which a job has alone, a fixed amount."""
         if self._gpus:
             return PROCESS_BYTES
         key = config.model_dump_json(exclude={"out", "learning_rate", "seed", "steps"})
@@ -188,41 +188,41 @@ class RayExecutor:
         return self._memory[key]
 
     def _refuse_what_no_node_holds(self, job: CommandJob, memory: int) -> None:
-        """DoesNotFitError: it would wait for ever."""
+        """Raises DoesNotFitError for a job that would wait for ever."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if not any(
             node.get("CPU", 0) >= self._threads and node.get("memory", 0) >= memory
             for node in nodes
         ):
-            most = [
-                f"a node has {each.get('CPU', 0):g} processors, {size(each.get('memory', 0))}"
-                for each in nodes
+            node_texts = [
+                f"a node has {node.get('CPU', 0):g} processors, {size(node.get('memory', 0))}"
+                for node in nodes
             ]
             raise DoesNotFitError(
                 f"{job.what} needs {self._threads} processors and {size(memory)}, and no node has"
                 " them",
-                most,
+                node_texts,
                 "Add a larger node, or give fewer --cpus.",
             )
 
-    def _answer(self, task: Any, what: str) -> dict[str, Any]:
+    def _answer(self, task: Any, label: str) -> dict[str, Any]:
         errors = self._ray.exceptions
         try:
-            found: dict[str, Any] = json.loads(self._ray.get(task))
+            answer: dict[str, Any] = json.loads(self._ray.get(task))
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError) as fault:
             raise LostProcessError(
-                f"{what}: its node was lost {RETRIES} times",
+                f"{label}: its node was lost {RETRIES} times",
                 str(fault).splitlines()[:4],
-                "Go on with the same command.",
+                "Run the same command to continue.",
             ) from None
         except errors.RayError as fault:
             raise VeneerError(
-                f"{what}: the task failed",
+                f"{label}: the task failed",
                 str(fault).strip().splitlines()[-4:],
                 "Veneer must be installed on every node, in the same version.",
             ) from None
-        if "refused" in found:
-            error = VeneerError(*found["refused"])
-            error.exit_code = found["exit_code"]
+        if "refused" in answer:
+            error = VeneerError(*answer["refused"])
+            error.exit_code = answer["exit_code"]
             raise error
-        return found
+        return answer

@@ -1,9 +1,9 @@
-"""A job on a node of a cluster: its files are brought, it runs as a process does here, what it
-leaves is gathered.
+"""Runs a job on a node of a cluster: downloads its files, runs it as a process, uploads its
+results.
 
-All of it happens in a folder that is made for it and goes with it: no disk is shared with anybody.
-Whenever the run has saved a checkpoint, the folder as it is is gathered, so that the job goes on
-elsewhere when this node is lost. What is asked and what is answered is JSON.
+It works in a temporary folder; no disk is shared. Whenever the run has saved a checkpoint, its
+folder is uploaded, so that the job can continue elsewhere if this node is lost. Requests and
+answers are JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from veneer.child import environment_for, module_command
 from veneer.comparison.jobs import CommandJob, Outcome
-from veneer.comparison.local import INTERRUPTED, chosen, command_of
+from veneer.comparison.local import INTERRUPTED, command_of, job_command
 from veneer.comparison.store import RunStore
 from veneer.errors import LostProcessError, RefusedError, VeneerError
 from veneer.files.atomic import verify_manifest
@@ -35,20 +35,19 @@ from veneer.training.state.folder import resume_config, write_run_file
 from veneer.training.state.progress import load_state
 
 Word = str | dict[str, str]
-"""Of a command: a text; {folder: path in the run's folder}; {input: its hash, name}."""
+"""A word of a command: text, {folder: path in the run's folder}, or {input: hash, name}."""
 ROWS = ("train", "validation")
 
 
 @dataclass(frozen=True)
 class TrialRequest:
-    """store   its address
-    name       of the run's folder there
-    key        of the job
+    """Requests a job on a node.
+
+    store          address of the store;  name  of the run's folder there;  key  of the job
     begin, resume  as in CommandJob
-    config     settings of the run, with its rows as words
-    threads    that the process takes
-    cwd        what names of bases are relative to
-    circumstances  that the figures of this comparison depend on: others are refused
+    config         settings of the run, with its rows as words
+    threads        of the process;  cwd  that names of bases are relative to
+    circumstances  of the comparison: a node with others refuses
     """
 
     store: str
@@ -64,19 +63,19 @@ class TrialRequest:
 
 
 def look(base: str, asked: str, threads: int, cwd: str) -> str:
-    """What surroundings.py finds, on this node. VeneerError as text in `refused`."""
+    """Returns this node's environment (surroundings.py) as JSON, or an error in `refused`."""
     return _answered(lambda: {"found": _surroundings(base, asked, threads, cwd)})
 
 
-def run_trial(asked: str) -> str:
-    """The outcome of a job: {code, out, talk, command}, or {refused}."""
-    return _answered(lambda: asdict(_outcome(TrialRequest(**json.loads(asked)))))
+def run_trial(request: str) -> str:
+    """Runs a job; returns its outcome {code, out, talk, command} as JSON, or {refused}."""
+    return _answered(lambda: asdict(_outcome(TrialRequest(**json.loads(request)))))
 
 
 def _answered(function: Any) -> str:
     try:
         return json.dumps(function())
-    except LostProcessError:  # which another attempt mends
+    except LostProcessError:  # another attempt may succeed
         raise
     except VeneerError as fault:
         return json.dumps(
@@ -93,88 +92,97 @@ def _variables(threads: int) -> Mapping[str, str]:
 
 @cache
 def _surroundings(base: str, asked: str, threads: int, cwd: str) -> dict[str, Any]:
-    """Once a process of Ray's: what a node has does not change while it is there."""
+    """Finds the environment once per process of Ray: a node does not change while it runs."""
     command = [*module_command("veneer.comparison.surroundings"), base]
     variables = environment_for(_variables(threads))
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         input=asked,
         capture_output=True,
         text=True,
         env=variables,
-        cwd=_there(cwd),
+        cwd=_folder_if_exists(cwd),
         check=False,
     )
-    if done.returncode:
+    if process.returncode:
         raise RefusedError(
             f"{os.uname().nodename} cannot run this comparison",
-            done.stderr.strip().splitlines()[-6:],
-            "Mend it there.",
+            process.stderr.strip().splitlines()[-6:],
+            "Fix it on that node.",
         )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    environment: dict[str, Any] = json.loads(process.stdout)
+    return environment
 
 
-def _there(cwd: str) -> Path | None:
+def _folder_if_exists(cwd: str) -> Path | None:
     return Path(cwd) if Path(cwd).is_dir() else None
 
 
-def _check(asked: TrialRequest) -> None:
-    """RefusedError: figures from here and from where the comparison began are not of one kind."""
-    expected = asked.circumstances
-    found = _surroundings(asked.config["base"], "[]", asked.threads, asked.cwd)["circumstances"]
-    differing = [name for name in expected if found.get(name) != expected[name]]
+def _check(request: TrialRequest) -> None:
+    """Raises RefusedError if figures of this node and of the comparison's start are not
+    comparable.
+    """
+    expected = request.circumstances
+    actual = _surroundings(request.config["base"], "[]", request.threads, request.cwd)[
+        "circumstances"
+    ]
+    differing = [name for name in expected if actual.get(name) != expected[name]]
     if differing:
         raise RefusedError(
             f"{os.uname().nodename} is another kind of machine than the one that the comparison"
             " began on",
-            [f"{name}: there {expected[name]!r}, here {found.get(name)!r}" for name in differing],
+            [f"{name}: there {expected[name]!r}, here {actual.get(name)!r}" for name in differing],
             "Run it on nodes of one kind, with the same base and versions.",
         )
 
 
-def _outcome(asked: TrialRequest) -> Outcome:
-    _check(asked)
+def _outcome(request: TrialRequest) -> Outcome:
+    _check(request)
     home = own_folder()
-    sweep(home)  # what a process that was killed left
-    store = RunStore(asked.store)
+    sweep(home)  # removes what killed processes left
+    store = RunStore(request.store)
     with scratch_folder(home) as work:
-        trial = _Trial(asked, store, work)
-        store.get_folder(asked.name, trial.job.folder)
+        trial = _Trial(request, store, work)
+        store.get_folder(request.name, trial.job.folder)
         trial.rewrite()
         try:
-            variables = _variables(asked.threads)
+            variables = _variables(request.threads)
             outcome = command_of(
-                chosen(trial.job), trial.gather_checkpoint, variables, _there(asked.cwd)
+                job_command(trial.job),
+                trial.upload_checkpoint,
+                variables,
+                _folder_if_exists(request.cwd),
             )
-        except BaseException:  # cancelled; the process has saved
-            trial.gather_checkpoint()
+        except BaseException:  # cancelled, and the process has saved
+            trial.upload_checkpoint()
             raise
         if outcome.code in INTERRUPTED:
-            trial.gather_checkpoint()
+            trial.upload_checkpoint()
             raise LostProcessError(
                 f"somebody on {os.uname().nodename} stopped a process of the comparison"
             )
         if outcome.code == 0:
             shutil.rmtree(trial.job.folder / "checkpoints", ignore_errors=True)
         trial.job.folder.mkdir(exist_ok=True)
-        files = store.put_folder(trial.job.folder, asked.name)
+        files = store.put_folder(trial.job.folder, request.name)
         store.put_text(
-            done_name(asked.name, asked.key),
+            done_name(request.name, request.key),
             json.dumps({"outcome": asdict(outcome), "files": files}),
         )
     return outcome
 
 
 def own_folder() -> Path:
-    """Where jobs of this user work. RefusedError: under its name lies what others could change."""
+    """Returns the folder in which jobs of this user work. RefusedError if others could write
+    to it.
+    """
     home = (
         Path(tempfile.gettempdir()) / f"veneer-{os.getuid()}"
     )  # containers have users without a name
     with explained(home):
         home.mkdir(mode=0o700, exist_ok=True)
-        found = home.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        status = home.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise RefusedError(
             f"{home} on {os.uname().nodename} is no folder that this user alone writes to",
             next_step="Remove it, or set TMPDIR there to a folder of this user's.",
@@ -187,20 +195,21 @@ def done_name(name: str, key: str) -> str:
 
 
 class _Trial:
-    """The job as it is here, in `work`."""
+    """Holds a job as it is on this node, in `work`."""
 
-    def __init__(self, asked: TrialRequest, store: RunStore, work: Path) -> None:
-        self.asked, self.store, self.work = asked, store, work
-        folder = work / asked.name
-        rows = {name: str(self._word(word, folder)) for name, word in asked.rows.items()}
+    def __init__(self, request: TrialRequest, store: RunStore, work: Path) -> None:
+        self.request, self.store, self.work = request, store, work
+        folder = work / request.name
+        rows = {name: str(self._word(word, folder)) for name, word in request.rows.items()}
         config = RunConfig.of(
-            {**asked.config, "out": str(folder), "data": {**asked.config["data"], **rows}}
+            {**request.config, "out": str(folder), "data": {**request.config["data"], **rows}}
         )
         begin, resume = (
-            tuple(self._word(w, folder) for w in words) for words in (asked.begin, asked.resume)
+            tuple(self._word(word, folder) for word in words)
+            for words in (request.begin, request.resume)
         )
-        self.job = CommandJob(asked.name, folder, begin=begin, resume=resume, config=config)
-        self._gathered = 0
+        self.job = CommandJob(request.name, folder, begin=begin, resume=resume, config=config)
+        self._uploaded_step = 0
 
     def _word(self, word: Word, folder: Path) -> str | Path:
         if isinstance(word, str):
@@ -214,29 +223,29 @@ class _Trial:
 
     def rewrite(self) -> None:
         relocate(self.job.folder, self.job.config)
-        self._gathered = max(numbers(self.job.folder / "checkpoints"), default=0)
+        self._uploaded_step = max(numbers(self.job.folder / "checkpoints"), default=0)
 
-    def gather_checkpoint(self) -> None:
-        """The folder as it is now, where the run has saved since the last time."""
-        if max(numbers(self.job.folder / "checkpoints"), default=0) <= self._gathered:
+    def upload_checkpoint(self) -> None:
+        """Uploads the run's folder if it has a new checkpoint."""
+        if max(numbers(self.job.folder / "checkpoints"), default=0) <= self._uploaded_step:
             return
         copy = self.work / "gathered"
         shutil.rmtree(copy, ignore_errors=True)
         step = copy_as_it_goes_on(self.job.folder, copy)
         if step is not None:
-            with suppress(VeneerError):  # the next second is another chance; what is lost is time
-                self.store.put_folder(copy, self.asked.name)
-                self._gathered = step
+            with suppress(VeneerError):  # it is tried again in a second
+                self.store.put_folder(copy, self.request.name)
+                self._uploaded_step = step
 
 
 def copy_as_it_goes_on(folder: Path, copy: Path) -> int | None:
-    """A run's folder, copied while the run writes and removes checkpoints: all that going on from
-    the newest takes.
+    """Copies a run's folder while the run writes and removes checkpoints, so that the copy can be
+    resumed.
 
-    Checkpoints first: the records that are copied behind them know of their steps. Returns the
-    newest one's step; None where it or the best one went meanwhile, or what stands beside them did.
+    Copies checkpoints first, so that the records copied later contain their steps. Returns the
+    newest step, None if that checkpoint, the best one, or another file was removed meanwhile.
     """
-    with suppress(OSError):  # of checkpoints that go; shutil's own error is one
+    with suppress(OSError):  # a checkpoint was removed; shutil.Error is an OSError, too
         shutil.copytree(folder / "checkpoints", copy / "checkpoints")
     checkpoints = [
         checkpoint_path(copy / "checkpoints", step) for step in numbers(copy / "checkpoints")
@@ -262,10 +271,14 @@ def copy_as_it_goes_on(folder: Path, copy: Path) -> int | None:
 
 
 def relocate(folder: Path, config: RunConfig) -> None:
-    """The run in the folder names its base, its rows and itself as they are called here."""
+    """Changes base, rows and folder in the run's file to their names on this machine."""
     if not (folder / "run.yaml").is_file():
         return
-    there = resume_config(folder)
+    config_of_run = resume_config(folder)
     rows = {name: getattr(config.data, name) for name in ROWS}
-    here = {"base": config.base, "out": str(folder), "data": there.data.model_copy(update=rows)}
-    write_run_file(there.model_copy(update=here))
+    names_here = {
+        "base": config.base,
+        "out": str(folder),
+        "data": config_of_run.data.model_copy(update=rows),
+    }
+    write_run_file(config_of_run.model_copy(update=names_here))

@@ -1,8 +1,8 @@
-"""The learning rate of each candidate, searched with the same care for all: otherwise a comparison
-of methods is one of how well their defaults happen to fit.
+"""Searches each candidate's learning rate with the same effort, so that methods are compared rather
+than defaults.
 
 Every rate trains once with seed 0 for the whole budget; the lowest held-out loss wins, and its run
-is also the final run of seed 0. Where the best rate lies at an end, the search goes on in that
+is also the final run of seed 0. If the best rate is at an end, the search continues in that
 direction.
 """
 
@@ -17,63 +17,66 @@ from veneer.comparison.plan import Candidate
 PROBE_STEPS = 6
 
 
-def steps_within(worker: JobRunner, candidate: Candidate, seconds: float) -> Asking[int]:
-    """Optimizer steps that fit into this training time, by a short run of this candidate on this
-    machine."""
-    rate = candidate.config.peak_learning_rate(worker.hidden_size)
-    done = yield from worker.train(
+def steps_within(runner: JobRunner, candidate: Candidate, seconds: float) -> Asking[int]:
+    """Returns the optimizer steps that fit into this training time, from a short run on this
+    machine.
+    """
+    rate = candidate.config.peak_learning_rate(runner.hidden_size)
+    probe = yield from runner.train(
         candidate, rate=rate, seed=0, steps=PROBE_STEPS, with_result=False
     )
-    if done.failure:
-        return PROBE_STEPS  # what fails here fails in the search, and is told there
-    # The first step is not in `seconds`: it compiles and allocates.
-    return max(1, math.floor(seconds * (PROBE_STEPS - 1) / done.summary["seconds"]))
+    if probe.failure:
+        return PROBE_STEPS  # what fails here also fails in the search, which reports it
+    # `seconds` excludes the first step, which compiles and allocates.
+    return max(1, math.floor(seconds * (PROBE_STEPS - 1) / probe.summary["seconds"]))
 
 
 def search(
-    worker: JobRunner, candidate: Candidate, steps: int
+    runner: JobRunner, candidate: Candidate, steps: int
 ) -> Asking[tuple[list[tuple[float, FinishedRun]], int | None]]:
-    """(rate, run) in rising order, and the place of the best; None where no run came to an end."""
-    comparison = worker.comparison
-    default = candidate.config.peak_learning_rate(worker.hidden_size)
+    """Returns ((rate, run) by increasing rate, index of the best or None if every run failed)."""
+    comparison = runner.comparison
+    default = candidate.config.peak_learning_rate(runner.hidden_size)
     factors = sorted(comparison.factors)
     step = factors[-1] / factors[-2] if len(factors) > 1 else 3.0
-    tried: dict[float, FinishedRun] = {}
+    runs: dict[float, FinishedRun] = {}
 
     def rate_of(factor: float) -> float:
         return float(f"{default * factor:.3g}")
 
-    left = comparison.extend if len(factors) > 1 else 0
+    extensions_left = comparison.extend if len(factors) > 1 else 0
     while True:
-        new = [rate for rate in dict.fromkeys(map(rate_of, factors)) if rate not in tried]
-        done = yield from together(
-            worker.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
+        new = [rate for rate in dict.fromkeys(map(rate_of, factors)) if rate not in runs]
+        finished = yield from together(
+            runner.train(candidate, rate=rate, seed=0, steps=steps, with_result=False)
             for rate in new
         )
-        tried.update(zip(new, done, strict=True))
-        losses = [_loss(tried[rate_of(factor)]) for factor in factors]
+        runs.update(zip(new, finished, strict=True))
+        losses = [_loss(runs[rate_of(factor)]) for factor in factors]
         best = losses.index(min(losses))
         if not math.isfinite(losses[best]):
             best_place = None
             break
         best_place = best
-        if left == 0 or 0 < best < len(factors) - 1:
+        if extensions_left == 0 or 0 < best < len(factors) - 1:
             break
-        left -= 1
-        worker.pace.one_more()
+        extensions_left -= 1
+        runner.pace.one_more()
         end = "lowest" if best == 0 else "highest"
-        worker.say(
+        runner.say(
             f"{candidate.name} did best at the {end} learning rate that was tried,"
             f" {rate_of(factors[best]):g}: one more run tries a rate beyond it (--extend 0: none)"
         )
         factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]
-    found = [(tried[f].config.learning_rate or 0.0, tried[f]) for f in map(rate_of, factors)]
+    results = [
+        (runs[rate].config.learning_rate or 0.0, runs[rate]) for rate in map(rate_of, factors)
+    ]
     if best_place is not None:
-        for each in tried.values():
-            if each is not found[best_place][1]:
-                worker.drop_result(each)
-    return found, best_place
+        for run in runs.values():
+            if run is not results[best_place][1]:
+                runner.drop_result(run)
+    return results, best_place
 
 
-def _loss(done: FinishedRun) -> float:
-    return math.inf if done.loss is None or not math.isfinite(done.loss) else done.loss
+def _loss(run: FinishedRun) -> float:
+    return math.inf if run.loss is None or not math.isfinite(run.loss) else run.loss

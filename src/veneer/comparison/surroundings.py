@@ -1,9 +1,8 @@
-"""What a place has: the types that a base would be held in there, and what figures depend on
+"""The environment of a machine: the base's type there, and what figures depend on
 (circumstances.py).
 
 As a program (`python -m veneer.comparison.surroundings BASE`) it reads settings as JSON and prints
-what it found: a node of a cluster asks it in a process of its own, which has the threads and the
-devices that a run would have there.
+the environment: a cluster's node runs it in a process with the threads and devices of a run.
 """
 
 from __future__ import annotations
@@ -22,25 +21,27 @@ from veneer.training.config import RunConfig
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """dtypes: of the base for each of the settings that were asked about. lines: why, for
-    people."""
+    """Describes a machine. dtypes: of the base, for each settings. lines: why, for people."""
 
     dtypes: list[DtypeName]
     lines: list[str]
     circumstances: dict[str, str]
 
 
-def surroundings(base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
-    """Of this process."""
-    found = [compute_of(c.base, dtype=c.dtype, device=c.device, quantize=c.quantize) for c in asked]
-    lines = dict.fromkeys(each.line for each in found if each.line is not None)
-    return NodeEnvironment([each.name for each in found], list(lines), circumstances(base))
+def surroundings(base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
+    """Returns the environment of this process."""
+    computes = [
+        compute_of(config.base, dtype=config.dtype, device=config.device, quantize=config.quantize)
+        for config in configs
+    ]
+    lines = dict.fromkeys(compute.line for compute in computes if compute.line is not None)
+    return NodeEnvironment([compute.name for compute in computes], list(lines), circumstances(base))
 
 
 def main() -> int:
     try:
-        asked = [RunConfig.of(each) for each in json.load(sys.stdin)]
-        print(json.dumps(asdict(surroundings(sys.argv[1], asked))))
+        configs = [RunConfig.of(settings) for settings in json.load(sys.stdin)]
+        print(json.dumps(asdict(surroundings(sys.argv[1], configs))))
     except VeneerError as fault:
         print(fault, file=sys.stderr)
         return fault.exit_code

@@ -1,4 +1,4 @@
-"""What a base, with whatever adapter is active on it, answers to each row's last prompt."""
+"""Answers of a base, with the adapters active on it, to each row's last prompt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from veneer.evaluation.intervals import Counts
 from veneer.models.frozen_base import FrozenBase
 
 NAMED_ROWS = 10
-"""How many rows an error names before it counts the rest."""
+"""Most rows that an error names."""
 
 
 @dataclass(frozen=True)
 class RowAnswer:
-    """One row's last turn: as it stands in the data, and as the model gives it (greedy). cut: at
-    its longest."""
+    """Holds a row's last turn, from the data and from the model (greedy). cut: at
+    max_new_tokens.
+    """
 
     row: Row
     expected: str
@@ -38,12 +39,14 @@ def evaluate_answers(
     variables: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RowAnswer]:
-    """The model's answer to every row's prompt (all but its last turn), greedy, in the rows' order.
+    """Generates the answer to every row's prompt (all but its last turn), greedily, in the rows'
+    order.
 
-    max_new_tokens  an answer that is not finished by then is cut there
-    variables       what the chat template is told
-    progress        called with the rows done and the rows in all
-    Raises DataError, naming the rows, where a row has no assistant turn at its end to compare with.
+    max_new_tokens  longer answers are cut
+    variables       of the chat template
+    progress        receives (rows done, rows in all)
+
+    Raises DataError, naming the rows, if a row does not end with an assistant turn to compare with.
     """
     expected = expected_answers(base, rows, variables)
     template = ChatTemplate(base.acting_tokenizer, variables=variables)
@@ -55,16 +58,17 @@ def evaluate_answers(
 
     generated = generate(base, prompts, max_new_tokens=max_new_tokens, on_done=done)
     answers = [_text(base, ids) for ids in generated]
-    most = limits_of(base, prompts, max_new_tokens)
-    cut = [len(ids) >= limit for ids, limit in zip(generated, most, strict=True)]
+    limits = limits_of(base, prompts, max_new_tokens)
+    cut = [len(ids) >= limit for ids, limit in zip(generated, limits, strict=True)]
     return [RowAnswer(*fields) for fields in zip(rows, expected, answers, cut, strict=True)]
 
 
 def expected_answers(
     base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """The text of each row's last turn; raises DataError, naming the rows, where it is no assistant
-    turn."""
+    """Returns the text of each row's last turn. DataError names rows whose last turn is no
+    assistant's.
+    """
     refuse_rows(
         "answers can only be compared with an assistant turn at the end of each row",
         [row.ref for row in rows if not row.messages or row.messages[-1]["role"] != "assistant"],
@@ -77,7 +81,7 @@ def expected_answers(
 def references_of(
     base: FrozenBase, rows: Sequence[Row], variables: Mapping[str, Any] | None = None
 ) -> list[list[str]]:
-    """Every right answer of each row: its last turn first, then its `references`."""
+    """Returns every right answer of each row: its last turn first, then its `references`."""
     return [
         [expected, *(text.strip() for text in row.references)]
         for expected, row in zip(expected_answers(base, rows, variables), rows, strict=True)
@@ -88,7 +92,7 @@ def _expected(base: FrozenBase, template: ChatTemplate, row: Row) -> str:
     last: dict[str, Any] = row.messages[-1]
     if not last.get("tool_calls"):
         return str(last["content"]).strip()
-    # How a tool call is spelt is the template's business: take the span that would be trained.
+    # The template decides how a tool call is written: take the tokens that would be trained.
     ids, trained = template.encode_row(row, train_on="last")
     return _text(base, [token for token, learnt in zip(ids, trained, strict=True) if learnt])
 
@@ -108,9 +112,11 @@ def refuse_rows(
 
 
 def finite(counts: Counts, examples: Sequence[Example]) -> Counts:
-    """The (N, 2) nats and tokens of these examples. Raises DivergedError naming rows whose nats are
-    not finite: their mean, the likeliest of several labels and whatever is compared with them would
-    mean nothing."""
+    """Returns the (N, 2) nats and tokens. Raises DivergedError naming rows whose nats are not
+    finite.
+
+    Their mean, the likeliest label and every comparison with them would be meaningless.
+    """
     refs = [
         example.ref
         for example, (nats, _) in zip(examples, counts, strict=True)

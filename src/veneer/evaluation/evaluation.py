@@ -1,8 +1,7 @@
-"""`evaluate`: the loss of a base on held-out rows, how its answers compare with theirs, and what it
-has forgotten.
+"""Evaluates a base: its loss on held-out rows, the quality of its answers, and what it has
+forgotten.
 
-How a batch is computed comes in as a function (`nats`): it is the step's business
-(models/likelihood.py).
+The function `nats` computes a batch (models/likelihood.py).
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 
 Progress = Callable[[str, int, int], None]
-"""(what is done, rows done, rows in all)."""
+"""Reports (label, rows done, rows in all)."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is asked of an evaluation besides the loss.
+    """Says what to evaluate besides the loss.
 
-    metrics            none that needs answers: nothing is generated
-    max_new_tokens     an answer that is not finished by then is cut there
+    metrics            answers are generated only if one needs them
+    max_new_tokens     longer answers are cut
     labels             what accuracy chooses from; none: the distinct answers of the rows, if they
                        are few and short
     length_normalised  labels are compared by their log-probability per token
     predictions        a JSONL file to write (predictions.py)
-    against            another evaluation's predictions, to be compared row by row
+    against            another evaluation's predictions, to compare row by row
     general            a text file, or general.BUILT_IN, for the loss on general text; None: left
                        out
-    variables          what the chat template is told
+    variables          of the chat template
     """
 
     metrics: Sequence[Metric] = ()
@@ -76,42 +75,47 @@ def evaluate(
     nats: Nats,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What `veneer evaluate` reports, ready for JSON.
+    """Returns what `veneer evaluate` reports, ready for JSON.
 
         rows, tokens      rows evaluated; trained tokens that the loss is over
         loss, perplexity  nats per trained token, every token counting the same; its exponential
         cut_answers       where rows were answered: how many answers were cut at max_new_tokens
-        <metric>          each metric asked for; units says of each whether it is a share or points
-        labels            for accuracy: {own, names}: what was chosen among, and whether it is the
-                          rows' own answers
+        <metric>          each requested metric; units: share or points of each
+        labels            for accuracy: {own, names}: the choices, and whether they are the rows'
+                          own answers
         intervals         {loss, metric: [low, high]}, 95%, over rows (intervals.py); a figure
                           without one is left out
         general           of general text: loss, interval, and with an adapter: before, forgetting
         against           of the other predictions: {loss, metric: other, difference, interval}
 
-    nats   examples -> (N, 2), on this base with what acts on it now
+    nats   examples -> (N, 2), on this base with its active adapters
     Raises DataError for rows that a metric cannot be computed on, before anything is computed;
         DivergedError for rows
     whose loss is not finite.
     """
-    report = progress or (lambda what, done, total: None)
+    report = progress or (lambda label, done, total: None)
     if choices.predictions is not None:
         refuse_unwritable(choices.predictions)
     references = references_of(base, rows, choices.variables) if choices.metrics else []
     _refuse_references(choices.metrics, rows, references)
     labels = _labels(choices, rows, references)
-    other = None if choices.against is None else read_predictions(choices.against)
+    other_lines = None if choices.against is None else read_predictions(choices.against)
     general = None
     if choices.general is not None:
-        documents, places = general_documents(choices.general), capacity_of(base).positions
-        general = general_examples(documents, base.tokenizer, places)
+        documents, positions = general_documents(choices.general), capacity_of(base).positions
+        general = general_examples(documents, base.tokenizer, positions)
 
     losses = finite(nats(examples), examples)
     if not losses[:, 1].sum():
         raise DataError("no token to evaluate", [], "See what is trained on: veneer data check")
     lines: list[Line] = [
-        {"row": str(e.ref), "key": f"{e.key:016x}", "nats": float(n), "tokens": int(t)}
-        for e, (n, t) in zip(examples, losses, strict=True)
+        {
+            "row": str(example.ref),
+            "key": f"{example.key:016x}",
+            "nats": float(row_nats),
+            "tokens": int(row_tokens),
+        }
+        for example, (row_nats, row_tokens) in zip(examples, losses, strict=True)
     ]
     _answer(base, rows, references, labels, choices, nats, lines, report)
     result = _figures(losses, lines, choices.metrics)
@@ -119,11 +123,11 @@ def evaluate(
         result["labels"] = {"own": not choices.labels, "names": labels}
     if general is not None:
         result["general"] = _general(base, *general, nats)
-    if other is not None:
-        theirs = matched(lines, other, str(choices.against))
+    if other_lines is not None:
+        matched_lines = matched(lines, other_lines, str(choices.against))
         result["against"] = {
             "file": str(choices.against),
-            **differences(lines, theirs, choices.metrics),
+            **differences(lines, matched_lines, choices.metrics),
         }
     if choices.predictions is not None:
         write_predictions(choices.predictions, lines)
@@ -136,10 +140,10 @@ def _refuse_references(
     for metric in metrics:
         reasons = [metric.refuses(right) for right in references]
         if any(reasons):
-            reason = next(each for each in reasons if each)
+            reason = next(text for text in reasons if text)
             refuse_rows(
                 f"{metric.name} {reason}",
-                [row.ref for row, why in zip(rows, reasons, strict=True) if why],
+                [row.ref for row, fault in zip(rows, reasons, strict=True) if fault],
                 "Ask for exact_match instead.",
             )
 
@@ -150,10 +154,14 @@ def _labels(
     if not any(metric.needs == "label" for metric in choices.metrics):
         return []
     labels = checked_labels(choices.labels) if choices.labels else labels_of(references)
-    known = set(labels)
+    label_set = set(labels)
     refuse_rows(
         "the right answer of these rows is none of the labels",
-        [row.ref for row, right in zip(rows, references, strict=True) if not known & set(right)],
+        [
+            row.ref
+            for row, right in zip(rows, references, strict=True)
+            if not label_set & set(right)
+        ],
         f"Labels: {', '.join(labels[:20])}{', …' if len(labels) > 20 else ''}.",
     )
     return labels
@@ -169,7 +177,9 @@ def _answer(
     lines: list[Line],
     report: Progress,
 ) -> None:
-    """Adds to each line what the metrics need: references, the label chosen, the answer written."""
+    """Adds to each line what the metrics need: references, the chosen label, the generated
+    answer.
+    """
     for line, right in zip(lines, references or [[]] * len(lines), strict=True):
         line["references"] = right
     if labels:
@@ -223,7 +233,7 @@ def _figures(losses: Counts, lines: list[Line], metrics: Sequence[Metric]) -> di
 def _general(
     base: FrozenBase, examples: Sequence[Example], owners: Sequence[int], nats: Nats
 ) -> dict[str, Any]:
-    """With an adapter at work, also the base without it."""
+    """Evaluates general text; with active adapters, also the base without them."""
     after = by_document(finite(nats(examples), examples), owners)
     before = None
     if base.routing.active:

@@ -1,4 +1,4 @@
-"""Answers that are right to the word, and labels that are chosen right."""
+"""Metrics for answers that match exactly, and for labels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from veneer.evaluation.metric import mean_of
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Equal to a reference but for white space: each run of it counts as one space, and at the ends
-    as none."""
+    """Returns whether the answer equals a reference, except for white space."""
     return any(answer.split() == reference.split() for reference in references)
 
 

@@ -1,9 +1,9 @@
-"""Forgetting: the loss on general text, of the tuned model beside the base's own.
+"""Forgetting: loss on general text, of the tuned model and of the base.
 
-A tuned model may have become worse at everything else. The measure: cross-entropy, nats per token,
-over every token of texts that have nothing to do with the task; after minus before; an interval
-over documents. general.txt is plain English prose, dialogue, lists, a letter and some code, written
-for this project.
+A tuned model may become worse at other tasks. Measured as cross-entropy, nats per token, over every
+token of texts unrelated to the task; after minus before, with an interval over documents.
+general.txt is plain English prose, dialogue, lists, a letter and some code, written for this
+project.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from veneer.evaluation.metric import ratio
 
 BUILT_IN = "built-in"
 DIVIDER = "---"
-"""A line that holds this alone divides documents."""
+"""A line with only this separates documents."""
 WINDOW = 512
-"""Tokens of a document that are seen together; longer documents are cut, without overlap. Fewer
-where the model ends before."""
+"""Most tokens in a window; longer documents are cut, without overlap."""
 
 
 def general_documents(source: str) -> list[str]:
-    """The documents of a UTF-8 text file, or of the text that ships with Veneer. Raises
-    DataError."""
+    """Reads the documents of a UTF-8 text file, or of the built-in text. Raises DataError."""
     if source == BUILT_IN:
         text = (files("veneer.evaluation") / "general.txt").read_text(encoding="utf-8")
     else:
@@ -46,20 +44,19 @@ def general_documents(source: str) -> list[str]:
             documents.append([])
         else:
             documents[-1].append(line)
-    found = [joined for lines in documents if (joined := "\n".join(lines).strip())]
-    if not found:
+    texts = [joined for lines in documents if (joined := "\n".join(lines).strip())]
+    if not texts:
         raise DataError(f"{source} holds no text", [], "Give a UTF-8 text file.")
-    return found
+    return texts
 
 
 def general_examples(
     documents: Sequence[str], tokenizer: Any, positions: int | None
 ) -> tuple[list[Example], list[int]]:
-    """Windows of the documents, every token but the first one predicted; and the document of each
-    window.
+    """Returns windows of the documents, all tokens trained but the first, and each window's
+    document.
 
-    positions   of the model, where it has fewer than WINDOW
-    Raises DataError where there is not one window.
+    positions: of the model, if fewer than WINDOW. Raises DataError if there is no window.
     """
     examples, owners = [], []
     size = min(WINDOW, positions or WINDOW)
@@ -83,16 +80,16 @@ def general_examples(
 
 
 def by_document(windows: Counts, owners: Sequence[int]) -> Counts:
-    """(documents, 2) nats and tokens from those of the windows."""
+    """Sums (documents, 2) nats and tokens from those of windows."""
     numbers = sorted(set(owners))
     return np.stack([windows[np.asarray(owners) == number].sum(axis=0) for number in numbers])
 
 
 def general_result(after: Counts, before: Counts | None) -> dict[str, Any]:
-    """loss and its interval; with the base's own: before, and forgetting (after minus before) with
-    an interval.
+    """Returns loss and interval; with the base's, also before, and forgetting (after minus before).
 
-    An interval is [low, high], or None where one document does not determine it."""
+    An interval is [low, high], None if a single document does not determine it.
+    """
     result: dict[str, Any] = {
         "loss": ratio(after.sum(axis=0)),
         "interval": interval(after, ratio),

@@ -1,5 +1,4 @@
-"""95% intervals of figures over rows (and seeds): how far a figure could be from that of many more
-such rows.
+"""95% intervals of figures over rows (and seeds).
 
     a share of rows, each right or wrong     Clopper and Pearson: exact, covers at least 95% at any
                                              number of rows
@@ -58,7 +57,7 @@ def interval(
         return list(_share_of_rows(int(counts[0, :, 0].sum()), counts.shape[1], level))
     bounds = [0.0, 1.0] if share else None
     ends = _student(*_pseudo_values(counts, of_totals), _effective_rows(counts), bounds, level)
-    if ends is not None and counts.min() >= 0:  # a loss, or points: none of them is below 0
+    if ends is not None and counts.min() >= 0:  # losses and points are never below 0
         ends[0] = max(ends[0], 0.0)
     return ends
 
@@ -76,16 +75,16 @@ def paired_difference(
     assert ours.shape == theirs.shape
     ours, theirs = _with_seeds(ours), _with_seeds(theirs)
     share = share or (_right_or_wrong(ours) and _right_or_wrong(theirs))
-    own, own_rows, own_seeds = _pseudo_values(ours, of_totals)
-    other, other_rows, other_seeds = _pseudo_values(theirs, of_totals)
+    figure, rows, seeds = _pseudo_values(ours, of_totals)
+    other_figure, other_rows, other_seeds = _pseudo_values(theirs, of_totals)
     bounds, effective = (
         [-1.0, 1.0] if share else None,
         min(_effective_rows(ours), _effective_rows(theirs)),
     )
     ends = _student(
-        own - other, own_rows - other_rows, own_seeds - other_seeds, effective, bounds, level
+        figure - other_figure, rows - other_rows, seeds - other_seeds, effective, bounds, level
     )
-    return own - other, ends
+    return figure - other_figure, ends
 
 
 def _with_seeds(counts: Counts) -> Counts:
@@ -103,8 +102,7 @@ def _right_or_wrong(counts: Counts) -> bool:
 
 
 def _effective_rows(counts: Counts) -> float:
-    """Rows of equal weight that would tell as much (Kish 1965). Of two counts the second is the
-    weight."""
+    """Returns the number of equally weighted rows with the same information (Kish 1965)."""
     rows = counts.sum(axis=0)
     if rows.shape[-1] != 2 or not rows[:, 1].any():
         return float(len(rows))
@@ -112,15 +110,16 @@ def _effective_rows(counts: Counts) -> float:
 
 
 def _pseudo_values(counts: Counts, of_totals: OfTotals) -> tuple[float, Counts, Counts]:
-    """The figure; what each row (N) and each seed (S) makes it, so that the figure is about the
-    mean of either."""
+    """Returns the figure, and pseudo-values of each row (N) and each seed (S), whose mean is about
+    the figure.
+    """
     totals = counts.sum(axis=(0, 1))
     figure = of_totals(totals)
-    rows, seeds = (_left_out(counts.sum(axis=axis), totals, figure, of_totals) for axis in (0, 1))
+    rows, seeds = (_jackknife(counts.sum(axis=axis), totals, figure, of_totals) for axis in (0, 1))
     return figure, rows, seeds
 
 
-def _left_out(parts: Counts, totals: Counts, figure: float, of_totals: OfTotals) -> Counts:
+def _jackknife(parts: Counts, totals: Counts, figure: float, of_totals: OfTotals) -> Counts:
     count = len(parts)
     if count == 1:
         return np.array([figure])
@@ -131,7 +130,7 @@ def _left_out(parts: Counts, totals: Counts, figure: float, of_totals: OfTotals)
 def _student(
     figure: float, rows: Counts, seeds: Counts, effective: float, bounds: Ends | None, level: float
 ) -> Ends | None:
-    """Around the figure, from pseudo-values of rows (N) and seeds (S)."""
+    """Computes an interval around the figure, from pseudo-values of rows (N) and seeds (S)."""
     rows = rows - rows.mean() + figure
     if bounds is not None:
         rows, effective = np.append(rows, bounds), effective + 2
@@ -140,12 +139,12 @@ def _student(
     if not (math.isfinite(figure) and error > 1e-12 * abs(figure)):
         return None
     in_squares = of_rows**2 / max(effective - 1, 1.0) + of_seeds**2 / max(len(seeds) - 1, 1)
-    far = _t_quantile((1 + level) / 2, error**4 / in_squares)
+    quantile = _t_quantile((1 + level) / 2, error**4 / in_squares)
     if bounds is not None:
-        low, high = float(rows.mean()) - far * error, float(rows.mean()) + far * error
+        low, high = float(rows.mean()) - quantile * error, float(rows.mean()) + quantile * error
         return [max(low, bounds[0]), min(high, bounds[1])]
     skew = float(((rows - figure) ** 3).mean()) / (len(rows) ** 2 * error**3)
-    return [figure - error * _unskewed(far, skew), figure - error * _unskewed(-far, skew)]
+    return [figure - error * _unskewed(quantile, skew), figure - error * _unskewed(-quantile, skew)]
 
 
 def _variance_of_mean(values: Counts) -> float:
@@ -153,8 +152,7 @@ def _variance_of_mean(values: Counts) -> float:
 
 
 def _unskewed(quantile: float, skew: float) -> float:
-    """The quantile of the studentised mean that has this skew: the inverse of x + skew x²/3 + skew²
-    x³/27 + skew/6."""
+    """Corrects a quantile for skew: inverts x + skew x²/3 + skew² x³/27 + skew/6."""
     if abs(skew) < 1e-9:
         return quantile
     return float(np.cbrt(1 + skew * (quantile - skew / 6)) - 1) * 3 / skew
@@ -162,8 +160,7 @@ def _unskewed(quantile: float, skew: float) -> float:
 
 @lru_cache(maxsize=1024)
 def _share_of_rows(right: int, rows: int, level: float) -> tuple[float, float]:
-    """Clopper and Pearson's interval: the shares at which `right` or more, and `right` or fewer,
-    are unlikely."""
+    """Returns Clopper and Pearson's interval of `right` of `rows`."""
     outside = (1 - level) / 2
     low = 0.0 if right == 0 else _solved(lambda p: _beta_cdf(p, right, rows - right + 1), outside)
     high = (
@@ -176,13 +173,13 @@ def _share_of_rows(right: int, rows: int, level: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=1024)
 def _t_quantile(probability: float, degrees: float) -> float:
-    """Of Student's t, for a probability above a half."""
+    """Returns the quantile of Student's t for a probability above one half."""
     ratio = _solved(lambda x: 1 - _beta_cdf(x, degrees / 2, 0.5) / 2, probability, falling=True)
     return math.sqrt(degrees * (1 - ratio) / ratio)
 
 
 def _solved(function: Callable[[float], float], value: float, *, falling: bool = False) -> float:
-    """Where a monotone function on 0 to 1 takes the value."""
+    """Finds where a monotone function on 0 to 1 takes the value."""
     low, high = 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2
@@ -194,7 +191,9 @@ def _solved(function: Callable[[float], float], value: float, *, falling: bool =
 
 
 def _beta_cdf(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function, by Lentz's continued fraction (DLMF 8.17.22)."""
+    """Computes the regularised incomplete beta function, by Lentz's continued fraction (DLMF
+    8.17.22).
+    """
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):

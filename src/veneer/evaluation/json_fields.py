@@ -1,4 +1,4 @@
-"""Answers that are JSON: whether they are, and how many of their fields are right."""
+"""Metrics for answers in JSON: validity, and how many fields are right."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Path = tuple[str | int, ...]
 
 
 def parse_json(text: str) -> Any:
-    """The value of a text that is one JSON document and nothing else; raises ValueError otherwise.
+    """Parses a text that is one JSON document, else raises ValueError.
 
-    NaN and Infinity, which Python's parser lets through, are not JSON.
+    NaN and Infinity, which Python's parser accepts, are not JSON.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:  # thousands of open brackets: a model that repeats itself
+    except RecursionError:  # thousands of open brackets from a model that repeats itself
         raise ValueError("nested too deeply") from None
 
 
@@ -29,7 +29,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def json_validity(answer: str) -> bool:
-    """Whether the text is one JSON document and nothing else."""
+    """Returns whether the text is one JSON document and nothing else."""
     try:
         parse_json(answer)
     except ValueError:
@@ -39,7 +39,7 @@ def json_validity(answer: str) -> bool:
 
 @dataclass(frozen=True)
 class FieldCounts:
-    """Fields of one answer: `matched` are in both, with the same value."""
+    """Counts fields of one answer. matched: in both, with the same value."""
 
     matched: int
     expected: int

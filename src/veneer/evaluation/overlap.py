@@ -1,9 +1,9 @@
-"""BLEU and chrF: n-grams of words and of characters that an answer shares with the references; 0 to
-100 points.
+"""BLEU and chrF: n-grams of words and of characters that an answer shares with references; 0 to 100
+points.
 
-Tokenisation, n-grams and BLEU's formula are sacrebleu's; a row's counts are kept apart so that rows
-can be left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential
-smoothing; chrF2). Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
+Tokenisation, n-grams and BLEU's formula are sacrebleu's; counts are kept by row, so that rows can
+be left out. Equal to sacrebleu's corpus scores at its defaults (13a tokens, exponential smoothing;
+chrF2). Sources: Papineni et al. 2002; Popović 2015; Post 2018, arXiv:1804.08771.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _bleu() -> Any:
 
 
 def bleu_line(answer: str, references: Sequence[str]) -> list[float]:
-    """[length, reference length, matches of 1- to 4-grams, 1- to 4-grams of the answer]."""
+    """Returns [length, reference length, matches of 1- to 4-grams, 1- to 4-grams of the answer]."""
     score = _bleu().sentence_score(answer, list(references))
     return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
@@ -57,32 +57,39 @@ def bleu(totals: Counts) -> float:
 
 
 def chrf_line(answer: str, references: Sequence[str]) -> list[float]:
-    """[n-grams of the answer, of the reference, in both] for n = 1 to 6, of the reference that fits
-    best."""
+    """Returns [n-grams of the answer, of the reference, in both] for n = 1 to 6, of the best
+    reference.
+    """
     ngrams = _sacrebleu().metrics.helpers.extract_all_char_ngrams
-    given = ngrams(answer, CHARACTERS)
+    answer_ngrams = ngrams(answer, CHARACTERS)
     lines = []
     for reference in references:
         line: list[float] = []
-        for ours, theirs in zip(given, ngrams(reference, CHARACTERS), strict=True):
+        for of_answer, of_reference in zip(
+            answer_ngrams, ngrams(reference, CHARACTERS), strict=True
+        ):
             # Orders that the reference is too short for do not count against the answer.
-            line += [ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()]
+            line += [
+                of_answer.total() if of_reference else 0,
+                of_reference.total(),
+                (of_answer & of_reference).total(),
+            ]
         lines.append(line)
     return max(lines, key=lambda line: chrf(np.asarray(line)))
 
 
 def chrf(totals: Counts) -> float:
-    """F-beta of the mean precision and the mean recall over the orders that both sides have."""
-    ours, theirs, both = np.asarray(totals, dtype=np.float64).reshape(CHARACTERS, 3).T
-    counted = (ours > 0) & (theirs > 0)
-    if not counted.any():
+    """Returns the F-beta of mean precision and mean recall over the orders that both sides have."""
+    of_answer, of_reference, shared = np.asarray(totals, dtype=np.float64).reshape(CHARACTERS, 3).T
+    in_both = (of_answer > 0) & (of_reference > 0)
+    if not in_both.any():
         return 0.0
     precision, recall = (
-        (both[counted] / ours[counted]).mean(),
-        (both[counted] / theirs[counted]).mean(),
+        (shared[in_both] / of_answer[in_both]).mean(),
+        (shared[in_both] / of_reference[in_both]).mean(),
     )
-    bottom = BETA**2 * precision + recall
-    return float(100 * (1 + BETA**2) * precision * recall / bottom) if bottom else 0.0
+    denominator = BETA**2 * precision + recall
+    return float(100 * (1 + BETA**2) * precision * recall / denominator) if denominator else 0.0
 
 
 def _needs_sacrebleu(references: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-"""A regular expression as a metric: for answers that hold what matters somewhere in free text.
+"""A regular expression as a metric: for answers that hold the result somewhere in free text.
 
-Without a group an answer is right if the pattern is found in it: `regex:^SELECT `. With a group it
-is right if the last place that the group finds says the same in the answer and in a reference:
+Without a group, an answer is right if the pattern occurs in it: `regex:^SELECT `. With a group, it
+is right if the group's last match is the same in the answer and in a reference:
 `regex:####\\s*(-?[\\d.]+)`.
 """
 
@@ -17,7 +17,7 @@ PREFIX = "regex:"
 
 
 def regex_metric(name: str) -> Metric:
-    """`name` is PREFIX and the pattern. Raises ConfigError."""
+    """Makes a metric from PREFIX and a pattern. Raises ConfigError."""
     source = name.removeprefix(PREFIX)
     try:
         pattern = re.compile(source)
@@ -32,17 +32,17 @@ def regex_metric(name: str) -> Metric:
         return mean_of(name, lambda answer, references: pattern.search(answer) is not None)
 
     def agrees(answer: str, references: Sequence[str]) -> bool:
-        found = _last(pattern, answer)
-        return found is not None and any(
-            found == _last(pattern, reference) for reference in references
+        answer_match = _last(pattern, answer)
+        return answer_match is not None and any(
+            answer_match == _last(pattern, reference) for reference in references
         )
 
     return mean_of(name, agrees)
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    """What the group holds where the pattern is found last, without white space around it."""
-    found = None
+    """Returns the group's last match, without white space around it."""
+    value = None
     for match in pattern.finditer(text):
-        found = match[1] if match[1] is not None else found
-    return None if found is None else found.strip()
+        value = match[1] if match[1] is not None else value
+    return None if value is None else value.strip()

@@ -1,14 +1,13 @@
-"""Predictions, kept row by row, so that two runs can be compared on the same rows.
+"""Predictions by row, so that two evaluations can be compared on the same rows.
 
-One JSON object a line:
+One JSON object per line:
 
-    row, key      where the row stands, and a hash of its content (hexadecimal): what rows are
-                  matched by
-    references    the right answers; the first one is the row's own last turn
+    row, key      position of the row, and a hash of its content (hexadecimal), by which rows are
+                  matched
+    references    the right answers; the first is the row's last turn
     nats, tokens  of the row's trained tokens
-    answer, cut   what the model wrote, if answers were asked for; whether it was cut at their
-                  longest
-    label         the likeliest label, if accuracy was asked for
+    answer, cut   the generated answer, if requested; whether it was cut at max_new_tokens
+    label         the likeliest label, if accuracy was requested
     <metric>      the figure of this row
 """
 
@@ -39,7 +38,7 @@ def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_predictions(path: Path) -> list[Line]:
-    """Raises DataError where the file is not one of predictions."""
+    """Reads predictions. Raises DataError for another kind of file."""
     try:
         texts = path.read_text(encoding="utf-8").split(
             "\n"
@@ -78,7 +77,7 @@ def _is_prediction(line: Any) -> bool:
         isinstance(line.get("row"), str)
         and isinstance(line.get("key"), str)
         and isinstance(references, list)
-        and all(isinstance(each, str) for each in references)
+        and all(isinstance(reference, str) for reference in references)
         and type(nats) in (int, float)
         and type(tokens) is int
         and 0 <= tokens < 2**53
@@ -86,35 +85,34 @@ def _is_prediction(line: Any) -> bool:
     )
 
 
-def matched(ours: Sequence[Line], theirs: Sequence[Line], file: str) -> list[Line]:
-    """Their lines in the order of ours. Raises DataError, naming rows, unless both are over the
-    same rows."""
+def matched(lines: Sequence[Line], other_lines: Sequence[Line], file: str) -> list[Line]:
+    """Returns their lines in the order of ours. DataError names rows that are not in both."""
     waiting: dict[str, list[Line]] = {}
-    for line in theirs:
+    for line in other_lines:
         waiting.setdefault(line["key"], []).append(line)
-    found, missing = [], []
-    for line in ours:
-        same = waiting.get(line["key"])
-        if same:
-            found.append(same.pop(0))
+    matches, missing = [], []
+    for line in lines:
+        equal_lines = waiting.get(line["key"])
+        if equal_lines:
+            matches.append(equal_lines.pop(0))
         else:
             missing.append(str(line["row"]))
-    left = [str(line["row"]) for lines in waiting.values() for line in lines]
-    if missing or left:
+    unmatched = [str(line["row"]) for lines in waiting.values() for line in lines]
+    if missing or unmatched:
         faults = [f"{row} is not in {file}" for row in missing] + [
-            f"{row} is only in {file}" for row in left
+            f"{row} is only in {file}" for row in unmatched
         ]
         more = [f"and {len(faults) - NAMED_ROWS} more"] if len(faults) > NAMED_ROWS else []
         raise DataError(
-            f"{file} is about other rows: {len(missing) + len(left)} do not match",
+            f"{file} is about other rows: {len(missing) + len(unmatched)} do not match",
             faults[:NAMED_ROWS] + more,
             "Evaluate both on the same --data.",
         )
-    return found
+    return matches
 
 
 def counts_of(lines: Sequence[Line], metric: Metric) -> Counts:
-    """(N, K) of a metric from written answers. Raises DataError where the lines have none."""
+    """Returns (N, K) counts of a metric from answers. DataError if the lines have none."""
     field = "answer" if metric.needs == "answers" else "label"
     if any(not isinstance(line.get(field), str) for line in lines):
         raise DataError(
@@ -125,15 +123,14 @@ def counts_of(lines: Sequence[Line], metric: Metric) -> Counts:
 
 
 def loss_counts(lines: Sequence[Line]) -> Counts:
-    """(N, 2) nats and tokens."""
+    """Returns (N, 2) nats and tokens."""
     return np.array([[line["nats"], line["tokens"]] for line in lines], dtype=np.float64)
 
 
 def differences(
     ours: Sequence[Line], theirs: Sequence[Line], metrics: Sequence[Metric]
 ) -> dict[str, Any]:
-    """For the loss and each metric: the other's figure, ours minus theirs, and the 95% interval of
-    that.
+    """Returns, for the loss and each metric: their figure, ours minus theirs, and its 95% interval.
 
     The lines are of the same rows in the same order (`matched`); the interval is over these rows,
     paired.
@@ -142,8 +139,8 @@ def differences(
         "loss": (loss_counts(ours), loss_counts(theirs), ratio, False)
     }
     for metric in metrics:
-        own, other = counts_of(ours, metric), counts_of(theirs, metric)
-        sides[metric.name] = (own, other, metric.of_totals, metric.unit == "share")
+        own_counts, other_counts = counts_of(ours, metric), counts_of(theirs, metric)
+        sides[metric.name] = (own_counts, other_counts, metric.of_totals, metric.unit == "share")
     result = {}
     for name, (a, b, of_totals, share) in sides.items():
         difference, ends = paired_difference(a, b, of_totals, share=share)

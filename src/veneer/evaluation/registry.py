@@ -1,4 +1,4 @@
-"""Every metric by its name, and how a name that a user gives becomes a metric."""
+"""All metrics by name, and how a user's name becomes a metric."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def find_metrics(asked: Sequence[str | UserFunction]) -> list[Metric]:
-    """A metric for each name, `regex:PATTERN` or function. Raises ConfigError with every unknown
-    name."""
+def find_metrics(requested: Sequence[str | UserFunction]) -> list[Metric]:
+    """Returns a metric for each name, `regex:PATTERN` or function. ConfigError lists unknown
+    names.
+    """
     unknown = [
         name
-        for name in asked
+        for name in requested
         if isinstance(name, str) and name not in METRICS and not name.startswith(PREFIX)
     ]
     if unknown:
-        near = [
-            f"{name}: did you mean {n[0]}?"
+        suggestions = [
+            f"{name}: did you mean {matches[0]}?"
             for name in unknown
-            if (n := get_close_matches(name, METRICS, 1))
+            if (matches := get_close_matches(name, METRICS, 1))
         ]
         raise ConfigError(
             f"unknown metrics: {', '.join(unknown)}",
-            near,
+            suggestions,
             f"There are: {', '.join(METRICS)}, {PREFIX}PATTERN and FILE.py:FUNCTION.",
         )
-    metrics = [_metric(each) for each in dict.fromkeys(asked)]
-    names = [each.name for each in metrics]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    metrics = [_metric(item) for item in dict.fromkeys(requested)]
+    names = [item.name for item in metrics]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
         step = "Give each function a name of its own: what comes back is by name."
         raise ConfigError(
-            f"several metrics are called {', '.join(map(repr, twice))}", next_step=step
+            f"several metrics are called {', '.join(map(repr, duplicates))}", next_step=step
         )
     return metrics
 
 
-def _metric(asked: str | UserFunction) -> Metric:
-    if not isinstance(asked, str):
-        return user_metric(getattr(asked, "__name__", "function"), asked)
-    return METRICS[asked] if asked in METRICS else regex_metric(asked)
+def _metric(requested: str | UserFunction) -> Metric:
+    if not isinstance(requested, str):
+        return user_metric(getattr(requested, "__name__", "function"), requested)
+    return METRICS[requested] if requested in METRICS else regex_metric(requested)

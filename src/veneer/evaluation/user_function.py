@@ -1,8 +1,7 @@
 """A metric that the user wrote: `FILE.py:FUNCTION`, a function (answer, references) -> number.
 
-The file is the user's own code on the user's own machine, named on the command line or handed over
-as a function. Nothing else leads here: no run file, no data, no adapter and no request can name a
-file to run.
+The file is the user's own code, named on the command line or passed as a function. No run file,
+data, adapter or request can name a file to run.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ UserFunction = Callable[[str, list[str]], float]
 
 
 def function_from_file(named: str) -> UserFunction:
-    """The function that FILE.py:FUNCTION names; runs the file. Raises ConfigError."""
+    """Runs the file of FILE.py:FUNCTION and returns the function. Raises ConfigError."""
     file, _, name = named.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ConfigError(
-            f"{path} is not there", next_step="Name a Python file and a function: FILE.py:FUNCTION"
+            f"{path} does not exist",
+            next_step="Give a Python file and a function: FILE.py:FUNCTION",
         )
     spec = spec_from_file_location("veneer_user_metric", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
@@ -34,8 +34,8 @@ def function_from_file(named: str) -> UserFunction:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as fault:
         raise ConfigError(f"{path} cannot be run: {type(fault).__name__}: {fault}") from fault
-    found: Any = getattr(module, name, None)
-    if not callable(found):
+    function: Any = getattr(module, name, None)
+    if not callable(function):
         functions = [
             key
             for key, value in vars(module).items()
@@ -45,12 +45,11 @@ def function_from_file(named: str) -> UserFunction:
             f"{path} has no function {name!r}",
             next_step=f"It has: {', '.join(functions) or 'no function'}.",
         )
-    return found
+    return function
 
 
 def user_metric(name: str, function: UserFunction) -> Metric:
-    """The mean of what `function` returns for each row. Raises ConfigError where that is no finite
-    number."""
+    """Makes the mean of `function` over rows. ConfigError if a result is not a finite number."""
 
     def value(answer: str, references: Sequence[str]) -> float:
         try:

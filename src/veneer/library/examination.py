@@ -1,7 +1,7 @@
-"""What comes into a library is examined here: which files, which facts, whether it fits a base.
+"""Examines what is added to a library: its files, its facts, and whether it fits a base.
 
-Foreign files are recognised by name and refused with the way out; what only names its base is
-marked so.
+Files of other programs are recognised by name and refused with advice. An adapter that only names
+its base is marked as unverified.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ from veneer.models.frozen_base import FrozenBase
 
 
 def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content], ObjectFacts]:
-    """The adapter's own files and no others, read once in full, and the facts of them.
+    """Reads an adapter in full; returns its own files, and no others, with their facts.
 
-    base: an adapter that vouches for no base is given this one's fingerprint, if it fits.
+    base: its fingerprint is given to an adapter without one, if the adapter fits.
     """
     folder = adapter_folder(source)
     stored = read_adapter(folder)
@@ -44,19 +44,20 @@ def examined(source: Path, base: FrozenBase | None) -> tuple[dict[str, Content],
         }
         facts = facts.model_copy(update=update)
     size = sum(
-        len(each) if isinstance(each, bytes) else each.stat().st_size for each in files.values()
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in files.values()
     )
     return files, facts.model_copy(update={"bytes": size})
 
 
 def facts_of(stored: StoredAdapter) -> ObjectFacts:
-    """What listing will say; bytes: of the adapter's files."""
+    """Returns the facts that listings show. bytes: of the adapter's files."""
     manifest = stored.manifest
     intervals = {}
     held_out = None if manifest is None else manifest.held_out
     if held_out is not None and held_out.loss.low is not None and held_out.loss.high is not None:
         intervals["validation_loss"] = [held_out.loss.low, held_out.loss.high]
-    theirs = manifest is None or manifest.trained_by != "veneer"
+    foreign = manifest is None or manifest.trained_by != "veneer"
     return ObjectFacts(
         method=stored.config.name if manifest is None else manifest.method,
         bytes=sum(
@@ -73,19 +74,20 @@ def facts_of(stored: StoredAdapter) -> ObjectFacts:
             if manifest is None
             else Fingerprint.from_dict(manifest.base.fingerprint).weights_digest
         ),
-        base_proof="unverified" if manifest is None else "stated" if theirs else "fingerprint",
+        base_proof="unverified" if manifest is None else "stated" if foreign else "fingerprint",
         content_hash=stored.content_hash,
         parent=None if manifest is None else manifest.parent,
         data_fingerprint=None if manifest is None else manifest.data_fingerprint,
         metrics={} if manifest is None else dict(manifest.metrics),
         intervals=intervals,
-        origin="peft" if theirs else "veneer",
+        origin="peft" if foreign else "veneer",
     )
 
 
 def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
-    """veneer.json for an adapter from elsewhere that fits this base. AdapterMismatchError says why
-    it does not."""
+    """Returns veneer.json for an adapter from elsewhere that fits this base, else
+    AdapterMismatchError.
+    """
     with _on_trial(base, stored) as attachment:
         scaling = {path: layer.scaling for path, layer in sorted(attachment.layers.items())}
     manifest = manifest_for(base, method=stored.config.name).model_copy(
@@ -101,10 +103,10 @@ def _with_base(stored: StoredAdapter, base: FrozenBase) -> bytes:
 
 @contextmanager
 def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
-    """The adapter on the base, within the block."""
-    said = said_of(stored.folder)
-    name = f"{said} (on trial)"
-    with told_as(name, said):
+    """Attaches the adapter to the base within the block."""
+    label = said_of(stored.folder)
+    name = f"{label} (on trial)"
+    with told_as(name, label):
         attachment = load_adapter(base, stored, name=name)
     try:
         yield attachment
@@ -115,19 +117,18 @@ def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
 def entry_faults(
     folder: Path, facts: ObjectFacts, base: Callable[[Path], FrozenBase] | None
 ) -> list[str]:
-    """What is wrong with a version: its bytes, its tensors, what listing says of it, and its fit on
-    its base."""
+    """Lists what is wrong with a version: its bytes, tensors, facts, and its fit on its base."""
     if faults := object_faults(folder):
         return faults
-    faults = [f"{path.name} is no file of an adapter" for path in _others(folder)]
+    faults = [f"{path.name} is not a file of an adapter" for path in _other_files(folder)]
     try:
         stored = read_adapter(folder)
-        if (found := facts_of(stored)) != facts:
+        if (actual := facts_of(stored)) != facts:
             faults += [
                 f"the record says {name} {getattr(facts, name)!r}, the files say"
-                f" {getattr(found, name)!r}"
+                f" {getattr(actual, name)!r}"
                 for name in ObjectFacts.model_fields
-                if getattr(facts, name) != getattr(found, name)
+                if getattr(facts, name) != getattr(actual, name)
             ]
         if base is not None:
             with _on_trial(base(folder), stored):
@@ -137,5 +138,5 @@ def entry_faults(
     return faults
 
 
-def _others(folder: Path) -> list[Path]:
+def _other_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in (*ADAPTER_FILES, MANIFEST))

@@ -1,8 +1,8 @@
 """The index of a library: every record in one file, so that listing thousands opens one.
 
-It is never trusted further than the file system: an entry counts while its record's file has the
-same time, size and inode; what changed is read again and checked, and a missing or broken index is
-built anew. Writers do not touch it. Its first line is the SHA-256 of the rest.
+An entry counts only while its record's file has the same time, size and inode; a changed file is
+read and checked again, and a missing or broken index is rebuilt. Writers do not touch it. Its first
+line is the SHA-256 of the rest.
 """
 
 import hashlib
@@ -21,20 +21,18 @@ from veneer.library.records import parse_record
 INDEX = "index.json"
 _VERSION = 1
 _SETTLED_NS = 2_000_000_000
-"""A record as young as this may change again within the clock's grain: it is read anew, not taken
-from the index."""
+"""A younger record may change again within the clock's resolution, so it is not indexed yet."""
 
 Stored = dict[str, Any]
 
 
 def indexed_records(names: Path, index: Path) -> dict[str, Stored]:
-    """Name -> its record as JSON, checked by parse_record now or when it entered the index; sorted
-    by name.
+    """Returns the records as JSON by name, sorted; each was checked by parse_record now or earlier.
 
-    A record that cannot be read raises what read_json and parse_record raise.
+    Raises what read_json and parse_record raise for a record that cannot be read.
     """
     cached = _cached(index)
-    found: dict[str, Stored] = {}
+    records: dict[str, Stored] = {}
     entries: dict[str, list[Any]] = {}
     now = time.time_ns()
     stale = 0
@@ -42,22 +40,22 @@ def indexed_records(names: Path, index: Path) -> dict[str, Stored]:
         key = [stat.st_mtime_ns, stat.st_size, stat.st_ino]
         entry = cached.get(name)
         if entry is not None and entry[:3] == key:
-            found[name] = entry[3]
+            records[name] = entry[3]
         else:
             path = names / f"{name}.json"
             try:
-                found[name] = read_json(path)
-                parse_record(found[name], path)
+                records[name] = read_json(path)
+                parse_record(records[name], path)
             except VeneerError:
-                if not path.exists():  # removed while we looked
+                if not path.exists():  # removed meanwhile
                     continue
                 raise
             stale += 1
         if now - stat.st_mtime_ns > _SETTLED_NS:
-            entries[name] = [*key, found[name]]
+            entries[name] = [*key, records[name]]
     if (stale or len(cached) != len(entries)) and entries != cached:
         _write(index, entries)
-    return dict(sorted(found.items()))
+    return dict(sorted(records.items()))
 
 
 def _files(names: Path) -> list[tuple[str, os.stat_result]]:
@@ -78,8 +76,7 @@ def _files(names: Path) -> list[tuple[str, os.stat_result]]:
 
 
 def _cached(index: Path) -> dict[str, list[Any]]:
-    """What the index says; nothing where it is missing, broken or of another version: it will be
-    built anew."""
+    """Reads the index; returns {} if it is missing, broken or of another version."""
     try:
         digest, _, text = index.read_bytes().partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != digest:
@@ -101,6 +98,5 @@ def _write(index: Path, entries: dict[str, list[Any]]) -> None:
                 f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="ascii"
             )
     except VeneerError:
-        # a library that may only be read, or a full disk: the next listing reads the records
-        # again
+        # A read-only library or a full disk: the next listing reads the records again.
         return

@@ -1,5 +1,4 @@
-"""What a library holds that nobody needs: old versions, objects that no name leads to, remains of
-dead writers."""
+"""Finds what a library no longer needs: old versions, objects without a name, unfinished files."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ REMAINS = (PREFIX, ".broken-", ".replaced-")
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What a collection removes: old versions, objects that no name leads to, and remains of dead
-    writers."""
+    """Lists what a collection removes: old versions, objects without a name, unfinished files."""
 
     versions: list[str]
     objects: list[str]
@@ -27,7 +25,8 @@ class Leftovers:
 
 @dataclass(frozen=True)
 class Collection:
-    """left: what is told of it; changed: records with fewer versions; doomed: the paths that go."""
+    """Plans a collection. left: its report; changed: records with fewer versions; doomed: paths to
+    remove."""
 
     left: Leftovers
     changed: dict[str, Record]
@@ -37,30 +36,30 @@ class Collection:
 def find_leftovers(
     library: Path, records: Mapping[str, Record], *, keep: int, alone: bool
 ) -> Collection:
-    """Of every name the newest `keep` versions stay, and every version that bears a tag.
+    """Plans a collection that keeps the newest `keep` versions of every name and all tagged ones.
 
-    alone: nobody else writes now, so that whatever is unfinished belongs to the dead.
+    alone: no other process writes now, so every unfinished file is abandoned.
     """
     old: list[str] = []
     needed: set[str] = set()
     changed: dict[str, Record] = {}
     for name, record in records.items():
-        last = record.versions[-max(keep, 1) :]
-        kept = [version for version in record.versions if version.tags or version in last]
+        newest = record.versions[-max(keep, 1) :]
+        kept = [version for version in record.versions if version.tags or version in newest]
         needed.update(version.object for version in kept)
         old += [f"{name}@{version.version}" for version in record.versions if version not in kept]
         if len(kept) < len(record.versions):
             changed[name] = record.model_copy(update={"versions": kept})
     objects = library / "objects"
-    unneeded = [each for each in stored_ids(objects) if each not in needed]
+    unneeded = [object_id for object_id in stored_ids(objects) if object_id not in needed]
     remains = [
         path
-        for place in (library, objects, library / "names")
-        for path in place.glob(".*")
+        for folder in (library, objects, library / "names")
+        for path in folder.glob(".*")
         if path.name.startswith(REMAINS) and (alone or not lives(path.name))
     ]
     remains += list((library / "incoming").glob("*"))
-    doomed = [objects / each for each in unneeded] + remains
+    doomed = [objects / object_id for object_id in unneeded] + remains
     freed = sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in doomed)
     return Collection(
         Leftovers(old, unneeded, [path.name for path in remains], freed), changed, doomed

@@ -1,12 +1,13 @@
-"""A library: a folder of adapters by name and version. No server, no database.
+"""A library: a folder of adapters by name and version, without a server or a database.
 
     library.json              the layout's version
     names/<name>.json         versions of a name, with tags, notes and facts (library/records.py)
-    objects/<id>/             the adapters' files, called by their content (library/objects.py)
+    objects/<id>/             the adapters' files, named by their content (library/objects.py)
     index.json                built from names/; may be deleted at any time (library/index.py)
 
-A name changes under one lock, by one rename. Objects are written before a name points to them and
-go only in a collection, which waits until nobody adds. Loads torch only to add, verify or load.
+A name changes under one lock, by one rename. An object is written before a name points to it, and
+removed only by a collection, which waits until nobody adds. Imports torch only to add, verify or
+load.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ SortKey = Literal["name", "added", "size", "method", "base"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One version of one name."""
+    """Pairs a name with one of its versions."""
 
     name: str
     version: Version
@@ -78,7 +79,7 @@ class Entry:
 
 
 def default_folder() -> Path:
-    """Where the user's library is, by the rules of the system."""
+    """Returns the folder of the user's library, by the conventions of the system."""
     if os.name == "nt":
         data = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
     elif os.uname().sysname == "Darwin":
@@ -89,7 +90,7 @@ def default_folder() -> Path:
 
 
 class Library:
-    """Adapters by name and version in a folder, which is made by the first `add`.
+    """Holds adapters by name and version in a folder, which the first `add` makes.
 
     folder: None is the user's own library. Every method may be called from many processes and
     threads at once.
@@ -101,10 +102,10 @@ class Library:
         self.names, self.objects = self.folder / "names", self.folder / "objects"
 
     def _repr_html_(self) -> str:
-        found = self.entries() if (self.folder / MARKER).is_file() else []
-        rows = [(each.reference, *each.version.told()) for each in found[:MOST_SHOWN]]
+        entries = self.entries() if (self.folder / MARKER).is_file() else []
+        rows = [(entry.reference, *entry.version.table_cells()) for entry in entries[:MOST_SHOWN]]
         return html_table(
-            f"library {self.folder}: {len(found):,}",
+            f"library {self.folder}: {len(entries):,}",
             rows,
             ("name", "method", "size", "base", "note"),
         )
@@ -121,65 +122,67 @@ class Library:
         every_version: bool = False,
         sort: SortKey = "name",
     ) -> list[Entry]:
-        """The newest version of every name, or every version, that all filters let through.
+        """Lists the newest version of every name, or every version, that passes all filters.
 
-        name, base: patterns with * and ?; base is compared with the base's name, its last part, and
-        the beginning of its fingerprint's digest. tag: one that the version bears. sort: added and
-        size begin with the largest.
+        name, base: patterns with * and ?; base is compared with the base's name, the last part of
+        it, and the beginning of its fingerprint's digest. tag: a tag of the version. sort: added
+        and size list the largest first.
         """
         self._require()
         self._sweep()
-        found = []
-        for each, stored in indexed_records(self.names, self.folder / INDEX).items():
-            if not fnmatchcase(each, name):
+        entries = []
+        for stored_name, stored in indexed_records(self.names, self.folder / INDEX).items():
+            if not fnmatchcase(stored_name, name):
                 continue
             versions = stored["versions"] if every_version or tag else stored["versions"][-1:]
             for version in map(known_version, versions):
                 if _passes(version, base, method, tag):
-                    found.append(Entry(each, version))
-        keys: dict[str, Callable[[Entry], Any]] = {
+                    entries.append(Entry(stored_name, version))
+        sort_keys: dict[str, Callable[[Entry], Any]] = {
             "added": lambda e: e.version.added,
             "size": lambda e: e.version.facts.bytes,
             "method": lambda e: e.version.facts.method,
             "base": lambda e: e.version.facts.base or "",
         }
         if sort != "name":
-            found.sort(key=keys[sort], reverse=sort in ("added", "size"))
-        return found
+            entries.sort(key=sort_keys[sort], reverse=sort in ("added", "size"))
+        return entries
 
     def get(self, reference: str) -> Entry:
-        """name, name@2 or name@tag. ConfigError says what there is instead."""
+        """Finds the version that name, name@2 or name@tag means. ConfigError lists what exists."""
         wanted = parse_reference(reference)
         self._require()
         return Entry(wanted.name, chosen_version(wanted, self.record(wanted.name)))
 
     def has(self, reference: str) -> bool:
-        """Whether there is an adapter of that name, whatever its version."""
+        """Returns whether an adapter of that name exists, in any version."""
         return is_reference(reference) and self._file(reference.partition("@")[0]).is_file()
 
     def path(self, reference: str) -> Path:
-        """The folder of the adapter, which PEFT reads too. What it holds is not checked here: see
-        `verify`."""
+        """Returns the folder of the adapter, which PEFT can read too.
+
+        Its files are not checked here: see `verify`.
+        """
         entry = self.get(reference)
         folder = self.objects / entry.version.object
         if not folder.is_dir():
             raise CorruptFileError(
-                f"{entry.reference}: its object is gone from {self.objects}",
+                f"{entry.reference}: its object is missing in {self.objects}",
                 [],
                 "Pull or add it again.",
             )
         return folder
 
     def locate(self, named: str | Path) -> Path:
-        """The folder that a path or a reference means, as a command's --adapter takes it.
+        """Returns the folder that a path or a reference means, as a command's --adapter takes it.
 
-        A folder with an adapter wins over anything that is not one; if the library has an adapter
+        A folder that holds an adapter is preferred to any other file. If the library has an adapter
         of that name as well, neither is taken. Raises SourceError (nothing there), ConfigError
         (both, or no such name).
         """
         path, text = expanded(named), str(named)
-        bare = is_reference(text) and "/" not in text and os.sep not in text
-        if bare and self._file(text.partition("@")[0]).is_file():
+        could_be_name = is_reference(text) and "/" not in text and os.sep not in text
+        if could_be_name and self._file(text.partition("@")[0]).is_file():
             if holds_adapter(path):
                 raise ConfigError(
                     f"{text!r} is a folder here and an adapter in {self.folder}",
@@ -187,16 +190,16 @@ class Library:
                     f"Write ./{text} for the folder, {self.get(text).reference} for the other.",
                 )
             return self.path(text)
-        if bare and not path.exists():
+        if could_be_name and not path.exists():
             raise SourceError(
                 f"there is no adapter {text!r}",
-                [f"{path.absolute()} is not there", f"{self.folder} has no such name"],
+                [f"{path.absolute()} does not exist", f"{self.folder} has no such name"],
                 self.names_like(text),
             )
         return adapter_folder(path)
 
     def names_like(self, reference: str) -> str:
-        """What to do about a name that is not there."""
+        """Suggests a name that exists."""
         return nearest(reference.partition("@")[0], self.all_names())
 
     # writing
@@ -210,12 +213,13 @@ class Library:
         note: str = "",
         base: FrozenBase | None = None,
     ) -> Entry:
-        """Copies an adapter's folder, or a run's result, in as the next version of `name`.
+        """Copies an adapter's folder, or a run's result, into the library as the next version of
+        `name`.
 
-        base: for an adapter from elsewhere: it must fit, and from then on it loads on this base
-        alone. Without it such an adapter is marked as unverified. The same bytes as the newest
-        version are no new version. Raises SourceError, UnsafeFileError, CorruptFileError,
-        RefusedError, AdapterMismatchError.
+        base: a base that an adapter from elsewhere must fit, and on which alone it loads from then
+        on; without it such an adapter is marked as unverified. Bytes equal to the newest version's
+        make no new version. Raises SourceError, UnsafeFileError, CorruptFileError, RefusedError,
+        AdapterMismatchError.
         """
         from veneer.library.examination import examined  # loads torch
 
@@ -227,11 +231,11 @@ class Library:
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
-        """Objects written within the block are safe from a collection until names point to them."""
+        """Protects objects written within the block from a collection until names point to them."""
         self._make()
-        with ExitStack() as held, explained(self.folder):
-            with locked(self.folder / ".turn.lock"):  # where a collection waits, it is next
-                held.enter_context(locked(self.folder / ".objects.lock", shared=True))
+        with ExitStack() as locks, explained(self.folder):
+            with locked(self.folder / ".turn.lock"):  # a collection that waits goes first
+                locks.enter_context(locked(self.folder / ".objects.lock", shared=True))
             yield
 
     def point(
@@ -243,11 +247,11 @@ class Library:
         tags: Sequence[str] = (),
         note: str = "",
     ) -> Entry:
-        """Make an object that is in the store the newest version of a name."""
+        """Makes a stored object the newest version of a name."""
         with self._changing():
             path = self._file(name)
             record = read_record(path) if path.exists() else Record()
-            without = [
+            untagged = [
                 version.model_copy(
                     update={"tags": [tag for tag in version.tags if tag not in tags]}
                 )
@@ -255,11 +259,11 @@ class Library:
             ]
             added = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             if record.versions and record.newest.object == object:
-                same = record.newest
-                version = same.model_copy(
-                    update={"tags": sorted({*same.tags, *tags}), "note": note or same.note}
+                newest = record.newest
+                version = newest.model_copy(
+                    update={"tags": sorted({*newest.tags, *tags}), "note": note or newest.note}
                 )
-                versions = [*without[:-1], version]
+                versions = [*untagged[:-1], version]
                 changed = record.model_copy(update={"versions": versions})
             else:
                 version = Version(
@@ -270,38 +274,41 @@ class Library:
                     note=note,
                     facts=facts,
                 )
-                changed = Record(next_version=record.next_version + 1, versions=[*without, version])
+                changed = Record(
+                    next_version=record.next_version + 1, versions=[*untagged, version]
+                )
             if changed != record:
                 write_record(path, changed)
         return Entry(name, version)
 
     def remove(self, reference: str) -> list[Entry]:
-        """Takes a version, or a name with all its versions, out. The objects stay until
-        `collect`."""
+        """Removes a version, or a name with all its versions. `collect` removes the objects."""
         wanted = parse_reference(reference)
         self._require()
         with self._changing():
             record = self.record(wanted.name)
             if wanted == Reference(wanted.name):
-                gone, left = record.versions, []
+                removed, remaining = record.versions, []
             else:
-                gone = [chosen_version(wanted, record)]
-                left = [version for version in record.versions if version != gone[0]]
-            if left:
-                write_record(self._file(wanted.name), record.model_copy(update={"versions": left}))
+                removed = [chosen_version(wanted, record)]
+                remaining = [version for version in record.versions if version != removed[0]]
+            if remaining:
+                write_record(
+                    self._file(wanted.name), record.model_copy(update={"versions": remaining})
+                )
             else:
                 self._file(wanted.name).unlink()
-        return [Entry(wanted.name, version) for version in gone]
+        return [Entry(wanted.name, version) for version in removed]
 
     def rename(self, old: str, new: str) -> None:
-        """One rename: every version is found under the one name or the other at every moment."""
+        """Renames at once: every version has the old name or the new one at any moment."""
         check_name(old), check_name(new)
         self._require()
         with self._changing():
             self.record(old)
             if self._file(new).exists():
                 raise ConfigError(
-                    f"there is an adapter {new!r} already", [], "Take another name, or remove it."
+                    f"an adapter {new!r} exists already", [], "Take another name, or remove it."
                 )
             self._file(old).rename(self._file(new))
 
@@ -313,18 +320,22 @@ class Library:
         untag: Sequence[str] = (),
         note: str | None = None,
     ) -> Entry:
-        """Puts tags on a version and takes others off; a tag leaves the version of this name that
-        bore it."""
+        """Adds and removes tags of a version, and sets its note.
+
+        A tag is removed from the version of this name that had it before.
+        """
         wanted = parse_reference(reference)
-        added, dropped = {check_tag(each) for each in tag}, {check_tag(each) for each in untag}
+        added, dropped = {check_tag(text) for text in tag}, {check_tag(text) for text in untag}
         self._require()
         with self._changing():
             record = self.record(wanted.name)
             chosen = chosen_version(wanted, record)
             if missing := sorted(dropped - set(chosen.tags)):
-                have = ", ".join(chosen.tags) or "none"
+                tags = ", ".join(chosen.tags) or "none"
                 raise ConfigError(
-                    f"{reference} does not bear {', '.join(missing)}", [], f"Its tags: {have}."
+                    f"{reference} does not have the tags {', '.join(missing)}",
+                    [],
+                    f"Its tags: {tags}.",
                 )
             versions = []
             for version in record.versions:
@@ -338,11 +349,11 @@ class Library:
         return Entry(wanted.name, chosen)
 
     def collect(self, *, keep: int = 1, apply: bool = True) -> Leftovers:
-        """Removes what nobody needs; apply=False only tells, and changes nothing: neither files nor
-        locks. Of every name the newest `keep` versions stay, and every version that bears a tag.
+        """Removes what nobody needs; apply=False only reports it and changes neither files nor
+        locks.
 
-        It waits for the adds that have begun, for COLLECT_WAIT_SECONDS at most, and those that
-        begin then wait for it.
+        Keeps the newest `keep` versions of every name, and every version with a tag. Waits at most
+        COLLECT_WAIT_SECONDS for adds in progress; adds that begin later wait for it.
         """
         self._require()
         if not apply:
@@ -352,37 +363,38 @@ class Library:
             locked(self.folder / ".objects.lock", wait_seconds=COLLECT_WAIT_SECONDS),
             self._changing(),
         ):
-            found = find_leftovers(self.folder, self._records(), keep=keep, alone=True)
-            for name, record in found.changed.items():
+            collection = find_leftovers(self.folder, self._records(), keep=keep, alone=True)
+            for name, record in collection.changed.items():
                 write_record(self._file(name), record)
-            for path in found.doomed:
-                if path.is_dir():  # out of sight whole, before its files go one by one
+            for path in collection.doomed:
+                if path.is_dir():  # renamed first, so that a half-removed object is never visible
                     with unfinished(path.parent) as hidden:
                         path.rename(hidden)
                         shutil.rmtree(hidden)
                 else:
                     path.unlink(missing_ok=True)
-            return found.left
+            return collection.left
 
     def _records(self) -> dict[str, Record]:
-        found = {}
+        records = {}
         for name in self.all_names():
             try:
-                found[name] = self.record(name)
+                records[name] = self.record(name)
             except ConfigError:
                 if (self.names / f"{name}.json").exists():
                     raise
-                continue  # removed while we looked: only where nothing is locked
-        return found
+                continue  # removed meanwhile, which can happen only without the lock
+        return records
 
     def verify(
         self, reference: str | None = None, *, base: Callable[[Path], FrozenBase] | None = None
     ) -> dict[str, list[str]]:
-        """Reference -> what is wrong with it; every version where none is named. Empty lists: all
-        is well.
+        """Returns faults by reference, of every version if no reference is given; an empty list is
+        none.
 
-        Hashes of every file, shapes and finite values of every tensor, nothing extra, the facts
-        that listing shows; and whether it fits what `base`, if given, returns for its folder.
+        Checks hashes of every file, shapes and finite values of every tensor, the facts that
+        listings show, and that nothing else is in the folder; with `base`, also that the adapter
+        fits the base it returns for a folder.
         """
         from veneer.library.examination import entry_faults  # loads torch
 
@@ -395,13 +407,13 @@ class Library:
         }
 
     def whole(self, reference: str) -> Path:
-        """The adapter's folder, every byte of it compared with its hash."""
+        """Returns the adapter's folder after comparing every byte with its hash."""
         folder = self.path(reference)
         if faults := object_faults(folder):
             raise CorruptFileError(f"{reference} is damaged", faults, "Pull or add it again.")
         return folder
 
-    # below
+    # helpers
 
     def all_names(self) -> list[str]:
         try:
@@ -418,7 +430,7 @@ class Library:
         return self.names / f"{check_name(name)}.json"
 
     def record(self, name: str) -> Record:
-        """Every version of a name. ConfigError: no such name, with the nearest."""
+        """Returns every version of a name. Raises ConfigError for an unknown name."""
         path = self._file(name)
         if not path.is_file():
             raise ConfigError(
@@ -437,13 +449,13 @@ class Library:
             sweep(place)
 
     def _require(self) -> None:
-        """SourceError where the folder is no library; the user's own may not be there yet."""
+        """Raises SourceError if the folder is no library; the user's own may not exist yet."""
         marker = self.folder / MARKER
         if not marker.is_file():
             if self._own or (self.folder.is_dir() and not any(self.folder.iterdir())):
                 return
             raise SourceError(
-                f"{self.folder} is no library of adapters",
+                f"{self.folder} is not a library of adapters",
                 [],
                 f"Make one: veneer adapters add ADAPTER --library {self.folder}",
             )
@@ -459,7 +471,7 @@ class Library:
             return self._require()
         if self.folder.exists() and _strangers(self.folder):
             raise ConfigError(
-                f"{self.folder} holds other things and is no library",
+                f"{self.folder} holds other files and is not a library",
                 [],
                 "Give an empty or a new folder.",
             )
@@ -473,26 +485,25 @@ class Library:
 
 
 def _strangers(folder: Path) -> bool:
-    """Whether it is no folder, or holds what no library holds. One that is just being made holds
-    some of its own."""
+    """Returns whether the path is not a folder, or holds files that are not a library's."""
     if not folder.is_dir():
         return True
-    own = {MARKER, INDEX, "names", "objects", "incoming"}
-    return any(path.name not in own and path.name[0] != "." for path in folder.iterdir())
+    known_names = {MARKER, INDEX, "names", "objects", "incoming"}
+    return any(path.name not in known_names and path.name[0] != "." for path in folder.iterdir())
 
 
 def _passes(version: Version, base: str | None, method: str | None, tag: str | None) -> bool:
     facts = version.facts
     if base is not None:
         name = facts.base or ""
-        known = [name, name.rpartition("/")[2], (facts.base_digest or "")[: max(len(base), 8)]]
-        if not any(fnmatchcase(each, base) for each in known):
+        base_names = [name, name.rpartition("/")[2], (facts.base_digest or "")[: max(len(base), 8)]]
+        if not any(fnmatchcase(base_name, base) for base_name in base_names):
             return False
     return (method is None or facts.method == method) and (tag is None or tag in version.tags)
 
 
 def chosen_version(wanted: Reference, record: Record) -> Version:
-    """The version that a reference means. ConfigError lists what there is instead."""
+    """Returns the version that a reference means. ConfigError lists the versions there are."""
     if wanted.version is None and wanted.tag is None:
         return record.newest
     for version in record.versions:
@@ -500,10 +511,10 @@ def chosen_version(wanted: Reference, record: Record) -> Version:
             wanted.tag is not None and wanted.tag in version.tags
         ):
             return version
-    have = ", ".join(
+    versions = ", ".join(
         f"@{v.version}" + "".join(f" ({tag})" for tag in v.tags) for v in record.versions
     )
-    raise ConfigError(f"there is no {wanted}", [], f"{wanted.name} has {have}.")
+    raise ConfigError(f"there is no {wanted}", [], f"{wanted.name} has {versions}.")
 
 
 def _checked_note(note: str) -> str:

@@ -1,5 +1,4 @@
-"""Where an adapter comes from: those that it was continued from, by name as far as the library has
-them."""
+"""The lineage of an adapter: the adapters that its training was continued from."""
 
 from __future__ import annotations
 
@@ -9,17 +8,19 @@ MOST_ANCESTORS = 100
 
 
 def ancestors(library: Library, parent: str | None) -> list[tuple[str, Entry | None]]:
-    """Content of each, the nearest first, and where the library has it. It ends with one that the
-    library lacks."""
+    """Returns (content hash, library entry or None) of each ancestor, nearest first.
+
+    Ends with the first ancestor that the library does not have.
+    """
     if parent is None:
         return []
-    known = by_content(library)
-    found: list[tuple[str, Entry | None]] = []
-    while parent is not None and len(found) < MOST_ANCESTORS:
-        entry = known.pop(parent, None)
-        found.append((parent, entry))
+    entries = by_content(library)
+    lineage: list[tuple[str, Entry | None]] = []
+    while parent is not None and len(lineage) < MOST_ANCESTORS:
+        entry = entries.pop(parent, None)
+        lineage.append((parent, entry))
         parent = entry.version.facts.parent if entry else None
-    return found
+    return lineage
 
 
 def by_content(library: Library) -> dict[str, Entry]:

@@ -1,10 +1,9 @@
-"""Names of adapters in a library, and references to one of their versions.
+"""Names of adapters in a library, and references to a version.
 
     tickets       the newest version          tickets@2     version 2
-    tickets@best  the one version that bears the tag
+    tickets@best  the version with the tag best
 
-A name becomes the name of a file, on any file system: lower case, no reserved device, no trailing
-dot.
+A name becomes a file name on any file system: lower case, no reserved device, no trailing dot.
 """
 
 import difflib
@@ -27,12 +26,12 @@ _DEVICES = {
     "nul",
     *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
 }
-"""Windows opens a device instead of a file of these names, whatever their ending."""
+"""Windows opens a device instead of a file with such a name, whatever its ending."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """name, and a version's number or a tag; neither: the newest version."""
+    """Refers to a version of a name by number or tag; without either, to the newest version."""
 
     name: str
     version: int | None = None
@@ -44,7 +43,7 @@ class Reference:
 
 
 def check_name(name: str) -> str:
-    """The name itself; ConfigError says why it is none."""
+    """Returns the name; ConfigError says why it is not valid."""
     _check_text(name)
     if (fault := _name_fault(name)) is not None:
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].strip("-")
@@ -53,7 +52,7 @@ def check_name(name: str) -> str:
             if near and _name_fault(near) is None
             else "For instance: tickets-v2."
         )
-        raise ConfigError(f"{name[:80]!r} is no name for an adapter", [fault], hint)
+        raise ConfigError(f"{name[:80]!r} is not a valid name for an adapter", [fault], hint)
     return name
 
 
@@ -61,7 +60,7 @@ def _check_text(name: object) -> None:
     if not isinstance(name, str):
         step = "For instance tickets, tickets@2 or tickets@best."
         raise ConfigError(
-            f"an adapter is named by text, and this is {str(name)[:80]}", next_step=step
+            f"the name of an adapter must be text, not {str(name)[:80]}", next_step=step
         )
 
 
@@ -80,7 +79,7 @@ def _name_fault(name: str) -> str | None:
 def check_tag(tag: str) -> str:
     if not _TAG.fullmatch(tag):
         raise ConfigError(
-            f"{tag[:80]!r} is no tag",
+            f"{tag[:80]!r} is not a valid tag",
             ["a tag begins with a letter: up to 32 of a-z, 0-9, dots, dashes, underscores"],
             "For instance: best.",
         )
@@ -88,7 +87,7 @@ def check_tag(tag: str) -> str:
 
 
 def parse_reference(text: str) -> Reference:
-    """name, name@2 or name@tag. ConfigError says what is wrong with it."""
+    """Parses name, name@2 or name@tag. ConfigError says what is wrong."""
     _check_text(text)
     name, at, chosen = text.partition("@")
     check_name(name)
@@ -99,14 +98,14 @@ def parse_reference(text: str) -> Reference:
     if _TAG.fullmatch(chosen):
         return Reference(name, tag=chosen)
     raise ConfigError(
-        f"{text[:80]!r} names no version",
+        f"{text[:80]!r} is not a reference to a version",
         [],
-        f"After the @ stands a number or a tag, for instance {name}@1.",
+        f"Write a number or a tag after the @, for instance {name}@1.",
     )
 
 
 def is_reference(text: str) -> bool:
-    """Whether the text could name an adapter of a library at all."""
+    """Returns whether the text could name an adapter of a library."""
     try:
         parse_reference(text)
     except ConfigError:
@@ -115,16 +114,17 @@ def is_reference(text: str) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to do about a name that is not there: the one probably meant, or some that are there."""
-    have = sorted(known)
-    if close := difflib.get_close_matches(name, have, n=1, cutoff=0.5):
+    """Suggests the closest name, or lists some that exist."""
+    names = sorted(known)
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f"Did you mean {close[0]!r}?"
-    shown = ", ".join(have[:8]) + (", …" if len(have) > 8 else "")
-    return f"There is: {shown}." if have else "There is none yet."
+    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"There is: {listed}." if names else "There is none yet."
 
 
 def said_of(folder: Path) -> str:
-    """What to call an adapter's folder in a sentence: its path; of an object in a library the start
-    of its hash."""
+    """Returns how to call an adapter's folder in a sentence: its path, or the start of an object's
+    id.
+    """
     hashed = re.fullmatch(r"[0-9a-f]{64}", folder.name)
     return f"{folder.name[:12]}…" if hashed else str(folder)

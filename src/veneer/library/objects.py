@@ -1,11 +1,11 @@
-"""Objects of a library: folders of an adapter's files, each called by the SHA-256 of what it holds.
+"""Objects of a library: folders of an adapter's files, each named by the SHA-256 of its content.
 
     objects/<64 hex digits>/    adapter_config.json  adapter_model.safetensors  [veneer.json]
                                 MANIFEST.json
 
 MANIFEST.json lists size and SHA-256 of every other file; the folder's name is the SHA-256 of
-MANIFEST.json. So one name vouches for every byte, wherever the folder was copied from. Not known
-here: what the files mean.
+MANIFEST.json. So the name alone verifies every byte, wherever the folder was copied from. Knows
+nothing of what the files mean.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from veneer.files.strict_json import parse_json
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json")
 MAX_MANIFEST_BYTES = 100_000
 _ID = re.compile(r"[0-9a-f]{64}")
-"""Ids come from files and networks and become names of folders: nothing else may pass."""
+"""Ids come from files and networks and become folder names, so nothing else may pass."""
 
 Content = Path | bytes
 
@@ -37,7 +37,7 @@ def is_id(text: str) -> bool:
 
 
 def manifest_text(files: Mapping[str, Content]) -> str:
-    """MANIFEST.json of these files, as write_manifest would write it."""
+    """Returns the MANIFEST.json of these files, as write_manifest would write it."""
     listed = {name: _size_and_hash(content) for name, content in sorted(files.items())}
     return json.dumps({"format_version": 1, "files": listed}, indent=2, sort_keys=True) + "\n"
 
@@ -53,8 +53,9 @@ def object_id(manifest: str | bytes) -> str:
 
 
 def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
-    """Name -> {bytes, sha256} of an object's files: an adapter's and no others. CorruptFileError
-    names what is wrong."""
+    """Parses a manifest: name -> {bytes, sha256} of an adapter's files. CorruptFileError lists
+    faults.
+    """
     stored = parse_json(manifest, Path(where), max_bytes=MAX_MANIFEST_BYTES)
     files = stored.get("files")
     faults = []
@@ -62,7 +63,7 @@ def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
         faults.append("it lists no files")
         files = {}
     faults += [
-        f"{name[:80]!r} is no file of an adapter" for name in files if name not in ADAPTER_FILES
+        f"{name[:80]!r} is not a file of an adapter" for name in files if name not in ADAPTER_FILES
     ]
     faults += [f"{name} is not listed" for name in ADAPTER_FILES[:2] if name not in files]
     for name, entry in files.items():
@@ -83,45 +84,44 @@ def listed_files(manifest: bytes, where: str) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def receiving(objects: Path, wanted: str, needed_bytes: int) -> Iterator[Path | None]:
-    """Yields a folder to fill with the object's files and its MANIFEST.json; None where the object
-    is there and whole.
+    """Yields a folder to fill with the object's files and its MANIFEST.json, None if it exists
+    intact.
 
-    On leaving, every byte must be what the id says, or nothing appears. CorruptFileError lists what
-    is not.
+    On leaving, every byte must match the id, or nothing is stored. CorruptFileError lists the
+    differences.
     """
-    place = objects / wanted
-    if os.path.lexists(place):
-        if not object_faults(place):
+    folder = objects / wanted
+    if os.path.lexists(folder):
+        if not object_faults(folder):
             yield None
             return
-        set_aside(place)
-    begun = False
+        set_aside(folder)
+    started = False
     try:
-        with atomic_folder(place, needed_bytes=needed_bytes) as partial:
-            begun = True
+        with atomic_folder(folder, needed_bytes=needed_bytes) as partial:
+            started = True
             yield partial
             if faults := object_faults(partial, wanted=wanted):
                 raise CorruptFileError(
-                    f"object {wanted[:12]}… did not arrive whole",
+                    f"object {wanted[:12]}… arrived damaged",
                     faults,
-                    "Try again; nothing was kept of it.",
+                    "Try again; nothing of it was stored.",
                 )
     except (ConfigError, InputError):
-        if object_faults(place):  # otherwise another process put the same bytes there first
+        if object_faults(folder):  # otherwise another process put the same bytes there first
             raise
-        if not begun:
+        if not started:
             yield None
 
 
-def set_aside(place: Path) -> None:
-    """Takes a broken object out of its place; the next collection removes it."""
+def set_aside(folder: Path) -> None:
+    """Renames a broken object; the next collection removes it."""
     with suppress(FileNotFoundError):  # another process did it first
-        place.rename(place.with_name(f".broken-{os.getpid()}-{time.monotonic_ns()}"))
+        folder.rename(folder.with_name(f".broken-{os.getpid()}-{time.monotonic_ns()}"))
 
 
 def put(objects: Path, files: Mapping[str, Content]) -> str:
-    """Copies the files into the store and returns their object's id. Already there: nothing is
-    written."""
+    """Copies files into the store unless it has them; returns their object's id."""
     manifest = manifest_text(files)
     wanted = object_id(manifest)
     needed = sum(
@@ -140,14 +140,16 @@ def put(objects: Path, files: Mapping[str, Content]) -> str:
 
 
 def object_faults(folder: Path, *, wanted: str | None = None) -> list[str]:
-    """What is wrong with an object's folder; empty if every byte is what its id says."""
+    """Lists what is wrong with an object's folder; empty if every byte matches its id."""
     expected = folder.name if wanted is None else wanted
     if not folder.is_dir():
-        return [f"object {expected[:12]}… is not there"]
+        return [f"object {expected[:12]}… is missing"]
     if not (folder / MANIFEST).is_file() or (folder / MANIFEST).is_symlink():
-        return [f"{MANIFEST} is missing: the object was not written to its end"]
-    if (found := file_hash(folder / MANIFEST)) != expected:
-        return [f"{MANIFEST} changed: SHA-256 {found[:12]}…, the object is called {expected[:12]}…"]
+        return [f"{MANIFEST} is missing: the object is incomplete"]
+    if (digest := file_hash(folder / MANIFEST)) != expected:
+        return [
+            f"{MANIFEST} changed: SHA-256 {digest[:12]}…, the object is called {expected[:12]}…"
+        ]
     return verify_manifest(folder)
 
 

@@ -1,9 +1,9 @@
-"""The adapters loaded beside a base: read from a library when they are first asked for, the least
-recently used out where a budget says so.
+"""The adapters loaded beside a base: read from a library when first asked for, evicted when a
+budget requires it.
 
-Switching takes one short lock and touches no module. Loading and removing take another, longer one,
-so that a switch between loaded adapters never waits for a disk. What trains or was attached by hand
-is never thrown out: only what can be read again. Not known here: which adapter a forward takes
+Switching takes one short lock and touches no module. Loading and removing take a longer lock, so a
+switch between loaded adapters never waits for a disk. Adapters that train or were attached by hand
+are never evicted: only those that can be read again. Knows nothing of which adapter a forward uses
 (adapters/placement/routing.py).
 """
 
@@ -31,20 +31,18 @@ from veneer.models.frozen_base import FrozenBase
 
 @dataclass(kw_only=True, eq=False)
 class _PooledAdapter(MemoryEntry):
-    """edits: of torch's counts of changes in place and the addresses, as they were when it was
-    loaded."""
+    """Records an adapter as it was loaded. edits: hash of torch's change counters and addresses."""
 
     edits: int
     from_library: bool
 
 
 class Pool:
-    """What is needed to load, order and remove the adapters of a base; which there are, its routing
-    says.
+    """Loads, orders and evicts the adapters of a base, whose routing knows which are attached.
 
-    library       says where names that are not loaded are looked for; None: nowhere
-    refuse        raises while nothing may be put on the base
-    budget_bytes  of all adapters on the base; None: no bound
+    library       returns where to look for names that are not loaded; None: nowhere
+    refuse        raises while nothing may be attached to the base
+    budget_bytes  of all adapters on the base; None: no limit
     """
 
     def __init__(
@@ -58,20 +56,24 @@ class Pool:
 
     @property
     def _loaded(self) -> dict[str, _PooledAdapter]:
-        """By name, the least recently used first."""
+        """Returns loaded adapters by name, the least recently used first."""
         attached = list(self.base.attachments.items())
-        found = [(name, self._known[each]) for name, each in attached if each in self._known]
-        return dict(sorted(found, key=lambda pair: pair[1].used))
+        entries = [
+            (name, self._known[attachment])
+            for name, attachment in attached
+            if attachment in self._known
+        ]
+        return dict(sorted(entries, key=lambda pair: pair[1].used))
 
     def activate(self, active: Active) -> None:
-        """Let these act, for this thread or for all (Routing.switch), loading what is not there."""
+        """Activates adapters for this thread or for all (Routing.switch); loads missing ones."""
         self.ready(name for name, _ in active)
         with self.base.routing.lock:
             self.base.routing.switch(self._acting(active))
 
     @contextmanager
     def holding(self, active: Active) -> Iterator[None]:
-        """Let these act for this thread alone, within the block."""
+        """Activates adapters for this thread alone, within the block."""
         self.ready(name for name, _ in active)
         with ExitStack() as stack:
             with self.base.routing.lock:
@@ -80,15 +82,15 @@ class Pool:
 
     def _acting(self, active: Active) -> Acting:
         for name, _ in active:
-            if name not in self.base.attachments:  # another thread took it away since
+            if name not in self.base.attachments:  # another thread removed it meanwhile
                 raise self._unknown(name)
-            if (known := self._known.get(self.base.attachments[name])) is not None:
+            if (entry := self._known.get(self.base.attachments[name])) is not None:
                 self._uses += 1
-                known.used = self._uses
+                entry.used = self._uses
         return Acting.everywhere(self.base.routing.applied(active))
 
     def ready(self, names: Iterable[str]) -> None:
-        """Every name is loaded. ConfigError: an unknown one, with the nearest that there is."""
+        """Loads every name that is not loaded. ConfigError: an unknown name."""
         wanted = list(names)
         if missing := [name for name in wanted if name not in self.base.attachments]:
             with self.base.routing.changing:
@@ -109,63 +111,66 @@ class Pool:
         self._enter(load_adapter(self.base, stored, name=name, take=True), from_library=True)
 
     def adopt(self, make: Callable[[], Attachment]) -> Attachment:
-        """An adapter that `make` puts on the base; never thrown out, for it may not be anywhere
-        else."""
+        """Registers an adapter that `make` attaches; it is never evicted, as it may exist nowhere
+        else.
+        """
         self._refuse()
         with self.base.routing.changing:
-            made = make()
-            self._enter(made, from_library=False)
-            return made
+            attachment = make()
+            self._enter(attachment, from_library=False)
+            return attachment
 
-    def _enter(self, made: Attachment, *, from_library: bool) -> None:
+    def _enter(self, attachment: Attachment, *, from_library: bool) -> None:
         self._uses += 1
-        self._known[made] = _PooledAdapter(
-            bytes=bytes_of(made), used=self._uses, edits=_edits(made), from_library=from_library
+        self._known[attachment] = _PooledAdapter(
+            bytes=bytes_of(attachment),
+            used=self._uses,
+            edits=_edits(attachment),
+            from_library=from_library,
         )
 
     def _make_room(self, name: str, needed: int, keep: list[str]) -> None:
-        """Throws out the least recently used until `needed` more bytes fit. DoesNotFitError says
-        what is in the way."""
+        """Evicts the least recently used until `needed` bytes fit, or raises DoesNotFitError."""
         if self.budget_bytes is None:
             return
         with self.base.routing.lock:
-            staying = {*self.base.routing.in_use(), *keep}
+            in_use = {*self.base.routing.in_use(), *keep}
             free = self.budget_bytes - self.used_bytes()
-            going = room_for(
-                needed, self._loaded.items(), free, lambda n: self._may_go(n) and n not in staying
+            evicted = room_for(
+                needed, self._loaded.items(), free, lambda n: self._may_evict(n) and n not in in_use
             )
-            if going is None:
+            if evicted is None:
                 raise DoesNotFitError(
                     f"adapter {name!r} takes {needed:,} bytes; {self.used_bytes():,} of"
                     f" {self.budget_bytes:,} are taken",
                     [
-                        f"{n}: {each.bytes:,} bytes, {self._why_it_stays(n, staying)}"
-                        for n, each in self._loaded.items()
+                        f"{n}: {entry.bytes:,} bytes, {self._why_it_stays(n, in_use)}"
+                        for n, entry in self._loaded.items()
                     ],
                     "Detach or unpin some, or raise base.adapter_budget_bytes.",
                 )
-            for each in going:
-                self.base.detach(each)
+            for evicted_name in evicted:
+                self.base.detach(evicted_name)
 
-    def _may_go(self, name: str) -> bool:
-        each = self._known[self.base.attachments[name]]
-        return each.from_library and each.edits == _edits(self.base.attachments[name])
+    def _may_evict(self, name: str) -> bool:
+        entry = self._known[self.base.attachments[name]]
+        return entry.from_library and entry.edits == _edits(self.base.attachments[name])
 
-    def _why_it_stays(self, name: str, staying: set[str]) -> str:
-        each = self._known[self.base.attachments[name]]
-        if each.pinned:
+    def _why_it_stays(self, name: str, in_use: set[str]) -> str:
+        entry = self._known[self.base.attachments[name]]
+        if entry.pinned:
             return "pinned"
-        if name in staying:
+        if name in in_use:
             return "acting"
-        if self._may_go(name):
-            return "could go"
-        return "changed since it was loaded" if each.from_library else "not from the library"
+        if self._may_evict(name):
+            return "could be evicted"
+        return "changed since it was loaded" if entry.from_library else "not from the library"
 
     def used_bytes(self) -> int:
-        return sum(each.bytes for each in self._loaded.values())
+        return sum(entry.bytes for entry in self._loaded.values())
 
     def pin(self, names: Iterable[str], *, pinned: bool) -> None:
-        """ConfigError: one of them is not loaded; none has changed then."""
+        """Pins or unpins loaded adapters. ConfigError if one is not loaded; then none changes."""
         wanted = list(names)
         with self.base.routing.changing:
             loaded = self._loaded
@@ -177,9 +182,11 @@ class Pool:
 
     def _unknown(self, name: str) -> ConfigError:
         library = self._library()
-        known = {*self.base.attachments, *(() if library is None else library.all_names())}
-        where = "" if library is None else f", and {library.folder} has none"
-        return ConfigError(f"no adapter named {name!r} is loaded{where}", [], nearest(name, known))
+        names = {*self.base.attachments, *(() if library is None else library.all_names())}
+        library_text = "" if library is None else f", and {library.folder} has none"
+        return ConfigError(
+            f"no adapter named {name!r} is loaded{library_text}", [], nearest(name, names)
+        )
 
 
 def _edits(attachment: Attachment) -> int:

@@ -1,11 +1,10 @@
-"""What a library knows of a name: its versions, each with the facts of its object. One JSON file a
+"""Records of a library: the versions of a name, each with the facts of its object, one JSON file a
 name.
 
     names/tickets.json    {"format_version": 1, "next_version": 3, "versions": [...]}
 
-The name is the file's own and stands nowhere inside, so that a rename is one rename. The facts of
-an object never change; they are copied here so that listing opens no object. No torch: `ls` reads
-this.
+Only the file's name holds the name, so renaming is one rename. The facts of an object never change;
+they are copied here so that listing opens no object. Imports no torch: `ls` reads this.
 """
 
 import json
@@ -31,58 +30,58 @@ class _RecordModel(BaseModel):
 
 
 class ObjectFacts(_RecordModel):
-    """What can be said of an object without opening its tensors."""
+    """Describes an object without its tensors."""
 
     method: str
     """Name of the method, as in a run file."""
     bytes: int
-    """Of all its files."""
+    """Size of all its files."""
     tensors: int
     parameters: int
     rank: int | None = None
     """The settings' rank; modules may deviate."""
     base: str | None = None
-    """What it calls its base; proves nothing."""
+    """The name it gives its base; proves nothing."""
     base_digest: str | None = None
     """Fingerprint.weights_digest of its base."""
     base_proof: BaseProof = "unverified"
-    """fingerprint: training recorded it. stated: whoever added it named the base, and it fits.
-    unverified: the file gives a name at most, and nothing was compared."""
+    """fingerprint: recorded by training. stated: named when it was added, and it fits. unverified:
+    the file gives at most a name, and nothing was compared."""
     content_hash: str
-    """As in veneer.json: of tensors and settings."""
+    """Hash of tensors and settings, as in veneer.json."""
     parent: str | None = None
     """content_hash of the adapter that training started from."""
     data_fingerprint: str | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     intervals: dict[str, list[float]] = Field(default_factory=dict)
-    """Low and high end, 95%, of those metrics that have one."""
+    """Ends of the 95% intervals of the metrics that have one."""
     origin: Literal["veneer", "peft"] = "veneer"
-    """Which program wrote the tensors."""
+    """The program that wrote the tensors."""
 
 
 class Version(_RecordModel):
-    """One version of a name."""
+    """Describes one version of a name."""
 
     version: int
     object: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Hex id of the object: SHA-256 of its MANIFEST.json."""
     added: str
-    """When, UTC: 2026-01-31T12:00:00Z."""
+    """Time in UTC, for instance 2026-01-31T12:00:00Z."""
     tags: list[str] = Field(default_factory=list)
     note: str = ""
     facts: ObjectFacts
 
-    def told(self) -> tuple[str, str, str, str]:
-        """Method, size, base and note, as a table says them."""
+    def table_cells(self) -> tuple[str, str, str, str]:
+        """Returns method, size, base and note, as tables show them."""
         return self.facts.method, size(self.facts.bytes), self.facts.base or "–", self.note
 
 
 class Record(_RecordModel):
-    """All versions of a name, oldest first."""
+    """Lists all versions of a name, oldest first."""
 
     format_version: Literal[1] = 1
     next_version: int = 1
-    """Numbers are never given twice."""
+    """The number of the next version; numbers are never used twice."""
     versions: list[Version] = Field(default_factory=list)
 
     @property
@@ -91,7 +90,7 @@ class Record(_RecordModel):
 
 
 def parse_record(stored: dict[str, Any], path: Path) -> Record:
-    """Raises CorruptFileError with every field that is wrong; path only names it."""
+    """Validates a record; CorruptFileError lists every wrong field. path: named in errors."""
     if stored.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
             f"{path} is of format version {stored.get('format_version')!r}, this Veneer reads"
@@ -114,24 +113,26 @@ def parse_record(stored: dict[str, Any], path: Path) -> Record:
 
 
 def known_version(stored: dict[str, Any]) -> Version:
-    """A version of a record that parse_record has passed before: not checked again, which is most
-    of the time that listing thousands takes."""
+    """Builds a version of a record that parse_record has accepted before, without validating it.
+
+    Validation is most of the time that listing thousands of versions takes.
+    """
     return Version.model_construct(
         **{**stored, "facts": ObjectFacts.model_construct(**stored["facts"])}
     )
 
 
 def read_record(path: Path) -> Record:
-    """Raises SourceError (no such file) and what parse_record raises."""
+    """Reads a record. Raises SourceError (no such file) and the errors of parse_record."""
     return parse_record(read_json(path), path)
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Raises InputError for a text that read_record would refuse."""
+    """Writes a record. Raises InputError for text that read_record would refuse."""
     stored = record.model_dump(mode="json")
     if faults := illegible(stored):
         raise InputError(
-            "what holds a NUL or is not UTF-8 is not kept", faults, "Give another text."
+            "text with a NUL, or that is not UTF-8, cannot be stored", faults, "Give another text."
         )
     with atomic_file(path, replace=True) as partial:
         text = json.dumps(stored, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""One question from start to end: `veneer plan` and the library's `plan` ask here.
+"""Answers one question about a run's cost, for `veneer plan` and the library's `plan`.
 
 A PlanQuestion says what to plan. Its PlanAnswer holds rows of plain data, notes on where the
 figures come from, and advice if requested. Only a config is downloaded.
@@ -31,15 +31,17 @@ from veneer.quant.config import Quantize
 from veneer.training.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
 
 MOST_TOKENS = 2**22
-"""Computed at once in a planned step: its rows are made, and a step beyond this runs on no
-machine."""
+"""Most tokens of a planned micro-batch: its rows are made, and no machine runs a larger one."""
 
 
 @dataclass(frozen=True)
 class PlanQuestion:
-    """bases: one, or several for a matrix. gpu: a named GPU; None: this machine. memory: bytes;
-    None: the machine's own. link: bytes a second between processes; None: what they send takes no
-    time in the plan."""
+    """Says what to plan. bases: one, or several for a matrix. gpu: a GPU's name; None: this
+    machine.
+
+    memory: bytes; None: the machine's. link: bytes a second between processes; None: sending takes
+    no time in the plan.
+    """
 
     bases: Sequence[str]
     choice: Choice
@@ -68,7 +70,7 @@ class PlanAnswer:
     rows: list[PlanRow]
     notes: list[str]
     faults: list[str] = field(default_factory=list)
-    """Methods that a base does not take, and why."""
+    """Methods that do not fit a base, and why."""
     advice: Advice | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,16 +97,16 @@ class PlanAnswer:
 
 
 def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quantize | None]:
-    """(settings, weight format) of a method as the command line spells it.
+    """Returns (settings, weight format) of a method as the command line spells it.
 
-    ConfigError for an unknown one, and where a rank is given to one whose updates have none.
+    Raises ConfigError for an unknown method, and for a rank given to a method without one.
     """
-    of, quantize = SHORT_FORMS.get(name, (name, None))
-    if of not in METHODS:
+    method_name, quantize = SHORT_FORMS.get(name, (name, None))
+    if method_name not in METHODS:
         raise ConfigError(
             f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}."
         )
-    method = METHODS[of]()
+    method = METHODS[method_name]()
     if rank is None:
         return method, quantize
     if method.update_rank is None:
@@ -115,13 +117,12 @@ def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quan
     return method.of_rank(rank), quantize
 
 
-def answer(
+def answer_question(
     question: PlanQuestion, tell: Callable[[int, int], None] = lambda done, total: None
 ) -> PlanAnswer:
-    """tell: gets how many of how many plans are made, where it is several.
+    """Answers a question. tell: receives (plans made, plans to make) if there are several.
 
-    Raises SourceError for a base that is not found, ConfigError where nothing of the question fits
-    a base.
+    Raises SourceError for a base that is not found, ConfigError if nothing fits a base.
     """
     choice = question.choice
     check_numbers(
@@ -136,15 +137,15 @@ def answer(
         processes=(PROCESSES, choice.processes),
         link=(LINK, question.link),
     )
-    if choice.shard:  # what a run refuses is not planned
-        held = {"quantize": choice.quantize, "shard": True, "offload": choice.offload}
+    if choice.shard:  # checks what a run would refuse
+        settings = {"quantize": choice.quantize, "shard": True, "offload": choice.offload}
         RunConfig.of(
             {
                 "base": question.bases[0],
                 "data": "rows",
                 "out": "run",
                 "method": choice.method,
-                **held,
+                **settings,
             }
         )
     if (tokens := choice.rows_at_once * choice.length) > MOST_TOKENS:
@@ -153,8 +154,8 @@ def answer(
             f" {tokens:,} tokens, at most {MOST_TOKENS:,}",
             next_step="Give a smaller --micro-batch, --batch or --length.",
         )
-    blueprints = [named_size(base) or _read(base) for base in question.bases]
-    planners = [_planner(each, question) for each in blueprints]
+    blueprints = [named_size(base) or _blueprint_of(base) for base in question.bases]
+    planners = [_planner(blueprint, question) for blueprint in blueprints]
     choices = (
         all_methods(question.choice) if question.compare or len(planners) > 1 else [question.choice]
     )
@@ -163,13 +164,13 @@ def answer(
     rows: list[PlanRow] = []
     faults: list[str] = []
     for planner in planners:
-        places = planner.facts.positions
-        for asked in choices:
+        max_length = planner.facts.positions
+        for requested in choices:
             if (total := len(planners) * len(choices)) > 1:
                 tell(len(rows) + len(faults), total)
             choice = replace(
-                asked, length=min(asked.length, places or asked.length)
-            )  # as a run does
+                requested, length=min(requested.length, max_length or requested.length)
+            )  # as in a run
             try:
                 rows.append(
                     plan_row(
@@ -197,17 +198,17 @@ def answer(
     )
 
 
-def _read(base: str) -> Blueprint:
-    """Of what its config says, which transformers reads."""
+def _blueprint_of(base: str) -> Blueprint:
+    """Reads the base's config, by way of transformers."""
     from veneer.bases.loading.from_config import blueprint
 
     return blueprint(base)
 
 
-def _planner(found: Blueprint, question: PlanQuestion) -> Planner:
+def _planner(blueprint: Blueprint, question: PlanQuestion) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
     return Planner(
-        found,
+        blueprint,
         device=device,
         idle_bytes=kept_idle_bytes(),
         rows=question.rows,
@@ -223,11 +224,11 @@ def _planner(found: Blueprint, question: PlanQuestion) -> Planner:
 def _machine(planner: Planner, choice: Choice, question: PlanQuestion) -> Machine:
     if question.gpu is not None:
         return replace(named_gpu(question.gpu), link=question.link)
-    run = planner.step_run(choice)
-    here = this_machine(
-        run.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu"
+    usual_step = planner.step_run(choice)
+    machine = this_machine(
+        usual_step.work, planner.dtype(choice), "cuda" if planner.device == "cuda" else "cpu"
     )
-    return replace(here, link=question.link)
+    return replace(machine, link=question.link)
 
 
 def _advice(
@@ -238,10 +239,10 @@ def _advice(
     from veneer.models.frozen_base import hidden_size
 
     examples = list(question.rows)
-    job = TuningTask(
+    task = TuningTask(
         kind=question.kind,
         rows=len(examples) or None,
-        tokens=sum(len(e.ids) for e in examples) or None,
+        tokens=sum(len(example.ids) for example in examples) or None,
         variants=question.variants,
         merge=question.merge,
         parameters=rows[0].total_parameters,
@@ -250,9 +251,9 @@ def _advice(
         and shared_prompt(examples) >= 32
         and question.variants == 1,
     )
-    choice = replace(question.choice, quantize=None)
+    plain_choice = replace(question.choice, quantize=None)
     return advise(
-        job, choice, lambda choice: planner.takes(choice) and fits(planner, choice, memory)
+        task, plain_choice, lambda choice: planner.takes(choice) and fits(planner, choice, memory)
     )
 
 

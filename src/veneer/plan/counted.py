@@ -1,4 +1,4 @@
-"""A step and what a dry run counts of it, as plain data: what an earlier process counted is read
+"""A planned step and what a dry run counts, as plain data: counts of an earlier process are read
 without a model.
 
 Knows neither transformers nor how a step is counted (dry_run.py).
@@ -31,13 +31,13 @@ SCRATCH, GATHERED, SUMS = "decoded weights", "gathered layer", "exact sums"
 WHOLE_GRADIENTS = "gradients of a layer and of what lies whole"
 STATIC = (WEIGHTS, VALUES, GRADIENTS, MOMENTS, SUMS)
 SUM_BYTES = 16
-"""Of each trained value under `reduce: exact` (training/processes/reduce.py)."""
+"""Bytes per trained value under `reduce: exact` (training/processes/reduce.py)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What decides a step's cost. given: its base's config, or what makes one. rows: those of the
-    largest micro-batch, one Example each. new_tokens: so many."""
+    """Holds what decides a step's cost. given: the base's config, or its blueprint. rows: of the
+    largest micro-batch. new_tokens: their number."""
 
     given: PreTrainedConfig | Blueprint
     dtype: torch.dtype
@@ -49,8 +49,9 @@ class Step:
     offload: bool = False
     new_tokens: int = 0
     on_cpu: bool = True
-    """Whether it runs on this machine's processor, else on a GPU: kernels of either hold less than
-    plain torch."""
+    """True on this machine's processor, else on a GPU; kernels of both take less than plain
+    torch.
+    """
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -59,9 +60,10 @@ class Step:
 
 @dataclass(frozen=True)
 class BaseBytes:
-    """packing: (what the linear layers but the head lose in 4 bits, the buffer that one of them is
-    decoded into). layers, packed_layers: of each decoder layer what goes into shards, dense and in
-    4 bits. total: dense, all of it."""
+    """Counts bytes of a base. total: all of it, dense. packing: (bytes that linear layers except
+    the head save in 4 bits, largest decode buffer). layers, packed_layers: sharded bytes of each
+    decoder layer, dense and in 4 bits.
+    """
 
     packing: tuple[int, int] = (0, 0)
     total: int = 0
@@ -69,29 +71,32 @@ class BaseBytes:
     packed_layers: tuple[int, ...] = ()
 
     def runs(self, processes: int) -> list[int]:
-        """Of each layer the part that one of the processes holds."""
+        """Returns the bytes of each layer that one process holds."""
         return [ALIGNMENT * -(-size // (ALIGNMENT * processes)) for size in self.layers]
 
     def packed(self, sizes: Sequence[PackedSize], value_bytes: int) -> BaseBytes:
-        """The same where these weights are held packed, dense ones with so many bytes a value."""
+        """Returns the same base with these weights packed. value_bytes: of a dense value."""
         saved, decoded, layers = 0, 0, list(self.layers)
-        for each in sizes:
-            less = value_bytes * math.prod(each.shape) - each.bytes
-            saved, decoded = saved + less, max(decoded, value_bytes * math.prod(each.shape[-2:]))
-            number = layer_number(each.name)
+        for weight in sizes:
+            saving = value_bytes * math.prod(weight.shape) - weight.bytes
+            saved, decoded = (
+                saved + saving,
+                max(decoded, value_bytes * math.prod(weight.shape[-2:])),
+            )
+            number = layer_number(weight.name)
             if number is not None and number < len(layers):
-                layers[number] -= less
+                layers[number] -= saving
         return replace(self, packing=(saved, decoded), packed_layers=tuple(layers))
 
 
 @dataclass
 class DryRun:
-    """phases: of one step, in order. static: bytes that stay, by label. file_bytes: of the
-    adapter's or model's tensors.
+    """Holds what a dry run counted. phases: of one step, in order. static: permanent bytes by
+    label.
 
-    expert_rows: of the products of an expert beside which an adapter stands, the rows spread
-    evenly; 0: none does. forward_shapes: of a library's products in the forward alone, as an
-    evaluation runs it.
+    file_bytes: of the adapter's or model's tensors. expert_rows: rows of an adapted expert's
+    products, spread evenly; 0: no expert is adapted. forward_shapes: number of shapes of library
+    products in a forward alone, as in evaluations.
     """
 
     static: Parts
@@ -110,44 +115,46 @@ class DryRun:
     base: BaseBytes = field(default_factory=BaseBytes)
 
     def over(self, sizes: Sequence[PackedSize], dtype: torch.dtype) -> DryRun:
-        """The same step, of type `dtype`, over a base that holds these weights packed."""
+        """Returns the same step, of type `dtype`, over a base with these weights packed."""
         return replace(self, base=self.base.packed(sizes, dtype.itemsize)).in_four_bits()
 
     def in_four_bits(self) -> DryRun:
-        """The same step over packed weights: out of every figure goes what they do not hold."""
+        """Returns the same step over packed weights, without the bytes that those do not take."""
         saved, scratch = self.base.packing
         packed = replace(self.base, packing=(0, 0), layers=self.base.packed_layers)
         return replace(
-            self._holding({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed
+            self._with_more({WEIGHTS: -saved, SCRATCH: scratch} if saved else {}), base=packed
         )
 
     def in_shards(self, processes: int) -> DryRun:
-        """The same step where each of the processes holds a part of every layer, and one layer is
-        whole; where the base trains, a part of its masters, gradient and moments
-        (training/optimizer/parts.py)."""
+        """Returns the same step with every layer sharded over processes, and one layer whole at a
+        time.
+
+        If the base trains, masters, gradient and moments are split too
+        (training/optimizer/parts.py).
+        """
         runs, layers = self.base.runs(processes), sum(self.base.layers)
         if not runs:
             return self
         more = {WEIGHTS: sum(runs) - layers, GATHERED: processes * max(runs)}
         if self.trainable_parameters == self.total_parameters:
             value_bytes = self.base.total / self.total_parameters
-            rest = self.base.total - layers
-            # Masters of float32 are the parts of the layers themselves; what lies whole has masters
-            # beside it.
-            more[WEIGHTS] = rest if value_bytes == 4 else more[WEIGHTS]
-            apart = (VALUES, GRADIENTS, MOMENTS, SUMS)
+            unsharded = self.base.total - layers
+            # Float32 masters are the layers' own parts; unsharded values have separate masters.
+            more[WEIGHTS] = unsharded if value_bytes == 4 else more[WEIGHTS]
+            split_labels = (VALUES, GRADIENTS, MOMENTS, SUMS)
             more |= {
                 name: self.static.get(name, 0) // processes - self.static.get(name, 0)
-                for name in apart
+                for name in split_labels
             }
-            more[WHOLE_GRADIENTS] = round(4 / value_bytes * (rest + max(self.base.layers)))
-        return self._holding(more)
+            more[WHOLE_GRADIENTS] = round(4 / value_bytes * (unsharded + max(self.base.layers)))
+        return self._with_more(more)
 
     def with_exact_sums(self) -> DryRun:
-        return self._holding({SUMS: SUM_BYTES * self.trainable_parameters})
+        return self._with_more({SUMS: SUM_BYTES * self.trainable_parameters})
 
-    def _holding(self, more: Mapping[str, int]) -> DryRun:
-        """With so many bytes more of each label, from the step's begin to its end."""
+    def _with_more(self, more: Mapping[str, int]) -> DryRun:
+        """Adds bytes of these labels to the whole step."""
         run = replace(
             self,
             static=dict(self.static),

@@ -1,5 +1,6 @@
-"""Deep models of equal layers: a few of the layers, and figures that grow by the same amount with
-each."""
+"""Deep models of equal layers: dry-runs a few layers, and extrapolates figures that grow equally
+with each.
+"""
 
 import copy
 from collections import Counter, defaultdict
@@ -13,12 +14,11 @@ from veneer.execution.decoder_layer import decoder_layers
 from veneer.plan.tracker import Phase, Work
 
 PERIODS = (1, 2, 3, 4, 6)
-"""How often a pattern of layers may repeat: every layer alike, or sliding and full attention in
-turn."""
+"""Lengths of a repeating pattern of layers: all equal, or sliding and full attention in turn."""
 
 
 def period_of(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> int | None:
-    """After how many layers the pattern of layers repeats; None where it does not."""
+    """Returns the length of the repeating pattern of layers, None if there is none."""
     layers = decoder_layers(model)
     if layers is None:
         return None
@@ -27,21 +27,21 @@ def period_of(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> in
     trained: dict[str, list[object]] = defaultdict(list)
     for name, parameter in parameters.items():
         if name.startswith(f"{path}."):
-            number, _, within = name.removeprefix(f"{path}.").partition(".")
-            trained[number].append((within, parameter.shape))
-    signs: list[object] = []
+            number, _, name_in_layer = name.removeprefix(f"{path}.").partition(".")
+            trained[number].append((name_in_layer, parameter.shape))
+    signatures: list[object] = []
     for at, layer in enumerate(layers):
-        own = [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
+        shapes = [(name, p.shape, p.dtype) for name, p in layer.named_parameters()]
         kind = kinds[at] if isinstance(kinds, list | tuple) and at < len(kinds) else None
-        signs.append((own, trained[str(at)], kind))
+        signatures.append((shapes, trained[str(at)], kind))
     for period in PERIODS:
-        if all(signs[i] == signs[i % period] for i in range(len(signs))):
+        if all(signatures[i] == signatures[i % period] for i in range(len(signatures))):
             return period
     return None
 
 
 def first_layers(config: PreTrainedConfig, dtype: torch.dtype, depth: int) -> PreTrainedModel:
-    """The first `depth` layers of the base between its embedding and its head."""
+    """Builds the base with its first `depth` layers only."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = depth
@@ -50,13 +50,12 @@ def first_layers(config: PreTrainedConfig, dtype: torch.dtype, depth: int) -> Pr
     model = build(config, dtype)
     layers = decoder_layers(model)
     assert layers is not None
-    del layers[depth:]  # of a model that counts its layers otherwise
+    del layers[depth:]  # for a model whose config counts layers under another name
     return model
 
 
 def grown_phase(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | None:
-    """`one` grown by `steps` times the difference to `two`; None where `three` does not differ as
-    much again."""
+    """Extrapolates a phase by `steps` equal differences, None if the differences are not equal."""
     figures = []
     for a, b, c in (
         (one.peak_bytes, two.peak_bytes, three.peak_bytes),
@@ -71,7 +70,7 @@ def grown_phase(one: Phase, two: Phase, three: Phase, steps: int) -> Phase | Non
 
 
 def grown_work(one: Work, two: Work, steps: int) -> Work:
-    """`one` grown by `steps` times the difference to `two`."""
+    """Extrapolates work by `steps` times the difference from `one` to `two`."""
     products = Counter(
         {k: one.products[k] + (two.products[k] - one.products[k]) * steps for k in two.products}
     )

@@ -1,15 +1,13 @@
-"""The project's own training step on tensors without storage: what it would hold, when, and what it
-would compute.
+"""Runs the project's own training step on tensors without storage, to count its memory and work.
 
     build the base -> attach the method -> flat values, gradient, moments -> forward -> loss ->
         backward -> update
 
 All of it is the code that trains (adapters/attach.py, models/step.py, training/optimizer/buffer.py,
-models/checkpointing.py), so nothing here can say something else than the run does. Deep models of
-equal layers are run at three small depths; every figure then grows by the same amount per layer,
-which is checked, and the answer is that of the whole depth to the byte. Where that does not hold
-the whole depth is run. Knows nothing of devices: what an allocator, a kernel or the process adds is
-estimate.py's.
+models/checkpointing.py), so it cannot differ from the run. Deep models of equal layers are run at
+three small depths; every figure then grows by the same amount per layer, which is checked, and the
+answer is exact for the whole depth. Otherwise the whole depth is run. Knows nothing of devices:
+estimate.py adds what an allocator, a kernel or the process takes.
 """
 
 from __future__ import annotations
@@ -70,17 +68,14 @@ from veneer.training.config import OptimizerName
 from veneer.training.optimizer.buffer import FlatParameters
 
 COMPILED = (0, 0, 0)
-"""Shape that products within compiled functions are counted under: that of no matrix product of a
-library."""
+"""Shape under which products in compiled functions are counted; no library product has it."""
 
 
 @dataclass(frozen=True)
 class AttachedFacts:
-    """What the whole depth is asked once: the same whatever rows it trains on, with or without
-    checkpointing.
+    """Holds facts of a base with a method that depend neither on rows nor on checkpointing.
 
-    period: after how many layers their pattern repeats, None where it does not; the other fields
-    are DryRun's.
+    period: length of the repeating pattern of layers, None without one. Other fields are DryRun's.
     """
 
     depth: int
@@ -105,32 +100,33 @@ class BaseFacts:
     base: BaseBytes
 
 
-def whole(step: Step, bares: dict[torch.dtype, BaseFacts] | None = None) -> AttachedFacts:
-    """Of config, dtype, method, optimizer and device. ConfigError where the method's settings do
-    not fit the base.
+def attached_facts(
+    step: Step, base_facts: dict[torch.dtype, BaseFacts] | None = None
+) -> AttachedFacts:
+    """Finds the facts of a config, dtype, method, optimizer and device at full depth.
 
-    bares: what other steps over the same base on the same device found of it, by type, where this
-    one looks and leaves it.
+    bares: facts of the base by type, found for other methods; used, and extended. Raises
+    ConfigError if the method's settings do not fit the base.
     """
     with planning("cpu" if step.on_cpu else "cuda"):
         model = build(step.config, step.dtype)
         experts = _num_experts(step.config)
-        if (bare := None if bares is None else bares.get(step.dtype)) is None:
-            bare = _bare(step, model, experts)
-            if bares is not None:
-                bares[step.dtype] = bare
-        keep_paths(model, bare.paths)
+        if (facts := None if base_facts is None else base_facts.get(step.dtype)) is None:
+            facts = _base_facts(step, model, experts)
+            if base_facts is not None:
+                base_facts[step.dtype] = facts
+        keep_paths(model, facts.paths)
         with META, MetaMode(experts=experts):
-            attachment, parameters = _install(model, step, Routing(), bare.paths)
+            attachment, parameters = _install(model, step, Routing(), facts.paths)
         period = period_of(model, parameters)
         static = _static(model, parameters, step.optimizer)
         return AttachedFacts(
-            bare.depth,
+            facts.depth,
             period,
             experts,
-            bare.paths,
+            facts.paths,
             static,
-            bare.base,
+            facts.base,
             trainable_parameters=sum(p.numel() for p in parameters.values()),
             total_parameters=sum(p.numel() for p in model.parameters()),
             file_bytes=_file_bytes(model, attachment),
@@ -139,73 +135,72 @@ def whole(step: Step, bares: dict[torch.dtype, BaseFacts] | None = None) -> Atta
         )
 
 
-def _bare(step: Step, model: PreTrainedModel, experts: int) -> BaseFacts:
+def _base_facts(step: Step, model: PreTrainedModel, experts: int) -> BaseFacts:
     layers = decoder_layers(model)
     depth = 0 if layers is None else len(layers)
     return BaseFacts(depth, _paths(step, model, depth, experts), base_bytes(model))
 
 
-def dry_run(step: Step, known: AttachedFacts | None = None) -> DryRun:
-    """known: whole(step) of a step with the same base, method and optimizer, where it is at hand.
+def dry_run(step: Step, facts: AttachedFacts | None = None) -> DryRun:
+    """Counts one step. known: attached_facts(step) of a step with the same base, method and
+    optimizer.
 
-    Raises ConfigError where the method's settings do not fit the base.
+    Raises ConfigError if the method's settings do not fit the base.
     """
-    known = known or whole(step)
+    facts = facts or attached_facts(step)
     with planning("cpu" if step.on_cpu else "cuda"):
-        found: DryRun | None = None
-        if known.period is not None and known.depth > 4 * known.period:
-            found = _extrapolated(step, known.depth, known.period, known.experts, known.paths)
-        if found is None:
-            found = _run(step, build(step.config, step.dtype), known.experts, paths=known.paths)
-    found.static, found.base, found.file_bytes = dict(known.static), known.base, known.file_bytes
-    found.trainable_parameters, found.total_parameters = (
-        known.trainable_parameters,
-        known.total_parameters,
+        run: DryRun | None = None
+        if facts.period is not None and facts.depth > 4 * facts.period:
+            run = _extrapolated(step, facts.depth, facts.period, facts.experts, facts.paths)
+        if run is None:
+            run = _run(step, build(step.config, step.dtype), facts.experts, paths=facts.paths)
+    run.static, run.base, run.file_bytes = dict(facts.static), facts.base, facts.file_bytes
+    run.trainable_parameters, run.total_parameters = (
+        facts.trainable_parameters,
+        facts.total_parameters,
     )
-    found.modules_adapted, found.modules_total = known.modules_adapted, known.modules_total
-    return found
+    run.modules_adapted, run.modules_total = facts.modules_adapted, facts.modules_total
+    return run
 
 
 def _paths(step: Step, model: PreTrainedModel, depth: int, experts: int) -> ComputePaths:
-    """The paths of `model`, onto which it is put before anything is attached: some methods attach
-    to packed attention alone.
+    """Returns the paths of `model`, needed before attaching: some methods require packed attention.
 
-    Of a deep model of equal layers a few are asked: their structure decides, and it is the same in
-    all.
+    Only a few layers of a deep model of equal layers are examined: their structure decides.
     """
     period = period_of(model, {})
-    few = (
+    shallow = (
         None
         if period is None or depth <= 4 * period
         else first_layers(step.config, step.dtype, 2 * period)
     )
-    asked = model if few is None else few
-    structure(asked)  # runs a small copy, which is no part of the plan
+    examined = model if shallow is None else shallow
+    structure(examined)  # runs a small copy, which does not count
     with MetaMode(experts=experts):
-        paths = assume_paths(asked)
+        paths = assume_paths(examined)
     with META, MetaMode(experts=experts):
-        return replace(paths, read_past=weights_read_past(model, like=asked))
+        return replace(paths, read_past=weights_read_past(model, like=examined))
 
 
 def _install(
     model: PreTrainedModel, step: Step, routing: Routing, paths: ComputePaths
 ) -> tuple[Attachment | None, dict[str, nn.Parameter]]:
-    """What trains, as training/training.py has it."""
+    """Attaches what trains, as in training/prepare.py."""
     refuse_untrainable(model, paths)
     if step.method.trains_base:
         return None, reached_weights(model, paths.left_out)
     assert isinstance(step.method, AdapterConfig)
-    head, tokens = model.get_output_embeddings(), None
+    head, new_tokens = model.get_output_embeddings(), None
     if step.new_tokens:
-        known = model.get_input_embeddings().get_parameter("weight").shape[0]
-        tokens = AddedTokens((), tuple(range(known, known + step.new_tokens)))
+        vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+        new_tokens = AddedTokens((), tuple(range(vocabulary, vocabulary + step.new_tokens)))
     attachment = attach(
         model,
         step.method,
         name="planned",
         routing=routing,
         head=head,
-        tokens=tokens,
+        tokens=new_tokens,
         values_follow=next(model.parameters()).is_meta,  # there are none
         read_past=paths.read_past,
         idle=paths.idle,
@@ -221,8 +216,7 @@ def _run(
     device: torch.device = META,
     paths: ComputePaths | None = None,
 ) -> DryRun:
-    """One step of `model`, as deep as it stands; on another device than meta the same is counted of
-    real tensors."""
+    """Runs one step of `model` at its depth; on a device other than meta, counts real tensors."""
     tracker, routing = Tracker(experts=experts, device=device), Routing()
     with tracker.phase("load", label=WEIGHTS):
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -235,7 +229,7 @@ def _run(
         keep_paths(model, paths)
     with device, MetaMode(experts=experts) if device == META else nullcontext():
         _, parameters = _install(model, step, routing, paths)
-    one_pass = replacements(model)  # by the paths that the adapter's wrappers leave
+    fused_modules = replacements(model)  # by the paths that the adapter's wrappers leave
     with tracker:
         tracker.enter("prepare", label=VALUES)
         for parameter in parameters.values():
@@ -251,17 +245,17 @@ def _run(
             step.rows, packed=paths.packed, share_prompt=step.share_prompt, device=device
         )
         weights = (*model.parameters(), *model.buffers(), flat.values)
-        away = PlannedOffload(weights) if step.offload else None
+        offload = PlannedOffload(weights) if step.offload else None
         hook = (decoder(model) or model).register_forward_hook(
             lambda *_: tracker.enter("loss", label=LOGITS)
         )
         try:
-            with fused(model, one_pass), checkpointed(model, routing, on=step.checkpointing):
+            with fused(model, fused_modules), checkpointed(model, routing, on=step.checkpointing):
                 tracker.enter("forward", label=ACTIVATIONS)
                 tracker.work = Work()
                 take_noted()
                 with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
-                    with _offloading(away), without_values(type(model).__name__):
+                    with _offloading(offload), without_values(type(model).__name__):
                         loss = batch_loss(model, paths, routing, batch, total=1.0)
                     forward_shapes = len(tracker.work.of_libraries)
                     tracker.enter("backward", label=BACKWARD)
@@ -269,7 +263,7 @@ def _run(
                 noted = take_noted()
                 tracker.work.products[COMPILED] += noted.flops
                 tracker.work.replayed_layers = noted.replayed_layers
-                tracker.work.host_bytes = 0 if away is None else away.moved_bytes
+                tracker.work.host_bytes = 0 if offload is None else offload.moved_bytes
         finally:
             hook.remove()
         tracker.enter("update", label="other")
@@ -296,15 +290,16 @@ def _run(
     )
 
 
-def _offloading(away: PlannedOffload | None) -> AbstractContextManager[Any]:
-    if away is None:
+def _offloading(offload: PlannedOffload | None) -> AbstractContextManager[Any]:
+    if offload is None:
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(away.pack, away.unpack)
+    return torch.autograd.graph.saved_tensors_hooks(offload.pack, offload.unpack)
 
 
 def moment_bytes(values: int, optimizer: OptimizerName) -> int:
-    """AdamW: two float32 a value. In 8 bits: two bytes a value, two float32 scales for every 256
-    (training/optimizer/optimizers.py)."""
+    """Counts AdamW's moments: two float32 a value. In 8 bits: two bytes a value, two scales per
+    256.
+    """
     if optimizer == "adamw8bit" and values >= 4096:
         return 2 * values + 8 * -(-values // 256)
     return 8 * values
@@ -313,8 +308,7 @@ def moment_bytes(values: int, optimizer: OptimizerName) -> int:
 def _static(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: OptimizerName
 ) -> Parts:
-    """Bytes by label of what stays from step to step, laid out as FlatParameters and AdamW lay it
-    out."""
+    """Returns permanent bytes by label, laid out as FlatParameters and AdamW do."""
     unique = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers()]
@@ -322,19 +316,19 @@ def _static(
     weights = sum(unique.values())
     flat = FlatParameters(parameters)
     # float32 values moved into the flat buffer: the storage they had before is gone.
-    after = {
+    remaining_storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers()]
     }
     buffer = flat.values.untyped_storage()
-    remaining = sum(size for key, size in after.items() if key != buffer._cdata)
+    remaining = sum(size for key, size in remaining_storages.items() if key != buffer._cdata)
     size = buffer.nbytes()
     moments = moment_bytes(flat.values.numel(), optimizer)
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}
 
 
 class _StayOnMeta(TorchFunctionMode):
-    """A tensor without storage is no less for a file where it is: its shape and its type count."""
+    """Skips Tensor.cpu() for tensors without storage: a file's size needs only shape and type."""
 
     def __torch_function__(
         self,
@@ -354,8 +348,8 @@ def _file_bytes(model: PreTrainedModel, attachment: Attachment | None) -> int:
     if attachment is not None:
         with _StayOnMeta():
             return adapter_file_bytes(attachment, model)
-    own = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}
-    return tensor_file_bytes(dict(own.values()))
+    tensors = {id(t): (name, t) for name, t in reversed(model.state_dict(keep_vars=True).items())}
+    return tensor_file_bytes(dict(tensors.values()))
 
 
 def _num_experts(config: PreTrainedConfig) -> int:
@@ -369,15 +363,17 @@ def _num_experts(config: PreTrainedConfig) -> int:
 def _extrapolated(
     step: Step, depth: int, period: int, experts: int, paths: ComputePaths | None = None
 ) -> DryRun | None:
-    """The whole depth's figures from three small depths; None unless they grow by equal amounts."""
+    """Extrapolates from three small depths, None unless figures grow by equal amounts."""
     first = depth % period + period * (1 if depth % period else 2)
     runs = []
-    for few in (first, first + period, first + 2 * period):
+    for shallow_depth in (first, first + period, first + 2 * period):
         with suppress(
             ConfigError
         ):  # settings that name a layer which is not there: run the whole depth
             runs.append(
-                _run(step, first_layers(step.config, step.dtype, few), experts, paths=paths)
+                _run(
+                    step, first_layers(step.config, step.dtype, shallow_depth), experts, paths=paths
+                )
             )
     if len(runs) < 3:
         return None
@@ -387,12 +383,12 @@ def _extrapolated(
         grown_phase(a, b, c, steps)
         for a, b, c in zip(one.phases, two.phases, three.phases, strict=True)
     ]
-    held = [run.phases[0].end_bytes for run in runs]
-    linear = held[2] - held[1] == held[1] - held[0]
+    end_bytes = [run.phases[0].end_bytes for run in runs]
+    linear = end_bytes[2] - end_bytes[1] == end_bytes[1] - end_bytes[0]
     # The most that anything grows by: a moment that grew by less could be overtaken at a greater
     # depth.
     for phase_one, phase_two in zip(one.phases[:3], two.phases[:3], strict=True):
-        linear &= phase_two.peak_bytes - phase_one.peak_bytes >= held[1] - held[0]
+        linear &= phase_two.peak_bytes - phase_one.peak_bytes >= end_bytes[1] - end_bytes[0]
     phases = [phase for phase in grown if phase is not None]
     if not linear or len(phases) < len(grown):
         return None

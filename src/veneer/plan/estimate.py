@@ -1,13 +1,12 @@
-"""From what the step holds (dry_run.py) to what a machine will show: the peak, its moment, its
-parts.
+"""Turns what a step holds (dry_run.py) into what a machine shows: the peak, its phase, its parts.
 
-    CPU    the process: what it held before, + every live byte, + what libraries and the allocator
+    CPU    the process: its memory before, + every live byte, + what libraries and the allocator
            keep
-    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces and what offload's copies
-           hold; outside of it lies the CUDA context
+    CUDA   the allocator's peak: every live byte, + cuBLAS's workspaces and offload's copies; the
+           CUDA context is outside of it
 
-What the step does not allocate itself are constants, each measured, each with its source.
-Units: bytes.
+What the step does not allocate itself is a constant, each measured, each with its source. Units:
+bytes.
 """
 
 from __future__ import annotations
@@ -30,9 +29,10 @@ from veneer.training.optimizer.offload import UNDER_WAY_BYTES
 Device = Literal["cpu", "cuda"]
 
 PROCESS_BYTES = 364 * 10**6
-"""Resident process that has imported torch 2.13 (CPU), transformers 5.24 and Veneer, before a base
-is loaded. Linux, x86-64; `idle_memory_bytes` of any run. Taken where this process is not itself of
-that kind."""
+"""Memory of a process that has imported torch 2.13 (CPU), transformers 5.24 and Veneer, before a
+base is loaded. Linux, x86-64; `idle_memory_bytes` of any run. Used if this process has not imported
+them.
+"""
 LIBRARIES_BYTES = 75 * 10**6
 """What the process grows by on first use, whatever the base: tokenizer 17 MB, optimizer and
 autograd 14 MB, Python objects 6 MB, the rest unnamed, so that the runs of docs/plan.md are met.
@@ -77,8 +77,8 @@ UNDER_WAY = "on its way to the host or back"
 
 @dataclass(frozen=True)
 class Estimate:
-    """peak_bytes: what summary.json's peak_memory_bytes will say. needed_bytes: what must be free
-    for it.
+    """Estimates a step. peak_bytes: peak_memory_bytes of summary.json. needed_bytes: memory that
+    must be free.
 
     parts: of the peak, by label, largest first. phases: peak of each phase, in order.
     """
@@ -93,26 +93,28 @@ class Estimate:
 
 
 def compiled_kernels(run: DryRun, sizes: int, draws: int = 0) -> int:
-    """Different shapes of matrix products by a library in a run whose micro-batches have so many
-    different sizes.
+    """Counts the shapes of library products in a run whose micro-batches have `sizes` different
+    sizes.
 
-    draws: how often an expert of a mixture gets rows, over all layers and micro-batches. How many
-    is the router's choice: beside an adapter of its own any multiple of STEP, half of them are met;
-    in a stack of transformers' any number.
+    draws: how often an expert gets rows, over all layers and micro-batches. The router decides how
+    many: for an adapted expert a multiple of STEP, half of which occur; in transformers' own stack
+    any number.
     """
-    beside = [shape for shape in run.work.products if all(shape) and shape[0] == run.expert_rows]
+    adapted = [shape for shape in run.work.products if all(shape) and shape[0] == run.expert_rows]
     shapes = run.work.of_libraries
-    others = len([shape for shape in shapes if shape not in beside])
-    if beside:
-        met = min(run.computed_tokens // STEP // 2, draws) + PROOF_SIZES
-        grouped = (len(shapes) - others) * met
+    plain = len([shape for shape in shapes if shape not in adapted])
+    if adapted:
+        row_counts = min(run.computed_tokens // STEP // 2, draws) + PROOF_SIZES
+        grouped = (len(shapes) - plain) * row_counts
     else:
         trained = run.trainable_parameters == run.total_parameters
-        met = min(draws // DRAWS_PER_SIZE, run.computed_tokens)
+        row_counts = min(draws // DRAWS_PER_SIZE, run.computed_tokens)
         grouped = (
-            (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * met if run.experts > 1 else 0
+            (GROUPED_SHAPES_TRAINED if trained else GROUPED_SHAPES) * row_counts
+            if run.experts > 1
+            else 0
         )
-    return min(others * sizes + grouped, MOST_KERNELS)
+    return min(plain * sizes + grouped, MOST_KERNELS)
 
 
 def estimate(
@@ -123,8 +125,7 @@ def estimate(
     kernel_bytes: int = 0,
     checkpointing: bool = False,
 ) -> Estimate:
-    """On CUDA neither idle_bytes (resident before the base is loaded) nor kernel_bytes (compiled
-    products) are part of it."""
+    """Estimates the peak. On CUDA idle_bytes and kernel_bytes (compiled products) do not count."""
     idle_and_kernels = idle_bytes + kernel_bytes
     totals = {
         phase.name: _total(phase, run, device, idle_and_kernels, checkpointing)
@@ -144,24 +145,24 @@ def estimate(
     return Estimate(device, total, needed, peak.name, parts, totals, run)
 
 
-def _total(phase: Phase, run: DryRun, device: Device, idle: int, checkpointing: bool) -> int:
+def _total(phase: Phase, run: DryRun, device: Device, idle_bytes: int, checkpointing: bool) -> int:
     live = phase.peak_bytes
     if device == "cuda":
         return live + CUDA_WORKSPACES_BYTES + _under_way(run)
     kept_share = KEPT_SHARE_REPLAYED if run.work.replayed_layers and has_amx() else KEPT_SHARE
     if checkpointing and phase.name == "backward":
         kept_share = KEPT_SHARE_CHECKPOINTED
-    own = max(0, live - sum(run.static.get(label, 0) for label in STATIC))
-    return idle + LIBRARIES_BYTES + live + round(kept_share * own)
+    step_bytes = max(0, live - sum(run.static.get(label, 0) for label in STATIC))
+    return idle_bytes + LIBRARIES_BYTES + live + round(kept_share * step_bytes)
 
 
 def _under_way(run: DryRun) -> int:
-    """Of offload, whose dry run lets go of everything at once."""
+    """Returns bytes of offload's copies in progress, which its dry run does not hold."""
     return min(run.work.host_bytes // 2, UNDER_WAY_BYTES)
 
 
 def synthetic_rows(batch: int, length: int, *, trained_share: float = 1.0) -> Sequence[Example]:
-    """Rows of one length that begin differently; of each the last part is trained on."""
+    """Makes rows of one length that begin differently; the last part of each is trained."""
     trained = np.zeros(length, dtype=np.bool_)
     trained[length - max(1, round(trained_share * (length - 1))) :] = True
     rows = []

@@ -1,8 +1,8 @@
-"""What fits into a memory: the largest batch, and the shortest list of changes where nothing fits
-yet.
+"""Finds what fits into a memory: the largest batch, and the shortest list of changes that make a
+run fit.
 
-Memory rises with rows and with length, so both are searched by halving, each trial a dry run.
-Changes are tried one at a time, then two, then more together, in the order of what they cost; the
+Memory grows with rows and with length, so both are searched by halving; each trial is a dry run.
+Changes are tried one at a time, then two together, then more, in the order of what they cost; the
 first that fits is the answer.
 """
 
@@ -30,8 +30,7 @@ MOST_CHANGES = 4
 
 @dataclass(frozen=True)
 class Change:
-    """setting: as the run file spells it, `path=value`. says: for people. flag: as the command line
-    has it."""
+    """Changes a run. setting: as in the run file, `path=value`. says: the change in words."""
 
     setting: str
     says: str
@@ -40,8 +39,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Changes that make it fit, and what the step then takes against the unchanged one (1.0: the
-    same)."""
+    """Lists changes that make a run fit. time_ratio: time of a changed step over the
+    unchanged one.
+    """
 
     changes: tuple[Change, ...]
     choice: Choice
@@ -50,15 +50,15 @@ class Remedy:
 
 
 def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
-    """Looks at every micro-batch only where the one with the most computed rows fits."""
+    """Returns whether a run fits; checks every micro-batch only if the one with most rows fits."""
     if planner.least_estimate(choice).needed_bytes > memory_bytes:
         return False
     return planner.estimate(choice).needed_bytes <= memory_bytes
 
 
 def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
-    """Rows of `choice.length` that fit at once; 0 if not even one does."""
-    bare = replace(
+    """Returns the rows of `choice.length` that fit at once, 0 if not even one does."""
+    without_data = replace(
         planner,
         rows=(),
         mixture=None,
@@ -66,19 +66,19 @@ def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
         _runs=planner._runs,
         _wholes=planner._wholes,
     )
-    most = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
+    max_rows = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
 
     def needs(rows: int) -> int:
-        return bare.estimate(replace(choice, batch=rows, micro_batch=rows)).needed_bytes
+        return without_data.estimate(replace(choice, batch=rows, micro_batch=rows)).needed_bytes
 
-    return _largest(needs, memory_bytes, most)
+    return _largest(needs, memory_bytes, max_rows)
 
 
 def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
-    """Tokens of a single row that fit, a multiple of SHORTEST; 0 if not even the shortest does."""
+    """Returns the tokens of a single row that fit, a multiple of SHORTEST; 0 if none do."""
     if sum(planner.estimate(choice).run.static.values()) > memory_bytes:
-        return 0  # what any length holds
-    bare = replace(
+        return 0  # any length needs this much
+    without_data = replace(
         planner,
         rows=(),
         mixture=None,
@@ -88,19 +88,21 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     )
 
     def needs(units: int) -> int:
-        one = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)
-        return bare.estimate(one).needed_bytes
+        single_row = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)
+        return without_data.estimate(single_row).needed_bytes
 
     return SHORTEST * _largest(needs, memory_bytes, max(1, choice.length // SHORTEST))
 
 
 def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
-    """The largest n in 0..most with needs(n) <= limit, for rising needs: along the line through two
-    trials, then by halves."""
+    """Returns the largest n in 0..most with needs(n) <= limit, for increasing needs.
+
+    Searches along the line through two trials, then by halves.
+    """
     low_cost = needs(1)
     if low_cost > limit:
         return 0
-    low, high = 1, most + 1  # low fits, high does not (or is beyond what is asked)
+    low, high = 1, most + 1  # low fits; high does not, or is beyond `most`
     probe = min(most, 2)
     while high - low > 1:
         cost = needs(probe)
@@ -118,44 +120,47 @@ def _largest(needs: Callable[[int], int], limit: int, most: int) -> int:
     return low
 
 
-def ways(
+def find_remedy(
     planner: Planner, choice: Choice, memory_bytes: int, seconds: Callable[[Choice], float]
 ) -> Remedy | None:
-    """The shortest list of changes after which `choice` fits; None if all of them together do not
+    """Finds the shortest list of changes after which `choice` fits, None if all together do not
     suffice.
 
-    Every trial is a dry run, so those are spared that cannot succeed. A change never needs more:
-    what all of them do not reach together, no few of them reach, and weights alone may be more than
-    there is. Two changes never save more together than each of them alone: a group whose single
+    Every trial is a dry run, so trials that cannot succeed are skipped. A change never needs more
+    memory: if all changes together do not suffice, no few of them do, and weights alone may be more
+    than there is. Two changes never save more together than each saves alone: a group whose single
     savings do not add up to what is missing is not tried.
     """
-    offered = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
-    for among in ([make for make in offered if make not in _LEARNS_LESS], offered):
-        together = _all_changed(planner, choice, among)
-        if not together or _weights(planner, choice, together[-1].choice) > memory_bytes:
+    applicable = [make for make in _CHANGES if _applied(planner, choice, (make,)) is not None]
+    for candidates in ([make for make in applicable if make not in _LEARNS_LESS], applicable):
+        all_changes = _all_changed(planner, choice, candidates)
+        if not all_changes or _weights(planner, choice, all_changes[-1].choice) > memory_bytes:
             continue
-        if not fits(planner, together[-1].choice, memory_bytes):
+        if not fits(planner, all_changes[-1].choice, memory_bytes):
             continue
-        for count in range(1, min(MOST_CHANGES, len(among)) + 1):
-            for group in combinations(among, count):
+        for count in range(1, min(MOST_CHANGES, len(candidates)) + 1):
+            for group in combinations(candidates, count):
                 if count > 1 and _saved(planner, choice, group) < _excess(
                     planner, choice, memory_bytes
                 ):
                     continue
-                made = _applied(planner, choice, group)
-                if made is not None and fits(planner, made[-1].choice, memory_bytes):
-                    changed = made[-1].choice
+                changes = _applied(planner, choice, group)
+                if changes is not None and fits(planner, changes[-1].choice, memory_bytes):
+                    changed = changes[-1].choice
                     needed = planner.estimate(changed).needed_bytes
                     per_row = seconds(changed) / seconds(choice) * (choice.batch / changed.batch)
-                    return Remedy(made, changed, needed, per_row)
+                    return Remedy(changes, changed, needed, per_row)
     return None
 
 
 def _weights(planner: Planner, choice: Choice, changed: Choice) -> int:
-    """Bytes of the base's weights after these changes, by the dry run of the unchanged step; 0
-    where that does not tell: another type, a part of every layer, another method."""
-    dense = [(planner.dtype(each), each.in_shards, each.method.name) for each in (choice, changed)]
-    if dense[0] != dense[1]:
+    """Returns bytes of the base's weights after these changes, from the dry run of the unchanged
+    step.
+
+    Returns 0 if that is unknown: another type, sharded layers, another method.
+    """
+    forms = [(planner.dtype(c), c.in_shards, c.method.name) for c in (choice, changed)]
+    if forms[0] != forms[1]:
         return 0
     run = planner.estimate(choice).run
     return (
@@ -168,21 +173,19 @@ def _excess(planner: Planner, choice: Choice, memory_bytes: int) -> int:
 
 
 def _saved(planner: Planner, choice: Choice, group: Sequence[_Make]) -> float:
-    """The sum of what each change of the group saves alone; no bound where one cannot be made
-    alone."""
-    before, total = planner.estimate(choice).needed_bytes, 0.0
+    """Sums what each change of the group saves alone; infinite if one cannot be made alone."""
+    needed, saved = planner.estimate(choice).needed_bytes, 0.0
     for make in group:
-        made = _applied(planner, choice, (make,))
-        if made is None:
+        changes = _applied(planner, choice, (make,))
+        if changes is None:
             return float("inf")
-        total += before - planner.least_estimate(made[-1].choice).needed_bytes
-    return total
+        saved += needed - planner.least_estimate(changes[-1].choice).needed_bytes
+    return saved
 
 
 @dataclass(frozen=True)
 class LeastMemory:
-    """Every change together, none where there is none to make, and what is needed then: the least
-    there is."""
+    """Holds all possible changes together and the memory needed then, the least possible."""
 
     changes: tuple[Change, ...]
     needed_bytes: int
@@ -195,31 +198,34 @@ class LeastMemory:
 
 
 def nearest(planner: Planner, choice: Choice) -> LeastMemory:
-    made = _all_changed(
+    changes = _all_changed(
         planner, choice, [make for make in _CHANGES if make is not _smaller_micro_batch]
     )
-    return LeastMemory(made, planner.estimate(made[-1].choice if made else choice).needed_bytes)
+    return LeastMemory(
+        changes, planner.estimate(changes[-1].choice if changes else choice).needed_bytes
+    )
 
 
-def _all_changed(planner: Planner, choice: Choice, among: Sequence[_Make]) -> tuple[Change, ...]:
-    made: list[Change] = []
-    for make in sorted(among, key=lambda make: make is not _lora_instead):
-        if (change := make(planner, made[-1].choice if made else choice)) is not None:
-            made.append(change)
-    return tuple(made)
+def _all_changed(planner: Planner, choice: Choice, makers: Sequence[_Make]) -> tuple[Change, ...]:
+    changes: list[Change] = []
+    for make in sorted(makers, key=lambda make: make is not _lora_instead):
+        if (change := make(planner, changes[-1].choice if changes else choice)) is not None:
+            changes.append(change)
+    return tuple(changes)
 
 
 def _applied(planner: Planner, choice: Choice, group: Sequence[_Make]) -> tuple[Change, ...] | None:
-    """The group's changes one after the other, another method first; None where one of them changes
-    nothing."""
-    made: list[Change] = []
+    """Applies a group's changes one after another, a new method first; None if one changes
+    nothing.
+    """
+    changes: list[Change] = []
     for make in sorted(group, key=lambda make: make is not _lora_instead):
         change = make(planner, choice)
         if change is None or (make is _single_rows and _smaller_micro_batch in group):
             return None
         choice = change.choice
-        made.append(change)
-    return tuple(made)
+        changes.append(change)
+    return tuple(changes)
 
 
 def _smaller_micro_batch(planner: Planner, choice: Choice) -> Change | None:
@@ -276,7 +282,7 @@ def _bfloat16(planner: Planner, choice: Choice) -> Change | None:
     if planner.dtype(choice) != torch.float32 or not quick:
         return None
     if planner.estimate(changed).needed_bytes >= planner.estimate(choice).needed_bytes:
-        return None  # of a tiny base the kernels that bf16 products compile outweigh its weights
+        return None  # for a tiny base, compiled bf16 kernels outweigh its weights
     return Change("dtype=bfloat16", "the base in bfloat16", changed)
 
 
@@ -316,6 +322,6 @@ _CHANGES: tuple[_Make, ...] = (
     _lower_rank,
     _half_length,
 )
-"""In the order of what they cost: time first, then what is learnt."""
+"""All changes by increasing cost: first those that cost time, then those that learn less."""
 _LEARNS_LESS = (_lora_instead, _lower_rank, _half_length)
-"""Tried last: they change what is learnt, not only how fast."""
+"""Changes that affect what is learnt, not only speed; tried last."""

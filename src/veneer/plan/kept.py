@@ -1,9 +1,8 @@
-"""What an earlier process found of a base and of its steps: the same step of the same base holds
-the same bytes (files/remembered.py). Neither transformers nor what counts a step is imported where
-all of it is remembered.
+"""Remembers dry runs and facts of a base: the same step of the same base takes the same bytes.
 
-The key of a dry run holds all of a step: the config, the type, the method, the ids of the rows and
-which of them are trained. A base whose class is not transformers' own is counted anew.
+If everything is remembered (files/remembered.py), neither transformers nor the dry run is imported.
+The key of a dry run holds all of a step: config, type, method, the ids of the rows and which of
+them are trained. A base whose class is not transformers' own is counted again.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ _NO_STEP = ("_name_or_path", "transformers_version")
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What a plan reads of a config. identity: all of it that a step depends on, as text; None: of
-    a class that the versions do not name."""
+    """Holds what a plan reads of a config. identity: all that a step depends on, as text; None for
+    a class that package versions do not identify.
+    """
 
     positions: int | None
     layers: int
@@ -41,7 +41,7 @@ class ConfigFacts:
 
 
 def kept_facts(base: Blueprint) -> ConfigFacts:
-    """Of a named size remembered; a config that is there is read."""
+    """Returns facts of a config; those of a named size are remembered."""
     if not isinstance(base.given, Mapping):
         return _facts(base.config)
     return remembered(
@@ -50,30 +50,32 @@ def kept_facts(base: Blueprint) -> ConfigFacts:
 
 
 def kept_idle_bytes() -> int:
-    """What a process holds that has imported all that trains; 0 where the system does not tell."""
+    """Returns the memory of a process that has imported training, 0 if unknown."""
 
     def measured() -> int:
-        import veneer.training.training  # noqa: F401
+        import veneer.training.run  # noqa: F401
 
         return process_memory_bytes() or 0
 
     return remembered("idle", {}, int, measured)
 
 
-def kept_whole(step: Step, bares: dict[torch.dtype, BaseFacts] | None = None) -> AttachedFacts:
-    """Remembers whole(step, bares)."""
-    from veneer.plan.dry_run import AttachedFacts, whole
+def kept_attached_facts(
+    step: Step, bares: dict[torch.dtype, BaseFacts] | None = None
+) -> AttachedFacts:
+    """Remembers attached_facts(step, bares)."""
+    from veneer.plan.dry_run import AttachedFacts, attached_facts
 
     key = _base_key(step)
     return (
-        whole(step, bares)
+        attached_facts(step, bares)
         if key is None
-        else remembered("whole", key, AttachedFacts, lambda: whole(step, bares))
+        else remembered("whole", key, AttachedFacts, lambda: attached_facts(step, bares))
     )
 
 
 def kept_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
-    """dry_run(step, known())."""
+    """Remembers dry_run(step, known())."""
 
     def counted() -> DryRun:
         from veneer.plan.dry_run import dry_run
@@ -93,14 +95,13 @@ def kept_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
 
 
 def rows_digest(rows: Sequence[Example]) -> str:
-    """SHA-256 of all that a micro-batch is laid out by: ids, masks, and which examples came from
-    one row."""
-    digest, before = hashlib.sha256(), None
+    """Returns the SHA-256 of ids, masks, and which examples came from one row."""
+    digest, previous_row = hashlib.sha256(), None
     for row in rows:
         digest.update(
-            b"one row\n" if row.row is not None and row.row == before else b"another row\n"
+            b"one row\n" if row.row is not None and row.row == previous_row else b"another row\n"
         )
-        before = row.row
+        previous_row = row.row
         for part in (row.ids, row.trained):
             digest.update(f"{part.dtype} {len(part)}\n".encode())
             digest.update(part.tobytes())
@@ -117,19 +118,19 @@ def _facts(config: PreTrainedConfig) -> ConfigFacts:
 def _identity(config: PreTrainedConfig) -> str | None:
     if not is_known(type(config)):
         return None
-    told = {
+    identity = {
         "class": f"{type(config).__module__}.{type(config).__qualname__}",
         "fields": {name: value for name, value in config.to_dict().items() if name not in _NO_STEP},
         "architectures": config.architectures,
         "attention": config._attn_implementation,
     }
-    return json.dumps(told, sort_keys=True, default=str)
+    return json.dumps(identity, sort_keys=True, default=str)
 
 
 def _base_key(step: Step) -> dict[str, Any] | None:
     """Key of a step's AttachedFacts; None if the config cannot be identified."""
-    given = step.given
-    identity = kept_facts(given).identity if isinstance(given, Blueprint) else _identity(given)
+    base = step.given
+    identity = kept_facts(base).identity if isinstance(base, Blueprint) else _identity(base)
     if identity is None:
         return None
     return {

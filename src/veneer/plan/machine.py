@@ -1,13 +1,13 @@
-"""How fast a machine multiplies and moves: measured here in seconds, or a GPU's published figures.
+"""How fast a machine multiplies and moves data: measured here in seconds, or a GPU's published
+figures.
 
 A step's time is the sum of its parts, as the dry run counts them (tracker.py):
 
     seconds = products / rate  +  moved bytes / bandwidth  +  operations * start
 
-On this machine rates are measured at the step's own shapes, once a week; how much of them the step
-reaches was measured with whole steps (benchmarks/plan_time.py). Of a GPU the published dense rates
-are taken, and a share of them that is an assumption and is called one. Units: FLOP and bytes a
-second.
+On this machine rates are measured at the step's own shapes, once a week; the share of them that a
+step reaches was measured with whole steps (benchmarks/plan_time.py). For a GPU the published dense
+rates are used, and an assumed share of them. Units: FLOP and bytes a second.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ SHAPES_MEASURED = 4
 MOST_ROWS = 1024
 """Rows of a timed product at most: more do not change the rate, only the wait."""
 ENOUGH_SECONDS, ROUNDS = 0.05, 2
-"""Per figure, in each of so many rounds over all of them: short enough to answer at once, long
-enough to pass the first, slow calls; a moment in which the machine is slow must not decide a
-figure."""
+"""Seconds per figure, and rounds over all figures: short enough to answer at once, long enough to
+pass slow first calls. Several rounds, so that a slow moment does not decide a figure."""
 MEASURED_FOR = timedelta(days=7)
-"""How long they are taken as they were measured."""
+"""Time for which measured rates are used."""
 STEP_SHARE = 0.73
 """Measured over predicted speed of whole steps on a CPU, whose rates are those of products alone:
 the median of ten runs of benchmarks/plan_time.py on Zen 4 with torch's products, their predictions
@@ -85,12 +84,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """name: for people. rate: of a product (rows, inner, columns). memory_bytes: all of it; 0 where
-    unknown. link: bytes a second to others like it; None where nothing is said of it. share: of
-    these rates that a whole step reaches; replayed_share: one whose layers' calls are replayed.
+    """Holds the speed of a machine. rate: of a product (rows, inner, columns).
 
-    measured: the day on which, as these are this machine's own figures; None: they are published
-    ones.
+    memory_bytes: 0 if unknown. link: bytes a second to other machines, None if unknown. share: of
+    these rates that a whole step reaches; replayed_share: that of a step with replayed layers.
+    measured: the day, for this machine's own figures; None for published ones.
     """
 
     name: str
@@ -104,15 +102,19 @@ class Machine:
     link: float | None = None
 
     def seconds(self, work: Work) -> float:
-        """Of one step's forward and backward."""
+        """Predicts the seconds of one step's forward and backward."""
         products = sum(flops / self.rate(shape) for shape, flops in work.products.items())
-        others = work.moved_bytes / self.bytes_per_second + work.operations * self.start_seconds
-        others += work.host_bytes / HOST_BYTES_PER_SECOND
-        return (products + others) / (self.replayed_share if work.replayed_layers else self.share)
+        other_seconds = (
+            work.moved_bytes / self.bytes_per_second + work.operations * self.start_seconds
+        )
+        other_seconds += work.host_bytes / HOST_BYTES_PER_SECOND
+        return (products + other_seconds) / (
+            self.replayed_share if work.replayed_layers else self.share
+        )
 
 
 def named_gpu(name: str) -> Machine:
-    """Raises ConfigError for a GPU that is not in the list."""
+    """Returns a GPU's published figures. ConfigError for an unknown one."""
     key = next((k for k in GPUS if k.lower() == name.lower().replace(" ", "")), None)
     if key is None:
         raise ConfigError(
@@ -134,8 +136,9 @@ def named_gpu(name: str) -> Machine:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured here: FLOP a second of each shape in turn, and of any other; bytes a
-    second; seconds."""
+    """Holds measured rates: FLOP a second of each shape and of others; bytes a second; start
+    seconds.
+    """
 
     day: date
     of_shapes: tuple[float, ...]
@@ -149,29 +152,34 @@ class Rates:
 
 
 def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine:
-    """Measured at the shapes that `work` spends most in; about a second, and not again for
-    MEASURED_FOR."""
-    place = torch.device(device)
-    named = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
-    most = dict(named.most_common(SHAPES_MEASURED))
-    cuda, threads = place.type == "cuda", torch.get_num_threads()
-    on = torch.cuda.get_device_name(place) if cuda else f"{threads} threads"
+    """Measures this machine at the shapes that `work` spends most in, about a second, once a
+    week.
+    """
+    torch_device = torch.device(device)
+    plain_products = Counter({shape: flops for shape, flops in work.products.items() if all(shape)})
+    largest = dict(plain_products.most_common(SHAPES_MEASURED))
+    cuda, threads = torch_device.type == "cuda", torch.get_num_threads()
+    label = torch.cuda.get_device_name(torch_device) if cuda else f"{threads} threads"
     key = {
-        "shapes": [[*each, flops] for each, flops in most.items()],
+        "shapes": [[*shape, flops] for shape, flops in largest.items()],
         "dtype": str(dtype),
-        "device": [device, on],
+        "device": [device, label],
     }
     rates = remembered(
-        "rates", key, Rates, lambda: _measured(most, dtype, place), still=lambda found: found.recent
+        "rates",
+        key,
+        Rates,
+        lambda: _measured(largest, dtype, torch_device),
+        still=lambda found: found.recent,
     )
-    of_shapes = dict(zip(most, rates.of_shapes, strict=True))
-    share, replayed = STEP_SHARE, STEP_SHARE
+    of_shapes = dict(zip(largest, rates.of_shapes, strict=True))
+    share, replayed_share = STEP_SHARE, STEP_SHARE
     if dtype is torch.bfloat16 and not cuda and has_bf16():
-        share, replayed = SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
-    here = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
+        share, replayed_share = SHARES_OF_TILES if has_amx() else SHARES_OF_PAIRS
+    machine_name = f"this machine ({threads} thread{'' if threads == 1 else 's'})"
     return Machine(
-        name=on if cuda else here,
-        memory_bytes=torch.cuda.get_device_properties(place).total_memory
+        name=label if cuda else machine_name,
+        memory_bytes=torch.cuda.get_device_properties(torch_device).total_memory
         if cuda
         else memory_bytes(),
         measured=rates.day,
@@ -179,31 +187,39 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         bytes_per_second=rates.bytes_per_second,
         start_seconds=rates.start_seconds,
         share=share,
-        replayed_share=replayed,
+        replayed_share=replayed_share,
     )
 
 
-def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, place: torch.device) -> Rates:
-    """Of products of these shapes, each with the FLOP that are spent in it."""
+def _measured(shapes: Mapping[Shape, int], dtype: torch.dtype, device: torch.device) -> Rates:
+    """Measures products of these shapes, each with the FLOP spent in it."""
     rates: dict[Shape, float] = {}
-    for timed in [*dict.fromkeys(map(_timed, shapes))] * ROUNDS:
-        rates[timed] = max(rates.get(timed, 0.0), product_rate(timed, dtype, place))
+    for timed_shape in [*dict.fromkeys(map(_timed, shapes))] * ROUNDS:
+        rates[timed_shape] = max(
+            rates.get(timed_shape, 0.0), product_rate(timed_shape, dtype, device)
+        )
     of_shapes = tuple(rates[_timed(shape)] for shape in shapes)
     seconds = sum(flops / rate for flops, rate in zip(shapes.values(), of_shapes, strict=True))
-    other = sum(shapes.values()) / seconds if rates else product_rate((512, 512, 512), dtype, place)
-    return Rates(date.today(), of_shapes, other, bandwidth(dtype, place), start_seconds(place))
+    mean_rate = (
+        sum(shapes.values()) / seconds if rates else product_rate((512, 512, 512), dtype, device)
+    )
+    return Rates(
+        date.today(), of_shapes, mean_rate, bandwidth(dtype, device), start_seconds(device)
+    )
 
 
 def _timed(shape: Shape) -> Shape:
-    """What is timed in its place: wider products run no faster, and three calls must end soon.
-    Those of a large base often are the same."""
+    """Returns the shape that is timed instead: wider products are no faster, and calls must end
+    soon.
+    """
     rows, inner, columns = shape
     return min(rows, MOST_ROWS), inner, min(columns, max(256, 2**23 // inner))
 
 
 def product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP a second of x (rows, inner) times W (inner, columns), as a frozen layer multiplies them:
-    the best of what fits into ENOUGH_SECONDS."""
+    """Measures FLOP a second of x (rows, inner) times W (inner, columns), by a frozen layer's
+    product.
+    """
     rows, inner, columns = shape
     x, w = (
         torch.full(size, 0.01, dtype=dtype, device=device)
@@ -213,14 +229,14 @@ def product_rate(shape: Shape, dtype: torch.dtype, device: torch.device) -> floa
 
 
 def bandwidth(dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes read and written a second by an elementwise operation on a step's usual size."""
+    """Measures bytes read and written a second by an elementwise operation."""
     x = torch.full((512, 4096), 0.5, dtype=dtype, device=device)
     out = torch.empty_like(x)
     return 3 * x.nbytes / _best_seconds(lambda: torch.mul(x, x, out=out), device)
 
 
 def start_seconds(device: torch.device) -> float:
-    """What an operation costs that computes nothing to speak of."""
+    """Measures the cost of an operation that computes almost nothing."""
     x = torch.zeros(8, device=device)
     return _best_seconds(lambda: x.add(1.0), device)
 
@@ -239,12 +255,16 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def memory_bytes() -> int:
-    """Of this machine, or of the container it runs in; 0 where the system does not say."""
-    most = container_bytes()
-    pages = (
+    """Returns the memory of this machine or its container, 0 if unknown."""
+    container_limit = container_bytes()
+    has_sysconf = (
         {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(os.sysconf_names)
         if hasattr(os, "sysconf")
         else False
     )
-    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else 0
-    return own if most is None or not own else min(own, most)
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else 0
+    return (
+        machine_bytes
+        if container_limit is None or not machine_bytes
+        else min(machine_bytes, container_limit)
+    )

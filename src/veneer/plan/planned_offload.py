@@ -22,8 +22,9 @@ class _DroppedTensor:
 
 
 class PlannedOffload:
-    """Hooks that drop what Offload would copy away and make it anew when it would come back.
-    moved_bytes: both ways."""
+    """Drops what Offload would copy to the host, and allocates it again for backward. moved_bytes:
+    both ways.
+    """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self.moved_bytes = 0
@@ -47,9 +48,7 @@ class PlannedOffload:
             tuple(tensor.shape),
             tensor.stride(),
         )
-        if (
-            key not in self._known or self._known[key].expired()
-        ):  # several that save the same: copied once
+        if key not in self._known or self._known[key].expired():
             self._known[key] = weak
             self.moved_bytes += tensor.nbytes
         return _DroppedTensor(tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -57,6 +56,6 @@ class PlannedOffload:
     def unpack(self, saved: Tensor | _DroppedTensor) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        back = torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device="meta")
-        self.moved_bytes += back.nbytes
-        return back
+        restored = torch.empty_strided(saved.shape, saved.stride, dtype=saved.dtype, device="meta")
+        self.moved_bytes += restored.nbytes
+        return restored

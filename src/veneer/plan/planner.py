@@ -1,7 +1,7 @@
-"""One base, many choices: each is dry-run once, its memory estimated, its time predicted.
+"""Plans runs over one base: each choice is dry-run once, its memory estimated, its time predicted.
 
-A Choice is what of a run's settings decides its cost. The rows are those of the data where there
-are any (the largest micro-batch decides memory, the middle batch time), else rows of one length.
+A Choice holds the settings of a run that decide its cost. Rows are those of the data if there are
+any (the largest micro-batch decides memory, the median one time), else rows of one length.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from veneer.plan.estimate import (
     estimate,
     synthetic_rows,
 )
-from veneer.plan.kept import ConfigFacts, kept_facts, kept_run, kept_whole, rows_digest
+from veneer.plan.kept import ConfigFacts, kept_attached_facts, kept_facts, kept_run, rows_digest
 from veneer.plan.machine import Machine
 from veneer.plan.ranking import scaled
 from veneer.plan.spread import Costs, StepTime, StepTraffic, longest_share, sent, step_time
@@ -51,13 +51,14 @@ if TYPE_CHECKING:
     from veneer.plan.dry_run import AttachedFacts, BaseFacts
 
 SAMPLE_SIZES = 2
-"""Sizes that a sample answer adds: the question, and the single row of every new token."""
+"""Batch sizes that a sample answer adds: the question, and one row per new token."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides a run's cost; the fields are RunConfig's, but for the number of its processes
-    and of its new tokens."""
+    """Holds what decides a run's cost: fields of RunConfig, and the numbers of processes and new
+    tokens.
+    """
 
     method: MethodConfig
     quantize: Quantize | None = None
@@ -76,12 +77,12 @@ class Choice:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a micro-batch, as training/together.py divides the batch."""
+        """Returns the rows of a micro-batch, as training/together.py divides the batch."""
         return rows_at_once(self.batch, self.micro_batch, self.reduce, self.processes)
 
     @property
     def in_shards(self) -> bool:
-        """One process alone holds everything."""
+        """Returns whether layers are sharded: a single process holds everything."""
         return self.shard and self.processes > 1
 
     def with_dtype(self, dtype: DtypeName) -> Choice:
@@ -89,7 +90,7 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """qlora for lora over 4 bits, as the command line calls it."""
+        """Returns the name on the command line: qlora for lora over 4 bits."""
         return weight_format(self.quantize).before_method + self.method.name
 
 
@@ -114,12 +115,12 @@ def choice_of(config: RunConfig, processes: int = 1) -> Choice:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What the plan asks of the first epoch's micro-batches.
+    """Summarises the micro-batches of the first epoch.
 
-    usual    the one of median size
-    sizes    the different numbers of rows that the products of the steps that are taken have
-    taken    how many micro-batches they have
-    costs    tokens of each micro-batch of the steps that are taken
+    usual    the micro-batch of median size
+    sizes    numbers of rows in the products of the run's steps
+    taken    micro-batches of the run's steps
+    costs    tokens of each micro-batch, by step of the run
     """
 
     usual: Sequence[Example]
@@ -130,12 +131,11 @@ class Epoch:
 
 @dataclass
 class Planner:
-    """device: where the run will be. idle_bytes: resident before the base loads (CPU). rows: of the
-    data, if there are any; mixture: how many of each set an epoch takes; held_out: those that are
-    evaluated meanwhile.
+    """Plans runs over one base. device: of the run. idle_bytes: memory before the base loads (CPU).
 
-    steps: optimizer steps that the run takes; None: those of `epochs`. known_largest: the
-    micro-batches of the run that may be the largest, where they were found before.
+    rows: of the data, if any. mixture: how many rows of each set an epoch takes. held_out: rows of
+    evaluations. steps: optimizer steps of the run; None: those of `epochs`. known_largest:
+    micro-batches that may be the largest, if known.
     """
 
     blueprint: Blueprint
@@ -163,34 +163,37 @@ class Planner:
         return kept_facts(self.blueprint)
 
     def compute(self, choice: Choice) -> Compute:
-        """The type that the base would be held in, as loading it chooses."""
+        """Returns the type that loading would choose for the base."""
         return choose(self.blueprint.dtype, choice.dtype, torch.device(self.device))
 
     def dtype(self, choice: Choice) -> torch.dtype:
         return self.compute(choice).held
 
     def quantize(self, choice: Choice) -> Quantize | None:
-        """The format that the base would be held in. Raises ConfigError as loading it does."""
-        own = self.blueprint.quantize
-        if own is None:
+        """Returns the base's weight format. Raises ConfigError as loading does."""
+        base_format = self.blueprint.quantize
+        if base_format is None:
             return choice.quantize
-        if choice.quantize not in (None, own):
+        if choice.quantize not in (None, base_format):
             raise ConfigError(
-                f"{self.blueprint.source} holds its weights as {own}, not as {choice.quantize}",
+                f"{self.blueprint.source} holds its weights as {base_format}, not as"
+                f" {choice.quantize}",
                 next_step="Leave quantize out: such a folder is read as it is.",
             )
-        if weight_format(own).from_folder and not self.blueprint.packed:
+        if weight_format(base_format).from_folder and not self.blueprint.packed:
             raise ConfigError(
-                f"{self.blueprint.source} holds its weights as {own}, and how large they are only"
-                " its files say",
+                f"{self.blueprint.source} holds its weights as {base_format}, and only its files"
+                " say how large they are",
                 next_step="Download the model, then plan its folder.",
             )
         if choice.method.trains_base:
-            raise ConfigError(trains_packed(choice.method, own), next_step="Take method lora.")
-        return own
+            raise ConfigError(
+                trains_packed(choice.method, base_format), next_step="Take method lora."
+            )
+        return base_format
 
     def takes(self, choice: Choice) -> bool:
-        """Whether such a run can be over this base, as far as its weights are concerned."""
+        """Returns whether the base's weights allow such a run."""
         try:
             self.quantize(choice)
         except ConfigError:
@@ -198,15 +201,17 @@ class Planner:
         return True
 
     def estimate(self, choice: Choice) -> Estimate:
-        """Of the step with the largest micro-batch. Raises ConfigError where the method does not
-        fit the base."""
+        """Estimates the step with the largest micro-batch. ConfigError if the method does not fit
+        the base.
+        """
         return self.largest_estimate(choice)[1]
 
     def largest_estimate(self, choice: Choice) -> tuple[int, Estimate]:
-        """Which micro-batch of `largest` needs the most memory, and the estimate of its step.
+        """Returns the index in `largest` of the micro-batch that needs most memory, and its
+        estimate.
 
-        Two at most are dry-run: the one with the most computed rows, and the one of the others
-        whose predicted memory is the highest, if it is higher (ranking.py).
+        At most two are dry-run: the one with most computed rows, and the one of the others with the
+        highest predicted memory, if that is higher (ranking.py).
         """
         candidates = self.largest(choice)
         first = self._estimate_of(choice, self._run(choice, candidates[0]))
@@ -239,12 +244,12 @@ class Planner:
         )
 
     def largest(self, choice: Choice) -> Sequence[Sequence[Example]]:
-        """The micro-batches of the run that may take the most memory (data/longest.py)."""
+        """Returns the micro-batches of the run that may take the most memory (data/longest.py)."""
         if self.known_largest:
             return self.known_largest
-        if not self.rows:  # asking how rows are packed would load transformers
+        if not self.rows:  # finding out how rows are packed would import transformers
             return [max(self._steps(choice)[0], key=len)]
-        packed = self._whole(self._of_base(choice), self._step(choice, ())).paths.packed
+        packed = self._whole(self._base_key(choice), self._step(choice, ())).paths.packed
         key = choice.batch, choice.rows_at_once, choice.length, choice.share_prompt, packed
         if key not in self._largest:
             self._largest[key] = self._find_largest(choice, packed=packed)
@@ -263,30 +268,30 @@ class Planner:
             steps=self.steps or max(1, math.ceil(self.epochs * batches)),
         )
         size, share = choice.rows_at_once, choice.share_prompt
-        found = largest_micro_batches(
+        micro_batches = largest_micro_batches(
             examples, rows, plans, micro_batch=size, packed=packed, share_prompt=share
         )
-        return [[examples[i] for i in part] for part in found]
+        return [[examples[i] for i in part] for part in micro_batches]
 
     def seconds_per_step(self, choice: Choice, machine: Machine) -> float:
-        """Of one optimizer step with a batch of middling length."""
+        """Predicts the seconds of a step with a batch of median length."""
         return self.step_time(choice, machine).seconds
 
     def step_time(self, choice: Choice, machine: Machine) -> StepTime:
-        """The same by part."""
+        """Predicts the seconds of a step by part."""
         epoch = self.epoch(choice)
-        alone = (
+        single_seconds = (
             machine.seconds(self._run(choice, epoch.usual).work)
             * choice.batch
             / choice.rows_at_once
         )
         if choice.processes == 1:
-            return StepTime(alone)
+            return StepTime(single_seconds)
         share = longest_share(epoch.costs, choice.processes, together=choice.in_shards)
-        return step_time(alone, share, choice.processes, self.sent(choice), machine.link)
+        return step_time(single_seconds, share, choice.processes, self.sent(choice), machine.link)
 
     def sent(self, choice: Choice) -> StepTraffic:
-        """By each process in a step."""
+        """Predicts what each process sends in a step."""
         if choice.processes == 1:
             return StepTraffic()
         epoch = self.epoch(choice)
@@ -297,7 +302,7 @@ class Planner:
         )
 
     def step_run(self, choice: Choice) -> DryRun:
-        """The dry run of a usual micro-batch."""
+        """Returns the dry run of the usual micro-batch."""
         return self._run(choice, self.epoch(choice).usual)
 
     def epoch(self, choice: Choice) -> Epoch:
@@ -316,28 +321,29 @@ class Planner:
         return self._epochs[key]
 
     def _kernels(self, run: DryRun, choice: Choice) -> int:
-        """Products that are compiled: every shape of the step for each size of its batches, the
-        forward's for evaluations."""
+        """Counts the products that are compiled: shapes of the step times batch sizes, and of
+        evaluations.
+        """
         epoch = self.epoch(choice)
         sizes = epoch.sizes
-        looked_at = evaluated_sizes(self.held_out, choice.rows_at_once) - sizes
-        answered = SAMPLE_SIZES if self.held_out else 0
-        draws = (
-            (epoch.taken + 1) * self.facts.layers * run.experts
-        )  # and the costliest, before the first
+        evaluation_sizes = evaluated_sizes(self.held_out, choice.rows_at_once) - sizes
+        answer_sizes = SAMPLE_SIZES if self.held_out else 0
+        draws = (epoch.taken + 1) * self.facts.layers * run.experts
         return compiled_kernels(run, len(sizes), draws) + run.forward_shapes * (
-            len(looked_at) + answered
+            len(evaluation_sizes) + answer_sizes
         )
 
     def steps_per_epoch(self, choice: Choice) -> int | None:
         if self.mixture is not None:
             return -(-len(self.mixture.rows(self.seed, 0)) // choice.batch)
-        kept = [row for row in self.rows if len(row.ids) <= choice.length]
-        return -(-len(Rows.of(kept).lengths) // choice.batch) if kept else None
+        rows = [row for row in self.rows if len(row.ids) <= choice.length]
+        return -(-len(Rows.of(rows).lengths) // choice.batch) if rows else None
 
     def _steps(self, choice: Choice) -> list[list[Sequence[Example]]]:
-        """The micro-batches of each step of the first epoch, in the order of training; one step of
-        synthetic rows where there is no data."""
+        """Returns the micro-batches of each step of the first epoch, in training order.
+
+        Without data, one step of synthetic rows.
+        """
         size = choice.rows_at_once
         if not self.rows:
             parts = [min(size, choice.batch - start) for start in range(0, choice.batch, size)]
@@ -348,17 +354,17 @@ class Planner:
                 ]
             ]
         rows, mixture = self._cut_rows(choice.length)
-        found = Rows.of(rows)
+        row_table = Rows.of(rows)
         return [
             [
-                [rows[i] for i in found.examples(chosen[start : start + size])]
-                for start in range(0, len(chosen), size)
+                [rows[i] for i in row_table.examples(step_rows[start : start + size])]
+                for start in range(0, len(step_rows), size)
             ]
-            for chosen in self._plan(found, mixture, choice)
+            for step_rows in self._plan(row_table, mixture, choice)
         ]
 
     def _plan(self, rows: Rows, mixture: Mixture | None, choice: Choice) -> EpochPlan:
-        """The first epoch's batches."""
+        """Returns the batches of the first epoch."""
         return plan_epoch(
             rows.lengths,
             batch=choice.batch,
@@ -369,23 +375,27 @@ class Planner:
         )
 
     def _cut_rows(self, length: int) -> tuple[list[Example], Mixture | None]:
-        """The rows as far as they are that long, and the mixture of those of which anything is
-        trained then."""
+        """Cuts rows to a length; returns those that still train a token, and their mixture."""
         rows = [_cut(row, length) for row in self.rows]
-        kept = [number for number, row in enumerate(rows) if row.trained.any()]
+        trained_rows = [number for number, row in enumerate(rows) if row.trained.any()]
         mixture = self.mixture
-        if mixture is not None and len(kept) < len(rows):
-            ends = np.asarray(Rows.of(self.rows).starts[1:])
-            mixture = mixture.among(np.unique(np.searchsorted(ends, kept, side="right")))
-        return [rows[number] for number in kept], mixture
+        if mixture is not None and len(trained_rows) < len(rows):
+            row_ends = np.asarray(Rows.of(self.rows).starts[1:])
+            mixture = mixture.among(
+                np.unique(np.searchsorted(row_ends, trained_rows, side="right"))
+            )
+        return [rows[number] for number in trained_rows], mixture
 
     def _run(self, choice: Choice, rows: Sequence[Example]) -> DryRun:
-        """Of a base in 4 bits, and of one in shards, the step is that of the dense one, less what
-        is not held: one dry run for all."""
-        held = self.quantize(choice)
-        of_base = self._of_base(choice)
+        """Dry-runs a micro-batch.
+
+        Over 4 bits, and sharded, a step is the dense step minus what is not held, so one dry run
+        serves all.
+        """
+        quantize = self.quantize(choice)
+        base_key = self._base_key(choice)
         key = (
-            *of_base,
+            *base_key,
             choice.checkpointing,
             choice.offload,
             choice.share_prompt,
@@ -393,17 +403,17 @@ class Planner:
         )
         if key not in self._runs:
             step = self._step(choice, rows)
-            self._runs[key] = kept_run(step, lambda: self._whole(of_base, step))
+            self._runs[key] = kept_run(step, lambda: self._whole(base_key, step))
         run = self._runs[key]
         if self.blueprint.packed:
             run = run.over(self.blueprint.packed, self.dtype(choice))
-        elif held is not None:
+        elif quantize is not None:
             run = run.in_four_bits()
         if choice.reduce == "exact":
             run = run.with_exact_sums()
         return run.in_shards(choice.processes) if choice.in_shards else run
 
-    def _of_base(self, choice: Choice) -> tuple[object, ...]:
+    def _base_key(self, choice: Choice) -> tuple[object, ...]:
         """Key of the AttachedFacts of a choice."""
         return (
             choice.method.model_dump_json(),
@@ -426,14 +436,14 @@ class Planner:
             on_cpu=self.device == "cpu",
         )
 
-    def _whole(self, of_base: object, step: Step) -> AttachedFacts:
-        if of_base not in self._wholes:
-            self._wholes[of_base] = kept_whole(step, self._bares)
-        return self._wholes[of_base]
+    def _whole(self, base_key: object, step: Step) -> AttachedFacts:
+        if base_key not in self._wholes:
+            self._wholes[base_key] = kept_attached_facts(step, self._bares)
+        return self._wholes[base_key]
 
 
 def evaluated_sizes(rows: Sequence[Example], batch: int) -> frozenset[int]:
-    """Numbers of rows that an evaluation's products have (models/step.py)."""
+    """Returns the numbers of rows in an evaluation's products (models/step.py)."""
     parts = by_length(rows, batch)
     return frozenset(packed_rows([rows[i] for i in part], share_prompt=True) for part in parts)
 

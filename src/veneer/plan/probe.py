@@ -1,4 +1,4 @@
-"""A plan beside what really happened: before every run, and on demand for one real step.
+"""Forecasts of a run on its real rows: before every run, and to make a run fit a memory.
 
 Units: bytes.
 """
@@ -16,13 +16,13 @@ from veneer.data.files.on_disk import some_of
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
-from veneer.plan.fit import nearest, ways
+from veneer.plan.fit import find_remedy, nearest
 from veneer.plan.planner import Choice, Planner, choice_of
 from veneer.plan.spread import StepTraffic
 from veneer.quant.weight import PackedSize
+from veneer.training.announce import RunForecast
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
 from veneer.training.output.records import process_memory_bytes
-from veneer.training.training import RunForecast
 from veneer.wording import size
 
 
@@ -38,11 +38,10 @@ def estimate_of_run(
     processes: int = 1,
     packed: tuple[PackedSize, ...] = (),
 ) -> tuple[int, Estimate, StepTraffic]:
-    """Which of these micro-batches needs the most memory, what each process of a run on this data
-    should hold at it, and what it sends in a step.
+    """Returns (index of the micro-batch that needs most memory, its estimate, traffic of a step).
 
-    largest: micro-batches of the run; empty: those of the rows that may be the largest
-    idle_bytes: resident before its base was loaded; packed: what its base holds so
+    largest: micro-batches of the run that may be the largest; empty: those of the rows. idle_bytes:
+    memory before the base was loaded. packed: packed weights of the base.
     """
     planner = Planner(
         Blueprint(config.base, model_config, dtype, packed=packed),
@@ -50,9 +49,8 @@ def estimate_of_run(
         idle_bytes=idle_bytes,
         rows=some_of(data.train),
         held_out=some_of(data.validation),
-        mixture=(
-            None if data.in_files is not None else data.mixture
-        ),  # some of the rows stand for all of them
+        # Rows in files are sampled, and the sample stands for all of them.
+        mixture=None if data.in_files is not None else data.mixture,
         seed=config.seed,
         order=config.order,
         steps=config.steps,
@@ -63,13 +61,13 @@ def estimate_of_run(
     return (*planner.largest_estimate(choice), planner.sent(choice))
 
 
-def fitted(
+def fit_config(
     config: RunConfig, data: DataSet, memory_bytes: int, processes: int = 1
 ) -> tuple[RunConfig, list[str]]:
-    """`config` as it fits into the memory, and a line for each change. Raises DoesNotFitError where
-    nothing helps.
+    """Returns the settings changed to fit into the memory, and a line for each change.
 
-    Time is compared by FLOP: what matters here is the order of the changes.
+    Raises DoesNotFitError if nothing helps. Times are compared by FLOP, which suffices to order
+    changes.
     """
     cuda = config.device.startswith("cuda") or (
         config.device == "auto" and torch.cuda.is_available()
@@ -94,8 +92,8 @@ def fitted(
     def flops(changed: Choice) -> float:
         return planner.step_run(changed).work.flops * changed.batch / changed.rows_at_once
 
-    way = ways(planner, choice, memory_bytes, flops)
-    if way is None:
+    remedy = find_remedy(planner, choice, memory_bytes, flops)
+    if remedy is None:
         raise DoesNotFitError(
             f"{config.base} with {choice.label} needs {size(needed)}, {size(memory_bytes)} are"
             " there, and no change suffices",
@@ -103,24 +101,24 @@ def fitted(
             next_step="Take a smaller base: veneer plan --models A,B shows what fits.",
         )
     values = config.model_dump() | {
-        "method": way.choice.method.model_dump(),
-        "quantize": way.choice.quantize,
-        "dtype": way.choice.dtype,
-        "micro_batch": way.choice.micro_batch,
-        "length": way.choice.length,
-        "checkpointing": way.choice.checkpointing,
-        "offload": way.choice.offload,
-        "shard": way.choice.shard,
+        "method": remedy.choice.method.model_dump(),
+        "quantize": remedy.choice.quantize,
+        "dtype": remedy.choice.dtype,
+        "micro_batch": remedy.choice.micro_batch,
+        "length": remedy.choice.length,
+        "checkpointing": remedy.choice.checkpointing,
+        "offload": remedy.choice.offload,
+        "shard": remedy.choice.shard,
     }
-    lines = [f"{change.setting}: {change.says}" for change in way.changes]
+    lines = [f"{change.setting}: {change.says}" for change in remedy.changes]
     lines.append(
-        f"needs {size(way.needed_bytes)} instead of {size(needed)}; {way.time_ratio:.2f} times the"
-        " arithmetic"
+        f"needs {size(remedy.needed_bytes)} instead of {size(needed)}; {remedy.time_ratio:.2f}"
+        " times the arithmetic"
     )
     return RunConfig.model_validate(values), lines
 
 
-def planned(
+def forecast(
     config: RunConfig,
     model_config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -132,8 +130,8 @@ def planned(
     processes: int,
     packed: tuple[PackedSize, ...] = (),
 ) -> RunForecast:
-    """What training/training.py records beside what it measures."""
-    number, most, sends = estimate_of_run(
+    """Forecasts a run for training/run.py."""
+    index, estimate, traffic = estimate_of_run(
         config,
         model_config,
         dtype,
@@ -144,4 +142,4 @@ def planned(
         processes=processes,
         packed=packed,
     )
-    return RunForecast(most.peak_bytes, number, sends.gradient, sends.layers)
+    return RunForecast(estimate.peak_bytes, index, traffic.gradient, traffic.layers)

@@ -1,17 +1,18 @@
-"""A step over several processes: how long the one with most to compute takes, what goes over the
-network, how long that takes on a link. Computed from the plan that the run itself makes
-(training/processes/dealing.py), measured nowhere.
+"""A step over several processes: its longest share of computing, what is sent, and how long that
+takes.
 
-    gradient   one sum a step over a ring: 2 (N - 1) / N of its bytes from each process
-    layers     in shards: each is gathered forward and again backward, (N - 1) / N of its bytes from
+Computed from the plan that the run itself makes (training/processes/dealing.py), measured nowhere.
+
+    gradient   one sum a step over a ring: each process sends 2 (N - 1) / N of its bytes
+    layers     sharded: each is gathered forward and again backward, (N - 1) / N of its bytes from
                each process. The last one is still whole when backward begins, the first when the
                next micro-batch does
-    full       in shards: each layer's gradient goes to its owners behind every micro-batch, (N - 1)
+    full       sharded: after every micro-batch each layer's gradient goes to its owners, (N - 1)
                / N of its bytes
-    small      what processes decide together: a few numbers, which cost their way alone
+    small      common decisions: a few numbers, which cost latency alone
 
-Every process is taken to be as fast as the others, and nothing is computed while something is sent.
-Units: bytes, seconds.
+Assumes equally fast processes, and that nothing is computed while something is sent. Units: bytes,
+seconds.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ from veneer.training.processes.dealing import dealt, in_rounds
 from veneer.training.processes.reduce import ReduceKind
 
 HOP_SECONDS = 50e-6
-"""From one process to the next, however little is sent: assumed, of TCP within a building."""
+"""Latency from one process to the next: assumed, for TCP within a building."""
 SMALL_SUMS = 6
-"""Of a few numbers, in every step: losses and counts, faults, time by part, whether to stop
+"""Sums of a few numbers in every step: losses and counts, faults, time by part, whether to stop
 (training/loop.py)."""
 VALUE_BYTES = {"plain": 4, "exact": SUM_BYTES}
-"""Of each trained value, in the sum of a step's gradient."""
+"""Bytes per trained value in the sum of a step's gradient."""
 
 Costs = Sequence[Sequence[int]]
-"""Of each step its micro-batches', in tokens."""
+"""Tokens of each micro-batch, by step."""
 
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """By each process in each step, bytes; it receives as many. hops: one after another."""
+    """Counts bytes that each process sends in a step; it receives as many. hops: successive
+    messages.
+    """
 
     gradient: int = 0
     layers: int = 0
@@ -50,8 +53,9 @@ class StepTraffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one step, at the process that computes for the mean time. wait: for the one that has most
-    to compute."""
+    """Divides the seconds of a step, at a process with a mean share. wait: for the slowest
+    process.
+    """
 
     compute: float
     wait: float = 0.0
@@ -64,14 +68,14 @@ class StepTime:
 
     @property
     def efficiency(self) -> float:
-        """Part of the time in which a process computes what one alone would compute too."""
+        """Returns the share of the time that a single process would compute, too."""
         return self.compute / self.seconds
 
 
 def sent(
     run: DryRun, processes: int, *, reduce: ReduceKind, shard: bool, rounds: float
 ) -> StepTraffic:
-    """rounds: micro-batches that a process computes in a step."""
+    """Predicts what each process sends. rounds: micro-batches that a process computes in a step."""
     if processes == 1:
         return StepTraffic()
     ring, small = 2 * (processes - 1), SMALL_SUMS
@@ -83,20 +87,22 @@ def sent(
         round(times / processes * VALUE_BYTES[reduce] * run.trainable_parameters),
         round(rounds * (processes - 1) * sum(gathered)),
         ring * (1 + small),
-        # Before each one the processes tell each other that they ask for it: a small sum.
+        # Before each layer the processes agree to gather it: a small sum.
         round(rounds * len(gathered) * (ring + processes - 1)),
     )
 
 
 def longest_share(costs: Costs, processes: int, *, together: bool) -> float:
-    """Of all that is computed in a step, what its busiest process takes: 1 / processes at best.
-    together: in rounds, each of which takes as long as its costliest micro-batch."""
+    """Returns the share of a step's computing at its busiest process, 1 / processes at best.
+
+    together: in rounds, each as long as its costliest micro-batch.
+    """
     longest = total = 0
     for step in costs:
         total += sum(step)
         if together:
             longest += sum(
-                max(step[number] for number in each) for each in in_rounds(step, processes)
+                max(step[number] for number in numbers) for numbers in in_rounds(step, processes)
             )
         else:
             shares = [0] * processes
@@ -107,33 +113,36 @@ def longest_share(costs: Costs, processes: int, *, together: bool) -> float:
 
 
 def step_time(
-    alone: float, share: float, processes: int, sends: StepTraffic, link: float | None
+    single_seconds: float, share: float, processes: int, traffic: StepTraffic, link: float | None
 ) -> StepTime:
-    """alone: seconds in which one process computes the step. link: bytes a second; None: nothing is
-    said of it, and sending takes no time."""
-    compute = alone / processes
-    wait = max(0.0, alone * share - compute)
+    """Predicts a step over processes. alone: seconds on one process.
+
+    link: bytes a second; None: unknown, and sending takes no time.
+    """
+    compute = single_seconds / processes
+    wait = max(0.0, single_seconds * share - compute)
     if link is None:
         return StepTime(compute, wait)
     return StepTime(
         compute,
         wait,
-        sends.gradient / link + sends.gradient_hops * HOP_SECONDS,
-        sends.layers / link + sends.layers_hops * HOP_SECONDS,
+        traffic.gradient / link + traffic.gradient_hops * HOP_SECONDS,
+        traffic.layers / link + traffic.layers_hops * HOP_SECONDS,
     )
 
 
 def parse_link(text: str) -> float:
-    """10Gb/s, 10 Gbit/s, 25Gbps, 3GB/s -> bytes a second: b is a bit, B a byte. ConfigError
-    otherwise."""
+    """Parses 10Gb/s, 10 Gbit/s, 25Gbps, 3GB/s to bytes a second (b: bit, B: byte), or raises
+    ConfigError.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)(b|bit|B)(?:/s|ps)\s*", text)
     factor = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    found = (
+    speed = (
         0.0 if match is None else float(match[1]) * factor[match[2]] / (1 if match[3] == "B" else 8)
     )
-    if match is None or not LINK.holds(found):
+    if match is None or not LINK.holds(speed):
         raise ConfigError(
             f"{text[:40]!r} is no speed of a link",
             next_step="Write for instance 10Gb/s (bits) or 3GB/s (bytes), from 8kb/s on.",
         )
-    return found
+    return speed

@@ -1,5 +1,5 @@
-"""A plan's rows: one choice each, what it needs, how long it takes, what would make it fit. All of
-it is plain data.
+"""Rows of a plan: what a choice needs, how long it takes, and what would make it fit, as plain
+data.
 
 Units: bytes, seconds, tokens.
 """
@@ -13,7 +13,15 @@ from typing import Any
 
 from veneer.adapters.config import METHODS
 from veneer.bases.compute import DtypeName
-from veneer.plan.fit import LeastMemory, Remedy, fits, largest_batch, largest_length, nearest, ways
+from veneer.plan.fit import (
+    LeastMemory,
+    Remedy,
+    find_remedy,
+    fits,
+    largest_batch,
+    largest_length,
+    nearest,
+)
 from veneer.plan.machine import Machine
 from veneer.plan.planner import Choice, Planner
 from veneer.plan.spread import StepTime, StepTraffic
@@ -22,13 +30,12 @@ from veneer.training.config import EPOCHS_UNSAID, SHORT_FORMS
 
 @dataclass(frozen=True)
 class PlanRow:
-    """base: as named. choice: what was asked. dtype: what the base is held in. fits: None where no
-    memory was named. way: None where it fits or nothing helps. nearest: None but where it was
-    looked for and nothing helps.
+    """Holds the plan of one choice. base: as named. dtype: type of the base's weights.
 
-    largest_batch: rows of `choice.length` at once, 0 where the choice does not fit; largest_length:
-    tokens that fit of a single row which is too long. time: of a step, by part; sent: by each
-    process in a step; link: bytes a second that were asked for.
+    fits: None without a known memory. way: None if it fits or nothing helps. nearest: the least
+    memory, if nothing helps. largest_batch: rows of `choice.length` at once, 0 if the choice does
+    not fit. largest_length: tokens that fit, of a single row that is too long. time: of a step, by
+    part. sent: by each process in a step. link: bytes a second between processes.
     """
 
     base: str
@@ -62,7 +69,7 @@ class PlanRow:
 
     @property
     def efficiency(self) -> float | None:
-        """Of several processes, whose link is known."""
+        """Returns the efficiency of several processes, if their link is known."""
         return self.time.efficiency if self.choice.processes > 1 and self.link is not None else None
 
     @property
@@ -136,22 +143,22 @@ def plan_row(
     epochs: float = EPOCHS_UNSAID,
     price_per_hour: float | None = None,
 ) -> PlanRow:
-    """search: also look for the largest batch, or for the changes that make it fit."""
-    found = planner.estimate(choice)
-    usual = planner.epoch(choice).usual
+    """Plans one choice. search: also find the largest batch, or the changes that make it fit."""
+    estimate = planner.estimate(choice)
+    usual_rows = planner.epoch(choice).usual
     run = planner.step_run(choice)
     per_epoch = planner.steps_per_epoch(choice)
-    tokens = sum(len(row.ids) for row in usual)
+    tokens = sum(len(row.ids) for row in usual_rows)
     row = PlanRow(
         base=planner.blueprint.source,
         choice=choice,
         dtype=planner.compute(choice).name,
         packed=run.packed,
-        peak_bytes=found.peak_bytes,
-        needed_bytes=found.needed_bytes,
-        phase=found.phase,
-        parts=found.parts,
-        phases=found.phases,
+        peak_bytes=estimate.peak_bytes,
+        needed_bytes=estimate.needed_bytes,
+        phase=estimate.phase,
+        parts=estimate.parts,
+        phases=estimate.phases,
         trainable_parameters=run.trainable_parameters,
         total_parameters=run.total_parameters,
         file_bytes=run.file_bytes,
@@ -165,43 +172,50 @@ def plan_row(
     )
     if memory_bytes is None:
         return row
-    fit = fits(planner, choice, memory_bytes)
-    row = replace(row, fits=fit)
+    does_fit = fits(planner, choice, memory_bytes)
+    row = replace(row, fits=does_fit)
     if not search:
         return row
-    rows = largest_batch(planner, choice, memory_bytes) if fit else 0
-    longest = (
+    rows = largest_batch(planner, choice, memory_bytes) if does_fit else 0
+    max_length = (
         largest_length(planner, choice, memory_bytes)
-        if not fit and choice.rows_at_once == 1
+        if not does_fit and choice.rows_at_once == 1
         else None
     )
-    way = (
+    remedy = (
         None
-        if fit
-        else ways(planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine))
+        if does_fit
+        else find_remedy(
+            planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine)
+        )
     )
-    least = None if fit or way is not None else nearest(planner, choice)
-    return replace(row, largest_batch=rows, largest_length=longest, way=way, nearest=least)
+    least_memory = None if does_fit or remedy is not None else nearest(planner, choice)
+    return replace(
+        row, largest_batch=rows, largest_length=max_length, way=remedy, nearest=least_memory
+    )
 
 
 def all_methods(choice: Choice) -> list[Choice]:
-    """Every method at its defaults with the other settings of `choice`; LoRA over 4 bits among
-    them. What trains the base has no new tokens beside it."""
-    made = []
-    for name, kind in METHODS.items():
-        method = choice.method if choice.method.name == name else kind(name=name)
-        own = replace(choice, new_tokens=0) if method.trains_base else choice
-        made.append(replace(own, method=method, quantize=None))
-        made += [
-            replace(choice, method=method, quantize=held)
-            for of, held in SHORT_FORMS.values()
-            if of == name
+    """Returns every method at its defaults, with the other settings of `choice`, LoRA over 4 bits
+    included.
+
+    Full fine-tuning has no new tokens.
+    """
+    choices = []
+    for name, config_class in METHODS.items():
+        method = choice.method if choice.method.name == name else config_class(name=name)
+        allowed = replace(choice, new_tokens=0) if method.trains_base else choice
+        choices.append(replace(allowed, method=method, quantize=None))
+        choices += [
+            replace(choice, method=method, quantize=quantize)
+            for method_name, quantize in SHORT_FORMS.values()
+            if method_name == name
         ]
-    return sorted(made, key=lambda c: c.method.trains_base)
+    return sorted(choices, key=lambda c: c.method.trains_base)
 
 
 def cheapest(rows: Sequence[PlanRow]) -> PlanRow | None:
-    """LoRA where it fits, else LoRA over 4 bits, else the first that fits at all."""
+    """Returns LoRA if it fits, else LoRA over 4 bits, else the first row that fits."""
     fitting = [row for row in rows if row.fits is not False]
     for label in ("lora", "qlora"):
         for row in fitting:

@@ -1,12 +1,11 @@
-"""What a program would hold and compute, counted while it runs on tensors without storage.
+"""Counts memory and work of a program while it runs on tensors without storage.
 
-Every operation is looked at as it passes: a storage counts from its first appearance to the moment
-nothing refers to it, as with an allocator that rounds nothing. Live bytes are kept by label (what
-was being done when they appeared) and by phase, so that the peak comes with its moment and its
-parts.
+Every operation is observed: a storage counts from its first appearance until nothing refers to it,
+as with an allocator that does not round. Live bytes are kept by label (the activity in which they
+appeared) and by phase, so the peak comes with its moment and its parts.
 
-What only real values could decide is decided here: which tokens a mixture's router sends to which
-expert. They are taken to be spread evenly. Knows nothing of models or training.
+Questions that only real values could answer are decided here: which tokens a mixture's router sends
+to which expert. They are spread evenly. Knows nothing of models or training.
 """
 
 import weakref
@@ -37,13 +36,14 @@ Products = Annotated[
         )
     ),
 ]
-"""In files a list: a shape is no key of JSON."""
+"""Stored as a list, because JSON keys are strings."""
 
 
 @dataclass
 class Phase:
-    """peak_bytes: the most that was live; parts: of it, by label; end_bytes: live when the phase
-    ended."""
+    """Counts a phase. peak_bytes: most live bytes; parts: these by label; end_bytes: live at its
+    end.
+    """
 
     name: str
     peak_bytes: int = 0
@@ -53,9 +53,12 @@ class Phase:
 
 @dataclass
 class Work:
-    """What the operations would cost: products by (rows, inner, columns) -> FLOP, those of them
-    that kernels of ours alone compute, bytes that others read and write, bytes that offload copies
-    to host memory and back, layers whose calls are replayed (kernels/tape/layer_tape.py)."""
+    """Counts what operations cost.
+
+    products     (rows, inner, columns) -> FLOP; own: shapes that only our kernels compute
+    moved_bytes  read and written by other operations;  host_bytes  copied by offload, both ways
+    replayed_layers  layers whose calls are replayed (kernels/tape/layer_tape.py)
+    """
 
     products: Products = field(default_factory=Counter)
     own: set[Shape] = field(default_factory=set)
@@ -70,24 +73,25 @@ class Work:
 
     @property
     def of_libraries(self) -> list[Shape]:
-        """Matrix products that a library computes."""
+        """Lists the matrix products that a library computes."""
         return [shape for shape in self.products if all(shape) and shape not in self.own]
 
 
 class MetaMode(TorchDispatchMode):
-    """Within its block programs run on tensors without storage, and nothing is counted. experts: of
-    a mixture, for the even spread; 1 where there is none."""
+    """Runs programs on tensors without storage, without counting.
+
+    experts: number of experts for the even spread; 1 without a mixture.
+    """
 
     def __init__(self, *, experts: int = 1) -> None:
         super().__init__()
         self.experts = experts
         self.expert_rows = 0
-        """That an expert gets, where the program asks which."""
+        """Rows of an expert, if the program asks for them."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """torch would switch its compiler off around every operation; nothing is compiled where a
-        plan is made."""
+        """Returns False: torch would else disable its compiler around every operation."""
         return False
 
     def __torch_dispatch__(
@@ -101,8 +105,7 @@ class MetaMode(TorchDispatchMode):
         return func(*args, **(kwargs or {})) if out is None else out
 
     def _without_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What only values could answer: every expert is chosen, each by an equal share of the
-        tokens."""
+        """Answers what depends on values: every expert gets an equal share of the tokens."""
         aten = torch.ops.aten
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return None
@@ -113,9 +116,9 @@ class MetaMode(TorchDispatchMode):
         if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
             return func(
                 *args, **{**kwargs, "device": META}
-            )  # a copy to a real device stays what it is: a size
+            )  # a copy to a real device has no storage either
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # asked of masks: they hide nothing
+            return True  # asked of masks: nothing is masked
         if func is aten.nonzero.default:
             rows = -(-args[0].numel() // self.experts)
             if self.experts > 1:
@@ -125,7 +128,7 @@ class MetaMode(TorchDispatchMode):
 
 
 class Tracker(MetaMode):
-    """Counts within its block what lies on `device`."""
+    """Counts tensors on `device` within its block."""
 
     def __init__(self, *, experts: int = 1, device: torch.device = META) -> None:
         super().__init__(experts=experts)
@@ -139,17 +142,17 @@ class Tracker(MetaMode):
 
     @contextmanager
     def phase(self, name: str, *, label: str) -> Iterator[Phase]:
-        """What appears within the block carries `label`; the block's own peak is kept."""
-        before = self._label
+        """Labels what appears within the block, and keeps the block's own peak."""
+        previous_label = self._label
         self.enter(name, label=label)
         try:
             yield self.phases[-1]
         finally:
             self.phases[-1].end_bytes = self._total
-            self._label = before
+            self._label = previous_label
 
     def enter(self, name: str, *, label: str) -> None:
-        """The next phase begins; the one before ends."""
+        """Starts the next phase and ends the previous one."""
         if self.phases:
             self.phases[-1].end_bytes = self._total
         self._label = label
@@ -157,15 +160,15 @@ class Tracker(MetaMode):
         self._note_peak()
 
     def hold(self, tensor: Tensor) -> None:
-        """Count a tensor that was made elsewhere."""
+        """Counts a tensor that was made elsewhere."""
         self._add(tensor)
 
     def relabel(self, tensor: Tensor, label: str) -> None:
-        """Give a tensor that is counted already another label."""
+        """Gives a counted tensor another label."""
         key = tensor.untyped_storage()._cdata
-        before, size = self._seen[key]
+        old_label, size = self._seen[key]
         self._seen[key] = label, size
-        self.live[before] -= size
+        self.live[old_label] -= size
         self.live[label] += size
 
     def __torch_dispatch__(
@@ -229,13 +232,12 @@ class Tracker(MetaMode):
 
 @contextmanager
 def without_values(name: str) -> Iterator[None]:
-    """ConfigError where the code of the model called `name` asks, within the block, for what only
-    real values could answer."""
+    """Raises ConfigError if the model `name` asks for real values within the block."""
     try:
         yield
     except VeneerError:
         raise
-    except Exception as fault:  # every model trips in its own way
+    except Exception as fault:  # models fail in many ways
         raise ConfigError(
             f"{name} cannot be planned: its code looks at values, and a plan is made without any",
             [f"{type(fault).__name__}: {str(fault).strip()[:160]}"],
@@ -245,33 +247,36 @@ def without_values(name: str) -> Iterator[None]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in what an operation takes and gives: tuples and lists, one in another."""
+    """Yields tensors in an operation's arguments or results: nested tuples and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
+        for item in value:
+            yield from _tensors(item)
 
 
 def _grouped_product(
     rows: Tensor,
-    others: Tensor,
+    stacks: Tensor,
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: Any = None,
 ) -> Tensor | None:
-    """What torch makes of it on a CPU in any type, and refuses without storage in every type but
-    bf16: rows (S, I) and stacks (E, I, O) -> (S, O), or the gradient of the stacks from (I, S) and
-    (S, O)."""
-    if rows.dim() == 2 and others.dim() == 3:
-        return rows.new_empty(rows.shape[0], others.shape[2])
-    if rows.dim() == others.dim() == 2 and offs is not None:
-        return rows.new_empty(offs.numel(), rows.shape[0], others.shape[1])
+    """Returns the result's shape of a grouped product, which torch refuses without storage except
+    in bf16.
+
+    rows (S, I) and stacks (E, I, O) -> (S, O), or the gradient of the stacks from (I, S) and (S,
+    O).
+    """
+    if rows.dim() == 2 and stacks.dim() == 3:
+        return rows.new_empty(rows.shape[0], stacks.shape[2])
+    if rows.dim() == stacks.dim() == 2 and offs is not None:
+        return rows.new_empty(offs.numel(), rows.shape[0], stacks.shape[1])
     return None
 
 
 _NOTED = {torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward}
-"""Operations whose products are noted where they are called (kernels/attention/flash.py)."""
+"""Operations whose products are counted by their caller (kernels/attention/flash.py)."""
 _FREE = {
     torch.ops.aten.detach,
     torch.ops.aten.empty,
@@ -284,12 +289,13 @@ _FREE = {
 
 
 def _shape(packet: Any, args: tuple[Any, ...]) -> Shape:
-    """(rows, inner, columns) of a product, a batch of them as more rows; zeros where it is no plain
-    product."""
+    """Returns (rows, inner, columns) of a product; a batch counts as more rows. Zeros for
+    others.
+    """
     tensors = [a for a in args if isinstance(a, Tensor)]
     if packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm):
         tensors = tensors[1:]
     if len(tensors) < 2 or tensors[0].dim() not in (2, 3) or tensors[1].dim() != tensors[0].dim():
         return 0, 0, 0
-    one, other = tensors[0].shape, tensors[1].shape
-    return int(torch.Size(one[:-1]).numel()), int(one[-1]), int(other[-1])
+    left, right = tensors[0].shape, tensors[1].shape
+    return int(torch.Size(left[:-1]).numel()), int(left[-1]), int(right[-1])

@@ -1,5 +1,4 @@
-"""What a base's weights take, layer by layer: dense or in 4 bits from its modules alone, packed as
-it is told. Units: bytes."""
+"""Bytes of a base's weights, by layer: dense or in 4 bits from its modules. Units: bytes."""
 
 from __future__ import annotations
 
@@ -14,23 +13,25 @@ from veneer.plan.counted import BaseBytes
 from veneer.shards import ALIGNMENT, LEAST
 
 TABLES_BYTES = 64 + 1024
-"""Of a packed matrix: the code books of its values and of their scales. Too small for shards."""
+"""Code books of a packed matrix's values and scales; too small to be sharded."""
 
 
 def base_bytes(model: PreTrainedModel) -> BaseBytes:
-    """Before anything is attached to it."""
+    """Counts the bytes of a base before anything is attached."""
     layers = decoder_layers(model) or ()
     return BaseBytes(
         packing(model),
-        sum({id(each): each.nbytes for each in model.parameters()}.values()),
+        sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values()),
         tuple(_in_shards(_tensors(layer, packed=False)) for layer in layers),
         tuple(_in_shards(_tensors(layer, packed=True)) for layer in layers),
     )
 
 
 def packing(model: PreTrainedModel) -> tuple[int, int]:
-    """Of every linear layer but the head. The blocks of a .gguf file are as large as the file says;
-    they are taken as 4 bits too."""
+    """Returns (bytes saved in 4 bits by linear layers except the head, largest decode buffer).
+
+    Blocks of a .gguf file, whose sizes vary, count as 4 bits, too.
+    """
     head = model.get_output_embeddings()
     saved = largest = 0
     for module in model.modules():
@@ -43,8 +44,9 @@ def packing(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _packed_bytes(count: int) -> int:
-    """Half a byte a weight, an 8-bit scale for 64 of them, a float32 scale for 256 of those:
-    quant/nf4.py."""
+    """Counts half a byte per weight, an 8-bit scale per 64, a float32 scale per 256 of those:
+    quant/nf4.py.
+    """
     blocks = -(-count // 64)
     return -(-count // 2) + blocks + 4 * -(-blocks // 256)
 
@@ -58,7 +60,7 @@ def _tensors(layer: nn.Module, *, packed: bool) -> Iterable[int]:
                 if linear and name == "weight"
                 else parameter.nbytes
             )
-        yield from (each.nbytes for each in module.buffers(recurse=False))
+        yield from (buffer.nbytes for buffer in module.buffers(recurse=False))
 
 
 def _in_shards(sizes: Iterable[int]) -> int:

@@ -1,7 +1,7 @@
-"""README.md beside an adapter, or a model with it inside: a model card as the hub reads it.
+"""README.md of an adapter or a merged model: a model card as the hub reads it.
 
-What comes from users, models or files stands in code, inline or fenced, and in YAML that is dumped:
-it is neither markup nor a field. Not known here: where the card goes (library/remote/transfer.py,
+Text from users, models or files is written as code, inline or fenced, and in dumped YAML, so it is
+neither markup nor a field. Knows nothing of where the card goes (library/remote/transfer.py,
 cli/library/export.py).
 """
 
@@ -24,9 +24,9 @@ from veneer.wording import between, cut, number, shown
 
 WHOLE = "gguf"
 MOST_CHARACTERS = 2000
-"""Of a sample's text."""
+"""Most characters of a sample's text."""
 _PLAIN = re.compile(r"[a-zA-Z() -]+")
-"""What needs no code around it."""
+"""Text that needs no code around it."""
 _NOT_FIGURES = ("perplexity", "tokens", "rows", "cut_answers")
 
 
@@ -40,22 +40,21 @@ def model_card(
     sample: Mapping[str, Any] | None = None,
     licence: str | None = None,
 ) -> str:
-    """The file's text.
+    """Returns the file's text.
 
-    commands      that answer with it
+    commands      to serve it
     library_name  that reads the files: peft, veneer, or gguf, of a model with the base in it
-    figures       what `veneer evaluate --json` said, beside what training measured, which the
-                  manifest has
+    figures       of `veneer evaluate --json`, beside those of training in the manifest
     sample        a held-out row: prompt, expected, before, answer
     licence       of the base; None: not known
     """
-    what = "A model with an adapter merged in" if library_name == WHOLE else "An adapter"
+    kind = "A model with an adapter merged in" if library_name == WHOLE else "An adapter"
     base = manifest.base.name + (f"@{manifest.base.revision}" if manifest.base.revision else "")
     parts = [
         f"---\n{_front_matter(manifest, library_name, licence)}---\n",
         f"# {_code(name)}\n",
         (
-            f"{what}: {_code(manifest.method)} over {_code(base)}, made with Veneer"
+            f"{kind}: {_code(manifest.method)} over {_code(base)}, made with Veneer"
             f" {_code(manifest.veneer_version)}.\n"
         ),
         "## Run it\n\n" + _block("\n".join(commands), "bash"),
@@ -87,36 +86,36 @@ def _figures(manifest: Manifest, figures: Mapping[str, Any] | None) -> str:
 
 
 def _held_out(manifest: Manifest) -> str:
-    """What training measured."""
-    found = manifest.held_out
-    if found is None:
+    """Shows the figures that training measured."""
+    held_out = manifest.held_out
+    if held_out is None:
         loss = manifest.metrics.get("validation_loss")
-        said = (
+        text = (
             f"Held-out loss {number(loss)} nats a token, as training measured it; no interval was"
             " computed.\n"
         )
-        return "" if loss is None else said
-    rows = _change_rows("held-out loss", found)
-    for name, one in found.sets.items():
-        rows += _change_rows(f"held-out loss of {name}", one)
+        return "" if loss is None else text
+    rows = _change_rows("held-out loss", held_out)
+    for name, set_figures in held_out.sets.items():
+        rows += _change_rows(f"held-out loss of {name}", set_figures)
     return (
         _table(("figure", "value", "95% interval"), rows)
-        + f"\nNats a token over {found.rows:,} rows, {found.tokens:,} tokens, that were not learnt,"
-        " as training measured them; by this loss the step was chosen whose values these are."
+        + f"\nNats per token over {held_out.rows:,} rows and {held_out.tokens:,} tokens held out,"
+        " measured by training, which kept the step with the lowest such loss."
         " The change is on the same rows.\n"
     )
 
 
-def _change_rows(what: str, found: SetHeldOut) -> list[tuple[str, str, str]]:
+def _change_rows(label: str, figures: SetHeldOut) -> list[tuple[str, str, str]]:
     named = (
-        (f"{what} before", found.before),
-        (f"{what} after", found.loss),
-        (f"{what} change", found.change),
+        (f"{label} before", figures.before),
+        (f"{label} after", figures.loss),
+        (f"{label} change", figures.change),
     )
     return [
-        (name, number(each.value), between(each.low, each.high))
-        for name, each in named
-        if each is not None
+        (name, number(figure.value), between(figure.low, figure.high))
+        for name, figure in named
+        if figure is not None
     ]
 
 
@@ -127,8 +126,8 @@ def _evaluated(figures: Mapping[str, Any] | None) -> str:
         intervals, rows = figures.get("intervals") or {}, []
         for name, value in figures.items():
             if isinstance(value, int | float) and name not in _NOT_FIGURES:
-                found = intervals.get(name)
-                rows.append((name, number(value), "–" if not found else between(*found)))
+                ends = intervals.get(name)
+                rows.append((name, number(value), "–" if not ends else between(*ends)))
         over = (
             f"\nOver {figures['rows']:,} rows of {_code(figures.get('data', '?'))}.\n"
             if "rows" in figures
@@ -136,7 +135,7 @@ def _evaluated(figures: Mapping[str, Any] | None) -> str:
         )
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise CorruptFileError(
-            "these are not figures that veneer evaluate --json wrote", next_step="Write them anew."
+            "these are not figures of veneer evaluate --json", next_step="Write them again."
         ) from None
     return _table(("figure", "value", "95% interval"), rows) + over
 
@@ -145,10 +144,10 @@ def _before_after(sample: Mapping[str, Any] | None) -> str:
     if sample is None:
         return ""
     texts = [(title, sample.get(key)) for title, key in _SAMPLE if sample.get(key) is not None]
-    said = "\n".join(
+    texts_block = "\n".join(
         f"{title}:\n\n{_block(cut(str(text), MOST_CHARACTERS))}" for title, text in texts
     )
-    return "## A held-out row, before and after\n\n" + said
+    return "## A held-out row, before and after\n\n" + texts_block
 
 
 _SAMPLE = (("Asked", "prompt"), ("Expected", "expected"), ("Before", "before"), ("After", "answer"))
@@ -158,13 +157,17 @@ def _recipe(manifest: Manifest) -> str:
     if manifest.recipe is None:
         return ""
     changed, same = recipe_rows(manifest.recipe)
-    rest = f"\n{len(same)} settings at their defaults; all of them stand in {MANIFEST_NAME}.\n"
-    return "## Recipe\n\n" + _table(("setting", "value"), [row[:2] for row in changed]) + rest
+    defaults_line = (
+        f"\n{len(same)} settings at their defaults; {MANIFEST_NAME} holds all of them.\n"
+    )
+    return (
+        "## Recipe\n\n" + _table(("setting", "value"), [row[:2] for row in changed]) + defaults_line
+    )
 
 
 def _identity(manifest: Manifest) -> list[tuple[str, str]]:
     base = manifest.base.fingerprint
-    found = {
+    values = {
         "adapter (content hash)": manifest.content_hash,
         "data (fingerprint)": manifest.data_fingerprint,
         "base (weights hash)": base.get("values_hash") or base.get("weights_hash"),
@@ -172,16 +175,16 @@ def _identity(manifest: Manifest) -> list[tuple[str, str]]:
         "system turn of its rows": manifest.system,
         "continued from": manifest.parent,
     }
-    return [(name, cut(str(value), 200)) for name, value in found.items() if value]
+    return [(name, cut(str(value), 200)) for name, value in values.items() if value]
 
 
 def _licence(licence: str | None, base: str) -> str:
-    said = (
+    text = (
         f"The base's: {_code(licence)}."
         if licence
         else f"That of the base, {_code(base)}, holds too; look there."
     )
-    return said + "\n"
+    return text + "\n"
 
 
 def card_for(
@@ -194,10 +197,9 @@ def card_for(
     figures: Mapping[str, Any] | None = None,
     sample: bool = False,
 ) -> str | None:
-    """The card of an adapter's folder; None: it has no manifest, so there is nothing to say. base:
-    as we name it.
+    """Returns the card of an adapter's folder, None without a manifest. base: our name of it.
 
-    sample: with the held-out row that its run showed last, which whoever reads the card then reads.
+    sample: include the held-out row that its run showed last; readers of the card then see it.
     """
     stored = read_adapter(folder)
     if stored.manifest is None:
@@ -214,13 +216,17 @@ def card_for(
 
 
 def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """The last answer to a held-out row of the run that made the adapter, where that run is still
-    there."""
+    """Returns the last answer to a held-out row of the run that made the adapter, if it still
+    exists.
+    """
     out = (manifest.recipe or {}).get("out")
     for run in [folder.parent, *([Path(out)] if isinstance(out, str) else [])]:
         try:
-            made = run / "adapter" / MANIFEST_NAME
-            if made.is_file() and read_manifest(made).content_hash == manifest.content_hash:
+            manifest_file = run / "adapter" / MANIFEST_NAME
+            if (
+                manifest_file.is_file()
+                and read_manifest(manifest_file).content_hash == manifest.content_hash
+            ):
                 records = read_records(run / "metrics.jsonl")
                 return next(
                     (r["sample"] for r in reversed(records) if isinstance(r.get("sample"), dict)),
@@ -232,9 +238,11 @@ def sample_of(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
 
 
 def licence_of(base: str) -> str | None:
-    """What the base's own files say: a .gguf file's metadata, or the head of the model card in its
-    folder; of a named default what those said of which it comes."""
-    found: Any = None
+    """Returns the licence in the base's files: a .gguf file's metadata, or the model card's head.
+
+    For a named default, returns the licence of the model it was made from.
+    """
+    licence: Any = None
     if base in NAMED:
         return NAMED[base].licence
     if not base:
@@ -242,14 +250,14 @@ def licence_of(base: str) -> str | None:
     if (file := gguf_file(base)) is not None:
         from veneer.bases.gguf.convert import read_header
 
-        found = read_header(file).licence
+        licence = read_header(file).licence
     else:
-        found = _head(Path(base) / CARD_NAME).get("license")
-    return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,60}", found) else None
+        licence = _head(Path(base) / CARD_NAME).get("license")
+    return licence if isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,60}", licence) else None
 
 
 def _head(card: Path) -> dict[str, Any]:
-    """The YAML at the head of a model card; {}: there is none, or none that can be read."""
+    """Parses the YAML at the head of a model card; returns {} if there is none."""
     try:
         if not card.is_file():
             return {}
@@ -267,7 +275,7 @@ def _head(card: Path) -> dict[str, Any]:
 
 
 def _code(text: object) -> str:
-    """Inline, on one line, whatever it holds."""
+    """Formats text as inline code on one line."""
     line = " ".join(shown(text).split()) or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     space = " " if "`" in line else ""
@@ -292,5 +300,5 @@ def _cell(text: str) -> str:
 
 
 def figures_in(file: Path | None) -> dict[str, Any] | None:
-    """What `veneer evaluate --json` wrote; None: no file is named."""
+    """Reads the output of `veneer evaluate --json`, None without a file."""
     return None if file is None else read_json(file)

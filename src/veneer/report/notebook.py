@@ -1,5 +1,4 @@
-"""A run in a notebook: its figures and the curve of its loss, one picture that is drawn anew while
-it goes on.
+"""Shows a run in a notebook: figures and the curve of its loss, redrawn while it runs.
 
 It is a Screen of training/output/screen.py: HTML that the notebook keeps, everything escaped, with
 neither script nor widget.
@@ -28,7 +27,7 @@ from veneer.training.output.screen import (
 from veneer.wording import between, html_table, number, shown
 
 DRAWN_SECONDS = 0.5
-"""A picture at most this often: each goes through the notebook's connection."""
+"""Time between drawings: each goes through the notebook's connection."""
 _STYLE = (
     "<style>.veneer svg{display:block;width:100%;max-width:760px}.veneer"
     " svg.narrow{display:none}.veneer svg text{font-size:12px;fill:#808590}.veneer"
@@ -40,7 +39,7 @@ _STYLE = (
 
 
 class NotebookScreen:
-    """show: puts HTML where this run's picture is, in place of what was there."""
+    """Draws a run. show: replaces the HTML of this run's picture."""
 
     def __init__(
         self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic
@@ -113,7 +112,7 @@ class NotebookScreen:
 
 
 def screen_here(*, quiet: bool) -> NotebookScreen | LiveScreen | PlainScreen | QuietScreen:
-    """A picture in a notebook; else as make_screen."""
+    """Returns a NotebookScreen in a notebook, else the screen of make_screen."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if quiet or not hasattr(shell, "kernel"):
         return make_screen(quiet=quiet)
@@ -124,7 +123,7 @@ def screen_here(*, quiet: bool) -> NotebookScreen | LiveScreen | PlainScreen | Q
 
 
 class Evaluation(dict[str, Any]):
-    """What an evaluation found, as a dict; a notebook shows its figures as a table."""
+    """Holds an evaluation as a dict; a notebook shows its figures as a table."""
 
     def _repr_html_(self) -> str:
         intervals, rows = self.get("intervals", {}), []

@@ -1,4 +1,4 @@
-"""report.html: one file that says what a run did, made from what the run folder holds.
+"""Writes report.html: one file that shows a run, made from its folder.
 
 No network, no script, no font to load: it can be mailed and opened in ten years. Everything that
 comes from users or models is escaped. Reads run.yaml, metrics.jsonl, summary.json and, where there
@@ -69,7 +69,7 @@ def make_page(
     summary: Mapping[str, Any],
     hashes: Mapping[str, str],
 ) -> str:
-    """The HTML text."""
+    """Returns the HTML text."""
     steps = [r for r in records if r["kind"] == "step"]
     evaluations = [r for r in records if r["kind"] == "evaluation"]
     start: Record = next((r for r in records if r["kind"] == "start"), {})
@@ -124,16 +124,16 @@ def _figures(
     steps: Sequence[Record],
     evaluations: Sequence[Record],
 ) -> str:
-    figures: list[tuple[str, str, str]] = []  # value, name, beside it
+    figures: list[tuple[str, str, str]] = []  # value, name, note
     held_out = [r["loss"] for r in evaluations if r["loss"] is not None]
     if held_out:
-        kept = [f"step {summary['best_step']:,}"] if summary.get("best_step") else []
-        beside = (
-            kept
+        best_step = [f"step {summary['best_step']:,}"] if summary.get("best_step") else []
+        note = (
+            best_step
             + ([f"first {number(held_out[0])}"] if len(held_out) > 1 else [])
             + _intervals(summary)
         )
-        figures.append((number(min(held_out)), "held-out loss, best", " · ".join(beside)))
+        figures.append((number(min(held_out)), "held-out loss, best", " · ".join(note)))
     losses = [r["loss"] for r in steps if r["loss"] is not None]
     if losses:
         tenth = losses[-max(len(losses) // 10, 1) :]
@@ -174,22 +174,22 @@ def _figures(
     if on_disk := summary.get("adapter_bytes", start.get("adapter_bytes")):
         figures.append((size(on_disk), "on disk", ""))
     cells = (
-        f"<div><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(beside)}</small></div>"
-        for value, name, beside in figures
+        f"<div><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(note)}</small></div>"
+        for value, name, note in figures
     )
     return f"<div class=figures>{''.join(cells)}</div>"
 
 
 def _intervals(summary: Mapping[str, Any]) -> list[str]:
-    """Of the held-out loss, and of its change."""
-    found = summary.get("held_out") or {}
-    named = ((name, found.get(key)) for name, key in (("", "loss"), ("change ", "change")))
+    """Returns the intervals of the held-out loss and of its change."""
+    held_out = summary.get("held_out") or {}
+    named = ((name, held_out.get(key)) for name, key in (("", "loss"), ("change ", "change")))
     return [f"{name}{interval_of_95(one['low'], one['high'])}" for name, one in named if one]
 
 
 def _loss_chart(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     raw = [(r["step"], r["loss"]) for r in steps]
-    # A fiftieth of the run to each side: enough to calm the line, too little to hide a turn.
+    # The mean over a fiftieth of the run to each side smooths noise and keeps trends.
     means = smooth([y for _, y in raw], len(raw) // 50)
     smoothed = [(x, mean) for (x, _), mean in zip(raw, means, strict=True)]
     return line_chart(
@@ -222,15 +222,16 @@ def _small_charts(steps: Sequence[Record]) -> str:
 
 
 def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
-    """Per prompt: the answer before, the answer of the values that were kept (else the last), what
-    was expected; the other answers folded away."""
+    """Shows per prompt the answer before, the answer of the kept values and the expected one;
+    others folded.
+    """
     by_prompt: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for record in evaluations:
         if sample := record.get("sample"):
             by_prompt.setdefault(sample["prompt"], []).append((record["step"], sample))
     cards = []
     for prompt, answers in list(by_prompt.items())[-SAMPLES:]:
-        step, sample = next((each for each in answers if each[0] == best_step), answers[-1])
+        step, sample = next((item for item in answers if item[0] == best_step), answers[-1])
         columns = [
             ("before", sample.get("before")),
             (f"after {step:,} steps", sample["answer"]),
@@ -241,10 +242,15 @@ def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
             for title, text in columns
             if text is not None
         )
-        others = [(f"step {at:,}", each["answer"]) for at, each in answers if at not in (0, step)]
+        other_answers = [
+            (f"step {at_step:,}", item["answer"])
+            for at_step, item in answers
+            if at_step not in (0, step)
+        ]
         way = (
-            f"<details><summary>answers at other steps</summary>{_table((), others)}</details>"
-            if others
+            "<details><summary>answers at other steps</summary>"
+            f"{_table((), other_answers)}</details>"
+            if other_answers
             else ""
         )
         cards.append(
@@ -295,7 +301,7 @@ def _data(start: Record, steps: Sequence[Record]) -> str:
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
-    """Every setting; those that differ from the default first, the others folded away."""
+    """Shows every setting: those that differ from the default first, the others folded."""
     changed, same = recipe_rows(settings)
     folded = _table((), [row[:2] for row in same])
     return _table(("setting", "value", "default"), changed) + (
@@ -308,7 +314,9 @@ def _recipe(settings: Mapping[str, Any]) -> str:
 def recipe_rows(
     settings: Mapping[str, Any],
 ) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """(setting, value, default) of those that differ from the default, and of the others."""
+    """Returns (setting, value, default) of those that differ from the default, and of the
+    others.
+    """
     defaults = _defaults(settings)
     values = flat({**settings, "data": settings.get("data") or {}})
     rows = [(name, _said(value), _said(defaults.get(name))) for name, value in values.items()]
@@ -316,8 +324,7 @@ def recipe_rows(
 
 
 def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat defaults of the run, of data, and of the method that the run took; needed ones are
-    absent."""
+    """Returns flat defaults of the run, of data and of the method; required settings are absent."""
 
     def of(model: Any) -> dict[str, Any]:
         fields = model.model_fields.items()
@@ -363,7 +370,7 @@ def _hashes(manifest_file: Path) -> dict[str, str]:
     if not manifest_file.is_file():
         return {}
     manifest = read_manifest(manifest_file)
-    found = {
+    hashes = {
         "base": manifest.base.name,
         "base revision": manifest.base.revision,
         **{
@@ -377,7 +384,7 @@ def _hashes(manifest_file: Path) -> dict[str, str]:
         "adapter": manifest.content_hash,
         "adapter it started from": manifest.parent,
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in hashes.items() if value}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
-"""A plan as one HTML page: the table, the bars, how it was reckoned. No network, no script; foreign
-text escaped."""
+"""A plan as one HTML page: table, bars, and how it was computed. No network, no script; all text
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +45,11 @@ margin-right: 7px;
 def plan_page(
     title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, notes: Sequence[str]
 ) -> str:
-    """The HTML text. notes: sentences on where the figures come from."""
+    """Returns the HTML text. notes: sentences on where the figures come from."""
     labels = list(dict.fromkeys(part for row in rows for part in row.parts))
     colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
     most: dict[str, int] = {}
-    for (
-        row
-    ) in rows:  # a scale for each base: beside a large one nothing would be seen of a small one
+    for row in rows:  # each base has its own scale, so that a small one stays visible
         most[row.base] = max(most.get(row.base, 0), row.needed_bytes)
     body = (
         f"<header><h1>{escape(title)}</h1>"
@@ -73,7 +72,7 @@ def plan_page(
 
 
 def verdict(row: PlanRow) -> str:
-    """fits; or what to change, and what that costs in time."""
+    """Says that it fits, or what to change and what that costs in time."""
     if row.fits is None:
         return ""
     if row.fits:
@@ -92,7 +91,7 @@ def verdict(row: PlanRow) -> str:
 
 
 def spread_lines(row: PlanRow) -> list[str]:
-    """Over several processes: what each sends, how long a step takes by part."""
+    """Says what each process sends, and how long a step takes by part."""
     many, sent, time = row.choice.processes, row.sent, row.time
     if many == 1:
         return []
@@ -108,11 +107,11 @@ def spread_lines(row: PlanRow) -> list[str]:
         f"sum {number(time.reduce)}",
         *([f"gather {number(time.gather)}"] if sent.layers else []),
     ]
-    told = (
+    time_line = (
         f"computed: a step {number(time.seconds)} s: {', '.join(parts)} · efficiency"
         f" {percent(row.efficiency, 1)}"
     )
-    return [*lines, told]
+    return [*lines, time_line]
 
 
 def _table(rows: Sequence[PlanRow]) -> str:
@@ -142,8 +141,10 @@ def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
         for label, size_ in row.parts.items()
     )
     name = f"{row.base} · {row.choice.label} · {size(row.peak_bytes)}, in {row.phase}"
-    told = "".join(f"<p>{escape(line)}</p>" for line in spread_lines(row))
-    return f"<div class=row><p>{escape(name)}</p><div class=stack>{parts}</div>{told}</div>"
+    process_lines = "".join(f"<p>{escape(line)}</p>" for line in spread_lines(row))
+    return (
+        f"<div class=row><p>{escape(name)}</p><div class=stack>{parts}</div>{process_lines}</div>"
+    )
 
 
 def _legend(colours: dict[str, str]) -> str:

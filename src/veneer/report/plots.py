@@ -1,8 +1,7 @@
-"""Line charts as inline SVG: axes with units, labels that stay legible on a phone, colours from
-CSS.
+"""Line charts as inline SVG: axes with units, labels legible on a phone, colours from CSS.
 
-Each chart is drawn twice, for a wide and for a narrow page, and CSS shows the one that fits:
-scaling one drawing down would scale its letters too. Nothing here knows what is plotted.
+Each chart is drawn for a wide and for a narrow page, and CSS shows the one that fits: scaling one
+drawing down would scale its letters, too. Knows nothing of what is plotted.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Point = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """One line. A point without a y (a loss that was not finite) leaves a gap.
+    """Describes a line. A point without y (a loss that was not finite) leaves a gap.
 
     colour   a CSS class of the page: a, b or quiet; comparison/page.py has one for each method
     marks    also draw each point, with its value as a tooltip
@@ -38,14 +37,16 @@ class Series:
 def line_chart(
     series: Sequence[Series], *, title: str, x_label: str, y_label: str, small: bool = False
 ) -> str:
-    """HTML of a figure: a legend (or, for one line, the title) and the two drawings.
+    """Returns HTML of a figure: a legend (or, for one line, the title) and both drawings.
 
-    Returns an empty string where no series has a point.
+    Returns an empty string if no series has a point.
     """
-    series = [each for each in series if any(y is not None for _, y in each.points)]
+    series = [line for line in series if any(y is not None for _, y in line.points)]
     if not series:
         return ""
-    legend = "".join(f'<span class="key {s.colour}">{escape(s.name)}</span>' for s in series)
+    legend = "".join(
+        f'<span class="key {line.colour}">{escape(line.name)}</span>' for line in series
+    )
     wide = (WIDE[0] // 2, 200) if small else WIDE
     narrow = (NARROW[0], 190) if small else NARROW
     drawings = "".join(
@@ -57,18 +58,19 @@ def line_chart(
 
 
 def smooth(values: Sequence[float | None], reach: int) -> list[float | None]:
-    """Mean over `reach` values to each side, fewer where an end is nearer: no lag, no pull at the
-    ends."""
+    """Returns the mean over `reach` values to each side, fewer near the ends: no lag, no bias
+    there.
+    """
     smoothed: list[float | None] = []
     for i in range(len(values)):
         near = min(reach, i, len(values) - 1 - i)
-        known = [y for y in values[i - near : i + near + 1] if y is not None]
-        smoothed.append(sum(known) / len(known) if known else None)
+        values_near = [y for y in values[i - near : i + near + 1] if y is not None]
+        smoothed.append(sum(values_near) / len(values_near) if values_near else None)
     return smoothed
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) between low and high."""
+    """Returns about `count` round numbers (1, 2 or 5 times a power of ten) between low and high."""
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / count))
@@ -80,20 +82,21 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """At most about `most` points: of each stretch the lowest and the highest, so no spike is
-    lost."""
+    """Returns about `most` points: the lowest and highest of each stretch, so that no spike is
+    lost.
+    """
     if len(points) <= most:
         return list(points)
-    kept: list[Point] = []
+    chosen: list[Point] = []
     size = math.ceil(2 * len(points) / most)
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        known = [(y, x) for x, y in stretch if y is not None]
-        if len(known) < len(stretch):
-            kept.append(next((x, y) for x, y in stretch if y is None))
-        if known:
-            kept += [(x, y) for y, x in {min(known), max(known)}]
-    return sorted(kept, key=lambda point: point[0])
+        with_value = [(y, x) for x, y in stretch if y is not None]
+        if len(with_value) < len(stretch):
+            chosen.append(next((x, y) for x, y in stretch if y is None))
+        if with_value:
+            chosen += [(x, y) for y, x in {min(with_value), max(with_value)}]
+    return sorted(chosen, key=lambda point: point[0])
 
 
 def _svg(
@@ -106,8 +109,8 @@ def _svg(
     x_label: str,
     y_label: str,
 ) -> str:
-    xs = [x for each in series for x, _ in each.points]
-    ys = [y for each in series for _, y in each.points if y is not None]
+    xs = [x for line_series in series for x, _ in line_series.points]
+    ys = [y for line_series in series for _, y in line_series.points if y is not None]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     y_low, y_high = _range(ys)
 
@@ -135,24 +138,24 @@ def _svg(
         parts.append(
             f'<text x="{px}" y="{height - BOTTOM + 18}" text-anchor="middle">{label(x)}</text>'
         )
-    for each in series:
-        for run in _unbroken(thin(each.points)):
+    for line_series in series:
+        for run in _unbroken(thin(line_series.points)):
             if len(run) > 1:
                 line = " ".join(at(*point) for point in run)
-                parts.append(f'<polyline class="line {each.colour}" points="{line}"/>')
-            if each.marks or len(run) == 1:
+                parts.append(f'<polyline class="line {line_series.colour}" points="{line}"/>')
+            if line_series.marks or len(run) == 1:
                 for x, y in run:
                     px, py = at(x, y).split(",")
-                    tip = f"{escape(each.name)}, {label(x)}: {y:.4g}"
+                    tip = f"{escape(line_series.name)}, {label(x)}: {y:.4g}"
                     parts.append(
-                        f'<circle class="{each.colour}" cx="{px}" cy="{py}"'
+                        f'<circle class="{line_series.colour}" cx="{px}" cy="{py}"'
                         f' r="4"><title>{tip}</title></circle>'
                     )
     return "".join(parts) + "</svg>"
 
 
 def _range(ys: Sequence[float]) -> tuple[float, float]:
-    """A little more than the values, which are not blown up; down to 0 where they come near it."""
+    """Returns a range slightly larger than the values, down to 0 if they come near it."""
     low, high = not_blown_up(min(ys), max(ys))
     if 0 <= low < 0.35 * high:
         low = 0.0
@@ -161,8 +164,9 @@ def _range(ys: Sequence[float]) -> tuple[float, float]:
 
 
 def not_blown_up(low: float, high: float) -> tuple[float, float]:
-    """An axis from low to high, at least LEAST_SPAN of what is the larger: less would show noise as
-    a landscape."""
+    """Returns an axis of at least LEAST_SPAN of its larger end, so that noise does not look
+    large.
+    """
     missing = LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
     if missing <= 0:
         return low, high
@@ -181,7 +185,7 @@ def _unbroken(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
 
 
 def label(value: float) -> str:
-    """2.5, 1,200, 2e-4: as short as it can be said."""
+    """Formats a number as short as possible: 2.5, 1,200, 2e-4."""
     if value and abs(value) < 1e-2:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{float(digits):g}e{int(power)}"
@@ -189,9 +193,10 @@ def label(value: float) -> str:
 
 
 def spans(rows: Sequence[tuple[str, float, float, float, str, str]], least: float) -> str:
-    """Bars from a zero that all share, to either side, with a line over the interval: name, value,
-    its two ends, label, class. least: what the scale shows at least, however small the values
-    are."""
+    """Draws bars from a common zero to either side, with a line over the interval.
+
+    rows: name, value, its two ends, label, class. least: smallest range of the scale.
+    """
     if not rows:
         return ""
     low = min(0.0, *(a for _, _, a, _, _, _ in rows))
@@ -214,7 +219,7 @@ def spans(rows: Sequence[tuple[str, float, float, float, str, str]], least: floa
 
 
 def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
-    """Horizontal bars: name, length, its label, class. What is negative has no bar."""
+    """Draws horizontal bars: name, length, label, class. Negative values have no bar."""
     most = max((value for _, value, _, _ in rows), default=0)
     lines = (
         f"<div><dt>{escape(name)}</dt><dd><i class={colour} "

@@ -1,5 +1,4 @@
-"""Points with intervals as inline SVG: what something costs against how good it is. Drawn as
-plots.py draws lines."""
+"""Points with intervals as inline SVG: cost against quality. Drawn like the lines of plots.py."""
 
 from __future__ import annotations
 
@@ -17,8 +16,9 @@ TOP_LABEL = 12
 
 @dataclass(frozen=True)
 class ScatterMark:
-    """A point at (x, y) with an interval from low to high of y; tip: what it says under the
-    pointer."""
+    """Places a point at (x, y), with an interval from low to high of y. tip: text under the
+    pointer.
+    """
 
     name: str
     x: float
@@ -117,7 +117,7 @@ def _x_ticks(low: float, high: float, logarithmic: bool) -> list[tuple[float, st
 
 
 def short(value: float) -> str:
-    """100 k, 5 M, 0.5."""
+    """Formats a number: 100 k, 5 M, 0.5."""
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if value >= limit * 0.999:
             return f"{value / limit:.3g}{unit}"

@@ -1,5 +1,6 @@
-"""The report's style sheet: one typeface (the system's), two colours, light and dark, phone to
-desk."""
+"""The report's style sheet: the system's typeface, two colours, light and dark, phone to
+desktop.
+"""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1d21; --soft: #666a73; --rule: #e4e5e9;

@@ -1,5 +1,6 @@
-"""What a run does: the run file's fields, each with its unit. No torch here: `--help` reads
-this."""
+"""Settings of a run: the fields of a run file, each with its unit. Imports no torch: `--help` reads
+this.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,33 +30,34 @@ from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 MOMENT_BYTES: dict[OptimizerName, float] = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}
-"""Bytes that an optimizer keeps of each trained value, beside the value and its gradient."""
+"""Bytes of an optimizer's moments per trained value, beside the value and its gradient."""
 
 EPOCHS_UNSAID = 3.0
-"""Passes over the rows where neither epochs nor steps are given."""
+"""Passes over the rows if neither epochs nor steps are set."""
 
 SHORT_FORMS: dict[str, tuple[str, Quantize]] = {"qlora": ("lora", FOUR_BITS)}
 """Names that a run file may give for a method over a weight format."""
 
 
 EXACT_PARTS = 8
-"""Micro-batches of a step under `reduce: exact` where micro_batch is unset. A constant: where rows
-are divided shows in the last bits, so the number of processes must not decide it. Up to as many
-processes share a step."""
+"""Micro-batches of a step under `reduce: exact` if micro_batch is unset. A constant, because how
+rows are divided shows in the last bits. At most this many processes share a step.
+"""
 
 
 def rows_at_once(
     batch: int, micro_batch: int | None, reduce: Literal["plain", "exact"], processes: int = 1
 ) -> int:
-    """Rows of a micro-batch on this many processes."""
+    """Returns the rows of a micro-batch on this many processes."""
     parts = EXACT_PARTS if reduce == "exact" else processes
     return min(batch, micro_batch or -(-batch // parts))
 
 
 class TemplateConfig(Settings):
     variables: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the chat template is told beside the conversation, for instance {enable_thinking:
-    false}; kept in the adapter, and said again whenever it answers."""
+    """Variables of the chat template, for instance {enable_thinking: false}; stored in the adapter
+    and used again whenever it answers.
+    """
 
     @field_validator("variables")
     @classmethod
@@ -66,14 +68,14 @@ class TemplateConfig(Settings):
 
 
 class StartFrom(Settings):
-    """One of the adapters that a run goes on from."""
+    """Names one of the adapters that a run continues."""
 
     adapter: str
     """Name in the library, or a folder of an adapter or a run."""
     weight: Annotated[float, WEIGHT] = 1.0
-    """What its update is multiplied with; several are added up."""
+    """Factor of its update; the updates of several adapters are added."""
     content: str | None = None
-    """Its content hash; filled in when the run begins."""
+    """Content hash of the adapter, filled in when the run begins."""
 
 
 def trains_packed(method: MethodConfig, quantize: Quantize) -> str:
@@ -86,32 +88,35 @@ class RunConfig(Settings):
     data: DataConfig
     """The rows: a file, or {train, validation, format, ...}."""
     template: TemplateConfig = Field(default_factory=TemplateConfig)
-    """How the base's chat template writes them."""
+    """Settings of the base's chat template."""
     method: Method = Field(default_factory=LoRA)
     """lora, dora, bottleneck, prefix or full, or the method with its settings: {name: lora, rank:
     16}; qlora is lora over quantize: nf4."""
     from_adapter: list[StartFrom] = Field(default_factory=list)
-    """Go on from an adapter, ours or PEFT's: a name in the library, a folder, or a list of such or
-    of {adapter, weight} that is added up. It keeps its own settings but for those of `method` that
-    are given; a larger rank keeps its update."""
+    """Continue training an adapter, Veneer's or PEFT's: a name in the library, a folder, or a list
+    of these or of {adapter, weight}, which is added up. It keeps its settings, except those set
+    under `method`; a larger rank keeps its update.
+    """
     new_tokens: list[str] = Field(default_factory=list)
-    """Texts that become tokens of their own, ["<order>", "</order>"]: their rows train and are
-    stored beside the method's values, the base's own tokens stay as they are. Not with full."""
+    """Texts that become single tokens, ["<order>", "</order>"]. Their embeddings train and are
+    stored with the adapter; the base's own tokens do not change. Not with full.
+    """
     quantize: Quantize | None = None
-    """Hold the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf);
+    """Store the base's linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf);
     not with full."""
     keep_dense: list[str] = Field(default_factory=list)
     """Modules (names or endings) that stay dense under nf4 and fp4; head, embeddings, norms and
     routers always do."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights; auto keeps the stored one, or takes float32 on a CPU whose
-    products in it are slow."""
+    """Type of the base's weights; auto keeps the stored type, or takes float32 on a CPU that is
+    slow in it.
+    """
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if available."""
     steps: Annotated[int, COUNT] | None = None
     """Optimizer steps; instead of `epochs`."""
     epochs: Annotated[float, EPOCHS] | None = None
-    """Passes over the training rows; 3 if neither this nor `steps` is given."""
+    """Passes over the training rows; 3 if neither this nor `steps` is set."""
     batch: Annotated[int, ROWS] = 8
     """Rows per optimizer step."""
     micro_batch: Annotated[int, ROWS] | None = None
@@ -121,9 +126,9 @@ class RunConfig(Settings):
     length: Annotated[int, LENGTH] = 2048
     """Longest row kept, tokens; never more than the model has positions."""
     order: Literal["bucketed", "shuffled", "file"] = "bucketed"
-    """Rows of like length together (fastest), fully shuffled, or as they stand in the file."""
+    """Rows of similar length together (fastest), fully shuffled, or in the file's order."""
     share_prompt: bool = True
-    """Compute the tokens that all rows of a batch begin with once."""
+    """Compute the prompt that all rows of a batch share once."""
     learning_rate: Annotated[float, LEARNING_RATE] | None = None
     """Peak rate; default: the method's own, lower for wider bases (hidden size 576: lora 1.3e-3,
     full 1.3e-4; 4096: 2.9e-4, 2.9e-5)."""
@@ -134,7 +139,7 @@ class RunConfig(Settings):
     weight_decay: Annotated[float, WEIGHT_DECAY] = 0.0
     """Decoupled weight decay of AdamW."""
     clip: Annotated[float, CLIP] | None = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it. null: none are."""
+    """Largest gradient norm; larger gradients are scaled down to it. null: no clipping."""
     checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward: less memory, more
     time."""
@@ -146,16 +151,18 @@ class RunConfig(Settings):
     full the gradient, masters and moments are split too. The same result with less memory and more
     traffic."""
     reduce: Literal["plain", "exact"] = "plain"
-    """How micro-batches' gradients are added; exact gives the same bits on any number of processes
-    with as many threads each, for 16 bytes a trained value."""
+    """How gradients of micro-batches are added; exact gives the same bits on any number of
+    processes with the same threads each, for 16 bytes per trained value.
+    """
     optimizer: OptimizerName = "adamw"
-    """adamw8bit holds the moments in 8 bits (the extra of that name): matters with full, saves
-    little with adapters."""
+    """adamw8bit stores the moments in 8 bits (needs the extra adamw8bit): worthwhile with full,
+    saves little with adapters.
+    """
     evaluate_every: Annotated[int, COUNT] | None = None
     """Steps between evaluations on the held-out rows; default: five times a run."""
     show_answers: bool = True
-    """Answer the first held-out question at every evaluation, so that progress can be read; takes
-    seconds on a CPU."""
+    """Answer the first held-out question at every evaluation, to show progress; takes seconds on a
+    CPU."""
     save_every: Annotated[int, COUNT] | None = None
     """Steps between checkpoints; default: at every evaluation."""
     keep: Annotated[int, COUNT] = 2
@@ -163,19 +170,19 @@ class RunConfig(Settings):
     patience: Annotated[int, COUNT] | None = None
     """Stop after this many evaluations without a better held-out loss; default: never."""
     seed: Annotated[int, SEED] = 0
-    """Starts the adapter's values, the order of the rows and dropout."""
+    """Seed of the adapter's initial values, the order of the rows and dropout."""
     log: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Also send the records there; needs the extra of that name. Nothing is sent unless asked."""
+    """Also send the records to these services; each needs the extra of its name."""
     out: str
-    """Folder of the run; must not exist, or hold the run that --resume continues."""
+    """Folder of the run; must not exist yet, or hold the run that --resume continues."""
 
     @property
     def rows_at_once(self) -> int:
-        """In training and at its evaluations."""
+        """Rows of a micro-batch, in training and evaluations."""
         return rows_at_once(self.batch, self.micro_batch, self.reduce)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
-        """On a base of this hidden size: its own, else the method's."""
+        """Returns the peak rate that is set, else the method's for this hidden size."""
         return self.learning_rate or self.method.default_learning_rate(hidden_size)
 
     @model_validator(mode="before")
@@ -188,23 +195,24 @@ class RunConfig(Settings):
             if isinstance(start := values.get("from_adapter"), str | Path | dict | list):
                 several = start if isinstance(start, list) else [start]
                 values["from_adapter"] = [
-                    {"adapter": str(e)} if isinstance(e, str | Path) else e for e in several
+                    {"adapter": str(entry)} if isinstance(entry, str | Path) else entry
+                    for entry in several
                 ]
             if isinstance(values.get("method"), str):
                 values["method"] = {"name": values["method"]}
             method = values.get("method")
             name = method.get("name") if isinstance(method, dict) else None
             if isinstance(name, str) and name in SHORT_FORMS:
-                of, held = SHORT_FORMS[name]
-                values["method"] = {**method, "name": of}
+                method_name, quantize = SHORT_FORMS[name]
+                values["method"] = {**method, "name": method_name}
                 if values.get("quantize") is None:
-                    values["quantize"] = held
+                    values["quantize"] = quantize
         return values
 
     @field_validator("out")
     @classmethod
     def _at_home(cls, value: str) -> str:
-        """A run file is read without a shell, which would say what ~ stands for."""
+        """Expands ~, as a shell would."""
         return str(expanded(value)) if value.startswith("~") else value
 
     @field_validator("new_tokens")

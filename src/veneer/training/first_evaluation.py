@@ -1,11 +1,10 @@
-"""What an evaluation computes, and the one before step 1 where an earlier run computed the same
+"""The evaluation before step 1, remembered if an earlier run computed the same
 (files/remembered.py).
 
-That one takes nearly half of a start, and every try of another rate begins with it. The key holds
-all that it is computed from, to the last byte: weights and buffers, trained values, rows, question,
-and every setting that is not named here as one that only training reads. On one process and the
-CPU, over dense weights of transformers' own classes; elsewhere the bits are not known to come
-again, or bytes lie where they are not seen.
+It takes nearly half of a start, and every run of a search begins with it. The key holds everything
+it is computed from, to the last byte: weights and buffers, trained values, rows, question, and
+every setting except those named here that only training reads. It is remembered on one process, on
+the CPU, over dense weights of transformers' own classes; elsewhere bits may differ from run to run.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import torch
 from veneer.data.examples import Example
 from veneer.execution.proofs.same_values import can_be_known, class_key, digest, noted
 from veneer.files.remembered import remembered
-from veneer.training.job import TrainingInputs
+from veneer.training.inputs import TrainingInputs
 
 _TRAINING = (
     *(
@@ -35,12 +34,14 @@ _TRAINING = (
 )
 """Settings that no evaluation reads."""
 _READ_ALREADY = ("base", "data", "template", "from_adapter")
-"""Those whose content is in the key itself: weights, values and ids."""
+"""Settings whose content is in the key itself: weights, values and ids."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """nats: of each held-out example. new: ids of the sample answer; None: none is given."""
+    """Holds what an evaluation computes. nats: of each held-out example. new: ids of the sample
+    answer.
+    """
 
     nats: list[float]
     new: list[int] | None
@@ -49,19 +50,21 @@ class EvaluationResult:
 def first_evaluation(
     job: TrainingInputs, make: Callable[[], EvaluationResult], say: Callable[[str], None]
 ) -> EvaluationResult:
-    """make(), or what it gave an earlier run, which is said."""
+    """Returns make(), or what an earlier run computed; then says so."""
     model, sample = job.model, job.sample
     if not can_be_known(model):
         return make()
-    weights, known = noted(model) or ("", frozenset())
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights_digest, weight_ids = noted(model) or ("", frozenset())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     question = None if sample is None else [list(sample.ids), list(sample.stops)]
     key = {
         **class_key(model),
         "settings": job.config.model_dump(mode="json", exclude={*_TRAINING, *_READ_ALREADY}),
         "weights": [
-            weights,
-            digest({name: each for name, each in named.items() if id(each) not in known}),
+            weights_digest,
+            digest(
+                {name: tensor for name, tensor in tensors.items() if id(tensor) not in weight_ids}
+            ),
         ],
         "values": digest(job.flat.parameters),
         "rows": _rows_digest(job.validation),
@@ -69,26 +72,26 @@ def first_evaluation(
         "paths": [job.paths.packed, job.paths.scale, job.paths.softcap, *job.paths.lines],
         "threads": torch.get_num_threads(),
     }
-    anew = False
+    is_new = False
 
     def computed() -> EvaluationResult:
-        nonlocal anew
-        anew = True
+        nonlocal is_new
+        is_new = True
         return make()
 
-    found = remembered("evaluation", key, EvaluationResult, computed)
-    if not anew:
+    result = remembered("evaluation", key, EvaluationResult, computed)
+    if not is_new:
         say(
             "the evaluation before step 1 is that of an earlier run, which was the same"
             " (VENEER_FORGET=1: anew)"
         )
-    return found
+    return result
 
 
 def _rows_digest(rows: Sequence[Example]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for row in rows:
         for part in (row.ids, row.trained):
-            found.update(f"{part.dtype} {len(part)}\n".encode())
-            found.update(part.tobytes())
-    return found.hexdigest()
+            digest.update(f"{part.dtype} {len(part)}\n".encode())
+            digest.update(part.tobytes())
+    return digest.hexdigest()

@@ -1,5 +1,4 @@
-"""What the processes of a run do together before its first step: find and load its base, and agree
-on what it is."""
+"""What the processes of a run do together before its first step: load the base and compare it."""
 
 import math
 from importlib.metadata import version
@@ -21,10 +20,12 @@ from veneer.training.output.screen import Screen
 from veneer.training.processes.world import World
 
 
-def in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
-    """Several processes need several micro-batches. Where micro_batch is unset, each process gets
-    one, and the run file keeps their size. Under `reduce: exact` the size is the same on any number
-    of processes, and nothing is kept."""
+def divide_batch(config: RunConfig, world: World, screen: Screen) -> RunConfig:
+    """Divides a batch over processes: if micro_batch is unset, each process gets one micro-batch.
+
+    The run file keeps that size. Under `reduce: exact` the size is the same on any number of
+    processes, and nothing is kept.
+    """
     if world.size == 1 or config.micro_batch is not None:
         return config
     size = rows_at_once(config.batch, None, config.reduce, world.size)
@@ -44,17 +45,20 @@ def in_parts(config: RunConfig, world: World, screen: Screen) -> RunConfig:
 
 
 def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
-    """Found by the leader first, which says the type for all, then by one of each machine, which
-    fetches for its neighbours; then loaded by all."""
-    device, found = world.device(config.device), ""
+    """Loads the base on every process.
+
+    The leader finds it first and chooses the type for all; then one process of each machine
+    downloads it for the others there.
+    """
+    device, own_dtype = world.device(config.device), ""
     for turn in range(3 if world.size > 1 else 0):
         with world.together("on finding its base"):
             if turn == (0 if world.leads else 1 if world.local_rank == 0 else 2):
-                found = compute_of(
+                own_dtype = compute_of(
                     config.base, dtype=dtype, device=device, quantize=config.quantize
                 ).name
-        told = world.shared(found)
-        dtype = told if turn == 0 and not world.leads else dtype
+        shared_dtype = world.shared(own_dtype)
+        dtype = shared_dtype if turn == 0 and not world.leads else dtype
     shards = (
         Shards(world.rank, world.size, world.gather) if config.shard and world.size > 1 else None
     )
@@ -75,18 +79,18 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
 
 
 def every_weight(base: FrozenBase, world: World) -> FlatValues:
-    """What full fine-tuning trains: in parts where the base's layers lie in shards."""
+    """Returns what full fine-tuning trains, split over processes if the base is sharded."""
     parameters = reached_weights(base.model, base.paths.left_out)
     if base.shards is None:
         return FlatParameters(parameters)
     flat = FlatShards(parameters, base.shards, world)
-    give_back()  # what each layer's run took before it lay among the others
+    give_back()  # frees the memory of layers that were moved into the flat buffer
     return flat
 
 
 def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> None:
-    """What would make processes compute different runs shows before the first step."""
-    found = {
+    """Compares what would make processes compute different runs. Raises ConfigError."""
+    facts = {
         "base": base.fingerprint().digest,
         "rows": data.fingerprint,
         "ways of computing": "; ".join(base.paths.lines),
@@ -94,18 +98,18 @@ def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> No
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-    world.same(found, "Give every process the same base, rows and versions.")
+    world.same(facts, "Give every process the same base, rows and versions.")
 
 
 def shard_lines(base: FrozenBase, flat: FlatValues) -> list[str]:
     if base.shards is None:
         return []
-    own, whole = base.shards.own_bytes / 1e6, base.shards.all_bytes / 1e6
+    own_mb, all_mb = base.shards.own_bytes / 1e6, base.shards.all_bytes / 1e6
     lines = [
-        f"{len(base.shards)} layers in shards: {own:.1f} of {whole:.1f} MB held by each process"
+        f"{len(base.shards)} layers in shards: {own_mb:.1f} of {all_mb:.1f} MB held by each process"
     ]
     if flat.apart:
-        total = sum(each.numel() for each in flat.parameters.values())
+        total = sum(parameter.numel() for parameter in flat.parameters.values())
         lines.append(
             f"masters, gradient and moments of {flat.values.numel():,} of {total:,} values on each"
             " process"

@@ -206,9 +206,9 @@ def run(args: argparse.Namespace) -> int:
 
     with working("planning") as tell:
         question = _question(args)
-        from veneer.plan.ask import answer
+        from veneer.plan.ask import answer_question
 
-        found = answer(question, lambda done, total: tell("planning", done, total))
+        found = answer_question(question, lambda done, total: tell("planning", done, total))
     if args.json:
         print_json(found.to_dict())
     console = make_console(json=args.json)
@@ -285,9 +285,9 @@ def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     with pause_collection():
         from veneer import api
     from veneer.plan.planner import choice_of
-    from veneer.training.state.parents import going_on
+    from veneer.training.state.parents import with_parent_settings
 
-    config = going_on(config)
+    config = with_parent_settings(config)
     data = api.run_rows(config)
     return {
         "bases": [config.base],

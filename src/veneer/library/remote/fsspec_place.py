@@ -1,9 +1,8 @@
-"""A library at an address of fsspec's: s3://, gcs://, ssh://, memory://, and http(s):// for
-reading.
+"""A library at an fsspec address: s3://, gcs://, ssh://, memory://, and http(s):// for reading.
 
-Objects are complete (their MANIFEST.json goes last) before a name's record is exchanged. Such
-stores have no locks: a record is read back after writing, and written again where another writer
-came between.
+An object is complete (its MANIFEST.json is written last) before a name's record points to it. Such
+stores have no locks: a record is read back after writing, and written again if another writer came
+between.
 """
 
 import json
@@ -24,8 +23,11 @@ _READ_ONLY = ("http", "https")
 
 
 class FsspecRemote:
-    """address: a URL; what its scheme needs besides fsspec (s3fs, gcsfs, aiohttp, ...) is told when
-    it is missing."""
+    """Reads and writes a library at a URL.
+
+    Raises ConfigError that names the package if the scheme needs one besides fsspec (s3fs, gcsfs,
+    ...).
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -54,12 +56,12 @@ class FsspecRemote:
             return None
         try:
             self._fs.invalidate_cache()
-            found = self._fs.ls(self._at("names"), detail=False)
+            paths = self._fs.ls(self._at("names"), detail=False)
         except FileNotFoundError:
             return []
         except Exception as fault:
             raise self._unreadable("names", fault) from fault
-        return sorted(PurePosixPath(path).stem for path in found if str(path).endswith(".json"))
+        return sorted(PurePosixPath(path).stem for path in paths if str(path).endswith(".json"))
 
     def read(self, path: str, offset: int) -> Iterator[bytes]:
         try:
@@ -76,44 +78,46 @@ class FsspecRemote:
     def publish(self, name: str, version: Version, folder: Path) -> str:
         if self._read_only:
             raise ConfigError(
-                f"{self.address} can only be read", [], "Push to the store behind it."
+                f"{self.address} is read-only", [], "Push to the store that it serves."
             )
         try:
             self._put_object(version.object, folder)
             for _ in range(_ATTEMPTS):
                 record = self.record(name) or Record()
-                same = [v for v in record.versions if v.object == version.object]
-                if same:
-                    return f"{name}@{same[-1].version}"
-                theirs = version.model_copy(update={"version": record.next_version})
-                others = [
+                equal = [v for v in record.versions if v.object == version.object]
+                if equal:
+                    return f"{name}@{equal[-1].version}"
+                published = version.model_copy(update={"version": record.next_version})
+                untagged = [
                     v.model_copy(update={"tags": [t for t in v.tags if t not in version.tags]})
                     for v in record.versions
                 ]
-                changed = Record(next_version=record.next_version + 1, versions=[*others, theirs])
+                changed = Record(
+                    next_version=record.next_version + 1, versions=[*untagged, published]
+                )
                 self._exchange(f"names/{name}.json", changed)
         except VeneerError:
             raise
         except Exception as fault:
             raise InputError(
-                f"{self.address} cannot be written: {_said(fault)}",
+                f"{self.address} cannot be written: {_first_line(fault)}",
                 [],
-                "Look at the address and your rights.",
+                "Check the address and your permissions.",
             ) from fault
-        raise InputError(f"{self.address}: others keep writing {name!r}", [], "Try again.")
+        raise InputError(f"{self.address}: other writers keep changing {name!r}", [], "Try again.")
 
     def _put_object(self, object: str, folder: Path) -> None:
-        """File by file, MANIFEST.json last; a file that is there in its size is not sent again."""
+        """Uploads file by file, MANIFEST.json last; skips a file that has the right size there."""
         files = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
         self._fs.makedirs(self._at(f"objects/{object}"), exist_ok=True)
         self._fs.makedirs(self._at("names"), exist_ok=True)
         for file in (*files, MANIFEST):
-            there, size = self._at(f"objects/{object}/{file}"), (folder / file).stat().st_size
-            if not (self._fs.exists(there) and self._fs.size(there) == size):
-                self._fs.put_file(str(folder / file), there)
-            if (found := self._fs.size(there)) != size:
+            target, size = self._at(f"objects/{object}/{file}"), (folder / file).stat().st_size
+            if not (self._fs.exists(target) and self._fs.size(target) == size):
+                self._fs.put_file(str(folder / file), target)
+            if (arrived := self._fs.size(target)) != size:
                 raise CorruptFileError(
-                    f"{self.address}: {file} arrived with {found:,} of {size:,} bytes",
+                    f"{self.address}: {file} arrived with {arrived:,} of {size:,} bytes",
                     [],
                     "Push again.",
                 )
@@ -125,17 +129,17 @@ class FsspecRemote:
             json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
             + "\n"
         )
-        beside = self._at(f"{path}.{uuid4().hex}.partial")
-        self._fs.pipe_file(beside, text.encode())
-        self._fs.mv(beside, self._at(path))
+        partial = self._at(f"{path}.{uuid4().hex}.partial")
+        self._fs.pipe_file(partial, text.encode())
+        self._fs.mv(partial, self._at(path))
 
     def _unreadable(self, path: str, fault: Any) -> SourceError:
         return SourceError(
-            f"{self.address}/{path} cannot be read: {_said(fault)}",
+            f"{self.address}/{path} cannot be read: {_first_line(fault)}",
             [],
             "Try again; what has arrived is kept.",
         )
 
 
-def _said(fault: Any) -> str:
+def _first_line(fault: Any) -> str:
     return f"{type(fault).__name__}: {fault}".strip().splitlines()[0][:200]

@@ -1,7 +1,7 @@
-"""One adapter in one repository of the Hugging Face hub, in its root, where PEFT looks for it.
+"""One adapter in the root of a Hugging Face repository, where PEFT looks for it.
 
-A push is one commit, the model card with it: all files or none. A pull resolves the revision to a
-commit first and takes every file from that commit. Pickles and whatever else lies there stay there.
+A push is one commit with the model card: all files or none. A pull resolves the revision to a
+commit and takes every file from that commit. Pickles and other files are not downloaded.
 """
 
 import re
@@ -20,14 +20,15 @@ from veneer.library.remote.place import Transfer
 
 _ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 MAX_BYTES = 20_000_000_000
-"""An adapter is megabytes; a repository that offers more under its file's name is refused before it
-is fetched."""
+"""Largest download: an adapter has megabytes, so a repository with more is refused first."""
 
 
 def _parsed(address: str) -> tuple[str, str | None]:
     if (match := _ADDRESS.fullmatch(address)) is None or ".." in address:
         raise ConfigError(
-            f"{address} names no repository", [], "For instance hf://org/name or hf://org/name@v1."
+            f"{address} is not the address of a repository",
+            [],
+            "For instance hf://org/name or hf://org/name@v1.",
         )
     return match["repository"], match["revision"]
 
@@ -45,7 +46,7 @@ def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = Non
         operations.append(CommitOperationAdd(path_in_repo=CARD_NAME, path_or_fileobj=card.encode()))
     try:
         api.create_repo(repository, private=True, exist_ok=True)
-        made = api.create_commit(
+        commit = api.create_commit(
             repository,
             operations,
             commit_message=f"{entry.reference} {entry.version.object[:12]}",
@@ -53,16 +54,19 @@ def push_to_hub(entry: Entry, folder: Path, address: str, card: str | None = Non
         )
     except Exception as fault:  # the client's errors have no common base
         raise SourceError(
-            f"{address} was not written: {_said(fault)}",
+            f"{address} was not written: {_first_line(fault)}",
             [],
-            "Look at the name and your token: hf auth login",
+            "Check the name and your token: hf auth login",
         ) from fault
-    return Transfer(f"{repository}@{made.oid}", address, entry.version.facts.bytes, skipped=False)
+    return Transfer(f"{repository}@{commit.oid}", address, entry.version.facts.bytes, skipped=False)
 
 
 def pull_from_hub(library: Library, address: str, *, name: str | None = None) -> Entry:
-    """Raises SourceError, UnsafeFileError (only a pickle there), RefusedError (too large), and what
-    `add` raises."""
+    """Downloads an adapter into the library.
+
+    Raises SourceError, UnsafeFileError (only a pickle there), RefusedError (too large), and what
+    `add` raises.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
     from veneer.library.examination import examined  # loads torch
@@ -73,9 +77,9 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
         info: Any = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as fault:
         raise SourceError(
-            f"{address} cannot be read: {_said(fault)}",
+            f"{address} cannot be read: {_first_line(fault)}",
             [],
-            "Look at the name, the revision and your token.",
+            "Check the name, the revision and your token.",
         ) from fault
     sizes = {file.rfilename: file.size for file in info.siblings or []}
     wanted = [file for file in (*ADAPTER_FILES, MANIFEST) if file in sizes]
@@ -83,17 +87,17 @@ def pull_from_hub(library: Library, address: str, *, name: str | None = None) ->
     with library.receiving():
         folder = library.folder / "incoming" / f"hub-{info.sha}"
         for file in wanted:
-            try:  # resumes what was cut off, and compares with the commit's own hashes
+            try:  # resumes, and compares with the commit's own hashes
                 hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
             except Exception as fault:
-                if (told := refusal(fault, folder)) is not None:
-                    raise told from fault
+                if (disk_error := refusal(fault, folder)) is not None:
+                    raise disk_error from fault
                 raise SourceError(
-                    f"{address}: {file} did not arrive: {_said(fault)}",
+                    f"{address}: {file} was not downloaded: {_first_line(fault)}",
                     [],
-                    "Try again: what has arrived is kept.",
+                    "Try again: downloaded parts are kept.",
                 ) from fault
-        if MANIFEST in wanted:  # beside the client's own notes, which lie in .cache
+        if MANIFEST in wanted:  # .cache holds files of the client
             faults = [fault for fault in verify_manifest(folder) if not fault.startswith(".cache/")]
             if faults:
                 raise CorruptFileError(
@@ -120,14 +124,12 @@ def _check_files(address: str, sizes: dict[str, int | None], wanted: list[str]) 
                 f"{address} holds its weights only as a pickle, which can run code when it is"
                 " opened",
                 pickles,
-                "Ask for safetensors there; or, where you trust it, convert it once with PEFT.",
+                "Ask the owner for safetensors; or, if you trust it, convert it once with PEFT.",
             )
-        raise SourceError(
-            f"{address} holds no adapter", [f"{file} is not there" for file in missing]
-        )
+        raise SourceError(f"{address} holds no adapter", [f"{file} is missing" for file in missing])
     if (total := sum(sizes[file] or 0 for file in wanted)) > MAX_BYTES:
         raise RefusedError(f"{address}: {total:,} bytes are no adapter; the limit is {MAX_BYTES:,}")
 
 
-def _said(fault: Any) -> str:
+def _first_line(fault: Any) -> str:
     return f"{type(fault).__name__}: {fault}".strip().splitlines()[0][:200]

@@ -1,8 +1,7 @@
-"""A library elsewhere: what it must answer, and how an object comes from there.
+"""Libraries elsewhere: what one must answer, and how an object is fetched from there.
 
-What arrives is compared with the hashes that its id vouches for, byte by byte, before it appears; a
-transfer that was cut off goes on where it stopped, and files that are there and whole are not
-fetched again.
+Every byte is compared with the hashes that the object's id verifies before the object appears. An
+interrupted transfer continues where it stopped; files that are intact are not fetched again.
 """
 
 import shutil
@@ -29,26 +28,26 @@ CHUNK_BYTES = 1 << 20
 
 
 class Remote(Protocol):
-    """A library elsewhere."""
+    """Answers for a library elsewhere."""
 
     address: str
 
     def record(self, name: str) -> Record | None:
-        """The versions of a name there; None where there is no such name."""
+        """Returns the versions of a name there, None if there is no such name."""
 
     def names(self) -> list[str] | None:
-        """What there is; None where an address cannot be listed."""
+        """Lists the names there, None if the address cannot be listed."""
 
     def read(self, path: str, offset: int) -> Iterator[bytes]:
-        """The bytes of a file from an offset on, in pieces. SourceError: not there, or cut off."""
+        """Yields a file's bytes from an offset on. Raises SourceError."""
 
     def publish(self, name: str, version: Version, folder: Path) -> str:
-        """Puts an object and a name's version there; returns the reference it has there."""
+        """Writes an object and a name's version there; returns its reference there."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """reference: what it is called where it went; skipped: its bytes were there already."""
+    """Reports a push. reference: its name at the destination; skipped: its bytes existed there."""
 
     reference: str
     address: str
@@ -57,8 +56,9 @@ class Transfer:
 
 
 def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
-    """Brings an object into the library, in `incoming/` first. CorruptFileError: its bytes are not
-    what its id says."""
+    """Fetches an object into the library, by way of `incoming/`. CorruptFileError: its bytes do not
+    match its id.
+    """
     if not object_faults(library.objects / wanted):
         return
     incoming = library.folder / "incoming" / wanted
@@ -67,11 +67,11 @@ def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
         manifest = b"".join(
             _limited(remote.read(f"objects/{wanted}/{MANIFEST}", 0), MAX_MANIFEST_BYTES)
         )
-        if (found := object_id(manifest)) != wanted:
+        if (received_id := object_id(manifest)) != wanted:
             raise CorruptFileError(
-                f"{remote.address} gives another object than it names",
-                [f"asked for {wanted[:12]}…, its {MANIFEST} is that of {found[:12]}…"],
-                "Nothing was kept. Push it there again.",
+                f"{remote.address} returned another object than the one requested",
+                [f"asked for {wanted[:12]}…, its {MANIFEST} is that of {received_id[:12]}…"],
+                "Nothing was stored. Push it there again.",
             )
         files = listed_files(manifest, f"{remote.address}/objects/{wanted}/{MANIFEST}")
         needed = sum(int(entry["bytes"]) for entry in files.values())
@@ -91,20 +91,19 @@ def fetch_object(library: Library, remote: Remote, wanted: str) -> None:
 
 
 def _fetch_file(remote: Remote, path: str, into: Path, size: int, sha256: str) -> None:
-    """Goes on where an earlier transfer stopped; once more from the start if that does not give the
-    right bytes."""
-    for attempt in ("go on", "anew"):
-        have = into.stat().st_size if into.exists() and attempt == "go on" else 0
-        if have > size:
-            have = 0
-        if have < size or have == 0:
-            with into.open("r+b" if have else "wb") as file:
-                file.seek(have)
-                for piece in _limited(remote.read(path, have), size - have):
+    """Continues an interrupted transfer; starts once more if the result has wrong bytes."""
+    for attempt in ("continue", "restart"):
+        received = into.stat().st_size if into.exists() and attempt == "continue" else 0
+        if received > size:
+            received = 0
+        if received < size or received == 0:
+            with into.open("r+b" if received else "wb") as file:
+                file.seek(received)
+                for piece in _limited(remote.read(path, received), size - received):
                     file.write(piece)
         if into.stat().st_size == size and file_hash(into) == sha256:
             return
-        if not have:
+        if not received:
             break
     faults = [
         f"{into.stat().st_size:,} of {size:,} bytes, SHA-256 {file_hash(into)[:12]}…, not"
@@ -112,25 +111,23 @@ def _fetch_file(remote: Remote, path: str, into: Path, size: int, sha256: str) -
     ]
     into.unlink()
     raise CorruptFileError(
-        f"{remote.address}/{path} did not arrive whole",
-        faults,
-        "Try again, or push it there again.",
+        f"{remote.address}/{path} arrived damaged", faults, "Try again, or push it there again."
     )
 
 
 def _limited(pieces: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Never more than was announced."""
+    """Yields pieces; raises if they have more bytes than were announced."""
     for piece in pieces:
         limit -= len(piece)
         if limit < 0:
             raise CorruptFileError(
-                "more bytes arrive than were announced", [], "Nothing was kept of it."
+                "more bytes arrived than were announced", [], "Nothing of it was stored."
             )
         yield piece
 
 
 class FolderRemote:
-    """Another library on a file system."""
+    """Answers for another library on a file system."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.address = library, str(library.folder)

@@ -1,5 +1,4 @@
-"""Whole versions to another library and back: a folder, any address that fsspec knows, a repository
-of the hub.
+"""Pushes and pulls versions: to a folder, an fsspec address, or a repository of the hub.
 
     /folder, file://...          another library, under its own locks (library/remote/place.py)
     s3://, gcs://, ssh://, ...   the same layout at that address; http(s):// for reading
@@ -7,7 +6,7 @@ of the hub.
     hf://org/name[@revision]     one adapter, in the repository's root, as PEFT reads it
                                  (library/remote/hub.py)
 
-What a record says of an object is not believed: the facts are read from the object.
+The facts in a remote record are not trusted: they are read from the object.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ CardOf = Callable[[Entry, Path], str | None]
 
 
 def remote_at(address: str) -> Remote:
-    """ConfigError: an address of a kind that nothing here reads."""
+    """Returns the library at an address. ConfigError: unknown kind of address."""
     scheme, separator, rest = address.partition("://")
     if not separator or scheme == "file":
         return FolderRemote(Library(rest if separator else address))
@@ -33,11 +32,9 @@ def remote_at(address: str) -> Remote:
 
 
 def push(library: Library, reference: str, address: str, card: CardOf | None = None) -> Transfer:
-    """Copies a version to another library, under its own name. The same bytes there are not sent
-    again.
+    """Copies a version to another library under its own name; bytes that are there are not sent.
 
-    card   says the README.md of a repository of the hub; in libraries objects are called by what
-           they hold
+    card: writes the README.md of a hub repository; libraries have none.
     """
     entry = library.get(reference)
     folder = library.whole(entry.reference)
@@ -46,24 +43,24 @@ def push(library: Library, reference: str, address: str, card: CardOf | None = N
 
         return push_to_hub(entry, folder, address, None if card is None else card(entry, folder))
     remote = remote_at(address)
-    there = remote.record(entry.name)
-    skipped = there is not None and any(v.object == entry.version.object for v in there.versions)
-    known = remote.publish(entry.name, entry.version, folder)
-    return Transfer(known, address, entry.version.facts.bytes, skipped)
+    record = remote.record(entry.name)
+    skipped = record is not None and any(v.object == entry.version.object for v in record.versions)
+    remote_reference = remote.publish(entry.name, entry.version, folder)
+    return Transfer(remote_reference, address, entry.version.facts.bytes, skipped)
 
 
 def pull(
     library: Library, address: str, reference: str | None = None, *, name: str | None = None
 ) -> Entry:
-    """Fetches a version and makes it the newest of `name` (default: as it is called there)."""
+    """Fetches a version and makes it the newest of `name` (default: its name there)."""
     if address.startswith("hf://"):
         from veneer.library.remote.hub import pull_from_hub
 
         return pull_from_hub(library, address, name=name)
     if reference is None:
-        raise ConfigError("which adapter is meant?", [], "Name it: NAME, NAME@2 or NAME@tag.")
+        raise ConfigError("no adapter was named", [], "Name it: NAME, NAME@2 or NAME@tag.")
     wanted, remote = parse_reference(reference), remote_at(address)
-    version = _wanted(remote, wanted)
+    version = _find_version(remote, wanted)
     check_name(name or wanted.name)
     with library.receiving():
         fetch_object(library, remote, version.object)
@@ -76,10 +73,10 @@ def pull(
         )
 
 
-def _wanted(remote: Remote, wanted: Reference) -> Version:
+def _find_version(remote: Remote, wanted: Reference) -> Version:
     record = remote.record(wanted.name)
     if record is None:
-        there = remote.names()
-        listed = "" if there is None else f"There is: {', '.join(there[:12]) or 'nothing'}."
+        names = remote.names()
+        listed = "" if names is None else f"There is: {', '.join(names[:12]) or 'nothing'}."
         raise SourceError(f"no adapter {wanted.name!r} at {remote.address}", [], listed)
     return chosen_version(wanted, record)

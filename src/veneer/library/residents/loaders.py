@@ -1,7 +1,6 @@
-"""Threads that read for others: a few at once, and further ones beside those that hang on a disk.
+"""Threads that read adapters: a few at once, and more while some hang on a disk.
 
-A thread is there while there is something to do. One that hangs is left alone, and its job is
-nobody else's.
+A thread lives while there are jobs. A thread that hangs is left alone, and no other takes its job.
 """
 
 import threading
@@ -10,23 +9,24 @@ from collections.abc import Callable
 
 
 class Loaders:
-    """at_once: jobs in progress, those not counted that take longer than `slow_seconds` by the
-    clock."""
+    """Runs jobs on threads. at_once: jobs at the same time, not counting those that take longer
+    than `slow_seconds` by the clock.
+    """
 
     def __init__(self, *, at_once: int, slow_seconds: float, clock: Callable[[], float]) -> None:
         self._at_once, self._slow_seconds, self._clock = at_once, slow_seconds, clock
         self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()
-        self._begun: dict[threading.Thread, float] = {}
+        self._started: dict[threading.Thread, float] = {}
 
     def put(self, job: Callable[[], None]) -> None:
-        """It is done some time; it must not raise."""
+        """Queues a job, which must not raise."""
         with self._lock:
             self._waiting.append(job)
             self._start()
 
     def look(self) -> None:
-        """Another thread where one hangs and something waits."""
+        """Starts another thread if one hangs and a job waits."""
         if self._waiting:
             with self._lock:
                 self._start()
@@ -34,24 +34,24 @@ class Loaders:
     @property
     def idle(self) -> bool:
         with self._lock:
-            return not self._waiting and not self._begun
+            return not self._waiting and not self._started
 
     def _start(self) -> None:
         now = self._clock()
-        active = sum(now - begun < self._slow_seconds for begun in self._begun.values())
+        active = sum(now - started < self._slow_seconds for started in self._started.values())
         for _ in range(min(self._at_once - active, len(self._waiting))):
             thread = threading.Thread(target=self._work, name="veneer-loader", daemon=True)
-            self._begun[thread] = now
+            self._started[thread] = now
             thread.start()
 
     def _work(self) -> None:
-        own = threading.current_thread()
+        thread = threading.current_thread()
         while True:
             with self._lock:
                 if not self._waiting:
-                    del self._begun[own]
+                    del self._started[thread]
                     return
                 job = self._waiting.popleft()
-                self._begun[own] = self._clock()
+                self._started[thread] = self._clock()
             job()
-            del job  # and with it what it held
+            del job  # frees what it references

@@ -1,7 +1,6 @@
-"""What adapters take in memory, and who goes where that is short: the least recently used, never
-what has to stay.
+"""Memory of adapters, and which to evict: the least recently used, never one that must stay.
 
-Not known here: where they are kept, or when (pool.py, residents.py).
+Knows nothing of where or when adapters are loaded (pool.py, residents.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -18,12 +17,12 @@ from veneer.formats.adapter import StoredAdapter, read_adapter
 
 Key = TypeVar("Key")
 HELD_ITEM_BYTES = 4
-"""Of a trained value as it is loaded, float32 whatever its file has."""
+"""Bytes of a loaded value: float32, whatever type its file has."""
 
 
 @dataclass(kw_only=True, eq=False)
 class MemoryEntry:
-    """used: rises with every use of any; of those that may go, the lowest goes first."""
+    """Counts what an adapter takes. used: number of its last use; the lowest is evicted first."""
 
     bytes: int = 0
     used: int = 0
@@ -31,32 +30,37 @@ class MemoryEntry:
 
 
 def room_for(
-    needed: int, kept: Iterable[tuple[Key, MemoryEntry]], free: int, may_go: Callable[[Key], bool]
+    needed: int,
+    entries: Iterable[tuple[Key, MemoryEntry]],
+    free: int,
+    may_evict: Callable[[Key], bool],
 ) -> list[Key] | None:
-    """Who goes so that `needed` bytes fit into the free ones and theirs, no more of them than must.
+    """Chooses entries to evict so that `needed` bytes fit, as few as possible; None if impossible.
 
-    None: not even if all go that may.
+    free: bytes that are free already.
     """
-    going: list[Key] = []
-    for key, each in sorted(kept, key=lambda pair: pair[1].used):
+    evicted: list[Key] = []
+    for key, entry in sorted(entries, key=lambda pair: pair[1].used):
         if free >= needed:
             break
-        if not each.pinned and may_go(key):
-            going.append(key)
-            free += each.bytes
-    return going if free >= needed else None
+        if not entry.pinned and may_evict(key):
+            evicted.append(key)
+            free += entry.bytes
+    return evicted if free >= needed else None
 
 
 def bytes_of(attachment: Attachment) -> int:
-    """Of its tensors."""
+    """Counts the bytes of an attachment's tensors."""
     return sum(p.numel() * p.element_size() for p in attachment.parameters().values())
 
 
 @torch.no_grad()
 def hold_as(attachment: Attachment, dtype: torch.dtype) -> None:
-    """For one that only answers: LoRA's factors in the type they are multiplied in, as they would
-    be typed each time. What computes with them in float32 first, DoRA's norms say, stays as it
-    is."""
+    """Casts LoRA's factors to the type they are multiplied in, for an adapter that only answers.
+
+    Otherwise they would be cast at every call. Methods that compute with factors in float32 first,
+    such as DoRA's norms, keep them.
+    """
     for layer in attachment.layers.values():
         if (
             type(layer) is LoRALayer
@@ -68,7 +72,7 @@ def hold_as(attachment: Attachment, dtype: torch.dtype) -> None:
 
 
 def bytes_needed(stored: StoredAdapter) -> int:
-    """What its tensors take at most once they are beside a base."""
+    """Counts the most bytes that the tensors take beside a base."""
     return sum(
         tensor.numel() * max(tensor.element_size(), HELD_ITEM_BYTES)
         for tensor in stored.tensors.values()
@@ -76,7 +80,7 @@ def bytes_needed(stored: StoredAdapter) -> int:
 
 
 def read_version(folder: Path, reference: str, content_hash: str) -> StoredAdapter:
-    """A version of a library, which is what was added. CorruptFileError: it is not."""
+    """Reads a version of a library. CorruptFileError: it is not what was added."""
     stored = read_adapter(folder)
     if stored.content_hash != content_hash:
         raise CorruptFileError(

@@ -1,11 +1,12 @@
-"""One version of an adapter as a server has it, and as it shows it."""
+"""One version of an adapter in a server's memory, and its status for clients."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from veneer.adapters.placement.attachment import Attachment
-from veneer.errors import VeneerError
+from veneer.errors import BudgetFullError, VeneerError
 from veneer.library.residents.memory import HELD_ITEM_BYTES, MemoryEntry
 
 
@@ -18,8 +19,9 @@ class Tier(Enum):
 
 @dataclass(frozen=True)
 class VersionFiles:
-    """Where a version lies. content_hash: of its tensors and config, which reading it checks. made:
-    changes whenever the folder is another one."""
+    """Locates a version. content_hash: of its tensors and config, checked on reading. made:
+    identity of the folder, which changes when it is replaced.
+    """
 
     reference: str
     folder: Path
@@ -34,22 +36,24 @@ class VersionFiles:
 
 @dataclass(kw_only=True, eq=False)
 class Resident(MemoryEntry):
-    """bytes: taken, or promised while it is loading. All but `content` is changed under its tiers'
-    lock alone.
+    """Holds the state of one version. All but `content` changes only under the lock of its Tiers.
 
-    places    of its trained prefix
-    holders   sequences that have blocks
-    fresh     it has come for a request, and none has had it yet
-    draining  gets no new sequences, so that it can go
-    unwanted  goes as soon as nobody asks for it
-    load      number of the last one; what an older one brings is dropped
-    begun     when a thread began with that; None: it waits for one. reading: threads that read
-    moment    of its last use, or of its failure
+    bytes     in use, or reserved while it loads
+
+    places    positions of its trained prefix
+    holders   sequences with blocks
+    fresh     loaded for a request that has not used it yet
+    draining  gets no new sequences, so that it can be evicted
+    unwanted  evicted as soon as nobody asks for it
+    load      number of its last load; results of older loads are dropped
+    begun     time when a thread began that load; None while it waits. reading: threads that read
+    moment    time of its last use or failure
     """
 
     content: str
-    """Id of all its files (library/objects.py): versions that differ in veneer.json alone are asked
-    differently."""
+    """Id of all its files (library/objects.py); versions that differ only in veneer.json differ
+    here.
+    """
     files: VersionFiles
     tier: Tier = Tier.DISK
     attachment: Attachment | None = None
@@ -67,8 +71,7 @@ class Resident(MemoryEntry):
 
 @dataclass(frozen=True)
 class ResidentStatus:
-    """A version that is in memory, on its way, or broken. version: its content_hash. idle_seconds:
-    since it was last used."""
+    """Reports a version that is in memory, loading, or failed. version: its content_hash."""
 
     reference: str
     content: str
@@ -79,3 +82,25 @@ class ResidentStatus:
     pinned: bool
     idle_seconds: float
     error: VeneerError | None
+
+
+def budget_error(
+    wanted: Collection[Resident], residents: Collection[Resident], budget_bytes: int
+) -> BudgetFullError:
+    """Returns the error that these residents find no room, with what is in the way."""
+    needed = sum(resident.bytes or resident.files.bytes_needed for resident in wanted)
+    unmovable = [
+        resident
+        for resident in residents
+        if resident.bytes and resident not in wanted and (resident.pinned or resident.holders)
+    ]
+    return BudgetFullError(
+        f"{', '.join(resident.files.reference for resident in wanted)}: {needed:,} bytes, and"
+        f" adapters have {budget_bytes:,}",
+        [
+            f"{resident.files.reference}: {resident.bytes:,} bytes,"
+            f" {'pinned' if resident.pinned else 'in use'}"
+            for resident in unmovable
+        ],
+        "Unpin or unload some, or raise the budget.",
+    )

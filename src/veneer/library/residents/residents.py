@@ -1,8 +1,9 @@
-"""The adapters of a library for a server: by name, in memory while requests want them (tiers.py).
+"""The adapters of a library for a server, looked up by name and kept in memory while in use
+(tiers.py).
 
-A name is looked up when a request comes, and means what it holds by then: a version that is
-published while another runs is for the requests behind it. What no name means any more goes as soon
-as nobody uses it.
+A name is looked up when a request comes, and means the version of that moment: a version published
+while a request runs is for later requests. A version that no name means any more is evicted when
+nobody uses it.
 """
 
 import threading
@@ -32,21 +33,22 @@ from veneer.formats.header_fit import header_faults
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_reference, nearest
+from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.resident import ResidentStatus, VersionFiles
-from veneer.library.residents.tiers import LoadLimits, Tiers
+from veneer.library.residents.tiers import Tiers
 from veneer.models.frozen_base import FrozenBase
 
 T = TypeVar("T")
 MOST_KNOWN = 1024
-"""Folders of which is known what their small files say."""
+"""Largest number of folders whose small files are remembered."""
 
 
 class Residents:
-    """decoding.adapters.Adapters. All may be called from any thread; names are looked up on the one
-    that calls.
+    """Implements decoding.adapters.Adapters. Every method may be called from any thread, and looks
+    names up on that thread.
 
     budget_bytes  of all adapters in memory
-    base_names    what the base is called; NAME:adapter is an adapter too
+    base_names    names of the base; NAME:adapter is an adapter too
     """
 
     def __init__(
@@ -63,22 +65,22 @@ class Residents:
         self.base_names = frozenset(base_names) or frozenset({base.source, base.name_or_path})
         self._tiers = Tiers(base, budget_bytes=budget_bytes, limits=limits, clock=clock)
         self._lock = threading.Lock()
-        self._meant: dict[str, str] = {}  # reference -> the content that it last meant
+        self._meant: dict[str, str] = {}  # reference -> the content it last meant
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
         self._fronts: dict[Path, Front] = {}
-        self._fit: dict[str, bool] = {}  # by the object's hash: whether it may act on this base
+        self._fit: dict[str, bool] = {}  # object's hash -> whether it fits this base
         with base.routing.changing:
             self._plain, self._read_past = plain_copy(base.model), base.read_past
 
     # by name
 
     def resolve(self, name: str, weight: float = 1.0) -> Identity:
-        """What it means now: name, name@2, name@tag, BASE:name; () is the base alone. Reads the
-        library's record.
+        """Returns what name, name@2, name@tag or BASE:name means now; () is the base alone.
 
-        UnknownNameError, with the nearest; AdapterMismatchError: trained on another base; what
-        loading it raised just now.
+        Reads the library's record. Raises UnknownNameError with the nearest name,
+        AdapterMismatchError if it was trained on another base, and the error of a load that failed
+        just now.
         """
         check_numbers(weight=(WEIGHT, weight))
         if name in self.base_names:
@@ -87,20 +89,19 @@ class Residents:
         return ((self._know(reference, self._entry(reference, name)), weight),)
 
     def preamble(self, identity: Identity) -> Preamble:
-        """Of the conversations that all of these were trained on. Reads files of one that was not
-        asked for before."""
+        """Returns the preamble that all these adapters were trained with."""
         return shared(self._preamble(self._tiers.files(content)) for content, _ in identity)
 
     def fits(self, entry: Entry) -> bool:
-        """Whether the adapter may act on this base: trained on it or, if the library does not know
-        its base, of shapes that fit.
+        """Returns whether the adapter may act on this base: trained on it, or of shapes that fit
+        it.
 
-        It reads the small files of an object once, and all of an object that holds copies of the
-        base's values. It waits for no adapter that comes or goes. False where the files cannot be
-        read; they are read again next time.
+        Shapes count only if the library does not know its base. Reads the small files of an object
+        once, and all of an object that holds copies of the base's values. Waits for no adapter that
+        is loading. Files that cannot be read give False, and are read again next time.
         """
-        if (theirs := entry.version.facts.base_digest) is not None:
-            return theirs in self.base.weights_digests
+        if (digest := entry.version.facts.base_digest) is not None:
+            return digest in self.base.weights_digests
         content = entry.version.object
         if content not in self._fit:
             try:
@@ -111,25 +112,25 @@ class Residents:
         return self._fit[content]
 
     def front_places(self, identity: Identity) -> int:
-        """Positions of its trained prefix; 0 too where its files are broken, as loading it will
-        say.
+        """Returns the positions of its trained prefix, 0 if its files are broken: loading reports
+        them.
 
-        ConfigError: adapters that cannot act together with these weights.
+        Raises ConfigError if the adapters cannot act together with these weights.
         """
         files = [self._tiers.files(content) for content, _ in identity]
-        fronts = [self._front(each) for each in files]
+        fronts = [self._front(version) for version in files]
         weights = [weight for _, weight in identity]
         refuse_sum(
             [
-                (f.reference, front.contents, w)
-                for f, front, w in zip(files, fronts, weights, strict=True)
+                (version_files.reference, front.contents, weight)
+                for version_files, front, weight in zip(files, fronts, weights, strict=True)
             ]
         )
         return sum(front.places for front in fronts)
 
     def _front(self, files: VersionFiles) -> Front:
-        if (known := self._fronts.get(files.folder)) is not None:
-            return known
+        if (front := self._fronts.get(files.folder)) is not None:
+            return front
         try:
             front = read_front(files.folder)
         except VeneerError:
@@ -137,25 +138,26 @@ class Residents:
         self._remember(self._fronts, files.folder, front)
         return front
 
-    def _remember(self, known: dict[Path, T], folder: Path, value: T) -> None:
+    def _remember(self, values: dict[Path, T], folder: Path, value: T) -> None:
         with self._lock:
-            known[folder] = value
-            while len(known) > MOST_KNOWN:
-                del known[next(iter(known))]
+            values[folder] = value
+            while len(values) > MOST_KNOWN:
+                del values[next(iter(values))]
 
     def _preamble(self, files: VersionFiles) -> Preamble:
-        found = self._preambles.get(files.folder)
-        if found is None:
+        preamble = self._preambles.get(files.folder)
+        if preamble is None:
             manifest = files.folder / MANIFEST_NAME
             with told_as(files.folder, files.reference):
-                found = read_manifest(manifest).preamble if manifest.is_file() else NONE
-            self._remember(self._preambles, files.folder, found)
-        return found
+                preamble = read_manifest(manifest).preamble if manifest.is_file() else NONE
+            self._remember(self._preambles, files.folder, preamble)
+        return preamble
 
     def load(self, name: str, *, seconds: float = 60.0) -> Identity:
-        """Into memory, waiting for it. Raises what `resolve` raises and why it does not come.
+        """Loads an adapter and waits for it.
 
-        BudgetFullError: no room; others are pinned or in use for longer than this.
+        Raises the errors of `resolve` and of loading; BudgetFullError if others are pinned or in
+        use for longer than `seconds`.
         """
         check_numbers(seconds=(SECONDS, seconds))
         identity = self.resolve(name)
@@ -163,30 +165,35 @@ class Residents:
         return identity
 
     def unload(self, name: str, *, keep: Collection[str] = ()) -> bool:
-        """Unloads a version, or every version if the name has none: each goes when nobody uses it,
-        pinned or not, and is read again when somebody asks. keep: references whose versions stay.
+        """Evicts a version, or every version of a name, as soon as nobody uses it, pinned or not.
 
-        False: none was in memory. UnknownNameError: no such name.
+        It is read again when somebody asks. keep: references whose versions stay. Returns False if
+        none was in memory. Raises UnknownNameError.
         """
         contents = [] if name in keep else [self._unpinned(name)]
         with self._lock:
-            kept = {self._meant[each] for each in keep if each in self._meant}
+            kept_contents = {
+                self._meant[reference] for reference in keep if reference in self._meant
+            }
             versions = [
-                each for each in self._meant if each.startswith(f"{name}@") and each not in keep
+                reference
+                for reference in self._meant
+                if reference.startswith(f"{name}@") and reference not in keep
             ]
         for reference in versions:
-            with suppress(UnknownNameError):  # removed from the library since
+            with suppress(UnknownNameError):  # removed from the library meanwhile
                 contents.append(self._unpinned(reference))
-        left = [
+        evictions = [
             self._tiers.leave(content)
             for content in contents
-            if content is not None and content not in kept
+            if content is not None and content not in kept_contents
         ]
-        return any(left)
+        return any(evictions)
 
     def pin(self, name: str, *, seconds: float = 60.0) -> None:
-        """Into memory, and it stays there whatever the budget says; of a name the version that it
-        means by then."""
+        """Loads an adapter and keeps it in memory, whatever the budget; follows its name's
+        versions.
+        """
         if name in self.base_names:
             return
         reference = self._reference(name)
@@ -203,11 +210,11 @@ class Residents:
             raise
 
     def unpin(self, name: str) -> None:
-        """It may go. Nothing, if it was not pinned."""
+        """Allows an adapter to be evicted."""
         self._unpinned(name)
 
     def _unpinned(self, name: str) -> str | None:
-        """What it means, if it was asked for before. UnknownNameError: no such name."""
+        """Unpins a name; returns the content it meant, None if it was never asked for."""
         if name in self.base_names:
             return None
         reference = self._reference(name)
@@ -220,7 +227,7 @@ class Residents:
         return content
 
     def shown(self) -> Sequence[ResidentStatus]:
-        """What is in memory, on its way or broken, the last used first."""
+        """Lists what is in memory, loading or failed, the last used first."""
         return self._tiers.shown()
 
     def used_bytes(self) -> int:
@@ -231,11 +238,12 @@ class Residents:
         return self._tiers.budget_bytes
 
     def on_change(self, tell: Callable[[], None]) -> None:
-        """It is called when an adapter has come or failed, on the thread that read it; it must be
-        short."""
+        """Registers a short callback for when an adapter was loaded or failed, on the thread that
+        read it.
+        """
         self._tiers.changed = tell
 
-    # of the decoding thread
+    # called by the decoding thread
 
     def expect(self, identity: Identity) -> None:
         self._tiers.expect(identity)
@@ -255,13 +263,12 @@ class Residents:
     def applied(self, identity: Identity) -> Applied:
         return self._tiers.applied(identity)
 
-    # below
+    # helpers
 
     def _reference(self, name: str) -> str:
-        """Of the library: what stands behind the base's name, or all of it. UnknownNameError: it
-        could be none."""
-        start, colon, rest = name.rpartition(":")
-        reference = rest if colon and start in self.base_names else name
+        """Returns the library's reference in a name. UnknownNameError: it cannot be one."""
+        base_name, colon, adapter_name = name.rpartition(":")
+        reference = adapter_name if colon and base_name in self.base_names else name
         if not is_reference(reference):
             raise self._unknown(name)
         return reference
@@ -274,7 +281,7 @@ class Residents:
             raise self._unknown(name, fault) from None
 
     def _know(self, reference: str, entry: Entry) -> str:
-        """The content, which can be asked for from now on."""
+        """Registers the content of an entry, so that it can be asked for; returns it."""
         facts, content = entry.version.facts, entry.version.object
         self._check_base(entry)
         folder = self.library.objects / entry.version.object
@@ -282,54 +289,67 @@ class Residents:
             stat = folder.stat()
         except OSError as fault:
             raise CorruptFileError(
-                f"the files of {entry.reference} are gone", [], "Pull or add it again."
+                f"the files of {entry.reference} are missing", [], "Pull or add it again."
             ) from fault
-        made = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
+        identity = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
         try:
             self._tiers.know(
                 content,
-                VersionFiles(entry.reference, folder, facts.content_hash, facts.parameters, made),
+                VersionFiles(
+                    entry.reference, folder, facts.content_hash, facts.parameters, identity
+                ),
             )
         finally:
             self._mean(reference, content)
         return content
 
     def _mean(self, reference: str, content: str | None) -> None:
-        """What it meant before goes, if no other means it, and a pin goes along with its name."""
+        """Records what a reference means now; its pin moves along.
+
+        A content that no reference means any more is evicted.
+        """
         with self._lock:
-            before = self._meant.pop(reference, None)
+            previous = self._meant.pop(reference, None)
             if content is None:
                 self._pins.discard(reference)
             else:
                 self._meant[reference] = content
-            if before is None or before == content:
+            if previous is None or previous == content:
                 return
-            self._apply_pins(before, *(() if content is None else (content,)))
-            if before not in self._meant.values():
-                self._tiers.leave(before)
+            self._apply_pins(previous, *(() if content is None else (content,)))
+            if previous not in self._meant.values():
+                self._tiers.leave(previous)
 
     def _apply_pins(self, *contents: str) -> None:
-        """Pins each of these contents that a pinned name means, and unpins the others. Call it with
-        the lock held, so that no older decision overtakes a newer one. A name may be pinned while
-        another thread finds that the library has it no more: it means nothing then."""
+        """Pins each of these contents that a pinned name means, and unpins the others.
+
+        Call it with the lock held, so that no older decision overtakes a newer one. A name may be
+        pinned while another thread finds that the library no longer has it: it then means nothing.
+        """
         pinned = {self._meant.get(reference) for reference in self._pins}
         for content in contents:
             self._tiers.pin(content, pinned=content in pinned)
 
     def _check_base(self, entry: Entry) -> None:
-        """Before it is read: by what the library knows. AdapterMismatchError shows both sides."""
-        theirs, base, ours = entry.version.facts.base_digest, self.base, self.base.weights_digests
-        if theirs is not None and theirs not in ours:
-            called = name_of(entry.version.facts.base or "without a name")
+        """Checks the base before loading, from the library's facts. AdapterMismatchError shows
+        both.
+        """
+        digest, base, base_digests = (
+            entry.version.facts.base_digest,
+            self.base,
+            self.base.weights_digests,
+        )
+        if digest is not None and digest not in base_digests:
+            trained_on = name_of(entry.version.facts.base or "without a name")
             raise AdapterMismatchError(
                 f"{entry.reference} was trained on another base than {name_of(base.name_or_path)}",
-                [f"{called}, fingerprint {theirs[:12]}… against {ours[0][:12]}…"],
-                "Serve it beside the base that it was trained on.",
+                [f"{trained_on}, fingerprint {digest[:12]}… against {base_digests[0][:12]}…"],
+                "Serve it with the base that it was trained on.",
             )
 
     def _unknown(self, name: str, fault: ConfigError | None = None) -> UnknownNameError:
-        """fault: what the library says; of a name that it has, which versions there are."""
+        """Returns the error for an unknown name. fault: the library's error, for a known name."""
         if fault is not None and self.library.has(name.rpartition(":")[2]):
             return UnknownNameError(fault.headline, fault.faults, fault.next_step)
-        known = {*self.base_names, *self.library.all_names()}
-        return UnknownNameError(f"nothing is called {name[:80]!r}", [], nearest(name[:80], known))
+        names = {*self.base_names, *self.library.all_names()}
+        return UnknownNameError(f"nothing is called {name[:80]!r}", [], nearest(name[:80], names))

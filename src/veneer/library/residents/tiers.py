@@ -1,16 +1,17 @@
 """Adapters on disk, and in memory while requests want them.
 
-    disk ──> loading ──> ready ──> disk      the least recently used goes where the budget says so
-                                             └────> failed ──> disk      its own requests end; read
-                                             anew after a while, or when its files changed
+    disk ──> loading ──> ready ──> disk      the least recently used is evicted if the budget
+                                             requires it
+                    └────> failed ──> disk   its requests end; read again after a while, or when its
+                                             files changed
 
-Contents are read on threads of their own (loaders.py) and put beside the base there. The decoding
-thread asks, and waits for nothing but a short lock.
+Loader threads (loaders.py) read adapters and attach them to the base. The decoding thread asks, and
+waits for nothing but a short lock.
 
 Room is given in the order in which requests ask, to all adapters of a request at once. Others may
-go ahead of one that finds no room, a bounded number of times; then those in memory that have the
-fewest users get no new ones, until there is room. Names are not known here: an adapter is called by
-its content.
+overtake a request that finds no room, a limited number of times; then the loaded adapters with the
+fewest users get no new ones until there is room. Knows no names: an adapter is identified by its
+content.
 """
 
 import threading
@@ -20,64 +21,38 @@ from dataclasses import dataclass
 from functools import partial
 
 from veneer.adapters.placement.acting import Applied
-from veneer.bounds import BYTES, COUNT, SECONDS, WAITS, check_numbers
-from veneer.decoding.schedule.adapters import front_places, lay_out
+from veneer.bounds import BYTES, check_numbers
+from veneer.decoding.schedule.adapters import front_places
 from veneer.decoding.schedule.blocks import Identity
-from veneer.errors import (
-    BudgetFullError,
-    ConfigError,
-    CorruptFileError,
-    RefusedError,
-    SourceError,
-    VeneerError,
-    told_as,
-)
-from veneer.files.home import name_of
-from veneer.formats.adapter import load_adapter
-from veneer.kernels.bindings.library import end_helpers
+from veneer.errors import BudgetFullError, ConfigError, SourceError, VeneerError
+from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.loaders import Loaders
-from veneer.library.residents.memory import bytes_needed, bytes_of, hold_as, read_version, room_for
-from veneer.library.residents.resident import Resident, ResidentStatus, Tier, VersionFiles
+from veneer.library.residents.loading import LoadedAdapter, load_version
+from veneer.library.residents.memory import room_for
+from veneer.library.residents.resident import (
+    Resident,
+    ResidentStatus,
+    Tier,
+    VersionFiles,
+    budget_error,
+)
 from veneer.models.frozen_base import FrozenBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadLimits:
-    """at_once        adapters that are read at once
-    slow_seconds   one that takes longer counts no more among these
-    load_seconds   one that takes longer has failed
-    retry_seconds  so long after a failure an adapter is read again
-    max_overtaken  sequences that may go ahead of one that finds no room
-    """
-
-    at_once: int = 2
-    slow_seconds: float = 2.0
-    load_seconds: float = 60.0
-    retry_seconds: float = 30.0
-    max_overtaken: int = 16
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            at_once=(COUNT, self.at_once),
-            slow_seconds=(SECONDS, self.slow_seconds),
-            load_seconds=(SECONDS, self.load_seconds),
-            retry_seconds=(SECONDS, self.retry_seconds),
-            max_overtaken=(WAITS, self.max_overtaken),
-        )
 
 
 @dataclass
 class _PendingLoad:
-    """An identity that lacks something in memory. by_hand: no request asks. since: holds granted
-    when room was first short; None: it has not been."""
+    """Waits for an identity to be loaded. by_hand: not for a request. since: number of grants when
+    it first found no room, None if it has not been tried.
+    """
 
     by_hand: bool = False
     since: int | None = None
 
 
 class Tiers:
-    """decoding.adapters.Adapters. changed is called when an adapter has come or failed, on the
-    thread that read it."""
+    """Implements decoding.adapters.Adapters. changed: called when an adapter was loaded or failed,
+    on its loader thread.
+    """
 
     def __init__(
         self,
@@ -95,326 +70,340 @@ class Tiers:
             at_once=self.limits.at_once, slow_seconds=self.limits.slow_seconds, clock=clock
         )
         self._lock = threading.Condition(threading.RLock())
-        self._known: dict[str, Resident] = {}
+        self._residents: dict[str, Resident] = {}
         self._queue: dict[Identity, _PendingLoad] = {}
-        self._asked: set[Identity] = set()  # in this round
-        self._offered: set[str] = set()  # contents that were called ready in this round
-        self._wanted: set[str] = (
-            set()
-        )  # contents that were asked for in the last round, or are expected
+        self._requested: set[Identity] = set()  # in this round
+        self._offered: set[str] = set()  # contents reported as ready in this round
+        self._wanted: set[str] = set()  # contents requested in the last round, or expected
         self._pinned: set[Resident] = set()
         self._gone: list[str] = []
-        self._left: list[str] = []  # names that could not be taken off the base yet
+        self._left: list[str] = []  # names that could not be detached from the base yet
         self._uses = self._loads = self._granted = 0
         self._dirty = False
-        # What is asked of a base once, and takes forwards, is asked now and not beside those of
-        # requests.
+        # These run forward passes once, so they are computed now and not beside requests.
         _ = base.paths, base.read_past, base.tokenizer_hash(), base.template_hash()
 
-    # what there is
+    # state
 
     def know(self, content: str, files: VersionFiles) -> None:
-        """It can be asked for. Raises why it failed, if that was just now and its files are the
-        same."""
+        """Registers a content. Raises its error if it failed just now with the same files."""
         with self._lock:
-            known = self._known.setdefault(content, Resident(content=content, files=files))
-            if known.tier is Tier.FAILED and known.files.made != files.made:
-                known.tier, known.error = Tier.DISK, None
-            known.files, known.unwanted = files, False
-            self._check(known)
+            resident = self._residents.setdefault(content, Resident(content=content, files=files))
+            if resident.tier is Tier.FAILED and resident.files.made != files.made:
+                resident.tier, resident.error = Tier.DISK, None
+            resident.files, resident.unwanted = files, False
+            self._check(resident)
 
     def files(self, content: str) -> VersionFiles:
         with self._lock:
-            return self._of(((content, 1.0),))[0].files
+            return self._residents_of(((content, 1.0),))[0].files
 
     def leave(self, content: str) -> bool:
-        """It goes as soon as nobody asks for it. False: it is not in memory."""
+        """Evicts a content as soon as nobody asks for it; returns False if it is not in memory."""
         with self._lock:
-            known = self._known.get(content)
-            if known is None or known.tier not in (Tier.LOADING, Tier.READY):
+            resident = self._residents.get(content)
+            if resident is None or resident.tier not in (Tier.LOADING, Tier.READY):
                 return False
-            known.unwanted = True
-            self._place()
+            resident.unwanted = True
+            self._assign_room()
         return True
 
     def pin(self, content: str, *, pinned: bool) -> None:
-        """Whatever the budget says it stays, once it is in memory."""
+        """Keeps a content in memory once it is loaded, whatever the budget."""
         with self._lock:
-            known = self._known[content]
-            known.pinned = pinned
-            self._pinned = {*self._pinned, known} if pinned else self._pinned - {known}
-            self._place()
+            resident = self._residents[content]
+            resident.pinned = pinned
+            self._pinned = {*self._pinned, resident} if pinned else self._pinned - {resident}
+            self._assign_room()
 
     def wait(self, identity: Identity, seconds: float) -> None:
-        """Loads what is not in memory. Raises why it does not come; BudgetFullError: no room within
-        this time."""
+        """Loads what is not in memory. Raises the load's error, or BudgetFullError without room in
+        time.
+        """
         deadline = time.monotonic() + seconds
         with self._lock:
             while not self._in_memory(self._checked(identity)):
                 self._queue.setdefault(identity, _PendingLoad()).by_hand = True
-                self._place()
+                self._assign_room()
                 self._loaders.look()
                 if (
                     not self._lock.wait(min(1.0, deadline - time.monotonic()))
                     and time.monotonic() > deadline
                 ):
                     self._queue.pop(identity, None)
-                    raise self._no_room(identity)
+                    raise self._budget_error(identity)
 
     def shown(self) -> list[ResidentStatus]:
-        """What is not only on disk, the last used first."""
+        """Lists what is not only on disk, the last used first."""
         with self._lock:
             now = self._clock()
-            found = [each for each in self._known.values() if each.tier is not Tier.DISK]
+            residents = [
+                resident for resident in self._residents.values() if resident.tier is not Tier.DISK
+            ]
             return [
                 ResidentStatus(
-                    r.files.reference,
-                    r.content,
-                    r.files.content_hash,
-                    r.tier,
-                    r.bytes,
-                    r.holders,
-                    r.pinned,
-                    now - r.moment,
-                    r.error,
+                    resident.files.reference,
+                    resident.content,
+                    resident.files.content_hash,
+                    resident.tier,
+                    resident.bytes,
+                    resident.holders,
+                    resident.pinned,
+                    now - resident.moment,
+                    resident.error,
                 )
-                for r in sorted(found, key=lambda r: -r.used)
+                for resident in sorted(residents, key=lambda resident: -resident.used)
             ]
 
     def used_bytes(self) -> int:
         with self._lock:
-            return sum(each.bytes for each in self._known.values())
+            return sum(resident.bytes for resident in self._residents.values())
 
-    # of the decoding thread
+    # called by the decoding thread
 
     def expect(self, identity: Identity) -> None:
         with self._lock:
-            found = self._checked(identity)
-            for each in found:
-                each.unwanted = False
-                self._wanted.add(each.content)  # it is asked for in the next round
-            if any(each.tier is Tier.DISK for each in found):
+            residents = self._checked(identity)
+            for resident in residents:
+                resident.unwanted = False
+                self._wanted.add(resident.content)  # requested in the next round
+            if any(resident.tier is Tier.DISK for resident in residents):
                 self._queue.setdefault(identity, _PendingLoad())
-                self._place()
+                self._assign_room()
 
     def ready(self, identity: Identity) -> int | None:
         with self._lock:
-            self._asked.add(identity)
-            found = self._checked(identity)
-            if not self._in_memory(found):
-                if any(each.tier is Tier.DISK for each in found) and identity not in self._queue:
+            self._requested.add(identity)
+            residents = self._checked(identity)
+            if not self._in_memory(residents):
+                if (
+                    any(resident.tier is Tier.DISK for resident in residents)
+                    and identity not in self._queue
+                ):
                     self._queue[identity] = _PendingLoad()
                     self._dirty = True
                 return None
-            if any(each.draining for each in found):
+            if any(resident.draining for resident in residents):
                 return None
-            places = front_places(self._applied(identity))
-            self._offered.update(each.content for each in found)
-            return places
+            positions = front_places(self._applied(identity))
+            self._offered.update(resident.content for resident in residents)
+            return positions
 
     def settle(self) -> Sequence[str]:
         with self._lock:
             self._offered.clear()
-            self._wanted = {content for identity in self._asked for content, _ in identity}
-            for identity, asked in list(self._queue.items()):
-                if identity not in self._asked and not asked.by_hand:
+            self._wanted = {content for identity in self._requested for content, _ in identity}
+            for identity, pending in list(self._queue.items()):
+                if identity not in self._requested and not pending.by_hand:
                     del self._queue[identity]
                     self._dirty = True
-            self._asked.clear()
+            self._requested.clear()
             self._loaders.look()
             if self._dirty:
-                self._place()
-            gone, self._gone = self._gone, []
-            return gone
+                self._assign_room()
+            evicted, self._gone = self._gone, []
+            return evicted
 
     def hold(self, identity: Identity) -> None:
         with self._lock:
             self._granted += 1
-            self._asked.discard(identity)  # it has what it asked for, and may end within this step
+            self._requested.discard(identity)  # granted; it may end within this step
             self._dirty |= bool(self._queue)
-            for each in self._of(identity):
-                assert each.tier is Tier.READY
-                each.holders, each.fresh = each.holders + 1, False
-                self._use(each)
+            for resident in self._residents_of(identity):
+                assert resident.tier is Tier.READY
+                resident.holders, resident.fresh = resident.holders + 1, False
+                self._use(resident)
 
     def release(self, identity: Identity) -> None:
         with self._lock:
-            for each in self._of(identity):
-                each.holders -= 1
-                self._use(each)
-                self._dirty |= not each.holders
+            for resident in self._residents_of(identity):
+                resident.holders -= 1
+                self._use(resident)
+                self._dirty |= not resident.holders
             if self._dirty:
-                self._place()
+                self._assign_room()
 
     def applied(self, identity: Identity) -> Applied:
         with self._lock:
             return self._applied(identity)
 
-    # below, with the lock taken
+    # helpers, called with the lock held
 
-    def _of(self, identity: Identity) -> list[Resident]:
-        if unknown := [content for content, _ in identity if content not in self._known]:
+    def _residents_of(self, identity: Identity) -> list[Resident]:
+        if unknown := [content for content, _ in identity if content not in self._residents]:
             raise ConfigError(
-                f"no adapter {unknown[0][:12]}… is known here", next_step="Ask for it by its name."
+                f"adapter {unknown[0][:12]}… is not known", next_step="Ask for it by its name."
             )
-        return [self._known[content] for content, _ in identity]
+        return [self._residents[content] for content, _ in identity]
 
     def _applied(self, identity: Identity) -> Applied:
-        found = []
-        for each, (_, weight) in zip(self._of(identity), identity, strict=True):
-            assert each.attachment is not None
-            found.append((each.attachment, weight))
-        return tuple(found)
+        applied = []
+        for resident, (_, weight) in zip(self._residents_of(identity), identity, strict=True):
+            assert resident.attachment is not None
+            applied.append((resident.attachment, weight))
+        return tuple(applied)
 
     @staticmethod
-    def _in_memory(found: list[Resident]) -> bool:
-        return all(each.tier is Tier.READY for each in found)
+    def _in_memory(residents: list[Resident]) -> bool:
+        return all(resident.tier is Tier.READY for resident in residents)
 
-    def _use(self, each: Resident) -> None:
+    def _use(self, resident: Resident) -> None:
         self._uses += 1
-        each.used, each.moment = self._uses, self._clock()
+        resident.used, resident.moment = self._uses, self._clock()
 
     def _checked(self, identity: Identity) -> list[Resident]:
-        """Raises why it never will be ready."""
-        found = self._of(identity)
-        for each in found:
-            self._check(each)
-        if not self._in_memory(found):
-            own = sum(each.bytes or each.files.bytes_needed for each in found)
-            others = sum(each.bytes for each in self._pinned if each not in found)
-            if own + others > self.budget_bytes:
-                raise self._no_room(identity)
-        return found
+        """Returns the residents of an identity. Raises why they can never be ready."""
+        residents = self._residents_of(identity)
+        for resident in residents:
+            self._check(resident)
+        if not self._in_memory(residents):
+            own_bytes = sum(resident.bytes or resident.files.bytes_needed for resident in residents)
+            pinned_bytes = sum(
+                resident.bytes for resident in self._pinned if resident not in residents
+            )
+            if own_bytes + pinned_bytes > self.budget_bytes:
+                raise self._budget_error(identity)
+        return residents
 
-    def _check(self, each: Resident) -> None:
+    def _check(self, resident: Resident) -> None:
         now = self._clock()
         if (
-            each.tier is Tier.LOADING
-            and each.begun is not None
-            and now - each.begun > self.limits.load_seconds
+            resident.tier is Tier.LOADING
+            and resident.begun is not None
+            and now - resident.begun > self.limits.load_seconds
         ):
-            slow = (
-                f"reading {each.files.reference} takes longer than {self.limits.load_seconds:g} s"
+            headline = (
+                f"reading {resident.files.reference} takes longer than"
+                f" {self.limits.load_seconds:g} s"
             )
             self._fail(
-                each, SourceError(slow, next_step="Look at the disk that the library is on.")
+                resident, SourceError(headline, next_step="Check the disk that holds the library.")
             )
-        if each.tier is Tier.FAILED:
-            assert each.error is not None
-            if each.reading or now - each.moment < self.limits.retry_seconds:
-                raise each.error.with_traceback(None)  # or it would grow with each time
-            each.tier, each.error = Tier.DISK, None
+        if resident.tier is Tier.FAILED:
+            assert resident.error is not None
+            if resident.reading or now - resident.moment < self.limits.retry_seconds:
+                raise resident.error.with_traceback(None)  # else it would grow at every raise
+            resident.tier, resident.error = Tier.DISK, None
 
-    def _no_room(self, identity: Identity) -> BudgetFullError:
-        own = self._of(identity)
-        needed = sum(each.bytes or each.files.bytes_needed for each in own)
-        staying = [
-            e for e in self._known.values() if e.bytes and e not in own and (e.pinned or e.holders)
-        ]
-        return BudgetFullError(
-            f"{', '.join(each.files.reference for each in own)}: {needed:,} bytes, and adapters"
-            f" have {self.budget_bytes:,}",
-            [
-                f"{e.files.reference}: {e.bytes:,} bytes, {'pinned' if e.pinned else 'in use'}"
-                for e in staying
-            ],
-            "Unpin or unload some, or give adapters more bytes.",
+    def _budget_error(self, identity: Identity) -> BudgetFullError:
+        return budget_error(
+            self._residents_of(identity), self._residents.values(), self.budget_bytes
         )
 
-    def _may_go(self, each: Resident) -> bool:
-        wanted = each.fresh and each.content in self._wanted
-        return each.tier is Tier.READY and not (
-            each.holders or wanted or each.content in self._offered
+    def _may_evict(self, resident: Resident) -> bool:
+        wanted = resident.fresh and resident.content in self._wanted
+        return resident.tier is Tier.READY and not (
+            resident.holders or wanted or resident.content in self._offered
         )
 
-    def _place(self) -> None:
-        """Sends away what nobody wants, and gives room to those in the queue that find it."""
+    def _assign_room(self) -> None:
+        """Evicts what nobody wants, and gives room to queued identities that find it."""
         self._dirty = False
-        ready = [each for each in self._known.values() if each.tier is Tier.READY]
-        drops = [self._drop(each) for each in ready if self._is_unwanted(each)]
-        if drops:
-            self._loaders.put(partial(self._detach, drops))
-        for each in ready:
-            each.draining = False
-        kept, most = self._kept()
-        for identity, asked in list(self._queue.items()):
-            own = self._of(identity)
-            missing = [each for each in own if each.tier is Tier.DISK]
+        ready = [resident for resident in self._residents.values() if resident.tier is Tier.READY]
+        dropped_names = [self._drop(resident) for resident in ready if self._is_unwanted(resident)]
+        if dropped_names:
+            self._loaders.put(partial(self._detach, dropped_names))
+        for resident in ready:
+            resident.draining = False
+        in_use, most_bytes = self._in_use()
+        for identity, pending in list(self._queue.items()):
+            residents = self._residents_of(identity)
+            missing = [resident for resident in residents if resident.tier is Tier.DISK]
             if not missing:
                 del self._queue[identity]
                 continue
-            free = self.budget_bytes - sum(each.bytes for each in kept)
-            needed = sum(each.files.bytes_needed for each in missing)
-            others = [(each, each) for each in kept if each not in own]
-            going = None if needed > most else room_for(needed, others, free, self._may_go)
-            if going is not None:
+            free = self.budget_bytes - sum(resident.bytes for resident in in_use)
+            needed = sum(resident.files.bytes_needed for resident in missing)
+            movable = [(resident, resident) for resident in in_use if resident not in residents]
+            evicted = (
+                None if needed > most_bytes else room_for(needed, movable, free, self._may_evict)
+            )
+            if evicted is not None:
                 del self._queue[identity]
-                self._start(own, missing, going)
-                kept, most = self._kept()
-            elif asked.since is None:
-                asked.since = self._granted
-            elif self._granted - asked.since >= self.limits.max_overtaken:
-                self._drain(needed - free, [each for each, _ in others])
+                self._start(residents, missing, evicted)
+                in_use, most_bytes = self._in_use()
+            elif pending.since is None:
+                pending.since = self._granted
+            elif self._granted - pending.since >= self.limits.max_overtaken:
+                self._drain(needed - free, [resident for resident, _ in movable])
                 break
 
-    def _kept(self) -> tuple[list[Resident], int]:
-        """What takes room, and the most that there could be for another."""
-        kept = [each for each in self._known.values() if each.bytes]
-        return kept, self.budget_bytes - sum(
-            each.bytes for each in kept if each.pinned or not self._may_go(each)
+    def _in_use(self) -> tuple[list[Resident], int]:
+        """Returns the residents that take room, and the most bytes that another could have."""
+        residents = [resident for resident in self._residents.values() if resident.bytes]
+        return residents, self.budget_bytes - sum(
+            resident.bytes
+            for resident in residents
+            if resident.pinned or not self._may_evict(resident)
         )
 
-    def _is_unwanted(self, each: Resident) -> bool:
+    def _is_unwanted(self, resident: Resident) -> bool:
         used = (
-            each.pinned
-            or each.holders
-            or each.content in self._offered
-            or each.content in self._wanted
+            resident.pinned
+            or resident.holders
+            or resident.content in self._offered
+            or resident.content in self._wanted
         )
-        return each.unwanted and not used
+        return resident.unwanted and not used
 
-    def _drain(self, needed: int, some: list[Resident]) -> None:
-        for each in sorted(some, key=lambda each: (each.holders, each.used)):
-            if needed > 0 and each.tier is Tier.READY and not each.pinned:
-                each.draining, each.fresh, self._dirty = True, False, True
-                needed -= each.bytes
+    def _drain(self, needed: int, residents: list[Resident]) -> None:
+        for resident in sorted(residents, key=lambda resident: (resident.holders, resident.used)):
+            if needed > 0 and resident.tier is Tier.READY and not resident.pinned:
+                resident.draining, resident.fresh, self._dirty = True, False, True
+                needed -= resident.bytes
 
-    def _drop(self, each: Resident) -> str:
-        """It is on disk alone from now on; the name of what is still to be taken off the base."""
-        assert each.attachment is not None
-        name = each.attachment.name
-        if each.unwanted:
-            self._gone.append(each.content)
-        each.tier, each.attachment, each.bytes, each.unwanted = Tier.DISK, None, 0, False
+    def _drop(self, resident: Resident) -> str:
+        """Marks a resident as being on disk alone; returns the name to detach from the base."""
+        assert resident.attachment is not None
+        name = resident.attachment.name
+        if resident.unwanted:
+            self._gone.append(resident.content)
+        resident.tier, resident.attachment, resident.bytes, resident.unwanted = (
+            Tier.DISK,
+            None,
+            0,
+            False,
+        )
         return name
 
-    def _start(self, own: list[Resident], missing: list[Resident], going: list[Resident]) -> None:
-        drops = [self._drop(each) for each in going]
-        for each in own:
-            each.fresh = True
-        for each in missing:
+    def _start(
+        self, residents: list[Resident], missing: list[Resident], evicted: list[Resident]
+    ) -> None:
+        dropped_names = [self._drop(resident) for resident in evicted]
+        for resident in residents:
+            resident.fresh = True
+        for resident in missing:
             self._loads += 1
-            each.tier, each.load, each.bytes, each.begun = (
+            resident.tier, resident.load, resident.bytes, resident.begun = (
                 Tier.LOADING,
                 self._loads,
-                each.files.bytes_needed,
+                resident.files.bytes_needed,
                 None,
             )
         self._loaders.put(
-            partial(self._load, drops, [(each, each.load, each.files) for each in missing])
+            partial(
+                self._load,
+                dropped_names,
+                [(resident, resident.load, resident.files) for resident in missing],
+            )
         )
 
-    def _fail(self, each: Resident, fault: VeneerError) -> None:
+    def _fail(self, resident: Resident, fault: VeneerError) -> None:
         fault.__traceback__ = fault.__cause__ = fault.__context__ = (
-            None  # with what their frames hold
+            None  # frees what their frames reference
         )
-        each.tier, each.error, each.bytes, each.moment = Tier.FAILED, fault, 0, self._clock()
-        self._place()
+        resident.tier, resident.error, resident.bytes, resident.moment = (
+            Tier.FAILED,
+            fault,
+            0,
+            self._clock(),
+        )
+        self._assign_room()
 
-    # on the threads that read
+    # on loader threads
 
     def _detach(self, names: Sequence[str]) -> None:
-        """One that somebody else lets act stays until the next time."""
+        """Detaches names from the base; one that still acts is tried again next time."""
         with self._lock:
             names, self._left = [*self._left, *names], []
         for name in names:
@@ -425,61 +414,32 @@ class Tiers:
                     self._left.append(name)
 
     def _load(
-        self, drops: Sequence[str], loads: Sequence[tuple[Resident, int, VersionFiles]]
+        self, dropped_names: Sequence[str], loads: Sequence[tuple[Resident, int, VersionFiles]]
     ) -> None:
-        self._detach(drops)
-        for each, number, files in loads:
-            fault: VeneerError | None = None
+        self._detach(dropped_names)
+        for resident, number, files in loads:
             with self._lock:
-                each.begun, each.reading = self._clock(), each.reading + 1
+                resident.begun, resident.reading = self._clock(), resident.reading + 1
             try:
-                with (
-                    told_as(files.folder, files.reference),
-                    told_as(self.base.source, name_of(self.base.source)),
-                ):
-                    self._bring(each, number, files)
-            except VeneerError as error:
-                fault = error
-            except Exception as error:
-                fault = RefusedError(
-                    f"{files.reference} cannot be loaded", [f"{type(error).__name__}: {error}"]
-                )
-            with self._lock:
-                each.reading -= 1
-                if fault is not None and each.load == number and each.tier is Tier.LOADING:
-                    self._fail(each, fault)
-                self._lock.notify_all()
+                loaded: LoadedAdapter | VeneerError = load_version(self.base, files, number)
+            except VeneerError as fault:
+                loaded = fault
+            self._finish(resident, number, loaded)
             self.changed()
 
-    def _bring(self, each: Resident, number: int, files: VersionFiles) -> None:
-        stored = read_version(files.folder, files.reference, files.content_hash)
-        if (needed := bytes_needed(stored)) > files.bytes_needed:
-            raise CorruptFileError(
-                f"{files.reference} is larger than the library says",
-                [f"{needed:,} bytes against {files.bytes_needed:,}"],
-                f"See: veneer adapters verify {files.reference}",
-            )
-        name = f"{files.reference} #{number}"
-        theirs = stored.name_or_path or name
-        with (
-            self.base.routing.changing,
-            told_as(name, files.reference),
-            told_as(theirs, name_of(theirs)),
-        ):
-            made = load_adapter(self.base, stored, name=name, take=True)
-        try:
-            places = front_places(((made, 1.0),))
-        except VeneerError:
-            self.base.detach(name)
-            raise
-        hold_as(made, self.base.dtype)
-        own = bytes_of(made)
-        own += lay_out(made, self.base.dtype, self.base.device, files.bytes_needed - own)
-        end_helpers()
+    def _finish(self, resident: Resident, number: int, loaded: LoadedAdapter | VeneerError) -> None:
+        """Enters the result of a load, unless the load took too long and was given up."""
         with self._lock:
-            if each.load == number and each.tier is Tier.LOADING:
-                each.attachment, each.places, each.tier, each.bytes = made, places, Tier.READY, own
-                self._use(each)
-                self._place()
-                return
-        self.base.detach(name)  # it took too long
+            resident.reading -= 1
+            awaited = resident.load == number and resident.tier is Tier.LOADING
+            if isinstance(loaded, VeneerError):
+                if awaited:
+                    self._fail(resident, loaded)
+            elif awaited:
+                resident.attachment, resident.places = loaded.attachment, loaded.places
+                resident.tier, resident.bytes = Tier.READY, loaded.bytes
+                self._use(resident)
+                self._assign_room()
+            self._lock.notify_all()
+        if isinstance(loaded, LoadedAdapter) and not awaited:
+            self.base.detach(loaded.attachment.name)

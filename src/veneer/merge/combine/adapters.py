@@ -1,7 +1,7 @@
-"""Low-rank adapters as updates by place, and updates as an adapter folder. The base's weights are
-not needed.
+"""Low-rank adapters as updates by module, and updates as an adapter folder, without the base's
+weights.
 
-Not known here: what is done with the updates (combine.py, extract.py, export/folders.py).
+Knows nothing of what is done with the updates (combine.py, extract.py, export/folders.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ from veneer.models.load import load_base
 
 @dataclass(frozen=True)
 class PlacedAdapter:
-    """An adapter on a base's places.
+    """Holds an adapter that fits a base.
 
-    updates  place -> its update, scaling in B
-    values   parameter path -> what is trained in its place
-    trained  modules trained in full
-    settings what it is attached with
+    updates   module or parameter path -> its update, scaling in B
+    values    parameter path -> value that replaces it
+    trained   modules trained in full
+    settings  to attach it with
     """
 
     stored: StoredAdapter
@@ -53,32 +53,32 @@ class PlacedAdapter:
 
     @property
     def parent_hash(self) -> str:
-        """content_hash of its files, whoever wrote them."""
+        """Returns the content_hash of its files, whichever program wrote them."""
         if self.stored.manifest is not None:
             return self.stored.manifest.content_hash
         folder = self.stored.folder
         return content_hash(folder / WEIGHTS_NAME, read_json(folder / CONFIG_NAME))
 
 
-def fitted(stored: StoredAdapter, model: nn.Module) -> Fit:
-    """What of its files goes where on a base. model: the base or its skeleton.
-    AdapterMismatchError: it does not fit."""
+def fit_adapter(stored: StoredAdapter, model: nn.Module) -> Fit:
+    """Fits an adapter's files to a base or its skeleton. AdapterMismatchError if they do not
+    fit.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    tensors, rows = apart(stored.tensors)
-    found = stored.file.fit(tensors, model, head, weights_read_past(model))
-    tokens = fit_tokens(stored.tokens, rows, model, head)
-    if (faults := [*found.faults, *(tokens.faults if tokens else [])]) or found.settings is None:
+    tensors, token_rows = apart(stored.tensors)
+    fit = stored.file.fit(tensors, model, head, weights_read_past(model))
+    tokens = fit_tokens(stored.tokens, token_rows, model, head)
+    if (faults := [*fit.faults, *(tokens.faults if tokens else [])]) or fit.settings is None:
         raise AdapterMismatchError(
             f"{stored.folder} does not fit the base",
             faults,
             f"It was made for {stored.name_or_path}: name that base.",
         )
-    return found
+    return fit
 
 
 def refuse_no_sum(stored: StoredAdapter) -> None:
-    """RefusedError for an adapter that cannot be added to others; by its settings, before a base is
-    read."""
+    """Raises RefusedError for an adapter that cannot be added to others, by its settings alone."""
     refuse_combining([(str(stored.folder), stored.contents)])
 
 
@@ -95,46 +95,47 @@ def _refuse_no_update(stored: StoredAdapter) -> None:
         )
 
 
-def _no_factors(folder: Path, method: str, odd: Sequence[str]) -> RefusedError:
+def _no_factors(folder: Path, method: str, other_parts: Sequence[str]) -> RefusedError:
     return RefusedError(
         f"{folder} is of method {method}: its update is no product of two factors",
-        [f"beside A and B it trains {', '.join(odd)}"] if odd else [],
+        [f"beside A and B it trains {', '.join(other_parts)}"] if other_parts else [],
         "Merge it into its base (veneer merge); veneer extract then makes a plain LoRA of the"
         " difference.",
     )
 
 
 def place(stored: StoredAdapter, model: nn.Module) -> PlacedAdapter:
-    """model: the base or its skeleton. AdapterMismatchError (does not fit), RefusedError (not two
-    factors a place)."""
+    """Places an adapter on a base or its skeleton. AdapterMismatchError, or RefusedError if not two
+    factors.
+    """
     _refuse_no_update(stored)
-    found = fitted(stored, model)
-    settings = found.settings
+    fit = fit_adapter(stored, model)
+    settings = fit.settings
     assert settings is not None
     modules = plain_modules(model)
     updates: dict[str, FactorPair] = {}
     values: dict[str, Tensor] = {}
     factors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in found.values.items():
-        where, _, part = name.rpartition(".")
-        if where in found.scaling:
-            factors.setdefault(where, {})[part] = tensor
+    for name, tensor in fit.values.items():
+        path, _, part = name.rpartition(".")
+        if path in fit.scaling:
+            factors.setdefault(path, {})[part] = tensor
         else:
             values[name] = tensor
-    odd = sorted({part for parts in factors.values() for part in parts} - {"A", "B"})
-    if odd or not settings.two_factors:
-        raise _no_factors(stored.folder, settings.name, odd)
+    other_parts = sorted({part for parts in factors.values() for part in parts} - {"A", "B"})
+    if other_parts or not settings.two_factors:
+        raise _no_factors(stored.folder, settings.name, other_parts)
     assert isinstance(settings, LowRank)
-    for where, parts in factors.items():
-        updates[where] = FactorPair(parts["A"].double(), parts["B"].double() * found.scaling[where])
-    assert all(_kind(modules, where) for where in updates)
+    for path, parts in factors.items():
+        updates[path] = FactorPair(parts["A"].double(), parts["B"].double() * fit.scaling[path])
+    assert all(_kind(modules, path) for path in updates)
     return PlacedAdapter(stored, updates, values, list(settings.train_modules), settings)
 
 
-def _kind(modules: Mapping[str, nn.Module], where: str) -> Kind:
-    if where not in modules:
+def _kind(modules: Mapping[str, nn.Module], path: str) -> Kind:
+    if path not in modules:
         return "experts"
-    return "embedding" if isinstance(modules[where], nn.Embedding) else "linear"
+    return "embedding" if isinstance(modules[path], nn.Embedding) else "linear"
 
 
 def attachment_of(
@@ -145,47 +146,53 @@ def attachment_of(
     *,
     rank: int | None = None,
 ) -> Attachment:
-    """An adapter of scaling 1 from updates, ready to be written; model: the base or its skeleton.
+    """Makes an adapter of scaling 1 from updates, ready to be written. model: the base or its
+    skeleton.
 
-    rank: the rank its settings name, where places may deviate; None: the most common one.
+    rank: of its settings, from which modules may deviate; None: the most common one.
     """
     modules = plain_modules(model)
-    ranks = {where: update.A.shape[-2] for where, update in updates.items()}
+    ranks = {path: update.A.shape[-2] for path, update in updates.items()}
     counts = list(ranks.values())
-    usual = rank or max(sorted(set(counts)), key=counts.count)
-    strong = {where: Strength(r, float(r)) for where, r in ranks.items()}
-    settings = exact_settings(PeftLoRA(r=usual, lora_alpha=float(usual)), strong, trained)
+    common_rank = rank or max(sorted(set(counts)), key=counts.count)
+    strengths = {path: Strength(r, float(r)) for path, r in ranks.items()}
+    settings = exact_settings(
+        PeftLoRA(r=common_rank, lora_alpha=float(common_rank)), strengths, trained
+    )
     layers = {
-        where: LoRALayer(
-            _kind(modules, where),
+        path: LoRALayer(
+            _kind(modules, path),
             update.A.float().contiguous(),
             update.B.float().contiguous(),
-            alpha=float(ranks[where]),
+            alpha=float(ranks[path]),
             rslora=False,
         )
-        for where, update in updates.items()
+        for path, update in updates.items()
     }
-    kept = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
-    return Attachment("made", settings, dict(layers), kept, list(trained))
+    parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+    return Attachment("made", settings, dict(layers), parameters, list(trained))
 
 
 def common_base(placed: Sequence[PlacedAdapter], skeleton: Skeleton, source: str) -> Manifest:
-    """A manifest with what the adapters say of their base, which must be one; without any, what the
-    base itself says.
+    """Returns a manifest with the one base of these adapters, or that of `source` if none records
+    it.
 
-    AdapterMismatchError: they were trained on different bases, or with different tokenizers or chat
+    Raises AdapterMismatchError if they were trained on different bases, tokenizers or chat
     templates.
     """
-    known = [(p.stored, p.stored.manifest) for p in placed if p.stored.manifest is not None]
-    # First one that says all of its base: what an earlier version wrote would agree with two that
-    # differ.
-    known.sort(key=lambda each: Fingerprint.from_dict(each[1].base.fingerprint).is_earlier)
+    recorded = [
+        (adapter.stored, adapter.stored.manifest)
+        for adapter in placed
+        if adapter.stored.manifest is not None
+    ]
+    # A complete fingerprint first: one of an earlier version could agree with two that differ.
+    recorded.sort(key=lambda item: Fingerprint.from_dict(item[1].base.fingerprint).is_earlier)
     faults: list[str] = []
-    for stored, manifest in known[1:]:
-        first = Fingerprint.from_dict(known[0][1].base.fingerprint)
+    for stored, manifest in recorded[1:]:
+        first = Fingerprint.from_dict(recorded[0][1].base.fingerprint)
         differences = first.differences(Fingerprint.from_dict(manifest.base.fingerprint))
         faults += [
-            f"{said_of(known[0][0].folder)} and {said_of(stored.folder)}: {line}"
+            f"{said_of(recorded[0][0].folder)} and {said_of(stored.folder)}: {line}"
             for line in differences
         ]
     if faults:
@@ -194,18 +201,18 @@ def common_base(placed: Sequence[PlacedAdapter], skeleton: Skeleton, source: str
             faults,
             "Updates of different weights do not add up; combine adapters of one base.",
         )
-    if known:
-        manifest = known[0][1]
+    if recorded:
+        manifest = recorded[0][1]
         identity = manifest.base
-        tokenizer, template = _text_hashes(known)
+        tokenizer, template = _text_hashes(recorded)
     else:
-        found = load_base(source, dtype="stored", device="cpu").fingerprint().to_dict()
+        fingerprint = load_base(source, dtype="stored", device="cpu").fingerprint().to_dict()
         identity = BaseIdentity(
-            name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=found
+            name=skeleton.name_or_path, revision=skeleton.revision, fingerprint=fingerprint
         )
         tokenizer = template = None
-    asked = shared(
-        NONE if each.stored.manifest is None else each.stored.manifest.preamble for each in placed
+    preamble = shared(
+        NONE if item.stored.manifest is None else item.stored.manifest.preamble for item in placed
     )
     return Manifest(
         veneer_version=version("veneer"),
@@ -213,15 +220,17 @@ def common_base(placed: Sequence[PlacedAdapter], skeleton: Skeleton, source: str
         base=identity,
         tokenizer_hash=tokenizer,
         template_hash=template,
-        system=asked.system,
-        template_variables=dict(asked.variables),
+        system=preamble.system,
+        template_variables=dict(preamble.variables),
     )
 
 
 def _text_hashes(known: Sequence[tuple[StoredAdapter, Manifest]]) -> tuple[str | None, str | None]:
-    """Hashes of the tokenizer and of the chat template that all adapters were trained with; None
-    where no adapter records one. Raises AdapterMismatchError if two adapters record different
-    ones."""
+    """Returns hashes of the tokenizer and chat template that all adapters were trained with, None
+    if unknown.
+
+    Raises AdapterMismatchError if two adapters record different ones.
+    """
     tokenizers = {
         stored.folder: manifest.tokenizer_hash
         for stored, manifest in known
@@ -247,11 +256,13 @@ def _text_hashes(known: Sequence[tuple[StoredAdapter, Manifest]]) -> tuple[str |
     return next(iter(tokenizers.values()), None), next(iter(templates.values()), None)
 
 
-def descended(
+def with_lineage(
     manifest: Manifest,
     recipe: Mapping[str, JsonValue],
     parents: Sequence[tuple[PlacedAdapter, float]],
 ) -> Manifest:
-    """The manifest with how the adapter was made and of what."""
-    made_of = [Parent(content_hash=placed.parent_hash, weight=weight) for placed, weight in parents]
-    return manifest.model_copy(update={"recipe": dict(recipe), "parents": made_of})
+    """Returns the manifest with its recipe and parents."""
+    parent_records = [
+        Parent(content_hash=placed.parent_hash, weight=weight) for placed, weight in parents
+    ]
+    return manifest.model_copy(update={"recipe": dict(recipe), "parents": parent_records})

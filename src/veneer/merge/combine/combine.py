@@ -1,9 +1,7 @@
-"""Several low-rank adapters made into one: sums and prunings of their updates D_i = scaling_i * B_i
-A_i.
+"""Combines low-rank adapters into one: sums and prunings of their updates D_i = scaling_i B_i A_i.
 
-    cat        sum of w_i D_i, exactly: the factors stand next to each other, the ranks add up
-    linear     the same sum with what is redundant in it left out (to float32's precision): its own
-               rank
+    cat        exact sum of w_i D_i: factors are concatenated, ranks add up
+    linear     the same sum at its numerical rank (to float32's precision)
     svd        the same sum, the best approximation at a rank
     magnitude  each D_i keeps its largest entries (share `density`), then the sum, then the rank
     ties       the same; then for each entry the sign with more weight wins and the D_i of that sign
@@ -11,10 +9,10 @@ A_i.
     dare       each D_i drops entries at random and scales the others by 1 / density, then the sum,
                then the rank (Yu et al. 2023, arXiv:2311.03099)
 
-All act on the updates, never on the A's and B's apart: mixing those multiplies one adapter's A with
-another's B. A weight may be negative. An adapter without a module counts as an update of nothing
-there. The result has scaling 1 (alpha = rank) everywhere: what each input was scaled with is in its
-factors. Not known here: files.
+All act on the updates, never on A and B separately: that would multiply one adapter's A with
+another's B. A weight may be negative. An adapter without a module counts as a zero update there.
+The result has scaling 1 (alpha = rank) everywhere; the factors hold the scaling of the inputs.
+Knows nothing of files.
 """
 
 import hashlib
@@ -37,8 +35,9 @@ _PRUNES = ("ties", "dare", "magnitude")
 
 @dataclass(frozen=True)
 class FactorPair:
-    """One adapter's update of one place, its scaling in B: A (R, I), B (O, R); experts: with E in
-    front."""
+    """Holds an adapter's update of one module, scaling in B: A (R, I), B (O, R); experts: (E,
+    ...).
+    """
 
     A: Tensor
     B: Tensor
@@ -49,8 +48,9 @@ class FactorPair:
 
 @dataclass(frozen=True)
 class Recipe:
-    """density: share of entries kept; rank: None is the inputs' own (svd: the largest, pruning:
-    their sum)."""
+    """Says how to combine. density: share of entries kept. rank: None takes that of the inputs
+    (svd: the largest, pruning: their sum).
+    """
 
     how: How
     rank: int | None = None
@@ -75,71 +75,72 @@ class Recipe:
             )
 
     @property
-    def kept(self) -> float:
+    def kept_share(self) -> float:
         return 0.5 if self.density is None else self.density
 
 
 def combine_updates(
     adapters: Sequence[Mapping[str, FactorPair]], weights: Sequence[float], recipe: Recipe
 ) -> dict[str, TruncatedUpdate]:
-    """Place -> the combined update, in the places' first order. One place is worked on at a
-    time."""
+    """Returns the combined update by module, in the first order; works on one module at a time."""
     recipe.check()
     assert len(adapters) == len(weights)
-    places = list(dict.fromkeys(place for adapter in adapters for place in adapter))
-    found = {}
-    for place in places:
+    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter))
+    combined = {}
+    for path in paths:
         group = [
-            (number, adapter[place], weight)
+            (number, adapter[path], weight)
             for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
-            if place in adapter
+            if path in adapter
         ]
-        found[place] = _COMBINE[recipe.how](place, group, recipe)
-    return found
+        combined[path] = _COMBINE[recipe.how](path, group, recipe)
+    return combined
 
 
 _Group = Sequence[tuple[int, FactorPair, float]]
-"""(number of the adapter, its update, its weight)."""
+"""(index of the adapter, its update, its weight)."""
 
 
-def _beside(group: _Group) -> tuple[Tensor, Tensor]:
-    """Factors of the exact sum."""
+def _concatenated(group: _Group) -> tuple[Tensor, Tensor]:
+    """Returns the concatenated factors of the exact sum."""
     A = torch.cat([update.A for _, update, _ in group], dim=-2)
     B = torch.cat([update.B * weight for _, update, weight in group], dim=-1)
     return A.double(), B.double()
 
 
 def _cat(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
-    A, B = _beside(group)
-    whole = float((B.transpose(-1, -2) @ B * (A @ A.transpose(-1, -2)).transpose(-1, -2)).sum())
-    return TruncatedUpdate(A, B, lost=0.0, whole=whole)
+    A, B = _concatenated(group)
+    squared_norm = float(
+        (B.transpose(-1, -2) @ B * (A @ A.transpose(-1, -2)).transpose(-1, -2)).sum()
+    )
+    return TruncatedUpdate(A, B, lost=0.0, whole=squared_norm)
 
 
 def _linear(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
-    return cut_factors(*_beside(group), None)
+    return cut_factors(*_concatenated(group), None)
 
 
 def _svd(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     largest = max(update.A.shape[-2] for _, update, _ in group)
-    return cut_factors(*_beside(group), recipe.rank or largest)
+    return cut_factors(*_concatenated(group), recipe.rank or largest)
 
 
 def _pruned(group: _Group, recipe: Recipe, summed: Tensor) -> TruncatedUpdate:
-    together = sum(update.A.shape[-2] for _, update, _ in group)
-    return cut_dense(summed, rank=min(recipe.rank or together, *summed.shape[-2:]))
+    total_rank = sum(update.A.shape[-2] for _, update, _ in group)
+    return cut_dense(summed, rank=min(recipe.rank or total_rank, *summed.shape[-2:]))
 
 
 def _magnitude(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     return _pruned(
         group,
         recipe,
-        sum_of([weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]),
+        sum_of([weight * largest_entries(u.dense(), recipe.kept_share) for _, u, weight in group]),
     )
 
 
 def _ties(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     trimmed = torch.stack(
-        [weight * largest_entries(u.dense(), recipe.kept) for _, u, weight in group]
+        [weight * largest_entries(u.dense(), recipe.kept_share) for _, u, weight in group]
     )
     elected = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == elected) & (trimmed != 0)
@@ -150,7 +151,11 @@ def _dare(place: str, group: _Group, recipe: Recipe) -> TruncatedUpdate:
     def dropped(number: int, dense: Tensor) -> Tensor:
         digest = hashlib.sha256(f"{recipe.seed or 0} {number} {place}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return dense * (torch.rand(dense.shape, generator=generator) < recipe.kept) / recipe.kept
+        return (
+            dense
+            * (torch.rand(dense.shape, generator=generator) < recipe.kept_share)
+            / recipe.kept_share
+        )
 
     return _pruned(
         group, recipe, sum_of([weight * dropped(number, u.dense()) for number, u, weight in group])
@@ -168,25 +173,24 @@ _COMBINE: Mapping[How, Callable[[str, _Group, Recipe], TruncatedUpdate]] = {
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    whole = parts[0].clone()
+    total = parts[0].clone()
     for part in parts[1:]:
-        whole += part
-    return whole
+        total += part
+    return total
 
 
 def largest_entries(dense: Tensor, density: float) -> Tensor:
-    """All but the `density` share of largest absolute values set to 0; of every matrix by
-    itself."""
+    """Zeroes all but the `density` share of largest absolute values, in each matrix by itself."""
     flat = dense.flatten(-2)
-    kept = max(1, round(density * flat.shape[-1]))
-    if kept >= flat.shape[-1]:
+    count = max(1, round(density * flat.shape[-1]))
+    if count >= flat.shape[-1]:
         return dense
-    bound = flat.abs().kthvalue(flat.shape[-1] - kept + 1, dim=-1, keepdim=True).values
+    bound = flat.abs().kthvalue(flat.shape[-1] - count + 1, dim=-1, keepdim=True).values
     return torch.where(flat.abs() >= bound, flat, 0.0).view_as(dense)
 
 
 def total_error(cuts: Mapping[str, TruncatedUpdate]) -> float:
-    """||what was wanted - what is left|| / ||what was wanted|| over all places."""
+    """Returns ||wanted - kept|| / ||wanted|| over all modules."""
     return relative_error(
         sum(cut.lost for cut in cuts.values()), sum(cut.whole for cut in cuts.values())
     )

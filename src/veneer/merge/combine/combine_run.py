@@ -1,4 +1,4 @@
-"""A whole combination, from adapter folders to an adapter folder with its lineage."""
+"""Combines adapter folders into one, with its lineage."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,21 @@ from veneer.merge.combine.adapters import (
     PlacedAdapter,
     attachment_of,
     common_base,
-    descended,
     place,
+    with_lineage,
 )
 from veneer.merge.combine.combine import FactorPair, Recipe, combine_updates, total_error
 from veneer.merge.combine.low_rank import relative_error
-from veneer.merge.fold.fold import Trained, is_turned, stored_tensors, trained_values
+from veneer.merge.fold.fold import Trained, is_transposed_at, stored_tensors, trained_values
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 
 
 @dataclass(frozen=True)
 class CombineReport:
-    """error: ||wanted - kept|| / ||wanted|| over all places; errors, ranks: by place."""
+    """Reports a combination. error: ||wanted - kept|| / ||wanted|| over all; errors, ranks: by
+    module.
+    """
 
     out: Path
     bytes: int
@@ -55,30 +57,31 @@ class CombineReport:
 def combine_adapters(
     adapters: Sequence[tuple[str | Path, float]], recipe: Recipe, *, base: str, out: str | Path
 ) -> CombineReport:
-    """Combines adapter folders, each with its weight, into the folder `out`. base: the one they
-    were trained on. Its config is read; its weights only where modules trained in full are summed.
-    Raises what reading raises, AdapterMismatchError (different bases), RefusedError (contents that
-    do not combine), ConfigError (settings)."""
+    """Combines adapter folders, each with its weight, into the folder `out`.
+
+    base: the one they were trained on; its weights are read only where modules trained in full are
+    summed. Raises the errors of reading, AdapterMismatchError (different bases), RefusedError
+    (contents that cannot be combined), ConfigError (settings).
+    """
     recipe.check()
     check_weights([weight for _, weight in adapters])
     if len(adapters) < 2 and recipe.how == "cat":
         raise ConfigError(
-            "one adapter alone is nothing to put together",
-            next_step="Name two or more, or take --how svd.",
+            "a single adapter cannot be combined", next_step="Name two or more, or take --how svd."
         )
     skeleton = load_skeleton(base)
     stored = [read_adapter(folder) for folder, _ in adapters]
     refuse_combining([(str(adapter.folder), adapter.contents) for adapter in stored])
     placed: list[PlacedAdapter] = [place(adapter, skeleton.model) for adapter in stored]
     weights = [weight for _, weight in adapters]
-    trained = sorted({path for each in placed for path in each.trained})
-    cuts = combine_updates([each.updates for each in placed], weights, recipe)
-    updates = {where: FactorPair(cut.A, cut.B) for where, cut in cuts.items()}
+    trained = sorted({path for adapter in placed for path in adapter.trained})
+    cuts = combine_updates([adapter.updates for adapter in placed], weights, recipe)
+    updates = {path: FactorPair(cut.A, cut.B) for path, cut in cuts.items()}
     values = trained_values(
-        [(each.values, weight) for each, weight in zip(placed, weights, strict=True)]
+        [(adapter.values, weight) for adapter, weight in zip(placed, weights, strict=True)]
     )
-    made = attachment_of(
-        *_apart(updates, _summed(values, base, stored), skeleton.model), trained, skeleton.model
+    attachment = attachment_of(
+        *_separate(updates, _summed(values, base, stored), skeleton.model), trained, skeleton.model
     )
     settings: dict[str, Any] = {
         "how": recipe.how,
@@ -86,60 +89,65 @@ def combine_adapters(
         "density": recipe.density,
         "seed": recipe.seed,
     }
-    manifest = descended(
+    manifest = with_lineage(
         common_base(placed, skeleton, base),
         {"combine": settings},
         list(zip(placed, weights, strict=True)),
     )
-    written = write_adapter(out, made, manifest, model=skeleton.model)
+    written = write_adapter(out, attachment, manifest, model=skeleton.model)
     return CombineReport(
         Path(out),
         written.bytes,
         recipe.how,
         total_error(cuts),
-        {where: relative_error(cut.lost, cut.whole) for where, cut in cuts.items()},
-        {where: cut.rank for where, cut in cuts.items()},
+        {path: relative_error(cut.lost, cut.whole) for path, cut in cuts.items()},
+        {path: cut.rank for path, cut in cuts.items()},
     )
 
 
 def _summed(
     trained: Mapping[str, Trained], base: str, adapters: Sequence[StoredAdapter]
 ) -> dict[str, Tensor]:
-    """Parameter -> the base's value with the weighted sum of changes. The base's weights are read
-    where one value with weight 1 is not the whole sum. AdapterMismatchError: an adapter was trained
-    on another base."""
+    """Returns parameters with the weighted sum of changes added to the base's values.
+
+    The base's weights are read unless one value with weight 1 is the whole sum.
+    AdapterMismatchError: an adapter was trained on another base.
+    """
     changed = {name for name, values in trained.items() if len(values) > 1 or values[0][1] != 1.0}
-    own = _base_values(base, adapters, changed) if changed else {}
+    base_values = _base_values(base, adapters, changed) if changed else {}
     return {
-        name: summed_change(own.get(name, values[0][0]), values) for name, values in trained.items()
+        name: summed_change(base_values.get(name, values[0][0]), values)
+        for name, values in trained.items()
     }
 
 
-def _apart(
+def _separate(
     updates: Mapping[str, FactorPair], values: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[dict[str, FactorPair], dict[str, Tensor]]:
-    """Updates and values of an adapter in which each weight has one of the two, as its file wants:
-    where a module was trained in full, updates of other adapters are added to its values."""
+    """Separates updates and values, so that each weight has one of the two, as its file requires.
+
+    Updates of a module that another adapter trained in full are added to its values.
+    """
     modules = plain_modules(model)
-    kept, summed = dict(updates), dict(values)
-    for where, update in updates.items():
-        name = f"{where}.weight" if where in modules else where
+    low_rank, summed = dict(updates), dict(values)
+    for path, update in updates.items():
+        name = f"{path}.weight" if path in modules else path
         if name in summed:
-            own, delta = summed[name], update.dense()
-            summed[name] = (own.double() + (delta.mT if is_turned(modules, where) else delta)).to(
-                own.dtype
-            )
-            del kept[where]
-    return kept, summed
+            value, delta = summed[name], update.dense()
+            summed[name] = (
+                value.double() + (delta.mT if is_transposed_at(modules, path) else delta)
+            ).to(value.dtype)
+            del low_rank[path]
+    return low_rank, summed
 
 
 def _base_values(
     base: str, adapters: Sequence[StoredAdapter], names: Collection[str]
 ) -> dict[str, Tensor]:
     manifests = [adapter.manifest for adapter in adapters if adapter.manifest is not None]
-    held = {Fingerprint.from_dict(manifest.base.fingerprint).quantize for manifest in manifests}
+    formats = {Fingerprint.from_dict(manifest.base.fingerprint).quantize for manifest in manifests}
     quantize: Quantize | None = next(
-        (known for known in get_args(Quantize) if held == {known}), None
+        (format_name for format_name in get_args(Quantize) if formats == {format_name}), None
     )
     loaded = load_base(base, dtype="stored", device="cpu", quantize=quantize)
     if faults := [fault for manifest in manifests for fault in other_base(manifest, loaded)]:

@@ -1,10 +1,10 @@
-"""An adapter out of a fully fine-tuned model: what training changed, D = W_tuned - W_base, cut to a
-low rank.
+"""Extracts an adapter from a fully fine-tuned model: the change D = W_tuned - W_base, cut to a low
+rank.
 
-Both models are read weight by weight (their files are mapped, not copied) and nothing but one
-difference in float32 is formed at a time. Linear layers of the body and fused experts become
-low-rank updates. What else changed (norms, embeddings, the head, biases) is no matrix to cut: it is
-told, and kept as values trained in full if asked for.
+Both models are read weight by weight (their files are mapped, not copied), and only one difference
+in float32 is in memory at a time. Linear layers of the body and fused experts become low-rank
+updates. Other changes (norms, embeddings, the head, biases) cannot be cut: they are reported, and
+kept as values trained in full on request.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from veneer.models.load import load_base
 
 @dataclass(frozen=True)
 class ModuleKindReport:
-    """Of one kind of module: how many changed, ||D|| / ||W||, ranks, and ||D - B A|| / ||D||."""
+    """Reports one kind of module: number changed, ||D|| / ||W||, ranks, and ||D - B A|| / ||D||."""
 
     modules: int
     relative_size: float
@@ -46,9 +46,11 @@ class ModuleKindReport:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """parts: by kind of module (q_proj, ...); error: over all of them. left_out, kept: other
-    weights that changed ->
-    ||D|| / ||W||. logits: the adapter on its base against the tuned model."""
+    """Reports an extraction. parts: by kind of module (q_proj, ...). error: over all of them.
+
+    left_out, kept: other changed weights -> ||D|| / ||W||. logits: the adapter on its base against
+    the tuned model.
+    """
 
     out: Path
     bytes: int
@@ -74,13 +76,12 @@ class ExtractReport:
 
 @dataclass
 class _ExtractedUpdates:
-    """cuts, sizes: place -> its update, ||W||^2 of the base there; others: name of another changed
-    weight ->
-    ||D||/||W||."""
+    """Holds changes. cuts, sizes: path -> its update, ||W||^2 of the base. others: name of another
+    changed weight -> ||D|| / ||W||."""
 
     cuts: dict[str, TruncatedUpdate] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
-    others: dict[str, float] = field(default_factory=dict)
+    other_changes: dict[str, float] = field(default_factory=dict)
 
 
 def extract_adapter(
@@ -94,11 +95,11 @@ def extract_adapter(
     check_logits: bool = True,
     device: str = "cpu",
 ) -> ExtractReport:
-    """Writes the adapter that turns `base` into about `tuned`. One of rank and energy (share of
-    ||D||^2 of every module).
+    """Writes an adapter that turns `base` into approximately `tuned`. Give rank or energy (share of
+    ||D||^2).
 
-    AdapterMismatchError: the two are not models of one shape; RefusedError: nothing that an adapter
-    can hold changed.
+    AdapterMismatchError: the models differ in shape. RefusedError: nothing that an adapter can hold
+    changed.
     """
     if (rank is None) == (energy is None):
         raise ConfigError(
@@ -106,32 +107,35 @@ def extract_adapter(
             next_step="For instance --rank 16, or --energy 0.9.",
         )
     check_numbers(rank=(RANK, rank), energy=(ENERGY, energy))
-    old, new = (load_base(each, dtype="stored", device=device) for each in (base, tuned))
-    found = _differences(old, new.model, rank=rank, energy=energy)
-    if not found.cuts:
+    old, new = (load_base(source, dtype="stored", device=device) for source in (base, tuned))
+    changes = _differences(old, new.model, rank=rank, energy=energy)
+    if not changes.cuts:
         raise RefusedError(
             f"no linear layer of {tuned} differs from {base}: there is no adapter in it",
-            [f"{name} differs" for name in list(found.others)[:6]],
+            [f"{name} differs" for name in list(changes.other_changes)[:6]],
             "Is it the base itself, or a model in which only norms or embeddings were trained?",
         )
-    trained, values, settings = _kept_values(old, new.model, found, keep=keep)
-    made = attachment_of(
-        {p: FactorPair(c.A, c.B) for p, c in found.cuts.items()}, values, trained, old.model
+    trained, values, settings = _kept_values(old, new.model, changes, keep=keep)
+    attachment = attachment_of(
+        {path: FactorPair(cut.A, cut.B) for path, cut in changes.cuts.items()},
+        values,
+        trained,
+        old.model,
     )
-    made.config = made.config.model_copy(update=settings)
+    attachment.config = attachment.config.model_copy(update=settings)
     recipe: dict[str, Any] = {
         "extract": {"model": new.name_or_path, "rank": rank, "energy": energy, "keep": keep}
     }
     written = write_adapter(
-        out, made, manifest_for(old, method="lora", recipe=recipe), model=old.model
+        out, attachment, manifest_for(old, method="lora", recipe=recipe), model=old.model
     )
-    kept = {name: size for name, size in found.others.items() if name in values}
-    left = {name: size for name, size in found.others.items() if name not in values}
+    kept = {name: size for name, size in changes.other_changes.items() if name in values}
+    left_out = {name: size for name, size in changes.other_changes.items() if name not in values}
     check = _check(old, new, out) if check_logits else None
-    whole = sum(cut.whole for cut in found.cuts.values())
-    error = relative_error(sum(cut.lost for cut in found.cuts.values()), whole)
+    squared_norm = sum(cut.whole for cut in changes.cuts.values())
+    error = relative_error(sum(cut.lost for cut in changes.cuts.values()), squared_norm)
     return ExtractReport(
-        Path(out), written.bytes, _by_kind(found), error, left, kept, check, _notes(old, new)
+        Path(out), written.bytes, _by_kind(changes), error, left_out, kept, check, _notes(old, new)
     )
 
 
@@ -139,13 +143,16 @@ def _differences(
     base: FrozenBase, new: nn.Module, *, rank: int | None, energy: float | None
 ) -> _ExtractedUpdates:
     old = base.model
-    before, after = stored_tensors(old), stored_tensors(new)
-    faults = [f"{name} is in the base alone" for name in before if name not in after]
-    faults += [f"{name} is in the model alone" for name in after if name not in before]
+    base_tensors, tuned_tensors = stored_tensors(old), stored_tensors(new)
+    faults = [f"{name} is in the base alone" for name in base_tensors if name not in tuned_tensors]
     faults += [
-        f"{name}: {tuple(before[name].shape)} in the base, {tuple(after[name].shape)} in the model"
-        for name in before
-        if name in after and before[name].shape != after[name].shape
+        f"{name} is in the model alone" for name in tuned_tensors if name not in base_tensors
+    ]
+    faults += [
+        f"{name}: {tuple(base_tensors[name].shape)} in the base,"
+        f" {tuple(tuned_tensors[name].shape)} in the model"
+        for name in base_tensors
+        if name in tuned_tensors and base_tensors[name].shape != tuned_tensors[name].shape
     ]
     if faults:
         raise AdapterMismatchError(
@@ -157,30 +164,31 @@ def _differences(
     modules = plain_modules(old)
     head: Any = old.get_output_embeddings()
     tied = tied_names(old) if tied_names(new).keys() == tied_names(old).keys() else {}
-    found = _ExtractedUpdates()
-    for name in before:
+    changes = _ExtractedUpdates()
+    for name in base_tensors:
         if name in tied:
-            continue  # the same tensor under its other name
-        own, change = before[name].read().float(), after[name].read().float()
-        change = change - own
+            continue  # the same tensor under another name
+        base_value, change = base_tensors[name].read().float(), tuned_tensors[name].read().float()
+        change = change - base_value
         if not bool(change.any()):
             continue
-        where, turned = (None, False) if name in base.read_past else _place(modules, name, head)
-        size = float(own.square().sum())
-        if where is None:
-            found.others[name] = relative_error(float(change.square().sum()), size)
+        path, transposed = (None, False) if name in base.read_past else _place(modules, name, head)
+        size = float(base_value.square().sum())
+        if path is None:
+            changes.other_changes[name] = relative_error(float(change.square().sum()), size)
             continue
-        change = change.transpose(-1, -2) if turned else change
-        found.cuts[where] = cut_dense(change, rank=rank, energy=energy)
-        found.sizes[where] = size
-    return found
+        change = change.transpose(-1, -2) if transposed else change
+        changes.cuts[path] = cut_dense(change, rank=rank, energy=energy)
+        changes.sizes[path] = size
+    return changes
 
 
 def _place(
     modules: Mapping[str, nn.Module], name: str, head: nn.Module | None
 ) -> tuple[str | None, bool]:
-    """Where an update of this weight would sit, and whether it is stored as (..., I, O); None:
-    nowhere."""
+    """Returns (path of an update of this weight or None, whether the weight is stored as (..., I,
+    O)).
+    """
     path, _, parameter = name.rpartition(".")
     module = modules[path]
     if parameter in expert_parameters(module):
@@ -191,72 +199,81 @@ def _place(
 
 
 def _kept_values(
-    base: FrozenBase, new: nn.Module, found: _ExtractedUpdates, *, keep: bool
+    base: FrozenBase, new: nn.Module, changes: _ExtractedUpdates, *, keep: bool
 ) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
-    """Modules trained in full, the values, and what the settings must say of them."""
-    if not keep or not found.others:
+    """Returns modules trained in full, their values, and the settings that describe them."""
+    if not keep or not changes.other_changes:
         return [], {}, {}
     old = base.model
     modules = plain_modules(old)
     head: Any = old.get_output_embeddings()
-    changed = {name.rpartition(".")[0] for name in found.others}
-    trained = sorted(path for path in changed if path not in found.cuts)
+    changed = {name.rpartition(".")[0] for name in changes.other_changes}
+    trained = sorted(path for path in changed if path not in changes.cuts)
     for alias, source in tied_names(
         old
     ).items():  # one tensor under two names: training it moved both
         pair = {alias.rpartition(".")[0], source.rpartition(".")[0]}
         trained = sorted({*trained, *pair}) if pair & set(trained) else trained
-    bias: Literal["all", "none"] = "all" if any(path in found.cuts for path in changed) else "none"
+    bias: Literal["all", "none"] = (
+        "all" if any(path in changes.cuts for path in changed) else "none"
+    )
     settings: dict[str, Any] = {"bias": bias}
-    probe = LoRA(targets=sorted(found.cuts), train_modules=trained, bias=bias)
+    probe = LoRA(targets=sorted(changes.cuts), train_modules=trained, bias=bias)
     targets = find_targets(modules, probe, head=head, read_past=base.read_past)
     names = [f"{path}.bias" for path in targets.biases]
-    names += [f"{path}.{n}" for path in trained for n, _ in modules[path].named_parameters()]
-    after = stored_tensors(new)
-    return trained, {name: after[name].read().clone() for name in names}, settings
+    names += [
+        f"{path}.{parameter_name}"
+        for path in trained
+        for parameter_name, _ in modules[path].named_parameters()
+    ]
+    tuned_tensors = stored_tensors(new)
+    return trained, {name: tuned_tensors[name].read().clone() for name in names}, settings
 
 
-def _by_kind(found: _ExtractedUpdates) -> dict[str, ModuleKindReport]:
+def _by_kind(changes: _ExtractedUpdates) -> dict[str, ModuleKindReport]:
     kinds: dict[str, list[str]] = {}
-    for where in found.cuts:
-        kinds.setdefault(where.rpartition(".")[2], []).append(where)
+    for path in changes.cuts:
+        kinds.setdefault(path.rpartition(".")[2], []).append(path)
     parts = {}
-    for kind, places in kinds.items():
-        whole = sum(found.cuts[p].whole for p in places)
-        ranks = [found.cuts[p].rank for p in places]
+    for kind, paths in kinds.items():
+        squared_norm = sum(changes.cuts[path].whole for path in paths)
+        ranks = [changes.cuts[path].rank for path in paths]
         parts[kind] = ModuleKindReport(
-            len(places),
-            relative_error(whole, sum(found.sizes[p] for p in places)),
+            len(paths),
+            relative_error(squared_norm, sum(changes.sizes[path] for path in paths)),
             (min(ranks), max(ranks)),
-            relative_error(sum(found.cuts[p].lost for p in places), whole),
+            relative_error(sum(changes.cuts[path].lost for path in paths), squared_norm),
         )
     return parts
 
 
 @torch.no_grad()
 def _check(old: FrozenBase, new: FrozenBase, out: str | Path) -> LogitCheck:
-    """The written adapter on its base against the tuned model; effect: tuned against base."""
+    """Compares the written adapter on its base with the tuned model; effect: tuned against base."""
     rows = text_rows(old)
     expected = [logits(new, row) for row in rows]
-    gaps = [(said - logits(old, row)).abs() for said, row in zip(expected, rows, strict=True)]
-    asked = ReferenceLogits(rows, expected, max_effect=max(float(gap.max()) for gap in gaps))
-    asked.mean_effect = sum(float(gap.mean()) * len(gap) for gap in gaps) / asked.tokens
+    gaps = [
+        (tuned_logits - logits(old, row)).abs()
+        for tuned_logits, row in zip(expected, rows, strict=True)
+    ]
+    reference = ReferenceLogits(rows, expected, max_effect=max(float(gap.max()) for gap in gaps))
+    reference.mean_effect = sum(float(gap.mean()) * len(gap) for gap in gaps) / reference.tokens
     load_adapter(old, out, name="extracted")
     old.routing.active = (("extracted", 1.0),)
-    return compare(old, asked)
+    return compare(old, reference)
 
 
 def _notes(old: FrozenBase, new: FrozenBase) -> list[str]:
     notes = []
     if tokenizer_hash(old.tokenizer) != tokenizer_hash(new.tokenizer):
         notes.append(
-            "the model's tokenizer is not the base's: an adapter brings none, the base's will be"
+            "the model's tokenizer differs from the base's; an adapter has none, so the base's is"
             " used"
         )
     if _template(old) != _template(new):
         notes.append(
-            "the model's chat template is not the base's: an adapter brings none, the base's will"
-            " be used"
+            "the model's chat template differs from the base's; an adapter has none, so the base's"
+            " is used"
         )
     return notes
 

@@ -1,5 +1,4 @@
-"""A whole export, from an adapter's folder to what another program reads; and the check
-beforehand."""
+"""Exports an adapter to another program's format, and checks it beforehand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +17,15 @@ from veneer.files.atomic import atomic_file, atomic_folder
 from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.manifest import CARD_NAME, MANIFEST_NAME
 from veneer.library.names import said_of
-from veneer.merge.combine.adapters import fitted, place
-from veneer.merge.export.folders import Beside, ExportReport, export_peft, export_vllm
+from veneer.merge.combine.adapters import fit_adapter, place
+from veneer.merge.export.folders import ExportReport, OtherFiles, export_peft, export_vllm
 from veneer.merge.export.lint import LintFinding, lint, peft_refusal
 from veneer.merge.export.ollama import modelfile
 from veneer.merge.export.serving import commands, whole_model_commands
 from veneer.merge.export.turns import turns_of
 from veneer.merge.fold.merge_run import Into, open_merge
 from veneer.merge.gguf.adapter import AdapterType, write_gguf_adapter
-from veneer.merge.gguf.model import GGUFReport, Told, write_gguf_model
+from veneer.merge.gguf.model import GGUFReport, ReportProgress, write_gguf_model
 from veneer.merge.programs import ModelType, Program
 from veneer.models.capacity import configured_capacity
 from veneer.models.frozen_base import FrozenBase
@@ -34,7 +33,7 @@ from veneer.models.load import load_base
 from veneer.quant.config import Quantize
 
 Card = Callable[[Sequence[str]], str | None]
-"""Of the commands that answer: the text of a README.md; None: none is written."""
+"""Takes the commands that serve the adapter; returns the text of a README.md, or None."""
 
 
 def _no_card(serve: Sequence[str]) -> str | None:
@@ -50,22 +49,24 @@ def export_adapter(
     dtype: AdapterType = "f32",
     card: Card = _no_card,
 ) -> ExportReport:
-    """Writes the adapter for another program. base: only its config is read. dtype: of a .gguf
-    adapter's tensors. card: of a folder.
+    """Writes the adapter for another program. base: only its config is read.
 
-    RefusedError: the program would not apply all of it.
+    dtype: of a .gguf adapter's tensors. card: makes a folder's README.md. RefusedError: the program
+    would not apply all of it.
     """
     stored = read_adapter(folder)
 
-    def beside(rank: int | None) -> dict[str, str]:
+    def other_files(rank: int | None) -> dict[str, str]:
         text = card(commands(to, base=base, out=out, rank=rank))
         return {} if text is None else {CARD_NAME: text}
 
-    report = _exported(stored, to, base, out, dtype, beside)
-    told = [] if stored.manifest is None or stored.manifest.system is None else [SYSTEM_NOTE]
+    report = _export(stored, to, base, out, dtype, other_files)
+    system_notes = (
+        [] if stored.manifest is None or stored.manifest.system is None else [SYSTEM_NOTE]
+    )
     return replace(
         report,
-        notes=[*report.notes, *told],
+        notes=[*report.notes, *system_notes],
         serve=commands(to, base=base, out=out, rank=report.rank),
     )
 
@@ -73,49 +74,51 @@ def export_adapter(
 SYSTEM_NOTE = f"its rows began with a system turn: send it too (system in {MANIFEST_NAME})"
 
 
-def _exported(
+def _export(
     stored: StoredAdapter,
     to: Program,
     base: str,
     out: str | Path,
     dtype: AdapterType,
-    beside: Beside,
+    other_files: OtherFiles,
 ) -> ExportReport:
     if to == "peft":
         _check_peft_loads(stored, base)
-        return export_peft(stored, out, beside)
+        return export_peft(stored, out, other_files)
     skeleton = load_skeleton(base)
-    if to == "transformers":  # which reads PEFT's layout, of some methods
-        if found := lint(stored, skeleton.model, to):
-            way = next((each.mended for each in found if each.mended), "")
+    if to == "transformers":  # it reads PEFT's layout of some methods
+        if findings := lint(stored, skeleton.model, to):
+            fix = next((finding.mended for finding in findings if finding.mended), "")
             raise RefusedError(
-                "transformers would not apply this adapter as it is", [f.what for f in found], way
+                "transformers would not apply this adapter as it is",
+                [finding.what for finding in findings],
+                fix,
             )
-        return export_peft(stored, out, beside)
+        return export_peft(stored, out, other_files)
     placed = place(stored, skeleton.model)
     if to == "vllm":
-        return export_vllm(placed, skeleton, out, beside, base=base)
-    _named_gguf(out)
+        return export_vllm(placed, skeleton, out, other_files, base=base)
+    _require_gguf_name(out)
     with atomic_file(out) as partial:
         size = write_gguf_adapter(partial, placed, skeleton.model, dtype=dtype)
     return ExportReport(Path(out), size)
 
 
 def _check_peft_loads(stored: StoredAdapter, base: str) -> None:
-    """Raises RefusedError if PEFT refuses LoRA on a module of the adapter. The base is read only
-    where it decides."""
+    """Raises RefusedError if PEFT refuses LoRA on a module of the adapter; reads the base if
+    needed.
+    """
     if not stored.layout.peft_reads or not may_be_refused_by_peft(stored.tensors):
         return
     model = load_skeleton(base).model
-    if (refusal := peft_refusal(fitted(stored, model).scaling, model)) is not None:
+    if (refusal := peft_refusal(fit_adapter(stored, model).scaling, model)) is not None:
         step = f"Merge it into the base instead: {refusal.mended}."
         raise RefusedError("PEFT would not load this adapter", [refusal.what], step)
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Which weights of a base a whole model is made of: how the base is held (quantize,
-    keep_dense), and what is merged into, see open_merge."""
+    """Says which weights of a base a merged model is made of; see open_merge."""
 
     quantize: Quantize | None = None
     keep_dense: Sequence[str] = ()
@@ -131,12 +134,11 @@ def export_merged_gguf(
     out: str | Path,
     type: ModelType = "f16",
     weights: WeightSource = WeightSource(),
-    progress: Told | None = None,
+    progress: ReportProgress | None = None,
 ) -> GGUFReport:
-    """Writes base and adapters as one .gguf model. Metadata is copied where the weights come from a
-    .gguf file."""
-    _named_gguf(out)
-    loaded, acting = _opened(adapters, base, weights)
+    """Writes base and adapters as one .gguf model; copies metadata if the base is a .gguf file."""
+    _require_gguf_name(out)
+    loaded, acting = _open_base(adapters, base, weights)
     report = write_gguf_model(
         loaded, acting, out, type=type, source_file=gguf_file(loaded.source), progress=progress
     )
@@ -150,30 +152,29 @@ def export_ollama(
     out: str | Path,
     type: ModelType = "f16",
     weights: WeightSource = WeightSource(),
-    progress: Told | None = None,
+    progress: ReportProgress | None = None,
     card: Card = _no_card,
 ) -> GGUFReport:
-    """Writes a folder with base and adapter as one .gguf model, and the Modelfile that Ollama makes
-    a model of.
+    """Writes a folder with base and adapter as one .gguf model, and a Modelfile for Ollama.
 
-    RefusedError: Ollama's language has no words for the base's chat template; told before any
+    RefusedError: the base's chat template cannot be written in Ollama's language; raised before any
     weight is read.
     """
     stored, serve = read_adapter(folder), whole_model_commands("ollama", out)
     preamble = Preamble() if stored.manifest is None else stored.manifest.preamble
     turns_of(ChatTemplate(load_tokenizer(base)[0], variables=preamble.variables))
     with atomic_folder(out) as partial:
-        loaded, acting = _opened([(folder, 1.0)], base, weights)
+        loaded, acting = _open_base([(folder, 1.0)], base, weights)
         generation, positions = (
             loaded.model.generation_config,
             configured_capacity(loaded.config).positions,
         )
-        ends = generation.eos_token_id if generation is not None else None
+        end_ids = generation.eos_token_id if generation is not None else None
         text, notes = modelfile(
             extended(loaded.tokenizer, preamble.tokens),
             preamble,
             model=MODEL_NAME,
-            stops=ends if isinstance(ends, list) else [],
+            stops=end_ids if isinstance(end_ids, list) else [],
             positions=positions,
             made_of=f"Veneer {version('veneer')}: {said_of(stored.folder)} over {base}",
         )
@@ -182,20 +183,20 @@ def export_ollama(
             loaded, acting, file, type=type, source_file=source, progress=progress
         )
         (partial / "Modelfile").write_text(text, encoding="utf-8")
-        if (said := card(serve)) is not None:
-            (partial / CARD_NAME).write_text(said, encoding="utf-8")
+        if (card_text := card(serve)) is not None:
+            (partial / CARD_NAME).write_text(card_text, encoding="utf-8")
     return replace(report, out=Path(out), notes=notes, serve=serve)
 
 
 MODEL_NAME = "model.gguf"
 
 
-def _opened(
+def _open_base(
     adapters: Sequence[tuple[str | Path, float]], base: str, weights: WeightSource
 ) -> tuple[FrozenBase, list[tuple[str, float]]]:
     if not adapters:
         return load_base(base, dtype="stored", device="cpu", quantize=weights.quantize), []
-    opened = open_merge(
+    inputs = open_merge(
         base,
         adapters,
         quantize=weights.quantize,
@@ -204,18 +205,17 @@ def _opened(
         original=weights.original,
         force_base=weights.force_base,
     )
-    return opened.base, opened.acting
+    return inputs.base, inputs.acting
 
 
 def lint_adapter(folder: str | Path, consumer: Program, *, base: str) -> list[LintFinding]:
-    """What the consumer would refuse of the adapter, or apply wrongly. base: only its config is
-    read."""
+    """Lists what the consumer would refuse or apply wrongly. base: only its config is read."""
     return lint(read_adapter(folder), load_skeleton(base).model, consumer)
 
 
-def _named_gguf(out: str | Path) -> None:
+def _require_gguf_name(out: str | Path) -> None:
     if gguf_file(str(out)) is None:
         raise ConfigError(
-            f"{out} is to be a file called ….gguf",
+            f"{out} must be a file named ….gguf",
             next_step=f"Give --out {Path(out).with_suffix('.gguf')}.",
         )

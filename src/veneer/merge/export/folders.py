@@ -1,9 +1,7 @@
-"""Adapters in the form that others take: PEFT's folder, one that vLLM applies as it is meant,
-llama.cpp's file.
+"""Adapters in other programs' formats: PEFT's folder, a folder for vLLM, a file for llama.cpp.
 
-vLLM reads one rank and one alpha for all modules and passes over patterns in silence, so here every
-update is padded with zeros to one rank that vLLM allows and has scaling 1: nothing is left for it
-to misread.
+vLLM reads one rank and one alpha for all modules and ignores patterns silently. So every update is
+padded with zeros to one rank that vLLM allows, with scaling 1, which it reads correctly.
 """
 
 import shutil
@@ -21,18 +19,18 @@ from veneer.formats.adapter import WEIGHTS_NAME, StoredAdapter, write_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.config import CONFIG_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.merge.combine.adapters import PlacedAdapter, attachment_of, common_base, descended
+from veneer.merge.combine.adapters import PlacedAdapter, attachment_of, common_base, with_lineage
 from veneer.merge.combine.combine import FactorPair
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank takes; 16 where it is not given."""
+"""Values of --max-lora-rank, whose default is 16."""
 VLLM_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """notes: what the one who uses it must know. serve: the commands that answer with it. rank:
-    that the program must be told; None: none."""
+    """Reports an export. notes: for its user. serve: commands to serve it. rank: option that the
+    program needs, if any."""
 
     out: Path
     bytes: int
@@ -42,7 +40,7 @@ class ExportReport:
 
 
 def vllm_faults(placed: PlacedAdapter, model: Any) -> list[str]:
-    """What vLLM refuses, or passes over in silence, and no rewriting mends."""
+    """Lists what vLLM refuses or ignores, and what no conversion can fix."""
     faults = [
         f"{name}: a value trained in full; vLLM reads low-rank factors alone"
         for name in placed.values
@@ -56,14 +54,19 @@ def vllm_faults(placed: PlacedAdapter, model: Any) -> list[str]:
     return faults
 
 
-Beside = Callable[[int | None], Mapping[str, str]]
-"""Of the rank that the program must be told, if any: further texts of the folder, by name."""
+OtherFiles = Callable[[int | None], Mapping[str, str]]
+"""Takes the rank that the program needs, if any; returns further texts of the folder, by name."""
 
 
 def export_vllm(
-    placed: PlacedAdapter, skeleton: Skeleton, out: str | Path, beside: Beside, *, base: str
+    placed: PlacedAdapter,
+    skeleton: Skeleton,
+    out: str | Path,
+    other_files: OtherFiles,
+    *,
+    base: str,
 ) -> ExportReport:
-    """A folder of one rank and scaling 1. RefusedError with everything vLLM would not apply."""
+    """Writes a folder with one rank and scaling 1. RefusedError lists what vLLM would not apply."""
     faults = vllm_faults(placed, skeleton.model)
     if skeleton.whole is not None:
         faults.append(
@@ -76,19 +79,21 @@ def export_vllm(
         )
     largest = max(update.A.shape[-2] for update in placed.updates.values())
     rank = next(legal for legal in VLLM_RANKS if legal >= largest)
-    updates = {where: padded(update, rank) for where, update in placed.updates.items()}
-    made = attachment_of(updates, {}, [], skeleton.model, rank=rank)
-    manifest = descended(
+    updates = {path: padded(update, rank) for path, update in placed.updates.items()}
+    attachment = attachment_of(updates, {}, [], skeleton.model, rank=rank)
+    manifest = with_lineage(
         common_base([placed], skeleton, base), {"export": {"to": "vllm"}}, [(placed, 1.0)]
     )
     notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
-    told = rank if notes else None
-    written = write_adapter(out, made, manifest, model=skeleton.model, beside=beside(told))
-    return ExportReport(Path(out), written.bytes, notes, rank=told)
+    needed_rank = rank if notes else None
+    written = write_adapter(
+        out, attachment, manifest, model=skeleton.model, beside=other_files(needed_rank)
+    )
+    return ExportReport(Path(out), written.bytes, notes, rank=needed_rank)
 
 
 def padded(update: FactorPair, rank: int) -> FactorPair:
-    """The same update at a larger rank: rows of A and columns of B that are zero."""
+    """Returns the same update at a larger rank: A's new rows and B's new columns are zero."""
     extra = rank - update.A.shape[-2]
     zeros_A = torch.zeros(*update.A.shape[:-2], extra, update.A.shape[-1], dtype=update.A.dtype)
     zeros_B = torch.zeros(*update.B.shape[:-1], extra, dtype=update.B.dtype)
@@ -97,9 +102,8 @@ def padded(update: FactorPair, rank: int) -> FactorPair:
     )
 
 
-def export_peft(stored: StoredAdapter, out: str | Path, beside: Beside) -> ExportReport:
-    """PEFT's two files as they are, byte for byte. RefusedError for methods that PEFT has no layout
-    for."""
+def export_peft(stored: StoredAdapter, out: str | Path, other_files: OtherFiles) -> ExportReport:
+    """Copies PEFT's files byte for byte. RefusedError for methods that PEFT has no layout for."""
     if not stored.layout.peft_reads:
         raise RefusedError(
             f"PEFT has no method {stored.layout.peft_type}: only Veneer computes this adapter",
@@ -116,6 +120,6 @@ def export_peft(stored: StoredAdapter, out: str | Path, beside: Beside) -> Expor
         for name in (CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME):
             if (stored.folder / name).is_file():
                 shutil.copyfile(stored.folder / name, partial / name)
-        for name, text in beside(None).items():
+        for name, text in other_files(None).items():
             (partial / name).write_text(text, encoding="utf-8")
     return ExportReport(Path(out), needed)

@@ -1,9 +1,8 @@
-"""What others would refuse of an adapter, or apply wrongly without a word: told before it goes
-there.
+"""Checks what another program would refuse of an adapter, or apply wrongly without an error.
 
-A finding is a refusal (it fails to load), or worse, a silent one: it loads and computes something
-else. Facts: PEFT 0.21, transformers 5.24, vLLM's LoRA loader, llama.cpp's convert_lora_to_gguf.py
-and its file reader.
+A finding is a refusal (the adapter fails to load) or, worse, silent: it loads and computes
+something else. Facts: PEFT 0.21, transformers 5.24, vLLM's LoRA loader, llama.cpp's
+convert_lora_to_gguf.py and its file reader.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +17,7 @@ from veneer.errors import VeneerError
 from veneer.formats.adapter import StoredAdapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.formats.peft.low_rank import LOW_RANK
-from veneer.merge.combine.adapters import PlacedAdapter, fitted, place
+from veneer.merge.combine.adapters import PlacedAdapter, fit_adapter, place
 from veneer.merge.export.folders import VLLM_DEFAULT_RANK, VLLM_RANKS
 from veneer.merge.gguf.adapter import gguf_adapter_faults
 from veneer.merge.gguf.names import names_of
@@ -27,8 +26,9 @@ from veneer.merge.programs import WHOLE_MODEL, Program
 
 @dataclass(frozen=True)
 class LintFinding:
-    """silent: it loads there and answers wrongly. mended: the command that makes it right, if there
-    is one."""
+    """Describes a problem. silent: it loads and answers wrongly. mended: a command that fixes
+    it.
+    """
 
     silent: bool
     what: str
@@ -36,21 +36,20 @@ class LintFinding:
 
 
 def lint(stored: StoredAdapter, model: PreTrainedModel, consumer: Program) -> list[LintFinding]:
-    """Everything that stands in the way; empty: it is applied as it was trained. model: the base or
-    its skeleton."""
+    """Lists all problems; empty: it is applied as trained. model: the base or its skeleton."""
     if consumer in WHOLE_MODEL:
         return _merged(stored, model)
     if not stored.layout.peft_reads:
-        what = f"method {stored.config.name}: no layout that anyone else reads"
-        return [LintFinding(False, what, "veneer generate --adapter computes it beside its base")]
+        text = f"method {stored.config.name}: no layout that anyone else reads"
+        return [LintFinding(False, text, "veneer generate --adapter computes it beside its base")]
     try:
-        adapted = fitted(stored, model).scaling
+        adapted = fit_adapter(stored, model).scaling
         if consumer in INJECTED_BY_PEFT and (refusal := peft_refusal(adapted, model)) is not None:
             return [refusal]
         if consumer in READS_EVERY_LAYOUT:
             return _beside_tokens(stored)
-        if (known := _OF_METHOD.get(type(stored.config), {}).get(consumer)) is not None:
-            return [known]
+        if (method_finding := _OF_METHOD.get(type(stored.config), {}).get(consumer)) is not None:
+            return [method_finding]
         placed = place(stored, model)
     except VeneerError as fault:
         return [LintFinding(False, fault.headline, fault.next_step)]
@@ -67,8 +66,7 @@ def _merged(stored: StoredAdapter, model: PreTrainedModel) -> list[LintFinding]:
 
 
 def peft_refusal(adapted: Iterable[str], model: PreTrainedModel) -> LintFinding | None:
-    """A finding for an adapter with an update beside a module where PEFT refuses it. adapted: paths
-    of modules."""
+    """Returns a finding for LoRA on a module where PEFT refuses it. adapted: paths of modules."""
     if not (refused := sorted(refused_by_peft(model).intersection(adapted))):
         return None
     names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
@@ -83,13 +81,13 @@ def _beside_tokens(stored: StoredAdapter) -> list[LintFinding]:
     if stored.tokens is None:
         return []
     if stored.layout is not LOW_RANK:
-        what = (
+        text = (
             f"rows of {len(stored.tokens.ids):,} tokens: not read beside {stored.layout.peft_type}"
         )
-        return [LintFinding(True, what, "veneer generate --adapter computes it beside its base")]
+        return [LintFinding(True, text, "veneer generate --adapter computes it beside its base")]
     if stored.manifest is None or not stored.manifest.new_tokens:
         return []
-    how = (
+    instruction = (
         "add them to the tokenizer, and model.resize_token_embeddings(len(tokenizer)), before it is"
         " loaded"
     )
@@ -97,13 +95,13 @@ def _beside_tokens(stored: StoredAdapter) -> list[LintFinding]:
         LintFinding(
             False,
             f"it brings {len(stored.tokens.ids):,} tokens, whose texts {MANIFEST_NAME} says",
-            how,
+            instruction,
         )
     ]
 
 
 def _differing(placed: PlacedAdapter) -> list[str]:
-    """Why one rank and one alpha / rank do not say this adapter's scalings."""
+    """Returns the settings that one rank and one alpha cannot express."""
     settings = placed.settings
     names = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     return [name for name, pattern in names.items() if pattern]
@@ -121,17 +119,15 @@ def _vllm(placed: PlacedAdapter, model: PreTrainedModel) -> list[LintFinding]:
         )
         for name in placed.values
     ]
-    if (rank := max(u.A.shape[-2] for u in placed.updates.values())) > VLLM_DEFAULT_RANK:
-        legal = next((r for r in VLLM_RANKS if r >= rank), None)
-        way = (
-            f"start it with --max-lora-rank {legal}"
-            if legal
+    if (rank := max(update.A.shape[-2] for update in placed.updates.values())) > VLLM_DEFAULT_RANK:
+        allowed_rank = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+        fix = (
+            f"start it with --max-lora-rank {allowed_rank}"
+            if allowed_rank
             else "veneer combine A --how svd --rank 512"
         )
         findings.append(
-            LintFinding(
-                False, f"rank {rank}: vLLM takes {VLLM_DEFAULT_RANK} unless told otherwise", way
-            )
+            LintFinding(False, f"rank {rank}: vLLM takes {VLLM_DEFAULT_RANK} by default", fix)
         )
     return findings
 
@@ -183,4 +179,4 @@ _OF_METHOD: Mapping[type[AdapterConfig], Mapping[Program, LintFinding]] = {
         )
     },
 }
-"""What a consumer does of its own with a method; one that is not named here takes LoRA alone."""
+"""Findings for other methods than LoRA; a consumer that is not named here takes only LoRA."""

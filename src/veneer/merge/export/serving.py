@@ -1,4 +1,4 @@
-"""The commands that answer with what was written for another program."""
+"""Commands that serve what was exported for another program."""
 
 import json
 import re
@@ -20,14 +20,13 @@ _TRANSFORMERS = (
 
 
 def commands(to: Program, *, base: str, out: str | Path, rank: int | None = None) -> list[str]:
-    """An adapter beside its base. base: as we name it. rank: that vLLM must be told; None: its own
-    default."""
-    base, out = theirs(base), str(out)
+    """Returns commands for an adapter beside its base. rank: option for vLLM; None: its default."""
+    base, out = public_name(base), str(out)
     name = shlex.quote(Path(out).stem or "adapter")
     if to == "vllm":
-        told = f" --max-lora-rank {rank}" if rank else ""
+        rank_option = f" --max-lora-rank {rank}" if rank else ""
         return [
-            f"vllm serve {shlex.quote(base)} --enable-lora{told} --lora-modules"
+            f"vllm serve {shlex.quote(base)} --enable-lora{rank_option} --lora-modules"
             f" {name}={shlex.quote(out)}"
         ]
     if to == "llamacpp":
@@ -45,7 +44,7 @@ def commands(to: Program, *, base: str, out: str | Path, rank: int | None = None
 
 
 def whole_model_commands(to: Program, out: str | Path) -> list[str]:
-    """A model with the adapter in it."""
+    """Returns commands for a merged model."""
     out = Path(out)
     if to == "ollama":
         name = re.sub(r"[^a-z0-9._-]+", "-", out.name.lower()).strip("-._") or "model"
@@ -56,6 +55,6 @@ def whole_model_commands(to: Program, out: str | Path) -> list[str]:
     return [f"llama-server -m {shlex.quote(str(out))} --jinja"]
 
 
-def theirs(base: str) -> str:
-    """A base as other programs find it."""
+def public_name(base: str) -> str:
+    """Returns a base's name for other programs."""
     return NAMED[base].hub_id if base in NAMED else base

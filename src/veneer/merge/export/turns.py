@@ -1,9 +1,8 @@
-"""A chat template as turns: each its own words around its content, and words that open an answer.
-Most templates are.
+"""A chat template as turns: fixed words around each content, and words that open an answer.
 
-The words are found by rendering, not by reading: they are cut out of what the template writes
-around contents that are known. Then what they write is held against what the template writes,
-conversation by conversation. Not known here: in which language they are said to others (ollama.py).
+Most templates have this form. The words are found by rendering known contents and cutting them out.
+Then the turns are compared with the template on several conversations. Knows nothing of other
+programs' template languages (ollama.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,11 @@ _LONG = (
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """around: role -> (words before its content, words behind). bare: what stands in front of a
-    conversation without a system turn. opens: what stands in front of an answer. folds: the
-    system's text stands within the first user's turn, whose words before it are among the
-    system's."""
+    """Holds the words of a template. around: role -> (words before its content, words after it).
+
+    bare: start of a conversation without a system turn. opens: words before an answer. folds: the
+    system's text is inside the first user's turn, whose words before it belong to the system's.
+    """
 
     around: Mapping[str, tuple[str, str]]
     bare: str
@@ -34,21 +34,21 @@ class TurnTemplate:
     folds: bool = False
 
     def render(self, messages: Messages) -> str:
-        """The conversation up to where the answer begins. KeyError: a role that has no words."""
-        said, above = "" if messages[0]["role"] == "system" else self.bare, ""
+        """Renders a conversation up to the start of the answer. KeyError: a role without words."""
+        text, previous_role = "" if messages[0]["role"] == "system" else self.bare, ""
         for message in messages:
-            before, behind = self.around[message["role"]]
-            open_already = self.folds and (above, message["role"]) == ("system", "user")
-            said += ("" if open_already else before) + message["content"] + behind
-            above = message["role"]
-        return said + self.opens
+            prefix, suffix = self.around[message["role"]]
+            open_already = self.folds and (previous_role, message["role"]) == ("system", "user")
+            text += ("" if open_already else prefix) + message["content"] + suffix
+            previous_role = message["role"]
+        return text + self.opens
 
 
 def turns_of(template: ChatTemplate) -> tuple[TurnTemplate, list[str]]:
-    """The template as turns, and what of it they do not say, in words.
+    """Returns the template as turns, and what they do not express, in words.
 
-    RefusedError: it is no sequence of turns, for conversations of user and assistant behind a
-    system turn, or none.
+    RefusedError: it is not a sequence of turns, for conversations of user and assistant, with or
+    without a system turn.
     """
     if not template.source:
         raise RefusedError(
@@ -56,13 +56,13 @@ def turns_of(template: ChatTemplate) -> tuple[TurnTemplate, list[str]]:
         )
     if template.writes_date:
         raise RefusedError(
-            "the chat template writes today's date, which others cannot", [], INSTEAD
+            "the chat template writes today's date, which other programs cannot", [], INSTEAD
         )
     try:
         turns = _cut_out(template)
     except (DataError, ValueError) as fault:
         raise RefusedError(
-            "this chat template is no sequence of turns", [str(fault)], INSTEAD
+            "this chat template is not a sequence of turns", [str(fault)], INSTEAD
         ) from None
     if wrong := [
         name
@@ -70,8 +70,8 @@ def turns_of(template: ChatTemplate) -> tuple[TurnTemplate, list[str]]:
         if not _same(turns, template, messages)
     ]:
         raise RefusedError(
-            "this chat template is no sequence of turns",
-            [f"it differs on {n}" for n in wrong],
+            "this chat template is not a sequence of turns",
+            [f"it differs on {name}" for name in wrong],
             INSTEAD,
         )
     notes = (
@@ -89,15 +89,16 @@ INSTEAD = "veneer export --to llamacpp --merged writes a file that carries the b
 
 
 def _cut_out(template: ChatTemplate) -> TurnTemplate:
-    """ValueError: the words do not stand where they would in turns."""
+    """Cuts the words out of rendered texts. ValueError: they are not where turns would have
+    them.
+    """
     tokens = {
         token.content: chr(_WHOLE + n)
         for n, token in template.tokenizer.added_tokens_decoder.items()
     }
 
     def between(messages: Messages) -> list[str]:
-        """What stands in front of each content, and behind the last; a token is one character: it
-        is not cut."""
+        """Returns the text before each content, and after the last; a token stays whole."""
         text, parts = template.render(messages, add_generation_prompt=True), []
         for message in messages:
             before, mark, text = text.partition(message["content"])
@@ -145,14 +146,15 @@ def _cut_out(template: ChatTemplate) -> TurnTemplate:
 
 
 def _ending(begins: Sequence[str], turn: str) -> str:
-    """What all of these begin with in front of the character that a turn begins with: it ends the
-    turn before."""
+    """Returns the common start of these words before the character that begins a turn: it ends the
+    turn before.
+    """
     end, _, _ = begins[0].partition(turn)
     return end if all(begin.startswith(end + turn) for begin in begins) else ""
 
 
 _WHOLE = 0xF0000
-"""Where characters begin that nobody writes."""
+"""First of the private characters that stand for tokens."""
 
 
 def _exchanged(text: str, words: Mapping[str, str]) -> str:
@@ -184,13 +186,16 @@ def _without_end(text: str, end: str) -> str:
 
 def _needed(system: bool) -> list[tuple[str, Messages]]:
     talk = [_turn("user", _LONG), _turn("assistant", _LONG), _turn("user", "And?")]
-    found = [
+    conversations = [
         ("a question", talk[2:]),
         ("a conversation", talk),
         ("a long conversation", [*talk[:2], *talk[:2], *talk]),
     ]
-    return found + (
-        [(f"{n} behind a system turn", [_turn("system", _LONG), *m]) for n, m in found]
+    return conversations + (
+        [
+            (f"{name} behind a system turn", [_turn("system", _LONG), *messages])
+            for name, messages in conversations
+        ]
         if system
         else []
     )

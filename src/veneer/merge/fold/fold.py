@@ -1,9 +1,10 @@
-"""What each weight of a base becomes when adapters are added into it: W + D, summed in float32, one
-at a time.
+"""The value of each weight of a base after adapters are merged: W + D, summed in float32, one at a
+time.
 
-The base is read, never written. Its weights may be stored in any way that has a dense form: what is
-added to is what the base computes with. Several adapters add up: W + sum of weight * (folded_i(W) -
-W). Not known here: files, rounding. Shapes: I/O in/out features, V vocabulary, D hidden, E experts.
+The base is read, never written. Its weights may be stored in any form that can be decoded: the sum
+starts from what the base computes with. Several adapters add up: W + sum of weight * (folded_i(W) -
+W). Knows nothing of files or rounding. Shapes: I/O in/out features, V vocabulary, D hidden, E
+experts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +23,16 @@ from veneer.errors import RefusedError
 from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear
 
 Applied = Sequence[tuple[Attachment, float]]
-"""Adapters with the weight each acts with."""
+"""Adapters with their weights."""
 Trained = Sequence[tuple[Tensor, float]]
-"""Values of one parameter, each trained in full by one adapter, with the adapters' weights."""
+"""Values of one parameter, trained in full by several adapters, with the adapters' weights."""
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One weight or buffer of a model: `read` gives it, decoded to float32 where it is stored
-    quantised."""
+    """Describes a weight or buffer of a model. read: returns it, decoded to float32 if
+    quantised.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -39,28 +41,29 @@ class SourceTensor:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, SourceTensor]:
-    """Every tensor of a model's state by the name it has in the dense model, in the model's
-    order."""
-    found: dict[str, SourceTensor] = {}
+    """Returns every tensor of a model's state by its name in the dense model, in the model's
+    order.
+    """
+    tensors: dict[str, SourceTensor] = {}
     for path, module in plain_modules(model).items():
         prefix = f"{path}." if path else ""
         packed = module.packed_shapes() if isinstance(module, PackedModule) else {}
-        plain: dict[str, Tensor | None] = dict(module._parameters)
-        if not packed:  # what else a packed module holds belongs to its format
+        dense: dict[str, Tensor | None] = dict(module._parameters)
+        if not packed:  # other buffers of a packed module belong to its format
             left_out = module._non_persistent_buffers_set
-            plain |= {
+            dense |= {
                 name: buffer for name, buffer in module._buffers.items() if name not in left_out
             }
-        for name, tensor in plain.items():
+        for name, tensor in dense.items():
             if name in packed:
                 read = _decoder(module, name, packed[name])
-                shape = packed[name][::-1] if _turned(module) else packed[name]
-                found[prefix + name] = SourceTensor(
+                shape = packed[name][::-1] if _is_stored_transposed(module) else packed[name]
+                tensors[prefix + name] = SourceTensor(
                     torch.Size(shape), torch.float32, read, quantised=True
                 )
             elif tensor is not None:
-                found[prefix + name] = SourceTensor(tensor.shape, tensor.dtype, tensor.detach)
-    return found
+                tensors[prefix + name] = SourceTensor(tensor.shape, tensor.dtype, tensor.detach)
+    return tensors
 
 
 def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
@@ -74,14 +77,14 @@ def _decoder(module: nn.Module, name: str, shape: tuple[int, ...]) -> Callable[[
         stack = [
             module.expert(name, number).dense_weight(torch.float32) for number in range(shape[0])
         ]
-        whole = torch.stack(stack)
-        return whole.transpose(1, 2) if module.is_transposed else whole
+        stacked = torch.stack(stack)
+        return stacked.transpose(1, 2) if module.is_transposed else stacked
 
     return read
 
 
-def _turned(module: nn.Module) -> bool:
-    """Whether the dense model stores this linear layer's weight as (I, O)."""
+def _is_stored_transposed(module: nn.Module) -> bool:
+    """Returns whether the dense model stores this linear layer's weight as (I, O)."""
     return (
         module.replaces_transposed
         if isinstance(module, PackedLinear)
@@ -89,21 +92,22 @@ def _turned(module: nn.Module) -> bool:
     )
 
 
-def is_turned(modules: Mapping[str, nn.Module], place: str) -> bool:
-    """Whether the weight at an update's place is stored as the transpose of B A. place: path of a
-    module, or of a 3-D parameter."""
-    module = modules.get(place)
+def is_transposed_at(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Returns whether a weight is stored as the transpose of B A. place: path of a module or 3-D
+    parameter.
+    """
+    module = modules.get(path)
     if module is None:
-        return is_transposed(modules[place.rpartition(".")[0]])
-    return isinstance(module, nn.Embedding) or _turned(module)
+        return is_transposed(modules[path.rpartition(".")[0]])
+    return isinstance(module, nn.Embedding) or _is_stored_transposed(module)
 
 
 def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name of each weight that changes -> function of its own value, float32, to what it becomes,
+    """Returns, by name of each changed weight, a function from its value to the merged value, both
     float32.
 
-    RefusedError: contents that do not merge, or lora_bias at a layer without a bias. ConfigError:
-    adapters that cannot act together with these weights.
+    RefusedError: contents that cannot be merged, or lora_bias at a layer without a bias.
+    ConfigError: adapters that cannot act together with these weights.
     """
     refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
     check_together(tuple(applied))
@@ -114,7 +118,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
         for path, layer in attachment.layers.items():
             module = modules.get(path)
             if module is not None:
-                part = _WeightUpdate(layer, _turned(module), weight)
+                part = _WeightUpdate(layer, _is_stored_transposed(module), weight)
                 parts.setdefault(f"{path}.weight", []).append(part)
                 if (offset := layer.stored().get("offset")) is not None:
                     offsets.setdefault(f"{path}.bias", []).append(layer.scaling * weight * offset)
@@ -123,10 +127,10 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
                 parts.setdefault(path, []).append(
                     _WeightUpdate(layer, is_transposed(owner), weight)
                 )
-    found: dict[str, Callable[[Tensor], Tensor]] = {
-        name: _sum_of(group) for name, group in parts.items()
+    merged: dict[str, Callable[[Tensor], Tensor]] = {
+        name: _sum_of(updates) for name, updates in parts.items()
     }
-    found |= {name: _plus(group) for name, group in offsets.items()}
+    merged |= {name: _plus(updates) for name, updates in offsets.items()}
     if missing := [
         name
         for name in offsets
@@ -138,63 +142,66 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
             "Let the adapter act beside the base.",
         )
     for name, trained in trained_values(
-        [(each.values, weight) for each, weight in applied]
+        [(attachment.values, weight) for attachment, weight in applied]
     ).items():
-        found[name] = _with_trained(trained, found.get(name))
-    return found
+        merged[name] = _with_trained(trained, merged.get(name))
+    return merged
 
 
 @dataclass(frozen=True)
 class _WeightUpdate:
-    """One adapter's change of one weight. turned: the weight is stored as (..., I, O)."""
+    """Holds an adapter's change of one weight. transposed: the weight is stored as (..., I, O)."""
 
     layer: Layer
-    turned: bool
+    transposed: bool
     weight: float
 
-    def folded(self, own: Tensor) -> Tensor:
-        """The weight with the update in it, as it is stored."""
-        if not self.turned:
-            return self.layer.folded(own)
-        return self.layer.folded(own.transpose(-1, -2)).transpose(-1, -2).contiguous()
+    def folded(self, weight: Tensor) -> Tensor:
+        """Returns the weight with the update, as it is stored."""
+        if not self.transposed:
+            return self.layer.folded(weight)
+        return self.layer.folded(weight.transpose(-1, -2)).transpose(-1, -2).contiguous()
 
 
-def _sum_of(group: Sequence[_WeightUpdate]) -> Callable[[Tensor], Tensor]:
-    def wanted(own: Tensor) -> Tensor:
-        if len(group) == 1 and group[0].weight == 1.0:
-            return group[0].folded(own)
-        changed = own.clone()
-        for part in group:
-            changed += part.weight * (part.folded(own) - own)
+def _sum_of(updates: Sequence[_WeightUpdate]) -> Callable[[Tensor], Tensor]:
+    def merged(weight: Tensor) -> Tensor:
+        if len(updates) == 1 and updates[0].weight == 1.0:
+            return updates[0].folded(weight)
+        changed = weight.clone()
+        for update in updates:
+            changed += update.weight * (update.folded(weight) - weight)
         return changed
 
-    return wanted
+    return merged
 
 
 def _plus(offsets: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    def wanted(own: Tensor) -> Tensor:
-        return own + torch.stack(list(offsets)).sum(0).to(own)
+    def merged(bias: Tensor) -> Tensor:
+        return bias + torch.stack(list(offsets)).sum(0).to(bias)
 
-    return wanted
+    return merged
 
 
 def _with_trained(
     trained: Trained, update: Callable[[Tensor], Tensor] | None
 ) -> Callable[[Tensor], Tensor]:
-    """The weighted sum of what was trained in full; updates of other adapters come on top."""
+    """Returns the weighted sum of values trained in full, plus updates of other adapters."""
 
-    def wanted(own: Tensor) -> Tensor:
+    def merged(value: Tensor) -> Tensor:
         replaced = summed_change(
-            own, [(value.detach().float().to(own.device), weight) for value, weight in trained]
+            value,
+            [
+                (trained_value.detach().float().to(value.device), weight)
+                for trained_value, weight in trained
+            ],
         )
-        return replaced if update is None else replaced + (update(own) - own)
+        return replaced if update is None else replaced + (update(value) - value)
 
-    return wanted
+    return merged
 
 
 def trained_values(adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Trained]:
-    """Parameter -> its trained values. adapters: each with its values by parameter, and its
-    weight."""
+    """Groups trained values by parameter. adapters: values by parameter, and weight, of each."""
     trained: dict[str, list[tuple[Tensor, float]]] = {}
     for values, weight in adapters:
         for name, value in values.items():
@@ -203,8 +210,9 @@ def trained_values(adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> di
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """{alias: source} of parameters that are one tensor under two names; files hold the source
-    alone."""
+    """Returns {alias: source} of parameters that are one tensor with two names; files hold only the
+    source.
+    """
     modules = plain_modules(model)
     by_name = {
         f"{path}.{name}": parameter
@@ -220,8 +228,10 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def parting(tied: Mapping[str, str], changed: Mapping[str, object]) -> dict[str, str]:
-    """The tied names that must become two tensors: an update of an embedding does not act on a tied
-    head while it is an adapter, nor the other way round."""
+    """Returns tied names that must become separate tensors.
+
+    An adapter's update of an embedding does not act on a tied head, nor the reverse.
+    """
     return {
         alias: source for alias, source in tied.items() if alias in changed or source in changed
     }

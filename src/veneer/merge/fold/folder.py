@@ -1,13 +1,14 @@
-"""A base and adapters, merged into a folder that transformers loads; checked before it appears.
+"""Merges a base and adapters into a folder that transformers loads, and checks it before it
+appears.
 
-    weights      W + D in float32, one layer at a time, rounded once to the type that is stored
-    survival     how much of D is left after rounding (rounding.py); too little is refused
+    weights      W + D in float32, one layer at a time, rounded once to the stored type
+    survival     share of D that is left after rounding (rounding.py); too little is refused
     logits       the written folder is loaded and compared with the adapter on its base (verify.py)
-    the rest     config, generation config, tokenizer and chat template of the base;
+    other files  config, generation config, tokenizer and chat template of the base;
                  veneer_merge.json: what was merged
 
-Nothing stands at the given place until all of it holds. In memory: one layer and a few float32
-copies of the weight at work, besides the base, whose files are mapped and not copied.
+The folder appears only if every check passes. In memory: one layer and a few float32 copies of one
+weight, besides the base, whose files are mapped.
 """
 
 import copy
@@ -55,9 +56,8 @@ from veneer.models.load import load_base
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 RECORD_NAME = "veneer_merge.json"
 LEAST_SURVIVAL = 0.9
-"""Below it a merge is refused: a tenth of the update gone is as if the adapter acted with weight
-0.9, which is more than the difference between two seeds of one training; what was evaluated is no
-longer what is shipped."""
+"""Smallest survival of a merge. Losing a tenth of the update is like giving the adapter weight 0.9,
+more than the difference between two seeds: the result would not be what was evaluated."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DtypeChoice = Literal["bf16", "fp16", "fp32"]
@@ -65,11 +65,11 @@ DtypeChoice = Literal["bf16", "fp16", "fp32"]
 
 @dataclass(frozen=True)
 class MergeReport(SurvivalReport):
-    """What a merge did.
+    """Reports a merge.
 
     weights     name of each changed weight -> its survival
-    logits      against the adapter on the weights that were merged into; None if not asked for
-    as_trained  against the adapter on the base it was trained on, where that is another
+    logits      against the adapter on the weights that were merged into; None if not compared
+    as_trained  against the adapter on the base it was trained on, if that is another
     """
 
     out: Path
@@ -114,61 +114,66 @@ def merge_into_folder(
     as_trained: ReferenceLogits | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> MergeReport:
-    """Merges loaded adapters (name, weight) into a new folder. The base is left without these
-    adapters.
+    """Merges loaded adapters (name, weight) into a new folder, and detaches them from the base.
 
-    dtype         None: each weight in the type the base stores it in (quantised ones: as most of
-                  the others)
-    stochastic    round up or down at random (by seed) so that every weight is right on average
+    dtype         None: each weight in the base's type (quantised ones: in the type of most others)
+    stochastic    round up or down at random (by seed), so that every weight is right on average
     rows          token ids to compare logits on; None: built-in texts
-    check_logits  False: for a base that does not run on this machine; the report then says so
-    as_trained    what the adapters said on the base they were trained on, where that is another;
-                  compared and told
-    record        what veneer_merge.json says besides
+    check_logits  False for a base that cannot run on this machine; the report then says so
+    as_trained    logits of the adapters on the base they were trained on, if that is another
+    record        further content of veneer_merge.json
 
-    RefusedError: a method that does not fold; too little of the update is left; values overflow;
-    the logits do not agree. Then nothing stands at `out`.
+    RefusedError: a method that cannot be merged, too little of the update left, overflow, or logits
+    that do not agree. Nothing is then written.
     """
     if not names:
         raise ConfigError("no adapter is named", next_step="Name at least one to merge.")
     applied = [(base.attachments[name], weight) for name, weight in names]
     refuse_merge([(attachment.name, attachment.contents) for attachment, _ in applied])
     tokens = tokens_of(applied)
-    asked = None
+    expected = None
     if check_logits:
-        asked = reference(base, names, text_rows(base) if rows is None else limited(rows))
-    wanted = wanted_weights(base.model, applied)
+        expected = reference(base, names, text_rows(base) if rows is None else limited(rows))
+    merged = wanted_weights(base.model, applied)
     base.routing.active = ()
     for name, _ in names:
         base.detach(name)
     tied = tied_names(base.model)
-    parted = parting(tied, wanted)
+    untied = parting(tied, merged)
     target = None if dtype is None else DTYPES[dtype]
     stored = stored_tensors(base.model)
     if tokens is not None:
-        stored, wanted = with_rows(stored, wanted, tokens, tied)
-    plan = _FileLayout(
-        base.model, {n: s for n, s in stored.items() if n in parted or n not in tied}, target
+        stored, merged = with_rows(stored, merged, tokens, tied)
+    layout = _FileLayout(
+        base.model,
+        {
+            tensor_name: tensor
+            for tensor_name, tensor in stored.items()
+            if tensor_name in untied or tensor_name not in tied
+        },
+        target,
     )
     tokenizer = base.tokenizer if tokens is None else extended(base.tokenizer, tokens.texts)
-    with atomic_folder(out, needed_bytes=plan.total_bytes) as partial:
-        weights = plan.write(
+    with atomic_folder(out, needed_bytes=layout.total_bytes) as partial:
+        weights = layout.write(
             partial,
-            wanted,
+            merged,
             stochastic_seed=seed if stochastic else None,
             max_shard_bytes=max_shard_bytes,
         )
-        _refuse_lost(weights, plan.dtype_name, stochastic, least_survival)
+        _refuse_lost(weights, layout.dtype_name, stochastic, least_survival)
         ids = None if tokens is None else tokens.end
-        write_surroundings(partial, base, tokenizer, dtype=plan.dtype, untied=bool(parted), ids=ids)
-        check, trained_check = _checked(partial, base, tokenizer, asked, as_trained)
+        write_surroundings(
+            partial, base, tokenizer, dtype=layout.dtype, untied=bool(untied), ids=ids
+        )
+        check, trained_check = _checked(partial, base, tokenizer, expected, as_trained)
         size = sum(path.stat().st_size for path in partial.iterdir())
         report = MergeReport(
             Path(out),
             size,
-            plan.dtype_name,
+            layout.dtype_name,
             stochastic,
-            bool(parted),
+            bool(untied),
             weights,
             check,
             trained_check,
@@ -187,11 +192,10 @@ def _without_place(report: MergeReport) -> dict[str, Any]:
 
 
 class _FileLayout:
-    """Which tensors the files hold, and in which order they are read from the model: layer by
-    layer.
+    """Plans which tensors the files hold, and in which order they are read: layer by layer.
 
-    transformers may store a model's weights under other names, or cut in other pieces, than it
-    computes with (experts one by one); the files are as its own save_pretrained writes them.
+    transformers may store weights under other names, or in other pieces, than it computes with
+    (experts one by one); the files are as its own save_pretrained writes them.
     """
 
     def __init__(
@@ -199,13 +203,16 @@ class _FileLayout:
     ) -> None:
         self.model, self.stored = model, stored
         self.dtype = dtype or _common(stored)
-        self.asked = dtype
+        self.requested_dtype = dtype
         empty = {
-            name: torch.empty(s.shape, dtype=self.type_of(s), device="meta")
-            for name, s in stored.items()
+            name: torch.empty(tensor.shape, dtype=self.type_of(tensor), device="meta")
+            for name, tensor in stored.items()
         }
         self.planned: dict[str, Tensor] = revert_weight_conversion(model, empty)
-        self.total_bytes = sum(t.numel() * t.element_size() for t in self.planned.values())
+        self.total_bytes = sum(
+            planned_tensor.numel() * planned_tensor.element_size()
+            for planned_tensor in self.planned.values()
+        )
 
     @property
     def dtype_name(self) -> str:
@@ -216,43 +223,43 @@ class _FileLayout:
     def type_of(self, stored: SourceTensor) -> torch.dtype:
         if not stored.dtype.is_floating_point:
             return stored.dtype
-        if self.asked is not None:
-            return self.asked
+        if self.requested_dtype is not None:
+            return self.requested_dtype
         return self.dtype if stored.quantised else stored.dtype
 
     def write(
         self,
         folder: Path,
-        wanted: Mapping[str, Any],
+        merged: Mapping[str, Any],
         *,
         stochastic_seed: int | None,
         max_shard_bytes: int,
     ) -> dict[str, Survival]:
-        kept: dict[str, Survival] = {}
-        overflown: list[str] = []
+        survivals: dict[str, Survival] = {}
+        overflowing: list[str] = []
         with ShardWriter(folder, self.planned, max_shard_bytes=max_shard_bytes) as writer:
             for names in self._layers():
-                made = {}
+                tensors = {}
                 for name in names:
-                    made[name], lost = self._made(name, wanted.get(name), stochastic_seed)
+                    tensors[name], lost = self._rounded(name, merged.get(name), stochastic_seed)
                     if lost is not None:
-                        kept[name] = lost
-                    if made[name].is_floating_point() and not bool(
-                        torch.isfinite(made[name]).all()
+                        survivals[name] = lost
+                    if tensors[name].is_floating_point() and not bool(
+                        torch.isfinite(tensors[name]).all()
                     ):
-                        overflown.append(name)
-                for file_name, tensor in revert_weight_conversion(self.model, made).items():
+                        overflowing.append(name)
+                for file_name, tensor in revert_weight_conversion(self.model, tensors).items():
                     writer.write(file_name, tensor)
-        if overflown:
+        if overflowing:
             raise RefusedError(
                 f"values overflow in {self.dtype_name}",
-                overflown,
+                overflowing,
                 "Take --dtype bf16 or --dtype fp32: they reach to 3e38.",
             )
-        return kept
+        return survivals
 
     def _layers(self) -> Iterator[list[str]]:
-        """Names by layer: pieces of one file tensor never come from two layers."""
+        """Groups names by layer: pieces of one tensor in a file never come from two layers."""
         groups: dict[str, list[str]] = {}
         for name in self.stored:
             number = layer_number(name)
@@ -261,54 +268,54 @@ class _FileLayout:
             ).append(name)
         yield from groups.values()
 
-    def _made(
-        self, name: str, wanted: Any, stochastic_seed: int | None
+    def _rounded(
+        self, name: str, merge: Any, stochastic_seed: int | None
     ) -> tuple[Tensor, Survival | None]:
         stored = self.stored[name]
-        own = stored.read()
+        value = stored.read()
         dtype = self.type_of(stored)
-        if wanted is None:
-            return own.to(dtype), None
-        own = own.float()
-        new: Tensor = wanted(own)
+        if merge is None:
+            return value.to(dtype), None
+        value = value.float()
+        merged_value: Tensor = merge(value)
         if stochastic_seed is None:
-            rounded = new.to(dtype)
+            rounded = merged_value.to(dtype)
         else:
-            rounded = stochastic(new, dtype, _generator(stochastic_seed, name))
-        return rounded, survival(own, new, rounded)
+            rounded = stochastic(merged_value, dtype, _generator(stochastic_seed, name))
+        return rounded, survival(value, merged_value, rounded)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers of a weight's own: they do not depend on which others change."""
+    """Returns a weight's own generator, independent of which other weights change."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _common(stored: Mapping[str, SourceTensor]) -> torch.dtype:
-    """The type of most values that are stored as they are; float32 where all are quantised."""
+    """Returns the type of most values that are not quantised, float32 if all are."""
     counts: dict[torch.dtype, int] = {}
-    for each in stored.values():
-        if each.dtype.is_floating_point and not each.quantised:
-            counts[each.dtype] = counts.get(each.dtype, 0) + each.shape.numel()
+    for tensor in stored.values():
+        if tensor.dtype.is_floating_point and not tensor.quantised:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.shape.numel()
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
 def _refuse_lost(
     weights: Mapping[str, Survival], dtype: str, stochastic: bool, least: float
 ) -> None:
-    whole = total(weights.values())
-    if abs(1 - whole.share) <= 1 - least:
+    overall = total(weights.values())
+    if abs(1 - overall.share) <= 1 - least:
         return
     worst = sorted(by_layer(weights).items(), key=lambda item: item[1].share)[:3]
-    others = [name for name in ("fp16", "fp32") if name != dtype]
-    ways = [f"--dtype {name}" for name in others]
-    ways += [] if stochastic or dtype == "fp32" else ["--stochastic (right on average, noisier)"]
+    other_dtypes = [name for name in ("fp16", "fp32") if name != dtype]
+    options = [f"--dtype {name}" for name in other_dtypes]
+    options += [] if stochastic or dtype == "fp32" else ["--stochastic (right on average, noisier)"]
     raise RefusedError(
-        f"{whole.share:.0%} of the update is left after rounding to {dtype}, below {least:.0%}:"
+        f"{overall.share:.0%} of the update is left after rounding to {dtype}, below {least:.0%}:"
         " nothing was written",
         [
             (
-                f"the update is {whole.relative_size:.2g} of the weights' size; steps of {dtype}"
+                f"the update is {overall.relative_size:.2g} of the weights' size; steps of {dtype}"
                 " are coarser than most of it"
             ),
             *(
@@ -317,9 +324,9 @@ def _refuse_lost(
             ),
         ],
         (
-            f"Take {' or '.join(ways)}; or keep the adapter beside its base, where nothing is"
+            f"Take {' or '.join(options)}; or keep the adapter beside its base, where nothing is"
             " rounded."
-            if ways
+            if options
             else "Keep the adapter beside its base, where nothing is rounded."
         ),
     )
@@ -334,8 +341,9 @@ def write_surroundings(
     untied: bool,
     ids: int | None = None,
 ) -> None:
-    """config.json, generation_config.json, the tokenizer, its chat template, processors of images.
-    ids: that the tables have at least."""
+    """Writes config, generation config, tokenizer, chat template and image processors. ids: least
+    size of the tables.
+    """
     config = copy.deepcopy(base.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -343,28 +351,27 @@ def write_surroundings(
         part.dtype = dtype
         if untied:
             part.tie_word_embeddings = False
-        if ids is not None and isinstance(known := getattr(part, "vocab_size", None), int):
-            part.vocab_size = max(known, ids)
+        if ids is not None and isinstance(vocab_size := getattr(part, "vocab_size", None), int):
+            part.vocab_size = max(vocab_size, ids)
     config.architectures = [type(base.model).__name__]
     config.save_pretrained(folder)
     if base.model.generation_config is not None:
         base.model.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
-    for beside in PROCESSORS:  # how a tower's images are made of pictures
-        if (own := Path(base.model.config.name_or_path or "") / beside).is_file():
-            shutil.copyfile(own, folder / beside)
+    for processor in PROCESSORS:
+        if (source := Path(base.model.config.name_or_path or "") / processor).is_file():
+            shutil.copyfile(source, folder / processor)
 
 
 def _checked(
     folder: Path,
     base: FrozenBase,
     tokenizer: PreTrainedTokenizerBase,
-    asked: ReferenceLogits | None,
+    expected: ReferenceLogits | None,
     as_trained: ReferenceLogits | None,
 ) -> tuple[LogitCheck | None, LogitCheck | None]:
-    """Loads the written folder. RefusedError if its tokenizer or its logits are not those of the
-    adapter on its base."""
-    if asked is None:
+    """Loads the written folder and compares it. RefusedError if its tokenizer or logits differ."""
+    if expected is None:
         return None, None
     merged = load_base(str(folder), dtype="stored", device=str(base.device))
     if tokenizer_hash(merged.tokenizer) != tokenizer_hash(tokenizer) or (
@@ -374,10 +381,10 @@ def _checked(
             "the written tokenizer does not read text as the base's does",
             next_step="Please report this base: its tokenizer does not survive being saved.",
         )
-    check = compare(merged, asked)
+    check = compare(merged, expected)
     if not check.agrees:
         raise RefusedError(
-            "the merged model does not answer as the adapter on its base does: nothing was written",
+            "the merged model does not answer like the adapter on its base: nothing was written",
             [
                 (
                     f"logits differ by {check.mean_difference:.3g} on average (largest"

@@ -1,8 +1,8 @@
-"""Adapters folded into a loaded base for inference, and the base back again to the last bit.
+"""Merges adapters into a loaded base for inference, and restores the base to the last bit.
 
-The originals are kept, not computed back: subtracting the update would leave about every tenth
-weight changed. Memory: the changed weights twice. A quantised weight has no dense place to be
-merged into and is refused.
+The originals are kept, not recomputed: subtracting the update would change about every tenth
+weight. Memory: the changed weights twice. A quantised weight has no dense form to merge into and is
+refused.
 """
 
 from dataclasses import dataclass, field
@@ -18,14 +18,15 @@ from veneer.merge.fold.tokens import refuse_tokens
 
 @dataclass
 class MergedParameters:
-    """The merged parameters by module and name; `install` puts them into the model, `restore` the
-    very objects back that stood there before."""
+    """Holds merged parameters. `install` puts them into the model, `restore` puts the originals
+    back.
+    """
 
     changed: list[tuple[nn.Module, str, nn.Parameter]]
     originals: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def install(self) -> None:
-        """All of them or, where it is interrupted, none."""
+        """Installs all of them, or none if it is interrupted."""
         self.originals = [
             (module, name, module.get_parameter(name)) for module, name, _ in self.changed
         ]
@@ -44,10 +45,11 @@ class MergedParameters:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, applied: Applied) -> MergedParameters:
-    """Every changed weight as W + D, summed in float32 and rounded to its own type; tied ones part.
-    The model stays as it is.
+    """Computes every changed weight as W + D in float32, rounded to its type; the model does not
+    change.
 
-    RefusedError: a method that does not fold, quantised weights, values not finite.
+    Tied weights become separate. RefusedError: a method that cannot be merged, quantised weights,
+    values that are not finite.
     """
     wanted = wanted_weights(model, applied)
     refuse_tokens(applied, "the base's tables would grow", "Write a merged folder: veneer merge.")

@@ -1,11 +1,11 @@
-"""A whole merge, from names to a folder: the base, the adapters, the weights they are merged into,
-the check.
+"""Runs a merge: loads the base and the adapters, chooses the weights to merge into, and checks the
+result.
 
-Over a base that is held quantised there are two honest ways, and the caller chooses: dequantised
-    W is what the quantised base computes with: the merged model is the model that was trained
-    original      W is the weight before it was quantised: free of its error, which the adapter may
-    have learnt to make up for; what that changes is measured and told
-Neither is quantised again: an update is mostly smaller than a 4-bit step and would be rounded away.
+Over a quantised base the caller chooses:
+    dequantised   W is what the quantised base computes with: the result is the trained model
+    original      W is the weight before quantisation, without its error, which the adapter may
+                  have learnt to correct; the effect is measured and reported
+The result is never quantised again: most of an update is smaller than a 4-bit step.
 """
 
 import gc
@@ -32,11 +32,11 @@ Into = Literal["original", "dequantised"]
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """A base with adapters on it, none acting yet, ready to be merged.
+    """Holds a base with attached, inactive adapters, ready to be merged.
 
-    acting      the adapters' names with their weights
-    stored      the same as their folders hold them
-    as_trained  what they said over the quantised base, where other weights are merged into
+    acting      names of the adapters, with weights
+    stored      the adapters as read from their folders
+    as_trained  their logits over the quantised base, if other weights are merged into
     """
 
     base: FrozenBase
@@ -55,15 +55,14 @@ def open_merge(
     original: str | None = None,
     force_base: bool = False,
     device: str = "cpu",
-    asked: Callable[[FrozenBase], list[list[int]]] | None = None,
+    rows_for: Callable[[FrozenBase], list[list[int]]] | None = None,
 ) -> MergeInputs:
-    """Loads the weights that are merged into, and on them the adapters, which are checked against
-    the base they were trained on in either case.
+    """Loads the weights to merge into, attaches the adapters, and checks them against their base.
 
     quantize, keep_dense, into, original  for adapters trained over a quantised base: how it was
-                                          held, what is merged into, and where the original weights
-                                          are (None: in `base` itself)
-    asked                     gives the rows of as_trained; None: it is not computed
+                                          quantised, what to merge into, and where the original
+                                          weights are (None: in `base` itself)
+    rows_for                              returns the rows of as_trained; None: it is not computed
     """
     check_weights([weight for _, weight in adapters])
     refuse_unclear(base, quantize, into, original)
@@ -80,7 +79,7 @@ def open_merge(
         load_adapter(loaded, adapter, name=name, force_base=force_base)
     as_trained = None
     if into == "original":
-        as_trained = None if asked is None else reference(loaded, acting, asked(loaded))
+        as_trained = None if rows_for is None else reference(loaded, acting, rows_for(loaded))
         del loaded
         gc.collect()
         loaded = load_base(original or base, dtype="stored", device=device)
@@ -94,7 +93,7 @@ def open_merge(
                 ),
             )
         for name, (adapter, _) in zip(names, stored, strict=True):
-            # its fingerprint is the quantised base's
+            # forced, because its fingerprint is the quantised base's
             load_adapter(loaded, adapter, name=name, force_base=True)
     return MergeInputs(loaded, acting, [adapter for adapter, _ in stored], as_trained)
 
@@ -116,15 +115,14 @@ def merge_adapters(
     force_base: bool = False,
     device: str = "cpu",
 ) -> MergeReport:
-    """Merges adapter folders, each with its weight, into the base that `base` names; see open_merge
-    and merge_into_folder."""
+    """Merges adapter folders, with weights, into the base; see open_merge and merge_into_folder."""
 
     check_numbers(seed=(SEED, seed))
 
-    def asked(loaded: FrozenBase) -> list[list[int]]:
+    def rows_for(loaded: FrozenBase) -> list[list[int]]:
         return text_rows(loaded) if rows is None else limited(rows)
 
-    opened = open_merge(
+    inputs = open_merge(
         base,
         adapters,
         quantize=quantize,
@@ -133,9 +131,9 @@ def merge_adapters(
         original=original,
         force_base=force_base,
         device=device,
-        asked=asked if check_logits else None,
+        rows_for=rows_for if check_logits else None,
     )
-    loaded = opened.base
+    loaded = inputs.base
     record = {
         "base": {
             "name": loaded.name_or_path,
@@ -147,20 +145,20 @@ def merge_adapters(
                 "content_hash": adapter.manifest.content_hash if adapter.manifest else None,
                 "weight": weight,
             }
-            for adapter, (_, weight) in zip(opened.stored, opened.acting, strict=True)
+            for adapter, (_, weight) in zip(inputs.stored, inputs.acting, strict=True)
         ],
         "into": into,
     }
     return merge_into_folder(
         loaded,
-        opened.acting,
+        inputs.acting,
         out,
         dtype=dtype,
         stochastic=stochastic,
         seed=seed,
         rows=rows,
         check_logits=check_logits,
-        as_trained=opened.as_trained,
+        as_trained=inputs.as_trained,
         record=record,
     )
 
@@ -180,10 +178,10 @@ def refuse_unclear(
     *,
     loaded: bool = False,
 ) -> None:
-    """ConfigError where it is not said, or said in vain, which weights are merged into.
+    """Raises ConfigError if it is unclear, or needlessly said, which weights are merged into.
 
-    quantize: how the base is held; loaded: that is certain, a folder may hold packed weights by
-    itself.
+    quantize: format of the base; loaded: this format is certain, as a folder may hold packed
+    weights.
     """
     file = gguf_file(base)
     from_file = weight_format(quantize).from_gguf or (
@@ -192,11 +190,11 @@ def refuse_unclear(
     packed = from_file or quantize is not None
     faults = []
     if packed and into is None:
-        how = "in blocks of a .gguf file" if from_file else f"as {quantize}"
-        faults.append(f"{base} is held {how}: say --into original or --into dequantised")
+        format_text = "in blocks of a .gguf file" if from_file else f"as {quantize}"
+        faults.append(f"{base} is held {format_text}: give --into original or --into dequantised")
     if loaded and into is not None and not packed:
         faults.append(
-            f"--into {into}, but {base} is not quantised: leave it out, or say --quantize as in"
+            f"--into {into}, but {base} is not quantised: leave it out, or give --quantize as in"
             " training"
         )
     if into == "original" and from_file and original is None:
@@ -211,5 +209,5 @@ def refuse_unclear(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """A name for each, told apart by number where folders are called alike."""
+    """Returns a name for each adapter, with a number in case folders have equal names."""
     return [f"{number}: {said_of(folder)}" for number, folder in enumerate(folders, 1)]

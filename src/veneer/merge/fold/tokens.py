@@ -1,5 +1,5 @@
-"""A base's tables with the rows of tokens that an adapter brings: exchanged where it has such rows,
-else behind them.
+"""Extends a base's tables by the rows of an adapter's new tokens: replaced if they exist, else
+appended.
 
 Shapes: V rows of the base, V' with the tokens, D hidden.
 """
@@ -18,13 +18,14 @@ Wanted = dict[str, Callable[[Tensor], Tensor]]
 
 
 def tokens_of(applied: Applied) -> NewTokens | None:
-    """The tokens that one of these adapters brings. Several that bring tokens cannot act
-    together."""
+    """Returns the new tokens of one of these adapters; several with new tokens cannot act
+    together.
+    """
     return next((adapter.tokens for adapter, _ in applied if adapter.tokens is not None), None)
 
 
 def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:
-    """RefusedError where any of them brings tokens."""
+    """Raises RefusedError if an adapter has new tokens."""
     if (tokens := tokens_of(applied)) is not None:
         raise RefusedError(
             f"an adapter brings {len(tokens.ids):,} tokens: {why}", next_step=next_step
@@ -34,8 +35,7 @@ def refuse_tokens(applied: Applied, why: str, next_step: str) -> None:
 def with_rows(
     stored: Mapping[str, SourceTensor], wanted: Wanted, tokens: NewTokens, tied: Mapping[str, str]
 ) -> tuple[dict[str, SourceTensor], Wanted]:
-    """The tables as they are with the tokens' rows, and what becomes of weights that the adapters
-    change besides."""
+    """Returns tables with the tokens' rows, and the changes of weights adapted to them."""
     tables, changes = dict(stored), dict(wanted)
     for path, rows in tokens.places.items():
         names = {f"{path}.weight"}
@@ -50,28 +50,28 @@ def with_rows(
     return tables, changes
 
 
-def _longer(own: SourceTensor, rows: TokenRows) -> SourceTensor:
-    shape = torch.Size((max(own.shape[0], rows.end), *own.shape[1:]))
-    return replace(own, shape=shape, read=lambda: _placed(own.read(), rows))
+def _longer(tensor: SourceTensor, rows: TokenRows) -> SourceTensor:
+    shape = torch.Size((max(tensor.shape[0], rows.end), *tensor.shape[1:]))
+    return replace(tensor, shape=shape, read=lambda: _placed(tensor.read(), rows))
 
 
 def _placed(table: Tensor, rows: TokenRows) -> Tensor:
-    """(V, D) -> (V', D), in its type."""
+    """Places rows in a table: (V, D) -> (V', D), in its type."""
     missing = max(0, rows.end - table.shape[0])
-    whole = torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
-    whole[rows.at.to(whole.device)] = rows.rows.detach().to(whole)
-    return whole
+    extended = torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
+    extended[rows.at.to(extended.device)] = rows.rows.detach().to(extended)
+    return extended
 
 
 def _changed(
-    change: Callable[[Tensor], Tensor], rows: TokenRows, own: int
+    change: Callable[[Tensor], Tensor], rows: TokenRows, base_rows: int
 ) -> Callable[[Tensor], Tensor]:
-    return lambda table: _placed(change(table[:own]), rows)
+    return lambda table: _placed(change(table[:base_rows]), rows)
 
 
-def _padded(own: SourceTensor, size: int) -> SourceTensor:
+def _padded(tensor: SourceTensor, size: int) -> SourceTensor:
     def read() -> Tensor:
-        values = own.read()
+        values = tensor.read()
         return torch.cat([values, values.new_zeros(size - len(values))])
 
-    return replace(own, shape=torch.Size((size,)), read=read)
+    return replace(tensor, shape=torch.Size((size,)), read=read)

@@ -1,12 +1,12 @@
-"""Does a merged model answer as the adapter on its base does? The logits of both, on the same rows.
+"""Compares the logits of a merged model with those of the adapter on its base, on the same rows.
 
     difference   |merged - adapter on base|          effect   |adapter on base - base|
     KL           sum p log(p / q), nats a token, p the adapter's distribution, q the merged model's
 
-Both models run in float32, so that what differs is the merge and not the arithmetic of bf16: each
-module's weights are widened for its own forward and put back after it, so a model in bf16 is never
-held in float32 as a whole. A merge that loses the adapter differs by as much as the adapter moves
-the logits: that is what the bound is about.
+Both models run in float32, so that only the merge differs and not the arithmetic of bf16. Each
+module's weights are widened for its own forward and restored after it, so a model in bf16 is never
+in memory in float32 as a whole. A merge that loses the adapter differs by as much as the adapter
+moves the logits; the bound is a share of that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,22 +25,21 @@ TEXTS = (
     "Portal is a puzzle game in which the player solves rooms with a device that links two places.",
     '{"name": "The Phoenix", "customer rating": "high", "area": "riverside"}',
 )
-"""Rows for the check where no data is named."""
+"""Texts for the check, if no data is given."""
 MAX_TOKENS = 512
-"""Tokens compared at most, over all rows: their logits are held until the merged model is there."""
+"""Most tokens compared, over all rows: their logits stay in memory until the comparison."""
 NEW_TOKENS = 32
-"""Tokens that an adapter brings, asked at most."""
+"""Most new tokens of an adapter that are compared."""
 MAX_SHARE = 0.5
-"""Largest mean difference, as a share of the adapter's mean effect; 1 is a merge that lost the
-adapter."""
+"""Largest mean difference, as a share of the adapter's mean effect; 1 would lose the adapter."""
 HALF = (torch.bfloat16, torch.float16)
 NOISE = 1e-4
-"""Mean difference that is float32's own order of summation, whatever the adapter's effect."""
+"""Mean difference that float32's order of summation causes, whatever the adapter's effect."""
 
 
 @dataclass(frozen=True)
 class LogitCheck:
-    """Over `tokens` positions and the whole vocabulary; logits, no unit. kl: nats a token."""
+    """Compares logits over `tokens` positions and the whole vocabulary. kl: nats a token."""
 
     tokens: int
     max_difference: float
@@ -57,7 +56,7 @@ class LogitCheck:
 
 @dataclass
 class ReferenceLogits:
-    """What the adapter on its base says, kept until the merged model can be asked the same."""
+    """Holds the logits of the adapter on its base, for the comparison with the merged model."""
 
     rows: list[list[int]]
     logits: list[Tensor]
@@ -70,66 +69,69 @@ class ReferenceLogits:
 
 
 def text_rows(base: FrozenBase) -> list[list[int]]:
-    """The built-in texts as the base's ids, no longer than its positions."""
-    places = capacity_of(base).positions
+    """Encodes the built-in texts, cut to the base's positions."""
+    positions = capacity_of(base).positions
     rows = [list(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
-    return limited([row[:places] for row in rows])
+    return limited([row[:positions] for row in rows])
 
 
 def limited(rows: Sequence[list[int]]) -> list[list[int]]:
-    """The first rows, cut, that together have at most MAX_TOKENS tokens."""
-    found: list[list[int]] = []
-    left = MAX_TOKENS
+    """Returns the first rows, cut, with at most MAX_TOKENS tokens together."""
+    kept_rows: list[list[int]] = []
+    tokens_left = MAX_TOKENS
     for row in rows:
-        if left and row:
-            found.append(row[:left])
-            left -= len(found[-1])
-    return found
+        if tokens_left and row:
+            kept_rows.append(row[:tokens_left])
+            tokens_left -= len(kept_rows[-1])
+    return kept_rows
 
 
 def reference(
     base: FrozenBase, names: Sequence[tuple[str, float]], rows: list[list[int]]
 ) -> ReferenceLogits:
-    """The logits with the adapters acting, and how far they are from the base's own; the tokens
-    that they bring are asked too."""
-    before = base.routing.active
-    brought = [
-        a.tokens.ids for a in (base.attachments[name] for name, _ in names) if a.tokens is not None
+    """Computes the logits with the adapters, and their effect; includes the adapters' new
+    tokens.
+    """
+    active_before = base.routing.active
+    new_tokens = [
+        adapter.tokens.ids
+        for adapter in (base.attachments[name] for name, _ in names)
+        if adapter.tokens is not None
     ]
-    rows = rows + [list(ids[:NEW_TOKENS]) for ids in brought]
-    said, effects, largest = [], 0.0, 0.0
-    known = rows[: len(rows) - len(brought)]
+    rows = rows + [list(ids[:NEW_TOKENS]) for ids in new_tokens]
+    adapted, effects, largest = [], 0.0, 0.0
+    base_rows = rows[: len(rows) - len(new_tokens)]
     for number, row in enumerate(rows):
         base.routing.active = tuple(names)
-        said.append(logits(base, row))
-        if number >= len(known):
+        adapted.append(logits(base, row))
+        if number >= len(base_rows):
             continue  # the base has no such tokens
         base.routing.active = ()
-        bare = logits(base, row)
-        effect = (said[-1][:, : bare.shape[-1]] - bare).abs()
+        base_logits = logits(base, row)
+        effect = (adapted[-1][:, : base_logits.shape[-1]] - base_logits).abs()
         effects, largest = (
             effects + float(effect.mean()) * len(row),
             max(largest, float(effect.max())),
         )
-    base.routing.active = before
-    found = ReferenceLogits(rows, said, max_effect=largest)
-    found.mean_effect = effects / sum(map(len, known))
-    return found
+    base.routing.active = active_before
+    result = ReferenceLogits(rows, adapted, max_effect=largest)
+    result.mean_effect = effects / sum(map(len, base_rows))
+    return result
 
 
 def compare(merged: FrozenBase, with_adapter: ReferenceLogits) -> LogitCheck:
-    """The merged model's logits against the reference's."""
-    largest = difference = kl = same = 0.0
+    """Compares the merged model's logits with the reference."""
+    largest = difference = kl = same_top = 0.0
     for row, expected in zip(with_adapter.rows, with_adapter.logits, strict=True):
-        found = logits(merged, row)
-        gap = (found - expected).abs()
+        merged_logits = logits(merged, row)
+        distance = (merged_logits - expected).abs()
         largest, difference = (
-            max(largest, float(gap.max())),
-            difference + float(gap.mean()) * len(row),
+            max(largest, float(distance.max())),
+            difference + float(distance.mean()) * len(row),
         )
-        p, q = expected.log_softmax(-1), found.log_softmax(-1)
+        p, q = expected.log_softmax(-1), merged_logits.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
-        same += float((found.argmax(-1) == expected.argmax(-1)).sum())
+        same_top += float((merged_logits.argmax(-1) == expected.argmax(-1)).sum())
     tokens = with_adapter.tokens
     return LogitCheck(
         tokens,
@@ -138,13 +140,13 @@ def compare(merged: FrozenBase, with_adapter: ReferenceLogits) -> LogitCheck:
         with_adapter.max_effect,
         with_adapter.mean_effect,
         max(kl / tokens, 0.0),
-        same / tokens,
+        same_top / tokens,
     )
 
 
 @torch.no_grad()
 def logits(base: FrozenBase, row: list[int]) -> Tensor:
-    """(T, V) float32, on the CPU."""
+    """Returns (T, V) float32 logits, on the CPU."""
     ids = torch.tensor([row], device=base.device)
     with in_float32(base.model):
         out: Tensor = base.model(input_ids=ids, use_cache=False).logits[0]
@@ -153,11 +155,11 @@ def logits(base: FrozenBase, row: list[int]) -> Tensor:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Every module widens its own half-precision parameters before its forward and puts them back
+    """Makes every module widen its half-precision parameters before its forward and restore them
     after it.
 
-    A wrapper reads its base module's parameters itself, so the outermost one widens those; what
-    adapters hold is widened throughout.
+    A wrapper reads its base module's parameters itself, so the outermost wrapper widens those;
+    values of adapters are widened for the whole block.
     """
     wrappers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     owners: dict[nn.Module, nn.Module] = {module: module for module in model.modules()}
@@ -166,33 +168,36 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     owners.update({outer: unwrapped(outer) for outer in wrappers if outer in owners})
     adapters = {id(a): a for wrapper in wrappers for a in wrapper.routing.attached.values()}
     values = [(adapter, adapter.replaced) for adapter in adapters.values()]
-    kept: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    narrow_parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}
 
     def widen(module: nn.Module, *_: object) -> None:
         owner = owners[module]
-        kept[owner] = {
+        narrow_parameters[owner] = {
             n: p for n, p in owner._parameters.items() if p is not None and p.dtype in HALF
         }
-        owner._parameters.update({name: _widened(p) for name, p in kept[owner].items()})
+        owner._parameters.update(
+            {name: _widened(p) for name, p in narrow_parameters[owner].items()}
+        )
 
     def narrow(module: nn.Module, *_: object) -> None:
-        owners[module]._parameters.update(kept.pop(owners[module], {}))
+        owners[module]._parameters.update(narrow_parameters.pop(owners[module], {}))
 
     handles = [module.register_forward_pre_hook(widen) for module in owners]
     handles += [module.register_forward_hook(narrow) for module in owners]
-    for adapter, own in values:
+    for adapter, replaced in values:
         adapter.replaced = {
-            key: {name: _widened(p) for name, p in of.items()} for key, of in own.items()
+            key: {name: _widened(p) for name, p in parameters_of_module.items()}
+            for key, parameters_of_module in replaced.items()
         }
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for owner, parameters in kept.items():
+        for owner, parameters in narrow_parameters.items():
             owner._parameters.update(parameters)
-        for adapter, own in values:
-            adapter.replaced = own
+        for adapter, replaced in values:
+            adapter.replaced = replaced
 
 
 def _widened(parameter: nn.Parameter) -> nn.Parameter:

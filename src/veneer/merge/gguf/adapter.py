@@ -1,11 +1,11 @@
-"""A low-rank adapter as the .gguf file that llama.cpp puts beside a model (--lora).
+"""A low-rank adapter as the .gguf file that llama.cpp loads with a model (--lora).
 
     <base tensor>.lora_a (R, I), <base tensor>.lora_b (O, R)        scale = alpha / R of that tensor
     token_embd: lora_a (V, R), transposed
         q and k of llama: rows of lora_b reordered
 
-There is one alpha for all, and the scale depends on each tensor's rank: whatever rsLoRA, patterns
-and alphas the adapter has, every scale is put into lora_b, so that alpha / R times it is right.
+There is one alpha for all tensors, and the scale depends on each tensor's rank. So every scaling of
+the adapter (rsLoRA, patterns, alphas) is put into lora_b, such that alpha / R times it is right.
 Source: llama.cpp, src/llama-adapter.cpp; checked by loading in llama.cpp.
 """
 
@@ -21,30 +21,30 @@ from transformers import PreTrainedModel
 from veneer.errors import RefusedError
 from veneer.merge.combine.adapters import PlacedAdapter
 from veneer.merge.combine.combine import FactorPair
-from veneer.merge.gguf.bytes import written
+from veneer.merge.gguf.bytes import as_writable
 from veneer.merge.gguf.names import GGUFNames, names_of
 
 AdapterType = Literal["f32", "f16"]
 
 
 def gguf_adapter_faults(placed: PlacedAdapter, model: PreTrainedModel) -> list[str]:
-    """What llama.cpp has no place for. RefusedError where the family is not known at all."""
+    """Lists what llama.cpp cannot hold. RefusedError for an unknown family."""
     names = names_of(model.config)
     faults = [
         f"{name}: values trained in full have no place in an adapter file" for name in placed.values
     ]
     tied = bool(model.config.get_text_config().tie_word_embeddings)
-    for where, update in placed.updates.items():
-        found = names.of(f"{where}.weight")
-        if update.A.dim() > 2 or found is None:
-            faults.append(f"{where}: llama.cpp has no adapters there")
-        elif tied and found == "output.weight":
+    for path, update in placed.updates.items():
+        gguf_name = names.of(f"{path}.weight")
+        if update.A.dim() > 2 or gguf_name is None:
+            faults.append(f"{path}: llama.cpp has no adapters there")
+        elif tied and gguf_name == "output.weight":
             faults.append(
-                f"{where}: the head is the embedding here, a file of this base has no {found}"
+                f"{path}: the head is the embedding here, a file of this base has no {gguf_name}"
             )
-        elif tied and found == "token_embd.weight":
+        elif tied and gguf_name == "token_embd.weight":
             faults.append(
-                f"{where}: llama.cpp would apply it to the head too, which is the same tensor"
+                f"{path}: llama.cpp would apply it to the head too, which is the same tensor"
             )
     return faults
 
@@ -52,24 +52,25 @@ def gguf_adapter_faults(placed: PlacedAdapter, model: PreTrainedModel) -> list[s
 def adapter_tensors(
     updates: Mapping[str, FactorPair], names: GGUFNames, alpha: float
 ) -> dict[str, Tensor]:
-    """Tensors by their names in the file, float32; updates have their scaling in B."""
-    found: dict[str, Tensor] = {}
-    for where, update in updates.items():
-        target = names.of(f"{where}.weight")
+    """Returns tensors by their names in the file, float32; updates have their scaling in B."""
+    tensors: dict[str, Tensor] = {}
+    for path, update in updates.items():
+        target = names.of(f"{path}.weight")
         assert target is not None
         A, B = update.A.float(), update.B * (update.A.shape[0] / alpha)
-        found[f"{target}.lora_a"] = (
+        tensors[f"{target}.lora_a"] = (
             A.T.contiguous() if target == "token_embd.weight" else A.contiguous()
         )
-        found[f"{target}.lora_b"] = names.rows(target, B.float()).contiguous()
-    return found
+        tensors[f"{target}.lora_b"] = names.rows(target, B.float()).contiguous()
+    return tensors
 
 
 def write_gguf_adapter(
     path: Path, placed: PlacedAdapter, model: PreTrainedModel, *, dtype: AdapterType = "f32"
 ) -> int:
-    """Writes the file; returns its size in bytes. model: the base's skeleton. RefusedError with
-    every fault."""
+    """Writes the file; returns its size. model: the base's skeleton. RefusedError lists all
+    faults.
+    """
     if faults := gguf_adapter_faults(placed, model):
         raise RefusedError(
             "llama.cpp cannot use this adapter",
@@ -85,7 +86,7 @@ def write_gguf_adapter(
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, tensor in adapter_tensors(placed.updates, names, alpha).items():
         writer.add_tensor(
-            name, written(tensor.numpy().astype(np.float16 if dtype == "f16" else np.float32))
+            name, as_writable(tensor.numpy().astype(np.float16 if dtype == "f16" else np.float32))
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,10 +1,10 @@
-"""The hyperparameters of a base as the header of a .gguf file; what llama.cpp would compute
-otherwise is refused.
+"""Hyperparameters of a base in the header of a .gguf file; refuses what llama.cpp would compute
+differently.
 
 The header is read back as llama.cpp reads it (bases/gguf/config.py), and every field of the base's
-config is compared with what comes back. So whatever the file cannot say, or llama.cpp has built in
-(activations, windows, biases, attention scales, soft caps, rotary scaling), is refused by name
-where the base has it otherwise. Source: llama.cpp, conversion/*.py for the keys.
+config is compared with the result. So whatever the file cannot express, or llama.cpp has built in
+(activations, windows, biases, attention scales, soft caps, rotary scaling), is refused by name if
+the base differs. Source: llama.cpp, conversion/*.py for the keys.
 """
 
 import dataclasses
@@ -40,21 +40,20 @@ NOT_COMPUTED = (
     ),
     *("initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
-"""Fields that no answer depends on."""
+"""Fields that do not affect answers."""
 IN_TENSORS = ("tie_word_embeddings", "vocab_size", "use_sliding_window", "max_window_layers")
-"""Fields that show in which tensors there are and their shapes, or in layer_types."""
+"""Fields that the tensors' names and shapes determine, or layer_types."""
 READ_ANYWAY = ("head_dim", "is_causal", "layer_types", "sliding_window", "attention_chunk_size")
-"""Names that transformers reads of any config, whether or not its class declares them."""
+"""Names that transformers reads from any config, declared by its class or not."""
 _LLAMA3 = "llama3"
 
 
 def write_hyperparameters(
     writer: GGUFWriter, config: PreTrainedConfig, where: GGUFNames, shapes: Shapes
 ) -> None:
-    """Writes the header of the base whose text config this is. shapes: of the tensors that are
-    written, by name.
+    """Writes the header for a text config. shapes: of the written tensors, by name.
 
-    RefusedError: with everything that llama.cpp would compute otherwise.
+    RefusedError lists everything that llama.cpp would compute differently.
     """
     values = _hyperparameters(config, where, rows=shapes["token_embd.weight"][0])
     if faults := _faults(config, where, values, shapes):
@@ -75,7 +74,7 @@ def write_hyperparameters(
 
 
 def rope_factors(config: PreTrainedConfig) -> Iterator[Factors]:
-    """Llama 3's frequency divisors, the first tensor of its files."""
+    """Yields Llama 3's frequency divisors, the first tensor of its files."""
     rope = _rope(config)
     if rope.get("rope_type") == _LLAMA3:
         yield llama3_factors(rope, _head_dim(config)).astype(np.float32)
@@ -108,7 +107,7 @@ def _hyperparameters(config: PreTrainedConfig, where: GGUFNames, rows: int) -> d
 def _faults(
     config: PreTrainedConfig, where: GGUFNames, values: Mapping[str, Any], shapes: Shapes
 ) -> list[str]:
-    """Every field of the config that does not come back from the header."""
+    """Lists the fields of the config that do not come back from the header."""
     fields = {
         f"{where.architecture}.{key}": float(np.float32(value))
         if isinstance(value, float)
@@ -119,29 +118,29 @@ def _faults(
         read = described_config(where.architecture, fields, shapes)
     except SourceError as fault:
         return fault.faults
-    own, theirs = _computed(config), _computed(read)
-    if where.architecture == "llama" and own["rope_parameters"].get("rope_type") == _LLAMA3:
-        own["rope_parameters"] = {
-            **theirs["rope_parameters"],
-            "rope_theta": own["rope_parameters"]["rope_theta"],
+    expected, actual = _computed(config), _computed(read)
+    if where.architecture == "llama" and expected["rope_parameters"].get("rope_type") == _LLAMA3:
+        expected["rope_parameters"] = {
+            **actual["rope_parameters"],
+            "rope_theta": expected["rope_parameters"]["rope_theta"],
         }
     return [
-        f"{name} is {value}, where llama.cpp computes with {theirs.get(name)}"
-        for name, value in own.items()
-        if not _same(value, theirs.get(name))
+        f"{name} is {value}, where llama.cpp computes with {actual.get(name)}"
+        for name, value in expected.items()
+        if not _same(value, actual.get(name))
     ]
 
 
 def _computed(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields that answers depend on, those without effect left out."""
+    """Returns the fields that answers depend on, without those that have no effect."""
     names = {*(field.name for field in dataclasses.fields(config)), *READ_ANYWAY}
     fields = {
         name: getattr(config, name, None) for name in sorted(names - {*NOT_COMPUTED, *IN_TENSORS})
     }
-    windows = fields["layer_types"]
-    if windows is not None and "sliding_attention" not in windows:
+    layer_types = fields["layer_types"]
+    if layer_types is not None and "sliding_attention" not in layer_types:
         fields["sliding_window"] = None
-    if windows is None:  # as in a class that has no such field
+    if layer_types is None:  # as in a class that has no such field
         fields["layer_types"] = ["full_attention"] * config.num_hidden_layers
     fields["is_causal"] = fields["is_causal"] is not False
     fields["head_dim"] = _head_dim(config)
@@ -152,7 +151,7 @@ def _computed(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _rotation(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings with every default, without those that their type does not read."""
+    """Returns rotary settings with every default, without those that their type does not read."""
     kind = rope.get("rope_type", "default")
     share = rope.get("partial_rotary_factor") or 1.0
     read = {
@@ -169,18 +168,21 @@ def _factor(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {"factor": rope["factor"]} if kind == "linear" else {}
 
 
-def _same(value: Any, other: Any) -> bool:
-    """Whether both are the same once numbers are in single precision, as the file has them."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return value.keys() == other.keys() and all(_same(value[key], other[key]) for key in value)
+def _same(value: Any, actual: Any) -> bool:
+    """Returns whether both are equal in single precision, which the file has."""
+    if isinstance(value, dict) and isinstance(actual, dict):
+        return value.keys() == actual.keys() and all(
+            _same(value[key], actual[key]) for key in value
+        )
     numbers = all(
-        isinstance(each, int | float) and not isinstance(each, bool) for each in (value, other)
+        isinstance(number, int | float) and not isinstance(number, bool)
+        for number in (value, actual)
     )
-    return bool(np.float32(value) == np.float32(other)) if numbers else value == other
+    return bool(np.float32(value) == np.float32(actual)) if numbers else value == actual
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """Rotary settings; those of the layers without a window, where these have their own."""
+    """Returns rotary settings; those of layers without a window, if they have their own."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     return dict(rope.get("full_attention", rope))
 

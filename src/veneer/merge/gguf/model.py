@@ -1,10 +1,11 @@
-"""A base with adapters merged in, as one .gguf file: f16, or Q8_0 with norms in f32; written tensor
-by tensor. Smaller types are made of the f16 file by llama.cpp's own program.
+"""Writes a base with merged adapters as one .gguf file: f16, or Q8_0 with norms in f32, tensor by
+tensor.
 
-Matrices whose rows are no multiple of 32 stay f16 in a Q8_0 file, as llama.cpp's own quantiser
-leaves them. How much of the update is left is measured on what the file decodes to. Metadata and
-tokenizer come from the base: from its own .gguf file where it is one, else they are written as
-llama.cpp's converter would. Source: llama.cpp, convert_hf_to_gguf.py.
+llama.cpp's own program makes smaller types from the f16 file. Matrices whose rows are not a
+multiple of 32 stay f16 in a Q8_0 file, as in llama.cpp's own quantiser. How much of the update is
+left is measured on the decoded file. Metadata and tokenizer come from the base's own .gguf file if
+it has one, else they are written as llama.cpp's converter would. Source: llama.cpp,
+convert_hf_to_gguf.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from veneer.merge.fold.fold import SourceTensor, stored_tensors, tied_names, wan
 from veneer.merge.fold.folder import LEAST_SURVIVAL
 from veneer.merge.fold.rounding import Survival, SurvivalReport, survival, total
 from veneer.merge.fold.tokens import refuse_tokens, tokens_of, with_rows
-from veneer.merge.gguf.bytes import written
+from veneer.merge.gguf.bytes import as_writable
 from veneer.merge.gguf.hyperparameters import rope_factors, write_hyperparameters
 from veneer.merge.gguf.names import GGUFNames, names_of
 from veneer.merge.gguf.quantise import quantise, quantiser
@@ -43,19 +44,19 @@ from veneer.models.frozen_base import FrozenBase
 
 _FILE_TYPES = {"q8_0": LlamaFileType.MOSTLY_Q8_0}
 _BLOCK = 32
-Told = Callable[[str, int, int], None]
-"""(what, done, of how many)."""
+ReportProgress = Callable[[str, int, int], None]
+"""Reports (label, done, total)."""
 _NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 
 
 @dataclass(frozen=True)
 class GGUFReport(SurvivalReport):
-    """weights: name of each changed weight -> what is left of its update. f16_instead: tensors that
-    Q8_0 cannot hold. notes: what the one who uses it must know. serve: the commands that answer
-    with it.
+    """Reports an export. weights: name of each changed weight -> survival of its update.
 
-    base_rounding: ||stored - W|| / ||W|| of the same weights without the update, in the same type;
-    None: llama.cpp's program made the type, and was not asked for the base."""
+    f16_instead: number of tensors that Q8_0 cannot hold. notes: for its user. serve: commands to
+    serve it. base_rounding: ||stored - W|| / ||W|| of the same weights without the update; None for
+    types that llama.cpp's program makes.
+    """
 
     out: Path
     bytes: int
@@ -75,14 +76,14 @@ def write_gguf_model(
     type: ModelType,
     source_file: Path | None = None,
     least_survival: float = LEAST_SURVIVAL,
-    progress: Told | None = None,
+    progress: ReportProgress | None = None,
 ) -> GGUFReport:
-    """Merges loaded adapters (none: the base alone) into a new file. The base is left without these
-    adapters.
+    """Merges loaded adapters (none: the base alone) into a new file, and detaches them from the
+    base.
 
-    source_file: the .gguf file that the base came from, whose metadata is copied. RefusedError: a
-    family or a tokenizer that is not known here, or too little of the update is left. ConfigError:
-    llama.cpp's program for this type is not installed.
+    source_file: the .gguf file of the base, whose metadata is copied. RefusedError: an unknown
+    family or tokenizer, or too little of the update left. ConfigError: llama.cpp's program for this
+    type is not installed.
     """
     if type in BY_LLAMA_CPP:
         quantiser(type)
@@ -97,32 +98,42 @@ def write_gguf_model(
     base.routing.active = ()
     for name, _ in names:
         base.detach(name)
-    where = names_of(base.config)
+    gguf_names = names_of(base.config)
     tied = tied_names(base.model)
     parted = {alias for alias, source in tied.items() if alias in wanted or source in wanted}
     stored = stored_tensors(base.model)
     if tokens is not None:
         stored, wanted = with_rows(stored, wanted, tokens, tied)
-    stored = {n: s for n, s in stored.items() if n not in tied or n in parted}
+    stored = {
+        tensor_name: tensor
+        for tensor_name, tensor in stored.items()
+        if tensor_name not in tied or tensor_name in parted
+    }
     if base.config.get_text_config() is not base.config:  # towers have no place in the file
-        beside = tuple(f"{each}." for each in base.paths.left_out)
-        stored = {n: s for n, s in stored.items() if not n.startswith(beside)}
-    if homeless := [name for name in stored if where.of(name) is None]:
+        left_out = tuple(f"{path}." for path in base.paths.left_out)
+        stored = {
+            tensor_name: tensor
+            for tensor_name, tensor in stored.items()
+            if not tensor_name.startswith(left_out)
+        }
+    if unnamed := [name for name in stored if gguf_names.of(name) is None]:
         raise RefusedError(
             "these weights have no place in a .gguf file",
-            homeless[:8],
+            unnamed[:8],
             "Merge into a folder (veneer merge) and use llama.cpp's convert_hf_to_gguf.py on it.",
         )
-    kinds = {name: _kind(s, type) for name, s in stored.items()}
-    kept: dict[str, Survival] = {}
+    kinds = {name: _kind(tensor, type) for name, tensor in stored.items()}
+    survivals: dict[str, Survival] = {}
     own_errors: list[float] = []  # ||stored - W||^2 of each changed weight
     with atomic_file(out) as partial:
-        writer = GGUFWriter(partial, where.architecture)
+        writer = GGUFWriter(partial, gguf_names.architecture)
         if source_file is not None:
             _copy_metadata(writer, source_file)
         else:
-            shapes = {str(where.of(name)): tuple(s.shape) for name, s in stored.items()}
-            write_hyperparameters(writer, base.config.get_text_config(), where, shapes)
+            shapes = {
+                str(gguf_names.of(name)): tuple(tensor.shape) for name, tensor in stored.items()
+            }
+            write_hyperparameters(writer, base.config.get_text_config(), gguf_names, shapes)
             ids = shapes["token_embd.weight"][0]
             write_tokenizer(writer, extended(base.tokenizer, tokens.texts if tokens else ()), ids)
         writer.add_file_type(_FILE_TYPES.get(type, LlamaFileType.MOSTLY_F16))
@@ -132,55 +143,59 @@ def write_gguf_model(
             writer.add_tensor_info(
                 "rope_freqs.weight", divisors.shape, divisors.dtype, divisors.nbytes
             )
-        _announce(writer, stored, kinds, where)
+        _announce(writer, stored, kinds, gguf_names)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for divisors in factors:
-            writer.write_tensor_data(written(divisors))
-        for done, (name, s) in enumerate(stored.items()):
+            writer.write_tensor_data(as_writable(divisors))
+        for count, (name, tensor) in enumerate(stored.items()):
             if progress is not None:
-                progress(f"writing {type}", done, len(stored))
-            own, change, gguf_name = s.read().float().cpu(), wanted.get(name), str(where.of(name))
-            new = own if change is None else change(own)
-            data, decoded = _encoded(where.values(gguf_name, new), kinds[name])
+                progress(f"writing {type}", count, len(stored))
+            value, change, gguf_name = (
+                tensor.read().float().cpu(),
+                wanted.get(name),
+                str(gguf_names.of(name)),
+            )
+            merged = value if change is None else change(value)
+            data, decoded = _encoded(gguf_names.values(gguf_name, merged), kinds[name])
             if bool(decoded.isinf().any()):
                 raise RefusedError(
-                    f"{gguf_name} has a value of {float(new.abs().max()):.4g}, which"
+                    f"{gguf_name} has a value of {float(merged.abs().max()):.4g}, which"
                     f" {kinds[name].name} cannot hold",
                     next_step=(
                         "Merge into a folder (veneer merge) and convert that to bf16 with"
                         " llama.cpp's converter."
                     ),
                 )
-            writer.write_tensor_data(written(data))
+            writer.write_tensor_data(as_writable(data))
             if change is not None:  # in the file's row order, which does not matter to sums
-                before = where.values(gguf_name, own)
-                kept[name] = survival(before, where.values(gguf_name, new), decoded)
+                base_data = gguf_names.values(gguf_name, value)
+                survivals[name] = survival(base_data, gguf_names.values(gguf_name, merged), decoded)
                 own_errors.append(
-                    float(wide(_encoded(before, kinds[name])[1] - before).square().sum())
+                    float(wide(_encoded(base_data, kinds[name])[1] - base_data).square().sum())
                 )
         writer.close()
         if type in BY_LLAMA_CPP:
             if progress is not None:
                 progress(f"llama-quantize, {type}", 0, 0)
             quantise(partial, type)
-            kept = _kept_in(partial, stored, wanted, where)
-        whole = total(kept.values())
-        if abs(1 - whole.share) > 1 - least_survival:
+            survivals = _kept_in(partial, stored, wanted, gguf_names)
+        overall = total(survivals.values())
+        if abs(1 - overall.share) > 1 - least_survival:
             raise RefusedError(
-                f"{whole.share:.0%} of the update is left in {type}, below {least_survival:.0%}:"
+                f"{overall.share:.0%} of the update is left in {type}, below {least_survival:.0%}:"
                 " nothing was written",
-                [f"the update is {whole.relative_size:.2g} of the weights' size"],
+                [f"the update is {overall.relative_size:.2g} of the weights' size"],
                 "Take --type f16, or export the adapter alone: llama.cpp adds it at run time.",
             )
     f16 = sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if type == "q8_0" else 0
     rounding = (
-        (sum(own_errors) / whole.weight) ** 0.5
-        if whole.weight and type not in BY_LLAMA_CPP
+        (sum(own_errors) / overall.weight) ** 0.5
+        if overall.weight and type not in BY_LLAMA_CPP
         else None
     )
-    return GGUFReport(Path(out), Path(out).stat().st_size, type, kept, f16, rounding)
+    return GGUFReport(Path(out), Path(out).stat().st_size, type, survivals, f16, rounding)
 
 
 def _kind(stored: SourceTensor, type: ModelType) -> GGMLQuantizationType:

@@ -1,5 +1,4 @@
-"""A .gguf model in a type that llama.cpp's own program makes: its choice of types, tensor by
-tensor, is its own."""
+"""Makes .gguf models in types of llama.cpp's own program, which chooses the type of each tensor."""
 
 import shutil
 import subprocess
@@ -12,29 +11,30 @@ TOOL = "llama-quantize"
 
 
 def quantiser(type: str) -> str:
-    """Where the program is. ConfigError: nowhere."""
-    if (found := shutil.which(TOOL)) is None:
+    """Returns the program's path. ConfigError if it is not installed."""
+    if (path := shutil.which(TOOL)) is None:
         raise ConfigError(
             f"{type} is made by llama.cpp's {TOOL}, which is not installed here",
             next_step=f"Install llama.cpp so that {TOOL} is found, or take --type q8_0.",
         )
-    return found
+    return path
 
 
 def quantise(file: Path, type: str) -> None:
-    """Puts the file in that type in its place. RefusedError: the program failed, with what it
-    said."""
-    whole = file.with_name(f"{file.name}.f16")
-    file.rename(whole)
+    """Replaces the file by one of that type. RefusedError with the program's message."""
+    f16_file = file.with_name(f"{file.name}.f16")
+    file.rename(f16_file)
     try:
-        done = subprocess.run(
-            [quantiser(type), str(whole), str(file), BY_LLAMA_CPP[type]],
+        process = subprocess.run(
+            [quantiser(type), str(f16_file), str(file), BY_LLAMA_CPP[type]],
             capture_output=True,
             text=True,
             errors="replace",
         )
     finally:
-        whole.unlink()
-    if done.returncode or not file.is_file():
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()][-5:]
-        raise RefusedError(f"{TOOL} made no {type}", said, "Take --type q8_0 or f16.")
+        f16_file.unlink()
+    if process.returncode or not file.is_file():
+        message = [
+            line for line in (process.stderr or process.stdout).splitlines() if line.strip()
+        ][-5:]
+        raise RefusedError(f"{TOOL} made no {type}", message, "Take --type q8_0 or f16.")

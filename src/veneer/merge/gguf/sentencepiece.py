@@ -1,10 +1,9 @@
-"""A tokenizer of sentencepiece's kind as the tokenizer.ggml.* entries of a .gguf file (model
-"llama").
+"""A sentencepiece tokenizer as the tokenizer.ggml.* entries of a .gguf file (model "llama").
 
-transformers merges the pair that stands first in a list; llama.cpp, as sentencepiece itself, the
-pair whose result has the highest score, the leftmost of several. So a piece's score is the place of
-its pairs in that list, and the two cut alike where every pair that makes a piece is listed, and all
-pairs of a piece before those of the next. What is otherwise is refused. Source: llama.cpp,
+transformers merges the first pair of a list; llama.cpp, like sentencepiece, merges the pair whose
+result has the highest score, the leftmost of several. So a piece's score is the position of its
+pairs in that list. Both cut text alike if every pair that makes a piece is listed, and all pairs of
+a piece come before those of the next; anything else is refused. Source: llama.cpp,
 convert_hf_to_gguf.py (_create_vocab_sentencepiece), src/llama-vocab.cpp (llm_tokenizer_spm).
 """
 
@@ -17,7 +16,7 @@ from gguf import GGUFWriter, TokenType
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_PIECE = -1000.0
-"""Score of what no pair makes, as the converter has it."""
+"""Score of a piece that no pair makes, as in the converter."""
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _NO_SPLIT = {
     "type": "Split",
@@ -25,17 +24,16 @@ _NO_SPLIT = {
     "behavior": "MergedWithPrevious",
     "invert": False,
 }
-"""No space is left where this looks for one."""
+"""A split that has no effect, because no space is left by then."""
 
 
 def is_sentencepiece(stored: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json merges characters, and writes bytes where a character has no
-    piece."""
+    """Returns whether a tokenizer.json merges characters and falls back to bytes."""
     return stored["model"]["type"] == "BPE" and bool(stored["model"].get("byte_fallback"))
 
 
 def sentencepiece_faults(stored: Mapping[str, Any]) -> list[str]:
-    """Why llama.cpp would cut text otherwise."""
+    """Lists why llama.cpp would cut text differently."""
     model, faults = stored["model"], []
     if stored.get("normalizer") != _REPLACE:
         faults.append(f"it does more, or less, to a text first than to write {_SPACE} for a space")
@@ -53,19 +51,19 @@ def sentencepiece_faults(stored: Mapping[str, Any]) -> list[str]:
 
 def _order_faults(model: Mapping[str, Any], added: Collection[str]) -> list[str]:
     pairs = _pairs(model)
-    listed, last = set(pairs), ""
-    made: set[str] = set()
+    pair_set, last = set(pairs), ""
+    seen: set[str] = set()
     for a, b in pairs:
-        if (piece := a + b) != last and piece in made:
+        if (piece := a + b) != last and piece in seen:
             return [f"pairs that make {piece!r} stand in several places of its list of merges"]
-        made.add(piece)
+        seen.add(piece)
         last = piece
     for piece in model["vocab"]:
         if piece in added or _BYTE.fullmatch(piece):
             continue
-        for at in range(1, len(piece)):
-            pair = piece[:at], piece[at:]
-            if pair not in listed and all(
+        for position in range(1, len(piece)):
+            pair = piece[:position], piece[position:]
+            if pair not in pair_set and all(
                 half in model["vocab"] and half not in added for half in pair
             ):
                 return [f"{pair[0]!r} and {pair[1]!r} make {piece!r}, and are not among its merges"]
@@ -80,12 +78,13 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def write_pieces(
     writer: GGUFWriter, stored: Mapping[str, Any], special: Collection[int], rows: int
 ) -> None:
-    """Vocabulary, kinds and scores. special: ids of control tokens; rows: of the model's
-    embedding."""
+    """Writes vocabulary, kinds and scores. special: ids of control tokens; rows: of the
+    embedding.
+    """
     model = stored["model"]
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for a, b in _pairs(model):
-        places.setdefault(a + b, len(places))
+        positions.setdefault(a + b, len(positions))
     by_id = {number: piece for piece, number in model["vocab"].items()}
     added = {token["id"]: token["content"] for token in stored["added_tokens"]}
     tokens, scores, kinds = [], [], []
@@ -98,12 +97,12 @@ def write_pieces(
             kind = TokenType.CONTROL
         elif _BYTE.fullmatch(piece):
             kind = TokenType.BYTE
-        elif number in added and piece not in places:
+        elif number in added and piece not in positions:
             piece, kind = piece.replace(_SPACE, " "), TokenType.USER_DEFINED
         elif number in added and _SPACE not in piece:
             kind = TokenType.USER_DEFINED
-        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED) and piece in places:
-            score = -float(places[piece])
+        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED) and piece in positions:
+            score = -float(positions[piece])
         tokens.append(piece)
         scores.append(score)
         kinds.append(kind)

@@ -1,10 +1,10 @@
 """A tokenizer as the tokenizer.ggml.* entries of a .gguf file, as llama.cpp's converter writes
 them.
 
-llama.cpp cuts text into words by rules of its own, chosen by name (tokenizer.ggml.pre). The name is
-found from what the tokenizer does, not from what it is called; a way of cutting that has no name
-here is refused: a file that is nearly right answers nearly right. Source: llama.cpp,
-convert_hf_to_gguf.py (get_vocab_base_pre) and src/llama-vocab.cpp.
+llama.cpp cuts text into words by its own rules, chosen by name (tokenizer.ggml.pre). The name is
+found from what the tokenizer does, not from its name; an unknown rule is refused, because a nearly
+right file gives wrong answers. Source: llama.cpp, convert_hf_to_gguf.py (get_vocab_base_pre) and
+src/llama-vocab.cpp.
 """
 
 import json
@@ -31,10 +31,10 @@ _BY_PATTERN = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2"}
 def write_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
-    """Adds vocabulary, merges, special tokens and the chat template. vocab_size: rows of the
-    model's embedding.
+    """Writes vocabulary, merges, special tokens and the chat template. vocab_size: rows of the
+    embedding.
 
-    RefusedError: a kind of tokenizer that is not known here.
+    RefusedError: an unknown kind of tokenizer.
     """
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     if is_sentencepiece(stored):
@@ -63,7 +63,7 @@ def write_tokenizer(
 def _write_words(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, stored: dict[str, Any], vocab_size: int
 ) -> None:
-    """Byte-level pieces, merged within words."""
+    """Writes byte-level pieces, merged within words."""
     pre = word_rule(stored)
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -88,8 +88,9 @@ def _write_words(
 
 
 def word_rule(stored: dict[str, Any]) -> str:
-    """tokenizer.ggml.pre of a tokenizer.json. RefusedError where llama.cpp has no rule that is
-    known to be the same."""
+    """Returns tokenizer.ggml.pre of a tokenizer.json. RefusedError if llama.cpp has no equal
+    rule.
+    """
     faults = []
     if stored["model"]["type"] != "BPE" or stored["model"].get("byte_fallback"):
         faults.append(
@@ -131,18 +132,22 @@ def _steps(rule: Any) -> list[dict[str, Any]]:
 def _known(steps: list[dict[str, Any]]) -> str | None:
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    before, own_rule = steps[:-1], steps[-1].get("use_regex", True)
-    if not before:
-        return "gpt-2" if own_rule else None
-    if len(before) > 1:
+    first_steps, uses_regex = steps[:-1], steps[-1].get("use_regex", True)
+    if not first_steps:
+        return "gpt-2" if uses_regex else None
+    if len(first_steps) > 1:
         return None
-    if before[0]["type"] == "Digits" and before[0].get("individual_digits") and own_rule:
+    if (
+        first_steps[0]["type"] == "Digits"
+        and first_steps[0].get("individual_digits")
+        and uses_regex
+    ):
         return "smollm"
     if (
-        before[0]["type"] == "Split"
-        and not own_rule
-        and before[0].get("behavior") == "Isolated"
-        and not before[0].get("invert")
+        first_steps[0]["type"] == "Split"
+        and not uses_regex
+        and first_steps[0].get("behavior") == "Isolated"
+        and not first_steps[0].get("invert")
     ):
-        return _BY_PATTERN.get(before[0]["pattern"].get("Regex"))
+        return _BY_PATTERN.get(first_steps[0]["pattern"].get("Regex"))
     return None

@@ -1,10 +1,10 @@
-"""The trained values as one flat float32 buffer: one optimizer call, one norm, one checkpoint
-tensor.
+"""The trained values as one flat float32 buffer: one optimizer call, one norm, one tensor in a
+checkpoint.
 
 A LoRA adapter has hundreds of small factors; stepping them one by one is mostly dispatch. float32
-parameters become views of the buffer; parameters of another type (full fine-tuning of a bf16 base)
-keep their type for the products, and their float32 master, gradient sum and moments live here:
-small steps are not rounded away.
+parameters become views of the buffer. Parameters of another type (full fine-tuning of a bf16 base)
+keep their type for the products; their float32 master, gradient sum and moments are here, so small
+steps are not lost by rounding.
 """
 
 import math
@@ -19,18 +19,19 @@ from veneer.training.processes.world import World
 from veneer.training.state.checkpoint import SplitTensor, tensor_hash
 
 ALIGNMENT = 16
-"""Every parameter starts at a multiple of this many values: 64 bytes, a cache line."""
+"""Values to which each parameter's start is aligned: 64 bytes, a cache line."""
 
 
 Receive = Callable[[slice, Tensor, int], None]
-"""(place, part, owner): processes/reduce.py's."""
+"""Receives (place, part, owner) of a gradient (processes/reduce.py)."""
 
 
 class FlatValues(Protocol):
-    """Trained values as the loop, an optimizer and a checkpoint see them: all of them, or in parts
-    (training/optimizer/parts.py).
+    """Presents the trained values to the loop, an optimizer and a checkpoint, whole or split over
+    processes.
 
-    apart: `values` and `gradient` are this process's part. groups: as of FlatParameters.
+    apart: `values` and `gradient` are this process's part (training/optimizer/parts.py). groups: as
+    of FlatParameters.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -40,33 +41,34 @@ class FlatValues(Protocol):
     apart: bool
 
     def deliver_to(self, receive: Receive) -> None:
-        """Where values lie apart: who adds up a micro-batch's gradient, and puts it into
-        `gradient`."""
+        """Names the receiver of a micro-batch's gradient, if the values are split over
+        processes.
+        """
 
     def deliver(self) -> None:
-        """Of a micro-batch whose backward is over, what was not delivered."""
+        """Delivers the rest of a gradient after the backward of a micro-batch."""
 
     def publish(self) -> None:
-        """The values, rounded, into the parameters that the model computes with."""
+        """Rounds the values into the parameters that the model computes with."""
 
     def release(self) -> None:
-        """Stop training, drop the gradient, and give every parameter storage of its own."""
+        """Stops training, drops the gradient, and gives every parameter its own storage."""
 
     def whole(self, own: Tensor) -> Tensor | SplitTensor:
-        """Of a tensor that an optimizer keeps: what a checkpoint holds of it."""
+        """Returns what a checkpoint holds of a tensor that an optimizer keeps."""
 
     def fill(self, own: Tensor, stored: Tensor | None, world: World) -> None:
-        """The inverse, on every process. stored: what the leader has read."""
+        """Copies a stored tensor into `own`, on every process. stored: what the leader has read."""
 
     def digest(self) -> str:
-        """Of what all processes should hold alike, in hex."""
+        """Returns a hash of what all processes should have in common, in hex."""
 
 
 class FlatParameters:
-    """values, gradient: float32, one element per trained value and some zeros for alignment.
+    """Holds all values and gradients in float32, with zeros between parameters for alignment.
 
-    groups: (factor of the learning rate, its part of the buffer); values of one rate lie next to
-    each other.
+    groups: (factor of the learning rate, slice of the buffer); values with the same factor are
+    adjacent.
     """
 
     apart = False
@@ -96,7 +98,7 @@ class FlatParameters:
             parameter.requires_grad_(True)
             if parameter.dtype == torch.float32:
                 parameter.data = master
-                parameter.grad = gradient  # autograd adds to it in place
+                parameter.grad = gradient  # autograd accumulates in place
             else:
                 self._masters.append((parameter, master))
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(gradient)))
@@ -107,12 +109,12 @@ class FlatParameters:
     def deliver(self) -> None: ...
 
     def publish(self) -> None:
-        """Round the masters into the parameters that the model computes with."""
+        """Rounds the masters into the parameters that the model computes with."""
         for parameter, master in self._masters:
             parameter.data.copy_(master)
 
     def release(self) -> None:
-        """Stop training, drop the gradient, and give every parameter storage of its own."""
+        """Stops training, drops the gradient, and gives every parameter its own storage."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self.parameters.values():
@@ -138,8 +140,8 @@ class FlatParameters:
 
 
 def aligned_sizes(parameters: Iterable[Tensor]) -> list[int]:
-    """Values that each takes in a flat buffer, with the zeros behind it."""
-    return [math.ceil(each.numel() / ALIGNMENT) * ALIGNMENT for each in parameters]
+    """Returns the values that each parameter takes in a flat buffer, with padding."""
+    return [math.ceil(parameter.numel() / ALIGNMENT) * ALIGNMENT for parameter in parameters]
 
 
 def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
@@ -152,7 +154,7 @@ def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
 
 
 class AdamW:
-    """torch's fused AdamW over the flat buffer. beta 0.9, 0.999, epsilon 1e-8."""
+    """Steps the flat buffer by torch's fused AdamW. beta 0.9, 0.999, epsilon 1e-8."""
 
     def __init__(self, flat: FlatValues, *, weight_decay: float) -> None:
         self.flat = flat
@@ -161,7 +163,7 @@ class AdamW:
             part.grad = flat.gradient[place]
         groups = [{"params": [part]} for part in self.parts]
         self.inner = torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
-        # torch makes them at the first step: too large must be known before.
+        # torch allocates moments at the first step; if they do not fit, that must show before.
         self.inner.state.update({part: _no_moments(part) for part in self.parts})
 
     def step(self, *, learning_rate: float, clip: float | None, norm: float) -> None:
@@ -174,26 +176,28 @@ class AdamW:
         self.flat.gradient.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """values, first and second moments, step count: what a checkpoint keeps."""
-        own = [self.inner.state[part] for part in self.parts]
+        """Returns what a checkpoint keeps: values, first and second moments, step count."""
+        states = [self.inner.state[part] for part in self.parts]
         moments = {
-            name: own[0][name] if len(own) == 1 else torch.cat([each[name] for each in own])
+            name: states[0][name]
+            if len(states) == 1
+            else torch.cat([state[name] for state in states])
             for name in ("exp_avg", "exp_avg_sq")
         }
-        return {"values": self.flat.values.data, **moments, "step": own[0]["step"]}
+        return {"values": self.flat.values.data, **moments, "step": states[0]["step"]}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.flat.values.data.copy_(state["values"])
         self.flat.publish()
         for part, (_, place) in zip(self.parts, self.flat.groups, strict=True):
-            own = self.inner.state[part]
+            moments = self.inner.state[part]
             for name in ("exp_avg", "exp_avg_sq"):
-                own[name].copy_(state[name][place])
-            own["step"].copy_(state["step"])
+                moments[name].copy_(state[name][place])
+            moments["step"].copy_(state["step"])
 
 
 def _no_moments(part: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before its first step."""
+    """Returns AdamW's state before its first step."""
     zeros = torch.zeros_like(part.data)
     step = torch.zeros((), dtype=torch.float32, device=part.device)
     return {"exp_avg": zeros, "exp_avg_sq": zeros.clone(), "step": step}
@@ -207,16 +211,17 @@ def learning_rate_at(
     warmup: float,
     schedule: Literal["cosine", "linear", "constant"],
 ) -> float:
-    """Rate of optimizer step `step` (0 is the first): rises over warmup * steps, then falls to 0 or
-    stays."""
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return peak * (step + 1) / (rising + 1)
-    done = (step - rising) / max(1, steps - rising)
+    """Returns the rate of step `step` (0 is the first): rises over warmup * steps, then falls or
+    stays.
+    """
+    warmup_steps = math.ceil(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match schedule:
         case "constant":
             return peak
         case "linear":
-            return peak * (1 - done)
+            return peak * (1 - progress)
         case "cosine":
-            return peak * 0.5 * (1 + math.cos(math.pi * done))
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))

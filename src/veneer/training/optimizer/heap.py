@@ -1,11 +1,11 @@
-"""The C library's heap while a run trains on a CPU: what one step frees the next one takes again,
-in large pages.
+"""Keeps the C library's heap while a run trains on a CPU, in large pages: the next step reuses
+freed memory.
 
-By itself glibc gives the end of its heap back to the system once enough of it is free, and the next
-step takes it again, page by page: whether that happens hangs on what lies at the end by chance. Its
-limits are set to what it would adapt to, without giving back, and room for what the plan expects is
-marked for large pages (transparent huge pages, where the system leaves them to those that ask)
-before it is touched. Elsewhere nothing is done.
+By default glibc returns the end of its heap to the system once enough of it is free, and the next
+step takes it again, page by page; whether that happens depends on what happens to be at the end.
+Here its limits are set to the values it would adapt to, without returning memory, and the memory
+that the plan expects is marked for transparent huge pages before it is used. On other systems
+nothing is done.
 """
 
 import ctypes
@@ -19,16 +19,18 @@ from veneer.models.checkpointing import give_back
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # malloc.h
 LARGEST_THRESHOLD = 32 * 2**20
-"""What glibc adapts its threshold to at most: larger blocks are mapped for themselves."""
+"""The highest threshold that glibc adapts to; larger blocks get mappings of their own."""
 MAPPINGS = 65536  # as it is by itself
 ADVICE_HUGE, LARGE_PAGE = 14, 2 * 2**20
 
 
 @contextmanager
 def steady_heap(room_bytes: int) -> Iterator[None]:
-    """Within the block the heap keeps what is freed; room_bytes: what will be allocated in it.
-    Afterwards free pages are the system's again. Who sets glibc's limits himself (GLIBC_TUNABLES,
-    MALLOC_...) keeps them."""
+    """Keeps freed memory in the heap within the block, and returns free pages afterwards.
+
+    room_bytes: what will be allocated within it. Limits that the user sets (GLIBC_TUNABLES,
+    MALLOC_...) are left alone.
+    """
     libc = _glibc()
     if libc is None:
         yield
@@ -47,12 +49,12 @@ def _glibc() -> Any:
     if sys.platform != "linux" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
     libc: Any = ctypes.CDLL(None)
-    own = any(name.startswith("MALLOC_") for name in os.environ)
-    return None if own or not hasattr(libc, "gnu_get_libc_version") else libc
+    user_sets_limits = any(name.startswith("MALLOC_") for name in os.environ)
+    return None if user_sets_limits or not hasattr(libc, "gnu_get_libc_version") else libc
 
 
 def _mark(libc: Any, room_bytes: int) -> None:
-    """Let the heap grow by so much and ask for large pages there; nothing of it is touched."""
+    """Grows the heap by so many bytes and asks for large pages there, without touching them."""
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -1,14 +1,13 @@
-"""Saved activations in host memory: what backward needs leaves the GPU in forward and comes back
-when its turn comes.
+"""Moves saved activations to host memory in forward, and back to the GPU when backward needs them.
 
-Exact to the bit: values are copied, in the type and the layout they have. What several operations
-save (the input of q, k and v) is copied once. Weights stay where they are, and so does what is too
-small to be worth a copy.
+Exact to the bit: values are copied in their type and layout. A tensor that several operations save
+(the input of q, k and v) is copied once. Weights stay, and so do tensors too small to be worth a
+copy.
 
-Copies run beside the GPU's own work, on a stream for each way, from and to memory that it reads
-directly (pinned). What leaves is held until its copy is over, UNDER_WAY_BYTES at most, and what is
-still held when backward asks comes from there. While a layer is computed backward, what those
-before it saved is on its way.
+Copies run beside the GPU's computation, on one stream per direction, from and to pinned memory. A
+tensor that leaves is kept until its copy is over, UNDER_WAY_BYTES at most; if backward asks before
+that, the kept tensor is used. While a layer is computed backward, tensors of the layers before it
+are on their way back.
 """
 
 from collections import deque
@@ -25,27 +24,28 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from veneer.errors import ConfigError
 
 WORTH_BYTES = 2**16
-"""Smaller tensors stay: masks, statistics of norms, an adapter's factors."""
+"""Tensors below this size stay: masks, statistics of norms, an adapter's factors."""
 UNDER_WAY_BYTES = 2**29
-"""Of the device's memory, held for copies that may not be over: 20 ms of a bus of 25 GB/s."""
+"""Device memory kept for copies in progress: 20 ms of a bus of 25 GB/s."""
 
 
 class CopyStreams(Protocol):
-    """Where copies run. An event is what `wait` is given; None: the copy is over already."""
+    """Runs copies between host and device. `wait` takes an event; None: the copy is over
+    already.
+    """
 
     def out(self, host: Tensor, of: Tensor) -> Any:
-        """Begin to copy, after what the device was given to do so far."""
+        """Starts a copy to the host, after the device's work so far."""
 
     def back(self, there: Tensor, host: Tensor, after: Any) -> Any:
-        """The same the other way, and after the copy that `after` is of."""
+        """Starts a copy to the device, after the copy that the event `after` belongs to."""
 
     def wait(self, event: Any) -> None:
-        """What the device is given to do from now on begins when that copy is over; the host goes
-        on."""
+        """Makes the device's next work wait for a copy; the host does not wait."""
 
 
 class InOrderCopies:
-    """Copies in the order of everything else."""
+    """Copies in the order of all other work."""
 
     def out(self, host: Tensor, of: Tensor) -> None:
         host.copy_(of, non_blocking=True)
@@ -58,24 +58,24 @@ class InOrderCopies:
 
 
 class CudaCopyStreams:
-    """A stream for each way."""
+    """Copies on one CUDA stream per direction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._out, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def out(self, host: Tensor, of: Tensor) -> torch.cuda.Event:
-        return self._copied(self._out, host, of)
+        return self._copy_on(self._out, host, of)
 
     def back(self, there: Tensor, host: Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
         self._back.wait_event(after)
-        return self._copied(self._back, there, host)
+        return self._copy_on(self._back, there, host)
 
     def wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)
 
-    def _copied(self, lane: torch.cuda.Stream, to: Tensor, of: Tensor) -> torch.cuda.Event:
-        # also for the memory of `to`: what had it before may not be through with it
+    def _copy_on(self, lane: torch.cuda.Stream, to: Tensor, of: Tensor) -> torch.cuda.Event:
+        # Waits for earlier users of the memory of `to`, too.
         lane.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(lane):
             to.copy_(of, non_blocking=True)
@@ -84,32 +84,31 @@ class CudaCopyStreams:
 
 @dataclass(eq=False)
 class _HostCopy:
-    """Values on the host, and the device that they belong on. Whoever saved the same tensor holds
-    the same one.
+    """Holds a tensor's values on the host; shared by all operations that saved the same tensor.
 
-    over: of the copy out. held: the values themselves, as long as they may be copied. number: how
-    many left before.
+    device: where they belong. number: copies before it. over: event of the copy to the host. kept:
+    the tensor on the device, while it may be copied.
     """
 
     host: Tensor
     device: torch.device
     number: int
     over: Any = None
-    held: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass
 class _CopiedStorage:
-    """A storage that was copied: the weak reference keeps its address from being given to another
-    one."""
+    """Remembers a copied storage; the weak reference keeps its address from being reused."""
 
     storage: StorageWeakRef
-    away: "ref[_HostCopy]"
+    host_copy: "ref[_HostCopy]"
 
 
 class Offload:
-    """Hooks for torch.autograd.graph.saved_tensors_hooks. moves: the device type whose tensors
-    leave."""
+    """Provides hooks for torch.autograd.graph.saved_tensors_hooks. moves: the device type whose
+    tensors leave.
+    """
 
     def __init__(
         self,
@@ -130,12 +129,14 @@ class Offload:
         self._leaving: deque[_HostCopy] = deque()
         self._coming: dict[int, tuple[Tensor, Any]] = {}
         self._next = 0
-        """What left from here on has come back, or is coming."""
+        """Copies from this number on are back, or on their way."""
 
     @property
     def under_way_bytes(self) -> int:
-        """Held on the device."""
-        leaving = sum(away.held.nbytes for away in self._leaving if away.held is not None)
+        """Bytes kept on the device for copies."""
+        leaving = sum(
+            host_copy.kept.nbytes for host_copy in self._leaving if host_copy.kept is not None
+        )
         return leaving + sum(tensor.nbytes for tensor, _ in self._coming.values())
 
     def pack(self, tensor: Tensor) -> Tensor | _HostCopy:
@@ -143,69 +144,78 @@ class Offload:
         if (
             tensor.device.type != self.moves
             or tensor.nbytes < WORTH_BYTES
-            or tensor.nbytes
-            > storage.nbytes()  # one value repeated (expand): a copy would write it out
+            or tensor.nbytes > storage.nbytes()  # expanded: a copy would be larger
             or storage.data_ptr() in self._weights
         ):
             return tensor
         weak = StorageWeakRef(storage)
         layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         key = (weak.cdata, tensor._version, *layout)
-        known = self._known.get(key)
-        if known is not None and not known.storage.expired() and (away := known.away()) is not None:
-            return away
-        away = self._sent(tensor.detach())
-        self._known[key] = _CopiedStorage(weak, ref(away))
-        return away
+        copied = self._known.get(key)
+        if (
+            copied is not None
+            and not copied.storage.expired()
+            and (host_copy := copied.host_copy()) is not None
+        ):
+            return host_copy
+        host_copy = self._copy_out(tensor.detach())
+        self._known[key] = _CopiedStorage(weak, ref(host_copy))
+        return host_copy
 
-    def _sent(self, tensor: Tensor) -> _HostCopy:
-        away = _HostCopy(_empty_like(tensor, torch.device("cpu")), tensor.device, len(self._order))
-        self._order.append(ref(away))
-        away.over = self._lanes.out(away.host, tensor)
-        if away.over is not None:
-            away.held = tensor
-            self._leaving.append(away)
+    def _copy_out(self, tensor: Tensor) -> _HostCopy:
+        host_copy = _HostCopy(
+            _empty_like(tensor, torch.device("cpu")), tensor.device, len(self._order)
+        )
+        self._order.append(ref(host_copy))
+        host_copy.over = self._lanes.out(host_copy.host, tensor)
+        if host_copy.over is not None:
+            host_copy.kept = tensor
+            self._leaving.append(host_copy)
             self._settle(self._most)
-        return away
+        return host_copy
 
     def unpack(self, saved: Tensor | _HostCopy) -> Tensor:
         if not isinstance(saved, _HostCopy):
             return saved
-        if saved.held is not None:
-            return saved.held
+        if saved.kept is not None:
+            return saved.kept
         self._settle(0)
-        there, event = (
-            self._coming.pop(saved.number) if saved.number in self._coming else self._begun(saved)
+        on_device, event = (
+            self._coming.pop(saved.number)
+            if saved.number in self._coming
+            else self._start_back(saved)
         )
         if event is not None:
             self._lanes.wait(event)
             self._fetch_before(saved.number)
-        return there
+        return on_device
 
     def _fetch_before(self, number: int) -> None:
-        """What left before it is asked for next, the last first."""
+        """Starts copies back of what was saved before this number, the last first."""
         self._next = min(self._next, number)
         while self._next > 0:
-            away = self._order[self._next - 1]()
-            if away is not None:
-                if self.under_way_bytes + away.host.nbytes > self._most:
+            host_copy = self._order[self._next - 1]()
+            if host_copy is not None:
+                if self.under_way_bytes + host_copy.host.nbytes > self._most:
                     return
-                self._coming[away.number] = self._begun(away)
+                self._coming[host_copy.number] = self._start_back(host_copy)
             self._next -= 1
 
-    def _begun(self, away: _HostCopy) -> tuple[Tensor, Any]:
-        there = _empty_like(away.host, away.device)
-        return there, self._lanes.back(there, away.host, away.over)
+    def _start_back(self, host_copy: _HostCopy) -> tuple[Tensor, Any]:
+        on_device = _empty_like(host_copy.host, host_copy.device)
+        return on_device, self._lanes.back(on_device, host_copy.host, host_copy.over)
 
     def _settle(self, most: int) -> None:
-        """No more than so many bytes are held for what leaves."""
+        """Waits until at most so many bytes are kept for copies to the host."""
         while self._leaving and (most == 0 or self.under_way_bytes > most):
-            away = self._leaving.popleft()
-            self._lanes.wait(away.over)
-            away.held = None
+            host_copy = self._leaving.popleft()
+            self._lanes.wait(host_copy.over)
+            host_copy.kept = None
 
     def begin(self) -> None:
-        """A forward pass: what the one before left behind is let go when its copies are over."""
+        """Starts a forward pass: frees what the previous one left behind, once its copies are
+        over.
+        """
         self._settle(0)
         for _, event in self._coming.values():
             self._lanes.wait(event)
@@ -213,23 +223,24 @@ class Offload:
         self._order.clear()
 
     def forget(self) -> None:
-        """Between two forwards nothing is known any more."""
+        """Forgets copied storages between two forward passes."""
         self._known.clear()
         self._next = len(self._order)
 
 
-def _empty_like(tensor: Tensor, there: torch.device) -> Tensor:
-    """Room for the same values in the same strides: kernels choose by layout, and another may round
-    otherwise."""
-    pinned = tensor.device.type == "cuda" and there.type == "cpu"
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    """Allocates the same shape and strides: kernels choose by layout, and another may round
+    differently.
+    """
+    pinned = tensor.device.type == "cuda" and device.type == "cpu"
     return torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=there, pin_memory=pinned
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device, pin_memory=pinned
     )
 
 
 @contextmanager
 def offloaded(offload: Offload | None) -> Iterator[None]:
-    """Within the block, what is saved for backward leaves the device; None: it stays."""
+    """Moves what is saved for backward off the device within the block, unless offload is None."""
     if offload is None:
         yield
         return
@@ -240,7 +251,9 @@ def offloaded(offload: Offload | None) -> Iterator[None]:
 
 
 def offload_for(device: torch.device, weights: Iterable[Tensor]) -> Offload:
-    """Raises ConfigError where activations lie in host memory anyway."""
+    """Returns an Offload for a CUDA device; ConfigError on others, whose activations are on the
+    host.
+    """
     if device.type != "cuda":
         raise ConfigError(
             f"offload moves saved activations to host memory; on {device.type} that is where"

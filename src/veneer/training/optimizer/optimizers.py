@@ -1,12 +1,11 @@
-"""Which optimizer steps the flat buffer: torch's AdamW, or bitsandbytes' with its moments in 8
-bits.
+"""Optimizers that step the flat buffer: torch's AdamW, or bitsandbytes' with 8-bit moments.
 
     adamw       8 bytes of moments per trained value: float32, float32
     adamw8bit   2.03: one byte each, and a float32 scale for every 256 (Dettmers et al. 2021,
                 arXiv:2110.02861)
 
-Values, gradients and their float32 stay the same: full fine-tuning holds 16 bytes per value with
-the first, 10 with the second. An adapter's moments are a few MB either way.
+Values, gradients and their float32 masters stay the same: full fine-tuning takes 16 bytes per value
+with the first, 10 with the second. An adapter's moments are a few MB either way.
 """
 
 import logging
@@ -21,12 +20,13 @@ from veneer.training.config import OptimizerName
 from veneer.training.optimizer.buffer import AdamW, FlatValues
 
 _PART = 2**30
-"""Values that the library steps at once: its kernels count in 32 bits."""
+"""Values that one call steps: the library's kernels index with 32 bits."""
 
 
 class AdamW8bit:
-    """bitsandbytes' AdamW8bit over the flat buffer, in place of optim.AdamW. Under 4,096 values its
-    moments are float32."""
+    """Steps the flat buffer by bitsandbytes' AdamW8bit. Moments of up to 4,096 values are
+    float32.
+    """
 
     def __init__(self, flat: FlatValues, *, weight_decay: float) -> None:
         self.flat = flat
@@ -49,8 +49,9 @@ class AdamW8bit:
         self.flat.gradient.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """values, and of each part: codes and scales of both moments, step count. The code books
-        are the library's."""
+        """Returns the values, and per part the codes and scales of both moments and the step
+        count.
+        """
         tensors = {"values": self.flat.values.data}
         for number, part in enumerate(self.parts):
             for name, value in self.inner.state[part].items():
@@ -62,17 +63,18 @@ class AdamW8bit:
         self.flat.values.data.copy_(state["values"])
         self.flat.publish()
         for number, part in enumerate(self.parts):
-            own = self.inner.state[part]
-            for name in [name for name in own if not name.startswith("qmap")]:
-                kept = state[f"{name}.{number}"]
-                own[name] = int(kept) if name == "step" else kept.to(part.device).clone()
+            moments = self.inner.state[part]
+            for name in [name for name in moments if not name.startswith("qmap")]:
+                stored = state[f"{name}.{number}"]
+                moments[name] = int(stored) if name == "step" else stored.to(part.device).clone()
 
 
 def make_optimizer(
     name: OptimizerName, flat: FlatValues, *, weight_decay: float
 ) -> AdamW | AdamW8bit:
-    """Raises ConfigError if the library of adamw8bit is not installed, or several rates are asked
-    of it."""
+    """Makes an optimizer. ConfigError if adamw8bit is not installed, or would need several
+    rates.
+    """
     if name == "adamw8bit" and len(flat.groups) > 1:
         raise ConfigError(
             "optimizer adamw8bit steps all values at one rate, and method.lr_ratio asks for two",
@@ -82,8 +84,7 @@ def make_optimizer(
 
 
 def _library() -> Any:
-    # On import it tells of kernels that it could fetch; they are for 4-bit products, which are ours
-    # here.
+    # On import it warns of kernels that it could download, for 4-bit products that are ours here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes

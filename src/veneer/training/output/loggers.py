@@ -1,8 +1,7 @@
-"""The same records that metrics.jsonl gets, sent on to TensorBoard, W&B, MLflow or trackio.
+"""Sends the records of metrics.jsonl on to TensorBoard, W&B, MLflow or trackio.
 
-We send numbers and the run's settings: no rows, no sample answers. (W&B and trackio add figures of
-the machine, as they are set up to.) Nothing is imported, and
-nothing is sent, unless `log` names it. Each logger is a function (record) -> None and its end.
+Only numbers and the run's settings are sent: no rows, no sample answers. (W&B and trackio add
+figures of the machine, as configured.) Nothing is imported or sent unless `log` names it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PROJECT = "veneer"
 
 @dataclass(frozen=True)
 class Logger:
-    """A listener for Records: `send` gets the numbers of a step, `close` ends the run there."""
+    """Sends the numbers of a step to a service; `close` ends the run there."""
 
     send: Callable[[dict[str, float], int], None]
     close: Callable[[], None]
@@ -34,8 +33,9 @@ class Logger:
 
 
 def open_loggers(names: Sequence[Name], *, out: Path, settings: Mapping[str, Any]) -> list[Logger]:
-    """One logger for each name. Raises ConfigError, before any is opened, for all that are not
-    installed."""
+    """Opens a logger for each name. Raises ConfigError, before any is opened, for missing
+    packages.
+    """
     if missing := [name for name in names if util.find_spec(name) is None]:
         raise ConfigError(
             f"log asks for {', '.join(missing)}, not installed here",
@@ -47,9 +47,9 @@ def open_loggers(names: Sequence[Name], *, out: Path, settings: Mapping[str, Any
         try:
             opened = _OPENERS[name](import_module(name), out, flat(settings))
             loggers.append(replace(opened, name=name))
-        except Exception as fault:  # theirs: no key, no server, a version that does not fit
-            for each in loggers:
-                each.close()
+        except Exception as fault:  # their errors: no key, no server, a wrong version
+            for logger in loggers:
+                logger.close()
             raise ConfigError(
                 f"{name} did not start: {fault}", [], f"Set {name} up, or leave it out of `log`."
             ) from fault
@@ -57,7 +57,9 @@ def open_loggers(names: Sequence[Name], *, out: Path, settings: Mapping[str, Any
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a step or an evaluation as {"train/loss": ...}; of other records, none."""
+    """Returns the numbers of a step or an evaluation as {"train/loss": ...}, {} for other
+    records.
+    """
     prefix = {"step": "train", "evaluation": "evaluation"}.get(record["kind"])
     if prefix is None:
         return {}
@@ -69,7 +71,7 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"method": {"rank": 8}} as {"method.rank": 8}."""
+    """Flattens {"method": {"rank": 8}} to {"method.rank": 8}."""
     values: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -100,8 +102,9 @@ def _wandb(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
 
 
 def _mlflow(module: ModuleType, out: Path, settings: dict[str, Any]) -> Logger:
-    """To the server that MLFLOW_TRACKING_URI names: the small package of our extra opens no
-    database."""
+    """Sends to the server in MLFLOW_TRACKING_URI: the small package of our extra opens no
+    database.
+    """
     module.set_experiment(PROJECT)
     module.start_run(run_name=out.name)
     module.log_params(settings)

@@ -1,9 +1,9 @@
-"""What a run wrote down while it ran (metrics.jsonl), and how much memory the process holds.
+"""Records of a run (metrics.jsonl), and the memory that the process holds.
 
-One JSON object a line, flushed line by line; "kind" is start, step, evaluation or end. A number
-that is not finite is written as null: JSON has no NaN. A listener that fails is left out from then
-on: what others do with the records ends no run. Screens, loggers and the report read these records;
-nothing here knows what a step computes.
+One JSON object per line, flushed line by line; "kind" is start, step, evaluation or end. A number
+that is not finite is written as null: JSON has no NaN. A listener that fails is dropped, and does
+not end the run. Screens, loggers and the report read these records. Knows nothing of what a step
+computes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from veneer.files.system_errors import explained
 
 Record = dict[str, Any]
 STEPPED = ("step", "evaluation")
-"""Kinds of records that say of which step they are; others may."""
+"""Kinds of records that must name their step."""
 
 
 class Listener(Protocol):
-    """What hears every record, and the end of the run (loggers.py)."""
+    """Receives every record, and the end of the run (loggers.py)."""
 
     def __call__(self, record: Mapping[str, Any]) -> None: ...
 
@@ -41,10 +41,9 @@ class Listener(Protocol):
 
 
 class Records:
-    """Appends to metrics.jsonl and hands each record on to the listeners (loggers).
+    """Appends to metrics.jsonl and passes each record to the listeners (loggers).
 
-    resumed_step   None starts a file; a number keeps what belongs to steps up to that one and
-                   continues.
+    resumed_step   None starts a file; a number keeps the records of steps up to it and continues
     """
 
     def __init__(
@@ -57,14 +56,14 @@ class Records:
     ) -> None:
         self.path, self._listeners, self._say = Path(path), list(listeners), say
         self.failed: list[str] = []
-        """What listeners failed with, one line each."""
+        """Errors of listeners, one line each."""
         if resumed_step is not None:
             _keep_until(self.path, resumed_step)
         with explained(self.path):
             self._file = self.path.open("w" if resumed_step is None else "a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record and flushes it: what the file shows is never behind the run.
+        """Appends one record and flushes it, so the file is never behind the run.
 
         The start record gets the time, in seconds since 1970.
         """
@@ -76,12 +75,12 @@ class Records:
         for listener in tuple(self._listeners):
             try:
                 listener(record)
-            except Exception as fault:  # theirs: no connection, no room, a bug
+            except Exception as fault:  # their errors: no connection, a full disk, a bug
                 self._listeners.remove(listener)
-                self._told(listener, fault)
+                self._report_failure(listener, fault)
 
     def sync(self) -> None:
-        """What was written is on the disk."""
+        """Waits until all records are on the disk."""
         with explained(self.path):
             os.fsync(self._file.fileno())
 
@@ -95,9 +94,9 @@ class Records:
                 try:
                     listener.close()
                 except Exception as fault:
-                    self._told(listener, fault)
+                    self._report_failure(listener, fault)
 
-    def _told(self, listener: Listener, fault: Exception) -> None:
+    def _report_failure(self, listener: Listener, fault: Exception) -> None:
         self.failed.append(f"{listener.name}: {type(fault).__name__}: {fault}"[:500])
         self._say(f"{self.failed[-1]}: nothing more is sent there")
 
@@ -109,7 +108,7 @@ class Records:
 
 
 class NoRecords:
-    """In place of Records where another process writes them."""
+    """Replaces Records on processes that write none."""
 
     failed: tuple[str, ...] = ()
 
@@ -124,41 +123,40 @@ class NoRecords:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records in order. A last line without its newline is a torn write and is left out.
+    """Reads the records in order, without a last line that lacks its newline: an unfinished write.
 
-    Raises CorruptFileError with every other line that is no JSON object with a kind, and a number
-    for its step.
+    Raises CorruptFileError with every other line that is not a JSON object with a kind, and a step
+    if its kind needs one.
     """
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    return _parsed(lines[:-1], path)  # what stands after the last newline is torn, or empty
+    return _parse_lines(lines[:-1], path)  # the text after the last newline is unfinished, or empty
 
 
 def records_after(
     path: Path, start: int, *, most_bytes: int, shown: str
 ) -> tuple[list[Record], int, int]:
-    """Records from byte `start` on, where they begin, and where the next ones will. shown: the
-    file, in errors.
+    """Returns records from byte `start` on, where they begin, and where the next ones will begin.
 
-    They begin at 0 where no record begins at `start` any more: a resumed run has written the file
-    anew. Raises what read_records raises.
+    They begin at 0 if no record begins at `start` any more: a resumed run has rewritten the file.
+    shown: name of the file in errors. Raises what read_records raises.
     """
     with explained(shown, reading=True), path.open("rb") as file:
         file.seek(max(start - 1, 0))
         start = start if start and file.read(1) == b"\n" else 0
         file.seek(start)
         text = file.read(most_bytes)
-    whole = text[: text.rfind(b"\n") + 1]
-    if not whole and len(text) == most_bytes:
+    complete = text[: text.rfind(b"\n") + 1]
+    if not complete and len(text) == most_bytes:
         raise CorruptFileError(
             f"{shown} has a line of more than {most_bytes:,} bytes",
             [],
             "No run writes such a line.",
         )
-    records = _parsed(whole.decode("utf-8", "replace").split("\n")[:-1], shown)
-    return records, start, start + len(whole)
+    records = _parse_lines(complete.decode("utf-8", "replace").split("\n")[:-1], shown)
+    return records, start, start + len(complete)
 
 
-def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
+def _parse_lines(lines: Sequence[str], path: str | Path) -> list[Record]:
     records, faults = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -172,7 +170,7 @@ def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
             faults.append(f"{path}:{number} is not an object with a kind")
         elif type(record.get("step", None if record["kind"] in STEPPED else 0)) is not int:
             faults.append(
-                f"{path}:{number} has a step that is no whole number:"
+                f"{path}:{number} has a step that is not a whole number:"
                 f" {str(record.get('step'))[:40]!r}"
             )
         else:
@@ -185,16 +183,17 @@ def _parsed(lines: Sequence[str], path: str | Path) -> list[Record]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Rewrites the file with the records of steps up to `step`. CorruptFileError where there is
-    none."""
+    """Rewrites the file with the records of steps up to `step`. Raises CorruptFileError if it is
+    missing.
+    """
     if not path.is_file():
         raise CorruptFileError(
-            f"{path} is gone, which holds the records of the steps up to {step}",
+            f"{path} is missing, which holds the records of the steps up to {step}",
             next_step=f"Restore it. To go on without them, make an empty file there: touch {path}",
         )
-    kept = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
+    records = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
     with atomic_file(path, replace=True) as partial:
-        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+        partial.write_text("".join(map(_line, records)), encoding="utf-8")
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -202,8 +201,9 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def process_memory_bytes() -> int:
-    """Bytes of memory that this process holds now (resident set); 0 where the system does not
-    say."""
+    """Returns the memory (resident set) that this process holds now, 0 if the system does not
+    say.
+    """
     if sys.platform == "linux":
         return _status_bytes("VmRSS")
     if sys.platform == "darwin":
@@ -215,10 +215,9 @@ def process_memory_bytes() -> int:
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
-    """The most bytes held since the last reset: by CUDA's allocator on a GPU, else by the process.
+    """Returns the most bytes held since the last reset: by CUDA's allocator, or by the process.
 
-    On macOS the process's peak counts from its start, reset or not. 0 where the system does not
-    say.
+    On macOS the process's peak counts from its start, reset or not. 0 if the system does not say.
     """
     if device.startswith("cuda"):
         import torch
@@ -234,7 +233,7 @@ def peak_memory_bytes(device: str = "cpu") -> int:
 
 
 def reset_peak_memory(device: str = "cpu") -> None:
-    """From now on `peak_memory_bytes` counts anew (a GPU, and Linux; elsewhere it does nothing)."""
+    """Restarts the peak of `peak_memory_bytes`, on a GPU and on Linux."""
     if device.startswith("cuda"):
         import torch
 

@@ -1,4 +1,4 @@
-"""The held-out question that every evaluation answers: a glance at what is learnt, no figure."""
+"""The held-out question that every evaluation answers, to show what the model has learnt so far."""
 
 import json
 from collections.abc import Sequence
@@ -17,15 +17,16 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.wording import cut
 
 SAMPLE_TOKENS = 96
-"""New tokens of a sample answer at most."""
+"""Most new tokens of a sample answer."""
 SAMPLE_CHARACTERS = 20_000
-"""Of its question and answers: they stand in every record of an evaluation, the first answer in
-every checkpoint."""
+"""Most characters of question and answers: every evaluation's record holds them, and every
+checkpoint holds the first answer.
+"""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """ids: what the base is given. prompt, expected: the row's, for people."""
+    """Holds a question. ids: of the prompt. prompt, expected: the row's texts."""
 
     base: FrozenBase
     ids: list[int]
@@ -33,19 +34,18 @@ class Sample:
     expected: str
 
     def new(self) -> list[int]:
-        """The answer's ids, with the model as it stands."""
-        with put_aside(
-            self.base.model
-        ):  # what is made for many rows with gradients is slow with one
-            (found,) = generate(self.base, [self.ids], max_new_tokens=SAMPLE_TOKENS)
-        return found
+        """Generates the ids of the answer with the model as it is now."""
+        # Modules fused for training are slow for a single row.
+        with put_aside(self.base.model):
+            (answer,) = generate(self.base, [self.ids], max_new_tokens=SAMPLE_TOKENS)
+        return answer
 
     @property
     def stops(self) -> tuple[int, ...]:
         return stop_token_ids(self.base.tokenizer, self.base.model.generation_config)
 
-    def told(self, new: Sequence[int]) -> dict[str, Any]:
-        """{prompt, expected, answer} as an evaluation's record holds them."""
+    def record_of(self, new: Sequence[int]) -> dict[str, Any]:
+        """Returns {prompt, expected, answer}, as an evaluation's record holds them."""
         answer = str(self.base.acting_tokenizer.decode(list(new), skip_special_tokens=True))
         return {
             "prompt": self.prompt,
@@ -55,32 +55,35 @@ class Sample:
 
 
 def sample_of(base: FrozenBase, rows: Sequence[Row], preamble: Preamble) -> Sample | None:
-    """Of the first of the rows whose question leaves room for an answer; None where there is
-    none."""
+    """Makes a sample of the first row whose question leaves room for an answer, None if there is
+    none.
+    """
     template = ChatTemplate(base.acting_tokenizer, variables=preamble.variables)
-    found = next(((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None)
-    if found is None:
+    candidate = next(
+        ((row, ids) for row in rows if (ids := _question_ids(base, template, row))), None
+    )
+    if candidate is None:
         return None
-    row, ids = found
-    expected = _told(row.messages[-1].get("content") or row.messages[-1].get("tool_calls"))
-    question = _told(
+    row, ids = candidate
+    expected = _shortened(row.messages[-1].get("content") or row.messages[-1].get("tool_calls"))
+    question = _shortened(
         next((m["content"] for m in reversed(row.messages[:-1]) if m.get("role") == "user"), "")
     )
     return Sample(base, ids, question, expected)
 
 
 def _question_ids(base: FrozenBase, template: ChatTemplate, row: Row) -> list[int]:
-    """Of what comes before the row's last turn; none where that cannot be asked on this base."""
+    """Encodes a row up to its last turn; returns [] if it cannot be asked on this base."""
     if not row.messages:
         return []
     try:
         ids = template.encode_prompt(row.messages[:-1], tools=row.tools)
     except DataError:
         return []
-    places = capacity_of(base).positions
-    return ids if places is None or len(ids) < places else []
+    positions = capacity_of(base).positions
+    return ids if positions is None or len(ids) < positions else []
 
 
-def _told(content: object) -> str:
-    """A message's content as text that stands in every record of an evaluation."""
+def _shortened(content: object) -> str:
+    """Returns a message's content as text for an evaluation's record."""
     return cut(content if isinstance(content, str) else json.dumps(content), SAMPLE_CHARACTERS)

@@ -1,8 +1,8 @@
-"""What a run shows while it runs. Three screens with the same five methods; none of them computes.
+"""Screens of a run: live on a terminal, plain lines, or quiet. None of them computes.
 
-They are told what `metrics.jsonl` is told (see records.py): the start record (with `paths`: how
-steps are computed), every step, every evaluation, and the summary. Text that comes from a model or
-from data is shown as plain text: no markup, no control characters.
+They receive what metrics.jsonl receives (records.py): the start record (with `paths`, lines that
+say how steps are computed), every step, every evaluation, and the summary. Text from a model or
+from data is shown as plain text, without markup or control characters.
 """
 
 from __future__ import annotations
@@ -36,19 +36,16 @@ from veneer.wording import (
 
 Facts = Mapping[str, Any]
 
-VALUE_BYTES = 8  # of a trained value: float32, and its gradient's
-ASKED_CHARACTERS, ANSWER_CHARACTERS = (
-    150,
-    400,
-)  # of a sample: the question is known, the answer is news
-PLAIN_SECONDS = 5.0  # a plain line at most this often: a log is read later, not watched
+VALUE_BYTES = 8  # of a trained value and its gradient, float32 each
+QUESTION_CHARACTERS, ANSWER_CHARACTERS = (150, 400)  # of a sample
+PLAIN_SECONDS = 5.0  # time between plain lines
 
 
 class Screen(Protocol):
-    """What the loop tells; every method returns at once."""
+    """Shows a run; every method returns at once."""
 
     def start(self, info: Facts) -> None:
-        """Before step 1: the start record, with `paths`, a list of how steps are computed."""
+        """Shows the start record, with `paths`, lines that say how steps are computed."""
 
     def step(self, record: Facts) -> None: ...
 
@@ -57,7 +54,7 @@ class Screen(Protocol):
     def message(self, text: str) -> None: ...
 
     def end(self, summary: Facts) -> None:
-        """After the run: summary.json's content."""
+        """Shows the summary, the content of summary.json."""
 
 
 class QuietScreen:
@@ -77,7 +74,7 @@ class QuietScreen:
 
 
 class StepFigures:
-    """The figures that every screen shows, from the records so far."""
+    """Computes the figures that every screen shows from the records so far."""
 
     def __init__(self, info: Facts) -> None:
         self.total = int(info["steps"])
@@ -95,13 +92,13 @@ class StepFigures:
         if self.first is None:
             self.first = self.done
         else:
-            # The first step allocates and holds the longest batch: it says nothing of the others.
+            # The first step allocates: its speed says nothing about the others.
             self._recent.append((int(record["tokens"]), float(record["seconds"])))
         self.memory_bytes = int(record["memory_bytes"])
-        before = self.loss
+        previous_loss = self.loss
         self._losses.append(float(record["loss"]))
         self.loss = sum(self._losses) / len(self._losses)
-        self.falling = None if before is None else self.loss < before
+        self.falling = None if previous_loss is None else self.loss < previous_loss
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -116,7 +113,7 @@ class StepFigures:
         return mean * (self.total - self.done)
 
     def figures(self) -> str:
-        """loss 1.12▼ · eval 1.20 · 410 tokens/s · 1.3 GB · 6:10 left"""
+        """Returns: loss 1.12▼ · eval 1.20 · 410 tokens/s · 1.3 GB · 6:10 left"""
         arrow = "" if self.falling is None else "▼" if self.falling else "▲"
         parts = [f"loss {number(self.loss)}{arrow}"]
         if self.evaluation is not None:
@@ -131,7 +128,7 @@ class StepFigures:
 
 
 class PlainScreen:
-    """Lines of text: for files, pipes and terminals that cannot redraw."""
+    """Prints lines of text, for files, pipes and terminals that cannot redraw."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -179,7 +176,7 @@ class PlainScreen:
 
 
 class LiveScreen:
-    """One region that is redrawn: bar and figures; what should stay is printed above it."""
+    """Redraws one region with bar and figures, and prints other lines above it."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -189,8 +186,8 @@ class LiveScreen:
     def start(self, info: Facts) -> None:
         self._progress = StepFigures(info)
         for line in start_lines(info):
-            for each in folded(line, self.console.width).split("\n"):
-                self.console.print(Text(wrapped(each, self.console.width)))
+            for part in folded(line, self.console.width).split("\n"):
+                self.console.print(Text(wrapped(part, self.console.width)))
         self._live = Live(
             console=self.console, refresh_per_second=4, transient=True, redirect_stdout=False
         )
@@ -217,7 +214,7 @@ class LiveScreen:
             self.console.print(Text(folded(line, self.console.width)))
 
     def close(self) -> None:
-        """Gives the terminal back; for a run that ends in an error, too."""
+        """Restores the terminal, also after an error."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -242,8 +239,9 @@ class LiveScreen:
 def make_screen(
     *, json: bool = False, quiet: bool = False
 ) -> LiveScreen | PlainScreen | QuietScreen:
-    """The screen that fits: live on a terminal, plain lines elsewhere; on stderr when stdout is
-    data."""
+    """Returns the screen that fits: live on a terminal, else plain lines; on stderr if stdout is
+    data.
+    """
     if quiet:
         return QuietScreen()
     console = talking_console(stderr=json)
@@ -255,12 +253,14 @@ def make_screen(
 
 
 def start_lines(info: Facts) -> list[str]:
-    """What will be trained, and by which paths: printed before step 1."""
+    """Returns the lines printed before step 1: what is trained, and by which paths."""
     trainable, total = int(info["trainable_parameters"]), int(info["total_parameters"])
-    what = "every weight trains" if trainable == total else "every weight that text reaches trains"
+    trained_text = (
+        "every weight trains" if trainable == total else "every weight that text reaches trains"
+    )
     if info["modules_total"] is not None:
-        what = f"{info['modules_adapted']} of {info['modules_total']} modules adapted"
-    facts = [what, f"{millions(trainable)} trainable ({percent(trainable, total)})"]
+        trained_text = f"{info['modules_adapted']} of {info['modules_total']} modules adapted"
+    facts = [trained_text, f"{millions(trainable)} trainable ({percent(trainable, total)})"]
     if info["adapter_bytes"] is not None:
         facts.append(f"{size(info['adapter_bytes'])} on disk")
     per_value = VALUE_BYTES + MOMENT_BYTES[info["optimizer"]]
@@ -275,10 +275,14 @@ def start_lines(info: Facts) -> list[str]:
     return lines
 
 
-def evaluation_line(record: Facts, before: float | None) -> str:
+def evaluation_line(record: Facts, previous_loss: float | None) -> str:
     loss = record["loss"]
     arrow = (
-        "" if before is None or loss is None or loss == before else "▼" if loss < before else "▲"
+        ""
+        if previous_loss is None or loss is None or loss == previous_loss
+        else "▼"
+        if loss < previous_loss
+        else "▲"
     )
     best = " · best so far" if record.get("best") else ""
     sets = "".join(
@@ -288,9 +292,9 @@ def evaluation_line(record: Facts, before: float | None) -> str:
 
 
 def sample_parts(sample: Facts) -> list[tuple[str, str]]:
-    """(name, one line of text) of a sample: question, expected answer, answer."""
+    """Returns (name, one line of text) of a sample: question, expected answer, answer."""
     limits = {
-        "prompt": ASKED_CHARACTERS,
+        "prompt": QUESTION_CHARACTERS,
         "expected": ANSWER_CHARACTERS,
         "answer": ANSWER_CHARACTERS,
     }
@@ -299,11 +303,11 @@ def sample_parts(sample: Facts) -> list[tuple[str, str]]:
 
 
 def sample_table(sample: Facts, width: int) -> RenderableType:
-    """The answer with the expected one beside it, below it where the terminal is narrow."""
-    (_, asked), (_, expected), (_, answer) = sample_parts(sample)
+    """Shows the answer next to the expected one, or below it on a narrow terminal."""
+    (_, question), (_, expected), (_, answer) = sample_parts(sample)
     if width < 60:
         rows = [
-            Text(f"  asked     {asked}", style="dim"),
+            Text(f"  asked     {question}", style="dim"),
             Text(f"  expected  {expected}"),
             Text(f"  answer    {answer}"),
         ]
@@ -314,20 +318,22 @@ def sample_table(sample: Facts, width: int) -> RenderableType:
     table.add_column("expected", ratio=1, overflow="fold")
     table.add_column("answer", ratio=1, overflow="fold")
     table.add_row(Text(expected), Text(answer))
-    return Group(Text(f"  {asked}", style="dim"), table)
+    return Group(Text(f"  {question}", style="dim"), table)
 
 
 def _held_out(summary: Facts) -> str:
-    """What it was before and is now, with its interval where one is known."""
-    loss, found = number(summary["validation_loss"]), summary.get("held_out")
-    if not found:
+    """Returns the held-out loss before and after, with its interval if known."""
+    loss, figures = number(summary["validation_loss"]), summary.get("held_out")
+    if not figures:
         return loss
-    before = f"{number(found['before']['value'])} → " if found["before"] else ""
-    return f"{before}{loss} ({interval_of_95(found['loss']['low'], found['loss']['high'])})"
+    before_text = f"{number(figures['before']['value'])} → " if figures["before"] else ""
+    return (
+        f"{before_text}{loss} ({interval_of_95(figures['loss']['low'], figures['loss']['high'])})"
+    )
 
 
 def end_lines(summary: Facts) -> list[str]:
-    """The figures that matter, and where the result is."""
+    """Returns the main figures, and where the result is."""
     figures = [f"loss {number(summary['first_loss'])} → {number(summary['last_loss'])}"]
     if summary["validation_loss"] is not None:
         figures.append(f"held-out loss {_held_out(summary)}")
@@ -341,10 +347,10 @@ def end_lines(summary: Facts) -> list[str]:
     lines = ["  " + " · ".join(figures)]
     if parts := summary.get("seconds_by_part"):
         lines.append(f"  a step's time: {shares(parts)}")
-    made = summary.get("adapter") or summary.get("model")
-    if made:
+    result_path = summary.get("adapter") or summary.get("model")
+    if result_path:
         digest = (
             f" · sha256 {summary['adapter_sha256'][:12]}…" if "adapter_sha256" in summary else ""
         )
-        lines.append(f"  ✓ {shown(made)} · {size(summary['adapter_bytes'])}{digest}")
+        lines.append(f"  ✓ {shown(result_path)} · {size(summary['adapter_bytes'])}{digest}")
     return lines

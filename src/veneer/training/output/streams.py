@@ -1,5 +1,5 @@
-"""stdout and stderr where writing can fail: a reader that has left (`veneer ... | head -1`), a
-closed terminal, a full disk.
+"""stdout and stderr that handle failing writes: a closed pipe (`veneer ... | head -1`), a closed
+terminal, a full disk.
 
 A command writes its result to a `ResultStream`, which keeps the first failure: cli/main.py turns it
 into an exit code. Messages during work go to a `LogStream`, which drops them after a failure: a run
@@ -13,7 +13,7 @@ from typing import TextIO
 
 
 class _StreamWrapper(io.TextIOBase):
-    """Another stream, with what becomes of its failures left to `_failed`."""
+    """Writes to another stream; subclasses handle failures in `_failed`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -55,7 +55,7 @@ class _StreamWrapper(io.TextIOBase):
 
 
 class ResultStream(_StreamWrapper):
-    """Raises what the stream raises, and keeps the first of it."""
+    """Raises what the stream raises, and keeps the first fault."""
 
     fault: OSError | ValueError | None = None
 
@@ -65,20 +65,19 @@ class ResultStream(_StreamWrapper):
 
 
 class LogStream(_StreamWrapper):
-    """Writes until that fails once; from then on everything is dropped."""
+    """Writes until a write fails; drops everything from then on."""
 
     def _failed(self, fault: OSError | ValueError) -> None:
         silence(self.stream)
 
 
 def silence(stream: TextIO) -> None:
-    """Sends what `stream` still holds, and all that follows, nowhere: it cannot be written where it
-    should go."""
+    """Discards what `stream` still holds and all that follows."""
     if isinstance(stream, ResultStream):
         stream.fault = None
         stream = stream.stream
     with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
         stream.flush()

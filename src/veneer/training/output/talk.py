@@ -1,4 +1,4 @@
-"""The console on which people are told what goes on while work is done."""
+"""The console for messages during work."""
 
 import sys
 from typing import Any
@@ -9,6 +9,6 @@ from veneer.training.output.streams import LogStream
 
 
 def talking_console(*, stderr: bool) -> Console:
-    """Never fails, whatever becomes of the stream, and never guesses markup in foreign text."""
+    """Returns a console that never fails and treats text as plain, without markup."""
     stream: Any = LogStream(sys.stderr if stderr else sys.stdout)
     return Console(file=stream, highlight=False, markup=False, emoji=False)

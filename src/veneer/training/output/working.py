@@ -1,5 +1,5 @@
-"""What goes on for longer than a moment, on stderr: how long, how far, and the time left. One line
-that goes away; nothing where no terminal is.
+"""Progress of work that takes more than a moment: one line on stderr that disappears, only on a
+terminal.
 """
 
 import sys
@@ -17,36 +17,42 @@ from veneer.training.output.talk import talking_console
 from veneer.wording import clock, shown
 
 SILENT_SECONDS = 1.0
-"""What is over by then is not shown: a line that flickers tells nothing. But what is to import
-torch shows at once: while a library is loaded no thread draws."""
+"""Shorter work is not shown. Work that will import torch is shown at once: no thread draws while a
+library is loaded."""
 
 ReportProgress = Callable[[str, int, int], None]
-"""(what, done, of how many); of 0: not known."""
+"""Reports (label, done, total); a total of 0 is unknown."""
 
 
 class ProgressLine:
-    """The line of one piece of work. now: a clock, in seconds."""
+    """Renders the line of one piece of work. now: a clock, in seconds."""
 
-    def __init__(self, what: str, now: Callable[[], float] = time.monotonic) -> None:
-        self._now, self._began, self._what = now, now(), what
+    def __init__(self, label: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._began, self._label = now, now(), label
         self._silent = SILENT_SECONDS if "torch" in sys.modules else 0.0
         self._done = self._total = 0
-        self._since = self._began  # when this part began: the time left is its own
+        self._since = self._began  # start of this part, for its time left
 
-    def tell(self, what: str, done: int, total: int) -> None:
-        if what != self._what or done < self._done:
-            self._what, self._since = what, self._now()
+    def tell(self, label: str, done: int, total: int) -> None:
+        if label != self._label or done < self._done:
+            self._label, self._since = label, self._now()
         self._done, self._total = done, total
 
     def text(self) -> str:
-        """evaluating 12/80 · 0:20 left"""
+        """Returns: evaluating 12/80 · 0:20 left"""
         count = f" {self._done:,}/{self._total:,}" if self._total else ""
-        took = self._now() - self._since
-        left = (
-            took / self._done * (self._total - self._done) if self._done and self._total else None
+        elapsed = self._now() - self._since
+        seconds_left = (
+            elapsed / self._done * (self._total - self._done)
+            if self._done and self._total
+            else None
         )
-        beside = f"{clock(left)} left" if left is not None else clock(self._now() - self._began)
-        return shown(f"  {self._what}{count} · {beside}")
+        time_text = (
+            f"{clock(seconds_left)} left"
+            if seconds_left is not None
+            else clock(self._now() - self._began)
+        )
+        return shown(f"  {self._label}{count} · {time_text}")
 
     def __rich__(self) -> RenderableType:
         if self._now() - self._began < self._silent:
@@ -62,10 +68,10 @@ class ProgressLine:
 
 
 @contextmanager
-def working(what: str, console: Console | None = None) -> Iterator[ReportProgress]:
-    """Shows that it goes on until the block ends; what is yielded says how far it is."""
+def working(label: str, console: Console | None = None) -> Iterator[ReportProgress]:
+    """Shows progress until the block ends; yields the function that reports it."""
     console = console or talking_console(stderr=True)
-    line = ProgressLine(what)
+    line = ProgressLine(label)
     if not console.is_terminal or console.is_dumb_terminal:
         yield line.tell
         return

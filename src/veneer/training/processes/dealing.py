@@ -1,11 +1,12 @@
-"""Whole micro-batches to the processes of a run, by what they cost: every process makes the same
-plan."""
+"""Assigns whole micro-batches to the processes of a run by cost; every process makes the same
+plan.
+"""
 
 from collections.abc import Sequence
 
 
 def dealt(costs: Sequence[int], size: int) -> list[int]:
-    """For each micro-batch the process that computes it: the costliest first, to whoever has the
+    """Returns the process that computes each micro-batch: the costliest first, to the one with
     least so far.
 
     Longest processing time first (Graham 1969): at most 4/3 of the best plan's longest share.
@@ -19,7 +20,9 @@ def dealt(costs: Sequence[int], size: int) -> list[int]:
 
 
 def in_rounds(costs: Sequence[int], size: int) -> list[list[int]]:
-    """Rounds of at most `size` micro-batches that are computed at the same time, one by each
-    process: those of like cost together, as all wait for the costliest."""
+    """Groups micro-batches into rounds of at most `size` that are computed at the same time.
+
+    Micro-batches of similar cost share a round, because all processes wait for the costliest.
+    """
     order = sorted(range(len(costs)), key=lambda n: (-costs[n], n))
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,5 +1,6 @@
-"""Several processes of one run on this machine, as torchrun would start them: `veneer train
---processes N`."""
+"""Starts several processes of one run on this machine, as torchrun would: `veneer train --processes
+N`.
+"""
 
 import os
 import signal
@@ -14,23 +15,21 @@ from veneer.child import end_with_parent, environment_for, module_command
 from veneer.errors import LostProcessError
 
 GRACE_SECONDS = 5.0
-"""From one process's failure until the others are ended: as long as they have to notice and say so
-themselves."""
+"""Seconds after one process fails until the others are killed; they may notice and end before."""
 POLL_SECONDS = 0.05
 MEETING = "VENEER_MEETING"
-"""Variable that names, in process 0, the descriptor of the socket at which all meet."""
+"""Variable with the descriptor of the socket on which process 0 accepts the others."""
 MOST_WAITING = 4096
-"""Processes that may have knocked before the first answers them."""
+"""Largest number of connections that wait to be accepted."""
 
 
 def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, str]) -> int:
-    """Runs `veneer` with these arguments in each process; the exit code of the first that failed by
-    itself, else 0.
+    """Runs `veneer` with these arguments in each process; returns the exit code of the first that
+    failed, else 0.
 
-    Threads are shared out where OMP_NUM_THREADS does not say how many each gets. Ctrl-C and SIGTERM
-    go to all, and where this process is killed they get SIGTERM. Where one process fails, the
-    others notice by themselves; who has not after GRACE_SECONDS, perhaps because they still wait to
-    meet the one that is gone, is ended.
+    Threads are divided unless OMP_NUM_THREADS is set. Ctrl-C and SIGTERM are passed on to all, and
+    if this process is killed they get SIGTERM. If one process fails, the others notice by
+    themselves; a process that has not after GRACE_SECONDS is killed.
     """
     threads = (
         max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
@@ -54,55 +53,62 @@ def launch(arguments: Sequence[str], processes: int, environment: Mapping[str, s
             )
             for rank in range(processes)
         ]
-    with _handing_on(started):
+    with _forward_signals(started):
         return _wait(started)
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
-    failed_at, ended = None, set[int]()
+    failed_at, killed = None, set[int]()
     while any(process.poll() is None for process in started):
         if failed_at is None and any(process.returncode for process in started):
             failed_at = time.monotonic()
-        if failed_at is not None and not ended and time.monotonic() - failed_at > GRACE_SECONDS:
+        if failed_at is not None and not killed and time.monotonic() - failed_at > GRACE_SECONDS:
             for process in started:
                 if process.poll() is None:
                     process.kill()
-                    ended.add(process.pid)
+                    killed.add(process.pid)
         time.sleep(POLL_SECONDS)
     codes = [
-        process.returncode for process in started if process.returncode and process.pid not in ended
+        process.returncode
+        for process in started
+        if process.returncode and process.pid not in killed
     ]
-    own = [each for each in codes if each != LostProcessError.exit_code]
-    code = next(iter([*own, *codes]), 0)
+    own_codes = [
+        code_of_process
+        for code_of_process in codes
+        if code_of_process != LostProcessError.exit_code
+    ]
+    code = next(iter([*own_codes, *codes]), 0)
     return 128 - code if code < 0 else code
 
 
 @contextmanager
-def _handing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Signals that ask this process to end ask its processes instead. A terminal's Ctrl-C reaches
-    them by itself."""
+def _forward_signals(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Forwards signals to the processes. A terminal's Ctrl-C reaches them by itself."""
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for process in started:
             if process.poll() is None and number != signal.SIGINT:
                 process.send_signal(number)
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {
-        getattr(signal, name): signal.signal(getattr(signal, name), hand_on) for name in names
+    previous = {
+        getattr(signal, name): signal.signal(getattr(signal, name), forward) for name in names
     }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def listening() -> Iterator[tuple[int, int]]:
-    """(port, descriptor) of a socket that listens on this machine: bound here and handed to process
-    0, so that nobody else gets the port between its being found and its being used."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        found.listen(MOST_WAITING)
-        yield int(found.getsockname()[1]), found.fileno()
+    """Yields (port, descriptor) of a listening socket on this machine.
+
+    It is bound here and inherited by process 0, so no other program can take the port in between.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(MOST_WAITING)
+        yield int(listener.getsockname()[1]), listener.fileno()

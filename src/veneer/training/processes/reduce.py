@@ -1,10 +1,10 @@
-"""The gradient of a step out of its micro-batches', over all processes.
+"""Sums the gradients of a step's micro-batches over all processes.
 
-plain   each process adds up its own, and the processes' sums are added: as fast as can be; which
-        process computed what shows in the last bits
-exact   each micro-batch's gradient is rounded to a fixed grid and added as whole numbers, so that
-        neither order nor the number of processes matters: equal bits on 1, 2 and 4 (with as many
-        threads each); so is its norm
+plain   each process adds up its own, and the sums are added: the fastest way; which process
+        computed what shows in the last bits
+exact   each micro-batch's gradient is rounded to a fixed grid and added as whole numbers, so
+        neither order nor the number of processes matters: equal bits on 1, 2 and 4 processes (with
+        the same threads each), and so is the norm
 
 Where values are split over processes (training/optimizer/parts.py), both kinds add up a
 micro-batch's gradient at the owner of each part.
@@ -19,42 +19,43 @@ from torch import Tensor
 from veneer.training.processes.world import World
 
 UPPER = 2.0**20
-"""Of the grid's coarser half, whole multiples of 2^-20."""
+"""Scale of the grid's coarser half: multiples of 2^-20."""
 LOWER = 2.0**40
-"""What the finer half splits each of them into: multiples of 2^-60, below which a float32 gradient
-is rounded."""
+"""Scale of the finer half: multiples of 2^-60, below which a float32 gradient is rounded."""
 LIMIT = 2.0**30
-"""From here on a value is taken for infinite, which stops the run: 2^13 micro-batches of it fit
-into 64 bits."""
+"""Larger values count as infinite, which stops the run: 2^13 micro-batches of this fit into 64
+bits.
+"""
 SQUARE_BITS = 29
-"""Of each half of a square, as a share of the largest: the squares of 2^33 values add up within 64
-bits."""
+"""Bits of each half of a square, as a share of the largest: squares of 2^33 values fit into 64
+bits.
+"""
 
 ReduceKind = Literal["plain", "exact"]
 
 
 class GradientSum(Protocol):
-    """gradient: of the flat buffer, or of this process's part of it (apart), which is 0 until
-    `finish`."""
+    """Sums gradients into the flat buffer, or into this process's part of it (apart).
+
+    The gradient of a part is 0 until `finish`.
+    """
 
     def begin(self) -> None: ...
 
     def add(self) -> None:
-        """A micro-batch's gradient has been computed."""
+        """Adds the gradient of a micro-batch, once it has been computed."""
 
     def receive(self, place: slice, part: Tensor, owner: int) -> None:
-        """Where values lie apart: all processes' `part` of a micro-batch's gradient, to `place` of
-        its owner's."""
+        """Adds all processes' `part` of a micro-batch's gradient to `place` at its owner."""
 
     def finish(self) -> None:
-        """The gradient is that of all micro-batches of all processes."""
+        """Puts the sum over all micro-batches and processes into the gradient."""
 
     def measured(self) -> Tensor:
-        """One value on the gradient's device, for `norm`: the loop reads it together with
-        others."""
+        """Returns one value on the gradient's device, for `norm`; the loop reads it with others."""
 
     def norm(self, measured: float) -> float:
-        """Of the whole gradient; nan or inf if any part is not finite."""
+        """Returns the norm of the whole gradient; nan or inf if any value is not finite."""
 
 
 class PlainSum:
@@ -82,7 +83,7 @@ class PlainSum:
 
 
 class ExactSum:
-    """16 bytes more a trained value that is held here; four times plain's traffic."""
+    """Takes 16 more bytes per trained value held here, and four times the traffic of PlainSum."""
 
     def __init__(self, gradient: Tensor, world: World, *, apart: bool) -> None:
         self.gradient, self.world, self.apart = gradient, world, apart
@@ -100,22 +101,26 @@ class ExactSum:
 
     def receive(self, place: slice, part: Tensor, owner: int) -> None:
         sums = self.sums[:, place]
-        for each in _slices(part):
-            halves = _halves(part[each])
+        for span in _slices(part):
+            halves = _halves(part[span])
             self.world.sum_at(halves, owner)
             if owner == self.world.rank:
-                sums[:, each] += halves
+                sums[:, span] += halves
 
     def finish(self) -> None:
         if not self.apart:
             self.world.sum(self.sums)
         for part in _slices(self.gradient):
             upper, lower = self.sums[:, part]
-            found = (upper.double() + lower.double() / LOWER) / UPPER
-            self.gradient[part] = torch.where(upper.abs() < LIMIT * UPPER, found, torch.inf).float()
+            sum_of_parts = (upper.double() + lower.double() / LOWER) / UPPER
+            self.gradient[part] = torch.where(
+                upper.abs() < LIMIT * UPPER, sum_of_parts, torch.inf
+            ).float()
 
     def measured(self) -> Tensor:
-        """The norm itself, in float64; where values lie apart this process's largest."""
+        """Returns the norm itself in float64, or this process's largest value if values are
+        split.
+        """
         if not self.gradient.numel():
             return self.gradient.new_zeros(())
         largest = torch.linalg.vector_norm(self.gradient, torch.inf)
@@ -130,9 +135,10 @@ class ExactSum:
         return float(self._norm(torch.full((), largest, device=self.gradient.device)))
 
     def _norm(self, largest: Tensor) -> Tensor:
-        """Squares as shares of the largest value's, in whole numbers: the same whoever adds
-        which."""
-        # its inverse, without what is behind the leading bit: a power of two, by its bits
+        """Sums squares as shares of the largest value's, in whole numbers: any order gives the same
+        bits.
+        """
+        # The power of two next to 1 / largest, made from its bits.
         scale = ((1023 - torch.frexp(largest.double()).exponent.long()) << 52).view(torch.float64)
         grid, totals = (
             2.0**SQUARE_BITS,
@@ -146,17 +152,18 @@ class ExactSum:
         if self.apart:
             self.world.sum(totals)
         upper_sum, lower_sum = totals.double()
-        found = (upper_sum / grid + lower_sum / grid**2).sqrt() / scale
-        return torch.where(largest.isfinite(), found, largest.double())
+        norm = (upper_sum / grid + lower_sum / grid**2).sqrt() / scale
+        return torch.where(largest.isfinite(), norm, largest.double())
 
 
 def _norm(values: Tensor) -> Tensor:
-    """By rows of 1,024, and those again: torch's own of 5 million float32 values is 3 parts in
-    10,000 too small."""
+    """Computes a norm by rows of 1,024: torch's, over 5 million values, is 3 in 10,000 too
+    small.
+    """
     while values.numel() > 1024:
-        whole = values.numel() - values.numel() % 1024
-        rows = torch.linalg.vector_norm(values[:whole].view(-1, 1024), dim=1)
-        values = torch.cat([rows, values[whole:]])
+        even = values.numel() - values.numel() % 1024
+        rows = torch.linalg.vector_norm(values[:even].view(-1, 1024), dim=1)
+        values = torch.cat([rows, values[even:]])
     return torch.linalg.vector_norm(values)
 
 
@@ -164,10 +171,9 @@ KINDS: dict[ReduceKind, type[PlainSum] | type[ExactSum]] = {"plain": PlainSum, "
 
 
 def _halves(values: Tensor) -> Tensor:
-    """[2, values]: on the grid. In slices: float64 of all values at once would be as much memory
-    again."""
+    """Rounds values to the grid: [2, values]. Call it by slices: float64 takes twice the memory."""
     wide = values.double()
-    wide = torch.where(wide.abs() < LIMIT, wide, LIMIT)  # nan too: seen by its size at the end
+    wide = torch.where(wide.abs() < LIMIT, wide, LIMIT)  # nan, too: its size shows at the end
     upper = (wide * UPPER).round()
     return torch.stack([upper.long(), ((wide * UPPER - upper) * LOWER).round().long()])
 

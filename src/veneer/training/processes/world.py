@@ -1,11 +1,11 @@
-"""The processes of one run: alone, or those that torchrun (or `veneer train --processes`) started
-together.
+"""The processes of one run: one alone, or those that torchrun (or `veneer train --processes`)
+started.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT     as every launcher sets them
 
-Alone no process group is opened. Every call below is made by all processes, in the same order:
-whatever one of them decides, all decide, and an error of one ends all (`together`). What goes over
-the wire is tensors and JSON.
+A single process opens no process group. Every call below is made by all processes in the same
+order: a decision of one is a decision of all, and an error of one ends all (`together`). Only
+tensors and JSON are sent.
 """
 
 import json
@@ -30,20 +30,19 @@ from veneer.training.processes.launch import MEETING
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GATHERS = -1
-"""What a process that gathers gives in place of how much it would tell."""
+"""Sent by a process that gathers, in place of the length of its message."""
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""Its name from torch 2.13 on, and before."""
+"""The function has another name from torch 2.13 on."""
 WAIT_SECONDS = 600.0
-"""How long the others are waited for. VENEER_WAIT_SECONDS sets another number."""
+"""Time to wait for other processes; VENEER_WAIT_SECONDS overrides it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """rank: 0 leads: it alone writes and is heard. local_rank: the place on its machine.
+    """Communicates between the processes of a run. Rank 0 leads: it alone writes and shows.
 
-    spent: seconds that calls took, by part: reduce, gather, and wait, for the others: whatever is
-    decided together. On a GPU a call may be back before it is done; what waits for it next has its
-    time.
+    spent: seconds in calls, by part: reduce, gather, and wait for other processes. On a GPU a call
+    may return before it is done; its time then counts where the device is next waited for.
     """
 
     rank: int = 0
@@ -56,81 +55,84 @@ class World:
         return self.rank == 0
 
     def device(self, named: str) -> str:
-        """The device of this process: with several on a machine each takes a GPU of its own."""
-        several = self.size > 1 and (
+        """Returns the device of this process: of several on a machine, each takes its own GPU."""
+        has_own_gpu = self.size > 1 and (
             named == "cuda" or (named == "auto" and torch.cuda.is_available())
         )
-        return f"cuda:{self.local_rank}" if several else named
+        return f"cuda:{self.local_rank}" if has_own_gpu else named
 
     def sum(self, values: Tensor) -> None:
-        """Over all processes, in place."""
+        """Sums a tensor over all processes, in place."""
         if self.size > 1:
             self._call(lambda: dist.all_reduce(values), "reduce")
 
     def summed(self, values: Sequence[float]) -> list[float]:
-        """The sum of each over all processes, in float64: exact where all but one give 0."""
+        """Sums each value over all processes, in float64: exact if all but one are 0."""
         if self.size == 1:
             return list(values)
-        held = torch.tensor(values, dtype=torch.float64, device=self._wire)
-        self._call(lambda: dist.all_reduce(held))
-        return held.tolist()
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._wire)
+        self._call(lambda: dist.all_reduce(tensor))
+        return tensor.tolist()
 
     def any(self, value: bool) -> bool:
         return self.summed([float(value)])[0] > 0
 
     def follow(self, values: Tensor) -> None:
-        """The leader's, in place."""
+        """Copies the leader's tensor to all, in place."""
         if self.size > 1:
             self._call(lambda: dist.broadcast(values, src=0))
 
     def shared(self, value: Any) -> Any:
-        """The leader's value, whatever the others give; what JSON can say."""
+        """Returns the leader's value to all; it must fit into JSON."""
         return self.gathered(value if self.leads else None)[0]
 
     def gather(self, whole: Tensor, own: Tensor) -> None:
-        """Everyone's `own`, by rank, into `whole`. Raises as meet does."""
+        """Gathers every process's `own` into `whole`, by rank. Raises as `meet` does."""
         self.meet()
         self._call(lambda: _ALL_GATHER(whole, own), "gather")
 
     def meet(self) -> None:
-        """Before what all gather or add up. LostProcessError: not all ask for it; some have ended,
-        or failed."""
+        """Checks that all processes are about to gather or add up.
+
+        Raises LostProcessError if some have ended or failed.
+        """
         if self.size > 1 and any(count != _GATHERS for count in self._counts(_GATHERS)):
-            self._apart(self.gathered(None))
+            self._raise_divided(self.gathered(None))
 
     def sum_at(self, values: Tensor, rank: int) -> None:
-        """Over all processes, in place at this one; the others' are of no use any more. Behind
-        `meet`."""
+        """Sums over all processes at `rank`, in place; other ranks' tensors become invalid. Call
+        `meet` first.
+        """
         self._call(lambda: dist.reduce(values, dst=rank), "reduce")
 
     def gathered(self, value: Any) -> list[Any]:
-        """Everyone's, by rank; what JSON can say."""
+        """Returns every process's value by rank; values must fit into JSON."""
         if self.size == 1:
             return [value]
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
             self._wire
         )
-        counts = self._counts(len(own))
+        counts = self._counts(len(message))
         if _GATHERS in counts:
-            told = self.gathered(value)
+            values = self.gathered(value)
             if value is None:
-                self._apart(told)
-            return told
-        padded = own.new_zeros(max(counts))
-        padded[: len(own)] = own
-        found = [torch.empty_like(padded) for _ in counts]
-        self._call(lambda: dist.all_gather(found, padded))
+                self._raise_divided(values)
+            return values
+        padded = message.new_zeros(max(counts))
+        padded[: len(message)] = message
+        messages = [torch.empty_like(padded) for _ in counts]
+        self._call(lambda: dist.all_gather(messages, padded))
         return [
-            json.loads(bytes(each[:count].tolist()))
-            for each, count in zip(found, counts, strict=True)
+            json.loads(bytes(text[:count].tolist()))
+            for text, count in zip(messages, counts, strict=True)
         ]
 
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """What ends the block here ends it everywhere: this process's own fault, or
-        LostProcessError naming others'.
+        """Ends the block on all processes if it fails on one.
 
-        Nothing in the block may wait for another process, but to gather what all of them gather.
+        Raises this process's own fault, or LostProcessError naming those of others. Nothing in the
+        block may wait for another process, except to gather what all of them gather.
         """
         if self.size == 1:
             yield
@@ -145,35 +147,37 @@ class World:
         if faults := _faults(self.gathered(None)):
             raise LostProcessError(f"the run ends {doing}", faults)
 
-    def same(self, what: Mapping[str, Any], next_step: str) -> None:
-        """ConfigError, everywhere, where processes differ in what they found, with every side."""
-        found = self.gathered(dict(what))
+    def same(self, values: Mapping[str, Any], next_step: str) -> None:
+        """Raises ConfigError on all processes if their values differ, with every difference."""
+        all_values = self.gathered(dict(values))
         faults = [
-            f"{name}: process 0 has {found[0][name]}, process {rank} has {other[name]}"
-            for rank, other in enumerate(found)
-            for name in what
-            if other[name] != found[0][name]
+            f"{name}: process 0 has {all_values[0][name]}, process {rank} has {theirs[name]}"
+            for rank, theirs in enumerate(all_values)
+            for name in values
+            if theirs[name] != all_values[0][name]
         ]
         if faults:
             raise ConfigError("the processes of this run do not have the same", faults, next_step)
 
-    def _counts(self, own: int) -> list[int]:
-        """What each process is about to give."""
+    def _counts(self, length: int) -> list[int]:
+        """Returns the message length of each process."""
         return [
             round(count)
-            for count in self.summed([own * (rank == self.rank) for rank in range(self.size)])
+            for count in self.summed([length * (rank == self.rank) for rank in range(self.size)])
         ]
 
-    def _apart(self, told: Sequence[Any]) -> NoReturn:
-        """Some would gather while others told what ended them, or that they are done."""
-        faults = _faults(told) or [
+    def _raise_divided(self, headlines: Sequence[Any]) -> NoReturn:
+        """Raises for processes of which some gather while others report that they failed or
+        ended.
+        """
+        faults = _faults(headlines) or [
             "they do not compute the same layers: are machines, threads and versions alike?"
         ]
         raise LostProcessError("the processes of this run do not go on together", faults)
 
     @property
     def _wire(self) -> torch.device:
-        """Where the backend takes tensors from."""
+        """Returns the device that the backend sends from."""
         return (
             torch.device("cuda", self.local_rank)
             if dist.get_backend() == "nccl"
@@ -189,10 +193,10 @@ class World:
             if isinstance(fault, torch.OutOfMemoryError):
                 raise
             raise LostProcessError(
-                "another process of this run is gone, or waited too long",
+                "another process of this run has ended, or did not answer in time",
                 [_connection(str(fault))],
-                "Look at what the other processes said; then go on with --resume."
-                " VENEER_WAIT_SECONDS says how long they are waited for.",
+                "See the messages of the other processes; then continue with --resume."
+                " VENEER_WAIT_SECONDS sets how long to wait for them.",
             ) from fault
 
 
@@ -201,21 +205,22 @@ CONNECTIONS = {
     "reset|closed|broken pipe|eof|abort": "its connection was closed, as when a process ends",
     "refused|unreachable|no route|resolve": "it cannot be reached",
 }
-"""Words in a message of gloo's or NCCL's -> what they mean."""
+"""Maps words in messages of gloo and NCCL to what they mean."""
 
 
-def _connection(said: str) -> str:
-    """What happened to the connection, in a sentence; a message that is not known as it is, without
-    its source line."""
+def _connection(message: str) -> str:
+    """Says what happened to the connection; returns an unknown message without its source line."""
     for words, meaning in CONNECTIONS.items():
-        if re.search(words, said, re.IGNORECASE):
+        if re.search(words, message, re.IGNORECASE):
             return meaning
-    return re.sub(r"^\[\S+:\d+\] ", "", " ".join(said.split()))[:300]
+    return re.sub(r"^\[\S+:\d+\] ", "", " ".join(message.split()))[:300]
 
 
-def _faults(told: Sequence[Any]) -> list[str]:
+def _faults(headlines: Sequence[Any]) -> list[str]:
     return [
-        f"process {rank}: {headline}" for rank, headline in enumerate(told) if headline is not None
+        f"process {rank}: {headline}"
+        for rank, headline in enumerate(headlines)
+        if headline is not None
     ]
 
 
@@ -224,10 +229,11 @@ ALONE = World()
 
 @contextmanager
 def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
-    """The processes that a launcher started, for the length of the block; alone where none did.
+    """Joins the processes that a launcher started, within the block; yields ALONE if there are
+    none.
 
-    ConfigError: variables that are missing or no numbers. LostProcessError: the others did not come
-    in time.
+    Raises ConfigError for missing or invalid variables, LostProcessError if others do not come in
+    time.
     """
     world = world_of(environment)
     if world.size == 1:
@@ -252,8 +258,9 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[World]:
 
 
 def _meeting(world: World, environment: Mapping[str, str], wait: timedelta) -> Store | None:
-    """Where the processes of this machine meet, at the socket that the launcher bound; None:
-    torchrun's place."""
+    """Returns the store at the socket that the launcher bound; None under torchrun, which has its
+    own.
+    """
     if not environment.get(MEETING):
         return None
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
@@ -266,28 +273,27 @@ def _meeting(world: World, environment: Mapping[str, str], wait: timedelta) -> S
 
 
 def world_of(environment: Mapping[str, str]) -> World:
-    """What a launcher's variables say; opens nothing."""
+    """Reads a launcher's variables; opens nothing."""
     if environment.get("WORLD_SIZE", "") in ("", "1"):
         return ALONE
     faults = [f"{name} is not set" for name in VARIABLES if not environment.get(name)]
     numbers = {name: environment.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     faults += [
-        f"{name} is {text!r}, no whole number"
+        f"{name} is {text!r}, not a whole number"
         for name, text in numbers.items()
         if not text.isdecimal()
     ]
     if not faults:
-        rank, size, local = (int(text[:9]) for text in numbers.values())
+        rank, size, local_rank = (int(text[:9]) for text in numbers.values())
         faults += number_faults(WORLD_SIZE=(PROCESSES, size))
-        faults += [f"RANK is {rank}, and there are {size} processes"] if rank >= size else []
+        faults += [f"RANK is {rank}, but there are {size} processes"] if rank >= size else []
     if faults:
         raise ConfigError(
-            "this process was started as one of several, and its launcher's variables are not"
-            " right",
+            "this process was started as one of several, but its launcher's variables are wrong",
             faults,
             "Start it with torchrun or `veneer train --processes N`, or unset WORLD_SIZE.",
         )
-    return World(rank, size, local)
+    return World(rank, size, local_rank)
 
 
 def _wait(environment: Mapping[str, str]) -> float:

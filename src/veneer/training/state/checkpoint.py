@@ -1,11 +1,10 @@
-"""Checkpoints: everything that makes a resumed run continue bit for bit, whole on disk or not there
-at all.
+"""Checkpoints: everything a resumed run needs to continue bit for bit, written atomically.
 
     checkpoints/000120/   state.safetensors (values and moments), state.json (position, best so far,
                           ...), MANIFEST.json (sizes and SHA-256, written last)
 
-The newest valid one is used; one that is damaged is reported and skipped. Pruning never touches the
-newest valid one or the best, and looks at the bytes before it removes another.
+The newest valid checkpoint is used; a damaged one is reported and skipped. Pruning never removes
+the newest valid one or the best, and verifies bytes before it removes others.
 """
 
 import hashlib
@@ -32,8 +31,10 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class SplitTensor:
-    """A float32 tensor of one dimension that no process holds whole. pieces: (where it begins, its
-    values), from all processes: each of them goes through all of it."""
+    """Describes a one-dimensional float32 tensor that no process holds whole.
+
+    pieces: yields (offset, values) from all processes; each of them must iterate over all pieces.
+    """
 
     size: int
     pieces: Callable[[], Iterator[tuple[int, Tensor]]]
@@ -50,8 +51,9 @@ class SplitTensor:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor | SplitTensor], state: dict[str, Any]
 ) -> Path:
-    """Write checkpoints/NNNNNN; DoesNotFitError if the disk is full, with every earlier checkpoint
-    intact."""
+    """Writes checkpoints/NNNNNN. Raises DoesNotFitError on a full disk; earlier checkpoints stay
+    intact.
+    """
     path = checkpoint_path(folder, step)
     size = sum(t.nbytes for t in tensors.values())
     with atomic_folder(path, replace=True, needed_bytes=size + 2**16) as partial:
@@ -61,32 +63,34 @@ def save_checkpoint(
     return path
 
 
-def pass_by(tensors: Mapping[str, Tensor | SplitTensor]) -> None:
-    """What the others do while the leader saves these: they give their pieces."""
-    for each in tensors.values():
-        for _ in each.pieces() if isinstance(each, SplitTensor) else ():
+def send_pieces(tensors: Mapping[str, Tensor | SplitTensor]) -> None:
+    """Takes part in saving on processes other than the leader, by sending their pieces."""
+    for tensor in tensors.values():
+        for _ in tensor.pieces() if isinstance(tensor, SplitTensor) else ():
             pass
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
-    """As safetensors' save_file writes them; what is scattered piece by piece."""
-    whole = {
-        name: each.detach().cpu().contiguous()
-        for name, each in tensors.items()
-        if isinstance(each, Tensor)
+    """Writes as safetensors' save_file does; split tensors piece by piece."""
+    whole_tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
     }
-    scattered = {name: each for name, each in tensors.items() if isinstance(each, SplitTensor)}
-    if not scattered:
-        save_file(whole, path)
+    split_tensors = {
+        name: tensor for name, tensor in tensors.items() if isinstance(tensor, SplitTensor)
+    }
+    if not split_tensors:
+        save_file(whole_tensors, path)
         return
-    assert all(each.dtype == torch.float32 for each in whole.values())
-    header, begins, end = dict[str, Any](), dict[str, int](), 0
+    assert all(tensor.dtype == torch.float32 for tensor in whole_tensors.values())
+    header, offsets, end = dict[str, Any](), dict[str, int](), 0
     for name in sorted(tensors):
-        begins[name], end = end, end + tensors[name].nbytes
+        offsets[name], end = end, end + tensors[name].nbytes
         header[name] = {
             "dtype": "F32",
             "shape": list(tensors[name].shape),
-            "data_offsets": [begins[name], end],
+            "data_offsets": [offsets[name], end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -95,28 +99,30 @@ def _write(path: Path, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
         file.truncate(8 + len(text) + end)
         for name in tensors:
             for start, piece in (
-                scattered[name].pieces() if name in scattered else [(0, whole[name].view(-1))]
+                split_tensors[name].pieces()
+                if name in split_tensors
+                else [(0, whole_tensors[name].view(-1))]
             ):
-                file.seek(8 + len(text) + begins[name] + 4 * start)
+                file.seek(8 + len(text) + offsets[name] + 4 * start)
                 file.write(piece.detach().cpu().contiguous().numpy().data)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, mapped into memory as they are read; state). CorruptFileError lists what is
-    wrong."""
+    """Returns (memory-mapped tensors, state). CorruptFileError lists what is wrong."""
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
     return load_file(path / "state.safetensors"), read_state(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The checkpoint's state.json. Earlier versions wrote what a model answered as it was, a NUL
-    with it."""
+    """Reads a checkpoint's state.json. Earlier versions wrote a model's answer unchanged, even a
+    NUL.
+    """
     return read_json(path / "state.json", mend=True)
 
 
 def load_values(path: Path) -> Tensor:
-    """The trained values of a checkpoint; CorruptFileError lists what is wrong."""
+    """Reads the trained values of a checkpoint. CorruptFileError lists what is wrong."""
     if faults := verify_manifest(path):
         raise CorruptFileError(f"checkpoint {path} is damaged", faults)
     with safe_open(path / "state.safetensors", framework="pt") as file:
@@ -124,47 +130,46 @@ def load_values(path: Path) -> Tensor:
 
 
 def tensor_hash(values: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, in hex."""
+    """Returns the SHA-256 of a tensor's bytes, in hex."""
     return hashlib.sha256(values.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
 def numbers(folder: Path) -> list[int]:
-    """Steps of the checkpoints in the folder, valid or not, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(path.name) for path in found if path.is_dir() and path.name.isdigit())
+    """Lists the steps of the checkpoints in the folder, valid or not, oldest first."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(path.name) for path in paths if path.is_dir() and path.name.isdigit())
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+    """Returns the newest intact checkpoint, and the faults of newer ones."""
     faults: list[str] = []
     for step in reversed(numbers(folder)):
         path = checkpoint_path(folder, step)
-        if not (found := verify_manifest(path)):
+        if not (path_faults := verify_manifest(path)):
             return path, faults
-        faults += [f"{path.name}: {fault}" for fault in found]
+        faults += [f"{path.name}: {fault}" for fault in path_faults]
     return None, faults
 
 
 def prune(folder: Path, *, keep: int, best: int | None) -> None:
-    """Remove what lies before the newest `keep` that are whole, but the best; and what a removal
-    left half-way.
+    """Removes checkpoints older than the newest `keep` intact ones, except the best.
 
-    Whole is what the hashes say, read anew: a damaged one does not count, so nothing goes that
-    could be needed.
+    Also removes what an interrupted removal left. Hashes decide what is intact: a damaged
+    checkpoint does not count, so none is removed that could be needed.
     """
-    whole = 0
+    intact = 0
     for step in reversed(numbers(folder)):
         path = checkpoint_path(folder, step)
-        if whole >= max(keep, 1):
+        if intact >= max(keep, 1):
             if step != best:
                 _remove(path)
         elif not verify_manifest(path):
-            whole += 1
+            intact += 1
         elif step != best and not (path / MANIFEST).is_file():
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """The manifest first: what is removed half-way is no checkpoint any more."""
+    """Removes the manifest first, so that an interrupted removal leaves no checkpoint."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""A run's folder: its files, and where a resumed run begins."""
+"""A run's folder: its files, and the checkpoint to resume from."""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +19,14 @@ from veneer.files.partial import PREFIX, remove
 from veneer.files.strict_json import field_faults, read_yaml
 from veneer.training.config import RunConfig
 from veneer.training.state.checkpoint import newest_valid, numbers
-from veneer.training.state.place import held, refuse_finished
+from veneer.training.state.place import locked_folder, refuse_finished
 
 
 @contextmanager
-def given_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None]:
-    """Writes these rows into the folder's files of these names; where no run begins within the
-    block, they go."""
+def written_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None]:
+    """Writes rows to files of these names in the folder; removes them if no run began within the
+    block.
+    """
     try:
         for name, records in rows.items():
             write_records(out / name, records)
@@ -37,14 +38,14 @@ def given_rows(out: Path, rows: Mapping[str, Iterable[Record]]) -> Iterator[None
 
 
 def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to continue from; None where the run ended before its first: it begins again.
+    """Returns the checkpoint to continue from, None if the run stopped before its first.
 
-    Raises ConfigError for a finished run, CorruptFileError where every checkpoint is damaged.
+    Raises ConfigError for a finished run, CorruptFileError if every checkpoint is damaged.
     """
     refuse_finished(out)
     folder = out / "checkpoints"
     if not numbers(folder):
-        say("stopped before its first checkpoint: it begins again")
+        say("stopped before its first checkpoint: it starts again")
         return None
     path, faults = newest_valid(folder)
     for fault in faults:
@@ -53,47 +54,53 @@ def resume_point(out: Path, say: Callable[[str], None]) -> Path | None:
         raise CorruptFileError(
             f"no checkpoint in {out} can be resumed",
             faults,
-            f"Restore one, or remove {folder} to begin again.",
+            f"Restore one, or remove {folder} to start again.",
         )
     return path
 
 
-def settled(config: RunConfig) -> RunConfig:
-    """The run with the files that it names as they are called from anywhere."""
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Returns the settings with absolute paths of the files that they name."""
 
-    def sets(named: str | list[SetConfig] | None) -> str | list[SetConfig] | None:
+    def absolute_sets(named: str | list[SetConfig] | None) -> str | list[SetConfig] | None:
         if not isinstance(named, list):
             return None if named is None else absolute(named)
         return [
-            each.model_copy(update={"path": absolute(each.path), "name": each.called})
-            for each in named
+            set_config.model_copy(
+                update={"path": absolute(set_config.path), "name": set_config.called}
+            )
+            for set_config in named
         ]
 
-    rows = {"train": sets(config.data.train), "validation": sets(config.data.validation)}
-    base = config.base if config.base in NAMED else _from_anywhere(config.base)
+    rows = {
+        "train": absolute_sets(config.data.train),
+        "validation": absolute_sets(config.data.validation),
+    }
+    base = config.base if config.base in NAMED else _absolute_if_exists(config.base)
     return config.model_copy(update={"base": base, "data": config.data.model_copy(update=rows)})
 
 
-def _from_anywhere(named: str) -> str:
+def _absolute_if_exists(named: str) -> str:
     path = expanded(named)
     return str(path.absolute()) if path.exists() else named
 
 
 def write_run_file(config: RunConfig) -> None:
-    """Resolved, so that a resumed run needs nothing but the folder."""
+    """Writes resolved settings, so that a resumed run needs only the folder."""
     with atomic_file(Path(config.out) / "run.yaml", replace=True) as partial:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         partial.write_text(text, encoding="utf-8")
 
 
 def resume_config(folder: str | Path) -> RunConfig:
-    """The settings of the run in `folder`, as it resolved them. Raises ConfigError, or SourceError
-    for no YAML."""
+    """Reads the settings of the run in `folder`. Raises ConfigError, or SourceError if it is not
+    YAML.
+    """
     path = Path(folder) / "run.yaml"
     if not path.is_file():
         raise ConfigError(
             f"{folder} holds no run: {path} is missing",
-            next_step="Name the folder that --out named.",
+            next_step="Give the folder that --out named.",
         )
     try:
         return RunConfig.model_validate({**read_yaml(path), "out": str(folder)})
@@ -106,14 +113,16 @@ def resume_config(folder: str | Path) -> RunConfig:
 
 
 def remove_run(folder: Path) -> None:
-    """The run goes, if no process works in it: BusyError."""
+    """Removes a run, unless a process works in it: BusyError."""
     if folder.exists():
-        with held(folder):
+        with locked_folder(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(out: Path) -> None:
-    """Removes what a process that died left unfinished in the folder and among its checkpoints."""
+    """Removes unfinished files of ended processes, in the folder and among its checkpoints."""
     for folder in (out, out / "checkpoints"):
-        for path in folder.glob(f"{PREFIX}*"):  # of whatever machine: we hold the lock
+        for path in folder.glob(
+            f"{PREFIX}*"
+        ):  # of any machine, because this process holds the lock
             remove(path)

@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first one asks, and the loop stops after the step in hand.
+"""Ctrl-C, SIGTERM and SIGHUP: the first signal asks the loop to stop after the current step.
 
-A second Ctrl-C stops at once: somebody sits there. The others come twice by themselves (a shell
-that ends hands SIGHUP on, `timeout` signals its group too), so they only ask. What was told to be
-ignored stays so: `nohup`.
+A second Ctrl-C stops at once, because a person pressed it. The others may come twice by themselves
+(a shell that ends passes SIGHUP on, `timeout` signals its group, too), so they only ask. Ignored
+signals stay ignored: `nohup`.
 """
 
 import signal
@@ -16,8 +16,7 @@ ASKING = [
 
 
 class Interrupt:
-    """Within the block, `asked` turns true on the first signal. Does nothing outside the main
-    thread."""
+    """Sets `asked` on the first signal within the block. Does nothing outside the main thread."""
 
     def __init__(self) -> None:
         self.asked = False

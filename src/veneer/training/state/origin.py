@@ -1,5 +1,6 @@
-"""What a run started with: its base, tokenizer, template, rows, day and settings. A resumed run has
-the same, or stops."""
+"""What a run started with: base, tokenizer, template, rows, day and settings. A resumed run must
+match.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,44 +32,48 @@ MAY_CHANGE = (
     "show_answers",
     "from_adapter",
 )
-"""Settings that say where things are and how they are computed, not what. The base and the rows are
-compared as such."""
+"""Settings that may change on resuming: where things are and how they are computed. The base and
+the rows are compared by content.
+"""
 HELD_OUT_BY = BY_COUNT
-"""How rows are held out (data/split.py)."""
+"""How rows are chosen to be held out (data/split.py)."""
 MOST_SHOWN = 10
-"""Rows that an error names."""
+"""Most rows that an error names."""
 MASKS = "prefix"
-"""By the text up to a token (data/batching.py)."""
+"""Masks depend on the text up to a token (data/batching.py)."""
 ROWS_BY = "number"
-"""What tells apart rows that became several examples (data/load.py)."""
+"""How rows that became several examples are told apart (data/load.py)."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Kept in every checkpoint's state.json."""
+    """Describes a run's start, in every checkpoint's state.json."""
 
     date: str
-    """Day the run started on, which a chat template may have written into the rows."""
+    """Day the run started on; a chat template may have written it into the rows."""
     base: dict[str, JsonValue] | None
-    """Fingerprint of the base. None here and in the settings: of a version that kept only the day
-    and the rows."""
+    """Fingerprint of the base. None, with settings None, from a version that kept only day and
+    rows.
+    """
     tokenizer: str | None
     template: str | None
     settings: dict[str, Any] | None
     data: str = ""
     """Fingerprint of the rows."""
     masks: str = "row"
-    """By what dropout's masks are drawn; of a version that did not say: by the row and the place in
-    it."""
+    """What dropout's masks depend on; older versions, without this field: the row and the
+    position.
+    """
 
     held_out_by: str = BY_THRESHOLD
-    """How rows were held out; of a version that did not say: by a threshold."""
+    """How rows were held out; older versions: by a threshold."""
     rows_by: str = "content"
-    """What told apart rows of several examples; of a version that did not say: their content, so
-    that equal neighbours were one row."""
+    """How rows of several examples were told apart; older versions: by content, so that equal
+    neighbours were one row."""
     rows_at_once: int | None = None
-    """Rows of a micro-batch under `reduce: exact`, whose bits depend on it. None: of a version that
-    did not say, and under `reduce: plain`."""
+    """Rows of a micro-batch under `reduce: exact`, whose bits depend on it. None from older
+    versions, and under `reduce: plain`.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,42 +93,42 @@ def origin_of(config: RunConfig, base: FrozenBase, day: date) -> Origin:
     )
 
 
-def with_rows_at_once(then: Origin, config: RunConfig) -> RunConfig:
-    """The settings of a run that goes on with as many rows at once as it began with, unless
-    micro_batch is set.
+def with_rows_at_once(started: Origin, config: RunConfig) -> RunConfig:
+    """Returns the settings with the micro-batch size of the run's start, unless micro_batch is set.
 
-    Only `reduce: exact` promises the same bits. A version that did not keep the number took the
-    whole batch on one process, and wrote micro_batch to the run file on several.
+    Only `reduce: exact` promises the same bits. Older versions took the whole batch on one process,
+    and wrote micro_batch to the run file on several.
     """
     if config.reduce != "exact" or config.micro_batch is not None:
         return config
-    return config.model_copy(update={"micro_batch": then.rows_at_once or config.batch})
+    return config.model_copy(update={"micro_batch": started.rows_at_once or config.batch})
 
 
-def check_settings(then: Origin, config: RunConfig) -> None:
-    """Raises ConfigError with every setting that is another one now; one that did not exist then
-    had its default."""
-    if then.settings is None:
+def check_settings(started: Origin, config: RunConfig) -> None:
+    """Raises ConfigError with every setting that differs; settings newer than the run had their
+    default.
+    """
+    if started.settings is None:
         return
     defaults = {**config.model_dump(include={"base", "out"}), "data": {"train": config.data.train}}
     stored = {
         **defaults,
-        **then.settings,
-        "data": {**defaults["data"], **then.settings.get("data", {})},
+        **started.settings,
+        "data": {**defaults["data"], **started.settings.get("data", {})},
     }
     try:
-        started = RunConfig.model_validate(stored)
+        started_config = RunConfig.model_validate(stored)
     except ValidationError as fault:
         raise ConfigError(
             f"another version of Veneer began the run in {config.out}",
             field_faults(fault),
             "Continue it with the version that began it, or start a new run.",
         ) from fault
-    ours, theirs = flat(_settings(config)), flat(_settings(started))
+    current, previous = flat(_settings(config)), flat(_settings(started_config))
     faults = [
-        f"{name}: then {theirs.get(name)!r}, now {ours.get(name)!r}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
+        f"{name}: then {previous.get(name)!r}, now {current.get(name)!r}"
+        for name in sorted(current.keys() | previous.keys())
+        if current.get(name) != previous.get(name)
     ]
     if faults:
         raise ConfigError(
@@ -133,31 +138,32 @@ def check_settings(then: Origin, config: RunConfig) -> None:
         )
 
 
-def check_masks(then: Origin, config: RunConfig) -> None:
-    """Raises ConfigError if dropout would go on with other masks than the run began with."""
-    if config.method.drops_out and then.masks != MASKS:
+def check_masks(started: Origin, config: RunConfig) -> None:
+    """Raises ConfigError if dropout's masks would differ from the run's start."""
+    if config.method.drops_out and started.masks != MASKS:
         raise ConfigError(
             f"another version of Veneer began the run in {config.out}, with other masks of dropout",
             [
-                f"masks then by {then.masks}, now by {MASKS}: steps would not be those of the run"
-                " that never stopped"
+                f"masks then by {started.masks}, now by {MASKS}: steps would differ from those of a"
+                " run that never stopped"
             ],
             "Continue it with the version that began it, or start a new run.",
         )
 
 
-def check_base(then: Origin, now: Origin, config: RunConfig) -> None:
-    """Raises AdapterMismatchError if the weights, the tokenizer or the chat template are not those
-    of the start."""
-    if then.base is None or now.base is None:
+def check_base(started: Origin, now: Origin, config: RunConfig) -> None:
+    """Raises AdapterMismatchError if weights, tokenizer or chat template differ from the run's
+    start.
+    """
+    if started.base is None or now.base is None:
         return
-    faults = Fingerprint.from_dict(then.base).differences(Fingerprint.from_dict(now.base))
-    for what, was, found in (
-        ("tokenizer", then.tokenizer, now.tokenizer),
-        ("chat template", then.template, now.template),
+    faults = Fingerprint.from_dict(started.base).differences(Fingerprint.from_dict(now.base))
+    for part, before, after in (
+        ("tokenizer", started.tokenizer, now.tokenizer),
+        ("chat template", started.template, now.template),
     ):
-        if was != found:
-            faults.append(f"{what}: {_short(was)} against {_short(found)}")
+        if before != after:
+            faults.append(f"{part}: {_short(before)} against {_short(after)}")
     if faults:
         raise AdapterMismatchError(
             f"{config.base} is not the base that the run in {config.out} started on (then against"
@@ -167,23 +173,22 @@ def check_base(then: Origin, now: Origin, config: RunConfig) -> None:
         )
 
 
-def check_rows(then: Origin, now: str, config: RunConfig) -> None:
-    """Raises ConfigError if the fingerprint of the rows is another one."""
-    if then.data != now:
+def check_rows(started: Origin, now: str, config: RunConfig) -> None:
+    """Raises ConfigError if the fingerprint of the rows differs from the run's start."""
+    if started.data != now:
         raise ConfigError(
             f"the rows of {config.data.called} are not those the run in {config.out} started with",
-            [f"fingerprint then {then.data}, now {now}"],
+            [f"fingerprint then {started.data}, now {now}"],
             "Restore the file, or start a new run.",
         )
 
 
-def check_borders(then: Origin, examples: Sequence[Example], config: RunConfig) -> None:
-    """Raises ConfigError if neighbouring rows are equal that were one row to the version that began
-    the run.
+def check_borders(started: Origin, examples: Sequence[Example], config: RunConfig) -> None:
+    """Raises ConfigError if equal neighbouring rows were one row in the version that began the run.
 
-    Its batches were other ones, and the fingerprint of the rows does not show where a row ends.
+    Batches would differ, and the fingerprint of the rows does not show where a row ends.
     """
-    if then.rows_by == ROWS_BY:
+    if started.rows_by == ROWS_BY:
         return
     equal = equal_neighbours(examples)
     if equal:

@@ -1,9 +1,8 @@
-"""What an adapter that is trained starts from: nothing, an adapter that is there already, or the
-sum of several.
+"""What a trained adapter starts from: nothing, an existing adapter, or the sum of several.
 
-An adapter goes on with its own settings, those of PEFT's too; a larger rank keeps its update and
-adds directions to it. Values that it has are taken over bit for bit: a run of no steps would write
-the same tensors.
+An adapter continues with its own settings, PEFT's too; a larger rank keeps its update and adds
+directions to it. Existing values are copied bit for bit: a run of no steps would write the same
+tensors.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def begin_adapter(
     tokens: AddedTokens | None = None,
     resumes: bool,
 ) -> tuple[RunConfig, FreshAdapter]:
-    """The adapter that trains, on the base and acting; the run with all settings resolved. tokens:
-    those that it brings.
+    """Attaches and activates the adapter that trains; returns the run with all settings resolved.
 
-    resumes: its values come from a checkpoint. Raises what reading and fitting the parents raises.
+    tokens: new tokens of the adapter. resumes: its values come from a checkpoint. Raises the errors
+    of reading and fitting the parents.
     """
     assert isinstance(config.method, AdapterConfig)
     if not config.from_adapter or resumes:
-        begun = begin(
+        started = begin(
             base,
             config.method,
             name=ADAPTER_NAME,
@@ -60,61 +59,69 @@ def begin_adapter(
             tokens=tokens,
         )
     else:
-        config, begun = _from_parents(base, config, examples, tokens)
+        config, started = _from_parents(base, config, examples, tokens)
     base.routing.active = ((ADAPTER_NAME, 1.0),)
-    return config.model_copy(update={"method": begun.attachment.config}), begun
+    return config.model_copy(update={"method": started.attachment.config}), started
 
 
 def with_tokens(config: RunConfig) -> RunConfig:
-    """The run with the tokens that its parent brings, before those that it adds itself."""
+    """Returns the run with its parent's new tokens before its own."""
     if len(config.from_adapter) != 1:
         return config
     manifest = read_adapter(Library().locate(config.from_adapter[0].adapter)).manifest
-    theirs = [] if manifest is None else manifest.new_tokens
+    parent_tokens = [] if manifest is None else manifest.new_tokens
     return config.model_copy(
-        update={"new_tokens": [*theirs, *(t for t in config.new_tokens if t not in theirs)]}
+        update={
+            "new_tokens": [
+                *parent_tokens,
+                *(token for token in config.new_tokens if token not in parent_tokens),
+            ]
+        }
     )
 
 
-def going_on(config: RunConfig) -> RunConfig:
-    """The run with the settings and tokens of what it goes on from, as it would train them; no base
-    is loaded.
+def with_parent_settings(config: RunConfig) -> RunConfig:
+    """Returns the run with the settings and tokens of its parents, without loading a base.
 
-    Raises what reading the parents raises, and ConfigError where the settings do not fit.
+    Raises the errors of reading the parents, and ConfigError if the settings do not fit.
     """
     if not config.from_adapter:
         return config
-    stored = [read_adapter(Library().locate(each.adapter)) for each in config.from_adapter]
-    own, ranks, asked = (
+    stored = [read_adapter(Library().locate(parent.adapter)) for parent in config.from_adapter]
+    settings, ranks, set_by_user = (
         stored[0].config,
-        [each.config.update_rank for each in stored],
-        _asked(config),
+        [parent.config.update_rank for parent in stored],
+        _settings_set(config),
     )
-    if [each.weight for each in config.from_adapter] != [1.0]:  # as _one adds them up
-        for each in stored:
-            refuse_no_sum(each)
-        own = own.of_rank(asked.get("rank") or sum(rank or 0 for rank in ranks))
-    return with_tokens(config).model_copy(update={"method": _settings(own, asked)})
+    if [parent.weight for parent in config.from_adapter] != [
+        1.0
+    ]:  # as _combine_parents adds them up
+        for parent in stored:
+            refuse_no_sum(parent)
+        settings = settings.of_rank(set_by_user.get("rank") or sum(rank or 0 for rank in ranks))
+    return with_tokens(config).model_copy(update={"method": _merge_settings(settings, set_by_user)})
 
 
 def _from_parents(
     base: FrozenBase, config: RunConfig, examples: Sequence[Example], tokens: AddedTokens | None
 ) -> tuple[RunConfig, FreshAdapter]:
-    folders = [Library().locate(each.adapter) for each in config.from_adapter]
+    folders = [Library().locate(parent.adapter) for parent in config.from_adapter]
     stored = [read_adapter(folder) for folder in folders]
-    known = [
-        StartFrom(adapter=str(folder.absolute()), weight=each.weight, content=adapter.content_hash)
-        for each, folder, adapter in zip(config.from_adapter, folders, stored, strict=True)
+    resolved_parents = [
+        StartFrom(
+            adapter=str(folder.absolute()), weight=parent.weight, content=adapter.content_hash
+        )
+        for parent, folder, adapter in zip(config.from_adapter, folders, stored, strict=True)
     ]
-    _refuse_untold(config, stored)
-    asked = _asked(config)
+    _refuse_missing_variables(config, stored)
+    set_by_user = _settings_set(config)
     with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
-        source = _one(config, stored, asked, Path(scratch) / "sum")
-        with told_as(_PARENT, " + ".join(each.adapter for each in config.from_adapter)):
+        source = _combine_parents(config, stored, set_by_user, Path(scratch) / "sum")
+        with told_as(_PARENT, " + ".join(parent.adapter for parent in config.from_adapter)):
             old = load_adapter(base, source, name=_PARENT)
         try:
-            settings = _settings(old.config, asked)
-            begun = begin(
+            settings = _merge_settings(old.config, set_by_user)
+            started = begin(
                 base,
                 settings,
                 name=ADAPTER_NAME,
@@ -122,43 +129,48 @@ def _from_parents(
                 examples=examples,
                 tokens=tokens,
             )
-            _take_over(old, begun.attachment)
+            _take_over(old, started.attachment)
         finally:
             base.detach(_PARENT)
-    said = " + ".join(f"{k.weight:g} * {k.adapter}" if k.weight != 1 else k.adapter for k in known)
-    line = f"goes on from {said} ({', '.join(adapter.content_hash[:12] for adapter in stored)})"
-    return config.model_copy(update={"from_adapter": known}), FreshAdapter(
-        begun.attachment, None, [line, *begun.lines]
+    sum_text = " + ".join(
+        f"{parent.weight:g} * {parent.adapter}" if parent.weight != 1 else parent.adapter
+        for parent in resolved_parents
+    )
+    line = f"continues {sum_text} ({', '.join(adapter.content_hash[:12] for adapter in stored)})"
+    return config.model_copy(update={"from_adapter": resolved_parents}), FreshAdapter(
+        started.attachment, None, [line, *started.lines]
     )
 
 
-def _refuse_untold(config: RunConfig, stored: Sequence[StoredAdapter]) -> None:
-    """ConfigError: its template was told something when it was trained, and this run tells it
-    nothing."""
-    told = shared(
-        NONE if each.manifest is None else each.manifest.preamble for each in stored
+def _refuse_missing_variables(config: RunConfig, stored: Sequence[StoredAdapter]) -> None:
+    """Raises ConfigError if the adapter was trained with template variables and this run sets
+    none.
+    """
+    variables = shared(
+        NONE if adapter.manifest is None else adapter.manifest.preamble for adapter in stored
     ).variables
-    if told and not config.template.variables:
-        said = ", ".join(
-            f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in told.items()
+    if variables and not config.template.variables:
+        variables_text = ", ".join(
+            f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in variables.items()
         )
         raise ConfigError(
-            f"the adapter was trained with template variables, and this run has none: {said}",
+            "the adapter was trained with template variables, and this run has none:"
+            f" {variables_text}",
             next_step=(
-                f"Say them again, template: {{variables: {{{said}}}}}, or null for each that is to"
-                " be left out."
+                f"Set them again, template: {{variables: {{{variables_text}}}}}, with null for each"
+                " that is to be left out."
             ),
         )
 
 
-def _one(
-    config: RunConfig, stored: Sequence[StoredAdapter], asked: Mapping[str, Any], out: Path
+def _combine_parents(
+    config: RunConfig, stored: Sequence[StoredAdapter], set_by_user: Mapping[str, Any], out: Path
 ) -> StoredAdapter:
-    """The adapter that is there, or the weighted sum of several, as they add up."""
-    weights = [each.weight for each in config.from_adapter]
+    """Returns the parent, or the weighted sum of several as one adapter."""
+    weights = [parent.weight for parent in config.from_adapter]
     if weights == [1.0]:
         return stored[0]
-    rank = asked.get("rank")
+    rank = set_by_user.get("rank")
     recipe = (
         Recipe("svd", rank=rank)
         if rank is not None
@@ -173,23 +185,24 @@ def _one(
     return read_adapter(out)
 
 
-def _asked(config: RunConfig) -> dict[str, Any]:
-    """The method's settings that somebody gave."""
+def _settings_set(config: RunConfig) -> dict[str, Any]:
+    """Returns the method's settings that the user set."""
     return {name: getattr(config.method, name) for name in config.method.model_fields_set}
 
 
-def _settings(own: AdapterConfig, asked: Mapping[str, Any]) -> AdapterConfig:
-    """The adapter's own settings with those that are asked for. ConfigError: they are of something
-    else."""
+def _merge_settings(settings: AdapterConfig, set_by_user: Mapping[str, Any]) -> AdapterConfig:
+    """Returns the adapter's settings with those that the user set. ConfigError if they do not
+    fit.
+    """
     faults = []
-    if asked.get("name", own.name) != own.name:
-        faults.append(f"it is of method {own.name}, and {asked['name']} is asked for")
-    if asked.get("init", "default") != "default":
-        faults.append(f"init {asked['init']} says where a fresh one starts")
-    rank, before = asked.get("rank"), own.update_rank
-    if rank is not None and before is not None and rank < before:
+    if set_by_user.get("name", settings.name) != settings.name:
+        faults.append(f"it is of method {settings.name}, and {set_by_user['name']} is asked for")
+    if set_by_user.get("init", "default") != "default":
+        faults.append(f"init {set_by_user['init']} says where a fresh one starts")
+    rank, old_rank = set_by_user.get("rank"), settings.update_rank
+    if rank is not None and old_rank is not None and rank < old_rank:
         faults.append(
-            f"it has rank {before}, and {rank} is asked for: a smaller one keeps its best"
+            f"it has rank {old_rank}, and {rank} is asked for: a smaller one keeps its best"
             " directions alone"
         )
     if faults:
@@ -198,24 +211,27 @@ def _settings(own: AdapterConfig, asked: Mapping[str, Any]) -> AdapterConfig:
             " --rank R."
         )
         raise ConfigError("the adapter cannot go on with these settings", faults, step)
-    grown = (
-        own if rank is None or "alpha" in asked else own.of_rank(rank)
+    resized = (
+        settings if rank is None or "alpha" in set_by_user else settings.of_rank(rank)
     )  # its update keeps its strength
     values = {
-        **grown.model_dump(),
-        **{n: v for n, v in asked.items() if n in type(own).model_fields and n != "init"},
+        **resized.model_dump(),
+        **{
+            n: v for n, v in set_by_user.items() if n in type(settings).model_fields and n != "init"
+        },
     }
-    if "alpha" not in asked and rank is not None:
-        values["alpha"] = grown.model_dump().get("alpha")
+    if "alpha" not in set_by_user and rank is not None:
+        values["alpha"] = resized.model_dump().get("alpha")
     if "init" in values:
         values["init"] = "default"
-    return type(own).model_validate(values)
+    return type(settings).model_validate(values)
 
 
 @torch.no_grad()
 def _take_over(old: Attachment, new: Attachment) -> None:
-    """Values of the old one into the new one. AdapterMismatchError: it has places that the new one
-    has not."""
+    """Copies the old adapter's values. AdapterMismatchError if the new one lacks some of its
+    parts.
+    """
     faults = [
         f"{path}: not trained with these settings" for path in old.layers.keys() - new.layers.keys()
     ]
@@ -223,10 +239,10 @@ def _take_over(old: Attachment, new: Attachment) -> None:
         f"{path}: not trained with these settings" for path in old.values.keys() - new.values.keys()
     ]
     for path in old.layers.keys() & new.layers.keys():
-        before, after = old.layers[path], new.layers[path]
-        strength = before.scaling / after.scaling
-        for part, value in before.parts().items():
-            target = after.parts().get(part)
+        old_layer, new_layer = old.layers[path], new.layers[path]
+        strength = old_layer.scaling / new_layer.scaling
+        for part, value in old_layer.parts().items():
+            target = new_layer.parts().get(part)
             if target is None or not _fits(value, target):
                 shape = None if target is None else tuple(target.shape)
                 faults.append(
@@ -245,8 +261,8 @@ def _take_over(old: Attachment, new: Attachment) -> None:
     for path, value in old.values.items():
         new.values[path].copy_(value)
     if old.tokens is not None and new.tokens is not None:
-        for path, mine in old.tokens.places.items():
-            new.tokens.places[path].rows[: len(mine.ids)].copy_(mine.rows)
+        for path, old_rows in old.tokens.places.items():
+            new.tokens.places[path].rows[: len(old_rows.ids)].copy_(old_rows.rows)
 
 
 def _fits(value: Tensor, target: Tensor) -> bool:

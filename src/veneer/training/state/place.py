@@ -1,5 +1,7 @@
-"""Where a run may stand: a new one only where nothing is, one process at a time. No torch here: the
-command line asks before it loads any."""
+"""The place of a run: a new run needs an empty folder, and one process at a time works in it.
+
+Imports no torch: the command line checks this first.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,13 +15,12 @@ LOCK = ".lock"
 
 
 def refuse_unless_new(out: Path) -> None:
-    """ConfigError where a new run would stand among other files; remains of a write that was never
-    done are none."""
+    """Raises ConfigError if a new run would be among other files; unfinished files do not count."""
     if not out.exists():
         return
     if not out.is_dir():
         raise ConfigError(f"{out} is a file: a run is a folder", next_step="Take another --out.")
-    if all(_remains(path.name) for path in out.iterdir()):
+    if all(_is_leftover(path.name) for path in out.iterdir()):
         return
     hint = "Take another --out."
     if (out / "summary.json").is_file():
@@ -30,7 +31,7 @@ def refuse_unless_new(out: Path) -> None:
 
 
 def refuse_finished(out: Path) -> None:
-    """ConfigError for a run that came to its end: there is nothing to continue."""
+    """Raises ConfigError for a run that is finished: there is nothing to continue."""
     if (out / "summary.json").is_file():
         raise ConfigError(
             f"the run in {out} is finished",
@@ -41,25 +42,23 @@ def refuse_finished(out: Path) -> None:
 
 
 @contextmanager
-def held(out: Path) -> Iterator[None]:
-    """The folder is this process's alone within the block. Raises BusyError, or InputError where
-    nothing can be written.
+def locked_folder(out: Path) -> Iterator[None]:
+    """Locks the folder for this process within the block. Raises BusyError, or InputError.
 
-    A folder that holds nothing at the end goes with its lock: a run that was refused leaves nothing
+    A folder that is empty at the end is removed with its lock, so a refused run leaves nothing
     behind.
     """
-    made = not out.exists()
+    is_new = not out.exists()
     with locked(out / LOCK, wait_seconds=0):
         try:
             yield
         finally:
-            with suppress(
-                OSError
-            ):  # what ended the run is told, and a lock file that stays locks nothing
+            # The run's own error matters more, and a lock file that stays locks nothing.
+            with suppress(OSError):
                 (out / LOCK).unlink(missing_ok=True)
-                if made and not any(out.iterdir()):
+                if is_new and not any(out.iterdir()):
                     out.rmdir()
 
 
-def _remains(name: str) -> bool:
+def _is_leftover(name: str) -> bool:
     return name == LOCK or name.startswith(PREFIX)

@@ -1,4 +1,4 @@
-"""What the loop needs of a run."""
+"""The inputs of the training loop: model, trained values, rows and settings."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,15 @@ from veneer.models.step import ComputePaths, parts_of
 from veneer.training.config import RunConfig
 from veneer.training.optimizer.buffer import FlatValues
 from veneer.training.output.sample import Sample
+from veneer.training.state.checkpoint import numbers
 
 
 @dataclass
 class TrainingInputs:
-    """learning_rate: peak; evaluate_every and save_every: steps."""
+    """Holds what a run trains, on what, and how.
+
+    learning_rate: the peak rate. steps: optimizer steps of the whole run.
+    """
 
     model: PreTrainedModel
     paths: ComputePaths
@@ -35,18 +39,17 @@ class TrainingInputs:
     out: Path
     sample: Sample | None
     mixture: Mixture | None = None
-    together: bool = False
-    """All processes compute at the same time, each its micro-batch: they gather the base's layers
-    for one another."""
-    held: Sequence[SetSize] = ()
-    """The sets that validation consists of, one behind the other; none or one: it is not told
-    apart."""
+    sharded: bool = False
+    """True if the base's layers are sharded. All processes then compute at the same time, one
+    micro-batch each, because they gather the layers for one another."""
+    validation_sets: Sequence[SetSize] = ()
+    """Sizes of the sets that `validation` consists of, in its order."""
     largest: Sequence[Sequence[int]] = ()
-    """Numbers of the examples of each micro-batch that is tried before step 1; empty: those of
+    """Micro-batches, as numbers of examples, that are tried before step 1; empty: those of
     find_largest."""
 
     def find_largest(self) -> list[list[int]]:
-        """The micro-batches of all steps that may take the most memory (data/longest.py)."""
+        """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""
         config, rows = self.config, Rows.of(self.train)
         plans = plans_of_run(
             rows,
@@ -69,3 +72,11 @@ class TrainingInputs:
     @property
     def evaluate_every(self) -> int:
         return self.config.evaluate_every or max(1, math.ceil(self.steps / 5))
+
+    def memory_advice(self, otherwise: str) -> str:
+        """Advises to resume if the run has a checkpoint; else returns `otherwise`."""
+        if not numbers(self.out / "checkpoints"):
+            return otherwise
+        return (
+            f"Free memory, then continue from the last checkpoint: veneer train --resume {self.out}"
+        )

@@ -1,0 +1,111 @@
+"""Evaluations during a run: losses on the held-out rows, a sample answer, and whether they are the
+best so far."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from veneer.data.batching import by_length
+from veneer.errors import fits_memory
+from veneer.models.step import part_nats, parts_of
+from veneer.training.first_evaluation import EvaluationResult
+from veneer.training.gradient import assigned_here
+from veneer.training.held_out import LossCells, losses_by_set, mean_loss
+from veneer.training.inputs import TrainingInputs
+from veneer.training.processes.world import World
+from veneer.training.state.progress import RunProgress
+
+FEWER_ROWS = "Take fewer rows at once, --set micro_batch=N, or a smaller --length."
+
+
+def compute_evaluation(inputs: TrainingInputs, world: World, *, step: int) -> EvaluationResult:
+    """Computes the nats of each held-out example over all processes, and the sample answer."""
+    examples, sample = inputs.validation, inputs.sample
+    order = by_length(examples, inputs.config.rows_at_once)
+    parts = list(parts_of(inputs.model, inputs.paths, examples, order))
+    nats = [0.0] * len(examples)
+    with _evaluating(inputs, world, step):
+        assigned = assigned_here(parts, examples, world, sharded=inputs.sharded)
+        computed = part_nats(
+            inputs.model,
+            inputs.paths,
+            inputs.routing,
+            examples,
+            [parts[number] for number, _ in assigned],
+        )
+        for (number, counts), values in zip(assigned, computed, strict=True):
+            if counts:
+                for example, value in zip(parts[number], values, strict=True):
+                    nats[example] = value
+    nats = world.summed(nats) if parts else []
+    with _evaluating(inputs, world, step):
+        # Sharded layers are gathered by all processes, so all of them answer.
+        answers = sample is not None and (world.leads or inputs.sharded)
+        return EvaluationResult(nats, sample.new() if sample is not None and answers else None)
+
+
+@contextmanager
+def _evaluating(inputs: TrainingInputs, world: World, step: int) -> Iterator[None]:
+    doing = f"on the evaluation at step {step}"
+    with world.together(doing), fits_memory(doing, next_step=inputs.memory_advice(FEWER_ROWS)):
+        yield
+
+
+def evaluation_record(
+    inputs: TrainingInputs,
+    progress: RunProgress,
+    cells: LossCells,
+    result: EvaluationResult,
+    *,
+    start: float,
+) -> dict[str, Any] | None:
+    """Enters an evaluation into the progress; returns its record, None if nothing is held out.
+
+    start: time.perf_counter() when the evaluation began.
+    """
+    loss = mean_loss(inputs.validation, result.nats)
+    sets = losses_by_set(inputs.validation, inputs.validation_sets, result.nats)
+    sample = None
+    if inputs.sample is not None and result.new is not None:
+        sample = inputs.sample.record_of(result.new)
+        if progress.step == 0:
+            progress.sample = {"before": sample["answer"]}
+        sample = {**sample, "before": progress.sample.get("before")}
+    best = _enter_loss(progress, cells, loss, result.nats)
+    if loss is None and sample is None:
+        return None
+    return {
+        "kind": "evaluation",
+        "step": progress.step,
+        "loss": loss,
+        "best": best,
+        "seconds": time.perf_counter() - start,
+        "sample": sample,
+        **({"sets": sets} if sets else {}),
+    }
+
+
+def _enter_loss(
+    progress: RunProgress, cells: LossCells, loss: float | None, nats: list[float]
+) -> bool:
+    """Enters a held-out loss into the progress; returns whether it is the best of the run.
+
+    The untrained base has no checkpoint, so its loss is never the best. Nor is a loss that is not
+    finite: nothing would compare as better than NaN.
+    """
+    step = progress.step
+    finite = loss is not None and math.isfinite(loss)
+    if loss is not None and finite:
+        progress.nats[str(step)] = cells.sums(nats)
+    if step == 0 or loss is None:
+        return False
+    if finite:
+        progress.losses[str(step)] = loss
+    if finite and (progress.best_loss is None or loss < progress.best_loss):
+        progress.best_loss, progress.best_step = loss, step
+        progress.evaluations_without_better = 0
+        return True
+    progress.evaluations_without_better += 1
+    return False

@@ -1,0 +1,203 @@
+"""Everything a run needs before its first step: base, rows, adapter, trained values.
+
+A resumed run is compared with what it started with; rows, settings and base must be the same.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from veneer.adapters.placement.attachment import Attachment
+from veneer.adapters.placement.token_rows import AddedTokens
+from veneer.adapters.preamble import Preamble
+from veneer.bases.compute import HeldAs
+from veneer.data.batching import Rows
+from veneer.data.checks.check import refuse_beyond
+from veneer.data.large import training_data
+from veneer.data.load import DataSet
+from veneer.data.template.new_tokens import bring, extended, room_with
+from veneer.errors import fits_memory
+from veneer.execution.stand_in import StandIn
+from veneer.execution.train_step import replacements
+from veneer.models.capacity import capacity_of
+from veneer.models.frozen_base import FrozenBase, hidden_size
+from veneer.models.initial_values import FreshAdapter
+from veneer.models.step import refuse_untrainable
+from veneer.training.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.gradient import FEWER_VALUES
+from veneer.training.inputs import TrainingInputs
+from veneer.training.optimizer.buffer import FlatParameters, FlatValues
+from veneer.training.output.records import process_memory_bytes, reset_peak_memory
+from veneer.training.output.sample import sample_of
+from veneer.training.processes.world import World
+from veneer.training.result import run_manifest
+from veneer.training.state.origin import (
+    HELD_OUT_BY,
+    Origin,
+    check_base,
+    check_borders,
+    check_masks,
+    check_rows,
+    check_settings,
+    origin_of,
+)
+from veneer.training.state.parents import begin_adapter, with_tokens
+from veneer.training.together import every_weight, load_together
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Holds a run that can take its first step.
+
+    config: its settings, with every default resolved. adapter: None for full fine-tuning.
+    idle_bytes: memory of the process before its base was loaded.
+    """
+
+    config: RunConfig
+    base: FrozenBase
+    data: DataSet
+    adapter: FreshAdapter | None
+    inputs: TrainingInputs
+    origin: Origin
+    idle_bytes: int
+    fused_modules: dict[str, StandIn]
+
+    @property
+    def attachment(self) -> Attachment | None:
+        return None if self.adapter is None else self.adapter.attachment
+
+
+def prepare_run(
+    config: RunConfig, started: Origin | None, *, world: World, say: Callable[[str], None]
+) -> PreparedRun:
+    """Loads base and rows, and attaches the adapter. started: what a resumed run started with.
+
+    Raises ConfigError, AdapterMismatchError or another VeneerError if the run cannot be computed,
+    or would not be the one that was started.
+    """
+    if started is not None:
+        check_settings(started, config)
+        check_masks(started, config)
+        if started.settings is None:
+            say(
+                "an earlier version began this run and kept no fingerprint of its base: it is not"
+                " compared"
+            )
+    idle_bytes = process_memory_bytes()
+    base = load_together(config, _base_dtype(config, started), world)
+    config = config.model_copy(update={"dtype": base.compute.name})
+    reset_peak_memory(str(base.device))
+    day = _first_day(started, world)
+    with world.together("before its first step"):
+        if started is None:
+            config = with_tokens(config)
+        else:
+            check_base(started, origin_of(config, base, day), config)
+        new_tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
+        data = _load_rows(config, base, new_tokens, day, started, say)
+        # Never longer than the model has positions.
+        config = config.model_copy(update={"length": data.report.length})
+        if started is not None:
+            check_rows(started, data.fingerprint, config)
+            check_borders(started, data.train, config)
+        refuse_untrainable(base.model, base.paths)
+        adapter = None
+        if not config.method.trains_base:
+            config, adapter = begin_adapter(
+                base, config, data.train, tokens=new_tokens, resumes=started is not None
+            )
+        refuse_beyond(
+            "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
+        )
+        origin = _origin(config, base, data, day, started)
+        run_manifest(config, base, data)  # raises now if it could not be written at the end
+        fused_modules = replacements(base.model)
+        with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
+            flat = _trained_values(base, adapter, world)
+        inputs = _training_inputs(config, base, data, flat)
+    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, fused_modules)
+
+
+def _base_dtype(config: RunConfig, started: Origin | None) -> HeldAs:
+    """Chooses the base's type: versions without settings in a checkpoint trained in the stored
+    one."""
+    unknown = started is not None and started.settings is None
+    return "stored" if unknown and config.dtype == "auto" else config.dtype
+
+
+def _first_day(started: Origin | None, world: World) -> date:
+    """Returns the day the run started on: a chat template may write the date."""
+    day = date.today().isoformat() if started is None else started.date
+    return date.fromisoformat(world.shared(day))
+
+
+def _load_rows(
+    config: RunConfig,
+    base: FrozenBase,
+    new_tokens: AddedTokens | None,
+    day: date,
+    started: Origin | None,
+    say: Callable[[str], None],
+) -> DataSet:
+    return training_data(
+        config.data,
+        length=config.length,
+        capacity=room_with(capacity_of(base), new_tokens),
+        tokenizer=extended(base.tokenizer, config.new_tokens),
+        today=day,
+        preamble=Preamble(variables=config.template.variables),
+        held_out_by=HELD_OUT_BY if started is None else started.held_out_by,
+        resumes=started is not None,
+        say=say,
+    )
+
+
+def _origin(
+    config: RunConfig, base: FrozenBase, data: DataSet, day: date, started: Origin | None
+) -> Origin:
+    """Returns what checkpoints keep of the start: as it was, else as it is now."""
+    if started is not None and started.settings is not None:
+        return started
+    held_out_by = HELD_OUT_BY if started is None else started.held_out_by
+    return replace(origin_of(config, base, day), data=data.fingerprint, held_out_by=held_out_by)
+
+
+def _trained_values(base: FrozenBase, adapter: FreshAdapter | None, world: World) -> FlatValues:
+    if adapter is None:
+        return every_weight(base, world)
+    attachment = adapter.attachment
+    return FlatParameters(attachment.parameters(), attachment.learning_rate_factors())
+
+
+def _training_inputs(
+    config: RunConfig, base: FrozenBase, data: DataSet, flat: FlatValues
+) -> TrainingInputs:
+    shows_answers = config.show_answers and base.tokenizer.chat_template is not None
+    return TrainingInputs(
+        model=base.model,
+        paths=base.paths,
+        routing=base.routing,
+        flat=flat,
+        train=data.train,
+        validation=data.validation,
+        config=config,
+        learning_rate=config.peak_learning_rate(hidden_size(base.config)),
+        steps=config.steps or _steps_of_epochs(config, data),
+        out=Path(config.out),
+        sample=sample_of(base, data.validation_rows, data.preamble) if shows_answers else None,
+        mixture=data.mixture,
+        sharded=base.shards is not None,
+        validation_sets=data.held,
+    )
+
+
+def _steps_of_epochs(config: RunConfig, data: DataSet) -> int:
+    """Counts the optimizer steps of the epochs that are set, or of the default number."""
+    if data.mixture is None:
+        rows = len(Rows.of(data.train).lengths)
+    else:
+        rows = len(data.mixture.rows(config.seed, 0))
+    epochs = EPOCHS_UNSAID if config.epochs is None else config.epochs
+    return max(1, math.ceil(epochs * -(-rows // config.batch)))

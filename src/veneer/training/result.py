@@ -1,0 +1,111 @@
+"""The result of a run: the adapter or the model folder, its manifest, and the summary."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.adapters.placement.attachment import Attachment
+from veneer.bases.quiet_transformers import quiet
+from veneer.data.load import DataSet
+from veneer.files.atomic import atomic_folder
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.manifest import HeldOut, Manifest, readable
+from veneer.models.frozen_base import FrozenBase
+from veneer.training.config import RunConfig
+from veneer.training.output.records import peak_memory_bytes
+from veneer.training.state.progress import RunProgress
+
+
+def run_manifest(
+    config: RunConfig,
+    base: FrozenBase,
+    data: DataSet,
+    *,
+    best_loss: float | None = None,
+    held_out: HeldOut | None = None,
+) -> Manifest:
+    """Returns the content of veneer.json. Raises if it could not be read back."""
+    return readable(
+        lambda: manifest_for(
+            base,
+            method=config.method.name,
+            data_fingerprint=data.fingerprint,
+            recipe=config.model_dump(mode="json"),
+            preamble=data.preamble,
+            parents=[(parent.content or "", parent.weight) for parent in config.from_adapter],
+            template_hash=base.template_hash(),
+            metrics={} if best_loss is None else {"validation_loss": best_loss},
+            held_out=held_out,
+        )
+    )
+
+
+def write_trained_adapter(
+    folder: Path, attachment: Attachment, manifest: Manifest, base: FrozenBase
+) -> dict[str, Any]:
+    """Writes the adapter; returns its fields of summary.json."""
+    written = write_adapter(folder, attachment, manifest, model=base.model, replace=True)
+    return {
+        "adapter": str(written.path),
+        "adapter_bytes": written.bytes,
+        "adapter_sha256": written.sha256,
+    }
+
+
+def write_model(folder: Path, base: FrozenBase) -> dict[str, Any]:
+    """Writes the whole model after full fine-tuning; returns its fields of summary.json."""
+    with atomic_folder(folder, replace=True) as partial:
+        with quiet():
+            base.model.save_pretrained(partial)
+        base.tokenizer.save_pretrained(partial)
+    return {
+        "model": str(folder),
+        "adapter_bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+
+
+def run_summary(
+    config: RunConfig,
+    base: FrozenBase,
+    start: dict[str, Any],
+    progress: RunProgress,
+    *,
+    reason: str,
+    held_out: HeldOut | None,
+    damaged_best: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Returns the content of summary.json, without the fields of what was written."""
+    seconds = progress.timed_seconds
+    return {
+        "reason": reason,
+        "steps": progress.step,
+        "seconds": seconds,
+        "total_seconds": progress.total_seconds,
+        "seconds_by_part": progress.timed_parts or None,
+        "examples_per_second": progress.timed_examples / seconds if seconds else None,
+        "tokens_per_second": progress.timed_tokens / seconds if seconds else None,
+        "trained_tokens": progress.trained_tokens,
+        "peak_memory_bytes": peak_memory_bytes(str(base.device)),
+        "idle_memory_bytes": start["idle_memory_bytes"],
+        "planned_memory_bytes": start["planned_memory_bytes"],
+        "trainable_parameters": start["trainable_parameters"],
+        "total_parameters": start["total_parameters"],
+        "first_loss": progress.first_loss,
+        "last_loss": progress.last_loss,
+        "validation_loss": progress.best_loss,
+        "held_out": None if held_out is None else held_out.model_dump(mode="json"),
+        "best_step": progress.best_step,
+        "damaged_best": damaged_best,
+        "base_fingerprint": base.fingerprint().digest,
+        "method": config.method.name,
+        "base": config.base,
+        "versions": {
+            "veneer": version("veneer"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+    }
