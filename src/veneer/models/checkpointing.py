@@ -1,8 +1,8 @@
-"""Gradient checkpointing: keep each decoder layer's input, compute the rest again in backward.
+"""Gradient checkpointing: saves each decoder layer's input and computes the rest again in backward.
 
-Exact to the bit: nothing in a layer is random (dropout masks are computed from keys), and the same
-shapes take the same kernels. Wrapping our own way keeps the base in eval mode, where its own
-dropout is off.
+Exact to the bit: nothing in a layer is random (dropout masks are computed from keys), and equal
+shapes use the same kernels. Unlike transformers' checkpointing it works in eval mode, in which the
+base's own dropout is off.
 """
 
 import ctypes
@@ -24,16 +24,14 @@ from veneer.execution.decoder_layer import decoder_layers
 from veneer.execution.stand_in import StandIn
 
 GIVE_BACK_EVERY = 4
-"""Layers. Before each of these the heap's free pages are given back: small objects cut up what
-temporaries leave between kept inputs, and the next layer's do not fit. SmolLM2 in bf16, 8 rows of
-256 tokens: 6 MB a layer where 2 are kept, a peak of 1,130 MB and now 960; Llama's layers in
-float32: 25 where 4 are, 1,120 and 1,010."""
+"""Free heap pages are returned before every so many layers. Otherwise small objects fragment the
+space that temporaries leave between saved inputs. Peak memory of SmolLM2 in bf16, 8 rows of 256
+tokens: 960 MB instead of 1,130; of Llama's layers in float32: 1,010 MB instead of 1,120."""
 
 
 class CheckpointedLayer(StandIn):
-    """A decoder layer whose activations are not kept. They are computed again with the adapters
-    that acted, on whatever thread that happens: backward has threads of its own on a GPU.
-    gives_back: free pages, before either."""
+    """A decoder layer whose activations are computed again in backward, with the adapters that
+    acted in the forward, even on another thread. gives_back: returns free pages before both."""
 
     def __init__(self, base: nn.Module, routing: Routing, *, gives_back: bool) -> None:
         super().__init__(base)
@@ -61,36 +59,36 @@ class CheckpointedLayer(StandIn):
 
 
 def give_back() -> None:
-    """Return free pages to the system, where the C library is glibc."""
+    """Returns free heap pages to the system, if the C library is glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def _before_logits(*_: object) -> None:
-    """The temporaries of the layers have left holes in the heap, and the logits, which come next,
-    do not fit."""
+    """Returns free pages before the logits, which do not fit into the gaps that layers leave."""
     if torch.is_grad_enabled():
         give_back()
 
 
 @contextmanager
 def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Iterator[None]:
-    """Within the block every decoder layer is checkpointed (if `on`); afterwards the layers stand
-    as before."""
+    """Within the block every decoder layer is checkpointed, if `on`."""
     layers = decoder_layers(model) if on else None
     if on and layers is None:
         raise ConfigError(
             f"{type(model).__name__} has no list of layers to checkpoint",
             next_step="Set checkpointing: false.",
         )
-    own = list(layers or ())
+    original_layers = list(layers or ())
     on_cpu = next(model.parameters()).device.type == "cpu"
     hook = (
-        (decoder(model) or model).register_forward_hook(_before_logits) if own and on_cpu else None
+        (decoder(model) or model).register_forward_hook(_before_logits)
+        if original_layers and on_cpu
+        else None
     )
     try:
-        for index, layer in enumerate(own):
+        for index, layer in enumerate(original_layers):
             assert layers is not None
             gives_back = on_cpu and index % GIVE_BACK_EVERY == GIVE_BACK_EVERY - 1
             layers[index] = CheckpointedLayer(layer, routing, gives_back=gives_back)
@@ -98,6 +96,6 @@ def checkpointed(model: PreTrainedModel, routing: Routing, *, on: bool) -> Itera
     finally:
         if hook is not None:
             hook.remove()
-        for index, layer in enumerate(own):
+        for index, layer in enumerate(original_layers):
             assert layers is not None
             layers[index] = layer

@@ -1,5 +1,4 @@
-"""Attaching with what an adapter starts from: values that the base itself computes, where a method
-wants such."""
+"""Attaches a fresh adapter with its initial values, which the base computes for some methods."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,18 @@ _STARTS: dict[type[AdapterConfig], Callable[..., AdapterStart]] = {
     LoRA: start_lora,
     Prefix: start_prefix,
 }
-"""Settings -> (settings, base, training rows, seed) -> the start. Methods not named here start
-where their builder puts them."""
+"""Settings class -> function of (settings, base, training rows, seed=). Other methods start with
+the values of their builder."""
 
 
 @dataclass(frozen=True)
 class FreshAdapter:
-    """attachment: its config has every default resolved; starts_from: the prompt whose values it
-    starts from, whole; lines: the same for the screen."""
+    """A fresh adapter.
+
+    attachment   the attached adapter; its config has every default resolved
+    starts_from  the prompt whose values it starts from
+    lines        the same for the screen
+    """
 
     attachment: Attachment
     starts_from: str | None
@@ -43,13 +46,13 @@ def begin(
     examples: Sequence[Example] = (),
     tokens: AddedTokens | None = None,
 ) -> FreshAdapter:
-    """A fresh adapter on `base`, entered in base.attachments, not yet active. examples: the
-    training rows, if any; tokens: those that it brings.
+    """Attaches a fresh, inactive adapter to `base`. examples: training rows, if any; tokens: new
+    tokens.
 
-    ConfigError: the name is taken, or the settings do not fit the model; nothing is attached then.
-    RefusedError: the model cannot be trained.
+    Raises ConfigError, with nothing attached, if the name is taken or the settings do not fit, and
+    RefusedError if the model cannot be trained.
     """
-    paths = base.paths  # proves them, and hands attention over
+    paths = base.paths  # proves them and switches attention
     refuse_untrainable(base.model, paths)
     start_of = _STARTS.get(type(config))
     start = None if start_of is None else start_of(config, base, examples, seed=seed)
@@ -72,17 +75,17 @@ def begin(
         raise
     lines = [*([] if line is None else [line]), *_refused_by_peft(base, attachment)]
     if tokens is not None:
-        lines.append(f"{len(tokens.ids):,} new tokens, whose rows alone train of the vocabulary")
+        lines.append(f"{len(tokens.ids):,} new tokens: only their rows of the vocabulary train")
     return FreshAdapter(attachment, None if start is None else start.prompt, lines)
 
 
 def _refused_by_peft(base: FrozenBase, attachment: Attachment) -> list[str]:
-    """A line for an adapter that PEFT will not load."""
+    """A warning for an adapter that PEFT will not load."""
     refused = sorted(refused_by_peft(base.model) & attachment.layers.keys())
     if not refused:
         return []
     names = ", ".join(sorted({path.rpartition(".")[2] for path in refused}))
     return [
-        f"PEFT refuses LoRA on {names} of this model ({len(refused)} modules): the adapter loads in"
-        " Veneer alone; veneer merge makes a model that others read"
+        f"PEFT refuses LoRA on {names} of this model ({len(refused)} modules): only Veneer loads"
+        " this adapter; veneer merge writes a model that others read"
     ]

@@ -1,7 +1,6 @@
-"""Parts of a model that no text reaches: its towers for images or sound, and what projects from
-them to its tokens.
+"""Finds parts of a model that text does not reach: vision and audio towers and their projections.
 
-Where text alone is trained they get no adapter, train in no run, and are written as they were read.
+When only text is trained, they get no adapter, do not train, and are saved as they were read.
 """
 
 from collections.abc import Collection, Iterator
@@ -14,33 +13,32 @@ from veneer.execution.attention import decoder
 
 
 def left_out(model: PreTrainedModel, idle: Collection[str]) -> tuple[str, ...]:
-    """Their paths, each as far up as the whole of it is one; idle: places that no gradient
+    """Paths of the largest modules in which every weight is idle. idle: modules that no gradient
     reaches."""
-    whole = {
+    language_parts = {
         id(part) for part in (decoder(model), model.get_output_embeddings()) if part is not None
     }
 
     def parts(module: nn.Module, path: str) -> Iterator[str]:
         for name, child in module.named_children():
-            own = f"{path}.{name}" if path else name
-            held = [
-                f"{own}.{below}" if below else own
-                for below, each in child.named_modules()
-                if any(True for _ in each.parameters(recurse=False))
+            child_path = f"{path}.{name}" if path else name
+            with_weights = [
+                f"{child_path}.{below}" if below else child_path
+                for below, module_below in child.named_modules()
+                if any(True for _ in module_below.parameters(recurse=False))
             ]
-            if held and all(in_any_layer(each) in idle for each in held):
-                yield own
-            elif id(child) not in whole:
-                yield from parts(child, own)
+            if with_weights and all(in_any_layer(module) in idle for module in with_weights):
+                yield child_path
+            elif id(child) not in language_parts:
+                yield from parts(child, child_path)
 
     return tuple(parts(model, ""))
 
 
-def reached_weights(model: nn.Module, beside: Collection[str]) -> dict[str, nn.Parameter]:
-    """By path, all weights but those of the parts that are left out: what full fine-tuning
-    trains."""
+def reached_weights(model: nn.Module, parts_left_out: Collection[str]) -> dict[str, nn.Parameter]:
+    """The weights that full fine-tuning trains, by path: all but those of parts left out."""
     return {
         path: weight
         for path, weight in model.named_parameters()
-        if not any(path.startswith(f"{part}.") for part in beside)
+        if not any(path.startswith(f"{part}.") for part in parts_left_out)
     }

@@ -1,8 +1,7 @@
-"""How likely the model finds given tokens: nats of every trained token, row by row.
+"""Computes the nats of every trained token, row by row.
 
-The step of training (models/step.py) without its gradient, and kept apart by rows: packed, the
-prompt that rows share computed once, logits only where a token is asked about, a few rows of them
-at a time.
+It is the forward of a training step (models/step.py) without its gradient, with results per row:
+packed, with shared prompts computed once, and logits of trained tokens only, a few rows at a time.
 """
 
 from collections.abc import Sequence
@@ -24,50 +23,50 @@ from veneer.kernels.wide import wide
 from veneer.models.step import ComputePaths, loss_head, whole_logits
 
 SHORT_TOKENS = 8192
-"""Tokens of short examples that are computed at once, whatever the batch."""
+"""Most tokens of short examples in one batch, whatever `batch` says."""
 
 
 @torch.no_grad()
 def example_nats(
     model: PreTrainedModel, paths: ComputePaths, examples: Sequence[Example], *, batch: int
 ) -> NDArray[np.float64]:
-    """(N, 2): of each example, the nats of its trained tokens summed, and their number.
+    """(N, 2): the summed nats of each example's trained tokens, and their number.
 
-    batch   examples computed at once, more where they are short; like lengths together. The result
-            does not depend on it.
+    batch   examples per forward, of similar length; more if they are short. Results do not depend
+            on it.
     """
-    found = np.zeros((len(examples), 2))
+    results = np.zeros((len(examples), 2))
     longest = max((len(e.ids) for e in examples), default=1)
     batch = max(batch, SHORT_TOKENS // longest)
     for rows in by_length(examples, batch):
         groups = paths.together([examples[i] for i in rows], in_front(model))
         for numbers in ([rows[i] for i in group] for group in groups):
-            one = make_batch(
+            packed_batch = make_batch(
                 [examples[i] for i in numbers],
                 packed=paths.packed,
                 share_prompt=True,
                 device=model.device,
             )
             counts = [int(examples[i].trained.sum()) for i in numbers]
-            sums = [float(part.sum()) for part in token_nats(model, paths, one).cpu().split(counts)]
-            found[numbers] = np.stack([sums, counts], axis=1)
-    return found
+            sums = [
+                float(part.sum())
+                for part in token_nats(model, paths, packed_batch).cpu().split(counts)
+            ]
+            results[numbers] = np.stack([sums, counts], axis=1)
+    return results
 
 
 def token_nats(model: PreTrainedModel, paths: ComputePaths, batch: Batch) -> Tensor:
-    """(T) float64: -log p of every target of the batch; on the CPU where the device has no
-    float64."""
+    """-log p of every target of the batch, (T) float64; on the CPU if the device has no float64."""
     if paths.head_reason is not None:
         return _nats(whole_logits(model, batch), batch.targets)
-    rows, head = (
-        hidden_states(model, batch).index_select(0, batch.loss_rows),
-        loss_head(model, paths),
-    )
+    rows = hidden_states(model, batch).index_select(0, batch.loss_rows)
+    head = loss_head(model, paths)
     parts = []
     for start in range(0, len(rows), CHUNK):
-        some, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]
-        filler = round_up(len(some)) - len(some)  # few shapes (kernels/layout.py)
-        parts.append(_nats(head.logits(F.pad(some, (0, 0, 0, filler)))[: len(some)], targets))
+        chunk, targets = rows[start : start + CHUNK], batch.targets[start : start + CHUNK]
+        filler = round_up(len(chunk)) - len(chunk)  # few shapes (kernels/layout.py)
+        parts.append(_nats(head.logits(F.pad(chunk, (0, 0, 0, filler)))[: len(chunk)], targets))
     return torch.cat(parts)
 
 

@@ -1,8 +1,5 @@
-"""What a fresh adapter starts from where the base computes it: what such a method owes whoever
-attaches.
-
-Not known here: which methods want such a start (initial_values.py).
-"""
+"""Initial values that the base computes for a fresh adapter. initial_values.py says which methods
+have them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +10,11 @@ from veneer.adapters.placement.attachment import Attachment
 
 @dataclass(frozen=True)
 class AdapterStart:
-    """config  the settings, with what depends on the base resolved
-    put      moves the fresh layers there; a line that says so, for the screen
-    prompt   the text whose values they start from, whole
+    """How a fresh adapter starts.
+
+    config   the settings, with defaults that depend on the base resolved
+    put      sets the initial values; returns a line for the screen
+    prompt   the text whose values they start from
     """
 
     config: AdapterConfig

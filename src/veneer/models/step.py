@@ -1,15 +1,15 @@
-"""From a batch to its loss: the forward of a training step, and the loss of an evaluation.
+"""Computes the loss of a batch, for training steps and evaluations.
 
-`prepare` finds out once, by running a small copy and the model (execution/proofs/), which fast
-paths give what the model itself gives:
+`prepare` runs a small copy and the model (execution/proofs/) to find which fast
+paths give the model's own results:
 
-    packed   documents end to end, the shared prompt once, attention per document
+    packed   documents end to end, a shared prompt once, attention per document
              (execution/attention.py)
-    head     logits only where a token is trained, in chunks, the gradient formed beside them
+    head     logits only where a token is trained, in chunks, with their gradient
              (kernels/dense/loss.py)
 
-What cannot be proven takes transformers' own path: padded rows, or where these differ too one row
-at a time; whole logits. Slower, never wrong, and `Paths.lines` says so by name.
+Otherwise transformers' own path is taken: padded rows, or one row at a time if these differ; whole
+logits. That is slower but never wrong, and `ComputePaths.lines` says why.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,18 +48,17 @@ from veneer.models.left_out import left_out
 
 @dataclass(frozen=True)
 class ComputePaths:
-    """Which path each part takes; a reason where it is not the fast one.
+    """Which path each part of a forward takes, with a reason if it is not the fast one.
 
-    padded_reason   why rows go one by one where they are not packed
-    switches        the lengths that change how a whole batch is read: rows go together on one side
-                    of them only
-    untrainable     why nothing of the model can be trained
-    idle            the places that no gradient reaches (adapters/placement/idle.py)
-    left_out        the parts that no text reaches (models/left_out.py)
-    not_read        the same, where they are not read from the files at all
-                    (bases/config/model_class.py)
-    read_past       the weights that the model takes past their modules
-                    (adapters/placement/reads.py); None: not asked yet
+    padded_reason   why rows are computed one by one if they are not packed
+    switches        lengths that change how a whole batch is read: only rows on the same side share
+                    a forward
+    untrainable     why the model cannot be trained
+    idle            modules that no gradient reaches (adapters/placement/idle.py)
+    left_out        parts that no text reaches (models/left_out.py)
+    not_read        such parts that were not read from the files (bases/config/model_class.py)
+    read_past       weights that the model reads without calling their module
+                    (adapters/placement/reads.py); None: not known yet
     """
 
     packed: bool
@@ -86,22 +85,21 @@ class ComputePaths:
         words = self.switches.words
         head = "logits only where a token is trained, in chunks"
         parts = {"left out": self.left_out, "not read": self.not_read}
-        beside = [
-            f"{what}, as no text reaches it: {', '.join(each)}"
-            for what, each in parts.items()
-            if each
+        unused = [
+            f"{label}, as no text reaches it: {', '.join(paths)}"
+            for label, paths in parts.items()
+            if paths
         ]
         return [
             rows if words is None else f"{rows}; {words}",
             head if self.head_reason is None else f"whole logits: {self.head_reason}",
-            *beside,
+            *unused,
         ]
 
     def together(self, examples: Sequence[Example], in_front: int) -> list[list[int]]:
-        """Numbers of the examples that are computed in one forward, so that each gets what it gets
-        alone.
+        """Groups example numbers into forwards that give each example its own results.
 
-        in_front   places before every row: a prefix that acts
+        in_front   number of prefix tokens in front of every row
         """
         if not self.packed and self.padded_reason is not None:
             return [[number] for number in range(len(examples))]
@@ -109,9 +107,9 @@ class ComputePaths:
 
 
 def prepare(model: PreTrainedModel) -> ComputePaths:
-    """Prove the fast paths on a model without adapters; the packed one stays switched on.
+    """Proves the fast paths on a model without adapters. The packed one stays switched on.
 
-    SourceError: the model sees what it is to predict.
+    Raises SourceError if the model sees the tokens that it is to predict.
     """
     packed_reason = prove_packing(model)
     scale, softcap, head_reason = prove_head(model)
@@ -119,10 +117,9 @@ def prepare(model: PreTrainedModel) -> ComputePaths:
 
 
 def assume_paths(model: PreTrainedModel) -> ComputePaths:
-    """What `prepare` would find on a model without storage (meta device): what holds for its
-    structure."""
-    packed_reason, found = takes_packing(model), structure(model)
-    return _paths(model, packed_reason, found.scale, found.softcap, found.head)
+    """The paths that `prepare` would find, by structure alone, for a model on the meta device."""
+    known = structure(model)
+    return _paths(model, takes_packing(model), known.scale, known.softcap, known.head)
 
 
 def _paths(
@@ -132,18 +129,18 @@ def _paths(
     softcap: float | None,
     head: str | None,
 ) -> ComputePaths:
-    found = structure(model)
+    known = structure(model)
     return ComputePaths(
         packed is None,
         packed,
         scale,
         softcap,
         head,
-        found.padded,
+        known.padded,
         switches(model.config),
-        untrainable=found.gradient,
-        idle=found.idle,
-        left_out=left_out(model, found.idle),
+        untrainable=known.gradient,
+        idle=known.idle,
+        left_out=left_out(model, known.idle),
     )
 
 
@@ -158,8 +155,7 @@ def refuse_untrainable(model: PreTrainedModel, paths: ComputePaths) -> None:
 
 
 def keep_paths(model: PreTrainedModel, paths: ComputePaths) -> None:
-    """Put a model onto paths that were found on another: of the same values, or of the same
-    structure without any."""
+    """Applies paths that were found on a model with the same values, or the same structure."""
     if paths.packed:
         take_packed(model)
 
@@ -167,8 +163,8 @@ def keep_paths(model: PreTrainedModel, paths: ComputePaths) -> None:
 def batch_loss(
     model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch, *, total: float
 ) -> Tensor:
-    """Sum of the trained tokens' cross-entropy, nats, divided by `total`: the trained tokens of the
-    whole step."""
+    """The summed cross-entropy (nats) of the trained tokens, divided by `total`, the number of
+    trained tokens of the step."""
     if paths.head_reason is not None:
         return _whole_logits_loss(model, batch, total)
     rows, linear = _predicting(model, paths, routing, batch)
@@ -182,7 +178,7 @@ def batch_loss(
 def token_losses(
     model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
 ) -> Tensor:
-    """(T) -log p of every target of the batch: what batch_loss sums, without its gradient."""
+    """-log p of every target of the batch, (T), without a gradient."""
     if paths.head_reason is not None:
         return nn.functional.cross_entropy(
             whole_logits(model, batch).float(), batch.targets, reduction="none"
@@ -205,39 +201,38 @@ def _predicting(
 
 
 def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
-    """What acts on a batch of groups: on each group's rows the adapters given for it; filler goes
-    with the last."""
+    """What acts on a batch: the given adapters on each group's rows. Filler rows belong to the
+    last."""
     filler = batch.ids.numel() - sum(batch.group_rows)
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
 
 
 def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
-    """The output head as the loss takes it: its weights, or the wrapper where the head itself is
-    adapted."""
+    """The output head for the loss: its weights, or its wrapper if an adapter acts on it."""
     head: Any = model.get_output_embeddings()
     plain: Any = unwrapped(head)
-    own = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
+    plain_head = Head(plain.weight, plain.bias, paths.scale, paths.softcap)
     if not isinstance(head, AdaptedModule):
-        return own
+        return plain_head
     acting = head.routing.acting
-    around = [
-        each
-        for each in _around(head)
-        if any(each.concerned(part.adapters) for part in acting.parts)
+    wrappers = [
+        wrapper
+        for wrapper in _wrappers(head)
+        if any(wrapper.concerned(part.adapters) for part in acting.parts)
     ]
-    if not around:
-        return own
-    if acting.whole is not None and [type(each) for each in around] == [ExtendedHead]:
-        tokens = around[0].rows_beside(acting.whole)
+    if not wrappers:
+        return plain_head
+    if acting.whole is not None and [type(wrapper) for wrapper in wrappers] == [ExtendedHead]:
+        tokens = wrappers[0].rows_beside(acting.whole)
         bias = None if plain.bias is None else tokens.of_bias(plain.bias)
         return replace(
-            own, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
+            plain_head, beside=TrainedHeadRows(tokens.rows, tokens.at, bias), columns=tokens.end
         )
     weight: Any = head.weight
     return _AdaptedHead(weight, None, paths.scale, paths.softcap, module=head, rows=acting)
 
 
-def _around(head: AdaptedModule) -> Iterator[Any]:
+def _wrappers(head: AdaptedModule) -> Iterator[Any]:
     """The wrappers of a head, the outermost first."""
     module: Any = head
     while isinstance(module, AdaptedModule):
@@ -247,8 +242,7 @@ def _around(head: AdaptedModule) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _AdaptedHead(Head):
-    """A head that is itself adapted: its logits come from the wrapper. rows: what acts on the rows
-    it is given."""
+    """A head with adapters: its wrapper computes the logits. rows: what acts on its input rows."""
 
     module: AdaptedModule = field(kw_only=True)
     rows: Acting = field(kw_only=True)
@@ -265,23 +259,23 @@ class _AdaptedHead(Head):
         z = z if self.scale == 1.0 else z * self.scale
         if self.softcap is None:
             return z
-        unknown = z == float("-inf")  # tokens that others bring
+        unknown = z == float("-inf")  # new tokens of other adapters
         return (torch.tanh(z / self.softcap) * self.softcap).masked_fill(unknown, float("-inf"))
 
 
 def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Tensor:
-    """Through the model's own head, all logits at once."""
+    """The loss through the model's own head, with all logits at once."""
     rows = whole_logits(model, batch).float()
     return nn.functional.cross_entropy(rows, batch.targets, reduction="sum") / total
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(T, V) of the rows that predict a trained token, from the model's own head."""
+    """Logits (T, V) of the rows that predict a trained token, by the model's own head."""
     forget_lengths(model)
-    own: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
+    arguments: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": False}
     if batch.layout is not None:
-        own = packed_arguments(batch.positions, LayoutAttention(batch.layout))
-    logits: Tensor = model(input_ids=batch.ids, **own).logits
+        arguments = packed_arguments(batch.positions, LayoutAttention(batch.layout))
+    logits: Tensor = model(input_ids=batch.ids, **arguments).logits
     return logits.flatten(0, 1).index_select(0, batch.loss_rows)
 
 
@@ -291,8 +285,7 @@ def parts_of(
     examples: Sequence[Example],
     rows: Iterable[list[int]],
 ) -> Iterator[list[int]]:
-    """The rows as they may be computed: those of each list in one forward, or in as many as the
-    paths ask for."""
+    """Divides each list of rows into the forwards that the paths require."""
     for numbers in rows:
         for group in paths.together([examples[i] for i in numbers], in_front(model)):
             yield [numbers[i] for i in group]
@@ -306,7 +299,7 @@ def batch_of(
     *,
     share_prompt: bool,
 ) -> Batch:
-    """One of these parts on the model's device."""
+    """The batch of a part, on the model's device."""
     device = next(model.parameters()).device
     return make_batch(
         [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device
@@ -320,17 +313,11 @@ def part_nats(
     examples: Sequence[Example],
     parts: Sequence[Sequence[int]],
 ) -> list[list[float]]:
-    """Nats of the trained tokens of each example of each part, summed in float64."""
+    """Summed nats (float64) of the trained tokens of each example, part by part."""
     batches = (batch_of(model, paths, examples, part, share_prompt=True) for part in parts)
     nats = [token_losses(model, paths, routing, batch) for batch in batches]
     if not nats:
         return []
-    each = iter(
-        torch.cat(nats)
-        .cpu()
-        .double()
-        .split([int(examples[i].trained.sum()) for p in parts for i in p])
-    )
-    return [
-        [next(each).sum().item() for _ in part] for part in parts
-    ]  # one wait, after the last batch
+    counts = [int(examples[i].trained.sum()) for part in parts for i in part]
+    by_example = iter(torch.cat(nats).cpu().double().split(counts))  # waits once for the device
+    return [[next(by_example).sum().item() for _ in part] for part in parts]

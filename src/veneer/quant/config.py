@@ -1,5 +1,4 @@
-"""The weight formats a base can be held in, and what each means to the rest. No torch here:
-`--help` reads this."""
+"""Weight formats of a base and their properties. Imports no torch, because `--help` reads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,22 +7,20 @@ from typing import Literal, get_args
 from veneer.errors import ConfigError
 
 Quantize = Literal["nf4", "fp4", "gguf", "fp8", "mxfp4", "gptq", "awq"]
-"""nf4, fp4: 4-bit code books with block scales, made while the weights are read; gguf: the blocks
-of a .gguf file; the others: as a folder's files hold them, which nothing here makes."""
+"""nf4, fp4: 4-bit code books with block scales, packed while weights are read. gguf: blocks of a
+.gguf file. The others are read from folders that were packed by other programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """What those ask who load, plan, write and start: nobody compares a format's name.
+    """Properties of a format. No other code compares a format's name.
 
-    from_gguf      held as the blocks of a .gguf file: no other base can be, and the file's own
-                   checks hold
-    from_folder    held as the files of a folder hold it: no other base can be
-    keeps_dense    keep_dense can leave single modules as they are stored
-    has_original   made of weights that the base still has: LoftQ reads them to bring back what was
-                   lost
-    writes_folder  such a base can be written as a folder (formats/packed_base.py)
-    before_method  what a plan's label puts before the method's name
+    from_gguf      only for bases in a .gguf file
+    from_folder    only for bases in a folder that was packed by another program
+    keeps_dense    keep_dense can leave modules unpacked
+    has_original   packed from weights that the base still has, which LoftQ reads
+    writes_folder  such a base can be saved as a folder (formats/packed_base.py)
+    before_method  prefix of the method's name in a plan's labels
     """
 
     from_gguf: bool = False
@@ -35,7 +32,7 @@ class WeightFormat:
 
 
 DENSE = WeightFormat()
-"""What a base is without one: its linear layers as they are stored."""
+"""Linear layers as they are stored, without packing."""
 _CODES = WeightFormat(keeps_dense=True, has_original=True, writes_folder=True, before_method="q")
 _STORED = WeightFormat(from_folder=True)
 FORMATS: Mapping[Quantize, WeightFormat] = {
@@ -49,11 +46,11 @@ FORMATS: Mapping[Quantize, WeightFormat] = {
 }
 assert tuple(FORMATS) == get_args(Quantize)
 FOUR_BITS: Quantize = "nf4"
-"""Taken where only "4 bits" is said."""
+"""The format of "4 bits"."""
 
 
 def weight_format(quantize: Quantize | None) -> WeightFormat:
-    """DENSE for None. ConfigError: there is no such format."""
+    """The properties of a format; DENSE for None. Raises ConfigError for an unknown name."""
     if quantize is None:
         return DENSE
     if quantize not in FORMATS:
@@ -65,5 +62,5 @@ def weight_format(quantize: Quantize | None) -> WeightFormat:
 
 
 def formats_that(declare: str) -> list[Quantize]:
-    """Names of the formats whose field `declare` is set, for messages and choices."""
-    return [name for name, found in FORMATS.items() if getattr(found, declare)]
+    """Names of the formats with the property `declare`, for messages and choices."""
+    return [name for name, properties in FORMATS.items() if getattr(properties, declare)]

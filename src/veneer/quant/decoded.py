@@ -1,7 +1,6 @@
-"""A packed matrix as a FrozenLinear where a format has no product of its own: decoded into scratch,
-then multiplied.
+"""A packed matrix as a FrozenLinear that decodes, then multiplies, for formats without a product.
 
-Nothing of a decoded weight is kept. Shapes: M rows, I in_features, O out_features.
+The decoded weight is not kept. Shapes: M rows, I in_features, O out_features.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from veneer.quant.scratch import scratch
 
 @dataclass(eq=False)
 class DecodedMatrix:
-    """decode: writes W into what it is given, (O, I) and contiguous, in any floating type."""
+    """A matrix W that `decode` writes into a contiguous (O, I) tensor of any floating type."""
 
     decode: Callable[[Tensor], object]
     in_features: int

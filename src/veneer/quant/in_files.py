@@ -1,6 +1,5 @@
-"""What weights have in common that other programs packed: their tensors follow the dense weight's
-axes, so that such weights can be stacked (experts that lie apart in the files) and joined (gate and
-up) without being decoded.
+"""Weights that other programs packed. Their tensors follow the axes of the dense weight, so weights
+can be stacked (separate experts) and joined (gate and up) without decoding.
 
 Shapes: E experts, I in_features, O out_features.
 """
@@ -18,9 +17,9 @@ from veneer.quant.decoded import DecodedMatrix
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FileWeight:
-    """A PackedWeight whose tensors all have the stack's E first, if it is one.
+    """A PackedWeight from files. All tensors of a stack have E as their first axis.
 
-    by_rows: of which tensors the last axis but one goes with O; the others hold for all rows alike.
+    by_rows: names of tensors whose last axis but one is O; other tensors hold for all rows
     """
 
     by_rows: ClassVar[tuple[str, ...]]
@@ -36,7 +35,7 @@ class FileWeight:
         return {}
 
     def decode(self, tensors: Mapping[str, Tensor], out: Tensor) -> None:
-        """tensors: of one matrix; out (O, I)."""
+        """Decodes the tensors of one matrix into out (O, I)."""
         raise NotImplementedError
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Self:
@@ -46,19 +45,19 @@ class FileWeight:
         self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False
     ) -> DecodedMatrix:
         assert not transposed
-        own = (
+        tensors = (
             self.tensors
             if number is None
-            else {key: each[number] for key, each in self.tensors.items()}
+            else {key: tensor[number] for key, tensor in self.tensors.items()}
         )
         O, I = self.shape[-2:]
         return DecodedMatrix(
-            lambda out: self.decode(own, out), I, O, self.tensors[""].device, dtype
+            lambda out: self.decode(tensors, out), I, O, self.tensors[""].device, dtype
         )
 
     @classmethod
     def stacked(cls, weights: Sequence[Self]) -> Self:
-        """(O, I) each -> (E, O, I). ValueError: they are not of one kind."""
+        """Stacks (O, I) weights to (E, O, I). Raises ValueError if they differ in kind."""
         first = weights[0]
         _check_alike(weights)
         return first.holding(
@@ -67,51 +66,52 @@ class FileWeight:
 
     @classmethod
     def joined(cls, weights: Sequence[Self]) -> Self:
-        """(..., O, I) each -> (..., sum of O, I). ValueError: what holds for all rows of one does
-        not of another's."""
+        """Joins (..., O, I) weights to (..., sum of O, I). Raises ValueError if tensors that hold
+        for all rows differ."""
         first = weights[0]
         _check_alike(weights)
-        found = {}
-        for key, own in first.tensors.items():
+        joined_tensors = {}
+        for key, tensor in first.tensors.items():
             parts = [w.tensors[key] for w in weights]
             if key in cls.by_rows:
-                found[key] = torch.cat(parts, dim=-2)
-            elif all(torch.equal(own, other) for other in parts):
-                found[key] = own
+                joined_tensors[key] = torch.cat(parts, dim=-2)
+            elif all(torch.equal(tensor, part) for part in parts):
+                joined_tensors[key] = tensor
             else:
                 raise ValueError(f"{key} of weights that the model holds as one are not the same")
-        return first.holding(found)
+        return first.holding(joined_tensors)
 
 
 def _check_alike(weights: Sequence[FileWeight]) -> None:
-    """Raises ValueError if some of these weights have tensors or numbers that others do not
-    have."""
-    if len({frozenset(each.tensors) for each in weights}) > 1:
+    """Raises ValueError if the weights differ in their tensor names or numbers."""
+    if len({frozenset(weight.tensors) for weight in weights}) > 1:
         raise ValueError(
             "of weights that the model holds as one, some have an order of columns and some have"
             " none"
         )
-    for own in fields(weights[0]):
-        values = [getattr(each, own.name) for each in weights]
-        if own.name != "tensors" and any(value != values[0] for value in values):
-            raise ValueError(f"{own.name} of weights that the model holds as one are not the same")
+    for field in fields(weights[0]):
+        values = [getattr(weight, field.name) for weight in weights]
+        if field.name != "tensors" and any(value != values[0] for value in values):
+            raise ValueError(
+                f"{field.name} of weights that the model holds as one are not the same"
+            )
 
 
 def scaled(out: Tensor, scales: Tensor, width: int) -> None:
-    """out (O, I) times scales (O, ceil(I / width)), each for `width` columns. One rounding, to
-    out's type."""
+    """Multiplies out (O, I) by scales (O, ceil(I / width)), one per `width` columns. Rounds
+    once."""
     _by_blocks(out, scales, width, "mul_")
 
 
 def shifted(out: Tensor, zeros: Tensor, width: int) -> None:
-    """The same, taken away."""
+    """Subtracts zeros (O, ceil(I / width)) from out likewise."""
     _by_blocks(out, zeros, width, "sub_")
 
 
-def _by_blocks(out: Tensor, values: Tensor, width: int, what: str) -> None:
+def _by_blocks(out: Tensor, values: Tensor, width: int, operation: str) -> None:
     whole = out.shape[1] // width
     if whole:
         blocks = out[:, : whole * width].unflatten(1, (whole, width))
-        getattr(blocks, what)(values[:, :whole, None])
+        getattr(blocks, operation)(values[:, :whole, None])
     if whole < values.shape[1]:
-        getattr(out[:, whole * width :], what)(values[:, whole:])
+        getattr(out[:, whole * width :], operation)(values[:, whole:])

@@ -1,9 +1,8 @@
-"""Modules whose weights are held packed: a linear layer, and a stack of experts. Which format:
-weight.py.
+"""Modules with packed weights in any format (weight.py): a linear layer, and a stack of experts.
 
-The packed bytes stand under the dense weight's name, as a parameter that never trains; scales and
-tables are buffers called after it (weight_absmax, weight_quant_map, weight_scale, ...). Moving a
-model to another type never touches them: only biases and the type of the products change.
+The packed bytes have the dense weight's name, as a parameter that never trains. Scales and tables
+are buffers named after it (weight_absmax, weight_quant_map, weight_scale, ...). Converting a model
+to another type changes only biases and the type of the products.
 """
 
 from collections.abc import Callable
@@ -18,14 +17,14 @@ from veneer.quant.weight import PackedWeight
 
 
 class Holder(PackedModule):
-    """Packed weights by the names of their parameters."""
+    """Base class of modules with packed weights, by the names of their parameters."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self._facts: dict[str, PackedWeight] = {}
-        """Without storage: what is there beside the tensors."""
+        """Packed weights on the meta device: everything but the tensors."""
         self._views: dict[Any, Any] = {}
-        # Follows the model to another device or type: what the products are computed in.
+        # Device and type of the products; follows the model.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def hold(self, name: str, weight: PackedWeight) -> None:
@@ -41,15 +40,15 @@ class Holder(PackedModule):
         self._views.clear()
 
     def packed(self, name: str = "weight") -> PackedWeight:
-        """The weight called `name`; shares its tensors with this module."""
-        if (found := self._views.get(name)) is None:
+        """The packed weight `name`, which shares its tensors with this module."""
+        if (view := self._views.get(name)) is None:
             facts = self._facts[name]
-            held = {
+            tensors = {
                 k: self.get_buffer(f"{name}_{k}") if k else self.get_parameter(name).data
                 for k in facts.tensors
             }
-            found = self._views[name] = facts.holding(held)
-        return found
+            view = self._views[name] = facts.holding(tensors)
+        return view
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -74,8 +73,7 @@ class Holder(PackedModule):
         return self.get_buffer("like").dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Holder":
-        """Another device is followed, another type is not: scales and tables keep theirs whatever
-        the model is."""
+        """Moves to another device. Scales and tables keep their types, whatever the model's is."""
         exact = {
             name: b.dtype for name, b in self._buffers.items() if b is not None and name != "like"
         }
@@ -105,9 +103,9 @@ class HeldLinear(Holder, PackedLinear):
 
     @property
     def matrix(self) -> FrozenLinear:
-        if (found := self._views.get("matrix")) is None:
-            found = self._views["matrix"] = self.packed().matrix(self.dtype)
-        return found
+        if (view := self._views.get("matrix")) is None:
+            view = self._views["matrix"] = self.packed().matrix(self.dtype)
+        return view
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.matrix.product(x, bias)
@@ -129,28 +127,24 @@ class HeldLinear(Holder, PackedLinear):
 
 
 class HeldExperts(Holder, PackedExperts):
-    """A gated stack of experts, both of its 3-D weights packed; each expert is multiplied on its
-    own."""
+    """A gated stack of experts with two packed 3-D weights, multiplied expert by expert."""
 
     def __init__(self, experts: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
-        """experts: the dense module, whose own forward is not used any more; `hold` brings the
-        weights."""
+        """Replaces the dense module `experts`; `hold` then sets the weights."""
         super().__init__(dtype, device)
         self.is_transposed = bool(getattr(experts, "is_transposed", False))
-        self._plain = [experts]  # in a list: no submodule, its weights are not this model's
+        self._plain = [experts]  # in a list, so that it is no submodule
         self._apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
         for name, parameter in experts.named_parameters(recurse=False):
-            self.register_parameter(
-                name, parameter
-            )  # the weights without storage, until they come: order counts
+            self.register_parameter(name, parameter)  # placeholders, which keep the order
 
     def expert(self, name: str, number: int) -> FrozenLinear:
-        if (found := self._views.get((name, number))) is None:
+        if (view := self._views.get((name, number))) is None:
             weight = self.packed(name)
-            found = self._views[name, number] = weight.matrix(
+            view = self._views[name, number] = weight.matrix(
                 self.dtype, number=number, transposed=self.is_transposed
             )
-        return found
+        return view
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def product(x: Tensor, name: str, expert: int, rows: Tensor) -> Tensor:

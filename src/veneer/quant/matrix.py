@@ -1,8 +1,7 @@
-"""One matrix of a 4-bit weight as a FrozenLinear: a whole weight, or one expert's run of a stack.
+"""One matrix of a 4-bit weight as a FrozenLinear: a whole weight, or one expert of a stack.
 
-Few rows go through the fused product, which reads the packed bytes once; more go through a decoded
-copy in a buffer that is reused by every layer and never seen by autograd. Shapes: M rows, I
-in_features, O out_features.
+Few rows use the fused product, which reads the packed bytes once. More rows use a decoded copy in a
+buffer that all layers share and autograd never sees. Shapes: M rows, I in_features, O out_features.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from veneer.quant.scratch import scratch
 
 @dataclass(eq=False)
 class PackedMatrix:
-    """W: the elements from `start` on, as (O, I), or as (I, O) where `transposed`."""
+    """The elements of W from `start` on, as (O, I), or as (I, O) if `transposed`."""
 
     blocks: NF4Blocks
     in_features: int
@@ -33,7 +32,7 @@ class PackedMatrix:
         return self.blocks.packed.device
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
-        """(O, I) in the reused buffer."""
+        """W (O, I), decoded into the shared buffer."""
         O, I = self.out_features, self.in_features
         rows, columns = (I, O) if self.transposed else (O, I)
         stored = scratch(rows, columns, dtype=dtype, device=self.device)

@@ -1,5 +1,5 @@
-"""NF4 and FP4: code books, blockwise quantisation, double quantisation. The files' bytes are
-bitsandbytes' own.
+"""NF4 and FP4: code books, blockwise quantisation, double quantisation, with the bytes of
+bitsandbytes' files.
 
     code    number of thresholds strictly below x / absmax, absmax the largest magnitude of the
             block
@@ -38,8 +38,8 @@ _NF4 = (
     "BF800000 BF3239B1 BF066B30 BECA32A0 BE91A24D BE3D353F BDBA7871 00000000 "
     "3DA2FAFF 3E24CAE3 3E7C04DD 3EAD033A 3EE1A4B8 3F1007AB 3F3913B3 3F800000"
 )
-"""Quantiles of a normal distribution, divided by the largest. Recomputing them gives 10 of 16
-another last bit."""
+"""Quantiles of a normal distribution, divided by the largest. Computing them again would change the
+last bit of 10 of the 16."""
 _FP4 = (
     "00000000 3BAAAAAB 3F2AAAAB 3F800000 3EAAAAAB 3F000000 3E2AAAAB 3E800000 "
     "80000000 BBAAAAAB BF2AAAAB BF800000 BEAAAAAB BF000000 BE2AAAAB BE800000"
@@ -57,8 +57,8 @@ def _floats(bits: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CodeBook:
-    """values (16) by code; thresholds (15) ascending; codes (16): number of thresholds below ->
-    code."""
+    """A 4-bit code: values (16) by code, ascending thresholds (15), and codes (16) by the number of
+    thresholds below."""
 
     name: BookName
     values: Tensor
@@ -130,10 +130,10 @@ class Packed:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        found = {"": self.packed, "absmax": self.absmax, "quant_map": self.table}
+        tensors = {"": self.packed, "absmax": self.absmax, "quant_map": self.table}
         if self.nested is not None:
-            found |= {"nested_absmax": self.nested.scales, "nested_quant_map": self.nested.table}
-        return found
+            tensors |= {"nested_absmax": self.nested.scales, "nested_quant_map": self.nested.table}
+        return tensors
 
     def holding(self, tensors: Mapping[str, Tensor]) -> "Packed":
         nested = self.nested
@@ -174,35 +174,35 @@ def quantize(
     double: bool = True,
     name: str = "the weight",
 ) -> Packed:
-    """weight: any shape, float32, bf16 or fp16, on any device; it is not changed.
+    """Quantises a weight of any shape, float32, bf16 or fp16, on any device.
 
-    double: the scales in 8 bits. name: what an error calls the weight.
-    Raises CorruptFileError for values that are not finite, naming the first one's place.
+    double: also quantises the scales, to 8 bits. name: the weight's name in errors. Raises
+    CorruptFileError, with the first place, for values that are not finite.
     """
     assert block in BLOCK_SIZES and weight.is_floating_point() and weight.numel()
-    chosen = code_book(book)
+    code = code_book(book)
     device = weight.device
     packed, absmax = kernels.quantize(
-        weight, chosen.thresholds.to(device), chosen.codes.to(device), block
+        weight, code.thresholds.to(device), code.codes.to(device), block
     )
     if not torch.isfinite(absmax).all():
         raise _not_finite(weight, absmax, block, name)
     nested = None
     if double:
         absmax, nested = _quantize_scales(absmax)
-    table = chosen.values.to(device)
+    table = code.values.to(device)
     return Packed(book, packed, absmax, table, block, tuple(weight.shape), weight.dtype, nested)
 
 
 def dequantize(weight: Packed, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight, a fresh tensor in `dtype` (default: the type that was quantised)."""
+    """The dense weight, a new tensor in `dtype` (default: the type that was quantised)."""
     out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.packed.device)
     return kernels.dequantize(weight.blocks, out)
 
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
-    """(indices uint8, what decodes them): the nearest of the 256 values to (absmax - mean) /
-    largest residual.
+    """Quantises scales to the nearest of 256 values of (absmax - mean) / largest residual. Returns
+    uint8 indices, and what decodes them.
 
     A block of scales that all equal the mean has largest residual 0 and index 127, the value 0.
     """
@@ -213,7 +213,7 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, NestedScales]:
     outer = padded.abs().amax(1)
     scaled = (padded / outer.clamp(min=1e-38).unsqueeze(1)).view(-1)[:count].clamp(-1, 1)
     table, values = nested_map(), wide(scaled)
-    middles = (table[:-1].double() + table[1:].double()) / 2  # exact, so the nearest is the nearest
+    middles = (table[:-1].double() + table[1:].double()) / 2  # exact
     index = torch.bucketize(values, middles.to(values.device)).to(absmax.device, torch.uint8)
     return index, NestedScales(table.to(absmax.device), outer, NESTED_BLOCK, float(offset))
 

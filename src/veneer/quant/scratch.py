@@ -1,7 +1,6 @@
-"""Memory that packed weights are decoded into: one buffer per thread, device and type, used again
-by every layer.
+"""Buffers into which packed weights are decoded: one per thread, device and type, for all layers.
 
-What it holds is good until the next call: a product takes it and lets go. Autograd never sees it.
+The contents are valid until the next call. Autograd never sees them.
 """
 
 import threading
@@ -19,16 +18,15 @@ _buffers = _Buffers()
 
 
 def scratch(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, columns), contiguous, whatever it held before; as large as the largest layer so
-    far."""
+    """An uninitialised, contiguous (rows, columns) tensor in the shared buffer."""
     key, size = (device, dtype), rows * columns
-    held = _buffers.by_place.get(key)
-    if held is None or held.numel() < size:
-        held = _buffers.by_place[key] = torch.empty(size, dtype=dtype, device=device)
-    return held[:size].view(rows, columns)
+    buffer = _buffers.by_place.get(key)
+    if buffer is None or buffer.numel() < size:
+        buffer = _buffers.by_place[key] = torch.empty(size, dtype=dtype, device=device)
+    return buffer[:size].view(rows, columns)
 
 
 def held_buffers() -> tuple[Tensor, ...]:
-    """This thread's: whoever computes again at their addresses holds them, for a larger one may
-    take their place."""
+    """The buffers of this thread. A recording that uses their addresses must hold them, because a
+    larger one may replace them."""
     return tuple(_buffers.by_place.values())

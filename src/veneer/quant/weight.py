@@ -1,9 +1,8 @@
-"""A weight that is held packed, whatever its format: what the modules over it (layers.py) ask of
-it.
+"""The interface of a packed weight, for the modules of layers.py.
 
-The first of its tensors stands under the weight's own name and says nothing of the dense shape; the
-others are scales, tables, orders. Formats: nf4.py (made here), fp8.py, mxfp4.py and int4.py (as
-files of others hold them).
+The first of its tensors has the weight's own name, and a shape that says nothing of the dense one.
+The others are scales, tables and orders. Formats: nf4.py (packed by Veneer), fp8.py, mxfp4.py and
+int4.py (read from files that others packed).
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from veneer.quant.config import Quantize
 
 @dataclass(frozen=True)
 class PackedSize:
-    """What one takes in memory. name: in its files or in its model; shape: of the dense weight."""
+    """Memory of a packed weight. name: in its files or its model; shape: of the dense weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,23 +31,22 @@ class PackedWeight(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense weight, as the dense module has it: (O, I), or of a stack (E, O, I) or (E,
-        I, O)."""
+        """Shape of the dense weight: (O, I), or of a stack (E, O, I) or (E, I, O)."""
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """By the ending of their names: "" for the packed bytes, a parameter; the others become
-        buffers."""
+        """Tensors by the ending of their names: "" for the packed bytes, which are a parameter; the
+        others become buffers."""
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same weight in other memory."""
+        """The same weight with other tensors."""
 
     @property
     def numbers(self) -> Mapping[str, float]:
-        """What decides values beside the tensors."""
+        """Numbers that decoding needs besides the tensors."""
 
     def matrix(
         self, dtype: torch.dtype, *, number: int | None = None, transposed: bool = False
     ) -> FrozenLinear:
-        """number: of an expert of a stack, which the dense module has `transposed`, as (E, I, O);
-        None: no stack."""
+        """One matrix. number: expert of a stack, None without a stack. transposed: the dense stack
+        is (E, I, O)."""
