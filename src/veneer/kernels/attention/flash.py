@@ -1,18 +1,17 @@
-"""Packed attention on CUDA by torch's own flash kernels, which never hold scores.
+"""Packed attention on CUDA by torch's flash kernels, which do not store scores.
 
-    documents   every row of the batch sees its own document, causally: one call over all of them,
-                the prompt among them
-    prompt      every row of a document sees the prompt whole: one call, unless a window ends within
-                it
+    documents   each row attends causally to its own document: one call over all documents and the
+                prompt
+    prompt      each row of a document attends to the whole prompt: one call
 
-The two are joined by their log-sum-exp, and each one's backward is given the joint output and
-log-sum-exp: its probabilities are then those of the whole row, and the gradients of the two add up.
-A window that is shorter than what a row may see ends at another key of the prompt for every row:
-then the last keys of the prompt stand before each document's own, in one call. Sinks take their
-share of the joint sum afterwards.
+The two results are joined by their log-sum-exp. Each backward gets the joint output and
+log-sum-exp, so its probabilities are those of the whole row, and the gradients of both add up. A
+window that ends within the prompt ends at another key for each row: then the last keys of the
+prompt are copied in front of each document, and one call computes all. Sinks take their share of
+the joint sum afterwards.
 
-Kept for backward: q, k, v, the output and one float32 a row and head. Has never run on a GPU: on a
-CPU the tests put an exact function in the kernels' place (tests/support/flash_reference.py).
+Saved for backward: q, k, v, the output, and one float32 per row and head. This has never run on a
+GPU: on a CPU the tests replace the kernels by an exact function (tests/support/flash_reference.py).
 Shapes: as in kernels/attention/packed.py. S sequences.
 """
 
@@ -30,20 +29,22 @@ from veneer.kernels.rules import AttentionRules
 from veneer.kernels.upload import sent
 
 MOST_SIZE = 256
-"""Values of a head that the kernels take."""
+"""Largest head size of the kernels."""
 ON_FEW_GPUS = range(200, 225)
-"""Sizes whose backward torch 2.9 has for an A100 or H100 alone."""
+"""Head sizes whose backward torch 2.9 has only for A100 and H100."""
 MOST_PLACES = 2**31
-"""Values of their backward's float32 sums (`_summed`) from which it reads past its memory
-(flash-attention's 32-bit offsets)."""
+"""Most values of the backward's float32 sums (`_summed`): above, flash-attention's 32-bit offsets
+overflow."""
 
 
 @dataclass(frozen=True)
 class SequenceEnds:
-    """Sequences of queries and of keys, end to end. *_ends: (S + 1) int32, from 0; longest_*: rows.
+    """Sequences of queries and of keys, end to end.
 
-    causal: the last query of a sequence sees its last key. before: keys before its own that a row
-    sees besides; None: all.
+    *_ends     (S + 1) int32, from 0
+    longest_*  rows of the longest sequence
+    causal     the last query of a sequence sees its last key
+    before     number of earlier keys that a row sees; None: all
     """
 
     query_ends: Tensor
@@ -68,8 +69,8 @@ class SequenceEnds:
         return cls(both[0], both[1], max(queries), max(keys), causal, before)
 
     @property
-    def given(self) -> tuple[Tensor, Tensor, int, int, float, bool]:
-        """As both kernels take them: without dropout."""
+    def arguments(self) -> tuple[Tensor, Tensor, int, int, float, bool]:
+        """Arguments of both kernels, without dropout."""
         return (
             self.query_ends,
             self.key_ends,
@@ -87,8 +88,8 @@ class SequenceEnds:
 
 
 def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int, int]:
-    """Shape of the float32 sums of queries' gradients that backward holds: rows between the
-    sequences, heads as wide as its tiles."""
+    """Shape of backward's float32 sums of query gradients, with padding rows between sequences and
+    heads as wide as its tiles."""
     return (
         rows + 128 * sequences,
         heads,
@@ -97,26 +98,28 @@ def _summed(rows: int, sequences: int, heads: int, size: int) -> tuple[int, int,
 
 
 def _held_by_backward(q: Tensor, k: Tensor, spans: SequenceEnds) -> tuple[Tensor, ...]:
-    """What the kernel allocates beside its results, for a plan: the sums, a float a row and head,
-    and keys' and values' gradients of each query head."""
+    """Temporary tensors of the backward kernel, for planning: the sums, one float per row and head,
+    and key and value gradients of each query head."""
     sums = q.new_empty(
         _summed(len(q), len(spans.query_ends) - 1, *q.shape[1:]), dtype=torch.float32
     )
-    each = () if q.shape[1] == k.shape[1] else [k.new_empty(len(k), *q.shape[1:]) for _ in range(2)]
-    return sums, sums[..., 0].contiguous(), *each
+    per_head = (
+        () if q.shape[1] == k.shape[1] else [k.new_empty(len(k), *q.shape[1:]) for _ in range(2)]
+    )
+    return sums, sums[..., 0].contiguous(), *per_head
 
 
 class FlashOps:
-    """aten::_flash_attention_forward and _backward; tests put an exact function in their place."""
+    """aten::_flash_attention_forward and _backward. Tests replace them by an exact function."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, spans: SequenceEnds, scale: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Output (rows, H, D), log-sum-exp (H, rows) float32, and what backward wants besides."""
-        found = torch.ops.aten._flash_attention_forward(
-            q, k, v, *spans.given, False, scale=scale, **spans.window
+        """Returns output (rows, H, D), log-sum-exp (H, rows) float32, and state for backward."""
+        results = torch.ops.aten._flash_attention_forward(
+            q, k, v, *spans.arguments, False, scale=scale, **spans.window
         )
-        out, entropy, *state, _ = found
+        out, entropy, *state, _ = results
         return out, entropy, tuple(state)
 
     def backward(
@@ -129,20 +132,20 @@ class FlashOps:
         spans: SequenceEnds,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v where `out` and `entropy` are those of the whole row."""
-        held = _held_by_backward(*inputs[:2], spans) if grad.is_meta else ()
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad, *inputs, out, entropy, *spans.given, *state, scale=scale, **spans.window
+        """Gradients of q, k, v. `out` and `entropy` are those of whole rows."""
+        temporaries = _held_by_backward(*inputs[:2], spans) if grad.is_meta else ()
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad, *inputs, out, entropy, *spans.arguments, *state, scale=scale, **spans.window
         )
-        del held
-        return found
+        del temporaries
+        return gradients
 
 
 ATEN = FlashOps()
 
 
 def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules) -> str | None:
-    """Why these are not the flash kernels'; None where they are."""
+    """Why the flash kernels do not take these. None if they do."""
     if not on_cuda(q):
         return "not on CUDA"
     if rules.softcap is not None:
@@ -154,7 +157,7 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRul
         return f"heads of {size} and {v.shape[2]} values"
     if math.prod(_summed(layout.rows, 1 + len(layout.lengths), q.shape[1], size)) >= MOST_PLACES:
         return "more rows than their backward can address"
-    planned = q.is_meta  # perhaps elsewhere than here: then for a GPU that has them
+    planned = q.is_meta  # a plan may be for another machine with a suitable GPU
     if not planned and not torch.backends.cuda.is_flash_attention_available():
         return "a torch without flash kernels"
     here = not planned or torch.cuda.is_available()
@@ -165,11 +168,14 @@ def declined(q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRul
 
 @dataclass(frozen=True)
 class _FlashPasses:
-    """own: every row with its document, or with what a window lets it see. places: rows of k and v
-    that stand there, None: as they are. prompt: the documents' rows with the prompt; None where
-    there is none, or `own` holds it."""
+    """The kernel calls of a layout.
 
-    own: SequenceEnds
+    documents  each row with its document, or with what a window lets it see
+    places     rows of k and v that this call reads; None: all rows in order
+    prompt     the documents' rows with the prompt; None if `documents` covers it
+    """
+
+    documents: SequenceEnds
     places: Tensor | None
     prompt: SequenceEnds | None
 
@@ -180,7 +186,7 @@ def _plan(layout: Group, window: int | None, device: torch.device) -> _FlashPass
     if window is None or window >= P + max(lengths):
         prompt = SequenceEnds.of([sum(lengths)], [P], device, causal=False) if P else None
         return _FlashPasses(SequenceEnds.of(rows, rows, device), None, prompt)
-    tail = min(P, window - 1)  # of the prompt, what the first row of a document sees
+    tail = min(P, window - 1)  # prompt rows that the first row of a document sees
     if not tail:
         return _FlashPasses(SequenceEnds.of(rows, rows, device, before=window - 1), None, None)
     starts = accumulate(lengths, initial=P)
@@ -197,15 +203,14 @@ def _plan(layout: Group, window: int | None, device: torch.device) -> _FlashPass
 
 
 def _product_flops(q: Tensor, layout: Group, window: int | None) -> int:
-    """Of q k^T once, over the keys that each row sees; forward takes two such products, backward
-    five."""
+    """Operations of one product q k^T over the visible keys. Forward takes two, backward five."""
     pairs, documents = (
         0,
         [(0, layout.prompt), *((layout.prompt, length) for length in layout.lengths)],
     )
     for before, length in documents:
         most = window or before + length
-        rising = min(length, max(0, most - before))  # rows that see one key more than the row above
+        rising = min(length, max(0, most - before))  # rows that see one more key than the row above
         pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
     return 2 * pairs * q.shape[1] * q.shape[2]
 
@@ -229,19 +234,21 @@ class _Flash(torch.autograd.Function):
         plan: _FlashPasses = layout.derived[key]
         note_flops(lambda: 2 * _product_flops(q, layout, window))
         rows, P = layout.rows, layout.prompt
-        own_q, own_k, own_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
-        out, entropy, state = flash.forward(own_q, own_k, own_v, plan.own, scale)
-        seen: tuple[Tensor, ...] = ()
+        doc_q, doc_k, doc_v = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
+        out, entropy, state = flash.forward(doc_q, doc_k, doc_v, plan.documents, scale)
+        prompt_state: tuple[Tensor, ...] = ()
         if plan.prompt is not None:
-            shared, over, seen = flash.forward(q[P:rows], k[:P], v[:P], plan.prompt, scale)
-            both = torch.logaddexp(entropy[:, P:], over)
-            out[P:] = _share(out[P:], entropy[:, P:] - both) + _share(shared, over - both)
+            shared, prompt_entropy, prompt_state = flash.forward(
+                q[P:rows], k[:P], v[:P], plan.prompt, scale
+            )
+            both = torch.logaddexp(entropy[:, P:], prompt_entropy)
+            out[P:] = _share(out[P:], entropy[:, P:] - both) + _share(shared, prompt_entropy - both)
             entropy[:, P:] = both
         if sinks is not None:
             both = torch.logaddexp(entropy, sinks.to(entropy.dtype)[:, None])
             out, entropy = _share(out, entropy - both), both
-        whole = _filled(out, q)  # kept once: what comes behind keeps the same
-        ctx.save_for_backward(q, k, v, sinks, whole, entropy, *state, *seen)
+        whole = _filled(out, q)  # saved once: the next layer saves the same tensor
+        ctx.save_for_backward(q, k, v, sinks, whole, entropy, *state, *prompt_state)
         ctx.plan, ctx.layout, ctx.scale, ctx.flash, ctx.states = (
             plan,
             layout,
@@ -261,15 +268,15 @@ class _Flash(torch.autograd.Function):
         rows, P = ctx.layout.rows, ctx.layout.prompt
         note_flops(lambda: 5 * _product_flops(q, ctx.layout, ctx.window))
         out, g, scale = whole[:rows], grad[:rows].contiguous(), ctx.scale
-        state, seen = tuple(states[: ctx.states]), tuple(states[ctx.states :])
+        state, prompt_state = tuple(states[: ctx.states]), tuple(states[ctx.states :])
         inputs = q[:rows], *_placed(k[:rows], v[:rows], plan.places)
-        d_q, d_k, d_v = flash.backward(g, inputs, out, entropy, state, plan.own, scale)
+        d_q, d_k, d_v = flash.backward(g, inputs, out, entropy, state, plan.documents, scale)
         if plan.places is not None:
-            d_k, d_v = (_gathered(each, plan.places, rows) for each in (d_k, d_v))
+            d_k, d_v = (_gathered(grad, plan.places, rows) for grad in (d_k, d_v))
         if plan.prompt is not None:
             over = entropy[:, P:].contiguous()
             by_prompt = flash.backward(
-                g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, seen, plan.prompt, scale
+                g[P:], (q[P:rows], k[:P], v[:P]), out[P:], over, prompt_state, plan.prompt, scale
             )
             d_q[P:] += by_prompt[0]
             d_k[:P] += by_prompt[1]
@@ -277,11 +284,11 @@ class _Flash(torch.autograd.Function):
         d_sinks = None
         if sinks is not None:  # softmax's derivative in a column whose value is zero
             wide = entropy.dtype
-            given = (g.to(wide) * out.to(wide)).sum(-1).T
+            weighted = (g.to(wide) * out.to(wide)).sum(-1).T
             share = torch.exp(sinks.to(wide)[:, None] - entropy)
-            d_sinks = -(share * given).sum(-1).to(sinks.dtype)
-        found = [_filled(each, of) for each, of in ((d_q, q), (d_k, k), (d_v, v))]
-        return *found, d_sinks, None, None, None, None
+            d_sinks = -(share * weighted).sum(-1).to(sinks.dtype)
+        gradients = [_filled(grad, like) for grad, like in ((d_q, q), (d_k, k), (d_v, v))]
+        return *gradients, d_sinks, None, None, None, None
 
 
 def _placed(k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -289,22 +296,22 @@ def _placed(k: Tensor, v: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def _share(out: Tensor, exponent: Tensor) -> Tensor:
-    """out (rows, H, D) times exp(exponent (H, rows)), in out's type."""
+    """Multiplies out (rows, H, D) by exp(exponent (H, rows)), in out's type."""
     return (out * exponent.exp().T[..., None]).to(out.dtype)
 
 
 def _gathered(grad: Tensor, places: Tensor, rows: int) -> Tensor:
-    """The sum of what each row got where it stood, in float32."""
+    """Sums the gradients of each row over its copies, in float32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     total = torch.zeros(rows, *grad.shape[1:], dtype=wide, device=grad.device)
     return total.index_add_(0, places, grad.to(wide)).to(grad.dtype)
 
 
-def _filled(rows: Tensor, of: Tensor) -> Tensor:
-    """With zeros for the filler that `of` has."""
-    if rows.shape[0] == of.shape[0]:
+def _filled(rows: Tensor, like: Tensor) -> Tensor:
+    """Adds zero rows up to the rows of `like`."""
+    if rows.shape[0] == like.shape[0]:
         return rows
-    whole = rows.new_empty(of.shape[0], *rows.shape[1:])
+    whole = rows.new_empty(like.shape[0], *rows.shape[1:])
     whole[: rows.shape[0]] = rows
     whole[rows.shape[0] :] = 0
     return whole
@@ -313,6 +320,6 @@ def _filled(rows: Tensor, of: Tensor) -> Tensor:
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, flash: FlashOps = ATEN
 ) -> Tensor:
-    """As packed_attention, of what `declined` does not refuse."""
+    """packed_attention for inputs that `declined` does not refuse."""
     apply: Any = _Flash.apply
     return apply(q, k, v, rules.sinks, layout, rules.scale, rules.window, flash)

@@ -1,14 +1,14 @@
 """Packed attention with a soft cap on its scores on CUDA, by torch's flex attention, which compiles
 a kernel for it.
 
-A row sees two runs of rows: of the prompt, and of its own document up to itself; a window cuts
-both. Which blocks of BLOCK rows see which others, whole or in part, is found on the host, an
-integer for each pair; within those seen in part every pair of rows is asked. Scores are never held.
-Sinks take their share of the sum afterwards, by its log-sum-exp.
+A row sees two ranges of rows: of the prompt, and of its own document up to itself; a window cuts
+both. Which blocks of BLOCK rows see which others, fully or in part, is computed on the host. Partly
+visible blocks check every pair of rows. Scores are not stored. Sinks take their share of the sum
+afterwards, by its log-sum-exp.
 
-Without a compiler flex attention holds all scores, so it is tried once on a few rows, beside the
-plain path: where it is not compiled, or differs, the plain path computes and a warning says why.
-Has never run on a GPU: on a CPU the tests put an exact function in its place
+Without a compiler flex attention stores all scores, so it is tried once on a few rows against the
+plain path. If it is not compiled, or differs, the plain path computes and a warning says why. This
+has never run on a GPU: on a CPU the tests replace it by an exact function
 (tests/support/flex_reference.py). Source: Dong et al. 2024, arXiv:2412.05496. Shapes: as in
 kernels/attention/packed.py.
 """
@@ -32,7 +32,7 @@ from veneer.kernels.upload import sent
 
 BLOCK = 128
 APART = 2**-5
-"""Largest difference to the plain path, which rounds its scores, relative to the largest value."""
+"""Largest relative difference to the plain path, which rounds its scores."""
 
 Attend = Callable[..., tuple[Tensor, Any]]
 Plain = Callable[[Tensor, Tensor, Tensor, Group, AttentionRules], Tensor]
@@ -42,15 +42,15 @@ _log = logging.getLogger("veneer.kernels")
 
 @cache
 def compiled() -> Attend:
-    """fullgraph: what is not compiled as a whole is a fault, no slow way."""
-    made: Attend = torch.compile(torch_flex_attention, dynamic=True, fullgraph=True)
-    return made
+    """The compiled kernel. fullgraph: raises an error instead of running uncompiled."""
+    attend: Attend = torch.compile(torch_flex_attention, dynamic=True, fullgraph=True)
+    return attend
 
 
 def declined(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules, plain: Plain
 ) -> str | None:
-    """Why these are not flex attention's; None where they are. plain: what it is tried beside."""
+    """Why flex attention does not take these. None if it does. plain: the path to compare with."""
     if rules.softcap is None:
         return "no soft cap on scores"
     if (reason := flash.declined(q, k, v, layout, replace(rules, softcap=None))) is not None:
@@ -72,12 +72,13 @@ def _fault(
     sunk: bool,
     plain: Plain,
 ) -> str | None:
-    """Why it is not taken there, found on a few rows."""
+    """Why flex attention fails there, tried on a few rows."""
     H, K, D = heads
     group = Group(BLOCK + 40, (150, 1, 90), device)
     draw = torch.Generator().manual_seed(0)
     q, k, v, grad = (
-        torch.randn(group.rows, each, D, generator=draw).to(device, dtype) for each in (H, K, K, H)
+        torch.randn(group.rows, count, D, generator=draw).to(device, dtype)
+        for count in (H, K, K, H)
     )
     sinks = torch.linspace(-1, 1, H).to(device, dtype) if sunk else None
     rules = AttentionRules(D**-0.5, window=200, softcap=softcap, sinks=sinks)
@@ -92,7 +93,7 @@ def _fault(
             for a, b in zip(ours, theirs, strict=True)
         )
         fault = None if worst <= APART else f"it differs by {worst:.1e}"
-    except Exception as error:  # whatever a compiler trips over
+    except Exception as error:  # any error of the compiler
         fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
     if fault is not None:
         _log.warning(
@@ -109,15 +110,16 @@ def _with_gradients(
     group: Group,
     rules: AttentionRules,
 ) -> list[Tensor]:
-    leaves = [each.detach().requires_grad_() for each in inputs]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     out = way(*leaves, group, rules)
-    return [each.float() for each in (out.detach(), *torch.autograd.grad(out, leaves, grad))]
+    results = (out.detach(), *torch.autograd.grad(out, leaves, grad))
+    return [tensor.float() for tensor in results]
 
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """Rows (4, N) int32: where the run of the prompt that a row sees begins and ends, where that of
-    its own document begins, and the row itself."""
+    """The rows that each row sees. rows (4, N) int32: first and end of its range of the prompt,
+    first of its range of its document, and the row itself."""
 
     rows: Tensor
     blocks: BlockMask
@@ -143,7 +145,7 @@ def seen(layout: Group, window: int | None, device: torch.device) -> VisibleKeys
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks, blocks) bool: of which a row sees some, perhaps, and of which every row sees all."""
+    """(blocks, blocks) bool each: pairs that are partly visible, and pairs that are fully so."""
     N = rows.shape[1]
     begin = torch.arange(0, N, BLOCK)
     stop = (begin + BLOCK).clamp_max(N)
@@ -160,7 +162,7 @@ def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many of each row of blocks, and their numbers, those first."""
+    """The number of visible blocks of each row of blocks, and their numbers first."""
     order = blocks.int().argsort(dim=1, descending=True, stable=True)
     both = sent(torch.cat([blocks.sum(1, keepdim=True), order], 1).int(), device)
     return both[None, None, :, 0].contiguous(), both[None, None, :, 1:].contiguous()
@@ -192,8 +194,8 @@ def flex_packed_attention(
     rules: AttentionRules,
     attend: Attend | None = None,
 ) -> Tensor:
-    """As packed_attention, of what `declined` does not refuse. attend: flex_attention, in the place
-    of the compiled."""
+    """packed_attention for inputs that `declined` does not refuse. attend: replaces the compiled
+    kernel."""
     assert rules.softcap is not None
     key = "flex", rules.window, q.device
     if key not in layout.derived:

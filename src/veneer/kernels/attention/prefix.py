@@ -1,14 +1,14 @@
-"""Attention where every document sees trained keys and values first: prefix tuning.
+"""Attention with trained keys and values in front of every document: prefix tuning.
 
     keys:  [ prefix: M ][ prompt: P ][ document i: L_i ]       softmax(softcap(scale q k^T) + mask,
            sink) v
 
-The prefix is the start of what all documents share, but for one thing: it asks nothing. So this is
-packed attention with a prompt of M + P rows whose first M queries are zeros and whose first M
-outputs are dropped; the gradients of the prefix come out summed over the documents, as the prompt's
-do. The M unread rows cost M (M + P) products a head, little beside the documents'.
+The prefix is part of the shared prompt, except that it has no queries. So this is packed attention
+with a prompt of M + P rows whose first M queries are zeros and whose first M outputs are dropped.
+Gradients of the prefix are summed over the documents, like those of the prompt. The M unused rows
+cost M (M + P) products a head, which is little.
 
-The prefix takes places 0..M-1 and the prompt starts at place M, so windows count it as
+The prefix takes places 0..M-1 and the prompt starts at place M, so windows count the prefix as
 transformers' caches do: a row at place p sees the prefix's key j if p - j < window. Shapes: H query
 heads, K key/value heads, N packed rows, D head size, M prefix, P prompt.
 """
@@ -30,7 +30,7 @@ def prefixed_attention(
     layout: Group,
     rules: AttentionRules,
 ) -> Tensor:
-    """q (N, H, D), k and v (N, K, D), prefix_k and prefix_v (M, K, D) in their type -> (N, H,
+    """Attends q (N, H, D) to k and v (N, K, D) and to prefix_k and prefix_v (M, K, D): (N, H,
     D)."""
     M = prefix_k.shape[0]
     out = packed_attention(
@@ -52,7 +52,7 @@ def prefixed_attention_reference(
     layout: Group,
     rules: AttentionRules,
 ) -> Tensor:
-    """The same, one row and head at a time in plain torch: the meaning of prefixed_attention."""
+    """The plain version of prefixed_attention: one row and head at a time."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
     window, softcap, sinks = rules.window, rules.softcap, rules.sinks
     starts = [(0, 0, P)]  # first row of a document, rows of the prompt that it sees, its length
@@ -61,8 +61,8 @@ def prefixed_attention_reference(
     rows = []
     for start, shared, length in starts:
         for i in range(length):
-            seen = [*range(shared), *range(start, start + i + 1)]
-            keys, values = torch.cat([prefix_k, k[seen]]), torch.cat([prefix_v, v[seen]])
+            visible = [*range(shared), *range(start, start + i + 1)]
+            keys, values = torch.cat([prefix_k, k[visible]]), torch.cat([prefix_v, v[visible]])
             first = 0 if window is None else max(0, len(keys) - window)
             heads = []
             for h in range(q.shape[1]):
