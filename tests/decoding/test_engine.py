@@ -155,7 +155,7 @@ def answered(base, applied, asked, narrow):
     )
     answers = [engine.add(request) for request in asked]
     engine.run()
-    assert not engine._drawings
+    assert not engine._samplers
     return [[(answer.new, answer.logprobs) for answer in choices] for choices in answers]
 
 

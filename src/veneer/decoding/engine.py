@@ -1,14 +1,13 @@
-"""Many requests, each with adapters of its own, answered in the same forwards: the scheduler's
-plans, computed.
+"""Answers many requests, each with its own adapters, in the same forwards.
 
-    add        a request waits
-    step       one plan: prefixes written, blocks copied, the spans' tokens through the model, a
-               token drawn for each
-    cancel     an answer ends with the tokens it has
+    add        queues a request
+    step       computes one plan: writes prefixes, copies blocks, runs the spans' tokens through the
+               model, and draws a token for each
+    cancel     ends an answer with the tokens it has
     run        steps until nothing is left
 
-Decides nothing about order, room or sharing (decoding/schedule/scheduler.py), and nothing about
-texts. One thread calls.
+The scheduler (decoding/schedule/scheduler.py) decides about order, room and sharing. The engine
+knows nothing of texts. One thread calls it.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from veneer.models.capacity import capacity_of, read_alike
 from veneer.models.frozen_base import FrozenBase
 
 BLOCK_SLOTS = 16
-"""Tokens of a block: what kernels know."""
+"""Tokens per block, as kernels expect."""
 
 
 class Engine:
-    """budget_bytes: of keys and values. adapters: those that requests may name.
+    """A base's engine. budget_bytes: memory of keys and values. adapters: what requests may name.
 
-    ConfigError: the base's answers by blocks are not proven to be its own (decoding/proof.py).
+    Raises ConfigError if decoding by blocks is not proven on the base (decoding/proof.py).
     """
 
     def __init__(
@@ -72,15 +71,13 @@ class Engine:
         )
         self.decode_step = decode_step_of(base)
         self.lanes = Lanes(base, blocks, adapters, self.decode_step)
-        self._drawings: dict[int, ChoiceSampler] = {}
+        self._samplers: dict[int, ChoiceSampler] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens
 
     def add(self, request: Request) -> tuple[Answer, ...]:
-        """It waits. ConfigError: an id without a row; and what Adapters.expect and Scheduler.add
-        raise.
-
-        Which ids an adapter brings is for whoever asks with it to know.
+        """Queues a request. Raises ConfigError for an id without a row, and the errors of
+        AdapterSource.expect and Scheduler.add. Ids of requests with adapters are not checked.
         """
         ids = (*request.prompt, *(token for token, _ in request.sampling.logit_bias))
         if self._ids is not None and not request.adapter and (most := max(ids)) >= self._ids:
@@ -92,11 +89,11 @@ class Engine:
         return self.scheduler.add(request)
 
     def cancel(self, answer: Answer) -> None:
-        """It ends with the tokens it has, and its blocks are free: the next step tells."""
+        """Ends an answer with the tokens it has. The next step reports it."""
         self.scheduler.cancel(answer)
 
     def run(self) -> list[Answer]:
-        """Steps until nothing is left: all that ended, in the order in which they did."""
+        """Steps until nothing is left. Returns all answers in the order in which they ended."""
         ended: list[Answer] = []
         while not self.scheduler.idle:
             ended += self.step(0.0)
@@ -104,11 +101,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self, now: float) -> list[Answer]:
-        """One step; returns the answers that have ended.
+        """Computes one step and returns the answers that have ended.
 
-        Where memory does not suffice, fewer tokens are computed; an answer that cannot get one
-        alone ends. Where a step fails otherwise, each of its rows is computed alone, and those end
-        that fail then too.
+        Out of memory, it computes fewer tokens; an answer that fails with a single token ends. If a
+        step fails otherwise, each of its spans is computed alone, and those that fail again end.
         """
         ended: list[Answer] = []
         most: int | None = None
@@ -134,25 +130,25 @@ class Engine:
     def _undo(self) -> None:
         self.scheduler.undo_step()
         self.lanes.forget()
-        self._drawings.clear()  # some may have seen tokens that do not count
+        self._samplers.clear()  # some may have counted discarded tokens
 
     def _each_alone(self, failed: StepPlan, fault: Exception) -> list[Answer]:
-        """Answers that end meanwhile. What a row fails with alone ends it; the next step tells of
-        it."""
+        """Computes each span of a failed plan alone. A span that fails again ends its answer, which
+        the next step reports. Returns answers that end meanwhile."""
         ended: list[Answer] = []
         if len(failed.spans) == 1:
             self.scheduler.fail(failed.spans[0].sequence, fault)
             return ended
         for span in failed.spans:
             if span.sequence.state is not SequenceState.RUNNING:
-                continue  # it went back while another was computed
+                continue  # it was preempted meanwhile
             plan = self.scheduler.step_alone(span.sequence)
             ended += plan.ended
             try:
                 results = self._results(plan)
-            except Exception as own:
+            except Exception as span_fault:
                 self._undo()
-                self.scheduler.fail(span.sequence, own)
+                self.scheduler.fail(span.sequence, span_fault)
                 continue
             if results is None:
                 self._undo()
@@ -162,7 +158,7 @@ class Engine:
         return ended
 
     def _results(self, plan: StepPlan) -> dict[int, SampleResult] | None:
-        """What each answer draws, by number; None: the memory does not suffice."""
+        """What each answer draws, by number. None if out of memory."""
         try:
             computed = self.lanes.logits(plan) if plan.spans else []
         except Exception as fault:
@@ -180,37 +176,38 @@ class Engine:
         return drawn
 
     def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, SampleResult]:
-        """Each of the ids that it knows: tokens that one adapter brings are none to the others."""
+        """Draws for each answer among its own ids: new tokens of other adapters are excluded."""
         if self._ids is None or logits.shape[1] <= self._ids:
-            drawn = draw(logits, [(self._drawing(answer), answer.new) for answer in answers])
+            drawn = draw(logits, [(self._sampler(answer), answer.new) for answer in answers])
             return dict(zip((answer.number for answer in answers), drawn, strict=True))
-        found: dict[int, SampleResult] = {}
+        results: dict[int, SampleResult] = {}
         widths = [self._width(answer, self._ids) for answer in answers]
         for width in sorted(set(widths)):
-            numbers = [n for n, own in enumerate(widths) if own == width]
-            some = logits if len(numbers) == len(answers) else logits[numbers]
+            numbers = [n for n, answer_width in enumerate(widths) if answer_width == width]
+            chosen_logits = logits if len(numbers) == len(answers) else logits[numbers]
             drawn = draw(
-                some[:, :width], [(self._drawing(answers[n]), answers[n].new) for n in numbers]
+                chosen_logits[:, :width],
+                [(self._sampler(answers[n]), answers[n].new) for n in numbers],
             )
-            found |= dict(zip((answers[n].number for n in numbers), drawn, strict=True))
-        return found
+            results |= dict(zip((answers[n].number for n in numbers), drawn, strict=True))
+        return results
 
-    def _width(self, answer: Answer, own: int) -> int:
+    def _width(self, answer: Answer, base_ids: int) -> int:
         applied = self._adapters.applied(answer.request.adapter) if answer.request.adapter else ()
-        return width_of(applied, own)
+        return width_of(applied, base_ids)
 
-    def _drawing(self, answer: Answer) -> ChoiceSampler:
-        found = self._drawings.get(answer.number)
-        if found is None:
-            found = self._drawings[answer.number] = ChoiceSampler(
+    def _sampler(self, answer: Answer) -> ChoiceSampler:
+        sampler = self._samplers.get(answer.number)
+        if sampler is None:
+            sampler = self._samplers[answer.number] = ChoiceSampler(
                 answer.request, answer.choice, answer.new
             )
-        return found
+        return sampler
 
     def _let_go(self, ended: list[Answer]) -> list[Answer]:
         for answer in ended:
-            self._drawings.pop(answer.number, None)
-        if ended:  # their adapters may go
+            self._samplers.pop(answer.number, None)
+        if ended:  # their adapters may be dropped
             self.lanes.let_go(
                 {s.request.adapter for s in self.scheduler.running if s.request.adapter}
             )
