@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
@@ -34,16 +33,13 @@ from veneer.cli.common import (
 )
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
+from veneer.cli.training.plan_output import print_plan, write_run_file
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
 from veneer.training.config import EPOCHS_UNSAID, RunConfig
-from veneer.wording import clock, folded, millions, number, shown, size
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from veneer.plan.ask import PlanAnswer, PlanQuestion
-    from veneer.plan.table import PlanRow
+    from veneer.plan.ask import PlanQuestion
 
 UNITS = {
     "": 1,
@@ -57,7 +53,6 @@ UNITS = {
     "GIB": 2**30,
 }
 DOES_NOT_FIT = 3
-BAR = 40
 SETTINGS = (
     *(
         "base",
@@ -213,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(found.to_dict())
     console = make_console(json=args.json)
     if not args.json:
-        _show(console, found, question)
+        print_plan(console, found, question)
     if args.html:
         from veneer.files.atomic import atomic_file
         from veneer.report.plan_page import plan_page
@@ -224,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
             partial.write_text(page, encoding="utf-8")
         console.print(f"wrote {args.html}")
     if args.write:
-        _write(args, found)
+        write_run_file(args, found)
         several = f" --processes {args.processes}" if args.processes > 1 else ""
         console.print(f"wrote {args.write} · veneer train {args.write} --out runs/NAME{several}")
     alone = found.rows[0] if len(found.rows) == 1 else None
@@ -361,149 +356,3 @@ def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "epochs": passes,
     }
-
-
-def _show(console: Console, found: PlanAnswer, question: PlanQuestion) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from veneer.report.plan_page import spread_lines, verdict
-
-    matrix = len(question.bases) > 1
-    rows = question.rows
-    what = (
-        f"{len(rows):,} rows"
-        if rows
-        else f"{question.choice.batch} × {question.choice.length} tokens a step"
-    )
-    memory = f" · {size(found.memory)} of memory" if found.memory else ""
-    many = question.choice.processes
-    several = (
-        f" · {many:,} processes{', the base in shards' if question.choice.in_shards else ''}"
-        if many > 1
-        else ""
-    )
-    head = f"{shown(', '.join(question.bases))} · {what} · {found.machine.name}{memory}{several}"
-    console.print(Text(folded(head, console.width)))
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
-    names = ["method", "trained", "file", "memory", "tokens/s", "run"]
-    for name in (
-        (["base"] if matrix else [])
-        + names
-        + (["cost"] if question.price_per_hour else [])
-        + ["fits"]
-    ):
-        table.add_column(
-            name, justify="left" if name in ("base", "method", "fits") else "right", no_wrap=True
-        )
-    for row in found.rows:
-        cells = [
-            row.choice.label,
-            millions(row.trainable_parameters),
-            size(row.file_bytes),
-            size(row.needed_bytes),
-            (
-                number(row.tokens_per_second)
-                if row.tokens_per_second < 1000
-                else f"{row.tokens_per_second:,.0f}"
-            ),
-            "–" if row.run_seconds is None else clock(row.run_seconds),
-        ]
-        if question.price_per_hour:
-            cells.append("–" if row.cost is None else f"{row.cost:,.2f}")
-        mark = {None: "–", True: "yes", False: "no"}[row.fits]
-        table.add_row(
-            *([shown(row.base)] if matrix else []),
-            *cells,
-            mark,
-            style=None if row.fits is not False else "dim",
-        )
-    console.print(table)
-    for row in found.rows:
-        if not matrix:
-            _bar(console, row, max(r.needed_bytes for r in found.rows))
-            for line in spread_lines(row):
-                console.print(Text(folded("    " + line, console.width), style="dim"))
-    for row in found.rows if not matrix else []:
-        if (told := verdict(row)) and (row.fits is False or len(found.rows) == 1):
-            console.print(Text(folded(f"  {row.choice.label}: {told}", console.width)))
-    for fault in found.faults:
-        console.print(Text("  " + shown(fault), style="dim"))
-    if (advice := found.advice) is not None:
-        console.print(
-            Text(
-                f"take {advice.choice.label}, learning rate {advice.learning_rate:g}", style="bold"
-            )
-        )
-        for reason in advice.reasons:
-            console.print(Text("  " + reason), soft_wrap=False)
-    for note in found.notes:
-        console.print(Text(note, style="dim"))
-
-
-def _bar(console: Console, row: PlanRow, most: int) -> None:
-    """One line: the parts of the peak, the largest first, as long as their share."""
-    from rich.text import Text
-
-    styles = ("blue", "yellow", "green", "magenta", "white", "cyan", "red", "bright_black")
-    line = Text(f"  {row.choice.label:<10} ")
-    named = []
-    for (label, part), style in zip(row.parts.items(), styles * 2, strict=False):
-        cells = round(BAR * part / most)
-        line.append("█" * cells, style=style)
-        if cells:
-            named.append((f"{label} {size(part)}", style))
-    console.print(line)
-    told = Text("             ")
-    width = 13
-    for text, style in named:
-        if width + len(text) + 2 > console.width:
-            told.append("\n             ")
-            width = 13
-        told.append("■ ", style=style).append(text + "  ", style="dim")
-        width += len(text) + 4
-    console.print(told)
-
-
-def _write(args: argparse.Namespace, found: PlanAnswer) -> None:
-    """The run file: what was advised, else what was planned, with the changes that make it fit."""
-    import yaml
-
-    from veneer.files.atomic import atomic_file
-
-    row = found.rows[0]
-    choice = row.choice if row.way is None else row.way.choice
-    rate = None
-    if found.advice is not None:
-        choice, rate = found.advice.choice, found.advice.learning_rate
-    settings: dict[str, Any] = {
-        "base": args.base or row.base,
-        "data": (
-            {"train": args.data, "map": columns}
-            if (columns := parse_columns(args))
-            else args.data or "ROWS.jsonl"
-        ),
-        "method": (
-            choice.method.model_dump(mode="json", exclude_defaults=True)
-            | {"name": choice.method.name}
-        ),
-        "batch": choice.batch,
-        "length": choice.length,
-    }
-    for name, value in (
-        ("quantize", choice.quantize),
-        ("micro_batch", choice.micro_batch),
-        ("learning_rate", rate),
-        ("steps", args.steps),
-        ("checkpointing", choice.checkpointing or None),
-        ("shard", choice.shard or None),
-        ("reduce", None if choice.reduce == "plain" else choice.reduce),
-        ("dtype", None if choice.dtype == "auto" else choice.dtype),
-    ):
-        if value is not None:
-            settings[name] = value
-    settings["out"] = "runs/" + Path(args.data or "run").stem
-    with atomic_file(args.write) as partial:
-        partial.write_text(
-            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
