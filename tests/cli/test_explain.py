@@ -24,23 +24,23 @@ def codes_of_the_source() -> set[str]:
 
 
 def test_every_code_of_the_source_has_an_entry_and_none_stands_there_in_vain():
-    assert codes_of_the_source() == set(explain.codes())
+    assert codes_of_the_source() == set(explain.load_codes())
 
 
 def test_every_entry_has_cause_way_out_and_an_example_that_a_screen_holds():
-    for code, entry in explain.codes().items():
+    for code, entry in explain.load_codes().items():
         assert set(entry) == set(explain.FIELDS) and all(entry.values()), code
         assert (
             not entry["title"].endswith(".")
             and entry["cause"].endswith(".")
             and len(entry["title"]) < 74
         ), code
-    assert list(explain.codes()) == sorted(explain.codes())
+    assert list(explain.load_codes()) == sorted(explain.load_codes())
 
 
 def test_the_page_is_made_of_the_same_entries():
-    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == explain.page(
-        explain.codes()
+    assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == explain.format_page(
+        explain.load_codes()
     )
 
 
@@ -53,7 +53,7 @@ def test_explain_says_what_a_code_means(capsys):
         and "T601" in out
     )
     assert main.main(["explain"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(explain.codes())
+    assert len(capsys.readouterr().out.splitlines()) == len(explain.load_codes())
     assert main.main(["explain", "D107", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["D107"]["cause"]
     assert main.main(["explain", "D170"]) == 2

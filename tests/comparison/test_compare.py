@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from tests.support.tiny import save_tiny
-from veneer.cli.training.compare import _table
+from veneer.cli.training.compare import _comparison_table
 from veneer.comparison import circumstances
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
@@ -529,7 +529,7 @@ def test_on_the_screen_80_columns_hold_every_figure_and_a_failure_is_named() -> 
     )
     failed = method("qlora", 0.1, (-0.1, 0.1), failure="diverged")
     console = Console(width=80, file=io.StringIO())
-    console.print(_table(figures_of(slow, failed, best="bottleneck")))
+    console.print(_comparison_table(figures_of(slow, failed, best="bottleneck")))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "…" not in shown

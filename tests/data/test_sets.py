@@ -571,7 +571,7 @@ def test_a_comparison_maps_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         "veneer.api.compare", lambda configs, **_: seen.append(configs[0][1].data.map) or {}
     )
-    monkeypatch.setattr("veneer.cli.training.compare._table", lambda figures: "")
+    monkeypatch.setattr("veneer.cli.training.compare._comparison_table", lambda figures: "")
     base = str(save_tiny(tmp_path / "base"))
     asked = [
         "compare",

@@ -54,11 +54,11 @@ def pause_collection() -> Iterator[None]:
 
 def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
     """A command's action, whose own page begins with what the list of them says."""
-    said = help[0].upper() + help[1:] + "."
-    made: argparse.ArgumentParser = actions.add_parser(
-        name, help=help, description=said, allow_abbrev=False
+    description = help[0].upper() + help[1:] + "."
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name, help=help, description=description, allow_abbrev=False
     )
-    return made
+    return parser
 
 
 def add_json(parser: argparse._ActionsContainer) -> None:
@@ -121,14 +121,14 @@ def add_map(parser: argparse._ActionsContainer) -> None:
 
 def parse_columns(args: argparse.Namespace) -> dict[str, str | None]:
     """Of --map COLUMN=NAME. ConfigError: it is not written so."""
-    found: dict[str, str | None] = {}
-    for each in args.columns:
-        column, sign, name = each.partition("=")
+    columns: dict[str, str | None] = {}
+    for text in args.columns:
+        column, sign, name = text.partition("=")
         if not column or not name or not sign:
             step = "For instance --map question=prompt --map answer=completion."
-            raise ConfigError(f"--map {each}: write --map COLUMN=NAME", next_step=step)
-        found[column] = None if name == "null" else name
-    return found
+            raise ConfigError(f"--map {text}: write --map COLUMN=NAME", next_step=step)
+        columns[column] = None if name == "null" else name
+    return columns
 
 
 def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
@@ -157,41 +157,41 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_variables(args: argparse.Namespace) -> dict[str, Any]:
-    """Of --variable NAME=VALUE, the value read as YAML. ConfigError with all that is wrong."""
+    """Parses --variable NAME=VALUE, with YAML values. Raises ConfigError with all faults."""
     from veneer.adapters.preamble import check_variables
     from veneer.cli.config_file import UncheckedSettings, parse_yaml
 
-    found: dict[str, Any] = {}
-    for each in args.variables:
-        name, sign, text = each.partition("=")
+    variables: dict[str, Any] = {}
+    for assignment in args.variables:
+        name, sign, text = assignment.partition("=")
         if not sign or not name:
             raise ConfigError(
-                f"--variable {each}: write --variable NAME=VALUE",
-                next_step="enable_thinking=false, say.",
+                f"--variable {assignment}: write --variable NAME=VALUE",
+                next_step="For instance enable_thinking=false.",
             )
-        found[name] = parse_yaml(text, f"--variable {name}", UncheckedSettings())
-    check_variables(found)
-    return found
+        variables[name] = parse_yaml(text, f"--variable {name}", UncheckedSettings())
+    check_variables(variables)
+    return variables
 
 
 def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
     """What conversations get by themselves with these flags, which is told where an adapter is the
     reason."""
-    asked = base.preamble.asked(args.system, parse_variables(args))
-    if base.preamble and asked:
-        parts = [] if asked.system is None else [f"system: {cut(asked.system, 60)!r}"]
+    preamble = base.preamble.asked(args.system, parse_variables(args))
+    if base.preamble and preamble:
+        parts = [] if preamble.system is None else [f"system: {cut(preamble.system, 60)!r}"]
         parts += [
             f"{name}: {json.dumps(value, ensure_ascii=False)}"
-            for name, value in asked.variables.items()
+            for name, value in preamble.variables.items()
         ]
         off = (
             "  (--system '' leaves it out)"
-            if asked.system is not None and args.system is None
+            if preamble.system is not None and args.system is None
             else ""
         )
         line = f"asked as the adapter was trained · {' · '.join(parts)}{off}"
         make_console(json=True).print(shown(line), style="dim", soft_wrap=True)
-    return asked
+    return preamble
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:
@@ -326,11 +326,11 @@ def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
 
 
 def resolve_weight_format(
-    asked: Quantize | None, adapter: Path | None, *, force_base: bool
+    given_format: Quantize | None, adapter: Path | None, *, force_base: bool
 ) -> tuple[Quantize | None, list[str]]:
     """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its
     base is overridden."""
-    quantize = asked
+    quantize = given_format
     if quantize is None and adapter is not None and not force_base:
         quantize = read_quantize(adapter)
     keeps = weight_format(quantize).keeps_dense
@@ -338,17 +338,17 @@ def resolve_weight_format(
 
 
 def pair_with_weights(
-    named: Sequence[str], weights: Sequence[float] | None, library: str | None
+    names: Sequence[str], weights: Sequence[float] | None, library: str | None
 ) -> list[tuple[Path, float]]:
     """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for
     each."""
-    if weights and len(weights) != len(named):
+    if weights and len(weights) != len(names):
         raise ConfigError(
-            f"{len(named)} adapters and {len(weights)} weights",
+            f"{len(names)} adapters and {len(weights)} weights",
             next_step="Give one weight for each.",
         )
-    folders = [locate_adapter(each, library) for each in named]
-    return list(zip(folders, weights or [1.0] * len(named), strict=True))
+    folders = [locate_adapter(name, library) for name in names]
+    return list(zip(folders, weights or [1.0] * len(names), strict=True))
 
 
 def read_quantize(folder: Path) -> Quantize | None:
@@ -368,8 +368,8 @@ def read_dense_modules(folder: Path) -> list[str]:
     """What the adapter's run left dense, from the recipe that the adapter keeps."""
     file = folder / "veneer.json"
     recipe = read_json(file).get("recipe") if file.is_file() else None
-    kept = recipe.get("keep_dense") if isinstance(recipe, dict) else None
-    return [str(name) for name in kept] if isinstance(kept, list) else []
+    module_names = recipe.get("keep_dense") if isinstance(recipe, dict) else None
+    return [str(name) for name in module_names] if isinstance(module_names, list) else []
 
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -41,13 +41,13 @@ def collect_words() -> dict[str, CommandWords]:
     """Collects the words of every command, and of every action as `command action`."""
     from veneer.cli.main import COMMANDS, command_module
 
-    found: dict[str, CommandWords] = {}
+    words: dict[str, CommandWords] = {}
     for name, about in COMMANDS.items():
         parser = argparse.ArgumentParser(add_help=True)
         command_module(name).add_arguments(parser)
-        found |= _words(name, about, parser)
-    found["train"].flags.update(_words_of_settings())
-    return found
+        words |= _words_of_parser(name, about, parser)
+    words["train"].flags.update(_words_of_settings())
+    return words
 
 
 def _words_of_settings() -> dict[str, tuple[str, ...]]:
@@ -60,12 +60,14 @@ def _words_of_settings() -> dict[str, tuple[str, ...]]:
     words = {
         f"--{name.replace('_', '-')}": words_at(RunConfig, path) for name, path in FLAGS.items()
     }
-    return {flag: each for flag, each in words.items() if each} | {
+    return {flag: choices for flag, choices in words.items() if choices} | {
         "--method": (*METHODS, *SHORT_FORMS)
     }
 
 
-def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, CommandWords]:
+def _words_of_parser(
+    name: str, about: str, parser: argparse.ArgumentParser
+) -> dict[str, CommandWords]:
     flags: dict[str, tuple[str, ...]] = {}
     inner: dict[str, CommandWords] = {}
     actions: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ def _words(name: str, about: str, parser: argparse.ArgumentParser) -> dict[str, 
         if isinstance(each, argparse._SubParsersAction):
             helps = {action.dest: action.help or "" for action in each._choices_actions}
             for action, its in each.choices.items():
-                inner |= _words(f"{name} {action}", helps.get(action, ""), its)
+                inner |= _words_of_parser(f"{name} {action}", helps.get(action, ""), its)
             actions = tuple(each.choices)
         elif each.option_strings:
             known = tuple(map(str, each.choices or ()))
@@ -139,24 +141,27 @@ def zsh(words: Mapping[str, CommandWords]) -> str:
 
 def fish(words: Mapping[str, CommandWords]) -> str:
     lines = ["# veneer: what may be typed next; made by `veneer completion`"]
-    for name, its in words.items():
+    for name, command_words in words.items():
         top, _, action = name.partition(" ")
-        about = _fish(its.about)
+        about = _fish(command_words.about)
         if action:
-            seen = f"__fish_seen_subcommand_from {top}; and __fish_seen_subcommand_from {action}"
-            none = (
+            has_command = (
+                f"__fish_seen_subcommand_from {top}; and __fish_seen_subcommand_from {action}"
+            )
+            no_action = (
                 f"__fish_seen_subcommand_from {top}; and not __fish_seen_subcommand_from"
                 f" {' '.join(words[top].actions)}"
             )
-            lines.append(f"complete -c veneer -n {_fish(none)} -a {action} -d {about}")
+            lines.append(f"complete -c veneer -n {_fish(no_action)} -a {action} -d {about}")
         else:
-            seen = f"__fish_seen_subcommand_from {top}"
+            has_command = f"__fish_seen_subcommand_from {top}"
             lines.append(f"complete -c veneer -n __fish_use_subcommand -a {top} -d {about}")
-        for flag, known in its.flags.items():
-            takes = f" -xa {_fish(' '.join(known))}" if known else ""
-            lines.append(f"complete -c veneer -n {_fish(seen)} -l {flag[2:]}{takes}")
-        if its.choices:
-            lines.append(f"complete -c veneer -n {_fish(seen)} -a {_fish(' '.join(its.choices))}")
+        for flag, values in command_words.flags.items():
+            takes = f" -xa {_fish(' '.join(values))}" if values else ""
+            lines.append(f"complete -c veneer -n {_fish(has_command)} -l {flag[2:]}{takes}")
+        if command_words.choices:
+            choices = _fish(" ".join(command_words.choices))
+            lines.append(f"complete -c veneer -n {_fish(has_command)} -a {choices}")
     return "\n".join([*lines, ""])
 
 

@@ -74,7 +74,7 @@ class UncheckedSettings:
         for depth, key in enumerate(path[:-1], 1):
             child = node.get(key)
             if not isinstance(child, dict):
-                child = {} if child is None else _opened(path[:depth], child)
+                child = {} if child is None else _expand_short_form(path[:depth], child)
                 if path[:depth] == ("method",) and path != ("method", "name"):
                     child.setdefault("name", "lora")  # --rank 8 alone: the default method's rank
                 node[key] = child
@@ -108,11 +108,11 @@ def read_run_config(
     for name in FLAGS:  # in this order: a method is named before its settings are given
         if (value := flags.get(name)) is not None:
             _put_flag(settings, name, value)
-    for column, to in (columns or {}).items():
-        settings.put(("data", "map", column), to, f"--map {column}={to}")
-    for each in sets:
-        _read_set(settings, each)
-    config, faults = _validated(settings)
+    for column, new_name in (columns or {}).items():
+        settings.put(("data", "map", column), new_name, f"--map {column}={new_name}")
+    for text in sets:
+        _apply_set(settings, text)
+    config, faults = _validate(settings)
     if config is None or settings.faults:
         where = f"{file} and the flags" if file is not None else "the flags"
         raise ConfigError(
@@ -142,14 +142,14 @@ def describe_setting(path: KeyPath) -> str:
 def summarize_setting(path: KeyPath) -> str:
     """What a setting is, up to the first colon or semicolon, and its default: for a list of
     many."""
-    said = re.split(r"[;:](?: |$)|\.(?: |$)", describe_setting(path))[0]
+    summary = re.split(r"[;:](?: |$)|\.(?: |$)", describe_setting(path))[0]
     default = field_at(RunConfig, path).default
     plain = (
         isinstance(default, int | float | str)
         and not isinstance(default, bool)
         and path[-1] != "name"
     )
-    return f"{said} (default: {default})" if plain else said
+    return f"{summary} (default: {default})" if plain else summary
 
 
 def _read_file(settings: UncheckedSettings, file: Path) -> None:
@@ -201,24 +201,24 @@ def parse_yaml(text: str, name: str, settings: UncheckedSettings) -> Any:
 
 def _walk(node: yaml.Node, path: KeyPath, name: str, settings: UncheckedSettings) -> None:
     if isinstance(node, yaml.SequenceNode):
-        for index, each in enumerate(node.value):
-            _walk(each, (*path, str(index)), name, settings)
+        for index, item in enumerate(node.value):
+            _walk(item, (*path, str(index)), name, settings)
     if not isinstance(node, yaml.MappingNode):
         return
-    seen: dict[str, int] = {}
+    first_lines: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode):
-            below = (*path, key.value)
-            if key.value in seen:
-                first = seen[key.value]
+            key_path = (*path, key.value)
+            if key.value in first_lines:
+                first = first_lines[key.value]
                 settings.faults.append(
-                    f"C313 {name}:{line} {'.'.join(below)!r} stands there twice, first in line"
+                    f"C313 {name}:{line} {'.'.join(key_path)!r} stands there twice, first in line"
                     f" {first}: keep one"
                 )
-            seen[key.value] = line
-            settings.origins[below] = f"{name}:{line}"
-            _walk(value, below, name, settings)
+            first_lines[key.value] = line
+            settings.origins[key_path] = f"{name}:{line}"
+            _walk(value, key_path, name, settings)
 
 
 def _put_flag(settings: UncheckedSettings, name: str, value: Any) -> None:
@@ -231,11 +231,12 @@ def _put_flag(settings: UncheckedSettings, name: str, value: Any) -> None:
         settings.put(FLAGS[name], value, origin)
 
 
-def _read_set(settings: UncheckedSettings, each: str) -> None:
-    path, sign, text = each.partition("=")
+def _apply_set(settings: UncheckedSettings, assignment: str) -> None:
+    path, sign, text = assignment.partition("=")
     if not sign or not all(path.split(".")):
         settings.faults.append(
-            f"C314 --set {each}: write --set path=value, for instance --set data.long_rows=drop"
+            f"C314 --set {assignment}: write --set path=value, for instance --set"
+            " data.long_rows=drop"
         )
         return
     _put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
@@ -250,14 +251,14 @@ def _put_yaml(settings: UncheckedSettings, path: KeyPath, text: str, origin: str
     settings.put(path, value, origin)
 
 
-def _opened(path: KeyPath, value: Any) -> dict[str, Any]:
+def _expand_short_form(path: KeyPath, value: Any) -> dict[str, Any]:
     """`data: rows.jsonl` as {train: rows.jsonl}, `method: lora` as {name: lora}."""
     short_forms: dict[KeyPath, str] = {("data",): "train", ("method",): "name"}
     short = short_forms.get(path)
     return {short: value} if short else {}
 
 
-def _validated(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]:
+def _validate(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]:
     """The config, or every fault. Checks across fields run only where the fields are sound, so
     faulty values are taken out and the rest is checked again until nothing new is found."""
     values = _copy(settings.values)
@@ -266,20 +267,20 @@ def _validated(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]
         try:
             config = RunConfig.model_validate(values)
         except ValidationError as error:
-            found = faults_of(
+            new_faults = faults_of(
                 RunConfig, error, values, _names(settings.values), lambda path: repr(".".join(path))
             )
             faults += [
-                f"{code} {settings.origin(path)} {said}"
-                for (path, _), (code, said) in found.items()
+                f"{code} {settings.origin(path)} {message}"
+                for (path, _), (code, message) in new_faults.items()
             ]
-            for path, kind in found:
-                _mend(values, path, missing=kind == "missing")
+            for path, kind in new_faults:
+                _remove_fault(values, path, missing=kind == "missing")
         else:
             return (None if faults else config), faults
 
 
-def _mend(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
+def _remove_fault(values: dict[Any, Any], path: KeyPath, *, missing: bool) -> None:
     """Takes the faulty value out; where one is needed, puts one that passes."""
     if (
         not path
@@ -327,5 +328,5 @@ def list_setting_paths(method: str = "lora") -> list[KeyPath]:
 
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _copy(each) for key, each in value.items()}
-    return [_copy(each) for each in value] if isinstance(value, list) else value
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -84,7 +84,7 @@ def find_facts() -> dict[str, dict[str, Any]]:
     from veneer.files.home import expanded
     from veneer.library.library import Library
 
-    held = memory()
+    memory_info = memory()
     cache = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"
@@ -113,13 +113,13 @@ def find_facts() -> dict[str, dict[str, Any]]:
             "our kernels use": _kernels(),
         },
         "products": {
-            f"{name} takes": f"{found.times:.2g} times as long as float32: held as {found.name}"
+            f"{name} takes": f"{choice.times:.2g} times as long as float32: held as {choice.name}"
             for name in ("bfloat16", "float16")
-            if (found := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
+            if (choice := choose(DTYPES[name], "auto", torch.device("cpu"))).times is not None
         },
         "memory": {
-            "total_bytes": held.get("MemTotal"),
-            "available_bytes": held.get("MemAvailable"),
+            "total_bytes": memory_info.get("MemTotal"),
+            "available_bytes": memory_info.get("MemAvailable"),
         },
         "gpu": {
             "cuda": torch.version.cuda,
@@ -173,4 +173,4 @@ def _version(package: str) -> str | None:
 
 
 def _nearest_existing(path: Path) -> Path:
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(folder for folder in (path, *path.parents) if folder.exists())

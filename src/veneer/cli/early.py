@@ -30,7 +30,7 @@ def check_plannable(source: str) -> None:
 
 def check_rows(*named: str | None) -> None:
     """Raises DataError with every data set that is missing."""
-    refuse_missing([each for each in named if each is not None])
+    refuse_missing([name for name in named if name is not None])
 
 
 def check_place(config: RunConfig, *, resume: bool) -> None:
@@ -48,7 +48,9 @@ def check_place(config: RunConfig, *, resume: bool) -> None:
 def check_run(config: RunConfig) -> None:
     """Checks that the base and the rows of a run exist."""
     check_base(config.base)
-    check_rows(*(one.path for one in (*config.data.train_sets, *config.data.validation_sets)))
+    check_rows(
+        *(row_set.path for row_set in (*config.data.train_sets, *config.data.validation_sets))
+    )
 
 
 def check_new(out: str | Path) -> None:

@@ -38,66 +38,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    known = codes()
-    asked = [_known_name(name, known) for name in args.names]
-    if unknown := [name for name, chosen in zip(args.names, asked, strict=True) if not chosen]:
-        near = {name: get_close_matches(name.upper(), known, n=3, cutoff=0.7) for name in unknown}
-        told = [
-            name + (f": did you mean {', '.join(near[name])}?" if near[name] else "")
+    all_codes = load_codes()
+    entries_by_name = [_find_entries(name, all_codes) for name in args.names]
+    if unknown := [
+        name for name, chosen in zip(args.names, entries_by_name, strict=True) if not chosen
+    ]:
+        similar = {
+            name: get_close_matches(name.upper(), all_codes, n=3, cutoff=0.7) for name in unknown
+        }
+        unknown_names = [
+            name + (f": did you mean {', '.join(similar[name])}?" if similar[name] else "")
             for name in unknown
         ]
         step = "`veneer explain` lists the codes, `veneer explain settings` the settings."
-        raise ConfigError("there is no such code or setting", told, step)
-    chosen = {name: entry for entries in asked for name, entry in entries.items()} or known
+        raise ConfigError("there is no such code or setting", unknown_names, step)
+    chosen = {
+        name: entry for entries in entries_by_name for name, entry in entries.items()
+    } or all_codes
     if args.json:
         print_json(chosen)
     elif args.markdown:
-        print(page(chosen), end="")
-    elif asked:
+        print(format_page(chosen), end="")
+    elif entries_by_name:
         texts = [
-            text(name, entry) if "title" in entry else setting_text(name, entry)
+            format_code(name, entry) if "title" in entry else format_setting(name, entry)
             for name, entry in chosen.items()
         ]
-        print(("\n\n" if len(asked) == len(texts) else "\n").join(texts))
+        print(("\n\n" if len(entries_by_name) == len(texts) else "\n").join(texts))
     else:
         print("\n".join(f"{code}  {entry['title']}" for code, entry in chosen.items()))
     return 0
 
 
-def _known_name(name: str, known: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+def _find_entries(name: str, all_codes: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """What a name stands for: a code, a setting by its path or by the end of it, several settings;
     empty if nothing."""
-    if name.upper() in known:
-        return {name.upper(): known[name.upper()]}
-    every = settings()
+    if name.upper() in all_codes:
+        return {name.upper(): all_codes[name.upper()]}
+    all_settings = load_settings()
     if name == "settings":
-        return every
+        return all_settings
     return {
-        path: entry for path, entry in every.items() if path == name or path.endswith(f".{name}")
-    } or {path: entry for path, entry in every.items() if path.startswith(f"{name}.")}
+        path: entry
+        for path, entry in all_settings.items()
+        if path == name or path.endswith(f".{name}")
+    } or {path: entry for path, entry in all_settings.items() if path.startswith(f"{name}.")}
 
 
-def settings() -> dict[str, dict[str, str]]:
+def load_settings() -> dict[str, dict[str, str]]:
     """Every setting of a run by its path: its meaning and, of a method's, the methods that have
     it."""
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import describe_setting, list_setting_paths
     from veneer.files.settings import described
 
-    found: dict[str, dict[str, str]] = {}
+    entries: dict[str, dict[str, str]] = {}
     for method in METHODS:
         for path in list_setting_paths(method):
-            entry = found.setdefault(".".join(path), {"meaning": "", "methods": ""})
+            entry = entries.setdefault(".".join(path), {"meaning": "", "methods": ""})
             if path[0] == "method" and path[1] != "name":
                 entry["meaning"] = entry["meaning"] or described(METHODS[method], path[1:])
                 entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
             else:
                 entry["meaning"] = describe_setting(path)
     order = {path: number for number, path in enumerate(map(".".join, list_setting_paths()))}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0], order["method.init"])))
+    return dict(sorted(entries.items(), key=lambda item: order.get(item[0], order["method.init"])))
 
 
-def setting_text(path: str, entry: dict[str, str]) -> str:
+def format_setting(path: str, entry: dict[str, str]) -> str:
     """For the screen: the path, and its meaning in a column."""
     from textwrap import wrap
 
@@ -108,7 +116,7 @@ def setting_text(path: str, entry: dict[str, str]) -> str:
     )
 
 
-def codes() -> dict[str, dict[str, str]]:
+def load_codes() -> dict[str, dict[str, str]]:
     """Every code with its FIELDS."""
     return tomllib.loads(FILE.read_text(encoding="utf-8"))
 
@@ -118,27 +126,27 @@ def find_codes(message: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"^\s*([A-Z]\d{3}) ", message, re.MULTILINE)))
 
 
-def more(found: list[str]) -> str:
+def point_to_codes(codes_: list[str]) -> str:
     """The line that leads here from a message with these codes."""
-    return f"More on {'it' if len(found) == 1 else 'each'}: veneer explain {' '.join(found[:6])}"
+    return f"More on {'it' if len(codes_) == 1 else 'each'}: veneer explain {' '.join(codes_[:6])}"
 
 
-def text(code: str, entry: dict[str, str]) -> str:
+def format_code(code: str, entry: dict[str, str]) -> str:
     """For the screen: a line of 80 characters at most, and what belongs to it indented."""
     from textwrap import fill
 
     lines = [f"{code}  {entry['title']}"]
-    for field, called in FIELDS.items():
-        if called == "for instance":
-            lines += [f"  {called:<14}" + ("\n" + " " * 16).join(entry[field].split("\n"))]
-        elif called:
+    for field, label in FIELDS.items():
+        if label == "for instance":
+            lines += [f"  {label:<14}" + ("\n" + " " * 16).join(entry[field].split("\n"))]
+        elif label:
             lines.append(
-                fill(entry[field], 80, initial_indent=f"  {called:<14}", subsequent_indent=" " * 16)
+                fill(entry[field], 80, initial_indent=f"  {label:<14}", subsequent_indent=" " * 16)
             )
     return "\n".join(lines)
 
 
-def page(known: dict[str, dict[str, str]]) -> str:
+def format_page(entries: dict[str, dict[str, str]]) -> str:
     """docs/errors.md."""
     head = (
         "# Error codes\n\nA message that has a code begins a line with it. `veneer explain D107`"
@@ -149,6 +157,6 @@ def page(known: dict[str, dict[str, str]]) -> str:
     sections = [
         f"\n## {code}\n\n**{entry['title']}.**"
         f" {entry['cause']}\n\n{entry['way']}\n\n```text\n{entry['example']}\n```\n"
-        for code, entry in known.items()
+        for code, entry in entries.items()
     ]
     return head + "".join(sections)

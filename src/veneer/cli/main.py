@@ -105,24 +105,26 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Flags that are none are told first, whatever else is missing, and with those that were
         meant."""
-        given = list(sys.argv[1:] if args is None else args)
-        if self._subparsers is None and (unknown := _find_unknown_flags(self, given)):
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None and (unknown := _find_unknown_flags(self, words)):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
             self.error(head + "\n  ".join(unknown))
-        return super().parse_known_args(given, namespace)
+        return super().parse_known_args(words, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """A choice that is none is told with the one that was meant."""
         if action.choices is not None and value not in action.choices:
-            known = [str(each) for each in action.choices]
-            meant = nearest_word(
+            choices = [str(choice) for choice in action.choices]
+            suggestion = nearest_word(
                 str(value),
-                known,
+                choices,
                 ACTIONS_ELSEWHERE if action.dest == "action" else CHOICES_ELSEWHERE,
             )
-            hint = f"did you mean {meant}?" if meant else f"one of {', '.join(known)}"
-            what = action.option_strings[-1] if action.option_strings else f"unknown {action.dest}"
-            self.error(f"{what} {value}: {hint}")
+            hint = f"did you mean {suggestion}?" if suggestion else f"one of {', '.join(choices)}"
+            subject = (
+                action.option_strings[-1] if action.option_strings else f"unknown {action.dest}"
+            )
+            self.error(f"{subject} {value}: {hint}")
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
@@ -130,51 +132,57 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _find_unknown_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
     """Each flag that the parser does not have, with the one that was meant."""
-    found = []
-    for place, word in enumerate(given):
+    unknown = []
+    for index, word in enumerate(words):
         flag, sign, value = word.partition("=")
         if word == "--":
             break
         if not re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", flag) or flag in parser._option_string_actions:
             continue
-        following = given[place + 1 : place + 2]
-        value = value if sign else "".join(each for each in following if not each.startswith("-"))
+        following = words[index + 1 : index + 2]
+        value = (
+            value
+            if sign
+            else "".join(next_word for next_word in following if not next_word.startswith("-"))
+        )
         key = flag.strip("-").replace("-", "_").lower()
-        meant = _find_meant_flag(parser, key, value or "...")
-        unneeded = NOT_NEEDED.get(key) if "--set" in parser._option_string_actions else None
+        suggestion = _find_meant_flag(parser, key, value or "...")
+        reason = NOT_NEEDED.get(key) if "--set" in parser._option_string_actions else None
         hint = (
-            f": did you mean {meant}?"
-            if meant
-            else f": leave it out ({unneeded})"
-            if unneeded
+            f": did you mean {suggestion}?"
+            if suggestion
+            else f": leave it out ({reason})"
+            if reason
             else ""
         )
-        found.append(flag + hint)
-    return found
+        unknown.append(flag + hint)
+    return unknown
 
 
 def _find_meant_flag(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
     """The flag, or the --set of a setting that has none, which somebody meant by a flag that is
     none."""
-    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    ours: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in own}
-    if "--set" in own:  # a command that takes settings, which has loaded them by now
+    parser_flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    names: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in parser_flags}
+    if "--set" in parser_flags:  # a command that takes settings, which has loaded them by now
         from veneer.cli.config_file import FLAGS, list_setting_paths
 
         flags = {path: "--" + name.replace("_", "-") for name, path in FLAGS.items()}
         for path in list_setting_paths():
             flag = flags.get(path)
-            ours.setdefault(path, flag if flag in own else f"--set {'.'.join(path)}={value}")
-    meant = nearest((key,), ours, value)
-    return None if meant is None else ours[meant]
+            names.setdefault(
+                path, flag if flag in parser_flags else f"--set {'.'.join(path)}={value}"
+            )
+    nearest_path = nearest((key,), names, value)
+    return None if nearest_path is None else names[nearest_path]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code. What it was asked for is written by then, or
     the code says so."""
-    before = sys.stdout, sys.stderr
+    previous_streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = sys.stdout or _open_devnull(), sys.stderr or _open_devnull()
     if hasattr(
         sys.stdin, "reconfigure"
@@ -197,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unwritten = _report_unwritten(result) if result.fault is not None else 0
         return code or unwritten
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = previous_streams
 
 
 def _report_unwritten(result: ResultStream) -> int:
@@ -219,8 +227,8 @@ def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int
     except VeneerError as error:
         print_error(_add_explanations(str(error)))
         return error.exit_code
-    except SystemExit as leaving:  # argparse, after --help or an error that it has printed
-        return int(leaving.code or 0)
+    except SystemExit as exit_request:  # argparse, after --help or an error that it has printed
+        return int(exit_request.code or 0)
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
@@ -238,9 +246,9 @@ def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int
             )
             return DoesNotFitError.exit_code
         # What the system refuses, or a device lacks, is no bug, wherever it shows.
-        if (told := refusal(fault) or missing_on_device(fault)) is not None:
-            print_error(str(told))
-            return told.exit_code
+        if (refused := refusal(fault) or missing_on_device(fault)) is not None:
+            print_error(str(refused))
+            return refused.exit_code
         traceback.print_exc()
         print_error(
             "This is a bug in Veneer, not in what you typed. Please report it to the project's"
@@ -250,11 +258,11 @@ def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int
 
 
 def _add_explanations(message: str) -> str:
-    """An error with what leads from its codes to more about them."""
-    from veneer.cli.explain import find_codes, more
+    """Adds to an error how to get explanations of its codes."""
+    from veneer.cli.explain import find_codes, point_to_codes
 
-    found = find_codes(message)
-    return f"{message}\n{more(found)}" if found else message
+    codes = find_codes(message)
+    return f"{message}\n{point_to_codes(codes)}" if codes else message
 
 
 def _open_devnull() -> TextIO:
@@ -278,18 +286,18 @@ def _run(argv: list[str], alone: bool) -> int:
     if argv[0].startswith("-"):
         parser.parse_args(argv)  # --help and --version leave from here
     if argv[0] not in COMMANDS:
-        meant = COMMANDS_ELSEWHERE.get(argv[0].lower()) or nearest_word(argv[0], COMMANDS)
-        hint = f": did you mean `veneer {meant}`?" if meant else ""
+        suggestion = COMMANDS_ELSEWHERE.get(argv[0].lower()) or nearest_word(argv[0], COMMANDS)
+        hint = f": did you mean `veneer {suggestion}`?" if suggestion else ""
         parser.error(f"unknown command {argv[0]!r}{hint}")
     command = command_module(argv[0])
-    own = Parser(
+    command_parser = Parser(
         prog=f"veneer {argv[0]}",
         description=command.__doc__,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    command.add_arguments(own)
-    parsed = own.parse_args(argv[1:])
+    command.add_arguments(command_parser)
+    parsed = command_parser.parse_args(argv[1:])
     if alone:
         import_module("veneer.files.remembered").begin()
         _announce_downloads()
@@ -319,10 +327,10 @@ def _show_next_steps(parser: argparse.ArgumentParser) -> int:
     if not sys.stdout.isatty():
         parser.print_help()
         return 0
-    from veneer.cli.next_steps import told
+    from veneer.cli.next_steps import format_next_steps
     from veneer.library.library import default_folder
 
-    print(told(Path(), default_folder()))
+    print(format_next_steps(Path(), default_folder()))
     return 0
 
 
@@ -333,10 +341,10 @@ def _announce_downloads() -> None:
 
     class FirstTimeHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            anew = (
+            line_start = (
                 "\r\033[2K" if sys.stderr.isatty() else ""
             )  # over a line that says how long, which comes again below
-            print(f"{anew}  {shown(record.getMessage())}", file=sys.stderr, flush=True)
+            print(f"{line_start}  {shown(record.getMessage())}", file=sys.stderr, flush=True)
 
     bases = logging.getLogger("veneer.bases")
     bases.setLevel(logging.INFO)

@@ -21,89 +21,95 @@ ROWS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 BASE = "smollm2-135m"
 
 
-def next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
+def find_next_steps(folder: Path, library: Path) -> list[tuple[str, list[str]]]:
     """Finds what is here and the commands for it, the most advanced first."""
-    found = []
-    runs = list(_runs(folder))
+    steps = []
+    runs = list(_find_runs(folder))
     done = [run for run in runs if (run / "summary.json").is_file()]
     for run in [run for run in runs if run not in done and (run / "checkpoints").is_dir()][:MOST]:
-        found.append((f"an unfinished run: {run}", [f"veneer train --resume {_named(run)}"]))
+        steps.append((f"an unfinished run: {run}", [f"veneer train --resume {_quote(run)}"]))
     for run in done[:MOST]:
-        whole = (run / "model").is_dir()
-        named = f"--base {_named(run / 'model')}" if whole else f"--adapter {_named(run)}"
-        commands = [f"veneer chat {named}", f"veneer evaluate {named} --data HELD_OUT.jsonl"]
-        commands += [] if whole else [f"veneer adapters add {_named(run)}"]
-        found.append((f"a finished run: {run}", commands))
-    for file in [file for file in _files(folder, (".yaml", ".yml")) if _is_run_file(file)][:MOST]:
-        found.append(
-            (f"a run file: {file}", [f"veneer plan {_named(file)}", f"veneer train {_named(file)}"])
+        has_model = (run / "model").is_dir()
+        flag = f"--base {_quote(run / 'model')}" if has_model else f"--adapter {_quote(run)}"
+        commands = [f"veneer chat {flag}", f"veneer evaluate {flag} --data HELD_OUT.jsonl"]
+        commands += [] if has_model else [f"veneer adapters add {_quote(run)}"]
+        steps.append((f"a finished run: {run}", commands))
+    for file in [file for file in _find_files(folder, (".yaml", ".yml")) if _is_run_file(file)][
+        :MOST
+    ]:
+        steps.append(
+            (f"a run file: {file}", [f"veneer plan {_quote(file)}", f"veneer train {_quote(file)}"])
         )
-    for file in _files(folder, ROWS)[:MOST]:
-        out = _named(
-            _free(folder, Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name))
+    for file in _find_files(folder, ROWS)[:MOST]:
+        out = _quote(
+            _find_free_folder(
+                folder, Path("runs") / re.sub(r"\.(jsonl|csv|parquet|gz)", "", file.name)
+            )
         )
-        found.append(
+        steps.append(
             (
                 f"rows: {file}",
                 [
-                    f"veneer data check {_named(file)} --base {BASE}",
-                    f"veneer train --base {BASE} --data {_named(file)} --out {out}",
+                    f"veneer data check {_quote(file)} --base {BASE}",
+                    f"veneer train --base {BASE} --data {_quote(file)} --out {out}",
                 ],
             )
         )
-    names = sorted(each.stem for each in _listed(library / "names") if each.suffix == ".json")
+    names = sorted(path.stem for path in _list_folder(library / "names") if path.suffix == ".json")
     if names:
-        some = ", ".join(names[:MOST]) + (", …" if len(names) > MOST else "")
+        first_names = ", ".join(names[:MOST]) + (", …" if len(names) > MOST else "")
         commands = ["veneer adapters ls", f"veneer chat --adapter {shlex.quote(names[0])}"]
-        found.append((f"{len(names):,} adapters in the library: {some}", commands))
-    if not found:
-        found.append(("no runs, rows or adapters here yet", ["veneer demo", "veneer train --help"]))
-    return found
+        steps.append((f"{len(names):,} adapters in the library: {first_names}", commands))
+    if not steps:
+        steps.append(("no runs, rows or adapters here yet", ["veneer demo", "veneer train --help"]))
+    return steps
 
 
-def told(folder: Path, library: Path) -> str:
+def format_next_steps(folder: Path, library: Path) -> str:
     """Formats the next steps as text."""
     lines = []
-    for what, commands in next_steps(folder, library):
-        lines += [shown(what), *(f"  {shown(_here(command))}" for command in commands)]
-    return "\n".join([*lines, "", f"{_here('veneer --help')} lists all commands."])
+    for what, commands in find_next_steps(folder, library):
+        lines += [shown(what), *(f"  {shown(_command_here(command))}" for command in commands)]
+    return "\n".join([*lines, "", f"{_command_here('veneer --help')} lists all commands."])
 
 
-def _here(command: str) -> str:
+def _command_here(command: str) -> str:
     """Replaces `veneer` by the name that works in this shell."""
     return typed_command() + command.removeprefix("veneer")
 
 
-def _free(folder: Path, out: Path) -> Path:
+def _find_free_folder(folder: Path, out: Path) -> Path:
     """Finds a folder name that is free: runs/rows, runs/rows-2, ..."""
     numbered = (out.with_name(f"{out.name}-{number}") for number in count(2))
-    return next(each for each in chain([out], numbered) if not (folder / each).exists())
+    return next(path for path in chain([out], numbered) if not (folder / path).exists())
 
 
-def _runs(folder: Path) -> Iterator[Path]:
+def _find_runs(folder: Path) -> Iterator[Path]:
     """Finds folders of runs here and in runs/, the newest first."""
-    near = [
-        *_listed(folder),
-        *_listed(folder / "runs"),
-        *(each / "run" for each in _listed(folder / "runs")),
+    candidates = [
+        *_list_folder(folder),
+        *_list_folder(folder / "runs"),
+        *(path / "run" for path in _list_folder(folder / "runs")),
     ]
-    runs = [each for each in near if (each / "run.yaml").is_file()]
-    yield from (each.relative_to(folder) for each in sorted(runs, key=_changed, reverse=True))
+    runs = [path for path in candidates if (path / "run.yaml").is_file()]
+    yield from (path.relative_to(folder) for path in sorted(runs, key=_modified_time, reverse=True))
 
 
-def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    files = [each for each in _listed(folder) if each.name.endswith(endings) and each.is_file()]
-    return [each.relative_to(folder) for each in sorted(files)]
+def _find_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    files = [
+        path for path in _list_folder(folder) if path.name.endswith(endings) and path.is_file()
+    ]
+    return [path.relative_to(folder) for path in sorted(files)]
 
 
-def _listed(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     try:
-        return [each for each in folder.iterdir() if not each.name.startswith(".")]
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError:
         return []
 
 
-def _changed(path: Path) -> float:
+def _modified_time(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:
@@ -119,5 +125,5 @@ def _is_run_file(file: Path) -> bool:
     return all(re.search(rf"^{key}\s*:", head, re.MULTILINE) for key in ("base", "data"))
 
 
-def _named(path: Path) -> str:
+def _quote(path: Path) -> str:
     return shlex.quote(str(path))

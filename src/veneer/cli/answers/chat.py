@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
         import readline  # noqa: F401  # input() then has arrow keys and a history
 
         who = f"adapter {args.adapter}" if args.adapter else "no adapter"
-        _tell(f"{base.source} · {who} · /help lists commands, Ctrl-D leaves")
+        _print_status(f"{base.source} · {who} · /help lists commands, Ctrl-D leaves")
     system = resolve_preamble(args, base).system
-    messages = _opening(system)
+    messages = _start_messages(system)
     while True:
         try:
             line, fenced = _read()
@@ -72,35 +72,35 @@ def run(args: argparse.Namespace) -> int:
         elif command in ("/exit", "/quit", "/bye"):
             return 0
         elif command == "/use":
-            if _use(base, rest, args):
+            if _switch_adapter(base, rest, args):
                 system = resolve_preamble(args, base).system
-                messages = _opening(system)
+                messages = _start_messages(system)
         elif command in ("/reset", "/system"):
             if command == "/system":
                 system = rest or None
-            messages = _opening(system)
-            _tell("new conversation")
+            messages = _start_messages(system)
+            _print_status("new conversation")
         else:
             help = reflowed(HELP, shutil.get_terminal_size().columns)
-            _tell(help if command == "/help" else f"unknown command {command}:\n{help}")
+            _print_status(help if command == "/help" else f"unknown command {command}:\n{help}")
 
 
-def _tell(text: str) -> None:
+def _print_status(text: str) -> None:
     print(shown(text), file=sys.stderr)
 
 
-def _use(base: Base, named: str, args: argparse.Namespace) -> bool:
+def _switch_adapter(base: Base, name: str, args: argparse.Namespace) -> bool:
     """Switches to an adapter, or to the base alone for an empty name. False if that failed."""
     try:
-        if named and named not in base.attachments:
+        if name and name not in base.attachments:
             base.load_adapter(
-                locate_adapter(named, args.library), name=named, force_base=args.force_base
+                locate_adapter(name, args.library), name=name, force_base=args.force_base
             )
-        base.use(named or None)
+        base.use(name or None)
     except VeneerError as error:
-        _tell(str(error))
+        _print_status(str(error))
         return False
-    _tell(f"adapter {named}, new conversation" if named else "no adapter, new conversation")
+    _print_status(f"adapter {name}, new conversation" if name else "no adapter, new conversation")
     return True
 
 
@@ -125,7 +125,7 @@ def _read() -> tuple[str, bool]:
     return "\n".join(lines).strip("\n"), True
 
 
-def _opening(system: str | None) -> Messages:
+def _start_messages(system: str | None) -> Messages:
     return [{"role": "system", "content": system}] if system is not None else []
 
 
@@ -151,7 +151,7 @@ def _answer(base: Base, messages: Messages, args: argparse.Namespace) -> Message
     except KeyboardInterrupt:
         answer = "".join(pieces)
     except VeneerError as error:  # for instance too long: the conversation continues without it
-        _tell(str(error))
+        _print_status(str(error))
         return messages[:-1]
     print(wrap.end())
     report_cut(answer, args.max_new_tokens)

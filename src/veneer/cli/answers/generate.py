@@ -58,7 +58,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _typed(source: TextIO) -> str:
+def _read_prompt(source: TextIO) -> str:
     """Reads the prompt from stdin; on a terminal, first says that it waits for one."""
     if source.isatty():
         print("Type the prompt, then Ctrl-D on an empty line:", file=sys.stderr)
@@ -66,21 +66,21 @@ def _typed(source: TextIO) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompt = args.prompt if args.prompt is not None else _typed(require_stdin())
+    prompt = args.prompt if args.prompt is not None else _read_prompt(require_stdin())
     if not prompt.strip():
         raise InputError("the prompt is empty", [], "Give it as an argument, or on stdin.")
     base = load_base(args)
     preamble = resolve_preamble(args, base)
-    asked: str | list[dict[str, Any]] = prompt  # a base without a chat template takes only text
+    messages: str | list[dict[str, Any]] = prompt  # a base without a chat template takes only text
     if preamble.system is not None:
-        asked = preamble.opening([{"role": "user", "content": prompt}])
+        messages = preamble.opening([{"role": "user", "content": prompt}])
     if base.tokenizer.chat_template is None:
         print(
             f"{shown(base.source)} has no chat template, so it continues the text", file=sys.stderr
         )
     streams = sys.stdout.isatty() and not args.json
     answer = base.generate(
-        asked,
+        messages,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         system="",
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         on_text=_print_piece if streams else None,
     )
     if args.json:
-        print_json({"prompt": asked, "answer": answer, "cut_after": answer.cut_after})
+        print_json({"prompt": messages, "answer": answer, "cut_after": answer.cut_after})
     else:
         # A file or a pipe gets the answer as it is; a terminal never gets its control characters.
         print("" if streams else answer)
@@ -96,16 +96,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def report_cut(answer: str, asked: int) -> None:
+def report_cut(answer: str, limit: int) -> None:
     """Reports on stderr that an answer was cut, and how to get the rest."""
     cut_after: int | None = getattr(
         answer, "cut_after", None
     )  # None if the user stopped the answer
     if cut_after is not None:
-        way = (
-            "increase --max-new-tokens" if cut_after == asked else "the model has no more positions"
+        remedy = (
+            "increase --max-new-tokens" if cut_after == limit else "the model has no more positions"
         )
-        print(f"cut after {cut_after:,} tokens: {way}", file=sys.stderr)
+        print(f"cut after {cut_after:,} tokens: {remedy}", file=sys.stderr)
 
 
 def _print_piece(text: str) -> None:

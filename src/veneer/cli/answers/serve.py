@@ -238,10 +238,12 @@ def _start_here(
     args: argparse.Namespace, settings: ServeSettings, keys: ApiKeys, library: Library
 ) -> ListeningServer:
     """Starts a server in this process. Raises ConfigError for flags that need a cluster."""
-    given = [f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None]
-    if given:
+    ray_flags = [
+        f"--{flag.replace('_', '-')}" for flag in ON_RAY if getattr(args, flag) is not None
+    ]
+    if ray_flags:
         raise ConfigError(
-            f"{', '.join(given)}: only for replicas on Ray",
+            f"{', '.join(ray_flags)}: only for replicas on Ray",
             [],
             "Give --on ray too, or leave them out.",
         )
@@ -249,12 +251,14 @@ def _start_here(
         from veneer import api
         from veneer.serve.start import open_server
     base = api.load(args.base, dtype=args.dtype, device=args.device, quantize=args.quantize)
-    opened = open_server(base, library, settings, keys)
-    service = opened.service
+    server = open_server(base, library, settings, keys)
+    service = server.service
     adapters = [card["id"] for card in service.names.cards()[1:]]
-    holds = f"key/value cache {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
-    told = _describe(service.names.base_name, adapters, holds, opened.url, keys, args.host)
-    return ListeningServer(opened.server, opened.socket, told)
+    cache_line = f"key/value cache {size(service.cache_bytes)} · {service.cache_tokens:,} tokens"
+    screen_lines = _describe(
+        service.names.base_name, adapters, cache_line, server.url, keys, args.host
+    )
+    return ListeningServer(server.server, server.socket, screen_lines)
 
 
 def _start_on_ray(
@@ -267,10 +271,10 @@ def _start_on_ray(
     from veneer.serve.start import url_of
 
     replicas = args.replicas or 1
-    most = args.max_replicas or replicas
-    if most < replicas:
+    max_replicas = args.max_replicas or replicas
+    if max_replicas < replicas:
         raise ConfigError(
-            f"--max-replicas {most} is less than --replicas {replicas}",
+            f"--max-replicas {max_replicas} is less than --replicas {replicas}",
             [],
             "Give --max-replicas as many or more.",
         )
@@ -279,17 +283,21 @@ def _start_on_ray(
     served = ReplicaConfig(
         base, str(library.folder.resolve()), args.dtype, args.device, args.quantize, settings
     )
-    behind = RayReplicas(args.address, served, ReplicaSize(replicas, most, args.cpus))
+    replica_set = RayReplicas(args.address, served, ReplicaSize(replicas, max_replicas, args.cpus))
     try:
-        server, listener = open_front(behind, settings, keys)
+        server, listener = open_front(replica_set, settings, keys)
     except BaseException:
-        behind.close()
+        replica_set.close()
         raise
-    number = f"{replicas} replica{'' if replicas == 1 else 's'} on Ray"
-    holds = number + (f", up to {most} while requests wait" if most > replicas else "")
+    count = f"{replicas} replica{'' if replicas == 1 else 's'} on Ray"
+    replica_line = count + (
+        f", up to {max_replicas} while requests wait" if max_replicas > replicas else ""
+    )
     adapters = [entry.name for entry in library.entries()]
-    told = _describe(str(settings.name), adapters, holds, url_of(listener), keys, args.host)
-    return ListeningServer(server, listener, told, behind.close)
+    screen_lines = _describe(
+        str(settings.name), adapters, replica_line, url_of(listener), keys, args.host
+    )
+    return ListeningServer(server, listener, screen_lines, replica_set.close)
 
 
 PLACES: dict[
@@ -328,21 +336,23 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
 
 
 def _describe(
-    base: str, adapters: list[str], holds: str, url: str, keys: ApiKeys, host: str
+    base: str, adapters: list[str], capacity_line: str, url: str, keys: ApiKeys, host: str
 ) -> list[str]:
     """Lists the lines of the start screen: models, address, access."""
     from veneer.serve.run import is_loopback
 
     count = f"{len(adapters):,} adapter" + ("" if len(adapters) == 1 else "s")
-    some = ", ".join(adapters[:NAMES_SHOWN]) + (", …" if len(adapters) > NAMES_SHOWN else "")
+    first_names = ", ".join(adapters[:NAMES_SHOWN]) + (", …" if len(adapters) > NAMES_SHOWN else "")
     if not keys:
-        who = "no API key required"
+        access = "no API key required"
     else:
-        who = "API key required" + ("" if is_loopback(host) else " · no TLS: put a proxy in front")
+        access = "API key required" + (
+            "" if is_loopback(host) else " · no TLS: put a proxy in front"
+        )
     return [
-        folded(f"{base} · {count}" + (f" · {some}" if some else ""), COLUMNS),
-        f"  {holds}",
-        f"  {url}/v1 · {who}",
+        folded(f"{base} · {count}" + (f" · {first_names}" if first_names else ""), COLUMNS),
+        f"  {capacity_line}",
+        f"  {url}/v1 · {access}",
         f"  {url}/ in a browser: base and adapters side by side",
         "  Ctrl-C stops the server",
     ]

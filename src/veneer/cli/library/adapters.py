@@ -50,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
 
     def action(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        made = add_action(actions, name, help)
-        made.set_defaults(act=run)
-        add_library(made)
-        add_json(made)
-        return made
+        action_parser = add_action(actions, name, help)
+        action_parser.set_defaults(act=run)
+        add_library(action_parser)
+        add_json(action_parser)
+        return action_parser
 
     add_ls(action)
     add_show(action)
@@ -145,7 +145,7 @@ def _add(args: argparse.Namespace, library: Library) -> int:
     base = load_plain_base(args)
     with working(f"adding {shown(args.source)}"):
         entry = library.add(args.source, name=name, tags=args.tag, note=args.note, base=base)
-    return _tell_added(
+    return _print_added(
         entry,
         library,
         args,
@@ -153,25 +153,25 @@ def _add(args: argparse.Namespace, library: Library) -> int:
     )
 
 
-def _tell_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
+def _print_added(entry: Entry, library: Library, args: argparse.Namespace, *, again: str) -> int:
     if args.json:
         print_json(entry.to_dict())
         return 0
     facts = entry.version.facts
-    say = make_console(json=False)
-    say.print(
+    console = make_console(json=False)
+    console.print(
         f"{entry.reference} · {facts.method} · {size(facts.bytes)} · {library.folder}",
         soft_wrap=True,
     )
     if facts.base_proof == "unverified":
-        called = f"Its files name the base {shown(facts.base)!r}." if facts.base else ""
-        say.print(
-            "  base: unverified, since the files hold no fingerprint of its weights. " + called,
+        base_note = f"Its files name the base {shown(facts.base)!r}." if facts.base else ""
+        console.print(
+            "  base: unverified, since the files hold no fingerprint of its weights. " + base_note,
             soft_wrap=True,
         )
-        say.print(f"  To check that it fits: {again}", soft_wrap=True)
+        console.print(f"  To check that it fits: {again}", soft_wrap=True)
     elif facts.base_proof == "stated":
-        say.print(
+        console.print(
             f"  base: {shown(facts.base)}, as given with --base: names and shapes fit."
             " The adapter now loads only on these weights.",
             soft_wrap=True,
@@ -208,20 +208,20 @@ def _push(args: argparse.Namespace, library: Library) -> int:
         )
 
     with working(f"pushing {args.adapter}"):
-        moved = push(library, args.adapter, args.to, card)
+        result = push(library, args.adapter, args.to, card)
     if args.json:
         print_json(
             {
-                "reference": moved.reference,
-                "address": moved.address,
-                "bytes": moved.bytes,
-                "skipped": moved.skipped,
+                "reference": result.reference,
+                "address": result.address,
+                "bytes": result.bytes,
+                "skipped": result.skipped,
             }
         )
     else:
-        how = "already there" if moved.skipped else size(moved.bytes)
+        outcome = "already there" if result.skipped else size(result.bytes)
         make_console(json=False).print(
-            f"{shown(moved.reference)} · {how} · {shown(moved.address)}", soft_wrap=True
+            f"{shown(result.reference)} · {outcome} · {shown(result.address)}", soft_wrap=True
         )
     return 0
 
@@ -235,20 +235,20 @@ def _pull(args: argparse.Namespace, library: Library) -> int:
     again = (
         f"veneer adapters add {library.objects / entry.version.object} --name {entry.name} --base B"
     )
-    return _tell_added(entry, library, args, again=again)
+    return _print_added(entry, library, args, again=again)
 
 
 def _rm(args: argparse.Namespace, library: Library) -> int:
-    gone = library.remove(args.adapter)
+    removed = library.remove(args.adapter)
     if args.json:
-        print_json([entry.to_dict() for entry in gone])
+        print_json([entry.to_dict() for entry in removed])
         return 0
-    say = make_console(json=False)
-    say.print(f"removed {', '.join(entry.reference for entry in gone)}", soft_wrap=True)
-    newest = library.objects / gone[-1].version.object
-    say.print(
+    console = make_console(json=False)
+    console.print(f"removed {', '.join(entry.reference for entry in removed)}", soft_wrap=True)
+    newest = library.objects / removed[-1].version.object
+    console.print(
         f"  `veneer adapters gc` deletes the files; to undo: veneer adapters add {newest}"
-        f" --name {gone[-1].name}",
+        f" --name {removed[-1].name}",
         soft_wrap=True,
     )
     return 0
@@ -277,22 +277,27 @@ def _rename(args: argparse.Namespace, library: Library) -> int:
 
 
 def _verify(args: argparse.Namespace, library: Library) -> int:
-    found = library.verify(args.adapter, base=_bases_as_trained(args) if args.base else None)
-    bad = {reference: faults for reference, faults in found.items() if faults}
+    faults_by_reference = library.verify(
+        args.adapter, base=_load_bases_as_trained(args) if args.base else None
+    )
+    faulty = {reference: faults for reference, faults in faults_by_reference.items() if faults}
     if args.json:
-        print_json({"checked": len(found), "faults": found})
+        print_json({"checked": len(faults_by_reference), "faults": faults_by_reference})
     else:
-        say = make_console(json=False)
-        for reference, faults in bad.items():
-            say.print(f"{reference}: faulty", style="bold red", soft_wrap=True)
+        console = make_console(json=False)
+        for reference, faults in faulty.items():
+            console.print(f"{reference}: faulty", style="bold red", soft_wrap=True)
             for fault in faults:
-                say.print(f"  {shown(fault)}", soft_wrap=True)
-        what = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
-        say.print(f"{len(found):,} checked, {len(bad):,} faulty: {what}", soft_wrap=True)
-    return 4 if bad else 0
+                console.print(f"  {shown(fault)}", soft_wrap=True)
+        checks = "hashes, shapes and values" + (" and the fit on the base" if args.base else "")
+        console.print(
+            f"{len(faults_by_reference):,} checked, {len(faulty):,} faulty: {checks}",
+            soft_wrap=True,
+        )
+    return 4 if faulty else 0
 
 
-def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
+def _load_bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
     """Returns a function that loads --base in the format that an adapter was trained over.
 
     It keeps the last base for the next adapter.
@@ -319,25 +324,25 @@ def _bases_as_trained(args: argparse.Namespace) -> Callable[[Path], FrozenBase]:
 
 
 def _gc(args: argparse.Namespace, library: Library) -> int:
-    left = library.collect(keep=args.keep, apply=args.yes)
+    unused = library.collect(keep=args.keep, apply=args.yes)
     if args.json:
         fields: dict[str, Any] = {
-            "versions": left.versions,
-            "objects": left.objects,
-            "remains": left.remains,
+            "versions": unused.versions,
+            "objects": unused.objects,
+            "remains": unused.remains,
         }
-        print_json({**fields, "bytes": left.bytes, "removed": args.yes})
+        print_json({**fields, "bytes": unused.bytes, "removed": args.yes})
         return 0
-    say = make_console(json=False)
-    for reference in left.versions[:20]:
-        say.print(f"  {reference}: an old version without a tag", soft_wrap=True)
-    if len(left.versions) > 20:
-        say.print(f"  and {len(left.versions) - 20:,} more old versions")
-    objects = f"{len(left.objects):,} object{'' if len(left.objects) == 1 else 's'}"
-    counts = f"{objects}, {len(left.remains):,} unfinished files, {size(left.bytes)}"
-    say.print(f"{'removed' if args.yes else 'unused'}: {counts}", soft_wrap=True)
-    if not args.yes and (left.versions or left.objects or left.remains):
-        say.print(
+    console = make_console(json=False)
+    for reference in unused.versions[:20]:
+        console.print(f"  {reference}: an old version without a tag", soft_wrap=True)
+    if len(unused.versions) > 20:
+        console.print(f"  and {len(unused.versions) - 20:,} more old versions")
+    objects = f"{len(unused.objects):,} object{'' if len(unused.objects) == 1 else 's'}"
+    counts = f"{objects}, {len(unused.remains):,} unfinished files, {size(unused.bytes)}"
+    console.print(f"{'removed' if args.yes else 'unused'}: {counts}", soft_wrap=True)
+    if not args.yes and (unused.versions or unused.objects or unused.remains):
+        console.print(
             "Delete them: veneer adapters gc --yes. To keep a version, tag it.", soft_wrap=True
         )
     return 0

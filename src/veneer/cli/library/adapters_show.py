@@ -46,17 +46,17 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     folder = library.locate(args.adapter)
     stored = read_adapter(folder)
     entry = library.get(args.adapter) if folder.parent == library.objects else None
-    found, rest = updates(stored)
+    update_by_path, other_tensors = updates(stored)
     base = load_plain_base(args)
-    theirs = {} if base is None else base_norms(base, found)
+    base_norms_by_path = {} if base is None else base_norms(base, update_by_path)
     modules: dict[str, dict[str, float | None]] = {
         path: {
             "rank": update.rank,
             "scaling": update.scaling,
             "norm": update.norm(),
-            "base_norm": theirs.get(path),
+            "base_norm": base_norms_by_path.get(path),
         }
-        for path, update in found.items()
+        for path, update in update_by_path.items()
     }
     facts = facts_of(stored)
     manifest = stored.manifest
@@ -69,17 +69,22 @@ def _show(args: argparse.Namespace, library: Library) -> int:
                     else entry.to_dict()
                 ),
                 "modules": modules,
-                "other_tensors": {name: list(tensor.shape) for name, tensor in rest.items()},
+                "other_tensors": {
+                    name: list(tensor.shape) for name, tensor in other_tensors.items()
+                },
                 "recipe": None if manifest is None else manifest.recipe,
                 "lineage": lineage(library, facts.parent),
                 "notes": stored.notes,
             }
         )
         return 0
-    say = make_console(json=False)
-    lines = _head(args.adapter, entry, stored, found, len(rest))
-    norms = {path: update.norm() / (theirs.get(path) or 1.0) for path, update in found.items()}
-    lines += _picture(norms, relative=bool(theirs))
+    console = make_console(json=False)
+    lines = _head(args.adapter, entry, stored, update_by_path, len(other_tensors))
+    norms = {
+        path: update.norm() / (base_norms_by_path.get(path) or 1.0)
+        for path, update in update_by_path.items()
+    }
+    lines += _picture(norms, relative=bool(base_norms_by_path))
     if facts.metrics:
         lines.append(
             "  metrics   "
@@ -92,7 +97,7 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     lines += [f"  from      {each}" for each in lineage(library, facts.parent)]
     lines += [f"  note      {each}" for each in stored.notes]
     for line in lines:
-        say.print(folded(shown(line), max(say.width, 40)), soft_wrap=True)
+        console.print(folded(shown(line), max(console.width, 40)), soft_wrap=True)
     return 0
 
 

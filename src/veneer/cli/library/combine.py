@@ -92,18 +92,19 @@ def run(args: argparse.Namespace) -> int:
 def _print(report: CombineReport) -> None:
     console = make_console(json=False)
     ranks = sorted(set(report.ranks.values()))
-    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    rank_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     console.print(
-        f"{report.out}: {size(report.bytes)}, {len(report.ranks)} places, {said}", soft_wrap=True
+        f"{report.out}: {size(report.bytes)}, {len(report.ranks)} places, {rank_text}",
+        soft_wrap=True,
     )
     exact = "the exact weighted sum of the updates"
     if report.how == "cat":
         console.print(f"  {exact}", soft_wrap=True)
         return
-    of_what = (
+    subject = (
         exact if report.how in ("linear", "svd") else f"what {report.how} makes of the updates"
     )
-    console.print(f"  error {report.error:.2%} of {of_what}", soft_wrap=True)
+    console.print(f"  error {report.error:.2%} of {subject}", soft_wrap=True)
     worst = sorted(report.errors.items(), key=lambda item: -item[1])[:3]
     for where, error in worst if report.error > 1e-6 else []:
         console.print(f"  {error:>7.2%} {where}", soft_wrap=True)

@@ -97,26 +97,34 @@ def run(args: argparse.Namespace) -> int:
 
     console = make_console(json=args.json)
     assert folder is not None
-    if _whole(args):
+    if _is_whole_model(args):
         return _export_model(args, base, folder, console)
     with working(f"writing for {args.to}"):
         with pause_collection():
             from veneer import api
         card = partial(_card, args, base, folder)
-        made = api.export_adapter(
+        exported = api.export_adapter(
             folder, to=args.to, base=base, out=args.out, dtype=args.type or "f32", card=card
         )
     if args.json:
         print_json(
-            {"out": str(made.out), "bytes": made.bytes, "notes": made.notes, "serve": made.serve}
+            {
+                "out": str(exported.out),
+                "bytes": exported.bytes,
+                "notes": exported.notes,
+                "serve": exported.serve,
+            }
         )
     else:
-        lines = [f"{made.out}: {size(made.bytes)}, for {args.to}", *_after(made.notes, made.serve)]
+        lines = [
+            f"{exported.out}: {size(exported.bytes)}, for {args.to}",
+            *_format_notes(exported.notes, exported.serve),
+        ]
         console.print("\n".join(lines), soft_wrap=True)
     return 0
 
 
-def _whole(args: argparse.Namespace) -> bool:
+def _is_whole_model(args: argparse.Namespace) -> bool:
     return args.merged or args.to in WHOLE_MODEL
 
 
@@ -129,7 +137,7 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
         with pause_collection():
             from veneer import api
         weights = api.WeightSource(quantize, keep_dense, args.into, args.original, args.force_base)
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "base": base,
             "out": args.out,
             "type": type,
@@ -137,20 +145,21 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
             "progress": tell,
         }
         if args.to in WHOLE_MODEL:
-            report = api.export_ollama(folder, card=partial(_card, args, base, folder), **how)
+            report = api.export_ollama(folder, card=partial(_card, args, base, folder), **options)
         else:
-            report = api.export_merged_gguf([(folder, 1.0)], **how)
+            report = api.export_merged_gguf([(folder, 1.0)], **options)
     if args.json:
-        said = {
+        fields = {
             "out": str(report.out),
             "bytes": report.bytes,
             "type": report.type,
             "survival": report.total.share,
         }
-        print_json({**said, "notes": report.notes, "serve": report.serve})
+        print_json({**fields, "notes": report.notes, "serve": report.serve})
     else:
         console.print(
-            "\n".join([*_merged_lines(report), *_after(report.notes, report.serve)]), soft_wrap=True
+            "\n".join([*_format_merged(report), *_format_notes(report.notes, report.serve)]),
+            soft_wrap=True,
         )
     return 0
 
@@ -158,19 +167,19 @@ def _export_model(args: argparse.Namespace, base: str, folder: Path, console: Co
 def _card(args: argparse.Namespace, base: str, folder: Path, serve: Sequence[str]) -> str | None:
     from veneer.report.card import card_for, figures_in
 
-    ours = [] if _whole(args) else [f"veneer chat --adapter {shlex.quote(args.out)}"]
+    ours = [] if _is_whole_model(args) else [f"veneer chat --adapter {shlex.quote(args.out)}"]
     return card_for(
         folder,
         name=Path(args.out).name,
         commands=[*ours, *serve],
         base=base,
-        whole_model=_whole(args),
+        whole_model=_is_whole_model(args),
         figures=figures_in(args.figures),
         sample=args.sample,
     )
 
 
-def _after(notes: Sequence[str], serve: Sequence[str]) -> list[str]:
+def _format_notes(notes: Sequence[str], serve: Sequence[str]) -> list[str]:
     return [
         *(f"  {shown(note)}" for note in notes),
         *(f"  $ {shown(command)}" for command in serve),
@@ -190,16 +199,16 @@ def _check(args: argparse.Namespace) -> None:
         faults.append(f"--type f32: whole models are {', '.join(get_args(ModelType))}")
     elif not args.merged and args.type not in (None, "f32", "f16"):
         faults.append(f"--type {args.type}: adapters are f32 or f16")
-    for option, given in (("--into", args.into), ("--original", args.original)):
-        if given and not _whole(args):
-            faults.append(f"{option} {given}: only for a merged model")
-    if args.force_base and not _whole(args):
+    for option, value in (("--into", args.into), ("--original", args.original)):
+        if value and not _is_whole_model(args):
+            faults.append(f"{option} {value}: only for a merged model")
+    if args.force_base and not _is_whole_model(args):
         faults.append("--force-base: only for a merged model")
     if faults:
         raise ConfigError("these options cannot be combined", faults)
 
 
-def _merged_lines(report: GGUFReport) -> list[str]:
+def _format_merged(report: GGUFReport) -> list[str]:
     from veneer.cli.library.merge import format_survival
 
     lines = [f"{report.out}: {size(report.bytes)}, {report.type}, sums in float32"]
@@ -209,10 +218,10 @@ def _merged_lines(report: GGUFReport) -> list[str]:
         )
     if not report.weights:
         return lines
-    return [*lines, *format_survival(report.total, report.layers), *_meaning(report)]
+    return [*lines, *format_survival(report.total, report.layers), *_explain_rounding(report)]
 
 
-def _meaning(report: GGUFReport) -> list[str]:
+def _explain_rounding(report: GGUFReport) -> list[str]:
     """Explains what the rounding means for answers."""
     from veneer.cli.library.merge import format_percent
 

@@ -147,11 +147,11 @@ def _print(report: MergeReport, console: Console) -> None:
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")
         return
-    what = (
+    reference = (
         "the adapter on the weights merged into" if report.as_trained else "the adapter on its base"
     )
     line("")
-    for text in format_logits(what, report.logits):
+    for text in format_logits(reference, report.logits):
         line(text)
     if report.as_trained is not None:
         line("")

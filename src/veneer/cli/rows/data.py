@@ -34,7 +34,7 @@ from veneer.cli.common import (
     print_json,
 )
 from veneer.cli.early import check_base, check_rows
-from veneer.cli.explain import more
+from veneer.cli.explain import point_to_codes
 from veneer.cli.rows.data_verbs import add_row_actions
 from veneer.errors import InputError
 from veneer.wording import folded, percent, shown, wrapped
@@ -116,8 +116,8 @@ def _print_sample(
 
     from veneer.data.checks.check import render_sample
 
-    chosen = [each for each in examples if line is None or each.ref.line == line]
-    if not chosen:
+    matching = [each for each in examples if line is None or each.ref.line == line]
+    if not matching:
         if line is None:
             return
         raise InputError(
@@ -125,14 +125,14 @@ def _print_sample(
         )
     coloured = console.color_system is not None and not console.no_color
     text = Text()
-    for piece, trained, _ in render_sample(tokenizer, chosen[0]):
+    for piece, trained, _ in render_sample(tokenizer, matching[0]):
         piece = shown(_middle_cut(piece))
         if not trained:
             text.append(piece, style="dim")
         else:
             text.append(piece if coloured else f"«{piece}»", style="bold green")
-    marked = "in green" if coloured else "between « and »"
-    head = f"{chosen[0].ref}, as the model sees it; trained on: {marked}"
+    marks = "in green" if coloured else "between « and »"
+    head = f"{matching[0].ref}, as the model sees it; trained on: {marks}"
     console.print(_fit(console, head), soft_wrap=True)
     console.print(text, soft_wrap=not console.is_terminal)
     console.print()
@@ -140,12 +140,12 @@ def _print_sample(
 
 def _print_report(console: Console, data: str, report: CheckReport) -> None:
     problems = len(report.problems)
-    said = f"{problems} problem{'' if problems == 1 else 's'}"
+    problem_count = f"{problems} problem{'' if problems == 1 else 's'}"
     if not report.formats:
-        head = f"{shown(data)}: no row can be read · {said}"
+        head = f"{shown(data)}: no row can be read · {problem_count}"
         console.print(folded(head, console.width), style="bold", soft_wrap=True)
     else:
-        _print_counts(console, data, report, said)
+        _print_counts(console, data, report, problem_count)
     for problem in report.problems:
         console.print(
             _fit(console, f"  {shown(problem)}"),
@@ -158,7 +158,7 @@ def _print_report(console: Console, data: str, report: CheckReport) -> None:
         console.print("A run would refuse this data.", soft_wrap=True)
     if report.problems:
         codes = list(dict.fromkeys(problem.code for problem in report.problems))
-        console.print(_fit(console, more(codes)), soft_wrap=True)
+        console.print(_fit(console, point_to_codes(codes)), soft_wrap=True)
 
 
 def _print_counts(console: Console, data: str, report: CheckReport, problems: str) -> None:
@@ -188,7 +188,7 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
     facts += [f"longest {report.longest:,} of {report.length:,} tokens"]
     console.print(folded("  " + " · ".join(facts), console.width), soft_wrap=True)
     if any(report.reasons.get(kind) for kind in ("reasons", "empty", "lost")):
-        said = {
+        labels = {
             "reasons": "with reasoning",
             "none": "without",
             "empty": "with an empty block",
@@ -196,7 +196,7 @@ def _print_counts(console: Console, data: str, report: CheckReport, problems: st
         }
         counts = [
             f"{report.reasons[kind]:,} {words}"
-            for kind, words in said.items()
+            for kind, words in labels.items()
             if report.reasons.get(kind)
         ]
         console.print(folded(f"  answers: {' · '.join(counts)}", console.width), soft_wrap=True)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     with atomic_folder(out) as folder:
         with working("generating") as tell:
-            drawn = draw_replay(
+            generated = draw_replay(
                 base,
                 args.rows,
                 questions=questions,
@@ -87,32 +87,37 @@ def run(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 progress=tell,
             )
-        for name, rows in drawn.items():
+        for name, rows in generated.items():
             write_records(folder / f"{name}.jsonl", rows)
     sets: list[dict[str, Any]] = [
         {
             "path": str(out / f"{name}.jsonl"),
-            "share": SHARE / len(drawn),
+            "share": SHARE / len(generated),
             "name": f"replay of {name}",
         }
-        for name in drawn
+        for name in generated
     ]
-    cut = {name: sum("unfinished" in row for row in rows) for name, rows in drawn.items()}
+    unfinished = {
+        name: sum("unfinished" in row for row in rows) for name, rows in generated.items()
+    }
     if args.json:
-        counts = {each["path"]: len(rows) for each, rows in zip(sets, drawn.values(), strict=True)}
-        print_json({"rows": counts, "unfinished": sum(cut.values()), "train": sets})
+        counts = {
+            row_set["path"]: len(rows)
+            for row_set, rows in zip(sets, generated.values(), strict=True)
+        }
+        print_json({"rows": counts, "unfinished": sum(unfinished.values()), "train": sets})
         return 0
     lines = [
-        f"{each['path']}: {len(rows):,} rows, {cut[name]:,} cut after {args.max_new_tokens:,}"
-        " tokens"
-        for each, (name, rows) in zip(sets, drawn.items(), strict=True)
+        f"{row_set['path']}: {len(rows):,} rows,"
+        f" {unfinished[name]:,} cut after {args.max_new_tokens:,} tokens"
+        for row_set, (name, rows) in zip(sets, generated.items(), strict=True)
     ]
     lines += [
         "In a run file, to make them a fifth of an epoch beside your rows:",
         "  data:",
         "    train:",
     ]
-    lines += ["      - {path: ROWS.jsonl}", *(f"      - {_as_yaml(each)}" for each in sets)]
+    lines += ["      - {path: ROWS.jsonl}", *(f"      - {_as_yaml(row_set)}" for row_set in sets)]
     console = make_console(json=False)
     for line in lines:
         console.print(shown(line), soft_wrap=True)
@@ -130,12 +135,12 @@ def _questions(file: Path) -> list[str]:
         raise DataError(
             f"{file} cannot be read: {fault}", next_step="Give a UTF-8 text file."
         ) from None
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found:
+    questions = [line.strip() for line in text.splitlines() if line.strip()]
+    if not questions:
         raise ConfigError(
             f"{file} holds no question", next_step="Write one per line, or leave --questions out."
         )
-    return found
+    return questions
 
 
 def _as_yaml(one: dict[str, Any]) -> str:

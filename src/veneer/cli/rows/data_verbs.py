@@ -20,9 +20,9 @@ Run = Callable[[argparse.Namespace], int]
 
 def add_row_actions(actions: Any) -> None:
     def verb(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        made = add_action(actions, name, help)
-        made.set_defaults(act=run)
-        return made
+        action_parser = add_action(actions, name, help)
+        action_parser.set_defaults(act=run)
+        return action_parser
 
     def reading(parser: argparse.ArgumentParser) -> None:
         from veneer.data.config import DataConfig
@@ -100,7 +100,7 @@ def add_row_actions(actions: Any) -> None:
 def _convert(args: argparse.Namespace) -> int:
     from veneer.data.files.writing import convert
 
-    return _told(args, lambda out, **how: convert(args.data, out, **how))
+    return _write_rows(args, lambda out, **how: convert(args.data, out, **how))
 
 
 def _split(args: argparse.Namespace) -> int:
@@ -112,18 +112,18 @@ def _split(args: argparse.Namespace) -> int:
             "--validation and --test take all rows", next_step="Leave some to train on."
         )
     shares = {"validation": args.validation, "test": args.test}
-    return _told(args, lambda out, **how: split_rows(args.data, out, **shares, **how))
+    return _write_rows(args, lambda out, **how: split_rows(args.data, out, **shares, **how))
 
 
 def _sample(args: argparse.Namespace) -> int:
     from veneer.data.files.writing import sample_rows
 
-    return _told(
+    return _write_rows(
         args, lambda out, **how: sample_rows(args.data, args.count, out, seed=args.seed, **how)
     )
 
 
-def _told(args: argparse.Namespace, write: Callable[..., Written]) -> int:
+def _write_rows(args: argparse.Namespace, write: Callable[..., Written]) -> int:
     written = write(
         Path(args.out), format=args.format, columns=parse_columns(args), leave_out=args.leave_out
     )
@@ -145,7 +145,7 @@ def _gc(args: argparse.Namespace) -> int:
     from veneer.data.large import tokens_folder
 
     sets = (remove_unused if args.yes else find_unused)(tokens_folder(), args.days)
-    total = sum(each.bytes for each in sets)
+    total = sum(token_set.bytes for token_set in sets)
     if args.json:
         listed = [
             {"folder": str(s.folder), "bytes": s.bytes, "days": s.days, "files": [*s.files]}
@@ -154,14 +154,15 @@ def _gc(args: argparse.Namespace) -> int:
         print_json({"sets": listed, "bytes": total, "removed": args.yes})
         return 0
     console = make_console(json=False)
-    for each in sets:
-        made_of = ", ".join(map(shown, each.files[:3])) + (
-            " and others" if len(each.files) > 3 else ""
+    for token_set in sets:
+        file_names = ", ".join(map(shown, token_set.files[:3])) + (
+            " and others" if len(token_set.files) > 3 else ""
         )
         console.print(
-            f"  {size(each.bytes)}, last used {each.days:.0f} days ago: {made_of}", soft_wrap=True
+            f"  {size(token_set.bytes)}, last used {token_set.days:.0f} days ago: {file_names}",
+            soft_wrap=True,
         )
-        console.print(f"      {shown(each.folder)}", soft_wrap=True)
+        console.print(f"      {shown(token_set.folder)}", soft_wrap=True)
     counts = f"tokens of {len(sets):,} set{'' if len(sets) == 1 else 's'}, {size(total)}"
     console.print(
         f"{'removed' if args.yes else f'not used for {args.days} days'}: {counts}", soft_wrap=True

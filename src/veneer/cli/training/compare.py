@@ -140,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    configs = _configs(args)
+    configs = _read_candidates(args)
     _check(args, configs)
     place = PLACES[args.on](args)
     from veneer.training.output.working import working
@@ -155,10 +155,10 @@ def run(args: argparse.Namespace) -> int:
     def terminate(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {
-        each: signal.signal(each, terminate)
-        for each in ASKING
-        if signal.getsignal(each) is not signal.SIG_IGN
+    previous_handlers = {
+        signal_number: signal.signal(signal_number, terminate)
+        for signal_number in ASKING
+        if signal.getsignal(signal_number) is not signal.SIG_IGN
     }
     try:
         with console.status("") as status:
@@ -177,9 +177,9 @@ def run(args: argparse.Namespace) -> int:
                 steps=args.steps,
                 seconds=args.seconds,
                 seeds=args.seeds,
-                rates=_factors(args.rates),
+                rates=_parse_rates(args.rates),
                 extend=args.extend,
-                metrics=_names(args.metrics),
+                metrics=_split_names(args.metrics),
                 labels=args.labels,
                 max_new_tokens=args.max_new_tokens,
                 general=args.general,
@@ -187,13 +187,13 @@ def run(args: argparse.Namespace) -> int:
                 place=place,
             )
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
     if args.json:
         print_json(figures)
         return 0
     screen = make_console(json=False)
-    table = _table(figures)
+    table = _comparison_table(figures)
     screen.print()
     screen.print(table)
     screen.print()
@@ -215,26 +215,28 @@ def _check(args: argparse.Namespace, configs: Sequence[tuple[str, RunConfig]]) -
         check_run(config)
     check_rows(args.validation, args.test)
     check_files([None if args.general is None else Path(args.general)])
-    find_metrics(_names(args.metrics))
+    find_metrics(_split_names(args.metrics))
     if args.labels:
         read_labels(args.labels)
 
 
-def _here(args: argparse.Namespace) -> JobExecutor:
+def _run_here(args: argparse.Namespace) -> JobExecutor:
     """Returns this machine. Raises ConfigError for flags that need a cluster."""
     from veneer.comparison.local import LocalExecutor
 
-    given = [
+    ray_flags = [
         f"--{name}" for name in ("address", "store", "cpus") if getattr(args, name) is not None
     ]
-    if given:
+    if ray_flags:
         raise ConfigError(
-            f"{', '.join(given)}: only for runs on Ray", [], "Give --on ray too, or leave them out."
+            f"{', '.join(ray_flags)}: only for runs on Ray",
+            [],
+            "Give --on ray too, or leave them out.",
         )
     return LocalExecutor()
 
 
-def _on_ray(args: argparse.Namespace) -> JobExecutor:
+def _run_on_ray(args: argparse.Namespace) -> JobExecutor:
     from veneer.comparison.ray_place import RayExecutor
 
     return RayExecutor(
@@ -242,10 +244,13 @@ def _on_ray(args: argparse.Namespace) -> JobExecutor:
     )
 
 
-PLACES: dict[str, Callable[[argparse.Namespace], JobExecutor]] = {"here": _here, "ray": _on_ray}
+PLACES: dict[str, Callable[[argparse.Namespace], JobExecutor]] = {
+    "here": _run_here,
+    "ray": _run_on_ray,
+}
 
 
-def _table(figures: dict[str, Any]) -> Table:
+def _comparison_table(figures: dict[str, Any]) -> Table:
     """Builds a table of 80 columns with one line per method."""
     from rich.table import Table
 
@@ -254,9 +259,9 @@ def _table(figures: dict[str, Any]) -> Table:
     table = Table(
         box=None, padding=(0, 1, 0, 0), show_edge=False, header_style="dim", pad_edge=False
     )
-    for place, title in enumerate(HEAD):
+    for column, title in enumerate(HEAD):
         table.add_column(
-            title.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True
+            title.replace(" ", "\n"), justify="left" if column == 0 else "right", no_wrap=True
         )
     for method in figures["methods"]:
         cells = [method["name"], "failed"] if method["failure"] else facts(method, figures)
@@ -264,40 +269,46 @@ def _table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _configs(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
+def _read_candidates(args: argparse.Namespace) -> list[tuple[str, RunConfig]]:
     """Reads (name, settings) of every candidate.
 
     Raises ConfigError with the faults of all candidates.
     """
-    methods, columns = _names(args.methods), parse_columns(args)
+    methods, columns = _split_names(args.methods), parse_columns(args)
     if bool(methods) == bool(args.runs):
         raise ConfigError(
             "nothing to compare", [], "Give --methods M,M with --base and --data, or run files."
         )
-    found: list[tuple[str, RunConfig]] = []
+    candidates: list[tuple[str, RunConfig]] = []
     faults: list[str] = []
     for name in methods or args.runs:
         flags = {"base": args.base, "data": args.data, "out": str(args.out)}
         try:
             if methods:
-                found.append(
+                candidates.append(
                     (name, read_run_config(None, {**flags, "method": name}, args.sets, columns))
                 )
             else:
-                found.append((Path(name).stem, read_run_config(name, flags, args.sets, columns)))
+                candidates.append(
+                    (Path(name).stem, read_run_config(name, flags, args.sets, columns))
+                )
         except ConfigError as fault:
-            faults += [each for each in (fault.faults or [str(fault)]) if each not in faults]
+            faults += [
+                fault_text
+                for fault_text in (fault.faults or [str(fault)])
+                if fault_text not in faults
+            ]
     if faults:
         raise ConfigError("this comparison cannot be run", faults, "Nothing was run.")
-    return found
+    return candidates
 
 
-def _names(text: str) -> list[str]:
-    return [name for each in text.split(",") if (name := each.strip())]
+def _split_names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
-def _factors(text: str) -> list[float]:
-    parts = [each.partition("/") for each in _names(text)]
+def _parse_rates(text: str) -> list[float]:
+    parts = [part.partition("/") for part in _split_names(text)]
     try:
         return [RATIO(a) / RATIO(b or "1") for a, _, b in parts]
     except argparse.ArgumentTypeError as fault:

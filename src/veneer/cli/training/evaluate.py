@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.evaluation.registry import find_metrics
     from veneer.evaluation.user_function import function_from_file
 
-    metrics = [function_from_file(name) if _is_file(name) else name for name in _asked(args)]
+    metrics = [function_from_file(name) if _is_file(name) else name for name in _list_metrics(args)]
     find_metrics(metrics)  # refuses a misspelt name before anything is loaded
     check_rows(args.data)
     check_files([args.against])
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.training.output.working import working
 
     resolve_preamble(args, base)
-    with working("evaluating") as tell:
+    with working("evaluating") as show_progress:
         result = api.evaluate(
             base,
             args.data,
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             system=args.system,
             variables=parse_variables(args),
             columns=parse_columns(args),
-            progress=tell,
+            progress=show_progress,
         )
     if args.json:
         print_json({"base": base.source, "adapter": args.adapter, "data": args.data, **result})
@@ -154,8 +154,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace) -> list[str]:
-    return [name for each in args.metrics.split(",") if (name := each.strip())] + args.metric
+def _list_metrics(args: argparse.Namespace) -> list[str]:
+    return [name for part in args.metrics.split(",") if (name := part.strip())] + args.metric
 
 
 def _is_file(name: str) -> bool:
@@ -168,62 +168,62 @@ def _print_table(result: dict[str, Any]) -> None:
     intervals, units = result.get("intervals", {}), result.get("units", {})
     against = result.get("against", {})
 
-    def line(name: str, said: str, *beside: str) -> None:
+    def line(name: str, figure: str, *notes: str) -> None:
         """Prints a figure and its notes; notes that do not fit go on the next line."""
-        row, begins = f"{shown(name):<15}{said:>10}", True
-        for each in beside:
-            if not begins and len(row) + len(each) + 3 > console.width:
+        row, is_first = f"{shown(name):<15}{figure:>10}", True
+        for note in notes:
+            if not is_first and len(row) + len(note) + 3 > console.width:
                 console.print(row, soft_wrap=True)
-                row, begins = " " * 25, True
-            row, begins = row + ("  " if begins else " · ") + each, False
+                row, is_first = " " * 25, True
+            row, is_first = row + ("  " if is_first else " · ") + note, False
         console.print(row, soft_wrap=True)
 
     for name, value in result.items():
         if name in ("intervals", "units", "general", "against", "labels"):
             continue
         share = units.get(name) == "share"
-        beside = [UNITS[name]] if name in UNITS else []
+        notes = [UNITS[name]] if name in UNITS else []
         if name in intervals:
-            beside.append(f"95% interval {_range(intervals[name], share)}")
+            notes.append(f"95% interval {_format_range(intervals[name], share)}")
         elif name == "loss" or name in units:
-            beside.append("no interval: it cannot be computed from these rows")
+            notes.append("no interval: it cannot be computed from these rows")
         if name in against:
             other = against[name]
-            beside.append(
-                f"{_signed(other['difference'], share)}"
-                f" ({_range(other['interval'], share, signed=True)})"
+            notes.append(
+                f"{_format_signed(other['difference'], share)}"
+                f" ({_format_range(other['interval'], share, signed=True)})"
             )
-        said = (
+        figure = (
             f"{value:,}"
             if isinstance(value, int)
             else f"{100 * value:.1f}%"
             if share
             else number(value)
         )
-        line(name, said, *beside)
+        line(name, figure, *notes)
     if "labels" in result:
-        found = result["labels"]
-        whose = "from the rows' answers" if found["own"] else "as given"
+        details = result["labels"]
+        label_origin = "from the rows' answers" if details["own"] else "as given"
         line(
             "labels",
-            f"{len(found['names']):,}",
-            f"choices, {whose}: {cut(', '.join(map(shown, found['names'])), 60)}",
+            f"{len(details['names']):,}",
+            f"choices, {label_origin}: {cut(', '.join(map(shown, details['names'])), 60)}",
         )
     if "general" in result:
-        found = result["general"]
-        beside = ["nats a token of general text", f"{found['documents']} documents"]
-        if "forgetting" in found:
-            beside.append(f"{number(found['before'])} before")
-        line("general", number(found["loss"]), *beside)
-        if "forgetting" in found:
-            ends = found["forgetting_interval"]
-            said = _range(ends, False, signed=True)
-            said = (
-                f"nats · 95% interval over documents {said}"
-                if ends
-                else f"nats · {said} over documents"
+        details = result["general"]
+        notes = ["nats a token of general text", f"{details['documents']} documents"]
+        if "forgetting" in details:
+            notes.append(f"{number(details['before'])} before")
+        line("general", number(details["loss"]), *notes)
+        if "forgetting" in details:
+            bounds = details["forgetting_interval"]
+            figure = _format_range(bounds, False, signed=True)
+            figure = (
+                f"nats · 95% interval over documents {figure}"
+                if bounds
+                else f"nats · {figure} over documents"
             )
-            line("forgetting", f"{found['forgetting']:+.3f}", said)
+            line("forgetting", f"{details['forgetting']:+.3f}", figure)
     if against:
         console.print(
             f"differences from {shown(against['file'])}, with 95% intervals over the same rows",
@@ -231,18 +231,18 @@ def _print_table(result: dict[str, Any]) -> None:
         )
 
 
-def _range(ends: Sequence[float] | None, share: bool, *, signed: bool = False) -> str:
-    if ends is None:
+def _format_range(bounds: Sequence[float] | None, share: bool, *, signed: bool = False) -> str:
+    if bounds is None:
         return "no interval"
-    low, high = ends
+    low, high = bounds
     if share:
-        return f"{_percent(low, signed)} to {_percent(high, signed)}%"
+        return f"{_format_percent(low, signed)} to {_format_percent(high, signed)}%"
     return f"{low:+.3f} to {high:+.3f}" if signed else f"{number(low)} to {number(high)}"
 
 
-def _percent(value: float, signed: bool) -> str:
+def _format_percent(value: float, signed: bool) -> str:
     return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
-def _signed(value: float, share: bool) -> str:
+def _format_signed(value: float, share: bool) -> str:
     return f"{100 * value:+.1f}%" if share else f"{value:+.3f}"

@@ -199,31 +199,35 @@ def run(args: argparse.Namespace) -> int:
         return run_probe(args)
     from veneer.training.output.working import working
 
-    with working("planning") as tell:
-        question = _question(args)
+    with working("planning") as show_progress:
+        question = _read_question(args)
         from veneer.plan.ask import answer_question
 
-        found = answer_question(question, lambda done, total: tell("planning", done, total))
+        answer = answer_question(
+            question, lambda done, total: show_progress("planning", done, total)
+        )
     if args.json:
-        print_json(found.to_dict())
+        print_json(answer.to_dict())
     console = make_console(json=args.json)
     if not args.json:
-        print_plan(console, found, question)
+        print_plan(console, answer, question)
     if args.html:
         from veneer.files.atomic import atomic_file
         from veneer.report.plan_page import plan_page
 
         title = f"Plan for {', '.join(question.bases)}"
-        page = plan_page(title, found.rows, memory_bytes=found.memory or None, notes=found.notes)
+        page = plan_page(title, answer.rows, memory_bytes=answer.memory or None, notes=answer.notes)
         with atomic_file(args.html, replace=True) as partial:
             partial.write_text(page, encoding="utf-8")
         console.print(f"wrote {args.html}")
     if args.write:
-        write_run_file(args, found)
-        several = f" --processes {args.processes}" if args.processes > 1 else ""
-        console.print(f"wrote {args.write} · veneer train {args.write} --out runs/NAME{several}")
-    alone = found.rows[0] if len(found.rows) == 1 else None
-    return DOES_NOT_FIT if alone is not None and alone.fits is False else 0
+        write_run_file(args, answer)
+        processes_flag = f" --processes {args.processes}" if args.processes > 1 else ""
+        console.print(
+            f"wrote {args.write} · veneer train {args.write} --out runs/NAME{processes_flag}"
+        )
+    single_row = answer.rows[0] if len(answer.rows) == 1 else None
+    return DOES_NOT_FIT if single_row is not None and single_row.fits is False else 0
 
 
 def parse_size(text: str) -> int:
@@ -231,18 +235,18 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else "?"
     unit = unit if unit in UNITS else unit + "B"
-    found = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
-    if not BYTES.least <= found <= BYTES.most:
+    size_bytes = 0 if match is None or unit not in UNITS else float(match[1]) * UNITS[unit]
+    if not BYTES.least <= size_bytes <= BYTES.most:
         raise ConfigError(
             f"{text!r} is not a memory size", next_step="Write for instance 24GiB, 24GB or 512MiB."
         )
-    return int(found)
+    return int(size_bytes)
 
 
-def _question(args: argparse.Namespace) -> PlanQuestion:
+def _read_question(args: argparse.Namespace) -> PlanQuestion:
     memory = parse_size(args.memory) if args.memory else None
     config = None if args.run is None else read_run_config(args.run, {"out": "planned"}, args.sets)
-    for base in [*_bases(args), *([] if config is None else [config.base])]:
+    for base in [*_list_bases(args), *([] if config is None else [config.base])]:
         check_plannable(base)
     check_rows(args.data)
     check_writable(args.write)
@@ -251,9 +255,9 @@ def _question(args: argparse.Namespace) -> PlanQuestion:
         from veneer.plan.spread import parse_link
 
     link = parse_link(args.link) if args.link else None
-    what = _run_asked(args, config) if config is not None else _flags_asked(args)
+    fields = _read_run_file(args, config) if config is not None else _read_flags(args)
     return PlanQuestion(
-        **what,
+        **fields,
         compare=args.compare,
         memory=memory,
         gpu=args.gpu,
@@ -265,13 +269,14 @@ def _question(args: argparse.Namespace) -> PlanQuestion:
     )
 
 
-def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
+def _read_run_file(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     """Of a question, what a run file answers."""
-    given = [name for name in SETTINGS if getattr(args, name) is not None]
-    given += ["map"] if args.columns else []
-    if given or args.write:
+    conflicting = [name for name in SETTINGS if getattr(args, name) is not None]
+    conflicting += ["map"] if args.columns else []
+    if conflicting or args.write:
         flags = ", ".join(
-            "--" + name.replace("_", "-") for name in [*given, *(["write"] if args.write else [])]
+            "--" + name.replace("_", "-")
+            for name in [*conflicting, *(["write"] if args.write else [])]
         )
         raise ConfigError(
             f"{args.run} already sets what to plan; also given: {flags}",
@@ -297,17 +302,17 @@ def _run_asked(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _bases(args: argparse.Namespace) -> list[str]:
-    several = (
-        [each.strip() for each in args.models.split(",") if each.strip()] if args.models else []
+def _list_bases(args: argparse.Namespace) -> list[str]:
+    models = (
+        [name.strip() for name in args.models.split(",") if name.strip()] if args.models else []
     )
-    return several or ([args.base] if args.base else [])
+    return models or ([args.base] if args.base else [])
 
 
-def _flags_asked(args: argparse.Namespace) -> dict[str, Any]:
+def _read_flags(args: argparse.Namespace) -> dict[str, Any]:
     if args.sets:
         raise ConfigError("--set needs a run file", next_step="veneer plan RUN.yaml --set ...")
-    bases = _bases(args)
+    bases = _list_bases(args)
     if not bases:
         raise ConfigError(
             "no base is named", next_step="Give --base (or --models A,B), or a run file."

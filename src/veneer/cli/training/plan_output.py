@@ -35,9 +35,7 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
         for row in answer.rows:
             explanation = verdict(row)
             if explanation and (row.fits is False or len(answer.rows) == 1):
-                console.print(
-                    Text(folded(f"  {row.choice.label}: {explanation}", console.width))
-                )
+                console.print(Text(folded(f"  {row.choice.label}: {explanation}", console.width)))
     for fault in answer.faults:
         console.print(Text("  " + shown(fault), style="dim"))
     if (advice := answer.advice) is not None:

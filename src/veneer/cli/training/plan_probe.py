@@ -49,7 +49,7 @@ def run_probe(args: argparse.Namespace) -> int:
         )
         summary = api.train_run(config, resume=False, screen=QuietScreen())
     planned, measured = summary["planned_memory_bytes"], summary["peak_memory_bytes"]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "planned_memory_bytes": planned,
         "measured_memory_bytes": measured,
         "difference": None if not planned or not measured else (planned - measured) / measured,
@@ -57,15 +57,15 @@ def run_probe(args: argparse.Namespace) -> int:
         "tokens_per_second": summary["tokens_per_second"],
     }
     if args.json:
-        print_json(found)
+        print_json(figures)
         return 0
     console = make_console(json=False)
     console.print(f"planned   {size(planned) if planned else '–'}")
     console.print(f"measured  {size(measured)}, longest batch and two steps")
-    if found["difference"] is not None:
+    if figures["difference"] is not None:
         console.print(
-            f"the plan is {abs(found['difference']):.1%}"
-            f" {'above' if found['difference'] > 0 else 'below'}"
+            f"the plan is {abs(figures['difference']):.1%}"
+            f" {'above' if figures['difference'] > 0 else 'below'}"
         )
     if summary["tokens_per_second"]:
         console.print(f"{summary['tokens_per_second']:,.0f} tokens/s")

@@ -98,7 +98,9 @@ def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
-    config = _config(args) if leads else None  # rank 0 sends its settings to the other processes
+    config = (
+        _read_config(args) if leads else None
+    )  # rank 0 sends its settings to the other processes
     if args.processes is not None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
                 [],
                 "Leave it out.",
             )
-        return _launched(args.processes)
+        return _launch_processes(args.processes)
     if config is not None:
         check_place(config, resume=args.resume is not None)
         check_run(config)
@@ -130,41 +132,43 @@ def run(args: argparse.Namespace) -> int:
     if args.json and leads:
         print_json(summary)
     elif config is not None and not args.quiet:
-        screen.message(_next(config))
+        screen.message(_suggest_next(config))
     return 0
 
 
-def _launched(processes: int) -> int:
+def _launch_processes(processes: int) -> int:
     """Runs this command in each process, without --processes."""
     from veneer.training.processes.launch import launch
 
-    own, given = [], iter(sys.argv[1:])
-    for argument in given:
+    arguments, words = [], iter(sys.argv[1:])
+    for argument in words:
         if argument == "--processes":
-            next(given)
+            next(words)
         elif not argument.startswith("--processes="):
-            own.append(argument)
-    return launch(own, processes, os.environ)
+            arguments.append(argument)
+    return launch(arguments, processes, os.environ)
 
 
-def _config(args: argparse.Namespace) -> RunConfig:
+def _read_config(args: argparse.Namespace) -> RunConfig:
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
     if flags["from"] is not None and flags["base"] is None and args.run is None:
         parent = find_first_parent(flags["from"])
         flags["base"] = None if parent is None else locate_base_and_adapter(None, parent)[0]
     if args.resume is None:
         return read_run_config(args.run, flags, args.sets, parse_columns(args))
-    given = ["--" + name.replace("_", "-") for name, value in flags.items() if value is not None]
-    given += [f"--map {each}" for each in args.columns]
-    given += (
-        [f"--set {each}" for each in args.sets]
+    conflicting = [
+        "--" + name.replace("_", "-") for name, value in flags.items() if value is not None
+    ]
+    conflicting += [f"--map {text}" for text in args.columns]
+    conflicting += (
+        [f"--set {text}" for text in args.sets]
         + ([args.run] if args.run else [])
         + (["--fit"] if args.fit else [])
     )
-    if given:
+    if conflicting:
         raise ConfigError(
             f"--resume {args.resume} takes its settings from that folder's run.yaml; also given:"
-            f" {', '.join(given)}",
+            f" {', '.join(conflicting)}",
             [],
             "Leave them out, or start a new run with another --out.",
         )
@@ -178,10 +182,10 @@ def _config(args: argparse.Namespace) -> RunConfig:
     return read_run_config(file, {"out": args.resume})
 
 
-def _next(config: RunConfig) -> str:
+def _suggest_next(config: RunConfig) -> str:
     """Suggests the commands that come after a run."""
-    made = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
-    held = config.data.validation
-    held_out = f" --data {held}" if isinstance(held, str) else " --data HELD_OUT.jsonl"
+    flag = f"--base {config.out}/model" if config.method.trains_base else f"--adapter {config.out}"
+    validation = config.data.validation
+    held_out = f" --data {validation}" if isinstance(validation, str) else " --data HELD_OUT.jsonl"
     keep = "" if config.method.trains_base else f"\n        veneer adapters add {config.out}"
-    return f"next: veneer chat {made}\n        veneer evaluate {made}{held_out}{keep}"
+    return f"next: veneer chat {flag}\n        veneer evaluate {flag}{held_out}{keep}"
