@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_base
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.placement.acting import Acting, in_turn
-from veneer.decoding.engine import Engine
+from veneer.decoding.engine import Engine, decode_step_of
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.execution.agreement import difference as apart
 from veneer.execution.decode_step import (
@@ -231,9 +231,9 @@ def test_values_of_several_types_take_the_plain_way():
 
 def test_a_model_is_tried_once_and_kept_by_nobody():
     base = based("llama")
-    first, again = by_parts(base), by_parts(base)
-    assert first.layers == again.layers
+    first, again = decode_step_of(base), decode_step_of(base)
+    assert first is again and first.not_by_parts is None
     model = weakref.ref(base.model)
-    del base, first, again
+    del base
     gc.collect()
     assert model() is None

@@ -83,7 +83,7 @@ def _decoding(model: PreTrainedModel) -> str | None:
         return _continued_apart(model, texts, split, whole)
 
     before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-    return disagreement(type(model).__name__, "a packed cache", run, LIMIT)
+    return disagreement(model, "a packed cache", run, LIMIT)
 
 
 def _continued_apart(
@@ -110,7 +110,7 @@ def _beside(model: PreTrainedModel) -> str | None:
             for i, text in enumerate(texts)
         )
 
-    return disagreement(type(model).__name__, "prompts padded on the left", run, LIMIT)
+    return disagreement(model, "prompts padded on the left", run, LIMIT)
 
 
 def _cached(model: PreTrainedModel) -> str | None:
@@ -122,7 +122,7 @@ def _cached(model: PreTrainedModel) -> str | None:
         whole = logits_alone(model, found.sequences[0].tolist())
         return difference(torch.stack(found.logits)[:, 0], whole[len(text) - 1 : -1])
 
-    return disagreement(type(model).__name__, "a cache", run, LIMIT)
+    return disagreement(model, "a cache", run, LIMIT)
 
 
 def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
@@ -186,8 +186,5 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
     ]
     split, limit = [len(text) - 2 for text in texts], MODEL.limits[whole[0].dtype]
     return disagreement(
-        type(model).__name__,
-        "a packed cache",
-        lambda: _continued_apart(model, texts, split, whole),
-        limit,
+        model, "a packed cache", lambda: _continued_apart(model, texts, split, whole), limit
     )

@@ -64,13 +64,16 @@ def difference(ours: Tensor, theirs: Tensor, *, by_row: bool = False) -> float:
     return worst if worst == worst else float("inf")
 
 
-def disagreement(name: str, path: str, measure: Callable[[], float], limit: float) -> str | None:
+def disagreement(
+    model: object, path: str, measure: Callable[[], float], limit: float
+) -> str | None:
     """Returns why a model does not agree on a path: what it raised, or how large the difference is.
 
-    name     the model's class, for the message;  path   what is tried, for the message
+    path     what is tried, for the message
     measure  the difference between the path and the plain computation; modelling code may refuse
              what it does not know with any exception
     """
+    name = type(model).__name__
     try:
         worst = measure()
     except Exception as fault:

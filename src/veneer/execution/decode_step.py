@@ -18,7 +18,6 @@ E head size, V ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -54,7 +53,6 @@ from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
 from veneer.linear import FewRowsLinear
-from veneer.model_record import record_of
 from veneer.shards import in_shards
 
 SLOTS = 16
@@ -303,22 +301,10 @@ def _add_norm(
     return decoder_step.add_norm(h, delta, norm.weight, facts.epsilon)
 
 
-@dataclass(frozen=True)
-class LayersTrial:
-    """Why a model is not computed by its layers; None: it is."""
-
-    reason: str | None
-
-
 @torch.no_grad()
 def forward_by_layers(model: PreTrainedModel) -> LayersForward | str:
     """The way through the layers of a model that decodes over blocks (decoding/proof.py); or why
-    there is none. A model is tried once, while nothing acts on it."""
-    reason = record_of(model).part(LayersTrial, lambda: LayersTrial(_on_itself(model))).reason
-    return _taken_apart(model) if reason is None else reason
-
-
-def _on_itself(model: PreTrainedModel) -> str | None:
+    there is none. Asked while nothing acts on the model."""
     if (reason := structure(model).packed) is not None:
         return reason
     if not decoder_step.usable(next(model.parameters())):
@@ -328,22 +314,23 @@ def _on_itself(model: PreTrainedModel) -> str | None:
     )
     if reason is not None:
         return reason
-    found = _taken_apart(model)
-    if isinstance(found, str):
-        return found
+    forward = _taken_apart(model)
+    if isinstance(forward, str):
+        return forward
     ids = some_ids(model, 23, 4).tolist()
-    texts, by_layers = [ids[:14], ids[14:]], found.logits
+    texts, by_layers = [ids[:14], ids[14:]], forward.logits
 
     def differs() -> str | None:
         theirs = read_and_continued(own_forward(model), texts)
         return disagreement(
-            type(model).__name__,
+            model,
             "its parts called one by one",
             lambda: difference(read_and_continued(by_layers, texts), theirs),
             MODEL.limits[theirs.dtype],
         )
 
-    return same_values("by_parts", model, str | None, differs)
+    reason = same_values("by_parts", model, str | None, differs)
+    return forward if reason is None else reason
 
 
 def _on_a_copy(model: PreTrainedModel) -> str | None:
@@ -357,10 +344,10 @@ def _on_a_copy(model: PreTrainedModel) -> str | None:
         return found
 
     def measure() -> float:
-        theirs = read_and_continued(own_forward(copy), texts)
-        return difference(read_and_continued(found.logits, texts), theirs)
+        ours = read_and_continued(found.logits, texts)
+        return difference(ours, read_and_continued(own_forward(copy), texts))
 
-    return disagreement(type(copy).__name__, "its parts called one by one", measure, LIMIT)
+    return disagreement(copy, "its parts called one by one", measure, LIMIT)
 
 
 def own_forward(model: PreTrainedModel) -> Run:

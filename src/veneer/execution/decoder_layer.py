@@ -218,9 +218,11 @@ def find_attention(block: Any) -> Attention | None:
     view = frozen_linear(unwrapped(block._modules[first])) if first in names else None
     if view is None or names not in ({*QKV, O}, {*QKV, O, *HEAD_NORMS}):
         return None
-    if any(True for _ in block.named_parameters(recurse=False)) or not isinstance(size, int):
-        return None
-    if size % 2 or getattr(getattr(block, "config", None), "_attn_implementation", None) != NAME:
+    if (
+        not isinstance(size, int)
+        or size % 2
+        or getattr(getattr(block, "config", None), "_attn_implementation", None) != NAME
+    ):
         return None
     own = [unwrapped(block._modules[name]) for name in HEAD_NORMS if name in names]
     norms = [norm for module in own if (norm := find_norm(module))]
@@ -257,7 +259,7 @@ def _confirmed(
     beyond = torch.arange(ROWS)[None] * 10**6  # whatever a block counts from
     theirs, ours = _Heads(), _Heads()
     expected = small(**inputs, position_ids=beyond, veneer_layout=theirs)
-    if theirs.rules.sinks is not None:
+    if any(own is not theirs.rules.sinks for own in block.parameters(recurse=False)):
         return None
     facts = Attention(block, size, theirs.rules, norms)
 
@@ -289,6 +291,7 @@ def attend(
         "scaling": facts.rules.scale,
         "sliding_window": facts.rules.window,
         "softcap": facts.rules.softcap,
+        "s_aux": facts.rules.sinks,
     }
     out, weights = attention_forward(block, q, k, v, attention_mask, **rules, **others)
     return block.o_proj(out.reshape(B, T, -1)), weights

@@ -190,7 +190,7 @@ def replacements(model: PreTrainedModel) -> dict[str, StandIn]:
             part = part or find_feed_forward(module) or find_attention(module)
             if isinstance(part, FeedForward):
                 stand_ins[path] = FusedGate(module, part)
-            elif isinstance(part, Attention):
+            elif isinstance(part, Attention) and part.rules.sinks is None:
                 stand_ins[path] = FusedAttention(module, part)
     for path, place in model.named_modules():
         if place in layers and _is_one_node(path, layers[place], stand_ins):

@@ -99,7 +99,7 @@ def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
         return 0.0 if expected is None else difference(states, expected)
 
     limit = 0.0 if expected is None else MODEL.limits[expected.dtype]
-    reason = disagreement(type(model).__name__, "packed rows", measure, limit)
+    reason = disagreement(model, "packed rows", measure, limit)
     reason = (unreached(model, reached[0]) if reached else None) or reason
     if reason is not None:
         model.set_attn_implementation(before)

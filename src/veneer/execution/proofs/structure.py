@@ -189,9 +189,7 @@ def _padded(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
             worst, *(difference(hidden[i, : len(row)], states[i]) for i, row in enumerate(rows))
         )
 
-    return disagreement(
-        type(model).__name__, "padded rows", lambda: _by_side(model, texts, run), LIMIT
-    )
+    return disagreement(model, "padded rows", lambda: _by_side(model, texts, run), LIMIT)
 
 
 def _states(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
@@ -243,9 +241,7 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         return f"{type(model).__name__} does not offer transformers' attention interface"
-    reason = disagreement(
-        type(model).__name__, "packed rows", lambda: _by_side(model, texts, run), LIMIT
-    )
+    reason = disagreement(model, "packed rows", lambda: _by_side(model, texts, run), LIMIT)
     if calls and (short := unreached(model, calls[0])) is not None:
         reason = short
     if reason is not None:
