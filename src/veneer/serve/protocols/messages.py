@@ -42,12 +42,12 @@ from veneer.serve.protocols.tools import Description, ShortName, required_call
 from veneer.serve.refusals import Fault, Refusal
 
 
-class _Cached(Body):
+class _CacheControl(Body):
     cache_control: Annotated[Object, NO_EFFECT] = Field(default_factory=dict)
     """the cache finds prompts by their content"""
 
 
-class _TextBlock(_Cached):
+class _TextBlock(_CacheControl):
     type: Literal["text"]
     text: Text
     citations: EmptyList = Field(default_factory=list)
@@ -60,14 +60,14 @@ _TextBlocks = Annotated[
 _TextContent = Annotated[Text | _TextBlocks, BY_TYPE]
 
 
-class _ToolResult(_Cached):
+class _ToolResult(_CacheControl):
     type: Literal["tool_result"]
     tool_use_id: Id
     content: _TextContent = ""
     is_error: Annotated[bool, NO_EFFECT] = False
 
 
-class _ToolUse(_Cached):
+class _ToolUse(_CacheControl):
     type: Literal["tool_use"]
     id: Id
     name: ShortName
@@ -93,7 +93,7 @@ class _AssistantTurn(Body):
     ]
 
 
-class _Tool(_Cached):
+class _Tool(_CacheControl):
     name: ShortName
     input_schema: Object
     description: Description | None = None
@@ -121,7 +121,7 @@ class _NoThinking(Body):
     type: Literal["disabled"]
 
 
-class CountBody(_Cached):
+class CountBody(_CacheControl):
     """The body of /v1/messages/count_tokens."""
 
     model: ModelName

@@ -117,7 +117,7 @@ class _NoObfuscation(Body):
     """events are not padded"""
 
 
-class _Reasoning(Body):
+class _ReasoningOptions(Body):
     effort: Annotated[Literal["none"], NO_EFFECT] = "none"
     """the template decides"""
     summary: Annotated[Literal["auto"], NO_EFFECT] = "auto"
@@ -163,7 +163,7 @@ class ResponseBody(OpenAIBody):
         Field(default_factory=list)
     )
     """there is no such thing"""
-    reasoning: Annotated[_Reasoning | None, NO_EFFECT] = None
+    reasoning: Annotated[_ReasoningOptions | None, NO_EFFECT] = None
     top_logprobs: Annotated[int, Num(Number(int, 0, 0)), NO_EFFECT] = 0
     """see /v1/chat/completions"""
     previous_response_id: NotSupported = None
