@@ -122,7 +122,7 @@ def test_a_prompt_that_begins_as_one_before_is_read_from_there_on_and_by_its_own
 def test_an_adapter_that_is_not_here_and_a_base_that_cannot_be_packed_are_refused():
     base, applied = with_adapters("llama_untied")
     engine = Engine(base, budget_bytes=2**20, adapters=FixedAdapters(applied))
-    with pytest.raises(ConfigError, match="no adapter"):
+    with pytest.raises(ConfigError, match="is not attached"):
         engine.add(Request(prompt=(1,), max_new_tokens=1, adapter=(("nobody", 1.0),)))
     with pytest.raises(ConfigError, match="one request after another"):
         Engine(tiny_base("bloom"), budget_bytes=2**20, adapters=FixedAdapters({}))

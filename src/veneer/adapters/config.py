@@ -19,7 +19,7 @@ USUAL_WIDTH = 2000
 
 
 class MethodConfig(Settings):
-    """What every method declares, beside its settings.
+    """Base class of methods: properties of a method besides its settings.
 
     trains_base            it trains the base's own weights, which must be dense; its result is a
                            model, not an adapter
@@ -47,7 +47,7 @@ class MethodConfig(Settings):
 
     @property
     def share_of_rate(self) -> float:
-        """Of the method's rate, with these settings."""
+        """Factor of the method's usual rate with these settings."""
         return 1.0
 
     @property
@@ -62,7 +62,7 @@ class MethodConfig(Settings):
 
     @property
     def instead_of_folding(self) -> str:
-        """What to do where it cannot be merged: the end of an error message."""
+        """Next step in the error of an adapter that cannot be merged."""
         return next((content.instead for content in self.contents if not content.merges), "")
 
     @property
@@ -83,7 +83,7 @@ class MethodConfig(Settings):
 
     @property
     def update_rank(self) -> int | None:
-        """Of its updates; None: they have none."""
+        """Rank of its updates. None if they have none."""
         return None
 
     def of_rank(self, rank: int) -> Self:
@@ -92,7 +92,7 @@ class MethodConfig(Settings):
         return self
 
     def rate_of(self, part: str) -> float:
-        """What the learning rate of a layer's trained tensor `part` is multiplied with."""
+        """Factor of the learning rate of a layer's trained tensor `part`."""
         return 1.0
 
 

@@ -17,7 +17,7 @@ from veneer.linear import FrozenLinear, TransposedLinear
 
 
 class EmbeddingLayer(Layer, Protocol):
-    """What a method puts beside an embedding."""
+    """The interface of a method's layer for an embedding."""
 
     def looked_up(
         self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor

@@ -30,7 +30,7 @@ from veneer.linear import FrozenLinear, frozen_linear, frozen_product
 
 
 class LinearLayer(Layer, Protocol):
-    """What a method puts beside a linear module."""
+    """The interface of a method's layer for a linear module."""
 
     @classmethod
     def product(
@@ -51,7 +51,7 @@ class LinearLayer(Layer, Protocol):
     def change(
         self, x: Tensor, plain: Tensor, base: FrozenLinear, keys: TokenKeys | None
     ) -> Tensor:
-        """What the layer adds to plain = x W^T, both (M, ...), before the adapter's weight."""
+        """The change of plain = x W^T, both (M, ...), before the adapter's weight."""
 
 
 class AdaptedLinear(AdaptedModule):
@@ -186,7 +186,7 @@ class AdaptedLinear(AdaptedModule):
     def _updates(
         self, x: Tensor, segment: Segment, keys: TokenKeys | None
     ) -> list[RowUpdate] | None:
-        """What the adapters add to the segment's rows. Returns None if one of them does more."""
+        """The adapters' updates of the segment's rows. Returns None if one of them does more."""
         if self.replaces(segment.adapters):
             return None
         updates: list[RowUpdate] = []

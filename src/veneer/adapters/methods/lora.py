@@ -52,7 +52,7 @@ Kind = Literal["linear", "embedding", "experts"]
 
 
 class LowRankLayer(Layer, Protocol):
-    """What the files of LoRA and its variants store about a layer."""
+    """A layer of LoRA or a variant, as adapter files store it."""
 
     kind: Kind
     rank: int
@@ -190,7 +190,7 @@ def delta_weight(layer: LoRALayer) -> Tensor:
 
 
 class LoRAFactors(Protocol):
-    """What low_rank_product needs of a layer."""
+    """The part of a LoRA layer that low_rank_product reads."""
 
     @property
     def scaling(self) -> float: ...

@@ -153,7 +153,7 @@ def _linear_layer(site: Site, config: LowRank, path: str) -> tuple[LoRALayer, Fr
 
 
 def _embedding_layer(site: Site, config: LowRank, path: str) -> LoRALayer:
-    """As in PEFT, A starts at zero and B is random: columns of A are looked up, B projects them."""
+    """Starts A at zero and B at random, as PEFT: columns of A are looked up, B projects them."""
     table = site.modules[path].get_parameter("weight")
     r = first_match(config.rank_pattern, path, config.rank)
     A, B = torch.zeros(r, table.shape[0]), torch.randn(table.shape[1], r, generator=site.generator)
