@@ -214,7 +214,7 @@ def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
         ]
         engine.step(0.0)
         engine.step(0.0)
-        lane = engine.lanes.exact if identity == lora else engine.lanes.others
+        lane = engine.lanes.exact if identity == lora else engine.lanes.mixed
         acting = lane.acting[1]
         prepared = dict(acting.plan.kept)
         factors = [each.few or each.alone or each.bundled for each in prepared.values()]
