@@ -1,18 +1,12 @@
-"""A step through the parts of a model, few calls a layer, where that gives what the model's own
-forward gives.
+"""A step through the layers of a model, few calls a layer, where that gives what the model gives.
 
     residual and norm, q k v, rotary, attention over blocks, o, residual and norm, gate and up,
         activation, down
 
-A model's own forward makes some hundred small calls a layer, more than the time of a step on a CPU.
-Here the same modules are called, found in their places at every step, and between them one call
-does what several did (kernels/decoding/decoder_step.py). What an adapter stands beside is called as
-the module that it is, so is a feed-forward block of another kind.
-
-What a model computes is found by running it: a small copy in float32
-(execution/proofs/small_copy.py), then the model itself, by its own forward and by this one. What
-does not agree keeps its own forward, and the reason says why. Shapes: N rows of the step, D width,
-E head size, V ids.
+The model's own modules are called, found in their places at every step; between them one call does
+what several did (kernels/decoding/decoder_step.py). A module that an adapter stands beside is
+called as it is. A small copy, then the model itself, must give the same by its own forward.
+Shapes: N rows of the step, D width, E head size, V ids.
 """
 
 from __future__ import annotations
