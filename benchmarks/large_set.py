@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from veneer.data.batching import Rows, make_batch, plan_epoch
+from veneer.data.batching import RowSpans, make_batch, plan_epoch
 from veneer.data.checks.tally import Tally
 from veneer.data.examples import Example, Row, RowRef, row_key
 from veneer.data.files.on_disk import COLUMNS, INDEX, ExampleWriter, StoredExamples
@@ -160,7 +160,7 @@ def make(count: int, folder: Path) -> None:
 def read(folder: Path) -> dict[str, Any]:
     before, start = resident(), time.process_time()
     examples = StoredExamples(folder)
-    rows = Rows.of(examples)
+    rows = RowSpans.of(examples)
     plan = plan_epoch(rows.lengths, batch=8, seed=0, epoch=0, order="bucketed")
     plans = [(plan, len(plan))]
     largest = largest_micro_batches(

@@ -31,7 +31,7 @@ import torch
 
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.cli.common import locate_adapter
-from veneer.formats.adapter import load_adapter
+from veneer.formats.loading import load_adapter
 from veneer.merge.fold.fold import stored_tensors, wanted_weights
 from veneer.merge.fold.folder import merge_into_folder
 from veneer.merge.fold.rounding import Survival, survival, total

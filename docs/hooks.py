@@ -98,7 +98,7 @@ def settings() -> str:
     methods by method."""
     from veneer.adapters.config import METHODS
     from veneer.data.config import DataConfig
-    from veneer.files.settings import described
+    from veneer.files.settings import description_at
     from veneer.training.config import RunConfig, TemplateConfig
 
     def table(model: Any, names: Any, before: str = "") -> str:
@@ -111,7 +111,9 @@ def settings() -> str:
                 if field.is_required()
                 else f"`{_default(field.get_default(call_default_factory=True))}`"
             )
-            rows.append(f"| `{before}{name}` | {default} | {_cell(described(model, (name,)))} |")
+            rows.append(
+                f"| `{before}{name}` | {default} | {_cell(description_at(model, (name,)))} |"
+            )
         return "\n".join([*head, *rows, ""])
 
     parts = [table(RunConfig, RunConfig.model_fields)]

@@ -164,6 +164,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "data/checks/check.py": ("data/test_check.py", "data/test_load.py"),
     "data/files/formats.py": ("data/test_formats.py",),
+    "data/files/layouts.py": ("data/test_formats.py",),
     "data/split.py": ("data/test_load.py",),
     "data/mixture.py": ("data/test_sets.py",),
     "data/files/columns.py": ("data/test_sets.py",),
@@ -329,6 +330,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "files/strict_tensors.py": ("files/test_strict_tensors.py",),
     "formats/norms.py": ("formats/test_norms.py",),
     "formats/adapter.py": ("formats/test_adapter.py", "formats/test_peft.py"),
+    "formats/loading.py": ("formats/test_adapter.py", "formats/test_peft.py"),
     "formats/peft/config.py": ("formats/test_peft_config.py", "formats/test_peft.py"),
     "formats/prefix.py": ("formats/test_prefix.py",),
     "kernels/native/attention/attention.c": (

@@ -166,7 +166,7 @@ def test_lists_of_plain_ints_are_held_at_one_go():
     ],
 )
 def test_bounds_are_said_in_words(number, said):
-    assert number.said == said
+    assert number.description == said
 
 
 def test_all_numbers_of_a_call_are_told_at_once():
@@ -274,7 +274,7 @@ def test_a_flag_takes_no_number_that_cannot_be_meant(words, action, capsys):
     for text in [*NEVER, "-99999999999"]:
         assert main([*words, f"{action.option_strings[0]}={text}"]) == 2
         err = capsys.readouterr().err
-        assert f"is not {action.type.said}" in err and "Traceback" not in err
+        assert f"is not {action.type.description}" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("text", ["nan", "0", "-1", "inf", "1/0", "1,x", "1e308/1e-308", ""])

@@ -53,7 +53,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(memory, "_begun", True)
+    monkeypatch.setattr(memory, "_enabled", True)
     memory.surroundings.cache_clear()
     yield tmp_path / "cache"
     memory.surroundings.cache_clear()
@@ -204,7 +204,7 @@ def test_a_download_is_known_by_address_tag_time_and_size(
     def fetches(name: str = "s3://a/rows.jsonl", **changed: Any) -> bool:
         before = len(fetched)
         info = {"etag": "1", "LastModified": "2015-10-21T07:28:00+00:00", "size": 10, **changed}
-        downloads.downloaded(Store(**info), "a/rows.jsonl", name)
+        downloads.download_if_changed(Store(**info), "a/rows.jsonl", name)
         return len(fetched) > before
 
     assert fetches() and not fetches()
@@ -229,7 +229,7 @@ def _tokens_name(file: Path, **changed: Any) -> str:
         **changed,
     }
     settings["sets"] = ResolvedSets()
-    return large._name(DataConfig.of(fields), template, **settings)
+    return large._set_name(DataConfig.of(fields), template, **settings)
 
 
 def test_stored_tokens_depend_on_rows_settings_tokenizer_template_and_day(

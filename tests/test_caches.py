@@ -118,7 +118,7 @@ def test_a_structure_is_another_one_by_its_class_and_by_every_field() -> None:
     assert len({*keys, structure_key(LlamaForCausalLM, other)}) == len(fields) + 3
 
 
-@pytest.mark.parametrize("made", ["code_book", "nested_map", "_powers", "_places"])
+@pytest.mark.parametrize("made", ["code_book", "nested_map", "_powers", "_sampled_positions"])
 def test_constants_are_the_same_whatever_is_around_the_first_call(made: str) -> None:
     """A plan computes on the meta device; what it made first would have stayed there for all that
     came later."""
@@ -126,10 +126,10 @@ def test_constants_are_the_same_whatever_is_around_the_first_call(made: str) -> 
         "code_book": lambda: nf4.code_book("nf4").thresholds,
         "nested_map": nf4.nested_map,
         "_powers": mxfp4._powers,
-        "_places": lambda: fingerprint._places(10_000, 4096),
+        "_sampled_positions": lambda: fingerprint._sampled_positions(10_000, 4096),
     }[made]
     expected = cached().clone()
-    for function in (nf4.code_book, nf4.nested_map, mxfp4._powers, fingerprint._places):
+    for function in (nf4.code_book, nf4.nested_map, mxfp4._powers, fingerprint._sampled_positions):
         function.cache_clear()
     with torch.device("meta"), torch.inference_mode():
         cached()
@@ -182,7 +182,7 @@ def test_a_type_is_measured_apart_from_others(monkeypatch: pytest.MonkeyPatch) -
         base, other = calls
         return {base: 1.0, other: next(seconds)}
 
-    monkeypatch.setattr(compute, "_least_seconds", least)
+    monkeypatch.setattr(compute, "_fastest_seconds", least)
     compute.times_float32.cache_clear()
     types = (torch.bfloat16, torch.bfloat16, torch.float16)
     assert [compute.times_float32(dtype) for dtype in types] == [2.0, 2.0, 3.0]
@@ -190,7 +190,9 @@ def test_a_type_is_measured_apart_from_others(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_constants_and_patterns_are_those_of_their_arguments() -> None:
-    places = [fingerprint._places(*numbers) for numbers in ((100, 8), (200, 8), (100, 9))]
+    places = [
+        fingerprint._sampled_positions(*numbers) for numbers in ((100, 8), (200, 8), (100, 9))
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(places) for b in places[:i])
     assert not torch.equal(nf4.code_book("nf4").thresholds, nf4.code_book("fp4").thresholds)
     patterns = {"q_proj": 1, ".*_proj": 2}

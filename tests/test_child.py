@@ -21,7 +21,7 @@ from veneer import child
 from veneer.bases.names.packages import fetch_wheel
 from veneer.comparison.local import ForkServer, command_of
 from veneer.data.template.rendering import Conversation, Template
-from veneer.data.template.rendering import Worker as Renderer
+from veneer.data.template.rendering import TemplateWorker as Renderer
 from veneer.errors import SourceError
 
 SOURCES = sorted(Path(veneer.__file__).parent.rglob("*.py"))

@@ -28,7 +28,7 @@ from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare
 from veneer.data.checks.check import refuse_beyond, refuse_unreadable
 from veneer.data.checks.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
-from veneer.data.files.writing import GIVEN, Record, as_set, is_rows
+from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, examine_data, load_data
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError
@@ -304,8 +304,8 @@ def evaluate(
             )
         rows, examples = list(loaded.train_rows), list(loaded.train)
         if is_rows(data):
-            rows = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in rows]
-            examples = [replace(each, ref=RowRef(GIVEN, each.ref.line)) for each in examples]
+            rows = [replace(each, ref=RowRef(ROWS_NAME, each.ref.line)) for each in rows]
+            examples = [replace(each, ref=RowRef(ROWS_NAME, each.ref.line)) for each in examples]
         paths = base.paths
 
         def nats(examples: Sequence[Example]) -> Counts:

@@ -27,7 +27,7 @@ from veneer.decoding.generate import generate, limits_of
 from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk
-from veneer.formats.adapter import load_adapter
+from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.library.pool import Pool
 from veneer.merge.fold.in_memory import MergedParameters, merged_weights

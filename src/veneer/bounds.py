@@ -1,14 +1,12 @@
-"""The bounds of every number that a person gives: run files, flags and Python arguments all read
-them here.
+"""Defines the bounds of all numbers that a user gives in run files, flags and Python arguments.
 
-    field: Annotated[int, RANK] = 16
-        in a pydantic model: a number outside is one fault, in words
-    parser.add_argument("--rank", type=RANK)      on the command line
-    check_numbers(rank=(RANK, rank), seed=(SEED, seed))   in a function
+field: Annotated[int, RANK] = 16
+    in a pydantic model: a number out of bounds is one fault, in words
+parser.add_argument("--rank", type=RANK)      on the command line
+check_numbers(rank=(RANK, rank), seed=(SEED, seed))   in a function
 
-Nothing is infinite, nothing is not a number, and True is no 1. The ends are generous: they refuse
-what cannot be meant (a slip of the keyboard, an overflow), not what is unusual. Loads neither torch
-nor pydantic.
+Infinity and NaN are refused, and True is not 1. The bounds are generous: they refuse obvious
+mistakes (a typo, an overflow), not unusual values. Imports neither torch nor pydantic.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Number:
-    """A whole number or a real one between two ends, which belong to it unless `above` or `below`
-    leaves one out."""
+    """Bounds of a whole or real number. The ends are included unless `above` or `below` excludes
+    one."""
 
     kind: type[int] | type[float]
     least: float
@@ -38,40 +36,44 @@ class Number:
     below: bool = False
 
     @property
-    def said(self) -> str:
-        """a whole number from 1 to 4,096; a number above 0 and at most 1"""
-        what = "a whole number" if self.kind is int else "a number"
+    def description(self) -> str:
+        """Describes the bounds: a whole number from 1 to 4,096; a number above 0 and at most 1."""
+        kind = "a whole number" if self.kind is int else "a number"
         if not self.above and not self.below:
-            return f"{what} from {_shown(self.least)} to {_shown(self.most)}"
-        low = f"above {_shown(self.least)}" if self.above else f"at least {_shown(self.least)}"
-        return f"{what} {low} and {'below' if self.below else 'at most'} {_shown(self.most)}"
+            return f"{kind} from {_format_value(self.least)} to {_format_value(self.most)}"
+        low = (
+            f"above {_format_value(self.least)}"
+            if self.above
+            else f"at least {_format_value(self.least)}"
+        )
+        return f"{kind} {low} and {'below' if self.below else 'at most'} {_format_value(self.most)}"
 
     def holds(self, value: object) -> bool:
-        """Whether `value` is such a number. Those of numpy are numbers too."""
+        """Whether `value` is a number within the bounds. numpy's numbers count too."""
         if isinstance(value, bool | str | bytes) or type(value).__name__.startswith("bool"):
             return False
         try:
             number = operator.index(value) if self.kind is int else float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             return False
-        low = self.least < number if self.above else self.least <= number  # nan is on neither side
+        low = self.least < number if self.above else self.least <= number  # false for nan
         return low and (number < self.most if self.below else number <= self.most)
 
     def holds_ints(self, values: Sequence[Any]) -> bool:
-        """Whether these are plain ints within the bounds, one at least. Of others `holds` says it,
-        one by one."""
+        """Whether these are plain ints within the bounds, at least one. Faster than `holds` for
+        each."""
         return (
             set(map(type, values)) == {int} and self.holds(min(values)) and self.holds(max(values))
         )
 
     def __call__(self, text: str) -> Any:
-        """An argparse type."""
+        """Parses a flag, as an argparse type."""
         try:
             value = self.kind(text)
         except (ValueError, OverflowError):
             value = None
         if not self.holds(value):
-            raise ArgumentTypeError(f"{text[:40]!r} is not {self.said}")
+            raise ArgumentTypeError(f"{text[:40]!r} is not {self.description}")
         return value
 
     def __get_pydantic_core_schema__(
@@ -85,36 +87,38 @@ class Number:
             except ValidationError:
                 number = None
             if not self.holds(number):
-                raise PydanticCustomError("number", "Input should be {said}", {"said": self.said})
+                raise PydanticCustomError(
+                    "number", "Input should be {said}", {"said": self.description}
+                )
             return number
 
         return core_schema.no_info_wrap_validator_function(validate, handler(source))
 
 
 def check_numbers(**numbers: tuple[Number, object]) -> None:
-    """name=(its bounds, the value that was given); None was not given. Raises ConfigError with
-    every fault."""
-    if found := number_faults(**numbers):
-        raise ConfigError("a number is out of bounds", found)
+    """Checks name=(bounds, value); None is skipped. Raises ConfigError with every fault."""
+    if faults := number_faults(**numbers):
+        raise ConfigError("a number is out of bounds", faults)
 
 
 def check_weights(weights: Sequence[object]) -> None:
-    """One for each of several adapters. Raises ConfigError with every one that is out of bounds."""
+    """Checks the weights of several adapters. Raises ConfigError with every weight out of
+    bounds."""
     check_numbers(
         **{f"weight {number}": (WEIGHT, weight) for number, weight in enumerate(weights, 1)}
     )
 
 
 def number_faults(**numbers: tuple[Number, object]) -> list[str]:
-    """What `check_numbers` would refuse, one line each."""
+    """Returns the faults that `check_numbers` would raise, one line each."""
     return [
-        f"{name} is {str(value)[:40]}: should be {bounds.said}"
+        f"{name} is {str(value)[:40]}: should be {bounds.description}"
         for name, (bounds, value) in numbers.items()
         if value is not None and not bounds.holds(value)
     ]
 
 
-def _shown(value: float) -> str:
+def _format_value(value: float) -> str:
     whole = isinstance(value, int) or (value < 10**12 and value == int(value))
     return f"{value:,}" if whole else f"{value:g}"
 
@@ -122,19 +126,19 @@ def _shown(value: float) -> str:
 COUNT = Number(int, 1, 10**9)
 """Steps, evaluations, checkpoints, variants: how often or how many."""
 PROCESSES = Number(int, 1, 2**16)
-"""Of one run."""
+"""Processes of one run."""
 ROWS = Number(int, 1, 2**20)
 """Rows computed together."""
 LENGTH = Number(int, 2, 2**24)
-"""Tokens of a row: a token is trained only where another stands before it."""
+"""Tokens of a row: a token is only trained after another one."""
 NEW_TOKENS = Number(int, 1, 2**24)
 DAYS = Number(int, 0, 36500)
 EPOCHS = Number(float, 0, 10**6, above=True)
 LEARNING_RATE = Number(float, 0, 1000, above=True)
 SHARE = Number(float, 0, 1, below=True)
-"""Warm-up, rows held out, dropout: a part that is never the whole."""
+"""Warm-up, held-out rows, dropout: less than 1."""
 PART = Number(float, 0, 1, above=True)
-"""Density: a part that is never nothing."""
+"""Density: more than 0."""
 ENERGY = Number(float, 0, 1, above=True, below=True)
 WEIGHT_DECAY = Number(float, 0, 1000)
 CLIP = Number(float, 0, 10**12, above=True)
@@ -143,44 +147,44 @@ RANK = Number(int, 1, 4096)
 ALPHA = Number(float, 0, 10**6, above=True)
 SCALING = Number(float, 0, 10**6, above=True)
 RATIO = Number(float, 0, 10**6, above=True)
-"""Of two learning rates."""
+"""Ratio of two learning rates."""
 POWER_ITERATIONS = Number(int, 0, 1000)
 LAYER = Number(int, 0, 10**5)
 """The number of a layer, counted from 0."""
 WIDTH = Number(int, 1, 2**20)
-"""Of a small network, and what it is smaller by."""
+"""Width of a small network, or its reduction factor."""
 PLACES = Number(int, 1, 4096)
 """Tokens of a prefix."""
 SET_WEIGHT = Number(float, 0, 1000, above=True)
-"""Times that an epoch takes each row of a set."""
+"""How often an epoch uses each row of a set."""
 WEIGHT = Number(float, -(10**6), 10**6)
-"""Of an adapter among several; below 0 it is subtracted."""
+"""Weight of an adapter among several; a negative weight subtracts it."""
 TEMPERATURE = Number(float, 0, 100)
 TOP_P = Number(float, 0, 1)
-"""0 takes the likeliest token, 1 all of them."""
+"""0 allows only the likeliest token, 1 allows all."""
 TOP_K = Number(int, 0, 10**9)
-"""0 takes all tokens."""
+"""0 allows all tokens."""
 MIN_P = Number(float, 0, 1)
 REPETITION = Number(float, 0, 100, above=True)
-"""What logits of tokens that have been there are divided by; 1 changes nothing."""
+"""Divisor of the logits of earlier tokens; 1 changes nothing."""
 PENALTY = Number(float, -100, 100)
 BIAS = Number(float, -1000, 1000)
-"""Of one token's logit."""
+"""Added to one token's logit."""
 LOGPROBS = Number(int, 0, 20)
-"""Alternatives that are told beside a token."""
+"""Alternatives listed for each token."""
 SEEDS = Number(int, 1, 1000)
 EXTENSIONS = Number(int, 0, 100)
 SECONDS = Number(float, 0, 10**9, above=True)
 PRICE = Number(float, 0, 10**9)
 LINE = Number(int, 1, 2**53)
-"""Of a file, counted from 1."""
+"""Line of a file, counted from 1."""
 BYTES = Number(int, 1, 2**60)
 LINK = Number(float, 1000, 10**15)
-"""Bytes a second from one process to another."""
+"""Bytes a second between two processes."""
 BLOCK = Number(int, 1, 4096)
 """Tokens of a block of keys and values."""
 TOKEN = Number(int, 0, 2**31 - 1)
-"""An id."""
+"""Id of a token."""
 CHOICES = Number(int, 1, 128)
 """Answers to one prompt."""
 PRIORITY = Number(int, -1000, 1000)
@@ -190,4 +194,4 @@ TIME = Number(float, -(10**12), 10**12)
 """Seconds on some clock."""
 PORT = Number(int, 0, 65535)
 MIB = Number(int, 1, 2**40)
-"""2**20 bytes each."""
+"""Units of 2**20 bytes."""

@@ -35,7 +35,7 @@ from veneer.bases.compute import DtypeName
 from veneer.bases.names.packages import fetch_wheel
 from veneer.child import typed_command
 from veneer.data import bfcl
-from veneer.data.bfcl import Call, Score
+from veneer.data.bfcl import BfclEntry, Score
 from veneer.data.examples import Row, RowRef
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
@@ -62,7 +62,7 @@ CHARACTERS = 240  # of an answer that is shown: an untuned one can ramble on
 class _Rows:
     """The held-out side: its entries, as rows that can be answered, and the two files."""
 
-    calls: list[Call]
+    calls: list[BfclEntry]
     rows: list[Row]
     train_file: Path
     held_out_file: Path
@@ -292,7 +292,9 @@ def shown_rows(total: int) -> range:
     return range(0, total, max(1, total // SHOWN))[:SHOWN]
 
 
-def _print_answers(console: Console, calls: Sequence[Call], answers: dict[str, list[str]]) -> None:
+def _print_answers(
+    console: Console, calls: Sequence[BfclEntry], answers: dict[str, list[str]]
+) -> None:
     """The same few held-out questions each time, with the answers side by side and what each got
     right."""
     table = Table(box=None, padding=(0, 2, 1, 0), show_edge=False, header_style="dim")
@@ -310,7 +312,7 @@ def _print_answers(console: Console, calls: Sequence[Call], answers: dict[str, l
     console.print(table)
 
 
-def _judged(call: Call, answer: str) -> Text:
+def _judged(call: BfclEntry, answer: str) -> Text:
     score = bfcl.score(call, answer)
     if score.arguments_accepted:
         verdict, style = "✓ accepted", "green"
@@ -321,7 +323,7 @@ def _judged(call: Call, answer: str) -> Text:
     return Text(cut(shown(answer), CHARACTERS) + "\n").append(verdict, style=style)
 
 
-def _shares(calls: Sequence[Call], answers: Sequence[str]) -> dict[str, float]:
+def _shares(calls: Sequence[BfclEntry], answers: Sequence[str]) -> dict[str, float]:
     scores = [bfcl.score(call, answer) for call, answer in zip(calls, answers, strict=True)]
     return {
         name: sum(getattr(score, name) for score in scores) / len(scores)

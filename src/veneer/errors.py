@@ -1,46 +1,46 @@
-"""What can go wrong that a user can mend; the command line prints these without a traceback.
+"""Errors that a user can fix; the command line prints them without a traceback.
 
-    VeneerError                     exit code
-    ├─ InputError                   2    what the user gave is wrong
-    │  ├─ ConfigError                    a run file, a flag, a method's settings
-    │  │  └─ UnknownNameError               an adapter or a base of that name is not there
-    │  ├─ DataError                      rows, templates, masks
-    │  └─ SourceError                    a base or an adapter that cannot be found or read
-    ├─ DoesNotFitError              3    memory or disk
-    │  └─ BudgetFullError                adapters that stay leave no room for another
-    ├─ RefusedError                 4    a check said no
-    │  ├─ QueueFullError                 as many requests wait as may
-    │  ├─ AdapterMismatchError           this adapter was made for another base
-    │  ├─ UnsafeFileError                pickles, code from models, paths that climb
-    │  └─ CorruptFileError               hashes, shapes, non-finite values, truncated files
-    ├─ DivergedError                5    the loss or the gradient is not finite
-    ├─ LostProcessError             6    another process of the run failed, or is gone
-    └─ Interrupted                  130  stopped by the user, with a checkpoint
+VeneerError                     exit code
+├─ InputError                   2    the user's input is wrong
+│  ├─ ConfigError                    a run file, a flag, a method's settings
+│  │  └─ UnknownNameError               there is no adapter or base of that name
+│  ├─ DataError                      rows, templates, masks
+│  └─ SourceError                    a base or an adapter that cannot be found or read
+├─ DoesNotFitError              3    memory or disk
+│  └─ BudgetFullError                adapters that stay leave no room for another
+├─ RefusedError                 4    a check refused
+│  ├─ QueueFullError                 the queue of waiting requests is full
+│  ├─ AdapterMismatchError           this adapter was made for another base
+│  ├─ UnsafeFileError                pickles, code from models, paths out of a folder
+│  └─ CorruptFileError               hashes, shapes, non-finite values, truncated files
+├─ DivergedError                5    the loss or the gradient is not finite
+├─ LostProcessError             6    another process of the run failed or disappeared
+└─ RunInterrupted               130  stopped by the user, with a checkpoint
 
-An `assert` is for what only we can break; everything here is for what a user meets.
+`assert` is for bugs of Veneer; these errors are for everything that a user may meet.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 LONGEST_LINE = 2000
-"""Characters of a headline or a fault."""
+"""Most characters of a headline or a fault."""
 
 
 class VeneerError(Exception):
-    """One headline, every fault found, and what to do next.
+    """An error with one headline, every fault, and the next step.
 
     headline   what failed, one line
-    faults     all of them, not the first: one line each
-    next_step  the command or the change that mends it
+    faults     all of them, one line each
+    next_step  the command or change that fixes it
     """
 
     exit_code = 1
 
     def __init__(self, headline: str, faults: Sequence[str] = (), next_step: str = "") -> None:
         self.headline, self.faults, self.next_step = (
-            _cut(headline),
-            [_cut(each) for each in faults],
+            _shorten(headline),
+            [_shorten(fault) for fault in faults],
             next_step,
         )
         lines = [self.headline + (":" if self.faults else "")]
@@ -49,8 +49,8 @@ class VeneerError(Exception):
         super().__init__("\n".join(lines))
 
 
-def _cut(line: str) -> str:
-    """What a stranger's file says may stand in a line, and be a million characters long."""
+def _shorten(line: str) -> str:
+    """Shortens a line: it may quote a file, and be a million characters long."""
     return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"
 
 
@@ -82,12 +82,13 @@ class RefusedError(VeneerError):
 
 
 class QueueFullError(RefusedError):
-    """waiting: requests that wait; most: that may."""
+    """The queue is full. waiting: number of waiting requests; most: limit"""
 
     def __init__(self, waiting: int, most: int) -> None:
         self.waiting, self.most = waiting, most
         super().__init__(
-            f"{waiting:,} requests wait, {most:,} may", next_step="Ask again in a moment."
+            f"{waiting:,} requests are waiting, the limit is {most:,}",
+            next_step="Try again in a moment.",
         )
 
 
@@ -108,7 +109,7 @@ class LostProcessError(VeneerError):
     exit_code = 6
 
 
-class Interrupted(VeneerError):
+class RunInterrupted(VeneerError):
     exit_code = 130
 
 
@@ -122,46 +123,50 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(fault: Exception) -> bool:
-    """torch has a class of its own for this on some devices only; elsewhere, and in safetensors,
-    the text says so."""
+    """Whether the error means out of memory.
+
+    torch has a class for this on some devices only; elsewhere, and in safetensors, the text tells.
+    """
     text = str(fault).lower()
-    return isinstance(fault, MemoryError) or any(said in text for said in _OUT_OF_MEMORY)
+    return isinstance(fault, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
 def missing_on_device(fault: Exception) -> RefusedError | None:
-    """What to raise instead where torch has no operation or no type on Apple's MPS, by its name;
-    None: not that."""
-    said = str(fault).strip()
-    if not isinstance(fault, NotImplementedError | TypeError | RuntimeError) or "MPS" not in said:
+    """Returns the error for an operation or type that torch lacks on Apple's MPS, else None."""
+    message = str(fault).strip()
+    if (
+        not isinstance(fault, NotImplementedError | TypeError | RuntimeError)
+        or "MPS" not in message
+    ):
         return None
     return RefusedError(
         "torch cannot compute this on Apple's MPS",
-        [said.splitlines()[0].partition(". ")[0]],
-        "Take --device cpu; or set PYTORCH_ENABLE_MPS_FALLBACK=1, and the CPU computes what MPS"
+        [message.splitlines()[0].partition(". ")[0]],
+        "Use --device cpu; or set PYTORCH_ENABLE_MPS_FALLBACK=1, and the CPU computes what MPS"
         " lacks, slowly.",
     )
 
 
 @contextmanager
-def told_as(place: object, name: str) -> Iterator[None]:
-    """Errors of the block call a place by a name: who is told of them elsewhere is not told where
-    it is."""
+def hide_path(path: object, name: str) -> Iterator[None]:
+    """Replaces a path by a name in errors of the block, for readers who must not see the path."""
 
-    def said(line: str) -> str:
-        return line.replace(str(place), name)
+    def renamed(line: str) -> str:
+        return line.replace(str(path), name)
 
     try:
         yield
     except VeneerError as fault:
         VeneerError.__init__(
-            fault, said(fault.headline), [*map(said, fault.faults)], said(fault.next_step)
+            fault, renamed(fault.headline), [*map(renamed, fault.faults)], renamed(fault.next_step)
         )
         raise
 
 
 @contextmanager
 def fits_memory(doing: str, faults: Sequence[str] = (), next_step: str = "") -> Iterator[None]:
-    """What does not fit within the block as a DoesNotFitError: out of memory `doing` this."""
+    """Raises DoesNotFitError if the block runs out of memory. doing: the activity, for the
+    message"""
     try:
         yield
     except VeneerError:

@@ -1,9 +1,7 @@
-"""The modules that are linear layers, and the frozen view of each (kernels/dense/frozen.py says
-what one is).
+"""Recognises linear layers in a model, and gives the frozen view of each (kernels/dense/frozen.py).
 
-A format that transformers does not know stands in the model as a `PackedLinear` (or
-`PackedExperts`), which is its own frozen view. Shapes: M rows (batch times tokens), I in_features,
-O out_features.
+Weight formats that transformers lacks are `PackedLinear` or `PackedExperts` modules, which are
+their own frozen views. Shapes: M rows (batch times tokens), I in_features, O out_features.
 """
 
 import functools
@@ -24,16 +22,18 @@ from veneer.kernels.dense.frozen import writable as writable
 
 
 class FewRowsLinear(nn.Linear):
-    """An nn.Linear that hands products of a few rows to the kernel for them
-    (kernels/dense/few_rows.py): a row's bits are the same alone and among others, with a gradient
-    and without. A weight that trains takes torch's product."""
+    """An nn.Linear that uses the kernel for products of few rows (kernels/dense/few_rows.py).
+
+    A row's bits are the same alone and among others, with a gradient and without. A weight that
+    trains uses torch's product.
+    """
 
     @classmethod
     def of(cls, module: nn.Linear) -> Self:
-        """The same parameters, under the same names."""
-        made = cls.__new__(cls)
-        made.__dict__.update(module.__dict__)
-        return made
+        """Makes one with the same parameters, under the same names."""
+        linear = cls.__new__(cls)
+        linear.__dict__.update(module.__dict__)
+        return linear
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -47,8 +47,8 @@ class FewRowsLinear(nn.Linear):
 
 
 class TransposedLinear:
-    """W stored as (I, O): GPT-2's Conv1D; an embedding too, a linear layer whose rows x are zero
-    but for a single one."""
+    """W stored as (I, O): GPT-2's Conv1D; also an embedding, as a linear layer of one-hot
+    rows x."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -87,8 +87,8 @@ class TransposedLinear:
 
 
 class SliceLinear:
-    """One expert of a fused stack: W is a matrix of a 3-D parameter, (O, I) or, transposed, (I,
-    O)."""
+    """One expert of a fused stack: W is a matrix of a 3-D parameter, (O, I) or, transposed,
+    (I, O)."""
 
     def __init__(self, matrix: Tensor, *, transposed: bool) -> None:
         self.matrix, self.transposed = matrix, transposed
@@ -119,33 +119,32 @@ class SliceLinear:
 
 
 class PackedModule(nn.Module):
-    """A module whose big weights are held in a format of their own; nothing of them ever trains.
+    """A module whose large weights are packed and never train.
 
-    They are registered under the names that the dense module gave them, so that names and orders
-    stay.
+    They have the names of the dense module's weights, so that names and orders stay.
     """
 
     packed_format: str
-    """As `quantize` names it; a base's fingerprint says it in place of the type of the bytes."""
+    """The name that `quantize` uses; a base's fingerprint has it instead of the dtype."""
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name of a packed parameter -> shape of the dense weight that it stands for."""
+        """Maps each packed parameter to the shape of its dense weight."""
         raise NotImplementedError
 
     def packed_numbers(self) -> dict[str, Tensor]:
-        """What decides the weights' values beside parameters and buffers, by name; part of a base's
+        """Returns further numbers that decide the weights' values, by name; part of the
         fingerprint."""
         return {}
 
 
 class PackedLinear(PackedModule):
-    """A FrozenLinear that is a module itself: subclasses hold the weight and form the products."""
+    """A module that is its own FrozenLinear: subclasses hold the weight and compute the
+    products."""
 
     in_features: int
     out_features: int
     replaces_transposed = False
-    """It stands where a Conv1D stood, so the dense model's file has W as (I, O); what is held here
-    is (O, I)."""
+    """It replaces a Conv1D, so files of the dense model have W as (I, O); here it is (O, I)."""
 
     @property
     def device(self) -> torch.device:
@@ -172,22 +171,22 @@ class PackedLinear(PackedModule):
 
 
 class PackedExperts(PackedModule):
-    """A stack of experts, each a FrozenLinear. packed_shapes: (E, O, I), or (E, I, O) where
+    """A stack of experts, each a FrozenLinear. packed_shapes: (E, O, I), or (E, I, O) if
     `is_transposed`.
 
-    gate_up_proj_bias and down_proj_bias, where the experts have them, are plain parameters (E, O).
+    gate_up_proj_bias and down_proj_bias, if the experts have them, are plain parameters (E, O).
     """
 
     is_transposed: bool
 
     def expert(self, name: str, number: int) -> FrozenLinear:
-        """Matrix `number` of the stack called `name`."""
+        """Returns matrix `number` of the stack called `name`."""
         raise NotImplementedError
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Values of a model's weights, tied ones once; packed weights count what they stand for, not
-    their bytes."""
+    """Counts a model's weights, tied ones once; packed weights count their dense values, not their
+    bytes."""
     packed = {
         id(module.get_parameter(name)): torch.Size(shape).numel()
         for module in model.modules()
@@ -198,28 +197,32 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """True for GPT-2's Conv1D, told by its shape of attributes: this layer knows torch alone."""
+    """Whether it is GPT-2's Conv1D, recognised by its attributes: this module only imports
+    torch."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """nn.Linear, or a class made of it that still computes x W^T + bias: Llama 4's router is one
-    and routes."""
+    """Whether it is nn.Linear or a subclass that still computes x W^T + bias.
+
+    Llama 4's router is a subclass that does something else.
+    """
     kind: Any = type(module)
     return isinstance(module, nn.Linear) and bool(_is_product(kind))
 
 
 def is_plain_embedding(module: nn.Module) -> bool:
-    """nn.Embedding, or a class made of it that still looks rows up, and at most scales them by its
+    """Whether it is nn.Embedding or a subclass that only looks rows up and may scale them by
     `embed_scale`."""
     kind: Any = type(module)
     return isinstance(module, nn.Embedding) and bool(_is_lookup(kind))
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(O, I) of the `weight` of a module that is no linear layer and has a matrix of its own all
-    the same: a router, which multiplies by it and then chooses, by what modules below it may hold.
-    None: it is another kind of module."""
+    """Returns (O, I) of a module that is no linear layer but has a matrix `weight`, else None.
+
+    A router is one: it multiplies by the matrix and then chooses experts.
+    """
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None
@@ -230,15 +233,16 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
 
 @functools.cache
 def _is_product(kind: Any) -> bool:
-    """A forward of its own is tried on a small one."""
+    """Whether the class computes a plain product; a forward of its own is tried on a small
+    module."""
     if kind.forward is nn.Linear.forward:
         return True
     small = kind.__new__(kind)
-    nn.Linear.__init__(small, 3, 2, device="meta")  # draws nothing
-    small.weight = nn.Parameter(_numbers(2, 3))
-    small.bias = nn.Parameter(_numbers(2))
-    x = _numbers(4, 3)
-    return _gives(small, x, F.linear(x, small.weight, small.bias))
+    nn.Linear.__init__(small, 3, 2, device="meta")  # without initial values
+    small.weight = nn.Parameter(_test_values(2, 3))
+    small.bias = nn.Parameter(_test_values(2))
+    x = _test_values(4, 3)
+    return _computes(small, x, F.linear(x, small.weight, small.bias))
 
 
 @functools.cache
@@ -246,19 +250,19 @@ def _is_lookup(kind: Any) -> bool:
     if kind.forward is nn.Embedding.forward:
         return True
     small = kind.__new__(kind)
-    nn.Embedding.__init__(small, 5, 3, _weight=_numbers(5, 3))
+    nn.Embedding.__init__(small, 5, 3, _weight=_test_values(5, 3))
     small.embed_scale = torch.tensor(2.0, device="cpu")
     ids = torch.tensor([[3, 1, 4]], device="cpu")
     plain = F.embedding(ids, small.weight)
-    return _gives(small, ids, plain) or _gives(small, ids, plain * 2)
+    return _computes(small, ids, plain) or _computes(small, ids, plain * 2)
 
 
-def _numbers(*shape: int) -> Tensor:
+def _test_values(*shape: int) -> Tensor:
     return torch.linspace(-1, 1, math.prod(shape), device="cpu").view(shape)
 
 
 @torch.no_grad()
-def _gives(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
+def _computes(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
     try:
         y = module(x)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
@@ -267,7 +271,7 @@ def _gives(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
 
 
 def frozen_linear(module: nn.Module) -> FrozenLinear | None:
-    """The frozen view of a module, or None where it is no linear layer."""
+    """Returns the frozen view of a module, or None if it is no linear layer."""
     if isinstance(module, PackedLinear):
         return module
     if isinstance(module, nn.Linear):

@@ -1,16 +1,14 @@
-"""Modules whose tensors lie in shards on several processes, and are whole only where they are
-needed.
+"""Shards tensors of modules over several processes; a module is whole only while it is needed.
 
-A process keeps an equal run of the bytes of each such module (a decoder layer): weights, packed or
-dense, and their scales. All gather them, together, when the module is called, when its backward
-begins and where `make_whole` asks. The one that was whole before is let go then: at most one is.
-What looks at a weight outside of a forward asks first.
+Each process keeps an equal range of the bytes of each such module (a decoder layer): weights,
+packed or dense, and their scales. All processes gather them together when the module is called,
+when its backward begins and where `make_whole` asks. The previous whole module is released first:
+at most one is whole. Code that reads a weight outside of a forward calls `make_whole` first.
 
-Its tensors stay the same objects, with their shapes and types. What autograd keeps of them are
-views of the module's one memory, which is emptied and filled again (as FSDP's, Zhao et al. 2023,
-arXiv:2304.11277): no layer is ever read in another one's place. What is not whole reads as nan, or
-as zeros where a type has none. Not known here: processes. How the runs of all are gathered is the
-caller's.
+Tensors stay the same objects, with their shapes and types. Autograd keeps views of the module's one
+memory block, which is emptied and filled again (as in FSDP, Zhao et al. 2023, arXiv:2304.11277), so
+no layer is ever read in place of another. A tensor that is not whole reads as nan, or as zeros if
+its type has no nan. Not known here: processes; the caller provides the gathering.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,179 +22,181 @@ from veneer.errors import RefusedError
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes, a cache line."""
 LEAST = 1024
-"""Bytes up to which a tensor stays on every process: code books, norms of small models."""
+"""Tensors of at most this many bytes stay on every process: code books, norms of small models."""
 
 Gather = Callable[[Tensor, Tensor], None]
-"""(whole, own): the runs of all processes, one behind the other, into `whole`; both uint8."""
+"""(whole, shard): gathers the ranges of all processes into `whole` in order; both uint8."""
 
 
 class Shards:
-    """rank, size: which run of the bytes is this process's, and of how many."""
+    """The sharded modules of this process. rank, size: its range of the bytes, and the number of
+    ranges"""
 
     def __init__(self, rank: int, size: int, gather: Gather) -> None:
         self.rank, self.size, self.gather = rank, size, gather
         self.whole: Sharded | None = None
         self.begins: Callable[[Sharded], None] | None = None
-        """Told of each module whose backward begins, by all processes together: where they train
+        """Called for each module whose backward begins, by all processes together
         (training/optimizer/parts.py)."""
-        self._held: dict[nn.Module, Sharded] = {}
+        self._modules: dict[nn.Module, Sharded] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._modules)
 
     @property
     def held(self) -> list["Sharded"]:
-        return list(self._held.values())
+        return list(self._modules.values())
 
     @property
-    def own_bytes(self) -> int:
-        return sum(held.own.numel() for held in self._held.values())
+    def shard_bytes(self) -> int:
+        return sum(sharded.own.numel() for sharded in self._modules.values())
 
     @property
     def all_bytes(self) -> int:
-        return self.size * self.own_bytes
+        return self.size * self.shard_bytes
 
     def take(self, module: nn.Module) -> None:
-        """Keep this process's run of the module's bytes alone from now on. RefusedError: another
-        holds some of them."""
-        self._held[module] = Sharded(
-            self, module, [each for each in _tensors(module) if _bytes(each) > LEAST]
+        """Shards a module: keeps only this process's range. Raises RefusedError for tensors shared
+        with another."""
+        self._modules[module] = Sharded(
+            self, module, [tensor for tensor in _tensors(module) if _bytes(tensor) > LEAST]
         )
 
     def changed(self, change: Callable[[nn.Module], object]) -> None:
-        """Let `change` give the modules other tensors, one whole module after the other."""
-        for module, held in self._held.items():
-            held.gather()
-            held.give_back()
+        """Lets `change` replace the tensors of each module, one whole module after the other."""
+        for module, sharded in self._modules.items():
+            sharded.gather()
+            sharded.unshard()
             change(module)
             self.take(module)
 
-    def let_go(self) -> None:
-        """None is whole any more."""
+    def release(self) -> None:
+        """Releases the whole module, if any."""
         if self.whole is not None:
-            self.whole.let_go()
+            self.whole.release()
 
-    def give_back(self, *, keep: bool) -> None:
-        """The modules are in no shards any more: whole on the processes that keep them, empty on
-        the others."""
-        for held in self.held:
-            held.gather()
-            held.give_back(empty=not keep)
-        self._held.clear()
+    def unshard(self, *, keep: bool) -> None:
+        """Ends sharding: modules are whole on processes that keep them, empty on the others."""
+        for sharded in self.held:
+            sharded.gather()
+            sharded.unshard(empty=not keep)
+        self._modules.clear()
 
 
 class Sharded:
-    """One module. memory: of all its bytes, empty while it is not whole; own: this process's run of
-    them.
+    """A sharded module.
 
-    starts: where each tensor's bytes begin.
+    memory: all its bytes, empty while it is not whole; own: this process's range; starts: where
+    each tensor's bytes begin
     """
 
     def __init__(self, shards: Shards, module: nn.Module, tensors: list[Tensor]) -> None:
-        if any(_mark(each) is not None for each in tensors):
+        if any(_shard_of(tensor) is not None for tensor in tensors):
             raise RefusedError(
                 "layers that share weights with one another cannot be held in shards",
                 next_step="Leave shard out: every process then holds the whole base.",
             )
         self.shards, self.tensors, self.starts, end = shards, tensors, list[int](), 0
-        for each in tensors:
+        for tensor in tensors:
             self.starts.append(end)
-            end += -(-_bytes(each) // ALIGNMENT) * ALIGNMENT
+            end += -(-_bytes(tensor) // ALIGNMENT) * ALIGNMENT
         run = -(-end // (ALIGNMENT * shards.size)) * ALIGNMENT
         self.bytes = run * shards.size
         device = tensors[0].device if tensors else torch.device("cpu")
         self.memory = torch.zeros(self.bytes, dtype=torch.uint8, device=device)
         self.views = [
-            self.memory[start : start + _bytes(each)].view(each.dtype).view(each.shape)
-            for start, each in zip(self.starts, tensors, strict=True)
+            self.memory[start : start + _bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(self.starts, tensors, strict=True)
         ]
-        for view, each in zip(self.views, tensors, strict=True):
-            view.copy_(each.detach())
+        for view, tensor in zip(self.views, tensors, strict=True):
+            view.copy_(tensor.detach())
         self.own = self.memory[run * shards.rank : run * (shards.rank + 1)].clone()
-        self.absent = [_nothing(each) for each in tensors]
-        for each in tensors:
-            each._veneer_shard = self  # type: ignore[attr-defined]
+        self.absent = [_placeholder(tensor) for tensor in tensors]
+        for tensor in tensors:
+            tensor._veneer_shard = self  # type: ignore[attr-defined]
         self.hooks = [
-            module.register_forward_pre_hook(self._called),
-            module.register_forward_hook(self._left),
+            module.register_forward_pre_hook(self._before_forward),
+            module.register_forward_hook(self._after_forward),
         ]
-        self.let_go()
+        self.release()
 
     @torch.no_grad()
     def gather(self) -> None:
-        """All processes together; nothing where it is whole."""
+        """Makes it whole, by all processes together; does nothing if it is."""
         if self.shards.whole is self:
             return
-        self.shards.let_go()
+        self.shards.release()
         self.memory.untyped_storage().resize_(self.bytes)
         try:
             self.shards.gather(self.memory, self.own)
         except BaseException:
             self.memory.untyped_storage().resize_(0)
             raise
-        for each, view in zip(self.tensors, self.views, strict=True):
-            each.data = view
+        for tensor, view in zip(self.tensors, self.views, strict=True):
+            tensor.data = view
         self.shards.whole = self
 
-    def let_go(self) -> None:
-        for each, absent in zip(self.tensors, self.absent, strict=True):
-            each.data = absent
+    def release(self) -> None:
+        """Drops the whole values; tensors read as nan or zeros."""
+        for tensor, absent in zip(self.tensors, self.absent, strict=True):
+            tensor.data = absent
         self.memory.untyped_storage().resize_(0)
         if self.shards.whole is self:
             self.shards.whole = None
 
-    def give_back(self, *, empty: bool = False) -> None:
-        """While it is whole: the tensors stand for themselves again, or for nothing."""
-        for each, view, absent in zip(self.tensors, self.views, self.absent, strict=True):
-            each.data = absent if empty else view.clone()
-            del each._veneer_shard  # type: ignore[attr-defined]
+    def unshard(self, *, empty: bool = False) -> None:
+        """Gives the tensors their own memory again, or none; only while it is whole."""
+        for tensor, view, absent in zip(self.tensors, self.views, self.absent, strict=True):
+            tensor.data = absent if empty else view.clone()
+            del tensor._veneer_shard  # type: ignore[attr-defined]
         for hook in self.hooks:
             hook.remove()
         self.memory.untyped_storage().resize_(0)
         self.shards.whole = None
 
-    def _called(self, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
         self.gather()
 
-    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Its backward begins with the gradient of what it gives."""
-        for each in output if isinstance(output, tuple) else (output,):
-            if isinstance(each, Tensor) and each.requires_grad:
-                each.register_hook(self._turned)
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Registers a hook: the module's backward begins with the gradient of its output."""
+        for result in output if isinstance(output, tuple) else (output,):
+            if isinstance(result, Tensor) and result.requires_grad:
+                result.register_hook(self._before_backward)
 
-    def _turned(self, gradient: Tensor) -> None:
+    def _before_backward(self, gradient: Tensor) -> None:
         if self.shards.begins is not None:
             self.shards.begins(self)
         self.gather()
 
 
-def make_whole(of: nn.Module | Tensor) -> None:
-    """Where these values lie in a shard: they are there, until others are asked for. All processes
-    ask together."""
-    for each in (of,) if isinstance(of, Tensor) else _tensors(of):
-        if (held := _mark(each)) is not None:
-            held.gather()
+def make_whole(target: nn.Module | Tensor) -> None:
+    """Gathers a sharded module or tensor, until another is gathered. All processes call it
+    together."""
+    for tensor in (target,) if isinstance(target, Tensor) else _tensors(target):
+        if (sharded := _shard_of(tensor)) is not None:
+            sharded.gather()
             return
 
 
 def in_shards(module: nn.Module) -> bool:
-    return any(_mark(each) is not None for each in _tensors(module))
+    """Whether any tensor of the module is sharded."""
+    return any(_shard_of(tensor) is not None for tensor in _tensors(module))
 
 
-def _mark(tensor: Tensor) -> Sharded | None:
+def _shard_of(tensor: Tensor) -> Sharded | None:
     return getattr(tensor, "_veneer_shard", None)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
-    yield from (each for each in module.buffers() if not each.is_meta)
+    yield from (buffer for buffer in module.buffers() if not buffer.is_meta)
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _nothing(like: Tensor) -> Tensor:
-    """Of its shape and type, in the memory of one value."""
+def _placeholder(like: Tensor) -> Tensor:
+    """Returns a tensor of the same shape and type in the memory of one value."""
     value = torch.nan if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=like.device).expand(like.shape)

@@ -1,7 +1,6 @@
-"""What other tools call our settings and flags, and which of ours somebody meant.
+"""Maps names of other tools to our settings and flags, and suggests what a user meant.
 
-Loads nothing: the command line asks before it has loaded anything, settings in Python and in run
-files ask too.
+Imports nothing: the command line uses it before it imports anything else.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,8 @@ from types import MappingProxyType
 KeyPath = tuple[str, ...]
 """("method", "rank")"""
 
-# Closer to what was meant than the nearest spelling is. The names are those of Axolotl,
-# LLaMA-Factory, TRL, Unsloth, torchtune, mlx-lm and PEFT that their examples use.
+# Better suggestions than the nearest spelling. The names are from examples of Axolotl,
+# LLaMA-Factory, TRL, Unsloth, torchtune, mlx-lm and PEFT.
 KNOWN_ELSEWHERE = {
     "activation_checkpointing": "checkpointing",
     "activation_offloading": "offload",
@@ -166,7 +165,7 @@ KNOWN_ELSEWHERE = {
 """Their name -> the path of our setting."""
 
 METHODS_ELSEWHERE = {"dora", "full", "lora", "qlora"}
-"""Values that say of a name such as Axolotl's `adapter` that it means the method."""
+"""Values with which a name such as Axolotl's `adapter` means the method."""
 
 _NOT_NEEDED = {
     "the attention kernel is chosen by itself": (
@@ -222,7 +221,7 @@ _NOT_NEEDED = {
     "the base's tokenizer has them; `new_tokens` adds others": "special_tokens",
 }
 NOT_NEEDED = {name: said for said, names in _NOT_NEEDED.items() for name in names.split()}
-"""Their name -> why no setting of ours is like it."""
+"""Their name -> why Veneer has no such setting."""
 
 CHOICES_ELSEWHERE = {
     "4bit": "nf4",
@@ -241,7 +240,7 @@ CHOICES_ELSEWHERE = {
     "paged_adamw_8bit": "adamw8bit",
     "q4": "q4_k_m",
 }
-"""A value of theirs -> ours, where a setting or a flag takes it."""
+"""Their value of a setting or flag -> ours."""
 
 COMMANDS_ELSEWHERE = {
     "add": "adapters add",
@@ -284,7 +283,7 @@ COMMANDS_ELSEWHERE = {
     "verify": "adapters verify",
     "version": "--version",
 }
-"""A word that somebody types for a command -> ours."""
+"""Another word for a command -> ours."""
 
 ACTIONS_ELSEWHERE = {
     "cat": "show",
@@ -305,7 +304,7 @@ ACTIONS_ELSEWHERE = {
     "validate": "check",
     "view": "show",
 }
-"""A word that somebody types for an action of `adapters` or `data` -> ours."""
+"""Another word for an action of `adapters` or `data` -> ours."""
 
 FLAGS_ELSEWHERE = {
     "device_map": "device",
@@ -321,30 +320,31 @@ FLAGS_ELSEWHERE = {
     "temp": "temperature",
     "test": "data",
 }
-"""Their name -> a flag of ours that is no setting of a run."""
+"""Their name -> our flag that is not a setting of a run."""
 
 
-LIKE = 0.65
-"""Of difflib's ratio: below it a spelling is not alike enough for a hint."""
+LEAST_SIMILARITY = 0.65
+"""difflib's least ratio for a suggestion."""
 
 
 def nearest_word(
-    asked: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})
+    word: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})
 ) -> str | None:
-    """The known word that an unknown one probably means: another tool's word for it, or one spelt
-    like it."""
+    """Suggests a known word for an unknown one: another tool's word, or a similar spelling."""
     words = list(known)
-    if (ours := elsewhere.get(asked.lower())) in words:
+    if (ours := elsewhere.get(word.lower())) in words:
         return ours
-    return next(iter(get_close_matches(asked.lower(), words, n=1, cutoff=LIKE)), None)
+    return next(iter(get_close_matches(word.lower(), words, n=1, cutoff=LEAST_SIMILARITY)), None)
 
 
-def nearest(asked: KeyPath, ours: Iterable[KeyPath], value: object = None) -> KeyPath | None:
-    """The name of ours that an unknown one probably means: another tool's name for it, one spelt
-    like it in the same place, one of that name elsewhere, or else one that resembles it. value:
-    what the unknown name was given."""
+def nearest(unknown: KeyPath, ours: Iterable[KeyPath], value: object = None) -> KeyPath | None:
+    """Suggests a valid setting for an unknown name.
+
+    In order: another tool's name for it, a similar spelling at the same level, the same name at
+    another level, a less similar spelling. value: the value of the unknown setting
+    """
     paths = list(ours)
-    *around, key = asked
+    *parent, key = unknown
     if (
         KNOWN_ELSEWHERE.get(key) == "from_adapter"
         and isinstance(value, str)
@@ -357,12 +357,12 @@ def nearest(asked: KeyPath, ours: Iterable[KeyPath], value: object = None) -> Ke
             path for path in paths if path[-1:] == known[-1:]
         ]:
             return path
-    here = {path[-1]: path for path in paths if list(path[:-1]) == around}
-    for name in get_close_matches(key, here, n=1, cutoff=0.8):
-        return here[name]
+    siblings = {path[-1]: path for path in paths if list(path[:-1]) == parent}
+    for name in get_close_matches(key, siblings, n=1, cutoff=0.8):
+        return siblings[name]
     for path in paths:
         if path[-1] == key:
             return path
-    for name in get_close_matches(key, here, n=1, cutoff=LIKE):
-        return here[name]
+    for name in get_close_matches(key, siblings, n=1, cutoff=LEAST_SIMILARITY):
+        return siblings[name]
     return None

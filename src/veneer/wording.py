@@ -1,4 +1,4 @@
-"""Figures and foreign text as people read them, on a screen and in a report."""
+"""Formats figures and untrusted text for people, on a screen and in a report."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from textwrap import TextWrapper, wrap
 
 
 def shown(text: object) -> str:
-    """Text as a terminal may show it: control characters (escape sequences, direction marks) as
+    """Makes text safe for a terminal: control characters (escape sequences, direction marks) become
     ·."""
     text = str(text)
-    if text.isprintable():  # the common case, and thousands of cells of a table
+    if text.isprintable():  # the common case
         return text
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "·" for c in text
@@ -22,16 +22,18 @@ def shown(text: object) -> str:
 
 
 def cut(text: str, characters: int) -> str:
+    """Shortens a text to so many characters."""
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def first_lines(lines: Sequence[str], most: int) -> list[str]:
-    """The first lines, and how many more there are."""
+    """Returns the first lines, and how many more there are."""
     return [*lines[:most], *([f"and {len(lines) - most:,} more"] if len(lines) > most else [])]
 
 
 def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """What a notebook shows of an object: its facts, a row each. All of it is escaped."""
+    """Builds the table that a notebook shows of an object, a row per fact. Everything is
+    escaped."""
     left = "style='text-align:left'"
     titles = "".join(f"<th {left}>{escape(shown(cell))}</th>" for cell in head)
     lines = [
@@ -47,20 +49,19 @@ def html_table(title: str, rows: Iterable[Sequence[str]], head: Sequence[str] = 
 
 
 def folded(line: str, width: int) -> str:
-    """A line of facts, `a · b · c`, broken between facts where it is too wide; its indent is
-    kept."""
+    """Breaks a line of facts, `a · b · c`, between facts if it is too wide; its indent is kept."""
     indent = " " * (len(line) - len(line.lstrip()))
     lines = [""]
     for fact in line.strip().split(" · "):
         if lines[-1] and len(indent + lines[-1] + " · " + fact) > width:
             lines.append("")
         lines[-1] += (" · " if lines[-1] else "") + fact
-    return "\n".join(indent + each for each in lines)
+    return "\n".join(indent + text for text in lines)
 
 
 def wrapped(line: str, width: int) -> str:
-    """A line broken between words where it is too wide; what follows stands four further in; a
-    wider word stays."""
+    """Breaks a line between words if it is too wide; further lines are indented by four; long words
+    stay whole."""
     indent = " " * (len(line) - len(line.lstrip()))
     breaks = TextWrapper(
         width, indent, indent + "    ", break_long_words=False, break_on_hyphens=False
@@ -69,31 +70,31 @@ def wrapped(line: str, width: int) -> str:
 
 
 def reflowed(text: str, width: int) -> str:
-    """A written page for a narrower one: paragraphs are filled, `  word  what it means` keeps its
-                                                                    column.
+    """Fits a written page into a narrower width.
 
-    What fits stays as it is. Indented lines that are neither (commands, to be copied) stay too.
+    Paragraphs are filled, and `  word  what it means` keeps its column. A page that fits stays,
+    and so do other indented lines (commands to copy).
     """
     lines = text.split("\n")
     if max(map(len, lines)) <= width:
         return text
-    found: list[str] = []
+    lines_out: list[str] = []
     for indented, group in groupby(lines, lambda line: line[:1].isspace() if line else None):
         block = list(group)
         if indented is False:
-            found += (
+            lines_out += (
                 wrap(" ".join(block), width, break_long_words=False, break_on_hyphens=False)
                 or block
             )
         elif indented:
-            found += [part for line in block for part in _entry(line, width)]
+            lines_out += [part for line in block for part in _entry(line, width)]
         else:
-            found += block
-    return "\n".join(found)
+            lines_out += block
+    return "\n".join(lines_out)
 
 
 def _entry(line: str, width: int) -> list[str]:
-    """`  word  what it means` in lines of no more than `width`; any other line as it is."""
+    """Breaks `  word  what it means` into lines of at most `width`; other lines stay."""
     parts = re.fullmatch(r"( +(?!veneer )\S.*? {2,})(\S.*)", line)
     if parts is None or len(line) <= width:
         return [line]
@@ -103,33 +104,32 @@ def _entry(line: str, width: int) -> list[str]:
 
 
 class WordWrap:
-    """Text that comes in pieces, broken between words so that no line is wider than `width`; None:
-    as it comes.
+    """Breaks streamed text between words so that no line is wider than `width`; None: no breaks.
 
-    A word is held back until it is whole. One that is wider than a line is left to the terminal.
+    A word is held back until it is complete. A word wider than a line is left to the terminal.
     """
 
     def __init__(self, width: int | None) -> None:
         self._width, self._column, self._word = width, 0, ""
 
     def push(self, text: str) -> str:
-        """What may be shown now."""
+        """Adds text and returns what may be shown now."""
         if self._width is None:
             return text
-        said = ""
+        output = ""
         for character in text:
             if character.isspace():
-                said += self._placed() + character
+                output += self._place_word() + character
                 self._column = 0 if character == "\n" else self._column + 1
             else:
                 self._word += character
-        return said
+        return output
 
     def end(self) -> str:
-        """The rest."""
-        return self._placed()
+        """Returns the rest."""
+        return self._place_word()
 
-    def _placed(self) -> str:
+    def _place_word(self) -> str:
         word, self._word = self._word, ""
         breaks = self._width is not None and self._column and self._column + len(word) > self._width
         self._column = len(word) if breaks else self._column + len(word)
@@ -137,35 +137,35 @@ class WordWrap:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; – for a number that is not there or not finite."""
+    """Formats three significant digits; – for None and for non-finite numbers."""
     return "–" if value is None else f"{value:#.3g}".rstrip(".")
 
 
 def between(low: float | None, high: float | None) -> str:
-    """Writes an interval, or says that there is none."""
+    """Formats an interval, or says that there is none."""
     return "no interval" if low is None or high is None else f"{number(low)} to {number(high)}"
 
 
 def interval_of_95(low: float | None, high: float | None) -> str:
-    """The same where no heading says what it is."""
+    """Formats a 95% interval with its name, for places without a heading."""
     return between(low, high) if low is None else f"95% interval {between(low, high)}"
 
 
 def percent(part: float, whole: float) -> str:
-    """3.5%, 0.012%, 100%: two digits, three above 10%; 0% of nothing."""
+    """Formats a share: 3.5%, 0.012%, 100%; two digits, three above 10%; 0% of nothing."""
     share = 100 * part / whole if whole else 0.0
     return f"{share:.0f}%" if share >= 9.95 or not share else f"{share:#.2g}%"
 
 
 def shares(parts: Mapping[str, float]) -> str:
-    """compute 87% · wait 13%"""
+    """Formats parts as shares: compute 87% · wait 13%."""
     return " · ".join(
         f"{name} {percent(part, sum(parts.values()))}" for name, part in parts.items()
     )
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in decimal units, as disks and file managers count, to three digits: 19.6 MB, 1.31
+    """Formats bytes in decimal units to three digits, as disks and file managers do: 19.6 MB, 1.31
     GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 999.5 or unit == "GB":
@@ -176,7 +176,7 @@ def size(num_bytes: float) -> str:
 
 
 def millions(count: int) -> str:
-    """4.88 M; 135 M; 1.24 B; below a thousand as it is."""
+    """Formats a count: 4.88 M; 135 M; 1.24 B; small numbers as they are."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= limit:
             return f"{count / limit:.3g} {unit}"
@@ -184,7 +184,7 @@ def millions(count: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """6:10 or 1:06:10."""
+    """Formats a duration as 6:10 or 1:06:10."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

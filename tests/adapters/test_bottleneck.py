@@ -12,7 +12,8 @@ from veneer.adapters.config import Bottleneck, LoRA
 from veneer.adapters.methods.bottleneck import AdaptedBlock
 from veneer.adapters.placement.routing import Routing
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 
 IDS = torch.tensor([[5, 9, 30, 7, 5, 61, 2, 8, 44, 10, 11, 12]])
 REFUSED = {

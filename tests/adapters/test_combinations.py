@@ -36,7 +36,8 @@ from veneer.decoding.sampling.sampling import Sampling
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.errors import ConfigError, RefusedError, VeneerError
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
 from veneer.merge.combine.combine import Recipe

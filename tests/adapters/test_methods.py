@@ -26,13 +26,8 @@ from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.data.batching import make_batch
 from veneer.errors import ConfigError
-from veneer.formats.adapter import (
-    adapter_file_bytes,
-    load_adapter,
-    manifest_for,
-    read_adapter,
-    write_adapter,
-)
+from veneer.formats.adapter import adapter_file_bytes, manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.linear import frozen_linear
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base

@@ -25,7 +25,8 @@ from veneer.decoding.schedule.sequence import Request
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, VeneerError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.kernels.dense.loss import (
     Head,
     TrainedHeadRows,
@@ -246,11 +247,11 @@ def test_the_loss_in_chunks_is_the_references(softcap: float | None, bias: bool)
 def test_texts_that_cannot_be_new_tokens_are_refused_with_both_sides() -> None:
     base = {"base": "b", "data": "d", "out": "o"}
     for texts, said in (
-        (["<a>", "<a>"], "named twice"),
+        (["<a>", "<a>"], "a duplicate"),
         ([""], "is empty"),
         (["a "], "ends with a space"),
         (["x" * 300], "300 characters"),
-        ([f"<{n}>" for n in range(5000)], "4,096 may be"),
+        ([f"<{n}>" for n in range(5000)], "the limit is 4,096"),
     ):
         with pytest.raises((ConfigError, VeneerError), match=said):
             RunConfig.of({**base, "new_tokens": texts})
@@ -263,7 +264,7 @@ def test_a_text_that_is_a_token_already_is_refused(plain: Any) -> None:
     known = tokenizer.convert_ids_to_tokens(257)
     with pytest.raises(ConfigError, match="is token 257 of the base already"):
         bring(tokenizer, [known], rows=VOCAB_SIZE)
-    with pytest.raises(ConfigError, match="no rows for"):
+    with pytest.raises(ConfigError, match="without a row"):
         bring(tokenizer, ["<a>"], rows=200)
     assert extended(tokenizer, ()) is tokenizer
 
@@ -381,7 +382,7 @@ def test_what_cannot_take_rows_says_so(plain: Any, world: Path, tmp_path: Path) 
     (tmp_path / "a" / "veneer.json").unlink()
     plain.detach("a")
     other = plain
-    with pytest.raises(AdapterMismatchError, match=r"no veneer\.json says what its text is"):
+    with pytest.raises(AdapterMismatchError, match=r"no veneer\.json with its text"):
         load_adapter(other, tmp_path / "a", name="e")
     (tmp_path / "a" / "veneer.json").write_text(text.replace("<order>", "<other>"))
     load_adapter(other, tmp_path / "a", name="d")  # texts are the manifest's to say

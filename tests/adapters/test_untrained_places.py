@@ -11,7 +11,8 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, Full, LoRA
 from veneer.adapters.placement.idle import places_without_gradient
 from veneer.errors import ConfigError, RefusedError
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.plan.counted import Step

@@ -13,7 +13,7 @@ import torch
 from tests.models.test_models_load import edit_config, edit_weights, refusal
 from tests.support.tiny import FAMILIES, save_tiny, tiny_model
 from tests.support.tiny_gguf import tiny, write_gguf
-from veneer.bases.config.announced import BUILT_BESIDE, announced_faults, built_faults
+from veneer.bases.config.announced import BUILT_EXTRA, announced_faults, built_faults
 from veneer.bases.gguf.convert import read_header
 from veneer.bases.loading.from_config import blueprint, build
 from veneer.bases.loading.without_weights import load_skeleton
@@ -50,8 +50,8 @@ def edit_json(folder: Path, name: str, **changes: Any) -> Path:
         ),
         ({"intermediate_size": 2**30}, "the largest  model.layers.0.mlp."),
         ({"vocab_size": 2**31 - 1}, "embed_tokens"),
-        ({"architectures": 5}, "architectures: 5 is no list of names"),
-        ({"architectures": [1]}, "architectures: [1] is no list of names"),
+        ({"architectures": 5}, "architectures: 5 is not a list of names"),
+        ({"architectures": [1]}, "architectures: [1] is not a list of names"),
         (
             {"rope_parameters": {**ROPE, "rope_theta": 0}},
             "inv_freq holds values that are not finite",
@@ -106,7 +106,7 @@ def test_a_chunk_of_no_size_and_a_layer_counted_from_the_end_are_no_faults() -> 
 def test_tables_that_no_file_holds_are_bounded_as_well() -> None:
     config = tiny_model("gpt_neox").config
     config.max_position_embeddings = 10**6
-    assert built_faults(config, num_tensors=30, num_values=BUILT_BESIDE) == []
+    assert built_faults(config, num_tensors=30, num_values=BUILT_EXTRA) == []
     config.intermediate_size = 2**26
     (total, largest) = built_faults(config, num_tensors=30, num_values=1000)
     assert "the files hold 1,000" in total
@@ -127,14 +127,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"eos_token_id": "</s>"}, "eos_token_id </s> is no token"),
-        ({"eos_token_id": [257, "</s>"]}, "eos_token_id </s> is no token"),
-        ({"eos_token_id": -1}, "eos_token_id -1 is no token"),
-        ({"eos_token_id": 2**64}, "eos_token_id 18446744073709551616 is no token"),
-        ({"eos_token_id": 257.0}, "eos_token_id 257.0 is no token"),
+        ({"eos_token_id": "</s>"}, "eos_token_id </s> is not a token id"),
+        ({"eos_token_id": [257, "</s>"]}, "eos_token_id </s> is not a token id"),
+        ({"eos_token_id": -1}, "eos_token_id -1 is not a token id"),
+        ({"eos_token_id": 2**64}, "eos_token_id 18446744073709551616 is not a token id"),
+        ({"eos_token_id": 257.0}, "eos_token_id 257.0 is not a token id"),
         ({"temperature": "hot"}, "hot"),
         ({"num_beams": 10**9}, "num_beams 1000000000 is not between 1 and 64"),
-        ({"repetition_penalty": [1.1]}, "repetition_penalty [1.1] is no number"),
+        ({"repetition_penalty": [1.1]}, "repetition_penalty [1.1] is not a number"),
     ],
     ids=str,
 )
@@ -149,8 +149,8 @@ def test_settings_of_generation_of_the_wrong_kind_are_refused(
     ("changes", "says"),
     [
         ({"model_max_length": "long"}, "tokenizer"),
-        ({"model_max_length": -5}, "model_max_length -5 is no length"),
-        ({"model_max_length": True}, "model_max_length True is no length"),
+        ({"model_max_length": -5}, "model_max_length -5 is not a length"),
+        ({"model_max_length": True}, "model_max_length True is not a length"),
         ({"chat_template": 5}, "chat_template"),
         ({"chat_template": ["{{ a }}"]}, "tokenizer"),
         ({"eos_token": 5}, "tokenizer"),

@@ -285,7 +285,7 @@ def test_a_weight_that_has_no_place_in_the_model_is_refused(tmp_path: Path) -> N
     model = tiny("llama", num_hidden_layers=3)
     path = tmp_path / "m.gguf"
     extra = {"llama.block_count": 2}
-    with pytest.raises(SourceError, match=r"blk\.2\.attn_q\.weight has no place in the model"):
+    with pytest.raises(SourceError, match=r"blk\.2\.attn_q\.weight is not in the model"):
         load_base(str(write_gguf(path, model, "llama", extra=extra)))
 
 

@@ -271,7 +271,7 @@ def test_files_whose_layers_cannot_be_held_are_refused(
     path = write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)
     with pytest.raises(SourceError) as raised:
         load_base(str(path), quantize="gguf")
-    assert all(word in str(raised.value) for word in [*words, "Leave out quantize"])
+    assert all(word in str(raised.value) for word in [*words, "Remove quantize"])
     assert not list(cache.rglob("blocks.json"))
 
 

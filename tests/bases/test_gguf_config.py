@@ -221,7 +221,7 @@ def test_all_faults_of_a_header_are_told_at_once() -> None:
         "llama.block_count  is missing: a whole number of at least 1 is expected",
         "llama.attention.head_count_kv  [2, 1]: a whole number of at least 1 is expected",
         "llama.rope.scaling.type  yarn: known are none, linear",
-        "llama.attention.scale  0.5: not known of llama",
+        "llama.attention.scale  0.5: unknown for llama",
     ]
 
 

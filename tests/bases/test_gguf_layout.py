@@ -73,7 +73,7 @@ def check(tmp_path: Path):
         (header(keys=1) + key(b"k", ARRAY, array(ARRAY, 1, array(0, 1, b"x"))), "array of arrays"),
         (header(keys=1) + key(b"k", 13, bytes(16)), "type 13"),
         (header(keys=1) + key(b"k", TEXT, text(b"x", 2**40)), "the value of 'k' of"),
-        (header(keys=2) + 2 * key(b"k", UINT32, bytes(4)), "a key stands there twice"),
+        (header(keys=2) + 2 * key(b"k", UINT32, bytes(4)), "duplicate key"),
         (header(keys=1) + key(b"general.alignment", UINT32, struct.pack("<I", 0)), "power of two"),
         (header(keys=1) + key(b"general.alignment", UINT32, struct.pack("<I", 24)), "power of two"),
         (header(keys=1) + key(b"general.alignment", TEXT, text(b"32")), "power of two"),
@@ -87,14 +87,8 @@ def check(tmp_path: Path):
         (padded(header(tensors=1) + tensor(shape=(2**32, 2**32)), bytes(64)), "ends at byte"),
         (padded(header(tensors=1) + tensor(shape=(2**63, 2)), bytes(64)), "ends at byte"),
         (padded(header(tensors=1) + tensor(offset=2**64 - 32), bytes(64)), "ends at byte"),
-        (
-            padded(header(tensors=2) + tensor(b"a") + tensor(b"b"), bytes(64)),
-            "in the bytes of another",
-        ),
-        (
-            padded(header(tensors=2) + tensor() + tensor(offset=32), bytes(64)),
-            "a tensor stands there twice",
-        ),
+        (padded(header(tensors=2) + tensor(b"a") + tensor(b"b"), bytes(64)), "overlaps another"),
+        (padded(header(tensors=2) + tensor() + tensor(offset=32), bytes(64)), "duplicate tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

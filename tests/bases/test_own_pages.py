@@ -66,7 +66,7 @@ def test_weights_keep_their_values_and_leave_the_file_for_whole_lines(tmp_path: 
 def test_what_left_the_process_comes_back_out_of_the_file(tmp_path: Path) -> None:
     module = Mapped(written(tmp_path, 1, 4))
     before = module.w0.clone()
-    own_pages.leave(module.w0)
+    own_pages.release_pages(module.w0)
     assert torch.equal(module.w0, before)
 
 

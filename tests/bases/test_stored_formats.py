@@ -24,7 +24,7 @@ from veneer import api
 from veneer.adapters.config import LoRA
 from veneer.bases.identity.weight_table import packed_sizes, weight_table
 from veneer.bases.loading.from_config import blueprint
-from veneer.bases.packed.moving import Moving
+from veneer.bases.packed.moving import LoaderWeight
 from veneer.bases.quiet_transformers import quiet
 from veneer.cli.main import main
 from veneer.errors import ConfigError, CorruptFileError
@@ -369,7 +369,7 @@ def int4(seed, *, groups=False, width=8, scale=torch.float16):
     }
     if groups:
         tensors["groups"] = torch.randint(0, 2, (16,), dtype=torch.int32, generator=draw)
-    return Moving(Int4(format="gptq", tensors=tensors, width=width))
+    return LoaderWeight(Int4(format="gptq", tensors=tensors, width=width))
 
 
 @pytest.mark.parametrize("make", [torch.stack, torch.cat], ids=["experts", "gate and up"])

@@ -25,7 +25,8 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.decoding.generate import generate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError, SourceError
 from veneer.execution.decoder_layer import decoder_layers
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.merge.fold.folder import merge_into_folder
 from veneer.models.initial_values import begin
@@ -354,7 +355,7 @@ def test_packed_text_is_read_by_the_settings_beside_it(folder, tmp_path):
     assert torch.isfinite(base.model(IDS).logits).all()
     with pytest.raises(SourceError, match="has 2 quantization_config"):
         loaded(settings, quantization_config={**settings, "weight_block_size": [8, 8]})
-    with pytest.raises(SourceError, match="not read yet"):
+    with pytest.raises(SourceError, match="not supported"):
         loaded({"quant_method": "hqq"})
 
 

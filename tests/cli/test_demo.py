@@ -16,7 +16,7 @@ from tests.support.tiny import save_tiny
 from veneer import demo
 from veneer.child import typed_command
 from veneer.cli.main import main
-from veneer.data.bfcl import Call, parse_calls
+from veneer.data.bfcl import BfclEntry, parse_entries
 from veneer.errors import ConfigError, SourceError
 from veneer.files.lock import BusyError
 from veneer.training.state.place import locked_folder
@@ -24,7 +24,7 @@ from veneer.training.state.place import locked_folder
 TRAINED, HELD_OUT = 12, 11
 
 
-def made_up_calls() -> list[Call]:
+def made_up_calls() -> list[BfclEntry]:
     questions, answers = [], []
     for i in range(TRAINED + HELD_OUT):
         schema = {"type": "dict", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -32,7 +32,7 @@ def made_up_calls() -> list[Call]:
         question = [[{"role": "user", "content": f"It's {i}, isn't it?"}]]
         questions.append(json.dumps({"id": str(i), "question": question, "function": [function]}))
         answers.append(json.dumps({"id": str(i), "ground_truth": [{f"f{i}": {"n": [i]}}]}))
-    return parse_calls("\n".join(questions).encode(), "\n".join(answers).encode())
+    return parse_entries("\n".join(questions).encode(), "\n".join(answers).encode())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from veneer import __version__
 from veneer.cli import doctor, main
 from veneer.cli.completion import bash, collect_words, fish
-from veneer.errors import DivergedError, DoesNotFitError, InputError, Interrupted, RefusedError
+from veneer.errors import DivergedError, DoesNotFitError, InputError, RefusedError, RunInterrupted
 from veneer.wording import reflowed
 
 HEAVY = ("torch", "transformers", "pydantic", "rich", "numpy", "yaml")
@@ -95,7 +95,7 @@ EARLY = {
     ),
     "rows of a run": (
         "train --base {0} --data {0}/x.jsonl --validation {0}/y.jsonl --out {0}/new",
-        "no such files",
+        "files not found",
     ),
     "a base of a run": (
         "train --base smolm2-135m --data {0}/rows.jsonl --out {0}/new",
@@ -134,7 +134,7 @@ EARLY = {
         "x.jsonl",
     ),
     "a base to plan": ("plan --base lama-3.1-8b", "there is no base"),
-    "rows to plan with": ("plan --base llama-3.1-8b --data {0}/x.jsonl", "no such file"),
+    "rows to plan with": ("plan --base llama-3.1-8b --data {0}/x.jsonl", "file not found"),
     "a base to serve": ("serve --base ./nowhere", "there is no base"),
     "a library to serve": ("serve --base {0} --library {0}/nowhere", "is not a library"),
     "a program's other name": (
@@ -287,7 +287,7 @@ def test_an_unknown_flag_exits_2_and_says_where_help_is(capsys):
         (DoesNotFitError("too large"), 3),
         (RefusedError("no"), 4),
         (DivergedError("not finite"), 5),
-        (Interrupted("stopped"), 130),
+        (RunInterrupted("stopped"), 130),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -166,7 +166,7 @@ def test_a_full_disk_ends_a_comparison_and_is_no_result_of_a_method(compared: An
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
-        with pytest.raises(VeneerError, match="no file that large") as told:
+        with pytest.raises(VeneerError, match="files that large") as told:
             veneer.compare(["lora", "full"], **{**arguments, "steps": 3})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -11,10 +11,10 @@ import pytest
 
 from veneer.data import bfcl
 from veneer.data.bfcl import (
-    Call,
+    BfclEntry,
     Score,
     answer,
-    parse_calls,
+    parse_entries,
     read_bfcl,
     score,
     signature,
@@ -31,7 +31,7 @@ def call(
     required: tuple[str, ...] = (),
     question: str = "Book it.",
     name: str = "rooms.book",
-) -> Call:
+) -> BfclEntry:
     """A Call from a schema and its accepted values, through the parser of the real files."""
     parameters = {"type": "dict", "properties": properties, "required": list(required)}
     entry = {
@@ -42,10 +42,10 @@ def call(
         ],
     }
     truth = {"id": "x_0", "ground_truth": [{name: accepted}]}
-    return parse_calls(json.dumps(entry).encode(), json.dumps(truth).encode())[0]
+    return parse_entries(json.dumps(entry).encode(), json.dumps(truth).encode())[0]
 
 
-def accepts(entry: Call, arguments: dict[str, Any]) -> bool:
+def accepts(entry: BfclEntry, arguments: dict[str, Any]) -> bool:
     return score(
         entry, json.dumps({"name": entry.function, "arguments": arguments})
     ).arguments_accepted
@@ -157,7 +157,7 @@ def test_the_schema_is_read_with_its_nesting() -> None:
 # --- splitting ---
 
 
-def calls_of(names: list[str]) -> list[Call]:
+def calls_of(names: list[str]) -> list[BfclEntry]:
     return [call({}, {}, name=name, question=f"Question {i}") for i, name in enumerate(names)]
 
 

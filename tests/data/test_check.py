@@ -132,7 +132,7 @@ def test_long_rows_are_named_the_longest_first_five_of_them() -> None:
         )
         assert problem.message == f"longer than 100 tokens (the longest: {100 + count})"
         assert problem.next_step.startswith(
-            f"Raise length (length: {100 + count}), or say what happens"
+            f"Raise length (length: {100 + count}), or choose what happens"
         )
         assert of.refused and (of.too_long, of.truncated, of.dropped) == (count, 0, 0)
     for way, verb in (("drop", "left out: longer than"), ("cut", "cut: longer than")):

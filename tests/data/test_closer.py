@@ -8,7 +8,7 @@ import random
 import pytest
 
 from veneer.data.checks.closer import language_of, look_closer
-from veneer.data.checks.near import likeness, nearest, shingles
+from veneer.data.checks.near import nearest, shingles, similarity
 from veneer.data.examples import Problem, Row, RowRef, grouped
 
 LONG = (
@@ -61,7 +61,7 @@ def test_near_texts_are_found_among_thousands_as_comparing_all_of_them_finds_the
     found = nearest(asked, texts, least=0.8)
     missed = 0
     for text, got in zip(asked, found, strict=True):
-        best = max(likeness(shingles(text), other) for other in known)
+        best = max(similarity(shingles(text), other) for other in known)
         assert got is None or got[1] >= 0.8
         missed += (best >= 0.8) != (got is not None)
     assert missed <= 1 and any(found)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from veneer.data.examples import Format, RowFault, RowRef
-from veneer.data.files.formats import detect, to_row
+from veneer.data.files.formats import to_row
+from veneer.data.files.layouts import detect
 
 REF = RowRef("rows.jsonl", 1)
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -234,7 +235,7 @@ def bad_call(function: Any) -> dict[str, Any]:
 
 
 SAID: list[tuple[str, dict[str, Any]]] = [
-    ("message 2 has a role that is unknown", {"messages": [ASK, {**ANSWER, "role": "bot"}]}),
+    ("message 2 has an unknown role", {"messages": [ASK, {**ANSWER, "role": "bot"}]}),
     (
         "assistant turn is empty (message 2): nothing to learn",
         {"messages": [ASK, {**ANSWER, "content": " "}]},
@@ -296,7 +297,10 @@ SAID: list[tuple[str, dict[str, Any]]] = [
         "message 2 is a system message, which can only come first",
         {"messages": [ASK, SYSTEM, ANSWER]},
     ),
-    ("message 2 is the assistant's, with nothing asked before it", {"messages": [SYSTEM, ANSWER]}),
+    (
+        "message 2 is the assistant's, with no user message before it",
+        {"messages": [SYSTEM, ANSWER]},
+    ),
     ("messages 2 and 3 are both the assistant's", {"messages": [ASK, ANSWER, ANSWER]}),
     (
         "message 3 is a tool's, with no tool call before it",
@@ -366,12 +370,12 @@ def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> N
     with pytest.raises(RowFault) as fault:
         detect(frozenset(columns))
     assert (
-        f"columns {', '.join(name[:40] for name in columns[:12])}, … are no layout"
+        f"columns {', '.join(name[:40] for name in columns[:12])}, … are not recognised"
         in fault.value.message
     )
     with pytest.raises(RowFault) as fault:
         detect(frozenset(columns[:12]))
-    assert f", {columns[11][:40]} are no layout" in fault.value.message
+    assert f", {columns[11][:40]} are not recognised" in fault.value.message
 
 
 @pytest.mark.parametrize(
@@ -385,7 +389,7 @@ def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> N
                 ]
             },
             "D113",
-            "older form of a call",
+            "outdated form of tool_calls",
         ),
         (
             {
@@ -399,7 +403,7 @@ def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> N
                 ]
             },
             "D113",
-            "older form of a call",
+            "outdated form of tool_calls",
         ),
         (
             {
@@ -410,12 +414,12 @@ def test_columns_that_fit_nothing_are_shown_shortened_with_what_to_rename() -> N
                 ],
             },
             "D107",
-            "'functions' would be left out",
+            "'functions' would not be trained on",
         ),
         (
             {"instruction": "a", "output": "b", "history": [["what came", "before"]]},
             "D107",
-            "'history' would be left out",
+            "'history' would not be trained on",
         ),
         ({}, "D107", "no columns with values"),
     ],

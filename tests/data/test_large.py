@@ -18,11 +18,11 @@ from tests.support.helpers import ended_before_step
 from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.data import large
-from veneer.data.batching import Rows, by_length, equal_neighbours, plan_epoch
+from veneer.data.batching import RowSpans, by_length, equal_neighbours, plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, RowRef
-from veneer.data.files.columns import Labels
-from veneer.data.files.on_disk import ExampleWriter, StoredExamples, some_of
+from veneer.data.files.columns import KtoLabels
+from veneer.data.files.on_disk import ExampleWriter, StoredExamples, representative_examples
 from veneer.data.files.unused import lock_of
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, load_data
@@ -115,7 +115,7 @@ def test_a_set_in_files_is_the_one_in_memory(
     for name in ("report", "fingerprint", "preamble", "mixture", "sets", "held"):
         assert getattr(files, name) == getattr(memory, name), name
     assert files.validation_rows == memory.validation_rows
-    ours, theirs = Rows.of(files.train), Rows.of(memory.train)
+    ours, theirs = RowSpans.of(files.train), RowSpans.of(memory.train)
     assert list(ours.starts) == list(theirs.starts) and list(ours.lengths) == list(theirs.lengths)
     assert by_length(files.train[3:20], 4) == by_length(memory.train[3:20], 4)
     assert files.in_files is not None and "tokens in files" in files.in_files
@@ -395,7 +395,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_rows_that_are_now_refu
         update={"data": DataConfig.of({"train": str(tmp_path / "a.jsonl"), "tokens": tokens})}
     )
     with monkeypatch.context() as earlier, ended_before_step(2):
-        earlier.setattr(Labels, "problems", lambda self: iter(()))
+        earlier.setattr(KtoLabels, "problems", lambda self: iter(()))
         run_training(config, resume=False, screen=QuietScreen())
     shutil.rmtree(
         tmp_path / "cache", ignore_errors=True
@@ -522,9 +522,12 @@ def test_examples_come_back_from_files_as_they_were_written(tmp_path: Path) -> N
         len(e.ids) for e in made
     ]
     assert plain([found[-1]]) == plain([made[-1]])
-    ours, theirs = Rows.of(found), Rows.of(made)
+    ours, theirs = RowSpans.of(found), RowSpans.of(made)
     assert [*ours.starts] == [*theirs.starts] and [*ours.lengths] == [*theirs.lengths]
     learnt = [replace(e, trained=np.ones(len(e.ids), dtype=np.bool_)) for e in made]
-    assert len(some_of(learnt)) == len(made) and len(some_of(found)) < 2100
+    assert (
+        len(representative_examples(learnt)) == len(made)
+        and len(representative_examples(found)) < 2100
+    )
     with pytest.raises(IndexError):
         found[len(made)]

@@ -18,7 +18,7 @@ from veneer.data.checks.check import render_sample
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Row, RowRef, row_key
 from veneer.data.load import DataSet, examine_data, load_data
-from veneer.data.split import BY_THRESHOLD, shared_out
+from veneer.data.split import BY_THRESHOLD, split_by_shares
 from veneer.errors import DataError
 
 ANSWER_AT = len(
@@ -111,16 +111,16 @@ def test_an_added_row_moves_one_other_at_most_and_a_higher_share_none_back(
     questions: list[str], share: float, data: st.DataObject
 ) -> None:
     rows = [chat_row(question, "a", line) for line, question in enumerate(questions)]
-    left, held_out = shared_out(rows, [share])
+    left, held_out = split_by_shares(rows, [share])
     assert abs(len(held_out) - share * len(rows)) <= 0.5 + 1e-9
     assert [row for row in rows if row in held_out] == held_out and [
         row for row in rows if row in left
     ] == left
     some = data.draw(st.permutations(rows))[: data.draw(st.integers(0, len(rows)))]
-    moved = [row for row in some if (row in held_out) != (row in shared_out(some, [share])[1])]
+    moved = [row for row in some if (row in held_out) != (row in split_by_shares(some, [share])[1])]
     assert len(moved) <= len(rows) - len(some)
-    assert all(row in held_out for row in shared_out(rows, [share / 2])[1])
-    assert {str(row.ref) for row in shared_out(rows[::-1], [share])[1]} == {
+    assert all(row in held_out for row in split_by_shares(rows, [share / 2])[1])
+    assert {str(row.ref) for row in split_by_shares(rows[::-1], [share])[1]} == {
         str(row.ref) for row in held_out
     }
 
@@ -135,9 +135,9 @@ def test_the_share_held_out_is_the_share_asked_for(
 
 def test_a_prompt_is_never_on_two_sides_and_sets_are_held_out_each(tmp_path: Path) -> None:
     rows = [chat_row(f"q{n}", f"a{k}") for n in range(200) for k in range(2)]
-    parts = [{str(row.messages[0]) for row in part} for part in shared_out(rows, [0.1, 0.2])]
+    parts = [{str(row.messages[0]) for row in part} for part in split_by_shares(rows, [0.1, 0.2])]
     assert [len(part) for part in parts] == [140, 20, 40] and len(set.union(*parts)) == 200
-    assert shared_out(rows, [0.0]) == [rows, []]
+    assert split_by_shares(rows, [0.0]) == [rows, []]
     one = write(tmp_path / "one.jsonl", *(pair(f"q{n}") for n in range(100)))
     other = write(tmp_path / "other.jsonl", *(pair(f"q{n}", "b") for n in range(50, 150)))
     data = examine([{"path": one}, {"path": other}], validation_share=0.1)
@@ -150,7 +150,7 @@ def test_a_prompt_is_never_on_two_sides_and_sets_are_held_out_each(tmp_path: Pat
 
 def test_a_prompt_with_too_many_rows_is_passed_over(tmp_path: Path) -> None:
     rows = [chat_row("q58" if n < 60 else f"q{n}", f"a{n}") for n in range(120)]
-    held_out = shared_out(rows, [0.05])[1]
+    held_out = split_by_shares(rows, [0.05])[1]
     assert len(held_out) == 6 and all(row.messages[0]["content"] != "q58" for row in held_out)
 
 
@@ -225,7 +225,7 @@ def test_rows_longer_than_the_models_positions_are_a_problem_of_their_own(tmp_pa
     assert "rows.jsonl:2: 112 tokens; " in str(caught.value) and ":3: 102 tokens" in str(
         caught.value
     )
-    assert caught.value.next_step.startswith("Take a base with more positions, or say")
+    assert caught.value.next_step.startswith("Choose a base with more positions, or choose")
     for length in (100, 101, 2048):
         assert codes(examine(file, capacity=room, length=length))[
             "D203" if length == 100 else "D217"
@@ -248,7 +248,8 @@ def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path: P
     )
     known = Capacity(tokens=259)
     with pytest.raises(
-        DataError, match=r"D218 .*:2-3 \(2 rows\)  token 259 \('<new>'\) is none of the model's 259"
+        DataError,
+        match=r"D218 .*:2-3 \(2 rows\)  token 259 \('<new>'\) is not one of the model's 259",
     ):
         load(file, tokenizer=tokenizer, capacity=known)
     assert "D218" not in codes(examine(file, tokenizer=tokenizer, capacity=Capacity(tokens=260)))
@@ -263,7 +264,7 @@ def test_ids_that_the_model_has_no_row_for_are_named_with_their_rows(tmp_path: P
 
 def test_a_set_whose_rows_are_all_left_out_as_too_long_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", pair("a"), pair("b"))
-    with pytest.raises(DataError, match=r"D205 .*all are left out as too long"):
+    with pytest.raises(DataError, match=r"D205 .*all are too long and left out"):
         load(file, length=10, long_rows="drop")
 
 
@@ -403,7 +404,7 @@ def test_garbage_is_looked_for_between_stretches_of_rows_and_as_before_afterward
         seen.append(gc.isenabled())
         return own(self, rows, **more)
 
-    monkeypatch.setattr(load_module, "_TOGETHER", 8)
+    monkeypatch.setattr(load_module, "_ROWS_AT_ONCE", 8)
     monkeypatch.setattr(load_module.ChatTemplate, "encode_rows", encode_rows)
     real = gc.collect
     monkeypatch.setattr(gc, "collect", lambda *which: asked.append(which) or real(*which))

@@ -18,8 +18,8 @@ from veneer.data.template import template as template_module
 from veneer.data.template.long_turns import _turns_in
 from veneer.data.template.rendering import Conversation
 from veneer.data.template.template import ChatTemplate
-from veneer.data.template.tokens import TextTokens
-from veneer.data.template.unfit import _left_out
+from veneer.data.template.tokens import TextTokenizer
+from veneer.data.template.unfit import _missing_parts
 from veneer.errors import DataError, DoesNotFitError
 from veneer.serve.engine import prompts as prompts_module
 from veneer.serve.engine.prompts import Prompts
@@ -51,7 +51,7 @@ def test_pieces_that_begin_at_an_anchor_have_the_ids_of_pieces_that_begin_at_the
 ) -> None:
     made = [template(name).encode_prompt(talk(9, Random(seed))) for seed in range(30)]
     monkeypatch.setattr(
-        TextTokens, "_from_last_anchor", lambda self, text, start, border, ids: (start, 0)
+        TextTokenizer, "_from_last_anchor", lambda self, text, start, border, ids: (start, 0)
     )
     assert made == [template(name).encode_prompt(talk(9, Random(seed))) for seed in range(30)]
 
@@ -59,14 +59,14 @@ def test_pieces_that_begin_at_an_anchor_have_the_ids_of_pieces_that_begin_at_the
 def test_a_text_with_names_of_control_tokens_is_tokenised_once_and_not_once_a_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read, own = [0], TextTokens.ids
+    read, own = [0], TextTokenizer.ids
 
-    def ids(self: TextTokens, texts: Any) -> Any:
+    def ids(self: TextTokenizer, texts: Any) -> Any:
         read[0] += sum(map(len, texts))
         return own(self, texts)
 
     coded = template("bytes")
-    monkeypatch.setattr(TextTokens, "ids", ids)
+    monkeypatch.setattr(TextTokenizer, "ids", ids)
     characters = []
     for count in (21, 121):
         messages = [*talk(count, Random(1)), assistant("x"), user("y<|im_end|>" * 20)]
@@ -124,7 +124,7 @@ def test_a_text_that_is_tokenised_in_parts_has_the_same_ids(
     talks = [talk(12, Random(seed), [*WORDS, "b<|im_end|>\n"]) for seed in range(10)]
     whole = [(chat.encode_prompt(messages[:-1]), row_ids(chat, messages)) for messages in talks]
     monkeypatch.setattr(tokens, "MOST_REPEATED", 20)
-    assert len(chat._tokens._starts(tokens.Cut("a" * 90, tuple(range(5, 90, 5))))) > 3
+    assert len(chat._tokens._part_starts(tokens.MarkedText("a" * 90, tuple(range(5, 90, 5))))) > 3
     assert [
         (chat.encode_prompt(messages[:-1]), row_ids(chat, messages)) for messages in talks
     ] == whole
@@ -158,7 +158,7 @@ def test_a_long_conversation_whose_windows_do_not_hold_is_refused_by_name() -> N
     assert row_ids(chat, messages)[: len(prompt := chat.encode_prompt(messages[:-1]))] == prompt
     with pytest.raises(
         DataError,
-        match=r"with 300 answers is too long.*the chat template writes a message otherwise",
+        match=r"with 300 answers is too long.*the chat template renders a message differently",
     ):
         chat.encode_prompt(talk(601, Random(1), WORDS))
 
@@ -168,19 +168,19 @@ def test_the_work_for_1200_answers_is_in_proportion_to_their_text(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered, read = [0], [0]
-    own_request, own_ids = Conversation.request, TextTokens.ids
+    own_request, own_ids = Conversation.request, TextTokenizer.ids
 
     def request(self: Conversation, cuts: Any) -> bytes:
         rendered[0] += sum(count for count, _ in cuts)
         return own_request(self, cuts)
 
-    def ids(self: TextTokens, texts: Any) -> Any:
+    def ids(self: TextTokenizer, texts: Any) -> Any:
         read[0] += sum(map(len, texts))
         return own_ids(self, texts)
 
     chat = coded(source)
     monkeypatch.setattr(Conversation, "request", request)
-    monkeypatch.setattr(TextTokens, "ids", ids)
+    monkeypatch.setattr(TextTokenizer, "ids", ids)
     work = []
     for answers in (300, 1200):
         messages = talk(2 * answers + 1, Random(1), WORDS)
@@ -224,7 +224,7 @@ def test_a_rendered_prompt_that_cannot_fit_is_not_tokenised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     coded = template("bytes")
-    monkeypatch.setattr(TextTokens, "encode", None)
+    monkeypatch.setattr(TextTokenizer, "encode", None)
     with pytest.raises(DoesNotFitError, match="300"):
         coded.encode_prompt([user("x" * 300)], most_characters=300)
 
@@ -240,12 +240,12 @@ def test_parts_that_stand_in_a_text_in_their_order_are_found_in_one_pass() -> No
 
     parts = [f"part {n};" for n in range(2000)] * 2
     text = Counted("".join(parts))
-    assert _left_out(parts, text, most=5) == []
+    assert _missing_parts(parts, text, most=5) == []
     assert Counted.read < 3 * len(text)
     lost = [f"none {n}" for n in range(2000)]
-    assert _left_out([*lost, *parts], text, most=5) == lost[:5]
+    assert _missing_parts([*lost, *parts], text, most=5) == lost[:5]
     assert Counted.read < 20 * len(text)
-    assert _left_out(["part 9;", "part 3;", "x", "part 5;"], text, most=5) == ["x"]
+    assert _missing_parts(["part 9;", "part 3;", "x", "part 5;"], text, most=5) == ["x"]
 
 
 def test_a_server_that_runs_over_midnight_writes_the_new_day(

@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_model
 from veneer.adapters.config import LoRA, Prefix
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.preamble import Preamble
-from veneer.data.batching import Rows, best_groups, make_batch, packed_rows, plan_epoch
+from veneer.data.batching import RowSpans, best_groups, make_batch, packed_rows, plan_epoch
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Problem
 from veneer.data.large import training_data
@@ -64,7 +64,7 @@ def several(tmp_path: Any) -> DataSet:
 
 def test_the_examples_of_a_row_stay_together_and_a_batch_counts_rows(tmp_path: Any) -> None:
     data = several(tmp_path)
-    rows = Rows.of(data.train)
+    rows = RowSpans.of(data.train)
     assert [rows.examples([n]) for n in range(3)] == [[0, 1, 2], [3], [4, 5]]
     assert (data.report.rows, data.report.examples) == (3, 6)
     plan = [*plan_epoch(rows.lengths, batch=2, seed=0, epoch=0, order="shuffled")]
@@ -93,7 +93,7 @@ def test_equal_rows_in_a_row_stay_rows_of_their_own(tmp_path: Any) -> None:
     memory = load_data(data, **asked)
     files = training_data(data.model_copy(update={"tokens": "files"}), **asked)
     for found in (memory, files):
-        rows = Rows.of(found.train)
+        rows = RowSpans.of(found.train)
         assert len(rows.lengths) == 22 == found.report.rows
         assert [len(rows.examples([n])) for n in range(12)] == [2, 2, 3, 3] * 3
         assert found.mixture is not None

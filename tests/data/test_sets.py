@@ -35,7 +35,7 @@ from veneer.data.files import places
 from veneer.data.files.sources import scan_rows
 from veneer.data.large import training_data
 from veneer.data.load import DataSet, load_data
-from veneer.data.mixture import Mixture, mixed
+from veneer.data.mixture import Mixture, mix_sets
 from veneer.errors import ConfigError, DataError
 from veneer.files.strict_tensors import read_tensors
 from veneer.training.output.records import read_records
@@ -90,12 +90,14 @@ def test_no_row_comes_again_before_all_others_of_its_set_came(
 
 
 def test_shares_are_of_rows_or_of_tokens_and_the_rest_is_seen_once() -> None:
-    by_rows = mixed([90, 1000], [900, 50_000], [1, 1], [None, 0.1], by="rows")
+    by_rows = mix_sets([90, 1000], [900, 50_000], [1, 1], [None, 0.1], by="rows")
     assert by_rows.draws == pytest.approx((90, 10))
-    by_tokens = mixed([90, 1000], [900, 50_000], [1, 1], [None, 0.1], by="tokens")
+    by_tokens = mix_sets([90, 1000], [900, 50_000], [1, 1], [None, 0.1], by="tokens")
     assert by_tokens.draws == pytest.approx((90, 2))  # of 50 tokens each
-    assert mixed([10, 30], [1, 1], [1, 1], [0.75, 0.25], by="rows").draws == pytest.approx((30, 10))
-    assert mixed([10, 30], [1, 1], [1, 1], [None, None], by="rows").is_plain
+    assert mix_sets([10, 30], [1, 1], [1, 1], [0.75, 0.25], by="rows").draws == pytest.approx(
+        (30, 10)
+    )
+    assert mix_sets([10, 30], [1, 1], [1, 1], [None, None], by="rows").is_plain
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_a_plan_takes_what_is_mixed_in_batches_and_a_plain_mixture_is_none() -> 
         ([], "empty list"),
         ([{"path": "a", "weight": 0}], "data.train.0.weight is 0: should be a number above 0"),
         ([{"path": "a", "share": 0.5, "weight": 2}], "a weight and a share"),
-        ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.4}, "c"], "nothing is left"),
+        ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.4}, "c"], "leaves nothing"),
         ([{"path": "a", "share": 0.6}, {"path": "b", "share": 0.3}], "not 1"),
         (["a", "a"], "give each a name"),
         ([{"path": "a", "wieght": 2}], "wieght"),
@@ -235,7 +237,7 @@ def test_a_packed_file_that_is_damaged_or_none_is_told(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "b.jsonl.gz", "c.jsonl.zst"):
         _, problems = scan_rows(tmp_path / name)
         assert problems[0].code == "D100", name
-    with pytest.raises(DataError, match="no file of rows"):
+    with pytest.raises(DataError, match="no row files"):
         scan_rows(str(tmp_path / "*.csv"))
 
 
@@ -315,7 +317,7 @@ def test_files_that_are_too_many_are_counted_before_one_is_brought(
 ) -> None:
     monkeypatch.setattr(places, "MOST_FILES", 1)
     for name in ("org/qa", "hf://datasets/org/qa@refs/convert/parquet/default/train/*.parquet"):
-        with pytest.raises(DataError, match="2 files, 1 are read"):
+        with pytest.raises(DataError, match="2 files, at most 1 are read"):
             scan_rows(name)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
 
@@ -324,7 +326,7 @@ def test_a_data_set_that_is_not_reached_is_an_error_with_what_to_do(hub: Hub) ->
     with pytest.raises(DataError) as caught:
         scan_rows("org/other")
     assert "org/other" in str(caught.value)
-    with pytest.raises(ConfigError, match="no address that fsspec knows"):
+    with pytest.raises(ConfigError, match="unknown to fsspec"):
         scan_rows("nothing://rows.jsonl")
 
 
@@ -434,7 +436,7 @@ def test_columns_are_read_under_the_names_that_a_person_gives(tmp_path: Path) ->
         "the map names 'qestion', which no row has"
     ]
     _, problems = scan_rows(tmp_path / "rows.csv", columns={**QA, "id": "prompt"})
-    assert problems[0].code == "D107" and "two columns are called 'prompt'" in problems[0].message
+    assert problems[0].code == "D107" and "two columns the name 'prompt'" in problems[0].message
 
 
 def test_a_column_that_is_mapped_to_nothing_is_left_out_in_messages_too(tmp_path: Path) -> None:
@@ -550,7 +552,7 @@ def test_messages_about_rows_say_what_is_wrong_once(
     _, (problem,) = scan_rows(half)
     assert problem.lines == (10, 11)
     assert problem.message.startswith(
-        "columns prompt: format prompt_completion needs completion too"
+        "columns prompt: format prompt_completion also needs completion"
     )
     odd.write_text("question,answer\nx,y\n")
     assert main.main(["data", "check", str(odd), "--base", base]) == 4
@@ -688,9 +690,9 @@ def test_split_rows_are_those_that_a_run_would_hold_out_and_no_prompt_is_in_two(
 
 
 def held_out_of(path: str, share: float) -> list[Any]:
-    from veneer.data.split import shared_out
+    from veneer.data.split import split_by_shares
 
-    return shared_out(scan_rows(path)[0], [share])[1]
+    return split_by_shares(scan_rows(path)[0], [share])[1]
 
 
 def test_a_sample_is_drawn_by_content_and_seed_in_the_order_of_the_rows(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_json_file_is_a_list_or_holds_one_under_data(tmp_path: Path, layout: s
         ("[%s %s]", "comma"),
         ("3", "neither a list"),
         ("[%s, 7, %s]", "rows.json:2  is a number"),
-        ('[%s, {"a": 1, "a": 2}, %s]', "rows.json:2  key 'a'"),
+        ('[%s, {"a": 1, "a": 2}, %s]', "rows.json:2  duplicate key 'a'"),
         ("[]", "no rows"),
         ("", "no rows"),
     ],
@@ -186,8 +186,8 @@ def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt;completion\na;b\n", "parted by semicolons"),
-        ("prompt\tcompletion\na\tb\n", "parted by tabs"),
+        ("prompt;completion\na;b\n", "separated by semicolons"),
+        ("prompt\tcompletion\na\tb\n", "separated by tabs"),
         ("prompt,prompt\na,b\n", "'prompt' twice"),
         ('prompt,completion\n"a,b\n', "rows.csv:2  is not CSV"),
         (
@@ -254,7 +254,7 @@ def test_two_columns_of_one_name_are_refused_in_parquet_too(tmp_path: Path) -> N
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(DataError, match="is not Parquet"):
+    with pytest.raises(DataError, match="the Parquet file cannot be read"):
         read_rows(tmp_path / "rows.parquet")
 
 
@@ -274,7 +274,7 @@ def test_unknown_kinds_missing_and_empty_files_are_told_apart(tmp_path: Path) ->
         "rows.txt": "extension '.txt'",
         "rows": "no extension",
         "rows.jsonl": "no rows",
-        "other.jsonl": "no such file",
+        "other.jsonl": "file not found",
         "nowhere/rows.jsonl": "does not exist either",
     }.items():
         with pytest.raises(DataError, match=message):

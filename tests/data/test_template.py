@@ -21,7 +21,7 @@ from veneer.data.examples import Row, RowRef, TrainOn
 from veneer.data.template import template as module
 from veneer.data.template.control_names import ControlNames, TokenFault
 from veneer.data.template.template import ChatTemplate
-from veneer.data.template.tokens import _difference
+from veneer.data.template.tokens import _describe_difference
 from veneer.errors import DataError
 
 START, END, PAD = 256, 257, 258
@@ -349,7 +349,7 @@ LAST_DIFFERS = (
 def test_a_template_that_is_no_text_is_refused_by_what_it_is(wrong: Any) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = wrong
-    with pytest.raises(DataError, match="is no text"):
+    with pytest.raises(DataError, match="is not text"):
         ChatTemplate(tokenizer)
 
 
@@ -419,11 +419,11 @@ def test_tools_and_contents_that_the_template_leaves_out_are_refused() -> None:
     in_parts = with_template(
         "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}"
     )
-    with pytest.raises(DataError, match="leaves out what message 1 says"):
+    with pytest.raises(DataError, match="leaves out the text of message 1"):
         in_parts.encode_row(row(user("abc"), assistant("b")), train_on="last")
     with pytest.raises(DataError, match="does not render tools: weather"):
         plain.encode_prompt([user("a")], tools=tools)
-    with pytest.raises(DataError, match="leaves out what message 1 says"):
+    with pytest.raises(DataError, match="leaves out the text of message 1"):
         in_parts.encode_prompt([user("abc")])
 
 
@@ -626,20 +626,23 @@ def test_a_row_that_a_tokenizer_cannot_write_in_pieces_is_refused_with_both_text
 def test_two_texts_are_shown_twenty_characters_around_where_they_part() -> None:
     one = "x" * 30 + "abcdefghijklmnopqrstuvwxyz"
     other = one[:30] + "A" + one[31:]
-    assert _difference(one, other) == f"{one[10:50]!r} comes back as {other[10:50]!r}"
-    assert _difference("ab", "abc") == "'ab' comes back as 'abc'"
+    assert _describe_difference(one, other) == f"{one[10:50]!r} comes back as {other[10:50]!r}"
+    assert _describe_difference("ab", "abc") == "'ab' comes back as 'abc'"
 
 
 def test_a_name_that_is_typed_is_spelled_in_two_parts_the_first_as_short_as_possible() -> None:
     tokens = ChatTemplate(merging_tokenizer())._tokens  # it has a token for <|
-    assert tokens._text_of("<|im_end|>") == [*tokens.ids(["<"])[0], *tokens.ids(["|im_end|>"])[0]]
+    assert tokens._ids_as_text("<|im_end|>") == [
+        *tokens.ids(["<"])[0],
+        *tokens.ids(["|im_end|>"])[0],
+    ]
     tokenizer = merging_tokenizer()
     tokenizer.add_tokens([AddedToken(name, special=True) for name in ("[x", "[", "~", "ab}", "b}")])
     tokens = ChatTemplate(tokenizer)._tokens
-    assert tokens._text_of("ab}") == [*tokens.ids(["ab"])[0], *tokens.ids(["}"])[0]]
+    assert tokens._ids_as_text("ab}") == [*tokens.ids(["ab"])[0], *tokens.ids(["}"])[0]]
     for name in ("~", "[x"):  # of one character; of two, one of which is a control token itself
         with pytest.raises(TokenFault, match="cannot be written as text"):
-            tokens._text_of(name)
+            tokens._ids_as_text(name)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 100])

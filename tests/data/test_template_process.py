@@ -14,7 +14,13 @@ from tests.support.tiny import tiny_tokenizer
 from veneer.data.examples import Problem, Row, RowRef
 from veneer.data.template import rendering
 from veneer.data.template import worker as template_worker
-from veneer.data.template.rendering import Conversation, Template, Worker, beginnings, render_all
+from veneer.data.template.rendering import (
+    Conversation,
+    Template,
+    TemplateWorker,
+    beginnings,
+    render_all,
+)
 from veneer.data.template.sandbox import TemplateFault, compile_template
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import DataError
@@ -75,7 +81,7 @@ def rendered(source, messages=MESSAGES):
 @pytest.fixture
 def one_worker(monkeypatch):
     """A process of its own: what it refuses is forgotten afterwards."""
-    worker = Worker()
+    worker = TemplateWorker()
     monkeypatch.setattr(rendering, "_worker", lambda: worker)
     yield worker
     worker.close()
@@ -103,7 +109,7 @@ def test_a_template_that_one_conversation_stopped_is_tried_again_for_those_who_a
         rendered(source, [{"role": "user", "content": "slow"}])
     with pytest.raises(TemplateFault, match="stopped"):
         rendered(source)
-    rendering.forgive()
+    rendering.retry_refused()
     assert rendered(source) == "done"
 
 
@@ -151,7 +157,7 @@ def test_a_conversation_renders_as_it_does_in_this_process():
     )
     cuts = beginnings(messages)
     render_all([(conversation, cuts)])
-    assert set(conversation.known) == set(cuts) == {(4, False), (1, True), (2, False), (3, True)}
+    assert set(conversation.rendered) == set(cuts) == {(4, False), (1, True), (2, False), (3, True)}
     for count, prompt in [*cuts, (4, True)]:
         assert conversation.text(count, add_generation_prompt=prompt) == render(
             messages[:count], None, prompt, {}
@@ -177,11 +183,11 @@ def test_what_comes_back_is_bounded_by_what_was_asked_and_held_once(one_worker, 
     assert [len(line) < 1.1 * asked for line in lines] == [True]
     held = {
         id(text): len(text)
-        for known in conversation.known.values()
+        for known in conversation.rendered.values()
         for text in (known.first, known.rest)
     }
     assert sum(held.values()) < 1.1 * asked
-    for count, prompt in conversation.known:
+    for count, prompt in conversation.rendered:
         expected = "".join(f"[{m['role']}]{m['content']}" for m in messages[:count])
         assert (
             conversation.text(count, add_generation_prompt=prompt)
@@ -195,10 +201,12 @@ def test_texts_that_differ_from_the_first_character_on_count_together(one_worker
     messages = MESSAGES * 20
     conversation = Conversation(Template(source, {}, date.today()), messages, None)
     render_all([(conversation, beginnings(messages))])
-    kept = [known for known in conversation.known.values() if not isinstance(known, TemplateFault)]
+    kept = [
+        known for known in conversation.rendered.values() if not isinstance(known, TemplateFault)
+    ]
     assert 1 < len(kept) < 10
     refused = [
-        str(known) for known in conversation.known.values() if isinstance(known, TemplateFault)
+        str(known) for known in conversation.rendered.values() if isinstance(known, TemplateFault)
     ]
     assert refused and all("characters of this conversation" in each for each in refused)
 

@@ -353,7 +353,7 @@ def test_a_full_queue_says_how_many_wait():
     toy.step()
     for i in range(3):
         toy.add([i], 1)
-    with pytest.raises(QueueFullError, match="3 requests wait, 3 may") as caught:
+    with pytest.raises(QueueFullError, match="3 requests are waiting, the limit is 3") as caught:
         toy.add([9], 1)
     assert (caught.value.waiting, caught.value.most) == (3, 3)
     toy.scheduler.cancel(running)
@@ -380,7 +380,7 @@ def test_choices_count_one_by_one():
         toy.add([1], 1, choices=4)
     assert toy.scheduler.idle
     toy.add([1], 1, choices=2)
-    with pytest.raises(QueueFullError, match="2 requests wait, 3 may"):
+    with pytest.raises(QueueFullError, match="2 requests are waiting, the limit is 3"):
         toy.add([1], 1, choices=2)
     toy.finish_all()
 

@@ -269,7 +269,7 @@ def test_every_change_to_a_written_folder_is_found(tmp_path):
         (lambda f: (f / "sub" / "b.txt").unlink(), "sub/b.txt is missing"),
         (lambda f: (f / "c.txt").write_text(""), "c.txt is not listed"),
         (link, "a.txt is a link"),
-        (lambda f: (f / atomic.MANIFEST).unlink(), "not written to its end"),
+        (lambda f: (f / atomic.MANIFEST).unlink(), "the folder is incomplete"),
         (lambda f: (f / atomic.MANIFEST).write_text('{"files": {'), "not valid JSON"),
         (lambda f: (f / atomic.MANIFEST).write_text("{}"), "lists no files"),
         (

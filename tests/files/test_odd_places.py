@@ -14,7 +14,7 @@ import pytest
 from veneer.cli.main import main
 from veneer.comparison.ray_trial import own_folder
 from veneer.comparison.store import RunStore
-from veneer.data.files.places import places_of
+from veneer.data.files.places import find_files
 from veneer.data.files.writing import split_rows
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
 from veneer.files import atomic
@@ -47,7 +47,7 @@ def test_a_home_of_nobody_is_a_name_like_any_other(
     assert expanded(name) == Path(name) and expanded("~/x") == Path.home() / "x"
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_text(ROW)
-    assert [place.path for place in places_of(name)] == [Path(name)]
+    assert [place.path for place in find_files(name)] == [Path(name)]
     for words in (
         ["merge", "--base", name, "--adapter", name, "--out", "o"],
         ["plan", "--base", name],
@@ -78,7 +78,7 @@ def test_a_user_without_a_home_is_told_what_to_set(
 def test_an_address_behind_which_nothing_stands_is_an_error_whatever_the_package_raises(
     address: str,
 ) -> None:
-    with pytest.raises(ConfigError, match="no address that fsspec knows, or nothing answers there"):
+    with pytest.raises(ConfigError, match="unknown to fsspec, or its server does not answer"):
         file_system(address)
     assert main(["data", "convert", address, "--out", "/nowhere/out.jsonl"]) == 2
 

@@ -12,7 +12,7 @@ import pytest
 
 from veneer.files import partial
 from veneer.files.atomic import atomic_file, atomic_folder
-from veneer.files.partial import lives, unfinished
+from veneer.files.partial import is_alive, unfinished
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="on Windows nothing is judged")
@@ -51,7 +51,7 @@ def test_the_next_write_beside_it_removes_what_a_killed_one_left(tmp_path, write
     process, left = writer
     process.kill()
     process.join()
-    assert left.is_dir() and lives(left.name) is False
+    assert left.is_dir() and is_alive(left.name) is False
     with write(tmp_path / "new") as path:
         (path if path.is_file() else path / "a").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
@@ -61,7 +61,7 @@ def test_a_zombie_writes_no_more(writer):
     process, left = writer
     os.kill(process.pid, signal.SIGKILL)  # and nobody waits for it
     for _ in range(500):
-        if lives(left.name) is False:
+        if is_alive(left.name) is False:
             return
         time.sleep(0.01)
     pytest.fail("a process that has ended counts as alive")
@@ -69,7 +69,7 @@ def test_a_zombie_writes_no_more(writer):
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path, writer):
     _, left = writer
-    assert lives(left.name) is True
+    assert is_alive(left.name) is True
     with atomic_file(tmp_path / "new") as path:
         path.write_text("whole")
     assert (left / "half").is_file()
@@ -102,7 +102,7 @@ def test_what_cannot_be_judged_here_stays(tmp_path, writer, change):
     process.kill()
     process.join()
     strange = left.rename(tmp_path / "-".join(change(left.name.split("-"))))
-    assert lives(strange.name) is None
+    assert is_alive(strange.name) is None
     partial.sweep(tmp_path)
     assert strange.exists()
 
@@ -115,7 +115,7 @@ def test_a_machine_with_the_same_name_whose_processes_are_counted_alike_is_anoth
     other.write_text("another machine, or another start of the one that the containers run on")
     monkeypatch.setattr(partial, "_MACHINE", other)
     monkeypatch.setattr(partial, "_START", other)
-    assert lives(left.name) is None
+    assert is_alive(left.name) is None
     partial.sweep(tmp_path)
     assert left.exists()
 
@@ -144,4 +144,4 @@ def test_a_file_system_without_rights_or_synced_folders_is_written_to(
 def test_another_process_with_the_same_number_is_not_the_writer(writer):
     _, left = writer
     *start, began, number = left.name.split("-")
-    assert lives("-".join([*start, str(int(began) + 1), number])) is False
+    assert is_alive("-".join([*start, str(int(began) + 1), number])) is False

@@ -82,7 +82,7 @@ def test_a_file_with_bytes_added_at_its_end_is_refused(read):
             + b"}",
             b"0123",
             CorruptFileError,
-            "twice",
+            "duplicate",
         ),
         ({"a": entry(), "b": entry(begin=8, end=12)}, bytes(12), CorruptFileError, "hole"),
         ({"a": entry(), "b": entry(begin=2, end=6)}, bytes(6), CorruptFileError, "overlaps"),
@@ -243,8 +243,8 @@ def parse(tmp_path):
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
-        ('{"r": 1, "r": 2}', CorruptFileError, "twice"),
-        ('{"a": {"r": 1, "r": 2}}', CorruptFileError, "twice"),
+        ('{"r": 1, "r": 2}', CorruptFileError, "duplicate"),
+        ('{"a": {"r": 1, "r": 2}}', CorruptFileError, "duplicate"),
         ('{"alpha": NaN}', CorruptFileError, "NaN"),
         ('{"alpha": -Infinity}', CorruptFileError, "-Infinity"),
         ('{"alpha": 1e999}', CorruptFileError, "too large"),

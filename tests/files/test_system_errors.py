@@ -34,14 +34,14 @@ def test_what_a_network_says_is_nothing_about_a_file_whatever_its_number(fault):
 NUMBERS = {
     errno.ENOSPC: (DoesNotFitError, "disk is full", "another disk"),
     errno.EDQUOT: (DoesNotFitError, "quota", "another disk"),
-    errno.EFBIG: (DoesNotFitError, "no file that large", "4 GB"),
+    errno.EFBIG: (DoesNotFitError, "files that large", "4 GB"),
     errno.EIO: (InputError, "cannot be written", "device"),
     errno.EROFS: (InputError, "Read-only", "may write to"),
     errno.EACCES: (InputError, "denied", "may write to"),
     errno.ENAMETOOLONG: (InputError, "too long", "shorter name"),
     errno.EMFILE: (InputError, "open files", "ulimit -n"),
     errno.ESTALE: (InputError, "cannot be written", "device"),
-    errno.EISDIR: (InputError, "directory", "another place"),
+    errno.EISDIR: (InputError, "directory", "another folder"),
 }
 
 
@@ -159,7 +159,7 @@ def test_a_limit_on_the_size_of_files_is_told_also_of_what_safetensors_writes(tm
         "    with atomic_folder(sys.argv[1]) as partial:\n"
         "        save_file({'a': torch.zeros(9999)}, partial / 'a')\n"
         "except DoesNotFitError as fault:\n"
-        "    sys.exit(0 if 'no file that large' in str(fault) else 3)\n"
+        "    sys.exit(0 if 'files that large' in str(fault) else 3)\n"
         "sys.exit(4)\n"
     )
     assert (

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from veneer.cli.config_file import read_run_config
 from veneer.errors import InputError
 from veneer.files.strict_json import illegible, json_text, legible, parse_json
-from veneer.formats.manifest import BaseIdentity, Manifest, read_manifest, readable
+from veneer.formats.manifest import BaseIdentity, Manifest, make_readable, read_manifest
 from veneer.library.records import ObjectFacts, Record, Version, read_record, write_record
 from veneer.training.config import RunConfig
 from veneer.training.output.records import Records, read_records
@@ -105,7 +105,7 @@ def test_a_run_file_and_the_manifest_that_holds_it(data, out, targets, ranks, cl
         write_run_file(here)
         assert resume_config(folder) == here
         assert read_run_config(Path(folder) / "run.yaml", {}) == here
-        manifest = readable(
+        manifest = make_readable(
             lambda: Manifest(
                 veneer_version="1",
                 method="lora",

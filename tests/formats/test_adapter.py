@@ -39,7 +39,8 @@ from veneer.files import strict_tensors
 from veneer.files.nesting import MAX_JSON_DEPTH
 from veneer.files.partial import sweep
 from veneer.formats import adapter as store
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.formats.manifest import (
     MANIFEST_NAME,
     BaseIdentity,
@@ -48,7 +49,7 @@ from veneer.formats.manifest import (
     read_manifest,
 )
 from veneer.formats.peft.config import CONFIG_NAME, MAX_EXPRESSIONS, MAX_PATTERN
-from veneer.formats.peft.fit import grouped
+from veneer.formats.peft.fit import group_by_layer
 from veneer.models.frozen_base import FrozenBase
 
 WEIGHTS = store.WEIGHTS_NAME
@@ -290,7 +291,7 @@ def test_a_folder_that_is_no_adapter_is_told_with_the_way_out(copy, prepare, err
 def test_the_adapters_inside_a_folder_are_named(copy, tmp_path):
     (tmp_path / "outer").mkdir()
     copy.rename(tmp_path / "outer" / "sql")
-    with pytest.raises(SourceError, match=r"Give .*outer/sql"):
+    with pytest.raises(SourceError, match=r"Use .*outer/sql"):
         read_adapter(tmp_path / "outer")
 
 
@@ -302,7 +303,7 @@ def test_tensor_names_that_hold_an_adapter_s_name_are_repaired_and_told(copy):
 
     edit_tensors(copy, rename)
     stored = read_adapter(copy)
-    assert stored.notes == ["28 tensor names held an adapter's name, which was left out"]
+    assert stored.notes == ["28 tensor names held an adapter's name, which was removed"]
     load_adapter(tiny_base("llama_untied"), stored, name="x")
 
 
@@ -464,12 +465,12 @@ def test_an_adapter_of_another_base_is_told_with_that_base_first_and_in_few_line
 
 def test_tensors_that_differ_in_the_layer_alone_are_one_line_in_columns():
     lines = [(f"layers.{layer}.a", "x", "y") for layer in (7, 1, 0, 2, 5)]
-    assert grouped([*lines, ("layers.0.b", "x", "z"), ("head", "pp", "q")]) == [
+    assert group_by_layer([*lines, ("layers.0.b", "x", "z"), ("head", "pp", "q")]) == [
         "head               adapter pp   model q   1 tensor",
         "layers.0-2,5,7.a   adapter x    model y   5 tensors",
         "layers.0.b         adapter x    model z   1 tensor",
     ]
-    assert grouped([]) == []
+    assert group_by_layer([]) == []
 
 
 def test_transposed_factors_are_misshapen_not_silently_wrong(copy):

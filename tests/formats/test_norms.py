@@ -8,7 +8,7 @@ import torch
 
 from tests.formats.test_adapter import adapted, write
 from veneer.formats.adapter import read_adapter
-from veneer.formats.norms import Update, angle, base_norms, updates
+from veneer.formats.norms import LowRankUpdate, angle, base_norms, updates
 
 CASES = {
     "patterns": ("llama_untied", {}),
@@ -85,8 +85,8 @@ def test_norms_of_the_base_are_those_of_its_weights():
     assert base_norms(base, [path, "nowhere"]) == {path: pytest.approx(expected)}
 
 
-def update(scaling: float, *, width: int = 2, experts: int = 1) -> Update:
-    return Update(
+def update(scaling: float, *, width: int = 2, experts: int = 1) -> LowRankUpdate:
+    return LowRankUpdate(
         torch.ones(experts, 1, width, dtype=torch.float64),
         torch.ones(experts, 2, 1, dtype=torch.float64),
         scaling,

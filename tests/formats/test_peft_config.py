@@ -12,14 +12,14 @@ from veneer.errors import CorruptFileError, RefusedError, SourceError, UnsafeFil
 from veneer.files.strict_json import read_json
 from veneer.formats.peft.config import CONFIG_NAME, PeftLoRA, config_json, config_text
 from veneer.formats.peft.low_rank import LowRankFile
-from veneer.formats.registry import layout_in
+from veneer.formats.registry import format_of_file
 
 MINIMAL = {"peft_type": "LORA", "target_modules": ["q_proj"]}
 
 
 def read_file(path: Path) -> tuple[PeftLoRA, list[str]]:
     stored = read_json(path)
-    file, ignored = layout_in(path, stored).read(path, stored)
+    file, ignored = format_of_file(path, stored).read(path, stored)
     assert isinstance(file, LowRankFile)
     return file.peft, ignored
 
@@ -109,7 +109,7 @@ def test_another_method_is_refused_by_its_name(read, kind):
     ("text", "words"),
     [
         ('{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
-        ('{"peft_type": "LORA", "r": 4, "r": 8}', "twice"),
+        ('{"peft_type": "LORA", "r": 4, "r": 8}', "duplicate"),
         ('{"r": 4}', "no peft_type"),
         ('{"peft_type": 3}', "no peft_type"),
         ("[]", "a JSON list"),

@@ -10,13 +10,8 @@ from tests.support.helpers import fill
 from tests.support.tiny import tiny_base
 from veneer.adapters.config import Prefix
 from veneer.errors import AdapterMismatchError, ConfigError, CorruptFileError, RefusedError
-from veneer.formats.adapter import (
-    adapter_file_bytes,
-    load_adapter,
-    manifest_for,
-    read_adapter,
-    write_adapter,
-)
+from veneer.formats.adapter import adapter_file_bytes, manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.models.initial_values import begin
 from veneer.models.step import prepare
 
@@ -88,7 +83,7 @@ def test_the_file_has_the_size_that_arithmetic_says():
         ({"gate": True}, RefusedError, "gate: unknown, and switched on"),
         ({"num_virtual_tokens": 6}, CorruptFileError, "(5, 96)"),
         ({"num_virtual_tokens": "5"}, CorruptFileError, "num_virtual_tokens"),
-        ({"num_attention_heads": 5}, CorruptFileError, "no multiple"),
+        ({"num_attention_heads": 5}, CorruptFileError, "not a multiple"),
         ({"layers": [0, 1]}, CorruptFileError, "PREFIX_TUNING"),
         ({"num_attention_heads": 4}, AdapterMismatchError, "key/value heads   adapter 4   model 2"),
         ({"num_layers": 4, "token_dim": 12}, AdapterMismatchError, "layers   adapter 4   model 2"),
@@ -119,7 +114,7 @@ def test_a_tensor_too_many_or_none_is_refused(tmp_path):
     (folder / "veneer.json").unlink()
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "word_embeddings": torch.zeros(2)}, folder / WEIGHTS)
-    with pytest.raises(AdapterMismatchError, match="word_embeddings is no part"):
+    with pytest.raises(AdapterMismatchError, match="word_embeddings does not belong"):
         load_adapter(base, folder, name="b")
     save_file({"word_embeddings": torch.zeros(2)}, folder / WEIGHTS)
     with pytest.raises(CorruptFileError, match="holds no prompt_embeddings"):

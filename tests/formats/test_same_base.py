@@ -10,8 +10,9 @@ from tests.support.tiny import CHATML, save_tiny, tiny_base
 from veneer.adapters.config import LoRA
 from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
-from veneer.formats.same_base import other_base
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
+from veneer.formats.same_base import base_differences
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
@@ -52,7 +53,7 @@ def no_template(base):
 def test_a_base_that_reads_text_otherwise_is_refused_unless_forced(folder, change, says):
     base = tiny_base()
     change(base)
-    with pytest.raises(AdapterMismatchError, match="reads text otherwise") as caught:
+    with pytest.raises(AdapterMismatchError, match="reads text differently") as caught:
         load_adapter(base, folder, name="b")
     (fault,) = caught.value.faults
     assert says in fault
@@ -145,5 +146,5 @@ def test_another_base_is_named_with_its_revision_where_it_has_one():
     there, here = tiny_base(seed=1), tiny_base(seed=2)
     there.name_or_path, there.revision, here.name_or_path = "org/there", "0123abc", "org/here"
     manifest = manifest_for(there, method="lora", template_hash=there.template_hash())
-    assert other_base(manifest, here)[0] == "base: org/there at 0123abc against org/here"
-    assert other_base(manifest, there) == []
+    assert base_differences(manifest, here)[0] == "base: org/there at 0123abc against org/here"
+    assert base_differences(manifest, there) == []

@@ -22,13 +22,8 @@ from veneer.errors import (
     VeneerError,
 )
 from veneer.files.atomic import MANIFEST
-from veneer.formats.adapter import (
-    WEIGHTS_NAME,
-    load_adapter,
-    manifest_for,
-    read_adapter,
-    write_adapter,
-)
+from veneer.formats.adapter import WEIGHTS_NAME, manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.index import INDEX
 from veneer.library.library import Library

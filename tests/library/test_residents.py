@@ -34,7 +34,8 @@ from veneer.errors import (
     CorruptFileError,
     UnknownNameError,
 )
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import few_rows

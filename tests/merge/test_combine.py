@@ -16,7 +16,8 @@ from veneer.adapters.config import LoRA
 from veneer.adapters.methods.lora import delta_weight
 from veneer.bases.identity.fingerprint import Fingerprint
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.merge.combine.combine import Recipe, largest_entries
 from veneer.merge.combine.combine_run import combine_adapters
 from veneer.merge.combine.low_rank import cut_dense, cut_factors, relative_error

@@ -20,7 +20,8 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.cli.main import command_module
 from veneer.errors import ConfigError, RefusedError
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.merge.export.export_run import export_adapter, export_merged_gguf, lint_adapter
 from veneer.merge.gguf.names import names_of
 from veneer.merge.gguf.tokenizer import word_rule

@@ -11,7 +11,8 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.adapters.methods.lora import delta_weight
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
-from veneer.formats.adapter import load_adapter, read_adapter
+from veneer.formats.adapter import read_adapter
+from veneer.formats.loading import load_adapter
 from veneer.merge.combine.extract import extract_adapter
 from veneer.merge.fold.folder import merge_into_folder
 from veneer.models.load import load_base

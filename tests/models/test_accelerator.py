@@ -23,7 +23,8 @@ from veneer.adapters.config import LoRA
 from veneer.data.batching import make_batch
 from veneer.decoding import generate as answers
 from veneer.decoding.generate import generate
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.kernels.attention import packed as attention
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import rank

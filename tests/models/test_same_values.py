@@ -40,7 +40,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]
     """What was asked of a model rather than remembered, while this process remembers as a command
     does."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(memory, "_begun", True)
+    monkeypatch.setattr(memory, "_enabled", True)
     memory.surroundings.cache_clear()
     found: set[str] = set()
 
@@ -182,7 +182,7 @@ def test_values_that_were_changed_since_are_asked_anew(folder: Path, asked: set[
 def test_no_base_is_hashed_where_nothing_is_remembered(
     folder: Path, asked: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory._begun = False  # the fixture puts it back
+    memory._enabled = False  # the fixture puts it back
     base = veneer.load(str(folder))
     assert same_values.noted(base.model) is None
 

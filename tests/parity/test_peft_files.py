@@ -24,7 +24,8 @@ from veneer.adapters.attach import attach  # noqa: E402
 from veneer.adapters.config import DoRA, LoRA, LowRank  # noqa: E402
 from veneer.adapters.placement.attachment import Attachment  # noqa: E402
 from veneer.errors import AdapterMismatchError  # noqa: E402
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter  # noqa: E402
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter  # noqa: E402
+from veneer.formats.loading import load_adapter  # noqa: E402
 from veneer.models.frozen_base import FrozenBase  # noqa: E402
 
 RELATIVE = 1e-5  # float32 against float32: other orders of summation, nothing else

@@ -12,7 +12,7 @@ from tests.support.tiny import tiny_base, tiny_model
 peft = pytest.importorskip("peft")
 
 from veneer.decoding.generate import generate  # noqa: E402
-from veneer.formats.adapter import load_adapter  # noqa: E402
+from veneer.formats.loading import load_adapter  # noqa: E402
 from veneer.models.step import prepare  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

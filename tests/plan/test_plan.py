@@ -23,7 +23,7 @@ from veneer.bases.loading.shapes import SHAPES
 from veneer.cli.main import main
 from veneer.cli.training import plan as command
 from veneer.data import longest
-from veneer.data.batching import Rows
+from veneer.data.batching import RowSpans
 from veneer.data.examples import Example, RowRef
 from veneer.data.longest import plans_of_run
 from veneer.errors import ConfigError, DoesNotFitError, SourceError
@@ -533,7 +533,7 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
         )
         chosen = own.estimate(choice).peak_bytes
         assert len(own._runs) <= 2
-        rows = Rows.of(own.rows)
+        rows = RowSpans.of(own.rows)
         plans = plans_of_run(rows, batch=4, seed=seed, order=order, mixture=None, steps=8)
         parts = [
             plan.rows[a:b].tolist()

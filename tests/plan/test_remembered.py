@@ -35,7 +35,7 @@ class Found:
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
-    monkeypatch.setattr(memory, "_begun", True)
+    monkeypatch.setattr(memory, "_enabled", True)
     memory.surroundings.cache_clear()
     yield tmp_path
     memory.surroundings.cache_clear()
@@ -58,32 +58,32 @@ def entries(cache):
 
 def test_a_second_process_takes_what_the_first_found(cache):
     make = Maker(Found(3, frozenset({"a"})))
-    assert memory.remembered("things", {"of": 1}, Found, make) == make.value
-    assert memory.remembered("things", {"of": 1}, Found, make) == make.value
+    assert memory.remember("things", {"of": 1}, Found, make) == make.value
+    assert memory.remember("things", {"of": 1}, Found, make) == make.value
     assert make.calls == 1
-    assert memory.remembered("things", {"of": 2}, Found, Maker(Found(4))) == Found(4)
-    assert memory.remembered("others", {"of": 1}, Found, Maker(Found(5))) == Found(5)
+    assert memory.remember("things", {"of": 2}, Found, Maker(Found(4))) == Found(4)
+    assert memory.remember("others", {"of": 1}, Found, Maker(Found(5))) == Found(5)
 
 
 def test_nothing_is_remembered_where_it_was_not_begun(cache, monkeypatch):
-    monkeypatch.setattr(memory, "_begun", False)
+    monkeypatch.setattr(memory, "_enabled", False)
     make = Maker(Found(3))
-    assert [memory.remembered("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
+    assert [memory.remember("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
     assert make.calls == 2 and not entries(cache)
 
 
 def test_only_the_command_line_begins_and_a_variable_keeps_it_from_it(cache, monkeypatch):
-    monkeypatch.setattr(memory, "_begun", False)
+    monkeypatch.setattr(memory, "_enabled", False)
     asked = ["explain", "D107"]
     monkeypatch.setattr("sys.argv", ["veneer", *asked])
     cli.main(asked)
-    assert not memory._begun, "within a process that others write"
+    assert not memory._enabled, "within a process that others write"
     monkeypatch.setenv(memory.OFF, "1")
     cli.main()
-    assert not memory._begun
+    assert not memory._enabled
     monkeypatch.delenv(memory.OFF)
     cli.main()
-    assert memory._begun
+    assert memory._enabled
 
 
 def damaged(entry):
@@ -101,13 +101,13 @@ def damaged(entry):
 
 
 def test_a_damaged_entry_is_as_none_and_written_again(cache):
-    memory.remembered("things", {"of": 1}, Found, Maker(Found(3)))
+    memory.remember("things", {"of": 1}, Found, Maker(Found(3)))
     (file,) = entries(cache)
     whole_text = file.read_text()
     for text in damaged(json.loads(whole_text)):
         file.write_text(text)
         make = Maker(Found(3))
-        assert memory.remembered("things", {"of": 1}, Found, make) == Found(3)
+        assert memory.remember("things", {"of": 1}, Found, make) == Found(3)
         assert make.calls == 1, text[:80]
         assert file.read_text() == whole_text
 
@@ -115,14 +115,14 @@ def test_a_damaged_entry_is_as_none_and_written_again(cache):
 def test_a_cache_that_cannot_be_written_is_none(cache, monkeypatch):
     (cache / "found").write_text("a file where the folder would be")
     make = Maker(Found(3))
-    assert [memory.remembered("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
+    assert [memory.remember("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
     assert make.calls == 2
 
 
 def test_the_oldest_go_where_there_are_many(cache, monkeypatch):
     monkeypatch.setattr(memory, "MOST_ENTRIES", 3)
     for number in range(5):
-        memory.remembered("things", {"of": number}, Found, Maker(Found(number)))
+        memory.remember("things", {"of": number}, Found, Maker(Found(number)))
         os.utime(
             max(entries(cache), key=lambda path: path.stat().st_mtime_ns), (number + 1, number + 1)
         )
@@ -189,7 +189,7 @@ def test_nothing_is_remembered_beside_a_library_that_somebody_works_on(cache, mo
     monkeypatch.setattr(memory, "distribution", lambda name: of)
     memory.surroundings.cache_clear()
     make = Maker(Found(3))
-    assert [memory.remembered("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
+    assert [memory.remember("things", {}, Found, make) for _ in range(2)] == [Found(3)] * 2
     assert make.calls == 2 and not entries(cache)
 
 
@@ -265,7 +265,10 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
 def test_a_named_size_is_the_config_that_its_fields_make(cache):
     """And its dry runs are those of a folder that says the same."""
     named = named_size("llama-3.2-1b")
-    facts = [kept.kept_facts(found) for found in (named, named, replace(named, given=named.config))]
+    facts = [
+        kept.kept_facts(found)
+        for found in (named, named, replace(named, config_or_fields=named.config))
+    ]
     assert (
         facts[0] == facts[1] == facts[2] and facts[0].layers == 16 and facts[0].positions == 131072
     )

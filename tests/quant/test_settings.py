@@ -49,7 +49,7 @@ def test_every_format_has_a_builder_and_keeps_what_it_declares(name):
     if declared.keeps_dense:
         assert builder_for(name, ["lm_head"]) is not None
     else:
-        with pytest.raises(ConfigError, match="keep_dense means nothing"):
+        with pytest.raises(ConfigError, match="keep_dense does not work"):
             builder_for(name, ["lm_head"])
 
 

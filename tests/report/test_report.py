@@ -389,7 +389,7 @@ def test_a_card_says_what_training_measured_with_intervals(figures):
 def test_the_licence_of_a_stranger_s_file_is_read_within_what_the_file_holds(tmp_path):
     announced = b"GGUF" + (3).to_bytes(4, "little") + (2**50).to_bytes(8, "little") * 2 + b"\0" * 25
     (tmp_path / "base.gguf").write_bytes(announced)
-    with pytest.raises(CorruptFileError, match="not a whole"):
+    with pytest.raises(CorruptFileError, match="not a complete"):
         licence_of(str(tmp_path / "base.gguf"))
 
 

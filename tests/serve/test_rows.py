@@ -11,7 +11,8 @@ import pytest
 from tests.support.helpers import ROOT
 from veneer.cli.main import main
 from veneer.data.examples import RowRef
-from veneer.data.files.formats import detect, to_row
+from veneer.data.files.formats import to_row
+from veneer.data.files.layouts import detect
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="no node is on the path")

@@ -23,7 +23,7 @@ from tests.comparison.test_compare import write_rows
 from tests.soak.counts import rounds
 from tests.support.tiny import save_tiny
 from veneer.comparison.ray_place import RayExecutor
-from veneer.errors import DoesNotFitError, Interrupted
+from veneer.errors import DoesNotFitError, RunInterrupted
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.state.checkpoint import numbers
@@ -182,10 +182,10 @@ def test_what_was_stopped_goes_on_and_what_is_over_is_not_run_again_by_who_has_l
         def over(self, say: Any) -> Any:
             if any("lora" in job.what for job in self._tasks.values()):
                 wait_for_a_checkpoint(store)
-                raise Interrupted("stopped")
+                raise RunInterrupted("stopped")
             return super().over(say)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         veneer.compare(
             asked[0],
             **asked[1],

@@ -33,7 +33,7 @@ def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     """The steps that were evaluated rather than remembered, while this process remembers as a
     command does."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(memory, "_begun", True)
+    monkeypatch.setattr(memory, "_enabled", True)
     memory.surroundings.cache_clear()
     steps: list[int] = []
     real = loop.compute_evaluation
@@ -114,7 +114,7 @@ def test_another_setting_is_evaluated_anew(
     computed.clear()
     remembered = run(base, tmp_path / "other", steps=1, **OTHERS[name])
     assert computed == [0, 1]
-    memory._begun = False  # the fixture puts it back
+    memory._enabled = False  # the fixture puts it back
     assert run(base, tmp_path / "fresh", steps=1, **OTHERS[name]) == remembered
 
 
@@ -175,7 +175,7 @@ def test_no_evaluation_reads_what_the_key_leaves_out(
 ) -> None:
     fields = {*first_evaluation._TRAINING, *first_evaluation._READ_ALREADY}
     assert fields <= RunConfig.model_fields.keys()
-    memory._begun = False
+    memory._enabled = False
     first, *_ = run(base, tmp_path / "first")
     others: dict[str, Any] = {
         "learning_rate": 0.5,

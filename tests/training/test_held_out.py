@@ -11,8 +11,8 @@ import veneer
 from tests.support.helpers import make_examples
 from tests.support.tiny import save_tiny
 from veneer.cli import main
+from veneer.data.collector import SetSize
 from veneer.data.examples import Example
-from veneer.data.load import SetSize
 from veneer.evaluation.intervals import interval, paired_difference
 from veneer.evaluation.metric import ratio
 from veneer.formats.manifest import read_manifest

@@ -17,7 +17,7 @@ from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, packed_rows, used_length
 from veneer.data.longest import SLACK
-from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, Interrupted
+from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, RunInterrupted
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
@@ -366,7 +366,7 @@ def test_an_interrupt_finishes_the_step_saves_and_resumes_to_the_same_bits(tmp_p
 
     monkeypatch.setattr(Loop, "_step", step)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="--resume") as caught:
+    with pytest.raises(RunInterrupted, match="--resume") as caught:
         run(make_job(tmp_path / "stopped"))
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before

@@ -18,7 +18,8 @@ from veneer.cli import main
 from veneer.errors import ConfigError, RefusedError, VeneerError
 from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.models.load import load_base
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import QuietScreen

@@ -20,7 +20,8 @@ from veneer.adapters.placement.reads import refused_by_peft, weights_read_past
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
-from veneer.formats.adapter import load_adapter, manifest_for, read_adapter, write_adapter
+from veneer.formats.adapter import manifest_for, read_adapter, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.merge.export.export_run import export_adapter
 from veneer.merge.export.lint import lint
 from veneer.models.frozen_base import FrozenBase

@@ -26,7 +26,7 @@ from veneer.errors import (
     ConfigError,
     CorruptFileError,
     InputError,
-    Interrupted,
+    RunInterrupted,
     SourceError,
 )
 from veneer.files import atomic
@@ -695,7 +695,7 @@ def test_a_closed_terminal_and_a_polite_end_save_a_checkpoint_even_when_told_twi
         return own(self, timed=timed)
 
     monkeypatch.setattr(Loop, "_step", step)
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         train(world, tmp_path)
     assert numbers(tmp_path / "checkpoints")[-1] == 3
 

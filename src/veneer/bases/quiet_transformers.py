@@ -1,6 +1,7 @@
-"""transformers without its progress bars and warnings (what they say is checked and raised by those
-who read), for one thread at a time: how loud it is belongs to the process, and so does what it
-changes while it builds a model."""
+"""Silences transformers' progress bars and warnings; readers check and raise what they report.
+
+Verbosity belongs to the process, so one thread at a time does this.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from veneer.files.process_wide import ALONE
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only while inside; verbosity, progress bars and warning filters are as before
-    afterwards. Other threads wait."""
+    """Shows only errors inside the block; verbosity, progress bars and warning filters are
+    restored. Other threads wait."""
     with ALONE:
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Which tokens end a base's answers."""
+"""Finds the tokens that end a base's answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from veneer.errors import VeneerError
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
 ) -> tuple[int, ...]:
-    """Sorted ids of every token that ends an answer: the model's eos tokens and the template's end
-    of turn.
+    """Returns the sorted ids of tokens that end an answer: the model's eos tokens and the end of
+    turn.
 
-    The last is what the chat template writes after an assistant's text, if that is a special token;
-    many checkpoints name only their end-of-document token as eos and would talk on past their turn.
+    The end of turn is the special token that the chat template writes after an assistant's text.
+    Many checkpoints name only their end-of-document token as eos and would write on past their
+    turn.
     """
-    named = generation_config.eos_token_id if generation_config else None
-    stops = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    configured = generation_config.eos_token_id if generation_config else None
+    stops = {
+        tokenizer.eos_token_id,
+        *(configured if isinstance(configured, list) else [configured]),
+    } - {None}
     if tokenizer.chat_template:
         marker = "An answer."
         turns = [
@@ -28,7 +32,7 @@ def stop_token_ids(
         try:
             tail = ChatTemplate(tokenizer).render(turns).rpartition(marker)[2]
         except VeneerError:
-            tail = ""  # a template that cannot render a plain exchange names no end of turn
+            tail = ""  # the template cannot render a plain exchange
         first = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"][:1]
         stops |= set(first) & set(tokenizer.added_tokens_decoder)
     return tuple(sorted(stops))

@@ -1,4 +1,4 @@
-"""A base's tokenizer, read from a folder that anyone may have made."""
+"""Reads a base's tokenizer from an untrusted folder."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def load_tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
-    """The tokenizer and the config of the base that `source` names, without its weights. Raises as
-    load_base does."""
-    found = locate(source)
+    """Loads the tokenizer and the config of a base, without its weights. Raises as load_base
+    does."""
+    model_folder = locate(source)
     with quiet():
-        config = checked_config(found.folder)
-        return read_tokenizer(found.folder), config
+        config = checked_config(model_folder.folder)
+        return read_tokenizer(model_folder.folder), config
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer in the folder. Raises SourceError if there is none, CorruptFileError if it
-    is damaged."""
+    """Reads the fast tokenizer in the folder.
+
+    Raises SourceError if there is none, CorruptFileError if it is damaged.
+    """
     names = {path.name for path in folder.iterdir()}
     if not names.intersection(_TOKENIZER_FILES):  # transformers would make an empty one
         raise SourceError(
             f"{folder} holds no tokenizer",
             [f"none of {', '.join(_TOKENIZER_FILES)}"],
-            "Copy the tokenizer's files of the model it was made from into the folder.",
+            "Copy the tokenizer files of the original model into the folder.",
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        tokenizer("A text.\n1 \u00e9 \U0001f642")  # some faults show only then
+        tokenizer("A text.\n1 \u00e9 \U0001f642")  # some faults appear only here
     except Exception as fault:  # the tokenizers library raises plain Exception for a broken file
         faults = [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:3]]
         if "tokenizer.json" in names:
@@ -49,8 +51,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise SourceError(
             f"the tokenizer in {folder} cannot be built without a tokenizer.json",
             faults,
-            "Take a version of the model with a tokenizer.json, or install the package that is"
-            " named above.",
+            "Choose a version of the model with a tokenizer.json, or install the package named"
+            " above.",
         ) from fault
     if faults := tokenizer_faults(tokenizer):
         raise CorruptFileError(f"the tokenizer in {folder} cannot be used", faults, NEXT_DOWNLOAD)
@@ -58,7 +60,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise SourceError(
             f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form"
             " (tokenizer.json)",
-            next_step="Take a version of the model with a tokenizer.json.",
+            next_step="Choose a version of the model with a tokenizer.json.",
         )
     return tokenizer
 
@@ -66,11 +68,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def check_vocabulary(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> None:
+    """Raises CorruptFileError if the tokenizer has more tokens than the model has embeddings."""
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise CorruptFileError(
             f"the tokenizer in {folder} belongs to another model",
             [f"it has {tokenizer.vocab_size:,} tokens, the model has embeddings for {rows:,}"],
-            "Copy the tokenizer's files of the model it was made from into the folder.",
+            "Copy the tokenizer files of the original model into the folder.",
         )

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from veneer.adapters.config import METHODS
 from veneer.errors import ConfigError
 from veneer.files.nesting import is_text, walk, yaml_fault
-from veneer.files.settings import described, faults_of, field_at
+from veneer.files.settings import description_at, explain_faults, field_at
 from veneer.training.config import DataConfig, RunConfig, TemplateConfig
 from veneer.vocabulary import KeyPath
 
@@ -136,7 +136,7 @@ def find_first_parent(text: str) -> str | None:
 
 def describe_setting(path: KeyPath) -> str:
     """The sentence under a field, as one line: the command line's help is written there, once."""
-    return described(RunConfig, path[:1] if path == ("method", "name") else path)
+    return description_at(RunConfig, path[:1] if path == ("method", "name") else path)
 
 
 def summarize_setting(path: KeyPath) -> str:
@@ -267,7 +267,7 @@ def _validate(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]
         try:
             config = RunConfig.model_validate(values)
         except ValidationError as error:
-            new_faults = faults_of(
+            new_faults = explain_faults(
                 RunConfig, error, values, _names(settings.values), lambda path: repr(".".join(path))
             )
             faults += [

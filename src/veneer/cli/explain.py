@@ -90,14 +90,14 @@ def load_settings() -> dict[str, dict[str, str]]:
     it."""
     from veneer.adapters.config import METHODS
     from veneer.cli.config_file import describe_setting, list_setting_paths
-    from veneer.files.settings import described
+    from veneer.files.settings import description_at
 
     entries: dict[str, dict[str, str]] = {}
     for method in METHODS:
         for path in list_setting_paths(method):
             entry = entries.setdefault(".".join(path), {"meaning": "", "methods": ""})
             if path[0] == "method" and path[1] != "name":
-                entry["meaning"] = entry["meaning"] or described(METHODS[method], path[1:])
+                entry["meaning"] = entry["meaning"] or description_at(METHODS[method], path[1:])
                 entry["methods"] = f"{entry['methods']}, {method}".removeprefix(", ")
             else:
                 entry["meaning"] = describe_setting(path)

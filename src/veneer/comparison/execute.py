@@ -28,7 +28,7 @@ from veneer.evaluation.labels import labels_file
 from veneer.files.atomic import atomic_file
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
-from veneer.files.system_errors import tells_of_the_disk
+from veneer.files.system_errors import is_about_disk
 from veneer.library.library import Library
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
@@ -113,7 +113,7 @@ class JobRunner:
         if code == 0:
             # A comparison continues from finished runs; their checkpoints would fill the disk.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        elif code == DIVERGED or (code == DOES_NOT_FIT and not tells_of_the_disk(messages)):
+        elif code == DIVERGED or (code == DOES_NOT_FIT and not is_about_disk(messages)):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             _write_json(folder / FAILURE, {"exit_code": code, "message": messages.strip()})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from veneer.comparison.surroundings import NodeEnvironment
-from veneer.errors import Interrupted
+from veneer.errors import RunInterrupted
 from veneer.training.config import RunConfig
 
 T = TypeVar("T")
@@ -109,8 +109,8 @@ def run_jobs(asking: Asking[T], executor: JobExecutor, say: Say) -> T:
         return end.value
 
 
-def interrupted() -> Interrupted:
-    return Interrupted(
+def interrupted() -> RunInterrupted:
+    return RunInterrupted(
         "stopped; finished runs stay, and the running one has saved a checkpoint",
         next_step="Run the same command to continue: finished runs are not repeated.",
     )

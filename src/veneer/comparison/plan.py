@@ -13,7 +13,7 @@ from veneer.data.examples import Layout, Row
 from veneer.data.files.columns import ColumnMap
 from veneer.data.files.sources import read_rows
 from veneer.data.files.writing import record_of
-from veneer.data.split import shared_out
+from veneer.data.split import split_by_shares
 from veneer.errors import ConfigError, DataError
 from veneer.evaluation.general import BUILT_IN, general_documents
 from veneer.evaluation.labels import read_labels
@@ -173,7 +173,7 @@ def _divided(
     """Divides rows for training, validation and test; empty where a file is given."""
     rows = read_rows(data, format, columns)
     shares = {"validation": VALIDATION_SHARE, "test": TEST_SHARE}
-    train, validation, test = shared_out(
+    train, validation, test = split_by_shares(
         rows, [0.0 if given_files[name] else share for name, share in shares.items()]
     )
     return train, validation, test

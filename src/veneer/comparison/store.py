@@ -57,7 +57,7 @@ class RunStore:
         return (
             None
             if text is None
-            else parse_json(text.encode(), where, max_bytes=MOST_BYTES, mend=True)
+            else parse_json(text.encode(), where, max_bytes=MOST_BYTES, repair=True)
         )
 
     def put_text(self, name: str, text: str) -> None:

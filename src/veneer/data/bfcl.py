@@ -42,18 +42,18 @@ _OMITTED = ""  # among a parameter's accepted values: leaving the parameter out 
 
 
 @dataclass(frozen=True)
-class _Member:
+class _WheelFile:
     path: str
     size_bytes: int
     sha256: str
 
 
-_QUESTIONS = _Member(
+_QUESTIONS = _WheelFile(
     "bfcl_eval/data/BFCL_v4_simple_python.json",
     283_274,
     "82dd63ba502eb2520c6b5d1d9a5c4b590e03ff261565175561f6228a367d1991",
 )
-_ANSWERS = _Member(
+_ANSWERS = _WheelFile(
     "bfcl_eval/data/possible_answer/BFCL_v4_simple_python.json",
     63_627,
     "90cd5bc653690ee8e459b5b3f3fc9458606f7f3fcbf795bb51b7dc581f8c86dc",
@@ -81,7 +81,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Call:
+class BfclEntry:
     """One entry: the question, the function that answers it, and the argument values that are
     accepted.
 
@@ -110,7 +110,7 @@ class Score:
 # -------------------------------------------------------------------------------------------
 
 
-def read_bfcl(wheel: Path) -> list[Call]:
+def read_bfcl(wheel: Path) -> list[BfclEntry]:
     """The entries of `BFCL_v4_simple_python` in the wheel, in the file's order.
 
     The two files are read in memory, nothing is unpacked or run. Raises SourceError where the wheel
@@ -148,10 +148,10 @@ def read_bfcl(wheel: Path) -> list[Call]:
         raise CorruptFileError(
             f"{wheel} does not hold the files of {REQUIREMENT}", changed, next_step
         )
-    return parse_calls(*members)
+    return parse_entries(*members)
 
 
-def parse_calls(questions: bytes, answers: bytes) -> list[Call]:
+def parse_entries(questions: bytes, answers: bytes) -> list[BfclEntry]:
     """The entries of a BFCL "simple" category from its two files, JSON lines that go together by
     id."""
     truths = {entry["id"]: entry["ground_truth"] for entry in map(json.loads, answers.splitlines())}
@@ -161,7 +161,7 @@ def parse_calls(questions: bytes, answers: bytes) -> list[Call]:
         (truth,) = truths[entry["id"]]
         ((message,),) = entry["question"]
         calls.append(
-            Call(
+            BfclEntry(
                 id=entry["id"],
                 question=message["content"],
                 function=function["name"],
@@ -197,7 +197,9 @@ def _parameter(name: str, schema: dict[str, Any], required: bool) -> Parameter:
 # ----------------------------------------------------------------------------------------------
 
 
-def split(calls: Sequence[Call], trained_rows: int = TRAINED_ROWS) -> tuple[list[Call], list[Call]]:
+def split(
+    calls: Sequence[BfclEntry], trained_rows: int = TRAINED_ROWS
+) -> tuple[list[BfclEntry], list[BfclEntry]]:
     """(trained, held out): exactly `trained_rows` entries, or all, with no function name on both
     sides.
 
@@ -219,7 +221,7 @@ def split(calls: Sequence[Call], trained_rows: int = TRAINED_ROWS) -> tuple[list
     )
 
 
-def to_messages(call: Call) -> list[dict[str, str]]:
+def to_messages(call: BfclEntry) -> list[dict[str, str]]:
     """The entry as a conversation: the instruction, signature and question, and the call that
     answers it."""
     return [
@@ -229,12 +231,12 @@ def to_messages(call: Call) -> list[dict[str, str]]:
     ]
 
 
-def prompt(call: Call) -> str:
+def prompt(call: BfclEntry) -> str:
     """The user's turn: the signature and the question."""
     return f"{signature(call)}\n{call.question}"
 
 
-def signature(call: Call) -> str:
+def signature(call: BfclEntry) -> str:
     """The function on one line: `area(base: integer, unit: string = optional) # Area of a
     triangle.`"""
     parameters = ", ".join(_declaration(parameter) for parameter in call.parameters)
@@ -259,7 +261,7 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.)\s", text.strip(), maxsplit=1)[0]
 
 
-def answer(call: Call) -> str:
+def answer(call: BfclEntry) -> str:
     """The call that is learnt, as JSON: of all accepted calls the one that is easiest to tell.
 
     Parameters that may be left out are. Of several accepted values the first one that the question
@@ -311,7 +313,7 @@ _PYTHON_TYPES: dict[str, type] = {
 _FENCE = re.compile(r"\A```(?:json)?\s*(.*?)\s*```\Z", re.DOTALL)
 
 
-def score(call: Call, answer_text: str) -> Score:
+def score(call: BfclEntry, answer_text: str) -> Score:
     """Whether the text is one JSON call, of the right function, with arguments that are all
     accepted.
 
@@ -340,7 +342,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _arguments_accepted(call: Call, arguments: dict[str, Any]) -> bool:
+def _arguments_accepted(call: BfclEntry, arguments: dict[str, Any]) -> bool:
     declared = {parameter.name: parameter for parameter in call.parameters}
     if any(parameter.required and parameter.name not in arguments for parameter in call.parameters):
         return False

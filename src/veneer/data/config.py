@@ -1,34 +1,36 @@
-"""Which rows a run takes, and how they are read: what a run file says under `data`. No torch:
-`--help` reads this."""
+"""The `data` part of a run file: which rows a run trains on and how they are read.
+
+Imports no torch, because `--help` reads this module.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from veneer.bounds import PART, SET_WEIGHT, SHARE
-from veneer.files.settings import Settings
+from veneer.files.settings import StrictSettings
 
 RowFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
 ColumnMap = dict[str, str | None]
 
 
-class SetConfig(Settings):
-    """One of several sets that a run takes."""
+class SetConfig(StrictSettings):
+    """One of several data sets that a run trains on."""
 
     path: str
-    """As `data.train`."""
+    """A file, folder, pattern, address or hub data set, as in `data.train`."""
     name: str | None = None
-    """What reports call it; default: its path."""
+    """Name in reports; default: the path."""
     weight: Annotated[float, SET_WEIGHT] = 1.0
-    """How often an epoch takes each of its rows: 0.5 takes every second one, the others in the next
+    """How often an epoch uses each row: 0.5 uses every second row and the rest in the next
     epoch."""
     share: Annotated[float, PART] | None = None
-    """Instead of a weight: the part of an epoch that it makes up, 0.1 of general rows against
-    forgetting, say."""
+    """Instead of a weight: this set's part of an epoch, such as 0.1 of general rows against
+    forgetting."""
     format: RowFormat | None = None
-    """Default: as `data.format`."""
+    """Default: `data.format`."""
     map: ColumnMap = Field(default_factory=dict)
-    """Default: as `data.map`."""
+    """Default: `data.map`."""
 
     @property
     def called(self) -> str:
@@ -50,41 +52,40 @@ Sets = Annotated[
 ]
 
 
-class DataConfig(Settings):
+class DataConfig(StrictSettings):
     train: Sets
     """The training rows: a file (.jsonl, .json, .csv, also .gz or .zst; .parquet), a folder or
-    pattern of such, an address of fsspec's, a data set of the hub (org/name); or a list of sets:
+    pattern of files, an fsspec address, a Hugging Face data set (org/name); or a list of sets:
     {path, weight, format, map}."""
     validation: Sets | None = None
-    """The held-out rows, named likewise; without them, `validation_share` of the training rows is
-    held out."""
+    """The validation rows, named in the same ways. Without them, `validation_share` of the training
+    rows is held out."""
     validation_share: Annotated[float, SHARE] = 0.05
-    """Share of rows held out, of each set: the prompts with the smallest hashes; 0 holds nothing
+    """Share of each set's rows to hold out: the prompts with the smallest hashes. 0 holds nothing
     out."""
     shares_of: Literal["rows", "tokens"] = "rows"
-    """What the sets' shares are counted in."""
+    """Whether the sets' shares count rows or tokens."""
     tokens: Literal["auto", "memory", "files"] = "auto"
-    """Where a run keeps its tokens: auto puts those of 64 MiB of rows and more into files of the
-    cache folder, built once."""
+    """Where a run keeps its tokens. From 64 MiB of rows on, auto writes them to the cache folder
+    once and reads them from there."""
     format: RowFormat = "auto"
-    """How a row is laid out; auto looks at the columns."""
+    """Row layout; auto recognises it by the columns."""
     map: ColumnMap = Field(default_factory=dict)
-    """Columns under the names that layouts have, {question: prompt, answer: completion}; null
-    leaves one out, in messages too."""
+    """Renames columns to the names of the layout: {question: prompt, answer: completion}. null
+    drops a column, also inside messages."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are learnt: every assistant turn, the last one only, or all tokens."""
+    """Tokens to train on: every assistant turn, the last one only, or all tokens."""
     long_rows: Literal["refuse", "drop", "cut"] = "refuse"
-    """What happens to rows longer than `length`: refuse to start, leave them out, or cut their
-    end."""
+    """Rows longer than `length`: refuse to start, drop them, or cut their end."""
 
     @field_validator("train", "validation", mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        """[a.jsonl, {path: b.jsonl}] and {path: a.jsonl}."""
+        """Expands short forms: [a.jsonl, {path: b.jsonl}] and {path: a.jsonl}."""
         if isinstance(value, dict):
             return [value]
         return (
-            [{"path": each} if isinstance(each, str) else each for each in value]
+            [{"path": item} if isinstance(item, str) else item for item in value]
             if isinstance(value, list)
             else value
         )
@@ -94,18 +95,17 @@ class DataConfig(Settings):
         if isinstance(self.train, list):
             if not self.train:
                 raise ValueError("data.train is an empty list: name a set")
-            shares = [each.share for each in self.train if each.share is not None]
+            shares = [train_set.share for train_set in self.train if train_set.share is not None]
             whole = sum(shares)
             if len(shares) < len(self.train) and whole >= 1:
                 raise ValueError(
-                    f"the sets' shares make up {whole:g}, and nothing is left for the others"
+                    f"the sets' shares add up to {whole:g}, which leaves nothing for the other sets"
                 )
             if len(shares) == len(self.train) and abs(whole - 1) > 1e-6:
                 raise ValueError(
-                    f"the sets' shares make up {whole:g} of an epoch, not 1: leave one out for the"
-                    " rest"
+                    f"the sets' shares add up to {whole:g}, not 1: leave out one share for the rest"
                 )
-            names = [each.called for each in self.train]
+            names = [train_set.called for train_set in self.train]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"two sets are called {', '.join(twice)}: give each a name")
         return self
@@ -116,18 +116,18 @@ class DataConfig(Settings):
 
     @property
     def validation_sets(self) -> list[SetConfig]:
-        """Empty: a part of each training set is held out."""
+        """Returns the validation sets. Empty if a part of each training set is held out."""
         return [] if self.validation is None else _sets(self.validation)
 
     @property
     def called(self) -> str:
-        """The training rows, for a message."""
+        """Returns the training set's name for messages."""
         return (
             self.train
             if isinstance(self.train, str)
-            else ", ".join(each.path for each in self.train)
+            else ", ".join(train_set.path for train_set in self.train)
         )
 
 
-def _sets(named: str | list[SetConfig]) -> list[SetConfig]:
-    return [SetConfig(path=named)] if isinstance(named, str) else named
+def _sets(path_or_sets: str | list[SetConfig]) -> list[SetConfig]:
+    return [SetConfig(path=path_or_sets)] if isinstance(path_or_sets, str) else path_or_sets

@@ -1,8 +1,7 @@
-"""What the data becomes: a row as it stands in the file, and the example (token ids and loss mask)
-made of it.
+"""Rows as they are in a file, and the examples (token ids and loss mask) made from them.
 
-Knows nothing of tokenizers or models. `Problem` is how every part of `data/` reports what it found:
-gathered, grouped, and either shown by `veneer data check` or raised at once by `refusal`.
+Knows nothing of tokenizers or models. Every part of `data/` reports faults as `Problem`. They are
+grouped, and `veneer data check` shows them or `refusal` makes one error of them.
 """
 
 from __future__ import annotations
@@ -24,16 +23,15 @@ TrainOn = Literal["assistant", "last", "all"]
 LongRows = Literal["refuse", "drop", "cut"]
 
 SHOWN = 20
-"""Faults shown in one error, and stretches of row numbers shown in one fault; the rest is
-counted."""
+"""Most faults in one error, and most ranges of row numbers in one fault. The rest is counted."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a model can take; None: no bound.
+    """The longest text and the largest token id that a model accepts; None means no limit.
 
-    positions   tokens of a text, all of it together
-    tokens      ids from 0 up to this have a row in the model's embeddings and its head
+    positions   tokens of a whole text
+    tokens      ids below this have a row in the model's embedding and output head
     """
 
     positions: int | None = None
@@ -42,8 +40,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class RowRef:
-    """Where a row stands: line counts from 1; in .json and .parquet files it is the record's
-    number."""
+    """Location of a row. Lines count from 1; in .json and .parquet files they count records."""
 
     file: str
     line: int
@@ -54,16 +51,15 @@ class RowRef:
 
 @dataclass(frozen=True)
 class Row:
-    """One row after its layout was recognised, before tokens.
+    """One row after its layout was recognised, before it is tokenised.
 
     messages   chat form, for every format but text: role, content (a string), and what the template
                may read (tool_calls, name, reasoning_content, ...); an assistant message with weight
                0 is not trained on
     tools      JSON schemas of the functions that the model may call
     text       set for plain text, where messages is empty
-    references further right answers beside the last turn; read by evaluations alone, never trained
-        on
-    unfinished its text, or its last answer, was cut: that it ends there is not learnt
+    references further correct answers besides the last turn; only evaluations read them unfinished
+    its text or its last answer was cut, so the end is not trained on
     """
 
     ref: RowRef
@@ -76,7 +72,7 @@ class Row:
 
 
 class RoleRun(NamedTuple):
-    """Consecutive tokens that one message rendered to, its template markers included."""
+    """Consecutive tokens of one rendered message, its template markers included."""
 
     role: str
     end: int  # index after the last token
@@ -84,15 +80,15 @@ class RoleRun(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Token ids of one row and which of them are learnt.
+    """Token ids of one row and the mask of trained tokens.
 
     ids       int32 [L]
     trained   bool [L]; trained[t]: token t is a target, predicted from the tokens before it; [0] is
-              never one
-    key       63 bits, from the row's content alone: names the row for splitting
-    row       number of the row in its data set, shared by the examples that one row became, which
-              follow each other; None if the row became this example alone
-    roles     whose message each token belongs to, in order; empty where nobody asked
+              never a target
+    key       63 bits, from the row's content alone: identifies the row for splitting
+    row       number of the row in its data set, shared by consecutive examples made from one row;
+              None if the row became only this example
+    roles     the message that each token belongs to, in order; empty unless requested
     """
 
     ids: NDArray[np.int32]
@@ -105,7 +101,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something found in the data: a code for looking it up, where, what, and what to do.
+    """A fault in the data: its code, its location, and how to fix it.
 
     lines   row numbers in `file`; empty if it concerns the whole file
     fatal   a run refuses to start
@@ -118,8 +114,7 @@ class Problem:
     next_step: str = ""
     fatal: bool = True
     detail: str = field(default="", compare=False)
-    """More of the first row's story (two renderings, say); not part of what makes problems
-    equal."""
+    """More about the first row, such as two renderings. Ignored when problems are compared."""
 
     def __str__(self) -> str:
         where = self.file + (f":{_ranges(self.lines)}" if self.lines else "")
@@ -139,7 +134,7 @@ class Problem:
 
 
 class RowFault(Exception):
-    """What is wrong with one row; becomes a Problem with its file and line."""
+    """A fault of one row; `at` turns it into a Problem with file and line."""
 
     def __init__(self, code: str, message: str, next_step: str = "") -> None:
         super().__init__(message)
@@ -150,19 +145,19 @@ class RowFault(Exception):
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as "1-3, 7", the first SHOWN stretches of them."""
-    stretches: list[list[int]] = []
+    """Formats rising numbers as "1-3, 7"; shows the first SHOWN ranges."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if stretches and number == stretches[-1][1] + 1:
-            stretches[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            stretches.append([number, number])
-    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in stretches[:SHOWN])
-    return shown + (", …" if len(stretches) > SHOWN else "")
+            ranges.append([number, number])
+    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges[:SHOWN])
+    return shown + (", …" if len(ranges) > SHOWN else "")
 
 
 def grouped(problems: Sequence[Problem]) -> list[Problem]:
-    """Equal problems of different rows become one that names all rows; order of first
+    """Merges equal problems of different rows into one that names all rows, in order of
     appearance."""
     lines: dict[Problem, list[int]] = {}
     first: dict[Problem, Problem] = {}
@@ -170,16 +165,18 @@ def grouped(problems: Sequence[Problem]) -> list[Problem]:
         key = replace(problem, lines=())
         first.setdefault(key, problem)
         lines.setdefault(key, []).extend(problem.lines)
-    return [replace(first[key], lines=tuple(sorted(set(found)))) for key, found in lines.items()]
+    return [
+        replace(first[key], lines=tuple(sorted(set(numbers)))) for key, numbers in lines.items()
+    ]
 
 
 def refusal(headline: str, problems: Sequence[Problem]) -> DataError:
-    """One error that shows every problem, the first SHOWN of them in full."""
-    found = grouped(problems)
-    faults = [str(problem) for problem in found[:SHOWN]]
-    if len(found) > SHOWN:
-        faults.append(f"… and {len(found) - SHOWN:,} more")
-    steps = list(dict.fromkeys(problem.next_step for problem in found if problem.next_step))
+    """Makes one error of all problems; the first SHOWN are shown in full."""
+    groups = grouped(problems)
+    faults = [str(problem) for problem in groups[:SHOWN]]
+    if len(groups) > SHOWN:
+        faults.append(f"… and {len(groups) - SHOWN:,} more")
+    steps = list(dict.fromkeys(problem.next_step for problem in groups if problem.next_step))
     return DataError(headline, faults, "\n".join(steps[:3]))
 
 
@@ -194,24 +191,26 @@ def _hash63(content: Any) -> int:
 
 
 def row_key(row: Row) -> int:
-    """63-bit BLAKE2b of the row's content; the file and the line do not enter."""
+    """Hashes the row's content to 63 bits (BLAKE2b); the file and the line do not enter."""
     return _hash63([row.messages, row.tools, row.text])
 
 
 def sampling_key(key: int, seed: int, number: int) -> int:
-    """63 bits by which a row is drawn or not; number: where it stands, for rows that repeat
-    another."""
+    """Hashes a row to 63 bits that decide whether it is sampled.
+
+    number: position of the row, which tells repeated rows apart
+    """
     return _hash63([key, seed, number])
 
 
 def part_key(key: int, part: int) -> int:
-    """Of one of the examples that a row of this key became."""
+    """Hashes the key of a row and the number of one of its examples."""
     return _hash63([key, part])
 
 
 def prompt_key(row: Row) -> int:
-    """As row_key, of what comes before the last answer: equal for rows that answer the same prompt.
+    """Hashes what comes before the last answer, so rows that answer the same prompt are equal.
 
-    A plain text has no prompt: its key is that of the whole row.
+    A plain text has no prompt: its whole text is hashed.
     """
     return _hash63([row.messages[:-1], row.tools, row.text])

@@ -1,13 +1,13 @@
-"""Large sets: their tokens in files that are built once, and found again by what they are made of.
+"""Keeps the tokens of large data sets in files, which are built once and reused.
 
-    <cache>/tokens/<name>/    train/ and validation/ (files/on_disk.py), set.json: the report, the
-                              sets, a few held-out rows, MANIFEST.json: size and hash of each file,
-                              checked whenever the set is found
+<cache>/tokens/<name>/    train/ and validation/ (files/on_disk.py), set.json: the report, the
+                          sets, a few held-out rows, MANIFEST.json: size and hash of each file,
+                          checked whenever the set is loaded
 
-The name is a hash over the content of the files of rows, the tokenizer, the chat template and what
-it is told, and the settings that decide what is read, held out and learnt. Examples, their order
-and the fingerprint are those of the same rows in memory (load.py). While it is built some 30 bytes
-a row are held; later a few for the plan of an epoch.
+The name is a hash over the content of the row files, the tokenizer, the chat template with its
+variables, and the settings that decide what is read, held out and trained on. Examples, their order
+and the fingerprint equal those of the same rows in memory (load.py). Building holds about 30 bytes
+a row in memory; a run holds a few bytes a row for the plan of an epoch.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from typing import Any, Self
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.checks.check import CheckReport, refuse
 from veneer.data.checks.tally import Tally
+from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig
 from veneer.data.examples import Capacity, Example, Problem, Row, RowRef
 from veneer.data.files.on_disk import ExampleWriter, StoredExamples
 from veneer.data.files.places import ResolvedSets
 from veneer.data.files.unused import DESCRIPTION, lock_of, use
-from veneer.data.load import DataSet, Kept, SetSize, load_data, read_data
+from veneer.data.load import DataSet, load_data, read_data
 from veneer.data.mixture import Mixture
 from veneer.data.split import BY_COUNT
 from veneer.data.template.template import ChatTemplate
@@ -44,15 +45,15 @@ from veneer.files.strict_json import read_json
 from veneer.wording import size
 
 LARGE_BYTES = 64 * 2**20
-"""Of files of rows: what `tokens: auto` keeps in files from there on. In memory they take some ten
+"""Size of row files from which `tokens: auto` keeps tokens in files. In memory they take about ten
 times as much."""
 ROWS_KEPT = 64
-"""Held-out rows that are kept as rows: one of them is answered at evaluations."""
+"""Held-out rows that are also stored as rows: evaluations generate an answer to one of them."""
 EVERY_SECONDS = 15.0
 _FORMAT = 4
 _WAIT_SECONDS = 24 * 3600.0
-"""For another process that builds the same."""
-_NO_MATTER = {"tokens", "train", "validation"}
+"""How long to wait for another process that builds the same set."""
+_IRRELEVANT_SETTINGS = {"tokens", "train", "validation"}
 
 Say = Callable[[str], None]
 
@@ -69,41 +70,43 @@ def training_data(
     resumes: bool = False,
     say: Say = lambda line: None,
 ) -> DataSet:
-    """As load_data, the tokens in files where the set is large or `data.tokens` says so. say: gets
-    lines for the screen."""
-    asked: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
-    asked |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
-    if not _in_files(data, asked["sets"]):
-        return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **asked)
+    """Loads a run's data like load_data; tokens of large sets are kept in files.
+
+    `data.tokens` can force either. say: receives lines for the screen
+    """
+    options: dict[str, Any] = {"length": length, "capacity": capacity, "preamble": preamble}
+    options |= {"held_out_by": held_out_by, "sets": ResolvedSets()}
+    if not _uses_files(data, options["sets"]):
+        return load_data(data, tokenizer=tokenizer, today=today, resumes=resumes, **options)
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
-    folder = tokens_folder() / _name(data, template, **asked)
-    use(folder)  # so that nobody removes it while it is checked
-    found = _found(folder)
-    if found is None:
-        found = _built(folder, data, template, say, **asked)
+    folder = tokens_folder() / _set_name(data, template, **options)
+    use(folder)  # protects it from removal while it is checked
+    data_set = _load_if_valid(folder)
+    if data_set is None:
+        data_set = _load_or_build(folder, data, template, say, **options)
     else:
         say(f"tokens found in {folder}")
-    refuse(found.report, data.called, resumes=resumes)
-    return found
+    refuse(data_set.report, data.called, resumes=resumes)
+    return data_set
 
 
 def tokens_folder() -> Path:
-    """Where they are kept."""
+    """Returns the folder that holds tokens of large sets."""
     return cache_folder() / "tokens"
 
 
-def _in_files(data: DataConfig, sets: ResolvedSets) -> bool:
+def _uses_files(data: DataConfig, sets: ResolvedSets) -> bool:
     if data.tokens != "auto":
         return data.tokens == "files"
     total = 0
-    for one in (*data.train_sets, *data.validation_sets):
-        for place in sets.places_of(one.path):
-            with suppress(OSError):  # whoever opens it says so
-                total += place.path.stat().st_size
+    for data_set in (*data.train_sets, *data.validation_sets):
+        for row_file in sets.find_files(data_set.path):
+            with suppress(OSError):  # opening it reports the error
+                total += row_file.path.stat().st_size
     return total >= LARGE_BYTES
 
 
-def _name(
+def _set_name(
     data: DataConfig,
     template: ChatTemplate,
     *,
@@ -113,18 +116,18 @@ def _name(
     held_out_by: str,
     sets: ResolvedSets,
 ) -> str:
-    """What the tokens depend on, as a hash."""
+    """Hashes everything that the tokens depend on."""
     files = [
         [
-            one.model_dump(),
+            data_set.model_dump(),
             [
-                [place.name, file_hash(place.path)]
-                for place in sets.places_of(one.path)
-                if place.path.is_file()
+                [row_file.name, file_hash(row_file.path)]
+                for row_file in sets.find_files(data_set.path)
+                if row_file.path.is_file()
             ],
         ]
-        for one in (*data.train_sets, None, *data.validation_sets)
-        if one is not None
+        for data_set in (*data.train_sets, None, *data.validation_sets)
+        if data_set is not None
     ]
     tokenizer = template.tokenizer
     made_of = {
@@ -133,7 +136,7 @@ def _name(
         "sets": files,
         "held out": len(data.validation_sets),
         "held out by": held_out_by,
-        "settings": data.model_dump(mode="json", exclude=_NO_MATTER),
+        "settings": data.model_dump(mode="json", exclude=_IRRELEVANT_SETTINGS),
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": template.source,
@@ -146,8 +149,8 @@ def _name(
 
 
 @dataclass
-class _InFiles(Kept):
-    """rows: the first few alone."""
+class _FileCollector(ExampleCollector):
+    """Collects examples in files; `rows` holds only the first few."""
 
     writer: ExampleWriter = field(kw_only=True)
     folder: Path = field(kw_only=True)
@@ -167,39 +170,43 @@ class _InFiles(Kept):
         return StoredExamples(self.folder)
 
 
-def _built(
-    folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **asked: Any
+def _load_or_build(
+    folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **options: Any
 ) -> DataSet:
     """Builds the set, unless another process builds it first."""
-    begun = time.monotonic()
+    started = time.monotonic()
     with locked(lock_of(folder), wait_seconds=_WAIT_SECONDS):
-        if (found := _found(folder)) is not None:
+        if (data_set := _load_if_valid(folder)) is not None:
             say(f"tokens found in {folder}")
-            return found
+            return data_set
         if folder.exists():
             say(f"tokens in {folder} are damaged")
         say(f"tokens of a large set are put into files once, in {folder}")
-        _build(folder, data, template, say, **asked)
-        found = _found(folder)
-        assert found is not None
-        say(f"built in {time.monotonic() - begun:.0f} s")
-        return found
+        _build(folder, data, template, say, **options)
+        data_set = _load_if_valid(folder)
+        assert data_set is not None
+        say(f"built in {time.monotonic() - started:.0f} s")
+        return data_set
 
 
-def _build(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **asked: Any) -> None:
-    begun = told = time.monotonic()
+def _build(
+    folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **options: Any
+) -> None:
+    started = last_message = time.monotonic()
 
     def progress(rows: int) -> None:
-        nonlocal told
-        if (now := time.monotonic()) - told >= EVERY_SECONDS:
-            told = now
-            say(f"{rows:,} rows so far, {rows / (now - begun):,.0f} a second")
+        nonlocal last_message
+        if (now := time.monotonic()) - last_message >= EVERY_SECONDS:
+            last_message = now
+            say(f"{rows:,} rows so far, {rows / (now - started):,.0f} a second")
 
     with atomic_folder(folder, replace=True) as partial:
-        kept, held = (_InFiles.into(partial / name, template) for name in ("train", "validation"))
-        made = read_data(data, template, kept, held, say=progress, **asked)
-        (partial / DESCRIPTION).write_text(json.dumps(_as_json(made)), encoding="utf-8")
-        if _name(data, template, **asked) != folder.name:
+        training, validation = (
+            _FileCollector.into(partial / name, template) for name in ("train", "validation")
+        )
+        data_set = read_data(data, template, training, validation, say=progress, **options)
+        (partial / DESCRIPTION).write_text(json.dumps(_as_json(data_set)), encoding="utf-8")
+        if _set_name(data, template, **options) != folder.name:
             raise DataError(
                 f"the rows of {data.called} changed while they were read",
                 next_step="Start again when nothing writes to them.",
@@ -207,25 +214,26 @@ def _build(folder: Path, data: DataConfig, template: ChatTemplate, say: Say, **a
         write_manifest(partial)
 
 
-def _as_json(made: DataSet) -> dict[str, Any]:
+def _as_json(data_set: DataSet) -> dict[str, Any]:
     report = {
-        **vars(made.report),
-        "problems": [asdict(problem) for problem in made.report.problems],
+        **vars(data_set.report),
+        "problems": [asdict(problem) for problem in data_set.report.problems],
     }
     return {
         "report": report,
-        "fingerprint": made.fingerprint,
-        "preamble": [made.preamble.system, dict(made.preamble.variables)],
-        "mixture": None if made.mixture is None else [made.mixture.sizes, made.mixture.draws],
-        "sets": [asdict(each) for each in made.sets],
-        "held": [asdict(each) for each in made.held],
-        "rows": [asdict(row) for row in made.validation_rows],
+        "fingerprint": data_set.fingerprint,
+        "preamble": [data_set.preamble.system, dict(data_set.preamble.variables)],
+        "mixture": None
+        if data_set.mixture is None
+        else [data_set.mixture.sizes, data_set.mixture.draws],
+        "sets": [asdict(set_size) for set_size in data_set.sets],
+        "held": [asdict(set_size) for set_size in data_set.held],
+        "rows": [asdict(row) for row in data_set.validation_rows],
     }
 
 
-def _found(folder: Path) -> DataSet | None:
-    """The set that was built there. Returns None if there is none, or if any of its files is
-    damaged."""
+def _load_if_valid(folder: Path) -> DataSet | None:
+    """Loads the set in this folder. Returns None if there is none or a file is damaged."""
     try:
         return None if verify_manifest(folder) else _read(folder)
     except (VeneerError, OSError, LookupError, TypeError, ValueError):
@@ -233,28 +241,27 @@ def _found(folder: Path) -> DataSet | None:
 
 
 def _read(folder: Path) -> DataSet:
-    """The set in this folder. A file that does not hold what its name says raises an error of
-    Python's own."""
-    kept = read_json(folder / DESCRIPTION, max_bytes=2**32)
+    """Loads the set in this folder. Python's own errors report files with unexpected content."""
+    description = read_json(folder / DESCRIPTION, max_bytes=2**32)
     train, validation = (StoredExamples(folder / name) for name in ("train", "validation"))
-    report = kept["report"]
+    report = description["report"]
     problems = [Problem(**{**each, "lines": tuple(each["lines"])}) for each in report["problems"]]
     histogram = [tuple(each) for each in report["histogram"]]
-    mixture = kept["mixture"]
+    mixture = description["mixture"]
     return DataSet(
         train,
         validation,
         [],
         [
             Row(**{**row, "ref": RowRef(**row["ref"]), "references": tuple(row["references"])})
-            for row in kept["rows"]
+            for row in description["rows"]
         ],
         CheckReport(**{**report, "problems": problems, "histogram": histogram}),
-        kept["fingerprint"],
-        Preamble(kept["preamble"][0], kept["preamble"][1]),
+        description["fingerprint"],
+        Preamble(description["preamble"][0], description["preamble"][1]),
         None if mixture is None else Mixture(tuple(mixture[0]), tuple(mixture[1])),
-        [SetSize(**each) for each in kept["sets"]],
-        [SetSize(**each) for each in kept["held"]],
+        [SetSize(**each) for each in description["sets"]],
+        [SetSize(**each) for each in description["held"]],
         in_files=(
             f"tokens in files: {len(train) + len(validation):,} examples, {size(_bytes(folder))}"
         ),

@@ -1,7 +1,7 @@
-"""From files to what a run trains on: read, split, tokenise, keep to the length, check.
+"""Loads a run's data: read, split, tokenise, apply the length limit, check.
 
-`load_data` refuses what must not be trained on; `examine_data` does the same work and only reports,
-for `veneer data check`. Knows nothing of runs or batches.
+`load_data` refuses data that must not be trained on. `examine_data` does the same work and only
+reports, for `veneer data check`. Knows nothing of runs or batches.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.bounds import SET_WEIGHT
 from veneer.data.checks.check import CheckReport, Findings, check, refuse, unknown_tokens
 from veneer.data.checks.tally import Tally
+from veneer.data.collector import ExampleCollector, SetSize
 from veneer.data.config import DataConfig, SetConfig
 from veneer.data.examples import (
     Capacity,
@@ -32,40 +33,31 @@ from veneer.data.examples import (
     prompt_key,
     row_key,
 )
-from veneer.data.files.formats import Layouts
+from veneer.data.files.layouts import RowLayouts
 from veneer.data.files.places import ResolvedSets
-from veneer.data.files.sources import rows_in
-from veneer.data.mixture import Mixture, mixed
+from veneer.data.files.sources import iterate_rows
+from veneer.data.mixture import Mixture, mix_sets
 from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
-from veneer.data.template.template import ChatTemplate, Encoded
+from veneer.data.template.template import ChatTemplate, EncodedRow
 from veneer.errors import ConfigError
 
-_TOGETHER = 4096
-"""Rows whose tokens are lists of Python's at once, forty bytes each; then they are arrays."""
-
-
-@dataclass(frozen=True)
-class SetSize:
-    """One set of a run, as it is among the examples: so many of them, of so many rows."""
-
-    name: str
-    rows: int
-    examples: int
-    tokens: int
+_ROWS_AT_ONCE = 4096
+"""Rows that are tokenised together. Their tokens are Python lists of forty bytes a token until they
+become arrays."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a run trains on. `train_rows` and `validation_rows` are the rows of the examples, in the
-    same order, as far as each goes.
+    """The training and validation data of a run.
 
-    fingerprint   over ids, masks and what is mixed: equal only if a run would see the same tokens
-    preamble      the system turn that all training rows begin with, and what their template was
-                  told
-    mixture       how many rows of each set an epoch takes; None: all of one
-    sets, held    the sets that train and validation consist of, one behind the other
-    in_files      a line that says so where its tokens are in files; of the rows there are a few
-                  then
+    `train_rows` and `validation_rows` are the rows of the examples, in the same order; each ends
+    where its example ends.
+
+    fingerprint   hash of ids, masks and mixture: equal only if a run would see the same tokens
+    preamble      the system turn that all training rows begin with, and the template's variables
+    mixture       how many rows of each set an epoch uses; None: every row once
+    sets, held    the sets that train and validation consist of, one after the other
+    in_files      a line for the screen if the tokens are in files; then only a few rows are held
     """
 
     train: Sequence[Example]
@@ -94,18 +86,18 @@ def load_data(
     resumes: bool = False,
     sets: ResolvedSets | None = None,
 ) -> DataSet:
-    """The examples of a run. Raises DataError with everything that keeps it from starting.
+    """Loads the examples of a run. Raises DataError with everything that prevents it from starting.
 
     length     longest row, tokens; data.long_rows says what happens to longer ones
     capacity   of the model: no row is longer than its positions, whatever `length` says
-    today      the date that chat templates may write: the same date, the same tokens
-    preamble   what the template is told, and a system turn for conversations that have none
-    held_out_by   how rows are split off (split.py)
-    purpose    what the rows are for, as an error says it
-    resumes    the run has begun with these rows
-    sets       keeps the files of each set, where they were found before
+    today      the date that chat templates may write: the same date gives the same tokens
+    preamble   variables of the template, and a system turn for conversations without one
+    held_out_by   how rows are held out (split.py)
+    purpose    what the rows are used for, as errors name it
+    resumes    the run has started with these rows before
+    sets       remembers the files of each set
     """
-    found = examine_data(
+    data_set = examine_data(
         data,
         length=length,
         capacity=capacity,
@@ -115,8 +107,8 @@ def load_data(
         held_out_by=held_out_by,
         sets=sets,
     )
-    refuse(found.report, data.called, purpose, resumes=resumes)
-    return found
+    refuse(data_set.report, data.called, purpose, resumes=resumes)
+    return data_set
 
 
 def examine_data(
@@ -130,27 +122,27 @@ def examine_data(
     held_out_by: str = BY_COUNT,
     sets: ResolvedSets | None = None,
 ) -> DataSet:
-    """As load_data, but what is wrong is only in the report, and the rest of the rows is there.
+    """Loads data like load_data, but reports faults and keeps the remaining rows.
 
-    Raises DataError only if nothing can be said at all: a set that is not found, a tokenizer that
-    cannot be used.
+    Raises DataError only if nothing can be checked: a set is not found, or the tokenizer is
+    unusable.
     """
     template = ChatTemplate(tokenizer, today=today, variables=preamble.variables)
-    kept, held = (Kept(Tally(frozenset(template.stop_ids))) for _ in range(2))
-    asked: dict[str, Any] = {
+    training, validation = (ExampleCollector(Tally(frozenset(template.stop_ids))) for _ in range(2))
+    options: dict[str, Any] = {
         "length": length,
         "capacity": capacity,
         "preamble": preamble,
         "held_out_by": held_out_by,
     }
-    return read_data(data, template, kept, held, sets=sets or ResolvedSets(), **asked)
+    return read_data(data, template, training, validation, sets=sets or ResolvedSets(), **options)
 
 
 def read_data(
     data: DataConfig,
     template: ChatTemplate,
-    kept: Kept,
-    held: Kept,
+    training: ExampleCollector,
+    validation: ExampleCollector,
     *,
     length: int,
     capacity: Capacity,
@@ -159,89 +151,96 @@ def read_data(
     sets: ResolvedSets,
     say: Callable[[int], None] = lambda rows: None,
 ) -> DataSet:
-    """The rows of all sets, one after another, into what is trained on and what is held out. say:
-    is told how many rows there were so far.
+    """Reads the rows of all sets into training and validation examples.
 
-    A set from which rows are held out is read twice: which ones depends on all of its prompts.
+    say: called with the number of rows read so far. A set from which rows are held out is read
+    twice, because the choice depends on all of its prompts.
     """
-    asked, length = length, min(length, capacity.positions or length)
+    requested_length, length = length, min(length, capacity.positions or length)
     findings, total = Findings(), 0
-    reading, division = _Reading(data, template, preamble, length, findings, sets), Split()
-    with _collecting_between() as collect:
-        for one in data.train_sets:
+    encoder, split = _SetEncoder(data, template, preamble, length, findings, sets), Split()
+    with _manual_collection() as collect:
+        for data_set in data.train_sets:
             read = out = 0
-            holds = reading.held_out(one, division, held_out_by)
-            for rows in reading.scan(one):
+            is_held_out = encoder.choose_held_out(data_set, split, held_out_by)
+            for rows in encoder.scan(data_set):
                 read += len(rows)
-                held_out = [row for row in rows if holds(row)]
+                held_out = [row for row in rows if is_held_out(row)]
                 out += len(held_out)
-                reading.encode(held_out, held)
-                reading.encode([row for row in rows if not holds(row)] if held_out else rows, kept)
+                encoder.encode(held_out, validation)
+                kept = [row for row in rows if not is_held_out(row)] if held_out else rows
+                encoder.encode(kept, training)
                 say(total + read)
                 collect()
             total += read
             if not data.validation_sets:
-                _tell_share(one.path, out, read, data.validation_share, findings)
-                held.end_set(one.called)
-            kept.end_set(one.called)
-        for one in data.validation_sets:
-            for rows in reading.scan(one):
-                reading.encode(rows, held)
+                _report_share(data_set.path, out, read, data.validation_share, findings)
+                validation.end_set(data_set.called)
+            training.end_set(data_set.called)
+        for data_set in data.validation_sets:
+            for rows in encoder.scan(data_set):
+                encoder.encode(rows, validation)
                 collect()
-            held.end_set(one.called)
-    if template.writes_date and kept.chats:
+            validation.end_set(data_set.called)
+    if template.writes_date and training.chats:
         message = f"the chat template writes the date: rows are tokenised as on {template.today}"
         findings.problems.append(Problem("D213", data.called, message, fatal=False))
-    train, validation = kept.close(), held.close()
+    train_examples, validation_examples = training.close(), validation.close()
     if (
         capacity.tokens is not None
-        and max(kept.tally.largest_id, held.tally.largest_id) >= capacity.tokens
+        and max(training.tally.largest_id, validation.tally.largest_id) >= capacity.tokens
     ):
-        findings.problems += unknown_tokens(chain(train, validation), capacity, template.tokenizer)
+        findings.problems += unknown_tokens(
+            chain(train_examples, validation_examples), capacity, template.tokenizer
+        )
     report = check(
         data.called,
-        kept.tally,
-        held.tally,
+        training.tally,
+        validation.tally,
         findings=findings,
         length=length,
-        by_model=length < asked,
+        by_model=length < requested_length,
         long_rows=data.long_rows,
         stop_tokens=[template.tokenizer.decode([number]) for number in template.stop_ids],
     )
-    mixture = None if len(kept.sets) < 2 else _mixture(data, kept.sets)
+    mixture = None if len(training.sets) < 2 else _mixture_of_sets(data, training.sets)
     return DataSet(
-        train,
-        validation,
-        kept.rows,
-        held.rows,
+        train_examples,
+        validation_examples,
+        training.rows,
+        validation.rows,
         report,
-        _fingerprint(train, validation, mixture=mixture),
-        Preamble(kept.common_system, template.variables),
+        _fingerprint(train_examples, validation_examples, mixture=mixture),
+        Preamble(training.common_system, template.variables),
         mixture,
-        kept.sets,
-        held.sets,
+        training.sets,
+        validation.sets,
     )
 
 
-def _mixture(data: DataConfig, found: Sequence[SetSize]) -> Mixture | None:
-    """None: every row once an epoch. ConfigError: a share that a set is too small for."""
+def _mixture_of_sets(data: DataConfig, set_sizes: Sequence[SetSize]) -> Mixture | None:
+    """Mixes the training sets. Returns None if an epoch uses every row once.
+
+    Raises ConfigError for a share that a set is too small for.
+    """
     sets = data.train_sets
-    sizes, tokens = [each.rows for each in found], [each.tokens for each in found]
-    made = mixed(
+    sizes, tokens = [s.rows for s in set_sizes], [s.tokens for s in set_sizes]
+    mixture = mix_sets(
         sizes, tokens, [s.weight for s in sets], [s.share for s in sets], by=data.shares_of
     )
-    for of_it, there, draw in zip(sets, found, made.draws, strict=True):
-        if draw > SET_WEIGHT.most * there.rows:
+    for data_set, set_size, draw in zip(sets, set_sizes, mixture.draws, strict=True):
+        if draw > SET_WEIGHT.most * set_size.rows:
             raise ConfigError(
-                f"an epoch would take each of the {there.rows:,} rows of {of_it.called}"
-                f" {draw / there.rows:,.0f} times",
-                [f"share {of_it.share} of an epoch; {SET_WEIGHT.most:,} times at most"],
+                f"an epoch would take each of the {set_size.rows:,} rows of {data_set.called}"
+                f" {draw / set_size.rows:,.0f} times",
+                [f"share {data_set.share} of an epoch; {SET_WEIGHT.most:,} times at most"],
                 "Give it a smaller share, or more rows.",
             )
-    return None if made.is_plain else made
+    return None if mixture.is_plain else mixture
 
 
-def _tell_share(file: str, held_out: int, total: int, share: float, findings: Findings) -> None:
+def _report_share(file: str, held_out: int, total: int, share: float, findings: Findings) -> None:
+    """Reports that many more rows are held out than requested."""
     if held_out > 2 * share * total + 10:
         message = (
             f"{held_out:,} of {total:,} rows are held out, where {share:.1%} was asked for: "
@@ -250,66 +249,13 @@ def _tell_share(file: str, held_out: int, total: int, share: float, findings: Fi
         findings.problems.append(Problem("D216", file, message, fatal=False))
 
 
-def _system_of(row: Row) -> str | None:
-    """The turn that it begins with."""
-    found = row.messages[0] if row.messages else {}
-    return found["content"] if found.get("role") == "system" else None
-
-
-@dataclass
-class Kept:
-    """Rows that are trained on or evaluated, each as far as its example goes, with these in the
-    same order."""
-
-    tally: Tally
-    rows: list[Row] = field(default_factory=list)
-    sets: list[SetSize] = field(default_factory=list)
-    chats: bool = False
-    """Whether any row has messages, which a template writes."""
-    _examples: list[Example] = field(default_factory=list)
-    _systems: set[str | None] = field(default_factory=set)
-    _counted: tuple[int, int, int] = (0, 0, 0)
-    _tokens: int = 0
-
-    def add(self, row: Row, parts: Sequence[tuple[Row, Example]]) -> None:
-        """A row, and what it became, each example with the row as far as it goes."""
-        self.tally.add(row, [example for _, example in parts])
-        self._tokens += sum(len(example.ids) for _, example in parts)
-        if row.messages and len(self._systems) < 2:
-            self._systems |= {_system_of(part) for part, _ in parts}
-        self.chats |= bool(row.messages)
-        self.keep(parts)
-
-    def keep(self, parts: Sequence[tuple[Row, Example]]) -> None:
-        for row, example in parts:
-            self.rows.append(row)
-            self._examples.append(example)
-
-    def end_set(self, name: str) -> None:
-        """What came since the last one is a set."""
-        now = self.tally.rows, len(self.tally), self._tokens
-        self.sets.append(
-            SetSize(name, *(here - before for here, before in zip(now, self._counted, strict=True)))
-        )
-        self._counted = now
-
-    def close(self) -> Sequence[Example]:
-        return self._examples
-
-    @property
-    def common_system(self) -> str | None:
-        """The system turn that all conversations begin with."""
-        return next(iter(self._systems)) if len(self._systems) == 1 else None
-
-
 @contextmanager
-def _collecting_between() -> Iterator[Callable[[], int]]:
-    """Within the block Python looks for cyclic garbage only where it is asked to, and only among
-    what is new.
+def _manual_collection() -> Iterator[Callable[[], int]]:
+    """Runs Python's garbage collector only on request within the block, and only on new objects.
 
-    A row makes hundreds of objects, which live as long as the stretch of rows it is read with. Left
-    to itself the collector goes over them again and again, and over all that the process holds: a
-    third of the time.
+    A row makes hundreds of objects, which live until its chunk of rows is done. The automatic
+    collector would visit them again and again, with everything else in the process: a third of the
+    time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -321,8 +267,8 @@ def _collecting_between() -> Iterator[Callable[[], int]]:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How sets become examples; what is found on the way goes to `findings`."""
+class _SetEncoder:
+    """Reads sets and makes examples; faults go to `findings`."""
 
     data: DataConfig
     template: ChatTemplate
@@ -331,100 +277,113 @@ class _Reading:
     findings: Findings
     sets: ResolvedSets
     numbers: Iterator[int] = field(default_factory=count)
-    """Next row's number. Rows are told apart by it: a hash of their content would merge equal
+    """The next row's number. It tells rows apart; a hash of their content would merge equal
     neighbours."""
 
-    def held_out(self, one: SetConfig, division: Split, held_out_by: str) -> Holds:
-        """Which rows of the set are held out."""
+    def choose_held_out(self, data_set: SetConfig, split: Split, held_out_by: str) -> Holds:
+        """Chooses the rows of the set to hold out."""
         share = self.data.validation_share
         if self.data.validation_sets or not share:
             return lambda row: False
         if held_out_by == BY_THRESHOLD:
             return by_threshold(share)
-        rows = self._rows(one)
-        return division.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
+        rows = self._rows(data_set)
+        return split.hold_out((prompt_key(row) for row in rows if isinstance(row, Row)), share)
 
-    def scan(self, one: SetConfig) -> Iterator[list[Row]]:
-        """The rows of a set, some at a time."""
+    def scan(self, data_set: SetConfig) -> Iterator[list[Row]]:
+        """Yields the rows of a set, _ROWS_AT_ONCE at a time."""
         problems: list[Problem] = []
-        some: list[Row] = []
-        layouts = Layouts()
-        for found in self._rows(one):
-            if isinstance(found, Problem):
-                problems.append(found)
+        rows: list[Row] = []
+        layouts = RowLayouts()
+        for row in self._rows(data_set):
+            if isinstance(row, Problem):
+                problems.append(row)
                 continue
-            some.append(found)
-            layouts.add(found)
-            if len(some) == _TOGETHER:
-                yield some
-                some = []
-        yield some
+            rows.append(row)
+            layouts.add(row)
+            if len(rows) == _ROWS_AT_ONCE:
+                yield rows
+                rows = []
+        yield rows
         self.findings.problems += grouped(problems + layouts.problems())
         self.findings.formats.update(layouts.counts)
 
-    def _rows(self, one: SetConfig) -> Iterator[Row | Problem]:
-        return rows_in(
-            one.path, one.format or self.data.format, one.map or self.data.map, self.sets
+    def _rows(self, data_set: SetConfig) -> Iterator[Row | Problem]:
+        return iterate_rows(
+            data_set.path,
+            data_set.format or self.data.format,
+            data_set.map or self.data.map,
+            self.sets,
         )
 
-    def encode(self, rows: Sequence[Row], kept: Kept) -> None:
-        """Adds them to what is kept."""
-        keys = [row_key(row) for row in rows]  # of what stands in the file, whoever asks
+    def encode(self, rows: Sequence[Row], collector: ExampleCollector) -> None:
+        """Tokenises rows and adds their examples to `collector`."""
+        keys = [row_key(row) for row in rows]  # before the preamble is added
         rows = [
             replace(row, messages=self.preamble.opening(row.messages)) if row.messages else row
             for row in rows
         ]
-        coded = self.template.encode_rows(rows, train_on=self.data.train_on)
-        for row, key, found in zip(rows, keys, coded, strict=True):
-            if isinstance(found, Problem):
-                self.findings.problems.append(found)
+        results = self.template.encode_rows(rows, train_on=self.data.train_on)
+        for row, key, encoded in zip(rows, keys, results, strict=True):
+            if isinstance(encoded, Problem):
+                self.findings.problems.append(encoded)
             else:
-                self._keep(row, key, found, kept)
+                self._add_examples(row, key, encoded, collector)
 
-    def _keep(self, row: Row, key: int, found: Sequence[Encoded], kept: Kept) -> None:
+    def _add_examples(
+        self, row: Row, key: int, encodings: Sequence[EncodedRow], collector: ExampleCollector
+    ) -> None:
         findings, length, long_rows = self.findings, self.length, self.data.long_rows
-        named = Row(
+        reference = Row(
             row.ref, [], text=None if row.text is None else ""
-        )  # all that findings tell of it
-        if found[-1].control:
-            findings.control.append(named)
-        findings.saw(named, found)
+        )  # all that findings need
+        if encodings[-1].control:
+            findings.control.append(reference)
+        findings.record_row(reference, encodings)
         parts: list[tuple[Row, Example]] = []
-        of_several = None if len(found) == 1 else next(self.numbers)
-        for number, each in enumerate(found):
-            size = len(each.ids)
+        row_number = None if len(encodings) == 1 else next(self.numbers)
+        for number, encoding in enumerate(encodings):
+            size = len(encoding.ids)
             if size > length:
-                findings.too_long.append((named, size))
+                findings.too_long.append((reference, size))
                 if long_rows == "drop":
                     continue
-                if long_rows == "cut" and any(each.trained) and not any(each.trained[:length]):
-                    findings.lost.append(named)
+                if (
+                    long_rows == "cut"
+                    and any(encoding.trained)
+                    and not any(encoding.trained[:length])
+                ):
+                    findings.lost.append(reference)
                     continue
-            part = row if each.upto in (None, len(row.messages)) else _beginning(row, each.upto)
-            own = key if len(found) == 1 else part_key(key, number)
-            example = _example(row, own, each, length if long_rows == "cut" else size)
-            parts.append((part, replace(example, row=of_several)))
+            part = (
+                row
+                if encoding.upto in (None, len(row.messages))
+                else _first_messages(row, encoding.upto)
+            )
+            example_key = key if len(encodings) == 1 else part_key(key, number)
+            example = _example(row, example_key, encoding, length if long_rows == "cut" else size)
+            parts.append((part, replace(example, row=row_number)))
         if parts:
-            kept.add(row, parts)
+            collector.add(row, parts)
 
 
-def _beginning(row: Row, count: int) -> Row:
-    """Up to one of its answers; further right answers are for the last."""
+def _first_messages(row: Row, count: int) -> Row:
+    """Cuts the row after one of its answers. Further correct answers belong to the last answer."""
     return replace(row, messages=row.messages[:count], references=())
 
 
-def _example(row: Row, key: int, found: Encoded, size: int) -> Example:
+def _example(row: Row, key: int, encoding: EncodedRow, size: int) -> Example:
     return Example(
-        np.array(found.ids[:size], dtype=np.int32),
-        np.array(found.trained[:size], dtype=np.bool_),
+        np.array(encoding.ids[:size], dtype=np.int32),
+        np.array(encoding.trained[:size], dtype=np.bool_),
         row.ref,
         key,
-        found.roles,
+        encoding.roles,
     )
 
 
 def _fingerprint(*parts: Sequence[Example], mixture: Mixture | None) -> str:
-    """BLAKE2b over the ids and masks in order, and what is mixed, hexadecimal."""
+    """Hashes ids and masks in order, and the mixture (BLAKE2b, hexadecimal)."""
     digest = hashlib.blake2b(digest_size=16)
     if mixture is not None:
         digest.update(repr(mixture).encode())

@@ -1,11 +1,10 @@
-"""Finds the micro-batches of a run that may take the most memory, without running any.
+"""Finds the micro-batches of a run that may need the most memory, without running any.
 
-A micro-batch's memory rises with each count of Extent. So the largest micro-batch is among those
-that no other exceeds in every count, and these are few. Rows that share a prompt, or are padded,
-are counted as they are computed.
+The memory of a micro-batch rises with each count of Extent. So the largest micro-batch is among
+those that no other exceeds in every count, and these are few. Shared prompts and padding are
+counted as they are computed.
 
-Most micro-batches are never looked at: bounds that need no tokens show that another one exceeds
-them.
+Most micro-batches are skipped: bounds that need no tokens show that another one exceeds them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from veneer.data.batching import (
     EpochPlan,
-    Rows,
+    RowSpans,
     best_groups,
     packed_rows,
     plan_epoch,
@@ -30,20 +29,20 @@ from veneer.data.mixture import Mixture
 from veneer.kernels.layout import round_up
 
 SLACK = 1.04
-"""A micro-batch is left out where another exceeds it in every count times this: their memory
-differs by less."""
+"""A micro-batch is skipped if another, times this, exceeds it in every count: memory differs by
+less."""
 QUERY_ROWS = 256
-"""Query rows for which attention holds scores at once (kernels/attention/packed.py BLOCK)."""
+"""Query rows whose scores attention holds at once (kernels/attention/packed.py BLOCK)."""
 
 Counts = NDArray[np.int64]
 
 
 class Extent(NamedTuple):
-    """What a micro-batch's memory rises with.
+    """The counts that a micro-batch's memory rises with.
 
     computed  rows of the matrix products, filler and padding included
     trained   tokens whose logits are formed
-    keys      rows of keys that the largest group's attention holds, the prompt counted for each
+    keys      rows of keys that the largest group's attention holds; the prompt counts for each
               document
     scores    values that one head of its attention holds at once
     """
@@ -55,7 +54,8 @@ class Extent(NamedTuple):
 
     @classmethod
     def of(cls, examples: Sequence[Example], *, packed: bool, share_prompt: bool) -> "Extent":
-        """packed: rows lie end to end, else they are padded to the longest."""
+        """Counts a micro-batch. packed: rows lie end to end, else they are padded to the
+        longest."""
         trained = sum(int(np.count_nonzero(example.trained)) for example in examples)
         longest = max(map(used_length, examples))
         if not packed:
@@ -77,7 +77,8 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class _RowCounts:
-    """For each row: computed tokens, those of its longest example, trained tokens, examples."""
+    """Counts of each row: computed tokens, tokens of its longest example, trained tokens,
+    examples."""
 
     used: Counts
     longest: Counts
@@ -85,7 +86,7 @@ class _RowCounts:
     examples: Counts
 
     @classmethod
-    def of(cls, examples: Sequence[Example], rows: Rows) -> "_RowCounts":
+    def of(cls, examples: Sequence[Example], rows: RowSpans) -> "_RowCounts":
         starts, used = np.asarray(rows.starts), used_of(examples)
         first = starts[:-1]
         return cls(
@@ -96,11 +97,12 @@ class _RowCounts:
         )
 
     def bounds(self, rows: Counts, spans: Counts, *, packed: bool) -> Counts:
-        """(S, 4) upper bounds of the Extent of the rows in each span."""
+        """Returns upper bounds of the Extent of the rows in each span, (S, 4)."""
         used, trained, count = (
-            _over(np.add, part[rows], spans) for part in (self.used, self.trained, self.examples)
+            _reduce_spans(np.add, part[rows], spans)
+            for part in (self.used, self.trained, self.examples)
         )
-        longest = _over(np.maximum, self.longest[rows], spans)
+        longest = _reduce_spans(np.maximum, self.longest[rows], spans)
         padded = count * longest
         if not packed:
             return np.stack([padded, trained, padded, padded * longest], axis=1)
@@ -112,13 +114,13 @@ class _RowCounts:
         )
 
 
-def _over(reduce: np.ufunc, values: Counts, spans: Counts) -> Counts:
-    """`reduce` over values[start:stop] for each span."""
+def _reduce_spans(reduce: np.ufunc, values: Counts, spans: Counts) -> Counts:
+    """Applies `reduce` to values[start:stop] of each span."""
     return reduce.reduceat(np.append(values, 0), spans.ravel())[::2].astype(np.int64)
 
 
 def plans_of_run(
-    rows: Rows,
+    rows: RowSpans,
     *,
     batch: int,
     seed: int,
@@ -126,7 +128,7 @@ def plans_of_run(
     mixture: Mixture | None,
     steps: int,
 ) -> Iterator[tuple[EpochPlan, int]]:
-    """The plan of each epoch, and how many of its batches the run takes."""
+    """Yields the plan of each epoch, and how many of its batches the run takes."""
     epoch = 0
     while steps > 0:
         plan = plan_epoch(
@@ -140,7 +142,7 @@ def plans_of_run(
 
 def largest_micro_batches(
     examples: Sequence[Example],
-    rows: Rows,
+    rows: RowSpans,
     plans: Iterable[tuple[EpochPlan, int]],
     *,
     micro_batch: int,
@@ -148,10 +150,10 @@ def largest_micro_batches(
     share_prompt: bool,
     divide: Callable[[list[int]], Iterable[list[int]]] = lambda part: [part],
 ) -> list[list[int]]:
-    """Numbers of the examples of every micro-batch that may be the largest, most computed rows
-    first.
+    """Returns the example numbers of every micro-batch that may be the largest.
 
-    divide: gives the parts of a micro-batch that are computed one after another
+    Sorted by computed rows, the most first. divide: splits a micro-batch into the parts that are
+    computed one after another
     """
     counts = _RowCounts.of(examples, rows) if len(examples) else None
     front: list[tuple[Extent, list[int]]] = []
@@ -159,28 +161,28 @@ def largest_micro_batches(
         assert counts is not None
         spans = plan.spans(micro_batch, taken)
         bounds = counts.bounds(plan.rows, spans, packed=packed)
-        waiting = np.argsort(-bounds[:, 0], kind="stable")
+        candidates = np.argsort(-bounds[:, 0], kind="stable")
         for extent, _ in front:
-            waiting = waiting[~_exceeded(bounds[waiting], extent)]
-        while len(waiting):
-            start, stop = spans[waiting[0]].tolist()
-            waiting = waiting[1:]
+            candidates = candidates[~_is_exceeded(bounds[candidates], extent)]
+        while len(candidates):
+            start, stop = spans[candidates[0]].tolist()
+            candidates = candidates[1:]
             for part in divide(rows.examples(plan.rows[start:stop].tolist())):
                 extent = Extent.of(
                     [examples[i] for i in part], packed=packed, share_prompt=share_prompt
                 )
-                if not any(_exceeds(other, extent, SLACK) for other, _ in front):
+                if not any(_exceeds(larger, extent, SLACK) for larger, _ in front):
                     front = [pair for pair in front if not _exceeds(extent, pair[0], 1.0)] + [
                         (extent, part)
                     ]
-                    waiting = waiting[~_exceeded(bounds[waiting], extent)]
+                    candidates = candidates[~_is_exceeded(bounds[candidates], extent)]
     return [part for _, part in sorted(front, key=lambda pair: pair[0], reverse=True)]
 
 
-def _exceeds(extent: Sequence[int], other: Sequence[int], slack: float) -> bool:
-    return all(mine * slack >= theirs for mine, theirs in zip(extent, other, strict=True))
+def _exceeds(counts: Sequence[int], other_counts: Sequence[int], slack: float) -> bool:
+    return all(mine * slack >= theirs for mine, theirs in zip(counts, other_counts, strict=True))
 
 
-def _exceeded(bounds: Counts, extent: Extent) -> NDArray[np.bool_]:
-    """(S, 4) -> (S): True where the extent exceeds the bounds in every count, but for the slack."""
+def _is_exceeded(bounds: Counts, extent: Extent) -> NDArray[np.bool_]:
+    """Whether the extent exceeds the bounds in every count, but for the slack: (S, 4) -> (S)."""
     return np.asarray((bounds <= np.array(extent) * SLACK).all(axis=1))

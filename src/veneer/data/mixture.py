@@ -1,8 +1,8 @@
-"""How many rows of each of several sets an epoch takes, and which.
+"""Decides which rows of several sets an epoch uses, and how often.
 
-Each set is one endless sequence: its rows in a random order, then in another one, and so on. An
-epoch goes on where the one before stopped, so no row comes a second time before all others of its
-set came once. All of it follows from (seed, epoch): a resumed run takes the same rows.
+Each set is an endless sequence: its rows in a random order, then in another random order, and so
+on. An epoch continues where the previous one stopped, so a row is repeated only after all other
+rows of its set were used. Everything follows from (seed, epoch): a resumed run uses the same rows.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Mixture:
-    """sizes: rows of each set, which are numbered on from set to set. draws: how many of them an
-    epoch takes."""
+    """Sizes of the sets, and how many rows of each an epoch uses.
+
+    sizes   rows of each set; row numbers continue from set to set
+    draws   rows that an epoch uses
+    """
 
     sizes: tuple[int, ...]
     draws: tuple[float, ...]
 
     @property
     def is_plain(self) -> bool:
-        """Every row once an epoch."""
+        """Whether an epoch uses every row once."""
         return all(size == draw for size, draw in zip(self.sizes, self.draws, strict=True))
 
     def rows(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Numbers of an epoch's rows, set by set."""
+        """Returns the row numbers of an epoch, set by set."""
         if self.is_plain:
             return np.arange(sum(self.sizes))
         parts, first = [], 0
@@ -44,16 +47,16 @@ class Mixture:
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
     def among(self, rows: NDArray[np.int64]) -> Mixture:
-        """Of these rows alone, whose numbers rise: each is taken as often as before."""
+        """Restricts the mixture to these rows, whose numbers rise; each keeps its frequency."""
         ends = np.searchsorted(rows, np.cumsum([0, *self.sizes]))
         sizes = tuple(np.diff(ends).tolist())
         draws = zip(self.draws, sizes, self.sizes, strict=True)
         return Mixture(
-            sizes, tuple(draw * now / before if before else 0.0 for draw, now, before in draws)
+            sizes, tuple(draw * left / before if before else 0.0 for draw, left, before in draws)
         )
 
 
-def mixed(
+def mix_sets(
     sizes: Sequence[int],
     tokens: Sequence[int],
     weights: Sequence[float],
@@ -61,19 +64,20 @@ def mixed(
     *,
     by: str,
 ) -> Mixture:
-    """Of sets with so many rows and tokens. by: what shares are of, rows or tokens.
+    """Mixes sets by weights and shares. by: whether shares count rows or tokens.
 
-    A set with a share makes up that part of an epoch, whatever its size; the others give each row
-    `weight` times. Where all have shares, an epoch has as many rows (tokens) as all sets together.
+    A set with a share makes up that part of an epoch, whatever its size. In other sets each row is
+    used `weight` times. If all sets have shares, an epoch has as many rows (tokens) as all sets
+    together.
     """
     measured = [size if by == "rows" else count for size, count in zip(sizes, tokens, strict=True)]
-    given = sum(share for share in shares if share is not None)
+    total_share = sum(share for share in shares if share is not None)
     if all(share is not None for share in shares):
         whole = float(sum(measured))
     else:
-        kept = zip(measured, weights, shares, strict=True)
-        whole = sum(amount * weight for amount, weight, share in kept if share is None) / (
-            1 - given
+        unshared = zip(measured, weights, shares, strict=True)
+        whole = sum(amount * weight for amount, weight, share in unshared if share is None) / (
+            1 - total_share
         )
     draws = []
     for size, amount, weight, share in zip(sizes, measured, weights, shares, strict=True):

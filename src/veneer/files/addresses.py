@@ -1,4 +1,4 @@
-"""Addresses that fsspec knows (s3://, hf://, file://, ...): what stands behind one."""
+"""Opens addresses that fsspec knows (s3://, hf://, file://, ...)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from veneer.errors import ConfigError
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it. ConfigError: there is none.
+    """Returns fsspec's file system of an address, and the path in it. Raises ConfigError if it
+    fails.
 
-    Listings that an earlier use in this process left are dropped: files may have changed since.
-    Some are looked up on the network, or read a file, to be made: each raises errors of its own.
+    Cached listings of this process are dropped: files may have changed since. Opening some file
+    systems uses the network or reads files, and each raises its own errors.
     """
     import fsspec
 
     try:
-        found, path = fsspec.core.url_to_fs(address)
-        found.invalidate_cache()
+        fs, path = fsspec.core.url_to_fs(address)
+        fs.invalidate_cache()
     except ImportError as fault:
         step = "pip install 'veneer[remote]'"
         raise ConfigError(
@@ -25,8 +26,8 @@ def file_system(address: str) -> tuple[Any, str]:
         ) from fault
     except Exception as fault:
         raise ConfigError(
-            f"{address} is no address that fsspec knows, or nothing answers there",
+            f"{address} is unknown to fsspec, or its server does not answer",
             [f"{type(fault).__name__}: {fault}".splitlines()[0][:300]],
-            "Look at the address, the network and your right to read it.",
+            "Check the address, the network and your access rights.",
         ) from fault
-    return found, str(path)
+    return fs, str(path)

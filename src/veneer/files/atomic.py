@@ -1,10 +1,9 @@
-"""Folders and files that appear whole or not at all, and a manifest that proves they still are.
+"""Writes files and folders atomically, and checks them with a manifest.
 
-A folder is written beside its place under the name of an unfinished one (files/partial.py), every
-file is synced to disk, then one rename makes it visible and the parent folder is synced. What is
-not renamed was never there. Where a folder is replaced, the old one is moved aside first and
-deleted last; if the process dies between, the next write to the same place puts it back. What
-appears has the rights that the umask gives, whoever wrote its files.
+A folder is written beside its target under the name of an unfinished one (files/partial.py), every
+file is synced to disk, one rename makes it visible, and the parent folder is synced. To replace a
+folder, the old one is moved aside first and deleted last; if the process dies between, the next
+write to the same path restores it. New files have the rights of the umask, whoever wrote them.
 
 Not known here: what the folders hold (adapters, checkpoints, models).
 """
@@ -31,14 +30,14 @@ MANIFEST = "MANIFEST.json"
 def atomic_folder(
     path: str | Path, *, replace: bool = False, needed_bytes: int | None = None
 ) -> Iterator[Path]:
-    """Yields an empty folder to write into; on success it stands at `path`, on any failure nothing
-    does.
+    """Yields an empty folder to write into. It appears at `path` on success, and not at all on
+    failure.
 
-    replace       a folder that stands at `path` gives way, but only once the new one is complete
-    needed_bytes  what will be written, if known: refused at once where the disk has less
+    replace       an existing folder at `path` is replaced once the new one is complete
+    needed_bytes  size of the content, if known: refused at once if the disk has less
 
     Raises ConfigError if `path` exists and may not be replaced, DoesNotFitError if the disk is full
-    (or takes no file that large), InputError if the system refuses the place otherwise, within the
+    (or does not support files that large), InputError for other errors of the system, within the
     block too.
     """
     path = Path(path).absolute()
@@ -46,37 +45,41 @@ def atomic_folder(
     with explained(path, needed_bytes=needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        _put_back(path, aside)
+        _restore_replaced(path, aside)
         shutil.rmtree(aside, ignore_errors=True)
         refuse_existing(path, unless=replace)
         if needed_bytes is not None and needed_bytes > free_bytes(path):
-            raise OSError(errno.ENOSPC, "what is to be written is more than is free")
+            raise OSError(errno.ENOSPC, "not enough free space")
         try:
             with scratch_folder(path.parent) as partial:
                 mode = partial.stat().st_mode
                 yield partial
                 share_and_sync(partial, mode)
                 refuse_existing(path, unless=replace)
-                if replace and _stands(path):
+                if replace and _exists(path):
                     path.rename(aside)
                 partial.rename(path)
-                with _undone(path, partial):
+                with _rename_back_on_failure(path, partial):
                     sync_folder(path.parent)
         except BaseException:
-            with suppress(OSError):  # what failed first is told, and the next write puts it back
-                _put_back(path, aside)
+            with suppress(
+                OSError
+            ):  # the first error is reported, and the next write restores the folder
+                _restore_replaced(path, aside)
             raise
         if os.path.lexists(aside):
-            # Under the name of an unfinished one any command may remove it. If not even that is
-            # possible: the new folder stands, and the next write tries again.
+            # Renamed to an unfinished folder, so that any command may remove it. If that fails, the
+            # new folder is complete, and the next write tries again.
             with unfinished(path.parent) as gone, suppress(OSError):
                 aside.rename(gone)
 
 
 @contextmanager
 def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a path beside `path` to write one file to; on success it stands at `path`. Raises
-    alike."""
+    """Yields a path beside `path` to write one file. It appears at `path` on success.
+
+    Raises what atomic_folder raises.
+    """
     path = Path(path).absolute()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +92,12 @@ def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             share_and_sync(partial, mode)
             refuse_existing(path, unless=replace)
             (partial.replace if replace else partial.rename)(path)
-            with nullcontext() if replace else _undone(path, partial):
+            with nullcontext() if replace else _rename_back_on_failure(path, partial):
                 sync_folder(path.parent)
 
 
 def write_manifest(folder: str | Path) -> None:
-    """Writes MANIFEST.json: size and SHA-256 of every file in the folder. Call it when all are
-    written."""
+    """Writes MANIFEST.json with size and SHA-256 of every file in the folder. Call it last."""
     folder = Path(folder)
     files = {
         name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
@@ -106,11 +108,11 @@ def write_manifest(folder: str | Path) -> None:
 
 
 def verify_manifest(folder: str | Path) -> list[str]:
-    """What is wrong with the folder, one line each; empty if every file is as MANIFEST.json
-    says."""
+    """Reports differences between the folder and its MANIFEST.json, one line each; empty if
+    none."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        return [f"{MANIFEST} is missing: the folder was not written to its end"]
+        return [f"{MANIFEST} is missing: the folder is incomplete"]
     try:
         listed = read_json(folder / MANIFEST).get("files")
     except VeneerError as fault:
@@ -135,44 +137,46 @@ def _file_faults(name: str, path: Path, listed: Any) -> list[str]:
         return [f"{name} is a link, not a file"]
     if (size := path.stat().st_size) != listed["bytes"]:
         return [f"{name} has {size:,} bytes, {MANIFEST} says {listed['bytes']}"]
-    if (found := file_hash(path)) != listed["sha256"]:
+    if (digest := file_hash(path)) != listed["sha256"]:
         return [
-            f"{name} changed: SHA-256 {found[:12]}…, {MANIFEST} says {str(listed['sha256'])[:12]}…"
+            f"{name} changed: SHA-256 {digest[:12]}…, {MANIFEST} says {str(listed['sha256'])[:12]}…"
         ]
     return []
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file below the folder but the manifest, by its name relative to it, with forward
+    """Returns every file below the folder except the manifest, by its relative name with forward
     slashes."""
-    found = {
+    files = {
         path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()
     }
-    found.pop(MANIFEST, None)
-    return found
+    files.pop(MANIFEST, None)
+    return files
 
 
 def refuse_existing(path: Path, *, unless: bool) -> None:
-    """ConfigError: something stands there, and may not be replaced."""
-    if _stands(path) and not unless:
+    """Raises ConfigError if `path` exists, unless it may be replaced."""
+    if _exists(path) and not unless:
         raise ConfigError(
-            f"{path} exists and is not overwritten", [], "Choose another place, or remove it first."
+            f"{path} exists and is not overwritten", [], "Choose another path, or remove it first."
         )
 
 
 def refuse_unwritable(path: str | Path) -> None:
-    """Raises what writing at `path` would raise, InputError or DoesNotFitError, before the work for
-    it is done. Leaves nothing behind."""
+    """Raises the error of writing at `path` before the work is done: InputError or DoesNotFitError.
+
+    Leaves nothing behind.
+    """
     path = Path(path).absolute()
     with explained(path):
-        _stands(path)  # a name that is too long
-        place = next(parent for parent in path.parents if _stands(parent))
-        with unfinished(place) as partial:
+        _exists(path)  # fails if the name is too long
+        existing_parent = next(parent for parent in path.parents if _exists(parent))
+        with unfinished(existing_parent) as partial:
             partial.mkdir()
 
 
-def _stands(path: Path) -> bool:
-    """Whether anything is at `path`. OSError where nothing can be: the name is too long, say."""
+def _exists(path: Path) -> bool:
+    """Whether `path` exists. Raises OSError if it is impossible, for example too long."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -181,9 +185,9 @@ def _stands(path: Path) -> bool:
 
 
 @contextmanager
-def _undone(path: Path, partial: Path) -> Iterator[None]:
-    """What cannot be said to be on the disk for good takes its unfinished name again, and is
-    removed under it."""
+def _rename_back_on_failure(path: Path, partial: Path) -> Iterator[None]:
+    """Renames a published path back to its unfinished name if syncing fails, so that it is
+    removed."""
     try:
         yield
     except BaseException:
@@ -192,8 +196,7 @@ def _undone(path: Path, partial: Path) -> Iterator[None]:
         raise
 
 
-def _put_back(path: Path, aside: Path) -> None:
-    """Whoever failed or died between the two renames left the old folder aside and nothing in its
-    place."""
+def _restore_replaced(path: Path, aside: Path) -> None:
+    """Restores the old folder after a failure or crash between the two renames."""
     if os.path.lexists(aside) and not os.path.lexists(path):
         aside.rename(path)

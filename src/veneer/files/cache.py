@@ -1,4 +1,4 @@
-"""Veneer's cache folder: what was fetched or made once and is kept."""
+"""Locates Veneer's cache folder of downloads and conversions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 from veneer.files.home import expanded, home
 
-CACHE_STEP = "Free some space, or set VENEER_CACHE to a folder that can be written and has room."
+CACHE_STEP = "Free some space, or set VENEER_CACHE to a writable folder with enough space."
 
 
 def cache_folder() -> Path:
-    """Where downloads and converted models are kept: $VENEER_CACHE, or the platform's cache
-    folder."""
+    """Returns $VENEER_CACHE, or Veneer's folder in the platform's cache folder."""
     if chosen := os.environ.get("VENEER_CACHE"):
         return expanded(chosen).absolute()
     if sys.platform == "darwin":

@@ -1,4 +1,4 @@
-"""The home folder, and what `~` stands for."""
+"""Resolves the home folder and `~`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from pathlib import Path
 from veneer.errors import ConfigError
 
 
-def expanded(named: str | Path) -> Path:
-    """`~` and `~name` as folders; a name that the system does not know stays as it is written, as
-    in a shell."""
-    path = Path(named)
+def expanded(name: str | Path) -> Path:
+    """Expands `~` and `~name`; unknown users stay as they are written, as in a shell."""
+    path = Path(name)
     try:
         return path.expanduser()
     except RuntimeError:
@@ -18,8 +17,7 @@ def expanded(named: str | Path) -> Path:
 
 
 def home() -> Path:
-    """ConfigError: the system knows none for this user, as in a container whose user has no
-    name."""
+    """Returns the home folder. Raises ConfigError if the user has none, as in some containers."""
     try:
         return Path.home()
     except RuntimeError:
@@ -29,7 +27,7 @@ def home() -> Path:
 
 
 def name_of(source: str) -> str:
-    """What others are told a base is called: a hub's name, or the last part of a path."""
+    """Returns the public name of a base: a hub name, or the last part of a path."""
     path = expanded(source)
     if path.exists():
         return path.resolve().name

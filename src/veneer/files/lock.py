@@ -1,7 +1,6 @@
-"""One writer at a time, across processes and threads; a lock ends with its process, however that
-dies.
+"""Locks files across processes and threads; a lock ends with its process, even if it crashes.
 
-The lock is on an open file, not in its existence: a file left behind locks nothing.
+The lock is on an open file, not in its existence: a leftover file locks nothing.
 """
 
 import errno
@@ -22,9 +21,8 @@ else:
 
 WAIT_SECONDS = 120.0
 _POLL_SECONDS = 0.005
-_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
-"""What the system says where another holds the lock, Windows included; anything else is no answer
-to that."""
+_LOCKED_ERRORS = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+"""Error numbers for a lock that another process holds, Windows included."""
 
 
 class BusyError(InputError):
@@ -35,12 +33,12 @@ class BusyError(InputError):
 def locked(
     path: Path, *, shared: bool = False, wait_seconds: float = WAIT_SECONDS
 ) -> Iterator[None]:
-    """Holds the lock file `path` within the block; shared: beside other shared holders (not on
-    Windows).
+    """Holds the lock file `path` within the block; shared: together with other shared holders (not
+    on Windows).
 
-    Raises BusyError when others hold it for longer than wait_seconds, InputError where the place
-    cannot be written or its file system has no locks. Who holds it alone may remove the file before
-    letting go of it: nobody else has locked it then.
+    Raises BusyError if others hold it for longer than wait_seconds, InputError if the folder is not
+    writable or its file system has no locks. An exclusive holder may remove the file before it
+    releases the lock: no other process has locked it then.
     """
     deadline = time.monotonic() + wait_seconds
     while True:
@@ -48,7 +46,7 @@ def locked(
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            while not _locks(path, descriptor, shared=shared):
+            while not _try_lock(path, descriptor, shared=shared):
                 if time.monotonic() >= deadline:
                     waited = f" for {wait_seconds:.0f} s" if wait_seconds else ""
                     raise BusyError(
@@ -57,16 +55,16 @@ def locked(
                         "Wait until it is done, then try again.",
                     )
                 time.sleep(_POLL_SECONDS)
-            if not _stands(path, descriptor):
+            if not _is_current(path, descriptor):
                 continue
             yield
             return
         finally:
-            with suppress(OSError):  # nothing was written through it, and closed it is in any case
-                os.close(descriptor)  # which unlocks
+            with suppress(OSError):  # nothing was written, and it is closed in any case
+                os.close(descriptor)  # unlocks
 
 
-def _stands(path: Path, descriptor: int) -> bool:
+def _is_current(path: Path, descriptor: int) -> bool:
     """Whether the locked file is still the one at `path`: its last holder may have removed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
@@ -74,20 +72,20 @@ def _stands(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _locks(path: Path, descriptor: int, *, shared: bool) -> bool:
-    """Whether it is ours now; False: another's."""
+def _try_lock(path: Path, descriptor: int, *, shared: bool) -> bool:
+    """Whether the lock was acquired; False if another process holds it."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as fault:
-        if fault.errno in _HELD:
+        if fault.errno in _LOCKED_ERRORS:
             return False
         raise InputError(
             f"{path.parent} cannot be locked: {fault.strerror}",
-            ["its file system has no locks, so that two commands could change it at once"],
-            "Take a folder on another one, or mount it with them (Lustre: -o flock; NFS: without"
-            " nolock).",
+            ["its file system has no locks, so two commands could change it at once"],
+            "Choose a folder on another file system, or mount it with locks (Lustre: -o flock; NFS:"
+            " without nolock).",
         ) from fault
     return True

@@ -1,9 +1,8 @@
-"""How deep JSON and YAML may be nested that anyone may have written, one limit for rows, configs
-and adapters; what is text.
+"""Limits the nesting of untrusted JSON and YAML, and checks that texts are valid UTF-8.
 
-What reads such values recurses (json, pydantic, jinja's filters, our own walks), and Python ends a
-recursion at about a thousand calls, wherever it then is. So the depth is bounded where a value
-comes in; what is found here does not recurse.
+Readers of such values recurse (json, pydantic, jinja's filters, our own walks), and Python ends a
+recursion at about a thousand calls, wherever it is. So the depth is limited where a value comes in.
+The functions here do not recurse.
 """
 
 import re
@@ -14,14 +13,12 @@ MAX_JSON_DEPTH = 64
 """Levels of lists and objects. A tool call's arguments begin at the seventh level of their row."""
 TOO_DEEP = f"is nested deeper than {MAX_JSON_DEPTH} levels"
 
-_STRING = re.compile(
-    r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL
-)  # matches at every quote: linear on any text
+_STRING = re.compile(r'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)  # possessive, so linear on any text
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
 def text_too_deep(text: str) -> bool:
-    """Whether a JSON text is nested too deep to be read; brackets inside strings do not count."""
+    """Whether a JSON text is nested too deeply; brackets inside strings do not count."""
     if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:
         return False
     depth = 0
@@ -33,23 +30,23 @@ def text_too_deep(text: str) -> bool:
 
 
 def walk(value: Any) -> Iterator[tuple[Any, int]]:
-    """Everything inside a value (keys too), itself first, each with its depth; a list in nothing
-    has depth 1."""
-    waiting = [(value, 1)]
-    while waiting:
-        value, depth = waiting.pop()
+    """Yields everything inside a value (keys too), itself first, with depths; the value has depth
+    1."""
+    pending = [(value, 1)]
+    while pending:
+        value, depth = pending.pop()
         yield value, depth
-        if isinstance(value, str):  # most are, and to ask whether it is a Mapping is slow
+        if isinstance(value, str):  # the common case; the check for Mapping is slow
             continue
         if isinstance(value, Mapping):
-            waiting += [(each, depth + 1) for pair in value.items() for each in pair]
+            pending += [(item, depth + 1) for pair in value.items() for item in pair]
         elif isinstance(value, list):
-            waiting += [(each, depth + 1) for each in value]
+            pending += [(item, depth + 1) for item in value]
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: half a character, of a cut escape or another encoding,
-    cannot."""
+    """Whether the text can be written as UTF-8. Lone surrogates, from cut escapes or wrong
+    encodings, cannot."""
     if text.isascii():
         return True
     try:
@@ -60,18 +57,17 @@ def is_text(text: str) -> bool:
 
 
 def too_deep(value: Any) -> bool:
-    """As text_too_deep, of a value that was read already."""
+    """Whether a parsed value is nested too deeply."""
     return any(
         depth > MAX_JSON_DEPTH and isinstance(inner, list | Mapping) for inner, depth in walk(value)
     )
 
 
 def yaml_fault(text: str) -> str | None:
-    """Why a YAML text is not read, or None: before it is, by its events. Raises yaml.YAMLError for
-    what is no YAML.
+    """Explains why a YAML text is refused, by its events, before it is parsed; None if it is fine.
 
-    Aliases make a few lines stand for a value of 2^60 parts, and of one that holds itself; the
-    parser takes minutes over thousands of levels.
+    Raises yaml.YAMLError for invalid YAML. Aliases let a few lines mean 2^60 parts, or a value that
+    contains itself; the parser needs minutes for thousands of levels.
     """
     import yaml
 

@@ -1,13 +1,12 @@
-"""Unfinished files and folders: what they are called, whose they are, and that they go once their
-writer is dead.
+"""Names unfinished files and folders after their writer, and removes those of dead writers.
 
-    .partial-<machine>-<pid>-<start>-<n>
+.partial-<machine>-<pid>-<start>-<n>
 
-A process is its number and the time it started; `machine` is a hash of the host and its space of
-process numbers (containers have their own). Neither a host's name nor a container's number is one
-of its kind: the machine's own id stands beside them, for a container, which ends with it, that of
-the machine's start. What another machine writes cannot be judged from here and is left alone, as is
-everything on Windows.
+A process is identified by its number and start time. `machine` is a hash of the host and its
+namespace of process numbers (each container has its own). Host names and container numbers are not
+unique, so the machine's own id is included; in a container, which ends with the machine, the id of
+its boot. Files of other machines cannot be judged here and are left alone, as is everything on
+Windows.
 """
 
 import calendar
@@ -29,19 +28,21 @@ PREFIX = ".partial-"
 _NAME = re.compile(r"\.partial-([0-9a-f]{8})-(\d+)-(\d+)-\d+")
 _MACHINE, _START = Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")
 _WHOLE_MACHINE = "pid:[4026531836]"
-"""Linux gives its first space of process numbers this number, on every machine."""
-_THERE_IS_NONE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
+"""Linux's first namespace of process numbers has this number on every machine."""
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _COUNTER = itertools.count()
 _OPEN: set[str] = set()
-"""What this process is writing now."""
+"""Names of unfinished paths that this process is writing."""
 
 
 @contextmanager
 def unfinished(parent: Path) -> Iterator[Path]:
-    """A path in `parent` that nothing bears yet and that says who writes there; what still stands
-    there at the end is removed, now or, if the system does not let us, by a later command."""
+    """Yields a new path in `parent` that names its writer.
+
+    Whatever remains there at the end is removed, now or by a later command if the system refuses.
+    """
     pid = os.getpid()
-    path = parent / f"{PREFIX}{_machine()}-{pid}-{_started(pid) or 0}-{next(_COUNTER)}"
+    path = parent / f"{PREFIX}{_machine()}-{pid}-{_start_time(pid) or 0}-{next(_COUNTER)}"
     _OPEN.add(path.name)
     try:
         yield path
@@ -52,41 +53,38 @@ def unfinished(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder to work in, beside what is made there. Its mode is what the umask gives a new
-    folder."""
+    """Yields an empty folder to work in, beside the result. Its mode follows the umask."""
     with unfinished(parent) as folder:
         folder.mkdir()
         yield folder
 
 
 def sweep(parent: Path) -> None:
-    """Removes what dead writers left unfinished in `parent`; where nothing may be removed, nothing
-    happens."""
+    """Removes unfinished files of dead writers in `parent`; does nothing if that is not allowed."""
     try:
         with os.scandir(parent) as entries:
-            found = [entry.name for entry in entries if entry.name.startswith(PREFIX)]
+            names = [entry.name for entry in entries if entry.name.startswith(PREFIX)]
     except OSError:
         return
-    for name in found:
-        if lives(name) is False:
+    for name in names:
+        if is_alive(name) is False:
             remove(parent / name)
 
 
-def lives(name: str) -> bool | None:
-    """Whether the writer of the unfinished thing of this name lives; None where that cannot be
-    known here."""
+def is_alive(name: str) -> bool | None:
+    """Whether the writer of an unfinished path is alive; None if unknown."""
     parts = _NAME.fullmatch(name)
     if parts is None or parts[1] != _machine() or parts[3] == "0" or os.name == "nt":
         return None
     pid = int(parts[2])
-    started = _started(pid)
-    if started is None and _exists(pid):  # another user's, which is not shown to us
+    started = _start_time(pid)
+    if started is None and _exists(pid):  # another user's process, whose details are hidden
         return None
     return started == int(parts[3]) and (pid != os.getpid() or name in _OPEN)
 
 
 def remove(path: Path) -> None:
-    """Whatever it is, as far as the system allows."""
+    """Removes a file or folder, as far as the system allows."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -95,9 +93,9 @@ def remove(path: Path) -> None:
 
 
 def share_and_sync(path: Path, mode: int) -> None:
-    """To disk, file by file, with the rights that `mode`, a new folder's here, gives: the umask's.
+    """Gives files the rights of `mode`, a new folder's, and syncs them to disk.
 
-    Libraries write through temporary files, which are the owner's alone.
+    Libraries write through temporary files, which only their owner can read.
     """
     if path.is_dir():
         for folder, _, names in os.walk(path):
@@ -107,25 +105,25 @@ def share_and_sync(path: Path, mode: int) -> None:
         return
     missing = mode & 0o666 & ~path.stat().st_mode
     if missing and not path.is_symlink():
-        with _where_there_is_one():  # a file system without modes
+        with _ignore_unsupported():  # a file system without modes
             path.chmod(path.stat().st_mode & 0o777 | missing)
     _sync(path)
 
 
 def sync_folder(path: Path) -> None:
-    """After it, a rename in this folder outlives a power cut, where the file system can promise
-    that."""
-    with _where_there_is_one():
+    """Syncs a folder, so that a rename in it survives a power cut if the file system
+    supports that."""
+    with _ignore_unsupported():
         _sync(path)
 
 
 @contextmanager
-def _where_there_is_one() -> Iterator[None]:
-    """For what a file system may be without: rights, and syncing a folder."""
+def _ignore_unsupported() -> Iterator[None]:
+    """Ignores errors of file systems without rights, or without syncing of folders."""
     try:
         yield
     except OSError as fault:
-        if fault.errno not in _THERE_IS_NONE:
+        if fault.errno not in _UNSUPPORTED:
             raise
 
 
@@ -145,14 +143,14 @@ def _machine() -> str:
     except OSError:
         space = ""
     identity = ""
-    with suppress(OSError):  # not every system says
+    with suppress(OSError):  # not every system has it
         identity = (_MACHINE if space == _WHOLE_MACHINE else _START).read_text()
     return hashlib.sha256(f"{platform.node()} {identity} {space}".encode()).hexdigest()[:8]
 
 
-def _started(pid: int) -> int | None:
-    """When the process began, in a unit of the system's own; 0 if it has ended, None if none is
-    shown to us."""
+def _start_time(pid: int) -> int | None:
+    """Returns the start time of a process in the system's unit; 0 if it has ended, None if
+    hidden."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -162,13 +160,13 @@ def _started(pid: int) -> int | None:
             0 if fields[0] in "ZX" else int(fields[19])
         )  # proc(5): state is field 3, starttime 22
     if sys.platform == "darwin":
-        said = subprocess.run(
+        output = subprocess.run(
             ["ps", "-o", "lstart=", "-p", str(pid)],
             capture_output=True,
             text=True,
             env={"LC_ALL": "C"},
         ).stdout.strip()
-        return calendar.timegm(time.strptime(said)) if said else None
+        return calendar.timegm(time.strptime(output)) if output else None
     return None
 
 

@@ -1,13 +1,11 @@
-"""Settings of the process that somebody changes for a while, for one thread at a time: torch's
-default type and how values are drawn, as transformers builds a model; torch's threads, as the
-processor is measured.
+"""Locks settings of the whole process while one thread changes them.
 
-Two threads that build at once would build by each other's settings, and leave the process with
-them.
+These are torch's default type and initialisation while transformers builds a model, and torch's
+threads while the processor is measured. Two threads that build at once would use each other's
+settings, and could leave them changed.
 """
 
 import threading
 
 ALONE = threading.RLock()
-"""Around what changes them, and around what must not meet them changed. Taken after a base's own
-locks."""
+"""Held while these settings are changed or must be unchanged. Acquired after a base's own locks."""

@@ -1,4 +1,4 @@
-"""What the system tells of the first processor."""
+"""Reads the description of the first processor."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @cache
 def processor() -> dict[str, str]:
-    """Name -> text, as /proc/cpuinfo has them (`model name`, `flags`); empty where there is
-    none."""
+    """Returns name -> text as in /proc/cpuinfo (`model name`, `flags`); empty if it does not
+    exist."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
-    return found
+        fields.setdefault(name.strip(), value.strip())
+    return fields

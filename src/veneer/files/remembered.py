@@ -1,14 +1,13 @@
-"""What was found out once and holds until something that it depends on changes: small entries in
-the cache folder.
+"""Remembers results across processes as small entries in the cache folder.
 
-An entry lies under the hash of its key and holds the key whole. It counts only where the key is
-equal and the value has the type that is asked for; a damaged one is as none, and is written again.
-Every key is widened by what all such findings depend on (`surroundings`): the bytes of Veneer's own
-files, its compiled kernels among them, the versions of what computes, the processor, and the
-environment variables that change what these do.
+An entry is stored under the hash of its key and holds the whole key. It is used only if the key is
+equal and the value has the requested type; a damaged entry is ignored and written again. Every key
+includes what all results depend on (`surroundings`): the bytes of Veneer's own files and compiled
+kernels, the versions of the computing libraries, the processor, and environment variables that
+change these.
 
-Off unless `begin` was called, which the command line does: in a process that others write,
-something may have been replaced that no key knows of. Not known here: what is remembered.
+Off unless `begin` was called, as the command line does: other programs may have replaced something
+that no key covers. Not known here: what is remembered.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from veneer.files.partial import sweep, unfinished
 from veneer.files.processor import processor
 from veneer.files.strict_json import read_json
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 OFF = "VENEER_FORGET"
-"""Environment variable: set to 1, nothing is remembered, and nothing that was is used."""
+"""Environment variable: if 1, nothing is remembered and no entry is used."""
 MOST_BYTES = 4 * 2**20
 MOST_ENTRIES = 512
-"""Of a kind; beyond, those that were written first go."""
+"""Most entries of a kind; beyond, the oldest are removed."""
 
 COMPUTES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate", "kernels")
-"""Whose versions every key holds, where they are installed."""
+"""Libraries whose versions are in every key, if installed."""
 READS = (
     "VENEER_",
     "ATEN_",
@@ -60,72 +59,70 @@ READS = (
 READS_ALSO = ("TRANSFORMERS_", "HF_ENABLE_", "USE_", "TRITON_", "NVIDIA_")
 ABOUT_PLACES = ("VENEER_CACHE", "VENEER_LIBRARY", OFF)
 
-_begun = False
+_enabled = False
 
 
 def begin() -> None:
-    """From now on this process uses what others like it found, and leaves what it finds."""
-    global _begun
-    _begun = not os.environ.get(OFF)
+    """Lets this process use entries and write new ones."""
+    global _enabled
+    _enabled = not os.environ.get(OFF)
 
 
 def is_on() -> bool:
-    """Whether this process remembers: a key that is dear need not be made where it does not."""
-    return _begun and surroundings() is not None
+    """Whether this process remembers results, so that callers can skip an expensive key."""
+    return _enabled and surroundings() is not None
 
 
-def remembered(
+def remember(
     kind: str,
     key: Mapping[str, Any],
     of: Any,
-    make: Callable[[], Found],
-    still: Callable[[Found], bool] = lambda _: True,
-) -> Found:
-    """What `make` gave an earlier process with the same key, else what it gives now.
+    make: Callable[[], Value],
+    still: Callable[[Value], bool] = lambda _: True,
+) -> Value:
+    """Returns the value of an earlier process with the same key, else makes and stores it.
 
-    kind    names a folder of the cache;  key   JSON, everything that the value depends on beside
+    kind    names a folder of the cache;  key   JSON, everything that the value depends on besides
             `surroundings`
-    of      its type, as pydantic reads and writes it;  still   whether it holds yet
+    of      its type, for pydantic;  still   whether the value is still valid
     """
-    around = surroundings() if _begun else None
-    if around is None:
+    environment = surroundings() if _enabled else None
+    if environment is None:
         return make()
-    whole = json.dumps({**key, "surroundings": around}, sort_keys=True, default=str)
-    path = cache_folder() / "found" / kind / f"{_hash(whole)}.json"
-    reads: TypeAdapter[Found] = TypeAdapter(of)
+    full_key = json.dumps({**key, "surroundings": environment}, sort_keys=True, default=str)
+    path = cache_folder() / "found" / kind / f"{_hash(full_key)}.json"
+    adapter: TypeAdapter[Value] = TypeAdapter(of)
     with suppress(VeneerError, ValidationError, OSError):
         entry = read_json(path, max_bytes=MOST_BYTES)
         text = entry.get("value")
         if (
-            entry.get("key") == whole
+            entry.get("key") == full_key
             and isinstance(text, str)
             and entry.get("sha256") == _hash(text)
         ):
-            value = reads.validate_json(text, strict=True)
+            value = adapter.validate_json(text, strict=True)
             if still(value):
                 return value
     value = make()
-    with suppress(VeneerError, OSError, ValueError):  # a cache that cannot be written is none
-        text = reads.dump_json(value).decode()
-        entry = {"key": whole, "sha256": _hash(text), "value": text}
+    with suppress(VeneerError, OSError, ValueError):  # works without a writable cache
+        text = adapter.dump_json(value).decode()
+        entry = {"key": full_key, "sha256": _hash(text), "value": text}
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         with unfinished(path.parent) as partial:
             partial.write_text(json.dumps(entry), encoding="utf-8")
-            partial.replace(
-                path
-            )  # not synced: one that a power cut damages is as none, and nobody waits for a disk
-        _forget_oldest(path.parent)
+            partial.replace(path)  # no fsync: damaged entries are ignored
+        _remove_oldest(path.parent)
     return value
 
 
 def is_known(kind: type) -> bool:
-    """Whether the key says what code this class is: transformers' own, whose version stands in
-    it."""
+    """Whether the key covers this class's code: it belongs to transformers, whose version is
+    in it."""
     return kind.__module__.startswith("transformers.models.")
 
 
-def _forget_oldest(folder: Path) -> None:
+def _remove_oldest(folder: Path) -> None:
     entries = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     for path in entries[:-MOST_ENTRIES]:
         path.unlink(missing_ok=True)
@@ -133,8 +130,8 @@ def _forget_oldest(folder: Path) -> None:
 
 @cache
 def surroundings() -> str | None:
-    """Hash of what any finding depends on; None where that cannot be told: a library that is being
-    worked on."""
+    """Hashes what every result depends on; None if unknown, as with an editable install of a
+    library."""
     try:
         versions = {name: _state(distribution(name)) for name in COMPUTES if _installed(name)}
     except OSError:
@@ -146,7 +143,7 @@ def surroundings() -> str | None:
         for name in os.environ
         if name.startswith(READS + READS_ALSO) and name not in ABOUT_PLACES
     )
-    told = {
+    description = {
         "veneer": own_files_hash(),
         "versions": versions,
         "python": sys.version,
@@ -159,18 +156,18 @@ def surroundings() -> str | None:
         ],
         "environment": {name: os.environ[name] for name in names},
     }
-    return _hash(json.dumps(told, sort_keys=True))
+    return _hash(json.dumps(description, sort_keys=True))
 
 
 def own_files_hash() -> str:
-    """SHA-256 over the names and bytes of Veneer's own files, compiled kernels included."""
-    own = Path(__file__).parents[1]
+    """Hashes the names and bytes of Veneer's own files, compiled kernels included."""
+    package = Path(__file__).parents[1]
     files = sorted(
-        path for path in own.rglob("*") if path.suffix in (".py", ".so", ".pyd", ".c", ".h")
+        path for path in package.rglob("*") if path.suffix in (".py", ".so", ".pyd", ".c", ".h")
     )
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.relative_to(own).as_posix()}\n".encode())
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -187,17 +184,16 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _state(found: Distribution) -> str | None:
-    """Version and hashes of the files of an installation; None where they are those that somebody
-    works on."""
-    if "editable" in (found.read_text("direct_url.json") or ""):
+def _state(installation: Distribution) -> str | None:
+    """Returns version and file hashes of an installation; None if it is editable."""
+    if "editable" in (installation.read_text("direct_url.json") or ""):
         return None
-    files = found.read_text("RECORD") or ""
-    return f"{found.version} {_hash(files)}"
+    files = installation.read_text("RECORD") or ""
+    return f"{installation.version} {_hash(files)}"
 
 
 def _processor() -> list[str | None]:
-    """Model and features, as the system tells them."""
-    told = processor()
+    """Returns the processor's model and features."""
+    fields = processor()
     names = ("model name", "flags", "Features", "CPU part", "microcode")
-    return [told.get(name) for name in names] if told else [platform.processor()]
+    return [fields.get(name) for name in names] if fields else [platform.processor()]

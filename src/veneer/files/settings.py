@@ -1,8 +1,7 @@
-"""Settings that a person writes: what every model of them has, and what is wrong with them in
-words.
+"""Defines strict settings models, and explains their faults in plain words.
 
-No torch here: `--help` reads this. A setting has a path: ("method", "rank") is the rank of the
-run's method.
+Imports no torch, because `--help` reads it. A setting has a path: ("method", "rank") is the rank of
+the run's method.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,22 +16,21 @@ from veneer.errors import ConfigError
 from veneer.files.strict_json import illegible
 from veneer.vocabulary import CHOICES_ELSEWHERE, NOT_NEEDED, KeyPath, nearest, nearest_word
 
-Place = tuple[KeyPath, str]
-"""Where a fault is, and of which kind: a field of two types fails once for each, and that is one
-fault."""
+FaultKey = tuple[KeyPath, str]
+"""Path and kind of a fault: a field of two types fails once for each, which is one fault."""
 
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
 else:
-    ModelMetaclass = type(BaseModel)  # pydantic keeps its name to itself
+    ModelMetaclass = type(BaseModel)  # pydantic does not export it
 
 
-class _Told(ModelMetaclass):
-    """What somebody makes in Python is refused in our words; within other settings pydantic goes on
-    gathering."""
+class _SettingsMeta(ModelMetaclass):
+    """Reports faults of settings made in Python in plain words; nested settings let pydantic
+    collect them."""
 
-    def __call__(cls, *values: Any, **settings: Any) -> Any:  # noqa: N805  # a class is its self
+    def __call__(cls, *values: Any, **settings: Any) -> Any:  # noqa: N805  # a metaclass
         model = cast(type[BaseModel], cls)
         if values:
             step = (
@@ -44,56 +42,62 @@ class _Told(ModelMetaclass):
         try:
             return super().__call__(**settings)
         except ValidationError as fault:
-            raise refused(model, fault, settings) from None
+            raise settings_error(model, fault, settings) from None
 
 
-class Settings(BaseModel, metaclass=_Told):
+class StrictSettings(BaseModel, metaclass=_SettingsMeta):
+    """Immutable settings without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """These settings; ConfigError with a line for each that is wrong."""
+        """Makes these settings. Raises ConfigError with a line for each fault."""
         try:
             return cls.model_validate(values)
         except ValidationError as fault:
-            raise refused(cls, fault, values) from None
+            raise settings_error(cls, fault, values) from None
 
     @field_validator("*")
     @classmethod
-    def _legible(cls, value: Any, info: ValidationInfo) -> Any:
-        """What a run's files could not hold, or not give back, is refused before there is a run."""
-        said = value.model_dump() if isinstance(value, BaseModel) else value
-        if faults := illegible(said, info.field_name or ""):
-            raise ValueError(f"{'; '.join(faults)} holds a NUL or is not UTF-8: give another name")
+    def _refuse_illegible(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses texts that a run's files could not store."""
+        plain = value.model_dump() if isinstance(value, BaseModel) else value
+        if faults := illegible(plain, info.field_name or ""):
+            raise ValueError(
+                f"{'; '.join(faults)} holds a NUL or is not UTF-8: choose another name"
+            )
         return value
 
 
-def refused(
+def settings_error(
     model: type[BaseModel], fault: ValidationError, values: Mapping[str, Any]
 ) -> ConfigError:
-    """What settings that were given in Python are refused with."""
+    """Makes the error for faulty settings that were given in Python."""
 
     def in_python(path: KeyPath) -> str:
         """rank; method=LoRA(rank=...); data={'long_rows': ...}"""
         if len(path) == 1:
             return repr(path[0])
-        variants = [each for each in parts(model)[path[0]] if path[1] in each.model_fields]
-        several = len(parts(model)[path[0]]) > 1
+        variants = [kind for kind in nested_models(model)[path[0]] if path[1] in kind.model_fields]
+        several = len(nested_models(model)[path[0]]) > 1
         inner = f"{variants[0].__name__}({path[1]}=...)" if several else f"{{{path[1]!r}: ...}}"
         return f"{path[0]}={inner}"
 
-    ours = [*((name,) for name in parts(model)), *paths(model)]
-    found = faults_of(model, fault, values, ours, in_python)
+    ours = [*((name,) for name in nested_models(model)), *setting_paths(model)]
+    faults = explain_faults(model, fault, values, ours, in_python)
     return ConfigError(
-        f"{model.__name__}: these settings are not right",
-        [" ".join(each) for each in found.values()],
+        f"{model.__name__}: these settings are invalid",
+        [" ".join(entry) for entry in faults.values()],
     )
 
 
-def parts(model: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
-    """The fields that hold settings of their own, each with what it may hold."""
-    found = {name: _models(field.annotation) for name, field in model.model_fields.items()}
-    return {name: models for name, models in found.items() if models}
+def nested_models(model: type[BaseModel]) -> dict[str, list[type[BaseModel]]]:
+    """Returns the fields that hold nested settings, each with the models it may hold."""
+    models_by_field = {
+        name: _models(field.annotation) for name, field in model.model_fields.items()
+    }
+    return {name: models for name, models in models_by_field.items() if models}
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -104,37 +108,40 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
 
-def paths(model: type[BaseModel]) -> list[KeyPath]:
-    """The path of every setting. Where a field may hold several, the first that has a name stands
-    for them."""
-    inner = parts(model)
-    found: dict[KeyPath, None] = {}
+def setting_paths(model: type[BaseModel]) -> list[KeyPath]:
+    """Returns the path of every setting. A field of several models lists each name once."""
+    inner = nested_models(model)
+    all_paths: dict[KeyPath, None] = {}
     for name in model.model_fields:
-        below: list[KeyPath] = [
+        nested_paths: list[KeyPath] = [
             (name, each) for part in inner.get(name, []) for each in part.model_fields
         ]
-        found.update(dict.fromkeys(below or [(name,)]))
-    return list(found)
+        all_paths.update(dict.fromkeys(nested_paths or [(name,)]))
+    return list(all_paths)
 
 
-def fields_below(model: type[BaseModel], around: KeyPath) -> list[str]:
-    """Names of the settings that a field's settings, or those of a list's items, may have."""
+def fields_below(model: type[BaseModel], parent: KeyPath) -> list[str]:
+    """Returns the names of the settings that a nested field, or the items of a list, may have."""
     models = [model]
-    for name in around:
-        models = [part for each in models for part in parts(each).get(name, [])]
-    return sorted({name for each in models for name in each.model_fields})
+    for name in parent:
+        models = [child for current in models for child in nested_models(current).get(name, [])]
+    return sorted({name for current in models for name in current.model_fields})
 
 
 def field_at(model: type[BaseModel], path: KeyPath) -> FieldInfo:
-    """The field of a path; of several that a field may hold, of the first that has it."""
-    *around, name = path
-    for part in around:
-        model = next(each for each in parts(model)[part] if name in each.model_fields)
+    """Returns the field of a path; of several nested models, the first that has it."""
+    *parents, name = path
+    for parent in parents:
+        model = next(
+            candidate
+            for candidate in nested_models(model)[parent]
+            if name in candidate.model_fields
+        )
     return model.model_fields[name]
 
 
 def words_at(model: type[BaseModel], path: KeyPath) -> tuple[str, ...]:
-    """The words that a field takes, where it takes words of a list."""
+    """Returns the words of a field that takes a choice of words."""
     return _words(field_at(model, path).annotation)
 
 
@@ -144,56 +151,60 @@ def _words(annotation: Any) -> tuple[str, ...]:
     return tuple(word for inner in get_args(annotation) for word in _words(inner))
 
 
-def described(model: type[BaseModel], path: KeyPath) -> str:
-    """The sentence under a field, as one line."""
+def description_at(model: type[BaseModel], path: KeyPath) -> str:
+    """Returns the description of a field, as one line."""
     description = field_at(model, path).description
     assert description, f"{path} has no docstring"
     return " ".join(description.split())
 
 
-def faults_of(
+def explain_faults(
     model: type[BaseModel],
     fault: ValidationError,
     values: Mapping[str, Any],
     ours: Sequence[KeyPath],
     written: Callable[[KeyPath], str],
-) -> dict[Place, tuple[str, str]]:
-    """Where each fault is -> (its code, what is wrong). ours: names that may have been meant;
-    written: as they are."""
-    by_place: dict[Place, list[ErrorDetails]] = {}
+) -> dict[FaultKey, tuple[str, str]]:
+    """Maps each faulty path and kind to (its code, what is wrong).
+
+    ours: names that may have been meant; written: formats a path as the user writes it
+    """
+    by_place: dict[FaultKey, list[ErrorDetails]] = {}
     for detail in fault.errors(include_url=False):
         kind = detail["type"]
         known = kind in ("extra_forbidden", "missing", "value_error", "union_tag_not_found")
-        by_place.setdefault((_place(detail, values), kind if known else ""), []).append(detail)
+        by_place.setdefault((_path_of_error(detail, values), kind if known else ""), []).append(
+            detail
+        )
     return {
-        place: _said(model, details, place[0], ours, written) for place, details in by_place.items()
+        key: _explain_fault(model, details, key[0], ours, written)
+        for key, details in by_place.items()
     }
 
 
-def _place(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
-    """The place of an error in the values, without the types and tags that pydantic tried on the
-    way."""
+def _path_of_error(detail: ErrorDetails, values: Mapping[str, Any]) -> KeyPath:
+    """Returns the path of an error in the values, without pydantic's types and tags."""
     node: Any = values
     path: list[str] = []
-    for each in map(str, detail["loc"]):
+    for segment in map(str, detail["loc"]):
         if not isinstance(node, Mapping):
             break
-        keys = [key for key in node if str(key) == each]
+        keys = [key for key in node if str(key) == segment]
         if keys:
-            path.append(each)
+            path.append(segment)
             node = node[keys[0]]
-        elif detail["type"] == "missing" and each == str(detail["loc"][-1]):
-            path.append(each)
+        elif detail["type"] == "missing" and segment == str(detail["loc"][-1]):
+            path.append(segment)
     return tuple(path)
 
 
-def _within_list(rest: Sequence[int | str]) -> list[str]:
-    """Of the rest of a place what lies in a list: which of its items, and where in that."""
-    begin = next((i for i, each in enumerate(rest) if isinstance(each, int)), len(rest))
-    return [str(each) for each in rest[begin:]]
+def _list_position(rest: Sequence[int | str]) -> list[str]:
+    """Returns the part of a location that lies in a list: the item's number and what follows."""
+    first = next((i for i, entry in enumerate(rest) if isinstance(entry, int)), len(rest))
+    return [str(entry) for entry in rest[first:]]
 
 
-def _said(
+def _explain_fault(
     model: type[BaseModel],
     details: Sequence[ErrorDetails],
     path: KeyPath,
@@ -201,7 +212,7 @@ def _said(
     written: Callable[[KeyPath], str],
 ) -> tuple[str, str]:
     detail = details[0]
-    within_list = _within_list(detail["loc"][len(path) :])
+    within_list = _list_position(detail["loc"][len(path) :])
     name = ".".join(
         [*path, *([] if within_list[-1:] == [*path[-1:]] else within_list)]
     )  # one set, without its list
@@ -223,33 +234,38 @@ def _said(
         hint = _hint(model, path, ours, written, detail["input"])
         return "C312", f"unknown key {path[-1]!r}{f' in {around}' if around else ''}{hint}"
     if kind == "missing":
-        told = (
-            f": {described(model, path)}" if len(path) <= 2 else ""
-        )  # what lies deeper is a set's
-        return "C311", f"{name!r} is missing{told}"
+        description = (
+            f": {description_at(model, path)}" if len(path) <= 2 else ""
+        )  # deeper paths belong to data sets
+        return "C311", f"{name!r} is missing{description}"
     if kind == "union_tag_not_found":
-        tags = [each.model_fields["name"].default for each in parts(model)[path[-1]]]
+        tags = [
+            detail_of_type.model_fields["name"].default
+            for detail_of_type in nested_models(model)[path[-1]]
+        ]
         return "C311", f"'{name}.name' is missing: {' or '.join(tags)}"
     if kind == "value_error":
         return "C315", str(context["error"])
     if kind == "union_tag_invalid":
         tags = context["expected_tags"].replace("'", "")
-        near = nearest_word(context["tag"], tags.split(", "), CHOICES_ELSEWHERE)
-        guess = f": did you mean {near}?" if near else ""
+        suggestion = nearest_word(context["tag"], tags.split(", "), CHOICES_ELSEWHERE)
+        guess = f": did you mean {suggestion}?" if suggestion else ""
         return "C310", f"{name} is {context['tag']!r}, not one of {tags}{guess}"
-    given = repr(detail["input"])
-    given = given if len(given) <= 60 else given[:59] + "…"
+    shown_value = repr(detail["input"])
+    shown_value = shown_value if len(shown_value) <= 60 else shown_value[:59] + "…"
     if kind == "literal_error":
-        near = (
+        suggestion = (
             nearest_word(str(detail["input"]), words_at(model, path), CHOICES_ELSEWHERE)
             if path
             else None
         )
-        guess = f": did you mean {near!r}?" if near else ""
-        return "C310", f"{name} is {given}, not one of {context['expected']}{guess}"
-    first, *others = dict.fromkeys(_wrong(each) for each in details)
-    wrong = " or ".join([first, *(each.removeprefix("should be ") for each in others)])
-    return "C310", f"{name} is {given}: {wrong}"
+        guess = f": did you mean {suggestion!r}?" if suggestion else ""
+        return "C310", f"{name} is {shown_value}, not one of {context['expected']}{guess}"
+    first, *others = dict.fromkeys(_expectation(detail_of_type) for detail_of_type in details)
+    wrong = " or ".join(
+        [first, *(detail_of_type.removeprefix("should be ") for detail_of_type in others)]
+    )
+    return "C310", f"{name} is {shown_value}: {wrong}"
 
 
 def _hint(
@@ -259,18 +275,20 @@ def _hint(
     written: Callable[[KeyPath], str],
     value: object,
 ) -> str:
-    """What to do about an unknown key."""
-    around = path[:-1]
+    """Suggests what to do about an unknown key."""
+    parent = path[:-1]
     if path[-1] in NOT_NEEDED:
-        return f": leave it out ({NOT_NEEDED[path[-1]]})"
+        return f": remove it ({NOT_NEEDED[path[-1]]})"
     if (meant := nearest(path, ours, value)) is not None:
-        return f": did you mean {repr(meant[-1]) if meant[:-1] == around else written(meant)}?"
-    here = sorted(each[-1] for each in ours if each[:-1] == around) or fields_below(model, around)
-    return f": there is {', '.join(here)}" if 0 < len(here) <= MAX_LISTED else ""
+        return f": did you mean {repr(meant[-1]) if meant[:-1] == parent else written(meant)}?"
+    siblings = sorted(
+        known_path[-1] for known_path in ours if known_path[:-1] == parent
+    ) or fields_below(model, parent)
+    return f": there is {', '.join(siblings)}" if 0 < len(siblings) <= MAX_LISTED else ""
 
 
 MAX_LISTED = 12
-"""Settings that an error lists; where there are more, `--help` does."""
+"""Most settings that an error lists; `--help` lists more."""
 EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
@@ -281,10 +299,10 @@ EXPECTED = {
     "model_attributes_type": "a mapping of settings",
     "union_tag_not_found": "a mapping of settings with a name",
 }
-"""Kinds of pydantic's errors -> the type that was expected, in the words of YAML."""
+"""Kind of pydantic's error -> the expected type, in the words of YAML."""
 
 
-def _wrong(detail: ErrorDetails) -> str:
+def _expectation(detail: ErrorDetails) -> str:
     if detail["type"] == "invalid_key":
         return "its keys should be text"
     expected = EXPECTED.get(detail["type"])

@@ -1,7 +1,6 @@
-"""Reads JSON and YAML that anyone may have written: strictly, within limits, no torch loaded;
-writes what can be read so.
+"""Reads untrusted JSON and YAML strictly and within limits, and writes JSON that it can read.
 
-Not known here: what the object should hold.
+Imports no torch. Not known here: what the object should hold.
 """
 
 import json
@@ -22,7 +21,7 @@ MAX_YAML_BYTES = 1_000_000
 
 _SHOWN = 60  # characters of a text in a message
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
-RESTORE = "Copy the file again from where it was made; this one was cut short or changed."
+RESTORE = "Copy the original file again; this one was cut short or changed."
 DOWNLOAD_AGAIN = "Download the model again."
 FOREIGN = (
     "An adapter file holds a few thousand named matrices of floats and nothing else: do not use"
@@ -31,26 +30,28 @@ FOREIGN = (
 
 
 def field_faults(fault: ValidationError) -> list[str]:
-    """One line for each field that a pydantic model refused."""
+    """Describes each field that a pydantic model refused, one line each."""
     return [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in fault.errors()]
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, mend: bool = False) -> dict[str, Any]:
-    """The JSON object in a file of at most max_bytes. Raises SourceError or what parse_json
-    raises."""
+def read_json(
+    path: Path, *, max_bytes: int = MAX_JSON_BYTES, repair: bool = False
+) -> dict[str, Any]:
+    """Reads the JSON object in a file of at most max_bytes. Raises SourceError, or as
+    parse_json."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
     except OSError as fault:
         raise SourceError(f"{path} cannot be read: {fault.strerror}") from fault
-    return parse_json(text, path, max_bytes=max_bytes, mend=mend)
+    return parse_json(text, path, max_bytes=max_bytes, repair=repair)
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model's folder, taken as transformers takes it.
+    """Reads the JSON object in a file of a model's folder, as leniently as transformers.
 
-    A key may stand there twice and a number be infinite (Mamba 2's configs hold one); an index of
-    many shards is long. Depth is bounded as everywhere. Raises CorruptFileError.
+    Duplicate keys and infinite numbers are allowed (Mamba 2's configs hold one); an index of many
+    shards is long. Depth is limited as everywhere. Raises CorruptFileError.
     """
     try:
         with path.open("rb") as file:
@@ -71,7 +72,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
-    """The mapping in a YAML file, a run's settings for instance. Raises SourceError."""
+    """Reads the mapping in a YAML file, for instance a run's settings. Raises SourceError."""
     try:
         with path.open("rb") as file:
             text = file.read(max_bytes + 1)
@@ -81,31 +82,31 @@ def read_yaml(path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
 
 
 def parse_yaml(text: bytes, path: Path, *, max_bytes: int = MAX_YAML_BYTES) -> dict[str, Any]:
-    """The mapping that `text` holds; `path` only names it in errors. Raises SourceError."""
+    """Parses a YAML mapping; `path` only names it in errors. Raises SourceError."""
     import yaml
 
     if len(text) > max_bytes:
         raise SourceError(f"{path} holds more than {max_bytes:,} bytes of YAML, the limit")
     try:
         decoded = text.decode("utf-8")
-        if told := yaml_fault(decoded):
-            raise SourceError(f"{path}{told}")
+        if reason := yaml_fault(decoded):
+            raise SourceError(f"{path}{reason}")
         value = yaml.safe_load(decoded)
     except RecursionError:
         raise SourceError(f"{path} {TOO_DEEP}") from None
-    except (ValueError, yaml.YAMLError) as fault:  # a ValueError: not UTF-8, or a date that is none
-        raise SourceError(f"{path} is not YAML that can be read: {fault}") from None
+    except (ValueError, yaml.YAMLError) as fault:  # a ValueError: not UTF-8, or an invalid date
+        raise SourceError(f"{path} is not valid YAML: {fault}") from None
     if not isinstance(value, dict):
-        raise SourceError(f"{path} is no mapping")
+        raise SourceError(f"{path} is not a mapping")
     return value
 
 
-def parse_json(text: bytes, path: Path, *, max_bytes: int, mend: bool = False) -> dict[str, Any]:
-    """The object that `text` holds; `path` only names it in errors.
+def parse_json(text: bytes, path: Path, *, max_bytes: int, repair: bool = False) -> dict[str, Any]:
+    """Parses a JSON object; `path` only names it in errors.
 
     Stricter than json.loads: no duplicate keys, no NaN or infinity (nor 1e999), no lone surrogates,
-    no NUL (mend: they are made legible, for what earlier versions wrote), bounded size and depth.
-    Raises UnsafeFileError beyond the limits, else CorruptFileError.
+    no NUL (repair: they are replaced, for files of older versions), limited size and depth. Raises
+    UnsafeFileError beyond the limits, else CorruptFileError.
     """
     if len(text) > max_bytes:
         raise UnsafeFileError(
@@ -117,9 +118,9 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int, mend: bool = False) -
             raise UnsafeFileError(f"{path} {TOO_DEEP}", [], FOREIGN)
         value = json.loads(
             decoded,
-            object_pairs_hook=_mended if mend else _unique,
+            object_pairs_hook=_repair_pairs if repair else _refuse_duplicates,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
+            parse_float=_finite_float,
         )
     except VeneerError:
         raise
@@ -132,28 +133,28 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int, mend: bool = False) -
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
-            raise ValueError(f"the key {_brief(key)} stands there twice")
+            raise ValueError(f"duplicate key {_shorten(key)}")
         for text in (key, *_strings(value)):
             if _UNPRINTABLE.search(text):
-                raise ValueError(f"{_brief(text)} holds a NUL or half a surrogate pair")
+                raise ValueError(f"{_shorten(text)} holds a NUL or half a surrogate pair")
         table[key] = value
     return table
 
 
-def _mended(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return _unique([(legible(key), legible(value)) for key, value in pairs])
+def _repair_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return _refuse_duplicates([(legible(key), legible(value)) for key, value in pairs])
 
 
-def _brief(text: str) -> str:
+def _shorten(text: str) -> str:
     return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
 def _strings(value: Any) -> list[str]:
-    """The strings in a value and in the lists it is made of; objects have been through _unique
+    """Returns the strings in a value and its lists; _refuse_duplicates has checked objects
     already."""
     if isinstance(value, list):
         return [text for item in value for text in _strings(item)]
@@ -164,7 +165,7 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is too large")
@@ -172,47 +173,46 @@ def _finite(text: str) -> float:
 
 
 def finite_or_null(value: Any) -> Any:
-    """JSON data in which every number that is not finite is null: JSON has no other way to say
-    it."""
+    """Replaces numbers that are not finite by null, because JSON has none."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): finite_or_null(each) for key, each in value.items()}
+        return {str(key): finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite_or_null(each) for each in value]
+        return [finite_or_null(item) for item in value]
     return value
 
 
 def legible(value: Any) -> Any:
-    """JSON data as parse_json takes it: what is not finite is null, a NUL or half a surrogate pair
-    in a text is U+FFFD.
+    """Makes JSON data that parse_json accepts: non-finite numbers become null, NUL and lone
+    surrogates U+FFFD.
 
-    For what models and data say. A name that a user gave is not changed but refused: `illegible`.
+    For texts of models and data. Names that a user gave are refused instead: `illegible`.
     """
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, Mapping):
-        return {legible(str(key)): legible(each) for key, each in value.items()}
+        return {legible(str(key)): legible(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [legible(each) for each in value]
+        return [legible(item) for item in value]
     return finite_or_null(value)
 
 
 def illegible(value: Any, name: str = "") -> list[str]:
-    """`name: text` of every text in JSON data, keys too, that parse_json would refuse."""
+    """Returns `name: text` of every text in JSON data, keys too, that parse_json would refuse."""
     if isinstance(value, Mapping):
         keys = [fault for key in value for fault in illegible(str(key), name or "a key")]
         return keys + [
-            f for key, each in value.items() for f in illegible(each, f"{name}.{key}".lstrip("."))
+            f for key, item in value.items() for f in illegible(item, f"{name}.{key}".lstrip("."))
         ]
     if isinstance(value, list | tuple):
-        return [fault for each in value for fault in illegible(each, name)]
+        return [fault for item in value for fault in illegible(item, name)]
     return [f"{name}: {value!r}"] if isinstance(value, str) and _UNPRINTABLE.search(value) else []
 
 
 def json_text(value: Mapping[str, Any], *, indent: int | None = 2, sort_keys: bool = True) -> str:
-    """A file's text, which parse_json reads back; with a newline at its end."""
-    made = json.dumps(
+    """Returns a file's text, which parse_json reads back; with a newline at its end."""
+    text = json.dumps(
         legible(value), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
     )
-    return made + "\n"
+    return text + "\n"

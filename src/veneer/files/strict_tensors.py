@@ -1,12 +1,12 @@
-"""Reads tensor files that anyone may have written: safetensors, strictly, within limits.
+"""Reads untrusted safetensors files strictly and within limits.
 
-A file is refused before a byte of its tensors is read unless its header is exactly what the format
-allows: every offset accounted for, no holes, no overlaps, no duplicate names, shape times item size
-equal to the byte range, the last range ending where the file ends. Non-finite values are refused
-too, which the safetensors library does not check. Nothing here unpickles.
+A file is refused before any tensor is read unless its header is exact: every offset is used, no
+holes, no overlaps, no duplicate names, shape times item size equals the byte range, and the last
+range ends where the file ends. Non-finite values are refused too, which the safetensors library
+does not check. Nothing here unpickles.
 
-Not known here: which tensors an adapter should have (formats/peft/tensors.py).
-Source: https://github.com/huggingface/safetensors#format
+Not known here: which tensors an adapter should have (formats/peft/tensors.py). Source:
+https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header: dtype as the format spells it, bytes [begin, end) after the header."""
+    """An entry of a header: dtype in the format's spelling, bytes [begin, end) after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,17 +48,17 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of a safetensors file, in the file's order of names.
+    """Reads names, dtypes and shapes of a safetensors file, in the file's order of names.
 
-    Raises SourceError (no such file), UnsafeFileError (beyond the limits), CorruptFileError (all
+    Raises SourceError (not found), UnsafeFileError (beyond the limits), CorruptFileError (all
     faults).
     """
-    with _readable(path), path.open("rb") as file:
+    with _explain_read_errors(path), path.open("rb") as file:
         return _read_header(path, file)[0]
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _explain_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
@@ -66,7 +66,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], bytes]:
-    """The header, checked against the file's size, and the bytes that were read of the file."""
+    """Reads the header and checks it against the file's size. Returns it, and the bytes read so
+    far."""
     file_bytes = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -94,13 +95,12 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], byt
         raise UnsafeFileError(
             f"{path} holds {len(entries):,} tensors; the limit is {MAX_TENSORS:,}", [], FOREIGN
         )
-    return _checked_layout(path, entries, file_bytes - 8 - header_bytes), prefix + text
+    return _check_layout(path, entries, file_bytes - 8 - header_bytes), prefix + text
 
 
-def _checked_layout(
-    path: Path, entries: Mapping[str, Any], data_bytes: int
-) -> dict[str, TensorInfo]:
-    """Every entry is well formed and together they tile the data without a gap."""
+def _check_layout(path: Path, entries: Mapping[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
+    """Checks that every entry is well formed and that together they cover the data without a
+    gap."""
     infos: dict[str, TensorInfo] = {}
     unsafe: list[str] = []
     corrupt: list[str] = []
@@ -158,28 +158,28 @@ def _natural_numbers(values: Any) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file, on the CPU, by name; all finite. Raises as read_header does."""
+    """Reads every tensor of the file to the CPU, by name; all finite. Raises as read_header
+    does."""
     return read_tensor_file(path)[0]
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """read_tensors, and the SHA-256 of exactly the bytes that they came from, in hex: the file is
-    read once.
+    """Reads the tensors, and the SHA-256 of exactly the bytes they come from, in hex.
 
-    The tensors are views of one buffer, which lives as long as any of them.
+    The file is read once. The tensors are views of one buffer, which lives as long as any of them.
     """
-    with _readable(path), path.open("rb") as file:
+    with _explain_read_errors(path), path.open("rb") as file:
         infos, head = _read_header(path, file)
         data = torch.empty(max((info.end for info in infos.values()), default=0), dtype=torch.uint8)
-        raw: Any = data.numpy()  # its bytes; the type says nothing of that
-        if (got := file.readinto(raw)) != len(data) or file.read(1):
+        raw: Any = data.numpy()  # its bytes
+        if (num_read := file.readinto(raw)) != len(data) or file.read(1):
             raise CorruptFileError(
-                f"{path} changed while it was read", [f"{got:,} bytes of it"], RESTORE
+                f"{path} changed while it was read", [f"{num_read:,} bytes of it"], RESTORE
             )
     digest = hashlib.sha256(head)
     digest.update(raw)
     tensors = {
-        name: _aligned(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape)
+        name: _view_as(data[info.begin : info.end], DTYPES[info.dtype]).view(info.shape)
         for name, info in infos.items()
     }
     if not _all_finite(data, infos):
@@ -198,25 +198,24 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str]:
     return tensors, digest.hexdigest()
 
 
-def _aligned(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as values; copied where a file's offsets are no multiple of their size."""
+def _view_as(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Views bytes as values; copies them if the offset is not a multiple of the value's size."""
     return (
         raw.view(dtype) if raw.storage_offset() % dtype.itemsize == 0 else raw.clone().view(dtype)
     )
 
 
 def _all_finite(data: Tensor, infos: Mapping[str, TensorInfo]) -> bool:
-    """Stretches of one type are looked at as a whole: a call for each of hundreds of tensors costs
-    more."""
-    stretches: list[tuple[str, int, int]] = []
+    """Whether all values are finite. Ranges of one type are checked together: a call per tensor
+    costs more."""
+    ranges: list[tuple[str, int, int]] = []
     for info in sorted(infos.values(), key=lambda info: info.begin):
-        if stretches and stretches[-1][0] == info.dtype:
-            stretches[-1] = (info.dtype, stretches[-1][1], info.end)
+        if ranges and ranges[-1][0] == info.dtype:
+            ranges[-1] = (info.dtype, ranges[-1][1], info.end)
         else:
-            stretches.append((info.dtype, info.begin, info.end))
-    # the extremes of a stretch are NaN if one of its values is, and reading them is ten times as
-    # fast as isfinite
+            ranges.append((info.dtype, info.begin, info.end))
+    # The extremes are NaN if any value is, and computing them is ten times as fast as isfinite.
     extremes = (
-        torch.aminmax(_aligned(data[begin:end], DTYPES[dtype])) for dtype, begin, end in stretches
+        torch.aminmax(_view_as(data[begin:end], DTYPES[dtype])) for dtype, begin, end in ranges
     )
     return all(math.isfinite(float(low)) and math.isfinite(float(high)) for low, high in extremes)

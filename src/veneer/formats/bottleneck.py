@@ -1,9 +1,9 @@
-"""Bottleneck layers in an adapter's two files. PEFT has no layout for them: the names are ours,
-docs/format.md has them.
+"""Reads and writes bottleneck adapters. PEFT has no layout for them: docs/format.md defines the
+names.
 
-    base_model.model.<block>.bottleneck_down.weight / .bias    (S, D) / (S)
-    base_model.model.<block>.bottleneck_up.weight / .bias      (D, S) / (D)
-    base_model.model.<block>.bottleneck_norm.weight / .bias    (D) / (D)       with norm
+base_model.model.<block>.bottleneck_down.weight / .bias    (S, D) / (S)
+base_model.model.<block>.bottleneck_up.weight / .bias      (D, S) / (D)
+base_model.model.<block>.bottleneck_norm.weight / .bias    (D) / (D)       with norm
 Shapes: D hidden size, S size of the bottleneck.
 """
 
@@ -22,9 +22,9 @@ from veneer.adapters.placement.wrapping import plain_modules, unwrapped
 from veneer.bounds import LAYER, SCALING, SHARE, WIDTH
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.strict_json import field_faults
-from veneer.formats.layout import Fit, Layout
+from veneer.formats.layout import AdapterFormat, Fit
 from veneer.formats.manifest import BaseIdentity
-from veneer.formats.peft.fit import grouped
+from veneer.formats.peft.fit import group_by_layer
 from veneer.formats.peft.tensors import PREFIX
 
 PEFT_TYPE: Final = "VENEER_BOTTLENECK"
@@ -36,11 +36,11 @@ _ENDINGS = {
     "norm_weight": "bottleneck_norm.weight",
     "norm_bias": "bottleneck_norm.bias",
 }
-"""A layer's part -> the end of its name in the file."""
+"""Part of a layer -> the end of its name in the file."""
 
 
 class BottleneckFields(BaseModel):
-    """adapter_config.json: every field is needed and no other is read."""
+    """The fields of adapter_config.json; all are required and no others are allowed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -60,6 +60,8 @@ class BottleneckFields(BaseModel):
 
 @dataclass(frozen=True)
 class BottleneckFile:
+    """The adapter_config.json of a bottleneck adapter."""
+
     path: Path
     fields: BottleneckFields
 
@@ -76,8 +78,8 @@ class BottleneckFile:
             raise CorruptFileError(
                 f"{self.path.parent} holds no bottleneck layers", [], "Copy the folder again."
             )
-        apart = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
-        return Bottleneck(**self.fields.model_dump(exclude=apart))
+        other_fields = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
+        return Bottleneck(**self.fields.model_dump(exclude=other_fields))
 
     def fit(
         self,
@@ -106,7 +108,7 @@ class BottleneckFile:
             if name not in tensors or tuple(tensors[name].shape) != expected.get(name)
         ]
         if compared:
-            return Fit(None, faults=grouped(compared), concerned=len(compared))
+            return Fit(None, faults=group_by_layer(compared), concerned=len(compared))
         values = {
             f"{path}.{part}": tensors[f"{path}.{_ENDINGS[part]}"].float()
             for path in paths
@@ -116,6 +118,7 @@ class BottleneckFile:
 
 
 def part_shapes(config: Bottleneck, width: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each part of a layer."""
     size = config.bottleneck_size(width)
     shapes: dict[str, tuple[int, ...]] = {
         "down": (size, width),
@@ -158,8 +161,8 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[BottleneckFile, list[s
         return BottleneckFile(path, BottleneckFields.model_validate(dict(stored))), []
     except ValidationError as fault:
         raise CorruptFileError(
-            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+            f"{path} has invalid fields", field_faults(fault), "Restore it."
         ) from fault
 
 
-BOTTLENECK = Layout(PEFT_TYPE, _tensors, _config, _read)
+BOTTLENECK = AdapterFormat(PEFT_TYPE, _tensors, _config, _read)

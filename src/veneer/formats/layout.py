@@ -1,11 +1,10 @@
-"""How one family of methods lies in an adapter's two files: what a method owes whoever reads and
-writes it.
+"""Defines the file format of a family of methods: what it must provide to read and write adapters.
 
-    write   tensors and settings of a live adapter, in the file's terms
-    read    the file's settings, strictly, without a model
-    fit     what of the file goes where on a base, and why not
+write   tensors and settings of a live adapter, in the file's terms
+read    the file's settings, strictly, without a model
+fit     where the file's values go on a base, and why not
 
-Not known here: which methods there are (registry.py), folders (adapter.py).
+Not known here: which methods exist (registry.py), folders (adapter.py).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -22,13 +21,13 @@ from veneer.formats.manifest import BaseIdentity
 
 @dataclass(frozen=True)
 class Fit:
-    """How a file's tensors go onto a base.
+    """Where a file's tensors go on a base.
 
-    settings   attach exactly what the file holds; None where there are faults
+    settings   attach exactly what the file holds; None if there are faults
     values     name among Attachment.parameters() -> its value, in its shape
     scaling    path -> factor of the update
-    faults     why they do not go on, one line each; empty if they do
-    concerned  how many of the file's and the base's tensors the faults are about
+    faults     why they do not fit, one line each; empty if they do
+    concerned  number of the file's and the base's tensors that the faults are about
     """
 
     settings: AdapterConfig | None
@@ -39,21 +38,21 @@ class Fit:
 
 
 class FileSettings(Protocol):
-    """adapter_config.json as one method's file holds it."""
+    """The adapter_config.json of one method's file."""
 
     @property
     def base_model_name_or_path(self) -> str | None: ...
 
     @property
     def front_places(self) -> int:
-        """Positions that what it adds takes in front of every text."""
+        """Returns the number of positions of its prefix, in front of every text."""
 
     def settings(self, tensors: Mapping[str, Tensor]) -> AdapterConfig:
-        """In Veneer's terms, without a model to resolve them on. tensors: the file's, by bare
-        names.
+        """Returns the settings in Veneer's terms, without a model. tensors: of the file, by bare
+        names
 
-        Raises CorruptFileError where the tensors are not those of such an adapter, ConfigError
-        where the settings make no adapter.
+        Raises CorruptFileError if the tensors do not belong to such an adapter, ConfigError if the
+        settings are invalid.
         """
 
     def fit(
@@ -63,16 +62,20 @@ class FileSettings(Protocol):
         head: nn.Module | None,
         read_past: Collection[str],
     ) -> Fit:
-        """tensors: by bare names; model: with or without other adapters; head: its output head;
-        read_past: the weights that the model takes past their modules
-        (adapters/placement/reads.py)."""
+        """Finds where the tensors go on a model.
+
+        tensors: by bare names; model: with or without other adapters; head: its output head;
+        read_past: weights that the model reads directly, not through their modules
+        (adapters/placement/reads.py)
+        """
 
 
 @dataclass(frozen=True)
-class Layout:
-    """peft_type   what adapter_config.json calls the method: PEFT's own name, or VENEER_... where
-                   PEFT has none
-    tensors        (adapter, the model it sits on) -> every tensor of the file by its full name
+class AdapterFormat:
+    """How a family of methods reads and writes its files.
+
+    peft_type      name of the method in adapter_config.json: PEFT's own, or VENEER_...
+    tensors        (adapter, its model) -> every tensor of the file by its full name
     config         (adapter, model, base) -> adapter_config.json
     read           (path, its content) -> the settings, and the names of unknown fields that are off
     """
@@ -84,4 +87,5 @@ class Layout:
 
     @property
     def peft_reads(self) -> bool:
+        """Whether PEFT can load such files."""
         return not self.peft_type.startswith("VENEER_")

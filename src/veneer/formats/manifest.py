@@ -1,13 +1,13 @@
-"""veneer.json: what an adapter's two PEFT files cannot say: which base, which data, which recipe,
-which bytes.
+"""Reads and writes veneer.json: the base, data, recipe and hashes that PEFT's two files cannot
+hold.
 
-    base          name, revision and fingerprint of the base it was trained on
-    tokenizer     hashes of what the tokenizer does and of the chat template
-    scaling       what each adapted module's update is multiplied with, as it was while training
-    content_hash  SHA-256 over the tensor file and the config: changes if either does
+base          name, revision and fingerprint of the base it was trained on
+tokenizer     hashes of the tokenizer's behaviour and of the chat template
+scaling       factor of each adapted module's update, as in training
+content_hash  SHA-256 over the tensor file and the config: changes if either does
 
-No time, host or user stands in it: the same adapter written twice is the same to the byte. Not
-known here: how a fingerprint is computed (bases/identity/fingerprint.py), what the tensors are
+It holds no time, host or user: the same adapter written twice is equal to the byte. Not known here:
+how a fingerprint is computed (bases/identity/fingerprint.py), what the tensors are
 (peft/tensors.py).
 """
 
@@ -29,117 +29,125 @@ CARD_NAME = "README.md"
 FORMAT_VERSION = 1
 
 
-class _Strict(BaseModel):
+class _ManifestModel(BaseModel):
+    """Strict, immutable pydantic model."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
-class BaseIdentity(_Strict):
+class BaseIdentity(_ManifestModel):
+    """The base that an adapter was trained on."""
+
     name: str
-    """Hub id or folder the base was loaded from; for people, proves nothing."""
+    """Hub id or folder that the base was loaded from; informative only."""
     revision: str | None = None
     """Commit of a hub base."""
     fingerprint: dict[str, JsonValue]
-    """models.fingerprint.Fingerprint.to_dict(): this is what another base is compared with."""
+    """bases.identity.fingerprint.Fingerprint.to_dict(), compared with other bases."""
 
 
-class Parent(_Strict):
-    """One of the adapters that an adapter was combined from."""
+class Parent(_ManifestModel):
+    """One of the adapters that this adapter was combined from."""
 
     content_hash: str
-    """Of its files."""
+    """Hash of its files."""
     weight: float
-    """What its update was multiplied with."""
+    """Factor of its update."""
 
 
-class Figure(_Strict):
-    """A figure with its 95% interval over rows; low and high are null where the rows do not
-    determine one."""
+class Figure(_ManifestModel):
+    """A figure with its 95% interval over rows; low and high are null if the rows determine
+    none."""
 
     value: float
     low: float | None
     high: float | None
 
 
-class SetHeldOut(_Strict):
-    """Loss on rows that were not learnt, nats a token."""
+class SetHeldOut(_ManifestModel):
+    """Loss on held-out rows of one set, in nats a token."""
 
     rows: int
     loss: Figure
-    """Of the values that were kept."""
+    """With the saved values."""
     before: Figure | None = None
     """Before step 1."""
     change: Figure | None = None
-    """The first less the second, on the same rows."""
+    """`loss` minus `before`, on the same rows."""
 
 
 class HeldOut(SetHeldOut):
-    """Of all held-out rows."""
+    """Loss on all held-out rows."""
 
     tokens: int
     sets: dict[str, SetHeldOut] = Field(default_factory=dict)
-    """By name, where there are several."""
+    """By name, if there are several."""
 
 
-class Manifest(_Strict):
+class Manifest(_ManifestModel):
+    """The content of veneer.json."""
+
     format_version: Literal[1] = 1
-    """Raised when a reader of the old version would misread the new one."""
+    """Increased when a reader of the old version would misread the new one."""
     veneer_version: str
     """Version that wrote the folder."""
     method: str
     """Name of the method, as in a run file."""
     trained_by: Literal["veneer", "peft"] = "veneer"
-    """Program that trained it. Of another one's adapter, whoever added it to a library named the
+    """Program that trained it. For PEFT's adapters, the user who added it to a library named the
     base."""
     base: BaseIdentity
     tokenizer_hash: str | None = None
-    """models.fingerprint.tokenizer_hash of the tokenizer it was trained with."""
+    """bases.identity.fingerprint.tokenizer_hash of the tokenizer it was trained with."""
     template_hash: str | None = None
     """ChatTemplate.fingerprint() of the chat template it was trained with."""
     scaling: dict[str, float] = Field(default_factory=dict)
     """Path of each adapted module or parameter -> factor of its update; write_adapter fills it
     in."""
     system: str | None = None
-    """System turn that every conversation it was trained on begins with: given to those that have
-    none."""
+    """System turn that begins every training conversation; added to conversations without one."""
     template_variables: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the chat template was told (enable_thinking, ...)."""
+    """Variables of the chat template (enable_thinking, ...)."""
     new_tokens: list[str] = Field(default_factory=list)
-    """Texts of the tokens that it brings, in the order of their rows."""
+    """Texts of its new tokens, in the order of their rows."""
     data_fingerprint: str | None = None
     """Hash over the rows it was trained on."""
     recipe: dict[str, JsonValue] | None = None
-    """The run's settings, resolved; None for an adapter that no run of ours made."""
+    """The run's settings, resolved; None if no Veneer run made the adapter."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """What was measured on the held-out rows."""
+    """Metrics on the held-out rows."""
     held_out: HeldOut | None = None
-    """The loss on them before and after, with intervals."""
+    """Loss on the held-out rows before and after, with intervals."""
     parent: str | None = None
     """content_hash of the adapter that training started from."""
     parents: list[Parent] = Field(default_factory=list)
-    """The adapters that it was combined from, or whose sum training started from."""
+    """Adapters that it was combined from, or whose sum training started from."""
     content_hash: str = ""
     """SHA-256 over the tensor file and the canonical config; write_adapter fills it in."""
 
     @property
     def preamble(self) -> Preamble:
+        """Returns the system turn, template variables and new tokens."""
         return Preamble(self.system, self.template_variables, tuple(self.new_tokens))
 
     def to_json(self) -> str:
-        """The file's text: sorted keys, ASCII, two spaces, one newline at the end. ConfigError: it
-        could not be read."""
+        """Returns the file's text: sorted keys, ASCII, two spaces, one newline at the end.
+
+        Raises ConfigError if it could not be read again.
+        """
         stored = self.model_dump(mode="json")
         if faults := illegible(stored):
             raise ConfigError(
-                "what holds a NUL or is not UTF-8 is not kept", faults, "Give another name."
+                "texts with a NUL or invalid UTF-8 cannot be stored", faults, "Choose another name."
             )
         return json.dumps(stored, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def readable(make: Callable[[], Manifest]) -> Manifest:
-    """The manifest that is made, if it can be, and can be read again once it is written; else
-    ConfigError says why not."""
+def make_readable(make: Callable[[], Manifest]) -> Manifest:
+    """Makes a manifest and checks that it can be read after it is written. Raises ConfigError if
+    not."""
     try:
         manifest = make()
         text = manifest.to_json().encode()
@@ -154,7 +162,8 @@ def readable(make: Callable[[], Manifest]) -> Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises SourceError, UnsafeFileError or CorruptFileError with every field that is wrong."""
+    """Reads veneer.json. Raises SourceError, UnsafeFileError, or CorruptFileError with every wrong
+    field."""
     stored = read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
@@ -169,17 +178,16 @@ def read_manifest(path: Path) -> Manifest:
         raise CorruptFileError(
             f"{path} is not a manifest that Veneer wrote",
             field_faults(fault),
-            "Restore the file from where it was made.",
+            "Restore the original file.",
         ) from fault
 
 
 def content_hash(tensor_file: Path, config: dict[str, Any]) -> str:
-    """SHA-256, in hex, over the tensor file's own SHA-256 and the config as JSON with sorted
-    keys."""
+    """Hashes the tensor file's SHA-256 and the config as JSON with sorted keys (SHA-256, hex)."""
     return content_hash_of(file_hash(tensor_file), config)
 
 
 def content_hash_of(tensors: str, config: dict[str, Any]) -> str:
-    """content_hash where the SHA-256 of the tensor file is known."""
+    """Computes content_hash from a known SHA-256 of the tensor file."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(f"{tensors}\n{canonical}".encode()).hexdigest()

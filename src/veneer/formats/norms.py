@@ -1,12 +1,12 @@
-"""What an adapter's tensors amount to: the norm of each module's update, and the angle between two
-adapters'.
+"""Computes the norm of each module's update, and the angle between two adapters.
 
-    ||s B A||^2 = s^2 sum((B^T B) * (A A^T))
-        <s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T))
+||s B A||^2 = s^2 sum((B^T B) * (A A^T))
+    <s1 B1 A1, s2 B2 A2> = s1 s2 sum((B1^T B2) * (A1 A2^T))
 
-so no dense matrix is formed: (R, R) products of the factors say it all. In float64, because norms
-of small updates are differences of larger numbers. What a method trains besides factors is compared
-value by value. Shapes: E experts (1 elsewhere), R rank, I/O in and out features.
+so no dense matrix is formed: (R, R) products of the factors are enough. Computed in float64,
+because norms of small updates are differences of larger numbers. Values that a method trains
+besides factors are compared one by one. Shapes: E experts (1 elsewhere), R rank, I/O in and out
+features.
 """
 
 import math
@@ -29,8 +29,8 @@ _ENDS = (".lora_A.weight", ".lora_embedding_A")
 
 
 @dataclass(frozen=True)
-class Update:
-    """A (E, R, I), B (E, O, R), float64; scaling: the factor of B A."""
+class LowRankUpdate:
+    """The update of one module: A (E, R, I), B (E, O, R), float64; scaling: the factor of B A."""
 
     A: Tensor
     B: Tensor
@@ -41,27 +41,27 @@ class Update:
         return self.A.shape[1]
 
     def norm(self) -> float:
-        """Frobenius norm of the update."""
+        """Returns the Frobenius norm of the update."""
         return math.sqrt(max(inner(self, self), 0.0))
 
 
-def inner(one: Update, other: Update) -> float:
-    """Sum of the products of the entries of two updates of one module."""
-    by_B = one.B.transpose(1, 2) @ other.B
-    by_A = one.A @ other.A.transpose(1, 2)
-    return one.scaling * other.scaling * float((by_B * by_A).sum())
+def inner(first: LowRankUpdate, second: LowRankUpdate) -> float:
+    """Returns the sum of the products of the entries of two updates of one module."""
+    by_B = first.B.transpose(1, 2) @ second.B
+    by_A = first.A @ second.A.transpose(1, 2)
+    return first.scaling * second.scaling * float((by_B * by_A).sum())
 
 
-def updates(stored: StoredAdapter) -> tuple[dict[str, Update], dict[str, Tensor]]:
-    """Module -> its low-rank update; and what else the file holds, by name.
+def updates(stored: StoredAdapter) -> tuple[dict[str, LowRankUpdate], dict[str, Tensor]]:
+    """Returns the low-rank update of each module, and the other tensors of the file by name.
 
-    Of an embedding the update is that of its transposed table: norms and angles are the same. Rows
-    of A beyond the settings' rank are those of further experts.
+    An embedding's update is that of its transposed table: norms and angles are the same. Rows of A
+    beyond the settings' rank belong to further experts.
     """
-    found: dict[str, Update] = {}
+    updates_by_module: dict[str, LowRankUpdate] = {}
     rest = dict(stored.tensors)
     if not isinstance(stored.file, LowRankFile):
-        return found, rest
+        return updates_by_module, rest
     peft = stored.file.peft
     for name in sorted(stored.tensors):
         for end in _ENDS:
@@ -74,50 +74,52 @@ def updates(stored: StoredAdapter) -> tuple[dict[str, Update], dict[str, Tensor]
             strength = strengths(peft, [Slot(module, "linear", module, None, 0, 0)])[module]
             experts = A.shape[0] // strength.rank if A.shape[0] % strength.rank == 0 else 1
             rank = A.shape[0] // experts
-            found[path] = Update(
+            updates_by_module[path] = LowRankUpdate(
                 A.reshape(experts, rank, -1),
                 B.reshape(B.shape[0], rank, experts).permute(2, 0, 1),
                 strength.alpha / (math.sqrt(rank) if peft.use_rslora else rank),
             )
-    return found, rest
+    return updates_by_module, rest
 
 
 def by_kind(norms: Mapping[str, float]) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Of modules in layers by their kind (q_proj, down_proj, ...) and layer; of the others by their
-    path."""
+    """Groups norms by kind of module (q_proj, down_proj, ...) and layer; the rest by path."""
     kinds: dict[str, dict[int, float]] = {}
-    alone: dict[str, float] = {}
+    outside_layers: dict[str, float] = {}
     for path, norm in norms.items():
         layer = layer_number(path)
         if layer is None:
-            alone[path] = norm
+            outside_layers[path] = norm
         else:
             kinds.setdefault(path.rsplit(".", 1)[-1], {})[layer] = norm
-    return kinds, alone
+    return kinds, outside_layers
 
 
 def base_norms(base: FrozenBase, paths: Iterable[str]) -> dict[str, float]:
-    """Frobenius norm of the base's own weight at each path, float32, one matrix at a time."""
+    """Returns the Frobenius norm of the base's weight at each path, float32, one matrix at a
+    time."""
     modules = plain_modules(base.model)
-    found = {}
+    norms = {}
     for path in paths:
         module = modules.get(path)
         linear = None if module is None else frozen_linear(module)
         if module is None or (linear is None and "weight" not in module._parameters):
-            continue  # experts: the file does not say which of their parameters it means
+            continue  # experts: the file does not say which of their parameters is meant
         weight = (
             linear.dense_weight(torch.float32)
             if linear is not None
             else module.get_parameter("weight").float()
         )
-        found[path] = float(torch.linalg.norm(weight.detach()))
-    return found
+        norms[path] = float(torch.linalg.norm(weight.detach()))
+    return norms
 
 
 @dataclass(frozen=True)
 class Angle:
-    """Cosine between two updates; None where one of them is not there or nothing. shares: of
-    modules in both."""
+    """The cosine between two updates; None if one of them is missing or zero.
+
+    in_both: number of modules in both adapters
+    """
 
     total: float | None
     by_layer: dict[str, float | None]
@@ -126,39 +128,44 @@ class Angle:
     only_other: list[str]
 
 
-def angle(one: Mapping[str, Update], other: Mapping[str, Update]) -> Angle:
-    """In total, and by layer ("layer 3"; modules outside the layers by their own path).
+def angle(first: Mapping[str, LowRankUpdate], second: Mapping[str, LowRankUpdate]) -> Angle:
+    """Computes the cosine in total and by layer ("layer 3"; modules outside the layers by their
+    path).
 
-    A module that one of them does not adapt counts as an update of nothing. Modules of other shapes
-    are left out.
+    A module that one adapter lacks counts as a zero update. Modules of different shapes are left
+    out.
     """
-    both = [p for p in one if p in other and _same_shape(one[p], other[p])]
+    both = [p for p in first if p in second and _same_shape(first[p], second[p])]
     groups: dict[str, list[str]] = {}
     for path in sorted(
-        {*one, *other}, key=lambda p: (layer_number(p) is None, layer_number(p) or 0, p)
+        {*first, *second}, key=lambda p: (layer_number(p) is None, layer_number(p) or 0, p)
     ):
         number = layer_number(path)
         groups.setdefault(path if number is None else f"layer {number}", []).append(path)
 
     def cosine(paths: Iterable[str]) -> float | None:
         listed = list(paths)
-        dot = sum(inner(one[p], other[p]) for p in listed if p in both)
-        first = math.sqrt(sum(one[p].norm() ** 2 for p in listed if p in one))
-        second = math.sqrt(sum(other[p].norm() ** 2 for p in listed if p in other))
-        return max(-1.0, min(1.0, dot / (first * second))) if first * second > 0 else None
+        dot = sum(inner(first[p], second[p]) for p in listed if p in both)
+        first_norm = math.sqrt(sum(first[p].norm() ** 2 for p in listed if p in first))
+        second_norm = math.sqrt(sum(second[p].norm() ** 2 for p in listed if p in second))
+        return (
+            max(-1.0, min(1.0, dot / (first_norm * second_norm)))
+            if first_norm * second_norm > 0
+            else None
+        )
 
     return Angle(
-        total=cosine([*one, *(p for p in other if p not in one)]),
+        total=cosine([*first, *(p for p in second if p not in first)]),
         by_layer={name: cosine(paths) for name, paths in groups.items()},
         in_both=len(both),
-        only_one=sorted(one.keys() - other.keys()),
-        only_other=sorted(other.keys() - one.keys()),
+        only_one=sorted(first.keys() - second.keys()),
+        only_other=sorted(second.keys() - first.keys()),
     )
 
 
-def _same_shape(one: Update, other: Update) -> bool:
-    return (one.A.shape[0], one.A.shape[2], one.B.shape[1]) == (
-        other.A.shape[0],
-        other.A.shape[2],
-        other.B.shape[1],
+def _same_shape(first: LowRankUpdate, second: LowRankUpdate) -> bool:
+    return (first.A.shape[0], first.A.shape[2], first.B.shape[1]) == (
+        second.A.shape[0],
+        second.A.shape[2],
+        second.B.shape[1],
     )

@@ -1,9 +1,7 @@
-"""A base held in 4 bits as a folder in bitsandbytes' layout: transformers with bitsandbytes loads
-it, and so does Veneer.
+"""Writes a 4-bit base as a folder in bitsandbytes' layout, for transformers and Veneer.
 
-The packed bytes are written as they are held: what is read back is the same to the bit. Fused
-experts are written packed as well; transformers keeps those in 16 bits and cannot read them so,
-Veneer can.
+The packed bytes are written unchanged, so reading returns the same bits. Fused experts are written
+packed too. transformers keeps experts in 16 bits and cannot read them; Veneer can.
 """
 
 import json
@@ -27,8 +25,10 @@ from veneer.quant.weight import PackedWeight
 
 @dataclass(frozen=True)
 class WrittenBase:
-    """path: the folder; bytes: of its weights; others_read: whether transformers with bitsandbytes
-    loads it."""
+    """The written folder.
+
+    bytes: of its weights; others_read: whether transformers with bitsandbytes can load it
+    """
 
     path: Path
     bytes: int
@@ -36,11 +36,14 @@ class WrittenBase:
 
 
 def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
-    """Raises ConfigError: the base is not held as nf4 or fp4, or the folder exists;
-    DoesNotFitError: the disk is full."""
+    """Writes the base's folder.
+
+    Raises ConfigError if the base is not held as nf4 or fp4, or the folder exists; DoesNotFitError
+    if the disk is full.
+    """
     if not weight_format(base.quantize).writes_folder:
         raise ConfigError(
-            f"{base.source} is not held in 4 bits: there is nothing to write in this layout",
+            f"{base.source} is not held in 4 bits, which this layout requires",
             next_step=f"Load it with quantize {FOUR_BITS}.",
         )
     tensors = _tensors(base.model)
@@ -62,14 +65,14 @@ def write_packed(base: FrozenBase, folder: str | Path) -> WrittenBase:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight under its own name, packed ones with their parts; tied ones once."""
+    """Returns every weight by its name, packed ones with their parts; tied ones once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     parts: set[str] = set()
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, HeldLinear | HeldExperts):
             for name in module.packed_shapes():
-                tensors |= file_tensors(f"{path}.{name}", _code_book(module.packed(name)))
+                tensors |= file_tensors(f"{path}.{name}", _as_code_book_weight(module.packed(name)))
             parts |= {
                 f"{path}.{name}"
                 for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)
@@ -78,23 +81,23 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if name not in tied and name not in parts and name not in tensors:
             tensors[name] = tensor
-    # Small ones are copied: a table that every weight shares is written with each.
+    # Small tensors are copied: a table that all weights share is written with each weight.
     return {
         n: (t.detach().clone() if t.numel() <= 256 else t.detach()).cpu().contiguous()
         for n, t in tensors.items()
     }
 
 
-def _code_book(weight: PackedWeight) -> Packed:
-    assert isinstance(weight, Packed)  # of the formats, only these are written
+def _as_code_book_weight(weight: PackedWeight) -> Packed:
+    assert isinstance(weight, Packed)  # write_packed refused other formats
     return weight
 
 
 def _settings(base: FrozenBase) -> dict[str, object]:
-    """What transformers wants to find; it leaves dense what llm_int8_skip_modules names."""
+    """Returns transformers' quantization_config; llm_int8_skip_modules lists the dense modules."""
     dense = [path for path, module in base.model.named_modules() if isinstance(module, nn.Linear)]
     double = [
-        _code_book(m.packed()).nested is not None
+        _as_code_book_weight(m.packed()).nested is not None
         for m in base.model.modules()
         if isinstance(m, HeldLinear)
     ]

@@ -1,10 +1,10 @@
-"""A prefix in PEFT's two files: one tensor, prompt_embeddings (M, 2 L t), and the settings that
-give it its shape.
+"""Reads and writes prefix adapters in PEFT's two files: one tensor, prompt_embeddings (M, 2 L t).
 
-A prefix of some layers only, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one
-more setting, `layers`. What an MLP computed while training is written as plain values, and so is
-read: prefix_projection says how they were trained, and changes nothing. Shapes: M tokens, L layers
-with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2, peft/tuners/prefix_tuning.
+A prefix of only some layers, which PEFT cannot load, is VENEER_PREFIX with the same tensor and one
+more setting, `layers`. Values that an MLP computed in training are written and read as plain
+values: prefix_projection says how they were trained, and changes nothing. Shapes: M tokens, L
+layers with a prefix, t = key/value heads * head size. Facts: PEFT 0.21.2,
+peft/tuners/prefix_tuning.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.bounds import LAYER, PLACES, WIDTH
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.files.strict_json import field_faults
-from veneer.formats.layout import Fit, Layout
+from veneer.formats.layout import AdapterFormat, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.config import PEFT_LAYOUT
 
@@ -38,22 +38,22 @@ _INERT = {
     "prefix_projection",
     "runtime_config",
 }
-"""No effect on what a finished prefix computes; modules_to_save is refused where it names any."""
+"""Fields that do not affect a finished prefix; modules_to_save is refused if it names any."""
 
 
 class PeftPrefix(BaseModel):
-    """The fields that decide what a prefix computes, spelt as PEFT spells them."""
+    """The fields that decide what a prefix computes, with PEFT's names."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
     num_virtual_tokens: Annotated[int, PLACES]
     num_layers: Annotated[int, LAYER]
     num_attention_heads: Annotated[int, WIDTH]
-    """Of the keys and values."""
+    """Heads of keys and values."""
     token_dim: Annotated[int, WIDTH]
     num_transformer_submodules: Literal[1] = 1
     layers: list[Annotated[int, LAYER]] | None = None
-    """Numbers of the layers that have a prefix; None: all."""
+    """Numbers of the layers with a prefix; None: all."""
     task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -65,6 +65,8 @@ class PeftPrefix(BaseModel):
 
 @dataclass(frozen=True)
 class PrefixFile:
+    """The adapter_config.json of a prefix adapter."""
+
     path: Path
     peft: PeftPrefix
 
@@ -81,10 +83,10 @@ class PrefixFile:
             raise CorruptFileError(
                 f"{self.path.parent} holds no {PART}", [], "Copy the folder again."
             )
-        if (found := tuple(tensors[PART].shape)) != self.peft.shape:
+        if (shape := tuple(tensors[PART].shape)) != self.peft.shape:
             raise CorruptFileError(
-                f"{self.path.parent} does not agree with itself",
-                [f"{PART} is {found}, {self.path.name} makes it {self.peft.shape}"],
+                f"{self.path.parent} is inconsistent",
+                [f"{PART} is {shape}, {self.path.name} makes it {self.peft.shape}"],
                 "Copy the folder again.",
             )
         return Prefix(tokens=self.peft.num_virtual_tokens, layers=self.peft.layers or [])
@@ -98,20 +100,20 @@ class PrefixFile:
     ) -> Fit:
         settings = self.settings(tensors)
         path, _ = decoder_of(model)
-        own = key_shape(model)
-        faults = [f"{name} is no part of a prefix" for name in sorted(tensors.keys() - {PART})]
-        rows = [("key/value heads", self.peft.num_attention_heads, own.heads)]
+        keys = key_shape(model)
+        faults = [f"{name} does not belong to a prefix" for name in sorted(tensors.keys() - {PART})]
+        rows = [("key/value heads", self.peft.num_attention_heads, keys.heads)]
         rows += [
-            ("values of one token's keys in a layer", self.peft.token_dim, own.heads * own.size)
+            ("values of one token's keys in a layer", self.peft.token_dim, keys.heads * keys.size)
         ]
         if self.peft.layers is None:
-            rows += [("layers", self.peft.num_layers, len(own.layers))]
-        elif unknown := sorted(set(self.peft.layers) - set(own.layers)):
-            faults.append(f"layers {unknown}   the model has layers 0-{max(own.layers)}")
+            rows += [("layers", self.peft.num_layers, len(keys.layers))]
+        elif unknown := sorted(set(self.peft.layers) - set(keys.layers)):
+            faults.append(f"layers {unknown}   the model has layers 0-{max(keys.layers)}")
         faults += [
-            f"{what}   adapter {ours}   model {theirs}"
-            for what, ours, theirs in rows
-            if ours != theirs
+            f"{label}   adapter {in_file}   model {in_model}"
+            for label, in_file, in_model in rows
+            if in_file != in_model
         ]
         if faults:
             return Fit(None, faults=faults, concerned=1)
@@ -156,7 +158,7 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
     refused = []
     if stored.get("modules_to_save"):
         refused.append(
-            f"modules_to_save {stored['modules_to_save']!r}: not supported beside a prefix"
+            f"modules_to_save {stored['modules_to_save']!r}: not supported with a prefix"
         )
     if (stacks := stored.get("num_transformer_submodules", 1)) != 1:
         refused.append(f"num_transformer_submodules {stacks!r}: Veneer runs models of one stack")
@@ -166,7 +168,7 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
     refused += [f"{name}: unknown, and switched on" for name in unknown if stored[name]]
     if refused:
         raise RefusedError(
-            f"{path} asks for what Veneer does not compute",
+            f"{path} requires something that Veneer does not support",
             refused,
             "Train the prefix again with Veneer.",
         )
@@ -174,12 +176,12 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
         config = PeftPrefix.model_validate(dict(stored))
     except ValidationError as fault:
         raise CorruptFileError(
-            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+            f"{path} has invalid fields", field_faults(fault), "Restore it."
         ) from fault
     faults = []
     if config.token_dim % config.num_attention_heads:
         faults.append(
-            f"token_dim {config.token_dim} is no multiple of {config.num_attention_heads} heads"
+            f"token_dim {config.token_dim} is not a multiple of {config.num_attention_heads} heads"
         )
     if config.layers is not None and sorted({*config.layers}) != config.layers:
         faults.append(f"layers {config.layers} are not rising")
@@ -188,9 +190,9 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[PrefixFile, list[str]]
     if (config.layers is None) != (stored["peft_type"] == PEFT_TYPE):
         faults.append(f"peft_type {stored['peft_type']}, and layers {config.layers}")
     if faults:
-        raise CorruptFileError(f"{path} does not agree with itself", faults, "Restore it.")
+        raise CorruptFileError(f"{path} is inconsistent", faults, "Restore it.")
     return PrefixFile(path, config), [name for name in unknown if not stored[name]]
 
 
-PREFIX = Layout(PEFT_TYPE, _tensors, _config, _read)
+PREFIX = AdapterFormat(PEFT_TYPE, _tensors, _config, _read)
 PARTIAL_PREFIX = replace(PREFIX, peft_type=PARTIAL_TYPE)

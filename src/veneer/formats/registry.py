@@ -1,5 +1,4 @@
-"""Which file layout each method has, and which one a file is in. A new method adds a line to each
-table."""
+"""Maps methods to file formats, and files to formats. A new method adds a line to each table."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,29 +7,30 @@ from typing import Any
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.errors import CorruptFileError, RefusedError
 from veneer.formats.bottleneck import BOTTLENECK
-from veneer.formats.layout import Layout
+from veneer.formats.layout import AdapterFormat
 from veneer.formats.peft.low_rank import LOW_RANK
 from veneer.formats.prefix import PARTIAL_PREFIX, PREFIX
 
-_BY_METHOD: dict[type[AdapterConfig], Layout] = {
+_BY_METHOD: dict[type[AdapterConfig], AdapterFormat] = {
     LoRA: LOW_RANK,
     DoRA: LOW_RANK,
     Bottleneck: BOTTLENECK,
     Prefix: PREFIX,
 }
-_BY_PEFT_TYPE: dict[str, Layout] = {
-    layout.peft_type: layout for layout in (LOW_RANK, BOTTLENECK, PREFIX, PARTIAL_PREFIX)
+_BY_PEFT_TYPE: dict[str, AdapterFormat] = {
+    format.peft_type: format for format in (LOW_RANK, BOTTLENECK, PREFIX, PARTIAL_PREFIX)
 }
 
 
-def layout_of(config: AdapterConfig) -> Layout:
+def format_of_method(config: AdapterConfig) -> AdapterFormat:
+    """Returns the file format of a method's settings."""
     return _BY_METHOD[type(config)]
 
 
-def layout_in(path: Path, stored: Mapping[str, Any]) -> Layout:
-    """The layout that an adapter_config.json names; stored: its content.
+def format_of_file(path: Path, stored: Mapping[str, Any]) -> AdapterFormat:
+    """Returns the format that an adapter_config.json names; stored: its content.
 
-    Raises CorruptFileError (names none), RefusedError (one that Veneer does not know).
+    Raises CorruptFileError if it names none, RefusedError if Veneer does not support it.
     """
     if not isinstance(kind := stored.get("peft_type"), str):
         raise CorruptFileError(

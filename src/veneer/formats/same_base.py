@@ -1,7 +1,6 @@
-"""Is this the base that an adapter was trained on, and does it read text as then? Both sides of
-every difference.
+"""Compares a base with the one an adapter was trained on, and how both read text.
 
-An adapter without veneer.json says neither: then there is nothing to compare.
+Each difference shows both sides. An adapter without veneer.json has nothing to compare.
 """
 
 from veneer.bases.identity.fingerprint import Fingerprint
@@ -9,23 +8,23 @@ from veneer.formats.manifest import Manifest
 from veneer.models.frozen_base import FrozenBase
 
 
-def other_base(manifest: Manifest | None, base: FrozenBase) -> list[str]:
-    """What differs between the base it was trained on and this one, the adapter's side first."""
+def base_differences(manifest: Manifest | None, base: FrozenBase) -> list[str]:
+    """Describes the differences between the adapter's base and this one, the adapter's side
+    first."""
     if manifest is None:
         return []
     trained_on = manifest.base
     theirs, ours = Fingerprint.from_dict(trained_on.fingerprint), base.fingerprint()
     if base.is_named_by(theirs):
         return []
-    named = trained_on.name + (f" at {trained_on.revision}" if trained_on.revision else "")
-    here = base.name_or_path + (f" at {base.revision}" if base.revision else "")
-    names = [f"base: {named} against {here}"] if named != here else []
+    trained_name = trained_on.name + (f" at {trained_on.revision}" if trained_on.revision else "")
+    loaded_name = base.name_or_path + (f" at {base.revision}" if base.revision else "")
+    names = [f"base: {trained_name} against {loaded_name}"] if trained_name != loaded_name else []
     return names + theirs.differences(ours)
 
 
-def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
-    """What of its text differs: other token ids, or another layout of a conversation, mean another
-    input."""
+def text_differences(manifest: Manifest | None, base: FrozenBase) -> list[str]:
+    """Describes differences in tokenizer and chat template: either changes the model's input."""
     if manifest is None:
         return []
     pairs = [
@@ -33,23 +32,24 @@ def other_text(manifest: Manifest | None, base: FrozenBase) -> list[str]:
         ("chat template", manifest.template_hash, base.template_hash()),
     ]
     return [
-        f"{what}: sha256 {trained[:12]}… against {'none' if here is None else here[:12] + '…'}"
-        for what, trained, here in pairs
-        if trained is not None and trained != here
+        f"{part}: sha256 {trained[:12]}… against"
+        f" {'none' if current is None else current[:12] + '…'}"
+        for part, trained, current in pairs
+        if trained is not None and trained != current
     ]
 
 
-def which_base(manifest: Manifest | None, name: str | None, base: FrozenBase) -> str:
-    """What to do where the base is another one. name: of the base that the adapter was trained
-    on."""
+def wrong_base_remedy(manifest: Manifest | None, name: str | None, base: FrozenBase) -> str:
+    """Says what to do about a different base. name: the base that the adapter was trained on"""
     assert manifest is not None
-    held = Fingerprint.from_dict(manifest.base.fingerprint).quantize
-    otherwise = "or, if you know better, use --force-base."
-    if held == base.fingerprint().quantize:
-        return f"Load the base it was trained on ({name}), {otherwise}"
-    if held is None:
-        return f"It was trained over dense weights: load the base without --quantize, {otherwise}"
+    trained_format = Fingerprint.from_dict(manifest.base.fingerprint).quantize
+    alternative = "or use --force-base if you are sure."
+    if trained_format == base.fingerprint().quantize:
+        return f"Load the base it was trained on ({name}), {alternative}"
+    if trained_format is None:
+        return f"It was trained over dense weights: load the base without --quantize, {alternative}"
     return (
-        f"It was trained over weights held as {held}: load the base with --quantize {held},"
-        f" {otherwise}"
+        f"It was trained over {trained_format} weights: load the base with --quantize"
+        f" {trained_format},"
+        f" {alternative}"
     )

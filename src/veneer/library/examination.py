@@ -10,9 +10,10 @@ from pathlib import Path
 
 from veneer.adapters.placement.attachment import Attachment
 from veneer.bases.identity.fingerprint import Fingerprint
-from veneer.errors import VeneerError, told_as
+from veneer.errors import VeneerError, hide_path
 from veneer.files.atomic import MANIFEST
-from veneer.formats.adapter import StoredAdapter, load_adapter, manifest_for, read_adapter
+from veneer.formats.adapter import StoredAdapter, manifest_for, read_adapter
+from veneer.formats.loading import load_adapter
 from veneer.formats.manifest import MANIFEST_NAME
 from veneer.library.adapter_folder import adapter_folder
 from veneer.library.names import said_of
@@ -106,7 +107,7 @@ def _on_trial(base: FrozenBase, stored: StoredAdapter) -> Iterator[Attachment]:
     """Attaches the adapter to the base within the block."""
     label = said_of(stored.folder)
     name = f"{label} (on trial)"
-    with told_as(name, label):
+    with hide_path(name, label):
         attachment = load_adapter(base, stored, name=name)
     try:
         yield attachment

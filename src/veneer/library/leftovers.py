@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.files.partial import PREFIX, lives
+from veneer.files.partial import PREFIX, is_alive
 from veneer.library.objects import folder_bytes, stored_ids
 from veneer.library.records import Record
 
@@ -56,7 +56,7 @@ def find_leftovers(
         path
         for folder in (library, objects, library / "names")
         for path in folder.glob(".*")
-        if path.name.startswith(REMAINS) and (alone or not lives(path.name))
+        if path.name.startswith(REMAINS) and (alone or not is_alive(path.name))
     ]
     remains += list((library / "incoming").glob("*"))
     doomed = [objects / object_id for object_id in unneeded] + remains

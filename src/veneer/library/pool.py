@@ -16,7 +16,7 @@ from veneer.adapters.placement.acting import Acting
 from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.routing import Active
 from veneer.errors import ConfigError, DoesNotFitError
-from veneer.formats.adapter import load_adapter
+from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.library.names import nearest
 from veneer.library.residents.memory import (

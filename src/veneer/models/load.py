@@ -24,15 +24,15 @@ from veneer.bases.compute import DTYPES, Compute, HeldAs, choose
 from veneer.bases.config.model_class import parts_not_read
 from veneer.bases.config.model_config import check_size, checked_config
 from veneer.bases.folder.faults import NEXT_DOWNLOAD, check_finite, check_generation
-from veneer.bases.folder.model_folder import Found, weight_files
+from veneer.bases.folder.model_folder import ModelFolder, weight_files
 from veneer.bases.folder.stored_type import stored_type
-from veneer.bases.folder.tensor_files import StoredTensor, counted, stored_tensors
+from veneer.bases.folder.tensor_files import StoredTensor, count_values_by_type, stored_tensors
 from veneer.bases.identity.byte_hashes import hashes_of
 from veneer.bases.identity.fingerprint import earlier_fingerprint, fingerprint
 from veneer.bases.loading.builders import builder_for
 from veneer.bases.loading.dense import build_dense
 from veneer.bases.loading.own_pages import take_own_pages
-from veneer.bases.loading.streaming import Placed, build_packed, holds_experts_apart
+from veneer.bases.loading.streaming import Placed, build_packed, stores_single_experts
 from veneer.bases.loading.widen import widen
 from veneer.bases.names.sources import locate, locate_blocks
 from veneer.bases.packed.formats import stored_format
@@ -97,7 +97,7 @@ def load_base(
             ),
         )
     found, tensors, held = _files(source, quantize)
-    stored = counted(tensors)
+    stored = count_values_by_type(tensors)
     if held is not None:
         name, _ = held
         if quantize not in (None, name):
@@ -112,7 +112,7 @@ def load_base(
             " weights",
             next_step=f"Leave quantize out, or take {FOUR_BITS}.",
         )
-    elif build is None and holds_experts_apart(tensors):
+    elif build is None and stores_single_experts(tensors):
         build = partial(build_packed, book=None)
     if shards is not None:
         layer_by_layer: Any = build or partial(build_packed, book=None)
@@ -199,13 +199,13 @@ def _taking(shards: Shards) -> Placed:
 def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | None) -> Compute:
     """What load_base would hold the weights in; only headers are read. Raises as load_base does."""
     found, tensors, held = _files(source, quantize)
-    stored = counted(tensors)
+    stored = count_values_by_type(tensors)
     return choose(stored_type(found.folder, stored, held, dtype), dtype, _device(device))
 
 
 def _files(
     source: str, quantize: Quantize | None
-) -> tuple[Found, dict[str, StoredTensor], tuple[Quantize, torch.dtype] | None]:
+) -> tuple[ModelFolder, dict[str, StoredTensor], tuple[Quantize, torch.dtype] | None]:
     """Where the base is, what its files hold, and of weights that are packed in them the format and
     the type before."""
     blocks = weight_format(quantize).from_gguf
@@ -215,7 +215,7 @@ def _files(
 
 
 @contextmanager
-def _explained(found: Found, dtype: torch.dtype, num_values: int) -> Iterator[None]:
+def _explained(found: ModelFolder, dtype: torch.dtype, num_values: int) -> Iterator[None]:
     """What can go wrong while weights are read, as errors that say what to do."""
     gib = num_values * dtype.itemsize / 2**30
     too_large = DoesNotFitError(

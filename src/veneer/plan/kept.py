@@ -17,7 +17,7 @@ import torch
 
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
-from veneer.files.remembered import is_known, remembered
+from veneer.files.remembered import is_known, remember
 from veneer.plan.counted import DryRun, Step
 from veneer.training.output.records import process_memory_bytes
 
@@ -42,10 +42,10 @@ class ConfigFacts:
 
 def kept_facts(base: Blueprint) -> ConfigFacts:
     """Returns facts of a config; those of a named size are remembered."""
-    if not isinstance(base.given, Mapping):
+    if not isinstance(base.config_or_fields, Mapping):
         return _facts(base.config)
-    return remembered(
-        "shape", {"fields": dict(base.given)}, ConfigFacts, lambda: _facts(base.config)
+    return remember(
+        "shape", {"fields": dict(base.config_or_fields)}, ConfigFacts, lambda: _facts(base.config)
     )
 
 
@@ -57,7 +57,7 @@ def kept_idle_bytes() -> int:
 
         return process_memory_bytes() or 0
 
-    return remembered("idle", {}, int, measured)
+    return remember("idle", {}, int, measured)
 
 
 def kept_attached_facts(
@@ -70,7 +70,7 @@ def kept_attached_facts(
     return (
         attached_facts(step, bares)
         if key is None
-        else remembered("whole", key, AttachedFacts, lambda: attached_facts(step, bares))
+        else remember("whole", key, AttachedFacts, lambda: attached_facts(step, bares))
     )
 
 
@@ -91,7 +91,7 @@ def kept_run(step: Step, known: Callable[[], AttachedFacts]) -> DryRun:
         "share_prompt": step.share_prompt,
         "offload": step.offload,
     }
-    return remembered("step", key, DryRun, counted)
+    return remember("step", key, DryRun, counted)
 
 
 def rows_digest(rows: Sequence[Example]) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from veneer.errors import ConfigError
 from veneer.files.memory import container_bytes
-from veneer.files.remembered import remembered
+from veneer.files.remembered import remember
 from veneer.kernels.bindings.library import has_amx, has_bf16
 from veneer.kernels.dense import products
 from veneer.plan.tracker import Shape, Work
@@ -165,7 +165,7 @@ def this_machine(work: Work, dtype: torch.dtype, device: str = "cpu") -> Machine
         "dtype": str(dtype),
         "device": [device, label],
     }
-    rates = remembered(
+    rates = remember(
         "rates",
         key,
         Rates,

@@ -18,7 +18,14 @@ import torch
 from veneer.adapters.config import MethodConfig
 from veneer.bases.compute import Compute, DtypeName, choose
 from veneer.bases.loading.blueprint import Blueprint
-from veneer.data.batching import EpochPlan, Rows, by_length, packed_rows, plan_epoch, used_length
+from veneer.data.batching import (
+    EpochPlan,
+    RowSpans,
+    by_length,
+    packed_rows,
+    plan_epoch,
+    used_length,
+)
 from veneer.data.examples import Example
 from veneer.data.longest import Extent, largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
@@ -257,7 +264,7 @@ class Planner:
 
     def _find_largest(self, choice: Choice, *, packed: bool) -> Sequence[Sequence[Example]]:
         examples, mixture = self._cut_rows(choice.length)
-        rows = Rows.of(examples)
+        rows = RowSpans.of(examples)
         batches = len(self._plan(rows, mixture, choice))
         plans = plans_of_run(
             rows,
@@ -337,7 +344,7 @@ class Planner:
         if self.mixture is not None:
             return -(-len(self.mixture.rows(self.seed, 0)) // choice.batch)
         rows = [row for row in self.rows if len(row.ids) <= choice.length]
-        return -(-len(Rows.of(rows).lengths) // choice.batch) if rows else None
+        return -(-len(RowSpans.of(rows).lengths) // choice.batch) if rows else None
 
     def _steps(self, choice: Choice) -> list[list[Sequence[Example]]]:
         """Returns the micro-batches of each step of the first epoch, in training order.
@@ -354,7 +361,7 @@ class Planner:
                 ]
             ]
         rows, mixture = self._cut_rows(choice.length)
-        row_table = Rows.of(rows)
+        row_table = RowSpans.of(rows)
         return [
             [
                 [rows[i] for i in row_table.examples(step_rows[start : start + size])]
@@ -363,7 +370,7 @@ class Planner:
             for step_rows in self._plan(row_table, mixture, choice)
         ]
 
-    def _plan(self, rows: Rows, mixture: Mixture | None, choice: Choice) -> EpochPlan:
+    def _plan(self, rows: RowSpans, mixture: Mixture | None, choice: Choice) -> EpochPlan:
         """Returns the batches of the first epoch."""
         return plan_epoch(
             rows.lengths,
@@ -380,7 +387,7 @@ class Planner:
         trained_rows = [number for number, row in enumerate(rows) if row.trained.any()]
         mixture = self.mixture
         if mixture is not None and len(trained_rows) < len(rows):
-            row_ends = np.asarray(Rows.of(self.rows).starts[1:])
+            row_ends = np.asarray(RowSpans.of(self.rows).starts[1:])
             mixture = mixture.among(
                 np.unique(np.searchsorted(row_ends, trained_rows, side="right"))
             )

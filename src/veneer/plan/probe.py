@@ -12,7 +12,7 @@ from veneer.bases.compute import NAMES
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.loading.from_config import blueprint
 from veneer.data.examples import Example
-from veneer.data.files.on_disk import some_of
+from veneer.data.files.on_disk import representative_examples
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
 from veneer.plan.estimate import Estimate
@@ -47,8 +47,8 @@ def estimate_of_run(
         Blueprint(config.base, model_config, dtype, packed=packed),
         device="cuda" if device.startswith("cuda") else "cpu",
         idle_bytes=idle_bytes,
-        rows=some_of(data.train),
-        held_out=some_of(data.validation),
+        rows=representative_examples(data.train),
+        held_out=representative_examples(data.validation),
         # Rows in files are sampled, and the sample stands for all of them.
         mixture=None if data.in_files is not None else data.mixture,
         seed=config.seed,

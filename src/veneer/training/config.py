@@ -24,7 +24,7 @@ from veneer.bounds import (
 from veneer.data.config import DataConfig as DataConfig
 from veneer.data.template.new_tokens import text_faults
 from veneer.files.home import expanded
-from veneer.files.settings import Settings
+from veneer.files.settings import StrictSettings
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
 
 OptimizerName = Literal["adamw", "adamw8bit"]
@@ -53,7 +53,7 @@ def rows_at_once(
     return min(batch, micro_batch or -(-batch // parts))
 
 
-class TemplateConfig(Settings):
+class TemplateConfig(StrictSettings):
     variables: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables of the chat template, for instance {enable_thinking: false}; stored in the adapter
     and used again whenever it answers.
@@ -67,7 +67,7 @@ class TemplateConfig(Settings):
         return value
 
 
-class StartFrom(Settings):
+class StartFrom(StrictSettings):
     """Names one of the adapters that a run continues."""
 
     adapter: str
@@ -82,7 +82,7 @@ def trains_packed(method: MethodConfig, quantize: Quantize) -> str:
     return f"method {method.name} trains every weight, and weights held as {quantize} cannot train"
 
 
-class RunConfig(Settings):
+class RunConfig(StrictSettings):
     base: str
     """Hub id, folder, .gguf file, or a named default such as smollm2-135m."""
     data: DataConfig

@@ -15,7 +15,7 @@ import torch
 
 from veneer.data.examples import Example
 from veneer.execution.proofs.same_values import can_be_known, class_key, digest, noted
-from veneer.files.remembered import remembered
+from veneer.files.remembered import remember
 from veneer.training.inputs import TrainingInputs
 
 _TRAINING = (
@@ -79,7 +79,7 @@ def first_evaluation(
         is_new = True
         return make()
 
-    result = remembered("evaluation", key, EvaluationResult, computed)
+    result = remember("evaluation", key, EvaluationResult, computed)
     if not is_new:
         say(
             "the evaluation before step 1 is that of an earlier run, which was the same"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.placement.acting import TokenKeys
-from veneer.data.batching import Batch, Rows, used_length
+from veneer.data.batching import Batch, RowSpans, used_length
 from veneer.data.examples import Example
 from veneer.errors import DivergedError, fits_memory
 from veneer.kernels.dense.block import added_where_they_lie
@@ -52,7 +52,7 @@ class StepGradient:
         flat.deliver_to(self._sum.receive)
         weights = [*inputs.model.parameters(), *inputs.model.buffers(), flat.values]
         self._offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
-        self._rows = Rows.of(inputs.train)
+        self._rows = RowSpans.of(inputs.train)
 
     def compute(
         self, rows: Sequence[int], micro_batches: Sequence[Sequence[int]], *, step: int

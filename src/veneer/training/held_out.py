@@ -13,9 +13,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from veneer.data.batching import Rows
+from veneer.data.batching import RowSpans
+from veneer.data.collector import SetSize
 from veneer.data.examples import Example
-from veneer.data.load import SetSize
 from veneer.evaluation.intervals import Ends, interval, paired_difference
 from veneer.evaluation.metric import ratio
 from veneer.formats.manifest import Figure, HeldOut, SetHeldOut
@@ -57,7 +57,7 @@ class LossCells:
 
     @classmethod
     def over(cls, examples: Sequence[Example], sets: Sequence[SetSize]) -> "LossCells":
-        rows = Rows.of(examples)
+        rows = RowSpans.of(examples)
         starts = np.asarray(rows.starts)
         row_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         cell_of = np.zeros(len(starts) - 1, dtype=np.int64)

@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from veneer.adapters.placement.routing import Routing
-from veneer.data.batching import Rows
+from veneer.data.batching import RowSpans
+from veneer.data.collector import SetSize
 from veneer.data.examples import Example
-from veneer.data.load import SetSize
 from veneer.data.longest import largest_micro_batches, plans_of_run
 from veneer.data.mixture import Mixture
 from veneer.models.step import ComputePaths, parts_of
@@ -50,7 +50,7 @@ class TrainingInputs:
 
     def find_largest(self) -> list[list[int]]:
         """Finds the micro-batches of all steps that may take the most memory (data/longest.py)."""
-        config, rows = self.config, Rows.of(self.train)
+        config, rows = self.config, RowSpans.of(self.train)
         plans = plans_of_run(
             rows,
             batch=config.batch,

@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.data.batching import EpochPlan, Rows, plan_epoch, used_length
-from veneer.errors import DivergedError, Interrupted, fits_memory
+from veneer.data.batching import EpochPlan, RowSpans, plan_epoch, used_length
+from veneer.errors import DivergedError, RunInterrupted, fits_memory
 from veneer.formats.manifest import HeldOut
 from veneer.models.step import parts_of
 from veneer.training.best import read_best
@@ -77,7 +77,7 @@ class Loop:
             )
             self.gradient = StepGradient(inputs, world)
         self.progress = RunProgress()
-        self._rows = Rows.of(inputs.train)
+        self._rows = RowSpans.of(inputs.train)
         self._cells = LossCells.over(inputs.validation, inputs.validation_sets)
         self._epoch_plan: tuple[int, EpochPlan] | None = None
         if resume_from is not None:
@@ -106,7 +106,7 @@ class Loop:
                 if evaluates or saves or interrupted:
                     self._save()
                 if interrupted and not last:
-                    raise Interrupted(
+                    raise RunInterrupted(
                         f"stopped at step {progress.step} of {inputs.steps}; checkpoint saved",
                         next_step=f"Continue with: veneer train --resume {inputs.out}",
                     )

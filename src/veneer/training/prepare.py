@@ -13,7 +13,7 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import Preamble
 from veneer.bases.compute import HeldAs
-from veneer.data.batching import Rows
+from veneer.data.batching import RowSpans
 from veneer.data.checks.check import refuse_beyond
 from veneer.data.large import training_data
 from veneer.data.load import DataSet
@@ -196,7 +196,7 @@ def _training_inputs(
 def _steps_of_epochs(config: RunConfig, data: DataSet) -> int:
     """Counts the optimizer steps of the epochs that are set, or of the default number."""
     if data.mixture is None:
-        rows = len(Rows.of(data.train).lengths)
+        rows = len(RowSpans.of(data.train).lengths)
     else:
         rows = len(data.mixture.rows(config.seed, 0))
     epochs = EPOCHS_UNSAID if config.epochs is None else config.epochs

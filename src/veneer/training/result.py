@@ -12,7 +12,7 @@ from veneer.bases.quiet_transformers import quiet
 from veneer.data.load import DataSet
 from veneer.files.atomic import atomic_folder
 from veneer.formats.adapter import manifest_for, write_adapter
-from veneer.formats.manifest import HeldOut, Manifest, readable
+from veneer.formats.manifest import HeldOut, Manifest, make_readable
 from veneer.models.frozen_base import FrozenBase
 from veneer.training.config import RunConfig
 from veneer.training.output.records import peak_memory_bytes
@@ -28,7 +28,7 @@ def run_manifest(
     held_out: HeldOut | None = None,
 ) -> Manifest:
     """Returns the content of veneer.json. Raises if it could not be read back."""
-    return readable(
+    return make_readable(
         lambda: manifest_for(
             base,
             method=config.method.name,

@@ -104,7 +104,7 @@ def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> No
 def shard_lines(base: FrozenBase, flat: FlatValues) -> list[str]:
     if base.shards is None:
         return []
-    own_mb, all_mb = base.shards.own_bytes / 1e6, base.shards.all_bytes / 1e6
+    own_mb, all_mb = base.shards.shard_bytes / 1e6, base.shards.all_bytes / 1e6
     lines = [
         f"{len(base.shards)} layers in shards: {own_mb:.1f} of {all_mb:.1f} MB held by each process"
     ]

@@ -1,9 +1,8 @@
-"""Which class of transformers a config's model is: a causal LM, or a model of texts and images with
-one inside.
+"""Chooses the transformers class of a config's model: a causal LM, or one of texts and images.
 
-A checkpoint of the latter is taken as its files say it is (`architectures`), with its tower: so
-modules have the names that PEFT, vLLM and transformers give them, and what is merged is a whole
-checkpoint again. Text alone is trained and answered.
+A checkpoint of texts and images is loaded as its files say (`architectures`), with its tower. So
+modules have the names that PEFT, vLLM and transformers use, and a merged model is a whole
+checkpoint again. Only text is trained and generated.
 """
 
 from __future__ import annotations
@@ -23,30 +22,34 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _STOPS_ON_TEXT = ("Llama4ForConditionalGeneration",)
-"""What stops in its own forward (transformers 5.24: its language model gives no image_outputs); the
-text's own class reads such a checkpoint without its tower. tests/bases/test_with_images.py fails
-once that is mended."""
+"""Classes whose forward fails on text (transformers 5.24: the language model returns no
+image_outputs). The text class reads such a checkpoint without its tower.
+tests/bases/test_with_images.py fails once transformers is fixed."""
 
 
 def whole_class(config: PreTrainedConfig) -> str | None:
-    """The class of texts and images that the files name, where the text's own class is taken in its
-    place."""
+    """Returns the class of texts and images that the files name, if only its text class is
+    loaded."""
     return next((name for name in config.architectures or () if name in _STOPS_ON_TEXT), None)
 
 
 def parts_not_read(
     config: PreTrainedConfig, stored: Iterable[str], model: nn.Module
 ) -> tuple[str, ...]:
-    """What the files hold beside the text then, as far up as they name it. stored: names in the
-    files."""
+    """Returns the top-level parts of the files that the text class does not read.
+
+    stored: names in the files
+    """
     if whole_class(config) is None:
         return ()
-    own = {
+    model_parts = {
         str(getattr(model, "base_model_prefix", "")),
         *(name for name, _ in model.named_children()),
     }
     return tuple(
-        dict.fromkeys(first for name in stored if (first := name.partition(".")[0]) not in own)
+        dict.fromkeys(
+            first for name in stored if (first := name.partition(".")[0]) not in model_parts
+        )
     )
 
 
@@ -70,20 +73,22 @@ def _class_of_text_config(config: PreTrainedConfig) -> Any:
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The class itself; None where transformers has none that answers with text."""
+    """Returns the model's class; None if transformers has none that generates text."""
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or _class_of_text_config(
         config
     )
-    several: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
-    named = set(config.architectures or ()).difference(_STOPS_ON_TEXT)
+    multimodal: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    architectures = set(config.architectures or ()).difference(_STOPS_ON_TEXT)
     return (
-        several if several is not None and (causal is None or several.__name__ in named) else causal
+        multimodal
+        if multimodal is not None and (causal is None or multimodal.__name__ in architectures)
+        else causal
     )
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """transformers' loader of that class; Any, as it is annotated as if it always returned the
-    model alone."""
+    """Returns transformers' loader of that class; Any, because its annotation names only one return
+    type."""
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal is None and (kind := _class_of_text_config(config)) is not None:
         return _OwnLoader(kind)

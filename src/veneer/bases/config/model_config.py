@@ -1,8 +1,8 @@
-"""A model's config.json, read as a stranger's: checked as plain JSON before transformers sees it.
+"""Reads an untrusted model's config.json: checked as plain JSON before transformers sees it.
 
-No code that comes with a model is ever run, and nothing is fetched because a file says so: whatever
-asks for either is refused by name. What it announces is held against the weights beside it
-(bases/config/announced.py).
+No code that comes with a model is ever run, and nothing is downloaded because a file says so:
+fields that request either are refused by name. What the config announces is compared with the
+weights beside it (bases/config/announced.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from veneer.errors import CorruptFileError, SourceError, UnsafeFileError
 from veneer.files.strict_json import read_model_json
 
 ATTENTION_NAMES = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-"""What a config may name as its attention. Any other name would be fetched from the hub and run."""
+"""Attention names that a config may use. Any other name would be fetched from the hub and run."""
 
 _MOST_VALUES = {"U8": 2, "I8": 2, "I32": 8}
-"""That one value of a file may stand for: weights of 4 bits lie two in a byte."""
+"""Weights that one stored value may hold: 4-bit weights are two in a byte."""
 
 _CHANGES_LOADING = ("fusion_config", "distributed_config", "transformers_weights")
 """Config fields that make transformers load other files or rewrite modules; plain checkpoints have
@@ -34,10 +34,10 @@ none."""
 
 
 def checked_config(folder: Path) -> PreTrainedConfig:
-    """The config of a causal LM, checked as plain JSON before transformers reads it.
+    """Reads the config of a causal LM, checked as plain JSON before transformers reads it.
 
-    Raises UnsafeFileError if it needs code or names things to fetch, SourceError if it is no causal
-    LM.
+    Raises UnsafeFileError if it needs code or names things to fetch, SourceError if it is not a
+    causal LM.
     """
     path = folder / "config.json"
     raw = read_model_json(path)
@@ -47,13 +47,13 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             raise UnsafeFileError(
                 f"the model in {folder} brings its own code ({kind}), which is never run",
                 [str(reference) for reference in _auto_map(raw)],
-                "Take a version of it that transformers supports itself, if there is one.",
+                "Choose a version that transformers supports itself, if there is one.",
             )
         raise SourceError(
             f"model type {kind!r} in {path} is not known to the installed transformers",
             next_step="Is the model newer than transformers? pip install --upgrade transformers",
         )
-    raw.pop("quantization_config", None)  # its numbers are checked by who reads them
+    raw.pop("quantization_config", None)  # bases/packed checks its numbers
     _check_announced(folder, raw)
     if unsafe := [
         fault for where, value in _walk(raw, "") for fault in _config_faults(where, value)
@@ -76,22 +76,24 @@ def checked_config(folder: Path) -> PreTrainedConfig:
             NEXT_DOWNLOAD,
         ) from fault
     _check_causal(folder, config)
-    _leave_out_quantization(config)
+    _remove_quantization(config)
     return config
 
 
-def _leave_out_quantization(config: PreTrainedConfig) -> None:
-    """It is read by us (bases/packed/formats.py), not by transformers."""
+def _remove_quantization(config: PreTrainedConfig) -> None:
+    """Removes quantization_config: bases/packed/formats.py reads it, not transformers."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), PreTrainedConfig):
-            _leave_out_quantization(part)
+            _remove_quantization(part)
 
 
 def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
-    """Raises CorruptFileError for what is no list of names, and for numbers that the files beside
-    it cannot hold."""
+    """Raises CorruptFileError for numbers that the files beside the config cannot hold.
+
+    Also for architectures that are not a list of names.
+    """
     try:
         shapes = {
             name: tensor.shape for name, tensor in stored_tensors(weight_files(folder)).items()
@@ -101,7 +103,7 @@ def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
     faults = announced_faults(_walk(raw, ""), shapes)
     names = raw.get("architectures") or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        faults.append(f"architectures: {str(names)[:60]} is no list of names")
+        faults.append(f"architectures: {str(names)[:60]} is not a list of names")
     if faults:
         raise CorruptFileError(
             f"{folder / 'config.json'} does not describe the weights beside it",
@@ -113,7 +115,7 @@ def _check_announced(folder: Path, raw: dict[str, Any]) -> None:
 def check_size(
     folder: Path, config: PreTrainedConfig, stored: Mapping[str, int], num_tensors: int
 ) -> None:
-    """Raises CorruptFileError if the model that the config builds is many times what is stored."""
+    """Raises CorruptFileError if the config's model is many times as large as the stored values."""
     num_values = sum(count * _MOST_VALUES.get(kind, 1) for kind, count in stored.items())
     if faults := built_faults(config, num_tensors=num_tensors, num_values=num_values):
         raise CorruptFileError(
@@ -125,11 +127,11 @@ def check_size(
 
 def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
     names = config.architectures or []
-    wanted = model_class(config)
-    if config.is_encoder_decoder or wanted is None:
+    expected_class = model_class(config)
+    if config.is_encoder_decoder or expected_class is None:
         fault = "an encoder-decoder" if config.is_encoder_decoder else "no causal language model"
     elif names and not any(
-        name == wanted.__name__
+        name == expected_class.__name__
         or name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
         for name in names
     ):
@@ -146,7 +148,7 @@ def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _walk(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Every field of nested JSON, with its path."""
+    """Yields every field of nested JSON with its path."""
     if isinstance(value, dict):
         for key, inner in value.items():
             path = f"{where}.{key}" if where else str(key)

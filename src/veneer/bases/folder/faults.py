@@ -1,5 +1,4 @@
-"""What there is to say against a base that was just loaded: weights that are not what they should
-be, settings of the wrong kind beside them, values that are not finite."""
+"""Checks a base that was just loaded: incomplete weights, wrong settings, non-finite values."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from veneer.errors import CorruptFileError, SourceError, is_out_of_memory
 from veneer.shards import make_whole
 
-NEXT_DOWNLOAD = "Download the model again; if it stays, ask its author."
+NEXT_DOWNLOAD = "Download the model again; if the error stays, ask its author."
 MOST_BEAMS = 64
 _NUMBERS = (
     *(
@@ -34,24 +33,28 @@ _NUMBERS = (
         "min_length",
     ),
 )
-"""What a model's own loop would compute with."""
+"""Numbers that a model's own generation loop uses."""
 _MASK = re.compile(r"mask|bias")
 
 
 def check_loaded(
-    folder: Path, model: PreTrainedModel, info: Mapping[str, Any], others: Sequence[str] = ()
+    folder: Path,
+    model: PreTrainedModel,
+    info: Mapping[str, Any],
+    earlier_faults: Sequence[str] = (),
 ) -> None:
-    """Raises CorruptFileError if a weight is missing, misshapen or left over, or for `others`,
-    faults found before."""
+    """Raises CorruptFileError if a weight is missing, misshapen or left over.
+
+    others: faults that were found before
+    """
     faults = [f"missing    {name}" for name in sorted(info["missing_keys"])]
     faults += [
         f"misshapen  {name}: {tuple(stored)} in the file, {tuple(built)} in the model"
         for name, stored, built in sorted(info["mismatched_keys"])
     ]
     faults += [f"error      {message}" for message in info.get("error_msgs", [])]
-    faults += others
-    # Old buffers and parts of other models may lie in a file; a layer that config.json leaves out
-    # may not.
+    faults += earlier_faults
+    # A file may hold old buffers and parts of other models, but no layer that config.json omits.
     known = {_without_numbers(name) for name in model.state_dict()}
     faults += [
         f"left over  {name}: config.json builds fewer of these"
@@ -68,18 +71,17 @@ def check_loaded(
 
 
 def check_generation(folder: Path, settings: GenerationConfig) -> None:
-    """Raises CorruptFileError for stop tokens that are no ids, and numbers that are none, in a
-    model's settings."""
+    """Raises CorruptFileError for invalid stop tokens or numbers in generation_config.json."""
     stops = settings.eos_token_id
     faults = [
-        f"eos_token_id {str(stop)[:40]} is no token"
+        f"eos_token_id {str(stop)[:40]} is not a token id"
         for stop in (stops if isinstance(stops, list) else [stops])
         if stop is not None and (type(stop) is not int or not 0 <= stop < 2**31)
     ]
     for name in _NUMBERS:
         value = getattr(settings, name, None)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            faults.append(f"{name} {str(value)[:40]} is no number")
+            faults.append(f"{name} {str(value)[:40]} is not a number")
     for name in ("num_beams", "num_return_sequences"):
         value = getattr(settings, name, None)
         if isinstance(value, int | float) and not 1 <= value <= MOST_BEAMS:
@@ -91,26 +93,30 @@ def check_generation(folder: Path, settings: GenerationConfig) -> None:
 
 
 def tokenizer_faults(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Settings of tokenizer_config.json that are of the wrong kind, which only shows when a text is
-    cut."""
+    """Reports settings of tokenizer_config.json of the wrong kind, which fail only when a text is
+    encoded."""
     faults = []
     most, template = tokenizer.model_max_length, tokenizer.chat_template
     if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 1:
-        faults.append(f"model_max_length {str(most)[:40]} is no length")
+        faults.append(f"model_max_length {str(most)[:40]} is not a length")
     texts = list(template.values()) if isinstance(template, dict) else [template]
     if not all(text is None or isinstance(text, str) for text in texts):
-        faults.append(f"chat_template is {type(template).__name__}, no text")
+        faults.append(f"chat_template is {type(template).__name__}, not text")
     return faults
 
 
 @torch.no_grad()
 def check_finite(folder: Path, model: PreTrainedModel) -> bool:
-    """True. Raises CorruptFileError for weights, frequencies or logits that are not finite: a
-    damaged file, a rope_theta of 0. Raises SourceError if the model's own forward stops.
+    """Checks that weights, frequencies and logits are finite. Returns True.
 
-    Logits alone do not tell: a fused attention leaves scores out that are no numbers.
+    Raises CorruptFileError if not: a damaged file, a rope_theta of 0. Raises SourceError if the
+    model's forward fails. Logits alone are not enough: a fused attention skips scores that are NaN.
     """
-    if not (faults := [f"{name} holds values that are not finite" for name in _not_finite(model)]):
+    if not (
+        faults := [
+            f"{name} holds values that are not finite" for name in _non_finite_tensors(model)
+        ]
+    ):
         logits = _logits_of_three_tokens(folder, model)
         if not torch.isfinite(logits).all():
             wrong = int((~torch.isfinite(logits)).sum())
@@ -125,10 +131,10 @@ def check_finite(folder: Path, model: PreTrainedModel) -> bool:
 
 
 def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tensor:
-    """Logits without a cache, which training needs: xLSTM computes them, and its cache is broken
-    for most settings.
+    """Computes logits of three tokens without a cache.
 
-    Raises SourceError if modelling code fails: every weight is there, so the files are not damaged.
+    Training needs them without one, and xLSTM's cache is broken for most settings. Raises
+    SourceError if modelling code fails: every weight is there, so the files are not damaged.
     """
     run: Any = model
     ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
@@ -146,20 +152,20 @@ def _logits_of_three_tokens(folder: Path, model: PreTrainedModel) -> torch.Tenso
     return logits
 
 
-def _not_finite(model: PreTrainedModel) -> list[str]:
-    """Names of such weights and tables; a mask may hold infinities."""
+def _non_finite_tensors(model: PreTrainedModel) -> list[str]:
+    """Returns the names of weights and tables with non-finite values; masks may hold infinities."""
     buffers = [(name, b) for name, b in model.named_buffers() if not _MASK.search(name)]
-    named = [
+    tensors = [
         (name, tensor)
         for name, tensor in [*model.named_parameters(), *buffers]
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta
     ]
-    # The extremes are NaN if one value is; read from the device once for all.
-    good = [torch.isfinite(_extremes(tensor)).all() for _, tensor in named]
-    if not good:
+    # The extremes are NaN if any value is; all are copied from the device at once.
+    finite_flags = [torch.isfinite(_extremes(tensor)).all() for _, tensor in tensors]
+    if not finite_flags:
         return []
-    finite = torch.stack([each.to(model.device) for each in good]).tolist()
-    return [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+    finite = torch.stack([flag.to(model.device) for flag in finite_flags]).tolist()
+    return [name for (name, _), is_finite in zip(tensors, finite, strict=True) if not is_finite]
 
 
 def _extremes(tensor: torch.Tensor) -> torch.Tensor:

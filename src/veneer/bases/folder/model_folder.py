@@ -1,7 +1,6 @@
-"""What a folder has to hold so that it is a model: a config, and weights in safetensors files that
-are all there.
+"""Checks that a folder holds a model: a config, and all safetensors files of the weights.
 
-Not known here: how it came to be on this machine (names/sources.py), what the files say.
+Not known here: how it came to this machine (names/sources.py), what the files say.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 
 @dataclass(frozen=True)
-class Found:
-    """folder        holds config.json, safetensors and the tokenizer
-    name_or_path  the hub id, the named default, or the folder: what an adapter names as its base
+class ModelFolder:
+    """The folder of a base.
+
+    folder        holds config.json, safetensors and the tokenizer
+    name_or_path  the hub id, the named default, or the folder: what adapters record as their base
     revision      the commit of a hub base, else None
-    file          the .gguf file whose blocks are the weights, where that was asked for
+    file          the .gguf file whose blocks are the weights, if requested
     """
 
     folder: Path
@@ -32,22 +33,19 @@ class Found:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a folder's weights: model.safetensors, or every shard of its
-    index.
+    """Returns the safetensors files of the weights: model.safetensors, or every shard of its index.
 
-    Raises SourceError if the folder holds no model, UnsafeFileError if its weights are pickles or
-    its index points out of the folder, CorruptFileError if shards are missing.
+    Raises SourceError if the folder holds no model, UnsafeFileError for pickled weights or an index
+    that points out of the folder, CorruptFileError if shards are missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names or not (single.is_file() or index.is_file()):
         raise no_model(str(folder), names)
-    if "adapter_config.json" in names:  # transformers would put it onto the model without a word
+    if "adapter_config.json" in names:  # transformers would silently apply it to the model
         raise SourceError(
             f"{folder} holds a model and an adapter",
-            next_step=(
-                "Move adapter_config.json and adapter_model.safetensors to a folder of their own."
-            ),
+            next_step=("Move adapter_config.json and adapter_model.safetensors to another folder."),
         )
     if shards := sorted(name for name in names if re.match(r"shard-\d+-model-", name)):
         raise SourceError(
@@ -77,9 +75,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def no_model(where: str, names: set[str]) -> VeneerError:
-    """Why a folder or a repository is no base, from the files that it does hold."""
+    """Explains why a folder or repository is not a base, by the files that it holds."""
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
-        return pickled(where, pickles)
+        return pickle_error(where, pickles)
     if "adapter_config.json" in names:
         return SourceError(
             f"{where} holds an adapter, not a base",
@@ -102,11 +100,11 @@ def no_model(where: str, names: set[str]) -> VeneerError:
     )
 
 
-def pickled(where: str, names: list[str]) -> UnsafeFileError:
+def pickle_error(where: str, names: list[str]) -> UnsafeFileError:
     return UnsafeFileError(
-        f"the weights of {where} are no safetensors files; such files can run code when read",
+        f"the weights of {where} are not safetensors files; such files can run code when read",
         names[:8],
-        "Take a safetensors version: many hub models have one, some as a pull request"
+        "Choose a safetensors version: many hub models have one, some as a pull request"
         " (org/name@refs/pr/1).\nIf you trust the author, convert it once with transformers: load"
         " it and call save_pretrained(folder).",
     )

@@ -1,9 +1,8 @@
-"""The tensors of safetensors files, each read when it is asked for and kept by nobody.
+"""Reads tensors of safetensors files one by one on demand, without keeping them.
 
-By plain reads, not by mapping the file: mapped pages count as this process's memory for as long as
-the file is open, and the point of reading one by one is that they do not add up. safetensors itself
-opens each file first: it refuses headers that are longer than their file, and ranges that overlap,
-leave holes or do not fit a shape.
+Files are read, not mapped: mapped pages count as this process's memory while the file is open, and
+reading one by one is meant to keep memory small. safetensors opens each file first and refuses
+headers that are longer than their file, and ranges that overlap, leave holes or do not fit a shape.
 """
 
 import json
@@ -42,7 +41,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; `tensor[...]` reads it. start: byte in the file."""
+    """A tensor in a file; `tensor[...]` reads it. start: first byte in the file"""
 
     path: Path
     kind: str
@@ -51,11 +50,11 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Raises SourceError for a type that is not read."""
+        """Returns the torch type. Raises SourceError for a type that is not supported."""
         if self.kind not in TYPES:
             raise SourceError(
-                f"{self.path} holds values of type {self.kind}, which are not read",
-                next_step="Take a version of the model in bf16, f16 or f32.",
+                f"{self.path} holds values of type {self.kind}, which are not supported",
+                next_step="Choose a version of the model in bf16, f16 or f32.",
             )
         return TYPES[self.kind]
 
@@ -75,7 +74,7 @@ class StoredTensor:
                     view = view[count:]
         return raw.view(self.dtype).view(self.shape)
 
-    # What transformers asks of a slice of a file.
+    # transformers calls these on slices of files.
     def get_dtype(self) -> str:
         return self.kind
 
@@ -84,9 +83,9 @@ class StoredTensor:
 
 
 def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
-    """Name -> tensor, of all files. Raises CorruptFileError for those that are truncated or no
-    safetensors."""
-    found: dict[str, StoredTensor] = {}
+    """Returns the tensors of all files by name. Raises CorruptFileError for truncated or invalid
+    files."""
+    tensors: dict[str, StoredTensor] = {}
     faults = []
     for path in files:
         try:
@@ -99,16 +98,16 @@ def stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start = 8 + length + entry["data_offsets"][0]
-                found[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
+                tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
     if faults:
         raise CorruptFileError(
             f"weights in {files[0].parent} cannot be read", faults, NEXT_DOWNLOAD
         )
-    return found
+    return tensors
 
 
-def counted(tensors: Mapping[str, StoredTensor]) -> Counter[str]:
-    """Number of values per safetensors dtype name."""
+def count_values_by_type(tensors: Mapping[str, StoredTensor]) -> Counter[str]:
+    """Counts the values of each safetensors dtype."""
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
         counts[tensor.kind] += math.prod(tensor.shape)

@@ -1,14 +1,14 @@
-"""The blocks of a .gguf file as a frozen base: its linear layers stay as they are in the file.
+"""Keeps the linear layers of a .gguf file in its blocks, as a frozen base.
 
-Read once per file: config, tokenizer and everything that is no linear layer (norms, embeddings, the
-output head) go into a folder in the cache, with a list of where each layer's blocks lie. The base
-then maps the file itself: its blocks take no memory of their own, but for q and k of llama-family
-files, whose rows the file holds in another order.
+Once per file, the config, the tokenizer and everything that is no linear layer (norms, embeddings,
+output head) are written into a folder in the cache, with the location of each layer's blocks. The
+base then maps the file itself: its blocks take no memory of their own, except q and k of
+llama-family files, whose rows the file stores in another order.
 
-    config.json, tokenizer, generation_config.json   as for a converted file (bases/gguf/convert.py)
-    model.safetensors                                what is held dense
-    blocks.json
-        module -> kind, offset, rows, columns, heads of the row order
+config.json, tokenizer, generation_config.json   as for a converted file (bases/gguf/convert.py)
+model.safetensors                                dense weights
+blocks.json
+    module -> kind, offset, rows, columns, heads of the row order
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from veneer.bases.config.announced import without_storage
-from veneer.bases.folder.model_folder import Found
-from veneer.bases.gguf.convert import Header, converting, file_config, matched, rebuilt_tokenizer
-from veneer.bases.gguf.weights import dense_values, places, stored_shape
+from veneer.bases.folder.model_folder import ModelFolder
+from veneer.bases.gguf.convert import Header, converted_into, file_config, generation_settings
+from veneer.bases.gguf.tokenizer import rebuild_tokenizer
+from veneer.bases.gguf.weights import dense_values, parameter_names, stored_shape
 from veneer.bases.kept import blocks_folder, is_whole
 from veneer.errors import CorruptFileError, SourceError
 from veneer.files.strict_json import read_model_json
@@ -42,18 +43,20 @@ ARCHITECTURES = (
     *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
     *("falcon", "stablelm", "starcoder2", "nemotron"),
 )
-"""Those of bases/gguf/convert.py whose linear layers are the file's matrices, row for row (llama:
-in another order)."""
+"""Architectures of bases/gguf/convert.py whose linear layers equal the file's matrices, row for row
+(llama: in another order)."""
 
-_HELD: dict[str, Kind] = {kind: kind for kind in FORMATS}
+_KINDS: dict[str, Kind] = {kind: kind for kind in FORMATS}
 _FLOATS = ("F32", "F16", "BF16")
-_DENSE = "Leave out quantize: the file is then converted as a whole."
+_DENSE = "Remove quantize: the whole file is then converted."
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Where the blocks of one linear layer lie. heads: of the row order to undo; 0: rows stand in
-    the model's order."""
+class LinearBlocks:
+    """Location of the blocks of one linear layer.
+
+    heads: number of heads whose row order must be undone; 0: rows are in the model's order
+    """
 
     kind: Kind
     offset: int
@@ -66,8 +69,7 @@ class Layer:
         return self.columns // FORMATS[self.kind].size * FORMATS[self.kind].bytes
 
     def read(self, file: Tensor) -> Tensor:
-        """(rows, row_bytes) of the mapped file: a view, or a copy where the rows are put in
-        order."""
+        """Returns (rows, row_bytes) of the mapped file: a view, or a copy if rows are reordered."""
         blocks = file[self.offset : self.offset + self.rows * self.row_bytes].view(
             self.rows, self.row_bytes
         )
@@ -78,30 +80,31 @@ class Layer:
 
 
 def lay_out(path: Path, sha256: str) -> Path:
-    """The folder beside the .gguf file at `path`, whose bytes have this hash; made on the first
-    call.
+    """Returns the folder for the .gguf file at `path`, made on the first call. sha256: of its bytes
 
     Raises SourceError if its layers cannot be held as blocks, and as gguf.convert does.
     """
     target = blocks_folder(sha256)
     if not is_whole(target):
-        with converting(path, target) as made:
-            _write(*made)
+        with converted_into(path, target) as parts:
+            _write(*parts)
     return target
 
 
 def build(
-    found: Found, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+    model_folder: ModelFolder, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model with a GGUFLinear over the mapped file for every layer of blocks.json, the rest
-    dense in `dtype`."""
-    assert found.file is not None
+    """Builds the model with a GGUFLinear over the mapped file for every layer of blocks.json.
+
+    The other weights are dense in `dtype`.
+    """
+    assert model_folder.file is not None
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    dense = load_file(found.folder / "model.safetensors")
-    size = found.file.stat().st_size
-    file = torch.from_file(str(found.file), shared=False, size=size, dtype=torch.uint8)
-    for path, layer in _read_layers(found.folder, size).items():
+    dense = load_file(model_folder.folder / "model.safetensors")
+    size = model_folder.file.stat().st_size
+    file = torch.from_file(str(model_folder.file), shared=False, size=size, dtype=torch.uint8)
+    for path, layer in _read_layers(model_folder.folder, size).items():
         bias = dense.pop(f"{path}.bias", None)
         parent, _, last = path.rpartition(".")
         packed = GGUFLinear(
@@ -115,49 +118,49 @@ def build(
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty or unexpected:
         raise CorruptFileError(
-            f"what {found.folder} holds is not the rest of this model",
+            f"the dense weights in {model_folder.folder} do not belong to this model",
             [f"missing {name}" for name in empty[:8]]
             + [f"unknown {name}" for name in unexpected[:8]],
-            "Delete this folder: it is made again from the .gguf file.",
+            "Delete this folder: it is built again from the .gguf file.",
         )
-    model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    model.generation_config = GenerationConfig.from_pretrained(model_folder.folder)
     nn.Module.to(model, device)
     return model
 
 
-def _read_layers(folder: Path, size: int) -> dict[str, Layer]:
-    """blocks.json, checked against the size of the file: the kernels do not look where they
-    read."""
+def _read_layers(folder: Path, size: int) -> dict[str, LinearBlocks]:
+    """Reads blocks.json and checks it against the file's size, because the kernels do not."""
     layers = {
-        path: Layer(**fields) for path, fields in read_model_json(folder / "blocks.json").items()
+        path: LinearBlocks(**fields)
+        for path, fields in read_model_json(folder / "blocks.json").items()
     }
     for path, layer in layers.items():
         inside = layer.kind in FORMATS and 0 <= layer.offset <= size - layer.rows * layer.row_bytes
         if not inside or min(layer.rows, layer.row_bytes) <= 0:
             raise CorruptFileError(
                 f"{folder / 'blocks.json'} places {path} outside the .gguf file",
-                next_step="Delete this folder: it is made again from the .gguf file.",
+                next_step="Delete this folder: it is built again from the .gguf file.",
             )
     return layers
 
 
-def _write(alone: Path, header: Header, folder: Path) -> None:
+def _write(isolated: Path, header: Header, folder: Path) -> None:
     if header.architecture not in ARCHITECTURES:
         raise SourceError(
             f"the layers of a {header.architecture} .gguf file cannot be held as blocks",
             [f"possible with  {', '.join(ARCHITECTURES)}"],
             _DENSE,
         )
-    tokenizer = rebuilt_tokenizer(alone, header)
+    tokenizer = rebuild_tokenizer(isolated, header.pre_tokenizer)
     config: Any = file_config(header)
     if header.architecture == "falcon" and config.new_decoder_architecture:
         raise SourceError(
             "the layers of this Falcon .gguf file cannot be held as blocks",
-            [f"q, k and v of {config.num_kv_heads} groups of heads stand in another order there"],
+            [f"q, k and v of {config.num_kv_heads} groups of heads are stored in another order"],
             _DENSE,
         )
     model = without_storage(config, header.dtype)
-    layers, dense = _sorted_out(model, header)
+    layers, dense = _sort_tensors(model, header)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = header.dtype
     folder.mkdir()
@@ -167,35 +170,34 @@ def _write(alone: Path, header: Header, folder: Path) -> None:
         json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8"
     )
     model.config.save_pretrained(folder)
-    matched(tokenizer, model).save_pretrained(folder)
+    generation_settings(tokenizer, model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _sorted_out(
+def _sort_tensors(
     model: PreTrainedModel, header: Header
-) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-    """Every tensor of the file as a layer of blocks or as a dense weight under its name in the
-    model."""
-    wanted = dict(model.named_parameters())
-    names = places(header.architecture, model)
-    layers: dict[str, Layer] = {}
+) -> tuple[dict[str, LinearBlocks], dict[str, Tensor]]:
+    """Sorts the file's tensors into layers of blocks and dense weights by the model's names."""
+    parameters = dict(model.named_parameters())
+    names = parameter_names(header.architecture, model)
+    layers: dict[str, LinearBlocks] = {}
     dense: dict[str, Tensor] = {}
     faults: list[str] = []
     refused: Counter[str] = Counter()
     for tensor in header.tensors.values():
         name = names.get(tensor.name)
         if name is None:
-            faults.append(f"{tensor.name} has no place in the model")
+            faults.append(f"{tensor.name} is not in the model")
             continue
         kind, shape = tensor.tensor_type.name, stored_shape(tensor)
-        if shape != tuple(wanted[name].shape):
+        if shape != tuple(parameters[name].shape):
             faults.append(
-                f"{tensor.name}: {shape} in the file, {tuple(wanted[name].shape)} in the model"
+                f"{tensor.name}: {shape} in the file, {tuple(parameters[name].shape)} in the model"
             )
-        elif _is_layer(model, name) and (held := _HELD.get(kind)):
+        elif _is_layer(model, name) and (block_kind := _KINDS.get(kind)):
             rows, columns = shape
-            heads = _heads(tensor, model, header)
-            layer = Layer(held, int(tensor.data_offset), rows, columns, heads)
+            heads = _interleaved_heads(tensor, model, header)
+            layer = LinearBlocks(block_kind, int(tensor.data_offset), rows, columns, heads)
             faults += _bad_blocks(tensor, layer)
             layers[name.removesuffix(".weight")] = layer
         elif _is_layer(model, name) and kind not in _FLOATS:
@@ -204,7 +206,7 @@ def _sorted_out(
             dense[name] = dense_values(tensor, header.architecture, model.config, header.dtype)
     known = {*dense, *(f"{path}.weight" for path in layers)}
     if not refused:
-        faults += [f"not in the file  {name}" for name in wanted if name not in known]
+        faults += [f"not in the file  {name}" for name in parameters if name not in known]
     faults += [f"{count} layers are stored as {kind}" for kind, count in sorted(refused.items())]
     if not layers and not faults:
         faults.append(f"no layer is stored in blocks: the file's type is {header.dtype}")
@@ -217,7 +219,7 @@ def _sorted_out(
 
 
 def _is_layer(model: PreTrainedModel, name: str) -> bool:
-    """A linear layer's weight, the output head's left out: it stays dense."""
+    """Whether this is a linear layer's weight. The output head does not count: it stays dense."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     return (
@@ -227,9 +229,8 @@ def _is_layer(model: PreTrainedModel, name: str) -> bool:
     )
 
 
-def _heads(tensor: ReaderTensor, model: PreTrainedModel, header: Header) -> int:
-    """llama.cpp's converter interleaves the halves of every head's rows in q and k of this
-    architecture.
+def _interleaved_heads(tensor: ReaderTensor, model: PreTrainedModel, header: Header) -> int:
+    """Returns the heads of q or k whose row halves llama.cpp interleaves; 0 for other tensors.
 
     Source: LlamaModel.permute in
     https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py.
@@ -242,7 +243,7 @@ def _heads(tensor: ReaderTensor, model: PreTrainedModel, header: Header) -> int:
     return int(config.num_key_value_heads) if ".attn_k." in tensor.name else 0
 
 
-def _bad_blocks(tensor: ReaderTensor, layer: Layer) -> list[str]:
+def _bad_blocks(tensor: ReaderTensor, layer: LinearBlocks) -> list[str]:
     blocks = torch.from_numpy(np.array(tensor.data)).view(layer.rows, layer.row_bytes)
     bad = first_bad_block(blocks, layer.kind)
     return (

@@ -1,4 +1,4 @@
-"""Llama 3's rotary scaling as a .gguf file holds it: rope_freqs.weight, one divisor for each
+"""Recovers Llama 3's rotary scaling from a .gguf file's rope_freqs.weight, one divisor per
 frequency."""
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from veneer.bases.gguf.header import undo_single_precision
 Factors = np.ndarray[Any, Any]
 _LOW, _HIGH = 1.0, 4.0
 _ORIGINALS = (8192, 4096, 16384, 32768)
-"""Values of the released models: the file does not name them."""
+"""Context lengths of the released models, which the file does not name."""
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Factors:
-    """The divisors (head_dim / 2,) of these rotary settings: transformers' formula of rope_type
-    llama3."""
+    """Returns the divisors (head_dim / 2,) of rotary settings, by transformers' formula of
+    rope_type llama3."""
     frequencies = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelengths, original = 2 * np.pi / frequencies, rope["original_max_position_embeddings"]
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
@@ -27,7 +27,8 @@ def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Factors:
 
 
 def llama3_scaling(factors: Factors, rope: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The settings of rope_type llama3 that give these divisors; None if no released model's do."""
+    """Finds the settings of rope_type llama3 with these divisors; None if no released model has
+    them."""
     if rope["rope_type"] != "default":
         return None
     for original in _ORIGINALS:

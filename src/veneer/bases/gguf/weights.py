@@ -1,14 +1,14 @@
-"""Where the tensors of a .gguf file stand in transformers' model, and their values in its layout.
+"""Maps the tensors of a .gguf file to transformers' parameters, in the model's layout.
 
-llama.cpp's converter reorders or shifts some tensors. Each is turned back here:
+llama.cpp's converter reorders or shifts some tensors. This is undone here:
 
-    llama              rows of q and k: rotated halves stand next to each other in the file
-    gemma2, gemma3, nemotron    norms hold the 1 that transformers adds while it computes
-    gpt2               matrices of Conv1D are transposed
-    bloom, falcon      q, k and v stand one after the other, in the model by heads or groups of
-                       heads
-    qwen2moe           the gate of the shared expert is a vector
-    qwen2moe, qwen3moe gate and up projections of all experts are two tensors, in the model one
+llama              rows of q and k: the two halves that rotate are interleaved in the file
+gemma2, gemma3, nemotron    norms include the 1 that transformers adds while it computes
+gpt2               matrices of Conv1D are transposed
+bloom, falcon      q, k and v follow each other; in the model they are ordered by heads or groups of
+                   heads
+qwen2moe           the gate of the shared expert is a vector
+qwen2moe, qwen3moe gate and up projections of all experts are two tensors, in the model one
 
 Source: modify_tensors in https://github.com/ggml-org/llama.cpp/tree/master/conversion.
 """
@@ -25,40 +25,40 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _MERGED = ("ffn_gate_exps", "ffn_up_exps")
-"""Tensors of all experts that are one in the model, in its order."""
+"""Tensors of all experts that are one parameter in the model, in its order."""
 
 
-def places(architecture: str, model: PreTrainedModel) -> dict[str, str]:
-    """Name in the file -> name of the model's parameter, by the gguf package's table."""
+def parameter_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
+    """Maps each name in the file to the model's parameter, by the gguf package's table."""
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = get_tensor_name_map(number, model.config.num_hidden_layers)
     prefix = f"{model.base_model_prefix}."
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, _ in model.named_parameters():
         if name.endswith(".mlp.experts.gate_up_proj"):
             layer = name.split(".")[2]
-            found |= {f"blk.{layer}.{part}.weight": name for part in _MERGED}
+            names |= {f"blk.{layer}.{part}.weight": name for part in _MERGED}
             continue
         stem, _, last = (
             name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
         )
-        own = table.get_name(stem) or table.get_name(
+        name_in_file = table.get_name(stem) or table.get_name(
             stem.removeprefix(prefix)
         )  # Bloom's table has no prefix
-        if own is not None:
-            found[f"{own}.{last}"] = name
-    return found
+        if name_in_file is not None:
+            names[f"{name_in_file}.{last}"] = name
+    return names
 
 
 def stored_shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """The shape of a tensor in the file, rows first."""
+    """Returns the shape of a tensor in the file, rows first."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def dense_values(
     tensor: ReaderTensor, architecture: str, config: PreTrainedConfig, dtype: torch.dtype
 ) -> Tensor:
-    """The values of a tensor in the model's layout."""
+    """Decodes a tensor into the model's layout."""
     values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))).view(
         stored_shape(tensor)
     )
@@ -68,15 +68,15 @@ def dense_values(
     return values.to(dtype).contiguous()
 
 
-def merged(parts: Mapping[str, Tensor]) -> Tensor:
-    """Gate and up projections of all experts (experts, O, I) as the model's one parameter (experts,
-    2 O, I)."""
+def merge_experts(parts: Mapping[str, Tensor]) -> Tensor:
+    """Joins gate and up projections of all experts (experts, O, I) to one parameter (experts, 2 O,
+    I)."""
     ordered = sorted(parts, key=lambda name: _MERGED.index(name.split(".")[-2]))
     return torch.cat([parts[name] for name in ordered], dim=1)
 
 
-def num_merged(name: str) -> int:
-    """How many tensors of the file make up this parameter of the model."""
+def count_parts(name: str) -> int:
+    """Counts the tensors of the file that make up this parameter of the model."""
     return len(_MERGED) if name.endswith(".mlp.experts.gate_up_proj") else 1
 
 

@@ -1,12 +1,12 @@
-"""The fields of a model's config that decide what the model computes, as plain JSON, and how those
-of two bases differ.
+"""Lists the fields of a model's config that decide what it computes, and compares two bases by
+them.
 
 A field counts if the config's class declares it or if code of the model reads it, except those of
-NOT_COMPUTED. Files of configs hold other keys too, which tools left there; they compute nothing.
+NOT_COMPUTED. Config files hold other keys too, left by tools; they compute nothing.
 
-A field has its default where the config says the same without it. Another version of transformers
-may declare other fields. A field that only one side has is therefore no difference if it has its
-default there.
+A field has its default if the config means the same without it. Another version of transformers may
+declare other fields. So a field that only one side has is no difference if it has its default
+there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NOT_COMPUTED = frozenset(
             "auto_map",
         ),
         *("tokenizer_class", "quantization_config", "_is_quantized"),
-        # how transformers computes the same values, and what it hands out beside them
+        # how transformers computes the same values, and its additional outputs
         *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
         *("_experts_implementation", "_experts_implementation_internal"),
         *(
@@ -50,7 +50,7 @@ NOT_COMPUTED = frozenset(
             "output_router_logits",
         ),
         *("keys_to_ignore_at_inference", "chunk_size_feed_forward"),
-        # heads that classify
+        # classification heads
         *(
             "id2label",
             "label2id",
@@ -91,7 +91,7 @@ NOT_COMPUTED = frozenset(
         *("task_specific_params", "prefix"),
     )
 )
-"""Names at any depth. `tests/soak/test_config_fields.py` holds for every family that none of them
+"""Names at any depth. `tests/soak/test_config_fields.py` checks for every family that none of them
 changes a logit."""
 
 PAD = "pad_token_id"
@@ -118,31 +118,32 @@ READ_ANYWAY = frozenset(
         *("tie_word_embeddings", "vocab_size", "text_config", "per_layer_config", "model_type"),
     )
 )
-"""Names that shared code of transformers reads of any config, whether or not its class declares
-them."""
+"""Names that shared code of transformers reads from any config, declared by its class or not."""
 
-WITHOUT = {"rope_type": "default", "partial_rotary_factor": 1}
-"""What models compute with where rotary settings lack the name."""
+WHEN_MISSING = {"rope_type": "default", "partial_rotary_factor": 1}
+"""Values that models use if rotary settings lack the name."""
 
 MAX_SHOWN = 60
 
 
 def computing_fields(model: PreTrainedModel) -> dict[str, JsonValue]:
-    """The fields of the model's config, and of those within it, that decide what it computes, by
-    dotted path: under `default` those that have their default, under `set` the others."""
+    """Returns the config's fields that decide what the model computes, nested ones by dotted path.
+
+    `default` holds fields that have their default, `set` the others.
+    """
     written: dict[str, JsonValue] = {}
     default: dict[str, JsonValue] = {}
     with quiet():
-        for path, value, is_default in _fields(model.config, _Code(model), ""):
+        for path, value, is_default in _fields(model.config, _ConfigReads(model), ""):
             (default if is_default else written)[path] = value
     return {"default": dict(sorted(default.items())), "set": dict(sorted(written.items()))}
 
 
 def config_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each field whose value differs, the stored one first."""
+    """Describes each field whose value differs, one line each, the stored value first."""
     before, after = ({**side["default"], **side["set"]} for side in (stored, now))
     return [
-        f"config.json {path}: {_shown(before, path)} against {_shown(after, path)}"
+        f"config.json {path}: {_format_value(before, path)} against {_format_value(after, path)}"
         for path in sorted(before.keys() | after.keys())
         if (
             before[path] != after[path]
@@ -152,8 +153,8 @@ def config_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     ]
 
 
-class _Code:
-    """What the code of a model reads of its config."""
+class _ConfigReads:
+    """Tells which config fields the code of a model reads."""
 
     def __init__(self, model: nn.Module) -> None:
         self.classes = {type(module) for module in model.modules()}
@@ -172,25 +173,29 @@ class _Code:
         return "\n".join(inspect.getsource(sys.modules[module]) for module in modules)
 
     def reads(self, name: str) -> bool:
-        """True if the source has the name as an attribute or as a text."""
+        """Whether the source has the name as an attribute or a text."""
         return (
             name in READ_ANYWAY or re.search(rf"[.\"']{re.escape(name)}\b", self.source) is not None
         )
 
 
 def _counts_from_pad(kind: type[nn.Module]) -> bool:
-    """True if the class computes with the row of the padding token. Embeddings of PyTorch only skip
-    its gradient, and whole models only hand it out."""
+    """Whether the class computes with the row of the padding token.
+
+    PyTorch's embeddings only skip its gradient, and whole models only pass it on.
+    """
     forward = inspect.unwrap(kind.forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    own = not forward.__module__.startswith("torch.") and not issubclass(kind, PreTrainedModel)
-    return own and "padding_idx" in names
+    computes_itself = not forward.__module__.startswith("torch.") and not issubclass(
+        kind, PreTrainedModel
+    )
+    return computes_itself and "padding_idx" in names
 
 
 def _fields(
-    config: PreTrainedConfig, code: _Code, above: str
+    config: PreTrainedConfig, code: _ConfigReads, above: str
 ) -> Iterator[tuple[str, JsonValue, bool]]:
-    """(path, value, whether it is its default) of every field that counts."""
+    """Yields every field that counts: (path, value, whether it is its default)."""
     values = config.to_dict()
     declared = {field.name: field.default for field in fields(config)}
     settings = {name: value for name, value in values.items() if name in declared}
@@ -198,26 +203,29 @@ def _fields(
         if name not in declared and not code.reads(name):
             continue
         settings |= {name: values[name]} if name != "model_type" else {}
-        within = vars(config).get(
+        nested = vars(config).get(
             name
-        )  # an attribute that layers have otherwise cannot be read of the whole
-        if isinstance(within, PreTrainedConfig):
-            yield from _fields(within, code, f"{above}{name}.")
+        )  # an attribute that differs between layers cannot be read from the whole
+        if isinstance(nested, PreTrainedConfig):
+            yield from _fields(nested, code, f"{above}{name}.")
             continue
-        for path, leaf in _leaves(values[name], (name,), code.not_computed):
-            value = _plain(leaf)
-            usual = value is not None and path == (name,) and value == _plain(declared.get(name))
+        for path, raw in _leaves(values[name], (name,), code.not_computed):
+            value = _plain(raw)
+            is_declared_default = (
+                value is not None and path == (name,) and value == _plain(declared.get(name))
+            )
             yield (
                 above + ".".join(map(str, path)),
                 value,
-                usual or _is_default(config, settings, path, value),
+                is_declared_default or _is_default(config, settings, path, value),
             )
 
 
 def _leaves(
     value: Any, path: tuple[str, ...], not_computed: frozenset[str]
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values within mappings, each with its path. `type` is an earlier name of rope_type."""
+    """Yields the values within mappings, each with its path. `type` is an older name of
+    rope_type."""
     if not isinstance(value, Mapping) or not value:
         yield path, value
         return
@@ -229,8 +237,10 @@ def _leaves(
 def _is_default(
     config: PreTrainedConfig, settings: Mapping[str, Any], path: tuple[str, ...], value: JsonValue
 ) -> bool:
-    """True if a config of the same settings without this one has this value there. Nothing is
-    always a default."""
+    """Whether a config with the same settings but without this one has this value there.
+
+    None and {} always count as a default.
+    """
     if value is None or value == {}:
         return True
     without = copy.deepcopy(dict(settings))
@@ -239,19 +249,21 @@ def _is_default(
         above = above[name]
     above.pop(path[-1], None)
     try:
-        found: Any = type(config)(**without).to_dict()
-    except Exception:  # a class may refuse a config that lacks the field with anything
+        fields_without: Any = type(config)(**without).to_dict()
+    except Exception:  # a class may raise anything if the field is missing
         return False
     for name in path:
-        if not isinstance(found, Mapping) or name not in found:
-            return WITHOUT.get(path[-1]) == value
-        found = found[name]
-    return _plain(found) == value
+        if not isinstance(fields_without, Mapping) or name not in fields_without:
+            return WHEN_MISSING.get(path[-1]) == value
+        fields_without = fields_without[name]
+    return _plain(fields_without) == value
 
 
 def _plain(value: Any) -> JsonValue:
-    """JSON in one spelling: whole numbers without a fraction, non-finite ones by name, keys as
-    text."""
+    """Converts a value to JSON in one spelling.
+
+    Whole numbers have no fraction, non-finite ones become their names, keys become text.
+    """
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in sorted(value.items(), key=str)}
     if isinstance(value, list | tuple):
@@ -265,6 +277,6 @@ def _plain(value: Any) -> JsonValue:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-def _shown(fields_of_side: Mapping[str, Any], path: str) -> str:
+def _format_value(fields_of_side: Mapping[str, Any], path: str) -> str:
     text = repr(fields_of_side[path]) if path in fields_of_side else "not there"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

@@ -1,18 +1,17 @@
-"""Which base this is: hashes of all its values, its structure, the fields of its config, and what
-its tokenizer does.
+"""Identifies a base: hashes of its values, structure and config, and of its tokenizer's behaviour.
 
-An adapter is only right on the base it was trained on; a name is no proof of that. The fingerprint
-is the same wherever the same weights were loaded from, on any device, in whatever file layout; tied
-weights count once. In another dtype the bytes differ, so the fingerprint does too: `differences`
-then names the dtype rather than the weights. It must be taken in the type that the weights are
-stored in, before they are widened (models/load.py), and before adapters are attached: they add
+An adapter is only right on the base it was trained on, and a name proves nothing. The fingerprint
+is the same wherever the same weights were loaded from, on any device and in any file layout; tied
+weights count once. In another dtype the bytes differ, so the fingerprint does too; `differences`
+then names the dtype instead of the weights. It must be taken in the type that the weights are
+stored in, before they are widened (models/load.py), and before adapters are attached, which add
 parameters.
 
-Earlier versions wrote neither `values_hash` nor `config`. Their fingerprints are compared by the
+Older versions wrote neither `values_hash` nor `config`. Their fingerprints are compared by the
 fields that they have.
 
 Not known here: where the base came from, adapters, the chat template (data/template/template.py
-hashes that).
+hashes it).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from veneer.quant.config import FORMATS
 from veneer.shards import make_whole
 
 SAMPLES_PER_TENSOR = 4096
-"""Elements of every tensor that `weights_hash` holds."""
+"""Elements of every tensor that enter `weights_hash`."""
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,21 +50,23 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """architecture    class of the model, for instance LlamaForCausalLM
+    """The identity of a base.
+
+    architecture    class of the model, for instance LlamaForCausalLM
     model_type      transformers' name of the family, for instance llama
     dtype           of the weights; mixed ones joined by +, for instance bfloat16+float32, or
-                    bfloat16+nf4 where linear layers are held packed (quantize)
+                    bfloat16+nf4 where linear layers are packed (quantize)
     num_parameters  tied weights counted once
     vocab_size      rows of the output distribution
     shapes_hash     SHA-256 over the sorted (name, shape) of every weight; packed ones in their
                     dense shape
-    weights_hash    SHA-256 over (name, dtype, up to 4096 sampled values) of every weight: all that
-                    earlier versions knew of the values
+    weights_hash    SHA-256 over (name, dtype, up to 4096 sampled values) of every weight: the only
+                    hash of values in older versions
     values_hash     SHA-256 over (name, dtype, SHA-256 of all bytes) of every weight; "" in a
-                    fingerprint that an earlier version wrote
+                    fingerprint of an older version
     config          the fields of its config that decide what it computes, by dotted path, and which
                     of them are defaults (bases/identity/config_fields.py); None in a fingerprint
-                    that an earlier version wrote
+                    of an older version
     """
 
     architecture: str
@@ -80,42 +81,46 @@ class Fingerprint:
 
     @property
     def quantize(self) -> str | None:
-        """The format that packed weights are held in; None: all are dense."""
-        return next((held for held in self.dtype.split("+") if held in FORMATS), None)
+        """Returns the format of packed weights; None if all are dense."""
+        return next((name for name in self.dtype.split("+") if name in FORMATS), None)
 
     @property
     def is_earlier(self) -> bool:
-        """True if an earlier version wrote it, which compared samples of the weights alone."""
+        """Whether an older version wrote it, which only compared samples of the weights."""
         return not self.values_hash
 
     @property
     def earlier(self) -> Fingerprint:
-        """The fingerprint that an earlier version computes of the same base."""
+        """Returns the fingerprint that an older version computes for the same base."""
         return replace(self, values_hash="", config=None)
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, over all fields: equal digests mean equal fingerprints."""
+        """Returns the SHA-256 over all fields, in hex: equal digests mean equal fingerprints."""
         return _json_hash(self.to_dict())
 
     @property
     def weights_digest(self) -> str:
-        """SHA-256, in hex, over all fields but the config: what a library looks adapters up by.
-        Another version of transformers may write other fields of the same config; reading an
-        adapter compares these one by one."""
+        """Returns the SHA-256 over all fields but the config, in hex; the library finds adapters by
+        it.
+
+        Another version of transformers may write other fields for the same config; reading an
+        adapter compares these one by one.
+        """
         return _json_hash(
             {name: value for name, value in self.to_dict().items() if name != "config"}
         )
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """The fields that it has; those that an earlier version did not know are left out of its
-        fingerprints."""
+        """Returns its fields, without those that an older version did not have."""
         return {name: value for name, value in asdict(self).items() if name not in _NEWER or value}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Fingerprint:
-        """The inverse of to_dict. Raises CorruptFileError with every missing, unknown or mistyped
-        field."""
+        """Restores a fingerprint from to_dict's result.
+
+        Raises CorruptFileError with every missing, unknown or mistyped field.
+        """
         needed = [
             name for name in _TYPES if name not in _NEWER or not stored.keys().isdisjoint(_NEWER)
         ]
@@ -132,49 +137,49 @@ class Fingerprint:
         if isinstance(config, dict) and not (
             config.keys() == {"set", "default"} and _are_dicts(config.values())
         ):
-            faults.append("config has other parts than set and default, or they are no objects")
+            faults.append("config has other parts than set and default, or they are not objects")
         if stored.get("values_hash") == "":
             faults.append("values_hash is empty")
         if faults:
             raise CorruptFileError(
                 "the stored fingerprint of a base cannot be read",
                 faults,
-                "Was the file written by another version, or by hand? Restore it from where it was"
-                " made.",
+                "Was the file written by another version, or by hand? Restore the original.",
             )
         return cls(**stored)
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, one line each, this one's value first; empty if they are the same base.
-        Where one of them is of an earlier version, only what that version wrote is compared."""
+        """Describes what differs, one line each, this side's value first; empty for the same base.
+
+        If one of them comes from an older version, only that version's fields are compared.
+        """
         mine, theirs = self.to_dict(), other.to_dict()
         compared = [name for name in _LABELS if name in mine and name in theirs]
-        if "values_hash" in compared:  # which holds more than samples
+        if "values_hash" in compared:  # covers more than samples
             compared.remove("weights_hash")
         lines = []
         for name in compared:
-            # Other shapes or another dtype always mean other bytes: to say so adds nothing.
+            # Other shapes or another dtype always mean other bytes: no need to report them.
             if name in _HASHES and (self.dtype, self.shapes_hash) != (
                 other.dtype,
                 other.shapes_hash,
             ):
                 continue
             if mine[name] != theirs[name]:
-                lines.append(
-                    f"{_LABELS[name]}: {_shown(mine[name])} against {_shown(theirs[name])}"
-                )
+                values = f"{_format_value(mine[name])} against {_format_value(theirs[name])}"
+                lines.append(f"{_LABELS[name]}: {values}")
         if self.config is not None and other.config is not None:
             lines += config_differences(self.config, other.config)
         if self.dtype != other.dtype and self.shapes_hash == other.shapes_hash:
             lines.append(
-                "weights stored in another dtype, rounded to one or quantized otherwise are another"
-                " base: load the base in the same dtype, with the same quantize, to compare weights"
+                "weights in another dtype or quantization are another base: load the base in the"
+                " same dtype, with the same quantize, to compare weights"
             )
         return lines
 
 
 _NEWER = ("values_hash", "config")
-"""Fields that earlier versions did not write."""
+"""Fields that older versions did not write."""
 
 _TYPES: Mapping[str, type] = {
     **dict.fromkeys(("architecture", "model_type", "dtype"), str),
@@ -201,7 +206,7 @@ def _are_dicts(values: Iterable[object]) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
-def _shown(value: JsonValue) -> str:
+def _format_value(value: JsonValue) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     text = str(value)
@@ -213,20 +218,20 @@ def _json_hash(value: JsonValue) -> str:
 
 
 def fingerprint(model: PreTrainedModel, hashes: ByteHashes | None = None) -> Fingerprint:
-    """The fingerprint of a model that carries no adapters. hashes: of its tensors, where they were
-    begun before."""
-    return _taken(model, hashes or ByteHashes())
+    """Computes the fingerprint of a model without adapters. hashes: of its tensors, if already
+    started"""
+    return _compute(model, hashes or ByteHashes())
 
 
 def earlier_fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """What an earlier version's fingerprint of this model was."""
-    return _taken(model, None)
+    """Computes the fingerprint as older versions did."""
+    return _compute(model, None)
 
 
-def _taken(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
-    """hashes: None leaves out what earlier versions did not know."""
+def _compute(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
+    """Computes the fingerprint; hashes None leaves out fields that older versions did not have."""
     weights = _unique_weights(model)
-    packed, parts = _packed(model)
+    packed, parts = _packed_weights(model)
     shapes, sampled, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     dtypes = set()
     for name, tensor in weights.items():
@@ -240,14 +245,14 @@ def _taken(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
         sampled.update(f"{name} {dtype}\n".encode())
         sampled.update(_sample(tensor))
         if hashes is not None:
-            values.update(f"{name} {dtype} {hashes.of(tensor)}\n".encode())
+            values.update(f"{name} {dtype} {hashes.digest_of(tensor)}\n".encode())
     for name, tensor in sorted(
         parts.items()
-    ):  # not by identity: tables are shared by some loads and not by others
+    ):  # not by identity: only some ways of loading share tables
         sampled.update(f"{name}\n".encode())
         sampled.update(_sample(tensor))
         if hashes is not None:
-            values.update(f"{name} {hashes.of(tensor)}\n".encode())
+            values.update(f"{name} {hashes.digest_of(tensor)}\n".encode())
     return Fingerprint(
         architecture=type(model).__name__,
         model_type=model.config.model_type,
@@ -261,11 +266,14 @@ def _taken(model: PreTrainedModel, hashes: ByteHashes | None) -> Fingerprint:
     )
 
 
-def _packed(
+def _packed_weights(
     model: PreTrainedModel,
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Tensor]]:
-    """Name of a packed weight -> its format and the shape that it stands for; and the scales,
-    tables and offsets by name: values that belong to such a weight, and no weights of the base."""
+    """Returns the packed weights, and their scales, tables and offsets by name.
+
+    A packed weight's name maps to its format and dense shape. The other values belong to such
+    weights and are no weights of the base.
+    """
     weights: dict[str, tuple[str, tuple[int, ...]]] = {}
     parts: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -282,8 +290,7 @@ def _packed(
 
 
 def _unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and stored buffers by name, sorted; one that has two names (tied) under the
-    first."""
+    """Returns parameters and stored buffers by name, sorted; tied ones under the first name."""
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         unique.setdefault(id(tensor), (name, tensor))
@@ -291,25 +298,23 @@ def _unique_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    """Up to SAMPLES_PER_TENSOR elements, their bytes as stored (little-endian).
+    """Returns the bytes (little-endian) of up to SAMPLES_PER_TENSOR elements.
 
-    One from each of equally wide stretches, at an offset that varies from stretch to stretch: a
-    fixed stride that divides the row length would see a single column.
+    Each comes from one of equally wide ranges, at an offset that varies: a fixed stride that
+    divides the row length would only see one column.
     """
     make_whole(tensor)
     flat = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
     size, count = flat.numel(), min(flat.numel(), SAMPLES_PER_TENSOR)
     if size > count:
-        flat = flat[_places(size, count).to(flat.device)]
-    return (
-        flat.cpu().clone().numpy().tobytes()
-    )  # numpy fixes the size of the memory that it is given
+        flat = flat[_sampled_positions(size, count).to(flat.device)]
+    return flat.cpu().clone().numpy().tobytes()  # numpy would fix the size of shared memory
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
-def _places(size: int, count: int) -> Tensor:
-    """(count) of the elements that are hashed, the same for all tensors of a size."""
+def _sampled_positions(size: int, count: int) -> Tensor:
+    """Returns the positions of the sampled elements, (count), equal for all tensors of a size."""
     starts = torch.arange(count + 1, device="cpu") * size // count
     # Knuth's multiplicative hash; its high bits, for the low ones repeat with the row length.
     offsets = (torch.arange(count, device="cpu") * 2654435761 % 2**32 * starts.diff()) >> 32
@@ -317,11 +322,11 @@ def _places(size: int, count: int) -> Tensor:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hex, of what a tokenizer does: vocabulary, special tokens, ids of fixed texts.
+    """Hashes the behaviour of a tokenizer: vocabulary, special tokens, ids of fixed texts (SHA-256,
+    hex).
 
-    Of behaviour, not of files: they are written differently by versions of one library. The fixed
-    texts have words, numbers, whitespace, many scripts, code, and each added token between two
-    letters.
+    Files are not hashed: versions of one library write them differently. The fixed texts have
+    words, numbers, whitespace, many scripts, code, and each added token between two letters.
     """
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     probes = [*_PROBES, *(f"a {content} b" for content in sorted(added))]

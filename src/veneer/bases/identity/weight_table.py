@@ -1,7 +1,7 @@
-"""Where the bytes of a base are: what is held packed, what is not, and what each costs.
+"""Lists how the bytes of a base are held: packed or dense, and the size of each kind.
 
-transformers leaves fused experts and routers in 16 bits without a word, and a 4-bit model of
-experts is then nearly as large as the dense one: so what was not packed is always told.
+transformers silently leaves fused experts and routers in 16 bits, and then a 4-bit model of experts
+is nearly as large as the dense one. So weights that are not packed are always shown.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,11 @@ from veneer.quant.weight import PackedSize
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """what: kind of module; held: format or type; values: of the dense weights; bytes: in memory,
-    tables included."""
+    """The weights of one kind of module in one format.
+
+    what: kind of module; held: format or type; values: of the dense weights; bytes: in memory,
+    tables included
+    """
 
     what: str
     held: str
@@ -29,11 +32,11 @@ class WeightGroup:
 
 
 def weight_table(model: PreTrainedModel) -> list[WeightGroup]:
-    """One row for each kind of module and way of holding it, the largest first; tied weights count
+    """Returns one row for each kind of module and format, the largest first; tied weights count
     once."""
     head = model.get_output_embeddings()
     rows: dict[tuple[str, str], list[int]] = {}
-    seen: set[int] = set()
+    counted: set[int] = set()
     for module in model.modules():
         tensors = [
             (name, tensor)
@@ -41,27 +44,31 @@ def weight_table(model: PreTrainedModel) -> list[WeightGroup]:
                 *module.named_parameters(recurse=False, remove_duplicate=False),
                 *module.named_buffers(recurse=False, remove_duplicate=False),
             ]
-            if id(tensor) not in seen
+            if id(tensor) not in counted
         ]
         if not tensors:
             continue
-        seen |= {id(tensor) for _, tensor in tensors}
+        counted |= {id(tensor) for _, tensor in tensors}
         parameters = {name for name, _ in module.named_parameters(recurse=False)}
         packed = module.packed_shapes() if isinstance(module, PackedModule) else {}
-        held = (
-            module.packed_format if isinstance(module, PackedModule) else _type(tensors[0][1].dtype)
+        format_name = (
+            module.packed_format
+            if isinstance(module, PackedModule)
+            else _dtype_name(tensors[0][1].dtype)
         )
-        row = rows.setdefault((_what(module, head), held), [0, 0, 0])
+        row = rows.setdefault((_kind_of_module(module, head), format_name), [0, 0, 0])
         row[0] += 1
         for name, tensor in tensors:
             values = tensor.numel() if name in parameters else 0
             row[1] += torch.Size(packed[name]).numel() if name in packed else values
             row[2] += tensor.numel() * tensor.element_size()
-    groups = [WeightGroup(what, held, *row) for (what, held), row in rows.items() if row[1]]
+    groups = [
+        WeightGroup(what, format_name, *row) for (what, format_name), row in rows.items() if row[1]
+    ]
     return sorted(groups, key=lambda group: -group.bytes)
 
 
-def _what(module: nn.Module, head: nn.Module | None) -> str:
+def _kind_of_module(module: nn.Module, head: nn.Module | None) -> str:
     if module is head:
         return "output head"
     if isinstance(module, nn.Embedding):
@@ -73,17 +80,17 @@ def _what(module: nn.Module, head: nn.Module | None) -> str:
     return "norms and others"
 
 
-def _type(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def packed_sizes(model: PreTrainedModel) -> tuple[PackedSize, ...]:
-    """What each weight takes that a loaded model holds packed."""
+    """Returns the size of each packed weight of a loaded model."""
     return tuple(
         PackedSize(
             f"{path}.{name}",
             shape,
-            sum(each.nbytes for each in module.packed(name).tensors.values()),
+            sum(tensor.nbytes for tensor in module.packed(name).tensors.values()),
         )
         for path, module in model.named_modules()
         if isinstance(module, Holder)
@@ -92,8 +99,8 @@ def packed_sizes(model: PreTrainedModel) -> tuple[PackedSize, ...]:
 
 
 def weight_line(model: PreTrainedModel) -> str:
-    """The table in one line, for a screen."""
+    """Returns the table as one line for the screen."""
     return "weights: " + "; ".join(
-        f"{g.what} {g.values / 1e6:.1f} M in {g.held}, {g.bytes / 1e6:.1f} MB"
-        for g in weight_table(model)
+        f"{group.what} {group.values / 1e6:.1f} M in {group.held}, {group.bytes / 1e6:.1f} MB"
+        for group in weight_table(model)
     )

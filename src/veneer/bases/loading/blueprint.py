@@ -1,8 +1,6 @@
-"""What a base would be: of a named size its fields alone, and a config of transformers once
-somebody asks for it.
+"""Describes a base before it is loaded: for a named size its fields, and a config on demand.
 
-Importing transformers takes longer than most answers that need no more than what an earlier process
-found.
+Importing transformers takes longer than most answers that reuse an earlier process's results.
 """
 
 from __future__ import annotations
@@ -29,40 +27,47 @@ if TYPE_CHECKING:
 class Blueprint:
     """What a base's config says.
 
-    given     the config, or the fields of a named size (shapes.py), which make one
-    dtype     of the weights as they are stored, or were before they were packed, as far as that is
-              known
-    quantize  the format that its files hold them in, which then is how it is held; None: dense
-    packed    what each weight so held takes, where the files are there
+    source    what the user named
+    config_or_fields  the config, or the fields of a named size (shapes.py), which make one
+    dtype     of the stored weights, or before they were packed, as far as known
+    quantize  the format of packed weights in its files, which stays; None: dense
+    packed    the size of each packed weight, if the files are present
     """
 
     source: str
-    given: PreTrainedConfig | Mapping[str, Any]
+    config_or_fields: PreTrainedConfig | Mapping[str, Any]
     dtype: torch.dtype
     quantize: Quantize | None = None
     packed: tuple[PackedSize, ...] = ()
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        return config_from(self.given) if isinstance(self.given, Mapping) else self.given
+        return (
+            config_from(self.config_or_fields)
+            if isinstance(self.config_or_fields, Mapping)
+            else self.config_or_fields
+        )
 
 
 def named_size(source: str) -> Blueprint | None:
-    """Of a name of shapes.py that nothing here has too."""
+    """Returns the blueprint of a named size (shapes.py), unless a default base or a path has that
+    name."""
     fields = shape_of(source)
     if fields is None or source in NAMED or expanded(source).exists():
         return None
-    return of_fields(source, fields)
+    return blueprint_of_fields(source, fields)
 
 
-def of_fields(source: str, fields: Mapping[str, Any]) -> Blueprint:
+def blueprint_of_fields(source: str, fields: Mapping[str, Any]) -> Blueprint:
     return Blueprint(source, fields, DTYPES[fields["dtype"]])
 
 
 def config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """A config of transformers from `model_type` and its fields."""
+    """Builds a transformers config from `model_type` and its fields."""
     from transformers import AutoConfig
 
-    own = {name: value for name, value in fields.items() if name not in ("model_type", "dtype")}
-    config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **own)
+    class_fields = {
+        name: value for name, value in fields.items() if name not in ("model_type", "dtype")
+    }
+    config: PreTrainedConfig = AutoConfig.for_model(fields["model_type"], **class_fields)
     return config

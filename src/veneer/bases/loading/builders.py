@@ -1,9 +1,9 @@
-"""How the weights of a base come into memory: one builder per weight format.
+"""Chooses the builder that loads the weights of a base, one per weight format.
 
-A builder turns a folder that is found and checked into a model whose linear layers hold their
-weights in that format: modules that are their own `FrozenLinear` (linear.py), so that no method
-knows which format it trains over. A new format says in quant/config.py what it is, and adds its
-builder to BUILDERS; `load_base` calls nothing else.
+A builder turns a checked folder into a model whose linear layers hold their weights in that format.
+These modules are `FrozenLinear`s (linear.py), so that no method knows the format it trains over. A
+new format is described in quant/config.py and adds its builder to BUILDERS; `load_base` calls
+nothing else.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from veneer.bases.folder.model_folder import Found
+from veneer.bases.folder.model_folder import ModelFolder
 from veneer.bases.gguf import blocks as gguf_blocks
 from veneer.bases.loading.streaming import build_packed
 from veneer.errors import ConfigError
 from veneer.quant.config import Quantize, formats_that, weight_format
 
-Builder = Callable[[Found, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]
-"""(found, its checked config, dtype of what is not packed and of the products, device) -> the model
-there."""
+Builder = Callable[[ModelFolder, PreTrainedConfig, torch.dtype, torch.device], PreTrainedModel]
+"""(folder, its checked config, dtype of dense weights and of products, device) -> the model."""
 
 BUILDERS: Mapping[Quantize, Builder] = {
     "nf4": partial(build_packed, book="nf4"),
@@ -34,16 +33,18 @@ BUILDERS: Mapping[Quantize, Builder] = {
 
 
 def builder_for(quantize: Quantize | None, keep_dense: Sequence[str] = ()) -> Builder | None:
-    """None: dense. Raises ConfigError for a format that cannot be loaded, or one in which nothing
-    can stay dense."""
+    """Returns the builder of a weight format; None for dense weights.
+
+    Raises ConfigError for a format that cannot be loaded, or that cannot keep modules dense.
+    """
     if not weight_format(quantize).keeps_dense and keep_dense:
         raise ConfigError(
-            f"keep_dense means nothing with quantize {quantize}: {', '.join(keep_dense)}",
+            f"keep_dense does not work with quantize {quantize}: {', '.join(keep_dense)}",
             next_step=(
-                f"It leaves modules out of quantize {' and '.join(formats_that('keeps_dense'))}."
+                f"It excludes modules from quantize {' and '.join(formats_that('keeps_dense'))}."
             ),
         )
     if quantize is None:
         return None
-    found: Any = BUILDERS[quantize]
-    return partial(found, keep_dense=tuple(keep_dense)) if keep_dense else found
+    builder: Any = BUILDERS[quantize]
+    return partial(builder, keep_dense=tuple(keep_dense)) if keep_dense else builder

@@ -1,4 +1,4 @@
-"""Dense weights, read by transformers: every one of them from the files, or refused."""
+"""Reads dense weights through transformers, and refuses incomplete files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from veneer.bases.folder.faults import check_loaded
 
 
 def build_dense(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the CPU, every weight from the files. Raises CorruptFileError otherwise."""
+    """Builds the model on the CPU with every weight from the files. Raises CorruptFileError
+    otherwise."""
     model, info = auto_class(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        # sdpa where the class supports it, else eager; never what a file says
+        # sdpa if the class supports it, else eager; never the file's choice
         attn_implementation=None,
         experts_implementation=None,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are refused below, all at once and with both shapes
+        ignore_mismatched_sizes=True,  # check_loaded refuses them all at once, with both shapes
         output_loading_info=True,
     )
     check_loaded(folder, model, info)

@@ -1,9 +1,9 @@
-"""What a base would be, from its config alone: nothing is downloaded but config.json, and any size
-can be built.
+"""Describes a base from its config alone; only config.json is downloaded, and any size can be
+built.
 
 The config comes from a folder, a .gguf file's header, the hub (config.json alone is fetched), or a
-named size (shapes.py). The model is built on the meta device: a 70 B one takes a few megabytes.
-What config/model_config.py refuses about a config is refused here too.
+named size (shapes.py). The model is built on the meta device: a model of 70 B takes a few
+megabytes. Configs that config/model_config.py refuses are refused here too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from veneer.bases.config.announced import without_storage
 from veneer.bases.config.model_config import checked_config
 from veneer.bases.folder.model_folder import weight_files
 from veneer.bases.folder.stored_type import most_common_dtype
-from veneer.bases.folder.tensor_files import counted, stored_tensors
+from veneer.bases.folder.tensor_files import count_values_by_type, stored_tensors
 from veneer.bases.gguf.convert import header_config
 from veneer.bases.kept import converted_folder, is_whole
-from veneer.bases.loading.blueprint import Blueprint, of_fields
+from veneer.bases.loading.blueprint import Blueprint, blueprint_of_fields
 from veneer.bases.loading.shapes import SHAPES, shape_of
 from veneer.bases.names.hub import PATIENCE_SECONDS, HubUnreachableError, is_pinned, within
 from veneer.bases.names.named import HUB_ID, NAMED
@@ -35,17 +35,19 @@ from veneer.files.home import expanded
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model without storage. Attention as load_base leaves it."""
+    """Builds a model without storage. Its attention is that of load_base."""
     with quiet():
         model = without_storage(config, dtype)
     return model.eval().requires_grad_(False)
 
 
 def blueprint(source: str) -> Blueprint:
-    """The config that `source` names: a named size, a folder, a .gguf file, a hub id. SourceError
-    lists what exists."""
-    if source in NAMED and is_whole(kept := converted_folder(NAMED[source].sha256)):
-        return _from_folder(source, kept)
+    """Finds the config that `source` names: a named size, a folder, a .gguf file, a hub id.
+
+    Raises SourceError with a list of existing names.
+    """
+    if source in NAMED and is_whole(converted := converted_folder(NAMED[source].sha256)):
+        return _from_folder(source, converted)
     path = expanded(source)
     if source.strip() and path.is_dir():
         return _from_folder(source, path)
@@ -54,7 +56,7 @@ def blueprint(source: str) -> Blueprint:
             config, dtype = header_config(file)
         return Blueprint(source, config, dtype)
     if (fields := shape_of(source)) is not None:
-        return of_fields(source, fields)
+        return blueprint_of_fields(source, fields)
     if match := HUB_ID.fullmatch(source):
         return _from_hub(source, match["repo"], match["revision"])
     raise SourceError(
@@ -74,30 +76,33 @@ def _from_folder(source: str, folder: Path) -> Blueprint:
     try:
         files = weight_files(folder)
     except VeneerError:
-        return Blueprint(source, config, _said_dtype(config), announced_format(folder))
+        return Blueprint(source, config, _config_dtype(config), announced_format(folder))
     tensors = stored_tensors(files)
     if (packed := stored_format(folder, tensors)) is not None:
         return Blueprint(source, config, packed[1], packed[0], packed_sizes(folder, tensors))
-    return Blueprint(source, config, most_common_dtype(folder, counted(tensors)))
+    return Blueprint(source, config, most_common_dtype(folder, count_values_by_type(tensors)))
 
 
 def _from_hub(source: str, repo: str, revision: str | None) -> Blueprint:
-    """Fetches config.json alone. The cached file is used for a full commit hash, or if the hub does
-    not answer: a branch may name another commit by now."""
+    """Fetches config.json only.
+
+    The cached file is used for a full commit hash, or if the hub does not answer: a branch may have
+    moved meanwhile.
+    """
     cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if not (isinstance(cached, str) and (is_pinned(revision) or constants.HF_HUB_OFFLINE)):
         try:
             cached = _config_of_hub(repo, revision)
         except HubUnreachableError as fault:
             if not isinstance(cached, str):
-                raise _not_reached(repo, str(fault)) from fault
+                raise _unreachable_error(repo, str(fault)) from fault
     with quiet():
         config = checked_config(Path(cached).parent)
-    return Blueprint(source, config, _said_dtype(config), announced_format(Path(cached).parent))
+    return Blueprint(source, config, _config_dtype(config), announced_format(Path(cached).parent))
 
 
 def _config_of_hub(repo: str, revision: str | None) -> str:
-    """Path of the config.json that the hub has now; downloaded only if it is not cached."""
+    """Returns the path of the hub's current config.json; downloaded only if it is not cached."""
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachableError("HF_HUB_OFFLINE is set")
     return within(
@@ -105,18 +110,18 @@ def _config_of_hub(repo: str, revision: str | None) -> str:
     )
 
 
-def _not_reached(repo: str, reason: str) -> SourceError:
-    near = difflib.get_close_matches(repo.rpartition("/")[2].lower(), SHAPES, n=3, cutoff=0.4)
+def _unreachable_error(repo: str, reason: str) -> SourceError:
+    similar = difflib.get_close_matches(repo.rpartition("/")[2].lower(), SHAPES, n=3, cutoff=0.4)
     return SourceError(
         f"the config of {repo} is not in the cache and the hub gave no answer: {reason}",
-        [f"of like name  {name}" for name in near],
+        [f"similar name  {name}" for name in similar],
         "Name a folder with its config.json, or a named size: " + ", ".join(sorted(SHAPES)) + ".",
     )
 
 
-def _said_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """What the config names as its dtype; float32 where it names none, as transformers takes it."""
-    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(named, str):
-        named = DTYPES.get(named)
-    return named if isinstance(named, torch.dtype) else torch.float32
+def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Returns the dtype that the config names; float32 if none, as in transformers."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

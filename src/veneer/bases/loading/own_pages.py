@@ -1,11 +1,9 @@
-"""A base's weights out of the files that they are mapped from, into memory of this process alone:
-one behind the other, each on a line of the cache, on huge pages.
+"""Copies a base's memory-mapped weights into memory of this process, contiguous, on huge pages.
 
-What reads all of them for each token, an answer's step, reads them faster there. The process is as
-large as before: each tensor's part of the file leaves it as soon as it is copied. But processes
-that map one file share its pages, and the system takes these back where memory is short; not so
-what is copied. So this is for a process that is alone with its base on its machine, and only done
-where as much again stays available.
+Decoding reads all weights for each token, and reads them faster there. The process does not grow:
+the file's pages leave it as soon as each tensor is copied. But processes that map one file share
+its pages, and the system can reclaim them; copies it cannot. So this is for a process that is alone
+with its base on its machine, and only done if as much memory again stays available.
 """
 
 from __future__ import annotations
@@ -26,39 +24,44 @@ LINE = 64
 
 @torch.no_grad()
 def take_own_pages(model: nn.Module) -> int:
-    """Bytes that were moved. The parameters stay the objects that they are, and keep their values;
-    nothing has trained yet. What is not mapped from a file, or not on the CPU, stays where it
-    is."""
+    """Moves the mapped parameters of a model. Returns the number of bytes moved.
+
+    The parameters stay the same objects with the same values; nothing must have trained yet.
+    Parameters that are not mapped from a file, or not on the CPU, stay where they are.
+    """
     files = MappedFiles()
     moved = [
-        each
-        for each in model.parameters()
-        if each.is_cpu and each.is_contiguous() and files.hold(each)
+        parameter
+        for parameter in model.parameters()
+        if parameter.is_cpu and parameter.is_contiguous() and files.hold(parameter)
     ]
     starts, total = [], 0
-    for each in moved:
+    for parameter in moved:
         starts.append(total)
-        total += -(-each.nbytes // LINE) * LINE
+        total += -(-parameter.nbytes // LINE) * LINE
     if total < pages.HUGE or not pages.served() or 2 * total > available_bytes():
         return 0
-    room = pages.room(total)
-    for each, start in zip(moved, starts, strict=True):
-        own = room[start : start + each.nbytes].view(each.dtype).view(each.shape).copy_(each)
-        leave(each)
-        each.data = own
+    memory_block = pages.room(total)
+    for parameter, start in zip(moved, starts, strict=True):
+        copy = (
+            memory_block[start : start + parameter.nbytes]
+            .view(parameter.dtype)
+            .view(parameter.shape)
+            .copy_(parameter)
+        )
+        release_pages(parameter)
+        parameter.data = copy
     return total
 
 
 def available_bytes() -> int:
-    """What this machine, or the container, has for processes without taking from others; 0 where it
-    does not say."""
-    own, most = memory().get("MemAvailable", 0), container_bytes()
-    return own if most is None else min(own, most)
+    """Returns the memory available on this machine or in its container; 0 if unknown."""
+    machine, container = memory().get("MemAvailable", 0), container_bytes()
+    return machine if container is None else min(machine, container)
 
 
 class MappedFiles:
-    """Where files are mapped into this process, as it stands now; nowhere, where the system does
-    not say."""
+    """The address ranges of files mapped into this process; empty if the system does not tell."""
 
     def __init__(self) -> None:
         table = Path("/proc/self/maps")
@@ -71,16 +74,14 @@ class MappedFiles:
         self._ranges = [(int(start, 16), int(stop, 16)) for start, stop in ranges]
 
     def hold(self, tensor: Tensor) -> bool:
-        """Whether all of a CPU tensor whose values lie behind one another is in a file that is
-        mapped."""
+        """Whether all of a contiguous CPU tensor lies in a mapped file."""
         start = tensor.data_ptr()
         at = bisect(self._ranges, (start, 2**64)) - 1
         return at >= 0 and tensor.nbytes > 0 and start + tensor.nbytes <= self._ranges[at][1]
 
 
-def leave(tensor: Tensor) -> None:
-    """Of a tensor that MappedFiles holds and nothing wrote to: what lies in pages of its own leaves
-    the process. It comes back out of the file when it is read."""
+def release_pages(tensor: Tensor) -> None:
+    """Releases the whole pages of a mapped tensor; reading it loads them from the file again."""
     start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
     if start < stop:

@@ -1,8 +1,8 @@
-"""Shapes of well-known bases by a short name, so that a plan needs neither files nor a network.
+"""Lists the shapes of well-known bases by short names, so that a plan needs no files and no
+network.
 
-The numbers are those of the published config.json; what does not change a shape (rotary
-frequencies, tokens) is left at the architecture's default. Tied: whether the head is the embedding
-table.
+The numbers are those of the published config.json. Fields that change no shape (rotary frequencies,
+tokens) keep the architecture's default. Tied: whether the head shares the embedding's weights.
 """
 
 from typing import Any
@@ -11,10 +11,17 @@ Fields = dict[str, Any]
 
 
 def _dense(
-    kind: str, layers: int, hidden: int, heads: int, kv: int, ff: int, vocab: int, **others: Any
+    model_type: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv: int,
+    ff: int,
+    vocab: int,
+    **more_fields: Any,
 ) -> Fields:
     return {
-        "model_type": kind,
+        "model_type": model_type,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -24,7 +31,7 @@ def _dense(
         "tie_word_embeddings": False,
         "max_position_embeddings": 131072,
         "dtype": "bfloat16",
-        **others,
+        **more_fields,
     }
 
 
@@ -45,8 +52,8 @@ def _gemma2(layers: int, hidden: int, heads: int, kv: int, ff: int, head_dim: in
     return _dense("gemma2", layers, hidden, heads, kv, ff, 256000, **tied)
 
 
-def _experts(kind: str, fields: Fields, **others: Any) -> Fields:
-    return {**fields, "model_type": kind, **others}
+def _experts(model_type: str, fields: Fields, **more_fields: Any) -> Fields:
+    return {**fields, "model_type": model_type, **more_fields}
 
 
 TIED = {"tie_word_embeddings": True}
@@ -116,7 +123,7 @@ ALIASES = {
 
 
 def shape_of(name: str) -> Fields | None:
-    """The config's fields of a named size, or None; upper case and an `-instruct` behind it change
-    nothing."""
+    """Returns the config's fields of a named size, or None. Upper case and `-instruct` are
+    ignored."""
     key = name.lower().removesuffix("-instruct")
     return SHAPES.get(ALIASES.get(key, key))

@@ -1,11 +1,10 @@
-"""Weights quantised while they are read: at no time more than the 4-bit model and one dense tensor
-are in memory.
+"""Quantises weights while they are read: memory holds the 4-bit model and one dense tensor at most.
 
 transformers builds the model without storage and places the tensors, with its own renaming and
-fusing of checkpoints; its quantiser seam asks us, tensor by tensor, what to put there. Linear
-layers and gated stacks of experts are packed; the output head, embeddings, norms, routers and what
-`keep_dense` names stay. A folder that holds packed weights is read as it is, per tensor: what it
-left dense stays dense (packed/formats.py).
+fusing of checkpoints. Its quantiser interface calls us for every tensor. Linear layers and gated
+stacks of experts are packed; the output head, embeddings, norms, routers and modules named in
+`keep_dense` stay dense. A folder of packed weights is read per tensor as it is: its dense tensors
+stay dense (packed/formats.py).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from veneer.adapters.methods.targets import ends_with
 from veneer.adapters.placement.reads import weights_read_past
 from veneer.bases.config.model_class import model_class
 from veneer.bases.folder.faults import check_loaded
-from veneer.bases.folder.model_folder import Found, weight_files
+from veneer.bases.folder.model_folder import ModelFolder, weight_files
 from veneer.bases.folder.tensor_files import stored_tensors
 from veneer.bases.packed.formats import stored_weights
-from veneer.bases.packed.moving import Moving
+from veneer.bases.packed.moving import LoaderWeight
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import is_plain_linear, is_transposed_linear
 from veneer.quant.layers import HeldExperts, HeldLinear
@@ -40,44 +39,44 @@ from veneer.quant.weight import PackedWeight
 _NAME = "veneer"
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Endings of linear layers that choose experts: a few values that decide where every token goes."""
+"""Endings of linear layers that choose experts: few values that route every token."""
 
 Placed = Callable[[PreTrainedModel], object]
-"""What is told of a model while its weights come, layer after layer: those before the next one are
-in their places."""
+"""Called with the model while its weights are loaded layer by layer; earlier layers are
+complete."""
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-class _Settings(QuantizationConfigMixin):
-    """What transformers hands to the quantiser."""
+class _QuantizerConfig(QuantizationConfigMixin):
+    """The settings that transformers passes to the quantiser."""
 
     def __init__(self, book: BookName | None, keep_dense: tuple[str, ...], placed: Placed) -> None:
         self.quant_method = _NAME  # type: ignore[assignment]
         self.placed = placed
         self.book, self.keep_dense = book, keep_dense
         self.unused: list[str] = []
-        """Names of keep_dense that the model does not have."""
+        """Entries of keep_dense that name no module of the model."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": _NAME}
 
 
-class _Pack(ConversionOps):
-    """One tensor on its way into the model."""
+class _PlaceOp(ConversionOps):
+    """Places one tensor into the model."""
 
     def __init__(self, quantizer: _Quantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *_: Any, **others: Any) -> dict[str, Any]:
-        left = {}
+    def convert(self, input_dict: dict[str, Any], *_: Any, **options: Any) -> dict[str, Any]:
+        dense_tensors = {}
         for target, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
-            if (dense := self.quantizer.place(others["model"], target, value)) is not None:
-                left[target] = dense
-            elif (missing := others.get("missing_keys")) is not None:
+            if (dense := self.quantizer.place(options["model"], target, value)) is not None:
+                dense_tensors[target] = dense
+            elif (missing := options.get("missing_keys")) is not None:
                 missing.discard(target)
-        return left
+        return dense_tensors
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -85,33 +84,34 @@ class _Pack(ConversionOps):
 
 
 class _Quantizer(HfQuantizer):
-    """settings.book None: only what the files hold packed is packed."""
+    """Packs weights as they arrive. settings.book None: only keeps weights packed that are packed
+    in the files."""
 
-    quantization_config: _Settings
+    quantization_config: _QuantizerConfig
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **others: Any
+        self, model: PreTrainedModel, **options: Any
     ) -> PreTrainedModel:
         self.faults: list[str] = []
-        self.wanted = _packable(model)
+        self.packable = _packable(model)
         matrices = (
             name
-            for name, each in model.named_parameters()
-            if each.dim() == 2 and each.dtype == model.dtype
+            for name, parameter in model.named_parameters()
+            if parameter.dim() == 2 and parameter.dtype == model.dtype
         )
         self.matrices = set(matrices) if self.quantization_config.book is None else set()
         keep = self.quantization_config.keep_dense
-        paths = {path for path, _ in model.named_modules()} | self.wanted.keys()
+        paths = {path for path, _ in model.named_modules()} | self.packable.keys()
         self.quantization_config.unused = [
             k for k in keep if not any(ends_with(p, k) for p in paths)
         ]
-        self.kept = {
+        self.stays_dense = {
             target
-            for target, path in self.wanted.items()
-            if any(_names(k, path, target) for k in keep)
+            for target, path in self.packable.items()
+            if any(_entry_names(k, path, target) for k in keep)
         }
-        self.read_past = self.wanted.keys() & weights_read_past(model)
-        self.kept |= self.read_past
+        self.read_past = self.packable.keys() & weights_read_past(model)
+        self.stays_dense |= self.read_past
         return model
 
     @property
@@ -119,12 +119,12 @@ class _Quantizer(HfQuantizer):
         return 0.52
 
     def param_needs_quantization(
-        self, model: PreTrainedModel, param_name: str, **others: Any
+        self, model: PreTrainedModel, param_name: str, **options: Any
     ) -> bool:
-        return param_name in self.wanted or param_name in self.matrices
+        return param_name in self.packable or param_name in self.matrices
 
-    def get_quantize_ops(self) -> _Pack:
-        return _Pack(self)
+    def get_quantize_ops(self) -> _PlaceOp:
+        return _PlaceOp(self)
 
     def is_serializable(self) -> bool:
         return False
@@ -133,34 +133,39 @@ class _Quantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    def place(self, model: PreTrainedModel, target: str, value: Tensor | Moving) -> Tensor | None:
-        """Put the weight called `target` into the model, packed; what is given back stays dense."""
+    def place(
+        self, model: PreTrainedModel, target: str, value: Tensor | LoaderWeight
+    ) -> Tensor | None:
+        """Places the weight `target` into the model, packed. Returns it if it stays dense."""
         self.quantization_config.placed(model)
         book = self.quantization_config.book
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
-        packed = value.weight if isinstance(value, Moving) else None
-        stays = (
-            target not in self.wanted or (packed is None and book is None) or target in self.kept
+        packed = value.weight if isinstance(value, LoaderWeight) else None
+        stays_dense = (
+            target not in self.packable
+            or (packed is None and book is None)
+            or target in self.stays_dense
         )
-        dense = tuple(_dense(module).get_parameter(name).shape)
-        turned = is_transposed_linear(module) and not (stays and packed is None)
-        found = tuple(value.shape) if isinstance(value, Tensor) else value.weight.shape
-        if isinstance(value, Tensor) and turned:
-            value, found = value.T, found[::-1]
-        if isinstance(value, Moving) and value.fault is not None:
+        dense_shape = tuple(_dense_module(module).get_parameter(name).shape)
+        transposed = is_transposed_linear(module) and not (stays_dense and packed is None)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else value.weight.shape
+        if isinstance(value, Tensor) and transposed:
+            value, shape = value.T, shape[::-1]
+        if isinstance(value, LoaderWeight) and value.fault is not None:
             self.faults.append(f"packed     {target}: {value.fault}")
             return None
-        if found != (expected := dense[::-1] if turned else dense):
-            self.faults.append(f"misshapen  {target}: {found} in the file, {expected} in the model")
+        if shape != (expected_shape := dense_shape[::-1] if transposed else dense_shape):
+            self.faults.append(
+                f"misshapen  {target}: {shape} in the file, {expected_shape} in the model"
+            )
             return None
-        if stays:
-            # What no module of ours stands for (a head, a table, weights that the model takes past
-            # their modules).
+        if stays_dense:
+            # No packed module replaces it: a head, a table, a weight that the model reads directly.
             return (
                 value
                 if isinstance(value, Tensor)
-                else self._decoded(target, value.weight, model.dtype, turned)
+                else self._decode(target, value.weight, model.dtype, transposed)
             )
         if isinstance(value, Tensor):
             assert book is not None
@@ -173,44 +178,45 @@ class _Quantizer(HfQuantizer):
         _install(model, path, name, packed)
         return None
 
-    def _decoded(
-        self, target: str, weight: PackedWeight, dtype: torch.dtype, turned: bool
+    def _decode(
+        self, target: str, weight: PackedWeight, dtype: torch.dtype, transposed: bool
     ) -> Tensor | None:
+        """Decodes a packed weight that must be dense."""
         if len(weight.shape) != 2:
-            self.faults.append(f"packed     {target}: no module for packed weights takes its place")
+            self.faults.append(f"packed     {target}: there is no module for packed weights here")
             return None
         dense = weight.matrix(dtype).dense_weight(dtype)
-        return dense.T.contiguous() if turned else dense
+        return dense.T.contiguous() if transposed else dense
 
 
 AUTO_QUANTIZER_MAPPING[_NAME] = _Quantizer
 
 
 def _packable(model: PreTrainedModel) -> dict[str, str]:
-    """Parameter name -> path of its module, of every weight that can be packed."""
+    """Maps each weight that can be packed to the path of its module."""
     head = model.get_output_embeddings()
-    found = {}
+    weights = {}
     for path, module in model.named_modules():
         if is_plain_linear(module) or is_transposed_linear(module):
             if module is not head and path.rsplit(".", 1)[-1] not in ROUTERS:
-                found[f"{path}.weight"] = path
+                weights[f"{path}.weight"] = path
         elif is_gated_stack(module):
-            found |= {f"{path}.{name}": path for name in ("gate_up_proj", "down_proj")}
-    return found
+            weights |= {f"{path}.{name}": path for name in ("gate_up_proj", "down_proj")}
+    return weights
 
 
-def _names(entry: str, path: str, target: str) -> bool:
-    """Whether an entry of keep_dense names this module, one above it, or its parameter."""
-    above = [path[:place] for place, letter in enumerate(path) if letter == "."]
-    return any(ends_with(each, entry) for each in (target, path, *above))
+def _entry_names(entry: str, path: str, target: str) -> bool:
+    """Whether an entry of keep_dense names this module, a parent of it, or its parameter."""
+    parents = [path[:position] for position, character in enumerate(path) if character == "."]
+    return any(ends_with(name, entry) for name in (target, path, *parents))
 
 
-def _dense(module: nn.Module) -> nn.Module:
+def _dense_module(module: nn.Module) -> nn.Module:
     return module._plain[0] if isinstance(module, HeldExperts) else module
 
 
 def _install(model: PreTrainedModel, path: str, name: str, weight: PackedWeight) -> None:
-    """The packed module in the dense one's place; a bias that has not come yet finds it there."""
+    """Replaces the dense module by a packed one; a bias that arrives later is placed there."""
     module = model.get_submodule(path)
     if isinstance(module, HeldExperts):
         module.hold(name, weight)
@@ -221,28 +227,27 @@ def _install(model: PreTrainedModel, path: str, name: str, weight: PackedWeight)
         module = experts
     else:
         bias = module.bias if isinstance(module.bias, nn.Parameter) else None
-        turned = is_transposed_linear(module)
+        transposed = is_transposed_linear(module)
         module = HeldLinear(weight, bias, dtype=model.dtype)
-        module.replaces_transposed = turned
+        module.replaces_transposed = transposed
         model.set_submodule(path, module)
-    for each in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-        if each is not None and not each.is_meta:
-            each._is_hf_initialized = True  # type: ignore[attr-defined]
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        if tensor is not None and not tensor.is_meta:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def holds_experts_apart(names: Iterable[str]) -> bool:
-    """Whether of a folder's weights experts are stored one by one, while the model holds a stack of
-    them.
+def stores_single_experts(names: Iterable[str]) -> bool:
+    """Whether the folder stores experts one by one, while the model holds a stack of them.
 
-    Where transformers maps such files, it keeps the experts two times, in the stack and in the
-    file's pages, for as long as any other weight of the file is in use: they are better read tensor
-    by tensor, also where nothing is packed.
+    If transformers maps such files, it keeps the experts twice, in the stack and in the file's
+    pages, as long as any other weight of the file is in use. So they are better read tensor by
+    tensor, even if nothing is packed.
     """
     return any(_ONE_EXPERT.search(name) for name in names)
 
 
 def build_packed(
-    found: Found,
+    model_folder: ModelFolder,
     config: PreTrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -251,14 +256,13 @@ def build_packed(
     keep_dense: Sequence[str] = (),
     placed: Placed = bool,
 ) -> PreTrainedModel:
-    """book None: read packed what the files hold packed, and nothing else. placed: told before each
-    weight, and at the end.
+    """Builds a model with packed weights. book None: only weights that the files hold packed.
 
-    Raises CorruptFileError (missing, misshapen, not finite: every one), ConfigError (keep_dense
-    names nothing).
+    placed: called before each weight, and at the end. Raises CorruptFileError with every weight
+    that is missing, misshapen or not finite, ConfigError if keep_dense names nothing.
     """
-    weights = stored_weights(found.folder, stored_tensors(weight_files(found.folder)))
-    settings = _Settings(book, tuple(keep_dense), placed)
+    weights = stored_weights(model_folder.folder, stored_tensors(weight_files(model_folder.folder)))
+    settings = _QuantizerConfig(book, tuple(keep_dense), placed)
     model, info = model_class(config).from_pretrained(
         None,
         config=config,
@@ -266,10 +270,10 @@ def build_packed(
         quantization_config=settings,
         dtype=dtype,
         device_map={"": device},
-        attn_implementation=None,  # as for dense weights: never what a file says
+        attn_implementation=None,  # as for dense weights: never the file's choice
         experts_implementation=None,
         trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # they are refused below, all at once and with both shapes
+        ignore_mismatched_sizes=True,  # check_loaded refuses them all at once, with both shapes
         output_loading_info=True,
     )
     built: PreTrainedModel = model
@@ -280,28 +284,27 @@ def build_packed(
             settings.unused,
             "Correct the names.",
         )
-    check_loaded(found.folder, built, info, quantizer.faults)
+    check_loaded(model_folder.folder, built, info, quantizer.faults)
     placed(built)
     _forget_quantizer(built)
     for module in built.modules():
         if isinstance(module, PreTrainedModel):
-            module.name_or_path = str(found.folder)
-    for own in _configs(built):
-        own.name_or_path = str(found.folder)
-    if (found.folder / "generation_config.json").is_file():
+            module.name_or_path = str(model_folder.folder)
+    for nested_config in _distinct_configs(built):
+        nested_config.name_or_path = str(model_folder.folder)
+    if (model_folder.folder / "generation_config.json").is_file():
         built.generation_config = GenerationConfig.from_pretrained(
-            found.folder, local_files_only=True
+            model_folder.folder, local_files_only=True
         )
     return built
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Removes every trace of the quantiser, so that the model is transformers' own but for packed
-    modules.
+    """Removes every trace of the quantiser, so that the model looks like transformers' own.
 
-    Modelling code asks whether `_is_quantized` exists, not what it holds: where it does, Jamba's
-    mixers call a module whose weight they otherwise multiply by themselves. The names of the
-    checkpoint's tensors stay, for save_pretrained.
+    Modelling code checks whether `_is_quantized` exists, not its value: then Jamba's mixers call a
+    module whose weight they otherwise multiply themselves. The names of the checkpoint's tensors
+    stay, for save_pretrained.
     """
     conversions = getattr(model, "_weight_conversions", None)
     quantizer: Any = model.hf_quantizer
@@ -309,14 +312,16 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
     del model.is_quantized
     if conversions is not None:
         model._weight_conversions = conversions
-    for config in _configs(model):
+    for config in _distinct_configs(model):
         for name in ("_is_quantized", "quantization_config"):
             vars(config).pop(name, None)
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs of all its modules: layers with settings of their own hold copies."""
-    held = (getattr(module, "config", None) for module in model.modules())
+def _distinct_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Returns the configs of all its modules: layers with their own settings hold copies."""
+    module_configs = (getattr(module, "config", None) for module in model.modules())
     return list(
-        {id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values()
+        {
+            id(config): config for config in module_configs if isinstance(config, PreTrainedConfig)
+        }.values()
     )

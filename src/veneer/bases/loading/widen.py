@@ -1,7 +1,7 @@
-"""A model in a wider type than it was read in: what it would be, had it been read in that type.
+"""Widens a model's type as if it had been read in that type.
 
-Every weight keeps its value. What a model computes for itself when it is made (Gemma's scale of the
-embeddings) and then holds in its type was rounded there: it is made again.
+Every weight keeps its value. Values that a model computes at construction and holds in its type
+(Gemma's scale of the embeddings) were rounded there, so they are computed again.
 """
 
 import copy
@@ -15,8 +15,8 @@ from veneer.bases.config.model_class import auto_class
 
 
 def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """In place, one tensor after the other: at no time both as a whole."""
-    rounded = _made(model)
+    """Widens the model in place, one tensor after the other."""
+    rounded = _rounded_buffers(model)
     nn.Module.to(model, dtype)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.dtype = dtype
@@ -27,9 +27,9 @@ def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
             model.get_buffer(name).copy_(fresh.get_buffer(name))
 
 
-def _made(model: PreTrainedModel) -> list[str]:
-    """Names of the buffers that no file holds and whose values are rounded to less than float32."""
-    found = []
+def _rounded_buffers(model: PreTrainedModel) -> list[str]:
+    """Returns the names of buffers that no file holds and whose type is narrower than float32."""
+    names = []
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             buffer = getattr(module, name)
@@ -38,5 +38,5 @@ def _made(model: PreTrainedModel) -> list[str]:
                 and buffer.numel()
                 and buffer.dtype in (torch.bfloat16, torch.float16)
             ):
-                found.append(f"{path}.{name}")
-    return found
+                names.append(f"{path}.{name}")
+    return names

@@ -1,7 +1,7 @@
-"""A base without its weights: its modules, names and shapes, on the meta device.
+"""Builds a base without its weights: its modules, names and shapes, on the meta device.
 
-What asks only which places a base has (does this adapter fit, how is it named in a file) reads a
-config of a few kB instead of gigabytes.
+Checks of names and shapes (does this adapter fit, how is it named in a file) then read a config of
+a few kB instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from veneer.bases.quiet_transformers import quiet
 
 @dataclass(frozen=True)
 class Skeleton:
-    """model: on the meta device; name_or_path, revision: as FrozenBase (models) has them. whole:
-    the class that the files name, where the model is the text's own (config/model_class.py)."""
+    """A base on the meta device.
+
+    name_or_path, revision: as in FrozenBase (models); whole: class named by the files, if the model
+    is only its text part (config/model_class.py)
+    """
 
     model: PreTrainedModel
     name_or_path: str
@@ -29,11 +32,15 @@ class Skeleton:
 
 
 def load_skeleton(source: str) -> Skeleton:
-    """Raises as models.load.load_base does where the base cannot be found or is no causal LM."""
-    found = locate(source)
+    """Loads a base's structure. Raises as models.load.load_base for a missing base or another kind
+    of model."""
+    model_folder = locate(source)
     with quiet():
-        config = checked_config(found.folder)
+        config = checked_config(model_folder.folder)
         model = without_storage(config)
     return Skeleton(
-        model.eval().requires_grad_(False), found.name_or_path, found.revision, whole_class(config)
+        model.eval().requires_grad_(False),
+        model_folder.name_or_path,
+        model_folder.revision,
+        whole_class(config),
     )

@@ -1,6 +1,6 @@
-"""Models of the Hugging Face hub, in its own cache: found there, or downloaded at one commit.
+"""Finds models of the Hugging Face hub in its cache, or downloads them at one commit.
 
-Only names, text, JSON and safetensors are fetched; weights that are pickles are refused.
+Only names, text, JSON and safetensors are downloaded; pickled weights are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from veneer.bases.folder.model_folder import no_model, weight_files
-from veneer.bases.names.named import what_exists
+from veneer.bases.names.named import list_named_defaults
 from veneer.errors import CorruptFileError, DoesNotFitError, SourceError
 from veneer.files.system_errors import refusal
 
@@ -39,12 +39,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HubUnreachableError(Exception):
-    """The hub gave no answer, or none about this repository; no user sees it."""
+    """The hub did not answer, or not about this repository; users never see this error."""
 
 
 def snapshot(repo: str, revision: str | None) -> Path:
-    """The folder of a repository at one commit, which it is called by; from the cache if the commit
-    is known and there, or the hub is not."""
+    """Returns the folder of a repository at one commit.
+
+    It comes from the cache if the commit is pinned and cached, or if the hub does not answer.
+    """
     if (is_pinned(revision) or constants.HF_HUB_OFFLINE) and (
         cached := from_cache(repo, revision)
     ) is not None:
@@ -61,18 +63,18 @@ def snapshot(repo: str, revision: str | None) -> Path:
     raise SourceError(
         f"{repo}{'@' + revision if revision else ''} is neither a local folder nor in the hub's"
         " cache",
-        [f"the hub was not asked or gave no answer: {reason}"],
-        f"Check the network, or download it elsewhere and name the folder. {what_exists()}",
+        [f"the hub was not asked or did not answer: {reason}"],
+        f"Check the network, or download it elsewhere and name the folder. {list_named_defaults()}",
     )
 
 
 def is_pinned(revision: str | None) -> bool:
-    """True for a full commit hash, which always names the same content."""
+    """Whether it is a full commit hash, which always names the same content."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def from_cache(repo: str, revision: str | None) -> Path | None:
-    """The complete snapshot in the hub's own cache, or None; asks nothing of the network."""
+    """Returns the complete snapshot in the hub's cache, or None; uses no network."""
     try:
         folder = Path(
             snapshot_download(
@@ -90,9 +92,9 @@ def from_cache(repo: str, revision: str | None) -> Path | None:
 
 
 def download(repo: str, revision: str | None, patience_seconds: float) -> Path:
-    """Asks the hub for the commit and the list of files, checks the list, fetches what is allowed.
+    """Downloads the allowed files of a commit after checking the list of files.
 
-    HubUnreachableError: no first answer within so many seconds.
+    Raises HubUnreachableError if there is no first answer within patience_seconds.
     """
     info = within(
         patience_seconds,
@@ -103,40 +105,41 @@ def download(repo: str, revision: str | None, patience_seconds: float) -> Path:
     if not any(re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in names):
         raise no_model(repo, names)
     try:
-        # By the name of the revision, not by info.sha: so the cache knows the name when the hub is
-        # away.
+        # By the revision's name, not by info.sha, so that the cache finds it without the hub.
         folder = Path(
             snapshot_download(
                 repo, revision=revision, allow_patterns=ALLOWED_FILES, ignore_patterns=IGNORED_FILES
             )
         )
     except Exception as fault:  # the client's transport errors share no class across its versions
-        told = refusal(
+        error = refusal(
             fault,
             constants.HF_HUB_CACHE,
-            next_step="Free some space, or set HF_HOME to a place that has.",
+            next_step="Free some space, or set HF_HOME to a disk with more space.",
         )
-        if isinstance(told, DoesNotFitError):
-            raise told from fault
+        if isinstance(error, DoesNotFitError):
+            raise error from fault
         raise SourceError(
-            f"the download of {repo} failed", [_said(fault)], "Try again: what has arrived is kept."
+            f"the download of {repo} failed",
+            [_first_lines(fault)],
+            "Try again: finished files are kept.",
         ) from fault
     weight_files(folder)
     return folder
 
 
 def within(seconds: float, repo: str, call: Callable[[], T]) -> T:
-    """`call()`'s result. Raises SourceError for the hub's clear "no", HubUnreachableError for
-    anything else.
+    """Runs `call()` with a time limit and returns its result.
 
-    In a thread, because the time that a name look-up takes has no limit of its own.
+    Raises SourceError for the hub's clear refusal, HubUnreachableError for anything else. It runs
+    in a thread, because a name look-up has no time limit of its own.
     """
     outcome: list[T | Exception] = []
 
     def run() -> None:
         try:
             outcome.append(call())
-        except Exception as fault:  # the same as above
+        except Exception as fault:  # as in download
             outcome.append(fault)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -148,22 +151,22 @@ def within(seconds: float, repo: str, call: Callable[[], T]) -> T:
         case GatedRepoError() as fault:
             raise SourceError(
                 f"the hub gives {repo} only to those who accepted its terms",
-                [_said(fault)],
+                [_first_lines(fault)],
                 "Accept them on the model's page, then run: hf auth login",
             ) from fault
         case RepositoryNotFoundError() | RevisionNotFoundError() as fault:
             raise SourceError(
                 f"the hub knows no model {repo}, or not this revision of it, or it is private",
-                [_said(fault)],
-                f"Check the name; a private model needs: hf auth login. {what_exists()}",
+                [_first_lines(fault)],
+                f"Check the name; a private model needs: hf auth login. {list_named_defaults()}",
             ) from fault
         case Exception() as fault:
-            raise HubUnreachableError(_said(fault)) from fault
+            raise HubUnreachableError(_first_lines(fault)) from fault
         case answer:
             return answer
 
 
-def _said(fault: Exception) -> str:
-    """The first two lines of what the hub's client says: what kind of answer, and about what."""
+def _first_lines(fault: Exception) -> str:
+    """Returns the first two lines of the hub client's message."""
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(fault).__name__

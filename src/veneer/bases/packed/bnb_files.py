@@ -1,12 +1,12 @@
-"""The layout in which bitsandbytes stores 4-bit weights, both ways. P is a weight's name:
+"""Reads and writes bitsandbytes' layout of 4-bit weights. P is a weight's name:
 
-    P                                      packed, uint8 or the same bytes viewed as another type
-    P.absmax  P.quant_map                  scales (uint8 where nested) and the table of 16
-    P.nested_absmax  P.nested_quant_map    where the scales are quantised themselves
-    P.quant_state.bitsandbytes__nf4        the rest, as JSON in UTF-8 bytes (or __fp4)
+P                                      packed, uint8 or the same bytes viewed as another type
+P.absmax  P.quant_map                  scales (uint8 where nested) and the table of 16
+P.nested_absmax  P.nested_quant_map    where the scales are quantised themselves
+P.quant_state.bitsandbytes__nf4        the rest, as JSON in UTF-8 bytes (or __fp4)
 
-Decided per weight by which keys are there: what a folder's config.json says about skipped modules
-may not hold.
+Each weight is read by the keys that are present, because config.json may be wrong about skipped
+modules.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.bases.folder.tensor_files import StoredTensor
-from veneer.bases.packed.moving import Waiting
+from veneer.bases.packed.moving import StoredPackedWeight
 from veneer.kernels.packed.nf4 import NestedScales
 from veneer.quant.nf4 import BLOCK_SIZES, BOOKS, BookName, Packed
 
@@ -31,39 +31,41 @@ _MOST_OFFSET = 3e38  # what float32 holds
 
 
 def is_bnb(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether any tensor belongs to a weight that bitsandbytes packed."""
     return any(_STATE in name for name in tensors)
 
 
 def bnb_weights(
     tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
-) -> tuple[dict[str, Waiting], set[str], list[str]]:
-    """As fp8_weights (fp8_files.py); settings are not read."""
-    found: dict[str, Waiting] = {}
-    taken: set[str] = set()
+) -> tuple[dict[str, StoredPackedWeight], set[str], list[str]]:
+    """Reads 4-bit weights; returns what fp8_weights (fp8_files.py) returns. settings are not
+    read."""
+    weights: dict[str, StoredPackedWeight] = {}
+    used: set[str] = set()
     faults: list[str] = []
     for key in [key for key in tensors if _STATE in key]:
         name, book = key.split(_STATE)[0], key.split(_STATE)[1]
         parts = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
         if name in tensors:
             parts[""] = tensors[name]
-        taken |= {key, name, *(f"{name}.{part}" for part in parts if part)}
+        used |= {key, name, *(f"{name}.{part}" for part in parts if part)}
         try:
             state = _read_state(tensors[key])
-            wrong = _faults(book, state, parts)
+            weight_faults = _faults(book, state, parts)
         except RecursionError:
-            wrong = ["its state is nested too deep"]
+            weight_faults = ["its state is nested too deeply"]
         except (ValueError, OSError) as fault:
-            wrong = [str(fault)]
-        if wrong:
-            faults += [f"{name}: {line}" for line in wrong]
+            weight_faults = [str(fault)]
+        if weight_faults:
+            faults += [f"{name}: {line}" for line in weight_faults]
         else:
-            found[name] = _waiting(name, book, parts, state)  # type: ignore[arg-type]
-    return found, taken, faults
+            weights[name] = _stored_weight(name, book, parts, state)  # type: ignore[arg-type]
+    return weights, used, faults
 
 
-def _waiting(
+def _stored_weight(
     name: str, book: BookName, parts: Mapping[str, StoredTensor], state: Mapping[str, Any]
-) -> Waiting:
+) -> StoredPackedWeight:
     shape, dtype = tuple(state["shape"]), _TYPES[state["dtype"]]
 
     def read() -> Packed:
@@ -84,7 +86,7 @@ def _waiting(
             nested,
         )
 
-    return Waiting(
+    return StoredPackedWeight(
         name, book, shape, sum(part.bytes for part in parts.values()), read, before=dtype
     )
 
@@ -94,56 +96,63 @@ def _read_state(stored: StoredTensor) -> dict[str, Any]:
         raise ValueError(f"its state is {stored.kind} of {stored.bytes} bytes")
     value = json.loads(bytes(stored[...].numpy()).decode("utf-8"))
     if not isinstance(value, dict):
-        raise ValueError("its state is no JSON object")
+        raise ValueError("its state is not a JSON object")
     return value
 
 
 def _faults(book: str, state: Mapping[str, Any], parts: Mapping[str, StoredTensor]) -> list[str]:
     nested = "nested_absmax" in parts
     needed = {"", "absmax", "quant_map"} | ({"nested_quant_map"} if nested else set())
-    wrong = [f"part {part or 'weight'} is missing" for part in sorted(needed - parts.keys())]
-    known = {"quant_type", "blocksize", "dtype", "shape"}
-    known |= {"nested_blocksize", "nested_dtype", "nested_offset"} if nested else set()
-    wrong += [f"its state lacks {key}" for key in sorted(known - {"nested_dtype"} - state.keys())]
-    wrong += [f"its state holds {key}, which is unknown" for key in sorted(state.keys() - known)]
-    if wrong:
-        return wrong
+    faults = [f"part {part or 'weight'} is missing" for part in sorted(needed - parts.keys())]
+    known_keys = {"quant_type", "blocksize", "dtype", "shape"}
+    known_keys |= {"nested_blocksize", "nested_dtype", "nested_offset"} if nested else set()
+    faults += [
+        f"its state lacks {key}" for key in sorted(known_keys - {"nested_dtype"} - state.keys())
+    ]
+    faults += [
+        f"its state holds {key}, which is unknown" for key in sorted(state.keys() - known_keys)
+    ]
+    if faults:
+        return faults
     shape, block, offset = state["shape"], state["blocksize"], state.get("nested_offset", 0.0)
     if book not in BOOKS or state["quant_type"] != book:
-        wrong.append(f"quant_type {state['quant_type']!r} under {book!r}")
+        faults.append(f"quant_type {state['quant_type']!r} under {book!r}")
     if type(block) is not int or block not in BLOCK_SIZES:
-        wrong.append(f"block size {block!r}")
+        faults.append(f"block size {block!r}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in _TYPES:
-        wrong.append(f"type {state['dtype']!r}")
+        faults.append(f"type {state['dtype']!r}")
     if not (isinstance(shape, list) and 0 < len(shape) <= _MOST_AXES and all(map(_is_size, shape))):
-        wrong.append(f"shape {shape!r}")
-    # An integer may be too large for a float, and one too large for C would come out there as
-    # another number.
-    outer = state.get("nested_blocksize", 1)
-    if not (_is_size(outer) and outer <= _MOST_NESTED_BLOCK and outer & (outer - 1) == 0):
-        wrong.append(f"nested block size {outer!r}")
+        faults.append(f"shape {shape!r}")
+    # An integer may be too large for a float, and one too large for C would become another number.
+    nested_block = state.get("nested_blocksize", 1)
+    if not (
+        _is_size(nested_block)
+        and nested_block <= _MOST_NESTED_BLOCK
+        and nested_block & (nested_block - 1) == 0
+    ):
+        faults.append(f"nested block size {nested_block!r}")
     if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:
-        wrong.append(f"nested offset {offset!r}")
-    if wrong:
-        return [line[:200] for line in wrong]
+        faults.append(f"nested offset {offset!r}")
+    if faults:
+        return [line[:200] for line in faults]
     count = math.prod(shape)
     blocks = -(-count // block)
     sizes = {"": (count + 1) // 2, "absmax": blocks * (1 if nested else 4), "quant_map": 64}
     if nested:
-        sizes |= {"nested_absmax": -(-blocks // outer) * 4, "nested_quant_map": 1024}
-    kinds = {
+        sizes |= {"nested_absmax": -(-blocks // nested_block) * 4, "nested_quant_map": 1024}
+    expected_kinds = {
         "absmax": "U8" if nested else "F32",
         "quant_map": "F32",
         "nested_absmax": "F32",
         "nested_quant_map": "F32",
     }
     for part, size in sizes.items():
-        if parts[part].bytes != size or (part and parts[part].kind != kinds[part]):
+        if parts[part].bytes != size or (part and parts[part].kind != expected_kinds[part]):
             name = part or "weight"
-            wrong.append(
+            faults.append(
                 f"{name} has {parts[part].bytes:,} bytes of {parts[part].kind}, not {size:,}"
             )
-    return wrong
+    return faults
 
 
 def _is_size(value: Any) -> bool:
@@ -151,7 +160,7 @@ def _is_size(value: Any) -> bool:
 
 
 def file_tensors(name: str, weight: Packed) -> dict[str, Tensor]:
-    """A packed weight as the files hold it, keys in full."""
+    """Converts a packed weight to the tensors of its files, with full keys."""
     state: dict[str, Any] = {
         "quant_type": weight.book,
         "blocksize": weight.block,

@@ -1,13 +1,13 @@
-"""8-bit floating weights in files. P is a linear layer's path:
+"""Reads 8-bit floating point weights. P is a linear layer's path:
 
-    P.weight                F8_E4M3 (O, I)
-    P.weight_scale_inv      scales of blocks of `weight_block_size`, or a single one      (DeepSeek,
-                            Qwen3, Mistral)
-    P.weight_scale          (O, 1), a single one, or one a block
-                            (compressed-tensors)
+P.weight                F8_E4M3 (O, I)
+P.weight_scale_inv      scales of blocks of `weight_block_size`, or a single one      (DeepSeek,
+                        Qwen3, Mistral)
+P.weight_scale          (O, 1), a single one, or one a block
+                        (compressed-tensors)
 
-Decided per weight by which keys are there. Scales of activations are not read: inputs stay as they
-are. Sources: transformers, integrations/finegrained_fp8.py; compressed-tensors,
+Each weight is read by the keys that are present. Scales of activations are not read: inputs stay as
+they are. Sources: transformers, integrations/finegrained_fp8.py; compressed-tensors,
 compressors/naive_quantized.
 """
 
@@ -17,29 +17,29 @@ from typing import Any
 import torch
 
 from veneer.bases.folder.tensor_files import StoredTensor
-from veneer.bases.packed.moving import Waiting
+from veneer.bases.packed.moving import StoredPackedWeight
 from veneer.quant.fp8 import FP8, MOST_VALUE, first_nan
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _FLOATS = ("F32", "BF16", "F16")
 _MOST_BLOCK = 2**20
 _MOST_GROUPS = 100
-_READ = {"fmt": "e4m3", "expert_dtype": "fp8"}
+_SUPPORTED = {"fmt": "e4m3", "expert_dtype": "fp8"}
 
 
 def unread_fp8(settings: Mapping[str, Any]) -> list[str]:
-    """Of quantization_config, quant_method fp8."""
-    others = [(name, settings.get(name) or read) for name, read in _READ.items()]
+    """Reports unsupported settings of quant_method fp8."""
+    values = [(name, settings.get(name) or supported) for name, supported in _SUPPORTED.items()]
     faults = [
-        f"{name} {str(said)[:40]!r}: {_READ[name]} is read"
-        for name, said in others
-        if said != _READ[name]
+        f"{name} {str(value)[:40]!r}: only {_SUPPORTED[name]} is supported"
+        for name, value in values
+        if value != _SUPPORTED[name]
     ]
     return [*faults, *_block_faults(settings.get("weight_block_size"))]
 
 
 def unread_compressed(settings: Mapping[str, Any]) -> list[str]:
-    """Of quantization_config, quant_method compressed-tensors."""
+    """Reports unsupported settings of quant_method compressed-tensors."""
     if settings.get("format") != "float-quantized":
         return [f"format {settings.get('format')!r}"]
     faults = [
@@ -49,7 +49,7 @@ def unread_compressed(settings: Mapping[str, Any]) -> list[str]:
     if not isinstance(groups, dict) or len(groups) > _MOST_GROUPS:
         return [
             *faults,
-            f"config_groups is no mapping of at most {_MOST_GROUPS} groups: {str(groups)[:60]}",
+            f"config_groups is not a mapping of at most {_MOST_GROUPS} groups: {str(groups)[:60]}",
         ]
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -76,15 +76,16 @@ def _is_width(value: Any) -> bool:
 
 
 def blocks_fp8(settings: Mapping[str, Any]) -> list[list[int] | None]:
-    """Rows and columns that have a scale, as settings say it in which unread_fp8 finds nothing."""
+    """Returns the rows and columns that share a scale; for settings that unread_fp8 accepts."""
     return [settings.get("weight_block_size")]
 
 
 def blocks_compressed(settings: Mapping[str, Any]) -> list[list[int] | None]:
-    """The same of unread_compressed."""
+    """Returns the rows and columns that share a scale; for settings that unread_compressed
+    accepts."""
     return [
-        each["weights"].get("block_structure")
-        for each in (settings.get("config_groups") or {}).values()
+        group["weights"].get("block_structure")
+        for group in (settings.get("config_groups") or {}).values()
     ]
 
 
@@ -93,12 +94,12 @@ def fp8_weights(
     settings: Mapping[str, Any],
     *,
     blocks: Callable[[Mapping[str, Any]], list[list[int] | None]],
-) -> tuple[dict[str, Waiting], set[str], list[str]]:
-    """(by name, the tensors they are made of, what does not belong together)."""
-    found: dict[str, Waiting] = {}
-    taken: set[str] = set()
+) -> tuple[dict[str, StoredPackedWeight], set[str], list[str]]:
+    """Reads 8-bit weights. Returns them by name, the names of the tensors they use, and faults."""
+    weights: dict[str, StoredPackedWeight] = {}
+    used: set[str] = set()
     faults: list[str] = []
-    sizes = {(each[0], each[1]) for each in blocks(settings) if each is not None}
+    sizes = {(block[0], block[1]) for block in blocks(settings) if block is not None}
     for name, weight in tensors.items():
         if not name.endswith(".weight"):
             continue
@@ -107,10 +108,11 @@ def fp8_weights(
         if not weight.kind.startswith("F8"):
             faults += [f"{name} is {weight.kind} and {key} beside it is for 8 bits" for key in keys]
             continue
-        taken |= {name, *keys}
+        used |= {name, *keys}
         if weight.kind != "F8_E4M3" or len(weight.shape) != 2 or 0 in weight.shape:
             faults.append(
-                f"{name} is {weight.kind} of shape {weight.shape}: F8_E4M3 of two axes is read"
+                f"{name} is {weight.kind} of shape {weight.shape}; only F8_E4M3 of two axes is"
+                " supported"
             )
         elif len(keys) != 1:
             faults.append(
@@ -119,36 +121,36 @@ def fp8_weights(
             )
         else:
             scale = tensors[keys[0]]
-            fitting = _fitting(weight.shape, scale.shape, sizes)
-            if len(fitting) != 1 or scale.kind not in _FLOATS:
+            matching = _matching_blocks(weight.shape, scale.shape, sizes)
+            if len(matching) != 1 or scale.kind not in _FLOATS:
                 faults.append(
                     f"{keys[0]} is {scale.kind} of shape {scale.shape}, for a weight of shape"
                     f" {weight.shape} and blocks of {sorted(sizes) or 'no size'}, of which"
-                    f" {len(fitting)} fit"
+                    f" {len(matching)} fit"
                 )
             else:
-                found[name] = _waiting(name, weight, scale, fitting.pop())
-    return found, taken, faults
+                weights[name] = _stored_weight(name, weight, scale, matching.pop())
+    return weights, used, faults
 
 
-def _fitting(
+def _matching_blocks(
     weight: tuple[int, ...], scale: tuple[int, ...], sizes: set[tuple[int, int]]
 ) -> set[tuple[int, int]]:
-    """The blocks of a weight that such scales can be for, none larger than the weight."""
+    """Returns the block sizes that explain such scales, none larger than the weight."""
     O, I = weight
     if scale in ((), (1,), (1, 1)):
         return {(O, I)}
-    fit = {
+    matching = {
         (min(rows, O), min(columns, I))
         for rows, columns in sizes
         if scale == (-(-O // rows), -(-I // columns))
     }
-    return fit | ({(1, I)} if scale == (O, 1) else set())
+    return matching | ({(1, I)} if scale == (O, 1) else set())
 
 
-def _waiting(
+def _stored_weight(
     name: str, weight: StoredTensor, scale: StoredTensor, block: tuple[int, int]
-) -> Waiting:
+) -> StoredPackedWeight:
     O, I = weight.shape
     rows, columns = -(-O // block[0]), -(-I // block[1])
 
@@ -156,13 +158,13 @@ def _waiting(
         scales = scale[...].to(torch.float32).view(rows, columns)
         return FP8(tensors={"": weight[...].view(torch.uint8), "scale": scales}, block=block)
 
-    def wrong(read: FP8) -> list[str]:
+    def value_faults(stored: FP8) -> list[str]:
         values = (
             []
-            if (place := first_nan(read.tensors[""])) is None
-            else [f"the value at {place} is no number"]
+            if (position := first_nan(stored.tensors[""])) is None
+            else [f"the value at {position} is NaN"]
         )
-        most = read.tensors["scale"] * MOST_VALUE
+        most = stored.tensors["scale"] * MOST_VALUE
         scales = (
             []
             if most.isfinite().all()
@@ -170,4 +172,4 @@ def _waiting(
         )
         return values + scales
 
-    return Waiting(name, "fp8", (O, I), O * I + 4 * rows * columns, read, wrong)
+    return StoredPackedWeight(name, "fp8", (O, I), O * I + 4 * rows * columns, read, value_faults)

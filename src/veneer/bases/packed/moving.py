@@ -1,7 +1,7 @@
-"""Packed weights on their way from files into a model, in the hands of transformers' loader.
+"""Passes packed weights from files through transformers' loader into a model.
 
-It reads each where it is needed, brings it to a device and, for experts that the files hold apart,
-stacks and joins them: a packed weight goes through all of it as one value, in its own types.
+The loader reads each weight on demand, moves it to a device and, for experts that are stored one by
+one, stacks and joins them. A packed weight passes through as one value, in its own types.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from veneer.quant.config import Quantize
 from veneer.quant.in_files import FileWeight
 from veneer.quant.weight import PackedWeight
 
-NEXT = "Download the model again; if it stays, ask its author."
+NEXT = "Download the model again; if the error stays, ask its author."
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A weight that lies packed in its files; `[...]` reads it.
+class StoredPackedWeight:
+    """A packed weight in files; `weight[...]` reads it.
 
     shape: of the dense weight; bytes: in memory, once read; before: the type that it was packed
-    from, where the files say. faults: what its values have against it.
+    from, if the files say; faults: checks the values
     """
 
     name: str
@@ -36,13 +36,13 @@ class Waiting:
     faults: Callable[[Any], list[str]] = lambda weight: []
     before: torch.dtype | None = None
 
-    def __getitem__(self, everything: Any) -> Moving:
+    def __getitem__(self, everything: Any) -> LoaderWeight:
         weight = self.read()
-        if wrong := self.faults(weight):
-            raise CorruptFileError(f"{self.name} cannot be decoded", wrong, NEXT)
-        return Moving(weight)
+        if faults := self.faults(weight):
+            raise CorruptFileError(f"{self.name} cannot be decoded", faults, NEXT)
+        return LoaderWeight(weight)
 
-    # What transformers asks of a slice of a file.
+    # transformers calls these on slices of files.
     def get_dtype(self) -> str:
         return "U8"
 
@@ -51,33 +51,38 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Moving:
-    """It follows to a device and keeps its types. fault: why the model's weight cannot be made of
-    it."""
+class LoaderWeight:
+    """A packed weight that moves to devices and keeps its types.
+
+    fault: why it does not fit the model's parameter
+    """
 
     weight: PackedWeight
     fault: str | None = None
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Moving:
-        return Moving(
-            self.weight.holding({key: each.to(device) for key, each in self.weight.tensors.items()})
+    ) -> LoaderWeight:
+        return LoaderWeight(
+            self.weight.holding(
+                {key: tensor.to(device) for key, tensor in self.weight.tensors.items()}
+            )
         )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """torch.stack of (O, I) in front, and torch.cat of such stacks, or of (O, I), along O."""
-        weights = [each.weight for each in args[0]]
+        """Supports torch.stack of (O, I) in front, and torch.cat of such stacks, or of (O, I),
+        along O."""
+        weights = [item.weight for item in args[0]]
         dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
         kind: Any = type(weights[0])
         axes = len(weights[0].shape)
-        if issubclass(kind, FileWeight) and all(type(each) is kind for each in weights):
+        if issubclass(kind, FileWeight) and all(type(item) is kind for item in weights):
             try:
                 if func is torch.stack and dim == 0 and axes == 2:
-                    return Moving(kind.stacked(weights))
+                    return LoaderWeight(kind.stacked(weights))
                 if func is torch.cat and dim == axes - 2:
-                    return Moving(kind.joined(weights))
+                    return LoaderWeight(kind.joined(weights))
             except ValueError as fault:
-                return Moving(weights[0], str(fault))
+                return LoaderWeight(weights[0], str(fault))
         return NotImplemented

@@ -1,8 +1,7 @@
-"""MXFP4 experts in files, as gpt-oss has them. P is the dense parameter's name
-(mlp.experts.gate_up_proj):
+"""Reads gpt-oss's MXFP4 experts. P is the dense parameter's name (mlp.experts.gate_up_proj):
 
-    P_blocks    U8 (E, O, I / 32, 16)    two values a byte, the first in the low half
-    P_scales    U8 (E, O, I / 32)        exponents, 127 too large
+P_blocks    U8 (E, O, I / 32, 16)    two values a byte, the first in the low half
+P_scales    U8 (E, O, I / 32)        exponents, 127 too large
 
 Source: transformers, integrations/mxfp4.py (convert_moe_packed_tensors).
 """
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from veneer.bases.folder.tensor_files import StoredTensor
-from veneer.bases.packed.moving import Waiting
+from veneer.bases.packed.moving import StoredPackedWeight
 from veneer.quant.mxfp4 import GROUP, MOST_EXPONENT, MXFP4, high_first
 
 
@@ -21,17 +20,17 @@ def unread_mxfp4(settings: Mapping[str, Any]) -> list[str]:
 
 def mxfp4_weights(
     tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
-) -> tuple[dict[str, Waiting], set[str], list[str]]:
-    """As fp8_weights."""
-    found: dict[str, Waiting] = {}
-    taken: set[str] = set()
+) -> tuple[dict[str, StoredPackedWeight], set[str], list[str]]:
+    """Reads MXFP4 weights; returns what fp8_weights returns."""
+    weights: dict[str, StoredPackedWeight] = {}
+    used: set[str] = set()
     faults: list[str] = []
     for key, blocks in tensors.items():
         if not key.endswith("_blocks"):
             continue
         name = key.removesuffix("_blocks")
         scales = tensors.get(f"{name}_scales")
-        taken |= {key, f"{name}_scales"}
+        used |= {key, f"{name}_scales"}
         if scales is None:
             faults.append(f"{name}_scales is missing beside {key}")
         elif (
@@ -46,22 +45,24 @@ def mxfp4_weights(
                 " groups)"
             )
         else:
-            found[name] = _waiting(name, blocks, scales)
-    return found, taken, faults
+            weights[name] = _stored_weight(name, blocks, scales)
+    return weights, used, faults
 
 
-def _waiting(name: str, blocks: StoredTensor, scales: StoredTensor) -> Waiting:
+def _stored_weight(name: str, blocks: StoredTensor, scales: StoredTensor) -> StoredPackedWeight:
     E, O, groups = scales.shape
 
     def read() -> MXFP4:
         return MXFP4(tensors={"": high_first(blocks[...]).view(E, O, -1), "exponents": scales[...]})
 
-    def wrong(read: MXFP4) -> list[str]:
-        most = int(read.tensors["exponents"].max())
+    def value_faults(weight: MXFP4) -> list[str]:
+        most = int(weight.tensors["exponents"].max())
         return (
             [f"an exponent of {most}, at most {MOST_EXPONENT} is finite"]
             if most > MOST_EXPONENT
             else []
         )
 
-    return Waiting(name, "mxfp4", (E, groups * GROUP, O), blocks.bytes + scales.bytes, read, wrong)
+    return StoredPackedWeight(
+        name, "mxfp4", (E, groups * GROUP, O), blocks.bytes + scales.bytes, read, value_faults
+    )

@@ -14,7 +14,7 @@ from veneer.wording import folded, interval_of_95, millions, number, shown, size
 if TYPE_CHECKING:
     from veneer.formats.adapter import StoredAdapter
     from veneer.formats.manifest import HeldOut
-    from veneer.formats.norms import Update
+    from veneer.formats.norms import LowRankUpdate
     from veneer.library.library import Entry, Library
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -124,7 +124,11 @@ def _weights(stored: StoredAdapter) -> str:
 
 
 def _head(
-    named: str, entry: Entry | None, stored: StoredAdapter, found: Mapping[str, Update], others: int
+    named: str,
+    entry: Entry | None,
+    stored: StoredAdapter,
+    found: Mapping[str, LowRankUpdate],
+    others: int,
 ) -> list[str]:
     from veneer.library.examination import facts_of
 

@@ -13,7 +13,7 @@ from veneer.cli.rows import data_replay
 from veneer.wording import shown, size
 
 if TYPE_CHECKING:
-    from veneer.data.files.writing import Written
+    from veneer.data.files.writing import WriteReport
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -123,7 +123,7 @@ def _sample(args: argparse.Namespace) -> int:
     )
 
 
-def _write_rows(args: argparse.Namespace, write: Callable[..., Written]) -> int:
+def _write_rows(args: argparse.Namespace, write: Callable[..., WriteReport]) -> int:
     written = write(
         Path(args.out), format=args.format, columns=parse_columns(args), leave_out=args.leave_out
     )

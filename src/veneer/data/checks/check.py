@@ -1,9 +1,8 @@
-"""What a data set would teach, counted from the ids and masks themselves, and what is wrong with
-it.
+"""Checks what a data set would train: counts ids and masks, and reports problems.
 
-The counts are of what a run would see: after rows were left out or cut. `check` finds; `refuse`
-raises if a run must not start on it. Codes of problems: D1xx rows that cannot be read, D2xx rows
-and sets in tokens.
+The counts describe what a run would see, after rows were left out or cut. `check` reports, `refuse`
+raises if a run must not start. Problem codes: D1xx for rows that cannot be read, D2xx for rows and
+sets in tokens.
 """
 
 from __future__ import annotations
@@ -19,30 +18,28 @@ from veneer.data.checks.tally import Tally
 from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, refusal
 from veneer.data.files.on_disk import StoredExamples, lengths_of
 from veneer.data.template.reasoning import reasoning_problems
-from veneer.data.template.template import Encoded
+from veneer.data.template.template import EncodedRow
 
 TOO_LITTLE = 0.01
-"""Share of trained tokens below which a set is suspect."""
+"""Share of trained tokens below which a set is suspicious."""
 _SHOWN_LENGTHS = 5
 _REFUSED_LATER = ("D116",)
-"""Problems that earlier versions did not look for. A run that such a version began goes on with its
-rows."""
-_BY_CUTTING = ("D204", "D206")
-"""Problems that rows have because they are cut at a length."""
+"""Problems that earlier versions did not check. A run that such a version started can resume."""
+_CAUSED_BY_LENGTH = ("D204", "D206")
+"""Problems of rows that are cut at a length."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Counts over the training rows, unless the name says otherwise.
+    """Counts over the training rows, unless a field says otherwise.
 
-    examples            what these rows became: of a row whose earlier answers the template renders
-                        otherwise once messages follow, one for each answer
-    reasons             of all answers that are learnt, held-out ones too, how many begin with
-                        reasoning, an empty block of it, or none (template/reasoning.py)
+    examples            examples made from these rows: several for a row whose earlier answers the
+                        template renders differently once messages follow, one for each answer
+    reasons             of all trained answers, held-out ones too, how many begin with reasoning, an
+                        empty block of it, or none (template/reasoning.py)
     formats             rows read by layout, held-out rows included
-    tokens_by_role      whose message the tokens belong to, template markers included; role ->
-                        tokens
-    trained_by_role     of those, how many are learnt
+    tokens_by_role      role of the message -> tokens, template markers included
+    trained_by_role     role of the message -> trained tokens
     histogram           (longest, rows) for each power of two: rows longer than half of it, up to it
     longest, median     tokens
     too_long            rows longer than `length`, held-out rows included; of these, truncated are
@@ -51,9 +48,9 @@ class CheckReport:
     duplicates          rows that repeat an earlier row
     fully_masked        rows without a trained token, held-out rows included
     answers             trained spans; answers_stopped of them end in one of the stop tokens, the
-                        rest were cut or the template writes none
+                        others were cut or the template writes none
     control_rows        rows, held-out ones included, whose text holds the name of a control token
-                        (it is learnt as text)
+                        (it is trained as text)
     leaked              held-out rows whose prompt is also trained on
     problems            grouped; the run refuses to start if one is fatal
     """
@@ -89,7 +86,7 @@ class CheckReport:
 
     @property
     def stop_token_trained(self) -> str:
-        """yes, no, or partly: whether answers end in a token that ends generation too."""
+        """Says whether answers end in a token that ends generation: yes, no, or partly."""
         if not self.answers_stopped:
             return "no"
         return "yes" if self.answers_stopped == self.answers else "partly"
@@ -99,7 +96,7 @@ class CheckReport:
         return any(problem.fatal for problem in self.problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`: every field and the derived ones, in plain types."""
+        """Returns every field and the derived ones in plain types, for `--json`."""
         plain = {name: value for name, value in vars(self).items() if name != "problems"}
         return {
             **plain,
@@ -112,25 +109,25 @@ class CheckReport:
 
 @dataclass
 class Findings:
-    """What was seen on the way from the file to the examples, which the examples no longer show."""
+    """Facts about rows that the finished examples no longer show."""
 
     problems: list[Problem] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
-    too_long: list[tuple[Row, int]] = field(default_factory=list)  # with their tokens
+    too_long: list[tuple[Row, int]] = field(default_factory=list)  # with their token counts
     lost: list[Row] = field(
         default_factory=list
-    )  # of these, rows whose whole answer would be cut off
+    )  # too long rows whose whole answer would be cut off
     control: list[Row] = field(default_factory=list)
-    reasons: Counter[str] = field(default_factory=Counter)  # of answers that are learnt
-    unreasoned: list[Row] = field(default_factory=list)  # whose reasoning the template leaves out
-    several: list[Row] = field(default_factory=list)  # that became several examples
+    reasons: Counter[str] = field(default_factory=Counter)  # of trained answers
+    unreasoned: list[Row] = field(default_factory=list)  # the template drops their reasoning
+    several: list[Row] = field(default_factory=list)  # became several examples
 
-    def saw(self, row: Row, found: Sequence[Encoded]) -> None:
-        reasons = [each for part in found for each in part.reasons]
+    def record_row(self, row: Row, encodings: Sequence[EncodedRow]) -> None:
+        reasons = [reason for encoding in encodings for reason in encoding.reasons]
         self.reasons.update(reasons)
         if "lost" in reasons:
             self.unreasoned.append(row)
-        if len(found) > 1:
+        if len(encodings) > 1:
             self.several.append(row)
 
 
@@ -145,11 +142,14 @@ def check(
     long_rows: LongRows,
     stop_tokens: Sequence[str],
 ) -> CheckReport:
-    """The report on a data set. file: what the set as a whole is called in problems; by_model:
-    `length` is all the model's positions, and less than was asked for."""
+    """Builds the report on a data set.
+
+    file: name of the whole set in problems; by_model: `length` is the model's limit, below the
+    requested length
+    """
     lengths = np.array(train.lengths, dtype=np.int64)
     masked, repeated = [*train.masked, *validation.masked], train.repeated()
-    leaked = validation.places(validation.asked_in(train))
+    leaked = validation.lines_by_file(validation.shares_prompt_with(train))
     report = CheckReport(
         rows=train.rows,
         examples=len(train),
@@ -180,8 +180,8 @@ def check(
         Problem("D205", ref.file, "nothing in the row is trained on", (ref.line,)) for ref in masked
     ]
     problems += _control_problems(findings.control)
-    problems += _told("D209", "repeats an earlier row", train.places(repeated))
-    problems += _told("D210", "held out, but its prompt is trained on too (leak)", leaked)
+    problems += _row_problems("D209", "repeats an earlier row", train.lines_by_file(repeated))
+    problems += _row_problems("D210", "held out, but its prompt is trained on too (leak)", leaked)
     problems += reasoning_problems(file, findings.reasons, findings.unreasoned, findings.several)
     problems += _set_problems(report, file, any(problem.fatal for problem in problems))
     report.problems.extend(grouped(problems))
@@ -191,10 +191,10 @@ def check(
 def refuse(
     report: CheckReport, file: str, purpose: str = "trained on", *, resumes: bool = False
 ) -> None:
-    """Raises DataError with every problem for which a run must not start; returns if there is none.
+    """Raises DataError with every problem that prevents a run; returns if there is none.
 
-    purpose: what the rows are for, as the message says it
-    resumes: the run has begun with these rows
+    purpose: what the rows are used for, as the message names it resumes: the run has started with
+    these rows before
     """
     accepted = _REFUSED_LATER if resumes else ()
     fatal = [
@@ -205,11 +205,11 @@ def refuse(
 
 
 def refuse_unreadable(report: CheckReport, file: str) -> None:
-    """Raises DataError for what keeps a run from starting, unless only a shorter length causes it
-    and rows remain."""
+    """Raises DataError for what prevents a run, unless a shorter length causes it and rows
+    remain."""
     fatal = [problem for problem in report.problems if problem.fatal]
     if fatal := [
-        problem for problem in fatal if not report.rows or problem.code not in _BY_CUTTING
+        problem for problem in fatal if not report.rows or problem.code not in _CAUSED_BY_LENGTH
     ]:
         raise refusal(f"{file} cannot be planned with", fatal)
 
@@ -220,14 +220,18 @@ def _length_problems(
     if not findings.too_long:
         return []
     longest = max(size for _, size in findings.too_long)
-    raised = "Take a base with more positions" if by_model else f"Raise length (length: {longest})"
+    remedy = (
+        "Choose a base with more positions" if by_model else f"Raise length (length: {longest})"
+    )
     verb = {"refuse": "longer than", "drop": "left out: longer than", "cut": "cut: longer than"}[
         long_rows
     ]
     limit = f"the model's {length:,} positions" if by_model else f"{length:,} tokens"
     message = f"{verb} {limit} (the longest: {longest:,})"
-    step = f"{raised}, or say what happens to them: long_rows: drop or long_rows: cut"
-    sizes = sorted(((size, row.ref) for row, size in findings.too_long), key=lambda each: -each[0])
+    step = f"{remedy}, or choose what happens to them: long_rows: drop or long_rows: cut"
+    sizes = sorted(
+        ((size, row.ref) for row, size in findings.too_long), key=lambda entry: -entry[0]
+    )
     detail = "; ".join(f"{ref}: {size:,} tokens" for size, ref in sizes[:_SHOWN_LENGTHS])
     detail += "; …" if len(sizes) > _SHOWN_LENGTHS else ""
     code = "D217" if by_model else "D203"
@@ -235,7 +239,7 @@ def _length_problems(
         Problem(code, row.ref.file, message, (row.ref.line,), step, long_rows == "refuse", detail)
         for row, _ in findings.too_long
     ]
-    step = f"{raised}, or leave long rows out: long_rows: drop"
+    step = f"{remedy}, or leave long rows out: long_rows: drop"
     message = f"cut at {length:,} tokens, the row loses its whole answer"
     return problems + [
         Problem("D204", row.ref.file, message, (row.ref.line,), step) for row in findings.lost
@@ -245,16 +249,19 @@ def _length_problems(
 def unknown_tokens(
     examples: Iterable[Example], capacity: Capacity, tokenizer: Any
 ) -> list[Problem]:
-    """Rows with ids that the model has no row for: tokens that were added to its tokenizer
-    alone."""
+    """Reports ids that the model has no row for: tokens that were added to its tokenizer only."""
     if (known := capacity.tokens) is None:
         return []
     problems = []
-    step = "Take them out of the rows, or a base whose embeddings were extended with its tokenizer."
+    step = (
+        "Remove them from the rows, or choose a base whose embeddings were extended with its"
+        " tokenizer."
+    )
     for example in examples:
         for number in sorted(set(example.ids[example.ids >= known].tolist())):
             message = (
-                f"token {number} ({tokenizer.decode([number])!r}) is none of the model's {known:,}"
+                f"token {number} ({tokenizer.decode([number])!r}) is not one of the model's"
+                f" {known:,}"
             )
             problems.append(Problem("D218", example.ref.file, message, (example.ref.line,), step))
     return problems
@@ -264,15 +271,15 @@ def refuse_beyond(
     headline: str, examples: Sequence[Example], capacity: Capacity, tokenizer: Any
 ) -> None:
     """Raises DataError for examples that the model cannot compute; returns if there are none."""
-    places = capacity.positions
+    limit = capacity.positions
     long = (
-        [examples[i] for i in np.flatnonzero(lengths_of(examples) > places).tolist()]
-        if places is not None
+        [examples[i] for i in np.flatnonzero(lengths_of(examples) > limit).tolist()]
+        if limit is not None
         else []
     )
     findings = Findings(too_long=[(Row(example.ref, []), len(example.ids)) for example in long])
-    problems = _length_problems(findings, places or 0, True, "refuse")
-    # Those in files were looked at when they were written, for a model that knows no more.
+    problems = _length_problems(findings, limit or 0, True, "refuse")
+    # Stored examples were checked when they were written, for a model with the same capacity.
     unknown = (
         []
         if isinstance(examples, StoredExamples)
@@ -283,8 +290,8 @@ def refuse_beyond(
 
 
 def _control_problems(control: Sequence[Row]) -> list[Problem]:
-    message = "text holds the name of a control token: it is learnt as text, not as the token"
-    plain = "plain text holds control tokens: they are learnt as such"
+    message = "text holds the name of a control token: it is trained as text, not as the token"
+    plain = "plain text holds control tokens: they are trained as such"
     return [
         Problem(
             "D208",
@@ -297,19 +304,25 @@ def _control_problems(control: Sequence[Row]) -> list[Problem]:
     ]
 
 
-def _told(code: str, message: str, places: Mapping[str, tuple[int, ...]]) -> list[Problem]:
-    return [Problem(code, file, message, lines, fatal=False) for file, lines in places.items()]
+def _row_problems(
+    code: str, message: str, lines_by_file: Mapping[str, tuple[int, ...]]
+) -> list[Problem]:
+    return [
+        Problem(code, file, message, lines, fatal=False) for file, lines in lines_by_file.items()
+    ]
 
 
-def _set_problems(report: CheckReport, file: str, others: bool) -> list[Problem]:
-    """What is wrong with the set as a whole. others: problems of rows were found that explain an
-    empty set."""
+def _set_problems(report: CheckReport, file: str, rows_have_problems: bool) -> list[Problem]:
+    """Reports problems of the set as a whole.
+
+    rows_have_problems: row problems were found that explain an empty set
+    """
     if not report.rows:
-        if others:
+        if rows_have_problems:
             return []
         if report.dropped:
             message, step = (
-                "all are left out as too long",
+                "all are too long and left out",
                 "Raise length, or cut them: long_rows: cut",
             )
         else:
@@ -321,7 +334,7 @@ def _set_problems(report: CheckReport, file: str, others: bool) -> list[Problem]
         return [Problem("D205", file, f"no rows are left to train on: {message}", next_step=step)]
     problems = []
     if not report.trained_tokens:
-        step = "See which tokens are trained: veneer data check"
+        step = "Show which tokens are trained: veneer data check"
         problems.append(Problem("D205", file, "no token would be trained on", next_step=step))
     elif report.trained_share < TOO_LITTLE:
         message = f"{report.trained_share:.2%} of {report.tokens:,} tokens would be trained on"
@@ -348,10 +361,9 @@ def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[int, 
 
 
 def render_sample(tokenizer: Any, example: Example) -> list[tuple[str, bool, str]]:
-    """The row as the model sees it: (text, trained, role) for each stretch of tokens that are alike
-    in both.
+    """Returns the row as the model sees it: (text, trained, role) for each run of equal tokens.
 
-    The texts joined are the decoded row; the role is empty where it is not known.
+    The texts joined are the decoded row; the role is empty if unknown.
     """
     size = len(example.ids)
     ends = [min(run.end, size) for run in example.roles]
@@ -360,19 +372,18 @@ def render_sample(tokenizer: Any, example: Example) -> list[tuple[str, bool, str
         if ends
         else np.zeros(0, dtype=np.int64)
     )
-    of_token = [example.roles[number].role for number in roles] + [""] * (size - len(roles))
+    token_roles = [example.roles[number].role for number in roles] + [""] * (size - len(roles))
     pieces: list[tuple[str, bool, str]] = []
     done = 0
     ids = example.ids.tolist()
     for at in range(1, size + 1):
-        here = (bool(example.trained[at - 1]), of_token[at - 1])
-        if at < size and here == (bool(example.trained[at]), of_token[at]):
+        state = (bool(example.trained[at - 1]), token_roles[at - 1])
+        if at < size and state == (bool(example.trained[at]), token_roles[at]):
             continue
-        # From the start each time: some tokenizers decode a piece alone without the space in front
-        # of it.
+        # Decode from the start each time: some tokenizers drop the space before a piece.
         text = tokenizer.decode(
             ids[:at], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        pieces.append((text[done:], *here))
+        pieces.append((text[done:], *state))
         done = len(text)
     return pieces

@@ -1,7 +1,6 @@
-"""What only reading the rows shows, for `veneer data check`: near-duplicates, contradictions,
-personal data, languages.
+"""Finds near-duplicates, contradictions, personal data and languages, for `veneer data check`.
 
-All are findings with their rows; a run starts all the same, and nothing is changed.
+All are reported with their rows; they never prevent a run, and nothing is changed.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from veneer.data.examples import Problem, Row, prompt_key
 from veneer.wording import percent
 
 LIKE = 0.8
-"""Share of their runs of three words that two prompts have in common, from which on they are
-told."""
+"""Share of common three-word runs from which two prompts are reported as similar."""
 LABEL_WORDS = 4
-"""Answers of so few words are labels: two different ones to the same prompt contradict each
+"""Answers of at most this many words are labels: two different labels for a prompt contradict each
 other."""
 _PERSONAL = {
     "an e-mail address": re.compile(
@@ -56,18 +54,18 @@ _WORDS = {language: frozenset(words.split()) for language, words in _COMMON.item
 
 
 def look_closer(file: str, train: Sequence[Row], held_out: Sequence[Row]) -> list[Problem]:
-    """file: what the set is called."""
+    """Reports everything that only reading the rows shows. file: name of the set"""
     rows = [*train, *held_out]
     return [
-        *_near(train, held_out),
+        *_near_duplicates(train, held_out),
         *_contradictions(train),
         *_personal(rows),
         *_languages(file, rows),
     ]
 
 
-def said(row: Row, *roles: str) -> str:
-    """What messages of these roles say, or the plain text."""
+def text_of(row: Row, *roles: str) -> str:
+    """Returns the text of the messages of these roles, or the plain text."""
     if row.text is not None:
         return row.text
     return "\n".join(
@@ -75,13 +73,15 @@ def said(row: Row, *roles: str) -> str:
     )
 
 
-def _near(train: Sequence[Row], held_out: Sequence[Row]) -> list[Problem]:
+def _near_duplicates(train: Sequence[Row], held_out: Sequence[Row]) -> list[Problem]:
     known = {prompt_key(row) for row in train}
-    others = [
+    new_rows = [
         row for row in held_out if prompt_key(row) not in known
-    ]  # the same to the letter is told as D210
-    found = nearest(
-        [said(row, "user") for row in others], [said(row, "user") for row in train], least=LIKE
+    ]  # exact repeats are reported as D210
+    matches = nearest(
+        [text_of(row, "user") for row in new_rows],
+        [text_of(row, "user") for row in train],
+        least=LIKE,
     )
     message = "held out, and nearly the same prompt is trained on (a leak, likely)"
     return [
@@ -91,15 +91,15 @@ def _near(train: Sequence[Row], held_out: Sequence[Row]) -> list[Problem]:
             message,
             (row.ref.line,),
             fatal=False,
-            detail=_pair(row, train[at[0]], at[1]),
+            detail=_pair(row, train[match[0]], match[1]),
         )
-        for row, at in zip(others, found, strict=True)
-        if at is not None
+        for row, match in zip(new_rows, matches, strict=True)
+        if match is not None
     ]
 
 
-def _pair(row: Row, other: Row, like: float) -> str:
-    return f"{row.ref} is {percent(like, 1)} like {other.ref}, for instance"
+def _pair(row: Row, other_row: Row, share: float) -> str:
+    return f"{row.ref} is {percent(share, 1)} like {other_row.ref}, for instance"
 
 
 def _contradictions(train: Sequence[Row]) -> list[Problem]:
@@ -110,7 +110,9 @@ def _contradictions(train: Sequence[Row]) -> list[Problem]:
         )
         if answer and len(answer.split()) <= LABEL_WORDS:
             answers[prompt_key(row)].setdefault(answer.lower(), row)
-    message = "the same prompt has another short answer elsewhere: they contradict each other"
+    message = (
+        "the same prompt has a different short answer in another row: they contradict each other"
+    )
     return [
         Problem(
             "D224",
@@ -118,19 +120,19 @@ def _contradictions(train: Sequence[Row]) -> list[Problem]:
             message,
             (row.ref.line,),
             fatal=False,
-            detail=" / ".join(list(each)[:4]),
+            detail=" / ".join(list(rows_by_answer)[:4]),
         )
-        for each in answers.values()
-        if len(each) > 1
-        for row in each.values()
+        for rows_by_answer in answers.values()
+        if len(rows_by_answer) > 1
+        for row in rows_by_answer.values()
     ]
 
 
 def _personal(rows: Iterable[Row]) -> list[Problem]:
     problems = []
-    step = "If it is nobody's business, take it out: a model can say it again."
+    step = "If it is private, remove it: a model can repeat it."
     for row in rows:
-        text = said(row, "system", "user", "assistant", "tool")
+        text = text_of(row, "system", "user", "assistant", "tool")
         for kind, pattern in _PERSONAL.items():
             if any(kind != "a card number" or _luhn(match[0]) for match in pattern.finditer(text)):
                 message = f"holds what looks like {kind}"
@@ -141,15 +143,14 @@ def _personal(rows: Iterable[Row]) -> list[Problem]:
 
 
 def _luhn(text: str) -> bool:
-    """Whether the last digit of a card's number is the one that checks the others."""
-    digits = [int(each) for each in text if each.isdigit()][::-1]
+    """Whether the last digit of a card number is a valid check digit."""
+    digits = [int(character) for character in text if character.isdigit()][::-1]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
     return (sum(digits[::2]) + sum(doubled)) % 10 == 0 and len(set(digits)) > 1
 
 
 def language_of(text: str) -> str | None:
-    """The likeliest of a few languages, by its script or its commonest words; None: that does not
-    tell."""
+    """Guesses the language by script or common words; None if unclear."""
     letters = [ord(c) for c in text if c.isalpha()]
     for language, first, last in _SCRIPTS:
         if letters and sum(first <= letter <= last for letter in letters) > 0.3 * len(letters):
@@ -165,19 +166,21 @@ def language_of(text: str) -> str | None:
 
 
 def _languages(file: str, rows: Sequence[Row]) -> list[Problem]:
-    found = [(row, language_of(said(row, "user", "assistant"))) for row in rows]
-    counts = Counter(language for _, language in found if language)
+    languages = [(row, language_of(text_of(row, "user", "assistant"))) for row in rows]
+    counts = Counter(language for _, language in languages if language)
     if len(counts) < 2:
         return []
-    (most, _), *others = counts.most_common()
+    (most, _), *minorities = counts.most_common()
     problems = []
-    for language, count in others:
+    for language, count in minorities:
         message = f"in {language}, while most are in {most}"
-        lines = [row.ref for row, own in found if own == language]
+        lines = [row.ref for row, row_language in languages if row_language == language]
         if count > 0.4 * len(rows):
-            told = ", ".join(f"{name} {percent(n, len(rows))}" for name, n in counts.most_common())
+            shares = ", ".join(
+                f"{name} {percent(n, len(rows))}" for name, n in counts.most_common()
+            )
             return [
-                Problem("D226", file, f"the rows are in several languages: {told}", fatal=False)
+                Problem("D226", file, f"the rows are in several languages: {shares}", fatal=False)
             ]
         problems += [Problem("D226", ref.file, message, (ref.line,), fatal=False) for ref in lines]
     return problems

@@ -1,8 +1,7 @@
-"""What is counted of examples as they come, one after another: what a report on them needs, and no
-token of them.
+"""Counts examples as they come, one after another, without keeping their tokens.
 
-Twenty-eight bytes an example are held, so that repeated rows and held-out prompts that are trained
-on too show at the end.
+Twenty-eight bytes an example are held, to find repeated rows and held-out prompts that are also
+trained on.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from numpy.typing import NDArray
 from veneer.data.examples import Example, Row, RowRef, prompt_key
 
 _STOP_REACH = 4
-"""Tokens from the end of an answer within which its stop token is looked for."""
+"""A stop token counts if it is among this many last tokens of an answer."""
 
 
 @dataclass
 class Tally:
-    """stop_ids: that end an answer.
+    """Counts of examples, and the keys to find repeated rows.
 
+    stop_ids                        ids that end an answer
     lengths, keys, prompts, lines   of each example: tokens, its key, its row's prompt, its line in
                                     file `files[n]`
     masked                          examples without a trained token
@@ -53,19 +53,19 @@ class Tally:
         rows: Sequence[Row],
         stop_ids: frozenset[int] = frozenset(),
     ) -> Tally:
-        """rows: of the examples, one for each row that they came from."""
-        made, at, before = cls(stop_ids), iter(rows), None
+        """Counts examples. rows: one for each row that the examples came from."""
+        tally, remaining_rows, previous_row = cls(stop_ids), iter(rows), None
         prompt = 0
         for number, example in enumerate(examples):
-            if number == 0 or example.row is None or example.row != before:
-                prompt = prompt_key(next(at))
-                made.rows += 1
-            before = example.row
-            made._add(example, prompt)
-        return made
+            if number == 0 or example.row is None or example.row != previous_row:
+                prompt = prompt_key(next(remaining_rows))
+                tally.rows += 1
+            previous_row = example.row
+            tally._add(example, prompt)
+        return tally
 
     def add(self, row: Row, examples: Sequence[Example]) -> None:
-        """A row, and what it became: one example or more."""
+        """Counts a row and its examples."""
         prompt = prompt_key(row)
         self.rows += 1
         for example in examples:
@@ -73,9 +73,9 @@ class Tally:
 
     def _add(self, example: Example, prompt: int) -> None:
         trained = example.trained
-        learnt = int(np.count_nonzero(trained))
-        self.trained_tokens += learnt
-        if not learnt:
+        num_trained = int(np.count_nonzero(trained))
+        self.trained_tokens += num_trained
+        if not num_trained:
             self.masked.append(example.ref)
         self.lengths.append(len(example.ids))
         self.keys.append(example.key)
@@ -87,7 +87,8 @@ class Tally:
         self._count_roles(example)
 
     def _count_answers(self, example: Example) -> None:
-        """Trained spans, and how many of them hold a stop token among their last few tokens."""
+        """Counts trained spans, and how many of them hold a stop token among their last few
+        tokens."""
         padded = np.zeros(len(example.trained) + 2, dtype=np.int8)
         padded[1:-1] = example.trained
         edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
@@ -110,25 +111,25 @@ class Tally:
         return len(self.keys)
 
     def repeated(self) -> NDArray[np.bool_]:
-        """Which examples repeat an earlier one."""
+        """Marks the examples that repeat an earlier one."""
         keys = (
             np.frombuffer(self.keys, dtype=np.int64) if self.keys else np.zeros(0, dtype=np.int64)
         )
-        found = np.ones(len(keys), dtype=np.bool_)
-        found[np.unique(keys, return_index=True)[1]] = False
-        return found
+        repeats = np.ones(len(keys), dtype=np.bool_)
+        repeats[np.unique(keys, return_index=True)[1]] = False
+        return repeats
 
-    def asked_in(self, other: Tally) -> NDArray[np.bool_]:
-        """Which examples have a prompt that the other's have too."""
-        mine, theirs = (np.array(each.prompts, dtype=np.int64) for each in (self, other))
+    def shares_prompt_with(self, other: Tally) -> NDArray[np.bool_]:
+        """Marks the examples whose prompt also occurs in `other`."""
+        mine, theirs = (np.array(tally.prompts, dtype=np.int64) for tally in (self, other))
         return np.isin(mine, theirs)
 
-    def places(self, chosen: NDArray[np.bool_]) -> dict[str, tuple[int, ...]]:
-        """File -> lines of the chosen examples, rising."""
+    def lines_by_file(self, chosen: NDArray[np.bool_]) -> dict[str, tuple[int, ...]]:
+        """Returns file -> lines of the chosen examples, rising."""
         numbers, lines = np.array(self.numbers), np.array(self.lines)
-        found = {}
+        chosen_lines = {}
         for file, number in self.files.items():
-            mine = np.unique(lines[chosen & (numbers == number)])
-            if len(mine):
-                found[file] = tuple(mine.tolist())
-        return found
+            rows = np.unique(lines[chosen & (numbers == number)])
+            if len(rows):
+                chosen_lines[file] = tuple(rows.tolist())
+        return chosen_lines

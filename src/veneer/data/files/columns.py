@@ -1,5 +1,4 @@
-"""Columns of records under the names that layouts have, as a person maps them; labels that mark bad
-answers."""
+"""Renames columns of records, and finds labels that mark bad answers."""
 
 from __future__ import annotations
 
@@ -10,67 +9,65 @@ from typing import Any
 from veneer.data.examples import Problem, RowFault, RowRef
 
 ColumnMap = Mapping[str, str | None]
-"""What a column is called in a file -> what it is read as; None: it is left out, in messages
-too."""
+"""Column name in the file -> name it is read as; None drops the column, also inside messages."""
 
 
-class Renames:
-    """Columns under the names that layouts have."""
+class ColumnRenames:
+    """Renames the columns of records to the names that layouts use."""
 
     def __init__(self, columns: ColumnMap) -> None:
         self._columns = dict(columns)
-        self._left_out = frozenset(name for name, to in columns.items() if to is None)
-        self._met: set[str] = set()
+        self._dropped = frozenset(name for name, new_name in columns.items() if new_name is None)
+        self._seen: set[str] = set()
 
-    def of(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Raises RowFault: two columns would have one name."""
+    def rename(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Renames the columns of a record. Raises RowFault if two columns get the same name."""
         if not self._columns:
             return record
-        made: dict[str, Any] = {}
+        renamed: dict[str, Any] = {}
         for name, value in record.items():
             if name in self._columns:
-                self._met.add(name)
-            to = self._columns.get(name, name)
-            if to is None or value is None:
+                self._seen.add(name)
+            new_name = self._columns.get(name, name)
+            if new_name is None or value is None:
                 continue
-            if to in made:
+            if new_name in renamed:
                 raise RowFault(
                     "D107",
-                    f"two columns are called '{to}', '{name}' by the map",
-                    "Leave one out: map: {X: null}.",
+                    f"the map gives two columns the name '{new_name}', one is '{name}'",
+                    "Drop one: map: {X: null}.",
                 )
-            made[to] = (
-                [self._message(each) for each in value]
-                if self._left_out and isinstance(value, list)
+            renamed[new_name] = (
+                [self._message(item) for item in value]
+                if self._dropped and isinstance(value, list)
                 else value
             )
-        return made
+        return renamed
 
     def _message(self, value: Any) -> Any:
-        if not isinstance(value, dict) or self._left_out.isdisjoint(value):
+        if not isinstance(value, dict) or self._dropped.isdisjoint(value):
             return value
-        self._met |= self._left_out & value.keys()
-        return {name: each for name, each in value.items() if name not in self._left_out}
+        self._seen |= self._dropped & value.keys()
+        return {name: item for name, item in value.items() if name not in self._dropped}
 
     def unused(self, file: str) -> list[Problem]:
-        """Names that no row has: slips."""
-        step = "Look at the columns' names, or leave it out of the map."
+        """Reports names in the map that no row has."""
+        step = "Check the column names, or remove it from the map."
         return [
             Problem("D107", file, f"the map names '{name}', which no row has", next_step=step)
             for name in self._columns
-            if name not in self._met
+            if name not in self._seen
         ]
 
 
 _BOOLEANS = {"true": True, "false": False}
 
 
-class Labels:
-    """Finds the layout of KTO in a set: rows of prompt, completion and a `label` that says whether
-    the answer is good.
+class KtoLabels:
+    """Recognises the KTO layout: rows of prompt, completion and a `label` that rates the answer.
 
-    A label marks answers only where all labels of a set are booleans and both values occur. It is
-    metadata in any other set. JSON holds booleans, and CSV holds their names. Eight bytes are held
+    A label rates answers only if all labels of a set are booleans and both values occur. In any
+    other set it is metadata. JSON holds booleans, and CSV holds their names. Eight bytes are held
     for each row whose label is false.
     """
 
@@ -80,14 +77,13 @@ class Labels:
         self._other = False
 
     def add(self, label: Any, ref: RowRef) -> None:
-        """Counts the label of a row of prompt and completion. None, and an empty text, are no
-        label."""
+        """Counts the label of a row of prompt and completion. None and empty texts are skipped."""
         if label is None or label == "":
             return
-        marks = _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
-        if marks is True:
+        rating = _BOOLEANS.get(label.strip().lower()) if isinstance(label, str) else label
+        if rating is True:
             self._good += 1
-        elif marks is False:
+        elif rating is False:
             self._bad.setdefault(ref.file, array("q")).append(ref.line)
         else:
             self._other = True
@@ -102,7 +98,7 @@ class Labels:
         )
         for file, lines in self._bad.items():
             message = (
-                f"label is false, so the answer is marked as bad ({self._good:,} rows of the set"
-                " have true)"
+                f"label is false, so the answer is marked as bad ({self._good:,} rows of the"
+                " set have true)"
             )
             yield Problem("D116", file, message, tuple(lines), step)

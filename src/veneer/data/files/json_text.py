@@ -1,5 +1,7 @@
-"""JSON in rows, whole files and texts inside rows, read strictly: no key twice, no NaN, no
-infinity, bounded nesting."""
+"""Reads JSON strictly in row files and in texts inside rows.
+
+Duplicate keys, NaN and infinity are refused, and nesting is bounded.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,11 @@ _NAMED_KEYS = 5
 
 
 class JSONText:
-    """JSON values from a text. What json.loads lets pass (a key twice, NaN) is a fault here, found
-    without losing the place where the value ends."""
+    """Reads JSON values from a text.
+
+    Faults that json.loads accepts (duplicate keys, NaN) are collected in `faults`, and the end of
+    the value is still found.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -28,13 +33,14 @@ class JSONText:
         )
 
     def value(self, at: int) -> tuple[Any, int]:
-        """The value that begins at `at`, and where it ends. Raises RowFault where there is no
-        value."""
+        """Reads the value at `at`. Returns it and its end. Raises RowFault if there is no value."""
         try:
             value, end = self._decoder.raw_decode(self.text, at)
         except json.JSONDecodeError as error:
-            said = error.msg.removesuffix(" at").rstrip(": ")  # some of Python's messages end so
-            message = f"is not JSON: {said} at column {error.colno}"
+            reason = error.msg.removesuffix(" at").rstrip(
+                ": "
+            )  # some of Python's messages end like this
+            message = f"is not JSON: {reason} at column {error.colno}"
             raise RowFault(
                 "D103", message + (f" of line {error.lineno}" if error.lineno > 1 else "")
             ) from None
@@ -48,22 +54,22 @@ class JSONText:
         return value, end
 
     def skip(self, at: int) -> int:
-        """Where the next thing after white space begins."""
+        """Returns the position after white space."""
         match = _SPACE.match(self.text, at)
         assert match is not None
         return match.end()
 
     def after(self, at: int) -> str:
-        """The character at `at`; empty at the end."""
+        """Returns the character at `at`; empty at the end."""
         return self.text[at : at + 1]
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            found = Counter(name for name, _ in pairs)
-            twice = sorted(name for name, times in found.items() if times > 1)[:_NAMED_KEYS]
-            named = ", ".join(repr(name[:40]) for name in twice)
-            self.faults.append(RowFault("D104", f"key {named} stands twice in one object"))
+            counts = Counter(name for name, _ in pairs)
+            duplicates = sorted(name for name, times in counts.items() if times > 1)[:_NAMED_KEYS]
+            keys = ", ".join(repr(name[:40]) for name in duplicates)
+            self.faults.append(RowFault("D104", f"duplicate key {keys} in one object"))
         return values
 
     def _constant(self, name: str) -> float:
@@ -78,12 +84,12 @@ class JSONText:
 
 
 def whole_value(text: str) -> Any:
-    """The value that a text consists of, with nothing behind it. Raises RowFault."""
-    read = JSONText(text)
-    value, end = read.value(read.skip(0))
-    end = read.skip(end)
+    """Reads a text that is one JSON value. Raises RowFault."""
+    json_text = JSONText(text)
+    value, end = json_text.value(json_text.skip(0))
+    end = json_text.skip(end)
     if end < len(text):
         raise RowFault("D103", f"is not JSON: something follows the value at column {end + 1}")
-    if read.faults:
-        raise read.faults[0]
+    if json_text.faults:
+        raise json_text.faults[0]
     return value

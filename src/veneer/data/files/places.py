@@ -1,9 +1,8 @@
-"""From what a set is called to files on this machine: a file, a folder, a pattern, an address, a
-data set of the hub.
+"""Finds the files of a set by its name: a file, a folder, a pattern, an address, a hub data set.
 
-    rows.jsonl   rows/   rows/*.jsonl.gz            here
-    s3://bucket/rows/*.parquet                      any address that fsspec knows
-    org/name   org/name:split   hf://datasets/...   the hub's: plain Parquet, by the same way
+rows.jsonl   rows/   rows/*.jsonl.gz            local files
+s3://bucket/rows/*.parquet                      any address that fsspec knows
+org/name   org/name:split   hf://datasets/...   Hugging Face data sets, as plain Parquet
 
 Remote files are downloaded into the cache folder (downloads.py).
 """
@@ -17,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from veneer.data.files.downloads import downloaded, unreachable
+from veneer.data.files.downloads import download_if_changed, unreachable
 from veneer.errors import DataError
 from veneer.files.addresses import file_system
 from veneer.files.home import expanded
@@ -29,12 +28,12 @@ MOST_FILES = 100_000
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+(/[\w.-]+)?)?")
 _T = TypeVar("_T")
 _CONVERTED = "@refs/convert/parquet"
-"""The branch on which the hub keeps every data set as plain Parquet."""
+"""The branch that holds every hub data set as plain Parquet."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A file of rows: what it is called, and where it lies here."""
+class RowFile:
+    """A file of rows: its name in messages, and its local path."""
 
     name: str
     path: Path
@@ -42,20 +41,19 @@ class Place:
 
 @dataclass(frozen=True)
 class ResolvedSets:
-    """Finds the files of each set of a run once: every pass over the set reads the same files, of
-    one version."""
+    """Remembers the files of each set, so that every pass over a set reads the same versions."""
 
-    _places: dict[str, list[Place]] = field(default_factory=dict)
+    _files: dict[str, list[RowFile]] = field(default_factory=dict)
 
-    def places_of(self, named: str) -> list[Place]:
-        """Returns what `places_of` finds, once per set. Raises what `places_of` raises."""
-        if named not in self._places:
-            self._places[named] = places_of(named)
-        return self._places[named]
+    def find_files(self, name: str) -> list[RowFile]:
+        """Finds the files of a set, once. Raises what the function `find_files` raises."""
+        if name not in self._files:
+            self._files[name] = find_files(name)
+        return self._files[name]
 
 
 def kind_of(name: str) -> str:
-    """The extension that says how a file is read; empty: none of KINDS."""
+    """Returns the extension that decides how a file is read; empty if it is not one of KINDS."""
     bare = Path(name)
     if bare.suffix.lower() in PACKED:
         bare = bare.with_suffix("")
@@ -63,117 +61,115 @@ def kind_of(name: str) -> str:
     return kind if kind in KINDS else ""
 
 
-def places_of(named: str) -> list[Place]:
-    """All files of a set, in order. Raises DataError: there are none, or they cannot be brought
-    here; ConfigError: no address that is known.
+def find_files(name: str) -> list[RowFile]:
+    """Finds all files of a set, in order.
 
-    A single file is taken at its word: whoever opens it says what is wrong.
+    Raises DataError if there are none or they cannot be downloaded, ConfigError for an unknown kind
+    of address. A single file is not checked: opening it reports what is wrong.
     """
-    if not named.strip() or "\0" in named:
+    if not name.strip() or "\0" in name:
         raise DataError(
-            f"no set of rows is called {named!r}",
+            f"no set of rows is called {name!r}",
             next_step="Name a file, a folder, a pattern or an address.",
         )
-    if "://" in named:
-        return _elsewhere(named)
+    if "://" in name:
+        return _find_remote(name)
     try:
-        return _here(named, expanded(named))
-    except (
-        OSError,
-        ValueError,
-    ) as fault:  # no right to look, a name that none can be, ** beside other letters
-        raise unreachable(named, fault) from fault
+        return _find_local(name, expanded(name))
+    except (OSError, ValueError) as fault:  # no access, an impossible name, ** beside other letters
+        raise unreachable(name, fault) from fault
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """DataError with each of these that is the name of a file which is not there; others are looked
-    for later."""
-    missing = [named for named in names if "://" not in named and _absent(named)]
+    """Raises DataError with each name of a file that does not exist. Other names are checked
+    later."""
+    missing = [name for name in names if "://" not in name and _is_absent(name)]
     if missing:
-        faults = [_missing(named, expanded(named)) for named in missing]
+        faults = [_describe_missing(name, expanded(name)) for name in missing]
         raise DataError(
-            "there is no such file" if len(faults) == 1 else "there are no such files",
+            "file not found" if len(faults) == 1 else "files not found",
             [f"D100 {fault}" for fault in faults],
             "A set is a file, a folder, a pattern such as rows/*.jsonl, an address, or a hub's data"
             " set (org/name).",
         )
 
 
-def absolute(named: str) -> str:
-    """What a set is called from any folder."""
-    if "://" in named:
-        return named
-    path = expanded(named)
-    here = path.exists() or any(mark in named for mark in "*?[") or kind_of(named)
-    return str(path.absolute()) if here else named
+def absolute(name: str) -> str:
+    """Makes a set's name independent of the current folder."""
+    if "://" in name:
+        return name
+    path = expanded(name)
+    is_local = path.exists() or any(mark in name for mark in "*?[") or kind_of(name)
+    return str(path.absolute()) if is_local else name
 
 
-def _absent(named: str) -> bool:
-    if not is_text(named):  # told as what it is, elsewhere
+def _is_absent(name: str) -> bool:
+    if not is_text(name):  # reported elsewhere
         return False
     try:
-        path = expanded(named)
-        there = path.exists() or any(mark in named for mark in "*?[")
-        return bool(named.strip()) and not there and not _may_be_the_hubs(named, path)
-    except (OSError, ValueError):  # told where it is opened
+        path = expanded(name)
+        exists = path.exists() or any(mark in name for mark in "*?[")
+        return bool(name.strip()) and not exists and not _may_be_on_hub(name, path)
+    except (OSError, ValueError):  # reported when it is opened
         return False
 
 
-def _may_be_the_hubs(named: str, path: Path) -> bool:
-    return bool(_ON_THE_HUB.fullmatch(named)) and not kind_of(named) and not path.parent.is_dir()
+def _may_be_on_hub(name: str, path: Path) -> bool:
+    return bool(_ON_THE_HUB.fullmatch(name)) and not kind_of(name) and not path.parent.is_dir()
 
 
-def _missing(named: str, path: Path) -> str:
-    """The file, and what is spelt like it; or that its folder is not there either."""
+def _describe_missing(name: str, path: Path) -> str:
+    """Describes a missing file: a similar name, or that its folder does not exist either."""
     if not path.parent.is_dir():
-        return f"{named}  its folder {path.parent} does not exist either"
-    near = get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
-    return f"{named}" + (f"  did you mean {path.parent / near[0]}?" if near else "")
+        return f"{name}  its folder {path.parent} does not exist either"
+    similar = get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
+    return f"{name}" + (f"  did you mean {path.parent / similar[0]}?" if similar else "")
 
 
-def _here(named: str, path: Path) -> list[Place]:
+def _find_local(name: str, path: Path) -> list[RowFile]:
     if path.is_dir():
-        found = sorted(each for each in path.rglob("*") if each.is_file() and kind_of(each.name))
-        return _some([Place(str(each), each) for each in found], named)
+        paths = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file.name))
+        return _check_count([RowFile(str(file), file) for file in paths], name)
     if path.exists():
-        return [Place(named, path)]
-    if any(mark in named for mark in "*?["):
+        return [RowFile(name, path)]
+    if any(mark in name for mark in "*?["):
         root = Path(path.anchor or ".")
-        found = sorted(
-            each for each in root.glob(str(path.relative_to(path.anchor))) if each.is_file()
+        paths = sorted(
+            file for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file()
         )
-        found = [each for each in found if kind_of(each.name)]
-        return _some([Place(str(each), each) for each in found], named)
-    if _may_be_the_hubs(named, path):
-        return _of_the_hub(named)
-    refuse_missing([named])
-    return [Place(named, path)]
+        paths = [file for file in paths if kind_of(file.name)]
+        return _check_count([RowFile(str(file), file) for file in paths], name)
+    if _may_be_on_hub(name, path):
+        return _find_on_hub(name)
+    refuse_missing([name])
+    return [RowFile(name, path)]
 
 
-def _some(places: list[_T], named: str) -> list[_T]:
-    if not places:
+def _check_count(files: list[_T], name: str) -> list[_T]:
+    if not files:
         raise DataError(
-            f"{named}: no file of rows is there",
+            f"{name}: no row files found",
             next_step=f"Kinds of file: {', '.join(KINDS)}, .gz, .zst.",
         )
-    if len(places) > MOST_FILES:
+    if len(files) > MOST_FILES:
         raise DataError(
-            f"{named}: {len(places):,} files, {MOST_FILES:,} are read", next_step="Name fewer."
+            f"{name}: {len(files):,} files, at most {MOST_FILES:,} are read",
+            next_step="Name fewer.",
         )
-    return places
+    return files
 
 
-def _of_the_hub(named: str) -> list[Place]:
-    """org/name, org/name:split, org/name:config/split."""
-    name, _, part = named.partition(":")
+def _find_on_hub(full_name: str) -> list[RowFile]:
+    """Finds a hub data set: org/name, org/name:split, org/name:config/split."""
+    name, _, part = full_name.partition(":")
     address = f"hf://datasets/{name}{_CONVERTED}"
     fs, root = file_system(address)
-    found = _listed(fs, f"{root}/**/*.parquet", named)
+    files = _list_remote(fs, f"{root}/**/*.parquet", full_name)
     parts: dict[tuple[str, str], list[str]] = {}
-    for file in found:
+    for file in files:
         config, _, within = file.removeprefix(root).strip("/").partition("/")
         split, below, _ = within.partition("/")
-        if not below:  # no part of it: beside them
+        if not below:  # not in a split's folder
             continue
         parts.setdefault((config, split.removeprefix("partial-")), []).append(file)
     configs = sorted({config for config, _ in parts})
@@ -183,44 +179,45 @@ def _of_the_hub(named: str) -> list[Place]:
     )
     chosen = parts.get((config, split or "train"))
     if not chosen:
-        there = ", ".join(f"{c}/{s}" for c, s in sorted(parts)) or "none"
+        available = ", ".join(f"{c}/{s}" for c, s in sorted(parts)) or "none"
         raise DataError(
             (
                 f"the data set {name} has no {part or 'train'}"
                 if config
                 else f"the data set {name} has several parts"
             ),
-            [f"there is: {there}"],
+            [f"there is: {available}"],
             f"Name one: {name}:{'/'.join(sorted(parts)[0]) if parts else 'SPLIT'}.",
         )
     return [
-        Place(f"hf://{file}", downloaded(fs, file, f"hf://{file}"))
-        for file in _some(sorted(chosen), named)
+        RowFile(f"hf://{file}", download_if_changed(fs, file, f"hf://{file}"))
+        for file in _check_count(sorted(chosen), full_name)
     ]
 
 
-def _elsewhere(named: str) -> list[Place]:
-    scheme = named.partition("://")[0]
-    fs, root = file_system(named)
+def _find_remote(set_name: str) -> list[RowFile]:
+    scheme = set_name.partition("://")[0]
+    fs, root = file_system(set_name)
     if any(mark in root for mark in "*?["):
-        found = _listed(fs, root, named)
+        paths = _list_remote(fs, root, set_name)
     elif kind_of(root):
-        found = [root]
+        paths = [root]
     elif (
         scheme == "hf" and root.startswith("datasets/") and root.count("/") == 2 and "@" not in root
     ):
-        return _of_the_hub(root.removeprefix("datasets/"))
+        return _find_on_hub(root.removeprefix("datasets/"))
     else:
-        found = _listed(fs, f"{root.rstrip('/')}/**", named)
-    files = _some([file for file in found if kind_of(file)], named)
+        paths = _list_remote(fs, f"{root.rstrip('/')}/**", set_name)
+    files = _check_count([file for file in paths if kind_of(file)], set_name)
     names = [file if "://" in file else f"{scheme}://{file}" for file in files]
     return [
-        Place(name, downloaded(fs, file, name)) for name, file in zip(names, files, strict=True)
+        RowFile(set_name, download_if_changed(fs, file, set_name))
+        for set_name, file in zip(names, files, strict=True)
     ]
 
 
-def _listed(fs: Any, pattern: str, named: str) -> list[str]:
+def _list_remote(fs: Any, pattern: str, name: str) -> list[str]:
     try:
-        return sorted(str(each) for each in fs.glob(pattern))
+        return sorted(str(path) for path in fs.glob(pattern))
     except Exception as fault:  # every store raises errors of its own
-        raise unreachable(named, fault) from fault
+        raise unreachable(name, fault) from fault

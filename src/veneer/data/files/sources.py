@@ -1,10 +1,9 @@
-"""Rows from files: .jsonl, .json, .csv or .parquet, recognised by their extension, UTF-8; packed
-too (.gz, .zst).
+"""Reads rows from .jsonl, .json, .csv or .parquet files (UTF-8, also .gz and .zst), by extension.
 
-Every broken row is found, not the first only: `scan_rows` returns them beside the good ones,
+Every broken row is reported, not only the first: `scan_rows` returns them beside the good rows,
 `read_rows` raises one error that lists them. Lines of .jsonl and .csv are streamed, and a line
 longer than MAX_LINE_BYTES is skipped without being held in memory; a .json file is read whole.
-Where the files of a set lie is found in places.py. Knows nothing of tokenizers.
+places.py finds the files of a set. Knows nothing of tokenizers.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from veneer.data.examples import Format, Problem, Row, RowFault, RowRef, grouped, refusal
-from veneer.data.files.columns import ColumnMap, Labels, Renames
-from veneer.data.files.formats import FORMATS, Layouts, detect, to_row
+from veneer.data.files.columns import ColumnMap, ColumnRenames, KtoLabels
+from veneer.data.files.formats import to_row
 from veneer.data.files.json_text import JSONText, whole_value
-from veneer.data.files.places import PACKED, Place, ResolvedSets, kind_of
+from veneer.data.files.layouts import FORMATS, RowLayouts, detect
+from veneer.data.files.places import PACKED, ResolvedSets, RowFile, kind_of
 from veneer.errors import DataError
 from veneer.files.nesting import TOO_DEEP, too_deep
 
 MAX_LINE_BYTES = 16 * 2**20
-READ = (
+READABLE_KINDS = (
     '.jsonl (one JSON object a line), .json (a list of objects, or {"data": [...]}), .csv (with a'
     " header), .parquet"
 )
@@ -38,8 +38,10 @@ Records = Iterator[Record | Problem]
 def read_rows(
     path: str | Path, format: str = "auto", columns: ColumnMap | None = None
 ) -> list[Row]:
-    """All rows of the set. format: a name of FORMATS, or auto. Raises DataError with every bad
-    row."""
+    """Reads all rows of the set. Raises DataError with every bad row.
+
+    format: a name of FORMATS, or auto
+    """
     rows, problems = scan_rows(path, format, columns)
     if problems:
         raise refusal(f"{path} cannot be read as rows", problems)
@@ -49,52 +51,54 @@ def read_rows(
 def scan_rows(
     path: str | Path, format: str = "auto", columns: ColumnMap | None = None
 ) -> tuple[list[Row], list[Problem]]:
-    """The good rows of a set (places.py), and what is wrong with the others.
+    """Reads the good rows of a set (places.py) and the problems of the others.
 
-    columns: under which name each is read; None: it is left out. Raises DataError for an unknown
-    format name, and for a set that is not found or cannot be brought here.
+    columns: renames columns; None drops one. Raises DataError for an unknown format name, and for a
+    set that is not found or cannot be downloaded.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
-    layouts = Layouts()
-    for found in rows_in(path, format, columns):
-        if isinstance(found, Row):
-            rows.append(found)
-            layouts.add(found)
+    layouts = RowLayouts()
+    for row in iterate_rows(path, format, columns):
+        if isinstance(row, Row):
+            rows.append(row)
+            layouts.add(row)
         else:
-            problems.append(found)
+            problems.append(row)
     return rows, grouped(problems + layouts.problems())
 
 
-def rows_in(
+def iterate_rows(
     path: str | Path,
     format: str = "auto",
     columns: ColumnMap | None = None,
     sets: ResolvedSets | None = None,
 ) -> Iterator[Row | Problem]:
-    """The same one by one, so that no more than a row is held.
+    """Yields the rows and problems of a set one by one, so that only one row is in memory.
 
-    sets: keeps which files a set consists of, for callers that read it more than once
+    sets: remembers the files of a set, for callers that read it more than once
     """
     if format != "auto" and format not in FORMATS:
         raise DataError(
             f"unknown format '{format}'", next_step=f"Formats: auto, {', '.join(FORMATS)}."
         )
-    named: Format | None = next((name for name in FORMATS if name == format), None)
-    renames, labels, seen = Renames(columns or {}), Labels(), False
-    for place in (sets or ResolvedSets()).places_of(str(path)):
+    format_name: Format | None = next((name for name in FORMATS if name == format), None)
+    renames, labels, any_rows = ColumnRenames(columns or {}), KtoLabels(), False
+    for row_file in (sets or ResolvedSets()).find_files(str(path)):
         empty = True
-        for record in _records(place):
-            empty, seen = False, True
+        for record in _records(row_file):
+            empty, any_rows = False, True
             if isinstance(record, Problem):
                 yield record
                 continue
             line, values = record
-            ref = RowRef(place.name, line)
+            ref = RowRef(row_file.name, line)
             try:
-                values = renames.of(values)
-                found = frozenset(name for name, value in values.items() if value is not None)
-                row = to_row(values, ref, named or detect(found))
+                values = renames.rename(values)
+                columns_present = frozenset(
+                    name for name, value in values.items() if value is not None
+                )
+                row = to_row(values, ref, format_name or detect(columns_present))
             except RowFault as fault:
                 yield fault.at(ref)
             else:
@@ -102,14 +106,14 @@ def rows_in(
                     labels.add(values.get("label"), ref)
                 yield row
         if empty:
-            yield Problem("D100", place.name, "the file has no rows")
+            yield Problem("D100", row_file.name, "the file has no rows")
     yield from labels.problems()
-    if seen:
+    if any_rows:
         yield from renames.unused(str(path))
 
 
-def _records(place: Place) -> Records:
-    path, file = place.path, place.name
+def _records(row_file: RowFile) -> Records:
+    path, file = row_file.path, row_file.name
     readers: dict[str, Callable[[BinaryIO, str], Records]] = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
@@ -118,15 +122,15 @@ def _records(place: Place) -> Records:
         ".parquet": _parquet,
     }
     kind = kind_of(file)
-    packed = Path(file).suffix.lower() in PACKED
-    if not kind or (packed and kind == ".parquet"):
+    compressed = Path(file).suffix.lower() in PACKED
+    if not kind or (compressed and kind == ".parquet"):
         suffix = Path(file).suffix
-        said = f"extension '{suffix}'" if suffix else "no extension"
+        reason = f"extension '{suffix}'" if suffix else "no extension"
         yield Problem(
             "D100",
             file,
-            f"{said}: the kind of file is told by it",
-            next_step=f"Kinds of file: {READ}.",
+            f"{reason}: the extension decides how the file is read",
+            next_step=f"Kinds of file: {READABLE_KINDS}.",
         )
         return
     if path.exists() and not path.is_file():
@@ -136,27 +140,33 @@ def _records(place: Place) -> Records:
         )
         return
     try:
-        with unpacked(path, file) as opened:
-            if opened.peek(4)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        with open_decompressed(path, file) as stream:
+            if stream.peek(4)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 yield Problem("D102", file, "the file is UTF-16", next_step="Save it as UTF-8.")
                 return
-            yield from readers[kind](opened, file)
+            yield from readers[kind](stream, file)
     except FileNotFoundError:
         step = f"The folder {path.parent} " + (
             "exists." if path.parent.is_dir() else "does not exist either."
         )
-        yield Problem("D100", file, "there is no such file", next_step=step)
+        yield Problem("D100", file, "file not found", next_step=step)
     except RowFault as fault:
         yield Problem(fault.code, file, fault.message, next_step=fault.next_step)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield Problem("D100", file, f"the file is damaged, or not packed as its name says: {error}")
+        yield Problem(
+            "D100",
+            file,
+            f"the file is damaged, or its extension does not match its compression: {error}",
+        )
     except OSError as error:
         yield Problem("D100", file, f"the file cannot be opened: {error.strerror or error}")
 
 
-def unpacked(path: Path, name: str) -> io.BufferedReader:
-    """The file's bytes, as its name says that they are packed. Raises OSError, EOFError,
-    zlib.error; RowFault: what unpacks it is not installed."""
+def open_decompressed(path: Path, name: str) -> io.BufferedReader:
+    """Opens the file's bytes, decompressed by its extension.
+
+    Raises OSError, EOFError, zlib.error; RowFault if a package for decompression is missing.
+    """
     suffix = Path(name).suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), 2**16)
@@ -206,7 +216,7 @@ def _utf8(line: bytes) -> str:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The object that a line consists of. Raises RowFault."""
+    """Reads a line that is one JSON object. Raises RowFault."""
     value = whole_value(text)
     if isinstance(value, dict):
         return value
@@ -219,10 +229,10 @@ def _kind(value: Any) -> str:
     return names.get(type(value).__name__, "a number")
 
 
-def _json(opened: BinaryIO, file: str) -> Records:
+def _json(stream: BinaryIO, file: str) -> Records:
     number = 0
     try:
-        json_text = JSONText(_utf8(opened.read().removeprefix(b"\xef\xbb\xbf")))
+        json_text = JSONText(_utf8(stream.read().removeprefix(b"\xef\xbb\xbf")))
         at = json_text.skip(0)
         if json_text.after(at) == "{":
             at = _find_data(json_text, at)
@@ -234,7 +244,7 @@ def _json(opened: BinaryIO, file: str) -> Records:
         at = json_text.skip(at + 1)
         while json_text.after(at) != "]":
             number += 1
-            # A fault here ends the reading: where the next record begins cannot be told.
+            # A fault here ends the reading: the start of the next record is unknown.
             value, at = json_text.value(at)
             if json_text.faults:
                 yield json_text.faults[0].at(RowRef(file, number))
@@ -258,7 +268,8 @@ def _json(opened: BinaryIO, file: str) -> Records:
 
 
 def _find_data(json_text: JSONText, at: int) -> int:
-    """Where the list under the key "data" of the object at `at` begins. Raises RowFault."""
+    """Finds the list under the key "data" of the object at `at`. Returns its start. Raises
+    RowFault."""
     keys = []
     at = json_text.skip(at + 1)
     while json_text.after(at) == '"':
@@ -282,17 +293,17 @@ def _find_data(json_text: JSONText, at: int) -> int:
     raise RowFault(
         "D105",
         f'is one object without a list under "data" (keys: {shown})',
-        f"Kinds of file: {READ}.",
+        f"Kinds of file: {READABLE_KINDS}.",
     )
 
 
-def _csv(opened: BinaryIO, file: str) -> Records:
+def _csv(stream: BinaryIO, file: str) -> Records:
     csv.field_size_limit(
         max(csv.field_size_limit(), MAX_LINE_BYTES)
-    )  # Python's own is 128 KiB, of the process
+    )  # Python's default is 128 KiB, for the whole process
     # Bad bytes pass the reader as lone surrogates, so that each is reported with its row.
     with io.TextIOWrapper(
-        opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
+        stream, encoding="utf-8-sig", errors="surrogateescape", newline=""
     ) as lines:
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
@@ -322,18 +333,18 @@ def _csv(opened: BinaryIO, file: str) -> Records:
 
 
 def _header(fields: list[str]) -> list[str]:
-    twice = sorted({name for name in fields if fields.count(name) > 1})
-    if twice:
-        raise RowFault("D105", f"the header names {', '.join(map(repr, twice))} twice")
+    duplicates = sorted({name for name in fields if fields.count(name) > 1})
+    if duplicates:
+        raise RowFault("D105", f"the header names {', '.join(map(repr, duplicates))} twice")
     for mark, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(fields) == 1 and mark in fields[0]:
             raise RowFault(
-                "D105", f"the columns seem to be parted by {name}", "Save the file with commas."
+                "D105", f"the columns seem to be separated by {name}", "Save the file with commas."
             )
     return fields
 
 
-def _parquet(opened: BinaryIO, file: str) -> Records:
+def _parquet(stream: BinaryIO, file: str) -> Records:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -343,12 +354,14 @@ def _parquet(opened: BinaryIO, file: str) -> Records:
         return
     number = 0
     try:
-        read = parquet.ParquetFile(opened)
-        names = read.schema_arrow.names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            yield Problem("D105", file, f"two columns are called {', '.join(map(repr, twice))}")
+        table = parquet.ParquetFile(stream)
+        names = table.schema_arrow.names
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            yield Problem(
+                "D105", file, f"two columns are called {', '.join(map(repr, duplicates))}"
+            )
             return
-        for batch in read.iter_batches(batch_size=1024):
+        for batch in table.iter_batches(batch_size=1024):
             for record in _times_as_numbers(batch).to_pylist():
                 number += 1
                 if too_deep(record):
@@ -356,12 +369,11 @@ def _parquet(opened: BinaryIO, file: str) -> Records:
                 else:
                     yield number, _without_nulls(record)
     except (pyarrow.ArrowException, ValueError) as error:
-        yield Problem("D100", file, f"is not Parquet that can be read: {error}")
+        yield Problem("D100", file, f"the Parquet file cannot be read: {error}")
 
 
 def _times_as_numbers(batch: Any) -> Any:
-    """Of columns beside the rows' own: Python's times know neither every nanosecond nor every
-    year."""
+    """Converts times to numbers: Python's times cover neither every nanosecond nor every year."""
     from pyarrow import RecordBatch, int32, int64, types
 
     columns = [
@@ -376,8 +388,7 @@ def _times_as_numbers(batch: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet fills every struct up to the union of all rows' keys; the nulls were not in the
-    user's rows."""
+    """Removes nulls: Parquet fills every struct up to the union of all rows' keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""Tokens of large sets (large.py) that no run has asked for lately. They can be built again from
-their rows.
+"""Finds and removes the tokens of large sets (large.py) that no run used lately.
 
-The last use is the time of a set's description: a run that finds it sets that anew.
+They can be built again from their rows. The last use is the modification time of a set's
+description, which each run updates.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from veneer.files.system_errors import explained
 _NAME = re.compile(r"[0-9a-f]{32}")
 _DAY = 24 * 3600.0
 DESCRIPTION = "set.json"
-"""Of a set, in its folder: what it was made of."""
+"""The file in a set's folder that describes the set."""
 
 
 @dataclass(frozen=True)
-class Unused:
-    """One set. bytes: what goes with it; days: since it was last asked for; files: of rows, as they
-    were called."""
+class UnusedSet:
+    """A set that may be removed.
+
+    bytes: size of its folder; days: time since its last use; files: names of its row files
+    """
 
     folder: Path
     bytes: int
@@ -39,55 +41,56 @@ class Unused:
 
 
 def use(folder: Path) -> None:
-    """It is asked for now."""
-    with suppress(OSError):  # a folder of others' that may be read alone
+    """Records that the set is used now."""
+    with suppress(OSError):  # another user's folder may be read-only
         os.utime(folder / DESCRIPTION)
 
 
 def lock_of(folder: Path) -> Path:
-    """Whoever builds or removes it holds this one."""
+    """Returns the lock that a process holds while it builds or removes the set."""
     return folder.with_name(f".{folder.name}.lock")
 
 
-def find_unused(tokens: Path, days: float) -> list[Unused]:
-    """Sets in the folder `tokens` that were last asked for at least `days` ago, the longest ago
-    first."""
+def find_unused(tokens: Path, days: float) -> list[UnusedSet]:
+    """Finds sets in the folder `tokens` that were not used for `days` days, oldest use first."""
     with explained(tokens):
         folders = [
-            each for each in tokens.glob("*") if _NAME.fullmatch(each.name) and each.is_dir()
+            path for path in tokens.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()
         ]
-    found = [_unused(folder, days) for folder in folders]
-    return sorted((each for each in found if each is not None), key=lambda each: -each.days)
+    unused = [_check_unused(folder, days) for folder in folders]
+    return sorted((item for item in unused if item is not None), key=lambda item: -item.days)
 
 
-def _unused(folder: Path, days: float) -> Unused | None:
-    """None: it was asked for since, or is gone."""
+def _check_unused(folder: Path, days: float) -> UnusedSet | None:
+    """Describes the set. Returns None if it was used since, or is gone."""
     with suppress(FileNotFoundError):  # another process removes it
-        described = folder / DESCRIPTION
-        used = (described if described.is_file() else folder).stat().st_mtime
-        ago = max(time.time() - used, 0.0) / _DAY
-        if ago >= days:
-            size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
-            return Unused(folder, size, ago, _files(folder))
+        description = folder / DESCRIPTION
+        last_use = (description if description.is_file() else folder).stat().st_mtime
+        days_ago = max(time.time() - last_use, 0.0) / _DAY
+        if days_ago >= days:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            return UnusedSet(folder, size, days_ago, _files(folder))
     return None
 
 
-def remove_unused(tokens: Path, days: float) -> list[Unused]:
-    """Removes them, and what dead writers left unfinished there; says which are gone. One that is
-    being built meanwhile stays. A run that has opened its tokens reads on. InputError: the system
-    refuses."""
-    gone = []
-    for each in find_unused(tokens, days):
-        with suppress(BusyError), locked(lock_of(each.folder), wait_seconds=0):
-            if _unused(each.folder, days) is None:
+def remove_unused(tokens: Path, days: float) -> list[UnusedSet]:
+    """Removes unused sets and unfinished files. Returns the removed sets.
+
+    A set that is being built stays. A run that has opened its tokens can continue. Raises
+    InputError if the system refuses.
+    """
+    removed = []
+    for unused in find_unused(tokens, days):
+        with suppress(BusyError), locked(lock_of(unused.folder), wait_seconds=0):
+            if _check_unused(unused.folder, days) is None:
                 continue
-            with explained(each.folder), unfinished(tokens) as aside:
-                each.folder.rename(aside)
-            gone.append(each)
+            with explained(unused.folder), unfinished(tokens) as aside:
+                unused.folder.rename(aside)
+            removed.append(unused)
             with suppress(OSError):
-                lock_of(each.folder).unlink()
+                lock_of(unused.folder).unlink()
     sweep(tokens)
-    return gone
+    return removed
 
 
 def _files(folder: Path) -> list[str]:

@@ -1,9 +1,8 @@
-"""Rows to a file, as they are read again: what people do by hand with a set before they train on
-it.
+"""Converts, splits and samples sets of rows before training: `veneer data`.
 
-    .jsonl   .jsonl.gz      one record a line: messages, or prompt and completion, or text
+.jsonl   .jsonl.gz      one record a line: messages, or prompt and completion, or text
 
-A set is read row by row and written row by row; only a sample is held, and of split rows nothing.
+Rows are read and written one by one; only a sample is held in memory.
 """
 
 from __future__ import annotations
@@ -20,21 +19,23 @@ from typing import Any
 
 from veneer.data.examples import Problem, Row, grouped, prompt_key, refusal, row_key, sampling_key
 from veneer.data.files.columns import ColumnMap
-from veneer.data.files.sources import rows_in
+from veneer.data.files.sources import iterate_rows
 from veneer.data.split import part_of, parts_of_shares
-from veneer.errors import ConfigError, DataError, told_as
+from veneer.errors import ConfigError, DataError, hide_path
 from veneer.files.atomic import atomic_file
 from veneer.files.partial import remove
 
 KINDS = (".jsonl", ".jsonl.gz")
 
 Record = Mapping[str, Any]
-"""One row as it stands in a file."""
+"""One row as it is in a file."""
 
 
 def is_rows(data: object, *, beside_sets: bool = False) -> bool:
-    """Whether this is rows and no name of a set; beside_sets: nor a list of sets, as a run file has
-    it."""
+    """Whether `data` is an iterable of rows and not a set's name.
+
+    beside_sets: a list of sets, as in a run file, does not count either
+    """
     if not isinstance(data, Iterable) or isinstance(data, str | bytes | Path | Mapping):
         return False
     if not beside_sets or not isinstance(data, Sequence):
@@ -43,8 +44,8 @@ def is_rows(data: object, *, beside_sets: bool = False) -> bool:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """One record a line, into a file that replaces an older one. DataError: one is no dict of
-    JSON."""
+    """Writes one record a line into a new file or over an old one. Raises DataError for a record
+    that is not a dict of JSON values."""
     with atomic_file(path, replace=True) as partial, partial.open("w", encoding="utf-8") as file:
         for number, record in enumerate(records, 1):
             if not isinstance(record, Mapping):
@@ -58,12 +59,12 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
             except (TypeError, ValueError) as fault:
                 step = "Give texts, numbers and lists; of pandas, frame.fillna('') has no NaN."
                 raise DataError(
-                    f"row {number} is no JSON{_culprit(record)}: {fault}", next_step=step
+                    f"row {number} is no JSON{_name_bad_column(record)}: {fault}", next_step=step
                 ) from None
 
 
-def _culprit(record: Record) -> str:
-    """The first column that is none, for a message."""
+def _name_bad_column(record: Record) -> str:
+    """Names the first column that is not JSON, for a message."""
     for name, value in record.items():
         try:
             json.dumps({name: value}, allow_nan=False)
@@ -74,7 +75,7 @@ def _culprit(record: Record) -> str:
 
 @contextmanager
 def as_set(data: str | Path | Iterable[Record]) -> Iterator[str]:
-    """What a set is called within the block: itself, or a file that holds the rows."""
+    """Gives a set a name within the block: its own, or a temporary file with the rows."""
     if not is_rows(data):
         yield str(data)
         return
@@ -82,40 +83,38 @@ def as_set(data: str | Path | Iterable[Record]) -> Iterator[str]:
     with TemporaryDirectory(prefix="veneer-") as folder:
         file = Path(folder) / "rows.jsonl"
         write_records(file, data)
-        with told_as(file, GIVEN):
+        with hide_path(file, ROWS_NAME):
             yield str(file)
 
 
-GIVEN = "rows"
-"""What rows are called that were given and stand in no file."""
+ROWS_NAME = "rows"
+"""The name in messages of rows that were passed in Python and are in no file."""
 
 
 def record_of(row: Row) -> dict[str, Any]:
-    """The row as a record of its layout, alpaca and ShareGPT as chat."""
-    cut = {"unfinished": True} if row.unfinished else {}
+    """Converts the row to a record of its layout; alpaca and ShareGPT become chat."""
+    end = {"unfinished": True} if row.unfinished else {}
     if row.text is not None:
-        return {"text": row.text, **cut}
+        return {"text": row.text, **end}
     record: dict[str, Any] = {"messages": row.messages}
-    if (
-        row.format == "prompt_completion"
-    ):  # which a base without a chat template can take, and messages it cannot
-        learnt = (
-            n
-            for n, m in enumerate(row.messages)
-            if m["role"] == "assistant" and m.get("weight") != 0
+    if row.format == "prompt_completion":  # a base without a chat template cannot use messages
+        trained = (
+            number
+            for number, message in enumerate(row.messages)
+            if message["role"] == "assistant" and message.get("weight") != 0
         )
-        answer = next(learnt, len(row.messages) - 1)
+        answer = next(trained, len(row.messages) - 1)
         record = {"prompt": row.messages[:answer], "completion": row.messages[answer:]}
     if row.tools:
         record["tools"] = row.tools
     if row.references:
         record["references"] = list(row.references)
-    return record | cut
+    return record | end
 
 
 @dataclass
-class Written:
-    """rows: in each file. problems: of rows that were left out."""
+class WriteReport:
+    """What was written: the rows of each file, and the problems of rows that were left out."""
 
     rows: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -128,14 +127,16 @@ def convert(
     format: str = "auto",
     columns: ColumnMap | None = None,
     leave_out: bool = False,
-) -> Written:
-    """All rows of these sets into one file. DataError with every row that cannot be read, unless
-    these are left out."""
-    return _distributed(sets, {out: lambda row: True}, _Reading(format, columns, leave_out))
+) -> WriteReport:
+    """Writes all rows of these sets into one file.
+
+    Raises DataError with every row that cannot be read, unless they may be left out.
+    """
+    return _write_parts(sets, {out: lambda row: True}, _RowSource(format, columns, leave_out))
 
 
 def split_rows(
-    named: str,
+    set_name: str,
     folder: Path,
     *,
     validation: float,
@@ -143,24 +144,29 @@ def split_rows(
     format: str = "auto",
     columns: ColumnMap | None = None,
     leave_out: bool = False,
-) -> Written:
-    """train.jsonl, validation.jsonl and test.jsonl, as a run holds rows out (split.py): the
-    validation rows are those that a run with the same share holds out, and no prompt stands in two
-    files. The set is read twice."""
-    reading, shares = _Reading(format, columns, leave_out), {"validation": validation, "test": test}
-    prompts = [prompt_key(row) for row in reading.good([named], Written())]
+) -> WriteReport:
+    """Writes train.jsonl, validation.jsonl and test.jsonl, split as a run would (split.py).
+
+    The validation rows are those that a run with the same share holds out, and no prompt is in two
+    files. The set is read twice.
+    """
+    source = _RowSource(format, columns, leave_out)
+    shares = {"validation": validation, "test": test}
+    prompts = [prompt_key(row) for row in source.readable_rows([set_name], WriteReport())]
     parts = parts_of_shares(prompts, list(shares.values()))
 
     def belongs(part: int) -> Callable[[Row], bool]:
         return lambda row: part_of(prompt_key(row), parts) == part
 
-    wanted = {"train": 0} | {name: number for number, name in enumerate(shares, 1) if shares[name]}
-    files = {folder / f"{name}.jsonl": belongs(part) for name, part in wanted.items()}
-    return _distributed([named], files, reading)
+    parts_by_name = {"train": 0} | {
+        name: number for number, name in enumerate(shares, 1) if shares[name]
+    }
+    files = {folder / f"{name}.jsonl": belongs(part) for name, part in parts_by_name.items()}
+    return _write_parts([set_name], files, source)
 
 
 def sample_rows(
-    named: str,
+    name: str,
     count: int,
     out: Path,
     *,
@@ -168,62 +174,64 @@ def sample_rows(
     format: str = "auto",
     columns: ColumnMap | None = None,
     leave_out: bool = False,
-) -> Written:
-    """So many rows, drawn by a hash of their content and the seed, in the order in which they
-    stand."""
-    written = Written()
-    kept: list[tuple[int, int, Row]] = []  # the largest key first
-    for number, row in enumerate(_Reading(format, columns, leave_out).good([named], written)):
+) -> WriteReport:
+    """Writes `count` rows, chosen by a hash of their content and the seed, in their order."""
+    report = WriteReport()
+    sample: list[tuple[int, int, Row]] = []  # the largest key first
+    for number, row in enumerate(
+        _RowSource(format, columns, leave_out).readable_rows([name], report)
+    ):
         entry = (-sampling_key(row_key(row), seed, number), -number, row)
-        if len(kept) < count:
-            heapq.heappush(kept, entry)
-        elif entry[0] > kept[0][0]:
-            heapq.heapreplace(kept, entry)
-    with _opened(out, []) as put:
-        for _, _, row in sorted(kept, key=lambda entry: -entry[1]):
-            put(record_of(row))
-    written.rows[str(out)] = len(kept)
-    return written
+        if len(sample) < count:
+            heapq.heappush(sample, entry)
+        elif entry[0] > sample[0][0]:
+            heapq.heapreplace(sample, entry)
+    with _open_for_records(out, []) as write:
+        for _, _, row in sorted(sample, key=lambda entry: -entry[1]):
+            write(record_of(row))
+    report.rows[str(out)] = len(sample)
+    return report
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _RowSource:
+    """How to read rows: format, column map, and whether faulty rows are left out."""
+
     format: str
     columns: ColumnMap | None
     leave_out: bool
 
-    def good(self, sets: Iterable[str], written: Written) -> Iterator[Row]:
-        """Rows; what is wrong with others goes to `written`, or is raised after the last of
-        them."""
+    def readable_rows(self, sets: Iterable[str], report: WriteReport) -> Iterator[Row]:
+        """Yields the readable rows. Faults go to `report`, or are raised after the last row."""
         problems: list[Problem] = []
-        for named in sets:
-            for found in rows_in(named, self.format, self.columns):
-                if isinstance(found, Row):
-                    yield found
+        for name in sets:
+            for row in iterate_rows(name, self.format, self.columns):
+                if isinstance(row, Row):
+                    yield row
                 else:
-                    problems.append(found)
-        written.problems = grouped(problems)
+                    problems.append(row)
+        report.problems = grouped(problems)
         if problems and not self.leave_out:
             raise refusal("some rows cannot be read, and nothing is written", problems)
 
 
-def _distributed(
-    sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], reading: _Reading
-) -> Written:
-    written = Written(dict.fromkeys(map(str, files), 0))
+def _write_parts(
+    sets: Iterable[str], files: dict[Path, Callable[[Row], bool]], source: _RowSource
+) -> WriteReport:
+    report = WriteReport(dict.fromkeys(map(str, files), 0))
     with _all_or_none() as published, ExitStack() as stack:
-        puts = {file: stack.enter_context(_opened(file, published)) for file in files}
-        for row in reading.good(sets, written):
-            for file, takes in files.items():
-                if takes(row):
-                    puts[file](record_of(row))
-                    written.rows[str(file)] += 1
-    return written
+        writers = {file: stack.enter_context(_open_for_records(file, published)) for file in files}
+        for row in source.readable_rows(sets, report):
+            for file, belongs in files.items():
+                if belongs(row):
+                    writers[file](record_of(row))
+                    report.rows[str(file)] += 1
+    return report
 
 
 @contextmanager
 def _all_or_none() -> Iterator[list[Path]]:
-    """Files that were published go again where another cannot be."""
+    """Removes the published files if another one fails."""
     published: list[Path] = []
     try:
         yield published
@@ -234,15 +242,21 @@ def _all_or_none() -> Iterator[list[Path]]:
 
 
 @contextmanager
-def _opened(path: Path, published: list[Path]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Where records go; the file is whole or absent. ConfigError: it exists, or is of another
-    kind."""
+def _open_for_records(
+    path: Path, published: list[Path]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields a function that writes a record; the file appears whole or not at all.
+
+    Raises ConfigError if the file exists or is of an unknown kind.
+    """
     if not path.name.endswith(KINDS):
         raise ConfigError(
-            f"{path}: rows are not written so", next_step=f"Kinds of file: {', '.join(KINDS)}."
+            f"{path}: unknown kind of file", next_step=f"Kinds of file: {', '.join(KINDS)}."
         )
     if path.exists():
-        raise ConfigError(f"{path} exists", next_step="Name another file: nothing is written over.")
+        raise ConfigError(
+            f"{path} exists", next_step="Choose another file: existing files are not overwritten."
+        )
     with atomic_file(path) as partial:
         opener: Any = gzip.open if path.suffix == ".gz" else open
         with opener(partial, "wt", encoding="utf-8") as out:

@@ -1,8 +1,7 @@
-"""Texts that become tokens of their own: which may, and a tokenizer that has them. No torch:
-`--help` reads this.
+"""Checks texts that become new tokens, and makes a tokenizer that has them.
 
-They are added as plain tokens, so a text that holds one is cut there, whoever says it; none is
-special, and answers show them.
+Imports no torch, because `--help` reads this. They are added as plain tokens: a text that contains
+one is split there, whoever wrote it. None is special, and answers show them.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
 
 MOST_NEW_TOKENS = 4096
 LONGEST = 256
-"""Characters of one."""
+"""Most characters of a new token."""
 _SHOWN = 20
 
 
 def text_faults(texts: Sequence[str]) -> list[str]:
-    """Why these cannot be new tokens, whatever the vocabulary."""
+    """Reports why these texts cannot be new tokens, whatever the vocabulary."""
     faults = [
         f"{text[:40]!r} is empty, or begins or ends with a space"
         for text in texts
@@ -43,26 +42,28 @@ def text_faults(texts: Sequence[str]) -> list[str]:
         if not is_text(text) or "\0" in text
     ]
     faults += [
-        f"{text[:40]!r} is named twice"
+        f"{text[:40]!r} is a duplicate"
         for text in dict.fromkeys(texts)
         if list(texts).count(text) > 1
     ]
     if len(texts) > MOST_NEW_TOKENS:
-        faults = [f"there are {len(texts):,}, {MOST_NEW_TOKENS:,} may be"]
-    return _few(faults)
+        faults = [f"there are {len(texts):,}, the limit is {MOST_NEW_TOKENS:,}"]
+    return _limit_faults(faults)
 
 
 def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTokens | None:
-    """What an adapter that adds these brings to a base with this tokenizer; None: they are none.
-    rows: of the base's table. ConfigError: one is a token already; the tokenizer has more tokens
-    than the table rows."""
+    """Prepares new tokens for a base with this tokenizer. Returns None if there are none.
+
+    rows: of the base's embedding. Raises ConfigError if a text is a token already, or if the
+    tokenizer has more tokens than the embedding has rows.
+    """
     from veneer.adapters.placement.token_rows import AddedTokens
 
     if not texts:
         return None
     known = tokenizer.get_vocab()
     faults = text_faults(texts)
-    faults += _few(
+    faults += _limit_faults(
         [
             f"{text!r} is token {known[text]:,} of the base already"
             for text in texts
@@ -73,28 +74,30 @@ def bring(tokenizer: Any, texts: Sequence[str], *, rows: int | None) -> AddedTok
         raise ConfigError(
             "these cannot be new tokens",
             faults,
-            "Leave them out of new_tokens, or name them otherwise.",
+            "Remove them from new_tokens, or choose other texts.",
         )
     larger = extended(tokenizer, texts)
     ids = tuple(larger.convert_tokens_to_ids(list(texts)))
     if rows is not None and min(ids) > rows:
         raise ConfigError(
-            "the base's tokenizer has tokens that its embedding has no rows for, so new ones have"
-            " no place behind them",
+            "the base's tokenizer has tokens without a row in the embedding, so new rows cannot"
+            " follow directly",
             [f"the next id is {min(ids):,}, the embedding has {rows:,} rows"],
-            "Take a base whose embedding was extended with its tokenizer.",
+            "Choose a base whose embedding was extended with its tokenizer.",
         )
     pieces = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    if unfit := [
+    if unusable := [
         text
-        for text, own in zip(texts, pieces, strict=True)
-        if not own
-        or (rows is not None and max(own) >= rows)
+        for text, piece_ids in zip(texts, pieces, strict=True)
+        if not piece_ids
+        or (rows is not None and max(piece_ids) >= rows)
         or larger(text, add_special_tokens=False)["input_ids"]
         != [larger.convert_tokens_to_ids(text)]
     ]:
         raise ConfigError(
-            "the tokenizer makes no tokens of these", _few(map(repr, unfit)), "Name them otherwise."
+            "the tokenizer cannot add these as tokens",
+            _limit_faults(map(repr, unusable)),
+            "Choose other texts.",
         )
     return AddedTokens(tuple(texts), ids, tuple(pieces))
 
@@ -107,16 +110,21 @@ def room_with(capacity: Capacity, tokens: AddedTokens | None) -> Capacity:
 
 
 def extended(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """A tokenizer of its own with these added, in their order; the same where there are none."""
+    """Returns a copy of the tokenizer with these tokens added in order, or the tokenizer itself if
+    there are none."""
     if not texts:
         return tokenizer
     from tokenizers import AddedToken
 
-    made = copy.deepcopy(tokenizer)
-    made.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
-    return made
+    extended_tokenizer = copy.deepcopy(tokenizer)
+    extended_tokenizer.add_tokens(
+        [AddedToken(text, normalized=False, special=False) for text in texts]
+    )
+    return extended_tokenizer
 
 
-def _few(faults: Any) -> list[str]:
-    every = list(faults)
-    return every[:_SHOWN] + ([f"and {len(every) - _SHOWN:,} more"] if len(every) > _SHOWN else [])
+def _limit_faults(faults: Any) -> list[str]:
+    all_faults = list(faults)
+    return all_faults[:_SHOWN] + (
+        [f"and {len(all_faults) - _SHOWN:,} more"] if len(all_faults) > _SHOWN else []
+    )

@@ -1,10 +1,10 @@
-"""Chat templates rendered in a process that can be killed: the one place that renders what a
-stranger wrote.
+"""Renders chat templates in a separate process that can be killed.
 
-One process serves every template of this one, started at the first rendering (a tenth of a second).
-What it does not survive (2 s of processor time, see worker.py) is refused from then on
-without being tried again; where the system has no such timer, 10 s on the clock end it. Many
-conversations go to it at once, so it renders while this process does other things.
+This is the only module that has a stranger's template rendered. One process serves all templates of
+this process; it starts at the first rendering (0.1 s). A template that exceeds the limits (2 s of
+processor time, see worker.py) ends the process and is refused from then on. If the system has no
+such timer, 10 s on the clock end it. Many conversations are sent at once, so the process renders
+while this one does other work.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from veneer.data.template.sandbox import TemplateFault, prepared
 from veneer.data.template.worker import SECONDS, decoded, encoded
 
 CLOCK_SECONDS = 10.0
-"""On the clock, for one conversation: five times the limit of processor time, for machines that do
-other things too."""
+"""Limit on the clock for one conversation: five times the limit of processor time, for busy
+machines."""
 
-_KEPT = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP")
+_PASSED_VARIABLES = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP")
 _PIPE_BYTES = 2**14
-"""What a pipe takes at once on every system: more is written by a thread, or both sides could wait
-for each other."""
+"""Bytes that a pipe accepts at once on every system. A thread writes longer requests, or both sides
+could block each other."""
 
-Cut = tuple[int, bool]
-"""(number of messages, with the generation prompt behind them or not)."""
+PrefixSpec = tuple[int, bool]
+"""(number of messages, whether the generation prompt follows)."""
 
 
 class Template:
-    """One template's text, special tokens and date; raises nothing until something is rendered."""
+    """The text, special tokens and date of one template; raises nothing before a rendering."""
 
     def __init__(self, source: str, special_tokens: dict[str, Any], today: date) -> None:
         self.definition = {
@@ -53,14 +53,16 @@ class Template:
 
     @cached_property
     def leaves_out(self) -> frozenset[str]:
-        """ "tools", "calls": of which it writes nothing, as short conversations with one of each
-        show. One that it refuses shows nothing."""
+        """Finds out which of "tools" and "calls" the template never writes, by short conversations.
+
+        A template that refuses these conversations counts as writing both.
+        """
         tool, call = "name_of_a_tool", "name_of_a_call"
         tools = [
             {"type": "function", "function": {"name": tool, "description": "a", "parameters": {}}}
         ]
-        asked: dict[str, Any] = {"role": "user", "content": "a"}
-        called = [
+        question: dict[str, Any] = {"role": "user", "content": "a"}
+        calls = [
             {
                 "id": "call00001",
                 "type": "function",
@@ -68,14 +70,18 @@ class Template:
             }
             for arguments in ({"n": 1}, '{"n": 1}')
         ]
-        answers = [{"role": "assistant", "content": "", "tool_calls": [each]} for each in called]
+        answers = [{"role": "assistant", "content": "", "tool_calls": [probe]} for probe in calls]
         shown: dict[str, list[str]] = {tool: [], call: []}
-        for name, messages, given in [
-            (tool, [asked], tools),
-            (tool, [asked, {"role": "assistant", "content": "b"}], tools),
-            *((call, [asked, answer], given) for answer in answers for given in (None, tools)),
+        for name, messages, tools_given in [
+            (tool, [question], tools),
+            (tool, [question, {"role": "assistant", "content": "b"}], tools),
+            *(
+                (call, [question, answer], tools_given)
+                for answer in answers
+                for tools_given in (None, tools)
+            ),
         ]:
-            probe = Conversation(self, [prepared(message) for message in messages], given)
+            probe = Conversation(self, [prepared(message) for message in messages], tools_given)
             with suppress(TemplateFault):
                 shown[name].append(
                     probe.text(len(messages), add_generation_prompt=len(messages) == 1)
@@ -85,12 +91,12 @@ class Template:
             for name, texts in shown.items()
             if texts and not any(name in text for text in texts)
         }
-        return frozenset(what for what, name in (("tools", tool), ("calls", call)) if name in lost)
+        return frozenset(kind for kind, name in (("tools", tool), ("calls", call)) if name in lost)
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A text as so many characters of another one, which many share, and what follows them."""
+class PrefixedText:
+    """A text as a prefix of a text that many share, and the rest."""
 
     first: str
     shared: int
@@ -102,39 +108,41 @@ class Rendered:
 
 @dataclass(eq=False)
 class Conversation:
-    """Messages, as `sandbox.prepared` leaves them, whose beginnings are rendered. variables: that
-    templates read."""
+    """Messages, as `sandbox.prepared` returns them, and the renderings of their beginnings.
+
+    variables: template variables
+    """
 
     template: Template
     messages: Sequence[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     variables: dict[str, Any] = field(default_factory=dict)
-    known: dict[Cut, Rendered | TemplateFault] = field(default_factory=dict)
+    rendered: dict[PrefixSpec, PrefixedText | TemplateFault] = field(default_factory=dict)
 
     def text(self, count: int, *, add_generation_prompt: bool) -> str:
-        """The first `count` messages. Raises TemplateFault: the template does not compile, refuses,
-        or is stopped."""
+        """Renders the first `count` messages. Raises TemplateFault if the template fails or is
+        stopped."""
         cut = (count, add_generation_prompt)
-        if cut not in self.known:
+        if cut not in self.rendered:
             render_all([(self, [cut])])
-        found = self.known[cut]
-        if isinstance(found, TemplateFault):
-            raise found
-        return str(found)
+        text = self.rendered[cut]
+        if isinstance(text, TemplateFault):
+            raise text
+        return str(text)
 
-    def request(self, cuts: Sequence[Cut]) -> bytes:
-        whole = {
+    def request(self, cuts: Sequence[PrefixSpec]) -> bytes:
+        content = {
             "messages": list(self.messages),
             "tools": self.tools,
             "variables": self.variables,
             "cuts": cuts,
         }
-        return encoded({"template": self.template.number, **whole})
+        return encoded({"template": self.template.number, **content})
 
 
-def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> list[Cut]:
-    """Which beginnings of a conversation are looked at: each answer's prompt and end, and where
-    other messages end."""
+def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> list[PrefixSpec]:
+    """Lists the beginnings to render: each answer's prompt and end, and the ends of other
+    messages."""
     cuts = [(len(messages), prompt)]
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -148,72 +156,77 @@ def beginnings(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> l
     return list(dict.fromkeys(cuts))
 
 
-Wanted = Iterable[tuple[Conversation, Sequence[Cut]]]
-_Asked = list[tuple[Conversation, Sequence[Cut], bytes]]
+RenderRequests = Iterable[tuple[Conversation, Sequence[PrefixSpec]]]
+_EncodedRequests = list[tuple[Conversation, Sequence[PrefixSpec], bytes]]
 
 
-def render_all(wanted: Wanted) -> None:
-    """Fills in what each conversation knows; all of it is under way at once."""
-    asked = _requests(wanted)
-    _fill_in(asked, _worker().answers([(c.template.number, request) for c, _, request in asked]))
-
-
-def rendering(wanted: Wanted, beside: Executor) -> Callable[[], None]:
-    """The same, begun: what it returns waits for it. beside: a thread that reads the answers
-    meanwhile."""
-    asked = _requests(wanted)
-    answers = beside.submit(
-        _worker().answers, [(c.template.number, request) for c, _, request in asked]
+def render_all(requests: RenderRequests) -> None:
+    """Renders all requested beginnings into the conversations, concurrently."""
+    encoded_requests = _requests(requests)
+    _fill_in(
+        encoded_requests,
+        _worker().answers([(c.template.number, request) for c, _, request in encoded_requests]),
     )
-    return lambda: _fill_in(asked, answers.result())
 
 
-def _requests(wanted: Wanted) -> _Asked:
-    asked: _Asked = []
-    for conversation, cuts in wanted:
+def start_rendering(requests: RenderRequests, executor: Executor) -> Callable[[], None]:
+    """Starts the same work and returns a function that waits for it.
+
+    executor: a thread that reads the answers meanwhile
+    """
+    encoded_requests = _requests(requests)
+    answers = executor.submit(
+        _worker().answers, [(c.template.number, request) for c, _, request in encoded_requests]
+    )
+    return lambda: _fill_in(encoded_requests, answers.result())
+
+
+def _requests(requests: RenderRequests) -> _EncodedRequests:
+    encoded_requests: _EncodedRequests = []
+    for conversation, cuts in requests:
         try:
-            asked.append((conversation, cuts, conversation.request(cuts)))
+            encoded_requests.append((conversation, cuts, conversation.request(cuts)))
         except (TypeError, ValueError) as error:
-            fault = TemplateFault(f"the messages hold what JSON cannot: {error}")
-            conversation.known |= dict.fromkeys(cuts, fault)
-    return asked
+            fault = TemplateFault(f"the messages hold values that are not JSON: {error}")
+            conversation.rendered |= dict.fromkeys(cuts, fault)
+    return encoded_requests
 
 
-def _fill_in(asked: _Asked, answers: Sequence[dict[str, Any] | TemplateFault]) -> None:
-    for (conversation, cuts, _), answer in zip(asked, answers, strict=True):
+def _fill_in(
+    encoded_requests: _EncodedRequests, answers: Sequence[dict[str, Any] | TemplateFault]
+) -> None:
+    for (conversation, cuts, _), answer in zip(encoded_requests, answers, strict=True):
         if isinstance(answer, TemplateFault):
-            conversation.known |= dict.fromkeys(cuts, answer)
+            conversation.rendered |= dict.fromkeys(cuts, answer)
             continue
         first = next((text[1] for text in answer["texts"] if text is not None), "")
         for cut, text, reason in zip(cuts, answer["texts"], answer["faults"], strict=True):
             if text is None:
-                conversation.known[cut] = TemplateFault(reason)
+                conversation.rendered[cut] = TemplateFault(reason)
             else:
                 shared, rest = text
-                conversation.known[cut] = (
-                    Rendered(first, shared, rest)
+                conversation.rendered[cut] = (
+                    PrefixedText(first, shared, rest)
                     if rest is not first
-                    else Rendered(first, len(first), "")
+                    else PrefixedText(first, len(first), "")
                 )
 
 
-class Worker:
-    """The process, its templates by number, and those that it did not survive."""
+class TemplateWorker:
+    """The process, its templates by number, and the templates that it did not survive."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = (
-            0  # id of the process that started it: a fork has pipes to it, but may not use them
-        )
+        self._owner = 0  # process that started it: a fork inherits its pipes, but must not use them
         self._lock = threading.Lock()
         self._definitions: list[bytes] = []
-        self._told: set[int] = set()
+        self._sent: set[int] = set()
         self._refused: set[int] = set()
         self._received = bytearray()
-        self._owed = False  # answers that nobody waits for any more may be on their way
+        self._unread = False  # answers may arrive that no caller waits for any more
 
     def number(self, definition: dict[str, Any]) -> int:
-        """The template's number; the same template has the same one."""
+        """Returns the template's number; equal templates share a number."""
         key = encoded(definition)
         with self._lock:
             if key not in self._definitions:
@@ -223,33 +236,33 @@ class Worker:
     def answers(
         self, requests: Sequence[tuple[int, bytes]]
     ) -> list[dict[str, Any] | TemplateFault]:
-        """One for each (template, request), in order."""
-        found: list[dict[str, Any] | TemplateFault] = []
+        """Returns an answer to each (template, request), in order."""
+        answers: list[dict[str, Any] | TemplateFault] = []
         with self._lock:
-            while len(found) < len(requests):
-                self._ask(requests[len(found) :], found)
-        return found
+            while len(answers) < len(requests):
+                self._ask(requests[len(answers) :], answers)
+        return answers
 
-    def forgive(self) -> None:
+    def retry_refused(self) -> None:
         with self._lock:
             self._refused.clear()
 
     def _ask(
-        self, requests: Sequence[tuple[int, bytes]], found: list[dict[str, Any] | TemplateFault]
+        self, requests: Sequence[tuple[int, bytes]], answers: list[dict[str, Any] | TemplateFault]
     ) -> None:
-        """Appends answers to `found` until all are there or the process is gone: then the one it
-        died of is refused."""
+        """Appends answers until all are there or the process ends; then refuses the template that
+        ended it."""
         if requests[0][0] in self._refused:
-            found.append(_stopped())
+            answers.append(_stopped())
             return
         requests = list(takewhile(lambda request: request[0] not in self._refused, requests))
         process = self._running()
-        # until all are here: who is interrupted before leaves them to the next one, as its own
-        self._owed = True
+        # until all have arrived: an interrupted caller would leave them to the next caller
+        self._unread = True
         lines = []
         for number, request in requests:
-            if number not in self._told:
-                self._told.add(number)
+            if number not in self._sent:
+                self._sent.add(number)
                 lines.append(encoded({"template": number, **decoded(self._definitions[number])}))
             lines.append(request)
         outgoing = b"".join(lines)
@@ -262,19 +275,18 @@ class Worker:
             if line is None:
                 self.close()
                 self._refused.add(number)
-                found.append(_stopped())
+                answers.append(_stopped())
                 return
-            found.append(decoded(line))
-        self._owed = False
+            answers.append(decoded(line))
+        self._unread = False
 
     def _line(self, process: subprocess.Popen[bytes]) -> bytes | None:
-        """The next line from the process; None if it ended, or is ended because it takes too
-        long."""
+        """Reads the next line from the process. Returns None if it ended or takes too long."""
         assert process.stdout is not None
-        seen = 0  # bytes that hold no end of a line
-        while (end := self._received.find(b"\n", seen)) < 0:
-            seen = len(self._received)
-            if os.name == "nt":  # select knows no pipes there
+        searched = 0  # bytes without an end of line
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            if os.name == "nt":  # select does not support pipes on Windows
                 timer = threading.Timer(CLOCK_SECONDS, process.kill)
                 timer.start()
                 part = os.read(process.stdout.fileno(), 2**16)
@@ -294,7 +306,7 @@ class Worker:
         process = self._process
         if (
             process is None
-            or self._owed
+            or self._unread
             or self._owner != os.getpid()
             or process.poll() is not None
         ):
@@ -308,8 +320,8 @@ class Worker:
         if self._process is not None:
             _end(self._process, self._owner)
         self._process, self._received = None, bytearray()
-        self._told.clear()
-        self._owed = False
+        self._sent.clear()
+        self._unread = False
 
 
 def _stopped() -> TemplateFault:
@@ -325,13 +337,12 @@ def _write(process: subprocess.Popen[bytes], outgoing: bytes) -> None:
         process.stdin.write(outgoing)
         process.stdin.flush()
     except (OSError, ValueError):
-        pass  # the process ended: whoever reads its answers sees it
+        pass  # the process ended: the reader of its answers notices
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # Of the environment only what a program needs to start: keys and tokens are no template's
-    # business.
-    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    # Only the variables that a program needs to start: a template must not see keys and tokens.
+    environment = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
     return subprocess.Popen(
         module_command("veneer.data.template.worker"),
         stdin=subprocess.PIPE,
@@ -349,16 +360,18 @@ def _end(process: subprocess.Popen[bytes], owner: int) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            with suppress(OSError):  # bytes that it did not read
+            with suppress(OSError):  # it left bytes unread
                 pipe.close()
 
 
 @cache
-def _worker() -> Worker:
-    return Worker()
+def _worker() -> TemplateWorker:
+    return TemplateWorker()
 
 
-def forgive() -> None:
-    """Templates that the process did not survive are tried again: for those who render other
-    people's conversations, one of which may have been the reason."""
-    _worker().forgive()
+def retry_refused() -> None:
+    """Lets refused templates be tried again.
+
+    For servers: another user's conversation may have been the reason.
+    """
+    _worker().retry_refused()

@@ -1,15 +1,13 @@
-"""A chat template as a function: jinja2's immutable sandbox, with what templates of the hub expect
-to find.
+"""Compiles a chat template to a function in jinja2's immutable sandbox.
 
-The same names, filters and tags as transformers gives them
+Templates get the same names, filters and tags as in transformers
 (`transformers/utils/chat_template_utils.py`, 5.24), so that a row renders as
 `tokenizer.apply_chat_template` renders it; tests compare the two. One difference: the date that a
-template may write is fixed when it is compiled, or a run that continues tomorrow would train on
-other tokens.
+template may write is fixed at compile time, or a run that continues tomorrow would train on other
+tokens.
 
 The sandbox keeps a template from reaching Python's internals. It bounds neither time nor memory:
-for that, templates run in a process of their own (worker.py, which is the only caller of
-this).
+for that, templates run in a separate process (worker.py, the only caller of this module).
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ class TemplateFault(Exception):
 
 
 def compile_template(source: str, special_tokens: dict[str, Any], today: date) -> Render:
-    """The template's render function, for messages that went through `prepared`. `special_tokens`
-    (bos_token, ...) are variables in it.
+    """Compiles the template to a function of messages that `prepared` returned.
 
-    Both this and the function it returns raise TemplateFault.
+    special_tokens: variables of the template (bos_token, ...). Both this function and the one it
+    returns raise TemplateFault.
     """
     environment = _environment(today)
     try:
@@ -54,14 +52,16 @@ def compile_template(source: str, special_tokens: dict[str, Any], today: date) -
         add_generation_prompt: bool,
         variables: dict[str, Any],
     ) -> str:
-        asked = {
+        conversation = {
             "messages": messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return template.render({**special_tokens, "documents": None, **variables, **asked})
-        except Exception as error:  # the template is somebody else's program: it may raise anything
+            return template.render(
+                {**special_tokens, "documents": None, **variables, **conversation}
+            )
+        except Exception as error:  # a stranger's program may raise anything
             text = str(error) or type(error).__name__
             raise TemplateFault(f"the chat template refuses it: {text}") from None
 
@@ -69,8 +69,8 @@ def compile_template(source: str, special_tokens: dict[str, Any], today: date) -
 
 
 def prepared(message: dict[str, Any]) -> dict[str, Any]:
-    """As templates want it: without nulls and our own `weight`; reasoning under each name that they
-    look for."""
+    """Removes nulls and `weight` from a message, and adds its reasoning under each name that
+    templates read."""
     message = {
         key: value for key, value in message.items() if value is not None and key != "weight"
     }
@@ -97,8 +97,7 @@ def _environment(today: date) -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says; spans come from rendering, so it means
-    nothing here."""
+    """Accepts `{% generation %}` blocks around assistant text; trained spans come from turns.py."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance's
 
@@ -119,21 +118,21 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which no model was trained on."""
+    """Writes JSON without jinja's HTML escapes, which no model was trained on."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 class _Dict:
-    """`dict(...)` without the type's attributes."""
+    """Provides `dict(...)` without the type's attributes."""
 
     def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
         return dict(*pairs, **named)
 
 
 class _TemplateNamespace(Namespace):
-    """Names with an underscore could shadow the attributes through which jinja2 works."""
+    """Refuses names with an underscore, which could shadow jinja2's attributes."""
 
     def __init__(*arguments: Any, **named: Any) -> None:  # so that namespace(self=...) works
         self, pairs = arguments[0], arguments[1:]

@@ -1,13 +1,14 @@
-"""Rows to token ids and loss mask, through the base's chat template. A row goes once through each
-of
+"""Encodes rows to token ids and a loss mask with the base's chat template.
 
-    control_names.py    names of control tokens in what its messages say are hidden
-    rendering.py        the template writes the conversation, and its beginnings
-    turns.py            where the answers stand in what it wrote (long_turns.py: in a long prompt)
-    tokens.py           the ids, cut exactly there
+A row passes through each of
 
-A tokenizer without a template takes plain text, and prompt/completion rows: prompt, completion and
-the end token joined. Plain text rows are tokenised as they stand, control tokens included.
+control_names.py    hides names of control tokens in its messages
+rendering.py        renders the conversation and its beginnings
+turns.py            finds the answers in the rendering (long_turns.py: in a long prompt)
+tokens.py           tokenises it, split exactly there
+
+A tokenizer without a template accepts plain text, and prompt/completion rows: prompt, completion
+and the end token joined. Plain text rows are tokenised as they are, control tokens included.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
 from veneer.data.template.control_names import Sentinels, TokenFault
 from veneer.data.template.long_turns import prompt_borders
 from veneer.data.template.reasoning import Reasons
-from veneer.data.template.rendering import Conversation, Template, beginnings, rendering
+from veneer.data.template.rendering import Conversation, Template, beginnings, start_rendering
 from veneer.data.template.sandbox import TemplateFault, prepared
-from veneer.data.template.tokens import Cut, TextTokens, Tokens
-from veneer.data.template.turns import Plan, plan_chat
-from veneer.data.template.unfit import Unfit, check_contents, check_text, check_tools, unfit
+from veneer.data.template.tokens import MarkedText, TextTokenizer, TokenizedText
+from veneer.data.template.turns import RenderedRow, plan_chat
+from veneer.data.template.unfit import UnfitRowError, check_contents, check_text, check_tools, unfit
 from veneer.errors import DataError, DoesNotFitError
 
-_CHUNK = 1024  # rows tokenised at once: enough to keep the cores busy, and a bound on memory
+_CHUNK = 1024  # rows tokenised together: enough to use all cores, few enough for memory
 
-Begun = tuple[Conversation, int] | Unfit | None
-"""What the template is to render, and how many control tokens' names are hidden in it; None: no
+PreparedChat = tuple[Conversation, int] | UnfitRowError | None
+"""The conversation to render, and the number of control tokens' names hidden in it; None: no
 template."""
 Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRow:
     """A row in tokens, or its first messages up to an answer.
 
-    control   names of control tokens found in its text
-    upto      messages in it; None: all, or plain text
-    reasons   what of reasoning each answer that is learnt begins with
+    control   number of control tokens' names found in its text
+    upto      number of its messages; None: all, or plain text
+    reasons   kind of reasoning at the start of each trained answer
     """
 
     ids: list[int]
@@ -65,9 +66,8 @@ class ChatTemplate:
     """The chat template of one tokenizer (a transformers tokenizer backed by the tokenizers
     library).
 
-    today      the date that templates may write; the same for the life of the object
-    variables  what the template is told beside the conversation (enable_thinking, ...); None is not
-               given
+    today      the date that templates may write; fixed for the life of the object
+    variables  template variables (enable_thinking, ...); those that are None are left out
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class ChatTemplate:
         named = [*template.values()] if isinstance(template, dict) else [template or ""]
         if kinds := sorted({type(text).__name__ for text in named if not isinstance(text, str)}):
             raise DataError(
-                f"the tokenizer's chat template is no text ({', '.join(kinds)})",
+                f"the tokenizer's chat template is not text ({', '.join(kinds)})",
                 next_step=(
-                    "Mend chat_template in tokenizer_config.json, or take it from where the base"
-                    " was made."
+                    "Correct chat_template in tokenizer_config.json, or copy it from the original"
+                    " model."
                 ),
             )
         self.source: str = (
@@ -99,49 +99,48 @@ class ChatTemplate:
         )
         """The template's text; empty if the tokenizer has none."""
         self._names = Sentinels(tokenizer, self.source)
-        self._tokens = TextTokens(tokenizer, self._names)
+        self._tokens = TextTokenizer(tokenizer, self._names)
         self._templates: dict[tuple[str, date], Template] = {}
         self._text_arguments: dict[int, bool] = {}
         self.variables: dict[str, Any] = {}
         self._hidden: dict[str, Any] = {}
         if variables:
-            self._tell(variables)
-        self._begin = self._put_in_front()
+            self._set_variables(variables)
+        self._begin_ids = self._find_begin_ids()
         self.stop_ids = self._find_stop_ids()
-        """Ids that end an answer: the end-of-text token, and what the template ends an assistant
-        turn with."""
+        """Ids that end an answer: the end-of-text token, and the token that ends an
+        assistant turn."""
 
     @property
     def writes_date(self) -> bool:
-        """Whether the template asks for the date, so that other days give other tokens."""
+        """Whether the template writes the date, so that other days give other tokens."""
         return "strftime_now" in self.source
 
     def on(self, today: date) -> ChatTemplate:
-        """The same on another day: for a process that runs for longer than one."""
+        """Returns the same template on another day, for processes that run for days."""
         if today == self.today or not self.writes_date:
             return self
-        other = copy.copy(self)
-        other.today = today
-        return other
+        changed = copy.copy(self)
+        changed.today = today
+        return changed
 
     def telling(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """The same with other variables beside its own. Raises DataError for one that the template
-        does not read."""
+        """Returns the same template with more variables. Raises DataError for one that it does not
+        read."""
         if not variables:
             return self
-        other = copy.copy(self)
-        other._tell({**self.variables, **variables})
-        return other
+        changed = copy.copy(self)
+        changed._set_variables({**self.variables, **variables})
+        return changed
 
-    def _tell(self, variables: Mapping[str, Any]) -> None:
+    def _set_variables(self, variables: Mapping[str, Any]) -> None:
         check_variables(variables)
         self.variables = given(variables)
         unread = [name for name in self.variables if not re.search(rf"\b{name}\b", self.source)]
         if unread:
             headline = f"the chat template reads no variable {', '.join(unread)}"
             raise DataError(
-                headline,
-                next_step="Leave it out, or look into the base's chat_template for its name.",
+                headline, next_step="Remove it, or find its name in the base's chat_template."
             )
         try:
             self._hidden = self._names.hidden(self.variables)
@@ -149,13 +148,14 @@ class ChatTemplate:
             raise DataError(f"a template variable cannot be written: {fault}") from None
 
     def fingerprint(self) -> str:
-        """SHA-256 of the template's text, hexadecimal."""
+        """Returns the SHA-256 of the template's text, hexadecimal."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     def render(
         self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False
     ) -> str:
-        """The conversation as text. Raises DataError with what the template says if it refuses."""
+        """Renders the conversation as text. Raises DataError with the template's message if it
+        refuses."""
         try:
             conversation = self._conversation([prepared(message) for message in messages], tools)
             text = conversation.text(len(messages), add_generation_prompt=add_generation_prompt)
@@ -167,173 +167,210 @@ class ChatTemplate:
     def encode_prompt(
         self, messages: Messages, *, tools: Tools = None, most_characters: int | None = None
     ) -> list[int]:
-        """The ids that generation starts from: the conversation and what opens the assistant's
-        turn.
+        """Returns the ids that generation starts from: the conversation and the opening of the
+        answer.
 
-        For the messages in front of a trained turn, these are the first ids of that row.
-        most_characters: of the rendered text; a longer one is not tokenised. Raises DataError,
-        DoesNotFitError.
+        For the messages before a trained turn, these are the first ids of that row.
+        most_characters: limit of the rendered text; a longer one is not tokenised. Raises
+        DataError, DoesNotFitError.
         """
         try:
             hidden, hidden_tools, _ = self._names.hide(messages, tools)
             if not self.source:
-                return [*self._begin, *self._encoded(Cut(self._alone(hidden, hidden_tools))).ids]
+                return [
+                    *self._begin_ids,
+                    *self._encode_or_raise(
+                        MarkedText(self._single_user_text(hidden, hidden_tools))
+                    ).ids,
+                ]
             conversation = self._conversation(hidden, hidden_tools)
             text = conversation.text(len(hidden), add_generation_prompt=True)
             if most_characters is not None and len(text) > most_characters:
                 raise DoesNotFitError(
-                    f"the prompt has {len(text):,} characters: the model's positions hold"
-                    f" {most_characters:,} at most"
+                    f"the prompt has {len(text):,} characters: the model's positions hold at"
+                    f" most {most_characters:,}"
                 )
             check_text(text)
             check_tools(messages, tools, self._names.show(text), conversation.template)
             check_contents(hidden, text)
-            return self._encoded(Cut(text, prompt_borders(conversation, text))).ids
-        except (Unfit, TemplateFault, TokenFault) as fault:
+            return self._encode_or_raise(MarkedText(text, prompt_borders(conversation, text))).ids
+        except (UnfitRowError, TemplateFault, TokenFault) as fault:
             raise DataError(f"the conversation cannot be encoded: {fault}") from None
 
     def encode_row(self, row: Row, *, train_on: TrainOn) -> tuple[list[int], list[bool]]:
-        """(ids, trained) of a row that is one example, trained[0] always False. Raises
+        """Encodes a row that is one example: (ids, trained), trained[0] always False. Raises
         DataError."""
-        (found,) = self.encode_rows([row], train_on=train_on)
-        if isinstance(found, Problem):
-            raise refusal("the row cannot be encoded", [found])
-        if len(found) > 1:
+        (encoded,) = self.encode_rows([row], train_on=train_on)
+        if isinstance(encoded, Problem):
+            raise refusal("the row cannot be encoded", [encoded])
+        if len(encoded) > 1:
             raise DataError(
-                f"the row becomes {len(found)} examples, one for an answer",
-                next_step="Encode it as such.",
+                f"the row becomes {len(encoded)} examples, one for each answer",
+                next_step="Use encode_rows.",
             )
-        return found[0].ids, found[0].trained
+        return encoded[0].ids, encoded[0].trained
 
     def encode_rows(
         self, rows: Sequence[Row], *, train_on: TrainOn
-    ) -> list[list[Encoded] | Problem]:
-        """Each row's tokens, or why it has none: of most one example; several where the template
-        renders earlier answers otherwise than they were given."""
+    ) -> list[list[EncodedRow] | Problem]:
+        """Encodes each row to its examples, or to the Problem that prevents it.
+
+        Most rows become one example. A row becomes several if the template renders earlier answers
+        differently later.
+        """
         chunks = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
-        results: list[list[Encoded] | Problem] = []
-        with ThreadPoolExecutor(1) as beside:
-            waiting = [self._rendering(chunk, beside) for chunk in chunks[:1]]
-            for chunk, following in zip_longest(chunks, chunks[1:]):
-                chats, wait = waiting.pop()
+        results: list[list[EncodedRow] | Problem] = []
+        with ThreadPoolExecutor(1) as executor:
+            pending = [self._start_rendering_rows(chunk, executor) for chunk in chunks[:1]]
+            for chunk, next_chunk in zip_longest(chunks, chunks[1:]):
+                chats, wait = pending.pop()
                 wait()
-                if following is not None:  # is rendered, in a process of its own, meanwhile
-                    waiting.append(self._rendering(following, beside))
+                if next_chunk is not None:  # rendered in another process meanwhile
+                    pending.append(self._start_rendering_rows(next_chunk, executor))
                 results += self._encode_chunk(chunk, chats, train_on)
         return results
 
-    def _rendering(
-        self, rows: Sequence[Row], beside: Executor
-    ) -> tuple[list[Begun], Callable[[], None]]:
-        """What the template writes of each row, and of what each begins with, once it was waited
-        for."""
-        chats = [self._begun(row) for row in rows]
-        begun = [chat[0] for chat in chats if isinstance(chat, tuple)]
-        return chats, rendering([(chat, beginnings(chat.messages)) for chat in begun], beside)
+    def _start_rendering_rows(
+        self, rows: Sequence[Row], executor: Executor
+    ) -> tuple[list[PreparedChat], Callable[[], None]]:
+        """Starts to render each row and its beginnings. Returns the chats, and a function that
+        waits."""
+        chats = [self._prepare_chat(row) for row in rows]
+        renderable = [chat[0] for chat in chats if isinstance(chat, tuple)]
+        return chats, start_rendering(
+            [(chat, beginnings(chat.messages)) for chat in renderable], executor
+        )
 
     def _encode_chunk(
-        self, rows: Sequence[Row], chats: Sequence[Begun], train_on: TrainOn
-    ) -> list[list[Encoded] | Problem]:
-        plans = [self._planned(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)]
+        self, rows: Sequence[Row], chats: Sequence[PreparedChat], train_on: TrainOn
+    ) -> list[list[EncodedRow] | Problem]:
+        rendered_rows = [
+            self._render_row(row, chat, train_on) for row, chat in zip(rows, chats, strict=True)
+        ]
         tokens = iter(
             self._tokens.encode(
-                [plan.cut for found in plans if isinstance(found, list) for plan in found]
+                [
+                    rendered.cut
+                    for examples in rendered_rows
+                    if isinstance(examples, list)
+                    for rendered in examples
+                ]
             )
         )
-        results: list[list[Encoded] | Problem] = []
-        for row, found in zip(rows, plans, strict=True):
-            if isinstance(found, Unfit):
-                results.append(found.at(row.ref))
+        results: list[list[EncodedRow] | Problem] = []
+        for row, examples in zip(rows, rendered_rows, strict=True):
+            if isinstance(examples, UnfitRowError):
+                results.append(examples.at(row.ref))
                 continue
-            coded = [next(tokens) for _ in found]
-            fault = next((each for each in coded if isinstance(each, TokenFault)), None)
+            tokenized = [next(tokens) for _ in examples]
+            fault = next((result for result in tokenized if isinstance(result, TokenFault)), None)
             if fault is not None:
-                results.append(Unfit("D202", str(fault)).at(row.ref))
+                results.append(UnfitRowError("D202", str(fault)).at(row.ref))
                 continue
-            made = [
-                _masked(t, p) for t, p in zip(coded, found, strict=True) if isinstance(t, Tokens)
+            encoded = [
+                _mask_tokens(t, p)
+                for t, p in zip(tokenized, examples, strict=True)
+                if isinstance(t, TokenizedText)
             ]
             if row.unfinished:
-                made[-1] = self._without_end(made[-1], coded[-1], found[-1])
-            results.append(made)
+                encoded[-1] = self._without_end(encoded[-1], tokenized[-1], examples[-1])
+            results.append(encoded)
         return results
 
-    def _begun(self, row: Row) -> Begun:
+    def _prepare_chat(self, row: Row) -> PreparedChat:
         if row.text is not None or not self.source:
             return None
         try:
             messages, tools, control = self._names.hide(row.messages, row.tools)
             return self._conversation(messages, tools), control
-        except (Unfit, TemplateFault, TokenFault) as fault:
+        except (UnfitRowError, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _planned(self, row: Row, chat: Begun, train_on: TrainOn) -> list[Plan] | Unfit:
+    def _render_row(
+        self, row: Row, chat: PreparedChat, train_on: TrainOn
+    ) -> list[RenderedRow] | UnfitRowError:
         try:
-            if isinstance(chat, Unfit):
+            if isinstance(chat, UnfitRowError):
                 return chat
             if row.text is not None:
-                return [self._plan_text(row.text)]
+                return [self._render_text(row.text)]
             if chat is None:
-                return [self._plan_joined(row, train_on)]
+                return [self._render_joined(row, train_on)]
             return plan_chat(row, *chat, train_on, self._names.show)
-        except (Unfit, TemplateFault, TokenFault) as fault:
+        except (UnfitRowError, TemplateFault, TokenFault) as fault:
             return unfit(fault)
 
-    def _plan_text(self, text: str) -> Plan:
+    def _render_text(self, text: str) -> RenderedRow:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        begin = () if bos and text.startswith(bos) else self._begin
+        begin = () if bos and text.startswith(bos) else self._begin_ids
         end = () if eos is None or text.endswith(eos) else (self.tokenizer.eos_token_id,)
         control = self._names.count(text)
-        return Plan(Cut(text), ((0, len(text)),), (("text", len(text)),), control, begin, end)
+        return RenderedRow(
+            MarkedText(text), ((0, len(text)),), (("text", len(text)),), control, begin, end
+        )
 
-    def _plan_joined(self, row: Row, train_on: TrainOn) -> Plan:
-        """Prompt and completion without a template."""
+    def _render_joined(self, row: Row, train_on: TrainOn) -> RenderedRow:
+        """Joins prompt and completion without a template."""
         if row.format != "prompt_completion":
-            raise Unfit(
+            raise UnfitRowError(
                 "D201",
                 f"format {row.format} needs a chat template, and this tokenizer has none",
-                "Use format text, or prompt_completion with strings (joined as they are, with the"
-                " end token behind), or an instruction-tuned base.",
+                "Use format text, or prompt_completion with strings (joined as they are, followed"
+                " by the end token), or an instruction-tuned base.",
             )
         hidden, tools, control = self._names.hide(row.messages, row.tools)
         if row.messages[-1].get("weight") == 0 or hidden[-1]["role"] != "assistant":
-            raise Unfit("D205", "the last message is not one to learn")
-        prompt, completion = self._alone(hidden[:-1], tools), hidden[-1]["content"]
+            raise UnfitRowError("D205", "the last message is not trained on")
+        prompt, completion = self._single_user_text(hidden[:-1], tools), hidden[-1]["content"]
         text = prompt + completion
         span = (0 if train_on == "all" else len(prompt), len(text))
         eos = self.tokenizer.eos_token_id
         roles = (("user", len(prompt)), ("assistant", len(text)))
         borders = (len(prompt),) if prompt else ()
-        return Plan(
-            Cut(text, borders), (span,), roles, control, self._begin, () if eos is None else (eos,)
+        return RenderedRow(
+            MarkedText(text, borders),
+            (span,),
+            roles,
+            control,
+            self._begin_ids,
+            () if eos is None else (eos,),
         )
 
-    def _without_end(self, made: Encoded, tokens: Tokens | TokenFault, plan: Plan) -> Encoded:
-        """What stops its last answer, or its text, is not learnt."""
-        if not plan.spans or isinstance(tokens, TokenFault):
-            return made
-        first = len(plan.begin) + {0: 0, **tokens.at}[plan.spans[-1][0]]
+    def _without_end(
+        self, encoded: EncodedRow, tokens: TokenizedText | TokenFault, rendered: RenderedRow
+    ) -> EncodedRow:
+        """Excludes from training what ends its last answer or its text."""
+        if not rendered.spans or isinstance(tokens, TokenFault):
+            return encoded
+        first = len(rendered.begin) + {0: 0, **tokens.at}[rendered.spans[-1][0]]
         stop = next(
-            (n for n in reversed(range(first, len(made.ids))) if made.ids[n] in self.stop_ids),
-            len(made.ids),
+            (
+                n
+                for n in reversed(range(first, len(encoded.ids)))
+                if encoded.ids[n] in self.stop_ids
+            ),
+            len(encoded.ids),
         )
-        return replace(made, trained=[*made.trained[:stop], *[False] * (len(made.ids) - stop)])
+        return replace(
+            encoded, trained=[*encoded.trained[:stop], *[False] * (len(encoded.ids) - stop)]
+        )
 
-    def _alone(self, messages: Messages, tools: Tools) -> str:
-        """The text of a single user message, which is all that can be asked without a template."""
+    def _single_user_text(self, messages: Messages, tools: Tools) -> str:
+        """Returns the text of a single user message, all that a tokenizer without a template can
+        encode."""
         if len(messages) != 1 or messages[0]["role"] != "user" or tools:
-            raise Unfit(
+            raise UnfitRowError(
                 "D201",
                 "a conversation of several messages needs a chat template, and this tokenizer has"
                 " none",
             )
         return str(messages[0]["content"])
 
-    def _encoded(self, cut: Cut) -> Tokens:
-        (found,) = self._tokens.encode([cut])
-        if isinstance(found, TokenFault):
-            raise found
-        return found
+    def _encode_or_raise(self, marked: MarkedText) -> TokenizedText:
+        (tokenized,) = self._tokens.encode([marked])
+        if isinstance(tokenized, TokenFault):
+            raise tokenized
+        return tokenized
 
     def _conversation(self, messages: Messages, tools: Tools) -> Conversation:
         if not self.source:
@@ -346,12 +383,14 @@ class ChatTemplate:
         if template is None:
             template = Template(source, self.tokenizer.special_tokens_map, self.today)
             self._templates[source, self.today] = template
-        if any(message.get("tool_calls") for message in messages) and self._takes_text(template):
+        if any(message.get("tool_calls") for message in messages) and self._wants_text_arguments(
+            template
+        ):
             messages = [_with_text_arguments(message) for message in messages]
         return Conversation(template, messages, tools, self._hidden)
 
-    def _takes_text(self, template: Template) -> bool:
-        """Whether a template wants arguments of calls as JSON text, as the OpenAI API sends
+    def _wants_text_arguments(self, template: Template) -> bool:
+        """Whether the template needs arguments of calls as JSON text, as OpenAI's API sends
         them."""
         if template.number not in self._text_arguments:
             call = {
@@ -374,25 +413,26 @@ class ChatTemplate:
             self._text_arguments[template.number] = renders == [False, True]
         return self._text_arguments[template.number]
 
-    def _put_in_front(self) -> tuple[int, ...]:
-        """Ids that the tokenizer puts in front of a plain text by itself (the begin token, for most
-        that have one)."""
+    def _find_begin_ids(self) -> tuple[int, ...]:
+        """Returns the ids that the tokenizer puts before a plain text (usually the begin token)."""
         (bare,) = self._tokens.ids(["a"])
-        dressed = self.tokenizer("a").input_ids
-        return tuple(dressed[: dressed.index(bare[0])]) if bare and bare[0] in dressed else ()
+        with_begin = self.tokenizer("a").input_ids
+        return (
+            tuple(with_begin[: with_begin.index(bare[0])]) if bare and bare[0] in with_begin else ()
+        )
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         eos = self.tokenizer.eos_token_id
         stops = [] if eos is None else [eos]
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (found,) = self.encode_rows([Row(RowRef("probe", 1), probe)], train_on="last")
-        if not isinstance(found, Problem):
+        (encoded,) = self.encode_rows([Row(RowRef("probe", 1), probe)], train_on="last")
+        if not isinstance(encoded, Problem):
             special = {
                 n for n, token in self.tokenizer.added_tokens_decoder.items() if token.special
             }
             special |= set(self.tokenizer.all_special_ids)
-            after: list[int] = []  # special tokens behind the answer, nearest last
-            for number in reversed(found[-1].ids):
+            after: list[int] = []  # special tokens after the answer, nearest last
+            for number in reversed(encoded[-1].ids):
                 if number in special:
                     after.append(number)
                 elif self._tokens.decode([number]).strip():
@@ -402,7 +442,7 @@ class ChatTemplate:
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, the arguments of its calls as JSON text."""
+    """Returns the message with the arguments of its calls as JSON text."""
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -414,17 +454,17 @@ def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _masked(tokens: Tokens, plan: Plan) -> Encoded:
-    """Characters to tokens: the mask, and whose each token is."""
-    shift = len(plan.begin)
-    ids = [*plan.begin, *tokens.ids, *plan.end]
+def _mask_tokens(tokens: TokenizedText, rendered: RenderedRow) -> EncodedRow:
+    """Converts spans of characters to a mask of tokens, and assigns tokens to roles."""
+    shift = len(rendered.begin)
+    ids = [*rendered.begin, *tokens.ids, *rendered.end]
     at = {0: 0, **tokens.at}
     trained = [False] * len(ids)
-    for start, end in plan.spans:
+    for start, end in rendered.spans:
         trained[shift + at[start] : shift + at[end]] = [True] * (at[end] - at[start])
-    trained[len(ids) - len(plan.end) :] = [True] * len(plan.end)
+    trained[len(ids) - len(rendered.end) :] = [True] * len(rendered.end)
     trained[:1] = [False]
-    runs = [RoleRun(role, shift + at[end]) for role, end in plan.roles if end in at]
+    runs = [RoleRun(role, shift + at[end]) for role, end in rendered.roles if end in at]
     if runs:
         runs[-1] = RoleRun(runs[-1].role, len(ids))
-    return Encoded(ids, trained, tuple(runs), plan.control, plan.upto, plan.reasons)
+    return EncodedRow(ids, trained, tuple(runs), rendered.control, rendered.upto, rendered.reasons)

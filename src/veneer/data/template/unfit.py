@@ -1,4 +1,4 @@
-"""Why a row cannot be encoded: what its template leaves out or writes, and how that is shown."""
+"""Explains why a row cannot be encoded: what its template leaves out or cannot render."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from veneer.data.template.sandbox import TemplateFault
 from veneer.files.nesting import is_text
 
 RENDERS_TOOLS = "Qwen/Qwen2.5-0.5B-Instruct or Qwen/Qwen3-0.6B"
-_WINDOW = 160  # characters of a rendering shown around the place where two part
-_TAIL = 16  # characters of a message that must stand in the rendering
+_WINDOW = 160  # characters shown around the first difference of two renderings
+_TAIL = 16  # characters of a message that must occur in the rendering
 
 
-class Unfit(Exception):
-    """Why a row cannot be encoded; becomes a Problem."""
+class UnfitRowError(Exception):
+    """A row cannot be encoded; `at` turns it into a Problem."""
 
     def __init__(self, code: str, message: str, next_step: str = "", detail: str = "") -> None:
         super().__init__(message)
@@ -29,17 +29,20 @@ class Unfit(Exception):
         )
 
 
-def unfit(fault: Exception) -> Unfit:
-    """Why a row cannot be encoded, whoever says it."""
-    if isinstance(fault, Unfit):
+def unfit(fault: Exception) -> UnfitRowError:
+    """Converts any fault of a row to an UnfitRowError."""
+    if isinstance(fault, UnfitRowError):
         return fault
-    return Unfit("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
+    return UnfitRowError("D201" if isinstance(fault, TemplateFault) else "D202", str(fault))
 
 
 def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
-    """A template for contents of another shape (lists of parts) renders strings to nothing, without
-    an error."""
-    # The end alone, and not reasoning in front of it, which many templates leave out on purpose.
+    """Checks that the rendering contains each message.
+
+    A template for contents of another shape (lists of parts) renders strings to nothing, without an
+    error. Raises UnfitRowError.
+    """
+    # Only the end: many templates leave out reasoning in front of it on purpose.
     ends = [
         (
             ""
@@ -48,9 +51,11 @@ def check_contents(messages: Sequence[dict[str, Any]], text: str) -> None:
         )
         for message in messages
     ]
-    if left_out := _left_out(ends, text, most=1):
+    if left_out := _missing_parts(ends, text, most=1):
         number, end = ends.index(left_out[0]) + 1, left_out[0]
-        raise Unfit("D214", f"the chat template leaves out what message {number} says: …{end!r}")
+        raise UnfitRowError(
+            "D214", f"the chat template leaves out the text of message {number}: …{end!r}"
+        )
 
 
 def check_tools(
@@ -59,43 +64,42 @@ def check_tools(
     text: str,
     template: Template,
 ) -> None:
-    """Tools and calls that the template leaves out would be silently lost: also those whose name
-    the text has for another reason."""
+    """Checks that the rendering contains the names of all tools and calls. Raises UnfitRowError."""
     calls = [call for message in messages for call in message.get("tool_calls") or []]
-    lost: set[str] = set()
+    missing: set[str] = set()
     for kind, functions in (("tools", tools or []), ("calls", calls)):
         names = [function.get("function", function).get("name") for function in functions]
         texts = [name for name in names if isinstance(name, str)]
-        lost.update(
-            texts if names and kind in template.leaves_out else _left_out(texts, text, most=5)
+        missing.update(
+            texts if names and kind in template.leaves_out else _missing_parts(texts, text, most=5)
         )
-    if lost:
-        raise Unfit(
+    if missing:
+        raise UnfitRowError(
             "D214",
-            f"the chat template does not render tools: {', '.join(sorted(lost)[:5])} left out",
+            f"the chat template does not render tools: {', '.join(sorted(missing)[:5])} left out",
             "Write the tools into the system message and the calls into the answers, or use a base"
             f" whose template renders tools, such as {RENDERS_TOOLS}.",
         )
 
 
-def _left_out(parts: Sequence[str], text: str, *, most: int) -> list[str]:
-    """Parts that do not stand in the text, up to `most`. One pass, where the others stand in it in
-    their order."""
-    lost: list[str] = []
-    place = 0
+def _missing_parts(parts: Sequence[str], text: str, *, most: int) -> list[str]:
+    """Returns parts that do not occur in the text, up to `most`; one pass if they occur in
+    order."""
+    missing: list[str] = []
+    position = 0
     for part in dict.fromkeys(parts):
-        found = text.find(part, place)
-        place = found if found >= 0 else text.find(part)
-        if place < 0:
-            lost.append(part)
-            place = 0
-            if len(lost) == most:
+        next_position = text.find(part, position)
+        position = next_position if next_position >= 0 else text.find(part)
+        if position < 0:
+            missing.append(part)
+            position = 0
+            if len(missing) == most:
                 break
-    return lost
+    return missing
 
 
 def check_text(text: str) -> None:
-    """Raises unless the text can be tokenised."""
+    """Raises TemplateFault or TokenFault unless the text can be tokenised."""
     if not is_text(text):
         raise TemplateFault("the chat template writes half a character")
     if "\\udbff" in text.lower():
@@ -105,8 +109,8 @@ def check_text(text: str) -> None:
         )
 
 
-def parting(first: str, a: str, second: str, b: str) -> str:
-    """Two texts around the place where they part, one under the other."""
+def show_difference(first: str, a: str, second: str, b: str) -> str:
+    """Shows two texts around their first difference, one below the other."""
     at = next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )

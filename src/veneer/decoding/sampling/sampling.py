@@ -76,7 +76,7 @@ class Sampling:
         )
         ids = [token for token, _ in self.logit_bias]
         faults += [
-            f"logit_bias has {str(i)[:40]!r}: an id is {TOKEN.said}"
+            f"logit_bias has {str(i)[:40]!r}: an id is {TOKEN.description}"
             for i in ids
             if not TOKEN.holds(i)
         ]

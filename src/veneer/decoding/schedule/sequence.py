@@ -102,7 +102,7 @@ class Request:
             if wrong := [
                 i for i in ids if type(i) is not int or not TOKEN.least <= i <= TOKEN.most
             ]:
-                faults.append(f"{name} has {str(wrong[0])[:40]!r}: an id is {TOKEN.said}")
+                faults.append(f"{name} has {str(wrong[0])[:40]!r}: an id is {TOKEN.description}")
         contents = [content for content, _ in self.adapter]
         faults += [
             f"adapter {content[:12]} acts twice"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from veneer.bases.identity.byte_hashes import ByteHashes
-from veneer.files.remembered import is_known, is_on, remembered
+from veneer.files.remembered import is_known, is_on, remember
 from veneer.linear import PackedModule
 from veneer.model_record import record_of
 
@@ -86,7 +86,7 @@ def same_values(
     values = record_of(model).known(NotedValues)
     if values is None or not values.still(model):
         return make()
-    return remembered(what, {**values.around, "values": values.hashed()}, of, make, still)
+    return remember(what, {**values.around, "values": values.hashed()}, of, make, still)
 
 
 def noted(model: nn.Module) -> tuple[str, frozenset[int]] | None:
@@ -122,7 +122,7 @@ def hashing(tensors: Mapping[str, Tensor], hashes: ByteHashes | None = None) -> 
 
     @cache
     def done() -> str:
-        return _joined(f"{line} {begun.of(tensors[name])}\n" for name, line in said.items())
+        return _joined(f"{line} {begun.digest_of(tensors[name])}\n" for name, line in said.items())
 
     return done
 

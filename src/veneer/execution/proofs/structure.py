@@ -33,7 +33,7 @@ from veneer.execution.agreement import SMALL_COPY, difference, disagreement
 from veneer.execution.attention import NAME, decoder, packed_states, padded_states
 from veneer.execution.proofs.small_copy import SWITCH, VOCABULARY, NoCopyError, small_copy
 from veneer.execution.switches import forget_lengths, sides, switches
-from veneer.files.remembered import is_known, remembered
+from veneer.files.remembered import is_known, remember
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
 
@@ -106,7 +106,7 @@ def kept_proof(
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "structure": structure_key(kind, config),
     }
-    return remembered(what, {**key, "threads": torch.get_num_threads()}, of, prove)
+    return remember(what, {**key, "threads": torch.get_num_threads()}, of, prove)
 
 
 def structure_key(kind: type[PreTrainedModel], config: PreTrainedConfig) -> str:

@@ -1,9 +1,9 @@
-"""adapter_config.json, both ways: PEFT's settings of a LoRA adapter, and which of them Veneer
-refuses.
+"""Reads and writes PEFT's settings of LoRA adapters (adapter_config.json), and refuses unsupported
+ones.
 
-Reading is strict where a field changes the arithmetic: what is not implemented is refused by name,
-never skipped. Missing fields take PEFT's defaults. Writing emits what PEFT 0.21 reads, with targets
-resolved.
+Reading is strict where a field changes the arithmetic: unsupported fields are refused by name,
+never skipped. Missing fields have PEFT's defaults. Written files are those of PEFT 0.21, with
+resolved targets.
 
 Not known here: tensors, models. Facts: PEFT 0.21.2, peft/tuners/lora/config.py.
 """
@@ -23,10 +23,10 @@ from veneer.patterns import PatternError, is_name, pattern
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_LAYOUT = "0.21.2"
-"""Version of PEFT whose layout is written: `peft_version` in the file."""
+"""Version of PEFT whose format is written: `peft_version` in the file."""
 MAX_PATTERN = 4000
 MAX_EXPRESSIONS = 500
-"""Patterns that are more than a name; names are looked up, however many."""
+"""Limit for patterns that are more than a name; names are only looked up."""
 MAX_ENTRIES = 10_000
 
 _CHANGES_THE_MATHS = {
@@ -56,11 +56,11 @@ _INERT = {
     "megatron_core",
     "qalora_group_size",
 }
-"""No effect on what a finished adapter computes."""
+"""Fields that do not affect a finished adapter."""
 
 
 class PeftLoRA(BaseModel):
-    """The fields that decide what an adapter computes, spelt as PEFT spells them."""
+    """The fields that decide what an adapter computes, with PEFT's names."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -84,11 +84,10 @@ class PeftLoRA(BaseModel):
     revision: str | None = None
 
     def low_rank(self, adapted: list[str]) -> LowRank:
-        """These settings as Veneer's, without a model to resolve them on; adapted: what the file's
-        tensors name.
+        """Converts the settings to Veneer's, without a model. adapted: modules named by the tensors
 
-        Exact for what Veneer writes. PEFT's layer filters and a null target list depend on the
-        model: there the adapted modules themselves become the targets.
+        Exact for files that Veneer writes. PEFT's layer filters and a null target list depend on
+        the model: then the adapted modules themselves become the targets.
         """
         targets: str | list[str]
         parameters = [name.removesuffix(".weight") for name in self.target_parameters or []]
@@ -117,10 +116,10 @@ class PeftLoRA(BaseModel):
             bias=self.bias,
             train_modules=self.modules_to_save or [],
         )
-        return self.with_own(settings)
+        return self.with_lora_fields(settings)
 
-    def with_own(self, settings: LowRank) -> LowRank:
-        """With what LoRA has and its variants have not, where it is on."""
+    def with_lora_fields(self, settings: LowRank) -> LowRank:
+        """Adds the fields that LoRA has and its variants lack."""
         return settings.model_copy(update={"lora_bias": True}) if self.lora_bias else settings
 
     @property
@@ -128,44 +127,45 @@ class PeftLoRA(BaseModel):
         return DoRA if self.use_dora else LoRA
 
     def whole_patterns(self) -> list[str]:
-        """Every string of the file that is used as a regular expression of whole paths or of the
-        list of layers."""
-        found = [
+        """Returns every string that is a regular expression of whole paths or of the list of
+        layers."""
+        patterns = [
             text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)
         ]
         layers = self.layers_pattern or []
-        return found + ([layers] if isinstance(layers, str) else layers)
+        return patterns + ([layers] if isinstance(layers, str) else layers)
 
 
 def variant_of(settings: LowRank) -> tuple[bool, bool]:
-    """(use_dora, lora_bias): what tells LoRA and its variants apart in the file; read back by
-    `method` and `with_own`."""
+    """Returns (use_dora, lora_bias), which distinguish LoRA and its variants in the file.
+
+    `method` and `with_lora_fields` read them back.
+    """
     return isinstance(settings, DoRA), isinstance(settings, LoRA) and settings.lora_bias
 
 
 def read_config(path: Path, stored: Mapping[str, Any]) -> tuple[PeftLoRA, list[str]]:
-    """The settings, and the names of unknown fields that are off and so ignored. stored: what the
-    file holds.
+    """Reads the settings, and the names of unknown fields that are off. stored: content of the file
 
-    Raises CorruptFileError (every field with a wrong value), RefusedError (every field that is not
-    implemented), UnsafeFileError (regular expressions that are not matched in linear time).
+    Raises CorruptFileError (every field with a wrong value), RefusedError (every unsupported
+    field), UnsafeFileError (regular expressions that cannot be matched in linear time).
     """
     refused, ignored = _refused_fields(stored)
     if refused:
         raise RefusedError(
-            f"{path} asks for what Veneer does not compute", refused, _way_out(stored)
+            f"{path} requires something that Veneer does not support", refused, _remedy(stored)
         )
     try:
         config = PeftLoRA.model_validate(stored)
     except ValidationError as fault:
         raise CorruptFileError(
-            f"{path} has fields of a wrong kind", field_faults(fault), "Restore it."
+            f"{path} has invalid fields", field_faults(fault), "Restore it."
         ) from fault
     if faults := _value_faults(config):
-        raise CorruptFileError(f"{path} has fields of a wrong kind", faults, "Restore the file.")
+        raise CorruptFileError(f"{path} has invalid fields", faults, "Restore the file.")
     if unsafe := _pattern_faults(config):
         raise UnsafeFileError(
-            f"{path} holds regular expressions that are not run", unsafe, "List the names instead."
+            f"{path} holds unsafe regular expressions", unsafe, "List the names instead."
         )
     return config, ignored
 
@@ -192,7 +192,7 @@ def _refused_fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         refused.append(
             f"init_lora_weights {start!r}: the update belongs to a changed base (W minus the"
-            " start), which the file does not hold; added to the base itself it would be silently"
+            " start), which the file does not hold; added to the original base it would be silently"
             " wrong"
         )
     elif start not in _START_ONLY:
@@ -205,7 +205,7 @@ def _refused_fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return refused, [name for name in unknown if not stored[name]]
 
 
-def _way_out(stored: Mapping[str, Any]) -> str:
+def _remedy(stored: Mapping[str, Any]) -> str:
     start = stored.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         return (
@@ -216,7 +216,7 @@ def _way_out(stored: Mapping[str, Any]) -> str:
 
 
 def _pattern_faults(config: PeftLoRA) -> list[str]:
-    """Why patterns of an untrusted file are not run."""
+    """Reports why patterns of an untrusted file are not run."""
     faults, expressions = [], 0
     ends = [*(config.rank_pattern or {}), *(config.alpha_pattern or {})]
     for number, source in enumerate([*ends, *config.whole_patterns()]):
@@ -227,9 +227,9 @@ def _pattern_faults(config: PeftLoRA) -> list[str]:
             continue
         expressions += not is_name(source)
         try:
-            found = pattern(source)
+            expression = pattern(source)
             if number < len(ends):
-                found.ends("")
+                expression.ends("")
         except PatternError as fault:
             faults.append(str(fault))
     if expressions > MAX_EXPRESSIONS:
@@ -238,8 +238,10 @@ def _pattern_faults(config: PeftLoRA) -> list[str]:
 
 
 def config_json(config: PeftLoRA) -> dict[str, Any]:
-    """What the file holds: PEFT's own fields and order. Fields of its newer variants stay out:
-    absent is off, and older readers do not know them."""
+    """Returns the file's content: PEFT's own fields and order.
+
+    Fields of newer variants are left out: absent means off, and older readers do not know them.
+    """
     fields = config.model_dump()
     fields["lora_alpha"] = _number(config.lora_alpha)
     fields["alpha_pattern"] = {
@@ -261,10 +263,10 @@ def config_json(config: PeftLoRA) -> dict[str, Any]:
 
 
 def config_text(fields: Mapping[str, Any]) -> str:
-    """The file's text, as PEFT writes it: two spaces, sorted keys, no newline at the end."""
+    """Returns the file's text as PEFT writes it: two spaces, sorted keys, no newline at the end."""
     return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False)
 
 
 def _number(value: float) -> float | int:
-    """Whole numbers without a point: what PEFT's users write and older readers expect."""
+    """Returns whole numbers as int, as PEFT's users write and older readers expect."""
     return int(value) if value == int(value) else value

@@ -1,7 +1,7 @@
-"""Does a stored adapter fit a base? Every tensor that is missing, unexpected or misshapen, at once.
+"""Checks whether a low-rank file fits a base, and reports every missing, extra or misshapen tensor.
 
-What PEFT would silently leave at its start or silently drop is a fault here.
-Not known here: folders, fingerprints.
+Tensors that PEFT would silently leave at their start or drop are faults here. Not known here:
+folders, fingerprints.
 """
 
 import re
@@ -23,10 +23,10 @@ from veneer.formats.peft.tensors import (
     adapted_modules,
     factor_shapes,
     from_file,
+    frozen_tables,
     magnitude_name,
     offset_name,
     slot_of,
-    tables,
     tensor_names,
     value_name,
     wrappers,
@@ -42,61 +42,71 @@ def fit(
     head: nn.Module | None,
     read_past: Collection[str],
 ) -> Fit:
-    """Where a low-rank file goes on a base: layout.FileSettings.fit."""
+    """Finds where a low-rank file goes on a base; see layout.FileSettings.fit."""
     modules = plain_modules(model)
-    own_head = None if head is None else unwrapped(head)
-    head_path = next((path for path, module in modules.items() if module is own_head), None)
+    plain_head = None if head is None else unwrapped(head)
+    head_path = next((path for path, module in modules.items() if module is plain_head), None)
     config, tensors = within_language_model(config, tensors, modules)
     config, tensors = fuse_old_experts(config, tensors, modules)
-    slots, tensors = _without_idle(
+    slots, tensors = _drop_zero_updates(
         _slots(config, tensors, modules, head_path), tensors, modules, read_past
     )
-    trained, faults = _trained(config, modules)
+    trained, faults = _trained_modules(config, modules)
     if not slots and not faults:
         faults = ["its targets match nothing in this model"]
     if faults:
         return Fit(None, faults=faults)
-    if config.use_dora and (others := [slot.key for slot in slots if _is_no_linear(slot, modules)]):
-        return Fit(
-            None,
-            faults=[f"DoRA of {path}, which is a stack of experts or a router" for path in others],
-        )
-    if config.lora_bias and (
-        others := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]
+    if config.use_dora and (
+        unsupported := [slot.key for slot in slots if _is_experts_or_router(slot, modules)]
     ):
         return Fit(
-            None, faults=[f"lora_bias of {path}, which is no linear layer" for path in others]
+            None,
+            faults=[
+                f"DoRA of {path}, which is a stack of experts or a router" for path in unsupported
+            ],
         )
-    strong = strengths(config, slots)
-    settings = exact_settings(config, strong, trained)
+    if config.lora_bias and (
+        unsupported := [slot.key for slot in slots if slot.kind != "linear" or slot.parameter]
+    ):
+        return Fit(
+            None,
+            faults=[f"lora_bias of {path}, which is not a linear layer" for path in unsupported],
+        )
+    strength_by_path = strengths(config, slots)
+    settings = exact_settings(config, strength_by_path, trained)
     try:
-        targets = find_targets(modules, settings, head=own_head, read_past=read_past)
+        targets = find_targets(modules, settings, head=plain_head, read_past=read_past)
     except ConfigError as fault:
         return Fit(None, faults=fault.faults)
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
-    replaced = [f"{path}.bias" for path in targets.biases]
-    replaced += [
+    replaced_paths = [f"{path}.bias" for path in targets.biases]
+    replaced_paths += [
         f"{path}.{name}" for path in targets.trained for name, _ in modules[path].named_parameters()
     ]
-    copies = {path: value_name(path, targets.trained, depth) for path in replaced}
+    value_names = {path: value_name(path, targets.trained, depth) for path in replaced_paths}
     factors = tensor_names(slots, modules)
     expected: dict[str, tuple[int, ...]] = {}
     for slot in slots:
         expected |= dict(
-            zip(factors[slot.path], factor_shapes(slot, strong[slot.path].rank), strict=True)
+            zip(
+                factors[slot.path],
+                factor_shapes(slot, strength_by_path[slot.path].rank),
+                strict=True,
+            )
         )
         expected |= {magnitude_name(slot): (slot.out_features,)} if config.use_dora else {}
         expected |= (
             {offset_name(factors[slot.path]): (slot.out_features,)} if config.lora_bias else {}
         )
-    expected |= {name: tuple(_parameter(modules, path).shape) for path, name in copies.items()}
+    expected |= {name: tuple(_parameter(modules, path).shape) for path, name in value_names.items()}
     faults, concerned = _tensor_faults(tensors, expected, slots, modules, head_path)
     if faults:
         return Fit(None, faults=faults, concerned=concerned)
     scaling = {
-        path: strength.scaling(rslora=config.use_rslora) for path, strength in strong.items()
+        path: strength.scaling(rslora=config.use_rslora)
+        for path, strength in strength_by_path.items()
     }
-    values = {path: tensors[name] for path, name in copies.items()}
+    values = {path: tensors[name] for path, name in value_names.items()}
     for slot in slots:
         name_A, name_B = factors[slot.path]
         A, B = from_file(tensors[name_A], tensors[name_B], slot)
@@ -114,56 +124,56 @@ def _slots(
     slots = matched_slots(config, modules, head=head)
     if (
         config.target_modules is None
-    ):  # PEFT's default for the architecture: the tensors tell which it was
+    ):  # PEFT's default for the architecture: the tensors name the targets
         known = {slot.path for slot in slots}
         named = (slot_of(path, modules) for path in adapted_modules(tensors) if path not in known)
         slots += [slot for slot in named if slot is not None]
     return slots
 
 
-def _is_no_linear(slot: Slot, modules: Modules) -> bool:
+def _is_experts_or_router(slot: Slot, modules: Modules) -> bool:
     return slot.kind == "experts" or matrix_shape(modules[slot.owner]) is not None
 
 
-def _without_idle(
+def _drop_zero_updates(
     slots: list[Slot], tensors: Mapping[str, Tensor], modules: Modules, read_past: Collection[str]
 ) -> tuple[list[Slot], Mapping[str, Tensor]]:
-    """Without the zero updates of weights that the model takes past their modules.
+    """Drops zero updates of weights that the model reads directly, not through their modules.
 
-    PEFT's all-linear puts factors there which no gradient ever reaches, so they are as they began:
-    B is zero.
+    PEFT's all-linear adds factors there that no gradient ever reaches, so B is still zero.
     """
     names = tensor_names(slots, modules)
-    past = [s for s in slots if (s.key if s.parameter else f"{s.path}.weight") in read_past]
+    unreached = [s for s in slots if (s.key if s.parameter else f"{s.path}.weight") in read_past]
     pairs = {
-        slot.path: [tensors[name] for name in names[slot.path] if name in tensors] for slot in past
+        slot.path: [tensors[name] for name in names[slot.path] if name in tensors]
+        for slot in unreached
     }
-    idle = {
+    zero_paths = {
         path
         for path, pair in pairs.items()
         if len(pair) == 2 and not all(bool(t.any()) for t in pair)
     }
-    gone = {name for path in idle for name in names[path]}
-    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
-    return [slot for slot in slots if slot.path not in idle], kept
+    dropped_names = {name for path in zero_paths for name in names[path]}
+    remaining = {name: tensor for name, tensor in tensors.items() if name not in dropped_names}
+    return [slot for slot in slots if slot.path not in zero_paths], remaining
 
 
-def _trained(config: PeftLoRA, modules: Modules) -> tuple[list[str], list[str]]:
-    """Fully trained modules without children, and what of the settings cannot be followed.
+def _trained_modules(config: PeftLoRA, modules: Modules) -> tuple[list[str], list[str]]:
+    """Returns fully trained modules without children, and faults of the settings.
 
     PEFT compares endings of the string, not of the segments: "norm" also names input_layernorm.
     """
     trained: list[str] = []
     faults = []
     for entry in config.modules_to_save or []:
-        named = [path for path in modules if path and path.endswith(entry)]
-        if not named:
+        matches = [path for path in modules if path and path.endswith(entry)]
+        if not matches:
             faults.append(f"modules_to_save names {entry!r}, which the model does not have")
-        for path in named:
-            below = [p for p in modules if p == path or p.startswith(path + ".")]
+        for path in matches:
+            submodules = [p for p in modules if p == path or p.startswith(path + ".")]
             trained += [
                 p
-                for p in below
+                for p in submodules
                 if p not in trained and any(True for _ in modules[p].parameters(recurse=False))
             ]
     return trained, faults
@@ -182,38 +192,41 @@ def _tensor_faults(
     head: str | None,
 ) -> tuple[list[str], int]:
     compared: list[tuple[str, str, str]] = []
-    frozen = tables(slots, head)
+    frozen = frozen_tables(slots, head)
     for name in sorted(expected.keys() | tensors.keys()):
-        found, wanted = tensors.get(name), expected.get(name)
-        if found is None:
-            compared.append((name, "missing", str(wanted)))
-        elif wanted is None:
-            if (fault := _extra_fault(name, found, tensors, frozen, modules)) is not None:
-                compared.append((name, str(tuple(found.shape)), fault))
-        elif tuple(found.shape) != wanted:
-            compared.append((name, str(tuple(found.shape)), str(wanted)))
-    return grouped(compared), len(compared)
+        tensor, shape = tensors.get(name), expected.get(name)
+        if tensor is None:
+            compared.append((name, "missing", str(shape)))
+        elif shape is None:
+            if (fault := _extra_fault(name, tensor, tensors, frozen, modules)) is not None:
+                compared.append((name, str(tuple(tensor.shape)), fault))
+        elif tuple(tensor.shape) != shape:
+            compared.append((name, str(tuple(tensor.shape)), str(shape)))
+    return group_by_layer(compared), len(compared)
 
 
 def _extra_fault(
     name: str,
-    found: Tensor,
+    tensor: Tensor,
     tensors: Mapping[str, Tensor],
     frozen: Mapping[str, str],
     modules: Modules,
 ) -> str | None:
-    """PEFT adds copies of the base's own values to some files: they must be the base's own."""
-    own = frozen.get(name, name)
+    """Checks a tensor that no slot expects. PEFT adds copies of the base's values to some files;
+    they must be equal."""
+    base_name = frozen.get(name, name)
     if (copied := re.sub(r"\.(original_module|modules_to_save)(\.[^.]+)$", r"\2", name)) != name:
-        # beside a fully trained module, bias = "all" saves its frozen original and the trained copy
-        # once more
+        # bias = "all" also saves a fully trained module's frozen original and its trained copy
+        # again
         if "modules_to_save" in name.split(".")[-2:]:
-            twin = tensors.get(copied)
+            trained_copy = tensors.get(copied)
             return (
-                None if twin is not None and torch.equal(found, twin) else f"differs from {copied}"
+                None
+                if trained_copy is not None and torch.equal(tensor, trained_copy)
+                else f"differs from {copied}"
             )
-        own = copied
-    module, _, parameter = own.rpartition(".")
+        base_name = copied
+    module, _, parameter = base_name.rpartition(".")
     if module not in modules or parameter not in dict(
         modules[module].named_parameters(recurse=False)
     ):
@@ -221,20 +234,20 @@ def _extra_fault(
         return (
             "no such tensor" if adapted is None else f"{type(adapted).__name__} is not adapted here"
         )
-    base = _parameter(modules, own).detach()
-    if base.shape != found.shape:
+    base = _parameter(modules, base_name).detach()
+    if base.shape != tensor.shape:
         return str(tuple(base.shape))
-    if base.is_meta:  # the base's weights are not there to compare with, nor will this copy be used
+    if base.is_meta:  # the base has no weights to compare with, and the copy is not used
         return None
-    same = torch.equal(base.cpu().to(found.dtype), found) or torch.equal(
-        base.cpu(), found.to(base.dtype)
+    same = torch.equal(base.cpu().to(tensor.dtype), tensor) or torch.equal(
+        base.cpu(), tensor.to(base.dtype)
     )
     return None if same else "the base's own values differ"
 
 
-def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
-    """(name, in the adapter, in the model) lines, those that differ in the layer's number alone as
-    one.
+def group_by_layer(compared: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Formats (name, in the adapter, in the model) lines; lines that differ only by layer are
+    merged.
 
     layers.0-23.self_attn.q_proj.lora_A   adapter (16, 1024)   model (16, 896)   24 tensors
     """
@@ -247,7 +260,7 @@ def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
         )
     rows = []
     for (template, ours, theirs), numbers in sorted(groups.items(), key=lambda group: group[0]):
-        layers = _ranges([number for number in numbers if number is not None])
+        layers = _format_ranges([number for number in numbers if number is not None])
         count = f"{len(numbers)} tensors" if len(numbers) > 1 else "1 tensor"
         rows.append((template.replace("#", layers, 1), f"adapter {ours}", f"model {theirs}", count))
     widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
@@ -259,8 +272,8 @@ def grouped(compared: Sequence[tuple[str, str, str]]) -> list[str]:
     ]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 -> "0-2,5"."""
+def _format_ranges(numbers: Sequence[int]) -> str:
+    """Formats 0, 1, 2, 5 as "0-2,5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -1,5 +1,4 @@
-"""LoRA and its variants in PEFT's files: composes names and shapes (tensors.py), settings
-(config.py, matching.py) and the check against a base (fit.py)."""
+"""Composes PEFT's file format of LoRA and its variants from tensors, settings and fit."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from veneer.adapters.config import LowRank
 from veneer.adapters.placement.attachment import Attachment
 from veneer.errors import CorruptFileError
-from veneer.formats.layout import Fit, Layout
+from veneer.formats.layout import AdapterFormat, Fit
 from veneer.formats.manifest import BaseIdentity
 from veneer.formats.peft.config import PeftLoRA, config_json, read_config
 from veneer.formats.peft.fit import fit
@@ -21,7 +20,7 @@ from veneer.formats.peft.tensors import adapted_modules, file_tensors
 
 @dataclass(frozen=True)
 class LowRankFile:
-    """The file at `path`, in PEFT's terms."""
+    """The adapter_config.json of LoRA or a variant."""
 
     path: Path
     peft: PeftLoRA
@@ -62,4 +61,4 @@ def _read(path: Path, stored: Mapping[str, Any]) -> tuple[LowRankFile, list[str]
     return LowRankFile(path, settings), ignored
 
 
-LOW_RANK = Layout("LORA", file_tensors, _config, _read)
+LOW_RANK = AdapterFormat("LORA", file_tensors, _config, _read)

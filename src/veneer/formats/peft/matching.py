@@ -1,11 +1,10 @@
-"""Settings <-> slots by PEFT's matching rules: what a file's settings name on a model, and which
-names say that.
+"""Matches settings and slots by PEFT's rules, in both directions.
 
 A list entry matches a path that equals it or ends with it after a dot; a string is one regular
-expression of the whole path; exclusions and fully trained modules are taken out first. A rank or
-alpha pattern matches at the end of a path, from a dot on, and the first in the file's order wins:
-PEFT sorts them when it saves, which can change the meaning, so what is written here never overlaps.
-Not known here: files, tensors. Facts: PEFT 0.21.2, peft/tuners/tuners_utils.py,
+expression of the whole path; exclusions and fully trained modules are removed first. A rank or
+alpha pattern matches at the end of a path, from a dot on, and the first in the file's order wins.
+PEFT sorts patterns when it saves, which can change the meaning, so patterns written here never
+overlap. Not known here: files, tensors. Facts: PEFT 0.21.2, peft/tuners/tuners_utils.py,
 peft/utils/other.py.
 """
 
@@ -31,8 +30,8 @@ from veneer.patterns import FirstMatch, compiled, pattern
 def peft_config(
     attachment: Attachment, model: nn.Module, *, name_or_path: str | None, revision: str | None
 ) -> PeftLoRA:
-    """The settings with every name resolved: targets exact, patterns mutually exclusive and
-    anchored."""
+    """Returns PEFT's settings with every name resolved: exact targets, exclusive and anchored
+    patterns."""
     modules = plain_modules(model)
     config = attachment.config
     assert isinstance(config, LowRank)
@@ -41,31 +40,31 @@ def peft_config(
     by_parameter = [slot.key for slot in slots if slot.parameter is not None]
     layers = {path: cast(LowRankLayer, layer) for path, layer in attachment.layers.items()}
     rank, alpha = config.stored_strength(config.rank, config.alpha)
-    strong = {
+    strength_by_path = {
         path: config.stored_strength(layer.rank, layer.alpha) for path, layer in layers.items()
     }
     use_dora, lora_bias = variant_of(config)
-    written = PeftLoRA(
+    peft_settings = PeftLoRA(
         r=rank,
         lora_alpha=alpha,
         use_rslora=config.rslora,
         use_dora=use_dora,
         lora_bias=lora_bias,
         rank_pattern={
-            f"^{re.escape(slot.key)}": strong[slot.path][0]
+            f"^{re.escape(slot.key)}": strength_by_path[slot.path][0]
             for slot in slots
-            if strong[slot.path][0] != rank
+            if strength_by_path[slot.path][0] != rank
         },
         alpha_pattern={
-            f"^{re.escape(slot.key)}": strong[slot.path][1]
+            f"^{re.escape(slot.key)}": strength_by_path[slot.path][1]
             for slot in slots
-            if strong[slot.path][1] != alpha
+            if strength_by_path[slot.path][1] != alpha
         },
         target_modules=compact(by_module, modules),
         target_parameters=compact(by_parameter, _parameter_paths(modules), longest=2)
         if by_parameter
         else None,
-        # PEFT cannot drop out the input of a parameter and refuses a file that says so
+        # PEFT has no dropout for inputs of parameters and refuses a file with it
         lora_dropout=0.0 if by_parameter else config.dropout,
         bias=config.bias,
         modules_to_save=sorted(attachment.trained) or None,
@@ -73,15 +72,17 @@ def peft_config(
         base_model_name_or_path=name_or_path,
         revision=revision,
     )
-    assert [slot.key for slot in matched_slots(written, modules, head=None)] == [
+    assert [slot.key for slot in matched_slots(peft_settings, modules, head=None)] == [
         s.key for s in _in_order(slots, modules)
     ]
-    return written
+    return peft_settings
 
 
 def compact(paths: Sequence[str], universe: Iterable[str], *, longest: int = 1) -> list[str]:
-    """Names, sorted, that match exactly `paths` among `universe`: endings of up to `longest`
-    segments where everything that ends so is meant, else the full path."""
+    """Returns sorted names that match exactly `paths` among `universe`.
+
+    They are endings of up to `longest` segments if these match nothing else, else full paths.
+    """
     in_all = Counter(ending for path in universe for ending in _endings(path, longest))
     in_paths = Counter(ending for path in paths for ending in _endings(path, longest))
     return sorted(
@@ -108,18 +109,18 @@ def _in_order(slots: Sequence[Slot], modules: Modules) -> list[Slot]:
 
 
 def matched_slots(config: PeftLoRA, modules: Modules, *, head: str | None) -> list[Slot]:
-    """What the settings name on this model by PEFT's rules, in the model's order.
+    """Returns the slots that the settings name on this model by PEFT's rules, in the model's order.
 
     target_modules null (PEFT's default for the architecture) matches nothing here: the caller knows
-    the file's tensors. head: the output head's path, which all-linear leaves out.
+    the file's tensors. head: the output head's path, which all-linear leaves out
     """
     saved, excluded, listed = map(
-        _names, (config.modules_to_save, config.exclude_modules, config.target_modules)
+        _name_matcher, (config.modules_to_save, config.exclude_modules, config.target_modules)
     )
-    parameters = _names(config.target_parameters)
+    parameters = _name_matcher(config.target_parameters)
     slots = []
     for path in modules:
-        if not path or excluded(path) or any(saved(above) for above in _self_and_above(path)):
+        if not path or excluded(path) or any(saved(parent) for parent in _self_and_parents(path)):
             continue
         if (
             _is_target(config, path, listed, modules, head)
@@ -128,14 +129,14 @@ def matched_slots(config: PeftLoRA, modules: Modules, *, head: str | None) -> li
             slots.append(slot)
     for path in filter(parameters, _parameter_paths(modules)):
         owner, _, name = path.rpartition(".")
-        found = slot_of(owner, modules, as_parameter=True) if name == "weight" else None
-        if (found := found or slot_of(path, modules)) is not None:
-            slots.append(found)
+        parameter_slot = slot_of(owner, modules, as_parameter=True) if name == "weight" else None
+        if (parameter_slot := parameter_slot or slot_of(path, modules)) is not None:
+            slots.append(parameter_slot)
     return _in_order(slots, modules)
 
 
-def _names(entries: list[str] | str | None) -> Callable[[str], bool]:
-    """Does a path bear one of the names? A list holds names and endings, a string one regular
+def _name_matcher(entries: list[str] | str | None) -> Callable[[str], bool]:
+    """Returns a function that matches paths. A list holds names and endings, a string one regular
     expression."""
     if isinstance(entries, str):
         return pattern(entries).full
@@ -145,7 +146,7 @@ def _names(entries: list[str] | str | None) -> Callable[[str], bool]:
     return lambda path: any(ending in known for ending in _endings(path, path.count(".") + 1))
 
 
-def _self_and_above(path: str) -> list[str]:
+def _self_and_parents(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
@@ -153,23 +154,32 @@ def _self_and_above(path: str) -> list[str]:
 def _is_target(
     config: PeftLoRA, path: str, listed: Callable[[str], bool], modules: Modules, head: str | None
 ) -> bool:
-    targets, wanted = config.target_modules, config.layers_to_transform
+    targets, layer_filter = config.target_modules, config.layers_to_transform
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return path != head and frozen_linear(modules[path]) is not None
     if not listed(path):
         return False
-    if wanted is None or wanted == [] or isinstance(targets, str) or path in (targets or []):
+    if (
+        layer_filter is None
+        or layer_filter == []
+        or isinstance(targets, str)
+        or path in (targets or [])
+    ):
         return True
     number = _layer_number(config, path)
-    return number is not None and number in ([wanted] if isinstance(wanted, int) else wanted)
+    return number is not None and number in (
+        [layer_filter] if isinstance(layer_filter, int) else layer_filter
+    )
 
 
 def _layer_number(config: PeftLoRA, path: str) -> int | None:
-    """PEFT's reading of a layer's number: the first numbered segment after at least two others, or
-    the one after the layer pattern."""
+    """Returns a layer's number as PEFT reads it.
+
+    It is the first numbered segment after at least two others, or the one after the layer pattern.
+    """
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    searches = [rf"(?:^|.*?\.){each}\.(?P<number>\d+)\." for each in patterns]
+    searches = [rf"(?:^|.*?\.){layer_pattern}\.(?P<number>\d+)\." for layer_pattern in patterns]
     for search in searches or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
         if (match := compiled(search).match(path)) is not None:
             return int(match["number"])
@@ -178,6 +188,8 @@ def _layer_number(config: PeftLoRA, path: str) -> int | None:
 
 @dataclass(frozen=True)
 class Strength:
+    """Rank and alpha of one update."""
+
     rank: int
     alpha: float
 
@@ -186,8 +198,8 @@ class Strength:
 
 
 def strengths(config: PeftLoRA, slots: Sequence[Slot]) -> dict[str, Strength]:
-    """Path -> rank and alpha. Patterns match at the end of a slot's key; the first in the file's
-    order wins."""
+    """Returns rank and alpha by path. Patterns match at the end of a slot's key; the first one
+    wins."""
     ranks, alphas = FirstMatch(config.rank_pattern or {}), FirstMatch(config.alpha_pattern or {})
     return {
         slot.path: Strength(ranks.of(slot.key, config.r), alphas.of(slot.key, config.lora_alpha))
@@ -196,12 +208,12 @@ def strengths(config: PeftLoRA, slots: Sequence[Slot]) -> dict[str, Strength]:
 
 
 def exact_settings(
-    config: PeftLoRA, strong: Mapping[str, Strength], trained: Sequence[str]
+    config: PeftLoRA, strength_by_path: Mapping[str, Strength], trained: Sequence[str]
 ) -> LowRank:
-    """Settings that attach exactly these paths, with the file's ranks and alphas."""
+    """Returns settings that attach exactly these paths, with the file's ranks and alphas."""
     ranks: dict[int, list[str]] = {}
     alphas: dict[float, list[str]] = {}
-    for path, strength in strong.items():
+    for path, strength in strength_by_path.items():
         ranks.setdefault(strength.rank, []).append(path)
         alphas.setdefault(strength.alpha, []).append(path)
     settings = config.method(
@@ -209,7 +221,7 @@ def exact_settings(
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         rslora=config.use_rslora,
-        targets=list(strong),
+        targets=list(strength_by_path),
         rank_pattern={_any_of(paths): rank for rank, paths in ranks.items() if rank != config.r},
         alpha_pattern={
             _any_of(paths): alpha for alpha, paths in alphas.items() if alpha != config.lora_alpha
@@ -217,7 +229,7 @@ def exact_settings(
         bias=config.bias,
         train_modules=list(trained),
     )
-    return config.with_own(settings)
+    return config.with_lora_fields(settings)
 
 
 def _any_of(paths: Sequence[str]) -> str:

@@ -1,12 +1,11 @@
-"""Adapters of mixture-of-experts models from before their experts were fused into one parameter.
+"""Converts adapters of mixture-of-experts models made before experts were fused into one parameter.
 
-    <block>.experts.3.w1.lora_A.weight (R, I)   ->   one update of <block>.experts.gate_up_proj,
-    <block>.experts.down_proj
+<block>.experts.3.w1.lora_A.weight (R, I)   ->   one update of <block>.experts.gate_up_proj,
+<block>.experts.down_proj
 
-The gate and up projections share the fused matrix: their A's stand one above the other, their B's
-on a block diagonal, so the rank is the sum of theirs and the update is the same. What differs in
-scaling is folded into B. Not known here: files, other families than those with the two fused
-parameters.
+The gate and up projections share the fused matrix. Their A's are stacked, their B's form a block
+diagonal, so the rank is the sum of theirs and the update is the same. Differences in scaling are
+folded into B. Not known here: files, families without these two fused parameters.
 """
 
 import math
@@ -37,8 +36,8 @@ _PARTS = {
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One old expert's update: half of the fused rows, A (R, I), B (half O or O, R), its
+class _ExpertUpdate:
+    """The update of one old expert: half of the fused rows, A (R, I), B (half O or O, R), its
     scaling."""
 
     half: int
@@ -50,13 +49,12 @@ class _Piece:
 def fuse_old_experts(
     config: PeftLoRA, tensors: Mapping[str, Tensor], modules: Modules
 ) -> tuple[PeftLoRA, Mapping[str, Tensor]]:
-    """The same adapter in terms of fused experts; unchanged where the file or the model has none.
+    """Converts the adapter to fused experts; unchanged if the file or the model has none.
 
-    An expert without its tensors leaves the old names as they are: they are then told as
-    unexpected.
+    If an expert lacks tensors, the old names stay and are reported as unexpected.
     """
     names = {name: match for name in tensors if (match := _OLD_NAME.fullmatch(name)) is not None}
-    pieces: dict[str, dict[int, list[_Piece]]] = {}
+    updates: dict[str, dict[int, list[_ExpertUpdate]]] = {}
     for name, match in names.items():
         module, part = match["module"], match["part"]
         owner = f"{_new_block(match['block'], modules)}.experts"
@@ -70,43 +68,48 @@ def fuse_old_experts(
             continue
         fused, half = _PARTS[part]
         A, B = tensors[name].float(), tensors[twin].float()
-        piece = _Piece(half, A, B, _scaling(config, module, A.shape[0]))
-        pieces.setdefault(f"{owner}.{fused}", {}).setdefault(int(match["expert"]), []).append(piece)
-    slots = {path: slot for path in pieces if (slot := slot_of(path, modules)) is not None}
-    if not slots or not all(_fits(pieces[path], slot) for path, slot in slots.items()):
+        piece = _ExpertUpdate(half, A, B, _scaling(config, module, A.shape[0]))
+        updates.setdefault(f"{owner}.{fused}", {}).setdefault(int(match["expert"]), []).append(
+            piece
+        )
+    slots = {path: slot for path in updates if (slot := slot_of(path, modules)) is not None}
+    if not slots or not all(_is_complete(updates[path], slot) for path, slot in slots.items()):
         return config, tensors
-    kept = {
+    converted = {
         _renamed(name, modules): tensor for name, tensor in tensors.items() if name not in names
     }
     ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     for path, (name_A, name_B) in tensor_names(list(slots.values()), modules).items():
-        A, B, scaling = _fused(pieces[path], slots[path])
-        kept[name_A], kept[name_B] = flat_factors(A, B)
+        A, B, scaling = _fuse(updates[path], slots[path])
+        converted[name_A], converted[name_B] = flat_factors(A, B)
         rank = A.shape[1]
         pattern = f"^{re.escape(path)}"
         ranks = {pattern: rank} | ranks
         alphas = {pattern: scaling * (math.sqrt(rank) if config.use_rslora else rank)} | alphas
-    listed = config.target_modules if isinstance(config.target_modules, list) else None
+    target_list = config.target_modules if isinstance(config.target_modules, list) else None
     remaining = (
         None
-        if listed is None
-        else [entry for entry in listed if entry.rsplit(".", 1)[-1] not in _PARTS]
+        if target_list is None
+        else [entry for entry in target_list if entry.rsplit(".", 1)[-1] not in _PARTS]
     )
     update = {
-        "target_modules": remaining,  # None: the tensors tell
+        "target_modules": remaining,  # None: the tensors name the targets
         "target_parameters": [*(config.target_parameters or []), *slots],
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    return config.model_copy(update=update), kept
+    return config.model_copy(update=update), converted
 
 
-def _fits(experts: Mapping[int, list[_Piece]], slot: Slot) -> bool:
-    """Every expert is there, with the same halves of the same ranks, and the shapes are those of
-    the model."""
+def _is_complete(experts: Mapping[int, list[_ExpertUpdate]], slot: Slot) -> bool:
+    """Whether every expert has the same halves of equal ranks, with the model's shapes."""
     shapes = {
-        tuple(sorted((piece.half, tuple(piece.A.shape), tuple(piece.B.shape)) for piece in pieces))
-        for pieces in experts.values()
+        tuple(
+            sorted(
+                (update.half, tuple(update.A.shape), tuple(update.B.shape)) for update in updates
+            )
+        )
+        for updates in experts.values()
     }
     if sorted(experts) != list(range(slot.experts)) or len(shapes) != 1:
         return False
@@ -119,20 +122,19 @@ def _fits(experts: Mapping[int, list[_Piece]], slot: Slot) -> bool:
     )
 
 
-def _fused(experts: Mapping[int, list[_Piece]], slot: Slot) -> tuple[Tensor, Tensor, float]:
-    """A (E, R, I), B (E, O, R) with R the sum of the pieces' ranks, and the scaling that all
-    share."""
+def _fuse(experts: Mapping[int, list[_ExpertUpdate]], slot: Slot) -> tuple[Tensor, Tensor, float]:
+    """Returns A (E, R, I), B (E, O, R) with R the sum of the ranks, and the common scaling."""
     scaling = experts[0][0].scaling
     stack_A, stack_B = [], []
     for expert in range(slot.experts):
-        parts = sorted(experts[expert], key=lambda piece: piece.half)
-        A = torch.cat([piece.A for piece in parts])
+        parts = sorted(experts[expert], key=lambda update: update.half)
+        A = torch.cat([update.A for update in parts])
         B = torch.zeros(slot.out_features, A.shape[0])
         column = 0
-        for piece in parts:
-            rows, rank = piece.B.shape
-            B[piece.half * rows : (piece.half + 1) * rows, column : column + rank] = piece.B * (
-                piece.scaling / scaling
+        for update in parts:
+            rows, rank = update.B.shape
+            B[update.half * rows : (update.half + 1) * rows, column : column + rank] = update.B * (
+                update.scaling / scaling
             )
             column += rank
         stack_A.append(A)
@@ -147,7 +149,7 @@ def _scaling(config: PeftLoRA, module: str, rank: int) -> float:
 
 
 def _new_block(block: str, modules: Modules) -> str:
-    """Mixtral's block was called block_sparse_moe."""
+    """Returns the block's current name; Mixtral's was called block_sparse_moe."""
     renamed = (
         block.removesuffix("block_sparse_moe") + "mlp"
         if block.endswith("block_sparse_moe")

@@ -1,23 +1,22 @@
-"""PEFT's layout of a LoRA adapter's tensors, both ways: layers <-> named tensors, and the file's
-exact size.
+"""Converts between LoRA layers and PEFT's named tensors, and computes the file's exact size.
 
-    base_model.model.<module>[.base_layer].lora_A.weight            (R, I)      linear
-    base_model.model.<module>[.base_layer].lora_B.weight            (O, R)
-    base_model.model.<module>[.base_layer].lora_B.bias              (O)         linear: lora_bias
-    base_model.model.<module>.lora_magnitude_vector
-        (O), (D)    linear, embedding: DoRA
-    base_model.model.<module>.lora_embedding_A / _B                 (R, V) / (D, R)
-    base_model.model.<experts>[.base_layer].lora_A.weight
-        (E*R, I)    expert e owns rows e*R ...
-    base_model.model.<experts>[.base_layer].lora_B.weight
-        (O, R*E)    and columns e, e+E, e+2E ...
-    base_model.model.<module>[.base_layer].bias, <module>.<name>
-        values trained in place of the base's own
+base_model.model.<module>[.base_layer].lora_A.weight            (R, I)      linear
+base_model.model.<module>[.base_layer].lora_B.weight            (O, R)
+base_model.model.<module>[.base_layer].lora_B.bias              (O)         linear: lora_bias
+base_model.model.<module>.lora_magnitude_vector
+    (O), (D)    linear, embedding: DoRA
+base_model.model.<module>.lora_embedding_A / _B                 (R, V) / (D, R)
+base_model.model.<experts>[.base_layer].lora_A.weight
+    (E*R, I)    expert e owns rows e*R ...
+base_model.model.<experts>[.base_layer].lora_B.weight
+    (O, R*E)    and columns e, e+E, e+2E ...
+base_model.model.<module>[.base_layer].bias, <module>.<name>
+    values trained in place of the base's own
 
-Parameters (fused experts) are wrapped one after the other in the order the module registers them,
-the first innermost: that one's name has most `.base_layer`. The parameter's own name appears
-nowhere. Not known here: files, settings, what an adapter computes. Shapes: I/O in/out features, R
-rank, V vocabulary, D hidden, E experts. Facts: PEFT 0.21.2, peft/tuners/.
+Parameters (fused experts) are wrapped one after the other in the order in which the module
+registers them. The first is innermost: its name has most `.base_layer`. The parameter's own name
+appears nowhere. Not known here: files, settings, what an adapter computes. Shapes: I/O in/out
+features, R rank, V vocabulary, D hidden, E experts. Facts: PEFT 0.21.2, peft/tuners/.
 """
 
 import json
@@ -44,20 +43,20 @@ DTYPE_NAMES = {
 }
 
 _OLD_EXPERT_NAMES = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
-"""On families with fused experts PEFT takes list targets of these names for the experts of older
-versions of the model and rewrites them; the weight given as a parameter is left alone, and is the
-same update."""
+"""On families with fused experts PEFT mistakes list targets with these names for experts of older
+model versions and rewrites them. It does not rewrite the weight as a parameter, which is the same
+update."""
 
 Modules = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one low-rank update sits, its place in PEFT's naming, and how large its base matrix is.
+    """The place of one low-rank update in PEFT's naming, and the size of its base matrix.
 
-    path       as Attachment.layers names it: the module, for experts the 3-D parameter
+    path       as in Attachment.layers: the module, for experts the 3-D parameter
     owner      the module that PEFT wraps
-    parameter  the parameter PEFT is told, where it is told one; None where it is told the module
+    parameter  the parameter that PEFT's settings name; None if they name the module
     """
 
     path: str
@@ -70,14 +69,14 @@ class Slot:
 
     @property
     def key(self) -> str:
-        """What PEFT matches names and patterns against."""
+        """Returns the string that PEFT matches names and patterns against."""
         return self.owner if self.parameter is None else f"{self.owner}.{self.parameter}"
 
 
 def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot | None:
-    """The slot at a module's or a 3-D parameter's path; None where Veneer adapts nothing.
+    """Returns the slot at a module's or 3-D parameter's path; None if Veneer adapts nothing there.
 
-    as_parameter: the weight of a linear module or a router is told to PEFT as a parameter.
+    as_parameter: PEFT's settings name the weight of a linear module or router as a parameter
     """
     if (module := modules.get(path)) is not None:
         if (linear := frozen_linear(module)) is not None:
@@ -99,10 +98,9 @@ def slot_of(path: str, modules: Modules, *, as_parameter: bool = False) -> Slot 
 
 
 def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
-    """The slots of an attachment's layers, told to PEFT in a way that it does not rewrite.
+    """Returns the slots of an attachment's layers, named such that PEFT does not rewrite them.
 
-    PEFT has no DoRA and no lora_bias of parameters: there a module keeps its name whatever it is
-    called.
+    PEFT has no DoRA and no lora_bias of parameters: then a module always keeps its name.
     """
     fused = attachment.config.two_factors and any(
         expert_parameters(module) for module in modules.values()
@@ -112,7 +110,7 @@ def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
         rewritten = fused and path.rsplit(".", 1)[-1] in _OLD_EXPERT_NAMES
         router = path in modules and matrix_shape(modules[path]) is not None
         slot = slot_of(path, modules, as_parameter=rewritten or router)
-        assert slot is not None, f"{path} is adapted but no slot of this model"
+        assert slot is not None, f"{path} is adapted but not a slot of this model"
         slots.append(slot)
     return slots
 
@@ -121,18 +119,18 @@ def written_slots(attachment: Attachment, modules: Modules) -> list[Slot]:
 
 
 def wrappers(slots: Sequence[Slot], modules: Modules) -> dict[str, list[Slot]]:
-    """Owner -> its slots in the order PEFT wraps them, innermost first."""
-    found: dict[str, list[Slot]] = {}
+    """Maps each owner to its slots in the order in which PEFT wraps them, innermost first."""
+    slots_by_owner: dict[str, list[Slot]] = {}
     for slot in slots:
-        found.setdefault(slot.owner, []).append(slot)
-    for owner, group in found.items():
+        slots_by_owner.setdefault(slot.owner, []).append(slot)
+    for owner, group in slots_by_owner.items():
         order = [name for name, _ in modules[owner].named_parameters(recurse=False)]
         group.sort(key=lambda slot: -1 if slot.parameter is None else order.index(slot.parameter))
-    return found
+    return slots_by_owner
 
 
 def tensor_names(slots: Sequence[Slot], modules: Modules) -> dict[str, tuple[str, str]]:
-    """Path of each slot -> the file's names of A and B, without the prefix."""
+    """Maps the path of each slot to the file's names of A and B, without the prefix."""
     names = {}
     for owner, group in wrappers(slots, modules).items():
         for position, slot in enumerate(group):
@@ -145,20 +143,20 @@ def tensor_names(slots: Sequence[Slot], modules: Modules) -> dict[str, tuple[str
 
 
 def magnitude_name(slot: Slot) -> str:
-    """The file's name of DoRA's row lengths, without the prefix."""
+    """Returns the file's name of DoRA's row lengths, without the prefix."""
     return f"{slot.owner}.lora_magnitude_vector"
 
 
 def offset_name(factors: tuple[str, str]) -> str:
-    """The file's name of lora_bias, from those of A and B."""
+    """Returns the file's name of lora_bias. factors: names of A and B"""
     return factors[1].removesuffix("weight") + "bias"
 
 
 def value_name(path: str, trained: Sequence[str], depth: Mapping[str, int]) -> str:
-    """The file's name of a parameter trained in full, without the prefix.
+    """Returns the file's name of a fully trained parameter, without the prefix.
 
-    trained: fully trained modules, whose parameters keep their names; depth: owner -> how often it
-    is wrapped.
+    trained: fully trained modules, whose parameters keep their names; depth: owner -> number of its
+    wrappers
     """
     module, _, name = path.rpartition(".")
     if any(module == entry or module.startswith(entry + ".") for entry in trained):
@@ -166,17 +164,19 @@ def value_name(path: str, trained: Sequence[str], depth: Mapping[str, int]) -> s
     return module + ".base_layer" * depth.get(module, 0) + f".{name}"
 
 
-def tables(slots: Sequence[Slot], head: str | None) -> dict[str, str]:
-    """Names of frozen tables that PEFT adds by itself -> path of the base's weight: those of
-    adapted embeddings and heads. Veneer does not write them; in a file they must equal the
-    base's."""
-    carried = [slot.owner for slot in slots if slot.kind == "embedding" or slot.owner == head]
-    return {f"{owner}.base_layer.weight": f"{owner}.weight" for owner in carried}
+def frozen_tables(slots: Sequence[Slot], head: str | None) -> dict[str, str]:
+    """Maps names of frozen tables that PEFT adds by itself to the path of the base's weight.
+
+    These belong to adapted embeddings and heads. Veneer does not write them; in a file they must
+    equal the base's.
+    """
+    owners = [slot.owner for slot in slots if slot.kind == "embedding" or slot.owner == head]
+    return {f"{owner}.base_layer.weight": f"{owner}.weight" for owner in owners}
 
 
 def bare_name(name: str) -> tuple[str, bool]:
-    """A name without the prefix, and without an adapter's name where a third party left one in:
-    repaired?"""
+    """Removes the prefix and a leftover adapter name. Returns the name, and whether it was
+    repaired."""
     parts = name.removeprefix(PREFIX).split(".")
     markers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     if (
@@ -192,7 +192,7 @@ def bare_name(name: str) -> tuple[str, bool]:
 
 
 def adapted_modules(names: Iterable[str]) -> list[str]:
-    """The modules that a file's bare names adapt, sorted: told by the last segments alone."""
+    """Returns the modules that a file's bare names adapt, sorted."""
     ends = (".lora_A.weight", ".lora_embedding_A")
     return sorted({name.removesuffix(end) for name in names for end in ends if name.endswith(end)})
 
@@ -201,13 +201,13 @@ def adapted_modules(names: Iterable[str]) -> list[str]:
 
 
 def factor_shapes(slot: Slot, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of A and B in the file."""
+    """Returns the shapes of A and B in the file."""
     rows = rank * slot.experts
     return (rows, slot.in_features), (slot.out_features, rows)
 
 
 def to_file(layer: LowRankLayer) -> tuple[Tensor, Tensor]:
-    """A and B as the file holds them: detached, contiguous, on the CPU."""
+    """Returns A and B as in the file: detached, contiguous, on the CPU."""
     stored = layer.stored()
     A, B = stored["A"], stored["B"]
     if layer.kind == "experts":
@@ -216,13 +216,13 @@ def to_file(layer: LowRankLayer) -> tuple[Tensor, Tensor]:
 
 
 def flat_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (E, R, I), B (E, O, R) -> (E*R, I) expert by expert, (O, R*E) rank by rank."""
+    """Flattens A (E, R, I), B (E, O, R) to (E*R, I) expert by expert, (O, R*E) rank by rank."""
     experts, rank, _ = A.shape
     return A.reshape(experts * rank, -1), B.permute(1, 2, 0).reshape(-1, rank * experts)
 
 
 def from_file(A: Tensor, B: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
-    """A and B as a layer holds them, float32."""
+    """Returns A and B as a layer holds them, float32."""
     if slot.kind == "experts":
         E = slot.experts
         A = A.reshape(E, -1, slot.in_features)
@@ -231,28 +231,29 @@ def from_file(A: Tensor, B: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
 
 
 def file_tensors(attachment: Attachment, model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the file by its full name; model: the one the adapter is attached to."""
+    """Returns every tensor of the file by its full name. model: the adapter's"""
     modules = plain_modules(model)
     slots = written_slots(attachment, modules)
-    found = {}
+    tensors = {}
     names = tensor_names(slots, modules)
     for slot in slots:
         layer = cast(LowRankLayer, attachment.layers[slot.path])
         for name, factor in zip(names[slot.path], to_file(layer), strict=True):
-            found[PREFIX + name] = factor
+            tensors[PREFIX + name] = factor
         if (offset := layer.stored().get("offset")) is not None:
-            found[PREFIX + offset_name(names[slot.path])] = offset.contiguous().cpu()
+            tensors[PREFIX + offset_name(names[slot.path])] = offset.contiguous().cpu()
         if (magnitude := layer.stored().get("magnitude")) is not None:
-            found[PREFIX + magnitude_name(slot)] = magnitude.contiguous().cpu()
+            tensors[PREFIX + magnitude_name(slot)] = magnitude.contiguous().cpu()
     depth = {owner: len(group) for owner, group in wrappers(slots, modules).items()}
     for path, value in attachment.values.items():
         name = value_name(path, attachment.trained, depth)
-        found[PREFIX + name] = value.detach().contiguous().cpu()
-    return found
+        tensors[PREFIX + name] = value.detach().contiguous().cpu()
+    return tensors
 
 
 def tensor_file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Exact size of the safetensors file: 8 bytes, the header padded to 8, the values."""
+    """Computes the exact size of the safetensors file: 8 bytes, the header padded to 8, the
+    values."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
     entries: dict[str, object] = dict(header)
     for name, tensor in sorted(

@@ -1,12 +1,12 @@
-"""Rows of tokens that an adapter brings, beside what its method stores: PEFT's trainable tokens,
-whatever the method.
+"""Reads and writes the rows of an adapter's new tokens as PEFT's trainable tokens, for every
+method.
 
-    adapter_config.json          trainable_token_indices: {<module>: [ids]}, or PEFT's short [ids]:
-                                 of the embedding
-    adapter_model.safetensors    base_model.model.<module>.token_adapter.trainable_tokens_delta
-                                 (n, D) float32
+adapter_config.json          trainable_token_indices: {<module>: [ids]}, or PEFT's short [ids]:
+                             of the embedding
+adapter_model.safetensors    base_model.model.<module>.token_adapter.trainable_tokens_delta
+                             (n, D) float32
 
-The tensor holds rows, in the order of the ids, whatever its name says. A tied head has no tensor of
+The tensor holds whole rows in the order of the ids, despite its name. A tied head has no tensor of
 its own. Not known here: the tokens' texts (manifest.py). Facts: PEFT 0.21.2,
 peft/tuners/trainable_tokens/layer.py.
 """
@@ -29,12 +29,13 @@ from veneer.formats.peft.tensors import PREFIX
 KEY = "trainable_token_indices"
 ENDING = ".token_adapter.trainable_tokens_delta"
 MOST = 100_000
-"""Tokens of one file."""
+"""Most tokens of one file."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """ids: of the rows; modules: that have such rows, by names or endings; (): the embedding."""
+    """New tokens in a file. ids: of the rows; modules: with such rows, by name or ending; (): the
+    embedding"""
 
     ids: tuple[int, ...]
     modules: tuple[str, ...]
@@ -42,8 +43,11 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TokenFit:
-    """values: by their names among Attachment.parameters(). head: whether they are rows of the head
-    too."""
+    """Where token rows go on a model.
+
+    values: by their names among Attachment.parameters(); head: whether the output head uses them
+    too
+    """
 
     values: dict[str, Tensor] = field(default_factory=dict)
     head: bool = True
@@ -51,39 +55,42 @@ class TokenFit:
 
 
 def token_settings(attachment: Attachment) -> dict[str, Any]:
-    """What adapter_config.json says of them."""
+    """Returns the tokens' entry of adapter_config.json."""
     if (tokens := attachment.tokens) is None:
         return {}
     return {KEY: {path: list(tokens.ids) for path in tokens.places}}
 
 
 def token_tensors(attachment: Attachment) -> dict[str, Tensor]:
+    """Returns the tokens' rows by their full names."""
     if (tokens := attachment.tokens) is None:
         return {}
     return {
-        f"{PREFIX}{path}{ENDING}": each.rows.detach().contiguous().cpu()
-        for path, each in tokens.places.items()
+        f"{PREFIX}{path}{ENDING}": rows.rows.detach().contiguous().cpu()
+        for path, rows in tokens.places.items()
     }
 
 
 def read_tokens(path: Path, stored: Mapping[str, Any]) -> TokenFile | None:
-    """stored: the content of adapter_config.json at `path`. None: no tokens. Raises
-    CorruptFileError, RefusedError."""
-    named = stored.get(KEY)
-    if not named:
+    """Reads the tokens' entry. stored: content of adapter_config.json at `path`
+
+    Returns None if there are no tokens. Raises CorruptFileError, RefusedError.
+    """
+    entry = stored.get(KEY)
+    if not entry:
         return None
-    lists = list(named.values()) if isinstance(named, dict) else [named]
+    lists = list(entry.values()) if isinstance(entry, dict) else [entry]
     if not all(
         isinstance(ids, list) and all(TOKEN.holds(i) and type(i) is int for i in ids)
         for ids in lists
     ):
         raise CorruptFileError(
-            f"{path}: {KEY} holds no lists of token ids", [], "Restore the file."
+            f"{path}: {KEY} does not hold lists of token ids", [], "Restore the file."
         )
     if any(ids != lists[0] for ids in lists):
         raise RefusedError(
-            f"{path}: {KEY} names other tokens for one module than for another",
-            [f"{name}: {len(ids)} tokens" for name, ids in named.items()],
+            f"{path}: {KEY} names different tokens for different modules",
+            [f"{name}: {len(ids)} tokens" for name, ids in entry.items()],
             "Train it again with the same tokens for all of them.",
         )
     ids = tuple(lists[0])
@@ -91,11 +98,11 @@ def read_tokens(path: Path, stored: Mapping[str, Any]) -> TokenFile | None:
         raise CorruptFileError(
             f"{path}: {KEY} holds {len(ids):,} ids, {len(set(ids)):,} of them different"
         )
-    return TokenFile(ids, tuple(named) if isinstance(named, dict) else ())
+    return TokenFile(ids, tuple(entry) if isinstance(entry, dict) else ())
 
 
-def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By bare names: what the method stored, and the rows of tokens."""
+def split_token_rows(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Splits tensors by bare names into the method's own and the rows of tokens."""
     rows = {name: tensor for name, tensor in tensors.items() if name.endswith(ENDING)}
     return {name: tensor for name, tensor in tensors.items() if name not in rows}, rows
 
@@ -103,7 +110,7 @@ def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 def fit_tokens(
     file: TokenFile | None, rows: Mapping[str, Tensor], model: nn.Module, head: nn.Module | None
 ) -> TokenFit | None:
-    """Where they go on a model; rows: by bare names. None: there are none."""
+    """Finds where token rows go on a model; rows: by bare names. Returns None if there are none."""
     if file is None:
         return (
             TokenFit(faults=[f"{name}: {KEY} does not name it" for name in sorted(rows)])
@@ -112,21 +119,23 @@ def fit_tokens(
         )
     paths = {id(module): path for path, module in plain_modules(model).items()}
     table: Any = unwrapped(model.get_input_embeddings())  # type: ignore[operator]
-    own: Any = None if head is None else unwrapped(head)
-    embedding, last = paths[id(table)], paths.get(id(own))
-    tied = own is not None and getattr(own, "weight", None) is table.weight
-    faults, named = [], [] if file.modules else [embedding]
+    plain_head: Any = None if head is None else unwrapped(head)
+    embedding, head_path = paths[id(table)], paths.get(id(plain_head))
+    tied = plain_head is not None and getattr(plain_head, "weight", None) is table.weight
+    faults, module_paths = [], [] if file.modules else [embedding]
     for module in file.modules:
-        found = [path for path in (embedding, last) if path is not None and ends_with(path, module)]
-        if not found:
+        matches = [
+            path for path in (embedding, head_path) if path is not None and ends_with(path, module)
+        ]
+        if not matches:
             faults.append(
                 f"{KEY} names {module}, which is neither the embedding ({embedding}) nor the head"
-                f" ({last})"
+                f" ({head_path})"
             )
-        named += found
-    if embedding not in named and not faults:
-        faults.append(f"{KEY} names the head alone: its tokens could not be read")
-    expected = {f"{path}{ENDING}" for path in named if not (tied and path == last)}
+        module_paths += matches
+    if embedding not in module_paths and not faults:
+        faults.append(f"{KEY} names only the head: the model could not read these tokens")
+    expected = {f"{path}{ENDING}" for path in module_paths if not (tied and path == head_path)}
     shape = (len(file.ids), table.weight.shape[1])
     for name in sorted(expected | rows.keys()):
         if name not in rows:
@@ -140,4 +149,4 @@ def fit_tokens(
     values = {
         f"{name.removesuffix(ENDING)}.{PART}": rows[name].float() for name in sorted(expected)
     }
-    return TokenFit(values, tied or last in named)
+    return TokenFit(values, tied or head_path in module_paths)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from veneer.adapters.placement.attachment import Attachment
 from veneer.decoding.schedule.adapters import front_places, lay_out
-from veneer.errors import CorruptFileError, RefusedError, VeneerError, told_as
+from veneer.errors import CorruptFileError, RefusedError, VeneerError, hide_path
 from veneer.files.home import name_of
-from veneer.formats.adapter import load_adapter
+from veneer.formats.loading import load_adapter
 from veneer.kernels.bindings.library import end_helpers
 from veneer.library.residents.memory import bytes_needed, bytes_of, hold_as, read_version
 from veneer.library.residents.resident import VersionFiles
@@ -28,7 +28,7 @@ def load_version(base: FrozenBase, files: VersionFiles, number: int) -> LoadedAd
     Every error is a VeneerError that calls the version by its reference.
     """
     try:
-        with told_as(files.folder, files.reference), told_as(base.source, name_of(base.source)):
+        with hide_path(files.folder, files.reference), hide_path(base.source, name_of(base.source)):
             return _attach(base, files, f"{files.reference} #{number}")
     except VeneerError:
         raise
@@ -49,8 +49,8 @@ def _attach(base: FrozenBase, files: VersionFiles, name: str) -> LoadedAdapter:
     base_name = stored.name_or_path or name
     with (
         base.routing.changing,
-        told_as(name, files.reference),
-        told_as(base_name, name_of(base_name)),
+        hide_path(name, files.reference),
+        hide_path(base_name, name_of(base_name)),
     ):
         attachment = load_adapter(base, stored, name=name, take=True)
     try:

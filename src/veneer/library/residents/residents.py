@@ -25,10 +25,10 @@ from veneer.errors import (
     CorruptFileError,
     UnknownNameError,
     VeneerError,
-    told_as,
+    hide_path,
 )
 from veneer.files.home import name_of
-from veneer.formats.adapter import Front, read_front
+from veneer.formats.adapter import AdapterSummary, read_summary
 from veneer.formats.header_fit import header_faults
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
 from veneer.library.library import Entry, Library
@@ -68,7 +68,7 @@ class Residents:
         self._meant: dict[str, str] = {}  # reference -> the content it last meant
         self._pins: set[str] = set()  # references
         self._preambles: dict[Path, Preamble] = {}  # folders are named by their content
-        self._fronts: dict[Path, Front] = {}
+        self._fronts: dict[Path, AdapterSummary] = {}
         self._fit: dict[str, bool] = {}  # object's hash -> whether it fits this base
         with base.routing.changing:
             self._plain, self._read_past = plain_copy(base.model), base.read_past
@@ -128,13 +128,13 @@ class Residents:
         )
         return sum(front.places for front in fronts)
 
-    def _front(self, files: VersionFiles) -> Front:
+    def _front(self, files: VersionFiles) -> AdapterSummary:
         if (front := self._fronts.get(files.folder)) is not None:
             return front
         try:
-            front = read_front(files.folder)
+            front = read_summary(files.folder)
         except VeneerError:
-            return Front()
+            return AdapterSummary()
         self._remember(self._fronts, files.folder, front)
         return front
 
@@ -148,7 +148,7 @@ class Residents:
         preamble = self._preambles.get(files.folder)
         if preamble is None:
             manifest = files.folder / MANIFEST_NAME
-            with told_as(files.folder, files.reference):
+            with hide_path(files.folder, files.reference):
                 preamble = read_manifest(manifest).preamble if manifest.is_file() else NONE
             self._remember(self._preambles, files.folder, preamble)
         return preamble

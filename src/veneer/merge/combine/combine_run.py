@@ -15,7 +15,7 @@ from veneer.bases.loading.without_weights import load_skeleton
 from veneer.bounds import check_weights
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import StoredAdapter, read_adapter, write_adapter
-from veneer.formats.same_base import other_base
+from veneer.formats.same_base import base_differences
 from veneer.merge.combine.adapters import (
     PlacedAdapter,
     attachment_of,
@@ -150,7 +150,7 @@ def _base_values(
         (format_name for format_name in get_args(Quantize) if formats == {format_name}), None
     )
     loaded = load_base(base, dtype="stored", device="cpu", quantize=quantize)
-    if faults := [fault for manifest in manifests for fault in other_base(manifest, loaded)]:
+    if faults := [fault for manifest in manifests for fault in base_differences(manifest, loaded)]:
         raise AdapterMismatchError(
             f"modules trained in full are added to the base's weights, and {base} is another base"
             " than theirs",

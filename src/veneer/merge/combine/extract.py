@@ -23,7 +23,8 @@ from veneer.bases.identity.fingerprint import tokenizer_hash
 from veneer.bounds import ENERGY, RANK, check_numbers
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import AdapterMismatchError, ConfigError, RefusedError
-from veneer.formats.adapter import load_adapter, manifest_for, write_adapter
+from veneer.formats.adapter import manifest_for, write_adapter
+from veneer.formats.loading import load_adapter
 from veneer.linear import frozen_linear, is_transposed_linear
 from veneer.merge.combine.adapters import attachment_of
 from veneer.merge.combine.combine import FactorPair

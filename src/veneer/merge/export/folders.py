@@ -87,7 +87,7 @@ def export_vllm(
     notes = [] if rank <= VLLM_DEFAULT_RANK else [f"start vLLM with --max-lora-rank {rank}"]
     needed_rank = rank if notes else None
     written = write_adapter(
-        out, attachment, manifest, model=skeleton.model, beside=other_files(needed_rank)
+        out, attachment, manifest, model=skeleton.model, more_files=other_files(needed_rank)
     )
     return ExportReport(Path(out), written.bytes, notes, rank=needed_rank)
 

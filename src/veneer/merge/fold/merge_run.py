@@ -19,7 +19,8 @@ from veneer.bases.gguf.convert import read_header
 from veneer.bases.names.sources import gguf_file
 from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.errors import ConfigError
-from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
+from veneer.formats.adapter import StoredAdapter, read_adapter
+from veneer.formats.loading import load_adapter
 from veneer.library.names import said_of
 from veneer.merge.fold.folder import DtypeChoice, MergeReport, merge_into_folder
 from veneer.merge.fold.verify import ReferenceLogits, limited, reference, text_rows

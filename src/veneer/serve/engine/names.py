@@ -21,7 +21,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from veneer.decoding.schedule.blocks import Identity
-from veneer.errors import ConfigError, UnknownNameError, VeneerError, told_as
+from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
 from veneer.library.library import Entry, Library
 from veneer.library.names import is_name, is_reference, nearest
 from veneer.serve.limits import MAX_ALIASES
@@ -221,7 +221,7 @@ class ModelNames:
         if adapter == self.base_name != reference:
             raise Refusal(400, BASE_STAYS.format(adapter), "lora_name")
         try:
-            with told_as(self._library.folder, "the library"):
+            with hide_path(self._library.folder, "the library"):
                 self._library.get(reference)
         except ConfigError as fault:
             raise unknown_adapter(fault) from None

@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.template.new_tokens import extended
-from veneer.data.template.rendering import forgive
+from veneer.data.template.rendering import retry_refused
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding.tool_calls.calls import CallStyle
 from veneer.errors import VeneerError
@@ -113,7 +113,7 @@ class Prompts:
             raise Refusal(400, NO_TOOLS, "tools")
         messages = preamble.opening(prompt.messages)
         self._check_length(sum(len(str(message["content"])) for message in messages))
-        forgive()  # another conversation may have crashed it
+        retry_refused()  # another conversation may have crashed it
         template = (
             self._template(preamble.tokens)
             .on(date.today())

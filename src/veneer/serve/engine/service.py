@@ -17,7 +17,7 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.bases.stop_tokens import stop_token_ids
 from veneer.decoding.engine import Engine
 from veneer.decoding.sampling.grammar import Grammar, Grammars
-from veneer.errors import UnknownNameError, VeneerError, told_as
+from veneer.errors import UnknownNameError, VeneerError, hide_path
 from veneer.library.residents.resident import Tier
 from veneer.library.residents.residents import Residents
 from veneer.models.capacity import capacity_of
@@ -135,7 +135,7 @@ class Service:
         """
         with ExitStack() as blocks:
             for folder, name in self._folders:
-                blocks.enter_context(told_as(folder, name))
+                blocks.enter_context(hide_path(folder, name))
             yield
 
     async def model(self, name: str, weighted: tuple[tuple[str, float], ...] = ()) -> ServedModel:

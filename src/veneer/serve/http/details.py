@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import told_as
+from veneer.errors import hide_path
 from veneer.formats.adapter import read_adapter
 from veneer.formats.norms import Angle, angle, by_kind, updates
 from veneer.library.library import Entry, Library
@@ -74,7 +74,7 @@ def _angle(one: Path, other: Path) -> Angle:
 @contextmanager
 def _name_in_errors(library: Library, entry: Entry) -> Iterator[None]:
     folder = library.objects / entry.version.object
-    with told_as(library.folder, "the library"), told_as(folder, entry.reference):
+    with hide_path(library.folder, "the library"), hide_path(folder, entry.reference):
         yield
 
 

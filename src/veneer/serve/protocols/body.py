@@ -121,7 +121,7 @@ class Num:
         if self.bounds.kind is int and isinstance(value, float) and value.is_integer():
             number = int(value)
         if not self.bounds.holds(number):
-            raise invalid([((), f"{brief(value)} is not {self.bounds.said}")])
+            raise invalid([((), f"{brief(value)} is not {self.bounds.description}")])
         return number
 
 

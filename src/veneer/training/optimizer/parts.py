@@ -206,7 +206,7 @@ class FlatShards:
             self._receive(group.place, part, owner)
 
     def publish(self) -> None:
-        self.shards.let_go()
+        self.shards.release()
         for group in self._groups:
             group.publish(self.values.data[group.place])
 
@@ -224,7 +224,7 @@ class FlatShards:
         for group in self._replicated:
             for parameter in group.parameters:
                 parameter.data = parameter.data.clone()
-        self.shards.give_back(keep=self.world.leads)
+        self.shards.unshard(keep=self.world.leads)
         self.values.data = self.gradient
 
     def whole(self, own: Tensor) -> Tensor | SplitTensor:

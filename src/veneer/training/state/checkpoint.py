@@ -118,7 +118,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """Reads a checkpoint's state.json. Earlier versions wrote a model's answer unchanged, even a
     NUL.
     """
-    return read_json(path / "state.json", mend=True)
+    return read_json(path / "state.json", repair=True)
 
 
 def load_values(path: Path) -> Tensor:

@@ -21,8 +21,9 @@ from veneer.adapters.placement.attachment import Attachment
 from veneer.adapters.placement.token_rows import AddedTokens
 from veneer.adapters.preamble import NONE, shared
 from veneer.data.examples import Example
-from veneer.errors import AdapterMismatchError, ConfigError, told_as
-from veneer.formats.adapter import StoredAdapter, load_adapter, read_adapter
+from veneer.errors import AdapterMismatchError, ConfigError, hide_path
+from veneer.formats.adapter import StoredAdapter, read_adapter
+from veneer.formats.loading import load_adapter
 from veneer.library.library import Library
 from veneer.merge.combine.adapters import refuse_no_sum
 from veneer.merge.combine.combine import Recipe
@@ -117,7 +118,7 @@ def _from_parents(
     set_by_user = _settings_set(config)
     with tempfile.TemporaryDirectory(prefix="veneer-") as scratch:
         source = _combine_parents(config, stored, set_by_user, Path(scratch) / "sum")
-        with told_as(_PARENT, " + ".join(parent.adapter for parent in config.from_adapter)):
+        with hide_path(_PARENT, " + ".join(parent.adapter for parent in config.from_adapter)):
             old = load_adapter(base, source, name=_PARENT)
         try:
             settings = _merge_settings(old.config, set_by_user)

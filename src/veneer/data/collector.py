@@ -1,0 +1,72 @@
+"""Collects the examples of a run, set by set, and what all of them have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from veneer.data.checks.tally import Tally
+from veneer.data.examples import Example, Row
+
+
+@dataclass(frozen=True)
+class SetSize:
+    """Number of rows, examples and tokens that one set contributes to a run."""
+
+    name: str
+    rows: int
+    examples: int
+    tokens: int
+
+
+@dataclass
+class ExampleCollector:
+    """Collects rows and their examples, in the same order; each row ends where its example ends."""
+
+    tally: Tally
+    rows: list[Row] = field(default_factory=list)
+    sets: list[SetSize] = field(default_factory=list)
+    chats: bool = False
+    """Whether any row has messages, which a template renders."""
+    _examples: list[Example] = field(default_factory=list)
+    _systems: set[str | None] = field(default_factory=set)
+    _counted: tuple[int, int, int] = (0, 0, 0)
+    _tokens: int = 0
+
+    def add(self, row: Row, parts: Sequence[tuple[Row, Example]]) -> None:
+        """Adds a row's examples, each with the part of the row that it covers."""
+        self.tally.add(row, [example for _, example in parts])
+        self._tokens += sum(len(example.ids) for _, example in parts)
+        if row.messages and len(self._systems) < 2:
+            self._systems |= {_system_of(part) for part, _ in parts}
+        self.chats |= bool(row.messages)
+        self.keep(parts)
+
+    def keep(self, parts: Sequence[tuple[Row, Example]]) -> None:
+        for row, example in parts:
+            self.rows.append(row)
+            self._examples.append(example)
+
+    def end_set(self, name: str) -> None:
+        """Ends a set: the rows since the last call belong to it."""
+        totals = self.tally.rows, len(self.tally), self._tokens
+        self.sets.append(
+            SetSize(
+                name, *(total - before for total, before in zip(totals, self._counted, strict=True))
+            )
+        )
+        self._counted = totals
+
+    def close(self) -> Sequence[Example]:
+        return self._examples
+
+    @property
+    def common_system(self) -> str | None:
+        """Returns the system message that all conversations begin with, if there is one."""
+        return next(iter(self._systems)) if len(self._systems) == 1 else None
+
+
+def _system_of(row: Row) -> str | None:
+    """Returns the system message that the row begins with."""
+    first = row.messages[0] if row.messages else {}
+    return first["content"] if first.get("role") == "system" else None

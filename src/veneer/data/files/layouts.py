@@ -1,0 +1,176 @@
+"""Recognises the layout of rows by their columns, and suggests renames where none fits."""
+
+from __future__ import annotations
+
+from array import array
+from functools import lru_cache
+from typing import get_args
+
+from veneer.data.examples import Format, Problem, Row, RowFault
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+NEEDS: dict[Format, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+# Beside `text`, these columns describe its origin. Any other column may be what the user wants to
+# train on (a label, an answer), and plain text would silently leave it out.
+_METADATA = frozenset(
+    """
+    id uuid idx index source src url meta metadata title timestamp date created added dump
+    file_path path author language lang language_score token_count num_tokens tokens score
+    license split dataset subset unfinished
+    """.split()
+)
+_PROMPT_LIKE = (
+    "question",
+    "query",
+    "input",
+    "instruction",
+    "context",
+    "sentence",
+    "source",
+    "user",
+    "text",
+)
+_ANSWER_LIKE = (
+    "answer",
+    "response",
+    "output",
+    "target",
+    "label",
+    "category",
+    "intent",
+    "class",
+    "summary",
+    "ref",
+)
+LAYOUTS = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in NEEDS.items())
+
+
+@lru_cache(maxsize=4096)
+def detect(columns: frozenset[str]) -> Format:
+    """Recognises the layout by a row's columns. Raises RowFault if none or more than one fits.
+
+    A text column loses to any other layout (tables often carry the rendered text along), and alone
+    it counts only if every other column is known to describe the text's origin.
+    """
+    fitting = [name for name in FORMATS if name != "text" and columns.issuperset(NEEDS[name])]
+    shown = ", ".join(name[:40] for name in sorted(columns)[:12]) + (
+        ", …" if len(columns) > 12 else ""
+    )
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise RowFault(
+            "D107",
+            f"columns {shown} fit {' and '.join(fitting)}",
+            "Say which layout is meant: format: " + fitting[0],
+        )
+    if "text" in columns:
+        others = sorted(columns - _METADATA - {"text"})
+        if not others:
+            return "text"
+        raise RowFault(
+            "D107",
+            f"columns {shown}: plain text would leave out {', '.join(others)}",
+            f"{_suggest_renames(columns)}, or train on the text alone with format: text",
+        )
+    if columns >= _PREFERENCE:
+        raise RowFault(
+            "D107",
+            f"columns {shown} are pairs of a good and a bad answer",
+            _explain_preferences(columns),
+        )
+    if (partial := [name for name in FORMATS if not columns.isdisjoint(NEEDS[name])]) and len(
+        partial
+    ) == 1:
+        missing = ", ".join(name for name in NEEDS[partial[0]] if name not in columns)
+        renames = columns - set(NEEDS[partial[0]]) - _METADATA
+        raise RowFault(
+            "D107",
+            f"columns {shown}: format {partial[0]} also needs {missing}, which is missing or empty"
+            " in the row",
+            (
+                f"{_suggest_renames(columns)}. Layouts: {LAYOUTS}"
+                if renames
+                else "Fill it in, or leave such rows out."
+            ),
+        )
+    raise RowFault(
+        "D107",
+        (
+            f"columns {shown} are not recognised"
+            if columns
+            else "the row has no columns with values"
+        ),
+        f"{_suggest_renames(columns)}. Layouts: {LAYOUTS}",
+    )
+
+
+_PREFERENCE = {"chosen", "rejected"}
+
+
+def _explain_preferences(columns: frozenset[str]) -> str:
+    """Says how to train on the good answers of preference pairs."""
+    name = "completion" if "prompt" in columns else "messages"
+    return (
+        "No preference method (DPO, ORPO, KTO) is offered. Train on the good answers only: "
+        f"--map chosen={name} --map rejected=null"
+    )
+
+
+def _suggest_renames(columns: frozenset[str]) -> str:
+    """Suggests which columns could be prompt and completion."""
+    answer = next((name for name in ("completion", *_ANSWER_LIKE) if name in columns), None)
+    prompt = next(
+        (name for name in ("prompt", *_PROMPT_LIKE) if name in columns and name != answer), None
+    )
+    if answer is not None and prompt is None and len(columns) == 2:
+        (prompt,) = columns - {answer}
+    pairs = [(prompt, "prompt"), (answer, "completion")]
+    steps = [
+        f"'{old}' to 'prompt'" if new == "prompt" else f"'{old}' to 'completion'"
+        for old, new in pairs
+        if old
+    ]
+    if len(steps) < 2:
+        instruction = (
+            "Name the column with the question 'prompt' and the one with the answer 'completion'"
+        )
+        first, second = sorted(columns) if len(columns) == 2 else ("COLUMN", "COLUMN")
+        return (
+            f"{instruction}: in the file, or for instance by --map {first}=prompt"
+            f" --map {second}=completion"
+        )
+    renamed = [step for step, (old, new) in zip(steps, pairs, strict=True) if old != new]
+    return "To train on answers, rename column " + " and ".join(renamed)
+
+
+class RowLayouts:
+    """Counts the layouts of a set's rows and keeps their lines, eight bytes a row."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Format, array[int]] = {}
+        self._file = ""
+
+    def add(self, row: Row) -> None:
+        self._file = row.ref.file
+        self._lines.setdefault(row.format, array("q")).append(row.ref.line)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(lines) for name, lines in self._lines.items()}
+
+    def problems(self) -> list[Problem]:
+        """Reports each layout if there are several."""
+        if len(self._lines) < 2:
+            return []
+        step = "Put each layout into a file of its own."
+        return [
+            Problem("D108", self._file, f"{len(lines):,} rows are {name}", tuple(lines), step)
+            for name, lines in self._lines.items()
+        ]
