@@ -100,8 +100,8 @@ def _held_out(manifest: Manifest) -> str:
         rows += _change_rows(f"held-out loss of {name}", set_figures)
     return (
         _table(("figure", "value", "95% interval"), rows)
-        + f"\nNats per token over {held_out.rows:,} rows and {held_out.tokens:,} tokens held out,"
-        " measured by training, which kept the step with the lowest such loss."
+        + f"\nNats per token over {held_out.rows:,} rows, {held_out.tokens:,} tokens, that were"
+        " held out of training, which kept the step with the lowest such loss."
         " The change is on the same rows.\n"
     )
 
