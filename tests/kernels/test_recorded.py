@@ -21,7 +21,7 @@ from veneer.decoding.lanes import Lane
 from veneer.decoding.schedule.adapters import FixedAdapters
 from veneer.decoding.schedule.sequence import Request
 from veneer.execution import ends, recorded
-from veneer.execution.recorded import Steps, _Recorded
+from veneer.execution.recorded import RecordedSteps, _RecordedStep
 from veneer.kernels.bindings import dense_calls, step_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
@@ -88,12 +88,14 @@ def steps_of(base, identities, monkeypatch, between=None, new=40, joins=False):
 
 
 def recorded_of(base):
-    return [] if decode_step_of(base)._parts is None else decode_step_of(base)._parts.steps._kept
+    return [] if decode_step_of(base)._parts is None else decode_step_of(base)._parts.steps._steps
 
 
 def never(patch):
-    patch.setattr(Steps, "computed", lambda steps, inputs, laid, rest, *_: rest(inputs, laid))
-    patch.setattr(Steps, "whole", lambda *_: None)
+    patch.setattr(
+        RecordedSteps, "compute", lambda _, inputs, laid, layers, *__: layers(inputs, laid)
+    )
+    patch.setattr(RecordedSteps, "logits", lambda *_: None)
 
 
 def same(some, others):
@@ -132,14 +134,14 @@ def test_adapted_layers_of_one_input_are_one_call_and_give_what_each_gives(dtype
 
 def whole_steps(monkeypatch):
     """Of how many rows each step was that one call computed, from ids to logits."""
-    rows, right = [], _Recorded.whole
+    rows, right = [], _RecordedStep.logits
 
     def noted(own, ids, laid):
         found = right(own, ids, laid)
         rows.extend([] if found is None else [len(ids)])
         return found
 
-    monkeypatch.setattr(_Recorded, "whole", noted)
+    monkeypatch.setattr(_RecordedStep, "logits", noted)
     return rows
 
 
@@ -171,7 +173,7 @@ def test_a_mix_of_updates_is_one_call_too_and_what_acts_around_the_layers_is_not
 
 @pytest.mark.parametrize("how", ["embedding", "head", "listener", "angles"])
 def test_what_is_exchanged_around_the_layers_is_seen(how, monkeypatch):
-    monkeypatch.setattr(recorded, "UNSEEN", 1)
+    monkeypatch.setattr(recorded, "UNCHECKED", 1)
 
     def exchange(base):
         inner = base.model.model
@@ -205,7 +207,7 @@ def test_what_computes_otherwise_is_never_recorded(monkeypatch):
 
 
 def test_who_begins_to_listen_is_heard(monkeypatch):
-    monkeypatch.setattr(recorded, "UNSEEN", 1)
+    monkeypatch.setattr(recorded, "UNCHECKED", 1)
     base, heard = based(), []
     module = base.model.model.layers[1].mlp.up_proj
     steps_of(
@@ -218,7 +220,7 @@ def test_who_begins_to_listen_is_heard(monkeypatch):
     "how", ["another parameter", "other memory", "another module", "another adapter"]
 )
 def test_what_is_exchanged_is_seen(how, monkeypatch):
-    monkeypatch.setattr(recorded, "UNSEEN", 1)
+    monkeypatch.setattr(recorded, "UNCHECKED", 1)
 
     def exchange(base):
         layer = base.model.model.layers[1]
@@ -258,7 +260,7 @@ def test_what_is_exchanged_under_answers_is_seen_after_some_steps_or_when_anothe
         for n, (some, others) in enumerate(zip(found, kept, strict=True))
         if not torch.equal(some, others)
     )
-    assert first == 10 if joins else 10 < first < 10 + recorded.UNSEEN
+    assert first == 10 if joins else 10 < first < 10 + recorded.UNCHECKED
 
 
 def test_calls_are_replayed_over_what_is_in_memory_now():
@@ -367,9 +369,9 @@ def traffic(engine, identities, monkeypatch, count=24, flight=6):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_recording_serves_prompts_and_answers_of_all_mixes_to_the_bit(dtype, monkeypatch):
     base, identities = with_many(dtype)
-    steps, right = [], _Recorded._laid_out
+    steps, right = [], _RecordedStep._prepare
     monkeypatch.setattr(
-        _Recorded, "_laid_out", lambda own, *given: steps.append(1) or right(own, *given)
+        _RecordedStep, "_prepare", lambda own, *given: steps.append(1) or right(own, *given)
     )
     found = traffic(engine_of(base, identities), identities, monkeypatch)
     (only,) = recorded_of(base)
@@ -438,7 +440,7 @@ def test_who_finds_a_recording_taken_computes_in_python(monkeypatch):
     taken, done = threading.Event(), threading.Event()
 
     def hold():
-        with decode_step_of(base)._parts.steps.taken() as free:
+        with decode_step_of(base)._parts.steps.leased() as free:
             assert free
             taken.set()
             done.wait(60)
@@ -447,7 +449,7 @@ def test_who_finds_a_recording_taken_computes_in_python(monkeypatch):
     thread.start()
     taken.wait(60)
     with monkeypatch.context() as patch:
-        patch.setattr(_Recorded, "_laid_out", lambda *_: pytest.fail("of another thread"))
+        patch.setattr(_RecordedStep, "_prepare", lambda *_: pytest.fail("of another thread"))
         found = traffic(engine_of(base, identities), identities, monkeypatch)
     done.set()
     thread.join()
@@ -528,8 +530,10 @@ def test_more_updates_than_a_call_takes_are_computed_otherwise(monkeypatch):
     expected = traffic(engine_of(base, identities), identities, monkeypatch)
     monkeypatch.setattr(dense_calls, "MOST_UPDATES", 3)
     monkeypatch.setattr(few_rows, "MOST_UPDATES", 3)
-    given, right = [], _Recorded._laid_out
-    monkeypatch.setattr(_Recorded, "_laid_out", lambda *own: given.append(right(*own)) or given[-1])
+    given, right = [], _RecordedStep._prepare
+    monkeypatch.setattr(
+        _RecordedStep, "_prepare", lambda *own: given.append(right(*own)) or given[-1]
+    )
     assert same(traffic(engine_of(base, identities), identities, monkeypatch), expected)
     assert any(given) and not all(given)
 

@@ -41,7 +41,7 @@ from veneer.execution.proofs.model import in_front, some_ids, structure
 from veneer.execution.proofs.same_values import same_values
 from veneer.execution.proofs.small_copy import NoCopyError, small_copy
 from veneer.execution.proofs.structure import LIMIT, sample_texts, structure_proof
-from veneer.execution.recorded import Around, Inputs, Standing, Steps
+from veneer.execution.recorded import Inputs, RecordedEnds, RecordedSteps, Snapshot
 from veneer.kernels.attention.paged import SpanRows
 from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
@@ -68,7 +68,7 @@ class LayersForward:
     ) -> None:
         self._model, self.layers, self.norm = ref(model), layers, norm
         self.inner: Any = inner
-        self.steps = Steps()
+        self.steps = RecordedSteps()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -88,11 +88,11 @@ class LayersForward:
         h_1ND = self.inner.embed_tokens(rows[:1])
         cos_1NE, sin_1NE = self.inner.rotary_emb(h_1ND, position_ids=rows[1:])
         inputs, head = (h_1ND[0], cos_1NE[0], sin_1NE[0]), self.model.get_output_embeddings()
-        with self.steps.taken() as free:
+        with self.steps.leased() as free:
             if free:
                 beside = _keys_around(self.inner.embed_tokens) | _keys_around(head)
-                states = self.steps.computed(
-                    inputs, laid, self._layers, self._called, beside, self._around
+                states = self.steps.compute(
+                    inputs, laid, self._layers, self._called, beside, self._ends
                 )
             else:
                 states = self._layers(inputs, laid)
@@ -100,10 +100,10 @@ class LayersForward:
 
     def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
         """(N, V) of single tokens, by what was recorded; None: it is to be computed by `logits`."""
-        with self.steps.taken() as free:
-            return self.steps.whole(ids, laid) if free else None
+        with self.steps.leased() as free:
+            return self.steps.logits(ids, laid) if free else None
 
-    def _around(self) -> Around | None:
+    def _ends(self) -> RecordedEnds | None:
         """What stands around the layers, where nothing else acts there and that can be recorded."""
         embedding, rotary, head = (
             self.inner.embed_tokens,
@@ -118,7 +118,7 @@ class LayersForward:
             return None
         modules = [each for own in (embedding, head, rotary) for each in own.modules()]
         beside = frozenset(_keys_around(embedding) | _keys_around(head))
-        return Around(ends, Standing(modules, [self.model]), beside)
+        return RecordedEnds(ends, Snapshot(modules, [self.model]), beside)
 
     def _layers(self, inputs: Inputs, laid: PagedStep) -> Tensor:
         h, cos, sin = inputs
@@ -161,7 +161,7 @@ class DecodeStep:
     def let_go(self) -> None:
         """No adapter is held that acted in a step before."""
         if self._parts is not None:
-            self._parts.steps.let_go()
+            self._parts.steps.drop_references()
 
 
 def _layer(

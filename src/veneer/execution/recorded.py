@@ -1,15 +1,16 @@
-"""The layers of a step, computed in Python once or twice and from then on by one call into C.
+"""Replays the layers of a decoding step by one call into C, once they have been computed in Python.
 
-Steps differ in how many rows they have, in what the first layer takes, in whose blocks are which,
-and in what the adapters add to which rows. All of that is handed over anew; where nothing of a step
-but compiled functions computes (kernels/tape/step_tape.py), the rest is the same calls over the
-same memory, whatever is asked: a prompt read, answers gone on with, the base alone or any mix of
-adapters whose changes are updates of linear layers (kernels/dense/mixes.py). So the second such
-step is recorded, and all later ones are made again. What was recorded reads the model's weights
-where they stood, so it is asked whether modules, parameters and listeners are the same: at each
-step, but where answers only go on by a token every `UNSEEN` steps; what was exchanged meanwhile is
-held until then. Where something is not the same the step is computed as ever, and recorded anew.
-Shapes: N rows of the step, D width, E head size.
+Steps differ in the number of rows, the input of the first layer, the blocks of each sequence, and
+the adapters of each row. These are replaced before every replay. If compiled functions compute all
+the rest of a step (kernels/tape/step_tape.py), the rest is the same calls over the same memory,
+whatever the requests are: a prompt, tokens of answers, the base alone, or any mix of adapters that
+update linear layers (kernels/dense/mixes.py). So the second such step is recorded, and later steps
+are replayed.
+
+A recording reads the weights where they were, so a snapshot of the modules, parameters and hooks is
+compared before each replay; while answers only grow by a token, every `UNCHECKED` steps. If
+anything differs, the step is computed in Python and recorded again. Shapes: N rows of the step, D
+width, E head size.
 """
 
 from __future__ import annotations
@@ -35,30 +36,30 @@ from veneer.kernels.packed.nf4 import FUSED_ROWS
 from veneer.kernels.tape.step_tape import RowMemory, StepTape, record_step
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-"""What the first layer takes, (N, D), and cosines and sines, (N, E)."""
-Rest = Callable[[Inputs, PagedStep], Tensor]
-"""The layers: (N, D)."""
+"""The input of the first layer, (N, D), and cosines and sines, (N, E)."""
+Layers = Callable[[Inputs, PagedStep], Tensor]
+"""Computes all layers: (N, D)."""
 
 LEAST_ROOM = 64
-"""Rows that a recording has space for at least; more where a step has more."""
-UNSEEN = 16
-"""Steps for which answers may go on over what was exchanged under them: a look takes as long as a
-small kernel."""
+"""Smallest number of rows that a recording has memory for."""
+UNCHECKED = 16
+"""Steps of single tokens between two comparisons with the snapshot, each of which takes as long as
+a small kernel."""
 
 
-class Steps:
-    """Of one model. One thread at a time has them, the others compute in Python meanwhile."""
+class RecordedSteps:
+    """The recorded steps of one model. One thread at a time replays; others compute in Python."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: list[_Recorded] = []
-        self._standing: Standing | None = None
+        self._steps: list[_RecordedStep] = []
+        self._snapshot: Snapshot | None = None
         self._seen = self._declined = False
-        self._unseen = 0  # steps before all is looked at again
+        self._unchecked = 0  # steps before the next comparison with the snapshot
 
     @contextmanager
-    def taken(self) -> Iterator[bool]:
-        """Within, what `computed` gives stays as it is. False: another thread has them."""
+    def leased(self) -> Iterator[bool]:
+        """Within the block results of `compute` stay valid. False: another thread has the lease."""
         free = self._lock.acquire(blocking=False)
         try:
             yield free
@@ -66,146 +67,161 @@ class Steps:
             if free:
                 self._lock.release()
 
-    def let_go(self) -> None:
-        """No adapter is held from here until the next step, but by a step of another thread."""
-        with self.taken() as free:
-            for each in self._kept if free else ():
-                each.let_go()
+    def drop_references(self) -> None:
+        """Drops references to adapters, except those of a step that another thread computes."""
+        with self.leased() as free:
+            for step in self._steps if free else ():
+                step.drop_references()
 
-    def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of single tokens, embedding and head too, by one call; only within `taken`. None:
-        nothing was recorded that gives this step, or not all of it stands as it stood."""
-        mix, standing = laid.mix, self._standing
-        if mix is None or mix.others or standing is None:
+    def logits(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+        """Replays a whole step of single tokens, embedding and head included: (N, V). Only within
+        `leased`. Returns None if no recording fits this step or a snapshot does not match."""
+        mix, snapshot = laid.mix, self._snapshot
+        if mix is None or mix.others or snapshot is None:
             return None
-        for each in self._kept:
-            if (
-                each.takes(len(ids))
-                and each.ends is not None
-                and mix.keys.isdisjoint(each.ends.beside)
-            ):
-                if each.lacks(mix, frozenset()) or not self._stand(standing, each.ends.standing):
+        for step in self._steps:
+            ends = step.ends
+            if step.takes(len(ids)) and ends is not None and mix.keys.isdisjoint(ends.keys):
+                if step.lacks(mix, frozenset()) or not self._match(snapshot, ends.snapshot):
                     return None
-                return each.whole(ids, laid)
+                return step.logits(ids, laid)
         return None
 
-    def computed(
+    def compute(
         self,
         inputs: Inputs,
         laid: PagedStep,
-        rest: Rest,
+        layers: Layers,
         modules: Callable[[], Sequence[nn.Module]],
-        beside: Set[str],
-        around: Callable[[], Around | None] = lambda: None,
+        outside: Set[str],
+        find_ends: Callable[[], RecordedEnds | None] = lambda: None,
     ) -> Tensor:
-        """(N, D) as `rest` gives it, to the bit. The values are good until the next step; only
-        within `taken`.
+        """Returns what `layers` gives, (N, D), to the bit: replayed if a recording fits. The values
+        are valid until the next step. Only within `leased`.
 
-        modules: all that may be called for it, those of the adapters beside them too. beside: keys
-        of adapters' layers at which `rest` does not come by. around: what stands before and behind,
-        where that is recorded too.
+        modules    all modules that `layers` may call, adapters' modules included
+        outside    keys of adapters' layers that `layers` does not pass
+        find_ends  the embedding and the head, if they can be recorded too
         """
-        mix, rows, self._unseen = laid.mix, len(inputs[0]), 0
-        if mix is None or not mix.others <= beside or laid.spans.rows != rows:
-            return rest(inputs, laid)
-        if self._standing is not None and not self._standing.stands():
-            self._kept, self._standing, self._declined = [], None, False
-        if self._declined or any(each.lacks(mix, beside) for each in self._kept):
-            return rest(inputs, laid)
-        for each in self._kept:
-            if each.takes(rows):
-                found = each.again(inputs, laid)
-                return rest(inputs, laid) if found is None else found
+        mix, rows, self._unchecked = laid.mix, len(inputs[0]), 0
+        if mix is None or not mix.others <= outside or laid.spans.rows != rows:
+            return layers(inputs, laid)
+        if self._snapshot is not None and not self._snapshot.matches():
+            self._steps, self._snapshot, self._declined = [], None, False
+        if self._declined or any(step.lacks(mix, outside) for step in self._steps):
+            return layers(inputs, laid)
+        for step in self._steps:
+            if step.takes(rows):
+                states = step.replay(inputs, laid)
+                return layers(inputs, laid) if states is None else states
         self._seen, seen = True, self._seen
-        # An engine makes its blocks in its first step: in the room of a recording, calls that are
-        # made again would write over them.
-        if not seen or not laid.keys.layers or _listened_to(called := modules()):
-            return rest(inputs, laid)
-        self._standing = self._standing or Standing(called)
-        return self._recorded(inputs, laid, rest, around)
+        # An engine makes its blocks in its first step. In the memory of a recording, replayed calls
+        # would write over them.
+        if not seen or not laid.keys.layers or _have_hooks(called := modules()):
+            return layers(inputs, laid)
+        self._snapshot = self._snapshot or Snapshot(called)
+        return self._record(inputs, laid, layers, find_ends)
 
-    def _stand(self, *those: Standing) -> bool:
-        """Whether all of them do, as far as was looked."""
-        if self._unseen > 0:
-            self._unseen -= 1
+    def _match(self, *snapshots: Snapshot) -> bool:
+        """True if the snapshots still match; compared every UNCHECKED steps."""
+        if self._unchecked > 0:
+            self._unchecked -= 1
             return True
-        self._unseen = UNSEEN - 1
-        return all(each.stands() for each in those)
+        self._unchecked = UNCHECKED - 1
+        return all(snapshot.matches() for snapshot in snapshots)
 
-    def _recorded(
-        self, inputs: Inputs, laid: PagedStep, rest: Rest, around: Callable[[], Around | None]
+    def _record(
+        self,
+        inputs: Inputs,
+        laid: PagedStep,
+        layers: Layers,
+        find_ends: Callable[[], RecordedEnds | None],
     ) -> Tensor:
+        """Computes a step by `layers` and records its calls."""
         rows, most = len(inputs[0]), LEAST_ROOM
         while most < rows:
             most *= 2
         memory = RowMemory(rows, most)
-        own = [memory.empty(each.dtype, *each.shape) for each in inputs]
-        for mine, each in zip(own, inputs, strict=True):
-            mine.copy_(each)
-        _ = laid.spans.checked, laid.mix and laid.mix.listed  # which compute
+        copies = [memory.empty(tensor.dtype, *tensor.shape) for tensor in inputs]
+        for copy, tensor in zip(copies, inputs, strict=True):
+            copy.copy_(tensor)
+        _ = laid.spans.checked, laid.mix and laid.mix.listed  # computed before the recording
         with record_step(memory) as tape:
-            states = rest((own[0], own[1], own[2]), laid)
-        tape.check_memory([*own, states])
+            states = layers((copies[0], copies[1], copies[2]), laid)
+        tape.check_memory([*copies, states])
         if tape.unsupported_call is None:
-            new = _Recorded(tape, own, states, laid, around())
-            self._kept = [*(each for each in self._kept if not new.replaces(each)), new]
+            step = _RecordedStep(tape, copies, states, laid, find_ends())
+            self._steps = [*(old for old in self._steps if not step.replaces(old)), step]
         self._declined = tape.unsupported_call is not None
         return states
 
 
-class Standing:
-    """What a recording reads, as it stood."""
+class Snapshot:
+    """Snapshot of what a recording depends on: modules, their tensors and addresses, no hooks.
 
-    def __init__(self, modules: Sequence[nn.Module], around: Sequence[nn.Module] = ()) -> None:
-        """around: of these only what stands in them is looked at."""
-        children = [each._modules for each in (*around, *modules) if each._modules]
-        self._children, self._stood = children, [dict(each) for each in children]
-        self._listeners = [
-            hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)
+    modules  compared whole
+    parents  of these only their children are compared
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], parents: Sequence[nn.Module] = ()) -> None:
+        children = [module._modules for module in (*parents, *modules) if module._modules]
+        self._children, self._children_then = children, [dict(names) for names in children]
+        self._hooks = [
+            hooks
+            for module in modules
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._heard = -1
-        holders: list[dict[str, Any]] = [
-            kind for each in modules for kind in (each._parameters, each._buffers)
+        self._last_hook_id = -1
+        tables: list[dict[str, Any]] = [
+            table for module in modules for table in (module._parameters, module._buffers)
         ]
-        places = [
-            (kind, name) for kind in holders for name, tensor in kind.items() if tensor is not None
+        entries = [
+            (table, name)
+            for table in tables
+            for name, tensor in table.items()
+            if tensor is not None
         ]
-        self._kinds, self._names = [kind for kind, _ in places], [name for _, name in places]
-        self._tensors = [kind[name] for kind, name in places]
+        self._tables, self._names = [table for table, _ in entries], [name for _, name in entries]
+        self._tensors = [table[name] for table, name in entries]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
-        self._storages = [
-            tensor.untyped_storage() for tensor in self._tensors
-        ]  # held: C reads there
+        # Held, because C reads there.
+        self._storages = [tensor.untyped_storage() for tensor in self._tensors]
 
-    def stands(self) -> bool:
-        """Whether all of it stands where it stood, and nobody listens."""
+    def matches(self) -> bool:
+        """True if modules, tensors and addresses are the same and no module has a hook."""
         return (
-            self._nobody_listens()
-            and all(map(eq, self._children, self._stood))
-            and all(map(is_, map(dict.get, self._kinds, self._names), self._tensors))
+            self._has_no_hooks()
+            and all(map(eq, self._children, self._children_then))
+            and all(map(is_, map(dict.get, self._tables, self._names), self._tensors))
             and all(map(eq, map(Tensor.data_ptr, self._tensors), self._addresses))
         )
 
-    def _nobody_listens(self) -> bool:
-        """Looked at again once someone has begun to listen anywhere: torch numbers them."""
-        numbered = RemovableHandle.next_id
-        if self._heard != numbered:
-            self._heard = -1 if any(self._listeners) else numbered
-        return self._heard == numbered
+    def _has_no_hooks(self) -> bool:
+        """Looks at the hooks again only after torch has numbered a new hook anywhere."""
+        last_id = RemovableHandle.next_id
+        if self._last_hook_id != last_id:
+            self._last_hook_id = -1 if any(self._hooks) else last_id
+        return self._last_hook_id == last_id
 
 
 @dataclass(frozen=True)
-class Around:
-    """ends: what stands around the layers. standing: what of it is read. beside: keys of what may
-    act there."""
+class RecordedEnds:
+    """The embedding and the head of a recorded step.
+
+    snapshot  what they read
+    keys      the adapters' layers that may act on them
+    """
 
     ends: Ends
-    standing: Standing
-    beside: frozenset[str]
+    snapshot: Snapshot
+    keys: frozenset[str]
 
 
-class _Recorded:
-    """least, most: rows that it may have. ends: around the layers, of steps of single tokens."""
+class _RecordedStep:
+    """One recorded step, replayed with `least` to `most` rows.
+
+    ends  embedding and head of a step of single tokens, if they are recorded too
+    """
 
     def __init__(
         self,
@@ -213,22 +229,22 @@ class _Recorded:
         inputs: Sequence[Tensor],
         states: Tensor,
         laid: PagedStep,
-        ends: Around | None,
+        ends: RecordedEnds | None,
     ) -> None:
         self._tape, self._inputs, self._states = tape, inputs, states
         self._attended = tape.structs("veneer_paged_attention")
         self._updated = tape.structs("veneer_few_rows_updated")
         self._like = [
-            KeyValueBlocks(each.keys[:0].clone(), each.values[:0].clone())
-            for each in laid.keys.layers.values()
+            KeyValueBlocks(blocks.keys[:0].clone(), blocks.values[:0].clone())
+            for blocks in laid.keys.layers.values()
         ]
         self._keys = frozenset(
             updates.key
-            for one in self._updated
-            for updates in one.kept[1]
+            for call in self._updated
+            for updates in call.kept[1]
             if updates is not None and updates.key
         )
-        packed = any(one.kind < 0 for one in tape.structs("veneer_packed_rows"))
+        packed = any(call.kind < 0 for call in tape.structs("veneer_packed_rows"))
         self.least, self.most = (FUSED_ROWS + 1 if packed else 1), tape.memory.most_rows
         if not tape.has_any_rows:
             self.least = self.most = tape.memory.rows
@@ -239,45 +255,47 @@ class _Recorded:
         self._spans: Any = None
         self.ends = ends if ends is not None and ends.ends.record(tape, inputs, states) else None
 
-    def replaces(self, other: _Recorded) -> bool:
+    def replaces(self, other: _RecordedStep) -> bool:
+        """True if this step takes all numbers of rows that the other one takes."""
         return self.least <= other.least and other.most <= self.most
 
-    def lacks(self, mix: AdapterMix, beside: Set[str]) -> bool:
-        """Whether the mix changes a layer that these calls know no updates of."""
-        return mix is not self._mix and not mix.keys - beside <= self._keys
+    def lacks(self, mix: AdapterMix, outside: Set[str]) -> bool:
+        """True if the mix updates a layer for which these calls have no update."""
+        return mix is not self._mix and not mix.keys - outside <= self._keys
 
     def takes(self, rows: int) -> bool:
         return self.least <= rows <= self.most
 
-    def let_go(self) -> None:
+    def drop_references(self) -> None:
         self._mix = None
 
-    def again(self, inputs: Inputs, laid: PagedStep) -> Tensor | None:
-        """None: the mix is more than one call takes."""
+    def replay(self, inputs: Inputs, laid: PagedStep) -> Tensor | None:
+        """Returns the states, (N, D); None if the mix has more updates than one call takes."""
         rows = len(inputs[0])
-        if not self._laid_out(rows, laid):
+        if not self._prepare(rows, laid):
             return None
-        for own, new in zip(self._inputs, inputs, strict=True):
-            _first(own, rows).copy_(new)
+        for recorded, tensor in zip(self._inputs, inputs, strict=True):
+            _first(recorded, rows).copy_(tensor)
         self._tape.replay()
         return _first(self._states, rows)
 
-    def whole(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V); None: the mix is more than one call takes, or a place lies too far."""
+    def logits(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
+        """Returns the logits, (N, V); None if the mix has more updates than one call takes, or a
+        position lies beyond the table of rotations."""
         assert self.ends is not None
-        if (
-            not self._laid_out(len(ids), laid)
-            or (logits := self.ends.ends.take(ids, laid.spans)) is None
-        ):
+        if not self._prepare(len(ids), laid):
+            return None
+        if (logits := self.ends.ends.take(ids, laid.spans)) is None:
             return None
         self._tape.replay(enclosed=True)
         return logits
 
-    def _laid_out(self, rows: int, laid: PagedStep) -> bool:
-        """All that is handed over but the inputs. False: the mix is more than one call takes."""
+    def _prepare(self, rows: int, laid: PagedStep) -> bool:
+        """Points the recorded calls at this step's rows, blocks and updates. False if the mix has
+        more updates than one call takes."""
         spans, mix = laid.spans.checked, laid.mix
         assert mix is not None
-        if mix is not self._mix and not self._list(mix):
+        if mix is not self._mix and not self._take_mix(mix):
             return False
         if mix.rows > rows or spans.rows != rows or spans.blocks > laid.keys.num_blocks:
             raise ValueError(
@@ -285,42 +303,42 @@ class _Recorded:
                 " blocks"
             )
         if self._pages is None or laid.keys is not self._pages():
-            self._lay(laid.keys)
+            self._take_blocks(laid.keys)
         if rows != self._rows:
             self._tape.set_rows(rows)
             self._rows = rows
         if spans is not self._spans:
-            for given in self._attended:
-                paged_calls.point_at(given, spans)
+            for call in self._attended:
+                paged_calls.point_at(call, spans)
             self._spans = spans
         return True
 
-    def _list(self, mix: AdapterMix) -> bool:
-        """The updates of this mix in place of those of another, which is let go."""
+    def _take_mix(self, mix: AdapterMix) -> bool:
+        """Replaces the updates of the last mix, and drops the reference to it."""
         self._mix = None
         room = dense_calls.update_by(self._updated, mix.listed, mix.dtype)
         if room is None:
             return False
         if room > len(self._down):
             self._down = torch.empty(2 * room, dtype=self._down.dtype)
-        for given in self._updated:
-            given.down = self._down.data_ptr()
+        for call in self._updated:
+            call.down = self._down.data_ptr()
         self._mix = mix
         return True
 
-    def _lay(self, pages: PagedKeys) -> None:
-        """The blocks of this engine in place of another's."""
+    def _take_blocks(self, pages: PagedKeys) -> None:
+        """Replaces the blocks of another engine by this one's."""
         self._pages = None
-        for number, (given, like) in enumerate(zip(self._attended, self._like, strict=True)):
-            own = pages.like(number, like)
-            paged_calls.lie_in(given, own.keys, own.values, like.keys.dtype)
+        for number, (call, like) in enumerate(zip(self._attended, self._like, strict=True)):
+            blocks = pages.like(number, like)
+            paged_calls.lie_in(call, blocks.keys, blocks.values, like.keys.dtype)
         self._pages = weakref.ref(pages)
 
 
 def _first(tensor: Tensor, rows: int) -> Tensor:
-    """The first rows of what has space for them, though it was made with others."""
+    """Returns the first rows of a tensor whose memory has space for them."""
     return tensor.as_strided((rows, *tensor.shape[1:]), tensor.stride())
 
 
-def _listened_to(modules: Sequence[nn.Module]) -> bool:
-    return any(each._forward_hooks or each._forward_pre_hooks for each in modules)
+def _have_hooks(modules: Sequence[nn.Module]) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)

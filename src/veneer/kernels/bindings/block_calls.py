@@ -28,8 +28,8 @@ from veneer.kernels.bindings.calls import (
     MOST_RANK,
     MOST_STRIDE,
     PAIR_BYTES,
+    DropoutMask,
     Mask,
-    Masked,
     masked,
 )
 
@@ -39,7 +39,7 @@ class _Side(ctypes.Structure):
         ("factors", ctypes.c_void_p * MOST),
         ("ranks", ctypes.c_int64 * MOST),
         *numbers("count across half"),
-        ("masks", Masked * MOST),
+        ("masks", DropoutMask * MOST),
         *pointers("narrow"),
         *numbers("apart"),
         ("scale", ctypes.c_float),

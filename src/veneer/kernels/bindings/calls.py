@@ -44,7 +44,7 @@ for ever."""
 # ------------------------------------------------------------------------------
 
 
-class Masked(ctypes.Structure):
+class DropoutMask(ctypes.Structure):
     """struct mask of native/layers/rank.h."""
 
     _fields_ = [
@@ -61,7 +61,7 @@ class _Rank(ctypes.Structure):
         ("ranks", ctypes.c_int64 * MOST),
         *numbers("count turned add rows width rank apart across half"),
         ("scale", ctypes.c_float),
-        ("mask", Masked),
+        ("mask", DropoutMask),
         *pointers("pairs"),
     ]
 
@@ -71,7 +71,7 @@ Mask = tuple[Tensor, int, int, float]
 is dropped."""
 
 
-def masked(given: Masked, mask: Mask, rows: int) -> float:
+def masked(given: DropoutMask, mask: Mask, rows: int) -> float:
     """Fills it in, of so many rows; what a scale is divided by."""
     keys, row_key, column_key, share = mask
     if not 0 <= share < 1:
@@ -175,7 +175,7 @@ def rank_gradient(
 # --------------------------------------------------------------------------
 
 
-class _Norm(ctypes.Structure):
+class _RmsNorm(ctypes.Structure):
     _fields_ = [
         *pointers("x weight grad out scale"),
         *numbers("width"),
@@ -183,7 +183,7 @@ class _Norm(ctypes.Structure):
     ]
 
 
-class _Gate(ctypes.Structure):
+class _GateProduct(ctypes.Structure):
     _fields_ = pointers("gate up grad out grad_gate grad_up")
 
 
@@ -211,7 +211,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, epsi
     (rows,), (width,), kind = scale.shape, weight.shape, x.dtype
     read = whole(x, kind, rows * width), at(weight, kind, width)
     made = whole(out, kind, rows * width), at(scale, FP32, rows)
-    given = _Norm(*read, None, *made, number(width, 1), epsilon)
+    given = _RmsNorm(*read, None, *made, number(width, 1), epsilon)
     call(of_type("veneer_rms_norm_forward", kind), ctypes.byref(given), rows)
 
 
@@ -220,7 +220,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scal
     (rows,), (width,), kind = scale.shape, weight.shape, x.dtype
     read = whole(x, kind, rows * width), at(weight, kind, width), whole(grad, kind, rows * width)
     made = whole(out, kind, rows * width), at(scale, FP32, rows)
-    given = _Norm(*read, *made, number(width, 1))
+    given = _RmsNorm(*read, *made, number(width, 1))
     call(of_type("veneer_rms_norm_backward", kind), ctypes.byref(given), rows)
 
 
@@ -228,7 +228,9 @@ def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up, a multiple of 16 values."""
     _registers(count := gate.numel())
     kind = gate.dtype
-    given = _Gate(whole(gate, kind, count), whole(up, kind, count), None, whole(out, kind, count))
+    given = _GateProduct(
+        whole(gate, kind, count), whole(up, kind, count), None, whole(out, kind, count)
+    )
     call(of_type("veneer_silu_gate_forward", kind), ctypes.byref(given), count // 16)
 
 
@@ -238,7 +240,7 @@ def silu_gate_backward(
     _registers(count := gate.numel())
     kind = gate.dtype
     read = whole(gate, kind, count), whole(up, kind, count), whole(grad, kind, count)
-    given = _Gate(*read, None, whole(grad_gate, kind, count), whole(grad_up, kind, count))
+    given = _GateProduct(*read, None, whole(grad_gate, kind, count), whole(grad_up, kind, count))
     call(of_type("veneer_silu_gate_backward", kind), ctypes.byref(given), count // 16)
 
 

@@ -131,7 +131,7 @@ class _UpdatedPart(ctypes.Structure):
     _fields_ = [*pointers("w bias y updates"), *numbers("outs count")]
 
 
-class _Updated(ctypes.Structure):
+class _ProductWithUpdates(ctypes.Structure):
     _fields_ = [
         *pointers("x down parts"),
         *numbers("count rows width apart"),
@@ -229,7 +229,7 @@ class Updates:
 
     @classmethod
     def listed(
-        cls, key: str, dtype: torch.dtype, rows: int, listed: "Listed", kept: object
+        cls, key: str, dtype: torch.dtype, rows: int, listed: "UpdateRange", kept: object
     ) -> "Updates":
         """Of a layer among others (dense/mixes.py), of `rows` rows; kept: what holds all that
         `listed` points at."""
@@ -242,7 +242,7 @@ class Updates:
         return self._count
 
 
-class Listed(NamedTuple):
+class UpdateRange(NamedTuple):
     """Updates of one layer, one behind the other from `address` on; room: values of x A^T of all of
     them."""
 
@@ -305,13 +305,17 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
     made = (_UpdatedPart * count)(*given)
     place = None if down is None else at(down, dtype, *down.shape)
     source, all_ = _rows_of(x), ctypes.addressof(made)
-    one = _Updated(source, place, all_, count, rows, width, x.stride(0), TYPE_NUMBERS[dtype])
+    one = _ProductWithUpdates(
+        source, place, all_, count, rows, width, x.stride(0), TYPE_NUMBERS[dtype]
+    )
     one.kept = made, [updates for _, _, updates, _ in parts]
     if call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 5)):
         raise MemoryError(NO_ROOM)
 
 
-def update_by(calls: Sequence[Any], listed: Mapping[str, Listed], dtype: torch.dtype) -> int | None:
+def update_by(
+    calls: Sequence[Any], listed: Mapping[str, UpdateRange], dtype: torch.dtype
+) -> int | None:
     """Let calls of `few_rows_updated`, which are made again, add these updates to the layers that
     have a key, and none to those that are not listed. Returns the values that `down` needs room
     for; None: too many of one call, and none may be made before others are listed."""
@@ -335,4 +339,4 @@ def update_by(calls: Sequence[Any], listed: Mapping[str, Listed], dtype: torch.d
     return room
 
 
-_NONE = Listed(0, 0, 0, 0, 0)
+_NONE = UpdateRange(0, 0, 0, 0, 0)

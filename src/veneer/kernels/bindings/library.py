@@ -92,7 +92,7 @@ Place = Literal["cpu", "cuda"]
 
 
 @dataclass
-class Noted:
+class StepCounts:
     """Counts of a planned step. flops: of kernels; replayed_layers: layers whose calls are replayed
     (kernels/tape/layer_tape.py); times: turns of a loop that the present one stands for (`turns`);
     own: whether torch's product now stands for a kernel of ours (`own_product`)."""
@@ -103,7 +103,7 @@ class Noted:
     own: bool = False
 
 
-_planning: ContextVar[tuple[Place, Noted] | None] = ContextVar("planning", default=None)
+_planning: ContextVar[tuple[Place, StepCounts] | None] = ContextVar("planning", default=None)
 """For where, while planning."""
 
 
@@ -111,7 +111,7 @@ _planning: ContextVar[tuple[Place, Noted] | None] = ContextVar("planning", defau
 def planning(place: Place = "cpu") -> Iterator[None]:
     """Within the block tensors without storage (meta) take the paths of tensors that lie there, and
     no kernel is called: what a step would allocate there can be counted."""
-    token = _planning.set((place, Noted()))
+    token = _planning.set((place, StepCounts()))
     try:
         yield
     finally:
@@ -153,10 +153,10 @@ def own_product() -> Iterator[None]:
         planned[1].own = False
 
 
-def noted_now() -> Noted:
+def noted_now() -> StepCounts:
     """What is said of what is computed now."""
     planned = _planning.get()
-    return Noted() if planned is None else planned[1]
+    return StepCounts() if planned is None else planned[1]
 
 
 def count_replayed_layer() -> None:
@@ -165,10 +165,10 @@ def count_replayed_layer() -> None:
         planned[1].replayed_layers += 1
 
 
-def take_noted() -> Noted:
+def take_noted() -> StepCounts:
     """What was noted since the last time; nothing where nothing is planned."""
     if (planned := _planning.get()) is None:
-        return Noted()
+        return StepCounts()
     noted = planned[1]
     taken, noted.flops, noted.replayed_layers = replace(noted), 0, 0
     return taken

@@ -31,7 +31,7 @@ MOST_STRIDE = 2**40
 MOST_PLACES = 2**31
 
 
-class _Paged(ctypes.Structure):
+class _PagedAttention(ctypes.Structure):
     _fields_ = [
         *pointers("tables spans q k v keys values out sinks"),
         *numbers("q_row q_head k_row k_head v_row v_head"),
@@ -110,7 +110,9 @@ def paged_attention(
         number(spans.rows, 0, rows),
         number(len(keys), spans.blocks),
     )
-    given = _Paged(heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, scale=scale)
+    given = _PagedAttention(
+        heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, scale=scale
+    )
     point_at(given, spans)
     given.q, given.q_row, given.q_head = _strided(q, dtype, rows, heads, size)
     given.k, given.k_row, given.k_head = _strided(k, dtype, rows, kv_heads, size)

@@ -25,7 +25,7 @@ from veneer.kernels.bindings.arguments import (
 ANY_LEVEL = 3
 
 
-class _Norm(ctypes.Structure):
+class _StepNorm(ctypes.Structure):
     _fields_ = [
         *pointers("x delta weight sum out"),
         *numbers("rows width"),
@@ -37,7 +37,7 @@ class _Rotate(ctypes.Structure):
     _fields_ = [*pointers("q k cos sin"), *numbers("rows q_heads k_heads size")]
 
 
-class _Gate(ctypes.Structure):
+class _StepGate(ctypes.Structure):
     _fields_ = [*pointers("gate up out"), *numbers("rows width")]
 
 
@@ -71,7 +71,7 @@ def step_norm(
         raise CallError("a sum of one")
     added = None if delta is None else at(delta, dtype, rows, width)
     made = None if sum_ is None else at(sum_, dtype, rows, width), at(out, dtype, rows, width)
-    given = _Norm(
+    given = _StepNorm(
         at(x, dtype, rows, width),
         added,
         at(weight, dtype, number(width, 1)),
@@ -99,7 +99,7 @@ def step_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, level: int = ANY
 def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> None:
     """out (N, D) = silu(gate) * up."""
     (rows, width), dtype = gate.shape, gate.dtype
-    given = _Gate(
+    given = _StepGate(
         at(gate, dtype, rows, width),
         whole(up, dtype, rows * width),
         at(out, dtype, rows, width),

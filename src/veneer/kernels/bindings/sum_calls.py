@@ -23,11 +23,11 @@ from veneer.kernels.bindings.arguments import (
 from veneer.kernels.bindings.calls import MOST_STRIDE
 
 
-class _Summed(ctypes.Structure):
+class _SplitSums(ctypes.Structure):
     _fields_ = [*pointers("own more out_k out_v"), *numbers("splits rows width wide")]
 
 
-class _Shared(ctypes.Structure):
+class _SharedGradients(ctypes.Structure):
     _fields_ = [*pointers("held out"), *numbers("parts heads rows size add")]
 
 
@@ -39,7 +39,9 @@ def attention_summed(own: Tensor, more: Tensor | None, out_k: Tensor, out_v: Ten
     """out_k, out_v (R, K, D), rounded once, = own (2, S, R, K, D) summed over S, + more (2, R, K,
     D)."""
     (rows, heads, size), (_, splits, *_) = out_k.shape, own.shape
-    given = _Summed(splits=number(splits, 1), rows=rows, width=number(heads * size, 0, MOST_STRIDE))
+    given = _SplitSums(
+        splits=number(splits, 1), rows=rows, width=number(heads * size, 0, MOST_STRIDE)
+    )
     given.own = at(own, FP32, 2, splits, rows, heads, size)
     given.more = None if more is None else at(more, FP32, 2, rows, heads, size)
     if out_k.dtype not in (BF16, FP32):
@@ -53,7 +55,9 @@ def attention_shared(held: Tensor, out: Tensor, *, add: bool) -> None:
     """out (2, P, K, D) = held (2, documents, S, K, P, D) summed over documents and S; add: + what
     it was."""
     _, documents, splits, heads, rows, size = held.shape
-    given = _Shared(parts=documents * splits, heads=heads, rows=rows, size=size, add=int(add))
+    given = _SharedGradients(
+        parts=documents * splits, heads=heads, rows=rows, size=size, add=int(add)
+    )
     given.held = at(held, FP32, 2, documents, splits, heads, rows, size)
     given.out = at(out, FP32, 2, rows, heads, size)
     call("veneer_attention_shared", ctypes.byref(given))

@@ -316,7 +316,7 @@ def _backward(
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _SavedTensors:
     """What forward saves for backward: tensors, or the buffers of a tape that hold them."""
 
     buffers: Sequence[Tensor] = ()
@@ -334,22 +334,28 @@ Groups = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 def _run(
-    block: Block, key: object, compute: Callable[[], Groups], inputs: Sequence[Input], saved: _Saved
-) -> tuple[Sequence[Tensor], _Saved]:
+    block: Block,
+    key: object,
+    compute: Callable[[], Groups],
+    inputs: Sequence[Input],
+    saved: _SavedTensors,
+) -> tuple[Sequence[Tensor], _SavedTensors]:
     """Returns the two groups of compute(): by the tape of a layer like this one, where there is
     one."""
     derived = block.layout.derived
     if key is None or is_observed() or (key in derived and derived[key] is None):
         first, second = compute()
-        return first, _Saved(second)
+        return first, _SavedTensors(second)
     if key not in derived:
         (first, second), tape = record_layer([*inputs, *saved.tensors()], compute)
         derived[key] = tape
         # Saved as a replay saves it: a checkpointed layer may be computed again by the tape.
-        return first, _Saved(second) if tape is None else _Saved(tape.gather(1, second), tape)
+        return first, _SavedTensors(second) if tape is None else _SavedTensors(
+            tape.gather(1, second), tape
+        )
     tape = derived[key]
     alone, together = tape.replay([*addresses(inputs), *saved.addresses()])
-    return tape.tensors(0, alone), _Saved(together, tape)
+    return tape.tensors(0, alone), _SavedTensors(together, tape)
 
 
 class _Block(torch.autograd.Function):
@@ -363,7 +369,7 @@ class _Block(torch.autograd.Function):
             alike = None
         key = alike and ("forward", *alike)
         inputs = [*block.read, x, *factors]
-        (y,), saved = _run(block, key, lambda: _forward(block, x, factors), inputs, _Saved())
+        (y,), saved = _run(block, key, lambda: _forward(block, x, factors), inputs, _SavedTensors())
         ctx.save_for_backward(x, *factors, *saved.buffers)
         ctx.block, ctx.alike, ctx.tape = block, alike, saved.tape
         return y
@@ -372,7 +378,7 @@ class _Block(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *more = ctx.saved_tensors
-        factors, saved = more[: 2 * LAYERS], _Saved(more[2 * LAYERS :], ctx.tape)
+        factors, saved = more[: 2 * LAYERS], _SavedTensors(more[2 * LAYERS :], ctx.tape)
         block: Block = ctx.block
         grad, wanted = grad.contiguous(), ctx.needs_input_grad[0]
         held = _held(block.factors()) if _adding.get() else None

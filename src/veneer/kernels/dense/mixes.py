@@ -19,7 +19,7 @@ from veneer.kernels.bindings.dense_calls import (
     MOST_ROWS,
     MOST_UPDATES,
     Factors,
-    Listed,
+    UpdateRange,
     Updates,
     in_turns,
     update_columns,
@@ -101,7 +101,7 @@ class AdapterMix:
         return frozenset(self.listed).union(self.others)
 
     @cached_property
-    def listed(self) -> dict[str, Listed]:
+    def listed(self) -> dict[str, UpdateRange]:
         """The updates of each layer that has any."""
         if not self._entries:
             return {}
@@ -129,7 +129,7 @@ class AdapterMix:
         counts_of, room = present.sum(1), (words[:, :, _RANK] * counts).sum(1)
         first = (counts_of.cumsum(0) - counts_of) * (8 * WORDS) + self._kept.data_ptr()
         columns = torch.stack([first, counts_of, room, *most.unbind(1)], 1).tolist()
-        return {key: Listed(*row) for key, row in zip(keys, columns, strict=True)}
+        return {key: UpdateRange(*row) for key, row in zip(keys, columns, strict=True)}
 
     def at(self, key: str, dtype: torch.dtype) -> Updates | None:
         """The updates of one layer for x of this type, possibly none. Returns None if the adapters
@@ -140,4 +140,4 @@ class AdapterMix:
         return Updates.listed(key, dtype, self.rows, listed, self)
 
 
-_NOTHING = Listed(0, 0, 0, 0, 0)
+_NOTHING = UpdateRange(0, 0, 0, 0, 0)

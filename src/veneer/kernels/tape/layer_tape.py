@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings.calls import Masked
+from veneer.kernels.bindings.calls import DropoutMask
 from veneer.kernels.tape.tape import (
     LAYER_FUNCTIONS,
     Recorder,
@@ -182,7 +182,7 @@ class _LayerRecorder(Recorder):
                 self._addresses.append(
                     TapeAddress(start + at, number, address - allocation.address)
                 )
-        for at in _offsets(kind, Masked):
+        for at in _offsets(kind, DropoutMask):
             if self._word(start + at):
                 key = self._keys.get(self._word(start + at + 8))
                 if key is None:
