@@ -81,7 +81,7 @@ def test_what_does_not_arrive_whole_or_would_lie_elsewhere_is_refused(tmp_path: 
     with pytest.raises(CorruptFileError, match="leads out"):
         store.get_folder("run", tmp_path / "b")
     assert not (tmp_path / "x").exists()
-    with pytest.raises(ConfigError, match="no address"):
+    with pytest.raises(ConfigError, match="unknown to fsspec"):
         RunStore("nothing://x")
 
 
