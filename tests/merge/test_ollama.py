@@ -147,7 +147,7 @@ def test_what_the_language_cannot_say_is_told():
                 " endfor %}"
             ),
             Preamble(),
-            "no seq",
+            "not a seq",
         ),
         (BRACKETS, Preamble("Be brief."), "takes none"),
         (CHATML, Preamble("no\u00a0break"), "U\\+00A0 is dropped"),
