@@ -18,7 +18,7 @@ from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import ConfigError, CorruptFileError, RefusedError
-from veneer.formats import adapter as adapter_module
+from veneer.formats import loading
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.merge.fold.fold import SourceTensor, stored_tensors, wanted_weights
 from veneer.merge.fold.folder import _common, _FileLayout, _refuse_lost, merge_into_folder
@@ -183,7 +183,7 @@ def test_what_is_refused_changes_nothing_of_what_acts(tmp_path, monkeypatch):
         base.merge("a")  # behind the block what acted before would act on merged weights
     with base.using("a"), base.using("b"), pytest.raises(ConfigError, match="a block around"):
         base.detach("a")
-    monkeypatch.setattr(adapter_module, "_fill", broken)
+    monkeypatch.setattr(loading, "_fill", broken)
     with pytest.raises(MemoryError):
         base.load_adapter(stored, name="d")
     assert dict(base.model.named_modules()) == modules and set(base.attachments) == set("abc")
