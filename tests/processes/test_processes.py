@@ -269,7 +269,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_from_its_checkp
 ):
     left, dead = said["died"]
     assert dead == 9
-    assert left.startswith("6 another process of this run is gone")
+    assert left.startswith("6 another process of this run has ended")
     run = settings(world, world / "died", **RUNS["lora"])
     assert told([{"config": run, "resume": True}], 2) == [["done"]] * 2
     one, other = values(alone / "lora"), values(world / "died")
