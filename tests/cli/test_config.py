@@ -261,7 +261,7 @@ def test_a_resolved_run_file_reads_back_as_the_same_run(tmp_path):
         ("method: {rank: 3}", "'method.name' is missing"),
         ("schedule: cosin", "schedule is 'cosin', not one of 'cosine', 'linear' or 'constant'"),
         ("method: {name: lora, targets: 5}", "method.targets is 5: should be text or a list"),
-        ("method: {name: lora, targets: '('}", "'(' is not a regular expression"),
+        ("method: {name: lora, targets: '('}", "'(' is not a supported regular expression"),
         ("steps: 3\nepochs: 3", "steps and epochs are both given"),
         ("data: {}", "'data.train' is missing"),
         ("data: {train: [{pth: a}]}", "data.train.0: unknown key 'pth'"),

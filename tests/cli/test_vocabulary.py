@@ -92,7 +92,7 @@ def test_every_key_of_another_tools_examples_is_refused_with_what_to_do(keys, tm
     said = {re.search(r"unknown key '(\w+)'", fault)[1]: fault for fault in refused.faults}
     assert said.keys() == set(names)
     without = [
-        name for name, fault in said.items() if not re.search(r"did you mean|leave it out", fault)
+        name for name, fault in said.items() if not re.search(r"did you mean|remove it", fault)
     ]
     assert not without
 
@@ -106,7 +106,7 @@ def test_every_key_of_another_tools_examples_is_refused_with_what_to_do(keys, tm
         ("adapter", "runs/one", "did you mean 'from_adapter'?"),
         ("adapter", ["one", "two"], "did you mean 'from_adapter'?"),
         ("lora_model_dir", "runs/one", "did you mean 'from_adapter'?"),
-        ("sample_packing", True, "leave it out (rows are always packed, without padding)"),
+        ("sample_packing", True, "remove it (rows are always packed, without padding)"),
         ("qwertz", 1, "unknown key 'qwertz'"),
     ],
 )
@@ -150,7 +150,7 @@ def test_no_name_of_ours_is_taken_for_another_tools():
         ("train --adapter lora", "--adapter: did you mean --method?"),
         (
             "train --gradient-accumulation-steps 4",
-            "--gradient-accumulation-steps: leave it out (`batch` is",
+            "--gradient-accumulation-steps: remove it (`batch` is",
         ),
     ],
 )

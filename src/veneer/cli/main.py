@@ -153,7 +153,7 @@ def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -
         hint = (
             f": did you mean {suggestion}?"
             if suggestion
-            else f": leave it out ({reason})"
+            else f": remove it ({reason})"
             if reason
             else ""
         )
