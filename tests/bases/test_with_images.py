@@ -353,7 +353,7 @@ def test_packed_text_is_read_by_the_settings_beside_it(folder, tmp_path):
     base = loaded(settings)
     assert base.quantize == "fp8"
     assert torch.isfinite(base.model(IDS).logits).all()
-    with pytest.raises(SourceError, match="has 2 quantization_config"):
+    with pytest.raises(SourceError, match="has 2 different quantization_config"):
         loaded(settings, quantization_config={**settings, "weight_block_size": [8, 8]})
     with pytest.raises(SourceError, match="not supported"):
         loaded({"quant_method": "hqq"})

@@ -157,7 +157,7 @@ def test_logits_that_are_no_numbers_are_no_answer():
     base = tiny_base("llama")
     assert decodes_packed(base)
     base.model.get_output_embeddings().weight.data[:] = float("nan")
-    with pytest.raises(DivergedError, match="no finite"):
+    with pytest.raises(DivergedError, match="not finite"):
         generate(base, PROMPTS, max_new_tokens=3)
 
 

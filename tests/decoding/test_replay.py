@@ -233,7 +233,7 @@ def test_the_command_writes_files_that_a_run_takes_as_it_says(
     [
         ("--out taken", "taken exists"),
         ("--out o --rows 0", "--rows"),
-        ("--out o --questions nowhere.txt", "nowhere.txt is not there"),
+        ("--out o --questions nowhere.txt", "nowhere.txt was not found"),
         ("--out o --questions empty.txt", "holds no question"),
         ("--out o --questions latin.txt", "Give a UTF-8 text file"),
         ("--out o --variable nothing=1", "reads no variable nothing"),

@@ -369,7 +369,7 @@ def test_those_that_went_back_do_not_fill_the_queue():
     steps_until(toy, young, SequenceState.PREEMPTED)
     toy.add([1], 1)
     toy.add([2], 1)
-    with pytest.raises(QueueFullError, match="2 requests wait"):
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
         toy.add([3], 1)
     toy.finish_all()
 

@@ -87,7 +87,7 @@ def test_the_part_of_a_layer_that_is_planned_is_the_one_that_is_held(size: int) 
     model = tiny_model("llama", hidden_size=64)
     forecast = base_bytes(model).runs(size)
     shards, _ = sharded(model, size)
-    assert sum(forecast) == shards.own_bytes > 0
+    assert sum(forecast) == shards.shard_bytes > 0
 
 
 def test_the_part_of_a_packed_layer_is_planned_within_the_tables_that_stay_whole(

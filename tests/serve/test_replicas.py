@@ -147,7 +147,7 @@ def test_a_replica_that_is_lost_before_it_answers_is_not_noticed_and_one_lost_la
         lost = await client.post("/v1/chat/completions", json=chat())
         assert (lost.status_code, lost.json()["error"]["code"]) == (503, "replica_lost")
         assert lost.headers["retry-after"]
-        two.loses, two.after = 1, 3
+        two.loses, two.after = 1, 1
         async with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as stream:
             lines = [line async for line in stream.aiter_lines() if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"

@@ -149,7 +149,7 @@ def test_what_is_wrong_with_an_adapters_files_is_told_without_where_they_are(
     assert statuses[:2] == [422, 422] and statuses[3] == 200
     for answer in answers:
         assert "somewhere" not in answer.text and folder.name not in answer.text, answer.text
-        assert answer.status_code == 200 or (file or "gone") in answer.json()["error"]["message"]
+        assert answer.status_code == 200 or (file or "missing") in answer.json()["error"]["message"]
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 

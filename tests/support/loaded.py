@@ -21,6 +21,7 @@ from veneer.linear import FewRowsLinear
 
 ALLOWED: Mapping[str, str] = {
     r"requires_grad of .*": "a base is frozen",
+    "_veneer_record": "what is known of the model",
     r".*\.recurrent_states": "the state that a layer keeps of the last text it read",
     r"generation_config\.eos_token_id": (
         "tokens that end a turn of the chat template end an answer too"
