@@ -1,6 +1,6 @@
-/* AMX tiles in plain C, included before each kernel's source (kernels/test_sanitized.py): code for tiles
-   then runs where a processor has none, and the sanitizers see what it loads and stores. Shapes
-   that the processor would refuse end the process.
+/* AMX tiles in plain C, included before each kernel's source (kernels/test_sanitized.py):
+   code for tiles then runs where a processor has none, and the sanitizers see what it loads and
+   stores. Shapes that the processor would refuse end the process.
 
    TDPBF16PS as Intel's manual gives it (volume 2): even and odd values of a row each summed in
    order, then both, then all that was there before; without denormals. It needs AVX-512 for speed

@@ -69,8 +69,8 @@ class Lane:
         self.forward.let_go(attached)
 
     def _acting_of(self, plan: StepPlan, filler: int) -> Acting:
-        """What acts in a plan. The value, with its caches, is reused while the same adapters have
-        the same numbers of rows."""
+        """Returns which adapters act on which rows of a plan. The value and its caches are reused
+        while the same adapters have the same numbers of rows."""
         parts = [
             (count, self._adapters.applied(identity) if identity else ())
             for identity, count in plan.parts

@@ -27,7 +27,7 @@ class PagedKeys:
         self.layers: dict[int, KeyValueBlocks] = {}
 
     def layer(self, number: int, key_NKD: Tensor, value_NKD: Tensor) -> KeyValueBlocks:
-        """Of the layer that has this number; its shapes are those of its first keys and values."""
+        """Returns the blocks of layer `number`, made for its first keys and values."""
         if number not in self.layers:
             self.layers[number] = KeyValueBlocks.empty(
                 self.num_blocks, self.tokens_per_block, key_NKD, value_NKD
@@ -35,8 +35,8 @@ class PagedKeys:
         return self.layers[number]
 
     def like(self, number: int, stored: KeyValueBlocks) -> KeyValueBlocks:
-        """Of the layer that has this number; where it is not made yet, of the shapes and type of
-        another's blocks."""
+        """Returns the blocks of layer `number`, made with the shapes and type of `stored` if there
+        are none yet."""
         if number not in self.layers:
             own = (
                 torch.empty(self.num_blocks, *x.shape[1:], dtype=x.dtype, device=x.device)

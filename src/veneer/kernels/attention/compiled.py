@@ -67,8 +67,8 @@ class AttentionInputs:
         return max(1, min(TASKS // max(1, docs * self.k.shape[1]), self.longest // 64))
 
     def _product_flops(self) -> int:
-        """Of q k^T once, over the keys that each query row sees; forward takes two such products,
-        backward five."""
+        """FLOP of one q k^T over the keys that each query row sees. Forward takes two such
+        products, backward five."""
         before, pairs = 0 if self.before_k is None else self.before_k.shape[0], 0
         for length in (self.starts[1:] - self.starts[:-1]).tolist():
             most = self.rules.window or before + length

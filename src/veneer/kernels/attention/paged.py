@@ -58,8 +58,8 @@ class KeyValueBlocks:
 
     @classmethod
     def empty(cls, count: int, slots: int, key_NKD: Tensor, value_NKD: Tensor) -> KeyValueBlocks:
-        """Of the heads, sizes, type and device of these keys and values. Not filled: a system gives
-        memory where it is written, and nothing is read before."""
+        """Makes blocks for keys and values like these: heads, sizes, type and device. The memory is
+        not filled, so the system gives a page only when it is written."""
         (_, heads, size), wide = key_NKD.shape, value_NKD.shape[2]
         paired = (
             key_NKD.dtype is torch.bfloat16 and on_cpu(key_NKD) and not size % 2 and not slots % 2

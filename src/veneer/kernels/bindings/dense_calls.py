@@ -231,8 +231,8 @@ class Updates:
     def listed(
         cls, key: str, dtype: torch.dtype, rows: int, listed: "UpdateRange", kept: object
     ) -> "Updates":
-        """Of a layer among others (dense/mixes.py), of `rows` rows; kept: what holds all that
-        `listed` points at."""
+        """Makes the updates of one layer of `rows` rows from addresses (dense/mixes.py). kept: the
+        objects whose memory `listed` points at."""
         made = cls.__new__(cls)
         made.key, made.dtype, made.rows, made._kept = key, dtype, rows, kept
         made.address, made._count, made.room, made.width, made.outs = listed

@@ -130,8 +130,8 @@ class Block:
         return [*dense, *biases, *norms, self.cos, self.sin, *starts(self.layout), *masks]
 
     def alike(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
-        """What blocks have in common whose calls differ in addresses alone; None: they differ in
-        more."""
+        """Returns a key that is equal for blocks whose calls differ in addresses alone, or None if
+        these calls cannot be replayed."""
         if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
             return None
         weights = [each for each in self.read[: 2 * LAYERS] if isinstance(each, Tensor)]

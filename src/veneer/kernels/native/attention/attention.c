@@ -1,5 +1,5 @@
-/* Attention over packed documents in bf16, forward and backward: see kernels/attention/packed.py for what
-   it computes.
+/* Attention over packed documents in bf16, forward and backward: see kernels/attention/packed.py
+   for what it computes.
 
    A document of L rows attends to `before` keys that it sees whole (a prefix, a shared prompt),
    then causally to itself. One task takes one document and one key head, with all query heads of

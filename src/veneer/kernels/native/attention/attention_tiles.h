@@ -48,7 +48,7 @@ static void *room(int64_t bytes) {
 }
 
 /* -- layouts
- * ---------------------------------------------------------------------------------------------------------
+ * ---------------------------------------------------------------------------------
  */
 
 /* n rows of D values as rows `at` and after of `to`; what is beyond D is 0. */
@@ -135,7 +135,7 @@ static VENEER_AMX void write_turned(const float *sums, int64_t D, int64_t n, con
 }
 
 /* -- products
- * --------------------------------------------------------------------------------------------------------
+ * ---------------------------------------------------------------------------------
  */
 
 /* `blocks` times sums (32, 32) [+]= A B over `steps` of 32, each two tiles of A and two of B;
@@ -179,7 +179,7 @@ multiply(const uint16_t *A, int64_t block_a, int64_t next_a, const uint16_t *B, 
 }
 
 /* -- shares
- * ----------------------------------------------------------------------------------------------------------
+ * ---------------------------------------------------------------------------------
  */
 
 /* Which of a panel's 32 queries see key j. */
@@ -254,7 +254,7 @@ VENEER_AMX_INLINE void gradients_of(const struct attention *a, const struct pane
 }
 
 /* -- panels
- * ----------------------------------------------------------------------------------------------------------
+ * ---------------------------------------------------------------------------------
  */
 
 /* The next panels of a task, from number `from` on: its blocks of queries one after the other, each

@@ -28,8 +28,8 @@ enum {
     SPAN
 }; /* columns of a span: kernels/attention/paged.py has them too */
 
-/* Strides in values; the innermost one is 1. kernels/bindings/paged_calls.py has the same fields in this
- * order. */
+/* Strides in values; the innermost one is 1. kernels/bindings/paged_calls.py has the same fields in
+ * this order. */
 struct paged_attention {
     const int32_t *tables;
     const int64_t *spans; /* (count, SPAN) */

@@ -11,7 +11,7 @@
  * 0: plain C. */
 static int most = 5;
 
-/* Use no more than this level, whatever the processor has (kernels/bindings/library.py: MAX_ISA). */
+/* Use no more than this level, whatever the processor has (bindings/library.py: MAX_ISA). */
 void veneer_limit(int level) { most = level; }
 
 /* 3: AVX-512 with the 16-bit and byte permutes; 2: AVX2 with FMA; 0: neither. */

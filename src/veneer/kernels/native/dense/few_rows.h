@@ -12,7 +12,7 @@ enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 #define FEW 64          /* rows up to which reading W takes the time */
 #define LONG 2          /* runs of a thread then: memory brings a long one sooner than short ones */
 #define UPDATE_BLOCK                                                                               \
-    64 /* outs of an update's B that lie side by side; kernels/bindings/dense_calls.py knows it too */
+    64 /* outs of an update's B that lie side by side; bindings/dense_calls.py has it too */
 
 /* Rows [first, first + count) of a packed W to `out`, one behind the other, in the type of x. */
 typedef void (*row_decoder)(const void *packed, int64_t first, int64_t count, void *out);

@@ -1,7 +1,7 @@
-/* What a decoder layer with LoRA computes between its large products: see kernels/dense/block.py. Each
-   pass takes 48 rows through all that can follow while they stay in a near cache: the update of a
-   product, a sum, a norm, a gate or a rotation, and the first product of the next update. The same
-   sums in the same order as rank.c and fused.c. */
+/* What a decoder layer with LoRA computes between its large products: see kernels/dense/block.py.
+   Each pass takes 48 rows through all that can follow while they stay in a near cache: the update
+   of a product, a sum, a norm, a gate or a rotation, and the first product of the next update. The
+   same sums in the same order as rank.c and fused.c. */
 #include "fused.h"
 #include "parallel.h"
 #include "rank.h"

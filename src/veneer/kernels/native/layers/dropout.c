@@ -1,6 +1,6 @@
-/* Dropout by a hash of row and column: kernels/dense/dropout.py says what is computed and is equal to the
-   bit. One pass, the mask never stored. Written in plain C that compilers turn into vectors, for
-   each set of instructions. */
+/* Dropout by a hash of row and column: kernels/dense/dropout.py says what is computed and is equal
+   to the bit. One pass, the mask never stored. Written in plain C that compilers turn into vectors,
+   for each set of instructions. */
 #include "bits.h"
 #include "parallel.h"
 

@@ -1,6 +1,6 @@
 /* Chains of elementwise operations on bf16 rows, each in one pass with float32 inside: see
-   kernels/dense/fused.py and loss.py for what they compute. One row never depends on another, so threads
-   take rows. */
+   kernels/dense/fused.py and loss.py for what they compute. One row never depends on another, so
+   threads take rows. */
 #include "fused.h"
 #include "parallel.h"
 

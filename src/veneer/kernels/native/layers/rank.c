@@ -1,8 +1,8 @@
-/* Products with a small rank, in bf16: see kernels/dense/rank.py. One side has R columns, a few dozen; a
-   library's matrix product is made for squarer shapes. Every result is summed in float32, in an
-   order that no thread count changes. R and the widths are multiples of 16; pairs are laid out as
-   bf16.h says, from factors as they are trained. Dropout is part of them: x is seen through its
-   mask, which is computed where it is laid out (kernels/dense/dropout.py). */
+/* Products with a small rank, in bf16: see kernels/dense/rank.py. One side has R columns, a few
+   dozen; a library's matrix product is made for squarer shapes. Every result is summed in float32,
+   in an order that no thread count changes. R and the widths are multiples of 16; pairs are laid
+   out as bf16.h says, from factors as they are trained. Dropout is part of them: x is seen through
+   its mask, which is computed where it is laid out (kernels/dense/dropout.py). */
 #include "parallel.h"
 #include "rank.h"
 

@@ -26,8 +26,8 @@ static inline uint32_t *words(int64_t count) {
     return found;
 }
 
-/* Dropout of one layer: which values stay is computed where they are read (kernels/dense/dropout.py).
-   kernels/bindings/calls.py has the same fields. */
+/* Dropout of one layer: which values stay is computed where they are read
+   (kernels/dense/dropout.py). kernels/bindings/calls.py has the same fields. */
 struct mask {
     const int64_t *keys; /* of the rows; NULL: all stay */
     uint32_t row_key, column_key, threshold;
