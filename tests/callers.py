@@ -1,6 +1,6 @@
 """Which tests call which functions of Veneer: noted while they run, one JSON object a test.
 
-    {"test": "tests/kernels/test_rank.py::test_...", "seconds": 0.1, "calls":
+    {"test": "tests/kernels/dense/test_rank.py::test_...", "seconds": 0.1, "calls":
         ["kernels/dense/rank.py:down", ...]}
 
 A function is named as its code object is: file and qualified name. What a process of its own calls

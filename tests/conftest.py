@@ -18,4 +18,4 @@ def _signals_as_in_front():
 
 def pytest_collection_modifyitems(items):
     """Behind all others one process would wait for it while the other rests."""
-    items.sort(key=lambda item: item.path.name != "kernels/test_sanitized.py")
+    items.sort(key=lambda item: item.path.name != "test_sanitized.py")

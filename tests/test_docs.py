@@ -40,7 +40,7 @@ PROGRAMS = {
     ".ci/run",
 }
 PROGRAMS |= {"VENEER_SOAK_KILLS=50", ".venv/bin/python"}
-ELSEWHERE = {"several_machines.md": "tests/soak/test_recipes.py runs its blocks"}
+ELSEWHERE = {"several_machines.md": "tests/soak/cluster/test_recipes.py runs its blocks"}
 
 
 def commands(text: str) -> list[list[str]]:

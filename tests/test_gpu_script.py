@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.accelerator import Accelerator
-from tests.support.tape import Tape
+from tests.support.kernels.tape import Tape
 from veneer.decoding import forward
 from veneer.kernels.cuda import launch
 

@@ -17,8 +17,8 @@ import torch
 
 from tests.models.test_step import assert_same, loss_and_gradients, own_loss_and_gradients
 from tests.support.helpers import make_examples
+from tests.support.models.tiny_gguf import tiny, write_gguf
 from tests.support.tiny import save_tiny, tiny_base, tiny_model
-from tests.support.tiny_gguf import tiny, write_gguf
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import AdapterConfig, Bottleneck, DoRA, LoRA, Prefix
 from veneer.adapters.placement.acting import TokenKeys

@@ -7,7 +7,7 @@ import pytest
 
 import veneer
 from tests.serve.server import running
-from tests.support.reasoning import DROPS_EARLIER, reasoning_tokenizer
+from tests.support.models.reasoning import DROPS_EARLIER, reasoning_tokenizer
 from tests.support.tiny import tiny_model
 from veneer.adapters.preamble import NONE, Preamble, shared, variable_faults
 from veneer.cli import main

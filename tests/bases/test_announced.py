@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.models.test_models_load import edit_config, edit_weights, refusal
+from tests.support.models.tiny_gguf import tiny, write_gguf
 from tests.support.tiny import FAMILIES, save_tiny, tiny_model
-from tests.support.tiny_gguf import tiny, write_gguf
 from veneer.bases.config.announced import BUILT_EXTRA, announced_faults, built_faults
 from veneer.bases.gguf.convert import read_header
 from veneer.bases.loading.from_config import blueprint, build

@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 from tests.quant.test_runs import Stop, rows, run, settings
+from tests.support.models.tiny_gguf import tiny, write_gguf
 from tests.support.tiny import save_tiny, tiny_model
-from tests.support.tiny_gguf import tiny, write_gguf
 from veneer import api
 from veneer.adapters.config import LoRA
 from veneer.bases import compute

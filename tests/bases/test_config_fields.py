@@ -1,10 +1,11 @@
-"""A sample of the fields of configs that change what is computed; tests/soak/test_config_fields.py
-changes them all."""
+"""A sample of the fields of configs that change what is computed.
+
+tests/soak/models/test_config_fields.py changes them all."""
 
 import pytest
 
 import veneer
-from tests.support.config_fields import changed_values, small_family, sweep
+from tests.support.models.config_fields import changed_values, small_family, sweep
 from veneer.bases.identity.config_fields import computing_fields
 
 SAMPLE = {

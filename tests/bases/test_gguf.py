@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.support.models.tiny_gguf import LLAMA3, tiny, write_gguf
 from tests.support.tiny import tiny_tokenizer
-from tests.support.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer.bases import kept
 from veneer.bases.compute import DTYPES, DtypeName
 from veneer.bases.gguf.convert import convert, dense_model, read_header

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.models.tiny_gguf import LLAMA3, tiny, write_gguf
 from tests.support.tiny import save_tiny
-from tests.support.tiny_gguf import LLAMA3, tiny, write_gguf
 from veneer import api
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tests.support.models.tiny_gguf import OTHERS, header_of, stored_tensors, tiny, write_gguf
 from tests.support.tiny import tiny_model
-from tests.support.tiny_gguf import OTHERS, header_of, stored_tensors, tiny, write_gguf
 from veneer.bases.gguf.config import ARCHITECTURES, described_config
 from veneer.bases.gguf.convert import dense_model, read_header
 from veneer.bases.gguf.header import NO_EFFECT, undo_single_precision

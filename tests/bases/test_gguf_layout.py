@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from tests.support.tiny_gguf import tiny, write_gguf
+from tests.support.models.tiny_gguf import tiny, write_gguf
 from veneer.bases.gguf.convert import read_header
 from veneer.bases.gguf.layout import LayoutError, check_layout
 from veneer.errors import CorruptFileError

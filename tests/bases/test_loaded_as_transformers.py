@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.loaded import differences
-from tests.support.packed_folders import write_fp8
+from tests.support.models.loaded import differences
+from tests.support.models.packed_folders import write_fp8
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from tests.training.test_places import IDS, mixer, mixer_base
 from veneer import api

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.adapters import test_methods as methods
 from tests.quant.test_runs import rows
-from tests.support.packed import packed_modules
-from tests.support.packed_folders import (
+from tests.support.models.packed import packed_modules
+from tests.support.models.packed_folders import (
     WRITERS,
     write_awq,
     write_compressed,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.bases.test_stored_formats import configure, edit, folder_of
-from tests.support.packed import packed_modules
-from tests.support.packed_folders import (
+from tests.support.models.packed import packed_modules
+from tests.support.models.packed_folders import (
     write_awq,
     write_compressed,
     write_fp8,

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from tests.families.models import family_base
 from tests.support.helpers import fill
-from tests.support.packed_folders import write_fp8
+from tests.support.models.packed_folders import write_fp8
 from tests.support.tiny import tiny_tokenizer
 from veneer import api
 from veneer.adapters.attach import attach

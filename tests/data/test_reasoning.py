@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import veneer
-from tests.support.reasoning import (
+from tests.support.models.reasoning import (
     DROPS_EARLIER,
     FORGETS,
     OPENS,

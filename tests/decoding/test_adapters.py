@@ -3,7 +3,7 @@ wrong."""
 
 import pytest
 
-from tests.support.toy_engine import BROKEN, Toy, adapter, alone, steps_until
+from tests.support.decoding.toy_engine import BROKEN, Toy, adapter, alone, steps_until
 from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceState
 from veneer.errors import DoesNotFitError
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.support.pretended_memory import PretendedMemory, contents
+from tests.support.decoding.pretended_memory import PretendedMemory, contents
 from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, BlockTable, Identity
 from veneer.errors import ConfigError, DoesNotFitError
 

@@ -1,9 +1,9 @@
 """Steps of answers that are captured once and replayed say what steps say that are launched call by
 call.
 
-The device is pretended, and a graph is a tape (tests/support/tape.py): it repeats what was noted,
-on the memory that it was noted on, so whatever a step finds out on the host, or reads where it lay
-before, is told of here.
+The device is simulated, and a graph is a tape (tests/support/kernels/tape.py): it repeats recorded
+operations on the memory of the recording. So these tests show whatever a step computes on the host
+or reads at an old address.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 
 from tests.adapters.test_methods import move, written
 from tests.support.accelerator import Accelerator
-from tests.support.tape import Tape
+from tests.support.kernels.tape import Tape
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA, Prefix
 from veneer.decoding import forward

@@ -9,8 +9,8 @@ import torch
 
 from tests.adapters.test_methods import move
 from tests.serve.server import add_adapter, running
-from tests.support.packed import packed_modules
-from tests.support.packed_folders import write_awq, write_fp8, write_gptq, write_mxfp4
+from tests.support.models.packed import packed_modules
+from tests.support.models.packed_folders import write_awq, write_fp8, write_gptq, write_mxfp4
 from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.adapters.attach import attach

@@ -13,7 +13,7 @@ import yaml
 
 import veneer
 from tests.support.helpers import fill
-from tests.support.reasoning import DROPS_EARLIER, FORGETS
+from tests.support.models.reasoning import DROPS_EARLIER, FORGETS
 from tests.support.tiny import tiny_model, tiny_tokenizer
 from veneer.cli import main
 from veneer.cli.rows import data_replay

@@ -1,10 +1,10 @@
-"""Many requests in one batch, by a model that is pretended (tests/support/toy_engine.py)."""
+"""Many requests in one batch, over a simulated model (tests/support/decoding/toy_engine.py)."""
 
 import math
 
 import pytest
 
-from tests.support.toy_engine import WORDS, Toy, adapter, alone, steps_until
+from tests.support.decoding.toy_engine import WORDS, Toy, adapter, alone, steps_until
 from veneer.decoding.schedule.limits import Limits
 from veneer.decoding.schedule.sequence import FinishReason, Request, SequenceState
 from veneer.decoding.schedule.step_plan import SampledToken

@@ -1,5 +1,5 @@
 """Requests that come, go, fail and wait in any order, by a model that is pretended
-(tests/support/toy_engine.py)."""
+(tests/support/decoding/toy_engine.py)."""
 
 import math
 
@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.support.toy_engine import BROKEN, SIZE, Toy, adapter, alone
+from tests.support.decoding.toy_engine import BROKEN, SIZE, Toy, adapter, alone
 from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
 from veneer.decoding.schedule.step_plan import SampledToken
 from veneer.errors import DoesNotFitError, QueueFullError, VeneerError

@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 from tests.families.models import IDS, save_family
 from tests.families.page import GRADIENT, LOGITS, LOSS
 from tests.support.helpers import fill, make_examples
-from tests.support.loaded import differences
+from tests.support.models.loaded import differences
 from veneer import api
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA

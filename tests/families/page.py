@@ -130,8 +130,8 @@ def page(rows: dict[str, str], names: Iterable[str]) -> str:
         "",
         (
             "- **loaded**: the base has transformers' attributes (but for what"
-            f" tests/support/loaded.py names) and logits (within {LOGITS:g} of the largest value,"
-            " as wherever logits are compared)."
+            " tests/support/models/loaded.py names) and logits"
+            f" (within {LOGITS:g} of the largest value, as wherever logits are compared)."
         ),
         "",
         (

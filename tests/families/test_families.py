@@ -1,5 +1,6 @@
-"""A sample of the table of families (tests/families/__main__.py); tests/soak/test_families.py holds
-them all."""
+"""A sample of the table of families (tests/families/__main__.py).
+
+tests/soak/models/test_families.py has all families."""
 
 import pytest
 

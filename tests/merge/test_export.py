@@ -14,8 +14,8 @@ from tokenizers import pre_tokenizers
 from tests.merge.test_combine import EXACT, SETTINGS, assert_equal_updates, changes, make
 from tests.parity.test_peft_files import logits
 from tests.support.helpers import fill
+from tests.support.models.tiny_gguf import with_merges
 from tests.support.tiny import save_tiny, tiny_tokenizer
-from tests.support.tiny_gguf import with_merges
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA, Prefix
 from veneer.cli.main import command_module

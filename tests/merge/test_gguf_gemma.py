@@ -12,8 +12,8 @@ import pytest
 import torch
 from gguf import GGUFReader, TokenType
 
-from tests.support.gemma import PIECES, SPACE, TEXTS, gemma_tokenizer, save_gemma
 from tests.support.helpers import fill
+from tests.support.models.gemma import PIECES, SPACE, TEXTS, gemma_tokenizer, save_gemma
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.errors import RefusedError

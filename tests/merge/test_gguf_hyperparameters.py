@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 
+from tests.support.models.tiny_gguf import LLAMA3, tiny, with_merges, write_gguf
 from tests.support.tiny import save_tiny, tiny_model
-from tests.support.tiny_gguf import LLAMA3, tiny, with_merges, write_gguf
 from veneer.bases.gguf.convert import dense_model, read_header
 from veneer.errors import RefusedError
 from veneer.merge.export.export_run import export_merged_gguf

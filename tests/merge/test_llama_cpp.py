@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.bases.test_gguf_config import CASES, model_of, rebuilt
-from tests.support.gemma import TEXTS, save_gemma
 from tests.support.helpers import fill
+from tests.support.models.gemma import TEXTS, save_gemma
+from tests.support.models.tiny_gguf import header_of, with_merges, write_gguf
 from tests.support.tiny import save_tiny
-from tests.support.tiny_gguf import header_of, with_merges, write_gguf
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.bases.gguf.convert import dense_model, read_header

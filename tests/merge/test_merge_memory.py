@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.support.helpers import fill
+from tests.support.models.tiny_gguf import with_merges
 from tests.support.tiny import save_tiny
-from tests.support.tiny_gguf import with_merges
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.merge.fold.folder import merge_into_folder

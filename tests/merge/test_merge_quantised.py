@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.parity.test_peft_files import logits
 from tests.support.helpers import fill, merge_in_memory
+from tests.support.models.tiny_gguf import tiny, with_merges, write_gguf
 from tests.support.tiny import save_tiny, tiny_tokenizer
-from tests.support.tiny_gguf import tiny, with_merges, write_gguf
 from veneer.adapters.attach import attach
 from veneer.adapters.config import LoRA
 from veneer.cli.main import main

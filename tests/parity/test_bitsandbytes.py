@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from tests.support.packed import packed_and_dense, packed_modules
+from tests.support.models.packed import packed_and_dense, packed_modules
 from tests.support.tiny import save_tiny
 from veneer.formats.packed_base import write_packed
 from veneer.kernels.packed import nf4 as kernels

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.reasoning import check_by_brute_force
+from tests.support.models.reasoning import check_by_brute_force
 
 _PACKAGE = find_spec("trl")
 FOLDER = (

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.processes.test_processes import RUNS, losses, settings, told, values, world
 from tests.soak.counts import rounds
-from tests.support.packed_folders import write_gptq
+from tests.support.models.packed_folders import write_gptq
 from tests.support.tiny import save_tiny
 from veneer.errors import ConfigError, RefusedError
 from veneer.shards import Shards, make_whole

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.packed import packed_modules
+from tests.support.models.packed import packed_modules
 from tests.support.tiny import save_tiny
 from veneer.adapters.config import LoRA
 from veneer.api import load, write_quantized

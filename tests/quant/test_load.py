@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.support.packed import packed_and_dense, packed_modules
+from tests.support.models.packed import packed_and_dense, packed_modules
 from tests.support.tiny import FAMILIES, save_tiny
 from veneer.errors import CorruptFileError
 from veneer.linear import num_parameters

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.helpers import fill, make_examples
-from tests.support.packed import packed_and_dense, packed_modules
+from tests.support.models.packed import packed_and_dense, packed_modules
 from tests.support.tiny import save_tiny
 from veneer.adapters.attach import attach, detach
 from veneer.adapters.config import LoRA

@@ -23,8 +23,8 @@ def whole(test: str) -> Loop:
     return Loop(test, 1_000_000, 1_000_000)
 
 
-KILLS, FILES = "soak/test_kills.py", "soak/test_strangers_files.py"
-FAMILIES = "soak/test_families.py"
+KILLS, FILES = "soak/failures/test_kills.py", "soak/inputs/test_strangers_files.py"
+FAMILIES = "soak/models/test_families.py"
 
 LOOPS = {
     "kills": Loop(
@@ -33,10 +33,10 @@ LOOPS = {
     "kills_of_others": Loop(
         f"{KILLS}::test_a_command_that_is_killed_and_given_again_leaves_what_it_should", 7, 100
     ),
-    "resumes": Loop("soak/test_resumes.py", 10, 200),
-    "writes": Loop("soak/test_failing_writes.py", 36, 300),
-    "slow_writes": Loop("soak/test_failing_writes.py", 6, 60),
-    "inputs": Loop("soak/test_inputs.py", 1000, 200_000),
+    "resumes": Loop("soak/failures/test_resumes.py", 10, 200),
+    "writes": Loop("soak/failures/test_failing_writes.py", 36, 300),
+    "slow_writes": Loop("soak/failures/test_failing_writes.py", 6, 60),
+    "inputs": Loop("soak/inputs/test_inputs.py", 1000, 200_000),
     "settings": Loop(
         f"{FILES}::test_settings_of_any_kind_and_size_are_read_or_refused", 500, 20_000
     ),
@@ -50,17 +50,17 @@ LOOPS = {
     "gguf": Loop(f"{FILES}::test_spoiled_gguf_headers_are_read_or_refused", 3000, 40_000),
     "gguf_bases": Loop(f"{FILES}::test_spoiled_gguf_files_become_a_base_or_an_error", 200, 3000),
     "calls": Loop(
-        "kernels/test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors",
+        "kernels/bindings/test_native_calls.py::test_spoiled_calls_are_refused_or_stay_within_their_tensors",
         3000,
         20_000,
     ),
-    "requests": Loop("soak/test_requests.py", 1000, 10_000),
-    "linear": Loop("soak/test_linear.py", 60, 400),
-    "clients": Loop("soak/test_clients.py", 60, 1000),
-    "cycles": Loop("soak/test_cycles.py", 300, 1000),
-    "mixes": Loop("soak/test_mixes.py", 100, 10_000),
-    "engine": Loop("soak/test_engine_mixes.py", 50, 10_000),
-    "decoding": Loop("soak/test_decoding.py", 200, 5000),
+    "requests": Loop("soak/serve/test_requests.py", 1000, 10_000),
+    "linear": Loop("soak/serve/test_linear.py", 60, 400),
+    "clients": Loop("soak/serve/test_clients.py", 60, 1000),
+    "cycles": Loop("soak/serve/test_cycles.py", 300, 1000),
+    "mixes": Loop("soak/models/test_mixes.py", 100, 10_000),
+    "engine": Loop("soak/decoding/test_engine_mixes.py", 50, 10_000),
+    "decoding": Loop("soak/decoding/test_decoding.py", 200, 5000),
     "tiers": Loop(
         "library/test_residents.py::test_any_traffic_ends_each_request_once_and_within_the_budget",
         20,
@@ -80,13 +80,13 @@ LOOPS = {
     "families": Loop(
         f"{FAMILIES}::test_every_family_agrees_with_transformers_and_peft_or_says_why_not", 6, 300
     ),
-    "config_fields": Loop("soak/test_config_fields.py", 2, 300),
+    "config_fields": Loop("soak/models/test_config_fields.py", 2, 300),
     "hybrids": whole(FAMILIES),
-    "accelerator": Loop("soak/test_accelerator_cells.py", 40, 10_000),
+    "accelerator": Loop("soak/models/test_accelerator_cells.py", 40, 10_000),
     "processes": whole("processes/test_processes.py"),
     "standing": whole("processes/test_processes.py"),
     "shards": whole("processes/test_shards.py"),
-    "recipes": whole("soak/test_recipes.py"),
-    "ray": Loop("soak/test_ray_compare.py soak/test_ray_serve.py", 1, 3),
+    "recipes": whole("soak/cluster/test_recipes.py"),
+    "ray": Loop("soak/cluster/test_ray_compare.py soak/cluster/test_ray_serve.py", 1, 3),
     "stranger": Loop("soak/test_stranger.py", 1, 1),
 }

@@ -2,8 +2,8 @@
 may take.
 
 Work for a request grows in proportion to its size, and its size is bounded by these. docs/serve.md
-shows LIMITS as a table. tests/soak/test_linear.py grows every dimension of a request by ten and
-measures the time.
+shows LIMITS as a table. tests/soak/serve/test_linear.py grows every dimension of a request by ten
+and measures the time.
 """
 
 from __future__ import annotations

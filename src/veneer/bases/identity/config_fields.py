@@ -91,8 +91,8 @@ NOT_COMPUTED = frozenset(
         *("task_specific_params", "prefix"),
     )
 )
-"""Names at any depth. `tests/soak/test_config_fields.py` checks for every family that none of them
-changes a logit."""
+"""Names at any depth. `tests/soak/models/test_config_fields.py` checks for every family that none
+of them changes a logit."""
 
 PAD = "pad_token_id"
 """Not computed either, except in models that count positions from it (XGLM, RoBERTa)."""

@@ -11,7 +11,8 @@ prompt are copied in front of each document, and one call computes all. Sinks ta
 the joint sum afterwards.
 
 Saved for backward: q, k, v, the output, and one float32 per row and head. This has never run on a
-GPU: on a CPU the tests replace the kernels by an exact function (tests/support/flash_reference.py).
+GPU: on a CPU the tests replace the kernels by an exact function
+(tests/support/kernels/flash_reference.py).
 Shapes: as in kernels/attention/packed.py. S sequences.
 """
 

@@ -9,7 +9,7 @@ afterwards, by its log-sum-exp.
 Without a compiler flex attention stores all scores, so it is tried once on a few rows against the
 plain path. If it is not compiled, or differs, the plain path computes and a warning says why. This
 has never run on a GPU: on a CPU the tests replace it by an exact function
-(tests/support/flex_reference.py). Source: Dong et al. 2024, arXiv:2412.05496. Shapes: as in
+(tests/support/kernels/flex_reference.py). Source: Dong et al. 2024, arXiv:2412.05496. Shapes: as in
 kernels/attention/packed.py.
 """
 

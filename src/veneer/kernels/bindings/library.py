@@ -23,7 +23,7 @@ OFF = "VENEER_NO_NATIVE"
 """Environment variable: set to 1, the plain paths run everywhere."""
 BUILT_ELSEWHERE = "VENEER_NATIVE"
 """Environment variable: the file of another build of the kernels, for one with sanitizers
-(tests/kernels/test_sanitized.py)."""
+(tests/kernels/bindings/test_sanitized.py)."""
 
 
 MAX_ISA = "VENEER_MAX_CPU_ISA"

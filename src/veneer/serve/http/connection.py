@@ -1,7 +1,7 @@
 """The server and its connections: everything here that relies on uvicorn's and h11's own classes.
 
 Neither promises to keep them. This file was tried with uvicorn 0.54 and h11 0.16; after an upgrade
-run tests/serve/test_connections.py, test_streams.py and test_process.py.
+run tests/serve/http/test_connections.py, test_streams.py and test_process.py.
 
 A chunk of a stream that goes through a task's turn, the application's layers and h11 is changed by
 none of them, and that is most of what a token costs the event loop. `ChunkWriter` writes to the

@@ -1,0 +1,220 @@
+"""What reaches C is what C takes it for: every call is valid or refused, and nothing is written
+beside its tensors."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.soak.counts import rounds
+from tests.support.kernels.native_cases import REFUSED, fuzz_calls, margins, tensors, valid_calls
+from veneer.kernels.bindings import (
+    block_calls,
+    calls,
+    dense_calls,
+    draw_calls,
+    packed_calls,
+    paged_calls,
+    product_calls,
+    step_calls,
+    sum_calls,
+)
+from veneer.kernels.bindings import library as native
+from veneer.kernels.bindings.arguments import CallError
+from veneer.kernels.packed import nf4
+from veneer.kernels.tape import tape
+from veneer.quant.nf4 import quantize
+
+KERNELS = Path(native.__file__).parents[1]
+CALLING = [
+    path
+    for folder in ("bindings", "tape")
+    for path in (KERNELS / folder).glob("*.py")
+    if path.name not in ("__init__.py", "pages.py")
+]
+"""The files that call the library."""
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
+needs_bf16 = pytest.mark.skipif(
+    not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
+)
+
+
+def functions(module):
+    """Those that call C."""
+    return {
+        f
+        for _, f in inspect.getmembers(module, inspect.isfunction)
+        if '"veneer_' in inspect.getsource(f)
+    }
+
+
+def test_only_bindings_and_tapes_know_the_library():
+    knows = r"library import [^\n]*\blibrary\b|native\.library|\.veneer_(?!version)"
+    for path in set(KERNELS.parent.rglob("*.py")) - set(CALLING):
+        text = path.read_text()
+        assert not re.search(knows, text), path
+        assert KERNELS not in path.parents or not re.search(r"^import ctypes", text, re.M), path
+
+
+def test_every_function_of_the_library_has_its_signature_and_its_call():
+    source = "\n".join(path.read_text() for path in (KERNELS / "native").rglob("*.c"))
+    exported = set(
+        re.findall(r"^(?!static)(?:VENEER_BF16 )?(?:void|int|int64_t) (veneer_\w+)\(", source, re.M)
+    )
+    inner = {
+        "veneer_parallel",
+        "veneer_parallel_dealt",
+        "veneer_threads",
+        "veneer_has_byte_permutes",
+    }
+    inner |= {
+        "veneer_pieces",
+        "veneer_tiled_pieces",
+        "veneer_few_level",
+        "veneer_tiled_downs",
+        "veneer_tiled_ups",
+    }
+    inner |= {"veneer_parallel_behind", "veneer_wait", "veneer_thread"}
+    inner |= {"veneer_together"}
+    assert exported - inner == set(native.SIGNATURES)
+    python = "\n".join(path.read_text() for path in CALLING)
+    assert all(python.count(name) >= 2 for name in native.SIGNATURES)
+
+
+def test_c_and_python_number_the_functions_of_a_tape_alike():
+    source = (KERNELS / "native" / "common" / "tape.c").read_text()
+    numbered = re.findall(r"^    X\((\w+), \(?(\w+)\(", source, re.M)
+    assert [function for _, function in numbered] == list(tape.FUNCTIONS)
+    assert all(function == f"veneer_{name.lower()}" for name, function in numbered)
+    (most,) = re.findall(r"MOST_ARGUMENTS = (\d+)", source)
+    assert int(most) == tape.MOST_ARGUMENTS
+
+
+def test_the_most_that_a_caller_allows_is_not_kept_as_what_the_processor_has():
+    """It ends the process on a processor with less (4 bits, a few rows, AVX2 alone). Kept is what
+    features.c says."""
+    for path in (KERNELS / "native").rglob("*.c"):
+        assert not re.search(r" = \{[^;]*[ ,{](?:most|level)[,}]", path.read_text()), path
+
+
+@pytest.mark.parametrize("level", [0, 2, 3])
+def test_codes_that_are_none_become_some_byte(level):
+    """Shifted as they are they have no meaning in C: the sanitizers end such a call."""
+    packed, codes = (
+        torch.zeros(48, dtype=torch.uint8),
+        torch.full((16,), -(2**20), dtype=torch.int32),
+    )
+    limits = torch.arange(16, dtype=torch.float32)
+    packed_calls.nf4_quantize(
+        torch.linspace(-1, 1, 96), limits, codes, 64, packed, torch.zeros(2), level
+    )
+
+
+@needs_bf16
+def test_there_is_a_case_for_every_call_and_each_is_valid():
+    cases = valid_calls(0)
+    tried = {function for function, _ in cases}
+    wrapped = {packed_calls.nf4_dequantize, packed_calls.nf4_product, packed_calls._packed_rows}
+    wrapped |= {paged_calls.paged_attention, dense_calls.few_rows_updated, draw_calls.usable}
+    assert (
+        functions(calls) - {calls._rank if hasattr(calls, "_rank") else None}
+        | functions(block_calls)
+        | functions(sum_calls)
+        | functions(packed_calls)
+        | functions(dense_calls)
+        | functions(paged_calls)
+        | functions(step_calls)
+        | functions(draw_calls)
+        | (functions(product_calls) if native.has_bf16() else set())
+        <= tried | wrapped
+    )
+    for seed in range(20):
+        for function, arguments in valid_calls(seed):
+            function(**arguments)
+            assert all(margins(t) for a in arguments.values() for t in tensors(a)), (
+                function.__name__
+            )
+
+
+def test_a_tensor_of_another_type_or_place_or_with_one_more_axis_is_refused():
+    for function, arguments in valid_calls(3):
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                for other in (
+                    value.to("meta"),
+                    value.to(torch.float64),
+                    torch.stack([value, value]),
+                ):
+                    with pytest.raises(REFUSED):
+                        function(**{**arguments, name: other})
+
+
+@pytest.mark.parametrize("number", [2**64, 2**63, 2**32, -64, 0, True, 64.0, None])
+def test_a_number_that_c_would_take_for_another_is_refused(number):
+    weight = quantize(torch.randn(300))
+    given = {
+        "packed": weight.packed,
+        "scales": weight.absmax,
+        "table": weight.table,
+        "count": 300,
+        "block": 64,
+        "nested": (weight.nested.table, weight.nested.scales, 256, 0.0),
+    }
+    packed_calls.nf4_weights(**given)
+    for name in ("count", "block"):
+        with pytest.raises(CallError):
+            packed_calls.nf4_weights(**{**given, name: number})
+    nested = (*given["nested"][:2], number, 0.0)
+    if number != 2**32:  # one block then holds all scales, and is a power of two
+        with pytest.raises(CallError):
+            packed_calls.nf4_weights(**{**given, "nested": nested})
+
+
+@pytest.mark.parametrize("target", [-1, 40, 2**40, -(2**40)])
+@needs_bf16
+def test_a_target_outside_the_vocabulary_is_refused(target):
+    logits, loss = torch.zeros(3, 40, dtype=torch.bfloat16), torch.empty(3)
+    with pytest.raises(CallError):
+        calls.entropy(logits, torch.tensor([0, target, 1]), loss)
+
+
+def test_documents_outside_the_rows_are_refused():
+    q = torch.zeros(9, 2, 16, dtype=torch.bfloat16)
+    out, lse = torch.empty_like(q), torch.empty(9, 2)
+    for starts in ([0, 10], [0, 2**40], [-1, 9], [0, 6, 4, 9], [0]):
+        with pytest.raises(CallError):
+            calls.attention_forward(
+                q, q, q, None, torch.tensor(starts), out, lse, scale=1.0, window=None, splits=1
+            )
+
+
+@pytest.mark.parametrize("splits", [0, 2**16, 2**40, 2**62])
+def test_shares_of_a_document_that_c_would_count_for_ever_are_refused(splits):
+    q = torch.zeros(9, 2, 16, dtype=torch.bfloat16)
+    out, lse, starts = torch.empty_like(q), torch.empty(9, 2), torch.tensor([0, 9])
+    with pytest.raises(CallError):
+        calls.attention_forward(
+            q, q, q, None, starts, out, lse, scale=1.0, window=None, splits=splits
+        )
+
+
+def test_spoiled_calls_are_refused_or_stay_within_their_tensors():
+    refused = computed = 0
+    for seed in rounds("calls", ci=100):
+        more = fuzz_calls(seed)
+        refused, computed = refused + more[0], computed + more[1]
+    assert refused > computed > 0
+
+
+def test_a_plan_leaves_the_kernels_as_they_were():
+    """Nothing is computed while a step is planned; what was looked up then once stayed silent for
+    good."""
+    weight = quantize(torch.randn(640))
+    expected = nf4.dequantize(weight.blocks, torch.empty(640))
+    with native.planning():
+        nf4.dequantize(weight.blocks, torch.full((640,), 7.0))
+    assert torch.equal(nf4.dequantize(weight.blocks, torch.full((640,), 7.0)), expected)
+    assert torch.equal(quantize(torch.ones(64)).packed, torch.full((32,), 255, dtype=torch.uint8))

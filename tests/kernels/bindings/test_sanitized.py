@@ -1,0 +1,170 @@
+"""The kernels' tests once more, over a library that is built with the address and
+undefined-behaviour sanitizers.
+
+A read or write of one value too many, a shift too far or a misaligned word ends the process that
+the tests run in. Tiles (AMX) are plain C there (tiles_in_c.h): their code runs on any processor
+with products of bf16 pairs, and is seen.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from veneer.kernels.bindings import library as native
+
+SOURCES = Path(native.__file__).parents[1] / "native"
+TESTS = Path(__file__).parents[2]
+FLAGS = (
+    *(
+        "-std=gnu11",
+        "-O1",
+        "-g1",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-fPIC",
+    ),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
+    "--param=asan-use-after-return=0",
+    *(f"-I{folder}" for folder in sorted({path.parent for path in SOURCES.rglob("*.h")})),
+    *("-include", str(TESTS / "support" / "tiles_in_c.h")),
+)
+AS_FUNCTIONS = ("few_rows.c", "gguf_tiles.c", "gguf_vectors.c", "paged_attention.c")
+"""Their loops are inlined once for each number of rows and each type, on which gcc spends two
+minutes. Called instead, they read and write the same; what hands vectors over must have been
+compiled for them."""
+CALLED = ("-Dalways_inline=", "-Werror=psabi")
+RUN = (
+    *(
+        "kernels/bindings/test_native_calls.py",
+        "kernels/bindings/test_native.py",
+        "kernels/dense/test_rank.py",
+        "kernels/test_tiles.py",
+        "kernels/attention/test_attention_native.py",
+    ),
+    *(
+        "kernels/packed/test_gguf.py",
+        "quant/test_nf4.py",
+        "kernels/dense/test_few_rows.py",
+        "kernels/dense/test_products.py",
+    ),
+    *(
+        "kernels/attention/test_paged_attention.py",
+        "kernels/tape/test_recorded.py",
+        "decoding/test_sampling.py",
+    ),
+    "decoding/test_direct.py::test_a_step_by_parts_gives_what_the_model_gives",
+    "decoding/test_direct.py::test_what_an_adapter_does_is_done_by_parts_too",
+    "kernels/dense/test_block.py::test_one_node_gives_the_bits_of_its_parts",
+    "kernels/test_references.py::test_the_compiled_dropout_is_its_reference_to_the_bit",
+    "kernels/test_references.py::test_the_compiled_dropout_keeps_what_is_not_finite",
+    *(
+        "kernels/dense/test_fused.py::test_the_norm_is_its_reference",
+        "kernels/dense/test_fused.py::test_the_gate_is_its_reference",
+    ),
+    "kernels/dense/test_fused.py::test_the_entropy_of_bf16_logits_is_its_reference",
+)
+LEFT_OUT = (
+    # Its calls are a part of qwen2's.
+    "kernels/dense/test_block.py::test_one_node_gives_the_bits_of_its_parts[llama",
+    "kernels/dense/test_block.py::test_one_node_gives_the_bits_of_its_parts[mistral",
+    # The check is in Python; the calls are the same.
+    "kernels/tape/test_recorded.py::test_what_is_exchanged",
+    "kernels/tape/test_recorded.py::test_calls_that_read_what_the_one_before_wrote_are_the_same_with_any_number_of_threads[torch.bfloat16]",
+    # thousands of the same draws
+    "decoding/test_sampling.py::test_every_number_has_the_ids_that_the_reference_gives_it",
+    "decoding/test_sampling.py::test_what_is_drawn_follows_the_distribution_that_is_meant",
+)
+"""Of RUN, by how their names begin: many or large cases of calls that others make."""
+OF_PAIRS = (
+    "kernels/dense/test_rank.py",
+    "kernels/attention/test_attention_native.py::test_the_compiled_attention_is_its_reference",
+)
+"""What takes tiles wherever there are some, and no test takes without: once more so."""
+
+
+def sanitizer() -> str:
+    """The library that must be loaded before all others; skips where there is none."""
+    compiler = shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no gcc here, whose sanitizers this uses")
+    done = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    if not Path(done.stdout.strip()).is_file():
+        pytest.skip("gcc without its address sanitizer")
+    return str(Path(done.stdout.strip()).resolve())
+
+
+def gcc(*arguments: str | Path) -> None:
+    done = subprocess.run(["gcc", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    preload = sanitizer()
+    built = tmp_path_factory.mktemp("sanitized") / "native.so"
+
+    def compiled(source: Path) -> Path:
+        made = built.with_name(f"{source.stem}.o")
+        gcc(*FLAGS, *(CALLED if source.name in AS_FUNCTIONS else ()), "-c", source, "-o", made)
+        return made
+
+    largest_first = sorted(SOURCES.rglob("*.c"), key=lambda source: -source.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [*pool.map(compiled, largest_first)]
+    gcc(*FLAGS, "-shared", *objects, "-o", built, "-lm")
+    return {
+        **os.environ,
+        native.BUILT_ELSEWHERE: str(built),
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": (
+            "detect_leaks=0:allocator_may_return_null=1"
+        ),  # what Python keeps to its end is no leak of ours
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+def test_the_sanitizers_see_a_read_past_the_end(environment):
+    code = (
+        "import ctypes, torch; from veneer.kernels.bindings import library as native; "
+        "x = torch.zeros(64, dtype=torch.uint8);y = torch.zeros(512); "
+        "native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "ERROR: AddressSanitizer" in done.stderr and "READ of size" in done.stderr
+
+
+def passes(tests: tuple[str, ...], environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += [str(TESTS / name) for name in tests]
+    command += [f"--deselect=tests/{name}" for name in LEFT_OUT]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=TESTS.parent
+    )
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, said
+    assert "runtime error" not in said and " passed" in said
+
+
+def test_the_kernels_pass_their_tests_under_the_sanitizers(environment):
+    passes(RUN, environment)
+
+
+@pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
+def test_the_kernels_without_tiles_do(environment):
+    code = "from veneer.kernels.bindings import library as native; assert native.has_amx()"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    passes(OF_PAIRS, environment | {native.MAX_ISA: "avx512_bf16"})
