@@ -328,7 +328,7 @@ def _show_next_steps(parser: argparse.ArgumentParser) -> int:
         parser.print_help()
         return 0
     from veneer.cli.next_steps import format_next_steps
-    from veneer.library.library import default_folder
+    from veneer.library.folder import default_folder
 
     print(format_next_steps(Path(), default_folder()))
     return 0

@@ -1,35 +1,26 @@
-"""A library: a folder of adapters by name and version, without a server or a database.
+"""A library of adapters by name and version, without a server or a database.
 
-    library.json              the layout's version
-    names/<name>.json         versions of a name, with tags, notes and facts (library/records.py)
-    objects/<id>/             the adapters' files, named by their content (library/objects.py)
-    index.json                built from names/; may be deleted at any time (library/index.py)
-
-A name changes under one lock, by one rename. An object is written before a name points to it, and
-removed only by a collection, which waits until nobody adds. Imports torch only to add, verify or
-load.
+Files and locks: library/folder.py. Objects are removed only by a collection, which waits until
+nobody adds. Imports torch only to add, verify or load.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
-from veneer.files.atomic import atomic_file
-from veneer.files.home import expanded, home
+from veneer.files.home import expanded
 from veneer.files.lock import locked
-from veneer.files.partial import sweep, unfinished
-from veneer.files.strict_json import read_json
-from veneer.files.system_errors import explained
+from veneer.files.partial import unfinished
 from veneer.library.adapter_folder import adapter_folder, holds_adapter
+from veneer.library.entry import Entry, SortKey, chosen_version, passes
+from veneer.library.folder import MARKER, LibraryFolder
 from veneer.library.index import INDEX, indexed_records
 from veneer.library.leftovers import Leftovers, find_leftovers
 from veneer.library.names import (
@@ -55,51 +46,16 @@ from veneer.wording import html_table
 if TYPE_CHECKING:
     from veneer.models.frozen_base import FrozenBase
 
-MARKER = "library.json"
 MOST_SHOWN = 50
 COLLECT_WAIT_SECONDS = 60.0
-SortKey = Literal["name", "added", "size", "method", "base"]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Pairs a name with one of its versions."""
-
-    name: str
-    version: Version
-
-    @property
-    def reference(self) -> str:
-        return f"{self.name}@{self.version.version}"
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = self.version.model_dump(mode="json")
-        facts = fields.pop("facts")
-        return {"name": self.name, "reference": self.reference, **fields, **facts}
-
-
-def default_folder() -> Path:
-    """Returns the folder of the user's library, by the conventions of the system."""
-    if os.name == "nt":
-        data = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
-    elif os.uname().sysname == "Darwin":
-        data = home() / "Library" / "Application Support"
-    else:
-        data = Path(os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share")
-    return data / "veneer" / "adapters"
-
-
-class Library:
+class Library(LibraryFolder):
     """Holds adapters by name and version in a folder, which the first `add` makes.
 
     folder: None is the user's own library. Every method may be called from many processes and
     threads at once.
     """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = default_folder() if folder is None else expanded(folder)
-        self._own = folder is None
-        self.names, self.objects = self.folder / "names", self.folder / "objects"
 
     def _repr_html_(self) -> str:
         entries = self.entries() if (self.folder / MARKER).is_file() else []
@@ -136,7 +92,7 @@ class Library:
                 continue
             versions = stored["versions"] if every_version or tag else stored["versions"][-1:]
             for version in map(known_version, versions):
-                if _passes(version, base, method, tag):
+                if passes(version, base, method, tag):
                     entries.append(Entry(stored_name, version))
         sort_keys: dict[str, Callable[[Entry], Any]] = {
             "added": lambda e: e.version.added,
@@ -228,15 +184,6 @@ class Library:
         with self.receiving():
             files, facts = examined(Path(source), base)
             return self.point(name, put(self.objects, files), facts, tags=tags, note=note)
-
-    @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """Protects objects written within the block from a collection until names point to them."""
-        self._make()
-        with ExitStack() as locks, explained(self.folder):
-            with locked(self.folder / ".turn.lock"):  # a collection that waits goes first
-                locks.enter_context(locked(self.folder / ".objects.lock", shared=True))
-            yield
 
     def point(
         self,
@@ -412,109 +359,6 @@ class Library:
         if faults := object_faults(folder):
             raise CorruptFileError(f"{reference} is damaged", faults, "Pull or add it again.")
         return folder
-
-    # helpers
-
-    def all_names(self) -> list[str]:
-        try:
-            files = [path.name for path in self.names.iterdir()]
-        except FileNotFoundError:
-            return []
-        return sorted(
-            name.removesuffix(".json")
-            for name in files
-            if name.endswith(".json") and name[0] != "."
-        )
-
-    def _file(self, name: str) -> Path:
-        return self.names / f"{check_name(name)}.json"
-
-    def record(self, name: str) -> Record:
-        """Returns every version of a name. Raises ConfigError for an unknown name."""
-        path = self._file(name)
-        if not path.is_file():
-            raise ConfigError(
-                f"no adapter {name!r} in {self.folder}", [], nearest(name, self.all_names())
-            )
-        return read_record(path)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        with explained(self.folder), locked(self.folder / ".names.lock"):
-            self._sweep()
-            yield
-
-    def _sweep(self) -> None:
-        for place in (self.folder, self.names, self.objects):
-            sweep(place)
-
-    def _require(self) -> None:
-        """Raises SourceError if the folder is no library; the user's own may not exist yet."""
-        marker = self.folder / MARKER
-        if not marker.is_file():
-            if self._own or (self.folder.is_dir() and not any(self.folder.iterdir())):
-                return
-            raise SourceError(
-                f"{self.folder} is not a library of adapters",
-                [],
-                f"Make one: veneer adapters add ADAPTER --library {self.folder}",
-            )
-        if (version := read_json(marker).get("format_version")) != 1:
-            raise CorruptFileError(
-                f"{self.folder} is a library of version {version!r}, this Veneer reads 1",
-                [],
-                "Install the version of Veneer that wrote it, or a newer one.",
-            )
-
-    def _make(self) -> None:
-        if (self.folder / MARKER).is_file():
-            return self._require()
-        if self.folder.exists() and _strangers(self.folder):
-            raise ConfigError(
-                f"{self.folder} holds other files and is not a library",
-                [],
-                "Give an empty or a new folder.",
-            )
-        with explained(self.folder), locked(self.folder / ".names.lock"):
-            if not (self.folder / MARKER).is_file():
-                self.names.mkdir(exist_ok=True)
-                self.objects.mkdir(exist_ok=True)
-                with atomic_file(self.folder / MARKER) as partial:
-                    partial.write_text('{"format_version": 1}\n', encoding="utf-8")
-        return None
-
-
-def _strangers(folder: Path) -> bool:
-    """Returns whether the path is not a folder, or holds files that are not a library's."""
-    if not folder.is_dir():
-        return True
-    known_names = {MARKER, INDEX, "names", "objects", "incoming"}
-    return any(path.name not in known_names and path.name[0] != "." for path in folder.iterdir())
-
-
-def _passes(version: Version, base: str | None, method: str | None, tag: str | None) -> bool:
-    facts = version.facts
-    if base is not None:
-        name = facts.base or ""
-        base_names = [name, name.rpartition("/")[2], (facts.base_digest or "")[: max(len(base), 8)]]
-        if not any(fnmatchcase(base_name, base) for base_name in base_names):
-            return False
-    return (method is None or facts.method == method) and (tag is None or tag in version.tags)
-
-
-def chosen_version(wanted: Reference, record: Record) -> Version:
-    """Returns the version that a reference means. ConfigError lists the versions there are."""
-    if wanted.version is None and wanted.tag is None:
-        return record.newest
-    for version in record.versions:
-        if version.version == wanted.version or (
-            wanted.tag is not None and wanted.tag in version.tags
-        ):
-            return version
-    versions = ", ".join(
-        f"@{v.version}" + "".join(f" ({tag})" for tag in v.tags) for v in record.versions
-    )
-    raise ConfigError(f"there is no {wanted}", [], f"{wanted.name} has {versions}.")
 
 
 def _checked_note(note: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from veneer.library.library import Entry, Library
+from veneer.library.entry import Entry
+from veneer.library.library import Library
 
 MOST_ANCESTORS = 100
 

@@ -34,7 +34,8 @@ from veneer.errors import ConfigError
 from veneer.wording import shown, size
 
 if TYPE_CHECKING:
-    from veneer.library.library import Entry, Library
+    from veneer.library.entry import Entry
+    from veneer.library.library import Library
     from veneer.models.frozen_base import FrozenBase
     from veneer.quant.config import Quantize
 

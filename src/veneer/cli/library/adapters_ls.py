@@ -13,7 +13,8 @@ from veneer.cli.common import print_json
 from veneer.wording import between, cut, number, shown, size
 
 if TYPE_CHECKING:
-    from veneer.library.library import Entry, Library
+    from veneer.library.entry import Entry
+    from veneer.library.library import Library
 
 HEAD = ("NAME", "BASE", "METHOD", "SIZE", "METRIC (95% INTERVAL)", "AGE", "TAGS")
 _RIGHT = {"SIZE", "AGE"}
@@ -22,7 +23,7 @@ _SHRINK = {"NAME": 12, "BASE": 10, "TAGS": 6, "METRIC (95% INTERVAL)": 21}
 
 
 def add_ls(action: Callable[..., argparse.ArgumentParser]) -> None:
-    from veneer.library.library import SortKey
+    from veneer.library.entry import SortKey
 
     ls = action("ls", _ls, "list adapters: the newest version of every name")
     ls.add_argument(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from veneer.formats.adapter import StoredAdapter
     from veneer.formats.manifest import HeldOut
     from veneer.formats.norms import LowRankUpdate
-    from veneer.library.library import Entry, Library
+    from veneer.library.entry import Entry
+    from veneer.library.library import Library
 
 _BARS = "▁▂▃▄▅▆▇█"
 MAX_CELLS = 48  # layers on one line; in deeper models, neighbours share a cell

@@ -13,7 +13,8 @@ from veneer.errors import ConfigError, CorruptFileError, RefusedError, SourceErr
 from veneer.files.atomic import MANIFEST, verify_manifest
 from veneer.files.system_errors import refusal
 from veneer.formats.manifest import CARD_NAME
-from veneer.library.library import Entry, Library
+from veneer.library.entry import Entry
+from veneer.library.library import Library
 from veneer.library.names import check_name
 from veneer.library.objects import ADAPTER_FILES, put
 from veneer.library.remote.place import Transfer

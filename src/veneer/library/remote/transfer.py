@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veneer.errors import ConfigError, SourceError
-from veneer.library.library import Entry, Library, chosen_version
+from veneer.library.entry import Entry, chosen_version
+from veneer.library.library import Library
 from veneer.library.names import Reference, check_name, parse_reference
 from veneer.library.records import Version
 from veneer.library.remote.place import FolderRemote, Remote, Transfer, fetch_object

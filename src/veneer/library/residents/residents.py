@@ -31,7 +31,8 @@ from veneer.files.home import name_of
 from veneer.formats.adapter import AdapterSummary, read_summary
 from veneer.formats.header_fit import header_faults
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
-from veneer.library.library import Entry, Library
+from veneer.library.entry import Entry
+from veneer.library.library import Library
 from veneer.library.names import is_reference, nearest
 from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.resident import ResidentStatus, VersionFiles

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 from veneer.decoding.schedule.blocks import Identity
 from veneer.errors import ConfigError, UnknownNameError, VeneerError, hide_path
-from veneer.library.library import Entry, Library
+from veneer.library.entry import Entry
+from veneer.library.library import Library
 from veneer.library.names import is_name, is_reference, nearest
 from veneer.serve.limits import MAX_ALIASES
 from veneer.serve.refusals import Refusal, unknown_adapter, unknown_model

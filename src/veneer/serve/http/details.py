@@ -16,7 +16,8 @@ from typing import Any
 from veneer.errors import hide_path
 from veneer.formats.adapter import read_adapter
 from veneer.formats.norms import Angle, angle, by_kind, updates
-from veneer.library.library import Entry, Library
+from veneer.library.entry import Entry
+from veneer.library.library import Library
 from veneer.library.lineage import ancestors, by_content
 
 SHOWN = ("method", "bytes", "tensors", "parameters", "rank", "base_proof", "metrics", "origin")

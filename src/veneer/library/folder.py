@@ -1,0 +1,135 @@
+"""The folder that a library is: its files, its locks, and the records of its names.
+
+    library.json              the layout's version
+    names/<name>.json         versions of a name, with tags, notes and facts (library/records.py)
+    objects/<id>/             the adapters' files, named by their content (library/objects.py)
+    index.json                built from names/; may be deleted at any time (library/index.py)
+
+A name changes under one lock, by one rename. An object is written before a name points to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from veneer.errors import ConfigError, CorruptFileError, SourceError
+from veneer.files.atomic import atomic_file
+from veneer.files.home import expanded, home
+from veneer.files.lock import locked
+from veneer.files.partial import sweep
+from veneer.files.strict_json import read_json
+from veneer.files.system_errors import explained
+from veneer.library.index import INDEX
+from veneer.library.names import check_name, nearest
+from veneer.library.records import Record, read_record
+
+MARKER = "library.json"
+
+
+class LibraryFolder:
+    """Reads and protects a library's files. folder: None is the user's own library, which may not
+    exist yet."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = default_folder() if folder is None else expanded(folder)
+        self._own = folder is None
+        self.names, self.objects = self.folder / "names", self.folder / "objects"
+
+    def all_names(self) -> list[str]:
+        try:
+            files = [path.name for path in self.names.iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted(
+            name.removesuffix(".json")
+            for name in files
+            if name.endswith(".json") and name[0] != "."
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.names / f"{check_name(name)}.json"
+
+    def record(self, name: str) -> Record:
+        """Returns every version of a name. Raises ConfigError for an unknown name."""
+        path = self._file(name)
+        if not path.is_file():
+            raise ConfigError(
+                f"no adapter {name!r} in {self.folder}", [], nearest(name, self.all_names())
+            )
+        return read_record(path)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with explained(self.folder), locked(self.folder / ".names.lock"):
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        for place in (self.folder, self.names, self.objects):
+            sweep(place)
+
+    def _require(self) -> None:
+        """Raises SourceError if the folder is no library; the user's own may not exist yet."""
+        marker = self.folder / MARKER
+        if not marker.is_file():
+            if self._own or (self.folder.is_dir() and not any(self.folder.iterdir())):
+                return
+            raise SourceError(
+                f"{self.folder} is not a library of adapters",
+                [],
+                f"Make one: veneer adapters add ADAPTER --library {self.folder}",
+            )
+        if (version := read_json(marker).get("format_version")) != 1:
+            raise CorruptFileError(
+                f"{self.folder} is a library of version {version!r}, this Veneer reads 1",
+                [],
+                "Install the version of Veneer that wrote it, or a newer one.",
+            )
+
+    def _make(self) -> None:
+        if (self.folder / MARKER).is_file():
+            return self._require()
+        if self.folder.exists() and _strangers(self.folder):
+            raise ConfigError(
+                f"{self.folder} holds other files and is not a library",
+                [],
+                "Give an empty or a new folder.",
+            )
+        with explained(self.folder), locked(self.folder / ".names.lock"):
+            if not (self.folder / MARKER).is_file():
+                self.names.mkdir(exist_ok=True)
+                self.objects.mkdir(exist_ok=True)
+                with atomic_file(self.folder / MARKER) as partial:
+                    partial.write_text('{"format_version": 1}\n', encoding="utf-8")
+        return None
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Protects objects written within the block from a collection until names point to them."""
+        self._make()
+        with ExitStack() as locks, explained(self.folder):
+            with locked(self.folder / ".turn.lock"):  # a collection that waits goes first
+                locks.enter_context(locked(self.folder / ".objects.lock", shared=True))
+            yield
+
+
+def default_folder() -> Path:
+    """Returns the folder of the user's library, by the conventions of the system."""
+    if os.name == "nt":
+        data = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
+    elif os.uname().sysname == "Darwin":
+        data = home() / "Library" / "Application Support"
+    else:
+        data = Path(os.environ.get("XDG_DATA_HOME") or home() / ".local" / "share")
+    return data / "veneer" / "adapters"
+
+
+def _strangers(folder: Path) -> bool:
+    """Returns whether the path is not a folder, or holds files that are not a library's."""
+    if not folder.is_dir():
+        return True
+    known_names = {MARKER, INDEX, "names", "objects", "incoming"}
+    return any(path.name not in known_names and path.name[0] != "." for path in folder.iterdir())
