@@ -38,7 +38,8 @@ from veneer.data.files.places import ResolvedSets
 from veneer.data.files.sources import iterate_rows
 from veneer.data.mixture import Mixture, mix_sets
 from veneer.data.split import BY_COUNT, BY_THRESHOLD, Holds, Split, by_threshold
-from veneer.data.template.template import ChatTemplate, EncodedRow
+from veneer.data.template.encoded_row import EncodedRow
+from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 
 _ROWS_AT_ONCE = 4096

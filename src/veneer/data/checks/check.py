@@ -17,8 +17,8 @@ import numpy as np
 from veneer.data.checks.tally import Tally
 from veneer.data.examples import Capacity, Example, LongRows, Problem, Row, grouped, refusal
 from veneer.data.files.on_disk import StoredExamples, lengths_of
+from veneer.data.template.encoded_row import EncodedRow
 from veneer.data.template.reasoning import reasoning_problems
-from veneer.data.template.template import EncodedRow
 
 TOO_LITTLE = 0.01
 """Share of trained tokens below which a set is suspicious."""

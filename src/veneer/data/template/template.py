@@ -6,6 +6,7 @@ control_names.py    hides names of control tokens in its messages
 rendering.py        renders the conversation and its beginnings
 turns.py            finds the answers in the rendering (long_turns.py: in a long prompt)
 tokens.py           tokenises it, split exactly there
+encoded_row.py      marks the tokens of the answers
 
 A tokenizer without a template accepts plain text, and prompt/completion rows: prompt, completion
 and the end token joined. Plain text rows are tokenised as they are, control tokens included.
@@ -19,16 +20,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from datetime import date
 from itertools import zip_longest
 from typing import Any
 
 from veneer.adapters.preamble import check_variables, given
-from veneer.data.examples import Problem, RoleRun, Row, RowRef, TrainOn, refusal
+from veneer.data.examples import Problem, Row, RowRef, TrainOn, refusal
+from veneer.data.template.call_arguments import needs_text_arguments, with_text_arguments
 from veneer.data.template.control_names import Sentinels, TokenFault
+from veneer.data.template.encoded_row import EncodedRow, mask_tokens, without_end
 from veneer.data.template.long_turns import prompt_borders
-from veneer.data.template.reasoning import Reasons
 from veneer.data.template.rendering import Conversation, Template, beginnings, start_rendering
 from veneer.data.template.sandbox import TemplateFault, prepared
 from veneer.data.template.tokens import MarkedText, TextTokenizer, TokenizedText
@@ -43,23 +44,6 @@ PreparedChat = tuple[Conversation, int] | UnfitRowError | None
 template."""
 Messages = Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """A row in tokens, or its first messages up to an answer.
-
-    control   number of control tokens' names found in its text
-    upto      number of its messages; None: all, or plain text
-    reasons   kind of reasoning at the start of each trained answer
-    """
-
-    ids: list[int]
-    trained: list[bool]
-    roles: tuple[RoleRun, ...]
-    control: int
-    upto: int | None = None
-    reasons: tuple[Reasons, ...] = ()
 
 
 class ChatTemplate:
@@ -262,19 +246,17 @@ class ChatTemplate:
             if isinstance(examples, UnfitRowError):
                 results.append(examples.at(row.ref))
                 continue
-            tokenized = [next(tokens) for _ in examples]
-            fault = next((result for result in tokenized if isinstance(result, TokenFault)), None)
-            if fault is not None:
-                results.append(UnfitRowError("D202", str(fault)).at(row.ref))
-                continue
-            encoded = [
-                _mask_tokens(t, p)
-                for t, p in zip(tokenized, examples, strict=True)
-                if isinstance(t, TokenizedText)
-            ]
-            if row.unfinished:
-                encoded[-1] = self._without_end(encoded[-1], tokenized[-1], examples[-1])
-            results.append(encoded)
+            encoded: list[EncodedRow] = []
+            fault = None
+            for rendered in examples:
+                tokenized = next(tokens)
+                if isinstance(tokenized, TokenFault):
+                    fault = fault or tokenized
+                    continue
+                encoded.append(mask_tokens(tokenized, rendered))
+                if row.unfinished and rendered is examples[-1]:
+                    encoded[-1] = without_end(encoded[-1], tokenized, rendered, self.stop_ids)
+            results.append(UnfitRowError("D202", str(fault)).at(row.ref) if fault else encoded)
         return results
 
     def _prepare_chat(self, row: Row) -> PreparedChat:
@@ -336,25 +318,6 @@ class ChatTemplate:
             () if eos is None else (eos,),
         )
 
-    def _without_end(
-        self, encoded: EncodedRow, tokens: TokenizedText | TokenFault, rendered: RenderedRow
-    ) -> EncodedRow:
-        """Excludes from training what ends its last answer or its text."""
-        if not rendered.spans or isinstance(tokens, TokenFault):
-            return encoded
-        first = len(rendered.begin) + {0: 0, **tokens.at}[rendered.spans[-1][0]]
-        stop = next(
-            (
-                n
-                for n in reversed(range(first, len(encoded.ids)))
-                if encoded.ids[n] in self.stop_ids
-            ),
-            len(encoded.ids),
-        )
-        return replace(
-            encoded, trained=[*encoded.trained[:stop], *[False] * (len(encoded.ids) - stop)]
-        )
-
     def _single_user_text(self, messages: Messages, tools: Tools) -> str:
         """Returns the text of a single user message, all that a tokenizer without a template can
         encode."""
@@ -383,35 +346,12 @@ class ChatTemplate:
         if template is None:
             template = Template(source, self.tokenizer.special_tokens_map, self.today)
             self._templates[source, self.today] = template
-        if any(message.get("tool_calls") for message in messages) and self._wants_text_arguments(
-            template
-        ):
-            messages = [_with_text_arguments(message) for message in messages]
+        if any(message.get("tool_calls") for message in messages):
+            if template.number not in self._text_arguments:
+                self._text_arguments[template.number] = needs_text_arguments(template)
+            if self._text_arguments[template.number]:
+                messages = [with_text_arguments(message) for message in messages]
         return Conversation(template, messages, tools, self._hidden)
-
-    def _wants_text_arguments(self, template: Template) -> bool:
-        """Whether the template needs arguments of calls as JSON text, as OpenAI's API sends
-        them."""
-        if template.number not in self._text_arguments:
-            call = {
-                "id": "call00001",
-                "type": "function",
-                "function": {"name": "look", "arguments": {"n": 1}},
-            }
-            turns: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
-            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            as_text = [_with_text_arguments(turn) for turn in turns]
-            renders = []
-            for probe in (turns, as_text):
-                try:
-                    renders.append(
-                        Conversation(template, probe, None).text(2, add_generation_prompt=False)
-                        != ""
-                    )
-                except TemplateFault:
-                    renders.append(False)
-            self._text_arguments[template.number] = renders == [False, True]
-        return self._text_arguments[template.number]
 
     def _find_begin_ids(self) -> tuple[int, ...]:
         """Returns the ids that the tokenizer puts before a plain text (usually the begin token)."""
@@ -439,32 +379,3 @@ class ChatTemplate:
                     break
             stops += after[-1:]
         return tuple(dict.fromkeys(stops))
-
-
-def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """Returns the message with the arguments of its calls as JSON text."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        function = call.get("function", call)
-        text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
-        function = {**function, "arguments": text}
-        calls.append({**call, "function": function} if "function" in call else function)
-    return {**message, "tool_calls": calls}
-
-
-def _mask_tokens(tokens: TokenizedText, rendered: RenderedRow) -> EncodedRow:
-    """Converts spans of characters to a mask of tokens, and assigns tokens to roles."""
-    shift = len(rendered.begin)
-    ids = [*rendered.begin, *tokens.ids, *rendered.end]
-    at = {0: 0, **tokens.at}
-    trained = [False] * len(ids)
-    for start, end in rendered.spans:
-        trained[shift + at[start] : shift + at[end]] = [True] * (at[end] - at[start])
-    trained[len(ids) - len(rendered.end) :] = [True] * len(rendered.end)
-    trained[:1] = [False]
-    runs = [RoleRun(role, shift + at[end]) for role, end in rendered.roles if end in at]
-    if runs:
-        runs[-1] = RoleRun(runs[-1].role, len(ids))
-    return EncodedRow(ids, trained, tuple(runs), rendered.control, rendered.upto, rendered.reasons)
