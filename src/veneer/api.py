@@ -1,5 +1,4 @@
-"""What notebooks and the command line call. Everything here composes the rooms below; nothing
-computes.
+"""What notebooks and the command line call: functions that compose the rooms below.
 
 base    = veneer.load("smollm2-135m")
 adapter = base.attach(veneer.LoRA(rank=16), name="tickets")
@@ -9,11 +8,9 @@ base.use("tickets")
 print(base.generate("Where is my parcel?"))
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from veneer.adapters.preamble import Preamble
@@ -25,12 +22,11 @@ from veneer.comparison.comparison import run_comparison
 from veneer.comparison.jobs import JobExecutor
 from veneer.comparison.local import LocalExecutor
 from veneer.comparison.plan import DEFAULT_STEPS, Candidate, Comparison, prepare_rows
-from veneer.data.checks.check import refuse_beyond, refuse_unreadable
+from veneer.data.checks.check import refuse_beyond
 from veneer.data.checks.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, examine_data, load_data
-from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import ConfigError
 from veneer.evaluation.evaluation import EvaluationOptions, Progress
 from veneer.evaluation.evaluation import evaluate as evaluate_rows
@@ -38,31 +34,26 @@ from veneer.evaluation.general import BUILT_IN
 from veneer.evaluation.intervals import Counts
 from veneer.evaluation.registry import find_metrics
 from veneer.evaluation.user_function import UserFunction
-from veneer.files.strict_json import read_json
 from veneer.formats.packed_base import WrittenBase, write_packed
 from veneer.library.library import Library
-from veneer.merge.combine.combine import Recipe
-from veneer.merge.combine.combine_run import CombineReport, combine_adapters
-from veneer.merge.combine.extract import ExtractReport, extract_adapter
+from veneer.merge.combine.combine_run import combine_adapters as combine_adapters
+from veneer.merge.combine.extract import extract_adapter as extract_adapter
 from veneer.merge.export.export_run import WeightSource as WeightSource
 from veneer.merge.export.export_run import export_adapter as export_adapter
 from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
 from veneer.merge.export.export_run import export_ollama as export_ollama
 from veneer.merge.export.export_run import lint_adapter as lint_adapter
-from veneer.merge.fold.folder import DtypeChoice, MergeReport
-from veneer.merge.fold.merge_run import Into, merge_adapters
+from veneer.merge.fold.merge_run import merge_adapters as merge_adapters
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.likelihood import example_nats
 from veneer.models.load import load_base
-from veneer.plan.probe import fit_config, forecast
 from veneer.quant.config import Quantize
 from veneer.report.notebook import Evaluation
-from veneer.report.page import write_report
+from veneer.runs import fit_run as fit_run
+from veneer.runs import run_rows as run_rows
+from veneer.runs import train_run as train_run
 from veneer.training.config import DataConfig, RunConfig
-from veneer.training.output.screen import Screen
-from veneer.training.processes.world import joined, world_of
-from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config as resume_config
 from veneer.training.state.place import locked_folder
 
@@ -76,22 +67,23 @@ def load(
     keep_dense: Sequence[str] = (),
     library: Library | str | Path | None = None,
 ) -> Base:
-    """Load a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or a named
-    default.
+    """Loads a base: a hub id (`org/name` or `org/name@revision`), a folder, a .gguf file, or the
+    name of a default model.
 
-    dtype auto keeps the type the weights are stored in, or takes float32 on a CPU whose products in
-    that type are slow (base.compute says which and why); stored keeps it always. device auto takes
-    a GPU if there is one. quantize holds the linear layers in 4 bits (nf4, fp4) or in the blocks of
-    a .gguf file (gguf); keep_dense names modules that stay as they are stored. library is where
-    Base.use finds adapters that are not loaded yet.
+    dtype       auto: the type of the stored weights, or float32 on a CPU that is slow in that type
+                (base.compute says why); stored: always the type of the stored weights
+    device      auto: a GPU if there is one
+    quantize    keeps linear layers in 4 bits (nf4, fp4) or in the blocks of a .gguf file (gguf)
+    keep_dense  names modules that stay as they are stored
+    library     where Base.use finds adapters that are not loaded yet
     """
     if not isinstance(source, str | Path):
         raise ConfigError(f"a base is named by text or a path, and this is {source!r}")
     if not (library is None or isinstance(library, Library | str | Path)):
         raise ConfigError(f"library is {library!r}, and takes a folder or a Library")
-    kept = [keep_dense] if isinstance(keep_dense, str) else keep_dense
+    dense = [keep_dense] if isinstance(keep_dense, str) else keep_dense
     loaded = load_base(
-        str(source), dtype=dtype, device=device, quantize=quantize, keep_dense=kept, own_pages=True
+        str(source), dtype=dtype, device=device, quantize=quantize, keep_dense=dense, own_pages=True
     )
     return Base(
         model=loaded.model,
@@ -108,94 +100,17 @@ def load(
 
 
 def write_quantized(base: Base, out: str | Path) -> WrittenBase:
-    """A base held as nf4 or fp4 as a folder that transformers with bitsandbytes loads. ConfigError
-    for another base."""
+    """Writes a base in nf4 or fp4 as a folder that transformers with bitsandbytes loads.
+
+    Raises ConfigError for another base.
+    """
     if base.compute.widens and base.compute.times is not None:
         raise ConfigError(
-            f"{base.source} was widened to float32 for speed: what stays dense would be written in"
-            " twice the bytes",
-            next_step="Load it with dtype stored to write it.",
+            f"{base.source} was widened to float32 for speed: its dense weights would take"
+            " twice the bytes on disk",
+            next_step="Load it with dtype stored, then write it.",
         )
     return write_packed(base, out)
-
-
-def train_run(
-    config: RunConfig | None,
-    *,
-    resume: bool,
-    screen: Screen,
-    rows: Mapping[str, Iterable[Record]] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Run what a run file says, write its report, and return what summary.json holds.
-
-    rows: files of rows that are written into its folder first, by name.
-
-    With torchrun's variables in the environment this is one process of several
-    (training/processes/world.py): all compute what the leader, rank 0, was given, and None is
-    enough for the others.
-    """
-    with joined() as world:
-        settings, given = world.shared(
-            None if config is None else [config.model_dump(mode="json"), given_of(config)]
-        )
-        asked = with_given(RunConfig.model_validate(settings), given) if config is None else config
-        if asked.model_dump(mode="json") != settings:
-            raise ConfigError(
-                "the processes of this run were given different settings",
-                next_step="Give all the same.",
-            )
-        summary = run_training(
-            asked, resume=resume, screen=screen, plan=forecast, world=world, rows=rows
-        )
-        if world.leads:
-            write_report(Path(asked.out))
-            screen.end(summary)
-    return summary
-
-
-def given_of(config: RunConfig) -> list[str]:
-    """The method's settings that somebody gave, which an adapter that goes on takes in place of its
-    own."""
-    return sorted(config.method.model_fields_set)
-
-
-def with_given(config: RunConfig, given: Sequence[str]) -> RunConfig:
-    """A run that was read with all its settings, as if these alone had been given."""
-    values = config.method.model_dump(include=set(given))
-    return config.model_copy(update={"method": type(config.method).model_validate(values)})
-
-
-def fit_run(config: RunConfig, memory_bytes: int) -> tuple[RunConfig, list[str]]:
-    """The run, changed by the shortest list of changes that makes it fit, and what was changed, in
-    words.
-
-    Raises DoesNotFitError where no change helps.
-    """
-    if config.from_adapter:
-        step = "Leave --fit out, and change micro_batch, length or checkpointing yourself."
-        raise ConfigError(
-            "a run that goes on from an adapter is not changed so that it fits", next_step=step
-        )
-    return fit_config(config, run_rows(config), memory_bytes, world_of(os.environ).size)
-
-
-def run_rows(config: RunConfig) -> DataSet:
-    """The rows of a run as it would read them, those that are too long cut. Loads no weights.
-
-    DataError: rows that the run would refuse for another reason than their length.
-    """
-    tokenizer, model_config = load_tokenizer(config.base)
-    capacity = configured_capacity(model_config)
-    tokens = bring(tokenizer, config.new_tokens, rows=capacity.tokens)
-    found = examine_data(
-        config.data.model_copy(update={"long_rows": "cut"}),
-        length=config.length,
-        capacity=room_with(capacity, tokens),
-        tokenizer=extended(tokenizer, config.new_tokens),
-        preamble=Preamble(variables=config.template.variables),
-    )
-    refuse_unreadable(found.report, config.data.called)
-    return found
 
 
 def check_data(
@@ -210,8 +125,8 @@ def check_data(
     variables: Mapping[str, Any] | None = None,
     columns: Mapping[str, str | None] | None = None,
 ) -> tuple[DataSet, Any]:
-    """What would be trained on and held out, with its report, and the tokenizer to show it with.
-    Loads no weights."""
+    """Reads and encodes the rows to train on and to hold out; returns them with their report, and
+    the tokenizer. Loads no weights."""
     tokenizer, config = load_tokenizer(base)
     fields = DataConfig.of(
         {
@@ -223,17 +138,17 @@ def check_data(
             "map": columns or {},
         }
     )
-    found = examine_data(
+    data_set = examine_data(
         fields,
         length=length,
         capacity=configured_capacity(config),
         tokenizer=tokenizer,
         preamble=Preamble(variables=variables or {}),
     )
-    found.report.problems.extend(
-        grouped(look_closer(data, found.train_rows, found.validation_rows))
+    data_set.report.problems.extend(
+        grouped(look_closer(data, data_set.train_rows, data_set.validation_rows))
     )
-    return found, tokenizer
+    return data_set, tokenizer
 
 
 def evaluate(
@@ -256,12 +171,14 @@ def evaluate(
     columns: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Loss (nats per trained token) and the metrics asked for, with the adapter that is in use.
+    """Computes the loss (nats per trained token) and metrics of the adapters that are in use.
 
-    data is what a set is called, or the rows themselves, each a dict. They are asked as what acts
-    was trained (base.preamble), unless system or variables say otherwise, as for generate. What
-    else can be asked, and what comes back: evaluation/evaluation.py. A metric is a name,
-    `regex:PATTERN`, or a function (answer, references) -> number.
+    data     the name of a set of rows, or the rows themselves, each a dict
+    metrics  names, `regex:PATTERN`, or functions (answer, references) -> number
+
+    Prompts are rendered as the adapter's training rows were (base.preamble), unless system or
+    variables override that, as in Base.generate. evaluation/evaluation.py describes the other
+    options and the result.
     """
     check_numbers(
         length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch)
@@ -271,7 +188,7 @@ def evaluate(
         raise ConfigError(
             f"evaluate takes a loaded base, and this is a {type(base).__name__}", next_step=step
         )
-    with base.routing.held():  # a switch by another thread is for what comes after it
+    with base.routing.held():  # a switch in another thread concerns later calls
         preamble = base.preamble.asked(system, variables)
         choices = EvaluationOptions(
             metrics=find_metrics([metrics] if isinstance(metrics, str) else metrics),
@@ -284,10 +201,10 @@ def evaluate(
             variables=preamble.variables,
         )
         capacity, tokenizer = capacity_of(base), base.acting_tokenizer
-        with as_set(data) as named:
+        with as_set(data) as set_name:
             fields = DataConfig.of(
                 {
-                    "train": named,
+                    "train": set_name,
                     "validation_share": 0.0,
                     "format": format,
                     "train_on": train_on,
@@ -304,8 +221,8 @@ def evaluate(
             )
         rows, examples = list(loaded.train_rows), list(loaded.train)
         if is_rows(data):
-            rows = [replace(each, ref=RowRef(ROWS_NAME, each.ref.line)) for each in rows]
-            examples = [replace(each, ref=RowRef(ROWS_NAME, each.ref.line)) for each in examples]
+            rows = [replace(row, ref=RowRef(ROWS_NAME, row.ref.line)) for row in rows]
+            examples = [replace(e, ref=RowRef(ROWS_NAME, e.ref.line)) for e in examples]
         paths = base.paths
 
         def nats(examples: Sequence[Example]) -> Counts:
@@ -315,78 +232,6 @@ def evaluate(
         return Evaluation(
             evaluate_rows(base, rows, examples, choices, nats=nats, progress=progress)
         )
-
-
-def merge(
-    base: str,
-    adapters: Sequence[tuple[str | Path, float]],
-    *,
-    out: str | Path,
-    dtype: DtypeChoice | None = None,
-    stochastic: bool = False,
-    seed: int = 0,
-    quantize: Quantize | None = None,
-    keep_dense: Sequence[str] = (),
-    into: Into | None = None,
-    original: str | None = None,
-    data: str | None = None,
-    check_logits: bool = True,
-    force_base: bool = False,
-) -> MergeReport:
-    """Merge adapter folders, each with its weight, into their base and write it as a folder; see
-    merge/fold/folder.py."""
-    rows = None
-    if data is not None:
-        fields = DataConfig.of({"train": data, "validation_share": 0.0})
-        tokenizer, config = load_tokenizer(base)
-        capacity = configured_capacity(config)
-        loaded = load_data(
-            fields,
-            length=2048,
-            capacity=capacity,
-            tokenizer=tokenizer,
-            purpose="used for the check",
-        )
-        rows = [example.ids.tolist() for example in loaded.train]
-    return merge_adapters(
-        base,
-        adapters,
-        out=out,
-        dtype=dtype,
-        stochastic=stochastic,
-        seed=seed,
-        quantize=quantize,
-        keep_dense=keep_dense,
-        into=into,
-        original=original,
-        rows=rows,
-        check_logits=check_logits,
-        force_base=force_base,
-    )
-
-
-def combine(
-    adapters: Sequence[tuple[str | Path, float]], recipe: Recipe, *, base: str, out: str | Path
-) -> CombineReport:
-    """Make one adapter folder of several, each with its weight; see merge/combine/combine.py."""
-    return combine_adapters(adapters, recipe, base=base, out=out)
-
-
-def extract(
-    base: str,
-    model: str,
-    *,
-    out: str | Path,
-    rank: int | None = None,
-    energy: float | None = None,
-    keep: bool = False,
-    check_logits: bool = True,
-) -> ExtractReport:
-    """Make an adapter folder out of a fully fine-tuned model and its base; see
-    merge/combine/extract.py."""
-    return extract_adapter(
-        base, model, out=out, rank=rank, energy=energy, keep=keep, check_logits=check_logits
-    )
 
 
 def compare(
@@ -411,21 +256,15 @@ def compare(
 ) -> dict[str, Any]:
     """Compares methods; returns the content of comparison.json (docs/format.md).
 
-    candidates   names of methods, over `base` and `data`; or (name, settings) each
-    place        where runs are computed: on this machine, or OnRay (comparison/ray_place.py)
+    candidates   names of methods, for `base` and `data`; or pairs (name, settings)
+    place        computes the runs: this machine by default, or OnRay (comparison/ray_place.py)
     """
+    shared = {"base": base or "", "data": data or "", "out": str(out)}
     chosen = [
-        (
-            Candidate(
-                each,
-                RunConfig.of(
-                    {"base": base or "", "data": data or "", "method": each, "out": str(out)}
-                ),
-            )
-            if isinstance(each, str)
-            else Candidate(*each)
-        )
-        for each in candidates
+        Candidate(candidate, RunConfig.of({**shared, "method": candidate}))
+        if isinstance(candidate, str)
+        else Candidate(*candidate)
+        for candidate in candidates
     ]
     if not chosen:
         raise ConfigError("nothing to compare", next_step="Name methods, or give settings.")
@@ -435,11 +274,11 @@ def compare(
         if not isinstance(train, str) or not (held_out is None or isinstance(held_out, str)):
             raise ConfigError(
                 "methods are compared on one set of rows, and several are given",
-                next_step="Name one.",
+                next_step="Name one set.",
             )
         rows = prepare_rows(train, held_out, test, first.data.format, Path(out), first.data.map)
         comparison = Comparison(
-            [each.over(rows) for each in chosen],
+            [candidate.over(rows) for candidate in chosen],
             first.base,
             rows.train,
             rows.validation,
@@ -456,8 +295,3 @@ def compare(
             general=general or BUILT_IN,
         )
         return run_comparison(comparison, place or LocalExecutor(), say or (lambda text: None))
-
-
-def read_summary(run: str | Path) -> dict[str, Any]:
-    """summary.json of a finished run."""
-    return read_json(Path(run) / "summary.json")

@@ -42,6 +42,7 @@ from veneer.errors import ConfigError
 from veneer.evaluation.answers import evaluate_answers
 from veneer.files.atomic import atomic_file
 from veneer.files.remembered import own_files_hash
+from veneer.files.strict_json import read_json
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.screen import make_screen
 from veneer.training.output.talk import talking_console
@@ -255,7 +256,7 @@ def _trained(
         )
     if run.exists() and ours == key and not again:
         if (run / "summary.json").is_file():
-            summary = api.read_summary(run)
+            summary = read_json(run / "summary.json")
             _say(
                 console,
                 f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains"

@@ -21,6 +21,15 @@ def shown(text: object) -> str:
     )
 
 
+def kind_of(value: object) -> str:
+    """Says what a value of a wrong type is."""
+    if value is None or value == "":
+        return "None" if value is None else "empty"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"of type {type(value).__name__}"
+
+
 def cut(text: str, characters: int) -> str:
     """Shortens a text to so many characters."""
     return text if len(text) <= characters else text[: characters - 1] + "…"

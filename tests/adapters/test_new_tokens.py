@@ -372,7 +372,9 @@ def test_what_cannot_take_rows_says_so(plain: Any, world: Path, tmp_path: Path) 
 
     pair = [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)]
     with pytest.raises(RefusedError, match="cannot be combined into one adapter"):
-        veneer.api.combine(pair, Recipe("cat"), base=str(world / "base"), out=tmp_path / "c")
+        veneer.api.combine_adapters(
+            pair, Recipe("cat"), base=str(world / "base"), out=tmp_path / "c"
+        )
     for asked in (pair, [(tmp_path / "a", 0.5)]):
         with pytest.raises(
             ConfigError, match="one adapter with new tokens may act, and with weight 1"

@@ -96,7 +96,7 @@ def api(monkeypatch):
 
     returns("train_run", SUMMARY)
     returns("load", lambda: module.base)
-    returns("merge", lambda: SimpleNamespace(to_dict=dict))
+    returns("merge_adapters", lambda: SimpleNamespace(to_dict=dict))
     returns("check_data", lambda: module.checked)
     returns("evaluate", lambda: module.evaluated)
     monkeypatch.setitem(sys.modules, "veneer.api", module)

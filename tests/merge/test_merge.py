@@ -133,7 +133,7 @@ def test_a_base_merges_and_unmerges_by_name(tmp_path):
         base.load_adapter(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"unmerge\(\)"):
         base.pin("of_the_library")
-    with pytest.raises(ConfigError, match="no adapter is named"):
+    with pytest.raises(ConfigError, match="needs the name of an adapter"):
         base.merge([])  # it would forget the originals
     base.unmerge()
     base.unmerge()

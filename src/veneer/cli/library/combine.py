@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         from veneer.merge.combine.combine import Recipe
 
         recipe = Recipe(args.how, rank=args.rank, density=args.density, seed=args.seed)
-        report = api.combine(adapters, recipe, base=base, out=args.out)
+        report = api.combine_adapters(adapters, recipe, base=base, out=args.out)
     if args.json:
         print_json(report.to_dict())
     else:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     with working("extracting"):
         with pause_collection():
             from veneer import api
-        report = api.extract(
+        report = api.extract_adapter(
             args.base,
             args.model,
             out=args.out,

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     with working("merging"):
         with pause_collection():
             from veneer import api
-        report = api.merge(
+        report = api.merge_adapters(
             base,
             adapters,
             out=args.out,

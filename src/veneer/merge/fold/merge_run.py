@@ -23,7 +23,7 @@ from veneer.formats.adapter import StoredAdapter, read_adapter
 from veneer.formats.loading import load_adapter
 from veneer.library.names import said_of
 from veneer.merge.fold.folder import DtypeChoice, MergeReport, merge_into_folder
-from veneer.merge.fold.verify import ReferenceLogits, limited, reference, text_rows
+from veneer.merge.fold.verify import ReferenceLogits, data_rows, limited, reference, text_rows
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.load import load_base
 from veneer.quant.config import Quantize, weight_format
@@ -111,14 +111,17 @@ def merge_adapters(
     keep_dense: Sequence[str] = (),
     into: Into | None = None,
     original: str | None = None,
-    rows: Sequence[list[int]] | None = None,
+    data: str | None = None,
     check_logits: bool = True,
     force_base: bool = False,
     device: str = "cpu",
 ) -> MergeReport:
-    """Merges adapter folders, with weights, into the base; see open_merge and merge_into_folder."""
+    """Merges adapter folders, with weights, into the base; see open_merge and merge_into_folder.
 
+    data: names the rows on which logits are compared; None: built-in texts.
+    """
     check_numbers(seed=(SEED, seed))
+    rows = None if data is None else data_rows(base, data)
 
     def rows_for(loaded: FrozenBase) -> list[list[int]]:
         return text_rows(loaded) if rows is None else limited(rows)

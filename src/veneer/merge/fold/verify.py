@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
-from veneer.models.capacity import capacity_of
+from veneer.bases.tokenizer import load_tokenizer
+from veneer.data.config import DataConfig
+from veneer.data.load import load_data
+from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.frozen_base import FrozenBase
 
 TEXTS = (
@@ -73,6 +76,19 @@ def text_rows(base: FrozenBase) -> list[list[int]]:
     positions = capacity_of(base).positions
     rows = [list(base.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
     return limited([row[:positions] for row in rows])
+
+
+def data_rows(base: str, data: str) -> list[list[int]]:
+    """Reads rows and encodes them as the base does. Loads no weights."""
+    tokenizer, config = load_tokenizer(base)
+    rows = load_data(
+        DataConfig.of({"train": data, "validation_share": 0.0}),
+        length=2048,
+        capacity=configured_capacity(config),
+        tokenizer=tokenizer,
+        purpose="used for the check",
+    )
+    return [example.ids.tolist() for example in rows.train]
 
 
 def limited(rows: Sequence[list[int]]) -> list[list[int]]:
