@@ -23,12 +23,7 @@ from veneer.serve.refusals import Refusal
 
 ECHO = responses.PROTOCOL.read({"model": "m", "input": "x"}).echo
 ASKED = GenerationRequest(
-    model="m",
-    prompts=(ChatPrompt([]),),
-    parses_calls=True,
-    stream=True,
-    stream_usage=True,
-    echo=ECHO,
+    model="m", prompts=(ChatPrompt([]),), stream=True, stream_usage=True, echo=ECHO
 )
 CALLS = (ToolCall("weather", '{"city":"Bern"}'), ToolCall("time", "{}"))
 PIECES = [
@@ -45,11 +40,11 @@ def whole(protocol):
     answer = GeneratedAnswer(0)
     for piece in PIECES:
         answer.add(piece)
-    return protocol.PROTOCOL.respond(HEAD, ASKED, [answer], USAGE)
+    return protocol.PROTOCOL.writer(HEAD, ASKED).whole([answer], USAGE)
 
 
 def events(protocol, failing=None, asked=ASKED):
-    stream = protocol.PROTOCOL.stream(HEAD, asked)
+    stream = protocol.PROTOCOL.writer(HEAD, asked)
     lines = [*stream.begin(Usage(20, 16, 0))]
     for piece in PIECES:
         lines += stream.write(piece)
@@ -123,7 +118,7 @@ def test_messages_have_a_block_for_each_call():
 def test_an_event_is_one_line_whatever_a_client_takes_for_the_end_of_one():
     text = "".join(map(chr, [*range(32), 0x85, 0x2028, 0x2029])) + "é\U0001f600"
     for protocol in (chat, messages, responses):
-        stream = protocol.PROTOCOL.stream(HEAD, ASKED)
+        stream = protocol.PROTOCOL.writer(HEAD, ASKED)
         lines = "".join([*stream.begin(Usage()), *stream.write(AnswerDelta(0, text))])
         assert lines.splitlines() == lines.split("\n")[:-1]
         assert "é\U0001f600" in lines

@@ -16,12 +16,13 @@ from veneer.serve.protocols import chat, completions, messages, responses
 from veneer.serve.protocols.body import (
     BY_TYPE,
     NO_EFFECT,
+    AsSent,
     Body,
     Length,
-    Like,
     NotSupported,
     Num,
     Object,
+    OneOf,
 )
 from veneer.serve.protocols.json_body import parsed
 from veneer.serve.refusals import Fault, Refusal
@@ -86,9 +87,14 @@ class Option(Body):
         ),
         (Switch, [{"a": True}], [{}, {"a": None}, {"a": True, "b": 1}, 3]),
         (
-            Annotated[Object, Like(Option, tag="type")],
+            Annotated[Option, OneOf("type")],
             [{"type": "x"}, {"type": "x", "a": None}],
             [{}, {"type": "y"}, {"type": []}, "x", {"type": "x", "a": 1}],
+        ),
+        (
+            Annotated[Object, AsSent(Option)],
+            [{"type": "x"}, {"a": True, "type": "x"}],
+            [{}, {"type": "y"}, "x", {"type": "x", "a": 1}],
         ),
         (
             Annotated[Annotated[list[bool], Length(0, 1)] | Annotated[str, Length(0, 1)], BY_TYPE],
@@ -252,6 +258,12 @@ def test_settings_of_all_protocols_come_out_the_same():
         assert weighted.adapters == (("a", 1.0), ("b", -0.5))
 
 
+def test_a_tool_reaches_the_template_with_its_keys_in_the_order_of_the_client():
+    tool = {"function": {"parameters": {}, "strict": True, "name": "weather"}, "type": "function"}
+    (prompt,) = chat.PROTOCOL.read({**ASK["/v1/chat/completions"], "tools": [tool]}).prompts
+    assert json.dumps(prompt.tools) == json.dumps([tool])
+
+
 def test_stops_logprobs_and_lengths_are_where_each_protocol_has_them():
     path = "/v1/chat/completions"
     asked = chat.PROTOCOL.read(
@@ -359,7 +371,7 @@ def test_one_conversation_with_tools_is_the_same_in_three_protocols():
 
     assert plain(spoken) == plain(responded) == plain(sent)
     assert [role for role, *_ in plain(spoken)[0]] == ["system", "user", "assistant", "tool"]
-    assert spoken.parses_calls and responded.parses_calls and sent.parses_calls
+    assert spoken.tools and responded.tools and sent.tools
 
 
 def test_a_drawn_body_is_its_numbers_alone():
@@ -403,7 +415,7 @@ def test_a_response_repeats_what_was_asked_and_names_what_was_not():
 )
 def test_an_answer_is_read_for_calls_where_tools_are_given_and_may_be_called(path, tool, none):
     def reads(**changes):
-        return MODULES[path].PROTOCOL.read({**ASK[path], **changes}).parses_calls
+        return MODULES[path].PROTOCOL.read({**ASK[path], **changes}).tools
 
     assert reads(tools=[tool]) and not reads() and not reads(tools=[])
     assert not reads(tools=[tool], tool_choice=none)

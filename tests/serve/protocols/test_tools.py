@@ -14,7 +14,7 @@ from veneer.decoding.tool_calls.calls import CallReader
 from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, ObjectCalls
 from veneer.library.library import Library
 from veneer.serve.protocols.call_style import call_style
-from veneer.serve.protocols.tools import required_call
+from veneer.serve.protocols.tools import NamedTool, required_call
 from veneer.serve.refusals import Refusal
 
 STYLE = ObjectCalls("<tool_call>", "</tool_call>")
@@ -211,11 +211,11 @@ def test_the_tool_that_must_be_called_is_one_of_those_that_are_given():
 
     assert [wanted(choice) for choice in (None, "none", "auto")] == [None] * 3
     assert wanted("none", tools=[]) is None
-    required, named = wanted("required"), wanted({"function": {"name": "g"}})
+    required, named = wanted("required"), wanted(NamedTool(name="g"))
     assert [tool["name"] for tool in required.spec] == ["f", "g"] and required.most > 1
     assert [tool["name"] for tool in named.spec] == ["g"] and named.most == 1
     for choice, tools, said in (
-        ({"function": {"name": "h"}}, two, "none of the tools: f, g"),
+        (NamedTool(name="h"), two, "none of the tools: f, g"),
         ("required", [], "only for requests with tools"),
         ("auto", [*two, two[0]], "f is there twice"),
     ):

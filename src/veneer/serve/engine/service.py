@@ -204,7 +204,7 @@ class Service:
             )
         self.metrics.count_prompt(sum(map(len, prompts)))
         generation = Generation(self.loop, requests, request, texts, grammar)
-        generation.style = self.prompts.style if request.parses_calls else None
+        generation.style = self.prompts.style if request.tools else None
         return model, generation
 
     def _read_model(self, request: GenerationRequest) -> tuple[ServedModel, Preamble, int]:

@@ -18,9 +18,9 @@ from veneer.serve.http.connection import ChunkWriter, chunk_writer
 from veneer.serve.http.guard import error_response
 from veneer.serve.protocols.answers import (
     AnswerDelta,
+    AnswerWriter,
     ApiProtocol,
     EndReason,
-    EventStream,
     GeneratedAnswer,
     ResponseHead,
 )
@@ -84,14 +84,14 @@ class Exchange(Response):
         fingerprint = self._service.fingerprint(model)
         head = ResponseHead(self._request.model, fingerprint, self._protocol.id_prefix)
         metrics, reason = self._service.metrics, None
+        writer = self._protocol.writer(head, self._request)
         try:
             async with generation:
                 deltas = generation.deltas()
                 first = await anext(deltas)
                 metrics.count_first_token(time.monotonic() - self._start)
                 if self._request.stream:
-                    stream = self._protocol.stream(head, self._request)
-                    reason = await self._stream(send, chunks, stream, generation, first, deltas)
+                    reason = await self._stream(send, chunks, writer, generation, first, deltas)
                     return None
                 count = len(self._request.prompts) * self._request.choices
                 answers = [GeneratedAnswer(index) for index in range(count)]
@@ -99,8 +99,7 @@ class Exchange(Response):
                 async for more in deltas:
                     _add(answers, more)
                 reason = answers[0].end.reason if answers[0].end else None
-                body = self._protocol.respond(head, self._request, answers, generation.usage)
-                return JSONResponse(body)
+                return JSONResponse(writer.whole(answers, generation.usage))
         finally:
             usage = generation.usage
             metrics.count_cached(usage.cached)
@@ -110,7 +109,7 @@ class Exchange(Response):
         self,
         send: Send,
         chunks: ChunkWriter | None,
-        stream: EventStream,
+        writer: AnswerWriter,
         generation: Generation,
         first: Sequence[AnswerDelta],
         deltas: AsyncIterator[list[AnswerDelta]],
@@ -119,37 +118,37 @@ class Exchange(Response):
         reason = _end_reason(None, first)
         self._has_begun = True
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, PROXIES]})
-        await _send(send, "".join([*stream.begin(generation.usage), *_events(stream, first)]))
+        await _send(send, "".join([*writer.begin(generation.usage), *_events(writer, first)]))
         if chunks is not None:
-            generation.hand_to(_ChunkSink(chunks, stream))
+            generation.hand_to(_ChunkSink(chunks, writer))
         try:
             async for more in deltas:
-                await _send(send, "".join(_events(stream, more)))
+                await _send(send, "".join(_events(writer, more)))
                 reason = _end_reason(reason, more)
         except asyncio.CancelledError:  # the client has gone, or the server ends
-            await _send(send, "".join(stream.fail(shutting_down())), last=True)
+            await _send(send, "".join(writer.fail(shutting_down())), last=True)
             raise
         except Exception as fault:
-            await _send(send, "".join(stream.fail(refusal_of(fault))), last=True)
+            await _send(send, "".join(writer.fail(refusal_of(fault))), last=True)
             if not isinstance(fault, Refusal):
                 raise
             return None
-        await _send(send, "".join(stream.finish(generation.usage)), last=True)
+        await _send(send, "".join(writer.finish(generation.usage)), last=True)
         return reason
 
 
 class _ChunkSink:
     """Writes deltas to the connection as soon as they come."""
 
-    def __init__(self, chunks: ChunkWriter, stream: EventStream) -> None:
-        self._chunks, self._stream = chunks, stream
+    def __init__(self, chunks: ChunkWriter, writer: AnswerWriter) -> None:
+        self._chunks, self._writer = chunks, writer
 
     @property
     def open(self) -> bool:
         return self._chunks.open
 
     def take(self, delta: AnswerDelta) -> None:
-        if text := "".join(self._stream.write(delta)):
+        if text := "".join(self._writer.write(delta)):
             self._chunks.write(text.encode())
 
 
@@ -158,9 +157,9 @@ def _add(answers: Sequence[GeneratedAnswer], deltas: Sequence[AnswerDelta]) -> N
         answers[delta.index].add(delta)
 
 
-def _events(stream: EventStream, deltas: Sequence[AnswerDelta]) -> Iterator[str]:
+def _events(writer: AnswerWriter, deltas: Sequence[AnswerDelta]) -> Iterator[str]:
     for delta in deltas:
-        yield from stream.write(delta)
+        yield from writer.write(delta)
 
 
 def _end_reason(before: EndReason | None, deltas: Sequence[AnswerDelta]) -> EndReason | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from veneer.decoding.tool_calls.calls import compact
 from veneer.serve.protocols.request import GenerationRequest
@@ -42,6 +43,11 @@ class AnswerEnd:
 
     reason: EndReason
     stopped_by: str | int | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether a limit ended the answer: its length or its time."""
+        return self.reason in ("length", "deadline")
 
 
 @dataclass(frozen=True)
@@ -97,31 +103,44 @@ class ResponseHead:
         object.__setattr__(self, "created", self.created or int(time.time()))
 
 
-class EventStream(Protocol):
-    """Writes an answer as server-sent events while it is generated."""
+class AnswerWriter(ABC):
+    """Writes the answers to a request in the form of one API: as a whole, or as server-sent events
+    while they are generated."""
 
-    def begin(self, usage: Usage) -> Iterator[str]: ...
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
+        self.head, self.request = head, request
 
-    def write(self, delta: AnswerDelta) -> Iterator[str]: ...
+    @abstractmethod
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+        """Returns the body of a response that is not streamed."""
 
-    def finish(self, usage: Usage) -> Iterator[str]: ...
+    def begin(self, usage: Usage) -> Iterator[str]:
+        """Yields the first events."""
+        return iter(())
 
-    def fail(self, refusal: Refusal) -> Iterator[str]: ...
+    @abstractmethod
+    def write(self, delta: AnswerDelta) -> Iterator[str]:
+        """Yields the events of a delta."""
+
+    @abstractmethod
+    def finish(self, usage: Usage) -> Iterator[str]:
+        """Yields the last events, once all answers have ended."""
+
+    @abstractmethod
+    def fail(self, refusal: Refusal) -> Iterator[str]:
+        """Yields the last events of a request that failed."""
 
 
 @dataclass(frozen=True)
 class ApiProtocol:
     """Translates between the bodies of one API and the engine's values.
 
-    id_prefix: of the ids of responses. respond: makes the body of a whole response.
+    id_prefix: of the ids of responses.
     """
 
     id_prefix: str
     body: type[SamplingBody]
-    respond: Callable[
-        [ResponseHead, GenerationRequest, Sequence[GeneratedAnswer], Usage], dict[str, Any]
-    ]
-    stream: Callable[[ResponseHead, GenerationRequest], EventStream]
+    writer: type[AnswerWriter]
 
     def read(self, body: Any) -> GenerationRequest:
         """Refusal: 400 with all that is wrong with the body."""
@@ -159,13 +178,3 @@ escaped."""
 
 
 DONE = "data: [DONE]\n\n"
-
-
-def finish_reason(end: AnswerEnd | None, calls: Sequence[ToolCall]) -> str | None:
-    """Returns OpenAI's word for the end. A deadline counts as a length; stopped_by tells them
-    apart."""
-    if end is None:
-        return None
-    if end.reason in ("length", "deadline"):
-        return "length"
-    return "tool_calls" if calls else "stop"

@@ -17,7 +17,7 @@ with a million faults costs no more than a good one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
@@ -168,66 +168,61 @@ class Length:
         return described
 
 
-class Like:
-    """A JSON object that one of these models accepts, kept as the client sent it.
+class AsSent:
+    """A JSON object that a model accepts, kept as the client sent it."""
 
-    tag: the field whose value chooses the model. default: the tag of an object without one. why:
-    what to know about other tags.
-    """
-
-    def __init__(
-        self, *models: type[Body], tag: str = "", default: str | None = None, why: str = ""
-    ) -> None:
-        self._models, self._tag, self._default = models, tag, default
-        self._why = f": {why}" if why else ""
-        self._by_tag = {
-            value: model
-            for model in models
-            if tag
-            for value in get_args(model.model_fields[tag].annotation)
-        }
+    def __init__(self, model: type[Body]) -> None:
+        self._model = model
 
     def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
+        def check(value: Any) -> Any:
+            self._model.model_validate(value)
+            return value
+
+        return core_schema.no_info_plain_validator_function(check)
 
     def __get_pydantic_json_schema__(
         self, _: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        schemas = [handler(model.__pydantic_core_schema__) for model in self._models]
-        return schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
-
-    def _check(self, value: Any) -> Any:
-        model = self._models[0]
-        if self._tag and isinstance(value, dict):
-            tag = value.get(self._tag, self._default)
-            if not isinstance(tag, str) or tag not in self._by_tag:
-                said = f"{brief(tag)} is not {' or '.join(self._by_tag)}{self._why}"
-                raise invalid([((self._tag,), said)])
-            model = self._by_tag[tag]
-        model.model_validate(value)
-        return value
+        return handler(self._model.__pydantic_core_schema__)
 
 
-class _ByType:
-    """Chooses a union's member by the JSON type of the value, for lists by the first entry's."""
+class OneOf:
+    """Chooses a member of a union: by a tag, or by the JSON type of the value.
+
+    tag: the field of an object whose value chooses the model; without a tag the type chooses, for
+    lists that of the first entry. default: the tag of an object without one. why: what to know
+    about other tags.
+    """
+
+    def __init__(self, tag: str = "", *, default: str | None = None, why: str = "") -> None:
+        self._tag, self._default = tag, default
+        self._why = f": {why}" if why else ""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        members = {_member_type(member): member for member in get_args(source)}
-        lists = [name for name in members if name.startswith("list")]
-        if len(lists) == 1:
-            members["list"] = members.pop(lists[0])
-        choices = {name: handler.generate_schema(member) for name, member in members.items()}
-        said = " or ".join(_TYPE_WORDS[name] for name in choices)
+        members = get_args(source) or (source,)
+        names = self._tags(members) if self._tag else _json_types(members)
+        choices = {name: handler.generate_schema(member) for name, member in names.items()}
+        said = " or ".join(_TYPE_WORDS.get(name, name) for name in choices) + self._why
 
-        def choose(value: Any) -> str | None:
+        def choose(value: Any) -> Any:
+            if isinstance(value, Body):  # pydantic serialises it
+                return getattr(value, self._tag, "dict")
+            if self._tag:
+                return value.get(self._tag, self._default) if isinstance(value, dict) else None
             name = _value_type(value)
             return name if name in choices else name.partition("[")[0]
 
         def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
-            if choose(value) not in choices:
-                raise invalid([((), f"{brief(value)} is not {said}")])
+            name = choose(value)
+            if not isinstance(name, str) or name not in choices:
+                if not self._tag:
+                    raise invalid([((), f"{brief(value)} is not {said}")])
+                if not isinstance(value, dict):
+                    raise invalid([((), f"{brief(value)} is not an object")])
+                raise invalid([((self._tag,), f"{brief(name)} is not {said}")])
             try:
                 return validate(value)
             except ValidationError as error:  # pydantic puts the choice in front of the path
@@ -236,6 +231,13 @@ class _ByType:
         return core_schema.no_info_wrap_validator_function(
             check, core_schema.tagged_union_schema(choices, choose)
         )
+
+    def _tags(self, models: Sequence[type[Body]]) -> dict[str, Any]:
+        return {
+            value: model
+            for model in models
+            for value in get_args(model.model_fields[self._tag].annotation)
+        }
 
 
 class _NoEffect:
@@ -272,7 +274,7 @@ class _NotSupported:
         raise PydanticOmit
 
 
-BY_TYPE = _ByType()
+BY_TYPE = OneOf()
 NO_EFFECT = _NoEffect()
 NotSupported = Annotated[Any, _NotSupported()]
 OnlyFalse = Annotated[Literal[False], NO_EFFECT]
@@ -372,13 +374,24 @@ def _path(place: Location) -> str:
     return path.removeprefix(".")
 
 
+def _json_types(members: Iterable[Any]) -> dict[str, Any]:
+    """Names the JSON type that each member of a union accepts."""
+    types = {_member_type(member): member for member in members}
+    lists = [name for name in types if name.startswith("list")]
+    if len(lists) == 1:
+        types["list"] = types.pop(lists[0])
+    return types
+
+
 def _member_type(member: Any) -> str:
     """The name of the JSON type that a member of a union accepts."""
     inner = get_args(member)[0] if get_origin(member) is Annotated else member
     origin = get_origin(inner) or inner
     if origin is list:
         return f"list[{_member_type(get_args(inner)[0]).partition('[')[0]}]"
-    return "str" if origin is Literal else str(origin.__name__)
+    if origin is Literal:
+        return "str"
+    return "dict" if issubclass(origin, BaseModel) else str(origin.__name__)
 
 
 def _value_type(value: Any) -> str:

@@ -22,15 +22,19 @@ from veneer.serve.protocols.answers import (
     TokenLogprob,
     ToolCall,
     Usage,
-    finish_reason,
 )
 from veneer.serve.protocols.body import NO_EFFECT, Length, NotSupported, Num, OnlyFalse, OnlyTrue
-from veneer.serve.protocols.chunks import ChunkStream, about, usage_of
-from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
-from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
+from veneer.serve.protocols.chunks import ChoiceWriter
+from veneer.serve.protocols.conversation import (
+    Messages,
+    TemplateVariables,
+    conversation,
+    dump_messages,
+)
+from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens
 from veneer.serve.protocols.shapes import ShapedBody
-from veneer.serve.protocols.tools import ToolChoice, Tools, required_call
+from veneer.serve.protocols.tools import FunctionChoice, ToolChoice, Tools, required_call
 from veneer.serve.refusals import Fault
 
 
@@ -104,21 +108,31 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
         return super().sampling(logprobs=logprobs, **settings)
 
     def generation_request(self) -> GenerationRequest:
-        messages, tools = conversation(self.messages, self.tools)
-        offered = None if self.tool_choice == "none" else tools
+        choice = self.tool_choice
+        tool = choice.function if isinstance(choice, FunctionChoice) else choice
+        prompt = conversation(
+            dump_messages(self.messages),
+            self.tools,
+            choice=tool,
+            variables=self.chat_template_kwargs,
+        )
         return replace(
-            self.request_for(ChatPrompt(messages, offered, self.chat_template_kwargs)),
+            self.request_for(prompt),
             max_new_tokens=self.max_tokens or self.max_completion_tokens,
-            shape=required_call(self.tools, self.tool_choice) or self.shape(),
-            parses_calls=bool(offered),
+            shape=required_call(self.tools, tool) or self.shape(),
         )
 
 
-def response_body(
-    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
-) -> dict[str, Any]:
-    choices = []
-    for answer in answers:
+class ChatWriter(ChoiceWriter):
+    """Streams each answer's role first, then its text and calls, then its end."""
+
+    response_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
+        super().__init__(head, request)
+        self._call_counts: Counter[int] = Counter()
+
+    def answer_fields(self, answer: GeneratedAnswer) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
             "content": answer.text if answer.text or not answer.calls else None,
@@ -126,24 +140,17 @@ def response_body(
         }
         if answer.calls:
             message["tool_calls"] = [_tool_call(call) for call in answer.calls]
-        choices.append(
-            {
-                "index": answer.index,
-                "message": message,
-                "logprobs": _logprobs(request, answer.logprobs),
-                "finish_reason": finish_reason(answer.end, answer.calls),
-                "stop_reason": answer.end.stopped_by if answer.end else None,
-            }
-        )
-    return {**about(head, "chat.completion"), "choices": choices, "usage": usage_of(usage)}
+        return {"message": message}
 
+    def text_fields(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
 
-class ChatStream(ChunkStream):
-    """Writes each answer's role first, then its text and calls, then its end."""
-
-    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
-        super().__init__(head, request, "chat.completion.chunk")
-        self._call_counts: Counter[int] = Counter()
+    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+        content = [
+            {**_token(token), "top_logprobs": [*map(_token, token.alternatives)]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
     def begin(self, usage: Usage) -> Iterator[str]:
         for index in range(self.request.choices):
@@ -152,8 +159,7 @@ class ChatStream(ChunkStream):
     def write(self, delta: AnswerDelta) -> Iterator[str]:
         index = delta.index
         if delta.logprobs:
-            logprobs = _logprobs(self.request, delta.logprobs)
-            yield self.chunk(index, self.text_fields(delta.text), logprobs)
+            yield self.chunk(index, self.text_fields(delta.text), self.logprobs(delta.logprobs))
         elif delta.text:
             yield self.text_chunk(index, delta.text)
         for call in delta.calls:
@@ -164,9 +170,6 @@ class ChatStream(ChunkStream):
             called = [ToolCall("", "")] if self._call_counts[index] else []
             yield self.chunk(index, {"delta": {}}, None, delta.end, called)
 
-    def text_fields(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:
     return {
@@ -176,18 +179,8 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def _logprobs(request: GenerationRequest, logprobs: Sequence[TokenLogprob]) -> Any:
-    if request.sampling.logprobs is None:
-        return None
-    content = [
-        {**_token(token), "top_logprobs": [_token(other) for other in token.alternatives]}
-        for token in logprobs
-    ]
-    return {"content": content, "refusal": None}
-
-
 def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
 
 
-PROTOCOL = ApiProtocol("chatcmpl-", ChatBody, response_body, ChatStream)
+PROTOCOL = ApiProtocol("chatcmpl-", ChatBody, ChatWriter)

@@ -1,38 +1,70 @@
-"""The chunks that /v1/chat/completions and /v1/completions stream."""
+"""Writes the responses and the chunks of /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from veneer.serve.protocols.answers import (
     DONE,
     AnswerEnd,
+    AnswerWriter,
+    GeneratedAnswer,
     ResponseHead,
     TextEvents,
+    TokenLogprob,
     ToolCall,
     Usage,
     event,
-    finish_reason,
 )
 from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal
 
 
-class ChunkStream:
-    """Writes one choice a chunk, then the token counts if the client wants them, then [DONE]."""
+class ChoiceWriter(AnswerWriter):
+    """Writes each answer as a choice: all in one response, or one in each chunk.
 
-    def __init__(self, head: ResponseHead, request: GenerationRequest, kind: str) -> None:
-        self.request = request
-        self._about = about(head, kind)
+    After the chunks come the token counts if the client wants them, then [DONE].
+    """
+
+    response_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
+        super().__init__(head, request)
         self._text_events: dict[int, TextEvents] = {}
 
-    def begin(self, usage: Usage) -> Iterator[str]:
-        return iter(())
+    @abstractmethod
+    def answer_fields(self, answer: GeneratedAnswer) -> dict[str, Any]:
+        """Returns the fields of a choice that hold a whole answer."""
+
+    @abstractmethod
+    def text_fields(self, text: str) -> dict[str, Any]:
+        """Returns the fields of a choice that hold new text."""
+
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+        """Writes the log probabilities of tokens. offset: where their text begins in the
+        answer."""
+
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+        wanted = self.request.sampling.logprobs is not None
+        choices = [
+            _choice(
+                answer.index,
+                self.answer_fields(answer),
+                self.logprobs(answer.logprobs) if wanted else None,
+                answer.end,
+                answer.calls,
+            )
+            for answer in answers
+        ]
+        return {**self._about(self.response_kind), "choices": choices, "usage": _usage(usage)}
 
     def finish(self, usage: Usage) -> Iterator[str]:
         if self.request.stream_usage:
-            yield event({**self._about, "choices": [], "usage": usage_of(usage)})
+            yield event({**self._about(self.chunk_kind), "choices": [], "usage": _usage(usage)})
         yield DONE
 
     def fail(self, refusal: Refusal) -> Iterator[str]:
@@ -47,10 +79,6 @@ class ChunkStream:
             )
         return self._text_events[index](text)
 
-    def text_fields(self, text: str) -> dict[str, Any]:
-        """Returns the fields of a choice that hold its text."""
-        raise NotImplementedError
-
     def chunk(
         self,
         index: int,
@@ -59,30 +87,35 @@ class ChunkStream:
         end: AnswerEnd | None = None,
         calls: Sequence[ToolCall] = (),
     ) -> str:
-        choice = {
-            "index": index,
-            **fields,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason(end, calls),
-        }
-        if end is not None:
-            choice["stop_reason"] = end.stopped_by
+        choice = _choice(index, fields, logprobs, end, calls)
         usage = {"usage": None} if self.request.stream_usage else {}
-        return event({**self._about, "choices": [choice], **usage})
+        return event({**self._about(self.chunk_kind), "choices": [choice], **usage})
+
+    def _about(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.head.id,
+            "object": kind,
+            "created": self.head.created,
+            "model": self.head.model,
+            "system_fingerprint": self.head.fingerprint,
+        }
 
 
-def about(head: ResponseHead, kind: str) -> dict[str, Any]:
-    """Returns the fields that every chunk and every whole answer begins with."""
-    return {
-        "id": head.id,
-        "object": kind,
-        "created": head.created,
-        "model": head.model,
-        "system_fingerprint": head.fingerprint,
-    }
+def _choice(
+    index: int,
+    fields: dict[str, Any],
+    logprobs: dict[str, Any] | None,
+    end: AnswerEnd | None,
+    calls: Sequence[ToolCall],
+) -> dict[str, Any]:
+    choice = {"index": index, **fields, "logprobs": logprobs, "finish_reason": None}
+    if end is not None:
+        reason = "length" if end.cut else "tool_calls" if calls else "stop"
+        choice |= {"finish_reason": reason, "stop_reason": end.stopped_by}
+    return choice
 
 
-def usage_of(usage: Usage) -> dict[str, Any]:
+def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.new,

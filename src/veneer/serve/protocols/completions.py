@@ -20,11 +20,9 @@ from veneer.serve.protocols.answers import (
     GeneratedAnswer,
     ResponseHead,
     TokenLogprob,
-    Usage,
-    finish_reason,
 )
 from veneer.serve.protocols.body import BY_TYPE, Length, NotSupported, Num, OnlyFalse, OnlyTrue
-from veneer.serve.protocols.chunks import ChunkStream, about, usage_of
+from veneer.serve.protocols.chunks import ChoiceWriter
 from veneer.serve.protocols.request import GenerationRequest, TextPrompt
 from veneer.serve.protocols.sampling_body import ChoicesBody, NewTokens, TokenId
 from veneer.serve.protocols.shapes import ShapedBody
@@ -84,57 +82,40 @@ class CompletionBody(ShapedBody, ChoicesBody):
         ]
 
 
-def response_body(
-    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
-) -> dict[str, Any]:
-    choices = [
-        {
-            "index": answer.index,
-            "text": answer.text,
-            "logprobs": _logprobs(request, answer.logprobs, 0),
-            "finish_reason": finish_reason(answer.end, ()),
-            "stop_reason": answer.end.stopped_by if answer.end else None,
-        }
-        for answer in answers
-    ]
-    return {**about(head, "text_completion"), "choices": choices, "usage": usage_of(usage)}
+class CompletionWriter(ChoiceWriter):
+    """Streams each answer's text and its end."""
 
-
-class CompletionStream(ChunkStream):
-    """Writes each answer's text and its end."""
+    response_kind = chunk_kind = "text_completion"
 
     def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
-        super().__init__(head, request, "text_completion")
+        super().__init__(head, request)
         self._lengths: Counter[int] = Counter()  # characters of each answer's tokens
+
+    def answer_fields(self, answer: GeneratedAnswer) -> dict[str, Any]:
+        return self.text_fields(answer.text)
+
+    def text_fields(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
+        lengths = [len(token.text) for token in tokens]
+        alternatives = [{other.text: other.logprob for other in t.alternatives} for t in tokens]
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": alternatives if self.request.sampling.logprobs else None,
+            "text_offset": [*accumulate(lengths[:-1], initial=offset)] if lengths else [],
+        }
 
     def write(self, delta: AnswerDelta) -> Iterator[str]:
         index, logprobs = delta.index, None
         if delta.logprobs:
-            logprobs = _logprobs(self.request, delta.logprobs, self._lengths[index])
+            logprobs = self.logprobs(delta.logprobs, self._lengths[index])
             self._lengths[index] += sum(len(token.text) for token in delta.logprobs)
         if delta.logprobs or delta.end is not None:
             yield self.chunk(index, self.text_fields(delta.text), logprobs, delta.end)
         elif delta.text:
             yield self.text_chunk(index, delta.text)
 
-    def text_fields(self, text: str) -> dict[str, Any]:
-        return {"text": text}
 
-
-def _logprobs(
-    request: GenerationRequest, logprobs: Sequence[TokenLogprob], offset: int
-) -> dict[str, Any] | None:
-    """offset: where the first token's text begins in the answer."""
-    if request.sampling.logprobs is None:
-        return None
-    lengths = [len(token.text) for token in logprobs]
-    alternatives = [{other.text: other.logprob for other in t.alternatives} for t in logprobs]
-    return {
-        "tokens": [token.text for token in logprobs],
-        "token_logprobs": [token.logprob for token in logprobs],
-        "top_logprobs": alternatives if request.sampling.logprobs else None,
-        "text_offset": [*accumulate(lengths[:-1], initial=offset)] if lengths else [],
-    }
-
-
-PROTOCOL = ApiProtocol("cmpl-", CompletionBody, response_body, CompletionStream)
+PROTOCOL = ApiProtocol("cmpl-", CompletionBody, CompletionWriter)

@@ -6,8 +6,8 @@ conversation reads here as it did in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,30 +21,31 @@ from veneer.serve.protocols.body import (
     Body,
     EmptyList,
     Length,
-    Like,
     NotSupported,
     Object,
+    OneOf,
 )
-from veneer.serve.protocols.tools import SentCall, ShortName
+from veneer.serve.protocols.request import ChatPrompt
+from veneer.serve.protocols.tools import ChoiceWord, NamedTool, SentCall, ShortName
 from veneer.serve.refusals import Fault, refuse
 
 Text = Annotated[str, Length(0, MOST_TEXT)]
 Id = Annotated[str, Length(1, MOST_NAME)]
+TEXT_ALONE = "text alone is read"
 
 
 class TextPart(Body):
-    type: Literal["text"]
     text: Text
 
 
-Content = Annotated[
-    Text
-    | Annotated[
-        list[Annotated[Object, Like(TextPart, tag="type", why="text alone is read")]],
-        Length(0, MOST_PARTS),
-    ],
-    BY_TYPE,
+class _ChatText(TextPart):
+    type: Literal["text"]
+
+
+TextParts = Annotated[
+    list[Annotated[_ChatText, OneOf("type", why=TEXT_ALONE)]], Length(0, MOST_PARTS)
 ]
+Content = Annotated[Text | TextParts, BY_TYPE]
 
 
 class _Message(Body):
@@ -59,9 +60,7 @@ class SpokenMessage(_Message):
 class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content = ""
-    tool_calls: Annotated[list[Annotated[Object, Like(SentCall)]], Length(0, MOST_CALLS)] = Field(
-        default_factory=list
-    )
+    tool_calls: Annotated[list[SentCall], Length(0, MOST_CALLS)] = Field(default_factory=list)
     reasoning_content: Text = ""
     refusal: Annotated[Text, NO_EFFECT] = ""
     annotations: EmptyList = Field(default_factory=list)
@@ -77,7 +76,7 @@ class ToolMessage(_Message):
 
 
 Messages = Annotated[
-    list[Annotated[Object, Like(SpokenMessage, AssistantMessage, ToolMessage, tag="role")]],
+    list[Annotated[SpokenMessage | AssistantMessage | ToolMessage, OneOf("role")]],
     Length(1, MOST_MESSAGES),
 ]
 
@@ -97,10 +96,29 @@ class TemplateVariables(Body):
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
+def dump_messages(messages: Sequence[Body]) -> list[Object]:
+    """Returns messages of chat as the client sent them."""
+    return [message.model_dump(exclude_unset=True) for message in messages]
+
+
+def write_call(id: str, name: str, arguments: str) -> Object:
+    """Returns a call of a tool as chat has it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def write_result(id: str, content: str | Sequence[TextPart]) -> Object:
+    """Returns the message of chat that has a tool's result."""
+    return {"role": "tool", "tool_call_id": id, "content": joined_text(content)}
+
+
 def conversation(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Returns messages and tools as the base's template takes them. Refusal: 400."""
+    messages: Sequence[Object],
+    tools: list[Object] | None,
+    *,
+    choice: ChoiceWord | NamedTool | None = None,
+    variables: Object | None = None,
+) -> ChatPrompt:
+    """Returns the prompt of a conversation that has the form of chat. Refusal: 400."""
     called: dict[str, str] = {}
     prepared = []
     for number, message in enumerate(messages):
@@ -117,11 +135,12 @@ def conversation(
             turn.setdefault("name", called[turn["tool_call_id"]])
         prepared.append(turn)
     try:
-        return to_conversation(prepared, tools)
+        prompt_messages, offered = to_conversation(prepared, tools)
     except RowFault as fault:
         raise refuse([Fault("messages", fault.message)]) from None
+    return ChatPrompt(prompt_messages, None if choice == "none" else offered, variables or {})
 
 
-def joined_text(content: str | list[Object]) -> str:
+def joined_text(content: str | Sequence[TextPart]) -> str:
     """Joins the texts of a content's parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part.text for part in content)

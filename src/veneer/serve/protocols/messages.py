@@ -17,6 +17,7 @@ from veneer.serve.limits import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     AnswerEnd,
+    AnswerWriter,
     ApiProtocol,
     GeneratedAnswer,
     ResponseHead,
@@ -30,15 +31,30 @@ from veneer.serve.protocols.body import (
     Body,
     EmptyList,
     Length,
-    Like,
     NotSupported,
     Object,
+    OneOf,
     OnlyFalse,
 )
-from veneer.serve.protocols.conversation import Id, Text, conversation, joined_text
+from veneer.serve.protocols.conversation import (
+    TEXT_ALONE,
+    Id,
+    Text,
+    TextPart,
+    conversation,
+    joined_text,
+    write_call,
+    write_result,
+)
 from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
 from veneer.serve.protocols.sampling_body import ModelName, NewTokens, SamplingBody, Stops, Unused
-from veneer.serve.protocols.tools import Description, ShortName, required_call
+from veneer.serve.protocols.tools import (
+    ChoiceWord,
+    Description,
+    NamedTool,
+    ShortName,
+    required_call,
+)
 from veneer.serve.refusals import Fault, Refusal
 
 
@@ -47,15 +63,13 @@ class _CacheControl(Body):
     """the cache finds prompts by their content"""
 
 
-class _TextBlock(_CacheControl):
+class _TextBlock(TextPart, _CacheControl):
     type: Literal["text"]
-    text: Text
     citations: EmptyList = Field(default_factory=list)
 
 
 _TextBlocks = Annotated[
-    list[Annotated[Object, Like(_TextBlock, tag="type", why="text alone is read")]],
-    Length(0, MOST_PARTS),
+    list[Annotated[_TextBlock, OneOf("type", why=TEXT_ALONE)]], Length(0, MOST_PARTS)
 ]
 _TextContent = Annotated[Text | _TextBlocks, BY_TYPE]
 
@@ -75,22 +89,19 @@ class _ToolUse(_CacheControl):
     caller: Annotated[Object, NO_EFFECT] = Field(default_factory=dict)
 
 
-_UserBlock = Like(_TextBlock, _ToolResult, tag="type", why="text and tools are read")
-_AssistantBlock = Like(_TextBlock, _ToolUse, tag="type", why="text and tools are read")
+_BLOCK = OneOf("type", why="text and tools are read")
+_UserBlocks = Annotated[list[Annotated[_TextBlock | _ToolResult, _BLOCK]], Length(1, MOST_PARTS)]
+_AssistantBlocks = Annotated[list[Annotated[_TextBlock | _ToolUse, _BLOCK]], Length(1, MOST_PARTS)]
 
 
 class _UserTurn(Body):
     role: Literal["user"]
-    content: Annotated[
-        Text | Annotated[list[Annotated[Object, _UserBlock]], Length(1, MOST_PARTS)], BY_TYPE
-    ]
+    content: Annotated[Text | _UserBlocks, BY_TYPE]
 
 
 class _AssistantTurn(Body):
     role: Literal["assistant"]
-    content: Annotated[
-        Text | Annotated[list[Annotated[Object, _AssistantBlock]], Length(1, MOST_PARTS)], BY_TYPE
-    ]
+    content: Annotated[Text | _AssistantBlocks, BY_TYPE]
 
 
 class _Tool(_CacheControl):
@@ -112,13 +123,15 @@ class _FreeChoice(Body):
     """an answer may hold several calls"""
 
 
-class _ToolChoice(_FreeChoice):
-    type: Literal["tool"]  # type: ignore[assignment]
-    name: ShortName
+class _ToolChoice(NamedTool):
+    type: Literal["tool"]
+    disable_parallel_tool_use: OnlyFalse = False
+    """an answer may hold several calls"""
 
 
 class _NoThinking(Body):
-    type: Literal["disabled"]
+    type: Annotated[Literal["disabled"], NO_EFFECT]
+    """the template decides"""
 
 
 class CountBody(_CacheControl):
@@ -127,21 +140,16 @@ class CountBody(_CacheControl):
     model: ModelName
     """the base, or an adapter: NAME, NAME@2, NAME@TAG, BASE:NAME"""
     messages: Annotated[
-        list[Annotated[Object, Like(_UserTurn, _AssistantTurn, tag="role")]],
-        Length(1, MOST_MESSAGES),
+        list[Annotated[_UserTurn | _AssistantTurn, OneOf("role")]], Length(1, MOST_MESSAGES)
     ]
     """the conversation; text only"""
     system: _TextContent = ""
     """a system message"""
     tools: Annotated[list[_Tool], Length(0, MOST_TOOLS)] = Field(default_factory=list)
     """functions that the model may call"""
-    tool_choice: Annotated[Object, Like(_NoChoice, _FreeChoice, _ToolChoice, tag="type")] | None = (
-        None
-    )
+    tool_choice: Annotated[_NoChoice | _FreeChoice | _ToolChoice, OneOf("type")] | None = None
     """whether it calls them"""
-    thinking: Annotated[
-        Object, Like(_NoThinking, tag="type", why="the template decides"), NO_EFFECT
-    ] = Field(default_factory=dict)
+    thinking: Annotated[_NoThinking | None, NO_EFFECT] = None
     context_management: NotSupported = None
     """shorten the conversation"""
     mcp_servers: NotSupported = None
@@ -151,7 +159,7 @@ class CountBody(_CacheControl):
 
     def conflicts(self) -> Iterator[Fault]:
         yield from super().conflicts()
-        if self.messages[-1]["role"] == "assistant":
+        if self.messages[-1].role == "assistant":
             said = "the last is the assistant's: an answer begins anew, it continues no message"
             yield Fault("messages", said)
 
@@ -161,21 +169,17 @@ class CountBody(_CacheControl):
         if system := joined_text(self.system):
             messages.append({"role": "system", "content": system})
         for message in self.messages:
-            messages += _chat_messages(message["role"], message["content"])
-        messages, tools = conversation(messages, self.chat_tools())
-        return ChatPrompt(messages, None if self.chat_choice() == "none" else tools)
+            messages += _chat_messages(message)
+        return conversation(messages, self.chat_tools(), choice=self.chat_choice())
 
-    def chat_tools(self) -> list[Object] | None:
-        tools = [{"type": "function", "function": _function(tool)} for tool in self.tools]
-        return tools or None
+    def chat_tools(self) -> list[Object]:
+        return [{"type": "function", "function": _function(tool)} for tool in self.tools]
 
-    def chat_choice(self) -> str | Object | None:
-        if self.tool_choice is None:
-            return None
-        kind: str = self.tool_choice["type"]
-        if kind == "tool":
-            return {"function": {"name": self.tool_choice["name"]}}
-        return "required" if kind == "any" else kind
+    def chat_choice(self) -> ChoiceWord | NamedTool | None:
+        choice = self.tool_choice
+        if choice is None or isinstance(choice, NamedTool):
+            return choice
+        return "required" if choice.type == "any" else choice.type
 
 
 class _Metadata(Body):
@@ -202,7 +206,6 @@ class MessageBody(CountBody, SamplingBody):
             max_new_tokens=self.max_tokens,
             stops=tuple(self.stop_sequences),
             shape=required_call(self.chat_tools(), self.chat_choice()),
-            parses_calls=prompt.tools is not None,
         )
 
 
@@ -211,60 +214,47 @@ def _function(tool: _Tool) -> Object:
     return {"name": tool.name, **described, "parameters": tool.input_schema}
 
 
-def _chat_messages(role: str, content: str | list[Object]) -> Iterator[Object]:
+def _chat_messages(turn: _UserTurn | _AssistantTurn) -> Iterator[Object]:
     """Yields a turn as chat has it: results of tools are messages of their own, in front."""
-    if isinstance(content, str):
-        yield {"role": role, "content": content}
+    if isinstance(turn.content, str):
+        yield {"role": turn.role, "content": turn.content}
         return
-    for block in content:
-        if block["type"] == "tool_result":
-            yield {
-                "role": "tool",
-                "tool_call_id": block["tool_use_id"],
-                "content": joined_text(block.get("content") or ""),
-            }
-    text = "".join(block["text"] for block in content if block["type"] == "text")
+    results = [block for block in turn.content if isinstance(block, _ToolResult)]
+    for block in results:
+        yield write_result(block.tool_use_id, block.content)
+    text = joined_text([block for block in turn.content if isinstance(block, _TextBlock)])
     calls = [
-        {
-            "id": block["id"],
-            "function": {"name": block["name"], "arguments": compact(block["input"])},
-        }
-        for block in content
-        if block["type"] == "tool_use"
+        write_call(block.id, block.name, compact(block.input))
+        for block in turn.content
+        if isinstance(block, _ToolUse)
     ]
-    if text or calls or not any(block["type"] == "tool_result" for block in content):
-        yield {"role": role, "content": text, **({"tool_calls": calls} if calls else {})}
+    if text or calls or not results:
+        yield {"role": turn.role, "content": text, **({"tool_calls": calls} if calls else {})}
 
 
-def response_body(
-    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
-) -> dict[str, Any]:
-    (answer,) = answers
-    content = [{"type": "text", "text": answer.text}] if answer.text else []
-    content += [{**_tool_use(call), "input": _input(call)} for call in answer.calls]
-    reason, sequence = _stop(answer.end, bool(answer.calls))
-    return {
-        **_about(head),
-        "content": content,
-        "stop_reason": reason,
-        "stop_sequence": sequence,
-        "usage": {**_usage(usage), "output_tokens": usage.new},
-    }
-
-
-class MessageStream:
-    """Writes Anthropic's events: the message, a block for text and for each call, the end."""
+class MessageWriter(AnswerWriter):
+    """Streams Anthropic's events: the message, a block for text and for each call, the end."""
 
     def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
-        self._head = head
+        super().__init__(head, request)
         self._block, self._in_text, self._called = -1, False, False
         self._end: AnswerEnd | None = None
 
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+        (answer,) = answers
+        content = [{"type": "text", "text": answer.text}] if answer.text else []
+        content += [{**_tool_use(call), "input": _input(call)} for call in answer.calls]
+        return {
+            **self._about(),
+            "content": content,
+            **_stop(answer.end, bool(answer.calls)),
+            "usage": _usage(usage),
+        }
+
     def begin(self, usage: Usage) -> Iterator[str]:
-        message = {**_about(self._head), "content": [], "stop_reason": None, "stop_sequence": None}
-        yield self._event(
-            "message_start", message={**message, "usage": {**_usage(usage), "output_tokens": 0}}
-        )
+        about, usage_so_far = self._about(), {**_usage(usage), "output_tokens": 0}
+        message = {**about, "content": [], **_stop(None, False), "usage": usage_so_far}
+        yield self._event("message_start", message=message)
 
     def write(self, delta: AnswerDelta) -> Iterator[str]:
         if delta.text:
@@ -273,21 +263,18 @@ class MessageStream:
                 self._in_text = True
             yield self._delta({"type": "text_delta", "text": delta.text})
         for call in delta.calls:
-            yield from self._stop()
+            yield from self._end_text()
             self._called = True
             yield self._start({**_tool_use(call), "input": {}})
             yield self._delta({"type": "input_json_delta", "partial_json": compact(_input(call))})
             yield self._event("content_block_stop", index=self._block)
         if delta.end is not None:
             self._end = delta.end
-            yield from self._stop()
+            yield from self._end_text()
 
     def finish(self, usage: Usage) -> Iterator[str]:
-        reason, sequence = _stop(self._end, self._called)
-        delta = {"stop_reason": reason, "stop_sequence": sequence}
-        yield self._event(
-            "message_delta", delta=delta, usage={**_usage(usage), "output_tokens": usage.new}
-        )
+        delta = _stop(self._end, self._called)
+        yield self._event("message_delta", delta=delta, usage=_usage(usage))
         yield self._event("message_stop")
 
     def fail(self, refusal: Refusal) -> Iterator[str]:
@@ -300,7 +287,7 @@ class MessageStream:
     def _delta(self, delta: dict[str, Any]) -> str:
         return self._event("content_block_delta", index=self._block, delta=delta)
 
-    def _stop(self) -> Iterator[str]:
+    def _end_text(self) -> Iterator[str]:
         if self._in_text:
             self._in_text = False
             yield self._event("content_block_stop", index=self._block)
@@ -308,9 +295,9 @@ class MessageStream:
     def _event(self, kind: str, **values: Any) -> str:
         return event({"type": kind, **values}, kind)
 
-
-def _about(head: ResponseHead) -> dict[str, Any]:
-    return {"id": head.id, "type": "message", "role": "assistant", "model": head.model}
+    def _about(self) -> dict[str, Any]:
+        head = self.head
+        return {"id": head.id, "type": "message", "role": "assistant", "model": head.model}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -319,6 +306,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt - usage.cached,
         "cache_read_input_tokens": usage.cached,
         "cache_creation_input_tokens": 0,
+        "output_tokens": usage.new,
     }
 
 
@@ -335,14 +323,14 @@ def _input(call: ToolCall) -> Any:
     return value if isinstance(value, dict) else {"arguments": value}
 
 
-def _stop(end: AnswerEnd | None, called: bool) -> tuple[str | None, str | None]:
-    if end is None:
-        return None, None
-    if end.reason in ("length", "deadline"):
-        return "max_tokens", None
-    if isinstance(end.stopped_by, str):
-        return "stop_sequence", end.stopped_by
-    return ("tool_use" if called else "end_turn"), None
+def _stop(end: AnswerEnd | None, called: bool) -> dict[str, str | None]:
+    """Says why the answer has ended. called: whether it calls a tool."""
+    reason = sequence = None
+    if end is not None:
+        reason = "max_tokens" if end.cut else "tool_use" if called else "end_turn"
+        if isinstance(end.stopped_by, str) and not end.cut:
+            reason, sequence = "stop_sequence", end.stopped_by
+    return {"stop_reason": reason, "stop_sequence": sequence}
 
 
-PROTOCOL = ApiProtocol("msg_", MessageBody, response_body, MessageStream)
+PROTOCOL = ApiProtocol("msg_", MessageBody, MessageWriter)

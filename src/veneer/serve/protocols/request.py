@@ -71,7 +71,6 @@ class GenerationRequest:
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     shape: AnswerShape | None = None
-    parses_calls: bool = False
     salt: str = ""
     stream: bool = False
     stream_usage: bool = False

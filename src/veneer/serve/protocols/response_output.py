@@ -9,6 +9,7 @@ from typing import Any
 from veneer.serve.protocols.answers import (
     AnswerDelta,
     AnswerEnd,
+    AnswerWriter,
     GeneratedAnswer,
     ResponseHead,
     ToolCall,
@@ -19,30 +20,25 @@ from veneer.serve.protocols.request import GenerationRequest
 from veneer.serve.refusals import Refusal
 
 
-def response_body(
-    head: ResponseHead, request: GenerationRequest, answers: Sequence[GeneratedAnswer], usage: Usage
-) -> dict[str, Any]:
-    (answer,) = answers
-    said = (
-        [_message(_new("msg_"), answer.text, "completed")]
-        if answer.text or not answer.calls
-        else []
-    )
-    output = [*said, *(_function_call(_new("fc_"), call) for call in answer.calls)]
-    return _response(head, request, output, answer.end, usage)
-
-
-class ResponseStream:
-    """OpenAI's events, numbered: the response, an item for the text, one for each call, the
+class ResponseWriter(AnswerWriter):
+    """Streams OpenAI's events, numbered: the response, an item for the text, one for each call, the
     response as it ends."""
 
     def __init__(self, head: ResponseHead, request: GenerationRequest) -> None:
-        self._head, self._request = head, request
+        super().__init__(head, request)
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open: str | None = None  # the id of the message that text goes to
         self._text = ""
         self._end: AnswerEnd | None = None
+
+    def whole(self, answers: Sequence[GeneratedAnswer], usage: Usage) -> dict[str, Any]:
+        (answer,) = answers
+        self._end = answer.end
+        if answer.text or not answer.calls:
+            self._output.append(_message(_new("msg_"), answer.text, "completed"))
+        self._output += [_function_call(_new("fc_"), call) for call in answer.calls]
+        return self._response(usage)
 
     def begin(self, usage: Usage) -> Iterator[str]:
         yield self._event("response.created", response=self._response(None))
@@ -107,42 +103,36 @@ class ResponseStream:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._open, "output_index": len(self._output), "content_index": 0}
 
-    def _response(self, usage: Usage | None) -> dict[str, Any]:
-        return _response(self._head, self._request, self._output, self._end, usage)
-
     def _event(self, kind: str, **values: Any) -> str:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number - 1, **values}, kind)
 
-
-def _response(
-    head: ResponseHead,
-    request: GenerationRequest,
-    output: list[dict[str, Any]],
-    end: AnswerEnd | None,
-    usage: Usage | None,
-) -> dict[str, Any]:
-    cut = end is not None and end.reason in ("length", "deadline")
-    status = "in_progress" if usage is None else "incomplete" if cut else "completed"
-    why = "max_output_tokens" if end is not None and end.reason == "length" else "deadline"
-    return {
-        "id": head.id,
-        "object": "response",
-        "created_at": head.created,
-        "status": status,
-        "background": False,
-        "error": None,
-        "incomplete_details": {"reason": why} if status == "incomplete" else None,
-        "model": head.model,
-        "output": list(output),
-        "parallel_tool_calls": True,
-        "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
-        "store": False,
-        "truncation": "disabled",
-        "usage": None if usage is None else _usage(usage),
-        **request.echo,
-    }
+    def _response(self, usage: Usage | None) -> dict[str, Any]:
+        """Returns the response as it is now. usage: None while it is generated."""
+        cut = self._end is not None and self._end.cut
+        status = "in_progress" if usage is None else "incomplete" if cut else "completed"
+        details = None
+        if status == "incomplete" and self._end is not None:
+            by_length = self._end.reason == "length"
+            details = {"reason": "max_output_tokens" if by_length else "deadline"}
+        return {
+            "id": self.head.id,
+            "object": "response",
+            "created_at": self.head.created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": details,
+            "model": self.head.model,
+            "output": list(self._output),
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "truncation": "disabled",
+            "usage": None if usage is None else _usage(usage),
+            **self.request.echo,
+        }
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

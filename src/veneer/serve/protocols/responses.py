@@ -18,40 +18,55 @@ from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import (
     BY_TYPE,
     NO_EFFECT,
+    AsSent,
     Body,
     EmptyList,
     Length,
-    Like,
     NotSupported,
     Num,
     Object,
+    OneOf,
     OnlyFalse,
     OnlyTrue,
 )
-from veneer.serve.protocols.conversation import Id, Text, conversation, joined_text
-from veneer.serve.protocols.request import ChatPrompt, GenerationRequest
-from veneer.serve.protocols.response_output import ResponseStream, response_body
+from veneer.serve.protocols.conversation import (
+    TEXT_ALONE,
+    Id,
+    Text,
+    TextPart,
+    conversation,
+    joined_text,
+    write_call,
+    write_result,
+)
+from veneer.serve.protocols.request import GenerationRequest
+from veneer.serve.protocols.response_output import ResponseWriter
 from veneer.serve.protocols.sampling_body import NewTokens, OpenAIBody
 from veneer.serve.protocols.shapes import FlatFormat, format_shape
-from veneer.serve.protocols.tools import Arguments, Function, ShortName, required_call
+from veneer.serve.protocols.tools import (
+    Arguments,
+    ChoiceWord,
+    Function,
+    NamedTool,
+    ShortName,
+    required_call,
+)
 
 Status = Annotated[Literal["completed", "incomplete", "in_progress"], NO_EFFECT]
 ItemId = Annotated[str, Length(0, 200), NO_EFFECT]
 
 
-class _InputText(Body):
+class _InputText(TextPart):
     type: Literal["input_text"]
-    text: Text
 
 
-class _OutputText(Body):
+class _OutputText(TextPart):
     type: Literal["output_text"]
-    text: Text
     annotations: EmptyList = Field(default_factory=list)
     logprobs: EmptyList = Field(default_factory=list)
 
 
-_Part = Annotated[Object, Like(_InputText, _OutputText, tag="type", why="text alone is read")]
+_Part = Annotated[_InputText | _OutputText, OneOf("type", why=TEXT_ALONE)]
 _Content = Annotated[Text | Annotated[list[_Part], Length(0, MOST_PARTS)], BY_TYPE]
 
 
@@ -82,15 +97,8 @@ class _OutputItem(_Item):
 _Items = Annotated[
     list[
         Annotated[
-            Object,
-            Like(
-                _MessageItem,
-                _CallItem,
-                _OutputItem,
-                tag="type",
-                default="message",
-                why="text and calls of functions are read",
-            ),
+            _MessageItem | _CallItem | _OutputItem,
+            OneOf("type", default="message", why="text and calls of functions are read"),
         ]
     ],
     Length(1, MOST_MESSAGES),
@@ -101,9 +109,8 @@ class _Tool(Function):
     type: Literal["function"]
 
 
-class _ToolName(Body):
+class _ToolName(NamedTool):
     type: Literal["function"]
-    name: ShortName
 
 
 class _TextOptions(Body):
@@ -132,21 +139,9 @@ class ResponseBody(OpenAIBody):
     """a system message in front"""
     max_output_tokens: NewTokens | None = None
     """longest answer; default: as long as the model's positions allow"""
-    tools: (
-        Annotated[
-            list[Annotated[Object, Like(_Tool, tag="type", why="tools are functions")]],
-            Length(0, MOST_TOOLS),
-        ]
-        | None
-    ) = None
+    tools: Annotated[list[Annotated[Object, AsSent(_Tool)]], Length(0, MOST_TOOLS)] | None = None
     """functions that the model may call"""
-    tool_choice: (
-        Annotated[
-            Literal["auto", "none", "required"] | Annotated[Object, Like(_ToolName, tag="type")],
-            BY_TYPE,
-        ]
-        | None
-    ) = None
+    tool_choice: Annotated[ChoiceWord | _ToolName, BY_TYPE] | None = None
     """whether it calls them"""
     text: _TextOptions | None = None
     """format: the answer is JSON, or follows a JSON schema"""
@@ -179,26 +174,19 @@ class ResponseBody(OpenAIBody):
         tools = None
         if self.tools is not None:
             tools = [{"type": "function", "function": _without_type(tool)} for tool in self.tools]
-        choice: str | Object | None = (
-            self.tool_choice if "tool_choice" in self.model_fields_set else None
-        )
-        if isinstance(choice, dict):
-            choice = {"type": "function", "function": {"name": choice["name"]}}
-        messages, known = conversation(self._messages(), tools)
-        offered = None if choice == "none" else known
         text_format = self.text.format if self.text else None
+        echoed = self.model_dump(include={"text", "tool_choice"}, exclude_unset=True)
         return replace(
-            self.request_for(ChatPrompt(messages, offered)),
+            self.request_for(conversation(self._messages(), tools, choice=self.tool_choice)),
             max_new_tokens=self.max_output_tokens,
-            shape=required_call(tools, choice) or format_shape(text_format),
-            parses_calls=bool(offered),
+            shape=required_call(tools, self.tool_choice) or format_shape(text_format),
             echo={
                 "instructions": self.instructions,
                 "max_output_tokens": self.max_output_tokens,
                 "temperature": self.temperature,
                 "top_p": self.top_p,
-                "text": {"format": text_format or {"type": "text"}},
-                "tool_choice": self.tool_choice or "auto",
+                "text": {"format": echoed.get("text", {}).get("format") or {"type": "text"}},
+                "tool_choice": echoed.get("tool_choice") or "auto",
                 "tools": self.tools or [],
                 "metadata": self.metadata,
             },
@@ -212,21 +200,15 @@ class ResponseBody(OpenAIBody):
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
-            kind = item.get("type", "message")
-            if kind == "message":
-                messages.append({"role": item["role"], "content": joined_text(item["content"])})
-            elif kind == "function_call_output":
-                output = joined_text(item["output"])
-                messages.append(
-                    {"role": "tool", "tool_call_id": item["call_id"], "content": output}
-                )
+            if isinstance(item, _MessageItem):
+                messages.append({"role": item.role, "content": joined_text(item.content)})
+            elif isinstance(item, _OutputItem):
+                messages.append(write_result(item.call_id, item.output))
             else:
-                function = {"name": item["name"], "arguments": item["arguments"]}
-                call = {"id": item["call_id"], "type": "function", "function": function}
-                if messages and messages[-1]["role"] == "assistant":
-                    messages[-1].setdefault("tool_calls", []).append(call)
-                else:
-                    messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": ""})
+                calls = messages[-1].setdefault("tool_calls", [])
+                calls.append(write_call(item.call_id, item.name, item.arguments))
         return messages
 
 
@@ -234,4 +216,4 @@ def _without_type(tool: Object) -> Object:
     return {name: v for name, v in tool.items() if name != "type" and v is not None}
 
 
-PROTOCOL = ApiProtocol("resp_", ResponseBody, response_body, ResponseStream)
+PROTOCOL = ApiProtocol("resp_", ResponseBody, ResponseWriter)

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from veneer.serve.limits import MOST_TEXTS
-from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, NotSupported, Object
+from veneer.serve.protocols.body import (
+    BY_TYPE,
+    NO_EFFECT,
+    Body,
+    Length,
+    NotSupported,
+    Object,
+    OneOf,
+)
 from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Fault, refuse
 
@@ -35,15 +43,15 @@ class NamedSchema(Body):
 
 class _SchemaFormat(Body):
     type: Literal["json_schema"]
-    json_schema: Annotated[Object, Like(NamedSchema)]
+    json_schema: NamedSchema
 
 
 class _FlatSchemaFormat(NamedSchema):
     type: Literal["json_schema"]
 
 
-ResponseFormat = Annotated[Object, Like(_PlainFormat, _SchemaFormat, tag="type")]
-FlatFormat = Annotated[Object, Like(_PlainFormat, _FlatSchemaFormat, tag="type")]
+ResponseFormat = Annotated[_PlainFormat | _SchemaFormat, OneOf("type")]
+FlatFormat = Annotated[_PlainFormat | _FlatSchemaFormat, OneOf("type")]
 """The same as /v1/responses has it, without an inner object."""
 
 
@@ -104,13 +112,13 @@ _KINDS: dict[str, Literal["schema", "regex", "choice", "grammar"]] = {
 }
 
 
-def format_shape(response_format: Object | None) -> AnswerShape | None:
+def format_shape(response_format: ResponseFormat | NamedSchema | None) -> AnswerShape | None:
     """Returns the shape that a response format of either form requires."""
+    if isinstance(response_format, _PlainFormat):
+        as_json = response_format.type == "json_object"
+        return AnswerShape("json", "response_format") if as_json else None
+    if isinstance(response_format, _SchemaFormat):
+        return format_shape(response_format.json_schema)
     if response_format is None:
         return None
-    if response_format.get("type") == "json_object":
-        return AnswerShape("json", "response_format")
-    if response_format.get("type") == "json_schema":
-        schema = response_format.get("json_schema", response_format)["schema"]
-        return AnswerShape("schema", "response_format", schema)
-    return None
+    return AnswerShape("schema", "response_format", response_format.schema_)

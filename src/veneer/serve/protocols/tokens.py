@@ -7,8 +7,13 @@ from typing import Annotated
 
 from veneer.serve.limits import MOST_IDS, MOST_TEXT
 from veneer.serve.protocols.body import NO_EFFECT, Body, Length, NotSupported, OnlyFalse, OnlyTrue
-from veneer.serve.protocols.conversation import Messages, TemplateVariables, conversation
-from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
+from veneer.serve.protocols.conversation import (
+    Messages,
+    TemplateVariables,
+    conversation,
+    dump_messages,
+)
+from veneer.serve.protocols.request import Prompt, TextPrompt
 from veneer.serve.protocols.sampling_body import ModelName, TokenId
 from veneer.serve.protocols.tools import Tools
 from veneer.serve.refusals import Fault
@@ -49,8 +54,8 @@ class TokenizeBody(TemplateVariables):
         """Returns the prompt whose tokens are wanted. Refusal: 400."""
         if self.messages is None:
             return TextPrompt(text=self.prompt)
-        messages, tools = conversation(self.messages, self.tools)
-        return ChatPrompt(messages, tools, self.chat_template_kwargs)
+        variables = self.chat_template_kwargs
+        return conversation(dump_messages(self.messages), self.tools, variables=variables)
 
 
 class DetokenizeBody(Body):

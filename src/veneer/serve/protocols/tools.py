@@ -10,7 +10,7 @@ from pydantic import Field
 
 from veneer.bounds import Number
 from veneer.serve.limits import MOST_ARGUMENTS, MOST_CALLS, MOST_NAME, MOST_TOOLS
-from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, Body, Length, Like, Num, Object
+from veneer.serve.protocols.body import BY_TYPE, NO_EFFECT, AsSent, Body, Length, Num, Object
 from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Fault, refuse
 
@@ -33,7 +33,7 @@ class SentCall(Body):
     id: Annotated[str, Length(1, MOST_NAME)]
     type: Annotated[Literal["function"], NO_EFFECT] = "function"
     """tools are functions"""
-    function: Annotated[Object, Like(_SentFunction)]
+    function: _SentFunction
     index: Annotated[int, Num(CALL_INDEX), NO_EFFECT] = 0
 
 
@@ -46,30 +46,28 @@ class Function(Body):
 
 class FunctionTool(Body):
     type: Literal["function"]
-    function: Annotated[Object, Like(Function)]
+    function: Function
 
 
-class _FunctionName(Body):
+class NamedTool(Body):
+    """The tool that an answer must call."""
+
     name: ShortName
 
 
 class FunctionChoice(Body):
     type: Literal["function"]
-    function: Annotated[Object, Like(_FunctionName)]
+    function: NamedTool
 
 
-Tools = Annotated[
-    list[Annotated[Object, Like(FunctionTool, tag="type", why="tools are functions")]],
-    Length(0, MOST_TOOLS),
-]
-ToolChoice = Annotated[
-    Literal["auto", "none", "required"] | Annotated[Object, Like(FunctionChoice, tag="type")],
-    BY_TYPE,
-]
+Tools = Annotated[list[Annotated[Object, AsSent(FunctionTool)]], Length(0, MOST_TOOLS)]
+ChoiceWord = Literal["auto", "none", "required"]
+"""Whether an answer calls a tool: as the model decides, never, always."""
+ToolChoice = Annotated[ChoiceWord | FunctionChoice, BY_TYPE]
 
 
 def required_call(
-    tools: Sequence[Object] | None, choice: str | Object | None
+    tools: Sequence[Object] | None, choice: ChoiceWord | NamedTool | None
 ) -> AnswerShape | None:
     """Returns the shape of an answer that must call a tool; None: it need not. Refusal: 400."""
     tools = tools or ()
@@ -79,8 +77,8 @@ def required_call(
     if choice not in (None, "none") and not tools:
         faults.append(Fault("tool_choice", "is only for requests with tools"))
     chosen = None
-    if isinstance(choice, dict):
-        chosen = (choice.get("function") or {}).get("name")
+    if isinstance(choice, NamedTool):
+        chosen = choice.name
         if chosen not in names:
             faults.append(
                 Fault(
