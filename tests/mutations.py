@@ -259,7 +259,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "serve/protocols/completions.py": ("serve/protocols/test_fields.py", "serve/test_server.py"),
     "serve/protocols/shapes.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/tools.py": ("serve/protocols/test_tools.py",),
-    "serve/protocols/call_style.py": ("serve/protocols/test_tools.py",),
+    "decoding/tool_calls/call_style.py": ("serve/protocols/test_tools.py",),
     "serve/protocols/grammars.py": (
         "serve/protocols/test_tools.py",
         "serve/protocols/test_answers.py",

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from veneer.serve.http.openapi import BODIES
+from veneer.serve.http.paths import BODIES
 from veneer.serve.limits import LIMITS, Limit
 from veneer.serve.protocols.body import NO_EFFECT, Body, NotSupported
 

@@ -8,7 +8,7 @@ import pytest
 from tests.serve.server import BASE, add_adapter, running
 from tests.serve.tables import PAGE, filled
 from veneer.library.library import Library
-from veneer.serve.http.app import PATHS
+from veneer.serve.http.paths import PATHS
 
 
 def test_the_tables_are_those_of_the_code():

@@ -23,10 +23,11 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.plan.machine import memory_bytes
 from veneer.serve.engine.names import ModelNames
 from veneer.serve.engine.service import ServeLimits, Service
-from veneer.serve.http.app import PATHS, application
+from veneer.serve.http.app import application
 from veneer.serve.http.connection import Server
 from veneer.serve.http.guard import Guard, check_origins, for_browsers
 from veneer.serve.http.keys import ApiKeys, read_keys
+from veneer.serve.http.paths import PATHS
 from veneer.serve.run import check_reach, listening
 from veneer.serve.runs import Runs
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from veneer.serve.http.openapi import BODIES
+from veneer.serve.http.paths import BODIES
 
 WORDS = [
     "a",

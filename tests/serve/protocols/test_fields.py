@@ -11,8 +11,7 @@ from pydantic import create_model
 from tests.serve.protocols.generated import BODIES, body, mutated
 from veneer.bounds import TEMPERATURE, TOKEN
 from veneer.serve.limits import MOST_FAULTS
-from veneer.serve.protocols import body as body_module
-from veneer.serve.protocols import chat, completions, messages, responses
+from veneer.serve.protocols import chat, completions, faults, messages, responses
 from veneer.serve.protocols.body import (
     BY_TYPE,
     NO_EFFECT,
@@ -169,13 +168,11 @@ def test_faults_beyond_a_bound_are_neither_told_nor_searched_for(path, wrong, mo
             made.append(told)
             super().__init__(*told)
 
-    monkeypatch.setattr(body_module, "Fault", Counted)
+    monkeypatch.setattr(faults, "Fault", Counted)
     looked_up = []
-    near = body_module.difflib.get_close_matches
+    near = faults.difflib.get_close_matches
     monkeypatch.setattr(
-        body_module.difflib,
-        "get_close_matches",
-        lambda *a, **k: looked_up.append(a) or near(*a, **k),
+        faults.difflib, "get_close_matches", lambda *a, **k: looked_up.append(a) or near(*a, **k)
     )
     fault = refused(path, wrong)
     assert len(fault.message) < 5000 and fault.message.count(";") <= MOST_FAULTS

@@ -10,10 +10,10 @@ from tests.serve.protocols.tool_templates import TEMPLATES
 from tests.serve.server import BASE, made_base, running
 from tests.support.tiny import tiny_tokenizer
 from veneer.data.template.template import ChatTemplate
+from veneer.decoding.tool_calls.call_style import call_style
 from veneer.decoding.tool_calls.calls import CallReader
 from veneer.decoding.tool_calls.forms import BareCall, ListedCalls, ObjectCalls
 from veneer.library.library import Library
-from veneer.serve.protocols.call_style import call_style
 from veneer.serve.protocols.tools import NamedTool, required_call
 from veneer.serve.refusals import Refusal
 

@@ -17,10 +17,10 @@ from tests.support.tiny import save_tiny
 from veneer.decoding.engine import bytes_per_token
 from veneer.errors import LostProcessError, QueueFullError
 from veneer.library.library import Library
-from veneer.serve.http.app import PATHS
 from veneer.serve.http.guard import Guard
 from veneer.serve.http.keys import ApiKey, ApiKeys, hashed
-from veneer.serve.replicas.front import ADMIN_PATHS, Frontend
+from veneer.serve.http.paths import ADMIN_BODIES, PATHS
+from veneer.serve.replicas.front import Frontend
 from veneer.serve.replicas.replica import (
     AdminChange,
     ForwardedRequest,
@@ -198,7 +198,7 @@ def test_all_that_only_an_administrator_may_ask_is_told_to_all_replicas(
             for path in PATHS
             if (await client.post(path, json={}, headers=use)).status_code == 403
         ]
-        assert sorted(refused) == sorted(ADMIN_PATHS)
+        assert sorted(refused) == sorted(ADMIN_BODIES)
 
     asking(served, question, keys=keys)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.blocks import Identity
 from veneer.serve.protocols.answers import EndReason
 
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 MOST_NAMES = 64
 """Adapters named in a label."""
@@ -92,27 +93,18 @@ class Metrics:
         self._tokens["new"] += tokens
         self._whole.add(seconds)
 
-    def text(
-        self,
-        state: EngineState,
-        names: Mapping[str, str],
-        memory: Mapping[str, int],
-        extra: Mapping[str, float],
-    ) -> str:
-        """Writes the whole text.
-
-        names: names of adapters by content. memory: bytes of the adapters in memory, by name.
-        extra: further gauges by name.
-        """
-        return "\n".join(self._lines(state, names, memory, extra)) + "\n"
-
-    def _lines(
+    def lines(
         self,
         state: EngineState,
         names: Mapping[str, str],
         memory: Mapping[str, int],
         extra: Mapping[str, float],
     ) -> Iterator[str]:
+        """Yields the lines of the text.
+
+        names: names of adapters by content. memory: bytes of the adapters in memory, by name.
+        extra: further gauges by name.
+        """
         model = {"model_name": self._model}
         used = 1 - state.free_blocks / state.blocks
         yield from _metric("vllm:num_requests_running", "gauge", [(model, state.running)])
@@ -151,6 +143,11 @@ class Metrics:
         yield from _metric("veneer:adapter_in_memory_bytes", "gauge", sizes[:MOST_NAMES])
         for name, value in sorted(extra.items()):
             yield from _metric(f"veneer:{name}", "gauge", [({}, value)])
+
+
+def joined(lines: Iterable[str]) -> str:
+    """Joins lines to a text, which ends with a line break."""
+    return "\n".join(lines) + "\n"
 
 
 def answers_lines(answers: Mapping[tuple[str, int], int]) -> Iterator[str]:

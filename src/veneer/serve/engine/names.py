@@ -170,14 +170,8 @@ class ModelNames:
             if entry.name in hidden or entry.name in aliases:
                 continue
             if self._adapters.fits(entry):
-                yield (
-                    (
-                        f"{self.base_name}:{entry.name}"
-                        if entry.name == self.base_name
-                        else entry.name
-                    ),
-                    entry,
-                )
+                same = entry.name == self.base_name
+                yield f"{self.base_name}:{entry.name}" if same else entry.name, entry
         for name, reference in sorted(aliases.items()):
             try:
                 yield name, self._library.get(reference)
@@ -199,14 +193,11 @@ class ModelNames:
     def _card(self, name: str, entry: Entry) -> dict[str, Any]:
         version = entry.version
         return {
+            **self._base_card(),
             "id": name,
-            "object": "model",
             "created": int(datetime.fromisoformat(version.added).timestamp()),
-            "owned_by": "veneer",
             "root": entry.reference,
             "parent": self.base_name,
-            "max_model_len": self._positions,
-            "permission": [],
             "version": version.facts.content_hash,
             "method": version.facts.method,
             "bytes": version.facts.bytes,

@@ -18,10 +18,10 @@ from veneer.adapters.preamble import NONE, Preamble
 from veneer.data.template.new_tokens import extended
 from veneer.data.template.rendering import retry_refused
 from veneer.data.template.template import ChatTemplate
+from veneer.decoding.tool_calls.call_style import NO_TOOLS, call_style
 from veneer.decoding.tool_calls.calls import CallStyle
 from veneer.errors import VeneerError
 from veneer.serve.limits import MOST_PROMPTS_WAITING
-from veneer.serve.protocols.call_style import NO_TOOLS, call_style
 from veneer.serve.protocols.request import ChatPrompt, Prompt, TextPrompt
 from veneer.serve.refusals import Refusal, refusal_of
 

@@ -24,7 +24,7 @@ from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase
 from veneer.serve.engine.generation import Generation, engine_requests
 from veneer.serve.engine.loop import EngineLoop
-from veneer.serve.engine.metrics import Metrics, engine_state
+from veneer.serve.engine.metrics import Metrics, engine_state, joined
 from veneer.serve.engine.names import ModelNames, ServedModel
 from veneer.serve.engine.prompts import Prompts
 from veneer.serve.engine.token_text import TokenTexts
@@ -84,10 +84,8 @@ class Service:
         self._stops = stop_token_ids(base.tokenizer, base.model.generation_config)
         self._base_digest = base.fingerprint().digest[:8]
         self._most_places = engine.scheduler.most_places
-        self.cache_tokens, self.cache_bytes = (
-            engine.scheduler.blocks.capacity,
-            engine.scheduler.blocks.budget_bytes,
-        )
+        blocks = engine.scheduler.blocks
+        self.cache_tokens, self.cache_bytes = blocks.capacity, blocks.budget_bytes
         stops, rows = self._stops, capacity.tokens or len(base.tokenizer)
         grammars = partial(Grammars, self.prompts.tokenizer, rows=rows, stops=stops)
         self._shapes = ShapeGrammars(grammars, self.prompts.style)
@@ -111,20 +109,19 @@ class Service:
     async def read_files(self, function: Callable[[], T]) -> T:
         """Runs a function that reads files, beside the event loop. No error names a folder of the
         server."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._files, partial(self._without_folder, function)
-        )
+        return await self._run(self._files, function)
 
     async def report(self, function: Callable[[], T]) -> T:
         """Runs a function that reads whole adapters, one at a time, so that no request waits for
         it."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._reports, partial(self._without_folder, function)
-        )
+        return await self._run(self._reports, function)
 
-    def _without_folder(self, function: Callable[[], T]) -> T:
-        with self._without_folders():
-            return function()
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        def run() -> T:
+            with self._without_folders():
+                return function()
+
+        return await asyncio.get_running_loop().run_in_executor(threads, run)
 
     @contextmanager
     def _without_folders(self) -> Iterator[None]:
@@ -163,21 +160,15 @@ class Service:
         self, request: GenerationRequest, caller: str
     ) -> tuple[ServedModel, Generation]:
         """Prepares the generation, which is queued once its block is entered. Refusal."""
-        base = (
-            request.model == self.names.base_name and not request.adapters
-        )  # of which no file tells
-        model, preamble, front = (
-            self._read_model(request)
-            if base
-            else await self.read_files(lambda: self._read_model(request))
-        )
+        if request.model == self.names.base_name and not request.adapters:
+            model, preamble, front = self._read_model(request)  # reads no file
+        else:
+            model, preamble, front = await self.read_files(lambda: self._read_model(request))
         self._label(model)
         prompts = await self.prompts.encoded(request.prompts, self._asked_as(preamble))
-        texts = (
-            await self.read_files(lambda: self.texts.with_tokens(preamble.tokens))
-            if preamble.tokens
-            else self.texts
-        )
+        texts = self.texts
+        if preamble.tokens:
+            texts = await self.read_files(lambda: self.texts.with_tokens(preamble.tokens))
         places = self._most_places(front)
         lengths = [
             self.prompts.most_new(ids, request.max_new_tokens, places, front) for ids in prompts
@@ -199,7 +190,7 @@ class Service:
         if request.min_new_tokens and request.stops:
             raise Refusal(
                 400,
-                "min_tokens: is not for requests with stop strings: a string may lie across.",
+                "min_tokens: cannot be used with stop strings, which may begin before that token.",
                 "min_tokens",
             )
         self.metrics.count_prompt(sum(map(len, prompts)))
@@ -243,9 +234,7 @@ class Service:
 
     async def _load(self, function: Callable[[], object], param: str) -> None:
         try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._loads, partial(self._without_folder, function)
-            )
+            await self._run(self._loads, function)
         except UnknownNameError as fault:
             raise unknown_adapter(fault, param) from None
         except VeneerError as fault:
@@ -253,7 +242,7 @@ class Service:
 
     async def metrics_text(self) -> str:
         state = await self.loop.run_between_steps(engine_state)
-        return self.metrics.text(state, self._labels, self._in_memory(), self._gauges())
+        return joined(self.metrics.lines(state, self._labels, self._in_memory(), self._gauges()))
 
     def _in_memory(self) -> Counter[str]:
         """Returns the bytes of adapters by name, the last used first; versions are summed."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,15 +16,15 @@ from starlette.routing import Route
 
 from veneer.errors import VeneerError
 from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody, card_of
+from veneer.serve.engine.metrics import MEDIA_TYPE
 from veneer.serve.engine.service import Service
 from veneer.serve.http.details import angle_between, details
 from veneer.serve.http.exchange import Exchange
 from veneer.serve.http.guard import error_response
 from veneer.serve.http.keys import Caller
-from veneer.serve.http.openapi import openapi
 from veneer.serve.http.page import page
+from veneer.serve.http.paths import ADMIN_BODIES, BODIES, NOT_SERVED, PATHS, PROTOCOLS, openapi
 from veneer.serve.limits import LARGE_BODY
-from veneer.serve.protocols import chat, completions, messages, responses
 from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.json_body import parsed, read_body
 from veneer.serve.protocols.messages import CountBody
@@ -35,41 +35,6 @@ from veneer.wording import shown
 
 log = logging.getLogger("veneer.serve")
 Handler = Callable[[Request], Awaitable[Response]]
-Read = TypeVar("Read")
-PROTOCOLS: dict[str, ApiProtocol] = {
-    "/v1/chat/completions": chat.PROTOCOL,
-    "/v1/completions": completions.PROTOCOL,
-    "/v1/responses": responses.PROTOCOL,
-    "/v1/messages": messages.PROTOCOL,
-}
-NOT_SERVED = {
-    "/v1/embeddings": "a causal language model makes no embeddings",
-    "/v1/audio/transcriptions": "text alone is read",
-    "/v1/images/generations": "answers are text",
-    "/v1/moderations": "ask a model of your own for it",
-    "/v1/rerank": "no model here ranks",
-    "/v1/score": "no model here scores pairs",
-}
-PATHS = (
-    "/",
-    *PROTOCOLS,
-    *NOT_SERVED,
-    "/v1/messages/count_tokens",
-    "/v1/models",
-    "/tokenize",
-    "/detokenize",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/adapters",
-    "/v1/adapters/pin",
-    "/v1/adapters/unpin",
-    "/v1/runs",
-    "/openapi.json",
-    "/metrics",
-    "/healthz",
-    "/readyz",
-)
-"""Paths that the metrics count one by one."""
 
 
 def application(service: Service) -> Starlette:
@@ -89,20 +54,24 @@ def application(service: Service) -> Starlette:
 def _routes(service: Service) -> list[Route]:
     def post(
         path: str,
-        read: Callable[[dict[str, Any]], Read],
-        handler: Callable[[Read, Request], Awaitable[Response]],
-        scope: str = "use",
+        handler: Callable[[Any, Request], Awaitable[Response]],
+        read: Callable[[dict[str, Any]], Any] | None = None,
     ) -> Route:
-        """read: validates a body."""
+        """read: validates a body; by default the model of the path's body does."""
+        read_fields = read or BODIES[path].read
 
         async def endpoint(request: Request) -> Response:
-            _check_scope(request, scope)
+            if path in ADMIN_BODIES and _caller(request).scope != "admin":
+                said = "This key may not change which adapters are served."
+                raise Refusal(403, said, code="wrong_scope")
             if service.loop.closing:
                 raise shutting_down()
             text = await read_body(request, service.limits.body_bytes)
             if len(text) > LARGE_BODY:  # the event loop answers others in the meantime
-                return await handler(await asyncio.to_thread(lambda: read(parsed(text))), request)
-            return await handler(read(parsed(text)), request)
+                body = await asyncio.to_thread(lambda: read_fields(parsed(text)))
+            else:
+                body = read_fields(parsed(text))
+            return await handler(body, request)
 
         return Route(path, _catch_errors(endpoint), methods=["POST"])
 
@@ -110,7 +79,7 @@ def _routes(service: Service) -> list[Route]:
         async def answer(generation: GenerationRequest, request: Request) -> Response:
             return Exchange(service, protocol, generation, _caller(request).name, path)
 
-        return post(path, protocol.read, answer)
+        return post(path, answer, protocol.read)
 
     async def count(body: CountBody, request: Request) -> Response:
         (ids,) = await service.ids([body.prompt()], await service.model(body.model))
@@ -151,12 +120,10 @@ def _routes(service: Service) -> list[Route]:
         return Route(path, _catch_errors(handler), methods=["GET"])
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await service.report(service.names.cards)})
+        return _list(await service.report(service.names.cards))
 
     async def adapters(request: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [card_of(adapter) for adapter in service.residents.shown()]}
-        )
+        return _list([card_of(adapter) for adapter in service.residents.shown()])
 
     async def adapter(request: Request) -> Response:
         name, against = request.path_params["name"], request.query_params.get("against")
@@ -171,9 +138,7 @@ def _routes(service: Service) -> list[Route]:
         return JSONResponse(await service.report(describe))
 
     async def runs(request: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": await service.read_files(service.runs.cards)}
-        )
+        return _list(await service.read_files(service.runs.cards))
 
     async def run(request: Request) -> Response:
         name, after = request.path_params["name"], _byte(request)
@@ -188,9 +153,7 @@ def _routes(service: Service) -> list[Route]:
         )
 
     async def metrics(request: Request) -> Response:
-        return PlainTextResponse(
-            await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        return PlainTextResponse(await service.metrics_text(), media_type=MEDIA_TYPE)
 
     async def description(request: Request) -> Response:
         return JSONResponse(await service.report(openapi))
@@ -207,13 +170,13 @@ def _routes(service: Service) -> list[Route]:
 
     return [
         *(protocol_route(path, protocol) for path, protocol in PROTOCOLS.items()),
-        post("/v1/messages/count_tokens", CountBody.read, count),
-        post("/tokenize", TokenizeBody.read, tokenize),
-        post("/detokenize", DetokenizeBody.read, detokenize),
-        post("/v1/load_lora_adapter", LoadBody.read, load, "admin"),
-        post("/v1/unload_lora_adapter", UnloadBody.read, unload, "admin"),
-        post("/v1/adapters/pin", PinBody.read, pin(pinned=True), "admin"),
-        post("/v1/adapters/unpin", PinBody.read, pin(pinned=False), "admin"),
+        post("/v1/messages/count_tokens", count),
+        post("/tokenize", tokenize),
+        post("/detokenize", detokenize),
+        post("/v1/load_lora_adapter", load),
+        post("/v1/unload_lora_adapter", unload),
+        post("/v1/adapters/pin", pin(pinned=True)),
+        post("/v1/adapters/unpin", pin(pinned=False)),
         get("/", index),
         get("/v1/adapters", adapters),
         get("/v1/adapters/{name:path}", adapter),
@@ -227,6 +190,10 @@ def _routes(service: Service) -> list[Route]:
         get("/readyz", ready),
         *(Route(path, _catch_errors(_not_served), methods=["GET", "POST"]) for path in NOT_SERVED),
     ]
+
+
+def _list(entries: list[dict[str, Any]]) -> Response:
+    return JSONResponse({"object": "list", "data": entries})
 
 
 async def _not_served(request: Request) -> Response:
@@ -280,8 +247,3 @@ def _byte(request: Request) -> int:
 def _caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
-
-
-def _check_scope(request: Request, scope: str) -> None:
-    if scope == "admin" and _caller(request).scope != "admin":
-        raise Refusal(403, "This key may not change which adapters are served.", code="wrong_scope")

@@ -16,7 +16,6 @@ with a million faults costs no more than a good one.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -33,21 +32,18 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import (
-    CoreSchema,
-    ErrorDetails,
-    InitErrorDetails,
-    PydanticCustomError,
-    PydanticOmit,
-    core_schema,
-)
+from pydantic_core import CoreSchema, PydanticOmit, core_schema
 
 from veneer.bounds import Number
 from veneer.serve.limits import MOST_FAULTS
-from veneer.serve.refusals import MOST_SHOWN, Fault, as_json, brief, refuse
-
-Location = tuple[int | str, ...]
-"""The path of a fault in the body, such as ("messages", 0, "role")."""
+from veneer.serve.protocols.faults import (
+    Location,
+    invalid,
+    known_faults,
+    refusal_for,
+    unknown_field,
+)
+from veneer.serve.refusals import Fault, as_json, brief
 
 
 class Body(BaseModel):
@@ -70,7 +66,7 @@ class Body(BaseModel):
         try:
             return cls.model_validate(body)
         except ValidationError as error:
-            raise refuse([Fault(_path(place), what) for place, what in _faults(error)]) from None
+            raise refusal_for(error) from None
 
     def conflicts(self) -> Iterator[Fault]:
         """Yields fields that are valid alone but not together."""
@@ -83,11 +79,11 @@ class Body(BaseModel):
             raise invalid([((), f"{brief(value)} is not an object")])
         fields = cls._by_alias
         unknown = (name for name in value if name not in fields)
-        faults = [_unknown_field(name, fields) for name in islice(unknown, MOST_FAULTS + 1)]
+        faults = [unknown_field(name, fields) for name in islice(unknown, MOST_FAULTS + 1)]
         try:
             body = validate({k: v for k, v in value.items() if v is not None and k in fields})
         except ValidationError as error:
-            for place, what in _faults(error):
+            for place, what in known_faults(error):
                 field = fields[str(place[0])]
                 explained = len(place) == 1 and _EXPLAINED.intersection(map(type, field.metadata))
                 why = f": {field.description}" if explained and field.description else ""
@@ -226,7 +222,7 @@ class OneOf:
             try:
                 return validate(value)
             except ValidationError as error:  # pydantic puts the choice in front of the path
-                raise invalid([(place[1:], what) for place, what in _faults(error)]) from None
+                raise invalid([(place[1:], what) for place, what in known_faults(error)]) from None
 
         return core_schema.no_info_wrap_validator_function(
             check, core_schema.tagged_union_schema(choices, choose)
@@ -283,12 +279,6 @@ EmptyList = Annotated[list[Any], Length(0, 0), NO_EFFECT]
 Object = dict[str, Any]
 """An object of any content; the size of the body bounds it."""
 _EXPLAINED = {_NoEffect, _NotSupported}
-_TYPE_ERRORS = {
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "an object",
-}
 _TYPE_WORDS = {
     "str": "text",
     "dict": "an object",
@@ -297,25 +287,6 @@ _TYPE_WORDS = {
     "list[int]": "a list of whole numbers",
     "list[list]": "a list of lists",
 }
-
-
-def invalid(faults: Iterable[tuple[Location, str]]) -> ValidationError:
-    """An error that pydantic adds to those of the other fields."""
-    return ValidationError.from_exception_data(
-        "body",
-        [
-            InitErrorDetails(
-                type=PydanticCustomError("fault", "{what}", {"what": what}), loc=place, input=None
-            )
-            for place, what in faults
-        ],
-    )
-
-
-def _unknown_field(name: str, fields: Iterable[str]) -> tuple[Location, str]:
-    near = difflib.get_close_matches(name, fields, n=1) if len(name) <= MOST_SHOWN else []
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return (brief(name, quoted=False),), f"is not a field of this request.{hint}"
 
 
 def _check_entries(entries: list[Any], validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
@@ -327,7 +298,7 @@ def _check_entries(entries: list[Any], validate: core_schema.ValidatorFunctionWr
             valid = validate(entries[start:])
         except ValidationError as error:
             index = 0
-            for place, what in _faults(error):
+            for place, what in known_faults(error):
                 index = int(place[0])
                 faults.append(((start + index, *place[1:]), what))
             start += index + 1
@@ -336,42 +307,6 @@ def _check_entries(entries: list[Any], validate: core_schema.ValidatorFunctionWr
                 break
             return valid
     raise invalid(faults)
-
-
-def _faults(error: ValidationError) -> list[tuple[Location, str]]:
-    details = islice(error.errors(include_url=False), MOST_FAULTS + 1)
-    return [(detail["loc"], _said(detail)) for detail in details]
-
-
-def _said(detail: ErrorDetails) -> str:
-    value, context = detail["input"], detail.get("ctx", {})
-    kind = detail["type"]
-    if kind in _TYPE_ERRORS:
-        return f"{brief(value)} is not {_TYPE_ERRORS[kind]}"
-    match kind:
-        case "fault":
-            return detail["msg"]
-        case "string_too_short":
-            return f"it has {len(value):,} characters: at least {context['min_length']:,}"
-        case "string_too_long":
-            return f"it has {len(value):,} characters: at most {context['max_length']:,}"
-        case "literal_error":
-            return f"{brief(value)} is not {context['expected']}"
-    return {
-        "missing": "is missing",
-        "string_unicode": "it holds half a character, cut off in an escape",
-    }[kind]
-
-
-def _path(place: Location) -> str:
-    """messages[0].role"""
-    path = ""
-    for step in place:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif step != "[key]":  # pydantic's word for an object's key
-            path += f".{brief(step, quoted=False)}"
-    return path.removeprefix(".")
 
 
 def _json_types(members: Iterable[Any]) -> dict[str, Any]:

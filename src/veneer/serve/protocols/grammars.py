@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 
 from veneer.decoding.sampling.grammar import Grammar, Grammars
+from veneer.decoding.tool_calls.call_style import NO_TOOLS
 from veneer.decoding.tool_calls.calls import CallStyle
-from veneer.serve.protocols.call_style import NO_TOOLS
 from veneer.serve.protocols.request import AnswerShape
 from veneer.serve.refusals import Refusal
 

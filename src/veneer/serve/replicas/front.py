@@ -20,13 +20,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from veneer.errors import LostProcessError, QueueFullError
-from veneer.serve.engine.metrics import answers_lines, merged
+from veneer.serve.engine.metrics import MEDIA_TYPE, answers_lines, joined, merged
 from veneer.serve.engine.service import ServeLimits
-from veneer.serve.http.app import PATHS
 from veneer.serve.http.connection import Server
 from veneer.serve.http.exchange import ClientGone, unless_gone
 from veneer.serve.http.guard import error_response
 from veneer.serve.http.keys import ApiKeys
+from veneer.serve.http.paths import ADMIN_BODIES, PATHS
 from veneer.serve.limits import LARGE_BODY
 from veneer.serve.protocols.json_body import read_bytes
 from veneer.serve.refusals import Refusal, refusal_of, shutting_down
@@ -34,13 +34,6 @@ from veneer.serve.replicas.replica import AdminChange, ForwardedRequest, model_o
 from veneer.serve.start import ServeSettings, guarded
 
 log = logging.getLogger("veneer.serve")
-ADMIN_PATHS = (
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/adapters/pin",
-    "/v1/adapters/unpin",
-)
-"""Requests that change all replicas, and those that start later."""
 PATIENCE_SECONDS = 30.0
 """Time to wait for a free replica, in addition to the request's own time."""
 ATTEMPTS = 3
@@ -131,9 +124,7 @@ class Frontend:
                 )
             case "/metrics":
                 lines = [*merged(await self._replicas.metrics()), *answers_lines(self._answers)]
-                return PlainTextResponse(
-                    "\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8"
-                )
+                return PlainTextResponse(joined(lines), media_type=MEDIA_TYPE)
             case "/v1/adapters" if request.method == "GET":
                 lists = await self._replicas.shown()
                 cards = [
@@ -178,7 +169,7 @@ class Frontend:
                 if out.status or not left:
                     raise
                 log.warning("a replica is gone: another one is asked %s", request.request_id)
-        if out.status == 200 and request.path in ADMIN_PATHS:
+        if out.status == 200 and request.path in ADMIN_BODIES:  # new replicas make the change too
             self._changes = changed(self._changes, request)
             await self._replicas.adopt(tuple(self._changes))
 

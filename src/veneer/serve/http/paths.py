@@ -1,4 +1,4 @@
-"""/openapi.json: the paths that take a body, with the schemas of their bodies."""
+"""The paths that the server answers, the body of each, and /openapi.json, which describes them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,52 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from veneer.serve.engine.adapters import LoadBody, PinBody, UnloadBody
+from veneer.serve.protocols import chat, completions, messages, responses
+from veneer.serve.protocols.answers import ApiProtocol
 from veneer.serve.protocols.body import Body
-from veneer.serve.protocols.chat import ChatBody
-from veneer.serve.protocols.completions import CompletionBody
-from veneer.serve.protocols.messages import CountBody, MessageBody
-from veneer.serve.protocols.responses import ResponseBody
 from veneer.serve.protocols.tokens import DetokenizeBody, TokenizeBody
 
-BODIES: dict[str, type[Body]] = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
-    "/v1/responses": ResponseBody,
-    "/v1/messages": MessageBody,
-    "/v1/messages/count_tokens": CountBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
+PROTOCOLS: dict[str, ApiProtocol] = {
+    "/v1/chat/completions": chat.PROTOCOL,
+    "/v1/completions": completions.PROTOCOL,
+    "/v1/responses": responses.PROTOCOL,
+    "/v1/messages": messages.PROTOCOL,
+}
+ADMIN_BODIES: dict[str, type[Body]] = {
     "/v1/load_lora_adapter": LoadBody,
     "/v1/unload_lora_adapter": UnloadBody,
     "/v1/adapters/pin": PinBody,
     "/v1/adapters/unpin": PinBody,
 }
+"""Paths that change which adapters are served, for an administrator's key."""
+BODIES: dict[str, type[Body]] = {
+    **{path: protocol.body for path, protocol in PROTOCOLS.items()},
+    "/v1/messages/count_tokens": messages.CountBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+    **ADMIN_BODIES,
+}
+NOT_SERVED = {
+    "/v1/embeddings": "a causal language model makes no embeddings",
+    "/v1/audio/transcriptions": "text alone is read",
+    "/v1/images/generations": "answers are text",
+    "/v1/moderations": "ask a model of your own for it",
+    "/v1/rerank": "no model here ranks",
+    "/v1/score": "no model here scores pairs",
+}
+PATHS = (
+    "/",
+    *BODIES,
+    *NOT_SERVED,
+    "/v1/models",
+    "/v1/adapters",
+    "/v1/runs",
+    "/openapi.json",
+    "/metrics",
+    "/healthz",
+    "/readyz",
+)
+"""Paths that the metrics count one by one."""
 
 
 def openapi() -> dict[str, Any]:
