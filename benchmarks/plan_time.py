@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 import veneer
+from veneer.adapters.config import METHODS
 from veneer.bases.loading.from_config import blueprint
-from veneer.plan.ask import method_named
+from veneer.plan.choice import Choice
 from veneer.plan.machine import this_machine
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import Planner
 
 RUNS = (
     ("lora", 8, 128, False),
@@ -44,7 +45,7 @@ def main() -> None:
     found = blueprint(args.base)
     ratios = []
     for name, batch, length, kept in RUNS[: args.only]:
-        method, _ = method_named(name)
+        method = METHODS[name]()
         choice = Choice(
             method=method, batch=batch, length=length, checkpointing=kept, share_prompt=False
         )
@@ -73,7 +74,7 @@ def main() -> None:
             )
         planner = Planner(found)
         machine = this_machine(planner.step_run(choice).work, planner.dtype(choice))
-        predicted = batch * length / planner.seconds_per_step(choice, machine)
+        predicted = batch * length / planner.step_time(choice, machine).seconds
         measured = summary["tokens_per_second"]
         ratios.append(measured / predicted)
         label = f"{name} {batch} x {length}{' checkpointing' if kept else ''}"

@@ -31,8 +31,6 @@ from veneer.formats.bottleneck import BottleneckFields
 from veneer.formats.peft.config import PeftLoRA
 from veneer.formats.prefix import PeftPrefix
 from veneer.merge.combine.combine import Recipe
-from veneer.plan.ask import PlanQuestion, answer_question
-from veneer.plan.planner import Choice
 from veneer.training.config import DataConfig, RunConfig
 
 NEEDED = {"base": "b", "data": "d.jsonl", "out": "o"}
@@ -317,7 +315,6 @@ def test_python_arguments_have_the_same_bounds():
         quantize=None,
     )
     base.attach(LoRA(rank=2), name="a", seed=2**32 - 1)
-    choice = Choice(method=LoRA(), batch=0)
     for call in (
         lambda: base.attach(LoRA(), name="b", seed=-1),
         lambda: base.attach(LoRA(), name="b", seed=True),
@@ -326,7 +323,6 @@ def test_python_arguments_have_the_same_bounds():
         lambda: base.merge("a", [1e30]),
         lambda: Recipe("svd", rank=0).check(),
         lambda: Recipe("dare", density=math.nan, seed=-1).check(),
-        lambda: answer_question(PlanQuestion(["llama-3.2-1b"], choice)),
     ):
         with pytest.raises(ConfigError, match="should be a"):
             call()

@@ -43,8 +43,8 @@ from veneer.files import remembered as memory
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.plan import kept, machine
 from veneer.plan.counted import Step
-from veneer.plan.estimate import synthetic_rows
 from veneer.plan.tracker import Work
+from veneer.plan.workload import synthetic_rows
 from veneer.training.config import DataConfig, RunConfig, StartFrom
 
 CPU = torch.device("cpu")

@@ -31,8 +31,9 @@ from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels.bindings import library as native
 from veneer.models.load import compute_of, load_base
+from veneer.plan.choice import Choice
 from veneer.plan.counted import WEIGHTS
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import Planner
 from veneer.training.loop import Loop
 from veneer.training.state.folder import resume_config
 

@@ -31,8 +31,9 @@ from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import PackedExperts, num_parameters
 from veneer.models.load import load_base
 from veneer.plan.ask import PlanQuestion, answer_question
+from veneer.plan.choice import Choice
 from veneer.plan.fit import find_remedy
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import Planner
 from veneer.plan.table import all_methods
 from veneer.quant.int4 import Int4
 

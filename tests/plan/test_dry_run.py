@@ -22,8 +22,9 @@ from veneer.plan import dry_run as module
 from veneer.plan.counted import Step
 from veneer.plan.depth import period_of
 from veneer.plan.dry_run import dry_run
-from veneer.plan.estimate import estimate, synthetic_rows
+from veneer.plan.estimate import estimate
 from veneer.plan.tracker import Tracker
+from veneer.plan.workload import synthetic_rows
 from veneer.training.optimizer.buffer import AdamW, FlatParameters
 
 MIXTURES = ("mixtral", "qwen3_moe")

@@ -30,7 +30,8 @@ from veneer.errors import ConfigError, DoesNotFitError, SourceError
 from veneer.kernels.layout import STEP, round_up
 from veneer.plan import dry_run as counting
 from veneer.plan.advise import TuningTask, advise
-from veneer.plan.ask import PlanQuestion, answer_question, method_named
+from veneer.plan.ask import PlanQuestion, answer_question
+from veneer.plan.choice import Choice
 from veneer.plan.dry_run import dry_run
 from veneer.plan.estimate import (
     CUDA_WORKSPACES_BYTES,
@@ -43,8 +44,9 @@ from veneer.plan.estimate import (
 )
 from veneer.plan.fit import _largest, _lower_rank, _offload, find_remedy, fits, largest_batch
 from veneer.plan.machine import named_gpu
-from veneer.plan.planner import SAMPLE_SIZES, Choice, Planner, evaluated_sizes
+from veneer.plan.planner import SAMPLE_SIZES, Planner
 from veneer.plan.table import all_methods, plan_row
+from veneer.plan.workload import Workload
 from veneer.report.plan_page import plan_page, verdict
 from veneer.training.config import RunConfig
 from veneer.training.output import working
@@ -106,7 +108,7 @@ def test_the_search_finds_the_border_of_any_rising_cost(limit, cost):
 def test_the_shortest_list_of_changes_makes_it_fit_and_says_what_it_costs(planner):
     gpu = named_gpu("L4")
     memory = needs(planner, Choice(**{**vars(TINY), "checkpointing": True}))
-    way = find_remedy(planner, TINY, memory, lambda c: planner.seconds_per_step(c, gpu))
+    way = find_remedy(planner, TINY, memory, lambda c: planner.step_time(c, gpu).seconds)
     assert way is not None and len(way.changes) == 1
     assert fits(planner, way.choice, memory) and way.needed_bytes <= memory
     assert way.time_ratio > 0.9
@@ -153,7 +155,7 @@ def test_offload_is_offered_on_cuda_alone_and_takes_out_most_of_what_is_kept(pla
     assert UNDER_WAY not in cuda.estimate(there).parts
     assert _offload(cuda, there) is not None and _offload(planner, there) is None
     gpu = named_gpu("L4")
-    assert cuda.seconds_per_step(away, gpu) > cuda.seconds_per_step(there, gpu)
+    assert cuda.step_time(away, gpu).seconds > cuda.step_time(there, gpu).seconds
 
 
 def test_a_change_of_method_comes_only_after_all_that_leave_it(planner):
@@ -196,20 +198,22 @@ def test_rows_of_the_data_decide_memory_by_the_largest_batch_and_time_by_the_med
         Example(np.full(n, i, dtype=np.int32), np.arange(n) > 0, RowRef("r", i), i)
         for i, n in enumerate(lengths)
     ]
-    own = Planner(planner.blueprint, idle_bytes=0, rows=rows)
+    own = Planner(planner.blueprint, Workload(rows), idle_bytes=0)
     choice = Choice(method=TINY.method, batch=1, length=64)
     assert [[len(r.ids) for r in part] for part in own.largest(choice)] == [[60]]
-    assert len(own.epoch(choice).usual[0].ids) in (12, 14)
+    assert len(own.workload.epoch(choice).usual[0].ids) in (12, 14)
     cut = own.largest(Choice(method=TINY.method, batch=1, length=32))
     assert [[len(r.ids) for r in part] for part in cut] == [[32]]
 
 
 def test_with_dropout_too_the_prompt_of_the_rows_is_counted_once(planner):
-    own = Planner(planner.blueprint, idle_bytes=0, rows=make_examples(6, prompt=30, longest=40))
+    own = Planner(
+        planner.blueprint, Workload(make_examples(6, prompt=30, longest=40)), idle_bytes=0
+    )
     plain = Choice(method=LoRA(rank=3), batch=6, length=64)
     drops = replace(plain, method=LoRA(rank=3, dropout=0.1))
-    once, again = (own.epoch(each).sizes for each in (plain, drops))
-    apart = own.epoch(replace(drops, share_prompt=False)).sizes
+    once, again = (own.workload.epoch(each).sizes for each in (plain, drops))
+    apart = own.workload.epoch(replace(drops, share_prompt=False)).sizes
     assert once == again and min(apart) > max(once) + 60
     assert own.step_run(drops).computed_tokens == own.step_run(plain).computed_tokens == max(once)
     assert own.step_run(drops).work.flops == pytest.approx(own.step_run(plain).work.flops, rel=0.02)
@@ -224,13 +228,13 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
         for i, n in enumerate([10, 30, 40, 70, 90, 200])
     ]
     whole = Planner(
-        Blueprint("tiny", planner.blueprint.config, torch.bfloat16), idle_bytes=0, rows=rows
+        Blueprint("tiny", planner.blueprint.config, torch.bfloat16), Workload(rows), idle_bytes=0
     )
     choice = Choice(method=TINY.method, batch=1, length=256, dtype="bfloat16")
-    sizes = whole.epoch(choice).sizes
+    sizes = whole.workload.epoch(choice).sizes
     assert sizes == {round_up(n - 1) for n in (10, 30, 40, 70, 90, 200)} and len(sizes) == 4
-    few = Planner(whole.blueprint, idle_bytes=0, rows=rows, order="file", steps=2)
-    assert len(few.epoch(choice).sizes) == 1
+    few = Planner(whole.blueprint, Workload(rows, order="file", steps=2), idle_bytes=0)
+    assert len(few.workload.epoch(choice).sizes) == 1
     run = whole.estimate(choice).run
     assert compiled_kernels(run, 4) == 4 * compiled_kernels(run, 1) > 4 * 7
     assert (
@@ -243,14 +247,14 @@ def test_every_size_of_a_batch_compiles_its_products_again(planner):
         ).peak_bytes
     )
     looked_at = replace(
-        whole, held_out=[rows[5], rows[0], rows[2]]
+        whole, workload=Workload(rows, held_out=[rows[5], rows[0], rows[2]])
     )  # 2 rows and 1 row: the sizes 64 and 224
     assert 0 < run.forward_shapes < compiled_kernels(run, 1)
     two = replace(choice, batch=2)
     without = whole.estimate(two).peak_bytes
     forward = whole.estimate(two).run.forward_shapes * KERNEL_BYTES[torch.bfloat16]
-    assert evaluated_sizes(looked_at.held_out, 2) == {64, 224}
-    new = len({64, 224} - whole.epoch(two).sizes)
+    assert looked_at.workload.evaluated_sizes(2) == {64, 224}
+    new = len({64, 224} - whole.workload.epoch(two).sizes)
     assert looked_at.estimate(two).peak_bytes == without + (new + SAMPLE_SIZES) * forward
     assert (
         estimate(run, device="cuda", kernel_bytes=10**9).peak_bytes
@@ -386,16 +390,23 @@ def test_the_command_answers_in_json_and_exits_3_where_it_does_not_fit(tmp_path,
     assert main([*line, "--memory", "600MB"]) == 3
 
 
+def of_flags(*flags):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.read_flags(parser.parse_args(["--base", "b", *flags]))
+
+
 @pytest.mark.parametrize("name", ["lora", "qlora", "dora"])
 def test_a_rank_is_planned_with_every_method_that_has_one(name):
-    method, held = method_named(name, 8)
-    assert (method.rank, method.alpha, held) == (8, 16.0, "nf4" if name == "qlora" else None)
+    config = of_flags("--method", name, "--rank", "8")
+    assert (config.method.rank, config.method.alpha) == (8, 16.0)
+    assert config.quantize == ("nf4" if name == "qlora" else None)
 
 
 @pytest.mark.parametrize("name", ["prefix", "bottleneck", "full"])
 def test_a_rank_of_a_method_without_one_is_refused(name):
-    with pytest.raises(ConfigError, match="has no rank"):
-        method_named(name, 8)
+    with pytest.raises(ConfigError, match="--rank"):
+        of_flags("--method", name, "--rank", "8")
 
 
 def test_a_lower_rank_is_offered_for_every_method_that_has_one(planner):
@@ -486,7 +497,8 @@ def test_the_arguments_are_all_read():
     command.add_arguments(parser)
     source = (command.__file__, command.__file__.replace("plan.py", "plan_probe.py"))
     text = "".join(Path(name).read_text() for name in source)
-    unread = [a.dest for a in parser._actions if a.dest != "help" and f"args.{a.dest}" not in text]
+    names = {a.dest for a in parser._actions} - {"help"}
+    unread = [name for name in names if f"args.{name}" not in text and f'"{name}"' not in text]
     assert not unread
 
 
@@ -529,11 +541,11 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
             TINY, batch=4, micro_batch=(None, 3)[seed % 2], length=512, share_prompt=seed != 3
         )
         own = Planner(
-            held, idle_bytes=0, rows=random_rows(seed, 14), seed=seed, order=order, epochs=2
+            held, Workload(random_rows(seed, 14), seed=seed, order=order, epochs=2), idle_bytes=0
         )
         chosen = own.estimate(choice).peak_bytes
         assert len(own._runs) <= 2
-        rows = RowSpans.of(own.rows)
+        rows = RowSpans.of(own.workload.rows)
         plans = plans_of_run(rows, batch=4, seed=seed, order=order, mixture=None, steps=8)
         parts = [
             plan.rows[a:b].tolist()
@@ -543,7 +555,7 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
         every = {tuple(part) for part in parts}
         peaks = [
             estimate(
-                own._run(choice, [own.rows[i] for i in rows.examples(part)]),
+                own._run(choice, [own.workload.rows[i] for i in rows.examples(part)]),
                 device="cpu",
                 idle_bytes=0,
             )
@@ -556,7 +568,9 @@ def test_the_micro_batch_that_is_planned_is_the_one_that_counts_the_most_bytes(f
 
 def test_a_search_for_what_fits_dry_runs_one_micro_batch_of_each_choice_that_does_not(planner):
     own = Planner(
-        planner.blueprint, idle_bytes=0, rows=random_rows(1, 40), seed=1, order="shuffled", epochs=2
+        planner.blueprint,
+        Workload(random_rows(1, 40), seed=1, order="shuffled", epochs=2),
+        idle_bytes=0,
     )
     choice = replace(TINY, batch=4, length=512)
     assert len(own.largest(choice)) > 2
@@ -573,8 +587,7 @@ def test_the_search_for_the_largest_micro_batch_compares_few_of_many_one_by_one(
     rows = [
         Example(ids[:size], trained[:size], RowRef("r", i), i) for i, size in enumerate(lengths)
     ]
-    own = Planner(Blueprint("none", None, torch.float32), rows=rows, epochs=3)
-    found = own._find_largest(
+    found = Workload(rows, epochs=3).largest(
         Choice(method=TINY.method, batch=8, micro_batch=1, length=300), packed=True
     )
     assert [len(row.ids) for row in found[0]] == [max(lengths)]

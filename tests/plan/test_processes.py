@@ -4,7 +4,6 @@ sent and trained."""
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,31 +24,23 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.loading.from_config import blueprint
-from veneer.bounds import LINK
 from veneer.cli.main import main
 from veneer.data.batching import make_batch
 from veneer.data.mixture import Mixture
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError
 from veneer.execution.decoder_layer import decoder_layers
 from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
 from veneer.models.step import batch_loss, prepare
-from veneer.plan.ask import PlanQuestion, answer_question
+from veneer.plan.choice import Choice
 from veneer.plan.fit import find_remedy
 from veneer.plan.machine import named_gpu
-from veneer.plan.planner import Choice, Planner, choice_of
+from veneer.plan.planner import Planner
 from veneer.plan.probe import forecast
-from veneer.plan.spread import (
-    HOP_SECONDS,
-    StepTime,
-    StepTraffic,
-    longest_share,
-    parse_link,
-    sent,
-    step_time,
-)
+from veneer.plan.spread import HOP_SECONDS, StepTraffic, longest_share, parse_link, sent, step_time
 from veneer.plan.weights import base_bytes
+from veneer.plan.workload import Workload
 from veneer.shards import Shards
 from veneer.training.announce import forecast_line
 from veneer.training.config import RunConfig
@@ -194,9 +185,7 @@ def test_a_slower_link_costs_what_is_sent_over_it(planner: Planner) -> None:
     )
     hops = planner.step_time(FOUR, fast).reduce - planner.sent(FOUR).gradient / 1e9
     assert hops == pytest.approx(6 * 7 * HOP_SECONDS)
-    assert planner.step_time(TINY, fast) == StepTime(
-        planner.seconds_per_step(TINY, named_gpu("H100"))
-    )
+    assert planner.step_time(TINY, fast) == planner.step_time(TINY, named_gpu("H100"))
 
 
 @pytest.mark.parametrize(
@@ -223,16 +212,10 @@ def test_what_is_no_link_is_refused(text: str) -> None:
         parse_link(text)
 
 
-@pytest.mark.parametrize("numbers", [{"link": 0.0}, {"link": math.inf}, {"link": LINK.least / 2}])
-def test_a_link_is_bounded_for_programs_too(numbers: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="link"):
-        answer_question(PlanQuestion(["llama-3.2-1b"], FOUR, gpu="H100", **numbers))
-
-
-def test_what_a_run_refuses_in_shards_is_not_planned() -> None:
-    asked = Choice(method=LoRA(), quantize="gguf", shard=True, processes=2, length=64)
-    with pytest.raises(VeneerError, match="shard"):
-        answer_question(PlanQuestion(["llama-3.2-1b"], asked, gpu="H100"))
+def test_what_a_run_refuses_in_shards_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--quantize", "gguf", "--shard", "--processes", "2", "--gpu", "H100"]
+    assert main(["plan", "--base", "llama-3.2-1b", *flags]) == 2
+    assert "shard" in capsys.readouterr().err
 
 
 def test_shards_are_offered_where_several_processes_do_not_fit() -> None:
@@ -285,22 +268,16 @@ def read_run(place: Path) -> RunConfig:
 def test_a_mixtures_rows_are_planned_as_the_run_takes_them(place: Path) -> None:
     config = read_run(place)
     data = api.run_rows(config)
-    own = Planner(
-        blueprint(config.base),
-        idle_bytes=0,
-        rows=data.train,
-        mixture=data.mixture,
-        seed=config.seed,
-    )
-    choice = choice_of(config)
+    own = Planner(blueprint(config.base), Workload.of(config, data), idle_bytes=0)
+    choice = Choice.of(config)
     api.train_run(config, resume=False, screen=QuietScreen())
     steps = [
         record
         for record in read_records(place / "run" / "metrics.jsonl")
         if record["kind"] == "step"
     ]
-    assert own.steps_per_epoch(choice) == len(steps) == 6  # 12 + 3 * 3 rows by 4
-    assert [round_up(sum(step)) for step in own.epoch(choice).costs] == [
+    assert own.workload.steps_per_epoch(choice) == len(steps) == 6  # 12 + 3 * 3 rows by 4
+    assert [round_up(sum(step)) for step in own.workload.epoch(choice).costs] == [
         r["computed_tokens"] for r in steps
     ]
 
@@ -317,12 +294,14 @@ def test_of_rows_that_are_cut_the_mixture_keeps_those_that_train() -> None:
     rows = [*make_examples(4), *rows]
     own = Planner(
         Blueprint("tiny", tiny_model("llama").config, torch.float32),
+        Workload(rows, mixture=Mixture((4, 3), (4.0, 6.0))),
         idle_bytes=0,
-        rows=rows,
-        mixture=Mixture((4, 3), (4.0, 6.0)),
     )
-    cut = own.epoch(replace(TINY, length=24, batch=1))
-    assert len(cut.costs) == 4 and len(own.epoch(replace(TINY, batch=1, length=99)).costs) == 10
+    cut = own.workload.epoch(replace(TINY, length=24, batch=1))
+    assert (
+        len(cut.costs) == 4
+        and len(own.workload.epoch(replace(TINY, batch=1, length=99)).costs) == 10
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_untied"])
@@ -335,9 +314,9 @@ def test_new_tokens_are_counted_as_the_run_trains_them(place: Path, family: str)
         new_tokens=["<one>", "<two>"],
     )
     config = read_run(place)
-    found = Planner(blueprint(config.base), idle_bytes=0, rows=api.run_rows(config).train).step_run(
-        choice_of(config)
-    )
+    found = Planner(
+        blueprint(config.base), Workload(api.run_rows(config).train), idle_bytes=0
+    ).step_run(Choice.of(config))
     api.train_run(config, resume=False, screen=QuietScreen())
     start = read_records(place / "run" / "metrics.jsonl")[0]
     assert found.trainable_parameters == start["trainable_parameters"]

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,9 +22,9 @@ from veneer.plan import dry_run as counting
 from veneer.plan import kept, machine
 from veneer.plan.counted import Step
 from veneer.plan.dry_run import attached_facts, dry_run
-from veneer.plan.estimate import synthetic_rows
 from veneer.plan.machine import Rates, this_machine
 from veneer.plan.tracker import Work
+from veneer.plan.workload import synthetic_rows
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def test_a_remembered_dry_run_is_the_dry_run(cache, monkeypatch):
     others = [
         replace(step, rows=synthetic_rows(3, 24)),
         replace(step, rows=synthetic_rows(2, 25)),
-        replace(step, rows=synthetic_rows(2, 24, trained_share=0.5)),
+        replace(step, rows=[replace(row, trained=np.arange(24) >= 12) for row in rows]),
         replace(step, checkpointing=True),
         replace(step, share_prompt=False),
         replace(step, offload=True),

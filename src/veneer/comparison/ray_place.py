@@ -31,8 +31,10 @@ from veneer.comparison.ray_trial import (
 from veneer.comparison.store import RunStore, files_of, key_of, results
 from veneer.comparison.surroundings import NodeEnvironment
 from veneer.errors import DoesNotFitError, LostProcessError, VeneerError
+from veneer.plan.choice import Choice
 from veneer.plan.estimate import PROCESS_BYTES
-from veneer.plan.planner import Planner, choice_of
+from veneer.plan.planner import Planner
+from veneer.plan.workload import Workload
 from veneer.training.config import RunConfig
 from veneer.training.state.checkpoint import newest_valid
 from veneer.wording import size
@@ -183,8 +185,8 @@ class RayExecutor:
             return PROCESS_BYTES
         key = config.model_dump_json(exclude={"out", "learning_rate", "seed", "steps"})
         if key not in self._memory:
-            planner = Planner(blueprint(config.base), device="cpu", steps=config.steps)
-            self._memory[key] = planner.estimate(choice_of(config)).needed_bytes
+            planner = Planner(blueprint(config.base), Workload(steps=config.steps))
+            self._memory[key] = planner.estimate(Choice.of(config)).needed_bytes
         return self._memory[key]
 
     def _refuse_what_no_node_holds(self, job: CommandJob, memory: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from veneer.adapters.config import Full, LoRA, MethodConfig, Prefix
-from veneer.plan.planner import Choice
+from veneer.plan.choice import Choice
 from veneer.quant.config import FOUR_BITS
 
 TaskKind = Literal["style", "format", "task", "instructions", "knowledge"]

@@ -12,23 +12,19 @@ from typing import Any
 
 import torch
 
-from veneer.adapters.config import METHODS, MethodConfig
 from veneer.bases.loading.blueprint import Blueprint, named_size
-from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, LINK, PRICE, PROCESSES, ROWS, check_numbers
 from veneer.data.batching import shared_prompt
-from veneer.data.examples import Example
-from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
 from veneer.plan.advise import Advice, TaskKind, TuningTask, advise
+from veneer.plan.choice import Choice
 from veneer.plan.estimate import Device
 from veneer.plan.fit import fits
 from veneer.plan.kept import kept_idle_bytes
 from veneer.plan.machine import Machine, named_gpu, this_machine
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import Planner
 from veneer.plan.spread import HOP_SECONDS
 from veneer.plan.table import PlanRow, all_methods, plan_row
-from veneer.quant.config import Quantize
-from veneer.training.config import EPOCHS_UNSAID, SHORT_FORMS, RunConfig
+from veneer.plan.workload import Workload
 
 MOST_TOKENS = 2**22
 """Most tokens of a planned micro-batch: its rows are made, and no machine runs a larger one."""
@@ -45,22 +41,15 @@ class PlanQuestion:
 
     bases: Sequence[str]
     choice: Choice
+    workload: Workload = field(default_factory=Workload)
     compare: bool = False
     memory: int | None = None
     gpu: str | None = None
     link: float | None = None
-    rows: Sequence[Example] = ()
-    held_out: Sequence[Example] = ()
-    mixture: Mixture | None = None
-    seed: int = 0
-    order: str = "bucketed"
-    steps: int | None = None
-    epochs: float = EPOCHS_UNSAID
     price_per_hour: float | None = None
     kind: TaskKind | None = None
     variants: int = 1
     merge: bool = False
-    search: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,27 +85,6 @@ class PlanAnswer:
         }
 
 
-def method_named(name: str, rank: int | None = None) -> tuple[MethodConfig, Quantize | None]:
-    """Returns (settings, weight format) of a method as the command line spells it.
-
-    Raises ConfigError for an unknown method, and for a rank given to a method without one.
-    """
-    method_name, quantize = SHORT_FORMS.get(name, (name, None))
-    if method_name not in METHODS:
-        raise ConfigError(
-            f"unknown method {name!r}", next_step=f"One of {', '.join([*METHODS, *SHORT_FORMS])}."
-        )
-    method = METHODS[method_name]()
-    if rank is None:
-        return method, quantize
-    if method.update_rank is None:
-        raise ConfigError(
-            f"method {name} has no rank, and rank {rank} is asked for",
-            next_step="Leave the rank out.",
-        )
-    return method.of_rank(rank), quantize
-
-
 def answer_question(
     question: PlanQuestion, tell: Callable[[int, int], None] = lambda done, total: None
 ) -> PlanAnswer:
@@ -125,29 +93,6 @@ def answer_question(
     Raises SourceError for a base that is not found, ConfigError if nothing fits a base.
     """
     choice = question.choice
-    check_numbers(
-        batch=(ROWS, choice.batch),
-        micro_batch=(ROWS, choice.micro_batch),
-        length=(LENGTH, choice.length),
-        steps=(COUNT, question.steps),
-        epochs=(EPOCHS, question.epochs),
-        price=(PRICE, question.price_per_hour),
-        variants=(COUNT, question.variants),
-        memory=(BYTES, question.memory),
-        processes=(PROCESSES, choice.processes),
-        link=(LINK, question.link),
-    )
-    if choice.shard:  # checks what a run would refuse
-        settings = {"quantize": choice.quantize, "shard": True, "offload": choice.offload}
-        RunConfig.of(
-            {
-                "base": question.bases[0],
-                "data": "rows",
-                "out": "run",
-                "method": choice.method,
-                **settings,
-            }
-        )
     if (tokens := choice.rows_at_once * choice.length) > MOST_TOKENS:
         raise ConfigError(
             f"{choice.rows_at_once:,} rows of {choice.length:,} tokens at once are not planned:"
@@ -178,9 +123,7 @@ def answer_question(
                         choice,
                         machine,
                         memory_bytes=memory or None,
-                        search=question.search and len(planners) == 1,
-                        steps=question.steps,
-                        epochs=question.epochs,
+                        search=len(planners) == 1,
                         price_per_hour=question.price_per_hour,
                     )
                 )
@@ -207,18 +150,7 @@ def _blueprint_of(base: str) -> Blueprint:
 
 def _planner(blueprint: Blueprint, question: PlanQuestion) -> Planner:
     device: Device = "cpu" if question.gpu is None and not torch.cuda.is_available() else "cuda"
-    return Planner(
-        blueprint,
-        device=device,
-        idle_bytes=kept_idle_bytes(),
-        rows=question.rows,
-        held_out=question.held_out,
-        mixture=question.mixture,
-        seed=question.seed,
-        order=question.order,
-        steps=question.steps,
-        epochs=question.epochs,
-    )
+    return Planner(blueprint, question.workload, device=device, idle_bytes=kept_idle_bytes())
 
 
 def _machine(planner: Planner, choice: Choice, question: PlanQuestion) -> Machine:
@@ -238,7 +170,7 @@ def _advice(
         return None
     from veneer.models.frozen_base import hidden_size
 
-    examples = list(question.rows)
+    examples = list(question.workload.rows)
     task = TuningTask(
         kind=question.kind,
         rows=len(examples) or None,
@@ -258,7 +190,11 @@ def _advice(
 
 
 def _notes(machine: Machine, planner: Planner, question: PlanQuestion) -> list[str]:
-    rows = "the largest and the median batch of the data" if planner.rows else "rows of one length"
+    rows = (
+        "the largest and the median batch of the data"
+        if planner.workload.rows
+        else "rows of one length"
+    )
     memory = (
         "Memory: the training step itself, simulated without data, with "
         + rows

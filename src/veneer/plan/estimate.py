@@ -12,14 +12,11 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 
-from veneer.data.examples import Example, RowRef
 from veneer.kernels.bindings.library import has_amx
 from veneer.kernels.layout import STEP
 from veneer.plan.counted import STATIC, DryRun
@@ -159,15 +156,3 @@ def _total(phase: Phase, run: DryRun, device: Device, idle_bytes: int, checkpoin
 def _under_way(run: DryRun) -> int:
     """Returns bytes of offload's copies in progress, which its dry run does not hold."""
     return min(run.work.host_bytes // 2, UNDER_WAY_BYTES)
-
-
-def synthetic_rows(batch: int, length: int, *, trained_share: float = 1.0) -> Sequence[Example]:
-    """Makes rows of one length that begin differently; the last part of each is trained."""
-    trained = np.zeros(length, dtype=np.bool_)
-    trained[length - max(1, round(trained_share * (length - 1))) :] = True
-    rows = []
-    for number in range(batch):
-        ids = np.zeros(length, dtype=np.int32)
-        ids[0] = number
-        rows.append(Example(ids, trained, RowRef("planned", number + 1), number))
-    return rows

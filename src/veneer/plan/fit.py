@@ -16,8 +16,9 @@ import torch
 
 from veneer.adapters.config import LoRA
 from veneer.bases.compute import choose
+from veneer.plan.choice import Choice
 from veneer.plan.counted import WEIGHTS
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import Planner
 from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.wording import size
 
@@ -58,14 +59,7 @@ def fits(planner: Planner, choice: Choice, memory_bytes: int) -> bool:
 
 def largest_batch(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Returns the rows of `choice.length` that fit at once, 0 if not even one does."""
-    without_data = replace(
-        planner,
-        rows=(),
-        mixture=None,
-        known_largest=(),
-        _runs=planner._runs,
-        _wholes=planner._wholes,
-    )
+    without_data = planner.without_rows()
     max_rows = max(1, min(MOST_ROWS, MOST_TOKENS // choice.length))
 
     def needs(rows: int) -> int:
@@ -78,14 +72,7 @@ def largest_length(planner: Planner, choice: Choice, memory_bytes: int) -> int:
     """Returns the tokens of a single row that fit, a multiple of SHORTEST; 0 if none do."""
     if sum(planner.estimate(choice).run.static.values()) > memory_bytes:
         return 0  # any length needs this much
-    without_data = replace(
-        planner,
-        rows=(),
-        mixture=None,
-        known_largest=(),
-        _runs=planner._runs,
-        _wholes=planner._wholes,
-    )
+    without_data = planner.without_rows()
 
     def needs(units: int) -> int:
         single_row = replace(choice, batch=1, micro_batch=None, length=units * SHORTEST)

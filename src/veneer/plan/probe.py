@@ -4,6 +4,7 @@ Units: bytes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,53 +13,17 @@ from veneer.bases.compute import NAMES
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.loading.from_config import blueprint
 from veneer.data.examples import Example
-from veneer.data.files.on_disk import representative_examples
 from veneer.data.load import DataSet
 from veneer.errors import DoesNotFitError
-from veneer.plan.estimate import Estimate
+from veneer.plan.choice import Choice
 from veneer.plan.fit import find_remedy, nearest
-from veneer.plan.planner import Choice, Planner, choice_of
-from veneer.plan.spread import StepTraffic
+from veneer.plan.planner import Planner
+from veneer.plan.workload import Workload
 from veneer.quant.weight import PackedSize
 from veneer.training.announce import RunForecast
-from veneer.training.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.config import RunConfig
 from veneer.training.output.records import process_memory_bytes
 from veneer.wording import size
-
-
-def estimate_of_run(
-    config: RunConfig,
-    model_config: PreTrainedConfig,
-    dtype: torch.dtype,
-    data: DataSet,
-    *,
-    largest: Sequence[Sequence[Example]] = (),
-    idle_bytes: int,
-    device: str,
-    processes: int = 1,
-    packed: tuple[PackedSize, ...] = (),
-) -> tuple[int, Estimate, StepTraffic]:
-    """Returns (index of the micro-batch that needs most memory, its estimate, traffic of a step).
-
-    largest: micro-batches of the run that may be the largest; empty: those of the rows. idle_bytes:
-    memory before the base was loaded. packed: packed weights of the base.
-    """
-    planner = Planner(
-        Blueprint(config.base, model_config, dtype, packed=packed),
-        device="cuda" if device.startswith("cuda") else "cpu",
-        idle_bytes=idle_bytes,
-        rows=representative_examples(data.train),
-        held_out=representative_examples(data.validation),
-        # Rows in files are sampled, and the sample stands for all of them.
-        mixture=None if data.in_files is not None else data.mixture,
-        seed=config.seed,
-        order=config.order,
-        steps=config.steps,
-        epochs=EPOCHS_UNSAID if config.epochs is None else config.epochs,
-        known_largest=largest,
-    )
-    choice = choice_of(config, processes).with_dtype(NAMES[dtype])
-    return (*planner.largest_estimate(choice), planner.sent(choice))
 
 
 def fit_config(
@@ -74,17 +39,11 @@ def fit_config(
     )
     planner = Planner(
         blueprint(config.base),
+        Workload.of(config, data),
         device="cuda" if cuda else "cpu",
         idle_bytes=process_memory_bytes(),
-        rows=data.train,
-        held_out=data.validation,
-        mixture=data.mixture,
-        seed=config.seed,
-        order=config.order,
-        steps=config.steps,
-        epochs=EPOCHS_UNSAID if config.epochs is None else config.epochs,
     )
-    choice = choice_of(config, processes)
+    choice = Choice.of(config, processes)
     needed = planner.estimate(choice).needed_bytes
     if needed <= memory_bytes:
         return config, [f"fits as it is: {size(needed)} of {size(memory_bytes)}"]
@@ -130,16 +89,18 @@ def forecast(
     processes: int,
     packed: tuple[PackedSize, ...] = (),
 ) -> RunForecast:
-    """Forecasts a run for training/run.py."""
-    index, estimate, traffic = estimate_of_run(
-        config,
-        model_config,
-        dtype,
-        data,
-        largest=largest,
+    """Forecasts a run for training/run.py.
+
+    largest: micro-batches of the run that may be the largest; empty: those of the rows. idle_bytes:
+    memory before the base was loaded. packed: packed weights of the base.
+    """
+    planner = Planner(
+        Blueprint(config.base, model_config, dtype, packed=packed),
+        Workload.of(config, data, largest),
+        device="cuda" if device.startswith("cuda") else "cpu",
         idle_bytes=idle_bytes,
-        device=device,
-        processes=processes,
-        packed=packed,
     )
+    choice = replace(Choice.of(config, processes), dtype=NAMES[dtype])
+    index, estimate = planner.largest_estimate(choice)
+    traffic = planner.sent(choice)
     return RunForecast(estimate.peak_bytes, index, traffic.gradient, traffic.layers)

@@ -6,13 +6,13 @@ Units: bytes, seconds, tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.adapters.config import METHODS
 from veneer.bases.compute import DtypeName
+from veneer.plan.choice import Choice
 from veneer.plan.fit import (
     LeastMemory,
     Remedy,
@@ -23,9 +23,9 @@ from veneer.plan.fit import (
     nearest,
 )
 from veneer.plan.machine import Machine
-from veneer.plan.planner import Choice, Planner
+from veneer.plan.planner import Planner
 from veneer.plan.spread import StepTime, StepTraffic
-from veneer.training.config import EPOCHS_UNSAID, SHORT_FORMS
+from veneer.training.config import SHORT_FORMS
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,12 @@ def plan_row(
     *,
     memory_bytes: int | None = None,
     search: bool = True,
-    steps: int | None = None,
-    epochs: float = EPOCHS_UNSAID,
     price_per_hour: float | None = None,
 ) -> PlanRow:
     """Plans one choice. search: also find the largest batch, or the changes that make it fit."""
     estimate = planner.estimate(choice)
-    usual_rows = planner.epoch(choice).usual
+    usual_rows = planner.workload.epoch(choice).usual
     run = planner.step_run(choice)
-    per_epoch = planner.steps_per_epoch(choice)
     tokens = sum(len(row.ids) for row in usual_rows)
     row = PlanRow(
         base=planner.blueprint.source,
@@ -167,7 +164,7 @@ def plan_row(
         sent=planner.sent(choice),
         link=machine.link,
         tokens_per_step=tokens * choice.batch // choice.rows_at_once,
-        steps=steps or (None if per_epoch is None else max(1, math.ceil(per_epoch * epochs))),
+        steps=planner.workload.total_steps(choice),
         price_per_hour=price_per_hour,
     )
     if memory_bytes is None:
@@ -186,7 +183,7 @@ def plan_row(
         None
         if does_fit
         else find_remedy(
-            planner, choice, memory_bytes, lambda c: planner.seconds_per_step(c, machine)
+            planner, choice, memory_bytes, lambda c: planner.step_time(c, machine).seconds
         )
     )
     least_memory = None if does_fit or remedy is not None else nearest(planner, choice)

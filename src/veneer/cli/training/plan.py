@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from veneer.adapters.config import METHODS
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
 from veneer.cli.common import (
     add_json,
@@ -31,12 +31,12 @@ from veneer.cli.common import (
     pause_collection,
     print_json,
 )
-from veneer.cli.config_file import read_run_config
+from veneer.cli.config_file import FLAGS, read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.cli.training.plan_output import print_plan, write_run_file
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
-from veneer.training.config import EPOCHS_UNSAID, RunConfig
+from veneer.training.config import RunConfig
 
 if TYPE_CHECKING:
     from veneer.plan.ask import PlanQuestion
@@ -54,19 +54,21 @@ UNITS = {
 }
 DOES_NOT_FIT = 3
 SETTINGS = (
-    *(
-        "base",
-        "models",
-        "method",
-        "rank",
-        "quantize",
-        "dtype",
-        "batch",
-        "micro_batch",
-        "length",
-        "checkpointing",
-    ),
-    *("shard", "reduce", "data", "steps", "epochs"),
+    "base",
+    "models",
+    "method",
+    "rank",
+    "quantize",
+    "dtype",
+    "batch",
+    "micro_batch",
+    "length",
+    "checkpointing",
+    "shard",
+    "reduce",
+    "data",
+    "steps",
+    "epochs",
 )
 """Flags that a run file replaces."""
 
@@ -245,19 +247,31 @@ def parse_size(text: str) -> int:
 
 def _read_question(args: argparse.Namespace) -> PlanQuestion:
     memory = parse_size(args.memory) if args.memory else None
-    config = None if args.run is None else read_run_config(args.run, {"out": "planned"}, args.sets)
-    for base in [*_list_bases(args), *([] if config is None else [config.base])]:
+    config = _read_run_file(args) if args.run else read_flags(args)
+    bases = _list_bases(args) or [config.base]
+    for base in bases:
         check_plannable(base)
     check_rows(args.data)
     check_writable(args.write)
     with pause_collection():
         from veneer.plan.ask import PlanQuestion
+        from veneer.plan.choice import Choice
         from veneer.plan.spread import parse_link
+        from veneer.plan.workload import Workload
 
     link = parse_link(args.link) if args.link else None
-    fields = _read_run_file(args, config) if config is not None else _read_flags(args)
+    data = None
+    if args.run or args.data:
+        with pause_collection():
+            from veneer import api
+            from veneer.training.state.parents import with_parent_settings
+
+        config = with_parent_settings(config)
+        data = api.run_rows(config)
     return PlanQuestion(
-        **fields,
+        bases,
+        Choice.of(config, args.processes),
+        Workload.of(config, data),
         compare=args.compare,
         memory=memory,
         gpu=args.gpu,
@@ -269,47 +283,26 @@ def _read_question(args: argparse.Namespace) -> PlanQuestion:
     )
 
 
-def _read_run_file(args: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    """Of a question, what a run file answers."""
+def _read_run_file(args: argparse.Namespace) -> RunConfig:
     conflicting = [name for name in SETTINGS if getattr(args, name) is not None]
-    conflicting += ["map"] if args.columns else []
-    if conflicting or args.write:
-        flags = ", ".join(
-            "--" + name.replace("_", "-")
-            for name in [*conflicting, *(["write"] if args.write else [])]
-        )
+    conflicting += ["map"] * bool(args.columns) + ["write"] * bool(args.write)
+    if conflicting:
+        flags = ", ".join("--" + name.replace("_", "-") for name in conflicting)
         raise ConfigError(
             f"{args.run} already sets what to plan; also given: {flags}",
             next_step="Leave them out, or change settings with --set path=value.",
         )
-    with pause_collection():
-        from veneer import api
-    from veneer.plan.planner import choice_of
-    from veneer.training.state.parents import with_parent_settings
-
-    config = with_parent_settings(config)
-    data = api.run_rows(config)
-    return {
-        "bases": [config.base],
-        "choice": choice_of(config, args.processes),
-        "rows": data.train,
-        "held_out": data.validation,
-        "mixture": data.mixture,
-        "seed": config.seed,
-        "order": config.order,
-        "steps": config.steps,
-        "epochs": config.epochs or EPOCHS_UNSAID,
-    }
+    return read_run_config(args.run, {"out": "planned"}, args.sets)
 
 
 def _list_bases(args: argparse.Namespace) -> list[str]:
-    models = (
-        [name.strip() for name in args.models.split(",") if name.strip()] if args.models else []
-    )
-    return models or ([args.base] if args.base else [])
+    if args.models:
+        return [name.strip() for name in args.models.split(",") if name.strip()]
+    return [args.base] if args.base else []
 
 
-def _read_flags(args: argparse.Namespace) -> dict[str, Any]:
+def read_flags(args: argparse.Namespace, *sets: str, out: str = "planned") -> RunConfig:
+    """Returns the run that the flags describe; without --data, its rows are not to be read."""
     if args.sets:
         raise ConfigError("--set needs a run file", next_step="veneer plan RUN.yaml --set ...")
     bases = _list_bases(args)
@@ -317,47 +310,13 @@ def _read_flags(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "no base is named", next_step="Give --base (or --models A,B), or a run file."
         )
-    from veneer.plan.ask import method_named
-    from veneer.plan.planner import Choice
-
-    method, quantize = method_named(args.method or "lora", args.rank)
-    choice = Choice(
-        method=method,
-        quantize=args.quantize or quantize,
-        dtype=args.dtype or "auto",
-        batch=args.batch or 8,
-        micro_batch=args.micro_batch,
-        length=args.length or 2048,
-        checkpointing=bool(args.checkpointing),
-        shard=bool(args.shard),
-        reduce=args.reduce or "plain",
-        processes=args.processes,
-    )
-    rows: Sequence[Any] = []
-    held_out: Sequence[Any] = []
-    if args.data:
-        with pause_collection():
-            from veneer import api
-
-        from veneer.data.checks.check import refuse_unreadable
-
-        data, _ = api.check_data(
-            args.data,
-            base=bases[0],
-            length=choice.length,
-            long_rows="cut",
-            columns=parse_columns(args),
-        )
-        refuse_unreadable(data.report, args.data)
-        rows, held_out = data.train, data.validation
-    elif args.columns:
+    if args.columns and not args.data:
         raise ConfigError("--map needs rows", next_step="Give --data too.")
-    passes = args.epochs or EPOCHS_UNSAID
-    return {
-        "bases": bases,
-        "choice": choice,
-        "rows": rows,
-        "held_out": held_out,
-        "steps": args.steps,
-        "epochs": passes,
-    }
+    flags = {name: getattr(args, name) for name in SETTINGS if name in FLAGS}
+    flags |= {"base": bases[0], "data": args.data or "ROWS.jsonl", "out": out}
+    if args.reduce:
+        sets = (*sets, f"reduce={args.reduce}")
+    config = read_run_config(None, flags, sets, parse_columns(args))
+    if args.rank is None:
+        return config
+    return config.model_copy(update={"method": METHODS[config.method.name]().of_rank(args.rank)})

@@ -50,8 +50,8 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
 def _headline(answer: PlanAnswer, question: PlanQuestion) -> str:
     choice = question.choice
     rows = (
-        f"{len(question.rows):,} rows"
-        if question.rows
+        f"{len(question.workload.rows):,} rows"
+        if question.workload.rows
         else f"{choice.batch} × {choice.length} tokens a step"
     )
     parts = [shown(", ".join(question.bases)), rows, answer.machine.name]

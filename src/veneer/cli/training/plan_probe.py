@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from veneer.cli.common import make_console, parse_columns, pause_collection, print_json
+from veneer.cli.common import make_console, pause_collection, print_json
 from veneer.errors import ConfigError
 from veneer.wording import size
 
@@ -21,32 +21,13 @@ def run_probe(args: argparse.Namespace) -> int:
         )
     with pause_collection():
         from veneer import api
-    from veneer.plan.ask import method_named
-    from veneer.training.config import RunConfig
+    from veneer.cli.training.plan import read_flags
     from veneer.training.output.screen import QuietScreen
 
-    method, quantize = method_named(args.method or "lora", args.rank)
     with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:
-        config = RunConfig.model_validate(
-            {
-                "base": args.base,
-                "data": {
-                    "train": args.data,
-                    "map": parse_columns(args),
-                    "validation_share": 0.0,
-                    "long_rows": "cut",
-                },
-                "method": method.model_dump(),
-                "quantize": args.quantize or quantize,
-                "dtype": args.dtype or "auto",
-                "batch": args.batch or 8,
-                "micro_batch": args.micro_batch,
-                "length": args.length or 2048,
-                "steps": 2,
-                "checkpointing": bool(args.checkpointing),
-                "out": str(Path(folder) / "run"),
-            }
-        )
+        args.steps, args.epochs = 2, None
+        sets = ("data.long_rows=cut", "data.validation_share=0")
+        config = read_flags(args, *sets, out=str(Path(folder) / "run"))
         summary = api.train_run(config, resume=False, screen=QuietScreen())
     planned, measured = summary["planned_memory_bytes"], summary["peak_memory_bytes"]
     figures: dict[str, Any] = {
