@@ -138,13 +138,13 @@ def main() -> None:
             residents = Residents(
                 base, library, budget_bytes=asked.budget_mb * 2**20, base_names=["base"]
             )
-            engine = Engine(base, budget_bytes=room, adapters=residents)
+            engine = Engine(base, budget_bytes=room, adapters=residents.tiers)
             names = asked_for(number, asked.requests)
             identities = [residents.resolve(f"a{each}") for each in names]
             own: dict[str, Any] = {"adapters asked for": len(set(names))}
             for way in ("cold", "warm"):
                 own[way] = answered(engine, requests_for(identities, asked.uneven))
-            own["adapters in memory, MB"] = round(residents.used_bytes() / 2**20, 1)
+            own["adapters in memory, MB"] = round(residents.tiers.used_bytes() / 2**20, 1)
             own["process, MB"] = round(resident_bytes() / 2**20)
             if number == max(numbers):
                 found["the base alone, beside these"] = answered(

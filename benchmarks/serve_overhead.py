@@ -193,7 +193,7 @@ def beside_a_library(base: Base, folder: Path, room: int) -> Engine:
     """With all of its adapters in memory."""
     library = make_library(folder, base, ADAPTERS)
     residents = Residents(base, library, budget_bytes=2**30, base_names=["base"])
-    engine = Engine(base, budget_bytes=room, adapters=residents)
+    engine = Engine(base, budget_bytes=room, adapters=residents.tiers)
     names = [residents.resolve(f"a{number}") for number in range(ADAPTERS)]
     in_flight(
         engine,

@@ -17,7 +17,7 @@ from veneer.models.frozen_base import FrozenBase
 from veneer.models.initial_values import begin
 from veneer.plan.counted import Step
 from veneer.plan.dry_run import dry_run
-from veneer.plan.estimate import synthetic_rows
+from veneer.plan.workload import synthetic_rows
 
 _COMMON = {
     "vocab_size": 272,

@@ -120,10 +120,10 @@ class Served:
             clock=lambda: self.now,
         )
         self.engine = Engine(
-            self.base, budget_bytes=2**22, adapters=self.residents, limits=Limits(**engine)
+            self.base, budget_bytes=2**22, adapters=self.residents.tiers, limits=Limits(**engine)
         )
         self.came = threading.Event()
-        self.residents.on_change(self.came.set)
+        self.residents.tiers.changed = self.came.set
 
     def add(self, *names: str, new: int = 4, prompt=PROMPT, **asked):
         own = tuple(pair for name in names for pair in self.residents.resolve(name))
@@ -132,7 +132,7 @@ class Served:
     def step(self):
         """One step; where all wait for adapters, until one has come."""
         ended = self.engine.step(self.now)
-        assert self.residents.used_bytes() <= self.residents.budget_bytes
+        assert self.residents.tiers.used_bytes() <= self.residents.tiers.budget_bytes
         if not self.engine.scheduler.idle and not self.engine.scheduler.running and not ended:
             assert self.came.wait(20), "nothing comes"
             self.came.clear()
@@ -149,12 +149,12 @@ class Served:
         return ended
 
     def tiers(self) -> dict[str, str]:
-        return {each.reference: each.tier.value for each in self.residents.shown()}
+        return {each.reference: each.tier.value for each in self.residents.tiers.shown()}
 
     def quiet(self) -> None:
         """What is being read or taken off has been."""
         for _ in range(2000):
-            if self.residents._tiers._loaders.idle:
+            if self.residents.tiers._loaders.idle:
                 return
             threading.Event().wait(0.005)
         raise AssertionError("something still reads")
@@ -272,10 +272,10 @@ def test_every_method_is_read_when_it_is_asked_for_and_answers_as_alone(library,
     assert set(served.run()) == set(asked)
     for answer, name in asked.items():
         assert answer.answer == right(name), name
-    shown = served.residents.shown()
+    shown = served.residents.tiers.shown()
     assert {each.reference for each in shown} == {f"{name}@1" for name in METHODS}
     assert all(each.tier is Tier.READY and not each.holders and not each.pinned for each in shown)
-    assert sum(each.bytes for each in shown) == served.residents.used_bytes()
+    assert sum(each.bytes for each in shown) == served.residents.tiers.used_bytes()
 
 
 def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_file(tmp_path):
@@ -295,7 +295,7 @@ def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_f
     for each in (base, other):
         _ = each.paths
     residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
-    engine = Engine(base, budget_bytes=2**22, adapters=residents)
+    engine = Engine(base, budget_bytes=2**22, adapters=residents.tiers)
     (held,) = engine.add(
         Request(prompt=PROMPT, max_new_tokens=8, adapter=residents.resolve("lora"))
     )
@@ -306,7 +306,7 @@ def test_a_base_in_bf16_holds_factors_in_bf16_and_answers_as_with_those_of_the_f
     read = Engine(other, budget_bytes=2**22, adapters=FixedAdapters({identity: own}))
     (expected,) = read.add(Request(prompt=PROMPT, max_new_tokens=8, adapter=identity))
     read.run()
-    (shown,) = residents.shown()
+    (shown,) = residents.tiers.shown()
     assert (
         held.answer == expected.answer
         and shown.bytes == 2 * library.get("lora").version.facts.parameters
@@ -322,7 +322,7 @@ def test_factors_are_laid_out_once_as_long_as_it_is_here_and_counted(tmp_path, m
     made = few_rows.laid_out
     monkeypatch.setattr(few_rows, "laid_out", lambda *given: times.append(1) or made(*given))
     residents = Residents(base, library, budget_bytes=2**20, base_names=["tiny"])
-    engine = Engine(base, budget_bytes=2**22, adapters=residents)
+    engine = Engine(base, budget_bytes=2**22, adapters=residents.tiers)
     said = []
     for _ in range(2):  # nobody uses it between these
         (answer,) = engine.add(
@@ -334,7 +334,7 @@ def test_factors_are_laid_out_once_as_long_as_it_is_here_and_counted(tmp_path, m
     assert said[0] == said[1] and len(times) == 1
     (adapter,) = base.attachments.values()
     held, own = 2 * library.get("lora").version.facts.parameters, adapter.laid_out[0].bytes
-    assert own > 0 and residents.used_bytes() == held + own <= 2 * held
+    assert own > 0 and residents.tiers.used_bytes() == held + own <= 2 * held
 
 
 @pytest.mark.parametrize("room", [1, 2.5])
@@ -361,7 +361,7 @@ def test_the_least_recently_used_goes_and_what_is_pinned_stays(library, reads):
         served.add(name)
         served.run()
     assert set(served.tiers()) == {"a@1", "d@1"}
-    assert [each.pinned for each in served.residents.shown()] == [False, True]
+    assert [each.pinned for each in served.residents.tiers.shown()] == [False, True]
     served.residents.pin("d")
     with pytest.raises(BudgetFullError, match="pinned"):
         served.add("b")
@@ -447,7 +447,7 @@ def test_a_broken_adapter_ends_its_own_requests_and_is_not_read_again_at_once(
         with pytest.raises(CorruptFileError):
             served.add("a")
     assert reads[library.path("a").name] == 1
-    assert [each.error for each in served.residents.shown() if each.tier is Tier.FAILED] == [
+    assert [each.error for each in served.residents.tiers.shown() if each.tier is Tier.FAILED] == [
         bad.error
     ]
     file.write_bytes(whole)
@@ -484,7 +484,7 @@ def test_a_record_that_lies_about_the_size_is_refused_and_the_budget_holds(libra
     assert isinstance(bad.error, CorruptFileError) and "larger than the library says" in str(
         bad.error
     )
-    assert served.residents.used_bytes() == 0 and not served.base.attachments
+    assert served.residents.tiers.used_bytes() == 0 and not served.base.attachments
 
 
 # versions
@@ -505,7 +505,7 @@ def test_versions_that_differ_in_their_manifest_alone_are_two(library, tmp_path)
     served.run()
     said = [served.residents.preamble(identity).system for identity in identities]
     assert said == ["Be brief.", "Be polite.", "Be brief.", "Be polite."]
-    assert {each.version for each in served.residents.shown()} == {manifest.content_hash}
+    assert {each.version for each in served.residents.tiers.shown()} == {manifest.content_hash}
 
 
 def test_a_version_in_flight_ends_as_it_began_and_goes_while_new_requests_get_the_new_one(
@@ -538,7 +538,7 @@ def test_a_pin_goes_along_with_its_name(library, tmp_path):
     for name in ("a", "b", "c", "d"):
         served.add(name)
         served.run()
-    assert {each.reference: each.pinned for each in served.residents.shown()} == {
+    assert {each.reference: each.pinned for each in served.residents.tiers.shown()} == {
         "a@2": True,
         "d@1": False,
     }
@@ -568,7 +568,7 @@ def test_a_name_that_is_removed_while_it_is_pinned_leaves_no_pin(library, monkey
     with pytest.raises(UnknownNameError):
         residents.unpin("b")
     served.quiet()
-    assert not any(each.pinned for each in residents.shown())
+    assert not any(each.pinned for each in residents.tiers.shown())
 
 
 def test_a_name_that_is_removed_goes_when_its_request_has_ended(library, right):
@@ -611,7 +611,7 @@ def test_what_is_unloaded_leaves_nothing_behind_however_often(library):
         served.run()
         assert served.residents.unload(name)
         served.quiet()
-        assert served.residents.used_bytes() == 0 and served.tiers() == {}
+        assert served.residents.tiers.used_bytes() == 0 and served.tiers() == {}
     assert live() == before and not served.base.attachments
     assert {path: type(module) for path, module in served.base.model.named_modules()} == plain
     assert served.residents.unload("a") is False
@@ -623,7 +623,7 @@ def test_what_was_answered_within_one_step_goes_when_nothing_else_is_asked(libra
     served.run()
     assert served.residents.unload("a")
     served.quiet()
-    assert served.residents.used_bytes() == 0 and not served.base.attachments
+    assert served.residents.tiers.used_bytes() == 0 and not served.base.attachments
 
 
 def test_what_is_unloaded_while_it_answers_ends_first(library, right):
@@ -632,7 +632,7 @@ def test_what_is_unloaded_while_it_answers_ends_first(library, right):
     while not served.engine.scheduler.running:
         served.step()
     assert served.residents.unload("a") and served.tiers() == {"a@1": "ready"}
-    assert [each.holders for each in served.residents.shown()] == [1]
+    assert [each.holders for each in served.residents.tiers.shown()] == [1]
     served.run()
     served.quiet()
     assert answer.answer == right("a", 9) and served.tiers() == {}
@@ -731,7 +731,7 @@ def test_forwards_of_another_thread_see_nothing_of_what_comes_and_goes(library):
     served = Served(library)
     base, residents = served.base, served.residents
     residents.load("a")
-    own = residents._tiers.applied(residents.resolve("a"))
+    own = residents.tiers.applied(residents.resolve("a"))
     expected = {}
     for which, adapters in (("base", ()), ("a", own)):
         with base.routing.held(Acting.everywhere(adapters)), torch.no_grad():
@@ -791,7 +791,7 @@ def test_any_traffic_ends_each_request_once_and_within_the_budget(library, right
         for name in names:
             served.residents.unload(name)
         served.quiet()
-        assert served.residents.used_bytes() == 0 and not served.base.attachments
+        assert served.residents.tiers.used_bytes() == 0 and not served.base.attachments
 
 
 def test_numbers_out_of_bounds_are_refused(library):
@@ -800,4 +800,4 @@ def test_numbers_out_of_bounds_are_refused(library):
     with pytest.raises(ConfigError):
         Served(library).residents.resolve("a", float("nan"))
     with pytest.raises(ConfigError, match="Ask for it by its name"):
-        Served(library).residents.ready((("0" * 64, 1.0),))
+        Served(library).residents.tiers.ready((("0" * 64, 1.0),))

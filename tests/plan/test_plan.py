@@ -22,6 +22,7 @@ from veneer.bases.loading.from_config import blueprint
 from veneer.bases.loading.shapes import SHAPES
 from veneer.cli.main import main
 from veneer.cli.training import plan as command
+from veneer.cli.training.plan_flags import read_flags
 from veneer.data import longest
 from veneer.data.batching import RowSpans
 from veneer.data.examples import Example, RowRef
@@ -393,7 +394,7 @@ def test_the_command_answers_in_json_and_exits_3_where_it_does_not_fit(tmp_path,
 def of_flags(*flags):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.read_flags(parser.parse_args(["--base", "b", *flags]))
+    return read_flags(parser.parse_args(["--base", "b", *flags]))
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "dora"])
@@ -495,8 +496,9 @@ def test_a_run_is_changed_until_it_fits(tmp_path):
 def test_the_arguments_are_all_read():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    source = (command.__file__, command.__file__.replace("plan.py", "plan_probe.py"))
-    text = "".join(Path(name).read_text() for name in source)
+    folder = Path(command.__file__).parent
+    names = ("plan.py", "plan_flags.py", "plan_probe.py")
+    text = "".join((folder / name).read_text() for name in names)
     names = {a.dest for a in parser._actions} - {"help"}
     unread = [name for name in names if f"args.{name}" not in text and f'"{name}"' not in text]
     assert not unread

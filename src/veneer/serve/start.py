@@ -108,7 +108,7 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
         base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base
     )
     engine = Engine(
-        base, budget_bytes=cache_bytes(settings), adapters=residents, limits=settings.limits
+        base, budget_bytes=cache_bytes(settings), adapters=residents.tiers, limits=settings.limits
     )
     positions = engine.scheduler.positions
     names = ModelNames(name, library, residents, created=int(time.time()), positions=positions)
@@ -117,7 +117,7 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
     service = Service(
         base, engine, names, residents, limits=limits, routes=PATHS, asked_as=asked, runs=runs
     )
-    residents.on_change(service.loop.wake)
+    residents.tiers.changed = service.loop.wake
     for adapter in settings.pinned:
         residents.pin(adapter)
     return service

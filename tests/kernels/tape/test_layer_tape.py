@@ -23,7 +23,7 @@ from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_loss, prepare
 from veneer.plan.counted import Step
 from veneer.plan.dry_run import dry_run
-from veneer.plan.estimate import synthetic_rows
+from veneer.plan.workload import synthetic_rows
 
 pytestmark = pytest.mark.skipif(not native.has_bf16(), reason="no products of bf16 pairs here")
 SIZES = {

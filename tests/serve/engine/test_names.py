@@ -228,7 +228,7 @@ def test_an_adapter_stays_pinned_when_its_alias_is_unloaded_and_not_when_it_is(
     names, library, residents
 ):
     def pinned():
-        return sorted(shown.reference for shown in residents.shown() if shown.pinned)
+        return sorted(shown.reference for shown in residents.tiers.shown() if shown.pinned)
 
     ALIAS.run(names, library)
     for reference in ("bar@1", "bar", "poems"):

@@ -48,7 +48,7 @@ def test_what_is_too_long_behind_a_prefix_is_refused_before_it_waits(server):
         found = ask(server, COMPLETE, 400, prompt=[7] * prompt, max_tokens=new)["error"]
         assert found["code"] == "context_length_exceeded"
         assert "prefix of 20" in found["message"] and "108" in found["message"]
-    assert server.service.residents.shown() == [], "it was not even read"
+    assert server.service.residents.tiers.shown() == [], "it was not even read"
     assert (
         ask(server, COMPLETE, 200, prompt=[7] * 100, max_tokens=8)["usage"]["completion_tokens"]
         == 8

@@ -60,7 +60,7 @@ def routed(affinity, urls):
 
 
 def in_memory(server):
-    return {each.reference.partition("@")[0] for each in server.service.residents.shown()}
+    return {each.reference.partition("@")[0] for each in server.service.residents.tiers.shown()}
 
 
 def ask(url, model, **more):

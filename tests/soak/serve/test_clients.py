@@ -141,7 +141,7 @@ def test_whatever_clients_do_every_request_ends_once_and_all_is_let_go(tmp_path)
         assert values["vllm:kv_cache_usage_perc"] == "0", text
         assert float(values["veneer:adapter_bytes"]) <= float(values["veneer:adapter_budget_bytes"])
         assert 'status="5' not in text, text
-        residents = server.service.residents.shown()
+        residents = server.service.residents.tiers.shown()
         assert [each.holders for each in residents] == [0] * len(residents)
         server.ask_engine(lambda engine: engine.scheduler.blocks.check())
         assert server.service.loop.open_answers == 0

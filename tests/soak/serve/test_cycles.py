@@ -69,7 +69,7 @@ def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
                 == found.json()["choices"][0]["text"]
             )
             seen.extend(weakref.ref(each) for each in server.base.attachments.values())
-            assert server.service.residents.used_bytes() > 0
+            assert server.service.residents.tiers.used_bytes() > 0
             gone = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
             assert gone.status_code == 200, gone.text
             assert http.post("/v1/completions", json=body).status_code == 404
@@ -79,13 +79,13 @@ def test_what_an_adapter_took_comes_back_when_it_is_unloaded(tmp_path):
                 before = process_memory_bytes()
             cycle(number)
         server.ask_engine(lambda engine: engine.step(0.0))  # what the last step held is let go
-        assert server.service.residents.used_bytes() == 0
+        assert server.service.residents.tiers.used_bytes() == 0
         for _ in range(200):  # the thread that lets go of an adapter may be behind
             if not server.base.attachments:
                 break
             time.sleep(0.02)
         assert not server.base.attachments
-        assert server.service.residents.shown() == []
+        assert server.service.residents.tiers.shown() == []
         gc.collect()
         assert [ref() for ref in seen if ref() is not None] == []
         grown = process_memory_bytes() - before

@@ -21,18 +21,11 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from veneer.adapters.config import METHODS
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
-from veneer.cli.common import (
-    add_json,
-    add_map,
-    make_console,
-    parse_columns,
-    pause_collection,
-    print_json,
-)
-from veneer.cli.config_file import FLAGS, read_run_config
+from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json
+from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
+from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags
 from veneer.cli.training.plan_output import print_plan, write_run_file
 from veneer.errors import ConfigError
 from veneer.quant.config import FORMATS
@@ -53,24 +46,6 @@ UNITS = {
     "GIB": 2**30,
 }
 DOES_NOT_FIT = 3
-SETTINGS = (
-    "base",
-    "models",
-    "method",
-    "rank",
-    "quantize",
-    "dtype",
-    "batch",
-    "micro_batch",
-    "length",
-    "checkpointing",
-    "shard",
-    "reduce",
-    "data",
-    "steps",
-    "epochs",
-)
-"""Flags that a run file replaces."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +223,7 @@ def parse_size(text: str) -> int:
 def _read_question(args: argparse.Namespace) -> PlanQuestion:
     memory = parse_size(args.memory) if args.memory else None
     config = _read_run_file(args) if args.run else read_flags(args)
-    bases = _list_bases(args) or [config.base]
+    bases = list_bases(args) or [config.base]
     for base in bases:
         check_plannable(base)
     check_rows(args.data)
@@ -293,30 +268,3 @@ def _read_run_file(args: argparse.Namespace) -> RunConfig:
             next_step="Leave them out, or change settings with --set path=value.",
         )
     return read_run_config(args.run, {"out": "planned"}, args.sets)
-
-
-def _list_bases(args: argparse.Namespace) -> list[str]:
-    if args.models:
-        return [name.strip() for name in args.models.split(",") if name.strip()]
-    return [args.base] if args.base else []
-
-
-def read_flags(args: argparse.Namespace, *sets: str, out: str = "planned") -> RunConfig:
-    """Returns the run that the flags describe; without --data, its rows are not to be read."""
-    if args.sets:
-        raise ConfigError("--set needs a run file", next_step="veneer plan RUN.yaml --set ...")
-    bases = _list_bases(args)
-    if not bases:
-        raise ConfigError(
-            "no base is named", next_step="Give --base (or --models A,B), or a run file."
-        )
-    if args.columns and not args.data:
-        raise ConfigError("--map needs rows", next_step="Give --data too.")
-    flags = {name: getattr(args, name) for name in SETTINGS if name in FLAGS}
-    flags |= {"base": bases[0], "data": args.data or "ROWS.jsonl", "out": out}
-    if args.reduce:
-        sets = (*sets, f"reduce={args.reduce}")
-    config = read_run_config(None, flags, sets, parse_columns(args))
-    if args.rank is None:
-        return config
-    return config.model_copy(update={"method": METHODS[config.method.name]().of_rank(args.rank)})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.cli.common import make_console, pause_collection, print_json
+from veneer.cli.training.plan_flags import read_flags
 from veneer.errors import ConfigError
 from veneer.wording import size
 
@@ -21,7 +22,6 @@ def run_probe(args: argparse.Namespace) -> int:
         )
     with pause_collection():
         from veneer import api
-    from veneer.cli.training.plan import read_flags
     from veneer.training.output.screen import QuietScreen
 
     with tempfile.TemporaryDirectory(prefix="veneer-probe-") as folder:

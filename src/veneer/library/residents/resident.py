@@ -68,6 +68,35 @@ class Resident(MemoryEntry):
     reading: int = 0
     moment: float = 0.0
 
+    def status(self, now: float) -> "ResidentStatus":
+        return ResidentStatus(
+            self.files.reference,
+            self.content,
+            self.files.content_hash,
+            self.tier,
+            self.bytes,
+            self.holders,
+            self.pinned,
+            now - self.moment,
+            self.error,
+        )
+
+    def start_loading(self, number: int) -> None:
+        """Reserves the bytes that it needs."""
+        self.tier, self.load, self.begun = Tier.LOADING, number, None
+        self.bytes = self.files.bytes_needed
+
+    def fail(self, fault: VeneerError, now: float) -> None:
+        fault.__traceback__ = fault.__cause__ = fault.__context__ = None  # frees their frames
+        self.tier, self.error, self.bytes, self.moment = Tier.FAILED, fault, 0, now
+
+    def evict(self) -> str:
+        """Leaves it on disk alone; returns the name to detach from the base."""
+        assert self.attachment is not None
+        name = self.attachment.name
+        self.tier, self.attachment, self.bytes, self.unwanted = Tier.DISK, None, 0, False
+        return name
+
 
 @dataclass(frozen=True)
 class ResidentStatus:

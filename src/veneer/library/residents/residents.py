@@ -8,13 +8,12 @@ nobody uses it.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from veneer.adapters.combinations import refuse_sum
-from veneer.adapters.placement.acting import Applied
 from veneer.adapters.placement.wrapping import plain_copy
 from veneer.adapters.preamble import NONE, Preamble, shared
 from veneer.bounds import SECONDS, WEIGHT, check_numbers
@@ -35,7 +34,7 @@ from veneer.library.entry import Entry
 from veneer.library.library import Library
 from veneer.library.names import is_reference, nearest
 from veneer.library.residents.limits import LoadLimits
-from veneer.library.residents.resident import ResidentStatus, VersionFiles
+from veneer.library.residents.resident import VersionFiles
 from veneer.library.residents.tiers import Tiers
 from veneer.models.frozen_base import FrozenBase
 
@@ -45,10 +44,11 @@ MOST_KNOWN = 1024
 
 
 class Residents:
-    """Implements decoding.adapters.Adapters. Every method may be called from any thread, and looks
-    names up on that thread.
+    """Looks adapters up by name. Every method may be called from any thread, and looks names up on
+    that thread.
 
     budget_bytes  of all adapters in memory
+    tiers         the adapters by content: what an engine asks
     base_names    names of the base; NAME:adapter is an adapter too
     """
 
@@ -64,7 +64,7 @@ class Residents:
     ) -> None:
         self.base, self.library = base, library
         self.base_names = frozenset(base_names) or frozenset({base.source, base.name_or_path})
-        self._tiers = Tiers(base, budget_bytes=budget_bytes, limits=limits, clock=clock)
+        self.tiers = Tiers(base, budget_bytes=budget_bytes, limits=limits, clock=clock)
         self._lock = threading.Lock()
         self._meant: dict[str, str] = {}  # reference -> the content it last meant
         self._pins: set[str] = set()  # references
@@ -91,7 +91,7 @@ class Residents:
 
     def preamble(self, identity: Identity) -> Preamble:
         """Returns the preamble that all these adapters were trained with."""
-        return shared(self._preamble(self._tiers.files(content)) for content, _ in identity)
+        return shared(self._preamble(self.tiers.files(content)) for content, _ in identity)
 
     def fits(self, entry: Entry) -> bool:
         """Returns whether the adapter may act on this base: trained on it, or of shapes that fit
@@ -118,7 +118,7 @@ class Residents:
 
         Raises ConfigError if the adapters cannot act together with these weights.
         """
-        files = [self._tiers.files(content) for content, _ in identity]
+        files = [self.tiers.files(content) for content, _ in identity]
         fronts = [self._front(version) for version in files]
         weights = [weight for _, weight in identity]
         refuse_sum(
@@ -162,7 +162,7 @@ class Residents:
         """
         check_numbers(seconds=(SECONDS, seconds))
         identity = self.resolve(name)
-        self._tiers.wait(identity, seconds)
+        self.tiers.wait(identity, seconds)
         return identity
 
     def unload(self, name: str, *, keep: Collection[str] = ()) -> bool:
@@ -185,7 +185,7 @@ class Residents:
             with suppress(UnknownNameError):  # removed from the library meanwhile
                 contents.append(self._unpinned(reference))
         evictions = [
-            self._tiers.leave(content)
+            self.tiers.leave(content)
             for content in contents
             if content is not None and content not in kept_contents
         ]
@@ -227,43 +227,6 @@ class Residents:
                 self._apply_pins(content)
         return content
 
-    def shown(self) -> Sequence[ResidentStatus]:
-        """Lists what is in memory, loading or failed, the last used first."""
-        return self._tiers.shown()
-
-    def used_bytes(self) -> int:
-        return self._tiers.used_bytes()
-
-    @property
-    def budget_bytes(self) -> int:
-        return self._tiers.budget_bytes
-
-    def on_change(self, tell: Callable[[], None]) -> None:
-        """Registers a short callback for when an adapter was loaded or failed, on the thread that
-        read it.
-        """
-        self._tiers.changed = tell
-
-    # called by the decoding thread
-
-    def expect(self, identity: Identity) -> None:
-        self._tiers.expect(identity)
-
-    def ready(self, identity: Identity) -> int | None:
-        return self._tiers.ready(identity)
-
-    def settle(self) -> Collection[str]:
-        return self._tiers.settle()
-
-    def hold(self, identity: Identity) -> None:
-        self._tiers.hold(identity)
-
-    def release(self, identity: Identity) -> None:
-        self._tiers.release(identity)
-
-    def applied(self, identity: Identity) -> Applied:
-        return self._tiers.applied(identity)
-
     # helpers
 
     def _reference(self, name: str) -> str:
@@ -294,7 +257,7 @@ class Residents:
             ) from fault
         identity = (int(entry.version.object, 16), stat.st_ino, stat.st_mtime_ns)
         try:
-            self._tiers.know(
+            self.tiers.know(
                 content,
                 VersionFiles(
                     entry.reference, folder, facts.content_hash, facts.parameters, identity
@@ -319,7 +282,7 @@ class Residents:
                 return
             self._apply_pins(previous, *(() if content is None else (content,)))
             if previous not in self._meant.values():
-                self._tiers.leave(previous)
+                self.tiers.leave(previous)
 
     def _apply_pins(self, *contents: str) -> None:
         """Pins each of these contents that a pinned name means, and unpins the others.
@@ -329,7 +292,7 @@ class Residents:
         """
         pinned = {self._meant.get(reference) for reference in self._pins}
         for content in contents:
-            self._tiers.pin(content, pinned=content in pinned)
+            self.tiers.pin(content, pinned=content in pinned)
 
     def _check_base(self, entry: Entry) -> None:
         """Checks the base before loading, from the library's facts. AdapterMismatchError shows

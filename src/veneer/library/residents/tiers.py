@@ -25,6 +25,7 @@ from veneer.bounds import BYTES, check_numbers
 from veneer.decoding.schedule.adapters import front_places
 from veneer.decoding.schedule.blocks import Identity
 from veneer.errors import BudgetFullError, ConfigError, SourceError, VeneerError
+from veneer.library.residents.demand import Demand
 from veneer.library.residents.limits import LoadLimits
 from veneer.library.residents.loaders import Loaders
 from veneer.library.residents.loading import LoadedAdapter, load_version
@@ -50,8 +51,9 @@ class _PendingLoad:
 
 
 class Tiers:
-    """Implements decoding.adapters.Adapters. changed: called when an adapter was loaded or failed,
-    on its loader thread.
+    """Implements AdapterSource (decoding/schedule/adapters.py).
+
+    changed: called when an adapter was loaded or failed, on its loader thread.
     """
 
     def __init__(
@@ -72,9 +74,7 @@ class Tiers:
         self._lock = threading.Condition(threading.RLock())
         self._residents: dict[str, Resident] = {}
         self._queue: dict[Identity, _PendingLoad] = {}
-        self._requested: set[Identity] = set()  # in this round
-        self._offered: set[str] = set()  # contents reported as ready in this round
-        self._wanted: set[str] = set()  # contents requested in the last round, or expected
+        self._demand = Demand()
         self._pinned: set[Resident] = set()
         self._gone: list[str] = []
         self._left: list[str] = []  # names that could not be detached from the base yet
@@ -140,20 +140,8 @@ class Tiers:
             residents = [
                 resident for resident in self._residents.values() if resident.tier is not Tier.DISK
             ]
-            return [
-                ResidentStatus(
-                    resident.files.reference,
-                    resident.content,
-                    resident.files.content_hash,
-                    resident.tier,
-                    resident.bytes,
-                    resident.holders,
-                    resident.pinned,
-                    now - resident.moment,
-                    resident.error,
-                )
-                for resident in sorted(residents, key=lambda resident: -resident.used)
-            ]
+            residents.sort(key=lambda resident: -resident.used)
+            return [resident.status(now) for resident in residents]
 
     def used_bytes(self) -> int:
         with self._lock:
@@ -165,15 +153,14 @@ class Tiers:
         with self._lock:
             residents = self._checked(identity)
             for resident in residents:
-                resident.unwanted = False
-                self._wanted.add(resident.content)  # requested in the next round
+                self._demand.announce(resident)
             if any(resident.tier is Tier.DISK for resident in residents):
                 self._queue.setdefault(identity, _PendingLoad())
                 self._assign_room()
 
     def ready(self, identity: Identity) -> int | None:
         with self._lock:
-            self._requested.add(identity)
+            self._demand.requested.add(identity)
             residents = self._checked(identity)
             if not self._in_memory(residents):
                 if (
@@ -186,18 +173,16 @@ class Tiers:
             if any(resident.draining for resident in residents):
                 return None
             positions = front_places(self._applied(identity))
-            self._offered.update(resident.content for resident in residents)
+            self._demand.offer(residents)
             return positions
 
     def settle(self) -> Sequence[str]:
         with self._lock:
-            self._offered.clear()
-            self._wanted = {content for identity in self._requested for content, _ in identity}
+            requested = self._demand.end_round()
             for identity, pending in list(self._queue.items()):
-                if identity not in self._requested and not pending.by_hand:
+                if identity not in requested and not pending.by_hand:
                     del self._queue[identity]
                     self._dirty = True
-            self._requested.clear()
             self._loaders.look()
             if self._dirty:
                 self._assign_room()
@@ -207,7 +192,7 @@ class Tiers:
     def hold(self, identity: Identity) -> None:
         with self._lock:
             self._granted += 1
-            self._requested.discard(identity)  # granted; it may end within this step
+            self._demand.requested.discard(identity)  # granted; it may end within this step
             self._dirty |= bool(self._queue)
             for resident in self._residents_of(identity):
                 assert resident.tier is Tier.READY
@@ -290,17 +275,13 @@ class Tiers:
             self._residents_of(identity), self._residents.values(), self.budget_bytes
         )
 
-    def _may_evict(self, resident: Resident) -> bool:
-        wanted = resident.fresh and resident.content in self._wanted
-        return resident.tier is Tier.READY and not (
-            resident.holders or wanted or resident.content in self._offered
-        )
-
     def _assign_room(self) -> None:
         """Evicts what nobody wants, and gives room to queued identities that find it."""
         self._dirty = False
         ready = [resident for resident in self._residents.values() if resident.tier is Tier.READY]
-        dropped_names = [self._drop(resident) for resident in ready if self._is_unwanted(resident)]
+        dropped_names = [
+            self._drop(resident) for resident in ready if self._demand.is_unwanted(resident)
+        ]
         if dropped_names:
             self._loaders.put(partial(self._detach, dropped_names))
         for resident in ready:
@@ -316,7 +297,9 @@ class Tiers:
             needed = sum(resident.files.bytes_needed for resident in missing)
             movable = [(resident, resident) for resident in in_use if resident not in residents]
             evicted = (
-                None if needed > most_bytes else room_for(needed, movable, free, self._may_evict)
+                None
+                if needed > most_bytes
+                else room_for(needed, movable, free, self._demand.may_evict)
             )
             if evicted is not None:
                 del self._queue[identity]
@@ -334,17 +317,8 @@ class Tiers:
         return residents, self.budget_bytes - sum(
             resident.bytes
             for resident in residents
-            if resident.pinned or not self._may_evict(resident)
+            if resident.pinned or not self._demand.may_evict(resident)
         )
-
-    def _is_unwanted(self, resident: Resident) -> bool:
-        used = (
-            resident.pinned
-            or resident.holders
-            or resident.content in self._offered
-            or resident.content in self._wanted
-        )
-        return resident.unwanted and not used
 
     def _drain(self, needed: int, residents: list[Resident]) -> None:
         for resident in sorted(residents, key=lambda resident: (resident.holders, resident.used)):
@@ -353,18 +327,10 @@ class Tiers:
                 needed -= resident.bytes
 
     def _drop(self, resident: Resident) -> str:
-        """Marks a resident as being on disk alone; returns the name to detach from the base."""
-        assert resident.attachment is not None
-        name = resident.attachment.name
+        """Evicts a resident; returns the name to detach from the base."""
         if resident.unwanted:
             self._gone.append(resident.content)
-        resident.tier, resident.attachment, resident.bytes, resident.unwanted = (
-            Tier.DISK,
-            None,
-            0,
-            False,
-        )
-        return name
+        return resident.evict()
 
     def _start(
         self, residents: list[Resident], missing: list[Resident], evicted: list[Resident]
@@ -374,12 +340,7 @@ class Tiers:
             resident.fresh = True
         for resident in missing:
             self._loads += 1
-            resident.tier, resident.load, resident.bytes, resident.begun = (
-                Tier.LOADING,
-                self._loads,
-                resident.files.bytes_needed,
-                None,
-            )
+            resident.start_loading(self._loads)
         self._loaders.put(
             partial(
                 self._load,
@@ -389,15 +350,7 @@ class Tiers:
         )
 
     def _fail(self, resident: Resident, fault: VeneerError) -> None:
-        fault.__traceback__ = fault.__cause__ = fault.__context__ = (
-            None  # frees what their frames reference
-        )
-        resident.tier, resident.error, resident.bytes, resident.moment = (
-            Tier.FAILED,
-            fault,
-            0,
-            self._clock(),
-        )
+        resident.fail(fault, self._clock())
         self._assign_room()
 
     # on loader threads

@@ -247,19 +247,19 @@ class Service:
     def _in_memory(self) -> Counter[str]:
         """Returns the bytes of adapters by name, the last used first; versions are summed."""
         sizes: Counter[str] = Counter()
-        for adapter in self.residents.shown():
+        for adapter in self.residents.tiers.shown():
             if adapter.tier is Tier.READY:
                 name = self._labels.get(adapter.content, adapter.reference.partition("@")[0])
                 sizes[name] += adapter.bytes
         return sizes
 
     def _gauges(self) -> dict[str, float]:
-        tiers = Counter(adapter.tier for adapter in self.residents.shown())
+        tiers = Counter(adapter.tier for adapter in self.residents.tiers.shown())
         counts = {
             f"adapters_{tier.value}": tiers[tier]
             for tier in (Tier.READY, Tier.LOADING, Tier.FAILED)
         }
-        used, budget = self.residents.used_bytes(), self.residents.budget_bytes
+        used, budget = self.residents.tiers.used_bytes(), self.residents.tiers.budget_bytes
         return {
             "engine_steps": self.loop.steps,
             "adapter_bytes": used,

@@ -123,7 +123,7 @@ def _routes(service: Service) -> list[Route]:
         return _list(await service.report(service.names.cards))
 
     async def adapters(request: Request) -> Response:
-        return _list([card_of(adapter) for adapter in service.residents.shown()])
+        return _list([card_of(adapter) for adapter in service.residents.tiers.shown()])
 
     async def adapter(request: Request) -> Response:
         name, against = request.path_params["name"], request.query_params.get("against")

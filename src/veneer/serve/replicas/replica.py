@@ -119,7 +119,7 @@ class Replica:
 
     async def shown(self) -> tuple[str, list[dict[str, Any]]]:
         """Returns the replica's name and what /v1/adapters lists."""
-        return self.name, [card_of(adapter) for adapter in self._service.residents.shown()]
+        return self.name, [card_of(adapter) for adapter in self._service.residents.tiers.shown()]
 
     async def _answer(self, request: ForwardedRequest) -> AsyncIterator[Message]:
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
