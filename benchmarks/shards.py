@@ -39,16 +39,17 @@ def one(config: dict[str, Any]) -> dict[str, float]:
     from veneer.training.loop import Loop
     from veneer.training.output.records import peak_memory_bytes, reset_peak_memory
     from veneer.training.output.screen import QuietScreen
+    from veneer.training.trainee import Trainee
 
     held: list[int] = []
     inner = Loop.run
 
-    def run(loop: Loop) -> str:
+    def run(loop: Loop) -> list[Trainee]:
         # What loading took, and the optimizer's moments, is there and counts; its peak does not.
         reset_peak_memory()
-        reason = inner(loop)
+        ended = inner(loop)
         held.append(peak_memory_bytes())
-        return reason
+        return ended
 
     Loop.run = run  # type: ignore[method-assign]
     mine = RunConfig.model_validate(config) if os.environ["RANK"] == "0" else None

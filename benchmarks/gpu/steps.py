@@ -35,6 +35,7 @@ from veneer.training.inputs import TrainingInputs
 from veneer.training.loop import Loop
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.output.screen import QuietScreen
+from veneer.training.trainee import Trainee
 
 METHOD = LoRA(rank=16, alpha=32.0)
 
@@ -129,6 +130,7 @@ class Training:
             model=model,
             paths=self.paths,
             routing=routing,
+            adapters=((attachment, 1.0),),
             flat=self.flat,
             train=self.rows,
             validation=(),
@@ -141,7 +143,8 @@ class Training:
         self.records: list[dict[str, Any]] = []
         origin: Any = None
         records: Any = SimpleNamespace(write=self.records.append)
-        self.loop = Loop(job, records, QuietScreen(), origin=origin, resume_from=None)
+        trainee = Trainee(job, records, QuietScreen(), origin=origin, resume_from=None)
+        self.loop = Loop([trainee])
 
     @staticmethod
     @contextmanager
@@ -160,7 +163,7 @@ class Training:
             fused(self.model, self.one_pass),
             checkpointed(self.model, self.routing, on=self.checkpointing),
         ):
-            self.loop._step(timed=False)
+            self.loop.step()
         return float(self.records[-1]["loss"])
 
     def values(self) -> torch.Tensor:

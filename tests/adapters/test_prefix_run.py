@@ -10,9 +10,9 @@ from veneer import api
 from veneer.cli.main import main
 from veneer.formats.adapter import read_adapter
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
+from veneer.training.trainee import Trainee
 
 INSTRUCTION = "Say the number that follows. "
 
@@ -62,19 +62,19 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_byte(
     whole = api.train_run(
         config(made, tmp_path / "whole", **method), resume=False, screen=QuietScreen()
     )
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
         if self.progress.step == 4:
             raise Stop
 
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainee, "save", save)
     with pytest.raises(Stop):
         api.train_run(
             config(made, tmp_path / "stopped", **method), resume=False, screen=QuietScreen()
         )
-    monkeypatch.setattr(Loop, "_save", own)
+    monkeypatch.setattr(Trainee, "save", own)
     resumed = api.train_run(
         api.resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen()
     )

@@ -10,8 +10,8 @@ from tests.support.tiny import save_tiny
 from veneer import api
 from veneer.formats.adapter import read_adapter
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop
 from veneer.training.output.screen import QuietScreen
+from veneer.training.trainee import Trainee
 
 IDS = torch.tensor([[5, 200, 17, 99, 3, 64, 230]])
 TRAINED = ["norm", "input_layernorm", "lm_head"]
@@ -45,17 +45,17 @@ def test_a_run_that_trains_norms_resumes_to_the_byte_and_its_adapter_answers_as_
         )
 
     whole = api.train_run(config("whole"), resume=False, screen=QuietScreen())
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
         if self.progress.step == 2:
             raise Stop
 
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainee, "save", save)
     with pytest.raises(Stop):
         api.train_run(config("stopped"), resume=False, screen=QuietScreen())
-    monkeypatch.setattr(Loop, "_save", own)
+    monkeypatch.setattr(Trainee, "save", own)
     resumed = api.train_run(
         api.resume_config(tmp_path / "stopped"), resume=True, screen=QuietScreen()
     )

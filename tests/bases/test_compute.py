@@ -34,8 +34,8 @@ from veneer.models.load import compute_of, load_base
 from veneer.plan.choice import Choice
 from veneer.plan.counted import WEIGHTS
 from veneer.plan.planner import Planner
-from veneer.training.loop import Loop
 from veneer.training.state.folder import resume_config
+from veneer.training.trainee import Trainee
 
 IDS = torch.arange(24).view(1, 24) * 7 % 256
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def test_a_resumed_run_keeps_its_type_on_whatever_processor(method, slow, tmp_pa
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     chosen = {"method": method, "show_answers": False}
     whole = run(settings(tmp_path, "whole", **chosen))
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
@@ -227,7 +227,7 @@ def test_a_resumed_run_keeps_its_type_on_whatever_processor(method, slow, tmp_pa
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_save", save)
+        patch.setattr(Trainee, "save", save)
         with pytest.raises(Stop):
             run(settings(tmp_path, "stopped", **chosen))
     monkeypatch.setattr(compute, "times_float32", lambda dtype: 0.3)

@@ -42,6 +42,7 @@ from veneer.training.optimizer import offload
 from veneer.training.optimizer.buffer import FlatParameters
 from veneer.training.optimizer.offload import Offload, offloaded
 from veneer.training.output.screen import QuietScreen
+from veneer.training.trainee import Trainee
 
 DEVICES = {"cuda": Accelerator("cuda:0"), "mps": Accelerator("mps:0", lacks=(torch.float64,))}
 EXAMPLES = make_examples(8)
@@ -114,6 +115,7 @@ def a_loop(base, parameters, factors=None, **settings):
         model=base.model,
         paths=base.paths,
         routing=base.routing,
+        adapters=base.routing.acting.whole,
         flat=FlatParameters(parameters, factors),
         train=EXAMPLES,
         validation=EXAMPLES,
@@ -123,20 +125,15 @@ def a_loop(base, parameters, factors=None, **settings):
         out=Path("nowhere"),
         sample=None,
     )
-    return Loop(
-        job,
-        SimpleNamespace(write=lambda record: None),
-        QuietScreen(),
-        origin=None,
-        resume_from=None,
-    )
+    records = SimpleNamespace(write=lambda record: None)
+    return Loop([Trainee(job, records, QuietScreen(), origin=None, resume_from=None)])
 
 
 def step_waits(there, loop):
     """Of one training step after the first: batch, forward, backward, update, record."""
-    loop._step(timed=False)
+    loop.step()
     with there.counting() as waits:
-        loop._step(timed=False)
+        loop.step()
     return waits
 
 
@@ -389,10 +386,10 @@ def planted(there, base, config, monkeypatch, where, fault):
 
     with attached(there, base, config) as attachment:
         loop = a_loop(base, attachment.parameters())
-        loop._step(timed=False)
+        loop.step()
         monkeypatch.setattr(where, "forward", wrong)
         with there.counting() as waits:
-            loop._step(timed=False)
+            loop.step()
     return waits
 
 

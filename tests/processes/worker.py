@@ -19,38 +19,37 @@ from veneer import api
 from veneer.errors import DoesNotFitError, VeneerError
 from veneer.training import gradient
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop
 from veneer.training.output.screen import QuietScreen
 from veneer.training.processes.launch import MEETING
+from veneer.training.trainee import Trainee
 
-_BATCH_LOSS = gradient.batch_loss
+_BATCH_LOSSES = gradient.batch_losses
 
 
 def _fails(*_: object, **__: object) -> None:
-    gradient.batch_loss = _BATCH_LOSS
+    gradient.batch_losses = _BATCH_LOSSES
     raise DoesNotFitError("no memory is left for this batch")
 
 
 def main() -> None:
     rank, meetings = os.environ["RANK"], json.loads(sys.argv[2])
     told = []
-    inner = Loop._step
+    inner = Trainee.end_step
     for number, job in enumerate(json.loads(sys.argv[1])):
         os.environ["MASTER_PORT"], os.environ[MEETING] = map(str, meetings[number])
         at = job.get("at")
 
-        def step(loop: Loop, *, timed: bool, at=at) -> float:
-            seconds = inner(loop, timed=timed)
-            if at is not None and at["step"] == loop.progress.step and str(at["rank"]) == rank:
+        def step(trainee: Trainee, at=at) -> None:
+            inner(trainee)
+            if at is not None and at["step"] == trainee.progress.step and str(at["rank"]) == rank:
                 if at["does"] == "die":
                     os._exit(9)
                 if at["does"] == "fail":
-                    gradient.batch_loss = _fails
-                    return seconds
+                    gradient.batch_losses = _fails
+                    return
                 os.kill(os.getpid(), signal.SIGSTOP if at["does"] == "stop" else signal.SIGTERM)
-            return seconds
 
-        Loop._step = step
+        Trainee.end_step = step
         folder = job.get("folders", ["."] * (int(rank) + 1))[int(rank)]
         Path(folder).mkdir(parents=True, exist_ok=True)
         os.chdir(folder)

@@ -13,9 +13,9 @@ from veneer.cli import main
 from veneer.models.load import load_base
 from veneer.training import together
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop
 from veneer.training.output.screen import QuietScreen
 from veneer.training.state.folder import resume_config
+from veneer.training.trainee import Trainee
 
 
 class Stop(Exception):
@@ -86,17 +86,17 @@ def test_a_resumed_run_over_4_bits_is_the_run_that_never_stopped(
 
     monkeypatch.setattr(together, "load_base", loaded)
     whole = run(settings(tmp_path, "whole", **others))
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
         if self.progress.step == 3:
             raise Stop
 
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainee, "save", save)
     with pytest.raises(Stop):
         run(settings(tmp_path, "stopped", **others))
-    monkeypatch.setattr(Loop, "_save", own)
+    monkeypatch.setattr(Trainee, "save", own)
     resumed = run(resume_config(tmp_path / "stopped"), resume=True)
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
     assert resumed["base_fingerprint"] == whole["base_fingerprint"]

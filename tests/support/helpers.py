@@ -169,17 +169,17 @@ def veneer(arguments, *, stdout, stderr):
 @contextmanager
 def ended_before_step(number):
     """Within, a run ends as by Ctrl-C when so many steps are done; it is expected to."""
-    from veneer.training.loop import Loop
+    from veneer.training.trainee import Trainee
 
-    own = Loop._step
+    own = Trainee.begin_step
 
-    def step(self, *, timed):
+    def step(self):
         if self.progress.step == number:
             raise KeyboardInterrupt
-        return own(self, timed=timed)
+        return own(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "_step", step)
+        patch.setattr(Trainee, "begin_step", step)
         yield
 
 

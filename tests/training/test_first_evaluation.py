@@ -17,7 +17,7 @@ from veneer.execution.proofs import same_values
 from veneer.execution.stand_in import StandIn
 from veneer.files import remembered as memory
 from veneer.files.strict_tensors import read_tensors
-from veneer.training import first_evaluation, loop
+from veneer.training import first_evaluation, trainee
 from veneer.training.config import RunConfig
 from veneer.training.first_evaluation import EvaluationResult
 from veneer.training.inputs import TrainingInputs
@@ -36,13 +36,13 @@ def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
     monkeypatch.setattr(memory, "_enabled", True)
     memory.surroundings.cache_clear()
     steps: list[int] = []
-    real = loop.compute_evaluation
+    real = trainee.compute_evaluation
 
     def compute(inputs: TrainingInputs, world: World, *, step: int) -> EvaluationResult:
         steps.append(step)
         return real(inputs, world, step=step)
 
-    monkeypatch.setattr(loop, "compute_evaluation", compute)
+    monkeypatch.setattr(trainee, "compute_evaluation", compute)
     yield steps
     memory.surroundings.cache_clear()
 

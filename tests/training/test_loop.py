@@ -15,13 +15,13 @@ from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.placement.routing import Routing
-from veneer.data.batching import make_batch, packed_rows, used_length
+from veneer.data.batching import make_joint, packed_rows, used_length
 from veneer.data.longest import SLACK
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, RunInterrupted
 from veneer.files import atomic
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import prepare
-from veneer.training import evaluations, gradient, loop
+from veneer.training import evaluations, gradient, trainee
 from veneer.training.config import RunConfig
 from veneer.training.inputs import TrainingInputs
 from veneer.training.loop import Loop
@@ -38,6 +38,7 @@ from veneer.training.state.checkpoint import (
     save_checkpoint,
 )
 from veneer.training.state.origin import Origin
+from veneer.training.trainee import Trainee
 
 ORIGIN = Origin("2026-01-31", base={}, tokenizer="", template=None, settings={})
 ADAPTERS = {
@@ -83,6 +84,7 @@ def make_job(
         model=model,
         paths=paths,
         routing=routing,
+        adapters=routing.acting.whole,
         flat=flat,
         train=examples,
         validation=make_examples(validation, seed=9) if validation else [],
@@ -102,9 +104,13 @@ def run(job, *, resume=False):
         Records(job.out / "metrics.jsonl", resumed_step=step) as records,
         checkpointed(job.model, job.routing, on=job.config.checkpointing),
     ):
-        made = Loop(job, records, QuietScreen(), origin=ORIGIN, resume_from=path)
-        reason = made.run()
-    return made, reason
+        made = Trainee(job, records, QuietScreen(), origin=ORIGIN, resume_from=path)
+        training = Loop([made])
+        training.start()
+        training.run()
+        for fault in training.failed.values():
+            raise fault
+    return made, made.reason
 
 
 class Stop(Exception):
@@ -113,17 +119,17 @@ class Stop(Exception):
 
 def stop_after(monkeypatch, job, step):
     """The process dies right after a checkpoint at `step`."""
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
         if self.progress.step == step:
             raise Stop
 
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainee, "save", save)
     with pytest.raises(Stop):
         run(job)
-    monkeypatch.setattr(Loop, "_save", own)
+    monkeypatch.setattr(Trainee, "save", own)
 
 
 CASES = [
@@ -172,19 +178,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched_and_name
     tmp_path, monkeypatch
 ):
     job = make_job(tmp_path, validation=0)
-    own = gradient.batch_loss
+    own = gradient.batch_losses
 
-    def poisoned(model, paths, routing, batch, **kwargs):
-        loss = own(model, paths, routing, batch, **kwargs)
-        return loss * float("nan") if routing.acting.keys.step == 4 else loss
+    def poisoned(model, paths, routing, batch, shares):
+        losses = own(model, paths, routing, batch, shares)
+        return [loss * float("nan") if routing.acting.keys.step == 4 else loss for loss in losses]
 
-    monkeypatch.setattr(gradient, "batch_loss", poisoned)
+    monkeypatch.setattr(gradient, "batch_losses", poisoned)
     with pytest.raises(DivergedError) as caught:
         run(job)
     assert caught.value.exit_code == 5
     assert "step 5" in str(caught.value) and "weights are those of step 4" in str(caught.value)
     assert "rows.jsonl:" in str(caught.value)
-    monkeypatch.setattr(gradient, "batch_loss", own)
+    monkeypatch.setattr(gradient, "batch_losses", own)
     untouched, _ = run(make_job(tmp_path / "four", validation=0, steps=9, save_every=1, keep=20))
     tensors, _ = load_checkpoint(tmp_path / "four" / "checkpoints" / "000004")
     assert torch.equal(tensors["values"], job.flat.values.data)
@@ -225,10 +231,10 @@ def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, mon
 def test_the_largest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "veneer.models.step.make_batch",
-        lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k),
+        "veneer.models.step.make_joint",
+        lambda parts, **k: seen.append(list(parts[0])) or make_joint(parts, **k),
     )
-    monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: 1_234_000_000)
+    monkeypatch.setattr(trainee, "peak_memory_bytes", lambda device: 1_234_000_000)
     said = []
     monkeypatch.setattr(QuietScreen, "message", lambda self, text: said.append(text))
     made, _ = run(make_job(tmp_path / "a", steps=1, micro_batch=4))
@@ -239,7 +245,7 @@ def test_the_largest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch)
     )
     costs = [int(made._rows.lengths[rows].sum()) for rows in plan]
     assert sum(len(e.ids) for e in seen[0]) >= max(costs)
-    monkeypatch.setattr(Loop, "_try_largest_batch", lambda self: None)
+    monkeypatch.setattr(Loop, "_fits_largest", lambda self: True)
     without, _ = run(make_job(tmp_path / "b", steps=1, micro_batch=4))
     assert torch.equal(made.inputs.flat.values.data, without.inputs.flat.values.data)
 
@@ -251,8 +257,8 @@ def test_the_largest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_p
     apart = make_examples(5, seed=3, prompt=0, longest=48)
     seen = []
     monkeypatch.setattr(
-        "veneer.models.step.make_batch",
-        lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k),
+        "veneer.models.step.make_joint",
+        lambda parts, **k: seen.append(list(parts[0])) or make_joint(parts, **k),
     )
     for order, micro_batch in (("file", None), ("shuffled", 3)):
         seen.clear()
@@ -270,7 +276,7 @@ def test_out_of_memory_says_which_batch_and_what_to_do(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError(NO_MEMORY)
 
-    monkeypatch.setattr(gradient, "batch_loss", refuse)
+    monkeypatch.setattr(gradient, "batch_losses", refuse)
     with pytest.raises(DoesNotFitError, match="--checkpointing") as caught:
         run(make_job(tmp_path))
     assert caught.value.exit_code == 3
@@ -283,9 +289,9 @@ NO_MEMORY = (
 
 def test_the_moments_are_there_before_the_largest_batch_is_said_to_fit(tmp_path, monkeypatch):
     kept = []
-    own = Loop._try_largest_batch
+    own = Trainee.begin_trial
     monkeypatch.setattr(
-        Loop, "_try_largest_batch", lambda self: kept.append(self.optimizer.state()) or own(self)
+        Trainee, "begin_trial", lambda self: kept.append(self.optimizer.state()) or own(self)
     )
     made, _ = run(make_job(tmp_path, steps=1))
     (before,) = kept
@@ -295,10 +301,10 @@ def test_the_moments_are_there_before_the_largest_batch_is_said_to_fit(tmp_path,
 
 
 OUT_OF_MEMORY = [
-    (loop, "make_optimizer", 1, "the optimizer's moments"),
+    (trainee, "make_optimizer", 1, "the optimizer's moments"),
     *[(AdamW, "step", call, "the optimizer's step") for call in (1, 5)],
     *[(evaluations, "part_nats", call, "the evaluation") for call in (1, 5)],
-    *[(loop, "save_checkpoint", call, "the checkpoint") for call in (1, 5)],
+    *[(trainee, "save_checkpoint", call, "the checkpoint") for call in (1, 5)],
 ]
 
 
@@ -341,7 +347,7 @@ def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(
         return own(folder, step, tensors, {**state, "progress": progress})
 
     with monkeypatch.context() as before:
-        before.setattr(loop, "save_checkpoint", older)
+        before.setattr(trainee, "save_checkpoint", older)
         stop_after(before, make_job(tmp_path), 3)
     resumed, _ = run(make_job(tmp_path), resume=True)
     found = resumed.held_out()
@@ -357,34 +363,34 @@ def test_a_checkpoint_of_before_these_figures_goes_on_and_has_none_of_the_start(
 
 def test_an_interrupt_finishes_the_step_saves_and_resumes_to_the_same_bits(tmp_path, monkeypatch):
     whole, _ = run(make_job(tmp_path / "whole"))
-    own = Loop._step
+    own = Trainee.begin_step
 
-    def step(self, *, timed):
+    def step(self):
         if self.progress.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return own(self, timed=timed)
+        return own(self)
 
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Trainee, "begin_step", step)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RunInterrupted, match="--resume") as caught:
         run(make_job(tmp_path / "stopped"))
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert numbers(tmp_path / "stopped" / "checkpoints")[-1] == 5
-    monkeypatch.setattr(Loop, "_step", own)
+    monkeypatch.setattr(Trainee, "begin_step", own)
     resumed, _ = run(make_job(tmp_path / "stopped"), resume=True)
     assert torch.equal(whole.inputs.flat.values.data, resumed.inputs.flat.values.data)
 
 
 def test_an_interrupt_within_the_last_step_finds_a_run_that_is_done(tmp_path, monkeypatch):
-    own = Loop._step
+    own = Trainee.begin_step
 
-    def step(self, *, timed):
+    def step(self):
         if self.progress.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return own(self, timed=timed)
+        return own(self)
 
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Trainee, "begin_step", step)
     assert run(make_job(tmp_path, steps=2))[1] == "done"
     assert numbers(tmp_path / "checkpoints")[-1] == 2
 

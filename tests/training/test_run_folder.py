@@ -36,7 +36,6 @@ from veneer.files.strict_json import read_json
 from veneer.files.strict_tensors import read_tensors
 from veneer.training import evaluations, prepare
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop
 from veneer.training.output.loggers import Logger
 from veneer.training.output.records import Records, read_records
 from veneer.training.output.screen import QuietScreen
@@ -46,6 +45,7 @@ from veneer.training.state.checkpoint import newest_valid, numbers, save_checkpo
 from veneer.training.state.folder import resume_config
 from veneer.training.state.place import locked_folder
 from veneer.training.state.progress import load_state
+from veneer.training.trainee import Trainee
 
 fcntl = None if os.name == "nt" else importlib.import_module("fcntl")
 
@@ -93,21 +93,21 @@ class Death(BaseException):
 
 def train_and_die(world, out, *, at, monkeypatch, **settings):
     """The process dies after the checkpoint of step `at`; None: before the first step."""
-    own, own_step = Loop._save, Loop._step
+    own, own_step = Trainee.save, Trainee.begin_step
 
     def save(self):
         own(self)
         if self.progress.step == at:
             raise Death
 
-    def step(self, *, timed):
+    def step(self):
         if at is None:
             raise Death
-        return own_step(self, timed=timed)
+        return own_step(self)
 
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(Loop, "_save", save)
-        patch.setattr(Loop, "_step", step)
+        patch.setattr(Trainee, "save", save)
+        patch.setattr(Trainee, "begin_step", step)
         train(world, out, **settings)
 
 
@@ -315,14 +315,14 @@ def test_a_run_of_the_first_layout_that_stops_again_goes_on_again(world, tmp_pat
     monkeypatch.setattr(prepare, "HELD_OUT_BY", BY_THRESHOLD)  # as that version held rows out
     train_and_die(world, tmp_path, at=2, monkeypatch=monkeypatch)
     as_the_first_layout_had_it(tmp_path, 2)
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
         raise Death
 
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(Loop, "_save", save)
+        patch.setattr(Trainee, "save", save)
         resume(tmp_path)
     assert load_state(tmp_path / "checkpoints" / "000004").origin.base is not None
     assert resume(tmp_path)["steps"] == 6
@@ -346,14 +346,14 @@ def test_a_run_file_of_an_earlier_version_may_stop_before_its_first_checkpoint_a
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump({**stored, "dtype": "auto"})
     )  # as it was once written
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
         raise Death
 
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(Loop, "_save", save)
+        patch.setattr(Trainee, "save", save)
         resume(tmp_path)
     assert resume(tmp_path)["steps"] == 6
 
@@ -555,13 +555,13 @@ def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, monkeypatc
 def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 3.0, 2.0, 5.0, 4.0])
     monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(losses))
-    own = Loop._take_best
+    own = Trainee.take_best
 
     def after_damage(self):
         damage(self.inputs.out / "checkpoints" / "000002" / "state.safetensors")
         own(self)
 
-    monkeypatch.setattr(Loop, "_take_best", after_damage)
+    monkeypatch.setattr(Trainee, "take_best", after_damage)
     screen = Hearing()
     made = config(world, tmp_path, steps=10, keep=3)
     summary = run_training(made, resume=False, screen=screen)
@@ -581,7 +581,7 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best_and_says_so(world, tmp_p
 
 def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_path, monkeypatch):
     losses = iter([9.0, 1.0, 2.0, 3.0])
-    own = Loop._save
+    own = Trainee.save
 
     def save(self):
         own(self)
@@ -590,7 +590,7 @@ def test_a_best_checkpoint_that_somebody_removed_leaves_a_result_too(world, tmp_
         )  # there was no room left
 
     monkeypatch.setattr(evaluations, "mean_loss", lambda rows, nats: next(losses))
-    monkeypatch.setattr(Loop, "_save", save)
+    monkeypatch.setattr(Trainee, "save", save)
     summary = train(world, tmp_path / "out")
     assert summary["damaged_best"]["step"] == 2 and summary["best_step"] == 4
 
@@ -601,9 +601,9 @@ def test_a_nul_or_half_a_character_in_an_answer_does_not_end_a_run(world, tmp_pa
         own(self)
         raise Death
 
-    own = Loop._save
+    own = Trainee.save
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(Loop, "_save", save)
+        patch.setattr(Trainee, "save", save)
         train(world, tmp_path)
     assert load_state(newest_valid(tmp_path / "checkpoints")[0]).progress.sample == {
         "before": "a\ufffdb\ufffd \x1b[0m" + "x" * 10
@@ -686,15 +686,15 @@ def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path):
 def test_a_closed_terminal_and_a_polite_end_save_a_checkpoint_even_when_told_twice(
     number, world, tmp_path, monkeypatch
 ):
-    own = Loop._step
+    own = Trainee.begin_step
 
-    def step(self, *, timed):
+    def step(self):
         if self.progress.step == 2:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-        return own(self, timed=timed)
+        return own(self)
 
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(Trainee, "begin_step", step)
     with pytest.raises(RunInterrupted):
         train(world, tmp_path)
     assert numbers(tmp_path / "checkpoints")[-1] == 3
@@ -702,15 +702,15 @@ def test_a_closed_terminal_and_a_polite_end_save_a_checkpoint_even_when_told_twi
 
 def test_a_signal_that_was_to_be_ignored_is_ignored(world, tmp_path, monkeypatch):
     """As under nohup."""
-    own = Loop._step
+    own = Trainee.begin_step
 
-    def step(self, *, timed):
+    def step(self):
         os.kill(os.getpid(), signal.SIGHUP)
-        return own(self, timed=timed)
+        return own(self)
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr(Loop, "_step", step)
+        monkeypatch.setattr(Trainee, "begin_step", step)
         assert train(world, tmp_path)["steps"] == 6
     finally:
         signal.signal(signal.SIGHUP, before)

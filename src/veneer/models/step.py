@@ -24,7 +24,7 @@ from veneer.adapters.methods.new_tokens import ExtendedHead
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
-from veneer.data.batching import Batch, make_batch, used_length
+from veneer.data.batching import Batch, BatchShare, make_batch, make_joint, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.execution.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
@@ -101,9 +101,13 @@ class ComputePaths:
 
         in_front   number of prefix tokens in front of every row
         """
+        return self.groups_of_lengths([in_front + used_length(e) for e in examples])
+
+    def groups_of_lengths(self, lengths: Sequence[int]) -> list[list[int]]:
+        """As `together`, for examples of so many tokens, prefix tokens included."""
         if not self.packed and self.padded_reason is not None:
-            return [[number] for number in range(len(examples))]
-        return sides([in_front + used_length(e) for e in examples], self.switches)
+            return [[number] for number in range(len(lengths))]
+        return sides(lengths, self.switches)
 
 
 def prepare(model: PreTrainedModel) -> ComputePaths:
@@ -166,12 +170,52 @@ def batch_loss(
     """The summed cross-entropy (nats) of the trained tokens, divided by `total`, the number of
     trained tokens of the step."""
     if paths.head_reason is not None:
-        return _whole_logits_loss(model, batch, total)
-    rows, linear = _predicting(model, paths, routing, batch)
+        return _whole_logits_loss(whole_logits(model, batch), batch.targets, total)
+    rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
+    return _head_loss(rows, batch.targets, linear, total)
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """One run's share of a batch: its adapters, its trained tokens there, and those of its step."""
+
+    adapters: Applied
+    trained_tokens: int
+    total: float
+
+
+def batch_losses(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    routing: Routing,
+    batch: Batch,
+    shares: Sequence[LossShare],
+) -> list[Tensor]:
+    """The loss of each run in a batch of several, as batch_loss would give it for that run alone.
+
+    The routing holds what acts on all rows; the head sees one run after the other.
+    """
+    counts = [share.trained_tokens for share in shares]
+    rows_of_runs, targets = batch.loss_rows.split(counts), batch.targets.split(counts)
+    if paths.head_reason is not None:
+        all_logits = whole_logits(model, batch).split(counts)
+        return [
+            _whole_logits_loss(logits, chosen, share.total)
+            for logits, chosen, share in zip(all_logits, targets, shares, strict=True)
+        ]
+    states, keys, losses = hidden_states(model, batch), routing.acting.keys, []
+    for share, loss_rows, chosen in zip(shares, rows_of_runs, targets, strict=True):
+        with routing.held(Acting.everywhere(share.adapters).drawing(keys)):
+            rows, linear = _predicting(model, paths, routing, states, loss_rows)
+            losses.append(_head_loss(rows, chosen, linear, share.total))
+    return losses
+
+
+def _head_loss(rows: Tensor, targets: Tensor, linear: Head, total: float) -> Tensor:
     trains = linear.weight.requires_grad or (linear.bias is not None and linear.bias.requires_grad)
     chunked = isinstance(linear, _AdaptedHead) or (trains and torch.is_grad_enabled())
     loss = trained_head_loss if chunked else frozen_head_loss
-    return loss(rows, batch.targets, linear, total)
+    return loss(rows, targets, linear, total)
 
 
 @torch.no_grad()
@@ -183,20 +227,20 @@ def token_losses(
         return nn.functional.cross_entropy(
             whole_logits(model, batch).float(), batch.targets, reduction="none"
         )
-    rows, linear = _predicting(model, paths, routing, batch)
+    rows, linear = _predicting(model, paths, routing, hidden_states(model, batch), batch.loss_rows)
     return head_nats(rows, batch.targets, linear)
 
 
 def _predicting(
-    model: PreTrainedModel, paths: ComputePaths, routing: Routing, batch: Batch
+    model: PreTrainedModel, paths: ComputePaths, routing: Routing, states: Tensor, loss_rows: Tensor
 ) -> tuple[Tensor, Head]:
-    """(T, D) hidden states of the rows that predict a trained token, and the head for them."""
-    rows, linear = (
-        hidden_states(model, batch).index_select(0, batch.loss_rows),
-        loss_head(model, paths),
-    )
+    """(T, D) hidden states of the rows that predict a trained token, and the head for them.
+
+    states: (N, D) of all rows
+    """
+    rows, linear = states.index_select(0, loss_rows), loss_head(model, paths)
     if isinstance(linear, _AdaptedHead):
-        linear = replace(linear, rows=routing.acting.select(batch.loss_rows))
+        linear = replace(linear, rows=routing.acting.select(loss_rows))
     return rows, linear
 
 
@@ -205,6 +249,15 @@ def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
     last."""
     filler = batch.ids.numel() - sum(batch.group_rows)
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
+
+
+def acting_on_shares(
+    batch: Batch, shares: Sequence[BatchShare], adapters: Sequence[Applied]
+) -> Acting:
+    """What acts on a batch of several runs: each run's adapters on its rows. Filler rows belong to
+    the last."""
+    rows = [share.rows for share in shares]
+    return in_turn(list(zip(rows, adapters, strict=True))).padded(batch.ids.numel() - sum(rows))
 
 
 def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
@@ -263,10 +316,9 @@ class _AdaptedHead(Head):
         return (torch.tanh(z / self.softcap) * self.softcap).masked_fill(unknown, float("-inf"))
 
 
-def _whole_logits_loss(model: PreTrainedModel, batch: Batch, total: float) -> Tensor:
-    """The loss through the model's own head, with all logits at once."""
-    rows = whole_logits(model, batch).float()
-    return nn.functional.cross_entropy(rows, batch.targets, reduction="sum") / total
+def _whole_logits_loss(logits: Tensor, targets: Tensor, total: float) -> Tensor:
+    """The loss of logits by the model's own head."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / total
 
 
 def whole_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -304,6 +356,18 @@ def batch_of(
     return make_batch(
         [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device
     )
+
+
+def joint_batch_of(
+    model: PreTrainedModel,
+    paths: ComputePaths,
+    parts: Sequence[Sequence[Example]],
+    *,
+    share_prompt: bool,
+) -> tuple[Batch, list[BatchShare]]:
+    """The batch of the examples of several runs, on the model's device."""
+    device = next(model.parameters()).device
+    return make_joint(parts, packed=paths.packed, share_prompt=share_prompt, device=device)
 
 
 def part_nats(

@@ -14,7 +14,7 @@ from veneer.bases.identity.weight_table import packed_sizes, weight_line
 from veneer.data.examples import Example
 from veneer.data.load import DataSet
 from veneer.errors import ConfigError
-from veneer.execution.train_step import unknown_layers
+from veneer.execution.train_step import replacements, unknown_layers
 from veneer.formats.adapter import adapter_file_bytes
 from veneer.linear import num_parameters
 from veneer.quant.weight import PackedSize
@@ -152,8 +152,8 @@ def _adapter_lines(run: PreparedRun) -> list[str]:
 
 def _process_lines(run: PreparedRun, forecast: RunForecast | None, world: World) -> list[str]:
     lines = []
-    if run.fused_modules:
-        lines.append(f"{len(run.fused_modules)} modules fused")
+    if fused_modules := len(replacements(run.base.model)):
+        lines.append(f"{fused_modules} modules fused")
     lines += unknown_layers(run.base.model)
     if world.size > 1:
         lines.append(f"{world.size} processes, each with micro-batches of its own")

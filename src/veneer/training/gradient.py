@@ -1,11 +1,12 @@
-"""The gradient of one optimizer step: forward and backward of its micro-batches, summed over all
-processes.
+"""The gradients of optimizer steps: forward and backward of micro-batches, of one trainee or of
+several at once, summed over all processes.
 
 Raises before any weight changes if a loss is not finite. Knows nothing of optimizers, evaluations
 or checkpoints.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.placement.acting import TokenKeys
-from veneer.data.batching import Batch, RowSpans, used_length
+from veneer.data.batching import BatchShare, RowSpans, used_length
 from veneer.data.examples import Example
 from veneer.errors import DivergedError, fits_memory
 from veneer.kernels.dense.block import added_where_they_lie
-from veneer.models.step import batch_loss, batch_of
+from veneer.models.step import LossShare, acting_on_shares, batch_losses, joint_batch_of
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.offload import offload_for, offloaded
 from veneer.training.processes.dealing import dealt, in_rounds
@@ -43,94 +44,170 @@ class StepTotals:
 
 
 class StepGradient:
-    """Computes the gradient of a step into the flat buffer."""
+    """The gradient of one trainee's step, in its flat buffer; forward_backward adds to it.
+
+    rows       rows of the step, for errors
+    seconds    seconds that the step took so far
+    assigned   micro-batches that this process still has to compute, as of assigned_here
+    """
 
     def __init__(self, inputs: TrainingInputs, world: World) -> None:
         self.inputs, self.world = inputs, world
         flat = inputs.flat
-        self._sum: GradientSum = KINDS[inputs.config.reduce](flat.gradient, world, apart=flat.apart)
-        flat.deliver_to(self._sum.receive)
+        self.sum: GradientSum = KINDS[inputs.config.reduce](flat.gradient, world, apart=flat.apart)
+        flat.deliver_to(self.sum.receive)
         weights = [*inputs.model.parameters(), *inputs.model.buffers(), flat.values]
-        self._offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
-        self._rows = RowSpans.of(inputs.train)
+        self.offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
+        self.rows: Sequence[int] = ()
+        self.micro_batches: Sequence[Sequence[int]] = ()
+        self.step, self.seconds, self.trained = 0, 0.0, 0
+        self.assigned: deque[tuple[int, bool]] = deque()
+        self._losses: dict[int, Tensor] = {}
+        self._tokens = [0, 0, 0]
+        self._row_spans = RowSpans.of(inputs.train)
 
-    def compute(
+    def begin(
         self, rows: Sequence[int], micro_batches: Sequence[Sequence[int]], *, step: int
-    ) -> StepTotals:
-        """Computes the gradient of the mean loss over the trained tokens of these micro-batches.
+    ) -> None:
+        """Begins the gradient of the mean loss over the trained tokens of these micro-batches.
 
-        rows: the rows that the micro-batches consist of, for errors. step: steps taken before.
-        Raises DivergedError if a loss is not finite, and DoesNotFitError.
+        step: number of steps before this one
         """
         inputs = self.inputs
-        trained = sum(int(inputs.train[i].trained.sum()) for part in micro_batches for i in part)
-        losses: dict[int, Tensor] = {}
-        tokens = trained_tokens = computed_tokens = 0
-        self._sum.begin()
-        with self.world.together(f"at step {step + 1}"), self._fits(rows):
-            for number, counts in assigned_here(
-                micro_batches, inputs.train, self.world, sharded=inputs.sharded
+        self.rows, self.micro_batches, self.step = rows, micro_batches, step
+        self.trained = sum(
+            int(inputs.train[i].trained.sum()) for part in micro_batches for i in part
+        )
+        self._losses, self._tokens, self.seconds = {}, [0, 0, 0], 0.0
+        self.assigned = deque(
+            assigned_here(micro_batches, inputs.train, self.world, sharded=inputs.sharded)
+        )
+        self.sum.begin()
+
+    def take(self) -> "MicroBatch":
+        """Takes the next micro-batch that this process computes."""
+        number, counts = self.assigned.popleft()
+        examples = [self.inputs.train[i] for i in self.micro_batches[number]]
+        # Divided by infinity, a micro-batch that another process counts has gradient 0.
+        total = float(self.trained) if counts else math.inf
+        return MicroBatch(self, examples, number, counts, total)
+
+    def next_lengths(self) -> list[int]:
+        """Counts the tokens of each example of the next micro-batch."""
+        number, _ = self.assigned[0]
+        return [used_length(self.inputs.train[i]) for i in self.micro_batches[number]]
+
+    def add(self, micro_batch: "MicroBatch", loss: Tensor, tokens: BatchShare) -> None:
+        """Adds the result of a micro-batch, whose gradient is in the flat buffer."""
+        self.inputs.flat.deliver()
+        self.sum.add()
+        if micro_batch.counts:
+            self._losses[micro_batch.number] = loss.detach()
+            for place, count in enumerate(
+                (tokens.tokens, tokens.trained_tokens, tokens.computed_tokens)
             ):
-                batch = batch_of(
-                    inputs.model,
-                    inputs.paths,
-                    inputs.train,
-                    micro_batches[number],
-                    share_prompt=inputs.config.share_prompt,
-                )
-                # Divided by infinity, a micro-batch that another process counts has gradient 0.
-                loss = self._backward(batch, step, total=float(trained) if counts else math.inf)
-                if counts:
-                    losses[number] = loss
-                    tokens += batch.tokens
-                    trained_tokens += batch.trained_tokens
-                    computed_tokens += batch.computed_tokens
-        own_losses, norm = self._finish(losses, step)
+                self._tokens[place] += count
+
+    def finish(self) -> StepTotals:
+        """Adds up the gradients of all processes; returns the totals of the step.
+
+        Raises DivergedError if a loss is not finite, and DoesNotFitError.
+        """
+        own_losses, norm = self._read()
         # A loss is 0 at all processes but one, so these sums are exact.
-        all_losses = [own_losses.get(number, 0.0) for number in range(len(micro_batches))]
-        *all_losses, tokens_sum, trained_sum, computed_sum = self.world.summed(
-            [*all_losses, tokens, trained_tokens, computed_tokens]
+        all_losses = [own_losses.get(number, 0.0) for number in range(len(self.micro_batches))]
+        *all_losses, tokens, trained_tokens, computed_tokens = self.world.summed(
+            [*all_losses, *self._tokens]
         )
-        norm = self._sum.norm(norm)
-        for part, loss_value in zip(micro_batches, all_losses, strict=True):
+        norm = self.sum.norm(norm)
+        for part, loss_value in zip(self.micro_batches, all_losses, strict=True):
             if not math.isfinite(loss_value):
-                raise diverged(inputs, "loss", loss_value, part, step=step)
+                raise diverged(self.inputs, "loss", loss_value, part, step=self.step)
         return StepTotals(
-            sum(all_losses), norm, round(tokens_sum), round(trained_sum), round(computed_sum)
+            sum(all_losses), norm, round(tokens), round(trained_tokens), round(computed_tokens)
         )
 
-    def _backward(self, batch: Batch, step: int, *, total: float) -> Tensor:
-        """Runs forward and backward of one micro-batch; returns its share of the loss."""
-        inputs = self.inputs
-        with inputs.routing.drawing(TokenKeys(batch.dropout_rows, step, inputs.config.seed)):
-            with offloaded(self._offload):
-                loss = batch_loss(inputs.model, inputs.paths, inputs.routing, batch, total=total)
-            with added_where_they_lie():
-                loss.backward()
-        inputs.flat.deliver()
-        self._sum.add()
-        return loss.detach()
-
-    def _finish(self, losses: dict[int, Tensor], step: int) -> tuple[dict[int, float], float]:
-        """Adds up the gradients of all processes; returns this process's losses and norm.
+    def _read(self) -> tuple[dict[int, float], float]:
+        """Returns this process's losses and the measured norm.
 
         Reads all numbers at once: nowhere else in a step does the host wait for a GPU.
         """
         with fits_memory(
-            f"on the gradient of step {step + 1}", next_step=self.inputs.memory_advice(FEWER_VALUES)
+            f"on the gradient of step {self.step + 1}",
+            next_step=self.inputs.memory_advice(FEWER_VALUES),
         ):
-            self._sum.finish()
-            measured = self._sum.measured()
+            self.sum.finish()
+            measured = self.sum.measured()
+        losses = self._losses
         *values, norm = torch.cat([n.view(1) for n in (*losses.values(), measured)]).tolist()
         return dict(zip(losses, values, strict=True)), norm
 
-    def _fits(self, rows: Sequence[int]) -> AbstractContextManager[None]:
-        tokens = int(self._rows.lengths[rows].sum())
-        return fits_memory(
-            f"on a batch of {len(rows)} rows, {tokens} tokens",
-            [str(self.inputs.train[i].ref) for i in self._rows.examples(rows)][:8],
-            "Try --checkpointing, a smaller --set micro_batch=N, or a smaller --length.",
-        )
+    def batch_words(self) -> tuple[int, int, list[str]]:
+        """Returns the number of rows and tokens of the step, and where some of the rows stand."""
+        tokens = int(self._row_spans.lengths[self.rows].sum())
+        examples = self._row_spans.examples(self.rows)
+        return len(self.rows), tokens, [str(self.inputs.train[i].ref) for i in examples[:8]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch of one trainee's step, for forward_backward.
+
+    number: its place among the step's micro-batches. counts: False if another process counts it.
+    total: trained tokens of the step
+    """
+
+    gradient: StepGradient
+    examples: Sequence[Example]
+    number: int
+    counts: bool
+    total: float
+
+
+def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
+    """Runs one forward and backward of micro-batches, at most one of each trainee.
+
+    Products with the base are computed once over all rows; each adapter acts on its own rows, so
+    a loss that is not finite reaches no other trainee's gradient.
+    """
+    gradients = [micro_batch.gradient for micro_batch in micro_batches]
+    inputs = gradients[0].inputs
+    batch, parts = joint_batch_of(
+        inputs.model,
+        inputs.paths,
+        [micro_batch.examples for micro_batch in micro_batches],
+        share_prompt=inputs.config.share_prompt,
+    )
+    shares = [
+        LossShare(gradient.inputs.adapters, part.trained_tokens, micro_batch.total)
+        for gradient, part, micro_batch in zip(gradients, parts, micro_batches, strict=True)
+    ]
+    draws = [
+        (part.rows, gradient.step, gradient.inputs.config.seed)
+        for gradient, part in zip(gradients, parts, strict=True)
+    ]
+    acting = acting_on_shares(batch, parts, [share.adapters for share in shares])
+    keys = TokenKeys.of_runs(batch.dropout_rows, draws)
+    with inputs.routing.held(acting.drawing(keys)):
+        with offloaded(gradients[0].offload):
+            losses = batch_losses(inputs.model, inputs.paths, inputs.routing, batch, shares)
+        with added_where_they_lie():
+            sum(losses[1:], start=losses[0]).backward()
+    for gradient, micro_batch, loss, part in zip(
+        gradients, micro_batches, losses, parts, strict=True
+    ):
+        gradient.add(micro_batch, loss, part)
+
+
+def fits(gradients: Sequence[StepGradient]) -> AbstractContextManager[None]:
+    """Within the block a lack of memory is reported with the rows of these steps."""
+    words = [gradient.batch_words() for gradient in gradients]
+    rows, tokens = sum(rows for rows, _, _ in words), sum(tokens for _, tokens, _ in words)
+    return fits_memory(
+        f"on a batch of {rows} rows, {tokens} tokens",
+        [place for _, _, places in words for place in places][:8],
+        "Try --checkpointing, a smaller --set micro_batch=N, or a smaller --length.",
+    )
 
 
 def assigned_here(

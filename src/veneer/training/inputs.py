@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from veneer.adapters.placement.acting import Acting, Applied
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import RowSpans
 from veneer.data.collector import SetSize
@@ -24,12 +25,14 @@ from veneer.training.state.checkpoint import numbers
 class TrainingInputs:
     """Holds what a run trains, on what, and how.
 
-    learning_rate: the peak rate. steps: optimizer steps of the whole run.
+    adapters: what acts on its rows; none if every weight trains. learning_rate: the peak rate.
+    steps: optimizer steps of the whole run.
     """
 
     model: PreTrainedModel
     paths: ComputePaths
     routing: Routing
+    adapters: Applied
     flat: FlatValues
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -59,15 +62,16 @@ class TrainingInputs:
             mixture=self.mixture,
             steps=self.steps,
         )
-        return largest_micro_batches(
-            self.train,
-            rows,
-            plans,
-            micro_batch=config.rows_at_once,
-            packed=self.paths.packed,
-            share_prompt=config.share_prompt,
-            divide=lambda part: parts_of(self.model, self.paths, self.train, [part]),
-        )
+        with self.routing.held(Acting.everywhere(self.adapters)):
+            return largest_micro_batches(
+                self.train,
+                rows,
+                plans,
+                micro_batch=config.rows_at_once,
+                packed=self.paths.packed,
+                share_prompt=config.share_prompt,
+                divide=lambda part: parts_of(self.model, self.paths, self.train, [part]),
+            )
 
     @property
     def evaluate_every(self) -> int:

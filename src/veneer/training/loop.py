@@ -1,321 +1,204 @@
-"""The training loop: steps, evaluations and checkpoints, then the best values.
+"""The training loop: forwards over the rows of one trainee or of several, until one has ended.
 
-    before step 1   the optimizer's moments are allocated and the largest micro-batch of the run is
-                    tried once, so that a run that does not fit ends now; the held-out rows are
-                    evaluated, for the comparison afterwards
-    a step          gradient.py computes the gradient, the norm is checked, the optimizer updates
-    an evaluation   evaluations.py: loss on the held-out rows, a sample answer, then a checkpoint
-    the end         best.py: the values with the lowest held-out loss
+    before step 1   the largest micro-batch of every trainee is tried once, so that a run that does
+                    not fit ends now; then each evaluates its held-out rows
+    a round         one forward and backward over micro-batches of trainees, at most one of each,
+                    as many as the budget of tokens allows; the longest waiting are first
+    a step          once its micro-batches are computed, a trainee updates its values, evaluates
+                    and saves
 
-A loss or gradient that is not finite stops the run before the weights change. All order and
-randomness come from (seed, epoch, step), so a resumed run continues bit for bit. Knows nothing of
-methods: it trains the tensors it receives.
+A run of one trainee is the same loop. A trainee that fails leaves, and the others do not notice.
+Knows nothing of files and records (trainee.py), or of what is computed (gradient.py).
 """
 
-import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from torch import Tensor
-
-from veneer.data.batching import EpochPlan, RowSpans, plan_epoch, used_length
-from veneer.errors import DivergedError, RunInterrupted, fits_memory
-from veneer.formats.manifest import HeldOut
-from veneer.models.step import parts_of
-from veneer.training.best import read_best
-from veneer.training.evaluations import compute_evaluation, evaluation_record
-from veneer.training.first_evaluation import EvaluationResult, first_evaluation
-from veneer.training.gradient import FEWER_VALUES, StepGradient, StepTotals, diverged
-from veneer.training.held_out import LossCells
-from veneer.training.inputs import TrainingInputs
-from veneer.training.optimizer.buffer import learning_rate_at
-from veneer.training.optimizer.optimizers import make_optimizer
-from veneer.training.output.records import (
-    NoRecords,
-    Records,
-    peak_memory_bytes,
-    process_memory_bytes,
-)
-from veneer.training.output.screen import Screen
+from veneer.errors import DivergedError, DoesNotFitError, RunInterrupted, VeneerError
+from veneer.training.gradient import MicroBatch, fits, forward_backward
 from veneer.training.processes.world import ALONE, World
-from veneer.training.state.checkpoint import (
-    SplitTensor,
-    load_checkpoint,
-    numbers,
-    prune,
-    save_checkpoint,
-    send_pieces,
-)
 from veneer.training.state.interrupt import Interrupt
-from veneer.training.state.origin import Origin
-from veneer.training.state.progress import RunProgress, load_state
+from veneer.training.trainee import Trainee
 
 
 class Loop:
-    """Trains to the end. resume_from: a checkpoint, of which only the leader reads the files."""
+    """Trains trainees until one or more of them have ended; then `run` goes on with the others.
+
+    budget: most tokens in a forward of several trainees; None: no limit
+    """
 
     def __init__(
-        self,
-        inputs: TrainingInputs,
-        records: Records | NoRecords,
-        screen: Screen,
-        *,
-        origin: Origin,
-        resume_from: Path | None,
-        world: World = ALONE,
+        self, trainees: Sequence[Trainee], *, world: World = ALONE, budget: int | None = None
     ) -> None:
-        self.inputs, self.records, self.screen = inputs, records, screen
-        self.origin, self.world = origin, world
-        self.damaged_best: dict[str, Any] | None = None
-        """The best checkpoint, if it was damaged and another had to be taken."""
-        with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
-            self.optimizer = make_optimizer(
-                inputs.config.optimizer, inputs.flat, weight_decay=inputs.config.weight_decay
-            )
-            self.gradient = StepGradient(inputs, world)
-        self.progress = RunProgress()
-        self._rows = RowSpans.of(inputs.train)
-        self._cells = LossCells.over(inputs.validation, inputs.validation_sets)
-        self._epoch_plan: tuple[int, EpochPlan] | None = None
-        if resume_from is not None:
-            self._resume(resume_from)
+        self.trainees, self.world, self.budget = list(trainees), world, budget
+        self.failed: dict[Trainee, VeneerError] = {}
+        """Trainees that left, with their errors."""
+        self._open: list[Trainee] = []
+        """Trainees within a step, the longest waiting first."""
+        self._most_tokens = 0
+        """Most tokens in a forward of several trainees so far."""
 
-    def run(self) -> str:
-        """Trains to the end; returns 'done' or 'early_stop'.
+    def start(self) -> None:
+        """Tries the largest micro-batches, and evaluates before the first step."""
+        while not self._fits_largest():
+            self.budget = self._most_tokens // 2
+        for trainee in list(self.trainees):
+            if trainee.progress.step == 0:
+                with self._leaves_on_error(trainee):
+                    trainee.evaluate()
 
-        Raises Interrupted after saving, DivergedError, DoesNotFitError.
+    def run(self) -> list[Trainee]:
+        """Trains until a trainee has ended, or until none is left; returns those that have ended.
+
+        Raises RunInterrupted after saving, and errors that concern all trainees.
         """
-        inputs, progress = self.inputs, self.progress
-        self._try_largest_batch()
-        if progress.step == 0:
-            self._evaluate()
-        timed = False  # the first step allocates
+        interrupted = False
         with Interrupt() as interrupt:
-            while progress.step < inputs.steps and not self._out_of_patience():
-                progress.total_seconds += self._step(timed=timed)
-                timed = True
-                last = progress.step == inputs.steps
-                evaluates = last or progress.step % inputs.evaluate_every == 0
-                if evaluates:
-                    self._evaluate()
-                interrupted = self.world.any(interrupt.asked)
-                saves = progress.step % (inputs.config.save_every or inputs.steps) == 0
-                if evaluates or saves or interrupted:
-                    self._save()
-                if interrupted and not last:
-                    raise RunInterrupted(
-                        f"stopped at step {progress.step} of {inputs.steps}; checkpoint saved",
-                        next_step=f"Continue with: veneer train --resume {inputs.out}",
-                    )
-        self._take_best()
-        return "early_stop" if self._out_of_patience() else "done"
+            while self.trainees and not interrupted and not self._ended():
+                self._evaluate_and_save(self.step())
+                if interrupted := self.world.any(interrupt.asked):
+                    self._save_all()
+        ended = self._ended()
+        if interrupted and len(ended) < len(self.trainees):
+            raise _interrupted(self.trainees)
+        for trainee in ended:
+            with self._leaves_on_error(trainee):
+                trainee.take_best()
+        self.trainees = [trainee for trainee in self.trainees if trainee not in ended]
+        return [trainee for trainee in ended if trainee not in self.failed]
 
-    def held_out(self) -> HeldOut | None:
-        """Returns the held-out figures of the values that are kept, None if there are none."""
-        nats = self.progress.nats
-        after = nats.get(str(self.progress.best_step))
-        return None if after is None else self._cells.figures(nats.get("0"), after)
+    def _ended(self) -> list[Trainee]:
+        return [trainee for trainee in self.trainees if trainee.ended]
 
-    def release(self) -> None:
-        """Frees the optimizer and the gradient, which are larger than the values; ends training."""
-        del self.optimizer, self.gradient
-        self.inputs.flat.release()
+    def step(self) -> list[Trainee]:
+        """Begins a step of every trainee that is not in one, and computes until one is done.
 
-    # one step
-
-    def _step(self, *, timed: bool) -> float:
-        """Takes one optimizer step; returns its seconds. timed: it counts for the run's speed."""
-        inputs, progress = self.inputs, self.progress
-        start = time.perf_counter()
-        self.world.spent.clear()
-        rate = learning_rate_at(
-            progress.step,
-            steps=inputs.steps,
-            peak=inputs.learning_rate,
-            warmup=inputs.config.warmup,
-            schedule=inputs.config.schedule,
-        )
-        rows = self._next_rows()
-        totals = self.gradient.compute(rows, self._micro_batches(rows), step=progress.step)
-        if not math.isfinite(totals.norm):
-            examples = self._rows.examples(rows)
-            raise diverged(inputs, "gradient norm", totals.norm, examples, step=progress.step)
-        with fits_memory(
-            f"on the optimizer's step {progress.step + 1}",
-            next_step=inputs.memory_advice(FEWER_VALUES),
-        ):
-            self.optimizer.step(learning_rate=rate, clip=inputs.config.clip, norm=totals.norm)
-        seconds = time.perf_counter() - start
-        parts = self._seconds_by_part(seconds)
-        progress.count_step(loss=totals.loss, trained_tokens=totals.trained_tokens)
-        if timed:
-            progress.count_time(seconds, parts, examples=len(rows), tokens=totals.tokens)
-        self._record_step(totals, rate, seconds, parts)
-        return seconds
-
-    def _record_step(
-        self, totals: StepTotals, rate: float, seconds: float, parts: Mapping[str, float]
-    ) -> None:
-        record = {
-            "kind": "step",
-            "step": self.progress.step,
-            "loss": totals.loss,
-            "gradient_norm": totals.norm,
-            "learning_rate": rate,
-            "tokens": totals.tokens,
-            "trained_tokens": totals.trained_tokens,
-            "computed_tokens": totals.computed_tokens,
-            "seconds": seconds,
-            "memory_bytes": process_memory_bytes(),
-            **({"parts": parts} if parts else {}),
-        }
-        self.records.write(record)
-        self.screen.step(record)
-
-    def _seconds_by_part(self, seconds: float) -> dict[str, float]:
-        """Divides a step's seconds by part, the mean over all processes; empty for one process."""
-        if self.world.size == 1:
-            return {}
-        names = ("wait", "reduce", *(["gather"] if self.inputs.sharded else []))
-        spent = [self.world.spent.get(name, 0.0) for name in names]
-        sums = self.world.summed([seconds - sum(spent), *spent])
-        return {
-            name: total / self.world.size
-            for name, total in zip(("compute", *names), sums, strict=True)
-        }
-
-    # rows of a step
-
-    def _plan(self, epoch: int) -> EpochPlan:
-        if self._epoch_plan is None or self._epoch_plan[0] != epoch:
-            config = self.inputs.config
-            self._epoch_plan = None  # so that only one plan is in memory
-            plan = plan_epoch(
-                self._rows.lengths,
-                batch=config.batch,
-                seed=config.seed,
-                epoch=epoch,
-                order=config.order,
-                mixture=self.inputs.mixture,
-            )
-            self._epoch_plan = epoch, plan
-        return self._epoch_plan[1]
-
-    def _next_rows(self) -> list[int]:
-        progress = self.progress
-        if progress.index >= len(self._plan(progress.epoch)):
-            progress.epoch, progress.index = progress.epoch + 1, 0
-        rows = self._plan(progress.epoch)[progress.index]
-        progress.index += 1
-        return rows
-
-    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
-        """Divides rows into micro-batches of examples, the same for every process."""
-        inputs, size = self.inputs, self.inputs.config.rows_at_once
-        parts = (
-            self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size)
-        )
-        return list(parts_of(inputs.model, inputs.paths, inputs.train, parts))
-
-    def _try_largest_batch(self) -> None:
-        """Runs the largest micro-batch of the run once, so that one that does not fit shows now.
-
-        Every process runs it, because any of them may get it in a step. Its gradient is dropped.
+        Returns the trainees whose step is done.
         """
-        inputs = self.inputs
-        largest = inputs.largest or inputs.find_largest()
-        rows = self._rows.of_examples(largest[0])
-        micro_batches = [part for part in largest for _ in range(self.world.size)]
-        # A batch that diverges is reported with its step, when its turn comes.
-        with suppress(DivergedError):
-            self.gradient.compute(rows, micro_batches, step=self.progress.step)
-        inputs.flat.gradient.zero_()
-        gigabytes = peak_memory_bytes(str(inputs.flat.values.device)) / 1e9
-        longest = max(used_length(inputs.train[i]) for i in largest[0])
-        self.screen.message(
-            f"largest batch fits: {len(rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
-        )
+        for trainee in list(self.trainees):
+            if trainee not in self._open:
+                with self._leaves_on_error(trainee):
+                    trainee.begin_step()
+                    self._open.append(trainee)
+        return self._compute(Trainee.end_step) if self._open else []
 
-    # evaluations and checkpoints
+    def _evaluate_and_save(self, trainees: Sequence[Trainee]) -> None:
+        for trainee in trainees:
+            with self._leaves_on_error(trainee):
+                trainee.after_step()
 
-    def _out_of_patience(self) -> bool:
-        patience = self.inputs.config.patience
-        return patience is not None and self.progress.evaluations_without_better >= patience
+    def _compute(self, end: Callable[[Trainee], None]) -> list[Trainee]:
+        """Computes until a trainee has no micro-batch left; returns all that have none.
 
-    def _evaluate(self) -> None:
-        inputs, progress = self.inputs, self.progress
-        start = time.perf_counter()
+        end: called with each of them; who fails there is not returned
+        """
+        start, gradients = time.perf_counter(), [trainee.gradient for trainee in self._open]
+        tokens = dict.fromkeys(self._open, 0)
+        with self.world.together(f"at step {gradients[0].step + 1}"), fits(gradients):
+            while self._open and all(trainee.gradient.assigned for trainee in self._open):
+                for trainee, cost in self._forward_backward():
+                    tokens[trainee] += cost
+        seconds, total = time.perf_counter() - start, sum(tokens.values())
+        for trainee, cost in tokens.items():
+            trainee.gradient.seconds += seconds * cost / total if total else seconds
+        complete = [trainee for trainee in self._open if not trainee.gradient.assigned]
+        self._open = [trainee for trainee in self._open if trainee.gradient.assigned]
+        for trainee in complete:
+            with self._leaves_on_error(trainee):
+                end(trainee)
+        return [trainee for trainee in complete if trainee not in self.failed]
 
-        def compute() -> EvaluationResult:
-            return compute_evaluation(inputs, self.world, step=progress.step)
+    def _forward_backward(self) -> list[tuple[Trainee, int]]:
+        """Computes the next micro-batches of as many trainees as the budget allows; returns them
+        with their tokens."""
+        chosen: list[tuple[Trainee, int]] = []
+        micro_batches, lengths = list[MicroBatch](), list[int]()
+        for trainee in list(self._open):
+            with self._leaves_on_error(trainee):
+                own_lengths = trainee.next_lengths()
+                if chosen and not self._joins(trainee, lengths, own_lengths):
+                    continue
+                micro_batches.append(trainee.gradient.take())
+                chosen.append((trainee, sum(own_lengths)))
+                lengths += own_lengths
+        waiting = [trainee for trainee in self._open if trainee not in dict(chosen)]
+        self._open = waiting + [trainee for trainee, _ in chosen]
+        if len(chosen) > 1:
+            self._most_tokens = max(self._most_tokens, sum(lengths))
+        if micro_batches:
+            forward_backward(micro_batches)
+        return chosen
 
-        if progress.step == 0 and self.world.size == 1:
-            result = first_evaluation(inputs, compute, self.screen.message)
-        else:
-            result = compute()
-        record = evaluation_record(inputs, progress, self._cells, result, start=start)
-        if record is not None:
-            self.records.write(record)
-            self.screen.evaluation(record)
+    def _joins(self, trainee: Trainee, lengths: Sequence[int], own_lengths: Sequence[int]) -> bool:
+        """Whether a micro-batch with these lengths may be computed with those chosen before."""
+        all_lengths = [*lengths, *own_lengths]
+        if self.budget is not None and sum(all_lengths) > self.budget:
+            return False
+        return len(trainee.inputs.paths.groups_of_lengths(all_lengths)) == 1
 
-    def _save(self) -> None:
-        step, flat = self.progress.step, self.inputs.flat
-        if self.world.size > 1:
-            self.world.same(
-                {f"the values of step {step}": flat.digest()},
-                "Start again from the last checkpoint with --resume.",
-            )
-        with self.world.together(f"on the checkpoint of step {step}"):
-            tensors = {name: flat.whole(tensor) for name, tensor in self.optimizer.state().items()}
-            if self.world.leads:
-                self._write_checkpoint(tensors)
-            else:
-                send_pieces(tensors)
+    # before the first step
 
-    def _write_checkpoint(self, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
-        progress, folder = self.progress, self.inputs.out / "checkpoints"
-        progress.forget_losses_except({*numbers(folder), progress.step})
-        # A checkpoint on the disk never knows of steps that the records there do not.
-        self.records.sync()
-        state = {"origin": self.origin.to_dict(), "progress": vars(progress)}
-        with fits_memory(
-            f"on the checkpoint of step {progress.step}",
-            next_step=self.inputs.memory_advice(FEWER_VALUES),
-        ):
-            save_checkpoint(folder, progress.step, tensors, state)
-        prune(folder, keep=self.inputs.config.keep, best=progress.best_step)
+    def _fits_largest(self) -> bool:
+        """Computes the largest micro-batches once, as rounds would, and drops their gradients.
 
-    def _resume(self, path: Path) -> None:
-        """Restores progress, values and moments from a checkpoint."""
-        flat, doing = self.inputs.flat, f"on reading {path}"
-        advice = "Free memory, then resume again."
-        stored: dict[str, Tensor] = {}
-        with self.world.together(doing), fits_memory(doing, next_step=advice):
-            if self.world.leads:
-                stored, _ = load_checkpoint(path)
-                self.progress = load_state(path).progress
-        with fits_memory(doing, next_step=advice):
-            state = self.optimizer.state()
-            for name in sorted(state):
-                flat.fill(state[name], stored[name] if self.world.leads else None, self.world)
-            self.optimizer.load(state)
-        self.progress = RunProgress(**self.world.shared(vars(self.progress)))
+        Returns False if a forward of several trainees was out of memory. Raises DoesNotFitError if
+        that of a single one was.
+        """
+        self._most_tokens = 0
+        for trainee in list(self.trainees):
+            with self._leaves_on_error(trainee):
+                trainee.begin_trial()
+        self._open = list(self.trainees)
+        try:
+            while self._open:
+                for trainee in self._compute(_finish_trial):
+                    trainee.end_trial()
+        except DoesNotFitError:
+            if not self._most_tokens:
+                raise
+            return False
+        return True
 
-    def _take_best(self) -> None:
-        """Puts the values with the lowest held-out loss into the model."""
-        progress, flat = self.progress, self.inputs.flat
-        if progress.best_step is None or progress.best_step == progress.step:
-            return
-        values = None
-        with self.world.together("on reading the best checkpoint"):
-            if self.world.leads:
-                values, self.damaged_best = read_best(
-                    self.inputs.out / "checkpoints", progress, self.screen.message
-                )
-        if self.world.any(values is not None):
-            flat.fill(flat.values.data, values, self.world)
-            flat.publish()
-        self.progress = RunProgress(**self.world.shared(vars(progress)))
+    # leaving
+
+    @contextmanager
+    def _leaves_on_error(self, trainee: Trainee) -> Iterator[None]:
+        """Removes the trainee if an error ends the block.
+
+        Of several processes each has to end, so there the error goes on.
+        """
+        try:
+            yield
+        except VeneerError as fault:
+            if self.world.size > 1:
+                raise
+            self.failed[trainee] = fault
+            self.trainees = [other for other in self.trainees if other is not trainee]
+            self._open = [other for other in self._open if other is not trainee]
+
+    def _save_all(self) -> None:
+        """Ends the steps that have begun, and saves every trainee that is not saved yet."""
+        while self._open:
+            self._evaluate_and_save(self._compute(Trainee.end_step))
+        for trainee in list(self.trainees):
+            if trainee.saved_step != trainee.progress.step:
+                with self._leaves_on_error(trainee):
+                    trainee.save()
+
+
+def _finish_trial(trainee: Trainee) -> None:
+    """Reads the gradient of a trial. One that diverges is reported with its step, in its turn."""
+    with suppress(DivergedError):
+        trainee.gradient.finish()
+
+
+def _interrupted(trainees: Sequence[Trainee]) -> RunInterrupted:
+    folders = " ".join(str(trainee.inputs.out) for trainee in trainees)
+    places = [f"step {t.progress.step} of {t.inputs.steps}" for t in trainees]
+    if len(trainees) == 1:
+        headline, faults = f"stopped at {places[0]}; checkpoint saved", []
+    else:
+        headline = f"stopped {len(trainees)} runs; checkpoints saved"
+        faults = [f"{t.inputs.out}: {place}" for t, place in zip(trainees, places, strict=True)]
+    return RunInterrupted(headline, faults, f"Continue with: veneer train --resume {folders}")

@@ -4,7 +4,7 @@ A resumed run is compared with what it started with; rows, settings and base mus
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -19,8 +19,6 @@ from veneer.data.large import training_data
 from veneer.data.load import DataSet
 from veneer.data.template.new_tokens import bring, extended, room_with
 from veneer.errors import fits_memory
-from veneer.execution.stand_in import StandIn
-from veneer.execution.train_step import replacements
 from veneer.models.capacity import capacity_of
 from veneer.models.frozen_base import FrozenBase, hidden_size
 from veneer.models.initial_values import FreshAdapter
@@ -43,7 +41,7 @@ from veneer.training.state.origin import (
     check_settings,
     origin_of,
 )
-from veneer.training.state.parents import begin_adapter, with_tokens
+from veneer.training.state.parents import ADAPTER_NAME, begin_adapter, with_tokens
 from veneer.training.together import every_weight, load_together
 
 
@@ -62,7 +60,8 @@ class PreparedRun:
     inputs: TrainingInputs
     origin: Origin
     idle_bytes: int
-    fused_modules: dict[str, StandIn]
+    rows_key: object
+    """Equal for runs that read the same rows in the same way."""
 
     @property
     def attachment(self) -> Attachment | None:
@@ -70,10 +69,16 @@ class PreparedRun:
 
 
 def prepare_run(
-    config: RunConfig, started: Origin | None, *, world: World, say: Callable[[str], None]
+    config: RunConfig,
+    started: Origin | None,
+    *,
+    beside: Sequence["PreparedRun"] = (),
+    world: World,
+    say: Callable[[str], None],
 ) -> PreparedRun:
     """Loads base and rows, and attaches the adapter. started: what a resumed run started with.
 
+    beside: runs that train in the same forwards; the base is theirs, and so are equal rows.
     Raises ConfigError, AdapterMismatchError or another VeneerError if the run cannot be computed,
     or would not be the one that was started.
     """
@@ -85,10 +90,14 @@ def prepare_run(
                 "an earlier version began this run and kept no fingerprint of its base: it is not"
                 " compared"
             )
-    idle_bytes = process_memory_bytes()
-    base = load_together(config, _base_dtype(config, started), world)
+    if beside:
+        idle_bytes, base = beside[0].idle_bytes, beside[0].base
+    else:
+        idle_bytes = process_memory_bytes()
+        base = load_together(config, _base_dtype(config, started), world)
+        reset_peak_memory(str(base.device))
     config = config.model_copy(update={"dtype": base.compute.name})
-    reset_peak_memory(str(base.device))
+    base.routing.active = ()
     day = _first_day(started, world)
     with world.together("before its first step"):
         if started is None:
@@ -96,7 +105,9 @@ def prepare_run(
         else:
             check_base(started, origin_of(config, base, day), config)
         new_tokens = bring(base.tokenizer, config.new_tokens, rows=capacity_of(base).tokens)
-        data = _load_rows(config, base, new_tokens, day, started, say)
+        rows_key = config.data, config.length, config.new_tokens, config.template, day, started
+        known = [run.data for run in beside if run.rows_key == rows_key]
+        data = known[0] if known else _load_rows(config, base, new_tokens, day, started, say)
         # Never longer than the model has positions.
         config = config.model_copy(update={"length": data.report.length})
         if started is not None:
@@ -106,18 +117,22 @@ def prepare_run(
         adapter = None
         if not config.method.trains_base:
             config, adapter = begin_adapter(
-                base, config, data.train, tokens=new_tokens, resumes=started is not None
+                base,
+                config,
+                data.train,
+                name=f"{ADAPTER_NAME} {len(beside) + 1}" if beside else ADAPTER_NAME,
+                tokens=new_tokens,
+                resumes=started is not None,
             )
         refuse_beyond(
             "held-out rows do not fit", data.validation, capacity_of(base), base.acting_tokenizer
         )
         origin = _origin(config, base, data, day, started)
         run_manifest(config, base, data)  # raises now if it could not be written at the end
-        fused_modules = replacements(base.model)
         with fits_memory("on the trained values and their gradient", next_step=FEWER_VALUES):
             flat = _trained_values(base, adapter, world)
-        inputs = _training_inputs(config, base, data, flat)
-    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, fused_modules)
+        inputs = _training_inputs(config, base, data, flat, adapter)
+    return PreparedRun(config, base, data, adapter, inputs, origin, idle_bytes, rows_key)
 
 
 def _base_dtype(config: RunConfig, started: Origin | None) -> HeldAs:
@@ -172,13 +187,18 @@ def _trained_values(base: FrozenBase, adapter: FreshAdapter | None, world: World
 
 
 def _training_inputs(
-    config: RunConfig, base: FrozenBase, data: DataSet, flat: FlatValues
+    config: RunConfig,
+    base: FrozenBase,
+    data: DataSet,
+    flat: FlatValues,
+    adapter: FreshAdapter | None,
 ) -> TrainingInputs:
     shows_answers = config.show_answers and base.tokenizer.chat_template is not None
     return TrainingInputs(
         model=base.model,
         paths=base.paths,
         routing=base.routing,
+        adapters=() if adapter is None else ((adapter.attachment, 1.0),),
         flat=flat,
         train=data.train,
         validation=data.validation,

@@ -1,17 +1,22 @@
-"""One run, from its settings to its folder: prepare, announce, train, write.
+"""Runs, from their settings to their folders: prepare, announce, train, write.
 
 run.yaml  metrics.jsonl  checkpoints/  adapter/ (full fine-tuning: model/)  summary.json
           report.html
+
+One run, or several jobs that share a base and train in the same forwards. The folder of a job is
+what it would be if the job ran alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from veneer.data.files.writing import Record
-from veneer.execution.train_step import fused
+from veneer.errors import ConfigError, VeneerError
+from veneer.execution.train_step import fused, replacements
 from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import json_text
 from veneer.models.checkpointing import checkpointed
@@ -35,7 +40,25 @@ from veneer.training.state.folder import (
 from veneer.training.state.origin import Origin, with_rows_at_once
 from veneer.training.state.place import locked_folder, refuse_unless_new
 from veneer.training.state.progress import load_state
-from veneer.training.together import agree, divide_batch
+from veneer.training.together import agree, divide_batch, refuse_apart
+from veneer.training.trainee import Trainee
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be trained, alone or beside others.
+
+    rows: files of rows to write into the folder first
+    """
+
+    config: RunConfig
+    resume: bool
+    screen: Screen
+    rows: Mapping[str, Iterable[Record]] = field(default_factory=dict)
+
+
+Result = dict[str, Any] | VeneerError
+"""The content of summary.json, or the error that ended a job."""
 
 
 def run_training(
@@ -47,31 +70,184 @@ def run_training(
     world: World = ALONE,
     rows: Mapping[str, Iterable[Record]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Trains to the end; returns the content of summary.json.
+    """Trains one run to the end; returns the content of summary.json.
 
     rows: files of rows to write into the folder first. world: the processes that compute the run
     together, all with the same settings; only the leader touches the folder.
     Every VeneerError leaves the last checkpoint intact.
     """
-    out = Path(config.out)
-    folder = _open_folder(out, rows, resume=resume, screen=screen, world=world)
-    with folder as (checkpoint, started):
+    (result,) = run_jobs([Job(config, resume, screen, rows)], plan=plan, world=world)
+    if isinstance(result, VeneerError):
+        raise result
+    return result
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    plan: RunPlanner | None = None,
+    world: World = ALONE,
+    budget: int | None = None,
+    finished: Callable[[Job, Result], None] = lambda job, result: None,
+) -> list[Result]:
+    """Trains jobs in the same forwards until each has ended or failed; returns their results.
+
+    budget: most tokens in a forward of several jobs. finished: called when a job has its result.
+    Raises ConfigError with the faults of all jobs before any of them starts, RunInterrupted, and
+    errors that concern all jobs.
+    """
+    refuse_apart([job.config for job in jobs], world)
+    with ExitStack() as stack:
+        runs = _prepare_all(jobs, stack, world)
+        for run in runs:
+            run.announce(plan)
+        _train_all(runs, world, budget, finished)
+        return [run.result for run in runs]
+
+
+def _prepare_all(jobs: Sequence[Job], stack: ExitStack, world: World) -> "list[_Run]":
+    """Opens and prepares all runs. Raises the error of a lone run, else one with all faults."""
+    runs: list[_Run] = []
+    faults: list[str] = []
+    for job in jobs:
+        run = _Run(job, world)
+        try:
+            stack.enter_context(run)
+            run.prepare([other.prepared for other in runs])
+        except VeneerError as fault:
+            if len(jobs) == 1:
+                raise
+            faults += [f"{job.config.out}: {line}" for line in (fault.headline, *fault.faults)]
+        else:
+            runs.append(run)
+    if faults:
+        raise ConfigError(
+            f"{len(jobs) - len(runs)} of {len(jobs)} jobs cannot run, so none was started",
+            faults,
+            "Correct these jobs, or leave them out.",
+        )
+    return runs
+
+
+def _train_all(
+    runs: "Sequence[_Run]",
+    world: World,
+    budget: int | None,
+    finished: Callable[[Job, Result], None],
+) -> None:
+    """Trains until every run has its result."""
+    prepared = runs[0].prepared
+    model, on_cpu = prepared.base.model, prepared.base.device.type == "cpu"
+    planned_bytes = max(run.start["planned_memory_bytes"] or 0 for run in runs)
+    runs_of = {run.begin(): run for run in runs}
+    loop, is_new = Loop(list(runs_of), world=world, budget=budget), True
+    while loop.trainees:
+        with (
+            steady_heap(planned_bytes) if on_cpu else nullcontext(),
+            fused(model, replacements(model)),
+            checkpointed(model, prepared.base.routing, on=prepared.config.checkpointing),
+        ):
+            if is_new:
+                loop.start()
+            is_new, ended = False, loop.run()
+        results: list[tuple[_Run, Result]] = [
+            (runs_of[trainee], fault) for trainee, fault in loop.failed.items()
+        ]
+        loop.failed.clear()
+        for run in [runs_of[trainee] for trainee in ended]:
+            try:
+                run.write()
+            except VeneerError as fault:
+                results.append((run, fault))
+            else:
+                results.append((run, run.result))
+        for run, result in results:
+            run.end(result)
+            finished(run.job, result)
+
+
+class _Run:
+    """A job in progress. Within the block its folder is locked; `end` unlocks it before that."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        self.job, self.world = job, world
+        self.result: Result = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Run":
+        job = self.job
+        folder = _open_folder(
+            Path(job.config.out), job.rows, resume=job.resume, screen=job.screen, world=self.world
+        )
+        self._checkpoint, self._started = self._stack.enter_context(folder)
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        self._stack.__exit__(*fault)
+
+    def prepare(self, beside: Sequence[PreparedRun]) -> None:
+        """Loads what the run needs. beside: runs that it shares the base with."""
+        config, started = self.job.config, self._started
         if started is not None:
             config = with_rows_at_once(started, config)
-        config = divide_batch(config, world, screen)
-        run = prepare_run(config, started, world=world, say=screen.message)
-        with _open_records(run, checkpoint, started, screen, world) as records:
-            if world.size > 1:
-                agree(world, run.base, run.data, run.inputs.flat)
-            start = _announce(run, plan, records, screen, world, resumes=checkpoint is not None)
-            loop, reason = _train(run, start, checkpoint, records, screen, world)
-            summary = _write(run, start, loop, reason, world)
-            records.write({"kind": "end", "reason": reason, "step": loop.progress.step})
-        summary["failed_loggers"] = records.failed
-        if world.leads:
-            with atomic_file(out / "summary.json", replace=True) as partial:
+        config = divide_batch(config, self.world, self.job.screen)
+        self.prepared = prepare_run(
+            config, started, beside=beside, world=self.world, say=self.job.screen.message
+        )
+
+    def announce(self, planner: RunPlanner | None) -> None:
+        """Opens the records, forecasts the run, then records and shows its start."""
+        prepared, world, screen = self.prepared, self.world, self.job.screen
+        self._of_records = self._stack.enter_context(ExitStack())
+        self.records = self._of_records.enter_context(
+            _open_records(prepared, self._checkpoint, self._started, screen, world)
+        )
+        inputs = prepared.inputs
+        if world.size > 1:
+            agree(world, prepared.base, prepared.data, inputs.flat)
+        inputs.largest = inputs.find_largest()
+        forecast = forecast_run(prepared, planner, screen, world) if world.leads else None
+        largest = world.shared(None if forecast is None else forecast.largest)
+        if largest is not None:
+            inputs.largest = [inputs.largest[largest]]
+        self.start = start_record(prepared, forecast, world)
+        if self._checkpoint is None:
+            self.records.write(
+                {name: value for name, value in self.start.items() if name != "paths"}
+            )
+        screen.start(self.start)
+
+    def begin(self) -> Trainee:
+        prepared = self.prepared
+        self.trainee = Trainee(
+            prepared.inputs,
+            self.records,
+            self.job.screen,
+            origin=prepared.origin,
+            resume_from=self._checkpoint,
+            world=self.world,
+        )
+        return self.trainee
+
+    def write(self) -> None:
+        """Writes the adapter or the model, and summary.json."""
+        trainee = self.trainee
+        trainee.release()
+        summary = _write(self.prepared, self.start, trainee, self.world)
+        self.records.write({"kind": "end", "reason": trainee.reason, "step": trainee.progress.step})
+        self._of_records.close()
+        summary["failed_loggers"] = self.records.failed
+        if self.world.leads:
+            with atomic_file(self.prepared.inputs.out / "summary.json", replace=True) as partial:
                 partial.write_text(json_text(summary), encoding="utf-8")
-        return summary
+        self.result = summary
+
+    def end(self, result: Result) -> None:
+        """Takes the adapter off the base and unlocks the folder."""
+        self.result = result
+        if self.prepared.attachment is not None:
+            self.prepared.base.detach(self.prepared.attachment.name)
+        self._stack.close()
 
 
 @contextmanager
@@ -125,70 +301,25 @@ def _open_records(
         yield records
 
 
-def _announce(
-    run: PreparedRun,
-    planner: RunPlanner | None,
-    records: Records | NoRecords,
-    screen: Screen,
-    world: World,
-    *,
-    resumes: bool,
-) -> dict[str, Any]:
-    """Forecasts the run, then records and shows its start; returns the start record."""
-    inputs = run.inputs
-    inputs.largest = inputs.find_largest()
-    forecast = forecast_run(run, planner, screen, world) if world.leads else None
-    largest = world.shared(None if forecast is None else forecast.largest)
-    if largest is not None:
-        inputs.largest = [inputs.largest[largest]]
-    start = start_record(run, forecast, world)
-    if not resumes:
-        records.write({name: value for name, value in start.items() if name != "paths"})
-    screen.start(start)
-    return start
-
-
-def _train(
-    run: PreparedRun,
-    start: Mapping[str, Any],
-    checkpoint: Path | None,
-    records: Records | NoRecords,
-    screen: Screen,
-    world: World,
-) -> tuple[Loop, str]:
-    """Trains to the end; returns the loop and why it ended."""
-    base = run.base
-    loop = Loop(run.inputs, records, screen, origin=run.origin, resume_from=checkpoint, world=world)
-    on_cpu = base.device.type == "cpu"
-    with (
-        steady_heap(start["planned_memory_bytes"] or 0) if on_cpu else nullcontext(),
-        fused(base.model, run.fused_modules),
-        checkpointed(base.model, base.routing, on=run.config.checkpointing),
-    ):
-        reason = loop.run()
-    loop.release()
-    return loop, reason
-
-
 def _write(
-    run: PreparedRun, start: dict[str, Any], loop: Loop, reason: str, world: World
+    run: PreparedRun, start: dict[str, Any], trainee: Trainee, world: World
 ) -> dict[str, Any]:
     """Writes the adapter or the model; returns the content of summary.json."""
     config, base, out = run.config, run.base, run.inputs.out
-    held_out = loop.held_out()
+    held_out = trainee.held_out()
     summary = run_summary(
         config,
         base,
         start,
-        loop.progress,
-        reason=reason,
+        trainee.progress,
+        reason=trainee.reason,
         held_out=held_out,
-        damaged_best=loop.damaged_best,
+        damaged_best=trainee.damaged_best,
     )
     with world.together("on writing its result"):
         if world.leads and run.attachment is not None:
             manifest = run_manifest(
-                config, base, run.data, best_loss=loop.progress.best_loss, held_out=held_out
+                config, base, run.data, best_loss=trainee.progress.best_loss, held_out=held_out
             )
             summary |= write_trained_adapter(out / "adapter", run.attachment, manifest, base)
         elif world.leads:

@@ -1,7 +1,12 @@
-"""What the processes of a run do together before its first step: load the base and compare it."""
+"""What the processes of a run do together before its first step: load the base and compare it.
+
+Also what jobs must have in common to train in the same forwards.
+"""
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -18,6 +23,47 @@ from veneer.training.optimizer.buffer import FlatParameters, FlatValues
 from veneer.training.optimizer.parts import FlatShards
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import World
+
+COMMON = ("base", "quantize", "keep_dense", "dtype", "device", "checkpointing", "share_prompt")
+"""Settings that jobs of the same forwards have in common."""
+
+
+def refuse_apart(configs: Sequence[RunConfig], world: World) -> None:
+    """Raises ConfigError with every setting that keeps jobs from training in the same forwards."""
+    if len(configs) < 2:
+        return
+    faults = []
+    first = configs[0]
+    for config in configs:
+        different = [name for name in COMMON if getattr(config, name) != getattr(first, name)]
+        faults += [
+            f"{config.out}: {name} is {getattr(config, name)!r}, and {getattr(first, name)!r} in"
+            f" {first.out}"
+            for name in different
+        ]
+        if config.method.trains_base:
+            faults.append(f"{config.out}: method {config.method.name} trains the base itself")
+        faults += [
+            f"{config.out}: {name} is not possible for several jobs"
+            for name in ("offload", "shard")
+            if getattr(config, name)
+        ]
+        if services := [name for name in config.log if name != "tensorboard"]:
+            faults.append(f"{config.out}: {', '.join(services)} takes one run a process")
+    paths = [str(Path(config.out).absolute()) for config in configs]
+    faults += [
+        f"{config.out}: another job has the same folder"
+        for number, config in enumerate(configs)
+        if paths[number] in paths[:number]
+    ]
+    if world.size > 1:
+        faults.append("several processes compute one run at a time")
+    if faults:
+        raise ConfigError(
+            "these jobs cannot train together",
+            faults,
+            "Change these settings, or train the jobs one after the other: a run file each.",
+        )
 
 
 def divide_batch(config: RunConfig, world: World, screen: Screen) -> RunConfig:

@@ -9,11 +9,11 @@ import pytest
 from tests.soak.counts import rounds
 from tests.support.tiny import save_tiny
 from veneer.training.config import RunConfig
-from veneer.training.loop import Loop
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
 from veneer.training.run import run_training
 from veneer.training.state.folder import resume_config
+from veneer.training.trainee import Trainee
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2", "mixtral", "bloom")
 METHODS = (
@@ -84,12 +84,12 @@ def settings(chance, world):
 
 def until(step, *, saved):
     """The process dies as step `step` + 1 begins, or after the first checkpoint from then on."""
-    own_step, own_save = Loop._step, Loop._save
+    own_step, own_save = Trainee.begin_step, Trainee.save
 
-    def one(self, **how):
+    def one(self):
         if not saved and self.progress.step >= step:
             raise Death
-        return own_step(self, **how)
+        return own_step(self)
 
     def save(self):
         own_save(self)
@@ -112,8 +112,8 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(seed, world,
     for number in range(chance.randrange(1, 3)):
         with pytest.MonkeyPatch.context() as patch:
             step, save = until(chance.randrange(chosen["steps"]), saved=chance.random() < 0.5)
-            patch.setattr(Loop, "_step", step)
-            patch.setattr(Loop, "_save", save)
+            patch.setattr(Trainee, "begin_step", step)
+            patch.setattr(Trainee, "save", save)
             try:
                 if number == 0:
                     begin("stopped")

@@ -41,15 +41,36 @@ class TokenKeys:
     seed: int = 0
     number: int = 0
 
+    @classmethod
+    def of_runs(cls, rows: Tensor, runs: Sequence[tuple[int, int, int]]) -> "TokenKeys":
+        """The keys of several runs in one batch, each (number of rows, step, seed), in order. Rows
+        behind the last run's are filler.
+
+        A mask hashes the sum of a row's key and what `mask` makes of step and seed. So each run
+        gets the masks that it would draw alone.
+        """
+        if len(runs) == 1:
+            return cls(rows, *runs[0][1:])
+        counts = [count for count, _, _ in runs]
+        parts = rows.split([*counts, len(rows) - sum(counts)])
+        drawn = [*(_drawn(step, seed) for _, step, seed in runs), 0]
+        keys = [part + of_run for part, of_run in zip(parts, drawn, strict=True)]
+        return cls(torch.cat(keys) & 0xFFFFFFFF, step=0)
+
     def of(self, rows: slice | Tensor) -> "TokenKeys":
         return replace(self, rows=self.rows[rows])
 
     def mask(self, module: int, share: float, *, expert: int = 0) -> Dropout:
         """The mask of a module, by its number in the adapter; expert: its number in a stack."""
-        drawn = self.step * 0x9E3779B1 + self.seed * 0x27D4EB2F + expert * 0xC2B2AE35
+        drawn = _drawn(self.step, self.seed) + expert * 0xC2B2AE35
         return Dropout(
             self.rows, (module + self.number * 0x10001 << 32) + (drawn & 0xFFFFFFFF), share
         )
+
+
+def _drawn(step: int, seed: int) -> int:
+    """What a mask adds to each row's key, as a number of 32 bits."""
+    return (step * 0x9E3779B1 + seed * 0x27D4EB2F) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)

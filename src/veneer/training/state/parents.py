@@ -41,27 +41,23 @@ def begin_adapter(
     config: RunConfig,
     examples: Sequence[Example],
     *,
+    name: str = ADAPTER_NAME,
     tokens: AddedTokens | None = None,
     resumes: bool,
 ) -> tuple[RunConfig, FreshAdapter]:
     """Attaches and activates the adapter that trains; returns the run with all settings resolved.
 
-    tokens: new tokens of the adapter. resumes: its values come from a checkpoint. Raises the errors
-    of reading and fitting the parents.
+    name: of the attachment. tokens: new tokens of the adapter. resumes: its values come from a
+    checkpoint. Raises the errors of reading and fitting the parents.
     """
     assert isinstance(config.method, AdapterConfig)
     if not config.from_adapter or resumes:
         started = begin(
-            base,
-            config.method,
-            name=ADAPTER_NAME,
-            seed=config.seed,
-            examples=examples,
-            tokens=tokens,
+            base, config.method, name=name, seed=config.seed, examples=examples, tokens=tokens
         )
     else:
-        config, started = _from_parents(base, config, examples, tokens)
-    base.routing.active = ((ADAPTER_NAME, 1.0),)
+        config, started = _from_parents(base, config, examples, name, tokens)
+    base.routing.active = ((name, 1.0),)
     return config.model_copy(update={"method": started.attachment.config}), started
 
 
@@ -104,7 +100,11 @@ def with_parent_settings(config: RunConfig) -> RunConfig:
 
 
 def _from_parents(
-    base: FrozenBase, config: RunConfig, examples: Sequence[Example], tokens: AddedTokens | None
+    base: FrozenBase,
+    config: RunConfig,
+    examples: Sequence[Example],
+    name: str,
+    tokens: AddedTokens | None,
 ) -> tuple[RunConfig, FreshAdapter]:
     folders = [Library().locate(parent.adapter) for parent in config.from_adapter]
     stored = [read_adapter(folder) for folder in folders]
@@ -123,12 +123,7 @@ def _from_parents(
         try:
             settings = _merge_settings(old.config, set_by_user)
             started = begin(
-                base,
-                settings,
-                name=ADAPTER_NAME,
-                seed=config.seed,
-                examples=examples,
-                tokens=tokens,
+                base, settings, name=name, seed=config.seed, examples=examples, tokens=tokens
             )
             _take_over(old, started.attachment)
         finally:

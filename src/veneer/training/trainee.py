@@ -1,0 +1,342 @@
+"""A trainee: one adapter, or one whole base, with everything that its training needs.
+
+Its rows and their order, trained values in a flat buffer, optimizer, schedule, progress, best
+value, records and checkpoints are its own. loop.py trains one trainee, or several in the same
+forwards; a trainee knows nothing of the others.
+
+    before step 1   the optimizer's moments are allocated; the held-out rows are evaluated, for the
+                    comparison afterwards
+    a step          begin_step chooses rows; gradient.py computes their gradient; end_step checks
+                    the norm, and the optimizer updates
+    an evaluation   evaluations.py: loss on the held-out rows, a sample answer, then a checkpoint
+    the end         best.py: the values with the lowest held-out loss
+
+A loss or gradient that is not finite raises before the weights change. All order and randomness
+come from (seed, epoch, step), so a resumed run continues bit for bit. Knows nothing of methods: it
+trains the tensors it receives.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from veneer.adapters.placement.acting import Acting
+from veneer.data.batching import EpochPlan, RowSpans, plan_epoch, used_length
+from veneer.errors import fits_memory
+from veneer.execution.proofs.model import in_front
+from veneer.formats.manifest import HeldOut
+from veneer.models.step import parts_of
+from veneer.training.best import read_best
+from veneer.training.evaluations import compute_evaluation, evaluation_record
+from veneer.training.first_evaluation import EvaluationResult, first_evaluation
+from veneer.training.gradient import FEWER_VALUES, StepGradient, StepTotals, diverged
+from veneer.training.held_out import LossCells
+from veneer.training.inputs import TrainingInputs
+from veneer.training.optimizer.buffer import learning_rate_at
+from veneer.training.optimizer.optimizers import make_optimizer
+from veneer.training.output.records import (
+    NoRecords,
+    Records,
+    peak_memory_bytes,
+    process_memory_bytes,
+)
+from veneer.training.output.screen import Screen
+from veneer.training.processes.world import ALONE, World
+from veneer.training.state.checkpoint import (
+    SplitTensor,
+    load_checkpoint,
+    numbers,
+    prune,
+    save_checkpoint,
+    send_pieces,
+)
+from veneer.training.state.origin import Origin
+from veneer.training.state.progress import RunProgress, load_state
+
+
+class Trainee:
+    """Trains one adapter. resume_from: a checkpoint, of which only the leader reads the files."""
+
+    def __init__(
+        self,
+        inputs: TrainingInputs,
+        records: Records | NoRecords,
+        screen: Screen,
+        *,
+        origin: Origin,
+        resume_from: Path | None,
+        world: World = ALONE,
+    ) -> None:
+        self.inputs, self.records, self.screen = inputs, records, screen
+        self.origin, self.world = origin, world
+        self.damaged_best: dict[str, Any] | None = None
+        """The best checkpoint, if it was damaged and another had to be taken."""
+        with fits_memory("on the optimizer's moments", next_step=FEWER_VALUES):
+            self.optimizer = make_optimizer(
+                inputs.config.optimizer, inputs.flat, weight_decay=inputs.config.weight_decay
+            )
+            self.gradient = StepGradient(inputs, world)
+        self.progress = RunProgress()
+        self._rows = RowSpans.of(inputs.train)
+        self._cells = LossCells.over(inputs.validation, inputs.validation_sets)
+        self._epoch_plan: tuple[int, EpochPlan] | None = None
+        self._largest: list[int] = []
+        self._timed = False  # the first step allocates
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint of this process."""
+        if resume_from is not None:
+            self._resume(resume_from)
+
+    @property
+    def ended(self) -> bool:
+        """True after the last step, or after too many evaluations without a better one."""
+        return self.progress.step >= self.inputs.steps or self._out_of_patience()
+
+    @property
+    def reason(self) -> str:
+        return "early_stop" if self._out_of_patience() else "done"
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Within the block its adapter alone acts, on all rows."""
+        return self.inputs.routing.held(Acting.everywhere(self.inputs.adapters))
+
+    def held_out(self) -> HeldOut | None:
+        """Returns the held-out figures of the values that are kept, None if there are none."""
+        nats = self.progress.nats
+        after = nats.get(str(self.progress.best_step))
+        return None if after is None else self._cells.figures(nats.get("0"), after)
+
+    def release(self) -> None:
+        """Frees the optimizer and the gradient, which are larger than the values; ends training."""
+        del self.optimizer, self.gradient
+        self.inputs.flat.release()
+
+    # one step
+
+    def begin_step(self) -> None:
+        """Chooses the rows of the next step; the loop computes their gradient."""
+        start = time.perf_counter()
+        self.world.spent.clear()
+        rows = self._next_rows()
+        self.gradient.begin(rows, self._micro_batches(rows), step=self.progress.step)
+        self.gradient.seconds = time.perf_counter() - start
+
+    def end_step(self) -> None:
+        """Updates the values by the gradient that was computed, and records the step."""
+        inputs, progress = self.inputs, self.progress
+        start = time.perf_counter()
+        rate = learning_rate_at(
+            progress.step,
+            steps=inputs.steps,
+            peak=inputs.learning_rate,
+            warmup=inputs.config.warmup,
+            schedule=inputs.config.schedule,
+        )
+        totals, rows = self.gradient.finish(), self.gradient.rows
+        if not math.isfinite(totals.norm):
+            examples = self._rows.examples(rows)
+            raise diverged(inputs, "gradient norm", totals.norm, examples, step=progress.step)
+        with fits_memory(
+            f"on the optimizer's step {progress.step + 1}",
+            next_step=inputs.memory_advice(FEWER_VALUES),
+        ):
+            self.optimizer.step(learning_rate=rate, clip=inputs.config.clip, norm=totals.norm)
+        seconds = self.gradient.seconds + time.perf_counter() - start
+        parts = self._seconds_by_part(seconds)
+        progress.count_step(loss=totals.loss, trained_tokens=totals.trained_tokens)
+        if self._timed:
+            progress.count_time(seconds, parts, examples=len(rows), tokens=totals.tokens)
+        self._timed = True
+        progress.total_seconds += seconds
+        self._record_step(totals, rate, seconds, parts)
+
+    def _record_step(
+        self, totals: StepTotals, rate: float, seconds: float, parts: Mapping[str, float]
+    ) -> None:
+        record = {
+            "kind": "step",
+            "step": self.progress.step,
+            "loss": totals.loss,
+            "gradient_norm": totals.norm,
+            "learning_rate": rate,
+            "tokens": totals.tokens,
+            "trained_tokens": totals.trained_tokens,
+            "computed_tokens": totals.computed_tokens,
+            "seconds": seconds,
+            "memory_bytes": process_memory_bytes(),
+            **({"parts": parts} if parts else {}),
+        }
+        self.records.write(record)
+        self.screen.step(record)
+
+    def _seconds_by_part(self, seconds: float) -> dict[str, float]:
+        """Divides a step's seconds by part, the mean over all processes; empty for one process."""
+        if self.world.size == 1:
+            return {}
+        names = ("wait", "reduce", *(["gather"] if self.inputs.sharded else []))
+        spent = [self.world.spent.get(name, 0.0) for name in names]
+        sums = self.world.summed([seconds - sum(spent), *spent])
+        return {
+            name: total / self.world.size
+            for name, total in zip(("compute", *names), sums, strict=True)
+        }
+
+    # rows of a step
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if self._epoch_plan is None or self._epoch_plan[0] != epoch:
+            config = self.inputs.config
+            self._epoch_plan = None  # so that only one plan is in memory
+            plan = plan_epoch(
+                self._rows.lengths,
+                batch=config.batch,
+                seed=config.seed,
+                epoch=epoch,
+                order=config.order,
+                mixture=self.inputs.mixture,
+            )
+            self._epoch_plan = epoch, plan
+        return self._epoch_plan[1]
+
+    def _next_rows(self) -> list[int]:
+        progress = self.progress
+        if progress.index >= len(self._plan(progress.epoch)):
+            progress.epoch, progress.index = progress.epoch + 1, 0
+        rows = self._plan(progress.epoch)[progress.index]
+        progress.index += 1
+        return rows
+
+    def _micro_batches(self, rows: list[int]) -> list[list[int]]:
+        """Divides rows into micro-batches of examples, the same for every process."""
+        inputs, size = self.inputs, self.inputs.config.rows_at_once
+        parts = (
+            self._rows.examples(rows[start : start + size]) for start in range(0, len(rows), size)
+        )
+        with self.acting():
+            return list(parts_of(inputs.model, inputs.paths, inputs.train, parts))
+
+    def next_lengths(self) -> list[int]:
+        """Counts the tokens of each example of the next micro-batch, with those of a prefix."""
+        with self.acting():
+            prefix = in_front(self.inputs.model)
+        return [prefix + length for length in self.gradient.next_lengths()]
+
+    def begin_trial(self) -> None:
+        """Begins a step of the largest micro-batch of the run, on every process, because any of
+        them may get it in a step."""
+        self._largest = list((self.inputs.largest or self.inputs.find_largest())[0])
+        rows = self._rows.of_examples(self._largest)
+        micro_batches = [self._largest for _ in range(self.world.size)]
+        self.gradient.begin(rows, micro_batches, step=self.progress.step)
+
+    def end_trial(self) -> None:
+        """Drops the gradient of a trial and says that the largest batch fits.
+
+        A batch that diverges is reported with its step, when its turn comes.
+        """
+        inputs, largest = self.inputs, self._largest
+        rows = self._rows.of_examples(largest)
+        inputs.flat.gradient.zero_()
+        gigabytes = peak_memory_bytes(str(inputs.flat.values.device)) / 1e9
+        longest = max(used_length(inputs.train[i]) for i in largest)
+        self.screen.message(
+            f"largest batch fits: {len(rows)} rows, up to {longest} tokens, {gigabytes:.2f} GB"
+        )
+
+    # evaluations and checkpoints
+
+    def after_step(self) -> None:
+        """Evaluates and saves where it is time."""
+        inputs, step = self.inputs, self.progress.step
+        evaluates = step == inputs.steps or step % inputs.evaluate_every == 0
+        if evaluates:
+            self.evaluate()
+        if evaluates or step % (inputs.config.save_every or inputs.steps) == 0:
+            self.save()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.inputs.config.patience
+        return patience is not None and self.progress.evaluations_without_better >= patience
+
+    def evaluate(self) -> None:
+        inputs, progress = self.inputs, self.progress
+        start = time.perf_counter()
+
+        def compute() -> EvaluationResult:
+            return compute_evaluation(inputs, self.world, step=progress.step)
+
+        with self.acting():
+            if progress.step == 0 and self.world.size == 1:
+                result = first_evaluation(inputs, compute, self.screen.message)
+            else:
+                result = compute()
+            record = evaluation_record(inputs, progress, self._cells, result, start=start)
+        if record is not None:
+            self.records.write(record)
+            self.screen.evaluation(record)
+
+    def save(self) -> None:
+        step, flat = self.progress.step, self.inputs.flat
+        if self.world.size > 1:
+            self.world.same(
+                {f"the values of step {step}": flat.digest()},
+                "Start again from the last checkpoint with --resume.",
+            )
+        with self.world.together(f"on the checkpoint of step {step}"):
+            tensors = {name: flat.whole(tensor) for name, tensor in self.optimizer.state().items()}
+            if self.world.leads:
+                self._write_checkpoint(tensors)
+            else:
+                send_pieces(tensors)
+        self.saved_step = step
+
+    def _write_checkpoint(self, tensors: Mapping[str, Tensor | SplitTensor]) -> None:
+        progress, folder = self.progress, self.inputs.out / "checkpoints"
+        progress.forget_losses_except({*numbers(folder), progress.step})
+        # A checkpoint on the disk never knows of steps that the records there do not.
+        self.records.sync()
+        state = {"origin": self.origin.to_dict(), "progress": vars(progress)}
+        with fits_memory(
+            f"on the checkpoint of step {progress.step}",
+            next_step=self.inputs.memory_advice(FEWER_VALUES),
+        ):
+            save_checkpoint(folder, progress.step, tensors, state)
+        prune(folder, keep=self.inputs.config.keep, best=progress.best_step)
+
+    def _resume(self, path: Path) -> None:
+        """Restores progress, values and moments from a checkpoint."""
+        flat, doing = self.inputs.flat, f"on reading {path}"
+        advice = "Free memory, then resume again."
+        stored: dict[str, Tensor] = {}
+        with self.world.together(doing), fits_memory(doing, next_step=advice):
+            if self.world.leads:
+                stored, _ = load_checkpoint(path)
+                self.progress = load_state(path).progress
+        with fits_memory(doing, next_step=advice):
+            state = self.optimizer.state()
+            for name in sorted(state):
+                flat.fill(state[name], stored[name] if self.world.leads else None, self.world)
+            self.optimizer.load(state)
+        self.progress = RunProgress(**self.world.shared(vars(self.progress)))
+        self.saved_step = self.progress.step
+
+    def take_best(self) -> None:
+        """Puts the values with the lowest held-out loss into the model."""
+        progress, flat = self.progress, self.inputs.flat
+        if progress.best_step is None or progress.best_step == progress.step:
+            return
+        values = None
+        with self.world.together("on reading the best checkpoint"):
+            if self.world.leads:
+                values, self.damaged_best = read_best(
+                    self.inputs.out / "checkpoints", progress, self.screen.message
+                )
+        if self.world.any(values is not None):
+            flat.fill(flat.values.data, values, self.world)
+            flat.publish()
+        self.progress = RunProgress(**self.world.shared(vars(progress)))

@@ -1,0 +1,285 @@
+"""Jobs that train in the same forwards: each is the run that it would be alone, whoever its
+neighbours are, and whenever they begin, end or fail."""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.tiny import save_tiny
+from veneer.data.batching import used_length
+from veneer.errors import ConfigError, DivergedError, RunInterrupted
+from veneer.training import gradient, loop
+from veneer.training.config import RunConfig
+from veneer.training.output.records import read_records
+from veneer.training.output.screen import QuietScreen
+from veneer.training.run import Job, run_jobs, run_training
+from veneer.training.state.checkpoint import load_checkpoint, newest_valid
+from veneer.training.state.folder import resume_config
+from veneer.training.trainee import Trainee
+
+FLOAT32 = 2e-6
+"""Largest difference of losses and tensors in float32: products over more rows add in another
+order."""
+BF16_LOSS = 0.02
+"""Relative difference of losses in bf16, whose values are 2^-8 apart."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with bases and rows of ragged lengths."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "base")
+    save_tiny(folder / "bf16", "llama", torch.bfloat16)
+    chance = random.Random(1)
+    for name, count in (("rows", 14), ("others", 9)):
+        lines = [
+            json.dumps({"prompt": f"{name} {n}", "completion": "is " * chance.randrange(1, 9)})
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config(world, out, *, base="base", rows="rows", **settings):
+    fields = {
+        "base": str(world / base),
+        "data": {"train": str(world / f"{rows}.jsonl"), "validation_share": 0.2},
+        "method": {"name": "lora", "rank": 2},
+        "steps": 6,
+        "batch": 3,
+        "evaluate_every": 2,
+        "learning_rate": 0.01,
+        "show_answers": False,
+    }
+    return RunConfig.model_validate({**fields, "out": str(out), **settings})
+
+
+JOBS = {
+    "lora": {"seed": 3},
+    "dropout": {"method": {"name": "lora", "rank": 5, "alpha": 7, "dropout": 0.3}, "seed": 1},
+    "targets": {
+        "method": {"name": "lora", "rank": 3, "targets": ["q_proj", "down_proj"], "rslora": True},
+        "rows": "others",
+        "clip": 0.01,
+    },
+    "batch": {"batch": 5, "micro_batch": 2, "weight_decay": 0.3, "steps": 4, "seed": 7},
+    "dora": {"method": {"name": "dora", "rank": 2, "dropout": 0.2}, "schedule": "linear"},
+    "bottleneck": {"method": {"name": "bottleneck", "size": 4}, "order": "shuffled", "steps": 3},
+    "prefix": {"method": {"name": "prefix", "tokens": 3}, "rows": "others", "batch": 2},
+    "exact": {"reduce": "exact", "batch": 4, "learning_rate": 0.003},
+}
+
+
+def alone(world, out, **settings):
+    return run_training(config(world, out, **settings), resume=False, screen=QuietScreen())
+
+
+def together(configs, **options):
+    return run_jobs([Job(each, False, QuietScreen()) for each in configs], **options)
+
+
+def losses(out):
+    """(kind, step, loss) of steps and evaluations."""
+    return [
+        (record["kind"], record["step"], record["loss"])
+        for record in read_records(out / "metrics.jsonl")
+        if record["kind"] in ("step", "evaluation")
+    ]
+
+
+def assert_same_run(ours, theirs, *, tolerance=FLOAT32):
+    """Two folders hold the same run: losses, tensors of the adapter and of the last checkpoint."""
+    first, second = losses(ours), losses(theirs)
+    assert [record[:2] for record in first] == [record[:2] for record in second]
+    assert [r[2] for r in first] == pytest.approx([r[2] for r in second], rel=tolerance)
+    for name in ("adapter", "checkpoints"):
+        folders = ours / name, theirs / name
+        if name == "checkpoints":
+            tensors = [load_checkpoint(newest_valid(folder)[0])[0] for folder in folders]
+        else:
+            tensors = [load_file(next(folder.glob("*.safetensors"))) for folder in folders]
+        assert tensors[0].keys() == tensors[1].keys()
+        for key, value in tensors[0].items():
+            assert torch.allclose(value, tensors[1][key], rtol=tolerance, atol=tolerance), key
+
+
+def test_every_job_is_the_run_that_it_would_be_alone(world, tmp_path):
+    configs = [config(world, tmp_path / "joint" / name, **job) for name, job in JOBS.items()]
+    results = together(configs)
+    for (name, job), result in zip(JOBS.items(), results, strict=True):
+        summary = alone(world, tmp_path / "alone" / name, **job)
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
+        assert result["trained_tokens"] == summary["trained_tokens"]
+        assert result.keys() == summary.keys()
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_in_bf16_losses_differ_as_between_batches_of_other_rows(base, world, tmp_path):
+    """Products over other numbers of rows round differently; nothing else differs."""
+    others = {"base": "bf16", "quantize": "nf4"} if base == "nf4" else {"base": "bf16"}
+    names = ("lora", "dropout", "targets", "dora", "bottleneck")
+    configs = [config(world, tmp_path / "joint" / n, **others, **JOBS[n]) for n in names]
+    together(configs)
+    for name in names:
+        alone(world, tmp_path / "alone" / name, **others, **JOBS[name])
+        ours, theirs = losses(tmp_path / "joint" / name), losses(tmp_path / "alone" / name)
+        assert [r[:2] for r in ours] == [r[:2] for r in theirs]
+        assert [r[2] for r in ours] == pytest.approx([r[2] for r in theirs], rel=BF16_LOSS)
+
+
+@pytest.mark.parametrize("budget", [1, 200, None])
+def test_a_budget_of_tokens_changes_no_job_and_nobody_starves(budget, world, tmp_path, monkeypatch):
+    sizes = []
+    own = loop.forward_backward
+
+    def counted(micro_batches):
+        tokens = [sum(map(used_length, each.examples)) for each in micro_batches]
+        sizes.append((len(tokens), sum(tokens)))
+        own(micro_batches)
+
+    monkeypatch.setattr(loop, "forward_backward", counted)
+    names = ("lora", "dropout", "targets", "batch")
+    together([config(world, tmp_path / n, **JOBS[n]) for n in names], budget=budget)
+    assert all(count == 1 or budget is None or tokens <= budget for count, tokens in sizes)
+    most = max(count for count, _ in sizes)
+    assert most == 1 if budget == 1 else most == 4 if budget is None else 1 < most < 4
+    for name in names:
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / name, tmp_path / "alone" / name)
+
+
+def poisoned(monkeypatch, *, seed, step):
+    """The loss of the job with this seed is NaN at this step."""
+    own = gradient.batch_losses
+
+    def batch_losses(model, paths, routing, batch, shares):
+        found = own(model, paths, routing, batch, shares)
+        return [
+            loss * float("nan") if name in poisons else loss
+            for loss, name in zip(found, names_now, strict=True)
+        ]
+
+    names_now, poisons = [], set()
+    own_forward = loop.forward_backward
+
+    def forward_backward(micro_batches):
+        gradients = [each.gradient for each in micro_batches]
+        names_now[:] = [g.inputs.out for g in gradients]
+        poisons.clear()
+        poisons.update(
+            g.inputs.out for g in gradients if (g.inputs.config.seed, g.step) == (seed, step)
+        )
+        own_forward(micro_batches)
+
+    monkeypatch.setattr(gradient, "batch_losses", batch_losses)
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+
+
+def test_a_job_that_diverges_leaves_and_the_others_do_not_notice(world, tmp_path, monkeypatch):
+    names = ("lora", "dropout", "dora")
+    with monkeypatch.context() as patch:
+        poisoned(patch, seed=3, step=4)
+        finished = []
+        results = together(
+            [config(world, tmp_path / "joint" / n, **JOBS[n]) for n in names],
+            finished=lambda job, result: finished.append((job.config.out, result)),
+        )
+    assert isinstance(results[0], DivergedError) and "step 5" in str(results[0])
+    assert finished[0] == (str(tmp_path / "joint" / "lora"), results[0])
+    assert not (tmp_path / "joint" / "lora" / "summary.json").exists()
+    assert int(newest_valid(tmp_path / "joint" / "lora" / "checkpoints")[0].name) == 4
+    for name in names[1:]:
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
+    resumed = run_training(
+        resume_config(tmp_path / "joint" / "lora"), resume=True, screen=QuietScreen()
+    )
+    assert resumed["steps"] == 6
+    alone(world, tmp_path / "alone" / "lora", **JOBS["lora"])
+    assert_same_run(tmp_path / "joint" / "lora", tmp_path / "alone" / "lora")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_reach_no_neighbour(poison, world, tmp_path, monkeypatch):
+    """Its adapter itself computes NaN, in forward and backward, in every module."""
+    own = Trainee.begin_step
+
+    def begin_step(self):
+        if self.inputs.config.seed == 3 and self.progress.step == 2:
+            self.inputs.flat.values.data.fill_(poison)
+        own(self)
+
+    names = ("lora", "dropout", "bottleneck", "prefix")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "begin_step", begin_step)
+        results = together([config(world, tmp_path / "joint" / n, **JOBS[n]) for n in names])
+    assert isinstance(results[0], DivergedError)
+    for name in names[1:]:
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(tmp_path / "joint" / name, tmp_path / "alone" / name)
+
+
+def test_interrupted_jobs_go_on_alone_or_together(world, tmp_path, monkeypatch):
+    names = ("batch", "dropout", "exact")
+    own = Trainee.begin_step
+
+    def begin_step(self):
+        if self.inputs.config.reduce == "exact" and self.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    with monkeypatch.context() as patch, pytest.raises(RunInterrupted) as caught:
+        patch.setattr(Trainee, "begin_step", begin_step)
+        together([config(world, tmp_path / n, **JOBS[n]) for n in names])
+    folders = [tmp_path / name for name in names]
+    assert "veneer train --resume " + " ".join(map(str, folders)) in str(caught.value)
+    assert all(newest_valid(folder / "checkpoints")[0] for folder in folders)
+    run_training(resume_config(folders[0]), resume=True, screen=QuietScreen())
+    run_jobs([Job(resume_config(folder), True, QuietScreen()) for folder in folders[1:]])
+    for name, folder in zip(names, folders, strict=True):
+        alone(world, tmp_path / "alone" / name, **JOBS[name])
+        assert_same_run(folder, tmp_path / "alone" / name)
+
+
+def test_patience_ends_one_job_early(world, tmp_path, monkeypatch):
+    jobs = {"early": {"patience": 1, "learning_rate": 3.0, "steps": 8}, "late": {"steps": 8}}
+    results = together([config(world, tmp_path / n, **job) for n, job in jobs.items()])
+    assert [result["reason"] for result in results] == ["early_stop", "done"]
+    alone(world, tmp_path / "alone", **jobs["late"])
+    assert_same_run(tmp_path / "late", tmp_path / "alone")
+
+
+def test_faults_of_all_jobs_are_shown_together_and_nothing_starts(world, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    with pytest.raises(ConfigError) as caught:
+        together(
+            [
+                config(world, tmp_path / "good"),
+                config(world, tmp_path / "full"),
+                config(world, tmp_path / "bad", method={"name": "lora", "targets": ["nothing"]}),
+            ]
+        )
+    text = str(caught.value)
+    assert "2 of 3 jobs" in text and "nothing is overwritten" in text and "'nothing'" in text
+    assert str(tmp_path / "full") in text and str(tmp_path / "bad") in text
+    assert not (tmp_path / "good").exists()
+
+
+def test_what_cannot_be_joint_is_refused_by_name(world, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        together(
+            [
+                config(world, tmp_path / "a"),
+                config(world, tmp_path / "b", method="full", shard=True),
+                config(world, tmp_path / "a", checkpointing=True, log=["wandb"]),
+            ]
+        )
+    text = str(caught.value)
+    for word in ("method full", "shard", "checkpointing", "wandb", "same folder"):
+        assert word in text
