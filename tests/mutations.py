@@ -117,10 +117,26 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/dense/test_block.py",
         "kernels/bindings/test_native_calls.py",
     ),
-    "kernels/bindings/calls.py": (
-        "kernels/test_references.py",
-        "kernels/dense/test_block.py",
+    "kernels/bindings/rank_calls.py": (
+        "kernels/dense/test_rank.py",
         "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/bindings/row_calls.py": (
+        "kernels/test_references.py",
+        "kernels/dense/test_fused.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/bindings/attention_calls.py": (
+        "kernels/attention/test_attention_native.py",
+        "kernels/bindings/test_native_calls.py",
+    ),
+    "kernels/bindings/checks.py": (
+        "kernels/bindings/test_native_calls.py",
+        "kernels/dense/test_few_rows.py",
+    ),
+    "kernels/bindings/declarations.py": (
+        "kernels/bindings/test_native_calls.py",
+        "kernels/tape/test_layer_tape.py",
     ),
     "kernels/bindings/dense_calls.py": (
         "kernels/dense/test_mixes.py",

@@ -147,13 +147,13 @@ def test_the_step_without_storage_holds_what_the_real_step_holds(
     family, method, checkpointing, monkeypatch
 ):
     monkeypatch.setenv(native.OFF, "1")
-    native._library.cache_clear()
+    native.library.cache_clear()
     rows = make_examples(3, longest=40)
     model = tiny_model(family, torch.bfloat16)
     step = step_of(model, method, rows, checkpointing=checkpointing)
     without = module._run(step, build(model.config, torch.bfloat16), 1)
     real = module._run(step, model, 1, CPU)
-    native._library.cache_clear()
+    native.library.cache_clear()
     assert [p.name for p in without.phases] == ["forward", "loss", "backward", "update"]
     for one, other in zip(without.phases, real.phases, strict=True):
         assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.01), one.name

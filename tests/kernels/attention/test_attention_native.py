@@ -289,13 +289,13 @@ def test_gradients_of_shared_keys_are_held_for_as_many_documents_as_the_memory_a
 ):
     layout, (heads, size) = Group(6, (3,) * 5, CPU), (2, 16)
     monkeypatch.setattr(attention_native, "HELD_BYTES", held * 2 * 4 * heads * 6 * size)
-    own, seen = attention_native.calls.attention_backward, []
+    own, seen = attention_native.attention_calls.attention_backward, []
 
     def counted(*given, shared, **more):
         seen.append(tuple(shared.shape))
         own(*given, shared=shared, **more)
 
-    monkeypatch.setattr(attention_native.calls, "attention_backward", counted)
+    monkeypatch.setattr(attention_native.attention_calls, "attention_backward", counted)
     q, k, v = (torch.randn(layout.rows, heads, size).bfloat16().requires_grad_() for _ in range(3))
     packed_attention(q, k, v, layout, AttentionRules(0.3)).float().sum().backward()
     assert [shape[1] for shape in seen if shape[4]] == sizes

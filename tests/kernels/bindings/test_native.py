@@ -57,12 +57,12 @@ def test_helpers_of_a_thread_that_computes_no_more_end_before_another_computes()
 
 def test_switched_off_there_are_none(monkeypatch):
     monkeypatch.setenv(native.OFF, "1")
-    native._library.cache_clear()
+    native.library.cache_clear()
     try:
         assert native.library() is None
         assert native.level() == -1
     finally:
-        native._library.cache_clear()
+        native.library.cache_clear()
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ def limited_to(monkeypatch):
 
     def load(name):
         monkeypatch.setenv(native.MAX_ISA, name)
-        native._library.cache_clear()
+        native.library.cache_clear()
         return native.library()
 
     yield load
     monkeypatch.undo()
     if (found := native.library()) is not None:
         found.veneer_limit(5)  # it stays loaded
-    native._library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.skipif(native.level() < 0, reason="the kernels are not compiled here")

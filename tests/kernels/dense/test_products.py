@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.kernels.test_tiles import limited, vectors
+from veneer.kernels.bindings import dense_calls
 from veneer.kernels.bindings import library as native
-from veneer.kernels.bindings import product_calls
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import few_rows, loss, products
 from veneer.kernels.dense.loss import Head, TrainedHeadRows
@@ -120,7 +120,7 @@ def test_which_products_are_taken():
     assert products.times_usable(drawn(80, 128), weight, x)
     assert not products.times_usable(drawn(80, 128), weight, x.float())
     with limited("avx512"), pytest.raises(CallError):
-        product_calls.product(x, weight, None, drawn(80, 128), along=False, add=False)
+        dense_calls.product(x, weight, None, drawn(80, 128), along=False, add=False)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -13,7 +13,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.bases.loading.from_config import blueprint
 from veneer.data.batching import make_batch
 from veneer.execution.train_step import fused, replacements
-from veneer.kernels.bindings import arguments, sum_calls
+from veneer.kernels.bindings import arguments, attention_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.dense import block
@@ -180,10 +180,10 @@ def test_nor_is_what_somebody_hears_of(again):
 def added_twice(own, scratch=None):
     """(2, 48, 1, 16) = own (2, 3, 1, 1, 48, 16), summed, twice, by way of other memory."""
     first = torch.empty(2, 48, 1, 16) if scratch is None else scratch
-    sum_calls.attention_shared(own, first, add=False)
+    attention_calls.attention_shared(own, first, add=False)
     second = torch.empty(2, 48, 1, 16)
-    sum_calls.zeros(second[0], 0)
-    sum_calls.attention_summed(first[:, None], first, second[0], second[1])
+    attention_calls.zeros(second[0], 0)
+    attention_calls.attention_summed(first[:, None], first, second[0], second[1])
     return second
 
 

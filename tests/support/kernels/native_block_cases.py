@@ -1,5 +1,5 @@
-"""A valid call of every function of kernels/bindings/block_calls.py, product_calls.py and
-sum_calls.py; native_cases.py has the others."""
+"""A valid call of every function of kernels/bindings/block_calls.py, dense_calls.py and
+attention_calls.py; native_cases.py has the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import block_calls, product_calls, sum_calls
+from veneer.kernels.bindings import attention_calls, block_calls, dense_calls
 from veneer.kernels.bindings import library as native
 
 BF16 = torch.bfloat16
@@ -62,7 +62,7 @@ def block_cases(
     shared = filled(torch.float32, 2, *of_keys)
     return [
         (
-            sum_calls.attention_summed,
+            attention_calls.attention_summed,
             {
                 "own": filled(torch.float32, 2, splits, *of_keys),
                 "more": rng.choice([None, shared]),
@@ -71,15 +71,15 @@ def block_cases(
             },
         ),
         (
-            sum_calls.attention_shared,
+            attention_calls.attention_shared,
             {
                 "held": filled(torch.float32, 2, documents, splits, kv_heads, rows, of_keys[2]),
                 "out": shared,
                 "add": bool(rng.randint(0, 1)),
             },
         ),
-        (sum_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
-        *([(product_calls.product, whole)] if native.has_bf16() else []),
+        (attention_calls.zeros, {"x": filled(dtype, *of_keys), "start": rng.randint(0, rows)}),
+        *([(dense_calls.product, whole)] if native.has_bf16() else []),
         (
             block_calls.norm_forward,
             {"x": wide(), "before": before, "beside": beside, **rng.choice([norm, {}])},

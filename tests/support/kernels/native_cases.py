@@ -16,11 +16,13 @@ from torch import Tensor
 
 from tests.support.kernels.native_block_cases import block_cases
 from veneer.kernels.bindings import (
-    calls,
+    attention_calls,
     dense_calls,
     draw_calls,
     packed_calls,
     paged_calls,
+    rank_calls,
+    row_calls,
     step_calls,
 )
 from veneer.kernels.bindings import library as native
@@ -104,14 +106,17 @@ def _rank(rng: random.Random) -> list[Call]:
     )
     return [
         (
-            calls.rank_down,
+            rank_calls.rank_down,
             {"x": x, "factor": factor(rank, width), "out": d, "scale": 0.5, "mask": mask},
         ),
         (
-            calls.rank_up,
+            rank_calls.rank_up,
             {"d": d, "factor": factor(width, rank), "y": y, "scale": 0.5, "mask": mask},
         ),
-        (calls.rank_gradient, {"u": d, "x": x, "outs": outs, "scale": 2.0, "mask": mask, **ways}),
+        (
+            rank_calls.rank_gradient,
+            {"u": d, "x": x, "outs": outs, "scale": 2.0, "mask": mask, **ways},
+        ),
     ]
 
 
@@ -127,11 +132,11 @@ def _rows(rng: random.Random) -> list[Call]:
     gates = [filled(dtype, rows, 16) for _ in range(5)]
     return [
         (
-            calls.rms_norm_forward,
+            row_calls.rms_norm_forward,
             {"x": x, "weight": weight, "out": out, "scale": scale, "epsilon": 1e-5},
         ),
         (
-            calls.rms_norm_backward,
+            row_calls.rms_norm_backward,
             {
                 "x": x,
                 "weight": weight,
@@ -140,13 +145,13 @@ def _rows(rng: random.Random) -> list[Call]:
                 "scale": scale,
             },
         ),
-        (calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
+        (row_calls.silu_gate_forward, dict(zip(("gate", "up", "out"), gates[:3], strict=True))),
         (
-            calls.silu_gate_backward,
+            row_calls.silu_gate_backward,
             dict(zip(("gate", "up", "grad", "grad_gate", "grad_up"), gates, strict=True)),
         ),
         (
-            calls.rotary,
+            row_calls.rotary,
             {
                 **{name: filled(dtype, rows, 2, 64) for name in ("x", "out")},
                 **{name: filled(dtype, rows, 64) for name in ("cos", "sin")},
@@ -154,7 +159,7 @@ def _rows(rng: random.Random) -> list[Call]:
             },
         ),
         (
-            calls.entropy,
+            row_calls.entropy,
             {
                 "logits": filled(BF16, rows + rng.randint(0, 3), vocabulary),
                 "targets": filled(torch.int64, rows),
@@ -162,7 +167,7 @@ def _rows(rng: random.Random) -> list[Call]:
             },
         ),
         (
-            calls.dropout,
+            row_calls.dropout,
             {
                 "x": filled(dtype, rows, width),
                 "out": filled(dtype, rows, width),
@@ -205,9 +210,9 @@ def _attention(rng: random.Random) -> list[Call]:
         "splits": splits,
     }
     return [
-        (calls.attention_forward, {**given, "out": filled(kind, rows, heads, size)}),
+        (attention_calls.attention_forward, {**given, "out": filled(kind, rows, heads, size)}),
         (
-            calls.attention_backward,
+            attention_calls.attention_backward,
             {**given, "made": made, "grad": grad, "grad_q": grad_q, "own": own, "shared": shared},
         ),
     ]

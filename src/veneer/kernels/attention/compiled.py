@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import calls, sum_calls
+from veneer.kernels.bindings import attention_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, note_flops, on_cpu
+from veneer.kernels.bindings.rank_calls import PAIR_BYTES
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 
@@ -90,7 +91,7 @@ class AttentionInputs:
         backward."""
         lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
         note_flops(lambda: 2 * self._product_flops())
-        calls.attention_forward(
+        attention_calls.attention_forward(
             self.q,
             self.k,
             self.v,
@@ -128,7 +129,7 @@ class AttentionInputs:
         for start in range(0, docs, most):
             stop = min(start + most, docs)
             held = torch.empty(2, stop - start, splits, K, P, D, device=device)
-            calls.attention_backward(
+            attention_calls.attention_backward(
                 self.q,
                 self.k,
                 self.v,
@@ -145,15 +146,15 @@ class AttentionInputs:
                 splits=splits,
             )
             if P:
-                sum_calls.attention_shared(held, shared, add=start > 0)
-        sum_calls.attention_summed(own, more, grad_k, grad_v)
+                attention_calls.attention_shared(held, shared, add=start > 0)
+        attention_calls.attention_summed(own, more, grad_k, grad_v)
         return shared if P else None
 
 
 def aligned(x: Tensor) -> Tensor:
     """x as the kernel reads it: bf16 neighbours in pairs, one word each."""
-    even = x.element_size() == calls.PAIR_BYTES or (x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0)
-    fits = even and x.stride(-1) == 1 and x.data_ptr() % calls.PAIR_BYTES == 0
+    even = x.element_size() == PAIR_BYTES or (x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0)
+    fits = even and x.stride(-1) == 1 and x.data_ptr() % PAIR_BYTES == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -184,7 +185,7 @@ def attended(
 ) -> tuple[Tensor, list[Tensor]]:
     """(N, H, D) of aligned rows, zeros on filler, and what `attended_gradients` wants."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sum_calls.zeros(out, layout.rows)
+    attention_calls.zeros(out, layout.rows)
     return out, [part.forward(out[rows]) for rows, part in _parts(q, k, v, layout, rules)]
 
 
@@ -201,7 +202,7 @@ def attended_gradients(
     """Of q, k and v, without gaps; zeros on filler."""
     found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
     for each in found:
-        sum_calls.zeros(each, layout.rows)
+        attention_calls.zeros(each, layout.rows)
     from_documents: Tensor | None = None
     # The documents come first: what they send back to the prompt's keys joins the prompt's own
     # part.

@@ -1,5 +1,4 @@
-"""What C may be handed: the checks that every call into the compiled kernels goes through
-(calls.py, packed_calls.py, dense_calls.py).
+"""Calls a function of the compiled kernels, and checks single arguments.
 
 C looks at nothing: a number that is too large arrives as another one, and a pointer is read as far
 as the numbers say. So numbers are taken from the tensors' own shapes wherever they can be, and a
@@ -8,7 +7,6 @@ that fits its words. Anything else raises CallError, which only we can cause: ca
 whether a kernel computes what they have.
 """
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings.library import library, on_cpu
+from veneer.kernels.bindings.library import compiled_function, is_planning, library, on_cpu
 
 BF16, FP32, INT32, INT64, BYTES = (
     torch.bfloat16,
@@ -58,12 +56,14 @@ _thread = _Thread()
 
 
 def call(name: str, *arguments: Any) -> int:
-    function = getattr(library(), name, None)
-    if function is None:
-        raise CallError(f"{name} is not compiled here")
-    if _thread.observer is not None:
-        _thread.observer(name, arguments)
-    return function(*arguments) or 0
+    """Calls a function of the library, or nothing while a step is planned."""
+    try:
+        function = compiled_function(name)
+    except AttributeError as fault:
+        raise CallError(f"{name} is not compiled here") from fault
+    if (observer := _thread.observer) is not None:
+        observer(name, arguments)
+    return 0 if is_planning() else function(*arguments) or 0
 
 
 def is_observed() -> bool:
@@ -123,39 +123,3 @@ def number(value: int, least: int = 0, most: int = 2**62) -> int:
     if type(value) is not int or not least <= value <= most:
         raise CallError(f"{value!r} where C takes a whole number from {least} to {most}")
     return value
-
-
-def type_number(dtype: torch.dtype) -> int:
-    if dtype not in TYPES:
-        raise CallError(f"{dtype} where C takes one of {', '.join(map(str, TYPES))}")
-    return TYPES[dtype]
-
-
-def is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
-
-
-def pointers(names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in names.split()]
-
-
-def numbers(names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int64) for name in names.split()]
-
-
-IN_FLOAT = {
-    "veneer_rms_norm_forward": "veneer_rms_norm_float_forward",
-    "veneer_rms_norm_backward": "veneer_rms_norm_float_backward",
-    "veneer_silu_gate_forward": "veneer_silu_gate_float_forward",
-    "veneer_silu_gate_backward": "veneer_silu_gate_float_backward",
-    "veneer_rotary": "veneer_rotary_float",
-    "veneer_attention_forward": "veneer_attention_float_forward",
-    "veneer_attention_backward": "veneer_attention_float_backward",
-}
-
-
-def of_type(name: str, dtype: torch.dtype) -> str:
-    """The function of this type."""
-    if dtype not in (BF16, FP32):
-        raise CallError(f"{name} of {dtype}, C takes bf16 and float32")
-    return name if dtype is BF16 else IN_FLOAT[name]

@@ -1,77 +1,43 @@
 """The calls into the kernels between the large products of a decoder layer that trains
 (native/layers/block.c).
 
-Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Values are bf16, factors float32 or bf16. Shapes: M rows, D width, R ranks side by side, H heads of
 E.
 """
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from veneer.kernels.bindings.arguments import (
-    BF16,
-    FP32,
-    CallError,
-    at,
-    call,
-    number,
-    numbers,
-    pointers,
-    reachable,
-)
-from veneer.kernels.bindings.calls import (
+from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at, number, reachable
+from veneer.kernels.bindings.declarations import Values, declare, structure
+from veneer.kernels.bindings.rank_calls import (
     MOST,
     MOST_RANK,
     MOST_STRIDE,
     PAIR_BYTES,
     DropoutMask,
     Mask,
-    masked,
+    mask_fields,
 )
 
-
-class _Side(ctypes.Structure):
-    _fields_ = [
-        ("factors", ctypes.c_void_p * MOST),
-        ("ranks", ctypes.c_int64 * MOST),
-        *numbers("count across half"),
-        ("masks", DropoutMask * MOST),
-        *pointers("narrow"),
-        *numbers("apart"),
-        ("scale", ctypes.c_float),
-        *pointers("pairs"),
-        *numbers("parts"),
-        ("sizes", ctypes.c_int64 * MOST),
-        ("starts", ctypes.c_int64 * MOST),
-    ]
-
-
-class _Norms(ctypes.Structure):
-    _fields_ = [
-        *pointers("x beside weight normed out scale"),
-        ("before", _Side),
-        ("behind", _Side),
-        *numbers("rows width"),
-        ("epsilon", ctypes.c_float),
-    ]
-
-
-class _Gates(ctypes.Structure):
-    _fields_ = [*pointers("gate up out grad_up"), ("sides", _Side * 3), *numbers("rows width")]
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p * MOST),
-        ("heads", ctypes.c_int64 * MOST),
-        ("sides", _Side * MOST),
-        *pointers("cos sin"),
-        *numbers("rows size back"),
-    ]
+_Side = structure(
+    "Side",
+    """
+    factors: pointer*3
+    ranks: int*3
+    count, across, half
+    masks: Mask*3
+    narrow: pointer
+    apart
+    scale: float
+    pairs: pointer
+    parts
+    sizes, starts: int*3
+    """,
+    Mask=DropoutMask,
+)
 
 
 class Side(NamedTuple):
@@ -88,13 +54,18 @@ class Side(NamedTuple):
     masks: Sequence[Mask] = ()
 
 
-def _side(given: Any, side: Side, rows: int, width: int, *, across: bool, wide_first: bool) -> None:
-    """wide_first: factors are B (D, R); else A (R, D). Without factors nothing is read, nor
-    written."""
+def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
+    """Checks a side of rows of `wide` (M, D). of_A: factors are A (R, D), else B (D, R). Without
+    factors nothing is read or written."""
+    (rows, width), filled = wide.shape, _Side()
+    if side is None:
+        return filled
     factors, narrow, scale, masks = side
-    if not factors and narrow.shape == (rows, 0):
-        return
-    ranks = [each.shape[int(wide_first)] for each in factors]
+    if not factors:
+        if narrow.shape != (rows, 0):
+            raise CallError(f"{tuple(narrow.shape)} values beside no factors")
+        return filled
+    ranks = tuple(factor.shape[0 if of_A else 1] for factor in factors)
     apart, inner = narrow.stride()
     if narrow.shape != (rows, sum(ranks)) or narrow.dtype is not BF16 or not reachable(narrow):
         raise CallError(
@@ -102,43 +73,45 @@ def _side(given: Any, side: Side, rows: int, width: int, *, across: bool, wide_f
         )
     if inner != 1 or apart % 2 or narrow.data_ptr() % PAIR_BYTES:
         raise CallError(f"steps of {narrow.stride()} where C takes pairs of neighbours")
-    if (
-        not 0 < len(ranks) <= MOST
-        or not 0 < sum(ranks) <= MOST_RANK
-        or any(r % 16 or r < 16 for r in ranks)
-    ):
+    most = len(ranks) <= MOST and sum(ranks) <= MOST_RANK
+    if not most or any(rank % 16 or rank < 16 for rank in ranks):
         raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
-    if (first := factors[0]).dtype is not FP32 and first.dtype is not BF16:
-        raise CallError(f"a factor of {first.dtype} where C takes float32 or bf16")
-    for place, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
-        shape = (width, rank) if wide_first else (rank, width)
-        given.factors[place], given.ranks[place] = (
-            at(factor, first.dtype, *shape, words=PAIR_BYTES),
-            rank,
-        )
+    if (dtype := factors[0].dtype) not in (FP32, BF16):
+        raise CallError(f"a factor of {dtype} where C takes float32 or bf16")
     if masks and (len(masks) != len(ranks) or len({share for *_, share in masks}) > 1):
         raise CallError(
             f"{len(masks)} masks of {len(ranks)} factors where C takes one of each, of one share"
         )
+    for place, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
+        shape = (rank, width) if of_A else (width, rank)
+        filled.factors[place] = at(factor, dtype, *shape, words=PAIR_BYTES)
+        filled.ranks[place] = rank
     for place, mask in enumerate(masks):
-        left = masked(given.masks[place], mask, rows)
-        scale = scale / left if place == 0 else scale
-    given.count, given.across, given.half = len(ranks), int(across), int(first.dtype is BF16)
-    given.narrow, given.apart, given.scale = (
-        narrow.data_ptr(),
-        number(apart, sum(ranks), MOST_STRIDE),
-        scale,
-    )
+        filled.masks[place] = mask_fields(mask, rows)
+    filled.count, filled.across, filled.half = len(ranks), across, dtype is BF16
+    filled.narrow, filled.apart = narrow.data_ptr(), number(apart, sum(ranks), MOST_STRIDE)
+    filled.scale = scale / (1 - masks[0][3]) if masks else scale
+    return filled
 
 
-def _wide(x: Tensor) -> tuple[int, int]:
-    """(M, D) of rows whose width fills registers."""
-    rows, width = x.shape
-    if number(width, 16, MOST_STRIDE) % 16:
-        raise CallError(f"width {width} where C takes multiples of 16")
-    return number(rows, 0, MOST_STRIDE), width
+_SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
 
 
+@declare(
+    "veneer_block_norm_forward(*)",
+    f"""
+    x: bf16[rows, width] words 4
+    beside: bf16[rows, width]?
+    weight: bf16[width]?
+    normed: unused
+    out: bf16[rows, width]? words 4
+    scale: f32[rows]?
+    before, behind: Side
+    {_SIZES}
+    epsilon: float
+    """,
+    Side=_Side,
+)
 def norm_forward(
     x: Tensor,
     *,
@@ -149,28 +122,33 @@ def norm_forward(
     scale: Tensor | None = None,
     epsilon: float = 0.0,
     behind: Side | None = None,
-) -> None:
+) -> Values:
     """x (M, D) += the update of `before` (B of one layer), += beside (M, D): in place, each where
     it is given. Then out (M, D) = weight (D) * x * scale, scale (M) float32 = 1 / root mean square,
     and of out the first products of `behind` (A of each); without a weight none of these."""
-    rows, width = _wide(x)
-    given = _Norms(
-        x=at(x, BF16, rows, width, words=PAIR_BYTES), rows=rows, width=width, epsilon=epsilon
-    )
-    if before is not None:
-        _side(given.before, before, rows, width, across=True, wide_first=True)
-    if beside is not None:
-        given.beside = at(beside, BF16, rows, width)
-    if weight is not None and out is not None and scale is not None:
-        given.weight, given.scale = at(weight, BF16, width), at(scale, FP32, rows)
-        given.out = at(out, BF16, rows, width, words=PAIR_BYTES)
-        if behind is not None:
-            _side(given.behind, behind, rows, width, across=True, wide_first=False)
-    elif any(each is not None for each in (weight, out, scale, behind)):
+    missing = {value is None for value in (weight, out, scale)}
+    if len(missing) > 1 or (weight is None and behind is not None):
         raise CallError("a part of a norm")
-    call("veneer_block_norm_forward", ctypes.byref(given))
+    return {
+        "before": _side(before, x, across=True, of_A=False),
+        "behind": _side(behind, x, across=True, of_A=True),
+    }
 
 
+@declare(
+    "veneer_block_norm_backward(*)",
+    f"""
+    x: bf16[rows, width] words 4
+    beside: bf16[rows, width]
+    weight: bf16[width]
+    normed, out: bf16[rows, width]
+    scale: f32[rows]
+    before, behind: Side
+    {_SIZES}
+    epsilon = 0: float
+    """,
+    Side=_Side,
+)
 def norm_backward(
     grad: Tensor,
     normed: Tensor,
@@ -180,40 +158,48 @@ def norm_backward(
     before: Side,
     beside: Tensor,
     behind: Side | None = None,
-) -> None:
+) -> Values:
     """grad (M, D) of what the norm gave, += the update of `before` (A of each layer), becomes that
     of normed (M, D) + beside (M, D), in place; of it the first product of `behind` (B of one
     layer)."""
-    rows, width = _wide(grad)
-    given = _Norms(rows=rows, width=width, x=at(grad, BF16, rows, width, words=PAIR_BYTES))
-    given.out, given.normed, given.beside = (
-        given.x,
-        at(normed, BF16, rows, width),
-        at(beside, BF16, rows, width),
-    )
-    given.weight, given.scale = at(weight, BF16, width), at(scale, FP32, rows)
-    _side(given.before, before, rows, width, across=False, wide_first=False)
-    if behind is not None:
-        _side(given.behind, behind, rows, width, across=False, wide_first=True)
-    call("veneer_block_norm_backward", ctypes.byref(given))
+    return {
+        "x": grad,
+        "out": grad,
+        "before": _side(before, grad, across=False, of_A=True),
+        "behind": _side(behind, grad, across=False, of_A=False),
+    }
 
 
+@declare(
+    "veneer_block_gate_forward(*)",
+    f"""
+    gate, up: bf16[rows, width]
+    out: bf16[rows, width] words 4
+    grad_up: unused
+    sides: Side*3
+    {_SIZES}
+    """,
+    Side=_Side,
+)
 def gate_forward(
     gate: Tensor, up: Tensor, out: Tensor, of_gate: Side, of_up: Side, behind: Side
-) -> None:
+) -> Values:
     """gate and up (M, D) += their updates (B of one layer each), in place; out (M, D) = silu(gate)
     * up, and of it the first product of `behind` (A of one layer)."""
-    rows, width = _wide(gate)
-    given = _Gates(
-        rows=rows, width=width, gate=at(gate, BF16, rows, width), up=at(up, BF16, rows, width)
-    )
-    given.out = at(out, BF16, rows, width, words=PAIR_BYTES)
-    for place, side in enumerate((of_gate, of_up)):
-        _side(given.sides[place], side, rows, width, across=True, wide_first=True)
-    _side(given.sides[2], behind, rows, width, across=True, wide_first=False)
-    call("veneer_block_gate_forward", ctypes.byref(given))
+    updates = [_side(side, gate, across=True, of_A=False) for side in (of_gate, of_up)]
+    return {"sides": (*updates, _side(behind, gate, across=True, of_A=True))}
 
 
+@declare(
+    "veneer_block_gate_backward(*)",
+    f"""
+    gate, up: bf16[rows, width]
+    out, grad_up: bf16[rows, width] words 4
+    sides: Side*3
+    {_SIZES}
+    """,
+    Side=_Side,
+)
 def gate_backward(
     grad: Tensor,
     gate: Tensor,
@@ -223,41 +209,45 @@ def gate_backward(
     before: Side,
     of_gate: Side,
     of_up: Side,
-) -> None:
+) -> Values:
     """grad (M, D) of silu(gate) * up, += the update of `before` (A of one layer), becomes that of
     gate, in place; grad_up (M, D); of both the first products (B of one layer each)."""
-    rows, width = _wide(grad)
-    given = _Gates(
-        rows=rows, width=width, gate=at(gate, BF16, rows, width), up=at(up, BF16, rows, width)
-    )
-    given.out = at(grad, BF16, rows, width, words=PAIR_BYTES)
-    given.grad_up = at(grad_up, BF16, rows, width, words=PAIR_BYTES)
-    for place, side in enumerate((of_gate, of_up)):
-        _side(given.sides[place], side, rows, width, across=False, wide_first=True)
-    _side(given.sides[2], before, rows, width, across=False, wide_first=False)
-    call("veneer_block_gate_backward", ctypes.byref(given))
+    products = [_side(side, gate, across=False, of_A=False) for side in (of_gate, of_up)]
+    return {"out": grad, "sides": (*products, _side(before, gate, across=False, of_A=True))}
 
 
+@declare(
+    "veneer_block_heads(*)",
+    """
+    x: pointer*3
+    heads: int*3
+    sides: Side*3
+    cos, sin: bf16[rows, size]
+    rows: 0..2**27
+    size: 32..2**27 % 32
+    back: flag
+    """,
+    Side=_Side,
+)
 def heads(
     x: Sequence[Tensor], cos: Tensor, sin: Tensor, sides: Sequence[Side], *, back: bool
-) -> None:
+) -> Values:
     """q, k and v (M, H E), E a multiple of 32, in place: each += its update (B of one layer), then
     q and k turned by cos and sin (M, E). back: q and k turned back, then each one's first product
     (B again)."""
+    if len(x) != MOST or len(sides) != MOST:
+        raise CallError(f"{len(x)} of {len(sides)} sides where C takes q, k and v")
     rows, size = cos.shape
-    if number(size, 32) % 32:
-        raise CallError(f"heads of {size} where C takes multiples of 32")
-    given = _Heads(rows=number(rows, 0, MOST_STRIDE), size=size, back=int(back))
-    given.cos, given.sin = at(cos, BF16, rows, size), at(sin, BF16, rows, size)
-    for place, (each, side) in enumerate(zip(x, sides, strict=True)):
-        own = number(each.shape[1], size, MOST_STRIDE)
-        given.x[place], given.heads[place] = (
-            at(each, BF16, rows, own, words=PAIR_BYTES),
-            own // size,
-        )
-        if own % size:
-            raise CallError(f"{own} columns where C takes whole heads of {size}")
-        _side(given.sides[place], side, rows, own, across=not back, wide_first=True)
-    if len(x) != MOST:
-        raise CallError(f"{len(x)} where C takes q, k and v")
-    call("veneer_block_heads", ctypes.byref(given))
+    widths = [number(tensor.shape[1], number(size, 1), MOST_STRIDE) for tensor in x]
+    if any(width % size for width in widths):
+        raise CallError(f"{widths} columns where C takes whole heads of {size}")
+    addresses = [
+        at(tensor, BF16, rows, width, words=PAIR_BYTES)
+        for tensor, width in zip(x, widths, strict=True)
+    ]
+    updates = zip(sides, x, strict=True)
+    return {
+        "x": tuple(addresses),
+        "heads": tuple(width // size for width in widths),
+        "sides": tuple(_side(side, wide, across=not back, of_A=False) for side, wide in updates),
+    }

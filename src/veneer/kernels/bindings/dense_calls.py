@@ -1,6 +1,5 @@
 """The calls into the kernels over dense weights (native/dense/few_rows.c, updates.c, factors.c).
 
-Each function states the shapes that C takes for granted; arguments.py refuses everything else.
 Shapes: M rows of x, m of an update, I in_features, O out_features, R rank.
 """
 
@@ -14,18 +13,8 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.bindings import pages
-from veneer.kernels.bindings.arguments import (
-    BF16,
-    BYTES,
-    FP32,
-    CallError,
-    at,
-    call,
-    number,
-    numbers,
-    pointers,
-    reachable,
-)
+from veneer.kernels.bindings.arguments import BF16, BYTES, FP32, CallError, at, number
+from veneer.kernels.bindings.declarations import Values, declare, structure
 
 MOST_PARTS = 16
 """Weights that share one x: native/dense/few_rows.c and updates.c name it too."""
@@ -37,116 +26,101 @@ native/dense/few_rows.h and factors.h name them too."""
 LINE = 64
 """Bytes of a cache line: where factors begin."""
 MOST_ROWS = 2**20
-"""Of one call."""
+"""Of one call of few_rows."""
+MOST_PRODUCT_ROWS = 2**24
 MOST_RANK = 2**16
 NO_ROOM = "no memory for the rows of x that tiles multiply"
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class _Part(ctypes.Structure):
-    _fields_ = [*pointers("w bias y"), *numbers("outs")]
+_SIZES = "width: 1..; apart; type = T: int32"
+_Part = structure("Part", "w, bias, y: pointer; outs")
 
 
-class _FewRows(ctypes.Structure):
-    _fields_ = [*pointers("x parts"), *numbers("count rows width apart"), ("type", ctypes.c_int)]
-    kept: object
-    """What its pointers point at."""
-
-
-_ARRAYS = {count: _Part * count for count in range(1, MOST_PARTS + 1)}
-
-
-def few_rows(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], level: int) -> None:
+@declare(
+    "veneer_few_rows(*, level: int32 0..5)",
+    f"""
+    x: T[rows@apart, width]
+    parts: pointer
+    count
+    rows: 1..{MOST_ROWS}
+    {_SIZES}
+    kept array: pointer
+    """,
+    fails=MemoryError(NO_ROOM),
+)
+def few_rows(
+    x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], level: int
+) -> Values:
     """parts: (W (O, I), bias (O) or None, y (M, O)) each, y = x (M, I) W^T + bias; all float32 or
     all bf16.
 
     x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (5
     tiles, 4 bf16 pairs, 3, 2, 0). MemoryError without room for x on tiles.
     """
-    (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
-    number(rows, 1, MOST_ROWS)
-    source = _rows_of(x)
-    given = _ARRAYS[count](
-        *[
-            _Part(
-                at(weight, dtype, number(len(weight), 1), width),
-                None if bias is None else at(bias, dtype, len(weight)),
-                at(y, dtype, rows, len(weight)),
-                len(weight),
-            )
-            for weight, bias, y in parts
-        ]
-    )
-    one = _FewRows(
-        source, ctypes.addressof(given), count, rows, width, x.stride(0), TYPE_NUMBERS[dtype]
-    )
-    one.kept = given
-    if call("veneer_few_rows", ctypes.byref(one), number(level, 0, 5)):
-        raise MemoryError(NO_ROOM)
-
-
-def put_at(given: Any, y: Tensor) -> None:
-    """What a call of one product is given may get another y, of as many rows."""
-    part = given.kept[0]
-    part.y = at(y, BF16 if given.type else FP32, given.rows, part.outs)
-
-
-def _rows_of(x: Tensor) -> int:
-    """Where they lie; one after another or apart, each whole."""
-    number(x.shape[1], 1)
-    _kind(x.dtype)
-    if (x.stride(1) != 1 and x.shape[1] > 1) or not reachable(x):
-        raise CallError(
-            f"x on {x.device} with steps of {x.stride(1)} where C takes whole rows on the CPU"
+    (rows, width), dtype = x.shape, x.dtype
+    fields = [
+        (
+            at(weight, dtype, number(len(weight), 1), width),
+            None if bias is None else at(bias, dtype, len(weight)),
+            at(y, dtype, rows, len(weight)),
+            len(weight),
         )
-    if (address := x.data_ptr()) % x.dtype.itemsize:
-        raise CallError("values at an odd address")
-    return address
+        for weight, bias, y in parts
+    ]
+    array = (_Part * number(len(fields), 1, MOST_PARTS))(*fields)
+    return {"parts": array, "array": array, "count": len(fields)}
 
 
-def _kind(dtype: torch.dtype) -> int:
-    if dtype not in TYPE_NUMBERS:
-        raise CallError(f"{dtype} where C takes float32 or bf16")
-    return TYPE_NUMBERS[dtype]
+def put_at(struct: Any, y: Tensor) -> None:
+    """Replaces the y of a call with one product by another y of as many rows."""
+    part = struct.kept[0]
+    part.y = at(y, BF16 if struct.type else FP32, struct.rows, part.outs)
+
+
+@declare(
+    "veneer_product(*)",
+    f"""
+    x: bf16[rows, width]
+    w: bf16{{outs * width}}
+    bias: bf16[outs]?
+    y: bf16[rows, outs]
+    rows: 1..{MOST_PRODUCT_ROWS}
+    width: 2.. % 2
+    outs: 1..
+    along, add: flag
+    """,
+    fails=CallError("no tiles here"),
+)
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, along: bool, add: bool
+) -> Values:
+    """y (M, O) = x (M, I) W^T, W (O, I), or x W where it lies along, W (I, O); + bias (O); add: +
+    what y was. All bf16, I even (native/dense/products.c). CallError where there are no tiles."""
+    shape = y.shape[1], x.shape[1]
+    if weight.shape != (shape[::-1] if along else shape):
+        raise CallError(f"W is {list(weight.shape)} where C takes {list(shape)} or along")
+    return {"w": weight}
 
 
 # -- updates of some rows
 # --------------------------------------------------------------------------------------------
 
 
-class _Update(ctypes.Structure):
-    _fields_ = [*pointers("A B"), *numbers("first rows rank turn"), ("scale", ctypes.c_float)]
+_Update = structure("Update", "A, B: pointer; first, rows, rank, turn; scale: float")
+_UpdatedPart = structure("UpdatedPart", "w, bias, y, updates: pointer; outs, count")
+_Factors = structure(
+    "Factors", "A, B, to_A, to_B: pointer; rank, width, outs; from_type, to: int32"
+)
 
 
 def update_columns() -> int:
     """Words of 8 bytes that one update takes: its fields in their order, the scale in the last
     one's lower half."""
-    fields = [getattr(_Update, name).offset for name, _ in _Update._fields_]  # type: ignore[misc]
+    fields = [getattr(_Update, name).offset for name, _ in _Update._fields_]
     if fields != [8 * n for n in range(len(fields))] or sys.byteorder != "little":
         raise CallError("updates do not lie as C and dense/mixes.py take them to")
     return ctypes.sizeof(_Update) // 8
-
-
-class _UpdatedPart(ctypes.Structure):
-    _fields_ = [*pointers("w bias y updates"), *numbers("outs count")]
-
-
-class _ProductWithUpdates(ctypes.Structure):
-    _fields_ = [
-        *pointers("x down parts"),
-        *numbers("count rows width apart"),
-        ("type", ctypes.c_int),
-    ]
-    kept: object
-
-
-class _Factors(ctypes.Structure):
-    _fields_ = [
-        *pointers("A B to_A to_B"),
-        *numbers("rank width outs"),
-        ("from_type", ctypes.c_int),
-        ("to", ctypes.c_int),
-    ]
 
 
 @dataclass(frozen=True)
@@ -164,38 +138,50 @@ class Factors:
 
 
 def laid_out(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[Factors]:
-    """Of each A (R, I) and B (O, R), float32 or bf16, one behind the other in one piece of memory;
-    as `dtype`."""
-    size, room = 2 if _kind(dtype) else 4, 0
-    sizes, given = [], []
+    """Lays out each A (R, I) and B (O, R), float32 or bf16, one behind the other in one piece of
+    memory; as `dtype`."""
+    size, memory_bytes = 2 if _type_number(dtype) else 4, 0
+    sources, sizes, placed = [], [], []
     for A, B in pairs:
         A, B = A.detach().contiguous(), B.detach().contiguous()
-        _kind(A.dtype)
         (rank, width), outs = A.shape, number(B.shape[0], 1)
         number(rank, 1, MOST_RANK), number(width, 1)
-        given.append((A, at(A, A.dtype, rank, width), at(B, A.dtype, outs, rank), B))
+        addresses = at(A, A.dtype, rank, width), at(B, A.dtype, outs, rank)
         even, filled = rank + rank % 2, -(-outs // BLOCK) * BLOCK
         ranks = -(-even // LANES) * LANES - (HALF if 0 < even % LANES <= HALF else 0)
-        to_A = room
+        to_A = memory_bytes
         to_B = to_A + ranks * -(-width * size // (4 * STEP)) * 4 * STEP
-        room = to_B + -(-even * filled * size // LINE) * LINE
-        sizes.append((rank, width, outs, to_A, to_B))
-    kept = pages.room(room)
-    start = at(kept, BYTES, room, words=LINE)
-    made = [
-        _Factors(
-            a, b, start + to_A, start + to_B, *dims, TYPE_NUMBERS[A.dtype], TYPE_NUMBERS[dtype]
-        )
-        for (A, a, b, _), (*dims, to_A, to_B) in zip(given, sizes, strict=True)
-    ]
-    call("veneer_lay_out_factors", (_Factors * len(made))(*made), len(made))
+        memory_bytes = to_B + -(-even * filled * size // LINE) * LINE
+        sources.append((A, B))
+        sizes.append((even, width, outs))
+        placed.append((*addresses, to_A, to_B, rank, width, outs, _type_number(A.dtype)))
+    memory = pages.room(memory_bytes)
+    start = at(memory, BYTES, memory_bytes, words=LINE)
+    array = (_Factors * len(placed))(
+        *[
+            (a, b, start + to_A, start + to_B, *rest, _type_number(dtype))
+            for a, b, to_A, to_B, *rest in placed
+        ]
+    )
+    _lay_out(array, len(array))
     return [
-        Factors(dtype, rank + rank % 2, width, outs, (start + to_A, start + to_B), kept)
-        for rank, width, outs, to_A, to_B in sizes
+        Factors(dtype, *factors_sizes, (factors.to_A, factors.to_B), memory)
+        for factors, factors_sizes in zip(array, sizes, strict=True)
     ]
 
 
-Given = tuple[slice, Factors, float]
+def _type_number(dtype: torch.dtype) -> int:
+    if dtype not in TYPE_NUMBERS:
+        raise CallError(f"{dtype} where C takes float32 or bf16")
+    return TYPE_NUMBERS[dtype]
+
+
+@declare("veneer_lay_out_factors(array: struct, count)")
+def _lay_out(array: Any, count: int) -> None:
+    """array: `count` of _Factors."""
+
+
+Update = tuple[slice, Factors, float]
 """Which rows, 0 <= start < stop, what with, and its scale."""
 
 
@@ -203,14 +189,14 @@ class Updates:
     """Of one layer, all of one type. Those that share a row take turns. key: of the layer, where it
     has one."""
 
-    def __init__(self, given: Sequence[Given]) -> None:
-        number(len(given), 1, MOST_UPDATES)
-        first = given[0][1]
+    def __init__(self, updates: Sequence[Update]) -> None:
+        number(len(updates), 1, MOST_UPDATES)
+        first = updates[0][1]
         self.dtype, self.width, self.outs = first.dtype, first.width, first.outs
         self.key: str | None = None
         self.rows = self.room = 0
-        made = []
-        for turn, (rows, factors, scale) in in_turns(given):
+        fields = []
+        for turn, (rows, factors, scale) in in_turns(updates):
             if (factors.dtype, factors.width, factors.outs) != (self.dtype, self.width, self.outs):
                 raise CallError(
                     f"factors of {factors.width} to {factors.outs} beside {self.width} to"
@@ -218,14 +204,11 @@ class Updates:
                 )
             start, stop = number(rows.start), number(rows.stop, rows.start + 1)
             count = number(stop - start, 1, MOST_ROWS)
-            made.append((*factors.places, start, count, factors.rank, turn, scale))
+            fields.append((*factors.places, start, count, factors.rank, turn, scale))
             self.rows, self.room = max(self.rows, stop), self.room + count * factors.rank
-        self._kept: object
-        self._count, listed = len(made), (_Update * len(made))(*[_Update(*each) for each in made])
-        self.address, self._kept = (
-            ctypes.addressof(listed),
-            ([factors for _, factors, _ in given], listed),
-        )
+        array = (_Update * len(fields))(*fields)
+        self.address, self._count = ctypes.addressof(array), len(fields)
+        self._kept: object = [factors for _, factors, _ in updates], array
 
     @classmethod
     def listed(
@@ -233,10 +216,10 @@ class Updates:
     ) -> "Updates":
         """Makes the updates of one layer of `rows` rows from addresses (dense/mixes.py). kept: the
         objects whose memory `listed` points at."""
-        made = cls.__new__(cls)
-        made.key, made.dtype, made.rows, made._kept = key, dtype, rows, kept
-        made.address, made._count, made.room, made.width, made.outs = listed
-        return made
+        updates = cls.__new__(cls)
+        updates.key, updates.dtype, updates.rows, updates._kept = key, dtype, rows, kept
+        updates.address, updates._count, updates.room, updates.width, updates.outs = listed
+        return updates
 
     def __len__(self) -> int:
         return self._count
@@ -256,11 +239,11 @@ class UpdateRange(NamedTuple):
 E = TypeVar("E", bound=tuple[Any, ...])
 
 
-def in_turns(given: Sequence[E]) -> list[tuple[int, E]]:
-    """Each with its turn, in which no two share a row; in the order of their turns. Of each the
-    first is its rows."""
+def in_turns(updates: Sequence[E]) -> list[tuple[int, E]]:
+    """Returns each update with its turn, in which no two share a row, in the order of turns. The
+    first value of an update is its rows."""
     turns: list[list[E]] = []
-    for update in sorted(given, key=lambda each: each[0].start):
+    for update in sorted(updates, key=lambda update: update[0].start):
         for turn in turns:
             if turn[-1][0].stop <= update[0].start:
                 turn.append(update)
@@ -274,68 +257,76 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 """W (O, I) or None, bias (O) or None, updates of its rows, y (M, O)."""
 
 
-def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> None:
+@declare(
+    "veneer_few_rows_updated(*, level: int32 0..5)",
+    f"""
+    x: T[rows@apart, width]
+    down: T[down_rows, down_width]?
+    parts: pointer
+    count
+    rows: 1..most_rows
+    {_SIZES}
+    let most_rows
+    kept arrays: pointer
+    """,
+    fails=MemoryError(NO_ROOM),
+)
+def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> Values:
     """y (M, O) of each part = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the
     updates of its rows, of all parts together MOST_UPDATES at most."""
-    (rows, width), dtype, count = x.shape, x.dtype, number(len(parts), 1, MOST_PARTS)
-    most, room, given = 2**31, 0, []
-    number(sum(len(updates or ()) for _, _, updates, _ in parts), 0, MOST_UPDATES)
+    (rows, width), dtype = x.shape, x.dtype
+    room, fields = 0, []
+    all_updates = [updates for _, _, updates, _ in parts]
+    number(sum(len(updates or ()) for updates in all_updates), 0, MOST_UPDATES)
     for weight, bias, updates, y in parts:
-        outs, listed = number(y.shape[1], 1), None
+        outs, address = number(y.shape[1], 1), None
         if updates:
-            if (dtype, width, outs) != (
-                updates.dtype,
-                updates.width,
-                updates.outs,
-            ) or rows < updates.rows:
+            if (dtype, width, outs) != (updates.dtype, updates.width, updates.outs) or (
+                rows < updates.rows
+            ):
                 wanted = f"updates of ({updates.rows}, {updates.width}) to {updates.outs}"
                 raise CallError(
                     f"{wanted} where x is {tuple(x.shape)} {dtype} and y {tuple(y.shape)}"
                 )
-            listed, room = updates.address, room + updates.room
-        most = most if weight is None else MOST_ROWS
-        product = None if weight is None else at(weight, dtype, outs, width)
+            address, room = updates.address, room + updates.room
+        w = None if weight is None else at(weight, dtype, outs, width)
         added = None if weight is None or bias is None else at(bias, dtype, outs)
-        given.append(
-            _UpdatedPart(product, added, at(y, dtype, rows, outs), listed, outs, len(updates or ()))
-        )
-    number(rows, 1, most)
-    # Read as words: torch's memory begins at a multiple of 64.
-    down = torch.empty(rows, -(-room // rows), dtype=dtype) if room else None
-    made = (_UpdatedPart * count)(*given)
-    place = None if down is None else at(down, dtype, *down.shape)
-    source, all_ = _rows_of(x), ctypes.addressof(made)
-    one = _ProductWithUpdates(
-        source, place, all_, count, rows, width, x.stride(0), TYPE_NUMBERS[dtype]
-    )
-    one.kept = made, [updates for _, _, updates, _ in parts]
-    if call("veneer_few_rows_updated", ctypes.byref(one), number(level, 0, 5)):
-        raise MemoryError(NO_ROOM)
+        fields.append((w, added, at(y, dtype, rows, outs), address, outs, len(updates or ())))
+    array = (_UpdatedPart * number(len(fields), 1, MOST_PARTS))(*fields)
+    has_weight = any(weight is not None for weight, *_ in parts)
+    return {
+        # Read as words: torch's memory begins at a multiple of 64.
+        "down": torch.empty(rows, -(-room // rows), dtype=dtype) if room else None,
+        "parts": array,
+        "arrays": (array, all_updates),
+        "count": len(fields),
+        "most_rows": MOST_ROWS if has_weight else 2**31,
+    }
 
 
 def update_by(
     calls: Sequence[Any], listed: Mapping[str, UpdateRange], dtype: torch.dtype
 ) -> int | None:
-    """Let calls of `few_rows_updated`, which are made again, add these updates to the layers that
-    have a key, and none to those that are not listed. Returns the values that `down` needs room
-    for; None: too many of one call, and none may be made before others are listed."""
+    """Replaces the updates of calls of `few_rows_updated`, for layers that have a key; layers that
+    are not listed get none. Returns the values that `down` needs room for, or None if a call has
+    too many updates: then no call may be made before it has others."""
     room = 0
-    for one in calls:
-        count, own, (parts, before) = 0, 0, one.kept
-        if TYPE_NUMBERS.get(dtype) != one.type:
+    for call in calls:
+        count, needed, (parts, before) = 0, 0, call.kept
+        if TYPE_NUMBERS.get(dtype) != call.type:
             raise CallError(f"updates of {dtype} where x is another type")
         for part, updates in zip(parts, before, strict=True):
             if updates is None or updates.key is None:
                 continue
-            part.updates, part.count, needed, width, outs = listed.get(updates.key, _NONE)
-            if part.count and (width, outs) != (one.width, part.outs):
+            part.updates, part.count, values, width, outs = listed.get(updates.key, _NONE)
+            if part.count and (width, outs) != (call.width, part.outs):
                 raise CallError(
-                    f"updates of {width} to {outs} where a layer is {one.width} to {part.outs}"
+                    f"updates of {width} to {outs} where a layer is {call.width} to {part.outs}"
                 )
-            count, own = count + part.count, own + needed
+            count, needed = count + part.count, needed + values
         if count > MOST_UPDATES:
             return None
-        room = max(room, own)
+        room = max(room, needed)
     return room
 
 

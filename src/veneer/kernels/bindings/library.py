@@ -1,9 +1,8 @@
 """The compiled kernels (kernels/native/*.c): found, loaded once, or None where there are none.
 
-Every caller keeps a plain torch path beside its kernel and takes it when there is none. Calls are
-made in calls.py, block_calls.py, product_calls.py, sum_calls.py, packed_calls.py, dense_calls.py,
-paged_calls.py, step_calls.py and draw_calls.py alone, which check what they hand over
-(arguments.py), and replayed in tape/tape.py: C does not look.
+Every caller keeps a plain torch path beside its kernel and takes it when there is none. The files
+*_calls.py declare the functions (declarations.py), and tape/tape.py replays calls. The arguments
+are checked in Python (checks.py): C does not look.
 """
 
 import ctypes
@@ -38,54 +37,28 @@ avx512_bf16: with these, without tiles (AMX)."""
 _SOFTLY = 1
 """OpenMP's omp_pause_soft."""
 
-_POINTER, _NUMBER, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ONE_STRUCT = (
-    *("veneer_rank_down", "veneer_rank_up", "veneer_rank_gradient"),
-    *("veneer_attention_forward", "veneer_attention_backward"),
-    *("veneer_attention_float_forward", "veneer_attention_float_backward"),
-    *("veneer_block_norm_forward", "veneer_block_norm_backward", "veneer_block_heads"),
-    *("veneer_block_gate_forward", "veneer_block_gate_backward"),
-    *("veneer_attention_summed", "veneer_attention_shared", "veneer_zeros"),
-)
-_STRUCT_AND_COUNT = (
-    *(
-        "veneer_rms_norm_forward",
-        "veneer_rms_norm_backward",
-        "veneer_silu_gate_forward",
-        "veneer_silu_gate_backward",
-    ),
-    *("veneer_rms_norm_float_forward", "veneer_rms_norm_float_backward"),
-    *("veneer_silu_gate_float_forward", "veneer_silu_gate_float_backward"),
-    *("veneer_rotary", "veneer_rotary_float", "veneer_entropy", "veneer_dropout"),
-)
-_STEP = ("veneer_step_norm", "veneer_step_rotate", "veneer_step_gate")
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "veneer_use_openmp": (None, [_POINTER] * 4),
     "veneer_limit": (None, [_INT]),
     "veneer_level": (_INT, []),
     "veneer_has_bf16": (_INT, []),
     "veneer_has_amx": (_INT, []),
-    **{name: (None, [_POINTER]) for name in _ONE_STRUCT},
-    **{name: (None, [_POINTER, _NUMBER]) for name in _STRUCT_AND_COUNT},
-    "veneer_few_rows": (_INT, [_POINTER, _INT]),
-    "veneer_product": (_INT, [_POINTER]),
-    "veneer_few_rows_updated": (_INT, [_POINTER, _INT]),
-    "veneer_lay_out_factors": (None, [_POINTER, _NUMBER]),
-    "veneer_nf4_quantize": (None, [_POINTER, _INT, _NUMBER, _NUMBER, *[_POINTER] * 4, _INT]),
-    "veneer_nf4_dequantize": (None, [_POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
-    "veneer_nf4_product": (
-        _INT,
-        [_POINTER, *[_NUMBER] * 3, _POINTER, _NUMBER, _POINTER, _INT, _INT],
-    ),
-    "veneer_gguf_dequantise": (_INT, [_INT, _POINTER, _NUMBER, _NUMBER, _POINTER, _INT, _INT]),
-    "veneer_paged_attention": (_INT, [_POINTER, _INT, _INT]),
-    **{name: (None, [_POINTER, _INT, _INT]) for name in _STEP},
-    "veneer_step_inputs": (None, [_POINTER]),
-    "veneer_draw": (None, [_POINTER, _NUMBER, _INT, _INT]),
     "veneer_replay": (_INT, [_POINTER]),
-    "veneer_packed_rows": (_INT, [_POINTER, _INT]),
 }
 """Every function of the library that is called: (what it returns, what it takes)."""
+
+
+def add_signature(name: str, returns: Any, takes: list[Any]) -> None:
+    SIGNATURES[name] = returns, takes
+    if library.cache_info().currsize and (loaded := library()) is not None:
+        _sign(loaded, name)
+
+
+def _sign(loaded: Any, name: str) -> None:
+    if hasattr(loaded, name):  # some exist on one kind of processor
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = SIGNATURES[name]
 
 
 Place = Literal["cpu", "cuda"]
@@ -187,33 +160,10 @@ def on_cuda(tensor: Any) -> bool:
     return bool(tensor.is_cuda if planned is None else tensor.is_meta and planned[0] == "cuda")
 
 
-class _Silent:
-    """The library while a step is planned: it answers what the processor has, and computes
-    nothing."""
-
-    def __init__(self, loaded: ctypes.CDLL) -> None:
-        self._loaded = loaded
-
-    def __getattr__(self, name: str) -> Any:
-        own = getattr(self._loaded, name)
-        return own if name in ("veneer_has_bf16", "veneer_has_amx", "veneer_level") else _nothing()
-
-
-def _nothing() -> Callable[..., None]:
-    def called(*_: object) -> None: ...
-
-    return called
-
-
-def library() -> Any:
-    """The library with its threads connected to torch's, or None: not compiled, not loadable, or
-    switched off."""
-    loaded = _library()
-    return _Silent(loaded) if loaded is not None and _planning.get() is not None else loaded
-
-
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """Returns the library with its threads connected to torch's, or None: not compiled, not
+    loadable, or switched off."""
     if os.environ.get(OFF):
         return None
     here = Path(__file__).parents[1]
@@ -230,10 +180,8 @@ def _library() -> Any:
         loaded = ctypes.CDLL(str(files[0]))
     except OSError:
         return None
-    for name, (returns, takes) in SIGNATURES.items():
-        if hasattr(loaded, name):  # those for bf16 exist on one kind of processor
-            function = getattr(loaded, name)
-            function.restype, function.argtypes = returns, takes
+    for name in SIGNATURES:
+        _sign(loaded, name)
     if named := os.environ.get(MAX_ISA):
         if named not in LIMITS:
             raise ConfigError(
@@ -249,6 +197,16 @@ def _library() -> Any:
     return found
 
 
+@cache
+def compiled_function(name: str) -> Any:
+    """Returns a function of the library. Raises AttributeError if it is not compiled here."""
+    return getattr(library(), name)
+
+
+def is_planning() -> bool:
+    return _planning.get() is not None
+
+
 def level() -> int:
     """3 AVX-512, 2 AVX2, 0 plain C; -1 without the library."""
     found = library()
@@ -257,7 +215,7 @@ def level() -> int:
 
 def has_bf16() -> bool:
     """Whether compiled functions multiply bf16 pairs."""
-    found = _library()
+    found = library()
     return (
         found is not None and found.multiplies_bf16
     )  # asked thousands of times a step: C was asked once
@@ -266,7 +224,7 @@ def has_bf16() -> bool:
 def has_floats() -> bool:
     """Whether the functions over float32 are there: even without AVX2 they take half of torch's
     time or less."""
-    return _library() is not None
+    return library() is not None
 
 
 def has_amx() -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.attention.compiled import attended, attended_gradients, starts
-from veneer.kernels.bindings import block_calls, calls
+from veneer.kernels.bindings import block_calls, row_calls
 from veneer.kernels.bindings.arguments import is_observed
 from veneer.kernels.bindings.block_calls import Side
 from veneer.kernels.bindings.library import count_replayed_layer, on_cpu
@@ -277,7 +277,7 @@ def _backward(
     def gated() -> Tensor:
         if passed or not inner_down.shape[1]:
             return passed[2] if passed else _asked(gate, inner_down)
-        calls.silu_gate_forward(gate, up, found := torch.empty_like(gate))
+        row_calls.silu_gate_forward(gate, up, found := torch.empty_like(gate))
         return found
 
     above = rank.down(grad, B[DOWN].T, block.layers[DOWN].scaling)

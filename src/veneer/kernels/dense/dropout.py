@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import calls
+from veneer.kernels.bindings import row_calls
 from veneer.kernels.bindings.arguments import available
 from veneer.kernels.bindings.library import on_cpu
+from veneer.kernels.bindings.rank_calls import Mask
 from veneer.kernels.cuda import launch
 
 _MASK32 = 0xFFFFFFFF
@@ -63,7 +64,7 @@ def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
     if not available("veneer_dropout"):
         return drop_out_reference(x, rows, key=key, dropout=dropout)
     out = torch.empty_like(x)
-    calls.dropout(x, out, rows, row_key=row_key, column_key=column_key, share=dropout)
+    row_calls.dropout(x, out, rows, row_key=row_key, column_key=column_key, share=dropout)
     return out
 
 
@@ -85,7 +86,7 @@ class Dropout:
     def apply(self, x_MI: Tensor) -> Tensor:
         return drop_out(x_MI, self.rows, key=self.key, dropout=self.share)
 
-    def mask(self) -> calls.Mask:
+    def mask(self) -> Mask:
         """As products of a small rank compute it (rank.py)."""
         return self.rows, self.key & _MASK32, self.key >> 32 & _MASK32, self.share
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.bindings import calls
+from veneer.kernels.bindings import row_calls
 from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
+from veneer.kernels.bindings.rank_calls import PAIR_BYTES
 from veneer.kernels.cuda import launch
 
 MOST_WIDTH = 2**14
@@ -31,7 +32,7 @@ def compiled(*tensors: Tensor) -> bool:
     for t in tensors:
         if t.dtype is not torch.bfloat16 or not on_cpu(t) or not t.is_contiguous():
             return False
-        if t.data_ptr() % calls.PAIR_BYTES:
+        if t.data_ptr() % PAIR_BYTES:
             return False
     return has_bf16()
 
@@ -56,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
                 torch.empty_like(x),
                 torch.empty(rows, dtype=torch.float32, device=x.device),
             )
-            calls.rms_norm_forward(x, weight, out, scale, epsilon)
+            row_calls.rms_norm_forward(x, weight, out, scale, epsilon)
         elif (triton := _norms(x, weight)) is not None:
             out, scale = triton.norm_forward(x, weight, epsilon)
         else:
@@ -77,7 +78,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
         if weight.shape == x.shape[-1:] and in_one_pass(x, weight, grad):
             out = torch.empty_like(x)
-            calls.rms_norm_backward(x, weight, grad, out, scale)
+            row_calls.rms_norm_backward(x, weight, grad, out, scale)
             return out, grad_weight, None
         if (triton := _norms(x, weight, grad)) is not None:
             return triton.norm_backward(x, weight, grad, scale), grad_weight, None
@@ -107,7 +108,7 @@ class _Gate(torch.autograd.Function):
         if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
             return F.silu(gate) * up
         out = torch.empty_like(gate)
-        calls.silu_gate_forward(gate, up, out)
+        row_calls.silu_gate_forward(gate, up, out)
         return out
 
     @staticmethod
@@ -124,7 +125,7 @@ class _Gate(torch.autograd.Function):
             share = torch.sigmoid(gate)
             return grad * up * share * (1 + gate * (1 - share)), grad * gate * share, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
-        calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
+        row_calls.silu_gate_backward(gate, up, grad, grad_gate, grad_up)
         return grad_gate, grad_up, None
 
 
@@ -150,7 +151,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tenso
     x = x.contiguous()
     if x.shape[-1] % 32 == 0 and in_one_pass(x, cos, sin):
         out = torch.empty_like(x)
-        calls.rotary(x, cos, sin, out, back=back)
+        row_calls.rotary(x, cos, sin, out, back=back)
         return out
     if (triton := launch.triton("rotary", x, cos, sin)) is not None:
         return triton.rotate(x, cos, sin, back)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.kernels.bindings import calls
+from veneer.kernels.bindings import row_calls
 from veneer.kernels.bindings.library import on_cpu, turns
 from veneer.kernels.cuda import launch
 from veneer.kernels.dense import products
@@ -116,7 +116,7 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         _check_targets(z, targets)
     if _is_compiled(z, targets):
         each = torch.empty(count, dtype=torch.float32, device=z.device)
-        calls.entropy(z, targets, each)
+        row_calls.entropy(z, targets, each)
         return each.sum(), z
     if (triton := launch.triton("entropy", z)) is not None:
         return triton.entropy(z, targets, True).sum(), z
@@ -234,7 +234,7 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
         if z.device.type == "cpu":
             _check_targets(z, chosen)
         if _is_compiled(z, chosen):
-            calls.entropy(z, chosen, out)
+            row_calls.entropy(z, chosen, out)
         elif (triton := launch.triton("entropy", z)) is not None:
             out.copy_(triton.entropy(z, chosen, False))
         else:

@@ -15,7 +15,7 @@ M rows, I in_features, O out_features.
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import product_calls
+from veneer.kernels.bindings import dense_calls
 from veneer.kernels.bindings.library import has_amx, has_bf16, on_cpu, own_product
 from veneer.kernels.dense import few_rows
 
@@ -37,7 +37,7 @@ def times_usable(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> bool:
 
 
 def _taken(x: Tensor, width: int, values: int, given: tuple[Tensor, ...]) -> bool:
-    if not few_rows.MOST_ROWS * width < x.numel() <= product_calls.MOST_ROWS * width:
+    if not few_rows.MOST_ROWS * width < x.numel() <= dense_calls.MOST_PRODUCT_ROWS * width:
         return False
     if width % 2 or values < few_rows.LEAST_VALUES or torch.compiler.is_compiling():
         return False
@@ -57,7 +57,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     if y.is_meta:
         _planned(rows, weight.t(), bias, y)
     else:
-        product_calls.product(rows, weight, bias, y, along=False, add=False)
+        dense_calls.product(rows, weight, bias, y, along=False, add=False)
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -67,7 +67,7 @@ def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
     if found.is_meta:
         _planned(grad, weight, so_far, found)
     else:
-        product_calls.product(grad, weight, None, found, along=True, add=so_far is not None)
+        dense_calls.product(grad, weight, None, found, along=True, add=so_far is not None)
     return found
 
 

@@ -17,19 +17,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings import calls
+from veneer.kernels.bindings import rank_calls
 from veneer.kernels.bindings.library import has_bf16, on_cpu
 from veneer.kernels.dense.dropout import Dropout
 from veneer.kernels.dense.fused import compiled
 
-MOST = calls.MOST_RANK
+MOST = rank_calls.MOST_RANK
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_compiled(rank: int, width: int, *tensors: Tensor) -> bool:
     """Whether a kernel computes these: ranks and widths that fill registers, more than an answer's
     few rows."""
-    if rank % 16 or width % 16 or not 0 < rank <= calls.MOST_RANK or tensors[0].shape[0] < 16:
+    if rank % 16 or width % 16 or not 0 < rank <= rank_calls.MOST_RANK or tensors[0].shape[0] < 16:
         return False
     return compiled(*tensors)
 
@@ -58,11 +58,13 @@ def _laid(factor: Tensor) -> Tensor:
 def _narrow(side: Tensor) -> bool:
     """Whether rows of R columns are whole pairs; they may be columns of a wider matrix."""
     return (
-        side.stride(1) == 1 and side.stride(0) % 2 == 0 and side.data_ptr() % calls.PAIR_BYTES == 0
+        side.stride(1) == 1
+        and side.stride(0) % 2 == 0
+        and side.data_ptr() % rank_calls.PAIR_BYTES == 0
     )
 
 
-def _mask(dropout: Dropout | None) -> calls.Mask | None:
+def _mask(dropout: Dropout | None) -> rank_calls.Mask | None:
     return None if dropout is None else dropout.mask()
 
 
@@ -82,7 +84,7 @@ def down(
     if not is_compiled(rank, width, x) or not _narrow(out):
         torch.mm(x if dropout is None else dropout.apply(x), A.to(x.dtype).T, out=out)
         return out if scale == 1.0 else out.mul_(scale)
-    calls.rank_down(x, _laid(A), out, scale, _mask(dropout))
+    rank_calls.rank_down(x, _laid(A), out, scale, _mask(dropout))
     return out
 
 
@@ -93,7 +95,7 @@ def add_up(
     if not rank:
         return
     if is_compiled(rank, width, y) and _narrow(d):
-        calls.rank_up(d, _laid(B), y, scale, _mask(dropout))
+        rank_calls.rank_up(d, _laid(B), y, scale, _mask(dropout))
     elif dropout is None:
         y.addmm_(d, B.to(y.dtype).T, alpha=scale)
     else:
@@ -115,7 +117,7 @@ def gradient(u: Tensor, x: Tensor, scale: float = 1.0, *, dropout: Dropout | Non
         )
         return found if scale == 1.0 else found.mul_(scale)
     out = torch.empty(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    calls.rank_gradient(u, x, [out], scale, _mask(dropout), turned=False, add=False)
+    rank_calls.rank_gradient(u, x, [out], scale, _mask(dropout), turned=False, add=False)
     return out
 
 
@@ -152,7 +154,7 @@ def put_gradients(
     add: + what they were."""
     sizes = [out.shape[int(turned)] for out in outs]
     if together(sizes, dropouts):
-        calls.rank_gradient(u, x, outs, scale, turned=turned, add=add)
+        rank_calls.rank_gradient(u, x, outs, scale, turned=turned, add=add)
         return
     for out, own, dropout in zip(outs, u.split(sizes, dim=1), dropouts, strict=True):
-        calls.rank_gradient(own, x, [out], scale, _mask(dropout), turned=turned, add=add)
+        rank_calls.rank_gradient(own, x, [out], scale, _mask(dropout), turned=turned, add=add)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.bindings.calls import DropoutMask
+from veneer.kernels.bindings.rank_calls import DropoutMask
 from veneer.kernels.tape.tape import (
     LAYER_FUNCTIONS,
     Recorder,
@@ -157,7 +157,7 @@ class _LayerRecorder(Recorder):
             self.reject("masks with the same key")
         self._calls: list[TapeCall] = []
         self._structs = bytearray()
-        self._addresses: list[TapeAddress] = []  # base: the number of an allocation
+        self._addresses: list[Any] = []  # base: the number of an allocation
 
     def add_tensor(self, name: str, tensor: Tensor) -> Tensor:
         now, size = len(self._calls), tensor.untyped_storage().nbytes()

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from veneer.kernels.bindings.arguments import CallError, call, numbers, observe_calls, pointers
+from veneer.kernels.bindings.arguments import CallError, call, observe_calls
+from veneer.kernels.bindings.declarations import structure
 
 STEP_FUNCTIONS = (
     "veneer_few_rows",
@@ -69,22 +70,13 @@ class TapeCall(ctypes.Structure):
     _fields_ = [("function", ctypes.c_int64), ("arguments", ctypes.c_int64 * MOST_ARGUMENTS)]
 
 
-class TapeAddress(ctypes.Structure):
-    """An address `at` bytes behind the first struct, to be replaced by that of `offset` bytes
-    behind bases[base]."""
-
-    _fields_ = [*numbers("at base offset")]
-
-
-class _Replay(ctypes.Structure):
-    _fields_ = [
-        *pointers("calls"),
-        *numbers("num_calls"),
-        *pointers("structs addresses"),
-        *numbers("num_addresses"),
-        *pointers("bases"),
-        *numbers("error"),
-    ]
+TapeAddress = structure("TapeAddress", "at, base, offset")
+"""An address `at` bytes behind the first struct, to be replaced by that of `offset` bytes behind
+bases[base]."""
+_Replay = structure(
+    "Replay",
+    "calls: pointer; num_calls; structs, addresses: pointer; num_addresses; bases: pointer; error",
+)
 
 
 class Tape:
@@ -92,7 +84,7 @@ class Tape:
     these structs. Without structs, the calls read those that Python passed."""
 
     def __init__(
-        self, calls: Sequence[TapeCall], structs: bytes = b"", addresses: Sequence[TapeAddress] = ()
+        self, calls: Sequence[TapeCall], structs: bytes = b"", addresses: Sequence[Any] = ()
     ) -> None:
         self._calls = (TapeCall * len(calls))(*calls)
         self._structs = structs
@@ -114,7 +106,7 @@ class Tape:
         _replay(tape)
 
 
-def _replay(tape: _Replay) -> None:
+def _replay(tape: Any) -> None:
     if error := call("veneer_replay", ctypes.byref(tape)):
         if error < 0:
             raise CallError("a tape calls a function that C does not know")

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Values are bf16 or float32. Strides are in values; the innermost one is 1 everywhere.
-   kernels/bindings/calls.py has the same fields in this order. */
+   kernels/bindings/attention_calls.py has the same fields in this order. */
 struct attention {
     const void *q, *k, *v, *before_k, *before_v, *grad;
     const void *made; /* (rows, H, D) what forward wrote, for backward on tiles */

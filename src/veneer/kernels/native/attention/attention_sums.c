@@ -1,6 +1,6 @@
 /* Sums of the gradients that attention over packed documents leaves in shares (attention.c,
-   attention_float.c): see kernels/bindings/sum_calls.py. Every value is summed in the order in
-   which its shares lie, whichever thread does it. */
+   attention_float.c): see kernels/bindings/attention_calls.py. Every value is summed in the order
+   in which its shares lie, whichever thread does it. */
 #include "bits.h"
 #include "parallel.h"
 #include <stddef.h>

@@ -11,7 +11,7 @@
 int veneer_has_bf16(void);
 
 /* y (rows, outs) = x (rows, width) times w: (outs, width), or, where it lies along, (width, outs).
-   + bias, unless it is NULL; add: + what y was. kernels/bindings/product_calls.py has the same
+   + bias, unless it is NULL; add: + what y was. kernels/bindings/dense_calls.py has the same
    fields. */
 struct product {
     const uint16_t *x, *w, *bias;

@@ -11,7 +11,7 @@
 #define BLOCK 48 /* rows */
 #define COLUMNS 64
 #define MOST_RANK 256
-#define MOST 3 /* layers of one input; kernels/bindings/calls.py knows it too */
+#define MOST 3 /* layers of one input; kernels/bindings/rank_calls.py knows it too */
 
 static inline int64_t rank_blocks(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
 
@@ -27,7 +27,7 @@ static inline uint32_t *words(int64_t count) {
 }
 
 /* Dropout of one layer: which values stay is computed where they are read
-   (kernels/dense/dropout.py). kernels/bindings/calls.py has the same fields. */
+   (kernels/dense/dropout.py). kernels/bindings/rank_calls.py has the same fields. */
 struct mask {
     const int64_t *keys; /* of the rows; NULL: all stay */
     uint32_t row_key, column_key, threshold;

@@ -1,0 +1,144 @@
+"""The calls into the kernels of attention over packed documents (native/attention/attention.c,
+attention_float.c, attention_sums.c).
+
+Values are bf16 or float32, shares float32. Shapes: R rows, H query heads, K key heads, D head size,
+P keys that all documents see, S splits.
+"""
+
+from torch import Tensor
+
+from veneer.kernels.bindings.arguments import number
+from veneer.kernels.bindings.declarations import Values, declare
+
+
+def _fields(grad: str, written: str, grad_stride: str) -> str:
+    return f"""
+    q: T[rows@q_row, heads@q_head, size] words 4
+    k: T[rows@k_row, kv_heads@k_head, size] words 4
+    v: T[rows@v_row, kv_heads@v_head, size] words 4
+    before_k: T[before@bk_row, kv_heads@bk_head, size]? words 4
+    before_v: T[before@bv_row, kv_heads@bv_head, size]? words 4
+    {grad}
+    out: T[rows, heads, size]
+    lse: f32[rows, heads]
+    grad_k, grad_v, grad_before_k, grad_before_v: {written}
+    starts: i64[ends] ascending to rows
+    q_row: 0..2**27; q_head
+    k_row: 0..2**27; k_head
+    v_row: 0..2**27; v_head
+    bk_row: 0..2**27; bk_head
+    bv_row: 0..2**27; bv_head
+    {grad_stride}
+    rows
+    docs = ends - 1: 1..
+    heads, kv_heads
+    size: 16.. % 16
+    before
+    window: 1..?
+    splits: 1..1024
+    scale: float
+    check group = heads / kv_heads
+    """
+
+
+def _before(before: tuple[Tensor, Tensor] | None) -> Values:
+    if before is None:
+        return {"before": 0}
+    return {"before": before[0].shape[0], "before_k": before[0], "before_v": before[1]}
+
+
+@declare(
+    "veneer_attention_forward|veneer_attention_float_forward(*)",
+    _fields("grad, made: unused", "unused", "grad_row = 0; grad_head = 0"),
+)
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    before: tuple[Tensor, Tensor] | None,
+    starts: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    splits: int,
+) -> Values:
+    """out (R, H, D), lse (R, H) float32: log of the sum of exponentials; q (R, H, D), k and v
+    (R, K, D), before (P, K, D) each, starts (documents + 1). splits: shares of a document's keys,
+    each a task of its own."""
+    return _before(before)
+
+
+@declare(
+    "veneer_attention_backward|veneer_attention_float_backward(*)",
+    _fields(
+        "grad: T[rows@grad_row, heads@grad_head, size] words 4; made: T[rows, heads, size]",
+        "pointer",
+        "grad_row: 0..2**27; grad_head",
+    )
+    + "check own: f32[2, splits, rows, kv_heads, size];"
+    "check shared: f32[2, docs, splits, kv_heads, before, size]",
+)
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    before: tuple[Tensor, Tensor] | None,
+    starts: Tensor,
+    made: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    *,
+    grad_q: Tensor,
+    own: Tensor,
+    shared: Tensor,
+    scale: float,
+    window: int | None,
+    splits: int,
+) -> Values:
+    """made: what forward wrote; grad_q (R, H, D) in q's type. In float32, of keys, then values: own
+    (2, S, R, K, D), shared (2, documents, S, K, P, D)."""
+    sums = {"grad_k": own[0], "grad_v": own[1]}
+    sums |= {"grad_before_k": shared[0], "grad_before_v": shared[1]}
+    addresses = {name: tensor.data_ptr() for name, tensor in sums.items()}
+    return {"out": grad_q, **addresses, **_before(before)}
+
+
+@declare(
+    "veneer_attention_summed(*)",
+    """
+    own: f32[2, splits, rows, heads, size]
+    more: f32[2, rows, heads, size]?
+    out_k, out_v: T[rows, heads, size]
+    splits: 1..
+    rows
+    width = heads * size: 0..2**27
+    wide = 1 - T
+    """,
+)
+def attention_summed(own: Tensor, more: Tensor | None, out_k: Tensor, out_v: Tensor) -> None:
+    """out_k, out_v (R, K, D), rounded once, = own (2, S, R, K, D) summed over S, + more (2, R, K,
+    D)."""
+
+
+@declare(
+    "veneer_attention_shared(*)",
+    """
+    held: f32[2, documents, splits, heads, rows, size]
+    out: f32[2, rows, heads, size]
+    parts = documents * splits
+    heads, rows, size
+    add: flag
+    """,
+)
+def attention_shared(held: Tensor, out: Tensor, *, add: bool) -> None:
+    """out (2, P, K, D) = held (2, documents, S, K, P, D) summed over documents and S; add: + what
+    it was."""
+
+
+@declare("veneer_zeros(*)", "to: T[rows, heads, size]; bytes")
+def zeros(x: Tensor, start: int) -> Values:
+    """x (R, K, D) = 0 from row `start` on."""
+    rest = x[number(start, 0, len(x)) :]
+    return {"to": rest, "bytes": rest.nbytes}

@@ -1,0 +1,123 @@
+"""The calls into the kernels for products with a small rank (native/layers/rank.c).
+
+Shapes: M rows, I and O widths, R rank.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from veneer.kernels.bindings.arguments import FP32, INT64, CallError, at, number
+from veneer.kernels.bindings.declarations import Values, declare, structure
+from veneer.kernels.bindings.row_calls import dropout_threshold
+
+PAIR_BYTES = 4
+"""Two bf16 neighbours are read as one word."""
+MOST_RANK, MOST = 256, 3
+"""The second: layers of one input. native/layers/rank.h names the same numbers."""
+MOST_STRIDE = 2**27
+"""Values from one row of a tensor to the next: 16 rows are gathered with indices of 32 bits."""
+
+DropoutMask = structure(
+    "DropoutMask", "keys: pointer; row_key, column_key, threshold: uint32; rows, columns: pointer"
+)
+Mask = tuple[Tensor, int, int, float]
+"""Of dropout: keys of the rows (M) int64, those of all rows and of the columns, and the share that
+is dropped."""
+
+
+def mask_fields(mask: Mask, rows: int) -> tuple[int, int, int, int]:
+    """Returns the fields of a DropoutMask of so many rows."""
+    keys, row_key, column_key, share = mask
+    most = 2**32 - 1
+    return (
+        at(keys, INT64, rows),
+        number(row_key, 0, most),
+        number(column_key, 0, most),
+        dropout_threshold(share),
+    )
+
+
+def _fields(x: str, factor: str, rows: str, flags: str) -> str:
+    return f"""
+    x: bf16[rows, width]{x}
+    factor: {factor}
+    narrow: bf16[rows@apart, rank] words 4
+    grads: pointer*3
+    ranks: int*3
+    {flags}
+    rows: {rows}
+    width: 16..2**27 % 16
+    rank: 16..256 % 16
+    apart: rank..2**27
+    {"across = 0; half = 0" if factor == "unused" else "across: flag; half = F"}
+    scale: float
+    mask: Mask
+    pairs: unused
+    """
+
+
+def _masked(mask: Mask | None, x: Tensor, scale: float) -> Values:
+    """Returns mask and scale, divided by the share that is not dropped."""
+    if mask is None:
+        return {"mask": (), "scale": scale}
+    return {"mask": mask_fields(mask, len(x)), "scale": scale / (1 - mask[3])}
+
+
+def _factor(factor: Tensor, outs: int, ins: int) -> Values:
+    """Takes W^T (outs, ins), or a transposed view of W (ins, outs)."""
+    across = factor.is_contiguous()
+    if factor.shape != (outs, ins) or (across and factor.data_ptr() % PAIR_BYTES):
+        raise CallError(f"factor is {list(factor.shape)} where C takes words of {[outs, ins]}")
+    return {"factor": factor if across else factor.mT, "across": across}
+
+
+@declare(
+    "veneer_rank_down(*)",
+    _fields(" words 4", "F{rank * width}", "0..", "count, turned, add = 0"),
+    Mask=DropoutMask,
+)
+def rank_down(
+    x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None
+) -> Values:
+    """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
+    sizes = out.shape[1], x.shape[1]
+    return {"narrow": out, **_factor(factor, *sizes), **_masked(mask, x, scale)}
+
+
+@declare(
+    "veneer_rank_up(*)",
+    _fields("", "F{rank * width}", "0..", "count, turned, add = 0"),
+    Mask=DropoutMask,
+)
+def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | None = None) -> Values:
+    """y (M, O) += scale * d (M, R) factor^T, what is added through the mask; factor (O, R)."""
+    sizes = y.shape[1], d.shape[1]
+    return {"x": y, "narrow": d, **_factor(factor, *sizes), **_masked(mask, y, scale)}
+
+
+@declare(
+    "veneer_rank_gradient(*)",
+    _fields("", "unused", "1..2**27", "count: 1..3; turned, add: flag"),
+    Mask=DropoutMask,
+)
+def rank_gradient(
+    u: Tensor,
+    x: Tensor,
+    outs: Sequence[Tensor],
+    scale: float,
+    mask: Mask | None = None,
+    *,
+    turned: bool,
+    add: bool,
+) -> Values:
+    """scale * u^T x, x (M, I) through the mask, to outs: float32 (R, I) of each of some factors, u
+    (M, R) theirs side by side; turned: (I, R). add: + what they were."""
+    width = x.shape[1]
+    ranks = tuple(out.shape[int(turned)] for out in outs)
+    if sum(ranks) != u.shape[1] or any(rank % 16 for rank in ranks) or len(ranks) > MOST:
+        raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
+    shapes = [(width, rank) if turned else (rank, width) for rank in ranks]
+    grads = tuple(at(out, FP32, *shape) for out, shape in zip(outs, shapes, strict=True))
+    sides = {"narrow": u, "grads": grads, "ranks": ranks, "count": len(ranks)}
+    return {**sides, **_masked(mask, x, scale)}

@@ -1,0 +1,100 @@
+"""The calls into the kernels that pass over rows once (native/layers/fused.c, dropout.c).
+
+Shapes: M rows, D width, H heads, E head size, V vocabulary.
+"""
+
+from torch import Tensor
+
+from veneer.kernels.bindings.arguments import CallError
+from veneer.kernels.bindings.declarations import Values, declare
+
+_READ = "x: T{rows * width}; weight: T[width];"
+_WRITTEN = "out: T{rows * width}; scale: f32[rows]; width: 1..;"
+
+
+@declare(
+    "veneer_rms_norm_forward|veneer_rms_norm_float_forward(*, rows)",
+    f"{_READ} grad: unused; {_WRITTEN} epsilon: float",
+)
+def rms_norm_forward(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor, epsilon: float) -> None:
+    """out = weight * x * scale, scale (rows of x) float32 = 1 / root mean square; x (..., D),
+    weight (D)."""
+
+
+@declare(
+    "veneer_rms_norm_backward|veneer_rms_norm_float_backward(*, rows)",
+    f"{_READ} grad: T{{rows * width}}; {_WRITTEN} epsilon = 0: float",
+)
+def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, out: Tensor, scale: Tensor) -> None:
+    """out: the gradient of x."""
+
+
+@declare(
+    "veneer_silu_gate_forward|veneer_silu_gate_float_forward(*, registers = count / 16)",
+    "gate, up: T{count}; grad: unused; out: T{count}; grad_gate, grad_up: unused",
+)
+def silu_gate_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up, a multiple of 16 values."""
+
+
+@declare(
+    "veneer_silu_gate_backward|veneer_silu_gate_float_backward(*, registers = count / 16)",
+    "gate, up, grad: T{count}; out: unused; grad_gate, grad_up: T{count}",
+)
+def silu_gate_backward(
+    gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
+) -> None:
+    """grad_gate, grad_up: the gradients of gate and up."""
+
+
+@declare(
+    "veneer_rotary|veneer_rotary_float(*, rows)",
+    """
+    x: T[rows, heads, size]
+    cos, sin: T[rows, size]
+    out: T[rows, heads, size]
+    heads
+    size: 32.. % 32
+    back: flag
+    """,
+)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool) -> None:
+    """out: x (M, H, E) turned by cos and sin (M, E); back: by their transpose."""
+
+
+@declare(
+    "veneer_entropy(*, rows: 0..logit_rows)",
+    """
+    logits: bf16[logit_rows, vocabulary]
+    targets: i64[rows] below vocabulary
+    loss: f32[rows]
+    vocabulary: 1..
+    """,
+)
+def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+    """loss (M) = -log softmax(logits)[target]; the first M rows of logits (>= M, V) become softmax
+    - onehot."""
+
+
+@declare(
+    "veneer_dropout(*, count)",
+    """
+    x, out: T[count, width]
+    rows: i64[count]
+    width
+    row_key, column_key, threshold: uint32
+    scale: float
+    type = T: int32
+    """,
+)
+def dropout(
+    x: Tensor, out: Tensor, rows: Tensor, *, row_key: int, column_key: int, share: float
+) -> Values:
+    """out (M, D): x / (1 - share), or 0 by the hash of rows (M), columns and both keys."""
+    return {"threshold": dropout_threshold(share), "scale": 1 - share}
+
+
+def dropout_threshold(share: float) -> int:
+    if not 0 <= share < 1:
+        raise CallError(f"dropout of {share}")
+    return int(share * 2**32)
