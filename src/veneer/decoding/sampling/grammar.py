@@ -1,13 +1,13 @@
-"""What an answer may be, token by token: JSON of a schema, what an expression matches, one of some
-texts, a grammar, calls of tools. By llguidance, which comes with the extra `grammar`.
+"""Constrains answers token by token: to JSON of a schema, a regular expression, one of some texts,
+a grammar, or tool calls. Uses llguidance, which the extra `grammar` installs.
 
     Grammars      made once for a base: it reads the whole vocabulary, which takes a second or more
-    Grammar       one shape, compiled on the thread that asks for it, its first tokens found; makes
-                  a constraint for each answer, and says of a finished text what is wrong with it
+    Grammar       one shape, compiled on the calling thread; it makes a constraint for each answer
+                  and checks the finished text
 
-Shapes are strangers'. Their size, their depth and what is repeated in them are bounded, and what a
-token may cost: the decoding thread waits for it. An answer whose grammar runs out of these ends by
-itself, with an error.
+Shapes come from strangers. Their size, depth and repetitions are bounded. So is the work for a
+token, because the decoding thread waits for it: an answer whose grammar exceeds that ends with an
+error.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 65_536
-"""Of a schema, a grammar, all choices or all tools together."""
+"""Characters of a schema, a grammar, all choices, or all tools."""
 MOST_PATTERN = 8192
 MOST_REPEATS = 10_000
-"""Of all counts in the braces of a grammar, multiplied: nested ones are written out while tokens
-are found."""
+"""Product of all counts in the braces of a grammar: nested repetitions are expanded while an answer
+is sampled."""
 MOST_RULES = 500
-"""Of a grammar in llama.cpp's notation: llguidance translates it in time that grows with their
-square."""
+"""Rules of a grammar in llama.cpp's notation: the time to translate it grows with their square."""
 MOST_CALLS = 16
 _BLANK = r"[ \n\t\r]{1,32}"
-"""Between the parts of a JSON value: bounded, or an answer may be blank for ever."""
-_TRIED = 4
-"""Tokens that are tried where a shape is compiled: what is built for them is built there, and most
-of what grows beyond its bounds does so at once."""
+"""Blanks between the parts of a JSON value. Without a bound an answer may be blank for ever."""
+_TOKENS_TRIED = 4
+"""Tokens that are sampled when a shape is compiled. Their states are built then, and most grammars
+that exceed their limits do so at once."""
 _COUNT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
 
 Check = Callable[[str], list[str]]
 
 
 class Grammars:
-    """tokenizer: of the base. rows: ids that its head knows. stops: ids that end an answer.
+    """Compiles shapes for one base.
 
-    ConfigError: the extra is not installed; the tokenizer is not one that llguidance reads.
+    rows: number of ids that the base's head knows. stops: ids that end an answer. ConfigError: the
+    extra is not installed, or llguidance cannot read the tokenizer.
     """
 
     def __init__(
@@ -89,21 +89,22 @@ class Grammars:
         )
 
     def json(self) -> Grammar:
-        """Any JSON object."""
+        """Allows any JSON object."""
         return self.schema({"type": "object"})
 
     def schema(self, schema: Mapping[str, Any] | bool | str) -> Grammar:
-        """A JSON value of it. str: the schema's text. ConfigError: what cannot be followed of
-        it."""
-        read = _read_schema(schema)
-        check = JsonCheck(read)
-        return self._made("the schema", self._of_schema(read), check.faults)
+        """Allows the JSON values of a schema, which may be a text. ConfigError: it cannot be
+        followed."""
+        valid_schema = _read_schema(schema)
+        source = f"start: %json {_with_options(valid_schema)}"
+        return self._compile("the schema", source, JsonCheck(valid_schema).faults)
 
     def regex(self, source: str) -> Grammar:
-        """All of the text is matched."""
+        """Allows texts that the expression matches as a whole."""
         if len(source) > MOST_PATTERN:
             raise ConfigError(
-                f"the expression has {len(source):,} characters, {MOST_PATTERN:,} may be"
+                f"the expression has {len(source):,} characters, at most {MOST_PATTERN:,} are"
+                " allowed"
             )
         try:
             matches = compiled(f"(?:{source})")
@@ -115,103 +116,96 @@ class Grammars:
         def check(text: str) -> list[str]:
             return [] if matches.fullmatch(text) else ["the expression does not match it"]
 
-        return self._made("the expression", LLMatcher.grammar_from_regex(source), check)
+        return self._compile("the expression", LLMatcher.grammar_from_regex(source), check)
 
     def choice(self, texts: Sequence[str]) -> Grammar:
-        """One of the texts."""
+        """Allows one of the texts."""
         if not texts:
-            raise ConfigError("there is no choice")
+            raise ConfigError("the list of choices is empty")
         _check_size("the choices", sum(map(len, texts)))
         lark = "start: " + " | ".join(map(json.dumps, texts))
-        return self._made(
+        return self._compile(
             "the choices", lark, lambda text: [] if text in texts else ["it is none of the choices"]
         )
 
     def grammar(self, source: str) -> Grammar:
-        """What a grammar in Lark's or llama.cpp's notation (GBNF) makes."""
+        """Allows the texts of a grammar in Lark's or llama.cpp's notation (GBNF)."""
         from llguidance import grammar_from
 
         _check_size("the grammar", len(source))
         if math.prod(_counts(source)) > MOST_REPEATS:
             raise ConfigError(
-                f"the counts in the grammar's braces are more than {MOST_REPEATS:,} multiplied",
-                next_step="Repeat less, or with * and +.",
+                f"the product of the counts in the grammar's braces is over {MOST_REPEATS:,}",
+                next_step="Use smaller counts, or * and +.",
             )
         if (rules := source.count("::=")) > MOST_RULES:
             raise ConfigError(
-                f"the grammar has {rules:,} rules in llama.cpp's notation, {MOST_RULES} may be"
+                f"the grammar has {rules:,} rules in llama.cpp's notation, at most {MOST_RULES} are"
+                " allowed"
             )
         try:
             lark = grammar_from("grammar", source)
         except (ValueError, RecursionError) as fault:
             raise ConfigError("the grammar cannot be read", [str(fault)[:300]]) from None
-        made = self._made("the grammar", lark, lambda text: [])
-        made.check = lambda text: [] if made.makes(text) else ["the grammar does not make it"]
-        return made
+        grammar = self._compile("the grammar", lark, lambda text: [])
+        grammar.faults = lambda text: [] if grammar.accepts(text) else ["the grammar forbids it"]
+        return grammar
 
     def calls(
         self, tools: Mapping[str, Mapping[str, Any]], style: CallStyle, *, most: int = 1
     ) -> Grammar:
-        """One call of a tool and up to `most`, where the style has several. tools: name -> schema
-        of its arguments."""
+        """Allows one to `most` calls of the tools, if the style has several."""
         if not tools:
             raise ConfigError("there is no tool to call")
         if not 1 <= most <= MOST_CALLS:
-            raise ConfigError(f"{most} calls are asked for; from 1 to {MOST_CALLS} may be")
-        read = {
-            t: cast(Mapping[str, Any], _read_schema({"type": "object", **s}))
-            for t, s in tools.items()
+            raise ConfigError(f"the number of calls is {most}; it must be 1 to {MOST_CALLS}")
+        schemas = {
+            tool: cast(Mapping[str, Any], _read_schema({"type": "object", **schema}))
+            for tool, schema in tools.items()
         }
         _check_size(
-            "the tools", sum(len(json.dumps([tool, schema])) for tool, schema in read.items())
+            "the tools", sum(len(json.dumps([tool, schema])) for tool, schema in schemas.items())
         )
-        checks = {tool: JsonCheck(schema) for tool, schema in read.items()}
-        lines = style.grammar(read, most, lambda schema: f"%json {_with_options(schema)}")
-        return self._made(
-            "the tools", "\n".join(lines), lambda text: _call_faults(text, style, read, checks)
+        checks = {tool: JsonCheck(schema) for tool, schema in schemas.items()}
+        lines = style.grammar(schemas, most, lambda schema: f"%json {_with_options(schema)}")
+        return self._compile(
+            "the tools", "\n".join(lines), lambda text: _call_faults(text, style, schemas, checks)
         )
 
-    @staticmethod
-    def _of_schema(schema: Mapping[str, Any] | bool) -> str:
-        return f"start: %json {_with_options(schema)}"
-
-    def _made(self, what: str, source: str, check: Check) -> Grammar:
+    def _compile(self, what: str, source: str, check: Check) -> Grammar:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
-        made = Grammar(matcher, self._tokenizer, check)
-        tried = matcher.deep_copy()
+        trial = matcher.deep_copy()
         new: list[int] = []
-        follower = Follower(tried, self._tokenizer.vocab_size)
-        for _ in range(_TRIED):
+        follower = Follower(trial, self._tokenizer.vocab_size)
+        for _ in range(_TOKENS_TRIED):
             allowed = follower.allowed(new)
-            if tried.is_error() or tried.is_stopped():
+            if trial.is_error() or trial.is_stopped():
                 break
             new.append(int(allowed.argmax()))
-        if tried.is_error():
-            said = tried.get_error().partition("\n")[0]
+        if trial.is_error():
+            said = trial.get_error().partition("\n")[0]
             raise ConfigError(
-                f"{what} cannot be followed", [said[:500] or str(tried.stop_reason())]
+                f"{what} cannot be followed", [said[:500] or str(trial.stop_reason())]
             )
-        return made
+        return Grammar(matcher, self._tokenizer, check)
 
 
 class Grammar:
-    """Called, it makes what one answer follows (sampling.Constraint). check: what is wrong with a
-    text."""
+    """Makes a constraint for each answer when it is called (sampling.Constraint).
 
-    def __init__(self, matcher: Any, tokenizer: Any, check: Check) -> None:
-        self._matcher, self._tokenizer, self.check = matcher, tokenizer, check
+    faults: returns what is wrong with a finished text; an empty list if nothing is.
+    """
+
+    def __init__(self, matcher: Any, tokenizer: Any, faults: Check) -> None:
+        self._matcher, self._tokenizer, self.faults = matcher, tokenizer, faults
 
     def __call__(self) -> Follower:
         return Follower(self._matcher.deep_copy(), self._tokenizer.vocab_size)
 
-    def faults(self, text: str) -> list[str]:
-        """What is wrong with an answer that was not cut; none: it is what was asked for."""
-        return self.check(text)
-
-    def makes(self, text: str) -> bool:
-        """Whether the grammar itself lets it pass, in whatever tokens."""
+    def accepts(self, text: str) -> bool:
+        """Whether the grammar allows the text, in any tokens."""
         matcher = self._matcher.deep_copy()
         return bool(
             matcher.consume_tokens(self._tokenizer.tokenize_str(text)) and matcher.is_accepting()
@@ -219,7 +213,7 @@ class Grammar:
 
 
 class Follower:
-    """One answer's way through a grammar. It goes back where an answer does."""
+    """Follows one answer through a grammar, also back to an earlier token."""
 
     def __init__(self, matcher: Any, ids: int) -> None:
         self._matcher, self._ids = matcher, ids
@@ -227,7 +221,8 @@ class Follower:
         self._bits = np.zeros((1, -(-ids // 32)), dtype=np.int32)
 
     def allowed(self, new: Sequence[int]) -> np.ndarray:
-        """(V) bool; nothing, where the grammar has come to its limits."""
+        """Returns (V) bool, the tokens that may come next; none if the grammar exceeds its
+        limits."""
         from llguidance.numpy import fill_next_token_bitmask
 
         self._follow(new)
@@ -254,7 +249,7 @@ class Follower:
 
 
 def _read_schema(schema: Mapping[str, Any] | bool | str) -> Mapping[str, Any] | bool:
-    """Within bounds, and without what llguidance would take for its own options."""
+    """Checks a schema's size and depth, and removes the key that llguidance reads options from."""
     if isinstance(schema, str):
         _check_size("the schema", len(schema))
         if text_too_deep(schema):
@@ -262,7 +257,7 @@ def _read_schema(schema: Mapping[str, Any] | bool | str) -> Mapping[str, Any] | 
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as fault:
-            raise ConfigError("the schema is no JSON", [str(fault)]) from None
+            raise ConfigError("the schema is not JSON", [str(fault)]) from None
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, Mapping):
@@ -272,30 +267,32 @@ def _read_schema(schema: Mapping[str, Any] | bool | str) -> Mapping[str, Any] | 
     try:
         _check_size("the schema", len(json.dumps(schema, allow_nan=False)))
     except (ValueError, TypeError) as fault:
-        raise ConfigError("the schema is no JSON", [str(fault)]) from None
+        raise ConfigError("the schema is not JSON", [str(fault)]) from None
     return {name: value for name, value in schema.items() if name != "x-guidance"}
 
 
 def _with_options(schema: Mapping[str, Any] | bool) -> str:
-    """oneOf as anyOf: whether two of them hold, the check says."""
-    own = {"whitespace_pattern": _BLANK, "coerce_one_of": True}
-    of: Mapping[str, Any] = (
-        schema if isinstance(schema, Mapping) else {} if schema else {"enum": []}
-    )
-    return json.dumps({"x-guidance": own, **of})
+    """Writes a schema with options of llguidance. It reads oneOf as anyOf; JsonCheck makes the
+    difference."""
+    options = {"whitespace_pattern": _BLANK, "coerce_one_of": True}
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    return json.dumps({"x-guidance": options, **schema})
 
 
 def _check_size(what: str, characters: int) -> None:
     if characters > MOST_CHARACTERS:
-        raise ConfigError(f"{what}: {characters:,} characters, {MOST_CHARACTERS:,} may be")
+        raise ConfigError(
+            f"{what}: {characters:,} characters, at most {MOST_CHARACTERS:,} are allowed"
+        )
 
 
 def _counts(source: str) -> list[int]:
-    found = []
-    for match in _COUNT.finditer(source):
-        numbers = [int(each[:9]) for each in match.groups() if each]
-        found.append(max([1, *numbers]))
-    return found
+    """Returns the larger number of each pair of braces."""
+    return [
+        max(1, *(int(number[:9] or 1) for number in match.groups(default="")))
+        for match in _COUNT.finditer(source)
+    ]
 
 
 def _call_faults(
@@ -304,18 +301,19 @@ def _call_faults(
     tools: Mapping[str, Mapping[str, Any]],
     checks: Mapping[str, JsonCheck],
 ) -> list[str]:
+    """Returns what is wrong with an answer that must consist of calls."""
     reader = CallReader(style, tools)
-    (said, calls), (rest, last) = reader.push(text), reader.end()
-    if (said + rest).strip():
-        return ["it is not calls alone"]
+    (shown, calls), (rest, last) = reader.push(text), reader.end()
+    if (shown + rest).strip():
+        return ["it has text beside the calls"]
     faults: list[str] = []
     for tool, arguments in (*calls, *last):
         if tool not in checks:
-            faults.append("it is no call of one of the tools")
+            faults.append("it calls a tool that the request does not have")
             continue
         try:
-            given = json.loads(arguments)
+            value = json.loads(arguments)
         except (ValueError, RecursionError):
-            given = arguments
-        faults += [f"{tool}: {fault}" for fault in checks[tool].value_faults(given)]
+            value = arguments
+        faults += [f"{tool}: {fault}" for fault in checks[tool].value_faults(value)]
     return faults if calls or last else ["there is no call"]

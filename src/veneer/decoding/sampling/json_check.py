@@ -1,8 +1,7 @@
-"""Whether a text is JSON of a schema: the last word on what a grammar let pass, which covers parts
-of schemas alone.
+"""Checks whether a finished text is JSON of a schema. Grammars enforce only parts of a schema.
 
-Schemas and texts are strangers': patterns are matched by RE2, references go nowhere but into the
-schema, and the work is bounded. Drafts and keywords are jsonschema's.
+Schemas and texts come from strangers: RE2 matches their patterns, references may only point into
+the schema itself, and the work is bounded. jsonschema knows the drafts and their keywords.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from veneer.files.nesting import MAX_JSON_DEPTH, text_too_deep, walk
 from veneer.patterns import PatternError, compiled
 
 MOST_STEPS = 20_000
-"""Keywords that are compared with values, and patterns with names, before a check is given up."""
+"""Comparisons of keywords with values, and of patterns with names, until a check is abandoned."""
 _VALUES = ("const", "enum", "default", "examples")
 _MOST_FAULTS = 5
 
@@ -27,8 +26,8 @@ class _TooMuchError(Exception): ...
 
 
 class JsonCheck:
-    """schema: as it was read. ConfigError: it is none, or holds a pattern that cannot be matched
-    here."""
+    """Checks texts and values by one schema. ConfigError: it is not a schema, or RE2 cannot match
+    one of its patterns."""
 
     def __init__(self, schema: Mapping[str, Any] | bool) -> None:
         from jsonschema.exceptions import SchemaError
@@ -37,19 +36,17 @@ class JsonCheck:
         self._schema = schema
         draft = schema.get("$schema", "") if isinstance(schema, Mapping) else ""
         if not isinstance(draft, str):
-            raise ConfigError("this is no JSON schema", ["$schema: the name of a draft is text"])
+            raise ConfigError("this is not a JSON schema", ["$schema: a draft's name is text"])
         try:
             self._kind = validator_for(schema, default=Draft202012Validator)
             self._kind.check_schema(schema)
         except SchemaError as fault:
             raise ConfigError(
-                "this is no JSON schema", [f"{fault.json_path}: {fault.message[:300]}"]
+                "this is not a JSON schema", [f"{fault.json_path}: {fault.message[:300]}"]
             ) from None
-        except (
-            Exception
-        ) as fault:  # an $id that is no address, say: jsonschema lets such errors through
+        except Exception as fault:  # jsonschema does not catch all errors, such as those of an $id
             raise ConfigError(
-                "this is no JSON schema", [f"{type(fault).__name__}: {str(fault)[:300]}"]
+                "this is not a JSON schema", [f"{type(fault).__name__}: {str(fault)[:300]}"]
             ) from None
         faults = []
         for source in _patterns(schema):
@@ -58,19 +55,20 @@ class JsonCheck:
             except PatternError as fault:
                 faults.append(str(fault))
         if faults:
-            raise ConfigError("the schema holds patterns that cannot be matched", faults)
+            raise ConfigError("the schema has patterns that cannot be matched", faults)
 
     def faults(self, text: str) -> list[str]:
-        """What is wrong with a text; none: it is JSON of the schema."""
+        """Returns what is wrong with a text; an empty list if it is JSON of the schema."""
         if text_too_deep(text):
             return [f"it is nested deeper than {MAX_JSON_DEPTH} levels"]
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as fault:
-            return [f"it is no JSON: {fault}"]
+            return [f"it is not JSON: {fault}"]
         return self.value_faults(value)
 
     def value_faults(self, value: Any) -> list[str]:
+        """Returns what is wrong with a value, up to _MOST_FAULTS faults."""
         from jsonschema.exceptions import ValidationError
         from jsonschema.validators import extend
         from referencing import Registry
@@ -83,7 +81,7 @@ class JsonCheck:
             if id(wanted) not in enums:
                 enums[id(wanted)] = frozenset(map(_identity, wanted))
             if _identity(instance) not in enums[id(wanted)]:
-                yield ValidationError(f"{str(instance)[:100]!r} is none of the values of the enum")
+                yield ValidationError(f"{str(instance)[:100]!r} is not in the enum")
 
         def counted(keyword: Keyword) -> Keyword:
             def checked(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
@@ -101,40 +99,37 @@ class JsonCheck:
 
         keywords = {**self._kind.VALIDATORS, **_OURS, "enum": in_enum}
         kind = extend(self._kind, {name: counted(keyword) for name, keyword in keywords.items()})
-        found: list[str] = []
+        faults: list[str] = []
         try:
             for fault in kind(self._schema, registry=Registry()).iter_errors(value):
-                found.append(f"{fault.json_path}: {fault.message[:300]}")
-                if len(found) == _MOST_FAULTS:
+                faults.append(f"{fault.json_path}: {fault.message[:300]}")
+                if len(faults) == _MOST_FAULTS:
                     break
         except (_TooMuchError, RecursionError):
-            found.append("the schema is too entangled to be checked")
+            faults.append("the schema is too complex to be checked")
         except Unresolvable as fault:
-            found.append(f"the schema refers to what it does not hold: {str(fault)[:100]}")
-        except (
-            Exception
-        ) as fault:  # old drafts let keywords of any type pass, and jsonschema fails on these
-            found.append(
+            faults.append(f"a reference of the schema is not found in it: {str(fault)[:100]}")
+        except Exception as fault:  # old drafts allow keywords of any type
+            faults.append(
                 f"the schema cannot be checked: {type(fault).__name__}: {str(fault)[:100]}"
             )
-        return found
+        return faults
 
 
 def _patterns(schema: Any) -> Iterator[str]:
-    """Every regular expression in it."""
-    shown = {
-        id(value) for part, _ in walk(schema) if isinstance(part, Mapping) for value in _given(part)
-    }
-    for part, _ in walk(schema):
-        if isinstance(part, Mapping) and id(part) not in shown:
+    """Yields every regular expression of a schema."""
+    parts = [part for part, _ in walk(schema) if isinstance(part, Mapping)]
+    shown = {id(value) for part in parts for value in _shown_values(part)}
+    for part in parts:
+        if id(part) not in shown:
             if isinstance(part.get("pattern"), str):
                 yield part["pattern"]
             if isinstance(part.get("patternProperties"), Mapping):
                 yield from part["patternProperties"]
 
 
-def _given(part: Mapping[str, Any]) -> Iterator[Any]:
-    """Values that a schema shows, and what is in them: no schemas, whatever they look like."""
+def _shown_values(part: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields the objects in values that a schema shows, such as examples. They are not schemas."""
     for name in _VALUES:
         if name in part:
             yield from (value for value, _ in walk(part[name]) if isinstance(value, Mapping))
@@ -168,7 +163,7 @@ def _additional_properties(
     sources = [compiled(source) for source in schema.get("patternProperties", {})]
     for name, value in instance.items():
         if name not in schema.get("properties", {}) and not any(
-            each.search(name) for each in sources
+            pattern.search(name) for pattern in sources
         ):
             if allowed is False:
                 yield ValidationError(f"{name[:100]!r} is not allowed")
@@ -184,7 +179,7 @@ def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> It
 
 
 def _searches(schema: Mapping[str, Any], instance: Any) -> int:
-    """How often a pattern of the schema is looked for in a name of the value."""
+    """Counts how often the schema's patterns are searched for in names of the value."""
     patterns = schema.get("patternProperties", {})
     return 1 + (
         len(patterns) * len(instance)
@@ -194,8 +189,7 @@ def _searches(schema: Mapping[str, Any], instance: Any) -> int:
 
 
 def _identity(value: Any) -> Any:
-    """Equal for values that are equal in JSON, where 1 is 1.0 and true is not 1: to look one up
-    among many."""
+    """Returns a key that is equal for values that are equal in JSON: 1 is 1.0, true is not 1."""
     if isinstance(value, dict):
         return "object", frozenset((name, _identity(inner)) for name, inner in value.items())
     if isinstance(value, list):
@@ -209,4 +203,5 @@ _OURS: dict[str, Keyword] = {
     "patternProperties": _pattern_properties,
     "additionalProperties": _additional_properties,
 }
-"""Where jsonschema would take Python's regular expressions, or compare each value with each."""
+"""Our versions of keywords for which jsonschema uses Python's regular expressions, or compares all
+pairs of values."""

@@ -1,8 +1,8 @@
-"""How a base's template writes calls of tools: the form, its marks and keys are read off a call
-that it renders.
+"""Finds out how a base's template writes tool calls: it renders a call, and the form, the marks and
+the keys are read off the text.
 
-Where it writes calls in a form that is not known (decoding/tool_calls/forms.py, call_elements.py),
-or none, tools are refused.
+If the template writes no calls, or in a form that is not in forms.py and elements.py, requests with
+tools are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _MOST_MARK = 40
 
 
 def call_style(template: ChatTemplate) -> CallStyle | None:
-    """Finds out how a template writes a call; None if it writes none, or in an unknown form."""
+    """Returns the style in which a template writes a call; None if it writes no calls, or in an
+    unknown form."""
     call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
     tool = {
         "type": "function",

@@ -1,7 +1,7 @@
-"""Calls of tools out of a text that comes in pieces, in the form that a base writes them.
+"""Finds tool calls in an answer while it is generated, in the form that the base writes them.
 
-Which form that is (forms.py, elements.py), and its marks, is read off the base's template
-elsewhere. Marks may be special tokens, which are no text in other answers.
+The forms are in forms.py and elements.py; call_style.py reads the base's form and its marks off its
+chat template. Marks may be special tokens, which other answers do not show as text.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 Tools = Mapping[str, Mapping[str, Any]]
-"""Names of tools, each with the JSON schema of its arguments."""
+"""The JSON schema of each tool's arguments, by the tool's name."""
 Called = tuple[str, str]
 """A tool's name, and its arguments as JSON."""
+WriteSchema = Callable[[Mapping[str, Any]], str]
+"""Writes the values of a JSON schema as a part of a grammar."""
 BLANK = " \t\r\n"
 
 
 @dataclass(frozen=True)
 class CallStyle(ABC):
-    """opens, closes  what stands around a call; closes may be "": its JSON ends by itself
-    special        marks, or parts of them, that are tokens of their own, with their ids
+    """How a base writes tool calls.
+
+    opens, closes  marks around a call; an empty `closes` means that the call ends with its JSON
+    special        special tokens among the marks, with their ids
     """
 
     opens: str
@@ -31,26 +35,24 @@ class CallStyle(ABC):
 
     @property
     def most_ahead(self) -> int:
-        """Characters that may stand between what opens a call and its JSON."""
+        """Most characters between the opening mark and the JSON."""
         return 0
 
     @abstractmethod
     def calls(self, text: str, tools: Tools) -> list[Called] | None:
-        """Those that the text between the marks is; None: it is none."""
+        """Reads the text between the marks. Returns None if it is not a call."""
 
     @abstractmethod
-    def grammar(
-        self, tools: Tools, most: int, json_of: Callable[[Mapping[str, Any]], str]
-    ) -> list[str]:
-        """Lines of a grammar of one call and up to `most`. json_of: a value of a schema, as a
-        grammar has it."""
+    def grammar(self, tools: Tools, most: int, write_schema: WriteSchema) -> list[str]:
+        """Returns the lines of a grammar for one to `most` calls."""
 
     def json_begins(self, text: str, start: int) -> int | None:
-        """Where the JSON of a call whose mark ends at `start` begins; None: not told yet."""
+        """Returns where the JSON of a call begins whose mark ends at `start`; None if the text does
+        not show it yet."""
         return start
 
     def mark(self, text: str) -> str:
-        """As a grammar has it: text in quotes, special tokens by their ids."""
+        """Writes a mark for a grammar: text in quotes, special tokens by their ids."""
         parts, rest = [], text
         while rest:
             places = [
@@ -64,117 +66,117 @@ class CallStyle(ABC):
 
 
 class CallReader:
-    """Pulls calls out of a text as it comes: `push` gives the text outside of them and the calls
-    that are complete.
+    """Separates calls from text while an answer grows.
 
-    What stands between marks and is no call stays text; what is blank between calls, and behind the
-    last, goes. tools: those that there are.
+    Text between marks that is not a call stays text. Blanks between calls and behind the last call
+    are dropped.
     """
 
     def __init__(self, style: CallStyle, tools: Tools) -> None:
         self._style, self._tools = style, tools
-        self._held = ""
-        self._gap: str | None = None  # what is blank behind a call
-        self._value: _Value | None = None  # of a call that has begun and ends by itself
-        self._plain = False  # without marks: the answer began otherwise
+        self._pending = ""
+        self._blanks: str | None = None  # behind a call
+        self._json_end: _JsonEnd | None = None  # of a call that has begun and has no closing mark
+        self._is_text = False  # the style has no marks, and the answer did not begin with a call
 
     def push(self, text: str) -> tuple[str, list[Called]]:
-        self._held += text
-        said, calls = "", list[Called]()
-        while self._held:
-            begin = self._begin()
-            said, self._held = said + self._text(self._held[: begin[0]]), self._held[begin[0] :]
-            opens = begin[1]
+        """Returns the new text outside of calls, and the calls that are complete now."""
+        self._pending += text
+        shown, calls = "", list[Called]()
+        while self._pending:
+            start, opens = self._find_call()
+            shown += self._show(self._pending[:start])
+            self._pending = self._pending[start:]
             if opens is None:
                 break
-            stop, behind = self._stop(len(opens))
+            stop, behind = self._find_end(len(opens))
             if stop is None:
                 break
-            self._value = None
-            found = self._style.calls(self._held[len(opens) : stop], self._tools)
-            if found is None:
-                said += self._text(self._held[:behind])
-                self._plain = not opens
+            self._json_end = None
+            complete = self._style.calls(self._pending[len(opens) : stop], self._tools)
+            if complete is None:
+                shown += self._show(self._pending[:behind])
+                self._is_text = not opens
             else:
-                self._gap = ""
-                calls += found
-            self._held = self._held[behind:]
-        return said, calls
+                self._blanks = ""
+                calls += complete
+            self._pending = self._pending[behind:]
+        return shown, calls
 
     def end(self) -> tuple[str, list[Called]]:
-        """What is left: a call whose closing mark was the stop token of some models, or text."""
-        held, self._held = self._held, ""
+        """Returns what is left: text, or a call whose closing mark was a stop token."""
+        rest, self._pending = self._pending, ""
         opens = self._style.opens
-        if held and held.startswith(opens) and not self._plain:
-            found = self._style.calls(held[len(opens) :], self._tools)
-            if found is not None:
-                return "", found
-        return self._text(held), []
+        if rest and rest.startswith(opens) and not self._is_text:
+            calls = self._style.calls(rest[len(opens) :], self._tools)
+            if calls is not None:
+                return "", calls
+        return self._show(rest), []
 
-    def _text(self, text: str) -> str:
-        """What of it is said now: nothing that is blank behind a call, as long as another call may
-        follow."""
-        if self._gap is None:
+    def _show(self, text: str) -> str:
+        """Returns the text to show now. Blanks behind a call wait: another call may follow."""
+        if self._blanks is None:
             return text
         if not text.strip(BLANK):
-            self._gap += text
+            self._blanks += text
             return ""
-        said, self._gap = self._gap + text, None
-        return said
+        shown, self._blanks = self._blanks + text, None
+        return shown
 
-    def _begin(self) -> tuple[int, str | None]:
-        """Characters of what is held that are text for sure; what opens a call behind them, if
-        something does."""
+    def _find_call(self) -> tuple[int, str | None]:
+        """Returns how many pending characters are certainly text, and the opening mark of the call
+        behind them; None if no call begins there."""
         opens = self._style.opens
-        if self._value is not None:
+        if self._json_end is not None:
             return 0, opens
         if opens:
-            start = self._held.find(opens)
-            return (
-                (len(self._held) - _begun(self._held, opens), None) if start < 0 else (start, opens)
-            )
-        if self._plain:
-            return len(self._held), None
-        first = self._held.lstrip(BLANK + ";")[:1]
+            start = self._pending.find(opens)
+            if start >= 0:
+                return start, opens
+            return len(self._pending) - _begun_length(self._pending, opens), None
+        if self._is_text:
+            return len(self._pending), None
+        first = self._pending.lstrip(BLANK + ";")[:1]
         if first == "{":
             return 0, ""
-        self._plain = bool(first)
-        return (len(self._held) if first else 0), None
+        self._is_text = bool(first)
+        return (len(self._pending) if first else 0), None
 
-    def _stop(self, start: int) -> tuple[int | None, int]:
-        """Where a call ends, and where the text behind its closing mark begins; None: not yet."""
+    def _find_end(self, start: int) -> tuple[int | None, int]:
+        """Returns where a call ends, and where the text behind its closing mark begins. The first
+        is None until the call is complete."""
         closes = self._style.closes
         if closes:
-            end = self._held.find(closes, start)
+            end = self._pending.find(closes, start)
             return (None, 0) if end < 0 else (end, end + len(closes))
-        if self._value is None:
-            begins = self._style.json_begins(self._held, start)
+        if self._json_end is None:
+            begins = self._style.json_begins(self._pending, start)
             if begins is None:
                 most = start + self._style.most_ahead
-                return (most, most) if len(self._held) > most else (None, 0)
-            self._value = _Value(begins)
-        behind = self._value.end(self._held)
+                return (most, most) if len(self._pending) > most else (None, 0)
+            self._json_end = _JsonEnd(begins)
+        behind = self._json_end.find(self._pending)
         return (None, 0) if behind is None else (behind, behind)
 
 
-class _Value:
-    """Where a JSON object or list that begins at a place of a growing text ends, each character
-    read once."""
+class _JsonEnd:
+    """Finds the end of a JSON object or list in a growing text. It reads each character once."""
 
     def __init__(self, start: int) -> None:
-        self._at, self._depth, self._within, self._escaped = start, 0, False, False
+        self._at, self._depth, self._in_string, self._escaped = start, 0, False, False
 
-    def end(self, text: str) -> int | None:
-        """Behind it; also where none begins."""
+    def find(self, text: str) -> int | None:
+        """Returns the place behind the value, or behind a character that cannot begin one. Returns
+        None until the text has it."""
         while self._at < len(text):
             character = text[self._at]
             self._at += 1
             if self._escaped:
                 self._escaped = False
-            elif self._within:
-                self._within, self._escaped = character != '"', character == "\\"
+            elif self._in_string:
+                self._in_string, self._escaped = character != '"', character == "\\"
             elif character == '"' and self._depth:
-                self._within = True
+                self._in_string = True
             elif character in "{[":
                 self._depth += 1
             elif character in "}]":
@@ -190,11 +192,12 @@ _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 
 
 def compact(data: Any) -> str:
+    """Writes JSON without blanks."""
     return _COMPACT.encode(data)
 
 
-def _begun(text: str, mark: str) -> int:
-    """Characters at the end of a text that may be the beginning of the mark."""
+def _begun_length(text: str, mark: str) -> int:
+    """Returns how many characters at the end of a text may begin the mark."""
     return next(
         (n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0
     )
