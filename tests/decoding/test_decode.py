@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from tests.support.tiny import FAMILIES, SLIDING_WINDOW, tiny_base, tiny_model
 from veneer.decoding import generate as answers
-from veneer.decoding.continued import continued
+from veneer.decoding.continued import logits_of_continuations
 from veneer.decoding.forward import PagedForward
 from veneer.decoding.generate import generate
 from veneer.decoding.proof import PackedDecoding, decodes_packed, prove_decoding
@@ -120,7 +120,7 @@ def test_a_step_gives_the_logits_of_the_whole_text():
     model = tiny_model("gemma2", torch.float64)
     prove_decoding(model)
     whole = [model(input_ids=torch.tensor([p]), use_cache=False).logits[0] for p in SHARED]
-    found = continued(
+    found = logits_of_continuations(
         model,
         [p[:-2] for p in SHARED],
         [p[-2:] for p in SHARED],

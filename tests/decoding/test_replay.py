@@ -135,9 +135,7 @@ def test_a_base_without_a_template_draws_texts_alone(base: veneer.Base) -> None:
 def test_a_base_that_writes_no_questions_is_told(base: veneer.Base) -> None:
     with torch.no_grad():
         base.model.lm_head.bias[base.tokenizer.eos_token_id] = -100.0
-    with pytest.raises(
-        ConfigError, match="of 2 questions that were asked for, this base drew 0"
-    ) as fault:
+    with pytest.raises(ConfigError, match="generated 0 of 2 questions") as fault:
         draw_replay(base, 4, max_new_tokens=8)
     assert "Give questions of your own" in str(fault.value)
     assert len(draw_replay(base, 4, questions=["why"], max_new_tokens=8)["answers"]) == 2
@@ -145,7 +143,7 @@ def test_a_base_that_writes_no_questions_is_told(base: veneer.Base) -> None:
     base.tokenizer.chat_template = template.source.replace(
         "message['content'] }}", "message['content'] | upper }}"
     )
-    with pytest.raises(ConfigError, match="shows their place"):
+    with pytest.raises(ConfigError, match="cannot write questions"):
         draw_replay(base, 4, max_new_tokens=8)
 
 
@@ -176,7 +174,7 @@ def test_reasoning_is_kept_where_its_template_writes_it_as_it_was_drawn(
     ids = base.tokenizer(said, add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(replay, "generate", lambda base, prompts, **how: [ids for _ in prompts])
     if row is None:
-        with pytest.raises(ConfigError, match="of 1 answers that were asked for, this base drew 0"):
+        with pytest.raises(ConfigError, match="generated 0 of 1 answers"):
             draw_replay(base, 2, questions=["why"])
     else:
         (found,) = draw_replay(base, 2, questions=["why"])["answers"]

@@ -20,7 +20,7 @@ from veneer.adapters.methods.prefix import record_keys
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, packed_rows, plan_epoch, shared_prompt, used_length
-from veneer.decoding.continued import continued
+from veneer.decoding.continued import logits_of_continuations
 from veneer.decoding.schedule.limits import Limits
 from veneer.errors import ConfigError
 from veneer.kernels.dense import loss as loss_kernel
@@ -382,14 +382,14 @@ def test_no_cache_is_filled_where_nobody_reads_one(monkeypatch):
         modeling_llama, "DynamicCache", lambda *a, **k: pytest.fail("a cache was made")
     )
     whole_logits(model, batch)
-    continued(model, [[1, 2, 3], [1, 2, 4]], [[5], [6]], Limits())
+    logits_of_continuations(model, [[1, 2, 3], [1, 2, 4]], [[5], [6]], Limits())
     record_keys(model.model, torch.arange(5))
 
 
 def test_a_text_is_continued_alone_as_the_model_reads_it():
     model, text = tiny_model("llama"), [*range(3, 43)]
     prepare(model)
-    (found,) = continued(model, [text[:20]], [text[20:]], Limits())
+    (found,) = logits_of_continuations(model, [text[:20]], [text[20:]], Limits())
     with torch.no_grad():
         torch.testing.assert_close(
             found, model(torch.tensor([text])).logits[0, 19:], rtol=1e-4, atol=1e-4

@@ -23,15 +23,16 @@ SLOTS = 16
 
 
 @torch.no_grad()
-def continued(
+def logits_of_continuations(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    given: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
     limits: Limits,
 ) -> list[Tensor]:
-    """The logits (1 + given, V) after each prompt and after each of its given tokens, without
+    """Returns the logits (1 + answer, V) after each prompt and each token of its answer, without
     adapters."""
-    most = sum(-(-(len(p) + len(g)) // SLOTS) for p, g in zip(prompts, given, strict=True)) * SLOTS
+    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    most = sum(-(-length // SLOTS) for length in lengths) * SLOTS
     blocks = BlockManager(base="", budget_bytes=most, bytes_per_token=1, tokens_per_block=SLOTS)
     scheduler, forward = (
         Scheduler(blocks, limits, FixedAdapters({})),
@@ -39,7 +40,7 @@ def continued(
     )
     tokens: dict[int, Sequence[int]] = {}
     logits_of: dict[int, list[Tensor]] = {}
-    for prompt, answer in zip(prompts, given, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         (sequence,) = scheduler.add(Request(prompt=tuple(prompt), max_new_tokens=len(answer) + 1))
         tokens[sequence.number], logits_of[sequence.number] = [*answer, 0], []
     while not scheduler.idle:

@@ -1,15 +1,16 @@
-"""Which loop gives a model's answers: ours and transformers', each held against whole texts.
+"""Proves which loop generates a model's answers correctly, by comparison with whole texts.
 
-    packed    our own engine's steps give the logits of whole texts (decoding/engine.py): prompts
-              read in chunks beside others that are continued, a text that begins in another's block
-    beside    transformers' loop over prompts padded on the left gives what each gives alone
-    cached    that loop over one prompt gives the logits of whole texts: some caches are built
-              wrongly, and RoBERTa's positions begin elsewhere; else the whole text is read for
-              every token
+    packed    the engine's steps (decoding/engine.py) give the logits of whole texts: prompts are
+              read in chunks while others are continued, and one begins in another one's block
+    beside    transformers' loop over prompts padded on the left gives the logits of each prompt
+              alone
+    cached    transformers' loop over one prompt gives the logits of whole texts. It does not if a
+              model's cache is wrong, or its positions do not begin at 0 (RoBERTa); then the whole
+              text is read for every token
 
-First on a small copy of the model's structure (execution/proofs/small_copy.py), once for a config
-(execution/proofs/structure.py); our own then once more on the model itself, before any adapter is
-attached. What is not proven goes prompt by prompt through transformers.
+The proofs run on a small copy of the model's structure (execution/proofs/small_copy.py), once for a
+config (execution/proofs/structure.py). The engine is also proven on the model itself, before an
+adapter is attached. If it fails, transformers answers prompt by prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from veneer.decoding.continued import SLOTS, continued
+from veneer.decoding.continued import SLOTS, logits_of_continuations
 from veneer.decoding.schedule.limits import Limits
 from veneer.execution.agreement import MODEL, difference, disagreement
 from veneer.execution.attention import NAME, take_packed
@@ -37,7 +38,7 @@ from veneer.models.frozen_base import FrozenBase
 
 @dataclass(frozen=True)
 class Loops:
-    """None where it gives what whole texts give, else why not."""
+    """The result for each loop: None if it gives the logits of whole texts, else why not."""
 
     packed: str | None
     beside: str | None
@@ -46,13 +47,14 @@ class Loops:
 
 @dataclass(frozen=True)
 class PackedDecoding:
-    """Whether our own engine gives what a model gives."""
+    """Whether the engine gives a model's own logits."""
 
     holds: bool
 
 
 def loops(model: PreTrainedModel) -> Loops:
-    """What holds for the model's structure. SourceError: it sees what it is to predict."""
+    """Proves the loops for the model's structure. SourceError: the model sees the tokens that it
+    predicts."""
     packed = structure(model).packed
     return structure_proof("loops", type(model), model.config, Loops, lambda: _prove(model, packed))
 
@@ -69,8 +71,8 @@ def _prove(model: PreTrainedModel, not_packed: str | None) -> Loops:
 
 
 def _decoding(model: PreTrainedModel) -> str | None:
-    """Prompts read together and continued by given tokens, on a copy that is switched to packed
-    attention."""
+    """Compares prompts that are read together and continued with their whole texts. Switches the
+    copy to packed attention."""
     first, second = (text[: SWITCH - 1 - 3 * i] for i, text in enumerate(sample_texts(model)[2:]))
     texts = [first, second, first[: SLOTS + 1] + second[SLOTS + 1 :]]
     split = [len(first) - 9, len(second) - 9, SLOTS + 2]
@@ -80,27 +82,30 @@ def _decoding(model: PreTrainedModel) -> str | None:
         whole = [logits_alone(model, text) for text in texts]
         model.set_attn_implementation(NAME)
         forget_lengths(model)
-        return _continued_apart(model, texts, split, whole)
+        return _continuation_difference(model, texts, split, whole)
 
     before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     return disagreement(model, "a packed cache", run, LIMIT)
 
 
-def _continued_apart(
+def _continuation_difference(
     model: PreTrainedModel, texts: list[list[int]], split: list[int], whole: list[Tensor]
 ) -> float:
-    """Texts read up to `split` and continued from there, against their logits read whole."""
-    prompts, given = zip(
+    """Compares texts that are read up to `split` and continued from there with the logits of whole
+    texts."""
+    prompts, answers = zip(
         *((text[:at], text[at:]) for text, at in zip(texts, split, strict=True)), strict=True
     )
-    found = continued(model, prompts, given, Limits(rows=4, step_tokens=16, chunk_tokens=11))
+    limits = Limits(rows=4, step_tokens=16, chunk_tokens=11)
+    continuations = logits_of_continuations(model, prompts, answers, limits)
     return max(
-        difference(own, of[at - 1 :]) for own, of, at in zip(found, whole, split, strict=True)
+        difference(logits, expected[at - 1 :])
+        for logits, expected, at in zip(continuations, whole, split, strict=True)
     )
 
 
 def _beside(model: PreTrainedModel) -> str | None:
-    """transformers' own loop over two prompts padded on the left, against each alone."""
+    """Compares transformers' loop over two prompts, padded on the left, with each prompt alone."""
     texts = [text[:length] for text, length in zip(sample_texts(model), (13, 8), strict=False)]
 
     def run() -> float:
@@ -114,23 +119,23 @@ def _beside(model: PreTrainedModel) -> str | None:
 
 
 def _cached(model: PreTrainedModel) -> str | None:
-    """transformers' own loop over one prompt, against its whole answer read at once."""
+    """Compares transformers' loop over one prompt with its whole answer, read at once."""
     text = sample_texts(model)[0][:13]
 
     def run() -> float:
-        found = _answered(model, [text], 9)
-        whole = logits_alone(model, found.sequences[0].tolist())
-        return difference(torch.stack(found.logits)[:, 0], whole[len(text) - 1 : -1])
+        answer = _answer_greedily(model, [text], 9)
+        whole = logits_alone(model, answer.sequences[0].tolist())
+        return difference(torch.stack(answer.logits)[:, 0], whole[len(text) - 1 : -1])
 
     return disagreement(model, "a cache", run, LIMIT)
 
 
 def generated(model: PreTrainedModel, texts: list[list[int]], new: int = 9) -> Tensor:
-    """(new, B, V): the logits of a greedy answer by transformers' loop."""
-    return torch.stack(_answered(model, texts, new).logits)
+    """Returns (new, B, V), the logits of a greedy answer by transformers' loop."""
+    return torch.stack(_answer_greedily(model, texts, new).logits)
 
 
-def _answered(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
+def _answer_greedily(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
     forget_lengths(model)
     longest = max(map(len, texts))
     ids = torch.tensor([[*[0] * (longest - len(t)), *t] for t in texts])
@@ -151,7 +156,7 @@ def _answered(model: PreTrainedModel, texts: list[list[int]], new: int) -> Any:
 
 
 def decodes_packed(base: FrozenBase) -> bool:
-    """Whether our own engine is proven on this base: with no adapter acting, once."""
+    """Whether the engine is proven on this base, without adapters. Proves it once."""
 
     def prove() -> bool:
         return prove_decoding(base.model) is None
@@ -168,10 +173,10 @@ def decodes_packed(base: FrozenBase) -> bool:
 
 @torch.no_grad()
 def prove_decoding(model: PreTrainedModel) -> str | None:
-    """None if our loop gives what the model gives on whole texts; else why transformers' own is
-    taken.
+    """Returns None if the engine gives the model's logits of whole texts, else why transformers'
+    loop is used.
 
-    Three short prompts, two of which begin alike, are read and continued by two given tokens each.
+    Three short prompts, two with the same beginning, are read and continued by two known tokens.
     """
     if (reason := loops(model).packed) is not None:
         return reason
@@ -186,5 +191,5 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
     ]
     split, limit = [len(text) - 2 for text in texts], MODEL.limits[whole[0].dtype]
     return disagreement(
-        model, "a packed cache", lambda: _continued_apart(model, texts, split, whole), limit
+        model, "a packed cache", lambda: _continuation_difference(model, texts, split, whole), limit
     )

@@ -1,13 +1,13 @@
-"""Rows that a base draws by itself: mixed into a training, they keep what it can already do (replay
-without old rows).
+"""Generates rows with the base itself. Mixed into training, they preserve what the base can do
+(replay without old data).
 
-    answers   to a user's turns; where none are given the base writes these too, behind what its
-              chat template puts in front of a user's words (Magpie, arXiv:2406.08464)
-    texts     plain text from its beginning
+    answers   to users' questions; without questions the base writes these too, after what its chat
+              template puts in front of a user's words (Magpie, arXiv:2406.08464)
+    texts     plain texts
 
-All is drawn at temperature 1 from all tokens: then what it is trained on is, on average, what it
-says already. What is drawn sharper makes a base surer of itself, and its loss on other people's
-text rises.
+Everything is sampled at temperature 1 from all tokens. Then training on the rows changes the base
+least on average. Rows sampled at a lower temperature make a base too certain, and its loss on other
+people's text rises.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from veneer.models.frozen_base import FrozenBase
 T = TypeVar("T")
 Rows = list[dict[str, Any]]
 Progress = Callable[[str, int, int], None]
-"""(what is drawn, rows done, rows in all)."""
+"""Called with what is generated, the rows done and the rows in all."""
 
-TURNS = 8
-"""Times that what is missing is drawn anew: an odd question, an empty answer."""
-_WORDS = "Veneer asks."
+ROUNDS = 8
+"""Times that missing rows are generated again, after an unusable question or an empty answer."""
+_PLACEHOLDER = "Veneer asks."
 """A user's words, to find what a template writes around them."""
 
 
@@ -48,203 +48,206 @@ def draw_replay(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Rows]:
-    """ "answers": the first half of the rows, and "texts": the others; without a chat template
-    texts alone.
+    """Returns half of the rows as "answers" and the others as "texts".
 
-    questions   what users say; each is asked before one is asked again. Without any the base writes
-                them
-    system      the turn in front of every question; variables: what the template is told
-    A text or an answer that has not come to its end after max_new_tokens is cut and says so
-        (`unfinished`).
-    The same seed gives the same rows. ConfigError: the base has no template and questions, a system
-        turn or variables
-    are given; it writes no questions, or answers that its template writes otherwise; numbers
-        outside of what they mean.
-    DataError: what a template refuses.
+    If the base has no chat template, all are texts. The same seed gives the same rows.
+
+    questions   what users ask; every one is used before one is used again. Without any the base
+                writes them
+    system      system message of every conversation
+    variables   of the chat template
+
+    Rows that were cut after max_new_tokens say so (`unfinished`).
+
+    Raises ConfigError if there are questions, a system message or variables and no template, if the
+    base writes no questions, if its template changes all answers, or if a number is out of bounds.
+    Raises DataError for what the template refuses.
     """
     template = ChatTemplate(base.tokenizer, variables=variables)
     if not template.source and (questions or system):
         raise ConfigError(
-            "this base has no chat template: it draws plain text alone",
+            "this base has no chat template: it generates plain text only",
             next_step="Leave questions out.",
         )
-    drawing = _RowGenerator(base, template, system, max_new_tokens, seed, progress)
-    answers = rows // 2 if template.source else 0
+    generator = _RowGenerator(base, template, system, max_new_tokens, seed, progress)
+    num_answers = rows // 2 if template.source else 0
     with base.routing.none():
-        found = {
-            "answers": drawing.answers(answers, questions),
-            "texts": drawing.texts(rows - answers),
+        generated = {
+            "answers": generator.answers(num_answers, questions),
+            "texts": generator.texts(rows - num_answers),
         }
-    return {name: made for name, made in found.items() if made}
+    return {name: some_rows for name, some_rows in generated.items() if some_rows}
 
 
 @dataclass
 class _RowGenerator:
+    """Generates rows of one base. questions_used: questions that the base has written."""
+
     base: FrozenBase
     template: ChatTemplate
     system: str | None
     max_new_tokens: int
     seed: int
     progress: Progress
-    asked: set[str] = field(default_factory=set)
+    questions_used: set[str] = field(default_factory=set)
 
     def answers(self, count: int, questions: Sequence[str]) -> Rows:
-        given = cycle(random.Random(f"{self.seed} order").sample(questions, len(questions)))
+        shuffled = cycle(random.Random(f"{self.seed} order").sample(questions, len(questions)))
 
-        def answered(missing: int, turn: int) -> Rows:
-            asked = list(islice(given, missing)) if questions else self._questions(missing, turn)
-            turns = [self._opening(question) for question in asked]
-            drawn = [
-                *self._drawn(
-                    "answers", [self.template.encode_prompt(each) for each in turns], turn, count
+        def generate_answers(missing: int, round: int) -> Rows:
+            if questions:
+                next_questions = list(islice(shuffled, missing))
+            else:
+                next_questions = self._write_questions(missing, round)
+            conversations = [self._opening(question) for question in next_questions]
+            prompts = [self.template.encode_prompt(turns) for turns in conversations]
+            answers = [
+                (turns, text, cut)
+                for turns, (text, cut) in zip(
+                    conversations, self._generate("answers", prompts, round, count), strict=True
                 )
+                if text.strip()
             ]
-            rows = [
-                self._row(each, *said)
-                for each, said in zip(turns, drawn, strict=True)
-                if said[0].strip()
-            ]
-            told = [said for said, _ in drawn if said.strip()]
-            learnt = self._learnt(rows)
+            rows = [self._row(turns, text, cut) for turns, text, cut in answers]
+            trained_texts = self._trained_texts(rows)
             return [
                 row
-                for row, said, text in zip(rows, told, learnt, strict=True)
-                if said.split() == text.split()
+                for row, (_, text, _), trained in zip(rows, answers, trained_texts, strict=True)
+                if text.split() == trained.split()
             ]
 
-        return _in_turns(count, "answers", answered)
+        return _repeat(count, "answers", generate_answers)
 
     def _row(self, turns: list[dict[str, Any]], text: str, cut: dict[str, bool]) -> dict[str, Any]:
-        """Reasoning that the prompt opens stands in the answer, where rows have it."""
+        """Makes a row. If the prompt opens the reasoning, the row's answer begins with its mark."""
         opened = opening_mark(self.template.render(turns, add_generation_prompt=True))
         return {
             "messages": [*turns, {"role": "assistant", "content": opened + text.strip()}],
             **cut,
         }
 
-    def _learnt(self, rows: Rows) -> list[str]:
-        """The text that would be learnt of each: a template may write an answer otherwise than it
-        was drawn, reasoning that was cut for instance. Empty: the template refuses it."""
-        asked = [Row(RowRef("drawn", n), row["messages"]) for n, row in enumerate(rows)]
+    def _trained_texts(self, rows: Rows) -> list[str]:
+        """Returns the text of each row that would be trained on; empty if the template refuses it.
+
+        A template may change an answer, for instance reasoning that was cut.
+        """
+        conversations = [Row(RowRef("drawn", n), row["messages"]) for n, row in enumerate(rows)]
         texts = []
-        for found in self.template.encode_rows(asked, train_on="last"):
-            last = None if isinstance(found, Problem) else found[-1]
-            ids = (
-                []
-                if last is None
-                else [i for i, learnt in zip(last.ids, last.trained, strict=True) if learnt]
-            )
+        for examples in self.template.encode_rows(conversations, train_on="last"):
+            ids: list[int] = []
+            if not isinstance(examples, Problem):
+                last = examples[-1]
+                ids = [id for id, trained in zip(last.ids, last.trained, strict=True) if trained]
             texts.append(text_of(self.base.tokenizer, ids))
         return texts
 
     def texts(self, count: int) -> Rows:
-        start = self._beginning()
+        start = self._first_ids()
 
-        def written(missing: int, turn: int) -> Rows:
-            drawn = self._drawn("texts", [start] * missing, turn, count)
-            return [{"text": text, **cut} for text, cut in drawn if text.strip()]
+        def generate_texts(missing: int, round: int) -> Rows:
+            generated = self._generate("texts", [start] * missing, round, count)
+            return [{"text": text, **cut} for text, cut in generated if text.strip()]
 
-        return _in_turns(count, "texts", written)
+        return _repeat(count, "texts", generate_texts)
 
-    def _questions(self, count: int, turn: int) -> list[str]:
-        """What the base writes as a user, each once; what does not end, or holds control tokens, is
-        none."""
-        text = self.template.render(self._opening(_WORDS))
-        before, words, behind = text.partition(_WORDS)
+    def _write_questions(self, count: int, round: int) -> list[str]:
+        """Returns new questions that the base writes. Questions that do not end or have control
+        tokens are left out."""
+        text = self.template.render(self._opening(_PLACEHOLDER))
+        before, words, behind = text.partition(_PLACEHOLDER)
         end = next(iter(behind.split()), "")
         tokenizer = self.base.tokenizer
         start = tokenizer(before, add_special_tokens=False)["input_ids"]
         if not (words and start):
             raise ConfigError(
-                "this base's chat template writes nothing in front of a user's words that shows"
-                " their place",
+                "this base cannot write questions: its chat template changes a user's words, or"
+                " has nothing in front of them",
                 next_step="Give questions of your own.",
             )
 
-        def written(missing: int, again: int) -> list[str]:
+        def generate_questions(missing: int, attempt: int) -> list[str]:
             prompts = [start] * (missing + missing // 4 + 1)
-            found = []
-            for ids, ended in self._ids("questions", prompts, 1 + turn * TURNS + again, count):
+            seed_round = 1 + round * ROUNDS + attempt
+            questions = []
+            for ids, ended in self._generate_ids("questions", prompts, seed_round, count):
                 raw = str(tokenizer.decode(ids))
                 said, closed, _ = raw.partition(end) if end else (raw, "", "")
                 question = said.strip()
-                odd = UNSURE in question or any(
+                has_control = UNSURE in question or any(
                     name in question for name in tokenizer.all_special_tokens
                 )
-                if question and (ended or closed) and not odd and question not in self.asked:
-                    self.asked.add(question)
-                    found.append(question)
-            return found
+                is_new = question not in self.questions_used
+                if question and (ended or closed) and not has_control and is_new:
+                    self.questions_used.add(question)
+                    questions.append(question)
+            return questions
 
-        return _in_turns(count, "questions", written)
+        return _repeat(count, "questions", generate_questions)
 
     def _opening(self, question: str) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": question}]
 
-    def _beginning(self) -> list[int]:
-        """What stands in front of a plain text: the tokenizer's own, else the token that texts
-        begin or end with."""
+    def _first_ids(self) -> list[int]:
+        """Returns the token in front of a plain text: the tokenizer's own, else the token that
+        texts begin or end with."""
         tokenizer, config = self.base.tokenizer, self.base.config.get_text_config()
         if tokens := list(tokenizer("")["input_ids"]):
             return tokens[:1]
-        named = (
+        candidates = (
             tokenizer.bos_token_id,
             getattr(config, "bos_token_id", None),
             tokenizer.eos_token_id,
         )
-        first = next((token for token in named if isinstance(token, int)), None)
+        first = next((token for token in candidates if isinstance(token, int)), None)
         if first is None:
             raise ConfigError(
-                "this base names no token that texts begin or end with",
-                next_step="Take another base.",
+                "this base has no token that texts begin or end with", next_step="Use another base."
             )
         return [first]
 
-    def _drawn(
-        self, what: str, prompts: Sequence[list[int]], turn: int, total: int
+    def _generate(
+        self, what: str, prompts: Sequence[list[int]], round: int, total: int
     ) -> Iterator[tuple[str, dict[str, bool]]]:
-        """Each text, and what its row says where it was cut; half a character at its end is left
-        out."""
-        for ids, ended in self._ids(what, prompts, turn, total):
-            yield (
-                text_of(self.base.tokenizer, ids).rstrip(UNSURE),
-                {} if ended else {"unfinished": True},
-            )
+        """Yields each text, and the field of its row if it was cut. Half a character at its end is
+        left out."""
+        for ids, ended in self._generate_ids(what, prompts, round, total):
+            text = text_of(self.base.tokenizer, ids).rstrip(UNSURE)
+            yield text, {} if ended else {"unfinished": True}
 
-    def _ids(
-        self, what: str, prompts: Sequence[list[int]], turn: int, total: int
+    def _generate_ids(
+        self, what: str, prompts: Sequence[list[int]], round: int, total: int
     ) -> Iterator[tuple[list[int], bool]]:
-        """New ids of each, and whether they came to their end. turn: another one is another
-        draw."""
+        """Returns the new ids of each prompt, and whether the text ended by itself. Another round
+        gives other ids."""
         missing = min(total, len(prompts))
-        found = generate(
+        answers = generate(
             self.base,
             prompts,
             max_new_tokens=self.max_new_tokens,
             temperature=1.0,
-            seed=random.Random(f"{self.seed} {what} {turn}").getrandbits(32),
+            seed=random.Random(f"{self.seed} {what} {round}").getrandbits(32),
             on_done=lambda done: self.progress(what, min(total, total - missing + done), total),
         )
-        most = limits_of(self.base, prompts, self.max_new_tokens)
-        return ((ids, len(ids) < limit) for ids, limit in zip(found, most, strict=True))
+        limits = limits_of(self.base, prompts, self.max_new_tokens)
+        return ((ids, len(ids) < limit) for ids, limit in zip(answers, limits, strict=True))
 
 
-def _in_turns(count: int, what: str, draw: Callable[[int, int], list[T]]) -> list[T]:
-    """So many of what draw(missing, turn) gives. ConfigError: it gives next to nothing."""
-    found: list[T] = []
-    for turn in range(TURNS):
-        if len(found) < count:
-            found += draw(count - len(found), turn)
-    if len(found) < count:
+def _repeat(count: int, what: str, generate_some: Callable[[int, int], list[T]]) -> list[T]:
+    """Calls generate_some(missing, round) until there are enough. ConfigError: after ROUNDS there
+    are not."""
+    results: list[T] = []
+    for round in range(ROUNDS):
+        if len(results) < count:
+            results += generate_some(count - len(results), round)
+    if len(results) < count:
         raise ConfigError(
-            f"of {count:,} {what} that were asked for, this base drew {len(found):,} in {TURNS}"
-            " turns",
+            f"this base generated {len(results):,} of {count:,} {what} in {ROUNDS} rounds",
             [
-                "left out is what is empty, a question that does not end, an answer that its"
-                " template writes otherwise"
+                "empty texts, questions that do not end, and answers that the template changes are"
+                " left out"
             ],
-            "Give questions of your own, or a larger max_new_tokens; a base that reasons: variables"
-            " against it.",
+            "Give questions of your own, or a larger max_new_tokens; for a base that reasons, a"
+            " variable that turns reasoning off.",
         )
-    return found[:count]
+    return results[:count]

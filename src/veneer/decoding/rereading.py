@@ -1,4 +1,4 @@
-"""Answers by reading the whole text for every token, for models whose cache gives other results."""
+"""Generates by reading the whole text for each token, for models whose cache gives other logits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from veneer.execution.switches import forget_lengths
 def answer_by_rereading(
     model: PreTrainedModel, request: Request, *, on_token: Callable[[int], None] | None = None
 ) -> list[int]:
-    """The new ids of the request's first choice, without the stop token. on_token gets each of
-    them. Raises the draw's error if logits are not finite."""
+    """Returns the new ids of the request's first choice, without the stop token.
+
+    on_token: called with each id. Raises the draw's error if logits are not finite.
+    """
     sampler = ChoiceSampler(request, 0)
     new: list[int] = []
     while len(new) < request.max_new_tokens:

@@ -150,7 +150,7 @@ def whole_steps(monkeypatch):
 def test_an_answers_steps_are_one_call_from_ids_to_logits_to_the_bit(dtype, tied, monkeypatch):
     """Over blocks that are taken one by one, beyond the room that tables were given, and places
     beyond the tables of angles that were made first."""
-    monkeypatch.setattr(ends, "FIRST_PLACES", 32)
+    monkeypatch.setattr(ends, "FIRST_POSITIONS", 32)
     base = based(dtype, tie_word_embeddings=tied)
     rows = whole_steps(monkeypatch)
     found, _ = steps_of(base, [()], monkeypatch, new=150)
