@@ -26,7 +26,7 @@ from veneer.adapters.preamble import Preamble
 from veneer.bases.kept import blocks_folder, converted_folder
 from veneer.bases.loading import from_config
 from veneer.bases.names import hub
-from veneer.comparison import circumstances
+from veneer.comparison import environment
 from veneer.comparison.execute import JobRunner
 from veneer.comparison.jobs import Outcome
 from veneer.comparison.plan import Candidate, Comparison
@@ -333,7 +333,7 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = comparison.candidates[0].config
-    here = circumstances.circumstances(comparison.base)
+    here = environment.circumstances(comparison.base)
 
     def key(changed: RunConfig = config, around: dict[str, str] = here) -> str:
         return JobRunner(comparison, 32, around, lambda text: None, [])._key(changed)
@@ -361,8 +361,8 @@ def test_a_run_of_a_comparison_is_known_by_settings_rows_and_circumstances(
     assert set(here) == {"base", "veneer", "torch", "transformers", "files", "processor", "gpu"}
     for name, value in (("own_files_hash", "another"), ("processor", {"model name": "another"})):
         with monkeypatch.context() as patch:
-            patch.setattr(circumstances, name, lambda value=value: value)
-            assert circumstances.circumstances(comparison.base) != here, name
+            patch.setattr(environment, name, lambda value=value: value)
+            assert environment.circumstances(comparison.base) != here, name
 
 
 def test_an_evaluation_is_not_used_beside_other_predictions(comparison: Comparison) -> None:

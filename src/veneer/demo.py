@@ -40,7 +40,7 @@ from veneer.data.examples import Row, RowRef
 from veneer.data.template.template import ChatTemplate
 from veneer.errors import ConfigError
 from veneer.evaluation.answers import evaluate_answers
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.remembered import own_files_hash
 from veneer.files.strict_json import read_json
 from veneer.training.config import DataConfig, RunConfig
@@ -157,8 +157,7 @@ def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _Rows:
         lines = [
             json.dumps({"messages": bfcl.to_messages(call)}, ensure_ascii=False) for call in side
         ]
-        with atomic_file(path, replace=True) as partial:
-            partial.write_text("\n".join(lines) + "\n", "utf-8")
+        write_text(path, "\n".join(lines) + "\n", replace=True)
     _say(
         console,
         f"Data: {len(calls)} questions of the Berkeley Function Calling Leaderboard"
@@ -204,10 +203,9 @@ def _answers(
         f"Answered {total} held-out questions, {name}, in {time.monotonic() - start:.0f} s.",
     )
     texts = [answer.answer for answer in answers]
-    with atomic_file(path, replace=True) as partial:
-        partial.write_text(
-            json.dumps({"key": key, "answers": texts}, ensure_ascii=False, indent=1), "utf-8"
-        )
+    write_text(
+        path, json.dumps({"key": key, "answers": texts}, ensure_ascii=False, indent=1), replace=True
+    )
     return texts
 
 
@@ -266,8 +264,7 @@ def _trained(
         if any((run / "checkpoints").glob("[0-9]*")):
             return _run(api.resume_config(run), resume=True)
     remove_run(run)
-    with atomic_file(note, replace=True) as partial:
-        partial.write_text(json.dumps({"run": key}), "utf-8")
+    write_text(note, json.dumps({"run": key}), replace=True)
     return _run(config, resume=False)
 
 

@@ -25,8 +25,8 @@ from veneer.bases.identity.fingerprint import earlier_fingerprint
 from veneer.bases.loading.blueprint import Blueprint
 from veneer.bases.quiet_transformers import quiet
 from veneer.comparison.comparison import with_dtype
+from veneer.comparison.environment import find_environment
 from veneer.comparison.plan import Candidate
-from veneer.comparison.surroundings import surroundings
 from veneer.errors import AdapterMismatchError, ConfigError
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.kernels.bindings import library as native
@@ -254,7 +254,7 @@ def test_the_plan_counts_the_bytes_of_the_type_that_is_chosen(slow):
 def test_a_comparison_names_one_type_for_all_its_processes(slow, tmp_path):
     save_tiny(tmp_path / "base", "llama", torch.bfloat16)
     candidate = Candidate("lora", settings(tmp_path, "out"))
-    found = surroundings(str(tmp_path / "base"), [candidate.config])
+    found = find_environment(str(tmp_path / "base"), [candidate.config])
     assert (
         found.dtypes == ["float32"]
         and with_dtype(candidate, found.dtypes[0]).config.dtype == "float32"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import veneer
 from tests.support.tiny import save_tiny
 from veneer.cli.training.compare import _comparison_table
-from veneer.comparison import circumstances
+from veneer.comparison import environment
 from veneer.comparison.conclusion import conclude
 from veneer.comparison.execute import JobRunner
 from veneer.comparison.jobs import Asking, CommandJob, Outcome, run_jobs, together
@@ -186,7 +186,7 @@ def test_another_base_in_the_same_place_is_evaluated_and_trained_anew(
     asked = Comparison(candidates, str(base), test, test, test, tmp_path / "out", general=None)
 
     def worker() -> JobRunner:
-        return JobRunner(asked, 32, circumstances.circumstances(str(base)), lambda text: None, [])
+        return JobRunner(asked, 32, environment.circumstances(str(base)), lambda text: None, [])
 
     def evaluated() -> dict[str, Any]:
         return run_jobs(worker().evaluate("the base", None), LocalExecutor(), lambda text: None)
@@ -204,10 +204,10 @@ def test_what_figures_depend_on_is_told_apart(
     compared: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, arguments, _ = compared
-    here = circumstances.circumstances(arguments["base"])
-    assert here == circumstances.circumstances(arguments["base"])
-    monkeypatch.setattr(circumstances, "version", lambda name: "99")
-    assert circumstances.circumstances(arguments["base"]) != here
+    here = environment.circumstances(arguments["base"])
+    assert here == environment.circumstances(arguments["base"])
+    monkeypatch.setattr(environment, "version", lambda name: "99")
+    assert environment.circumstances(arguments["base"]) != here
 
 
 def test_a_second_comparison_in_one_folder_and_a_run_that_outlived_its_own_are_refused(

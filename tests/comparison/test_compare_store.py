@@ -22,9 +22,9 @@ from tests.comparison.test_compare import write_rows
 from tests.support.tiny import save_tiny
 from veneer.cli.main import main
 from veneer.comparison import ray_trial
+from veneer.comparison.environment import find_environment
 from veneer.comparison.ray_trial import TrialRequest, copy_as_it_goes_on, done_name, run_trial
 from veneer.comparison.store import RunStore, files_of
-from veneer.comparison.surroundings import surroundings
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.files.atomic import verify_manifest
 from veneer.training.config import RunConfig
@@ -128,7 +128,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrialRequest,
             rows={"train": file, "validation": file},
             threads=torch.get_num_threads(),
             cwd=str(folder),
-            circumstances=surroundings(str(base), []).circumstances,
+            circumstances=find_environment(str(base), []).circumstances,
         ),
         folder / "here",
     )
@@ -247,11 +247,9 @@ def test_a_node_of_another_kind_is_refused_with_both_sides(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, asked, _ = world
-    ray_trial._surroundings.cache_clear()
+    ray_trial._environment.cache_clear()
     monkeypatch.setattr(
-        ray_trial,
-        "_surroundings",
-        lambda *_: {"circumstances": {**asked.circumstances, "gpu": "X"}},
+        ray_trial, "_environment", lambda *_: {"circumstances": {**asked.circumstances, "gpu": "X"}}
     )
     found = asked_for(asked)
     assert "another kind of machine" in found["refused"][0] and "here 'X'" in found["refused"][1][0]

@@ -25,7 +25,7 @@ from veneer.comparison.search import search, steps_within
 from veneer.data.examples import Row
 from veneer.data.files.sources import read_rows
 from veneer.evaluation.labels import labels_of
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.models.frozen_base import hidden_size
 
 
@@ -75,8 +75,7 @@ def run_comparison(comparison: Comparison, executor: JobExecutor, say: Say) -> d
         ("comparison.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n"),
         ("comparison.html", make_page(figures)),
     ):
-        with atomic_file(comparison.out / name, replace=True) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(comparison.out / name, text, replace=True)
     return figures
 
 

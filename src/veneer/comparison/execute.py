@@ -16,22 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from veneer.comparison.circumstances import folder_hash
+from veneer.comparison.environment import folder_hash
 from veneer.comparison.jobs import RUNNING, Asking, CommandJob, Outcome, Say
 from veneer.comparison.pace import Pace
 from veneer.comparison.plan import Candidate, Comparison
 from veneer.errors import DataError, VeneerError
 from veneer.evaluation.general import BUILT_IN
 from veneer.evaluation.labels import labels_file
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.hashes import file_hash
 from veneer.files.strict_json import read_json
 from veneer.files.system_errors import is_about_disk
 from veneer.library.library import Library
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
+from veneer.training.state.folder import write_run_file
 from veneer.training.state.place import locked_folder
 
 FAILURE = "failure.json"
@@ -59,7 +58,7 @@ class FinishedRun:
 class JobRunner:
     """Yields commands of Veneer as jobs (jobs.py).
 
-    hidden_size: of the base, for default learning rates. circumstances: see circumstances.py. say:
+    hidden_size: of the base, for default learning rates. circumstances: see environment.py. say:
     shows progress. ran: folders of what was not finished before. pace: counts finished runs.
     """
 
@@ -246,12 +245,7 @@ class JobRunner:
 
     def _run_file(self, config: RunConfig) -> Path:
         file = self.comparison.out / "runs" / f"{Path(config.out).name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file, replace=True) as partial:
-            text = yaml.safe_dump(
-                config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-            )
-            partial.write_text(text, encoding="utf-8")
+        write_run_file(config, file)
         return file
 
 
@@ -303,5 +297,4 @@ def _hash_of(file: Path) -> str | None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with atomic_file(path, replace=True) as partial:
-        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", replace=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from veneer.comparison.surroundings import NodeEnvironment
+from veneer.comparison.environment import NodeEnvironment
 from veneer.errors import RunInterrupted
 from veneer.training.config import RunConfig
 

@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from veneer.child import end_with_parent, environment_for, module_command
+from veneer.comparison.environment import NodeEnvironment, find_environment
 from veneer.comparison.jobs import CommandJob, Outcome, Over, Say, interrupted
-from veneer.comparison.surroundings import NodeEnvironment, surroundings
 from veneer.training.config import RunConfig
 from veneer.training.state.checkpoint import newest_valid
 
@@ -36,7 +36,7 @@ class LocalExecutor:
         self._server: ForkServer | None = None
 
     def look(self, base: str, asked: Sequence[RunConfig]) -> NodeEnvironment:
-        return surroundings(base, asked)
+        return find_environment(base, asked)
 
     def take(self, jobs: Sequence[CommandJob]) -> None:
         self._waiting.extendleft(reversed(jobs))

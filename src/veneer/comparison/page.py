@@ -6,14 +6,14 @@ figures of comparison.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from veneer.comparison.conclusion import HEAD, NO_INTERVAL, ends_text, facts, measure, quantity
+from veneer.report.html import html_page, section, table
 from veneer.report.plots import Series, bars, line_chart, spans
 from veneer.report.scatter import ScatterMark, scatter_chart
-from veneer.report.style import STYLE
 from veneer.wording import clock, millions, percent, size
 
 COLOURS = ("#2456d6", "#c2580a", "#1f8a4c", "#8a3fc2", "#b3261e", "#0e7f93", "#8a6d00", "#5f6470")
@@ -58,36 +58,21 @@ def make_page(figures: dict[str, Any]) -> str:
     good = [(place, m) for place, m in enumerate(methods) if m["quality"]]
     sections = [
         _head(figures),
-        _section(
-            "In words", "".join(f"<p>{escape(s)}</p>" for s in figures["conclusion"]), "words"
-        ),
-        _section("At a glance", _table(HEAD, [facts(m, figures) for m in methods], "wide-table")),
-        _section(_upper(f"{measure(figures['primary'])} against cost"), _scatters(figures, good)),
-        _section("Every measure", _measures(figures, good)),
-        _section("Learning curves", _curves(good)),
-        _section(
+        section("In words", "".join(f"<p>{escape(s)}</p>" for s in figures["conclusion"]), "words"),
+        section("At a glance", table(HEAD, [facts(m, figures) for m in methods], "wide-table")),
+        section(_upper(f"{measure(figures['primary'])} against cost"), _scatters(figures, good)),
+        section("Every measure", _measures(figures, good)),
+        section("Learning curves", _curves(good)),
+        section(
             "Files",
             _bars([(p, m["name"], m["adapter_bytes"], size(m["adapter_bytes"])) for p, m in good]),
         ),
-        _section("Forgetting", _forgetting(figures, good)),
-        _section("Where they disagree", _disagreements(figures)),
-        _section("Learning rates tried", _search(methods)),
-        _section("How this was measured", _method_text(figures)),
+        section("Forgetting", _forgetting(figures, good)),
+        section("Where they disagree", _disagreements(figures)),
+        section("Learning rates tried", _search(methods)),
+        section("How this was measured", _method_text(figures)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
-        ' content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy"'
-        " content=\"default-src 'none'; style-src"
-        f" 'unsafe-inline'\"><title>{escape(_title(figures))} ·"
-        f" Veneer</title><style>{STYLE}{_method_style()}</style></head><body><main>"
-        + "".join(sections)
-        + "</main></body></html>\n"
-    )
-
-
-def _section(title: str, content: str, kind: str = "") -> str:
-    opened = f'<section class="{kind}">' if kind else "<section>"
-    return f"{opened}<h2>{escape(title)}</h2>{content}</section>" if content else ""
+    return html_page(_title(figures), "".join(sections), _method_style())
 
 
 def _upper(text: str) -> str:
@@ -181,7 +166,7 @@ def _measures(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
         rows.append(
             [m["name"], *(_with_interval(m["quality"][name], unit) for name, unit in units.items())]
         )
-    return _table(head, rows, "wide-table")
+    return table(head, rows, "wide-table")
 
 
 def _with_interval(figure: dict[str, Any], unit: str) -> str:
@@ -260,7 +245,7 @@ def _search(methods: Sequence[Method]) -> str:
             loss = "–" if tried["loss"] is None else f"{tried['loss']:.4f}"
             taken = "taken" if tried["learning_rate"] == m.get("learning_rate") else ""
             rows.append([m["name"], f"{tried['learning_rate']:g}", tried["failure"] or loss, taken])
-    return _table(("method", "learning rate", "held-out loss", ""), rows, "wide-table")
+    return table(("method", "learning rate", "held-out loss", ""), rows, "wide-table")
 
 
 def _method_text(figures: dict[str, Any]) -> str:
@@ -291,18 +276,3 @@ def _method_text(figures: dict[str, Any]) -> str:
         "; ".join(shares) + "." if shares else "",
     ]
     return "".join(f"<p>{escape(s)}</p>" for s in said if s)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
-    lines = [
-        "".join(
-            f'<td data-of="{escape(title)}">{escape(cell)}</td>'
-            for title, cell in zip(head, row, strict=True)
-        )
-        for row in rows
-    ]
-    if not lines:
-        return ""
-    titles = "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>"
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class=scroll><table class="{kind}">{titles}{body}</table></div>'

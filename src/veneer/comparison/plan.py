@@ -19,7 +19,7 @@ from veneer.evaluation.general import BUILT_IN, general_documents
 from veneer.evaluation.labels import read_labels
 from veneer.evaluation.metric import Metric
 from veneer.evaluation.registry import find_metrics
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.training.config import RunConfig
 
 DEFAULT_STEPS = 100
@@ -162,8 +162,7 @@ def prepare_rows(
     for name, side in sides.items():
         if side:
             text = "".join(json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in side)
-            with atomic_file(paths[name], replace=True) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_text(paths[name], text, replace=True)
     return RowFiles(paths["train"], paths["validation"], paths["test"], "auto")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from veneer.bases.loading.from_config import blueprint
+from veneer.comparison.environment import NodeEnvironment
 from veneer.comparison.jobs import RUNNING, CommandJob, Outcome, Over, Say, interrupted
 from veneer.comparison.ray_cluster import connect
 from veneer.comparison.ray_trial import (
@@ -29,7 +30,6 @@ from veneer.comparison.ray_trial import (
     run_trial,
 )
 from veneer.comparison.store import RunStore, files_of, key_of, results
-from veneer.comparison.surroundings import NodeEnvironment
 from veneer.errors import DoesNotFitError, LostProcessError, VeneerError
 from veneer.plan.choice import Choice
 from veneer.plan.estimate import PROCESS_BYTES

@@ -63,8 +63,8 @@ class TrialRequest:
 
 
 def look(base: str, asked: str, threads: int, cwd: str) -> str:
-    """Returns this node's environment (surroundings.py) as JSON, or an error in `refused`."""
-    return _answered(lambda: {"found": _surroundings(base, asked, threads, cwd)})
+    """Returns this node's environment (environment.py) as JSON, or an error in `refused`."""
+    return _answered(lambda: {"found": _environment(base, asked, threads, cwd)})
 
 
 def run_trial(request: str) -> str:
@@ -91,9 +91,9 @@ def _variables(threads: int) -> Mapping[str, str]:
 
 
 @cache
-def _surroundings(base: str, asked: str, threads: int, cwd: str) -> dict[str, Any]:
+def _environment(base: str, asked: str, threads: int, cwd: str) -> dict[str, Any]:
     """Finds the environment once per process of Ray: a node does not change while it runs."""
-    command = [*module_command("veneer.comparison.surroundings"), base]
+    command = [*module_command("veneer.comparison.environment"), base]
     variables = environment_for(_variables(threads))
     process = subprocess.run(
         command,
@@ -123,7 +123,7 @@ def _check(request: TrialRequest) -> None:
     comparable.
     """
     expected = request.circumstances
-    actual = _surroundings(request.config["base"], "[]", request.threads, request.cwd)[
+    actual = _environment(request.config["base"], "[]", request.threads, request.cwd)[
         "circumstances"
     ]
     differing = [name for name in expected if actual.get(name) != expected[name]]

@@ -25,16 +25,15 @@ from veneer.data.files.json_text import whole_value
 from veneer.errors import DataError
 from veneer.evaluation.intervals import Counts, OfTotals, paired_difference
 from veneer.evaluation.metric import Metric, ratio
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 
 Line = dict[str, Any]
 NAMED_ROWS = 10
 
 
 def write_predictions(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_file(path, replace=True) as partial:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        partial.write_text(text, encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(path, text, replace=True)
 
 
 def read_predictions(path: Path) -> list[Line]:

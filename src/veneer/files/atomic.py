@@ -96,6 +96,12 @@ def atomic_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                 sync_folder(path.parent)
 
 
+def write_text(path: str | Path, text: str, *, replace: bool = False) -> None:
+    """Writes a text file atomically, in UTF-8."""
+    with atomic_file(path, replace=replace) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_manifest(folder: str | Path) -> None:
     """Writes MANIFEST.json with size and SHA-256 of every file in the folder. Call it last."""
     folder = Path(folder)

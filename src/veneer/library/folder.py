@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from veneer.errors import ConfigError, CorruptFileError, SourceError
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.home import expanded, home
 from veneer.files.lock import locked
 from veneer.files.partial import sweep
@@ -102,8 +102,7 @@ class LibraryFolder:
             if not (self.folder / MARKER).is_file():
                 self.names.mkdir(exist_ok=True)
                 self.objects.mkdir(exist_ok=True)
-                with atomic_file(self.folder / MARKER) as partial:
-                    partial.write_text('{"format_version": 1}\n', encoding="utf-8")
+                write_text(self.folder / MARKER, '{"format_version": 1}\n')
         return None
 
     @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from veneer.errors import CorruptFileError, InputError
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.strict_json import field_faults, illegible, read_json
 from veneer.wording import size
 
@@ -134,6 +134,5 @@ def write_record(path: Path, record: Record) -> None:
         raise InputError(
             "text with a NUL, or that is not UTF-8, cannot be stored", faults, "Give another text."
         )
-    with atomic_file(path, replace=True) as partial:
-        text = json.dumps(stored, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        partial.write_text(text, encoding="utf-8")
+    text = json.dumps(stored, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_text(path, text, replace=True)

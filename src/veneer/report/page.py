@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from veneer.errors import CorruptFileError, SourceError
 from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import read_json, read_yaml
 from veneer.formats.manifest import MANIFEST_NAME, read_manifest
+from veneer.report.html import html_page, section, table
 from veneer.report.plots import Series, bars, line_chart, smooth
-from veneer.report.style import STYLE
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.output.loggers import flat
 from veneer.training.output.records import Record, read_records
@@ -78,30 +78,17 @@ def make_page(
     sections = [
         _head(name, start, end, len(steps)),
         _figures(start, summary, steps, evaluations),
-        _section("Loss", _loss_chart(steps, evaluations)),
-        _section("Answers on held-out rows", _samples(evaluations, summary.get("best_step"))),
-        _section("Memory", _memory(summary)),
-        _section("Time", _time(steps, evaluations)),
-        _section("Data", _data(start, steps)),
-        _section("Learning rate and gradient", _small_charts(steps)),
-        _section("Recipe", _recipe(settings)),
-        _section("Run it again", _repeat(folder, settings)),
-        _section("Hashes and versions", _identity(summary, hashes)),
+        section("Loss", _loss_chart(steps, evaluations)),
+        section("Answers on held-out rows", _samples(evaluations, summary.get("best_step"))),
+        section("Memory", _memory(summary)),
+        section("Time", _time(steps, evaluations)),
+        section("Data", _data(start, steps)),
+        section("Learning rate and gradient", _small_charts(steps)),
+        section("Recipe", _recipe(settings)),
+        section("Run it again", _repeat(folder, settings)),
+        section("Hashes and versions", _identity(summary, hashes)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Nothing may be loaded or run, even if something slipped through the escaping.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
-        " 'unsafe-inline'\">"
-        f"<title>{escape(name)} · Veneer</title><style>{STYLE}</style></head><body><main>"
-        + "".join(sections)
-        + "</main></body></html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+    return html_page(name, "".join(sections))
 
 
 def _head(name: str, start: Record, end: Record, num_steps: int) -> str:
@@ -249,7 +236,7 @@ def _samples(evaluations: Sequence[Record], best_step: int | None) -> str:
         ]
         way = (
             "<details><summary>answers at other steps</summary>"
-            f"{_table((), other_answers)}</details>"
+            f"{table((), other_answers)}</details>"
             if other_answers
             else ""
         )
@@ -297,14 +284,14 @@ def _data(start: Record, steps: Sequence[Record]) -> str:
     if tokens:
         rows.append(("tokens read", f"{tokens:,}"))
         rows.append(("of these trained on", f"{trained:,} ({100 * trained / tokens:.0f}%)"))
-    return _table((), rows)
+    return table((), rows)
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
     """Shows every setting: those that differ from the default first, the others folded."""
     changed, same = recipe_rows(settings)
-    folded = _table((), [row[:2] for row in same])
-    return _table(("setting", "value", "default"), changed) + (
+    folded = table((), [row[:2] for row in same])
+    return table(("setting", "value", "default"), changed) + (
         f"<details><summary>{len(same)} settings at their defaults</summary>{folded}</details>"
         if same
         else ""
@@ -363,7 +350,7 @@ def _repeat(folder: Path, settings: Mapping[str, Any]) -> str:
 def _identity(summary: Mapping[str, Any], hashes: Mapping[str, str]) -> str:
     versions = summary.get("versions") or {}
     rows = [*hashes.items(), *((str(name), str(version)) for name, version in versions.items())]
-    return _table((), rows)
+    return table((), rows)
 
 
 def _hashes(manifest_file: Path) -> dict[str, str]:
@@ -385,13 +372,3 @@ def _hashes(manifest_file: Path) -> dict[str, str]:
         "adapter it started from": manifest.parent,
     }
     return {name: value for name, value in hashes.items() if value}
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    if not lines:
-        return ""
-    titles = (
-        "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>" if head else ""
-    )
-    return f"<table>{titles}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from veneer.plan.table import PlanRow
-from veneer.report.style import STYLE
+from veneer.report.html import html_page, section, table
 from veneer.wording import clock, millions, number, percent, size
 
 COLOURS = (
@@ -51,24 +51,15 @@ def plan_page(
     most: dict[str, int] = {}
     for row in rows:  # each base has its own scale, so that a small one stays visible
         most[row.base] = max(most.get(row.base, 0), row.needed_bytes)
+    memory = f"<p>{escape(size(memory_bytes))} of memory</p>" if memory_bytes else ""
+    stacks = "".join(_stack(row, most[row.base], colours) for row in rows)
     body = (
-        f"<header><h1>{escape(title)}</h1>"
-        + (f"<p>{escape(size(memory_bytes))} of memory</p>" if memory_bytes else "")
-        + "</header>"
-        + f"<section><h2>What fits</h2><div class=scroll>{_table(rows)}</div></section>"
-        + "<section><h2>What the peak is made of</h2>"
-        + f"{''.join(_stack(r, most[r.base], colours) for r in rows)}{_legend(colours)}</section>"
-        + "<section><h2>Where the figures come"
-        f" from</h2>{''.join(f'<p>{escape(n)}</p>' for n in notes)}</section>"
+        f"<header><h1>{escape(title)}</h1>{memory}</header>"
+        + section("What fits", _table(rows))
+        + section("What the peak is made of", stacks + _legend(colours))
+        + section("Where the figures come from", "".join(f"<p>{escape(n)}</p>" for n in notes))
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
-        " 'unsafe-inline'\">"
-        f"<title>{escape(title)} · Veneer</title>"
-        f"<style>{STYLE}{OWN}</style></head><body><main>{body}</main></body></html>\n"
-    )
+    return html_page(title, body, OWN)
 
 
 def verdict(row: PlanRow) -> str:
@@ -130,8 +121,7 @@ def _table(rows: Sequence[PlanRow]) -> str:
         )
         for row in rows
     ]
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in line)}</tr>" for line in cells)
-    return f"<table class=wide><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{lines}</table>"
+    return table(head, cells, "wide")
 
 
 def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:

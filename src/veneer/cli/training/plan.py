@@ -189,13 +189,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print_plan(console, answer, question)
     if args.html:
-        from veneer.files.atomic import atomic_file
+        from veneer.files.atomic import write_text
         from veneer.report.plan_page import plan_page
 
         title = f"Plan for {', '.join(question.bases)}"
         page = plan_page(title, answer.rows, memory_bytes=answer.memory or None, notes=answer.notes)
-        with atomic_file(args.html, replace=True) as partial:
-            partial.write_text(page, encoding="utf-8")
+        write_text(args.html, page, replace=True)
         console.print(f"wrote {args.html}")
     if args.write:
         write_run_file(args, answer)

@@ -122,7 +122,7 @@ def write_run_file(args: argparse.Namespace, answer: PlanAnswer) -> None:
     """Writes the recommended run, or else the planned one with the changes that make it fit."""
     import yaml
 
-    from veneer.files.atomic import atomic_file
+    from veneer.files.atomic import write_text
 
     row = answer.rows[0]
     choice = row.choice if row.way is None else row.way.choice
@@ -156,7 +156,4 @@ def write_run_file(args: argparse.Namespace, answer: PlanAnswer) -> None:
         if value is not None:
             settings[name] = value
     settings["out"] = "runs/" + Path(args.data or "run").stem
-    with atomic_file(args.write) as partial:
-        partial.write_text(
-            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+    write_text(args.write, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

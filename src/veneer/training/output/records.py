@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.errors import CorruptFileError
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.nesting import TOO_DEEP, text_too_deep
 from veneer.files.strict_json import json_text
 from veneer.files.system_errors import explained
@@ -192,8 +192,7 @@ def _keep_until(path: Path, step: int) -> None:
             next_step=f"Restore it. To go on without them, make an empty file there: touch {path}",
         )
     records = [r for r in read_records(path) if r.get("step", 0) <= step and r["kind"] != "end"]
-    with atomic_file(path, replace=True) as partial:
-        partial.write_text("".join(map(_line, records)), encoding="utf-8")
+    write_text(path, "".join(map(_line, records)), replace=True)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from veneer.data.config import SetConfig
 from veneer.data.files.places import absolute
 from veneer.data.files.writing import Record, write_records
 from veneer.errors import ConfigError, CorruptFileError
-from veneer.files.atomic import atomic_file
+from veneer.files.atomic import write_text
 from veneer.files.home import expanded
 from veneer.files.partial import PREFIX, remove
 from veneer.files.strict_json import field_faults, read_yaml
@@ -85,11 +85,11 @@ def _absolute_if_exists(named: str) -> str:
     return str(path.absolute()) if path.exists() else named
 
 
-def write_run_file(config: RunConfig) -> None:
-    """Writes resolved settings, so that a resumed run needs only the folder."""
-    with atomic_file(Path(config.out) / "run.yaml", replace=True) as partial:
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        partial.write_text(text, encoding="utf-8")
+def write_run_file(config: RunConfig, file: Path | None = None) -> None:
+    """Writes resolved settings, so that a resumed run needs only the folder. file: by default
+    run.yaml in that folder."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text(file or Path(config.out) / "run.yaml", text, replace=True)
 
 
 def resume_config(folder: str | Path) -> RunConfig:

@@ -1,23 +1,55 @@
-"""What figures depend on besides settings and rows: the base's files, the programs, the machine.
+"""The environment of a machine: the base's type there, and what figures depend on besides settings
+and rows: the base's files, the programs, the machine.
 
 The name of a base proves nothing: its folder may hold another model now, the hub another commit.
+As a program (`python -m veneer.comparison.environment BASE`) it reads settings as JSON and prints
+the environment: a cluster's node runs it in a process with the threads and devices of a run.
 """
 
+from __future__ import annotations
+
 import hashlib
+import json
 import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from veneer.bases.compute import DtypeName
 from veneer.bases.names.sources import locate
+from veneer.errors import VeneerError
 from veneer.files.hashes import file_hash
 from veneer.files.home import expanded
 from veneer.files.processor import processor
 from veneer.files.remembered import own_files_hash
+from veneer.models.load import compute_of
+from veneer.training.config import RunConfig
 
 READ = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 """Suffixes of files that a base is read from."""
+
+
+@dataclass(frozen=True)
+class NodeEnvironment:
+    """Describes a machine. dtypes: of the base, for each settings. lines: why, for people."""
+
+    dtypes: list[DtypeName]
+    lines: list[str]
+    circumstances: dict[str, str]
+
+
+def find_environment(base: str, configs: Sequence[RunConfig]) -> NodeEnvironment:
+    """Returns the environment of this process."""
+    computes = [
+        compute_of(config.base, dtype=config.dtype, device=config.device, quantize=config.quantize)
+        for config in configs
+    ]
+    lines = dict.fromkeys(compute.line for compute in computes if compute.line is not None)
+    return NodeEnvironment([compute.name for compute in computes], list(lines), circumstances(base))
 
 
 def circumstances(base: str) -> dict[str, str]:
@@ -44,3 +76,17 @@ def folder_hash(folder: Path) -> str:
     for path in sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file()):
         digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def main() -> int:
+    try:
+        configs = [RunConfig.of(settings) for settings in json.load(sys.stdin)]
+        print(json.dumps(asdict(find_environment(sys.argv[1], configs))))
+    except VeneerError as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
