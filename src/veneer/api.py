@@ -52,6 +52,7 @@ from veneer.quant.config import Quantize
 from veneer.report.notebook import Evaluation
 from veneer.runs import fit_run as fit_run
 from veneer.runs import run_rows as run_rows
+from veneer.runs import train_jobs as train_jobs
 from veneer.runs import train_run as train_run
 from veneer.training.config import DataConfig, RunConfig
 from veneer.training.state.folder import resume_config as resume_config

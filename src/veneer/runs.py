@@ -12,7 +12,7 @@ from veneer.data.checks.check import refuse_unreadable
 from veneer.data.files.writing import Record
 from veneer.data.load import DataSet, examine_data
 from veneer.data.template.new_tokens import bring, extended, room_with
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 from veneer.merge.export.export_run import WeightSource as WeightSource
 from veneer.merge.export.export_run import export_adapter as export_adapter
 from veneer.merge.export.export_run import export_merged_gguf as export_merged_gguf
@@ -24,7 +24,7 @@ from veneer.report.page import write_report
 from veneer.training.config import RunConfig
 from veneer.training.output.screen import Screen
 from veneer.training.processes.world import joined, world_of
-from veneer.training.run import run_training
+from veneer.training.run import Job, run_jobs, run_training
 from veneer.training.state.folder import resume_config as resume_config
 
 
@@ -61,6 +61,25 @@ def train_run(
             write_report(Path(config.out))
             screen.end(summary)
     return summary
+
+
+def train_jobs(
+    configs: Sequence[RunConfig], *, resume: bool, screens: Sequence[Screen]
+) -> list[dict[str, Any] | VeneerError]:
+    """Trains several runs of one base in the same forwards, and writes their reports.
+
+    Returns for each the content of summary.json, or the error that ended it.
+    """
+    jobs = [Job(config, resume, screen) for config, screen in zip(configs, screens, strict=True)]
+
+    def finish(job: Job, result: dict[str, Any] | VeneerError) -> None:
+        if isinstance(result, VeneerError):
+            job.screen.message(result.headline)
+        else:
+            write_report(Path(job.config.out))
+            job.screen.end(result)
+
+    return run_jobs(jobs, plan=forecast, finished=finish)
 
 
 def _with_set_fields(config: RunConfig, fields: Sequence[str]) -> RunConfig:

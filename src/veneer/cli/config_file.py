@@ -104,15 +104,9 @@ def read_run_config(
     """
     settings = UncheckedSettings()
     if file is not None:
-        _read_file(settings, Path(file))
-    for name in FLAGS:  # in this order: a method is named before its settings are given
-        if (value := flags.get(name)) is not None:
-            _put_flag(settings, name, value)
-    for column, new_name in (columns or {}).items():
-        settings.put(("data", "map", column), new_name, f"--map {column}={new_name}")
-    for text in sets:
-        _apply_set(settings, text)
-    config, faults = _validate(settings)
+        read_file(settings, Path(file))
+    override(settings, flags, sets, columns or {})
+    config, faults = validate(settings)
     if config is None or settings.faults:
         where = f"{file} and the flags" if file is not None else "the flags"
         raise ConfigError(
@@ -121,6 +115,22 @@ def read_run_config(
             "`veneer explain settings` lists the settings.",
         )
     return config
+
+
+def override(
+    settings: UncheckedSettings,
+    flags: Mapping[str, Any],
+    sets: Sequence[str],
+    columns: Mapping[str, str | None],
+) -> None:
+    """Overrides settings by flags (None: not given), then columns (--map), then --set."""
+    for name in FLAGS:  # in this order: a method is named before its settings are given
+        if (value := flags.get(name)) is not None:
+            _put_flag(settings, name, value)
+    for column, new_name in columns.items():
+        settings.put(("data", "map", column), new_name, f"--map {column}={new_name}")
+    for text in sets:
+        _apply_set(settings, text)
 
 
 def find_first_parent(text: str) -> str | None:
@@ -152,7 +162,8 @@ def summarize_setting(path: KeyPath) -> str:
     return f"{summary} (default: {default})" if plain else summary
 
 
-def _read_file(settings: UncheckedSettings, file: Path) -> None:
+def read_file(settings: UncheckedSettings, file: Path) -> None:
+    """Reads the values of a run file and where each stands. Raises ConfigError."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(
@@ -226,7 +237,7 @@ def _put_flag(settings: UncheckedSettings, name: str, value: Any) -> None:
     origin = "--" + name.replace("_", "-")
     path, openings = _YAML_FLAGS.get(name, ((), ""))
     if openings and value.lstrip()[:1] in tuple(openings):
-        _put_yaml(settings, path, value, origin)
+        put_yaml(settings, path, value, origin)
     else:
         settings.put(FLAGS[name], value, origin)
 
@@ -239,10 +250,11 @@ def _apply_set(settings: UncheckedSettings, assignment: str) -> None:
             " data.long_rows=drop"
         )
         return
-    _put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
+    put_yaml(settings, tuple(path.split(".")), text, f"--set {path}")
 
 
-def _put_yaml(settings: UncheckedSettings, path: KeyPath, text: str, origin: str) -> None:
+def put_yaml(settings: UncheckedSettings, path: KeyPath, text: str, origin: str) -> None:
+    """Sets the value at a path from YAML text."""
     try:
         value = parse_yaml(text, origin, UncheckedSettings())
     except ConfigError as fault:
@@ -258,10 +270,10 @@ def _expand_short_form(path: KeyPath, value: Any) -> dict[str, Any]:
     return {short: value} if short else {}
 
 
-def _validate(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]:
+def validate(settings: UncheckedSettings) -> tuple[RunConfig | None, list[str]]:
     """The config, or every fault. Checks across fields run only where the fields are sound, so
     faulty values are taken out and the rest is checked again until nothing new is found."""
-    values = _copy(settings.values)
+    values = copy_values(settings.values)
     faults: list[str] = []
     while True:
         try:
@@ -326,7 +338,8 @@ def list_setting_paths(method: str = "lora") -> list[KeyPath]:
     return paths
 
 
-def _copy(value: Any) -> Any:
+def copy_values(value: Any) -> Any:
+    """Copies mappings and lists of settings."""
     if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+        return {key: copy_values(item) for key, item in value.items()}
+    return [copy_values(item) for item in value] if isinstance(value, list) else value

@@ -6,6 +6,8 @@ For instance:
   veneer train --base smollm2-135m --data tickets.jsonl --out runs/tickets
   veneer train RUN.yaml --rank 8 --set data.long_rows=drop
   veneer train --resume runs/tickets
+  veneer train JOBS.yaml          several jobs together, if it lists `jobs:`
+  veneer train RUN.yaml --sweep learning_rate=3e-4,1e-3 rank=8,32
 
 These are the settings that people use most. `veneer explain settings` lists all of them,
 `veneer explain rank` explains one, and --set path=value sets any of them (the value is YAML).
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,17 @@ from veneer.cli.common import (
 )
 from veneer.cli.config_file import FLAGS, find_first_parent, read_run_config, summarize_setting
 from veneer.cli.early import check_place, check_run
+from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan import parse_size
+from veneer.cli.training.train_jobs import train_jobs
 from veneer.errors import ConfigError
 from veneer.training.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value] | --resume DIR"
+        "veneer train [RUN.yaml] [--base B --data D --out DIR] [--set path=value]"
+        " [--sweep name=value,value] | --resume DIR"
     )
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings in YAML")
     for title, names in GROUPS.items():
@@ -57,7 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="set any setting, for instance data.long_rows=drop",
     )
     group.add_argument(
-        "--resume", metavar="DIR", help="continue the run in DIR exactly, with its own settings"
+        "--sweep",
+        nargs="+",
+        metavar="NAME=VALUES",
+        help="train every combination of these values together, for instance rank=8,32",
+    )
+    group.add_argument(
+        "--resume",
+        nargs="+",
+        metavar="DIR",
+        help="continue the run in DIR exactly, with its own settings; several together",
     )
     group.add_argument(
         "--fit",
@@ -98,9 +113,10 @@ def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     leads = os.environ.get("RANK", "0") == "0"
-    config = (
-        _read_config(args) if leads else None
-    )  # rank 0 sends its settings to the other processes
+    # Rank 0 sends its settings to the other processes.
+    configs, are_jobs = _read_configs(args) if leads else ([], False)
+    if are_jobs:
+        return train_jobs(configs, args)
     if args.processes is not None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
@@ -109,6 +125,12 @@ def run(args: argparse.Namespace) -> int:
                 "Leave it out.",
             )
         return _launch_processes(args.processes)
+    return _train_run(next(iter(configs), None), args)
+
+
+def _train_run(config: RunConfig | None, args: argparse.Namespace) -> int:
+    """Trains one run. config: None on processes other than the first."""
+    leads = config is not None
     if config is not None:
         check_place(config, resume=args.resume is not None)
         check_run(config)
@@ -149,37 +171,54 @@ def _launch_processes(processes: int) -> int:
     return launch(arguments, processes, os.environ)
 
 
-def _read_config(args: argparse.Namespace) -> RunConfig:
+def _read_configs(args: argparse.Namespace) -> tuple[list[RunConfig], bool]:
+    """Returns the settings of one run or of several, and whether several were asked for."""
     flags: dict[str, Any] = {name: getattr(args, name) for name in FLAGS}
     if flags["from"] is not None and flags["base"] is None and args.run is None:
         parent = find_first_parent(flags["from"])
         flags["base"] = None if parent is None else locate_base_and_adapter(None, parent)[0]
     if args.resume is None:
-        return read_run_config(args.run, flags, args.sets, parse_columns(args))
+        columns = parse_columns(args)
+        jobs = read_jobs(args.run, flags, args.sets, columns, args.sweep)
+        if jobs is not None:
+            return jobs, True
+        return [read_run_config(args.run, flags, args.sets, columns)], False
+    _refuse_settings(args, flags)
+    folders = _unfinished(args.resume)
+    return [_resumed_config(folder) for folder in folders], len(folders) > 1
+
+
+def _refuse_settings(args: argparse.Namespace, flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError if settings are given beside --resume."""
     conflicting = [
         "--" + name.replace("_", "-") for name, value in flags.items() if value is not None
     ]
     conflicting += [f"--map {text}" for text in args.columns]
-    conflicting += (
-        [f"--set {text}" for text in args.sets]
-        + ([args.run] if args.run else [])
-        + (["--fit"] if args.fit else [])
-    )
+    conflicting += [f"--set {text}" for text in args.sets] + ([args.run] if args.run else [])
+    conflicting += ["--fit"] if args.fit else []
+    conflicting += ["--sweep"] if args.sweep else []
     if conflicting:
         raise ConfigError(
-            f"--resume {args.resume} takes its settings from that folder's run.yaml; also given:"
-            f" {', '.join(conflicting)}",
+            f"--resume {' '.join(args.resume)} takes its settings from that folder's run.yaml;"
+            f" also given: {', '.join(conflicting)}",
             [],
             "Leave them out, or start a new run with another --out.",
         )
-    file = Path(args.resume) / "run.yaml"
+
+
+def _unfinished(folders: Sequence[str]) -> list[str]:
+    """Leaves out finished runs of several, unless all are finished."""
+    open_folders = [folder for folder in folders if not (Path(folder) / "summary.json").is_file()]
+    return open_folders or list(folders[:1])
+
+
+def _resumed_config(folder: str) -> RunConfig:
+    file = Path(folder) / "run.yaml"
     if not file.is_file():
         raise ConfigError(
-            f"{args.resume} holds no run: {file} was not found",
-            [],
-            "Give the folder that --out named.",
+            f"{folder} holds no run: {file} was not found", [], "Give the folder that --out named."
         )
-    return read_run_config(file, {"out": args.resume})
+    return read_run_config(file, {"out": folder})
 
 
 def _suggest_next(config: RunConfig) -> str:

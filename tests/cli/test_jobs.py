@@ -1,0 +1,156 @@
+"""Several jobs from one run file, and the grid of --sweep."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.support.tiny import save_tiny
+from veneer.cli.job_settings import read_jobs
+from veneer.cli.main import main
+from veneer.cli.training.train_jobs import short_names
+from veneer.errors import ConfigError
+
+ABOVE = {
+    "base": "b",
+    "data": {"train": "rows.jsonl", "validation_share": 0.2},
+    "method": {"name": "lora", "rank": 4, "dropout": 0.1},
+    "steps": 9,
+}
+
+
+def read(tmp_path, settings, flags=None, sets=(), sweep=None):
+    file = tmp_path / "jobs.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return read_jobs(file, flags or {}, sets, {}, sweep)
+
+
+def test_a_file_without_jobs_and_a_command_without_a_sweep_are_one_run(tmp_path):
+    assert read(tmp_path, {**ABOVE, "out": "o"}) is None
+
+
+def test_a_job_overrides_what_stands_above_it_key_by_key(tmp_path):
+    jobs = [
+        {"out": "a"},
+        {"out": "b", "method": {"rank": 8}, "data": "other.jsonl", "steps": 3},
+        {"out": "c", "method": "dora"},
+        {"out": "d", "method": {"rank": 2, "name": "dora"}, "seed": 5},
+    ]
+    a, b, c, d = read(tmp_path, {**ABOVE, "jobs": jobs})
+    assert (a.out, a.method.rank, a.method.dropout, a.steps) == ("a", 4, 0.1, 9)
+    assert (b.method.rank, b.method.dropout, b.steps) == (8, 0.1, 3)
+    assert (b.data.train, b.data.validation_share) == ("other.jsonl", 0.2)
+    assert (c.method.name, c.method.dropout) == ("dora", 0.0)
+    assert (d.method.name, d.method.rank, d.seed) == ("dora", 2, 5)
+
+
+def test_flags_and_set_override_every_job(tmp_path):
+    jobs = [{"out": "a", "seed": 1}, {"out": "b", "steps": 3}]
+    found = read(tmp_path, {**ABOVE, "jobs": jobs}, {"steps": 5}, ["method.rank=7"])
+    assert [(c.steps, c.method.rank, c.seed) for c in found] == [(5, 7, 1), (5, 7, 0)]
+
+
+def test_a_sweep_is_the_grid_of_its_values_each_in_a_folder_of_its_own(tmp_path):
+    sweep = [
+        "learning_rate=3e-4,1e-3,3e-3",
+        "rank=8,32",
+        "method.targets=[q_proj],[q_proj, v_proj]",
+    ]
+    found = read(tmp_path, {**ABOVE, "out": "o"}, sweep=sweep)
+    assert len({c.out for c in found}) == len(found) == 12
+    assert found[0].out == "o/learning_rate-3e-4_rank-8_method.targets-q_proj"
+    assert {(c.learning_rate, c.method.rank) for c in found} == {
+        (rate, rank) for rate in (3e-4, 1e-3, 3e-3) for rank in (8, 32)
+    }
+    assert found[1].method.targets == ["q_proj", "v_proj"]
+
+
+def test_a_sweep_over_methods_names_the_method_before_its_settings(tmp_path):
+    found = read(tmp_path, {**ABOVE, "out": "o"}, sweep=["rank=2,3", "method=lora,dora"])
+    assert [(c.method.name, c.method.rank) for c in found] == [
+        ("lora", 2),
+        ("lora", 3),
+        ("dora", 2),
+        ("dora", 3),
+    ]
+
+
+def test_every_fault_is_named_with_its_job(tmp_path):
+    jobs = [{"out": "a", "seed": "x"}, {"seed": 3}, {"out": "c", "ranc": 3}, {"out": "d"}]
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, {**ABOVE, "steps": "many", "jobs": jobs}, {"out": "z"}, sweep=["rank", "=3"])
+    text = str(caught.value)
+    for part in ("(job a)", "job 2 is not", "'ranc'", "(job c)", "--out", "--sweep rank:", "=3:"):
+        assert part in text, part
+    assert text.count("steps") == 1  # a fault of all jobs is shown once
+
+
+@pytest.mark.parametrize("jobs", [[], {}, "x", [3]])
+def test_jobs_that_are_no_list_of_settings_are_refused(jobs, tmp_path):
+    with pytest.raises(ConfigError, match="C315"):
+        read(tmp_path, {**ABOVE, "jobs": jobs})
+
+
+def test_jobs_are_named_by_what_their_folders_do_not_share():
+    assert short_names(["r/a", "r/b/c"]) == ["a", "b/c"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    save_tiny(tmp_path / "base")
+    lines = [json.dumps({"prompt": f"number {n}", "completion": f"it is {n}"}) for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {
+        "base": str(tmp_path / "base"),
+        "data": {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0.3},
+        "steps": 2,
+        "batch": 2,
+        "show_answers": False,
+    }
+    return tmp_path, settings
+
+
+def test_train_writes_a_whole_run_for_every_job_and_a_table(files, capsys):
+    tmp_path, settings = files
+    jobs = [{"out": str(tmp_path / "a")}, {"out": str(tmp_path / "b"), "method": {"rank": 3}}]
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({**settings, "jobs": jobs}))
+    assert main(["train", str(tmp_path / "jobs.yaml")]) == 0
+    for name in "ab":
+        names = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"run.yaml", "metrics.jsonl", "adapter", "summary.json", "report.html"} <= names
+        assert "jobs" not in (tmp_path / name / "run.yaml").read_text()
+    shown = capsys.readouterr().out
+    assert "method.rank" in shown and "held out" in shown
+
+
+def test_train_of_a_sweep_prints_the_summaries_as_json(files, capsys):
+    tmp_path, settings = files
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "o")}))
+    assert main(["train", str(tmp_path / "run.yaml"), "--json", "--sweep", "rank=2,3"]) == 0
+    summaries = json.loads(capsys.readouterr().out)
+    assert [summary["steps"] for summary in summaries] == [2, 2]
+    assert (tmp_path / "o" / "rank-3" / "adapter").is_dir()
+
+
+def test_jobs_that_cannot_start_are_refused_together(files, capsys):
+    tmp_path, settings = files
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("")
+    jobs = [
+        {"out": str(tmp_path / "a")},
+        {"out": str(tmp_path / "b"), "data": str(tmp_path / "none.jsonl")},
+        {"out": str(tmp_path / "c")},
+    ]
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({**settings, "jobs": jobs}))
+    assert main(["train", str(tmp_path / "jobs.yaml")]) == 2
+    shown = capsys.readouterr().err
+    assert "nothing is overwritten" in shown and "none.jsonl" in shown
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("flag", [["--processes", "2"], ["--fit", "2GiB"]])
+def test_flags_that_several_jobs_cannot_take_are_refused_by_name(flag, files, capsys):
+    tmp_path, settings = files
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "o")}))
+    assert main(["train", str(tmp_path / "run.yaml"), *flag, "--sweep", "rank=2,3"]) == 2
+    assert flag[0] in capsys.readouterr().err
