@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import tempfile
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 import veneer.errors
 from tests.support.pages import OUTPUT, blocks
 from veneer.cli.config_file import list_setting_paths
+from veneer.cli.job_settings import read_jobs
 from veneer.cli.main import COMMANDS, EXIT_CODES, Parser, command_module
 from veneer.training.config import RunConfig
 
@@ -107,6 +109,11 @@ def settings_faults(text: str) -> list[str]:
         said.setdefault("data", "d.jsonl")
         if isinstance(said["data"], dict):
             said["data"].setdefault("train", "d.jsonl")
+        if "jobs" in said:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "jobs.yaml").write_text(text)
+                read_jobs(Path(folder) / "jobs.yaml", {}, [], {}, None)
+            return []
         RunConfig.of({"base": "b", "out": "o", **said})
     return []
 
