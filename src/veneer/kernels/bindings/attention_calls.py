@@ -8,7 +8,8 @@ P keys that all documents see, S splits.
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import number
-from veneer.kernels.bindings.declarations import Values, declare
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare
 
 
 def _fields(grad: str, written: str, grad_stride: str) -> str:
@@ -34,17 +35,22 @@ def _fields(grad: str, written: str, grad_stride: str) -> str:
     heads, kv_heads
     size: 16.. % 16
     before
-    window: 1..?
+    window
     splits: 1..1024
     scale: float
     check group = heads / kv_heads
+    body before, before_k, before_v, window
     """
 
 
-def _before(before: tuple[Tensor, Tensor] | None) -> Values:
-    if before is None:
-        return {"before": 0}
-    return {"before": before[0].shape[0], "before_k": before[0], "before_v": before[1]}
+def _optional(before: tuple[Tensor, Tensor] | None, window: int | None) -> Values:
+    before_k, before_v = before or (None, None)
+    return {
+        "before": 0 if before_k is None else len(before_k),
+        "before_k": before_k,
+        "before_v": before_v,
+        "window": 0 if window is None else number(window, 1),
+    }
 
 
 @declare(
@@ -67,7 +73,7 @@ def attention_forward(
     """out (R, H, D), lse (R, H) float32: log of the sum of exponentials; q (R, H, D), k and v
     (R, K, D), before (P, K, D) each, starts (documents + 1). splits: shares of a document's keys,
     each a task of its own."""
-    return _before(before)
+    return _optional(before, window)
 
 
 @declare(
@@ -78,7 +84,8 @@ def attention_forward(
         "grad_row: 0..2**27; grad_head",
     )
     + "check own: f32[2, splits, rows, kv_heads, size];"
-    "check shared: f32[2, docs, splits, kv_heads, before, size]",
+    "check shared: f32[2, docs, splits, kv_heads, before, size];"
+    "body out, grad_k, grad_v, grad_before_k, grad_before_v",
 )
 def attention_backward(
     q: Tensor,
@@ -102,7 +109,7 @@ def attention_backward(
     sums = {"grad_k": own[0], "grad_v": own[1]}
     sums |= {"grad_before_k": shared[0], "grad_before_v": shared[1]}
     addresses = {name: tensor.data_ptr() for name, tensor in sums.items()}
-    return {"out": grad_q, **addresses, **_before(before)}
+    return {"out": grad_q, **addresses, **_optional(before, window)}
 
 
 @declare(
@@ -137,7 +144,7 @@ def attention_shared(held: Tensor, out: Tensor, *, add: bool) -> None:
     it was."""
 
 
-@declare("veneer_zeros(*)", "to: T[rows, heads, size]; bytes")
+@declare("veneer_zeros(*)", "to: T[rows, heads, size]; bytes; body to, bytes")
 def zeros(x: Tensor, start: int) -> Values:
     """x (R, K, D) = 0 from row `start` on."""
     rest = x[number(start, 0, len(x)) :]

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at, number, reachable
-from veneer.kernels.bindings.declarations import Values, declare, structure
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare, structure
 from veneer.kernels.bindings.rank_calls import (
     MOST,
     MOST_RANK,
@@ -109,6 +110,7 @@ _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
     before, behind: Side
     {_SIZES}
     epsilon: float
+    body before, behind
     """,
     Side=_Side,
 )
@@ -146,6 +148,7 @@ def norm_forward(
     before, behind: Side
     {_SIZES}
     epsilon = 0: float
+    body x, out, before, behind
     """,
     Side=_Side,
 )
@@ -178,6 +181,7 @@ def norm_backward(
     grad_up: unused
     sides: Side*3
     {_SIZES}
+    body sides
     """,
     Side=_Side,
 )
@@ -197,6 +201,7 @@ def gate_forward(
     out, grad_up: bf16[rows, width] words 4
     sides: Side*3
     {_SIZES}
+    body out, sides
     """,
     Side=_Side,
 )
@@ -226,6 +231,7 @@ def gate_backward(
     rows: 0..2**27
     size: 32..2**27 % 32
     back: flag
+    body x, heads, sides
     """,
     Side=_Side,
 )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from veneer.kernels.bindings import pages
 from veneer.kernels.bindings.arguments import BF16, BYTES, FP32, CallError, at, number
-from veneer.kernels.bindings.declarations import Values, declare, structure
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare, structure
 
 MOST_PARTS = 16
 """Weights that share one x: native/dense/few_rows.c and updates.c name it too."""
@@ -46,6 +47,7 @@ _Part = structure("Part", "w, bias, y: pointer; outs")
     rows: 1..{MOST_ROWS}
     {_SIZES}
     kept array: pointer
+    body parts, array, count
     """,
     fails=MemoryError(NO_ROOM),
 )
@@ -69,7 +71,7 @@ def few_rows(
         for weight, bias, y in parts
     ]
     array = (_Part * number(len(fields), 1, MOST_PARTS))(*fields)
-    return {"parts": array, "array": array, "count": len(fields)}
+    return {"parts": ctypes.addressof(array), "array": array, "count": len(fields)}
 
 
 def put_at(struct: Any, y: Tensor) -> None:
@@ -89,6 +91,7 @@ def put_at(struct: Any, y: Tensor) -> None:
     width: 2.. % 2
     outs: 1..
     along, add: flag
+    body w
     """,
     fails=CallError("no tiles here"),
 )
@@ -176,7 +179,7 @@ def _type_number(dtype: torch.dtype) -> int:
     return TYPE_NUMBERS[dtype]
 
 
-@declare("veneer_lay_out_factors(array: struct, count)")
+@declare("veneer_lay_out_factors(array: pointer, count)")
 def _lay_out(array: Any, count: int) -> None:
     """array: `count` of _Factors."""
 
@@ -266,7 +269,7 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
     count
     rows: 1..most_rows
     {_SIZES}
-    let most_rows
+    body down, parts, arrays, count, most_rows
     kept arrays: pointer
     """,
     fails=MemoryError(NO_ROOM),
@@ -297,7 +300,7 @@ def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> Values:
     return {
         # Read as words: torch's memory begins at a multiple of 64.
         "down": torch.empty(rows, -(-room // rows), dtype=dtype) if room else None,
-        "parts": array,
+        "parts": ctypes.addressof(array),
         "arrays": (array, all_updates),
         "count": len(fields),
         "most_rows": MOST_ROWS if has_weight else 2**31,

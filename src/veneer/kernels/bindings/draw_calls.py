@@ -10,7 +10,8 @@ from itertools import chain
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import BF16, FP32, CallError, available
-from veneer.kernels.bindings.declarations import Values, declare
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare
 
 BROKEN, NOTHING = -1, -2
 """Of a row in which something is no finite number; of one in which nothing may follow: all of it is
@@ -48,7 +49,8 @@ def draw(logits_BV: Tensor, how: Sequence[How], *, level: int = ANY_LEVEL) -> li
 
 @declare(
     "veneer_draw(*, rows: 1.., T, level: int32 0..3)",
-    "logits: T[rows@stride, ids]; settings, tokens: pointer; ids: 1..2**31; stride",
+    "logits: T[rows@stride, ids]; settings, tokens: pointer; ids: 1..2**31; stride;"
+    "body settings, tokens",
 )
 def _draw(logits: Tensor, settings: "array[float]", tokens: "array[int]", level: int) -> Values:
     """settings: five numbers a row; tokens: a number a row."""

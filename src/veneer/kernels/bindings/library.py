@@ -76,7 +76,7 @@ class StepCounts:
     own: bool = False
 
 
-_planning: ContextVar[tuple[Place, StepCounts] | None] = ContextVar("planning", default=None)
+planned_counts: ContextVar[tuple[Place, StepCounts] | None] = ContextVar("planning", default=None)
 """For where, while planning."""
 
 
@@ -84,16 +84,16 @@ _planning: ContextVar[tuple[Place, StepCounts] | None] = ContextVar("planning", 
 def planning(place: Place = "cpu") -> Iterator[None]:
     """Within the block tensors without storage (meta) take the paths of tensors that lie there, and
     no kernel is called: what a step would allocate there can be counted."""
-    token = _planning.set((place, StepCounts()))
+    token = planned_counts.set((place, StepCounts()))
     try:
         yield
     finally:
-        _planning.reset(token)
+        planned_counts.reset(token)
 
 
 def note_flops(count: Callable[[], int]) -> None:
     """Called beside a kernel: what it computes, asked for only while planning."""
-    if (planned := _planning.get()) is not None:
+    if (planned := planned_counts.get()) is not None:
         planned[1].flops += count() * planned[1].times
 
 
@@ -101,7 +101,7 @@ def turns(starts: range) -> Iterator[int]:
     """`starts`, for a loop whose turns hold and compute the same, but the first, which finds
     nothing of one before, and the last, which may be shorter. While planning one of those between
     stands for all of them."""
-    planned = _planning.get()
+    planned = planned_counts.get()
     if planned is None or len(starts) < 4:
         yield from starts
         return
@@ -117,7 +117,7 @@ def turns(starts: range) -> Iterator[int]:
 @contextmanager
 def own_product() -> Iterator[None]:
     """Around a product by torch while planning, in the place of a kernel of ours."""
-    planned = _planning.get()
+    planned = planned_counts.get()
     assert planned is not None
     planned[1].own = True
     try:
@@ -128,19 +128,19 @@ def own_product() -> Iterator[None]:
 
 def noted_now() -> StepCounts:
     """What is said of what is computed now."""
-    planned = _planning.get()
+    planned = planned_counts.get()
     return StepCounts() if planned is None else planned[1]
 
 
 def count_replayed_layer() -> None:
     """Counts a layer whose calls would be replayed, while planning."""
-    if (planned := _planning.get()) is not None:
+    if (planned := planned_counts.get()) is not None:
         planned[1].replayed_layers += 1
 
 
 def take_noted() -> StepCounts:
     """What was noted since the last time; nothing where nothing is planned."""
-    if (planned := _planning.get()) is None:
+    if (planned := planned_counts.get()) is None:
         return StepCounts()
     noted = planned[1]
     taken, noted.flops, noted.replayed_layers = replace(noted), 0, 0
@@ -150,13 +150,13 @@ def take_noted() -> StepCounts:
 def on_cpu(tensor: Any) -> bool:
     """Whether a tensor lies where compiled functions may be called on it; while planning, whether
     it is planned to."""
-    planned = _planning.get()
+    planned = planned_counts.get()
     return bool(tensor.is_cpu if planned is None else tensor.is_meta and planned[0] == "cpu")
 
 
 def on_cuda(tensor: Any) -> bool:
     """The same of kernels on CUDA."""
-    planned = _planning.get()
+    planned = planned_counts.get()
     return bool(tensor.is_cuda if planned is None else tensor.is_meta and planned[0] == "cuda")
 
 
@@ -201,10 +201,6 @@ def library() -> Any:
 def compiled_function(name: str) -> Any:
     """Returns a function of the library. Raises AttributeError if it is not compiled here."""
     return getattr(library(), name)
-
-
-def is_planning() -> bool:
-    return _planning.get() is not None
 
 
 def level() -> int:

@@ -3,12 +3,14 @@
 Shapes: M rows of x, I in_features, O out_features.
 """
 
+import ctypes
 from typing import Any
 
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import BYTES, FP32, CallError, at, number, whole
-from veneer.kernels.bindings.declarations import Values, declare, structure
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare, structure
 
 MOST_PRODUCT_ROWS = 8
 MOST_ROWS = 2**20
@@ -86,30 +88,30 @@ def nf4_quantize(
 
 
 @declare(
-    "veneer_nf4_dequantize(weights: struct, start: 0..stored - count, count, out: V{count}, V,"
+    "veneer_nf4_dequantize(weights: pointer, start: 0..stored - count, count, out: V{count}, V,"
     " level: int32 -1..4)",
-    "let stored",
+    "body stored, weights",
 )
 def nf4_dequantize(weights: Any, out: Tensor, *, start: int, level: int) -> Values:
     """The elements from `start` on into out, of any shape."""
-    return {"stored": weights.count}
+    return {"stored": weights.count, "weights": ctypes.byref(weights)}
 
 
 @declare(
-    "veneer_nf4_product(weights: struct, start: 0..stored - outs * width, outs, width: 1..,"
+    "veneer_nf4_product(weights: pointer, start: 0..stored - outs * width, outs, width: 1..,"
     f" x: V[rows, width], rows: 1..{MOST_PRODUCT_ROWS}, y: V[rows, outs], V, level: int32 -1..4)",
-    "let stored",
+    "body stored, weights",
     fails=MemoryError("no memory for one row of a packed weight"),
 )
 def nf4_product(weights: Any, x: Tensor, y: Tensor, *, start: int, level: int) -> Values:
     """y (M, O) = x (M, I) W^T, W being O rows of I elements from `start` on; M from 1 to 8."""
-    return {"stored": weights.count}
+    return {"stored": weights.count, "weights": ctypes.byref(weights)}
 
 
 @declare(
     "veneer_gguf_dequantise(kind: int32, blocks: u8[rows, row_bytes], rows, columns,"
     " out: V[rows, columns], V, level: int32 -1..3)",
-    "let row_bytes",
+    "body row_bytes",
     fails=CallError("C does not know blocks of this kind"),
 )
 def gguf_dequantise(kind: int, blocks: Tensor, out: Tensor, level: int) -> Values:
@@ -131,7 +133,7 @@ def nf4_rows(
 ) -> None:
     """y (M, O) = x (M, I) W^T + bias, W being O rows of I elements from `start` on."""
     number(start, 0, weights.count - y.shape[1] * number(x.shape[1], 1))
-    _packed_rows(weights, -1, x, y, bias, start, level)
+    _packed_rows(ctypes.addressof(weights), -1, x, y, bias, start, level, weights)
 
 
 def gguf_rows(
@@ -139,7 +141,7 @@ def gguf_rows(
 ) -> None:
     """The same with blocks uint8 (O, bytes of a row). kind: ggml's number."""
     at(blocks, BYTES, y.shape[1], _row_bytes(kind, x.shape[1]))
-    _packed_rows(blocks.data_ptr(), kind, x, y, bias, 0, level)
+    _packed_rows(blocks.data_ptr(), kind, x, y, bias, 0, level, None)
 
 
 @declare(
@@ -159,7 +161,13 @@ def gguf_rows(
     fails=MemoryError("no memory for some rows of a packed weight"),
 )
 def _packed_rows(
-    packed: Any, kind: int, x: Tensor, y: Tensor, bias: Tensor | None, start: int, level: int
-) -> Values:
-    """packed: the address of blocks, or NF4Weights, of kind -1."""
-    return {"weights": packed}
+    packed: int,
+    kind: int,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    start: int,
+    level: int,
+    weights: object,
+) -> None:
+    """packed: the address of blocks, or of `weights`, NF4Weights, of kind -1."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import BF16, INT32, INT64, CallError, at, number
-from veneer.kernels.bindings.declarations import Values, declare
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare
 
 SLOTS = 16
 """Tokens of a block: as many as a register has lanes."""
@@ -71,14 +72,15 @@ def paged_spans(tables: Tensor, spans: Tensor) -> PagedSpans:
     count, heads
     kv_heads: 1..
     size, value_size: 1..
-    window: 1..?
+    window
     scale: float
-    softcap: float?
+    softcap: float
     kept checked: PagedSpans
     check group = heads / kv_heads
     check pair = T + 1
-    let span_rows: 0..rows
-    let span_blocks: 0..blocks
+    body tables, spans, count, checked, window, softcap, span_rows, span_blocks
+    check span_rows: 0..rows
+    check span_blocks: 0..blocks
     """,
     fails=MemoryError("no memory for the attention of a step"),
 )
@@ -102,6 +104,8 @@ def paged_attention(
     return {
         **_addresses(spans),
         "checked": spans,
+        "window": 0 if window is None else number(window, 1),
+        "softcap": softcap or 0.0,
         "span_rows": spans.rows,
         "span_blocks": spans.blocks,
     }

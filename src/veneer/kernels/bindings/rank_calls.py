@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import FP32, INT64, CallError, at, number
-from veneer.kernels.bindings.declarations import Values, declare, structure
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare, structure
 from veneer.kernels.bindings.row_calls import dropout_threshold
 
 PAIR_BYTES = 4
@@ -38,7 +39,7 @@ def mask_fields(mask: Mask, rows: int) -> tuple[int, int, int, int]:
     )
 
 
-def _fields(x: str, factor: str, rows: str, flags: str) -> str:
+def _fields(x: str, factor: str, rows: str, flags: str, body: str) -> str:
     return f"""
     x: bf16[rows, width]{x}
     factor: {factor}
@@ -54,7 +55,11 @@ def _fields(x: str, factor: str, rows: str, flags: str) -> str:
     scale: float
     mask: Mask
     pairs: unused
+    body {body}, narrow, grads, ranks, mask, scale
     """
+
+
+_NO_GRADS = {"grads": (), "ranks": ()}
 
 
 def _masked(mask: Mask | None, x: Tensor, scale: float) -> Values:
@@ -74,7 +79,7 @@ def _factor(factor: Tensor, outs: int, ins: int) -> Values:
 
 @declare(
     "veneer_rank_down(*)",
-    _fields(" words 4", "F{rank * width}", "0..", "count, turned, add = 0"),
+    _fields(" words 4", "F{rank * width}", "0..", "count, turned, add = 0", "factor, across"),
     Mask=DropoutMask,
 )
 def rank_down(
@@ -82,23 +87,23 @@ def rank_down(
 ) -> Values:
     """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
     sizes = out.shape[1], x.shape[1]
-    return {"narrow": out, **_factor(factor, *sizes), **_masked(mask, x, scale)}
+    return {"narrow": out, **_NO_GRADS, **_factor(factor, *sizes), **_masked(mask, x, scale)}
 
 
 @declare(
     "veneer_rank_up(*)",
-    _fields("", "F{rank * width}", "0..", "count, turned, add = 0"),
+    _fields("", "F{rank * width}", "0..", "count, turned, add = 0", "x, factor, across"),
     Mask=DropoutMask,
 )
 def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | None = None) -> Values:
     """y (M, O) += scale * d (M, R) factor^T, what is added through the mask; factor (O, R)."""
     sizes = y.shape[1], d.shape[1]
-    return {"x": y, "narrow": d, **_factor(factor, *sizes), **_masked(mask, y, scale)}
+    return {"x": y, "narrow": d, **_NO_GRADS, **_factor(factor, *sizes), **_masked(mask, y, scale)}
 
 
 @declare(
     "veneer_rank_gradient(*)",
-    _fields("", "unused", "1..2**27", "count: 1..3; turned, add: flag"),
+    _fields("", "unused", "1..2**27", "count: 1..3; turned, add: flag", "count"),
     Mask=DropoutMask,
 )
 def rank_gradient(

@@ -6,7 +6,8 @@ Shapes: M rows, D width, H heads, E head size, V vocabulary.
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import CallError
-from veneer.kernels.bindings.declarations import Values, declare
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare
 
 _READ = "x: T{rows * width}; weight: T[width];"
 _WRITTEN = "out: T{rows * width}; scale: f32[rows]; width: 1..;"
@@ -85,6 +86,7 @@ def entropy(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
     row_key, column_key, threshold: uint32
     scale: float
     type = T: int32
+    body threshold, scale
     """,
 )
 def dropout(

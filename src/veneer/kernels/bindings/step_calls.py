@@ -8,7 +8,8 @@ heads, E head size.
 from torch import Tensor
 
 from veneer.kernels.bindings.arguments import CallError, number
-from veneer.kernels.bindings.declarations import Values, declare
+from veneer.kernels.bindings.checks import Values
+from veneer.kernels.bindings.declarations import declare
 
 ANY_LEVEL = 3
 
@@ -75,7 +76,7 @@ def step_gate(gate: Tensor, up: Tensor, out: Tensor, level: int = ANY_LEVEL) -> 
     width = columns * item_bytes
     size = head_size * item_bytes
     kept tensors: object
-    check item_bytes
+    body tensors, item_bytes
     """,
 )
 def step_inputs(
