@@ -1,5 +1,4 @@
-"""The limits of a request, in one place: how much of each thing a client may send, and how long it
-may take.
+"""All limits of a request: how much a client may send, and how long that may take.
 
 Work for a request grows in proportion to its size, and its size is bounded by these. docs/serve.md
 shows LIMITS as a table. tests/soak/serve/test_linear.py grows every dimension of a request by ten
@@ -27,7 +26,8 @@ KEEP_ALIVE_SECONDS = 75.0
 60 s, and the server must not close it while they send."""
 BODY_BYTES = 4 * 2**20
 LARGE_BODY = 64 * 2**10
-"""Larger bodies are parsed beside the event loop: 4 MiB of JSON take up to a second."""
+"""Larger bodies are parsed in a thread, so that other requests need not wait: 4 MiB of JSON take up
+to a second."""
 BODY_SECONDS = 30.0
 MOST_DISCARDED = 64 * 2**20
 """Bytes of a too large body that are read and discarded: a client that still sends would not see
@@ -79,43 +79,43 @@ class Limit(NamedTuple):
 
 LIMITS = (
     Limit("first line and header", MOST_HEADER_BYTES, "bytes", "400, closed"),
-    Limit("a header's time", HEADER_SECONDS, "seconds", "closed"),
-    Limit("between an answer and the next request", KEEP_ALIVE_SECONDS, "seconds", "closed"),
+    Limit("time for a header to arrive", HEADER_SECONDS, "seconds", "closed"),
+    Limit("time between an answer and the next request", KEEP_ALIVE_SECONDS, "seconds", "closed"),
     Limit("body", BODY_BYTES, "bytes", "413"),
-    Limit("a body's time", BODY_SECONDS, "seconds", "408"),
-    Limit("a client that does not read", STALLED_SECONDS, "seconds", "closed"),
+    Limit("time for a body to arrive", BODY_SECONDS, "seconds", "408"),
+    Limit("time in which a client reads nothing", STALLED_SECONDS, "seconds", "closed"),
     Limit(
-        "connections, and half of the open files",
+        "connections, and half of the files that may be open",
         MOST_CONNECTIONS,
         "",
         "the longest idle is closed, or 503",
     ),
     Limit("depth of JSON", MAX_JSON_DEPTH, "levels", "400"),
-    Limit("one key in an object", 1, "time", "400"),
-    Limit("faults that are told", MOST_FAULTS, "", "the others are not looked for"),
+    Limit("the same key in an object", 1, "time", "400"),
+    Limit("faults that an error names", MOST_FAULTS, "", "validation stops"),
     Limit("name of a model or an adapter", MOST_NAME, "characters", "400"),
     Limit("text", MOST_TEXT, "characters", "400"),
     Limit("prompts of a request", MOST_PROMPTS, "", "400"),
-    Limit("ids of a prompt", MOST_IDS, "", "400"),
+    Limit("token ids of a prompt", MOST_IDS, "", "400"),
     Limit("answers to a prompt", CHOICES.most, "", "400"),
     Limit("messages", MOST_MESSAGES, "", "400"),
-    Limit("parts or blocks of a message", MOST_PARTS, "", "400"),
+    Limit("parts (blocks) of a message", MOST_PARTS, "", "400"),
     Limit("tools", MOST_TOOLS, "", "400"),
-    Limit("calls of a message", MOST_CALLS, "", "400"),
-    Limit("arguments of a call", MOST_ARGUMENTS, "characters", "400"),
+    Limit("tool calls of a message", MOST_CALLS, "", "400"),
+    Limit("arguments of a tool call", MOST_ARGUMENTS, "characters", "400"),
     Limit("variables of the chat template", MOST_VARIABLES, "", "400"),
-    Limit("rendering a prompt once", TEMPLATE_SECONDS, "seconds of a processor", "400"),
-    Limit("messages rendered again, for borders of answers", MOST_RENDERED, "", "400"),
+    Limit("processor time to render a prompt", TEMPLATE_SECONDS, "seconds", "400"),
+    Limit("messages that are rendered again", MOST_RENDERED, "", "400"),
     Limit("stop strings", MOST_STOPS, "", "400"),
     Limit("stop string", MOST_STOP, "characters", "400"),
     Limit("stop tokens", MOST_STOP_TOKENS, "", "400"),
     Limit("biases of tokens", MOST_BIASES, "", "400"),
     Limit("adapters that act together", MOST_ADAPTERS, "", "400"),
-    Limit("texts of a choice", MOST_TEXTS, "", "400"),
-    Limit("schema, grammar, choice, or all tools' schemas", MOST_CHARACTERS, "characters", "400"),
-    Limit("expression", MOST_PATTERN, "characters", "400"),
+    Limit("texts of guided_choice", MOST_TEXTS, "", "400"),
+    Limit("schema, grammar, choice, or schemas of all tools", MOST_CHARACTERS, "characters", "400"),
+    Limit("regular expression", MOST_PATTERN, "characters", "400"),
     Limit("rules of a grammar in llama.cpp's notation", MOST_RULES, "", "400"),
-    Limit("checking an answer's shape", MOST_STEPS, "steps", "422"),
+    Limit("check of an answer's shape", MOST_STEPS, "steps", "422"),
     Limit("prompts that wait to be tokenised", MOST_PROMPTS_WAITING, "", "429"),
     Limit("names added for adapters", MAX_ALIASES, "", "409"),
 )

@@ -1,4 +1,4 @@
-"""The runs of one folder for the page: the state of each, and its records as they are written.
+"""Lists the runs of one folder for the page, with their state and their records so far.
 
 A folder with a metrics.jsonl is a run. Paths, samples and recipes are not shown.
 """
@@ -19,7 +19,7 @@ from veneer.training.output.records import Record, records_after
 RECORDS = "metrics.jsonl"
 MOST_RUNS = 200
 END_BYTES = 2**15
-"""Read of the beginning and of the end of a file for the list."""
+"""Bytes that the list reads at the beginning and at the end of a file."""
 PART_BYTES = 2**20
 SHOWN = (
     "kind",
@@ -40,9 +40,9 @@ class Runs:
     def __init__(self, folder: Path | None) -> None:
         if folder is not None and not folder.is_dir():
             raise ConfigError(
-                f"{folder} is no folder of runs",
+                f"{folder} is not a folder",
                 [],
-                "Give --runs the folder that holds runs' folders.",
+                "Give --runs a folder that contains the folders of runs.",
             )
         self.folder = folder
 

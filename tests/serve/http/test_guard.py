@@ -145,7 +145,7 @@ def test_a_site_that_no_browser_would_name_is_refused_at_the_start():
         "https://a\\b",
         "https://bücher.example",
     ]
-    with pytest.raises(ConfigError, match="names a site") as caught:
+    with pytest.raises(ConfigError, match="must name a site") as caught:
         check_origins(wrong)
     assert len(caught.value.faults) == len(wrong)
     assert caught.value.faults[-1].endswith("browsers send xn--bcher-kva.example")
@@ -196,7 +196,7 @@ def test_a_key_says_who_asks(headers, said):
 @pytest.mark.parametrize(
     ("headers", "said"),
     [
-        ({}, "An API key is needed"),
+        ({}, "An API key is required"),
         ({"authorization": "Bearer wrong"}, "This API key is not one of"),
         ({"x_api_key": "w"}, "not one of"),
     ],
@@ -262,7 +262,7 @@ def test_a_file_that_holds_no_keys_is_refused_with_every_line(tmp_path):
     with pytest.raises(SourceError, match="--new-key"):
         read_keys(file, {})
     file.write_text("")
-    with pytest.raises(ConfigError, match="it has none"):
+    with pytest.raises(ConfigError, match="it has no keys"):
         read_keys(file, {})
     file.write_text(f"use {hashed('a')}\nroot {hashed('b')} x\nmy-plain-key\n")
     with pytest.raises(ConfigError) as caught:
@@ -271,5 +271,5 @@ def test_a_file_that_holds_no_keys_is_refused_with_every_line(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not text"):
         read_keys(file, {})
-    with pytest.raises(ConfigError, match="a key has 16"):
+    with pytest.raises(ConfigError, match="a key needs at least 16"):
         read_keys(None, {"VENEER_API_KEY": "short"})

@@ -320,4 +320,4 @@ def test_a_folder_of_runs_that_is_none_is_an_error_before_the_server_listens(
         str(tmp_path / "none"),
     ]
     assert main(words) == 2
-    assert "no folder of runs" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err

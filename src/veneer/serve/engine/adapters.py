@@ -25,11 +25,11 @@ class LoadBody(Body):
     lora_path: AdapterName
     """the adapter in the library: NAME, NAME@2, NAME@TAG"""
     load_inplace: bool = False
-    """the name may belong to another adapter; answers that have begun keep theirs"""
+    """the name may be in use by another adapter; open answers keep theirs"""
     is_3d_lora_weight: OnlyFalse = False
-    """its file says so itself"""
+    """read from the adapter's file"""
     base_model_name: Annotated[AdapterName, NO_EFFECT] = ""
-    """its file says so itself"""
+    """read from the adapter's file"""
 
 
 class UnloadBody(Body):
@@ -38,7 +38,7 @@ class UnloadBody(Body):
     lora_name: AdapterName
     """the model's name"""
     lora_int_id: Annotated[int, Num(TOKEN), NO_EFFECT] = 0
-    """names are enough"""
+    """the name is enough"""
 
 
 class PinBody(Body):

@@ -1,8 +1,6 @@
-"""Details of an adapter from the library: facts, metrics, lineage, and how much it changes which
-layer.
+"""Describes an adapter of the library: facts, metrics, lineage, and how much it changes each layer.
 
-Its recipe and the name of its base are not shown: they may hold paths of the machine that trained
-it.
+Its recipe and its base's name are left out: they may contain paths of the machine that trained it.
 """
 
 from __future__ import annotations

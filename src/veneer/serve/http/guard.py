@@ -1,12 +1,11 @@
-"""What every request passes before anything reads it: its Host, its Origin, its key, an id of its
-own, a line of log.
+"""Checks every request before anything else reads it, gives it an id and logs it.
 
-    Host     a name that a page of somebody else could point here (DNS rebinding) is not answered:
-             only addresses, localhost and the names that the server was given are
-    Origin   a page of another site cannot ask: a browser says where a request comes from
+    Host     must be an address, localhost, or a name that the server was started with. Otherwise a
+             foreign page could reach the server under a name of its own (DNS rebinding)
+    Origin   a browser says which site a request comes from; other sites are refused
     key      `authorization: Bearer KEY`, or Anthropic's `x-api-key`
 
-The log has neither prompts nor keys nor queries of addresses.
+The log has no prompts, no keys and no query strings.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ log = logging.getLogger("veneer.serve")
 OPEN = ("/healthz", "/readyz", "/")
 """Paths that need no key, because they reveal nothing."""
 _ID = re.compile(r"[\w.:-]{1,128}")
-KEY_NEEDED = "An API key is needed: send the header authorization: Bearer KEY."
+KEY_NEEDED = "An API key is required: send the header authorization: Bearer KEY."
 UNKNOWN_KEY = (
     "This API key is not one of the server's keys. Check it, or ask the server's operator for one."
 )
@@ -107,15 +106,15 @@ class Guard:
         if not self._known_host(host):
             return Refusal(
                 403,
-                "This Host is not one of this server's. If it is meant, start it with"
-                " --allow-host.",
+                "This Host is not allowed. To allow it, start the server with --allow-host.",
                 code="unknown_host",
             )
         origin = headers.get("origin")
         if origin is not None and not self._known_origin(origin, host, scope["scheme"]):
             return Refusal(
                 403,
-                "Pages of other sites are not answered. If it is meant: --allow-origin.",
+                "Requests from other sites are not allowed. To allow this one, start the server"
+                " with --allow-origin.",
                 code="unknown_origin",
             )
         if scope["path"] in OPEN:
@@ -146,11 +145,12 @@ class Guard:
 
 
 def check_origins(origins: Collection[str]) -> None:
-    """ConfigError: a text is not what browsers send as the origin of a page."""
+    """Checks values of --allow-origin. ConfigError: browsers do not send one of them as an
+    origin."""
     faults = [fault for origin in origins if (fault := _origin_fault(origin)) is not None]
     if faults:
         raise ConfigError(
-            "--allow-origin names a site",
+            "--allow-origin must name a site",
             faults,
             "For instance: --allow-origin https://page.example",
         )
@@ -167,7 +167,7 @@ def _origin_fault(text: str) -> str | None:
     if text.lower() != f"{parts.scheme}://{parts.netloc}".lower() or "@" in text:
         return fault
     if "*" in host:
-        return f"{shown(text[:80])} has a *: name every site"
+        return f"{shown(text[:80])} has a *: list every site"
     if _HOST.fullmatch(_punycode(host)) is None and not _is_address(host):
         return fault
     return (
@@ -196,9 +196,9 @@ def as_browsers_send(origin: str) -> str:
 def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
     """Lets pages of these origins read the answers of a guarded application (CORS).
 
-    A browser asks by itself, without the key, whether a page may send a request (a preflight): that
-    is answered before anything else is looked at. Errors carry the headers too, or a page could not
-    show them.
+    Before a page's request, a browser asks without the key whether it may be sent (a preflight).
+    This is answered before any other check. Errors have the headers too, or a page could not show
+    them.
     """
     if not origins:
         return app
@@ -213,7 +213,7 @@ def for_browsers(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
 
 
 def error_response(refusal: Refusal, path: str) -> JSONResponse:
-    """Writes an error as the path's clients read it: Anthropic's look for a type beside it."""
+    """Writes an error as the path's clients expect it: Anthropic's also read a type."""
     body: dict[str, Any] = refusal.body
     if path.startswith("/v1/messages"):
         body = {"type": "error", **body}

@@ -1,10 +1,10 @@
 """API keys, stored as hashes, compared in constant time, each with a scope.
 
     use     answers, models, metrics
-    admin   that, and to load and unload adapters
+    admin   these, and loading and unloading adapters
 
-A file has a line for each: `use 5d41...(sha256, hexadecimal) name`. A key is 256 random bits, so
-that its plain SHA-256 is as hard to turn around as any.
+A file has a line for each key: `use 5d41...(sha256, hexadecimal) name`. Keys have 256 random bits,
+so that a plain SHA-256 cannot be reversed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> ApiKeys:
         if key := environment.get(variable):
             if len(key) < SHORTEST:
                 raise ConfigError(
-                    f"{variable} has {len(key)} characters, a key has {SHORTEST} at least",
+                    f"{variable} has {len(key)} characters; a key needs at least {SHORTEST}",
                     next_step='For instance: export VENEER_API_KEY="$(openssl rand -hex 32)".',
                 )
             keys.append(ApiKey(scope, hashed(key), variable.lower()))
@@ -109,10 +109,12 @@ def _read_file(file: Path) -> list[ApiKey]:
                 )
             )
     if len(keys) > MOST_KEYS:
-        faults.append(f"it has {len(keys):,} keys, {MOST_KEYS:,} may be")
+        faults.append(f"it has {len(keys):,} keys; at most {MOST_KEYS:,} are allowed")
     if faults or not keys:
         raise ConfigError(
-            f"{file} is no file of keys", faults or ["it has none"], f"Make one: {_make(file)}"
+            f"{file} is not a file of keys",
+            faults or ["it has no keys"],
+            f"Make one: {_make(file)}",
         )
     return keys
 
@@ -122,7 +124,7 @@ def _make(file: Path) -> str:
 
 
 def new_key(file: Path, scope: Scope) -> str:
-    """Makes a key and adds its hash to the file. The key itself is stored nowhere."""
+    """Makes a key and adds its hash to the file. The key itself is not stored."""
     key = f"vn-{secrets.token_hex(32)}"
     with explained(file):
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -1,7 +1,7 @@
-"""The page at /: one HTML file, joined from the parts in web/ as they stand there.
+"""Serves the page at /: one HTML file, joined from the files in web/.
 
-Its policy lets it run that script alone, by its hash, ask this server alone, and make no HTML out
-of text.
+Its content security policy allows that one script, by its hash, requests to this server only, and
+no HTML made from text.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SCRIPTS = (
     "runs",
     "start",
 )
-"""In their order: one scope, where each knows those before it."""
+"""In this order: the files share one scope, and each may use those before it."""
 
 
 def page() -> HTMLResponse:
-    """The same for everyone: it tells nothing of what is served."""
+    """Returns the page, which is the same for everyone and reveals nothing about the models."""
     html, headers = _page()
     return HTMLResponse(html, headers=headers)
 

@@ -48,15 +48,15 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
     max_completion_tokens: NewTokens | None = None
     """the same"""
     logprobs: bool = False
-    """return each token's log probability"""
+    """return the log probability of each token"""
     top_logprobs: Annotated[int, Num(LOGPROBS)] | None = None
-    """and that of this many of the likeliest tokens; with logprobs"""
+    """also return this many of the likeliest tokens; requires logprobs"""
     tools: Tools | None = None
     """functions that the model may call"""
     tool_choice: ToolChoice | None = None
     """whether it calls them"""
     parallel_tool_calls: OnlyTrue = True
-    """an answer may hold several calls"""
+    """an answer may have several calls"""
     store: OnlyFalse = False
     """nothing is stored here"""
     modalities: Annotated[list[Literal["text"]], Length(1, 1), NO_EFFECT] = Field(
@@ -64,9 +64,9 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
     )
     """answers are text"""
     reasoning_effort: Annotated[Literal["none"], NO_EFFECT] = "none"
-    """the template decides"""
+    """set by the chat template"""
     verbosity: Annotated[Literal["medium"], NO_EFFECT] = "medium"
-    """ask in words"""
+    """say it in the prompt"""
     echo: OnlyFalse = False
     """the prompt is not repeated"""
     add_generation_prompt: OnlyTrue = True
@@ -84,13 +84,13 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
     audio: NotSupported = None
     """answers are text"""
     prediction: NotSupported = None
-    """leave it out"""
+    """there is no replacement"""
     web_search_options: NotSupported = None
     """this server does not search the web"""
     chat_template: NotSupported = None
     """the base's own is used"""
     documents: NotSupported = None
-    """put them into a message"""
+    """put them in a message"""
     mm_processor_kwargs: NotSupported = None
     """only text is read"""
 

@@ -1,4 +1,4 @@
-"""/v1/completions: a text, or ids, continued.
+"""/v1/completions: continues a text, or token ids.
 
 Source: platform.openai.com/docs/api-reference/completions, with vLLM's fields.
 """
@@ -42,21 +42,21 @@ class CompletionBody(ShapedBody, ChoicesBody):
         | Annotated[list[_Ids], Length(1, MOST_PROMPTS)],
         BY_TYPE,
     ]
-    """one text or several, or token ids; tokenised as it is, special tokens included"""
+    """one or several texts, or lists of token ids; no chat template is applied"""
     max_tokens: NewTokens = 16
     """longest answer; default 16"""
     logprobs: Annotated[int, Num(LOGPROBS)] | None = None
     """return each token's log probability, and that of this many of the likeliest tokens"""
     best_of: Annotated[int, Num(CHOICES)] | None = None
-    """as n, or left out"""
+    """must equal n"""
     echo: OnlyFalse = False
-    """prompts have no logprobs here; join prompt and answer yourself"""
+    """answers do not repeat the prompt"""
     add_special_tokens: OnlyTrue = True
-    """as the tokenizer does by itself"""
+    """the tokenizer adds its own"""
     messages: NotSupported = None
     """use prompt, or /v1/chat/completions"""
     suffix: NotSupported = None
-    """the base continues texts, it does not fill gaps"""
+    """the base continues texts; it cannot fill in the middle"""
 
     def conflicts(self) -> Iterator[Fault]:
         yield from super().conflicts()

@@ -1,7 +1,7 @@
-"""OpenAI's messages: what they may hold, and as the base's template takes them.
+"""The messages of a conversation, and how they become a prompt.
 
-They go through what rows of training data go through (data/files/formats.py), so that a
-conversation reads here as it did in training.
+A conversation goes through the same code as rows of training data (data/files/formats.py), so that
+it looks as it did in training.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ Messages = Annotated[
 
 
 class TemplateVariables(Body):
-    """The field of bodies whose conversation the base's template renders."""
+    """The field of all bodies whose conversation the base's template renders."""
 
     chat_template_kwargs: Object = Field(default_factory=dict)
     """variables of the base's chat template, such as {enable_thinking: false}"""

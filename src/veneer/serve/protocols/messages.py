@@ -120,18 +120,18 @@ class _NoChoice(Body):
 class _FreeChoice(Body):
     type: Literal["auto", "any"]
     disable_parallel_tool_use: OnlyFalse = False
-    """an answer may hold several calls"""
+    """an answer may have several calls"""
 
 
 class _ToolChoice(NamedTool):
     type: Literal["tool"]
     disable_parallel_tool_use: OnlyFalse = False
-    """an answer may hold several calls"""
+    """an answer may have several calls"""
 
 
 class _NoThinking(Body):
     type: Annotated[Literal["disabled"], NO_EFFECT]
-    """the template decides"""
+    """set by the chat template"""
 
 
 class CountBody(_CacheControl):
@@ -164,7 +164,7 @@ class CountBody(_CacheControl):
             yield Fault("messages", said)
 
     def prompt(self) -> ChatPrompt:
-        """Returns the conversation as chat has it. Refusal: 400."""
+        """Returns the conversation in the form of chat. Refusal: 400."""
         messages: list[Object] = []
         if system := joined_text(self.system):
             messages.append({"role": "system", "content": system})
@@ -195,7 +195,7 @@ class MessageBody(CountBody, SamplingBody):
     """texts that end the answer and are not part of it"""
     metadata: Annotated[_Metadata | None, NO_EFFECT] = None
     service_tier: Annotated[Literal["auto", "standard_only"], NO_EFFECT] = "auto"
-    """there is one"""
+    """there is only one"""
     container: NotSupported = None
     """this server runs no code"""
 
@@ -215,7 +215,7 @@ def _function(tool: _Tool) -> Object:
 
 
 def _chat_messages(turn: _UserTurn | _AssistantTurn) -> Iterator[Object]:
-    """Yields a turn as chat has it: results of tools are messages of their own, in front."""
+    """Yields a turn as messages of chat: results of tools are messages of their own, in front."""
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
         return
@@ -315,7 +315,7 @@ def _tool_use(call: ToolCall) -> dict[str, Any]:
 
 
 def _input(call: ToolCall) -> Any:
-    """An object, as clients expect it; what the model wrote otherwise stands in one."""
+    """Returns the arguments as an object, which clients expect. Anything else is put in one."""
     try:
         value = json.loads(call.arguments or "{}")
     except (ValueError, RecursionError):

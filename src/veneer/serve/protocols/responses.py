@@ -1,5 +1,5 @@
-"""/v1/responses: OpenAI's newer form of a chat, without its memory: every request brings the whole
-conversation.
+"""/v1/responses: OpenAI's newer API for conversations. Nothing is stored, so every request has the
+whole conversation.
 
 Source: platform.openai.com/docs/api-reference/responses, read by the client's own types (openai
 3.5).
@@ -116,7 +116,7 @@ class _ToolName(NamedTool):
 class _TextOptions(Body):
     format: FlatFormat | None = None
     verbosity: Annotated[Literal["medium"], NO_EFFECT] = "medium"
-    """ask in words"""
+    """say it in the prompt"""
 
 
 class _NoObfuscation(Body):
@@ -126,7 +126,7 @@ class _NoObfuscation(Body):
 
 class _ReasoningOptions(Body):
     effort: Annotated[Literal["none"], NO_EFFECT] = "none"
-    """the template decides"""
+    """set by the chat template"""
     summary: Annotated[Literal["auto"], NO_EFFECT] = "auto"
 
 
@@ -153,11 +153,11 @@ class ResponseBody(OpenAIBody):
     truncation: Annotated[Literal["disabled"], NO_EFFECT] = "disabled"
     """shorten the conversation"""
     parallel_tool_calls: OnlyTrue = True
-    """an answer may hold several calls"""
+    """an answer may have several calls"""
     include: Annotated[list[Literal["reasoning.encrypted_content"]], Length(0, 16), NO_EFFECT] = (
         Field(default_factory=list)
     )
-    """there is no such thing"""
+    """answers have no encrypted reasoning"""
     reasoning: Annotated[_ReasoningOptions | None, NO_EFFECT] = None
     top_logprobs: Annotated[int, Num(Number(int, 0, 0)), NO_EFFECT] = 0
     """see /v1/chat/completions"""
@@ -193,7 +193,7 @@ class ResponseBody(OpenAIBody):
         )
 
     def _messages(self) -> list[Object]:
-        """Returns the messages as chat has them: neighbouring calls share one message."""
+        """Returns the messages in the form of chat: neighbouring calls share one message."""
         messages: list[Object] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})

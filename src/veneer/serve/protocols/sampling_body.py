@@ -67,15 +67,15 @@ class SamplingBody(Body):
     temperature: Annotated[float, Num(TEMPERATURE)] = 1.0
     """0 takes the likeliest token; default 1"""
     top_p: Annotated[float, Num(TOP_P)] = 1.0
-    """samples from the likeliest tokens that together have this probability; default 1"""
+    """samples from the likeliest tokens whose probabilities add up to this; default 1"""
     seed: Annotated[int, Num(Number(int, -(2**63), 2**64 - 1))] | None = None
-    """of the sampling, modulo 2^32; default: another one for each request"""
+    """seed of the sampling, modulo 2^32; default: a random one"""
     stream: bool = False
     """send the answer while it is generated"""
     top_k: Annotated[int, Num(Number(int, -1, 10**9))] = 0
     """samples from this many of the likeliest tokens; 0 and -1: all"""
     min_p: Annotated[float, Num(MIN_P)] = 0.0
-    """no token below this share of the likeliest token's probability"""
+    """drops tokens below this fraction of the likeliest token's probability"""
     repetition_penalty: Annotated[float, Num(REPETITION)] = 1.0
     """divides logits of tokens in the prompt or the answer; default 1"""
     stop_token_ids: Annotated[list[TokenId], Length(0, MOST_STOP_TOKENS)] = Field(
@@ -83,15 +83,15 @@ class SamplingBody(Body):
     )
     """token ids that end the answer"""
     ignore_eos: bool = False
-    """the base's own stop tokens do not end the answer"""
+    """the answer goes on after the base's stop tokens"""
     min_tokens: Annotated[int, Num(WAITS)] = 0
-    """nothing ends the answer before this many tokens; default 0"""
+    """fewest tokens of an answer; default 0"""
     cache_salt: Annotated[str, Length(1, 200)] = ""
     """cached prompts are shared only between requests of the same salt"""
     adapters: Annotated[list[WeightedAdapter], Length(1, MOST_ADAPTERS)] = Field(
         default_factory=list
     )
-    """adapters that act together, each with a weight (default 1); model must be the base"""
+    """adapters to combine, each with a weight (default 1); model must be the base"""
     include_stop_str_in_output: OnlyFalse = False
     """a stop string is cut off"""
     skip_special_tokens: OnlyTrue = True
@@ -105,11 +105,11 @@ class SamplingBody(Body):
     return_token_ids: OnlyFalse = False
     """answers are text: see /tokenize"""
     length_penalty: Annotated[float, Num(Number(float, 1, 1)), NO_EFFECT] = 1.0
-    """it belongs to beam search"""
+    """only for beam search"""
     bad_words: EmptyList = Field(default_factory=list)
     """use logit_bias"""
     priority: Annotated[int, Num(Number(int, 0, 0)), NO_EFFECT] = 0
-    """requests are answered in their order"""
+    """requests are answered in order of arrival"""
     prompt_logprobs: NotSupported = None
     """only answers have logprobs"""
     truncate_prompt_tokens: NotSupported = None
@@ -163,7 +163,7 @@ class OpenAIBody(SamplingBody):
         "in_memory"
     )
     service_tier: Annotated[Literal["auto", "default"], NO_EFFECT] = "auto"
-    """there is one"""
+    """there is only one"""
     request_id: Annotated[str, Length(0, 200), NO_EFFECT] = ""
     """the header x-request-id is read"""
 
@@ -187,7 +187,7 @@ class ChoicesBody(OpenAIBody):
     logit_bias: Annotated[
         dict[Annotated[str, Length(1, 12)], Annotated[float, Num(BIAS)]], Length(0, MOST_BIASES)
     ] = Field(default_factory=dict)
-    """from token ids to what is added to the logits of each"""
+    """token ids, and what is added to the logit of each"""
     stop: Annotated[Stop | Stops, BY_TYPE] = Field(default_factory=list)
     """texts that end the answer and are not part of it"""
     stream_options: StreamOptions | None = None

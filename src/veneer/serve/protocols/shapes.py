@@ -52,7 +52,7 @@ class _FlatSchemaFormat(NamedSchema):
 
 ResponseFormat = Annotated[_PlainFormat | _SchemaFormat, OneOf("type")]
 FlatFormat = Annotated[_PlainFormat | _FlatSchemaFormat, OneOf("type")]
-"""The same as /v1/responses has it, without an inner object."""
+"""The form of /v1/responses, without an inner object."""
 
 
 class StructuredOutputs(Body):
@@ -79,9 +79,9 @@ class ShapedBody(Body):
     guided_grammar: GrammarText | None = None
     """as structured_outputs.grammar"""
     guided_decoding_backend: NotSupported = None
-    """there is one"""
+    """there is only one"""
     guided_whitespace_pattern: NotSupported = None
-    """up to 32 blanks may stand between the parts of a value"""
+    """up to 32 blanks between the parts of a value are allowed"""
 
     def shape(self) -> AnswerShape | None:
         """Returns the shape that the body requires. Refusal: 400 if two fields require one."""

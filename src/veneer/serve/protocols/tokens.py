@@ -25,9 +25,9 @@ class TokenizeBody(TemplateVariables):
     model: ModelName = ""
     """the base, or an adapter, whose conversations may begin differently"""
     prompt: Annotated[str, Length(1, MOST_TEXT)] | None = None
-    """a text, tokenised as it is; or messages"""
+    """a text, without a chat template; or messages"""
     messages: Messages | None = None
-    """a conversation, with the start of the answer behind it"""
+    """a conversation; the start of the answer is added"""
     tools: Tools | None = None
     """with messages"""
     return_token_strs: bool = False
@@ -37,7 +37,7 @@ class TokenizeBody(TemplateVariables):
     continue_final_message: OnlyFalse = False
     """a new answer begins"""
     add_special_tokens: Annotated[bool, NO_EFFECT] = True
-    """always as for an answer"""
+    """the prompt is tokenised as for an answer"""
     chat_template: NotSupported = None
     """the base's own is used"""
 
@@ -51,7 +51,7 @@ class TokenizeBody(TemplateVariables):
                     yield Fault(name, "are for messages")
 
     def prompt_to_encode(self) -> Prompt:
-        """Returns the prompt whose tokens are wanted. Refusal: 400."""
+        """Returns the prompt to encode. Refusal: 400."""
         if self.messages is None:
             return TextPrompt(text=self.prompt)
         variables = self.chat_template_kwargs

@@ -16,7 +16,7 @@ from veneer.serve.refusals import Fault, refuse
 
 CALL_INDEX = Number(int, 0, MOST_CALLS - 1)
 CALLS_DRAWN = 8
-"""Most calls in an answer that must call."""
+"""Most calls of an answer that must call a tool."""
 ShortName = Annotated[str, Length(1, 64)]
 Arguments = Annotated[str, Length(0, MOST_ARGUMENTS)]
 Description = Annotated[str, Length(0, 100_000)]

@@ -97,10 +97,7 @@ class Frontend:
                 await unless_gone(receive, self._forward(forwarded, out))
         except ClientGone:
             return
-        except (
-            Exception,
-            asyncio.CancelledError,
-        ) as fault:  # cancelled: the server ends, and the drain's time is over
+        except (Exception, asyncio.CancelledError) as fault:  # cancelled: the drain's time is over
             answer = error_response(_refusal(fault), request.url.path)
             if not out.status:
                 await answer(scope, receive, send)
@@ -109,7 +106,7 @@ class Frontend:
                     {"type": "http.response.body", "body": b"data: " + bytes(answer.body) + b"\n\n"}
                 )
             else:
-                raise  # the connection ends, and with it an answer that is not whole
+                raise  # the connection is closed, because the response is incomplete
 
     async def _answer_here(self, request: Request) -> Response | None:
         """Answers what needs no replica; None if the request needs one."""
@@ -152,7 +149,7 @@ class Frontend:
         )
 
     async def _forward(self, request: ForwardedRequest, out: _ClientResponse) -> None:
-        large = len(request.body) > LARGE_BODY  # others are answered meanwhile
+        large = len(request.body) > LARGE_BODY  # parsed in a thread, so that others need not wait
         model = await asyncio.to_thread(model_of, request.body) if large else model_of(request.body)
         for left in reversed(range(ATTEMPTS)):
             try:
@@ -160,7 +157,7 @@ class Frontend:
                     async for message in self._replicas.answer(
                         request, model, tuple(self._changes)
                     ):
-                        until.reschedule(None)  # from here on the replica watches the time
+                        until.reschedule(None)  # from now on the replica checks the time
                         await out(message)
                 break
             except TimeoutError:
@@ -168,7 +165,7 @@ class Frontend:
             except LostProcessError:
                 if out.status or not left:
                     raise
-                log.warning("a replica is gone: another one is asked %s", request.request_id)
+                log.warning("lost a replica: request %s goes to another one", request.request_id)
         if out.status == 200 and request.path in ADMIN_BODIES:  # new replicas make the change too
             self._changes = changed(self._changes, request)
             await self._replicas.adopt(tuple(self._changes))
@@ -192,7 +189,7 @@ class _ClientResponse:
 def open_front(
     replicas: Replicas, settings: ServeSettings, keys: ApiKeys
 ) -> tuple[Server, socket.socket]:
-    """ConfigError: the port is taken."""
+    """Opens the front end's port. ConfigError: the port is in use."""
     front = Frontend(replicas, body_bytes=ServeLimits.body_bytes, seconds=settings.seconds)
     return guarded(front, settings, keys, counted=front.count_http, closing=front.refuse_new)
 
@@ -216,7 +213,7 @@ def _refusal(fault: BaseException) -> Refusal:
     if isinstance(fault, asyncio.CancelledError):
         return shutting_down()
     if isinstance(fault, LostProcessError):
-        return Refusal(503, "The replica that answered is gone. Ask again.", code="replica_lost")
+        return Refusal(503, "The replica was lost. Send the request again.", code="replica_lost")
     assert isinstance(fault, Exception)
     if not isinstance(fault, Refusal | QueueFullError):
         log.exception("a bug: %s", type(fault).__name__)

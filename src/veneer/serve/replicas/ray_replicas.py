@@ -1,6 +1,8 @@
-"""Replicas as a deployment of Ray Serve: it starts them, starts others where one is lost, adds some
-while many wait, and sends a request where its model is (model multiplexing). Its own HTTP is not
-used: clients reach the front.
+"""Runs replicas as a deployment of Ray Serve.
+
+Ray Serve starts them, replaces lost ones, adds some while many requests wait, and sends a request
+to a replica that has its model (model multiplexing). Its own HTTP server is not used: clients reach
+the front end (front.py).
 """
 
 from __future__ import annotations
@@ -73,15 +75,13 @@ class RayReplicas:
             self._handle: Any = self._serve.run(
                 bound, name=self._name, route_prefix=None, logging_config=QUIET
             )
-        except (
-            BaseException
-        ) as fault:  # whatever a replica raised, as Ray tells it; or Ctrl-C: nothing stays behind
+        except BaseException as fault:  # an error of a replica, or Ctrl-C: nothing may be left
             self.close()
             if not isinstance(fault, Exception):
                 raise
             said = [line for line in str(fault).splitlines() if line.strip()]
             raise VeneerError(
-                "the replicas could not be started", said[-6:], "Mend that, then start them again."
+                "the replicas could not be started", said[-6:], "Fix that, then start them again."
             ) from None
 
     def _cpus(self, size: ReplicaSize) -> int:
@@ -91,8 +91,7 @@ class RayReplicas:
         cpus = size.cpus or max(1, min(max(nodes), sum(nodes) // size.most))
         if (room := sum(count // cpus for count in nodes)) < size.replicas:
             raise DoesNotFitError(
-                f"{size.replicas} replicas need {cpus} processors each, and there is room for"
-                f" {room}",
+                f"{size.replicas} replicas need {cpus} processors each; there is room for {room}",
                 [f"a node has {count}" for count in nodes],
                 "Add nodes, or give fewer --replicas or --cpus.",
             )
@@ -120,9 +119,7 @@ class RayReplicas:
                 response.cancel()
 
     async def adopt(self, changes: Sequence[AdminChange]) -> None:
-        with suppress(
-            Exception
-        ):  # one that is gone meanwhile; who has not heard it is told with its next request
+        with suppress(Exception):  # a replica that missed this gets it with its next request
             await self._handle.broadcast("adopt", changes).results_async(timeout_s=ADOPT_SECONDS)
 
     async def metrics(self) -> dict[str, str]:
@@ -166,7 +163,7 @@ class RayReplicas:
 
 
 class _RayReplica(Replica):
-    """A replica that Ray Serve makes on a node."""
+    """A replica that Ray Serve starts on a node."""
 
     def __init__(self, served: ReplicaConfig) -> None:
         from ray import serve

@@ -1,12 +1,12 @@
-"""A replica: one base and its adapters in a process of Ray Serve's, behind the front that clients
+"""A replica: one base and its adapters in a process of Ray Serve, behind the front end that clients
 reach (front.py).
 
-A request comes as it was read there, with who asks, and goes through the same routes (http/app.py);
-what they send goes back piece by piece. Nothing but the front reaches a replica, so it asks for no
-key.
+The front end forwards a request with its caller. It goes through the usual routes (http/app.py),
+and the response returns message by message. Only the front end reaches a replica, so no key is
+checked here.
 
-What an administrator changed (names, pins) is the front's to know: every request brings the changes
-that this replica, which may be younger than they are, has not made yet.
+The front end keeps what an administrator has changed (names, pins). Every request brings these
+changes, and a replica makes those that it has not made yet, because it may have started later.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class AdminChange:
 
 
 class Replica:
-    """Serves one base in a process of Ray Serve's.
+    """Serves one base in a process of Ray Serve.
 
     model_known: called with each request's model, so that the next request for it comes here.
     """
@@ -106,7 +106,7 @@ class Replica:
                     async for message in self._answer(change.request):
                         if message["type"] == "http.response.start" and message["status"] >= 400:
                             log.error(
-                                "%s: a change was refused here: %d",
+                                "%s: this replica refused a change: %d",
                                 change.request.path,
                                 message["status"],
                             )
@@ -128,7 +128,7 @@ class Replica:
         async def receive() -> Message:
             if bodies:
                 return bodies.pop()
-            await asyncio.Event().wait()  # whoever has gone cancels
+            await asyncio.Event().wait()  # cancelled once the client has gone
             raise AssertionError
 
         async def run() -> None:
