@@ -159,7 +159,6 @@ def test_attaching_changes_a_bit_only_where_the_row_says_so_and_detaching_restor
     )
     before = logits(model)
     attachment, routing = put(model, row.config)
-    assert row.config.starts_as_base == row.starts_as_base
     assert torch.equal(logits(model), before) == row.starts_as_base
     move(attachment)
     assert not torch.allclose(logits(model), before, rtol=1e-2)

@@ -160,7 +160,6 @@ def test_loftq_brings_a_4_bit_base_nearer_to_the_original_and_leaves_its_weights
     far = (logits(base.model) - logits(whole.model)).norm()
     begun = begin(base, LoRA(rank=12, alpha=5.0, init="loftq"), name="a")
     assert "of what 4 bits lost" in begun.lines[0]
-    assert not begun.attachment.config.starts_as_base
     originals = plain_modules(whole.model)
     for path, layer in begun.attachment.layers.items():
         original = frozen_linear(originals[path]).dense_weight(torch.float32)

@@ -128,7 +128,10 @@ def test_a_search_of_a_70b_base_spares_dry_runs_that_cannot_succeed(monkeypatch)
     assert len(ran) == 1  # as it is: its weights in 4 bits are more than there is
     row = plan_row(own, choice, named_gpu("H100"), memory_bytes=24 * 2**30)
     assert len(ran) == 2  # and with everything changed
-    assert row.nearest is not None and 24 * 2**30 < row.nearest.needed_bytes < row.needed_bytes
+    assert (
+        row.nearest is not None
+        and 24 * 2**30 < row.nearest.needed_bytes < row.estimate.needed_bytes
+    )
     assert [change.setting for change in row.nearest.changes][:2] == [
         "checkpointing=true",
         "quantize=nf4",

@@ -66,11 +66,6 @@ class MethodConfig(StrictSettings):
         return next((content.instead for content in self.contents if not content.merges), "")
 
     @property
-    def starts_as_base(self) -> bool:
-        """Whether a fresh one changes no output bit."""
-        return True
-
-    @property
     def drops_out(self) -> bool:
         """Whether training draws masks of dropout."""
         return False
@@ -214,10 +209,6 @@ class LoRA(LowRank):
         return super().share_of_rate * (0.25 if self.init in ("pissa", "olora") else 1.0)
 
     @property
-    def starts_as_base(self) -> bool:
-        return self.init != "loftq"
-
-    @property
     def two_factors(self) -> bool:
         return not self.lora_bias
 
@@ -323,10 +314,6 @@ class Prefix(AdapterConfig):
         """Through an MLP a thirtieth: at a third it left the base's loss far behind
         (docs/benchmarks.md)."""
         return 1.0 if self.projection is None else 1 / 30
-
-    @property
-    def starts_as_base(self) -> bool:
-        return False
 
     @model_validator(mode="after")
     def _prompt_is_used(self) -> "Prefix":

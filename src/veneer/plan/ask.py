@@ -177,7 +177,7 @@ def _advice(
         tokens=sum(len(example.ids) for example in examples) or None,
         variants=question.variants,
         merge=question.merge,
-        parameters=rows[0].total_parameters,
+        parameters=rows[0].run.total_parameters,
         hidden_size=hidden_size(planner.blueprint.config),
         fixed_instruction=len(examples) > 1
         and shared_prompt(examples) >= 32

@@ -6,13 +6,14 @@ Units: bytes, seconds, tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.adapters.config import METHODS
 from veneer.bases.compute import DtypeName
 from veneer.plan.choice import Choice
+from veneer.plan.counted import DryRun
+from veneer.plan.estimate import Estimate
 from veneer.plan.fit import (
     LeastMemory,
     Remedy,
@@ -32,24 +33,18 @@ from veneer.training.config import SHORT_FORMS
 class PlanRow:
     """Holds the plan of one choice. base: as named. dtype: type of the base's weights.
 
-    fits: None without a known memory. way: None if it fits or nothing helps. nearest: the least
-    memory, if nothing helps. largest_batch: rows of `choice.length` at once, 0 if the choice does
-    not fit. largest_length: tokens that fit, of a single row that is too long. time: of a step, by
-    part. sent: by each process in a step. link: bytes a second between processes.
+    estimate: of the largest micro-batch. run: the dry run of the usual one. time: of a step, by
+    part. sent: by each process in a step. link: bytes a second between processes. fits: None
+    without a known memory. largest_batch: rows of `choice.length` at once, 0 if the choice does not
+    fit. largest_length: tokens that fit, of a single row that is too long. remedy: None if it fits
+    or nothing helps. nearest: the least memory, if nothing helps.
     """
 
     base: str
     choice: Choice
     dtype: DtypeName
-    packed: bool
-    peak_bytes: int
-    needed_bytes: int
-    phase: str
-    parts: dict[str, int]
-    phases: dict[str, int]
-    trainable_parameters: int
-    total_parameters: int
-    file_bytes: int
+    estimate: Estimate
+    run: DryRun
     flops_per_token: float
     time: StepTime
     sent: StepTraffic
@@ -60,7 +55,7 @@ class PlanRow:
     fits: bool | None = None
     largest_batch: int | None = None
     largest_length: int | None = None
-    way: Remedy | None = None
+    remedy: Remedy | None = None
     nearest: LeastMemory | None = None
 
     @property
@@ -87,7 +82,7 @@ class PlanRow:
         return self.price_per_hour * self.run_seconds / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        choice, way = self.choice, self.way
+        choice, estimate, run, remedy = self.choice, self.estimate, self.run, self.remedy
         return {
             "base": self.base,
             "method": choice.label,
@@ -102,14 +97,14 @@ class PlanRow:
             "reduce": choice.reduce,
             "new_tokens": choice.new_tokens,
             "processes": choice.processes,
-            "peak_memory_bytes": self.peak_bytes,
-            "needed_memory_bytes": self.needed_bytes,
-            "peak_phase": self.phase,
-            "parts": self.parts,
-            "phases": self.phases,
-            "trainable_parameters": self.trainable_parameters,
-            "total_parameters": self.total_parameters,
-            "file_bytes": self.file_bytes,
+            "peak_memory_bytes": estimate.peak_bytes,
+            "needed_memory_bytes": estimate.needed_bytes,
+            "peak_phase": estimate.phase,
+            "parts": estimate.parts,
+            "phases": estimate.phases,
+            "trainable_parameters": run.trainable_parameters,
+            "total_parameters": run.total_parameters,
+            "file_bytes": run.file_bytes,
             "flops_per_token": self.flops_per_token,
             "step_seconds": self.step_seconds,
             "step_parts": vars(self.time),
@@ -123,9 +118,9 @@ class PlanRow:
             "fits": self.fits,
             "largest_batch": self.largest_batch,
             "largest_length": self.largest_length,
-            "changes": None if way is None else [change.setting for change in way.changes],
-            "changed_needed_memory_bytes": None if way is None else way.needed_bytes,
-            "changed_time_ratio": None if way is None else way.time_ratio,
+            "changes": None if remedy is None else [change.setting for change in remedy.changes],
+            "changed_needed_memory_bytes": None if remedy is None else remedy.needed_bytes,
+            "changed_time_ratio": None if remedy is None else remedy.time_ratio,
             "least_needed_memory_bytes": None
             if self.nearest is None
             else self.nearest.needed_bytes,
@@ -142,7 +137,6 @@ def plan_row(
     price_per_hour: float | None = None,
 ) -> PlanRow:
     """Plans one choice. search: also find the largest batch, or the changes that make it fit."""
-    estimate = planner.estimate(choice)
     usual_rows = planner.workload.epoch(choice).usual
     run = planner.step_run(choice)
     tokens = sum(len(row.ids) for row in usual_rows)
@@ -150,15 +144,8 @@ def plan_row(
         base=planner.blueprint.source,
         choice=choice,
         dtype=planner.compute(choice).name,
-        packed=run.packed,
-        peak_bytes=estimate.peak_bytes,
-        needed_bytes=estimate.needed_bytes,
-        phase=estimate.phase,
-        parts=estimate.parts,
-        phases=estimate.phases,
-        trainable_parameters=run.trainable_parameters,
-        total_parameters=run.total_parameters,
-        file_bytes=run.file_bytes,
+        estimate=planner.estimate(choice),
+        run=run,
         flops_per_token=run.work.flops / tokens,
         time=planner.step_time(choice, machine),
         sent=planner.sent(choice),
@@ -173,22 +160,18 @@ def plan_row(
     row = replace(row, fits=does_fit)
     if not search:
         return row
-    rows = largest_batch(planner, choice, memory_bytes) if does_fit else 0
-    max_length = (
-        largest_length(planner, choice, memory_bytes)
-        if not does_fit and choice.rows_at_once == 1
-        else None
+    if does_fit:
+        return replace(row, largest_batch=largest_batch(planner, choice, memory_bytes))
+    remedy = find_remedy(
+        planner, choice, memory_bytes, lambda c: planner.step_time(c, machine).seconds
     )
-    remedy = (
-        None
-        if does_fit
-        else find_remedy(
-            planner, choice, memory_bytes, lambda c: planner.step_time(c, machine).seconds
-        )
-    )
-    least_memory = None if does_fit or remedy is not None else nearest(planner, choice)
+    single = choice.rows_at_once == 1
     return replace(
-        row, largest_batch=rows, largest_length=max_length, way=remedy, nearest=least_memory
+        row,
+        largest_batch=0,
+        largest_length=largest_length(planner, choice, memory_bytes) if single else None,
+        remedy=remedy,
+        nearest=nearest(planner, choice) if remedy is None else None,
     )
 
 
@@ -209,13 +192,3 @@ def all_methods(choice: Choice) -> list[Choice]:
             if method_name == name
         ]
     return sorted(choices, key=lambda c: c.method.trains_base)
-
-
-def cheapest(rows: Sequence[PlanRow]) -> PlanRow | None:
-    """Returns LoRA if it fits, else LoRA over 4 bits, else the first row that fits."""
-    fitting = [row for row in rows if row.fits is not False]
-    for label in ("lora", "qlora"):
-        for row in fitting:
-            if row.choice.label == label:
-                return row
-    return fitting[0] if fitting else None

@@ -46,11 +46,11 @@ def plan_page(
     title: str, rows: Sequence[PlanRow], *, memory_bytes: int | None, notes: Sequence[str]
 ) -> str:
     """Returns the HTML text. notes: sentences on where the figures come from."""
-    labels = list(dict.fromkeys(part for row in rows for part in row.parts))
+    labels = list(dict.fromkeys(part for row in rows for part in row.estimate.parts))
     colours = {label: COLOURS[n % len(COLOURS)] for n, label in enumerate(labels)}
     most: dict[str, int] = {}
     for row in rows:  # each base has its own scale, so that a small one stays visible
-        most[row.base] = max(most.get(row.base, 0), row.needed_bytes)
+        most[row.base] = max(most.get(row.base, 0), row.estimate.needed_bytes)
     memory = f"<p>{escape(size(memory_bytes))} of memory</p>" if memory_bytes else ""
     stacks = "".join(_stack(row, most[row.base], colours) for row in rows)
     body = (
@@ -71,14 +71,14 @@ def verdict(row: PlanRow) -> str:
             return "fits"
         rows = f"{row.largest_batch:,} row{'' if row.largest_batch == 1 else 's'}"
         return f"fits, up to {rows} of {row.choice.length:,} tokens at once"
-    if row.way is None:
+    if row.remedy is None:
         if row.nearest is None:  # not looked for
             return "does not fit"
         if row.nearest.changes:
             return f"does not fit, whatever is changed: {row.nearest}"
         return "does not fit, and nothing can be changed"
-    changes = " + ".join(change.says for change in row.way.changes)
-    return f"no: {changes} ({size(row.way.needed_bytes)}, time ×{row.way.time_ratio:.2f})"
+    changes = " + ".join(change.says for change in row.remedy.changes)
+    return f"no: {changes} ({size(row.remedy.needed_bytes)}, time ×{row.remedy.time_ratio:.2f})"
 
 
 def spread_lines(row: PlanRow) -> list[str]:
@@ -111,10 +111,10 @@ def _table(rows: Sequence[PlanRow]) -> str:
         (
             row.base,
             row.choice.label,
-            millions(row.trainable_parameters),
-            size(row.file_bytes),
-            size(row.needed_bytes),
-            row.phase,
+            millions(row.run.trainable_parameters),
+            size(row.run.file_bytes),
+            size(row.estimate.needed_bytes),
+            row.estimate.phase,
             number(row.tokens_per_second),
             "–" if row.run_seconds is None else clock(row.run_seconds),
             verdict(row) or "–",
@@ -128,9 +128,10 @@ def _stack(row: PlanRow, most: int, colours: dict[str, str]) -> str:
     parts = "".join(
         f'<i style="width:{100 * size_ / most:.2f}%;background:{colours[label]}"'
         f' title="{escape(label)} {size(size_)}"></i>'
-        for label, size_ in row.parts.items()
+        for label, size_ in row.estimate.parts.items()
     )
-    name = f"{row.base} · {row.choice.label} · {size(row.peak_bytes)}, in {row.phase}"
+    peak = f"{size(row.estimate.peak_bytes)}, in {row.estimate.phase}"
+    name = f"{row.base} · {row.choice.label} · {peak}"
     process_lines = "".join(f"<p>{escape(line)}</p>" for line in spread_lines(row))
     return (
         f"<div class=row><p>{escape(name)}</p><div class=stack>{parts}</div>{process_lines}</div>"

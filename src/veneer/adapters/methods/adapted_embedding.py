@@ -3,27 +3,16 @@
 Shapes: V vocabulary, D hidden.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.lora import low_rank_matrix
 from veneer.adapters.placement.acting import Applied
-from veneer.adapters.placement.layer import Layer
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import AdaptedModule
-from veneer.linear import FrozenLinear, TransposedLinear
-
-
-class EmbeddingLayer(Layer, Protocol):
-    """The interface of a method's layer for an embedding."""
-
-    def looked_up(
-        self, ids: Tensor, plain: Tensor, table: FrozenLinear, *, scale: float | Tensor
-    ) -> Tensor:
-        """What the layer adds to plain = scale * table[ids], (..., D) in its type. table is (D,
-        V)."""
+from veneer.linear import TransposedLinear
 
 
 class AdaptedEmbedding(AdaptedModule):

@@ -29,7 +29,7 @@ def print_plan(console: Console, answer: PlanAnswer, question: PlanQuestion) -> 
     console.print(_plan_table(answer, question))
     if len(question.bases) == 1:
         for row in answer.rows:
-            _print_bar(console, row, max(r.needed_bytes for r in answer.rows))
+            _print_bar(console, row, max(r.estimate.needed_bytes for r in answer.rows))
             for line in spread_lines(row):
                 console.print(Text(folded("    " + line, console.width), style="dim"))
         for row in answer.rows:
@@ -81,9 +81,9 @@ def _plan_table(answer: PlanAnswer, question: PlanQuestion) -> Table:
         cells = [
             *([shown(row.base)] if has_bases else []),
             row.choice.label,
-            millions(row.trainable_parameters),
-            size(row.file_bytes),
-            size(row.needed_bytes),
+            millions(row.run.trainable_parameters),
+            size(row.run.file_bytes),
+            size(row.estimate.needed_bytes),
             number(speed) if speed < 1000 else f"{speed:,.0f}",
             "–" if row.run_seconds is None else clock(row.run_seconds),
         ]
@@ -101,7 +101,7 @@ def _print_bar(console: Console, row: PlanRow, most: int) -> None:
     styles = ("blue", "yellow", "green", "magenta", "white", "cyan", "red", "bright_black")
     line = Text(f"  {row.choice.label:<10} ")
     legend = []
-    for (label, part), style in zip(row.parts.items(), styles * 2, strict=False):
+    for (label, part), style in zip(row.estimate.parts.items(), styles * 2, strict=False):
         cells = round(BAR * part / most)
         line.append("█" * cells, style=style)
         if cells:
@@ -125,7 +125,7 @@ def write_run_file(args: argparse.Namespace, answer: PlanAnswer) -> None:
     from veneer.files.atomic import write_text
 
     row = answer.rows[0]
-    choice = row.choice if row.way is None else row.way.choice
+    choice = row.choice if row.remedy is None else row.remedy.choice
     rate = None
     if answer.advice is not None:
         choice, rate = answer.advice.choice, answer.advice.learning_rate
