@@ -288,10 +288,10 @@ def test_a_comparison_would_be_found(line):
 
 def test_every_module_imports():
     """import-linter says that none of them needs another to have been imported before."""
+    optional = {"triton": "triton", "liger": "liger_kernel", "bitsandbytes": "bitsandbytes"}
     for path in SOURCES:
-        if not path.name.startswith("triton_") or find_spec(
-            "triton"
-        ):  # which comes with torch for CUDA
+        needed = optional.get(path.stem.partition("_")[0]) if path.parent.name == "cuda" else None
+        if needed is None or find_spec(needed):
             import_module(
                 ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(
                     ".__init__"

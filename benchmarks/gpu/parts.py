@@ -98,7 +98,10 @@ def decoded_bits(at: Place) -> dict[str, Any]:
             differ = int((there.cpu().flatten() != plain).sum())
             found[f"{str(dtype).removeprefix('torch.')}, double {double}"] = differ
     assert not any(found.values()), found
-    return {"values_that_differ": found, "triton": launch.module("nf4") is not None}
+    return {
+        "values_that_differ": found,
+        "bitsandbytes": launch.module("bitsandbytes_nf4") is not None,
+    }
 
 
 def moved(weight: nf4.Packed, device: torch.device) -> nf4.Packed:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -53,6 +54,7 @@ FROM_HOST = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 HOST_ONLY = {Tensor.numpy, Tensor.__array__}
 FACTS = {
     "get_device_capability": lambda _=None: (9, 0),
+    "get_device_properties": lambda _=None: SimpleNamespace(multi_processor_count=2),
     "mem_get_info": lambda _=None: (2**36, 2**36),
     "get_rng_state": lambda _=None: torch.random.get_rng_state(),
     "set_rng_state": lambda *_: None,

@@ -30,6 +30,7 @@ PACKAGES = (
 )
 EXTRAS = {
     "parquet": "pyarrow",
+    "cuda": "liger_kernel",
     "adamw8bit": "bitsandbytes",
     "metrics": "sacrebleu",
     "tensorboard": "tensorboard",

@@ -120,8 +120,16 @@ class Packed:
 
     @cached_property
     def blocks(self) -> NF4Blocks:
+        count, book = math.prod(self.shape), code_book(self.book).values
+        known = self.table.is_meta or torch.equal(self.table.cpu(), book)
         return NF4Blocks(
-            self.packed, self.absmax, self.table, self.block, math.prod(self.shape), self.nested
+            self.packed,
+            self.absmax,
+            self.table,
+            self.block,
+            count,
+            self.nested,
+            self.book if known else None,
         )
 
     @property

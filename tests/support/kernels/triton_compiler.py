@@ -1,5 +1,5 @@
-"""Triton's kernels made into machine code of a GPU that is not here: python
-tests/support/kernels/triton_compiler.py CAPABILITY.
+"""Triton's kernels, ours and liger-kernel's, made into machine code of a GPU that is not here:
+python tests/support/kernels/triton_compiler.py CAPABILITY.
 
 Each function that launches a kernel is called on tensors of a CPU; instead of a launch its kernel
 is compiled, by the same arguments, for that GPU, as a launch would: addresses and numbers that 16
@@ -21,7 +21,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from veneer.kernels.cuda import launch
-from veneer.kernels.dense.fused import MOST_WIDTH
 from veneer.kernels.packed import gguf
 from veneer.kernels.rules import AttentionRules
 from veneer.quant import nf4
@@ -75,9 +74,11 @@ def compiled_for(capability: int) -> Any:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         options = {name: named.pop(name) for name in OPTIONS if name in named}
-        given = dict(zip(self.arg_names, args, strict=False)) | named
+        defaults = {param.name: param.default for param in self.params if param.has_default}
+        given = defaults | dict(zip(self.arg_names, args, strict=False)) | named
         assert given.keys() == set(self.arg_names), (given.keys(), self.arg_names)
         fixed = {param.name for param in self.params if param.is_constexpr}
+        fixed |= {name for name, value in given.items() if value is None}
         signature = {
             name: "constexpr" if name in fixed else type_of(given[name]) for name in self.arg_names
         }
@@ -106,26 +107,32 @@ def compiled_for(capability: int) -> Any:
     return run
 
 
+def everything_of_liger(liger: Any, dtype: torch.dtype, targets: torch.Tensor) -> None:
+    x, other, grad = (torch.randn(4, 14336).to(dtype) for _ in range(3))
+    for gelu in (False, True):
+        liger.gate_forward(x, other, gelu)
+        liger.gate_backward(x, other, grad, gelu)
+    for width in (64, 4096, 2**14):
+        wide, weight = torch.empty(2, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        _, scale = liger.norm_forward(wide, weight, 1e-5)
+        liger.norm_backward(wide, weight, wide, scale, needs_weight=True)
+    q, k, turn = (torch.empty(4, *shape, dtype=dtype) for shape in ((32, 128), (8, 128), (128,)))
+    for back in (False, True):
+        liger.rotate(q, k, turn, turn, back=back)
+    z = torch.empty(4, 128_256, dtype=dtype)
+    for writes in (False, True):
+        liger.entropy(z, targets, writes)
+
+
 def everything() -> None:
     for dtype in (torch.float32, *HALVES):
-        x, other, grad = (torch.randn(4, 64).to(dtype) for _ in range(3))
-        gate, norm, rotary = launch.module("gate"), launch.module("norm"), launch.module("rotary")
-        for gelu in (False, True):
-            gate.gate_forward(x, other, gelu)
-            gate.gate_backward(x, other, grad, gelu)
-        for width in (64, 4096, MOST_WIDTH):
-            wide, weight = torch.empty(2, width, dtype=dtype), torch.empty(width, dtype=dtype)
-            _, scale = norm.norm_forward(wide, weight, 1e-5)
-            norm.norm_backward(wide, weight, wide, scale)
-        for back in (False, True):
-            rotary.rotate(torch.empty(4, 32, 128, dtype=dtype), x, x, back)
-        z, targets = torch.empty(4, 128_256, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-        for writes in (False, True):
-            launch.module("entropy").entropy(z, targets, writes)
-        launch.module("dropout").drop(x, targets, 2**31 + 1, 5, 0.5)
+        x, targets = torch.randn(4, 64).to(dtype), torch.zeros(4, dtype=torch.int64)
+        if (liger := launch.module("liger_kernels")) is not None:
+            everything_of_liger(liger, dtype, targets)
+        launch.module("triton_dropout").drop(x, targets, 2**31 + 1, 5, 0.5)
         for layout in gguf.FORMATS.values():
             blocks = torch.empty(4, layout.bytes, dtype=torch.uint8)
-            launch.module("gguf").decode(
+            launch.module("triton_gguf").decode(
                 blocks,
                 torch.empty(4, layout.size, dtype=dtype),
                 layout.number,
@@ -134,13 +141,13 @@ def everything() -> None:
             )
         tables = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
         for rank in (8, 64, 256):
-            narrow = launch.module("grouped").down(
+            narrow = launch.module("triton_grouped").down(
                 x, torch.empty(2, rank, 64, dtype=dtype), tables[0]
             )
-            launch.module("grouped").add_up(
+            launch.module("triton_grouped").add_up(
                 x, narrow, torch.empty(2, 64, rank, dtype=dtype), tables[0]
             )
-            launch.module("grouped").gradient(narrow, x, tables[1])
+            launch.module("triton_grouped").gradient(narrow, x, tables[1])
         for size in (64, 128, 256):
             keys, values = (
                 torch.empty(4, 2, *of, 1, dtype=dtype) for of in ((size, 16), (16, size))
@@ -148,11 +155,13 @@ def everything() -> None:
             rows = [torch.empty(3, heads, size, dtype=dtype) for heads in (8, 2, 2)]
             read = torch.zeros(3, 16, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
             for rules in (AttentionRules(0.1), AttentionRules(0.1, softcap=3.0, sinks=x[0, :8])):
-                launch.module("paged").attend(*rows, keys, values, *read, rules)
+                launch.module("triton_paged").attend(*rows, keys, values, *read, rules)
         for double in (False, True):
             packed = nf4.quantize(torch.randn(64, 64), double=double).blocks
-            launch.module("nf4").dequantize(packed, torch.empty(64, 64, dtype=dtype), start=0)
-            launch.module("nf4").product(packed, x, 64, start=0)
+            launch.module("triton_nf4").dequantize(
+                packed, torch.empty(64, 64, dtype=dtype), start=0
+            )
+            launch.module("triton_nf4").product(packed, x, 64, start=0)
 
 
 if __name__ == "__main__":

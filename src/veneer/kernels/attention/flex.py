@@ -55,7 +55,7 @@ def declined(
         return "no soft cap on scores"
     if (reason := flash.declined(q, k, v, layout, replace(rules, softcap=None))) is not None:
         return reason
-    if launch.module_on("norm", q.device) is None:
+    if launch.module_on("triton_dropout", q.device) is None:
         return "Triton is not installed, or does not work here"
     if q.is_meta:
         return None

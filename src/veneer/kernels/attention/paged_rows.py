@@ -40,7 +40,7 @@ def paged_rows(
     rules: AttentionRules,
 ) -> Tensor:
     """Write the rows' keys and values, and attend: (N, H, E)."""
-    triton = launch.triton("paged", stored.keys, stored.values)
+    triton = launch.kernels_for("triton_paged", stored.keys, stored.values)
     sizes = query_NHD.shape[2], value_NKD.shape[2]
     if triton is None or query_NHD.dtype is not stored.keys.dtype or max(sizes) > MOST_SIZE:
         return paged_rows_reference(query_NHD, key_NKD, value_NKD, stored, tables, rules)

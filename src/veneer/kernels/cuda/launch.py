@@ -1,9 +1,13 @@
-"""Kernels in Triton (triton_*.py), for tensors on CUDA: which of them there are, and whose tensors
-they take.
+"""Kernels for tensors on CUDA: which are installed, which tensors they take, and whether they work.
 
-Each stands beside a plain path of torch, which computes where Triton is not installed, and on other
-devices. Triton makes a launcher by the system's C compiler and Python's headers: one kernel is
-tried first, beside plain torch, and where it fails plain torch computes and a warning says why.
+    liger_kernels.py      norms, gates, rotations and the loss, by liger-kernel
+    bitsandbytes_nf4.py   NF4 and FP4, by bitsandbytes
+    triton_*.py           what no library has, in Triton
+
+Both libraries come with `pip install 'veneer[cuda]'`. Each file stands beside a plain path of
+torch, which computes where a package is missing, and on other devices. Before a package is used on
+a device a few values are computed by it and by plain torch (trials.py). Where the two differ, or
+where it does not launch, the next best takes its place and a warning says why.
 """
 
 import logging
@@ -16,74 +20,82 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.kernels.bindings.arguments import TYPES
 from veneer.kernels.bindings.library import on_cuda
 
-APART = 1e-5
-"""Largest difference of the kernel that is tried, of values up to 9."""
+MAX_DIFFERENCE = 1e-5
+"""Largest difference of a trial, of values up to 9."""
+PACKAGES = {"triton": "triton", "liger": "liger_kernel", "bitsandbytes": "bitsandbytes"}
+"""The module that a file needs, by the first word of the file's name."""
+REMEDIES = {
+    "triton": "Triton needs a C compiler (gcc) and Python's headers (python3-dev)",
+    "liger": "pip install 'veneer[cuda]' installs a version that fits",
+    "bitsandbytes": "pip install 'veneer[cuda]' installs a version that fits",
+}
 
 _log = logging.getLogger("veneer.kernels")
 
 
 @cache
 def module(name: str) -> Any:
-    """kernels/triton_NAME.py, or None where Triton is not installed."""
-    return (
-        import_module(f"veneer.kernels.cuda.triton_{name}")
-        if find_spec("triton") is not None
-        else None
-    )
+    """Returns kernels/cuda/NAME.py; None if its package is not installed."""
+    package = PACKAGES[name.partition("_")[0]]
+    return import_module(f"veneer.kernels.cuda.{name}") if find_spec(package) is not None else None
 
 
-def triton(name: str, *tensors: Tensor) -> Any:
-    """The same, where its kernels take these: on one CUDA device, without gaps, of one type of 32
-    or 16 bits; else None."""
+def kernels_for(name: str, *tensors: Tensor) -> Any:
+    """Returns kernels/cuda/NAME.py if it takes these tensors, else None.
+
+    It takes contiguous tensors of one CUDA device and of one type of 32 or 16 bits.
+    """
     first = tensors[0]
     if not on_cuda(first) or first.dtype not in TYPES:
         return None
-    for each in tensors:
-        if each.dtype is not first.dtype or each.device != first.device or not each.is_contiguous():
+    for tensor in tensors:
+        alike = tensor.dtype is first.dtype and tensor.device == first.device
+        if not alike or not tensor.is_contiguous():
             return None
     return module_on(name, first.device)
 
 
 def module_on(name: str, device: torch.device) -> Any:
-    """The same, where kernels are launched on that device; meta, of a plan: on this machine's GPU,
-    if it has one."""
-    found = module(name)
-    return found if found is not None and launches_on(device) else None
+    """Returns kernels/cuda/NAME.py if its package works on a device, else None.
+
+    A meta device belongs to a plan and stands for this machine's GPU, if it has one.
+    """
+    return module(name) if works_on(name.partition("_")[0], device) else None
 
 
 @cache
-def launches_on(device: torch.device) -> bool:
-    if not torch.cuda.is_available():  # a plan for elsewhere, or Triton's interpreter
-        return True
+def works_on(package: str, device: torch.device) -> bool:
+    """True if a package is installed and agrees with plain torch on a device; warns if not."""
+    installed = find_spec(PACKAGES[package]) is not None
+    if not torch.cuda.is_available():  # a plan for another machine, or Triton's interpreter
+        return installed
     index = torch.cuda.current_device() if device.index is None else device.index
-    gates = import_module("veneer.kernels.cuda.triton_gate")
-    # A thread of its own: here a plan may be made, on tensors without storage.
-    with ThreadPoolExecutor(1) as alone:
-        fault = alone.submit(fault_of, gates.gate_forward, torch.device("cuda", index)).result()
+    fault: str | None = "it is not installed"
+    if installed:
+        trial = import_module("veneer.kernels.cuda.trials").TRIALS[package]
+        # In a thread of its own, because a plan may be on in this one, with tensors without
+        # storage.
+        with ThreadPoolExecutor(1) as thread:
+            fault = thread.submit(find_fault, trial, torch.device("cuda", index)).result()
     if fault is not None:
         _log.warning(
-            "kernels in Triton do not work here, plain torch takes their place, slower and with"
-            " more memory: %s. Triton needs a C compiler (gcc) and Python's headers (python3-dev)",
+            "%s is not used on this GPU: %s. What takes its place is slower and may need more"
+            " memory. %s",
+            PACKAGES[package],
             fault,
+            REMEDIES[package],
         )
     return fault is None
 
 
-def fault_of(
-    gate_forward: Callable[[Tensor, Tensor, bool], Tensor], device: torch.device
-) -> str | None:
-    """Why the kernel of gates is of no use there; None: it computes what it should."""
+def find_fault(trial: Callable[[torch.device], float], device: torch.device) -> str | None:
+    """Returns why a package cannot be used on a device; None if its trial agrees."""
     try:
-        gate, up = (
-            torch.linspace(-3, 3, 64, device=device),
-            torch.linspace(-1, 3, 64, device=device),
-        )
-        apart = float((gate_forward(gate, up, False) - F.silu(gate) * up).abs().max())
-    except Exception as error:  # whatever Triton, a compiler or the driver trip over
+        difference = trial(device)
+    except Exception as error:  # whatever a package, a compiler or the driver raises
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
-    return None if apart <= APART else f"it differs by {apart:.1e}"
+    return None if difference <= MAX_DIFFERENCE else f"it differs by {difference:.1e}"

@@ -1,6 +1,8 @@
 """4-bit weights on CUDA, in Triton: decoded, and multiplied with a few rows without decoding them
 to memory.
 
+These stay because bitsandbytes (bitsandbytes_nf4.py) knows two tables alone: MXFP4 has another one.
+They also serve starts within a block, rows that blocks straddle, and machines without bitsandbytes.
 The same bits as packed/nf4_reference.py: products and sums of scales are not fused
 (enable_fp_fusion=False), and a weight is rounded once. More rows of x take the library's matrix
 product over a decoded buffer (packed/nf4.py). Importing this needs Triton; tested on the CPU in

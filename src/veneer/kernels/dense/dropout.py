@@ -53,7 +53,7 @@ def drop_out(x: Tensor, rows: Tensor, *, key: int, dropout: float) -> Tensor:
             f"dropout wants one int64 key a row: {tuple(rows.shape)} keys, {tuple(x.shape)} values"
         )
     row_key, column_key = key & _MASK32, key >> 32 & _MASK32
-    if (triton := launch.triton("dropout", x)) is not None and rows.is_contiguous():
+    if (triton := launch.kernels_for("triton_dropout", x)) is not None and rows.is_contiguous():
         return triton.drop(x, rows, row_key, column_key, dropout)
     if (
         x.dtype not in _COMPILED

@@ -6,9 +6,9 @@
 
 Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of
 x. Compiled for bf16 on processors that have it (native/layers/fused.c) and for float32 on any
-(native/layers/fused_float.c), in Triton on CUDA (cuda/triton_norm.py, cuda/triton_gate.py,
-cuda/triton_rotary.py); elsewhere the same steps in torch. Values are rounded where the models
-round: after the normalisation, after the activation. Shapes: M rows, D width.
+(native/layers/fused_float.c), by liger-kernel on CUDA (cuda/liger_kernels.py); elsewhere the same
+steps in torch. Values are rounded where the models round: after the normalisation, after the
+activation. Shapes: M rows, D width.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ from veneer.kernels.bindings.library import has_bf16, has_floats, on_cpu
 from veneer.kernels.bindings.rank_calls import PAIR_BYTES
 from veneer.kernels.cuda import launch
 
-MOST_WIDTH = 2**14
-"""D of a norm in Triton: a row stays in the registers of one program."""
+MAX_WIDTH = 2**16
+"""Largest row of a norm or a gate that liger-kernel takes."""
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -58,8 +58,8 @@ class _RMSNorm(torch.autograd.Function):
                 torch.empty(rows, dtype=torch.float32, device=x.device),
             )
             row_calls.rms_norm_forward(x, weight, out, scale, epsilon)
-        elif (triton := _norms(x, weight)) is not None:
-            out, scale = triton.norm_forward(x, weight, epsilon)
+        elif (liger := _liger_norms(x, weight)) is not None:
+            out, scale = liger.norm_forward(x, weight, epsilon)
         else:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -72,16 +72,18 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         grad, width = grad.contiguous(), x.shape[-1]
+        needs_weight = ctx.needs_input_grad[1]
+        if (liger := _liger_norms(x, weight, grad)) is not None:
+            own = liger.norm_backward(x, weight, grad, scale, needs_weight=needs_weight)
+            return *own, None
         grad_weight = None
-        if ctx.needs_input_grad[1]:
+        if needs_weight:
             normal = (x.view(-1, width) * scale[:, None]).to(x.dtype)
             grad_weight = (grad.view(-1, width) * normal).sum(0, dtype=scale.dtype).to(weight.dtype)
         if weight.shape == x.shape[-1:] and in_one_pass(x, weight, grad):
             out = torch.empty_like(x)
             row_calls.rms_norm_backward(x, weight, grad, out, scale)
             return out, grad_weight, None
-        if (triton := _norms(x, weight, grad)) is not None:
-            return triton.norm_backward(x, weight, grad, scale), grad_weight, None
         inverse = scale.view(*x.shape[:-1], 1)
         normal = x.to(scale.dtype) * inverse
         inner = grad.to(scale.dtype) * weight.to(scale.dtype)
@@ -89,10 +91,16 @@ class _RMSNorm(torch.autograd.Function):
         return out.to(x.dtype), grad_weight, None
 
 
-def _norms(x: Tensor, weight: Tensor, *others: Tensor) -> Any:
-    """Triton's norms, where they take these."""
-    fits = weight.shape == x.shape[-1:] and weight.numel() <= MOST_WIDTH
-    return launch.triton("norm", x, weight, *others) if fits else None
+def _liger_norms(x: Tensor, weight: Tensor, *gradients: Tensor) -> Any:
+    """Returns liger-kernel's functions if its norms take these tensors, else None."""
+    fits = weight.shape == x.shape[-1:] and weight.numel() <= MAX_WIDTH
+    return launch.kernels_for("liger_kernels", x, weight, *gradients) if fits else None
+
+
+def _liger_gates(gate: Tensor, up: Tensor, *gradients: Tensor) -> Any:
+    """Returns liger-kernel's functions if its gates take these tensors, else None."""
+    fits = gate.shape == up.shape and gate.shape[-1] <= MAX_WIDTH
+    return launch.kernels_for("liger_kernels", gate, up, *gradients) if fits else None
 
 
 class _Gate(torch.autograd.Function):
@@ -101,8 +109,8 @@ class _Gate(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
-        if gate.shape == up.shape and (triton := launch.triton("gate", gate, up)) is not None:
-            return triton.gate_forward(gate, up, gelu)
+        if (liger := _liger_gates(gate, up)) is not None:
+            return liger.gate_forward(gate, up, gelu)
         if gelu:
             return F.gelu(gate, approximate="tanh") * up
         if gate.shape != up.shape or gate.numel() % 16 or not in_one_pass(gate, up):
@@ -116,8 +124,8 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         grad = grad.contiguous()
-        if (triton := launch.triton("gate", gate, up, grad)) is not None:
-            return *triton.gate_backward(gate, up, grad, ctx.gelu), None
+        if (liger := _liger_gates(gate, up, grad)) is not None:
+            return *liger.gate_backward(gate, up, grad, ctx.gelu), None
         if ctx.gelu:
             grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
             return grad_gate, grad * F.gelu(gate, approximate="tanh"), None
@@ -133,28 +141,28 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turned(q, cos, sin), _turned(k, cos, sin)
+        return _turn_both(q, k, cos, sin, back=False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return (
-            _turned(grad_q, cos, sin, back=True),
-            _turned(grad_k, cos, sin, back=True),
-            None,
-            None,
-        )
+        return *_turn_both(grad_q, grad_k, *ctx.saved_tensors, back=True), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    x = x.contiguous()
+def _turn_both(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool
+) -> tuple[Tensor, Tensor]:
+    q, k = q.contiguous(), k.contiguous()
+    if (liger := launch.kernels_for("liger_kernels", q, k, cos, sin)) is not None:
+        return liger.rotate(q, k, cos, sin, back=back)
+    return _turn(q, cos, sin, back), _turn(k, cos, sin, back)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     if x.shape[-1] % 32 == 0 and in_one_pass(x, cos, sin):
         out = torch.empty_like(x)
         row_calls.rotary(x, cos, sin, out, back=back)
         return out
-    if (triton := launch.triton("rotary", x, cos, sin)) is not None:
-        return triton.rotate(x, cos, sin, back)
     cos, sin = cos[:, None], sin[:, None]
     return x * cos - _half_turned(x * sin) if back else x * cos + _half_turned(x) * sin
 
@@ -167,7 +175,10 @@ def _half_turned(x: Tensor) -> Tensor:
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q (M, H, D), k (M, K, D), cos and sin (M, D), which get no gradient -> q and k turned.
-    Source: Su et al. 2021, arXiv:2104.09864."""
+
+    Both halves of a row of cos, and of sin, are equal; on CUDA the first is read for both. Source:
+    Su et al. 2021, arXiv:2104.09864.
+    """
     apply: Any = _Rotary.apply
     found: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
     return found

@@ -33,7 +33,7 @@ class CudaBundle:
     ) -> Any:
         """Makes a bundle. Returns None without CUDA kernels for it."""
         kernels = (
-            launch.module_on("grouped", device)
+            launch.module_on("triton_grouped", device)
             if device.type == "cuda" and dtype in TYPES
             else None
         )

@@ -118,8 +118,8 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         each = torch.empty(count, dtype=torch.float32, device=z.device)
         row_calls.entropy(z, targets, each)
         return each.sum(), z
-    if (triton := launch.triton("entropy", z)) is not None:
-        return triton.entropy(z, targets, True).sum(), z
+    if (liger := launch.kernels_for("liger_kernels", z)) is not None:
+        return liger.entropy(z, targets, True).sum(), z
     place = torch.arange(count, device=z.device)
     p = z.to(_wide(z.dtype))
     top = p.amax(dim=-1, keepdim=True)
@@ -235,8 +235,8 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
             _check_targets(z, chosen)
         if _is_compiled(z, chosen):
             row_calls.entropy(z, chosen, out)
-        elif (triton := launch.triton("entropy", z)) is not None:
-            out.copy_(triton.entropy(z, chosen, False))
+        elif (liger := launch.kernels_for("liger_kernels", z)) is not None:
+            out.copy_(liger.entropy(z, chosen, False))
         else:
             out.copy_(F.cross_entropy(z[: len(chosen)].to(each.dtype), chosen, reduction="none"))
     return each

@@ -64,7 +64,7 @@ def dequantise(
 ) -> Tensor:
     """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
     layout = FORMATS[kind]
-    if (triton := launch.triton("gguf", out)) is not None and blocks.is_contiguous():
+    if (triton := launch.kernels_for("triton_gguf", out)) is not None and blocks.is_contiguous():
         return triton.decode(blocks, out, layout.number, layout.size, layout.bytes)
     if blocks.device.type != "cpu" or not is_compiled():
         return out.copy_(dequantise_reference(blocks, kind))

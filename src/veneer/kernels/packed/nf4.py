@@ -2,13 +2,15 @@
 torch.
 
 A weight is packed nibbles, a table of 16 values and one scale a block (quant/nf4.py says which).
-The compiled paths give the bits of nf4_reference.py, on every processor; CUDA tensors go to
-cuda/triton_nf4.py where Triton is installed. Knows nothing of modules, code books or shapes: a
-weight is flat, and a matrix is a run of it.
+The compiled paths give the bits of nf4_reference.py, on every processor. CUDA tensors go to
+bitsandbytes (cuda/bitsandbytes_nf4.py); tables and places that it cannot read go to
+cuda/triton_nf4.py. Knows nothing of modules or shapes: a weight is flat, and a matrix is a run of
+it.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +42,19 @@ class NestedScales:
     block: int
     offset: float
 
+    @cached_property
+    def offset_tensor(self) -> Tensor:
+        """The offset on the scales' device, () float32; kept, for it is part of a CUDA graph."""
+        return torch.full((), self.offset, dtype=torch.float32, device=self.scales.device)
+
 
 @dataclass(frozen=True, eq=False)
 class NF4Blocks:
     """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32;
-    all contiguous, on one device. block and nested.block: powers of two."""
+    all contiguous, on one device. block and nested.block: powers of two.
+
+    book: the name of the table, nf4 or fp4; None: a table of its own.
+    """
 
     packed: Tensor
     scales: Tensor
@@ -52,6 +62,7 @@ class NF4Blocks:
     block: int
     count: int
     nested: NestedScales | None = None
+    book: str | None = None
 
     def __post_init__(self) -> None:
         assert self.packed.dtype == torch.uint8 and self.packed.numel() == (self.count + 1) // 2
@@ -133,8 +144,8 @@ def dequantize(weights: NF4Blocks, out: Tensor, *, start: int = 0, level: int = 
             )
         )
         return out
-    if (triton := launch.triton("nf4", out)) is not None:
-        return triton.dequantize(weights, out, start=start)
+    if (kernels := _cuda_decoder(weights, out, start)) is not None:
+        return kernels.dequantize(weights, out, start=start)
     if out.device.type != "cpu" or out.dtype not in TYPES or not is_compiled():
         flat = reference.dequantize(
             weights.packed,
@@ -150,16 +161,30 @@ def dequantize(weights: NF4Blocks, out: Tensor, *, start: int = 0, level: int = 
     return out
 
 
-def has_product(weights: NF4Blocks, x: Tensor) -> bool:
-    """Whether `product` is the fast way for x (M, I)."""
+def _cuda_decoder(weights: NF4Blocks, out: Tensor, start: int) -> Any:
+    """Returns the kernels on CUDA that decode these elements into `out`; None if there are none."""
+    bitsandbytes = launch.kernels_for("bitsandbytes_nf4", out)
+    if bitsandbytes is not None and bitsandbytes.can_read(weights, start):
+        return bitsandbytes
+    return launch.kernels_for("triton_nf4", out)
+
+
+def _cuda_product(weights: NF4Blocks, x: Tensor, start: int) -> Any:
+    """Returns the kernels on CUDA that multiply x (M, I) with these; None if there are none."""
+    if x.shape[0] > FUSED_ROWS or x.shape[1] % 2:
+        return None
+    bitsandbytes = launch.module_on("bitsandbytes_nf4", x.device)
+    if bitsandbytes is not None and bitsandbytes.can_multiply(weights, x.shape[1], start):
+        return bitsandbytes
+    return launch.module_on("triton_nf4", x.device)
+
+
+def has_product(weights: NF4Blocks, x: Tensor, *, start: int = 0) -> bool:
+    """Whether `product` is the fast path for x (M, I)."""
     if x.dtype not in TYPES:
         return False
     if x.is_cuda:
-        return (
-            x.shape[0] <= FUSED_ROWS
-            and not x.shape[1] % 2
-            and launch.module_on("nf4", x.device) is not None
-        )
+        return _cuda_product(weights, x, start) is not None
     if x.dtype is torch.float16:
         return (
             x.device.type == "cpu"
@@ -182,7 +207,7 @@ def product(weights: NF4Blocks, x: Tensor, outs: int, *, start: int = 0, level: 
     if x.shape[0] == 0:
         return y
     if x.is_cuda:
-        return launch.module("nf4").product(weights, x, outs, start=start)
+        return _cuda_product(weights, x, start).product(weights, x, outs, start=start)
     if x.shape[0] <= FUSED_ROWS or x.dtype is torch.float16:
         packed_calls.nf4_product(weights.checked, x, y, start=start, level=min(level, 4))
     else:
