@@ -1,6 +1,7 @@
 """Decisions about the whole project, held: public names, file sizes, and what must never stand in
 the source."""
 
+import argparse
 import ast
 import json
 import re
@@ -13,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 import veneer
 from tests.support.pages import blocks
@@ -284,6 +287,87 @@ def test_a_question_for_a_class_would_be_found(line):
 def test_a_comparison_would_be_found(line):
     assert "nf4" in [text for _, text in compared(line)]
     assert not compared('found["nf4"]; "nf4" in text; f(x="nf4"); x = "nf4"')
+
+
+DOCUMENTED = {"_replace", "_fields_", "_type_", "_length_", "_exit"}
+"""Public in spite of the underscore: of named tuples, ctypes and os."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The private names that a file defines: functions, classes, fields, attributes of self."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                found.add(name)
+            case ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                found.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                found.add(name)
+    return {name for name in found if is_private(name)}
+
+
+def private_uses(tree: ast.AST, defined: set[str]) -> list[tuple[int, str]]:
+    """Line and name of each private part of something that was imported, or that nobody here
+    defined."""
+    found, imported = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+            imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] != "veneer":
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            imported |= {alias.asname or alias.name for alias in node.names}
+        else:
+            continue
+        found += [(node.lineno, name) for name in modules if any(map(is_private, name.split(".")))]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=value, attr=name) if is_private(name):
+                while isinstance(value, ast.Attribute):
+                    value = value.value
+                root = value.id if isinstance(value, ast.Name) else ""
+                if root in imported or name not in defined:
+                    found.append((node.lineno, name))
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=arguments):
+                name = arguments[1].value if isinstance(arguments[1], ast.Constant) else ""
+                if isinstance(name, str) and is_private(name) and name not in defined:
+                    found.append((node.lineno, name))
+    return found
+
+
+def test_private_parts_of_other_libraries_are_used_in_one_room():
+    trees = {path: ast.parse(path.read_text()) for path in SOURCES}
+    anywhere = set().union(*map(private_names, trees.values()))
+    others = {*dir(torch.nn.Module()), *dir(torch.Tensor), *dir(PreTrainedModel)}
+    others |= {*dir(PretrainedConfig()), *dir(argparse.ArgumentParser())}
+    assert not [
+        f"{names(path)}:{line} {name}"
+        for path, tree in trees.items()
+        if path.parent.name != "private"
+        for line, name in private_uses(tree, anywhere - others | private_names(tree))
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._C",
+        "from torch._C import x",
+        "import os; os._secret()",
+        "def f(module): return module._modules",
+        "getattr(model, '_supports_sdpa', False)",
+    ],
+)
+def test_a_private_part_would_be_found(line):
+    assert private_uses(ast.parse(line), {"_own"})
+    assert not private_uses(
+        ast.parse("import os; os._exit(0); x._own; getattr(x, '_own')"), {"_own"}
+    )
 
 
 def test_every_module_imports():

@@ -19,6 +19,7 @@ from veneer.kernels.dense.frozen import bias_gradient as bias_gradient
 from veneer.kernels.dense.frozen import frozen_product as frozen_product
 from veneer.kernels.dense.frozen import times as times
 from veneer.kernels.dense.frozen import writable as writable
+from veneer.private.torch import parameters_of
 
 
 class FewRowsLinear(nn.Linear):
@@ -36,7 +37,7 @@ class FewRowsLinear(nn.Linear):
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = parameters_of(self)["weight"], parameters_of(self)["bias"]
         assert weight is not None
         if not torch.is_grad_enabled() or not few_rows.wants_gradient(input, weight, bias):
             return products.linear(input, weight, bias)
@@ -223,7 +224,7 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
 
     A router is one: it multiplies by the matrix and then chooses experts.
     """
-    weight = module._parameters.get("weight")
+    weight = parameters_of(module).get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None
     if isinstance(module, nn.Embedding | PackedModule) or frozen_linear(module) is not None:

@@ -38,18 +38,18 @@ class Shards:
         self.begins: Callable[[Sharded], None] | None = None
         """Called for each module whose backward begins, by all processes together
         (training/optimizer/parts.py)."""
-        self._modules: dict[nn.Module, Sharded] = {}
+        self._sharded: dict[nn.Module, Sharded] = {}
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._sharded)
 
     @property
     def held(self) -> list["Sharded"]:
-        return list(self._modules.values())
+        return list(self._sharded.values())
 
     @property
     def shard_bytes(self) -> int:
-        return sum(sharded.own.numel() for sharded in self._modules.values())
+        return sum(sharded.own.numel() for sharded in self._sharded.values())
 
     @property
     def all_bytes(self) -> int:
@@ -58,13 +58,13 @@ class Shards:
     def take(self, module: nn.Module) -> None:
         """Shards a module: keeps only this process's range. Raises RefusedError for tensors shared
         with another."""
-        self._modules[module] = Sharded(
+        self._sharded[module] = Sharded(
             self, module, [tensor for tensor in _tensors(module) if _bytes(tensor) > LEAST]
         )
 
     def changed(self, change: Callable[[nn.Module], object]) -> None:
         """Lets `change` replace the tensors of each module, one whole module after the other."""
-        for module, sharded in self._modules.items():
+        for module, sharded in self._sharded.items():
             sharded.gather()
             sharded.unshard()
             change(module)
@@ -80,7 +80,7 @@ class Shards:
         for sharded in self.held:
             sharded.gather()
             sharded.unshard(empty=not keep)
-        self._modules.clear()
+        self._sharded.clear()
 
 
 class Sharded:
@@ -113,7 +113,7 @@ class Sharded:
         self.own = self.memory[run * shards.rank : run * (shards.rank + 1)].clone()
         self.absent = [_placeholder(tensor) for tensor in tensors]
         for tensor in tensors:
-            tensor._veneer_shard = self  # type: ignore[attr-defined]
+            tensor.veneer_shard = self  # type: ignore[attr-defined]
         self.hooks = [
             module.register_forward_pre_hook(self._before_forward),
             module.register_forward_hook(self._after_forward),
@@ -148,7 +148,7 @@ class Sharded:
         """Gives the tensors their own memory again, or none; only while it is whole."""
         for tensor, view, absent in zip(self.tensors, self.views, self.absent, strict=True):
             tensor.data = absent if empty else view.clone()
-            del tensor._veneer_shard  # type: ignore[attr-defined]
+            del tensor.veneer_shard  # type: ignore[attr-defined]
         for hook in self.hooks:
             hook.remove()
         self.memory.untyped_storage().resize_(0)
@@ -184,7 +184,7 @@ def in_shards(module: nn.Module) -> bool:
 
 
 def _shard_of(tensor: Tensor) -> Sharded | None:
-    return getattr(tensor, "_veneer_shard", None)
+    return getattr(tensor, "veneer_shard", None)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

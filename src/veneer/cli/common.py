@@ -17,6 +17,7 @@ from veneer.bounds import LENGTH
 from veneer.cli.early import check_base
 from veneer.errors import ConfigError, InputError, SourceError
 from veneer.files.strict_json import finite_or_null, read_json, read_yaml
+from veneer.private.argparse import Container
 from veneer.quant.config import FORMATS, Quantize, weight_format
 from veneer.wording import cut, shown
 
@@ -61,7 +62,7 @@ def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_json(parser: argparse._ActionsContainer) -> None:
+def add_json(parser: Container) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON on stdout, messages on stderr"
     )
@@ -106,7 +107,7 @@ def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_map(parser: argparse._ActionsContainer) -> None:
+def add_map(parser: Container) -> None:
     parser.add_argument(
         "--map",
         action="append",

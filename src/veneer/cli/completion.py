@@ -14,6 +14,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from veneer.private.argparse import actions_of, subparsers_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="your shell")
@@ -72,12 +74,11 @@ def _words_of_parser(
     inner: dict[str, CommandWords] = {}
     actions: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    for each in parser._actions:
-        if isinstance(each, argparse._SubParsersAction):
-            helps = {action.dest: action.help or "" for action in each._choices_actions}
-            for action, its in each.choices.items():
-                inner |= _words_of_parser(f"{name} {action}", helps.get(action, ""), its)
-            actions = tuple(each.choices)
+    for each in actions_of(parser):
+        if (subparsers := subparsers_of(each)) is not None:
+            for action, about_action, subparser in subparsers:
+                inner |= _words_of_parser(f"{name} {action}", about_action, subparser)
+            actions = tuple(each.choices or ())
         elif each.option_strings:
             known = tuple(map(str, each.choices or ()))
             flags |= {flag: known for flag in each.option_strings if flag.startswith("--")}

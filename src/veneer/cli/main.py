@@ -8,11 +8,9 @@ instant.
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
 import re
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +22,8 @@ from typing import Any, NoReturn, TextIO
 from veneer import __version__
 from veneer.errors import DoesNotFitError, VeneerError, is_out_of_memory, missing_on_device
 from veneer.files.system_errors import refusal
+from veneer.private import argparse as private
+from veneer.private.interpreter import call_exit_functions, finish_threads
 from veneer.training.output.streams import LogStream, ResultStream, silence
 from veneer.vocabulary import (
     ACTIONS_ELSEWHERE,
@@ -88,30 +88,29 @@ EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong,
 141 output pipe closed"""
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(private.HelpFormatter):
     """Descriptions as they are written, but for lines that the terminal is too narrow for."""
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return reflowed(super()._fill_text(text, width, indent), width)
+    def fill(self, text: str, width: int) -> str:
+        return reflowed(text, width)
 
-    def _format_usage(self, usage: Any, *others: Any) -> str:
-        text = super()._format_usage(usage, *others)
-        return text if usage is None else wrapped(text, self._width) + "\n\n"
+    def lay_out_usage(self, usage: str, width: int) -> str:
+        return wrapped(usage, width) + "\n\n"
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(private.Parser):
     """argparse, whose errors look like all others: what is wrong, then what to do; exit code 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Flags that are none are told first, whatever else is missing, and with those that were
         meant."""
         words = list(sys.argv[1:] if args is None else args)
-        if self._subparsers is None and (unknown := _find_unknown_flags(self, words)):
+        if not private.has_subparsers(self) and (unknown := _find_unknown_flags(self, words)):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
             self.error(head + "\n  ".join(unknown))
         return super().parse_known_args(words, namespace)
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
+    def check_value(self, action: argparse.Action, value: Any) -> None:
         """A choice that is none is told with the one that was meant."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
@@ -125,7 +124,6 @@ class Parser(argparse.ArgumentParser):
                 action.option_strings[-1] if action.option_strings else f"unknown {action.dest}"
             )
             self.error(f"{subject} {value}: {hint}")
-        super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
         print_error(f"{self.prog}: {message}\nSee {self.prog} --help.")
@@ -139,7 +137,7 @@ def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -
         flag, sign, value = word.partition("=")
         if word == "--":
             break
-        if not re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", flag) or flag in parser._option_string_actions:
+        if not re.fullmatch(r"--\w[\w-]*|-[a-zA-Z]", flag) or flag in private.flags_of(parser):
             continue
         following = words[index + 1 : index + 2]
         value = (
@@ -149,7 +147,7 @@ def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -
         )
         key = flag.strip("-").replace("-", "_").lower()
         suggestion = _find_meant_flag(parser, key, value or "...")
-        reason = NOT_NEEDED.get(key) if "--set" in parser._option_string_actions else None
+        reason = NOT_NEEDED.get(key) if "--set" in private.flags_of(parser) else None
         hint = (
             f": did you mean {suggestion}?"
             if suggestion
@@ -164,7 +162,7 @@ def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -
 def _find_meant_flag(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
     """The flag, or the --set of a setting that has none, which somebody meant by a flag that is
     none."""
-    parser_flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    parser_flags = [flag for flag in private.flags_of(parser) if flag.startswith("--")]
     names: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in parser_flags}
     if "--set" in parser_flags:  # a command that takes settings, which has loaded them by now
         from veneer.cli.config_file import FLAGS, list_setting_paths
@@ -371,9 +369,8 @@ def leave(code: int) -> NoReturn:
     transformers loaded, that takes a second. Threads that are not daemons are waited for, what
     asked to be called at the end is called, and what was written is flushed."""
     try:
-        interpreter: Any = threading
-        interpreter._shutdown()
-        atexit._run_exitfuncs()
+        finish_threads()
+        call_exit_functions()
         for stream in (sys.stdout, sys.stderr):
             with suppress(
                 OSError, ValueError, AttributeError

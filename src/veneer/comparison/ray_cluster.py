@@ -11,6 +11,7 @@ import logging
 from types import ModuleType
 
 from veneer.errors import ConfigError, SourceError
+from veneer.private.ray import silence_workers
 
 
 def connect(address: str | None) -> ModuleType:
@@ -41,7 +42,5 @@ def connect(address: str | None) -> ModuleType:
             [line for line in str(fault).splitlines() if line.strip()][:3],
             "Start one (ray start --head) and name it; without --address one is started here.",
         ) from None
-    ray._private.worker._worker_logs_enabled = (
-        False  # else it writes to stdout, between the output of --json
-    )
+    silence_workers(ray)
     return ray

@@ -64,7 +64,7 @@ class RunStore:
         """Replaces a text atomically."""
         with self._explained(name):
             partial = self._at(f"{name}.{uuid4().hex}.partial")
-            self._fs.makedirs(self._fs._parent(partial), exist_ok=True)
+            self._fs.makedirs(partial.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(partial, text.encode())
             self._fs.mv(partial, self._at(name))
 
@@ -121,7 +121,7 @@ class RunStore:
         with self._explained(name):
             target = self._at(name)
             if not (self._fs.exists(target) and self._fs.size(target) == size):
-                self._fs.makedirs(self._fs._parent(target), exist_ok=True)
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
                 self._fs.put_file(str(file), target)
 
     def _get(self, name: str, into: Path, digest: str) -> None:

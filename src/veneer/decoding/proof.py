@@ -34,6 +34,7 @@ from veneer.execution.switches import forget_lengths
 from veneer.model_record import record_of
 from veneer.models.capacity import read_alike
 from veneer.models.frozen_base import FrozenBase
+from veneer.private.transformers import attention_of, offers_sdpa
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _decoding(model: PreTrainedModel) -> str | None:
         forget_lengths(model)
         return _continuation_difference(model, texts, split, whole)
 
-    before = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    before = "sdpa" if offers_sdpa(model) else "eager"
     return disagreement(model, "a packed cache", run, LIMIT)
 
 
@@ -180,7 +181,7 @@ def prove_decoding(model: PreTrainedModel) -> str | None:
     """
     if (reason := loops(model).packed) is not None:
         return reason
-    if model.config._attn_implementation != NAME and (reason := prove_packing(model)) is not None:
+    if attention_of(model.config) != NAME and (reason := prove_packing(model)) is not None:
         return reason
     ids, most = some_ids(model, SLOTS + 7, 2).tolist(), read_alike(model.config)
     start = SLOTS + 1 if most is None else min(SLOTS + 1, most - 3)

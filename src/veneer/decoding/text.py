@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from veneer.private.transformers import decodes_alike
+
 UNSURE = "\ufffd"
 """Ends a text whose last character may still get its other bytes."""
 MANY = 16
@@ -29,7 +31,7 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     """`text_of` for a tokenizer, without transformers' overhead if the result is the same."""
     kind, fast = type(tokenizer), PreTrainedTokenizerFast
-    plain = issubclass(kind, fast) and (kind.decode, kind._decode) == (fast.decode, fast._decode)
+    plain = issubclass(kind, fast) and decodes_alike(kind, fast)
     if not plain or tokenizer.clean_up_tokenization_spaces:
         return partial(text_of, tokenizer)
     return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)

@@ -28,6 +28,7 @@ from veneer.kernels.attention.groups import Pair, grouped_attention
 from veneer.kernels.layout import BatchLayout
 from veneer.kernels.rules import AttentionRules
 from veneer.model_record import record_of
+from veneer.private.transformers import attention_of
 
 NAME = "veneer"
 
@@ -230,7 +231,7 @@ class DecoderPath:
 
 def take_packed(model: PreTrainedModel) -> None:
     """It attends as we do from now on, as proven elsewhere; nothing where it does already."""
-    if model.config._attn_implementation != NAME:
+    if attention_of(model.config) != NAME:
         model.set_attn_implementation(NAME)
 
 

@@ -47,6 +47,7 @@ from veneer.kernels.decoding import decoder_step
 from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
 from veneer.linear import FewRowsLinear
+from veneer.private.torch import children_of, has_hooks
 from veneer.shards import in_shards
 
 SLOTS = 16
@@ -175,7 +176,7 @@ def _layer(
     if layer.unknown is not None:
         whole: Any = layer.module
         return whole((h if delta is None else h + delta)[None], **_given(angles, laid))[0], None
-    first, attention, second, feed = (layer.module._modules[name] for name in PARTS)
+    first, attention, second, feed = (children_of(layer.module)[name] for name in PARTS)
     h, x = _add_norm(h, delta, first, layer.norms[0])
     assert layer.attention is not None and attention is not None and feed is not None
     if _bare(attention) is layer.attention.module:
@@ -186,7 +187,7 @@ def _layer(
     gated = layer.feed_forward
     if gated is None or gated.gate is not silu_gate or _bare(feed) is not gated.module:
         return h, feed(x[None])[0]
-    gate, up, down = (gated.module._modules[name] for name in GATED)
+    gate, up, down = (children_of(gated.module)[name] for name in GATED)
     return h, _product(decoder_step.gate(*_products(x, [gate, up])), down)
 
 
@@ -199,7 +200,7 @@ def _given(angles: tuple[Tensor, Tensor], laid: PagedStep) -> dict[str, Any]:
 def _attention(
     facts: Attention, x: Tensor, angles: tuple[Tensor, Tensor], laid: PagedStep
 ) -> Tensor:
-    places, (rows, size) = facts.module._modules, angles[0].shape[1:]
+    places, (rows, size) = children_of(facts.module), angles[0].shape[1:]
     q, k, v = _products(x, [places[name] for name in QKV])
     if facts.norms:
         q, k = (
@@ -215,10 +216,10 @@ def _attention(
 def _bare(module: nn.Module | None) -> nn.Module | None:
     """The base's own module where nothing acts beside it and nobody listens, else None."""
     while isinstance(module, AdaptedModule):
-        if not module.idle() or module._forward_hooks or module._forward_pre_hooks:
+        if not module.idle() or has_hooks(module):
             return None
         module = module.base
-    return None if module is None or module._forward_hooks or module._forward_pre_hooks else module
+    return None if module is None or has_hooks(module) else module
 
 
 def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:

@@ -34,6 +34,14 @@ from veneer.kernels.dense.fused import gelu_gate, rms_norm, rotary, silu_gate
 from veneer.kernels.rules import AttentionRules
 from veneer.linear import frozen_linear
 from veneer.model_record import record_of
+from veneer.private.torch import (
+    buffers_of,
+    children_of,
+    parameters_of,
+    replace_children,
+    replace_parameters,
+)
+from veneer.private.transformers import attention_of
 from veneer.shards import make_whole
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -126,7 +134,7 @@ def find_layers(model: PreTrainedModel) -> tuple[DecoderLayer, ...]:
     """
     places = decoder_layers(model)
     modules = () if places is None else tuple(plain_modules(places).values())
-    attention = model.config._attn_implementation
+    attention = attention_of(model.config)
     known = record_of(model).known(_Layers)
     if known is None or (known.modules, known.attention) != (modules, attention):
         layers = tuple(_look_at(_own(place)) for place in places or ())
@@ -193,7 +201,7 @@ def find_feed_forward(module: nn.Module) -> FeedForward | None:
     small = copy.copy(module)
     sizes = ((WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH))
     projections = [_small(*size, dtype, seed) for seed, size in enumerate(sizes)]
-    small._modules = {**module._modules, **dict(zip(GATED, projections, strict=True))}
+    replace_children(small, {**children_of(module), **dict(zip(GATED, projections, strict=True))})
     first, second, down = projections
     for gate in (silu_gate, gelu_gate):
         same = agrees(lambda x, gate=gate: gate(x, torch.ones_like(x)), activation, (x,), PART)
@@ -215,16 +223,16 @@ def find_attention(block: Any) -> Attention | None:
     """
     names, size = {name for name, _ in block.named_children()}, getattr(block, "head_dim", None)
     first = QKV[0]
-    view = frozen_linear(unwrapped(block._modules[first])) if first in names else None
+    view = frozen_linear(unwrapped(children_of(block)[first])) if first in names else None
     if view is None or names not in ({*QKV, O}, {*QKV, O, *HEAD_NORMS}):
         return None
     if (
         not isinstance(size, int)
         or size % 2
-        or getattr(getattr(block, "config", None), "_attn_implementation", None) != NAME
+        or attention_of(getattr(block, "config", None)) != NAME
     ):
         return None
-    own = [unwrapped(block._modules[name]) for name in HEAD_NORMS if name in names]
+    own = [unwrapped(children_of(block)[name]) for name in HEAD_NORMS if name in names]
     norms = [norm for module in own if (norm := find_norm(module))]
     if len(norms) != len(own) or any(
         norm.module.get_parameter("weight").shape != (size,) for norm in norms
@@ -240,13 +248,13 @@ def _confirmed(
     block: Any, size: int, dtype: torch.dtype, norms: tuple[Norm, ...]
 ) -> Attention | None:
     small, draw = copy.copy(block), torch.Generator().manual_seed(0)
-    small._modules = {}
+    replace_children(small, {})
     for seed, name in enumerate((*QKV, O)):
-        own: Any = unwrapped(block._modules[name])
+        own: Any = unwrapped(children_of(block)[name])
         ins, outs = (own.in_features, WIDTH) if name == O else (WIDTH, own.out_features)
-        small._modules[name] = _small(ins, outs, dtype, seed)
+        children_of(small)[name] = _small(ins, outs, dtype, seed)
     for name, norm in zip(HEAD_NORMS, norms, strict=False):
-        small._modules[name] = _with_small_weight(norm.module, "cpu")[0]
+        children_of(small)[name] = _with_small_weight(norm.module, "cpu")[0]
 
     def values(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(dtype)
@@ -329,12 +337,12 @@ class _Known(nn.Module):
 def _is_sum(layer: nn.Module) -> bool:
     """Whether a layer adds up its parts as written above, and hands on what they need: tried with
     parts that are known."""
-    own: Mapping[str, Any] = {**layer._parameters, **layer._buffers}
+    own: Mapping[str, Any] = {**parameters_of(layer), **buffers_of(layer)}
     if any(value is not None for value in own.values()):
         return False
     parts = {name: _Known(turns, alone=name != PARTS[1]) for turns, name in enumerate(PARTS, 1)}
     small: Any = copy.copy(layer)
-    small._modules = dict(parts)
+    replace_children(small, dict(parts))
     x = _rows(WIDTH, torch.bfloat16)[None]
     first, attention, second, feed = parts.values()
     handed = {"position_embeddings": (x, x), "veneer_layout": object()}
@@ -375,5 +383,5 @@ def _with_small_weight(module: nn.Module, device: str | None = None) -> tuple[nn
     there = device or ("cpu" if own.is_meta else own.device)
     weight = torch.rand(own.shape, generator=draw).add_(0.5).to(own.dtype).to(there)
     small = copy.copy(module)
-    small._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    replace_parameters(small, {"weight": nn.Parameter(weight, requires_grad=False)})
     return small, weight

@@ -34,6 +34,7 @@ from veneer.kernels.bindings import dense_calls, paged_calls
 from veneer.kernels.dense.mixes import AdapterMix
 from veneer.kernels.packed.nf4 import FUSED_ROWS
 from veneer.kernels.tape.step_tape import RowMemory, StepTape, record_step
+from veneer.private.torch import buffers_of, children_of, forward_hooks, has_hooks, parameters_of
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 """The input of the first layer, (N, D), and cosines and sines, (N, E)."""
@@ -164,16 +165,12 @@ class Snapshot:
     """
 
     def __init__(self, modules: Sequence[nn.Module], parents: Sequence[nn.Module] = ()) -> None:
-        children = [module._modules for module in (*parents, *modules) if module._modules]
+        children = [children_of(module) for module in (*parents, *modules) if children_of(module)]
         self._children, self._children_then = children, [dict(names) for names in children]
-        self._hooks = [
-            hooks
-            for module in modules
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        self._hooks = [hooks for module in modules for hooks in forward_hooks(module)]
         self._last_hook_id = -1
         tables: list[dict[str, Any]] = [
-            table for module in modules for table in (module._parameters, module._buffers)
+            table for module in modules for table in (parameters_of(module), buffers_of(module))
         ]
         entries = [
             (table, name)
@@ -341,4 +338,4 @@ def _first(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _have_hooks(modules: Sequence[nn.Module]) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(has_hooks(module) for module in modules)

@@ -41,6 +41,8 @@ from veneer.kernels.dense.block import Block, lora_block
 from veneer.kernels.dense.fused import rms_norm, silu_gate
 from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
+from veneer.private.torch import children_of, has_hooks
+from veneer.private.transformers import attention_of
 
 
 class FusedNorm(StandIn):
@@ -104,7 +106,7 @@ class FusedAttention(StandIn):
         """Whether this forward is one that was proven: our attention, whole heads turned, in x's
         type."""
         block: Any = self.base
-        if position_embeddings is None or block.config._attn_implementation != NAME or x.dim() != 3:
+        if position_embeddings is None or attention_of(block.config) != NAME or x.dim() != 3:
             return False
         return all(
             each.dtype is x.dtype and each.dim() == 3 and each.shape[-1] == self.facts.head_dim
@@ -130,13 +132,13 @@ class FusedLayer(StandIn):
         **others: Any,
     ) -> Block | None:
         base: Any = self.base
-        first, attention, second, feed = (base._modules[name] for name in PARTS)
+        first, attention, second, feed = (children_of(base)[name] for name in PARTS)
         beside = ("cache", "past_key_values", "veneer_prefix", "veneer_keys")
         if not isinstance(veneer_layout, LayoutAttention) or any(
             others.get(name) is not None for name in beside
         ):
             return None
-        if len(veneer_layout.layout.groups) != 1 or base._forward_hooks or base._forward_pre_hooks:
+        if len(veneer_layout.layout.groups) != 1 or has_hooks(base):
             return None
         if x.dim() != 3 or len(x) != 1 or not attention.takes(x, position_embeddings):
             return None

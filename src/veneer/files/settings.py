@@ -6,7 +6,7 @@ the run's method.
 
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -14,16 +14,11 @@ from pydantic_core import ErrorDetails
 
 from veneer.errors import ConfigError
 from veneer.files.strict_json import illegible
+from veneer.private.pydantic import ModelMetaclass
 from veneer.vocabulary import CHOICES_ELSEWHERE, NOT_NEEDED, KeyPath, nearest, nearest_word
 
 FaultKey = tuple[KeyPath, str]
 """Path and kind of a fault: a field of two types fails once for each, which is one fault."""
-
-
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass
-else:
-    ModelMetaclass = type(BaseModel)  # pydantic does not export it
 
 
 class _SettingsMeta(ModelMetaclass):

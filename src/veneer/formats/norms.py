@@ -24,6 +24,7 @@ from veneer.formats.peft.matching import strengths
 from veneer.formats.peft.tensors import Slot
 from veneer.linear import frozen_linear
 from veneer.models.frozen_base import FrozenBase
+from veneer.private.torch import parameters_of
 
 _ENDS = (".lora_A.weight", ".lora_embedding_A")
 
@@ -103,7 +104,7 @@ def base_norms(base: FrozenBase, paths: Iterable[str]) -> dict[str, float]:
     for path in paths:
         module = modules.get(path)
         linear = None if module is None else frozen_linear(module)
-        if module is None or (linear is None and "weight" not in module._parameters):
+        if module is None or (linear is None and "weight" not in parameters_of(module)):
             continue  # experts: the file does not say which of their parameters is meant
         weight = (
             linear.dense_weight(torch.float32)

@@ -27,6 +27,7 @@ from veneer.library.residents.memory import (
     room_for,
 )
 from veneer.models.frozen_base import FrozenBase
+from veneer.private.torch import version_of
 
 
 @dataclass(kw_only=True, eq=False)
@@ -190,4 +191,4 @@ class Pool:
 
 
 def _edits(attachment: Attachment) -> int:
-    return hash(tuple((p._version, p.data_ptr()) for p in attachment.parameters().values()))
+    return hash(tuple((version_of(p), p.data_ptr()) for p in attachment.parameters().values()))

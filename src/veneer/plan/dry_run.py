@@ -64,6 +64,7 @@ from veneer.plan.depth import first_layers, grown_phase, grown_work, period_of
 from veneer.plan.planned_offload import PlannedOffload
 from veneer.plan.tracker import META, MetaMode, Parts, Tracker, Work, without_values
 from veneer.plan.weights import base_bytes
+from veneer.private.torch import storage_key
 from veneer.training.config import OptimizerName
 from veneer.training.optimizer.buffer import FlatParameters
 
@@ -310,18 +311,20 @@ def _static(
 ) -> Parts:
     """Returns permanent bytes by label, laid out as FlatParameters and AdamW do."""
     unique = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        storage_key(t): t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers()]
     }
     weights = sum(unique.values())
     flat = FlatParameters(parameters)
     # float32 values moved into the flat buffer: the storage they had before is gone.
     remaining_storages = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        storage_key(t): t.untyped_storage().nbytes()
         for t in [*model.parameters(), *model.buffers()]
     }
     buffer = flat.values.untyped_storage()
-    remaining = sum(size for key, size in remaining_storages.items() if key != buffer._cdata)
+    remaining = sum(
+        size for key, size in remaining_storages.items() if key != storage_key(flat.values)
+    )
     size = buffer.nbytes()
     moments = moment_bytes(flat.values.numel(), optimizer)
     return {WEIGHTS: min(remaining, weights), VALUES: size, GRADIENTS: size, MOMENTS: moments}

@@ -19,6 +19,7 @@ from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
 from veneer.files.remembered import is_known, remember
 from veneer.plan.counted import DryRun, Step
+from veneer.private.transformers import attention_of
 from veneer.training.output.records import process_memory_bytes
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _identity(config: PreTrainedConfig) -> str | None:
         "class": f"{type(config).__module__}.{type(config).__qualname__}",
         "fields": {name: value for name, value in config.to_dict().items() if name not in _NO_STEP},
         "architectures": config.architectures,
-        "attention": config._attn_implementation,
+        "attention": attention_of(config),
     }
     return json.dumps(identity, sort_keys=True, default=str)
 

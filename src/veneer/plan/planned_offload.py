@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from veneer.private.torch import storage_key, version_of
 from veneer.training.optimizer.offload import WORTH_BYTES
 
 
@@ -28,7 +29,7 @@ class PlannedOffload:
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self.moved_bytes = 0
-        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._weights = {storage_key(tensor) for tensor in weights}
         self._known: dict[tuple[Any, ...], StorageWeakRef] = {}
 
     def pack(self, tensor: Tensor) -> Tensor | _DroppedTensor:
@@ -37,13 +38,13 @@ class PlannedOffload:
             not tensor.is_meta
             or tensor.nbytes < WORTH_BYTES
             or tensor.nbytes > storage.nbytes()
-            or storage._cdata in self._weights
+            or storage_key(tensor) in self._weights
         ):
             return tensor
         weak = StorageWeakRef(storage)
         key = (
             weak.cdata,
-            tensor._version,
+            version_of(tensor),
             tensor.storage_offset(),
             tuple(tensor.shape),
             tensor.stride(),

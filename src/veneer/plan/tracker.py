@@ -18,11 +18,22 @@ from typing import Annotated, Any
 import torch
 from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.kernels.bindings.library import noted_now
+from veneer.private.torch import (
+    FLASH_BACKWARD,
+    FLASH_FORWARD,
+    GROUPED_PRODUCT,
+    READ_VALUE,
+    TO_COPY,
+    UNIQUE,
+    UNSAFE_VIEW,
+    TorchDispatchMode,
+    packet_of,
+    storage_key,
+)
 
 META = torch.device("meta")
 Parts = dict[str, int]
@@ -109,15 +120,15 @@ class MetaMode(TorchDispatchMode):
         aten = torch.ops.aten
         if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
             return None
-        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        if func is GROUPED_PRODUCT.default and args[0].dtype != torch.bfloat16:
             return _grouped_product(*args, **kwargs)
-        if func is aten._unique2.default:
+        if func is UNIQUE.default:
             return torch.arange(self.experts), None, None
-        if func is aten._to_copy.default and (kwargs.get("device") or META) != META:
+        if func is TO_COPY.default and (kwargs.get("device") or META) != META:
             return func(
                 *args, **{**kwargs, "device": META}
             )  # a copy to a real device has no storage either
-        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+        if func is READ_VALUE.default and args[0].dtype == torch.bool:
             return True  # asked of masks: nothing is masked
         if func is aten.nonzero.default:
             rows = -(-args[0].numel() // self.experts)
@@ -165,7 +176,7 @@ class Tracker(MetaMode):
 
     def relabel(self, tensor: Tensor, label: str) -> None:
         """Gives a counted tensor another label."""
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor)
         old_label, size = self._seen[key]
         self._seen[key] = label, size
         self.live[old_label] -= size
@@ -189,7 +200,7 @@ class Tracker(MetaMode):
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key in self._seen or tensor.device.type != self.device.type:
             return
         size = storage.nbytes()
@@ -212,7 +223,7 @@ class Tracker(MetaMode):
     def _count_work(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        packet, now = func._overloadpacket, noted_now()
+        packet, now = packet_of(func), noted_now()
         times = now.times
         if packet in _NOTED:
             self.work.operations += times
@@ -275,14 +286,14 @@ def _grouped_product(
     return None
 
 
-_NOTED = {torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward}
+_NOTED = {FLASH_FORWARD, FLASH_BACKWARD}
 """Operations whose products are counted by their caller (kernels/attention/flash.py)."""
 _FREE = {
     torch.ops.aten.detach,
     torch.ops.aten.empty,
     torch.ops.aten.empty_like,
     torch.ops.aten.new_empty,
-    torch.ops.aten._unsafe_view,
+    UNSAFE_VIEW,
     torch.ops.aten.lift_fresh,
 }
 """Operations that neither read nor write values."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.methods.experts import by_expert, expert_bias
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
+from veneer.private.torch import buffers_of
 from veneer.quant.weight import PackedWeight
 
 
@@ -75,15 +76,17 @@ class Holder(PackedModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Holder":
         """Moves to another device. Scales and tables keep their types, whatever the model's is."""
         exact = {
-            name: b.dtype for name, b in self._buffers.items() if b is not None and name != "like"
+            name: b.dtype
+            for name, b in buffers_of(self).items()
+            if b is not None and name != "like"
         }
-        before = dict(self._buffers)
+        before = dict(buffers_of(self))
         super()._apply(fn, recurse)
         for name, dtype in exact.items():
-            moved, old = self._buffers[name], before[name]
+            moved, old = buffers_of(self)[name], before[name]
             assert moved is not None and old is not None
             if moved.dtype != dtype:
-                self._buffers[name] = old.to(moved.device)
+                buffers_of(self)[name] = old.to(moved.device)
         self._views.clear()
         return self
 

@@ -27,6 +27,7 @@ from veneer.kernels.dense.lora import LoRALinear, lora_linears, unadapted
 from veneer.kernels.dense.row_updates import RowUpdate
 from veneer.kernels.dense.segments import InferenceUpdates, linear_with_updates
 from veneer.linear import FrozenLinear, frozen_linear, frozen_product
+from veneer.private.torch import has_hooks
 
 
 class LinearLayer(Layer, Protocol):
@@ -93,7 +94,7 @@ class AdaptedLinear(AdaptedModule):
         adapters = acting.whole
         if not adapters or acting.counts(x.numel() // x.shape[-1]) or self.replaces(adapters):
             return None
-        if self._forward_hooks or self._forward_pre_hooks:
+        if has_hooks(self):
             return None
         layers = self.drawing(adapters, acting.keys)
         if not layers:
@@ -108,7 +109,7 @@ class AdaptedLinear(AdaptedModule):
         """W, bias and cached updates of x_MI, all rows of a step of answers, for a call that
         computes several layers. Returns None if something else happens here."""
         acting = self.routing.acting
-        if self._forward_hooks or self._forward_pre_hooks or not acting.counts(len(x_MI)):
+        if has_hooks(self) or not acting.counts(len(x_MI)):
             return None
         updates = self._cached_updates(acting, len(x_MI), x_MI.dtype)
         return None if updates is None else updates.in_one_call(x_MI, self.bias, self.frozen)
@@ -120,7 +121,7 @@ class AdaptedLinear(AdaptedModule):
         Returns None while training, or if the base has a hook."""
         if torch.is_grad_enabled() or acting.keys is not None:
             return None
-        if self.base._forward_hooks or self.base._forward_pre_hooks:
+        if has_hooks(self.base):
             return None
         layer_rows = self.key, dtype, acting.rows_of_parts(rows)
         updates = acting.plan.kept.get(layer_rows)
@@ -214,7 +215,7 @@ def sole_lora(module: nn.Module, x: Tensor) -> LoRALinear | None:
     it."""
     if isinstance(module, AdaptedLinear):
         return module.sole_lora(x)
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return None
     if any(parameter.requires_grad for parameter in module.parameters()):
         return None

@@ -18,6 +18,7 @@ from veneer.adapters.methods.lora import Kind, LoRALayer, delta_weight
 from veneer.adapters.placement.acting import TokenKeys
 from veneer.kernels.dense.dora import dora_linear, row_factor, row_norms, row_squares
 from veneer.linear import FrozenLinear, frozen_product
+from veneer.private.torch import version_of
 
 
 class DoRALayer:
@@ -54,7 +55,7 @@ class DoRALayer:
             self._kept = None
             return self._norm(base)
         A, B = self.low_rank.A, self.low_rank.B
-        values = A.data_ptr(), A._version, B.data_ptr(), B._version
+        values = A.data_ptr(), version_of(A), B.data_ptr(), version_of(B)
         if self._kept is None or self._kept[0] != values:
             self._kept = values, self._norm(base)
         return self._kept[1]

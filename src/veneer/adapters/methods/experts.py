@@ -26,6 +26,7 @@ from veneer.kernels.dense.row_updates import RowUpdate
 from veneer.kernels.dense.segments import UpdateCache, linear_with_updates
 from veneer.kernels.layout import round_up
 from veneer.linear import FrozenLinear, PackedExperts, SliceLinear, frozen_product
+from veneer.private.transformers import gate_of
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def by_expert(
     product(x, name, expert, rows) multiplies x with the expert's matrix of the stack `name`. x has
     the rows hidden[rows], then rows of zeros.
     """
-    gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
+    gate = gate_of(experts)
+    assert gate is not None
     num_experts = next(iter(expert_parameters(experts).values()))[0]
     out = torch.zeros_like(hidden)
     for expert in top_k_index.unique().tolist():
@@ -226,7 +228,7 @@ def is_expert_stack(module: nn.Module) -> bool:
 
 def is_gated_stack(experts: nn.Module) -> bool:
     names = {name for name, _ in experts.named_parameters(recurse=False)}
-    gated = {"gate_up_proj", "down_proj"} <= names and hasattr(experts, "_apply_gate")
+    gated = {"gate_up_proj", "down_proj"} <= names and gate_of(experts) is not None
     return gated and not getattr(experts, "has_post_expert_norm", False)
 
 

@@ -24,6 +24,7 @@ from veneer.adapters.placement.token_rows import AddedTokens, NewTokens, TokenRo
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
 from veneer.errors import ConfigError
 from veneer.linear import frozen_linear, is_plain_embedding
+from veneer.private.torch import parameters_of
 
 
 class _VocabularyModule(AdaptedModule):
@@ -65,7 +66,7 @@ class ExtendedHead(_VocabularyModule):
         plain: Tensor = self.base(input)
         if not any(parts.values()):
             return plain
-        bias: Any = unwrapped(self)._parameters.get("bias")
+        bias: Any = parameters_of(unwrapped(self)).get("bias")
         if acting.whole is not None:
             rows = parts[acting.whole]
             assert rows is not None
@@ -118,7 +119,7 @@ def put_tokens(site: Site, tokens: AddedTokens, embedding: nn.Module | None) -> 
 
 def _rows(tokens: AddedTokens, site: Site, path: str) -> TokenRows:
     module = site.modules[path]
-    weight = module._parameters.get("weight")
+    weight = parameters_of(module).get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         linear = frozen_linear(module)
         assert linear is not None

@@ -17,6 +17,7 @@ from veneer.adapters.placement.acting import Applied, TokenKeys
 from veneer.adapters.placement.attachment import stands_alone, summed_change
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.rows import by_part, rows_of
+from veneer.private.torch import children_of
 
 Trained = dict[str, list[tuple[Tensor, float]]]
 """Parameter name -> values trained in its place, each with the weight of its adapter."""
@@ -179,7 +180,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
             above = f"{path}." if path else ""
             stack += [
                 (above + name, child)
-                for name, child in reversed(module._modules.items())
+                for name, child in reversed(children_of(module).items())
                 if child is not None
             ]
     return modules
@@ -198,7 +199,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             kind = type(module)
             copy = copies[id(module)] = kind.__new__(kind)
             copy.__dict__.update(module.__dict__)
-            children = module._modules.items()
+            children = children_of(module).items()
             copy.__dict__["_modules"] = {
                 name: None if child is None else copy_module(child) for name, child in children
             }

@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from veneer.private.transformers import constructor_of
+
 _STOPS_ON_TEXT = ("Llama4ForConditionalGeneration",)
 """Classes whose forward fails on text (transformers 5.24: the language model returns no
 image_outputs). The text class reads such a checkpoint without its tower.
@@ -58,7 +60,7 @@ class _OwnLoader:
 
     def __init__(self, kind: Any) -> None:
         self.from_pretrained = kind.from_pretrained
-        self.from_config = kind._from_config
+        self.from_config = constructor_of(kind)
 
 
 def _class_of_text_config(config: PreTrainedConfig) -> Any:

@@ -32,6 +32,7 @@ from veneer.bases.identity.byte_hashes import ByteHashes
 from veneer.bases.identity.config_fields import computing_fields, config_differences
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule, num_parameters
+from veneer.private.torch import buffers_of
 from veneer.quant.config import FORMATS
 from veneer.shards import make_whole
 
@@ -282,7 +283,7 @@ def _packed_weights(
             weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
             parts |= {
                 f"{path}.{name}": part
-                for name, part in module._buffers.items()
+                for name, part in buffers_of(module).items()
                 if part is not None and part.numel()
             }
             parts |= {f"{path}.{name}": number for name, number in module.packed_numbers().items()}

@@ -32,6 +32,7 @@ from veneer.bases.packed.formats import stored_weights
 from veneer.bases.packed.moving import LoaderWeight
 from veneer.errors import ConfigError, CorruptFileError
 from veneer.linear import is_plain_linear, is_transposed_linear
+from veneer.private.transformers import conversions_of, keep_conversions, mark_initialized
 from veneer.quant.layers import HeldExperts, HeldLinear
 from veneer.quant.nf4 import BookName, quantize
 from veneer.quant.weight import PackedWeight
@@ -233,7 +234,7 @@ def _install(model: PreTrainedModel, path: str, name: str, weight: PackedWeight)
         model.set_submodule(path, module)
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if tensor is not None and not tensor.is_meta:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_initialized(tensor)
 
 
 def stores_single_experts(names: Iterable[str]) -> bool:
@@ -306,12 +307,12 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
     module whose weight they otherwise multiply themselves. The names of the checkpoint's tensors
     stay, for save_pretrained.
     """
-    conversions = getattr(model, "_weight_conversions", None)
+    conversions = conversions_of(model)
     quantizer: Any = model.hf_quantizer
     quantizer.remove_quantization_config(model)
     del model.is_quantized
     if conversions is not None:
-        model._weight_conversions = conversions
+        keep_conversions(model, conversions)
     for config in _distinct_configs(model):
         for name in ("_is_quantized", "quantization_config"):
             vars(config).pop(name, None)

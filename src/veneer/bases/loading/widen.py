@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from veneer.bases.config.model_class import auto_class
+from veneer.private.torch import unsaved_buffers
 
 
 def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -31,7 +32,7 @@ def _rounded_buffers(model: PreTrainedModel) -> list[str]:
     """Returns the names of buffers that no file holds and whose type is narrower than float32."""
     names = []
     for path, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
+        for name in unsaved_buffers(module):
             buffer = getattr(module, name)
             if (
                 buffer is not None

@@ -38,6 +38,7 @@ from veneer.cli.job_settings import read_jobs
 from veneer.cli.training.plan import parse_size
 from veneer.cli.training.train_jobs import train_jobs
 from veneer.errors import ConfigError
+from veneer.private.argparse import Group
 from veneer.training.config import RunConfig
 
 
@@ -98,7 +99,7 @@ GROUPS = {
 """Settings that have a flag of their own."""
 
 
-def _add_setting(group: argparse._ArgumentGroup, name: str) -> None:
+def _add_setting(group: Group, name: str) -> None:
     flag, help_text = (
         "--" + name.replace("_", "-"),
         summarize_setting(FLAGS[name]).replace("%", "%%"),

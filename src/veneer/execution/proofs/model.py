@@ -20,6 +20,7 @@ from veneer.execution.attention import NAME, decoder, packed_states
 from veneer.execution.proofs.structure import Proven, no_seam, proven, unreached
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
+from veneer.private.transformers import attention_of
 
 
 def structure(model: PreTrainedModel) -> Proven:
@@ -81,7 +82,7 @@ def prove_packing(model: PreTrainedModel) -> str | None:
 
 
 def _tried(model: PreTrainedModel, expected: Tensor | None) -> str | None:
-    before = model.config._attn_implementation
+    before = attention_of(model.config)
     device = next(model.parameters()).device
     layout = BatchLayout.of(3, (4, 5), device)
     positions = torch.cat([torch.arange(3), torch.arange(3, 7), torch.arange(3, 8)]).to(device)

@@ -25,6 +25,8 @@ from veneer.bases.identity.byte_hashes import ByteHashes
 from veneer.files.remembered import is_known, is_on, remember
 from veneer.linear import PackedModule
 from veneer.model_record import record_of
+from veneer.private.torch import version_of
+from veneer.private.transformers import attention_of
 
 Found = TypeVar("Found")
 
@@ -104,7 +106,7 @@ def class_key(model: PreTrainedModel) -> dict[str, Any]:
             f"{each.__module__}.{each.__qualname__}" for each in (type(model), type(model.config))
         ],
         "config": model.config.to_dict(),
-        "attention": model.config._attn_implementation,
+        "attention": attention_of(model.config),
     }
 
 
@@ -132,4 +134,4 @@ def _joined(lines: Iterable[str]) -> str:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+    return tensor.data_ptr(), version_of(tensor)

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from veneer.bases.quiet_transformers import quiet
 from veneer.errors import VeneerError
 from veneer.execution.switches import switches
+from veneer.private.transformers import constructor_of, forget_attention
 
 WINDOW = 6
 """Tokens of every window and chunk in the copy."""
@@ -143,7 +144,7 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
     own = copy.deepcopy(config)
     if hasattr(own, "quantization_config"):
         del own.quantization_config
-    own._attn_implementation = None
+    forget_attention(own)
     return own
 
 
@@ -153,8 +154,8 @@ def _on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTraine
 
 
 def _built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    build: Any = kind._from_config  # as AutoModelForCausalLM.from_config builds it
-    return build(config, dtype=torch.float32)
+    # as AutoModelForCausalLM.from_config builds it
+    return constructor_of(kind)(config, dtype=torch.float32)
 
 
 def _kinds(model: nn.Module) -> set[tuple[object, ...]]:

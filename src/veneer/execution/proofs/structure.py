@@ -36,6 +36,7 @@ from veneer.execution.switches import forget_lengths, sides, switches
 from veneer.files.remembered import is_known, remember
 from veneer.kernels.dense.loss import Head
 from veneer.kernels.layout import BatchLayout
+from veneer.private.transformers import attention_of
 
 Result = TypeVar("Result")
 
@@ -237,9 +238,9 @@ def _packed(model: PreTrainedModel, texts: list[list[int]]) -> str | None:
         expected = torch.cat([alone[0][:shared], *(own[shared:] for own in alone)])
         return difference(states, expected)
 
-    before = model.config._attn_implementation
+    before = attention_of(model.config)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    if attention_of(model.config) != NAME:
         return f"{type(model).__name__} does not offer transformers' attention interface"
     reason = disagreement(model, "packed rows", lambda: _by_side(model, texts, run), LIMIT)
     if calls and (short := unreached(model, calls[0])) is not None:

@@ -28,6 +28,7 @@ from veneer.kernels.bindings.library import note_flops, on_cuda
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 from veneer.kernels.upload import sent
+from veneer.private.torch import FLASH_BACKWARD, FLASH_FORWARD
 
 MOST_SIZE = 256
 """Largest head size of the kernels."""
@@ -117,9 +118,7 @@ class FlashOps:
         self, q: Tensor, k: Tensor, v: Tensor, spans: SequenceEnds, scale: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Returns output (rows, H, D), log-sum-exp (H, rows) float32, and state for backward."""
-        results = torch.ops.aten._flash_attention_forward(
-            q, k, v, *spans.arguments, False, scale=scale, **spans.window
-        )
+        results = FLASH_FORWARD(q, k, v, *spans.arguments, False, scale=scale, **spans.window)
         out, entropy, *state, _ = results
         return out, entropy, tuple(state)
 
@@ -135,7 +134,7 @@ class FlashOps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v. `out` and `entropy` are those of whole rows."""
         temporaries = _held_by_backward(*inputs[:2], spans) if grad.is_meta else ()
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        gradients: tuple[Tensor, Tensor, Tensor] = FLASH_BACKWARD(
             grad, *inputs, out, entropy, *spans.arguments, *state, scale=scale, **spans.window
         )
         del temporaries

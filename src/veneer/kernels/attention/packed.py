@@ -28,6 +28,7 @@ from veneer.kernels.attention.compiled import native_attention, usable
 from veneer.kernels.attention.flash import declined, flash_attention
 from veneer.kernels.layout import Group, round_up
 from veneer.kernels.rules import AttentionRules
+from veneer.private.torch import SOFTMAX_BACKWARD
 
 BLOCK = 256
 """Query rows per block: bounds the scores held at once to docs * H * BLOCK * (P + L) values."""
@@ -204,7 +205,7 @@ class _Rectangle:
             grad_p = torch.bmm(g, v.transpose(1, 2))
             if sinks is not None:
                 grad_p = F.pad(grad_p, (0, 1))
-            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, probabilities.dtype)
+            grad_s = SOFTMAX_BACKWARD(grad_p, probabilities, -1, probabilities.dtype)
             if sinks is not None and grad_sinks is not None:
                 per_row = grad_s[..., -1].view(
                     -1, sinks.numel() // self.groups, self.groups, stop - start

@@ -35,6 +35,7 @@ from veneer.kernels.dense.lora import LoRALinear
 from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 from veneer.kernels.tape.layer_tape import Input, LayerTape, addresses, record_layer
+from veneer.private.torch import has_gradient_hooks
 
 QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
 """The layers by their places among all."""
@@ -413,7 +414,7 @@ def _held(factors: Sequence[Any]) -> list[Tensor] | None:
             found.append(each)
             continue
         grad = each.grad if each.requires_grad and each.is_leaf else None
-        if grad is None or each._backward_hooks or each._post_accumulate_grad_hooks:
+        if grad is None or has_gradient_hooks(each):
             return None
         if grad.dtype is not each.dtype or grad.shape != each.shape or not grad.is_contiguous():
             return None

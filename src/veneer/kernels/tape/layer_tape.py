@@ -32,6 +32,7 @@ from veneer.kernels.tape.tape import (
     record,
     tape_call,
 )
+from veneer.private.interpreter import referent_of
 
 LINE, WORD = 64, 2**64 - 1
 MOST_SHARED = 2**20
@@ -168,7 +169,7 @@ class _LayerRecorder(Recorder):
         if name not in LAYER_FUNCTIONS:
             self.reject(name)
             return
-        struct, start = arguments[0]._obj, len(self._structs)
+        struct, start = referent_of(arguments[0]), len(self._structs)
         kind: Any = type(struct)
         self._structs += bytes(struct)
         for at in _offsets(kind, ctypes.c_void_p):

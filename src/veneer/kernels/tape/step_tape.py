@@ -22,6 +22,7 @@ from torch import Tensor
 
 from veneer.kernels.bindings.arguments import CallError
 from veneer.kernels.tape.tape import STEP_FUNCTIONS, Recorder, Tape, record, tape_call
+from veneer.private.interpreter import referent_of
 
 _ROWS = {
     "veneer_few_rows",
@@ -86,7 +87,7 @@ class StepTape(Recorder):
 
     def structs(self, function: str) -> list[Any]:
         """Returns the structs of all calls of a function; a replay reads what they hold then."""
-        return [struct._obj for name, (struct, *_) in self._calls if name == function]
+        return [referent_of(struct) for name, (struct, *_) in self._calls if name == function]
 
     def enclose(self, before: "StepTape", behind: "StepTape") -> None:
         """Adds calls before and behind, recorded in the same memory, which are replayed only where
@@ -118,7 +119,7 @@ class StepTape(Recorder):
         self._calls.append((name, arguments))
         self.has_any_rows = self.has_any_rows and name in _ANY_ROWS
         if name in _ROWS:
-            struct = arguments[0]._obj
+            struct = referent_of(arguments[0])
             multiple, rest = divmod(struct.rows, self.memory.rows)
             self.has_any_rows = self.has_any_rows and rest == 0
             self._multiples.append((struct, multiple))

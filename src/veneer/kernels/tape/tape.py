@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer.kernels.bindings.arguments import CallError, call, observe_calls
 from veneer.kernels.bindings.declarations import structure
+from veneer.private.interpreter import referent_of
+from veneer.private.torch import TorchDispatchMode
 
 STEP_FUNCTIONS = (
     "veneer_few_rows",
@@ -115,11 +116,15 @@ def _replay(tape: Any) -> None:
 
 def tape_call(name: str, *arguments: Any) -> TapeCall:
     """Turns the arguments of a call into numbers: None into 0, and a struct into its address."""
-    values = [
-        0 if value is None else ctypes.addressof(value._obj) if hasattr(value, "_obj") else value
-        for value in arguments
-    ]
-    return TapeCall(_NUMBERS[name], (ctypes.c_int64 * MOST_ARGUMENTS)(*values))
+    values = (ctypes.c_int64 * MOST_ARGUMENTS)(*map(_number, arguments))
+    return TapeCall(_NUMBERS[name], values)
+
+
+def _number(argument: Any) -> int:
+    struct = referent_of(argument)
+    if struct is not None:
+        return ctypes.addressof(struct)
+    return 0 if argument is None else argument
 
 
 class Recorder:

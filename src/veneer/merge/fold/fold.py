@@ -21,6 +21,7 @@ from veneer.adapters.placement.layer import Layer
 from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import RefusedError
 from veneer.linear import PackedExperts, PackedLinear, PackedModule, is_transposed_linear
+from veneer.private.torch import buffers_of, parameters_of, unsaved_buffers
 
 Applied = Sequence[tuple[Attachment, float]]
 """Adapters with their weights."""
@@ -48,11 +49,11 @@ def stored_tensors(model: nn.Module) -> dict[str, SourceTensor]:
     for path, module in plain_modules(model).items():
         prefix = f"{path}." if path else ""
         packed = module.packed_shapes() if isinstance(module, PackedModule) else {}
-        dense: dict[str, Tensor | None] = dict(module._parameters)
+        dense: dict[str, Tensor | None] = dict(parameters_of(module))
         if not packed:  # other buffers of a packed module belong to its format
-            left_out = module._non_persistent_buffers_set
+            left_out = unsaved_buffers(module)
             dense |= {
-                name: buffer for name, buffer in module._buffers.items() if name not in left_out
+                name: buffer for name, buffer in buffers_of(module).items() if name not in left_out
             }
         for name, tensor in dense.items():
             if name in packed:
@@ -134,7 +135,7 @@ def wanted_weights(model: nn.Module, applied: Applied) -> dict[str, Callable[[Te
     if missing := [
         name
         for name in offsets
-        if modules[name.removesuffix(".bias")]._parameters.get("bias") is None
+        if parameters_of(modules[name.removesuffix(".bias")]).get("bias") is None
     ]:
         raise RefusedError(
             "lora_bias has no place in these layers, which have no bias of their own",
@@ -217,7 +218,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     by_name = {
         f"{path}.{name}": parameter
         for path, module in modules.items()
-        for name, parameter in module._parameters.items()
+        for name, parameter in parameters_of(module).items()
     }
     declared: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     return {

@@ -14,6 +14,7 @@ from veneer.adapters.placement.wrapping import plain_modules
 from veneer.errors import RefusedError
 from veneer.merge.fold.fold import Applied, stored_tensors, wanted_weights
 from veneer.merge.fold.tokens import refuse_tokens
+from veneer.private.torch import parameters_of
 
 
 @dataclass
@@ -32,7 +33,7 @@ class MergedParameters:
         ]
         try:
             for module, name, parameter in self.changed:
-                module._parameters[name] = parameter
+                parameters_of(module)[name] = parameter
         except BaseException:
             self.restore()
             raise
@@ -40,7 +41,7 @@ class MergedParameters:
 
     def restore(self) -> None:
         for module, name, parameter in self.originals:
-            module._parameters[name] = parameter
+            parameters_of(module)[name] = parameter
 
 
 @torch.no_grad()

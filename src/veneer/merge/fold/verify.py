@@ -22,6 +22,7 @@ from veneer.data.config import DataConfig
 from veneer.data.load import load_data
 from veneer.models.capacity import capacity_of, configured_capacity
 from veneer.models.frozen_base import FrozenBase
+from veneer.private.torch import parameters_of
 
 TEXTS = (
     "The capital of France is Paris, and the river through it is the Seine.",
@@ -189,14 +190,14 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     def widen(module: nn.Module, *_: object) -> None:
         owner = owners[module]
         narrow_parameters[owner] = {
-            n: p for n, p in owner._parameters.items() if p is not None and p.dtype in HALF
+            n: p for n, p in parameters_of(owner).items() if p is not None and p.dtype in HALF
         }
-        owner._parameters.update(
+        parameters_of(owner).update(
             {name: _widened(p) for name, p in narrow_parameters[owner].items()}
         )
 
     def narrow(module: nn.Module, *_: object) -> None:
-        owners[module]._parameters.update(narrow_parameters.pop(owners[module], {}))
+        parameters_of(owners[module]).update(narrow_parameters.pop(owners[module], {}))
 
     handles = [module.register_forward_pre_hook(widen) for module in owners]
     handles += [module.register_forward_hook(narrow) for module in owners]
@@ -211,7 +212,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         for owner, parameters in narrow_parameters.items():
-            owner._parameters.update(parameters)
+            parameters_of(owner).update(parameters)
         for adapter, replaced in values:
             adapter.replaced = replaced
 

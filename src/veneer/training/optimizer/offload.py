@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from veneer.errors import ConfigError
+from veneer.private.torch import version_of
 
 WORTH_BYTES = 2**16
 """Tensors below this size stay: masks, statistics of norms, an adapter's factors."""
@@ -150,7 +151,7 @@ class Offload:
             return tensor
         weak = StorageWeakRef(storage)
         layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        key = (weak.cdata, tensor._version, *layout)
+        key = (weak.cdata, version_of(tensor), *layout)
         copied = self._known.get(key)
         if (
             copied is not None

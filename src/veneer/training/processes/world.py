@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined] # public, untyped
 
 from veneer.bounds import PROCESSES, number_faults
 from veneer.errors import ConfigError, LostProcessError, VeneerError

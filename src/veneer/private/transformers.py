@@ -1,0 +1,49 @@
+"""Private parts of transformers. Tried with transformers 5.20 and 5.24.
+
+It imports nothing, so that rooms which do not know transformers may use it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def attention_of(config: Any) -> Any:
+    """Returns the name of the attention that a config chooses; None if it chooses none."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def forget_attention(config: Any) -> None:
+    config._attn_implementation = None
+
+
+def offers_sdpa(model: Any) -> bool:
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def constructor_of(kind: Any) -> Callable[..., Any]:
+    """Returns the function that builds a model class from a config without weights."""
+    return kind._from_config
+
+
+def gate_of(experts: Any) -> Callable[..., Any] | None:
+    """Returns the function that gates what stacked experts compute; None if they have none."""
+    return getattr(experts, "_apply_gate", None)
+
+
+def conversions_of(model: Any) -> Any:
+    """Returns how the checkpoint's tensors were renamed, for save_pretrained; None if unknown."""
+    return getattr(model, "_weight_conversions", None)
+
+
+def keep_conversions(model: Any, conversions: Any) -> None:
+    model._weight_conversions = conversions
+
+
+def mark_initialized(tensor: Any) -> None:
+    """Tells transformers' loader that a tensor has its values."""
+    tensor._is_hf_initialized = True
+
+
+def decodes_alike(kind: Any, other: Any) -> bool:
+    """True if a tokenizer class decodes by the same methods as another."""
+    return (kind.decode, kind._decode) == (other.decode, other._decode)
