@@ -70,12 +70,11 @@ def module_on(name: str, device: torch.device) -> Any:
 @cache
 def works_on(package: str, device: torch.device) -> bool:
     """True if a package is installed and agrees with plain torch on a device; warns if not."""
-    installed = find_spec(PACKAGES[package]) is not None
     if not torch.cuda.is_available():  # a plan for another machine, or Triton's interpreter
-        return installed
+        return True
     index = torch.cuda.current_device() if device.index is None else device.index
     fault: str | None = "it is not installed"
-    if installed:
+    if find_spec(PACKAGES[package]) is not None:
         trial = import_module("veneer.kernels.cuda.trials").TRIALS[package]
         # In a thread of its own, because a plan may be on in this one, with tensors without
         # storage.
