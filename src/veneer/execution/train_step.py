@@ -36,8 +36,9 @@ from veneer.execution.decoder_layer import (
 )
 from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
-from veneer.kernels.dense import block as kernel
-from veneer.kernels.dense.block import Block, lora_block
+from veneer.kernels.dense import block_operands
+from veneer.kernels.dense.block import lora_block
+from veneer.kernels.dense.block_operands import Block
 from veneer.kernels.dense.fused import rms_norm, silu_gate
 from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
@@ -158,7 +159,7 @@ class FusedLayer(StandIn):
             weight = norm.weight_acting()
             if weight is None or weight.requires_grad:
                 return None
-            norms.append(kernel.Norm(weight, norm.epsilon))
+            norms.append(block_operands.Norm(weight, norm.epsilon))
         cos, sin = (each[0].contiguous() for each in position_embeddings)
         facts: Attention = attention.facts
         group = veneer_layout.layout.groups[0]

@@ -18,7 +18,7 @@ from veneer.adapters.placement.acting import TokenKeys
 from veneer.data.batching import BatchShare, RowSpans, used_length
 from veneer.data.examples import Example
 from veneer.errors import DivergedError, fits_memory
-from veneer.kernels.dense.block import added_where_they_lie
+from veneer.kernels.dense.block import adding_gradients_in_place
 from veneer.models.step import LossShare, acting_on_shares, batch_losses, joint_batch_of
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.offload import offload_for, offloaded
@@ -191,7 +191,7 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     with inputs.routing.held(acting.drawing(keys)):
         with offloaded(gradients[0].offload):
             losses = batch_losses(inputs.model, inputs.paths, inputs.routing, batch, shares)
-        with added_where_they_lie():
+        with adding_gradients_in_place():
             sum(losses[1:], start=losses[0]).backward()
     for gradient, micro_batch, loss, part in zip(
         gradients, micro_batches, losses, parts, strict=True

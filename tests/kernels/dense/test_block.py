@@ -14,7 +14,7 @@ from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, make_groups
 from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
-from veneer.kernels.dense import block
+from veneer.kernels.dense import block, block_operands
 from veneer.models.checkpointing import checkpointed
 from veneer.models.step import batch_loss, prepare
 
@@ -118,7 +118,7 @@ def test_one_node_gives_the_bits_of_its_parts(family, settings, taken, monkeypat
 def test_what_many_rows_do_not_keep_is_computed_again_to_the_same_bits(taken, monkeypatch):
     trained, found = Trained(), []
     for many in (10**6, 1):
-        monkeypatch.setattr(block, "MANY", many)
+        monkeypatch.setattr(block_operands, "MANY_ROWS", many)
         kept = []
 
         def held(x, kept=kept):
@@ -174,7 +174,7 @@ def test_gradients_are_added_where_they_lie_to_the_same_bits_and_told_to_who_wai
         if heard:
             trained.parameters[3].register_post_accumulate_grad_hook(told.append)
         total = float(trained.batch.trained_tokens)
-        with block.added_where_they_lie():
+        with block.adding_gradients_in_place():
             batch_loss(
                 trained.model, trained.paths, trained.routing, trained.batch, total=total
             ).backward()

@@ -16,7 +16,7 @@ from veneer.execution.train_step import fused, replacements
 from veneer.kernels.bindings import arguments, attention_calls
 from veneer.kernels.bindings import library as native
 from veneer.kernels.bindings.arguments import CallError
-from veneer.kernels.dense import block
+from veneer.kernels.dense import block, block_operands
 from veneer.kernels.tape import layer_tape
 from veneer.kernels.tape.tape import Tape, TapeCall
 from veneer.models.checkpointing import checkpointed
@@ -83,7 +83,7 @@ def both(trained, monkeypatch):
     """What is measured, then the same with every layer's calls made by Python."""
     ours = trained.measured()
     with monkeypatch.context() as patch:
-        patch.setattr(block.Block, "alike", lambda *_: None)
+        patch.setattr(block.Block, "replay_key", lambda *_: None)
         return ours, trained.measured()
 
 
@@ -114,7 +114,7 @@ def test_layers_made_again_have_the_bits_of_their_own_calls(family, settings, ag
 def test_so_they_have_where_less_is_kept_and_with_one_thread(again, monkeypatch):
     trained, found = Trained(), []
     for many, threads in ((10**6, 2), (1, 2), (1, 1)):
-        monkeypatch.setattr(block, "MANY", many)
+        monkeypatch.setattr(block_operands, "MANY_ROWS", many)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         found.append(trained.measured())

@@ -164,7 +164,7 @@ class _NativeAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
     ) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
-        out, kept = attended(q, k, v, layout, rules)
+        out, kept = packed_forward(q, k, v, layout, rules)
         ctx.save_for_backward(q, k, v, out, *kept)
         ctx.layout, ctx.rules = layout, rules
         return out
@@ -174,22 +174,22 @@ class _NativeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         return (
-            *attended_gradients(q, k, v, out, kept, aligned(grad), ctx.layout, ctx.rules),
+            *packed_backward(q, k, v, out, kept, aligned(grad), ctx.layout, ctx.rules),
             None,
             None,
         )
 
 
-def attended(
+def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> tuple[Tensor, list[Tensor]]:
-    """(N, H, D) of aligned rows, zeros on filler, and what `attended_gradients` wants."""
+    """(N, H, D) of aligned rows, zeros on filler, and what `packed_backward` wants."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attention_calls.zeros(out, layout.rows)
     return out, [part.forward(out[rows]) for rows, part in _parts(q, k, v, layout, rules)]
 
 
-def attended_gradients(
+def packed_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -227,14 +227,14 @@ def _parts(
     )
     if not P:
         return [(rows, documents)]
-    alone = starts(layout)[1]
+    alone = document_starts(layout)[1]
     return [
         (slice(0, P), AttentionInputs(q[:P], k[:P], v[:P], None, None, alone, P, rules)),
         (rows, documents),
     ]
 
 
-def starts(layout: Group) -> tuple[Tensor, Tensor]:
+def document_starts(layout: Group) -> tuple[Tensor, Tensor]:
     """Of the documents, and of the prompt as a document."""
     if "starts" not in layout.derived:
         layout.derived["starts"] = layout.starts, torch.tensor([0, layout.prompt])

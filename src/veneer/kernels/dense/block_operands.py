@@ -1,0 +1,147 @@
+"""What a decoder layer with LoRA is computed from, as one node of the graph (block.py).
+
+Shapes: M rows, D hidden, H query heads, K key heads, S head size, R rank.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.attention.compiled import document_starts
+from veneer.kernels.bindings.block_calls import Side
+from veneer.kernels.bindings.library import on_cpu
+from veneer.kernels.dense import rank
+from veneer.kernels.dense.dropout import Dropout
+from veneer.kernels.dense.frozen import DenseLinear
+from veneer.kernels.dense.fused import compiled
+from veneer.kernels.dense.lora import LoRALinear
+from veneer.kernels.layout import Group
+from veneer.kernels.rules import AttentionRules
+from veneer.kernels.tape.layer_tape import Input
+
+QKV, O, GATES, DOWN, LAYERS = (0, 1, 2), 3, (4, 5), 6, 7
+"""The linear layers by their places among all."""
+MANY_ROWS = 2048
+"""From so many rows on backward recomputes what one pass over memory gives again."""
+_LEAST_ROWS = 16
+"""Fewer rows do not fill the registers of the kernels for small ranks."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """The operands of a decoder layer.
+
+    layers    q, k, v, o, gate, up and down, all with the same share of dropout or none with any
+    size      S
+    cos, sin  (M, S)
+    """
+
+    before: Norm
+    between: Norm
+    layers: Sequence[LoRALinear]
+    size: int
+    cos: Tensor
+    sin: Tensor
+    layout: Group
+    rules: AttentionRules
+
+    def usable(self, x: Tensor) -> bool:
+        """True if the kernels compute this layer for x (M, D)."""
+        return (
+            self._fits_heads()
+            and self._fits_ranks(len(x))
+            and self._fits_rules()
+            and compiled(x, self.before.weight, self.between.weight, self.cos, self.sin)
+        )
+
+    def _fits_heads(self) -> bool:
+        q, k, v, _, gate, up, _ = (layer.base.out_features for layer in self.layers)
+        if self.size % 32 or any(width % self.size for width in (q, k, v)) or k != v:
+            return False
+        return not q // self.size % max(1, k // self.size) and gate == up and not gate % 16
+
+    def _fits_ranks(self, rows: int) -> bool:
+        ranks = [len(layer.A) for layer in self.layers]
+        if max(sum(ranks[:3]), sum(ranks[4:6])) > rank.MOST:
+            return False
+        if rows < _LEAST_ROWS or not all(map(_is_updated_by_kernels, self.layers)):
+            return False
+        adapted = [layer.dropout for layer in self.layers if len(layer.A)]
+        return len({None if dropout is None else dropout.share for dropout in adapted}) <= 1
+
+    def _fits_rules(self) -> bool:
+        rules = self.rules
+        positive = rules.window is None or rules.window > 0
+        return rules.softcap is None and rules.sinks is None and positive
+
+    def recomputes(self, rows: int) -> bool:
+        """True if backward recomputes the inputs of the linear layers."""
+        return rows >= MANY_ROWS
+
+    def factors(self) -> list[Tensor]:
+        """Returns A of each layer, then B of each."""
+        return [*(layer.A for layer in self.layers), *(layer.B for layer in self.layers)]
+
+    def dropouts(self) -> list[Dropout | None]:
+        return [layer.dropout for layer in self.layers]
+
+    @cached_property
+    def inputs(self) -> list[Input]:
+        """What the calls read besides x, saved tensors and factors."""
+        dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
+        biases = [layer.bias for layer in self.layers]
+        norms = [self.before.weight, self.between.weight]
+        masks = [part for drop in self.dropouts() if drop for part in (drop.rows, drop.key)]
+        return [*dense, *biases, *norms, self.cos, self.sin, *document_starts(self.layout), *masks]
+
+    def replay_key(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
+        """Returns a key that is equal for blocks whose calls differ in addresses alone.
+
+        None if these calls cannot be replayed.
+        """
+        if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
+            return None
+        weights = [value for value in self.inputs[: 2 * LAYERS] if isinstance(value, Tensor)]
+        shapes = [(t.shape, t.dtype, t.is_contiguous()) for t in (*factors, *weights)]
+        numbers = [(layer.scaling, layer.bias is None) for layer in self.layers]
+        drops = [
+            drop and (drop.share, drop.rows.shape, drop.rows.is_contiguous())
+            for drop in self.dropouts()
+        ]
+        own = self.size, self.before.epsilon, self.between.epsilon, self.rules
+        return len(x), self.recomputes(len(x)), *own, *shapes, *numbers, *drops
+
+    def input_side(self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor) -> Side:
+        """Returns the updates of these layers at their common input."""
+        adapted = [number for number in numbers if len(A[number])]
+        dropouts = [self.layers[number].dropout for number in adapted]
+        masks = [dropout.mask() for dropout in dropouts if dropout is not None]
+        return Side([A[number] for number in adapted], narrow, masks=masks)
+
+    def output_side(self, number: int, narrow: Tensor, B: Sequence[Tensor]) -> Side:
+        """Returns the update of a layer at its output."""
+        return Side([B[number]] if B[number].shape[1] else [], narrow, self.layers[number].scaling)
+
+
+def _is_updated_by_kernels(layer: LoRALinear) -> bool:
+    """True if the layer has no bias that trains, and factors that fill whole registers."""
+    if layer.bias is not None and layer.bias.requires_grad:
+        return False
+    sizes = len(layer.A), layer.A.shape[1], len(layer.B)
+    if len(layer.A) > rank.MOST or any(size % 16 for size in sizes):
+        return False
+    return all(t.is_contiguous() and t.dtype is torch.float32 for t in (layer.A, layer.B))
+
+
+def split_ranks(narrow: Tensor, A: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Splits (M, R) of several layers side by side into those of each."""
+    return [narrow] if len(A) == 1 else narrow.split([len(factor) for factor in A], dim=1)
