@@ -173,7 +173,7 @@ def test_help_of_train_has_the_settings_that_have_a_flag_with_their_defaults(cap
     main.main(["train", "--help"])
     out = capsys.readouterr().out
     assert all("--" + name.replace("_", "-") in out for name in FLAGS)
-    assert "Rows per optimizer step (default: 8)" in out and "veneer explain" in out
+    assert "rows per optimizer step; default: 8" in out and "veneer explain" in out
     assert "method.rank_pattern" not in out and max(map(len, out.splitlines()[3:])) <= 80
 
 

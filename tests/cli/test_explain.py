@@ -90,7 +90,7 @@ def test_every_setting_is_explained_and_train_says_where(capsys):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("method.rank", "R, the width of the update"),
+        ("method.rank", "Rank of the update"),
         ("rank", "method.rank"),
         ("learning_rate", "Peak rate"),
         ("d107", "D107"),

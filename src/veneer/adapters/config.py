@@ -1,4 +1,5 @@
-"""The methods' settings: what a run file says under `method`. No torch here: `--help` reads this.
+"""Settings of the methods, which a run file gives under `method`. `--help` reads this file, so it
+does not import torch.
 
 Sources: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732; DoRA,
 Liu et al. 2024, arXiv:2402.09353; LoRA+, Hayou et al. 2024, arXiv:2402.12354; prefix tuning, Li and
@@ -21,15 +22,13 @@ USUAL_WIDTH = 2000
 class MethodConfig(StrictSettings):
     """Base class of methods: properties of a method besides its settings.
 
-    trains_base            it trains the base's own weights, which must be dense; its result is a
-                           model, not an adapter
-    usual_rate             peak learning rate, at a hidden size of USUAL_WIDTH, of a run that names
-                           none
-    rate_falls             exponent with which that falls in wider models: Tinker's rule for Llama,
-                           from sweeps of LoRA over 35 models (tinker-cookbook,
-                           hyperparam_utils.py); full fine-tuning a tenth of LoRA (Schulman et al.
-                           2025, "LoRA Without Regret"). Held against searches at hidden size 576 in
-                           docs/benchmarks.md
+    trains_base  whether it trains the base's own weights, which must be dense, so that the result
+                 is a model and not an adapter
+    usual_rate   default peak learning rate at a hidden size of USUAL_WIDTH
+    rate_falls   exponent by which the default rate falls in wider models: Tinker's rule for Llama,
+                 from sweeps of LoRA over 35 models (tinker-cookbook, hyperparam_utils.py). Full
+                 fine-tuning takes a tenth of LoRA's rate (Schulman et al. 2025, "LoRA Without
+                 Regret"). docs/benchmarks.md compares both with searches at hidden size 576
     """
 
     trains_base: ClassVar[bool] = False
@@ -37,17 +36,17 @@ class MethodConfig(StrictSettings):
     rate_falls: ClassVar[float] = 0.781
 
     name: str = ""
-    """What the run file calls it; every method has one."""
+    """Name in the run file; every method has one."""
 
     def default_learning_rate(self, hidden_size: int) -> float:
-        """Peak rate with these settings on a base of this hidden size where a run names none; two
-        digits."""
+        """Returns the default peak rate of these settings on a base of this hidden size, rounded to
+        two digits."""
         rate = self.usual_rate * self.share_of_rate * (USUAL_WIDTH / hidden_size) ** self.rate_falls
         return float(f"{rate:.1e}")
 
     @property
     def share_of_rate(self) -> float:
-        """Factor of the method's usual rate with these settings."""
+        """Factor of the usual rate with these settings."""
         return 1.0
 
     @property
@@ -57,7 +56,7 @@ class MethodConfig(StrictSettings):
 
     @property
     def folds(self) -> bool:
-        """Whether it can become part of the base's dense weights."""
+        """Whether an adapter can be merged into the base's dense weights."""
         return all(content.merges for content in self.contents)
 
     @property
@@ -67,35 +66,35 @@ class MethodConfig(StrictSettings):
 
     @property
     def drops_out(self) -> bool:
-        """Whether training draws masks of dropout."""
+        """Whether training draws dropout masks."""
         return False
 
     @property
     def two_factors(self) -> bool:
-        """Whether what it adds at a place is scaling * B A and nothing else: others then take it
-        apart and write it anew."""
+        """Whether its update of a module is scaling * B A and nothing else, so that other code may
+        factor it again."""
         return False
 
     @property
     def update_rank(self) -> int | None:
-        """Rank of its updates. None if they have none."""
+        """Rank of its updates; None if they have none."""
         return None
 
     def of_rank(self, rank: int) -> Self:
-        """The same with updates of another rank, alpha in proportion; as it is where they have
-        none."""
+        """Returns the settings with another rank and alpha in proportion; unchanged if updates have
+        no rank."""
         return self
 
     def rate_of(self, part: str) -> float:
-        """Factor of the learning rate of a layer's trained tensor `part`."""
+        """Factor of the learning rate of the tensor `part` of a layer."""
         return 1.0
 
 
 class AdapterConfig(MethodConfig):
-    """A method that puts layers beside a frozen base; its result is an adapter folder.
+    """Base class of methods that add layers to a frozen base; the result is an adapter folder.
 
-    through_attention  it acts inside attention: the base must have handed that over
-                       (execution/attention.py) first
+    through_attention  whether it acts inside attention, so that Veneer must compute attention
+                       (execution/attention.py)
     """
 
     through_attention: ClassVar[bool] = False
@@ -105,36 +104,35 @@ class LowRank(AdapterConfig):
     """Settings that LoRA and its variants share."""
 
     rank: Annotated[int, RANK] = 16
-    """R, the width of the update; a linear layer trains rank * (in + out) parameters."""
+    """Rank of the update; a linear layer trains rank * (in + out) parameters."""
     alpha: Annotated[float, ALPHA] = 32.0
-    """Numerator of the scaling; no unit."""
+    """Numerator of the scaling alpha / rank."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Share of the inputs of A set to zero while training; of an embedding, whose inputs are ids,
-    none. Rows of a step that begin alike are dropped alike there. 0 trains fastest."""
+    """Share of the inputs of A that training sets to zero; 0 trains fastest. Rows with the same
+    beginning get the same mask there. Embeddings have no dropout."""
     rslora: bool = False
     """scaling = alpha / sqrt(rank) instead of alpha / rank."""
     targets: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head, fused experts included; without weights
-    that the model multiplies by past their module, as Mamba does by dt_proj.weight, and without
-    Mamba's out_proj, where PEFT refuses LoRA), a list of module names or name endings, or one
-    regular expression that matches the whole module path."""
+    """all-linear (every linear layer except the output head, fused experts included), a list of
+    module names or name endings, or a regular expression that matches the whole module path.
+    all-linear leaves out weights that the model reads without calling their module (Mamba's
+    dt_proj), and Mamba's out_proj, on which PEFT refuses LoRA."""
     exclude: list[str] = Field(default_factory=list)
-    """Module names, name endings or regular expressions that are left alone though `targets` names
-    them."""
+    """Module names, name endings or regular expressions to leave out of `targets`."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
-    """Only these layer numbers (0 is the first); empty: all. Has no effect on a module outside the
-    layers."""
+    """Numbers of the layers to adapt, from 0; empty: all. Modules outside the layers are not
+    affected."""
     rank_pattern: dict[str, Annotated[int, RANK]] = Field(default_factory=dict)
-    """Regular expression of the end of a module path -> rank; the first that matches wins."""
+    """Ranks by regular expression for the end of a module path; the first match wins."""
     alpha_pattern: dict[str, Annotated[float, ALPHA]] = Field(default_factory=dict)
-    """Regular expression of the end of a module path -> alpha; the first that matches wins."""
+    """Alphas by regular expression for the end of a module path; the first match wins."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Train the base's biases too: of every module (all) or of the targeted ones (lora_only)."""
+    """Also train biases of the base: of all modules (all) or of the targeted ones (lora_only)."""
     train_modules: list[str] = Field(default_factory=list)
-    """Modules (names or endings) trained in full beside the update, for instance lm_head."""
+    """Modules (names or endings) to train in full as well, for instance lm_head."""
     lr_ratio: Annotated[float, RATIO] = 1.0
-    """Learning rate of B over that of A (LoRA+; its authors take 16); learning_rate is A's, by
-    default lower by the square root of this; 1: off."""
+    """LoRA+: learning rate of B divided by that of A; its authors take 16; 1: off. learning_rate is
+    A's; its default is lower by the square root of this ratio."""
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> "LowRank":
@@ -161,7 +159,7 @@ class LowRank(AdapterConfig):
 
     @property
     def share_of_rate(self) -> float:
-        """LoRA+: the geometric mean of A's rate and B's stays the method's."""
+        """LoRA+: keeps the geometric mean of the rates of A and B at the usual rate."""
         return float(self.lr_ratio**-0.5)
 
     @property
@@ -172,8 +170,7 @@ class LowRank(AdapterConfig):
         return self.model_copy(update={"rank": rank, "alpha": self.alpha * rank / self.rank})
 
     def stored_strength(self, rank: int, alpha: float) -> tuple[int, float]:
-        """Rank and alpha that the file says of a layer: the same scaling, whatever rank is
-        stored."""
+        """Returns rank and alpha as a layer's file states them, with the same scaling."""
         return rank, alpha
 
     def rate_of(self, part: str) -> float:
@@ -181,22 +178,22 @@ class LowRank(AdapterConfig):
 
 
 class LoRA(LowRank):
-    """y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank (rsLoRA: alpha /
-    sqrt(rank))."""
+    """Adds a low-rank update: y = base(x) + scaling * (x A^T) B^T, with scaling = alpha / rank
+    (rsLoRA: alpha / sqrt(rank))."""
 
     usual_rate = 5e-4
 
     name: Literal["lora"] = "lora"
     init: Literal["default", "pissa", "olora", "eva", "loftq"] = "default"
-    """Where A and B start: default (A random, B zero); pissa, olora: from the weight, the base left
-    as it is and the file twice the rank; eva: A from what the layers see of the rows; loftq: from
-    what 4 bits lost of the weight."""
+    """Initial values: default (A random, B zero); pissa and olora: from a decomposition of the
+    weight, stored at twice the rank so that the base stays as it is; eva: A from the principal
+    directions of the layers' inputs; loftq: from the error of the 4-bit weights."""
     lora_bias: bool = False
-    """Train a vector c beside B, as PEFT's lora_bias: scaling * (B A x + c). Linear layers only;
-    merging wants layers with a bias."""
+    """Also train a vector c, as PEFT's lora_bias does: scaling * (B A x + c). Linear layers only;
+    to be merged, they need a bias."""
     svd_iterations: Annotated[int, POWER_ITERATIONS] | None = None
-    """Power iterations of a fast randomised SVD with init pissa, for instance 16; default: the
-    exact SVD. No effect with another init."""
+    """With init pissa: power iterations of a fast randomised SVD, for instance 16; default: the
+    exact SVD."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -204,8 +201,8 @@ class LoRA(LowRank):
 
     @property
     def share_of_rate(self) -> float:
-        """A quarter where the factors start as large as the weight: OLoRA fell far behind at the
-        whole (docs/benchmarks.md)."""
+        """A quarter if the factors start as large as the weight: at the whole rate OLoRA fell far
+        behind (docs/benchmarks.md)."""
         return super().share_of_rate * (0.25 if self.init in ("pissa", "olora") else 1.0)
 
     @property
@@ -219,8 +216,8 @@ class LoRA(LowRank):
 
 
 class DoRA(LowRank):
-    """Rows of W + scaling * B A brought to a trained length; linear layers and embeddings. Costs a
-    little more than LoRA."""
+    """LoRA with a trained magnitude per output row: the rows of W + scaling * B A are scaled to it.
+    For linear layers and embeddings; costs a little more than LoRA."""
 
     usual_rate = 5e-4
 
@@ -232,30 +229,30 @@ class DoRA(LowRank):
 
 
 class Bottleneck(AdapterConfig):
-    """A small network behind or beside the blocks of every decoder layer, added to what they
-    give."""
+    """Adds the output of a small network after, or parallel to, the blocks of each decoder
+    layer."""
 
     usual_rate = 1e-3
 
     name: Literal["bottleneck"] = "bottleneck"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "parallel"
-    """houlsby: behind attention and feed-forward; pfeiffer: behind the feed-forward; parallel:
-    beside it."""
+    """houlsby: after attention and after the feed-forward; pfeiffer: after the feed-forward;
+    parallel: parallel to the feed-forward."""
     size: Annotated[int, WIDTH] | None = None
-    """S, width of the small network; a block of width D trains 2 * S * D + S + D. Default: D /
-    reduction."""
+    """Width S of the small network; a block of width D trains 2 * S * D + S + D parameters.
+    Default: D / reduction."""
     reduction: Annotated[int, WIDTH] | None = None
-    """D / S instead of `size`; 16 if neither is given."""
+    """D / S, instead of `size`; default: 16."""
     activation: Literal["relu", "gelu", "swish", "tanh"] = "relu"
-    """Between the two layers; swish is also called SiLU."""
+    """Activation between the two layers; swish is also called SiLU."""
     norm: bool = False
-    """Begin with a trained layer norm."""
+    """Normalise the input by a trained layer norm."""
     scaling: Annotated[float, SCALING] | None = None
-    """Factor of what is added; 4 with placement parallel if not given, else 1."""
+    """Factor of the output; default: 4 with placement parallel, else 1."""
     dropout: Annotated[float, SHARE] = 0.0
-    """Share of the inputs set to zero while training; 0 trains fastest."""
+    """Share of the inputs that training sets to zero; 0 trains fastest."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
-    """Only these layers (0 is the first); empty: all."""
+    """Numbers of the layers to adapt, from 0; empty: all."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -271,7 +268,7 @@ class Bottleneck(AdapterConfig):
         return default if self.scaling is None else self.scaling
 
     def bottleneck_size(self, width: int) -> int:
-        """S on a model that is `width` wide."""
+        """Returns S for a block of this width."""
         return self.size or max(1, width // (self.reduction or 16))
 
     @model_validator(mode="after")
@@ -282,7 +279,7 @@ class Bottleneck(AdapterConfig):
 
 
 class Prefix(AdapterConfig):
-    """Keys and values of every layer, trained, that all documents attend to first."""
+    """Trains keys and values in front of every sequence, in each layer."""
 
     through_attention = True
     usual_rate = 1.5e-2  # keys and values are as large in wide models as in narrow ones
@@ -290,20 +287,18 @@ class Prefix(AdapterConfig):
 
     name: Literal["prefix"] = "prefix"
     tokens: Annotated[int, PLACES] | None = None
-    """M, places before every document; trains tokens * 2 * K * D parameters a layer (K key/value
-    heads of D). Default: as many as the prompt it starts from has, at most 64; 30 with start:
-    random."""
+    """Length M of the prefix; trains tokens * 2 * K * D parameters a layer (K key/value heads of
+    size D). Default: the length of the prompt, at most 64; with start random: 30."""
     start: Literal["prompt", "random"] = "prompt"
-    """prompt: the keys and values that the base computes for a real prompt; random: normal values
-    as widely spread."""
+    """Initial values: prompt (the keys and values that the base computes for `prompt`) or random
+    (normal values of the same spread)."""
     prompt: str | None = None
-    """Text it starts from; default: what all training rows begin with, or a plain instruction where
-    that is little."""
+    """Text for start: prompt; default: the common beginning of all training rows, or a plain
+    instruction if that is short."""
     projection: Annotated[int, WIDTH] | None = None
-    """Width of an MLP through which the prefix is trained; only what it computes is stored.
-    Default: none."""
+    """Train the prefix through an MLP of this width; only its output is stored. Default: no MLP."""
     layers: list[Annotated[int, LAYER]] = Field(default_factory=list)
-    """Only these layers (0 is the first); empty: all. PEFT reads no prefix of some layers."""
+    """Numbers of the layers to adapt, from 0; empty: all. PEFT needs a prefix of all layers."""
 
     @property
     def contents(self) -> tuple[Content, ...]:
@@ -311,7 +306,7 @@ class Prefix(AdapterConfig):
 
     @property
     def share_of_rate(self) -> float:
-        """Through an MLP a thirtieth: at a third it left the base's loss far behind
+        """A thirtieth with an MLP: at a third, the loss became worse than that of the base
         (docs/benchmarks.md)."""
         return 1.0 if self.projection is None else 1 / 30
 
@@ -323,7 +318,7 @@ class Prefix(AdapterConfig):
 
 
 class Full(MethodConfig):
-    """Every weight of the base trains; the result is a model folder, not an adapter."""
+    """Trains every weight of the base; the result is a model folder, not an adapter."""
 
     trains_base = True
     usual_rate = 5e-5

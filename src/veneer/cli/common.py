@@ -89,11 +89,18 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     add_base_format(parser, "as the adapter was trained")
 
 
+def add_dtype(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    parser.add_argument(
+        "--dtype",
+        default=default,
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="type of the base's weights in memory; default: auto",
+    )
+
+
 def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
     """--dtype, --quantize, --device: how a base is held, and where."""
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    add_dtype(parser)
     parser.add_argument(
         "--quantize",
         choices=FORMATS,
@@ -219,7 +226,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
     """--length, --format, --train-on and what else of data is a choice, said as a run file's
     settings are."""
-    from veneer.cli.config_file import describe_setting
+    from veneer.cli.config_file import summarize_setting
     from veneer.training.config import DataConfig, RunConfig
 
     length = RunConfig.model_fields["length"].default
@@ -236,7 +243,7 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
             "--" + name.replace("_", "-"),
             choices=get_args(field.annotation),
             default=field.default,
-            help=describe_setting(("data", name)),
+            help=summarize_setting(("data", name)),
         )
 
 

@@ -150,16 +150,18 @@ def describe_setting(path: KeyPath) -> str:
 
 
 def summarize_setting(path: KeyPath) -> str:
-    """What a setting is, up to the first colon or semicolon, and its default: for a list of
-    many."""
+    """Returns a flag's help: the description up to its first colon or semicolon, in lower case, and
+    the default."""
     summary = re.split(r"[;:](?: |$)|\.(?: |$)", describe_setting(path))[0]
+    if summary[1:2].islower():
+        summary = summary[0].lower() + summary[1:]
     default = field_at(RunConfig, path).default
     plain = (
         isinstance(default, int | float | str)
         and not isinstance(default, bool)
         and path[-1] != "name"
     )
-    return f"{summary} (default: {default})" if plain else summary
+    return f"{summary}; default: {default}" if plain else summary
 
 
 def read_file(settings: UncheckedSettings, file: Path) -> None:

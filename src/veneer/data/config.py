@@ -58,7 +58,7 @@ class DataConfig(StrictSettings):
     pattern of files, an fsspec address, a Hugging Face data set (org/name); or a list of sets:
     {path, weight, format, map}."""
     validation: Sets | None = None
-    """The validation rows, named in the same ways. Without them, `validation_share` of the training
+    """The held-out rows: given in the same forms. Without them, `validation_share` of the training
     rows is held out."""
     validation_share: Annotated[float, SHARE] = 0.05
     """Share of each set's rows to hold out: the prompts with the smallest hashes. 0 holds nothing

@@ -41,6 +41,7 @@ Messages = list[dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer chat [--base B] [--adapter A] [--temperature T] ..."
     add_base(parser)
     add_preamble(parser)
     add_sampling(parser)

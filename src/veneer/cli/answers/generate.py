@@ -28,6 +28,7 @@ from veneer.wording import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer generate [--base B] [--adapter A] [--temperature T] ... [PROMPT]"
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the user's message; default: read from stdin"
     )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
 from veneer.cli.common import (
+    add_dtype,
     add_library,
     add_variables,
     make_console,
@@ -47,6 +48,7 @@ COLUMNS = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer serve --base B [--library DIR] [--port N] [--keys FILE] ..."
     parser.add_argument("--base", metavar="B", help="hub id, folder, .gguf file or named default")
     add_library(parser)
     parser.add_argument(
@@ -77,9 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pin", action="append", default=[], metavar="A", help="always keep this adapter in memory"
     )
     parser.add_argument("--runs", metavar="DIR", help="folder of runs to show on the page")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    add_dtype(parser)
     parser.add_argument(
         "--quantize", choices=FORMATS, help="format of the base's linear layers in memory"
     )

@@ -21,6 +21,7 @@ from veneer.bounds import COUNT
 from veneer.cli.common import (
     add_action,
     add_card,
+    add_dtype,
     add_json,
     add_library,
     load_plain_base,
@@ -126,9 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_base(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--base", metavar="B", help=help)
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    add_dtype(parser)
 
 
 def _add(args: argparse.Namespace, library: Library) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.common import load_plain_base, make_console, print_json
+from veneer.cli.common import add_dtype, load_plain_base, make_console, print_json
 from veneer.cli.library.adapters_ls import age, table
 from veneer.wording import folded, interval_of_95, millions, number, shown, size, wrapped
 
@@ -28,7 +28,7 @@ def add_show(action: Callable[..., argparse.ArgumentParser]) -> None:
     )
     show.add_argument("adapter", metavar="NAME[@V]", help="adapter, or a folder")
     show.add_argument("--base", metavar="B", help="compare the update with this base's weights")
-    show.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add_dtype(show)
 
 
 def add_diff(action: Callable[..., argparse.ArgumentParser]) -> None:

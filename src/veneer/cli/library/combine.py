@@ -38,6 +38,7 @@ HOWS = ("cat", "linear", "svd", "ties", "dare", "magnitude")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer combine A [A ...] [--weights W [W ...]] [--how METHOD] --out DIR ..."
     parser.add_argument(
         "adapters",
         nargs="+",

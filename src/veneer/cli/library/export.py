@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer export A --to PROGRAM --out PATH [--merged] [--type TYPE] ..."
     parser.add_argument(
         "adapter", metavar="A", help="name in the library, or folder of an adapter or a run"
     )

@@ -42,6 +42,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "veneer merge [--base B] --adapter A [A ...] [--weights W [W ...]] --out DIR ..."
     parser.add_argument(
         "--base",
         metavar="B",

@@ -14,7 +14,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from veneer.cli.common import add_json, make_console, pause_collection, print_json, storage_dtype
+from veneer.cli.common import (
+    add_dtype,
+    add_json,
+    make_console,
+    pause_collection,
+    print_json,
+    storage_dtype,
+)
 from veneer.cli.early import check_base, check_new
 from veneer.quant.config import FOUR_BITS, formats_that
 
@@ -37,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="module to leave in full precision; may be repeated",
     )
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
+    add_dtype(parser)
     add_json(parser)
 
 

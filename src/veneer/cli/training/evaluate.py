@@ -44,6 +44,9 @@ UNITS = {"loss": "nats a token", "tokens": "trained tokens", "cut_answers": "at 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "veneer evaluate [--base B] [--adapter A] --data D [--metrics M,M] [--general] ..."
+    )
     parser.add_argument(
         "--data", required=True, metavar="D", help="rows: .jsonl, .json, .csv or .parquet"
     )

@@ -22,7 +22,14 @@ import re
 from typing import TYPE_CHECKING
 
 from veneer.bounds import BYTES, COUNT, EPOCHS, LENGTH, PRICE, PROCESSES, RANK, ROWS
-from veneer.cli.common import add_json, add_map, make_console, pause_collection, print_json
+from veneer.cli.common import (
+    add_dtype,
+    add_json,
+    add_map,
+    make_console,
+    pause_collection,
+    print_json,
+)
 from veneer.cli.config_file import read_run_config
 from veneer.cli.early import check_plannable, check_rows, check_writable
 from veneer.cli.training.plan_flags import SETTINGS, list_bases, read_flags
@@ -81,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=FORMATS, help="format of the base's linear layers in memory"
     )
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
+    add_dtype(parser, None)
     parser.add_argument(
         "--batch", type=ROWS, metavar="N", help="rows per optimizer step; default: 8"
     )

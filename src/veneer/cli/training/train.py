@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", metavar="RUN.yaml", help="run file: settings in YAML")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
-        for name in names:
-            _add_setting(group, name)
+        for name, placeholder in names.items():
+            _add_setting(group, name, placeholder)
         if "data" in names:
             add_map(group)
     group = parser.add_argument_group("the run")
@@ -90,26 +90,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(group)
 
 
-GROUPS = {
-    "base, data and output": ("base", "data", "validation", "from", "out"),
-    "method": ("method", "rank", "alpha", "quantize"),
-    "training": ("steps", "epochs", "batch", "micro_batch", "length", "learning_rate", "seed"),
-    "machine": ("dtype", "checkpointing", "shard"),
+GROUPS: dict[str, dict[str, str | None]] = {
+    "base, data and output": {
+        "base": "B",
+        "data": "D",
+        "validation": "D",
+        "from": "A",
+        "out": "DIR",
+    },
+    "method": {"method": "M", "rank": "R", "alpha": "ALPHA", "quantize": "FORMAT"},
+    "training": {
+        "steps": "N",
+        "epochs": "N",
+        "batch": "N",
+        "micro_batch": "N",
+        "length": "N",
+        "learning_rate": "RATE",
+        "seed": "N",
+    },
+    "machine": {"dtype": "TYPE", "checkpointing": None, "shard": None},
 }
-"""Settings that have a flag of their own."""
+"""Settings that have a flag of their own, with the placeholder of its value; None: yes or no."""
 
 
-def _add_setting(group: Group, name: str) -> None:
-    flag, help_text = (
-        "--" + name.replace("_", "-"),
-        summarize_setting(FLAGS[name]).replace("%", "%%"),
-    )
-    if name in ("checkpointing", "shard"):
+def _add_setting(group: Group, name: str, placeholder: str | None) -> None:
+    flag = "--" + name.replace("_", "-")
+    help_text = summarize_setting(FLAGS[name]).replace("%", "%%")
+    if placeholder is None:
         group.add_argument(
             flag, action=argparse.BooleanOptionalAction, default=None, help=help_text
         )
     else:
-        group.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=help_text)
+        group.add_argument(flag, metavar=placeholder, help=help_text)
 
 
 def run(args: argparse.Namespace) -> int:
