@@ -258,16 +258,17 @@ def no_seam(model: PreTrainedModel) -> str | None:
 
 
 def unreached(model: PreTrainedModel, calls: int) -> str | None:
-    """Why not, if packed attention was called for fewer layers than mix tokens."""
+    """Says why packed rows do not fit, if attention does not run once for every layer."""
     text = model.config.get_text_config()
     layers = text.num_hidden_layers
+    name = type(model).__name__
     if calls == layers:
         return None
-    told: Any = getattr(text, "layer_types", None) or ()
-    kinds = f" ({', '.join(dict.fromkeys(map(str, told)))})" if told and calls < layers else ""
-    return (
-        f"only {calls} of {layers} layers of {type(model).__name__} mix tokens by attention{kinds}"
-    )
+    if calls > layers:
+        return f"{name} computes attention {calls} times for {layers} layers"
+    types: Any = getattr(text, "layer_types", None) or ()
+    kinds = f" ({', '.join(dict.fromkeys(map(str, types)))})" if types else ""
+    return f"only {calls} of {layers} layers of {name} mix tokens by attention{kinds}"
 
 
 def _head(model: PreTrainedModel, text: list[int]) -> tuple[float, float | None, str | None]:
