@@ -278,15 +278,25 @@ def _trained_by_torch(
 
 
 def _with_updates(trial: Trial, parents: list[tuple[str, float]]) -> Any:
-    """transformers' model with PEFT's merge of every adapter's file added to its weights."""
+    """transformers' model with PEFT's merge of every adapter's file added to its weights.
+
+    Raises NotInPeft if one changed tensor stands in several layers: PEFT adds the updates of all
+    of them to it.
+    """
     model, base = trial.theirs(), trial.theirs().state_dict()
     weights = model.state_dict()
     for name, weight in parents:
         folder = f"{name}/adapter" if name == "run" else name
         with_adapter = trial.in_peft(folder).merge_and_unload().state_dict()
-        for key, value in weights.items():
-            if value.is_floating_point():
-                value += weight * (with_adapter[key] - base[key])
+        changed = [
+            key
+            for key, value in weights.items()
+            if value.is_floating_point() and not torch.equal(with_adapter[key], base[key])
+        ]
+        if len({weights[key].data_ptr() for key in changed}) < len(changed):
+            raise NotInPeft("it adds the updates of several layers to the weight they share")
+        for key in changed:
+            weights[key] += weight * (with_adapter[key] - base[key])
     return model
 
 

@@ -16,6 +16,9 @@ _REPEATED = (
     "refused: transformers hands its experts every row once for each of them, without saying whose"
     " rows they are"
 )
+_REORDERED = (
+    "refused: its layers sort or choose rows, and a module is not told which adapter acts on which"
+)
 _NO_CACHE = "as without a cache; with the cache it builds transformers' own loop "
 _STOPS, _OTHERWISE = _NO_CACHE + "stops", _NO_CACHE + "answers otherwise"
 
@@ -24,6 +27,7 @@ DECLARED: dict[str, dict[str, str]] = {
     **{key: {"from PEFT": _TUPLES} for key in ("phimoe", "phimoe, window")},
     **{key: {"from PEFT": _TUPLES, "several": _REPEATED} for key in ("llama4", "llama4_text")},
     "blenderbot": {"answers": _STOPS},
+    **{key: {"several": _REORDERED} for key in ("jetmoe", "zaya")},
     **{
         key: {
             "answers": (

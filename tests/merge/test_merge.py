@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.parity.test_peft_files import ROWS, answers, every_row, logits, ours
+from tests.families.models import save_family
+from tests.parity.test_peft_files import IDS, ROWS, answers, every_row, logits, ours
 from tests.support.helpers import fill, merge_in_memory
 from tests.support.tiny import save_tiny, tiny_base
 from veneer.adapters.attach import attach
@@ -244,6 +245,20 @@ def test_a_tied_model_stays_tied_where_neither_side_changed(tmp_path):
     assert not report.untied
     assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
     assert plain_load(tmp_path / "m").config.tie_word_embeddings is True
+
+
+def test_a_block_that_stands_in_several_layers_becomes_a_block_of_each(tmp_path):
+    """Zamba: one field of its config ties the layers' common block and the output head."""
+    base = load_base(str(save_family("zamba", tmp_path / "base")))
+    head = base.model.get_output_embeddings()
+    attachment = attach(base.model, LoRA(rank=2), name=NAME, routing=base.routing, head=head)
+    fill(attachment.parameters().values())
+    base.routing.active = ((NAME, 1.0),)
+    ids = IDS % len(base.model.get_input_embeddings().weight)
+    expected = base.model(ids).logits
+    assert merge_into_folder(base, [(NAME, 1.0)], tmp_path / "m").untied
+    found = plain_load(tmp_path / "m")(ids).logits
+    assert (found - expected).abs().max() <= RELATIVE * expected.abs().max()
 
 
 def test_untouched_weights_are_the_base_s_to_the_bit(tmp_path):

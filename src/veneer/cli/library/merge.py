@@ -143,7 +143,7 @@ def _print(report: MergeReport, console: Console) -> None:
     rounding = "rounded at random" if report.stochastic else "rounded to nearest"
     line(f"{report.out}: {size(report.bytes)}, {report.dtype}, sums in float32, {rounding}")
     if report.untied:
-        line("  the embedding and the output head shared one tensor and are now separate")
+        line("  weights that shared one tensor are now separate")
     console.print(*format_survival(report.total, report.layers), sep="\n", soft_wrap=True)
     if report.logits is None:
         line("\n  logits: not compared (--no-logits)")

@@ -139,7 +139,7 @@ def merge_into_folder(
     for name, _ in names:
         base.detach(name)
     tied = tied_names(base.model)
-    untied = parting(tied, merged)
+    untied = bool(parting(tied, merged))  # one field of the config, for all tied weights of a model
     target = None if dtype is None else DTYPES[dtype]
     stored = stored_tensors(base.model)
     if tokens is not None:
@@ -149,7 +149,7 @@ def merge_into_folder(
         {
             tensor_name: tensor
             for tensor_name, tensor in stored.items()
-            if tensor_name in untied or tensor_name not in tied
+            if untied or tensor_name not in tied
         },
         target,
     )
@@ -163,20 +163,11 @@ def merge_into_folder(
         )
         _refuse_lost(weights, layout.dtype_name, stochastic, least_survival)
         ids = None if tokens is None else tokens.end
-        write_surroundings(
-            partial, base, tokenizer, dtype=layout.dtype, untied=bool(untied), ids=ids
-        )
+        write_surroundings(partial, base, tokenizer, dtype=layout.dtype, untied=untied, ids=ids)
         check, trained_check = _checked(partial, base, tokenizer, expected, as_trained)
         size = sum(path.stat().st_size for path in partial.iterdir())
         report = MergeReport(
-            Path(out),
-            size,
-            layout.dtype_name,
-            stochastic,
-            bool(untied),
-            weights,
-            check,
-            trained_check,
+            Path(out), size, layout.dtype_name, stochastic, untied, weights, check, trained_check
         )
         text = json.dumps(
             {"format_version": 1, **(record or {}), **_without_place(report)},
