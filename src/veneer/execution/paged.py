@@ -79,9 +79,9 @@ class PagedStep:
         self._fewer: dict[tuple[int, ...], Spans] = {}
 
     def go_on(self, mix: AdapterMix | None) -> bool:
-        """The next token of each span from now on, for steps that are made again (Spans.go_on)."""
+        """Moves each span to its next token, for steps that are made again (Spans.advance)."""
         self.mix = mix
-        return self.spans.go_on()
+        return self.spans.advance()
 
     def attend(
         self,
@@ -102,15 +102,17 @@ class PagedStep:
         """Without the fronts of those whose prefix has nothing for this layer."""
         if all(pair is not None for _, pair in prefix):
             return self.spans
-        starts = accumulate((span.stop - span.start for span in self.spans.each), initial=0)
+        starts = accumulate((span.stop - span.start for span in self.spans.spans), initial=0)
         first = [
             next((pair for rows, pair in prefix if start < rows.stop), None) for start in starts
         ]
-        bare = tuple(n for n, span in enumerate(self.spans.each) if span.front and first[n] is None)
+        bare = tuple(
+            n for n, span in enumerate(self.spans.spans) if span.front and first[n] is None
+        )
         if bare not in self._fewer:
             fewer = [
                 s._replace(front=(), front_places=0) if n in bare else s
-                for n, s in enumerate(self.spans.each)
+                for n, s in enumerate(self.spans.spans)
             ]
             self._fewer[bare] = Spans(fewer, self.keys.tokens_per_block)
         return self._fewer[bare]

@@ -1,19 +1,20 @@
-"""How the documents of a batch lie in one row of tokens: groups, each a prompt that its documents
-share, then these.
+"""The layout of a batch: one row of tokens with groups, each a shared prompt and its documents.
 
     group:  [ prompt: P ][ document 0: L_0 ][ document 1: L_1 ] ...
-    rows:   [ group 0 ][ group 1 ] ... [ filler ]        N = sum over groups of (P + sum(L)) +
-            filler
+    rows:   [ group 0 ][ group 1 ] ... [ filler ]    N = sum of (P + sum(L)) over groups, + filler
 
-Every document continues its group's prompt (its positions start at P); none sees another. A batch
-of one adapter is one group; another adapter makes other keys, so its documents share no prompt with
-these. There is no padding: matrix products run over the N real rows. Attention, which wants a
-rectangle, takes each document's rows padded to the longest; a causal document never sees what
-stands behind it, so the padding is never read.
+Every document continues its group's prompt: its positions start at P. No document sees another one.
+A batch of one adapter is one group. Another adapter computes other keys, so its documents are a
+group with a prompt of their own.
 
-On a CPU every new matrix shape costs a kernel compiled at run time (milliseconds, and memory for as
-long as the process lives), so N and the longest document are rounded up: a run meets a dozen
-shapes, not hundreds. The filler is less than STEP rows that nothing attends to and no loss reads.
+There is no padding: matrix products run over the N real rows. Attention needs a rectangle and pads
+each document's rows to the longest. A causal document never sees the rows behind it, so no padded
+row is read.
+
+On a CPU every new matrix shape costs a kernel compiled at run time: milliseconds, and memory until
+the process ends. N and the longest document are therefore rounded up, and a run meets a dozen
+shapes instead of hundreds. The filler has fewer than STEP rows. Nothing attends to them and no loss
+reads them.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 from veneer.kernels.upload import sent
 
 STEP = 32
-"""N and the longest document are multiples of this; on average half of it is wasted, 2% of a usual
+"""N and the longest document are multiples of this. On average half of it is wasted: 2% of a usual
 batch."""
 
 
@@ -38,21 +39,21 @@ def round_up(size: int) -> int:
 
 @dataclass
 class Group:
-    """prompt: P, tokens; lengths: L of every document, tokens, all at least 1."""
+    """A prompt of P tokens and the documents that share it, each of at least one token."""
 
     prompt: int
     lengths: tuple[int, ...]
     device: torch.device
     to_square: Tensor | None = field(init=False)
-    """(docs * longest): row of the packed documents (without the prompt) that stands there; None if
-    all are equal."""
+    """(docs * longest): the packed row, counted after the prompt, at each place of the rectangle.
+    None if all documents have the same length."""
     from_square: Tensor | None = field(init=False)
-    """(sum of L): place of every packed row in the square."""
+    """(sum of L): the place of every packed row in the rectangle."""
     starts: Tensor = field(init=False)
-    """(docs + 1) int64 on the CPU: first row of every document, counted after the prompt; then the
-    sum of L."""
+    """(docs + 1) int64 on the CPU: the first row of every document, counted after the prompt, then
+    the sum of L."""
     derived: dict[object, Any] = field(init=False, default_factory=dict, repr=False)
-    """What a kernel made of it, once for every layer, under a name of its own."""
+    """Values that kernels derive from the layout once for all layers, by name."""
     _behind: dict[int, "Group"] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,17 +63,17 @@ class Group:
             lengths = torch.tensor(self.lengths)
             starts = lengths.cumsum(0) - lengths
             within = torch.arange(self.longest)
-            # A padded place repeats the document's last row: any finite value serves, nobody reads
-            # it.
+            # A padded place repeats the document's last row. Any finite value would do, because no
+            # one reads it.
             square = starts[:, None] + torch.minimum(within[None], lengths[:, None] - 1)
             real = within[None] < lengths[:, None]
             places = square.reshape(-1), real.reshape(-1).nonzero()[:, 0]
             moved = sent(torch.cat(places), self.device)
-            self.to_square, self.from_square = moved.split([len(each) for each in places])
+            self.to_square, self.from_square = moved.split([len(index) for index in places])
 
     @property
     def longest(self) -> int:
-        """Rows of each document in the square."""
+        """Rows of each document in the rectangle."""
         return round_up(max(self.lengths))
 
     @property
@@ -80,8 +81,7 @@ class Group:
         return self.prompt + sum(self.lengths)
 
     def behind(self, prefix: int) -> "Group":
-        """The same documents behind a prompt that is `prefix` tokens longer; made once, for every
-        layer."""
+        """Returns the same documents behind a prompt that is `prefix` tokens longer, made once."""
         if prefix not in self._behind:
             self._behind[prefix] = Group(prefix + self.prompt, self.lengths, self.device)
         return self._behind[prefix]
@@ -89,22 +89,22 @@ class Group:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The groups of a batch, one behind the other."""
+    """The groups of a batch, one behind another."""
 
     groups: tuple[Group, ...]
 
     @classmethod
     def of(cls, prompt: int, lengths: Sequence[int], device: torch.device) -> "BatchLayout":
-        """One group."""
+        """Makes a layout of one group."""
         return cls((Group(prompt, tuple(lengths), device),))
 
     @property
     def rows(self) -> int:
-        """Without filler."""
+        """Rows without the filler."""
         return sum(group.rows for group in self.groups)
 
     @cached_property
     def spans(self) -> list[slice]:
-        """The rows of each group: every layer asks."""
+        """The rows of each group, computed once for all layers."""
         ends = accumulate((group.rows for group in self.groups), initial=0)
         return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""How attention weighs what a row sees: softmax(softcap(scale q k^T) + mask, sink) v."""
+"""The rules by which attention weighs keys: softmax(softcap(scale q k^T) + mask, sink) v."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionRules:
-    """window: keys seen, the row's own included; sinks: (H), a column that takes mass and gives
-    nothing."""
+    """Scale, window, soft cap and sinks of an attention.
+
+    window  number of keys that a row sees, its own included
+    sinks   (H): the score of one more column, which takes probability and has no value
+    """
 
     scale: float
     window: int | None = None
@@ -17,5 +20,5 @@ class AttentionRules:
     sinks: Tensor | None = None
 
     def capped(self, scores: Tensor) -> Tensor:
-        """Products already scaled."""
+        """Applies the soft cap to scores that are already scaled."""
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)

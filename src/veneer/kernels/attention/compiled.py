@@ -2,12 +2,13 @@
 (native/attention/attention.c), on AMX tiles where there are some
 (native/attention/attention_tiles.c), float32 on any (native/attention/attention_float.c).
 
-The same function as kernels/attention/packed.py's, for models without soft caps and sinks: no
-padding to a rectangle, nothing computed that causality or the window hides, scores of a few rows at
-a time. Kept for backward: q, k, v, what came out and one float32 a row and head. Each part is one
-call: the prompt with itself; the documents, which see the prompt whole. On tiles a row's mean
-gradient is summed over its output as it was rounded. Shapes: R rows of a part, H query heads, K key
-heads, D head size, P keys seen whole.
+The function of kernels/attention/packed.py for models without soft caps and sinks. Nothing is
+padded to a rectangle, scores that causality or the window hides are not computed, and only a few
+rows of scores are in memory at a time. Backward keeps q, k, v, the output and one float32 for each
+row and head. The prompt with itself is one call, the documents, which see the whole prompt, are
+another. On tiles a row's mean gradient is summed over its rounded output.
+
+Shapes: R rows of a part, H query heads, K key heads, D head size, P keys of the prompt.
 """
 
 from collections.abc import Sequence
@@ -24,16 +25,16 @@ from veneer.kernels.layout import Group
 from veneer.kernels.rules import AttentionRules
 
 TASKS = 8
-"""Fewer documents times key heads than this are split by query rows, so that all threads have work.
-Each share holds gradients of all keys, which are summed up: more of them take longer on few
-threads."""
+"""If there are fewer documents times key heads, they are split by query rows, so that all threads
+have work. Each share holds gradients of all keys, which are summed at the end, so more shares take
+longer on few threads."""
 HELD_BYTES = 64 * 2**20
 """Most memory for the gradients of shared keys, one per document, before they are summed."""
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> bool:
-    """Whether a kernel computes what these are: of a type that has one on this processor, one head
-    size, whole groups of heads."""
+    """True if a kernel computes these: a type that this processor has a kernel for, one head size,
+    whole groups of heads."""
     if rules.softcap is not None or rules.sinks is not None:
         return False
     dtype = q.dtype
@@ -49,10 +50,13 @@ def usable(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> bool:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Documents and the keys that all of them see whole.
+    """Documents, and the prompt's keys and values, which all of them see.
 
-    q (R, H, D), k and v (R, K, D); before_k and before_v (P, K, D) or None
-    starts: first row of every document, then R; int64 on the CPU. longest: of the documents, rows
+    q                   (R, H, D)
+    k, v                (R, K, D)
+    before_k, before_v  (P, K, D), or None without a prompt
+    starts              first row of every document, then R; int64 on the CPU
+    longest             rows of the longest document
     """
 
     q: Tensor
@@ -68,27 +72,25 @@ class AttentionInputs:
         return max(1, min(TASKS // max(1, docs * self.k.shape[1]), self.longest // 64))
 
     def _product_flops(self) -> int:
-        """FLOP of one q k^T over the keys that each query row sees. Forward takes two such
-        products, backward five."""
+        """Returns the FLOP of one q k^T over the keys that each query row sees.
+
+        Forward takes two such products, backward five.
+        """
         before, pairs = 0 if self.before_k is None else self.before_k.shape[0], 0
         for length in (self.starts[1:] - self.starts[:-1]).tolist():
             most = self.rules.window or before + length
-            rising = min(
-                length, max(0, most - before)
-            )  # rows that see one key more than the row above
+            # Rows that see one key more than the row above.
+            rising = min(length, max(0, most - before))
             pairs += rising * before + rising * (rising + 1) // 2 + (length - rising) * most
         return 2 * pairs * self.q.shape[1] * self.q.shape[2]
 
     def _before(self) -> tuple[Tensor, Tensor] | None:
-        return (
-            None
-            if self.before_k is None or self.before_v is None
-            else (self.before_k, self.before_v)
-        )
+        if self.before_k is None or self.before_v is None:
+            return None
+        return self.before_k, self.before_v
 
     def forward(self, out: Tensor) -> Tensor:
-        """Write (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32, for
-        backward."""
+        """Writes (R, H, D) to the contiguous `out`; returns the log-sum-exp (R, H), float32."""
         lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
         note_flops(lambda: 2 * self._product_flops())
         attention_calls.attention_forward(
@@ -115,9 +117,13 @@ class AttentionInputs:
         grad_v: Tensor,
         more: Tensor | None,
     ) -> Tensor | None:
-        """out: what forward wrote, grad (R, H, D), more (2, R, K, D) or None: gradients of k and v
-        from elsewhere -> those of before_k and before_v (2, P, K, D) float32. The others are
-        written, in q's type."""
+        """Writes the gradients of q, k and v in q's type; returns those of before_k and before_v.
+
+        out      (R, H, D), as forward wrote it
+        grad     (R, H, D)
+        more     (2, R, K, D): gradients to add to those of k and v, or None
+        returns  (2, P, K, D) float32, or None without a prompt
+        """
         docs, (rows, _, D), K = len(self.starts) - 1, self.q.shape, self.k.shape[1]
         splits = self._splits(docs)
         note_flops(lambda: 5 * self._product_flops())
@@ -128,7 +134,7 @@ class AttentionInputs:
         most = max(1, HELD_BYTES // max(1, 8 * splits * K * P * D))
         for start in range(0, docs, most):
             stop = min(start + most, docs)
-            held = torch.empty(2, stop - start, splits, K, P, D, device=device)
+            of_documents = torch.empty(2, stop - start, splits, K, P, D, device=device)
             attention_calls.attention_backward(
                 self.q,
                 self.k,
@@ -140,19 +146,19 @@ class AttentionInputs:
                 lse,
                 grad_q=grad_q,
                 own=own,
-                shared=held,
+                shared=of_documents,
                 scale=self.rules.scale,
                 window=self.rules.window,
                 splits=splits,
             )
             if P:
-                attention_calls.attention_shared(held, shared, add=start > 0)
+                attention_calls.attention_shared(of_documents, shared, add=start > 0)
         attention_calls.attention_summed(own, more, grad_k, grad_v)
         return shared if P else None
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x as the kernel reads it: bf16 neighbours in pairs, one word each."""
+    """Returns x as the kernel reads it: neighbours in bf16 are pairs in one word."""
     even = x.element_size() == PAIR_BYTES or (x.stride(0) % 2 == 0 and x.stride(1) % 2 == 0)
     fits = even and x.stride(-1) == 1 and x.data_ptr() % PAIR_BYTES == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
@@ -164,26 +170,24 @@ class _NativeAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
     ) -> Tensor:
         q, k, v = aligned(q), aligned(k), aligned(v)
-        out, kept = packed_forward(q, k, v, layout, rules)
-        ctx.save_for_backward(q, k, v, out, *kept)
+        out, entropies = packed_forward(q, k, v, layout, rules)
+        ctx.save_for_backward(q, k, v, out, *entropies)
         ctx.layout, ctx.rules = layout, rules
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        return (
-            *packed_backward(q, k, v, out, kept, aligned(grad), ctx.layout, ctx.rules),
-            None,
-            None,
-        )
+        q, k, v, out, *entropies = ctx.saved_tensors
+        grad = aligned(grad)
+        gradients = packed_backward(q, k, v, out, entropies, grad, ctx.layout, ctx.rules)
+        return *gradients, None, None
 
 
 def packed_forward(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> tuple[Tensor, list[Tensor]]:
-    """(N, H, D) of aligned rows, zeros on filler, and what `packed_backward` wants."""
+    """Aligned rows -> output (N, H, D), zeros on filler, and the log-sum-exps for backward."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attention_calls.zeros(out, layout.rows)
     return out, [part.forward(out[rows]) for rows, part in _parts(q, k, v, layout, rules)]
@@ -194,31 +198,31 @@ def packed_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    kept: Sequence[Tensor],
+    entropies: Sequence[Tensor],
     grad: Tensor,
     layout: Group,
     rules: AttentionRules,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v, without gaps; zeros on filler."""
-    found = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
-    for each in found:
-        attention_calls.zeros(each, layout.rows)
-    from_documents: Tensor | None = None
-    # The documents come first: what they send back to the prompt's keys joins the prompt's own
-    # part.
-    parts = zip(_parts(q, k, v, layout, rules), kept, strict=True)
+    """Returns the contiguous gradients of q, k and v, zeros on filler."""
+    grad_q, grad_k, grad_v = (
+        torch.empty(values.shape, dtype=q.dtype, device=q.device) for values in (q, k, v)
+    )
+    for gradient in (grad_q, grad_k, grad_v):
+        attention_calls.zeros(gradient, layout.rows)
+    of_prompt: Tensor | None = None
+    # Documents come first: their gradients of the prompt's keys join the prompt's own part.
+    parts = zip(_parts(q, k, v, layout, rules), entropies, strict=True)
     for (rows, part), lse in reversed(list(parts)):
-        own = [each[rows] for each in found]
-        from_documents = part.backward(
-            out[rows], grad[rows], lse, own[0], own[1], own[2], from_documents
+        of_prompt = part.backward(
+            out[rows], grad[rows], lse, grad_q[rows], grad_k[rows], grad_v[rows], of_prompt
         )
-    return found[0], found[1], found[2]
+    return grad_q, grad_k, grad_v
 
 
 def _parts(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> list[tuple[slice, AttentionInputs]]:
-    """The prompt's part, if there is a prompt, then the documents'."""
+    """Returns rows and inputs of the prompt, if there is one, then of the documents."""
     P = layout.prompt
     rows = slice(P, layout.rows)
     prompt_k, prompt_v = (k[:P], v[:P]) if P else (None, None)
@@ -235,17 +239,16 @@ def _parts(
 
 
 def document_starts(layout: Group) -> tuple[Tensor, Tensor]:
-    """Of the documents, and of the prompt as a document."""
+    """Returns the starts of the documents, and those of the prompt as the only document."""
     if "starts" not in layout.derived:
         layout.derived["starts"] = layout.starts, torch.tensor([0, layout.prompt])
-    found: tuple[Tensor, Tensor] = layout.derived["starts"]
-    return found
+    starts: tuple[Tensor, Tensor] = layout.derived["starts"]
+    return starts
 
 
 def native_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
-    """packed_attention of kernels/attention/packed.py where it is `usable`: q (N, H, D), k and v
-    (N, K, D) -> (N, H, D)."""
+    """Computes packed_attention of usable tensors: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
     apply: Any = _NativeAttention.apply
     return apply(q, k, v, layout, rules)

@@ -1,7 +1,6 @@
-"""Attention over a batch of groups: each group's documents with its own prompt and, where it has
-one, its own prefix.
+"""Attention over a batch of groups: documents with their group's prompt and prefix, if it has one.
 
-One group is one call over all rows, filler included. Of several, each is attended to by itself.
+One group is one call over all rows, filler included. Several groups take one call each.
 Shapes: as in kernels/attention/packed.py.
 """
 
@@ -16,7 +15,7 @@ from veneer.kernels.layout import BatchLayout, Group
 from veneer.kernels.rules import AttentionRules
 
 Pair = tuple[Tensor, Tensor]
-"""Keys and values (M, K, D) in front of everything."""
+"""Keys and values (M, K, D) of a prefix."""
 
 
 def grouped_attention(
@@ -27,7 +26,7 @@ def grouped_attention(
     prefixes: Sequence[Pair | None],
     rules: AttentionRules,
 ) -> Tensor:
-    """q (N, H, D), k (N, K, D), v (N, K, E); prefixes: of each group -> (N, H, E), zeros on
+    """q (N, H, D), k (N, K, D), v (N, K, E), a prefix for each group -> (N, H, E), zeros on
     filler."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, group: Group, prefix: Pair | None) -> Tensor:
@@ -38,11 +37,8 @@ def grouped_attention(
     if len(layout.groups) == 1:
         return attend(q, k, v, layout.groups[0], prefixes[0])
     counts = [*(group.rows for group in layout.groups), len(q) - layout.rows]
-    # One node of the graph for all cuts: a slice by itself would make a gradient of all N rows for
-    # each group.
+    # Split is one node of the graph. Slices would each make a gradient of all N rows.
     parts = zip(q.split(counts), k.split(counts), v.split(counts), strict=True)
-    found = [
-        attend(*part, *of)
-        for part, of in zip(parts, zip(layout.groups, prefixes, strict=True), strict=False)
-    ]
-    return torch.cat([*found, q.new_zeros(counts[-1], q.shape[1], v.shape[2])])
+    groups = zip(layout.groups, prefixes, strict=True)  # no group for the filler
+    outputs = [attend(*part, *group) for part, group in zip(parts, groups, strict=False)]
+    return torch.cat([*outputs, q.new_zeros(counts[-1], q.shape[1], v.shape[2])])

@@ -1,19 +1,20 @@
 """Attention over packed documents that share a prompt.
 
-    prompt rows attend causally to the prompt; row i of a document attends to the whole prompt and
-        to
-    rows 0..i of its own document. softmax(softcap(scale q k^T) + mask, sink) v
+    softmax(softcap(scale q k^T) + mask, sink) v
 
-Written as batched matrix products over blocks of query rows: at the lengths of fine-tuning rows
-this is several times faster on a CPU than the fused flash kernel (its backward most of all;
-docs/log.md), needs no repetition of keys for grouped query heads, and expresses windows, soft caps
-and sinks. On processors that multiply bf16 pairs a compiled kernel takes its place
-(kernels/attention/compiled.py), on CUDA torch's flash kernels (kernels/attention/flash.py), or its
-flex attention (kernels/attention/flex.py). Only q, k and v are kept for backward; the probabilities
-of one block at a time are computed again.
+A row of the prompt attends causally to the prompt. Row i of a document attends to the whole prompt
+and to rows 0..i of its own document.
 
-Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E of the values,
-where it is another), L longest document, P prompt.
+This file computes batched matrix products over blocks of query rows. At the lengths of fine-tuning
+rows that is several times faster on a CPU than torch's fused flash kernel, most of all in backward
+(docs/log.md). It repeats no keys for grouped query heads, and knows windows, soft caps and sinks.
+On processors that multiply bf16 pairs a compiled kernel takes its place
+(kernels/attention/compiled.py), on CUDA torch's flash kernels (kernels/attention/flash.py) or its
+flex attention (kernels/attention/flex.py). Backward keeps q, k and v alone and recomputes the
+probabilities of one block at a time.
+
+Shapes: H query heads, K key/value heads, G = H / K, N packed rows, D head size (E that of the
+values, if it differs), L longest document, P prompt, B batch.
 """
 
 from dataclasses import replace
@@ -31,42 +32,43 @@ from veneer.kernels.rules import AttentionRules
 from veneer.private.torch import SOFTMAX_BACKWARD
 
 BLOCK = 256
-"""Query rows per block: bounds the scores held at once to docs * H * BLOCK * (P + L) values."""
+"""Query rows per block. It limits the scores in memory to docs * H * BLOCK * (P + L) values."""
 
 
 class _Scores:
-    """The elementwise part between q k^T and the product with v, with its derivative."""
+    """The elementwise part between q k^T and the product with v, with its derivative.
 
-    def __init__(
-        self, rules: AttentionRules
-    ) -> None:  # sinks are trained values: they come with the tensors
+    Sinks are trained values, so they come with the tensors.
+    """
+
+    def __init__(self, rules: AttentionRules) -> None:
         self.scale, self.window, self.softcap = rules.scale, rules.window, rules.softcap
 
     def probabilities(
         self, q: Tensor, k: Tensor, sinks: Tensor | None, *, first: int, place: int, groups: int
     ) -> tuple[Tensor, Tensor | None]:
-        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys [+ 1 with sinks]),
-        tanh part.
+        """q (B, G * rows, D), k (B, keys, D) -> probabilities (B, G * rows, keys, + 1 with sinks),
+        and the tanh of the soft cap.
 
-        Row i of every group stands at place + i, the keys at first and after.
+        Row i of every group is at position place + i, the keys are at `first` and behind it.
         """
-        bent = None
+        capped = None
         if self.softcap is None:
-            nothing = q.new_empty(1, 1, 1)  # beta 0: not read
-            scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=self.scale)
+            unread = q.new_empty(1, 1, 1)  # not read, because beta is 0
+            scores = torch.baddbmm(unread, q, k.transpose(1, 2), beta=0, alpha=self.scale)
         else:
-            bent = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
-            scores = bent * self.softcap
+            capped = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale / self.softcap).tanh_()
+            scores = capped * self.softcap
         self._hide(scores.unflatten(1, (groups, -1)), place - first)
-        if sinks is not None:  # one more column that takes mass and gives nothing
+        if sinks is not None:  # one more column, which takes probability and has no value
             scores = torch.cat([scores, sinks.expand(scores.shape[0], -1, 1)], dim=-1)
-        return torch.softmax(scores, dim=-1), bent
+        return torch.softmax(scores, dim=-1), capped
 
     def _hide(self, scores: Tensor, own: int) -> None:
-        """(B, G, rows, keys), in place: -inf where row i, whose own key is number own + i, does not
-        see.
+        """Sets scores (B, G, rows, keys) that a row does not see to -inf, in place.
 
-        Most keys are seen by every row of a block: what is masked are the triangles at both ends.
+        The key of row i is number own + i. Every row of a block sees most keys: only the triangles
+        at both ends are masked.
         """
         rows, keys = scores.shape[-2:]
         later = torch.ones(rows, keys - own - 1, dtype=torch.bool, device=scores.device).triu_()
@@ -79,21 +81,20 @@ class _Scores:
 
 
 def _grouped(rows: Tensor, kv_heads: int) -> Tensor:
-    """(docs, L, H, D) -> (docs * K, G * L, D): the query heads of one key head stand under each
-    other."""
+    """(docs, L, H, D) -> (docs * K, G * L, D): the query heads of a key head, one below another."""
     docs, length, heads, size = rows.shape
     split = rows.view(docs, length, kv_heads, heads // kv_heads, size)
     return split.permute(0, 2, 3, 1, 4).reshape(docs * kv_heads, -1, size)
 
 
 def _ungrouped(rows: Tensor, docs: int, kv_heads: int, length: int) -> Tensor:
-    """The inverse of _grouped: (docs * K, G * L, D) -> (docs, L, H, D)."""
+    """(docs * K, G * L, D) -> (docs, L, H, D), the inverse of _grouped."""
     split = rows.view(docs, kv_heads, -1, length, rows.shape[-1])
     return split.permute(0, 3, 1, 2, 4).reshape(docs, length, -1, rows.shape[-1])
 
 
 def _square(rows: Tensor, layout: Group) -> Tensor:
-    """(N, heads, D) -> (docs, L, heads, D), the prompt left out."""
+    """(N, heads, D) -> (docs, L, heads, D), without the prompt."""
     documents = rows[layout.prompt : layout.rows]
     if layout.to_square is not None:
         documents = documents.index_select(0, layout.to_square)
@@ -101,17 +102,15 @@ def _square(rows: Tensor, layout: Group) -> Tensor:
 
 
 def _square_gradient(square: Tensor, layout: Group) -> Tensor:
-    """(docs, L, heads, D) of output or gradient -> (sum of L, heads, D), what stands on padding
-    dropped."""
+    """(docs, L, heads, D) of an output or a gradient -> (sum of L, heads, D), without padding."""
     flat = square.reshape(-1, *square.shape[2:])
     return flat if layout.from_square is None else flat.index_select(0, layout.from_square)
 
 
 def _keys(rows: Tensor, layout: Group) -> Tensor:
-    """(N, K, D) -> (docs * K, keys, D): the prompt's keys, each document's own, zeros up to a full
-    width.
+    """(N, K, D) -> (docs * K, keys, D): the prompt's keys, then those of a document, then zeros.
 
-    Softmax over a width that is no multiple of 32 is 1.6 times slower on a CPU.
+    The zeros fill up a multiple of 32: softmax over another width is 1.6 times slower on a CPU.
     """
     square = _square(rows, layout)
     docs, length, heads, size = square.shape
@@ -123,19 +122,19 @@ def _keys(rows: Tensor, layout: Group) -> Tensor:
 
 
 def _prompt_keys(rows: Tensor, layout: Group) -> Tensor:
-    """(N, K, D) -> (K, keys, D): the prompt's own keys alone, zeros up to a full width."""
+    """(N, K, D) -> (K, keys, D): the prompt's keys, then zeros up to a multiple of 32."""
     keys = rows.new_zeros(rows.shape[1], round_up(layout.prompt), rows.shape[2])
     keys[:, : layout.prompt] = rows[: layout.prompt].transpose(0, 1)
     return keys
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """(start, stop) of the query blocks of a document of `length` rows."""
+    """Returns (start, stop) of the query blocks of a document of `length` rows."""
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
 def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
-    """Rows start..stop of every group of (B, G * L, D), as (B, G * rows, D)."""
+    """(B, G * L, D) -> (B, G * rows, D): rows start..stop of every group."""
     length = grouped.shape[1] // groups
     if start == 0 and stop == length:
         return grouped
@@ -144,8 +143,8 @@ def _rows(grouped: Tensor, groups: int, start: int, stop: int) -> Tensor:
 
 
 class _Rectangle:
-    """One rectangle of attention: either the prompt with itself, or all documents with prompt and
-    selves."""
+    """A rectangle of attention: the prompt with itself, or all documents with prompt and
+    themselves."""
 
     def __init__(
         self, scores: _Scores, q: Tensor, k: Tensor, v: Tensor, prompt: int, groups: int
@@ -155,7 +154,7 @@ class _Rectangle:
         self.length = q.shape[1] // groups
 
     def _window_start(self, start: int) -> int:
-        """The first key that any row of this block sees; earlier ones are not even multiplied."""
+        """Returns the first key that a row of this block sees; earlier keys are not multiplied."""
         window = self.scores.window
         return 0 if window is None else max(0, self.prompt + start - window + 1)
 
@@ -169,10 +168,10 @@ class _Rectangle:
             rows = stop - start
             heads = sinks.view(-1, self.groups).repeat(q.shape[0] * self.groups // sinks.numel(), 1)
             sinks = heads.repeat_interleave(rows, dim=1)[..., None]
-        probabilities, bent = self.scores.probabilities(
+        probabilities, capped = self.scores.probabilities(
             q, k, sinks, first=first, place=self.prompt + start, groups=self.groups
         )
-        return q, k, v, probabilities, bent
+        return q, k, v, probabilities, capped
 
     def forward(self, sinks: Tensor | None) -> Tensor:
         out = self.q.new_empty(*self.q.shape[:2], self.v.shape[2])
@@ -198,10 +197,10 @@ class _Rectangle:
         view = grad_q.view(grad_q.shape[0], self.groups, self.length, -1)
         for start, stop in _blocks(self.length):
             first, last = self._window_start(start), round_up(self.prompt + stop)
-            q, k, v, probabilities, bent = self._block(start, stop, sinks)
+            q, k, v, probabilities, capped = self._block(start, stop, sinks)
             g = _rows(grad, self.groups, start, stop)
-            given = probabilities if sinks is None else probabilities[..., :-1]
-            grad_v[:, first:last] += torch.bmm(given.transpose(1, 2), g)
+            of_values = probabilities if sinks is None else probabilities[..., :-1]
+            grad_v[:, first:last] += torch.bmm(of_values.transpose(1, 2), g)
             grad_p = torch.bmm(g, v.transpose(1, 2))
             if sinks is not None:
                 grad_p = F.pad(grad_p, (0, 1))
@@ -212,7 +211,7 @@ class _Rectangle:
                 )
                 grad_sinks += per_row.sum(dim=(0, 3)).view(-1)
                 grad_s = grad_s[..., :-1]
-            grad_s = grad_s if bent is None else grad_s * (1 - bent * bent)
+            grad_s = grad_s if capped is None else grad_s * (1 - capped * capped)
             block_q = torch.bmm(grad_s, k).mul_(self.scores.scale)
             view[:, :, start:stop] = block_q.view(block_q.shape[0], self.groups, stop - start, -1)
             grad_k[:, first:last] += torch.bmm(grad_s.transpose(1, 2), q).mul_(self.scores.scale)
@@ -220,13 +219,13 @@ class _Rectangle:
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, layout: Group, scores: _Scores) -> list[_Rectangle]:
-    """q (N, H, D), k and v (N, K, D) -> the prompt's part, if there is a prompt, and the
-    documents'."""
+    """Returns the rectangle of the prompt, if there is one, and that of the documents."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     parts = []
     if P := layout.prompt:
-        own_k, own_v = _prompt_keys(k, layout), _prompt_keys(v, layout)
-        parts.append(_Rectangle(scores, _grouped(q[None, :P], kv_heads), own_k, own_v, 0, groups))
+        prompt_k, prompt_v = _prompt_keys(k, layout), _prompt_keys(v, layout)
+        prompt_q = _grouped(q[None, :P], kv_heads)
+        parts.append(_Rectangle(scores, prompt_q, prompt_k, prompt_v, 0, groups))
     square_q = _grouped(_square(q, layout), kv_heads)
     parts.append(_Rectangle(scores, square_q, _keys(k, layout), _keys(v, layout), P, groups))
     return parts
@@ -268,9 +267,8 @@ class _PackedAttention(torch.autograd.Function):
         P, docs, kv_heads = layout.prompt, len(layout.lengths), k.shape[1]
         parts = _parts(q, k, v, layout, ctx.scores)
         square = _square(grad, layout)
-        if (
-            layout.from_square is not None
-        ):  # padding repeats a real row: its gradient must not count twice
+        if layout.from_square is not None:
+            # Padding repeats a real row, whose gradient must not count twice.
             square = torch.zeros_like(square)
             square.flatten(0, 1).index_copy_(0, layout.from_square, grad[P : layout.rows])
         d_q, d_k, d_v, d_sinks = parts[-1].backward(_grouped(square, kv_heads), sinks)
@@ -287,7 +285,7 @@ class _PackedAttention(torch.autograd.Function):
             target[P : layout.rows] = _square_gradient(
                 split[:, :, P : P + layout.longest].transpose(1, 2), layout
             )
-            if P:  # every document saw the prompt: its gradient is their sum
+            if P:  # every document sees the prompt, whose gradient is the sum over documents
                 wide = torch.promote_types(target.dtype, torch.float32)
                 target[:P] = split[:, :, :P].sum(dim=0, dtype=wide).transpose(0, 1).to(target.dtype)
         if P:
@@ -308,7 +306,7 @@ def packed_attention(
     if declined(q, k, v, layout, rules) is None:
         return flash_attention(q, k, v, layout, rules)
     if flex.declined(q, k, v, layout, rules, plain_attention) is None:
-        if q.is_meta:  # planned: the same is kept
+        if q.is_meta:  # in a plan: it keeps the same tensors
             return flash_attention(q, k, v, layout, replace(rules, softcap=None))
         return flex.flex_packed_attention(q, k, v, layout, rules)
     return plain_attention(q, k, v, layout, rules)
@@ -317,7 +315,7 @@ def packed_attention(
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
-    """The same by batched products, whatever else would be taken."""
+    """Computes packed_attention by batched products, even where another path is faster."""
     apply: Any = _PackedAttention.apply
     return apply(q, k, v, rules.sinks, layout, _Scores(rules))
 
@@ -325,12 +323,13 @@ def plain_attention(
 def packed_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
 ) -> Tensor:
-    """The same, one document at a time in plain torch: the meaning of packed_attention."""
+    """Defines packed_attention, one document at a time in plain torch."""
     P, groups = layout.prompt, q.shape[1] // k.shape[1]
     window, softcap, sinks = rules.window, rules.softcap, rules.sinks
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
-    def one(rows: Tensor, start: int) -> Tensor:  # rows: indices of prompt and document
+    def attend(rows: Tensor, start: int) -> Tensor:
+        """rows: indices of the prompt and a document; those before `start` are keys alone."""
         scores = torch.einsum("ihd,jhd->hij", q[rows[start:]], k[rows]) * rules.scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -347,10 +346,10 @@ def packed_attention_reference(
         return torch.einsum("hij,jhd->ihd", probabilities, v[rows])
 
     prompt = torch.arange(P)
-    out = [one(prompt, 0)] if P else []
+    out = [attend(prompt, 0)] if P else []
     start = P
     for length in layout.lengths:
-        out.append(one(torch.cat([prompt, torch.arange(start, start + length)]), P))
+        out.append(attend(torch.cat([prompt, torch.arange(start, start + length)]), P))
         start += length
     filler = q.new_zeros(q.shape[0] - layout.rows, q.shape[1], v.shape[2])
     return torch.cat([*out, filler])

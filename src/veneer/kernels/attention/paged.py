@@ -1,21 +1,20 @@
-"""Attention of a decoding step over keys and values in blocks, each row over those of its own
-sequence.
+"""Attention of a decoding step over keys and values in blocks, each row over its own sequence.
 
-    block    SLOTS tokens of a layer; span: tokens of one sequence that this step computes, one of
-             an answer or a chunk of a prompt; its table: the blocks of its adapter's trained prefix
-             (the front), then its own
-    a row    sees the front, and of its own sequence everything up to itself; with a window, the
-             last of these
+    block   memory for the keys and values of SLOTS tokens of a layer
+    span    the tokens of one sequence that this step computes: one of an answer, or a chunk of a
+            prompt
+    table   the blocks of a span: those of its adapter's trained prefix (the front), then its own
+    row     sees the front and its own sequence up to itself; with a window, the last of these keys
 
-One call a layer (native/attention/paged_attention.c) writes the rows' keys and values into their
-blocks and attends: nothing is gathered, what the tables of single rows begin with in common is read
-once, scores and sums are float32, and no bit of a row depends on the others. bf16 and float32 on
-any processor; else, and for the meaning, plain torch: the single tokens of all answers at once,
-chunks one after another.
+One call a layer (native/attention/paged_attention.c) writes the keys and values of the rows into
+their blocks and attends. Nothing is gathered. Blocks that the tables of single rows have in common
+at their beginning are read once. Scores and sums are float32, and no bit of a row depends on other
+rows. The call takes bf16 and float32 on any processor. Plain torch takes everything else and
+defines the result: single tokens of all answers at once, chunks one after another.
 
-Shapes: N rows of the step, S slots of a block, T places seen, K key/value heads, H query heads, G =
-H / K, D and E head sizes of keys and of values, P values in a word: 2 where neighbours in bf16 are
-multiplied as pairs, else 1.
+Shapes: N rows of the step, S slots of a block, T places seen, K key/value heads, H query heads,
+G = H / K, D and E head sizes of keys and of values, P values in a word: 2 where neighbours in bf16
+are multiplied as pairs, else 1.
 """
 
 from __future__ import annotations
@@ -38,8 +37,11 @@ from veneer.kernels.upload import sent
 
 
 class SpanRows(NamedTuple):
-    """Tokens start to stop - 1 of a sequence. front: blocks of its prefix, `front_places` long;
-    blocks: its own."""
+    """Tokens start to stop - 1 of a sequence.
+
+    blocks  blocks of the sequence
+    front   blocks of its prefix, which has `front_places` tokens
+    """
 
     start: int
     stop: int
@@ -50,16 +52,21 @@ class SpanRows(NamedTuple):
 
 @dataclass(frozen=True)
 class KeyValueBlocks:
-    """keys (blocks, K, D / P, S, P), values (blocks, K, S / P, E, P) of a layer: words as C
-    multiplies them."""
+    """Keys and values of a layer, in the words that C multiplies.
+
+    keys    (blocks, K, D / P, S, P)
+    values  (blocks, K, S / P, E, P)
+    """
 
     keys: Tensor
     values: Tensor
 
     @classmethod
     def empty(cls, count: int, slots: int, key_NKD: Tensor, value_NKD: Tensor) -> KeyValueBlocks:
-        """Makes blocks for keys and values like these: heads, sizes, type and device. The memory is
-        not filled, so the system gives a page only when it is written."""
+        """Makes blocks for keys and values of these heads, sizes, type and device.
+
+        The memory is not filled, so the system gives a page only when it is written.
+        """
         (_, heads, size), wide = key_NKD.shape, value_NKD.shape[2]
         paired = (
             key_NKD.dtype is torch.bfloat16 and on_cpu(key_NKD) and not size % 2 and not slots % 2
@@ -73,43 +80,44 @@ class KeyValueBlocks:
         return self.keys.shape[3]
 
     def write(self, places: Tensor, key_NKD: Tensor, value_NKD: Tensor) -> None:
-        """places (N) int64: block * S + slot, those of a sequence rising."""
+        """Writes keys and values to places (N) int64: block * S + slot, rising in a sequence."""
         block, slot, P = places // self.slots, places % self.slots, self.keys.shape[4]
         self.keys[block, :, :, slot] = key_NKD.unflatten(2, (-1, P)).to(self.keys.dtype)
-        if P == 2:  # the first of a pair clears what another text left in the second's place
+        if P == 2:  # the first of a pair clears what another text left in the place of the second
             first = slot % 2 == 0
             self.values[block[first], :, slot[first] // 2] = 0
         self.values[block, :, slot // P, :, slot % P] = value_NKD.to(self.values.dtype)
 
     def read(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """places (...) -> (..., K, D) and (..., K, E)."""
+        """Reads places (...): keys (..., K, D) and values (..., K, E)."""
         block, slot, P = places // self.slots, places % self.slots, self.keys.shape[4]
         return self.keys[block, :, :, slot].flatten(-2), self.values[
             block, :, slot // P, :, slot % P
         ]
 
     def copy(self, source: int, target: int) -> None:
-        """All of a block: what lies behind a text's end is never seen."""
+        """Copies a whole block; slots behind the end of a text are never seen."""
         for stored in (self.keys, self.values):
             stored[target] = stored[source]
 
 
 class Spans:
-    """The spans of a step, in the order of their rows; made once, for all layers.
+    """The spans of a step, in the order of their rows, made once for all layers.
 
-    spare: blocks by which each table may grow where it lies (`go_on`).
+    spare  blocks by which each table may grow in place (`advance`)
     """
 
     def __init__(self, spans: Sequence[SpanRows], slots: int, spare: int = 0) -> None:
         self.slots, self.spare = slots, spare
-        self.each = spans
+        self.spans = spans
         tables, columns = array("i"), array("q")
         for start, stop, blocks, front, front_places in spans:
             columns.extend((len(tables), len(front), front_places, start, stop))
             tables.extend(front)
             tables.extend(blocks)
             tables.extend(repeat(0, spare))
-        self._written, self._known = (tables, columns), [len(span.blocks) + spare for span in spans]
+        self._arrays = tables, columns
+        self._most_blocks = [len(span.blocks) + spare for span in spans]
         self.rows = sum(span.stop - span.start for span in spans)
         self.tables = (
             torch.frombuffer(tables, dtype=torch.int32)
@@ -129,19 +137,21 @@ class Spans:
 
     @property
     def farthest(self) -> int:
-        """The last place that a row stands at."""
-        return max(self._written[1][4::5]) - 1
+        """The highest position of a row."""
+        return max(self._arrays[1][4::5]) - 1
 
-    def go_on(self) -> bool:
-        """Spans of one token each: the next tokens of the same sequences from now on, as C sees
-        them (`checked`), whose lists of blocks may have grown. False: one has outgrown its place,
-        and these are of no more use."""
-        (tables, columns), checked = self._written, self.checked
-        for n, span in enumerate(self.each):
+    def advance(self) -> bool:
+        """Moves spans of one token each to the next tokens of their sequences, in place.
+
+        What C reads (`checked`) follows. The lists of blocks may have grown. Returns False if a
+        table has no room left; then these spans can no longer be used.
+        """
+        (tables, columns), checked = self._arrays, self.checked
+        for n, span in enumerate(self.spans):
             start = columns[5 * n + 4]
             place, first = divmod(start, self.slots)
             if not first:
-                if place >= self._known[n] or place >= len(span.blocks):
+                if place >= self._most_blocks[n] or place >= len(span.blocks):
                     return False
                 block = number(span.blocks[place])
                 tables[columns[5 * n] + len(span.front) + place] = block
@@ -155,7 +165,7 @@ class Spans:
 
 
 def usable(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, stored: KeyValueBlocks) -> bool:
-    """Whether the kernel computes what these are."""
+    """True if the kernel takes these."""
     dtype = stored.keys.dtype
     if dtype not in (torch.bfloat16, torch.float32) or stored.slots != paged_calls.SLOTS:
         return False
@@ -175,8 +185,10 @@ def paged_attention(
     spans: Spans,
     rules: AttentionRules,
 ) -> Tensor:
-    """Write the rows' keys and values, and attend: (N, H, E). Rows behind the spans are filler, and
-    get zeros."""
+    """Writes the keys and values of the rows and attends: (N, H, E).
+
+    Rows behind the spans are filler and get zeros.
+    """
     if not usable(query_NHD, key_NKD, value_NKD, stored):
         return paged_attention_reference(query_NHD, key_NKD, value_NKD, stored, spans, rules)
     out = query_NHD.new_empty(*query_NHD.shape[:2], value_NKD.shape[2])
@@ -199,11 +211,11 @@ def paged_attention(
 
 
 class _PlainSpans:
-    """Where rows are written and what they see, as places: block * S + slot."""
+    """The places that rows are written to and see: block * S + slot."""
 
     def __init__(self, spans: Spans) -> None:
-        self.seen = [_places(span, spans.slots) for span in spans.each]
-        self.counts = [span.stop - span.start for span in spans.each]
+        self.seen = [_places(span, spans.slots) for span in spans.spans]
+        self.counts = [span.stop - span.start for span in spans.spans]
         own = [
             seen[len(seen) - count :] for seen, count in zip(self.seen, self.counts, strict=True)
         ]
@@ -218,7 +230,7 @@ class _PlainSpans:
             self.single_rows = torch.tensor(self.counts).cumsum(0)[self.single] - 1
 
     def to(self, device: torch.device) -> _PlainSpans:
-        """Moved once; nothing where they are there."""
+        """Moves the places to a device, unless they are there."""
         if self.written.device != device:
             self.seen = [sent(seen, device) for seen in self.seen]
             self.written = sent(self.written, device)
@@ -229,14 +241,14 @@ class _PlainSpans:
 
 
 def _places(span: SpanRows, slots: int) -> Tensor:
-    """Of all that its last row sees: (T) int64."""
+    """Returns the places that the last row of a span sees: (T) int64."""
 
-    def of(blocks: Sequence[int], count: int) -> Tensor:
-        return (
-            torch.tensor(blocks, dtype=torch.long)[:, None] * slots + torch.arange(slots)
-        ).flatten()[:count]
+    def first_places(blocks: Sequence[int], count: int) -> Tensor:
+        starts = torch.tensor(blocks, dtype=torch.long)[:, None] * slots
+        return (starts + torch.arange(slots)).flatten()[:count]
 
-    return torch.cat([of(span.front, span.front_places), of(span.blocks, span.stop)])
+    front = first_places(span.front, span.front_places)
+    return torch.cat([front, first_places(span.blocks, span.stop)])
 
 
 def paged_attention_reference(
@@ -247,7 +259,7 @@ def paged_attention_reference(
     spans: Spans,
     rules: AttentionRules,
 ) -> Tensor:
-    """The same in torch: the meaning of paged_attention."""
+    """Defines paged_attention, in plain torch."""
     device = query_NHD.device
     plain = spans.plain.to(device)
     stored.write(plain.written, key_NKD[: spans.rows], value_NKD[: spans.rows])
@@ -257,9 +269,8 @@ def paged_attention_reference(
         place = torch.arange(plain.places.shape[1], device=device)[None]
         hidden = place >= plain.lengths[:, None]
         key, value = stored.read(plain.places)
-        value = value.masked_fill(
-            hidden[:, :, None, None], 0
-        )  # of another text, perhaps no numbers
+        # A place of another text may hold values that are not finite.
+        value = value.masked_fill(hidden[:, :, None, None], 0)
         if rules.window is not None:
             hidden = hidden | (place < plain.lengths[:, None] - rules.window)
         out[rows] = attend_wide(query_NHD[rows][:, None], key, value, hidden[:, None], rules)[:, 0]
@@ -283,16 +294,18 @@ def paged_attention_reference(
 def attend_wide(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, rules: AttentionRules
 ) -> Tensor:
-    """query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H,
-    E)."""
+    """Attends with float32 probabilities at least.
+
+    query (B, L, H, D), key (B, T, K, D), value (B, T, K, E), hidden (B, L, T) bool -> (B, L, H, E)
+    """
     heads = key.shape[2]
     q = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # (B, K, G, L, D)
     scores = (q.flatten(2, 3) @ key.permute(0, 2, 3, 1)).unflatten(2, q.shape[2:4]) * rules.scale
     scores = rules.capped(scores).masked_fill(hidden[:, None, None], float("-inf"))
-    if rules.sinks is not None:  # (H): a column that takes mass and gives nothing
+    if rules.sinks is not None:  # (H): a column that takes probability and has no value
         column = rules.sinks.view(1, heads, -1, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, column.to(scores.dtype)], dim=-1)
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    chances = torch.softmax(wide, dim=-1)[..., : key.shape[1]].to(value.dtype)
-    found = (chances.flatten(2, 3) @ value.transpose(1, 2)).unflatten(2, q.shape[2:4])
-    return found.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    probabilities = torch.softmax(wide, dim=-1)[..., : key.shape[1]].to(value.dtype)
+    out = (probabilities.flatten(2, 3) @ value.transpose(1, 2)).unflatten(2, q.shape[2:4])
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)

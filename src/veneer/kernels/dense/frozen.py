@@ -1,10 +1,10 @@
-"""A frozen linear layer, whatever its weights are stored as.
+"""A frozen linear layer, in whatever format its weights are stored.
 
-    product(x) = x W^T + bias        input_gradient(g) = g W        (W never changes, no gradient of
-                                     W exists)
+    product(x) = x W^T + bias        input_gradient(g) = g W
 
-An adapter needs nothing else of its base layer, so methods and weight formats do not know each
-other. Shapes: M rows (batch times tokens), I in_features, O out_features.
+W never changes and has no gradient. An adapter needs nothing else of its base layer, so methods and
+weight formats do not know each other. Shapes: M rows (batch times tokens), I in_features, O
+out_features.
 """
 
 from typing import Any, Protocol
@@ -24,23 +24,25 @@ class FrozenLinear(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type that x and the products are computed in."""
+        """The type of x and of the products."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., I) -> (..., O), a fresh tensor the caller may write to; `bias` replaces the layer's
-        own."""
+        """(..., I) -> (..., O), a fresh tensor that the caller may write to.
+
+        `bias` replaces the layer's own.
+        """
 
     def input_gradient(self, grad: Tensor, so_far: Tensor | None = None) -> Tensor:
-        """(M, O) -> (M, I), a fresh tensor, or added to `so_far` in place."""
+        """(M, O) -> (M, I), a fresh tensor, or `so_far` after adding to it in place."""
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """W as (O, I) in `dtype`; not to be written to."""
+        """Returns W as (O, I) in `dtype`. The caller must not write to it."""
 
     def own_bias(self) -> Tensor | None: ...
 
 
 class DenseLinear:
-    """nn.Linear, W stored as (O, I)."""
+    """A frozen nn.Linear, which stores W as (O, I)."""
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
@@ -72,22 +74,26 @@ class DenseLinear:
 
 
 def times(grad: Tensor, weight: Tensor, so_far: Tensor | None) -> Tensor:
-    """so_far (M, I) + grad (M, O) W (O, I), in place and rounded once; None: nothing was found so
-    far."""
+    """Returns so_far (M, I) + grad (M, O) W (O, I), added in place and rounded once.
+
+    Without `so_far` the result is a fresh tensor.
+    """
     if products.times_usable(grad, weight, so_far):
         return products.times(grad, weight, so_far)
     return grad @ weight if so_far is None else torch.addmm(so_far, grad, weight, out=so_far)
 
 
 def writable(y: Tensor) -> Tensor:
-    """A fresh y as a function of its own hands it out: models add into what a linear layer gave
-    them, which torch forbids where that is a view made within such a function (products of three
-    axes are views of one of two)."""
+    """Returns a fresh y that callers of an autograd Function may write to.
+
+    Models add into the output of a linear layer. torch forbids that for a view that was made within
+    a Function, and products of three axes are views of a product of two.
+    """
     return y.detach()
 
 
 def bias_gradient(g_MO: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, O) -> (O)."""
+    """Sums a gradient over its rows: (M, O) -> (O)."""
     return g_MO.sum(0, dtype=torch.promote_types(g_MO.dtype, torch.float32)).to(dtype)
 
 
@@ -108,7 +114,6 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def frozen_product(x: Tensor, bias: Tensor | None, base: FrozenLinear) -> Tensor:
-    """base.product with gradients to x and bias; nothing is saved: neither x nor a decoded
-    weight."""
+    """Computes base.product with gradients of x and bias; saves neither x nor a decoded weight."""
     apply: Any = _FrozenProduct.apply
     return apply(x, bias, base)
