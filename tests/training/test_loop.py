@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import Bottleneck, DoRA, LoRA
 from veneer.adapters.placement.routing import Routing
-from veneer.data.batching import make_joint, packed_rows, used_length
+from veneer.data.batching import make_batch, packed_rows, used_length
 from veneer.data.longest import SLACK
 from veneer.errors import CorruptFileError, DivergedError, DoesNotFitError, RunInterrupted
 from veneer.files import atomic
@@ -231,8 +231,8 @@ def test_the_best_values_are_what_remains_and_patience_stops_early(tmp_path, mon
 def test_the_largest_batch_runs_first_and_changes_nothing(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "veneer.models.step.make_joint",
-        lambda parts, **k: seen.append(list(parts[0])) or make_joint(parts, **k),
+        "veneer.models.step.make_batch",
+        lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k),
     )
     monkeypatch.setattr(trainee, "peak_memory_bytes", lambda device: 1_234_000_000)
     said = []
@@ -257,8 +257,8 @@ def test_the_largest_batch_is_the_one_with_most_computed_rows_in_any_epoch(tmp_p
     apart = make_examples(5, seed=3, prompt=0, longest=48)
     seen = []
     monkeypatch.setattr(
-        "veneer.models.step.make_joint",
-        lambda parts, **k: seen.append(list(parts[0])) or make_joint(parts, **k),
+        "veneer.models.step.make_batch",
+        lambda rows, **k: seen.append(list(rows)) or make_batch(rows, **k),
     )
     for order, micro_batch in (("file", None), ("shuffled", 3)):
         seen.clear()

@@ -190,41 +190,8 @@ def make_batch(
     examples: Sequence[Example], *, packed: bool, share_prompt: bool, device: torch.device
 ) -> Batch:
     """Builds a batch. Every example must hold at least one trained token, as load_data ensures."""
-    batch, _ = make_joint([examples], packed=packed, share_prompt=share_prompt, device=device)
-    return batch
-
-
-@dataclass(frozen=True)
-class BatchShare:
-    """The share of one run in a batch of several.
-
-    rows: its rows of the products, without filler. tokens, trained_tokens: as of Batch.
-    computed_tokens: those of a batch that holds this share alone
-    """
-
-    rows: int
-    tokens: int
-    trained_tokens: int
-    computed_tokens: int
-
-
-def make_joint(
-    parts: Sequence[Sequence[Example]], *, packed: bool, share_prompt: bool, device: torch.device
-) -> tuple[Batch, list[BatchShare]]:
-    """Builds one batch of the examples of several runs, one run behind the other."""
-    groups_of_parts = [
-        best_groups(examples) if packed and share_prompt else [examples] for examples in parts
-    ]
-    groups = [group for part in groups_of_parts for group in part]
-    batch = make_groups(groups, packed=packed, share_prompt=share_prompt, device=device)
-    rows_of_groups = iter(batch.group_rows)
-    shares = []
-    for examples, part in zip(parts, groups_of_parts, strict=True):
-        rows = sum(next(rows_of_groups) for _ in part)
-        trained = sum(int(example.trained.sum()) for example in examples)
-        tokens = sum(len(example.ids) for example in examples)
-        shares.append(BatchShare(rows, tokens, trained, round_up(rows) if packed else rows))
-    return batch, shares
+    groups = best_groups(examples) if packed and share_prompt else [examples]
+    return make_groups(groups, packed=packed, share_prompt=share_prompt, device=device)
 
 
 def make_groups(

@@ -89,14 +89,24 @@ class Group:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The groups of a batch, one behind another."""
+    """The groups of a batch, one behind another.
+
+    parts: of a batch that was joined from several, the rows of each, filler included, and its
+    layout; empty for any other
+    """
 
     groups: tuple[Group, ...]
+    parts: tuple[tuple[int, "BatchLayout"], ...] = ()
 
     @classmethod
     def of(cls, prompt: int, lengths: Sequence[int], device: torch.device) -> "BatchLayout":
         """Makes a layout of one group."""
         return cls((Group(prompt, tuple(lengths), device),))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[tuple[int, BatchLayout]]") -> "BatchLayout":
+        """The layout of a batch of several, each with its rows."""
+        return cls(tuple(group for _, part in parts for group in part.groups), tuple(parts))
 
     @property
     def rows(self) -> int:
@@ -106,5 +116,12 @@ class BatchLayout:
     @cached_property
     def spans(self) -> list[slice]:
         """The rows of each group, computed once for all layers."""
+        if self.parts:
+            starts = accumulate((rows for rows, _ in self.parts), initial=0)
+            return [
+                slice(start + span.start, start + span.stop)
+                for start, (_, part) in zip(starts, self.parts, strict=False)
+                for span in part.spans
+            ]
         ends = accumulate((group.rows for group in self.groups), initial=0)
         return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -24,7 +24,7 @@ from veneer.adapters.methods.new_tokens import ExtendedHead
 from veneer.adapters.placement.acting import Acting, Applied, in_turn
 from veneer.adapters.placement.routing import Routing
 from veneer.adapters.placement.wrapping import AdaptedModule, unwrapped
-from veneer.data.batching import Batch, BatchShare, make_batch, make_joint, used_length
+from veneer.data.batching import Batch, make_batch, used_length
 from veneer.data.examples import Example
 from veneer.errors import RefusedError
 from veneer.execution.attention import LayoutAttention, hidden_states, packed_arguments, take_packed
@@ -251,15 +251,6 @@ def acting_on(batch: Batch, adapters: Sequence[Applied]) -> Acting:
     return in_turn(list(zip(batch.group_rows, adapters, strict=True))).padded(filler)
 
 
-def acting_on_shares(
-    batch: Batch, shares: Sequence[BatchShare], adapters: Sequence[Applied]
-) -> Acting:
-    """What acts on a batch of several runs: each run's adapters on its rows. Filler rows belong to
-    the last."""
-    rows = [share.rows for share in shares]
-    return in_turn(list(zip(rows, adapters, strict=True))).padded(batch.ids.numel() - sum(rows))
-
-
 def loss_head(model: PreTrainedModel, paths: ComputePaths) -> Head:
     """The output head for the loss: its weights, or its wrapper if an adapter acts on it."""
     head: Any = model.get_output_embeddings()
@@ -356,18 +347,6 @@ def batch_of(
     return make_batch(
         [examples[i] for i in part], packed=paths.packed, share_prompt=share_prompt, device=device
     )
-
-
-def joint_batch_of(
-    model: PreTrainedModel,
-    paths: ComputePaths,
-    parts: Sequence[Sequence[Example]],
-    *,
-    share_prompt: bool,
-) -> tuple[Batch, list[BatchShare]]:
-    """The batch of the examples of several runs, on the model's device."""
-    device = next(model.parameters()).device
-    return make_joint(parts, packed=paths.packed, share_prompt=share_prompt, device=device)
 
 
 def part_nats(

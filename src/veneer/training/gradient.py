@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.adapters.placement.acting import TokenKeys
-from veneer.data.batching import BatchShare, RowSpans, used_length
+from veneer.adapters.placement.acting import TokenKeys, in_turn
+from veneer.data.batching import Batch, RowSpans, used_length
 from veneer.data.examples import Example
+from veneer.data.joint_batch import join_batches
 from veneer.errors import DivergedError, fits_memory
 from veneer.kernels.dense.block import adding_gradients_in_place
-from veneer.models.step import LossShare, acting_on_shares, batch_losses, joint_batch_of
+from veneer.models.step import LossShare, batch_losses, batch_of
 from veneer.training.inputs import TrainingInputs
 from veneer.training.optimizer.offload import offload_for, offloaded
 from veneer.training.processes.dealing import dealt, in_rounds
@@ -97,16 +98,14 @@ class StepGradient:
         number, _ = self.assigned[0]
         return [used_length(self.inputs.train[i]) for i in self.micro_batches[number]]
 
-    def add(self, micro_batch: "MicroBatch", loss: Tensor, tokens: BatchShare) -> None:
+    def add(self, micro_batch: "MicroBatch", loss: Tensor, batch: Batch) -> None:
         """Adds the result of a micro-batch, whose gradient is in the flat buffer."""
         self.inputs.flat.deliver()
         self.sum.add()
         if micro_batch.counts:
             self._losses[micro_batch.number] = loss.detach()
-            for place, count in enumerate(
-                (tokens.tokens, tokens.trained_tokens, tokens.computed_tokens)
-            ):
-                self._tokens[place] += count
+            counts = batch.tokens, batch.trained_tokens, batch.computed_tokens
+            self._tokens = [sum(pair) for pair in zip(self._tokens, counts, strict=True)]
 
     def finish(self) -> StepTotals:
         """Adds up the gradients of all processes; returns the totals of the step.
@@ -163,6 +162,17 @@ class MicroBatch:
     counts: bool
     total: float
 
+    def batch(self) -> Batch:
+        """Builds the batch that a forward of its own would compute."""
+        inputs = self.gradient.inputs
+        return batch_of(
+            inputs.model,
+            inputs.paths,
+            self.examples,
+            range(len(self.examples)),
+            share_prompt=inputs.config.share_prompt,
+        )
+
 
 def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     """Runs one forward and backward of micro-batches, at most one of each trainee.
@@ -172,21 +182,18 @@ def forward_backward(micro_batches: Sequence[MicroBatch]) -> None:
     """
     gradients = [micro_batch.gradient for micro_batch in micro_batches]
     inputs = gradients[0].inputs
-    batch, parts = joint_batch_of(
-        inputs.model,
-        inputs.paths,
-        [micro_batch.examples for micro_batch in micro_batches],
-        share_prompt=inputs.config.share_prompt,
-    )
+    parts = [micro_batch.batch() for micro_batch in micro_batches]
+    batch = join_batches(parts)
     shares = [
         LossShare(gradient.inputs.adapters, part.trained_tokens, micro_batch.total)
         for gradient, part, micro_batch in zip(gradients, parts, micro_batches, strict=True)
     ]
     draws = [
-        (part.rows, gradient.step, gradient.inputs.config.seed)
+        (part.ids.numel(), gradient.step, gradient.inputs.config.seed)
         for gradient, part in zip(gradients, parts, strict=True)
     ]
-    acting = acting_on_shares(batch, parts, [share.adapters for share in shares])
+    rows = [count for count, _, _ in draws]
+    acting = in_turn([(n, share.adapters) for n, share in zip(rows, shares, strict=True)])
     keys = TokenKeys.of_runs(batch.dropout_rows, draws)
     with inputs.routing.held(acting.drawing(keys)):
         with offloaded(gradients[0].offload):

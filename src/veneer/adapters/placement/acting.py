@@ -43,18 +43,17 @@ class TokenKeys:
 
     @classmethod
     def of_runs(cls, rows: Tensor, runs: Sequence[tuple[int, int, int]]) -> "TokenKeys":
-        """The keys of several runs in one batch, each (number of rows, step, seed), in order. Rows
-        behind the last run's are filler.
+        """The keys of several runs in one batch, each (number of rows, step, seed), in order.
 
         A mask hashes the sum of a row's key and what `mask` makes of step and seed. So each run
         gets the masks that it would draw alone.
         """
         if len(runs) == 1:
             return cls(rows, *runs[0][1:])
-        counts = [count for count, _, _ in runs]
-        parts = rows.split([*counts, len(rows) - sum(counts)])
-        drawn = [*(_drawn(step, seed) for _, step, seed in runs), 0]
-        keys = [part + of_run for part, of_run in zip(parts, drawn, strict=True)]
+        parts = rows.split([count for count, _, _ in runs])
+        keys = [
+            part + _drawn(step, seed) for part, (_, step, seed) in zip(parts, runs, strict=True)
+        ]
         return cls(torch.cat(keys) & 0xFFFFFFFF, step=0)
 
     def of(self, rows: slice | Tensor) -> "TokenKeys":

@@ -1,6 +1,7 @@
 """Attention over a batch of groups: documents with their group's prompt and prefix, if it has one.
 
-One group is one call over all rows, filler included. Several groups take one call each.
+One group is one call over all rows, filler included. Several groups take one call each, and so does
+each part of a joined batch, with its own filler.
 Shapes: as in kernels/attention/packed.py.
 """
 
@@ -34,6 +35,15 @@ def grouped_attention(
             return packed_attention(q, k, v, group, rules)
         return prefixed_attention(q, k, v, *prefix, group, rules)
 
+    if layout.parts:
+        rows = [count for count, _ in layout.parts]
+        found, first = list[Tensor](), 0
+        cuts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+        for (_, part), own in zip(layout.parts, cuts, strict=True):
+            last = first + len(part.groups)
+            found.append(grouped_attention(*own, part, prefixes[first:last], rules))
+            first = last
+        return torch.cat(found)
     if len(layout.groups) == 1:
         return attend(q, k, v, layout.groups[0], prefixes[0])
     counts = [*(group.rows for group in layout.groups), len(q) - layout.rows]

@@ -1,0 +1,74 @@
+"""One batch made of the batches of several runs, one behind the other.
+
+Each keeps its own filler, so its rows lie, and are computed, as in a forward of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.data.batching import Batch
+from veneer.kernels.layout import BatchLayout
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Joins batches that are all packed or all padded; padded ones get the longest row's length."""
+    if len(batches) == 1:
+        return batches[0]
+    if all(batch.layout is not None for batch in batches):
+        parts = [(batch.ids.numel(), batch.layout) for batch in batches if batch.layout is not None]
+        joined = [batch.ids for batch in batches], [batch.positions for batch in batches]
+        ids, positions = (torch.cat(tensors, dim=1) for tensors in joined)
+        return _joined(batches, ids, positions, BatchLayout.joined(parts), None)
+    longest = max(batch.ids.shape[1] for batch in batches)
+    wide = [_widened(batch, longest) for batch in batches]
+    ids, positions = (
+        torch.cat([getattr(batch, name) for batch in wide]) for name in ("ids", "positions")
+    )
+    masks = [batch.mask for batch in wide if batch.mask is not None]
+    return _joined(wide, ids, positions, None, torch.cat(masks))
+
+
+def _joined(
+    batches: Sequence[Batch],
+    ids: Tensor,
+    positions: Tensor,
+    layout: BatchLayout | None,
+    mask: Tensor | None,
+) -> Batch:
+    loss_rows, start = [], 0
+    for batch in batches:
+        loss_rows.append(batch.loss_rows + start)
+        start += batch.ids.numel()
+    return Batch(
+        ids=ids,
+        positions=positions,
+        layout=layout,
+        mask=mask,
+        loss_rows=torch.cat(loss_rows),
+        targets=torch.cat([batch.targets for batch in batches]),
+        dropout_rows=torch.cat([batch.dropout_rows for batch in batches]),
+        group_rows=tuple(rows for batch in batches for rows in batch.group_rows),
+        tokens=sum(batch.tokens for batch in batches),
+        examples=[example for batch in batches for example in batch.examples],
+    )
+
+
+def _widened(batch: Batch, longest: int) -> Batch:
+    """Pads the rows (B, L) of a padded batch on the right."""
+    count, length = batch.ids.shape
+    missing = (0, longest - length)
+    assert batch.mask is not None
+    row, column = batch.loss_rows // length, batch.loss_rows % length
+    return replace(
+        batch,
+        ids=F.pad(batch.ids, missing),
+        positions=F.pad(batch.positions, missing),
+        mask=F.pad(batch.mask, missing),
+        loss_rows=row * longest + column,
+        dropout_rows=F.pad(batch.dropout_rows.view(count, length), missing).flatten(),
+        group_rows=(count * longest,),
+    )
