@@ -27,6 +27,7 @@ from veneer.data.checks.closer import look_closer
 from veneer.data.examples import Example, RowRef, grouped
 from veneer.data.files.writing import ROWS_NAME, Record, as_set, is_rows
 from veneer.data.load import DataSet, examine_data, load_data
+from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.errors import ConfigError
 from veneer.evaluation.evaluation import EvaluationOptions, Progress
 from veneer.evaluation.evaluation import evaluate as evaluate_rows
@@ -165,6 +166,7 @@ def evaluate(
     format: str = "auto",
     train_on: str = "assistant",
     max_new_tokens: int = 256,
+    lookup: LookupMode = "auto",
     batch: int = 16,
     predictions: Path | None = None,
     system: str | None = None,
@@ -184,6 +186,7 @@ def evaluate(
     check_numbers(
         length=(LENGTH, length), max_new_tokens=(NEW_TOKENS, max_new_tokens), batch=(ROWS, batch)
     )
+    check_lookup(lookup)
     if not isinstance(base, FrozenBase):
         step = "veneer.evaluate(veneer.load(…), rows), or run.evaluate(rows)."
         raise ConfigError(
@@ -194,6 +197,7 @@ def evaluate(
         choices = EvaluationOptions(
             metrics=find_metrics([metrics] if isinstance(metrics, str) else metrics),
             max_new_tokens=max_new_tokens,
+            lookup=lookup,
             labels=[labels] if isinstance(labels, str) else list(labels),
             length_normalised=length_normalised,
             predictions=predictions,

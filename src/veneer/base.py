@@ -18,6 +18,7 @@ from veneer.bounds import SEED, check_numbers, check_weights
 from veneer.data.template.new_tokens import bring
 from veneer.data.template.user_prompt import UserPrompt, prompt_ids, prompt_list
 from veneer.decoding.generate import generate, limits_of
+from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.text import TextStream, text_of
 from veneer.errors import ConfigError
 from veneer.formats.loading import load_adapter
@@ -235,6 +236,7 @@ class Base(FrozenBase):
         seed: int = 0,
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        lookup: LookupMode = "auto",
         on_text: Callable[[str], None] | None = None,
     ) -> Answer: ...
 
@@ -249,6 +251,7 @@ class Base(FrozenBase):
         seed: int = 0,
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        lookup: LookupMode = "auto",
     ) -> list[Answer]: ...
 
     def generate(
@@ -261,6 +264,7 @@ class Base(FrozenBase):
         seed: int = 0,
         system: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        lookup: LookupMode = "auto",
         on_text: Callable[[str], None] | None = None,
     ) -> Answer | list[Answer]:
         """Answers a text or the messages of a conversation, or a list of them together.
@@ -269,6 +273,9 @@ class Base(FrozenBase):
         rows of the adapter were: with their system turn, unless the messages have one, and their
         template variables. system and variables override these; system "" means no system turn, a
         variable None means that it is not set.
+
+        lookup "auto" guesses tokens that the answer may copy from its prompt or from itself, and
+        checks them in one step; "off" computes a token a step. The text is the same.
         """
         _refuse_none(temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens)
         if system is not None and not isinstance(system, str):
@@ -304,6 +311,7 @@ class Base(FrozenBase):
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
+                lookup=lookup,
                 on_token=None if on_text is None else lambda token: send(stream.push(token)),
             )
             limits = limits_of(self, prompts_ids, max_new_tokens)

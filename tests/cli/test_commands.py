@@ -68,6 +68,7 @@ class StandInBase:
         temperature=0.0,
         system=None,
         variables=None,
+        lookup="auto",
         on_text=None,
     ):
         self.asked.append((prompt, max_new_tokens, temperature))

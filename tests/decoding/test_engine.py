@@ -206,7 +206,8 @@ def test_a_cancelled_answer_keeps_its_tokens_and_its_blocks_are_free_with_the_ne
 def test_one_adapter_on_all_rows_is_prepared_once_while_it_answers():
     base, applied = with_adapters("llama_untied")
     lora, dora = (("lora", 1.0),), (("dora", 1.0),)
-    engine = Engine(base, budget_bytes=2**22, adapters=FixedAdapters(applied))
+    source = FixedAdapters(applied)
+    engine = Engine(base, budget_bytes=2**22, adapters=source, lookup="off")
     for identity in (lora, dora):
         answers = [
             engine.add(Request(prompt=(5, n), max_new_tokens=NEW, adapter=identity))[0]

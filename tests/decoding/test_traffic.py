@@ -26,10 +26,12 @@ class Traffic(RuleBasedStateMachine):
         chunk=st.integers(1, 8),
         max_adapters=st.integers(1, 3),
         max_overtaken=st.integers(0, 3),
+        guesses=st.booleans(),
     )
-    def begin(self, blocks, rows, extra, chunk, max_adapters, max_overtaken) -> None:
+    def begin(self, blocks, rows, extra, chunk, max_adapters, max_overtaken, guesses) -> None:
         self.toy = Toy(
             blocks=blocks,
+            guesses=guesses,
             rows=rows,
             step_tokens=rows + extra,
             chunk_tokens=chunk,

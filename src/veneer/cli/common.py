@@ -68,6 +68,18 @@ def add_json(parser: Container) -> None:
     )
 
 
+def add_lookup(parser: Container) -> None:
+    parser.add_argument(
+        "--lookup",
+        default="auto",
+        choices=["auto", "off"],
+        help=(
+            "auto: guess tokens that an answer may copy and check several in one step; off: one"
+            " token a step; the text is the same; default: auto"
+        ),
+    )
+
+
 def add_base(parser: argparse.ArgumentParser) -> None:
     """--base, --adapter and what belongs to them."""
     parser.add_argument(

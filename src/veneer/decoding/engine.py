@@ -12,21 +12,26 @@ knows nothing of texts. One thread calls it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from veneer.adapters.methods.new_tokens import width_of
 from veneer.decoding.draws import ChoiceSampler, draw
+from veneer.decoding.guesses import Draw, check_guesses
 from veneer.decoding.lanes import Lanes
 from veneer.decoding.proof import decodes_packed, prove_decoding
 from veneer.decoding.schedule.adapters import AdapterSource
 from veneer.decoding.schedule.blocks import BlockManager
 from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.lookup import Lookup, LookupMode, check_lookup
 from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import Request, SequenceState
 from veneer.decoding.schedule.sequence import Sequence as Answer
-from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
+from veneer.decoding.schedule.step_plan import SampleResult, Span, StepPlan, StepResult
 from veneer.errors import ConfigError, DoesNotFitError, is_out_of_memory
 from veneer.execution.decode_step import DecodeStep
 from veneer.model_record import record_of
@@ -38,7 +43,12 @@ BLOCK_SLOTS = 16
 
 
 class Engine:
-    """A base's engine. budget_bytes: memory of keys and values. adapters: what requests may name.
+    """A base's engine.
+
+    budget_bytes  memory of keys and values
+    adapters      what requests may name
+    lookup        "auto": answers are guessed from their own texts (schedule/lookup.py) where rows
+                  have the same bits in every step, so that guesses change no text
 
     Raises ConfigError if decoding by blocks is not proven on the base (decoding/proof.py).
     """
@@ -50,7 +60,9 @@ class Engine:
         budget_bytes: int,
         adapters: AdapterSource,
         limits: Limits | None = None,
+        lookup: LookupMode = "auto",
     ) -> None:
+        check_lookup(lookup)
         if not decodes_packed(base):
             with base.routing.none():
                 reason = prove_decoding(base.model)
@@ -66,11 +78,15 @@ class Engine:
             bytes_per_token=bytes_per_token(base),
             tokens_per_block=BLOCK_SLOTS,
         )
-        self.scheduler = Scheduler(
-            blocks, limits or Limits(), adapters, positions=read_alike(base.config)
-        )
         self.decode_step = decode_step_of(base)
         self.lanes = Lanes(base, blocks, adapters, self.decode_step)
+        self.scheduler = Scheduler(
+            blocks,
+            limits or Limits(),
+            adapters,
+            positions=read_alike(base.config),
+            lookup=Lookup(self.lanes.keeps_bits) if lookup == "auto" else None,
+        )
         self._samplers: dict[int, ChoiceSampler] = {}
         with base.routing.none():
             self._ids = capacity_of(base).tokens
@@ -122,7 +138,7 @@ class Engine:
             if results is not None:
                 return self._let_go([*ended, *self.scheduler.finish_step(results)])
             self._undo()
-            tokens = sum(span.stop - span.start for span in plan.spans)
+            tokens = sum(span.rows for span in plan.spans)
             most = max(1, tokens // 2)
             if tokens == 1:
                 self.scheduler.fail(plan.spans[0].sequence, _no_memory())
@@ -157,7 +173,7 @@ class Engine:
                 ended += self.scheduler.finish_step(results)
         return ended
 
-    def _results(self, plan: StepPlan) -> dict[int, SampleResult] | None:
+    def _results(self, plan: StepPlan) -> dict[int, StepResult] | None:
         """What each answer draws, by number. None if out of memory."""
         try:
             computed = self.lanes.logits(plan) if plan.spans else []
@@ -165,32 +181,40 @@ class Engine:
             if not is_out_of_memory(fault):
                 raise
             return None
-        drawn: dict[int, SampleResult] = {}
+        results: dict[int, StepResult] = {}
         for numbers, logits in computed:
-            answers = [answer for n in numbers for answer in plan.spans[n].draws]
-            rows = [row for row, n in enumerate(numbers) for _ in plan.spans[n].draws]
-            if rows:
-                drawn |= self._drawn(
-                    logits if rows == list(range(len(logits))) else logits[rows], answers
-                )
-        return drawn
+            results |= self._draw_spans([plan.spans[n] for n in numbers], logits)
+        return results
 
-    def _drawn(self, logits: Tensor, answers: list[Answer]) -> dict[int, SampleResult]:
+    def _draw_spans(self, spans: Sequence[Span], logits: Tensor) -> dict[int, StepResult]:
+        """Draws for the answers of these spans from their logits (rows, V)."""
+        draws: list[Draw] = []
+        row = 0
+        for span in spans:
+            draws += [(answer, answer.new, row) for answer in span.draws]
+            row += span.logits
+        if not draws:
+            return {}
+        drawn = self._draw(logits, draws)
+        first = {answer.number: result for (answer, _, _), result in zip(draws, drawn, strict=True)}
+        return first | check_guesses(spans, first, partial(self._draw, logits))
+
+    def _draw(self, logits: Tensor, draws: Sequence[Draw]) -> list[SampleResult]:
         """Draws for each answer among its own ids: new tokens of other adapters are excluded."""
+        rows = [row for _, _, row in draws]
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+        samplers = [(self._sampler(answer), new) for answer, new, _ in draws]
         if self._ids is None or logits.shape[1] <= self._ids:
-            drawn = draw(logits, [(self._sampler(answer), answer.new) for answer in answers])
-            return dict(zip((answer.number for answer in answers), drawn, strict=True))
+            return draw(logits, samplers)
         results: dict[int, SampleResult] = {}
-        widths = [self._width(answer, self._ids) for answer in answers]
+        widths = [self._width(answer, self._ids) for answer, _, _ in draws]
         for width in sorted(set(widths)):
             numbers = [n for n, answer_width in enumerate(widths) if answer_width == width]
-            chosen_logits = logits if len(numbers) == len(answers) else logits[numbers]
-            drawn = draw(
-                chosen_logits[:, :width],
-                [(self._sampler(answers[n]), answers[n].new) for n in numbers],
-            )
-            results |= dict(zip((answers[n].number for n in numbers), drawn, strict=True))
-        return results
+            chosen_logits = logits if len(numbers) == len(draws) else logits[numbers]
+            drawn = draw(chosen_logits[:, :width], [samplers[n] for n in numbers])
+            results |= dict(zip(numbers, drawn, strict=True))
+        return [results[n] for n in range(len(draws))]
 
     def _width(self, answer: Answer, base_ids: int) -> int:
         applied = self._adapters.applied(answer.request.adapter) if answer.request.adapter else ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class StepRows:
             known
     filler  rows after the spans, so that there are few shapes (kernels/layout.py); 0 if all spans
             are single tokens, or the kernels need no fixed shapes
-    kept    (spans) number of the last row of each span; None: all rows are last rows
+    kept    numbers of the rows whose logits are computed; None: all rows
     single  whether execution/cuda_graphs.py computes it
     """
 
@@ -61,7 +62,7 @@ class PagedForward:
     run     a model's proven forward (decoding/proof.py, execution/decode_step.py)
     blocks  the blocks that tables refer to
     filled  whether rows are filled up to few shapes
-    again   runs the next token of the same sequences, if it can
+    again   runs a step whose rows all have logits, if it is recorded
     keys    storage shared with another forward, which then has the graphs; None: its own
     """
 
@@ -100,34 +101,39 @@ class PagedForward:
 
     def _rows(self, plan: StepPlan) -> StepRows:
         ids = [token for span in plan.spans for token in span.tokens]
-        positions = [place for span in plan.spans for place in range(span.start, span.stop)]
-        if len(ids) == len(plan.spans):
+        positions = [
+            place for span in plan.spans for place in range(span.start, span.start + span.rows)
+        ]
+        if len(ids) == sum(span.logits for span in plan.spans):
             return StepRows(sent(torch.tensor([ids, positions]), self._device), 0, None)
         filler = round_up(len(ids)) - len(ids) if self._filled else 0
         rows = sent(
             torch.tensor([column + [0] * filler for column in (ids, positions)]), self._device
         )
-        ends = torch.tensor([span.stop - span.start for span in plan.spans]).cumsum(0) - 1
-        return StepRows(rows, filler, sent(ends, self._device))
+        stops = accumulate(span.rows for span in plan.spans)
+        kept = [
+            row
+            for span, stop in zip(plan.spans, stops, strict=True)
+            for row in range(stop - span.logits, stop)
+        ]
+        return StepRows(rows, filler, sent(torch.tensor(kept), self._device))
 
     def logits(self, plan: StepPlan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
-        """The logits (spans, V) after the last token of each span. Prefixes must be written before.
+        """The logits (rows, V) of each span (Span.logits). Prefixes must be written before.
 
         acting: what the caller holds; execution/recorded.py reads its mix of adapters.
         """
         last, self._last = self._last, None
+        again = self._again
         if step.rows is None:
             assert last is not None
             paged_step = last[1]
-            ids = [span.sequence.new[-1] for span in plan.spans]
-            continues = self._again is not None and paged_step.go_on(acting.plan.mix)
-            if (
-                self._again is not None
-                and continues
-                and (logits_again := self._again(ids, paged_step)) is not None
-            ):
-                self._last = plan.number, paged_step
-                return logits_again
+            if again is not None and paged_step.go_on(acting.plan.mix):
+                ids = [span.sequence.new[-1] for span in plan.spans]
+                if (logits := again(ids, paged_step)) is not None:
+                    self._last = plan.number, paged_step
+                    return logits
+                again = None
             step = self._rows(plan)
         assert step.rows is not None
         for copy in plan.copies:
@@ -137,13 +143,15 @@ class PagedForward:
         paged_step = PagedStep(
             self.keys, [_rows(span) for span in plan.spans], acting.plan.mix, spare=SPARE
         )
-        with few_rows.any_rows():  # answers do not depend on other rows of their step
-            logits = self._run(step.rows, paged_step, step.kept)
-        if len(logits) != len(plan.spans):
-            raise ValueError(
-                f"asked for {len(plan.spans)} rows of logits, the model gives {len(logits)}"
-            )
-        if step.kept is None and self._again is not None:
+        logits = None
+        if step.kept is None and again is not None:
+            logits = again(step.rows[0].tolist(), paged_step)
+        if logits is None:
+            with few_rows.any_rows():  # answers do not depend on other rows of their step
+                logits = self._run(step.rows, paged_step, step.kept)
+        if len(logits) != (count := sum(span.logits for span in plan.spans)):
+            raise ValueError(f"asked for {count} rows of logits, the model gives {len(logits)}")
+        if all(span.rows == 1 for span in plan.spans) and self._again is not None:
             self._last = plan.number, paged_step
         return logits
 
@@ -161,7 +169,9 @@ class PagedForward:
 def _rows(span: Span) -> SpanRows:
     table = span.sequence.table
     assert table is not None
-    return SpanRows(span.start, span.stop, table.blocks, table.front, table.front_places)
+    return SpanRows(
+        span.start, span.start + span.rows, table.blocks, table.front, table.front_places
+    )
 
 
 def _single_tokens(plan: StepPlan, nobody: int, device: torch.device) -> Tensor | None:
@@ -173,7 +183,7 @@ def _single_tokens(plan: StepPlan, nobody: int, device: torch.device) -> Tensor 
     tables = [span.sequence.table for span in plan.spans]
     if any(table is None or table.front for table in tables) or not tables:
         return None
-    if any(span.stop - span.start != 1 for span in plan.spans):
+    if any(span.rows != 1 for span in plan.spans):
         return None
     blocks = [[] if table is None else table.blocks for table in tables]
     B = max(FEWEST_BLOCKS, _power(max(map(len, blocks))))

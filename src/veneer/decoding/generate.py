@@ -29,6 +29,7 @@ from veneer.decoding.sampling.sampling import Sampling, seed_of
 from veneer.decoding.schedule.adapters import FixedAdapters, front_places
 from veneer.decoding.schedule.blocks import Identity
 from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.decoding.schedule.sequence import Request
 from veneer.decoding.schedule.sequence import Sequence as Answer
 from veneer.errors import ConfigError
@@ -58,6 +59,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    lookup: LookupMode = "auto",
     on_token: Callable[[int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -66,8 +68,9 @@ def generate(
     An answer ends after max_new_tokens at the latest, or where the model's positions end. on_token
     gets each id of the answer to a single prompt. on_done gets the number of prompts answered so
     far, now and then. Raises ConfigError for a prompt that is empty, too long for the model's
-    positions, or holds an unknown id, and for numbers out of bounds.
+    positions, or holds an unknown id, and for numbers out of bounds. lookup: as in Engine.
     """
+    check_lookup(lookup)
     check_numbers(
         max_new_tokens=(NEW_TOKENS, max_new_tokens),
         temperature=(TEMPERATURE, temperature),
@@ -90,6 +93,7 @@ def generate(
             stops,
             Sampling(temperature=temperature, top_p=top_p),
             seed,
+            lookup,
             token_callback,
             on_done,
         )
@@ -131,6 +135,7 @@ class _GenerationRun:
     stops: list[int]
     sampling: Sampling
     seed: int
+    lookup: LookupMode
     on_token: Callable[[int], None] | None
     on_done: Callable[[int], None] | None
     answers: list[list[int]] = field(init=False)
@@ -185,6 +190,7 @@ def _by_engine(run: _GenerationRun, numbers: Sequence[int]) -> None:
         budget_bytes=(most + spare) * slots * bytes_per_token(base),
         adapters=FixedAdapters({acting: applied} if applied else {}),
         limits=Limits(rows=rows, step_tokens=READ_TOKENS, chunk_tokens=READ_TOKENS // 4),
+        lookup=run.lookup,
     )
     waiting = sorted(numbers, key=lambda i: len(run.prompts[i]))  # taken from the end
     pending: dict[Answer, int] = {}
@@ -196,8 +202,9 @@ def _by_engine(run: _GenerationRun, numbers: Sequence[int]) -> None:
         before = {answer: len(answer.new) for answer in pending}
         ended = engine.step(0.0)
         for answer, count in before.items():
-            if run.on_token is not None and len(answer.new) > count:
-                run.on_token(answer.new[-1])
+            if run.on_token is not None:
+                for token in answer.new[count:]:
+                    run.on_token(token)
         for answer in ended:
             if answer.error is not None:
                 raise answer.error

@@ -34,7 +34,7 @@ from veneer.kernels.dense.segments import UpdateCache
 from veneer.models.frozen_base import FrozenBase
 
 Computed = tuple[Sequence[int], Tensor]
-"""Numbers of spans in their plan, and the logits (spans, V) after their last tokens."""
+"""Numbers of spans in their plan, and their logits (rows, V)."""
 
 
 class Lane:
@@ -150,6 +150,10 @@ class Lanes:
         for lane in (self.exact, self.mixed):
             lane.let_go(attached)
         self._step.let_go()
+
+    def keeps_bits(self, identity: Identity) -> bool:
+        """Whether rows of these adapters have the same bits in whatever step they are computed."""
+        return self._splits and self._step.is_recorded and self._is_exact(identity)
 
     def _is_exact(self, identity: Identity) -> bool:
         """Whether rows of these adapters share the base's forward. All do if forwards are not

@@ -10,6 +10,7 @@ from typing import Any
 from veneer.data.examples import Example, Row, RowRef
 from veneer.data.template.template import ChatTemplate
 from veneer.decoding.generate import generate, limits_of
+from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.text import text_of
 from veneer.errors import DataError, DivergedError, VeneerError
 from veneer.evaluation.intervals import Counts
@@ -37,6 +38,7 @@ def evaluate_answers(
     *,
     max_new_tokens: int,
     variables: Mapping[str, Any] | None = None,
+    lookup: LookupMode = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RowAnswer]:
     """Generates the answer to every row's prompt (all but its last turn), greedily, in the rows'
@@ -44,6 +46,7 @@ def evaluate_answers(
 
     max_new_tokens  longer answers are cut
     variables       of the chat template
+    lookup          as in Base.generate
     progress        receives (rows done, rows in all)
 
     Raises DataError, naming the rows, if a row does not end with an assistant turn to compare with.
@@ -56,7 +59,7 @@ def evaluate_answers(
         if progress is not None:
             progress(count, len(rows))
 
-    generated = generate(base, prompts, max_new_tokens=max_new_tokens, on_done=done)
+    generated = generate(base, prompts, max_new_tokens=max_new_tokens, lookup=lookup, on_done=done)
     answers = [_text(base, ids) for ids in generated]
     limits = limits_of(base, prompts, max_new_tokens)
     cut = [len(ids) >= limit for ids, limit in zip(generated, limits, strict=True)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.data.examples import Example, Row
+from veneer.decoding.schedule.lookup import LookupMode
 from veneer.errors import DataError
 from veneer.evaluation.answers import evaluate_answers, finite, references_of, refuse_rows
 from veneer.evaluation.general import (
@@ -46,6 +47,7 @@ class EvaluationOptions:
 
     metrics            answers are generated only if one needs them
     max_new_tokens     longer answers are cut
+    lookup             as in Base.generate
     labels             what accuracy chooses from; none: the distinct answers of the rows, if they
                        are few and short
     length_normalised  labels are compared by their log-probability per token
@@ -58,6 +60,7 @@ class EvaluationOptions:
 
     metrics: Sequence[Metric] = ()
     max_new_tokens: int = 256
+    lookup: LookupMode = "auto"
     labels: Sequence[str] = field(default_factory=list)
     length_normalised: bool = False
     predictions: Path | None = None
@@ -199,6 +202,7 @@ def _answer(
             base,
             rows,
             max_new_tokens=choices.max_new_tokens,
+            lookup=choices.lookup,
             variables=choices.variables,
             progress=lambda done, total: report("answers", done, total),
         )

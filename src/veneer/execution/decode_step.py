@@ -51,13 +51,15 @@ from veneer.private.torch import children_of, has_hooks
 from veneer.shards import in_shards
 
 SLOTS = 16
+DENSE = (nn.Linear, FewRowsLinear)
+"""Modules whose products few_rows computes."""
 
 Run = Callable[[Tensor, Any, Tensor | None], Tensor]
 """(2, N) ids and positions, a step (execution/attention.py: BatchAttention), the rows that are kept
 or all -> their logits."""
 
 Again = Callable[[Sequence[int], PagedStep], Tensor | None]
-"""(N) ids, a step that goes on from the one before -> (N, V); None: nothing was computed."""
+"""(N) ids, a step -> the logits of all its rows, (N, V); None: nothing was computed."""
 
 
 class LayersForward:
@@ -84,6 +86,11 @@ class LayersForward:
         in_place = all(a is b.module for a, b in zip(self.inner.layers, self.layers, strict=True))
         return in_place and in_front(self.model) == 0
 
+    @property
+    def has_dense_head(self) -> bool:
+        head: Any = self.model.get_output_embeddings()
+        return type(unwrapped(head)) in DENSE
+
     def logits(self, rows: Tensor, laid: PagedStep, kept: Tensor | None) -> Tensor:
         """rows (2, N): ids and positions -> (kept, V); None: all rows."""
         h_1ND = self.inner.embed_tokens(rows[:1])
@@ -100,7 +107,7 @@ class LayersForward:
             return _product(states if kept is None else states[kept], head)
 
     def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of single tokens, by what was recorded; None: it is to be computed by `logits`."""
+        """(N, V) of all rows, by what was recorded; None: it is to be computed by `logits`."""
         with self.steps.leased() as free:
             return self.steps.logits(ids, laid) if free else None
 
@@ -155,9 +162,15 @@ class DecodeStep:
         return own_forward(model)(rows, laid, kept)
 
     def again(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """(N, V) of single tokens, one further than in the step before; None: as if nothing had
-        been asked."""
+        """(N, V) of all rows, replayed; None: nothing was computed."""
         return None if self._parts is None else self._parts.again(ids, laid)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether compiled functions compute whole steps of any few rows: no bit of a row depends
+        on the others."""
+        parts = self._parts
+        return parts is not None and parts.steps.have_any_rows and parts.has_dense_head
 
     def let_go(self) -> None:
         """No adapter is held that acted in a step before."""
@@ -225,9 +238,7 @@ def _bare(module: nn.Module | None) -> nn.Module | None:
 def _dense(x: Tensor, place: nn.Module | None) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer whose product with x few_rows computes."""
     bare: Any = _bare(place)
-    if type(bare) not in (nn.Linear, FewRowsLinear) or not few_rows.usable(
-        x, bare.weight, bare.bias
-    ):
+    if type(bare) not in DENSE or not few_rows.usable(x, bare.weight, bare.bias):
         return None
     return bare.weight, bare.bias
 

@@ -39,6 +39,7 @@ class Ends:
         self._positions = 0
         self._cos = self._sin = table[:0]
         self._structs: tuple[Any, Any] | None = None
+        self._columns = table[:0]  # kept while C reads them
 
     @classmethod
     def of(
@@ -91,8 +92,9 @@ class Ends:
         if farthest >= self._positions and not self._extend_tables(farthest):
             return None
         self._ids[:rows] = array("q", ids)
+        self._columns = spans.row_columns
         first.spans, first.cos_table, first.sin_table = (
-            spans.columns.data_ptr(),
+            self._columns.data_ptr(),
             self._cos.data_ptr(),
             self._sin.data_ptr(),
         )

@@ -68,6 +68,11 @@ class RecordedSteps:
             if free:
                 self._lock.release()
 
+    @property
+    def have_any_rows(self) -> bool:
+        """Whether the layers of a step are recorded, from one row on."""
+        return any(step.least == 1 for step in self._steps)
+
     def drop_references(self) -> None:
         """Drops references to adapters, except those of a step that another thread computes."""
         with self.leased() as free:
@@ -75,8 +80,8 @@ class RecordedSteps:
                 step.drop_references()
 
     def logits(self, ids: Sequence[int], laid: PagedStep) -> Tensor | None:
-        """Replays a whole step of single tokens, embedding and head included: (N, V). Only within
-        `leased`. Returns None if no recording fits this step or a snapshot does not match."""
+        """Replays a whole step, embedding and head included: (N, V). Only within `leased`. Returns
+        None if no recording fits this step or a snapshot does not match."""
         mix, snapshot = laid.mix, self._snapshot
         if mix is None or mix.others or snapshot is None:
             return None
@@ -128,8 +133,9 @@ class RecordedSteps:
         if self._unchecked > 0:
             self._unchecked -= 1
             return True
-        self._unchecked = UNCHECKED - 1
-        return all(snapshot.matches() for snapshot in snapshots)
+        match = all(snapshot.matches() for snapshot in snapshots)
+        self._unchecked = UNCHECKED - 1 if match else 0
+        return match
 
     def _record(
         self,

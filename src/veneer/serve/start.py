@@ -16,6 +16,7 @@ from veneer.adapters.preamble import Preamble
 from veneer.bounds import BYTES, SECONDS, check_numbers
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.lookup import LookupMode, check_lookup
 from veneer.files.home import name_of
 from veneer.library.library import Library
 from veneer.library.residents.residents import Residents
@@ -49,6 +50,7 @@ class ServeSettings:
     system, variables  default system message and template variables, in place of those that
                        adapters were trained with; "" and None: the adapters' own
     runs               folder of the runs that the page shows
+    lookup             as in Base.generate
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +68,7 @@ class ServeSettings:
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     runs: Path | None = None
+    lookup: LookupMode = "auto"
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -75,6 +78,7 @@ class ServeSettings:
             drain_seconds=(SECONDS, self.drain_seconds),
         )
         check_origins(self.origins)
+        check_lookup(self.lookup)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from hashlib import blake2b
 from tests.support.decoding.pretended_memory import PretendedMemory, contents
 from veneer.decoding.schedule.blocks import BlockManager, Identity
 from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.lookup import Lookup
 from veneer.decoding.schedule.scheduler import Scheduler
 from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
-from veneer.decoding.schedule.step_plan import SampleResult, StepPlan
+from veneer.decoding.schedule.step_plan import SampleResult, Span, StepPlan, StepResult
 from veneer.errors import SourceError
 
 SIZE = 4
@@ -40,11 +41,40 @@ def alone(request: Request, choice: int = 0) -> list[int]:
     return new
 
 
+class PretendedLookup(Lookup):
+    """Guesses up to 5 tokens, of which the first 0 to 5 are right."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda identity: True)
+
+    def guesses(self, answers: list[Sequence], most_rows: int) -> dict[Sequence, list[int]]:
+        guesses, left = {}, most_rows - len(answers)
+        for s in answers:
+            seed = blake2b(repr((s.request.prompt, s.new)).encode(), digest_size=2).digest()
+            most = s.request.max_new_tokens - len(s.new) - 1
+            count = min(left, most, seed[0] % 6)
+            text = [*s.new]
+            for place in range(count):
+                right = next_token(s.request, s.choice, text)
+                text.append(right if place < seed[1] % 6 else (right + 1) % WORDS)
+            if count > 0:
+                guesses[s], left = text[len(s.new) :], left - count
+        return guesses
+
+
 class Toy:
     """adapters: prefix places of each that is ready, None for one that is on its way, an error for
-    a broken one; those that are not named are ready and have no prefix."""
+    a broken one; those that are not named are ready and have no prefix. guesses: whether tokens are
+    guessed."""
 
-    def __init__(self, *, blocks: int = 64, tokens_per_block: int = SIZE, **limits: int) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        tokens_per_block: int = SIZE,
+        guesses: bool = False,
+        **limits: int,
+    ) -> None:
         self.blocks = BlockManager(
             base="base",
             budget_bytes=blocks * tokens_per_block * 10,
@@ -53,7 +83,10 @@ class Toy:
         )
         self.adapters: dict[Identity, int | Exception | None] = {}
         self.scheduler = Scheduler(
-            self.blocks, Limits(**{"rows": 8, "step_tokens": 32, **limits}), self
+            self.blocks,
+            Limits(**{"rows": 8, "step_tokens": 32, **limits}),
+            self,
+            lookup=PretendedLookup() if guesses else None,
         )
         self.memory = PretendedMemory(tokens_per_block)
         self.ended: list[Sequence] = []
@@ -120,23 +153,34 @@ class Toy:
         for (
             span
         ) in plan.spans:  # as in a layer of a model: all keys and values are written, then read
-            s = span.sequence
-            for place in range(span.start, span.stop):
-                self.memory.write(s.table, place, self.expected(s, place))
-        results: dict[int, SampleResult] = {}
+            for place in range(span.start, span.start + span.rows):
+                self.memory.write(span.sequence.table, place, self.expected(span, place))
+        results: dict[int, StepResult] = {}
         for span in plan.spans:
             assert self.memory.front_holds(span.sequence.table)
-            for place in range(span.stop):
+            for place in range(span.start + span.rows):
                 at = self.memory.read(span.sequence.table, place)
-                assert at == self.expected(span.sequence, place)
-            self.computed += span.stop - span.start
+                assert at == self.expected(span, place)
+            self.computed += span.rows
             for s in span.draws:
-                results[s.number] = instead.get(s.number, next_token(s.request, s.choice, s.new))
+                results[s.number] = self.draw(s, span, instead)
         self.ended += self.scheduler.finish_step(results)
         self.blocks.check()
 
-    def expected(self, s: Sequence, place: int) -> tuple:
-        return contents(s.request.salt, s.request.adapter, s.between(0, place + 1))
+    def draw(self, s: Sequence, span: Span, instead: dict[int, SampleResult]) -> StepResult:
+        if s.number in instead or not span.guesses:
+            return instead.get(s.number, next_token(s.request, s.choice, s.new))
+        drawn = [next_token(s.request, s.choice, s.new)]
+        for guess in span.guesses:
+            if drawn[-1] != guess:
+                break
+            drawn.append(next_token(s.request, s.choice, [*s.new, *drawn]))
+        return drawn
+
+    def expected(self, span: Span, place: int) -> tuple:
+        s = span.sequence
+        text = [*s.between(0, span.stop), *span.guesses][: place + 1]
+        return contents(s.request.salt, s.request.adapter, text)
 
     def check(self, plan: StepPlan, most_tokens: int | None = None) -> None:
         """What holds for every plan."""
@@ -165,11 +209,14 @@ class Toy:
                 == s.computed
                 < span.stop
                 <= s.length
-                <= len(s.table.blocks) * self.memory.size
+                <= s.length + len(span.guesses)
+                <= min(len(s.table.blocks) * self.memory.size, s.request.most_places)
             )
+            assert not span.guesses or span.draws == (s,)
             assert (s in span.draws) == (span.stop == s.length)
             assert span.stop - span.start <= max(limits.chunk_tokens, 1)
-            assert span.tokens == s.between(0, s.length)[span.start : span.stop]
+            text = s.between(0, s.length)[span.start : span.stop]
+            assert span.tokens == [*text, *span.guesses]
 
     def finish_all(self, steps: int = 1000) -> None:
         for _ in range(steps):

@@ -16,6 +16,7 @@ from veneer.bounds import NEW_TOKENS, TEMPERATURE
 from veneer.cli.common import (
     add_base,
     add_json,
+    add_lookup,
     add_preamble,
     load_base,
     parse_variables,
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base(parser)
     add_preamble(parser)
     add_sampling(parser)
+    add_lookup(parser)
     add_json(parser)
 
 
@@ -84,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         messages,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
+        lookup=args.lookup,
         system="",
         variables=parse_variables(args),
         on_text=_print_piece if streams else None,

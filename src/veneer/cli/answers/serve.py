@@ -25,6 +25,7 @@ from veneer.bounds import COUNT, MIB, PORT, ROWS, SECONDS
 from veneer.cli.common import (
     add_dtype,
     add_library,
+    add_lookup,
     add_variables,
     make_console,
     parse_variables,
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, ...; default: auto"
     )
+    add_lookup(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--rows", type=ROWS, default=64, metavar="N", help="answers computed at once; default: 64"
@@ -332,6 +334,7 @@ def _read_settings(args: argparse.Namespace) -> ServeSettings:
         system=args.system,
         variables=parse_variables(args),
         runs=None if args.runs is None else Path(args.runs),
+        lookup=args.lookup,
     )
 
 

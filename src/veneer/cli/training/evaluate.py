@@ -27,6 +27,7 @@ from veneer.cli.common import (
     add_base,
     add_data,
     add_json,
+    add_lookup,
     add_map,
     add_preamble,
     load_base,
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest answer in tokens; default: 256",
     )
+    add_lookup(parser)
     parser.add_argument(
         "--batch", type=ROWS, default=16, metavar="N", help="rows computed at once; default: 16"
     )
@@ -139,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
             length_normalised=args.length_normalised,
             general=args.general,
             against=args.against,
+            lookup=args.lookup,
             length=args.length,
             format=args.format,
             train_on=args.train_on,

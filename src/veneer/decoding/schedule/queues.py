@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import insort
 from typing import TYPE_CHECKING
 
-from veneer.decoding.schedule.blocks import BlockManager, BlockTable
+from veneer.decoding.schedule.blocks import BlockManager, BlockTable, Identity
 from veneer.decoding.schedule.sequence import FinishReason, Sequence, SequenceState
+from veneer.errors import VeneerError
 
 if TYPE_CHECKING:
     from veneer.decoding.schedule.adapters import AdapterSource
@@ -92,6 +93,37 @@ class SequenceQueues:
         self._release_blocks(sequence)
         sequence.state, sequence.reason, sequence.error = SequenceState.FINISHED, reason, error
         self.ended.append(sequence)
+
+    def unread_blocks(self, s: Sequence) -> list[bytes]:
+        """Names of the full blocks that a running sequence has yet to compute."""
+        return s.chain.names[s.computed // self._blocks.tokens_per_block :]
+
+    def will_be_cached(self, s: Sequence, reading: set[bytes]) -> bool:
+        """Whether a running sequence is about to compute the first block that this one lacks."""
+        s.chain.reach(s.length, s.between)
+        usable = s.chain.names[: (s.length - 1) // self._blocks.tokens_per_block]
+        missing = next((name for name in usable if not self._blocks.knows(name)), None)
+        return missing in reading
+
+    def wanted(self) -> list[Identity]:
+        """Adapters of waiting sequences, next needed first: these can be loaded ahead."""
+        return list(dict.fromkeys(s.request.adapter for s in self.waiting if s.request.adapter))
+
+    def ask_adapters(self) -> dict[Identity, int]:
+        """Prefix lengths of the adapters that are ready. Ends sequences whose adapter never will
+        be."""
+        places: dict[Identity, int] = {(): 0}
+        for adapter in self.wanted():
+            try:
+                prefix = self._adapters.ready(adapter)
+            except VeneerError as error:
+                for s in self.without_blocks:
+                    if s.request.adapter == adapter:
+                        self.end(s, FinishReason.ERROR, error)
+                continue
+            if prefix is not None:
+                places[adapter] = prefix
+        return places
 
     def take_ended(self) -> tuple[Sequence, ...]:
         ended, self.ended = tuple(self.ended), []

@@ -24,10 +24,18 @@ from typing import TYPE_CHECKING
 from veneer.bounds import COUNT, TIME, check_numbers
 from veneer.decoding.schedule.adapter_places import AdapterPlaces
 from veneer.decoding.schedule.blocks import BlockCopy, BlockManager, Identity, PrefixWrite
+from veneer.decoding.schedule.guessed_spans import guessed_spans
 from veneer.decoding.schedule.limits import Limits, check_fits, most_tokens
+from veneer.decoding.schedule.lookup import Lookup
 from veneer.decoding.schedule.queues import SequenceQueues
 from veneer.decoding.schedule.sequence import FinishReason, Request, Sequence, SequenceState
-from veneer.decoding.schedule.step_plan import SampledToken, SampleResult, Span, StepPlan
+from veneer.decoding.schedule.step_plan import (
+    SampledToken,
+    SampleResult,
+    Span,
+    StepPlan,
+    StepResult,
+)
 from veneer.errors import DoesNotFitError, QueueFullError, VeneerError
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ class Scheduler:
     adapters   asked once a step for each adapter that a sequence waits for, and held for every
                sequence that has blocks
     positions  number of positions of the model; None: no limit
+    lookup     guesses the next tokens of answers; None: nothing is guessed
     """
 
     def __init__(
@@ -50,9 +59,10 @@ class Scheduler:
         adapters: AdapterSource,
         *,
         positions: int | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         self.blocks, self.limits, self.positions = blocks, limits, positions
-        self._adapters = adapters
+        self._adapters, self._lookup = adapters, lookup
         self._queues = SequenceQueues(blocks, adapters)
         self._cancelled: list[Sequence] = []  # during the current step
         self._plan: StepPlan | None = None
@@ -77,9 +87,7 @@ class Scheduler:
 
     def wanted(self) -> list[Identity]:
         """Adapters of waiting sequences, next needed first: these can be loaded ahead."""
-        return list(
-            dict.fromkeys(s.request.adapter for s in self._queues.waiting if s.request.adapter)
-        )
+        return self._queues.wanted()
 
     def in_use(self) -> Counter[Identity]:
         """Number of sequences that have not ended, by adapter, the base included."""
@@ -94,7 +102,7 @@ class Scheduler:
 
         Raises DoesNotFitError if it can never run, and QueueFullError if too many wait.
         """
-        self._check_fits(request, front_places=0)
+        check_fits(request, self.blocks, self.positions, front_places=0)
         if (most := self.limits.max_adapters) < len(request.adapter):
             raise DoesNotFitError(
                 f"{len(request.adapter)} adapters are to act together, at most {most} can"
@@ -136,9 +144,11 @@ class Scheduler:
         self._end_late(now)
         last, self._last = self._last, None
         may_repeat = most_tokens is None and not self._queues.waiting
+        if may_repeat and (plan := self._plan_guesses()):
+            return plan
         if last is not None and may_repeat and (plan := self._plan_next_tokens(last)):
             return plan
-        places = self._ask_adapters()
+        places = self._queues.ask_adapters()
         takes: dict[Sequence, int] = {}
         tokens = min(self.limits.step_tokens, most_tokens or self.limits.step_tokens)
         tokens = self._continue_running(tokens, takes)
@@ -161,7 +171,7 @@ class Scheduler:
         fronts, copies = self.blocks.pending(sequence.table)
         return self._new_plan((self._span(sequence, take),), fronts, copies)
 
-    def finish_step(self, results: Mapping[int, SampleResult]) -> tuple[Sequence, ...]:
+    def finish_step(self, results: Mapping[int, StepResult]) -> tuple[Sequence, ...]:
         """Takes the results of the plan and returns the sequences that have ended.
 
         results   sequence number -> what it drew, for every sequence in the plan's `draws`. A
@@ -173,16 +183,14 @@ class Scheduler:
         plan, self._plan = self._plan, None
         self.blocks.done(plan.fronts, plan.copies)
         for span in plan.spans:
-            assert span.sequence.table is not None
-            span.sequence.computed = span.stop
-            self.blocks.filled(span.sequence.table, span.stop, span.sequence.between)
+            self._fill(span.sequence, span.stop)
             if span.draws:
                 self._queues.choices.pop(span.sequence.number, None)
             # The first choice is last: if it ends, its blocks are released, so others fork before.
             for sequence in (*span.draws[1:], *span.draws[:1]):
-                self._draw(sequence, span, results[sequence.number])
+                self._draw_tokens(sequence, span, results[sequence.number])
         self._end_cancelled()
-        single = all(span.stop - span.start == len(span.draws) == 1 for span in plan.spans)
+        single = all(span.rows == len(span.draws) == 1 for span in plan.spans)
         if single and not self._queues.ended and len(plan.spans) == len(self._queues.running):
             self._last = plan
         return self._queues.take_ended()
@@ -234,6 +242,18 @@ class Scheduler:
         self._forget_removed_adapters()
         return self._new_plan(tuple(spans), (), (), last.number)
 
+    def _plan_guesses(self) -> StepPlan | None:
+        """Plans the next token of all running sequences, and guesses. Returns None without guesses,
+        or if anything else is to be done."""
+        if self._lookup is None or self._queues.choices or self.blocks.fronts or self.blocks.copies:
+            return None
+        most = self.limits.step_tokens
+        spans = guessed_spans(self._lookup, self.blocks, self._queues.running, most)
+        if spans is None:
+            return None
+        self._forget_removed_adapters()
+        return self._new_plan(spans, (), ())
+
     def _continue_running(self, tokens: int, takes: dict[Sequence, int]) -> int:
         """Adds the tokens of running sequences to `takes`. Returns the tokens left for new ones."""
         decoding = min(tokens, sum(s.length - s.computed == 1 for s in self._queues.running))
@@ -264,15 +284,19 @@ class Scheduler:
         adapters = AdapterPlaces(
             self._queues.running, self.limits.max_adapters, self.limits.max_overtaken
         )
-        reading = {name for s in self._queues.running for name in self._unread_blocks(s)}
+        reading = {name for s in self._queues.running for name in self._queues.unread_blocks(s)}
         for s in list(self._queues.waiting):
             if tokens <= 0 or len(self._queues.running) >= self.limits.rows:
                 break
             adapter = s.request.adapter
-            if adapter not in places or self._will_be_cached(s, reading) or not adapters.allow(s):
+            if (
+                adapter not in places
+                or self._queues.will_be_cached(s, reading)
+                or not adapters.allow(s)
+            ):
                 continue
             try:
-                self._check_fits(s.request, front_places=places[adapter])
+                check_fits(s.request, self.blocks, self.positions, places[adapter])
             except DoesNotFitError as error:
                 self._queues.end(s, FinishReason.ERROR, error)
                 continue
@@ -281,7 +305,7 @@ class Scheduler:
             adapters.started(s)
             takes[s] = min(s.length - s.computed, self.limits.chunk_tokens, tokens)
             tokens -= takes[s]
-            reading.update(self._unread_blocks(s))
+            reading.update(self._queues.unread_blocks(s))
 
     def _start(self, sequence: Sequence, front_places: int) -> bool:
         """Gives a sequence blocks for all that it has to read. Returns False if there are not
@@ -300,17 +324,6 @@ class Scheduler:
         self._queues.run(sequence, table, table.cached)
         return True
 
-    def _unread_blocks(self, s: Sequence) -> list[bytes]:
-        """Names of the full blocks that a running sequence has yet to compute."""
-        return s.chain.names[s.computed // self.blocks.tokens_per_block :]
-
-    def _will_be_cached(self, s: Sequence, reading: set[bytes]) -> bool:
-        """Whether a running sequence is about to compute the first block that this one lacks."""
-        s.chain.reach(s.length, s.between)
-        usable = s.chain.names[: (s.length - 1) // self.blocks.tokens_per_block]
-        missing = next((name for name in usable if not self.blocks.knows(name)), None)
-        return missing in reading
-
     def _span(self, s: Sequence, take: int) -> Span:
         stop = s.computed + take
         draws = (s, *self._queues.choices.get(s.number, ())) if stop == s.length else ()
@@ -318,30 +331,29 @@ class Scheduler:
 
     # adapters
 
-    def _ask_adapters(self) -> dict[Identity, int]:
-        """Prefix lengths of the adapters that are ready. Ends sequences whose adapter never will
-        be."""
-        places: dict[Identity, int] = {(): 0}
-        for adapter in self.wanted():
-            try:
-                prefix = self._adapters.ready(adapter)
-            except VeneerError as error:
-                for s in self.waiting:
-                    if s.request.adapter == adapter:
-                        self._queues.end(s, FinishReason.ERROR, error)
-                continue
-            if prefix is not None:
-                places[adapter] = prefix
-        return places
-
     def _forget_removed_adapters(self) -> None:
         for content in self._adapters.settle():
             self.blocks.forget(content)
 
     # sequences
 
-    def _check_fits(self, request: Request, *, front_places: int) -> None:
-        check_fits(request, self.blocks, self.positions, front_places)
+    def _fill(self, s: Sequence, computed: int) -> None:
+        """Marks the first tokens of a sequence as computed."""
+        assert s.table is not None
+        s.computed = computed
+        self.blocks.filled(s.table, computed, s.between)
+
+    def _draw_tokens(self, s: Sequence, span: Span, result: StepResult) -> None:
+        """Adds the tokens that a sequence drew: one, or one more than its accepted guesses."""
+        drawn = result if isinstance(result, list) else [result]
+        if span.guesses and self._lookup is not None:
+            self._lookup.count(s, len(span.guesses), len(drawn) - 1)
+        for accepted, sampled in enumerate(drawn):
+            if accepted:  # the token before was guessed, so its keys and values are there
+                self._fill(s, span.stop + accepted)
+            self._draw(s, span, sampled)
+            if s.cancelled or s.state is SequenceState.FINISHED:
+                return
 
     def _draw(self, s: Sequence, span: Span, result: SampleResult) -> None:
         """Adds the token that a sequence drew after a span, or ends it."""
@@ -359,6 +371,8 @@ class Scheduler:
         if s is not first:
             s.cached_tokens = first.cached_tokens
         if reason is not None:
+            if self._lookup is not None:
+                self._lookup.end(s)
             self._queues.end(s, reason)
         elif s is not first:
             self._queues.fork(s, first, has_row=len(self._queues.running) < self.limits.rows)

@@ -12,20 +12,32 @@ from veneer.errors import VeneerError
 
 
 class Span(NamedTuple):
-    """Tokens start to stop - 1 of a sequence, computed in this step.
+    """Tokens start to stop - 1 of a sequence, and guesses of the next, computed in this step.
 
-    draws   sequences that draw a token from the last logits: none until the whole prompt is read,
-            then the sequence itself, the first time with the request's other choices
+    draws    sequences that draw a token from the last logits: none until the whole prompt is read,
+             then the sequence itself, the first time with the request's other choices
+    guesses  computed after the newest token (lookup.py): the sequence draws from the logits before
+             and after each of them
     """
 
     sequence: Sequence
     start: int
     stop: int
     draws: tuple[Sequence, ...]
+    guesses: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
-        return self.sequence.between(self.start, self.stop)
+        return [*self.sequence.between(self.start, self.stop), *self.guesses]
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start + len(self.guesses)
+
+    @property
+    def logits(self) -> int:
+        """Number of its last tokens whose logits are computed."""
+        return 1 + len(self.guesses)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class StepPlan:
         counts: dict[Identity, int] = {}
         for span in self.spans:
             adapter = span.sequence.request.adapter
-            counts[adapter] = counts.get(adapter, 0) + span.stop - span.start
+            counts[adapter] = counts.get(adapter, 0) + span.rows
         return tuple(counts.items())
 
 
@@ -71,3 +83,5 @@ class SampledToken:
 
 SampleResult = int | SampledToken | VeneerError
 """A token, a token with details, or the error that ends the sequence."""
+StepResult = SampleResult | list[SampleResult]
+"""What a sequence draws in a step; a list if guesses were checked: one more than were accepted."""

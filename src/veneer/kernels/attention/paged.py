@@ -135,6 +135,18 @@ class Spans:
     def checked(self) -> paged_calls.PagedSpans:
         return paged_calls.paged_spans(self.tables, self.columns)
 
+    @cached_property
+    def row_columns(self) -> Tensor:
+        """(rows, 5): the columns of each row, as if it were a span of its own."""
+        if self.rows == len(self.spans):
+            return self.columns
+        counts = torch.tensor([span.stop - span.start for span in self.spans])
+        columns = self.columns.repeat_interleave(counts, 0)
+        columns[:, 3] = torch.tensor(
+            [place for span in self.spans for place in range(span.start, span.stop)]
+        )
+        return columns
+
     @property
     def farthest(self) -> int:
         """The highest position of a row."""
