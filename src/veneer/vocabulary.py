@@ -1,6 +1,6 @@
 """Maps names of other tools to our settings and flags, and suggests what a user meant.
 
-Imports nothing: the command line uses it before it imports anything else.
+Imports nothing of Veneer: the command line reads it before anything else.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,165 +10,83 @@ from types import MappingProxyType
 KeyPath = tuple[str, ...]
 """("method", "rank")"""
 
+
+def _by_name(table: str) -> dict[str, str]:
+    """Reads lines `ours: name name ...` (further names may follow on lines without a colon) as
+    {name: ours}."""
+    ours, names = "", dict[str, str]()
+    for line in table.splitlines():
+        word, colon, rest = line.partition(": ")
+        ours = word.strip() if colon else ours
+        names |= dict.fromkeys((rest if colon else line).split(), ours)
+    return names
+
+
 # Better suggestions than the nearest spelling. The names are from examples of Axolotl,
 # LLaMA-Factory, TRL, Unsloth, torchtune, mlx-lm and PEFT.
-KNOWN_ELSEWHERE = {
-    "activation_checkpointing": "checkpointing",
-    "activation_offloading": "offload",
-    "adapter": "from_adapter",
-    "adapter_checkpoint": "from_adapter",
-    "adapter_name_or_path": "from_adapter",
-    "added_tokens": "new_tokens",
-    "additional_target": "method.train_modules",
-    "assistant_only_loss": "data.train_on",
-    "base_model": "base",
-    "batch_size": "batch",
-    "bf16": "dtype",
-    "bfloat16": "dtype",
-    "chat_template_kwargs": "template.variables",
-    "clip_grad_norm": "clip",
-    "column_mapping": "data.map",
-    "columns": "data.map",
-    "completion_only_loss": "data.train_on",
-    "compute_dtype": "dtype",
-    "cutoff_len": "length",
-    "data_path": "data",
-    "data_seed": "seed",
-    "dataset": "data",
-    "dataset_name": "data",
-    "dataset_path": "data",
-    "dataset_text_field": "data.map",
-    "dataset_val": "data.validation",
-    "datasets": "data",
-    "deepspeed": "shard",
-    "device_map": "device",
-    "early_stopping_patience": "patience",
-    "enable_activation_checkpointing": "checkpointing",
-    "enable_activation_offloading": "offload",
-    "enable_thinking": "template.variables",
-    "eval_data": "data.validation",
-    "eval_dataset": "data.validation",
-    "eval_file": "data.validation",
-    "eval_steps": "evaluate_every",
-    "extra_tokens": "new_tokens",
-    "field_messages": "data.map",
-    "fine_tune_type": "method",
-    "full_finetuning": "method",
-    "finetuning_type": "method",
-    "float16": "dtype",
-    "fp16": "dtype",
-    "fsdp": "shard",
-    "fsdp_config": "shard",
-    "grad_checkpoint": "checkpointing",
-    "gradient_checkpointing": "checkpointing",
-    "gradient_clipping": "clip",
-    "group_by_length": "order",
-    "hf_dataset": "data",
-    "init_lora_weights": "method.init",
-    "iters": "steps",
-    "layers_to_transform": "method.layers",
-    "load_in_4bit": "quantize",
-    "lora_alpha": "method.alpha",
-    "lora_attn_modules": "method.targets",
-    "lora_dropout": "method.dropout",
-    "lora_model_dir": "from_adapter",
-    "lora_modules_to_save": "method.train_modules",
-    "lora_parameters": "method",
-    "lora_r": "method.rank",
-    "lora_rank": "method.rank",
-    "lora_target": "method.targets",
-    "lora_target_modules": "method.targets",
-    "loraplus_lr_ratio": "method.lr_ratio",
-    "lr": "learning_rate",
-    "lr_schedule": "schedule",
-    "lr_scheduler": "schedule",
-    "lr_scheduler_type": "schedule",
-    "mask_prompt": "data.train_on",
-    "max_grad_norm": "clip",
-    "max_iters": "steps",
-    "max_length": "length",
-    "max_seq_len": "length",
-    "max_seq_length": "length",
-    "max_steps": "steps",
-    "micro_batch_size": "micro_batch",
-    "mixed_precision": "dtype",
-    "model": "base",
-    "model_id": "base",
-    "model_max_length": "length",
-    "model_name": "base",
-    "model_name_or_path": "base",
-    "modules_to_save": "method.train_modules",
-    "new_special_tokens": "new_tokens",
-    "num_epochs": "epochs",
-    "num_iters": "steps",
-    "num_layers": "method.layers",
-    "num_steps": "steps",
-    "num_train_epochs": "epochs",
-    "optim": "optimizer",
-    "output_dir": "out",
-    "peft_config": "method",
-    "peft_init_lora_weights": "method.init",
-    "peft_layers_to_transform": "method.layers",
-    "peft_type": "method",
-    "peft_use_dora": "method",
-    "peft_use_rslora": "method.rslora",
-    "per_device_batch_size": "batch",
-    "per_device_train_batch_size": "batch",
-    "precision": "dtype",
-    "pretrained_model_name_or_path": "base",
-    "pure_bf16": "dtype",
-    "quantization": "quantize",
-    "quantization_bit": "quantize",
-    "r": "method.rank",
-    "random_seed": "seed",
-    "random_state": "seed",
-    "report_to": "log",
-    "resume_adapter_file": "from_adapter",
-    "run_val_every_n_steps": "evaluate_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep",
-    "seq_len": "length",
-    "sequence_len": "length",
-    "shuffle": "order",
-    "shuffle_dataset": "order",
-    "steps_per_eval": "evaluate_every",
-    "target_modules": "method.targets",
-    "test_datasets": "data.validation",
-    "test_size": "data.validation_share",
-    "test_split_size": "data.validation_share",
-    "torch_dtype": "dtype",
-    "total_steps": "steps",
-    "train_batch_size": "batch",
-    "train_data": "data",
-    "train_dataset": "data",
-    "train_file": "data",
-    "train_files": "data",
-    "train_on_input": "data.train_on",
-    "train_on_inputs": "data.train_on",
-    "train_on_prompt": "data.train_on",
-    "train_on_responses_only": "data.train_on",
-    "train_type": "method",
-    "use_dora": "method",
-    "use_gradient_checkpointing": "checkpointing",
-    "use_rslora": "method.rslora",
-    "use_tensorboard": "log",
-    "val_set_size": "data.validation_share",
-    "val_size": "data.validation_share",
-    "valid_data": "data.validation",
-    "validation_data": "data.validation",
-    "validation_dataset": "data.validation",
-    "validation_file": "data.validation",
-    "validation_size": "data.validation_share",
-    "validation_split": "data.validation_share",
-    "warmup_ratio": "warmup",
-}
-"""Their name -> the path of our setting."""
+KNOWN_ELSEWHERE = _by_name(
+    """
+    base: base_model model model_id model_name model_name_or_path pretrained_model_name_or_path
+    batch: batch_size per_device_batch_size per_device_train_batch_size train_batch_size
+    checkpointing: activation_checkpointing enable_activation_checkpointing grad_checkpoint
+        gradient_checkpointing use_gradient_checkpointing
+    clip: clip_grad_norm gradient_clipping max_grad_norm
+    data: data_path dataset dataset_name dataset_path datasets hf_dataset train_data
+        train_dataset train_file train_files
+    data.map: column_mapping columns dataset_text_field field_messages
+    data.train_on: assistant_only_loss completion_only_loss mask_prompt train_on_input
+        train_on_inputs train_on_prompt train_on_responses_only
+    data.validation: dataset_val eval_data eval_dataset eval_file test_datasets valid_data
+        validation_data validation_dataset validation_file
+    data.validation_share: test_size test_split_size val_set_size val_size validation_size
+        validation_split
+    device: device_map
+    dtype: bf16 bfloat16 compute_dtype float16 fp16 mixed_precision precision pure_bf16
+        torch_dtype
+    epochs: num_epochs num_train_epochs
+    evaluate_every: eval_steps run_val_every_n_steps steps_per_eval
+    from_adapter: adapter adapter_checkpoint adapter_name_or_path lora_model_dir
+        resume_adapter_file
+    keep: save_total_limit
+    learning_rate: lr
+    length: cutoff_len max_length max_seq_len max_seq_length model_max_length seq_len
+        sequence_len
+    log: report_to use_tensorboard
+    method: fine_tune_type full_finetuning finetuning_type lora_parameters peft_config peft_type
+        peft_use_dora train_type use_dora
+    method.alpha: lora_alpha
+    method.dropout: lora_dropout
+    method.init: init_lora_weights peft_init_lora_weights
+    method.layers: layers_to_transform num_layers peft_layers_to_transform
+    method.lr_ratio: loraplus_lr_ratio
+    method.rank: lora_r lora_rank r
+    method.rslora: peft_use_rslora use_rslora
+    method.targets: lora_attn_modules lora_target lora_target_modules target_modules
+    method.train_modules: additional_target lora_modules_to_save modules_to_save
+    micro_batch: micro_batch_size
+    new_tokens: added_tokens extra_tokens new_special_tokens
+    offload: activation_offloading enable_activation_offloading
+    optimizer: optim
+    order: group_by_length shuffle shuffle_dataset
+    out: output_dir
+    patience: early_stopping_patience
+    quantize: load_in_4bit quantization quantization_bit
+    save_every: save_steps
+    schedule: lr_schedule lr_scheduler lr_scheduler_type
+    seed: data_seed random_seed random_state
+    shard: deepspeed fsdp fsdp_config
+    steps: iters max_iters max_steps num_iters num_steps total_steps
+    template.variables: chat_template_kwargs enable_thinking
+    warmup: warmup_ratio
+"""
+)
+"""Names of settings in other tools -> the path of our setting."""
 
 METHODS_ELSEWHERE = {"dora", "full", "lora", "qlora"}
-"""Values with which a name such as Axolotl's `adapter` means the method."""
+"""Values with which a name such as Axolotl's `adapter` names the method."""
 
 _NOT_NEEDED = {
-    "the attention kernel is chosen by itself": (
+    "Veneer chooses the attention kernel": (
         "attn_implementation flash_attention flash_attn sdp_attention xformers_attention"
     ),
     "rows are always packed, without padding": (
@@ -195,15 +113,15 @@ _NOT_NEEDED = {
         " wandb_watch"
     ),
     "code that comes with a model is never run": "trust_remote_code",
-    "`quantize: gguf` holds 8 bits from a .gguf file in Q8_0, `fp8` from an FP8 folder; "
-    "`nf4` makes 4 of any base": ("load_in_8bit"),
-    "a stopped run goes on with `veneer train --resume FOLDER`": (
+    "`quantize: gguf` keeps 8 bits of a .gguf file in Q8_0, `fp8` those of an FP8 folder; "
+    "`nf4` makes 4 bits of any base": ("load_in_8bit"),
+    "`veneer train --resume FOLDER` continues a stopped run": (
         "auto_resume_from_checkpoints resume resume_from_checkpoint"
     ),
     "a run needs a folder that does not exist yet": "overwrite_output_dir",
     "the base's own chat template is used": "chat_template",
-    "the base's files say it": "model_class model_type processor_type tokenizer tokenizer_type",
-    "every linear layer is the default of `method.targets`": (
+    "the base's files define it": "model_class model_type processor_type tokenizer tokenizer_type",
+    "`method.targets` is every linear layer by default": (
         "apply_lora_to_mlp apply_lora_to_output lora_target_linear"
     ),
     "rows are read and tokenised without settings": (
@@ -213,114 +131,89 @@ _NOT_NEEDED = {
     "only supervised training is offered: rows with an answer to learn": (
         "rl rl_beta pref_beta pref_loss stage"
     ),
-    "the command says it: `veneer train`, `veneer evaluate`": "do_eval do_predict do_train",
+    "the command decides it: `veneer train`, `veneer evaluate`": "do_eval do_predict do_train",
     "report.html shows the curves of every run": "plot_loss",
     "`veneer data sample` takes some of the rows": "max_samples max_train_samples",
     "every unknown key is refused": "strict",
     "float32 products keep their precision": "tf32",
     "the base's tokenizer has them; `new_tokens` adds others": "special_tokens",
 }
-NOT_NEEDED = {name: said for said, names in _NOT_NEEDED.items() for name in names.split()}
-"""Their name -> why Veneer has no such setting."""
+NOT_NEEDED = {name: reason for reason, names in _NOT_NEEDED.items() for name in names.split()}
+"""Names of settings in other tools -> why Veneer does not need them."""
 
-CHOICES_ELSEWHERE = {
-    "4bit": "nf4",
-    "adamw_8bit": "adamw8bit",
-    "adamw_bnb_8bit": "adamw8bit",
-    "adamw_hf": "adamw",
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "gguf": "llamacpp",
-    "hf": "transformers",
-    "llama.cpp": "llamacpp",
-    "q8": "q8_0",
-    "paged_adamw_8bit": "adamw8bit",
-    "q4": "q4_k_m",
-}
-"""Their value of a setting or flag -> ours."""
+CHOICES_ELSEWHERE = _by_name(
+    """
+    adamw: adamw_hf adamw_torch adamw_torch_fused
+    adamw8bit: adamw_8bit adamw_bnb_8bit paged_adamw_8bit
+    bfloat16: bf16
+    float16: fp16
+    float32: fp32
+    llamacpp: gguf llama.cpp
+    nf4: 4bit
+    q4_k_m: q4
+    q8_0: q8
+    transformers: hf
+"""
+)
+"""Values of settings and flags in other tools -> ours."""
 
-COMMANDS_ELSEWHERE = {
-    "add": "adapters add",
-    "apply": "merge",
-    "check": "data check",
-    "complete": "generate",
-    "convert": "data convert",
-    "delete": "adapters rm",
-    "diff": "adapters diff",
-    "eval": "evaluate",
-    "finetune": "train",
-    "fine-tune": "train",
-    "fit": "train",
-    "fuse": "merge",
-    "help": "--help",
-    "infer": "generate",
-    "inference": "generate",
-    "info": "doctor",
-    "list": "adapters ls",
-    "ls": "adapters ls",
-    "predict": "generate",
-    "preprocess": "data check",
-    "pull": "adapters pull",
-    "push": "adapters push",
-    "quantise": "quantize",
-    "remove": "adapters rm",
-    "resume": "train --resume",
-    "rm": "adapters rm",
-    "run": "generate",
-    "sample": "data sample",
-    "server": "serve",
-    "sft": "train",
-    "show": "adapters show",
-    "split": "data split",
-    "tag": "adapters tag",
-    "test": "evaluate",
-    "tune": "train",
-    "upload": "adapters push",
-    "validate": "data check",
-    "verify": "adapters verify",
-    "version": "--version",
-}
-"""Another word for a command -> ours."""
+COMMANDS_ELSEWHERE = _by_name(
+    """
+    --help: help
+    --version: version
+    adapters add: add
+    adapters diff: diff
+    adapters ls: list ls
+    adapters pull: pull
+    adapters push: push upload
+    adapters rm: delete remove rm
+    adapters show: show
+    adapters tag: tag
+    adapters verify: verify
+    data check: check preprocess validate
+    data convert: convert
+    data sample: sample
+    data split: split
+    doctor: info
+    evaluate: eval test
+    generate: complete infer inference predict run
+    merge: apply fuse
+    quantize: quantise
+    serve: server
+    train: finetune fine-tune fit sft tune
+    train --resume: resume
+"""
+)
+"""Other words for a command -> ours."""
 
-ACTIONS_ELSEWHERE = {
-    "cat": "show",
-    "clean": "gc",
-    "compare": "diff",
-    "copy": "add",
-    "del": "rm",
-    "delete": "rm",
-    "download": "pull",
-    "info": "show",
-    "inspect": "show",
-    "list": "ls",
-    "mv": "rename",
-    "prune": "gc",
-    "remove": "rm",
-    "save": "add",
-    "upload": "push",
-    "validate": "check",
-    "view": "show",
-}
-"""Another word for an action of `adapters` or `data` -> ours."""
+ACTIONS_ELSEWHERE = _by_name(
+    """
+    add: copy save
+    check: validate
+    diff: compare
+    gc: clean prune
+    ls: list
+    pull: download
+    push: upload
+    rename: mv
+    rm: del delete remove
+    show: cat info inspect view
+"""
+)
+"""Other words for an action of `adapters` or `data` -> ours."""
 
-FLAGS_ELSEWHERE = {
-    "device_map": "device",
-    "lora": "adapter",
-    "lora_path": "adapter",
-    "max_length": "max_new_tokens",
-    "max_tokens": "max_new_tokens",
-    "n_predict": "max_new_tokens",
-    "o": "out",
-    "output": "out",
-    "peft_model": "adapter",
-    "system_prompt": "system",
-    "temp": "temperature",
-    "test": "data",
-}
-"""Their name -> our flag that is not a setting of a run."""
+FLAGS_ELSEWHERE = _by_name(
+    """
+    adapter: lora lora_path peft_model
+    data: test
+    device: device_map
+    max_new_tokens: max_length max_tokens n_predict
+    out: o output
+    system: system_prompt
+    temperature: temp
+"""
+)
+"""Names of flags in other tools -> our flag that is not a setting of a run."""
 
 
 LEAST_SIMILARITY = 0.65
