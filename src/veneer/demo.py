@@ -1,15 +1,14 @@
-"""`veneer demo`: teach a 135M-parameter model to answer with function calls, and show what it
-learnt.
+"""`veneer demo`: trains a model of 135 M parameters to answer with function calls, and shows what
+it learnt.
 
-    OUT/train.jsonl, held_out.jsonl     300 rows to train on; the rest, whose functions are all
-                                        other ones
-    OUT/run/                            the run, as `veneer train` leaves it; OUT/run/adapter is the
-                                        adapter
-    OUT/untuned.json, tuned.json        the held-out rows' answers, without and with the adapter
-    OUT/demo.json                       what `run` was made from
+    OUT/train.jsonl, held_out.jsonl     300 rows to train on, and the others, which call other
+                                        functions
+    OUT/run/                            the run, as `veneer train` writes it
+    OUT/untuned.json, tuned.json        answers to the held-out rows without and with the adapter
+    OUT/demo.json                       hash of all that `run` depends on
 
-What was computed is kept under a hash of all that it depends on, so running it again takes seconds,
-a stopped run continues, and any change of data, base or settings computes anew.
+Results are stored with a hash of all that they depend on. So a second demo takes seconds, a stopped
+one continues, and one with other data, base or settings starts over.
 """
 
 from __future__ import annotations
@@ -53,15 +52,14 @@ from veneer.wording import cut, shown, size
 BASE = "smollm2-135m"
 EPOCHS = 4
 SHOWN = 5
-# rows of a step, and held out, where only so many steps are asked for: does all of it work here?
-TRIED = 2
+TRIED = 2  # rows of a step, and held-out rows, if --steps only tests the installation
 MAX_NEW_TOKENS = 112  # the longest accepted call of the data set takes 97
-CHARACTERS = 240  # of an answer that is shown: an untuned one can ramble on
+CHARACTERS = 240  # most that are shown of an answer: an untuned one can be long
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The held-out side: its entries, as rows that can be answered, and the two files."""
+class _DemoRows:
+    """Holds the held-out entries, the same as rows to answer, and the two files."""
 
     calls: list[BfclEntry]
     rows: list[Row]
@@ -81,14 +79,13 @@ def run_demo(
     base: str = BASE,
     epochs: float = EPOCHS,
 ) -> dict[str, Any]:
-    """The whole demo; returns its figures: {"untuned": {...}, "tuned": {...}, "summary": {...}}.
+    """Runs the demo; returns {"untuned": {...}, "tuned": {...}, "summary": {...}}.
 
-    out     folder of the demo; made if absent
-    again   train anew although a finished run is there
-    steps   train so many steps of TRIED rows instead of `epochs`, and answer as many questions
-    base    what is trained: a hub id, a folder, a .gguf file or a named default
-    Raises SourceError, with what to do, where a download fails; BusyError while another demo runs
-        there.
+    out     folder of the demo
+    again   train again even if a finished run exists
+    steps   train this many steps of TRIED rows instead of `epochs`, and answer TRIED questions
+    base    hub id, folder, .gguf file or named default
+    Raises SourceError if a download fails, BusyError while another demo runs in the folder.
     """
     with locked_folder(out):
         if steps is None:
@@ -102,7 +99,6 @@ def run_demo(
 
 
 def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dict[str, Any]:
-    """schedule: settings of the run that say how long it trains, and on how much at once."""
     console = talking_console(stderr=False)
     _say(console, "Teaching a small language model to answer with function calls, on this machine.")
     held_out = _prepare_rows(out, console, most=TRIED if "steps" in schedule else None)
@@ -115,7 +111,7 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
     untuned = _answers(loaded, held_out, out / "untuned.json", context, "untuned", console)
     _print_answers(console, held_out.calls, {"untuned": untuned})
 
-    summary = _trained(
+    summary = _find_or_train(
         out, base, loaded.compute.name, schedule, context, held_out, console, again=again
     )
     adapter = Path(summary["adapter"])
@@ -124,14 +120,17 @@ def _demo(out: Path, *, again: bool, base: str, schedule: dict[str, Any]) -> dic
     tuned = _answers(loaded, held_out, out / "tuned.json", context, "tuned", console)
     _print_answers(console, held_out.calls, {"untuned": untuned, "tuned": tuned})
 
-    shares = {"untuned": _shares(held_out.calls, untuned), "tuned": _shares(held_out.calls, tuned)}
+    shares = {
+        "untuned": _score_shares(held_out.calls, untuned),
+        "tuned": _score_shares(held_out.calls, tuned),
+    }
     _print_shares(console, shares, len(held_out.calls))
     _print_next(console, out, held_out, summary)
     return {**shares, "summary": summary}
 
 
-def _context(loaded: Base, held_out: _Rows) -> list[str]:
-    """Everything that the base's answers depend on beside their length."""
+def _context(loaded: Base, held_out: _DemoRows) -> list[str]:
+    """Lists what the base's answers depend on, except their length."""
     return [
         loaded.fingerprint().digest,
         loaded.compute.name,
@@ -143,11 +142,7 @@ def _context(loaded: Base, held_out: _Rows) -> list[str]:
     ]
 
 
-# --- data
-# ----------------------------------------------------------------------------------------------
-
-
-def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _Rows:
+def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _DemoRows:
     calls = bfcl.read_bfcl(fetch_wheel(bfcl.REQUIREMENT))
     trained, held_out = bfcl.split(calls)
     held_out = held_out[:most]
@@ -168,26 +163,21 @@ def _prepare_rows(out: Path, console: Console, *, most: int | None) -> _Rows:
         Row(ref=RowRef(str(held_out_file), number), messages=list(bfcl.to_messages(call)))
         for number, call in enumerate(held_out, 1)
     ]
-    return _Rows(held_out, rows, train_file, held_out_file)
+    return _DemoRows(held_out, rows, train_file, held_out_file)
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-# --- answers
-# -------------------------------------------------------------------------------------------
-
-
 def _answers(
-    base: Base, held_out: _Rows, path: Path, context: Sequence[str], name: str, console: Console
+    base: Base, held_out: _DemoRows, path: Path, context: Sequence[str], name: str, console: Console
 ) -> list[str]:
-    """The base's answers to all held-out rows; read from `path` if they were made in the same
-    context."""
+    """Answers all held-out rows; reads the answers from `path` if nothing changed since."""
     key = _digest(*context, str(MAX_NEW_TOKENS))
-    kept = _read_json(path)
-    if kept.get("key") == key:
-        return list(kept["answers"])
+    stored = _read_json(path)
+    if stored.get("key") == key:
+        return list(stored["answers"])
     start, total = time.monotonic(), len(held_out.rows)
     with console.status(f"answering {total} held-out questions, {name}") as status:
         answers = evaluate_answers(
@@ -210,30 +200,26 @@ def _answers(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file of ours; empty where there is none, or where it is damaged: then it is made anew."""
+    """Reads a file of the demo; {} if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-# --- training
-# ------------------------------------------------------------------------------------------
-
-
-def _trained(
+def _find_or_train(
     out: Path,
     base: str,
     dtype: DtypeName,
     schedule: dict[str, Any],
     context: Sequence[str],
-    held_out: _Rows,
+    held_out: _DemoRows,
     console: Console,
     *,
     again: bool,
 ) -> dict[str, Any]:
-    """The summary of the finished run in OUT/run: found, continued from a checkpoint, or made."""
+    """Returns the summary of the run in OUT/run, which is found finished, continued or started."""
     run, note = out / "run", out / "demo.json"
     config = RunConfig(
         base=base,
@@ -242,7 +228,7 @@ def _trained(
         method=LoRA(rank=16, alpha=32),
         **schedule,
         learning_rate=1e-3,
-        # Held-out rows are looked at before and after, never in between: no step is chosen by them.
+        # No evaluation in between: held-out rows must not choose the step that is kept.
         evaluate_every=10**6,
         out=str(run),
     )
@@ -258,7 +244,7 @@ def _trained(
             _say(
                 console,
                 f"Trained already, in {summary['total_seconds']:.0f} s ({run}); --again trains"
-                " anew.",
+                " again.",
             )
             return summary
         if any((run / "checkpoints").glob("[0-9]*")):
@@ -276,25 +262,20 @@ def _run(config: RunConfig, *, resume: bool) -> dict[str, Any]:
         screen.close()
 
 
-# --- what is shown
-# -------------------------------------------------------------------------------------
-
-
 def _say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
 def shown_rows(total: int) -> range:
-    """SHOWN rows at even distances: neither picked by hand nor all from the file's first
-    subject."""
+    """Returns SHOWN row numbers at even distances, so that they are not all of one subject."""
     return range(0, total, max(1, total // SHOWN))[:SHOWN]
 
 
 def _print_answers(
     console: Console, calls: Sequence[BfclEntry], answers: dict[str, list[str]]
 ) -> None:
-    """The same few held-out questions each time, with the answers side by side and what each got
-    right."""
+    """Prints a few held-out questions, always the same ones, with the answers side by side and
+    whether they are accepted."""
     table = Table(box=None, padding=(0, 2, 1, 0), show_edge=False, header_style="dim")
     table.add_column("question", ratio=2, overflow="fold")
     for name in answers:
@@ -304,13 +285,13 @@ def _print_answers(
         question = Text(call.question + "\n").append(
             cut(bfcl.signature(call), CHARACTERS), style="dim"
         )
-        cells = [_judged(call, texts[index]) for texts in answers.values()]
+        cells = [_answer_cell(call, texts[index]) for texts in answers.values()]
         table.add_row(question, *cells)
     console.print()
     console.print(table)
 
 
-def _judged(call: BfclEntry, answer: str) -> Text:
+def _answer_cell(call: BfclEntry, answer: str) -> Text:
     score = bfcl.score(call, answer)
     if score.arguments_accepted:
         verdict, style = "✓ accepted", "green"
@@ -321,7 +302,7 @@ def _judged(call: BfclEntry, answer: str) -> Text:
     return Text(cut(shown(answer), CHARACTERS) + "\n").append(verdict, style=style)
 
 
-def _shares(calls: Sequence[BfclEntry], answers: Sequence[str]) -> dict[str, float]:
+def _score_shares(calls: Sequence[BfclEntry], answers: Sequence[str]) -> dict[str, float]:
     scores = [bfcl.score(call, answer) for call, answer in zip(calls, answers, strict=True)]
     return {
         name: sum(getattr(score, name) for score in scores) / len(scores)
@@ -343,7 +324,7 @@ def _print_shares(console: Console, shares: dict[str, dict[str, float]], total: 
     console.print(table)
 
 
-def _print_next(console: Console, out: Path, held_out: _Rows, summary: dict[str, Any]) -> None:
+def _print_next(console: Console, out: Path, held_out: _DemoRows, summary: dict[str, Any]) -> None:
     veneer, run = typed_command(), shlex.quote(str(out / "run"))
     question = shlex.quote(bfcl.prompt(held_out.calls[-1]))
     data = shlex.quote(str(held_out.held_out_file))

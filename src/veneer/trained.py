@@ -1,5 +1,4 @@
-"""`veneer.train`, and what it gives back: a run's figures, which print well and lead on to adapter
-and report."""
+"""`veneer.train` and the finished run that it returns: its figures, adapter and report."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,25 +29,24 @@ def train(
     quiet: bool = False,
     **settings: Any,
 ) -> "TrainedRun":
-    """Train; progress is shown on a terminal and in a notebook as it goes, elsewhere line by line,
-    and not at all with quiet.
+    """Trains, and shows its progress unless quiet is set.
 
-    data      what `data` may be in a run file, or the rows themselves, each a dict; so may
-              data["train"] and data["validation"]. They are written into the run's folder.
-    settings  the run file's other fields
+    data      as `data` in a run file, or the rows themselves, each a dict; data["train"] and
+              data["validation"] may be rows too. Rows are written into the run's folder.
+    settings  the other fields of a run file
     """
     if not isinstance(out, str | Path):
         raise ConfigError(
             f"out is {out!r}, not a folder's name", next_step="For instance out='runs/tickets'."
         )
     folder = expanded(out)
-    named, rows = _in_files(data, folder)
-    given = {
+    data_files, rows = _name_row_files(data, folder)
+    fields = {
         "base": str(base) if isinstance(base, Path) else base,
-        "data": named,
+        "data": data_files,
         "out": str(folder),
     }
-    config = RunConfig.of({**given, "method": method or LoRA(), **settings})
+    config = RunConfig.of({**fields, "method": method or LoRA(), **settings})
     screen = screen_here(quiet=quiet or os.environ.get("RANK", "0") != "0")
     screen.message(f"loading {config.base}")
     try:
@@ -58,9 +56,8 @@ def train(
     return TrainedRun(folder, summary)
 
 
-def _in_files(data: Any, out: Path) -> tuple[Any, dict[str, Iterable[Record]]]:
-    """`data` with the files that its rows will stand in; name of each in the run's folder -> its
-    rows."""
+def _name_row_files(data: Any, out: Path) -> tuple[Any, dict[str, Iterable[Record]]]:
+    """Returns `data` with names of files in place of rows, and the rows by file name."""
     if is_rows(data):
         data = {"train": data}
     if not isinstance(data, Mapping):
@@ -69,17 +66,17 @@ def _in_files(data: Any, out: Path) -> tuple[Any, dict[str, Iterable[Record]]]:
     rows = {
         file: data[name] for name, file in sets.items() if is_rows(data.get(name), beside_sets=True)
     }
-    named = {name: str(out / file) for name, file in sets.items() if file in rows}
-    return {**data, **named}, rows
+    paths = {name: str(out / file) for name, file in sets.items() if file in rows}
+    return {**data, **paths}, rows
 
 
 class TrainedRun(Mapping[str, Any]):
-    """A finished run: what its summary.json holds, by name, and where its results are.
+    """A finished run: a mapping with the content of summary.json, and the paths of its results.
 
-    folder   the run's, which `--adapter` takes
-    adapter  the adapter's; None where every weight was trained
-    model    the model's folder, where every weight was trained; else None
-    report   the page
+    folder   folder of the run, which `--adapter` accepts
+    adapter  folder of the adapter; None if every weight was trained
+    model    folder of the model; None unless every weight was trained
+    report   path of report.html
     """
 
     def __init__(self, folder: Path, summary: Mapping[str, Any]) -> None:
@@ -99,7 +96,7 @@ class TrainedRun(Mapping[str, Any]):
 
     @cached_property
     def base(self) -> Base:
-        """The base as it was trained on, with the adapter on it and in use; loaded once."""
+        """Loads the base of the run with the adapter in use, once."""
         config = api.resume_config(self.folder)
         if self.model is not None:
             return api.load(str(self.model), dtype=config.dtype, device=config.device)
@@ -122,25 +119,25 @@ class TrainedRun(Mapping[str, Any]):
         labels: Sequence[str] = (),
         max_new_tokens: int = 256,
     ) -> dict[str, Any]:
-        """As veneer.evaluate, of `base`."""
+        """Evaluates `base` as veneer.evaluate does."""
         return api.evaluate(
             self.base, data, metrics=metrics, labels=labels, max_new_tokens=max_new_tokens
         )
 
     def _facts(self) -> list[tuple[str, str]]:
-        figures, made = end_lines(self)[:2]
+        figures, result = end_lines(self)[:2]
         return [
             ("figures", figures.strip()),
-            ("model" if self.adapter is None else "adapter", made.strip().removeprefix("✓ ")),
+            ("model" if self.adapter is None else "adapter", result.strip().removeprefix("✓ ")),
             ("report", shown(self.report)),
         ]
 
     @property
     def _title(self) -> str:
-        took = clock(self["total_seconds"])
+        duration = clock(self["total_seconds"])
         return (
             f"{shown(self.folder)} · {shown(self['base'])} · {shown(self['method'])} ·"
-            f" {self['steps']:,} steps · {took}"
+            f" {self['steps']:,} steps · {duration}"
         )
 
     def __str__(self) -> str:

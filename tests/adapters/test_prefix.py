@@ -26,7 +26,7 @@ from veneer.errors import ConfigError
 from veneer.models.checkpointing import checkpointed
 from veneer.models.initial_values import begin
 from veneer.models.load import load_base
-from veneer.models.prefix_start import INSTRUCTION, prefix_start
+from veneer.models.prefix_start import INSTRUCTION, choose_values
 from veneer.models.step import batch_loss, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
@@ -278,23 +278,23 @@ def test_a_prefix_started_from_a_prompt_is_the_prompt(family):
 
 def test_what_a_prefix_starts_from():
     base, examples = tiny_base(), make_examples(4, prompt=12)
-    start = prefix_start(Prefix(), base, examples)
+    start = choose_values(Prefix(), base, examples)
     assert start.ids == examples[0].ids[:12].tolist()
     assert start.tokens == 12
-    assert "what all rows begin with" in start.line
-    assert prefix_start(Prefix(tokens=5), base, examples).ids == examples[0].ids[7:12].tolist()
-    longer = prefix_start(Prefix(tokens=15), base, examples).ids
+    assert "common beginning of all rows" in start.line
+    assert choose_values(Prefix(tokens=5), base, examples).ids == examples[0].ids[7:12].tolist()
+    longer = choose_values(Prefix(tokens=15), base, examples).ids
     assert longer == [*start.ids, *start.ids[:3]]
-    few = prefix_start(Prefix(), base, make_examples(4, prompt=3))
+    few = choose_values(Prefix(), base, make_examples(4, prompt=3))
     assert base.tokenizer.decode(few.ids) == INSTRUCTION[-64:]  # a byte a token
-    assert prefix_start(Prefix(start="random"), base, examples).tokens == 30
-    assert prefix_start(Prefix(prompt="Say yes."), base, examples).tokens == 8
+    assert choose_values(Prefix(start="random"), base, examples).tokens == 30
+    assert choose_values(Prefix(prompt="Say yes."), base, examples).tokens == 8
 
 
 def test_a_row_that_finds_no_place_behind_the_prefix_is_refused():
     base, examples = tiny_base(), make_examples(3, longest=40)
     prepare(base.model)
-    with pytest.raises(ConfigError, match=r"40 tokens: with 1000 .* 1024 places"):
+    with pytest.raises(ConfigError, match=r"40 tokens: with 1000 .* 1024 positions"):
         begin(base, Prefix(tokens=1000, start="random"), name="a", examples=examples)
     begin(base, Prefix(tokens=20, start="random"), name="a")
     base.routing.active = (("a", 1.0),)

@@ -106,7 +106,7 @@ def test_it_starts_from_what_all_rows_begin_with_and_says_so(made, tmp_path, cap
     ]
     assert main([*command, "--steps", "2", "--learning-rate", "0.001"]) == 0
     assert (
-        "starting from what all rows begin with: “<|im_start|>user Say the number"
+        "starting from the common beginning of all rows: “<|im_start|>user Say the number"
         in capsys.readouterr().out
     )
     start = read_records(out / "metrics.jsonl")[0]

@@ -145,7 +145,7 @@ def test_eva_starts_where_the_inputs_are_largest_and_changes_no_bit():
 
 def test_eva_without_rows_and_loftq_over_dense_weights_are_refused():
     base = tiny_base("llama")
-    with pytest.raises(ConfigError, match="init eva starts from training rows"):
+    with pytest.raises(ConfigError, match="init eva needs training rows"):
         begin(base, LoRA(init="eva"), name="a")
     with pytest.raises(ConfigError, match="this base is dense: set quantize: nf4"):
         begin(base, LoRA(init="loftq"), name="a")
@@ -159,7 +159,7 @@ def test_loftq_brings_a_4_bit_base_nearer_to_the_original_and_leaves_its_weights
     packed = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     far = (logits(base.model) - logits(whole.model)).norm()
     begun = begin(base, LoRA(rank=12, alpha=5.0, init="loftq"), name="a")
-    assert "of what 4 bits lost" in begun.lines[0]
+    assert "of the 4-bit error" in begun.lines[0]
     originals = plain_modules(whole.model)
     for path, layer in begun.attachment.layers.items():
         original = frozen_linear(originals[path]).dense_weight(torch.float32)

@@ -1,11 +1,9 @@
-"""LoRA that starts from more than the weight beside it: from the rows (EVA), or from the weight
-before 4 bits (LoftQ).
+"""Initial values of LoRA from the training rows (EVA) or from the weights before 4 bits (LoftQ).
 
-eva     rows of the training data run through the base; A starts as the directions in which each
-        layer's inputs are largest, B at zero: nothing changes yet. Every layer keeps its rank
-        (EVA's redistribution is not done).
-loftq   the original weights are read once more, tensor by tensor; A and B start where they bring
-        the 4-bit weight nearest to the original. The quantised weights themselves stay as they are.
+eva     A starts as the principal directions of each layer's inputs on training rows, B at zero, so
+        that no output changes. Every layer keeps its rank: EVA's redistribution is not done.
+loftq   A and B approximate the difference between the original and the 4-bit weight. The original
+        weights are read again, tensor by tensor; the 4-bit weights stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,24 +30,24 @@ from veneer.quant.config import FOUR_BITS, weight_format
 from veneer.shards import make_whole
 
 EVA_TOKENS = 4096
-"""Tokens of the training rows that are looked at: the directions hardly move after that."""
+"""Tokens of training rows to run through the base: the directions hardly change after that."""
 
 
 def start_lora(
     config: LoRA, base: FrozenBase, examples: Sequence[Example], *, seed: int
 ) -> AdapterStart:
-    """ConfigError: the start that the settings ask for cannot be made here."""
+    """Returns the start of an adapter with these settings. ConfigError if it is impossible here."""
     if faults := _faults(config, base, examples):
-        raise ConfigError("the adapter cannot start as its settings ask", faults)
+        raise ConfigError("these initial values are not possible here", faults)
 
     def put(attachment: Attachment) -> str | None:
         layers = {path: cast(LoRALayer, layer) for path, layer in attachment.layers.items()}
         if config.init == "eva":
             tokens = _start_eva(base, layers, examples, seed=seed)
-            return f"A starts from what each layer sees of {tokens:,} tokens of the rows"
+            return f"A starts from the inputs of each layer, over {tokens:,} tokens of the rows"
         if config.init == "loftq":
-            left = _start_loftq(base, layers)
-            return f"A and B start where {left:.0%} of what 4 bits lost of the weights is left"
+            remaining = _start_loftq(base, layers)
+            return f"A and B start so that {remaining:.0%} of the 4-bit error is left"
         return None
 
     return AdapterStart(config, put)
@@ -58,14 +56,14 @@ def start_lora(
 def _faults(config: LoRA, base: FrozenBase, examples: Sequence[Example]) -> list[str]:
     if config.init == "eva" and not examples:
         return [
-            "init eva starts from training rows, and there are none: train with it, or take another"
-            " init"
+            "init eva needs training rows, and there are none: use it in a training run, or take"
+            " another init"
         ]
     if config.init == "loftq" and not weight_format(base.quantize).has_original:
         held = "dense" if base.quantize is None else base.quantize
         return [
-            f"init loftq brings back what 4 bits lost, and this base is {held}: set quantize:"
-            f" {FOUR_BITS}"
+            f"init loftq corrects the error of 4-bit weights, and this base is {held}: set"
+            f" quantize: {FOUR_BITS}"
         ]
     return []
 
@@ -75,26 +73,24 @@ def _start_eva(
 ) -> int:
     modules = plain_modules(base.model)
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
-    # The rows are kept with what they gave: an object made later in their place must not pass for
-    # them.
-    seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    directions_of: dict[str, Tensor] = {}
+    # Holds the inputs too, so that no later tensor gets the id of a freed one.
+    computed: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def hook(path: str, rank: int) -> Any:
-        def look(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].flatten(0, -2)
-            key = id(given[0]), rank  # q, k and v of a layer see the same rows
-            if (
-                key not in seen
-            ):  # more directions than are asked for, or the order of the rows would matter
-                kept = min(4 * rank + 16, rows.shape[1])
+        def update(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].flatten(0, -2)
+            key = id(inputs[0]), rank  # q, k and v of a layer have the same inputs
+            if key not in computed:
+                # More directions than needed, else the order of the rows would matter.
+                count = min(4 * rank + 16, rows.shape[1])
                 directions = leading_directions(
-                    rows, found.get(path), rank=kept, generator=generator
+                    rows, directions_of.get(path), rank=count, generator=generator
                 )
-                seen[key] = given[0], directions
-            found[path] = seen[key][1]
+                computed[key] = inputs[0], directions
+            directions_of[path] = computed[key][1]
 
-        return look
+        return update
 
     hooks = [
         modules[path].register_forward_pre_hook(hook(path, layer.rank))
@@ -106,19 +102,19 @@ def _start_eva(
             for example in examples:
                 ids = torch.as_tensor(example.ids, dtype=torch.long, device=base.device)[None]
                 (decoder(base.model) or base.model)(input_ids=ids, use_cache=False)
-                seen.clear()
+                computed.clear()
                 tokens += ids.shape[1]
                 if tokens >= EVA_TOKENS:
                     break
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in hooks:
+            handle.remove()
     for path, layer in layers.items():
-        if path not in found:
-            continue  # an output head is not reached: it keeps its random start
-        directions = found[path][: layer.rank]
+        if path not in directions_of:
+            continue  # the forward pass does not reach an output head: its A stays random
+        directions = directions_of[path][: layer.rank]
         if len(directions) < layer.rank:
-            continue  # wider than its inputs: it keeps its random start
+            continue  # its rank exceeds the width of its inputs: its A stays random
         lengths = torch.linalg.vector_norm(directions, dim=1, keepdim=True)
         A = torch.where(lengths > 0, directions / lengths, layer.A.detach())
         layer.begin_at(A, torch.zeros_like(layer.B), subtract=False)
@@ -126,17 +122,17 @@ def _start_eva(
 
 
 def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
-    """The share of ||W - Q||, over all layers, that the start leaves."""
+    """Sets A and B; returns the share of ||W - Q|| that is left, over all layers."""
     stored = stored_tensors(weight_files(locate(base.source).folder))
     modules = plain_modules(base.model)
     originals = {path: _original(path, stored) for path in layers}
-    if lost := [path for path, tensor in originals.items() if tensor is None]:
+    if missing := [path for path, tensor in originals.items() if tensor is None]:
         raise ConfigError(
-            f"init loftq does not find the original weight of {len(lost)} layers in the files of"
+            f"init loftq does not find the original weight of {len(missing)} layers in the files of"
             f" {base.source}",
-            lost[:8],
-            "Take another init, or name in `targets` the layers whose weights stand in the files"
-            " under their own names.",
+            missing[:8],
+            "Take another init, or name in `targets` only layers whose weights are in the files"
+            " under their module's name.",
         )
     before = after = 0.0
     for path, layer in layers.items():
@@ -145,23 +141,24 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
         assert frozen is not None and tensor is not None
         make_whole(modules[path])
         quantised = frozen.dense_weight(torch.float32).cpu()
-        original = _turned(tensor[...].float(), quantised)
+        original = _oriented(tensor[...].float(), quantised)
         A, B = loftq_start(original, quantised, rank=layer.rank, scaling=layer.scaling)
         layer.begin_at(A, B, subtract=False)
-        lost_now = original - quantised
-        before += lost_now.square().sum().item()
-        after += (lost_now - layer.scaling * B @ A).square().sum().item()
+        error = original - quantised
+        before += error.square().sum().item()
+        after += (error - layer.scaling * B @ A).square().sum().item()
     return float((after / before) ** 0.5) if before else 0.0
 
 
-def _turned(original: Tensor, quantised: Tensor) -> Tensor:
-    """A Conv1D's weight lies the other way in the files; a square one tells by its distance
-    alone."""
-    ways = [way for way in (original, original.T) if way.shape == quantised.shape]
-    return min(ways, key=lambda way: (way - quantised).square().sum().item())
+def _oriented(original: Tensor, quantised: Tensor) -> Tensor:
+    """Transposes the weight of a Conv1D, which files store the other way. Of a square weight, the
+    orientation nearer to the quantised one is right."""
+    orientations = [W for W in (original, original.T) if W.shape == quantised.shape]
+    return min(orientations, key=lambda W: (W - quantised).square().sum().item())
 
 
 def _original(path: str, stored: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """A checkpoint may leave out the name of the model's body: GPT-2's `h.0.attn.c_attn.weight`."""
+    """Finds a weight, also if the file leaves out the name of the model's body, as GPT-2's
+    `h.0.attn.c_attn.weight`."""
     name = f"{path}.weight"
     return stored.get(name) or stored.get(name.partition(".")[2])

@@ -1,8 +1,8 @@
-"""From a source that the user named to a FrozenBase: found, checked, loaded, frozen, fingerprinted.
+"""Loads the base that a user named: finds it, checks it, reads, freezes and fingerprints it.
 
-Weights are read in the dtype in which they are stored, and then widened where that computes faster
-(bases/compute.py): which base it is rests on the stored values. Whatever would leave a weight at
-random values is refused, not reported.
+Weights are read in the type in which they are stored, so that the fingerprint is that of the stored
+values, and then widened if that computes faster (bases/compute.py). A model file that would leave a
+weight at random values is refused.
 
 Not known here: where models come from (bases/names/sources.py), what a config may say
 (bases/config/model_config.py), how each weight format is read (bases/loading/builders.py,
@@ -66,21 +66,20 @@ def load_base(
     shards: Shards | None = None,
     own_pages: bool = False,
 ) -> FrozenBase:
-    """The frozen base that `source` names (see sources.locate), with its tokenizer and fingerprint.
+    """Loads the frozen base that `source` names (sources.locate), with tokenizer and fingerprint.
 
-    dtype   auto: as stored, or float32 on a CPU whose products in the stored type are slow; stored:
-            as stored. Widening to float32 keeps the fingerprint; a type that rounds the stored
-            values is another base's
-    device  auto: CUDA if there is any, else the CPU; or a torch device such as cpu, cuda:1, mps
-    quantize  the format its linear layers are held in (bases/loading/builders.py); None: as they
-              are stored, which may be packed: a folder with such weights (bases/packed/formats.py)
-              is read as it is
+    dtype       auto: the stored type, or float32 on a CPU that is slow in the stored type; stored:
+                always the stored type. Widening to float32 keeps the fingerprint; a type that
+                rounds the stored values makes another base
+    device      auto: CUDA if available, else the CPU; or a torch device such as cpu, cuda:1, mps
+    quantize    format of the linear layers in memory (bases/loading/builders.py); None: as stored,
+                and weights that a folder stores packed (bases/packed/formats.py) stay packed
     keep_dense  modules (names, or endings of paths) that stay as they are stored
-    shards  holds this process's run of every decoder layer; all processes load together then. None:
-            all of it is here
-    own_pages  weights that are mapped from files move into memory of this process
-               (bases/loading/own_pages.py): for one that reads them again and again, alone on its
-               machine
+    shards      holds this process's part of every decoder layer, and all processes load together;
+                None: this process holds the whole base
+    own_pages   copies weights that are mapped from files into this process's memory
+                (bases/loading/own_pages.py), for a process that reads them often, alone on its
+                machine
 
     Raises SourceError (not found, not a causal LM, no fast tokenizer), UnsafeFileError (pickles,
     code), CorruptFileError (damaged, missing or misshapen weights), DoesNotFitError (memory),
@@ -92,54 +91,52 @@ def load_base(
         raise ConfigError(
             f"unknown dtype {dtype!r}",
             next_step=(
-                f"One of auto, {', '.join(DTYPES)}; auto takes the stored one, or float32 where"
-                " that is slow."
+                f"One of auto, {', '.join(DTYPES)}; auto takes the stored type, or float32 if that"
+                " is slow here."
             ),
         )
-    found, tensors, held = _files(source, quantize)
+    model_folder, tensors, packed = _read_headers(source, quantize)
     stored = count_values_by_type(tensors)
-    if held is not None:
-        name, _ = held
+    if packed is not None:
+        name, _ = packed
         if quantize not in (None, name):
             raise ConfigError(
-                f"{found.folder} holds its weights as {name}, not as {quantize}",
+                f"{model_folder.folder} holds its weights as {name}, not as {quantize}",
                 next_step="Leave quantize out: such a folder is read as it is.",
             )
         quantize, build = name, partial(build_packed, book=None)
     elif weight_format(quantize).from_folder:
         raise ConfigError(
-            f"{found.folder} does not hold its weights as {quantize}, and nothing here makes such"
-            " weights",
+            f"{model_folder.folder} does not hold its weights as {quantize}, and Veneer cannot"
+            " convert weights to it",
             next_step=f"Leave quantize out, or take {FOUR_BITS}.",
         )
     elif build is None and stores_single_experts(tensors):
         build = partial(build_packed, book=None)
     if shards is not None:
         layer_by_layer: Any = build or partial(build_packed, book=None)
-        build = partial(layer_by_layer, placed=_taking(shards))
-    compute = choose(stored_type(found.folder, stored, held, dtype), dtype, place)
+        build = partial(layer_by_layer, placed=_take_layers(shards))
+    compute = choose(stored_type(model_folder.folder, stored, packed, dtype), dtype, place)
     with quiet():
-        config = checked_config(found.folder)
-        tokenizer = read_tokenizer(found.folder)
-        with _explained(found, compute.held, sum(stored.values())):
+        config = checked_config(model_folder.folder)
+        tokenizer = read_tokenizer(model_folder.folder)
+        with _explained(model_folder, compute.held, sum(stored.values())):
             if not weight_format(quantize).from_gguf:
-                check_size(found.folder, config, stored, len(tensors))
+                check_size(model_folder.folder, config, stored, len(tensors))
             read_as = compute.stored if compute.widens else compute.held
             if build is not None:
-                model = build(found, config, read_as, place)
+                model = build(model_folder, config, read_as, place)
             else:
-                model = build_dense(found.folder, config, read_as)
+                model = build_dense(model_folder.folder, config, read_as)
             if own_pages and not compute.widens and place.type == "cpu":
                 take_own_pages(model)
             hashes = None if shards is not None else hashes_of(model)
             if build is None:
-                torch.nn.Module.to(
-                    model, place
-                )  # the hashes read the weights that are still on the CPU
+                # Only now, as the hashes read the weights on the CPU.
+                torch.nn.Module.to(model, place)
             if shards is not None and not len(shards):
                 raise RefusedError(
-                    f"{type(model).__name__} has no list of decoder layers, and shard holds each of"
-                    " them in shards",
+                    f"{type(model).__name__} has no list of decoder layers to shard",
                     next_step="Leave shard out: every process then holds the whole base.",
                 )
             model.eval()
@@ -155,21 +152,19 @@ def load_base(
                     take_note(model)
                 as_held = earlier_fingerprint(model)
             if model.generation_config is not None:
-                check_generation(found.folder, model.generation_config)
-            check_vocabulary(found.folder, tokenizer, model)
+                check_generation(model_folder.folder, model.generation_config)
+            check_vocabulary(model_folder.folder, tokenizer, model)
             model.requires_grad_(False)
             take_few_rows(model)
-            same_values(
-                "finite", model, bool, lambda: check_finite(found.folder, model)
-            )  # hashed by now
+            same_values("finite", model, bool, lambda: check_finite(model_folder.folder, model))
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
     return FrozenBase(
         model=model,
         tokenizer=tokenizer,
         source=source,
-        name_or_path=found.name_or_path,
-        revision=found.revision,
+        name_or_path=model_folder.name_or_path,
+        revision=model_folder.revision,
         quantize=quantize,
         compute=compute,
         identity=identity,
@@ -179,61 +174,60 @@ def load_base(
     )
 
 
-def _taking(shards: Shards) -> Placed:
-    """Takes each decoder layer as soon as all its weights are there: at most one is whole while
-    they are read."""
-    left: list[nn.Module] | None = None
+def _take_layers(shards: Shards) -> Placed:
+    """Returns a callback that shards each decoder layer as soon as its weights are read, so that at
+    most one layer is whole."""
+    waiting: list[nn.Module] | None = None
 
     def placed(model: PreTrainedModel) -> None:
-        nonlocal left
-        if left is None:
-            left = list(decoder_layers(model) or ())
-        while left and not any(each.is_meta for each in left[0].parameters()):
-            shards.take(left.pop(0).requires_grad_(False))
-            # What was read of it leaves holes, into which the next layer's run does not fit.
+        nonlocal waiting
+        if waiting is None:
+            waiting = list(decoder_layers(model) or ())
+        while waiting and not any(weight.is_meta for weight in waiting[0].parameters()):
+            shards.take(waiting.pop(0).requires_grad_(False))
+            # The layer's weights leave holes in the heap that the next layer does not fit into.
             give_back()
 
     return placed
 
 
 def compute_of(source: str, *, dtype: HeldAs, device: str, quantize: Quantize | None) -> Compute:
-    """What load_base would hold the weights in; only headers are read. Raises as load_base does."""
-    found, tensors, held = _files(source, quantize)
+    """Returns the type in which load_base would hold the weights; reads only headers. Raises what
+    load_base raises."""
+    model_folder, tensors, packed = _read_headers(source, quantize)
     stored = count_values_by_type(tensors)
-    return choose(stored_type(found.folder, stored, held, dtype), dtype, _device(device))
+    return choose(stored_type(model_folder.folder, stored, packed, dtype), dtype, _device(device))
 
 
-def _files(
+def _read_headers(
     source: str, quantize: Quantize | None
 ) -> tuple[ModelFolder, dict[str, StoredTensor], tuple[Quantize, torch.dtype] | None]:
-    """Where the base is, what its files hold, and of weights that are packed in them the format and
-    the type before."""
+    """Returns the base's folder, the tensors in its files, and of packed weights their format and
+    the type before packing."""
     blocks = weight_format(quantize).from_gguf
-    found = locate_blocks(source) if blocks else locate(source)
-    tensors = stored_tensors(weight_files(found.folder))
-    return found, tensors, None if blocks else stored_format(found.folder, tensors)
+    model_folder = locate_blocks(source) if blocks else locate(source)
+    tensors = stored_tensors(weight_files(model_folder.folder))
+    return model_folder, tensors, None if blocks else stored_format(model_folder.folder, tensors)
 
 
 @contextmanager
-def _explained(found: ModelFolder, dtype: torch.dtype, num_values: int) -> Iterator[None]:
-    """What can go wrong while weights are read, as errors that say what to do."""
+def _explained(model_folder: ModelFolder, dtype: torch.dtype, num_values: int) -> Iterator[None]:
+    """Turns errors while weights are read into errors that say what to do."""
     gib = num_values * dtype.itemsize / 2**30
     too_large = DoesNotFitError(
-        f"the base {found.name_or_path} does not fit into memory: its weights take {gib:.1f} GiB as"
-        f" {dtype}",
+        f"the base {model_folder.name_or_path} does not fit into memory: its weights take {gib:.1f}"
+        f" GiB as {dtype}",
         next_step="Free memory, take a smaller base, or load it as bfloat16.",
     )
     try:
         yield
     except VeneerError:
         raise
-    except (
-        Exception
-    ) as fault:  # whatever a checkpoint makes transformers trip over is about that checkpoint
+    except Exception as fault:  # transformers fails in many ways on a bad checkpoint
         if is_out_of_memory(fault):
             raise too_large from fault
         raise CorruptFileError(
-            f"transformers cannot load the model in {found.folder}",
+            f"transformers cannot load the model in {model_folder.folder}",
             [f"{type(fault).__name__}: {line}" for line in str(fault).splitlines()[:4]],
             NEXT_DOWNLOAD,
         ) from fault

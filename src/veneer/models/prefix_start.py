@@ -1,7 +1,7 @@
-"""What a prefix starts from: the keys and values of a real prompt, by far the best start there is
-(from random values it learns a fraction in the same steps).
+"""Initial values of a prefix: the keys and values of a prompt, from which it learns many times more
+in the same steps than from random values.
 
-Which prompt, in this order: the one the settings name; what all training rows begin with; a plain
+The prompt is the one of the settings, else the common beginning of all training rows, else a plain
 instruction.
 """
 
@@ -26,34 +26,34 @@ INSTRUCTION = (
     " which such answers are given, and nothing besides."
 )
 MIN_SHARED_TOKENS = 8
-"""What rows begin with counts as a prompt from here on; fewer tokens are only a template's
+"""Least length of a common beginning that counts as a prompt; fewer tokens are a template's
 markers."""
 MAX_START_TOKENS = 64
-"""Length of a prefix that nobody gave a length: the end of a longer prompt, which says more of the
-task."""
+"""Most tokens of a prefix without a set length: the end of a longer prompt, which says more about
+the task."""
 SHOWN = 60
-"""Characters of the prompt on the screen, its end; the start record has all of it."""
+"""Characters of the prompt's end to show; the start record has all of it."""
 
 
 def start_prefix(
     config: Prefix, base: FrozenBase, examples: Sequence[Example], *, seed: int
 ) -> AdapterStart:
-    """ConfigError: the rows and the prefix together find no place in the model."""
-    found = prefix_start(config, base, examples)
-    _check_room(base, found.tokens, examples)
+    """Returns the start of a prefix. ConfigError if prefix and rows exceed the model's length."""
+    values = choose_values(config, base, examples)
+    _check_room(base, values.tokens, examples)
 
     def put(attachment: Attachment) -> str:
-        if found.ids:
-            _start_from(base, attachment, found.ids)
-        return found.line
+        if values.ids:
+            _start_from(base, attachment, values.ids)
+        return values.line
 
-    return AdapterStart(config.model_copy(update={"tokens": found.tokens}), put, found.text)
+    return AdapterStart(config.model_copy(update={"tokens": values.tokens}), put, values.text)
 
 
 @dataclass(frozen=True)
-class PrefixStart:
-    """ids: the prompt's, one for each token of the prefix, and its text; none: random values.
-    origin: in words."""
+class PrefixValues:
+    """Describes initial values. ids, text: of the prompt, an id for each token of the prefix; none
+    for random values. origin: in words."""
 
     ids: list[int]
     text: str | None
@@ -62,43 +62,43 @@ class PrefixStart:
 
     @property
     def line(self) -> str:
-        told = f"prefix of {self.tokens} tokens, starting from {self.origin}"
+        line = f"prefix of {self.tokens} tokens, starting from {self.origin}"
         if self.text is None:
-            return told
+            return line
         words = " ".join(self.text.split())
-        return told + f": “{words if len(words) <= SHOWN else '…' + words[-SHOWN:]}”"
+        return line + f": “{words if len(words) <= SHOWN else '…' + words[-SHOWN:]}”"
 
 
-def prefix_start(config: Prefix, base: FrozenBase, examples: Sequence[Example]) -> PrefixStart:
-    """What a prefix of these settings starts from on this base, with these rows."""
+def choose_values(config: Prefix, base: FrozenBase, examples: Sequence[Example]) -> PrefixValues:
+    """Chooses the initial values for these settings, base and rows."""
     if config.start == "random":
         tokens = config.tokens or DEFAULT_TOKENS
-        return PrefixStart([], None, tokens, "random keys and values")
+        return PrefixValues([], None, tokens, "random keys and values")
     shared = shared_prompt(examples) if len(examples) > 1 else 0
     if config.prompt is not None:
-        ids, origin = list(base.tokenizer(config.prompt)["input_ids"]), "the prompt given"
+        ids, origin = list(base.tokenizer(config.prompt)["input_ids"]), "the given prompt"
     elif shared >= MIN_SHARED_TOKENS:
-        ids, origin = examples[0].ids[:shared].tolist(), "what all rows begin with"
+        ids, origin = examples[0].ids[:shared].tolist(), "the common beginning of all rows"
     else:
         ids, origin = (
             list(base.tokenizer(INSTRUCTION)["input_ids"]),
-            "an instruction, as the rows share none",
+            "an instruction, as the rows have no common beginning",
         )
     tokens = config.tokens or min(len(ids), MAX_START_TOKENS)
     chosen = (ids * (tokens // len(ids) + 1))[:tokens] if tokens > len(ids) else ids[-tokens:]
-    return PrefixStart(
+    return PrefixValues(
         chosen, str(base.tokenizer.decode(chosen, skip_special_tokens=False)), tokens, origin
     )
 
 
 def _check_room(base: FrozenBase, tokens: int, examples: Sequence[Example]) -> None:
-    """The rows stand behind the prefix: both must find places in the model."""
+    """Raises ConfigError if the prefix and the longest row exceed the model's positions."""
     limit = configured_capacity(base.config).positions
     longest = max((len(e.ids) for e in examples), default=0)
     if limit is not None and longest + tokens > limit:
         raise ConfigError(
             f"the longest row has {longest} tokens: with {tokens} of the prefix that exceeds the"
-            f" model's {limit} places",
+            f" model's {limit} positions",
             next_step=(
                 f"Take method.tokens below {max(limit - longest, 0) + 1}, or shorter rows (length)."
             ),
