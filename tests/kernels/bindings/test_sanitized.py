@@ -33,7 +33,7 @@ FLAGS = (
     # gcc 12 misplaces registers of 64 bytes in frames that outlive their function
     "--param=asan-use-after-return=0",
     *(f"-I{folder}" for folder in sorted({path.parent for path in SOURCES.rglob("*.h")})),
-    *("-include", str(TESTS / "support" / "tiles_in_c.h")),
+    *("-include", str(TESTS / "support" / "kernels" / "tiles_in_c.h")),
 )
 AS_FUNCTIONS = ("few_rows.c", "gguf_tiles.c", "gguf_vectors.c", "paged_attention.c")
 """Their loops are inlined once for each number of rows and each type, on which gcc spends two
