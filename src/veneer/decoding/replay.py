@@ -171,8 +171,8 @@ class _RowGenerator:
             questions = []
             for ids, ended in self._generate_ids("questions", prompts, seed_round, count):
                 raw = str(tokenizer.decode(ids))
-                said, closed, _ = raw.partition(end) if end else (raw, "", "")
-                question = said.strip()
+                text, closed, _ = raw.partition(end) if end else (raw, "", "")
+                question = text.strip()
                 has_control = UNSURE in question or any(
                     name in question for name in tokenizer.all_special_tokens
                 )

@@ -53,7 +53,7 @@ class TextStream:
         self._waiting: list[int] = []
         self._waiting_text = ""
         self._many = MANY
-        self._held = ""
+        self._pending = ""
         """Text that may begin a stop string."""
         self.stopped = False
 
@@ -89,8 +89,8 @@ class TextStream:
         if self.stopped:
             return ""
         rest = self._certain(self._new_text(len(self._waiting)), len(self._waiting))
-        held, self._held = self._held, ""
-        return rest if self.stopped else rest + held
+        pending, self._pending = self._pending, ""
+        return rest if self.stopped else rest + pending
 
     def _new_text(self, count: int) -> str:
         """The text of the first `count` waiting ids."""
@@ -118,16 +118,16 @@ class TextStream:
                 "",
                 MANY,
             )
-        if not self._held and self._firsts.isdisjoint(text):  # no stop string has begun
+        if not self._pending and self._firsts.isdisjoint(text):  # no stop string has begun
             return text
-        whole = self._held + text
-        for place, character in enumerate(text, len(self._held) + 1):
+        whole = self._pending + text
+        for place, character in enumerate(text, len(self._pending) + 1):
             if complete := [stop.length for stop in self._stops if stop.follows(character)]:
-                self.stopped, self._held = True, ""
+                self.stopped, self._pending = True, ""
                 return whole[: place - max(complete)]
-        held = max((stop.matched for stop in self._stops), default=0)
-        self._held = whole[len(whole) - held :]
-        return whole[: len(whole) - held]
+        pending = max((stop.matched for stop in self._stops), default=0)
+        self._pending = whole[len(whole) - pending :]
+        return whole[: len(whole) - pending]
 
 
 class _StopMatcher:

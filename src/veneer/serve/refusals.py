@@ -150,18 +150,18 @@ def refusal_of(fault: Exception, *, param: str | None = None) -> Refusal:
     anything."""
     if isinstance(fault, Refusal):
         return fault
-    said = without_folders(str(fault))
+    message = without_folders(str(fault))
     if isinstance(fault, QueueFullError):
-        return Refusal(429, said)
+        return Refusal(429, message)
     if isinstance(fault, BudgetFullError):
-        return Refusal(507, said, param)
+        return Refusal(507, message, param)
     if isinstance(fault, AdapterMismatchError | CorruptFileError | UnsafeFileError):
-        return Refusal(422, said, param or "model")
+        return Refusal(422, message, param or "model")
     if isinstance(fault, InputError | DoesNotFitError):
         code = "context_length_exceeded" if isinstance(fault, DoesNotFitError) else None
-        return Refusal(400, said, param, code)
+        return Refusal(400, message, param, code)
     if isinstance(fault, VeneerError):
-        return Refusal(422, said, param)
+        return Refusal(422, message, param)
     return Refusal(500, "This is a bug in Veneer; the server's log says more.")
 
 
@@ -180,13 +180,13 @@ def shutting_down() -> Refusal:
 
 def unknown_model(name: str, next_step: str = "") -> Refusal:
     """Makes a 404, the same for a model that is missing and one that is hidden."""
-    said = f"The model `{name[:80]}` does not exist."
-    return Refusal(404, f"{said} {next_step}".strip(), "model", "model_not_found")
+    message = f"The model `{name[:80]}` does not exist."
+    return Refusal(404, f"{message} {next_step}".strip(), "model", "model_not_found")
 
 
 def unknown_adapter(fault: ConfigError, param: str = "lora_path") -> Refusal:
-    said = without_folders(f"{fault.headline}. {fault.next_step}".strip())
-    return Refusal(404, said, param, "adapter_not_found")
+    message = without_folders(f"{fault.headline}. {fault.next_step}".strip())
+    return Refusal(404, message, param, "adapter_not_found")
 
 
 def brief(value: Any, *, quoted: bool = True) -> str:

@@ -48,9 +48,9 @@ def listening(host: str, port: int) -> socket.socket:
         return listener
     except OSError as fault:
         number = fault.errno or 0  # below 0 if the host was not found
-        said = os.strerror(number) if number > 0 else str(fault)
+        reason = os.strerror(number) if number > 0 else str(fault)
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {said}", next_step="Give another --port or --host."
+            f"cannot listen on {host}:{port}: {reason}", next_step="Give another --port or --host."
         ) from None
 
 

@@ -59,10 +59,10 @@ class Runs:
         records, start, next_byte = records_after(
             file, after, most_bytes=PART_BYTES, shown=f"{name}/{RECORDS}"
         )
-        shown = [{key: legible(r[key]) for key in SHOWN if key in r} for r in records]
+        public_records = [{key: legible(r[key]) for key in SHOWN if key in r} for r in records]
         card = self._card(folder)
         more = card.get("bytes", 0) - start > PART_BYTES
-        return {**card, "records": shown, "start": start, "next": next_byte, "more": more}
+        return {**card, "records": public_records, "start": start, "next": next_byte, "more": more}
 
     def _folders(self) -> list[Path]:
         if self.folder is None:

@@ -136,7 +136,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_sanitizers_see_a_read_past_the_end(environment):
     code = (
-        "import ctypes, torch; from veneer.kernels.bindings import library as native; "
+        "import torch; from veneer.kernels.bindings import library as native, packed_calls; "
         "x = torch.zeros(64, dtype=torch.uint8);y = torch.zeros(512); "
         "native.library().veneer_gguf_dequantise(8, x.data_ptr(), 1, 512, y.data_ptr(), 0, 0)"
     )

@@ -185,9 +185,9 @@ class Grammars:
                 break
             new.append(int(allowed.argmax()))
         if trial.is_error():
-            said = trial.get_error().partition("\n")[0]
+            reason = trial.get_error().partition("\n")[0]
             raise ConfigError(
-                f"{what} cannot be followed", [said[:500] or str(trial.stop_reason())]
+                f"{what} cannot be followed", [reason[:500] or str(trial.stop_reason())]
             )
         return Grammar(matcher, self._tokenizer, check)
 

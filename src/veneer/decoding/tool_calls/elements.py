@@ -98,8 +98,10 @@ class ElementCalls(CallStyle):
         elif "string" in _types(value_schema, schema):
             return "text"
         else:
-            known = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-            whole = {**known, **value_schema} if isinstance(value_schema, dict) else {}
+            definitions = {
+                name: schema[name] for name in ("$defs", "definitions") if name in schema
+            }
+            whole = {**definitions, **value_schema} if isinstance(value_schema, dict) else {}
             value = write_schema(whole)
         return f"({value}) {self.mark(self.value_ends)}"
 

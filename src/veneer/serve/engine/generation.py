@@ -213,8 +213,8 @@ class _AnswerDecoder:
     def _end(self, reason: FinishReason, stop_token: int | None) -> AnswerEnd:
         match reason:
             case FinishReason.DEADLINE if not self._ids:
-                said = "The time for this request is over, and nothing is answered yet."
-                raise Refusal(408, said)
+                message = "The time for this request is over, and nothing is answered yet."
+                raise Refusal(408, message)
             case FinishReason.CANCELLED:
                 raise Refusal(503, "This request was ended.")
             case FinishReason.LENGTH:
@@ -241,8 +241,8 @@ class _AnswerDecoder:
         if faults := self._grammar.faults(text):
             assert self._request.shape is not None
             param = self._request.shape.param
-            said = f"{param}: the model's answer does not follow it: {faults[0][:300]}"
-            raise Refusal(422, said, param, "answer_refused")
+            message = f"{param}: the model's answer does not follow it: {faults[0][:300]}"
+            raise Refusal(422, message, param, "answer_refused")
 
     def _logprob(self, token: TokenChance) -> TokenLogprob:
         alternatives = tuple(self._texts.logprob(*pair) for pair in token.alternatives)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from veneer.decoding.engine import Engine
 from veneer.decoding.schedule.blocks import Identity
-from veneer.serve.protocols.answers import EndReason
+from veneer.serve.protocols.answers import EndReason, Usage
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -81,16 +81,14 @@ class Metrics:
     def count_prompt(self, tokens: int) -> None:
         self._tokens["prompt"] += tokens
 
-    def count_cached(self, tokens: int) -> None:
-        self._tokens["cached"] += tokens
-
     def count_first_token(self, seconds: float) -> None:
         self._first.add(seconds)
 
-    def count_answer(self, reason: EndReason | None, seconds: float, tokens: int) -> None:
+    def count_answer(self, reason: EndReason | None, seconds: float, usage: Usage) -> None:
         """Counts a request that has ended. reason: None if it failed or the client has gone."""
         self._ended[reason or "abort"] += 1
-        self._tokens["new"] += tokens
+        self._tokens["cached"] += usage.cached
+        self._tokens["new"] += usage.new
         self._whole.add(seconds)
 
     def lines(

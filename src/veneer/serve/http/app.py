@@ -62,8 +62,8 @@ def _routes(service: Service) -> list[Route]:
 
         async def endpoint(request: Request) -> Response:
             if path in ADMIN_BODIES and _caller(request).scope != "admin":
-                said = "This key may not change which adapters are served."
-                raise Refusal(403, said, code="wrong_scope")
+                message = "This key may not change which adapters are served."
+                raise Refusal(403, message, code="wrong_scope")
             if service.loop.closing:
                 raise shutting_down()
             text = await read_body(request, service.limits.body_bytes)
@@ -222,17 +222,17 @@ def _catch_errors(handler: Handler) -> Handler:
 async def _http_error(request: Request, fault: Exception) -> Response:
     """Answers for a path that does not exist, or not with this method."""
     assert isinstance(fault, HTTPException)
-    path, said = request.url.path, f"{fault.detail}."
+    path, message = request.url.path, f"{fault.detail}."
     if fault.status_code == 404:
         hint = f" Did you mean /v1{path}?" if f"/v1{path}" in PATHS else ""
-        said = f"There is no path {shown(path[:80])} here.{hint}"
+        message = f"There is no path {shown(path[:80])} here.{hint}"
     elif fault.status_code == 405:
-        said = (
+        message = (
             f"{request.method} is not allowed here; allowed:"
             f" {(fault.headers or {}).get('Allow', 'other methods')}."
         )
     return error_response(
-        Refusal(fault.status_code, said, headers=fault.headers or {}), request.url.path
+        Refusal(fault.status_code, message, headers=fault.headers or {}), request.url.path
     )
 
 

@@ -101,9 +101,7 @@ class Exchange(Response):
                 reason = answers[0].end.reason if answers[0].end else None
                 return JSONResponse(writer.whole(answers, generation.usage))
         finally:
-            usage = generation.usage
-            metrics.count_cached(usage.cached)
-            metrics.count_answer(reason, time.monotonic() - self._start, usage.new)
+            metrics.count_answer(reason, time.monotonic() - self._start, generation.usage)
 
     async def _stream(
         self,

@@ -143,8 +143,8 @@ class Length:
 
         def check(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
             if isinstance(value, entries) and not self.least <= len(value) <= self.most:
-                said = f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}"
-                raise invalid([((), said)])
+                reason = f"it has {len(value):,} entries: should be {self.least:,} to {self.most:,}"
+                raise invalid([((), reason)])
             if entries is dict or not isinstance(value, list):
                 return validate(value)
             if numbers and numbers[0].holds_ints(value):  # a prompt's ids: thousands
@@ -201,7 +201,7 @@ class OneOf:
         members = get_args(source) or (source,)
         names = self._tags(members) if self._tag else _json_types(members)
         choices = {name: handler.generate_schema(member) for name, member in names.items()}
-        said = " or ".join(_TYPE_WORDS.get(name, name) for name in choices) + self._why
+        expected = " or ".join(_TYPE_WORDS.get(name, name) for name in choices) + self._why
 
         def choose(value: Any) -> Any:
             if isinstance(value, Body):  # pydantic serialises it
@@ -215,10 +215,10 @@ class OneOf:
             name = choose(value)
             if not isinstance(name, str) or name not in choices:
                 if not self._tag:
-                    raise invalid([((), f"{brief(value)} is not {said}")])
+                    raise invalid([((), f"{brief(value)} is not {expected}")])
                 if not isinstance(value, dict):
                     raise invalid([((), f"{brief(value)} is not an object")])
-                raise invalid([((self._tag,), f"{brief(name)} is not {said}")])
+                raise invalid([((self._tag,), f"{brief(name)} is not {expected}")])
             try:
                 return validate(value)
             except ValidationError as error:  # pydantic puts the choice in front of the path

@@ -98,8 +98,8 @@ class ChatBody(TemplateVariables, ShapedBody, ChoicesBody):
         yield from super().conflicts()
         first, second = self.max_tokens, self.max_completion_tokens
         if first is not None and second not in (None, first):
-            said = f"is {first:,}, and max_completion_tokens is {second:,}: give one"
-            yield Fault("max_tokens", said)
+            reason = f"is {first:,}, and max_completion_tokens is {second:,}: give one"
+            yield Fault("max_tokens", reason)
         if self.top_logprobs is not None and not self.logprobs:
             yield Fault("top_logprobs", "is only for answers with logprobs: set logprobs")
 

@@ -160,8 +160,8 @@ class CountBody(_CacheControl):
     def conflicts(self) -> Iterator[Fault]:
         yield from super().conflicts()
         if self.messages[-1].role == "assistant":
-            said = "the last is the assistant's: an answer begins anew, it continues no message"
-            yield Fault("messages", said)
+            reason = "the last is the assistant's: an answer begins anew, it continues no message"
+            yield Fault("messages", reason)
 
     def prompt(self) -> ChatPrompt:
         """Returns the conversation in the form of chat. Refusal: 400."""

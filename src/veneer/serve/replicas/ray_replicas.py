@@ -79,9 +79,9 @@ class RayReplicas:
             self.close()
             if not isinstance(fault, Exception):
                 raise
-            said = [line for line in str(fault).splitlines() if line.strip()]
+            lines = [line for line in str(fault).splitlines() if line.strip()]
             raise VeneerError(
-                "the replicas could not be started", said[-6:], "Fix that, then start them again."
+                "the replicas could not be started", lines[-6:], "Fix that, then start them again."
             ) from None
 
     def _cpus(self, size: ReplicaSize) -> int:

@@ -1,6 +1,6 @@
-// Ask: turns of a conversation, each a question and the answers of all columns beside each other.
+// The Ask tab: turns of a conversation. Each turn has a question and the answers of all columns.
 
-/** question, settings, system; answers: column, messages, found (figures and text), error; ends: to stop it. */
+/** A turn: question, settings, system; answers: column, messages, found (figures and text), error; ends: stops it. */
 const turns = [];
 
 function settingsAsked() {
@@ -21,7 +21,7 @@ function showSettings() {
   byId("settings-said").textContent = parts.join(" · ");
 }
 
-/** The conversation of one column, with a further question. Turns that it did not answer are left out. */
+/** Returns one column's conversation with a new question. Turns without an answer of this column are left out. */
 function messagesOf(number, question) {
   const system = byId("system").value.trim();
   const messages = system ? [{ role: "system", content: system }] : [];
@@ -97,7 +97,7 @@ async function follow(turn, answer) {
   showBusy();
 }
 
-/** Who looks at the end of the page still does when it has grown. */
+/** Keeps the end of the page in view while the page grows. */
 function keepingTheEnd(change) {
   const page = document.scrollingElement;
   const atEnd = page.scrollTop + innerHeight > page.scrollHeight - 40;
@@ -105,7 +105,7 @@ function keepingTheEnd(change) {
   if (atEnd) page.scrollTop = page.scrollHeight;
 }
 
-/** Every answer that has ended against the base's, once that has. */
+/** Compares every finished answer with the base's, once that has ended. */
 function compare(turn) {
   const [base, ...others] = turn.answers;
   if (!base.done || !base.found) return;
@@ -126,7 +126,7 @@ function stop() {
   for (const turn of turns) if (turn.left) turn.ends.abort();
 }
 
-/** What the template makes of the conversation, special tokens included. */
+/** Shows the conversation as the template renders it, with special tokens. */
 async function showPrompt(answer, place) {
   place.hidden = !place.hidden;
   if (place.hidden) return;

@@ -1,8 +1,8 @@
-// What all parts of the page use: elements, requests, files to save. Texts are set as text, never as HTML.
+// Shared by all parts of the page: elements, requests, saving files. Texts are set as text, never as HTML.
 
 const byId = (id) => document.getElementById(id);
 
-/** An element. settings: properties and attributes; `on...` listens. null among the children is left out. */
+/** Makes an element. settings: properties and attributes; `on...` adds a listener. Children that are null are left out. */
 function make(tag, settings = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(settings)) {
@@ -21,7 +21,7 @@ function draw(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** What the server serves: the base's name, and a card of each adapter. */
+/** The served models: the base's name, and a card of each adapter. */
 const served = { base: "", adapters: [] };
 const session = { key: sessionStorage.getItem("key") ?? "" };
 
@@ -49,7 +49,7 @@ async function request(path, { body, signal } = {}) {
 
 const read = async (path, settings) => (await request(path, settings)).json();
 
-/** What is to be told of an error; null: somebody stopped it. */
+/** Returns the message of an error; null if the user stopped the request. */
 function said(fault) {
   if (fault.name === "AbortError") return null;
   return fault instanceof Refused ? fault.message : `The server does not answer: ${fault.message}`;

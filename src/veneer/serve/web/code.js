@@ -1,4 +1,4 @@
-// A request as code that makes it: curl, or Python with OpenAI's client.
+// Writes a request as code: curl, or Python with OpenAI's client.
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
@@ -8,7 +8,7 @@ function curlOf(body) {
   return [...lines, `-d ${quoted(JSON.stringify(body, null, 1))}`].join(" \\\n  ");
 }
 
-/** JSON as Python writes it. */
+/** Writes JSON as a Python literal. */
 function literal(value, indent = "") {
   if (value === null) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";
@@ -54,7 +54,7 @@ function beginCode() {
       await navigator.clipboard.writeText(code.textContent);
       byId("code-copy").textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(code); // no clipboard without TLS: the text is marked, to be copied by hand
+      getSelection().selectAllChildren(code); // without TLS there is no clipboard: selects the text, to be copied by hand
     }
   });
 }

@@ -1,11 +1,11 @@
-// What answers: the base, and up to three adapters, each with a weight.
+// The models that answer: the base, and up to three adapters, each with a weight.
 
 const MOST_ADAPTERS = 3;
-/** Of the adapters; the base is always there. number: which column an answer belongs to, also after others went. */
+/** Columns of adapters; the base always has one. number: identifies a column, also after others are removed. */
 const chosen = [];
 let nextColumn = 1;
 
-/** Number, name and weight of each that is named. */
+/** Returns number, name and weight of each column that has a name. */
 function columnsAsked() {
   const named = chosen.filter((column) => column.name && column.name !== served.base);
   return [{ number: 0, name: served.base, weight: 1 }, ...named.map((column) => ({ ...column }))];

@@ -1,4 +1,4 @@
-// The library: what each adapter is, where it comes from, and what it changes, layer by layer.
+// The Library tab: each adapter's facts, its lineage, and how much it changes each layer.
 
 const TIERS = { ready: "in memory", loading: "on its way", failed: "broken", disk: "on disk" };
 const PROOFS = {
@@ -8,7 +8,7 @@ const PROOFS = {
 };
 let adapterShown = null;
 
-/** Tells where it fails; returns whether it did not. */
+/** Shows an error. Returns whether it succeeded. */
 async function told(place, work) {
   try {
     await work();
@@ -50,7 +50,7 @@ function showAdapters(tiers) {
     open.append(make("small", {}, `${card.root} · ${card.method} · ${bytes(card.bytes)} · ${where}`));
     return make("li", {}, open);
   });
-  const none = served.adapters.length ? "None is called so." : "No adapter yet: veneer train --name NAME adds one.";
+  const none = served.adapters.length ? "No adapter has this name." : "The library is empty. veneer train --name NAME adds an adapter.";
   if (!items.length) items.push(make("li", { className: "soft" }, none));
   byId("adapters-list").replaceChildren(...items);
   byId("filter").oninput = () => showAdapters(tiers);
@@ -103,7 +103,7 @@ function adapterParts(name, facts) {
   ];
 }
 
-/** Whether another adapter's update goes the same way, by layer. */
+/** Shows by layer whether another adapter's update has the same direction. */
 function angles(name) {
   const place = make("div");
   const other = make("input", { type: "text", list: "names", placeholder: "another adapter", spellcheck: false });
@@ -119,7 +119,7 @@ function angles(name) {
 }
 
 function anglesShown(found) {
-  const none = "None: one changes nothing that the other does.";
+  const none = "No angle: the adapters change no weight in common.";
   if (found.cosine === null) return [make("p", { className: "soft" }, none)];
   const values = Object.entries(found.by_layer).filter(([, value]) => value !== null);
   const bars = values.map(([layer, value], place) => {
@@ -141,7 +141,7 @@ function anglesShown(found) {
   ];
 }
 
-/** A row for each kind of module, a bar for each layer, all to one scale. */
+/** Draws a row for each kind of module, with a bar for each layer, on one scale. */
 function picture(kinds) {
   const all = kinds.flatMap((kind) => Object.values(kind.norms));
   const deepest = Math.max(...kinds.flatMap((kind) => Object.keys(kind.norms).map(Number)));

@@ -1,4 +1,4 @@
-// A file of prompts to conversations: the layouts that `veneer train` reads, without their answers. Knows no page.
+// Reads conversations from a file of prompts, in the layouts of `veneer train`, without answers. Independent of the page.
 
 const MOST_ROWS = 2000;
 const PROMPTS = ["prompt", "question", "instruction", "input", "text"];
@@ -6,7 +6,7 @@ const WHOLE = ["messages", "conversations"];
 const ROLES = { human: "user", gpt: "assistant", chatgpt: "assistant", model: "assistant" }; // ShareGPT's
 const FIELDS = ["role", "content", "name", "tool_calls", "tool_call_id"];
 
-/** Cells of a CSV text, row by row; quotes as RFC 4180 has them. */
+/** Splits a CSV text into rows of cells; quotes follow RFC 4180. */
 function cellsOf(text) {
   const rows = [[""]];
   let within = false;
@@ -25,7 +25,7 @@ function cellsOf(text) {
   return rows.filter((row) => row.some((cell) => cell.trim()));
 }
 
-/** The rows of a file: texts, or objects by column. The first line of a CSV names its columns, as everywhere. */
+/** Reads the rows of a file: texts, or objects by column. The first line of a CSV names its columns. */
 function rowsOf(name, text) {
   const kind = name.split(".").pop().toLowerCase();
   const read = text.replace(/^\uFEFF/, "");
@@ -46,13 +46,13 @@ function rowsOf(name, text) {
   });
 }
 
-/** The columns that may hold prompts. */
+/** Returns the columns that may have prompts. */
 function columnsOf(rows) {
   const objects = rows.slice(0, 100).filter((row) => row && typeof row === "object" && !Array.isArray(row));
   return [...new Set(objects.flatMap(Object.keys))];
 }
 
-/** The column that prompts are in by its name, in any case; else the only one there is; else null. */
+/** Returns the column whose name is one of prompts, in any case; else the only column; else null. */
 function columnMeant(columns) {
   const named = [...WHOLE, ...PROMPTS].map((name) => columns.find((column) => column.toLowerCase() === name));
   return named.find((column) => column !== undefined) ?? (columns.length === 1 ? columns[0] : null);
@@ -65,7 +65,7 @@ function messageOf(message) {
   return { ...made, role: ROLES[made.role] ?? made.role };
 }
 
-/** A cell as a list of messages, also where a CSV has it as text; null: it is none. */
+/** Reads a cell as a list of messages, also from text in a CSV; null if it is not one. */
 function listIn(cell) {
   if (typeof cell !== "string") return Array.isArray(cell) ? cell : null;
   if (!/^\s*\[\s*\{/.test(cell)) return null;
@@ -76,7 +76,7 @@ function listIn(cell) {
   }
 }
 
-/** Messages of one row, up to what is to be answered. Throws what is wrong with it. */
+/** Returns the messages of a row up to the one to answer. Throws a fault of the row. */
 function conversationOf(row, column, where) {
   const cell = typeof row === "string" ? row : row?.[column];
   let messages = listIn(cell)?.map(messageOf);
@@ -93,7 +93,7 @@ function conversationOf(row, column, where) {
   return messages;
 }
 
-/** Conversations of all rows, by a column of theirs. */
+/** Returns the conversations of all rows, from one column. */
 function conversationsOf(rows, column) {
   if (rows.length > MOST_ROWS) throw new Error(`it has ${rows.length} prompts; ${MOST_ROWS} are allowed`);
   if (!rows.length) throw new Error("there is no prompt in it");

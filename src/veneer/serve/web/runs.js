@@ -1,9 +1,9 @@
-// Runs of a folder, with their curves, which grow while it is looked at.
+// The Runs tab: the runs of a folder, with curves that grow while they are shown.
 
-const EVERY = 2000; // milliseconds between two looks
+const EVERY = 2000; // milliseconds between two updates
 const CHART = { height: 240, left: 52, bottom: 22 };
 const MOST_POINTS = 700;
-const NONE = "No run is here: veneer serve --runs DIR names the folder that has them.";
+const NONE = "There are no runs. Start the server with --runs DIR to show the runs of a folder.";
 const watched = { name: null, next: 0, steps: [], evaluations: [], timer: null };
 
 async function openRuns() {
@@ -37,7 +37,7 @@ function watch(name) {
   look(name);
 }
 
-/** What the run has written since, and again in a while if it goes on. */
+/** Reads new records of the run, and again after a while if it goes on. */
 async function look(name) {
   clearTimeout(watched.timer);
   let run = null;
@@ -76,7 +76,7 @@ function showRun(run) {
   );
 }
 
-/** A running mean over a fiftieth of the points. */
+/** Returns a running mean over a fiftieth of the points. */
 function smoothed(points) {
   const keep = 1 - 1 / Math.max(1, points.length / 50);
   let mean = null;

@@ -1,4 +1,4 @@
-// Tabs, the key, and what the server has.
+// Tabs, the API key, and the list of models.
 
 const TABS = ["ask", "table", "library", "runs"];
 const OPENED = { ask: () => {}, table: () => {}, library: openLibrary, runs: openRuns };

@@ -1,6 +1,6 @@
-// One answer as it comes, and how fast it came.
+// Streams one answer and measures its speed.
 
-/** The objects of an event stream, until [DONE]. */
+/** Yields the objects of an event stream, until [DONE]. */
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
@@ -17,7 +17,7 @@ async function* events(answer) {
   }
 }
 
-/** The body of a request. column: a name and a weight. */
+/** Makes the body of a request. column: a name and a weight. */
 function bodyOf(column, messages, settings) {
   const alone = column.weight === 1 || column.name === served.base;
   const model = alone ? { model: column.name } : { model: served.base, adapters: [{ ...column }] };

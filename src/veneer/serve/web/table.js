@@ -1,4 +1,4 @@
-// A file of prompts to a table: it is read here, and only its prompts are sent.
+// The Table tab: answers a file of prompts. The file is read in the browser, and only its prompts are sent.
 
 const AT_ONCE = 5; // browsers open six connections to a server: one stays free
 const sheet = { file: "", read: [], rows: [], columns: [], ends: null, done: 0 };
@@ -24,7 +24,7 @@ async function readFile(event) {
   }
 }
 
-/** The prompts of the file, out of the column that is chosen. */
+/** Returns the prompts of the file from the chosen column. */
 function takeColumn() {
   try {
     const column = byId("table-column").value || null;
@@ -87,7 +87,7 @@ async function answerAll() {
 }
 
 const spelled = (text) => {
-  const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text; // spreadsheets would compute it
+  const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text; // spreadsheets would run it as a formula
   return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 };
 

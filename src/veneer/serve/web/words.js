@@ -1,14 +1,14 @@
-// Which words of an answer differ from the base's: the longest common sequence of words.
+// Finds the words of an answer that differ from the base's, by the longest common sequence of words.
 
 const MOST_PAIRS = 4_000_000;
 const wordsOf = (text) => text.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) ?? [];
 
-/** [kind, text] in order. kind: same, more (only in `text`), less (only in `base`). */
+/** Returns [kind, text] in order. kind: same, more (only in `text`), less (only in `base`). */
 function differences(base, text) {
   return readable(shared(base, text));
 }
 
-/** What both have between two changes is part of them, where it has less than two words: it only looks alike. */
+/** Joins changes that have less than two common words between them: these are the same by chance. */
 function readable(parts) {
   const found = [];
   let [less, more] = ["", ""];
