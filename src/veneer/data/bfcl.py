@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import CorruptFileError, SourceError
+from veneer.files.strict_json import refuse_constant
 
 REQUIREMENT = "bfcl-eval==2026.3.23"
 """What the package index is asked for; only the wheel itself is needed, none of its
@@ -325,7 +326,7 @@ def score(call: BfclEntry, answer_text: str) -> Score:
     if fenced := _FENCE.match(text):
         text = fenced[1]
     try:
-        parsed = json.loads(text, parse_constant=_refuse_constant)
+        parsed = json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return Score(False, False, False)
     if not isinstance(parsed, dict) or parsed.keys() != {"name", "arguments"}:
@@ -336,10 +337,6 @@ def score(call: BfclEntry, answer_text: str) -> Score:
     if parsed["name"] != call.function:
         return Score(True, False, False)
     return Score(True, True, _arguments_accepted(call, arguments))
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _arguments_accepted(call: BfclEntry, arguments: dict[str, Any]) -> bool:

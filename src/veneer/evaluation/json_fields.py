@@ -9,6 +9,7 @@ from typing import Any
 
 from veneer.evaluation.intervals import Counts
 from veneer.evaluation.metric import Metric, mean_of
+from veneer.files.strict_json import refuse_constant
 
 Path = tuple[str | int, ...]
 
@@ -19,13 +20,9 @@ def parse_json(text: str) -> Any:
     NaN and Infinity, which Python's parser accepts, are not JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant)
     except RecursionError:  # thousands of open brackets from a model that repeats itself
         raise ValueError("nested too deeply") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def json_validity(answer: str) -> bool:

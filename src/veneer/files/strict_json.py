@@ -119,8 +119,8 @@ def parse_json(text: bytes, path: Path, *, max_bytes: int, repair: bool = False)
         value = json.loads(
             decoded,
             object_pairs_hook=_repair_pairs if repair else _refuse_duplicates,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
+            parse_constant=refuse_constant,
+            parse_float=finite_float,
         )
     except VeneerError:
         raise
@@ -161,14 +161,16 @@ def _strings(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _refuse_constant(name: str) -> float:
+def refuse_constant(name: str) -> float:
+    """Refuses NaN and infinity, as json.loads calls it for them. Raises ValueError."""
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite_float(text: str) -> float:
+def finite_float(text: str) -> float:
+    """Reads a number. Raises ValueError if it is too large, such as 1e999."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
+        raise ValueError(f"{text[:40]} is too large for a number")
     return value
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections import Counter
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from veneer.files.nesting import TOO_DEEP, text_too_deep
+from veneer.files.strict_json import finite_float, refuse_constant
 from veneer.serve.limits import BODY_SECONDS, MOST_DISCARDED
 from veneer.serve.refusals import Refusal
 
@@ -48,14 +48,17 @@ async def read_bytes(request: Request, most_bytes: int) -> bytes:
 
 
 def parsed(text: bytes) -> dict[str, Any]:
-    """Parses JSON more strictly than json.loads: no duplicate keys, NaN, infinity or deep nesting.
-    Refusal: 400."""
+    """Parses JSON more strictly than json.loads: no duplicate keys, NaN, infinity or deep
+    nesting. Refusal: 400."""
     try:
         decoded = text.decode("utf-8")
         if text_too_deep(decoded):
             raise Refusal(400, f"The body {TOO_DEEP}.")
         value = json.loads(
-            decoded, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite
+            decoded,
+            object_pairs_hook=_unique,
+            parse_constant=refuse_constant,
+            parse_float=finite_float,
         )
     except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise Refusal(400, f"The body is not JSON: {str(fault)[:200]}") from None
@@ -71,14 +74,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"the key {repeated[:40]!r} stands there twice")
     return table
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large for a number")
-    return value
