@@ -19,7 +19,7 @@ from veneer.kernels.dense.frozen import bias_gradient as bias_gradient
 from veneer.kernels.dense.frozen import frozen_product as frozen_product
 from veneer.kernels.dense.frozen import times as times
 from veneer.kernels.dense.frozen import writable as writable
-from veneer.private.torch import parameters_of
+from veneer.private.torch import buffers_of, parameters_of
 
 
 class FewRowsLinear(nn.Linear):
@@ -132,6 +132,14 @@ class PackedModule(nn.Module):
         """Maps each packed parameter to the shape of its dense weight."""
         raise NotImplementedError
 
+    def packed_parts(self) -> dict[str, Tensor]:
+        """Returns the scales, tables and orders of the packed weights, by name."""
+        return {
+            name: part
+            for name, part in buffers_of(self).items()
+            if part is not None and part.numel()
+        }
+
     def packed_numbers(self) -> dict[str, Tensor]:
         """Returns further numbers that decide the weights' values, by name; part of the
         fingerprint."""
@@ -188,12 +196,14 @@ class PackedExperts(PackedModule):
 def num_parameters(model: nn.Module) -> int:
     """Counts a model's weights, tied ones once; packed weights count their dense values, not their
     bytes."""
-    packed = {
-        id(module.get_parameter(name)): torch.Size(shape).numel()
-        for module in model.modules()
-        if isinstance(module, PackedModule)
-        for name, shape in module.packed_shapes().items()
-    }
+    packed: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            packed |= {id(part): 0 for part in module.packed_parts().values()}
+            packed |= {
+                id(module.get_parameter(name)): torch.Size(shape).numel()
+                for name, shape in module.packed_shapes().items()
+            }
     return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 

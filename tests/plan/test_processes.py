@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.helpers import make_examples
+from tests.support.sharding import absent_processes, shard_model
 from tests.support.tiny import save_tiny, tiny_model
 from veneer import api
 from veneer.adapters.attach import attach
@@ -28,7 +29,6 @@ from veneer.cli.main import main
 from veneer.data.batching import make_batch
 from veneer.data.mixture import Mixture
 from veneer.errors import ConfigError
-from veneer.execution.decoder_layer import decoder_layers
 from veneer.kernels.layout import round_up
 from veneer.models.checkpointing import checkpointed
 from veneer.models.load import load_base
@@ -41,7 +41,6 @@ from veneer.plan.probe import forecast
 from veneer.plan.spread import HOP_SECONDS, StepTraffic, longest_share, parse_link, sent, step_time
 from veneer.plan.weights import base_bytes
 from veneer.plan.workload import Workload
-from veneer.shards import Shards
 from veneer.training.announce import forecast_line
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
@@ -58,47 +57,34 @@ def planner() -> Planner:
     return Planner(Blueprint("tiny", config, torch.float32), idle_bytes=0)
 
 
-def sharded(model: Any, size: int) -> tuple[Shards, list[int]]:
-    """The layers of `model` on one of so many processes, the others of which hold nothing; bytes of
-    every gathering."""
-    gathered: list[int] = []
-
-    def gather(whole: torch.Tensor, own: torch.Tensor) -> None:
-        gathered.append(len(whole))
-        whole[: len(own)].copy_(own)
-
-    shards = Shards(0, size, gather)
-    for layer in decoder_layers(model) or ():
-        shards.take(layer)
-    return shards, gathered
-
-
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_the_part_of_a_layer_that_is_planned_is_the_one_that_is_held(size: int) -> None:
     model = tiny_model("llama", hidden_size=64)
     forecast = base_bytes(model).runs(size)
-    shards, _ = sharded(model, size)
-    assert sum(forecast) == shards.shard_bytes > 0
+    with absent_processes(size) as sharding:
+        shard_model(sharding, model)
+        own, every = sharding.bytes
+    assert sum(base_bytes(tiny_model("llama", hidden_size=64)).layers) == every
+    assert sum(forecast) == pytest.approx(own, rel=0.03 if size == 3 else 0)
 
 
-def test_the_part_of_a_packed_layer_is_planned_within_the_tables_that_stay_whole(
-    tmp_path: Path,
-) -> None:
+def test_the_part_of_a_packed_layer_is_planned_within_its_tables(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", hidden_size=128, intermediate_size=512)
     forecast = replace(base_bytes(tiny_model("llama", hidden_size=128, intermediate_size=512)))
-    base = load_base(str(folder), dtype="float32", quantize="nf4")
-    shards, _ = sharded(base.model, 2)
-    assert sum(forecast.packed_layers) == pytest.approx(shards.all_bytes, rel=0.06)
+    with absent_processes(2) as sharding:
+        load_base(str(folder), dtype="float32", quantize="nf4", sharding=sharding)
+        every = sharding.bytes[1]
+    assert sum(forecast.packed_layers) == pytest.approx(every, rel=0.06)
     assert sum(forecast.packed_layers) < 0.2 * sum(forecast.layers)
 
 
-def test_shards_take_out_what_the_others_hold_and_leave_one_layer_whole(planner: Planner) -> None:
+def test_shards_take_out_what_the_others_hold_and_leave_two_layers_whole(planner: Planner) -> None:
     whole, parts = (planner.estimate(choice) for choice in (FOUR, replace(FOUR, shard=True)))
     layers = base_bytes(tiny_model("llama_untied"))
     runs = layers.runs(4)
     saved = sum(layers.layers) - sum(runs)
     assert whole.run.static["weights"] - parts.run.static["weights"] == saved > 0
-    assert parts.parts["gathered layer"] == 4 * max(runs)
+    assert parts.parts["gathered layer"] == 2 * max(layers.layers)
     alone = replace(TINY, shard=True)
     assert planner.estimate(alone).peak_bytes == planner.estimate(TINY).peak_bytes
 
@@ -128,23 +114,25 @@ def test_the_gatherings_that_are_planned_are_those_of_a_step(checkpointing: bool
     """Of a micro-batch behind another one, forward and backward."""
     model, routing = tiny_model("llama", num_hidden_layers=5, hidden_size=64), Routing()
     paths = prepare(model)
-    _, gathered = sharded(model, 1)
     attach(model, TINY.method, name="a", routing=routing, head=model.get_output_embeddings())
     routing.active = (("a", 1.0),)
     batch = make_batch(
         make_examples(2), packed=paths.packed, share_prompt=True, device=torch.device("cpu")
     )
     counts = []
-    with checkpointed(model, routing, on=checkpointing):
-        for _ in range(3):
-            before = len(gathered)
-            with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
-                batch_loss(model, paths, routing, batch, total=1.0).backward()
-            counts.append(len(gathered) - before)
+    with absent_processes(2) as sharding:
+        shard_model(sharding, model)
+        gathered = sharding.world.gathered  # type: ignore[attr-defined]
+        with checkpointed(model, routing, on=checkpointing):
+            for _ in range(3):
+                before = len(gathered)
+                with routing.drawing(TokenKeys(batch.dropout_rows, 0)):
+                    batch_loss(model, paths, routing, batch, total=1.0).backward()
+                counts.append(len(gathered) - before)
     run = Planner(Blueprint("tiny", model.config, torch.float32), idle_bytes=0).step_run(TINY)
     forecast = sent(run, 2, reduce="plain", shard=True, rounds=3)
-    assert counts[1:] == [2 * 5 - 2] * 2
-    assert forecast.layers == 3 * 8 * run.base.runs(2)[0]
+    assert counts == [2 * 5] * 3
+    assert forecast.layers == 3 * 10 * run.base.runs(2)[0]
 
 
 @settings(max_examples=80, deadline=None)
@@ -410,8 +398,7 @@ def test_full_fine_tuning_in_shards_holds_a_part_of_what_an_optimizer_keeps(
         assert other.static[name] == one.static[name] // 4
     base = one.base
     rest = base.total - sum(base.layers)
-    held = rest + (0 if dtype == "float32" else sum(base.runs(4)))
     buffers = sum(each.nbytes for each in tiny_model("llama_untied").buffers())
-    assert other.static["weights"] == pytest.approx(held + buffers, abs=64 * 10)
+    assert other.static["weights"] == pytest.approx(rest + buffers, abs=64 * 10)
     values = one.trainable_parameters
     assert planner.sent(parts).gradient == round(3 / 4 * 4 * values)  # one micro-batch each

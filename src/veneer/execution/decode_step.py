@@ -48,7 +48,7 @@ from veneer.kernels.dense import few_rows
 from veneer.kernels.dense.fused import silu_gate
 from veneer.linear import FewRowsLinear
 from veneer.private.torch import children_of, has_hooks
-from veneer.shards import in_shards
+from veneer.sharded import is_sharded
 
 SLOTS = 16
 DENSE = (nn.Linear, FewRowsLinear)
@@ -403,8 +403,8 @@ def _taken_apart(model: PreTrainedModel) -> LayersForward | str:
     layers = find_layers(model)
     if [layer.module for layer in layers] != [unwrapped(place) for place in places.layers]:
         return f"{name} has other layers than those of its decoder"
-    if any(in_shards(layer.module) for layer in layers):
-        return f"the layers of {name} lie in shards: they are called whole"
+    if any(is_sharded(weight) for layer in layers for weight in layer.module.parameters()):
+        return f"the layers of {name} are sharded: they are called whole"
     if all(layer.unknown is not None for layer in layers):
         return f"no layer of {name} is understood: {layers[0].unknown}"
     if (norm := find_norm(unwrapped(places.norm))) is None:

@@ -42,7 +42,6 @@ from veneer.private.torch import (
     replace_parameters,
 )
 from veneer.private.transformers import attention_of
-from veneer.shards import make_whole
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 """The parts of a layer in the order in which they compute."""
@@ -177,7 +176,6 @@ def find_norm(module: nn.Module) -> Norm | None:
         return None
     if not type(module).__name__.endswith("RMSNorm"):
         return None
-    make_whole(module)
     small, weight = _with_small_weight(module)
     x = _rows(weight.shape[-1], weight.dtype).to(weight.device)
     return (
@@ -341,7 +339,8 @@ def _is_sum(layer: nn.Module) -> bool:
     if any(value is not None for value in own.values()):
         return False
     parts = {name: _Known(turns, alone=name != PARTS[1]) for turns, name in enumerate(PARTS, 1)}
-    small: Any = copy.copy(layer)
+    small: Any = object.__new__(type(layer))  # FSDP2's class calls __init__ where it is copied
+    vars(small).update(vars(layer))
     replace_children(small, dict(parts))
     x = _rows(WIDTH, torch.bfloat16)[None]
     first, attention, second, feed = parts.values()
@@ -352,7 +351,7 @@ def _is_sum(layer: nn.Module) -> bool:
         return h + feed(second(h)), True
 
     def own_code(x: Tensor) -> tuple[Any, ...]:
-        y = small(x, attention_mask=None, **handed)
+        y = small.forward(x, attention_mask=None, **handed)  # without the layer's hooks
         return y, all(attention.seen.get(name) is value for name, value in handed.items())
 
     return agrees(own_code, computed, (x,), EXACT)

@@ -8,8 +8,9 @@ through the module itself: other methods, rows of several adapters, other attent
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from veneer.kernels.dense.block_operands import Block
 from veneer.kernels.dense.fused import rms_norm, silu_gate
 from veneer.kernels.dense.lora import filled
 from veneer.linear import frozen_linear
-from veneer.private.torch import children_of, has_hooks
+from veneer.private.torch import children_of
 from veneer.private.transformers import attention_of
 
 
@@ -118,11 +119,22 @@ class FusedAttention(StandIn):
 class FusedLayer(StandIn):
     """A decoder layer as one node (kernels/dense/block.py)."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer with its hooks, which gather it if it is sharded."""
+        layer = vars(self.base)
+        layer["forward"] = partial(self._forward, self.base.forward)
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            del layer["forward"]
+
+    def _forward(
+        self, own_code: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         block = None if args else self._block(hidden_states, **kwargs)
         if block is None:
-            return self.base(hidden_states, *args, **kwargs)
-        return lora_block(hidden_states.squeeze(0), block)[None]
+            return own_code(hidden_states, *args, **kwargs)
+        return lora_block(hidden_states, block)
 
     def _block(
         self,
@@ -139,7 +151,7 @@ class FusedLayer(StandIn):
             others.get(name) is not None for name in beside
         ):
             return None
-        if len(veneer_layout.layout.groups) != 1 or has_hooks(base):
+        if len(veneer_layout.layout.groups) != 1:
             return None
         if x.dim() != 3 or len(x) != 1 or not attention.takes(x, position_embeddings):
             return None

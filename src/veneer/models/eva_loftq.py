@@ -27,7 +27,7 @@ from veneer.linear import frozen_linear
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.start import AdapterStart
 from veneer.quant.config import FOUR_BITS, weight_format
-from veneer.shards import make_whole
+from veneer.sharded import whole_module
 
 EVA_TOKENS = 4096
 """Tokens of training rows to run through the base: the directions hardly change after that."""
@@ -139,8 +139,8 @@ def _start_loftq(base: FrozenBase, layers: Mapping[str, LoRALayer]) -> float:
         frozen = frozen_linear(modules[path])
         tensor = originals[path]
         assert frozen is not None and tensor is not None
-        make_whole(modules[path])
-        quantised = frozen.dense_weight(torch.float32).cpu()
+        with whole_module(modules[path]):
+            quantised = frozen.dense_weight(torch.float32).cpu()
         original = _oriented(tensor[...].float(), quantised)
         A, B = loftq_start(original, quantised, rank=layer.rank, scaling=layer.scaling)
         layer.begin_at(A, B, subtract=False)

@@ -11,7 +11,7 @@ from torch import nn
 from veneer.execution.agreement import PART, agrees
 from veneer.kernels.dense import few_rows
 from veneer.linear import FewRowsLinear
-from veneer.shards import make_whole
+from veneer.sharded import whole_module
 
 ROWS = 3
 
@@ -27,8 +27,8 @@ def take_few_rows(model: nn.Module) -> None:
             continue
         kind = module.weight.shape, module.weight.dtype, module.weight.device, module.bias is None
         if kind not in agreed:
-            make_whole(module)
-            agreed[kind] = _agrees(module)
+            with whole_module(module):
+                agreed[kind] = _agrees(module)
         if agreed[kind]:
             head, _, last = path.rpartition(".")
             setattr(

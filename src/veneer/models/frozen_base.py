@@ -31,7 +31,7 @@ from veneer.execution.proofs.same_values import same_values
 from veneer.model_record import record_of
 from veneer.models.step import ComputePaths, keep_paths, prepare
 from veneer.quant.config import Quantize
-from veneer.shards import Shards
+from veneer.sharded import Sharding
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FrozenBase:
                   fingerprint of the values as they are held, without the fields that those versions
                   did not know
     routing       the adapters on this base, and which of them act
-    shards        in which its decoder layers lie, where several processes hold it together
+    sharding      how several processes hold it together; None: this one holds all of it
     not_read        what its files hold beside the text that is read
     """
 
@@ -71,7 +71,7 @@ class FrozenBase:
     identity: Fingerprint = field(default=None, repr=False)  # type: ignore[assignment]
     as_held: Fingerprint | None = field(default=None, repr=False)
     routing: Routing = field(default_factory=Routing)
-    shards: Shards | None = field(default=None, repr=False)
+    sharding: Sharding | None = field(default=None, repr=False)
     not_read: tuple[str, ...] = ()
     _tokenizer_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)
     _template_hash: tuple[object, str] | None = field(default=None, init=False, repr=False)

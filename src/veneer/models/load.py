@@ -52,8 +52,9 @@ from veneer.execution.proofs.same_values import same_values, take_note
 from veneer.models.checkpointing import give_back
 from veneer.models.few_rows import take_few_rows
 from veneer.models.frozen_base import FrozenBase
+from veneer.private.transformers import mark_initialized
 from veneer.quant.config import FOUR_BITS, Quantize, weight_format
-from veneer.shards import Shards
+from veneer.sharded import Sharding
 
 
 def load_base(
@@ -63,7 +64,7 @@ def load_base(
     device: str = "auto",
     quantize: Quantize | None = None,
     keep_dense: Sequence[str] = (),
-    shards: Shards | None = None,
+    sharding: Sharding | None = None,
     own_pages: bool = False,
 ) -> FrozenBase:
     """Loads the frozen base that `source` names (sources.locate), with tokenizer and fingerprint.
@@ -75,7 +76,7 @@ def load_base(
     quantize    format of the linear layers in memory (bases/loading/builders.py); None: as stored,
                 and weights that a folder stores packed (bases/packed/formats.py) stay packed
     keep_dense  modules (names, or endings of paths) that stay as they are stored
-    shards      holds this process's part of every decoder layer, and all processes load together;
+    sharding    keeps this process's part of every decoder layer; all processes load together then;
                 None: this process holds the whole base
     own_pages   copies weights that are mapped from files into this process's memory
                 (bases/loading/own_pages.py), for a process that reads them often, alone on its
@@ -113,10 +114,10 @@ def load_base(
         )
     elif build is None and stores_single_experts(tensors):
         build = partial(build_packed, book=None)
-    if shards is not None:
-        layer_by_layer: Any = build or partial(build_packed, book=None)
-        build = partial(layer_by_layer, placed=_take_layers(shards))
     compute = choose(stored_type(model_folder.folder, stored, packed, dtype), dtype, place)
+    if sharding is not None:
+        layer_by_layer: Any = build or partial(build_packed, book=None)
+        build = partial(layer_by_layer, placed=_take_layers(sharding, compute.held))
     with quiet():
         config = checked_config(model_folder.folder)
         tokenizer = read_tokenizer(model_folder.folder)
@@ -130,25 +131,22 @@ def load_base(
                 model = build_dense(model_folder.folder, config, read_as)
             if own_pages and not compute.widens and place.type == "cpu":
                 take_own_pages(model)
-            hashes = None if shards is not None else hashes_of(model)
+            hashes = None if sharding is not None else hashes_of(model)
             if build is None:
                 # Only now, as the hashes read the weights on the CPU.
                 torch.nn.Module.to(model, place)
-            if shards is not None and not len(shards):
+            if sharding is not None and not sharding.units:
                 raise RefusedError(
                     f"{type(model).__name__} has no list of decoder layers to shard",
                     next_step="Leave shard out: every process then holds the whole base.",
                 )
             model.eval()
-            if shards is None and not compute.widens:
+            if sharding is None and not compute.widens:
                 take_note(model, hashes)
             identity = as_held = fingerprint(model, hashes)
             if compute.widens:
-                if shards is not None:
-                    shards.changed(lambda layer: layer.to(compute.held))
-                    give_back()
                 widen(model, compute.held)
-                if shards is None:
+                if sharding is None:
                     take_note(model)
                 as_held = earlier_fingerprint(model)
             if model.generation_config is not None:
@@ -156,6 +154,8 @@ def load_base(
             check_vocabulary(model_folder.folder, tokenizer, model)
             model.requires_grad_(False)
             take_few_rows(model)
+            if sharding is not None:
+                sharding.complete(model, compute.held)
             same_values("finite", model, bool, lambda: check_finite(model_folder.folder, model))
     if (generation := model.generation_config) is not None:
         generation.eos_token_id = list(stop_token_ids(tokenizer, generation)) or None
@@ -169,12 +169,12 @@ def load_base(
         compute=compute,
         identity=identity,
         as_held=as_held,
-        shards=shards,
+        sharding=sharding,
         not_read=parts_not_read(config, tensors, model),
     )
 
 
-def _take_layers(shards: Shards) -> Placed:
+def _take_layers(sharding: Sharding, dtype: torch.dtype) -> Placed:
     """Returns a callback that shards each decoder layer as soon as its weights are read, so that at
     most one layer is whole."""
     waiting: list[nn.Module] | None = None
@@ -184,7 +184,10 @@ def _take_layers(shards: Shards) -> Placed:
         if waiting is None:
             waiting = list(decoder_layers(model) or ())
         while waiting and not any(weight.is_meta for weight in waiting[0].parameters()):
-            shards.take(waiting.pop(0).requires_grad_(False))
+            layer = waiting.pop(0).requires_grad_(False)
+            sharding.take(layer, dtype)
+            for weight in layer.parameters():
+                mark_initialized(weight)  # or transformers draws new values
             # The layer's weights leave holes in the heap that the next layer does not fit into.
             give_back()
 

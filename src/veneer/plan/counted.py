@@ -19,7 +19,6 @@ from veneer.bases.loading.blueprint import Blueprint
 from veneer.data.examples import Example
 from veneer.plan.tracker import Parts, Phase, Work
 from veneer.quant.weight import PackedSize
-from veneer.shards import ALIGNMENT
 from veneer.training.config import OptimizerName
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class BaseBytes:
 
     def runs(self, processes: int) -> list[int]:
         """Returns the bytes of each layer that one process holds."""
-        return [ALIGNMENT * -(-size // (ALIGNMENT * processes)) for size in self.layers]
+        return [-(-size // processes) for size in self.layers]
 
     def packed(self, sizes: Sequence[PackedSize], value_bytes: int) -> BaseBytes:
         """Returns the same base with these weights packed. value_bytes: of a dense value."""
@@ -127,27 +126,28 @@ class DryRun:
         )
 
     def in_shards(self, processes: int) -> DryRun:
-        """Returns the same step with every layer sharded over processes, and one layer whole at a
-        time.
+        """Returns the same step with every layer sharded over processes: one is whole while the
+        next one is gathered.
 
-        If the base trains, masters, gradient and moments are split too
-        (training/optimizer/parts.py).
+        If the base trains, masters, gradient and moments are sharded too, and the masters are the
+        shards (training/optimizer/sharded_values.py).
         """
         runs, layers = self.base.runs(processes), sum(self.base.layers)
         if not runs:
             return self
-        more = {WEIGHTS: sum(runs) - layers, GATHERED: processes * max(runs)}
+        more = {WEIGHTS: sum(runs) - layers, GATHERED: 2 * max(self.base.layers)}
         if self.trainable_parameters == self.total_parameters:
             value_bytes = self.base.total / self.total_parameters
-            unsharded = self.base.total - layers
-            # Float32 masters are the layers' own parts; unsharded values have separate masters.
-            more[WEIGHTS] = unsharded if value_bytes == 4 else more[WEIGHTS]
+            outside, largest = self.base.total - layers, max(self.base.layers)
+            # Whole float32 weights are their own masters: there is nothing to take out.
+            more[WEIGHTS] = outside if value_bytes == 4 else -layers
             split_labels = (VALUES, GRADIENTS, MOMENTS, SUMS)
             more |= {
                 name: self.static.get(name, 0) // processes - self.static.get(name, 0)
                 for name in split_labels
             }
-            more[WHOLE_GRADIENTS] = round(4 / value_bytes * (unsharded + max(self.base.layers)))
+            summed = round(4 / value_bytes * max(outside, largest))
+            more[WHOLE_GRADIENTS] = outside + largest + summed
         return self._with_more(more)
 
     def with_exact_sums(self) -> DryRun:

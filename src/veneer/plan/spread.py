@@ -5,10 +5,9 @@ Computed from the plan that the run itself makes (training/processes/dealing.py)
 
     gradient   one sum a step over a ring: each process sends 2 (N - 1) / N of its bytes
     layers     sharded: each is gathered forward and again backward, (N - 1) / N of its bytes from
-               each process. The last one is still whole when backward begins, the first when the
-               next micro-batch does
+               each process
     full       sharded: after every micro-batch each layer's gradient goes to its owners, (N - 1)
-               / N of its bytes
+               / N of its bytes; what lies outside of the layers is gathered once
     small      common decisions: a few numbers, which cost latency alone
 
 Assumes equally fast processes, and that nothing is computed while something is sent. Units: bytes,
@@ -80,8 +79,9 @@ def sent(
         return StepTraffic()
     ring, small = 2 * (processes - 1), SMALL_SUMS
     runs = run.base.runs(processes) if shard else []
-    gathered = [*runs, *reversed(runs[:-1])][1:]
     in_parts = shard and run.trainable_parameters == run.total_parameters
+    outside = (run.base.total - sum(run.base.layers)) // processes
+    gathered = [*runs, *runs, *([outside] if in_parts else [])]
     times = rounds * (processes - 1) if in_parts else ring
     return StepTraffic(
         round(times / processes * VALUE_BYTES[reduce] * run.trainable_parameters),

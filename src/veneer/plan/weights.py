@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 from veneer.execution.decoder_layer import decoder_layers
 from veneer.linear import frozen_linear
 from veneer.plan.counted import BaseBytes
-from veneer.shards import ALIGNMENT, LEAST
 
 TABLES_BYTES = 64 + 1024
-"""Code books of a packed matrix's values and scales; too small to be sharded."""
+"""Code books of a packed matrix's values and scales."""
 
 
 def base_bytes(model: PreTrainedModel) -> BaseBytes:
@@ -22,8 +21,8 @@ def base_bytes(model: PreTrainedModel) -> BaseBytes:
     return BaseBytes(
         packing(model),
         sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values()),
-        tuple(_in_shards(_tensors(layer, packed=False)) for layer in layers),
-        tuple(_in_shards(_tensors(layer, packed=True)) for layer in layers),
+        tuple(sum(_tensors(layer, packed=False)) for layer in layers),
+        tuple(sum(_tensors(layer, packed=True)) for layer in layers),
     )
 
 
@@ -56,12 +55,7 @@ def _tensors(layer: nn.Module, *, packed: bool) -> Iterable[int]:
         linear = packed and frozen_linear(module) is not None
         for name, parameter in module.named_parameters(recurse=False):
             yield (
-                _packed_bytes(parameter.numel())
+                _packed_bytes(parameter.numel()) + TABLES_BYTES
                 if linear and name == "weight"
                 else parameter.nbytes
             )
-        yield from (buffer.nbytes for buffer in module.buffers(recurse=False))
-
-
-def _in_shards(sizes: Iterable[int]) -> int:
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes if size > LEAST)

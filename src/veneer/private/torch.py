@@ -4,6 +4,7 @@ Tried with torch 2.9 and 2.13. Nothing else in Veneer reads them. Operators (tor
 listed here if their name begins with an underscore: torch may change their arguments.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ def version_of(tensor: Tensor) -> int:
 def storage_key(tensor: Tensor) -> int:
     """Returns a number that tensors of the same storage share, even without an address."""
     return tensor.untyped_storage()._cdata
+
+
+def convert_tensors(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Replaces every parameter and buffer of a module by what `convert` makes of it."""
+    module._apply(convert)
+
+
+def begin_sharded(model: Any) -> None:
+    """Makes a model that FSDP2 shards the root of its layers, whichever part is called first, and
+    lets it gather them asynchronously, without which gloo does not gather during a forward."""
+    model._get_fsdp_state()._lazy_init()
+    model._set_unshard_async_op(True)
 
 
 def packet_of(operator: Any) -> Any:

@@ -1,20 +1,24 @@
 """Modules with packed weights in any format (weight.py): a linear layer, and a stack of experts.
 
 The packed bytes have the dense weight's name, as a parameter that never trains. Scales and tables
-are buffers named after it (weight_absmax, weight_quant_map, weight_scale, ...). Converting a model
-to another type changes only biases and the type of the products.
+are buffers named after it (weight_absmax, weight_quant_map, weight_scale, ...), or parameters if
+the module is sharded. Converting a model to another type changes only biases and the type of the
+products.
 """
 
 from collections.abc import Callable
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.methods.experts import by_expert, expert_bias
 from veneer.linear import FrozenLinear, PackedExperts, PackedLinear, PackedModule, frozen_product
-from veneer.private.torch import buffers_of
+from veneer.private.torch import buffers_of, parameters_of
 from veneer.quant.weight import PackedWeight
+
+View = TypeVar("View")
 
 
 class Holder(PackedModule):
@@ -25,6 +29,8 @@ class Holder(PackedModule):
         self._facts: dict[str, PackedWeight] = {}
         """Packed weights on the meta device: everything but the tensors."""
         self._views: dict[Any, Any] = {}
+        self._viewed: list[nn.Parameter | None] = []
+        """The parameters that the views read; a sharded module has others while it is whole."""
         # Device and type of the products; follows the model.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
@@ -42,14 +48,40 @@ class Holder(PackedModule):
 
     def packed(self, name: str = "weight") -> PackedWeight:
         """The packed weight `name`, which shares its tensors with this module."""
-        if (view := self._views.get(name)) is None:
-            facts = self._facts[name]
-            tensors = {
-                k: self.get_buffer(f"{name}_{k}") if k else self.get_parameter(name).data
-                for k in facts.tensors
-            }
-            view = self._views[name] = facts.holding(tensors)
+        return self._view(
+            name,
+            lambda: self._facts[name].holding(
+                {key: self._part(name, key).data for key in self._facts[name].tensors}
+            ),
+        )
+
+    def _view(self, key: Any, make: Callable[[], View]) -> View:
+        viewed = [parameters_of(self)[name] for name in self._facts]
+        if any(now is not then for now, then in zip_longest(viewed, self._viewed)):
+            self._views, self._viewed = {}, viewed
+        if key not in self._views:
+            self._views[key] = make()
+        view: View = self._views[key]
         return view
+
+    def _part(self, name: str, key: str) -> Tensor:
+        full_name = f"{name}_{key}" if key else name
+        part = parameters_of(self).get(full_name)
+        return self.get_buffer(full_name) if part is None else part
+
+    def packed_parts(self) -> dict[str, Tensor]:
+        return {
+            f"{name}_{key}": self._part(name, key)
+            for name, facts in self._facts.items()
+            for key in facts.tensors
+            if key
+        }
+
+    def parts_to_parameters(self) -> None:
+        """Makes parameters of scales and tables: FSDP2 shards parameters alone."""
+        for name, part in self.packed_parts().items():
+            buffers_of(self).pop(name)
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -75,18 +107,15 @@ class Holder(PackedModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Holder":
         """Moves to another device. Scales and tables keep their types, whatever the model's is."""
-        exact = {
-            name: b.dtype
-            for name, b in buffers_of(self).items()
-            if b is not None and name != "like"
-        }
-        before = dict(buffers_of(self))
-        super()._apply(fn, recurse)
-        for name, dtype in exact.items():
-            moved, old = buffers_of(self)[name], before[name]
-            assert moved is not None and old is not None
-            if moved.dtype != dtype:
-                buffers_of(self)[name] = old.to(moved.device)
+        exact = {id(part) for part in self.packed_parts().values()}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if id(tensor) in exact and converted.dtype != tensor.dtype:
+                return tensor.to(converted.device)
+            return converted
+
+        super()._apply(convert, recurse)
         self._views.clear()
         return self
 
@@ -106,9 +135,7 @@ class HeldLinear(Holder, PackedLinear):
 
     @property
     def matrix(self) -> FrozenLinear:
-        if (view := self._views.get("matrix")) is None:
-            view = self._views["matrix"] = self.packed().matrix(self.dtype)
-        return view
+        return self._view("matrix", lambda: self.packed().matrix(self.dtype))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.matrix.product(x, bias)
@@ -142,12 +169,12 @@ class HeldExperts(Holder, PackedExperts):
             self.register_parameter(name, parameter)  # placeholders, which keep the order
 
     def expert(self, name: str, number: int) -> FrozenLinear:
-        if (view := self._views.get((name, number))) is None:
-            weight = self.packed(name)
-            view = self._views[name, number] = weight.matrix(
+        return self._view(
+            (name, number),
+            lambda: self.packed(name).matrix(
                 self.dtype, number=number, transposed=self.is_transposed
-            )
-        return view
+            ),
+        )
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         def product(x: Tensor, name: str, expert: int, rows: Tensor) -> Tensor:

@@ -247,6 +247,11 @@ class RunConfig(StrictSettings):
                 " scales them in blocks that parts cut through: take optimizer adamw, or leave"
                 " shard out"
             )
+        if self.shard and self.method.trains_base and self.reduce == "exact":
+            raise ValueError(
+                f"with method {self.method.name} shard adds up gradients as floating-point numbers:"
+                " take reduce plain, or leave shard out"
+            )
         if self.from_adapter and self.method.trains_base:
             raise ValueError(
                 f"method {self.method.name} trains every weight, and from_adapter names an adapter:"

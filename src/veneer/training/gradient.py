@@ -56,7 +56,6 @@ class StepGradient:
         self.inputs, self.world = inputs, world
         flat = inputs.flat
         self.sum: GradientSum = KINDS[inputs.config.reduce](flat.gradient, world, apart=flat.apart)
-        flat.deliver_to(self.sum.receive)
         weights = [*inputs.model.parameters(), *inputs.model.buffers(), flat.values]
         self.offload = offload_for(flat.values.device, weights) if inputs.config.offload else None
         self.rows: Sequence[int] = ()
@@ -100,7 +99,6 @@ class StepGradient:
 
     def add(self, micro_batch: "MicroBatch", loss: Tensor, batch: Batch) -> None:
         """Adds the result of a micro-batch, whose gradient is in the flat buffer."""
-        self.inputs.flat.deliver()
         self.sum.add()
         if micro_batch.counts:
             self._losses[micro_batch.number] = loss.detach()

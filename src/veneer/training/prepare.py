@@ -208,7 +208,7 @@ def _training_inputs(
         out=Path(config.out),
         sample=sample_of(base, data.validation_rows, data.preamble) if shows_answers else None,
         mixture=data.mixture,
-        sharded=base.shards is not None,
+        sharded=base.sharding is not None,
         validation_sets=data.held,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from veneer.adapters.placement.attachment import Attachment
 from veneer.bases.quiet_transformers import quiet
@@ -55,11 +56,14 @@ def write_trained_adapter(
     }
 
 
-def write_model(folder: Path, base: FrozenBase) -> dict[str, Any]:
-    """Writes the whole model after full fine-tuning; returns its fields of summary.json."""
+def write_model(folder: Path, base: FrozenBase, state: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Writes the whole model after full fine-tuning; returns its fields of summary.json.
+
+    state: the weights of a sharded base.
+    """
     with atomic_folder(folder, replace=True) as partial:
         with quiet():
-            base.model.save_pretrained(partial)
+            base.model.save_pretrained(partial, state_dict=state)
         base.tokenizer.save_pretrained(partial)
     return {
         "model": str(folder),

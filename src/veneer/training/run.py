@@ -322,6 +322,9 @@ def _write(
                 config, base, run.data, best_loss=trainee.progress.best_loss, held_out=held_out
             )
             summary |= write_trained_adapter(out / "adapter", run.attachment, manifest, base)
-        elif world.leads:
-            summary |= write_model(out / "model", base)
+        elif run.attachment is None:
+            sharding = base.sharding
+            state = None if sharding is None else sharding.whole_state(base.compute.held)
+            if world.leads:
+                summary |= write_model(out / "model", base, state)
     return summary

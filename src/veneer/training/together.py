@@ -13,15 +13,14 @@ import torch
 from veneer.bases.compute import HeldAs
 from veneer.data.load import DataSet
 from veneer.errors import ConfigError
-from veneer.models.checkpointing import give_back
 from veneer.models.frozen_base import FrozenBase
 from veneer.models.left_out import reached_weights
 from veneer.models.load import compute_of, load_base
-from veneer.shards import Shards
 from veneer.training.config import RunConfig, rows_at_once, trains_packed
 from veneer.training.optimizer.buffer import FlatParameters, FlatValues
-from veneer.training.optimizer.parts import FlatShards
+from veneer.training.optimizer.sharded_values import ShardedValues
 from veneer.training.output.screen import Screen
+from veneer.training.processes.sharding import FullyShard
 from veneer.training.processes.world import World
 
 COMMON = ("base", "quantize", "keep_dense", "dtype", "device", "checkpointing", "share_prompt")
@@ -105,17 +104,17 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
                 ).name
         shared_dtype = world.shared(own_dtype)
         dtype = shared_dtype if turn == 0 and not world.leads else dtype
-    shards = (
-        Shards(world.rank, world.size, world.gather) if config.shard and world.size > 1 else None
-    )
     with world.together("on loading its base"):
+        sharding = None
+        if config.shard and world.size > 1:
+            sharding = FullyShard(world, trains=config.method.trains_base)
         base = load_base(
             config.base,
             dtype=dtype,
             device=device,
             quantize=config.quantize,
             keep_dense=config.keep_dense,
-            shards=shards,
+            sharding=sharding,
         )
         if config.method.trains_base and base.quantize is not None:
             raise ConfigError(
@@ -126,12 +125,10 @@ def load_together(config: RunConfig, dtype: HeldAs, world: World) -> FrozenBase:
 
 def every_weight(base: FrozenBase, world: World) -> FlatValues:
     """Returns what full fine-tuning trains, split over processes if the base is sharded."""
-    parameters = reached_weights(base.model, base.paths.left_out)
-    if base.shards is None:
-        return FlatParameters(parameters)
-    flat = FlatShards(parameters, base.shards, world)
-    give_back()  # frees the memory of layers that were moved into the flat buffer
-    return flat
+    left_out = base.paths.left_out
+    if base.sharding is None:
+        return FlatParameters(reached_weights(base.model, left_out))
+    return ShardedValues(base.sharding, left_out, world)
 
 
 def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> None:
@@ -148,11 +145,12 @@ def agree(world: World, base: FrozenBase, data: DataSet, flat: FlatValues) -> No
 
 
 def shard_lines(base: FrozenBase, flat: FlatValues) -> list[str]:
-    if base.shards is None:
+    if base.sharding is None:
         return []
-    own_mb, all_mb = base.shards.shard_bytes / 1e6, base.shards.all_bytes / 1e6
+    own, every = base.sharding.bytes
+    layers = len(base.sharding.units)
     lines = [
-        f"{len(base.shards)} layers in shards: {own_mb:.1f} of {all_mb:.1f} MB held by each process"
+        f"{layers} layers in shards: {own / 1e6:.1f} of {every / 1e6:.1f} MB held by each process"
     ]
     if flat.apart:
         total = sum(parameter.numel() for parameter in flat.parameters.values())

@@ -254,12 +254,16 @@ def test_rows_of_several_groups_go_through_the_layer_itself(taken, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-def test_a_layer_that_someone_watches_goes_through_itself(taken):
-    trained = Trained()
-    trained.model.model.layers[1].register_forward_hook(lambda *_: None)
+def test_a_layer_that_is_one_node_calls_its_hooks(taken):
+    """FSDP2 gathers a sharded layer in them."""
+    trained, called = Trained(), []
+    layer = trained.model.model.layers[1]
+    layer.register_forward_pre_hook(lambda *_: called.append("before"))
+    layer.register_forward_hook(lambda *_: called.append("after"))
     with fused(trained.model, replacements(trained.model)):
         trained.measured()
-    assert taken == [True, False]
+    assert taken == [True, True] and called == ["before", "after"]
+    assert "forward" not in vars(layer)
 
 
 def _scaled(own):

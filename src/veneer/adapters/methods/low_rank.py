@@ -25,7 +25,7 @@ from veneer.linear import (
     matrix_shape,
 )
 from veneer.patterns import first_match
-from veneer.shards import make_whole
+from veneer.sharded import whole, whole_module
 
 
 def build_lora(site: Site, config: LoRA) -> None:
@@ -58,9 +58,10 @@ def build_lora(site: Site, config: LoRA) -> None:
         )
     for path in targets.linears:
         layer, frozen = _linear_layer(site, config, path)
-        make_whole(site.modules[path])
         if (start := _START.get(config.init)) is not None:
-            A0, B0 = start(frozen.dense_weight(torch.float32), layer, config, site.generator)
+            with whole_module(site.modules[path]):
+                weight = frozen.dense_weight(torch.float32)
+            A0, B0 = start(weight, layer, config, site.generator)
             layer.begin_at(A0.to(frozen.device), B0.to(frozen.device))
         if config.lora_bias:
             layer.offset = nn.Parameter(torch.zeros(frozen.out_features, device=frozen.device))
@@ -118,8 +119,9 @@ def build_dora(site: Site, config: DoRA) -> None:
         )
     for path in targets.linears:
         layer, frozen = _linear_layer(site, config, path)
-        make_whole(site.modules[path])
-        site.put(path, AdaptedLinear, DoRALayer(layer, frozen))
+        with whole_module(site.modules[path]):
+            dora = DoRALayer(layer, frozen)
+        site.put(path, AdaptedLinear, dora)
     for path in targets.embeddings:
         table = TransposedLinear(site.modules[path])
         site.put(path, AdaptedEmbedding, DoRALayer(_embedding_layer(site, config, path), table))
@@ -192,9 +194,8 @@ def _train_in_full(site: Site, targets: Targets) -> None:
     }
     for path, names in [*((p, ["bias"]) for p in targets.biases), *trained.items()]:
         module = site.modules[path]
-        make_whole(module)
         for parameter in names:
-            value = nn.Parameter(module.get_parameter(parameter).detach().clone())
+            value = nn.Parameter(whole(module.get_parameter(parameter)).detach().clone())
             site.replace(path, _kind(module), parameter, value)
 
 

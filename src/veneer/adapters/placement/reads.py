@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from veneer.adapters.placement.idle import in_any_layer
 from veneer.adapters.placement.wrapping import plain_modules
+from veneer.private.torch import parameters_of
 
 _SHAPE_ALONE = re.compile(r".*_like|new_.*|(type|view|reshape|expand)_as")
 """Operations that may read only the shape or type of an argument."""
@@ -80,10 +81,8 @@ def weights_read_past(model: nn.Module, like: nn.Module | None = None) -> frozen
 class _WeightReadRecorder(TorchFunctionMode):
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
+        self.modules = modules
         self.holders: dict[int, list[tuple[nn.Module, str]]] = {}
-        for path, module in modules.items():
-            for name, parameter in module.named_parameters(recurse=False):
-                self.holders.setdefault(id(parameter), []).append((module, f"{path}.{name}"))
         self.at_work: list[nn.Module] = []
         self.past: set[str] = set()
 
@@ -91,12 +90,25 @@ class _WeightReadRecorder(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor | tuple | list) and not _SHAPE_ALONE.fullmatch(func.__name__):
             for tensor in _tensors([*args, *(kwargs or {}).values()]):
-                holders = self.holders.get(id(tensor), [])
+                holders = self._holders_of(tensor)
                 if tensor is not out and not any(
                     module is called for module, _ in holders for called in self.at_work
                 ):
                     self.past.update(path for _, path in holders)
         return out
+
+    def _holders_of(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        """Returns the modules that hold a parameter now: a sharded one holds others at work."""
+        if not isinstance(tensor, nn.Parameter):
+            return []
+        if id(tensor) not in self.holders:
+            self.holders[id(tensor)] = [
+                (module, f"{path}.{name}")
+                for path, module in self.modules.items()
+                for name, parameter in parameters_of(module).items()
+                if parameter is tensor
+            ]
+        return self.holders[id(tensor)]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.errors import CorruptFileError, SourceError, is_out_of_memory
-from veneer.shards import make_whole
+from veneer.sharded import whole
 
 NEXT_DOWNLOAD = "Download the model again; if the error stays, ask its author."
 MOST_BEAMS = 64
@@ -169,8 +169,7 @@ def _non_finite_tensors(model: PreTrainedModel) -> list[str]:
 
 
 def _extremes(tensor: torch.Tensor) -> torch.Tensor:
-    make_whole(tensor)
-    return torch.stack(torch.aminmax(tensor.detach()))
+    return torch.stack(torch.aminmax(whole(tensor).detach()))
 
 
 def _without_numbers(name: str) -> str:

@@ -9,7 +9,6 @@ longer.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from veneer.shards import make_whole
+from veneer.sharded import whole
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes that are copied from a device at a time."""
@@ -38,8 +37,7 @@ class ByteHashes:
         """Returns the hex SHA-256 of the tensor's bytes."""
         if id(tensor) in self._digests:
             return self._digests[id(tensor)][1].result()
-        make_whole(tensor)
-        return bytes_digest(tensor.detach())
+        return bytes_digest(whole(tensor).detach())
 
 
 def hashes_of(model: nn.Module) -> ByteHashes:
@@ -54,7 +52,5 @@ def bytes_digest(tensor: Tensor) -> str:
     digest = hashlib.sha256()
     for part in flat.split(CHUNK_BYTES):
         chunk = part.cpu()
-        # not as a numpy array: torch no longer resizes storage shared with numpy, and shards.py
-        # resizes
-        digest.update((ctypes.c_char * chunk.numel()).from_address(chunk.data_ptr()))
+        digest.update(chunk.numpy().data)
     return digest.hexdigest()

@@ -32,9 +32,8 @@ from veneer.bases.identity.byte_hashes import ByteHashes
 from veneer.bases.identity.config_fields import computing_fields, config_differences
 from veneer.errors import CorruptFileError
 from veneer.linear import PackedModule, num_parameters
-from veneer.private.torch import buffers_of
 from veneer.quant.config import FORMATS
-from veneer.shards import make_whole
+from veneer.sharded import whole
 
 SAMPLES_PER_TENSOR = 4096
 """Elements of every tensor that enter `weights_hash`."""
@@ -281,11 +280,7 @@ def _packed_weights(
         if isinstance(module, PackedModule):
             shapes = module.packed_shapes().items()
             weights |= {f"{path}.{name}": (module.packed_format, shape) for name, shape in shapes}
-            parts |= {
-                f"{path}.{name}": part
-                for name, part in buffers_of(module).items()
-                if part is not None and part.numel()
-            }
+            parts |= {f"{path}.{name}": part for name, part in module.packed_parts().items()}
             parts |= {f"{path}.{name}": number for name, number in module.packed_numbers().items()}
     return weights, parts
 
@@ -304,12 +299,11 @@ def _sample(tensor: Tensor) -> bytes:
     Each comes from one of equally wide ranges, at an offset that varies: a fixed stride that
     divides the row length would only see one column.
     """
-    make_whole(tensor)
-    flat = tensor.detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
+    flat = whole(tensor).detach().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
     size, count = flat.numel(), min(flat.numel(), SAMPLES_PER_TENSOR)
     if size > count:
         flat = flat[_sampled_positions(size, count).to(flat.device)]
-    return flat.cpu().clone().numpy().tobytes()  # numpy would fix the size of shared memory
+    return flat.cpu().numpy().tobytes()
 
 
 @lru_cache(maxsize=64)

@@ -97,6 +97,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> Tensor:
+        x = x.squeeze(0)
         replay_key = block.replay_key(x, factors)
         if replay_key is not None and x.is_meta:  # planned, without calls
             count_replayed_layer()
@@ -110,7 +111,7 @@ class _Block(torch.autograd.Function):
         (y,), saved = _run(block, key, compute, inputs, _SavedTensors())
         ctx.save_for_backward(x, *factors, *saved.buffers)
         ctx.block, ctx.replay_key, ctx.tape = block, replay_key, saved.tape
-        return y
+        return y[None]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -118,7 +119,7 @@ class _Block(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         factors, saved = rest[: 2 * LAYERS], _SavedTensors(rest[2 * LAYERS :], ctx.tape)
         block: Block = ctx.block
-        grad, needs_x = grad.contiguous(), ctx.needs_input_grad[0]
+        grad, needs_x = grad.squeeze(0).contiguous(), ctx.needs_input_grad[0]
         existing = _existing_gradients(block.factors()) if _adding.get() else None
 
         def compute() -> Groups:
@@ -144,7 +145,7 @@ class _Block(torch.autograd.Function):
         grad_factors: Sequence[Tensor | None] = [None] * len(factors)
         if existing is None:
             grad_factors = fresh.tensors()
-        return grad_x[0] if needs_x else None, None, *grad_factors
+        return grad_x[0][None] if needs_x else None, None, *grad_factors
 
 
 def _existing_gradients(factors: Sequence[Any]) -> list[Tensor] | None:
@@ -167,7 +168,7 @@ def _existing_gradients(factors: Sequence[Any]) -> list[Tensor] | None:
 
 
 def lora_block(x: Tensor, block: Block) -> Tensor:
-    """x (M, D) -> (M, D), for a block that is usable for x."""
+    """x (1, M, D) -> (1, M, D), for a block that is usable for x[0]."""
     apply: Any = _Block.apply
     y: Tensor = apply(x, block, *block.factors())
     return y

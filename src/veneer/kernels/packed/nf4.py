@@ -83,16 +83,18 @@ class NF4Blocks:
 
     @property
     def checked(self) -> NF4Weights:
-        """The addresses, for C; made again where the tensors have moved, all of them together
-        (shards.py)."""
-        start = self.packed.data_ptr()
-        if (known := self._addresses.get(start)) is None:
+        """Returns the addresses, for C; found again after the tensors have moved, as those of
+        sharded modules do."""
+        nested = () if self.nested is None else (self.nested.table, self.nested.scales)
+        tensors = (self.packed, self.scales, self.table, *nested)
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if (known := self._addresses.get(addresses)) is None:
             self._addresses.clear()
-            known = self._addresses[start] = self._checked()
+            known = self._addresses[addresses] = self._checked()
         return known
 
     @cached_property
-    def _addresses(self) -> dict[int, NF4Weights]:
+    def _addresses(self) -> dict[tuple[int, ...], NF4Weights]:
         return {}
 
     def _checked(self) -> NF4Weights:

@@ -9,12 +9,13 @@ steps are not lost by rounding.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from veneer.sharded import is_sharded
 from veneer.training.processes.world import World
 from veneer.training.state.checkpoint import SplitTensor, tensor_hash
 
@@ -22,16 +23,12 @@ ALIGNMENT = 16
 """Values to which each parameter's start is aligned: 64 bytes, a cache line."""
 
 
-Receive = Callable[[slice, Tensor, int], None]
-"""Receives (place, part, owner) of a gradient (processes/reduce.py)."""
-
-
 class FlatValues(Protocol):
     """Presents the trained values to the loop, an optimizer and a checkpoint, whole or split over
     processes.
 
-    apart: `values` and `gradient` are this process's part (training/optimizer/parts.py). groups: as
-    of FlatParameters.
+    apart: `values` and `gradient` are this process's rows (training/optimizer/sharded_values.py).
+    groups: as of FlatParameters.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -39,14 +36,6 @@ class FlatValues(Protocol):
     gradient: Tensor
     groups: list[tuple[float, slice]]
     apart: bool
-
-    def deliver_to(self, receive: Receive) -> None:
-        """Names the receiver of a micro-batch's gradient, if the values are split over
-        processes.
-        """
-
-    def deliver(self) -> None:
-        """Delivers the rest of a gradient after the backward of a micro-batch."""
 
     def publish(self) -> None:
         """Rounds the values into the parameters that the model computes with."""
@@ -101,12 +90,10 @@ class FlatParameters:
                 parameter.grad = gradient  # autograd accumulates in place
             else:
                 self._masters.append((parameter, master))
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_adds_to(gradient)))
+                self._hooks.append(
+                    parameter.register_post_accumulate_grad_hook(gradient_hook(gradient))
+                )
             offset += size
-
-    def deliver_to(self, receive: Receive) -> None: ...
-
-    def deliver(self) -> None: ...
 
     def publish(self) -> None:
         """Rounds the masters into the parameters that the model computes with."""
@@ -144,10 +131,12 @@ def aligned_sizes(parameters: Iterable[Tensor]) -> list[int]:
     return [math.ceil(parameter.numel() / ALIGNMENT) * ALIGNMENT for parameter in parameters]
 
 
-def _adds_to(gradient: Tensor):  # type: ignore[no-untyped-def]
+def gradient_hook(gradient: Tensor) -> Callable[[Tensor], None]:
+    """Returns a hook that moves a parameter's gradient, or this process's rows, to `gradient`."""
+
     def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient.add_(parameter.grad)
+        grad: Any = parameter.grad
+        gradient.add_(grad.to_local() if is_sharded(grad) else grad)
         parameter.grad = None
 
     return hook

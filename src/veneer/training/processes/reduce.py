@@ -6,8 +6,8 @@ exact   each micro-batch's gradient is rounded to a fixed grid and added as whol
         neither order nor the number of processes matters: equal bits on 1, 2 and 4 processes (with
         the same threads each), and so is the norm
 
-Where values are split over processes (training/optimizer/parts.py), both kinds add up a
-micro-batch's gradient at the owner of each part.
+If each process holds its own rows (training/optimizer/sharded_values.py), FSDP2 has already summed
+them, and only plain is possible.
 """
 
 import math
@@ -35,18 +35,12 @@ ReduceKind = Literal["plain", "exact"]
 
 
 class GradientSum(Protocol):
-    """Sums gradients into the flat buffer, or into this process's part of it (apart).
-
-    The gradient of a part is 0 until `finish`.
-    """
+    """Sums gradients into the flat buffer."""
 
     def begin(self) -> None: ...
 
     def add(self) -> None:
         """Adds the gradient of a micro-batch, once it has been computed."""
-
-    def receive(self, place: slice, part: Tensor, owner: int) -> None:
-        """Adds all processes' `part` of a micro-batch's gradient to `place` at its owner."""
 
     def finish(self) -> None:
         """Puts the sum over all micro-batches and processes into the gradient."""
@@ -66,11 +60,6 @@ class PlainSum:
 
     def add(self) -> None: ...
 
-    def receive(self, place: slice, part: Tensor, owner: int) -> None:
-        self.world.sum_at(part, owner)
-        if owner == self.world.rank:
-            self.gradient[place] += part
-
     def finish(self) -> None:
         if not self.apart:
             self.world.sum(self.gradient)
@@ -86,30 +75,20 @@ class ExactSum:
     """Takes 16 more bytes per trained value held here, and four times the traffic of PlainSum."""
 
     def __init__(self, gradient: Tensor, world: World, *, apart: bool) -> None:
-        self.gradient, self.world, self.apart = gradient, world, apart
+        assert not apart, "the settings refuse it"
+        self.gradient, self.world = gradient, world
         self.sums = torch.zeros(2, gradient.numel(), dtype=torch.int64, device=gradient.device)
 
     def begin(self) -> None:
         self.sums.zero_()
 
     def add(self) -> None:
-        if self.apart:
-            return
         for part in _slices(self.gradient):
             self.sums[:, part] += _halves(self.gradient[part])
         self.gradient.zero_()
 
-    def receive(self, place: slice, part: Tensor, owner: int) -> None:
-        sums = self.sums[:, place]
-        for span in _slices(part):
-            halves = _halves(part[span])
-            self.world.sum_at(halves, owner)
-            if owner == self.world.rank:
-                sums[:, span] += halves
-
     def finish(self) -> None:
-        if not self.apart:
-            self.world.sum(self.sums)
+        self.world.sum(self.sums)
         for part in _slices(self.gradient):
             upper, lower = self.sums[:, part]
             sum_of_parts = (upper.double() + lower.double() / LOWER) / UPPER
@@ -118,26 +97,12 @@ class ExactSum:
             ).float()
 
     def measured(self) -> Tensor:
-        """Returns the norm itself in float64, or this process's largest value if values are
-        split.
+        """Returns the norm in float64: squares as shares of the largest value's, summed in whole
+        numbers, so that any order gives the same bits.
         """
         if not self.gradient.numel():
             return self.gradient.new_zeros(())
         largest = torch.linalg.vector_norm(self.gradient, torch.inf)
-        return largest if self.apart else self._norm(largest)
-
-    def norm(self, measured: float) -> float:
-        if not self.apart:
-            return measured
-        largest = max(self.world.gathered(measured))
-        if largest == 0 or not math.isfinite(largest):
-            return largest
-        return float(self._norm(torch.full((), largest, device=self.gradient.device)))
-
-    def _norm(self, largest: Tensor) -> Tensor:
-        """Sums squares as shares of the largest value's, in whole numbers: any order gives the same
-        bits.
-        """
         # The power of two next to 1 / largest, made from its bits.
         scale = ((1023 - torch.frexp(largest.double()).exponent.long()) << 52).view(torch.float64)
         grid, totals = (
@@ -149,11 +114,12 @@ class ExactSum:
             upper = squares.floor()
             totals[0] += upper.long().sum()
             totals[1] += ((squares - upper) * grid).round().long().sum()
-        if self.apart:
-            self.world.sum(totals)
         upper_sum, lower_sum = totals.double()
         norm = (upper_sum / grid + lower_sum / grid**2).sqrt() / scale
         return torch.where(largest.isfinite(), norm, largest.double())
+
+    def norm(self, measured: float) -> float:
+        return measured
 
 
 def _norm(values: Tensor) -> Tensor:

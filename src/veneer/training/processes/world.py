@@ -32,7 +32,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GATHERS = -1
 """Sent by a process that gathers, in place of the length of its message."""
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The function has another name from torch 2.13 on."""
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+"""The functions have other names from torch 2.13 on."""
 WAIT_SECONDS = 600.0
 """Time to wait for other processes; VENEER_WAIT_SECONDS overrides it."""
 
@@ -70,7 +71,7 @@ class World:
         """Sums each value over all processes, in float64: exact if all but one are 0."""
         if self.size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._wire)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.wire)
         self._call(lambda: dist.all_reduce(tensor))
         return tensor.tolist()
 
@@ -91,6 +92,16 @@ class World:
         self.meet()
         self._call(lambda: _ALL_GATHER(whole, own), "gather")
 
+    def begin_gather(self, whole: Tensor, own: Tensor) -> dist.Work:
+        """Gathers as `gather` does, while this process goes on until it waits for the result."""
+        self.meet()
+        return _PendingGather(self, _ALL_GATHER(whole, own, async_op=True))
+
+    def sum_parts(self, own: Tensor, values: Tensor) -> None:
+        """Sums `values` over all processes; each gets its part, by rank. Raises as `meet` does."""
+        self.meet()
+        self._call(lambda: _REDUCE_SCATTER(own, values), "reduce")
+
     def meet(self) -> None:
         """Checks that all processes are about to gather or add up.
 
@@ -99,18 +110,12 @@ class World:
         if self.size > 1 and any(count != _GATHERS for count in self._counts(_GATHERS)):
             self._raise_divided(self.gathered(None))
 
-    def sum_at(self, values: Tensor, rank: int) -> None:
-        """Sums over all processes at `rank`, in place; other ranks' tensors become invalid. Call
-        `meet` first.
-        """
-        self._call(lambda: dist.reduce(values, dst=rank), "reduce")
-
     def gathered(self, value: Any) -> list[Any]:
         """Returns every process's value by rank; values must fit into JSON."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
-            self._wire
+            self.wire
         )
         counts = self._counts(len(message))
         if _GATHERS in counts:
@@ -176,7 +181,7 @@ class World:
         raise LostProcessError("the processes of this run do not go on together", faults)
 
     @property
-    def _wire(self) -> torch.device:
+    def wire(self) -> torch.device:
         """Returns the device that the backend sends from."""
         return (
             torch.device("cuda", self.local_rank)
@@ -198,6 +203,18 @@ class World:
                 "See the messages of the other processes; then continue with --resume."
                 " VENEER_WAIT_SECONDS sets how long to wait for them.",
             ) from fault
+
+
+class _PendingGather(dist.Work):
+    """A gather that has begun; `wait` raises what World raises."""
+
+    def __init__(self, world: World, work: Any) -> None:
+        super().__init__()
+        self.world, self.work = world, work
+
+    def wait(self, *timeout: Any) -> bool:
+        self.world._call(self.work.wait, "gather")
+        return True
 
 
 CONNECTIONS = {
