@@ -74,7 +74,8 @@ class ChoiceSampler:
             logits_V -= sampling.presence_penalty * in_answer + sampling.frequency_penalty * counts
 
     def chosen(self, token: int, new: Sequence[int], chance: TokenChance | None) -> SampleResult:
-        """The drawn token, and whether the answer ends with it. Call once for each token."""
+        """Returns the drawn token, and whether the answer ends with it. Call once for each
+        token."""
         ends = self.ends is not None and self.ends(token)
         if self.constraint is not None:
             ends |= self.constraint.ended([*new, token])
@@ -86,7 +87,7 @@ class ChoiceSampler:
         )
 
     def _count(self, logits_V: Tensor, new: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(V) bool, ids in the prompt; (V) float32, counts of ids in the answer."""
+        """Returns (V) bool, ids in the prompt; (V) float32, counts of ids in the answer."""
         if self._counts is None:
             prompt = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
             prompt[self._ids(self.request.prompt, logits_V)] = True
@@ -144,7 +145,8 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> list[SampleResult]:
 def _draw_compiled(
     logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
 ) -> list[int]:
-    """A token of each row, BROKEN or NOTHING. wide: the logits of changed rows, after edits."""
+    """Returns a token for each row, BROKEN or NOTHING. wide: the logits of changed rows, after
+    edits."""
     ids, edited = logits_BV.shape[1], set(changed)
     settings = [LIKELIEST if n in edited else _how(row, ids) for n, row in enumerate(rows)]
     tokens = [
@@ -169,7 +171,7 @@ def _how(row: Row, ids: int) -> How:
 def _draw_by_torch(
     logits_BV: Tensor, rows: Sequence[Row], changed: Sequence[int], wide: Tensor
 ) -> list[int]:
-    """_draw_compiled in torch, on any device, with one synchronisation."""
+    """Draws as _draw_compiled does, in torch, on any device, with one synchronisation."""
     tokens = logits_BV.argmax(dim=-1)
     peaks = logits_BV.gather(1, tokens[:, None])[:, 0]  # NaN for a row with a NaN
     if changed:
@@ -179,7 +181,7 @@ def _draw_by_torch(
 
 
 def _draw_changed(wide_BV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """(B) tokens from edited logits, float32."""
+    """Returns (B) tokens from edited logits, float32."""
     tokens = wide_BV.argmax(dim=-1)
     possible = wide_BV.gather(1, tokens[:, None])[:, 0] > float("-inf")
     for cut in (False, True):
@@ -235,8 +237,8 @@ def _cut(
     best_BC: Tensor,
     ids_BC: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(B) tokens from the likeliest C, and whether C candidates decide them. Settings are (B,
-    1)."""
+    """Returns (B) tokens from the likeliest C, and whether C candidates decide them. Settings are
+    (B, 1)."""
     C = best_BC.shape[1]
     reach_BC = best_BC.cumsum(dim=-1)
     place = torch.arange(C, device=best_BC.device)
@@ -253,8 +255,8 @@ def _cut(
 
 
 def _place(reach: Tensor, u: Tensor, total: Tensor) -> Tensor:
-    """(B) the first place whose cumulative probability is above u * total. Rounding must not reach
-    total itself."""
+    """Returns (B), the first place whose cumulative probability is above u * total. Rounding must
+    not reach total itself."""
     target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(reach.contiguous(), target.contiguous(), right=True)[:, 0]
 

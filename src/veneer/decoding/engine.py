@@ -174,7 +174,7 @@ class Engine:
         return ended
 
     def _results(self, plan: StepPlan) -> dict[int, StepResult] | None:
-        """What each answer draws, by number. None if out of memory."""
+        """Returns what each answer draws, by number. None if out of memory."""
         try:
             computed = self.lanes.logits(plan) if plan.spans else []
         except Exception as fault:
@@ -245,7 +245,7 @@ def _no_memory() -> DoesNotFitError:
 
 
 def decode_step_of(base: FrozenBase) -> DecodeStep:
-    """How steps are computed on this base, found once."""
+    """Returns how steps are computed on this base, found once."""
 
     def find() -> DecodeStep:
         with base.routing.none():
@@ -255,8 +255,8 @@ def decode_step_of(base: FrozenBase) -> DecodeStep:
 
 
 def bytes_per_token(base: FrozenBase) -> int:
-    """Of the keys and values of one token in all layers, which may have heads of different sizes
-    (Gemma 4)."""
+    """Returns the bytes of one token's keys and values in all layers, which may have heads of
+    different sizes (Gemma 4)."""
     layers = base.config.get_text_config().per_layer_config
     return int(2 * base.dtype.itemsize * sum(_key_width(layer) for layer in layers))
 

@@ -119,7 +119,7 @@ class PagedForward:
         return StepRows(rows, filler, sent(torch.tensor(kept), self._device))
 
     def logits(self, plan: StepPlan, step: StepRows, acting: Acting = NOBODY) -> Tensor:
-        """The logits (rows, V) of each span (Span.logits). Prefixes must be written before.
+        """Returns the logits (rows, V) of each span (Span.logits). Prefixes must be written before.
 
         acting: what the caller holds; execution/recorded.py reads its mix of adapters.
         """
@@ -175,7 +175,7 @@ def _rows(span: Span) -> SpanRows:
 
 
 def _single_tokens(plan: StepPlan, nobody: int, device: torch.device) -> Tensor | None:
-    """(N, HEAD + B) of a step of single tokens for a graph, rows and blocks filled up.
+    """Returns (N, HEAD + B), a padded step of single tokens for a graph.
 
     None: another step, or one with a trained prefix. nobody: the block that rows which fill up
     read.
@@ -198,5 +198,5 @@ def _single_tokens(plan: StepPlan, nobody: int, device: torch.device) -> Tensor 
 
 
 def _power(count: int) -> int:
-    """Of two, at least `count`."""
+    """Returns the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

@@ -102,8 +102,8 @@ def generate(
 
 
 def limits_of(base: FrozenBase, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
-    """Most new tokens of each prompt, its stop token included. An answer of that length was cut.
-    Raises ConfigError for prompts that cannot be answered."""
+    """Returns the most new tokens of each prompt, with its stop token. An answer of that length was
+    cut. Raises ConfigError for prompts that cannot be answered."""
     capacity = capacity_of(base)
     _check_prompts(prompts, capacity)
     if capacity.positions is None:
@@ -287,7 +287,8 @@ def _batches(run: _GenerationRun, numbers: Sequence[int], batch: int) -> Iterato
 
 
 def _padding(base: FrozenBase, stops: list[int]) -> int:
-    """A padding id that the model has a row for. Some tokenizers name one that it has not."""
+    """Returns a padding id that the model has a row for. Some tokenizers name one that it has
+    not."""
     known = capacity_of(base).tokens
     named = [base.tokenizer.pad_token_id, *stops]
     return next((i for i in named if i is not None and (known is None or i < known)), 0)

@@ -84,7 +84,7 @@ class Lane:
         return self.acting[1]
 
     def _updating(self, adapter: Attachment) -> LaidOutAdapter:
-        """The adapter's factors, laid out once while it is loaded or an answer uses it."""
+        """Returns the adapter's factors, laid out once while it is loaded or an answer uses it."""
         if adapter.laid_out is not None:
             laid_out: LaidOutAdapter = adapter.laid_out
             return laid_out

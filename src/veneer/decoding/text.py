@@ -24,12 +24,13 @@ BYTES_OF_CHARACTER = 4
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of ids, without special tokens."""
+    """Returns the text of ids, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """`text_of` for a tokenizer, without transformers' overhead if the result is the same."""
+    """Returns `text_of` for a tokenizer, without transformers' overhead if the result is the
+    same."""
     kind, fast = type(tokenizer), PreTrainedTokenizerFast
     plain = issubclass(kind, fast) and decodes_alike(kind, fast)
     if not plain or tokenizer.clean_up_tokenization_spaces:
@@ -69,7 +70,7 @@ class TextStream:
         return "".join(map(self.push, tokens))
 
     def push(self, token: int) -> str:
-        """The text that has become certain with this token."""
+        """Returns the text that has become certain with this token."""
         if self.stopped:
             return ""
         self._waiting.append(token)
@@ -85,7 +86,7 @@ class TextStream:
         return self._broken(text) if len(self._waiting) > self._many else ""
 
     def end(self) -> str:
-        """The remaining text of an answer that ends without a stop string."""
+        """Returns the remaining text of an answer that ends without a stop string."""
         if self.stopped:
             return ""
         rest = self._certain(self._new_text(len(self._waiting)), len(self._waiting))
@@ -93,7 +94,7 @@ class TextStream:
         return rest if self.stopped else rest + pending
 
     def _new_text(self, count: int) -> str:
-        """The text of the first `count` waiting ids."""
+        """Returns the text of the first `count` waiting ids."""
         return self._text_of([*self._context, *self._waiting[:count]])[len(self._context_text) :]
 
     def _broken(self, text: str) -> str:
@@ -152,7 +153,7 @@ class _StopMatcher:
 
 
 def stop_check(tokenizer: Any, stops: Sequence[str]) -> Callable[[], Callable[[int], bool]]:
-    """For Request.checks: checks whether the newest token completes one of these strings."""
+    """Makes Request.checks: a check whether the newest token completes one of these strings."""
 
     def new_check() -> Callable[[int], bool]:
         stream = TextStream(tokenizer, stops)

@@ -122,8 +122,8 @@ class Constraint(Protocol):
     the order of its tokens."""
 
     def allowed(self, new: Sequence[int]) -> Tensor | np.ndarray:
-        """Allowed ids, (V) bool or shorter: ids past its end are not allowed. new: the answer so
-        far."""
+        """Returns the allowed ids, (V) bool or shorter: ids past its end are not allowed. new: the
+        answer so far."""
 
     def ended(self, new: Sequence[int]) -> bool:
         """Whether the answer ends with its newest token."""
@@ -142,13 +142,13 @@ class TokenChance:
 
 
 def uniform(seed: int, choice: int, place: int) -> float:
-    """The random number in [0, 1) of a choice's new token number `place`. It depends on nothing
-    else."""
+    """Returns the random number in [0, 1) of a choice's new token number `place`. It depends on
+    nothing else."""
     digest = blake2b(b"%d %d %d" % (seed, choice, place), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def seed_of(seed: int, number: int) -> int:
-    """The seed of prompt `number` among several that share a seed; the first one uses it as it
-    is."""
+    """Returns the seed of prompt `number` among several that share a seed; the first one uses it as
+    it is."""
     return (seed + number * 0x9E3779B1) % 2**32

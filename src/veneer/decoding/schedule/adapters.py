@@ -34,8 +34,8 @@ class AdapterSource(Protocol):
         """Announces a request with an adapter. Raises a VeneerError if it can never run."""
 
     def ready(self, identity: Identity) -> int | None:
-        """Length of its trained prefix, 0 without one. None if it is not ready yet. Raises a
-        VeneerError if it never will be."""
+        """Returns the length of its trained prefix, 0 without one; None if it is not ready yet.
+        Raises a VeneerError if it never will be."""
 
     def settle(self) -> Collection[str]:
         """Ends a step's asking. Returns contents that were removed: their keys and values can
@@ -48,7 +48,7 @@ class AdapterSource(Protocol):
         """Releases an adapter once, after a sequence ended or was preempted."""
 
     def applied(self, identity: Identity) -> Applied:
-        """The attached adapters of a held identity."""
+        """Returns the attached adapters of a held identity."""
 
 
 class FixedAdapters:
@@ -88,7 +88,7 @@ layers."""
 
 
 def _plain_loras(adapter: Attachment) -> tuple[dict[str, LoRALayer], frozenset[str]]:
-    """An adapter's plain LoRA layers by key, and the keys of its other layers."""
+    """Returns an adapter's plain LoRA layers by key, and the keys of its other layers."""
     linear = key_of(AdaptedLinear, "")
     layers = {
         key: layer
@@ -130,7 +130,7 @@ def lay_out(adapter: Attachment, dtype: torch.dtype, device: torch.device, most_
 def mix_of(
     parts: Sequence[BatchPart], of: Callable[[Attachment], LaidOutAdapter], dtype: torch.dtype
 ) -> AdapterMix:
-    """The updates of all parts."""
+    """Returns the updates of all parts."""
     entries: list[MixEntry] = []
     other_keys: set[str] = set()
     start = 0
@@ -146,7 +146,7 @@ def mix_of(
 
 
 def front_places(applied: Applied) -> int:
-    """Length of the trained prefix, 0 without one. Raises ConfigError if the adapters cannot act
-    together."""
+    """Returns the length of the trained prefix, 0 without one. Raises ConfigError if the adapters
+    cannot act together."""
     check_together(applied)
     return sum(prefix.tokens for prefix in prefixes(applied))

@@ -71,7 +71,8 @@ class BlockNames:
             self.names.append(_name(self.names[-1] if self.names else self.root, tokens))
 
     def first(self, blocks: int) -> BlockNames:
-        """A chain with the names of the first `blocks`, for a text that continues differently."""
+        """Returns a chain with the names of the first `blocks`, for a text that continues
+        differently."""
         chain = object.__new__(BlockNames)
         chain.adapter, chain.tokens_per_block = self.adapter, self.tokens_per_block
         chain.front, chain.root, chain.names = self.front, self.root, self.names[:blocks]
@@ -176,11 +177,12 @@ class BlockManager:
         return name in self._blocks_by_name
 
     def blocks_for(self, places: int) -> int:
-        """Number of blocks that so many tokens take."""
+        """Returns the number of blocks that so many tokens take."""
         return -(-places // self.tokens_per_block)
 
     def chain(self, adapter: Identity, salt: str = "") -> BlockNames:
-        """Block names of a new text. Texts with different salts share only trained prefixes."""
+        """Returns the block names of a new text. Texts with different salts share only trained
+        prefixes."""
         return BlockNames(self.base, adapter, salt, self.tokens_per_block)
 
     def open(
@@ -287,7 +289,7 @@ class BlockManager:
         table.blocks, table.front, table.full, table.cached = [], (), 0, 0
 
     def pending(self, table: BlockTable) -> tuple[tuple[PrefixWrite, ...], tuple[BlockCopy, ...]]:
-        """The `fronts` and `copies` that this table needs."""
+        """Returns the `fronts` and `copies` that this table needs."""
         fronts = [self._unwritten[block] for block in table.front[:1] if block in self._unwritten]
         return tuple(fronts), tuple(
             self._copies[block] for block in table.blocks if block in self._copies

@@ -110,8 +110,8 @@ class SequenceQueues:
         return list(dict.fromkeys(s.request.adapter for s in self.waiting if s.request.adapter))
 
     def ask_adapters(self) -> dict[Identity, int]:
-        """Prefix lengths of the adapters that are ready. Ends sequences whose adapter never will
-        be."""
+        """Returns the prefix lengths of ready adapters. Ends sequences whose adapter will never be
+        ready."""
         places: dict[Identity, int] = {(): 0}
         for adapter in self.wanted():
             try:

@@ -90,11 +90,12 @@ class Scheduler:
         return self._queues.wanted()
 
     def in_use(self) -> Counter[Identity]:
-        """Number of sequences that have not ended, by adapter, the base included."""
+        """Returns the number of sequences that have not ended, by adapter, the base included."""
         return Counter(s.request.adapter for s in (*self._queues.running, *self.waiting))
 
     def most_places(self, front_places: int = 0) -> int:
-        """Longest prompt and answer together, after a prefix of front_places. For any thread."""
+        """Returns the longest prompt and answer, after a prefix of front_places. For any
+        thread."""
         return most_tokens(self.blocks, self.positions, front_places)
 
     def add(self, request: Request) -> tuple[Sequence, ...]:

@@ -181,7 +181,8 @@ class Sequence:
         return [*prompt[start:stop], *self.new[max(start - cut, 0) : max(stop - cut, 0)]]
 
     def ended_by(self, token: int) -> FinishReason | None:
-        """The reason to end after the newest token, `token`. None if the answer continues."""
+        """Returns the reason to end after the newest token, `token`. None if the answer
+        continues."""
         if token in self.request.stops and len(self.new) > self.request.min_new_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.new) >= self.request.max_new_tokens else None

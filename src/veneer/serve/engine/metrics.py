@@ -48,7 +48,7 @@ class EngineState:
 
 
 def engine_state(engine: Engine) -> EngineState:
-    """Call it on the engine's thread."""
+    """Reads the counts. Call it on the engine's thread."""
     scheduler = engine.scheduler
     running, waiting = scheduler.running, scheduler.waiting
     blocks = scheduler.blocks

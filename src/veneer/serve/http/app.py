@@ -57,7 +57,8 @@ def _routes(service: Service) -> list[Route]:
         handler: Callable[[Any, Request], Awaitable[Response]],
         read: Callable[[dict[str, Any]], Any] | None = None,
     ) -> Route:
-        """read: validates a body; by default the model of the path's body does."""
+        """Makes a route for bodies. read: validates a body; by default the model of the path's body
+        does."""
         read_fields = read or BODIES[path].read
 
         async def endpoint(request: Request) -> Response:

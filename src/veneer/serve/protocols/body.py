@@ -319,7 +319,7 @@ def _json_types(members: Iterable[Any]) -> dict[str, Any]:
 
 
 def _member_type(member: Any) -> str:
-    """The name of the JSON type that a member of a union accepts."""
+    """Returns the name of the JSON type that a member of a union accepts."""
     inner = get_args(member)[0] if get_origin(member) is Annotated else member
     origin = get_origin(inner) or inner
     if origin is list:

@@ -78,7 +78,7 @@ class GenerationRequest:
 
     @property
     def tools(self) -> dict[str, Mapping[str, Any]]:
-        """The schemas of the arguments of the offered tools, by name."""
+        """The JSON schema of each offered tool's arguments, by name."""
         tools = [
             tool
             for prompt in self.prompts
