@@ -39,11 +39,6 @@ def available(name: str) -> bool:
     return found is not None and hasattr(found, name)
 
 
-def reachable(tensor: Tensor) -> bool:
-    """On the CPU; while planning, when nothing is called, also where it only stands for that."""
-    return tensor.is_cpu or on_cpu(tensor)
-
-
 Observer = Callable[[str, tuple[Any, ...]], None]
 """Takes the name of a function and what it is called with."""
 
@@ -84,39 +79,21 @@ def observe_calls(observer: Observer) -> Iterator[None]:
         _thread.observer = None
 
 
-# A training step asks the next two some five thousand times: what passes takes the shortest way.
-
-
 def at(tensor: Tensor, dtype: torch.dtype, *shape: int, words: int = 1) -> int:
-    """Where the values lie. words: bytes that are read at once."""
-    if tensor.shape != shape:
-        raise CallError(f"{tuple(tensor.shape)} values where C takes {shape}")
-    return _start(tensor, dtype, words)
-
-
-def whole(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
-    """The same of any shape that holds `count` values."""
-    if tensor.numel() != count:
-        raise CallError(f"{tensor.numel():,} values where C takes {count:,}")
-    return _start(tensor, dtype, 1)
-
-
-def _start(tensor: Tensor, dtype: torch.dtype, words: int) -> int:
+    """Returns the address of a tensor of this type and shape. words: bytes that are read at
+    once."""
     if (
-        tensor.dtype is not dtype
+        tensor.shape != shape
+        or tensor.dtype is not dtype
         or not tensor.is_contiguous()
         or not (tensor.is_cpu or on_cpu(tensor))
+        or (address := tensor.data_ptr()) % max(words, dtype.itemsize)
     ):
-        raise _unfit(tensor, dtype)
-    address = tensor.data_ptr()
-    if address % dtype.itemsize or address % words:
-        raise CallError(f"values at an odd address where C reads {words} bytes at once")
+        raise CallError(
+            f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+            f" where C takes {dtype} {list(shape)} in words of {words} bytes, without gaps"
+        )
     return address
-
-
-def _unfit(tensor: Tensor, dtype: torch.dtype) -> CallError:
-    said = f"{tensor.dtype} on {tensor.device}{'' if tensor.is_contiguous() else ' with gaps'}"
-    return CallError(f"{said} where C takes {dtype} on the CPU without gaps")
 
 
 def number(value: int, least: int = 0, most: int = 2**62) -> int:

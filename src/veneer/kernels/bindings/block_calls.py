@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at, number, reachable
+from veneer.kernels.bindings.arguments import BF16, FP32, CallError, at, number
 from veneer.kernels.bindings.checks import Values
-from veneer.kernels.bindings.declarations import declare, structure
+from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 from veneer.kernels.bindings.rank_calls import (
     MOST,
-    MOST_RANK,
     MOST_STRIDE,
     PAIR_BYTES,
     DropoutMask,
@@ -23,22 +22,23 @@ from veneer.kernels.bindings.rank_calls import (
     mask_fields,
 )
 
-_Side = structure(
-    "Side",
-    """
+_SIDE = """
     factors: pointer*3
     ranks: int*3
-    count, across, half
+    count
+    across: flag
+    half
     masks: Mask*3
-    narrow: pointer
-    apart
+    narrow: bf16[rows@apart, rank] words 4
+    apart: rank..2**27
     scale: float
-    pairs: pointer
-    parts
+    pairs: unused
+    parts = 0
     sizes, starts: int*3
-    """,
-    Mask=DropoutMask,
-)
+    check rank: 16..256
+    body factors, ranks, count, half, masks, scale, sizes, starts
+"""
+_Side = structure("Side", _SIDE, Mask=DropoutMask)
 
 
 class Side(NamedTuple):
@@ -58,41 +58,36 @@ class Side(NamedTuple):
 def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
     """Checks a side of rows of `wide` (M, D). of_A: factors are A (R, D), else B (D, R). Without
     factors nothing is read or written."""
-    (rows, width), filled = wide.shape, _Side()
-    if side is None:
-        return filled
+    rows, width = wide.shape
+    if side is None or (not side[0] and side[1].shape == (rows, 0)):
+        return _Side()
     factors, narrow, scale, masks = side
-    if not factors:
-        if narrow.shape != (rows, 0):
-            raise CallError(f"{tuple(narrow.shape)} values beside no factors")
-        return filled
     ranks = tuple(factor.shape[0 if of_A else 1] for factor in factors)
-    apart, inner = narrow.stride()
-    if narrow.shape != (rows, sum(ranks)) or narrow.dtype is not BF16 or not reachable(narrow):
-        raise CallError(
-            f"{tuple(narrow.shape)} {narrow.dtype} where C takes {(rows, sum(ranks))} bf16"
-        )
-    if inner != 1 or apart % 2 or narrow.data_ptr() % PAIR_BYTES:
-        raise CallError(f"steps of {narrow.stride()} where C takes pairs of neighbours")
-    most = len(ranks) <= MOST and sum(ranks) <= MOST_RANK
-    if not most or any(rank % 16 or rank < 16 for rank in ranks):
+    if not 0 < len(ranks) <= MOST or any(rank % 16 or rank < 16 for rank in ranks):
         raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
-    if (dtype := factors[0].dtype) not in (FP32, BF16):
-        raise CallError(f"a factor of {dtype} where C takes float32 or bf16")
+    shapes = [(rank, width) if of_A else (width, rank) for rank in ranks]
+    addresses = [
+        at(factor, factors[0].dtype, *shape, words=PAIR_BYTES)
+        for factor, shape in zip(factors, shapes, strict=True)
+    ]
     if masks and (len(masks) != len(ranks) or len({share for *_, share in masks}) > 1):
         raise CallError(
             f"{len(masks)} masks of {len(ranks)} factors where C takes one of each, of one share"
         )
-    for place, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
-        shape = (rank, width) if of_A else (width, rank)
-        filled.factors[place] = at(factor, dtype, *shape, words=PAIR_BYTES)
-        filled.ranks[place] = rank
-    for place, mask in enumerate(masks):
-        filled.masks[place] = mask_fields(mask, rows)
-    filled.count, filled.across, filled.half = len(ranks), across, dtype is BF16
-    filled.narrow, filled.apart = narrow.data_ptr(), number(apart, sum(ranks), MOST_STRIDE)
-    filled.scale = scale / (1 - masks[0][3]) if masks else scale
-    return filled
+    values = {"factors": tuple(addresses), "ranks": ranks, "count": len(ranks)}
+    values["masks"] = tuple(mask_fields(mask, rows) for mask in masks)
+    values["scale"] = scale / (1 - masks[0][3]) if masks else scale
+    return _filled_side(narrow, factors[0], rows, sum(ranks), across, values)
+
+
+@declare_structure(_Side, _SIDE)
+def _filled_side(
+    narrow: Tensor, factor: Tensor, rows: int, rank: int, across: bool, values: Values
+) -> Values:
+    """values: fields that are filled already."""
+    if factor.dtype not in (FP32, BF16):
+        raise CallError(f"a factor of {factor.dtype} where C takes float32 or bf16")
+    return {**values, "half": factor.dtype is BF16, "sizes": (), "starts": ()}
 
 
 _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"

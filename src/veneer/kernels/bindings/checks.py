@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from inspect import signature
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ VARIABLES = {
     "T": (torch.float32, torch.bfloat16),
     "F": (torch.float32, torch.bfloat16),
     "V": (torch.float32, torch.bfloat16, torch.float16),
+    "S": (torch.float32, torch.uint8),
 }
 """Names of types that a tensor sets, and the types that it may have."""
 TENSOR = re.compile(
@@ -146,9 +147,9 @@ def generate_call(
     arguments: list[Entry],
     c_names: list[str],
     helpers: Values,
-) -> Callable[..., None]:
-    """Generates the function that replaces a declared one. helpers: _struct, None without a struct,
-    _fails, and what else the statements use."""
+) -> Callable[..., Any]:
+    """Generates the function that replaces a declared one; without c_names it returns the struct.
+    helpers: _struct, None without a struct, _fails, and what else the statements use."""
     parameters = signature(function).parameters
     keywords = {n: _name(n) for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     positional = [name for name in parameters if name not in keywords]
@@ -169,11 +170,14 @@ def generate_call(
         if entry.role == "kept":
             target = ast.Attribute(_name("_filled"), "kept", ast.Store())
             statements.append(ast.Assign([target], _name(entry.name)))
-    first, last = ast.Constant(c_names[0]), ast.Constant(c_names[-1])
-    is_bf16 = _compare(_name("T"), ast.Is(), _name("bf16"))
-    c_name = ast.IfExp(is_bf16, first, last) if len(c_names) > 1 else first
-    failed = _call("_call", c_name, *values)
-    statements.append(ast.If(failed, [ast.Raise(_call("_fails"))], []))
+    if c_names:
+        first, last = ast.Constant(c_names[0]), ast.Constant(c_names[-1])
+        is_bf16 = _compare(_name("T"), ast.Is(), _name("bf16"))
+        c_name = ast.IfExp(is_bf16, first, last) if len(c_names) > 1 else first
+        failed = _call("_call", c_name, *values)
+        statements.append(ast.If(failed, [ast.Raise(_call("_fails"))], []))
+    else:
+        statements.append(ast.Return(_name("_filled")))
     own_arguments = ast.arguments(
         [],
         [*map(ast.arg, positional)],
@@ -185,7 +189,8 @@ def generate_call(
     )
     definition = ast.FunctionDef(function.__name__, own_arguments, statements, [])
     module = ast.fix_missing_locations(ast.Module([definition], []))
-    code = compile(module, f"<declaration of {c_names[0]}>", "exec").co_consts[0]
+    constants = compile(module, f"<declaration of {function.__name__}>", "exec").co_consts
+    code = next(constant for constant in constants if isinstance(constant, CodeType))
     generated = FunctionType(code, {**_GLOBALS, **helpers, "_body": function})
     generated.__defaults__ = function.__defaults__
     generated.__kwdefaults__ = function.__kwdefaults__
@@ -327,7 +332,7 @@ def refused(function: str, name: str, kind: str, values: Values) -> CallError:
 _GLOBALS: Values = {
     **DTYPES,
     **{
-        f"_{name}": {dtype: (dtype, dtype.itemsize, TYPES[dtype]) for dtype in dtypes}
+        f"_{name}": {dtype: (dtype, dtype.itemsize, TYPES.get(dtype)) for dtype in dtypes}
         for name, dtypes in VARIABLES.items()
     },
     "_divide": _divide,

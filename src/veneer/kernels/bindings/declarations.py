@@ -88,6 +88,18 @@ def _c_type(entry: Entry, structs: Values) -> Any:
     return c_type * int(length) if length else c_type
 
 
+def declare_structure(
+    struct: Any, fields: str
+) -> Callable[[Callable[P, Values]], Callable[P, Any]]:
+    """Makes a function check its arguments and return a struct with these fields."""
+
+    def decorate(function: Callable[P, Values]) -> Callable[P, Any]:
+        helpers = {"_struct": struct, "_refused": partial(refused, function.__name__)}
+        return generate_call(function, _entries(fields), [], [], helpers)
+
+    return decorate
+
+
 def declare(
     c_call: str, fields: str = "", *, fails: Exception | None = None, **structs: Any
 ) -> Callable[[Callable[P, Values | None]], Callable[P, None]]:

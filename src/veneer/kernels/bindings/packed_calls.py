@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.kernels.bindings.arguments import BYTES, FP32, CallError, at, number, whole
+from veneer.kernels.bindings.arguments import BYTES, FP32, CallError, at, number
 from veneer.kernels.bindings.checks import Values
-from veneer.kernels.bindings.declarations import declare, structure
+from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 
 MOST_PRODUCT_ROWS = 8
 MOST_ROWS = 2**20
@@ -29,17 +29,21 @@ BLOCKS = {
 them."""
 
 
-NF4Weights = structure(
-    "NF4Weights",
-    """
-    packed, scales, table, nested_table, nested_scales: pointer
+_NF4 = """
+    packed: u8{(count + 1) // 2}
+    scales: S{blocks}
+    table: f32{16}
+    nested_table: f32{256}?
+    nested_scales: f32{(blocks + nested_block - 1) // nested_block}?
     count, block, nested_block
     offset: float
-    """,
-)
+    body nested_table, nested_scales, nested_block, offset, blocks
+"""
+NF4Weights = structure("NF4Weights", _NF4)
 """A checked weight, by address: whoever holds it holds the tensors too."""
 
 
+@declare_structure(NF4Weights, _NF4)
 def nf4_weights(
     packed: Tensor,
     scales: Tensor,
@@ -48,19 +52,20 @@ def nf4_weights(
     count: int,
     block: int,
     nested: tuple[Tensor, Tensor, int, float] | None,
-) -> Any:
-    """Checks a weight and returns NF4Weights. nested: (table of 256, scales, block, offset)."""
+) -> Values:
+    """Checks a weight. nested: (table of 256, scales, block, offset) of scales that are bytes."""
     _check_power_of_two(block, 32)
-    blocks = -(-number(count) // block)
-    weights = NF4Weights(count=count, block=block, nested_block=1)
-    weights.packed, weights.table = whole(packed, BYTES, (count + 1) // 2), whole(table, FP32, 16)
-    weights.scales = whole(scales, FP32 if nested is None else BYTES, blocks)
-    if nested is not None:
-        nested_table, nested_scales, nested_block, weights.offset = nested
-        _check_power_of_two(nested_block, 1)
-        weights.nested_table, weights.nested_block = whole(nested_table, FP32, 256), nested_block
-        weights.nested_scales = whole(nested_scales, FP32, -(-blocks // nested_block))
-    return weights
+    if scales.dtype is not (FP32 if nested is None else BYTES):
+        raise CallError(f"scales are {scales.dtype}")
+    nested_table, nested_scales, nested_block, offset = nested or (None, None, 1, 0.0)
+    _check_power_of_two(nested_block, 1)
+    return {
+        "nested_table": nested_table,
+        "nested_scales": nested_scales,
+        "nested_block": nested_block,
+        "offset": offset,
+        "blocks": -(-number(count) // block),
+    }
 
 
 def _check_power_of_two(block: int, least: int) -> None:
