@@ -2,7 +2,7 @@
    bf16, by the same tasks and in the same order. attention_float_body.h holds the code, written
    once and compiled here for each set of instructions. */
 #include "attention.h"
-#include "parallel.h"
+#include "levels.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,10 +23,10 @@ static float *attention_room(int64_t count) {
 #include "float_vectors.h"
 #include "attention_float_body.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET FOR_AVX2
 #define W 8
 #define WIDE 2
 #define FUSED(a, b, sum) ((fv_avx2)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
@@ -34,8 +34,7 @@ static float *attention_room(int64_t count) {
 #include "attention_float_body.h"
 
 #define NAME(x) x##_avx512
-#define TARGET                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define TARGET FOR_AVX512
 #define W 16
 #define WIDE 4
 #define FUSED(a, b, sum) ((fv_avx512)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
@@ -43,27 +42,11 @@ static float *attention_room(int64_t count) {
 #include "attention_float_body.h"
 #endif
 
-int veneer_level(void);
-
 void veneer_attention_float_forward(struct attention *a) {
-    veneer_body body = forward_plain;
-#if defined(__x86_64__)
-    if (veneer_level() >= 3)
-        body = forward_avx512;
-    else if (veneer_level() >= 2)
-        body = forward_avx2;
-#endif
-    veneer_parallel(body, a, a->docs * a->kv_heads * a->splits, 1);
+    veneer_parallel(LOOP_OF(forward, veneer_level()), a, a->docs * a->kv_heads * a->splits, 1);
 }
 
 /* out: the gradient of q, (rows, H, D). */
 void veneer_attention_float_backward(struct attention *a) {
-    veneer_body body = backward_plain;
-#if defined(__x86_64__)
-    if (veneer_level() >= 3)
-        body = backward_avx512;
-    else if (veneer_level() >= 2)
-        body = backward_avx2;
-#endif
-    veneer_parallel(body, a, a->docs * a->kv_heads * a->splits, 1);
+    veneer_parallel(LOOP_OF(backward, veneer_level()), a, a->docs * a->kv_heads * a->splits, 1);
 }

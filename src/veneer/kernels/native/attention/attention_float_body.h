@@ -44,21 +44,11 @@ INLINE void NAME(rows)(const int wide, const struct NAME(product) * p, int64_t n
     int64_t m = 0;
     for (; m + TALL <= p->M; m += TALL) NAME(tile)(TALL, wide, p, m, n);
     switch (p->M - m) {
-    case 5:
-        NAME(tile)(5, wide, p, m, n);
-        break;
-    case 4:
-        NAME(tile)(4, wide, p, m, n);
-        break;
-    case 3:
-        NAME(tile)(3, wide, p, m, n);
-        break;
-    case 2:
-        NAME(tile)(2, wide, p, m, n);
-        break;
-    case 1:
-        NAME(tile)(1, wide, p, m, n);
-        break;
+    case 5: NAME(tile)(5, wide, p, m, n); break;
+    case 4: NAME(tile)(4, wide, p, m, n); break;
+    case 3: NAME(tile)(3, wide, p, m, n); break;
+    case 2: NAME(tile)(2, wide, p, m, n); break;
+    case 1: NAME(tile)(1, wide, p, m, n); break;
     }
 }
 
@@ -94,10 +84,8 @@ INLINE void NAME(across)(const struct place *p, int values, float *to) {
 INLINE void NAME(along)(const struct place *p, int values, float *to) {
     const size_t bytes = (size_t)p->a->size * sizeof(float);
     for (int64_t j = 0; j < p->width; j++, to += p->a->size) {
-        if (j < p->J)
-            memcpy(to, NAME(key)(p, j, values), bytes);
-        else
-            memset(to, 0, bytes);
+        if (j < p->J) memcpy(to, NAME(key)(p, j, values), bytes);
+        else memset(to, 0, bytes);
     }
 }
 

@@ -2,7 +2,7 @@
    attention_float.c): see kernels/bindings/attention_calls.py. Every value is summed in the order
    in which its shares lie, whichever thread does it. */
 #include "bits.h"
-#include "parallel.h"
+#include "levels.h"
 #include <stddef.h>
 
 /* own (2, splits, rows, width) of keys, then values; more (2, rows, width), or NULL. out_k and
@@ -62,30 +62,15 @@ INLINE void share_rows(const struct shared *a, int64_t from, int64_t to) {
             }
 }
 
-static void summed_plain(void *a, int64_t from, int64_t to) { add_rows(a, from, to); }
-static void shared_plain(void *a, int64_t from, int64_t to) { share_rows(a, from, to); }
+LOOPS(summed, add_rows(a, from, to))
+LOOPS(shared, share_rows(a, from, to))
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define WIDE                                                                                       \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
-static WIDE void summed_avx512(void *a, int64_t from, int64_t to) { add_rows(a, from, to); }
-static WIDE void shared_avx512(void *a, int64_t from, int64_t to) { share_rows(a, from, to); }
-#endif
-
-int veneer_level(void);
-
-static void on_rows(veneer_body plain, veneer_body avx512, void *a, int64_t rows) {
-    veneer_parallel(veneer_level() >= 3 ? avx512 : plain, a, rows, 16);
+void veneer_attention_summed(struct summed *a) {
+    veneer_parallel(LOOP_OF(summed, veneer_level()), a, a->rows, 16);
 }
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define BODIES(name) name##_plain, name##_avx512
-#else
-#define BODIES(name) name##_plain, name##_plain
-#endif
-
-void veneer_attention_summed(struct summed *a) { on_rows(BODIES(summed), a, a->rows); }
-void veneer_attention_shared(struct shared *a) { on_rows(BODIES(shared), a, a->rows); }
+void veneer_attention_shared(struct shared *a) {
+    veneer_parallel(LOOP_OF(shared, veneer_level()), a, a->rows, 16);
+}
 
 struct zeros {
     void *to;

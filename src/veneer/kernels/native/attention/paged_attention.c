@@ -13,7 +13,7 @@
    blocks, counted from the table's beginning, one after another; how rows are put together, split
    and spread over threads changes no bit of a row. */
 #include "bits.h"
-#include "parallel.h"
+#include "levels.h"
 #include <math.h>
 #include <stdlib.h>
 #undef INLINE
@@ -148,61 +148,34 @@ static int take_scratch(struct run *run, struct scratch *s) {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define OF_MORE_ROWS(call)                                                                         \
-    case 4:                                                                                        \
-        call(4);                                                                                   \
-        break;                                                                                     \
-    case 5:                                                                                        \
-        call(5);                                                                                   \
-        break;                                                                                     \
-    case 6:                                                                                        \
-        call(6);                                                                                   \
-        break;
+#define OF_MORE_ROWS(call) CASE(4, call(4)) CASE(5, call(5)) CASE(6, call(6))
 #define LEVEL 4
 #define W 16
 #define ROWS 6
 #define BLOCKS 4
 #define COLUMNS 4
 #define NAME(x) x##_bf16
-#define TARGET                                                                                     \
-    __attribute__((                                                                                \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
+#define TARGET FOR_AVX512_BF16
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
-#define OF_MORE_ROWS(call)                                                                         \
-    case 4:                                                                                        \
-        call(4);                                                                                   \
-        break;                                                                                     \
-    case 5:                                                                                        \
-        call(5);                                                                                   \
-        break;                                                                                     \
-    case 6:                                                                                        \
-        call(6);                                                                                   \
-        break;
+#define OF_MORE_ROWS(call) CASE(4, call(4)) CASE(5, call(5)) CASE(6, call(6))
 #define LEVEL 3
 #define W 16
 #define ROWS 6
 #define BLOCKS 4
 #define COLUMNS 4
 #define NAME(x) x##_avx512
-#define TARGET                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define TARGET FOR_AVX512
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
-#define OF_MORE_ROWS(call)                                                                         \
-    case 4:                                                                                        \
-        call(4);                                                                                   \
-        break;                                                                                     \
-    case 5:                                                                                        \
-        call(5);                                                                                   \
-        break;
+#define OF_MORE_ROWS(call) CASE(4, call(4)) CASE(5, call(5))
 #define LEVEL 2
 #define W 8
 #define ROWS 5
 #define BLOCKS 1
 #define COLUMNS 2
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET FOR_AVX2
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
 #endif
@@ -217,7 +190,6 @@ static int take_scratch(struct run *run, struct scratch *s) {
 #include "float_vectors.h"
 #include "paged_attention_rows.h"
 
-int veneer_level(void);
 int veneer_has_bf16(void);
 
 static veneer_body body_of(int pairs, int most) {

@@ -92,10 +92,8 @@ INLINE void NAME(value_tile)(const int pairs, const int R, const int C, const ui
             NAME(uv) value[COLUMNS] = {};
             for (int64_t line = 0; line < ahead; line++)
                 __builtin_prefetch(blocks[b].soon + t * wide + line * SLOTS);
-            if (lanes)
-                memcpy(value, blocks[b].values + t * wide, 4 * (size_t)lanes);
-            else
-                memcpy(value, blocks[b].values + t * wide, 4 * W * (size_t)C);
+            if (lanes) memcpy(value, blocks[b].values + t * wide, 4 * (size_t)lanes);
+            else memcpy(value, blocks[b].values + t * wide, 4 * W * (size_t)C);
             for (int r = 0; r < R; r++) {
                 NAME(uv) share = shares[r * row + b * own + t] - (NAME(uv)){};
                 for (int c = 0; c < C; c++)
@@ -108,12 +106,8 @@ INLINE void NAME(value_tile)(const int pairs, const int R, const int C, const ui
 
 #define OF_ROWS(call)                                                                              \
     switch (rows) {                                                                                \
-    case 1:                                                                                        \
-        call(1);                                                                                   \
-        break;                                                                                     \
-    case 2:                                                                                        \
-        call(2);                                                                                   \
-        break;                                                                                     \
+    case 1: call(1); break;                                                                        \
+    case 2: call(2); break;                                                                        \
     case 3:                                                                                        \
         call(3);                                                                                   \
         break;                                                                                     \
@@ -234,10 +228,8 @@ INLINE void NAME(chunk)(const int pairs, const struct paged_attention *a, const 
 #define TILE(R)                                                                                    \
     if (wide == W * COLUMNS)                                                                       \
         NAME(value_tile)(pairs, R, COLUMNS, shares, some, num, E, sums + e, E + 2, 0, ahead);      \
-    else if (wide)                                                                                 \
-        NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, 0, ahead);            \
-    else                                                                                           \
-        NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, E - e, ahead)
+    else if (wide) NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, 0, ahead); \
+    else NAME(value_tile)(pairs, R, 1, shares, some, num, E, sums + e, E + 2, E - e, ahead)
             OF_ROWS(TILE)
 #undef TILE
             e += wide ? wide : E - e;

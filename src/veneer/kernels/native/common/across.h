@@ -54,10 +54,8 @@ ACROSS_INLINE void words_put(const uint32_t *turned, int64_t rows, int64_t count
     const __mmask16 real = (__mmask16)((1u << count) - 1);
     for (int64_t r = 0; r < rows; r++, to += ld) {
         const __m512i own = _mm512_load_si512(turned + 16 * r);
-        if (count == 16)
-            _mm512_storeu_si512(to, own);
-        else
-            _mm512_mask_storeu_epi32(to, real, own);
+        if (count == 16) _mm512_storeu_si512(to, own);
+        else _mm512_mask_storeu_epi32(to, real, own);
     }
 }
 

@@ -73,10 +73,8 @@ VENEER_AMX_INLINE void amx_tiles(const int T, const int below, const uint32_t *A
     if (below || i == 0) _tile_loadd(6, A + i * next_a + k, 4 * am);                               \
     if (!below || i == 0) _tile_loadd(7, B + k * ldb + i * next_b, 4 * ldb);                       \
     _tile_dpbf16ps(i, 6, 7)
-    if (add)
-        AMX_EACH(AMX_LOAD);
-    else
-        AMX_EACH(AMX_ZERO);
+    if (add) AMX_EACH(AMX_LOAD);
+    else AMX_EACH(AMX_ZERO);
     int64_t k = 0;
     for (; k + 16 <= K2; k += 16) AMX_EACH(AMX_STEP);
     if (k < K2) AMX_EACH(AMX_LAST);
@@ -92,18 +90,13 @@ VENEER_AMX_INLINE void amx_rows(const uint32_t *A, int64_t am, const uint32_t *B
         for (int64_t m = 0; m < M;) {
             const uint32_t *a = A + m * am;
             float *c = C + m * ldc + n;
-            if (wide >= 4)
-                amx_tiles(4, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
-            else if (wide == 3)
-                amx_tiles(3, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
-            else if (wide == 2)
-                amx_tiles(2, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
+            if (wide >= 4) amx_tiles(4, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
+            else if (wide == 3) amx_tiles(3, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
+            else if (wide == 2) amx_tiles(2, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
             else if (M - m >= 48) /* one chain of sums would wait for itself */
                 amx_tiles(3, 1, a, am, B + n, ldb, c, ldc, K2, add), m += 48;
-            else if (M - m >= 32)
-                amx_tiles(2, 1, a, am, B + n, ldb, c, ldc, K2, add), m += 32;
-            else
-                amx_tiles(1, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
+            else if (M - m >= 32) amx_tiles(2, 1, a, am, B + n, ldb, c, ldc, K2, add), m += 32;
+            else amx_tiles(1, 0, a, am, B + n, ldb, c, ldc, K2, add), m += 16;
         }
     }
 }

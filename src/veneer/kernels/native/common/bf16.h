@@ -49,25 +49,17 @@ VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_
         for (int v = 0; v < V; v++) _mm512_storeu_ps(C + r * ldc + 16 * v, sum[r][v]);
 }
 
+#define BF16_ROWS(R, V)                                                                            \
+    bf16_tile(R, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                         \
+    break;
 #define VENEER_ROWS(V)                                                                             \
     switch (rows) {                                                                                \
-    case 6:                                                                                        \
-        bf16_tile(6, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
-        break;                                                                                     \
-    case 5:                                                                                        \
-        bf16_tile(5, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
-        break;                                                                                     \
-    case 4:                                                                                        \
-        bf16_tile(4, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
-        break;                                                                                     \
-    case 3:                                                                                        \
-        bf16_tile(3, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
-        break;                                                                                     \
-    case 2:                                                                                        \
-        bf16_tile(2, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
-        break;                                                                                     \
-    default:                                                                                       \
-        bf16_tile(1, V, a, am, ak, B + n, ldb, C + m * ldc + n, ldc, K2, add);                     \
+    case 6: BF16_ROWS(6, V)                                                                        \
+    case 5: BF16_ROWS(5, V)                                                                        \
+    case 4: BF16_ROWS(4, V)                                                                        \
+    case 3: BF16_ROWS(3, V)                                                                        \
+    case 2: BF16_ROWS(2, V)                                                                        \
+    default: BF16_ROWS(1, V)                                                                       \
     }
 
 int veneer_has_amx(void);
@@ -87,10 +79,9 @@ static inline VENEER_BF16 void bf16_product(const uint32_t *A, int64_t am, int64
         for (int64_t m = 0; m < M; m += 6) {
             int64_t rows = M - m < 6 ? M - m : 6;
             const uint32_t *a = A + m * am;
-            if (wide >= 4)
-                VENEER_ROWS(4)
-                else if (wide == 3) VENEER_ROWS(3) else if (wide == 2)
-                    VENEER_ROWS(2) else VENEER_ROWS(1)
+            if (wide >= 4) VENEER_ROWS(4)
+            else if (wide == 3)
+                VENEER_ROWS(3) else if (wide == 2) VENEER_ROWS(2) else VENEER_ROWS(1)
         }
     }
 }

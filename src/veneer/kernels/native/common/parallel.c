@@ -81,10 +81,8 @@ static void of_a_team(void *data) {
         return;
     }
     for (int64_t turns = 0; __atomic_load_n(&team->left, __ATOMIC_RELAXED) >= 0; turns++) {
-        if (take_run(team))
-            turns = 0;
-        else
-            wait_a_turn(turns);
+        if (take_run(team)) turns = 0;
+        else wait_a_turn(turns);
     }
 }
 
@@ -116,8 +114,7 @@ void veneer_together(void (*work)(void *), void *arguments) {
     struct team team = {.work = work, .arguments = arguments, .threads = veneer_threads()};
     if (team.threads > 1 && own_team == NULL)
         openmp_parallel(of_a_team, &team, (unsigned)team.threads, 0);
-    else
-        work(arguments);
+    else work(arguments);
 }
 
 void veneer_parallel_dealt(veneer_body body, void *arguments, int64_t count, int64_t grain,

@@ -59,8 +59,7 @@ void veneer_silu_gate_forward(void *, int64_t);
 
 #define NAME(name, call) name,
 #define CASE(name, call)                                                                           \
-    case name:                                                                                     \
-        return call;
+    case name: return call;
 #define P(i) ((void *)(intptr_t)a[i])
 #define I(i) ((int)a[i])
 
@@ -93,8 +92,7 @@ static int make(const struct tape_call *call) {
     switch (call->function) {
         STEP_FUNCTIONS(CASE)
         LAYER_FUNCTIONS(CASE)
-    default:
-        return UNKNOWN;
+    default: return UNKNOWN;
     }
 }
 

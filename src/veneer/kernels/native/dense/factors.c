@@ -22,10 +22,8 @@ INLINE float value_at(const int type, const void *from, int64_t i) {
 INLINE void copy(const int from, const int to, const void *values, int64_t start, int64_t count,
                  void *out) {
     for (int64_t i = 0; i < count; i++) {
-        if (to == FEW_FP32)
-            ((float *)out)[i] = value_at(from, values, start + i);
-        else
-            ((uint16_t *)out)[i] = bf16_of_float(value_at(from, values, start + i));
+        if (to == FEW_FP32) ((float *)out)[i] = value_at(from, values, start + i);
+        else ((uint16_t *)out)[i] = bf16_of_float(value_at(from, values, start + i));
     }
 }
 
@@ -57,8 +55,7 @@ INLINE void lay_out(const int from, const int to, const struct factors *given) {
         const int64_t first = group * LANES, rows = rank - first < LANES ? rank - first : LANES;
         if (lanes_of(even, group) == LANES)
             turn(from, to, given->A, given->width, first, rows, words, LANES, A);
-        else
-            turn(from, to, given->A, given->width, first, rows, words, HALF, A);
+        else turn(from, to, given->A, given->width, first, rows, words, HALF, A);
     }
     for (int64_t first = 0; first < given->outs;
          first += UPDATE_BLOCK, B += UPDATE_BLOCK * words_of(to, even)) {
@@ -70,43 +67,15 @@ INLINE void lay_out(const int from, const int to, const struct factors *given) {
 
 INLINE void lay_out_some(const struct factors *all, int64_t start, int64_t stop) {
     for (const struct factors *given = all + start; given < all + stop; given++) {
-        if (given->to == FEW_FP32 && given->from == FEW_FP32)
-            lay_out(FEW_FP32, FEW_FP32, given);
-        else if (given->to == FEW_FP32)
-            lay_out(FEW_BF16, FEW_FP32, given);
-        else if (given->from == FEW_FP32)
-            lay_out(FEW_FP32, FEW_BF16, given);
-        else
-            lay_out(FEW_BF16, FEW_BF16, given);
+        if (given->to == FEW_FP32 && given->from == FEW_FP32) lay_out(FEW_FP32, FEW_FP32, given);
+        else if (given->to == FEW_FP32) lay_out(FEW_BF16, FEW_FP32, given);
+        else if (given->from == FEW_FP32) lay_out(FEW_FP32, FEW_BF16, given);
+        else lay_out(FEW_BF16, FEW_BF16, given);
     }
 }
 
-static void lay_out_plain(void *all, int64_t start, int64_t stop) {
-    lay_out_some(all, start, stop);
-}
-
-#if defined(__x86_64__)
-__attribute__((
-    target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) static void
-lay_out_avx512(void *all, int64_t start, int64_t stop) {
-    lay_out_some(all, start, stop);
-}
-
-__attribute__((target("avx2,fma"))) static void lay_out_avx2(void *all, int64_t start,
-                                                             int64_t stop) {
-    lay_out_some(all, start, stop);
-}
-#endif
-
-int veneer_level(void);
+LOOPS(lay_out_factors, lay_out_some(a, from, to))
 
 void veneer_lay_out_factors(const struct factors *of, int64_t count) {
-    veneer_body body = lay_out_plain;
-#if defined(__x86_64__)
-    if (veneer_level() >= 3)
-        body = lay_out_avx512;
-    else if (veneer_level() >= 2)
-        body = lay_out_avx2;
-#endif
-    veneer_parallel_dealt(body, (void *)of, count, 1, TURNS);
+    veneer_parallel_dealt(LOOP_OF(lay_out_factors, veneer_level()), (void *)of, count, 1, TURNS);
 }

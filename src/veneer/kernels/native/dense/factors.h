@@ -67,10 +67,8 @@ INLINE void bring(struct ahead *soon, int64_t lines) {
         for (int64_t i = 0; i < some; i++) __builtin_prefetch(soon->at + 64 * i, 0, 2);
         soon->at += 64 * some, lines -= some;
         if (some < left) return;
-        if (soon->now == DOWN && soon->what & UP)
-            ahead_in(soon, UP, 0);
-        else if (++soon->u < soon->last)
-            ahead_in(soon, soon->what & DOWN ? DOWN : UP, 0);
+        if (soon->now == DOWN && soon->what & UP) ahead_in(soon, UP, 0);
+        else if (++soon->u < soon->last) ahead_in(soon, soon->what & DOWN ? DOWN : UP, 0);
     }
 }
 

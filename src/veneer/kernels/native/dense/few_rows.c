@@ -133,13 +133,10 @@ INLINE void store_totals(const struct piece *part, const int type, int64_t row, 
 
 #if defined(__x86_64__)
 #include "totals.h"
-#define AVX512BF16                                                                                 \
-    __attribute__((                                                                                \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
 
 /* store_totals of four rows of x at once, each with four rows of W: the same bits. */
-INLINE AVX512 void store_rows_512(const struct piece *part, const int type, int64_t row,
-                                  int64_t out, __m512 (*sums)[4]) {
+INLINE FOR_AVX512 void store_rows_512(const struct piece *part, const int type, int64_t row,
+                                      int64_t out, __m512 (*sums)[4]) {
     __m512 of[4], halves[2];
 #pragma GCC unroll 4
     for (int m = 0; m < 4; m++)
@@ -175,26 +172,26 @@ INLINE AVX512 void store_rows_512(const struct piece *part, const int type, int6
     _mm_storel_epi64((__m128i *)(y + 3 * apart), _mm_unpackhi_epi64(high, high));
 }
 
-INLINE AVX512 __m512 floats_512(const char *p, int type) {
+INLINE FOR_AVX512 __m512 floats_512(const char *p, int type) {
     if (type == FEW_FP32) return _mm512_loadu_ps(p);
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 
-INLINE AVX512 __m512 some_512(const char *p, int64_t count, int type) {
+INLINE FOR_AVX512 __m512 some_512(const char *p, int64_t count, int type) {
     __mmask16 mask = (__mmask16)((1u << count) - 1);
     if (type == FEW_FP32) return _mm512_maskz_loadu_ps(mask, p);
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
 }
 
-INLINE AVX2 __m256 floats_256(const char *p, int type) {
+INLINE FOR_AVX2 __m256 floats_256(const char *p, int type) {
     if (type == FEW_FP32) return _mm256_loadu_ps((const float *)p);
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
-INLINE AVX2 __m256 some_256(const char *p, int64_t count, int type) {
+INLINE FOR_AVX2 __m256 some_256(const char *p, int64_t count, int type) {
     char own[32] = {0};
     memcpy(own, p, (size_t)(count * (type == FEW_FP32 ? 4 : 2)));
     return floats_256(own, type);
@@ -202,7 +199,7 @@ INLINE AVX2 __m256 some_256(const char *p, int64_t count, int type) {
 
 /* bf16 pairs, multiplied as they lie */
 #define NAME(x) x##_pairs
-#define TARGET AVX512BF16
+#define TARGET FOR_AVX512_BF16
 #define VALUES 32
 #define MOST 6
 typedef __m512i value_pairs;
@@ -222,7 +219,7 @@ typedef __m512 sum_pairs;
 #undef MULTIPLY
 
 #define NAME(x) x##_avx512
-#define TARGET AVX512
+#define TARGET FOR_AVX512
 #define VALUES 16
 typedef __m512 value_avx512, sum_avx512;
 #define LOAD floats_512
@@ -240,7 +237,7 @@ typedef __m512 value_avx512, sum_avx512;
 #undef STORE_ROWS
 
 #define NAME(x) x##_avx2
-#define TARGET AVX2
+#define TARGET FOR_AVX2
 #define VALUES 8
 #define MOST 3
 typedef __m256 value_avx2, sum_avx2;
@@ -304,12 +301,9 @@ int veneer_pieces(const struct piece *of, int64_t count, int type, int most,
     all.cost = cost;
     veneer_body body = few_rows_plain;
 #if defined(__x86_64__)
-    if (level == 4)
-        body = few_rows_pairs;
-    else if (level == 3)
-        body = few_rows_avx512;
-    else if (level == 2)
-        body = few_rows_avx2;
+    if (level == 4) body = few_rows_pairs;
+    else if (level == 3) body = few_rows_avx512;
+    else if (level == 2) body = few_rows_avx2;
 #else
     (void)level;
 #endif

@@ -3,7 +3,7 @@
 #define VENEER_FEW_ROWS_H
 
 #include "bits.h"
-#include "parallel.h"
+#include "levels.h"
 
 enum { FEW_FP32 = 0, FEW_BF16 = 1 };
 
@@ -56,18 +56,14 @@ INLINE f4v some_floats(const void *from, int64_t count, const int type) {
 /* Rounded as bf16_of_float. */
 INLINE void put_floats(void *to, f4v floats, int64_t count, const int type) {
     if (type == FEW_FP32) {
-        if (count == 4)
-            memcpy(to, &floats, 16);
-        else
-            memcpy(to, &floats, (size_t)(4 * count));
+        if (count == 4) memcpy(to, &floats, 16);
+        else memcpy(to, &floats, (size_t)(4 * count));
         return;
     }
     u4v bits = (u4v)floats;
     h4v rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, h4v);
-    if (count == 4)
-        memcpy(to, &rounded, 8);
-    else
-        memcpy(to, &rounded, (size_t)(2 * count));
+    if (count == 4) memcpy(to, &rounded, 8);
+    else memcpy(to, &rounded, (size_t)(2 * count));
 }
 
 #endif

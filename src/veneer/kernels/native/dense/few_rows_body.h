@@ -69,48 +69,21 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
 
 #define TILE(ROWS, FETCH, ASKS)                                                                    \
     NAME(tile)(part, type, ROWS, FETCH, ASKS, block, soon, first, out, lines, each)
+#define TILES(rows, fetch, asks) CASE(rows, TILE(rows, fetch, asks))
 #if MOST == 6
 #define UP_TO_MOST(rows, fetch, asks)                                                              \
     switch (rows) {                                                                                \
-    case 1:                                                                                        \
-        TILE(1, fetch, asks);                                                                      \
-        break;                                                                                     \
-    case 2:                                                                                        \
-        TILE(2, fetch, asks);                                                                      \
-        break;                                                                                     \
-    case 3:                                                                                        \
-        TILE(3, fetch, asks);                                                                      \
-        break;                                                                                     \
-    case 4:                                                                                        \
-        TILE(4, fetch, asks);                                                                      \
-        break;                                                                                     \
-    case 5:                                                                                        \
-        TILE(5, fetch, asks);                                                                      \
-        break;                                                                                     \
-    default:                                                                                       \
-        TILE(6, fetch, asks);                                                                      \
+        TILES(1, fetch, asks)                                                                      \
+        TILES(2, fetch, asks)                                                                      \
+        TILES(3, fetch, asks) TILES(4, fetch, asks) TILES(5, fetch, asks) default                  \
+            : TILE(6, fetch, asks);                                                                \
     }
 #elif MOST == 3
 #define UP_TO_MOST(rows, fetch, asks)                                                              \
-    switch (rows) {                                                                                \
-    case 1:                                                                                        \
-        TILE(1, fetch, asks);                                                                      \
-        break;                                                                                     \
-    case 2:                                                                                        \
-        TILE(2, fetch, asks);                                                                      \
-        break;                                                                                     \
-    default:                                                                                       \
-        TILE(3, fetch, asks);                                                                      \
-    }
+    switch (rows) { TILES(1, fetch, asks) TILES(2, fetch, asks) default : TILE(3, fetch, asks); }
 #else
 #define UP_TO_MOST(rows, fetch, asks)                                                              \
-    switch (rows) {                                                                                \
-    case 1:                                                                                        \
-        TILE(1, fetch, asks);                                                                      \
-        break;                                                                                     \
-    default:                                                                                       \
-        TILE(2, fetch, asks);                                                                      \
-    }
+    switch (rows) { TILES(1, fetch, asks) default : TILE(2, fetch, asks); }
 #endif
 
 /* `count` blocks of W against rows [from, to) of x, near enough equally many at a time: those stay
@@ -134,16 +107,11 @@ INLINE TARGET void NAME(group)(const struct pieces *all, const struct piece *par
                                 turn + 1 == turns, &each);
             if (turn < turns_of_fetch)
                 soon = soon_read(all, part, place + (turn * count + i) * bytes / turns_of_fetch);
-            if (later != NULL && soon == NULL)
-                UP_TO_MOST(next - first, 0, 1)
-            else if (later != NULL)
-                UP_TO_MOST(next - first, 2, 1)
-            else if (soon == NULL)
-                UP_TO_MOST(next - first, 0, 0)
-            else if (turns > 1)
-                UP_TO_MOST(next - first, 2, 0)
-            else
-                UP_TO_MOST(next - first, 4, 0)
+            if (later != NULL && soon == NULL) UP_TO_MOST(next - first, 0, 1)
+            else if (later != NULL) UP_TO_MOST(next - first, 2, 1)
+            else if (soon == NULL) UP_TO_MOST(next - first, 0, 0)
+            else if (turns > 1) UP_TO_MOST(next - first, 2, 0)
+            else UP_TO_MOST(next - first, 4, 0)
         }
         first = next;
     }
@@ -157,8 +125,7 @@ NAME(asking_group)(const struct pieces *all, const struct piece *part, const cha
                    struct later *later) {
     if (all->type == FEW_FP32)
         NAME(group)(all, part, FEW_FP32, rows, number, count, from, to, fetch, later);
-    else
-        NAME(group)(all, part, FEW_BF16, rows, number, count, from, to, fetch, later);
+    else NAME(group)(all, part, FEW_BF16, rows, number, count, from, to, fetch, later);
 }
 
 /* The blocks whose costs begin within [start, stop), all of them in a row. */
@@ -193,8 +160,7 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
                     NAME(asking_group)(all, part, rows, block, count, from, to, fetch, &later);
                 else if (all->type == FEW_FP32)
                     NAME(group)(all, part, FEW_FP32, rows, block, count, from, to, fetch, NULL);
-                else
-                    NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch, NULL);
+                else NAME(group)(all, part, FEW_BF16, rows, block, count, from, to, fetch, NULL);
             }
         }
         before += blocks_of(part) * cost_of(part);

@@ -182,10 +182,8 @@ VENEER_AMX_INLINE void tile(const int W, const int X, const struct of_w *w, cons
     } while (0)
 #define LOAD(i) _tile_loadd(i, sums + i * TILE, 64)
 #define STORE(i) _tile_stored(i, sums + i * TILE, 64)
-    if (start > 0)
-        EACH(LOAD);
-    else
-        EACH(_tile_zero);
+    if (start > 0) EACH(LOAD);
+    else EACH(_tile_zero);
 #define STEP(first_w, second_w, apart)                                                             \
     do {                                                                                           \
         _tile_loadd(4, first_w, apart);                                                            \
@@ -233,14 +231,10 @@ static VENEER_AMX void group(const struct work *all, const struct piece *part, s
         for (int64_t row = head; row < to; row += 32, own += 4 * TILE) {
             const uint32_t *x = all->turned + (row - all->from) / 16 * next;
             const int64_t two = to - row > 16;
-            if (outs > 16 && two)
-                tile(2, 2, w, x, next, own, start, stop);
-            else if (outs > 16)
-                tile(2, 1, w, x, next, own, start, stop);
-            else if (two)
-                tile(1, 2, w, x, next, own, start, stop);
-            else
-                tile(1, 1, w, x, next, own, start, stop);
+            if (outs > 16 && two) tile(2, 2, w, x, next, own, start, stop);
+            else if (outs > 16) tile(2, 1, w, x, next, own, start, stop);
+            else if (two) tile(1, 2, w, x, next, own, start, stop);
+            else tile(1, 1, w, x, next, own, start, stop);
             if (chunk + 1 < chunks) continue;
             for (int64_t i = 0; i <= two; i++) {
                 const int64_t at = row + 16 * i, begin = at < from ? from - at : 0,

@@ -116,8 +116,7 @@ static VENEER_BF16 void finish(const struct product *a, const float *sums, int64
         if (n == SIDE)
             _mm512_storeu_si512(
                 y, (__m512i)_mm512_cvtne2ps_pbh(second, first)); /* masked ones take longer */
-        else
-            _mm512_mask_storeu_epi16(y, real, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        else _mm512_mask_storeu_epi16(y, real, (__m512i)_mm512_cvtne2ps_pbh(second, first));
     }
 }
 
@@ -166,9 +165,7 @@ static VENEER_BF16 void some_pairs(int64_t rows, const uint16_t *x, int64_t row,
                                    const uint32_t *pairs, float *sums, int add) {
     switch (rows) {
 #define OF(R)                                                                                      \
-    case R:                                                                                        \
-        multiply_pairs(R, x, row, count, pairs, sums, add);                                        \
-        break
+    case R: multiply_pairs(R, x, row, count, pairs, sums, add); break
         OF(1);
         OF(2);
         OF(3);

@@ -83,27 +83,22 @@ INLINE void add_sums(const struct update *u, const int type, int64_t row, int64_
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define AVX512                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
-#define AVX512BF16                                                                                 \
-    __attribute__((                                                                                \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,prefer-vector-width=512")))
 
 #define NAME(x) x##_pairs
-#define TARGET AVX512BF16
+#define TARGET FOR_AVX512_BF16
 #define ROWS 4
 #define MULTIPLY(sums, a, b, type)                                                                 \
     (f16v) _mm512_dpbf16_ps((__m512)(sums), (__m512bh)_mm512_set1_epi32((int)(a)), (__m512bh)(b))
 #include "updates_body.h"
 
 #define NAME(x) x##_avx512
-#define TARGET AVX512
+#define TARGET FOR_AVX512
 #define ROWS 4
 #define MULTIPLY MULTIPLIED
 #include "updates_body.h"
 
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET FOR_AVX2
 #define ROWS 1
 #define MULTIPLY MULTIPLIED
 #include "updates_body.h"

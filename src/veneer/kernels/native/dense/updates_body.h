@@ -48,8 +48,7 @@ INLINE TARGET void NAME(down_rows)(const struct update *u, const int type, const
     for (int64_t group = 0; group < groups_of(u->rank); group++) {
         if (lanes_of(u->rank, group) == LANES)
             NAME(down_tile)(u, type, rows, LANES, first, group, soon);
-        else
-            NAME(down_tile)(u, type, rows, HALF, first, group, soon);
+        else NAME(down_tile)(u, type, rows, HALF, first, group, soon);
     }
 }
 
@@ -62,10 +61,8 @@ INLINE TARGET void NAME(downs_of)(const struct update *u, const int type, struct
 
 static TARGET void NAME(downs)(const struct update *u, int64_t count, struct ahead *soon) {
     for (int64_t i = 0; i < count; i++) {
-        if (soon->type == FEW_FP32)
-            NAME(downs_of)(u + i, FEW_FP32, soon);
-        else
-            NAME(downs_of)(u + i, FEW_BF16, soon);
+        if (soon->type == FEW_FP32) NAME(downs_of)(u + i, FEW_FP32, soon);
+        else NAME(downs_of)(u + i, FEW_BF16, soon);
     }
 }
 
@@ -105,10 +102,8 @@ INLINE TARGET void NAME(ups_of)(const struct update *u, const int type, int64_t 
 static TARGET void NAME(ups)(const struct update *u, int64_t count, int64_t start, int64_t stop,
                              struct ahead *soon) {
     for (int64_t i = 0; i < count; i++) {
-        if (soon->type == FEW_FP32)
-            NAME(ups_of)(u + i, FEW_FP32, start, stop, soon);
-        else
-            NAME(ups_of)(u + i, FEW_BF16, start, stop, soon);
+        if (soon->type == FEW_FP32) NAME(ups_of)(u + i, FEW_FP32, start, stop, soon);
+        else NAME(ups_of)(u + i, FEW_BF16, start, stop, soon);
     }
 }
 

@@ -78,8 +78,7 @@ VENEER_AMX_INLINE void down_group(const int two, const struct update *u, int64_t
     if (whole % 2) {
         ONE(0, 2, x + 64 * k, second + 64 * k, apart);
         if (last != NULL) ONE(1, 3, last, last + TILE, 64);
-    } else if (last != NULL)
-        ONE(0, 2, last, last + TILE, 64);
+    } else if (last != NULL) ONE(0, 2, last, last + TILE, 64);
 #undef ONE
     _tile_stored(0, sums[0], across);
     _tile_stored(1, sums[1], across);
@@ -163,10 +162,8 @@ VENEER_AMX void veneer_tiled_downs(const struct update *u, int64_t count, struct
     int64_t shaped = 0;
     if (u->rows == 1) {
         for (int64_t group = 0; group < groups_of(u->rank); group++) {
-            if (lanes_of(u->rank, group) == LANES)
-                down_single(LANES, u, count, group);
-            else
-                down_single(HALF, u, count, group);
+            if (lanes_of(u->rank, group) == LANES) down_single(LANES, u, count, group);
+            else down_single(HALF, u, count, group);
         }
         set_back(before);
         return;
@@ -185,10 +182,8 @@ VENEER_AMX void veneer_tiled_downs(const struct update *u, int64_t count, struct
         for (int64_t group = 0; group < groups_of(u->rank); group++) {
             const int64_t lanes = lanes_of(u->rank, group), shape = rows * LANES + lanes;
             if (shape != shaped) shapes_of(one, rows - one, lanes), shaped = shape;
-            if (rows > 16)
-                down_group(1, u, row, rows, group, rest ? behind : NULL, soon);
-            else
-                down_group(0, u, row, rows, group, rest ? behind : NULL, soon);
+            if (rows > 16) down_group(1, u, row, rows, group, rest ? behind : NULL, soon);
+            else down_group(0, u, row, rows, group, rest ? behind : NULL, soon);
         }
     }
     _tile_release();

@@ -5,7 +5,7 @@
    kernels/packed/gguf.py. Layout of the blocks: ggml's ggml-common.h and quantize_row_*_ref,
    https://github.com/ggml-org/ggml */
 #include "gguf_format.h"
-#include "parallel.h"
+#include "levels.h"
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -21,16 +21,14 @@ struct rows {
 #define LEVEL 3
 #define W 16
 #define NAME(x) x##_avx512
-#define TARGET                                                                                     \
-    __attribute__((                                                                                \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define TARGET FOR_SET(AVX512_SET ",f16c")
 #include "gguf_unpack.h"
 #include "gguf_rows.h"
 #include "gguf_end.h"
 #define LEVEL 2
 #define W 8
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET FOR_SET(AVX2_SET ",f16c")
 #include "gguf_unpack.h"
 #include "gguf_rows.h"
 #include "gguf_end.h"
@@ -44,14 +42,10 @@ struct rows {
 #include "gguf_end.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define BF16                                                                                       \
-    __attribute__((target(                                                                         \
-        "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
+#define BF16 FOR_SET(AVX512_SET ",avx512bf16,f16c")
 #define BF16_INLINE static inline __attribute__((always_inline)) BF16
-enum {
-    TOGETHER = 16,
-    AHEAD = 2048
-}; /* blocks whose scales are read at once; bytes that memory should bring before */
+/* Blocks whose scales are read at once; bytes that memory should bring before. */
+enum { TOGETHER = 16, AHEAD = 2048 };
 
 /* The processor's own rounding to bf16 takes what is below float32's normal numbers for 0: no sum
    of an fp16 and a multiple of one is. Products of a scale and a code are exact, so it does not
@@ -143,24 +137,15 @@ static BF16 void dequantise_bf16(void *arguments, int64_t start, int64_t stop) {
     const uint8_t *p = call->blocks + start * per_row * format.bytes;
     uint16_t *out = (uint16_t *)call->out + start * call->columns;
     switch (call->kind) {
-    case Q4_0:
-        plain_blocks(Q4_0, p, count, out);
-        break;
-    case Q4_1:
-        plain_blocks(Q4_1, p, count, out);
-        break;
-    case Q8_0:
-        plain_blocks(Q8_0, p, count, out);
-        break;
-    case Q4_K:
-        super_blocks(p, count, out);
-        break;
+    case Q4_0: plain_blocks(Q4_0, p, count, out); break;
+    case Q4_1: plain_blocks(Q4_1, p, count, out); break;
+    case Q8_0: plain_blocks(Q8_0, p, count, out); break;
+    case Q4_K: super_blocks(p, count, out); break;
     }
 }
 #endif
 
 int veneer_has_bf16(void);
-int veneer_level(void);
 
 /* The best of what both the caller and the processor allow. */
 static veneer_body body_of(int kind, int type, int most) {

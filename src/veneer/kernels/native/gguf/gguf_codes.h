@@ -57,36 +57,24 @@ INLINE int64_t row_bytes_of(int64_t kind, int64_t width) {
 /* Bytes from a row's begin to the codes of a step, of Q6_K to their block. */
 INLINE int64_t codes_at(const int kind, int64_t step) {
     switch (kind) {
-    case Q4_0:
-        return step * 18 + 2;
-    case Q4_1:
-        return step * 20 + 4;
-    case Q5_0:
-        return step * 22 + 6;
-    case Q5_1:
-        return step * 24 + 8;
-    case Q8_0:
-        return step * 34 + 2;
-    case Q4_K:
-        return step / 8 * 144 + 16 + step % 8 / 2 * 32;
-    case Q5_K:
-        return step / 8 * 176 + 48 + step % 8 / 2 * 32;
-    default:
-        return step / 16 * 210;
+    case Q4_0: return step * 18 + 2;
+    case Q4_1: return step * 20 + 4;
+    case Q5_0: return step * 22 + 6;
+    case Q5_1: return step * 24 + 8;
+    case Q8_0: return step * 34 + 2;
+    case Q4_K: return step / 8 * 144 + 16 + step % 8 / 2 * 32;
+    case Q5_K: return step / 8 * 176 + 48 + step % 8 / 2 * 32;
+    default: return step / 16 * 210;
     }
 }
 
 /* Bytes to the header of a step: of the block that it is in. */
 INLINE int64_t header_at(const int kind, int64_t step) {
     switch (kind) {
-    case Q4_K:
-        return step / 8 * 144;
-    case Q5_K:
-        return step / 8 * 176;
-    case Q6_K:
-        return step / 16 * 210;
-    default:
-        return step * row_bytes_of(kind, 32);
+    case Q4_K: return step / 8 * 144;
+    case Q5_K: return step / 8 * 176;
+    case Q6_K: return step / 16 * 210;
+    default: return step * row_bytes_of(kind, 32);
     }
 }
 

@@ -24,9 +24,7 @@ INLINE int64_t blocks_of(const struct packed_rows *call) {
 #define LEVEL 3
 #define W 16
 #define NAME(x) x##_avx512
-#define TARGET                                                                                     \
-    __attribute__((                                                                                \
-        target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define TARGET FOR_SET(AVX512_SET ",f16c")
 #define FUSED(a, b, sum) (NAME(fv)) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum))
 #define TOTAL(s) total_512((__m512)(s)[0], (__m512)(s)[1], (__m512)(s)[2], (__m512)(s)[3])
 #include "gguf_unpack.h"
@@ -35,7 +33,7 @@ INLINE int64_t blocks_of(const struct packed_rows *call) {
 #define LEVEL 2
 #define W 8
 #define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET FOR_SET(AVX2_SET ",f16c")
 #define FUSED(a, b, sum) (NAME(fv)) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum))
 #define TOTAL(s) total_256((__m256)(s)[0], (__m256)(s)[1], (__m256)(s)[2], (__m256)(s)[3])
 #include "gguf_unpack.h"

@@ -63,12 +63,9 @@ static TARGET void NAME(rows)(void *arguments, int64_t start, int64_t stop) {
     const struct calls *calls = arguments;
     const int kind = (int)calls->of[0]->kind;
     switch (calls->of[0]->rows) {
-    case 1:
-        OF_ANY_KIND(kind, NAME(of_kind), 1, calls, start, stop) break;
-    case 2:
-        OF_ANY_KIND(kind, NAME(of_kind), 2, calls, start, stop) break;
-    default:
-        OF_ANY_KIND(kind, NAME(of_kind), 3, calls, start, stop)
+    case 1: OF_ANY_KIND(kind, NAME(of_kind), 1, calls, start, stop) break;
+    case 2: OF_ANY_KIND(kind, NAME(of_kind), 2, calls, start, stop) break;
+    default: OF_ANY_KIND(kind, NAME(of_kind), 3, calls, start, stop)
     }
 }
 

@@ -6,16 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
-enum {
-    Q4_0 = 2,
-    Q4_1 = 3,
-    Q5_0 = 6,
-    Q5_1 = 7,
-    Q8_0 = 8,
-    Q4_K = 12,
-    Q5_K = 13,
-    Q6_K = 14
-}; /* ggml's numbers */
+/* ggml's numbers */
+enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+
+#define FOR_EACH_KIND(X) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q4_K) X(Q5_K) X(Q6_K)
 
 struct format {
     int size, bytes; /* values and bytes of a block */
@@ -23,24 +17,15 @@ struct format {
 
 static inline struct format format_of(int kind) {
     switch (kind) {
-    case Q4_0:
-        return (struct format){32, 18};
-    case Q4_1:
-        return (struct format){32, 20};
-    case Q5_0:
-        return (struct format){32, 22};
-    case Q5_1:
-        return (struct format){32, 24};
-    case Q8_0:
-        return (struct format){32, 34};
-    case Q4_K:
-        return (struct format){256, 144};
-    case Q5_K:
-        return (struct format){256, 176};
-    case Q6_K:
-        return (struct format){256, 210};
-    default:
-        return (struct format){0, 0};
+    case Q4_0: return (struct format){32, 18};
+    case Q4_1: return (struct format){32, 20};
+    case Q5_0: return (struct format){32, 22};
+    case Q5_1: return (struct format){32, 24};
+    case Q8_0: return (struct format){32, 34};
+    case Q4_K: return (struct format){256, 144};
+    case Q5_K: return (struct format){256, 176};
+    case Q6_K: return (struct format){256, 210};
+    default: return (struct format){0, 0};
     }
 }
 

@@ -51,11 +51,9 @@ INLINE void NAME(dequantise_kind)(int kind, int type, const struct rows *call, i
 static TARGET void NAME(dequantise)(void *arguments, int64_t start, int64_t stop) {
     const struct rows *call = arguments;
     switch (call->type) {
-    case FLOAT32:
-        OF_ANY_KIND(call->kind, NAME(dequantise_kind), FLOAT32, call, start, stop) break;
+    case FLOAT32: OF_ANY_KIND(call->kind, NAME(dequantise_kind), FLOAT32, call, start, stop) break;
     case BFLOAT16:
         OF_ANY_KIND(call->kind, NAME(dequantise_kind), BFLOAT16, call, start, stop) break;
-    case FLOAT16:
-        OF_ANY_KIND(call->kind, NAME(dequantise_kind), FLOAT16, call, start, stop) break;
+    case FLOAT16: OF_ANY_KIND(call->kind, NAME(dequantise_kind), FLOAT16, call, start, stop) break;
     }
 }

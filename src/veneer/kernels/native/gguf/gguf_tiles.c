@@ -197,10 +197,8 @@ GGUF_INLINE __m512 one_row(const int kind, const struct tiled *all, const struct
     for (int64_t step = 0; step < least(2, all->steps); step++)
         decode(kind, rows, all->row_bytes, step, SLOT(codes, step, RING, parts_of(kind) * TILE));
     for (int64_t four = 0; four < all->steps + 4; four += 4) {
-        if (four >= 4 && four + 5 < all->steps)
-            one_row_four(kind, 1, all, room, rows, four, &sum);
-        else
-            one_row_four(kind, 0, all, room, rows, four, &sum);
+        if (four >= 4 && four + 5 < all->steps) one_row_four(kind, 1, all, room, rows, four, &sum);
+        else one_row_four(kind, 0, all, room, rows, four, &sum);
     }
     return sum;
 }
@@ -266,8 +264,7 @@ GGUF_INLINE void many_rows(const int kind, const int decoding, const struct tile
     for (int64_t four = start; four < stop + 4; four += 4) {
         if (four >= start + 4 && four + 5 < stop)
             many_rows_four(kind, decoding, 1, all, room, rows, tile, start, stop, four, sum);
-        else
-            many_rows_four(kind, decoding, 0, all, room, rows, tile, start, stop, four, sum);
+        else many_rows_four(kind, decoding, 0, all, room, rows, tile, start, stop, four, sum);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < 16; r++) _mm512_store_ps(sums + 16 * r, sum[r]);
@@ -288,14 +285,7 @@ GGUF_INLINE void many_rows(const int kind, const int decoding, const struct tile
                                 int64_t start, int64_t stop) {                                     \
         many_rows(kind, 0, all, room, NULL, tile, start, stop);                                    \
     }
-OF_KIND(Q4_0)
-OF_KIND(Q4_1)
-OF_KIND(Q5_0)
-OF_KIND(Q5_1)
-OF_KIND(Q8_0)
-OF_KIND(Q4_K)
-OF_KIND(Q5_K)
-OF_KIND(Q6_K)
+FOR_EACH_KIND(OF_KIND)
 
 /* What is left of 16 rows of W once all steps are added. */
 GGUF_INLINE void put_tile(const struct tiled *all, const struct gguf_weight *w, const float *sums,

@@ -59,13 +59,10 @@ INLINE void NAME(scales)(int kind, const uint8_t *p, float *scale, float *offset
     offset[0] = -0.0f;
     switch (kind) {
     case Q4_1:
-    case Q5_1:
-        offset[0] = NAME(half)(p + 2); /* fall through */
+    case Q5_1: offset[0] = NAME(half)(p + 2); /* fall through */
     case Q4_0:
     case Q5_0:
-    case Q8_0:
-        scale[0] = NAME(half)(p);
-        break;
+    case Q8_0: scale[0] = NAME(half)(p); break;
     case Q4_K:
     case Q5_K: { /* 6 bits each: four scales, four minima, and the rest of both in four bytes and
                     the upper bits of all */
@@ -108,9 +105,7 @@ INLINE b16v NAME(codes)(int kind, const uint8_t *p, int j, int k) {
                 (int8_t)(kind == Q5_1 ? 0 : 16);
         break;
     }
-    case Q8_0:
-        memcpy(&found, p + 2 + 16 * k, 16);
-        break;
+    case Q8_0: memcpy(&found, p + 2 + 16 * k, 16); break;
     case Q4_K:
     case Q5_K:
         found = NAME(nibbles)(p + (kind == Q4_K ? 16 : 48) + 32 * (j / 2) + 16 * k, j % 2);
@@ -154,8 +149,7 @@ INLINE NAME(fv) NAME(floats)(b16v codes, int part) {
     {                                                                                              \
         float scale[16], offset[8];                                                                \
         NAME(scales)(kind, p, scale, offset);                                                      \
-        if ((kind) < Q4_K)                                                                         \
-            function(kind, p, 0, scale, offset, __VA_ARGS__);                                      \
+        if ((kind) < Q4_K) function(kind, p, 0, scale, offset, __VA_ARGS__);                       \
         else {                                                                                     \
             _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++)                                    \
                 function(kind, p, j, scale, offset, __VA_ARGS__);                                  \
@@ -164,14 +158,13 @@ INLINE NAME(fv) NAME(floats)(b16v codes, int part) {
 
 /* With `kind` known when compiled, the switches vanish. */
 #define OF_KIND(kind, function, ...)                                                               \
-    case kind:                                                                                     \
-        function(kind, __VA_ARGS__);                                                               \
-        break;
+    case kind: function(kind, __VA_ARGS__); break;
 #define OF_ANY_KIND(kind, function, ...)                                                           \
     switch (kind) {                                                                                \
         OF_KIND(Q4_0, function, __VA_ARGS__)                                                       \
-        OF_KIND(Q4_1, function, __VA_ARGS__) OF_KIND(Q5_0, function, __VA_ARGS__)                  \
-            OF_KIND(Q5_1, function, __VA_ARGS__) OF_KIND(Q8_0, function, __VA_ARGS__)              \
-                OF_KIND(Q4_K, function, __VA_ARGS__) OF_KIND(Q5_K, function, __VA_ARGS__)          \
-                    OF_KIND(Q6_K, function, __VA_ARGS__)                                           \
+        OF_KIND(Q4_1, function, __VA_ARGS__)                                                       \
+        OF_KIND(Q5_0, function, __VA_ARGS__)                                                       \
+        OF_KIND(Q5_1, function, __VA_ARGS__) OF_KIND(Q8_0, function, __VA_ARGS__)                  \
+            OF_KIND(Q4_K, function, __VA_ARGS__) OF_KIND(Q5_K, function, __VA_ARGS__)              \
+                OF_KIND(Q6_K, function, __VA_ARGS__)                                               \
     }

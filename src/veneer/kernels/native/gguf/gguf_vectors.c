@@ -299,30 +299,18 @@ static GGUF void multiply(const int kind, const struct vectors *all, const struc
         decode_unit(kind, all->blocks - at, all, p, at, &unit);                                    \
         multiply(kind, all, &unit, all->blocks - at, at, out);                                     \
     }
-OF_KIND(Q4_0)
-OF_KIND(Q4_1)
-OF_KIND(Q5_0)
-OF_KIND(Q5_1)
-OF_KIND(Q8_0)
-OF_KIND(Q4_K)
-OF_KIND(Q5_K)
-OF_KIND(Q6_K)
+FOR_EACH_KIND(OF_KIND)
 
 typedef void rows_body(const struct vectors *, const uint8_t *const *, __m512 (*)[SIDES]);
 
 static rows_body *body_of(int64_t kind, int64_t rows) {
-#define EACH(kind)                                                                                 \
-    case kind:                                                                                     \
-        return rows == 1 ? one_row_##kind : rows == 2 ? two_rows_##kind : more_rows_##kind;
-    switch (kind) {
-        EACH(Q4_0)
-                EACH(Q4_1) EACH(Q5_0) EACH(Q5_1) EACH(Q8_0) EACH(Q4_K) EACH(Q5_K) default
-            : return rows == 1
-            ? one_row_Q6_K
-        : rows == 2 ? two_rows_Q6_K
-                    : more_rows_Q6_K;
-    }
-#undef EACH
+#define BODY(kind) CASE_OF(kind, one_row_##kind, two_rows_##kind, more_rows_##kind)
+#define CASE_OF(kind, one, two, more)                                                              \
+    case kind: return rows == 1 ? one : rows == 2 ? two : more;
+    switch (kind) { FOR_EACH_KIND(BODY) }
+    return NULL;
+#undef BODY
+#undef CASE_OF
 }
 
 INLINE int64_t groups_of(const struct gguf_weight *w) {

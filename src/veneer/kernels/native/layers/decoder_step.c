@@ -6,7 +6,7 @@
    float32 in an order that no set of instructions changes: all of them give the same bits. Rows are
    independent. */
 #include "bits.h"
-#include "parallel.h"
+#include "levels.h"
 #include <math.h>
 
 enum { LANES = 16 };
@@ -60,10 +60,8 @@ INLINE float rounded(const int bf16, float x) {
 }
 
 INLINE void put(const int bf16, void *to, int64_t i, float x) {
-    if (bf16)
-        ((uint16_t *)to)[i] = bf16_of_float(x);
-    else
-        ((float *)to)[i] = x;
+    if (bf16) ((uint16_t *)to)[i] = bf16_of_float(x);
+    else ((float *)to)[i] = x;
 }
 
 INLINE const void *row_of(const int bf16, const void *all, int64_t row, int64_t width) {
@@ -145,43 +143,16 @@ INLINE void gate_rows(const int bf16, const struct step_gate *a, int64_t from, i
     }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_512                                                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
-#define FOR_256 __attribute__((target("avx2,fma")))
-#define OTHERS(body, kind)                                                                         \
-    FOR_512 static void body##_##kind##_avx512(void *a, int64_t from, int64_t to) {                \
-        body(kind, a, from, to);                                                                   \
-    }                                                                                              \
-    FOR_256 static void body##_##kind##_avx2(void *a, int64_t from, int64_t to) {                  \
-        body(kind, a, from, to);                                                                   \
-    }
-#define PICK(body, kind, level)                                                                    \
-    (level >= 3   ? body##_##kind##_avx512                                                         \
-     : level >= 2 ? body##_##kind##_avx2                                                           \
-                  : body##_##kind##_plain)
-#else
-#define OTHERS(body, kind)
-#define PICK(body, kind, level) ((void)level, body##_##kind##_plain)
-#endif
-#define ALL(body, kind)                                                                            \
-    static void body##_##kind##_plain(void *a, int64_t from, int64_t to) {                         \
-        body(kind, a, from, to);                                                                   \
-    }                                                                                              \
-    OTHERS(body, kind)
-
-ALL(norm_rows, 0)
-ALL(norm_rows, 1)
-ALL(rotate_rows, 0)
-ALL(rotate_rows, 1)
-ALL(gate_rows, 0)
-ALL(gate_rows, 1)
-
-int veneer_level(void);
+#define OF_BOTH_TYPES(body)                                                                        \
+    LOOPS(body##_float, body(0, a, from, to))                                                      \
+    LOOPS(body##_bf16, body(1, a, from, to))
+OF_BOTH_TYPES(norm_rows)
+OF_BOTH_TYPES(rotate_rows)
+OF_BOTH_TYPES(gate_rows)
 
 #define RUN(body, values)                                                                          \
     const int own = veneer_level(), level = most < own ? most : own;                               \
-    veneer_parallel(bf16 ? PICK(body, 1, level) : PICK(body, 0, level), a, a->rows,                \
+    veneer_parallel(bf16 ? LOOP_OF(body##_bf16, level) : LOOP_OF(body##_float, level), a, a->rows, \
                     1 + 32768 / (1 + (values)))
 
 /* most: caps the instructions (3, 2, 0), for tests. */

@@ -4,7 +4,7 @@
    instructions. Sums go in an order that no set of instructions changes, and what a row draws does
    not depend on the others. */
 #include "bits.h"
-#include "parallel.h"
+#include "levels.h"
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
@@ -49,8 +49,7 @@ INLINE floats values_at(const int bf16, const void *from, int64_t i, int64_t to)
         halves own;
         memcpy(&own, (const uint16_t *)from + i, sizeof own);
         found = (floats)(__builtin_convertvector(own, words) << 16);
-    } else
-        memcpy(&found, (const float *)from + i, sizeof found);
+    } else memcpy(&found, (const float *)from + i, sizeof found);
     return found;
 }
 
@@ -191,10 +190,8 @@ static void sort(uint64_t *some, int64_t count) {
         int64_t low = 0, high = i;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
-            if (some[middle] <= own)
-                low = middle + 1;
-            else
-                high = middle;
+            if (some[middle] <= own) low = middle + 1;
+            else high = middle;
         }
         memmove(some + low + 1, some + low, (size_t)(i - low) * sizeof own);
         some[low] = own;
@@ -223,10 +220,8 @@ INLINE float least_of(const int bf16, const void *x, int64_t ids, int64_t group,
         const float middle = low + (high - low) / 2;
         int64_t count = 0;
         for (int64_t i = 0; i < groups; i++) count += largest[i] >= middle;
-        if ((double)count >= many)
-            low = middle;
-        else
-            high = middle;
+        if ((double)count >= many) low = middle;
+        else high = middle;
     }
     return low;
 }
@@ -328,49 +323,19 @@ INLINE void draw_rows(const int bf16, const struct draw *a, int64_t from, int64_
         const struct how *how = a->how + row;
         const float peak = peak_of(bf16, x, a->ids), temperature = (float)how->temperature;
         const int cut = how->top_k < (double)a->ids || how->top_p < 1 || how->min_p > 0;
-        if (peak == -INFINITY)
-            a->tokens[row] = NOTHING;
-        else if (!(peak < INFINITY))
-            a->tokens[row] = BROKEN;
-        else if (!(temperature > 0))
-            a->tokens[row] = first_of(bf16, x, a->ids, peak);
-        else if (cut)
-            a->tokens[row] = drawn_of_some(bf16, x, a->ids, run, peak, temperature, how);
-        else
-            a->tokens[row] = drawn_of_all(bf16, x, a->ids, run, peak, 1.0f / temperature, how->u);
+        if (peak == -INFINITY) a->tokens[row] = NOTHING;
+        else if (!(peak < INFINITY)) a->tokens[row] = BROKEN;
+        else if (!(temperature > 0)) a->tokens[row] = first_of(bf16, x, a->ids, peak);
+        else if (cut) a->tokens[row] = drawn_of_some(bf16, x, a->ids, run, peak, temperature, how);
+        else a->tokens[row] = drawn_of_all(bf16, x, a->ids, run, peak, 1.0f / temperature, how->u);
     }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_512                                                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
-#define FOR_256 __attribute__((target("avx2,fma")))
-#define OTHERS(kind)                                                                               \
-    FOR_512 static void draw_##kind##_avx512(void *a, int64_t from, int64_t to) {                  \
-        draw_rows(kind, a, from, to);                                                              \
-    }                                                                                              \
-    FOR_256 static void draw_##kind##_avx2(void *a, int64_t from, int64_t to) {                    \
-        draw_rows(kind, a, from, to);                                                              \
-    }
-#define PICK(kind, level)                                                                          \
-    (level >= 3 ? draw_##kind##_avx512 : level >= 2 ? draw_##kind##_avx2 : draw_##kind##_plain)
-#else
-#define OTHERS(kind)
-#define PICK(kind, level) ((void)level, draw_##kind##_plain)
-#endif
-#define ALL(kind)                                                                                  \
-    static void draw_##kind##_plain(void *a, int64_t from, int64_t to) {                           \
-        draw_rows(kind, a, from, to);                                                              \
-    }                                                                                              \
-    OTHERS(kind)
-
-ALL(0)
-ALL(1)
-
-int veneer_level(void);
+LOOPS(draw_floats, draw_rows(0, a, from, to))
+LOOPS(draw_bf16, draw_rows(1, a, from, to))
 
 /* most: caps the instructions (3, 2, 0), for tests. */
 void veneer_draw(struct draw *a, int64_t rows, int bf16, int most) {
     const int own = veneer_level(), level = most < own ? most : own;
-    veneer_parallel(bf16 ? PICK(1, level) : PICK(0, level), a, rows, 1);
+    veneer_parallel(bf16 ? LOOP_OF(draw_bf16, level) : LOOP_OF(draw_floats, level), a, rows, 1);
 }

@@ -2,7 +2,7 @@
    to the bit. One pass, the mask never stored. Written in plain C that compilers turn into vectors,
    for each set of instructions. */
 #include "bits.h"
-#include "parallel.h"
+#include "levels.h"
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { ROWS = 64, COLUMNS = 64 }; /* of a block: the columns' keys are computed once for its rows */
@@ -56,26 +56,9 @@ INLINE void drop(const struct dropout *a, int64_t from, int64_t to) {
     }
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((
-    target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) static void
-drop_avx512(void *a, int64_t from, int64_t to) {
-    drop(a, from, to);
-}
-__attribute__((target("avx2,fma"))) static void drop_avx2(void *a, int64_t from, int64_t to) {
-    drop(a, from, to);
-}
-#endif
-static void drop_plain(void *a, int64_t from, int64_t to) { drop(a, from, to); }
-
-int veneer_level(void);
+LOOPS(drop_rows, drop(a, from, to))
 
 /* out (count, width) of x, both contiguous; they may be the same. */
 void veneer_dropout(struct dropout *a, int64_t count) {
-    veneer_body body = drop_plain;
-#if defined(__x86_64__) && defined(__GNUC__)
-    int level = veneer_level();
-    body = level >= 3 ? drop_avx512 : level >= 2 ? drop_avx2 : drop_plain;
-#endif
-    veneer_parallel(body, a, count, 1 + (1 << 14) / (a->width + 1));
+    veneer_parallel(LOOP_OF(drop_rows, veneer_level()), a, count, 1 + (1 << 14) / (a->width + 1));
 }

@@ -3,18 +3,14 @@
 /* The first `count` of a register's values, zeros behind. */
 INLINE NAME(fv) NAME(first)(const float *from, int64_t count) {
     NAME(fv) x = {};
-    if (count >= W)
-        memcpy(&x, from, sizeof x);
-    else
-        memcpy(&x, from, (size_t)count * sizeof(float));
+    if (count >= W) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, (size_t)count * sizeof(float));
     return x;
 }
 
 INLINE void NAME(put)(float *to, NAME(fv) x, int64_t count) {
-    if (count >= W)
-        memcpy(to, &x, sizeof x);
-    else
-        memcpy(to, &x, (size_t)count * sizeof(float));
+    if (count >= W) memcpy(to, &x, sizeof x);
+    else memcpy(to, &x, (size_t)count * sizeof(float));
 }
 
 static TARGET void NAME(norm_forward)(void *arguments, int64_t from, int64_t to) {

@@ -120,9 +120,7 @@ static __attribute__((unused)) VENEER_BF16 void up_tiles(const uint32_t *narrow,
     for (int64_t m = 0; m < n; m += 6, narrow += 6 * apart, x += 6 * width) {
         const int64_t rows = n - m < 6 ? n - m : 6;
 #define OF(R, V)                                                                                   \
-    case 4 * R + V - 1:                                                                            \
-        up_tile(R, V, narrow, apart, pairs, width, x, K2, scale);                                  \
-        break;
+    case 4 * R + V - 1: up_tile(R, V, narrow, apart, pairs, width, x, K2, scale); break;
 #define EACH(R) OF(R, 1) OF(R, 2) OF(R, 3) OF(R, 4)
         switch (4 * rows + wide / 16 - 1) { EACH(1) EACH(2) EACH(3) EACH(4) EACH(5) EACH(6) }
 #undef EACH

@@ -79,10 +79,8 @@ INLINE uint16_t fp16_of_float(float value) {
 }
 
 INLINE void store_as(void *out, int64_t place, float value, int type) {
-    if (type == FP32)
-        ((float *)out)[place] = value;
-    else
-        ((uint16_t *)out)[place] = type == BF16 ? bf16_of_float(value) : fp16_of_float(value);
+    if (type == FP32) ((float *)out)[place] = value;
+    else ((uint16_t *)out)[place] = type == BF16 ? bf16_of_float(value) : fp16_of_float(value);
 }
 
 INLINE float load_as(const void *from, int64_t place, int type) {

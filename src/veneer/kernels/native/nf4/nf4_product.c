@@ -141,30 +141,14 @@ AVX2 INLINE void rows_256(const struct product *c, int64_t first, int64_t last, 
 #define COPIES(TARGET, NAME)                                                                       \
     TARGET static void NAME##_any(const struct product *c, int64_t first, int64_t last) {          \
         switch (c->rows) {                                                                         \
-        case 1:                                                                                    \
-            NAME(c, first, last, 1);                                                               \
-            break;                                                                                 \
-        case 2:                                                                                    \
-            NAME(c, first, last, 2);                                                               \
-            break;                                                                                 \
-        case 3:                                                                                    \
-            NAME(c, first, last, 3);                                                               \
-            break;                                                                                 \
-        case 4:                                                                                    \
-            NAME(c, first, last, 4);                                                               \
-            break;                                                                                 \
-        case 5:                                                                                    \
-            NAME(c, first, last, 5);                                                               \
-            break;                                                                                 \
-        case 6:                                                                                    \
-            NAME(c, first, last, 6);                                                               \
-            break;                                                                                 \
-        case 7:                                                                                    \
-            NAME(c, first, last, 7);                                                               \
-            break;                                                                                 \
-        default:                                                                                   \
-            NAME(c, first, last, 8);                                                               \
-            break;                                                                                 \
+        case 1: NAME(c, first, last, 1); break;                                                    \
+        case 2: NAME(c, first, last, 2); break;                                                    \
+        case 3: NAME(c, first, last, 3); break;                                                    \
+        case 4: NAME(c, first, last, 4); break;                                                    \
+        case 5: NAME(c, first, last, 5); break;                                                    \
+        case 6: NAME(c, first, last, 6); break;                                                    \
+        case 7: NAME(c, first, last, 7); break;                                                    \
+        default: NAME(c, first, last, 8); break;                                                   \
         }                                                                                          \
     }
 COPIES(AVX512, rows_512)
@@ -175,12 +159,9 @@ COPIES(AVX2, rows_256)
 static void some_rows(void *data, int64_t first, int64_t last) {
     struct product *c = data;
 #if X86
-    if (c->level == 4)
-        nf4_product_bf16(c, first, last);
-    else if (c->level == 3)
-        rows_512_any(c, first, last);
-    else
-        rows_256_any(c, first, last);
+    if (c->level == 4) nf4_product_bf16(c, first, last);
+    else if (c->level == 3) rows_512_any(c, first, last);
+    else rows_256_any(c, first, last);
 #else
     rows_plain(c, first, last);
 #endif
