@@ -203,8 +203,8 @@ def _without_body() -> None:
 
 def _value(entry: Entry) -> ast.expr:
     """Returns what C gets of an entry."""
-    if entry.kind == "unused":
-        return ast.Constant(None)
+    if entry.kind.startswith("unused"):
+        return _tuple([]) if "*" in entry.kind else ast.Constant(None)
     if entry.name in VARIABLES:
         return _name(f"{entry.name}_number")
     return _name(f"{entry.name}_address" if entry.match(TENSOR) else entry.name)

@@ -23,7 +23,7 @@ first, may check more, and may replace parameters. checks.py generates the funct
     float  flag         a number, a bool
     pointer             an address, or what ctypes takes for one
     Mask  int*3         a struct class passed to `declare`, an array; their values are tuples
-    unused              a pointer that this function does not read
+    unused  unused*3    a pointer that this function does not read, or an array
     check name: kind    is checked, but is no field
     body name, name     names whose values the body returns
     kept name           an object that the struct refers to as `kept`
@@ -90,10 +90,10 @@ def _c_type(entry: Entry, structs: Values) -> Any:
 
 def declare_structure(
     struct: Any, fields: str
-) -> Callable[[Callable[P, Values]], Callable[P, Any]]:
+) -> Callable[[Callable[P, Values | None]], Callable[P, Any]]:
     """Makes a function check its arguments and return a struct with these fields."""
 
-    def decorate(function: Callable[P, Values]) -> Callable[P, Any]:
+    def decorate(function: Callable[P, Values | None]) -> Callable[P, Any]:
         helpers = {"_struct": struct, "_refused": partial(refused, function.__name__)}
         return generate_call(function, _entries(fields), [], [], helpers)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.kernels.bindings import pages
 from veneer.kernels.bindings.arguments import BF16, BYTES, FP32, CallError, at, number
 from veneer.kernels.bindings.checks import Values
-from veneer.kernels.bindings.declarations import declare, structure
+from veneer.kernels.bindings.declarations import declare, declare_structure, structure
 
 MOST_PARTS = 16
 """Weights that share one x: native/dense/few_rows.c and updates.c name it too."""
@@ -35,7 +35,13 @@ TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 _SIZES = "width: 1..; apart; type = T: int32"
-_Part = structure("Part", "w, bias, y: pointer; outs")
+_PART = "w: T[outs, width]; bias: T[outs]?; y: T[rows, outs]; outs: 1.."
+_Part = structure("Part", _PART)
+
+
+@declare_structure(_Part, f"{_PART}; check x: T[rows@apart, width]")
+def _part(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """A product with x."""
 
 
 @declare(
@@ -60,18 +66,8 @@ def few_rows(
     x's rows may lie apart from one another; M from 1 to 2^20. level: the most instructions used (5
     tiles, 4 bf16 pairs, 3, 2, 0). MemoryError without room for x on tiles.
     """
-    (rows, width), dtype = x.shape, x.dtype
-    fields = [
-        (
-            at(weight, dtype, number(len(weight), 1), width),
-            None if bias is None else at(bias, dtype, len(weight)),
-            at(y, dtype, rows, len(weight)),
-            len(weight),
-        )
-        for weight, bias, y in parts
-    ]
-    array = (_Part * number(len(fields), 1, MOST_PARTS))(*fields)
-    return {"parts": ctypes.addressof(array), "array": array, "count": len(fields)}
+    array = (_Part * number(len(parts), 1, MOST_PARTS))(*[_part(x, *part) for part in parts])
+    return {"parts": ctypes.addressof(array), "array": array, "count": len(array)}
 
 
 def put_at(struct: Any, y: Tensor) -> None:
@@ -111,7 +107,15 @@ def product(
 
 
 _Update = structure("Update", "A, B: pointer; first, rows, rank, turn; scale: float")
-_UpdatedPart = structure("UpdatedPart", "w, bias, y, updates: pointer; outs, count")
+_UPDATED_PART = """
+    w: T[outs, width]?
+    bias: T[outs]?
+    y: T[rows, outs]
+    updates: pointer
+    outs: 1..
+    count
+"""
+_UpdatedPart = structure("UpdatedPart", _UPDATED_PART)
 _Factors = structure(
     "Factors", "A, B, to_A, to_B: pointer; rank, width, outs; from_type, to: int32"
 )
@@ -260,6 +264,26 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 """W (O, I) or None, bias (O) or None, updates of its rows, y (M, O)."""
 
 
+@declare_structure(
+    _UpdatedPart, f"{_UPDATED_PART} check x: T[rows@apart, width]; body updates, bias, count"
+)
+def _updated_part(
+    x: Tensor, w: Tensor | None, bias: Tensor | None, updates: Updates | None, y: Tensor
+) -> Values:
+    """A product with x, if there is w, and updates of rows of y."""
+    if updates and (
+        (x.dtype, x.shape[1], y.shape[1]) != (updates.dtype, updates.width, updates.outs)
+        or len(x) < updates.rows
+    ):
+        wanted = f"updates of ({updates.rows}, {updates.width}) to {updates.outs}"
+        raise CallError(f"{wanted} where x is {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)}")
+    return {
+        "updates": updates.address if updates else None,
+        "bias": None if w is None else bias,
+        "count": len(updates or ()),
+    }
+
+
 @declare(
     "veneer_few_rows_updated(*, level: int32 0..5)",
     f"""
@@ -277,32 +301,18 @@ Part = tuple[Tensor | None, Tensor | None, Updates | None, Tensor]
 def few_rows_updated(x: Tensor, parts: Sequence[Part], level: int) -> Values:
     """y (M, O) of each part = x (M, I) W^T + bias, or, without W, as it stands, of any M; plus the
     updates of its rows, of all parts together MOST_UPDATES at most."""
-    (rows, width), dtype = x.shape, x.dtype
-    room, fields = 0, []
-    all_updates = [updates for _, _, updates, _ in parts]
-    number(sum(len(updates or ()) for updates in all_updates), 0, MOST_UPDATES)
-    for weight, bias, updates, y in parts:
-        outs, address = number(y.shape[1], 1), None
-        if updates:
-            if (dtype, width, outs) != (updates.dtype, updates.width, updates.outs) or (
-                rows < updates.rows
-            ):
-                wanted = f"updates of ({updates.rows}, {updates.width}) to {updates.outs}"
-                raise CallError(
-                    f"{wanted} where x is {tuple(x.shape)} {dtype} and y {tuple(y.shape)}"
-                )
-            address, room = updates.address, room + updates.room
-        w = None if weight is None else at(weight, dtype, outs, width)
-        added = None if weight is None or bias is None else at(bias, dtype, outs)
-        fields.append((w, added, at(y, dtype, rows, outs), address, outs, len(updates or ())))
+    updates = [part[2] for part in parts]
+    number(sum(len(some or ()) for some in updates), 0, MOST_UPDATES)
+    fields = [_updated_part(x, *part) for part in parts]
     array = (_UpdatedPart * number(len(fields), 1, MOST_PARTS))(*fields)
+    room = sum(some.room for some in updates if some)
     has_weight = any(weight is not None for weight, *_ in parts)
     return {
         # Read as words: torch's memory begins at a multiple of 64.
-        "down": torch.empty(rows, -(-room // rows), dtype=dtype) if room else None,
+        "down": torch.empty(len(x), -(-room // len(x)), dtype=x.dtype) if room else None,
         "parts": ctypes.addressof(array),
-        "arrays": (array, all_updates),
-        "count": len(fields),
+        "arrays": (array, updates),
+        "count": len(array),
         "most_rows": MOST_ROWS if has_weight else 2**31,
     }
 

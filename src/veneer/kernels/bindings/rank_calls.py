@@ -39,27 +39,29 @@ def mask_fields(mask: Mask, rows: int) -> tuple[int, int, int, int]:
     )
 
 
-def _fields(x: str, factor: str, rows: str, flags: str, body: str) -> str:
-    return f"""
-    x: bf16[rows, width]{x}
-    factor: {factor}
-    narrow: bf16[rows@apart, rank] words 4
-    grads: pointer*3
-    ranks: int*3
-    {flags}
-    rows: {rows}
+_NARROW = "narrow: bf16[rows@apart, rank] words 4"
+_SIZES = """
     width: 16..2**27 % 16
     rank: 16..256 % 16
     apart: rank..2**27
-    {"across = 0; half = 0" if factor == "unused" else "across: flag; half = F"}
-    scale: float
-    mask: Mask
-    pairs: unused
-    body {body}, narrow, grads, ranks, mask, scale
+"""
+_MASKED = "scale: float; mask: Mask; pairs: unused; body narrow, mask, scale"
+
+
+def _fields_with_factor(x: str) -> str:
+    return f"""
+    x: {x}
+    factor: F{{rank * width}}
+    {_NARROW}
+    grads, ranks: unused*3
+    count, turned, add = 0
+    rows
+    {_SIZES}
+    across: flag
+    half = F
+    {_MASKED}
+    body factor, across
     """
-
-
-_NO_GRADS = {"grads": (), "ranks": ()}
 
 
 def _masked(mask: Mask | None, x: Tensor, scale: float) -> Values:
@@ -77,33 +79,38 @@ def _factor(factor: Tensor, outs: int, ins: int) -> Values:
     return {"factor": factor if across else factor.mT, "across": across}
 
 
-@declare(
-    "veneer_rank_down(*)",
-    _fields(" words 4", "F{rank * width}", "0..", "count, turned, add = 0", "factor, across"),
-    Mask=DropoutMask,
-)
+@declare("veneer_rank_down(*)", _fields_with_factor("bf16[rows, width] words 4"), Mask=DropoutMask)
 def rank_down(
     x: Tensor, factor: Tensor, out: Tensor, scale: float, mask: Mask | None = None
 ) -> Values:
     """out (M, R) = scale * x (M, I) factor^T, x through the mask; factor (R, I)."""
     sizes = out.shape[1], x.shape[1]
-    return {"narrow": out, **_NO_GRADS, **_factor(factor, *sizes), **_masked(mask, x, scale)}
+    return {"narrow": out, **_factor(factor, *sizes), **_masked(mask, x, scale)}
 
 
-@declare(
-    "veneer_rank_up(*)",
-    _fields("", "F{rank * width}", "0..", "count, turned, add = 0", "x, factor, across"),
-    Mask=DropoutMask,
-)
+@declare("veneer_rank_up(*)", _fields_with_factor("bf16[rows, width]; body x"), Mask=DropoutMask)
 def rank_up(d: Tensor, factor: Tensor, y: Tensor, scale: float, mask: Mask | None = None) -> Values:
     """y (M, O) += scale * d (M, R) factor^T, what is added through the mask; factor (O, R)."""
     sizes = y.shape[1], d.shape[1]
-    return {"x": y, "narrow": d, **_NO_GRADS, **_factor(factor, *sizes), **_masked(mask, y, scale)}
+    return {"x": y, "narrow": d, **_factor(factor, *sizes), **_masked(mask, y, scale)}
 
 
 @declare(
     "veneer_rank_gradient(*)",
-    _fields("", "unused", "1..2**27", "count: 1..3; turned, add: flag", "count"),
+    f"""
+    x: bf16[rows, width]
+    factor: unused
+    {_NARROW}
+    grads: pointer*3
+    ranks: int*3
+    count
+    turned, add: flag
+    rows: 1..2**27
+    {_SIZES}
+    across, half = 0
+    {_MASKED}
+    body grads, ranks, count
+    """,
     Mask=DropoutMask,
 )
 def rank_gradient(
