@@ -38,8 +38,7 @@ static VENEER_BF16 void pack_across(const uint16_t *x, int64_t row, int64_t J, i
             const int64_t wide = D / 2 - p < 16 ? D / 2 - p : 16;
             const __mmask16 words = (__mmask16)((1u << wide) - 1);
             __m512i rows[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
+            UNROLLED(16, i, 16)
                 rows[i] = i < n ? _mm512_maskz_loadu_epi32(words, x + (j + i) * row + 2 * p)
                                 : _mm512_setzero_si512();
             words_turned(rows, turned);

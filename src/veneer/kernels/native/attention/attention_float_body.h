@@ -18,26 +18,19 @@ INLINE void NAME(tile)(const int rows, const int wide, const struct NAME(product
     float *C = p->C + m * p->ldc + n;
     const int64_t am = p->am, ak = p->ak, ldb = p->ldb, ldc = p->ldc;
     NAME(fv) sums[TALL][WIDE];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++)
+    UNROLLED(6, r, rows)
+        UNROLLED(4, v, wide)
             sums[r][v] = p->add ? NAME(load)(C + r * ldc + v * W) : NAME(all)(0.0f);
     for (int64_t k = 0; k < p->K; k++, B += ldb, A += ak) {
         NAME(fv) b[WIDE];
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) b[v] = NAME(load)(B + v * W);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
+        UNROLLED(4, v, wide) b[v] = NAME(load)(B + v * W);
+        UNROLLED(6, r, rows) {
             const NAME(fv) a = NAME(all)(A[r * am]);
-#pragma GCC unroll 4
-            for (int v = 0; v < wide; v++) sums[r][v] = FUSED(a, b[v], sums[r][v]);
+            UNROLLED(4, v, wide) sums[r][v] = FUSED(a, b[v], sums[r][v]);
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) NAME(store)(C + r * ldc + v * W, sums[r][v]);
+    UNROLLED(6, r, rows)
+        UNROLLED(4, v, wide) NAME(store)(C + r * ldc + v * W, sums[r][v]);
 }
 
 INLINE void NAME(rows)(const int wide, const struct NAME(product) * p, int64_t n) {

@@ -122,8 +122,7 @@ static VENEER_AMX void write_turned(const float *sums, int64_t D, int64_t n, con
     for (int64_t d = 0; d < D; d += 16)
         for (int64_t c0 = 0; c0 < SIDE; c0 += 16) {
             const float *from = sums + d / SIDE * STEP + d % SIDE * SIDE + c0;
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(from + i * SIDE);
+            UNROLLED(16, i, 16) x[i] = _mm512_loadu_si512(from + i * SIDE);
             words_turned(x, (uint32_t *)turned);
             for (int64_t c = 0; c < 16; c++) {
                 const int64_t q = query_of(c0 + c);
@@ -200,13 +199,11 @@ VENEER_AMX_INLINE void shares_of(const struct attention *a, const struct panel *
 #pragma GCC unroll 2
     for (int64_t i = 0; i < SIDE; i += 2) {
         __m512i rows[2];
-#pragma GCC unroll 2
-        for (int two = 0; two < 2; two++) {
+        UNROLLED(2, two, 2) {
             const float *s = scores + (i + two) * SIDE;
             const uint32_t seen = edge ? who_sees(a, w, key + i + two) : 0;
             __m512 p[2];
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
+            UNROLLED(2, half, 2) {
                 p[half] = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + 16 * half), by, top[half]));
                 if (edge) p[half] = _mm512_maskz_mov_ps((__mmask16)(seen >> 16 * half), p[half]);
                 sum[half] = _mm512_add_ps(sum[half], p[half]);
@@ -231,13 +228,11 @@ VENEER_AMX_INLINE void gradients_of(const struct attention *a, const struct pane
 #pragma GCC unroll 2
     for (int64_t i = 0; i < SIDE; i += 2) {
         __m512i rows[2];
-#pragma GCC unroll 2
-        for (int two = 0; two < 2; two++) {
+        UNROLLED(2, two, 2) {
             const float *s = scores + (i + two) * SIDE, *g = grads + (i + two) * SIDE;
             const uint32_t seen = edge ? who_sees(a, w, key + i + two) : 0;
             __m512 p[2], x[2];
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
+            UNROLLED(2, half, 2) {
                 p[half] = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + 16 * half), by, minus[half]));
                 if (edge) p[half] = _mm512_maskz_mov_ps((__mmask16)(seen >> 16 * half), p[half]);
                 x[half] = _mm512_mul_ps(p[half],

@@ -5,6 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <stdint.h>
+#include "unroll.h"
 
 #define ACROSS_INLINE static inline __attribute__((always_inline, target("avx512f")))
 
@@ -23,15 +24,13 @@ ACROSS_INLINE void words_turned(__m512i x[16], uint32_t *to) {
         x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
         x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    UNROLLED(4, i, 4) {
         y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
         y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xDD);
         y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
         y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xDD);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    UNROLLED(4, i, 4) {
         _mm512_storeu_si512(to + 16 * i, _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88));
         _mm512_storeu_si512(to + 16 * (i + 4), _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88));
         _mm512_storeu_si512(to + 16 * (i + 8), _mm512_shuffle_i32x4(y[i], y[i + 8], 0xDD));
@@ -42,9 +41,7 @@ ACROSS_INLINE void words_turned(__m512i x[16], uint32_t *to) {
 /* to (16, 16) = words (K2, 16) across, K2 <= 16; their rows are ld apart. */
 ACROSS_INLINE void words_across(const uint32_t *from, int64_t ld, int64_t K2, uint32_t *to) {
     __m512i x[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++)
-        x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
+    UNROLLED(16, i, 16) x[i] = i < K2 ? _mm512_loadu_si512(from + i * ld) : _mm512_setzero_si512();
     words_turned(x, to);
 }
 

@@ -21,13 +21,10 @@ VENEER_INLINE void bf16_sums(const int R, const int V, const uint32_t *A, int64_
                              const uint32_t *B, int64_t ldb, int64_t K2, __m512 (*sum)[4]) {
     for (int64_t k = 0; k < K2; k++) {
         __m512bh b[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) b[v] = (__m512bh)_mm512_loadu_si512(B + k * ldb + 16 * v);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
+        UNROLLED(4, v, V) b[v] = (__m512bh)_mm512_loadu_si512(B + k * ldb + 16 * v);
+        UNROLLED(6, r, R) {
             __m512bh a = (__m512bh)_mm512_set1_epi32((int)A[r * am + k * ak]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, b[v]);
+            UNROLLED(4, v, V) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], a, b[v]);
         }
     }
 }
@@ -37,16 +34,12 @@ VENEER_INLINE void bf16_tile(const int R, const int V, const uint32_t *A, int64_
                              const uint32_t *B, int64_t ldb, float *C, int64_t ldc, int64_t K2,
                              int add) {
     __m512 sum[6][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
+    UNROLLED(6, r, R)
+        UNROLLED(4, v, V)
             sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
     bf16_sums(R, V, A, am, ak, B, ldb, K2, sum);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) _mm512_storeu_ps(C + r * ldc + 16 * v, sum[r][v]);
+    UNROLLED(6, r, R)
+        UNROLLED(4, v, V) _mm512_storeu_ps(C + r * ldc + 16 * v, sum[r][v]);
 }
 
 #define BF16_ROWS(R, V)                                                                            \

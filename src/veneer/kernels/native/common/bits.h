@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "unroll.h"
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE float float_of_bits(uint32_t bits) {

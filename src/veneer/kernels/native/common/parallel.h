@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "unroll.h"
+
 /* Works on items [start, stop) of a call. */
 typedef void (*veneer_body)(void *arguments, int64_t start, int64_t stop);
 

@@ -138,11 +138,8 @@ INLINE void store_totals(const struct piece *part, const int type, int64_t row, 
 INLINE FOR_AVX512 void store_rows_512(const struct piece *part, const int type, int64_t row,
                                       int64_t out, __m512 (*sums)[4]) {
     __m512 of[4], halves[2];
-#pragma GCC unroll 4
-    for (int m = 0; m < 4; m++)
-        of[m] = quarters_512(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
+    UNROLLED(4, m, 4) of[m] = quarters_512(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+    UNROLLED(2, i, 2)
         halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(of[2 * i], of[2 * i + 1], 0x44),
                                   _mm512_shuffle_f32x4(of[2 * i], of[2 * i + 1], 0xee));
     __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
@@ -211,30 +208,18 @@ typedef __m512 sum_pairs;
 #define TOTAL total_512
 #define STORE_ROWS store_rows_512
 #include "few_rows_body.h"
-#undef NAME
-#undef TARGET
-#undef VALUES
-#undef LOAD
-#undef LOAD_SOME
-#undef MULTIPLY
 
 #define NAME(x) x##_avx512
 #define TARGET FOR_AVX512
 #define VALUES 16
+#define MOST 6
+#define TOTAL total_512
+#define STORE_ROWS store_rows_512
 typedef __m512 value_avx512, sum_avx512;
 #define LOAD floats_512
 #define LOAD_SOME some_512
 #define MULTIPLY(sum, x, w) _mm512_fmadd_ps(x, w, sum)
 #include "few_rows_body.h"
-#undef NAME
-#undef TARGET
-#undef VALUES
-#undef MOST
-#undef LOAD
-#undef LOAD_SOME
-#undef MULTIPLY
-#undef TOTAL
-#undef STORE_ROWS
 
 #define NAME(x) x##_avx2
 #define TARGET FOR_AVX2
@@ -246,14 +231,6 @@ typedef __m256 value_avx2, sum_avx2;
 #define MULTIPLY(sum, x, w) _mm256_fmadd_ps(x, w, sum)
 #define TOTAL total_256
 #include "few_rows_body.h"
-#undef NAME
-#undef TARGET
-#undef VALUES
-#undef MOST
-#undef LOAD
-#undef LOAD_SOME
-#undef MULTIPLY
-#undef TOTAL
 #endif
 
 INLINE f4v total_128(f4v a, f4v b, f4v c, f4v d) {

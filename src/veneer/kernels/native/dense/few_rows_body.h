@@ -22,33 +22,27 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         NAME(value) of_w[4];
         for (int64_t i = 0; asks && i < each; i++, later += LINE)
             __builtin_prefetch(later, 0, SECOND);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) {
+        UNROLLED(4, r, 4) {
             of_w[r] = LOAD(w[r] + k * size, type);
             if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
             if (r < fetch && twice)
                 __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE + AHEAD, 0, SECOND);
         }
-#pragma GCC unroll 6
-        for (int m = 0; m < rows; m++) {
+        UNROLLED(6, m, rows) {
             NAME(value) of_x = LOAD(x + m * apart + k * size, type);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
+            UNROLLED(4, r, 4) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
         }
     }
     if (k < part->width) {
         const int64_t some = part->width - k;
         NAME(value) of_w[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) {
+        UNROLLED(4, r, 4) {
             of_w[r] = LOAD_SOME(w[r] + k * size, some, type);
             if (r < fetch) __builtin_prefetch(soon + (k / VALUES * fetch + r) * LINE, 0, SECOND);
         }
-#pragma GCC unroll 6
-        for (int m = 0; m < rows; m++) {
+        UNROLLED(6, m, rows) {
             NAME(value) of_x = LOAD_SOME(x + m * apart + k * size, some, type);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
+            UNROLLED(4, r, 4) sums[m][r] = MULTIPLY(sums[m][r], of_x, of_w[r]);
         }
     }
 #ifdef STORE_ROWS
@@ -61,8 +55,7 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
         return;
     }
 #endif
-#pragma GCC unroll 6
-    for (int m = 0; m < rows; m++)
+    UNROLLED(6, m, rows)
         store_totals(part, type, first + m, out, left < 4 ? left : 4,
                      TOTAL(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
@@ -75,8 +68,8 @@ INLINE TARGET void NAME(tile)(const struct piece *part, const int type, const in
     switch (rows) {                                                                                \
         TILES(1, fetch, asks)                                                                      \
         TILES(2, fetch, asks)                                                                      \
-        TILES(3, fetch, asks) TILES(4, fetch, asks) TILES(5, fetch, asks) default                  \
-            : TILE(6, fetch, asks);                                                                \
+        TILES(3, fetch, asks)                                                                      \
+        TILES(4, fetch, asks) TILES(5, fetch, asks) default : TILE(6, fetch, asks);                \
     }
 #elif MOST == 3
 #define UP_TO_MOST(rows, fetch, asks)                                                              \
@@ -169,4 +162,14 @@ static TARGET void NAME(few_rows)(void *arguments, int64_t start, int64_t stop) 
 }
 
 #undef TILE
+#undef TILES
 #undef UP_TO_MOST
+#undef NAME
+#undef TARGET
+#undef VALUES
+#undef MOST
+#undef LOAD
+#undef LOAD_SOME
+#undef MULTIPLY
+#undef TOTAL
+#undef STORE_ROWS

@@ -65,8 +65,7 @@ static VENEER_AMX void turn_rows(void *arguments, int64_t start, int64_t stop) {
         const __mmask32 mask = values == 32 ? 0xffffffffu : (((uint32_t)1 << values) - 1);
         const char *x = all->x + 2 * (row * all->apart + value);
         __m512i words[16];
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++)
+        UNROLLED(16, r, 16)
             words[r] = r < rows ? _mm512_maskz_loadu_epi16(mask, x + 2 * r * all->apart)
                                 : _mm512_setzero_si512();
         words_turned(words, all->turned + item * TILE);
@@ -104,8 +103,7 @@ VENEER_AMX_INLINE void put_tile(const struct piece *part, const float *sums, int
         return;
     }
     __m512i a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
+    UNROLLED(8, i, 8) {
         __m512 low = _mm512_loadu_ps(sums + 32 * i), high = _mm512_loadu_ps(sums + 32 * i + 16);
         if (bias != NULL) {
             low = _mm512_add_ps(
@@ -132,8 +130,7 @@ VENEER_AMX_INLINE void put_tile(const struct piece *part, const float *sums, int
     const __m512i near = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                   far = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     __m256i rows[16];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
+    UNROLLED(4, j, 4) {
         __m512i low = _mm512_permutex2var_epi64(a[j], near, a[j + 4]),
                 high = _mm512_permutex2var_epi64(a[j], far, a[j + 4]);
         rows[j] = _mm512_castsi512_si256(low), rows[4 + j] = _mm512_extracti64x4_epi64(low, 1);
@@ -142,8 +139,7 @@ VENEER_AMX_INLINE void put_tile(const struct piece *part, const float *sums, int
     }
     const int64_t step = 2 * part->outs;
     if (outs == 16 && begin == 0 && end == 16) {
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++) _mm256_storeu_si256((__m256i *)(y + r * step), rows[r]);
+        UNROLLED(16, r, 16) _mm256_storeu_si256((__m256i *)(y + r * step), rows[r]);
         return;
     }
     __m256i kept[16];

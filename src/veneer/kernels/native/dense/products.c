@@ -135,8 +135,7 @@ enum {
 VENEER_INLINE void multiply_pairs(const int R, const uint16_t *x, int64_t row, int64_t count,
                                   const uint32_t *pairs, float *sums, int add) {
     __m512 low[PAIRED], high[PAIRED];
-#pragma GCC unroll 14
-    for (int r = 0; r < R; r++) {
+    UNROLLED(14, r, R) {
         low[r] = add ? _mm512_load_ps(sums + r * SIDE) : _mm512_setzero_ps();
         high[r] = add ? _mm512_load_ps(sums + r * SIDE + 16) : _mm512_setzero_ps();
     }
@@ -145,8 +144,7 @@ VENEER_INLINE void multiply_pairs(const int R, const uint16_t *x, int64_t row, i
             const uint32_t *own = pairs + 16 * (p - step);
             const __m512bh first = (__m512bh)_mm512_load_si512(own),
                            second = (__m512bh)_mm512_load_si512(own + STEP / 2);
-#pragma GCC unroll 14
-            for (int r = 0; r < R; r++) {
+            UNROLLED(14, r, R) {
                 int32_t pair;
                 __builtin_memcpy(&pair, x + r * row + 2 * p, 4);
                 const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
@@ -154,8 +152,7 @@ VENEER_INLINE void multiply_pairs(const int R, const uint16_t *x, int64_t row, i
                 high[r] = _mm512_dpbf16_ps(high[r], both, second);
             }
         }
-#pragma GCC unroll 14
-    for (int r = 0; r < R; r++) {
+    UNROLLED(14, r, R) {
         _mm512_store_ps(sums + r * SIDE, low[r]);
         _mm512_store_ps(sums + r * SIDE + 16, high[r]);
     }

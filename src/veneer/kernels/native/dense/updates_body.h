@@ -14,29 +14,24 @@ INLINE TARGET void NAME(down_tile)(const struct update *u, const int type, const
     int64_t k = 0;
     for (; k + CHAINS <= whole; k += CHAINS) {
         if (soon != NULL && k % STEP == 0) bring(soon, lanes);
-#pragma GCC unroll 4
-        for (int c = 0; c < CHAINS; c++) {
+        UNROLLED(4, c, CHAINS) {
             u16v a = {};
             memcpy(&a, A + (k + c) * lanes, 4 * (size_t)lanes);
-#pragma GCC unroll 4
-            for (int m = 0; m < rows; m++)
+            UNROLLED(4, m, rows)
                 sums[m][c] = MULTIPLY(sums[m][c], word_at(x + m * apart + 4 * (k + c), 4), a, type);
         }
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < CHAINS; c++) {
+    UNROLLED(4, c, CHAINS) {
         const int64_t left = u->width * size - 4 * (k + c);
         if (left <= 0) break;
         u16v a = {};
         memcpy(&a, A + (k + c) * lanes, 4 * (size_t)lanes);
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
+        UNROLLED(4, m, rows) {
             const char *at = x + m * apart + 4 * (k + c);
             sums[m][c] = MULTIPLY(sums[m][c], left < 4 ? word_at(at, 2) : word_at(at, 4), a, type);
         }
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++) {
+    UNROLLED(4, m, rows) {
         const f16v total = (sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]);
         put_some(u->down + ((first + m) * u->rank + group * LANES) * size, total,
                  u->rank - group * LANES, type);
@@ -75,17 +70,13 @@ INLINE TARGET void NAME(up_tile)(const struct update *u, const int type, const i
     for (int64_t k = 0; k < words; k++, B += UPDATE_BLOCK) {
         u16v b[VECTORS];
         memcpy(b, B, sizeof b);
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; m++) {
+        UNROLLED(4, m, rows) {
             const uint32_t a = down[m * words + k];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[m][v] = MULTIPLY(sums[m][v], a, b[v], type);
+            UNROLLED(4, v, VECTORS) sums[m][v] = MULTIPLY(sums[m][v], a, b[v], type);
         }
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
+    UNROLLED(4, m, rows)
+        UNROLLED(4, v, VECTORS)
             add_sums(u, type, first + m, UPDATE_BLOCK * block + 16 * v, sums[m][v]);
 }
 

@@ -141,8 +141,7 @@ VENEER_AMX_INLINE void down_single(const int lanes, const struct update *u, int6
                    *sum = &sums[i][value / 32 % 2];
             bring_next(A, lanes);
             split(u[i].x + 2 * value, u->width - value, first, second);
-#pragma GCC unroll 16
-            for (int k = 0; k < STEP; k++)
+            UNROLLED(16, k, STEP)
                 ADD_WORDS(even, odd,
                           lanes == LANES ? _mm512_loadu_si512(A + k * lanes)
                                          : _mm512_maskz_loadu_epi32(0xff, A + k * lanes),
@@ -207,25 +206,19 @@ VENEER_AMX_INLINE void up_row(const struct update *u, int64_t block, int64_t out
     char *y = u->y + 2 * block * UPDATE_BLOCK;
     bring_next(B, 4 * (u->rank / 2));
     __m512 sums[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) sums[v] = _mm512_setzero_ps();
+    UNROLLED(4, v, 4) sums[v] = _mm512_setzero_ps();
     for (int64_t rank = 0; rank < u->rank; rank += 32) {
         const int64_t words = u->rank - rank < 32 ? (u->rank - rank) / 2 : STEP;
         float first[STEP], second[STEP];
         __m512 even[4], odd[4];
         split(u->down + 2 * rank, u->rank - rank, first, second);
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) even[v] = odd[v] = _mm512_setzero_ps();
+        UNROLLED(4, v, 4) even[v] = odd[v] = _mm512_setzero_ps();
         for (int64_t k = 0; k < words; k++, B += UPDATE_BLOCK)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++)
+            UNROLLED(4, v, 4)
                 ADD_WORDS(even[v], odd[v], _mm512_loadu_si512(B + 16 * v), first[k], second[k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++)
-            sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even[v], odd[v]));
+        UNROLLED(4, v, 4) sums[v] = _mm512_add_ps(sums[v], _mm512_add_ps(even[v], odd[v]));
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++)
+    UNROLLED(4, v, 4)
         if (outs > 16 * v) add_to(y + 32 * v, scale, sums[v], outs - 16 * v);
 }
 

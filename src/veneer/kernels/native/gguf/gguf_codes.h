@@ -218,8 +218,7 @@ GGUF_INLINE void headers(const int kind, const uint8_t *p, int64_t row_bytes, __
 #define ONE(i)                                                                                     \
     _mm512_castsi512_si128(_mm512_permutex2var_epi32(_mm512_loadu_si512(AT(i)), at,                \
                                                      _mm512_loadu_si512(AT(i) + later)))
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    UNROLLED(4, i, 4) {
         if (bits_of(kind) == 4 &&
             in_mixed_order(kind)) { /* two rows' headers come out of one load each */
             four[i] =
@@ -259,8 +258,7 @@ GGUF_INLINE void small_scales_of(const uint8_t *rows, int64_t row_bytes, int64_t
     const __m512i four = _mm512_i32gather_epi32(at, p + 192 + step % 16, 1);
     const __m512 each =
         _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_i32gather_epi32(at, p + 208, 1)));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    UNROLLED(4, i, 4) {
         const __m512i own = _mm512_srai_epi32(_mm512_slli_epi32(four, (unsigned)(24 - 8 * i)), 24);
         const __m512 both = _mm512_mul_ps(each, _mm512_cvtepi32_ps(own));
         scale[i] = _mm512_mul_ps(both, _mm512_set1_ps(64));
@@ -279,8 +277,7 @@ GGUF_INLINE void scales_of(const int kind, const int plain, const uint8_t *rows,
         return;
     }
     headers(kind, rows + header_at(kind, step), row_bytes, words);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    UNROLLED(4, i, 4) {
         if (has_six_bits(kind)) {
             const int later = step % 8 >= 4, at = 8 * i;
             const __m512 s = later ? six_bits(words[3], at, words[1], at + 6)

@@ -5,16 +5,13 @@
 INLINE void NAME(add_32)(int kind, const uint8_t *p, int j, const float *scale, const float *offset,
                          const int rows, const float *x, int64_t width, NAME(fv) (*sums)[4],
                          int r) {
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; k++) {
+    UNROLLED(2, k, 2) {
         const b16v codes = NAME(codes)(kind, p, j, k);
         const NAME(fv) times = scale[SCALE_AT(kind, j, k)] - (NAME(fv)){},
                        plus = offset[OFFSET_AT(kind, j)] - (NAME(fv)){};
-#pragma GCC unroll 2
-        for (int part = 0; part < 16 / W; part++) {
+        UNROLLED(2, part, 16 / W) {
             const NAME(fv) value = FUSED(NAME(floats)(codes, part), times, plus);
-#pragma GCC unroll 3
-            for (int m = 0; m < rows; m++) {
+            UNROLLED(3, m, rows) {
                 NAME(fv) of_x;
                 memcpy(&of_x, x + m * width + 32 * j + 16 * k + W * part, sizeof of_x);
                 sums[m][r] = FUSED(of_x, value, sums[m][r]);
@@ -35,8 +32,7 @@ INLINE void NAME(tile)(int kind, const int rows, const struct packed_rows *of, i
          at += format.bytes, x += format.size, soon += 4 * format.bytes) {
         for (int line = 0; line < 4 * format.bytes; line += 64)
             __builtin_prefetch(soon + line, 0, 2);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) {
+        UNROLLED(4, r, 4) {
             const uint8_t *w = first + (r < left ? r : left - 1) * row_bytes + at;
             OF_BLOCK(kind, w, NAME(add_32), rows, x, of->width, sums, r)
         }

@@ -6,8 +6,7 @@
 GGUF_INLINE void across(const uint8_t *p, int64_t row_bytes, __m512i words[4]) {
     __m512i four[4];
 #define AT(i) _mm_loadu_si128((const __m128i *)row_at(p, row_bytes, i))
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
+    UNROLLED(4, i, 4) {
         four[i] = _mm512_inserti32x4(_mm512_castsi128_si512(AT(i)), AT(i + 4), 1);
         four[i] = _mm512_inserti32x4(_mm512_inserti32x4(four[i], AT(i + 8), 2), AT(i + 12), 3);
     }

@@ -57,8 +57,7 @@ struct room {
 /* The sums of 16 rows' values, 16 pairs of each across, pair by pair; those of `pairs` alone. */
 GGUF_INLINE __m512 sums_within(const uint8_t *turned, uint16_t pairs) {
     __m512 sum = _mm512_setzero_ps();
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; k++)
+    UNROLLED(16, k, 16)
         if (pairs >> k & 1)
             sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_load_si512(turned + 64 * k),
                                    (__m512bh)_mm512_set1_epi16(0x3f80));
@@ -120,8 +119,7 @@ GGUF_INLINE void shapes_of(int64_t rows) {
 GGUF_INLINE void add(const float *scale, const float *offset, const float *products,
                      const float *within, __m512 sum[16]) {
     const __m512 x = _mm512_load_ps(within);
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) {
+    UNROLLED(16, r, 16) {
         sum[r] =
             _mm512_fmadd_ps(_mm512_set1_ps(scale[r]), _mm512_load_ps(products + 16 * r), sum[r]);
         sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(offset[r]), x, sum[r]);
@@ -216,8 +214,7 @@ GGUF_INLINE void many_rows_four(const int kind, const int decoding, const int wh
     if (decoding && (whole || four < stop)) {
         __m512 scale[4], offset[4];
         scales_of(kind, 0, rows, bytes, four, scale, offset);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
+        UNROLLED(4, i, 4) {
             _mm512_store_ps(SLOT(scales, four + i, ring, 16), scale[i]);
             _mm512_store_ps(SLOT(offsets, four + i, ring, 16), offset[i]);
         }
@@ -254,9 +251,7 @@ GGUF_INLINE void many_rows(const int kind, const int decoding, const struct tile
     const uint64_t ring = all->rows > 16 ? SLOTS : RING;
     float *sums = room->sums + 256 * tile;
     __m512 sum[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; r++)
-        sum[r] = start == 0 ? _mm512_setzero_ps() : _mm512_load_ps(sums + 16 * r);
+    UNROLLED(16, r, 16) sum[r] = start == 0 ? _mm512_setzero_ps() : _mm512_load_ps(sums + 16 * r);
     if (decoding)
         for (int64_t step = start; step < least(start + 2, stop); step++)
             decode(kind, rows, all->row_bytes, step,
@@ -266,8 +261,7 @@ GGUF_INLINE void many_rows(const int kind, const int decoding, const struct tile
             many_rows_four(kind, decoding, 1, all, room, rows, tile, start, stop, four, sum);
         else many_rows_four(kind, decoding, 0, all, room, rows, tile, start, stop, four, sum);
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) _mm512_store_ps(sums + 16 * r, sum[r]);
+    UNROLLED(16, r, 16) _mm512_store_ps(sums + 16 * r, sum[r]);
 }
 
 /* Functions of their own: registers are given out for each. */

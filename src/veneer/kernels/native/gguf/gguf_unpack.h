@@ -164,7 +164,8 @@ INLINE NAME(fv) NAME(floats)(b16v codes, int part) {
         OF_KIND(Q4_0, function, __VA_ARGS__)                                                       \
         OF_KIND(Q4_1, function, __VA_ARGS__)                                                       \
         OF_KIND(Q5_0, function, __VA_ARGS__)                                                       \
-        OF_KIND(Q5_1, function, __VA_ARGS__) OF_KIND(Q8_0, function, __VA_ARGS__)                  \
-            OF_KIND(Q4_K, function, __VA_ARGS__) OF_KIND(Q5_K, function, __VA_ARGS__)              \
-                OF_KIND(Q6_K, function, __VA_ARGS__)                                               \
+        OF_KIND(Q5_1, function, __VA_ARGS__)                                                       \
+        OF_KIND(Q8_0, function, __VA_ARGS__)                                                       \
+        OF_KIND(Q4_K, function, __VA_ARGS__) OF_KIND(Q5_K, function, __VA_ARGS__)                  \
+            OF_KIND(Q6_K, function, __VA_ARGS__)                                                   \
     }

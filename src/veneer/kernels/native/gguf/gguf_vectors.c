@@ -104,42 +104,34 @@ GGUF_INLINE void add_unit(const int kind, const int rows, const int64_t left,
     const int halves = halves_of(kind);
     const int64_t bytes = all->row_bytes, begin = row_bytes_of(kind, 32 * at);
     __m512 scale[SIDES][4], offset[SIDES][4];
-#pragma GCC unroll 8
-    for (int own = 0; own < unit_of(kind); own++) {
+    UNROLLED(8, own, unit_of(kind)) {
         if (own >= left) break;
         const uint32_t *pairs = all->pairs + 16 * (at + own) * rows;
         const float *within = all->within + halves * (at + own) * rows;
         struct bytes read[SIDES];
-#pragma GCC unroll 2
-        for (int side = 0; side < SIDES; side++) {
+        UNROLLED(2, side, SIDES) {
             if (own * halves % 4 == 0)
                 scales_of(kind, 1, p[side] + begin, bytes, own * halves, scale[side], offset[side]);
             read_bytes(kind, p[side] + begin, bytes, own, read + side);
         }
         __m512 products[2][SIDES][DIRECT] = {0};
-#pragma GCC unroll 16
-        for (int pair = 0; pair < 16; pair++) {
+        UNROLLED(16, pair, 16) {
             const int half = pair / 4 % 2;
-#pragma GCC unroll 2
-            for (int side = 0; side < SIDES; side++) {
+            UNROLLED(2, side, SIDES) {
                 const __m512i codes = codes_of(kind, read + side, own, pair);
                 soon(kind, p[side], bytes, at + own, pair);
-#pragma GCC unroll 2
-                for (int row = 0; row < rows; row++)
+                UNROLLED(2, row, rows)
                     products[half][side][row] =
                         _mm512_dpbf16_ps(products[half][side][row], (__m512bh)codes,
                                          (__m512bh)_mm512_set1_epi32((int)pairs[16 * row + pair]));
             }
         }
-#pragma GCC unroll 2
-        for (int side = 0; side < SIDES; side++)
-#pragma GCC unroll 2
-            for (int row = 0; row < rows; row++) {
+        UNROLLED(2, side, SIDES)
+            UNROLLED(2, row, rows) {
                 if (halves == 1)
                     products[0][side][row] =
                         _mm512_add_ps(products[0][side][row], products[1][side][row]);
-#pragma GCC unroll 2
-                for (int half = 0; half < halves; half++) {
+                UNROLLED(2, half, halves) {
                     const int step = (own * halves + half) % 4;
                     sums[side][row] = ADD(sums[side][row], scale[side][step], offset[side][step],
                                           products[half][side][row], within[half * rows + row]);
@@ -156,10 +148,8 @@ GGUF_INLINE void multiply_directly(const int kind, const int rows, const struct 
     for (; at + unit_of(kind) <= all->blocks; at += unit_of(kind))
         add_unit(kind, rows, unit_of(kind), all, p, at, sums);
     if (at < all->blocks) add_unit(kind, rows, all->blocks - at, all, p, at, sums);
-#pragma GCC unroll 2
-    for (int side = 0; side < SIDES; side++)
-#pragma GCC unroll 2
-        for (int row = 0; row < rows; row++) out[row][side] = sums[side][row];
+    UNROLLED(2, side, SIDES)
+        UNROLLED(2, row, rows) out[row][side] = sums[side][row];
 }
 
 /* A unit of 32 rows of W. */
@@ -172,23 +162,19 @@ GGUF_INLINE void decode_unit(const int kind, const int64_t left, const struct ve
                              const uint8_t *const p[SIDES], int64_t at, struct unit *to) {
     const int halves = halves_of(kind);
     const int64_t bytes = all->row_bytes, begin = row_bytes_of(kind, 32 * at);
-#pragma GCC unroll 2
-    for (int side = 0; side < SIDES; side++) {
-#pragma GCC unroll 8
-        for (int own = 0; own < unit_of(kind); own++) {
+    UNROLLED(2, side, SIDES) {
+        UNROLLED(8, own, unit_of(kind)) {
             if (own >= left) break;
             struct bytes read;
             if (own * halves % 4 == 0) {
                 __m512 scale[4], offset[4];
                 scales_of(kind, 1, p[side] + begin, bytes, own * halves, scale, offset);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++)
+                UNROLLED(4, i, 4)
                     to->scales[own * halves + i][side] = scale[i],
                                               to->offsets[own * halves + i][side] = offset[i];
             }
             read_bytes(kind, p[side] + begin, bytes, own, &read);
-#pragma GCC unroll 16
-            for (int pair = 0; pair < 16; pair++) {
+            UNROLLED(16, pair, 16) {
                 to->codes[own][pair][side] = codes_of(kind, &read, own, pair);
                 soon(kind, p[side], bytes, at + own, pair);
             }
@@ -202,38 +188,29 @@ GGUF_INLINE void multiply_unit(const int kind, const int rows, const struct vect
                                __m512 (*out)[SIDES]) {
     const int halves = halves_of(kind);
     __m512 sums[AT_ONCE][SIDES];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-        for (int side = 0; side < SIDES; side++) sums[r][side] = out[row + r][side];
+    UNROLLED(8, r, rows)
+        UNROLLED(2, side, SIDES) sums[r][side] = out[row + r][side];
     for (int64_t own = 0; own < left; own++) {
         const uint32_t *pairs = all->pairs + 16 * ((at + own) * all->rows + row);
         const float *within = all->within + halves * (at + own) * all->rows + row;
         __m512 products[2][AT_ONCE][SIDES] = {0};
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
+        UNROLLED(2, half, 2) {
+            UNROLLED(8, i, 8) {
                 const int pair = 8 * (i / 4) + 4 * half + i % 4;
-#pragma GCC unroll 8
-                for (int r = 0; r < rows; r++) {
+                UNROLLED(8, r, rows) {
                     const __m512bh x = (__m512bh)_mm512_set1_epi32((int)pairs[16 * r + pair]);
-#pragma GCC unroll 2
-                    for (int side = 0; side < SIDES; side++)
+                    UNROLLED(2, side, SIDES)
                         products[half][r][side] = _mm512_dpbf16_ps(
                             products[half][r][side], (__m512bh)unit->codes[own][pair][side], x);
                 }
             }
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-            for (int side = 0; side < SIDES; side++) {
+        UNROLLED(8, r, rows)
+            UNROLLED(2, side, SIDES) {
                 if (halves == 1)
                     products[0][r][side] =
                         _mm512_add_ps(products[0][r][side], products[1][r][side]);
-#pragma GCC unroll 2
-                for (int half = 0; half < halves; half++) {
+                UNROLLED(2, half, halves) {
                     const int64_t step = own * halves + half;
                     sums[r][side] =
                         ADD(sums[r][side], unit->scales[step][side], unit->offsets[step][side],
@@ -241,10 +218,8 @@ GGUF_INLINE void multiply_unit(const int kind, const int rows, const struct vect
                 }
             }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-        for (int side = 0; side < SIDES; side++) out[row + r][side] = sums[r][side];
+    UNROLLED(8, r, rows)
+        UNROLLED(2, side, SIDES) out[row + r][side] = sums[r][side];
 }
 
 /* Functions of their own: registers are given out for each. */

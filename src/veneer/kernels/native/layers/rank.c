@@ -164,8 +164,7 @@ static VENEER_BF16 void pack_narrow(struct rank *a) {
         const int64_t count = all - pair < 16 ? all - pair : 16;
         for (int64_t r = 0; r < a->rank; r += 16) {
             __m512i rows[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) {
+            UNROLLED(16, i, 16) {
                 const int64_t m = 2 * (pair + i);
                 const uint16_t *own = a->narrow + m * a->apart + r;
                 rows[i] =

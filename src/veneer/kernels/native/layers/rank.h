@@ -98,16 +98,12 @@ VENEER_INLINE void up_tile(const int R, const int V, const uint32_t *narrow, int
                            const uint32_t *pairs, int64_t width, uint16_t *x, int64_t K2,
                            float scale) {
     __m512 sum[6][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
+    UNROLLED(6, r, R)
+        UNROLLED(4, v, V) sum[r][v] = _mm512_setzero_ps();
     bf16_sums(R, V, narrow, apart, 1, pairs, width, K2, sum);
     const __m512 by = _mm512_set1_ps(scale);
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
+    UNROLLED(6, r, R)
+        UNROLLED(4, v, V) {
             uint16_t *to = x + r * width + 16 * v;
             bf16_store(to, _mm512_fmadd_ps(sum[r][v], by, bf16_floats(to)));
         }
@@ -166,8 +162,7 @@ VENEER_INLINE void rank_turned(const void *factor, int64_t is_half, int64_t n, i
                                uint32_t *to) {
     const __mmask32 real = K - k >= 32 ? ~(__mmask32)0 : 0xFFFF;
     __m512i x[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) {
+    UNROLLED(16, r, 16) {
         const float *wide = (const float *)factor + (n + r) * K + k;
         if (is_half) {
             x[r] = _mm512_maskz_loadu_epi16(real, (const uint16_t *)factor + (n + r) * K + k);

@@ -114,8 +114,7 @@ AVX512BF16 INLINE void rows_at_once(const struct product *c, int64_t out, int64_
     for (int r = 0; r < streams; r++)
         for (int m = 0; m < rows; m++) sums[r][m][0] = sums[r][m][1] = _mm512_setzero_ps();
     for (int64_t i = 0; i < pairs; i++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < streams; r++) {
+        UNROLLED(4, r, streams) {
             const uint8_t *from = packed + r * next + 64 * i;
             const float *own = scales + r * stride + 2 * i;
             __m512i tables =
@@ -123,8 +122,7 @@ AVX512BF16 INLINE void rows_at_once(const struct product *c, int64_t out, int64_
                     w[4];
             _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
             decode_128(_mm512_loadu_si512(from), tables, w);
-#pragma GCC unroll 8
-            for (int m = 0; m < rows; m++)
+            UNROLLED(8, m, rows)
                 for (int k = 0; k < 4; k++)
                     sums[r][m][k & 1] = _mm512_dpbf16_ps(
                         sums[r][m][k & 1], (__m512bh)w[k],
