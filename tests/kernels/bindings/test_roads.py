@@ -71,12 +71,12 @@ def test_what_is_compiled_is_called(name: str, function: Callable[[], Any]) -> N
 def test_a_few_rows_over_packed_weights_have_a_product_of_their_own(dtype: torch.dtype) -> None:
     weight = quantize(one(64 * 64))
     roads = []
-    for rows in (1, nf4.FUSED_ROWS, nf4.FUSED_ROWS + 1, nf4.MOST_ROWS):
+    for rows in (1, nf4.FUSED_ROWS, nf4.FUSED_ROWS + 1, nf4.MAX_ROWS):
         x = one(rows, 64, dtype=dtype)
         assert nf4.has_product(weight.blocks, x)
         roads += called(lambda x=x: nf4.product(weight.blocks, x, 64))
     assert roads == ["veneer_nf4_product"] * 2 + ["veneer_packed_rows"] * 2
-    assert not nf4.has_product(weight.blocks, one(nf4.MOST_ROWS + 1, 64, dtype=dtype))
+    assert not nf4.has_product(weight.blocks, one(nf4.MAX_ROWS + 1, 64, dtype=dtype))
 
 
 def both_ways(

@@ -158,8 +158,8 @@ def test_a_heads_loss_is_near_torchs_whatever_its_chunks(beside, monkeypatch):
     head = Head(drawn(1024, 128), scale=0.5, beside=rows, columns=columns)
     h, targets = drawn(300, 128).requires_grad_(), torch.arange(300) * 7 % columns
     found = []
-    for held in (loss.HELD_BYTES, 0):
-        monkeypatch.setattr(loss, "HELD_BYTES", held)
+    for held in (loss.MAX_LOGIT_BYTES, 0):
+        monkeypatch.setattr(loss, "MAX_LOGIT_BYTES", held)
         ours = loss.frozen_head_loss(h, targets, head, 300.0)
         found.append((ours, *torch.autograd.grad(ours, h)))
         assert abs(loss.head_nats(h.detach(), targets, head).sum() / 300 - ours) < 1e-5 * ours

@@ -1,14 +1,15 @@
-"""Chains of elementwise operations, each as one node of the graph that keeps no more than it needs.
+"""Chains of elementwise operations, each as one node of the graph that saves only what it needs.
 
-    rms_norm     y = weight * (x / sqrt(mean(x^2) + epsilon))          keeps x and one float32 a row
-    silu_gate    y = silu(gate) * up, gelu_gate with gelu's tanh       keeps gate and up
-    rotary       y = x cos + turned(x) sin, of q and k                 keeps cos and sin
+    rms_norm     y = weight * (x / sqrt(mean(x^2) + epsilon))      saves x and one float32 a row
+    silu_gate    y = silu(gate) * up                               saves gate and up
+    gelu_gate    y = gelu(gate) * up, by the formula with tanh     saves gate and up
+    rotary       y = x cos + turned(x) sin, for q and k            saves cos and sin
 
-Plain torch makes six to eight passes over memory for each, and the norm keeps two float32 copies of
-x. Compiled for bf16 on processors that have it (native/layers/fused.c) and for float32 on any
-(native/layers/fused_float.c), by liger-kernel on CUDA (cuda/liger_kernels.py); elsewhere the same
-steps in torch. Values are rounded where the models round: after the normalisation, after the
-activation. Shapes: M rows, D width.
+Plain torch makes six to eight passes over memory for each, and its norm saves two float32 copies of
+x. The chains are compiled for bf16 on processors that have its arithmetic (native/layers/fused.c)
+and for float32 on any (native/layers/fused_float.c). On CUDA liger-kernel computes them
+(cuda/liger_kernels.py). Elsewhere the same steps run in torch. Values are rounded where the models
+round: after the normalisation and after the activation. Shapes: M rows, D width.
 """
 
 from typing import Any
@@ -27,8 +28,8 @@ MAX_WIDTH = 2**16
 
 
 def compiled(*tensors: Tensor) -> bool:
-    """Whether the kernels compute these: contiguous bf16, pairs in one word, on a processor that
-    has bf16 arithmetic."""
+    """True if the bf16 kernels take these: contiguous bf16, pairs in one word, and a processor with
+    bf16 arithmetic."""
     for t in tensors:
         if t.dtype is not torch.bfloat16 or not on_cpu(t) or not t.is_contiguous():
             return False
@@ -38,8 +39,7 @@ def compiled(*tensors: Tensor) -> bool:
 
 
 def in_one_pass(*tensors: Tensor) -> bool:
-    """Whether the kernels compute norms, gates and rotations of these: as `compiled`, or all
-    float32."""
+    """True if kernels compute norms, gates and rotations of these: `compiled`, or all float32."""
     if tensors[0].dtype is not torch.float32:
         return compiled(*tensors)
     return has_floats() and all(
@@ -168,7 +168,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def _half_turned(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), a and b the halves of a head."""
+    """Turns (a, b) into (-b, a), a and b being the halves of a head."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -180,49 +180,55 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Su et al. 2021, arXiv:2104.09864.
     """
     apply: Any = _Rotary.apply
-    found: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
-    return found
+    turned: tuple[Tensor, Tensor] = apply(q, k, cos, sin)
+    return turned
 
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The same under torch's own autograd: the meaning of rotary."""
+    """Defines rotary, under torch's own autograd."""
     cos, sin = cos[:, None], sin[:, None]
     return q * cos + _half_turned(q) * sin, k * cos + _half_turned(k) * sin
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x (..., D), weight (D) -> (..., D) in x's type. Source: Zhang and Sennrich 2019,
-    arXiv:1910.07467."""
+    """x (..., D), weight (D) -> (..., D) in x's type.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
     apply: Any = _RMSNorm.apply
     return apply(x, weight, epsilon)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The same under torch's own autograd: the meaning of rms_norm."""
+    """Defines rms_norm, under torch's own autograd."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * normal.to(x.dtype)
 
 
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202,
-    SwiGLU."""
+    """gate and up of one shape -> silu(gate) * up.
+
+    Source: Shazeer 2020, arXiv:2002.05202, SwiGLU.
+    """
     apply: Any = _Gate.apply
     return apply(gate, up, False)
 
 
 def silu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The same under torch's own autograd: the meaning of silu_gate."""
+    """Defines silu_gate, under torch's own autograd."""
     return F.silu(gate) * up
 
 
 def gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh. Source: Shazeer
-    2020, GEGLU."""
+    """gate and up of one shape -> gelu(gate) * up, gelu by its formula with tanh.
+
+    Source: Shazeer 2020, arXiv:2002.05202, GEGLU.
+    """
     apply: Any = _Gate.apply
     return apply(gate, up, True)
 
 
 def gelu_gate_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The same under torch's own autograd: the meaning of gelu_gate."""
+    """Defines gelu_gate, under torch's own autograd."""
     return F.gelu(gate, approximate="tanh") * up

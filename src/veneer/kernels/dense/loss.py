@@ -2,13 +2,15 @@
 
     loss = sum over rows of -log softmax(z)[target] / total       z = cap(scale * (h W^T + bias))
 
-Only rows that predict a trained token are given; their logits live for one chunk. The gradient of h
-is formed in the forward pass, while the logits are there, so backward costs one multiplication.
-`total` is the number of trained tokens of the whole step and must be known beforehand: it is what
-makes accumulation token-exact. Logits are rounded to h's type as in the model itself; log-sum-exp
-and the loss are float32 (float64 for float64). A head may have rows of tokens beside its own, which
-train: their columns take the places of its own, or stand behind them, and the sum is over all.
-Shapes: M rows, D hidden, V vocabulary, n rows beside it.
+The caller passes only rows that predict a trained token. Their logits exist for one chunk. Forward
+computes the gradient of h while the logits are there, so backward is one multiplication. `total` is
+the number of trained tokens of the whole step. It must be known beforehand, and it makes gradient
+accumulation exact for every token. Logits are rounded to h's type as in the model itself;
+log-sum-exp and the loss are float32 (float64 for float64).
+
+A head may have trained rows of new tokens beside W. Their logits replace columns of W or stand
+behind them, and softmax is over all columns.
+Shapes: M rows, D hidden, V vocabulary, n trained rows beside W.
 """
 
 from dataclasses import dataclass
@@ -27,19 +29,23 @@ from veneer.kernels.dense.fused import compiled
 from veneer.kernels.layout import round_up
 
 CHUNK = 128
-"""Rows per chunk: 128 keep the matrix product efficient and hold 25 MB of float32 logits at V =
+"""Rows per chunk: 128 keep the matrix product efficient and need 25 MB of float32 logits at V =
 49,152."""
 CHUNK_ELSEWHERE = 1024
-"""The same on a GPU, whose products want more rows: 262 MB of bf16 at V = 128,256."""
-MOST_CHUNK, HELD_BYTES = 256, 24 * 2**20
-"""Where logits are never wider than bf16 so many, as far as they take no more bytes: W is read for
-each chunk."""
+"""Rows per chunk on a GPU, whose products need more rows: 262 MB of bf16 at V = 128,256."""
+MAX_CHUNK, MAX_LOGIT_BYTES = 256, 24 * 2**20
+"""Largest chunk of compiled bf16 logits, in rows and in bytes. Each chunk reads W once, so larger
+chunks are faster."""
 
 
 @dataclass(frozen=True)
 class TrainedHeadRows:
-    """rows (n, D), in any type, trained; at (n) int64: the columns that they make, distinct; bias
-    (n) or None."""
+    """Trained rows of the output head.
+
+    rows  (n, D), in any type
+    at    (n) int64: the column of each row's logits, all different
+    bias  (n), or None
+    """
 
     rows: Tensor
     at: Tensor
@@ -51,10 +57,12 @@ class TrainedHeadRows:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: W (V, D), bias (V) or None, logits multiplied by `scale`, then softcap *
-    tanh(z / softcap).
+    """The output head: logits are scale * (h W^T + bias), then softcap * tanh(z / softcap).
 
-    beside: rows that train beside W; columns: how many there are with theirs, W's or theirs each.
+    weight   W (V, D)
+    bias     (V), or None
+    beside   trained rows beside W
+    columns  number of columns of W and of `beside` together; 0 without `beside`
     """
 
     weight: Tensor
@@ -78,13 +86,14 @@ class Head:
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
     def of(self, rows: slice) -> "Head":
-        """The head for some of the rows: itself, unless what it computes depends on which they
-        are."""
+        """Returns the head for some of the rows: itself, unless it computes rows differently."""
         return self
 
     def logits_into(self, out: Tensor, h: Tensor) -> Tensor:
-        """The same without autograd, in a buffer that is used again: a fresh one of 12 MB and more
-        is paged in anew."""
+        """Writes the logits into a buffer that is used again, without autograd.
+
+        A fresh buffer of 12 MB or more would have to be paged in.
+        """
         own = out[:, : self.weight.shape[0]]
         if own.is_contiguous() and products.usable(h, self.weight, self.bias):
             products.product(h, self.weight, self.bias, own)
@@ -104,20 +113,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(z)[target] over the first len(targets) rows of z, and softmax - onehot
-    rounded to z's type.
+    """Returns the sum of -log softmax(z)[target], and softmax - onehot rounded to z's type.
 
-    z (at least len(targets), V) is overwritten; rows of the gradient beyond the targets are not to
-    be read.
+    z has at least len(targets) rows and is overwritten. Rows of the gradient behind those of the
+    targets must not be read.
     """
     count = len(targets)
-    # Elsewhere a look at values would wait for the device, which checks them itself.
+    # On other devices a look at values would wait; the loss becomes nan there.
     if z.device.type == "cpu":
         _check_targets(z, targets)
     if _is_compiled(z, targets):
-        each = torch.empty(count, dtype=torch.float32, device=z.device)
-        row_calls.entropy(z, targets, each)
-        return each.sum(), z
+        losses = torch.empty(count, dtype=torch.float32, device=z.device)
+        row_calls.entropy(z, targets, losses)
+        return losses.sum(), z
     if (liger := launch.kernels_for("liger_kernels", z)) is not None:
         return liger.entropy(z, targets, True).sum(), z
     place = torch.arange(count, device=z.device)
@@ -133,12 +141,14 @@ def _entropy(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunk(h: Tensor, width: int) -> int:
-    """Rows of h per chunk, width logits each."""
+    """Returns the rows of h per chunk, each with `width` logits."""
     if not on_cpu(h):
         return CHUNK_ELSEWHERE
     if not compiled(h):
         return CHUNK
-    return max(CHUNK, min(MOST_CHUNK, HELD_BYTES // (h.element_size() * width)) // CHUNK * CHUNK)
+    return max(
+        CHUNK, min(MAX_CHUNK, MAX_LOGIT_BYTES // (h.element_size() * width)) // CHUNK * CHUNK
+    )
 
 
 def _is_compiled(z: Tensor, targets: Tensor) -> bool:
@@ -146,8 +156,10 @@ def _is_compiled(z: Tensor, targets: Tensor) -> bool:
 
 
 def _check_targets(z: Tensor, targets: Tensor) -> None:
-    """IndexError for what the compiled loop would read and write outside of z, and torch take from
-    z's end."""
+    """Raises IndexError for targets outside of z.
+
+    The compiled loop would read and write there, and torch would count from the end of z.
+    """
     if len(targets) > len(z):
         raise IndexError(f"{len(targets)} targets for {len(z)} rows of logits")
     if len(targets):
@@ -158,44 +170,45 @@ def _check_targets(z: Tensor, targets: Tensor) -> None:
             )
 
 
-def _back(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """d_z (M, columns) -> what it is of h, (M, D), and the columns of the rows beside W. d_z is
-    overwritten."""
+def _hidden_gradient(d_z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """d_z (M, columns) -> the gradient of h (M, D), and the columns of the rows beside W.
+
+    d_z is overwritten.
+    """
     own = d_z[:, : head.weight.shape[0]]
     if head.beside is None:
         return times(own, head.weight, None), None
     columns = d_z.index_select(1, head.beside.at)
-    d_z.index_fill_(1, head.beside.at, 0)  # of W none of these was used
+    d_z.index_fill_(1, head.beside.at, 0)  # these columns of W were replaced
     return (own @ head.weight).addmm_(columns, head.beside.rows.to(d_z.dtype)), columns
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """rows: those of head.beside, once more, as what autograd asks about; None: there are none."""
+    """rows_nD: the rows of head.beside, for autograd; None if there are none."""
 
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, rows_nD: Tensor | None, targets: Tensor, head: Head, total: float
     ) -> Tensor:
         loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)
-        wanted = any(ctx.needs_input_grad[:2])
-        grad = torch.empty_like(h) if wanted else None
-        grad_rows = None if rows_nD is None or not wanted else torch.zeros_like(rows_nD)
+        trains = any(ctx.needs_input_grad[:2])
+        grad = torch.empty_like(h) if trains else None
+        grad_rows = None if rows_nD is None or not trains else torch.zeros_like(rows_nD)
         chunk = _chunk(h, head.width)
-        held = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
+        buffer = h.new_empty(round_up(min(chunk, h.shape[0])), head.width)
         for start in turns(range(0, h.shape[0], chunk)):
             rows = slice(start, start + chunk)
             chosen = targets[rows]
             count = chosen.numel()
-            # Filled up to one of few shapes (kernels/layout.py); what stands below `count` is not
-            # read.
+            # Filled up to one of few shapes (kernels/layout.py); rows behind `count` are not read.
             padded = round_up(count)
-            z = head.logits_into(held[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
+            z = head.logits_into(buffer[:padded], F.pad(h[rows], (0, 0, 0, padded - count)))
             slope = None if head.softcap is None else 1 - (z / head.softcap) ** 2
-            one, d_z = _entropy(z, chosen)
-            loss += one
+            chunk_loss, d_z = _entropy(z, chosen)
+            loss += chunk_loss
             if grad is not None:
                 d_z = d_z if slope is None else d_z * slope
-                d_h, columns = _back(d_z, head)
+                d_h, columns = _hidden_gradient(d_z, head)
                 grad[rows] = d_h[:count].mul_(head.scale / total)
                 if columns is not None and grad_rows is not None:
                     own = (columns[:count].t() @ h[rows]).to(grad_rows.dtype)
@@ -212,24 +225,26 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def frozen_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """h (M, D), targets (M) int64 -> scalar, differentiable in h and in the rows beside W alone."""
+    """h (M, D), targets (M) int64 -> scalar, with gradients of h and of the rows beside W alone."""
     apply: Any = _FrozenHeadLoss.apply
     return apply(h, None if head.beside is None else head.beside.rows, targets, head, total)
 
 
 @torch.no_grad()
 def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """-log softmax(z)[target] of each row, (M) float32 (float64 for float64), in the same chunks;
-    no gradient."""
-    each = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
+    """Returns -log softmax(z)[target] of each row, (M) float32 (float64 for float64).
+
+    Computed in the same chunks as the loss, without a gradient.
+    """
+    losses = torch.empty(len(h), dtype=_wide(h.dtype), device=h.device)
     chunk = _chunk(h, head.width)
-    held = h.new_empty(round_up(min(chunk, len(h))), head.width)
+    buffer = h.new_empty(round_up(min(chunk, len(h))), head.width)
     for start in range(0, len(h), chunk):
         rows = slice(start, start + chunk)
-        chosen, out = targets[rows], each[rows]
+        chosen, out = targets[rows], losses[rows]
         padded = round_up(len(chosen))
         z = head.of(rows).logits_into(
-            held[:padded], F.pad(h[rows], (0, 0, 0, padded - len(chosen)))
+            buffer[:padded], F.pad(h[rows], (0, 0, 0, padded - len(chosen)))
         )
         if z.device.type == "cpu":
             _check_targets(z, chosen)
@@ -238,20 +253,18 @@ def head_nats(h: Tensor, targets: Tensor, head: Head) -> Tensor:
         elif (liger := launch.kernels_for("liger_kernels", z)) is not None:
             out.copy_(liger.entropy(z, chosen, False))
         else:
-            out.copy_(F.cross_entropy(z[: len(chosen)].to(each.dtype), chosen, reduction="none"))
-    return each
+            out.copy_(F.cross_entropy(z[: len(chosen)].to(losses.dtype), chosen, reduction="none"))
+    return losses
 
 
 def head_loss_reference(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """The same with all logits at once under torch's autograd, which also serves a head that
-    trains."""
+    """Defines the loss, with all logits at once under torch's autograd, even of a trained head."""
     z = head.logits(h)
     return F.cross_entropy(z.to(_wide(z.dtype)), targets, reduction="sum") / total
 
 
 def trained_head_loss(h: Tensor, targets: Tensor, head: Head, total: float) -> Tensor:
-    """head_loss_reference chunk by chunk, the logits computed again in backward; for a head that
-    trains."""
+    """Computes the loss of a head that trains, chunk by chunk; backward recomputes the logits."""
     from torch.utils.checkpoint import checkpoint
 
     loss = torch.zeros((), dtype=_wide(h.dtype), device=h.device)

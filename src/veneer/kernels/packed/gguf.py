@@ -1,11 +1,10 @@
-"""GGUF blocks to numbers, and products of a few rows with them: compiled, and what that means in
-plain torch.
+"""GGUF blocks: decoded, and multiplied with a few rows of x; compiled and in plain torch.
 
-    value = scale * code + offset     scale and offset shared by 16 or 32 neighbours of a row
+    value = scale * code + offset     16 or 32 neighbours of a row share scale and offset
 
-A row of I values is I / size blocks, so rows lie apart from each other and can be moved as bytes.
-Both paths give the same bits: products of a scale and a code are exact in float32, what is left
-rounds once, then once more to the output type. Shapes: M rows of x, I in_features, O out_features.
+A row of I values is I / size blocks, so rows are separate and can be moved as bytes. Both paths
+give the same bits: the product of a scale and a code is exact in float32, the sum is rounded once,
+and once more to the output type. Shapes: M rows of x, I in_features, O out_features.
 Layout of the blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
@@ -27,10 +26,12 @@ Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """number  ggml's number of the type
+    """A format of blocks.
+
+    number  ggml's number of the type
     size    values of a block
     bytes   bytes of a block
-    scales  where its fp16 scales stand
+    scales  byte offsets of its fp16 scales
     """
 
     number: int
@@ -50,8 +51,8 @@ FORMATS: dict[Kind, BlockFormat] = {
     "Q6_K": BlockFormat(14, 256, 210, (208,)),
 }
 
-MOST_ROWS = 64
-"""Rows of x up to which a product straight from the blocks beats dequantising them first."""
+MAX_ROWS = 64
+"""Up to so many rows of x a product straight from the blocks is faster than decoding them first."""
 PRODUCTS = (torch.float32, torch.bfloat16)
 
 
@@ -62,7 +63,7 @@ def in_features(blocks: Tensor, kind: Kind) -> int:
 def dequantise(
     blocks: Tensor, kind: Kind, out: Tensor, *, most: int = few_rows.ANY_LEVEL
 ) -> Tensor:
-    """blocks uint8 (O, bytes of a row) -> out (O, I), contiguous, bf16, fp16 or fp32; returned."""
+    """Decodes blocks uint8 (O, bytes of a row) into out (O, I), contiguous; returns it."""
     layout = FORMATS[kind]
     if (triton := launch.kernels_for("triton_gguf", out)) is not None and blocks.is_contiguous():
         return triton.decode(blocks, out, layout.number, layout.size, layout.bytes)
@@ -73,14 +74,11 @@ def dequantise(
 
 
 def has_product(x_MI: Tensor, bias: Tensor | None) -> bool:
-    """Whether `product` is the fast way for this x: few rows, on the CPU, with the compiled
-    kernel."""
+    """True if `product` is the fast path for x: few rows, on the CPU, with the compiled kernel."""
     fits = all(
         t.device.type == "cpu" and t.dtype is x_MI.dtype for t in (x_MI, bias) if t is not None
     )
-    return (
-        fits and x_MI.dtype in PRODUCTS and few_rows.takes(len(x_MI), MOST_ROWS) and is_compiled()
-    )
+    return fits and x_MI.dtype in PRODUCTS and few_rows.takes(len(x_MI), MAX_ROWS) and is_compiled()
 
 
 def product(
@@ -91,10 +89,12 @@ def product(
     *,
     most: int = few_rows.ANY_LEVEL,
 ) -> Tensor:
-    """x W^T + bias (M, O) in x's type: W is read once, as blocks, and never written out. With the
-    weights as `dequantise` gives them in that type, or, where `multiplies_codes` says so, with
-    those of `dequantise_reference`: x is multiplied with whole numbers, whose sums take scale and
-    offset in float32."""
+    """Returns x W^T + bias (M, O) in x's type; W is read once, as blocks, and never written out.
+
+    The weights are those that `dequantise` gives in x's type. If `multiplies_codes`, they are those
+    of `dequantise_reference`: x is multiplied with whole numbers, and scale and offset are applied
+    to the float32 sums.
+    """
     x_MI = x_MI.contiguous()
     y_MO = torch.empty(len(x_MI), len(blocks), dtype=x_MI.dtype)
     packed_calls.gguf_rows(FORMATS[kind].number, blocks, x_MI, y_MO, bias, most)
@@ -102,17 +102,17 @@ def product(
 
 
 def multiplies_codes(dtype: torch.dtype) -> bool:
-    """Whether weights are rounded in no product here: on AMX tiles (native/gguf/gguf_tiles.c), or
-    where bf16 pairs are multiplied in registers (native/gguf/gguf_vectors.c)."""
+    """True if products here round no weight: on AMX tiles (native/gguf/gguf_tiles.c), or where
+    registers multiply bf16 pairs (native/gguf/gguf_vectors.c)."""
     return dtype is torch.bfloat16 and is_compiled() and native.has_bf16()
 
 
 def first_bad_block(blocks: Tensor, kind: Kind) -> tuple[int, int] | None:
-    """(row, block) of the first scale that is infinite or no number, or None."""
+    """Returns (row, block) of the first scale that is not finite, or None."""
     layout = FORMATS[kind]
-    each = blocks.view(len(blocks), -1, layout.bytes)
+    by_block = blocks.view(len(blocks), -1, layout.bytes)
     for at in layout.scales:
-        bad = ~torch.isfinite(_half(each[..., at : at + 2])).squeeze(-1)
+        bad = ~torch.isfinite(_half(by_block[..., at : at + 2])).squeeze(-1)
         if bad.any():
             row, block = bad.nonzero()[0].tolist()
             return row, block
@@ -124,7 +124,7 @@ def is_compiled() -> bool:
 
 
 def dequantise_reference(blocks: Tensor, kind: Kind) -> Tensor:
-    """float32 (O, I) in plain torch, on any device: the meaning of `dequantise`."""
+    """Defines `dequantise`: float32 (O, I) in plain torch, on any device."""
     layout = FORMATS[kind]
     codes, scale, offset = _UNPACK[kind](blocks.reshape(-1, layout.bytes))
     values = codes.view(len(codes), scale.shape[1], -1) * scale.unsqueeze(-1)
@@ -133,9 +133,8 @@ def dequantise_reference(blocks: Tensor, kind: Kind) -> Tensor:
     return values.view(len(blocks), -1)
 
 
-# Each takes (N, bytes) and returns codes (N, size), scale (N, groups), offset (N, groups) or None,
-# float32.
 Unpacked = tuple[Tensor, Tensor, Tensor | None]
+"""float32 codes (N, size), scale (N, groups) and offset (N, groups) or None of N blocks."""
 
 
 def _half(two_bytes: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ def _half(two_bytes: Tensor) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """Low halves of all bytes, then high halves."""
+    """Returns the low halves of all bytes, then the high halves."""
     return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
@@ -156,7 +155,7 @@ def _four_bits_offset(b: Tensor) -> Unpacked:
 
 
 def _fifth_bit(four_bytes: Tensor) -> Tensor:
-    """(N, 4) -> (N, 32): bit i of the little-endian word, at place 4."""
+    """(N, 4) -> (N, 32): bit i of the little-endian word, shifted to bit 4."""
     places = torch.arange(8, dtype=torch.uint8, device=four_bytes.device)
     return ((four_bytes.unsqueeze(-1) >> places) & 1).flatten(1) << 4
 

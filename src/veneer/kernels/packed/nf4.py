@@ -1,11 +1,10 @@
-"""4-bit weights: quantise, decode, and multiply a few rows, compiled (native/nf4_*.c) or in plain
-torch.
+"""4-bit weights: quantised, decoded, and multiplied with a few rows of x.
 
-A weight is packed nibbles, a table of 16 values and one scale a block (quant/nf4.py says which).
-The compiled paths give the bits of nf4_reference.py, on every processor. CUDA tensors go to
-bitsandbytes (cuda/bitsandbytes_nf4.py); tables and places that it cannot read go to
-cuda/triton_nf4.py. Knows nothing of modules or shapes: a weight is flat, and a matrix is a run of
-it.
+A weight is packed nibbles, a table of 16 values and one scale a block (see quant/nf4.py). The
+compiled kernels (native/nf4) give the bits of nf4_reference.py, on every processor. CUDA tensors go
+to bitsandbytes (cuda/bitsandbytes_nf4.py); tables and places that it cannot read go to
+cuda/triton_nf4.py. Knows nothing of modules or shapes: a weight is flat, and a matrix is a range of
+its elements.
 """
 
 from dataclasses import dataclass
@@ -23,37 +22,38 @@ from veneer.kernels.dense import few_rows
 from veneer.kernels.packed import nf4_reference as reference
 
 FUSED_ROWS = 6
-"""Rows of x up to which each nibble is looked up as it is multiplied; beyond, rows of W are decoded
-a few at a time."""
-MOST_ROWS = 64
-"""Rows of x up to which `product` reads the packed weight once instead of writing it out; of
-float16 fewer."""
+"""Up to so many rows of x each nibble is looked up as it is multiplied. For more rows of x, a few
+rows of W are decoded at a time."""
+MAX_ROWS = 64
+"""Up to so many rows of x `product` is faster than decoding W first; fewer in float16."""
 
 
 @dataclass(frozen=True, eq=False)
 class NestedScales:
-    """Scales that are quantised themselves: table[scale] * scales[number // block] + offset, in
-    float32."""
+    """Scales that are quantised: table[scale] * scales[number // block] + offset, in float32."""
 
     table: Tensor
     """(256) float32."""
     scales: Tensor
-    """One a `block` of outer scales, float32."""
+    """(blocks / block) float32: one for every `block` scales."""
     block: int
     offset: float
 
     @cached_property
     def offset_tensor(self) -> Tensor:
-        """The offset on the scales' device, () float32; kept, for it is part of a CUDA graph."""
+        """The offset on the scales' device, () float32. It is kept for CUDA graphs that read it."""
         return torch.full((), self.offset, dtype=torch.float32, device=self.scales.device)
 
 
 @dataclass(frozen=True, eq=False)
 class NF4Blocks:
-    """packed (ceil(count / 2)) uint8; scales: float32, or uint8 where nested; table (16) float32;
-    all contiguous, on one device. block and nested.block: powers of two.
+    """A flat weight of `count` values in 4 bits, contiguous and on one device.
 
-    book: the name of the table, nf4 or fp4; None: a table of its own.
+    packed  (ceil(count / 2)) uint8
+    scales  (ceil(count / block)) float32, or uint8 if `nested`
+    table   (16) float32
+    block   values that share a scale, a power of two, as is nested.block
+    book    the name of the table, nf4 or fp4; None for another table
     """
 
     packed: Tensor
@@ -74,7 +74,7 @@ class NF4Blocks:
         assert all(t.is_contiguous() and t.device == self.packed.device for t in tensors)
 
     def float_scales(self) -> Tensor:
-        """(blocks) float32."""
+        """Returns the scales, (blocks) float32."""
         nested = self.nested
         return reference.scales_of(
             self.scales,
@@ -118,11 +118,13 @@ def is_compiled() -> bool:
 def quantize(
     values: Tensor, thresholds: Tensor, codes: Tensor, block: int, *, level: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """(packed uint8, absmax float32), both flat. A block with a value that is not finite has such
-    an absmax.
+    """Returns (packed uint8, absmax float32), both flat.
 
-    values: any shape, contiguous or not; thresholds (15) ascending, codes (16) int32. level: -1, or
-    the highest instruction set used (3 AVX-512, 2 AVX2, 0 plain C).
+    The absmax of a block with a value that is not finite is not finite either.
+
+    values      any shape, contiguous or not
+    thresholds  (15), ascending; codes (16) int32
+    level       highest instruction set to use: 3 AVX-512, 2 AVX2, 0 plain C; -1: any
     """
     if values.device.type != "cpu" or values.dtype not in TYPES or not is_compiled():
         return reference.quantize(values, thresholds, codes, block)
@@ -136,7 +138,7 @@ def quantize(
 
 
 def dequantize(weights: NF4Blocks, out: Tensor, *, start: int = 0, level: int = -1) -> Tensor:
-    """Elements from `start` on into `out` (any shape, fp32, bf16 or fp16), which is returned."""
+    """Decodes the elements from `start` on into `out` (any shape, fp32, bf16 or fp16)."""
     count = out.numel()
     assert start >= 0 and start + count <= weights.count
     if not out.is_contiguous():
@@ -182,7 +184,7 @@ def _cuda_product(weights: NF4Blocks, x: Tensor, start: int) -> Any:
 
 
 def has_product(weights: NF4Blocks, x: Tensor, *, start: int = 0) -> bool:
-    """Whether `product` is the fast path for x (M, I)."""
+    """True if `product` is the fast path for x (M, I)."""
     if x.dtype not in TYPES:
         return False
     if x.is_cuda:
@@ -193,14 +195,14 @@ def has_product(weights: NF4Blocks, x: Tensor, *, start: int = 0) -> bool:
             and x.shape[0] <= packed_calls.MOST_PRODUCT_ROWS
             and is_compiled()
         )
-    return x.device.type == "cpu" and few_rows.takes(len(x), MOST_ROWS) and is_compiled()
+    return x.device.type == "cpu" and few_rows.takes(len(x), MAX_ROWS) and is_compiled()
 
 
 def product(weights: NF4Blocks, x: Tensor, outs: int, *, start: int = 0, level: int = -1) -> Tensor:
     """x (M, I) -> x W^T (M, outs) in x's type, W being `outs` rows of I elements from `start` on.
-    M: see has_product.
 
-    The weights as dequantize gives them in x's type, products and sums in float32.
+    Only where has_product says so. Weights are those that dequantize gives in x's type; products
+    and sums are float32.
     """
     assert x.dim() == 2
     assert start >= 0 and start + outs * x.shape[1] <= weights.count

@@ -1,21 +1,22 @@
-"""4-bit weights in plain torch: what the fast paths of nf4.py mean, and what runs where there are
-none.
+"""4-bit weights in plain torch: defines the fast paths of nf4.py and runs where there are none.
 
-Element i of the flat weight is nibble i of `packed` (even i: the high half of byte i // 2), looked
-up in a table of 16 values and multiplied by the scale of block i // block, in float32; one rounding
-to the output type.
+Element i of the flat weight is nibble i of `packed`, for even i the high half of byte i // 2. It is
+looked up in a table of 16 values and multiplied by the scale of block i // block, in float32, and
+rounded once to the output type.
 """
 
 import torch
 from torch import Tensor
 
 SMALLEST = 1e-38
-"""Blocks below it read back as zero: its reciprocal is the largest that is finite."""
+"""Blocks of smaller values read back as zero: its reciprocal is the largest finite one."""
 
 
 def scales_of(scales: Tensor, nested: tuple[Tensor, Tensor, int, float] | None) -> Tensor:
-    """float32 scales; nested: (table (256), scales, block, offset), from which uint8 indices are
-    decoded."""
+    """Returns the scales in float32.
+
+    nested: (table (256), outer scales, block, offset), by which uint8 scales are decoded.
+    """
     if nested is None:
         return scales
     table, outer, block, offset = nested
@@ -26,12 +27,11 @@ def scales_of(scales: Tensor, nested: tuple[Tensor, Tensor, int, float] | None) 
 def quantize(
     values: Tensor, thresholds: Tensor, codes: Tensor, block: int
 ) -> tuple[Tensor, Tensor]:
-    """(packed uint8 (ceil(n / 2)), absmax float32 (blocks)) of any tensor, flat; n its number of
-    elements.
+    """Returns (packed uint8 (ceil(n / 2)), absmax float32 (blocks)) of a tensor with n elements.
 
-    thresholds: 15, ascending; codes: number of thresholds strictly below -> 4-bit code. A whole
-    block multiplies with the reciprocal, a short last one divides and stores no less than 1e-38: as
-    bitsandbytes does.
+    thresholds: (15), ascending. codes: (16), the 4-bit code by the number of thresholds strictly
+    below. As in bitsandbytes, a whole block is multiplied by the reciprocal of its absmax; a short
+    last block is divided, by no less than 1e-38.
     """
     flat = values.detach().reshape(-1).float()
     n = flat.numel()
@@ -59,7 +59,7 @@ def dequantize(
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(count) elements of the flat weight from `start` on; scales float32."""
+    """Decodes `count` elements of the flat weight from `start` on; scales are float32."""
     first, last = start // 2, (start + count + 1) // 2
     part = packed[first:last]
     nibbles = torch.stack([part >> 4, part & 15], dim=1).view(-1)[start - 2 * first :][:count]
