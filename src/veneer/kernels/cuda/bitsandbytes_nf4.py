@@ -61,7 +61,7 @@ def quant_state(
 
 
 def dequantize(weights: Any, out: Tensor, *, start: int) -> Tensor:
-    """As nf4.dequantize, `out` contiguous on the weights' device."""
+    """Computes nf4.dequantize into a contiguous `out` on the weights' device."""
     if not out.is_meta:
         packed, state = quant_state(weights, tuple(out.shape), out.dtype, start)
         functional.dequantize_4bit(packed, state, out=out)
@@ -69,6 +69,6 @@ def dequantize(weights: Any, out: Tensor, *, start: int) -> Tensor:
 
 
 def product(weights: Any, x: Tensor, outs: int, *, start: int) -> Tensor:
-    """As nf4.product: x (M, I) -> (M, outs)."""
+    """Computes nf4.product: x (M, I) -> (M, outs)."""
     packed, state = quant_state(weights, (outs, x.shape[1]), x.dtype, start)
     return bitsandbytes.matmul_4bit(x, packed, state)

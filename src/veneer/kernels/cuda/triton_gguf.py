@@ -1,12 +1,12 @@
-"""GGUF blocks on CUDA, decoded in one kernel: the bits of packed/gguf.py's plain path and of
-native/gguf/gguf.c.
+"""GGUF blocks on CUDA, decoded in one kernel to the bits of packed/gguf.py and native/gguf/gguf.c.
 
     value = scale * code + offset     one rounding in float32, one more to the output type
 
-A lane a value: it finds its own byte, and the scale that it shares with 16 or 32 neighbours, from
-its place within the block. Layout of the blocks:
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Shapes: N blocks, i a value's place
-in its block; `block` the address of each value's block.
+Each lane decodes a value: from the value's place in its block it finds the byte, and the scale that
+16 or 32 neighbours share. This kernel stays ours because the package gguf decodes on a CPU alone.
+Layout of the blocks:
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Shapes: N blocks, i the place of a
+value in its block, `block` the address of its block.
 """
 
 import triton
@@ -17,7 +17,7 @@ from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded
 
 _VALUES = 1024
 
-# ggml's numbers of the formats, as gguf.FORMATS has them
+# ggml's numbers of the formats, as in gguf.FORMATS
 _Q4_0 = tl.constexpr(2)
 _Q4_1 = tl.constexpr(3)
 _Q5_0 = tl.constexpr(6)
@@ -35,7 +35,7 @@ def _byte(block, at, inside):
 
 @triton.jit
 def _half(block, at, inside):
-    """Two bytes as fp16, in float32."""
+    """Reads two bytes as fp16, in float32."""
     word = _byte(block, at, inside) | (_byte(block, at + 1, inside) << 8)
     return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -46,16 +46,18 @@ def _signed(byte):
 
 
 @triton.jit
-def _none(i):
-    """An offset that changes no bit, not that of a zero's sign: -0, by its bits, for Triton 3.7
-    makes 0 of `-0.0`."""
+def _no_offset(i):
+    """Returns -0, an offset that keeps every bit, even the sign of a zero.
+
+    It is made from its bits, because Triton 3.7 turns `-0.0` into 0.
+    """
     return ((i & 0).to(tl.uint32) | 0x80000000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _of_32(block, i, inside, kind: tl.constexpr):
-    """Code, scale, offset of the blocks of 32 values."""
-    scale, offset = _half(block, 0, inside), _none(i)
+    """Reads code, scale and offset from blocks of 32 values."""
+    scale, offset = _half(block, 0, inside), _no_offset(i)
     if kind == _Q8_0:
         code = _signed(_byte(block, 2 + i, inside))
     else:
@@ -75,12 +77,12 @@ def _of_32(block, i, inside, kind: tl.constexpr):
 
 @triton.jit
 def _of_256(block, i, inside, kind: tl.constexpr):
-    """Code, scale, offset of the blocks of 256 values, whose scales have a scale of their own."""
+    """Reads code, scale and offset from blocks of 256 values, whose scales are scaled too."""
     if kind == _Q6_K:
         half, at = i // 128, i % 128
         low = (_byte(block, half * 64 + at % 64, inside) >> (at // 64 * 4)) & 15
         high = (_byte(block, 128 + half * 32 + at % 32, inside) >> (at // 32 * 2)) & 3
-        code, offset = (low | (high << 4)) - 32, _none(i)
+        code, offset = (low | (high << 4)) - 32, _no_offset(i)
         scale = _signed(_byte(block, 192 + i // 16, inside)).to(tl.float32) * _half(
             block, 208, inside
         )
@@ -90,8 +92,8 @@ def _of_256(block, i, inside, kind: tl.constexpr):
         code = (_byte(block, nibbles + group // 2 * 32 + i % 32, inside) >> (group % 2 * 4)) & 15
         if kind == _Q5_K:
             code |= ((_byte(block, 16 + i % 32, inside) >> group) & 1) << 4
-        # twelve bytes of scales and minima: of the last four groups the low bits lie in the last
-        # four bytes
+        # Twelve bytes of scales and minima; the low bits of the last four groups are in the last
+        # four bytes.
         late = group >= 4
         low = _byte(block, 4 + group, inside)
         above = _byte(block, 8 + group, inside)
@@ -99,9 +101,8 @@ def _of_256(block, i, inside, kind: tl.constexpr):
         inner = tl.where(late, (above & 15) | ((first >> 6) << 4), low & 63)
         least = tl.where(late, (above >> 4) | ((low >> 6) << 4), above & 63)
         scale = _half(block, 0, inside) * inner.to(tl.float32)
-        offset = (
-            _half(block, 2, inside) * least.to(tl.float32) * -1.0
-        )  # - would be 0 minus it, and lose a zero's sign
+        # Triton computes -x as 0 - x, which loses the sign of a zero.
+        offset = _half(block, 2, inside) * least.to(tl.float32) * -1.0
     return code, scale, offset
 
 
@@ -128,8 +129,10 @@ def _decode(
 
 
 def decode(blocks: Tensor, out: Tensor, number: int, length: int, bytes_of: int) -> Tensor:
-    """blocks: N * bytes_of uint8; out: N * length values of bf16, fp16 or fp32; both contiguous.
-    number: ggml's."""
+    """Decodes blocks (N * bytes_of uint8) into out (N * length values), both contiguous.
+
+    number: ggml's number of the format.
+    """
     count = out.numel()
     _decode[(triton.cdiv(count, _VALUES),)](
         blocks,

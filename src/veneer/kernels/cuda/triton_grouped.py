@@ -1,15 +1,15 @@
-"""Updates of rank R on CUDA whose rows have adapters of their own, all adapters in one launch.
+"""Low-rank updates on CUDA where rows have different adapters, all adapters in one launch.
 
     down        narrow[rows of n] = x[rows of n] factor_n^T      (M, K) x (n, R, K) -> (M, R)
     add_up      y[rows of n] += narrow[rows of n] factor_n^T     (M, R) x (n, K, R) -> (M, K)
     gradient    u[rows of n]^T x[rows of n]                      (M, R) x (M, K) -> (n, R, K)
                 float32
 
-Nothing is gathered, filled up or scattered: a program takes at most ROWS neighbouring rows of one
-adapter (`tiles`), or for a gradient all of its rows one after another, so that sums have one order.
-Sums are float32, rounded once. Segments lie apart: two programs never write the same row. After
-Chen et al. 2023, arXiv:2310.18547 (Punica), with gradients. Shapes: M rows, n adapters, K width, R
-rank.
+Nothing is gathered, padded or scattered. A program takes at most ROWS neighbouring rows of one
+adapter (`tiles`); for a gradient it takes all of the adapter's rows in their order, so that sums
+have one order. Sums are float32 and rounded once. Two programs never write the same row. These
+kernels stay ours because the libraries that have them have no gradients. After Chen et al. 2023,
+arXiv:2310.18547 (Punica). Shapes: M rows, n adapters, K width, R rank.
 """
 
 import torch
@@ -20,15 +20,14 @@ from torch import Tensor
 from veneer.kernels.cuda.triton_numbers import DeviceKernel, multiplied, rounded
 
 ROWS = 16
-"""Of a tile: the fewest that tensor cores multiply."""
+"""Rows of a tile: the fewest that tensor cores multiply."""
 _FACTOR_BYTES = 2**15
-"""Of a factor, in a block's shared memory at a time."""
+"""Bytes of a factor that are in shared memory at a time."""
 
 
 @triton.jit
 def _tile(tiles, rank, rows: tl.constexpr, ranks: tl.constexpr):
-    """A program's adapter, its rows and which of them are real, its numbers of rank and which of
-    these are."""
+    """Returns a program's adapter, its rows and their mask, its ranks and their mask."""
     tile = tiles + 3 * tl.program_id(0)
     number, first, count = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     row, r = first + tl.arange(0, rows), tl.arange(0, ranks)
@@ -37,7 +36,7 @@ def _tile(tiles, rank, rows: tl.constexpr, ranks: tl.constexpr):
 
 @triton.jit
 def _places(number, r, column, number_stride, rank_stride, width_stride):
-    """Of a factor: r and column spread against each other."""
+    """Returns the places of a factor's elements, for r and column that broadcast."""
     return number * number_stride + r * rank_stride + column * width_stride
 
 
@@ -70,8 +69,9 @@ def _down(
         )
         factors = tl.load(factor + places, mask=ranked[None, :] & inside[:, None], other=0.0)
         sums = multiplied(values, factors, sums)
-    found = rounded(sums, narrow.dtype.element_ty)
-    tl.store(narrow + row[:, None] * rank + r[None, :], found, mask=real[:, None] & ranked[None, :])
+    result = rounded(sums, narrow.dtype.element_ty)
+    places = row[:, None] * rank + r[None, :]
+    tl.store(narrow + places, result, mask=real[:, None] & ranked[None, :])
 
 
 @DeviceKernel
@@ -139,15 +139,18 @@ def _gradient(
 
 
 def _shape(rank: int, dtype: torch.dtype) -> tuple[int, int]:
-    """R, filled up as tensor cores take it, and the columns of a factor that are multiplied at
-    once."""
+    """Returns R padded for tensor cores, and the columns of a factor multiplied at once."""
     ranks = max(16, triton.next_power_of_2(rank))
     return ranks, max(16, min(64, _FACTOR_BYTES // (ranks * dtype.itemsize)))
 
 
 def down(x: Tensor, factor: Tensor, tiles: Tensor) -> Tensor:
-    """x (M, K), rows without gaps; factor (n, R, K), in any strides; tiles (t, 3) int64: adapter,
-    first row, rows. Rows of no tile are not written."""
+    """Returns narrow (M, R); rows without a tile are not written.
+
+    x       (M, K), each row contiguous
+    factor  (n, R, K), in any strides
+    tiles   (t, 3) int64: adapter, first row, number of rows
+    """
     (rows, width), rank = x.shape, factor.shape[1]
     narrow, (ranks, step) = x.new_empty(rows, rank), _shape(rank, x.dtype)
     _down[(len(tiles),)](
@@ -168,10 +171,14 @@ def down(x: Tensor, factor: Tensor, tiles: Tensor) -> Tensor:
 
 
 def add_up(y: Tensor, narrow: Tensor, factor: Tensor, tiles: Tensor) -> None:
-    """y (M, K), rows without gaps, is added to; narrow (M, R), contiguous; factor (n, K, R), in any
-    strides."""
+    """Adds to y (M, K), each row contiguous.
+
+    narrow  (M, R), contiguous
+    factor  (n, K, R), in any strides
+    """
     width, rank = factor.shape[1:]
-    (apart, across, down), (ranks, step) = factor.stride(), _shape(rank, y.dtype)
+    (number_stride, width_stride, rank_stride) = factor.stride()
+    ranks, step = _shape(rank, y.dtype)
     _add_up[(len(tiles), triton.cdiv(width, step))](
         narrow,
         factor,
@@ -180,9 +187,9 @@ def add_up(y: Tensor, narrow: Tensor, factor: Tensor, tiles: Tensor) -> None:
         width,
         rank,
         y.stride(0),
-        apart,
-        down,
-        across,
+        number_stride,
+        rank_stride,
+        width_stride,
         rows=ROWS,
         ranks=ranks,
         step=step,
@@ -191,8 +198,12 @@ def add_up(y: Tensor, narrow: Tensor, factor: Tensor, tiles: Tensor) -> None:
 
 
 def gradient(u: Tensor, x: Tensor, spans: Tensor) -> Tensor:
-    """u (M, R), contiguous; x (M, K), rows without gaps; spans (n, 2) int64: first row, rows of
-    each adapter."""
+    """Returns the gradients (n, R, K) float32.
+
+    u      (M, R), contiguous
+    x      (M, K), each row contiguous
+    spans  (n, 2) int64: first row and number of rows of each adapter
+    """
     width, rank = x.shape[1], u.shape[1]
     ranks, step = _shape(rank, x.dtype)
     out = torch.empty(len(spans), rank, width, dtype=torch.float32, device=x.device)

@@ -1,12 +1,11 @@
-"""4-bit weights on CUDA, in Triton: decoded, and multiplied with a few rows without decoding them
-to memory.
+"""4-bit weights on CUDA, in Triton: decoded, and multiplied with a few rows of x as they are.
 
 These stay because bitsandbytes (bitsandbytes_nf4.py) knows two tables alone: MXFP4 has another one.
 They also serve starts within a block, rows that blocks straddle, and machines without bitsandbytes.
-The same bits as packed/nf4_reference.py: products and sums of scales are not fused
-(enable_fp_fusion=False), and a weight is rounded once. More rows of x take the library's matrix
-product over a decoded buffer (packed/nf4.py). Importing this needs Triton; tested on the CPU in
-Triton's interpreter (TRITON_INTERPRET=1).
+Decoded weights have the bits of packed/nf4_reference.py: products and sums of scales are not fused
+(enable_fp_fusion=False), and a weight is rounded once. For more rows of x, packed/nf4.py decodes
+the weight into a buffer and multiplies that. Tests on a CPU use Triton's interpreter
+(TRITON_INTERPRET=1).
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from veneer.kernels.cuda.triton_numbers import DeviceKernel, rounded
 
 _BYTES = 512
-"""Decoded by a program: 4 a lane, whose weights in 16 bits are one store of 16 bytes."""
+"""Bytes that a program decodes: 4 a lane, whose weights in 16 bits are one store of 16 bytes."""
 _OUTS, _WIDTH = 8, 256
 
 
@@ -37,8 +36,10 @@ def _pairs(
     block: tl.constexpr,
     nested_block: tl.constexpr,
 ):
-    """byte (...): numbers of bytes of the flat weight -> float32 weights (..., 2); 0 where not
-    `inside`. Both have one scale."""
+    """byte (...), numbers of bytes of the flat weight -> float32 weights (..., 2), 0 outside.
+
+    Both weights of a byte have the same scale.
+    """
     both = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
     number = byte // (block // 2)
     scale = tl.load(scales + number, mask=inside, other=0)
@@ -69,8 +70,8 @@ def _dequantize(
     nested_block: tl.constexpr,
     size: tl.constexpr,
 ):
-    """before: 1 where `out` begins with the second weight of its first byte, else 0."""
-    own = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    """before: 1 if `out` begins with the second weight of its first byte, else 0."""
+    byte = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     value = _pairs(
         packed,
         scales,
@@ -78,8 +79,8 @@ def _dequantize(
         nested_table,
         nested_scales,
         offset,
-        first_byte + own,
-        own < bytes,
+        first_byte + byte,
+        byte < bytes,
         nested,
         block,
         nested_block,
@@ -162,7 +163,7 @@ def _shape(weights: Any) -> dict[str, Any]:
 
 
 def dequantize(weights: Any, out: Tensor, *, start: int) -> Tensor:
-    """As nf4.dequantize, `out` contiguous on the weights' device."""
+    """Computes nf4.dequantize into a contiguous `out` on the weights' device."""
     count = out.numel()
     first, before = divmod(start, 2)
     bytes = triton.cdiv(count + before, 2)
@@ -174,7 +175,7 @@ def dequantize(weights: Any, out: Tensor, *, start: int) -> Tensor:
 
 
 def product(weights: Any, x: Tensor, outs: int, *, start: int) -> Tensor:
-    """As nf4.product: x (M, I) contiguous -> (M, outs), sums in float32. start and I are even."""
+    """Computes nf4.product of contiguous x (M, I), with float32 sums. start and I are even."""
     assert start % 2 == 0 == x.shape[1] % 2
     y = torch.empty(x.shape[0], outs, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(x.shape[0])

@@ -1,7 +1,7 @@
-"""What the kernels in Triton share: how a value is rounded, and how they are launched.
+"""Rounding and launching, shared by our kernels in Triton.
 
-All are compiled with enable_fp_fusion=False: which products and sums are one operation would be the
-compiler's choice.
+All kernels are compiled with enable_fp_fusion=False. Otherwise the compiler would choose which
+products and sums become one operation.
 """
 
 import os
@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BY_HAND = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Triton's interpreter cuts off what does not fit into bf16; a GPU rounds."""
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Triton's interpreter truncates to bf16, while a GPU rounds."""
 
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """float32 to `dtype`, ties to even."""
-    if _BY_HAND and dtype == tl.bfloat16:
+    """Rounds float32 to `dtype`, ties to even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
@@ -28,36 +28,31 @@ def rounded(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def as_rounded(value, dtype: tl.constexpr):
-    """float32 as it is after a model has rounded it to `dtype` between two operations."""
-    return rounded(value, dtype).to(tl.float32)
-
-
-@triton.jit
 def multiplied(left, right, sums):
-    """sums + left right, the sums in float32; the interpreter multiplies bf16 in float32 alone."""
-    if _BY_HAND:
+    """Returns sums + left @ right, with float32 sums.
+
+    The interpreter multiplies bf16 only as float32.
+    """
+    if _INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, sums, input_precision="ieee")
 
 
 class DeviceKernel:
-    """A kernel, on the device of its first argument: a launch goes to the current one, whichever
-    holds the tensors. While a step is planned, on tensors without storage, nothing is launched."""
+    """A kernel that is launched on the device of its first argument.
+
+    Triton launches on the current device, whatever device holds the tensors. While a step is
+    planned tensors have no storage, and nothing is launched.
+    """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(first: Tensor, *others: Any, **options: Any) -> None:
+        def launch(first: Tensor, *arguments: Any, **options: Any) -> None:
             if first.is_meta:
                 return
             with torch.cuda.device_of(first):
-                self.kernel[grid](first, *others, **options)
+                self.kernel[grid](first, *arguments, **options)
 
         return launch
-
-
-def warps_of(values: int) -> int:
-    """Threads by the 32 for a block of so many values."""
-    return min(max(values // 512, 4), 16)

@@ -1,12 +1,13 @@
-"""Attention of single tokens over blocks of keys and values on CUDA: as attention/paged_rows.py
-says it.
+"""Attention of single tokens over blocks of keys and values on CUDA (attention/paged_rows.py).
 
-    _write   the rows' keys and values into their blocks
-    _part    a row, a key/value head and PART places: the queries of that head, its sums in float32
-    _join    a row and a query head: the parts' sums by their largest scores, and the sink
+    _write   writes the keys and values of the rows into their blocks
+    _part    for a row, a key/value head and PART places: float32 sums for the queries of that head
+    _join    for a row and a query head: weighs the sums of all parts by their largest scores, and
+             the sink
 
-Places behind a text's end, or before a window, are not read. After Dao et al. 2023, Flash-Decoding.
-Shapes: as in attention/paged_rows.py. G = H / K, P parts.
+Places behind the end of a text, or before a window, are not read. These kernels stay ours because
+no library knows this layout of blocks. After Dao et al. 2023, Flash-Decoding. Shapes: as in
+attention/paged_rows.py; G = H / K, P parts.
 """
 
 import torch
@@ -18,10 +19,10 @@ from veneer.kernels.cuda.triton_numbers import DeviceKernel, multiplied, rounded
 from veneer.kernels.rules import AttentionRules
 
 PART = 512
-"""Places that a program reads: at least these, and at most MOST_PARTS programs read a text."""
+"""Places that a program reads; more if MOST_PARTS programs would not be enough for a text."""
 MOST_PARTS = 64
 _STEP_BYTES = 2**14
-"""Of keys, and of values, that are multiplied at once."""
+"""Bytes of keys, and of values, that are multiplied at once."""
 
 
 @DeviceKernel
@@ -48,10 +49,10 @@ def _write(
     row, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, most)
     last = tl.load(lengths + row * length_row) - 1
     block, slot = tl.load(blocks + row * table_row + last // slots) * heads + head, last % slots
-    own = tl.load(key + row * key_row + head * key_head + d, mask=d < size)
-    tl.store(keys + (block * size + d) * slots + slot, own, mask=d < size)
-    own = tl.load(value + row * value_row + head * value_head + d, mask=d < wide)
-    tl.store(values + (block * slots + slot) * wide + d, own, mask=d < wide)
+    new_key = tl.load(key + row * key_row + head * key_head + d, mask=d < size)
+    tl.store(keys + (block * size + d) * slots + slot, new_key, mask=d < size)
+    new_value = tl.load(value + row * value_row + head * value_head + d, mask=d < wide)
+    tl.store(values + (block * slots + slot) * wide + d, new_value, mask=d < wide)
 
 
 @DeviceKernel
@@ -87,12 +88,12 @@ def _part(
     length = tl.load(lengths + row * length_row)
     start = tl.maximum(length - window, 0)
     g, d, e = tl.arange(0, most_groups), tl.arange(0, most_size), tl.arange(0, most_wide)
-    asked = (g < groups)[:, None] & (d < size)[None, :]
+    real = (g < groups)[:, None] & (d < size)[None, :]
     places = row * query_row + (head * groups + g)[:, None] * query_head + d[None, :]
-    q = tl.load(query + places, mask=asked, other=0.0)
+    q = tl.load(query + places, mask=real, other=0.0)
     largest = tl.full((most_groups,), float("-inf"), tl.float32)
     total = tl.zeros((most_groups,), tl.float32)
-    found = tl.zeros((most_groups, most_wide), tl.float32)
+    weighted = tl.zeros((most_groups, most_wide), tl.float32)
     first = tl.maximum(number * part, start // step * step)
     for at in range(first, tl.minimum(number * part + part, length), step):
         place = at + tl.arange(0, step)
@@ -111,20 +112,20 @@ def _part(
             score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)
         score = tl.where(seen[None, :], score, float("-inf"))
         above = tl.maximum(largest, tl.max(score, axis=1))
-        chance = tl.exp(score - above[:, None])
-        before = tl.exp(largest - above)
+        weight = tl.exp(score - above[:, None])
+        shrink = tl.exp(largest - above)
         v = tl.load(
             values + (block[:, None] * slots + slot[:, None]) * wide + e[None, :],
             mask=seen[:, None] & (e < wide)[None, :],
             other=0.0,
         )
-        found = multiplied(rounded(chance, v.dtype), v, found * before[:, None])
-        total = total * before + tl.sum(chance, axis=1)
+        weighted = multiplied(rounded(weight, v.dtype), v, weighted * shrink[:, None])
+        total = total * shrink + tl.sum(weight, axis=1)
         largest = above
     there = (number.to(tl.int64) * tl.num_programs(0) + row) * heads * groups + head * groups + g
     tl.store(
         sums + there[:, None] * wide + e[None, :],
-        found,
+        weighted,
         mask=(g < groups)[:, None] & (e < wide)[None, :],
     )
     tl.store(scores + 2 * there, largest, mask=g < groups)
@@ -155,18 +156,16 @@ def _join(
         sink = tl.load(sinks + head).to(tl.float32)
         above = tl.maximum(above, sink)
     weight = tl.exp(largest - above)
-    all_of_them = tl.sum(total * weight, axis=0)
+    mass = tl.sum(total * weight, axis=0)
     if sunk:
-        all_of_them += tl.exp(sink - above)
-    own = tl.load(
+        mass += tl.exp(sink - above)
+    parts_sums = tl.load(
         sums + there[:, None] * wide + e[None, :],
         mask=(p < parts)[:, None] & (e < wide)[None, :],
         other=0.0,
     )
-    found = tl.sum(own * weight[:, None], axis=0) / all_of_them
-    tl.store(
-        out + (row * heads + head) * wide + e, rounded(found, out.dtype.element_ty), mask=e < wide
-    )
+    result = rounded(tl.sum(parts_sums * weight[:, None], axis=0) / mass, out.dtype.element_ty)
+    tl.store(out + (row * heads + head) * wide + e, result, mask=e < wide)
 
 
 def attend(
@@ -179,15 +178,18 @@ def attend(
     lengths: Tensor,
     rules: AttentionRules,
 ) -> Tensor:
-    """query (N, H, D), key (N, K, D), value (N, K, E), a head's values side by side; keys (blocks,
-    K, D, S, 1), values (blocks, K, S, E, 1), blocks (N, B), lengths (N) -> (N, H, E)."""
+    """Writes key and value into the blocks and attends: (N, H, E).
+
+    query, key, value  (N, H, D), (N, K, D), (N, K, E); the values of a head are contiguous
+    keys, values       (blocks, K, D, S, 1), (blocks, K, S, E, 1)
+    blocks, lengths    (N, B), (N)
+    """
     (N, H, D), (K, E), S = query.shape, value.shape[1:], keys.shape[3]
-    read = blocks, lengths
-    strides = blocks.stride(0), lengths.stride(0)
-    size, wide = (max(16, triton.next_power_of_2(each)) for each in (D, E))
+    tables, strides = (blocks, lengths), (blocks.stride(0), lengths.stride(0))
+    size, wide = (max(16, triton.next_power_of_2(width)) for width in (D, E))
     shape = {"heads": K, "slots": S, "size": D, "wide": E}
-    given = (*strides, *key.stride()[:2], *value.stride()[:2])
-    _write[(N, K)](keys, values, key, value, *read, *given, most=max(size, wide), **shape)
+    written = (*strides, *key.stride()[:2], *value.stride()[:2])
+    _write[(N, K)](keys, values, key, value, *tables, *written, most=max(size, wide), **shape)
     places = blocks.shape[1] * S
     part = max(PART, triton.next_power_of_2(places) // MOST_PARTS)
     parts = triton.cdiv(places, part)
@@ -197,7 +199,7 @@ def attend(
         query,
         keys,
         values,
-        *read,
+        *tables,
         sums,
         scores,
         *strides,
