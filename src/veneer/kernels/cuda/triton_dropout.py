@@ -29,8 +29,7 @@ def _drop(x, rows, out, row_key, column_key, threshold, kept, width, size: tl.co
     row = tl.program_id(0)
     column = tl.program_id(1) * size + tl.arange(0, size)
     inside, place = column < width, row.to(tl.int64) * width + column
-    # Only the low half of a key is hashed. Sums and products of 32 bits wrap as those of 64 do under
-    # a mask.
+    # Only the low half of a key is hashed. Sums and products of 32 bits wrap like 64 masked bits.
     row_hash = _mix((tl.load(rows + row) + row_key).to(tl.uint32))
     column_hash = _mix((column.to(tl.int64) * 0x85EBCA6B + column_key).to(tl.uint32))
     stays = _mix(row_hash ^ column_hash).to(tl.int64) >= threshold
