@@ -22,6 +22,7 @@ from veneer.adapters.config import LoRA
 from veneer.base import Base
 from veneer.decoding.engine import Engine, bytes_per_token
 from veneer.decoding.schedule.limits import Limits
+from veneer.decoding.schedule.lookup import LookupMode
 from veneer.decoding.schedule.sequence import Sequence
 from veneer.formats.adapter import manifest_for, write_adapter
 from veneer.library.library import Library
@@ -122,6 +123,7 @@ def running(
     seconds: float | None = None,
     runs: Path | None = None,
     drain_seconds: float = 30.0,
+    lookup: LookupMode = "auto",
 ) -> Iterator[Running]:
     base = base or made_base()
     settings = ServeSettings(
@@ -131,6 +133,7 @@ def running(
         cache_bytes=tokens * bytes_per_token(base),
         runs=runs,
         drain_seconds=drain_seconds,
+        lookup=lookup,
         **({} if seconds is None else {"seconds": seconds}),
     )
     opened = open_server(base, library, settings, keys or ApiKeys([]))

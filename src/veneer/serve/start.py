@@ -112,7 +112,11 @@ def service_of(base: FrozenBase, library: Library, settings: ServeSettings) -> S
         base, library, budget_bytes=settings.adapters_bytes, base_names=names_of_base
     )
     engine = Engine(
-        base, budget_bytes=cache_bytes(settings), adapters=residents.tiers, limits=settings.limits
+        base,
+        budget_bytes=cache_bytes(settings),
+        adapters=residents.tiers,
+        limits=settings.limits,
+        lookup=settings.lookup,
     )
     positions = engine.scheduler.positions
     names = ModelNames(name, library, residents, created=int(time.time()), positions=positions)
