@@ -62,7 +62,8 @@ def declared_functions():
 
 
 def test_only_bindings_and_tapes_know_the_library():
-    knows = r"library import [^\n]*\blibrary\b|native\.library|\.veneer_(?!version)"
+    functions = "|".join(native.SIGNATURES)
+    knows = rf"library import [^\n]*\blibrary\b|native\.library|\.({functions})\b"
     for path in set(KERNELS.parent.rglob("*.py")) - set(CALLING):
         text = path.read_text()
         assert not re.search(knows, text), path

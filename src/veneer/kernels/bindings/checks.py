@@ -8,8 +8,9 @@ For "gate: T[rows, width]; out: T[rows, width]; rows, width" its statements are 
     if out.shape != (rows, width) or ...: raise _refused("out", ...)
     _call("veneer_step_gate", _byref(_struct(gate_address, out_address, rows, width)))
 
-The statements are syntax trees (the module ast): no text is executed, and a call costs less than
-with checks in functions of their own.
+The statements are syntax trees (the module ast), made of templates below in which declared names
+and expressions take the places of names in capitals. A call costs less than with checks in
+functions of their own.
 """
 
 import ast
@@ -69,76 +70,58 @@ class Entry(NamedTuple):
         return match.groupdict("") if match else {}
 
 
-class _Sizes(ast.NodeTransformer):
-    """Turns an expression of a declaration into one of the generated function: names of types stand
-    for their numbers in C, and a division leaves no rest."""
+class _Template(ast.NodeTransformer):
+    """Puts values in place of names: another name, several names, an expression or statements."""
+
+    def __init__(self, values: Values) -> None:
+        self._values = values
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return _name(f"{node.id}_number") if node.id in VARIABLES else node
+        value = self._values.get(node.id, node)
+        if isinstance(value, list):
+            return ast.Tuple([ast.Name(name, node.ctx) for name in value], node.ctx)
+        return ast.Name(value, node.ctx) if isinstance(value, str) else value
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        name = node.value.id if isinstance(node.value, ast.Name) else ""
+        return self._values[name] if name in self._values else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        arguments = [a.value if isinstance(a, ast.Starred) else a for a in node.args]
+        node.args = [
+            value for a in arguments for value in (a.elts if isinstance(a, ast.Tuple) else [a])
+        ]
+        return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """Turns a division into one that leaves no rest."""
         self.generic_visit(node)
-        return _call("_divide", node.left, node.right) if isinstance(node.op, ast.Div) else node
+        if isinstance(node.op, ast.Div):
+            return ast.Call(ast.Name("_divide", ast.Load()), [node.left, node.right], [])
+        return node
 
 
-def _expression(text: str) -> ast.expr:
-    tree: ast.expr = _Sizes().visit(ast.parse(text.strip(), mode="eval").body)
+def _statements(template: str, **values: Any) -> list[ast.stmt]:
+    """Returns the statements of a template with values in place of its names in capitals."""
+    tree: ast.Module = _Template(values).visit(ast.parse(template))
+    return tree.body
+
+
+def _expression(text: str, **values: Any) -> ast.expr:
+    """The same of an expression, in which names of types stand for their numbers in C."""
+    numbers = {name: f"{name}_number" for name in VARIABLES}
+    tree: ast.expr = _Template(numbers | values).visit(ast.parse(text.strip(), mode="eval").body)
     return tree
 
 
-def _name(name: str) -> ast.expr:
-    return ast.Name(name, ast.Load())
-
-
-def _call(function: str, *arguments: ast.expr, **named: ast.expr) -> ast.expr:
-    """A call of a function or of a method, "x.stride"."""
-    owner, _, method = function.rpartition(".")
-    called = ast.Attribute(_name(owner), method, ast.Load()) if owner else _name(function)
-    return ast.Call(called, list(arguments), [ast.keyword(*pair) for pair in named.items()])
-
-
-def _get(owner: str, attribute: str) -> ast.expr:
-    return ast.Attribute(_name(owner), attribute, ast.Load())
-
-
-def _item(owner: ast.expr, key: str | int) -> ast.expr:
-    return ast.Subscript(owner, ast.Constant(key), ast.Load())
-
-
-def _compare(left: ast.expr, comparison: ast.cmpop, right: ast.expr) -> ast.expr:
-    return ast.Compare(left, [comparison], [right])
-
-
-def _not(value: ast.expr) -> ast.expr:
-    return ast.UnaryOp(ast.Not(), value)
-
-
-def _both(*tests: ast.expr) -> ast.expr:
-    return ast.BoolOp(ast.And(), list(tests))
-
-
-def _tuple(values: Iterable[ast.expr]) -> ast.expr:
-    return ast.Tuple(list(values), ast.Load())
-
-
-def _rest(value: ast.expr, divisor: ast.expr) -> ast.expr:
-    return ast.BinOp(value, ast.Mod(), divisor)
-
-
-def _assign(name: str, value: ast.expr) -> ast.stmt:
-    return ast.Assign([ast.Name(name, ast.Store())], value)
-
-
-def _unpack(names: Iterable[str], value: ast.expr) -> ast.stmt:
-    targets: list[ast.expr] = [ast.Name(name, ast.Store()) for name in names]
-    return ast.Assign([ast.Tuple(targets, ast.Store())], value)
-
-
-def _refuse_if(entry: Entry, *tests: ast.expr) -> ast.stmt:
-    texts = ast.Constant(entry.name), ast.Constant(entry.kind)
-    refusal = _call("_refused", *texts, _call("_locals"))
-    either = ast.BoolOp(ast.Or(), list(tests)) if len(tests) > 1 else tests[0]
-    return ast.If(either, [ast.Raise(refusal)], [])
+def _refuse_unless(entry: Entry, *tests: ast.expr) -> list[ast.stmt]:
+    return _statements(
+        "if not TEST: raise _refused(NAME, KIND, _locals())",
+        TEST=ast.BoolOp(ast.And(), list(tests)) if len(tests) > 1 else tests[0],
+        NAME=ast.Constant(entry.name),
+        KIND=ast.Constant(entry.kind),
+    )
 
 
 def generate_call(
@@ -151,45 +134,42 @@ def generate_call(
     """Generates the function that replaces a declared one; without c_names it returns the struct.
     helpers: _struct, None without a struct, _fails, and what else the statements use."""
     parameters = signature(function).parameters
-    keywords = {n: _name(n) for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     positional = [name for name in parameters if name not in keywords]
-    body = _call("_body", *map(_name, positional), **keywords)
+    body: Any = _expression("_body(*ARGUMENTS)", ARGUMENTS=positional)
+    body.keywords = [ast.keyword(name, ast.Name(name, ast.Load())) for name in keywords]
+    statements = list[ast.stmt]()
     if from_body := [entry.name for entry in fields if entry.role == "body"]:
-        statements = [_assign("_values", body)]
-        statements += [_assign(name, _item(_name("_values"), name)) for name in from_body]
-    else:
-        has_body = function.__code__.co_code != _without_body.__code__.co_code
-        statements = [ast.Expr(body)] if has_body else []
+        statements += _statements("_values = BODY", BODY=body)
+        for name in from_body:
+            statements += _statements("X = _values[KEY]", X=name, KEY=ast.Constant(name))
+    elif function.__code__.co_code != _without_body.__code__.co_code:
+        statements.append(ast.Expr(body))
     statements += _checks([*fields, *arguments], parameters)
     values = [_value(entry) for entry in arguments]
     if helpers["_struct"] is not None:
-        own = [_value(entry) for entry in fields if not entry.role]
-        statements.append(_assign("_filled", _call("_struct", *own)))
-        values.insert(0, _call("_byref", _name("_filled")))
+        own = ast.Tuple([_value(entry) for entry in fields if not entry.role], ast.Load())
+        statements += _statements("_filled = _struct(*VALUES)", VALUES=own)
+        values.insert(0, _expression("_byref(_filled)"))
     for entry in fields:
         if entry.role == "kept":
-            target = ast.Attribute(_name("_filled"), "kept", ast.Store())
-            statements.append(ast.Assign([target], _name(entry.name)))
+            statements += _statements("_filled.kept = X", X=entry.name)
     if c_names:
         first, last = ast.Constant(c_names[0]), ast.Constant(c_names[-1])
-        is_bf16 = _compare(_name("T"), ast.Is(), _name("bf16"))
-        c_name = ast.IfExp(is_bf16, first, last) if len(c_names) > 1 else first
-        failed = _call("_call", c_name, *values)
-        statements.append(ast.If(failed, [ast.Raise(_call("_fails"))], []))
+        choice = _expression("FIRST if TYPE is bf16 else LAST", FIRST=first, LAST=last, TYPE="T")
+        statements += _statements(
+            "if _call(C_NAME, *VALUES): raise _fails()",
+            C_NAME=choice if len(c_names) > 1 else first,
+            VALUES=ast.Tuple(values, ast.Load()),
+        )
     else:
-        statements.append(ast.Return(_name("_filled")))
-    own_arguments = ast.arguments(
-        [],
-        [*map(ast.arg, positional)],
-        None,
-        [*map(ast.arg, keywords)],
-        [None] * len(keywords),
-        None,
-        [],
-    )
-    definition = ast.FunctionDef(function.__name__, own_arguments, statements, [])
-    module = ast.fix_missing_locations(ast.Module([definition], []))
-    constants = compile(module, f"<declaration of {function.__name__}>", "exec").co_consts
+        statements += _statements("return _filled")
+    module: Any = ast.Module(_statements("def X(): BODY", BODY=statements), [])
+    module.body[0].args.args = [*map(ast.arg, positional)]
+    module.body[0].args.kwonlyargs = [*map(ast.arg, keywords)]
+    module.body[0].args.kw_defaults = [None] * len(keywords)
+    tree = ast.fix_missing_locations(module)
+    constants = compile(tree, f"<declaration of {function.__name__}>", "exec").co_consts
     code = next(constant for constant in constants if isinstance(constant, CodeType))
     generated = FunctionType(code, {**_GLOBALS, **helpers, "_body": function})
     generated.__defaults__ = function.__defaults__
@@ -204,10 +184,10 @@ def _without_body() -> None:
 def _value(entry: Entry) -> ast.expr:
     """Returns what C gets of an entry."""
     if entry.kind.startswith("unused"):
-        return _tuple([]) if "*" in entry.kind else ast.Constant(None)
-    if entry.name in VARIABLES:
-        return _name(f"{entry.name}_number")
-    return _name(f"{entry.name}_address" if entry.match(TENSOR) else entry.name)
+        return _expression("()" if "*" in entry.kind else "None")
+    if entry.match(TENSOR):
+        return _expression("X", X=f"{entry.name}_address")
+    return _expression(entry.name)
 
 
 def _checks(entries: list[Entry], parameters: Iterable[str]) -> list[ast.stmt]:
@@ -220,10 +200,11 @@ def _checks(entries: list[Entry], parameters: Iterable[str]) -> list[ast.stmt]:
         statements += _read_sizes(entry, tensors[entry], known)
     for entry in entries:
         if entry.expression:
-            statements.append(_assign(entry.name, _expression(entry.expression)))
+            value = _expression(entry.expression)
+            statements += _statements("X = VALUE", X=entry.name, VALUE=value)
         is_bounded = ".." in entry.kind or (entry.name in parameters and entry.role == "")
         if is_bounded and (match := entry.match(NUMBER)):
-            statements.append(_check_number(entry, match))
+            statements += _check_number(entry, match)
     for entry, match in tensors.items():
         statements += _check_tensor(entry, match)
     return statements
@@ -235,66 +216,69 @@ def _read_sizes(entry: Entry, match: Match, known: set[str]) -> list[ast.stmt]:
     x, dtype, statements = entry.name, match["dtype"], list[ast.stmt]()
     axes, strides = _axes(match), _axes(match, 2)
     new = [i for i, axis in enumerate(axes) if axis.isidentifier() and axis not in known]
-    if match["bracket"] == "{":
-        statements += [_assign(axes[i], _call(f"{x}.numel")) for i in new]
-    elif len(new) == len(axes):
-        statements.append(_unpack(axes, _get(x, "shape")))
+    if match["bracket"] == "[" and len(new) == len(axes):
+        statements += _statements("AXES = X.shape", AXES=axes, X=x)
     else:
-        statements += [_assign(axes[i], _item(_get(x, "shape"), i)) for i in new]
+        size = "X.shape[I]" if match["bracket"] == "[" else "X.numel()"
+        for i in new:
+            statements += _statements(f"SIZE = {size}", SIZE=axes[i], X=x, I=ast.Constant(i))
     if any(strides):
-        *outer, _ = strides
-        statements.append(_unpack([*outer, f"{x}_inner"], _call(f"{x}.stride")))
+        statements += _statements(
+            "STRIDES = X.stride()", STRIDES=[*strides[:-1], f"{x}_inner"], X=x
+        )
     if dtype not in known:
-        allowed = _not(_compare(_get(x, "dtype"), ast.In(), _name(f"_{dtype}")))
-        values = ast.Subscript(_name(f"_{dtype}"), _get(x, "dtype"), ast.Load())
-        statements.append(_refuse_if(entry, allowed))
-        statements.append(_unpack([dtype, f"{dtype}_bytes", f"{dtype}_number"], values))
-    names = [axes[i] for i in new] + [*filter(None, strides)]
-    known |= {*names, dtype}
+        types = f"_{dtype}"
+        statements += _refuse_unless(entry, _expression("X.dtype in TYPES", X=x, TYPES=types))
+        names = [dtype, f"{dtype}_bytes", f"{dtype}_number"]
+        statements += _statements("NAMES = TYPES[X.dtype]", NAMES=names, TYPES=types, X=x)
+    sizes = [axes[i] for i in new] + [*filter(None, strides)]
+    known |= {*sizes, dtype}
     if match["optional"] and statements:
-        zeros: list[ast.stmt] = [_assign(name, ast.Constant(0)) for name in names]
-        statements = [ast.If(_compare(_name(x), ast.Is(), ast.Constant(None)), zeros, statements)]
+        zeros = [s for name in sizes for s in _statements("X = 0", X=name)]
+        return _statements("if X is None: ZEROS\nelse: READ", X=x, ZEROS=zeros, READ=statements)
     return statements
 
 
-def _check_number(entry: Entry, match: Match) -> ast.stmt:
-    value, most = _name(entry.name), match["most"] or str(_MOST[match["type"]])
-    least, most_value = _expression(match["least"] or "0"), _expression(most)
-    within = ast.Compare(least, [ast.LtE(), ast.LtE()], [value, most_value])
-    tests = [_compare(_call("_type", value), ast.IsNot(), _name("_int")), _not(within)]
-    if multiple := match["multiple"]:
-        tests.append(_rest(value, _expression(multiple)))
-    return _refuse_if(entry, *tests)
+def _check_number(entry: Entry, match: Match) -> list[ast.stmt]:
+    values = {
+        "X": entry.name,
+        "LEAST": _expression(match["least"] or "0"),
+        "MOST": _expression(match["most"] or str(_MOST[match["type"]])),
+        "MULTIPLE": _expression(match["multiple"] or "1"),
+    }
+    text = "_type(X) is _int and LEAST <= X <= MOST"
+    if match["multiple"]:
+        text += " and X % MULTIPLE == 0"
+    return _refuse_unless(entry, _expression(text, **values))
 
 
 def _check_tensor(entry: Entry, match: Match) -> list[ast.stmt]:
-    x, axes, strides = entry.name, _axes(match), _axes(match, 2)
-    dtype = match["dtype"]
-    size = _name(f"{dtype}_bytes") if dtype in VARIABLES else ast.Constant(DTYPES[dtype].itemsize)
+    x, axes, strides, dtype = entry.name, _axes(match), _axes(match, 2), match["dtype"]
+    size = f"{dtype}_bytes" if dtype in VARIABLES else ast.Constant(DTYPES[dtype].itemsize)
     word = _expression(match["words"]) if match["words"] else size
-    address, shape = f"{x}_address", _tuple(map(_expression, axes))
-    statements = [_assign(address, _call(f"{x}.data_ptr"))]
+    values = {"X": x, "ADDRESS": f"{x}_address", "TYPE": dtype, "WORD": word}
+    shape: ast.expr = ast.Tuple([*map(_expression, axes)], ast.Load())
     if match["bracket"] == "{":
-        tests = [_compare(_call(f"{x}.numel"), ast.NotEq(), _expression(axes[0]))]
+        tests = [_expression("X.numel() == SIZE", X=x, SIZE=_expression(axes[0]))]
     else:
-        tests = [_compare(_get(x, "shape"), ast.NotEq(), shape)]
-    tests.append(_compare(_get(x, "dtype"), ast.IsNot(), _name(dtype)))
-    tests.append(_not(ast.BoolOp(ast.Or(), [_get(x, "is_cpu"), _call("_on_cpu", _name(x))])))
-    tests.append(_rest(_name(address), word))
+        tests = [_expression("X.shape == SHAPE", X=x, SHAPE=shape)]
+    text = "X.dtype is TYPE and (X.is_cpu or _on_cpu(X)) and ADDRESS % WORD == 0"
+    tests.append(_expression(text, **values))
     if any(strides):
-        inner = _compare(_name(f"{x}_inner"), ast.NotEq(), ast.Constant(1))
-        tests.append(_both(inner, _compare(_expression(axes[-1]), ast.Gt(), ast.Constant(1))))
+        last = _expression(axes[-1])
+        tests.append(_expression("INNER == 1 or LAST <= 1", INNER=f"{x}_inner", LAST=last))
         for stride in strides[:-1] if match["words"] else ():
-            tests.append(_rest(ast.BinOp(_name(stride), ast.Mult(), size), word))
+            text = "STRIDE * SIZE % WORD == 0"
+            tests.append(_expression(text, STRIDE=stride, SIZE=size, WORD=word))
     else:
-        tests.append(_not(_call(f"{x}.is_contiguous")))
+        tests.append(_expression("X.is_contiguous()", X=x))
     if order := match["order"]:
-        limit = _expression(match["limit"])
-        tests.append(_not(_call("_is_within", _name(x), limit, ast.Constant(order))))
-    statements.append(_refuse_if(entry, *tests))
+        limit, constant = _expression(match["limit"]), ast.Constant(order)
+        tests.append(_expression("_is_within(X, LIMIT, ORDER)", X=x, LIMIT=limit, ORDER=constant))
+    statements = _statements("ADDRESS = X.data_ptr()", **values) + _refuse_unless(entry, *tests)
     if match["optional"]:
-        is_none = _compare(_name(x), ast.Is(), ast.Constant(None))
-        statements = [ast.If(is_none, [_assign(address, ast.Constant(None))], statements)]
+        text = "if X is None: ADDRESS = None\nelse: CHECK"
+        return _statements(text, CHECK=statements, **values)
     return statements
 
 
