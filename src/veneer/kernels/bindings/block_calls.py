@@ -34,9 +34,9 @@ _SIDE = """
     scale: float
     pairs: unused
     parts = 0
-    sizes, starts: int*3
+    sizes, starts: unused*3
     check rank: 16..256
-    body factors, ranks, count, half, masks, scale, sizes, starts
+    body factors, ranks, count, half, masks, scale
 """
 _Side = structure("Side", _SIDE, Mask=DropoutMask)
 
@@ -60,34 +60,37 @@ def _side(side: Side | None, wide: Tensor, *, across: bool, of_A: bool) -> Any:
     factors nothing is read or written."""
     rows, width = wide.shape
     if side is None or (not side[0] and side[1].shape == (rows, 0)):
-        return _Side()
+        return ()
     factors, narrow, scale, masks = side
     ranks = tuple(factor.shape[0 if of_A else 1] for factor in factors)
     if not 0 < len(ranks) <= MOST or any(rank % 16 or rank < 16 for rank in ranks):
         raise CallError(f"ranks {ranks} where C takes up to {MOST} multiples of 16")
-    shapes = [(rank, width) if of_A else (width, rank) for rank in ranks]
-    addresses = [
-        at(factor, factors[0].dtype, *shape, words=PAIR_BYTES)
-        for factor, shape in zip(factors, shapes, strict=True)
-    ]
+    if (dtype := factors[0].dtype) not in (FP32, BF16):
+        raise CallError(f"a factor of {dtype} where C takes float32 or bf16")
     if masks and (len(masks) != len(ranks) or len({share for *_, share in masks}) > 1):
         raise CallError(
             f"{len(masks)} masks of {len(ranks)} factors where C takes one of each, of one share"
         )
-    values = {"factors": tuple(addresses), "ranks": ranks, "count": len(ranks)}
-    values["masks"] = tuple(mask_fields(mask, rows) for mask in masks)
-    values["scale"] = scale / (1 - masks[0][3]) if masks else scale
-    return _filled_side(narrow, factors[0], rows, sum(ranks), across, values)
+    shapes = [(rank, width) if of_A else (width, rank) for rank in ranks]
+    addresses = [
+        at(factor, dtype, *shape, words=PAIR_BYTES)
+        for factor, shape in zip(factors, shapes, strict=True)
+    ]
+    values = {
+        "factors": tuple(addresses),
+        "ranks": ranks,
+        "count": len(ranks),
+        "half": dtype is BF16,
+        "masks": tuple(mask_fields(mask, rows) for mask in masks),
+        "scale": scale / (1 - masks[0][3]) if masks else scale,
+    }
+    return _filled_side(narrow, rows, sum(ranks), across, values)
 
 
 @declare_structure(_Side, _SIDE)
-def _filled_side(
-    narrow: Tensor, factor: Tensor, rows: int, rank: int, across: bool, values: Values
-) -> Values:
-    """values: fields that are filled already."""
-    if factor.dtype not in (FP32, BF16):
-        raise CallError(f"a factor of {factor.dtype} where C takes float32 or bf16")
-    return {**values, "half": factor.dtype is BF16, "sizes": (), "starts": ()}
+def _filled_side(narrow: Tensor, rows: int, rank: int, across: bool, values: Values) -> Values:
+    """values: the fields that _side has checked."""
+    return values
 
 
 _SIZES = "rows: 0..2**27; width: 16..2**27 % 16"
