@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.support.tiny import save_tiny
 from veneer.data.batching import used_length
 from veneer.errors import ConfigError, DivergedError, RunInterrupted
+from veneer.kernels.bindings.library import has_bf16
 from veneer.training import gradient, loop
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
@@ -28,6 +29,9 @@ order."""
 BF16_LOSS = 0.02
 """Relative difference of losses in bf16, whose values are 2^-8 apart."""
 
+WIDE = {"hidden_size": 128, "intermediate_size": 224, "num_hidden_layers": 4, "head_dim": 32}
+"""A model whose decoder layers are one node (kernels/dense/block.py)."""
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -35,6 +39,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_tiny(folder / "base")
     save_tiny(folder / "bf16", "llama", torch.bfloat16)
+    save_tiny(folder / "wide", "llama", torch.bfloat16, **WIDE)
     chance = random.Random(1)
     for name, count in (("rows", 14), ("others", 9)):
         lines = [
@@ -130,6 +135,25 @@ def test_in_bf16_losses_differ_as_between_batches_of_other_rows(base, world, tmp
         ours, theirs = losses(tmp_path / "joint" / name), losses(tmp_path / "alone" / name)
         assert [r[:2] for r in ours] == [r[:2] for r in theirs]
         assert [r[2] for r in ours] == pytest.approx([r[2] for r in theirs], rel=BF16_LOSS)
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor multiplies no bf16 pairs")
+@pytest.mark.parametrize("base", [{}, {"checkpointing": True}], ids=str)
+def test_lora_in_bf16_is_the_run_alone_to_the_bit(base, world, tmp_path):
+    """Where a layer is one node its calls are those of each run, beside products whose rows do not
+    depend on one another."""
+    names = ("lora", "dropout", "targets", "batch", "exact")
+    base = {"base": "wide", **base}
+    results = together([config(world, tmp_path / "joint" / n, **base, **JOBS[n]) for n in names])
+    for name, result in zip(names, results, strict=True):
+        summary = alone(world, tmp_path / "alone" / name, **base, **JOBS[name])
+        assert losses(tmp_path / "joint" / name) == losses(tmp_path / "alone" / name)
+        assert result["adapter_sha256"] == summary["adapter_sha256"]
+        ours, theirs = (
+            load_checkpoint(newest_valid(tmp_path / place / name / "checkpoints")[0])[0]
+            for place in ("joint", "alone")
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("budget", [1, 200, None])

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together, sole_lora
+from veneer.adapters.methods.adapted_linear import AdaptedLinear, apply_together, part_loras
 from veneer.adapters.placement.wrapping import SwappedModule, unwrapped
 from veneer.execution.attention import NAME, LayoutAttention
 from veneer.execution.decoder_layer import (
@@ -39,9 +40,9 @@ from veneer.execution.stand_in import StandIn
 from veneer.kernels.bindings.library import has_bf16
 from veneer.kernels.dense import block_operands
 from veneer.kernels.dense.block import lora_block
-from veneer.kernels.dense.block_operands import Block
+from veneer.kernels.dense.block_operands import Block, BlockPart
 from veneer.kernels.dense.fused import rms_norm, silu_gate
-from veneer.kernels.dense.lora import filled
+from veneer.kernels.dense.lora import LoRALinear, filled
 from veneer.linear import frozen_linear
 from veneer.private.torch import children_of
 from veneer.private.transformers import attention_of
@@ -151,20 +152,24 @@ class FusedLayer(StandIn):
             others.get(name) is not None for name in beside
         ):
             return None
-        if len(veneer_layout.layout.groups) != 1:
+        layouts = veneer_layout.layout.parts or ((x.shape[1], veneer_layout.layout),)
+        if any(len(layout.groups) != 1 for _, layout in layouts):
             return None
         if x.dim() != 3 or len(x) != 1 or not attention.takes(x, position_embeddings):
             return None
         assert position_embeddings is not None
         heads, gated = attention.base, feed.base  # whose attributes a stand-in finds last
         projections = [getattr(heads, name) for name in (*QKV, O)]
-        layers = []
+        ends = accumulate((rows for rows, _ in layouts), initial=0)
+        spans = [slice(start, stop) for start, stop in pairwise(ends)]
+        x_MI = x.detach()[0]
+        rows_of_parts, layers = [x_MI[span] for span in spans], list[list[LoRALinear]]()
         for module in (*projections, *(getattr(gated, name) for name in GATED)):
-            layer = sole_lora(module, x)
-            if layer is None:
+            loras = part_loras(module, x_MI, spans)
+            if loras is None:
                 return None
-            layers.append(filled(layer, x))
-        if not any(len(layer.A) for layer in layers):
+            layers.append(list(map(filled, loras, rows_of_parts)))
+        if not any(len(layer.A) for of_module in layers for layer in of_module):
             return None
         norms = []
         for norm in (first, second):
@@ -174,9 +179,14 @@ class FusedLayer(StandIn):
             norms.append(block_operands.Norm(weight, norm.epsilon))
         cos, sin = (each[0].contiguous() for each in position_embeddings)
         facts: Attention = attention.facts
-        group = veneer_layout.layout.groups[0]
-        block = Block(norms[0], norms[1], layers, facts.head_dim, cos, sin, group, facts.rules)
-        if not block.usable(x[0]):
+        parts = [
+            BlockPart(span, of_part, cos[span], sin[span], layout.groups[0])
+            for span, of_part, (_, layout) in zip(
+                spans, zip(*layers, strict=True), layouts, strict=True
+            )
+        ]
+        block = Block(norms[0], norms[1], parts, facts.head_dim, facts.rules)
+        if not block.usable(x_MI):
             return None
         veneer_layout.calls += 1
         return block

@@ -1,6 +1,8 @@
 """A decoder layer with LoRA as one node: the bits of the layer's own parts, and which layers and
 forwards it takes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -9,14 +11,16 @@ from tests.support.helpers import fill, make_examples
 from tests.support.tiny import tiny_model
 from veneer.adapters.attach import attach
 from veneer.adapters.config import DoRA, LoRA
-from veneer.adapters.placement.acting import TokenKeys
+from veneer.adapters.placement.acting import TokenKeys, in_turn
 from veneer.adapters.placement.routing import Routing
 from veneer.data.batching import make_batch, make_groups
+from veneer.data.joint_batch import join_batches
 from veneer.execution.train_step import FusedLayer, fused, replacements
 from veneer.kernels.bindings import library as native
 from veneer.kernels.dense import block, block_operands
 from veneer.models.checkpointing import checkpointed
-from veneer.models.step import batch_loss, prepare
+from veneer.models.step import LossShare, batch_loss, batch_losses, prepare
+from veneer.training.optimizer.buffer import FlatParameters
 
 pytestmark = pytest.mark.skipif(
     not native.has_bf16(), reason="this processor multiplies no bf16 pairs"
@@ -32,9 +36,9 @@ SIZES = {
 class Trained:
     """A tiny model in bf16 with an adapter on all linear layers, and one batch."""
 
-    def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, **settings):
+    def __init__(self, family="llama", method=LoRA, rank=16, prompt=5, layers=2, **settings):
         self.model, self.routing = (
-            tiny_model(family, torch.bfloat16, **SIZES, head_dim=32),
+            tiny_model(family, torch.bfloat16, **SIZES, head_dim=32, num_hidden_layers=layers),
             Routing(),
         )
         self.paths = prepare(self.model)
@@ -330,3 +334,58 @@ def test_layers_in_float32_and_bases_alone_stay():
     attach(trained, LoRA(rank=16, targets="all-linear"), name="a", routing=Routing(), head=None)
     for model in (trained, tiny_model("llama", torch.bfloat16)):
         assert not any(isinstance(made, FusedLayer) for made in replacements(model).values())
+
+
+@pytest.mark.parametrize("adding", [False, True])
+def test_rows_of_several_adapters_get_the_bits_of_each_alone(adding, taken):
+    """The base's products are computed over all rows, everything else adapter by adapter."""
+    trained = Trained(layers=4)
+    settings = [
+        LoRA(targets="all-linear", rank=8, alpha=3.0, dropout=0.3),
+        LoRA(targets=["q_proj", "down_proj"], rank=32, alpha=5.0, dropout=0.1),
+        LoRA(targets="all-linear", rank=24, rank_pattern={"k_proj": 4}),
+    ]
+    head, flats = trained.model.get_output_embeddings(), []
+    for number, config in enumerate(settings):
+        adapter = attach(
+            trained.model, config, name=str(number), routing=trained.routing, head=head
+        )
+        fill(adapter.parameters().values(), scale=0.1, seed=number)
+        flats.append((adapter, FlatParameters(adapter.parameters())))
+    batches = [
+        make_batch(
+            make_examples(4 + 3 * number, prompt=5 * number, seed=number),
+            packed=True,
+            share_prompt=True,
+            device=torch.device("cpu"),
+        )
+        for number in range(len(settings))
+    ]
+
+    def gradients(numbers):
+        chosen = [batches[number] for number in numbers]
+        joined = join_batches(chosen)
+        shares = [
+            LossShare(((flats[n][0], 1.0),), batches[n].trained_tokens, 7.0 + n) for n in numbers
+        ]
+        rows = [batch.ids.numel() for batch in chosen]
+        acting = in_turn([(n, share.adapters) for n, share in zip(rows, shares, strict=True)])
+        keys = [(count, 3 + n, n) for count, n in zip(rows, numbers, strict=True)]
+        for number in numbers:
+            flats[number][1].gradient.zero_()
+        with trained.routing.held(acting.drawing(TokenKeys.of_runs(joined.dropout_rows, keys))):
+            found = batch_losses(trained.model, trained.paths, trained.routing, joined, shares)
+            with block.adding_gradients_in_place() if adding else nullcontext():
+                sum(found[1:], start=found[0]).backward()
+        return [
+            (loss.item(), flats[n][1].gradient.clone())
+            for loss, n in zip(found, numbers, strict=True)
+        ]
+
+    with fused(trained.model, replacements(trained.model)):
+        joint = gradients([0, 1, 2])
+        alone = [gradients([number])[0] for number in range(3)]
+    assert all(taken) and len(taken) == 4 * 4
+    for (loss, gradient), (loss_alone, gradient_alone) in zip(joint, alone, strict=True):
+        assert loss == loss_alone
+        assert torch.equal(gradient, gradient_alone) and gradient.any()

@@ -92,11 +92,36 @@ class AdaptedLinear(AdaptedModule):
         most one LoRA acts here, on all rows of x, and nothing else happens here."""
         acting = self.routing.acting
         adapters = acting.whole
-        if not adapters or acting.counts(x.numel() // x.shape[-1]) or self.replaces(adapters):
+        if not adapters or acting.counts(x.numel() // x.shape[-1]):
             return None
-        if has_hooks(self):
+        return self._lora_of(adapters, x, acting.keys)
+
+    def part_loras(self, x_MI: Tensor, parts: Sequence[slice]) -> list[LoRALinear] | None:
+        """As sole_lora, for each part of the rows of x. Returns None if the adapters act on other
+        parts."""
+        acting = self.routing.acting
+        if acting.whole is not None:
+            sole_layer = self.sole_lora(x_MI) if len(parts) == 1 else None
+            return None if sole_layer is None else [sole_layer]
+        if acting.rows != len(x_MI):
             return None
-        layers = self.drawing(adapters, acting.keys)
+        segments = acting.segments(len(x_MI))
+        if [segment.rows for segment in segments] != list(parts):
+            return None
+        layers = []
+        for segment in segments:
+            keys = _keys_of(acting.keys, segment)
+            layer = self._lora_of(segment.adapters, x_MI[segment.rows], keys)
+            if layer is None:
+                return None
+            layers.append(layer)
+        return layers
+
+    def _lora_of(self, adapters: Applied, x: Tensor, keys: TokenKeys | None) -> LoRALinear | None:
+        """The layer with the LoRA of these adapters, which act on all of x."""
+        if self.replaces(adapters) or has_hooks(self):
+            return None
+        layers = self.drawing(adapters, keys)
         if not layers:
             return unadapted(self.frozen)
         layer, weight, keys = layers[0]
@@ -221,6 +246,14 @@ def sole_lora(module: nn.Module, x: Tensor) -> LoRALinear | None:
         return None
     frozen = frozen_linear(module)
     return None if frozen is None else unadapted(frozen)
+
+
+def part_loras(module: nn.Module, x_MI: Tensor, parts: Sequence[slice]) -> list[LoRALinear] | None:
+    """AdaptedLinear.part_loras of any linear module."""
+    if isinstance(module, AdaptedLinear):
+        return module.part_loras(x_MI, parts)
+    layer = sole_lora(module, x_MI)
+    return None if layer is None else [layer] * len(parts)
 
 
 def apply_together(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:

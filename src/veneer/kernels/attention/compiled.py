@@ -185,10 +185,19 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def packed_forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: Group, rules: AttentionRules
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Group,
+    rules: AttentionRules,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Aligned rows -> output (N, H, D), zeros on filler, and the log-sum-exps for backward."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    """Aligned rows -> output (N, H, D), zeros on filler, and the log-sum-exps for backward.
+
+    out: the output is written there instead of to a fresh tensor
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     attention_calls.zeros(out, layout.rows)
     return out, [part.forward(out[rows]) for rows, part in _parts(q, k, v, layout, rules)]
 
@@ -202,11 +211,16 @@ def packed_backward(
     grad: Tensor,
     layout: Group,
     rules: AttentionRules,
+    *,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the contiguous gradients of q, k and v, zeros on filler."""
-    grad_q, grad_k, grad_v = (
+    """Returns the contiguous gradients of q, k and v, zeros on filler.
+
+    into: they are written there instead of to fresh tensors
+    """
+    grad_q, grad_k, grad_v = into or [
         torch.empty(values.shape, dtype=q.dtype, device=q.device) for values in (q, k, v)
-    )
+    ]
     for gradient in (grad_q, grad_k, grad_v):
         attention_calls.zeros(gradient, layout.rows)
     of_prompt: Tensor | None = None

@@ -8,6 +8,9 @@ and to the same bits, without the graph between them: a sum and the norm behind 
 forward and backward. A layer without an adapter has an update of rank 0. This runs in bf16 alone,
 on processors that multiply pairs of bf16.
 
+Rows of several adapters are several parts. The products with the base's weights are computed once
+over all rows, everything between them part by part, to the bits of a forward of that part alone.
+
 Backward keeps what the parts keep. For many rows it recomputes n, m and the input of `down`, a
 third of the memory. If a layer computes by calls into compiled functions alone, a tape of the calls
 is replayed for the layers behind it that are like it (tape/layer_tape.py).
@@ -76,7 +79,7 @@ def _run(
     saved: _SavedTensors,
 ) -> tuple[Sequence[Tensor], _SavedTensors]:
     """Returns the two groups of compute(), by the tape of a layer like this one if there is one."""
-    derived = block.layout.derived
+    derived = block.parts[0].layout.derived
     if key is None or is_observed() or (key in derived and derived[key] is None):
         first, second = compute()
         return first, _SavedTensors(second)
@@ -93,7 +96,7 @@ def _run(
 
 
 class _Block(torch.autograd.Function):
-    """factors: A of each layer, then B of each."""
+    """factors: A of each layer, then B of each, part by part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, *factors: Tensor) -> Tensor:
@@ -117,8 +120,9 @@ class _Block(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        factors, saved = rest[: 2 * LAYERS], _SavedTensors(rest[2 * LAYERS :], ctx.tape)
         block: Block = ctx.block
+        count = 2 * LAYERS * len(block.parts)
+        factors, saved = rest[:count], _SavedTensors(rest[count:], ctx.tape)
         grad, needs_x = grad.squeeze(0).contiguous(), ctx.needs_input_grad[0]
         existing = _existing_gradients(block.factors()) if _adding.get() else None
 

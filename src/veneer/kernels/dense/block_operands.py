@@ -37,55 +37,29 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Block:
-    """The operands of a decoder layer.
+class BlockPart:
+    """A part of the rows, with updates and documents of its own.
 
+    rows      the rows, of M
     layers    q, k, v, o, gate, up and down, all with the same share of dropout or none with any
-    size      S
-    cos, sin  (M, S)
+    cos, sin  (rows, S)
     """
 
-    before: Norm
-    between: Norm
+    rows: slice
     layers: Sequence[LoRALinear]
-    size: int
     cos: Tensor
     sin: Tensor
     layout: Group
-    rules: AttentionRules
 
-    def usable(self, x: Tensor) -> bool:
-        """True if the kernels compute this layer for x (M, D)."""
-        return (
-            self._fits_heads()
-            and self._fits_ranks(len(x))
-            and self._fits_rules()
-            and compiled(x, self.before.weight, self.between.weight, self.cos, self.sin)
-        )
-
-    def _fits_heads(self) -> bool:
-        q, k, v, _, gate, up, _ = (layer.base.out_features for layer in self.layers)
-        if self.size % 32 or any(width % self.size for width in (q, k, v)) or k != v:
-            return False
-        return not q // self.size % max(1, k // self.size) and gate == up and not gate % 16
-
-    def _fits_ranks(self, rows: int) -> bool:
+    def fits_ranks(self) -> bool:
         ranks = [len(layer.A) for layer in self.layers]
         if max(sum(ranks[:3]), sum(ranks[4:6])) > rank.MOST:
             return False
+        rows = self.rows.stop - self.rows.start
         if rows < _LEAST_ROWS or not all(map(_is_updated_by_kernels, self.layers)):
             return False
         adapted = [layer.dropout for layer in self.layers if len(layer.A)]
         return len({None if dropout is None else dropout.share for dropout in adapted}) <= 1
-
-    def _fits_rules(self) -> bool:
-        rules = self.rules
-        positive = rules.window is None or rules.window > 0
-        return rules.softcap is None and rules.sinks is None and positive
-
-    def recomputes(self, rows: int) -> bool:
-        """True if backward recomputes the inputs of the linear layers."""
-        return rows >= MANY_ROWS
 
     def factors(self) -> list[Tensor]:
         """Returns A of each layer, then B of each."""
@@ -93,32 +67,6 @@ class Block:
 
     def dropouts(self) -> list[Dropout | None]:
         return [layer.dropout for layer in self.layers]
-
-    @cached_property
-    def inputs(self) -> list[Input]:
-        """What the calls read besides x, saved tensors and factors."""
-        dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
-        biases = [layer.bias for layer in self.layers]
-        norms = [self.before.weight, self.between.weight]
-        masks = [part for drop in self.dropouts() if drop for part in (drop.rows, drop.key)]
-        return [*dense, *biases, *norms, self.cos, self.sin, *document_starts(self.layout), *masks]
-
-    def replay_key(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
-        """Returns a key that is equal for blocks whose calls differ in addresses alone.
-
-        None if these calls cannot be replayed.
-        """
-        if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
-            return None
-        weights = [value for value in self.inputs[: 2 * LAYERS] if isinstance(value, Tensor)]
-        shapes = [(t.shape, t.dtype, t.is_contiguous()) for t in (*factors, *weights)]
-        numbers = [(layer.scaling, layer.bias is None) for layer in self.layers]
-        drops = [
-            drop and (drop.share, drop.rows.shape, drop.rows.is_contiguous())
-            for drop in self.dropouts()
-        ]
-        own = self.size, self.before.epsilon, self.between.epsilon, self.rules
-        return len(x), self.recomputes(len(x)), *own, *shapes, *numbers, *drops
 
     def input_side(self, numbers: Sequence[int], A: Sequence[Tensor], narrow: Tensor) -> Side:
         """Returns the updates of these layers at their common input."""
@@ -130,6 +78,93 @@ class Block:
     def output_side(self, number: int, narrow: Tensor, B: Sequence[Tensor]) -> Side:
         """Returns the update of a layer at its output."""
         return Side([B[number]] if B[number].shape[1] else [], narrow, self.layers[number].scaling)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The operands of a decoder layer. parts: all rows in order, one part if a single adapter acts.
+
+    size  S
+    """
+
+    before: Norm
+    between: Norm
+    parts: Sequence[BlockPart]
+    size: int
+    rules: AttentionRules
+
+    @property
+    def layers(self) -> Sequence[LoRALinear]:
+        """Layers whose base and bias are those of every part."""
+        return self.parts[0].layers
+
+    def usable(self, x: Tensor) -> bool:
+        """True if the kernels compute this layer for x (M, D)."""
+        turns = [tensor for part in self.parts for tensor in (part.cos, part.sin)]
+        return (
+            self._fits_heads()
+            and all(part.fits_ranks() for part in self.parts)
+            and self._fits_rules()
+            and compiled(x, self.before.weight, self.between.weight, *turns)
+        )
+
+    def _fits_heads(self) -> bool:
+        q, k, v, _, gate, up, _ = (layer.base.out_features for layer in self.layers)
+        if self.size % 32 or any(width % self.size for width in (q, k, v)) or k != v:
+            return False
+        return not q // self.size % max(1, k // self.size) and gate == up and not gate % 16
+
+    def _fits_rules(self) -> bool:
+        rules = self.rules
+        positive = rules.window is None or rules.window > 0
+        return rules.softcap is None and rules.sinks is None and positive
+
+    def recomputes(self, rows: int) -> bool:
+        """True if backward recomputes the inputs of the linear layers."""
+        return rows >= MANY_ROWS
+
+    def factors(self) -> list[Tensor]:
+        """Returns A of each layer, then B of each, part by part."""
+        return [factor for part in self.parts for factor in part.factors()]
+
+    def dropouts(self) -> list[Dropout | None]:
+        return [dropout for part in self.parts for dropout in part.dropouts()]
+
+    @cached_property
+    def inputs(self) -> list[Input]:
+        """What the calls read besides x, saved tensors and factors."""
+        dense = [layer.base.weight for layer in self.layers if isinstance(layer.base, DenseLinear)]
+        biases = [layer.bias for layer in self.layers]
+        norms = [self.before.weight, self.between.weight]
+        of_parts = [
+            value
+            for part in self.parts
+            for value in (part.cos, part.sin, *document_starts(part.layout))
+        ]
+        masks = [part for drop in self.dropouts() if drop for part in (drop.rows, drop.key)]
+        return [*dense, *biases, *norms, *of_parts, *masks]
+
+    def replay_key(self, x: Tensor, factors: Sequence[Tensor]) -> tuple[Hashable, ...] | None:
+        """Returns a key that is equal for blocks whose calls differ in addresses alone.
+
+        None if these calls cannot be replayed.
+        """
+        if not on_cpu(x) or not all(type(layer.base) is DenseLinear for layer in self.layers):
+            return None
+        weights = [value for value in self.inputs[: 2 * LAYERS] if isinstance(value, Tensor)]
+        shapes = [(t.shape, t.dtype, t.is_contiguous()) for t in (*factors, *weights)]
+        numbers = [
+            (layer.scaling, layer.bias is None) for part in self.parts for layer in part.layers
+        ]
+        dropouts = self.dropouts()
+        drops = [
+            drop and (drop.share, drop.rows.shape, drop.rows.is_contiguous()) for drop in dropouts
+        ]
+        keys = [drop.key for drop in dropouts if drop]
+        equal_keys = tuple(keys.index(key) for key in keys)
+        rows = [(part.rows.start, part.rows.stop, id(part.layout)) for part in self.parts]
+        own = self.size, self.before.epsilon, self.between.epsilon, self.rules, equal_keys
+        return len(x), self.recomputes(len(x)), *own, *rows, *shapes, *numbers, *drops
 
 
 def _is_updated_by_kernels(layer: LoRALinear) -> bool:

@@ -5,9 +5,9 @@
 
 inputs: all that the calls read and did not create themselves. Inputs of another layer come in the
 same order, with the same shapes and types, and without gaps; the caller makes sure of that. An int
-among the inputs is the key of a dropout mask. compute returns groups of tensors, which every layer
-gets anew. All else that it creates is scratch: pieces that are not needed at the same time share
-memory.
+among the inputs is the key of a dropout mask; in every layer the same ones are equal. compute
+returns groups of tensors, which every layer gets anew. All else that it creates is scratch: pieces
+that are not needed at the same time share memory.
 
 Between two products Python took four times as long as C's part of a layer: all that it reads has
 left the caches.
@@ -153,9 +153,7 @@ class _LayerRecorder(Recorder):
         starts = addresses(inputs)
         self._allocations = [Allocation(*own, 0, 0) for own in zip(starts, sizes, strict=True)]
         keys = [(value & WORD, i) for i, value in enumerate(inputs) if isinstance(value, int)]
-        self._keys = dict(keys)
-        if len(self._keys) != len(keys):
-            self.reject("masks with the same key")
+        self._keys = dict(reversed(keys))  # of equal ones the first
         self._calls: list[TapeCall] = []
         self._structs = bytearray()
         self._addresses: list[Any] = []  # base: the number of an allocation
