@@ -253,6 +253,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "decoding/generate.py": ("decoding/test_decode.py",),
     "decoding/text.py": ("decoding/test_text.py",),
     "serve/protocols/body.py": ("serve/protocols/test_fields.py",),
+    "serve/protocols/faults.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/json_body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/sampling_body.py": ("serve/protocols/test_fields.py",),
     "serve/protocols/chunks.py": ("serve/protocols/test_answers.py", "serve/test_server.py"),

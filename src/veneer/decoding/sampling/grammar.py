@@ -88,10 +88,6 @@ class Grammars:
             max_lexer_states=10_000, max_grammar_size=200_000, verbose_errors=False
         )
 
-    def json(self) -> Grammar:
-        """Allows any JSON object."""
-        return self.schema({"type": "object"})
-
     def schema(self, schema: Mapping[str, Any] | bool | str) -> Grammar:
         """Allows the JSON values of a schema, which may be a text. ConfigError: it cannot be
         followed."""

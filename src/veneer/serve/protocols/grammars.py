@@ -33,8 +33,6 @@ class ShapeGrammars:
             if self._grammars is None:
                 self._grammars = self._read_vocabulary()
         grammars, spec = self._grammars, shape.spec
-        if shape.kind == "json":
-            return grammars.json()
         if shape.kind == "schema":
             return grammars.schema(spec)
         if shape.kind == "regex":

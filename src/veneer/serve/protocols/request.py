@@ -30,18 +30,20 @@ class TextPrompt:
 Prompt = ChatPrompt | TextPrompt
 
 
+ShapeKind = Literal["schema", "regex", "choice", "grammar", "tool"]
+
+
 @dataclass(frozen=True)
 class AnswerShape:
     """A form that an answer's text must have, such as a JSON schema or one of some texts.
 
-    kind: json (any object), schema, regex, choice, grammar, tool (a call of one of the tools).
-    spec: the schema, expression, texts or tools. param: the field that requires the shape. most:
-    most calls.
+    kind: tool is a call of one of the tools. param: the field that requires the shape. spec: the
+    schema, expression, texts, grammar or tools. most: most calls.
     """
 
-    kind: Literal["json", "schema", "regex", "choice", "grammar", "tool"]
+    kind: ShapeKind
     param: str
-    spec: Any = None
+    spec: Any
     most: int = 1
 
 

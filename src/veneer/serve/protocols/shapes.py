@@ -3,7 +3,7 @@ structured_outputs and guided_ fields."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from veneer.serve.protocols.body import (
     Object,
     OneOf,
 )
-from veneer.serve.protocols.request import AnswerShape
+from veneer.serve.protocols.request import AnswerShape, ShapeKind
 from veneer.serve.refusals import Fault, refuse
 
 Pattern = Annotated[str, Length(1, 10_000)]
@@ -25,6 +25,9 @@ GrammarText = Annotated[str, Length(1, 100_000)]
 ChoiceTexts = Annotated[list[Annotated[str, Length(1, 1000)]], Length(1, MOST_TEXTS)]
 Schema = Annotated[Object | GrammarText, BY_TYPE]
 """A JSON schema, as an object or as its text."""
+
+
+ANY_OBJECT: Object = {"type": "object"}
 
 
 class _PlainFormat(Body):
@@ -85,40 +88,36 @@ class ShapedBody(Body):
 
     def shape(self) -> AnswerShape | None:
         """Returns the shape that the body requires. Refusal: 400 if two fields require one."""
-        shapes = [format_shape(self.response_format)]
         outputs = self.structured_outputs or StructuredOutputs()
-        if outputs.json_object:
-            shapes.append(AnswerShape("json", "structured_outputs.json_object"))
-        for name, kind in _KINDS.items():
-            alias = "json_" if name == "json" else name
-            for field, spec in (
-                (f"structured_outputs.{name}", getattr(outputs, alias)),
-                (f"guided_{name}", getattr(self, f"guided_{name}")),
-            ):
-                if spec is not None:
-                    shapes.append(AnswerShape(kind, field, spec))
-        required = [shape for shape in shapes if shape is not None]
-        if len(required) > 1:
-            first, second = required[0].param, required[1].param
+        any_object = ANY_OBJECT if outputs.json_object else None
+        fields: tuple[tuple[ShapeKind, str, Any], ...] = (
+            ("schema", "structured_outputs.json", outputs.json_),
+            ("schema", "structured_outputs.json_object", any_object),
+            ("regex", "structured_outputs.regex", outputs.regex),
+            ("choice", "structured_outputs.choice", outputs.choice),
+            ("grammar", "structured_outputs.grammar", outputs.grammar),
+            ("schema", "guided_json", self.guided_json),
+            ("regex", "guided_regex", self.guided_regex),
+            ("choice", "guided_choice", self.guided_choice),
+            ("grammar", "guided_grammar", self.guided_grammar),
+        )
+        shapes = [AnswerShape(kind, name, spec) for kind, name, spec in fields if spec is not None]
+        if (formatted := format_shape(self.response_format)) is not None:
+            shapes.insert(0, formatted)
+        if len(shapes) > 1:
+            first, second = shapes[0].param, shapes[1].param
             raise refuse([Fault(second, f"and {first} are both given: an answer has one shape")])
-        return required[0] if required else None
-
-
-_KINDS: dict[str, Literal["schema", "regex", "choice", "grammar"]] = {
-    "json": "schema",
-    "regex": "regex",
-    "choice": "choice",
-    "grammar": "grammar",
-}
+        return shapes[0] if shapes else None
 
 
 def format_shape(response_format: ResponseFormat | NamedSchema | None) -> AnswerShape | None:
     """Returns the shape that a response format of either form requires."""
-    if isinstance(response_format, _PlainFormat):
-        as_json = response_format.type == "json_object"
-        return AnswerShape("json", "response_format") if as_json else None
     if isinstance(response_format, _SchemaFormat):
-        return format_shape(response_format.json_schema)
-    if response_format is None:
+        response_format = response_format.json_schema
+    if isinstance(response_format, NamedSchema):
+        schema = response_format.schema_
+    elif response_format is not None and response_format.type == "json_object":
+        schema = ANY_OBJECT
+    else:
         return None
-    return AnswerShape("schema", "response_format", response_format.schema_)
+    return AnswerShape("schema", "response_format", schema)
