@@ -1,8 +1,7 @@
-"""What stands between the products of a decoder layer, each in one call that rounds where models
-round.
+"""The operations between the products of a decoder layer, one call each, rounded as in the models.
 
     add_norm   h' = h + delta, x = weight * h' / sqrt(mean(h'^2) + epsilon)
-    rotate     of each head (a, b): (a cos - b sin, b cos + a sin), in place
+    rotate     each head (a, b) becomes (a cos - b sin, b cos + a sin), in place
     gate       silu(gate) * up
 
 For forwards without a gradient; compiled for float32 and bf16 on any processor
@@ -20,18 +19,20 @@ TYPES = (torch.float32, torch.bfloat16)
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels compute these: of one type, on the CPU, without gaps."""
-    given = [t for t in tensors if t is not None]
-    dtype = given[0].dtype
-    fit = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in given)
+    """True if the kernels take these: contiguous tensors of one type, on the CPU."""
+    present = [t for t in tensors if t is not None]
+    dtype = present[0].dtype
+    fit = all(t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in present)
     return fit and dtype in TYPES and available("veneer_step_norm")
 
 
 def add_norm(
     h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """(h', x); h' is h where there is no delta. Source of the norm: Zhang and Sennrich 2019,
-    arXiv:1910.07467."""
+    """Returns (h', x); h' is h if there is no delta.
+
+    Source of the norm: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
     if not usable(h_ND, delta_ND, weight):
         return add_norm_reference(h_ND, delta_ND, weight, epsilon)
     out = torch.empty_like(h_ND)
@@ -43,7 +44,7 @@ def add_norm(
 def add_norm_reference(
     h_ND: Tensor, delta_ND: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """The meaning of add_norm."""
+    """Defines add_norm, in plain torch."""
     h = h_ND if delta_ND is None else h_ND + delta_ND
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -51,7 +52,7 @@ def add_norm_reference(
 
 
 def rotate(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
-    """q (N, H E) and k (N, K E), turned in place. Source: Su et al. 2021, arXiv:2104.09864."""
+    """Turns q (N, H E) and k (N, K E) in place. Source: Su et al. 2021, arXiv:2104.09864."""
     if usable(q_NX, k_NX, cos_NE, sin_NE):
         step_calls.step_rotate(q_NX, k_NX, cos_NE, sin_NE)
     else:
@@ -59,16 +60,16 @@ def rotate(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
 
 
 def rotate_reference(q_NX: Tensor, k_NX: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> None:
-    """The meaning of rotate."""
+    """Defines rotate, in plain torch."""
     for x in (q_NX, k_NX):
         heads = x.unflatten(1, (-1, cos_NE.shape[1]))
-        one, other = heads.chunk(2, dim=-1)
-        turned = torch.cat([-other, one], dim=-1)
+        first, second = heads.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
         x.copy_((heads * cos_NE[:, None] + turned * sin_NE[:, None]).flatten(1))
 
 
 def gate(gate_ND: Tensor, up_ND: Tensor) -> Tensor:
-    """silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU."""
+    """Returns silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, SwiGLU."""
     if not usable(gate_ND, up_ND):
         return F.silu(gate_ND) * up_ND
     out = torch.empty_like(gate_ND)
