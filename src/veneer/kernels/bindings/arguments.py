@@ -82,12 +82,14 @@ def observe_calls(observer: Observer) -> Iterator[None]:
 def at(tensor: Tensor, dtype: torch.dtype, *shape: int, words: int = 1) -> int:
     """Returns the address of a tensor of this type and shape. words: bytes that are read at
     once."""
+    address = tensor.data_ptr()
     if (
         tensor.shape != shape
         or tensor.dtype is not dtype
         or not tensor.is_contiguous()
         or not (tensor.is_cpu or on_cpu(tensor))
-        or (address := tensor.data_ptr()) % max(words, dtype.itemsize)
+        or address % dtype.itemsize
+        or address % words
     ):
         raise CallError(
             f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"

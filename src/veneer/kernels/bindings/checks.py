@@ -148,8 +148,11 @@ def generate_call(
     statements += _checks([*fields, *arguments], parameters)
     values = [_value(entry) for entry in arguments]
     if helpers["_struct"] is not None:
-        own = ast.Tuple([_value(entry) for entry in fields if not entry.role], ast.Load())
-        statements += _statements("_filled = _struct(*VALUES)", VALUES=own)
+        own = [entry for entry in fields if not entry.role]
+        while own[-1].kind.startswith("unused"):
+            own.pop()
+        struct_values = ast.Tuple([*map(_value, own)], ast.Load())
+        statements += _statements("_filled = _struct(*VALUES)", VALUES=struct_values)
         values.insert(0, _expression("_byref(_filled)"))
     for entry in fields:
         if entry.role == "kept":
