@@ -429,7 +429,7 @@ def test_the_search_goes_on_where_the_best_rate_lies_at_an_end() -> None:
     assert best is not None and tried[best][0] == 2.7e-3
     assert worker.asked == [1e-4, 3e-4, 9e-4, 2.7e-3] and 2.7e-3 not in worker.dropped
     assert worker.said == [
-        "lora did best at the highest learning rate that was tried, 0.0009: one more run tries a"
+        "lora did best at the highest learning rate tried, 0.0009: one more run tries a"
         " rate beyond it (--extend 0: none)"
     ]
     assert worker.pace.line("x") == "run 1 of 4 · x"  # it was 3
@@ -565,17 +565,16 @@ def test_the_words_follow_the_figures() -> None:
     assert "full has the best exact match: 80.0% (95% interval 75.0% to 85.0%)" in text
     assert "lora cannot be told apart from it" in text
     assert "prefix is behind by 30.0% (20.0% to 40.0%)" in text
-    assert "If one merged model is wanted, take lora" in text and "prefix cannot be merged" in text
+    assert "If you want one merged model, take lora" in text and "prefix cannot be merged" in text
     assert (
         "If memory is short, the file must be small or training must be quick, take lora: 1.00 GB"
         " at its peak" in text
     )
-    assert "At the price of quality there would be prefix (100 kB on disk)." in text
+    assert "With less quality, these need less: prefix (100 kB on disk)." in text
     small = {**PREFIX, "peak_memory_bytes": 5 * 10**8}
     text = " ".join(conclude(figures_of(FULL, LORA, small, best="full")))
     assert (
-        "At the price of quality there would be prefix (500 MB at its peak, 100 kB on disk)."
-        in text
+        "With less quality, these need less: prefix (500 MB at its peak, 100 kB on disk)." in text
     )
     worse = copy.deepcopy(LORA)
     worse["to_best"]["exact_match"]["interval"] = [-0.3, -0.1]
@@ -625,8 +624,8 @@ def test_the_words_name_methods_whose_rates_could_still_rise_or_fall() -> None:
     low = method("dora", 0.7, (0.0, 0.0), search=tried(1e-4, 1e-3))
     inside = method("full", 0.7, (0.0, 0.0), search=tried(1e-5, 1e-4, 1e-3))
     text = " ".join(conclude(figures_of(high, low, inside, best="lora")))
-    assert "lora did best at the highest learning rate that was tried" in text
-    assert "dora did best at the lowest learning rate that was tried" in text
+    assert "lora did best at the highest learning rate tried" in text
+    assert "dora did best at the lowest learning rate tried" in text
     assert "full did best" not in text
     one = method("full", 0.7, (0.0, 0.0), search=tried(1e-4))
     assert "did best at the" not in " ".join(conclude(figures_of(one, best="full")))

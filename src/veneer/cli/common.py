@@ -1,5 +1,4 @@
-"""What several commands share: JSON on stdout, a console for people, where a base and an adapter
-are."""
+"""Shares between commands: common flags, how they find a base and an adapter, and output."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def require_stdin() -> TextIO:
-    """Where the user's text comes from. InputError: it is closed (`<&-`, a service without one)."""
+    """Returns stdin. InputError if it is closed (`<&-`, or a service without stdin)."""
     if sys.stdin is None or sys.stdin.closed:
         raise InputError(
             "standard input is closed", [], "Give the text as an argument, or on stdin."
@@ -40,10 +39,9 @@ def require_stdin() -> TextIO:
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """Around the imports of torch and transformers: thousands of modules whose objects all stay,
-    which the garbage collector would look through again and again, a sixth of their time. What they
-    made is not looked at again before the process ends; some libraries count then what is left, and
-    would report all of it."""
+    """Pauses the garbage collector while torch and transformers are imported: their objects stay,
+    and it would take a sixth of the time. Later collections skip these objects, until the process
+    ends and some libraries report what is left."""
     gc.disable()
     try:
         yield
@@ -54,7 +52,7 @@ def pause_collection() -> Iterator[None]:
 
 
 def add_action(actions: Any, name: str, help: str) -> argparse.ArgumentParser:
-    """A command's action, whose own page begins with what the list of them says."""
+    """Adds an action of a command; its help is also the first line of its own page."""
     description = help[0].upper() + help[1:] + "."
     parser: argparse.ArgumentParser = actions.add_parser(
         name, help=help, description=description, allow_abbrev=False
@@ -81,7 +79,7 @@ def add_lookup(parser: Container) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """--base, --adapter and what belongs to them."""
+    """Adds --base, --adapter and the flags of how the base is loaded."""
     parser.add_argument(
         "--base",
         metavar="B",
@@ -111,7 +109,7 @@ def add_dtype(parser: argparse.ArgumentParser, default: str | None = "auto") -> 
 
 
 def add_base_format(parser: argparse.ArgumentParser, default: str) -> None:
-    """--dtype, --quantize, --device: how a base is held, and where."""
+    """Adds --dtype, --quantize and --device. default: of --quantize, in words."""
     add_dtype(parser)
     parser.add_argument(
         "--quantize",
@@ -140,7 +138,7 @@ def add_map(parser: Container) -> None:
 
 
 def parse_columns(args: argparse.Namespace) -> dict[str, str | None]:
-    """Of --map COLUMN=NAME. ConfigError: it is not written so."""
+    """Parses --map COLUMN=NAME. ConfigError if one is malformed."""
     columns: dict[str, str | None] = {}
     for text in args.columns:
         column, sign, name = text.partition("=")
@@ -164,7 +162,7 @@ def add_variables(parser: argparse.ArgumentParser, what: str = "") -> None:
 
 
 def add_preamble(parser: argparse.ArgumentParser) -> None:
-    """--system and --variable: what an adapter that was trained with them says by itself."""
+    """Adds --system and --variable, whose defaults are those that the adapter was trained with."""
     parser.add_argument(
         "--system",
         metavar="TEXT",
@@ -195,8 +193,8 @@ def parse_variables(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
-    """What conversations get by themselves with these flags, which is told where an adapter is the
-    reason."""
+    """Returns the preamble of conversations with these flags; prints it if the adapter brings
+    one."""
     preamble = base.preamble.asked(args.system, parse_variables(args))
     if base.preamble and preamble:
         parts = [] if preamble.system is None else [f"system: {cut(preamble.system, 60)!r}"]
@@ -215,7 +213,7 @@ def resolve_preamble(args: argparse.Namespace, base: Base) -> Preamble:
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:
-    """What a model card says beyond the adapter's manifest."""
+    """Adds flags for what a model card shows beside the adapter's manifest."""
     parser.add_argument(
         "--figures",
         type=Path,
@@ -236,8 +234,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
-    """--length, --format, --train-on and what else of data is a choice, said as a run file's
-    settings are."""
+    """Adds --length, --format, --train-on and other choices of `data` settings, with their help."""
     from veneer.cli.config_file import summarize_setting
     from veneer.training.config import DataConfig, RunConfig
 
@@ -260,7 +257,7 @@ def add_data(parser: argparse.ArgumentParser, *others: str) -> None:
 
 
 def load_base(args: argparse.Namespace) -> Base:
-    """The base that the arguments name, with the adapter on it and in use, if one is named."""
+    """Loads the base of --base, with the adapter of --adapter in use."""
     source, adapter = locate_base_and_adapter(args.base, args.adapter, args.library)
     quantize, keep_dense = resolve_weight_format(args.quantize, adapter, force_base=args.force_base)
     base = load_bare_base(source, args, quantize, keep_dense)
@@ -272,7 +269,7 @@ def load_base(args: argparse.Namespace) -> Base:
 def load_bare_base(
     source: str, args: argparse.Namespace, quantize: Quantize | None, keep_dense: Sequence[str] = ()
 ) -> Base:
-    """A base without adapters, by --dtype and --device; said is what it is widened to."""
+    """Loads a base without adapters by --dtype and --device; prints it if it was widened."""
     check_base(source)
     from veneer.training.output.working import working
 
@@ -283,17 +280,14 @@ def load_bare_base(
             source, dtype=args.dtype, device=args.device, quantize=quantize, keep_dense=keep_dense
         )
     if base.compute.widens and base.compute.line is not None:
-        make_console(json=True).print(
-            base.compute.line, style="dim", soft_wrap=True
-        )  # talk, wherever data goes
+        make_console(json=True).print(base.compute.line, style="dim", soft_wrap=True)  # on stderr
     return base
 
 
 def locate_base_and_adapter(
     base: str | None, adapter: str | None, library: str | None = None
 ) -> tuple[str, Path | None]:
-    """The base to load, and the adapter's own folder; the adapter says its base where none is
-    named."""
+    """Returns the base to load (without --base, that of the adapter), and the adapter's folder."""
     folder = locate_adapter(adapter, library) if adapter else None
     if base:
         return base, folder
@@ -312,14 +306,14 @@ def locate_base_and_adapter(
 
 
 def locate_adapter(named: str, library: str | None = None) -> Path:
-    """The adapter's own folder: of a name in the library, a run's folder, or an adapter's."""
+    """Finds an adapter's folder by its name in the library, its folder or that of its run."""
     from veneer.library.library import Library
 
     return Library(library).locate(named)
 
 
 def _read_base_name(folder: Path) -> str | None:
-    """The base as the run named it, else as adapter_config.json does."""
+    """Reads the name of the base from run.yaml, else from adapter_config.json."""
     for read, file, key in (
         (read_yaml, folder.parent / "run.yaml", "base"),
         (read_json, folder / "adapter_config.json", "base_model_name_or_path"),
@@ -331,13 +325,12 @@ def _read_base_name(folder: Path) -> str | None:
 
 
 def storage_dtype(dtype: str) -> Any:
-    """--dtype of a command that writes weights or compares them: auto is the type they are stored
-    in."""
+    """Reads --dtype for a command that writes or compares weights: auto is their stored type."""
     return "stored" if dtype == "auto" else dtype
 
 
 def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
-    """The base of --base, on the CPU, where one is given."""
+    """Loads the base of --base on the CPU; None without --base."""
     if not args.base:
         return None
     from veneer.models import load
@@ -348,8 +341,8 @@ def load_plain_base(args: argparse.Namespace) -> FrozenBase | None:
 def resolve_weight_format(
     given_format: Quantize | None, adapter: Path | None, *, force_base: bool
 ) -> tuple[Quantize | None, list[str]]:
-    """(quantize, keep_dense) of the base: as asked, else as the adapter was trained, unless its
-    base is overridden."""
+    """Returns (quantize, keep_dense) for the base: as given, else as in the adapter's training,
+    unless --force-base replaces its base."""
     quantize = given_format
     if quantize is None and adapter is not None and not force_base:
         quantize = read_quantize(adapter)
@@ -360,8 +353,8 @@ def resolve_weight_format(
 def pair_with_weights(
     names: Sequence[str], weights: Sequence[float] | None, library: str | None
 ) -> list[tuple[Path, float]]:
-    """The adapters' folders, each with its weight: 1 where none are given. ConfigError: not one for
-    each."""
+    """Pairs the folders of adapters with their weights, 1 by default. ConfigError if the numbers of
+    adapters and weights differ."""
     if weights and len(weights) != len(names):
         raise ConfigError(
             f"{len(names)} adapters and {len(weights)} weights",
@@ -372,8 +365,8 @@ def pair_with_weights(
 
 
 def read_quantize(folder: Path) -> Quantize | None:
-    """The format that the adapter's base was held in, from the fingerprint that it keeps; None:
-    dense, or not known."""
+    """Reads the weight format of the adapter's base from its fingerprint; None if dense or
+    unknown."""
     file = folder / "veneer.json"
     if not file.is_file():
         return None
@@ -385,7 +378,7 @@ def read_quantize(folder: Path) -> Quantize | None:
 
 
 def read_dense_modules(folder: Path) -> list[str]:
-    """What the adapter's run left dense, from the recipe that the adapter keeps."""
+    """Reads keep_dense of the adapter's run from its recipe."""
     file = folder / "veneer.json"
     recipe = read_json(file).get("recipe") if file.is_file() else None
     module_names = recipe.get("keep_dense") if isinstance(recipe, dict) else None
@@ -393,16 +386,15 @@ def read_dense_modules(folder: Path) -> list[str]:
 
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
-    """One JSON document on stdout; a number that is not finite is null."""
+    """Prints JSON on stdout; numbers that are not finite become null."""
     print(json.dumps(finite_or_null(data), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def make_console(*, json: bool) -> Console:
-    """Where people read: stdout, or stderr when stdout is data. Never guesses markup in foreign
-    text.
+    """Returns the console for people: stdout, or stderr if stdout carries data. It interprets no
+    markup.
 
-    On stdout it is the command's result, and a failing write is an error (cli/main.py); on stderr
-    it is talk.
+    A failing write to stdout is an error (cli/main.py), one to stderr is not.
     """
     from rich.console import Console
 

@@ -1,8 +1,7 @@
-"""`veneer`: finds the command, runs it, and turns what went wrong into a message and an exit code.
+"""`veneer`: finds the command, runs it, and turns errors into a message and an exit code.
 
-A command is one file with `summary`, `add_arguments(parser)` and `run(args) -> int`, imported only
-when it is asked for. This file loads neither torch nor transformers nor pydantic nor rich: help is
-instant.
+A command is one file with `add_arguments(parser)` and `run(args) -> int`, imported only when it is
+run. This file imports neither torch nor transformers nor pydantic nor rich, so help is instant.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ GROUPS = {
         "quantize": "write a base in 4 bits",
     },
 }
-"""Commands and their summaries, by what a person wants to do."""
+"""Commands and their summaries, by purpose."""
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 FOLDERS = {
     **dict.fromkeys(
@@ -89,7 +88,7 @@ EXIT_CODES = """exit codes: 0 done, 1 a bug of ours, 2 the input is wrong,
 
 
 class HelpFormatter(private.HelpFormatter):
-    """Descriptions as they are written, but for lines that the terminal is too narrow for."""
+    """Keeps descriptions as written, and wraps lines that are too wide for the terminal."""
 
     def fill(self, text: str, width: int) -> str:
         return reflowed(text, width)
@@ -99,11 +98,10 @@ class HelpFormatter(private.HelpFormatter):
 
 
 class Parser(private.Parser):
-    """argparse, whose errors look like all others: what is wrong, then what to do; exit code 2."""
+    """Parses arguments; errors look like all others: the fault, then what to do; exit code 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Flags that are none are told first, whatever else is missing, and with those that were
-        meant."""
+        """Reports unknown flags first, with suggestions, whatever else is missing."""
         words = list(sys.argv[1:] if args is None else args)
         if not private.has_subparsers(self) and (unknown := _find_unknown_flags(self, words)):
             head = "unknown flag " if len(unknown) == 1 else f"{len(unknown)} unknown flags:\n  "
@@ -111,7 +109,7 @@ class Parser(private.Parser):
         return super().parse_known_args(words, namespace)
 
     def check_value(self, action: argparse.Action, value: Any) -> None:
-        """A choice that is none is told with the one that was meant."""
+        """Reports an unknown choice with a suggestion."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             suggestion = nearest_word(
@@ -131,7 +129,7 @@ class Parser(private.Parser):
 
 
 def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Each flag that the parser does not have, with the one that was meant."""
+    """Lists the flags that the parser does not have, each with a suggestion."""
     unknown = []
     for index, word in enumerate(words):
         flag, sign, value = word.partition("=")
@@ -160,8 +158,7 @@ def _find_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -
 
 
 def _find_meant_flag(parser: argparse.ArgumentParser, key: str, value: str) -> str | None:
-    """The flag, or the --set of a setting that has none, which somebody meant by a flag that is
-    none."""
+    """Suggests a flag, or the --set of a setting without a flag, for an unknown flag."""
     parser_flags = [flag for flag in private.flags_of(parser) if flag.startswith("--")]
     names: dict[KeyPath, str] = {(flag[2:].replace("-", "_"),): flag for flag in parser_flags}
     if "--set" in parser_flags:  # a command that takes settings, which has loaded them by now
@@ -178,14 +175,12 @@ def _find_meant_flag(parser: argparse.ArgumentParser, key: str, value: str) -> s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit code. What it was asked for is written by then, or
-    the code says so."""
+    """Runs one command line; returns its exit code, which also reports output that could not be
+    written."""
     previous_streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = sys.stdout or _open_devnull(), sys.stderr or _open_devnull()
-    if hasattr(
-        sys.stdin, "reconfigure"
-    ):  # as arguments come: what reads text says what is wrong with it
-        with suppress(OSError):  # who called us has read from it already
+    if hasattr(sys.stdin, "reconfigure"):  # bad bytes are reported by whoever reads the text
+        with suppress(OSError):  # the caller may have read from it already
             sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows code page has no ▼: print ? rather than fail
@@ -207,14 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report_unwritten(result: ResultStream) -> int:
-    """Says that stdout could not be written, unless nobody reads there."""
+    """Reports that stdout could not be written, unless its reader closed it."""
     fault = result.fault
-    silence(result.stream)  # or the interpreter tries once more as it ends, and says so
+    silence(result.stream)  # else the interpreter tries again when it ends, and reports that
     if isinstance(fault, BrokenPipeError):
         return READER_GONE
     print_error(
-        f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nSend it to another"
-        " place."
+        f"stdout cannot be written: {getattr(fault, 'strerror', None) or fault}\nWrite to another"
+        " file."
     )
     return DoesNotFitError.exit_code
 
@@ -234,7 +229,7 @@ def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int
         if fault is result.fault or (
             isinstance(fault, BrokenPipeError) and result.fault is not None
         ):
-            return 0  # main tells it
+            return 0  # main reports it
         if is_out_of_memory(fault):
             print_error(
                 "out of memory:"
@@ -243,7 +238,7 @@ def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int
                 " --quantize nf4."
             )
             return DoesNotFitError.exit_code
-        # What the system refuses, or a device lacks, is no bug, wherever it shows.
+        # An error of the system, or of a device without a feature, is no bug of Veneer.
         if (refused := refusal(fault) or missing_on_device(fault)) is not None:
             print_error(str(refused))
             return refused.exit_code
@@ -256,7 +251,7 @@ def _run_to_exit_code(argv: list[str], result: ResultStream, alone: bool) -> int
 
 
 def _add_explanations(message: str) -> str:
-    """Adds to an error how to get explanations of its codes."""
+    """Adds how to explain the codes in an error."""
     from veneer.cli.explain import find_codes, point_to_codes
 
     codes = find_codes(message)
@@ -264,12 +259,12 @@ def _add_explanations(message: str) -> str:
 
 
 def _open_devnull() -> TextIO:
-    """Instead of a stream that was closed before we began (`veneer ... >&-`)."""
+    """Opens a replacement for a stream that was closed before the start (`veneer ... >&-`)."""
     return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def _run(argv: list[str], alone: bool) -> int:
-    """alone: this process is the command's; nobody else has replaced anything in it."""
+    """Parses the arguments and runs the command. alone: the process was started for it."""
     parser = Parser(
         prog="veneer",
         description="Fine-tune language models by training a thin layer over a frozen base.",
@@ -309,7 +304,7 @@ def command_module(name: str) -> ModuleType:
 
 
 def _format_groups() -> str:
-    """The commands by what they are for, a line each."""
+    """Lists the commands by purpose, a line each."""
     lines = []
     for title, commands in GROUPS.items():
         lines += [
@@ -321,7 +316,7 @@ def _format_groups() -> str:
 
 
 def _show_next_steps(parser: argparse.ArgumentParser) -> int:
-    """What to do next, to a person; all commands, to whoever reads a file or a pipe."""
+    """Shows next steps on a terminal, and all commands in a file or pipe."""
     if not sys.stdout.isatty():
         parser.print_help()
         return 0
@@ -333,8 +328,7 @@ def _show_next_steps(parser: argparse.ArgumentParser) -> int:
 
 
 def _announce_downloads() -> None:
-    """What is fetched or converted once takes a minute that nobody expects: it is said on stderr as
-    it begins."""
+    """Announces downloads and conversions on stderr, as they may take a minute."""
     import logging
 
     class FirstTimeHandler(logging.Handler):

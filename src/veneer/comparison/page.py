@@ -1,8 +1,4 @@
-"""comparison.html: one file that shows a comparison, in the style of a run's report.
-
-No network, no script; everything that comes from users or models is escaped. Reads nothing but the
-figures of comparison.json.
-"""
+"""Makes comparison.html from the figures of comparison.json, in the style of a run's report."""
 
 from __future__ import annotations
 
@@ -20,11 +16,11 @@ COLOURS = ("#2456d6", "#c2580a", "#1f8a4c", "#8a3fc2", "#b3261e", "#0e7f93", "#8
 DARK = ("#7aa2ff", "#f0a052", "#5fd08a", "#c99af5", "#ff8a80", "#5fc9dc", "#dcc050", "#a8adb8")
 Method = dict[str, Any]
 FORGETTING_SHOWN = 0.1
-"""Nats per token that the scale of forgetting shows at least."""
+"""Least width of the scale of forgetting, nats per token."""
 
 
 def _method_style() -> str:
-    """A colour for each place in the list of methods, light and dark."""
+    """Returns rules for the colours of the methods, light and dark."""
     light = "".join(f"--m{i}: {colour}; " for i, colour in enumerate(COLOURS))
     dark = "".join(f"--m{i}: {colour}; " for i, colour in enumerate(DARK))
     rules = [
@@ -53,7 +49,7 @@ def _method_style() -> str:
 
 
 def make_page(figures: dict[str, Any]) -> str:
-    """The HTML text."""
+    """Returns the HTML text."""
     methods = figures["methods"]
     good = [(place, m) for place, m in enumerate(methods) if m["quality"]]
     sections = [
@@ -85,7 +81,7 @@ def _title(figures: dict[str, Any]) -> str:
 
 def _head(figures: dict[str, Any]) -> str:
     budget = figures["budget"]
-    said = (
+    effort = (
         f"{budget['steps']:,} steps"
         if budget["steps"]
         else f"{clock(budget['seconds'])} of training"
@@ -93,7 +89,7 @@ def _head(figures: dict[str, Any]) -> str:
     seeds = f"{figures['seeds']} seed" + ("s" if figures["seeds"] > 1 else "")
     facts_line = [
         f"on {figures['base']}",
-        f"{said} each",
+        f"{effort} each",
         seeds,
         f"{figures['test_rows']:,} test rows",
     ]
@@ -118,7 +114,7 @@ def _scatters(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
     primary = figures["primary"]
     unit = figures["units"][primary]
     scale = 100.0 if unit == "share" else 1.0
-    beside = {"share": "%", "points": "points", "nats": "nats, lower is better"}[unit]
+    unit_label = {"share": "%", "points": "points", "nats": "nats, lower is better"}[unit]
     costs = (
         ("against trainable parameters", "parameters", "trainable_parameters", 1.0, millions),
         ("against peak memory", "GB, process", "peak_memory_bytes", 1e-9, size),
@@ -126,12 +122,12 @@ def _scatters(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
         ("against file size", "MB", "adapter_bytes", 1e-6, size),
     )
     charts = []
-    for title, x_label, field, factor, told in costs:
+    for title, x_label, field, factor, write in costs:
         marks = []
         for place, m in good:
             quality = m["quality"][primary]
             low, high = quality["interval"] or (quality["value"],) * 2
-            tip = f"{quantity(quality['value'], unit)}, {told(m[field])}"
+            tip = f"{quantity(quality['value'], unit)}, {write(m[field])}"
             marks.append(
                 ScatterMark(
                     m["name"],
@@ -145,7 +141,7 @@ def _scatters(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> st
             )
         charts.append(
             scatter_chart(
-                marks, title=title, x_label=x_label, y_label=f"{measure(primary)}, {beside}"
+                marks, title=title, x_label=x_label, y_label=f"{measure(primary)}, {unit_label}"
             )
         )
     return f"{_keys(good)}<div class=plots>{''.join(charts)}</div>"
@@ -186,19 +182,21 @@ def _curves(good: Sequence[tuple[int, Method]]) -> str:
 
 
 def _bars(rows: Sequence[tuple[int, str, float, str]]) -> str:
-    """Bars, one a method: place, name, length, its label."""
-    return bars([(name, value, said, _colour(place)) for place, name, value, said in rows])
+    """Draws a bar for each method. rows: (place, name, length, label)."""
+    return bars([(name, value, label, _colour(place)) for place, name, value, label in rows])
 
 
 def _forgetting(figures: dict[str, Any], good: Sequence[tuple[int, Method]]) -> str:
-    known = [(place, m["name"], m["forgetting"]) for place, m in good if m.get("forgetting")]
-    if not known:
+    measured = [(place, m["name"], m["forgetting"]) for place, m in good if m.get("forgetting")]
+    if not measured:
         return ""
     rows = []
-    for place, name, f in known:
+    for place, name, f in measured:
         low, high = f["interval"] or (f["value"],) * 2
-        said = f"{low:+.3f} to {high:+.3f}" if f["interval"] else NO_INTERVAL
-        rows.append((name, f["value"], low, high, f"{f['value']:+.3f} ({said})", _colour(place)))
+        interval = f"{low:+.3f} to {high:+.3f}" if f["interval"] else NO_INTERVAL
+        rows.append(
+            (name, f["value"], low, high, f"{f['value']:+.3f} ({interval})", _colour(place))
+        )
     note = (
         "Loss on general text after training minus before, nats per token; 95% intervals over"
         f" documents. The base has {figures['untuned_general']:.3f}."
@@ -210,21 +208,19 @@ def _disagreements(figures: dict[str, Any]) -> str:
     primary, cards = figures["primary"], []
     unit = figures["units"][primary]
     places = {m["name"]: place for place, m in enumerate(figures["methods"])}
-    for each in figures["disagreements"]:
-        if all(
-            answer["text"] is None for answer in each["answers"].values()
-        ):  # the loss: nothing was answered
-            found = [
-                (places[n], n, a["value"], quantity(a["value"], unit))
-                for n, a in each["answers"].items()
+    for row in figures["disagreements"]:
+        answers = row["answers"]
+        if all(answer["text"] is None for answer in answers.values()):  # ranked by loss: no answers
+            losses = [
+                (places[n], n, a["value"], quantity(a["value"], unit)) for n, a in answers.items()
             ]
-            right = f"<p>{escape(each['expected'])}</p><h4>Loss of this answer, nats per token</h4>"
+            right = f"<p>{escape(row['expected'])}</p><h4>Loss of this answer, nats per token</h4>"
             cards.append(
-                f"<article><h3>{escape(each['prompt'])}</h3>{right}{_bars(found)}</article>"
+                f"<article><h3>{escape(row['prompt'])}</h3>{right}{_bars(losses)}</article>"
             )
             continue
-        cells = [("expected", each["expected"], "")]
-        for name, answer in each["answers"].items():
+        cells = [("expected", row["expected"], "")]
+        for name, answer in answers.items():
             cells.append((name, answer["text"], quantity(answer["value"], unit)))
         columns = "".join(
             f"<div><h4>{escape(name)}{f' · {escape(value)}' if value else ''}</h4>"
@@ -232,8 +228,7 @@ def _disagreements(figures: dict[str, Any]) -> str:
             for name, text, value in cells
         )
         cards.append(
-            f"<article><h3>{escape(each['prompt'])}</h3><div"
-            f" class=answers>{columns}</div></article>"
+            f"<article><h3>{escape(row['prompt'])}</h3><div class=answers>{columns}</div></article>"
         )
     return "".join(cards)
 
@@ -241,10 +236,12 @@ def _disagreements(figures: dict[str, Any]) -> str:
 def _search(methods: Sequence[Method]) -> str:
     rows = []
     for m in methods:
-        for tried in m["search"]:
-            loss = "–" if tried["loss"] is None else f"{tried['loss']:.4f}"
-            taken = "taken" if tried["learning_rate"] == m.get("learning_rate") else ""
-            rows.append([m["name"], f"{tried['learning_rate']:g}", tried["failure"] or loss, taken])
+        for trial in m["search"]:
+            loss = "–" if trial["loss"] is None else f"{trial['loss']:.4f}"
+            chosen = "chosen" if trial["learning_rate"] == m.get("learning_rate") else ""
+            rows.append(
+                [m["name"], f"{trial['learning_rate']:g}", trial["failure"] or loss, chosen]
+            )
     return table(("method", "learning rate", "held-out loss", ""), rows, "wide-table")
 
 
@@ -255,7 +252,7 @@ def _method_text(figures: dict[str, Any]) -> str:
         for m in figures["methods"]
         if m["quality"]
     ]
-    said = [
+    paragraphs = [
         (
             "All candidates saw the same rows for the same budget. Each one's learning rate was"
             " searched with seed 0 on held-out rows that are neither trained on nor tested on;"
@@ -275,4 +272,4 @@ def _method_text(figures: dict[str, Any]) -> str:
         ),
         "; ".join(shares) + "." if shares else "",
     ]
-    return "".join(f"<p>{escape(s)}</p>" for s in said if s)
+    return "".join(f"<p>{escape(s)}</p>" for s in paragraphs if s)

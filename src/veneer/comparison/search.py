@@ -64,7 +64,7 @@ def search(
         runner.pace.one_more()
         end = "lowest" if best == 0 else "highest"
         runner.say(
-            f"{candidate.name} did best at the {end} learning rate that was tried,"
+            f"{candidate.name} did best at the {end} learning rate tried,"
             f" {rate_of(factors[best]):g}: one more run tries a rate beyond it (--extend 0: none)"
         )
         factors = [factors[0] / step, *factors] if best == 0 else [*factors, factors[-1] * step]

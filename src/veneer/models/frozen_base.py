@@ -36,7 +36,7 @@ from veneer.sharded import Sharding
 
 @dataclass(frozen=True)
 class ReadPast:
-    """The weights that a model takes past their modules."""
+    """Holds the weights that a model reads without calling their modules."""
 
     weights: frozenset[str]
 
@@ -89,35 +89,32 @@ class FrozenBase:
         return self.routing.attached
 
     def detach(self, name: str) -> None:
-        """Take an adapter away. Removing the last one leaves the model as it was loaded, to the
-        bit.
+        """Removes an adapter. Without adapters, the model is as it was loaded, to the bit.
 
-        ConfigError: there is none of that name, or another thread or a block around this one uses
-        it; it stays then.
+        Raises ConfigError if there is no such adapter, or if another thread or a `using` block
+        uses it.
         """
         if name not in self.attachments:
-            known = ", ".join(sorted(self.attachments)) or "none"
-            raise ConfigError(
-                f"no adapter named {name!r} is loaded", next_step=f"There is: {known}."
-            )
+            names = ", ".join(sorted(self.attachments)) or "none"
+            raise ConfigError(f"no adapter named {name!r} is loaded", next_step=f"Loaded: {names}.")
         detach(self.model, name, routing=self.routing)
 
     @property
     def preamble(self) -> Preamble:
-        """Of the conversations that what acts now was trained on."""
+        """The preamble that the active adapters were trained with."""
         return shared(adapter.preamble for adapter in self.routing.acting.adapters)
 
     @property
     def acting_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with the tokens that what acts now brings."""
+        """The tokenizer with the new tokens of the active adapters."""
         texts = texts_of(self.routing.acting.adapters)
         if not texts:
             return self.tokenizer
         key = texts, self._tokenizer_state()
-        known = self._extended
-        if known is None or known[0] != key:
-            known = self._extended = key, extended(self.tokenizer, texts)
-        return known[1]
+        cached = self._extended
+        if cached is None or cached[0] != key:
+            cached = self._extended = key, extended(self.tokenizer, texts)
+        return cached[1]
 
     @property
     def device(self) -> torch.device:
@@ -132,10 +129,10 @@ class FrozenBase:
         return self.model.config
 
     def fingerprint(self) -> Fingerprint:
-        """Which weights these are, taken when the base was made, in the type they are stored in.
+        """Returns the fingerprint of the weights as they were loaded, in their stored type.
 
-        Adapters add modules, full fine-tuning changes weights in place, and widening to float32
-        keeps every value: the answer stays that of the base the user loaded.
+        It stays the same when adapters add modules, full fine-tuning changes weights, or weights
+        are widened to float32.
         """
         return self.identity
 
@@ -150,19 +147,20 @@ class FrozenBase:
         """Returns the digests that this and earlier versions of Veneer write for this base into a
         library."""
         earlier = [self.identity.earlier] + ([] if self.as_held is None else [self.as_held.earlier])
-        return self.identity.weights_digest, *(each.weights_digest for each in earlier)
+        return self.identity.weights_digest, *(
+            fingerprint.weights_digest for fingerprint in earlier
+        )
 
     def tokenizer_hash(self) -> str:
-        """Returns the hash of what the tokenizer does, computed once per state: it reads the whole
-        vocabulary."""
-        state, known = self._tokenizer_state(), self._tokenizer_hash
-        if known is None or known[0] != state:
-            known = self._tokenizer_hash = state, tokenizer_hash(self.tokenizer)
-        return known[1]
+        """Returns the hash of the tokenizer's behaviour, computed once per state, as it reads the
+        whole vocabulary."""
+        state, cached = self._tokenizer_state(), self._tokenizer_hash
+        if cached is None or cached[0] != state:
+            cached = self._tokenizer_hash = state, tokenizer_hash(self.tokenizer)
+        return cached[1]
 
     def _tokenizer_state(self) -> tuple[object, ...]:
-        """Another one for another tokenizer, or where tokens were added to it or given other
-        roles."""
+        """Returns a key that changes with the tokenizer, its added tokens and their roles."""
         tokenizer = self.tokenizer
         added = tuple(
             sorted((number, str(token)) for number, token in tokenizer.added_tokens_decoder.items())
@@ -173,18 +171,18 @@ class FrozenBase:
         return tokenizer, len(tokenizer), added, roles
 
     def template_hash(self) -> str | None:
-        """Of its chat template's text; None where it has none."""
+        """Returns the hash of the chat template's text; None without a template."""
         template = self.tokenizer.chat_template
         if template is None:
             return None
         if self._template_hash is None or self._template_hash[0] != template:
-            own = deepcopy(template)  # named templates are a dict, which may be changed in place
-            self._template_hash = own, ChatTemplate(self.tokenizer).fingerprint()
+            copied = deepcopy(template)  # named templates are a dict, which may change in place
+            self._template_hash = copied, ChatTemplate(self.tokenizer).fingerprint()
         return self._template_hash[1]
 
     @property
     def paths(self) -> ComputePaths:
-        """Which fast paths this model takes; proven on its first use, with no adapter acting."""
+        """The fast paths that this model takes; proven on first use, with no adapter active."""
 
         def find() -> ComputePaths:
             with self.routing.none():
@@ -196,8 +194,8 @@ class FrozenBase:
 
     @property
     def read_past(self) -> frozenset[str]:
-        """Weights that the model takes past their modules; asked of it once, with no adapter
-        acting."""
+        """Weights that the model reads without calling their modules; found on first use, with no
+        adapter active."""
 
         def find() -> ReadPast:
             with self.routing.none():
@@ -211,5 +209,5 @@ class FrozenBase:
 
 
 def hidden_size(config: PreTrainedConfig) -> int:
-    """Width of what the decoder layers of such a base hand on."""
+    """Returns the width of the hidden states."""
     return int(config.get_text_config().hidden_size)

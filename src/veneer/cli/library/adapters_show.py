@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.common import add_dtype, load_plain_base, make_console, print_json
 from veneer.cli.library.adapters_ls import age, table
+from veneer.training.output.loggers import flat
 from veneer.wording import folded, interval_of_95, millions, number, shown, size, wrapped
 
 if TYPE_CHECKING:
@@ -94,47 +95,46 @@ def _show(args: argparse.Namespace, library: Library) -> int:
     if manifest is not None and manifest.held_out is not None:
         lines.append("  held out  " + _held_out(manifest.held_out))
     if manifest is not None and manifest.recipe:
-        lines.append("  recipe    " + " · ".join(_flat(manifest.recipe)))
-    lines += [f"  from      {each}" for each in lineage(library, facts.parent)]
-    lines += [f"  note      {each}" for each in stored.notes]
+        lines.append("  recipe    " + " · ".join(_settings_texts(manifest.recipe)))
+    lines += [f"  from      {ancestor}" for ancestor in lineage(library, facts.parent)]
+    lines += [f"  note      {note}" for note in stored.notes]
     for line in lines:
         console.print(folded(shown(line), max(console.width, 40)), soft_wrap=True)
     return 0
 
 
-def _held_out(found: HeldOut) -> str:
+def _held_out(losses: HeldOut) -> str:
     """Formats the loss before and after, with its interval."""
-    before = "" if found.before is None else f"{number(found.before.value)} → "
+    before = "" if losses.before is None else f"{number(losses.before.value)} → "
     line = (
-        f"loss {before}{number(found.loss.value)}"
-        f" ({interval_of_95(found.loss.low, found.loss.high)})"
+        f"loss {before}{number(losses.loss.value)}"
+        f" ({interval_of_95(losses.loss.low, losses.loss.high)})"
     )
-    if found.change is not None:
+    if losses.change is not None:
         line += (
-            f", change {number(found.change.value)}"
-            f" ({interval_of_95(found.change.low, found.change.high)})"
+            f", change {number(losses.change.value)}"
+            f" ({interval_of_95(losses.change.low, losses.change.high)})"
         )
-    return f"{line} over {found.rows:,} rows"
+    return f"{line} over {losses.rows:,} rows"
 
 
 def _weights(stored: StoredAdapter) -> str:
-    """The type of the base's weights that the adapter was trained over: bfloat16, bfloat16+nf4,
-    ..."""
-    known = None if stored.manifest is None else stored.manifest.base.fingerprint
-    return f" · {known['dtype']}" if known else ""
+    """Formats the type of the base's weights in training: bfloat16, bfloat16+nf4, ..."""
+    fingerprint = None if stored.manifest is None else stored.manifest.base.fingerprint
+    return f" · {fingerprint['dtype']}" if fingerprint else ""
 
 
 def _head(
-    named: str,
+    title: str,
     entry: Entry | None,
     stored: StoredAdapter,
-    found: Mapping[str, LowRankUpdate],
-    others: int,
+    update_by_path: Mapping[str, LowRankUpdate],
+    num_other_tensors: int,
 ) -> list[str]:
     from veneer.library.examination import facts_of
 
     facts = facts_of(stored)
-    title = named if entry is None else entry.reference
+    title = title if entry is None else entry.reference
     size_line = (
         f"{title} · {facts.method} · {millions(facts.parameters)} parameters · {size(facts.bytes)}"
     )
@@ -148,45 +148,47 @@ def _head(
     proof = {
         "fingerprint": "by fingerprint",
         "stated": "as stated when it was added",
-        "unverified": "unverified: a name proves nothing",
+        "unverified": "unverified: only the name is known",
     }[facts.base_proof]
     lines.append(f"  base      {facts.base or '?'}{_weights(stored)} · {proof}{digest}")
     lines.append(
         f"  content   {facts.content_hash[:12]}… · data {(facts.data_fingerprint or '?')[:12]}"
     )
-    parts = [f"{len(found)} modules"] if found else []
-    for what, values in (
-        ("rank", [u.rank for u in found.values()]),
-        ("scaling", [u.scaling for u in found.values()]),
+    updates = list(update_by_path.values())
+    parts = [f"{len(updates)} modules"] if updates else []
+    for name, values in (
+        ("rank", [update.rank for update in updates]),
+        ("scaling", [update.scaling for update in updates]),
     ):
         if values:
             low, high = min(values), max(values)
-            parts.append(f"{what} {low:.4g}" + (f" to {high:.4g}" if high > low else ""))
-    parts += [f"{others} other tensor{'s' if others > 1 else ''}"] if others else []
+            parts.append(f"{name} {low:.4g}" + (f" to {high:.4g}" if high > low else ""))
+    if num_other_tensors:
+        parts.append(f"{num_other_tensors} other tensor{'s' if num_other_tensors > 1 else ''}")
     lines.append(f"  changes   {' · '.join(parts)}")
     return lines
 
 
 def _picture(norms: Mapping[str, float], *, relative: bool) -> list[str]:
-    """One line for each kind of module, one cell for each layer, taller where the update is
-    larger."""
+    """Draws a line for each kind of module with a cell for each layer, taller for larger
+    updates."""
     from veneer.formats.norms import by_kind
 
-    kinds, alone = by_kind(norms)
+    kinds, outside_layers = by_kind(norms)
     if not norms:
         return []
     highest, deepest = max(norms.values()), max((max(row) for row in kinds.values()), default=0)
     share = math.ceil((deepest + 1) / MAX_CELLS)
-    what = "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"
-    lines = [f"  {what} by layer, 0 to {deepest}"] if kinds else [f"  {what}"]
-    width = max(len(name) for name in [*kinds, *alone])
+    quantity = "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"
+    lines = [f"  {quantity} by layer, 0 to {deepest}"] if kinds else [f"  {quantity}"]
+    width = max(len(name) for name in [*kinds, *outside_layers])
     for kind, row in kinds.items():
         cells = [_cell(row, start, share, highest) for start in range(0, deepest + 1, share)]
         low, high = number(min(row.values())), number(max(row.values()))
         lines.append(
             f"    {kind:<{width}}  {''.join(cells)}  {low if low == high else f'{low} to {high}'}"
         )
-    return lines + [f"    {path:<{width}}  {number(norm)}" for path, norm in alone.items()]
+    return lines + [f"    {path:<{width}}  {number(norm)}" for path, norm in outside_layers.items()]
 
 
 def _cell(row: Mapping[int, float], start: int, share: int, highest: float) -> str:
@@ -199,70 +201,71 @@ def _cell(row: Mapping[int, float], start: int, share: int, highest: float) -> s
 
 
 def lineage(library: Library, parent: str | None) -> list[str]:
-    """The adapters it was continued from, nearest first: by name where the library has them."""
+    """Lists the adapters that it was continued from, nearest first, with their names in the
+    library."""
     from veneer.library.lineage import ancestors
 
-    found = ancestors(library, parent)
     return [
         f"{content[:12]}…" + (f" ({e.reference})" if e else " (not in the library)")
-        for content, e in found
+        for content, e in ancestors(library, parent)
     ]
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> list[str]:
-    """Settings as `name value`, one level below another with a dot; null and empty ones left
-    out."""
-    found: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{above}{key}.")
-        elif value not in (None, "", [], {}):
-            found.append(f"{above}{key} {number(value) if isinstance(value, float) else value}")
-    return found
+def _settings_texts(values: Mapping[str, Any]) -> list[str]:
+    """Formats settings as `name value`, without those that are null or empty."""
+    return [
+        f"{name} {number(value) if isinstance(value, float) else value}"
+        for name, value in flat(values).items()
+        if value not in (None, "", [], {})
+    ]
 
 
 def _diff(args: argparse.Namespace, library: Library) -> int:
     from veneer.formats.adapter import read_adapter
     from veneer.formats.norms import angle, updates
 
-    one, other = (read_adapter(library.locate(named)) for named in (args.one, args.other))
-    settings = _differences(_settings(one), _settings(other))
-    found = angle(updates(one)[0], updates(other)[0])
+    first, second = (read_adapter(library.locate(name)) for name in (args.one, args.other))
+    settings = _differences(_settings(first), _settings(second))
+    angles = angle(updates(first)[0], updates(second)[0])
     if args.json:
         print_json(
             {
                 "settings": {name: list(pair) for name, pair in settings.items()},
-                "cosine": found.total,
-                "cosine_by_layer": found.by_layer,
-                "modules_in_both": found.in_both,
-                "only_one": found.only_one,
-                "only_other": found.only_other,
+                "cosine": angles.total,
+                "cosine_by_layer": angles.by_layer,
+                "modules_in_both": angles.in_both,
+                "only_one": angles.only_one,
+                "only_other": angles.only_other,
             }
         )
         return 0
-    say = make_console(json=False)
+    console = make_console(json=False)
     leaves = _differences(
         *(_leaves({name: pair[side] for name, pair in settings.items()}) for side in (0, 1))
     )
     rows = [(name, _brief(a), _brief(b)) for name, (a, b) in leaves.items()]
-    lines = _beside(args.one, args.other, rows, say.width) if rows else ["the settings are equal"]
-    lines += ["", _angle_line(found.total)]
-    width = max((len(name) for name in found.by_layer), default=0)
-    lines += [f"  {name:<{width}}  {_arrow(value)}" for name, value in found.by_layer.items()]
-    for named, only in ((args.one, found.only_one), (args.other, found.only_other)):
-        if only:
-            lines.append(f"  only in {named}: {len(only)} modules, for instance {only[0]}")
+    lines = ["the settings are equal"]
+    if rows:
+        lines = _settings_table(args.one, args.other, rows, console.width)
+    lines += ["", _angle_line(angles.total)]
+    width = max((len(name) for name in angles.by_layer), default=0)
+    lines += [f"  {name:<{width}}  {_arrow(value)}" for name, value in angles.by_layer.items()]
+    for name, modules in ((args.one, angles.only_one), (args.other, angles.only_other)):
+        if modules:
+            lines.append(f"  only in {name}: {len(modules)} modules, for instance {modules[0]}")
     for line in lines:
-        say.print(shown(line), soft_wrap=True)
+        console.print(shown(line), soft_wrap=True)
     return 0
 
 
-def _beside(one: str, other: str, rows: Sequence[tuple[str, str, str]], width: int) -> list[str]:
-    """A table; where it is wider than the screen, the two values of a setting below each other."""
-    lines = table(("", one, other), rows, None)
+def _settings_table(
+    first: str, second: str, rows: Sequence[tuple[str, str, str]], width: int
+) -> list[str]:
+    """Makes a table; on a narrow screen, the two values of a setting stand below each other."""
+    lines = table(("", first, second), rows, None)
     if max(map(len, lines)) <= width:
         return lines
-    blocks = [("", one, other), *rows]
+    blocks = [("", first, second), *rows]
     return [
         line
         for name, a, b in blocks
@@ -271,19 +274,14 @@ def _beside(one: str, other: str, rows: Sequence[tuple[str, str, str]], width: i
     ]
 
 
-def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings one level below another, and those of lists by number, under one name: `recipe
-    data.train.1.path`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
-            value = {str(number): each for number, each in enumerate(value, 1)}
-        found |= (
-            _leaves(value, f"{above}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{above}{key}": value}
-        )
-    return found
+def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens settings, those in lists by number: `recipe data.train.1.path`."""
+    numbered = {}
+    for name, value in flat(values).items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = _leaves({str(number): item for number, item in enumerate(value, 1)})
+        numbered[name] = value
+    return flat(numbered)
 
 
 def _settings(stored: StoredAdapter) -> dict[str, Any]:
@@ -299,9 +297,9 @@ def _settings(stored: StoredAdapter) -> dict[str, Any]:
     return fields
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    names = [*one, *(name for name in other if name not in one)]
-    return {n: (one.get(n), other.get(n)) for n in names if one.get(n) != other.get(n)}
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _brief(value: Any) -> str:
@@ -328,7 +326,7 @@ def _angle_line(cosine: float | None) -> str:
 
 
 def _arrow(cosine: float | None) -> str:
-    """A bar from -1 to 1 with its number."""
+    """Draws a cosine on a scale from -1 to 1."""
     if cosine is None:
         return "–"
     bar = ["·"] * 21
