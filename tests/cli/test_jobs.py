@@ -1,6 +1,8 @@
 """Several jobs from one run file, and the grid of --sweep."""
 
 import json
+import os
+import signal
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from veneer.cli.job_settings import read_jobs
 from veneer.cli.main import main
 from veneer.cli.training.train_jobs import short_names
 from veneer.errors import ConfigError
+from veneer.training.trainee import Trainee
 
 ABOVE = {
     "base": "b",
@@ -154,3 +157,28 @@ def test_flags_that_several_jobs_cannot_take_are_refused_by_name(flag, files, ca
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "o")}))
     assert main(["train", str(tmp_path / "run.yaml"), *flag, "--sweep", "rank=2,3"]) == 2
     assert flag[0] in capsys.readouterr().err
+
+
+def test_interrupted_jobs_are_resumed_together_and_finished_ones_are_left_out(
+    files, capsys, monkeypatch
+):
+    tmp_path, settings = files
+    jobs = [{"out": str(tmp_path / "a"), "steps": 1}, {"out": str(tmp_path / "b"), "steps": 3}]
+    jobs.append({"out": str(tmp_path / "c"), "steps": 4})
+    (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({**settings, "jobs": jobs}))
+    own = Trainee.begin_step
+
+    def begin_step(self):
+        if self.progress.step == 1 and self.inputs.steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        own(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "begin_step", begin_step)
+        assert main(["train", str(tmp_path / "jobs.yaml")]) == 130
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert f"veneer train --resume {folders[1]} {folders[2]}" in capsys.readouterr().err
+    assert main(["train", "--resume", *folders]) == 0
+    steps = [json.loads((tmp_path / n / "summary.json").read_text())["steps"] for n in "abc"]
+    assert steps == [1, 3, 4]
+    assert main(["train", "--resume", *folders]) == 2  # all are finished

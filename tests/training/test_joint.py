@@ -14,7 +14,8 @@ from tests.support.tiny import save_tiny
 from veneer.data.batching import used_length
 from veneer.errors import ConfigError, DivergedError, RunInterrupted
 from veneer.kernels.bindings.library import has_bf16
-from veneer.training import gradient, loop
+from veneer.plan.probe import forecast
+from veneer.training import gradient, loop, run
 from veneer.training.config import RunConfig
 from veneer.training.output.records import read_records
 from veneer.training.output.screen import QuietScreen
@@ -307,3 +308,22 @@ def test_what_cannot_be_joint_is_refused_by_name(world, tmp_path):
     text = str(caught.value)
     for word in ("method full", "shard", "checkpointing", "wandb", "same folder"):
         assert word in text
+
+
+def test_the_plan_bounds_a_forward_by_the_free_memory(world, tmp_path, monkeypatch):
+    budgets = []
+    own = run.Loop
+
+    def made(trainees, *, world, budget):
+        budgets.append(budget)
+        return own(trainees, world=world, budget=budget)
+
+    monkeypatch.setattr(run, "Loop", made)
+    monkeypatch.setattr(run, "free_bytes", lambda device: 5_000_000)
+    configs = [config(world, tmp_path / name, steps=2) for name in "ab"]
+    results = together(configs, plan=forecast)
+    assert budgets[0] is not None and budgets[0] < 10**6
+    planned = {result["planned_memory_bytes"] for result in results}
+    assert len(planned) == 1
+    together([config(world, tmp_path / "c", steps=2)], plan=forecast)
+    assert budgets[1] is None

@@ -32,12 +32,14 @@ class RunForecast:
 
     largest: index of the micro-batch that needs the most memory, of those that may be the largest.
     gradient, layers: bytes sent in a step, for the gradient and for sharded layers.
+    step: bytes of the peak that only a step holds, without what stays between steps.
     """
 
     peak: int
     largest: int
     gradient: int = 0
     layers: int = 0
+    step: int = 0
 
 
 class RunPlanner(Protocol):
@@ -83,8 +85,13 @@ def forecast_run(
     return None
 
 
-def start_record(run: PreparedRun, forecast: RunForecast | None, world: World) -> dict[str, Any]:
-    """Returns the start record, with `paths`: lines that say how steps are computed."""
+def start_record(
+    run: PreparedRun, forecast: RunForecast | None, world: World, *, planned: int | None
+) -> dict[str, Any]:
+    """Returns the start record, with `paths`: lines that say how steps are computed.
+
+    planned: bytes of the peak, of all runs in this process
+    """
     base, data, attachment = run.base, run.data, run.attachment
     return {
         "kind": "start",
@@ -107,7 +114,7 @@ def start_record(run: PreparedRun, forecast: RunForecast | None, world: World) -
             *_adapter_lines(run),
             *_process_lines(run, forecast, world),
         ],
-        "planned_memory_bytes": None if forecast is None else forecast.peak,
+        "planned_memory_bytes": planned,
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from veneer.data.batching import used_length
 from veneer.data.files.writing import Record
 from veneer.errors import ConfigError, VeneerError
 from veneer.execution.train_step import fused, replacements
@@ -21,6 +22,7 @@ from veneer.files.atomic import atomic_file
 from veneer.files.strict_json import json_text
 from veneer.models.checkpointing import checkpointed
 from veneer.training.announce import RunPlanner, forecast_run, start_record
+from veneer.training.budget import JobMemory, JointMemory, free_bytes, plan_jobs
 from veneer.training.config import RunConfig
 from veneer.training.loop import Loop
 from veneer.training.optimizer.heap import steady_heap
@@ -100,7 +102,12 @@ def run_jobs(
     with ExitStack() as stack:
         runs = _prepare_all(jobs, stack, world)
         for run in runs:
-            run.announce(plan)
+            run.forecast(plan)
+        joint = _plan_memory(runs)
+        for run in runs:
+            run.announce(None if joint is None else joint.peak)
+        if budget is None and joint is not None and len(runs) > 1:
+            budget = joint.tokens
         _train_all(runs, world, budget, finished)
         return [run.result for run in runs]
 
@@ -127,6 +134,15 @@ def _prepare_all(jobs: Sequence[Job], stack: ExitStack, world: World) -> "list[_
             "Correct these jobs, or leave them out.",
         )
     return runs
+
+
+def _plan_memory(runs: "Sequence[_Run]") -> JointMemory | None:
+    """Plans the memory of all runs together; None where a run has no plan."""
+    plans = [run.memory() for run in runs]
+    jobs = [plan for plan in plans if plan is not None]
+    if len(jobs) < len(runs):
+        return None
+    return plan_jobs(jobs, free_bytes(runs[0].prepared.base.device) if len(runs) > 1 else None)
 
 
 def _train_all(
@@ -195,8 +211,8 @@ class _Run:
             config, started, beside=beside, world=self.world, say=self.job.screen.message
         )
 
-    def announce(self, planner: RunPlanner | None) -> None:
-        """Opens the records, forecasts the run, then records and shows its start."""
+    def forecast(self, planner: RunPlanner | None) -> None:
+        """Opens the records, and forecasts the run."""
         prepared, world, screen = self.prepared, self.world, self.job.screen
         self._of_records = self._stack.enter_context(ExitStack())
         self.records = self._of_records.enter_context(
@@ -206,16 +222,28 @@ class _Run:
         if world.size > 1:
             agree(world, prepared.base, prepared.data, inputs.flat)
         inputs.largest = inputs.find_largest()
-        forecast = forecast_run(prepared, planner, screen, world) if world.leads else None
-        largest = world.shared(None if forecast is None else forecast.largest)
+        self._forecast = forecast_run(prepared, planner, screen, world) if world.leads else None
+        largest = world.shared(None if self._forecast is None else self._forecast.largest)
         if largest is not None:
             inputs.largest = [inputs.largest[largest]]
-        self.start = start_record(prepared, forecast, world)
+
+    def memory(self) -> JobMemory | None:
+        """Returns what the plan says of the memory, None without a plan."""
+        inputs, forecast = self.prepared.inputs, self._forecast
+        if forecast is None:
+            return None
+        tokens = sum(used_length(inputs.train[i]) for i in inputs.largest[0])
+        values = sum(p.numel() for p in inputs.flat.parameters.values())
+        return JobMemory(forecast.peak, forecast.step, tokens, values)
+
+    def announce(self, planned: int | None) -> None:
+        """Records and shows the start. planned: bytes of the peak of all runs together."""
+        self.start = start_record(self.prepared, self._forecast, self.world, planned=planned)
         if self._checkpoint is None:
             self.records.write(
                 {name: value for name, value in self.start.items() if name != "paths"}
             )
-        screen.start(self.start)
+        self.job.screen.start(self.start)
 
     def begin(self) -> Trainee:
         prepared = self.prepared

@@ -1,0 +1,66 @@
+"""Memory of jobs that train together: what the plan counts, and the tokens that fit a forward.
+
+A forward holds activations in proportion to its tokens. The plan of each job says what its largest
+micro-batch holds; what is free bounds the tokens of a forward of several jobs. Units: bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from veneer.files.memory import container_bytes, memory
+from veneer.training.output.records import process_memory_bytes
+
+FREE_SHARE = 0.8
+"""Share of the free memory that forwards may take; others use the machine too."""
+VALUE_BYTES, MOMENT_BYTES = 8, 8
+"""Of a trained value: itself with its gradient, and its moments, which are allocated later."""
+
+
+@dataclass(frozen=True)
+class JobMemory:
+    """The plan of one job. peak: of the job alone. step: the part of it that a step holds while it
+    computes the largest micro-batch, of so many tokens. values: number of trained values."""
+
+    peak: int
+    step: int
+    tokens: int
+    values: int
+
+
+@dataclass(frozen=True)
+class JointMemory:
+    """The plan of all jobs together. tokens: most in a forward of several; None: no limit."""
+
+    peak: int
+    tokens: int | None
+
+
+def plan_jobs(jobs: Sequence[JobMemory], free: int | None) -> JointMemory:
+    """Plans jobs whose bases and values are loaded. free: memory that is left now, None if unknown.
+
+    A job whose own micro-batch needs more than that is computed by itself, as if it ran alone.
+    """
+    bytes_per_token = max(job.step / max(job.tokens, 1) for job in jobs)
+    tokens = None
+    if free is not None:
+        room = FREE_SHARE * free - MOMENT_BYTES * sum(job.values for job in jobs)
+        tokens = max(int(room / max(bytes_per_token, 1)), 0)
+    all_tokens = sum(job.tokens for job in jobs)
+    largest_step = max(job.step for job in jobs)
+    joint_step = bytes_per_token * (all_tokens if tokens is None else min(tokens, all_tokens))
+    others = (VALUE_BYTES + MOMENT_BYTES) * sum(job.values for job in jobs[1:])
+    peak = jobs[0].peak - jobs[0].step + others + max(largest_step, round(joint_step))
+    return JointMemory(peak, tokens)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the memory that is free on the device, None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available, limit = memory().get("MemAvailable"), container_bytes()
+    if limit is not None:
+        in_container = max(limit - process_memory_bytes(), 0)
+        available = in_container if available is None else min(available, in_container)
+    return available
